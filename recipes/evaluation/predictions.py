@@ -1,9 +1,9 @@
 """Compares models' predictions with a teacher's, a few positions at a time.
 
-Logits are by far the largest tensor of inference: those of four sequences of 8,192 tokens over a
-vocabulary of 131,072 take 17 GB in float32, and a comparison needs several such tensors. So only
-the last hidden states are stored for a whole text; logits are computed from them for a few
-positions.
+Logits are by far the largest tensor of inference. For four sequences of 8,192 tokens and a
+vocabulary of 131,072, they take 17 GB in float32, and a comparison needs several such tensors. So
+only the last hidden states are stored for a whole text. Logits are computed from them for a few
+positions at a time.
 """
 
 from __future__ import annotations
@@ -53,9 +53,10 @@ class Predictor:
 def float32_head(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """Returns a head that maps states [n, width] to logits [n, vocabulary] in float32.
 
-    bfloat16 logits of about 20 are 0.125 apart, so that many likely tokens would tie.
+    In bfloat16, logits of about 20 are rounded to multiples of 0.125, so likely tokens would tie.
     """
-    dtype, float32_weight = weight.dtype, weight.float()  # the head must not hold ``weight`` itself
+    # The function keeps only the float32 copy, so that the model's own weight can be freed.
+    dtype, float32_weight = weight.dtype, weight.float()
 
     def head(states: Tensor) -> Tensor:
         with float32_matmul_of(dtype):
@@ -69,7 +70,7 @@ class FinalStates:
     """The last hidden states of a model on a text, and its head."""
 
     states: Tensor
-    """At the positions whose predictions count [predictions, width], on the CPU."""
+    """States at the positions whose predictions count [predictions, width], on the CPU."""
     head: Callable[[Tensor], Tensor]
     vocabulary: int
 
@@ -95,28 +96,29 @@ class PredictionMetrics:
     """Metrics of each prediction that counts, float32 [predictions]."""
 
     losses: Tensor
-    """Of the next token, in nats."""
+    """Loss of the next token, in nats."""
     divergences: Tensor
     """KL to the teacher, in nats."""
     agreements: Tensor
-    """1 where the likeliest token is the teacher's."""
+    """1 if the most likely token is the teacher's, else 0."""
 
 
 @torch.no_grad()
 def compare(models: Mapping[str, FinalStates], text: TextSequences) -> dict[str, PredictionMetrics]:
-    """Compares models by role, one of which is the teacher."""
+    """Compares all models, by role, with the teacher, which is one of them."""
     chunks_of: dict[str, list[Tensor]] = {role: [] for role in models}
-    teacher, every_target = models[TEACHER], text.targets
-    for rows in chunks(len(every_target), teacher.vocabulary):
+    teacher, all_targets = models[TEACHER], text.targets
+    for rows in chunks(len(all_targets), teacher.vocabulary):
         reference = log_probabilities(teacher, rows)
-        targets = every_target[rows, None].to(reference.device)
-        likeliest = reference.argmax(-1)
+        targets = all_targets[rows, None].to(reference.device)
+        most_likely = reference.argmax(-1)
         for role, model in models.items():
             scores = reference if role == TEACHER else log_probabilities(model, rows)
             losses = -scores.gather(-1, targets).squeeze(-1)
-            agreements = (scores.argmax(-1) == likeliest).float()
+            agreements = (scores.argmax(-1) == most_likely).float()
             kl = torch.zeros_like(losses)
             if role != TEACHER:
+                # Σ p·(log p - log q); mul_ overwrites the difference, which nothing else uses.
                 kl = (reference - scores).mul_(reference.exp()).sum(-1)
             chunks_of[role].append(torch.stack([losses, kl, agreements], dim=1).cpu())
     return {role: PredictionMetrics(*torch.cat(c).unbind(1)) for role, c in chunks_of.items()}
@@ -134,19 +136,19 @@ def log_probabilities(model: FinalStates, rows: slice) -> Tensor:
 
 
 def require_better_than_chance(loss: float, vocabulary: int, fix: str = "") -> None:
-    """Refuses a teacher with random weights: they were not loaded, or belong to another model.
+    """Refuses a teacher that predicts text no better than chance, such as one with random weights.
 
     Args:
         loss: The teacher's next-token loss, in nats.
-        vocabulary: Number of its tokens.
-        fix: Appended to the error's fix.
+        vocabulary: Size of its vocabulary.
+        fix: Text to append to the error's fix.
 
     Raises:
-        RecipeError: The loss is near that of a random choice.
+        RecipeError: The loss is near that of a uniform guess.
     """
     chance = math.log(vocabulary)
     if not loss < CHANCE_FRACTION * chance:  # also catches NaN
         raise RecipeError(
-            f"the teacher's loss is {loss:.2f}, hardly below chance ({chance:.2f}).",
-            "use text of the teacher's language, or correct weights" + fix,
+            f"the teacher's loss is {loss:.2f}, hardly below chance ({chance:.2f})",
+            "use text in the teacher's language, or correct weights" + fix,
         )

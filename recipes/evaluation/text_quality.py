@@ -55,9 +55,16 @@ from recipes.evaluation.settings import EvaluateConfig
 def measure(
     cfg: EvaluateConfig, checkpoints: dict[str, Path], data: Input, out: Path, log: MetricsLog
 ) -> EvaluationResult:
-    """Evaluates NeMo checkpoints, by role, and writes ``results.json`` with losses per sequence.
+    """Evaluates NeMo checkpoints on held-out text, with one model in memory at a time.
 
-    One model is in memory at a time.
+    Writes ``results.json`` with the loss of each sequence and with generated text.
+
+    Args:
+        cfg: The stage's config.
+        checkpoints: NeMo checkpoints by role.
+        data: Output of ``prepare_data``.
+        out: Folder of ``results.json``.
+        log: Metrics file.
     """
     text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_sequences)
     tokenizer = AutoTokenizer.from_pretrained(
@@ -79,17 +86,17 @@ def measure(
         parameters[role] = sum(p.numel() for p in model.parameters())
         generations[role] = _generate(cfg, model, prompts, tokenizer.eos_token_id)
         del model
-    scores = {role: Scores.of(each, text) for role, each in compare(states, text).items()}
+    scores = {role: Scores.of(metrics, text) for role, metrics in compare(states, text).items()}
     results = {
-        role: ModelQuality(**vars(each.quality()), parameters=parameters[role])
-        for role, each in scores.items()
+        role: ModelQuality(**vars(values.quality()), parameters=parameters[role])
+        for role, values in scores.items()
     }
-    texts = {name: [tokenizer.decode(ids) for ids in each] for name, each in generations.items()}
+    texts = {name: [tokenizer.decode(ids) for ids in rows] for name, rows in generations.items()}
     detail = {
         "results": {role: asdict(quality) for role, quality in results.items()},
-        "sequence_losses": {role: each.losses for role, each in scores.items()},
+        "sequence_losses": {role: values.losses for role, values in scores.items()},
         "generations": [
-            dict(zip(texts, each, strict=True)) for each in zip(*texts.values(), strict=True)
+            dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)
         ],
     }
     write_text_atomically(out / "results.json", json.dumps(detail, indent=1, ensure_ascii=False))
@@ -106,7 +113,7 @@ def measure(
 
 @dataclass
 class Scores:
-    """Metrics of one model by sequence, as means over the predictions that count."""
+    """A model's metrics on each sequence: means over the predictions that count."""
 
     losses: list[float] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
@@ -114,18 +121,21 @@ class Scores:
 
     @classmethod
     def of(cls, metrics: PredictionMetrics, text: TextSequences) -> Scores:
-        """Computes the means of a text's sequences."""
+        """Computes the mean of each metric for each sequence of a text."""
         sizes = text.counted.sum(dim=1).tolist()
         return cls(
-            *([w.mean().item() for w in each.split(sizes)] for each in vars(metrics).values())
+            *(
+                [sequence.mean().item() for sequence in values.split(sizes)]
+                for values in vars(metrics).values()
+            )
         )
 
     def __add__(self, more: Scores) -> Scores:
-        """Appends further sequences."""
-        return Scores(*(mine + vars(more)[name] for name, mine in vars(self).items()))
+        """Appends the metrics of further sequences."""
+        return Scores(*(values + vars(more)[name] for name, values in vars(self).items()))
 
     def quality(self, chosen: slice = slice(None)) -> TextQuality:
-        """Means over the sequences, or some of them."""
+        """Returns the means over the chosen sequences; by default over all."""
         losses = self.losses[chosen]
         return TextQuality(
             loss=fmean(losses),
@@ -139,11 +149,11 @@ class Scores:
 def score(
     models: Mapping[str, Predictor], text: TextSequences, micro_batch_size: int, log: MetricsLog
 ) -> dict[str, Scores]:
-    """Compares models in memory with the one whose role is the teacher."""
+    """Compares models that are all in memory, by role, with the teacher, which is one of them."""
     scores = {role: Scores() for role in models}
     for start in range(0, len(text), micro_batch_size):
         batch = text[start : start + micro_batch_size]
-        states = {role: compute_states(each, batch, len(batch)) for role, each in models.items()}
+        states = {role: compute_states(model, batch, len(batch)) for role, model in models.items()}
         for role, metrics in compare(states, batch).items():
             scores[role] += Scores.of(metrics, batch)
         log.progress("evaluate", start + len(batch), len(text))
@@ -153,14 +163,22 @@ def score(
 def token_quality(teacher: FinalStates, student: FinalStates, text: TextSequences) -> TokenQuality:
     """Compares a student with its teacher."""
     metrics = compare({TEACHER: teacher, "student": student}, text)["student"]
-    loss, kl = (each.double().mean().item() for each in (metrics.losses, metrics.divergences))
+    loss, kl = (values.double().mean().item() for values in (metrics.losses, metrics.divergences))
     return TokenQuality(math.exp(loss), kl)
 
 
 def measure_checkpoints(
     teacher: Path, students: Sequence[Path], text: TextSequences, precision: str, size: int
 ) -> list[TokenQuality]:
-    """Compares NeMo checkpoints with a teacher's, one in memory at a time."""
+    """Compares students with their teacher, with one model in memory at a time.
+
+    Args:
+        teacher: NeMo checkpoint of the teacher.
+        students: NeMo checkpoints of the students.
+        text: Sequences to compare them on.
+        precision: Precision of weights and computation.
+        size: Sequences of a forward pass.
+    """
 
     def states(checkpoint: Path) -> FinalStates:
         model = Predictor.of(load_transformers(checkpoint, dtype_of(precision)))
@@ -205,7 +223,7 @@ def with_weights(
     Raises:
         ValueError: The weights do not match the config.
     """
-    gc.collect()  # an earlier model is in reference cycles and may still take memory
+    gc.collect()  # frees an earlier model, which reference cycles may keep in memory
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing, unexpected = model.load_state_dict(dict(weights), strict=False)
@@ -217,7 +235,7 @@ def with_weights(
 
 
 def model_sha256(model: torch.nn.Module, checkpoint: Path) -> str:
-    """Hashes a model's weights, config.json (RoPE, epsilons) and tokenizer."""
+    """Returns a hash of a model's weights, tokenizer and config.json, which has RoPE's settings."""
     weights = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -232,7 +250,7 @@ def model_sha256(model: torch.nn.Module, checkpoint: Path) -> str:
 
 
 def _generate(cfg: EvaluateConfig, model: PreTrainedModel, prompts: Tensor, pad: int) -> Tensor:
-    """Continues prompts [n, prompt_tokens] greedily, by [n, new_tokens] at most."""
+    """Continues prompts [n, prompt_tokens] greedily; returns tokens [n, at most new_tokens]."""
     output: Tensor = model.generate(
         prompts.to(model.device),
         attention_mask=torch.ones_like(prompts, device=model.device),

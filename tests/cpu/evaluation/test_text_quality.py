@@ -1,4 +1,4 @@
-"""Quality on text: the predictions that count, metrics by source, and memory."""
+"""Quality on text: predictions that count, metrics by source, and memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CONFIG = EvaluateConfig(seq_length=LENGTH, num_sequences=9, prompt_tokens=8, new
 def data(
     models: dict[str, Any], text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Input:
-    """Prepares prose and numbers."""
+    """Prepares two sources: prose and numbers."""
     folder = tmp_path_factory.mktemp("data")
     paragraphs = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
     (folder / "prose.txt").write_text("\n\n".join(text[:80] for text in paragraphs[:400]))
@@ -97,7 +97,7 @@ def test_quality_is_measured_by_source(
 def test_predictions_across_documents_do_not_count(
     quality: EvaluationResult, models: dict[str, Any], data: Input
 ) -> None:
-    """Compares with metrics from whole logits, sequence by sequence."""
+    """The expected metrics are computed from the logits of all positions, by sequence."""
     result = data.manifest.result(DatasetResult)
     tokens = torch.from_numpy(read_tokens(data.artifact, "heldout").astype("int64"))
     end = tokens[-1]
@@ -115,14 +115,14 @@ def test_predictions_across_documents_do_not_count(
 def exact_metrics(
     models: dict[str, Any], sequences: torch.Tensor, counted: torch.Tensor, role: str
 ) -> list[float]:
-    """Loss, KL and agreement as means over sequences, from whole logits."""
+    """Returns loss, KL and agreement as means over sequences, from logits of all positions."""
     metrics = []
     with torch.no_grad():
-        ours, teacher = (
+        logits, teacher_logits = (
             load_causal_lm(models[name].hf)(sequences).logits[:, :-1] for name in (role, "teacher")
         )
     for number, mask in enumerate(counted):
-        scores, reference = ours[number][mask], teacher[number][mask]
+        scores, reference = logits[number][mask], teacher_logits[number][mask]
         target = reference.log_softmax(-1)
         metrics.append(
             [
@@ -138,24 +138,24 @@ def exact_metrics(
 def test_only_answers_of_conversations_count(
     models: dict[str, Any], text_file: Path, tmp_path: Path
 ) -> None:
-    """An end token after another ends a conversation, any other a turn."""
+    """Two end tokens in a row end a conversation; a single one ends a turn."""
     (tmp_path / "prose.txt").write_text("\n\n".join(f"a line, the {n}th" for n in range(99)))
     chats = write_chats(tmp_path / "chats.jsonl", text_file, letters=4)
     data = prepared(models, tmp_path, [chats], heldout_sources=[str(tmp_path / "prose.txt")])
     result = data.manifest.result(DatasetResult)
-    end, (prose, said) = result.document_end, result.source_tokens["heldout"]
+    end, (prose, conversations) = result.document_end, result.source_tokens["heldout"]
     tokens = torch.from_numpy(read_tokens(data.artifact, "heldout").astype("int64"))
     first = -(-prose.tokens // LENGTH)
-    whole = tokens[first * LENGTH : (prose.tokens + said.tokens) // LENGTH * LENGTH]
+    whole = tokens[first * LENGTH : (prose.tokens + conversations.tokens) // LENGTH * LENGTH]
     sequences = whole.view(-1, LENGTH)[:4]
     answers = torch.zeros_like(sequences, dtype=torch.bool)
     for sequence, marks in zip(sequences, answers, strict=True):
         turn = 0
-        for place, token in enumerate(sequence):
-            marks[place] = turn % 2 == 1
+        for i, token in enumerate(sequence):
+            marks[i] = turn % 2 == 1
             if token == end:
-                turn = 0 if place == 0 or sequence[place - 1] == end else turn + 1
-                marks[place] &= turn != 0
+                turn = 0 if i == 0 or sequence[i - 1] == end else turn + 1
+                marks[i] &= turn != 0
     counted = answers[:, 1:]
     cfg = replace(CONFIG, num_sequences=8)
     chats_quality = evaluated(models, data, tmp_path, cfg).sources["chats"]
@@ -165,7 +165,7 @@ def test_only_answers_of_conversations_count(
         model = getattr(chats_quality, role)
         metrics = [model.loss, model.kl_to_teacher, model.top1_agreement]
         assert metrics == pytest.approx(exact_metrics(models, sequences, counted, role), abs=1e-5)
-    with pytest.raises(RecipeError, match=f"whole in sequences of {LENGTH}"):
+    with pytest.raises(RecipeError, match=rf"seq_length=16.* {LENGTH}"):
         evaluated(models, data, tmp_path / "shorter", replace(CONFIG, seq_length=16))
 
 
@@ -195,20 +195,20 @@ def test_memory_holds_one_model_and_logits_of_few_positions(
         assert parts == pytest.approx(whole, abs=1e-6, rel=1e-6)
 
 
-def test_bfloat16_changes_metrics_little(
+def test_metrics_in_bfloat16_are_near_those_in_float32(
     quality: EvaluationResult, models: dict[str, Any], data: Input, tmp_path: Path
 ) -> None:
-    halved = evaluated(models, data, tmp_path, replace(CONFIG, precision="bf16-mixed"))
-    assert (halved.dtype_name, halved.predictions) == ("bfloat16", quality.predictions)
-    assert halved.teacher.kl_to_teacher == 0
+    rounded = evaluated(models, data, tmp_path, replace(CONFIG, precision="bf16-mixed"))
+    assert (rounded.dtype_name, rounded.predictions) == ("bfloat16", quality.predictions)
+    assert rounded.teacher.kl_to_teacher == 0
     for role in ROLES:
-        exact, near = quality.models()[role], halved.models()[role]
+        exact, near = quality.models()[role], rounded.models()[role]
         assert 0 < abs(near.loss - exact.loss) < 0.01
         assert near.kl_to_teacher == pytest.approx(exact.kl_to_teacher, abs=0.01)
         assert near.top1_agreement == pytest.approx(exact.top1_agreement, abs=0.03)
 
 
-def test_a_lower_loss_counts_as_recovered() -> None:
+def test_recovered_is_the_fraction_of_the_added_loss_that_distillation_removed() -> None:
     losses = {"teacher": [3.0, 3.25, 2.75], "distilled": [3.25, 3.5, 3.0]}
     for pruned, fraction in (([4.0, 4.25, 3.75], 0.75), ([3.5, 3.125, 2.875], None)):
         scores = {role: Scores(each) for role, each in {**losses, "pruned": pruned}.items()}

@@ -1,4 +1,4 @@
-"""Statistics of paired comparisons, against values worked out by hand."""
+"""Compares statistics of paired comparisons with values that were computed by hand."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from recipes.evaluation.results import Item, compare, compare_answers, recovered
 RIGHT, WRONG = [1.0], [0.0]
 
 
-def test_mean_and_standard_error() -> None:
-    # Sample variance of 2, 4, 4, 4, 5, 5, 7, 9 is 32/7, so its mean has √(32/7/8) = 0.7559.
-    values = [2.0, 4, 4, 4, 5, 5, 7, 9]
+def test_standard_error_of_a_mean() -> None:
+    values = [2.0, 4, 4, 4, 5, 5, 7, 9]  # with a sample variance of 32/7
     assert fmean(values) == 5
     assert standard_error(values) == pytest.approx(math.sqrt(32 / 7 / 8))
     assert standard_error([3.0]) == 0
     assert standard_error(RIGHT * 70 + WRONG * 30) == pytest.approx(math.sqrt(0.7 * 0.3 / 99))
 
 
-def test_paired_difference() -> None:
-    # 100 items: 60 both right, 10 both wrong, 10 won and 20 lost. The differences are 10 times 1,
-    # 20 times -1 and 70 times 0: mean -0.1, sample variance (30 - 100 * 0.01) / 99 = 29 / 99.
-    ours = RIGHT * 60 + WRONG * 10 + RIGHT * 10 + WRONG * 20
-    theirs = RIGHT * 60 + WRONG * 10 + WRONG * 10 + RIGHT * 20
-    paired, error = difference(ours, theirs), math.sqrt(29 / 99 / 100)
+def test_paired_difference_of_100_items() -> None:
+    # In 60 items both models are right, in 10 both are wrong, in 10 only the student is right and
+    # in 20 only the teacher. The differences are 10 times 1, 20 times -1 and 70 times 0. Their mean
+    # is -0.1, and their sample variance is (30 - 100 * 0.01) / 99 = 29 / 99.
+    student = RIGHT * 60 + WRONG * 10 + RIGHT * 10 + WRONG * 20
+    teacher = RIGHT * 60 + WRONG * 10 + WRONG * 10 + RIGHT * 20
+    paired, error = difference(student, teacher), math.sqrt(29 / 99 / 100)
     interval = (-0.1, -0.1 - 1.959964 * error, -0.1 + 1.959964 * error)
     assert (paired.value, paired.low, paired.high) == pytest.approx(interval, abs=1e-6)
-    # 1.96 standard errors for significance, and 0.84 for a power of 80%.
+    # 2.80 standard errors: 1.96 for significance, and 0.84 for a power of 80%.
     assert paired.detectable == pytest.approx(2.801585 * error, rel=1e-6)
     with pytest.raises(ValueError, match="shorter"):
         difference([1.0, 0.0], [1.0])
@@ -42,16 +42,17 @@ def test_recovered_is_a_fraction_of_the_pruning_loss() -> None:
     assert recovered(teacher, pruned, WRONG * 100) == pytest.approx(-1)
 
 
-@pytest.mark.parametrize("won_by_pruning", [0, 20, 21, 40])
-def test_recovered_is_none_without_a_significant_pruning_loss(won_by_pruning: int) -> None:
+@pytest.mark.parametrize("gained", [0, 20, 21, 40])
+def test_recovered_is_none_without_a_significant_pruning_loss(gained: int) -> None:
+    """The pruned model loses 30 of the teacher's right answers, and gains others."""
     teacher = RIGHT * 40 + WRONG * 60
-    pruned = WRONG * 30 + RIGHT * 10 + RIGHT * won_by_pruning + WRONG * (60 - won_by_pruning)
-    cost = difference(pruned, teacher)
-    assert (recovered(teacher, pruned, teacher) is None) == (cost.high >= 0)
-    assert (cost.high >= 0) == (won_by_pruning >= 20)
+    pruned = WRONG * 30 + RIGHT * 10 + RIGHT * gained + WRONG * (60 - gained)
+    change = difference(pruned, teacher)
+    assert (recovered(teacher, pruned, teacher) is None) == (change.high >= 0)
+    assert (change.high >= 0) == (gained >= 20)
 
 
-def test_comparison_by_a_metric() -> None:
+def test_models_are_compared_by_a_metric() -> None:
     values = {"teacher": (1, 1, 1, 1, 0), "pruned": (0,) * 5, "distilled": (1, 1, 0, 1, 0)}
     items = {
         role: [Item("", "", "", "", "", {"acc": value, "other": 7.0}) for value in row]
@@ -83,5 +84,5 @@ def test_right_answers_are_compared_by_their_log_likelihoods() -> None:
     assert [score.value for score in scores.models().values()] == [-2.5, -6.5, -3.5]
     assert scores.differences.distilled.value == -1
     assert scores.recovered == pytest.approx(0.75)
-    written = Item("task/0", "hash", {}, "18", ["The answer is 18."], {"exact_match": 1.0})
-    assert compare_answers({role: [written] for role in items}) is None
+    generated = Item("task/0", "hash", {}, "18", ["The answer is 18."], {"exact_match": 1.0})
+    assert compare_answers({role: [generated] for role in items}) is None

@@ -1,4 +1,4 @@
-"""Stored answers are returned if they are whole and have the same key."""
+"""Cached answers are returned if their file is undamaged and they have the same key."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_stored_answer_is_returned(cache: Path) -> None:
     assert look_up(KEY) == ANSWER
     assert all(look_up({**KEY, field: "other"}) is None for field in KEY)
     assert [p.parent.name for p in cache.rglob("*.json")] == ["evaluations"]
-    assert len(list(cache.rglob("*"))) == 2  # the folder, and nothing half-written
+    assert len(list(cache.rglob("*"))) == 2  # the folder and the file, but no temporary file
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_a_stored_answer_is_returned(cache: Path) -> None:
         lambda text: text.replace('"model": "m"', '"model": "n"'),
         lambda text: json.dumps({**json.loads(text), "items": []}),
     ],
-    ids=["half", "empty", "other", "changed", "foreign", "nothing"],
+    ids=["truncated", "empty", "other-type", "changed-items", "other-key", "no-items"],
 )
 def test_a_damaged_file_is_ignored(damage: object) -> None:
     store(KEY, ANSWER)
@@ -56,7 +56,7 @@ def test_a_damaged_file_is_ignored(damage: object) -> None:
     assert look_up(KEY) == ANSWER
 
 
-def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with small_disk(tmp_path / "small", "64k") as disk:
         monkeypatch.setenv("NEMO_RECIPES_CACHE", str(disk.folder))
         many = dataclasses.replace(ANSWER, items=1000 * ANSWER.items)
