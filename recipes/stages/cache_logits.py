@@ -19,22 +19,22 @@ from recipes.planning.workload import Layout, Workload
 from recipes.stages.contract import Stage
 
 SHARDS = "shards"
-"""Folder in ``work/`` for complete shards; a resumed stage continues after them."""
+"""Folder in ``work/`` for complete shards. A resumed stage continues after the last one."""
 
 
 def check(cfg: CacheLogitsConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of the settings that would stop the stage later."""
+    """Yields settings that do not fit the teacher."""
     if cfg.top_k >= chain.teacher.vocab_size:
         yield Problem(
             rules.TOP_K,
-            f"top_k={cfg.top_k} is not below the vocabulary's size, {chain.teacher.vocab_size}",
-            "use a small fraction of it, such as 64",
+            f"top_k={cfg.top_k} must be less than the vocabulary size, {chain.teacher.vocab_size}",
+            "set a small fraction of it, such as top_k=64",
         )
     yield from sequence_problems(cfg.seq_length, chain)
 
 
 def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
-    """Returns the forward passes for plans; one step if all of the text is cached."""
+    """Returns the forward passes, for plans; one step if all of the text is cached."""
     tensor, micro, resources = (
         cfg.tensor_model_parallel_size,
         cfg.micro_batch_size,
@@ -54,7 +54,7 @@ def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
 
 
 def disk_bytes(cfg: CacheLogitsConfig, chain: Chain) -> int:
-    """Returns the size of the cache; 0 if it depends on the text."""
+    """Returns the size of the cache; 0 if it depends on the text's size, which is unknown."""
     tokens = (cfg.num_sequences or 0) * cfg.seq_length
     return tokens * bytes_per_token(chain.teacher.vocab_size, cfg.top_k, cfg.tail_draws)
 

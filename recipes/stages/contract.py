@@ -1,4 +1,4 @@
-"""Describes what a stage is, for the launcher that plans it and the worker that runs it."""
+"""Defines a stage for the launcher, which plans it, and the worker, which runs it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PIPELINE_SIZES = (2, 4, 8)
 
 
 def inherited_shapes(config: StageConfig, chain: Chain) -> Sequence[Architecture]:
-    """Returns the shapes of a stage's input, as far as they are known before it runs."""
+    """Returns the shapes that a stage's input may have; empty if they are not known yet."""
     for search in ("candidates", "shapes"):
         if search in config.inputs:
             return chain.shapes.get(config.inputs[search], ())
@@ -54,11 +54,12 @@ def inherited_shapes(config: StageConfig, chain: Chain) -> Sequence[Architecture
 
 
 def smaller_settings(config: StageConfig) -> Iterator[dict[str, Any]]:
-    """Yields settings that take less memory, those that change a stage least first."""
-    one: dict[str, Any] = {"micro_batch_size": 1}
-    half = {"precision": "bf16-mixed"}
-    split = [{"pipeline_model_parallel_size": ranks} for ranks in PIPELINE_SIZES]
-    for change in (one, half, {**half, **one}, *split, *({**s, **one} for s in split)):
+    """Yields changed settings that take less memory. The change with the least effect is first."""
+    batch: dict[str, Any] = {"micro_batch_size": 1}
+    precision = {"precision": "bf16-mixed"}
+    pipelines = [{"pipeline_model_parallel_size": ranks} for ranks in PIPELINE_SIZES]
+    both = {**precision, **batch}
+    for change in (batch, precision, both, *pipelines, *({**p, **batch} for p in pipelines)):
         if all(hasattr(config, name) for name in change):
             yield change
 
@@ -67,8 +68,8 @@ def checkpoint_outcome(result: DataclassInstance | None, checkpoint: Path) -> Ou
     """Returns the outcome of a stage that wrote a NeMo checkpoint.
 
     Args:
-        result: The stage's result; ``None`` on ranks that have none.
-        checkpoint: A NeMo checkpoint with the architecture and tokenizer of the result.
+        result: The stage's result; ``None`` on ranks other than 0, if only rank 0 has it.
+        checkpoint: A NeMo checkpoint with the same architecture and tokenizer.
     """
     from nemo_convert import hf, nemo
 
@@ -85,9 +86,9 @@ class Stage(Generic[ConfigT]):
     kind: Kind
     """Type of its result."""
     run: Callable[[ConfigT, Inputs, Path], Outcome]
-    """Runs on every rank, and writes the artifact to a directory that is empty at first."""
+    """Does the stage's work on every rank. The path is an empty directory for the artifact."""
     check: Callable[[ConfigT, Chain], Iterable[Problem]] = lambda config, chain: ()
-    """Yields problems of the settings, within a second and without torch."""
+    """Yields problems of the settings. It takes less than a second and does not import torch."""
     one_rank: str = ""
     """Why it needs exactly one rank; empty if it supports several."""
     inputs: Mapping[str, Kinds] = field(default_factory=dict)
@@ -97,11 +98,11 @@ class Stage(Generic[ConfigT]):
     starts: tuple[str, ...] = ()
     """Stages that it starts; their code counts as its code in the fingerprint."""
     devices: Callable[[ConfigT], int] = lambda config: config.resources.devices
-    """Devices that it takes on a node, with those of the stages that it starts."""
+    """Devices per node that it needs, including the stages that it starts."""
     needs_torch: bool = True
-    """Whether it imports torch; if not, torchrun never starts it."""
+    """Whether it imports torch. If not, torchrun does not start it."""
     needs_gpu: Callable[[ConfigT, Chain], bool] = lambda config, chain: True
-    """Whether it uses GPUs; if not, its job and its container get none."""
+    """Whether it uses GPUs. If not, its job and its container have none."""
     external: Callable[[ConfigT], Mapping[str, Path]] = lambda config: {}
     """Files outside the run that the result depends on."""
     disk_bytes: Callable[[ConfigT, Chain], int] = lambda config, chain: 0
@@ -109,25 +110,25 @@ class Stage(Generic[ConfigT]):
     shapes: Callable[[ConfigT, Chain], Sequence[Architecture]] = inherited_shapes
     """Architectures that its model may have, the largest first; by default those of its input."""
     workload: Callable[[ConfigT, Chain], Workload] | None = None
-    """The training or teacher's pass over a text, for plans."""
+    """Returns its training, or its teacher's pass over a text, for plans."""
     inference_cost: Callable[[ConfigT, Chain], InferenceCost] | None = None
-    """Its cost, for plans, if it runs models and trains none."""
+    """Returns its cost, for plans. A stage that has a ``workload`` or runs no model has none."""
     plans_workloads: bool = False
-    """Whether its result describes the workloads of the whole chain."""
+    """Whether its settings include the workloads of the whole chain."""
     resolve_from_chain: Callable[[ConfigT, Chain], ConfigT] = lambda config, chain: config
     """Copies settings of other stages that the result depends on."""
     progress: Callable[[Path], str | None] = lambda work: None
-    """Progress of unfinished work, such as "step 50"; ``None`` if there is none to lose."""
+    """Returns the progress of unfinished work, such as "step 50"; ``None`` without progress."""
     require_here: Callable[[ConfigT], None] = lambda config: None
     """Raises ``RecipeError`` if this machine lacks what the stage needs."""
 
     def problems(self, config: ConfigT, chain: Chain) -> Iterator[Problem]:
-        """Yields all problems of its settings."""
+        """Yields all problems of the stage's settings."""
         ranks = config.resources.ranks
         if self.one_rank and ranks != 1:
             yield Problem(
                 rules.ONE_RANK,
-                f"{config.stage} has {ranks} ranks but needs one: {self.one_rank}",
+                f"{config.stage} has {ranks} ranks, but must have one: {self.one_rank}",
                 "set its resources.devices and resources.nodes to 1",
             )
         yield from self.check(config, chain)
@@ -135,7 +136,7 @@ class Stage(Generic[ConfigT]):
             yield from layout_problems(self.workload(config, chain), chain.hardware)
 
     def memory_problems(self, name: str, config: ConfigT, chain: Chain) -> Iterator[Problem]:
-        """Compares the memory of a stage that trains nothing with that of a rank."""
+        """Yields a problem if a stage that does not train needs more memory than a rank has."""
         if self.inference_cost is None:
             return
         hardware, cost = chain.hardware, self.inference_cost

@@ -23,22 +23,23 @@ from recipes.search.settings import SHAPES_FILE, EnumerateShapesConfig
 from recipes.search.space import SHAPE_COSTS, Service, limits, name_of
 from recipes.stages.contract import Stage
 
-LOOSEN = "loosen the budget, or raise max_depth_pruning and max_width_pruning in space"
+EMPTY_BUDGET_FIX = "raise the budget, or max_depth_pruning and max_width_pruning in space"
 
 
 def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields a problem if the budget is empty, excludes everything, or excludes nothing."""
+    """Yields a problem if the budget is not set, fits no architecture, or fits the teacher."""
     if chain.teacher.num_moe_experts:
-        yield Problem(rules.BUDGET, "a search cannot prune experts", "search a dense model")
+        yield Problem(rules.BUDGET, "a search does not support MoE models", "use a dense model")
         return
     budget = cfg.budget.limits()
     if not budget:
-        yield Problem(rules.BUDGET, "budget is empty", f"set one of {', '.join(SHAPE_COSTS)}")
+        names = ", ".join(f"budget.{name}" for name in SHAPE_COSTS)
+        yield Problem(rules.BUDGET, "a search needs a budget", f"set one of {names}")
     elif not (shapes := cfg.shapes(chain.teacher)):
         yield Problem(
             rules.BUDGET,
-            f"no architecture fits {limits(chain.teacher, budget, cfg.service)}",
-            LOOSEN,
+            f"no architecture fits the budget {limits(chain.teacher, budget, cfg.service)}",
+            EMPTY_BUDGET_FIX,
         )
     elif shapes == [chain.teacher] and "latency" not in cfg.inputs:
         costs = ", ".join(
@@ -58,7 +59,9 @@ def run(cfg: EnumerateShapesConfig, inputs: Inputs, out: Path) -> Outcome:
     budget = limits(teacher, cfg.budget.limits(), cfg.service)
     shapes = cfg.shapes(teacher)
     if not shapes:
-        raise RecipeError(f"no architecture fits {budget} with the measured latency.", LOOSEN)
+        raise RecipeError(
+            f"no architecture fits the budget {budget} with the measured latency", EMPTY_BUDGET_FIX
+        )
     write_json(out / SHAPES_FILE, [shape.as_dict() for shape in shapes])
     return Outcome(
         PlanResult({"shapes": len(shapes), **budget}, [table(teacher, shapes, cfg.service)])
@@ -66,7 +69,7 @@ def run(cfg: EnumerateShapesConfig, inputs: Inputs, out: Path) -> Outcome:
 
 
 def table(teacher: Architecture, shapes: list[Architecture], service: Service) -> Table:
-    """Returns the costs of the teacher and of each architecture."""
+    """Returns a table of the costs of the teacher and of each architecture."""
     rows = [("teacher", teacher), *((name_of(shape), shape) for shape in shapes)]
     source = "measured" if service.measured else f"by roofline of {service.device}"
     return Table(
@@ -82,7 +85,7 @@ STAGE = Stage(
     shapes=lambda cfg, chain: [] if "latency" in cfg.inputs else cfg.shapes(chain.teacher),
     run=run,
     check=check,
-    one_rank="it only enumerates",
+    one_rank="it takes a moment",
     optional_inputs={"latency": ("latency_model",)},
     needs_torch=False,
     needs_gpu=lambda config, chain: False,

@@ -20,18 +20,18 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of lengths."""
+    """Yields lengths that do not fit the sequences or the teacher."""
     if cfg.prompt_tokens >= cfg.seq_length:
         yield Problem(
             rules.EVALUATE,
-            f"prompt_tokens={cfg.prompt_tokens} is not below seq_length={cfg.seq_length}",
-            "set prompt_tokens lower",
+            f"prompt_tokens={cfg.prompt_tokens} must be less than seq_length={cfg.seq_length}",
+            "lower prompt_tokens",
         )
     yield from sequence_problems(cfg.seq_length, chain)
 
 
 def inference_cost(cfg: EvaluateConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of all models in turn; the distilled one has the pruned one's shape."""
+    """Estimates the cost of all models in turn. Pruned and distilled model have the same shape."""
     pruned = chain.shape_of(cfg.inputs.get("pruned"))
     text = Sequences(cfg.num_sequences, cfg.seq_length, cfg.micro_batch_size)
     models = (chain.teacher, pruned, pruned)

@@ -34,8 +34,8 @@ def check(cfg: ExportGgufConfig, chain: Chain) -> Iterator[Problem]:
     if family not in ARCHITECTURES:
         yield Problem(
             rules.FORMAT,
-            f"{cfg.stage} does not support {family}",
-            f"use gguf=null; supported are {', '.join(ARCHITECTURES)}",
+            f"{cfg.stage} does not support {family}, only {', '.join(ARCHITECTURES)}",
+            "set gguf=null",
         )
 
 
@@ -54,5 +54,5 @@ STAGE = Stage(
     one_rank="a conversion is not split over ranks",
     inputs={"checkpoint": ("checkpoint_hf",)},
     needs_gpu=lambda config, chain: False,
-    disk_bytes=lambda config, chain: 4 * chain.teacher.parameters(),  # at most
+    disk_bytes=lambda config, chain: 4 * chain.teacher.parameters(),  # an upper bound
 )

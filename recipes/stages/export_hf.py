@@ -1,6 +1,6 @@
 """Converts a NeMo checkpoint to a Hugging Face folder, and checks that the logits are equal.
 
-Reads the checkpoint, and results for the model card. Writes the folder.
+Reads the checkpoint, and results of other stages for the model card. Writes the folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def inference_cost(cfg: ExportConfig, chain: Chain) -> InferenceCost:
 
 
 def run(cfg: ExportConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Converts the model, compares the logits of both, and writes the model card."""
+    """Converts the model, compares the logits before and after, and writes the model card."""
     from nemo_convert import convert, hf, nemo, parity
     from recipes.report.model_card import write_card
 
@@ -43,7 +43,7 @@ def run(cfg: ExportConfig, inputs: Inputs, out: Path) -> Outcome:
     convert.to_hf(checkpoint, out)
     log.progress("export", 1, 2)
     equal = parity.compare(out, checkpoint).require(f"{checkpoint.name} → {out}")
-    if "evaluation" in inputs:  # an unchanged model keeps its own card
+    if "evaluation" in inputs:  # otherwise the model is the teacher, which keeps its own card
         manifests = {name: item.manifest for name, item in inputs.items()}
         write_card(out, cfg.teacher, cfg.recipe, manifests)
     log.progress("export", 2, 2)
@@ -58,7 +58,7 @@ STAGE = Stage(
     run=run,
     one_rank="a conversion is not split over ranks",
     inputs={"checkpoint": ("checkpoint_nemo",)},
-    # For the model card. Speed cannot be an input, since it is measured on this stage's result.
+    # All are for the model card. Speed is missing, because it is measured on this stage's result.
     optional_inputs={
         "evaluation": ("eval_results",),
         "teacher": ("checkpoint_nemo",),
@@ -68,6 +68,6 @@ STAGE = Stage(
         "tasks": ("task_results",),
     },
     external=lambda config: {"card": CARD_TEMPLATE},
-    disk_bytes=lambda config, chain: 4 * chain.teacher.parameters(),  # at most
+    disk_bytes=lambda config, chain: 4 * chain.teacher.parameters(),  # an upper bound
     inference_cost=inference_cost,
 )

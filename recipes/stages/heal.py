@@ -1,7 +1,7 @@
 """Reconstructs a pruned model by least squares, so that its layers match the teacher's outputs.
 
-Reads the pruned model, its teacher and calibration text. Writes the reconstructed checkpoint, and
-measures its KL to the teacher on validation text.
+Reads the pruned model, its teacher, and calibration and validation text. Writes the reconstructed
+checkpoint. Measures the KL to the teacher on validation text, before and after.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from recipes.stages.contract import Stage, checkpoint_outcome
 
 
 def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of models that cannot be healed, and of a wrong teacher."""
+    """Yields a problem if the model cannot be healed, or if the teacher is not its teacher."""
     yield from sequence_problems(cfg.seq_length, chain)
     if chain.teacher.num_moe_experts:
         yield Problem(
             rules.HEALING,
             f"{cfg.stage} does not support MoE models",
-            "use heal=null",
+            "set heal=null",
         )
     pruned = chain.stages.get(cfg.inputs.get("checkpoint", ""))
     if pruned is None:
@@ -44,7 +44,7 @@ def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
     if not isinstance(pruned, PruneConfig):
         yield Problem(
             rules.HEALING,
-            f"{cfg.inputs['checkpoint']} is the input of {cfg.stage}, but does not prune",
+            f"the checkpoint of {cfg.stage} is {cfg.inputs['checkpoint']}, which does not prune",
             f"set stages.{cfg.stage}.inputs.checkpoint to a stage that prunes",
         )
     elif source != teacher:
@@ -56,17 +56,18 @@ def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: HealConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of the healing and of the comparison of all three models."""
+    """Estimates the cost of healing, and of comparing both students with the teacher."""
     teacher, student = (chain.shape_of(cfg.inputs.get(name)) for name in ("teacher", "checkpoint"))
-    calibration, unseen = (
+    calibration, validation = (
         Sequences(count, cfg.seq_length, cfg.micro_batch_size)
         for count in (cfg.num_calibration_samples, cfg.num_samples)
     )
     bf16 = cfg.precision == "bf16-mixed"
     healing = healing_cost(teacher, student, calibration, chain.hardware)
-    comparison = comparison_cost((teacher, student), bf16, unseen, chain.hardware)
-    compute = healing.compute + comparison.compute + unseen.compute(student, bf16)
-    # Counts as float32, which most of it is.
+    comparison = comparison_cost((teacher, student), bf16, validation, chain.hardware)
+    # The comparison has one student; the other one has the same shape.
+    compute = healing.compute + comparison.compute + validation.compute(student, bf16)
+    # All of it counts as float32, because healing takes most of the time.
     return InferenceCost(largest(healing.memory, comparison.memory), compute, bf16=False)
 
 
@@ -92,10 +93,10 @@ def run(cfg: HealConfig, inputs: Inputs, out: Path) -> Outcome:
     heal_weights(teacher, student, kept, weights, batches, progress)
     save_weights(pruned, student, weights, out / pruned.name)
     del weights
-    unseen = read_sequences(data, "validation", length, cfg.num_samples)
+    validation = read_sequences(data, "validation", length, cfg.num_samples)
     students = [pruned, out / pruned.name]
     before, after = measure_checkpoints(
-        teacher, students, unseen, cfg.precision, cfg.micro_batch_size
+        teacher, students, validation, cfg.precision, cfg.micro_batch_size
     )
     result = HealResult(
         kept_layers=inputs["checkpoint"].manifest.result(KeptLayers).kept_layers,

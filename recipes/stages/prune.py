@@ -26,7 +26,7 @@ from recipes.stages.contract import Stage, checkpoint_outcome
 
 
 def student_of(cfg: PruneConfig, chain: Chain) -> Architecture:
-    """Returns the shape of the pruned model: the largest where a search is still to choose it."""
+    """Returns the shape of the pruned model; the largest possible one before a search chose it."""
     before = chain.shape_of(cfg.inputs.get("checkpoint"))
     if "shape" in cfg.inputs:
         return cfg.intermediate_shape(before, chain.shape_of(cfg.inputs["shape"]))
@@ -34,7 +34,7 @@ def student_of(cfg: PruneConfig, chain: Chain) -> Architecture:
 
 
 def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of the targets and of missing importance scores."""
+    """Yields invalid targets and missing importance scores."""
     teacher, before = chain.teacher, chain.shape_of(cfg.inputs.get("checkpoint"))
     student = student_of(cfg, chain)
     if "shape" in cfg.inputs:
@@ -50,7 +50,7 @@ def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
             f"drop_layers={cfg.drop_layers} cannot be combined with rounds above 1",
             "set target_num_layers instead, or rounds=1",
         )
-    yield from _large_cut_problems(cfg, chain, before, student)
+    yield from _large_reduction_problems(cfg, chain, before, student)
 
 
 def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> Iterator[Problem]:
@@ -59,46 +59,47 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
     if cfg.explicit_targets() or cfg.drop_layers:
         yield Problem(
             rules.PRUNE_TARGET,
-            f"{cfg.stage} has both targets and a search ({source})",
-            f"leave the targets out, or '~stages.{cfg.stage}.inputs.shape'",
+            f"{cfg.stage} has both targets and the result of a search ({source})",
+            f"remove the targets, or the input with '~stages.{cfg.stage}.inputs.shape'",
         )
     search, manifest = chain.stages.get(source), manifest_of(source)
     if isinstance(search, SuccessiveHalvingConfig):
         shapes = chain.shapes.get(source, ())
-        largest = f"the largest of {len(shapes)} in the budget" if shapes else "the teacher's"
-        size = f"{name_of(student)} of {student.parameters() / 1e6:,.0f} M parameters"
+        shape = f"the largest shape of {len(shapes)}" if shapes else "the teacher's shape"
+        size = f"{name_of(student)} with {student.parameters() / 1e6:,.0f} M parameters"
         yield Problem(
             rules.SEARCHED_SHAPE,
-            f"{source} has not run yet; plans and checks are for {largest}, {size}",
+            f"{source} has not run yet, so the plan is for {shape}: {size}",
             "read the plan as an upper bound",
         )
     elif search is not None or manifest is None or manifest.architecture is None:
         yield Problem(
             rules.PRUNE_TARGET,
-            f"{source} has no chosen architecture",
-            f"set stages.{cfg.stage}.inputs.shape to a successive_halving, or run it again",
+            f"{source} did not choose an architecture",
+            f"set stages.{cfg.stage}.inputs.shape to a successive_halving, or run that again",
         )
 
 
-def _large_cut_problems(
+def _large_reduction_problems(
     cfg: PruneConfig, chain: Chain, before: Architecture, student: Architecture
 ) -> Iterator[Problem]:
-    """Warns of pruning more at once than a distillation recovers well."""
-    kept = student.parameters() / before.parameters()
-    if 1 - kept > MOST_AT_ONCE:
-        rounds = math.ceil(math.log(kept) / math.log(1 - MOST_AT_ONCE))
+    """Warns if a stage removes more parameters than one distillation recovers well."""
+    remaining = student.parameters() / before.parameters()
+    if 1 - remaining > MOST_AT_ONCE:
+        # Each round keeps an equal fraction, at least 1 - MOST_AT_ONCE.
+        rounds = math.ceil(math.log(remaining) / math.log(1 - MOST_AT_ONCE))
         is_only_round = cfg.round_fraction is None and before == chain.teacher
         yield Problem(
             rules.LARGE_REDUCTION,
-            f"{1 - kept:.0%} of the parameters are pruned at once",
-            f"rounds={rounds}: prune and distil {rounds} times, by equal ratios"
+            f"{cfg.stage} removes {1 - remaining:.0%} of the parameters at once",
+            f"set rounds={rounds}, to prune and distil {rounds} times by equal ratios"
             if is_only_round
             else "prune less, or raise rounds",
         )
 
 
 def _score_problems(cfg: PruneConfig, chain: Chain, drop: int) -> Iterator[Problem]:
-    """Checks that the scoring stage of this run measures what ``layer_importance`` needs."""
+    """Checks that the scoring stage of this run measures the scores of ``layer_importance``."""
     name = cfg.inputs.get("importance", "")
     score = chain.stages.get(name)
     if not isinstance(score, ScoreConfig) or drop <= 0:
@@ -115,7 +116,7 @@ def _score_problems(cfg: PruneConfig, chain: Chain, drop: int) -> Iterator[Probl
     if not is_measured:
         yield Problem(
             rules.LAYER_IMPORTANCE,
-            f"{name} does not measure layer_importance={cfg.layer_importance} for dropping {drop} "
+            f"{name} does not measure layer_importance={cfg.layer_importance} for {drop} dropped "
             "layers",
             f"set stages.{name}.{setting}",
         )
@@ -145,7 +146,7 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     kept.save(out)
     scored = inputs["importance"].manifest.result(ScoreResult)
     measure, scores = importance.of_layers(cfg.layer_importance)
-    # Layers have the numbers of the first teacher, also after earlier rounds.
+    # In the result, layers keep their numbers in the teacher of the first round.
     earlier = inputs["checkpoint"].manifest.result(KeptLayers).kept_layers
     numbers = dict(enumerate(earlier or range(1, whole.num_layers + 1), start=1))
     result = PruneResult(

@@ -1,8 +1,8 @@
 """Quantizes the exported model with ModelOpt for TensorRT-LLM.
 
 Reads a Hugging Face folder and calibration text. Writes ModelOpt's unified Hugging Face format,
-which TensorRT-LLM, vLLM and SGLang read. OpenVINO needs no such stage; it compresses weights when
-it builds an engine.
+which TensorRT-LLM, vLLM and SGLang read. OpenVINO does not need this stage: it compresses weights
+when it builds an engine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: QuantizeConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of sizes that the format's kernels do not support."""
+    """Yields sizes that the format's kernels do not support."""
     yield from sequence_problems(cfg.seq_length, chain)
     arch = chain.shape_of(cfg.inputs.get("checkpoint"))
     align = SIZE_MULTIPLES[cfg.format]
@@ -29,13 +29,14 @@ def check(cfg: QuantizeConfig, chain: Chain) -> Iterator[Problem]:
         if getattr(arch, name) % align:
             yield Problem(
                 rules.ALIGNMENT,
-                f"{name}={getattr(arch, name)} must be a multiple of {align} for {cfg.format}",
+                f"{name}={getattr(arch, name)} must be a multiple of {align} for "
+                f"format={cfg.format}",
                 f"prune to a multiple of {align}, or use another format",
             )
 
 
 def run(cfg: QuantizeConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Calibrates and quantizes, and compares the result with the source."""
+    """Quantizes the model with calibration, and compares it with the original one."""
     from recipes.engines.quantization import quantize_folder
 
     source = inputs["checkpoint"]
@@ -50,5 +51,5 @@ STAGE = Stage(
     check=check,
     one_rank="the model is not split over ranks",
     inputs={"checkpoint": ("checkpoint_hf",), "calibration": ("dataset",)},
-    disk_bytes=lambda config, chain: 2 * chain.teacher.parameters(),  # at most
+    disk_bytes=lambda config, chain: 2 * chain.teacher.parameters(),  # an upper bound
 )

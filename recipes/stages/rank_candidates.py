@@ -1,7 +1,7 @@
-"""Ranks the architectures of a search by the loss of the pruned teacher, without training.
+"""Ranks the architectures of a search without training, by the loss of the pruned teacher.
 
-Reads the teacher, its importance scores, the listed architectures and text. The best are
-reconstructed by least squares before the final ranking. Writes ``candidates.json``, the best first.
+Reads the teacher, its importance scores, the listed architectures and text. Reconstructs the best
+ones by least squares before the final ranking. Writes ``candidates.json``, the best first.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from recipes.stages.contract import Stage
 
 
 def inference_cost(cfg: RankCandidatesConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of the teacher, of each shape, and of the healing of the largest ones.
+    """Estimates the cost of measuring the teacher and each shape, and of healing the largest ones.
 
-    With healing the whole cost counts as float32, which most of it is.
+    With healing, all of it counts as float32, because healing takes most of the time.
     """
     text = Sequences(cfg.num_samples, cfg.seq_length, cfg.micro_batch_size)
     calibration = replace(text, number=cfg.num_calibration_samples)
@@ -61,10 +61,13 @@ def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:
 
 
 def ranking(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Returns the candidates, the best first, and marks those on the front of size and proxy."""
-    front = pareto_front([(one.parameters, one.proxy) for one in candidates])
-    marked = [replace(one, pareto=i in front) for i, one in enumerate(candidates)]
-    return sorted(marked, key=lambda one: (not one.healed, one.proxy))
+    """Returns the candidates, the best first, and marks the Pareto front of size and proxy.
+
+    Healed candidates come first: their proxies cannot be compared with those of the others.
+    """
+    front = pareto_front([(c.parameters, c.proxy) for c in candidates])
+    marked = [replace(c, pareto=i in front) for i, c in enumerate(candidates)]
+    return sorted(marked, key=lambda c: (not c.healed, c.proxy))
 
 
 STAGE = Stage(

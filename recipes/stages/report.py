@@ -1,7 +1,7 @@
 """Writes the report of a run as one self-contained HTML file.
 
-Reads the manifests and metrics of its inputs and of the stages before them. Writes ``report.html``,
-about a distillation, a search, or both.
+Reads the manifests and metrics of its inputs, and of all stages that these depend on. Writes
+``report.html``, which is about a distillation, a search, or both.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def check(cfg: ReportConfig, chain: Chain) -> Iterator[Problem]:
     if missing and ("search" not in cfg.inputs or len(missing) < len(DISTILLATION)):
         yield Problem(
             rules.REPORT,
-            f"{cfg.stage} has no input {', '.join(missing)}",
-            f"set stages.{cfg.stage}.inputs.{missing[0]}",
+            f"a report about a distillation needs the inputs {', '.join(missing)}",
+            f"set stages.{cfg.stage}.inputs.{missing[0]} to a stage",
         )
 
 

@@ -22,7 +22,7 @@ from recipes.stages.contract import Stage
 
 
 def resolve_from_chain(cfg: ScoreConfig, chain: Chain) -> ScoreConfig:
-    """Sets ``block_sizes`` to those that stages of this run drop, unless it is set."""
+    """Sets ``block_sizes``, if it is not set, to the block sizes that this run's stages drop."""
     if cfg.block_sizes is not None:
         return cfg
     own = [name for name, config in chain.stages.items() if config is cfg]
@@ -38,7 +38,7 @@ def resolve_from_chain(cfg: ScoreConfig, chain: Chain) -> ScoreConfig:
 
 
 def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of the layers to leave out and of the ranks."""
+    """Yields problems of the ablated layers and of the ranks."""
     yield from sequence_problems(cfg.seq_length, chain)
     layers = chain.shape_of(cfg.inputs.get("checkpoint")).num_layers
     blocks = resolve_from_chain(cfg, chain).block_sizes or []
@@ -48,7 +48,7 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
             rules.CALIBRATION,
             f"block_sizes={blocks} and num_greedy_layers={cfg.num_greedy_layers} cannot be "
             f"measured with num_loss_samples={cfg.num_loss_samples} and {layers} layers",
-            f"leave out fewer than {layers} layers, and set num_loss_samples to at least 1",
+            f"remove fewer than {layers} layers, and set num_loss_samples to at least 1",
         )
     ranks, stages = cfg.resources.ranks, cfg.pipeline_model_parallel_size
     if ranks % stages or stages > layers:
@@ -56,8 +56,8 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
             rules.RANKS,
             f"{cfg.stage} has {ranks} rank(s), pipeline_model_parallel_size={stages} and {layers} "
             "layers",
-            "set ranks to a multiple of pipeline_model_parallel_size, which is at most the number "
-            "of layers",
+            "set resources.devices to a multiple of pipeline_model_parallel_size, and that to at "
+            "most the number of layers",
         )
     elif (batches := cfg.num_calibration_samples // cfg.micro_batch_size) < ranks // stages:
         yield Problem(
@@ -70,12 +70,14 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: ScoreConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of passes over calibration text, with and without layers and blocks."""
+    """Estimates the cost of the model's and its ablations' forward passes over calibration text."""
     model = chain.shape_of(cfg.inputs.get("checkpoint"))
-    layers, gone = model.num_layers, cfg.num_greedy_layers
+    layers, greedy = model.num_layers, cfg.num_greedy_layers
     blocks = resolve_from_chain(cfg, chain).block_sizes or []
-    losses = layers + sum(layers - size + 1 for size in blocks)
-    losses += sum(2 * gone - number for number in range(1, gone))
+    # Ablations: each layer, each block of each size, and the greedy search, which removes one layer
+    # after another and tries at most 2 * greedy layers each time.
+    ablations = layers + sum(layers - size + 1 for size in blocks)
+    ablations += sum(2 * greedy - number for number in range(1, greedy))
     data_ranks = max(1, cfg.resources.ranks // cfg.pipeline_model_parallel_size)
     sequences = cfg.num_calibration_samples / data_ranks
     return scoring_cost(
@@ -84,7 +86,7 @@ def inference_cost(cfg: ScoreConfig, chain: Chain) -> InferenceCost:
         Sequences(sequences, cfg.seq_length, cfg.micro_batch_size),
         chain.hardware,
         cfg.pipeline_model_parallel_size,
-        cfg.num_loss_samples * losses / data_ranks,
+        cfg.num_loss_samples * ablations / data_ranks,
     )
 
 

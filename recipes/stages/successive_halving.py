@@ -1,8 +1,9 @@
 """Chooses an architecture by successive halving (arXiv:1502.07943).
 
-Each round distils all remaining candidates on an equal fraction of the tokens and drops the worse
-half. Candidates are distributed over the ranks; or there is one rank, and each training uses all
-devices. Every pruning and training is a stage below ``work/``, so a killed search resumes.
+Each round distils all remaining candidates on an equal fraction of the tokens, and drops the worse
+half. There are two ways to use devices: the ranks train different candidates, or there is one rank
+and each training uses all devices. Every pruning and training is a stage below ``work/``, so a
+killed search resumes.
 
 Reads the teacher, its importance scores, text and the ranked candidates. Writes
 ``candidates.json``, and the chosen architecture as a recipe, ``recipe.yaml``.
@@ -36,7 +37,7 @@ from recipes.search.space import axes_of, name_of, prune_settings
 from recipes.stages.contract import Stage
 
 RECIPE = "recipe.yaml"
-LIST_CANDIDATES = "only=[enumerate_shapes] lists them"
+LIST_CANDIDATES = "run with only=[enumerate_shapes] to list the candidates"
 
 
 def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
@@ -44,8 +45,8 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
     if cfg.distill.resources.devices > 1 and cfg.resources.ranks > 1:
         yield Problem(
             rules.SEARCH,
-            f"resources has {cfg.resources.ranks} ranks and "
-            f"distill.resources.devices={cfg.distill.resources.devices} is above 1",
+            f"resources.devices={cfg.resources.ranks} and distill.resources.devices="
+            f"{cfg.distill.resources.devices} are both above 1",
             "set one of them to 1",
         )
     shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
@@ -59,9 +60,9 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
         need = 2 * len(rounds) * rounds[0] * cfg.distill.global_batch_size * cfg.distill.seq_length
         yield Problem(
             rules.SEARCH,
-            f"max_tokens={cfg.max_tokens} gives a candidate less than two steps: {len(rounds)} "
-            f"rounds share it, and {rounds[0]} candidates share the first",
-            f"set it to at least {need}, or use fewer candidates",
+            f"max_tokens={cfg.max_tokens} is less than two steps for each candidate: {len(rounds)} "
+            f"rounds share it, and {rounds[0]} candidates share the first round",
+            f"set max_tokens to at least {need}, or use fewer candidates",
         )
     else:
         training = training_of(cfg, rounds, 0)
@@ -73,8 +74,8 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
 def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     """Estimates the cost of all trainings, and of the evaluations after each round.
 
-    Every candidate counts as the largest shape within the budget. If the shapes are not known yet,
-    it counts as the teacher.
+    It assumes that every candidate has the largest shape within the budget, or the teacher's shape
+    if the shapes are not known yet.
     """
     shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
     candidate = next(iter(shapes), chain.teacher)
@@ -95,16 +96,16 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
 
 
 def _unknown_candidates(names: Sequence[str], known: Collection[str]) -> list[str]:
-    """Returns an error message for each name of ``also`` that is no candidate."""
+    """Returns an error message for each name of ``also`` that is not a candidate."""
     return [
-        f"also={name} is no candidate.{did_you_mean(name, known)}"
+        f"invalid also={name}: must be a candidate.{did_you_mean(name, known)}"
         for name in names
         if name not in known
     ]
 
 
 def training_of(cfg: SuccessiveHalvingConfig, rounds: Sequence[int], number: int) -> DistillConfig:
-    """Returns the distillation of one round. Each round has its own order of sequences."""
+    """Returns the settings of one round's distillation. Each round has its own seed."""
     steps = cfg.steps(rounds[number], len(rounds))
     settings = {
         "stage": "distill",
@@ -113,7 +114,7 @@ def training_of(cfg: SuccessiveHalvingConfig, rounds: Sequence[int], number: int
         "warmup_steps": min(cfg.distill.warmup_steps, steps // 5),
         "val_check_interval": steps,
         "checkpoint_interval": max(steps, 1),
-        "stop_at_recovered": None,  # candidates are compared at equal tokens
+        "stop_at_recovered": None,  # all candidates must train on the same number of tokens
     }
     return DistillConfig(**{**vars(cfg.distill), **settings})
 

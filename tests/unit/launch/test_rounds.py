@@ -54,7 +54,7 @@ def test_a_large_reduction_is_advised_to_use_rounds(plan: MakePlan) -> None:
         return [note.fix for note in notes if note.rule.name == "large-reduction"]
 
     [fix] = warned(HALF)
-    assert fix.startswith("rounds=2:")
+    assert "rounds=2" in fix
     assert warned(HALF, "rounds=2") == []
     again = warned("stages.prune.target_num_layers=1", "rounds=2")
     assert again == ["prune less, or raise rounds"]

@@ -1,4 +1,4 @@
-"""The ``check`` functions of the stages, and the contract of every stage module."""
+"""Tests the ``check`` functions of the stages, and properties that every stage must have."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ LAYOUT = {
     "cpu_speed_patches",
     "profile_steps",
 }
-# The launcher judges gates, so another threshold reruns nothing.
+# Further settings that do not change a stage's result. The launcher judges gates.
 OTHER_RESOURCES = {"report": {"gates"}, "prepare_data": {"processes"}}
 TWO_RANKS = Resources(devices=2)
 
@@ -73,7 +73,7 @@ def rules(problems: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_stages_keep_the_contract(name: str, chain: Chain) -> None:
+def test_every_stage_is_consistent(name: str, chain: Chain) -> None:
     stage = load_stage(name)
     assert issubclass(stage.config, StageConfig)
     assert not stage.optional_inputs.keys() & stage.inputs.keys()
@@ -121,7 +121,7 @@ def test_prepare_data_accepts_text(text: str, chain: Chain) -> None:
         ({"seq_length": 1025}, "seq-length", "seq_length=1025"),
     ],
 )
-def test_prepare_data_refuses(
+def test_prepare_data_refuses_invalid_sources_and_splits(
     text: str, chain: Chain, settings: dict[str, Any], rule: str, named: str
 ) -> None:
     settings = {"sources": ["TEXT"], **settings}
@@ -146,17 +146,17 @@ def test_prepare_data_names_splits_without_a_sequence() -> None:
 
 
 @pytest.mark.parametrize("stage", [score, distill, evaluate, cache_logits])
-def test_sequences_are_within_the_models_positions(stage: Any, chain: Chain) -> None:
+def test_sequences_must_fit_the_models_positions(stage: Any, chain: Chain) -> None:
     cfg = stage.STAGE.config(seq_length=1025)
     assert "seq-length" in rules(stage.check(cfg, chain))
 
 
 def prune_errors(cfg: PruneConfig, chain: Chain) -> list[Problem]:
-    """Without the warning that more than a third is pruned at once."""
+    """Returns the problems of a stage ``prune``, without the warning about a large reduction."""
     return [p for p in prune.check(cfg, chain) if p.rule.name != "large-reduction"]
 
 
-def test_prune_reports_each_wrong_target(chain: Chain) -> None:
+def test_prune_reports_each_invalid_target(chain: Chain) -> None:
     good = PruneConfig(target_hidden_size=64, target_ffn_hidden_size=192, target_num_layers=2)
     assert prune_errors(good, chain) == []
     bad = replace(good, target_hidden_size=100, target_ffn_hidden_size=512)
@@ -186,12 +186,12 @@ def test_a_fraction_that_keeps_all_or_nothing_is_refused(
 
 
 def test_pruning_more_than_a_third_at_once_is_warned_of(chain: Chain) -> None:
-    """4 layers of 147,712 parameters, and 65,664 of embeddings and the last norm."""
+    """The teacher has 4 layers of 147,712 parameters."""
     total = chain.teacher.parameters()
     assert list(prune.check(PruneConfig(target_num_layers=3), chain)) == []
     half = one(prune.check(PruneConfig(target_num_layers=2), chain))
-    assert half.what.startswith(f"{2 * 147_712 / total:.0%} ")
-    assert half.fix.startswith("rounds=2:")
+    assert f"{2 * 147_712 / total:.0%} " in half.what
+    assert "rounds=2" in half.fix
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,9 @@ def test_score_measures_the_block_that_is_pruned(
         ({"resources": Resources(devices=4), "pipeline_model_parallel_size": 4}, None),
     ],
 )
-def test_score(chain: Chain, settings: dict[str, Any], rule: str | None) -> None:
+def test_score_checks_ablations_and_ranks(
+    chain: Chain, settings: dict[str, Any], rule: str | None
+) -> None:
     assert rules(score.check(ScoreConfig(**settings), chain)) == ([rule] if rule else [])
 
 
@@ -309,8 +311,8 @@ def test_all_problems_are_listed(
         CacheLogitsConfig: cache_logits.STAGE,
         EvaluateConfig: evaluate.STAGE,
     }
-    found = rules(stages[type(cfg)].problems(cfg, chain))
-    assert found == expected if expected is not None else found
+    broken = rules(stages[type(cfg)].problems(cfg, chain))
+    assert broken == expected if expected is not None else broken
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Held-out text is only for reports: nothing is chosen on it."""
+"""Held-out text is only for reports. No stage may choose anything by it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 
 from launch.planned import load_stage, stage_names
 
-MEASURE = {
+HELDOUT_READERS = {
     "engines/checks.py:compare_engine",
     "engines/quantization.py:_quality",
     "evaluation/text_quality.py:measure",
 }
-"""Functions that read held-out text to report on models."""
+"""Functions that may read held-out text, to measure models."""
 MEASURING_STAGES = {"build_engine", "evaluate", "quantize"}
-MEASURED = {"eval_results", "task_results"}
+HELDOUT_RESULTS = {"eval_results", "task_results"}
 """Types of results on held-out text and benchmarks."""
-SHOWING_STAGES = {"report", "export_hf"}
+REPORTING_STAGES = {"report", "export_hf"}
 READERS = ("read_sequences", "read_tokens", "read_loss_mask", "document_end", "sources_of")
 """Functions that read a split of the text; the name of the split is their second argument."""
 
@@ -41,24 +41,24 @@ def test_only_measuring_functions_read_held_out_text(root: Path) -> None:
                 else:
                     assert isinstance(split, ast.Name), f"{file}:{node.lineno}"
                     assert file.endswith(("token_sequences.py", "data.py")), f"{file}:{node.lineno}"
-    assert readers == MEASURE
+    assert readers == HELDOUT_READERS
 
 
-def test_only_measuring_stages_import_these_functions(root: Path) -> None:
+def test_only_measuring_stages_import_functions_that_read_held_out_text(root: Path) -> None:
     importers = {
         file
         for file, _, function in functions(root)
         for node in ast.walk(function)
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
-        if f"{str(node.module)[8:].replace('.', '/')}.py:{alias.name}" in MEASURE
+        if f"{str(node.module)[8:].replace('.', '/')}.py:{alias.name}" in HELDOUT_READERS
     }
     assert "stages/evaluate.py" in importers
     assert importers <= {f"stages/{stage}.py" for stage in MEASURING_STAGES}
 
 
-def test_only_showing_stages_read_results_on_held_out_text() -> None:
-    for name in set(stage_names()) - SHOWING_STAGES:
+def test_only_reporting_stages_read_results_on_held_out_text() -> None:
+    for name in set(stage_names()) - REPORTING_STAGES:
         stage = load_stage(name)
         inputs = [*stage.inputs.values(), *stage.optional_inputs.values()]
-        assert MEASURED.isdisjoint(kind for kinds in inputs for kind in kinds), name
+        assert HELDOUT_RESULTS.isdisjoint(kind for kinds in inputs for kind in kinds), name

@@ -1,4 +1,4 @@
-"""Preflight of the benchmarks, and how they come into a recipe."""
+"""Checks of ``evaluate_tasks``, the group ``tasks``, and the summary's headline."""
 
 from __future__ import annotations
 
@@ -44,11 +44,13 @@ def rules(chain: Chain, **fields: Any) -> list[str]:
         ({"num_fewshot": {"piqa": 5}}, ["tasks-fewshot"]),
     ],
 )
-def test_tasks_are_checked(chain: Chain, fields: dict[str, Any], expected: list[str]) -> None:
+def test_invalid_tasks_break_a_rule(
+    chain: Chain, fields: dict[str, Any], expected: list[str]
+) -> None:
     assert rules(chain, **fields) == expected
 
 
-def test_the_harness_must_be_installed_in_its_version(
+def test_the_verified_version_of_the_harness_must_be_installed(
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluate_tasks.metadata, "version", lambda name: "0.3.0")
@@ -60,7 +62,7 @@ def test_the_harness_must_be_installed_in_its_version(
     assert 'pip install -e ".[tasks]"' in problem.fix
 
 
-def test_the_harness_is_pinned_to_the_version_that_is_checked_for(root: Path) -> None:
+def test_the_harness_is_pinned_to_the_verified_version(root: Path) -> None:
     extras = tomllib.loads((root / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]

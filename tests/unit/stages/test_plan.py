@@ -1,4 +1,4 @@
-"""The plan's tables, and the rates that it measures."""
+"""Tables of a plan, and the rates that it measures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RATES = TrainingRates(4.0e11, 2.0e11, 3.0e10)
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The user's cache, on a processor without bfloat16."""
+    """Sets an empty cache, and a processor without bfloat16."""
     monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path))
     monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text("model name : One\ncpu MHz : 2000\nflags : avx2\n")
@@ -36,14 +36,14 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_tables_have_a_cell_for_each_column() -> None:
     job = distillation(replace(QWEN, num_layers=24), QWEN)
     costs = {"distill": (job, training_cost(job, H100))}
-    made = tables(costs, H100)
-    assert [t.title.split(",")[0] for t in made][-1] == "Layouts of distill that fit"
-    for table in made:
+    all_tables = tables(costs, H100)
+    assert all_tables[-1].title.startswith("Layouts of distill")
+    for table in all_tables:
         assert table.rows
         assert {len(row) for row in table.rows} == {len(table.columns)}
-    found = figures(costs, H100, from_published_config=True)
-    assert found["device-hours"] == pytest.approx(5826, abs=2)
-    assert found["dollars"] == pytest.approx(3 * found["device-hours"], rel=0.001)
+    totals = figures(costs, H100, from_published_config=True)
+    assert totals["device-hours"] == pytest.approx(5826, abs=2)
+    assert totals["dollars"] == pytest.approx(3 * totals["device-hours"], rel=0.001)
     assert tables({}, H100) == []
 
 
@@ -68,7 +68,7 @@ def test_an_invalid_cache_is_ignored(cache: Path, content: str) -> None:
     assert read_rates(2) is None
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(cache: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_ignored(cache: Path) -> None:
     (cache / RATES_FOLDER).touch()
     write_rates(2, RATES)
     assert read_rates(2) is None
@@ -77,7 +77,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(cache: Path) -> None:
 def test_a_plan_uses_the_measured_rates(
     plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not those of the profile, which are part of its settings."""
+    """The profile's rates, which are settings of the plan, are replaced by the measured ones."""
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setattr(hardware, "LAYER_PASS_SECONDS", 0.0)  # does not depend on the rates
     [planned] = [s for s in plan().stages if s.name == "plan"]
@@ -87,16 +87,16 @@ def test_a_plan_uses_the_measured_rates(
     def result(rates: TrainingRates, **settings: object) -> PlanResult:
         write_rates(3, rates)
         config = replace(planned.config, hardware=planned.config.hardware | settings)  # type: ignore[attr-defined]
-        found = plan_stage.run(config, {}, out).result
-        assert isinstance(found, PlanResult)
-        return found
+        plan_result = plan_stage.run(config, {}, out).result
+        assert isinstance(plan_result, PlanResult)
+        return plan_result
 
-    slow = TrainingRates(*(rate / 100 for rate in asdict(RATES).values()))
-    one, hundred = result(RATES), result(slow)
-    assert one.figures["GFLOP/s in bfloat16"] == 400
-    assert hundred.figures["GFLOP/s in bfloat16"] == 4
+    slow_rates = TrainingRates(*(rate / 100 for rate in asdict(RATES).values()))
+    fast, slow = result(RATES), result(slow_rates)
+    assert fast.figures["GFLOP/s in bfloat16"] == 400
+    assert slow.figures["GFLOP/s in bfloat16"] == 4
     for name in ("distill", "score"):
-        assert hundred.seconds[name] == pytest.approx(100 * one.seconds[name])
-    speeds = [found.tokens_per_second["distill"] for found in (one, hundred)]
+        assert slow.seconds[name] == pytest.approx(100 * fast.seconds[name])
+    speeds = [each.tokens_per_second["distill"] for each in (fast, slow)]
     assert speeds[0] == pytest.approx(100 * speeds[1])
-    assert result(slow, measure=False).figures != hundred.figures
+    assert result(slow_rates, measure=False).figures != slow.figures
