@@ -1,5 +1,5 @@
-# Images for cluster=docker and cluster=slurm. They hold dependencies: the checkout is mounted, so
-# the code that was fingerprinted is the code that runs.
+# Images for cluster=docker and cluster=slurm. They hold dependencies: the code is in the
+# run directory, which is mounted.
 #   docker build --target recipes --tag nemo-recipes:0.1.0 .
 #   docker build --target engine --tag nemo-recipes-engine:0.1.0 .
 # For Pyxis: enroot import dockerd://nemo-recipes:0.1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -32,11 +33,14 @@ class Cluster:
 
 
 def stage_variables(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
-    """Variables that a stage gets on every cluster: for its layout, and the user's."""
+    """Variables that a stage gets on every cluster: for its code, its layout, and the user's."""
     connections = stage.chain.hardware.cuda_device_max_connections
     training = getattr(stage.config, "distill", stage.config)  # of a search: of its candidates
     sizes = ("tensor_model_parallel_size", "context_parallel_size")
     split = max(getattr(training, size, 1) for size in sizes) > 1
     ordered = split and connections is not None  # kernels must start in the order of their calls
     layout = {"CUDA_DEVICE_MAX_CONNECTIONS": str(connections)} if ordered else {}
-    return {**layout, **cluster.env, **stage.config.resources.env}
+    variables = {**layout, **cluster.env, **stage.config.resources.env}
+    path = filter(None, [str(stage.code_dir), variables.get("PYTHONPATH")])
+    # Python would otherwise look for modules in the working directory, often the checkout, first.
+    return {**variables, "PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}

@@ -16,7 +16,9 @@ from recipes.core.files import REPO_ROOT
 from recipes.core.fingerprint import module_of, result_settings
 from recipes.core.manifest import WORK, Manifest, read_manifest
 from recipes.core.run_state import InputRef, Request, StageState, Status, stage_state
+from recipes.core.snapshot import code_hash, snapshot_dir
 from recipes.core.stage import StageConfig
+from recipes.core.versions import git_sha
 from recipes.planning.chain import Chain
 from recipes.planning.workload import Workload
 from recipes.stages.contract import Stage
@@ -84,10 +86,24 @@ class PlannedStage:
         """Reads its state; a result with another fingerprint does not make it complete."""
         return stage_state(self.directory, self.fingerprint)
 
+    @property
+    def code_dir(self) -> Path:
+        """The snapshot of the code that its process runs."""
+        return snapshot_dir(self.directory.parent)
+
     def request(self) -> Request:
-        """Returns the request that its process is started with."""
-        config = asdict(self.config)
-        return Request(self.name, self.fingerprint, self.code, self.inputs, config, self.libraries)
+        """Returns the request that its process is, or was, started with."""
+        result = self.result if self.action == SKIP else None
+        return Request(
+            name=self.name,
+            fingerprint=self.fingerprint,
+            code=self.code,
+            inputs=self.inputs,
+            config=asdict(self.config),
+            libraries=self.libraries,
+            snapshot=result.snapshot if result else code_hash(),
+            git_sha=result.git_sha if result else git_sha(),
+        )
 
 
 def stage_names() -> list[str]:

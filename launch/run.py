@@ -63,8 +63,14 @@ from launch.sweep import require_separate_results
 from launch.trackers import Tracker, open_tracker, require_tracker, tracked_run
 from recipes.core.errors import RecipeError
 from recipes.core.files import explain_storage_errors, remove_partial
-from recipes.core.run_state import LastPlan, discard_work, read_last_plan
+from recipes.core.run_state import (
+    LastPlan,
+    discard_work,
+    read_last_plan,
+    remove_unused_snapshots,
+)
 from recipes.core.screen import screen
+from recipes.core.snapshot import write_snapshot
 
 console = screen()
 
@@ -181,6 +187,8 @@ def _recorded(plan: Plan, before: LastPlan, dry_run: bool) -> Iterator[lock.SetS
     with explain_storage_errors(plan.run_dir):
         plan.run_dir.mkdir(parents=True, exist_ok=True)
         with lock.acquire(plan.run_dir) as set_stage:
+            if starts:
+                write_snapshot(plan.run_dir)
             for stage in plan.stages:
                 if stage in plan.todo() or before.stages.get(stage.name) != stage.fingerprint:
                     stage.request().write(stage.directory)
@@ -190,7 +198,10 @@ def _recorded(plan: Plan, before: LastPlan, dry_run: bool) -> Iterator[lock.SetS
                     discard_work(folder)
                 for folder in (plan.run_dir, *(stage.directory for stage in plan.todo())):
                     remove_partial(folder)
-            yield set_stage if starts else None
+            try:
+                yield set_stage if starts else None
+            finally:
+                remove_unused_snapshots(plan.run_dir)
 
 
 def cli() -> int:

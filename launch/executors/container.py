@@ -14,7 +14,6 @@ from launch.cluster import Cluster, stage_variables
 from launch.plan import Plan
 from launch.planned import PlannedStage, stage_names
 from recipes.core.errors import RecipeError, require_known
-from recipes.core.files import REPO_ROOT
 from recipes.core.wheels import cache_dir
 
 DEFAULT = "default"
@@ -65,10 +64,10 @@ def require_stages(setting: str, names: Iterable[str], *others: str) -> None:
 def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
     """Returns the mounts of all paths that a stage reads or writes, parents first.
 
-    Writable are the checkout, the current directory (where relative paths start), the run and the
-    cache. Inputs from other runs and the user's files are read-only.
+    Writable are the current directory, where relative paths start, the run, which contains the
+    code, and the cache. Inputs from other runs and the user's files are read-only.
     """
-    writable = {REPO_ROOT, Path.cwd(), stage.directory.parent, cache_dir().absolute()}
+    writable = {Path.cwd(), stage.directory.parent, cache_dir().absolute()}
     external = stage.stage.external(stage.config)
     readable = {ref.directory for ref in stage.inputs.values()} | {
         path.absolute() for path in external.values()
@@ -87,7 +86,6 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
 def environment(cluster: Containers, stage: PlannedStage) -> dict[str, str]:
     """Returns the variables of a stage in a container: its paths, and the user's own."""
     return {
-        "PYTHONPATH": str(REPO_ROOT),
         "NEMO_RECIPES_CACHE": str(cache_dir().absolute()),
         **stage_variables(stage, cluster),
     }

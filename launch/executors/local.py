@@ -18,7 +18,7 @@ from launch.plan import Plan
 from launch.planned import PlannedStage
 from launch.progress import Follower
 from recipes.core.errors import RecipeError
-from recipes.core.files import REPO_ROOT, write_text_atomically
+from recipes.core.files import write_text_atomically
 from recipes.core.fingerprint import WORKER
 from recipes.core.fork_server import fork_module, fork_server, watch_child
 from recipes.core.processes import cores
@@ -85,12 +85,13 @@ def environment(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
     devices = stage.config.resources.devices
     # The launcher may itself run as a rank of a job. Its stages must not inherit that rank.
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} if devices == 1 else {}
-    path = filter(None, [str(REPO_ROOT), os.environ.get("PYTHONPATH")])
+    own = stage_variables(stage, cluster)
+    path = filter(None, [own["PYTHONPATH"], os.environ.get("PYTHONPATH")])
     return {
-        "PYTHONPATH": os.pathsep.join(path),
         "OMP_NUM_THREADS": str(max(1, cores() // stage.devices)),
         **alone,
-        **stage_variables(stage, cluster),
+        **own,
+        "PYTHONPATH": os.pathsep.join(path),
     }
 
 

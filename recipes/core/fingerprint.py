@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from recipes.core.files import REPO_ROOT, sha256_of
+from recipes.core.snapshot import source_files
 
-FIRST_PARTY = ("recipes", "nemo_convert")
 WORKER = "recipes.core.worker"
 """Main module of every stage's process."""
 BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
@@ -107,12 +107,12 @@ def _read_module(root: Path, module: str) -> tuple[str, frozenset[str]]:
     path = _path_of(root, module)
     if path is None:
         raise ValueError(f"there is no module {module} in {root}")
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = ast.parse(source_files(root)[path])
     imports = frozenset(name for name in _imports(path, tree) if _path_of(root, name))
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports
 
 
-def _imports(path: Path, tree: ast.Module) -> Iterator[str]:
+def _imports(path: str, tree: ast.Module) -> Iterator[str]:
     for node in _counted_statements(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -137,13 +137,10 @@ def _counted_statements(tree: ast.Module) -> Iterator[ast.AST]:
                 nodes += statements
 
 
-def _path_of(root: Path, module: str) -> Path | None:
+def _path_of(root: Path, module: str) -> str | None:
     """Returns the file of a first-party module; ``None`` for anything else."""
-    first, *rest = module.split(".")
-    base = root.joinpath(first, *rest)
-    if first not in FIRST_PARTY:
-        return None
-    return next((p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()), None)
+    base = module.replace(".", "/")
+    return next((p for p in (f"{base}.py", f"{base}/__init__.py") if p in source_files(root)), None)
 
 
 def _is_ignored(statement: ast.AST) -> bool:

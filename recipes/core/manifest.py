@@ -73,6 +73,9 @@ class Manifest:
     """Versions in the fingerprint; ``versions`` has those of the stage's process."""
     versions: dict[str, str] = field(default_factory=dict)
     git_sha: str | None = None
+    """Commit of the checkout that the snapshot is from."""
+    snapshot: str | None = None
+    """Hash of the code that ran: a folder of ``code/`` in the run directory."""
     files: dict[str, FileStamp] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     """The result as plain data; ``result`` returns it as a dataclass."""

@@ -28,6 +28,7 @@ from recipes.core.manifest import (
     write_manifest,
 )
 from recipes.core.metrics import METRICS, Record, read_records
+from recipes.core.snapshot import CODE
 from recipes.core.stage import StageConfig
 from recipes.core.versions import result_versions
 from recipes.core.watchdog import STACKS, hang_error
@@ -74,6 +75,10 @@ class Request:
     config: Mapping[str, Any]
     libraries: Mapping[str, str] = field(default_factory=dict)
     """Versions in the fingerprint."""
+    snapshot: str | None = None
+    """Hash of the snapshot that its process runs; ``None`` if another stage starts it."""
+    git_sha: str | None = None
+    """Commit of the checkout that the snapshot is from."""
 
     def write(self, stage_dir: Path) -> Path:
         """Writes the request and returns its file."""
@@ -232,6 +237,23 @@ def stage_states(run_dir: Path, also: Collection[str] = ()) -> dict[str, StageSt
     names = [n for n in planned if n in folders] + [n for n in folders if n not in planned]
     states = {name: stage_state(run_dir / name, planned.get(name)) for name in names}
     return {n: s for n, s in states.items() if n in planned or n in also or s.started}
+
+
+def remove_unused_snapshots(run_dir: Path) -> None:
+    """Deletes snapshots that no request, result or unfinished work of a run refers to.
+
+    The caller holds the run's lock.
+    """
+    snapshots = list((run_dir / CODE).glob("*"))
+    if len(snapshots) < 2:
+        return
+    folders = [file.parent for file in run_dir.glob(f"*/{REQUEST}")]
+    used = {read_request(folder).snapshot for folder in folders}
+    for state in map(stage_state, folders):
+        used |= {manifest.snapshot for manifest in (state.result, state.begun) if manifest}
+    for snapshot in snapshots:
+        if snapshot.name not in used:
+            shutil.rmtree(snapshot)
 
 
 def begin_work(stage_dir: Path, begun: Manifest) -> None:

@@ -93,6 +93,7 @@ def installed_versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], **found}
 
 
+@cache
 def git_sha() -> str | None:
     """Returns the commit of this checkout, with a suffix if there are local changes."""
     command = ["git", "-C", str(REPO_ROOT), "describe", "--always", "--dirty", "--abbrev=40"]

@@ -35,6 +35,7 @@ from recipes.core.run_state import (
     read_request,
     record_failure,
 )
+from recipes.core.snapshot import require_snapshot
 from recipes.core.stage import (
     Input,
     Inputs,
@@ -43,7 +44,7 @@ from recipes.core.stage import (
     rank,
     world_size,
 )
-from recipes.core.versions import git_sha, installed_versions
+from recipes.core.versions import installed_versions
 from recipes.core.watchdog import watch_for_hangs
 
 if TYPE_CHECKING:
@@ -122,13 +123,16 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
         config=dict(request.config),
         code=request.code,
         libraries=dict(request.libraries),
+        git_sha=request.git_sha,
+        snapshot=request.snapshot,
         inputs={name: ref.fingerprint for name, ref in request.inputs.items()},
         started_at=datetime.now(UTC).isoformat(timespec="microseconds"),
     )
     out, store = stage_dir / WORK / ARTIFACT, _shared_store()
     with _rank_0_first(store, "work and inputs"):
         if rank() == 0:
-            manifest = replace(manifest, versions=installed_versions(), git_sha=git_sha())
+            require_snapshot(request.snapshot)
+            manifest = replace(manifest, versions=installed_versions())
             begin_work(stage_dir, manifest)
         inputs = {name: _checked(ref) for name, ref in request.inputs.items()}
     with watch_for_hangs(cfg.resources.hang_timeout, out.parent, rank()):

@@ -64,7 +64,8 @@ def differences(expected: Path, found: Path) -> list[str]:
 
 def _paths(run_dir: Path) -> set[str]:
     every = (path.relative_to(run_dir) for path in run_dir.rglob("*"))
-    return {str(path) for path in every if path.parts[1:2] != ("logs",)}
+    files = (path for path in every if "__pycache__" not in path.parts)  # of the snapshot
+    return {str(path) for path in files if path.parts[1:2] != ("logs",)}
 
 
 def _stage_differences(expected: Path, found: Path, stage: str) -> Iterator[str]:

@@ -22,8 +22,11 @@ from nemo_convert.convert import hf_weights
 from nemo_convert.nemo import find_checkpoint
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest
 from recipes.core.metrics import METRICS, steps_of
+from recipes.core.snapshot import CODE
 from tests.slurm.cluster import Cluster, run, wait_for
 from tests.slurm.conftest import SECRET, STEPS, Run
+from tests.support.contributing import copy_with
+from tests.support.contributing import run as run_copy
 from tests.support.in_process import run_in_process, run_successfully
 from tests.support.launcher import Result
 from tests.support.runs import STAGES as ALL
@@ -108,6 +111,36 @@ def test_training_that_reached_its_limit_twice_has_the_same_weights(
     expected, found = weights(undisturbed), weights(chain.directory)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_edits_after_submission_and_between_requeues_change_nothing(
+    tiny_chain: tuple[Run, Result], tmp_path: Path
+) -> None:
+    """Each start of the job has time for one step, and the checkout is edited before each."""
+    original, _ = tiny_chain
+    chain = original.copy_without(tmp_path, *UNTRAINED)
+    checkout = copy_with(tmp_path / "checkout")
+    clock = ("cluster.time=00:10:00", "cluster.margin_seconds=599", "only=[distill]")
+    words = (*chain.words(), *clock, "stages.distill.resources.devices=1")
+    held = "cluster.sbatch=[--hold]"
+    submitted = run_copy(checkout, "launch/run.py", *words, held, "skip_rules=[cluster-hardware]")
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    [snapshot] = (chain.directory / CODE).iterdir()
+    job = read_jobs(chain.directory)["distill"]
+    for restarts, module in enumerate(("core/worker", "distillation/training", "stages/distill")):
+        wait_for(
+            lambda count=restarts: f"Restarts={count} " in run("scontrol", "show", "job", job.id),
+            300,
+        )
+        file = checkout / "recipes" / f"{module}.py"
+        file.write_text("raise SystemExit('edited')\n" + file.read_text())
+        if restarts == 0:
+            run("scontrol", "release", job.id)
+    wait_for(lambda: states(chain)["distill"] == "complete", 300)
+    distill = read_manifest(chain.directory / "distill")
+    assert distill is not None
+    assert distill.snapshot == snapshot.name
+    assert job_log(chain, "distill").count("stopped by the clock; requeue") == STEPS - 1
 
 
 def trained_locally(original: Run, folder: Path) -> Path:

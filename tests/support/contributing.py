@@ -13,7 +13,7 @@ from pathlib import Path
 from recipes.core.files import REPO_ROOT
 
 TEXT = (REPO_ROOT / "CONTRIBUTING.md").read_text()
-PARTS = ("conf", "launch", "nemo_convert", "recipes")
+PARTS = ("conf", "launch", "nemo_convert", "recipes", "requirements")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, MANIFEST, WORK
 from recipes.core.metrics import METRICS, steps_of
 from recipes.core.run_state import BEGUN
+from recipes.core.snapshot import CODE
 from recipes.core.stage import Input
 from recipes.distillation.training import initial_kl_fraction
 from recipes.engines.backends import model_folder
@@ -115,6 +116,8 @@ def test_manifests_are_complete(tiny_run: Path) -> None:
         assert manifest.files
         assert {"torch", "megatron-core", "nvidia-modelopt"} <= manifest.versions.keys()
         assert not (tiny_run / stage / "work").exists()
+        [code] = (tiny_run / CODE).iterdir()
+        assert manifest.snapshot == code.name
 
 
 def test_secrets_reach_no_file(tiny_run: Path) -> None:

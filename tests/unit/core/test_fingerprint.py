@@ -17,6 +17,7 @@ from recipes.core.fingerprint import (
     result_settings,
     stage_fingerprint,
 )
+from recipes.core.snapshot import source_files
 from recipes.core.stage import Resources
 from recipes.core.versions import result_versions
 from recipes.distillation.settings import DistillConfig
@@ -47,6 +48,7 @@ def forget() -> None:
     """Clears the caches of source code."""
     fingerprint.code_fingerprint.cache_clear()
     fingerprint._read_module.cache_clear()
+    source_files.cache_clear()
 
 
 @pytest.fixture

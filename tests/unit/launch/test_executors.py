@@ -296,17 +296,16 @@ def test_docker_command_is_exact(prepared: Prepared, tmp_path: Path) -> None:
     )
     stage = stage_named(made, "distill")
     words = [word for group in docker.command(stage, cluster) for word in group]
-    repo, cache = str(REPO_ROOT), f"{tmp_path}/cache"
-    mounts = {path: "" for path in (repo, cache, f"{tmp_path}/home", f"{tmp_path}/run")}
+    cache = f"{tmp_path}/cache"
+    mounts = {path: "" for path in (cache, f"{tmp_path}/home", f"{tmp_path}/run")}
     mounts["/usr/share"] = ":ro"
     assert words == [
         *("docker", "run", "--rm", f"--name={docker.container_name(stage)}", "--gpus=all"),
         *("--ipc=host", "--ulimit=memlock=-1", "--ulimit=stack=67108864"),
         *(f"--user={os.getuid()}:{os.getgid()}", f"--workdir={tmp_path}/home"),
         *(f"--volume={path}:{path}{mounts[path]}" for path in sorted(mounts)),
-        *(f"--env=PYTHONPATH={repo}", "--env=OMP_NUM_THREADS=8"),
-        "--env=TOKENIZERS_PARALLELISM=false",
-        "--env=NCCL_DEBUG=INFO",
+        *("--env=OMP_NUM_THREADS=8", "--env=TOKENIZERS_PARALLELISM=false", "--env=NCCL_DEBUG=INFO"),
+        *(f"--env=PYTHONPATH={stage.code_dir}", "--env=PYTHONSAFEPATH=1"),
         *(f"--env=HOME={cache}", "--env=USER=nemo-recipes"),
         f"--env=TORCHINDUCTOR_CACHE_DIR={cache}/torchinductor",
         f"--env=NEMO_RECIPES_CACHE={cache}",

@@ -133,11 +133,12 @@ def test_only_several_ranks_are_started_by_torchrun(
 
 
 def test_environment_has_the_users_variables_and_divides_the_cores(
-    stage: PlannedStage, root: Path, monkeypatch: pytest.MonkeyPatch
+    stage: PlannedStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", "/mine")
     assert environment(stage, FROM_CLUSTER="c", BOTH="cluster") == {
-        "PYTHONPATH": f"{root}{os.pathsep}/mine",
+        "PYTHONPATH": f"{stage.code_dir}{os.pathsep}/mine",
+        "PYTHONSAFEPATH": "1",
         "OMP_NUM_THREADS": str(max(1, cores() // 2)),
         "FROM_CLUSTER": "c",
         "FROM_STAGE": "s",
@@ -146,7 +147,11 @@ def test_environment_has_the_users_variables_and_divides_the_cores(
     assert environment(stage, OMP_NUM_THREADS="3")["OMP_NUM_THREADS"] == "3"
     monkeypatch.delenv("PYTHONPATH")
     many = environment(with_resources(stage, devices=4096))
-    assert many == {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    assert many == {
+        "PYTHONPATH": str(stage.code_dir),
+        "PYTHONSAFEPATH": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
     try:

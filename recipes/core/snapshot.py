@@ -1,0 +1,87 @@
+"""Copies of the first-party code in a run: the code that was fingerprinted is the code that runs.
+
+A launcher reads the code once and uses the same bytes for fingerprints and for the copy, so an edit
+in between changes nothing. Torch-free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from recipes.core.errors import RecipeError
+from recipes.core.files import REPO_ROOT
+
+CODE = "code"
+"""Folder in a run directory with the snapshots, each in a folder named by its hash."""
+PACKAGES = ("recipes", "nemo_convert")
+"""First-party packages that stages import."""
+LOCKS = ("requirements/stack.txt", "requirements/torch.txt")
+"""Files outside the packages that stages read."""
+
+
+def read_source(root: Path) -> Mapping[str, bytes]:
+    """Returns the content of each file of the code below a checkout or a snapshot."""
+    paths = [path for package in PACKAGES for path in (root / package).rglob("*")]
+    files = [path for path in (*paths, *(root / lock for lock in LOCKS)) if path.is_file()]
+    names = {path.relative_to(root): path for path in sorted(files)}
+    return {
+        name.as_posix(): path.read_bytes()
+        for name, path in names.items()
+        if not any(part.startswith((".", "__pycache__")) for part in name.parts)
+    }
+
+
+source_files = cache(read_source)
+"""Reads the code below a folder once in a process."""
+
+
+def hash_source(files: Mapping[str, bytes]) -> str:
+    """Returns one SHA-256 of names and contents."""
+    total = hashlib.sha256()
+    for name, content in files.items():
+        total.update(f"{name} {hashlib.sha256(content).hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+@cache
+def code_hash() -> str:
+    """Returns the hash of this process's code."""
+    return hash_source(source_files(REPO_ROOT))
+
+
+def snapshot_dir(run_dir: Path) -> Path:
+    """Returns the folder of this process's code in a run."""
+    return run_dir / CODE / code_hash()
+
+
+def write_snapshot(run_dir: Path) -> None:
+    """Stores this process's code in a run, unless it is there. The caller holds the run's lock."""
+    target = snapshot_dir(run_dir)
+    if target.is_dir() and hash_source(read_source(target)) == target.name:
+        return
+    partial = target.with_suffix(".partial")  # a kill leaves it; the next launch deletes it
+    for folder in (partial, target):
+        shutil.rmtree(folder, ignore_errors=True)
+    for name, content in source_files(REPO_ROOT).items():
+        file = partial / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+        file.chmod(0o444)
+    partial.rename(target)
+
+
+def require_snapshot(code: str | None) -> None:
+    """Refuses to run a stage with other code than it was planned with.
+
+    Args:
+        code: Hash of the code; ``None`` for a stage that another stage starts from its own code.
+    """
+    if code is not None and hash_source(read_source(REPO_ROOT)) != code:
+        raise RecipeError(
+            f"the code in {REPO_ROOT} is not the code that this stage was planned with.",
+            "the same command of launch/run.py stores it again",
+        )

@@ -1,0 +1,84 @@
+"""Stages run the code that they were planned with; real processes, in a copied checkout."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from recipes.core.manifest import Manifest
+from recipes.core.snapshot import CODE
+from tests.support.contributing import copy_with, run
+from tests.support.runs import manifest_of
+from tests.unit.conftest import RECIPE
+
+BROKEN = "\nraise SystemExit('edited')\n"
+HARMLESS = "\nEDITED = True\n"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    return copy_with(tmp_path / "checkout")
+
+
+def launch(checkout: Path, *words: str, status: int = 0) -> Path:
+    """Runs the stage ``plan``; returns the run's directory."""
+    done = run(checkout, "launch/run.py", RECIPE, "only=[plan]", "skip_rules=[disk]", *words)
+    assert done.returncode == status, done.stdout + done.stderr
+    return checkout / "runs" / "llama_width_prune"
+
+
+def edit(folder: Path, text: str, module: str = "stages/plan") -> None:
+    file = folder / "recipes" / f"{module}.py"
+    content = file.read_text()
+    file.unlink()
+    file.write_text(content + text)
+
+
+def snapshots(run_dir: Path) -> list[str]:
+    return [folder.name for folder in (run_dir / CODE).iterdir()]
+
+
+def result(run_dir: Path) -> Manifest:
+    return manifest_of(run_dir, "plan")
+
+
+def test_edit_after_the_plan_changes_nothing(checkout: Path) -> None:
+    """Neither the checkout as working directory nor the user's PYTHONPATH comes first."""
+    run_dir = launch(checkout, "dry_run=true")
+    [planned] = snapshots(run_dir)
+    for module in ("stages/plan", "core/worker", "__init__"):
+        edit(checkout, BROKEN, module)
+    subprocess.run([run_dir / "plan" / "run.sh"], env={"PYTHONPATH": str(checkout)}, check=True)
+    assert result(run_dir).snapshot == planned
+
+
+def test_changed_code_takes_a_new_snapshot_and_the_old_one_is_removed(checkout: Path) -> None:
+    run_dir = launch(checkout)
+    before = result(run_dir)
+    (run_dir / CODE / "killed.partial" / "recipes").mkdir(parents=True)
+    edit(checkout, HARMLESS, "report/plots")  # the stage does not import it
+    launch(checkout)
+    assert result(run_dir) == before
+    edit(checkout, HARMLESS)
+    launch(checkout, "dry_run=true")
+    assert set(snapshots(run_dir)) > {before.snapshot}, "the result's snapshot stays"
+    launch(checkout)
+    after = result(run_dir)
+    assert after.snapshot != before.snapshot
+    assert snapshots(run_dir) == [after.snapshot]
+
+
+def test_edited_snapshot_is_refused_and_the_same_command_restores_it(checkout: Path) -> None:
+    run_dir = launch(checkout, "dry_run=true")
+    [planned] = snapshots(run_dir)
+    edit(run_dir / CODE / planned, HARMLESS)
+    done = subprocess.run(
+        [run_dir / "plan" / "run.sh"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "is not the code that this stage was planned with" in done.stderr
+    assert not (run_dir / "plan" / "manifest.json").exists()
+    launch(checkout)
+    assert result(run_dir).snapshot == planned
