@@ -5,13 +5,14 @@ from __future__ import annotations
 import graphlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.accept import accept_result, new_acceptances, require_confirmed
 from launch.hydra_errors import fix_of
 from launch.machine import chain_of, cluster_problems, mpi_problems
 from launch.planned import (
@@ -27,7 +28,7 @@ from launch.settings import RunSettings
 from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError, did_you_mean, require_known
 from recipes.core.fingerprint import external_stamp
-from recipes.core.manifest import check_artifact
+from recipes.core.manifest import Acceptance, check_artifact
 from recipes.core.run_state import InputRef, request_of
 from recipes.core.stage import StageConfig
 from recipes.planning import rules
@@ -51,6 +52,8 @@ class Plan:
     notes: tuple[Problem, ...] = ()
     """Warnings, and errors of skipped rules."""
     gates: tuple[Gate, ...] = ()
+    acceptances: Mapping[Path, Acceptance | None] = field(default_factory=dict)
+    """Acceptances of stale results to record, by stage directory."""
 
     def todo(self) -> list[PlannedStage]:
         """Returns the stages that will be started, in order."""
@@ -62,7 +65,7 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     hf_path = settings.hf_path  # first: raises a clearer error than the stages if it is missing
     configs = typed_stages(cfg)
     only = None if settings.only is None else known_stages(settings.only, configs, "only")
-    force = known_stages(settings.force, configs, "force")
+    force, accept = _forced_and_accepted(settings, configs)
     order = stage_order(configs)
     configs = {name: configs[name] for name in order}
     chain = with_shapes(chain_of(cfg, hf_path, configs, run_dir), order)
@@ -77,18 +80,25 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     needed = {*selected, *(s for name in selected for s in configs[name].inputs.values())}
     planned: dict[str, PlannedStage] = {}
     for name in order:
-        stage = _plan_stage(name, configs[name], run_dir / name, planned, force, chain)
+        stage = _plan_stage(run_dir / name, configs[name], planned, chain)
+        action, reason = choose_action(stage, forced=name in force, selected=name in selected)
+        stage = replace(stage, action=action, reason=reason)
+        if name not in force:
+            stage = accept_result(stage, named=name in accept)
         if name in needed and stage.action == SKIP:
             check_artifact(stage.directory, rehash=False)  # refuses files edited since
         if name in selected and name not in force:
             require_no_lost_work(stage)
         if name in needed and name not in selected and stage.action != SKIP:
             raise RecipeError(
-                f"only=[…] excludes {name}, but its result is needed and missing ({stage.reason}).",
-                f"add {name} to only, or run the whole chain",
+                f"only=[…] excludes {name}, but its result is needed, and missing or stale "
+                f"({stage.reason}).",
+                f"add {name} to only, run the whole chain, or keep a stale result: accept=[{name}]",
             )
         planned[name] = stage
-    plan = Plan(run_dir, chain, tuple(planned[name] for name in selected), notes, gates)
+    stages = tuple(planned[name] for name in selected)
+    require_confirmed(stages, force, settings.confirm_above)
+    plan = Plan(run_dir, chain, stages, notes, gates, new_acceptances(planned.values()))
     return replace(plan, notes=notes + require_none(_disk_problems(plan), settings.skip_rules))
 
 
@@ -228,6 +238,18 @@ def known_stages(names: Iterable[str], configs: Mapping[str, StageConfig], where
     return set(names)
 
 
+def _forced_and_accepted(
+    settings: RunSettings, configs: Mapping[str, StageConfig]
+) -> tuple[set[str], set[str]]:
+    force = known_stages(settings.force, configs, "force")
+    accept = known_stages(settings.accept, configs, "accept")
+    if both := sorted(force & accept):
+        raise RecipeError(
+            f"force and accept both name {', '.join(both)}.", "name it in one of them"
+        )
+    return force, accept
+
+
 def stage_order(configs: Mapping[str, StageConfig]) -> list[str]:
     """Returns the stage names, each after its inputs; refuses unknown inputs and cycles."""
     graph: dict[str, set[str]] = {}
@@ -254,14 +276,12 @@ def stage_order(configs: Mapping[str, StageConfig]) -> list[str]:
 
 
 def _plan_stage(
-    name: str,
-    config: StageConfig,
-    directory: Path,
-    planned: Mapping[str, PlannedStage],
-    force: set[str],
-    chain: Chain,
+    directory: Path, config: StageConfig, planned: Mapping[str, PlannedStage], chain: Chain
 ) -> PlannedStage:
-    spec = stage_of(config)
+    """Returns a stage as if it were complete."""
+    name, spec = directory.name, stage_of(config)
+    upstream = [planned[s] for s in config.inputs.values() if s in planned]
+    kept = {name: why for stage in upstream for name, why in stage.kept.items()}
     request = request_of(
         name,
         config,
@@ -270,7 +290,7 @@ def _plan_stage(
         external={key: external_stamp(path) for key, path in spec.external(config).items()},
         in_image=bool(chain.image_of(config.stage)),
     )
-    stage = PlannedStage(
+    return PlannedStage(
         name=name,
         directory=directory,
         config=config,
@@ -280,12 +300,10 @@ def _plan_stage(
         fingerprint=request.fingerprint,
         action=SKIP,
         reason="complete",
+        rerun=tuple(other.name for other in upstream if other.action != SKIP),
+        kept=kept,
         chain=chain,
     )
-    upstream = [planned[s] for s in config.inputs.values() if s in planned]
-    rerun = [other.name for other in upstream if other.action != SKIP]
-    action, reason = choose_action(stage, rerun, forced=name in force)
-    return replace(stage, action=action, reason=reason)
 
 
 def _resolve_inputs(

@@ -14,7 +14,7 @@ from typing import Any
 from recipes.core.errors import RecipeError, require_known
 from recipes.core.files import REPO_ROOT
 from recipes.core.fingerprint import module_of, result_settings
-from recipes.core.manifest import WORK, Manifest, read_manifest
+from recipes.core.manifest import WORK, Acceptance, Manifest, read_manifest
 from recipes.core.run_state import InputRef, Request, StageState, Status, stage_state
 from recipes.core.snapshot import code_hash, snapshot_dir
 from recipes.core.stage import StageConfig
@@ -45,6 +45,12 @@ class PlannedStage:
     """``RUN``, ``RESUME``, ``SKIP`` or ``ADOPT``."""
     reason: str
     chain: Chain = field(repr=False, compare=False)
+    rerun: tuple[str, ...] = ()
+    """Stages among its inputs that run before it."""
+    accepted: Acceptance | None = None
+    """Why its stale result is kept."""
+    kept: Mapping[str, list[str]] = field(default_factory=dict)
+    """Why stale results are kept, by stage: its own and those that it depends on."""
 
     @property
     def stage(self) -> Stage[Any]:
@@ -101,6 +107,7 @@ class PlannedStage:
             inputs=self.inputs,
             config=asdict(self.config),
             libraries=self.libraries,
+            kept=self.kept,
             snapshot=result.snapshot if result else code_hash(),
             git_sha=result.git_sha if result else git_sha(),
         )
@@ -124,7 +131,7 @@ def load_stage(name: str) -> Stage[Any]:
     return stage
 
 
-def choose_action(stage: PlannedStage, rerun: list[str], *, forced: bool) -> tuple[str, str]:
+def choose_action(stage: PlannedStage, *, forced: bool, selected: bool) -> tuple[str, str]:
     """Returns what to do with a stage, and why.
 
     Unfinished work with the stage's fingerprint is resumed even if the stage is forced: the command
@@ -132,10 +139,12 @@ def choose_action(stage: PlannedStage, rerun: list[str], *, forced: bool) -> tup
 
     Args:
         stage: The stage, whose own action is not known yet.
-        rerun: Stages among its inputs that run before it.
         forced: Whether ``force`` names the stage.
+        selected: Whether it runs in this plan, so that it can cite new acceptances.
     """
-    reason = "forced" if forced else _reason_to_run(stage, rerun)
+    reason = "forced" if forced else _reason_to_run(stage)
+    if reason is None and selected and stage.stage.cites_manifests and _cites_others(stage):
+        reason = "other results were accepted"
     if reason is None:
         return SKIP, "complete"
     begun = stage.state().begun
@@ -151,21 +160,26 @@ def require_no_lost_work(stage: PlannedStage) -> None:
     if stage.action != RUN or begun is None or progress is None:
         return
     fields, others = _changes(stage, begun)
-    changed = [f"{key} changed {old} → {new}" for key, (old, new) in fields.items()]
-    changed += [f"its {what} changed" for what in others]
     old_values = [
         f"stages.{stage.name}.{key}={old if isinstance(old, str) else json.dumps(old)}"
         for key, (old, _) in fields.items()
     ]
     raise RecipeError(
-        f"{stage.name} was interrupted at {progress}, and since then {', '.join(changed)} "
+        f"{stage.name} was interrupted at {progress}, and since then "
+        f"{', '.join(changes(stage, begun))} "
         "(it resumes only with the settings, inputs and code that it was started with).",
         f"{'undo that' if others else f'set {shlex.join(old_values)}'} to resume, "
         f"or force=[{stage.name}] to start over",
     )
 
 
-def _reason_to_run(stage: PlannedStage, rerun: list[str]) -> str | None:
+def _cites_others(stage: PlannedStage) -> bool:
+    """Whether other stale results are accepted than when the stage's result was written."""
+    manifest = read_manifest(stage.directory)
+    return manifest is not None and manifest.kept != stage.kept
+
+
+def _reason_to_run(stage: PlannedStage) -> str | None:
     manifest = read_manifest(stage.directory)
     if manifest is None:
         return "not run yet"
@@ -178,8 +192,8 @@ def _reason_to_run(stage: PlannedStage, rerun: list[str]) -> str | None:
         if len(reason) > REASON_CHARACTERS:
             reason = f"{key} changed"
         return reason if len(fields) == 1 else f"{reason} and {len(fields) - 1} more"
-    if rerun:
-        return f"after {', '.join(rerun)}"
+    if stage.rerun:
+        return f"after {', '.join(stage.rerun)}"
     # An input may have been computed again with the same fingerprint, but other content.
     replaced = [
         name
@@ -188,6 +202,13 @@ def _reason_to_run(stage: PlannedStage, rerun: list[str]) -> str | None:
         and manifest.input_content.get(name) not in (None, new.content())
     ]
     return f"input {', '.join(replaced)} was replaced" if replaced else None
+
+
+def changes(stage: PlannedStage, before: Manifest) -> list[str]:
+    """Returns in words what has changed since an earlier start of a stage."""
+    fields, others = _changes(stage, before)
+    changed = [f"{key} changed {old} → {new}" for key, (old, new) in fields.items()]
+    return changed + [f"its {what} changed" for what in others]
 
 
 def _changes(

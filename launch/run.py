@@ -67,6 +67,7 @@ from recipes.core.run_state import (
     LastPlan,
     discard_work,
     read_last_plan,
+    record_acceptance,
     remove_unused_snapshots,
 )
 from recipes.core.screen import screen
@@ -181,7 +182,8 @@ def _recorded(plan: Plan, before: LastPlan, dry_run: bool) -> Iterator[lock.SetS
     skipped = [stage.state() for stage in plan.stages if stage.action == SKIP and not dry_run]
     leftovers = [state.directory for state in skipped if state.leftover]
     starts = any(stage.action != SKIP for stage in plan.stages)
-    if not starts and not leftovers and last == before:
+    acceptances = {} if dry_run else plan.acceptances
+    if not (starts or leftovers or acceptances) and last == before:
         yield None
         return
     with explain_storage_errors(plan.run_dir):
@@ -189,9 +191,9 @@ def _recorded(plan: Plan, before: LastPlan, dry_run: bool) -> Iterator[lock.SetS
         with lock.acquire(plan.run_dir) as set_stage:
             if starts:
                 write_snapshot(plan.run_dir)
-            for stage in plan.stages:
-                if stage in plan.todo() or before.stages.get(stage.name) != stage.fingerprint:
-                    stage.request().write(stage.directory)
+            _write_requests(plan, before)
+            for folder, acceptance in acceptances.items():
+                record_acceptance(folder, acceptance)
             last.write(plan.run_dir)
             if not dry_run:
                 for folder in leftovers:
@@ -202,6 +204,13 @@ def _recorded(plan: Plan, before: LastPlan, dry_run: bool) -> Iterator[lock.SetS
                 yield set_stage if starts else None
             finally:
                 remove_unused_snapshots(plan.run_dir)
+
+
+def _write_requests(plan: Plan, before: LastPlan) -> None:
+    for stage in plan.stages:
+        is_new = before.stages.get(stage.name) != stage.fingerprint
+        if stage in plan.todo() or (is_new and not stage.accepted):
+            stage.request().write(stage.directory)
 
 
 def cli() -> int:

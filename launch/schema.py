@@ -36,6 +36,7 @@ usage: python launch/run.py recipe=NAME [model=NAME | model.hf_path=DIR_OR_HUB_I
   stages.prune.target_ffn_hidden_size=N    set any field (--cfg job shows them all)
   'only=[prune]'                           run only these stages
   'force=[distill]'                        run a stage again, and what follows
+  'accept=[distill]'                       keep a result although code or settings changed
   rounds=2                                 prune and distil twice, half of the reduction each time
   dry_run=true                             write configs and scripts, start nothing
   rehearse=true                            check shapes and memory at full size without a GPU

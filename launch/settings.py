@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.hydra_errors import SHOW_FIELDS, as_typed
-from recipes.core.constraints import Count, matching, one_of
+from recipes.core.constraints import Count, PositiveOrZero, matching, one_of
 from recipes.core.errors import RecipeError
 from recipes.planning.rules import RULES
 
@@ -53,6 +53,11 @@ class RunSettings:
     """Rules whose errors do not stop the run."""
     force: list[str] = field(default_factory=list)
     """Stages to run again, with the stages that depend on them."""
+    accept: list[str] = field(default_factory=list)
+    """Stages whose result is kept although settings, inputs, code or libraries have changed."""
+    confirm_above: PositiveOrZero = 0.5
+    """Device-hours. A stale result that cost more is neither kept nor replaced unless ``accept`` or
+    ``force`` names its stage."""
     only: list[str] | None = None
     """Runs only these stages; their inputs must be complete."""
     hub: Hub = field(default_factory=Hub)
@@ -92,7 +97,7 @@ def settings_of(cfg: DictConfig) -> RunSettings:
     except OmegaConfBaseException as error:
         message = f"{error.full_key}: {str(error).splitlines()[0]}."
         raise RecipeError(message, SHOW_FIELDS) from error
-    for name in ("skip_rules", "force", "only", "gates"):
+    for name in ("skip_rules", "force", "accept", "only", "gates"):
         if not isinstance(root.get(name), list | None):
             root[name] = [root[name]]
     return as_typed(RunSettings, OmegaConf.create(root))

@@ -40,6 +40,16 @@ class FileStamp:
     mtime_ns: int
 
 
+@dataclass(frozen=True)
+class Acceptance:
+    """A user's decision to keep a stale result."""
+
+    fingerprint: str
+    """Fingerprint of the stage as it was planned instead."""
+    reasons: list[str]
+    """Why the result is stale."""
+
+
 @dataclass
 class Outcome:
     """What a stage's ``run`` returns about the artifact that it wrote."""
@@ -83,9 +93,14 @@ class Manifest:
     parameters: int | None = None
     tokenizer_sha256: str | None = None
     seconds: float = 0.0
+    """Time of this start, and of the interrupted starts that it continued."""
     peak_rss_bytes: int = 0
     input_content: dict[str, str] = field(default_factory=dict)
     """A hash of each input's files; a forced rerun changes it, but not the input's fingerprint."""
+    accepted: Acceptance | None = None
+    """Why the user kept this result although it is stale."""
+    kept: dict[str, list[str]] = field(default_factory=dict)
+    """Why the user had kept stale results that this one depends on, by stage."""
 
     def result(self, of: type[ResultT]) -> ResultT:
         """Returns the stage's result.
@@ -111,6 +126,11 @@ class Manifest:
     def result_if(self, stage: str, of: type[ResultT]) -> ResultT | None:
         """Returns the result if ``stage`` made it; ``None`` if another stage of its type did."""
         return self.result(of) if self.stage == stage else None
+
+    def device_hours(self) -> float:
+        """Returns the hours of all devices that computed the result."""
+        resources: dict[str, int] = self.config.get("resources", {})
+        return self.seconds / 3600 * resources.get("nodes", 1) * resources.get("devices", 1)
 
     def content(self) -> str:
         """Returns one hash of all files of the artifact."""
@@ -154,6 +174,8 @@ def read_manifest(stage_dir: Path, name: str = MANIFEST) -> Manifest | None:
         data = json.loads(path.read_text(encoding="utf-8"))
         require_format(data.pop("format", None), path)
         data["files"] = {name: FileStamp(**stamp) for name, stamp in data["files"].items()}
+        if accepted := data.get("accepted"):
+            data["accepted"] = Acceptance(**accepted)
         return Manifest(**data)
     except FileNotFoundError:
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from recipes.core.manifest import (
     FORMAT,
     MANIFEST,
     WORK,
+    Acceptance,
     Manifest,
     read_manifest,
     require_format,
@@ -75,6 +77,8 @@ class Request:
     config: Mapping[str, Any]
     libraries: Mapping[str, str] = field(default_factory=dict)
     """Versions in the fingerprint."""
+    kept: Mapping[str, list[str]] = field(default_factory=dict)
+    """Why the user keeps stale results that it depends on, by stage."""
     snapshot: str | None = None
     """Hash of the snapshot that its process runs; ``None`` if another stage starts it."""
     git_sha: str | None = None
@@ -256,19 +260,38 @@ def remove_unused_snapshots(run_dir: Path) -> None:
             shutil.rmtree(snapshot)
 
 
-def begin_work(stage_dir: Path, begun: Manifest) -> None:
+def record_acceptance(stage_dir: Path, acceptance: Acceptance | None) -> None:
+    """Writes to the manifest of a complete stage that the user keeps its result."""
+    if (manifest := read_manifest(stage_dir)) is not None:
+        write_manifest(stage_dir, replace(manifest, accepted=acceptance))
+
+
+def begin_work(stage_dir: Path, begun: Manifest) -> float:
     """Prepares ``work/`` for a start, with an empty ``work/artifact/``.
 
     Work of the same fingerprint stays, so that training can resume; other work is deleted.
+
+    Returns:
+        Seconds of the starts that this one continues, until their last record of progress.
     """
     work, before = stage_dir / WORK, stage_state(stage_dir).begun
+    seconds = before.seconds + _recorded_seconds(stage_dir, before) if before else 0.0
     if before is None or before.fingerprint != begun.fingerprint:
         discard_work(stage_dir)
         (stage_dir / METRICS).unlink(missing_ok=True)
+        seconds = 0.0
     shutil.rmtree(work / ARTIFACT, ignore_errors=True)
     (work / ARTIFACT).mkdir(parents=True)
-    write_manifest(work, begun, BEGUN)
+    write_manifest(work, replace(begun, seconds=seconds), BEGUN)
     forget_outcome(stage_dir)
+    return seconds
+
+
+def _recorded_seconds(stage_dir: Path, begun: Manifest) -> float:
+    """Returns the seconds from a start to its last record; 0 if it wrote none."""
+    started = datetime.fromisoformat(begun.started_at).timestamp()
+    times: list[float] = [record["time"] - started for record in read_records(stage_dir / METRICS)]
+    return max([0.0, *times])
 
 
 def complete_stage(stage_dir: Path, manifest: Manifest) -> None:

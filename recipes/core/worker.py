@@ -123,17 +123,19 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
         config=dict(request.config),
         code=request.code,
         libraries=dict(request.libraries),
+        kept=dict(request.kept),
         git_sha=request.git_sha,
         snapshot=request.snapshot,
         inputs={name: ref.fingerprint for name, ref in request.inputs.items()},
         started_at=datetime.now(UTC).isoformat(timespec="microseconds"),
     )
     out, store = stage_dir / WORK / ARTIFACT, _shared_store()
+    earlier_seconds = 0.0
     with _rank_0_first(store, "work and inputs"):
         if rank() == 0:
             require_snapshot(request.snapshot)
             manifest = replace(manifest, versions=installed_versions())
-            begin_work(stage_dir, manifest)
+            earlier_seconds = begin_work(stage_dir, manifest)
         inputs = {name: _checked(ref) for name, ref in request.inputs.items()}
     with watch_for_hangs(cfg.resources.hang_timeout, out.parent, rank()):
         outcome = run(cfg, inputs, out)
@@ -147,7 +149,7 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
                 architecture=outcome.architecture,
                 parameters=outcome.parameters,
                 tokenizer_sha256=outcome.tokenizer_sha256,
-                seconds=round(time.monotonic() - started, 3),
+                seconds=round(earlier_seconds + time.monotonic() - started, 3),
                 peak_rss_bytes=peak_rss,
                 input_content={name: item.manifest.content() for name, item in inputs.items()},
             )

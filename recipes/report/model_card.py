@@ -60,6 +60,7 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
         "healed": inputs["healed"].result_if("heal", HealResult) if "healed" in inputs else None,
         "trained": model.result_if("distill", DistillationResult),
         "sources": list(_sources(inputs)),
+        "accepted": [manifest.stage for manifest in inputs.values() if manifest.accepted],
         "evaluation": evaluation,
         "measured_on": f"{evaluation.predictions:,} next-token predictions on held-out text",
         "tasks": tasks,

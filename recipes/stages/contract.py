@@ -115,6 +115,8 @@ class Stage(Generic[ConfigT]):
     """Returns its cost, for plans. A stage that has a ``workload`` or runs no model has none."""
     plans_workloads: bool = False
     """Whether its settings include the workloads of the whole chain."""
+    cites_manifests: bool = False
+    """Whether its result says which stale results the user accepted."""
     resolve_from_chain: Callable[[ConfigT, Chain], ConfigT] = lambda config, chain: config
     """Copies settings of other stages that the result depends on."""
     progress: Callable[[Path], str | None] = lambda work: None

@@ -68,6 +68,7 @@ STAGE = Stage(
         "tasks": ("task_results",),
     },
     external=lambda config: {"card": CARD_TEMPLATE},
+    cites_manifests=True,
     disk_bytes=lambda config, chain: 4 * chain.teacher.parameters(),  # an upper bound
     inference_cost=inference_cost,
 )

@@ -64,4 +64,5 @@ STAGE = Stage(
     needs_torch=False,
     needs_gpu=lambda config, chain: False,
     external=lambda config: {"templates": TEMPLATES},
+    cites_manifests=True,
 )

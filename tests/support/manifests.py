@@ -60,5 +60,5 @@ def begun(request: Request) -> Manifest:
         code=request.code,
         libraries=dict(request.libraries),
         inputs=inputs,
-        started_at="later",
+        started_at="2025-01-02T00:00:00+00:00",
     )

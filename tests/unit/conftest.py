@@ -137,6 +137,7 @@ def write_complete(stage: PlannedStage, content: str = "result") -> None:
         config=dict(stage.request().config),
         code=stage.code,
         libraries=dict(stage.libraries),
+        kept=dict(stage.kept),
         inputs={name: ref.fingerprint for name, ref in stage.inputs.items()},
         files=stamp_files(artifact),
         parameters=STUDENT.parameters() if kind.startswith("checkpoint") else None,

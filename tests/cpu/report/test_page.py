@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from recipes.core.manifest import Acceptance
 from recipes.core.stage import Input
 from recipes.distillation.results import DistillationResult
 from recipes.pruning.results import PruneResult
@@ -86,6 +87,14 @@ def test_provenance_names_every_stage_and_file(text: str, inputs: dict[str, Inpu
         assert {stamp.sha256 for stamp in manifest.files.values()} <= titles
         names = (manifest.stage, manifest.started_at.replace("T", " "), *manifest.versions.values())
         assert all(name in page.text for name in names)
+
+
+def test_accepted_results_are_named(inputs: dict[str, Input], tmp_path: Path) -> None:
+    distilled = inputs["distilled"]
+    acceptance = Acceptance("f", ["lr changed 1 → 2", "its code changed"])
+    kept = replace(distilled, manifest=replace(distilled.manifest, accepted=acceptance))
+    text = Page(rendered({**inputs, "distilled": kept}, tmp_path)).text
+    assert "The result of distill was kept although lr changed 1 → 2, its code changed." in text
 
 
 def test_text_of_models_and_users_is_escaped(inputs: dict[str, Input], tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -43,7 +45,9 @@ HUNG = 'Thread 0x1 (most recent call first):\n  File "a.py", line 7 in wait\n'
 
 def start(fingerprint: str = "f", at: str = "10:00") -> Manifest:
     """Returns the manifest of a start without a result."""
-    return replace(bare_manifest("a", "dataset", None), fingerprint=fingerprint, started_at=at)
+    manifest = bare_manifest("a", "dataset", None)
+    started_at = f"2025-01-01T{at}:00+00:00"
+    return replace(manifest, fingerprint=fingerprint, started_at=started_at, seconds=0.0)
 
 
 def begin(stage: Path, fingerprint: str = "f", at: str = "10:00") -> Path:
@@ -122,6 +126,22 @@ def test_work_of_another_fingerprint_is_deleted(tmp_path: Path) -> None:
     assert not checkpoint.exists()
     assert not (tmp_path / METRICS).exists()
     assert stage_state(tmp_path).begun == start("g")
+
+
+def test_seconds_of_continued_starts_are_summed(tmp_path: Path) -> None:
+    """From each start to its last record; a start without records adds nothing."""
+
+    def record(at: str) -> None:
+        with (tmp_path / METRICS).open("a") as file:
+            file.write(json.dumps({"time": datetime.fromisoformat(at).timestamp()}) + "\n")
+
+    assert begin_work(tmp_path, start()) == 0
+    record("2025-01-01T10:01:30Z")
+    assert begin_work(tmp_path, start(at="10:05")) == 90
+    record("2025-01-01T10:05:30Z")
+    assert begin_work(tmp_path, start(at="10:10")) == 120
+    assert begin_work(tmp_path, start(at="10:20")) == 120
+    assert begin_work(tmp_path, start("g", at="10:30")) == 0
 
 
 def test_work_of_an_existing_result_is_leftover(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from nemo_convert.architecture import Architecture
-from recipes.core.manifest import Manifest
+from recipes.core.manifest import Acceptance, Manifest
 from recipes.core.stage import Input
 from recipes.report.model_card import write_card
 from recipes.report.serving import conversion_servers, run_servers
@@ -73,6 +73,12 @@ def test_optional_inputs_may_be_missing(inputs: dict[str, Manifest], tmp_path: P
     assert "was not found in its folder" in text
     for absent in ("| teacher | 30 |", "## Tasks", "Text:", "Distillation recovered", "None"):
         assert absent not in text
+
+
+def test_accepted_results_are_named(inputs: dict[str, Manifest], tmp_path: Path) -> None:
+    assert "was kept" not in card(tmp_path, inputs)
+    inputs["checkpoint"].accepted = Acceptance("f", ["its code changed"])
+    assert "- The result of `distill` was kept although settings" in card(tmp_path, inputs)
 
 
 def test_folders_of_local_files_stay_private(inputs: dict[str, Manifest], tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""Keeps stale results that the user accepts, and asks before it discards expensive ones."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from launch.planned import RUN, SKIP, PlannedStage, changes
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import Acceptance, read_manifest
+
+
+def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
+    """Returns a stage with its stale result kept, if this command or an earlier one accepts it.
+
+    An earlier acceptance counts for the same settings, inputs, code and versions. Stages after this
+    one are planned with the fingerprint of the result.
+
+    Args:
+        stage: The stage, as planned without acceptance.
+        named: Whether ``accept`` names it.
+
+    Raises:
+        RecipeError: It is named, but has no complete result.
+    """
+    result = read_manifest(stage.directory)
+    if named and result is None:
+        raise RecipeError(
+            f"accept=[{stage.name}], but {stage.name} has no complete result.",
+            f"leave {stage.name} out of accept",
+        )
+    if result is None or stage.action == SKIP:
+        return stage
+    acceptance = result.accepted
+    if acceptance is None or acceptance.fingerprint != stage.fingerprint:
+        acceptance = Acceptance(stage.fingerprint, reasons(stage))
+        if not named:
+            return stage
+    elif not named and stage.rerun:
+        return stage
+    return replace(
+        stage,
+        fingerprint=result.fingerprint,
+        action=SKIP,
+        reason=f"accepted although {', '.join(acceptance.reasons)}",
+        accepted=acceptance,
+        kept={**stage.kept, stage.name: acceptance.reasons},
+    )
+
+
+def reasons(stage: PlannedStage) -> list[str]:
+    """Returns why a complete result is stale."""
+    result = read_manifest(stage.directory)
+    changed = changes(stage, result) if result and result.fingerprint != stage.fingerprint else []
+    return [*changed, *(f"{name} runs again" for name in stage.rerun)] or [stage.reason]
+
+
+def new_acceptances(stages: Iterable[PlannedStage]) -> dict[Path, Acceptance | None]:
+    """Returns the acceptances to record, by stage directory; ``None`` for one that is obsolete."""
+    return {
+        stage.directory: stage.accepted
+        for stage in stages
+        if stage.action == SKIP
+        and (result := read_manifest(stage.directory)) is not None
+        and result.accepted != stage.accepted
+    }
+
+
+def require_confirmed(
+    stages: Iterable[PlannedStage], force: Collection[str], confirm_above: float
+) -> None:
+    """Refuses to discard results above a cost in device-hours, unless ``force`` names them.
+
+    A stage after a forced one must be named as well.
+    """
+    costly: dict[str, str] = {}
+    for stage in stages:
+        result = read_manifest(stage.directory) if stage.action == RUN else None
+        if result is None or stage.name in force or result.device_hours() <= confirm_above:
+            continue
+        why = ", ".join(reasons(stage))
+        costly[stage.name] = f"\n  {stage.name}, {result.device_hours():.3g} device-hours: {why}"
+    if costly:
+        names = ",".join(costly)
+        raise RecipeError(
+            "these complete results are stale, and each cost more than "
+            f"confirm_above={confirm_above:g} device-hours:{''.join(costly.values())}",
+            f"add accept=[{names}] to keep them, or force=[{names}] to replace them",
+        )

@@ -1,0 +1,121 @@
+"""Expensive stale results are neither discarded nor kept unasked."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+from launch.plan import Plan
+from launch.run_status import read_statuses
+from recipes.core.errors import RecipeError
+from tests.support.manifests import edit_manifest
+from tests.support.runs import STAGES, manifest_of
+from tests.unit.conftest import RECIPE, record, stage_named
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.unit.conftest import Complete, Launch, MakePlan
+
+OTHER_LR = "stages.distill.lr=2e-4"
+SAME_LR = "stages.distill.lr=3e-4"
+LR = "lr changed 0.0003 → 0.0002"
+
+
+@pytest.fixture
+def run(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
+    """A complete run whose distillation took an hour on four devices."""
+    planned = plan(SAME_LR)
+    record(planned)
+    complete(planned)
+    run = tmp_path / "run"
+    config = manifest_of(run, "distill").config | {"resources": {"nodes": 2, "devices": 2}}
+    edit_manifest(run / "distill", seconds=3600.0, config=config)
+    return run
+
+
+def actions(plan: Plan) -> dict[str, str]:
+    return {stage.name: stage.action for stage in plan.stages}
+
+
+def refusal(plan: MakePlan, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        plan(*overrides)
+    return str(caught.value)
+
+
+def test_stale_expensive_result_stops_the_plan_with_reasons_and_cost(
+    run: Path, plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = refusal(plan, OTHER_LR)
+    assert f"\n  distill, 4 device-hours: {LR}\n" in message
+    assert message.endswith("accept=[distill] to keep them, or force=[distill] to replace them")
+    assert actions(plan(OTHER_LR, "confirm_above=4"))["distill"] == "run"
+    assert actions(plan(OTHER_LR, "force=[distill]"))["distill"] == "run"
+    student = refusal(plan, SAME_LR, "stages.prune.target_hidden_size=448")
+    assert "4 device-hours: its input student changed" in student
+    assert "4 device-hours: prune runs again" in refusal(plan, SAME_LR, "force=[prune]")
+    monkeypatch.setattr("recipes.core.run_state.result_versions", lambda _: {"torch": "1.0"})
+    assert re.search(r"its version of torch \(\S+ → 1.0\) changed", refusal(plan, SAME_LR))
+
+
+def test_accepted_result_feeds_later_stages_as_it_is(run: Path, plan: MakePlan) -> None:
+    """Only what cites manifests, the model card and the report, is written again."""
+    planned = plan(OTHER_LR, "accept=[distill]")
+    assert actions(planned) == dict.fromkeys(STAGES, "skip") | {"export_hf": "run", "report": "run"}
+    distill = stage_named(planned, "distill")
+    assert distill.reason == f"accepted although {LR}"
+    assert distill.fingerprint == manifest_of(run, "distill").fingerprint
+    assert actions(plan(OTHER_LR, "accept=[distill]", "only=[report]")) == {"report": "run"}
+    assert actions(plan(OTHER_LR, "accept=distill", "force=[evaluate]"))["evaluate"] == "run"
+
+
+def test_acceptance_is_recorded_until_the_stage_changes_again(
+    run: Path, launch: Launch, plan: MakePlan, complete: Complete
+) -> None:
+    words = (RECIPE, f"run_dir={run}", "tasks=null", "engine=null", "skip_rules=[disk]")
+    dry = launch(*words, OTHER_LR, "accept=[distill]", "dry_run=true")
+    assert dry.returncode == 0, dry.stderr
+    assert "accepted although lr changed" in dry.stdout
+    assert manifest_of(run, "distill").accepted is None
+    accepted = plan(OTHER_LR, "accept=[distill]")
+    complete(accepted, "export_hf", "report")
+    done = launch(*words, OTHER_LR, "accept=[distill]")
+    assert done.returncode == 0, done.stdout + done.stderr
+    acceptance = manifest_of(run, "distill").accepted
+    assert acceptance == stage_named(accepted, "distill").accepted
+    assert acceptance is not None
+    assert acceptance.reasons == [LR]
+    for word in ((), ("accept=[distill]",)):
+        again = launch(*words, OTHER_LR, *word)
+        assert "everything was complete, nothing ran" in again.stdout, again.stdout + again.stderr
+    assert {stage.status for stage in read_statuses(run)} == {"complete"}
+    assert "lr changed 0.0003 → 0.0001" in refusal(plan, "stages.distill.lr=1e-4")
+    assert f"{LR}, prune runs again" in refusal(plan, OTHER_LR, "force=[prune]")
+    assert plan(SAME_LR).acceptances == {run / "distill": None}
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("accept=[nonsense]", "accept: there is no stage 'nonsense'"),
+        ("accept=[plan]", "accept=[plan], but plan has no complete result"),
+        ("confirm_above=nan", "invalid confirm_above=nan: must be"),
+        ("confirm_above=-1", "invalid confirm_above=-1.0: must be 0 or more"),
+        ("confirm_above=[1]", "confirm_above"),
+        ("accept={a: b}", "accept"),
+    ],
+)
+def test_bad_values_are_refused(run: Path, launch: Launch, word: str, message: str) -> None:
+    (run / "plan" / "manifest.json").unlink()
+    done = launch(RECIPE, f"run_dir={run}", "tasks=null", "engine=null", word)
+    assert done.returncode == 1
+    assert done.stderr.count("error:") == 1
+    assert message in done.stderr
+
+
+def test_a_stage_is_not_both_forced_and_accepted(run: Path, plan: MakePlan) -> None:
+    message = refusal(plan, "accept=[distill]", "force=[prune,distill]")
+    assert message.startswith("force and accept both name distill.")
