@@ -18,9 +18,14 @@ from launch.plan import Plan
 from launch.planned import PlannedStage
 from launch.settings import Hub, RunSettings
 from launch.trackers import public_text
+from nemo_convert.licences import forbids_commercial_use, model_licence
+from nemo_convert.results import ImportResult
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import ARTIFACT, MANIFEST
+from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest
 from recipes.core.screen import plain_table
+from recipes.data.results import DatasetResult
+from recipes.data.settings import PrepareDataConfig
+from recipes.data.sources import parse_source
 from recipes.report.settings import REPORT_FILE
 
 EXPORT, REPORTS = "export_hf", "report"
@@ -47,6 +52,7 @@ def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> Non
             f"hub.push={hub.push} needs the launcher, which returns once the jobs are submitted.",
             "add cluster.follow=true, or add hub.push to the same command when all is complete",
         )
+    _require_commercial(plan, hub)
     if not settings.dry_run:
         _require_access(hub.push, hub.private)
 
@@ -73,6 +79,7 @@ def publish(plan: Plan, hub: Hub, console: Console) -> None:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     files = _files(plan, student)
+    _require_commercial(plan, hub)  # again, with the licences that the hub's cards name
     _require_access(hub.push, hub.private)  # again, as hours may have passed
     with _explained_errors(hub.push):
         api = HfApi()
@@ -111,6 +118,31 @@ def _files(plan: Plan, student: PlannedStage) -> dict[str, Path]:
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     public = (public_file(stage) for stage in plan.stages if stage.result is not None)
     return files | {file.name: file for file in public if file is not None}
+
+
+def _require_commercial(plan: Plan, hub: Hub) -> None:
+    """Refuses a student whose text or teacher has a licence that forbids commercial use."""
+    restricted = sorted({text for text in _licences(plan) if forbids_commercial_use(text)})
+    if restricted and not hub.allow_noncommercial:
+        raise RecipeError(
+            f"hub.push={hub.push}, but the licence of its text or teacher forbids commercial use: "
+            f"{', '.join(restricted)}.",
+            "hub.allow_noncommercial=true publishes it; its model card names the licence",
+        )
+
+
+def _licences(plan: Plan) -> Iterator[str]:
+    """Yields the licences that settings, the teacher's folder and results name."""
+    results = {stage.name: stage.result for stage in plan.stages}
+    yield model_licence(Path(plan.chain.hf_path))
+    for name, config in plan.chain.stages.items():
+        if isinstance(config, PrepareDataConfig):
+            yield from (parse_source(source).licence or "" for source in config.sources)
+        result = results[name] if name in results else read_manifest(plan.run_dir / name)
+        if result and (text := result.result_if("prepare_data", DatasetResult)):
+            yield from map(text.licence, text.sources)
+        if result and (teacher := result.result_if("import_hf", ImportResult)):
+            yield teacher.licence
 
 
 def _require_access(repository: str, private: bool) -> None:

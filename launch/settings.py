@@ -30,6 +30,8 @@ class Hub:
     """Model on the Hugging Face hub, ``ORG/NAME``; created if it does not exist."""
     private: bool = True
     """Creates a private model, and refuses to push to a public one."""
+    allow_noncommercial: bool = False
+    """Publishes a student although a licence of its text or teacher forbids commercial use."""
 
 
 @dataclass

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from nemo_convert.headers import read_headers
 from nemo_convert.hf_config import as_transformers_4
@@ -65,19 +62,6 @@ def tokenizer_sha256(folder: Path) -> str:
     """Returns a hash of all files that determine how text is tokenized."""
     matching = (file for pattern in TOKENIZER_FILES for file in folder.glob(pattern))
     return digest_files({file for file in matching if file.is_file()})
-
-
-def licence(folder: Path) -> str:
-    """Returns the licence in a model card's header, or ``unknown``."""
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    try:
-        fields = yaml.safe_load(header.group(1)) if header else {}
-    except yaml.YAMLError:
-        return "unknown"
-    names = fields.get("license") if isinstance(fields, dict) else None
-    return ", ".join(map(str, names)) if isinstance(names, list) else str(names or "unknown")
 
 
 class Weights:

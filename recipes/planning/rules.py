@@ -110,6 +110,10 @@ TOKENIZER = Rule(
     f"{_MODELOPT}#2489; pytorch/torchtune#2119",
 )
 
+LICENCE = _warning(
+    "licence", "a student of a noncommercial text or teacher may not be used commercially"
+)
+
 # Data
 DATA_SOURCES = Rule("data-sources", "unreadable text would stop the run after the import")
 CHAT = Rule("chat", "the loss is on whole answers, which the chat template locates")

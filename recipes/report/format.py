@@ -12,6 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
+from nemo_convert.licences import with_restriction
 from recipes.core.files import write_text_atomically
 from recipes.evaluation.results import ROLES
 from recipes.report.plots import number
@@ -45,6 +46,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters.update(FORMATS, figure=any_value, label=label_of, plain=plain)
+    environment.filters["licence"] = with_restriction
     environment.globals["roles"] = ROLES
     macros = environment.get_template("macros.html.j2").make_module()
     environment.globals |= {n: v for n, v in vars(macros).items() if not n.startswith("_")}

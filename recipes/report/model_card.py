@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from nemo_convert.architecture import Architecture
-from nemo_convert.hf import licence
+from nemo_convert.licences import forbids_commercial_use, model_licence
 from recipes.core.manifest import Manifest
 from recipes.data.results import DatasetResult
 from recipes.data.sources import parse_source
@@ -35,9 +35,9 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
     tasks = inputs["tasks"].result(TaskResults) if "tasks" in inputs else None
     shape = Architecture(**model.architecture) if model.architecture else None
     teacher_name = teacher.partition("#")[0].rstrip("/").split("/")[-1].removesuffix(".gguf")
-    name, model_licence = plain(f"{teacher_name}-{recipe}"), licence(folder)
+    name, licence = plain(f"{teacher_name}-{recipe}"), model_licence(folder)
     header = ModelCardData(
-        license=_line(model_licence),
+        license=_line(licence),
         base_model=_line(teacher),
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -50,7 +50,7 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
         "name": name,
         "teacher": teacher,
         "recipe": recipe,
-        "licence": model_licence,
+        "licence": licence,
         "model": model,
         "shapes": {
             **({"teacher": inputs["teacher"]} if "teacher" in inputs else {}),
@@ -59,7 +59,8 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
         "dropped": _dropped_layers(inputs),
         "healed": inputs["healed"].result_if("heal", HealResult) if "healed" in inputs else None,
         "trained": model.result_if("distill", DistillationResult),
-        "sources": list(_sources(inputs)),
+        "sources": (sources := list(_sources(inputs))),
+        "restricted": [text for _, text in sources if forbids_commercial_use(text)],
         "accepted": [manifest.stage for manifest in inputs.values() if manifest.accepted],
         "evaluation": evaluation,
         "measured_on": f"{evaluation.predictions:,} next-token predictions on held-out text",

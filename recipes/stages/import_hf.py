@@ -12,6 +12,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from nemo_convert.hub import is_config_available, is_hub_id
+from nemo_convert.licences import forbids_commercial_use, model_licence
 from nemo_convert.preflight import check_model
 from nemo_convert.results import ImportResult
 from recipes.core.manifest import Outcome
@@ -47,6 +48,9 @@ def check(cfg: ImportConfig, chain: Chain) -> Iterator[Problem]:
     )
     if not reachable:
         return
+    if forbids_commercial_use(licence := model_licence(Path(cfg.hf_path))):
+        what = f"the licence of {cfg.hf_path}, {licence}, forbids commercial use of the student"
+        yield Problem(rules.LICENCE, what, "choose another teacher for commercial use")
     for finding in check_model(cfg.hf_path):
         if finding.is_error:
             yield Problem(rules.CHECKPOINT, finding.what, finding.fix)
@@ -69,7 +73,7 @@ def run(cfg: ImportConfig, inputs: Inputs, out: Path) -> Outcome:
     if cfg.pack:
         nemo.pack(checkpoint, out / f"{checkpoint.stem}.packed.nemo")
     log.progress("import", 3, 3)
-    licence, commit = hf.licence(folder), hf.hub_commit(folder)
+    licence, commit = model_licence(folder), hf.hub_commit(folder)
     result = ImportResult(equal.max_logit_difference, equal.tokens, licence, commit)
     return checkpoint_outcome(result, checkpoint)
 

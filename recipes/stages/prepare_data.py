@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from nemo_convert.hub import has_chat_template, has_token
+from nemo_convert.licences import forbids_commercial_use
 from nemo_convert.results import ImportResult
 from recipes.core.errors import RecipeError
 from recipes.core.files import link_or_copy, sha256_of
@@ -48,6 +49,10 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of sources and fractions, without reading whole files."""
     for what, fix in _source_problems(cfg):
         yield Problem(rules.DATA_SOURCES, what, fix)
+    for source in cfg.sources:
+        if forbids_commercial_use(licence := parse_source(source).licence):
+            what = f"the licence of '{source}', {licence}, forbids commercial use"
+            yield Problem(rules.LICENCE, what, "train on other text for commercial use: data=GROUP")
     yield from _chat_problems(cfg, chain)
     if cfg.document_end and has_token(chain.hf_path, cfg.document_end) is False:
         yield Problem(

@@ -212,6 +212,13 @@ def test_large_recipes_pass_preflight_on_their_hardware(recipe: str, plan: MakeP
         assert getattr(config, "precision", "bf16-mixed") == "bf16-mixed"
 
 
+def test_plan_warns_of_text_that_forbids_commercial_use(plan: MakePlan) -> None:
+    [note] = [
+        n for n in large("qwen3_8b_depth", plan, "data=climbmix").notes if n.rule.name == "licence"
+    ]
+    assert "CC-BY-NC-4.0, forbids commercial use" in note.what
+
+
 @pytest.mark.parametrize("data", ["fineweb_edu", "instruct_blend"])
 def test_large_recipes_take_other_text(data: str, plan: MakePlan) -> None:
     planned = large("qwen3_8b_depth", plan, f"data={data}")

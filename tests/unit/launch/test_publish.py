@@ -16,6 +16,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest, stamp_files
 from tests.support.hub import FakeHub, fake_hub, settings_for
 from tests.support.manifests import edit_manifest
+from tests.support.runs import manifest_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -122,6 +123,26 @@ def test_runs_that_cannot_be_published_are_refused_before_they_start(
     assert "fix:" in done.stderr
     assert "Traceback" not in done.stderr
     assert hub.models == {}
+
+
+@pytest.mark.parametrize("where", ["text", "teacher"])
+def test_noncommercial_student_is_published_only_if_allowed(
+    push: Launch, run: Path, hub: FakeHub, where: str
+) -> None:
+    """By the licences that the results name."""
+    stage, key, value = {
+        "text": ("prepare_data", "origins", {"a": {"licence": "cc-by-nc-4.0"}}),
+        "teacher": ("import_hf", "licence", "cc-by-nc-4.0"),
+    }[where]
+    metrics = manifest_of(run, stage).metrics | {key: value}
+    edit_manifest(run / stage, metrics=metrics | ({"sources": ["a"]} if where == "text" else {}))
+    done = push()
+    assert done.returncode == 1
+    assert "forbids commercial use: cc-by-nc-4.0." in done.stderr
+    assert hub.models == {}
+    done = push("hub.allow_noncommercial=true")
+    assert done.returncode == 0, done.stderr
+    assert NAME in hub.models
 
 
 def test_runs_of_a_sweep_are_not_pushed_to_one_repository(launch: Launch, tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ TRIPS = {
     "checkpoint-note": trip(config={}, prepare=config_says_float32),
     "vocabulary": trip(*TP2, config={"vocab_size": 513}),
     "data-sources": trip("data.sources=[nowhere.txt]"),
+    "licence": trip("data.sources=['TEXT#licence=CC-BY-NC-4.0']"),
     "document-end": trip("data.document_end=<end>", config={}),
     "data-splits": trip("stages.prepare_data.heldout_fraction=0.99"),
     "chat": trip("data.format=chat", "data.sources=[CHAT]", *SMALL_STUDENT, config={}),

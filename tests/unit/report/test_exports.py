@@ -75,6 +75,19 @@ def test_optional_inputs_may_be_missing(inputs: dict[str, Manifest], tmp_path: P
         assert absent not in text
 
 
+def test_licences_of_weights_and_text_are_apart(
+    inputs: dict[str, Manifest], tmp_path: Path
+) -> None:
+    own = "---\nlicense: apache-2.0\n---\n"
+    text = card(tmp_path, inputs, own)
+    assert "Licence of the weights: the base model's, apache-2.0. Made with" in text
+    [source] = inputs["data"].metrics["sources"]
+    inputs["data"].metrics["origins"] = {source: {"licence": "CC-BY-NC-4.0"}}
+    text = card(tmp_path, inputs, own)
+    assert "Licence: CC-BY-NC-4.0 (no commercial use).\n" in text
+    assert "The licence of the training\ntext forbids commercial use: CC-BY-NC-4.0. Made" in text
+
+
 def test_accepted_results_are_named(inputs: dict[str, Manifest], tmp_path: Path) -> None:
     assert "was kept" not in card(tmp_path, inputs)
     inputs["checkpoint"].accepted = Acceptance("f", ["its code changed"])
