@@ -49,7 +49,6 @@ class Times:
 
 def cases(sizes: Sizes) -> dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]]:
     """Returns each operation with the shapes of its inputs."""
-    attend_by_blocks = attend_in_blocks(attend)
     leading = (sizes.tokens, sizes.sequences)
     query = (*leading, sizes.heads, sizes.head_size)
     key = (*leading, sizes.groups, sizes.head_size)
@@ -64,7 +63,7 @@ def cases(sizes: Sizes) -> dict[str, tuple[Callable[..., Tensor], list[tuple[int
 
     return {
         "attention, PyTorch's": (lambda q, k, v: attend(q, k, v, SCALE), [query, key, key]),
-        "attention": (lambda q, k, v: attend_by_blocks(q, k, v, SCALE), [query, key, key]),
+        "attention": (lambda q, k, v: attend_in_blocks(q, k, v, SCALE), [query, key, key]),
         "norm": (lambda x, w: _RMSNorm.apply(x, w, 1e-5), [(*leading, hidden), (hidden,)]),
         "gated activation": (lambda x: SwiGLU(None)(x), [(*leading, 2 * sizes.ffn)]),
         "KD and next-token loss": (loss, [(rows, sizes.vocabulary)]),

@@ -93,7 +93,12 @@ def local_layer_spec(config: Any) -> Any:
 
 
 def training_block_spec(config: Any) -> Any:
-    """Returns the local layer spec with the norms and the activation of ``training_layers``."""
+    """Returns the local layer spec with the norms and the activation of ``training_layers``.
+
+    They are used on every device without TransformerEngine. Megatron's own norm refuses sequence
+    parallelism. Its own activation saves one tensor more than TransformerEngine's does, and plans
+    and rehearsals count the memory of TransformerEngine's.
+    """
     from megatron.core.transformer.transformer_block import (
         TransformerBlockSubmodules,
         get_num_layers_to_build,
@@ -177,7 +182,7 @@ WITHOUT_TRANSFORMER_ENGINE = (
     Patch(
         "megatron.core.optimizer:Adam",
         "PyTorch's AdamW has a step count per parameter, which Megatron cannot reshard",
-        "",
+        "2ae5744ac85c",
         replace_with(FusedAdamW),
     ),
     *(

@@ -26,7 +26,7 @@ class Patch:
     """Why the original does not work here."""
     source_hash: str
     """``fingerprint`` of the original: if it changes, the patch must be reviewed. Empty for our own
-    code, and where the replacement does not depend on the original."""
+    code."""
     replace: Replacement
     """Receives the original and returns the replacement."""
 

@@ -24,6 +24,8 @@ from recipes.core.precision import float32_matmul_of
 LONGEST_BLOCKWISE = 1024
 """Longest sequence, in tokens, for the blockwise backward pass. It stores a block's scores, which
 grow with the length; PyTorch's kernel stores none."""
+BLOCKWISE_BACKWARD = False
+"""Whether attention is ``attend_in_blocks``. A patch of ``cpu_speed`` sets it."""
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -151,9 +153,9 @@ class _BlockwiseAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, scale: float, attend: Any
+        ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
-        context: Tensor = attend(query, key, value, scale)
+        context = attend(query, key, value, scale)
         # ``value`` is a view of the projection's output. Saving a copy frees the rest of that.
         ctx.save_for_backward(query, key, value.contiguous(), context)
         ctx.scale = scale
@@ -164,7 +166,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         query, key, value, context = ctx.saved_tensors
         with float32_matmul_of(query.dtype):  # for the scores, which are multiplied in float32
             gradients = _attention_backward(query, key, value, context, grads[0], ctx.scale)
-        return *gradients, None, None
+        return *gradients, None
 
 
 def _attention_backward(
@@ -240,17 +242,12 @@ def _tokens_first(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x.view(shape).permute(3, 0, 1, 2, 4).flatten(2)
 
 
-def attend_in_blocks(original: Any) -> Any:
-    """Replaces ``attend`` for sequences up to ``LONGEST_BLOCKWISE``."""
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        if len(query) > LONGEST_BLOCKWISE:
-            context: Tensor = original(query, key, value, scale)
-        else:
-            context = _BlockwiseAttention.apply(query, key, value, scale, original)
-        return context
-
-    return attend
+def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Computes ``attend``, up to ``LONGEST_BLOCKWISE`` with a backward pass in blocks of queries."""
+    if len(query) > LONGEST_BLOCKWISE:
+        return attend(query, key, value, scale)
+    context: Tensor = _BlockwiseAttention.apply(query, key, value, scale)
+    return context
 
 
 class CausalAttention(DotProductAttention):  # type: ignore[misc]
@@ -270,4 +267,5 @@ class CausalAttention(DotProductAttention):  # type: ignore[misc]
         **kwargs: Any,
     ) -> Tensor:
         """Returns what ``attend`` returns; ``attention_mask`` is not read."""
-        return attend(query, key, value, self.softmax_scale)
+        attention = attend_in_blocks if BLOCKWISE_BACKWARD else attend
+        return attention(query, key, value, self.softmax_scale)

@@ -17,7 +17,7 @@ import torch
 from recipes.backend.adamw import clip_by_total_norm
 from recipes.backend.device import device
 from recipes.backend.local_layers import WITHOUT_TRANSFORMER_ENGINE, needs_local_layers
-from recipes.backend.patches import Patch, apply, constant, patches, replace_with
+from recipes.backend.patches import Patch, applied, apply, constant, patches, replace_with, wrap
 
 CPU = torch.device("cpu")
 _enabled: set[str] = set()
@@ -45,7 +45,9 @@ def limit_other_threads() -> None:
 
     gloo's threads copy the tensors that they send. If each of them had OpenMP helpers, there would
     be more threads than cores. OpenMP would then put all of them to sleep between operations, and a
-    step of distillation would take a quarter longer.
+    step of distillation would take a quarter longer. This applies to every stage on a CPU, whatever
+    ``cpu_speed_patches`` says: it changes no result, and PyTorch cannot undo it for threads that
+    have started.
     """
     torch.get_num_threads()  # fixes the number for this thread
     other = threading.Thread(target=torch.set_num_threads, args=(1,))  # for later threads
@@ -129,15 +131,18 @@ def _name_cuda_types(original: Any) -> Any:
     """Gives tensor types their CUDA names while the original runs, because it compares names."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        type_of = torch.Tensor.type
-        torch.Tensor.type = lambda tensor: type_of(tensor).replace("torch.", "torch.cuda.", 1)  # type: ignore[assignment,method-assign]
-        try:
+        with applied([CUDA_NAMES]):
             original(self, *args, **kwargs)
-        finally:
-            torch.Tensor.type = type_of  # type: ignore[method-assign]
 
     return __init__
 
+
+CUDA_NAMES = Patch(
+    "torch:Tensor.type",
+    "Megatron compares the names of types",
+    "49d1168ec63d",
+    wrap(lambda original, tensor: original(tensor).replace("torch.", "torch.cuda.", 1)),
+)
 
 REQUIRED: dict[str, tuple[Patch, ...]] = {
     "torch": (

@@ -20,8 +20,8 @@ from recipes.core.files import REPO_ROOT
 CHECK = """
 from recipes.backend.patches import _find
 from recipes.backend.cpu_speed import SPEED_PATCHES
-from recipes.backend.without_cuda import REQUIRED
-for group in (*REQUIRED.values(), *SPEED_PATCHES.values()):
+from recipes.backend.without_cuda import CUDA_NAMES, REQUIRED
+for group in (*REQUIRED.values(), *SPEED_PATCHES.values(), [CUDA_NAMES]):
     for patch in group:
         _find(patch)
 """

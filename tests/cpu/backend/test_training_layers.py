@@ -51,7 +51,7 @@ CASES = {
     "swiglu": (lambda x: SwiGLU(None)(x), gated, [(LENGTH, BATCH, 24)]),
     "attention": (lambda q, k, v: attend(q, k, v, SCALE), plain_attention, QUERY_KEY_VALUE),
     "attention in blocks": (
-        lambda q, k, v: attend_in_blocks(attend)(q, k, v, SCALE),
+        lambda q, k, v: attend_in_blocks(q, k, v, SCALE),
         plain_attention,
         QUERY_KEY_VALUE,
     ),
@@ -84,5 +84,5 @@ def test_a_model_of_training_layers_has_the_same_logits_and_gradients(
 def test_long_sequences_keep_pytorchs_backward_pass() -> None:
     """The memory of the scores in a block grows with the length."""
     query, key, value = inputs(*[(LONGEST_BLOCKWISE + 1, 1, 2, 4)] * 3)
-    context = attend_in_blocks(attend)(query.requires_grad_(), key, value, SCALE)
+    context = attend_in_blocks(query.requires_grad_(), key, value, SCALE)
     assert "BlockwiseAttention" not in type(context.grad_fn).__name__

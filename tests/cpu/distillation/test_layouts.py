@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,6 +31,7 @@ from tests.support.runs import manifest_of, settings, tiny, without
 MULTIPLE = 100
 """Multiple of the change by one ulp in the logits. Every operation of another layout may round
 differently; the largest measured multiple was 12."""
+BFLOAT16_MULTIPLE = 10
 STEPS, CHECKPOINT_INTERVAL = 21, 4
 """The training ends with a step, so no validation gathers what each data-parallel rank updated."""
 LAYOUTS = {
@@ -96,17 +99,26 @@ def perturbed(
 ) -> Path:
     """The training of ``one_rank``, with the student's logits changed by one ulp in each step."""
     run_dir = without(one_rank, tmp_path_factory.mktemp("perturbed") / "run", "distill")
+    with perturbed_logits():
+        run_successfully(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
+    return run_dir
+
+
+@contextmanager
+def perturbed_logits() -> Iterator[None]:
+    """Changes the student's logits by one ulp of their type in each step."""
     loss = model.combined_loss
 
     def perturbed_loss(logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return loss(by_one_ulp(logits), *args, **kwargs)
 
     with mock.patch.object(model, "combined_loss", perturbed_loss):
-        run_successfully(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
-    return run_dir
+        yield
 
 
-def require_same_training(expected: Path, perturbed: Path, found: Path, last: int = STEPS) -> None:
+def require_same_training(
+    expected: Path, perturbed: Path, found: Path, last: int = STEPS, multiple: int = MULTIPLE
+) -> None:
     """Compares terms of all steps and final weights; tolerances follow from ``perturbed``."""
     first, other, second = (
         steps_of(d / "distill" / METRICS, "distill") for d in (expected, perturbed, found)
@@ -115,7 +127,7 @@ def require_same_training(expected: Path, perturbed: Path, found: Path, last: in
     for term in ("loss", "kd", "hidden", "lm", "grad_norm"):
         ones, others, twos = ([step[term] for step in run[:last]] for run in (first, other, second))
         for number, (one, two, by) in enumerate(zip(ones, twos, growth(ones, others), strict=True)):
-            assert two == pytest.approx(one, abs=MULTIPLE * by), (number + 1, term)
+            assert two == pytest.approx(one, abs=multiple * by), (number + 1, term)
     if last < STEPS:
         return  # the weights of ``expected`` are of a later step
     weights, others, theirs = (
@@ -125,7 +137,7 @@ def require_same_training(expected: Path, perturbed: Path, found: Path, last: in
     assert weights.keys() == theirs.keys()
     for name, tensor in weights.items():
         by = max((others[name] - tensor).abs().max().item(), ULP)
-        assert (theirs[name] - tensor).abs().max() <= MULTIPLE * by, name
+        assert (theirs[name] - tensor).abs().max() <= multiple * by, name
 
 
 def test_losses_of_the_teacher_fall(one_rank: Path) -> None:
@@ -153,6 +165,21 @@ def test_every_layout_has_the_losses_of_one_rank(
     assert bool(manifest_of(run_dir, "distill").metrics["stopped"]) == stops
     validated = steps_of(run_dir / "distill" / METRICS, "validate")
     assert [one["done"] for one in validated] == ([0, STEPS - 1] if stops else [STEPS - 1])
+
+
+def test_speed_patches_only_round_differently_in_bfloat16(
+    one_rank: Path, even_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    runs = {name: without(one_rank, tmp_path / name, "distill") for name in ("ours", "ulp", "own")}
+    for name, run_dir in runs.items():
+        patches = ["stages.distill.cpu_speed_patches=[]"] if name == "own" else []
+        command = [
+            *overrides(even_llama, text_file, run_dir),
+            "stages.distill.precision=bf16-mixed",
+        ]
+        with perturbed_logits() if name == "ulp" else nullcontext():
+            run_successfully(*command, *patches, cwd=tmp_path)
+    require_same_training(*runs.values(), multiple=BFLOAT16_MULTIPLE)
 
 
 @pytest.mark.parametrize(("first", "second"), [("TP=2", "PP=2"), ("DP=2", "DP=2, two optimizers")])
