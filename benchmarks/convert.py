@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks.launching import model_folder, run_child, run_main
+from benchmarks.launching import call_in_process, model_folder, run_main
 from recipes.core.errors import RecipeError
 
 SIDES = ("transformers", "to-nemo", "to-hf", "verify")
@@ -137,7 +137,7 @@ def run_sides(folder: Path, repeats: int, cold: bool = False) -> dict[str, list[
                 if cold:
                     settle(folder, forget=True)
                     settle(scratch, forget=True)
-                measurement = run_child(
+                measurement = call_in_process(
                     "benchmarks.convert:measure_side", side, folder, scratch, cold
                 )
                 runs[side].append(measurement)

@@ -23,7 +23,14 @@ from statistics import median
 
 from rich.table import Table
 
-from benchmarks.launching import INPUTS, launch, make_inputs, manifest_of, run_child, run_main
+from benchmarks.launching import (
+    INPUTS,
+    call_in_process,
+    complete_manifest,
+    launch,
+    make_inputs,
+    run_main,
+)
 from recipes.backend import SPEED_PATCH_NAMES
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.files import write_text_atomically
@@ -120,7 +127,7 @@ def run_contender(name: str, shape: Shape, run_dir: Path) -> Record:
     if contender.stages:
         with tempfile.TemporaryDirectory(dir=run_dir.parent) as scratch:
             return _run_stages(contender, shape, run_dir, Path(scratch))
-    record: Record = run_child("benchmarks.loops:run_baseline", name, shape, run_dir)
+    record: Record = call_in_process("benchmarks.loops:run_baseline", name, shape, run_dir)
     return record
 
 
@@ -151,8 +158,8 @@ def _run_stages(contender: DistillMethod, shape: Shape, run_dir: Path, scratch: 
     return Record(
         [step["time"] for step in steps],
         [step["loss"] for step in steps],
-        manifest_of(scratch / "distill").peak_rss_bytes,
-        manifest_of(scratch / "plan").result(PlanResult).tokens_per_second["distill"],
+        complete_manifest(scratch / "distill").peak_rss_bytes,
+        complete_manifest(scratch / "plan").result(PlanResult).tokens_per_second["distill"],
     )
 
 
@@ -219,7 +226,7 @@ def measure(names: Sequence[str], shape: Shape, rounds: int, run_dir: Path, out:
             same batches; the results are written all the same.
     """
     for stage in INPUTS:
-        manifest_of(run_dir / stage)
+        complete_manifest(run_dir / stage)
     records: dict[str, list[Record]] = {}
     failed: dict[str, str] = {}
     for number in range(1, rounds + 1):

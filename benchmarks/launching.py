@@ -53,7 +53,7 @@ def execute(command: list[str]) -> None:
         raise RecipeError("\n".join(lines[first:]).removeprefix("error: "), fix="")
 
 
-def run_child(function: str, *args: object) -> Any:
+def call_in_process(function: str, *args: object) -> Any:
     """Calls a function, ``MODULE:NAME``, in its own process; returns its result."""
     with tempfile.TemporaryDirectory() as scratch:
         call, result = Path(scratch) / "call", Path(scratch) / "result"
@@ -63,7 +63,7 @@ def run_child(function: str, *args: object) -> Any:
 
 
 def _call(call: Path, result: Path) -> None:
-    """Does what ``run_child`` requested, in the child."""
+    """Does what ``call_in_process`` requested, in the child."""
     function, args = pickle.loads(call.read_bytes())
     result.write_bytes(pickle.dumps(resolve_name(function)(*args)))
 
@@ -75,7 +75,7 @@ def launch(
 
     ``settings`` are fields below ``stages``, for example inputs that are in ``base``.
     """
-    hf_path = manifest_of(base / "import_hf").config["hf_path"]
+    hf_path = complete_manifest(base / "import_hf").config["hf_path"]
     execute(
         [
             *LAUNCHER,
@@ -101,7 +101,7 @@ def model_folder(source: str | None) -> Path:
     return resolve(source or embedded)
 
 
-def manifest_of(stage_dir: Path) -> Manifest:
+def complete_manifest(stage_dir: Path) -> Manifest:
     """Reads the manifest of a stage.
 
     Raises:

@@ -19,7 +19,7 @@ from itertools import count
 from pathlib import Path
 
 from benchmarks.convert import measured
-from benchmarks.launching import model_folder, run_child, run_main
+from benchmarks.launching import call_in_process, model_folder, run_main
 from recipes.core.files import REPO_ROOT
 
 SIZE_FACTORS = (1, 10)
@@ -91,7 +91,7 @@ def measure(text: Path, model: Path, processes: int) -> PreparationRun:
     """Measures a preparation in its own process."""
     with tempfile.TemporaryDirectory(dir=text.parent) as folder:
         args = text, model, processes, Path(folder)
-        run: PreparationRun = run_child("benchmarks.prepare:prepare_once", *args)
+        run: PreparationRun = call_in_process("benchmarks.prepare:prepare_once", *args)
     return run
 
 

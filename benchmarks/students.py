@@ -26,7 +26,7 @@ from statistics import fmean, stdev
 
 from rich.table import Table
 
-from benchmarks.launching import RECIPE, launch, make_inputs, manifest_of, run_main
+from benchmarks.launching import RECIPE, complete_manifest, launch, make_inputs, run_main
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_json
 from recipes.core.screen import plain_table, screen
@@ -107,16 +107,16 @@ def train(way: Way, seed: int, steps: int, base: Path, student: Path, out: Path)
         settings["prepare_data.inputs.tokenizer"] = teacher
     else:
         settings["distill.inputs.data"] = data
-    length = f"data.seq_length={manifest_of(data).config['seq_length']}"
+    length = f"data.seq_length={complete_manifest(data).config['seq_length']}"
     launch(base, out, stages, settings, length, *way.overrides)
-    trained = manifest_of(out / "distill").result(TrainingResult)
+    trained = complete_manifest(out / "distill").result(TrainingResult)
     return StudentResult(
         way.name,
         seed,
         trained.tokens,
         trained.tokens / trained.tokens_per_second,
         trained.val_loss,
-        manifest_of(out / "evaluate").result(EvaluationResult),
+        complete_manifest(out / "evaluate").result(EvaluationResult),
     )
 
 

@@ -21,7 +21,7 @@ from statistics import mean
 import numpy as np
 from rich.table import Table
 
-from benchmarks.launching import model_folder, run_child, run_main
+from benchmarks.launching import call_in_process, model_folder, run_main
 from recipes.core.screen import screen
 from recipes.evaluation.results import Item
 from recipes.planning.hardware import cpu_profile
@@ -120,7 +120,7 @@ def measure(settings: Settings) -> dict[str, dict[str, Answers]]:
     """Runs each side whose precision this machine supports, in turn, in its own process."""
     types = ("32", cpu_profile("precision"))
     sides = [side for side, (_, precision) in SIDES.items() if precision in types]
-    return {side: run_child("benchmarks.tasks:answer_all", side, settings) for side in sides}
+    return {side: call_in_process("benchmarks.tasks:answer_all", side, settings) for side in sides}
 
 
 def draw(sides: Mapping[str, Mapping[str, Answers]]) -> Table:

@@ -1,7 +1,7 @@
-"""Pruning and distillation of language models, in rooms by capability.
+"""Pruning and distillation of language models, a package for each capability.
 
-The rule of layers: a room imports only from rooms below it, rooms on one line do not import each
-other, no stage imports another, and no files import each other in a circle.
+A package imports only from packages below it. Packages on one line do not import each other. No
+stage imports another. There are no import cycles.
 
     launch, benchmarks
     rehearsal

@@ -139,7 +139,7 @@ def main() -> None:
     gc.freeze()  # children need not search the imported objects for garbage
     _require_forkable()
 
-    def run_child(request: bytes, log: int) -> None:
+    def run_request(request: bytes, log: int) -> None:
         server.close()
         signal.signal(signal.SIGINT, on_interrupt)
         os.environ.clear()
@@ -152,7 +152,9 @@ def main() -> None:
             return
         _flush_c_streams()
         # A multiprocessing process runs its own exit functions, not those of the imports.
-        child = multiprocessing.get_context("fork").Process(target=run_child, args=(request, *logs))
+        child = multiprocessing.get_context("fork").Process(
+            target=run_request, args=(request, *logs)
+        )
         child.start()
         pidfd = os.pidfd_open(child.pid)  # type: ignore[arg-type]
         socket.send_fds(server, [STARTED], [pidfd])

@@ -55,7 +55,7 @@ PartitionName=batch Nodes=ALL Default=YES MaxTime=1-00:00:00 DefaultTime=10 Stat
 """
 
 
-class Cluster:
+class SlurmCluster:
     """A Slurm whose files are in one directory, which needs a short path."""
 
     def __init__(self, directory: Path, nodes: int = 2) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from launch.executors.slurm_queue import active_jobs
-from tests.slurm.cluster import Cluster, wait_for, without_slurm
+from tests.slurm.cluster import SlurmCluster, wait_for, without_slurm
 from tests.support.in_process import run_in_process
-from tests.support.launcher import Result, run_recipe
+from tests.support.launcher import CommandResult, run_recipe
 from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import settings
 
@@ -36,11 +36,11 @@ DISTILL = {
 
 
 @pytest.fixture(scope="session")
-def slurm() -> Iterator[Cluster]:
+def slurm() -> Iterator[SlurmCluster]:
     """A controller and two nodes."""
     if why := without_slurm():
         pytest.skip(why)
-    with Cluster.running() as cluster:
+    with SlurmCluster.running() as cluster:
         yield cluster
 
 
@@ -51,7 +51,7 @@ class Run:
     directory: Path
     overrides: tuple[str, ...]
 
-    def submit(self, *more: str) -> Result:
+    def submit(self, *more: str) -> CommandResult:
         """Runs the launcher."""
         return run_in_process(*self.words(*more), cwd=self.directory.parent)
 
@@ -59,7 +59,7 @@ class Run:
         """Returns the words of a command line."""
         return (*self.overrides, f"run_dir={self.directory}", *more)
 
-    def command(self, name: str, *more: str) -> Result:
+    def command(self, name: str, *more: str) -> CommandResult:
         """Runs a command about the run, such as ``status``."""
         return run_in_process(name, f"run_dir={self.directory}", *more, cwd=self.directory.parent)
 
@@ -79,8 +79,8 @@ class Run:
 
 @pytest.fixture(scope="session")
 def tiny_chain(
-    slurm: Cluster, text_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Run, Result]:
+    slurm: SlurmCluster, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Run, CommandResult]:
     """A chain that distilled on two nodes with two ranks each, in containers if possible."""
     folder = tmp_path_factory.mktemp("slurm")
     model = write_tiny_model(folder / "teacher", text_file, **EVEN)

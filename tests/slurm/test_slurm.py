@@ -23,12 +23,12 @@ from nemo_convert.nemo import find_checkpoint
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest
 from recipes.core.metrics import METRICS, steps_of
 from recipes.core.snapshot import CODE
-from tests.slurm.cluster import Cluster, run, wait_for
+from tests.slurm.cluster import SlurmCluster, run, wait_for
 from tests.slurm.conftest import SECRET, STEPS, Run
 from tests.support.contributing import copy_with
 from tests.support.contributing import run as run_copy
 from tests.support.in_process import run_in_process, run_successfully
-from tests.support.launcher import Result
+from tests.support.launcher import CommandResult
 from tests.support.runs import STAGES as ALL
 
 pytestmark = pytest.mark.timeout(1800)  # the first test waits for a whole chain
@@ -45,7 +45,9 @@ def job_log(chain: Run, stage: str) -> str:
     return (chain.directory / stage / "logs" / f"{job.id}.log").read_text()
 
 
-def test_chain_runs_on_two_nodes(tiny_chain: tuple[Run, Result], slurm: Cluster) -> None:
+def test_chain_runs_on_two_nodes(
+    tiny_chain: tuple[Run, CommandResult], slurm: SlurmCluster
+) -> None:
     chain, result = tiny_chain
     assert result.code == 0, result.output
     assert list(states(chain).values()) == ["complete"] * len(STAGES)
@@ -62,7 +64,7 @@ def test_chain_runs_on_two_nodes(tiny_chain: tuple[Run, Result], slurm: Cluster)
     assert all(len(used) == 1 for used in nodes.values())
 
 
-def test_secrets_are_in_no_file(tiny_chain: tuple[Run, Result]) -> None:
+def test_secrets_are_in_no_file(tiny_chain: tuple[Run, CommandResult]) -> None:
     chain, result = tiny_chain
     assert result.code == 0
     assert "HF_TOKEN" in (chain.directory / "distill" / "job.sbatch").read_text()
@@ -70,7 +72,7 @@ def test_secrets_are_in_no_file(tiny_chain: tuple[Run, Result]) -> None:
     assert found.returncode == 1
 
 
-def test_status_and_logs_of_a_complete_run(tiny_chain: tuple[Run, Result]) -> None:
+def test_status_and_logs_of_a_complete_run(tiny_chain: tuple[Run, CommandResult]) -> None:
     chain, _ = tiny_chain
     shown = chain.command("status")
     assert shown.code == 0, shown.output
@@ -85,7 +87,7 @@ def test_status_and_logs_of_a_complete_run(tiny_chain: tuple[Run, Result]) -> No
 
 
 def test_training_that_reached_its_limit_twice_has_the_same_weights(
-    tiny_chain: tuple[Run, Result], tmp_path: Path
+    tiny_chain: tuple[Run, CommandResult], tmp_path: Path
 ) -> None:
     """Each start has time for one step: one requeue, then a stop, then another submission."""
     original, _ = tiny_chain
@@ -114,7 +116,7 @@ def test_training_that_reached_its_limit_twice_has_the_same_weights(
 
 
 def test_edits_after_submission_and_between_requeues_change_nothing(
-    tiny_chain: tuple[Run, Result], tmp_path: Path
+    tiny_chain: tuple[Run, CommandResult], tmp_path: Path
 ) -> None:
     """Each start of the job has time for one step, and the checkout is edited before each."""
     original, _ = tiny_chain
@@ -157,7 +159,9 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return dict(hf_weights(find_checkpoint(run_dir / "distill" / ARTIFACT)))
 
 
-def test_failing_stage_cancels_what_follows(tiny_chain: tuple[Run, Result], tmp_path: Path) -> None:
+def test_failing_stage_cancels_what_follows(
+    tiny_chain: tuple[Run, CommandResult], tmp_path: Path
+) -> None:
     original, _ = tiny_chain
     chain = original.copy_without(tmp_path, *STAGES[1:])
     short = tmp_path / "short.jsonl"
@@ -183,7 +187,9 @@ def test_failing_stage_cancels_what_follows(tiny_chain: tuple[Run, Result], tmp_
     assert "too little text" in chain.command("logs").output
 
 
-def test_node_that_goes_down_and_cancel(tiny_chain: tuple[Run, Result], tmp_path: Path) -> None:
+def test_node_that_goes_down_and_cancel(
+    tiny_chain: tuple[Run, CommandResult], tmp_path: Path
+) -> None:
     original, _ = tiny_chain
     chain = original.copy_without(tmp_path, *STAGES[1:])
     assert chain.submit("only=[prepare_data]").code == 0
@@ -220,7 +226,7 @@ def running_on(chain: Run) -> str:
 
 
 def test_second_submission_keeps_jobs_and_cancel_cancels_all(
-    tiny_chain: tuple[Run, Result], tmp_path: Path
+    tiny_chain: tuple[Run, CommandResult], tmp_path: Path
 ) -> None:
     original, _ = tiny_chain
     chain = original.copy_without(tmp_path, *UNTRAINED)
@@ -261,7 +267,7 @@ def test_second_submission_keeps_jobs_and_cancel_cancels_all(
 
 
 def test_refused_job_is_named_and_earlier_jobs_stay(
-    tiny_chain: tuple[Run, Result], tmp_path: Path
+    tiny_chain: tuple[Run, CommandResult], tmp_path: Path
 ) -> None:
     original, _ = tiny_chain
     chain = original.copy_without(tmp_path, *UNTRAINED)
@@ -296,7 +302,9 @@ def test_refused_job_is_named_and_earlier_jobs_stay(
     assert chain.command("cancel").code == 0
 
 
-def test_runs_of_a_sweep_share_their_inputs(tiny_chain: tuple[Run, Result], tmp_path: Path) -> None:
+def test_runs_of_a_sweep_share_their_inputs(
+    tiny_chain: tuple[Run, CommandResult], tmp_path: Path
+) -> None:
     original, _ = tiny_chain
     inputs = OmegaConf.load(original.directory / "report" / "config.yaml").config.inputs
     shared = [f"stages.report.inputs.{k}={original.directory / v}" for k, v in inputs.items()]
@@ -312,7 +320,7 @@ def test_runs_of_a_sweep_share_their_inputs(tiny_chain: tuple[Run, Result], tmp_
     assert titles == ["one", "two", "three"]
 
 
-def test_every_script_passes_shellcheck(tiny_chain: tuple[Run, Result]) -> None:
+def test_every_script_passes_shellcheck(tiny_chain: tuple[Run, CommandResult]) -> None:
     chain, _ = tiny_chain
     scripts = [*chain.directory.glob("*/job.sbatch"), chain.directory / SUBMIT]
     assert len(scripts) == len(STAGES) + 1

@@ -31,12 +31,12 @@ from recipes.core.worker import run_stage
 from recipes.search import halving
 from recipes.stages.contract import Stage
 from tests.support.disks import large_disks
-from tests.support.launcher import Result
+from tests.support.launcher import CommandResult
 from tests.support.ranks import stage_ranks
 
 
-def run_in_process(*overrides: str, cwd: Path) -> Result:
-    """Runs the launcher in a directory, and its stages in this process."""
+def run_in_process(*overrides: str, cwd: Path) -> CommandResult:
+    """Runs the launcher in a directory with ``large_disks``, and its stages in this process."""
     output = io.StringIO()
     with (
         mock.patch.object(local, "start", _start),
@@ -53,10 +53,10 @@ def run_in_process(*overrides: str, cwd: Path) -> Result:
             code = run.cli()
         except SystemExit as end:
             code = int(end.code or 0)
-    return Result(code, output.getvalue())
+    return CommandResult(code, output.getvalue())
 
 
-def run_successfully(*overrides: str, cwd: Path) -> Result:
+def run_successfully(*overrides: str, cwd: Path) -> CommandResult:
     """Runs the launcher as ``run_in_process`` does, and requires that it succeeds."""
     result = run_in_process(*overrides, cwd=cwd)
     assert result.code == 0, result.output

@@ -21,14 +21,14 @@ LAUNCHER = str(REPO_ROOT / "launch" / "run.py")
 
 
 @dataclass(frozen=True)
-class Result:
+class CommandResult:
     """Exit status and output of a command."""
 
     code: int
     output: str
 
 
-def run_recipe(*overrides: str, cwd: Path, timeout: float = 600) -> Result:
+def run_recipe(*overrides: str, cwd: Path, timeout: float = 600) -> CommandResult:
     """Runs the launcher as a user does."""
     done = subprocess.run(
         [sys.executable, LAUNCHER, *overrides],
@@ -39,7 +39,7 @@ def run_recipe(*overrides: str, cwd: Path, timeout: float = 600) -> Result:
         env={**os.environ, "COLUMNS": "160"},
         check=False,
     )
-    return Result(done.returncode, done.stdout + done.stderr)
+    return CommandResult(done.returncode, done.stdout + done.stderr)
 
 
 def fork_launcher(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:

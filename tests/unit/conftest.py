@@ -103,7 +103,7 @@ def compose() -> Compose:
 
 @pytest.fixture
 def plan(compose: Compose, tmp_path: Path, large_disk: None, versions_read_once: None) -> MakePlan:
-    """Plans a run of the width recipe, by default without benchmarks and engines."""
+    """Plans the width recipe for a large disk, by default without benchmarks and engines."""
 
     def planned(*overrides: str, recipe: str = RECIPE) -> Plan:
         cfg = compose(*planned_words(recipe, overrides))

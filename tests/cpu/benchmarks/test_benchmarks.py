@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import all as history
 from benchmarks import convert, distill, launching, operations, prepare, students, tasks
 from benchmarks.distill import CONTENDERS, Record, Shape, disagreements, speeds, summarise
-from benchmarks.launching import INPUTS, manifest_of
+from benchmarks.launching import INPUTS, complete_manifest
 from launch.executors.local import PRELOADED
 from recipes.core.compiled import missing_compiler
 from recipes.core.errors import RecipeError
@@ -175,9 +175,12 @@ def test_students_are_trained_with_other_losses_and_data(
     mean, deviation = sum(pair) / 2, abs(pair[0] - pair[1]) / math.sqrt(2)
     assert f"{mean:.3f} ± {deviation:.3f}" in output
     data = {
-        way: manifest_of(out / f"{way}-3" / "distill").inputs["data"] for way in ("kl", "own_text")
+        way: complete_manifest(out / f"{way}-3" / "distill").inputs["data"]
+        for way in ("kl", "own_text")
     }
-    assert data["kl"] == manifest_of(tiny_run / "prepare_data").fingerprint != data["own_text"]
+    assert (
+        data["kl"] == complete_manifest(tiny_run / "prepare_data").fingerprint != data["own_text"]
+    )
 
 
 def test_operations_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +244,7 @@ def test_conversion_is_measured_beside_transformers(
         order.append(side)
         return convert.measure_side(side, folder, scratch, cold)
 
-    monkeypatch.setattr(convert, "run_child", run)
+    monkeypatch.setattr(convert, "call_in_process", run)
     first, *others = convert.SIDES
     text = convert.table(convert.run_sides(odd_llama, 2), size=1_000_000)
     assert order == [first, *others, *others, first]

@@ -13,7 +13,7 @@ from recipes.core.files import sha256_of
 from recipes.core.metrics import METRICS, steps_of
 from recipes.data.results import DatasetResult
 from tests.support.in_process import run_in_process
-from tests.support.launcher import Result
+from tests.support.launcher import CommandResult
 from tests.support.runs import manifest_of, settings, tiny, without
 from tests.support.text import write_chats
 
@@ -21,7 +21,7 @@ STEPS, BATCH = 12, 4
 WRITTEN = "teacher://chat#tokens=600"
 
 
-def run_teacher(model: Path, texts: str, run_dir: Path, *more: str) -> Result:
+def run_teacher(model: Path, texts: str, run_dir: Path, *more: str) -> CommandResult:
     distill = {
         "precision": 32,
         "top_k": "null",

@@ -31,7 +31,8 @@ from tests.support.runs import manifest_of, settings, tiny, without
 MULTIPLE = 100
 """Multiple of the change by one ulp in the logits. Every operation of another layout may round
 differently; the largest measured multiple was 12."""
-BFLOAT16_MULTIPLE = 10
+BFLOAT16_MULTIPLE = 5
+"""The same in bfloat16, on one rank; the largest measured multiple was 2.3, of a weight."""
 STEPS, CHECKPOINT_INTERVAL = 21, 4
 """The training ends with a step, so no validation gathers what each data-parallel rank updated."""
 LAYOUTS = {

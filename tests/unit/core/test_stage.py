@@ -93,7 +93,7 @@ UNWRITTEN = (
 )
 
 
-class Worker:
+class StageStarter:
     """Starts the small stage as the launcher does."""
 
     def __init__(self, root: Path, folder: Path) -> None:
@@ -117,13 +117,13 @@ class Worker:
 
 
 @pytest.fixture
-def worker(root: Path, tmp_path: Path) -> Worker:
-    return Worker(root, tmp_path)
+def starter(root: Path, tmp_path: Path) -> StageStarter:
+    return StageStarter(root, tmp_path)
 
 
-def test_complete_stage(worker: Worker, tmp_path: Path) -> None:
+def test_complete_stage(starter: StageStarter, tmp_path: Path) -> None:
     stage = tmp_path / "stage"
-    done = worker.start(stage, text="some words")
+    done = starter.start(stage, text="some words")
     assert done.returncode == 0, done.stderr
     manifest = check_artifact(stage, "dataset")
     assert list(manifest.files) == ["sub/a.txt"]
@@ -146,25 +146,27 @@ def test_complete_stage(worker: Worker, tmp_path: Path) -> None:
     ],
 )
 def test_a_failed_stage_says_why_and_keeps_the_old_result(
-    worker: Worker, tmp_path: Path, fail: str, summary: str, shown: str
+    starter: StageStarter, tmp_path: Path, fail: str, summary: str, shown: str
 ) -> None:
     stage = tmp_path / "stage"
-    worker.start(stage)
+    starter.start(stage)
     before = read_manifest(stage)
-    done = worker.start(stage, text="other", fail=fail)
+    done = starter.start(stage, text="other", fail=fail)
     assert done.returncode == 1
     assert shown in done.stderr
     assert last_end(stage) == (Status.FAILED, summary)
     assert check_artifact(stage) == before
-    assert worker.start(stage, text="other").returncode == 0
+    assert starter.start(stage, text="other").returncode == 0
     assert read_manifest(stage) != before
     assert not (stage / WORK).exists()
 
 
-def test_a_killed_stage_is_incomplete_and_keeps_its_work(worker: Worker, tmp_path: Path) -> None:
+def test_a_killed_stage_is_incomplete_and_keeps_its_work(
+    starter: StageStarter, tmp_path: Path
+) -> None:
     stage = tmp_path / "stage"
     # Its child, such as a writer of checkpoints, dies too: it would hold the output open.
-    assert worker.start(stage, fail="kill").returncode == -9
+    assert starter.start(stage, fail="kill").returncode == -9
     assert not (stage / MANIFEST).exists()
     assert not (stage / ARTIFACT).exists()
     assert (stage / WORK / "kept" / "state").read_text() == "step 1"
@@ -176,32 +178,34 @@ def test_a_killed_stage_is_incomplete_and_keeps_its_work(worker: Worker, tmp_pat
     assert [record["task"] for record in state.progress()] == ["write"]
 
 
-def test_a_hanging_stage_ends_and_says_where_it_hangs(worker: Worker, tmp_path: Path) -> None:
+def test_a_hanging_stage_ends_and_says_where_it_hangs(
+    starter: StageStarter, tmp_path: Path
+) -> None:
     """But it does not end while it records progress."""
     stage = tmp_path / "stage"
-    done = worker.start(stage, fail="hang", resources={"hang_timeout": 4})
+    done = starter.start(stage, fail="hang", resources={"hang_timeout": 4})
     assert done.returncode == 1
     assert stage_state(stage).status is Status.HUNG
     said = failure(stage, None)
     assert "it made no progress for resources.hang_timeout seconds" in said
     assert re.search(r"rank 0: .*small_stage\.py, line \d+, in wait_for_nothing\n", said)
     assert (stage / WORK / "kept" / "state").read_text() == "step 1"
-    assert worker.start(stage).returncode == 0
+    assert starter.start(stage).returncode == 0
     assert not (stage / WORK).exists()
 
 
-def test_a_full_disk_is_named_and_work_resumes(worker: Worker, tmp_path: Path) -> None:
+def test_a_full_disk_is_named_and_work_resumes(starter: StageStarter, tmp_path: Path) -> None:
     with small_disk(tmp_path / "small") as disk:
         stage = disk.folder / "stage"
-        assert worker.start(stage, fail="bug").returncode == 1
+        assert starter.start(stage, fail="bug").returncode == 1
         disk.leave(65536)
-        assert worker.start(stage, fail="large").returncode == 1
+        assert starter.start(stage, fail="large").returncode == 1
         assert f"{stage}" in failure(stage, None)
         assert "No space left on device" in failure(stage, None)
         assert "free some space; the same command resumes" in failure(stage, None)
         assert not (stage / MANIFEST).exists()
         disk.remount("size=2m")
-        assert worker.start(stage, fail="large").returncode == 0
+        assert starter.start(stage, fail="large").returncode == 0
 
 
 @pytest.mark.parametrize("write", [np.ndarray.tofile, lambda a, file: save_file({"a": a}, file)])
@@ -228,24 +232,24 @@ def test_a_lost_connection_points_to_another_rank(
     assert str(error) in _summary(error, tmp_path)
 
 
-def test_an_invalid_setting_is_explained(worker: Worker, tmp_path: Path) -> None:
+def test_an_invalid_setting_is_explained(starter: StageStarter, tmp_path: Path) -> None:
     stage = tmp_path / "stage"
-    assert worker.start(stage, unknown=1).returncode == 1
+    assert starter.start(stage, unknown=1).returncode == 1
     assert "unknown" in stage_state(stage).error
 
 
 @pytest.fixture
-def source(worker: Worker, tmp_path: Path) -> InputRef:
+def source(starter: StageStarter, tmp_path: Path) -> InputRef:
     """A complete stage as the input of another."""
-    assert worker.start(tmp_path / "source").returncode == 0
+    assert starter.start(tmp_path / "source").returncode == 0
     return InputRef.of(tmp_path / "source")
 
 
 def test_inputs_are_read_recorded_and_hashed(
-    worker: Worker, tmp_path: Path, source: InputRef
+    starter: StageStarter, tmp_path: Path, source: InputRef
 ) -> None:
     stage, file = tmp_path / "stage", tmp_path / "source" / ARTIFACT / "sub" / "a.txt"
-    assert worker.start(stage, {"data": source}).returncode == 0
+    assert starter.start(stage, {"data": source}).returncode == 0
     manifest = read_manifest(stage)
     assert manifest is not None
     assert manifest.inputs == {"data": "fingerprint of hello"}
@@ -253,7 +257,7 @@ def test_inputs_are_read_recorded_and_hashed(
     stat = file.stat()
     file.write_text("jello")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    done = worker.start(stage, {"data": source})
+    done = starter.start(stage, {"data": source})
     assert done.returncode == 1
     assert "sub/a.txt (changed)" in done.stderr
 
@@ -266,24 +270,24 @@ def test_inputs_are_read_recorded_and_hashed(
     ],
 )
 def test_input_of_another_kind_or_fingerprint_is_refused(
-    worker: Worker, tmp_path: Path, source: InputRef, change: dict[str, str], words: str
+    starter: StageStarter, tmp_path: Path, source: InputRef, change: dict[str, str], words: str
 ) -> None:
-    done = worker.start(tmp_path / "stage", {"data": replace(source, **change)})
+    done = starter.start(tmp_path / "stage", {"data": replace(source, **change)})
     assert done.returncode == 1
     assert words in stage_state(tmp_path / "stage").error
 
 
-def test_a_killed_restart_resumes_its_own_work(worker: Worker, tmp_path: Path) -> None:
+def test_a_killed_restart_resumes_its_own_work(starter: StageStarter, tmp_path: Path) -> None:
     stage = tmp_path / "stage"
     checkpoint = stage / WORK / "checkpoint"
-    worker.start(stage, fail="kill")
+    starter.start(stage, fail="kill")
     checkpoint.touch()
-    worker.start(stage, text="other", fail="kill")
+    starter.start(stage, text="other", fail="kill")
     assert not checkpoint.exists()
     checkpoint.touch()
-    worker.start(stage, text="other", fail="kill")
+    starter.start(stage, text="other", fail="kill")
     assert checkpoint.exists()
-    assert worker.start(stage, text="other").returncode == 0
+    assert starter.start(stage, text="other").returncode == 0
 
 
 def test_other_ranks_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,7 +167,7 @@ ELSEWHERE = {
 
 @pytest.fixture
 def plan(compose: Compose, tmp_path: Path, large_disk: None, versions_read_once: None) -> MakePlan:
-    """Plans like the common fixture, but composes once and then sets fields, which is faster."""
+    """Plans like the common fixture, for a large disk, but composes once and then sets fields."""
 
     def planned(*overrides: str, recipe: str = "recipe=llama_width_prune") -> Plan:
         groups = [o for o in overrides if o.startswith(GROUPS)]

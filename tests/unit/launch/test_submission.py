@@ -21,7 +21,7 @@ SLURM = ("cluster=slurm", "hardware=h100")
 
 
 @pytest.fixture
-def without_hub(large_disk: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def without_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets large recipes be planned from the bundled configs."""
     monkeypatch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
 
