@@ -243,7 +243,7 @@ def _tokens_first(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Computes ``attend``, up to ``LONGEST_BLOCKWISE`` with a backward pass in blocks of queries."""
+    """Computes ``attend``, with a blockwise backward pass up to ``LONGEST_BLOCKWISE``."""
     if len(query) > LONGEST_BLOCKWISE:
         return attend(query, key, value, scale)
     context: Tensor = _BlockwiseAttention.apply(query, key, value, scale)

@@ -7,13 +7,15 @@ its input changed by one unit in the last place, and allows a multiple of what t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ULP = torch.finfo(torch.float32).eps
+ROUNDINGS = 10
+"""Multiple of the change by one ulp that two computations of the same model may differ by."""
 
 
 def by_one_ulp(tensor: Tensor, seed: int = 0) -> Tensor:
@@ -22,6 +24,18 @@ def by_one_ulp(tensor: Tensor, seed: int = 0) -> Tensor:
     up = torch.randint(2, tensor.shape, generator=generator, dtype=torch.bool)
     towards = torch.where(up, torch.inf, -torch.inf).to(tensor)
     return tensor + (torch.nextafter(tensor.detach(), towards) - tensor.detach())
+
+
+@torch.no_grad()
+def change_by_one_ulp(model: nn.Module, output: Callable[[], Tensor]) -> float:
+    """Changes each weight of a model by one ulp, and returns the largest change of the output.
+
+    No change counts as less than one unit in the last place.
+    """
+    before = output()
+    for seed, weight in enumerate(model.parameters()):
+        weight.copy_(by_one_ulp(weight, seed))
+    return max((output() - before).abs().max().item(), ULP * before.abs().max().item())
 
 
 def growth(expected: Sequence[float], perturbed: Sequence[float]) -> list[float]:

@@ -44,6 +44,7 @@ from tests.support.conversion import (
 )
 from tests.support.models import EVEN, FAMILIES, ODD, write_tiny_model
 from tests.support.ranks import run_ranks
+from tests.support.rounding import ROUNDINGS, change_by_one_ulp
 
 SIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 WIDTH = {"hidden_size": 48, "num_attention_heads": 2}
@@ -163,9 +164,9 @@ def test_round_trip_of_bfloat16_shards(family: str, text_file: Path, tmp_path: P
     assert not (back / "generation_config.json").exists()
 
 
-def logits_of(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = hf.load_causal_lm(folder)(tokens).logits
+@torch.no_grad()
+def logits_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(tokens).logits
     return logits
 
 
@@ -173,8 +174,13 @@ def tokens_of(root: Path) -> torch.Tensor:
     return load_file(root / "tokens.safetensors")["tokens"]
 
 
-def require_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+def require_logits_of(folder: Path, tokens: torch.Tensor, *logits: torch.Tensor) -> None:
+    """Compares logits with those of transformers."""
+    model = hf.load_causal_lm(folder)
+    expected = logits_of(model, tokens)
+    by = change_by_one_ulp(model, lambda: logits_of(model, tokens))
+    for actual in logits:
+        torch.testing.assert_close(actual, expected, rtol=0, atol=ROUNDINGS * by)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -182,10 +188,9 @@ def test_transformers_loads_a_pruned_model(family: str, root: Path, tmp_path: Pa
     """Its logits are Megatron's, and those of the model that evaluation loads."""
     checkpoint, tokens = root / family / "pruned.nemo", tokens_of(root)
     convert.to_hf(checkpoint, tmp_path / "hf")
-    logits = logits_of(tmp_path / "hf", tokens)
-    require_close(parity.core_logits(parity.load_core(checkpoint), tokens), logits)
-    with torch.no_grad():
-        require_close(load_transformers(checkpoint)(tokens).logits, logits)
+    by_megatron = parity.core_logits(parity.load_core(checkpoint), tokens)
+    by_evaluation = logits_of(load_transformers(checkpoint), tokens)
+    require_logits_of(tmp_path / "hf", tokens, by_megatron, by_evaluation)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     teacher = nemo.architecture_of(root / family / "teacher.nemo")
     targets = PruneTargets(num_layers=3, **TARGETS[family])
@@ -212,7 +217,7 @@ def test_two_ranks_give_the_logits_of_transformers_and_train(layout: str, root: 
     tokens = tokens_of(root)
     for family in FAMILIES:
         logits = load_file(root / family / layout / LOGITS)["logits"]
-        require_close(logits, logits_of(root / family / "hf", tokens))
+        require_logits_of(root / family / "hf", tokens, logits)
     for family in FAMILIES if layout == TP else DATA_PARALLEL:
         require_trained(root / family / (TP if layout == TP else DP))
 

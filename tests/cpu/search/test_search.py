@@ -50,7 +50,7 @@ from recipes.stages import (
 )
 from tests.support.in_process import complete
 from tests.support.ranks import fork_command
-from tests.support.rounding import by_one_ulp
+from tests.support.rounding import ROUNDINGS, change_by_one_ulp
 from tests.support.runs import manifest_of, stage_dir
 
 SHAPES: list[dict[str, Any]] = [
@@ -68,8 +68,6 @@ def run_stage(module: Any, run_dir: Path, inputs: dict[str, str], **settings: An
     complete(config, run_dir / name, {key: run_dir / source for key, source in inputs.items()})
 
 
-ROUNDINGS = 10
-"""Multiple of the change of a KL when log-probabilities change by one ulp."""
 TEACHER = {"checkpoint": "import_hf", "importance": "score"}
 RANKED = {"num_samples": 4, "num_healed": 2, "num_calibration_samples": 8}
 
@@ -107,11 +105,12 @@ def test_views_of_sorted_weights_have_the_logits_of_pruned_models(
     found = read_log_probs(view.predictor(shape, kept.layers), tokens)
     if "num_attention_heads" not in targets:
         assert {p.untyped_storage().data_ptr() for p in view._model.parameters()} <= memory
-    expected = as_transformers(teacher, shape, prune_weights(teacher, kept, whole.kv_channels))
-    torch.testing.assert_close(found, log_probs(expected, tokens), rtol=1e-4, atol=1e-4)
+    pruned = as_transformers(teacher, shape, prune_weights(teacher, kept, whole.kv_channels))
     again = read_log_probs(view.predictor(whole, [1, 2, 3, 4]), tokens)
-    exact = log_probs(load_transformers(teacher), tokens)
-    torch.testing.assert_close(again, exact, rtol=1e-4, atol=1e-4)
+    for ours, model in ((found, pruned), (again, load_transformers(teacher))):
+        expected = log_probs(model, tokens)
+        by = change_by_one_ulp(model, lambda model=model: log_probs(model, tokens))
+        torch.testing.assert_close(ours, expected, rtol=0, atol=ROUNDINGS * by)
 
 
 def read_log_probs(model: Predictor, tokens: torch.Tensor) -> torch.Tensor:
@@ -169,17 +168,16 @@ def test_candidates_have_the_metrics_of_real_prunings(ranked_run: Path, healed: 
     counted = (tokens[:, :-1] != end).flatten()
     assert (~counted).sum() > 0
     expected = log_probs(load_transformers(teacher), tokens)[counted]
-    found = log_probs(as_transformers(teacher, candidate.shape, weights), tokens)[counted]
+    model = as_transformers(teacher, candidate.shape, weights)
 
-    def kl_to_teacher(log_probabilities: torch.Tensor) -> float:
-        kl = kl_div(log_probabilities, expected, log_target=True, reduction="batchmean")
-        return kl.item()
+    def kl_and_loss() -> torch.Tensor:
+        found = log_probs(model, tokens)[counted]
+        kl = kl_div(found, expected, log_target=True, reduction="batchmean")
+        return torch.stack([kl, nll_loss(found, tokens[:, 1:].flatten()[counted])])
 
-    kl, by_seeds = kl_to_teacher(found), range(8)
-    rounding = max(abs(kl_to_teacher(by_one_ulp(found, seed)) - kl) for seed in by_seeds)
-    loss = nll_loss(found, tokens[:, 1:].flatten()[counted]).item()
-    assert candidate.kl_to_teacher == pytest.approx(kl, rel=1e-4, abs=ROUNDINGS * rounding)
-    assert math.log(candidate.perplexity) == pytest.approx(loss, rel=1e-4)
+    metrics = torch.tensor([candidate.kl_to_teacher, math.log(candidate.perplexity)])
+    exact, by = kl_and_loss(), change_by_one_ulp(model, kl_and_loss)
+    torch.testing.assert_close(metrics, exact, rtol=0, atol=ROUNDINGS * by)
 
 
 SPACE = Space(1, 8, 8, max_depth_pruning=0.75)
