@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from nemo_convert import nemo
+from recipes.backend.cpu_speed import speed_patches
 from recipes.backend.device import QUERIES_AT_ONCE
 from recipes.backend.training_layers import (
     LONGEST_BLOCKWISE,
+    CausalAttention,
     SwiGLU,
     _RMSNorm,
     attend,
@@ -86,3 +90,13 @@ def test_long_sequences_keep_pytorchs_backward_pass() -> None:
     query, key, value = inputs(*[(LONGEST_BLOCKWISE + 1, 1, 2, 4)] * 3)
     context = attend_in_blocks(query.requires_grad_(), key, value, SCALE)
     assert "BlockwiseAttention" not in type(context.grad_fn).__name__
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="speed patches are active only without CUDA")
+@pytest.mark.parametrize("names", [[], ["attention_backward"]])
+def test_the_speed_patch_selects_the_blockwise_backward_pass(names: list[str]) -> None:
+    query, key, value = inputs(*QUERY_KEY_VALUE)
+    attention: Any = SimpleNamespace(softmax_scale=SCALE)
+    with speed_patches(names):
+        context = CausalAttention.forward(attention, query.requires_grad_(), key, value, None)
+    assert ("BlockwiseAttention" in type(context.grad_fn).__name__) == bool(names)
