@@ -108,7 +108,7 @@ def mpi_problems(cluster: DictConfig, chain: Chain, selected: Iterable[str]) -> 
             yield Problem(
                 rules.MPI,
                 f"{name} starts TensorRT-LLM, but cluster.mpi.{config.stage} is null",
-                "set it to pmix, unless that is your site's MpiDefault",
+                "leave it out, or set it to the mpirun of the image",
             )
 
 

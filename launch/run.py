@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -72,6 +73,7 @@ from recipes.core.run_state import (
 )
 from recipes.core.screen import screen
 from recipes.core.snapshot import write_snapshot
+from recipes.planning.rules import require_none
 
 console = screen()
 
@@ -109,6 +111,8 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
             "add cluster.follow=true",
         )
     plan = executor.prepare(make_plan(cfg, settings, run_dir), cluster)
+    notes = require_none(executor.problems(plan, cluster), settings.skip_rules)
+    plan = replace(plan, notes=plan.notes + notes)
     view.print_plan(plan, console)
     view.print_sources(plan, console)
     view.print_notes(plan, set(settings.skip_rules), console)
@@ -117,6 +121,8 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
     with _recorded(plan, before, settings.dry_run) as set_stage:
         if set_stage is not None:
             executor.write_scripts(plan, cluster)
+        if set_stage is not None and settings.dry_run:
+            executor.dry_run(plan, console)
         if set_stage is not None and not settings.dry_run:
             with open_tracker(tracked_run(cfg, run_dir, recipe)) as tracker:
                 follow = partial(_follow, tracker, set_stage, plan)

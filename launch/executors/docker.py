@@ -36,6 +36,7 @@ class DockerConfig(container.Containers):
 
 
 CONFIG = DockerConfig
+problems, dry_run = local.problems, local.dry_run
 
 
 def prepare(plan: Plan, cluster: DockerConfig) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import IO
@@ -24,6 +24,7 @@ from recipes.core.fork_server import fork_module, fork_server, watch_child
 from recipes.core.processes import cores
 from recipes.core.run_state import REQUEST
 from recipes.core.stage_process import RunningStage, run_to_end, start_command, start_process
+from recipes.planning.rules import Problem
 
 SCRIPT = "run.sh"
 PRELOADED = (
@@ -56,6 +57,15 @@ def prepare(plan: Plan, cluster: LocalConfig) -> Plan:
     for stage in plan.todo():
         stage.stage.require_here(stage.config)
     return plan
+
+
+def problems(plan: Plan, cluster: Cluster) -> Iterable[Problem]:
+    """No queue limits the stages of one machine."""
+    return ()
+
+
+def dry_run(plan: Plan, console: Console) -> None:
+    """No scheduler is asked on one machine."""
 
 
 def require_one_machine(plan: Plan, cluster: Cluster) -> None:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from launch.cluster import Follow
 from launch.executors import container
+from launch.executors.slurm_limits import job_of, job_problems, read_partitions
 from launch.executors.slurm_queue import (
     RECORD,
     STATE_REASONS,
@@ -26,6 +27,7 @@ from launch.executors.slurm_queue import (
     SlurmJob,
     active_jobs,
     job_states,
+    query,
     read_jobs,
 )
 from launch.plan import Plan
@@ -33,14 +35,19 @@ from launch.planned import ADOPT, SKIP, PlannedStage
 from recipes.core.constraints import Count, CountOrZero, Duration, matching, one_of
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
+from recipes.core.screen import plain_table
 from recipes.core.stage import SbatchOption
 from recipes.core.stage_process import LOGS, failure, newest_log
 from recipes.core.wheels import cache_dir
 from recipes.planning.limits import slurm_seconds
+from recipes.planning.rules import Problem
 from recipes.planning.training_cost import stopping_seconds
 
 SCRIPT = "job.sbatch"
 SUBMIT = "submit.sh"
+TEST_ONLY = "--test-only"
+"""Option of ``submit.sh``: asks Slurm about the jobs and submits none."""
+STARTS = re.compile(r"to start at (\S+) using (\d+) processors on nodes (\S+)")
 POLL_SECONDS = 2.0
 RESTART_SECONDS = 900.0
 """Longest restart of Slurm's controller, which does not answer meanwhile."""
@@ -114,6 +121,16 @@ def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
             )
         stages.append(replace(stage, action=ADOPT, reason=reason))
     return replace(plan, stages=tuple(stages))
+
+
+def problems(plan: Plan, cluster: SlurmConfig) -> Iterator[Problem]:
+    """Compares each job with what it starts, and with its partition if Slurm is on this machine."""
+    jobs = [
+        job_of(stage, _sbatch_options(stage, cluster), stage.config.resources.time or cluster.time)
+        for stage in plan.todo()
+    ]
+    raw = {s.name: [*cluster.sbatch, *s.config.resources.sbatch] for s in plan.todo()}
+    return job_problems(jobs, raw, read_partitions())
 
 
 def _settings_problems(stages: Iterable[PlannedStage], cluster: SlurmConfig) -> Iterator[str]:
@@ -231,7 +248,9 @@ def submit_script(plan: Plan) -> str:
         needed = sorted(variables[directory] for directory in inputs & variables.keys())
         after = "afterok" + "".join(f":${name}" for name in needed) + "," if needed else ""
         jobs.append((stage, variables[stage.directory], f"{after}singleton"))
-    return _render("submit.sh.j2", run_dir=plan.run_dir, record=RECORD, jobs=jobs)
+    return _render(
+        "submit.sh.j2", run_dir=plan.run_dir, record=RECORD, test_only=TEST_ONLY, jobs=jobs
+    )
 
 
 def _render(template: str, **values: Any) -> str:
@@ -241,6 +260,31 @@ def _render(template: str, **values: Any) -> str:
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
     text = (Path(__file__).parent / template).read_text(encoding="utf-8")
     return environment.from_string(text).render(values)
+
+
+def dry_run(plan: Plan, console: Console) -> None:
+    """Shows when Slurm could start each job; raises if it would refuse one."""
+    if query("scontrol", "ping").returncode:
+        console.print("Slurm does not answer on this machine: it was not asked about these jobs")
+        return
+    command = [str(plan.run_dir / SUBMIT), TEST_ONLY]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    table = plain_table("Slurm, if all inputs were complete", "job", "could start", "CPUs", "nodes")
+    refused: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        stage, _, answer = line.partition(" ")
+        if start := STARTS.search(answer):
+            table.add_row(stage, *start.groups())
+        else:
+            refused.setdefault(answer, []).append(stage)
+    if table.rows:
+        console.print(table)
+    if refused:
+        lines = [f"{', '.join(stages)}: {answer}" for answer, stages in refused.items()]
+        raise RecipeError(
+            "Slurm would refuse jobs of\n" + "\n".join(lines),
+            "correct cluster=slurm's settings; sinfo and scontrol show partition list the limits",
+        )
 
 
 def start(plan: Plan, cluster: SlurmConfig, follow: Follow, console: Console) -> bool:

@@ -67,7 +67,7 @@ def job_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
         return {}
     # Slurm forgets a job minutes after its end. A list of one unknown id is then an error.
     columns = "--format=%i|%T|%r|%L|%N"
-    done = _query("squeue", "--noheader", "--states=all", columns, f"--jobs={','.join(ids)}")
+    done = query("squeue", "--noheader", "--states=all", columns, f"--jobs={','.join(ids)}")
     if done.returncode and "Invalid job id" not in done.stderr:
         raise RecipeError(
             f"squeue does not answer: {done.stderr.strip()}", "try again once Slurm is up"
@@ -78,7 +78,7 @@ def job_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
 
 def final_state(job: SlurmJob) -> str | None:
     """Returns the last state of a job that left the queue; ``None`` without Slurm's accounting."""
-    done = _query("sacct", "--noheader", "--parsable2", "-X", "--format=State", f"--jobs={job.id}")
+    done = query("sacct", "--noheader", "--parsable2", "-X", "--format=State", f"--jobs={job.id}")
     states = done.stdout.split()
     return states[0] if done.returncode == 0 and states else None
 
@@ -97,7 +97,7 @@ def active_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
 def cancel_jobs(jobs: Iterable[SlurmJob]) -> None:
     """Cancels jobs; raises ``RecipeError`` if Slurm refuses."""
     ids = [job.id for job in jobs]
-    done = _query("scancel", *ids)
+    done = query("scancel", *ids)
     if done.returncode:
         raise RecipeError(
             f"scancel failed: {done.stderr.strip()}",
@@ -105,7 +105,8 @@ def cancel_jobs(jobs: Iterable[SlurmJob]) -> None:
         )
 
 
-def _query(*command: str) -> subprocess.CompletedProcess[str]:
+def query(*command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command of Slurm; a command that is missing or does not answer fails."""
     try:
         return subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False

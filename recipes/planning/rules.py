@@ -74,7 +74,10 @@ MOUNTS = Rule("mounts", "a stage in a container sees only mounted paths")
 CPUS_PER_TASK = _warning(
     "cpus-per-task", "a job that shares nodes gets one core for all processes of a node"
 )
-MPI = _warning("mpi", "TensorRT-LLM starts MPI, which needs Slurm to connect the job")
+MPI = _warning("mpi", "TensorRT-LLM spawns processes by MPI, which only mpirun can do in a job")
+JOB = Rule("job", "a job must request what its processes use")
+JOB_MEMORY = _warning("job-memory", "Slurm kills a job that uses more memory than it has")
+PARTITION = Rule("partition", "Slurm never starts a job that exceeds the limits of its partition")
 CLUSTER_HARDWARE = Rule(
     "cluster-hardware",
     "with a CPU's profile, jobs on GPUs would use a CPU's precision and wrong estimates",

@@ -1,4 +1,7 @@
-"""A real Slurm for the tests: a controller and nodes on loopback, without systemd."""
+"""A real Slurm for the tests: a controller and nodes on loopback, without systemd.
+
+Each node claims to be a DGX H100: 8 GPUs, 224 CPUs and 2 TB of memory. Its daemon takes 9 MB.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ from pathlib import Path
 from typing import Self
 
 FIRST_PORT = 10000
+NODES = 96
+"""As many as the largest recipe takes."""
 CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -29,11 +34,11 @@ CredType=cred/munge
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SrunPortRange={srun_first}-{srun_last}
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/affinity
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=100000,batch_sched_delay=0
 SlurmdParameters=config_overrides
 ReturnToService=2
@@ -50,15 +55,17 @@ SlurmctldLogFile={dir}/slurmctld.log
 SlurmdLogFile={dir}/slurmd.%n.log
 GresTypes=gpu
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 \
-Port=[{node_first}-{node_last}] CPUs=16 RealMemory=1000000 Gres=gpu:8 State=UNKNOWN
-PartitionName=batch Nodes=ALL Default=YES MaxTime=1-00:00:00 DefaultTime=10 State=UP
+Port=[{node_first}-{node_last}] Sockets=2 CoresPerSocket=56 ThreadsPerCore=2 \
+RealMemory=2000000 Gres=gpu:8 State=UNKNOWN
+PartitionName=batch Nodes=ALL Default=YES MaxTime=1-00:00:00 DefaultTime=10 \
+DefMemPerCPU=8900 State=UP
 """
 
 
 class SlurmCluster:
     """A Slurm whose files are in one directory, which needs a short path."""
 
-    def __init__(self, directory: Path, nodes: int = 2) -> None:
+    def __init__(self, directory: Path, nodes: int = NODES) -> None:
         self.directory = directory
         self._nodes = [f"n{number + 1}" for number in range(nodes)]
         self.pyxis_log = directory / "pyxis.log"

@@ -37,7 +37,7 @@ DISTILL = {
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[SlurmCluster]:
-    """A controller and two nodes."""
+    """A controller and its nodes."""
     if why := without_slurm():
         pytest.skip(why)
     with SlurmCluster.running() as cluster:

@@ -23,7 +23,7 @@ from nemo_convert.nemo import find_checkpoint
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest
 from recipes.core.metrics import METRICS, steps_of
 from recipes.core.snapshot import CODE
-from tests.slurm.cluster import SlurmCluster, run, wait_for
+from tests.slurm.cluster import NODES, SlurmCluster, run, wait_for
 from tests.slurm.conftest import SECRET, STEPS, Run
 from tests.support.contributing import copy_with
 from tests.support.contributing import run as run_copy
@@ -200,7 +200,7 @@ def test_node_that_goes_down_and_cancel(
     job = read_jobs(chain.directory)["prepare_data"]
     assert "Restarts=1 " in run("scontrol", "show", "job", job.id)
     chain.wait()
-    wait_for(lambda: run("sinfo", "-hN", "-o", "%T").split() == ["idle"] * 2, 300)
+    wait_for(lambda: run("sinfo", "-hN", "-o", "%T").split() == ["idle"] * NODES, 300)
 
     again = ("only=[prepare_data]", "force=[prepare_data]")
     before = read_manifest(chain.directory / "prepare_data")

@@ -161,6 +161,7 @@ ELSEWHERE = {
     **dict.fromkeys(("max-seq-len", "max-input-len", "head-size"), "engines/test_tensorrt_llm.py"),
     **dict.fromkeys(("format", "kv-cache"), "engines/test_tensorrt_llm.py"),
     **dict.fromkeys(("alignment", "length", "engine-limits"), "engines/test_bench.py"),
+    **dict.fromkeys(("job", "job-memory", "partition"), "launch/test_slurm_limits.py"),
 }
 """Rules that the width recipe cannot break, and the files of ``tests/unit`` that break them."""
 

@@ -53,13 +53,16 @@ def test_submission_from_an_allocation_is_as_from_outside(
     planned = plan(*SLURM)
     for stage in planned.stages:
         stage.directory.mkdir(parents=True, exist_ok=True)
-    slurm.write_scripts(planned, slurm.SlurmConfig())
+    slurm.write_scripts(planned, slurm.SlurmConfig(partition="batch"))
     seen = tmp_path / "seen"
     for program, body in (("sbatch", f"env >>{seen}; echo 7"), ("squeue", "true")):
         write_program(tmp_path / "bin" / program, body)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    for name in ("SLURM_NTASKS", "SLURM_CPU_BIND", "PMIX_RANK", "PMI_SIZE", "SLURM_CONF"):
+    allocation = ("SLURM_NTASKS", "SLURM_CPU_BIND", "PMIX_RANK", "PMI_SIZE", "CUDA_VISIBLE_DEVICES")
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+    defaults = ("SBATCH_TIMELIMIT", "SBATCH_PARTITION", "SBATCH_ACCOUNT", "SLURM_CONF")
+    for name in (*allocation, *ranks, *defaults):
         monkeypatch.setenv(name, "1")
     subprocess.run([planned.run_dir / "submit.sh"], check=True)
-    inherited = re.findall(r"^(?:SLURM|PMI)\w*", seen.read_text(), re.M)
-    assert set(inherited) == {"SLURM_CONF"}
+    names = re.findall(r"^\w+(?==)", seen.read_text(), re.M)
+    assert {*allocation, *ranks, *defaults} & set(names) == {"SLURM_CONF", "SBATCH_ACCOUNT"}

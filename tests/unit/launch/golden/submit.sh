@@ -4,10 +4,25 @@
 set -euo pipefail
 cd /TMP/run
 
-# Inside an allocation, its variables would decide the size and the cores of these jobs.
-for name in $(compgen -e | grep -E '^(SLURM|PMIX?)_' | grep -vxE 'SLURM_(CONF|CLUSTERS)'); do
+# Variables of an allocation or of a rank would decide the size, GPUs and ranks of these jobs.
+inherited='^((SLURM|SBATCH|PMIX?|TORCHELASTIC)_.*|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|CUDA_VISIBLE_DEVICES)$'
+for name in $(compgen -e | grep -E "$inherited" | grep -vxE '(SLURM_CONF|(SLURM|SBATCH)_CLUSTERS|SBATCH_(ACCOUNT|PARTITION|QOS|RESERVATION))'); do
   unset "$name"
 done
+
+prefer_script() { # STAGE: sbatch would prefer a user's SBATCH_ACCOUNT to what the script says
+  local option
+  for option in account partition qos; do
+    if grep -q "^#SBATCH --$option=" "$1/job.sbatch"; then unset "SBATCH_${option^^}"; fi
+  done
+}
+
+if [ "${1:-}" = --test-only ]; then # prints when Slurm could start each job, and submits none
+  for stage in import_hf prepare_data score cache_logits prune distill evaluate export_hf report ; do
+    echo "$stage $( (prefer_script "$stage"; sbatch --test-only "$stage/job.sbatch") 2>&1 | tail -n 1)" || true
+  done
+  exit
+fi
 
 submit() { # STAGE FINGERPRINT DEPENDENCY: prints the job's id and records it for `launch/run.py status`
   local job
@@ -16,6 +31,7 @@ submit() { # STAGE FINGERPRINT DEPENDENCY: prints the job's id and records it fo
     echo "$job" # submitted before
     return
   fi
+  prefer_script "$1"
   job=$(sbatch --parsable --kill-on-invalid-dep=yes --dependency="$3" "$1/job.sbatch") || return
   job=${job%%;*}
   echo "$1 $job $2" >>jobs.txt

@@ -1,0 +1,246 @@
+"""Compares Slurm jobs with the processes that they start, and with their partitions."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from launch.executors.slurm_queue import query
+from launch.planned import PlannedStage
+from recipes.core.errors import did_you_mean
+from recipes.planning import rules
+from recipes.planning.limits import slurm_seconds
+from recipes.planning.rules import Problem
+
+SETTINGS = {
+    "nodes": "nodes",
+    "ntasks": "devices",
+    "ntasks-per-node": "devices",
+    "cpus-per-task": "cpus_per_task",
+    "time": "time",
+}
+"""Options of sbatch that the launcher sets, with the field of ``resources`` that they are from."""
+SIZES = {"": 1, "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
+"""Megabytes of Slurm's units of memory."""
+MEGABYTE = 1024**2
+WEIGHT_BYTES = 2
+"""Of a parameter in bfloat16."""
+RESOURCES = "stages.NAME.resources"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a job requests; ``None`` stands for Slurm's default."""
+
+    stage: PlannedStage
+    seconds: int
+    partition: str | None
+    whole_nodes: bool
+    gpus: int | None
+    cpus: int | None
+    memory_mb: float | None
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes."""
+        return self.stage.config.resources.nodes
+
+    def __str__(self) -> str:
+        sizes = [_counted(self.gpus, "GPU")] if self.gpus else []
+        sizes += [_counted(self.cpus, "CPU")] if self.cpus else []
+        sizes += [f"{self.memory_mb / 1024:.0f} GB of memory"] if self.memory_mb else []
+        return " with ".join(filter(None, [_counted(self.nodes, "node"), ", ".join(sizes)]))
+
+
+@dataclass(frozen=True)
+class NodeGroup:
+    """Equal nodes of a partition."""
+
+    count: int
+    cpus: int
+    memory_mb: int
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition: the fields that ``scontrol show partition`` prints, and its nodes."""
+
+    fields: Mapping[str, str]
+    groups: Sequence[NodeGroup]
+
+    @property
+    def max_seconds(self) -> float:
+        """Longest time limit of a job."""
+        limit = self.fields.get("MaxTime", "")
+        return slurm_seconds(limit) if ":" in limit else math.inf
+
+    def limit(self, field: str) -> float:
+        """Returns a numeric field; infinity if it is unlimited."""
+        value = self.fields.get(field, "")
+        return float(value) if value.isdigit() else math.inf
+
+    def fitting_nodes(self, job: Job) -> int:
+        """Returns the number of nodes that have what a job requests of each."""
+        cpus = self.limit("MaxCPUsPerNode")
+        return sum(
+            group.count
+            for group in self.groups
+            if group.gpus >= (job.gpus or 0)
+            and min(group.cpus, cpus) >= (job.cpus or 1)
+            and group.memory_mb >= (job.memory_mb or 0)
+        )
+
+    def default_memory_mb(self, cpus: int) -> float:
+        """Returns the memory on a node of a job that requests none."""
+        return min(self.limit("DefMemPerNode"), self.limit("DefMemPerCPU") * cpus)
+
+
+Partitions = Mapping[str, Partition]
+"""By name."""
+
+
+def job_of(stage: PlannedStage, options: Iterable[str], time: str) -> Job:
+    """Returns what a job requests.
+
+    Args:
+        stage: Its stage.
+        options: Options of sbatch; of equal ones the last wins, as for sbatch.
+        time: Its time limit.
+    """
+    last = dict(_split(option) for option in options)
+    gpus = last.get("gpus-per-node", last.get("gres"))
+    cpus = int(last["cpus-per-task"]) if last.get("cpus-per-task", "").isdigit() else None
+    memory = _megabytes(last.get("mem"))
+    if memory is None and (per_cpu := _megabytes(last.get("mem-per-cpu"))) is not None:
+        memory = per_cpu * (cpus or 1)
+    number = re.search(r"(?:^|:)(\d+)$", gpus or "")
+    return Job(
+        stage=stage,
+        seconds=slurm_seconds(time),
+        partition=last.get("partition"),
+        whole_nodes="exclusive" in last,
+        gpus=int(number[1]) if number else None,
+        cpus=cpus,
+        memory_mb=memory,
+    )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _split(option: str) -> tuple[str, str]:
+    name, _, value = option.removeprefix("--").replace(" ", "=", 1).partition("=")
+    return name, value.strip()
+
+
+def _megabytes(size: str | None) -> float | None:
+    match = re.fullmatch(r"(\d+)([KMGT]?)", size or "")
+    return int(match[1]) * SIZES[match[2]] if match else None
+
+
+def job_problems(
+    jobs: Iterable[Job], raw_options: Mapping[str, Sequence[str]], partitions: Partitions
+) -> Iterator[Problem]:
+    """Yields problems of jobs; each names all stages that have it.
+
+    Args:
+        jobs: The jobs.
+        raw_options: The user's own options of sbatch, by stage.
+        partitions: Partitions by name; their limits are not checked without any.
+    """
+    stages: dict[Problem, list[str]] = {}
+    for job in jobs:
+        name = job.stage.name
+        found = list(_request_problems(job, raw_options[name]))
+        found += _partition_problems(job, partitions) if partitions else []
+        for problem in found:
+            stages.setdefault(problem, []).append(name)
+    for problem, names in stages.items():
+        yield replace(problem, what=f"{', '.join(names)}: {problem.what}")
+
+
+def _request_problems(job: Job, raw_options: Iterable[str]) -> Iterator[Problem]:
+    """Compares a job with the processes that it starts."""
+    for option in raw_options:
+        if field := SETTINGS.get(_split(option)[0]):
+            what = f"{option} of sbatch would replace resources.{field}"
+            yield Problem(rules.JOB, what, f"leave it out, and set {RESOURCES}.{field}")
+    devices = job.stage.devices
+    if job.stage.needs_gpu and job.gpus not in (None, devices):
+        what = f"the job requests {job.gpus} GPUs of a node, but uses {devices}"
+        yield Problem(rules.JOB, what, f"leave GPUs out of sbatch, and set {RESOURCES}.devices")
+    processes = max(devices, getattr(job.stage.config, "processes", 1))
+    if job.cpus is not None and job.cpus < processes:
+        what = f"the job requests {job.cpus} CPUs of a node, but starts {processes} processes"
+        yield Problem(rules.JOB, what, f"set {RESOURCES}.cpus_per_task to {processes} or more")
+
+
+def _partition_problems(job: Job, partitions: Partitions) -> Sequence[Problem]:
+    """Compares a job with its partition, or with the best one of a list, as Slurm does."""
+    default = [name for name, found in partitions.items() if found.fields["Default"] == "YES"]
+    names = job.partition.split(",") if job.partition else default
+    fix = f"set cluster.partition to one of: {', '.join(partitions)}"
+    if not names:
+        return [Problem(rules.PARTITION, "no partition is set, and Slurm has no default", fix)]
+    if unknown := [name for name in names if name not in partitions]:
+        hint = did_you_mean(unknown[0], partitions)
+        return [Problem(rules.PARTITION, f"there is no partition {unknown[0]}.{hint}", fix)]
+    return min((list(_limit_problems(job, partitions[name])) for name in names), key=len)
+
+
+def _limit_problems(job: Job, partition: Partition) -> Iterator[Problem]:
+    name, limit = partition.fields["PartitionName"], partition.fields["MaxTime"]
+    if (state := partition.fields["State"]) != "UP":
+        yield Problem(rules.PARTITION, f"partition {name} is {state}", "set another partition")
+    if job.seconds > partition.max_seconds:
+        what = f"the job requests {job.seconds / 3600:.1f} hours; partition {name} allows {limit}"
+        fix = f"set cluster.time or {RESOURCES}.time to at most {limit}"
+        yield Problem(rules.PARTITION, what, fix)
+    allowed = min(partition.fitting_nodes(job), partition.limit("MaxNodes"))
+    if job.nodes > allowed:
+        yield Problem(
+            rules.PARTITION,
+            f"the job requests {job}; partition {name} allows {allowed:.0f} such nodes",
+            f"lower what it requests ({RESOURCES} or cluster), or set another partition",
+        )
+    yield from _memory_problems(job, partition)
+
+
+def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
+    """Compares the memory of a job that shares nodes with the model that it reads."""
+    if job.whole_nodes or not (job.stage.needs_gpu or job.stage.workload):
+        return
+    memory = job.memory_mb
+    if memory is None:
+        memory = partition.default_memory_mb(job.cpus or 1)
+    weights = WEIGHT_BYTES * job.stage.chain.teacher.parameters() / MEGABYTE
+    if 0 < memory < weights:
+        yield Problem(
+            rules.JOB_MEMORY,
+            f"the job gets {memory / 1024:.0f} GB of memory, but the model has "
+            f"{weights / 1024:.0f} GB",
+            f"raise cluster.cpus_per_task, or put --mem into {RESOURCES}.sbatch",
+        )
+
+
+def read_partitions() -> Partitions:
+    """Returns the partitions that the user may use; none without Slurm on this machine."""
+    if shutil.which("sinfo") is None:
+        return {}
+    shown = query("scontrol", "--oneliner", "show", "partition")
+    listed = query("sinfo", "--noheader", "--exact", "--format=%R|%D|%c|%m|%G")
+    if shown.returncode or listed.returncode:
+        return {}
+    groups: dict[str, list[NodeGroup]] = {}
+    for line in listed.stdout.splitlines():
+        name, count, cpus, memory, gres = line.split("|")
+        gpus = sum(map(int, re.findall(r"\bgpu(?::[^:,(]+)?:(\d+)", gres)))
+        groups.setdefault(name, []).append(NodeGroup(int(count), int(cpus), int(memory), gpus))
+    lines = [line.split() for line in shown.stdout.splitlines()]
+    fields = [dict(word.partition("=")[::2] for word in words) for words in lines if words]
+    return {f["PartitionName"]: Partition(f, groups.get(f["PartitionName"], ())) for f in fields}

@@ -1,0 +1,164 @@
+"""An interpreter for Slurm jobs: each rank records its environment in place of its stage's work.
+
+``cluster.python`` names a copy of this file, so the launcher's job scripts run unchanged. All ranks
+of a stage add their numbers, and rank 0 completes the stage by the real worker. With
+``PROBE_TORCH`` in the environment torchrun starts the ranks, each runs the real worker, and they
+add by gloo. Every process then imports torch, which takes 150 GB for 768 ranks. Without the
+variable, forks replace torchrun's processes, and the ranks add through sockets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+TORCH = "PROBE_TORCH"
+RECORDS = "probe"
+"""Folder in a stage's directory with a file for each rank."""
+TRAINING = "training"
+"""Folder in a search's directory with a training that it starts."""
+SEARCH = "recipes.stages.successive_halving"
+SECONDS = 120
+
+
+def main(words: list[str]) -> None:
+    """Runs ``[-u] -m MODULE WORD...``."""
+    words = words[words.index("-m") + 1 :]
+    if words[0] == "recipes.core.worker":
+        run_rank(*words[1:])
+        return
+    assert words[0] == "torch.distributed.run"
+    if TORCH not in os.environ:
+        fork_ranks(words[1:])
+    os.environ["PYTHON_EXEC"] = __file__  # torchrun starts the ranks with it
+    os.execv(sys.executable, [sys.executable, "-m", *words])
+
+
+def fork_ranks(words: list[str]) -> NoReturn:
+    """Runs the ranks of a node with the variables that torchrun sets, and exits."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for option in ("--nnodes", "--nproc-per-node", "--node-rank"):
+        parser.add_argument(option, type=int, required=True)
+    for option in ("--master-addr", "--master-port", "--rdzv-conf"):
+        parser.add_argument(option, required=True)
+    parser.add_argument("-m", dest="module", required=True)
+    asked, rest = parser.parse_known_args(words)
+    for local in range(asked.nproc_per_node):
+        if os.fork() == 0:
+            os.environ |= {
+                "RANK": str(asked.node_rank * asked.nproc_per_node + local),
+                "LOCAL_RANK": str(local),
+                "GROUP_RANK": str(asked.node_rank),
+                "WORLD_SIZE": str(asked.nnodes * asked.nproc_per_node),
+                "LOCAL_WORLD_SIZE": str(asked.nproc_per_node),
+                "MASTER_ADDR": asked.master_addr,
+                "MASTER_PORT": asked.master_port,
+            }
+            run_rank(*rest)
+            os._exit(0)
+    failed = [os.wait()[1] for _ in range(asked.nproc_per_node)]
+    sys.exit(any(failed))
+
+
+def run_rank(module: str, request: str) -> None:
+    """Adds the numbers of all ranks, records, and completes the stage."""
+    stage_dir = Path(request).parent
+    records = stage_dir / RECORDS
+    records.mkdir(exist_ok=True)
+    sys.argv = [__file__, module, request]
+    if TORCH in os.environ and "RANK" in os.environ:
+        complete(module, lambda: record(records, sum_by_gloo()))
+        return
+    record(records, sum_by_socket(records))
+    if rank() == 0:
+        os.environ["WORLD_SIZE"] = "1"
+        complete(module, lambda: None)
+
+
+def complete(module: str, work: Callable[[], None]) -> None:
+    """Runs the real worker of a stage, with other work; a search also starts a real training."""
+    from recipes.core import worker
+    from recipes.core.manifest import Outcome
+    from recipes.stages.contract import Stage
+    from tests.support.results import RESULTS
+
+    stage: Stage[Any] = importlib.import_module(module).STAGE
+
+    def run(config: Any, inputs: object, out: Path) -> Outcome:
+        work()
+        if module == SEARCH:
+            from recipes.core.stage_process import run_child
+            from recipes.stages.successive_halving import training_of
+
+            sys.executable = __file__
+            training = training_of(config, config.rounds(config.max_candidates()), 0)
+            run_child(training, out.parent.parent / TRAINING, {})
+        return Outcome(RESULTS.get(config.stage))  # which later plans read
+
+    object.__setattr__(stage, "run", run)
+    worker.main()
+
+
+def rank() -> int:
+    """Returns the rank that torchrun set."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def record(records: Path, total: int) -> None:
+    """Writes the environment of this rank; rank 0 adds its job step as Slurm describes it."""
+    found = {**os.environ, "total": str(total)}
+    job = os.environ.get("SLURM_JOB_ID")
+    if rank() == 0 and job:
+        step = f"{job}.{os.environ['SLURM_STEP_ID']}"
+        command = ["scontrol", "--oneliner", "show", "step", step]
+        found["step"] = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (records / f"{rank()}.json").write_text(json.dumps(found))
+
+
+def sum_by_gloo() -> int:
+    """Returns the sum of all ranks."""
+    import torch
+
+    torch.distributed.init_process_group("gloo")
+    total = torch.tensor(rank())
+    torch.distributed.all_reduce(total)
+    return int(total)
+
+
+def sum_by_socket(records: Path) -> int:
+    """Returns the sum of all ranks, which connect to rank 0 at the address of their first node."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return 0
+    address, file = os.environ["MASTER_ADDR"], records / "port"
+    if rank() == 0:
+        with socket.create_server((address, 0), backlog=world) as server:
+            server.settimeout(SECONDS)
+            part = file.with_suffix(".part")
+            part.write_text(str(server.getsockname()[1]))
+            part.rename(file)
+            others = [server.accept()[0] for _ in range(world - 1)]
+            total = sum(int(other.recv(16)) for other in others)
+            for other in others:
+                other.sendall(str(total).encode())
+        return total
+    deadline = time.monotonic() + SECONDS
+    while not file.exists():
+        assert time.monotonic() < deadline, "rank 0 did not start"
+        time.sleep(0.2)
+    with socket.create_connection((address, int(file.read_text())), SECONDS) as connection:
+        connection.sendall(str(rank()).encode())
+        return int(connection.recv(16))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,232 @@
+"""Each recipe for a cluster on nodes that claim to be DGXs: what does every rank of its jobs get?
+
+The launcher submits each chain as users do. ``probe.py`` replaces the interpreter of the jobs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from launch.executors.slurm_limits import NodeGroup, read_partitions
+from launch.run_status import read_statuses
+from launch.schema import CONF
+from tests.slurm import probe
+from tests.slurm.cluster import Cluster, run
+from tests.slurm.conftest import Run
+from tests.support.launcher import write_program
+
+pytestmark = pytest.mark.timeout(600)
+NODES = {
+    "llama3_1_8b_depth": 32,
+    "llama3_1_8b_width": 32,
+    "mistral_nemo_12b_width": 32,
+    "qwen3_8b_depth": 96,
+    "qwen3_8b_nas": 96,
+    **dict.fromkeys(("llama3_1_8b_depth_2.5b", "llama3_1_8b_width_2.5b"), 1),
+    **dict.fromkeys(("mistral_nemo_12b_width_2.5b", "qwen3_8b_depth_2.5b", "qwen3_8b_nas_2.5b"), 1),
+}
+"""Nodes of the distillation, which takes 8 ranks of each."""
+SEARCH = "qwen3_8b_search"
+TORCH = {
+    "qwen3_8b_depth_2.5b": (f"+cluster.env.{probe.TORCH}='1'",),
+    SEARCH: (f"+stages.successive_halving.resources.env.{probe.TORCH}='1'",),
+}
+"""Where torchrun starts the ranks."""
+WITHOUT_GPU = {"plan", "prepare_data", "report", "enumerate_shapes"}
+NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB = 224, 8, 2_000_000
+CPUS, DATA_CPUS = 64, 16
+MEMORY_PER_CPU_MB = 8900
+
+
+@dataclass(frozen=True)
+class Share:
+    """What each node of a job gives to the job's ranks."""
+
+    nodes: int
+    ranks: int
+    cpus: int
+    gpus: int
+    memory_mb: int
+    threads: int | None = None
+    """Threads of a rank; by default an equal part of the CPUs."""
+
+
+def whole_nodes(nodes: int, ranks: int = NODE_GPUS) -> Share:
+    return Share(nodes, ranks, NODE_CPUS, ranks, NODE_MEMORY_MB)
+
+
+def one_rank(stage: str) -> Share:
+    cpus = DATA_CPUS if stage == "prepare_data" else CPUS
+    return Share(1, 1, cpus, int(stage not in WITHOUT_GPU), cpus * MEMORY_PER_CPU_MB)
+
+
+@pytest.fixture(scope="module")
+def overrides(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Settings of the documents, with the probe as interpreter, in a container."""
+    folder = tmp_path_factory.mktemp("probe")
+    python, image = write_program(folder / "python", ""), folder / "image.sqsh"
+    python.write_text(f"#!{sys.executable}\n{Path(probe.__file__).read_text()}")
+    image.touch()
+    return (
+        "cluster=slurm",
+        f"cluster.cpus_per_task={CPUS}",
+        f"cluster.python={python}",
+        f"cluster.images.default={image if slurm.has_containers else 'null'}",
+        f"cluster.mounts=[{slurm.directory},{folder}]",
+    )
+
+
+@pytest.fixture(scope="module")
+def chains(overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """A run of every recipe; all jobs have ended."""
+    folder = tmp_path_factory.mktemp("recipes")
+    runs = {
+        recipe: Run(folder / recipe, (f"recipe={recipe}", *overrides, *TORCH.get(recipe, ())))
+        for recipe in (*NODES, SEARCH)
+    }
+    for chain in runs.values():
+        submit(chain)
+    for chain in runs.values():
+        chain.wait()
+    return runs
+
+
+def submit(chain: Run, *more: str) -> None:
+    result = chain.submit(*more)
+    assert result.code == 0, result.output
+
+
+def states(chain: Run) -> dict[str, str]:
+    return {stage.name: stage.status for stage in read_statuses(chain.directory)}
+
+
+def records(stage_dir: Path) -> list[dict[str, str]]:
+    files = (stage_dir / probe.RECORDS).glob("*.json")
+    return sorted((json.loads(f.read_text()) for f in files), key=lambda r: int(r.get("RANK", 0)))
+
+
+def require(stage_dir: Path, share: Share) -> None:
+    """Requires that a stage's ranks got exactly a share of their nodes, and reached each other."""
+    ranks = records(stage_dir)
+    world = share.nodes * share.ranks
+    assert [int(r.get("RANK", 0)) for r in ranks] == list(range(world))
+    assert {int(r["total"]) for r in ranks} == {world * (world - 1) // 2}
+    local = Counter((r["SLURMD_NODENAME"], int(r.get("LOCAL_RANK", 0))) for r in ranks)
+    assert set(local.values()) == {1}
+    assert len({node for node, _ in local}) == share.nodes
+    assert {rank for _, rank in local} == set(range(share.ranks))
+    visible = ",".join(map(str, range(share.gpus))) or None
+    if share.gpus == 1:  # any of the node's
+        [visible] = {r["CUDA_VISIBLE_DEVICES"] for r in ranks}
+        assert re.fullmatch(r"\d", visible)
+    assert {r.get("CUDA_VISIBLE_DEVICES") for r in ranks} == {visible}
+    assert {int(r["SLURM_CPUS_ON_NODE"]) for r in ranks} == {share.cpus}
+    assert {int(r["OMP_NUM_THREADS"]) for r in ranks} == {
+        share.threads or share.cpus // share.ranks
+    }
+    assert {r["LOCAL_WORLD_SIZE"] for r in ranks if world > 1} <= {str(share.ranks)}
+    step = ranks[0]["step"]
+    [(cpus, memory, unit)] = re.findall(r"TRES=cpu=(\d+),mem=([\d.]+)([MG])", step)
+    assert int(cpus) == share.nodes * share.cpus
+    megabytes = float(memory) * (1024 if unit == "G" else 1)
+    assert megabytes == pytest.approx(share.nodes * share.memory_mb, rel=1e-3)
+
+
+def test_every_recipe_for_a_cluster_is_listed() -> None:
+    recipes = {file.stem for file in (CONF / "recipe").glob("*.yaml")}
+    small = {r for r in recipes if r.endswith(("_prune", "llama_search", "shrink"))}
+    assert recipes - small == {*NODES, SEARCH}
+
+
+@pytest.mark.parametrize("recipe", [*NODES, SEARCH])
+def test_ranks_get_what_the_plan_says(chains: dict[str, Run], recipe: str) -> None:
+    chain = chains[recipe]
+    found = states(chain)
+    assert set(found.values()) == {"complete"}, found
+    whole = {"distill": whole_nodes(NODES.get(recipe, 1))}
+    whole["successive_halving"] = Share(1, 1, NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB, threads=28)
+    for stage in found:
+        require(chain.directory / stage, whole.get(stage) or one_rank(stage))
+
+
+def test_training_of_a_search_has_all_devices(chains: dict[str, Run]) -> None:
+    require(chains[SEARCH].directory / "successive_halving" / probe.TRAINING, whole_nodes(1))
+
+
+def distill_again(original: Run, folder: Path, *overrides: str) -> Path:
+    """Repeats the distillation of a run with other settings; returns its directory."""
+    chain = original.copy_without(folder, "distill")
+    # A probe prepares little text.
+    submit(chain, "only=[distill]", "skip_rules=[tokens]", *overrides)
+    chain.wait()
+    assert states(chain)["distill"] == "complete"
+    return chain.directory / "distill"
+
+
+def test_torchrun_starts_ranks_on_several_nodes(chains: dict[str, Run], tmp_path: Path) -> None:
+    torch = f"+stages.distill.resources.env.{probe.TORCH}='1'"
+    layout = ("stages.distill.resources.nodes=4", "stages.distill.resources.devices=4")
+    distill = distill_again(chains["llama3_1_8b_depth"], tmp_path, *layout, torch)
+    require(distill, whole_nodes(4, ranks=4))
+
+
+def test_submission_from_an_allocation_gets_the_same(
+    chains: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in allocation().items():
+        monkeypatch.setenv(name, value)
+    # A setting wins over SBATCH_PARTITION. Without a request for GPUs none are hidden.
+    settings = ("cluster.partition=batch", "cluster.gpus=null")
+    distill = distill_again(chains["qwen3_8b_nas_2.5b"], tmp_path, *settings)
+    require(distill, replace(whole_nodes(1), gpus=0))
+    assert {"PMIX_RANK", "SBATCH_TIMELIMIT"} & records(distill)[0].keys() == set()
+
+
+def allocation() -> dict[str, str]:
+    """Returns the variables of an allocation, and some that a user or a rank may have."""
+    size = ("-N2", "-n4", "-c2", "--mem=1000", "--gpus-per-node=2")
+    text = run("salloc", *size, "srun", "--mpi=pmix", "-n1", "env", "-0")
+    variables = dict(line.partition("=")[::2] for line in text.split("\0") if line)
+    ours = {n: v for n, v in variables.items() if re.match("SLURM|PMI|OMPI|CUDA", n)}
+    assert {"SLURM_CPU_BIND", "PMIX_RANK", "CUDA_VISIBLE_DEVICES"} <= ours.keys()
+    users = {"SBATCH_TIMELIMIT": "1", "SBATCH_GPUS_PER_NODE": "1", "SBATCH_PARTITION": "elsewhere"}
+    return {**ours, **users, "RANK": "5", "WORLD_SIZE": "6"}
+
+
+def test_ranks_that_share_a_node_get_a_part_of_it(chains: dict[str, Run], tmp_path: Path) -> None:
+    settings = (
+        "cluster.exclusive=false",
+        "cluster.gpus=gres",
+        "stages.distill.resources.devices=4",
+    )
+    distill = distill_again(chains["llama3_1_8b_width_2.5b"], tmp_path, *settings)
+    require(distill, Share(1, 4, CPUS, 4, CPUS * MEMORY_PER_CPU_MB))
+
+
+def test_dry_run_asks_slurm(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    chain = Run(tmp_path / "run", ("recipe=qwen3_8b_depth", *overrides, "dry_run=true"))
+    shown = chain.submit()
+    assert shown.code == 0, shown.output
+    assert re.search(r"distill +\d{4}-\S+ +21504 +n\[1-96\]", shown.output), shown.output
+    refused = chain.submit("cluster.sbatch=['--reservation=none']")
+    assert refused.code == 1
+    assert "report: allocation failure: Requested reservation is invalid" in refused.output
+    too_many = chain.submit("stages.distill.resources.nodes=128")
+    assert too_many.code == 1
+    assert "requests 128 nodes with 8 GPUs; partition batch allows 96" in too_many.output
+    assert not (chain.directory / "jobs.txt").exists()
+
+
+def test_limits_of_partitions_are_read(slurm: Cluster) -> None:
+    [(name, partition)] = read_partitions().items()
+    assert name == "batch"
+    assert partition.groups == [NodeGroup(96, NODE_CPUS, NODE_MEMORY_MB, NODE_GPUS)]
+    assert partition.max_seconds == 86400
+    assert partition.default_memory_mb(CPUS) == CPUS * MEMORY_PER_CPU_MB

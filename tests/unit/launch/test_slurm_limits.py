@@ -1,0 +1,83 @@
+"""Jobs that request other than what they start, or more than their partition allows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from launch.executors import slurm
+from launch.executors.slurm_limits import NodeGroup, Partition
+
+if TYPE_CHECKING:
+    from tests.unit.conftest import MakePlan
+
+DGX = NodeGroup(count=4, cpus=224, memory_mb=2_000_000, gpus=8)
+LIMITS = {"Default": "NO", "State": "UP", "MaxTime": "1-00:00:00", "MaxNodes": "UNLIMITED"}
+PARTITIONS = {
+    "batch": Partition(
+        LIMITS | {"PartitionName": "batch", "Default": "YES", "DefMemPerCPU": "8900"}, [DGX]
+    ),
+    "short": Partition(
+        LIMITS | {"PartitionName": "short", "MaxTime": "00:30:00", "MaxCPUsPerNode": "32"}, [DGX]
+    ),
+    "down": Partition(LIMITS | {"PartitionName": "down", "State": "DOWN"}, [DGX]),
+}
+FITS = {"cpus_per_task": 64}
+
+
+def found(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch, *overrides: str, **cluster: object
+) -> str:
+    """Returns the problems of the jobs of a recipe for one node, each with its rule."""
+    monkeypatch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
+    monkeypatch.setattr(slurm, "read_partitions", lambda: PARTITIONS)
+    words = ("cluster=slurm", "hardware=h100", *overrides)
+    planned = plan(*words, recipe="recipe=qwen3_8b_depth_2.5b")
+    return "\n".join(map(str, slurm.problems(planned, slurm.SlurmConfig(**FITS | cluster))))  # type: ignore[arg-type]
+
+
+def test_jobs_that_fit_have_no_problem(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert found(plan, monkeypatch) == ""
+    assert found(plan, monkeypatch, partition="short,batch") == "", "Slurm takes one that fits"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cluster", "message", "rule"),
+    [
+        ((), {"sbatch": ["--nodes=2"]}, "report: --nodes=2 of sbatch would replace", "job"),
+        ((), {"sbatch": ["--time 9"]}, "would replace resources.time", "job"),
+        (
+            (),
+            {"sbatch": ["--gres=gpu:h100:4"], "gpus": None},
+            "4 GPUs of a node, but uses 8",
+            "job",
+        ),
+        (("stages.prepare_data.resources.cpus_per_task=8",), {}, "starts 16 processes", "job"),
+        ((), {"cpus_per_task": 1}, "evaluate, export_hf: the job gets 9 GB", "job-memory"),
+        ((), {"sbatch": ["--mem=9G"]}, "the job gets 9 GB of memory", "job-memory"),
+        ((), {"partition": "bach"}, "no partition bach. Did you mean 'batch'?", "partition"),
+        ((), {"partition": "down"}, "partition down is DOWN", "partition"),
+        ((), {"partition": "short"}, "4.0 hours; partition short allows 00:30:00", "partition"),
+        ((), {"partition": "short"}, "1 GPU, 64 CPUs; partition short allows 0", "partition"),
+        ((), {"sbatch": ["--mem=3T"]}, "3072 GB of memory; partition batch", "partition"),
+        (
+            ("stages.distill.resources.nodes=8",),
+            {},
+            "distill: the job requests 8 nodes",
+            "partition",
+        ),
+        (("stages.distill.resources.devices=16",), {}, "1 node with 16 GPUs", "partition"),
+    ],
+)
+def test_problem_of_jobs(
+    plan: MakePlan,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: tuple[str, ...],
+    cluster: dict[str, object],
+    message: str,
+    rule: str,
+) -> None:
+    text = found(plan, monkeypatch, *overrides, **cluster)
+    assert message in text
+    assert f"[{rule}]" in text
