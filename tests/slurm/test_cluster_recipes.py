@@ -172,9 +172,9 @@ def distill_again(original: Run, folder: Path, *overrides: str) -> Path:
 
 def test_torchrun_starts_ranks_on_several_nodes(chains: dict[str, Run], tmp_path: Path) -> None:
     torch = f"+stages.distill.resources.env.{probe.TORCH}='1'"
-    layout = ("stages.distill.resources.nodes=4", "stages.distill.resources.devices=4")
+    layout = ("stages.distill.resources.nodes=4", "stages.distill.resources.devices=2")
     distill = distill_again(chains["llama3_1_8b_depth"], tmp_path, *layout, torch)
-    require(distill, whole_nodes(4, ranks=4))
+    require(distill, whole_nodes(4, ranks=2))
 
 
 def test_submission_from_an_allocation_gets_the_same(
@@ -218,9 +218,9 @@ def test_dry_run_asks_slurm(overrides: tuple[str, ...], tmp_path: Path) -> None:
     refused = chain.submit("cluster.sbatch=['--reservation=none']")
     assert refused.code == 1
     assert "report: allocation failure: Requested reservation is invalid" in refused.output
-    too_many = chain.submit("stages.distill.resources.nodes=128")
+    too_many = chain.submit("stages.distill.resources.nodes=192")
     assert too_many.code == 1
-    assert "requests 128 nodes with 8 GPUs; partition batch allows 96" in too_many.output
+    assert "requests 192 nodes with 8 GPUs; partition batch allows 96" in too_many.output
     assert not (chain.directory / "jobs.txt").exists()
 
 
