@@ -1,10 +1,10 @@
 """An interpreter for Slurm jobs: each rank records its environment in place of its stage's work.
 
-``cluster.python`` names a copy of this file, so the launcher's job scripts run unchanged. All ranks
-of a stage add their numbers, and rank 0 completes the stage by the real worker. With
-``PROBE_TORCH`` in the environment torchrun starts the ranks, each runs the real worker, and they
-add by gloo. Every process then imports torch, which takes 150 GB for 768 ranks. Without the
-variable, forks replace torchrun's processes, and the ranks add through sockets.
+``cluster.python`` names a script that starts this file, so the launcher's job scripts run
+unchanged. All ranks of a stage add their numbers, and rank 0 completes the stage by the real
+worker. With ``PROBE_TORCH`` in the environment torchrun starts the ranks, each runs the real
+worker, and they add by gloo. Every process then imports torch, which takes 150 GB for 768 ranks.
+Without the variable, forks replace torchrun's processes, and the ranks add through sockets.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 TORCH = "PROBE_TORCH"
+PROBE = "PROBE"
+"""Variable with the script that starts this file."""
 RECORDS = "probe"
 """Folder in a stage's directory with a file for each rank."""
 TRAINING = "training"
@@ -39,7 +41,7 @@ def main(words: list[str]) -> None:
     assert words[0] == "torch.distributed.run"
     if TORCH not in os.environ:
         fork_ranks(words[1:])
-    os.environ["PYTHON_EXEC"] = __file__  # torchrun starts the ranks with it
+    os.environ["PYTHON_EXEC"] = os.environ[PROBE]  # torchrun starts the ranks with it
     os.execv(sys.executable, [sys.executable, "-m", *words])
 
 
@@ -86,6 +88,8 @@ def run_rank(module: str, request: str) -> None:
 
 def complete(module: str, work: Callable[[], None]) -> None:
     """Runs the real worker of a stage, with other work; a search also starts a real training."""
+    # For the tests' results. The stages' code is that of the snapshot, which comes before it.
+    sys.path.insert(2, str(Path(__file__).parents[2]))
     from recipes.core import worker
     from recipes.core.manifest import Outcome
     from recipes.stages.contract import Stage
@@ -99,7 +103,7 @@ def complete(module: str, work: Callable[[], None]) -> None:
             from recipes.core.stage_process import run_child
             from recipes.stages.successive_halving import training_of
 
-            sys.executable = __file__
+            sys.executable = os.environ[PROBE]
             training = training_of(config, config.rounds(config.max_candidates()), 0)
             run_child(training, out.parent.parent / TRAINING, {})
         return Outcome(RESULTS.get(config.stage))  # which later plans read

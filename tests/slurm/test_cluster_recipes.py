@@ -17,6 +17,7 @@ import pytest
 from launch.executors.slurm_limits import NodeGroup, read_partitions
 from launch.run_status import read_statuses
 from launch.schema import CONF
+from recipes.core.files import REPO_ROOT
 from tests.slurm import probe
 from tests.slurm.cluster import Cluster, run
 from tests.slurm.conftest import Run
@@ -71,15 +72,15 @@ def one_rank(stage: str) -> Share:
 def overrides(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Settings of the documents, with the probe as interpreter, in a container."""
     folder = tmp_path_factory.mktemp("probe")
-    python, image = write_program(folder / "python", ""), folder / "image.sqsh"
-    python.write_text(f"#!{sys.executable}\n{Path(probe.__file__).read_text()}")
+    start = f'{probe.PROBE}="$0" exec {sys.executable} {probe.__file__} "$@"'
+    python, image = write_program(folder / "python", start), folder / "image.sqsh"
     image.touch()
     return (
         "cluster=slurm",
         f"cluster.cpus_per_task={CPUS}",
         f"cluster.python={python}",
         f"cluster.images.default={image if slurm.has_containers else 'null'}",
-        f"cluster.mounts=[{slurm.directory},{folder}]",
+        f"cluster.mounts=[{slurm.directory},{folder},{REPO_ROOT}/tests:ro]",
     )
 
 
