@@ -19,7 +19,7 @@ from launch.run_status import read_statuses
 from launch.schema import CONF
 from recipes.core.files import REPO_ROOT
 from tests.slurm import probe
-from tests.slurm.cluster import Cluster, run
+from tests.slurm.cluster import SlurmCluster, run
 from tests.slurm.conftest import Run
 from tests.support.launcher import write_program
 
@@ -69,7 +69,7 @@ def one_rank(stage: str) -> Share:
 
 
 @pytest.fixture(scope="module")
-def overrides(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+def overrides(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Settings of the documents, with the probe as interpreter, in a container."""
     folder = tmp_path_factory.mktemp("probe")
     start = f'{probe.PROBE}="$0" exec {sys.executable} {probe.__file__} "$@"'
@@ -225,7 +225,7 @@ def test_dry_run_asks_slurm(overrides: tuple[str, ...], tmp_path: Path) -> None:
     assert not (chain.directory / "jobs.txt").exists()
 
 
-def test_limits_of_partitions_are_read(slurm: Cluster) -> None:
+def test_limits_of_partitions_are_read(slurm: SlurmCluster) -> None:
     [(name, partition)] = read_partitions().items()
     assert name == "batch"
     assert partition.groups == [NodeGroup(96, NODE_CPUS, NODE_MEMORY_MB, NODE_GPUS)]
