@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 
@@ -29,7 +30,7 @@ from recipes.core.files import write_text_atomically
 from recipes.core.fingerprint import digest
 from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_of
-from recipes.core.stage import Input
+from recipes.core.stage import Input, rank, world_size
 from recipes.core.statistics import standard_error
 from recipes.data.token_sequences import TextSequences, read_sequences
 from recipes.evaluation.predictions import (
@@ -57,7 +58,8 @@ def measure(
 ) -> EvaluationResult:
     """Evaluates NeMo checkpoints on held-out text, with one model in memory at a time.
 
-    Writes ``results.json`` with the loss of each sequence and with generated text.
+    Writes ``results.json`` with the loss of each sequence and with generated text. Ranks split the
+    sequences; rank 0 generates the text.
 
     Args:
         cfg: The stage's config.
@@ -66,7 +68,10 @@ def measure(
         out: Folder of ``results.json``.
         log: Metrics file.
     """
+    if world_size() > 1:
+        nemo.initialize(nemo.Parallelism())
     text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_sequences)
+    own_text = text[rank() :: world_size()]
     tokenizer = AutoTokenizer.from_pretrained(
         nemo.side_folder(checkpoints[TEACHER]), trust_remote_code=False
     )
@@ -79,27 +84,34 @@ def measure(
     for number, (role, path) in enumerate(checkpoints.items()):
         model = load_transformers(path, dtype_of(cfg.precision))
 
-        def progress(done: int, before: int = number * len(text)) -> None:
-            log.progress("evaluate", before + done, len(checkpoints) * len(text))
+        def progress(done: int, before: int = number * len(own_text)) -> None:
+            log.progress("evaluate", before + done, len(checkpoints) * len(own_text))
 
-        states[role] = compute_states(Predictor.of(model), text, cfg.micro_batch_size, progress)
+        states[role] = compute_states(Predictor.of(model), own_text, cfg.micro_batch_size, progress)
         parameters[role] = sum(p.numel() for p in model.parameters())
-        generations[role] = _generate(cfg, model, prompts, tokenizer.eos_token_id)
+        if rank() == 0:
+            generations[role] = _generate(cfg, model, prompts, tokenizer.eos_token_id)
         del model
-    scores = {role: Scores.of(metrics, text) for role, metrics in compare(states, text).items()}
+    scores = _of_all_ranks(
+        {role: Scores.of(m, own_text) for role, m in compare(states, own_text).items()}
+    )
     results = {
         role: ModelQuality(**vars(values.quality()), parameters=parameters[role])
         for role, values in scores.items()
     }
-    texts = {name: [tokenizer.decode(ids) for ids in rows] for name, rows in generations.items()}
-    detail = {
-        "results": {role: asdict(quality) for role, quality in results.items()},
-        "sequence_losses": {role: values.losses for role, values in scores.items()},
-        "generations": [
-            dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)
-        ],
-    }
-    write_text_atomically(out / "results.json", json.dumps(detail, indent=1, ensure_ascii=False))
+    if rank() == 0:
+        texts = {
+            name: [tokenizer.decode(ids) for ids in rows] for name, rows in generations.items()
+        }
+        detail = {
+            "results": {role: asdict(quality) for role, quality in results.items()},
+            "sequence_losses": {role: values.losses for role, values in scores.items()},
+            "generations": [
+                dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)
+            ],
+        }
+        content = json.dumps(detail, indent=1, ensure_ascii=False)
+        write_text_atomically(out / "results.json", content)
     return EvaluationResult(
         **results,
         sequences=len(text),
@@ -144,6 +156,22 @@ class Scores:
             kl_to_teacher=fmean(self.divergences[chosen]),
             top1_agreement=fmean(self.agreements[chosen]),
         )
+
+
+def _of_all_ranks(scores: dict[str, Scores]) -> dict[str, Scores]:
+    """Returns the scores of all sequences, in their order; each rank has every n-th sequence."""
+    by_rank = [scores] * world_size()
+    if world_size() > 1:
+        torch.distributed.all_gather_object(by_rank, scores)
+
+    def in_order(role: str, metric: str) -> list[float]:
+        rows = zip_longest(*(vars(each[role])[metric] for each in by_rank))
+        return [value for row in rows for value in row if value is not None]
+
+    return {
+        role: Scores(**{name: in_order(role, name) for name in vars(scores[role])})
+        for role in scores
+    }
 
 
 def score(

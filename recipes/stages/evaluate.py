@@ -27,13 +27,20 @@ def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
             f"prompt_tokens={cfg.prompt_tokens} must be less than seq_length={cfg.seq_length}",
             "lower prompt_tokens",
         )
+    if cfg.num_sequences < cfg.resources.ranks:
+        yield Problem(
+            rules.RANKS,
+            f"{cfg.stage} has num_sequences={cfg.num_sequences} for {cfg.resources.ranks} ranks",
+            "use at most as many ranks as sequences",
+        )
     yield from sequence_problems(cfg.seq_length, chain)
 
 
 def inference_cost(cfg: EvaluateConfig, chain: Chain) -> InferenceCost:
     """Estimates the cost of all models in turn. Pruned and distilled model have the same shape."""
     pruned = chain.shape_of(cfg.inputs.get("pruned"))
-    text = Sequences(cfg.num_sequences, cfg.seq_length, cfg.micro_batch_size)
+    own = cfg.num_sequences / cfg.resources.ranks
+    text = Sequences(own, cfg.seq_length, cfg.micro_batch_size)
     models = (chain.teacher, pruned, pruned)
     return comparison_cost(models, cfg.precision == "bf16-mixed", text, chain.hardware)
 
@@ -55,7 +62,6 @@ STAGE = Stage(
     run=run,
     check=check,
     inference_cost=inference_cost,
-    one_rank="the text is not split over ranks",
     inputs={
         "teacher": ("checkpoint_nemo",),
         "pruned": ("checkpoint_nemo",),

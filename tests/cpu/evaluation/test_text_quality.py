@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from recipes.evaluation.text_quality import Scores
 from recipes.stages import evaluate, prepare_data
 from tests.support.logits import LogitsWatch
 from tests.support.manifests import bare_manifest
+from tests.support.ranks import run_ranks
 from tests.support.runs import stage_dir
 from tests.support.text import write_chats
 
@@ -92,6 +94,38 @@ def test_quality_is_measured_by_source(
     one_source = bare_manifest("prepare_data", "dataset", replace(result, source_tokens=whole))
     one = evaluated(models, Input(data.directory, one_source), tmp_path)
     assert (one.sequences, one.sources) == (9, {})
+
+
+RANK_SCRIPT = """
+import pickle, sys
+from pathlib import Path
+from recipes.core.stage import rank
+from tests.cpu.evaluation.test_text_quality import evaluated
+folder = Path(sys.argv[1])
+models, data = pickle.loads((folder / "inputs").read_bytes())
+result = evaluated(models, data, folder / str(rank()))
+(folder / f"result-{rank()}").write_bytes(pickle.dumps(result))
+"""
+
+
+def test_three_ranks_measure_the_quality_of_one(
+    quality: EvaluationResult, models: dict[str, Any], data: Input, tmp_path: Path
+) -> None:
+    (tmp_path / "ranks.py").write_text(RANK_SCRIPT)
+    (tmp_path / "inputs").write_bytes(pickle.dumps((models, data)))
+    run_ranks(str(tmp_path / "ranks.py"), str(tmp_path), number=3)  # of 10 sequences
+    result = pickle.loads((tmp_path / "result-0").read_bytes())
+    assert result.recovered == pytest.approx(quality.recovered, rel=1e-4)
+    for part, expected in [
+        (result, quality),
+        *zip(result.sources.values(), quality.sources.values()),
+    ]:
+        for role in ROLES:
+            one, whole = getattr(part, role), getattr(expected, role)
+            for name in ("loss", "kl_to_teacher", "top1_agreement", "loss_standard_error"):
+                assert getattr(one, name) == pytest.approx(getattr(whole, name), rel=1e-4, abs=1e-6)
+    [detail] = tmp_path.rglob("results.json")  # of rank 0 alone
+    assert len(json.loads(detail.read_text())["generations"]) == 3
 
 
 def test_predictions_across_documents_do_not_count(

@@ -86,7 +86,7 @@ def test_every_stage_is_consistent(name: str, chain: Chain) -> None:
     assert fields.get("micro_batch_size", True)
 
 
-@pytest.mark.parametrize("name", ["import_hf", "prepare_data", "prune", "evaluate", "export_hf"])
+@pytest.mark.parametrize("name", ["import_hf", "prepare_data", "prune", "export_hf"])
 @pytest.mark.parametrize("resources", [TWO_RANKS, Resources(nodes=2)])
 def test_stages_without_parallelism_need_one_rank(
     name: str, resources: Resources, chain: Chain
@@ -301,6 +301,7 @@ def test_gguf_supports_some_families(chain: Chain) -> None:
         ),
         (EvaluateConfig(), []),
         (EvaluateConfig(prompt_tokens=256), ["evaluate"]),
+        (EvaluateConfig(num_sequences=1, resources=TWO_RANKS), ["ranks"]),
     ],
 )
 def test_all_problems_are_listed(
