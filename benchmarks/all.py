@@ -2,9 +2,10 @@
 
     python -m benchmarks.all [--only convert prepare distill tasks]
 
-Each measurement is a ratio of our time to a baseline's, which does the same work in the same run;
-above 1 ours is slower. A ratio regressed if it grew by more than its repeats' spread since the
-last entry of the same processor and cores. Seconds are CPU time, but wall-clock for distillation.
+Each measurement is the ratio of this repository's time to that of a baseline, which does the same
+work in the same run. Above 1, the baseline is faster. A ratio regressed if it grew by more than the
+spread of its repeats since the last entry of the same processor and number of cores. Times are CPU
+time, except for distillation, where they are wall-clock time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import convert, distill, prepare, tasks
-from benchmarks.distill import Shape, run_contender
+from benchmarks.distill import Shape, run_method
 from benchmarks.launching import make_inputs, model_folder, run_main
 from recipes.core.files import REPO_ROOT
 from recipes.core.processes import cores
@@ -39,7 +40,7 @@ ITEMS = 10
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds of each repeat, and of the baseline's repeats."""
+    """Seconds of each repeat, and of each repeat of the baseline."""
 
     name: str
     baseline: str
@@ -56,7 +57,7 @@ class Entry:
     seconds: float
     """Median of the repeats."""
     ratio: float
-    """Seconds over the baseline's; median of the repeats."""
+    """Seconds divided by those of the baseline; median of the repeats."""
     spread: float
     """Highest minus lowest ratio of the repeats."""
     repeats: int
@@ -67,7 +68,7 @@ class Entry:
 
 
 def conversion(model: Path) -> Iterator[Measurement]:
-    """Measures both directions and the comparison of the models."""
+    """Measures the conversion in both directions, and its verification."""
     baseline, *others = convert.SIDES
     runs = {
         side: [run["cpu_seconds"] for run in side_runs]
@@ -92,12 +93,12 @@ def preparation(model: Path) -> Iterator[Measurement]:
 
 
 def distillation(model: Path) -> Iterator[Measurement]:
-    """Measures steps of the embedded model's student; ``model`` is not used."""
+    """Measures training steps of the embedded model's student. ``model`` is not used."""
     bfloat16 = cpu_profile("precision") == "bf16-mixed"
     baseline, *others = "loop-bf16" if bfloat16 else "loop-fp32", "nemo", "nemo-cached"
     run_dir, tokens = make_inputs(), STEPS.micro_batch * STEPS.seq_length
     seconds = {
-        name: [tokens / s for s in distill.speeds(run_contender(name, STEPS, run_dir), STEPS)]
+        name: [tokens / s for s in distill.speeds(run_method(name, STEPS, run_dir), STEPS)]
         for name in (baseline, *others)
     }
     for name in others:
@@ -105,15 +106,15 @@ def distillation(model: Path) -> Iterator[Measurement]:
 
 
 def evaluation(model: Path) -> Iterator[Measurement]:
-    """Measures five tasks, with one subject of MMLU, against lm-eval's model in float32."""
+    """Measures five tasks, with one subject of MMLU. The baseline is lm-eval's model in float32."""
     answers = tasks.measure(tasks.Settings(model, TASKS, ITEMS, parts=1, repeats=REPEATS))
     seconds = {
-        side: [sum(each) for each in zip(*(one.seconds for one in by_task.values()), strict=True)]
+        side: [sum(repeat) for repeat in zip(*(a.seconds for a in by_task.values()), strict=True)]
         for side, by_task in answers.items()
     }
     baseline = seconds.pop(tasks.BASELINE)
-    for side, each in seconds.items():
-        yield Measurement(f"tasks {side}", tasks.BASELINE, each, baseline)
+    for side, repeats in seconds.items():
+        yield Measurement(f"tasks {side}", tasks.BASELINE, repeats, baseline)
 
 
 SCRIPTS: dict[str, Callable[[Path], Iterable[Measurement]]] = {
@@ -165,7 +166,7 @@ def main() -> None:
     parser.add_argument("--history", type=Path, default=HISTORY)
     args = parser.parse_args()
     commit, comparable = git_sha(), attrgetter("figure", "baseline", "processor", "cores")
-    last = {comparable(one): one for one in read_history(args.history)}
+    last = {comparable(line): line for line in read_history(args.history)}
     table = plain_table("", "measurement", "baseline", "seconds", "ratio", "spread", "before", "")
     regressions = 0
     for name in args.only:

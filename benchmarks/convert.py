@@ -1,17 +1,17 @@
-"""Compares conversion to transformers' own load-and-save: time and memory.
+"""Compares time and memory of conversion with transformers' own load-and-save.
 
     python -m benchmarks.convert [--model FOLDER_OR_SOURCE] [--repeats N]
     python -m benchmarks.convert --billions 7
 
-Every side runs in its own process, one after the other; the shortest time and the lowest peak
-of the repeats count. Time excludes imports, and memory is measured above the level after them.
-``resident`` is the peak of all memory, with pages of mapped files, which the system can drop at any
-time; ``anonymous`` excludes them. ``verify`` compares logits and weights of both models.
+Each side runs in its own process, one after the other. The shortest time and the lowest peak of all
+repeats count. Times exclude imports. Memory is the peak above the level after imports. ``resident``
+is all memory. ``anonymous`` excludes pages of mapped files, which the system can drop at any time.
+``verify`` compares logits and weights of both models.
 
-With ``--billions`` the model is a random Llama with that number of parameters in bfloat16, and the
-baseline is a plain copy of its files. The page cache holds none of the files before a side starts,
-and time stops when all output is on the disk. The baseline comes first and last by turns. The
-weights are compared after the round trip. The disk must hold three such models.
+With ``--billions``, the model is a random Llama with that number of parameters in bfloat16, and the
+baseline is a plain copy of its files. Files are not in the page cache when a side starts, and time
+stops when all output is on the disk. The baseline runs first in one repeat and last in the next.
+The weights are compared after the round trip. The disk must have space for three such models.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from recipes.core.errors import RecipeError
 
 SIDES = ("transformers", "to-nemo", "to-hf", "verify")
 COLD_SIDES = ("copy", "to-nemo", "to-hf")
-"""The first of them is the baseline."""
+"""Sides with ``--billions``. The first of each tuple is the baseline."""
 LAYER = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -39,13 +39,13 @@ LAYER = {
     "head_dim": 128,
     "tie_word_embeddings": False,
 }
-"""Llama 3.1 8B's."""
+"""Sizes of Llama 3.1 8B."""
 LAYER_BILLIONS = 0.218
-"""Parameters of such a layer."""
+"""Billions of parameters of such a layer."""
 
 
 def work_of(side: str, folder: Path, scratch: Path) -> Callable[[], object]:
-    """Imports what a side needs, and returns its work."""
+    """Imports a side's libraries, and returns a function that does its work."""
     if side == "copy":
         return lambda: shutil.copytree(folder, scratch / "copy")
     if side == "transformers":
@@ -79,11 +79,11 @@ def memory() -> dict[str, int]:
     with open("/proc/self/status", encoding="ascii") as file:
         fields = dict(line.split(":", 1) for line in file)
     names = {"anonymous": "RssAnon", "resident": "VmRSS"}
-    return {ours: int(fields[theirs].split()[0]) << 10 for ours, theirs in names.items()}
+    return {name: int(fields[field].split()[0]) << 10 for name, field in names.items()}
 
 
 def measured(work: Callable[[], object]) -> dict[str, float]:
-    """Measures wall-clock and CPU seconds of a piece of work, and the rise of memory."""
+    """Does the work, and measures wall-clock seconds, CPU seconds and the rise of memory."""
     before = memory()
     peak = dict(before)
     done = threading.Event()
@@ -107,7 +107,7 @@ def measured(work: Callable[[], object]) -> dict[str, float]:
 
 
 def measure_side(side: str, folder: Path, scratch: Path, cold: bool) -> dict[str, float]:
-    """Measures a side in this process; if ``cold``, until its output is on the disk."""
+    """Measures a side in this process; if ``cold``, including the time to write to the disk."""
     work = work_of(side, folder, scratch)
 
     def work_to_disk() -> None:
@@ -127,7 +127,7 @@ def settle(folder: Path, forget: bool = False) -> None:
 
 
 def run_sides(folder: Path, repeats: int, cold: bool = False) -> dict[str, list[dict[str, float]]]:
-    """Measures every side in its own process; one run for each repeat."""
+    """Measures every side in its own process, once per repeat."""
     baseline, *others = COLD_SIDES if cold else SIDES
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in (baseline, *others)}
     for number in range(repeats):
@@ -141,9 +141,9 @@ def run_sides(folder: Path, repeats: int, cold: bool = False) -> dict[str, list[
                     "benchmarks.convert:measure_side", side, folder, scratch, cold
                 )
                 runs[side].append(measurement)
-                os.sync()  # what one side leaves to be written must not slow down the next
+                os.sync()  # unwritten data of one side must not slow down the next
                 shutil.rmtree(scratch / "copy", ignore_errors=True)
-                if cold and side == "to-hf":  # else a copy that comes last is a fourth model
+                if cold and side == "to-hf":  # the disk has no space for this and a last copy
                     shutil.rmtree(scratch / "model.nemo")
             if cold:
                 require_same(folder, scratch / "back")
@@ -168,7 +168,7 @@ def write_random(folder: Path, like: Path, shape: Mapping[str, int | bool]) -> N
 
 
 def require_same(folder: Path, back: Path) -> None:
-    """Refuses weights that differ after the round trip in any bit."""
+    """Raises ``RecipeError`` if any bit of the weights differs after the round trip."""
     import torch
 
     from nemo_convert.hf import Weights
@@ -182,7 +182,7 @@ def require_same(folder: Path, back: Path) -> None:
 
 
 def table(runs: dict[str, list[dict[str, float]]], size: int) -> str:
-    """Formats each side's lowest measurements, with ratios to the size and the baseline's time."""
+    """Formats each side's lowest measurements, and their ratios to the baseline and the size."""
     lowest = {s: {k: min(run[k] for run in each) for k in each[0]} for s, each in runs.items()}
     baseline = next(iter(lowest.values()))
     rows = [

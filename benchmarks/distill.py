@@ -1,13 +1,13 @@
-"""Speed of distillation: our path, plain PyTorch loops, and ModelOpt's Hugging Face trainer.
+"""Compares the speed of distillation by NeMo, PyTorch loops, and ModelOpt's Hugging Face trainer.
 
-``python -m benchmarks.distill`` gives every contender the same teacher, student, batch and sequence
+``python -m benchmarks.distill`` runs all methods with the same teacher, student, batch and sequence
 length, on the CPU. Each runs in its own process, with the variables of
-``conf/cluster/local.yaml``, in rounds A B C A B C, so that a change of the machine's speed affects
-all of them. The time of a step is the time between the ends of two steps; the first steps do not
-count. ``planned`` is the speed that the stage ``plan`` estimates for our path.
+``conf/cluster/local.yaml``. Methods take turns, A B C A B C, so that a change of the machine's
+speed affects all equally. The time of a step is the time between the ends of two steps; warm-up
+steps do not count. ``planned`` is the speed that the stage ``plan`` estimates for NeMo.
 
-The loops train on the same sequences as each other, and so do the NeMo paths, which draw their own:
-first losses are compared within each group.
+All loops train on the same sequences. NeMo's methods train on others, which they have in common. So
+first losses are compared among loops and among NeMo's methods.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ console = screen()
 
 @dataclass
 class Record:
-    """One round of a contender: when each step ended (in seconds), its loss, and peak memory."""
+    """One training by a method: the time when each step ended, in seconds, losses, and memory."""
 
     ends: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Shape:
-    """Optimizer steps, sequences in each, and tokens in a sequence."""
+    """Optimizer steps, sequences per step, and tokens per sequence."""
 
     steps: int
     micro_batch: int
@@ -70,9 +70,9 @@ class DistillMethod:
     """One way to distil.
 
     Attributes:
-        reference: Method on the same batches, whose first loss it must reproduce.
-        stages: Stages of our path; none for a loop.
-        overrides: Overrides of the launcher besides the inputs and the shape.
+        reference: Method with the same batches, whose first loss it must reproduce.
+        stages: Stages of the launcher; empty for a loop.
+        overrides: Further overrides of the launcher.
     """
 
     reference: str | None = None
@@ -82,7 +82,7 @@ class DistillMethod:
 
 CACHED = ("plan", "cache_logits", "distill")
 COMPILED = "stages.distill.compile=true"
-CONTENDERS = {
+METHODS = {
     "nemo": DistillMethod("nemo-fp32", ("plan", "distill")),
     "nemo-cached": DistillMethod(None, CACHED, ("teacher=cached",)),
     "nemo-compiled": DistillMethod("nemo-fp32", ("plan", "distill"), (COMPILED,)),
@@ -95,16 +95,16 @@ CONTENDERS = {
     "loop-bf16": DistillMethod("loop-fp32"),
     "modelopt-bf16": DistillMethod("loop-fp32"),
 }
-for patch in SPEED_PATCH_NAMES:  # our fastest path without one of the sets of patches
+for patch in SPEED_PATCH_NAMES:  # the fastest method without one set of patches
     others = ",".join(name for name in SPEED_PATCH_NAMES if name != patch)
     overrides = ("teacher=cached", COMPILED, f"stages.distill.cpu_speed_patches=[{others}]")
-    CONTENDERS[f"without-{patch}"] = DistillMethod(None, CACHED, overrides)
-DEFAULTS = [name for name in CONTENDERS if not name.startswith(("without-", "megatron-"))]
+    METHODS[f"without-{patch}"] = DistillMethod(None, CACHED, overrides)
+DEFAULTS = [name for name in METHODS if not name.startswith(("without-", "megatron-"))]
 
 
 @dataclass(frozen=True)
 class Result:
-    """A contender's speeds, in tokens/s, over the steps after warm-up of all rounds."""
+    """A method's speeds in tokens/s, of all steps after warm-up in all rounds."""
 
     tokens_per_second: float
     slowest: float
@@ -112,28 +112,28 @@ class Result:
     peak_rss_bytes: int
     planned_tokens_per_second: float | None
     ratios: dict[str, float]
-    """Speed over that of each baseline that was run."""
+    """Speed divided by that of each baseline that ran."""
     first_loss: float
     last_loss: float
 
 
-def run_contender(name: str, shape: Shape, run_dir: Path) -> Record:
+def run_method(name: str, shape: Shape, run_dir: Path) -> Record:
     """Distils the student of ``run_dir`` once.
 
     Raises:
-        RecipeError: The contender failed, or lacks what it needs.
+        RecipeError: The method failed, or a library that it needs is missing.
     """
-    contender = CONTENDERS[name]
-    if contender.stages:
+    method = METHODS[name]
+    if method.stages:
         with tempfile.TemporaryDirectory(dir=run_dir.parent) as scratch:
-            return _run_stages(contender, shape, run_dir, Path(scratch))
+            return _run_stages(method, shape, run_dir, Path(scratch))
     record: Record = call_in_process("benchmarks.loops:run_baseline", name, shape, run_dir)
     return record
 
 
-def _run_stages(contender: DistillMethod, shape: Shape, run_dir: Path, scratch: Path) -> Record:
+def _run_stages(method: DistillMethod, shape: Shape, run_dir: Path, scratch: Path) -> Record:
     """Runs the launcher in ``scratch``, on the model and text of ``run_dir``."""
-    _, teacher_stage, *_ = contender.stages  # the first stage after plan reads the teacher
+    _, teacher_stage, *_ = method.stages  # the first stage after plan reads the teacher
     settings = {
         "distill.inputs.student": run_dir / "prune",
         "distill.inputs.data": run_dir / "prepare_data",
@@ -153,7 +153,7 @@ def _run_stages(contender: DistillMethod, shape: Shape, run_dir: Path, scratch: 
     if teacher_stage == "cache_logits":
         settings["cache_logits.num_sequences"] = shape.steps * shape.micro_batch
     length = f"data.seq_length={shape.seq_length}"
-    launch(run_dir, scratch, contender.stages, settings, length, *contender.overrides)
+    launch(run_dir, scratch, method.stages, settings, length, *method.overrides)
     steps = steps_of(scratch / "distill" / METRICS, "distill")
     return Record(
         [step["time"] for step in steps],
@@ -164,24 +164,24 @@ def _run_stages(contender: DistillMethod, shape: Shape, run_dir: Path, scratch: 
 
 
 def speeds(record: Record, shape: Shape) -> list[float]:
-    """Returns the tokens/s of the steps after warm-up; the first step's start is not known."""
+    """Returns the tokens/s of the steps after warm-up. The start of the first step is unknown."""
     tokens = shape.micro_batch * shape.seq_length
     ends = record.ends[min(WARM_UP_STEPS, shape.steps - 1) - 1 :]
     return [tokens / (end - start) for start, end in pairwise(ends)]
 
 
 def summarise(records: Mapping[str, Sequence[Record]], shape: Shape) -> dict[str, Result]:
-    """Summarises the rounds of every contender that ran."""
+    """Summarises all rounds of each method."""
     rounds = {name: [speeds(r, shape) for r in runs] for name, runs in records.items()}
-    typical = {name: median(median(steps) for steps in runs) for name, runs in rounds.items()}
+    medians = {name: median(median(steps) for steps in runs) for name, runs in rounds.items()}
     return {
         name: Result(
-            tokens_per_second=typical[name],
+            tokens_per_second=medians[name],
             slowest=min(min(steps) for steps in rounds[name]),
             fastest=max(max(steps) for steps in rounds[name]),
             peak_rss_bytes=max(run.peak_rss_bytes for run in runs),
             planned_tokens_per_second=runs[-1].planned_tokens_per_second,
-            ratios={b: typical[name] / typical[b] for b in BASELINES if b in typical},
+            ratios={b: medians[name] / medians[b] for b in BASELINES if b in medians},
             first_loss=runs[-1].losses[0],
             last_loss=runs[-1].losses[-1],
         )
@@ -190,9 +190,9 @@ def summarise(records: Mapping[str, Sequence[Record]], shape: Shape) -> dict[str
 
 
 def disagreements(results: Mapping[str, Result]) -> Iterable[str]:
-    """Yields the contenders whose first loss differs from their reference's."""
+    """Yields a message for each method whose first loss differs from that of its reference."""
     for name, result in results.items():
-        reference = CONTENDERS[name].reference
+        reference = METHODS[name].reference
         if reference is not None and reference in results:
             loss, expected = result.first_loss, results[reference].first_loss
             if not abs(loss - expected) <= LOSS_TOLERANCE * expected:
@@ -200,8 +200,8 @@ def disagreements(results: Mapping[str, Result]) -> Iterable[str]:
 
 
 def draw(results: Mapping[str, Result], failed: Mapping[str, str]) -> None:
-    """Prints the table, and why a contender is not in it."""
-    columns = "contender", "tokens/s", "slowest to fastest step", "planned", "peak RSS"
+    """Prints the table of results, and the reasons of methods that failed."""
+    columns = "method", "tokens/s", "slowest to fastest step", "planned", "peak RSS"
     table = Table(*columns, *(f"× {baseline}" for baseline in BASELINES), "last loss")
     for name, r in results.items():
         table.add_row(
@@ -222,8 +222,8 @@ def measure(names: Sequence[str], shape: Shape, rounds: int, run_dir: Path, out:
     """Runs all rounds, prints the table, writes the results.
 
     Raises:
-        RecipeError: The run's stages are not complete, or contenders have different losses on the
-            same batches; the results are written all the same.
+        RecipeError: The run's stages are not complete, or methods have different losses on the
+            same batches. In the latter case the results are written, too.
     """
     for stage in INPUTS:
         complete_manifest(run_dir / stage)
@@ -233,7 +233,7 @@ def measure(names: Sequence[str], shape: Shape, rounds: int, run_dir: Path, out:
         for name in (name for name in names if name not in failed):
             console.print(f"round {number} of {rounds}: {name}")
             try:
-                records.setdefault(name, []).append(run_contender(name, shape, run_dir))
+                records.setdefault(name, []).append(run_method(name, shape, run_dir))
             except RecipeError as error:
                 failed[name] = str(error)
     results = summarise({name: r for name, r in records.items() if name not in failed}, shape)
@@ -255,8 +255,8 @@ def measure(names: Sequence[str], shape: Shape, rounds: int, run_dir: Path, out:
 
 
 def main() -> None:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description="Compares the speed of ways to distil.")
+    """Measures and prints the methods that the command line names."""
+    parser = argparse.ArgumentParser(description="Compares the speed of methods to distil.")
     parser.add_argument("--run-dir", type=Path, help="a run with its stages before distill")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
@@ -266,13 +266,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("distill.json"))
     args = parser.parse_args()
     for name in args.only:
-        if name not in CONTENDERS:
+        if name not in METHODS:
             raise RecipeError(
-                f"there is no contender '{name}'.{did_you_mean(name, CONTENDERS)}",
-                f"use some of: {', '.join(CONTENDERS)}",
+                f"invalid --only {name}: there is no such method.{did_you_mean(name, METHODS)}",
+                f"use some of: {', '.join(METHODS)}",
             )
     if min(args.steps - 1, args.rounds, args.micro_batch, args.seq_length) < 1:
-        raise RecipeError("there is nothing to measure.", "at least 2 steps and 1 of the others")
+        raise RecipeError(
+            "there is nothing to measure",
+            "set --steps to at least 2, and --rounds, --micro-batch and --seq-length to at least 1",
+        )
     run_dir = args.run_dir.resolve() if args.run_dir else make_inputs()
     shape = Shape(args.steps, args.micro_batch, args.seq_length)
     measure(args.only, shape, args.rounds, run_dir, args.out)

@@ -1,4 +1,4 @@
-"""Starts the launcher, and functions in processes of their own, with the launcher's variables."""
+"""Starts the launcher, and runs functions in their own processes with the launcher's variables."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ RECIPE = "llama_depth_prune"
 
 
 def execute(command: list[str]) -> None:
-    """Runs a command to its end, without GPUs, with the variables of ``conf/cluster/local.yaml``.
+    """Runs a command without GPUs and with the variables of ``conf/cluster/local.yaml``.
 
     Raises:
-        RecipeError: The command failed; the message is its own.
+        RecipeError: The command failed. The message is the command's.
     """
     env = OmegaConf.load(REPO_ROOT / "conf" / "cluster" / "local.yaml").env
     done = subprocess.run(
@@ -54,7 +54,7 @@ def execute(command: list[str]) -> None:
 
 
 def call_in_process(function: str, *args: object) -> Any:
-    """Calls a function, ``MODULE:NAME``, in its own process; returns its result."""
+    """Calls a function, ``MODULE:NAME``, in its own process, and returns its result."""
     with tempfile.TemporaryDirectory() as scratch:
         call, result = Path(scratch) / "call", Path(scratch) / "result"
         call.write_bytes(pickle.dumps((function, args)))
@@ -63,7 +63,7 @@ def call_in_process(function: str, *args: object) -> Any:
 
 
 def _call(call: Path, result: Path) -> None:
-    """Does what ``call_in_process`` requested, in the child."""
+    """Runs in the child process of ``call_in_process``: calls the function and writes its result."""
     function, args = pickle.loads(call.read_bytes())
     result.write_bytes(pickle.dumps(resolve_name(function)(*args)))
 
@@ -71,9 +71,14 @@ def _call(call: Path, result: Path) -> None:
 def launch(
     base: Path, out: Path, stages: Sequence[str], settings: Mapping[str, object], *overrides: str
 ) -> None:
-    """Runs stages in the run directory ``out``, on the model of the run ``base``.
+    """Runs stages by the launcher.
 
-    ``settings`` are fields below ``stages``, for example inputs that are in ``base``.
+    Args:
+        base: Run whose model is used.
+        out: Run directory to write.
+        stages: Names of the stages.
+        settings: Fields below ``stages``, for example inputs from ``base``.
+        overrides: Further overrides.
     """
     hf_path = complete_manifest(base / "import_hf").config["hf_path"]
     execute(
@@ -90,7 +95,7 @@ def launch(
 
 
 def make_inputs() -> Path:
-    """Runs the stages before distillation, unless they are complete, and returns their run."""
+    """Runs the stages before distillation unless they are complete; returns the run directory."""
     execute([*LAUNCHER, f"recipe={RECIPE}", f"only=[{','.join(INPUTS)}]"])
     return REPO_ROOT / "runs" / RECIPE
 
@@ -110,13 +115,13 @@ def complete_manifest(stage_dir: Path) -> Manifest:
     manifest = read_manifest(stage_dir)
     if manifest is None:
         raise RecipeError(
-            f"{stage_dir} is not complete.", f"run {', '.join(INPUTS)} with the launcher"
+            f"{stage_dir} is not complete", f"run {', '.join(INPUTS)} with the launcher"
         )
     return manifest
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs a benchmark's command line; an error that a user can fix is one message."""
+    """Runs a benchmark's command line. Prints an error that a user can fix as one message."""
     try:
         main()
     except RecipeError as error:

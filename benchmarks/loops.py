@@ -1,7 +1,7 @@
-"""The baselines of ``benchmarks.distill``: PyTorch loops and ModelOpt's Hugging Face trainer.
+"""Baselines of ``benchmarks.distill``: PyTorch loops, and ModelOpt's Hugging Face trainer.
 
 All use transformers models with scaled dot-product attention, fused AdamW with float32 weights, and
-clipped gradients. In bfloat16 the student runs in autocast and the teacher has bfloat16 weights.
+clipped gradients. In bfloat16, the student runs in autocast, and the teacher has bfloat16 weights.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ LR, BETA1, BETA2, WEIGHT_DECAY, CLIP = 1e-4, 0.9, 0.95, 0.1, 1.0
 
 @dataclass(frozen=True)
 class LoopInputs:
-    """Input of every baseline; batches are int64 [steps, micro batch, sequence]."""
+    """Inputs of a baseline."""
 
     teacher: Any
     student: Any
     batches: Tensor
+    """Tokens, int64 [steps, micro batch, sequence]."""
     bfloat16: bool
 
 
 def loss_of(task: LoopInputs, tokens: Tensor) -> Tensor:
-    """Returns KL(teacher ‖ student) of a batch, in float32, as the mean over its tokens."""
+    """Returns a batch's mean KL(teacher ‖ student) per token, in float32."""
     with torch.autocast("cpu", torch.bfloat16, enabled=task.bfloat16):
         with torch.inference_mode():
             target = task.teacher(tokens).logits
@@ -51,7 +52,7 @@ def loss_of(task: LoopInputs, tokens: Tensor) -> Tensor:
 
 
 def loop(task: LoopInputs, record: Record) -> None:
-    """Trains in the loop that a user would write."""
+    """Trains in a plain PyTorch loop, as a user would write it."""
     optimizer = torch.optim.AdamW(
         task.student.parameters(),
         lr=LR,
@@ -70,25 +71,25 @@ def loop(task: LoopInputs, record: Record) -> None:
 
 
 def modelopt(task: LoopInputs, record: Record) -> None:
-    """Trains with ModelOpt's ``KDTrainer`` on transformers' ``Trainer``, with its own loss.
+    """Trains with ModelOpt's ``KDTrainer``, which is a transformers ``Trainer``, and with its loss.
 
     Raises:
         RecipeError: accelerate, which ``Trainer`` needs, is not installed.
     """
     if importlib.util.find_spec("accelerate") is None:
-        raise RecipeError("needs accelerate", "make install brings it")
+        raise RecipeError("accelerate is not installed", "install it with make install")
     from modelopt.torch.distill.plugins.huggingface import KDTrainer, LMLogitsLoss
     from transformers import TrainerCallback, TrainingArguments
 
-    class Note(TrainerCallback):
+    class RecordSteps(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             if "loss" in more["logs"]:  # the last record is a summary
                 record.ends.append(time.time())
                 record.losses.append(more["logs"]["loss"])
 
-    class InOrder(KDTrainer):
+    class UnshuffledTrainer(KDTrainer):
         def _get_train_sampler(self, *_: Any) -> None:
-            """Returns no sampler: sequences come in order, as in the loops."""
+            """Returns ``None``, so that sequences are in order, as in the loops."""
 
     _, micro_batch, _ = task.batches.shape
     with tempfile.TemporaryDirectory() as folder:
@@ -110,12 +111,12 @@ def modelopt(task: LoopInputs, record: Record) -> None:
             report_to=[],
             disable_tqdm=True,
         )
-        trainer = InOrder(
+        trainer = UnshuffledTrainer(
             task.student,
             settings,
             distill_config={"teacher_model": task.teacher, "criterion": {("", ""): LMLogitsLoss()}},
-            train_dataset=[{"input_ids": w, "labels": w} for w in task.batches.flatten(0, 1)],
-            callbacks=[Note()],
+            train_dataset=[{"input_ids": s, "labels": s} for s in task.batches.flatten(0, 1)],
+            callbacks=[RecordSteps()],
         )
         trainer.train()
 
@@ -125,20 +126,22 @@ LOOPS: dict[str, tuple[Callable[[LoopInputs, Record], None], bool]] = {
     "loop-bf16": (loop, True),
     "modelopt-bf16": (modelopt, True),
 }
-"""Trainer of each baseline, and whether it trains in bfloat16."""
+"""Function of each baseline, and whether it trains in bfloat16."""
 
 
 def run_baseline(name: str, shape: Shape, run_dir: Path) -> Record:
     """Trains a baseline in this process, on teacher, student and text of a run.
 
     Raises:
-        RecipeError: The run has too little text, or the baseline lacks a library.
+        RecipeError: The run has too little text, or a library of the baseline is not installed.
     """
     train, bfloat16 = LOOPS[name]
     number = shape.steps * shape.micro_batch
     text = first_sequences(run_dir / "prepare_data" / ARTIFACT, "train", shape.seq_length, number)
     if len(text) < number:
-        raise RecipeError(f"{run_dir} has text for only {len(text)} sequences.", "lower --steps")
+        raise RecipeError(
+            f"training needs {number} sequences, but {run_dir} has {len(text)}", "lower --steps"
+        )
     teacher = load_transformers(find_checkpoint(run_dir / "import_hf" / ARTIFACT))
     student = load_transformers(find_checkpoint(run_dir / "prune" / ARTIFACT))
     teacher.config.use_cache = student.config.use_cache = False

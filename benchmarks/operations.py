@@ -1,10 +1,10 @@
 """Times the operations of a distillation step other than linear layers, in bfloat16 on a CPU.
 
 ``python -m benchmarks.operations`` times PyTorch's fused attention, the attention of training,
-norms, gated activations and the loss on logits, at the sizes of SmolLM2-135M: the forward
-pass, forward and backward pass, and both compiled (except attention). Start it with the variables
-in ``conf/cluster/local.yaml``. ``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`` simulates a processor
-without AMX.
+norms, gated activations and the loss on logits, at the sizes of SmolLM2-135M. It times the forward
+pass, forward and backward pass together, and both compiled (except attention). Start it with the
+variables of ``conf/cluster/local.yaml``. With ``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`` a processor
+with AMX does not use it.
 """
 
 from __future__ import annotations
@@ -40,15 +40,17 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Times:
-    """Shortest times in milliseconds; ``compiled`` is of forward and backward pass."""
+    """Shortest times in milliseconds."""
 
     forward: float
     both: float
+    """Time of forward and backward pass."""
     compiled: float | None
+    """Time of forward and backward pass if compiled; ``None`` if not measured."""
 
 
 def cases(sizes: Sizes) -> dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]]:
-    """Returns each operation with the shapes of its inputs."""
+    """Returns the operations by name, each with the shapes of its inputs."""
     leading = (sizes.tokens, sizes.sequences)
     query = (*leading, sizes.heads, sizes.head_size)
     key = (*leading, sizes.groups, sizes.head_size)
@@ -76,7 +78,7 @@ def measure(
     repeats: int,
     compile_too: bool = True,
 ) -> Times:
-    """Times an operation; the warm-up run also compiles the kernels."""
+    """Times an operation. Kernels are compiled in the warm-up, which does not count."""
     inputs = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
     upstream = torch.randn_like(function(*inputs))
 

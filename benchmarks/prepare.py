@@ -1,11 +1,11 @@
-"""Measures preparing text: tokens per second by processes, and memory by size of the text.
+"""Measures the speed and memory of preparing text, by number of processes and size of the text.
 
     python -m benchmarks.prepare [--model FOLDER_OR_SOURCE] [--megabytes N] [--processes 1 2]
 
-The text is Wikipedia summaries, repeated up to the size and to ten times the size; a number before
-each makes all documents different. Every measurement runs in its own process. Time excludes
-imports. Memory of the main process is the peak above the level after imports; memory of a tokenizer
-process is its peak resident memory, with libraries.
+The text is Wikipedia summaries, repeated up to the size and to ten times the size. A number before
+each makes all documents different. Every measurement runs in its own process. Times exclude
+imports. The main process's memory is the peak above its level after imports. A tokenizer process's
+memory is its peak resident memory, including libraries.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def write_text(path: Path, size: int) -> None:
 
 
 def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> PreparationRun:
-    """Measures a preparation in this process."""
+    """Prepares text in this process and measures it."""
     from recipes.core.metrics import MetricsLog
     from recipes.data import preparation
     from recipes.data.settings import PrepareDataConfig
@@ -88,7 +88,7 @@ def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Prepa
 
 
 def measure(text: Path, model: Path, processes: int) -> PreparationRun:
-    """Measures a preparation in its own process."""
+    """Prepares text in a child process and measures it."""
     with tempfile.TemporaryDirectory(dir=text.parent) as folder:
         args = text, model, processes, Path(folder)
         run: PreparationRun = call_in_process("benchmarks.prepare:prepare_once", *args)

@@ -5,13 +5,13 @@
         --way "forward_kl stages.distill.lm_weight=0" \
         --way "chat data=chat 'data.sources=[teacher://chat#tokens=60000]'"
 
-A way is a name, followed by overrides of the launcher. Each way is trained once per seed, in a run
-of the launcher in ``OUT/NAME-SEED``, from the same student with the same schedule; a benchmark that
-was interrupted resumes. A way with an override of ``data`` prepares its own text to train on. All
+A way is a name, followed by overrides of the launcher. Each way trains once per seed, in a run of
+the launcher in ``OUT/NAME-SEED``. All start from the same student and have the same schedule. An
+interrupted benchmark resumes. A way that overrides ``data`` prepares its own text to train on. All
 are evaluated on the held-out text of ``--run-dir``.
 
-Choose a way by its validation loss, which is on validation text of the data that it trains on, so
-compare it only between ways of the same data. Held-out text is for reporting.
+Choose a way by its validation loss. It is measured on validation text of the way's own data, so
+compare only ways with the same data. Held-out text is for reporting.
 """
 
 from __future__ import annotations
@@ -61,24 +61,24 @@ class StudentResult:
 
 
 def parse_way(text: str) -> Way:
-    """Reads ``NAME OVERRIDE ...``.
+    """Parses ``NAME OVERRIDE ...``.
 
     Raises:
-        RecipeError: An override chooses another teacher, or the name is not a folder's.
+        RecipeError: The name is missing or invalid for a folder, or an override sets the teacher.
     """
     name, *overrides = shlex.split(text) or [""]
     if not name or "=" in name or "/" in name:
         fix = "write NAME OVERRIDE ..."
-        raise RecipeError(f"invalid --way '{text}': it must begin with a name", fix)
+        raise RecipeError(f"invalid --way '{text}': must start with a name", fix)
     if any(o.startswith("teacher=") for o in overrides):
         raise RecipeError(
-            f"invalid --way '{text}': all ways have the live teacher", "leave teacher= out"
+            f"invalid --way '{text}': all ways use the live teacher", "remove teacher="
         )
     return Way(name, overrides)
 
 
 def train(way: Way, seed: int, steps: int, base: Path, student: Path, out: Path) -> StudentResult:
-    """Trains and evaluates a student, unless that is complete.
+    """Trains and evaluates a student, unless both are complete.
 
     Args:
         way: Losses or data to train with.
@@ -128,7 +128,10 @@ def by_source(result: EvaluationResult, role: str) -> dict[str, TextQuality]:
 
 
 def cells(results: Sequence[EvaluationResult], role: str) -> list[str]:
-    """Returns perplexity (geometric mean over sources, then each) and KL, over the seeds."""
+    """Returns a table's cells about a model: mean perplexity, that of each source, and KL.
+
+    The mean over sources is geometric. Each cell has mean and spread over the seeds.
+    """
     models = [by_source(result, role) for result in results]
     losses = [fmean([q.loss for q in model.values()]) for model in models]
     kls = [fmean([q.kl_to_teacher for q in model.values()]) for model in models]
@@ -146,7 +149,7 @@ def with_spread(values: Sequence[float], style: str = ".1f") -> str:
 
 
 def draw(outcomes: Sequence[StudentResult]) -> Table:
-    """Makes the table: teacher and pruned model, then a row for each way."""
+    """Makes a table with rows for the teacher, the pruned model and each way."""
     first = outcomes[0].evaluation
     table = plain_table(
         "held-out text", "way", "tokens", "s", "validation loss", "perplexity",
@@ -154,27 +157,27 @@ def draw(outcomes: Sequence[StudentResult]) -> Table:
     )  # fmt: skip
     for role in ROLES[:2]:
         table.add_row(role, "", "", "", *cells([first], role), "")
-    for name in dict.fromkeys(one.way for one in outcomes):
-        seeds = [one for one in outcomes if one.way == name]
-        losses = [one.validation_loss for one in seeds if one.validation_loss is not None]
-        recovered = [r for one in seeds if (r := one.evaluation.recovered) is not None]
+    for name in dict.fromkeys(outcome.way for outcome in outcomes):
+        seeds = [outcome for outcome in outcomes if outcome.way == name]
+        losses = [s.validation_loss for s in seeds if s.validation_loss is not None]
+        recovered = [r for s in seeds if (r := s.evaluation.recovered) is not None]
         table.add_row(
             name,
             f"{seeds[0].tokens:,}",
-            with_spread([one.seconds for one in seeds], ".0f"),
+            with_spread([s.seconds for s in seeds], ".0f"),
             with_spread(losses, ".3f") if losses else "",
-            *cells([one.evaluation for one in seeds], "distilled"),
+            *cells([s.evaluation for s in seeds], "distilled"),
             with_spread(recovered, ".1%") if recovered else "",
         )
     return table
 
 
 def main() -> None:
-    """Trains all ways, prints the table, writes ``students.json``."""
+    """Trains all ways, prints the table, and writes ``students.json``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.students")
     parser.add_argument("--way", action="append", required=True, help="NAME OVERRIDE ...")
-    parser.add_argument("--run-dir", type=Path, help=f"of {RECIPE}, up to prune")
-    parser.add_argument("--student", default="prune", help="stage of it that made the student")
+    parser.add_argument("--run-dir", type=Path, help=f"run of {RECIPE}, complete up to prune")
+    parser.add_argument("--student", default="prune", help="its stage that made the student")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1234])
     parser.add_argument("--out", type=Path, default=Path("runs/students"))
@@ -186,7 +189,7 @@ def main() -> None:
         for seed in args.seeds
         for way in ways
     ]
-    write_json(out / "students.json", [asdict(one) for one in outcomes])
+    write_json(out / "students.json", [asdict(outcome) for outcome in outcomes])
     screen().print(draw(outcomes))
 
 

@@ -1,11 +1,11 @@
-"""Compares ``evaluate_tasks`` to lm-eval's own model: time, and every answer.
+"""Compares times and answers of ``evaluate_tasks`` with those of lm-eval's own model.
 
     python -m benchmarks.tasks [--model FOLDER_OR_SOURCE] [--tasks NAME ...] [--limit N]
 
-lm-eval gives both the same items, in float32 and in bfloat16, each side in its own process,
-one after the other. Time is CPU time of all threads without loading, the shortest of the repeats.
-``equal`` counts items with the same score, ``nats apart`` is the largest difference of a
-log-likelihood.
+All sides answer the same items of lm-eval, in float32 and in bfloat16. Each runs in its own
+process, one after the other. Time is CPU time of all threads without loading, the shortest of the
+repeats. ``equal`` is the number of items with the same score. ``nats apart`` is the largest
+difference of a log-likelihood.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ SIDES = {
     "packed, float32": (True, "32"),
     "packed, bfloat16": (True, "bf16-mixed"),
 }
-"""Whether a side is ours, and its precision."""
+"""For each side, whether it packs questions, as ``evaluate_tasks`` does, and its precision."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Benchmarks and model that all sides evaluate."""
+    """Settings of all sides."""
 
     model: Path
     tasks: Sequence[str] = TASKS
     limit: int = 40
-    """Items of each part of a task."""
+    """Items of each subtask."""
     parts: int = 3
-    """Parts of a task that has several (mmlu)."""
+    """Number of subtasks of a task that has several (mmlu)."""
     pack_tokens: int = 512
-    """Tokens of a pass of our side."""
+    """Tokens of a forward pass with packed questions."""
     repeats: int = 1
 
 
@@ -72,7 +72,7 @@ class Answers:
 
     def equal(self, other: Answers) -> int:
         """Counts items with the same score."""
-        return sum(one == another for one, another in zip(self.scores, other.scores, strict=True))
+        return sum(a == b for a, b in zip(self.scores, other.scores, strict=True))
 
     def largest_difference(self, other: Answers) -> float:
         """Returns the largest difference of a continuation's log-likelihood, in nats."""
@@ -81,9 +81,9 @@ class Answers:
 
 
 def _likelihoods(item: Item) -> np.ndarray:
-    """Returns the log-likelihood of every continuation: the first of each pair of a response."""
+    """Returns the log-likelihood of every continuation."""
     pairs: np.ndarray = np.array(item.response, dtype=float).reshape(-1, 2)
-    return pairs.T[0]
+    return pairs.T[0]  # the second of each pair says whether the continuation is greedy
 
 
 def answer_all(side: str, settings: Settings) -> dict[str, Answers]:
@@ -94,59 +94,60 @@ def answer_all(side: str, settings: Settings) -> dict[str, Answers]:
     from recipes.core.precision import dtype_of
     from recipes.evaluation import packed_lm
 
-    ours, precision = SIDES[side]
+    packed, precision = SIDES[side]
     loaded = AutoModelForCausalLM.from_pretrained(
         settings.model, dtype=dtype_of(precision), trust_remote_code=False
     ).eval()
     tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
     lm: HFLM = (
         packed_lm.PackedLM(loaded, tokenizer, settings.pack_tokens, lambda done, total: None)
-        if ours
+        if packed
         else HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=BATCH)
     )
     answers = {}
     for task in packed_lm.load_tasks(settings.tasks, "pypi", SHOTS):
-        some = replace(task, subtasks=dict(islice(task.subtasks.items(), settings.parts)))
+        first = replace(task, subtasks=dict(islice(task.subtasks.items(), settings.parts)))
         seconds = []
         for _ in range(settings.repeats):
             start = time.process_time()
-            items = packed_lm.answer(lm, some, settings.limit, seed=1234)
+            items = packed_lm.answer(lm, first, settings.limit, seed=1234)
             seconds.append(time.process_time() - start)
         answers[task.name] = Answers(seconds, task.metric, items)
     return answers
 
 
 def measure(settings: Settings) -> dict[str, dict[str, Answers]]:
-    """Runs each side whose precision this machine supports, in turn, in its own process."""
+    """Runs each side whose precision this machine supports, in its own process."""
     types = ("32", cpu_profile("precision"))
     sides = [side for side, (_, precision) in SIDES.items() if precision in types]
     return {side: call_in_process("benchmarks.tasks:answer_all", side, settings) for side in sides}
 
 
 def draw(sides: Mapping[str, Mapping[str, Answers]]) -> Table:
-    """Makes the table: the sides of each task, then the sums over all tasks."""
+    """Makes a table with rows for each side of each task, then sums over all tasks."""
     table = Table(
         "task", "items", "model", "CPU s", "times as fast", "score", "equal", "nats apart"
     )
     baseline = sides[BASELINE]
     for task, expected in baseline.items():
         for side, by_task in sides.items():
-            one = by_task[task]
+            answers = by_task[task]
             table.add_row(
                 task,
-                f"{len(one.items)}",
+                f"{len(answers.items)}",
                 side,
-                f"{min(one.seconds):.2f}",
-                f"{min(expected.seconds) / min(one.seconds):.2f}",
-                f"{mean(one.scores):.4f}",
-                f"{one.equal(expected)}",
-                f"{one.largest_difference(expected):.4f}",
+                f"{min(answers.seconds):.2f}",
+                f"{min(expected.seconds) / min(answers.seconds):.2f}",
+                f"{mean(answers.scores):.4f}",
+                f"{answers.equal(expected)}",
+                f"{answers.largest_difference(expected):.4f}",
             )
-    whole = {
-        side: sum(min(one.seconds) for one in by_task.values()) for side, by_task in sides.items()
+    totals = {
+        side: sum(min(answers.seconds) for answers in by_task.values())
+        for side, by_task in sides.items()
     }
-    for side, seconds in whole.items():
-        table.add_row("all", "", side, f"{seconds:.1f}", f"{whole[BASELINE] / seconds:.2f}")
+    for side, seconds in totals.items():
+        table.add_row("all", "", side, f"{seconds:.1f}", f"{totals[BASELINE] / seconds:.2f}")
     return table
 
 
@@ -155,8 +156,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tasks")
     parser.add_argument("--model", help="Hugging Face folder or source; default: SmolLM2")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    parser.add_argument("--limit", type=int, default=Settings.limit, help="items of each part")
-    parser.add_argument("--parts", type=int, default=Settings.parts, help="of a task like mmlu")
+    parser.add_argument("--limit", type=int, default=Settings.limit, help="items of each subtask")
+    parser.add_argument("--parts", type=int, default=Settings.parts, help="subtasks of mmlu")
     parser.add_argument("--pack-tokens", type=int, default=Settings.pack_tokens)
     parser.add_argument("--repeats", type=int, default=Settings.repeats)
     args = parser.parse_args()
