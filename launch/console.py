@@ -197,7 +197,7 @@ def require_gates(plan: Plan, console: Console) -> None:
     verdicts = judge(plan.gates, results)
     table = plain_table("gates", "gate", "measured", "")
     for verdict in verdicts:
-        value = "not measurable" if verdict.measured is None else f"{verdict.measured:.4g}"
+        value = "undefined" if verdict.measured is None else f"{verdict.measured:.4g}"
         table.add_row(str(verdict.gate), value, "passed" if verdict.passed else "[bold]FAILED")
     judged = [verdict.gate for verdict in verdicts]
     for gate in plan.gates:

@@ -1,4 +1,4 @@
-"""Complete runs with made-up results, for tests of what reads manifests."""
+"""Writes complete runs with invented results, for tests of code that reads manifests."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def stage(
 
     Args:
         root: The run.
-        config: Settings; the stage's name is that of its directory.
+        config: Settings. The stage's name is also the name of its directory.
         kind: Type of the result.
         files: Sizes of the files, which are not written.
         result: The result.
@@ -151,7 +151,7 @@ def log_training(directory: Path, lm_weight: float) -> None:
 
 
 def make_inputs(root: Path, *, lm_weight: float = 0.0) -> dict[str, Input]:
-    """Writes a run of the stages that a report about a distillation needs."""
+    """Writes a run with the stages that a report about a distillation needs."""
     root.mkdir()
     prune = PruneConfig("prune", drop_layers=list(DROPPED))
     prune.target_hidden_size, prune.target_ffn_hidden_size = 512, 1152
@@ -189,7 +189,7 @@ def make_run(
     heldout: str | None = None,
     **settings: Any,
 ) -> Path:
-    """Writes a complete run as the launcher does.
+    """Writes a complete run in the launcher's format.
 
     Args:
         root: The run.

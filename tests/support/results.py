@@ -1,4 +1,4 @@
-"""Results as stages measure them, for tests of what reads them."""
+"""Invented results of stages, for tests of code that reads results."""
 
 from __future__ import annotations
 
