@@ -63,7 +63,7 @@ def call_in_process(function: str, *args: object) -> Any:
 
 
 def _call(call: Path, result: Path) -> None:
-    """Runs in the child process of ``call_in_process``: calls the function and writes its result."""
+    """Calls the function in the child process of ``call_in_process``, and writes its result."""
     function, args = pickle.loads(call.read_bytes())
     result.write_bytes(pickle.dumps(resolve_name(function)(*args)))
 
