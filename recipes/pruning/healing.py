@@ -9,9 +9,9 @@ memory does not depend on depth.
 The algebra. A weight W [outputs, inputs] reads x_t at token t, and m_t is missing from its output.
 The change D minimises Σ_t ‖m_t - D·x_t‖² + λ·‖D‖². Setting the derivative to 0 gives the normal
 equations D·(G + λ·I) = C with the Gram matrix G = Σ x·xᵀ and C = Σ m·xᵀ. G is symmetric and, with
-λ > 0, positive definite, so Cholesky solves (G + λ·I)·Dᵀ = Cᵀ. λ is stated in tokens: n tokens
-whose channels are independent, of the mean square of all channels, and from whose output nothing is
-missing would add n times that mean square to the diagonal of G.
+λ > 0, positive definite, so Cholesky solves (G + λ·I)·Dᵀ = Cᵀ. λ is stated in tokens: n tokens mean
+λ = n·q, where q is the mean square of all channels. That much would be added to the diagonal of G,
+and nothing to C, by n tokens with independent channels from whose output nothing is missing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from recipes.core.metrics import ProgressCallback
 from recipes.pruning.kept import HIDDEN, KeptIndices, prune_weight
 
 RIDGE_TOKENS = 5000.0
-"""Ridge strength, in equivalent calibration tokens. It limits the change from little text."""
+"""Ridge strength λ, in equivalent calibration tokens. It limits the change from little text."""
 
 
 class LeastSquares:
@@ -46,25 +46,30 @@ class LeastSquares:
         self.tokens = 0
 
     def add(self, inputs: Tensor, missing: Tensor) -> None:
-        """Adds tokens: the weight's inputs [b, s, inputs], and what its outputs miss."""
+        """Adds tokens.
+
+        Args:
+            inputs: The weight's inputs [b, s, inputs].
+            missing: What is missing from its outputs [b, s, outputs].
+        """
         inputs, missing = inputs.flatten(0, 1), missing.flatten(0, 1)
         self.tokens += len(inputs)
         self.gram += inputs.T @ inputs
         self.cross += missing.T @ inputs
 
     def change(self, ridge_tokens: float) -> Tensor:
-        """Solves for the change D, float32 [outputs, inputs]; it never misses more than before."""
+        """Solves for the change D, float32 [outputs, inputs], which never increases the error."""
         return solve(self.gram, self.cross.T, ridge_tokens / self.tokens).T.float()
 
 
-def solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """Solves (G + λ·I)·X = ``right`` with λ = ``ridge`` times the mean diagonal of G."""
+def solve(gram: Tensor, right_side: Tensor, ridge: float) -> Tensor:
+    """Solves (G + λ·I)·X = ``right_side`` with λ = ``ridge`` times the mean diagonal of G."""
     damping = torch.eye(len(gram)).to(gram) * gram.diagonal().mean() * ridge
-    return torch.cholesky_solve(right, torch.linalg.cholesky(gram + damping))
+    return torch.cholesky_solve(right_side, torch.linalg.cholesky(gram + damping))
 
 
 class Decoder:
-    """A model as weights by their Hugging Face names, run one layer at a time on the device."""
+    """Runs a model, given as weights by Hugging Face name, one layer at a time on the device."""
 
     def __init__(self, config: Mapping[str, object], weights: dict[str, Tensor]) -> None:
         hf_config = AutoConfig.for_model(**config)
@@ -72,7 +77,7 @@ class Decoder:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
         self._attention: nn.Module = model.model.layers[0].self_attn
-        self._attention.o_proj = nn.Identity()
+        self._attention.o_proj = nn.Identity()  # ``attend`` returns the inputs of o_proj
         self._rotary = type(model.model.rotary_emb)(config=hf_config).to(self.device)
         self._eps: float = hf_config.rms_norm_eps
         self.num_layers: int = hf_config.num_hidden_layers
@@ -100,11 +105,11 @@ class Decoder:
 
     def attend(self, layer: str, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yields the attention heads' outputs for normalised inputs, batch by batch."""
-        start = f"{layer}self_attn."
+        prefix = f"{layer}self_attn."
         layer_weights = {
-            name.removeprefix(start): weight.to(self.device, torch.float32)
+            name.removeprefix(prefix): weight.to(self.device, torch.float32)
             for name, weight in self._weights.items()
-            if name.startswith(start) and "o_proj" not in name
+            if name.startswith(prefix) and "o_proj" not in name
         }
         self._attention.load_state_dict(layer_weights, assign=True)
         for batch in inputs:
@@ -123,11 +128,11 @@ class HalfLayer:
     """A layer's attention, or its feed-forward network."""
 
     norm: str
-    reads: tuple[str, ...]
+    input_weights: tuple[str, ...]
     """Weights that read the normalised residual stream."""
-    between: Callable[[Decoder, str, Sequence[Tensor]], Iterator[Tensor]]
-    """Computes the inputs of ``writes`` from the normalised stream."""
-    writes: str
+    compute: Callable[[Decoder, str, Sequence[Tensor]], Iterator[Tensor]]
+    """Computes the inputs of ``output_weight`` from the normalised stream."""
+    output_weight: str
     """Weight whose output is added to the residual stream."""
 
 
@@ -148,10 +153,10 @@ HALVES = (
 
 
 class Reconstruction:
-    """Both models with their residual streams, one tensor [b, s, hidden] for each batch.
+    """Reconstructs a student in place, with the residual streams of both models.
 
-    It changes the student in place. ``batches`` are tokens [b, s]. Names of layers are prefixes of
-    weights: ``theirs`` in the teacher, ``ours`` in the student.
+    A stream is a list with one tensor [b, s, hidden] for each batch. ``batches`` are tokens [b, s].
+    A layer is named by the prefix of its weights, such as ``model.layers.3.``.
     """
 
     def __init__(
@@ -173,59 +178,61 @@ class Reconstruction:
         """Runs the teacher's streams through a layer that the student does not have."""
         for half in HALVES:
             inputs = [self._teacher.normalise(layer + half.norm, x) for x in self._teacher_streams]
-            writes = self._teacher[layer + half.writes]
-            for i, outputs in enumerate(half.between(self._teacher, layer, inputs)):
-                self._teacher_streams[i] = self._teacher_streams[i] + outputs @ writes.T
+            weight = self._teacher[layer + half.output_weight]
+            for i, outputs in enumerate(half.compute(self._teacher, layer, inputs)):
+                self._teacher_streams[i] = self._teacher_streams[i] + outputs @ weight.T
 
-    def reconstruct(self, half: HalfLayer, theirs: str, ours: str) -> None:
+    def reconstruct(self, half: HalfLayer, teacher_layer: str, student_layer: str) -> None:
         """Changes the weights of half a layer, and runs both streams through it.
 
         The fit D predicts from the student's inputs y what the kept channels E·y miss of the
         teacher's inputs x, so x ≈ (E + D)·y and W·x ≈ (W·E + W·D)·y for each weight W that reads x.
         W·E is what pruning kept of W; W·D is added.
         """
-        teacher_inputs, student_inputs, fit = self._fit_inputs(theirs + half.norm, ours + half.norm)
-        # D with columns for all of the teacher's channels: ``prune_weight`` takes whole weights.
+        teacher_inputs, student_inputs, fit = self._fit_inputs(
+            teacher_layer + half.norm, student_layer + half.norm
+        )
+        # D with a column for each of the teacher's channels, since ``prune_weight`` selects some.
         change = self._rows.new_zeros(self._width, self._width, dtype=torch.float32)
         change[:, self._rows] = fit.change(self._ridge_tokens)
-        for name in half.reads:
+        for name in half.input_weights:
             added = prune_weight(
-                f"{theirs}{name}.weight",
-                self._teacher[theirs + name] @ change,
+                f"{teacher_layer}{name}.weight",
+                self._teacher[teacher_layer + name] @ change,
                 self._kept,
                 self._teacher.head_size,
             )
-            self._student[ours + name] = self._student[ours + name] + added
-        self._reconstruct_output(half, theirs, ours, teacher_inputs, student_inputs)
+            self._student[student_layer + name] = self._student[student_layer + name] + added
+        self._reconstruct_output(half, teacher_layer, student_layer, teacher_inputs, student_inputs)
 
     def _reconstruct_output(
         self,
         half: HalfLayer,
-        theirs: str,
-        ours: str,
+        teacher_layer: str,
+        student_layer: str,
         teacher_inputs: list[Tensor],
         student_inputs: list[Tensor],
     ) -> None:
-        """Changes the weight that writes, so that the student's stream approaches the teacher's."""
-        teacher_weight = self._teacher[theirs + half.writes]
-        weight = self._student[ours + half.writes]
+        """Changes the output weight, so that the student's stream approaches the teacher's."""
+        teacher_weight = self._teacher[teacher_layer + half.output_weight]
+        weight = self._student[student_layer + half.output_weight]
         fit = LeastSquares(weight)
-        inputs = list(half.between(self._student, ours, student_inputs))
-        for i, outputs in enumerate(half.between(self._teacher, theirs, teacher_inputs)):
+        inputs = list(half.compute(self._student, student_layer, student_inputs))
+        for i, outputs in enumerate(half.compute(self._teacher, teacher_layer, teacher_inputs)):
             self._teacher_streams[i] = self._teacher_streams[i] + outputs @ teacher_weight.T
             self._student_streams[i] = self._student_streams[i] + inputs[i] @ weight.T
-            # Tokens are weighted by the inverse size of their stream: later layers read it
-            # normalised, and the stream of a few tokens is many times as large.
+            # Tokens are weighted by the inverse size of their stream, because later layers read it
+            # normalised. The streams of a few tokens are many times larger than the others.
             size = self._teacher_streams[i].square().mean(-1, keepdim=True).sqrt()
             missing = self._teacher_streams[i][..., self._rows] - self._student_streams[i]
             fit.add(inputs[i] / size, missing / size)
         change = fit.change(self._ridge_tokens)
-        self._student[ours + half.writes] = weight + change
+        self._student[student_layer + half.output_weight] = weight + change
         for i, batch in enumerate(inputs):
             self._student_streams[i] = self._student_streams[i] + batch @ change.T
 
     def reconstruct_head(self) -> None:
-        """Changes what reads the stream after the last layer: the head, or the norm of a tied head.
+        """Changes the head or, if the head is tied, the final norm.
 
         A tied head is also the embedding, so only the final norm's weight can change: channel i is
         scaled by 1 + d_i. With the head H, its kept columns H_r, the student's inputs y and what
@@ -243,21 +250,21 @@ class Reconstruction:
         head = (head - head.mean(dim=0)).double()
         product = head[:, self._rows].T @ head
         gram = product[:, self._rows] * fit.gram
-        right = (product * fit.cross.T).sum(dim=1, keepdim=True)
-        scale = 1 + solve(gram, right, self._ridge_tokens / fit.tokens).squeeze(1).float()
+        right_side = (product * fit.cross.T).sum(dim=1, keepdim=True)
+        scale = 1 + solve(gram, right_side, self._ridge_tokens / fit.tokens).squeeze(1).float()
         self._student["model.norm"] = self._student["model.norm"] * scale
 
     def _fit_inputs(
-        self, theirs: str, ours: str
+        self, teacher_norm: str, student_norm: str
     ) -> tuple[list[Tensor], list[Tensor], LeastSquares]:
         """Fits the teacher's normalised streams by the student's; returns both and the fit."""
-        teacher_inputs = [self._teacher.normalise(theirs, x) for x in self._teacher_streams]
-        student_inputs = [self._student.normalise(ours, x) for x in self._student_streams]
+        teacher_inputs = [self._teacher.normalise(teacher_norm, x) for x in self._teacher_streams]
+        student_inputs = [self._student.normalise(student_norm, x) for x in self._student_streams]
         fit = LeastSquares(student_inputs[0].new_empty(self._width, len(self._rows)))
-        for whole, kept in zip(teacher_inputs, student_inputs, strict=True):
-            missing = whole.clone()  # the teacher's inputs are also needed unchanged
-            missing[..., self._rows] -= kept
-            fit.add(kept, missing)
+        for teacher_input, student_input in zip(teacher_inputs, student_inputs, strict=True):
+            missing = teacher_input.clone()  # the caller needs the teacher's inputs unchanged
+            missing[..., self._rows] -= student_input
+            fit.add(student_input, missing)
         return teacher_inputs, student_inputs, fit
 
 
@@ -273,22 +280,22 @@ def heal(
     """Changes a student's weights to reproduce its teacher on calibration text.
 
     Args:
-        teacher: The whole model.
+        teacher: The unpruned model.
         student: The pruned model; its weights are replaced.
-        kept: What pruning kept.
+        kept: The layers and rows that pruning kept.
         batches: Calibration tokens, each [b, s].
         progress: Called after every layer of the teacher.
         ridge_tokens: See ``RIDGE_TOKENS``.
     """
     reconstruction = Reconstruction(teacher, student, kept, batches, ridge_tokens)
     for number in range(1, teacher.num_layers + 1):
-        theirs = f"model.layers.{number - 1}."
+        teacher_layer = f"model.layers.{number - 1}."
         if number in kept.layers:
-            ours = f"model.layers.{kept.layers.index(number)}."
+            student_layer = f"model.layers.{kept.layers.index(number)}."
             for half in HALVES:
-                reconstruction.reconstruct(half, theirs, ours)
+                reconstruction.reconstruct(half, teacher_layer, student_layer)
         else:
-            reconstruction.skip_layer(theirs)
+            reconstruction.skip_layer(teacher_layer)
         progress(number, teacher.num_layers)
     reconstruction.reconstruct_head()
 
@@ -301,7 +308,7 @@ def heal_weights(
     batches: Sequence[Tensor],
     progress: ProgressCallback,
 ) -> None:
-    """Heals the pruned weights of a NeMo checkpoint, in place.
+    """Reconstructs the pruned weights of a NeMo checkpoint, in place.
 
     ``weights`` are the student's, by their Hugging Face names; ``batches`` are tokens [b, s].
     """

@@ -1,8 +1,9 @@
-"""Importance scores, the layers, rows and columns that pruning keeps, and exact pruning to them.
+"""Selects the layers, rows and columns to keep by importance, and prunes weights to them.
 
-ModelOpt prunes in memory, directly after scoring; its stored scores are a pickle for one pipeline
-size. Here the kept indices are a file: it can be inspected, compared with the teacher's weights,
-and computed for another shape without a forward pass. Whole query groups can be pruned too.
+ModelOpt prunes in memory, directly after scoring. Its stored scores are a pickle for one pipeline
+size. Here the kept indices are a file, which can be inspected and compared with the teacher's
+weights. For another shape they are computed without a forward pass. Whole query groups can be
+pruned too.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "up_proj.weight": (FFN, HIDDEN),
     "down_proj.weight": (HIDDEN, FFN),
 }
-"""Axis of each dimension of a Hugging Face weight, by the end of its name; in an expert
+"""Axis of each dimension of a Hugging Face weight, by the end of its name. In an expert,
 ``ffn_hidden_size`` represents ``moe_ffn_hidden_size``."""
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 _LAYER_KEY = re.compile(r"layers\.(\d+)\.")
@@ -60,22 +61,22 @@ class Importance:
     """Importance scores. Layers are counted from 1."""
 
     teacher_loss: float
-    """LM loss of the whole model, in nats."""
+    """LM loss of the unpruned model, in nats."""
     layers: dict[str, dict[int, float]]
-    """Scores by method: ``block_influence``, and ``loss`` (its change without the layer, in
-    nats)."""
+    """Scores of layers, by method: ``block_influence``, or ``loss``, the change of the loss without
+    the layer, in nats."""
     blocks: dict[int, dict[int, float]] = field(default_factory=dict)
-    """Change of the loss without a block of adjacent layers, by its size and first layer."""
+    """Change of the loss without a block of adjacent layers, by its size and its first layer."""
     greedy: list[int] = field(default_factory=list)
-    """Layers in the order in which the greedy method removes them."""
+    """First layers that the greedy method removes, in order."""
     widths: dict[str, Tensor] = field(default_factory=dict)
     """Scores of ``hidden_size`` [hidden] and, as ``layers.{i}.AXIS``, of ``ffn_hidden_size`` [ffn]
     and ``num_attention_heads`` [heads]."""
 
-    def of_layers(self, method: str) -> tuple[str, dict[int, float]]:
+    def layer_scores(self, method: str) -> tuple[str, dict[int, float]]:
         """Returns a method and its scores; block influence if ``method`` has no layer scores."""
-        measure = method if method in self.layers else "block_influence"
-        return measure, self.layers[measure]
+        available = method if method in self.layers else "block_influence"
+        return available, self.layers[available]
 
     def save(self, folder: Path) -> None:
         """Writes layer scores as JSON, and width scores as tensors."""
@@ -104,7 +105,7 @@ def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]
     """Selects ``count`` layers to keep, counted from 1, by a method of ``layer_importance``.
 
     Raises:
-        RecipeError: The scores lack what the method needs.
+        RecipeError: The method's scores were not computed.
     """
     layers = sorted(importance.layers["block_influence"])
     drop = len(layers) - count
@@ -118,7 +119,7 @@ def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]
         measured, setting = method in importance.layers, "num_loss_samples=8"
     if not measured:
         raise RecipeError(
-            f"layer_importance={method}: the scores do not say which {drop} layers to drop.",
+            f"layer_importance={method}: {drop} layers cannot be dropped by these scores.",
             f"set stages.score.{setting}",
         )
     if method == "block":
@@ -139,9 +140,9 @@ class KeptIndices:
 
     Attributes:
         layers: Layers, counted from 1, in order.
-        rows: Indices, counted from 0, int64: ``hidden_size``; ``layers.{i}.AXIS`` of the teacher's
-            layer i; ``layers.{i}.experts.{e}.moe_ffn_hidden_size`` of its expert e. An axis that is
-            not pruned has no entry.
+        rows: Indices, counted from 0, int64. The key is ``hidden_size``, or ``layers.{i}.AXIS`` for
+            the teacher's layer i, or ``layers.{i}.experts.{e}.moe_ffn_hidden_size`` for its expert
+            e. An axis that is not pruned has no key.
     """
 
     layers: list[int]
@@ -161,14 +162,15 @@ class KeptIndices:
         return cls(layers, {name: torch.from_numpy(rows).long() for name, rows in arrays.items()})
 
 
-def choose(
+def select_rows(
     scores: Mapping[str, Tensor], teacher: Architecture, student: Architecture, layers: list[int]
 ) -> KeptIndices:
     """Selects the most important rows by ``Importance.widths``, on the pruned axes.
 
-    Rows keep the teacher's order; of equal scores the first is kept. Layers are counted from 1.
+    Rows keep the teacher's order. Of rows with equal scores, the first is kept. ``layers`` are the
+    kept layers, counted from 1.
     """
-    ranked = order(scores, teacher).rows
+    ranked = sort_rows(scores, teacher).rows
     rows = {}
     for name, ranking in ranked.items():
         layer, axis = _LAYER_KEY.match(name), name.rpartition(".")[2]
@@ -184,10 +186,10 @@ def choose(
     return KeptIndices(sorted(layers), {name: row.sort().values for name, row in rows.items()})
 
 
-def order(scores: Mapping[str, Tensor], teacher: Architecture) -> KeptIndices:
-    """Sorts all rows by importance, so that a pruned weight is a prefix of the sorted one.
+def sort_rows(scores: Mapping[str, Tensor], teacher: Architecture) -> KeptIndices:
+    """Sorts all rows by importance, so that a pruned weight is the first rows of the sorted one.
 
-    Heads stay in their groups, and groups are sorted too.
+    Heads are sorted within their groups, and the groups are sorted.
     """
     layers = list(range(1, teacher.num_layers + 1))
     rows = {name: score.argsort(descending=True, stable=True) for name, score in scores.items()}
@@ -252,8 +254,8 @@ def _rows_of_heads(heads: Tensor, size: int) -> Tensor:
     return (heads[:, None] * size + torch.arange(size)).flatten()
 
 
-def prefix(name: str, weight: Tensor, shape: Architecture, whole: Architecture) -> Tensor:
-    """Returns the leading rows and columns of a weight of shape ``whole``, sorted by ``order``.
+def leading_block(name: str, weight: Tensor, shape: Architecture, whole: Architecture) -> Tensor:
+    """Returns the first rows and columns of a weight of shape ``whole``, sorted by ``sort_rows``.
 
     The result is a view, unless heads are pruned within groups.
     """
@@ -269,9 +271,10 @@ def prefix(name: str, weight: Tensor, shape: Architecture, whole: Architecture) 
 
 
 def _first_heads(weight: Tensor, dim: int, shape: Architecture, whole: Architecture) -> Tensor:
-    before, now = (a.num_attention_heads // a.num_query_groups for a in (whole, shape))
-    if now == before:
+    """Returns the first heads of each of the first groups."""
+    per_group, kept = (a.num_attention_heads // a.num_query_groups for a in (whole, shape))
+    if kept == per_group:
         return weight.narrow(dim, 0, shape.num_attention_heads * whole.kv_channels)
-    grouped = weight.unflatten(dim, (whole.num_query_groups, before * whole.kv_channels))
+    grouped = weight.unflatten(dim, (whole.num_query_groups, per_group * whole.kv_channels))
     grouped = grouped.narrow(dim, 0, shape.num_query_groups)
-    return grouped.narrow(dim + 1, 0, now * whole.kv_channels).flatten(dim, dim + 1)
+    return grouped.narrow(dim + 1, 0, kept * whole.kv_channels).flatten(dim, dim + 1)

@@ -69,8 +69,8 @@ def _require_shapes(weights: dict[str, torch.Tensor], shape: Architecture) -> No
         actual = tuple(weights[name].shape) if name in weights else None
         if actual != size:
             raise RecipeError(
-                f"pruned weight {name} is {actual} but the config says {size}.",
-                "convert the teacher again; its weights are not of its config: force=[import_hf]",
+                f"pruned weight {name} has shape {actual}, but {size} according to the config.",
+                "convert the teacher again (force=[import_hf]): its weights do not fit its config",
             )
 
 

@@ -16,12 +16,12 @@ class ScoreResult:
     layer_importance: dict[str, dict[int, float]]
     """By method and layer."""
     loss_predictions: int
-    """Number of next-token predictions in each mean loss."""
+    """Number of next-token predictions that each loss is a mean of."""
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """The kept layers of a teacher, by its own numbers, also after earlier rounds."""
+    """Layers that pruning kept. After several rounds, they have the first teacher's numbers."""
 
     kept_layers: list[int]
     layer_importance: dict[int, float]

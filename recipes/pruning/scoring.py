@@ -82,40 +82,42 @@ def score_checkpoint(
     core = nemo.build_core(model, parallel, dtype_of(cfg.precision))
     nemo.load_weights(core, teacher)
     core.eval()
-    for_loss = text.first(cfg.loss_sequences)
-    ablation = LayerAblation(core, for_loss, cfg.micro_batch_size, log)
-    base = ablation.losses([()])[0]
+    loss_text = text.first(cfg.loss_sequences)
+    ablation = LayerAblation(core, loss_text, cfg.micro_batch_size, log)
+    [teacher_loss] = ablation.losses([()])
     if cfg.calibration == "text":
         require_better_than_chance(
-            base, core.vocab_size, ", or measure on noise: stages.score.calibration=random"
+            teacher_loss, core.vocab_size, ", or measure on noise: stages.score.calibration=random"
         )
     layers, blocks, greedy = (
-        _loss_scores(cfg, ablation, base) if cfg.num_loss_samples else ({}, {}, [])
+        _loss_scores(cfg, ablation, teacher_loss) if cfg.num_loss_samples else ({}, {}, [])
     )
-    influence, widths = _activations(core, text, cfg.micro_batch_size, log)
-    return Importance(base, {"block_influence": influence, **layers}, blocks, greedy, widths)
+    influence, widths = _influence_and_widths(core, text, cfg.micro_batch_size, log)
+    layers = {"block_influence": influence, **layers}
+    return Importance(teacher_loss, layers, blocks, greedy, widths)
 
 
 def _loss_scores(
-    cfg: ScoreConfig, ablation: LayerAblation, base: float
+    cfg: ScoreConfig, ablation: LayerAblation, teacher_loss: float
 ) -> tuple[dict[str, dict[int, float]], dict[int, dict[int, float]], list[int]]:
     """Returns the change of the loss by layer and by block, and the greedy order."""
 
     def changes(size: int) -> dict[int, float]:
         starts = range(1, ablation.num_layers - size + 2)
         losses = ablation.losses([tuple(range(start, start + size)) for start in starts])
-        return {start: loss - base for start, loss in zip(starts, losses, strict=True)}
+        return {start: loss - teacher_loss for start, loss in zip(starts, losses, strict=True)}
 
-    alone = changes(1)
+    single = changes(1)
     blocks = {size: changes(size) for size in cfg.block_sizes or ()}
-    # Twice as many candidates as removals: a layer that matters alone matters later, too.
-    candidates = sorted(alone, key=lambda layer: alone[layer])[: 2 * cfg.num_greedy_layers]
+    # Twice as many candidates as removals are enough: a layer that matters when it is removed first
+    # also matters when it is removed later.
+    candidates = sorted(single, key=lambda layer: single[layer])[: 2 * cfg.num_greedy_layers]
     removed = candidates[:1]
     while len(removed) < cfg.num_greedy_layers:
         remaining = [layer for layer in candidates if layer not in removed]
         losses = ablation.losses([(layer,) for layer in remaining], removed)
         removed.append(remaining[losses.index(min(losses))])
-    return {"loss": alone}, blocks, removed
+    return {"loss": single}, blocks, removed
 
 
 class LayerAblation:
@@ -135,17 +137,17 @@ class LayerAblation:
     def losses(
         self, blocks: Sequence[Collection[int]], removed: Collection[int] = ()
     ) -> list[float]:
-        """Computes the mean LM loss in nats without each block of layers; equal on all ranks.
+        """Returns the mean LM loss in nats without each block of layers; equal on all ranks.
 
         Args:
-            blocks: The result has a loss for each.
-            removed: Layers without which every loss is computed.
+            blocks: Sets of layers. The result has one loss for each.
+            removed: Layers that are also left out, for every loss.
         """
-        # Hidden states before the first layer of a block do not depend on it: computed once.
+        # The hidden states before a block do not depend on it, so all blocks share them.
         layers = [layer for layer in self._core.decoder.layers if layer.layer_number not in removed]
         sums = torch.zeros(len(blocks), dtype=torch.float64)
-        for done, part in _batches(self._text, self._batch):
-            tokens, counted = part.tokens.to(device()), part.counted.to(device())
+        for done, batch in _batches(self._text, self._batch):
+            tokens, counted = batch.tokens.to(device()), batch.counted.to(device())
             states = _states(self._core, layers, tokens)
             for number, block in enumerate(blocks):
                 sums[number] += self._loss_without(block, layers, states, tokens, counted)
@@ -172,15 +174,16 @@ class LayerAblation:
         """Returns the summed loss on the last rank, and 0 on others, which send their output."""
         start = next((i for i, x in enumerate(layers) if x.layer_number in block), len(layers))
         hidden = states[start]
+        # After a layer of the block on an earlier rank, this rank's input is not that in states.
         if any(number < self._first for number in block):
             start, hidden = 0, _receive(states[0])
         rotary = self._core.rotary_pos_emb(tokens.shape[1])
         for layer in layers[start:]:
             if layer.layer_number not in block:
-                hidden = _through(layer, hidden, rotary)
+                hidden = _run_layer(layer, hidden, rotary)
         if self._core.post_process:
             return self._lm_loss(hidden, tokens, counted)
-        if any(number <= self._last for number in block):
+        if any(number <= self._last for number in block):  # the next rank receives, see above
             _send(hidden)
         return 0.0
 
@@ -205,13 +208,13 @@ def _states(core: nn.Module, layers: Sequence[nn.Module], tokens: Tensor) -> lis
         states = [_receive(like)]
     rotary = core.rotary_pos_emb(tokens.shape[1])
     for layer in layers:
-        states.append(_through(layer, states[-1], rotary))
+        states.append(_run_layer(layer, states[-1], rotary))
     if not core.post_process:
         _send(states[-1])
     return states
 
 
-def _through(layer: nn.Module, hidden: Tensor, rotary: Tensor) -> Tensor:
+def _run_layer(layer: nn.Module, hidden: Tensor, rotary: Tensor) -> Tensor:
     output: Tensor = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)[0]
     return output
 
@@ -245,8 +248,8 @@ class _Estimators(ImportanceEstimatorRegistry):  # type: ignore[misc]
 
 
 @torch.no_grad()
-def _activations(
-    core: nn.Module, text: TextSequences, batch: int, log: MetricsLog
+def _influence_and_widths(
+    core: nn.Module, text: TextSequences, batch_size: int, log: MetricsLog
 ) -> tuple[dict[int, float], dict[str, Tensor]]:
     """Computes block influence by layer, and scores of all widths, in one pass over the text."""
     register_rms_norm()
@@ -261,8 +264,8 @@ def _activations(
     registry = _Estimators(core)
     layers = list(core.decoder.layers)
     influences = torch.zeros(len(layers), dtype=torch.float64)
-    for done, part in _batches(text, batch):
-        states = _states(core, layers, part.tokens.to(device()))
+    for done, batch in _batches(text, batch_size):
+        states = _states(core, layers, batch.tokens.to(device()))
         for number, (before, after) in enumerate(pairwise(states)):
             cosine = functional.cosine_similarity(before.float(), after.float(), dim=2)
             influences[number] += (1 - cosine).mean(dim=0).sum().item()
@@ -276,6 +279,7 @@ def _activations(
     registry.cleanup()
     widths: dict[str, Tensor] = {}
     for _, of_rank in by_rank:
+        # Every rank has the sum over its own layers' norms.
         hidden = of_rank.pop("hidden_size") + widths.pop("hidden_size", 0)
         widths |= {"hidden_size": hidden, **of_rank}
     return {layer: score for of_rank, _ in by_rank for layer, score in of_rank.items()}, widths
@@ -334,5 +338,5 @@ def _batches(text: TextSequences, size: int) -> Iterator[tuple[int, TextSequence
     """
     first = parallel_state.get_data_parallel_rank() * size
     for start in range(first, len(text), parallel_state.get_data_parallel_world_size() * size):
-        part = text[start : start + size]
-        yield start + len(part), part
+        batch = text[start : start + size]
+        yield start + len(batch), batch

@@ -27,10 +27,11 @@ class PruneConfig(StageConfig):
     target_num_layers: Size | None = None
     """Number of layers to keep, by ``layer_importance``."""
     layer_importance: Annotated[str, one_of(*LAYER_METHODS)] = "loss"
-    """``loss``: drops the layers whose removal changes the loss least, one by one; ``block``: the
-    adjacent layers whose joint removal does; ``greedy``: one after the other, each time the best;
-    ``block_influence`` (arXiv:2403.03853): no extra forward passes. After distillation ``block``
-    was best for 24 of SmolLM2's 30 layers, and ``loss`` for 20 (docs/results.md)."""
+    """Which layers are dropped. ``loss``: those that raise the loss least when each is removed by
+    itself. ``block``: adjacent layers that raise it least when removed together. ``greedy``: one
+    after the other, each time the best to remove next. ``block_influence`` (arXiv:2403.03853):
+    those that change their input least, found without more forward passes. After distillation,
+    ``block`` was best for 24 of SmolLM2's 30 layers, and ``loss`` for 20 (docs/results.md)."""
     drop_layers: list[Count] = field(default_factory=list)
     """Drops exactly these layers, counted from 1, instead of ``target_num_layers``."""
     target_hidden_size: Size | None = None
@@ -47,8 +48,8 @@ class PruneConfig(StageConfig):
     target_moe_ffn_hidden_size: Size | None = None
     """Channels of each expert to keep."""
     round_fraction: Fraction | None = None
-    """Prunes to this fraction of the way to the targets, or to a search's choice: 0.5 is the
-    geometric mean of the sizes. Set for all but the last of several ``rounds``."""
+    """Fraction of the way to the targets, or to a search's choice, that is pruned: 0.5 gives the
+    geometric mean of the sizes. ``rounds`` sets it for all rounds but the last."""
     hidden_size_divisor: Count = 64
     """The hidden size must be a multiple of this, for fast kernels."""
     ffn_hidden_size_divisor: Count = 64
@@ -77,7 +78,7 @@ class PruneConfig(StageConfig):
         return replace(self, **numbers)
 
     def divisors(self) -> dict[str, int]:
-        """Returns what each axis' target must be a multiple of."""
+        """Returns the number of which each axis' target must be a multiple."""
         return {
             "hidden_size": self.hidden_size_divisor,
             "ffn_hidden_size": self.ffn_hidden_size_divisor,
@@ -87,10 +88,10 @@ class PruneConfig(StageConfig):
 
 @dataclass
 class HealConfig(StageConfig):
-    """Settings of ``heal``, which costs two forward passes and the solving of normal equations."""
+    """Settings of ``heal``. It costs two forward passes and the solution of normal equations."""
 
     num_calibration_samples: Count = 64
-    """Calibration sequences to heal on."""
+    """Calibration sequences for the reconstruction."""
     num_samples: Count = 16
     """Validation sequences on which the KL is measured before and after healing."""
     precision: Precision = "32"
@@ -115,11 +116,11 @@ class ScoreConfig(StageConfig):
     num_calibration_samples: Count = 64
     """Sequences from the calibration split."""
     num_loss_samples: CountOrZero = 8
-    """Number of these sequences, the first of each source, on which the loss is measured without
-    each layer, at about 0.6 of a forward pass per layer; 0 omits it."""
+    """Number of these sequences on which the loss is measured without each layer; 0 omits it. It
+    takes the first sequences of each source. A layer costs about 0.6 of a forward pass."""
     block_sizes: list[Count] | None = None
-    """Sizes of blocks of adjacent layers to measure for ``layer_importance=block``. Default: the
-    numbers of layers that this run's stages drop by it."""
+    """Sizes of blocks of adjacent layers to measure, for ``layer_importance=block``. By default,
+    the numbers of layers that stages of this run drop by that method."""
     num_greedy_layers: CountOrZero = 0
     """Number of layers to remove one after the other for ``layer_importance=greedy``. Each step
     tries twice as many candidates."""

@@ -13,8 +13,8 @@ from recipes.planning.rules import Problem
 DENSE_AXES = ("ffn_hidden_size",)
 EXPERT_AXES = ("num_moe_experts", "moe_ffn_hidden_size")
 """Axes of feed-forward layers that can be pruned."""
-MOST_AT_ONCE = 1 / 3
-"""Fraction of the parameters that NVIDIA found to be recovered well in one round."""
+MAX_ROUND_FRACTION = 1 / 3
+"""Largest fraction of the parameters that one round should prune, according to NVIDIA."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class PruneTargets:
 def absolute_sizes(
     teacher: Architecture, targets: Mapping[str, int | float], divisors: Mapping[str, int]
 ) -> dict[str, int]:
-    """Returns targets as sizes: a fraction of the teacher's size is rounded to the axis' divisor.
+    """Returns targets as sizes: fractions are multiplied by the teacher's size and rounded.
 
-    Heads are rounded to a multiple of the query groups.
+    A size is rounded to a multiple of the axis' divisor, heads to a multiple of the query groups.
     """
     sizes: dict[str, int] = {}
     # Groups come first, because heads depend on them.
@@ -59,7 +59,7 @@ def absolute_sizes(
 def interpolated_shape(
     teacher: Architecture, student: Architecture, fraction: float, divisors: Mapping[str, int]
 ) -> Architecture:
-    """Interpolates two shapes geometrically by ``fraction``, rounded to the divisors."""
+    """Interpolates between two shapes geometrically, and rounds sizes to the divisors."""
     changed: dict[str, Any] = {}
     for axis in ("num_query_groups", "num_layers", "hidden_size", *DENSE_AXES, *EXPERT_AXES):
         before, after = getattr(teacher, axis), getattr(student, axis)
@@ -75,7 +75,7 @@ def interpolated_shape(
 def pruned_shape(teacher: Architecture, targets: PruneTargets) -> Architecture:
     """Returns the student's shape, with the teacher's ``kv_channels``.
 
-    Pruned query groups take their heads along, unless the number of heads is a target, too.
+    A pruned query group's heads are pruned too, unless the number of heads has its own target.
     """
     layers = targets.num_layers
     if targets.drop_layers:
@@ -111,7 +111,7 @@ def target_problems(
     if 0 < (targets.num_moe_experts or 0) < teacher.moe_router_topk:
         yield _problem(
             f"target_num_moe_experts={targets.num_moe_experts} is less than the "
-            f"{teacher.moe_router_topk} that each token goes through",
+            f"{teacher.moe_router_topk} experts that each token is routed to",
             f"use at least {teacher.moe_router_topk}",
         )
     yield from _drop_layer_problems(teacher, targets)
@@ -123,23 +123,24 @@ def fraction_problems(
     """Yields fractions that keep all of an axis, or nothing."""
     sizes = absolute_sizes(teacher, targets, divisors)
     for axis, fraction in targets.items():
-        have, size = getattr(teacher, axis), sizes[axis]
-        if isinstance(fraction, float) and have and not 0 < size < have:
-            result = "nothing" if size < 1 else f"{size}, no less than there is"
+        whole, size = getattr(teacher, axis), sizes[axis]
+        if isinstance(fraction, float) and whole and not 0 < size < whole:
             yield _problem(
-                f"target_{axis}={fraction:g} of the teacher's {have} comes to {result}",
-                f"use another fraction, a number below {have}, or "
+                f"target_{axis}={fraction:g} of the teacher's {whole} rounds to {size}, which must "
+                f"be greater than 0 and less than {whole}",
+                f"use another fraction, a number below {whole}, or "
                 + ("null" if axis not in divisors else f"a smaller {axis}_divisor, or null"),
             )
 
 
-def _axis_problems(axis: str, target: int, have: int, divisor: int) -> Iterator[Problem]:
+def _axis_problems(axis: str, target: int, whole: int, divisor: int) -> Iterator[Problem]:
+    """Checks a target against the teacher's size ``whole`` and the divisor."""
     name = f"target_{axis}={target}"
-    if target > have:
-        yield _problem(f"{name} is larger than the teacher's {have}", f"use at most {have}")
-    elif target != have and target % divisor:
+    if target > whole:
+        yield _problem(f"{name} is larger than the teacher's {whole}", f"use at most {whole}")
+    elif target != whole and target % divisor:
         low = target // divisor * divisor
-        choices = " or ".join(str(c) for c in (low, low + divisor) if 0 < c <= have)
+        choices = " or ".join(str(c) for c in (low, low + divisor) if 0 < c <= whole)
         yield _problem(
             f"{name} is not a multiple of {axis}_divisor={divisor}",
             f"use {choices}, or a divisor of {target}" if choices else f"set a divisor of {target}",

@@ -20,7 +20,14 @@ from recipes.evaluation.predictions import FinalStates, Predictor, compute_state
 from recipes.evaluation.results import TokenQuality
 from recipes.evaluation.text_quality import load_transformers, token_quality, with_weights
 from recipes.pruning.healing import heal_weights
-from recipes.pruning.kept import Importance, choose, layers_to_keep, order, prefix, prune_weight
+from recipes.pruning.kept import (
+    Importance,
+    layers_to_keep,
+    leading_block,
+    prune_weight,
+    select_rows,
+    sort_rows,
+)
 from recipes.pruning.pruned_checkpoint import prune_weights
 from recipes.search.results import Candidate
 from recipes.search.settings import RankCandidatesConfig
@@ -85,7 +92,7 @@ def _heal(
 ) -> PreTrainedModel:
     """Prunes the teacher to a shape and reconstructs it, as ``prune`` and ``heal`` do."""
     layers = layers_to_keep(importance, cfg.layer_importance, shape.num_layers)
-    kept = choose(importance.widths, nemo.architecture_of(teacher), shape, layers)
+    kept = select_rows(importance.widths, nemo.architecture_of(teacher), shape, layers)
     weights = prune_weights(teacher, kept, shape.kv_channels)
     heal_weights(teacher, shape, kept, weights, batches, progress)
     config = AutoConfig.for_model(**with_shape(nemo.read_config(teacher), shape))
@@ -122,7 +129,7 @@ class SortedModel:
         self._model, self._whole = model, whole
         self._layers = list(model.model.layers)
         self._weights: list[tuple[str, torch.nn.Parameter, Tensor]] = []
-        sorted_rows = order(scores, whole)
+        sorted_rows = sort_rows(scores, whole)
         for name, parameter in model.named_parameters():
             parameter.data = prune_weight(name, parameter.data, sorted_rows, whole.kv_channels)
             self._weights.append((name, parameter, parameter.data))
@@ -133,7 +140,7 @@ class SortedModel:
         The next call changes the same model, so the earlier predictor must not be used any more.
         """
         for name, parameter, weight in self._weights:
-            parameter.data = prefix(name, weight, shape, self._whole)
+            parameter.data = leading_block(name, weight, shape, self._whole)
         kept = [self._layers[layer - 1] for layer in layers]
         for layer in kept:
             per_group = shape.num_attention_heads // shape.num_query_groups

@@ -19,7 +19,12 @@ from recipes.planning.chain import Chain
 from recipes.planning.rules import Problem
 from recipes.pruning.results import PruneResult, ScoreResult
 from recipes.pruning.settings import PruneConfig, ScoreConfig
-from recipes.pruning.targets import MOST_AT_ONCE, fraction_problems, pruned_shape, target_problems
+from recipes.pruning.targets import (
+    MAX_ROUND_FRACTION,
+    fraction_problems,
+    pruned_shape,
+    target_problems,
+)
 from recipes.search.settings import SuccessiveHalvingConfig
 from recipes.search.space import name_of
 from recipes.stages.contract import Stage, checkpoint_outcome
@@ -85,9 +90,9 @@ def _large_reduction_problems(
 ) -> Iterator[Problem]:
     """Warns if a stage removes more parameters than one distillation recovers well."""
     remaining = student.parameters() / before.parameters()
-    if 1 - remaining > MOST_AT_ONCE:
-        # Each round keeps an equal fraction, at least 1 - MOST_AT_ONCE.
-        rounds = math.ceil(math.log(remaining) / math.log(1 - MOST_AT_ONCE))
+    if 1 - remaining > MAX_ROUND_FRACTION:
+        # Each round keeps an equal fraction, at least 1 - MAX_ROUND_FRACTION.
+        rounds = math.ceil(math.log(remaining) / math.log(1 - MAX_ROUND_FRACTION))
         is_only_round = cfg.round_fraction is None and before == chain.teacher
         yield Problem(
             rules.LARGE_REDUCTION,
@@ -125,7 +130,7 @@ def _score_problems(cfg: PruneConfig, chain: Chain, drop: int) -> Iterator[Probl
 def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     """Chooses layers, channels and heads, and saves the pruned model and their indices."""
     from nemo_convert import nemo
-    from recipes.pruning.kept import Importance, choose, layers_to_keep
+    from recipes.pruning.kept import Importance, layers_to_keep, select_rows
     from recipes.pruning.pruned_checkpoint import prune_weights, save_weights
 
     teacher = nemo.find_checkpoint(inputs["checkpoint"].artifact)
@@ -139,13 +144,13 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
         layers = sorted(set(range(1, whole.num_layers + 1)) - set(cfg.drop_layers))
     else:
         layers = layers_to_keep(importance, cfg.layer_importance, student.num_layers)
-    kept = choose(importance.widths, whole, student, layers)
+    kept = select_rows(importance.widths, whole, student, layers)
 
     checkpoint = out / teacher.name
     save_weights(teacher, student, prune_weights(teacher, kept, student.kv_channels), checkpoint)
     kept.save(out)
     scored = inputs["importance"].manifest.result(ScoreResult)
-    measure, scores = importance.of_layers(cfg.layer_importance)
+    measure, scores = importance.layer_scores(cfg.layer_importance)
     # In the result, layers keep their numbers in the teacher of the first round.
     earlier = inputs["checkpoint"].manifest.result(KeptLayers).kept_layers
     numbers = dict(enumerate(earlier or range(1, whole.num_layers + 1), start=1))

@@ -23,7 +23,7 @@ from recipes.data.token_sequences import TextSequences
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.training import CHECKPOINTS
 from recipes.evaluation.text_quality import load_transformers
-from recipes.pruning.kept import choose
+from recipes.pruning.kept import select_rows
 from recipes.pruning.pruned_checkpoint import prune_weights, save_weights
 from recipes.pruning.scoring import score_checkpoint
 from recipes.pruning.settings import ScoreConfig
@@ -92,7 +92,9 @@ def prune(family: str, folder: Path, calibration: torch.Tensor) -> None:
     scores = score_checkpoint(cfg, teacher, text, MetricsLog(None)).widths
     whole = nemo.architecture_of(teacher)
     student = pruned_shape(whole, PruneTargets(drop_layers=(2,), **TARGETS[family]))
-    kept = choose(scores, whole, student, [n for n in range(1, whole.num_layers + 1) if n != 2])
+    kept = select_rows(
+        scores, whole, student, [n for n in range(1, whole.num_layers + 1) if n != 2]
+    )
     weights = prune_weights(teacher, kept, student.kv_channels)
     save_weights(teacher, student, weights, folder / "pruned.nemo")
 

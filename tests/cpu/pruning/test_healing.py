@@ -1,4 +1,4 @@
-"""Reconstruction by least squares: exact where it can be, and better than pruning alone."""
+"""Reconstruction by least squares is exact if it can be, and else better than pruning alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def random_model(family: str, **fields: Any) -> Any:
-    """Makes a model of two layers of random weights, norms and biases included."""
+    """Makes a model of two layers with random weights, including norms and biases."""
     torch.manual_seed(0)
     shape = {**EVEN, **FAMILIES[family], "num_hidden_layers": 2, "initializer_range": 0.1, **fields}
     config = AutoConfig.for_model(family, max_position_embeddings=64, **shape)
@@ -39,8 +39,8 @@ def tokens(sequences: int = 16, seed: int = 1) -> torch.Tensor:
 
 @torch.no_grad()
 def logits(model: Any, text: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = model(text, use_cache=False).logits
-    return found
+    result: torch.Tensor = model(text, use_cache=False).logits
+    return result
 
 
 def pruned(
@@ -73,12 +73,13 @@ def pruned(
 def plant_combinations(model: Any) -> tuple[KeptIndices, dict[str, int]]:
     """Makes half of all structure a linear combination of the other half, which is kept.
 
-    Pruned channels are a rotation of the kept ones, so a norm over those equals one over all.
+    Pruned channels are a rotation of the kept ones, so both have the same mean square, and a norm
+    over the kept channels equals one over all.
     """
-    turn = torch.linalg.qr(torch.randn(KEPT, KEPT)).Q
+    rotation = torch.linalg.qr(torch.randn(KEPT, KEPT)).Q
     norm, embedding = model.model.norm.weight, model.model.embed_tokens.weight
-    embedding[:, KEPT:] = embedding[:, :KEPT] @ turn.T
-    if model.config.tie_word_embeddings:  # then it is exact only if logits double
+    embedding[:, KEPT:] = embedding[:, :KEPT] @ rotation.T
+    if model.config.tie_word_embeddings:  # a scale of the final norm is exact only if uniform
         norm.fill_(1.5)
     rows: Weights = {"hidden_size": torch.arange(KEPT)}
     for number, layer in enumerate(model.model.layers, 1):
@@ -92,7 +93,7 @@ def plant_combinations(model: Any) -> tuple[KeptIndices, dict[str, int]]:
         mlp.gate_proj.weight[64:] = mlp.gate_proj.weight[:64]
         mlp.up_proj.weight[64:] = torch.randn(64, 1) * mlp.up_proj.weight[:64]
         for part in (attention.o_proj, mlp.down_proj):
-            part.weight[KEPT:] = turn @ part.weight[:KEPT]
+            part.weight[KEPT:] = rotation @ part.weight[:KEPT]
         rows |= {f"layers.{number}.ffn_hidden_size": torch.arange(64)}
         rows |= {f"layers.{number}.num_query_groups": torch.arange(1)}
         rows |= {f"layers.{number}.num_attention_heads": torch.arange(2)}
@@ -103,7 +104,7 @@ def plant_combinations(model: Any) -> tuple[KeptIndices, dict[str, int]]:
 @pytest.mark.parametrize("family", DENSE)
 @pytest.mark.parametrize("tied", [False, True])
 def test_pruned_linear_combinations_are_restored(family: str, tied: bool) -> None:
-    """On other text than the calibration text."""
+    """Compares logits on text that was not used for calibration."""
     model = random_model(family, tie_word_embeddings=tied)
     kept, shape = plant_combinations(model)
     unseen = tokens(4, seed=2)
@@ -123,7 +124,7 @@ def test_an_unpruned_model_does_not_change(family: str) -> None:
 
 
 def test_a_change_never_increases_the_error() -> None:
-    """With fewer tokens than inputs, and duplicate inputs."""
+    """There are fewer tokens than inputs, and half of the inputs are duplicates."""
     torch.manual_seed(0)
     inputs, missing = torch.randn(1, 24, 32), torch.randn(1, 24, 8)
     inputs[..., 16:] = inputs[..., :16]
@@ -146,7 +147,7 @@ def test_a_change_never_increases_the_error() -> None:
     torch.testing.assert_close(fit.change(200.0), once)  # the ridge is relative to the tokens
 
 
-PARTS = {
+AXES = {
     "hidden": ({"hidden_size": 48}, {"hidden_size": 48}),
     "feed-forward": ({"intermediate_size": 96}, {"ffn_hidden_size": 96}),
     "depth": ({}, {}),
@@ -157,34 +158,37 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("names", [*([name] for name in PARTS), list(PARTS)], ids="+".join)
+@pytest.mark.parametrize("names", [*([name] for name in AXES), list(AXES)], ids="+".join)
 def test_a_healed_student_is_closer_to_its_teacher(
     names: list[str], even_llama: Path, text_file: Path
 ) -> None:
-    """A trained model, on its calibration text and on more text of the same source."""
+    """Measures a trained model on the calibration text and on other text of the same source."""
     ids = AutoTokenizer.from_pretrained(even_llama)(text_file.read_text()[: 1 << 16])["input_ids"]
     sequences = torch.tensor(ids[: 40 * 64]).view(40, 64)
     model = load_causal_lm(even_llama)
     shape: dict[str, int] = {}
     rows: Weights = {}
     for name in names:
-        fields, axes = PARTS[name]
+        fields, axes = AXES[name]
         shape |= fields
         for axis, count in axes.items():
             layers = [""] if axis == "hidden_size" else [f"layers.{n}." for n in range(1, 5)]
             rows |= {f"{layer}{axis}": torch.arange(count) for layer in layers}
     kept = KeptIndices([1, 2, 4] if "depth" in names else [1, 2, 3, 4], rows)
-    for part in (sequences[:32], sequences[32:]):
-        expected = logits(model, part).log_softmax(-1)
+    calibration, unseen = sequences[:32], sequences[32:]
+    students = [
+        pruned(model, kept, shape, ridge_tokens, calibration)
+        for ridge_tokens in (None, RIDGE_TOKENS)
+    ]
+    for text in (calibration, unseen):
+        expected = logits(model, text).log_softmax(-1)
         pruned_kl, healed_kl = (
             functional.kl_div(
-                logits(pruned(model, kept, shape, ridge_tokens, sequences[:32]), part).log_softmax(
-                    -1
-                ),
+                logits(student, text).log_softmax(-1),
                 expected,
                 log_target=True,
                 reduction="batchmean",
             ).item()
-            for ridge_tokens in (None, RIDGE_TOKENS)
+            for student in students
         )
         assert healed_kl < 0.8 * pruned_kl

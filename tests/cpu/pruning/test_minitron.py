@@ -23,9 +23,9 @@ from recipes.data.token_sequences import TextSequences
 from recipes.pruning.kept import (
     Importance,
     KeptIndices,
-    choose,
     layers_to_keep,
     prune_weight,
+    select_rows,
     student_name,
 )
 from recipes.pruning.pruned_checkpoint import prune_weights, save_weights
@@ -55,8 +55,8 @@ def calibration(even_llama: Path, text_file: Path) -> torch.Tensor:
     return torch.tensor(ids[: 16 * 32]).view(16, 32)
 
 
-def planted(folder: Path, even_llama: Path, plant: Plant = lambda _: None) -> Path:
-    """Converts the tiny model after a change of its weights."""
+def convert_changed(folder: Path, even_llama: Path, plant: Plant = lambda _: None) -> Path:
+    """Changes the tiny model's weights with ``plant``, and converts it."""
     from transformers import AutoTokenizer
 
     model = load_causal_lm(even_llama)
@@ -70,7 +70,7 @@ def planted(folder: Path, even_llama: Path, plant: Plant = lambda _: None) -> Pa
 
 @pytest.fixture(scope="module")
 def teacher(even_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return planted(tmp_path_factory.mktemp("teacher"), even_llama)
+    return convert_changed(tmp_path_factory.mktemp("teacher"), even_llama)
 
 
 def score(checkpoint: Path, tokens: torch.Tensor, cfg: ScoreConfig = SCORE) -> Importance:
@@ -88,7 +88,7 @@ def prune(
     whole = nemo.architecture_of(teacher)
     student = pruned_shape(whole, PruneTargets(**targets))
     layers = layers_to_keep(importance, method, student.num_layers)
-    kept = choose(importance.widths, whole, student, layers)
+    kept = select_rows(importance.widths, whole, student, layers)
     weights = prune_weights(teacher, kept, student.kv_channels)
     save_weights(teacher, student, weights, out / "even.nemo")
     return out / "even.nemo", student, kept
@@ -117,22 +117,22 @@ def test_pruned_weights_are_the_teachers_at_the_saved_indices(
     weights, whole = dict(convert.hf_weights(student)), dict(convert.hf_weights(teacher))
     assert sum(weight.numel() for weight in weights.values()) == shape.parameters()
     hidden = saved.rows["hidden_size"]
-    for ours, theirs in enumerate(saved.layers):
+    for index, number in enumerate(saved.layers):
         ffn, heads = (
-            saved.rows[f"layers.{theirs}.{axis}"]
+            saved.rows[f"layers.{number}.{axis}"]
             for axis in ("ffn_hidden_size", "num_attention_heads")
         )
         assert (len(hidden), len(ffn), len(heads)) == (40, 72, 2)
         query = torch.cat([torch.arange(16) + 16 * head for head in heads])
         for name, rows in (("mlp.down_proj", ffn), ("self_attn.o_proj", query)):
-            expected = whole[f"model.layers.{theirs - 1}.{name}.weight"][hidden][:, rows]
-            assert torch.equal(weights[f"model.layers.{ours}.{name}.weight"], expected)
+            expected = whole[f"model.layers.{number - 1}.{name}.weight"][hidden][:, rows]
+            assert torch.equal(weights[f"model.layers.{index}.{name}.weight"], expected)
 
 
 def test_pruning_gives_the_logits_of_modelopts_own_pruning(
     teacher: Path, calibration: torch.Tensor, importance: Importance, tmp_path: Path
 ) -> None:
-    """Only the order of channels differs: ModelOpt sorts them by importance."""
+    """ModelOpt also sorts channels by importance, which changes no logit."""
     targets = {name: value for name, value in ALL_AXES.items() if name != "num_query_groups"}
     student, _, _ = prune(teacher, importance, tmp_path, "block_influence", **targets)
     register_rms_norm()
@@ -159,7 +159,7 @@ def test_pruning_gives_the_logits_of_modelopts_own_pruning(
     torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDINGS * by)
 
 
-def without(folder: Path, dropped: list[int], tokens: torch.Tensor) -> torch.Tensor:
+def logits_without(folder: Path, dropped: list[int], tokens: torch.Tensor) -> torch.Tensor:
     """Returns the logits of a Hugging Face model without some layers."""
     model = load_causal_lm(folder)
     kept = [x for n, x in enumerate(model.model.layers, 1) if n not in dropped]
@@ -168,8 +168,8 @@ def without(folder: Path, dropped: list[int], tokens: torch.Tensor) -> torch.Ten
     model.model.layers = torch.nn.ModuleList(kept)
     model.config.num_hidden_layers = len(kept)
     with torch.no_grad():
-        found: torch.Tensor = model(tokens, use_cache=False).logits
-    return found
+        result: torch.Tensor = model(tokens, use_cache=False).logits
+    return result
 
 
 def test_loss_scores_equal_the_loss_of_a_model_without_the_layers(
@@ -181,7 +181,7 @@ def test_loss_scores_equal_the_loss_of_a_model_without_the_layers(
 
     def loss(*dropped: int) -> float:
         """Returns the loss of the predictions that training counts."""
-        scores = without(even_llama, list(dropped), tokens)[:, :-1][counted]
+        scores = logits_without(even_llama, list(dropped), tokens)[:, :-1][counted]
         return torch.nn.functional.cross_entropy(scores, tokens[:, 1:][counted]).item()
 
     assert importance.teacher_loss == pytest.approx(loss(), abs=1e-4)
@@ -190,17 +190,17 @@ def test_loss_scores_equal_the_loss_of_a_model_without_the_layers(
     for first, change in importance.blocks[2].items():
         assert change == pytest.approx(loss(first, first + 1) - loss(), abs=1e-4)
     first, second = importance.greedy
-    alone = importance.layers["loss"]
-    assert alone[first] == min(alone.values())
+    single = importance.layers["loss"]
+    assert single[first] == min(single.values())
     others = {n: loss(first, n) for n in range(1, LAYERS + 1) if n != first}
     assert others[second] == min(others.values())
 
 
 def test_layers_are_chosen_by_the_method(importance: Importance) -> None:
-    alone = importance.layers["loss"]
+    single = importance.layers["loss"]
     assert layers_to_keep(importance, "loss", 4) == [1, 2, 3, 4]
     assert set(range(1, 5)) - set(layers_to_keep(importance, "loss", 3)) == {
-        min(alone, key=lambda n: alone[n])
+        min(single, key=lambda n: single[n])
     }
     start = min(importance.blocks[2], key=lambda n: importance.blocks[2][n])
     assert set(range(1, 5)) - set(layers_to_keep(importance, "block", 2)) == {start, start + 1}
@@ -210,14 +210,14 @@ def test_layers_are_chosen_by_the_method(importance: Importance) -> None:
     with pytest.raises(RecipeError, match="num_greedy_layers=3"):
         layers_to_keep(importance, "greedy", 1)
     with pytest.raises(RecipeError, match="num_loss_samples"):
-        layers_to_keep(replace(importance, layers={"block_influence": alone}), "loss", 2)
+        layers_to_keep(replace(importance, layers={"block_influence": single}), "loss", 2)
 
 
 DEAD_NEURONS, DEAD_GROUP, DEAD_LAYER, DEAD_CHANNELS = [3, 50, 127], 1, 2, [5, 40]
 
 
 def plant_dead(model: Any) -> None:
-    """Zeroes the effect of some structure, but not all of its weights."""
+    """Makes some neurons, a query group and a layer without effect; some of their weights stay."""
     layers = model.model.layers
     for layer in layers:
         layer.mlp.up_proj.weight[DEAD_NEURONS] = 0
@@ -229,7 +229,7 @@ def plant_dead(model: Any) -> None:
 def test_planted_dead_structure_is_pruned_without_effect(
     even_llama: Path, calibration: torch.Tensor, tmp_path: Path
 ) -> None:
-    checkpoint = planted(tmp_path / "whole", even_llama, plant_dead)
+    checkpoint = convert_changed(tmp_path / "whole", even_llama, plant_dead)
     importance = score(checkpoint, calibration)
     assert importance.layers["loss"][DEAD_LAYER] == pytest.approx(0, abs=1e-6)
     shape = {"num_layers": 3, "ffn_hidden_size": 125, "num_query_groups": 1}
@@ -267,7 +267,7 @@ def test_planted_dead_head_and_channels_have_the_lowest_scores(
             layer.input_layernorm.register_forward_hook(without_mean)
         model(calibration)
 
-    checkpoint = planted(tmp_path / "whole", even_llama, plant)
+    checkpoint = convert_changed(tmp_path / "whole", even_llama, plant)
     scores = score(checkpoint, calibration).widths
     for layer in range(1, LAYERS + 1):
         heads = scores[f"layers.{layer}.num_attention_heads"]
@@ -322,10 +322,10 @@ def test_noise_and_padding_are_refused_unless_configured(
         calibration_text(replace(noise, calibration="text"), data, teacher)
 
 
-def test_weights_that_do_not_match_the_config_are_refused(teacher: Path, tmp_path: Path) -> None:
+def test_weights_that_do_not_match_the_shape_are_refused(teacher: Path, tmp_path: Path) -> None:
     shape = replace(nemo.architecture_of(teacher), ffn_hidden_size=96)
     weights = prune_weights(teacher, KeptIndices([1, 2, 3, 4], {}), shape.kv_channels)
-    with pytest.raises(RecipeError, match="but the config says"):
+    with pytest.raises(RecipeError, match="according to the config"):
         save_weights(teacher, shape, weights, tmp_path / "even.nemo")
     assert not (tmp_path / "even.nemo").exists()
 
