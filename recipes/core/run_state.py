@@ -1,4 +1,4 @@
-"""State of a run and of its stages; only this module decides from files in which state a stage is.
+"""State of a run and of its stages; only this module derives it from their files.
 
 CONTRIBUTING.md lists the files in "How data flows". Torch-free.
 """
