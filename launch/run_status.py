@@ -11,7 +11,7 @@ from launch.executors.slurm_queue import (
     STATE_REASONS,
     JobState,
     SlurmJob,
-    final_state,
+    final_states,
     job_states,
     read_jobs,
 )
@@ -51,13 +51,17 @@ def read_statuses(run_dir: Path) -> list[StageStatus]:
     jobs, holder = read_jobs(run_dir), lock.read_holder(run_dir)
     queue, plan = job_states(jobs.values()), read_last_plan(run_dir)
     planned = plan.stages if plan is not None else {}
+    states = stage_states(run_dir, also=jobs)
+    current = {name: job for name, job in jobs.items() if job.fingerprint == planned.get(name)}
+    incomplete = [n for n, state in states.items() if state.status is not Status.COMPLETE]
+    left = [current[n] for n in incomplete if n in current and current[n].id not in queue]
+    queue |= final_states(left)
     statuses = []
-    for name, state in stage_states(run_dir, also=jobs).items():
+    for name, state in states.items():
         job = jobs.get(name)
         queued = queue.get(job.id) if job else None
-        current = job if job and job.fingerprint == planned.get(name) else None
         active = _active_status(state, job, queued, holder)
-        statuses.append(active or _ended_status(state, current, queued))
+        statuses.append(active or _ended_status(state, current.get(name), queued))
     return statuses
 
 
@@ -67,23 +71,13 @@ def _active_status(
     """Returns the status of a stage that runs or waits; ``None`` for any other stage."""
     name = state.directory.name
     if queued and queued.active:
-        if queued.state == "PENDING":
-            reason = queued.reason if queued.reason not in ("", "None") else "is about to start"
-            return StageStatus(state, Status.PENDING, progress_text(state, reason), job)
-        limit = f"on {queued.nodes}, {queued.time_left} until its time limit"
-        return StageStatus(state, Status.RUNNING, progress_text(state, limit), job)
+        status = Status.RUNNING if queued.running else Status.PENDING
+        return StageStatus(state, status, progress_text(state, queued.where), job)
     if holder and holder.stage == name:
         return StageStatus(state, Status.RUNNING, progress_text(state))
     if holder and holder.stage and state.status is not Status.COMPLETE:
         return StageStatus(state, Status.PENDING, f"after {holder.stage}")
     return None
-
-
-def _job_state(job: SlurmJob | None, queued: JobState | None) -> str:
-    """Returns the last state of a job in Slurm's words; empty if there is none."""
-    if job is None:
-        return ""
-    return (queued.state if queued else final_state(job)) or ""
 
 
 def _ended_status(state: StageState, job: SlurmJob | None, queued: JobState | None) -> StageStatus:
@@ -92,15 +86,16 @@ def _ended_status(state: StageState, job: SlurmJob | None, queued: JobState | No
         return StageStatus(state, Status.COMPLETE, f"{state.result.seconds:.0f} s", job)
     if state.status is Status.STOPPED:
         return StageStatus(state, Status.STOPPED, state.error, job)
-    job_state = _job_state(job, queued)
-    if job_state.startswith("CANCELLED"):
+    job_state = queued.state if job and queued else ""
+    if job_state == "CANCELLED":
         return StageStatus(state, Status.CANCELLED, "the same command submits it again", job)
-    if reason := STATE_REASONS.get(job_state.rstrip("+")):
+    if reason := STATE_REASONS.get(job_state):
         return StageStatus(state, Status.FAILED, f"{job_state}: {reason}", job)
     log = newest_log(state.directory)
-    if state.error or (job and log and log.stem == job.id):
+    own_log = log if job is None or (log and log.stem == job.id) else None
+    if state.error or (job and (own_log or job_state)):
         status = state.status if state.error else Status.FAILED
-        parts = (job_state, failure(state.directory, log))
+        parts = (job_state, failure(state.directory, own_log))
         return StageStatus(state, status, ": ".join(filter(None, parts)), job)
     if job:
         # When a job fails, Slurm removes the jobs that depend on it, and forgets them.

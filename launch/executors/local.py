@@ -13,7 +13,7 @@ from typing import IO
 from rich.console import Console
 
 from launch.cluster import Cluster, Follow, stage_variables
-from launch.executors.slurm_queue import active_jobs
+from launch.executors.slurm_queue import active_jobs, forget_job
 from launch.plan import Plan
 from launch.planned import PlannedStage
 from launch.progress import Follower
@@ -166,6 +166,7 @@ def run_all(plan: Plan, follow: Follow, start: Start = start_script) -> bool:
     Returns true: the stages have ended. Slurm only submits them.
     """
     for stage in plan.todo():
+        forget_job(plan.run_dir, stage.name)
         with follow(stage) as follower:
             run(stage, follower, start)
     return True

@@ -9,12 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.core.errors import RecipeError
+from recipes.core.files import write_text_atomically
 
 RECORD = "jobs.txt"
 """File in the run directory with a line ``STAGE JOB FINGERPRINT`` for every submitted job."""
 ENDED = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY")
 ) | {"PREEMPTED", "REVOKED", "TIMEOUT"}
+RUNNING = frozenset(
+    ("COMPLETING", "RESIZING", "RUNNING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED")
+)
+"""States of jobs that have started; jobs in states outside RUNNING and ENDED wait."""
+WAIT_REASONS = {
+    "CONFIGURING": "its nodes are being prepared",
+    "REQUEUE_HOLD": "held after a requeue, until scontrol release",
+    "REQUEUED": "about to start again",
+    "SPECIAL_EXIT": "held after an error, until scontrol release",
+}
+"""Why a job waits in a state other than PENDING, for which Slurm itself gives the reason."""
 STATE_REASONS = {
     "CANCELLED": "it was cancelled; the same command submits it again",
     "NODE_FAIL": "one of its nodes failed; the same command submits it again",
@@ -49,6 +61,21 @@ class JobState:
         """Whether it runs or will run."""
         return self.state not in ENDED
 
+    @property
+    def running(self) -> bool:
+        """Whether it has started and not ended."""
+        return self.state in RUNNING
+
+    @property
+    def where(self) -> str:
+        """Returns why it waits, or where and for how long it runs."""
+        if self.running:
+            limited = self.time_left not in ("", "UNLIMITED", "NOT_SET", "INVALID")
+            limit = f"{self.time_left} until its time limit" if limited else "without a time limit"
+            return f"on {self.nodes}, {limit}"
+        own = self.reason if self.reason not in ("", "None") else "is about to start"
+        return WAIT_REASONS.get(self.state, own)
+
 
 def read_jobs(run_dir: Path) -> dict[str, SlurmJob]:
     """Returns the newest job of every stage for which one was submitted."""
@@ -58,6 +85,14 @@ def read_jobs(run_dir: Path) -> dict[str, SlurmJob]:
         return {}
     rows = [line.split() for line in text.splitlines()]
     return {row[0]: SlurmJob(*row) for row in rows if len(row) == 3}
+
+
+def forget_job(run_dir: Path, stage: str) -> None:
+    """Removes a stage's jobs from the record, since this machine runs the stage now."""
+    if stage in read_jobs(run_dir):
+        lines = (run_dir / RECORD).read_text(encoding="utf-8").splitlines()
+        others = [f"{line}\n" for line in lines if line.split()[:1] != [stage]]
+        write_text_atomically(run_dir / RECORD, "".join(others))
 
 
 def job_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
@@ -76,11 +111,18 @@ def job_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
     return {row[0]: JobState(*row[1:]) for row in rows if len(row) == 5}
 
 
-def final_state(job: SlurmJob) -> str | None:
-    """Returns the last state of a job that left the queue; ``None`` without Slurm's accounting."""
-    done = query("sacct", "--noheader", "--parsable2", "-X", "--format=State", f"--jobs={job.id}")
-    states = done.stdout.split()
-    return states[0] if done.returncode == 0 and states else None
+def final_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
+    """Returns the states of jobs that left the queue, by job id; empty without accounting."""
+    ids = ",".join(job.id for job in jobs)
+    if not ids:
+        return {}
+    done = query(
+        "sacct", "--noheader", "--parsable2", "-X", "--format=JobID,State", f"--jobs={ids}"
+    )
+    rows = [line.split("|") for line in done.stdout.splitlines()]
+    # The state may be followed by who cancelled the job.
+    states = {row[0]: JobState(row[1].split()[0].rstrip("+")) for row in rows if len(row) == 2}
+    return {job: state for job, state in states.items() if not state.active}
 
 
 def active_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:

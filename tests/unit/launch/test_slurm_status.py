@@ -1,0 +1,99 @@
+"""Statuses from the answers of squeue and sacct, which are stand-ins here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from rich.console import Console
+
+from launch.executors.local import run_all
+from launch.executors.slurm_queue import RECORD, read_jobs
+from launch.plan import Plan
+from launch.progress import Follower
+from launch.run_status import read_statuses
+from recipes.core.errors import RecipeError
+from recipes.core.stage_process import LOGS
+from tests.support.launcher import write_program
+from tests.unit.conftest import record
+
+if TYPE_CHECKING:
+    from tests.unit.conftest import MakePlan
+
+Status = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def planned(plan: MakePlan) -> Plan:
+    """A plan whose first stages are jobs 0, 1, 2 …"""
+    planned = plan()
+    record(planned)
+    jobs = [f"{s.name} {number} {s.fingerprint}\n" for number, s in enumerate(planned.stages)]
+    (planned.run_dir / RECORD).write_text("".join(jobs))
+    return planned
+
+
+@pytest.fixture
+def status(planned: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Status:
+    """Returns status and detail of the first stage, given what squeue and sacct print."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+
+    def shown(squeue: str = "", sacct: str = "") -> tuple[str, str]:
+        write_program(tmp_path / "bin" / "squeue", f"printf '{squeue}'")
+        write_program(tmp_path / "bin" / "sacct", f"echo >>{tmp_path}/calls; printf '{sacct}'")
+        first, *_ = read_statuses(planned.run_dir)
+        return str(first.status), first.detail
+
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ("RUNNING|None|10:00|n1", ("running", "on n1, 10:00 until its time limit")),
+        ("RUNNING|None|UNLIMITED|n1", ("running", "on n1, without a time limit")),
+        ("COMPLETING|None|10:00|n1", ("running", "on n1, 10:00 until its time limit")),
+        ("PENDING|Priority|10:00|", ("pending", "Priority")),
+        ("PENDING|None|10:00|", ("pending", "is about to start")),
+        ("CONFIGURING|None|10:00|n1", ("pending", "its nodes are being prepared")),
+        (
+            "REQUEUE_HOLD|job_requeued_in_held_state|10:00|",
+            ("pending", "held after a requeue, until scontrol release"),
+        ),
+    ],
+)
+def test_jobs_in_the_queue(status: Status, row: str, expected: tuple[str, str]) -> None:
+    assert status(f"0|{row}\\n") == expected
+
+
+@pytest.mark.parametrize(
+    ("sacct", "expected"),
+    [
+        ("0|FAILED\\n", ("failed", "FAILED: it ended without a message or a log")),
+        ("0|BOOT_FAIL\\n", ("failed", "BOOT_FAIL: it ended without a message or a log")),
+        ("0|CANCELLED by 1000\\n", ("cancelled", "the same command submits it again")),
+        ("", ("cancelled", "its job never started: cancelled, or a stage before it failed")),
+    ],
+)
+def test_jobs_that_left_the_queue_without_a_log(
+    status: Status, sacct: str, expected: tuple[str, str], tmp_path: Path
+) -> None:
+    """Slurm's accounting is asked once for all of them."""
+    assert status(sacct=sacct) == expected
+    assert (tmp_path / "calls").read_text() == "\n"
+
+
+def test_local_start_after_a_job_counts(status: Status, planned: Plan) -> None:
+    """The record forgets the job, and the log of the local start is shown."""
+    first = planned.stages[0]
+    write_program(first.directory / "run.sh", "echo a local problem; exit 1")
+    with pytest.raises(RecipeError):
+        run_all(planned, lambda stage: Follower(stage, Console(file=StringIO())))
+    assert first.name not in read_jobs(planned.run_dir)
+    assert len(read_jobs(planned.run_dir)) == len(planned.stages) - 1
+    assert status(sacct="0|CANCELLED by 0\\n")[0] != "cancelled"
+    assert list((first.directory / LOGS).iterdir())
