@@ -30,6 +30,8 @@ TRAINING = "training"
 """Folder in a search's directory with a training that it starts."""
 SEARCH = "recipes.stages.successive_halving"
 SECONDS = 120
+DEBIAN_PYTHON = "/usr/bin/python3"
+"""The Python that has mpi4py."""
 
 
 def main(words: list[str]) -> None:
@@ -120,6 +122,9 @@ def rank() -> int:
 def record(records: Path, total: int) -> None:
     """Writes the environment of this rank; rank 0 adds its job step as Slurm describes it."""
     found = {**os.environ, "total": str(total)}
+    if "OMPI_COMM_WORLD_SIZE" in os.environ:  # mpirun started it
+        spawn = [DEBIAN_PYTHON, str(Path(__file__).with_name("spawn.py"))]
+        found["spawned"] = subprocess.run(spawn, check=True, capture_output=True, text=True).stdout
     job = os.environ.get("SLURM_JOB_ID")
     if rank() == 0 and job:
         step = f"{job}.{os.environ['SLURM_STEP_ID']}"

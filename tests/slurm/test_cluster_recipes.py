@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -35,11 +36,18 @@ NODES = {
 }
 """Nodes of the distillation, which takes 8 ranks of each."""
 SEARCH = "qwen3_8b_search"
-TORCH = {
+HAS_MPI = shutil.which("mpirun") is not None
+ENGINE = "llama3_1_8b_depth"
+"""Recipe whose chain also builds and times engines of TensorRT-LLM."""
+SETTINGS = {
     "qwen3_8b_depth_2.5b": (f"+cluster.env.{probe.TORCH}='1'",),
     SEARCH: (f"+stages.successive_halving.resources.env.{probe.TORCH}='1'",),
+    # Open MPI does not use the loopback interface unless it is named.
+    ENGINE: ("engine=tensorrt_llm", "+cluster.env.OMPI_MCA_btl_tcp_if_include=lo"),
 }
-"""Where torchrun starts the ranks."""
+if not HAS_MPI:
+    del SETTINGS[ENGINE]
+ENGINE_STAGES = {"build_engine", "build_teacher_engine", "measure_speed"}
 WITHOUT_GPU = {"plan", "prepare_data", "report", "enumerate_shapes"}
 NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB = 224, 8, 2_000_000
 CPUS, DATA_CPUS = 64, 16
@@ -89,7 +97,7 @@ def chains(overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory)
     """A run of every recipe; all jobs have ended."""
     folder = tmp_path_factory.mktemp("recipes")
     runs = {
-        recipe: Run(folder / recipe, (f"recipe={recipe}", *overrides, *TORCH.get(recipe, ())))
+        recipe: Run(folder / recipe, (f"recipe={recipe}", *overrides, *SETTINGS.get(recipe, ())))
         for recipe in (*NODES, SEARCH)
     }
     for chain in runs.values():
@@ -153,12 +161,22 @@ def test_ranks_get_what_the_plan_says(chains: dict[str, Run], recipe: str) -> No
     assert set(found.values()) == {"complete"}, found
     whole = {"distill": whole_nodes(NODES.get(recipe, 1))}
     whole["successive_halving"] = Share(1, 1, NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB, threads=28)
-    for stage in found:
+    for stage in found.keys() - ENGINE_STAGES:
         require(chain.directory / stage, whole.get(stage) or one_rank(stage))
 
 
 def test_training_of_a_search_has_all_devices(chains: dict[str, Run]) -> None:
     require(chains[SEARCH].directory / "successive_halving" / probe.TRAINING, whole_nodes(1))
+
+
+@pytest.mark.skipif(not HAS_MPI, reason="needs Open MPI and mpi4py (tests/install_slurm.sh)")
+@pytest.mark.parametrize("stage", sorted(ENGINE_STAGES))
+def test_engine_stage_spawns_processes_by_mpi(chains: dict[str, Run], stage: str) -> None:
+    [record] = records(chains[ENGINE].directory / stage)
+    assert record["spawned"].strip() == "[0, 1]"
+    assert re.fullmatch(r"\d", record["CUDA_VISIBLE_DEVICES"])
+    assert int(record["OMP_NUM_THREADS"]) == CPUS
+    assert not [name for name in record if name.startswith("SLURM_")]
 
 
 def distill_again(original: Run, folder: Path, *overrides: str) -> Path:
