@@ -156,7 +156,7 @@ def _best_candidate(manifest: Manifest) -> str:
 def _latency(manifest: Manifest) -> str:
     """States the largest error on shapes that the line was not fitted to, or else on all."""
     shapes = manifest.result(LatencyResult).shapes
-    unseen = [shape for shape in shapes if not shape.seen]
+    unseen = [shape for shape in shapes if not shape.is_fitted]
     error = max(abs(shape.error) for shape in unseen or shapes)
     return f"teacher {shapes[0].step_ms:.3g} ms a step, fitted within {error:.0%}"
 

@@ -22,7 +22,7 @@ from recipes.search.settings import SuccessiveHalvingConfig
 from recipes.search.space import axes_of, prune_settings
 
 POLL_SECONDS = 0.5
-"""Time between checks whether another rank has finished."""
+"""Seconds between two checks whether another rank has finished."""
 
 
 class HalvingRun:
@@ -31,8 +31,8 @@ class HalvingRun:
     Args:
         cfg: The stage's config.
         inputs: Its inputs.
-        directory: Stays until the stage is finished, so that a killed search resumes.
-        layer_importance: The setting of ``prune``.
+        directory: Exists until the stage is complete, so that a killed search resumes.
+        layer_importance: Setting of ``prune``.
     """
 
     def __init__(
@@ -41,25 +41,29 @@ class HalvingRun:
         self._cfg, self._inputs, self._directory = cfg, inputs, directory
         self._layer_importance = layer_importance
 
-    def train(self, candidates: Sequence[Candidate], number: int, training: DistillConfig) -> None:
+    def train(
+        self, candidates: Sequence[Candidate], round_number: int, training: DistillConfig
+    ) -> None:
         """Trains every candidate for one round; the candidates are distributed over the ranks.
 
         Raises:
             RecipeError: A stage failed; the message says where its log is.
         """
         for candidate in candidates[rank() :: world_size()]:
-            first = number == 0
+            first = round_number == 0
             inputs = {
                 "teacher": self._inputs["checkpoint"].directory,
-                "student": self._prune(candidate) if first else self._round(candidate, number - 1),
+                "student": self._prune(candidate)
+                if first
+                else self._round(candidate, round_number - 1),
                 "data": self._inputs["data"].directory,
             }
-            run_child(training, self._round(candidate, number), inputs)
+            run_child(training, self._round(candidate, round_number), inputs)
         for candidate in candidates:
-            _wait_until(partial(read_manifest, self._round(candidate, number)))
+            _wait_until(partial(read_manifest, self._round(candidate, round_number)))
 
-    def _round(self, candidate: Candidate, number: int) -> Path:
-        return self._directory / candidate.name / f"round-{number}"
+    def _round(self, candidate: Candidate, round_number: int) -> Path:
+        return self._directory / candidate.name / f"round-{round_number}"
 
     def _prune(self, candidate: Candidate) -> Path:
         settings = prune_settings(axes_of(candidate.shape), self._layer_importance)
@@ -68,20 +72,20 @@ class HalvingRun:
         run_child(PruneConfig(stage="prune", **settings), directory, inputs)
         return directory
 
-    def measure(self, candidates: Sequence[Candidate], number: int) -> list[TokenQuality]:
+    def measure(self, candidates: Sequence[Candidate], round_number: int) -> list[TokenQuality]:
         """Measures every candidate on validation text after a round; rank 0 does it for all."""
         from nemo_convert import nemo
         from recipes.backend.device import release_cached_memory
         from recipes.data.token_sequences import read_sequences
         from recipes.evaluation.text_quality import measure_checkpoints
 
-        results = self._directory / f"round-{number}.json"
+        results = self._directory / f"round-{round_number}.json"
         if rank() == 0 and not results.exists():
             length, size = self._cfg.distill.seq_length, self._cfg.distill.micro_batch_size
             text = read_sequences(self._inputs["data"], "validation", length, self._cfg.num_samples)
             teacher = nemo.find_checkpoint(self._inputs["checkpoint"].artifact)
             students = [
-                nemo.find_checkpoint(self._round(candidate, number) / ARTIFACT)
+                nemo.find_checkpoint(self._round(candidate, round_number) / ARTIFACT)
                 for candidate in candidates
             ]
             qualities = measure_checkpoints(teacher, students, text, self._cfg.precision, size)

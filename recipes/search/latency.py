@@ -1,4 +1,4 @@
-"""Latency of a decoding step by shape: a line fitted to timed engines."""
+"""Fits the latency of a decoding step, as a function of the shape, to timed engines."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def build_random_engine(
 
 
 def step_ms(row: BenchmarkRow) -> float:
-    """Returns the milliseconds of a decoding step of the whole batch, by the median rate."""
+    """Returns the milliseconds of a decoding step of a batch, from the median rate."""
     return 1e3 * row.batch_size / row.decode_tokens_per_second.median
 
 
 def fit(shapes: Sequence[Architecture], steps: Sequence[float], service: Service) -> LatencyFit:
-    """Fits the line by least squares of the relative errors, with coefficients of at least 0.
+    """Fits a latency model by least squares of the relative errors; no coefficient is negative.
 
     Args:
         shapes: Timed shapes of at least two sizes.
@@ -72,12 +72,12 @@ def fit(shapes: Sequence[Architecture], steps: Sequence[float], service: Service
         service: How the steps were served.
 
     Raises:
-        RecipeError: The time does not depend on the size.
+        RecipeError: Smaller shapes were not faster.
     """
     import numpy as np
     from scipy.optimize import nnls
 
-    # Each equation is divided by its time, so that the right sides are 1 and errors are relative.
+    # Each equation is divided by its time: the right sides are then 1, and errors are relative.
     rows = [
         [1 / step, shape.num_layers / step, read_gigabytes(shape, service) / step]
         for shape, step in zip(shapes, steps, strict=True)

@@ -46,15 +46,17 @@ def measure_shapes(
     )
     batches = calibration.tokens.split(cfg.micro_batch_size)
     reference, candidates = _measure_pruned(cfg, teacher, importance, shapes, text, log)
-    best = sorted(candidates, key=lambda one: one.proxy)[: cfg.num_healed]
-    for number, one in enumerate(best):
+    best = sorted(candidates, key=lambda candidate: candidate.proxy)[: cfg.num_healed]
+    for number, candidate in enumerate(best):
+        shape = candidate.shape
 
-        def progress(done: int, total: int, before: int = number) -> None:
-            log.progress("heal", before * total + done, len(best) * total)
+        # The default binds this iteration's number.
+        def progress(done: int, total: int, healed_before: int = number) -> None:
+            log.progress("heal", healed_before * total + done, len(best) * total)
 
-        healed = Predictor.of(_heal(cfg, teacher, importance, one.shape, batches, progress))
-        quality = token_quality(reference, compute_states(healed, text, cfg.micro_batch_size), text)
-        candidates[candidates.index(one)] = _candidate(cfg, one.shape, quality, healed=True)
+        model = Predictor.of(_heal(cfg, teacher, importance, shape, batches, progress))
+        quality = token_quality(reference, compute_states(model, text, cfg.micro_batch_size), text)
+        candidates[candidates.index(candidate)] = _candidate(cfg, shape, quality, healed=True)
     return candidates
 
 
@@ -90,7 +92,7 @@ def _heal(
     batches: Sequence[Tensor],
     progress: ProgressCallback,
 ) -> PreTrainedModel:
-    """Prunes the teacher to a shape and reconstructs it, as ``prune`` and ``heal`` do."""
+    """Returns the teacher, pruned to a shape and reconstructed as by ``prune`` and ``heal``."""
     layers = layers_to_keep(importance, cfg.layer_importance, shape.num_layers)
     kept = select_rows(importance.widths, nemo.architecture_of(teacher), shape, layers)
     weights = prune_weights(teacher, kept, shape.kv_channels)
@@ -113,9 +115,10 @@ def _candidate(
 
 
 class SortedModel:
-    """A transformers model that takes any smaller shape without a copy of its weights.
+    """A transformers model that can take any smaller shape without copying its weights.
 
-    Its weights are sorted by importance, so a pruned weight is the first rows and columns of it.
+    Its weights are sorted by importance, so a pruned weight is the block of its first rows and
+    columns.
 
     Args:
         model: The teacher; its weights and layers are replaced in place.
@@ -137,7 +140,7 @@ class SortedModel:
     def predictor(self, shape: Architecture, layers: Iterable[int]) -> Predictor:
         """Returns the model in a shape, with only these layers, counted from 1.
 
-        The next call changes the same model, so the earlier predictor must not be used any more.
+        The next call changes the same model, so no earlier predictor may be used after it.
         """
         for name, parameter, weight in self._weights:
             parameter.data = leading_block(name, weight, shape, self._whole)

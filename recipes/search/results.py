@@ -21,7 +21,7 @@ class Candidate:
     parameters: int
     shape: Architecture
     proxy: float
-    """The metric that ranks it; lower is better."""
+    """Value of the metric that ranks candidates; lower is better."""
     perplexity: float
     kl_to_teacher: float
     healed: bool = False
@@ -42,12 +42,12 @@ class SearchResult:
     budget: dict[str, float]
 
     def chosen(self) -> Candidate | None:
-        """Returns the candidate that training chose, if there was a training."""
+        """Returns the candidate that training chose, or ``None`` before any training."""
         return next((one for one in self.candidates if one.chosen), None)
 
 
 def write_candidates(out: Path, candidates: Sequence[Candidate]) -> None:
-    """Writes the manifest's candidates to a file of their own, for people."""
+    """Writes the candidates, which the manifest also has, to a file for people."""
     write_json(out / CANDIDATES_FILE, [asdict(one) for one in candidates])
 
 
@@ -58,18 +58,18 @@ class TimedShape:
     name: str
     step_ms: float
     fitted_ms: float
-    seen: bool
-    """Whether the line was fitted to it."""
+    is_fitted: bool
+    """Whether the latency model was fitted to this shape."""
 
     @property
     def error(self) -> float:
-        """Returns the relative error of the fitted line."""
+        """Returns the relative error of the latency model."""
         return self.fitted_ms / self.step_ms - 1
 
 
 @dataclass(frozen=True)
 class LatencyResult:
-    """A line fitted to timed engines, the first of which is the teacher's."""
+    """The latency model and the timed engines, of which the first is the teacher's."""
 
     measured: LatencyFit
     threads: int

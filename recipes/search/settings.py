@@ -61,14 +61,14 @@ class MeasureLatencyConfig(StageConfig):
     service: Service = field(default_factory=Service)
     """The search's service, with the batch and the context of a timed step."""
     new_tokens: Annotated[int, integer(2)] = 32
-    """Generated tokens, whose mean time is that of a step."""
+    """Generated tokens; the time of a step is their mean."""
     repetitions: Count = 3
     """Measured runs of every shape, after one warm-up run."""
     threads: Threads | None = None
     """CPU threads; by default those that the launcher gives to a process."""
 
     def request(self) -> RequestShape:
-        """Returns the timed request: its steps have the service's context on average."""
+        """Returns the timed request; the mean context of its steps is the service's."""
         prompt = self.service.context_length - self.new_tokens // 2
         return RequestShape(self.service.batch_size, prompt, self.new_tokens)
 
@@ -81,9 +81,9 @@ class RankCandidatesConfig(StageConfig):
     """Metric without training that ranks candidates: ``kl_to_teacher`` or ``perplexity``; lower is
     better."""
     num_healed: CountOrZero = 8
-    """Number of the best pruned shapes that are then reconstructed by least squares. Their new
-    metrics rank them, before all others, because this predicts the order after training better
-    (docs/results.md)."""
+    """Number of the best shapes that are also reconstructed by least squares. They are ranked
+    before all others, by their metrics after reconstruction, which predict the order after training
+    better (docs/results.md)."""
     num_calibration_samples: Count = 16
     """Calibration sequences for the reconstruction."""
     layer_importance: Annotated[str, one_of(*LAYER_METHODS)] = "loss"
@@ -127,10 +127,10 @@ class SuccessiveHalvingConfig(StageConfig):
         return numbers
 
     def max_candidates(self) -> int:
-        """Returns the candidates of the first round if ``also`` names none of the best-ranked."""
+        """Returns the largest possible number of candidates in the first round."""
         return self.num_candidates + len(set(self.also))
 
     def steps(self, candidates: int, rounds: int) -> int:
-        """Returns the steps of each of a round's candidates, if every round has equal tokens."""
+        """Returns a candidate's training steps in a round; all rounds have equally many tokens."""
         tokens = self.max_tokens / rounds / candidates
         return int(tokens / (self.distill.global_batch_size * self.distill.seq_length))

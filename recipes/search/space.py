@@ -1,4 +1,4 @@
-"""Shapes that a teacher can be pruned to within a budget. Closed form, without torch.
+"""Lists the shapes that a teacher can be pruned to within a budget. Torch-free.
 
 A shape is listed if no axis can grow by a step within the budget.
 """
@@ -28,7 +28,7 @@ SEARCH_AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_he
 
 @dataclass
 class Space:
-    """Axes that the search may prune, in which steps, and how far."""
+    """Axes that the search may prune, their steps, and how far each may be pruned."""
 
     num_layers_divisor: Count = 1
     """Step of the number of layers."""
@@ -41,14 +41,14 @@ class Space:
     max_width_pruning: Annotated[float, between(0, 0.99)] = 0.4
     """Largest fraction of each width to prune."""
     prune_heads: bool = False
-    """Whether to prune attention heads, as many from each query group."""
+    """Whether to prune attention heads, equally many from each query group."""
     tensor_model_parallel_size: Count = 1
     """Sizes are multiples of it, so that tensor parallelism can split the student."""
 
 
 @dataclass
 class Budget:
-    """Limits of a shape's costs. Up to 1, a limit is a fraction of the teacher's cost."""
+    """Limits of a shape's costs. A limit of at most 1 is a fraction of the teacher's cost."""
 
     parameters: Positive | None = None
     """Number of parameters, with embeddings."""
@@ -156,7 +156,7 @@ def tokens_per_second(shape: Architecture, service: Service) -> float:
 
 
 def read_gigabytes(shape: Architecture, service: Service) -> float:
-    """Returns the 10⁹ bytes of weights and cache that a step at full context reads."""
+    """Returns the bytes of weights and cache that a step at full context reads, in 10⁹."""
     batch, context = service.batch_size, service.context_length
     return decode_traffic(shape, batch, context, service.storage) / 1e9
 
@@ -176,7 +176,7 @@ AT_LEAST = ("tokens_per_second",)
 def limits(
     teacher: Architecture, budget: Mapping[str, float], service: Service
 ) -> dict[str, float]:
-    """Returns a budget in absolute numbers: limits up to 1 are fractions of the teacher's cost."""
+    """Returns a budget in absolute numbers, with fractions multiplied by the teacher's cost."""
     return {
         name: limit * SHAPE_COSTS[name](teacher, service)
         if limit <= 1 and name not in AT_LEAST
@@ -211,7 +211,7 @@ def enumerate_shapes(
         *(choices[axis] for axis in SEARCH_AXES if "ffn" not in axis)
     ):
         base = replace(teacher, num_layers=layers, hidden_size=hidden, num_attention_heads=heads)
-        # Every cost grows with the width, so the widest shape that fits can be bisected.
+        # Every cost grows with the width, and sizes fall: bisection finds the first that fits.
         index = bisect(ffn_sizes, False, key=lambda ffn: fits(replace(base, ffn_hidden_size=ffn)))
         if index < len(ffn_sizes):
             shape = replace(base, ffn_hidden_size=ffn_sizes[index])
@@ -221,7 +221,7 @@ def enumerate_shapes(
 
 
 def corners(teacher: Architecture, space: Space) -> list[Architecture]:
-    """Returns the teacher, the teacher with each axis at its minimum, and with all of them."""
+    """Returns the teacher, the teacher with one axis at its minimum, and with all axes there."""
     smallest = {axis: min(_choices(teacher, space, axis)) for axis in SEARCH_AXES}
     each = (_resize(teacher, {axis: size}) for axis, size in smallest.items())
     return list(dict.fromkeys([teacher, *each, _resize(teacher, smallest)]))
@@ -240,13 +240,13 @@ def _resize(shape: Architecture, sizes: Mapping[str, Any]) -> Architecture:
 def _choices(teacher: Architecture, space: Space, axis: str) -> list[int]:
     """Returns the sizes of an axis, including the teacher's."""
     whole: int = getattr(teacher, axis)
-    depth = axis == "num_layers"
-    least = whole * (1 - (space.max_depth_pruning if depth else space.max_width_pruning))
+    is_depth = axis == "num_layers"
+    least = whole * (1 - (space.max_depth_pruning if is_depth else space.max_width_pruning))
     if axis == "num_attention_heads":
         step = teacher.num_query_groups if space.prune_heads else whole
     else:
         step = getattr(space, f"{axis}_divisor")
-    ranks = 1 if depth else space.tensor_model_parallel_size
+    ranks = 1 if is_depth else space.tensor_model_parallel_size
     sizes = {whole, *range(step, whole, step)}
     return sorted(size for size in sizes if size >= least and size % ranks == 0)
 

@@ -1,4 +1,4 @@
-"""A search from the ranking to the chosen recipe, with real prunings, trainings and engines."""
+"""Runs a search from its ranking to the chosen recipe: real pruning, training and engines."""
 
 from __future__ import annotations
 
@@ -102,25 +102,25 @@ def test_views_of_sorted_weights_have_the_logits_of_pruned_models(
     kept = select_rows(scores, whole, shape, sorted(layers))
     view = SortedModel(load_transformers(teacher), whole, scores)
     memory = {p.untyped_storage().data_ptr() for p in view._model.parameters()}
-    found = read_log_probs(view.predictor(shape, kept.layers), tokens)
+    actual = read_log_probs(view.predictor(shape, kept.layers), tokens)
     if "num_attention_heads" not in targets:
         assert {p.untyped_storage().data_ptr() for p in view._model.parameters()} <= memory
     pruned = as_transformers(teacher, shape, prune_weights(teacher, kept, whole.kv_channels))
-    again = read_log_probs(view.predictor(whole, [1, 2, 3, 4]), tokens)
-    for ours, model in ((found, pruned), (again, load_transformers(teacher))):
+    unpruned = read_log_probs(view.predictor(whole, [1, 2, 3, 4]), tokens)
+    for log_probabilities, model in ((actual, pruned), (unpruned, load_transformers(teacher))):
         expected = log_probs(model, tokens)
         by = change_by_one_ulp(model, lambda model=model: log_probs(model, tokens))
-        torch.testing.assert_close(ours, expected, rtol=0, atol=ROUNDINGS * by)
+        torch.testing.assert_close(log_probabilities, expected, rtol=0, atol=ROUNDINGS * by)
 
 
 def read_log_probs(model: Predictor, tokens: torch.Tensor) -> torch.Tensor:
-    """Returns the log-probabilities of every next token, by our own code."""
+    """Returns the log-probabilities of every next token, computed by ``recipes.evaluation``."""
     return log_probabilities(compute_states(model, TextSequences.of(tokens), 1), slice(None))
 
 
 @torch.no_grad()
 def log_probs(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Returns the same, by transformers alone."""
+    """Returns the same, computed by transformers."""
     logits: torch.Tensor = model(tokens, use_cache=False).logits
     return logits[:, :-1].flatten(0, 1).log_softmax(-1)
 
@@ -151,7 +151,7 @@ def test_candidates_are_ranked_and_counted(ranked_run: Path) -> None:
 
 @pytest.mark.parametrize("healed", [True, False])
 def test_candidates_have_the_metrics_of_real_prunings(ranked_run: Path, healed: bool) -> None:
-    """One is pruned, healed and compared with whole logits, on the predictions that count."""
+    """Prunes and heals a candidate again, and computes its metrics from all logits."""
     candidates = manifest_of(ranked_run, "rank_candidates").result(SearchResult).candidates
     candidate = next(one for one in candidates if one.healed == healed)
     teacher = nemo.find_checkpoint(ranked_run / "import_hf" / ARTIFACT)
@@ -186,7 +186,7 @@ SERVICE = Service(precision="fp32", bytes_per_cached_value=4, context_length=64)
 
 @pytest.fixture(scope="module")
 def timed(ranked_run: Path) -> Manifest:
-    """Times engines by their fastest repetition, as other processes disturb the median."""
+    """Times engines by their fastest repetition, because other processes disturb the median."""
 
     def fastest(row: BenchmarkRow) -> float:
         milliseconds = 1e3 * row.batch_size / row.decode_tokens_per_second.high
@@ -203,9 +203,9 @@ def timed(ranked_run: Path) -> Manifest:
 
 
 def test_measured_latency_changes_the_shapes_of_a_budget(ranked_run: Path, timed: Manifest) -> None:
-    found = timed.result(LatencyResult)
-    assert [shape.seen for shape in found.shapes] == [True] * 5 + [False]
-    teacher, smallest = found.shapes[0], found.shapes[4]
+    latency = timed.result(LatencyResult)
+    assert [shape.is_fitted for shape in latency.shapes] == [True] * 5 + [False]
+    teacher, smallest = latency.shapes[0], latency.shapes[4]
     assert smallest.step_ms < teacher.step_ms
     assert teacher.fitted_ms == pytest.approx(teacher.step_ms, rel=0.5)
     cfg = EnumerateShapesConfig(budget=Budget(latency_ms=0.8), space=SPACE, service=SERVICE)
@@ -236,17 +236,18 @@ def test_a_killed_halving_resumes_and_writes_the_winner_as_a_recipe(
     inputs = {n: Input(ranked_run / s, manifest_of(ranked_run, s)) for n, s in names.items()}
     out = tmp_path / "successive_halving" / "work" / ARTIFACT
     out.mkdir(parents=True)
-    started: list[str] = []  # the first in a new process, the others by a fork
+    started: list[str] = []  # modules of stages, and "killed"
     start = stage_process.start_process
 
-    def counted(command: list[str], log: IO[bytes], env: dict[str, str]) -> Any:
+    def start_or_kill(command: list[str], log: IO[bytes], env: dict[str, str]) -> Any:
+        """Starts the first stage in a new process, forks the others, kills before the fourth."""
         if len(started) == 3 and "killed" not in started:
             started.append("killed")
             raise KeyboardInterrupt
         started.append(command[-2])
         return start(command, log, env) if len(started) == 1 else fork_command(command, env, log)
 
-    monkeypatch.setattr(stage_process, "start_process", counted)
+    monkeypatch.setattr(stage_process, "start_process", start_or_kill)
     with pytest.raises(RecipeError, match="also=l9-h9 is no candidate"):
         successive_halving.run(replace(cfg, also=["l9-h9"]), inputs, out)
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Shapes within a budget by brute force and by published searches, and the latency model."""
+"""Compares shapes within a budget with all shapes and published ones; tests the latency model."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_costs_of_serving() -> None:
     )
     bytes_read = 2 * (LLAMA_70B.parameters() - 128256 * 8192) + cache_bytes(LLAMA_70B, service)
     assert latency_ms(LLAMA_70B, service) == pytest.approx(1e3 * bytes_read / 3.35e12, rel=1e-3)
-    # Of int4 the layers, with scale and zero point of 64 weights; embedding and head in 8 bits.
+    # In int4, 64 weights of a layer share a scale and a zero point. Embedding and head have 8 bits.
     tables = 2 * 128256 * 8192
     bits = 4 * (LLAMA_70B.parameters() - tables) * (1 + 5 / 64) + 8 * tables
     assert weight_bytes(LLAMA_70B, Service(precision="int4")) == pytest.approx(bits / 8)
@@ -123,7 +123,7 @@ def test_costs_of_serving() -> None:
 
 
 def test_a_latency_model_is_recovered_and_limits_shapes() -> None:
-    """Steps of 2 ms, 0.1 ms per layer and 20 ms per 10⁹ bytes."""
+    """A step takes 2 ms, 0.1 ms per layer and 20 ms per 10⁹ bytes."""
     truth, service = LatencyFit(2.0, 0.1, 20.0), Service(precision="fp32", context_length=256)
     shapes = corners(SMOLLM2, Space(prune_heads=True))
     assert len(shapes) == 6
@@ -133,7 +133,7 @@ def test_a_latency_model_is_recovered_and_limits_shapes() -> None:
     assert dataclasses.astuple(line) == pytest.approx(dataclasses.astuple(truth), rel=1e-3)
     measured = dataclasses.replace(service, measured=line)
     fast = enumerate_shapes(SMOLLM2, Space(), {"latency_ms": 0.8}, measured)
-    # Fewer bytes do not shorten the constant part and that of the layers.
+    # The time per step and per layer stays, so bytes must fall by more than the latency.
     assert max(s.parameters() for s in fast) < 0.8 * SMOLLM2.parameters()
     assert all(latency_ms(s, measured) <= 0.8 * steps[0] for s in fast)
     assert fast != enumerate_shapes(SMOLLM2, Space(), {"latency_ms": 0.8}, service)

@@ -1,4 +1,4 @@
-"""The stages of a search: what is planned, what is refused, and the chosen recipe."""
+"""Plans and checks of the stages of a search, and the recipe that it writes."""
 
 from __future__ import annotations
 
@@ -92,16 +92,17 @@ def test_the_plan_assumes_the_largest_shape_within_the_budget(
     assert names.index("successive_halving") < names.index("prune") < names.index("distill")
 
 
-def test_another_budget_reuses_what_does_not_depend_on_it(
+def test_another_budget_reuses_stages_that_do_not_depend_on_it(
     plan: MakePlan, complete: Complete, tiny: list[str]
 ) -> None:
     complete(plan(*tiny, recipe=RECIPE))
     assert plan(*tiny, recipe=RECIPE).todo() == []
-    again = {s.name: s.reason for s in plan(*tiny, "budget.parameters=0.6", recipe=RECIPE).todo()}
-    assert not {"import_hf", "prepare_data", "score"} & again.keys()
-    assert again["rank_candidates"] == "input shapes changed"
-    assert again["prune"] == "input shape changed"
-    assert again["distill"] == "input student changed"
+    smaller = plan(*tiny, "budget.parameters=0.6", recipe=RECIPE)
+    reasons = {stage.name: stage.reason for stage in smaller.todo()}
+    assert not {"import_hf", "prepare_data", "score"} & reasons.keys()
+    assert reasons["rank_candidates"] == "input shapes changed"
+    assert reasons["prune"] == "input shape changed"
+    assert reasons["distill"] == "input student changed"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_another_budget_reuses_what_does_not_depend_on_it(
         ("stages.prune.inputs.shape=OTHER", "did not choose", "run that again"),
     ],
 )
-def test_an_impossible_input_of_prune_is_refused(
+def test_an_invalid_input_of_prune_is_refused(
     plan: MakePlan, tiny: list[str], other_search: Path, override: str, what: str, fix: str
 ) -> None:
     with pytest.raises(RecipeError) as caught:
@@ -155,7 +156,7 @@ def test_the_launcher_prints_the_shapes(launch: Launch, hf_folder: Path) -> None
 
 
 @pytest.mark.parametrize("recipe", ["llama_search", "shrink"])
-def test_measured_latency_is_of_the_search_space(plan: MakePlan, recipe: str) -> None:
+def test_latency_is_measured_in_the_search_space(plan: MakePlan, recipe: str) -> None:
     space = "stages.enumerate_shapes.space.hidden_size_divisor=32"
     service = "stages.enumerate_shapes.service.batch_size=4"
     planned = plan("latency_model=measured", space, service, recipe=f"recipe={recipe}")
@@ -197,7 +198,7 @@ INT3 = BuildEngineConfig(precision="int3")
         ),
     ],
 )
-def test_impossible_settings_are_refused(
+def test_invalid_settings_are_refused(
     chain: Chain, stage: Any, settings: dict[str, Any], rule: str, message: str
 ) -> None:
     [problem] = stage.STAGE.check(stage.STAGE.config(**settings), chain)
