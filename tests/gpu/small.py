@@ -15,7 +15,7 @@ from recipes.core.metrics import METRICS, Record, steps_of
 from tests.gpu.plan import ON_CPU
 from tests.support.launcher import run_recipe
 from tests.support.models import EVEN, write_tiny_model
-from tests.support.runs import settings, tiny, without
+from tests.support.runs import copy_without, settings, tiny
 
 CHAIN = "llama_depth_prune"
 STEPS = 20
@@ -94,7 +94,7 @@ class Small:
         """Copies the CPU's run without some stages; returns the copy."""
         run_dir = self.folder / name
         shutil.rmtree(run_dir, ignore_errors=True)
-        return without(self.reference(precision), run_dir, *stages)
+        return copy_without(self.reference(precision), run_dir, *stages)
 
 
 PRUNE = {"target_num_layers": 3, "target_hidden_size": 192}

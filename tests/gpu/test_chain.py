@@ -32,7 +32,7 @@ from tests.gpu.small import (
     without_gpu,
 )
 from tests.support.launcher import run_and_kill, run_recipe
-from tests.support.runs import manifest_of, without
+from tests.support.runs import copy_without, manifest_of
 
 LOSS_TOLERANCE = {"32": 1e-3, "bf16-mixed": 2e-2}
 SUM_TOLERANCE = 1e-3
@@ -85,7 +85,7 @@ def test_importance_and_ranking_match_the_cpu(small: Small, results: Path) -> No
     shutil.rmtree(gpu, ignore_errors=True)
     with without_gpu():
         small.start(cpu, *SEARCH, recipe="llama_search")
-    without(cpu, gpu, "score", "rank_candidates")
+    copy_without(cpu, gpu, "score", "rank_candidates")
     small.start(gpu, *SEARCH, recipe="llama_search")
     expected, scores = (manifest_of(run, "score").result(ScoreResult) for run in (cpu, gpu))
     assert scores.teacher_loss == pytest.approx(expected.teacher_loss, rel=1e-3)

@@ -13,12 +13,12 @@ from pathlib import Path
 from recipes.core.files import REPO_ROOT
 
 TEXT = (REPO_ROOT / "CONTRIBUTING.md").read_text()
-PARTS = ("conf", "launch", "nemo_convert", "recipes", "requirements")
+PACKAGES = ("conf", "launch", "nemo_convert", "recipes", "requirements")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block."""
+    """A fenced block of Markdown."""
 
     heading: str
     language: str
@@ -26,11 +26,11 @@ class Block:
 
     @property
     def file(self) -> str:
-        """File name in the first line."""
+        """Returns the file name in the first line."""
         return self.text.split("\n", 1)[0].removeprefix("# ")
 
     def write(self, root: Path) -> None:
-        """Writes the file."""
+        """Writes the block without its first line to the file."""
         path = root / self.file
         path.parent.mkdir(exist_ok=True)
         path.write_text(self.text.split("\n", 1)[1])
@@ -38,20 +38,20 @@ class Block:
 
 def blocks(heading: str) -> list[Block]:
     """Returns the blocks below a heading, in order."""
-    [section] = re.findall(rf"^#+ {heading}\n(.*?)(?=^#+ |\Z)", fenced_aside(TEXT), re.M | re.S)
-    found = re.findall(r"```(\w+)\n(.*?)```", section, re.S)
-    return [Block(heading, language, text.replace("\0", "#")) for language, text in found]
+    [section] = re.findall(rf"^#+ {heading}\n(.*?)(?=^#+ |\Z)", hide_comments(TEXT), re.M | re.S)
+    fenced = re.findall(r"```(\w+)\n(.*?)```", section, re.S)
+    return [Block(heading, language, text.replace("\0", "#")) for language, text in fenced]
 
 
-def fenced_aside(text: str) -> str:
-    """Hides comments in blocks, which look like headings."""
+def hide_comments(text: str) -> str:
+    """Replaces "#" in blocks by NUL, because comments look like headings."""
     return re.sub(r"```.*?```", lambda block: block[0].replace("#", "\0"), text, flags=re.S)
 
 
 def copy_with(root: Path, *headings: str) -> Path:
     """Copies the repository's packages and writes the files below the headings."""
-    for part in PARTS:
-        shutil.copytree(REPO_ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in PACKAGES:
+        shutil.copytree(REPO_ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPO_ROOT / "pyproject.toml", root)
     for heading in headings:
         for block in blocks(heading):
@@ -61,7 +61,7 @@ def copy_with(root: Path, *headings: str) -> Path:
 
 
 def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python in the copy with only its code."""
+    """Runs Python in the copy, with the copy's packages instead of the repository's."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=root,

@@ -12,31 +12,32 @@ from nemo_convert import hf, nemo
 
 
 def convert_by_command(*arguments: str | Path) -> int:
+    """Runs the command line in this process; returns its exit status."""
     sys.argv = ["nemo_convert", *map(str, arguments)]
     return command_line.main()
 
 
 def core_of(checkpoint: Path, *, training: bool) -> torch.nn.Module:
-    """Loads a checkpoint's model with the layers for training or with the usual ones."""
+    """Loads a checkpoint's model with the training layers or with Megatron's own."""
     core = nemo.build_core(nemo.restore_model(checkpoint), nemo.Parallelism(), training=training)
     nemo.load_weights(core, checkpoint)
     return core
 
 
 def assert_trains_alike(checkpoint: Path, tokens: torch.Tensor) -> None:
-    """Compares logits and every weight's gradient with and without the layers for training."""
+    """Compares logits and the gradient of every weight with and without the training layers."""
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    found = []
+    results = []
     for training in (False, True):
         core = core_of(checkpoint, training=training)
         logits = core(tokens, positions, None)
         logits.logsumexp(dim=-1).mean().backward()
-        found.append({"logits": logits, **{n: p.grad for n, p in core.named_parameters()}})
-    theirs, ours = found
-    assert theirs.keys() == ours.keys()
-    for name, tensor in theirs.items():
+        results.append({"logits": logits, **{n: p.grad for n, p in core.named_parameters()}})
+    expected, actual = results
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
         # Random models amplify float32's rounding up to a thousand times, differently by processor.
-        difference = torch.linalg.vector_norm(ours[name] - tensor)
+        difference = torch.linalg.vector_norm(actual[name] - tensor)
         assert difference <= 1e-3 * torch.linalg.vector_norm(tensor) + 1e-6, name
 
 
@@ -46,8 +47,8 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_weights(first: Path, second: Path) -> None:
-    expected, found = tensors(first), tensors(second)
-    assert expected.keys() == found.keys()
+    expected, actual = tensors(first), tensors(second)
+    assert expected.keys() == actual.keys()
     for name, tensor in expected.items():
-        assert tensor.dtype == found[name].dtype, name
-        assert torch.equal(tensor, found[name]), name
+        assert tensor.dtype == actual[name].dtype, name
+        assert torch.equal(tensor, actual[name]), name

@@ -1,4 +1,4 @@
-"""Small disks in memory, and patches that make disks look large."""
+"""Mounts small disks in memory, and makes other disks look large."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from unittest import mock
 import pytest
 
 SMALL_DISK = 1 << 30
-"""Size in bytes that only the disks of ``small_disk`` do not exceed."""
+"""Bytes. A disk of at most this size is one of ``small_disk``."""
 FREE = 10**15
 """Free bytes of a large disk."""
 
 
 def large_disks() -> mock._patch[Callable[[Path], object]]:
-    """Patches ``shutil.disk_usage``, so that plans of any size fit on every disk but small ones.
+    """Patches ``shutil.disk_usage``, so that plans of any size fit on every disk except small ones.
 
     For tests that only plan: a recipe may need more space than this machine has.
     """
@@ -40,19 +40,19 @@ class Disk:
     folder: Path
 
     def remount(self, options: str) -> None:
-        """Changes its size (``size=2m``), or whether it can be written (``ro``, ``rw``)."""
+        """Changes the size (``size=2m``), or whether the disk is read-only (``ro``, ``rw``)."""
         subprocess.run(["mount", "-o", f"remount,{options}", self.folder], check=True)
 
     def leave(self, bytes_free: int) -> None:
         """Leaves this number of free bytes."""
-        found = os.statvfs(self.folder)
-        used = (found.f_blocks - found.f_bfree) * found.f_frsize
+        stats = os.statvfs(self.folder)
+        used = (stats.f_blocks - stats.f_bfree) * stats.f_frsize
         self.remount(f"size={used + bytes_free}")
 
 
 @contextmanager
 def small_disk(folder: Path, size: str = "2m") -> Iterator[Disk]:
-    """Mounts a small disk; skips the test without the right to do so."""
+    """Mounts a small disk; skips the test if this process may not mount one."""
     folder.mkdir(exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:

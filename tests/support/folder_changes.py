@@ -1,4 +1,4 @@
-"""Changes of Hugging Face folders, from which the corpus of variants is made."""
+"""Changes of Hugging Face folders, of which ``variants`` makes test cases."""
 
 from __future__ import annotations
 
@@ -79,15 +79,15 @@ def drop(name: str) -> Change:
     return weights(lambda tensors: tensors.pop(name))
 
 
-def cast(dtype: torch.dtype, part: str = "") -> Change:
+def cast(dtype: torch.dtype, word: str = "") -> Change:
     """Casts the weights whose names contain a word."""
     return weights(
-        lambda tensors: tensors.update({n: t.to(dtype) for n, t in tensors.items() if part in n})
+        lambda tensors: tensors.update({n: t.to(dtype) for n, t in tensors.items() if word in n})
     )
 
 
 def content(file: str, text: str | bytes) -> Change:
-    """Writes a file, and the directories that it is in."""
+    """Writes a file, and makes its parent directories."""
 
     def change(folder: Path) -> None:
         path = folder / file
@@ -125,9 +125,9 @@ def shards(names: tuple[str, str], extra: Mapping[str, str] | None = None) -> Ch
         (folder / WEIGHTS).unlink()
         index = {}
         for number, file in enumerate(names):
-            part = dict(list(tensors.items())[number::2])
-            save_file(part, folder / file, {"format": "pt"})
-            index |= dict.fromkeys(part, file)
+            shard = dict(list(tensors.items())[number::2])
+            save_file(shard, folder / file, {"format": "pt"})
+            index |= dict.fromkeys(shard, file)
         (folder / INDEX).write_text(
             json.dumps({"metadata": {}, "weight_map": {**index, **(extra or {})}})
         )
@@ -178,7 +178,7 @@ def use_sentencepiece(folder: Path) -> None:
 
 
 def use_vocabulary_and_merges(folder: Path) -> None:
-    """Replaces the tokenizer by ``vocab.json`` and ``merges.txt``, as GPT-2 has them."""
+    """Replaces the tokenizer by ``vocab.json`` and ``merges.txt``, the files of GPT-2."""
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))

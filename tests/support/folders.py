@@ -1,4 +1,4 @@
-"""Hugging Face folders of which everything is real but the values of the weights."""
+"""Writes Hugging Face folders whose weights have real names and shapes, but are zeros."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOKENS = {"<unk>": 0, "a": 1, "b": 2}
 
 
 def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights that a config implies, by name."""
+    """Returns the shapes of the weights that a config implies, by name."""
     shape = read_architecture(config, "test")
     return FAMILIES[shape.hf_architecture].hf_shapes(shape)
 
@@ -24,7 +24,7 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def write_sparse_weights(
     file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "BF16"
 ) -> None:
-    """Writes zeros, of which only the header takes disk space."""
+    """Writes zeros into a sparse file, whose header alone takes disk space."""
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * BYTES[dtype]

@@ -1,4 +1,4 @@
-"""Output of a Hugging Face folder's model, here or as a program in another transformers."""
+"""Runs a Hugging Face folder's model in this process, or in another version of transformers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ CHAT = [
     {"role": "assistant", "content": "Because air scatters blue light most."},
     {"role": "user", "content": "And at dusk?"},
 ]
-NEW_TOKENS, SECOND = 12, 7
-"""Number of generated tokens; the token before a forced end."""
+NEW_TOKENS = 12
+"""Number of generated tokens."""
+FIRST_TOKEN = 7
+"""Token that is forced before a forced end-of-text token."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,13 @@ class ModelOutput:
 
     version: str
     chat: list[int]
-    """Ids of the conversation by the chat template."""
+    """Token ids of the conversation, formatted by the chat template."""
     scores: list[float]
-    """Log-probabilities of these ids but the first."""
+    """Log-probabilities of these ids, without that of the first."""
     greedy: list[int]
-    """Greedy continuation without an end."""
+    """Greedy continuation of ``NEW_TOKENS`` tokens, without an end-of-text token."""
     stopped: list[int]
-    """Generated tokens if the second one is forced to be the end."""
+    """Generated tokens if the second is forced to be the end-of-text token."""
     generation_config: dict[str, Any]
 
 
@@ -51,29 +53,29 @@ def output_of(folder: Path) -> ModelOutput:
     with torch.no_grad():
         scores = model(prompt["input_ids"]).logits[0, :-1].log_softmax(-1)
 
-    class End(LogitsProcessor):  # type: ignore[misc]
+    class ForceEnd(LogitsProcessor):  # type: ignore[misc]
         def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            next_one = SECOND if ids.shape[1] == start else settings["eos_token_id"]
-            return torch.full_like(scores, -1e9).index_fill_(1, torch.tensor([next_one]), 0.0)
+            token = FIRST_TOKEN if ids.shape[1] == start else settings["eos_token_id"]
+            return torch.full_like(scores, -1e9).index_fill_(1, torch.tensor([token]), 0.0)
 
-    def new(**options: Any) -> list[int]:
+    def generate(**options: Any) -> list[int]:
         ids = prompt["input_ids"]
-        made = model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS, **options)
-        tokens: list[int] = made[0, start:].tolist()
+        sequences = model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS, **options)
+        tokens: list[int] = sequences[0, start:].tolist()
         return tokens
 
     return ModelOutput(
         transformers.__version__,
         prompt["input_ids"][0].tolist(),
         scores.gather(-1, prompt["input_ids"][0, 1:, None])[:, 0].tolist(),
-        new(min_new_tokens=NEW_TOKENS),
-        new(logits_processor=[End()]),
+        generate(min_new_tokens=NEW_TOKENS),
+        generate(logits_processor=[ForceEnd()]),
         settings,
     )
 
 
 def outputs_in(packages: Path, *folders: Path) -> list[ModelOutput]:
-    """Runs the models of folders in the transformers of a folder of packages."""
+    """Runs the models of folders with the transformers in a folder of packages."""
     done = subprocess.run(
         [sys.executable, "-P", __file__, *folders],
         env={**os.environ, "PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1"},
@@ -83,7 +85,7 @@ def outputs_in(packages: Path, *folders: Path) -> list[ModelOutput]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [ModelOutput(**found) for found in json.loads(done.stdout.splitlines()[-1])]
+    return [ModelOutput(**output) for output in json.loads(done.stdout.splitlines()[-1])]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Value and gradients of an operation for fixed random inputs."""
+"""Computes the value and the gradients of a function for fixed random inputs."""
 
 from __future__ import annotations
 

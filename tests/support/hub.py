@@ -1,9 +1,9 @@
 """A fake Hugging Face hub on loopback for models and datasets.
 
 The endpoints and their fields are those that ``huggingface_hub`` calls (``hf_api.py``,
-``_commit_api.py``, ``lfs.py``, ``file_download.py``): whoami, a model's page, a file or a range of
-its bytes, create, preupload, LFS, commit; and of datasets, which need no token, a page, the files
-of a commit, and a file.
+``_commit_api.py``, ``lfs.py``, ``file_download.py``). For models: whoami, page, file or a range of
+its bytes, create, preupload, LFS, commit. For datasets, which need no token: page, list of a
+commit's files, file.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ class FakeHub:
     models: dict[str, dict[str, bytes]] = field(default_factory=dict)
     """Files of each model, by name."""
     private: dict[str, bool] = field(default_factory=dict)
+    """Whether each model is private."""
     blobs: dict[str, bytes] = field(default_factory=dict)
-    """Large files by SHA-256; they are uploaded before the commit with their names."""
+    """Large files by SHA-256. They are uploaded first; a commit then gives them names."""
     commits: list[str] = field(default_factory=list)
     """Messages of the commits."""
     datasets: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
@@ -51,16 +52,16 @@ class FakeHub:
 @contextmanager
 def fake_hub(token: str) -> Iterator[FakeHub]:
     """Runs a hub that accepts one token."""
-    hub = FakeHub(token)
+    fake = FakeHub(token)
 
     class Handler(_Handler):
-        known = hub
+        hub = fake
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    fake.url = f"http://127.0.0.1:{server.server_address[1]}"
     Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield hub
+        yield fake
     finally:
         server.shutdown()
         server.server_close()
@@ -94,7 +95,7 @@ MODEL_FILE = re.compile(r"/(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P
 
 
 class _Handler(BaseHTTPRequestHandler):
-    known: FakeHub
+    hub: FakeHub
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -112,8 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def _is_known(self) -> bool:
-        if self.headers.get("Authorization") == f"Bearer {self.known.token}":
+    def _is_authorized(self) -> bool:
+        if self.headers.get("Authorization") == f"Bearer {self.hub.token}":
             return True
         self._body()
         self._answer({"error": "Invalid credentials"}, 401)
@@ -121,40 +122,41 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _dataset(self, body: bytes = b"") -> bool:
         """Answers a request about a dataset; returns false for other requests."""
-        found = DATASET_PATH.fullmatch(unquote(self.path.partition("?")[0]))
-        if found is None:
+        match = DATASET_PATH.fullmatch(unquote(self.path.partition("?")[0]))
+        if match is None:
             return False
-        commits = self.known.datasets.get(found["name"])
-        revision = found["revision"] or "main"
+        commits = self.hub.datasets.get(match["name"])
+        revision = match["revision"] or "main"
         if commits is None:
             self._answer({}, 404, X_Error_Code="RepoNotFound")
         elif revision != "main" and revision not in commits:
             self._answer({}, 404, X_Error_Code="RevisionNotFound")
         else:
             commit = [*commits][-1] if revision == "main" else revision
-            self._of_commit(found, commit, commits[commit], parse_qs(body.decode()))
+            self._dataset_commit(match, commit, commits[commit], parse_qs(body.decode()))
         return True
 
-    def _of_commit(
+    def _dataset_commit(
         self,
-        asked: re.Match[str],
+        match: re.Match[str],
         commit: str,
         files: dict[str, bytes],
         form: dict[str, list[str]],
     ) -> None:
+        """Answers a request, matched by ``DATASET_PATH``, about a commit of a dataset."""
         entries = [
             {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
             for path, data in files.items()
         ]
-        if asked["what"] == "tree":
+        if match["what"] == "tree":
             self._answer(entries)
-        elif asked["what"] == "paths-info":
+        elif match["what"] == "paths-info":
             self._answer([entry for entry in entries if entry["path"] in form.get("paths", [])])
-        elif asked["what"] != "resolve":
-            card = {"license": "cc0-1.0"}
-            self._answer({"id": asked["name"], "sha": commit, "siblings": [], "cardData": card})
+        elif match["what"] == "resolve":
+            self._file(files, match["path"], commit)
         else:
-            self._file(files, asked["path"], commit)
+            card = {"license": "cc0-1.0"}
+            self._answer({"id": match["name"], "sha": commit, "siblings": [], "cardData": card})
 
     def _file(self, files: dict[str, bytes], path: str, commit: str) -> None:
         """Sends a file of a commit, or the range of its bytes that is requested."""
@@ -171,59 +173,59 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command == "GET":
-            self.known.downloads.append((path, len(data)))
+            self.hub.downloads.append((path, len(data)))
             self.wfile.write(data)
 
     def _model_file(self) -> bool:
         """Answers a request for a model's file; returns false for other requests."""
         match = MODEL_FILE.fullmatch(unquote(self.path))
-        if match is None or match["name"] not in self.known.models:
+        if match is None or match["name"] not in self.hub.models:
             return False
-        self._file(self.known.models[match["name"]], match["path"], str(len(self.known.commits)))
+        self._file(self.hub.models[match["name"]], match["path"], str(len(self.hub.commits)))
         return True
 
     def do_HEAD(self) -> None:
-        if not self._dataset() and self._is_known() and not self._model_file():
+        if not self._dataset() and self._is_authorized() and not self._model_file():
             self._answer({}, 404, X_Error_Code="RepoNotFound")
 
     def do_GET(self) -> None:
-        if self._dataset() or not self._is_known() or self._model_file():
+        if self._dataset() or not self._is_authorized() or self._model_file():
             return
-        hub, name = self.known, self.path.removeprefix("/api/models/").split("/revision/")[0]
+        hub, name = self.hub, self.path.removeprefix("/api/models/").split("/revision/")[0]
         if self.path == "/api/whoami-v2":
             self._answer({"name": "me", "type": "user"})
         elif name in hub.models:
-            found = {"id": name, "sha": str(len(hub.commits)), "tags": []}
+            page = {"id": name, "sha": str(len(hub.commits)), "tags": []}
             siblings = [{"rfilename": path} for path in hub.models[name]]
-            self._answer({**found, "private": hub.private.get(name), "siblings": siblings})
+            self._answer({**page, "private": hub.private.get(name), "siblings": siblings})
         else:
             self._answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
 
     def do_PUT(self) -> None:
         data = self._body()
-        self.known.blobs[hashlib.sha256(data).hexdigest()] = data
+        self.hub.blobs[hashlib.sha256(data).hexdigest()] = data
         self._answer({})
 
     def do_POST(self) -> None:
         if DATASET_PATH.fullmatch(self.path):
             self._dataset(self._body())
             return
-        if not self._is_known():
+        if not self._is_authorized():
             return
-        body, hub = self._body(), self.known
+        body, hub = self._body(), self.hub
         if self.path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}"
+            request = json.loads(body)
+            name = f"{request['organization']}/{request['name']}"
             exists = name in hub.models
             hub.models.setdefault(name, {})
-            hub.private.setdefault(name, asked["private"])
+            hub.private.setdefault(name, request["private"])
             self._answer({"url": f"{hub.url}/{name}"}, 409 if exists else 200)
         elif self.path == "/api/validate-yaml":
             self._answer({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
             self._answer({"files": [self._preupload(f) for f in json.loads(body)["files"]]})
         elif self.path.endswith("/info/lfs/objects/batch"):
-            self._answer({"objects": [self._batch(o) for o in json.loads(body)["objects"]]})
+            self._answer({"objects": [self._lfs_object(o) for o in json.loads(body)["objects"]]})
         else:
             self._commit([json.loads(line) for line in body.splitlines()])
 
@@ -232,18 +234,19 @@ class _Handler(BaseHTTPRequestHandler):
         mode = "lfs" if large else "regular"
         return {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
 
-    def _batch(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        actions = {"upload": {"href": f"{self.known.url}/upload/{wanted['oid']}"}}
-        return {**wanted, **({} if wanted["oid"] in self.known.blobs else {"actions": actions})}
+    def _lfs_object(self, blob: dict[str, Any]) -> dict[str, Any]:
+        """Describes a large file, with an upload address if the hub does not have it."""
+        actions = {"upload": {"href": f"{self.hub.url}/upload/{blob['oid']}"}}
+        return {**blob, **({} if blob["oid"] in self.hub.blobs else {"actions": actions})}
 
     def _commit(self, lines: list[dict[str, Any]]) -> None:
         name = self.path.removeprefix("/api/models/").split("/commit/")[0]
         for line in lines:
             value = line["value"]
             if line["key"] == "header":
-                self.known.commits.append(value["summary"])
+                self.hub.commits.append(value["summary"])
             elif line["key"] == "file":
-                self.known.models[name][value["path"]] = base64.b64decode(value["content"])
+                self.hub.models[name][value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                self.known.models[name][value["path"]] = self.known.blobs[value["oid"]]
-        self._answer({"commitUrl": f"{self.known.url}/{name}/commit/1", "commitOid": "1"})
+                self.hub.models[name][value["path"]] = self.hub.blobs[value["oid"]]
+        self._answer({"commitUrl": f"{self.hub.url}/{name}/commit/1", "commitOid": "1"})

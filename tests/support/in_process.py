@@ -42,7 +42,7 @@ def run_in_process(*overrides: str, cwd: Path) -> CommandResult:
         mock.patch.object(local, "start", _start),
         mock.patch.object(sys, "argv", ["run.py", *overrides]),
         large_disks(),
-        # Hydra's logging closes all handlers, and that of absl then closes pytest's stderr.
+        # Hydra's logging closes all handlers; absl's handler then closes pytest's stderr.
         mock.patch.object(logging.config, "dictConfig"),
         mock.patch.object(halving, "run_child", complete),
         contextlib.chdir(cwd),
@@ -84,13 +84,13 @@ def _run(stage: Stage[Any], request: Path) -> None:
         _import_stack()
         from megatron.core import num_microbatches_calculator as batches
 
-        batches.unset_num_microbatches_calculator()  # it would keep the first training's sizes
+        batches.unset_num_microbatches_calculator()  # else the first training's sizes stay
     run_stage(stage.run, stage.config, stage.kind, request.parent)
 
 
 @cache
 def _import_stack() -> None:
-    """Imports what the fork server imports; as there, no stage searches it for garbage."""
+    """Imports what the fork server imports, and excludes it from garbage collection, as there."""
     for module in local.PRELOADED:
         importlib.import_module(module)
     gc.freeze()

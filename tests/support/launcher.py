@@ -43,14 +43,14 @@ def run_recipe(*overrides: str, cwd: Path, timeout: float = 600) -> CommandResul
 
 
 def fork_launcher(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs the launcher in half the time, forked after its imports and with ``large_disks``."""
+    """Runs the launcher forked after its imports, in half the time, and with ``large_disks``."""
     environment = {**os.environ, "COLUMNS": "200", **env}
     imports = ["tests.support.launcher_imports"]
     return run_forked(imports, [LAUNCHER, *words], environment, cwd)
 
 
 def write_program(file: Path, commands: str) -> Path:
-    """Writes an executable shell script, and the folder that it is in."""
+    """Writes an executable shell script, and makes its folder."""
     file.parent.mkdir(exist_ok=True)
     file.write_text(f"#!/usr/bin/env bash\n{commands}\n")
     file.chmod(0o755)
@@ -64,14 +64,14 @@ def run_and_kill(
     records: int,
     ready: Callable[[], object] = lambda: True,
 ) -> str:
-    """Starts the launcher, kills it at a moment of a stage, and returns its output.
+    """Starts the launcher, kills it while a stage runs, and returns its output.
 
     Args:
-        overrides: Of the recipe.
+        overrides: Overrides of the recipe.
         cwd: Working directory.
         metrics: The stage's metrics file.
-        records: Number of records that the stage writes before.
-        ready: Another condition of the moment.
+        records: Number of records in that file to wait for.
+        ready: Another condition to wait for.
     """
     file = cwd / "output.txt"
     with file.open("w") as output:

@@ -1,4 +1,4 @@
-"""Comparison of llama.cpp with transformers."""
+"""Generates with llama.cpp, and compares with transformers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Continuation:
     prompt_tokens: int
     tokens: list[int]
     log_probabilities: list[float]
-    """Of these tokens when each was generated."""
+    """Log-probability of each token when it was generated."""
 
 
 def greedy(file: Path, prompts: Sequence[str], tokens: int) -> list[Continuation]:
-    """Returns greedy continuations by a GGUF file's model, with at most this number of tokens."""
+    """Returns greedy continuations of at most ``tokens`` tokens by a GGUF file's model."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -44,8 +44,10 @@ def greedy(file: Path, prompts: Sequence[str], tokens: int) -> list[Continuation
     return continuations
 
 
-def require_near_words(folder: Path, file: Path, tolerance: float, length: int = 12) -> None:
-    """Asserts that llama.cpp generates tokens that are the likeliest in transformers.
+def require_similar_generation(
+    folder: Path, file: Path, tolerance: float, length: int = 12
+) -> None:
+    """Asserts that llama.cpp generates tokens that transformers finds most likely, or nearly so.
 
     Args:
         folder: Hugging Face folder of the model.

@@ -1,4 +1,4 @@
-"""Largest number of positions whose logits exist at once."""
+"""Measures the largest number of positions whose logits exist at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class LogitsWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation and checks the size of its result."""
-        made = func(*args, **(kwargs or {}))
-        if isinstance(made, Tensor) and not func.is_view and made.shape[-1:] == (self.vocabulary,):
-            self.positions = max(self.positions, made.numel() // self.vocabulary)
-        return made
+        result = func(*args, **(kwargs or {}))
+        is_new = isinstance(result, Tensor) and not func.is_view
+        if is_new and result.shape[-1:] == (self.vocabulary,):
+            self.positions = max(self.positions, result.numel() // self.vocabulary)
+        return result

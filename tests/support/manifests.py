@@ -1,4 +1,4 @@
-"""Manifests of stages that have not run."""
+"""Makes manifests of stages that have not run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recipes.data.results import DatasetResult, SourceTokens
 
 
 def bare_manifest(stage: str, kind: str, result: Any) -> Manifest:
-    """Returns a manifest with a result, or with none, and no files."""
+    """Returns a manifest without files; ``result`` may be ``None``."""
     return Manifest(
         stage=stage,
         kind=kind,
@@ -49,8 +49,8 @@ def edit_manifest(stage_dir: Path, **changes: Any) -> None:
     write_manifest(stage_dir, replace(manifest, **changes))
 
 
-def begun(request: Request) -> Manifest:
-    """Returns the manifest of a start without a result."""
+def unfinished_manifest(request: Request) -> Manifest:
+    """Returns the manifest of a stage that has started and has no result yet."""
     inputs = {name: ref.fingerprint for name, ref in request.inputs.items()}
     return Manifest(
         stage=request.config["stage"],

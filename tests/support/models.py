@@ -40,13 +40,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }
-"""What a tiny model of each family sets beside its shape, by transformers' model_type."""
+"""Settings of a tiny model of each family beside its shape, by transformers' ``model_type``."""
 
 
 def write_tiny_model(
     folder: Path, text_file: Path, model_type: str = "llama", **shape: Any
 ) -> Path:
-    """Saves a random model with a tokenizer trained on the text, chat template included."""
+    """Saves a model, and a tokenizer with a chat template, both trained on the text."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -65,7 +65,7 @@ def write_tiny_model(
     )
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:  # else biases are 0 and norms 1, whatever a conversion mixes up
+        if parameter.dim() == 1:  # biases of 0 and norms of 1 would hide that two are swapped
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     if train:
         _train(model, text_file)
@@ -102,7 +102,7 @@ def _lines(text_file: Path) -> list[str]:
 
 @cache
 def _sequences(text_file: Path) -> Any:
-    """Ids [sequences, 64] of the text."""
+    """Returns the token ids of the text, [sequences, 64]."""
     import torch
 
     tokenizer = _tokenizer(text_file)
@@ -111,7 +111,7 @@ def _sequences(text_file: Path) -> Any:
 
 
 def _train(model: Any, text_file: Path) -> None:
-    """A few steps on the text: distillation refuses a teacher that knows nothing."""
+    """Trains a few steps, because distillation refuses a teacher whose loss is near chance."""
     import torch
 
     sequences = _sequences(text_file)

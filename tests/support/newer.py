@@ -1,4 +1,4 @@
-"""A newer transformers than the stack's, for users of exported models."""
+"""Installs and runs transformers 5, which users of exported models may have."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recipes.core.files import sha256_of
 from recipes.core.wheels import cache_dir
 
 PINS = Path(__file__).with_name("transformers_5.txt")
-"""Pins of it and of its dependencies that the stack lacks or has in older versions."""
+"""Pins of transformers 5, and of dependencies that the stack does not have or has older."""
 
 
 def transformers_5() -> Path:
@@ -50,7 +50,7 @@ AutoTokenizer.from_pretrained(folder).save_pretrained(target)
 
 
 def run_with_transformers_5(code: str, *arguments: str | Path) -> None:
-    """Runs Python code whose transformers is version 5."""
+    """Runs Python code with transformers 5."""
     env = {**os.environ, "PYTHONPATH": str(transformers_5()), "HF_HUB_OFFLINE": "1"}
     env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
     command = [sys.executable, "-c", code, *map(str, arguments)]

@@ -27,7 +27,7 @@ OPTIONAL_PLOTS = (
 
 
 class Page(HTMLParser):
-    """Tags, ``<data>`` values and text of a page; fails on tags that do not nest."""
+    """Parses tags, ``<data>`` values and text of a page; fails on tags that do not nest."""
 
     VOID = frozenset({"meta", "br"})
 

@@ -1,6 +1,6 @@
-"""Several ranks as with torchrun, but forked after one import of the stack.
+"""Runs several ranks like torchrun, but forked after one import of the stack.
 
-Tests that kill ranks, ``tests/cpu/core`` and ``tests/slurm`` use torchrun.
+Tests that kill ranks, ``tests/cpu/core`` and ``tests/slurm`` use torchrun itself.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def fork_command(
     command: list[str], environment: Mapping[str, str], log: IO[Any]
 ) -> Iterator[Callable[[], bool]]:
     """Runs a command of ``start_command`` in forks."""
-    module = len(command) - command[::-1].index("-m") - 1
+    module = len(command) - command[::-1].index("-m") - 1  # torchrun, too, is started by -m
     counts = [word.partition("=")[2] for word in command if word.startswith("--nproc-per-node=")]
     start = partial(_ranks, int(counts[0])) if counts else partial(forked, PRELOADED)
     with start(command[module:], environment, log) as ended:
@@ -78,6 +78,6 @@ def _ranks(
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    every = {**environment, **torchrun}
-    with forked(PRELOADED, command, every, log, status=status, ranks=number) as ended:
+    variables = {**environment, **torchrun}
+    with forked(PRELOADED, command, variables, log, status=status, ranks=number) as ended:
         yield ended

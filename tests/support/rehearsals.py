@@ -1,4 +1,4 @@
-"""Rehearsal jobs of recipes for models with few layers, which take less time."""
+"""Makes rehearsal jobs of recipes for models with few layers, to save time."""
 
 from __future__ import annotations
 

@@ -167,18 +167,18 @@ def make_inputs(root: Path, *, lm_weight: float = 0.0) -> dict[str, Input]:
         "evaluation": (EvaluateConfig("evaluate"), "eval_results", {"results.json": 7890}, None),
         "exported": (ExportConfig("export_hf"), "checkpoint_hf", exported, STUDENT),
     }
-    made = {
+    inputs = {
         name: stage(root, config, kind, files, RESULTS[config.stage], shape)
         for name, (config, kind, files, shape) in stages.items()
     }
-    log_training(made["distilled"].directory, lm_weight)
+    log_training(inputs["distilled"].directory, lm_weight)
     losses = {
         role: [model.loss + 0.2 * wobble(n) for n in range(40)]
         for role, model in RESULTS["evaluate"].models().items()
     }
     detail = {"sequence_losses": losses, "generations": generations()}
-    (made["evaluation"].artifact / "results.json").write_text(json.dumps(detail))
-    return made
+    (inputs["evaluation"].artifact / "results.json").write_text(json.dumps(detail))
+    return inputs
 
 
 def make_run(
@@ -218,19 +218,19 @@ def make_run(
     results.write_text(json.dumps(detail))
     for item in inputs.values():
         write_manifest(item.directory, item.manifest)
-        made = item.manifest
-        Request(item.directory.name, made.fingerprint, made.code, {}, {}).write(item.directory)
+        fingerprint, code = item.manifest.fingerprint, item.manifest.code
+        Request(item.directory.name, fingerprint, code, {}, {}).write(item.directory)
     stages = {item.directory.name: item.manifest.fingerprint for item in inputs.values()}
     LastPlan("llama_width_prune", stages).write(root)
     return root
 
 
-def rendered(inputs: dict[str, Input], folder: Path, cfg: ReportConfig = CONFIG) -> str:
+def render_page(inputs: dict[str, Input], folder: Path, cfg: ReportConfig = CONFIG) -> str:
     """Renders a report into a folder and returns the page."""
     render(cfg, inputs, folder / REPORT_FILE)
     return (folder / REPORT_FILE).read_text(encoding="utf-8")
 
 
-def changed(item: Input, result: Any) -> Input:
+def with_result(item: Input, result: Any) -> Input:
     """Returns an input with another result."""
     return replace(item, manifest=replace(item.manifest, metrics=asdict(result)))

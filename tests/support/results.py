@@ -234,4 +234,4 @@ RESULTS = {
     "plan": plan_result(),
     "successive_halving": search_result(),
 }
-"""By stage."""
+"""Results by stage."""

@@ -1,8 +1,8 @@
-"""Tolerances that follow from the arithmetic of the machine that a test runs on.
+"""Measures the effect of rounding on this machine, for tolerances of tests.
 
-The same sum in another order differs by rounding, and how much rounding grows over a computation
-depends on the processor's kernels. So a test measures it: it runs the computation once more with
-its input changed by one unit in the last place, and allows a multiple of what that changes.
+The same sum in another order differs by rounding. How much such differences grow in a computation
+depends on the processor's kernels. A test therefore repeats the computation with its input changed
+by one unit in the last place, and allows a multiple of the resulting difference.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def change_by_one_ulp(model: nn.Module, output: Callable[[], Tensor]) -> float:
 
 
 def growth(expected: Sequence[float], perturbed: Sequence[float]) -> list[float]:
-    """Returns, for each value of a sequence, the largest difference so far.
+    """Returns, for each value of a sequence, the largest difference up to it.
 
-    No difference counts as less than one unit in the last place.
+    A difference of less than one unit in the last place counts as one.
     """
     pairs = zip(expected, perturbed, strict=True)
     return list(accumulate((max(abs(a - b), ULP * abs(a)) for a, b in pairs), max))

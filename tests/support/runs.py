@@ -1,4 +1,4 @@
-"""Overrides of runs with tiny models, and copies of complete runs."""
+"""Returns overrides for runs with tiny models, and copies complete runs."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def settings(stage: str, **values: object) -> list[str]:
     return [f"stages.{stage}.{name}={value}" for name, value in values.items()]
 
 
-def without(run_dir: Path, copy: Path, *stages: str) -> Path:
-    """Copies a run without some stages; files keep their times, so that none is hashed again."""
+def copy_without(run_dir: Path, copy: Path, *stages: str) -> Path:
+    """Copies a run without some stages. Files keep their times, so that none is hashed again."""
     shutil.copytree(run_dir, copy)
     for stage in stages:
         shutil.rmtree(copy / stage)

@@ -1,4 +1,4 @@
-"""Text and conversations for tests."""
+"""Writes text and conversations for tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_text(path: Path) -> Path:
-    """Writes English prose, the language reference of Python, as JSON lines."""
+    """Writes English prose (Python's language reference) as JSON lines."""
     from pydoc_data.topics import topics
 
     paragraphs = [p for topic in topics.values() for p in topic.split("\n\n") if len(p) > 200]
@@ -28,8 +28,8 @@ def write_chats(file: Path, text_file: Path, count: int = 300, letters: int = 12
     with file.open("w") as opened:
         for number, text in enumerate(texts):
             parts = [text[start : start + letters] for start in range(0, 6 * letters, letters)]
-            said = [parts[0], parts[1] + parts[2], parts[3], parts[4] + parts[5]]
+            contents = [parts[0], parts[1] + parts[2], parts[3], parts[4] + parts[5]]
             roles = ("user", "assistant", "user", "assistant")
-            messages = [{"role": r, "content": c} for r, c in zip(roles, said, strict=True)]
+            messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
             opened.write(json.dumps({"messages": messages[: 2 + 2 * (number % 2)]}) + "\n")
     return f"{file}#format=chat"

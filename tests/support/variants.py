@@ -1,4 +1,4 @@
-"""Variants of Hugging Face folders: each converts exactly, or is refused with its own message."""
+"""Lists variants of Hugging Face folders: each converts exactly, or is refused with a message."""
 
 from __future__ import annotations
 
@@ -294,10 +294,10 @@ def _refused_weights() -> Iterator[Variant]:
     yield Variant(
         "empty index", all_of(shards(two), content(INDEX, '{"metadata": {}}')), "has no weight_map"
     )
-    without = all_of(shards(two), edit(INDEX, metadata=ABSENT))
-    yield Variant("index without metadata", without, "has no metadata")
-    listed = shards(two, {"model.extra": two[0]})
-    yield Variant("index with another tensor", listed, "the shards disagree about model.extra")
+    no_metadata = all_of(shards(two), edit(INDEX, metadata=ABSENT))
+    yield Variant("index without metadata", no_metadata, "has no metadata")
+    extra = shards(two, {"model.extra": two[0]})
+    yield Variant("index with another tensor", extra, "the shards disagree about model.extra")
     moved = shards(two, {QUERY: two[0], EMBEDDING: two[1]})
     yield Variant("index with wrong shards", moved, "the shards disagree about")
     for name, text, refused in (

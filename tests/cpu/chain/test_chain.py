@@ -32,12 +32,12 @@ from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.results import HealResult
 from tests.chaos.chain import STEPS, differences, is_of_a_library, overrides
 from tests.chaos.kills import Kill, RunCommand
-from tests.support.generation import NEW_TOKENS, SECOND, output_of, outputs_in
+from tests.support.generation import FIRST_TOKEN, NEW_TOKENS, output_of, outputs_in
 from tests.support.in_process import run_in_process, run_successfully
 from tests.support.launcher import run_recipe
-from tests.support.llama_cpp import require_near_words
+from tests.support.llama_cpp import require_similar_generation
 from tests.support.newer import save_by_transformers_5, transformers_5
-from tests.support.runs import HEALING, manifest_of, without
+from tests.support.runs import HEALING, copy_without, manifest_of
 
 ENGINES = ("build_engine", "build_teacher_engine", "measure_speed", "export_gguf")
 SERVE = (REPO_ROOT / "docs" / "serve.md").read_text()
@@ -157,7 +157,7 @@ def test_exported_folder_chats_and_stops_as_the_teacher(tiny_run: Path, odd_llam
     assert student.generation_config == teacher.generation_config
     assert student.generation_config["temperature"] == 0.7
     for one in (teacher, student):
-        assert one.stopped == [SECOND, one.generation_config["eos_token_id"]]
+        assert one.stopped == [FIRST_TOKEN, one.generation_config["eos_token_id"]]
         assert len(one.greedy) == NEW_TOKENS
 
 
@@ -280,7 +280,7 @@ def test_llama_cpp_reads_the_gguf_file(tiny_run: Path) -> None:
     assert (made.metrics["type"], made.metrics["architecture"]) == ("q8_0", "llama")
     assert made.parameters == manifest_of(tiny_run, "export_hf").parameters
     folder, file = (tiny_run / stage / ARTIFACT for stage in ("export_hf", "export_gguf"))
-    require_near_words(folder, file / FILE, tolerance=0.02)
+    require_similar_generation(folder, file / FILE, tolerance=0.02)
     assert (
         "llama-server -m export_gguf/artifact/model.gguf"
         in (tiny_run / "report" / ARTIFACT / "report.html").read_text()
@@ -299,7 +299,7 @@ def test_the_teacher_is_exported_for_images_without_nemo(
     tiny_run: Path, odd_llama: Path, teacher: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """Without an evaluation there is no model card, unless the teacher has one."""
-    run_dir = without(tiny_run, tmp_path / "run")
+    run_dir = copy_without(tiny_run, tmp_path / "run")
     command = overrides(teacher, text_file, run_dir, engine="tensorrt_llm")
     run_successfully(*command, "only=[export_teacher]", cwd=tmp_path)
     folder = run_dir / "export_teacher" / ARTIFACT
@@ -334,7 +334,7 @@ def test_a_missing_gpu_is_reported_before_anything_runs(
 def test_a_changed_field_and_force_rerun_later_stages(
     tiny_run: Path, teacher: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    run_dir = without(tiny_run, tmp_path / "run")
+    run_dir = copy_without(tiny_run, tmp_path / "run")
     base = overrides(teacher, text_file, run_dir)
     kept = manifest_of(run_dir, "prune").started_at
     first = manifest_of(run_dir, "distill")
@@ -355,7 +355,7 @@ def test_kill_9_then_the_same_command_changes_nothing(
     tiny_run: Path, teacher: Path, text_file: Path, tmp_path: Path, temporary: Path
 ) -> None:
     """Kills as ``python -m tests.chaos`` makes: during scoring, and while training saves."""
-    run_dir = without(tiny_run, tmp_path / "run", "score", "distill")
+    run_dir = copy_without(tiny_run, tmp_path / "run", "score", "distill")
     words = [*overrides(teacher, text_file, run_dir), "only=[score,prune,heal,distill]"]
     seconds = {stage: manifest_of(tiny_run, stage).seconds for stage in ("score", "distill")}
     command = RunCommand(words, run_dir, seconds, {"TMPDIR": str(temporary)})
@@ -387,7 +387,7 @@ def test_kill_9_then_the_same_command_changes_nothing(
 def test_leftover_work_of_a_complete_stage_is_removed(
     tiny_run: Path, teacher: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    run_dir = without(tiny_run, tmp_path / "run")
+    run_dir = copy_without(tiny_run, tmp_path / "run")
     left = run_dir / "distill" / WORK
     left.mkdir()
     shutil.copy(run_dir / "distill" / MANIFEST, left / BEGUN)

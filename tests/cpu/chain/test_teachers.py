@@ -14,7 +14,7 @@ from recipes.core.metrics import METRICS, steps_of
 from recipes.data.results import DatasetResult
 from tests.support.in_process import run_in_process
 from tests.support.launcher import CommandResult
-from tests.support.runs import manifest_of, settings, tiny, without
+from tests.support.runs import copy_without, manifest_of, settings, tiny
 from tests.support.text import write_chats
 
 STEPS, BATCH = 12, 4
@@ -89,7 +89,7 @@ def test_a_cached_teacher_gives_the_live_ones_losses(
     result = run_teacher(
         teacher,
         texts,
-        without(live, tmp_path / "run", "distill"),
+        copy_without(live, tmp_path / "run", "distill"),
         "teacher=cached",
         "only=[cache_logits,distill]",
         "stages.cache_logits.top_k=250",
@@ -112,7 +112,7 @@ def test_a_corrected_teacher_predicts_the_text_better(
     result = run_teacher(
         teacher,
         texts,
-        without(live, tmp_path / "run", "distill"),
+        copy_without(live, tmp_path / "run", "distill"),
         "teacher=corrected",
         "only=[correct_teacher,distill]",
         "stages.correct_teacher.max_steps=20",

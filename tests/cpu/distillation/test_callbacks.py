@@ -30,7 +30,7 @@ from recipes.distillation.training import CHECKPOINTS
 from recipes.evaluation.predictions import require_better_than_chance
 from tests.support.in_process import run_in_process, run_successfully
 from tests.support.launcher import run_recipe
-from tests.support.runs import manifest_of, settings, tiny, without
+from tests.support.runs import copy_without, manifest_of, settings, tiny
 
 
 def test_a_teacher_of_chance_level_is_refused() -> None:
@@ -62,7 +62,7 @@ def untrained(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPa
 @pytest.fixture
 def distilling(untrained: Path, even_llama: Path, text_file: Path, tmp_path: Path) -> list[str]:
     """Returns the command that continues a copy of the run."""
-    run_dir = without(untrained, tmp_path / "run")
+    run_dir = copy_without(untrained, tmp_path / "run")
     return [*training(even_llama, text_file, run_dir), "only=[distill]"]
 
 

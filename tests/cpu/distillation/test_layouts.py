@@ -26,7 +26,7 @@ from recipes.distillation.training import CHECKPOINTS, whole_checkpoints
 from tests.support.in_process import run_successfully
 from tests.support.launcher import run_and_kill
 from tests.support.rounding import ULP, by_one_ulp, growth
-from tests.support.runs import manifest_of, settings, tiny, without
+from tests.support.runs import copy_without, manifest_of, settings, tiny
 
 MULTIPLE = 100
 """Multiple of the change by one ulp in the logits. Every operation of another layout may round
@@ -99,7 +99,7 @@ def perturbed(
     one_rank: Path, even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The training of ``one_rank``, with the student's logits changed by one ulp in each step."""
-    run_dir = without(one_rank, tmp_path_factory.mktemp("perturbed") / "run", "distill")
+    run_dir = copy_without(one_rank, tmp_path_factory.mktemp("perturbed") / "run", "distill")
     with perturbed_logits():
         run_successfully(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
     return run_dir
@@ -158,7 +158,7 @@ def test_steps_are_traced(one_rank: Path) -> None:
 def test_every_layout_has_the_losses_of_one_rank(
     one_rank: Path, perturbed: Path, even_llama: Path, text_file: Path, tmp_path: Path, name: str
 ) -> None:
-    run_dir = without(one_rank, tmp_path / "run", "distill")
+    run_dir = copy_without(one_rank, tmp_path / "run", "distill")
     command = [*overrides(even_llama, text_file, run_dir), *layout(name)]
     run_successfully(*command, cwd=tmp_path)
     stops = "stop_at_recovered=0.9" in LAYOUTS[name][1]  # at the one validation before the end
@@ -171,7 +171,9 @@ def test_every_layout_has_the_losses_of_one_rank(
 def test_speed_patches_only_round_differently_in_bfloat16(
     one_rank: Path, even_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    runs = {name: without(one_rank, tmp_path / name, "distill") for name in ("ours", "ulp", "own")}
+    runs = {
+        name: copy_without(one_rank, tmp_path / name, "distill") for name in ("ours", "ulp", "own")
+    }
     for name, run_dir in runs.items():
         patches = ["stages.distill.cpu_speed_patches=[]"] if name == "own" else []
         command = [
@@ -194,7 +196,7 @@ def test_a_killed_training_resumes_in_another_layout(
     second: str,
 ) -> None:
     """The projection and its optimizer state, which DP=2 has in halves, are resharded too."""
-    run_dir = without(one_rank, tmp_path / "run", "distill")
+    run_dir = copy_without(one_rank, tmp_path / "run", "distill")
     command = overrides(even_llama, text_file, run_dir)
     metrics = run_dir / "distill" / METRICS
     run_and_kill(

@@ -28,7 +28,7 @@ from recipes.distillation.settings import CacheLogitsConfig
 from tests.support.in_process import run_in_process, run_successfully
 from tests.support.launcher import run_and_kill
 from tests.support.models import EVEN, write_tiny_model
-from tests.support.runs import manifest_of, tiny, without
+from tests.support.runs import copy_without, manifest_of, tiny
 
 LENGTH, KEPT, DRAWS, TEMPERATURE, SEQUENCES, PER_SHARD = 48, 16, 5, 1.5, 130, 12
 HALF = 2.0**-11
@@ -143,7 +143,7 @@ def test_a_killed_and_a_stopped_run_resume_to_the_same_cache(
     for attempt in range(5):  # on a busy machine it may end before it is killed
         if before:
             break
-        copy = without(run, tmp_path / f"run-{attempt}", "cache_logits")
+        copy = copy_without(run, tmp_path / f"run-{attempt}", "cache_logits")
         arguments = overrides(even_llama, text_file, copy)
         stage = copy / "cache_logits"
         run_and_kill(*arguments, cwd=tmp_path, metrics=stage / METRICS, records=2)
@@ -183,7 +183,7 @@ def test_a_killed_and_a_stopped_run_resume_to_the_same_cache(
 def test_two_ranks_write_the_same_cache(
     run: Path, even_llama: Path, text_file: Path, tmp_path: Path, tensor: int
 ) -> None:
-    copy = without(run, tmp_path / "run", "cache_logits")
+    copy = copy_without(run, tmp_path / "run", "cache_logits")
     run_successfully(
         *overrides(even_llama, text_file, copy),
         "stages.cache_logits.resources.devices=2",

@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_convert.gguf_file import SPLITS, _pre_tokenizer, _rope_factors, write
 from recipes.core.errors import RecipeError
-from tests.support.llama_cpp import PROMPTS, greedy, require_near_words
+from tests.support.llama_cpp import PROMPTS, greedy, require_similar_generation
 from tests.support.models import EVEN, FAMILIES, write_tiny_model
 
 LENGTH = 12
@@ -114,7 +114,7 @@ def test_llama_cpp_reads_smaller_types(
     folder = shutil.copytree(even_llama, tmp_path / "hf")
     sharpen_attention(folder)
     write(folder, tmp_path / "model.gguf", kind)
-    require_near_words(folder, tmp_path / "model.gguf", tolerance)
+    require_similar_generation(folder, tmp_path / "model.gguf", tolerance)
 
 
 def write_byte_fallback_tokenizer(text_file: Path, folder: Path) -> None:

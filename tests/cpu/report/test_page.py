@@ -17,7 +17,7 @@ from recipes.pruning.settings import PruneConfig
 from recipes.report.plots import Axis, Series, layer_plot, line_plot
 from recipes.report.settings import ReportConfig
 from tests.support.pages import PLOTS, Page, every_number, section
-from tests.support.reports import CONFIG, changed, make_inputs, rendered
+from tests.support.reports import CONFIG, make_inputs, render_page, with_result
 from tests.support.results import DROPPED, LAYERS, NASTY, RESULTS, STUDENT, TEACHER, wobble
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Input]:
 
 @pytest.fixture(scope="module")
 def text(inputs: dict[str, Input], tmp_path_factory: pytest.TempPathFactory) -> str:
-    return rendered(inputs, tmp_path_factory.mktemp("report"))
+    return render_page(inputs, tmp_path_factory.mktemp("report"))
 
 
 def test_page_has_the_numbers_of_all_manifests(text: str, inputs: dict[str, Input]) -> None:
@@ -93,12 +93,12 @@ def test_accepted_results_are_named(inputs: dict[str, Input], tmp_path: Path) ->
     distilled = inputs["distilled"]
     acceptance = Acceptance("f", ["lr changed 1 → 2", "its code changed"])
     kept = replace(distilled, manifest=replace(distilled.manifest, accepted=acceptance))
-    text = Page(rendered({**inputs, "distilled": kept}, tmp_path)).text
+    text = Page(render_page({**inputs, "distilled": kept}, tmp_path)).text
     assert "The result of distill was kept although lr changed 1 → 2, its code changed." in text
 
 
 def test_text_of_models_and_users_is_escaped(inputs: dict[str, Input], tmp_path: Path) -> None:
-    text = rendered(inputs, tmp_path, replace(CONFIG, title=NASTY, description=NASTY))
+    text = render_page(inputs, tmp_path, replace(CONFIG, title=NASTY, description=NASTY))
     assert "<script" not in text
     assert text.count(html.escape(NASTY).replace("&#x27;", "&#39;")) == 4
     assert NASTY in Page(text).text
@@ -114,22 +114,26 @@ def test_dropped_layers_are_marked(text: str) -> None:
 
 @pytest.mark.parametrize(("lm_weight", "terms"), [(0.0, 1), (0.5, 3)])
 def test_only_loss_terms_in_use_are_drawn(tmp_path: Path, lm_weight: float, terms: int) -> None:
-    text = rendered(make_inputs(tmp_path / "run", lm_weight=lm_weight), tmp_path)
+    text = render_page(make_inputs(tmp_path / "run", lm_weight=lm_weight), tmp_path)
     assert section(text, "distillation").count('class="key"') == terms
 
 
 def test_early_stop_is_reported(inputs: dict[str, Input], tmp_path: Path) -> None:
     trained = inputs["distilled"].manifest.result(DistillationResult)
-    stopped = changed(inputs["distilled"], replace(trained, stopped="stopped at step 60 of 400"))
-    assert "stopped at step 60" in Page(rendered({**inputs, "distilled": stopped}, tmp_path)).text
+    stopped = with_result(
+        inputs["distilled"], replace(trained, stopped="stopped at step 60 of 400")
+    )
+    assert (
+        "stopped at step 60" in Page(render_page({**inputs, "distilled": stopped}, tmp_path)).text
+    )
 
 
 @pytest.mark.parametrize("fraction", [None, -0.4, 1.2])
 def test_recovered_may_be_unknown_or_outside_0_to_1(
     inputs: dict[str, Input], tmp_path: Path, fraction: float | None
 ) -> None:
-    evaluation = changed(inputs["evaluation"], replace(RESULTS["evaluate"], recovered=fraction))
-    text = rendered({**inputs, "evaluation": evaluation}, tmp_path)
+    evaluation = with_result(inputs["evaluation"], replace(RESULTS["evaluate"], recovered=fraction))
+    text = render_page({**inputs, "evaluation": evaluation}, tmp_path)
     assert fraction is None or fraction in Page(text).figures()
     assert "None" not in text
     assert 'width="-' not in text
@@ -140,10 +144,10 @@ def test_a_width_pruned_model_has_no_dropped_layers(
 ) -> None:
     kept = list(range(1, LAYERS + 1))
     result = replace(inputs["pruned"].manifest.result(PruneResult), kept_layers=kept)
-    pruned = changed(inputs["pruned"], result)
+    pruned = with_result(inputs["pruned"], result)
     config = asdict(PruneConfig("prune", target_hidden_size=448))
     pruned = replace(pruned, manifest=replace(pruned.manifest, config=config))
-    text = rendered({**inputs, "pruned": pruned}, tmp_path)
+    text = render_page({**inputs, "pruned": pruned}, tmp_path)
     assert "bar dropped" not in text
     assert 448 in Page(section(text, "settings")).figures()
 
@@ -158,7 +162,7 @@ def test_optional_records_may_be_missing(inputs: dict[str, Input], tmp_path: Pat
             **({"stage": "other", "config": {}, "metrics": {}} if other else {}),
         )  # fmt: skip
         bare[name] = Input(tmp_path / name, manifest)
-    page = Page(rendered(bare, tmp_path, ReportConfig("report")))
+    page = Page(render_page(bare, tmp_path, ReportConfig("report")))
     assert "None" not in page.text
     assert not {"plot-loss", "plot-layers", "plot-work"} & set(page.values("id"))
 

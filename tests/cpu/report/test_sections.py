@@ -20,7 +20,14 @@ from recipes.search.results import SearchResult
 from recipes.search.space import SEARCH_AXES
 from recipes.stages import report
 from tests.support.pages import OPTIONAL_PLOTS, Page, every_number, section
-from tests.support.reports import CONFIG, changed, make_inputs, optional_inputs, rendered, stage
+from tests.support.reports import (
+    CONFIG,
+    make_inputs,
+    optional_inputs,
+    render_page,
+    stage,
+    with_result,
+)
 from tests.support.results import NASTY, RESULTS, STEPS, STUDENT, TEACHER
 
 if TYPE_CHECKING:
@@ -38,7 +45,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Input]:
 
 @pytest.fixture(scope="module")
 def text(inputs: dict[str, Input], tmp_path_factory: pytest.TempPathFactory) -> str:
-    return rendered(inputs, tmp_path_factory.mktemp("page"))
+    return render_page(inputs, tmp_path_factory.mktemp("page"))
 
 
 def test_names_are_escaped(inputs: dict[str, Input], tmp_path: Path) -> None:
@@ -57,7 +64,7 @@ def test_names_are_escaped(inputs: dict[str, Input], tmp_path: Path) -> None:
         manifest.versions[NASTY] = NASTY
         manifest.files[NASTY] = next(iter(manifest.files.values()))
         manifest.config |= dict.fromkeys(("hf_path", "teacher", "recipe"), NASTY)
-    text = rendered(hostile, tmp_path)
+    text = render_page(hostile, tmp_path)
     assert Page(text).text.count(NASTY) > 20
     assert "<script" not in text
     assert "<b>bold" not in text
@@ -84,13 +91,13 @@ def test_a_section_appears_with_its_input(
     inputs: dict[str, Input], tmp_path: Path, name: str
 ) -> None:
     chain = {key: item for key, item in inputs.items() if key not in OPTIONAL_INPUTS}
-    ids = set(Page(rendered({**chain, name: inputs[name]}, tmp_path)).values("id"))
+    ids = set(Page(render_page({**chain, name: inputs[name]}, tmp_path)).values("id"))
     assert {*OPTIONAL_INPUTS} & ids == {name}
-    assert not {*OPTIONAL_PLOTS} & set(Page(rendered(chain, tmp_path)).values("id"))
+    assert not {*OPTIONAL_PLOTS} & set(Page(render_page(chain, tmp_path)).values("id"))
 
 
 def test_a_search_has_a_report(inputs: dict[str, Input], tmp_path: Path) -> None:
-    page = Page(rendered({name: inputs[name] for name in ("teacher", "search")}, tmp_path))
+    page = Page(render_page({name: inputs[name] for name in ("teacher", "search")}, tmp_path))
     links = {link.removeprefix("#") for link in page.values("href")}
     assert links == {"search", "cost", "provenance"}
     assert "candidate 0 was chosen" in page.text
@@ -104,8 +111,8 @@ def test_significant_difference_is_marked(inputs: dict[str, Input], tmp_path: Pa
     results = inputs["tasks"].manifest.result(TaskResults)
     worse = Differences(distilled=Difference(-0.2, -0.3, -0.1), pruned=Difference(-0.4, -0.5, -0.3))
     tasks = {name: replace(task, differences=worse) for name, task in results.tasks.items()}
-    changed_tasks = changed(inputs["tasks"], replace(results, tasks=tasks))
-    text = rendered({**inputs, "tasks": changed_tasks}, tmp_path)
+    changed_tasks = with_result(inputs["tasks"], replace(results, tasks=tasks))
+    text = render_page({**inputs, "tasks": changed_tasks}, tmp_path)
     assert '<span class="worse"><data value="-0.2" title="-0.2">−20.0</data></span>' in text
     # Scores that are not fractions have no colour, since lower may be better, as for perplexity.
     assert '<span class="even"><data value="-0.2" title="-0.2">−0.20</data></span>' in text
@@ -115,7 +122,7 @@ def test_gates_are_shown_with_the_measured_values(inputs: dict[str, Input], tmp_
     """A gate is left out if no input has its value."""
     gates = ["recovered.sciq >= 0.85", "recovered.piqa >= 0.95", "speedup.decode > 1"]
     chain = {name: item for name, item in inputs.items() if name != "speed"}
-    text = rendered(chain, tmp_path, replace(CONFIG, gates=gates))
+    text = render_page(chain, tmp_path, replace(CONFIG, gates=gates))
     table = text[text.index('id="table-gates"') :].partition("</table>")[0]
     rows = [re.sub(r"<[^>]*>", " ", row).split() for row in table.split("<tr>")[2:]]
     assert [(row[0], row[-1]) for row in rows] == [
@@ -124,16 +131,16 @@ def test_gates_are_shown_with_the_measured_values(inputs: dict[str, Input], tmp_
     ]
     measured = inputs["tasks"].manifest.metrics["tasks"]["piqa"]["recovered"]
     assert measured in Page(table).figures()
-    assert 'id="gates"' not in rendered(inputs, tmp_path)
+    assert 'id="gates"' not in render_page(inputs, tmp_path)
 
 
 def test_quality_by_data_source(inputs: dict[str, Input], tmp_path: Path) -> None:
     model = TextQuality(3.0265, 0.05, 20.625, 0.375, 0.6875)
     crawl = SourceQuality(model, model, model, 20, 5120, 5100, None)
-    evaluation = changed(
+    evaluation = with_result(
         inputs["evaluation"], replace(RESULTS["evaluate"], sources={"a web crawl": crawl})
     )
-    page = Page(rendered({**inputs, "evaluation": evaluation}, tmp_path))
+    page = Page(render_page({**inputs, "evaluation": evaluation}, tmp_path))
     assert {20.625, 0.375} <= page.figures()
     assert "a web crawl" in page.text
 
@@ -146,8 +153,8 @@ def test_only_the_best_of_many_candidates_are_named_in_the_plot(
     more = [
         replace(beaten, name=f"beaten {n}", parameters=110_000_000 + 100_000 * n) for n in range(9)
     ]
-    many = changed(inputs["search"], replace(search, candidates=[*search.candidates, *more]))
-    text = rendered({**inputs, "search": many}, tmp_path)
+    many = with_result(inputs["search"], replace(search, candidates=[*search.candidates, *more]))
+    text = render_page({**inputs, "search": many}, tmp_path)
     plot = text[text.index('id="plot-search"') :].partition('id="table-search"')[0]
     labels = " ".join(re.findall(r'class="mark"[^>]*>([^<]*)</text>', plot))
     assert "candidate 0" in labels
@@ -174,7 +181,7 @@ def test_flops_of_a_cached_teacher_are_those_of_its_stage(tmp_path: Path) -> Non
     )
     stage(run, StageConfig("stranger"), "plan", {"b": 6}, PlanResult({}, []))
     inputs["distilled"].manifest.inputs["teacher"] = cache.manifest.fingerprint
-    page = Page(rendered(inputs, tmp_path))
+    page = Page(render_page(inputs, tmp_path))
     assert 777_216 * forward_flops(TEACHER, 256) in page.figures()
     assert STEPS * 1024 * forward_flops(TEACHER, 256) not in page.figures()
     assert cache.manifest.seconds in page.figures()
@@ -186,5 +193,5 @@ def test_machine_hours_count_nodes(inputs: dict[str, Input], tmp_path: Path) -> 
     manifest = inputs["distilled"].manifest
     config = {**manifest.config, "resources": {"nodes": 4, "devices": 8, "env": {}}}
     wide = replace(inputs["distilled"], manifest=replace(manifest, config=config))
-    page = Page(rendered({**inputs, "distilled": wide}, tmp_path))
+    page = Page(render_page({**inputs, "distilled": wide}, tmp_path))
     assert {4 * manifest.seconds / 3600, 32} <= page.figures()

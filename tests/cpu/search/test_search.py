@@ -107,10 +107,10 @@ def test_views_of_sorted_weights_have_the_logits_of_pruned_models(
         assert {p.untyped_storage().data_ptr() for p in view._model.parameters()} <= memory
     pruned = as_transformers(teacher, shape, prune_weights(teacher, kept, whole.kv_channels))
     unpruned = read_log_probs(view.predictor(whole, [1, 2, 3, 4]), tokens)
-    for log_probabilities, model in ((actual, pruned), (unpruned, load_transformers(teacher))):
+    for values, model in ((actual, pruned), (unpruned, load_transformers(teacher))):
         expected = log_probs(model, tokens)
         by = change_by_one_ulp(model, lambda model=model: log_probs(model, tokens))
-        torch.testing.assert_close(log_probabilities, expected, rtol=0, atol=ROUNDINGS * by)
+        torch.testing.assert_close(values, expected, rtol=0, atol=ROUNDINGS * by)
 
 
 def read_log_probs(model: Predictor, tokens: torch.Tensor) -> torch.Tensor:

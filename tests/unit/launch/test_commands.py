@@ -21,7 +21,7 @@ from launch.run_status import progress_text, read_statuses
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST
 from recipes.core.run_state import begin_work, record_failure, stage_state
-from tests.support.manifests import begun, edit_manifest
+from tests.support.manifests import edit_manifest, unfinished_manifest
 from tests.unit.conftest import SMALL_STUDENT, record, stage_named
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def run_dir(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
     complete(made, *(stage.name for stage in made.stages if stage.name not in ("distill", *AFTER)))
     record(made)
     distill = stage_named(made, "distill")
-    begin_work(distill.directory, begun(distill.request()))
+    begin_work(distill.directory, unfinished_manifest(distill.request()))
     log = distill.directory / "logs" / "1.log"
     log.parent.mkdir()
     log.write_text("".join(f"line {n}\n" for n in range(200)))

@@ -17,7 +17,7 @@ from launch.schema import CONF
 from recipes.core.manifest import FORMAT
 from recipes.core.run_state import RUN_FILE, begin_work, read_request
 from tests.support.disks import small_disk
-from tests.support.manifests import begun
+from tests.support.manifests import unfinished_manifest
 from tests.support.runs import STAGES
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def test_status_shows_the_last_plan_only(
     assert shown.count("its result is from other settings, inputs or code") == 4
     assert launch(*WORDS).returncode == 0  # which starts nothing
     assert states() == dict.fromkeys(STAGES, "complete")
-    begin_work(run / "export_gguf", begun(read_request(run / "export_gguf")))
+    begin_work(run / "export_gguf", unfinished_manifest(read_request(run / "export_gguf")))
     assert states()["export_gguf"] == "interrupted"
 
 

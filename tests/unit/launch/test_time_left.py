@@ -16,7 +16,7 @@ from launch.progress import (
 from launch.run_status import read_statuses, time_left
 from recipes.core.metrics import METRICS, MetricsLog
 from recipes.core.run_state import begin_work, read_request
-from tests.support.manifests import begun, edit_manifest
+from tests.support.manifests import edit_manifest, unfinished_manifest
 from tests.unit.conftest import record, stage_named
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def test_unfinished_work_counts_by_its_own_progress(plan: Callable[..., Plan], p
     assert time_left(made.run_dir, read_statuses(made.run_dir)) == pytest.approx(expected)
     write_steps(distill)  # of an earlier result
     assert time_left(made.run_dir, read_statuses(made.run_dir)) == pytest.approx(expected)
-    begin_work(distill, begun(read_request(distill)))
+    begin_work(distill, unfinished_manifest(read_request(distill)))
     write_steps(distill)
     statuses = read_statuses(made.run_dir)
     assert time_left(made.run_dir, statuses) == pytest.approx(49 + pace * AFTER)

@@ -10,7 +10,7 @@ import pytest
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST, WORK
 from recipes.core.run_state import begin_work
-from tests.support.manifests import begun
+from tests.support.manifests import unfinished_manifest
 from tests.unit.conftest import stage_named
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ WHY = "(it resumes only with the settings, inputs and code that it was started w
 def interrupt(plan: Plan, name: str, *, checkpoint: bool = True) -> None:
     """Writes the unfinished work of a stage that was killed, with a checkpoint or without."""
     stage = stage_named(plan, name)
-    begin_work(stage.directory, begun(stage.request()))
+    begin_work(stage.directory, unfinished_manifest(stage.request()))
     if checkpoint:
         (stage.directory / WORK / "checkpoints" / "step=49-last").mkdir(parents=True)
 
@@ -88,8 +88,8 @@ def test_dry_run_is_refused_as_the_run_would_be(
 
 
 def test_every_changed_field_is_named_and_set_back(plan: MakePlan) -> None:
-    begun = ("stages.distill.precision=32", "stages.distill.lr=3e-4")
-    interrupt(plan(*begun), "distill")
+    overrides = ("stages.distill.precision=32", "stages.distill.lr=3e-4")
+    interrupt(plan(*overrides), "distill")
     what, fix = refusal(
         plan,
         "stages.distill.lr=1e-5",

@@ -15,7 +15,7 @@ from recipes.core.stage import Input
 from recipes.report.model_card import write_card
 from recipes.report.serving import conversion_servers, run_servers
 from recipes.stages import export_hf
-from tests.support.reports import changed, make_inputs, optional_inputs
+from tests.support.reports import make_inputs, optional_inputs, with_result
 from tests.support.results import RESULTS, STUDENT
 
 TEACHER, RECIPE = "some/SmallLM-135M", "llama_width_prune"
@@ -166,7 +166,7 @@ def test_each_artifact_adds_its_server(run_inputs: dict[str, Input]) -> None:
 def test_tensorrt_llm_serves_its_engines(
     run_inputs: dict[str, Input], backend: str, options: str
 ) -> None:
-    engine = changed(run_inputs["engine"], replace(RESULTS["build_engine"], backend=backend))
+    engine = with_result(run_inputs["engine"], replace(RESULTS["build_engine"], backend=backend))
     first, *_ = run_servers({"exported": run_inputs["exported"], "engine": engine})
     assert first.line == f"trtllm-serve engine/artifact{options}"
 
