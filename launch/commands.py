@@ -24,6 +24,7 @@ from recipes.core.errors import RecipeError, did_you_mean, require_known
 from recipes.core.manifest import MANIFEST
 from recipes.core.run_state import REQUEST, RUN_FILE, Status, read_request
 from recipes.core.screen import plain_table
+from recipes.core.snapshot import CODE
 from recipes.core.stage_process import newest_log, tail
 from recipes.report.runs import find_runs, read_run
 
@@ -263,7 +264,8 @@ def _delete(folder: Path) -> None:
 
 def _deletable(run: Path, needed: Collection[Path]) -> list[Path]:
     """Returns a whole run, or its stages that no other run needs."""
-    stages = [folder for folder in sorted(run.iterdir()) if folder.is_dir()]
+    folders = [folder for folder in sorted(run.iterdir()) if folder.is_dir()]
+    stages = [folder for folder in folders if folder.name != CODE]  # the code of kept stages stays
     unneeded = [folder for folder in stages if folder not in needed]
     return unneeded if len(unneeded) < len(stages) else [run]
 

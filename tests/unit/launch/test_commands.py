@@ -21,6 +21,7 @@ from launch.run_status import progress_text, read_statuses
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST
 from recipes.core.run_state import begin_work, record_failure, stage_state
+from recipes.core.snapshot import CODE
 from tests.support.manifests import edit_manifest, unfinished_manifest
 from tests.unit.conftest import SMALL_STUDENT, record, stage_named
 
@@ -135,6 +136,7 @@ def test_runs_are_listed_with_their_state_and_results(
 
 def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launch) -> None:
     """And nothing without ``--yes``, or while the run is running."""
+    (run_dir / CODE / "hash").mkdir(parents=True)
     other = run_dir.with_name("other")
     shutil.copytree(run_dir, other)
     for request in other.glob("*/config.yaml"):
@@ -150,7 +152,8 @@ def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launc
     assert sorted(run_dir.rglob("[!.]*")) == before
     rest = sorted(other.rglob("*"))
     assert launch("runs", "clean", str(run_dir), "--yes").returncode == 0
-    assert [folder.name for folder in run_dir.iterdir() if folder.is_dir()] == ["import_hf"]
+    folders = {folder.name for folder in run_dir.iterdir() if folder.is_dir()}
+    assert folders == {"import_hf", CODE}, "and the code of the stage that is kept"
     assert (run_dir / "import_hf" / MANIFEST).exists()
     assert sorted(other.rglob("*")) == rest
     assert launch("runs", "clean", str(run_dir), str(other), "--yes").returncode == 0
