@@ -22,6 +22,7 @@ LONGEST = (
     "test_rehearsal",
     "test_recipes_in_miniature",
     "test_settings",
+    "test_overlap",
 )
 """Files that take minutes: started first, none of them is left over for one worker at the end."""
 

@@ -65,6 +65,11 @@ class Ledger:
         cursor = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,))
         return cursor.rowcount == 1
 
+    def exclude(self, file: Path) -> None:
+        """Adds the documents whose digests are in a file, so that none of them counts as new."""
+        for line in file.read_text(encoding="ascii").split():
+            self.is_new(bytes.fromhex(line))
+
     def progress(self) -> dict[str, Any] | None:
         """Returns the state that was saved last, if any."""
         row = self._database.execute("SELECT state FROM progress").fetchone()
@@ -129,6 +134,8 @@ def prepare(
     names = list(source_names(cfg.all_sources()).items())
     with Ledger(folder / "ledger.sqlite") as ledger:
         state = PreparationState(**(ledger.progress() or {}))
+        if excluded := cfg.excluded_path():
+            ledger.exclude(excluded)
         with PartWriter(folder, PARTS, state.sizes, masked=chat is not None) as writer:
             state.sizes = writer.sizes
             store = _Store(ledger, writer, state)

@@ -45,7 +45,9 @@ def inputs(job: RankJob, run_dir: Path) -> dict[str, Input]:
 
 
 def settings(job: RankJob, run_dir: Path) -> dict[str, Any]:
-    """Returns a job's settings; replaces the path of a Hugging Face model by a generated model."""
+    """Returns settings for generated inputs: the model's path, no weights of a cached text."""
+    if any(source.kind == CACHED for source in job.inputs.values()):
+        return {**job.config, "weights": {}}  # all sequences of the cache have the number 0
     if "hf_path" not in job.config:
         return job.config
     return {**job.config, "hf_path": str(_hf_folder(job.hf_config, run_dir / "model"))}

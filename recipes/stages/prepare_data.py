@@ -42,7 +42,9 @@ PARTS_FOLDER = "parts"
 def external(cfg: PrepareDataConfig) -> dict[str, Path]:
     """Returns local files that the result depends on."""
     sources = (parse_source(source).local_files() for source in cfg.all_sources())
-    return {str(path): path for files in sources for path in files}
+    external = {str(path): path for files in sources for path in files}
+    excluded = cfg.excluded_path()
+    return external if excluded is None else {**external, str(excluded): excluded}
 
 
 def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
@@ -77,6 +79,9 @@ def _source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
         if problem := source_problem(source):
             yield f"data.sources: {problem}", "see the list of sources in docs/your_model.md"
     yield from _weight_problems(cfg)
+    if (excluded := cfg.excluded_path()) and not excluded.is_file():
+        what = f"there is no file data.excluded_documents={cfg.excluded_documents}"
+        yield what, "correct the path, or leave it out"
     for source in cfg.teacher_sources():
         if not (parse_source(source).tokens or cfg.max_tokens):
             example = with_option(source, "tokens", 100000)

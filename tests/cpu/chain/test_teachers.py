@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from recipes.core.files import sha256_of
 from recipes.core.metrics import METRICS, steps_of
 from recipes.data.results import DatasetResult
+from recipes.distillation.results import DistillationResult
 from tests.support.in_process import run_in_process
 from tests.support.launcher import CommandResult
 from tests.support.runs import copy_without, manifest_of, settings, tiny
@@ -55,9 +56,9 @@ def teacher(even_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Prose, conversations, and those that the teacher writes."""
+    """Prose, conversations, and those that the teacher writes, with weights."""
     chats = write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", text_file)
-    return f"'{text_file}','{chats}','{WRITTEN}'"
+    return f"'{text_file}#weight=2','{chats}#weight=1','{WRITTEN}&weight=1'"
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,17 @@ def test_the_teacher_wrote_a_part_of_the_text(live: Path) -> None:
     [file] = (live.parent / "cache" / "teacher_chats").glob("*/chats.jsonl")
     assert origin.licence == "written by even; its licence applies: unknown"
     assert origin.sha256 == sha256_of(file)
+
+
+def test_weights_set_the_tokens_of_each_source(live: Path) -> None:
+    result = manifest_of(live, "distill").result(DistillationResult)
+    tokens = {source.source: source.tokens for source in result.sources}
+    assert tokens == {
+        "topics": result.tokens / 2,
+        "chats": result.tokens / 4,
+        "teacher-chat": result.tokens / 4,
+    }
+    assert all(source.epochs > 0 for source in result.sources)
 
 
 def test_a_cached_teacher_gives_the_live_ones_losses(

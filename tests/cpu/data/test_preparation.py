@@ -26,7 +26,7 @@ from recipes.core.metrics import MetricsLog
 from recipes.core.stage import DEADLINE, StoppedByDeadlineError
 from recipes.data import part_writer, preparation
 from recipes.data.chat import TOO_LONG, ChatTokenizer
-from recipes.data.corpus import PARTS
+from recipes.data.corpus import PARTS, digest
 from recipes.data.part_writer import PartWriter
 from recipes.data.preparation import PreparationState, prepare
 from recipes.data.settings import PrepareDataConfig
@@ -106,6 +106,18 @@ def test_every_document_is_in_one_split_and_held_out_sources_in_theirs(
     apart = list(dict.fromkeys(tuple(one.ids.tolist()) for one in encoded))
     assert documents(folder, "heldout")[: len(apart)] == apart
     assert done.sources["heldout"]["apart"] == sum(map(len, apart))
+
+
+def test_excluded_documents_are_in_no_split(
+    cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, text_file: Path, tmp_path: Path
+) -> None:
+    texts, others = set(read(text_file)[:40]), set(read(text_file)[40:600])
+    (tmp_path / "excluded.txt").write_text("".join(f"{digest(t).hex()}\n" for t in texts))
+    excluding = replace(cfg, excluded_documents=str(tmp_path / "excluded.txt"))
+    done = prepare(excluding, tokenizer, tmp_path, LOG)
+    found = {document for part in PARTS for document in documents(tmp_path, part)}
+    assert not found & {tuple(one.ids.tolist()) for one in tokenizer.encode([*texts])}
+    assert sum(count for _, count in done.sizes.values()) == len(others - texts)
 
 
 def test_ten_times_the_text_takes_the_same_memory(
