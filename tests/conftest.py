@@ -13,6 +13,7 @@ from tests.support.disks import large_disks
 from tests.support.text import write_text
 
 LONGEST = (
+    "test_cluster_recipes",
     "test_slurm",
     "test_readme",
     "test_chain",

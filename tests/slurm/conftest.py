@@ -12,14 +12,18 @@ from pathlib import Path
 import pytest
 
 from launch.executors.slurm_queue import active_jobs
+from recipes.core.files import REPO_ROOT
+from tests.slurm import probe
 from tests.slurm.cluster import SlurmCluster, wait_for, without_slurm
 from tests.support.in_process import run_in_process
-from tests.support.launcher import CommandResult, run_recipe
+from tests.support.launcher import CommandResult, run_recipe, write_program
 from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import settings
 
 SECRET = "a_token_that_no_file_may_hold"
 STEPS = 3
+CPUS = 64
+"""Of a job that shares a node."""
 DISTILL = {
     "max_steps": STEPS,
     "warmup_steps": 1,
@@ -42,6 +46,24 @@ def slurm() -> Iterator[SlurmCluster]:
         pytest.skip(why)
     with SlurmCluster.running() as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def probe_settings(
+    slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, ...]:
+    """Settings of the documents, with the probe as interpreter, in a container."""
+    folder = tmp_path_factory.mktemp("probe")
+    start = f'{probe.PROBE}="$0" exec {sys.executable} {probe.__file__} "$@"'
+    python, image = write_program(folder / "python", start), folder / "image.sqsh"
+    image.touch()
+    return (
+        "cluster=slurm",
+        f"cluster.cpus_per_task={CPUS}",
+        f"cluster.python={python}",
+        f"cluster.images.default={image if slurm.has_containers else 'null'}",
+        f"cluster.mounts=[{slurm.directory},{folder},{REPO_ROOT}/tests:ro]",
+    )
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 TORCH = "PROBE_TORCH"
+HOLD = "PROBE_HOLD"
+"""Variable with the step at which a training stays until it is killed."""
 PROBE = "PROBE"
 """Variable with the script that starts this file."""
 RECORDS = "probe"
 """Folder in a stage's directory with a file for each rank."""
 TRAINING = "training"
 """Folder in a search's directory with a training that it starts."""
+TRAINED = "recipes.stages.distill"
 SEARCH = "recipes.stages.successive_halving"
 SECONDS = 120
 DEBIAN_PYTHON = "/usr/bin/python3"
@@ -94,6 +97,7 @@ def complete(module: str, work: Callable[[], None]) -> None:
     sys.path.insert(2, str(Path(__file__).parents[2]))
     from recipes.core import worker
     from recipes.core.manifest import Outcome
+    from recipes.core.stage import metrics_log
     from recipes.stages.contract import Stage
     from tests.support.results import RESULTS
 
@@ -101,6 +105,9 @@ def complete(module: str, work: Callable[[], None]) -> None:
 
     def run(config: Any, inputs: object, out: Path) -> Outcome:
         work()
+        if module == TRAINED and HOLD in os.environ:
+            metrics_log(out).progress("distill", int(os.environ[HOLD]), config.max_steps)
+            time.sleep(SECONDS)
         if module == SEARCH:
             from recipes.core.stage_process import run_child
             from recipes.stages.successive_halving import training_of
@@ -148,7 +155,7 @@ def sum_by_socket(records: Path) -> int:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return 0
-    address, file = os.environ["MASTER_ADDR"], records / "port"
+    address, file = os.environ["MASTER_ADDR"], records / f"port-{os.environ['SLURM_JOB_ID']}"
     if rank() == 0:
         with socket.create_server((address, 0), backlog=world) as server:
             server.settimeout(SECONDS)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +17,9 @@ import pytest
 from launch.executors.slurm_limits import NodeGroup, read_partitions
 from launch.run_status import read_statuses
 from launch.schema import CONF
-from recipes.core.files import REPO_ROOT
 from tests.slurm import probe
 from tests.slurm.cluster import SlurmCluster, run
-from tests.slurm.conftest import Run
-from tests.support.launcher import write_program
+from tests.slurm.conftest import CPUS, Run
 
 pytestmark = pytest.mark.timeout(600)
 NODES = {
@@ -50,7 +47,7 @@ if not HAS_MPI:
 ENGINE_STAGES = {"build_engine", "build_teacher_engine", "measure_speed"}
 WITHOUT_GPU = {"plan", "prepare_data", "report", "enumerate_shapes"}
 NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB = 224, 8, 2_000_000
-CPUS, DATA_CPUS = 64, 16
+DATA_CPUS = 16
 MEMORY_PER_CPU_MB = 8900
 
 
@@ -77,27 +74,15 @@ def one_rank(stage: str) -> Share:
 
 
 @pytest.fixture(scope="module")
-def overrides(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Settings of the documents, with the probe as interpreter, in a container."""
-    folder = tmp_path_factory.mktemp("probe")
-    start = f'{probe.PROBE}="$0" exec {sys.executable} {probe.__file__} "$@"'
-    python, image = write_program(folder / "python", start), folder / "image.sqsh"
-    image.touch()
-    return (
-        "cluster=slurm",
-        f"cluster.cpus_per_task={CPUS}",
-        f"cluster.python={python}",
-        f"cluster.images.default={image if slurm.has_containers else 'null'}",
-        f"cluster.mounts=[{slurm.directory},{folder},{REPO_ROOT}/tests:ro]",
-    )
-
-
-@pytest.fixture(scope="module")
-def chains(overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+def chains(
+    probe_settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Run]:
     """A run of every recipe; all jobs have ended."""
     folder = tmp_path_factory.mktemp("recipes")
     runs = {
-        recipe: Run(folder / recipe, (f"recipe={recipe}", *overrides, *SETTINGS.get(recipe, ())))
+        recipe: Run(
+            folder / recipe, (f"recipe={recipe}", *probe_settings, *SETTINGS.get(recipe, ()))
+        )
         for recipe in (*NODES, SEARCH)
     }
     for chain in runs.values():
@@ -229,8 +214,8 @@ def test_ranks_that_share_a_node_get_a_part_of_it(chains: dict[str, Run], tmp_pa
     require(distill, Share(1, 4, CPUS, 4, CPUS * MEMORY_PER_CPU_MB))
 
 
-def test_dry_run_asks_slurm(overrides: tuple[str, ...], tmp_path: Path) -> None:
-    chain = Run(tmp_path / "run", ("recipe=qwen3_8b_depth", *overrides, "dry_run=true"))
+def test_dry_run_asks_slurm(probe_settings: tuple[str, ...], tmp_path: Path) -> None:
+    chain = Run(tmp_path / "run", ("recipe=qwen3_8b_depth", *probe_settings, "dry_run=true"))
     shown = chain.submit()
     assert shown.code == 0, shown.output
     assert re.search(r"distill +\d{4}-\S+ +21504 +n\[1-96\]", shown.output), shown.output

@@ -1,0 +1,70 @@
+"""The commands of docs/first_day_on_slurm.md, one after the other, on Slurm with the probe.
+
+Tests of the rehearsal run its command; docker, enroot and a GPU are not here.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from recipes.core.files import REPO_ROOT
+from tests.slurm import probe
+from tests.slurm.cluster import wait_for
+from tests.slurm.conftest import Run
+from tests.slurm.test_cluster_recipes import one_rank, records, require, states, whole_nodes
+from tests.support.in_process import run_in_process, run_successfully
+
+pytestmark = pytest.mark.timeout(600)
+PAGE = (REPO_ROOT / "docs" / "first_day_on_slurm.md").read_text()
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines()]
+RUN = "runs/first"
+
+
+def words(command: str) -> list[str]:
+    start, program, *arguments = shlex.split(command)
+    assert (start, program) == ("python", "launch/run.py")
+    return arguments
+
+
+def test_commands_of_the_first_day(probe_settings: tuple[str, ...], tmp_path: Path) -> None:
+    plan, rehearse, large, small, first, second, third = map(words, COMMANDS)
+    assert rehearse == ["recipe=qwen3_8b_depth", "rehearse=true"]
+    assert "device-hours on h100" in run_successfully(*plan, cwd=tmp_path).output
+    settings = probe_settings[2:]  # the commands have the first two
+    assert set(probe_settings[:2]) <= set(large)
+    for dry in (large, small):
+        shown = run_successfully(*dry, *settings, cwd=tmp_path).output
+        assert re.search(r"distill +\d{4}-\d\d-\d\dT", shown), "Slurm says when it could start"
+    assert "`'only=[plan,import_hf,prepare_data]'`" in PAGE
+    short = [word for word in small if word != "dry_run=true"]
+    run_successfully(*short, "only=[plan,import_hf,prepare_data]", *settings, cwd=tmp_path)
+    Run(tmp_path / "runs" / "qwen3_8b_depth_2.5b", ()).wait()
+
+    chain = Run(tmp_path / RUN, ())
+    run_successfully(*first, *settings, cwd=tmp_path)
+    chain.wait()
+    assert set(states(chain).values()) == {"complete"}
+
+    run_successfully(*second, f"+cluster.env.{probe.HOLD}='100'", *settings, cwd=tmp_path)
+    assert f"`status run_dir={RUN}`" in PAGE
+
+    def status() -> str:
+        return run_in_process("status", f"run_dir={RUN}", cwd=tmp_path).output
+
+    wait_for(lambda: re.search("distill +running.* 100/200", status()), 60, pause=1)
+    assert f"`cancel run_dir={RUN}`" in PAGE
+    run_successfully("cancel", f"run_dir={RUN}", cwd=tmp_path)
+    chain.wait()
+
+    shown = run_successfully(*third, *settings, cwd=tmp_path).output
+    assert re.search(r"distill +resume +was interrupted", shown), shown
+    chain.wait()
+    assert set(states(chain).values()) == {"complete"}, status()
+    require(chain.directory / "distill", whole_nodes(1, ranks=4))
+    require(chain.directory / "export_hf", one_rank("export_hf"))
+    assert records(chain.directory / "distill")[0]["SLURM_JOB_NAME"].startswith("first.distill.")
