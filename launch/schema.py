@@ -18,9 +18,9 @@ from recipes.core.files import REPO_ROOT
 from recipes.planning.hardware import cpu_profile
 
 CONF = REPO_ROOT / "conf"
-OPTIONAL_GROUPS = ("engine", "gguf", "heal", "tasks", "tracker")
+OPTIONAL_GROUPS = ("engine", "gguf", "heal", "long_context", "tasks", "tracker")
 """Config groups that a run can leave out: ``GROUP=null``."""
-CHOICE = re.compile(r"[a-z][\w.]*", re.IGNORECASE)
+CHOICE = re.compile(r"\d+k|[a-z][\w.]*", re.IGNORECASE)
 EARLIER_ROUND = re.compile(r"stages\.\w+_\d+\.")
 """Matches the start of an override for a stage of an earlier round, such as ``prune_1``."""
 VALUES = ("null", "true", "false", "nan", "inf")

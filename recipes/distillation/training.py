@@ -76,7 +76,7 @@ def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
             f"profile_steps={steps} is not the first and last of steps 1 to {cfg.max_steps}",
             "for example [10,12]",
         )
-    yield from sequence_problems(cfg.seq_length, chain)
+    yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
 
 
 def _schedule_problems(cfg: TrainingConfig) -> Iterator[Problem]:

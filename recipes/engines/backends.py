@@ -40,7 +40,7 @@ def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
             )
     yield from _length_problems(cfg, chain)
     if cfg.backend == "openvino":
-        yield from sequence_problems(cfg.seq_length, chain)
+        yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
         yield from openvino.problems(cfg)
     else:
         arch = chain.shape_of(cfg.inputs.get("checkpoint"))

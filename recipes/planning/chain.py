@@ -76,16 +76,19 @@ class Chain:
         return Architecture(**manifest.architecture)
 
 
-def sequence_problems(seq_length: int, chain: Chain) -> Iterator[Problem]:
+def sequence_problems(
+    seq_length: int, inputs: Mapping[str, str], chain: Chain
+) -> Iterator[Problem]:
     """Checks a sequence length against the teacher's positions, and against data of chats."""
     limit = chain.teacher.max_position_embeddings
     if not 1 <= seq_length <= limit:
         yield Problem(
             rules.SEQ_LENGTH,
             f"seq_length={seq_length} is not between 1 and the teacher's {limit} positions",
-            f"set data.seq_length to at most {limit}",
+            f"set data.seq_length to at most {limit}; or leave long_context out",
         )
-    for name, config in chain.stages.items():
+    for name in inputs.values():
+        config = chain.stages.get(name)
         if not (isinstance(config, PrepareDataConfig) and config.chats()):
             continue
         if config.seq_length != seq_length:

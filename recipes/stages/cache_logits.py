@@ -30,7 +30,7 @@ def check(cfg: CacheLogitsConfig, chain: Chain) -> Iterator[Problem]:
             f"top_k={cfg.top_k} must be less than the vocabulary size, {chain.teacher.vocab_size}",
             "set a small fraction of it, such as top_k=64",
         )
-    yield from sequence_problems(cfg.seq_length, chain)
+    yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
 
 
 def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:

@@ -33,7 +33,7 @@ def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
             f"{cfg.stage} has num_sequences={cfg.num_sequences} for {cfg.resources.ranks} ranks",
             "use at most as many ranks as sequences",
         )
-    yield from sequence_problems(cfg.seq_length, chain)
+    yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
 
 
 def inference_cost(cfg: EvaluateConfig, chain: Chain) -> InferenceCost:

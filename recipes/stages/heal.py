@@ -30,7 +30,7 @@ from recipes.stages.contract import Stage, checkpoint_outcome
 
 def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
     """Yields a problem if the model cannot be healed, or if the teacher is not its teacher."""
-    yield from sequence_problems(cfg.seq_length, chain)
+    yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     if chain.teacher.num_moe_experts:
         yield Problem(
             rules.HEALING,

@@ -68,7 +68,7 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
             f"the fractions of validation, calibration and heldout sum to {total:g}",
             "keep the sum well below 1",
         )
-    yield from sequence_problems(cfg.seq_length, chain)
+    yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
 
 
 def _source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:

@@ -22,7 +22,7 @@ from recipes.stages.contract import Stage
 
 def check(cfg: QuantizeConfig, chain: Chain) -> Iterator[Problem]:
     """Yields sizes that the format's kernels do not support."""
-    yield from sequence_problems(cfg.seq_length, chain)
+    yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     arch = chain.shape_of(cfg.inputs.get("checkpoint"))
     align = SIZE_MULTIPLES[cfg.format]
     for name in ("hidden_size", "ffn_hidden_size"):

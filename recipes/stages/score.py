@@ -39,7 +39,7 @@ def resolve_from_chain(cfg: ScoreConfig, chain: Chain) -> ScoreConfig:
 
 def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of the ablated layers and of the ranks."""
-    yield from sequence_problems(cfg.seq_length, chain)
+    yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     layers = chain.shape_of(cfg.inputs.get("checkpoint")).num_layers
     blocks = resolve_from_chain(cfg, chain).block_sizes or []
     wrong = [n for n in (*blocks, cfg.num_greedy_layers + 1) if n >= layers]

@@ -1,0 +1,63 @@
+"""The second phase of a distillation, at a greater length: a large recipe on a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_convert.architecture import Architecture
+from nemo_convert.convert import hf_weights
+from nemo_convert.hf import Weights
+from nemo_convert.nemo import find_checkpoint
+from recipes.core.manifest import ARTIFACT
+from recipes.distillation.results import DistillationResult
+from tests.support.in_process import run_successfully
+from tests.support.models import EVEN, write_tiny_model
+from tests.support.runs import DISTILL, manifest_of, settings, tiny
+
+
+def test_the_student_goes_on_at_a_greater_length(tmp_path: Path, text_file: Path) -> None:
+    """On two ranks with TP and sequence parallelism. A CPU has no context parallelism."""
+    model = write_tiny_model(tmp_path / "model", text_file, "mistral", **EVEN)
+    layout = {
+        "tensor_model_parallel_size": 2,
+        "context_parallel_size": 1,
+        "resources.devices": 2,
+    }
+    run_successfully(
+        "recipe=mistral_nemo_12b_width",
+        "long_context=32k",
+        *tiny(model, text_file, tmp_path / "run"),
+        "hardware=cpu",
+        *settings("prepare_data", processes=1),
+        *settings("prepare_long_data", seq_length=256),
+        *settings("prune", target_hidden_size=48, hidden_size_divisor=8),
+        *settings("prune", target_ffn_hidden_size=96, ffn_hidden_size_divisor=8),
+        *settings("distill", **DISTILL),
+        *settings("distill_long", **(DISTILL | {"max_steps": 3, "seq_length": 256} | layout)),
+        *settings("evaluate", num_sequences=8, new_tokens=8),
+        cwd=tmp_path,
+    )
+    run = tmp_path / "run"
+    first, second, exported = (
+        manifest_of(run, n) for n in ("distill", "distill_long", "export_hf")
+    )
+    assert second.inputs["student"] == first.fingerprint
+    assert exported.inputs["checkpoint"] == second.fingerprint
+    shape, teacher = (
+        Architecture(**(m.architecture or {})) for m in (exported, manifest_of(run, "import_hf"))
+    )
+    assert shape.max_position_embeddings == teacher.max_position_embeddings
+    assert [m.result(DistillationResult).tokens for m in (first, second)] == [
+        4 * 4 * 64,
+        3 * 4 * 256,
+    ]
+    weights = Weights(run / "export_hf" / ARTIFACT)
+    before, after = (
+        dict(hf_weights(find_checkpoint(run / n / ARTIFACT))) for n in ("distill", "distill_long")
+    )
+    name = "model.layers.0.mlp.gate_proj.weight"
+    assert weights.read(name).equal(after[name])
+    assert not before[name].equal(after[name])
+    page = (run / "report" / ARTIFACT / "report.html").read_text()
+    rounds = page[page.index('id="table-rounds"') :].partition("</table>")[0]
+    assert rounds.index(">distill<") < rounds.index(">distill_long<")

@@ -1,0 +1,86 @@
+"""Plans of ``long_context=32k``, a second phase of the distillation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from launch.schema import hydra_words
+from recipes.core.errors import RecipeError
+from recipes.planning.training_cost import training_cost
+from tests.unit.conftest import MakePlan
+
+if TYPE_CHECKING:
+    from launch.plan import Plan
+
+LONG = "long_context=32k"
+ON_GPUS = ("cluster=slurm", "cluster.account=a")
+RECIPES = [
+    "llama3_1_8b_depth",
+    "llama3_1_8b_width_2.5b",
+    "mistral_nemo_12b_width",
+    "qwen3_8b_depth",
+    "qwen3_8b_nas",
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_second_phase_fits_and_costs_little(plan: MakePlan, recipe: str) -> None:
+    chain = plan(LONG, *ON_GPUS, recipe=f"recipe={recipe}").chain
+    job = chain.workloads["distill_long"]
+    assert (job.seq_length, job.layout.context) == (32768, 2)
+    assert job.trained == chain.shape_of("distill")
+    assert job.tokens == pytest.approx(0.52e9, rel=0.01)
+    cost = training_cost(job, chain.hardware)
+    assert cost.memory.total < 70e9
+    assert cost.device_hours < 100
+
+
+def test_later_stages_read_the_second_phase(plan: MakePlan) -> None:
+    def inputs(planned: Plan) -> set[str]:
+        stages = planned.chain.stages
+        keys = {"export_hf": "checkpoint", **dict.fromkeys(("evaluate", "report"), "distilled")}
+        keys["evaluate_tasks"] = "distilled"
+        return {stages[stage].inputs[key] for stage, key in keys.items()}
+
+    recipe = "recipe=qwen3_8b_depth"
+    words = (LONG, "tasks=full", "teacher=corrected", "skip_rules=[memory]")
+    planned = plan(*words, *ON_GPUS, recipe=recipe)
+    assert inputs(planned) == {"distill_long"}
+    assert inputs(plan("tasks=full", *ON_GPUS, recipe=recipe)) == {"distill"}
+    long = planned.chain.stages["distill_long"].inputs
+    assert long == {
+        "teacher": "correct_teacher",
+        "student": "distill",
+        "data": "prepare_long_data",
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("model=smollm2_135m", r"seq_length=32768 .* teacher's 8192 positions"),
+        ("hardware=cpu", "context_parallel_size=2 needs a GPU"),
+        ("teacher=cached", "cached teacher has seq_length=4096"),
+        ("long_context=32", "long_context"),
+        ("long_context=nan", "long_context"),
+    ],
+)
+def test_what_the_second_phase_does_not_support_is_refused(
+    plan: MakePlan, words: str, message: str
+) -> None:
+    overrides = dict([part.partition("=")[::2] for part in (LONG, *ON_GPUS, words)])
+    with pytest.raises(RecipeError, match=message):
+        plan(*hydra_words(f"{k}={v}" for k, v in overrides.items()), recipe="recipe=qwen3_8b_depth")
+
+
+def test_conversations_are_packed_for_each_phase(plan: MakePlan, tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chats.write_text(json.dumps({"messages": messages}) + "\n")
+    words = (LONG, f"data.sources=[{chats}]", "data.format=chat", "data.heldout_sources=[]")
+    skipped = "skip_rules=[tokens,data-splits,data-sources]"
+    plan(*words, *ON_GPUS, skipped, recipe="recipe=qwen3_8b_depth")
