@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONTEXT, SIDE = "weights", "context", "hf"
 """Directories of a checkpoint: weights; context; in the context, the Hugging Face files."""
+STEPS = "steps"
+"""Directory of an artifact with the checkpoints of a training's earlier steps."""
 EXTRA_STATE = "_extra_state"
 """End of the names of FP8 states that TransformerEngine's modules store."""
 SEED = 1234
@@ -111,6 +113,12 @@ def open_checkpoint(path: Path, scratch: Path) -> Path:
 def find_checkpoint(artifact: Path) -> Path:
     """Returns the checkpoint directory in a stage's artifact."""
     return next(p for p in sorted(artifact.glob("*.nemo")) if p.is_dir())
+
+
+def step_checkpoints(artifact: Path) -> dict[int, Path]:
+    """Returns the checkpoints of earlier steps in a training's artifact, by step."""
+    checkpoints = {int(path.stem): path for path in (artifact / STEPS).glob("*.nemo")}
+    return dict(sorted(checkpoints.items()))
 
 
 def pack(checkpoint: Path, file: Path) -> None:

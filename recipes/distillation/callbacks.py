@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import math
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,6 +22,8 @@ from recipes.distillation.model import KDModel
 from recipes.distillation.settings import DistillConfig, TrainingConfig
 from recipes.distillation.training import VALIDATE, stop_reason
 
+PARTIAL = ".partial"
+"""Suffix of a student that is being saved."""
 COLLECT_EVERY = 100
 """Steps between garbage collections."""
 
@@ -100,6 +103,36 @@ class StepLogger(Callback):
 def finish_saving(trainer: Any) -> None:
     """Waits on all ranks until asynchronous checkpoints are written."""
     trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
+
+
+class SaveStudents(Callback):
+    """Saves the student after some steps, before the trainer's own checkpoint of the same step.
+
+    So a training that resumes from a checkpoint has all students of the steps before.
+    """
+
+    def __init__(self, steps: Sequence[int], folder: Path, save: Callable[[Path], None]) -> None:
+        self._steps, self._folder, self._save = steps, folder, save
+
+    def on_train_start(self, trainer: object, pl_module: object) -> None:
+        """Creates the folder, and deletes what a killed training has saved in part."""
+        self._folder.mkdir(exist_ok=True)
+        if rank() == 0:
+            for path in self._folder.glob(f"*{PARTIAL}"):
+                shutil.rmtree(path)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: object, *args: object) -> None:
+        """Saves the student if the step is one of those configured."""
+        step = trainer.global_step
+        if step not in self._steps:
+            return
+        finish_saving(trainer)
+        student = self._folder / f"{step}.nemo"
+        partial = student.with_name(student.name + PARTIAL)
+        self._save(partial)
+        if rank() == 0:
+            shutil.rmtree(student, ignore_errors=True)
+            partial.rename(student)
 
 
 class StopAtRecovered(Callback):

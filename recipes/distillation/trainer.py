@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from recipes.backend.cpu_speed import speed_patches
 from recipes.backend.device import COLLECTIVE_TIMEOUT, collective_backend, device, select_gpu
 from recipes.backend.without_cuda import enable
 from recipes.core.compiled import compilation
-from recipes.core.files import read_json, write_json
+from recipes.core.files import link_or_copy, read_json, write_json
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input, deadline, metrics_file, rank, world_size
 from recipes.core.wheels import cache_dir
 from recipes.distillation.callbacks import (
     CollectGarbage,
     Profile,
+    SaveStudents,
     StepLogger,
     StopAtDeadline,
     StopAtRecovered,
@@ -58,6 +60,10 @@ def train(
     # After construction, because NeMo copies callbacks that it is given. ``CollectGarbage`` is
     # first because it must return memory before the trainer's own callback saves.
     trainer.callbacks = [CollectGarbage(cfg), *trainer.callbacks, StepLogger(cfg, log)]
+    save = partial(_save_trained, cfg, model, restored, nemo.side_folder(start))
+    if isinstance(cfg, DistillConfig) and cfg.student_steps:
+        # Before the callback that saves checkpoints.
+        trainer.callbacks.insert(1, SaveStudents(cfg.student_steps, scratch / nemo.STEPS, save))
     if objective.teacher.validates and isinstance(cfg, DistillConfig):
         trainer.num_sanity_val_steps = cfg.limit_val_batches  # a validation before the first step
         trainer.callbacks.append(StopAtRecovered(cfg, metrics_file(out.parent)))
@@ -81,7 +87,10 @@ def train(
             resume=_resume(scratch / CHECKPOINTS, start),
             tokenizer=None,
         )
-    _save_trained(cfg, model, restored, nemo.side_folder(start), out)
+    save(out)
+    if rank() == 0 and (scratch / nemo.STEPS).is_dir():
+        # Links, because a restart before the manifest is written deletes the artifact only.
+        shutil.copytree(scratch / nemo.STEPS, out.parent / nemo.STEPS, copy_function=link_or_copy)
 
 
 def _set_environment(cfg: TrainingConfig) -> None:

@@ -146,6 +146,8 @@ class TaskResult(TaskScores):
     """Time of each model's answers, by role."""
     answers: TaskScores | None = None
     """Log-likelihoods of the right answers; see ``compare_answers``."""
+    steps: dict[int, Score] = field(default_factory=dict)
+    """Scores of the students that were saved during the training, by step."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,12 @@ def recovered(
     if change.high >= 0:
         return None
     return (fmean(distilled) - fmean(pruned)) / -change.value
+
+
+def score_of(metric: str, items: Sequence[Item]) -> Score:
+    """Returns a model's mean score and its standard error, by a metric of the items."""
+    values = [item.metrics[metric] for item in items]
+    return Score(fmean(values), standard_error(values))
 
 
 def compare(metric: str, items: Mapping[str, Sequence[Item]]) -> TaskScores:

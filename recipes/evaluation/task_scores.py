@@ -18,7 +18,7 @@ from recipes.core.files import write_text_atomically
 from recipes.core.fingerprint import code_fingerprint
 from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_name, dtype_of
-from recipes.core.stage import Input, Inputs
+from recipes.core.stage import Inputs
 from recipes.core.versions import installed
 from recipes.evaluation import packed_lm
 from recipes.evaluation.results import (
@@ -28,6 +28,7 @@ from recipes.evaluation.results import (
     TaskResults,
     compare,
     compare_answers,
+    score_of,
 )
 from recipes.evaluation.settings import HARNESS, EvaluateTasksConfig
 from recipes.evaluation.task_cache import Answer, look_up, store
@@ -38,27 +39,31 @@ LIBRARIES = ("torch", "transformers")
 
 
 def score(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog) -> TaskResults:
-    """Evaluates all models, with one in memory at a time.
+    """Evaluates all models and students of earlier steps, one in memory at a time.
 
     Writes ``samples/<task>.jsonl``, with one item and all models' responses per line.
     """
     tasks = packed_lm.load_tasks(cfg.tasks, cfg.source, cfg.num_fewshot, cfg.revisions)
     answers: dict[str, dict[str, Answer]] = {}
     cached: dict[str, list[str]] = {}
-    for role in ROLES:
-        answers[role], cached[role] = _answers(cfg, role, inputs[role], tasks, log)
+    students = nemo.step_checkpoints(inputs["distilled"].artifact)
+    paths = {role: nemo.find_checkpoint(inputs[role].artifact) for role in ROLES}
+    paths |= {f"step {step}": path for step, path in students.items()}
+    for name, path in paths.items():
+        answers[name], cached[name] = _answers(cfg, name, path, tasks, log)
         gc.collect()
     (out / "samples").mkdir()
     results = {}
     for task in tasks:
-        items = {role: answers[role][task.name].items for role in ROLES}
+        items = {name: answers[name][task.name].items for name in paths}
         _require_same_items(task.name, items)
         _write_samples(out / "samples" / f"{task.name}.jsonl", items)
         results[task.name] = TaskResult(
             **vars(compare(task.metric, items)),
             version=task.version,
-            seconds={role: answers[role][task.name].seconds for role in ROLES},
+            seconds={name: answers[name][task.name].seconds for name in paths},
             answers=compare_answers(items),
+            steps={step: score_of(task.metric, items[f"step {step}"]) for step in students},
         )
     data = ", ".join(dict.fromkeys(task.data for task in tasks))
     return TaskResults(results, cached, f"lm_eval {HARNESS}, {dtype_name(cfg.precision)}", data)
@@ -66,17 +71,16 @@ def score(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog) 
 
 def _answers(
     cfg: EvaluateTasksConfig,
-    role: str,
-    checkpoint: Input,
+    name: str,
+    path: Path,
     tasks: list[packed_lm.Task],
     log: MetricsLog,
 ) -> tuple[dict[str, Answer], list[str]]:
     """Returns one model's answers by task, and the names of tasks whose answers were cached."""
-    path = nemo.find_checkpoint(checkpoint.artifact)
     model = load_transformers(path, dtype_of(cfg.precision))
     tokenizer = AutoTokenizer.from_pretrained(nemo.side_folder(path), trust_remote_code=False)
     packed = packed_lm.PackedLM(
-        model, tokenizer, cfg.pack_tokens, partial(log.progress, f"requests, {role}")
+        model, tokenizer, cfg.pack_tokens, partial(log.progress, f"requests, {name}")
     )
     model_hash = model_sha256(model, path)
     answers: dict[str, Answer] = {}
@@ -92,7 +96,7 @@ def _answers(
         else:
             cached.append(task.name)
         answers[task.name] = answer
-        log.progress(f"tasks, {role}", number, len(tasks))
+        log.progress(f"tasks, {name}", number, len(tasks))
     return answers, cached
 
 

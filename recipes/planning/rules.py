@@ -180,6 +180,7 @@ PROFILE = Rule("profile", "the profiler can only trace steps of the training")
 SCHEDULE = Rule("schedule", "NeMo stops if the learning rate cannot reach its peak or minimum")
 LOSS = Rule("loss", "a training needs at least one term with a weight")
 STOP = Rule("stop", "a training can only stop early by a metric that its validations measure")
+STUDENT_STEPS = Rule("student-steps", "a student can only be saved at a step before the last")
 HIDDEN_PAIRS = Rule(
     "hidden-pairs",
     "the loss is on the last pipeline stage, so the layers that it compares must be there",

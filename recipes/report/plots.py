@@ -166,13 +166,31 @@ def _x_tick(at: float, label: object) -> Markup:
     return _X_TICK.format(at=at, anchor=anchor, label=label)
 
 
+@dataclass(frozen=True)
+class Dimension:
+    """What an axis shows, and how its values are formatted."""
+
+    title: str
+    text_of: Callable[[float], str] = number
+    higher_is_better: bool = False
+
+
+STEPS = Dimension("step", "{:,.6g}".format)
+
+
 def line_plot(
-    name: str, title: str, series: Sequence[Series], *, height: int = 220, zero: bool = False
+    name: str,
+    title: str,
+    series: Sequence[Series],
+    *,
+    height: int = 220,
+    zero: bool = False,
+    x_dimension: Dimension = STEPS,
 ) -> Markup:
-    """Draws lines over training steps. A noisy line is pale, with its moving mean on top."""
+    """Draws lines over steps. A noisy line is pale, with its moving mean on top."""
     x_axis = Axis(0.0, max((x for s in series for x, _ in s.points), default=0.0) or 1.0)
     y_axis = axis_over((y for s in series for _, y in s.points), zero=zero)
-    parts = [y_grid(y_axis), x_grid(x_axis, 4, "{:,.6g}".format)]
+    parts = [y_grid(y_axis), x_grid(x_axis, 4, x_dimension.text_of)]
     for line in series:
         if line.noisy and len(line.points) >= 2 * SMOOTHING:
             parts.append(_line(line.points, f"{line.style} raw", x_axis, y_axis))
@@ -185,7 +203,7 @@ def line_plot(
                     style=line.style,
                     x=x_axis.at(x),
                     y=100 - y_axis.at(y),
-                    hint=f"step {x:g}: {line.label} {y:.4g}",
+                    hint=f"{x_dimension.title} {x_dimension.text_of(x)}: {line.label} {y:.4g}",
                 )
                 for x, y in line.points
             ]
@@ -287,15 +305,6 @@ class Mark:
     """95% interval of the quality."""
     reference: bool = False
     """Whether the model is only shown for reference, and not on the front, such as the teacher."""
-
-
-@dataclass(frozen=True)
-class Dimension:
-    """What an axis shows, and how its values are formatted."""
-
-    title: str
-    text_of: Callable[[float], str] = number
-    higher_is_better: bool = False
 
 
 def trade_off_plot(

@@ -13,15 +13,24 @@ from nemo_convert.results import GgufResult
 from recipes.core.manifest import Manifest
 from recipes.core.metrics import flat
 from recipes.core.statistics import Z95
+from recipes.distillation.results import DistillationResult
 from recipes.engines.bench import BASELINE
 from recipes.engines.results import BenchmarkResults, BenchmarkRow, EngineResult
 from recipes.evaluation.results import EvaluationResult, TaskResults, TextQuality
 from recipes.planning.results import PlanResult
 from recipes.report.format import scaled
-from recipes.report.plots import Dimension, Mark, interval_plot, trade_off_plot
+from recipes.report.plots import (
+    Dimension,
+    Mark,
+    Series,
+    interval_plot,
+    line_plot,
+    trade_off_plot,
+)
 from recipes.search.results import LatencyResult, SearchResult
 
 PARAMETERS = Dimension("parameters", lambda v: scaled(v, "KMBT").replace(".0 ", " "))
+TOKENS = Dimension("tokens", lambda v: scaled(v, "KMBT").replace(".0 ", " "))
 DISK = Dimension("size on disk", lambda v: scaled(v, "kMGTP", "B").replace(".0 ", " "))
 LATENCY = Dimension("decode latency", lambda v: f"{v:,.4g} ms")
 PERPLEXITY = Dimension("perplexity", lambda v: f"{v:,.4g}")
@@ -45,7 +54,8 @@ def sections(
     rows: list[BenchmarkRow] = []
     content: dict[str, object] = {}
     if "tasks" in manifests:
-        content |= tasks_section(manifests["tasks"].result(TaskResults))
+        tasks = manifests["tasks"].result(TaskResults)
+        content |= tasks_section(tasks, manifests.get("distilled"))
     if "speed" in manifests:
         results = manifests["speed"].result(BenchmarkResults)
         content |= speed_section(results)
@@ -65,8 +75,8 @@ def sections(
     return content
 
 
-def tasks_section(results: TaskResults) -> dict[str, object]:
-    """Returns the tasks, and a plot of those whose scores are fractions."""
+def tasks_section(results: TaskResults, distilled: Manifest | None) -> dict[str, object]:
+    """Returns the tasks, a plot of scores that are fractions, and curves of the training."""
     rows = {
         name: [(role, score.value, score.standard_error) for role, score in task.models().items()]
         for name, task in results.tasks.items()
@@ -74,7 +84,25 @@ def tasks_section(results: TaskResults) -> dict[str, object]:
     }
     title = "Score by task and model"
     plot = interval_plot("plot-tasks", title, rows, "{:.1%}".format) if rows else None
-    return {"tasks": results, "tasks_plot": plot}
+    training = distilled.result_if("distill", DistillationResult) if distilled else None
+    curves = dict(task_curves(results, training)) if training else {}
+    return {"tasks": results, "tasks_plot": plot, "task_curves": curves}
+
+
+def task_curves(results: TaskResults, training: DistillationResult) -> Iterator[tuple[str, Markup]]:
+    """Yields each task with a plot of its score against the tokens of the distillation."""
+    step_tokens = training.tokens / training.steps
+    for number, (name, task) in enumerate(results.tasks.items()):
+        if not task.steps:
+            continue
+        scores = {0: task.pruned, **task.steps, training.steps: task.distilled}
+        student = [(step * step_tokens, score.value) for step, score in scores.items()]
+        teacher = [(tokens, task.teacher.value) for tokens in (0.0, float(training.tokens))]
+        lines = [
+            Series("student", "distilled", student, noisy=False),
+            Series("teacher", "teacher", teacher, noisy=False),
+        ]
+        yield name, line_plot(f"plot-task-{number}", name, lines, height=150, x_dimension=TOKENS)
 
 
 def speed_section(results: BenchmarkResults) -> dict[str, object]:

@@ -52,6 +52,14 @@ def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
         yield from _cache_problems(cfg, cache)
     if cfg.stop_at_recovered is not None:
         yield from _stop_problems(cfg, workload(cfg, chain).teacher)
+    steps = cfg.student_steps
+    if steps != sorted(set(steps)) or any(step >= cfg.max_steps for step in steps):
+        yield Problem(
+            rules.STUDENT_STEPS,
+            f"invalid student_steps={steps}: must be ascending steps from 1 to "
+            f"{cfg.max_steps - 1} (max_steps={cfg.max_steps}, whose student is always saved)",
+            f"for example [{max(1, cfg.max_steps // 2)}]",
+        )
     yield from tokenizer_problems(cfg, chain)
 
 
@@ -172,6 +180,12 @@ def workload(cfg: DistillConfig, chain: Chain) -> Workload:
     )
 
 
+def disk_bytes(cfg: DistillConfig, chain: Chain) -> int:
+    """Returns the disk space of all students and checkpoints."""
+    parameters = chain.shape_of(cfg.inputs.get("student")).parameters()
+    return training_bytes(cfg, parameters) + 4 * parameters * len(cfg.student_steps)
+
+
 def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
     """Trains the student and saves it in the format of its input."""
     from nemo_convert import nemo
@@ -219,9 +233,7 @@ STAGE = Stage(
         "data": ("dataset",),
     },
     resolve_from_chain=resolve_from_chain,
-    disk_bytes=lambda config, chain: training_bytes(
-        config, chain.shape_of(config.inputs["student"]).parameters()
-    ),
+    disk_bytes=disk_bytes,
     workload=workload,
     progress=training_progress,
 )

@@ -1,6 +1,6 @@
 """Evaluates teacher, pruned and distilled model on the same benchmark items with lm-eval.
 
-Reads the three models. Writes the answers to all items.
+Reads the three models, and the students of earlier steps. Writes the answers to all items.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from recipes.core.errors import did_you_mean
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
+from recipes.distillation.settings import DistillConfig
 from recipes.evaluation.offline_tasks import TASKS
 from recipes.evaluation.settings import HARNESS, EvaluateTasksConfig
 from recipes.planning import rules
@@ -79,7 +80,10 @@ def inference_cost(cfg: EvaluateTasksConfig, chain: Chain) -> InferenceCost:
             items = min(items, cfg.limit * SUBJECTS.get(name, 1))
         examples = cfg.num_fewshot.get(name, 0) * min(items, SUBJECTS.get(name, items))
         tokens += (items + examples) * size
-    models, bf16 = (chain.teacher, pruned, pruned), cfg.precision == "bf16-mixed"
+    distill = chain.stages.get(cfg.inputs.get("distilled", ""))
+    students = 1 + (len(distill.student_steps) if isinstance(distill, DistillConfig) else 0)
+    models = (chain.teacher, pruned, *[pruned] * students)
+    bf16 = cfg.precision == "bf16-mixed"
     return benchmark_cost(models, bf16, tokens, cfg.pack_tokens, chain.hardware)
 
 

@@ -140,6 +140,7 @@ TRIPS = {
     "recompute": trip(f"{D}recompute_granularity=full", f"{D}hidden_weight=1"),
     "fp8": trip(f"{D}fp8=hybrid"),
     "compiler": trip(f"{D}compile=true", prepare=compiler_is_missing),
+    "student-steps": trip(f"{D}student_steps=[100]"),
     "stop": trip(f"{D}stop_at_recovered=0.9", f"{D}kd_weight=0"),
     "profile": trip(f"{D}profile_steps=[5,3]"),
     "schedule": trip(f"{D}warmup_steps=100"),

@@ -152,6 +152,14 @@ def test_cost_of_benchmarks_and_of_the_export(plan: MakePlan) -> None:
     assert cost.memory.weights == size * chain.teacher.parameters() + head
     all_items = cost_of(chain, "evaluate_tasks", limit=None, tasks=["sciq"])
     assert all_items.compute.flops == pytest.approx(1000 * 112 * per_token)
+    steps = "stages.distill.student_steps=[20,40]"
+    more = plan("tasks=quick", steps).chain.inference_costs["evaluate_tasks"].compute.flops
+    student_flops = (
+        forward_flops(student, 512) - 0.76 * 2 * student.vocab_size * student.hidden_size
+    )
+    assert more - cost.compute.flops == pytest.approx(
+        2 * 100 * (112 + 60 + 45 + 78) * student_flops
+    )
     shots = {"limit": 10, "tasks": ["mmlu", "piqa"], "num_fewshot": {"mmlu": 5, "piqa": 2}}
     fewshot = cost_of(chain, "evaluate_tasks", **shots)
     mmlu = 57 * (10 + 5) * 95  # each subject's examples are computed once, and cached
