@@ -272,14 +272,14 @@ def test_refused_job_is_named_and_earlier_jobs_stay(
     original, _ = tiny_chain
     chain = original.copy_without(tmp_path, *UNTRAINED)
     held = "cluster.sbatch=[--hold]"
-    refused = chain.submit(held, "stages.export_hf.resources.sbatch=['--partition=elsewhere']")
+    refused = chain.submit(held, "stages.export_hf.resources.sbatch=['--constraint=elsewhere']")
     assert refused.code == 1
     assert "Slurm refused the job of export_hf" in refused.output
-    assert "invalid partition specified: elsewhere" in refused.output
+    assert "Invalid feature specification" in refused.output
     taken = read_jobs(chain.directory)
     assert list(taken) == ["distill", "evaluate"]
     by_hand = subprocess.run([chain.directory / SUBMIT], capture_output=True, text=True)
-    assert "invalid partition specified: elsewhere" in by_hand.stderr
+    assert "Invalid feature specification" in by_hand.stderr
     assert read_jobs(chain.directory) == taken
     again = chain.submit(held)
     assert again.code == 0, again.output

@@ -86,7 +86,6 @@ def make(target: str, copy: Path) -> None:
     """Runs a target in a copy of the repository, without installing anything."""
     copy_with(copy)
     shutil.copy(REPO_ROOT / "Makefile", copy)
-    shutil.copytree(REQUIREMENTS, copy / REQUIREMENTS.name)
     env = {name: value for name, value in os.environ.items() if name not in ("ARGS", "MAKEFLAGS")}
     command = ["make", "--old-file=install", target, f"VENV={sys.prefix}"]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False, env=env)

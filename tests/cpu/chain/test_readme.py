@@ -35,7 +35,7 @@ COMMANDS = list(
         for language, block in [*BLOCKS, *CONTRIBUTING]
         if language == "bash"
         for line in block.splitlines()
-        if (command := line.split("#")[0].strip())
+        if (command := re.split(r"(?:^|\s)#", line)[0].strip())
     )
 )
 ADDED_RECIPE = "recipe=llama_third_prune"
@@ -187,8 +187,10 @@ def test_every_command_is_tested() -> None:
         "python -m benchmarks.",  # test_benchmarks.py
         "python -m tests.chaos",  # test_chaos
         "make docs",  # test_docs.py makes the site
-        "make sbom",  # test_requirements.py, as the next one
+        "make lock",  # test_requirements.py, as the next two
+        "make sbom",
         ".venv/bin/pip-licenses",
+        "./install.sh && source .venv/bin/activate",  # test_install.py
         ".venv/bin/python -m tests.chaos",
         ".venv/bin/python -m pytest",  # test_contributing.py
     )
