@@ -23,13 +23,15 @@ from launch.settings import RunSettings
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
+from recipes.core.processes import cores
 from recipes.core.screen import plain_table
 from recipes.core.stage_process import tail
 from recipes.planning.chain import Chain, read_config_or_published
 from recipes.planning.rules import require_none
 from recipes.planning.training_cost import stage_memory
 from recipes.planning.transformer import FRAGMENTATION, Memory
-from recipes.rehearsal.job import RankJob, RehearsalResult, jobs_of, mismatches
+from recipes.rehearsal.agreement import differences
+from recipes.rehearsal.job import RankJob, RehearsalResult, jobs_of
 
 KINDS = tuple(part.name for part in fields(Memory) if part.name != "reserved")
 Results = list[tuple[RankJob, RehearsalResult]]
@@ -58,17 +60,9 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
         for job in jobs:
             console.print(f"would rehearse {job.name}, rank {job.rank} of {job.world}")
         return
-    results: Results = []
-    for job, result in zip(jobs, _run(jobs), strict=True):
-        console.print(
-            f"{job.name}, rank {job.rank} of {job.world}: "
-            f"{'failed' if result.error else 'done'} in {result.seconds:.0f} s"
-        )
-        if result.error:
-            console.print(result.error, markup=False, style="red")
-        results.append((job, result))
+    results = _show_progress(jobs, console)
     console.print(_table(results, chain))
-    mistakes = [*mismatches(results), *memory_mistakes(results, chain)]
+    mistakes = [*communication_mistakes(results), *memory_mistakes(results, chain)]
     for mistake in mistakes:
         console.print(mistake, markup=False, style="red")
     count = sum(result.error is not None for _, result in results) + len(mistakes)
@@ -80,8 +74,27 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
         )
 
 
+def _show_progress(jobs: Sequence[RankJob], console: Console) -> Results:
+    """Rehearses jobs; prints a line for each, and each error once."""
+    at_once = min(cores(), len(jobs))
+    console.print(f"{len(jobs)} ranks, {at_once} at once", highlight=False)
+    results: Results = []
+    errors: dict[str, int] = {}
+    for job, result in zip(jobs, _run(jobs, at_once), strict=True):
+        results.append((job, result))
+        rank = f"{len(results)}/{len(jobs)} {job.name}, rank {job.rank} of {job.world}"
+        end = f"{'failed' if result.error else 'done'} in {result.seconds:.0f} s"
+        if result.error in errors:
+            end += f", as rank {errors[result.error]}"
+        console.print(f"{rank}: {end}")
+        if result.error and result.error not in errors:
+            console.print(result.error, markup=False, style="red")
+            errors[result.error] = job.rank
+    return results
+
+
 def _ranks(value: object) -> list[int] | None:
-    """Parses ``rehearse``: a list of ranks, or ``None`` for one rank of each pipeline stage."""
+    """Parses ``rehearse``: a list of ranks, or ``None`` for all distinct ranks."""
     if value is True:
         return None
     ranks = list(value) if isinstance(value, (list, ListConfig)) else [value]
@@ -93,14 +106,14 @@ def _ranks(value: object) -> list[int] | None:
     return ranks
 
 
-def _run(jobs: Sequence[RankJob]) -> Iterator[RehearsalResult]:
+def _run(jobs: Sequence[RankJob], at_once: int) -> Iterator[RehearsalResult]:
     """Rehearses in another process, because a rehearsal patches the libraries."""
     from pydantic import TypeAdapter  # slow to import
 
     with tempfile.TemporaryDirectory() as temporary:
         file, log = Path(temporary) / "jobs.json", Path(temporary) / "log"
         file.write_text(json.dumps([asdict(job) for job in jobs]), encoding="utf-8")
-        command = [sys.executable, "-m", "recipes.rehearsal.worker", str(file)]
+        command = [sys.executable, "-m", "recipes.rehearsal.worker", str(file), f"{at_once}"]
         with (
             log.open("w") as errors,
             subprocess.Popen(
@@ -122,6 +135,17 @@ def _run(jobs: Sequence[RankJob]) -> Iterator[RehearsalResult]:
                 f"the rehearsal ended early:\n{end}",
                 "if it was killed, free memory of this machine, or rehearse fewer: 'rehearse=[0]'",
             )
+
+
+def communication_mistakes(results: Results) -> Iterator[str]:
+    """Yields differences between the calls of a stage's ranks; those that failed are left out."""
+    for name in dict.fromkeys(job.name for job, _ in results):
+        channels = {
+            job.rank: result.channels
+            for job, result in results
+            if job.name == name and result.error is None
+        }
+        yield from (f"{name}: {difference}" for difference in differences(channels))
 
 
 def memory_mistakes(results: Results, chain: Chain) -> Iterator[str]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -20,6 +19,7 @@ from recipes.distillation.settings import (
 from recipes.evaluation.settings import EvaluateConfig
 from recipes.planning.chain import Chain
 from recipes.pruning.settings import HealConfig, ScoreConfig
+from recipes.rehearsal.agreement import Channel, distinct_ranks
 from recipes.search.settings import RankCandidatesConfig, SuccessiveHalvingConfig
 from recipes.stages.contract import Stage
 from recipes.stages.export_hf import ExportConfig
@@ -91,8 +91,8 @@ def jobs_of(
         stages: All of its stages, by name.
         names: Stages to rehearse.
         hf_config: The teacher's ``config.json``.
-        ranks: Ranks to rehearse, as far as a stage has them. The default is the first rank of the
-            first, middle and last pipeline stage.
+        ranks: Ranks to rehearse, as far as a stage has them. The default is each
+            distinct rank (``distinct_ranks``).
     """
     jobs = []
     for name in names:
@@ -100,7 +100,7 @@ def jobs_of(
         settings = _short_settings(config)
         if settings is None:
             continue
-        world, pipeline = config.resources.ranks, settings.get("pipeline_model_parallel_size", 1)
+        world = config.resources.ranks
         inputs = {role: _input(chain, stages, source) for role, source in config.inputs.items()}
         if isinstance(search := chain.stages[name], SuccessiveHalvingConfig):
             shapes = chain.shapes.get(search.inputs["candidates"], ())
@@ -109,15 +109,17 @@ def jobs_of(
         resumed = isinstance(config, TrainingConfig)
         jobs += [
             RankJob(name, settings, inputs, dict(hf_config), rank, resumed)
-            for rank in (first_ranks(world, pipeline) if ranks is None else ranks)
+            for rank in (_distinct_ranks(world, settings) if ranks is None else ranks)
             if rank < world
         ]
     return jobs
 
 
-def first_ranks(world: int, pipeline: int) -> list[int]:
-    """Returns the first rank of the first, middle and last pipeline stage."""
-    return [stage * (world // pipeline) for stage in sorted({0, pipeline // 2, pipeline - 1})]
+def _distinct_ranks(world: int, settings: Mapping[str, Any]) -> list[int]:
+    names = (f"{part}_model_parallel_size" for part in ("tensor", "pipeline", "expert"))
+    tensor, pipeline, expert = (settings.get(name, 1) for name in names)
+    context = settings.get("context_parallel_size", 1)
+    return distinct_ranks(world, tensor, context, pipeline, expert)
 
 
 def _rehearsed_config(config: StageConfig) -> StageConfig:
@@ -187,16 +189,6 @@ def _input(chain: Chain, stages: Mapping[str, Stage[Any]], source: str) -> JobIn
 
 
 @dataclass(frozen=True)
-class Message:
-    """A tensor that a rank sends to another rank, or receives from it."""
-
-    source: int
-    destination: int
-    shape: list[int]
-    dtype: str
-
-
-@dataclass(frozen=True)
 class RehearsalResult:
     """Result of the rehearsal of one rank of a stage."""
 
@@ -205,41 +197,5 @@ class RehearsalResult:
     """End of the traceback, if the stage failed."""
     peak: dict[str, int] = field(default_factory=dict)
     """Bytes of each kind of tensor when the total was highest."""
-    sent: list[Message] = field(default_factory=list)
-    expected: list[Message] = field(default_factory=list)
-    """Messages that the rank waits for."""
-
-
-def mismatches(results: Sequence[tuple[RankJob, RehearsalResult]]) -> Iterator[str]:
-    """Compares the messages of each rehearsed pipeline stage with those of the next one.
-
-    The two need not be neighbours, since all stages pass on tensors of the same shape. Messages
-    between the first and the last of several stages are not compared.
-    """
-    complete = [(job, result) for job, result in results if result.error is None]
-    for (job, result), (next_job, next_result) in pairwise(complete):
-        ranks = job.world // job.config.get("pipeline_model_parallel_size", 1)
-        if job.name != next_job.name or job.rank // ranks == next_job.rank // ranks:
-            continue
-        forward = (job, result.sent, next_job, next_result.expected, ranks)
-        backward = (next_job, next_result.sent, job, result.expected, -ranks)
-        for sender, sent, receiver, expected, distance in (forward, backward):
-            sent_types, expected_types = _types(sent, distance), _types(expected, distance)
-            if sent_types != expected_types:
-                yield (
-                    f"{job.name}: rank {sender.rank} sends {_summary(sent_types)}, but rank "
-                    f"{receiver.rank} expects {_summary(expected_types)}"
-                )
-
-
-def _types(messages: Sequence[Message], distance: int) -> list[str]:
-    """Returns shape and dtype of the messages to the rank at this distance."""
-    return [
-        f"{m.shape} {m.dtype.removeprefix('torch.')}"
-        for m in messages
-        if m.destination - m.source == distance
-    ]
-
-
-def _summary(types: Sequence[str]) -> str:
-    return f"{len(types)} of {' and '.join(sorted({*types}))}" if types else "nothing"
+    channels: list[Channel] = field(default_factory=list)
+    """Its collectives and messages."""

@@ -1,14 +1,17 @@
-"""Checks the collectives and pipeline messages of a rank without sending them.
+"""Checks and records the collectives and messages of a rank without sending them.
 
 Tensors must meet the requirements of NCCL (torch's ``ProcessGroupNCCL.cpp``: ``_allgather_base``,
-``_reduce_scatter_base``, ``alltoall_base``, ``check_gpu_single_tensor``). Messages between two
-ranks are recorded. Each rank is rehearsed alone; the records are compared afterwards.
+``_reduce_scatter_base``, ``alltoall_base``, ``check_gpu_single_tensor``). Each rank is rehearsed
+alone; ``agreement`` compares their records.
 """
 
 from __future__ import annotations
 
 import os
+import site
+import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,14 +19,21 @@ from torch import Tensor, distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipes.backend.patches import apply, constant, patches, replace_with, wrap
+from recipes.backend.patches import apply, patches, replace_with, wrap
+from recipes.core.files import REPO_ROOT
+from recipes.rehearsal.agreement import WORLD, Call, Channel
 from recipes.rehearsal.fake_cuda import DEVICE, NAME
-from recipes.rehearsal.job import Message
 
 FAKE = "fake"
+CALLERS = 3
+"""Files that a call's site names."""
+SKIPPED_FILES = ("/torch/", "/recipes/rehearsal/", "/contextlib.py", "/typing_extensions.py")
+ROOTS = (f"{REPO_ROOT}/", *(f"{folder}/" for folder in site.getsitepackages()))
 Args = tuple[Any, ...]
-_gloo_groups: set[str] = set()
-"""Names of groups that were requested with gloo, whose tensors are on the CPU."""
+_channels: dict[str, Channel] = {}
+"""By name: the process groups of this rank, and its messages to and from others."""
+_backends: dict[str, str | None] = {}
+"""The requested backend of each process group, by its name."""
 
 
 class MessageError(Exception):
@@ -36,42 +46,104 @@ def install() -> None:
     apply(PATCHES)
 
 
+def recorded_channels() -> list[Channel]:
+    """Returns the calls of this rank so far, by process group and by direction of messages."""
+    return list(_channels.values())
+
+
 def _init_process_group(
     original: Any, backend: str | None = None, *args: object, **kwargs: object
 ) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     original(FAKE, rank=rank, world_size=world, store=FakeStore())
-    _record_backend(distributed.group.WORLD, backend)
+    _register(distributed.group.WORLD, backend)
 
 
-def _new_group(original: Any, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-    group = original(*args, backend=FAKE, **kwargs)
-    _record_backend(group, backend)
+def _new_group(
+    original: Any, ranks: Any = None, *args: Any, backend: str | None = None, **kwargs: Any
+) -> Any:
+    world = distributed.group.WORLD
+    members = list(range(distributed.get_world_size())) if ranks is None else list(ranks)
+    _record(world, f"new_group of {_describe_ranks(members)}")
+    group = original(ranks, *args, backend=FAKE, **kwargs)
+    if isinstance(group, distributed.ProcessGroup):  # this rank is a member
+        _register(group, backend or _backends[world.group_name])  # type: ignore[union-attr]
     return group
 
 
-def _all_gather_object(outputs: list[Any], value: Any, group: object = None) -> None:
+def _register(group: Any, backend: str | None) -> None:
+    _backends[group.group_name] = backend
+    _channel(group)
+
+
+def _channel(group: Any) -> Channel:
+    ranks = distributed.get_process_group_ranks(group)
+    name = WORLD
+    if group is not distributed.group.WORLD:
+        name = f"{group.group_desc} (group {group.group_name} of {_describe_ranks(ranks)})"
+    return _channels.setdefault(name, Channel(name, ranks))
+
+
+def _describe_ranks(ranks: list[int]) -> str:
+    """Returns all ranks, or first, last and step of many that are equally far apart."""
+    step = ranks[1] - ranks[0] if len(ranks) > 1 else 0
+    if step > 0 and ranks == list(range(ranks[0], ranks[-1] + 1, step)):
+        return f"ranks {ranks[0]} to {ranks[-1]}" + (f" by {step}" if step > 1 else "")
+    return f"ranks {', '.join(map(str, ranks))}"
+
+
+def _record(group: Any, what: str) -> None:
+    _channel(group).calls.append(Call(what, _site()))
+
+
+def _record_message(source: int, destination: int, what: str) -> None:
+    name = f"messages from rank {source} to rank {destination}"
+    channel = _channels.setdefault(name, Channel(name, [source, destination]))
+    channel.calls.append(Call(what, _site()))
+
+
+def _site() -> str:
+    """Returns the innermost callers in different files, without those of torch and rehearsals."""
+    frame: FrameType | None = sys._getframe(1)
+    callers: dict[str, int] = {}
+    while frame is not None and len(callers) < CALLERS:
+        file = frame.f_code.co_filename
+        if not any(skipped in file for skipped in SKIPPED_FILES):
+            callers.setdefault(file, frame.f_lineno)
+        frame = frame.f_back
+    named = (f"{_short(file)}:{line}" for file, line in callers.items())
+    return " < ".join(named)
+
+
+def _short(file: str) -> str:
+    """Returns a path without the folder of the repository or of the packages."""
+    for root in ROOTS:
+        file = file.removeprefix(root)
+    return file
+
+
+def _all_gather_object(outputs: list[Any], value: Any, group: Any = None) -> None:
     """Assumes that every rank's object equals this rank's."""
+    _record(group or distributed.group.WORLD, "all_gather_object")
     outputs[:] = [value] * len(outputs)
 
 
-def _gather_object(value: Any, outputs: Any = None, *args: object, **kwargs: object) -> None:
+def _gather_object(
+    value: Any, outputs: Any = None, dst: int | None = None, group: Any = None, **kwargs: object
+) -> None:
+    _record(group or distributed.group.WORLD, f"gather_object to {dst or 0}")
     if outputs is not None:
         outputs[:] = [value] * len(outputs)
 
 
-def _record_backend(group: Any, backend: str | None) -> None:
-    if backend == "gloo" and isinstance(group, distributed.ProcessGroup):
-        _gloo_groups.add(group.group_name)
+def _broadcast_object_list(
+    objects: list[Any], src: int | None = None, group: Any = None, **kwargs: object
+) -> None:
+    _record(group or distributed.group.WORLD, f"broadcast_object_list from {src or 0}")
 
 
 class MessageChecker(TorchDispatchMode):
-    """Checks every collective, and records messages between two ranks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: list[Message] = []
-        self.expected: list[Message] = []
+    """Checks and records every collective and message."""
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: Args = (), kwargs: Any = None
@@ -81,24 +153,60 @@ class MessageChecker(TorchDispatchMode):
         name = func._schema.name.removeprefix("c10d::")
         boxed = next(a for a in args if isinstance(a, torch.ScriptObject))
         group = distributed.ProcessGroup.unbox(boxed)
-        tensors = [t for a in args for t in _tensors(a)]
-        if name != "barrier" and group.group_name not in _gloo_groups:
-            _require_device(name, tensors)
+        if name != "barrier":
+            _require_device(
+                name, _backends[group.group_name], [t for a in args for t in _tensors(a)]
+            )
         if (check := CHECKS.get(name)) is not None:
             check(name, args, group.size())
-        if name in ("send", "recv_"):
-            self._record(name, tensors[0], group, args[2])
+        _record_call(name, func, args, group)
         if name in COALESCED:  # only the separate collectives work on fake tensors
             return COALESCED[name](*args)
         return func(*args, **(kwargs or {}))
 
-    def _record(self, name: str, tensor: Tensor, group: Any, peer: int) -> None:
-        own, other = distributed.get_rank(), distributed.get_global_rank(group, peer)
-        shape, dtype = list(tensor.shape), str(tensor.dtype)
-        if name == "send":
-            self.sent.append(Message(own, other, shape, dtype))
-        else:
-            self.expected.append(Message(other, own, shape, dtype))
+
+def _record_call(name: str, func: Any, args: Args, group: Any) -> None:
+    own = distributed.get_rank()
+    if name in MESSAGES:
+        other = distributed.get_global_rank(group, args[2])
+        source, destination = (own, other) if name == "send" else (other, own)
+        _record_message(source, destination, _describe(args[0]))
+        return
+    if name == "alltoall_base_":
+        _record_all_to_all(own, args, group)
+    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+    root = f" from {named['root_rank']}" if "root_rank" in named else ""
+    tensors = args[OWN_TENSORS.get(name, 0)] if name not in UNSIZED else ()
+    _record(group, f"{name.strip('_')}{root} {_describe(tensors)}".rstrip())
+
+
+def _record_all_to_all(own: int, args: Args, group: Any) -> None:
+    """Records the rows for and from each rank, which may be different numbers."""
+    ranks = distributed.get_process_group_ranks(group)
+    for tensor, splits, is_sent in ((args[1], args[4], True), (args[0], args[3], False)):
+        rows = splits or [len(tensor) // len(ranks)] * len(ranks)
+        for other, number in zip(ranks, rows, strict=True):
+            source, destination = (own, other) if is_sent else (other, own)
+            what = f"all_to_all {[number, *tensor.shape[1:]]} {_dtype(tensor)}"
+            _record_message(source, destination, what)
+
+
+def _describe(tensors: object) -> str:
+    """Returns shapes and types; also strides where a message is not contiguous."""
+    return " and ".join(
+        f"{list(t.shape)} {_dtype(t)}" + ("" if t.is_contiguous() else f" strides {t.stride()}")
+        for t in _tensors(tensors)
+    )
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+MESSAGES = ("send", "recv_")
+OWN_TENSORS = {"allgather_": 1, "gather_": 1}
+"""Position of the argument whose shape is the same on all ranks, where it is not the first."""
+UNSIZED = ("barrier", "monitored_barrier_", "alltoall_base_")
 
 
 def _tensors(value: object) -> list[Tensor]:
@@ -107,14 +215,27 @@ def _tensors(value: object) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else []
 
 
-def _require_device(name: str, tensors: Sequence[Tensor]) -> None:
+def _require_device(name: str, backend: str | None, tensors: Sequence[Tensor]) -> None:
+    """Checks device and layout for NCCL; ``None`` and names of two backends also allow the CPU."""
+    if backend == "gloo":
+        return
     for tensor in tensors:
+        if tensor.device.type == "cpu" and backend != "nccl":
+            continue
         _require(
             name,
             tensor.device == DEVICE,
             f"a tensor {list(tensor.shape)} is on {tensor.device}, but NCCL needs all on the GPU",
         )
-        _require(name, tensor.is_contiguous(), f"{list(tensor.shape)} is not contiguous")
+        is_sendable = _is_dense(tensor) if name in MESSAGES else tensor.is_contiguous()
+        _require(name, is_sendable, f"{list(tensor.shape)} is not contiguous")
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor fills its memory in any order of dimensions: NCCL sends that memory."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    is_dense: bool = tensor.permute(order).is_contiguous()
+    return is_dense
 
 
 def _require(name: str, fits: bool, what: str) -> None:
@@ -199,5 +320,5 @@ PATCHES = patches(
     ("new_group", GROUPS, "8c5521f14690", wrap(_new_group)),
     ("all_gather_object", PICKLED, "df42d97f87f9", replace_with(_all_gather_object)),
     ("gather_object", PICKLED, "a147590828d6", replace_with(_gather_object)),
-    ("broadcast_object_list", PICKLED, "8dded8659019", constant(None)),
+    ("broadcast_object_list", PICKLED, "8dded8659019", replace_with(_broadcast_object_list)),
 )

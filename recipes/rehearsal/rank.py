@@ -22,10 +22,9 @@ from omegaconf import OmegaConf
 
 from recipes.core.manifest import ARTIFACT, WORK
 from recipes.core.stage import DEADLINE, StoppedByDeadlineError
-from recipes.rehearsal import device, materials
+from recipes.rehearsal import device, materials, messages
 from recipes.rehearsal.job import RankJob, RehearsalResult
 from recipes.rehearsal.memory import MemoryTracker, label_models
-from recipes.rehearsal.messages import MessageChecker
 from recipes.stages.contract import Stage
 
 MAX_FRAMES = 5
@@ -36,7 +35,7 @@ def rehearse(job: RankJob) -> RehearsalResult:
     """Runs the stage once; an error of the stage is part of the result."""
     os.environ.update(environment(job))
     stage: Stage[Any] = importlib.import_module(f"recipes.stages.{job.stage}").STAGE
-    messages, memory = MessageChecker(), MemoryTracker(job.vocabulary)
+    memory = MemoryTracker(job.vocabulary)
     start = time.monotonic()
     error = None
     with tempfile.TemporaryDirectory() as temporary:
@@ -49,7 +48,7 @@ def rehearse(job: RankJob) -> RehearsalResult:
             cfg = OmegaConf.merge(schema, materials.settings(job, run_dir))
             run = partial(stage.run, OmegaConf.to_object(cfg), inputs, out)
             label_models(memory)
-            with device.weightless(), memory, messages:
+            with device.weightless(), memory, messages.MessageChecker():
                 if job.resumed:
                     _stop_by_the_clock(run)
                 run()
@@ -59,8 +58,7 @@ def rehearse(job: RankJob) -> RehearsalResult:
         seconds=round(time.monotonic() - start, 1),
         error=error,
         peak={label: size for label, size in memory.peak.items() if size},
-        sent=messages.sent,
-        expected=messages.expected,
+        channels=messages.recorded_channels(),
     )
 
 

@@ -1,7 +1,8 @@
-"""Rehearses ranks of stages: ``python -m recipes.rehearsal.worker JOBS`` (a JSON list of jobs).
+"""Rehearses ranks of stages: ``python -m recipes.rehearsal.worker JOBS AT_ONCE``.
 
-Prints a line of JSON per job. The libraries are imported once, and each rank runs in a fork, so
-that it does not see what another rank left in Megatron's globals.
+``JOBS`` is a JSON list of jobs. Prints a line of JSON per job, in their order. The libraries are
+imported once, and each rank runs in a fork, so that it does not see what another rank left in
+Megatron's globals.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -31,18 +35,19 @@ PRELOADED = (
 )
 """Modules that stages import when they run."""
 Rehearse = Callable[[RankJob], RehearsalResult]
+Task = Callable[[], RehearsalResult]
 
 
-def main(file: Path) -> None:
-    """Rehearses the jobs of a file in order."""
+def main(file: Path, at_once: int) -> None:
+    """Rehearses the jobs of a file, several at a time."""
     die_with_parent()
     prepare_imports()
     jobs: list[RankJob] = TypeAdapter(list[RankJob]).validate_json(file.read_bytes())
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # output of libraries goes to standard error
     rehearse = prepare()
-    for job in jobs:
-        print(json.dumps(asdict(in_fork(rehearse, job))), file=results, flush=True)
+    for result in in_forks((partial(rehearse, job) for job in jobs), at_once):
+        print(json.dumps(asdict(result)), file=results, flush=True)
 
 
 def prepare() -> Rehearse:
@@ -62,13 +67,27 @@ def prepare() -> Rehearse:
     return rank.rehearse
 
 
-def in_fork(rehearse: Rehearse, job: RankJob) -> RehearsalResult:
-    """Rehearses in its own process."""
+def in_forks(tasks: Iterable[Task], at_once: int) -> Iterator[RehearsalResult]:
+    """Runs each task in its own process; yields the results in the order of the tasks."""
+    running: deque[tuple[BaseProcess, Connection]] = deque()
+    for task in tasks:
+        if len(running) == at_once:
+            yield _receive(*running.popleft())
+        running.append(_start(task))
+    while running:
+        yield _receive(*running.popleft())
+
+
+def _start(task: Task) -> tuple[BaseProcess, Connection]:
     context = get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_send, args=(rehearse, job, sender))
+    child = context.Process(target=_send, args=(task, sender))
     child.start()
     sender.close()
+    return child, receiver
+
+
+def _receive(child: BaseProcess, receiver: Connection) -> RehearsalResult:
     try:
         result: RehearsalResult = receiver.recv()
     except EOFError:
@@ -78,9 +97,9 @@ def in_fork(rehearse: Rehearse, job: RankJob) -> RehearsalResult:
     return result
 
 
-def _send(rehearse: Rehearse, job: RankJob, pipe: Connection) -> None:
-    pipe.send(rehearse(job))
+def _send(task: Task, pipe: Connection) -> None:
+    pipe.send(task())
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

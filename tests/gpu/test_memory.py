@@ -54,7 +54,7 @@ def rehearsed(results: Path, tmp_path: Path) -> dict[int, float]:
     file = results / "rehearsal.json"
     if not file.exists():
         jobs = [asdict(job_of(layers)[1]) for layers in LAYERS]
-        lines = start("recipes.rehearsal.worker", jobs, folder=tmp_path).splitlines()
+        lines = start("recipes.rehearsal.worker", jobs, "1", folder=tmp_path).splitlines()
         found = [TypeAdapter(RehearsalResult).validate_json(line) for line in lines]
         for layers, one in zip(LAYERS, found, strict=True):
             assert one.error is None, one.error

@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ import torch
 from pydantic import TypeAdapter
 
 from recipes.backend.patches import Patch, apply, replace_with, wrap
+from recipes.core.processes import cores
 from recipes.rehearsal.job import RankJob, RehearsalResult
-from recipes.rehearsal.worker import in_fork, prepare
+from recipes.rehearsal.worker import in_forks, prepare
 
 
 def gather_too_much(shard: Any, group: Any) -> Any:
@@ -62,6 +65,46 @@ def restore_with(change: Callable[[Any], None]) -> Callable[..., Any]:
         return model
 
     return wrap(restored)
+
+
+def once(change: Callable[..., Any]) -> Callable[..., Any]:
+    """Changes the second call only."""
+    calls = count()
+
+    def changed(original: Any, *args: Any, **kwargs: Any) -> Any:
+        call = change if next(calls) == 1 else lambda f, *a, **k: f(*a, **k)
+        return call(original, *args, **kwargs)
+
+    return wrap(changed)
+
+
+def total_of_two_columns(original: Any, values: Any, group: Any) -> Any:
+    return original(values.repeat(1, 2).unflatten(-1, (2, -1)), group)[:, :1, 0]
+
+
+def with_small_buckets(original: Any, *args: Any, **kwargs: Any) -> Any:
+    *before, _, names = args[:7]  # the last two are the size of a bucket and the parameters' names
+    return original(*before, 1, names, *args[7:], **kwargs)
+
+
+def gather_in_one(part: Any, group: Any) -> Any:
+    whole = part.new_empty(group.size() * len(part), part.shape[1])
+    torch.distributed.all_gather_into_tensor(whole, part.contiguous(), group)
+    return torch.cat(whole.chunk(group.size()), dim=-1)
+
+
+def expect_from_the_first(original: Any, *args: Any, **kwargs: Any) -> None:
+    original(*args, **(kwargs | {"src": 0} if "src" in kwargs else kwargs))
+
+
+def with_barrier(original: Any, *args: Any) -> Any:
+    torch.distributed.barrier()
+    return original(*args)
+
+
+def with_gathered_objects(original: Any, *args: Any) -> Any:
+    torch.distributed.all_gather_object([None] * torch.distributed.get_world_size(), 0)
+    return original(*args)
 
 
 _models: list[Any] = []
@@ -113,6 +156,51 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
         "A pipeline stage sends hidden states in float32, but the next one expects bfloat16.",
         send_changed(lambda both: both.float()),
     ),
+    "skip_all_reduce": (
+        "recipes.distillation.vocabulary:all_reduce",
+        "A rank skips one all-reduce of many.",
+        once(lambda original, *args, **kwargs: None),
+    ),
+    "small_buckets": (
+        "megatron.core.distributed.distributed_data_parallel:_ParamAndGradBuffer",
+        "A rank reduces the gradients of each parameter alone, the others in larger buckets.",
+        wrap(with_small_buckets),
+    ),
+    "total_two_columns": (
+        "recipes.distillation.losses:total",
+        "A rank of the last stage sums tensors of another shape.",
+        wrap(total_of_two_columns),
+    ),
+    "wrong_root": (
+        "torch.distributed:broadcast_object_list",
+        "The first stage expects the losses from itself.",
+        wrap(expect_from_the_first),
+    ),
+    "skip_receive": (
+        "megatron.core.pipeline_parallel.p2p_communication:_batched_p2p_ops",
+        "A stage does not receive one message.",
+        once(lambda original, **kwargs: original(**{**kwargs, "tensor_recv_prev": None})),
+    ),
+    "reverse_groups": (
+        "megatron.core.parallel_state:RankGenerator.get_ranks",
+        "A rank creates process groups in another order.",
+        wrap(lambda original, *args, **kwargs: original(*args, **kwargs)[::-1]),
+    ),
+    "add_barrier": (
+        "recipes.distillation.trainer:_load_main_weights",
+        "A rank waits for the others once more.",
+        wrap(with_barrier),
+    ),
+    "gather_in_one": (
+        "recipes.distillation.vocabulary:gather",
+        "A rank gathers by another collective.",
+        replace_with(gather_in_one),
+    ),
+    "gather_objects": (
+        "recipes.distillation.model:KDModel.share_losses",
+        "Only one rank gathers objects.",
+        wrap(with_gathered_objects),
+    ),
     "widen": (
         "nemo_convert.nemo:restore_model",
         "A model is built with a wider feed-forward layer than its checkpoint has.",
@@ -138,19 +226,19 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
 
 
 def main() -> None:
-    jobs = json.loads(Path(sys.argv[1]).read_text())
+    pairs = json.loads(Path(sys.argv[1]).read_text())
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     rehearse = prepare()
-    for job, defect in jobs:
 
-        def with_defect(job: RankJob, defect: str | None = defect) -> RehearsalResult:
-            if defect is not None:
-                target, what, replace = DEFECTS[defect]
-                apply([Patch(target, what, "", replace)])
-            return rehearse(job)
+    def with_defect(job: dict[str, Any], defect: str | None) -> RehearsalResult:
+        if defect is not None:
+            target, what, replace = DEFECTS[defect]
+            apply([Patch(target, what, "", replace)])
+        return rehearse(TypeAdapter(RankJob).validate_python(job))
 
-        result = in_fork(with_defect, TypeAdapter(RankJob).validate_python(job))
+    tasks = (partial(with_defect, *pair) for pair in pairs)
+    for result in in_forks(tasks, cores()):
         print(json.dumps(asdict(result)), file=results, flush=True)
 
 

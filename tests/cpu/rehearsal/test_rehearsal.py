@@ -12,9 +12,15 @@ from typing import NamedTuple
 import pytest
 from pydantic import TypeAdapter
 
-from launch.rehearse import KINDS, memory_mistakes, peak_by_kind, planned_memory
+from launch.rehearse import (
+    KINDS,
+    communication_mistakes,
+    memory_mistakes,
+    peak_by_kind,
+    planned_memory,
+)
 from recipes.core.files import REPO_ROOT
-from recipes.rehearsal.job import RankJob, RehearsalResult, mismatches
+from recipes.rehearsal.job import RankJob, RehearsalResult
 from tests.cpu.rehearsal import defects
 from tests.support.rehearsals import MOE_MODEL, job_with_layers
 
@@ -106,7 +112,27 @@ BROKEN = {
     Case(SMALL, "import_hf", defect="lose_a_row"): "is made (49151, 576), not (49152, 576)",
     Case(*QWEN, (f"{D}tensor_model_parallel_size=3",)): "must be a multiple of tensor_model_par",
 }
-WIDE = Case(*QWEN, PIPELINE, 6, defect="send_wide")
+TWO_STAGES = (
+    f"{D}pipeline_model_parallel_size=2",
+    f"{D}tensor_model_parallel_size=2",
+    f"{D}sequence_parallel=true",
+)
+RANKS = [Case("qwen3_8b_depth", "distill", rank, TWO_STAGES, 4) for rank in (0, 1, 382, 384, 385)]
+"""All distinct ranks of the first stage, its last replica, and the ranks of the last stage."""
+DIFFERENCES = {
+    (385, "skip_all_reduce"): ("TENSOR_MODEL_PARALLEL_GROUP", "recipes/distillation/losses.py:"),
+    (382, "small_buckets"): ("DATA_PARALLEL_GROUP", "param_and_grad_buffer.py:"),
+    (385, "total_two_columns"): ("TENSOR_MODEL_PARALLEL_GROUP", "recipes/distillation/vocabulary"),
+    (0, "wrong_root"): ("PIPELINE_MODEL_PARALLEL_GROUP", "broadcast_object_list from 0"),
+    (384, "skip_receive"): ("messages from rank 0 to rank 384", "p2p_communication.py:"),
+    (0, "send_wide"): ("messages from rank 0 to rank 384", "] float32, at "),
+    (1, "reverse_groups"): ("the process group of all ranks", "new_group of ranks"),
+    (1, "add_barrier"): ("the process group of all ranks", "barrier, at tests/cpu/rehearsal"),
+    (385, "gather_in_one"): ("TENSOR_MODEL_PARALLEL_GROUP", "allgather_base ["),
+    (0, "gather_objects"): ("the process group of all ranks", "all_gather_object, at "),
+}
+"""By the rank with a defect, and its name: the reported channel, and words of the report."""
+DIFFERENT = {key: RANKS[0]._replace(rank=key[0], defect=key[1]) for key in DIFFERENCES}
 KEPT = EVALUATE._replace(defect="keep_all")
 Results = dict[Case, tuple[RankJob, RehearsalResult]]
 
@@ -114,7 +140,7 @@ Results = dict[Case, tuple[RankJob, RehearsalResult]]
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """All cases in one process, which imports the libraries once."""
-    cases = [*SOUND, *BROKEN, WIDE, KEPT]
+    cases = list(dict.fromkeys([*SOUND, *BROKEN, *RANKS, *DIFFERENT.values(), KEPT]))
     jobs = [replace(job_with_layers(*case[:5])[1], resumed=case.resumed) for case in cases]
     file = tmp_path_factory.mktemp("rehearsal") / "jobs.json"
     pairs = [[asdict(job), case.defect] for job, case in zip(jobs, cases, strict=True)]
@@ -167,24 +193,21 @@ def test_every_recipe_is_rehearsed() -> None:
     assert {case.recipe for case in SOUND} == recipes
 
 
-def test_pipeline_stages_send_what_the_next_expects(rehearsed: Results) -> None:
-    ranks = [rehearsed[case] for case in PIPELINE_RANKS]
-    for (_, result), directions in zip(ranks, ({1}, {1, -1}, {-1}), strict=True):
-        distances = {message.destination - message.source for message in result.sent}
-        assert {(d > 0) - (d < 0) for d in distances} == directions
-    widths = {message.shape[-1] for message in ranks[0][1].sent}
-    assert widths == {4096, 2 * 4096}  # a validation has no teacher
-    assert list(mismatches(ranks)) == []
-    assert list(mismatches([ranks[0], ranks[2]])) == []
+@pytest.mark.parametrize("ranks", [RANKS, PIPELINE_RANKS], ids=["two_stages", "three_stages"])
+def test_sound_ranks_make_the_same_calls(ranks: list[Case], rehearsed: Results) -> None:
+    names = {channel.name for channel in rehearsed[ranks[0]][1].channels}
+    assert f"messages from rank 0 to rank {384 if ranks == RANKS else 256}" in names
+    assert list(communication_mistakes([rehearsed[case] for case in ranks])) == []
 
 
-def test_messages_of_another_shape_or_type_are_reported(rehearsed: Results) -> None:
-    (job, first), middle, _ = (rehearsed[case] for case in PIPELINE_RANKS)
-    half = [replace(message, shape=[*message.shape[:-1], 4096]) for message in first.sent]
-    assert list(mismatches([(job, replace(first, sent=half)), middle])) == [
-        f"distill: rank 0 sends {len(half)} of [1024, 2, 4096] bfloat16, but rank 256 expects "
-        f"{len(half)} of [1024, 2, 4096] bfloat16 and [1024, 2, 8192] bfloat16"
-    ]
-    assert rehearsed[WIDE][1].error is None
-    [text] = mismatches([rehearsed[WIDE], middle])
-    assert "[1024, 2, 8192] float32, but rank 256 expects" in text
+@pytest.mark.parametrize("key", DIFFERENCES, ids=lambda key: key[1])
+def test_different_calls_of_ranks_are_reported(key: tuple[int, str], rehearsed: Results) -> None:
+    rank, _ = key
+    assert rehearsed[DIFFERENT[key]][1].error is None
+    others = [rehearsed[case] for case in RANKS if case.rank != rank]
+    mistakes = list(communication_mistakes([*others, rehearsed[DIFFERENT[key]]]))
+    channel, words = DIFFERENCES[key]
+    reported = [text for text in mistakes if channel in text.splitlines()[0]]
+    assert reported, mistakes
+    assert any(words in text for text in reported), reported
+    assert any(f"\n  rank {rank}: " in text for text in reported), reported

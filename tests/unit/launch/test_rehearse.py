@@ -15,7 +15,8 @@ from launch.plan import stage_order, typed_stages, with_shapes
 from launch.planned import stage_of
 from launch.rehearse import memory_mistakes, planned_memory
 from recipes.planning.chain import Chain, read_config_or_published
-from recipes.rehearsal.job import RankJob, RehearsalResult, first_ranks, jobs_of
+from recipes.rehearsal.agreement import distinct_ranks
+from recipes.rehearsal.job import RankJob, RehearsalResult, jobs_of
 from tests.unit.conftest import Compose, Launch
 
 Prepared = tuple[Chain, list[RankJob]]
@@ -46,10 +47,13 @@ def prepared(cfg: DictConfig, run_dir: Path, ranks: list[int] | None = None) -> 
     return chain, jobs_of(chain, stages, list(stages), hf_config, ranks)
 
 
-def test_first_middle_and_last_pipeline_stage() -> None:
-    assert first_ranks(768, 1) == [0]
-    assert first_ranks(768, 2) == [0, 384]
-    assert first_ranks(768, 4) == [0, 384, 576]
+def test_ranks_that_differ_only_in_their_text_are_one() -> None:
+    assert distinct_ranks(1, 1, 1, 1, 1) == [0]
+    assert distinct_ranks(8, 1, 1, 1, 1) == [0, 7]
+    assert distinct_ranks(768, 4, 1, 1, 1) == [0, 1, 2, 3, 764]
+    assert distinct_ranks(16, 2, 2, 2, 1) == [0, 1, 2, 3, 4, 8, 9, 10, 11]
+    assert distinct_ranks(16, 2, 1, 1, 8) == list(range(16))
+    assert distinct_ranks(8, 2, 2, 2, 1) == list(range(8))
 
 
 def test_jobs_have_few_steps_and_full_shapes(compose: Compose, tmp_path: Path) -> None:
@@ -79,7 +83,8 @@ def test_successive_halving_is_rehearsed_by_training_its_largest_candidate(
     compose: Compose, tmp_path: Path
 ) -> None:
     chain, jobs = prepared(compose("recipe=qwen3_8b_search"), tmp_path)
-    [job] = [job for job in jobs if job.name == "successive_halving"]
+    job, *others = (job for job in jobs if job.name == "successive_halving")
+    assert [other.rank for other in others] == [1, 6]  # tensor parallel, and the last replica
     assert (job.stage, job.world) == ("distill", 8)
     assert job.inputs["teacher"].shape == chain.teacher.as_dict()
     largest = chain.shapes["enumerate_shapes"][0]
@@ -93,7 +98,7 @@ def test_successive_halving_is_rehearsed_by_training_its_largest_candidate(
 def test_a_cached_teacher_has_the_settings_of_its_stage(compose: Compose, tmp_path: Path) -> None:
     given = ("recipe=qwen3_8b_depth", "teacher=cached", "stages.cache_logits.top_k=8")
     _, jobs = prepared(compose(*given), tmp_path)
-    [job] = [job for job in jobs if job.name == "distill"]
+    job = next(job for job in jobs if job.name == "distill")
     teacher = job.inputs["teacher"]
     assert teacher.kind == "logit_cache"
     said = {"seq_length": 4096, "top_k": 8, "tail_draws": 0, "temperature": 1.0}
