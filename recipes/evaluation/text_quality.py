@@ -89,7 +89,7 @@ def measure(
 
         states[role] = compute_states(Predictor.of(model), own_text, cfg.micro_batch_size, progress)
         parameters[role] = sum(p.numel() for p in model.parameters())
-        if rank() == 0:
+        if rank() == 0 and len(prompts):
             generations[role] = _generate(cfg, model, prompts, tokenizer.eos_token_id)
         del model
     scores = _of_all_ranks(

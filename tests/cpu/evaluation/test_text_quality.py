@@ -96,6 +96,15 @@ def test_quality_is_measured_by_source(
     assert (one.sequences, one.sources) == (9, {})
 
 
+def test_no_text_is_generated_if_none_is_requested(
+    quality: EvaluationResult, models: dict[str, Any], data: Input, tmp_path: Path
+) -> None:
+    result = evaluated(models, data, tmp_path, replace(CONFIG, num_generations=0))
+    assert result.distilled.loss == quality.distilled.loss
+    [detail] = tmp_path.rglob("results.json")
+    assert json.loads(detail.read_text())["generations"] == []
+
+
 RANK_SCRIPT = """
 import pickle, sys
 from pathlib import Path
