@@ -45,7 +45,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def print_sources(plan: Plan, console: Console) -> None:
-    """Shows the text that will be tokenised, as far as it is on this machine."""
+    """Shows the sources to tokenise; the size of text that is not on this machine is unknown."""
     for config in (stage.config for stage in plan.todo()):
         if not isinstance(config, PrepareDataConfig):
             continue

@@ -63,7 +63,7 @@ class Architecture:
         return self.num_layers * layer + self.vocab_size * self.hidden_size
 
     def _layer_matrices(self, experts: int) -> int:
-        """Counts the parameters of a layer's matrices, of which ``experts`` experts."""
+        """Counts the parameters of a layer's matrices, with ``experts`` experts."""
         heads, groups = self.num_attention_heads, self.num_query_groups
         rows = self.kv_channels * (2 * heads + 2 * groups)
         if self.num_moe_experts:

@@ -22,18 +22,18 @@ SETTINGS = {
     "cpus-per-task": "cpus_per_task",
     "time": "time",
 }
-"""Options of sbatch that the launcher sets, with the field of ``resources`` that they are from."""
+"""Options of sbatch that the launcher sets, and the field of ``resources`` that sets each."""
 SIZES = {"": 1, "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 """Megabytes of Slurm's units of memory."""
 MEGABYTE = 1024**2
 WEIGHT_BYTES = 2
-"""Of a parameter in bfloat16."""
+"""Bytes of a parameter in bfloat16."""
 RESOURCES = "stages.NAME.resources"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a job requests; ``None`` stands for Slurm's default."""
+    """What a job requests; ``None`` means Slurm's default."""
 
     stage: PlannedStage
     seconds: int
@@ -156,9 +156,9 @@ def job_problems(
     stages: dict[Problem, list[str]] = {}
     for job in jobs:
         name = job.stage.name
-        found = list(_request_problems(job, raw_options[name]))
-        found += _partition_problems(job, partitions) if partitions else []
-        for problem in found:
+        problems = list(_request_problems(job, raw_options[name]))
+        problems += _partition_problems(job, partitions) if partitions else []
+        for problem in problems:
             stages.setdefault(problem, []).append(name)
     for problem, names in stages.items():
         yield replace(problem, what=f"{', '.join(names)}: {problem.what}")
@@ -182,7 +182,7 @@ def _request_problems(job: Job, raw_options: Iterable[str]) -> Iterator[Problem]
 
 def _partition_problems(job: Job, partitions: Partitions) -> Sequence[Problem]:
     """Compares a job with its partition, or with the best one of a list, as Slurm does."""
-    default = [name for name, found in partitions.items() if found.fields["Default"] == "YES"]
+    default = [name for name, each in partitions.items() if each.fields["Default"] == "YES"]
     names = job.partition.split(",") if job.partition else default
     fix = f"set cluster.partition to one of: {', '.join(partitions)}"
     if not names:

@@ -45,7 +45,7 @@ class Acceptance:
     """A user's decision to keep a stale result."""
 
     fingerprint: str
-    """Fingerprint of the stage as it was planned instead."""
+    """Fingerprint that the stage had in the plan, where it differs from the result's."""
     reasons: list[str]
     """Why the result is stale."""
 

@@ -240,8 +240,8 @@ class DistillConfig(TrainingConfig):
     the step before."""
     stop_at_recovered: Fraction | None = None
     """Stops the training at the first validation that has recovered this fraction of the KL added
-    by pruning. The teacher then runs in validations too, of which one is before the first step. The
-    learning rate does not decay earlier than without it."""
+    by pruning. The teacher then also runs in validations, and one validation precedes the first
+    step. The learning rate does not decay earlier than without it."""
     student_steps: list[Count] = field(default_factory=list)
     """Steps after which the student is saved too, in ``artifact/steps/STEP.nemo``. Benchmarks
     evaluate each of these students, and the report plots their scores."""

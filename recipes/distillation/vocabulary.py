@@ -95,7 +95,7 @@ def local_columns(indices: Tensor, width: int, group: ProcessGroup | None) -> tu
 
 
 def select(values: Tensor, columns: Tensor, is_local: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Returns values [n, vocabulary/tp] of tokens, of which each is on one rank, on every rank."""
+    """Returns on every rank the values [n, k] of tokens, each of which only one rank has."""
     selected = values.gather(1, columns).masked_fill_(~is_local, 0)
     if group is not None:
         all_reduce(selected, group=group)

@@ -103,15 +103,7 @@ def measure(
         texts = {
             name: [tokenizer.decode(ids) for ids in rows] for name, rows in generations.items()
         }
-        detail = {
-            "results": {role: asdict(quality) for role, quality in results.items()},
-            "sequence_losses": {role: values.losses for role, values in scores.items()},
-            "generations": [
-                dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)
-            ],
-        }
-        content = json.dumps(detail, indent=1, ensure_ascii=False)
-        write_text_atomically(out / "results.json", content)
+        _write_details(out / "results.json", results, scores, texts)
     return EvaluationResult(
         **results,
         sequences=len(text),
@@ -121,6 +113,23 @@ def measure(
         recovered=_recovered(scores),
         sources=_by_source(scores, text) if len(text.sources) > 1 else {},
     )
+
+
+def _write_details(
+    path: Path,
+    results: Mapping[str, ModelQuality],
+    scores: Mapping[str, Scores],
+    texts: Mapping[str, Sequence[str]],
+) -> None:
+    """Writes the results and sequence losses by role, and each prompt with all models' texts."""
+    detail = {
+        "results": {role: asdict(quality) for role, quality in results.items()},
+        "sequence_losses": {role: values.losses for role, values in scores.items()},
+        "generations": [
+            dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)
+        ],
+    }
+    write_text_atomically(path, json.dumps(detail, indent=1, ensure_ascii=False))
 
 
 @dataclass

@@ -77,15 +77,14 @@ def pass_compute(arch: Architecture, seq_length: int, dtype_bytes: int, passes: 
     forwards = passes - BACKWARD_PASSES if backward else passes
     flops_per_score = ATTENTION_FORWARD_FLOPS * forwards + ATTENTION_BACKWARD_FLOPS * backward
     channels = arch.num_attention_heads * arch.kv_channels * arch.num_layers
+    computed = _computed_score_fraction(seq_length)
     traffic = forwards * _forward_bytes(arch, dtype_bytes)
     if backward:
         traffic += _backward_bytes(arch, seq_length, dtype_bytes)
     return Compute(
         gemm_flops=passes * 2 * arch.active_weights(),
         attention_flops=passes * 2 * seq_length * channels,  # 4 FLOPs for half of the scores
-        blocked_attention_flops=flops_per_score
-        * (seq_length * channels)
-        * _computed_score_fraction(seq_length),
+        blocked_attention_flops=flops_per_score * (seq_length * channels) * computed,
         bytes=arch.num_layers * traffic,
     )
 

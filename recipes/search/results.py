@@ -69,7 +69,7 @@ class TimedShape:
 
 @dataclass(frozen=True)
 class LatencyResult:
-    """The latency model and the timed engines, of which the first is the teacher's."""
+    """The latency model and the timed engines; the first engine is the teacher's."""
 
     measured: LatencyFit
     threads: int

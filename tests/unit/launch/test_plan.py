@@ -11,8 +11,9 @@ import pytest
 from launch.plan import Plan, make_plan
 from launch.settings import settings_of
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import ARTIFACT, MANIFEST
+from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest
 from recipes.stages import score
+from tests.support.manifests import edit_manifest
 from tests.support.runs import STAGES
 from tests.unit.conftest import stage_named
 
@@ -181,3 +182,26 @@ def test_input_that_cannot_be_used(
         external(plan, other / stage)
     assert words in str(caught.value)
     assert str((other / stage).resolve()) in str(caught.value)
+
+
+def test_models_of_another_run_are_planned_with_their_shapes(
+    plan: MakePlan, complete: Complete, tmp_path: Path
+) -> None:
+    complete(plan())
+    other = (tmp_path / "run").rename(tmp_path / "other")
+    shape = plan().chain.workloads["distill"].trained
+    assert shape is not None
+    edit_manifest(other / "prune", architecture={**shape.as_dict(), "num_layers": 7})
+    student = f"stages.distill.inputs.student={other}/prune"
+    job = plan(student).chain.workloads["distill"]
+    assert job.trained is not None
+    assert job.trained.num_layers == 7
+    assert job.teacher is not None
+    cache = {"seq_length": 256, "temperature": 1.0, "top_k": 64, "tail_draws": 0}
+    teacher = read_manifest(other / "import_hf")
+    assert teacher is not None
+    edit_manifest(other / "import_hf", kind="logit_cache", config=teacher.config | cache)
+    cached = plan(student, f"stages.distill.inputs.teacher={other}/import_hf").chain.workloads[
+        "distill"
+    ]
+    assert cached.teacher is None

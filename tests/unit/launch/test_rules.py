@@ -18,11 +18,9 @@ from launch.plan import Plan, make_plan
 from launch.settings import settings_of
 from recipes.core import versions
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import read_manifest
 from recipes.planning import hardware, limits, rules
 from recipes.planning.rules import RULES, WARNING
 from tests.support.folders import expected_shapes, write_folder, write_sparse_weights
-from tests.support.manifests import edit_manifest
 from tests.unit.conftest import LLAMA_CONFIG, SMALL_STUDENT
 
 if TYPE_CHECKING:
@@ -390,24 +388,3 @@ def test_training_cannot_exceed_the_sequences_of_a_cached_teacher(plan: MakePlan
     assert "25,600" in note.what
     assert "4.0" in note.what
     assert "epochs" not in {n.rule.name for n in cached(400).notes}
-
-
-def test_models_of_another_run_are_planned_with_their_shapes(
-    plan: MakePlan, complete: Complete, tmp_path: Path
-) -> None:
-    complete(plan())
-    other = (tmp_path / "run").rename(tmp_path / "other")
-    shape = plan().chain.workloads["distill"].trained
-    assert shape is not None
-    edit_manifest(other / "prune", architecture={**shape.as_dict(), "num_layers": 7})
-    student = f"{D}inputs.student={other}/prune"
-    job = plan(student).chain.workloads["distill"]
-    assert job.trained is not None
-    assert job.trained.num_layers == 7
-    assert job.teacher is not None
-    cache = {"seq_length": 256, "temperature": 1.0, "top_k": 64, "tail_draws": 0}
-    teacher = read_manifest(other / "import_hf")
-    assert teacher is not None
-    edit_manifest(other / "import_hf", kind="logit_cache", config=teacher.config | cache)
-    cached = plan(student, f"{D}inputs.teacher={other}/import_hf").chain.workloads["distill"]
-    assert cached.teacher is None

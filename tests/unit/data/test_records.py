@@ -1,0 +1,59 @@
+"""Records of Markdown, tables, joined fields and dialogues."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recipes.core.errors import RecipeError
+from recipes.data.corpus import read_source
+from tests.unit.data.test_corpus import documents, write
+
+
+def test_files_of_text_are_one_document_each(tmp_path: Path) -> None:
+    for name in ("a.py", "b.rst", "c.md"):
+        source = write(tmp_path, name, "first = 1\r\n\n\nsecond = 2\n")
+        assert documents(source) == ["first = 1\n\n\nsecond = 2"]
+        [document] = read_source(source, "text")
+        assert document.position is None
+
+
+@pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tab", "\t"), ("tsv", "\t")])
+def test_a_column_of_a_table_is_read(suffix: str, delimiter: str, tmp_path: Path) -> None:
+    rows = [("\ufeffid", "text", "title"), ("1", '"one,\n\ntwo"', "A"), ("2", "three", "B")]
+    content = "\n".join(map(delimiter.join, rows))
+    source = write(tmp_path, f"a.{suffix}", content)
+    assert documents(source) == ["one,\n\ntwo", "three"]
+    assert documents(f"{source}#text=title,text") == ["A\none,\n\ntwo", "B\nthree"]
+    with pytest.raises(RecipeError, match="row 1: no text in field 'body'"):
+        documents(source, "body")
+    broken = write(tmp_path, f"b.{suffix}", 'text\n"open')
+    with pytest.raises(RecipeError, match=rf"cannot be read as .{suffix}: unexpected end"):
+        documents(broken)
+
+
+def test_fields_and_lists_of_a_record_are_joined(tmp_path: Path) -> None:
+    recipe = {"title": "Tea", "time": None, "how": {"steps": ["Boil water.", "Wait."]}, "n": 3}
+    source = write(tmp_path, "a.json", json.dumps({"tea": recipe}))
+    assert documents(f"{source}#text=title,time,how.steps") == ["Tea\nBoil water.\nWait."]
+    with pytest.raises(RecipeError, match="record 1: no text in field 'n,time'"):
+        documents(f"{source}#text=n,time")
+
+
+def test_a_dialogue_is_plain_text_or_a_conversation(tmp_path: Path) -> None:
+    def said(sender: str, text: str) -> dict[str, str]:
+        return {"sender": sender, "text": text}
+
+    turns = [[said("x", "Hi."), said("x", "How\nare you?")], [said("y", "Fine.")], said("x", "Ok.")]
+    source = write(tmp_path, "a.json", json.dumps({"1": {"messages": turns}}))
+    assert documents(f"{source}#format=dialogue") == ["A: Hi. How are you?\nB: Fine.\nA: Ok."]
+    [chat] = read_source(source, "text", chat=True)
+    assert [one["role"] for one in json.loads(chat.text)] == ["user", "assistant", "user"]
+    assert json.loads(chat.text)[0]["content"] == "Hi.\nHow\nare you?"
+    alone = write(tmp_path, "b.json", json.dumps([{"messages": turns[:1]}]))
+    assert documents(f"{alone}#format=dialogue") == []
+    crowd = write(tmp_path, "c.json", json.dumps([{"messages": [*turns, said("z", "Me too.")]}]))
+    with pytest.raises(RecipeError, match="record 1: 3 people speak, not two"):
+        documents(f"{crowd}#format=dialogue")
