@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from launch.planned import PlannedStage
 from launch.progress import Follower
-from recipes.core.constraints import Environment, Variable
+from recipes.core.constraints import Environment, VariableName
 
 Follow = Callable[[PlannedStage], AbstractContextManager[Follower]]
 """Shows the progress of a stage while it runs."""
@@ -23,7 +23,7 @@ class Cluster:
     """The module in ``launch/executors`` that starts stages."""
     env: Environment = field(default_factory=dict)
     """Variables of every stage; ``resources.env`` adds to them."""
-    pass_env: list[Variable] = field(default_factory=list)
+    pass_env: list[VariableName] = field(default_factory=list)
     """Names of variables to pass on, for secrets: their values are never written anywhere."""
 
     @property

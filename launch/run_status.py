@@ -51,7 +51,7 @@ def read_statuses(run_dir: Path) -> list[StageStatus]:
     jobs, holder = read_jobs(run_dir), lock.read_holder(run_dir)
     queue, plan = job_states(jobs.values()), read_last_plan(run_dir)
     planned = plan.stages if plan is not None else {}
-    states = stage_states(run_dir, also=jobs)
+    states = stage_states(run_dir, include=jobs)
     current = {name: job for name, job in jobs.items() if job.fingerprint == planned.get(name)}
     incomplete = [n for n, state in states.items() if state.status is not Status.COMPLETE]
     left = [current[n] for n in incomplete if n in current and current[n].id not in queue]

@@ -23,7 +23,7 @@ _enabled = False
 
 
 def missing_compiler() -> tuple[str, str] | None:
-    """Returns what compiling for a CPU lacks and how to install it; ``None`` if nothing."""
+    """Returns a missing requirement of CPU compilation and how to install it, or ``None``."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         return compiler, "on Debian or Ubuntu, apt-get install g++"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 INT32 = 2**31 - 1
-"""Largest integer of kernels and file formats."""
+"""Largest 32-bit integer, the limit of many kernels and file formats."""
 REQUIREMENT = "requirement"
 """Type of the errors that ``Requirement`` raises."""
 
@@ -55,12 +55,12 @@ class Requirement:
 
 
 def one_of(*names: str) -> AfterValidator:
-    """Declares a text that is one of some names."""
+    """Declares a string that must equal one of the names."""
     return AfterValidator(Requirement(names.__contains__, f"one of: {', '.join(names)}.", names))
 
 
 def matching(pattern: str, description: str) -> AfterValidator:
-    """Declares a text that matches a regular expression, which errors describe in words."""
+    """Declares a string that matches a regular expression; errors show the description instead."""
     regex = re.compile(pattern)
     return AfterValidator(Requirement(lambda text: bool(regex.fullmatch(text)), description))
 
@@ -95,8 +95,8 @@ Duration = Annotated[
     matching(r"(\d+-)?\d{1,2}:[0-5]\d:[0-5]\d", "HH:MM:SS or D-HH:MM:SS, in quotes in a YAML file"),
 ]
 """A time limit in Slurm's format."""
-Variable = Annotated[str, matching(r"[A-Za-z_]\w*", "the name of an environment variable")]
-Environment = dict[Variable, str]
+VariableName = Annotated[str, matching(r"[A-Za-z_]\w*", "the name of an environment variable")]
+Environment = dict[VariableName, str]
 
 MESSAGES = {
     "greater_than": "must be greater than {gt}",
@@ -106,7 +106,7 @@ MESSAGES = {
     "finite_number": "must be finite",
     "too_short": "must not be empty",
     "list_type": "must be a list, such as [a,b]",
-    "string_type": "must be a text",
+    "string_type": "must be a string",
     "dict_type": "must be names with values, such as {{a: 1}}",
     REQUIREMENT: "{must}",
 }

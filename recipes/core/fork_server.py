@@ -34,7 +34,8 @@ IMPORT_ENVIRONMENT = {
     # Otherwise torch.cuda.is_available() initialises CUDA, which does not survive a fork.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
-"""Variables of the server, not of its children: imports start no threads, which a fork loses."""
+"""Variables that are set only while the server imports. A fork would lose threads and CUDA, so they
+stop imports from starting either. Children get the caller's environment."""
 STOP_SECONDS = 30
 
 
@@ -169,8 +170,10 @@ def main() -> None:
 def _require_forkable() -> None:
     """Ends this process with a message if children would lose threads or CUDA.
 
-    The trial fork also makes OpenBLAS end its threads until they are needed again. Without a GPU
-    a CUDA build of torch calls itself initialised, but children lose nothing.
+    A trial fork shows whether torch has initialised CUDA. The answer counts only with a GPU:
+    without one, a CUDA build of torch gives the same answer, but children lose nothing. The fork
+    also makes OpenBLAS end its threads, which would otherwise be counted; it starts them again when
+    needed.
     """
     torch: Any = sys.modules.get("torch")
     pid = os.fork()

@@ -100,7 +100,7 @@ class Manifest:
     accepted: Acceptance | None = None
     """Why the user kept this result although it is stale."""
     kept: dict[str, list[str]] = field(default_factory=dict)
-    """Why the user had kept stale results that this one depends on, by stage."""
+    """Stale results that this one depends on and the user had kept: the reasons, by stage."""
 
     def result(self, of: type[ResultT]) -> ResultT:
         """Returns the stage's result.
@@ -124,7 +124,10 @@ class Manifest:
         return result
 
     def result_if(self, stage: str, of: type[ResultT]) -> ResultT | None:
-        """Returns the result if ``stage`` made it; ``None`` if another stage of its type did."""
+        """Returns the result if this manifest is of ``stage``; otherwise ``None``.
+
+        Several stages write artifacts of one type, with different results.
+        """
         return self.result(of) if self.stage == stage else None
 
     def device_hours(self) -> float:
@@ -187,7 +190,7 @@ def read_manifest(stage_dir: Path, name: str = MANIFEST) -> Manifest | None:
 
 
 def manifest_of(source: str | None) -> Manifest | None:
-    """Returns the manifest in a stage's directory; ``None`` if the source is no directory."""
+    """Returns the manifest of a source that is a stage's directory; ``None`` for other sources."""
     return read_manifest(Path(source)) if source and Path(source).is_dir() else None
 
 

@@ -29,10 +29,10 @@ def dtype_name(precision: str) -> str:
 
 @contextmanager
 def float32_matmul_of(dtype: torch.dtype) -> Iterator[None]:
-    """Speeds up a CPU's float32 GEMMs if their inputs were converted from bfloat16.
+    """Runs a CPU's float32 GEMMs in bfloat16, which is faster, if their inputs were bfloat16.
 
-    Such GEMMs are as exact in bfloat16. On CUDA nothing changes: ``NVIDIA_TF32_OVERRIDE`` and
-    PyTorch's defaults decide.
+    Converting such inputs back to bfloat16 loses nothing, and sums stay in float32. On CUDA nothing
+    changes: ``NVIDIA_TF32_OVERRIDE`` and PyTorch's defaults decide.
 
     Args:
         dtype: The dtype of the inputs before their conversion to float32.

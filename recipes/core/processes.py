@@ -1,4 +1,4 @@
-"""Settings of a stage's processes: they end with their parent; memory, cores, causes of death."""
+"""Functions for processes: die with the parent, prepare imports, measure memory, explain kills."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def death_message(exit_status: int | None) -> str | None:
         return None
     name = signal.Signals(-exit_status).name
     if -exit_status == signal.SIGKILL:
-        return f"killed by {name}: out of memory (the kernel's log, dmesg, says so), or by someone"
+        return f"killed by {name}: out of memory (the kernel's log, dmesg, says so), or by a user"
     return f"ended by {name}"
 
 
@@ -62,8 +62,9 @@ def prepare_imports() -> None:
       compiles a helper in the home directory, under a lock file. A killed process leaves the lock,
       and then every later import waits for it without limit. The import also initialises CUDA,
       which a fork does not survive.
-    - float32 means float32. NGC images and TransformerEngine request TensorFloat-32 for float32
-      GEMMs, whatever PyTorch is set to: 10 bits of mantissa. cuBLAS reads the variable once.
+    - float32 GEMMs must not use TensorFloat-32, which has 10 bits of mantissa. NGC images and
+      TransformerEngine request it, whatever PyTorch is set to. This variable overrides them;
+      cuBLAS reads it once.
     """
     sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]
     unused = ModuleType(MANAGED_MEMORY)
@@ -76,8 +77,8 @@ def prepare_imports() -> None:
 def return_free_memory() -> None:
     """Returns glibc's free memory to Linux, including pieces in the middle of the heap.
 
-    glibc keeps pieces that are too small to be used again; and all free memory, for speed, if
-    ``MALLOC_TRIM_THRESHOLD_`` is set as for stages on a CPU.
+    By default glibc keeps free pieces between used ones. Stages on a CPU set
+    ``MALLOC_TRIM_THRESHOLD_`` for speed, and glibc then keeps all free memory.
     """
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # only glibc has it
         trim(0)
@@ -86,7 +87,7 @@ def return_free_memory() -> None:
 def peak_memory_bytes() -> int:
     """Returns the peak resident memory of this program.
 
-    ``ru_maxrss`` does not serve: Linux starts it at the size of the parent process.
+    ``ru_maxrss`` would be wrong: Linux initialises it with the size of the parent process.
     """
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     [kibibytes] = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))

@@ -40,7 +40,7 @@ RUN_FILE = "run.yaml"
 REQUEST = "config.yaml"
 """File in a stage's directory with its request."""
 BEGUN = "begun.json"
-"""File in ``work/`` with the manifest, without a result, of the start that wrote the work."""
+"""File in ``work/``: the manifest of the start that wrote this work; it has no result yet."""
 OUTCOME = "outcome.json"
 """File in ``work/`` with the reason why the last start ended without a result."""
 
@@ -78,9 +78,9 @@ class Request:
     libraries: Mapping[str, str] = field(default_factory=dict)
     """Versions in the fingerprint."""
     kept: Mapping[str, list[str]] = field(default_factory=dict)
-    """Why the user keeps stale results that it depends on, by stage."""
+    """Stale results that the stage depends on and the user keeps: the reasons, by stage."""
     snapshot: str | None = None
-    """Hash of the snapshot that its process runs; ``None`` if another stage starts it."""
+    """Hash of the snapshot that the stage's process runs; ``None`` if another stage starts it."""
     git_sha: str | None = None
     """Commit of the checkout that the snapshot is from."""
 
@@ -113,9 +113,9 @@ def request_of(
         in_image: Whether it runs in an image instead of with the libraries installed here.
     """
     code, libraries = stage_code([config.stage, *starts]), result_versions(in_image)
-    prints = {key: ref.fingerprint for key, ref in inputs.items()}
+    input_fingerprints = {key: ref.fingerprint for key, ref in inputs.items()}
     settings = result_settings(config)
-    fingerprint = stage_fingerprint(settings, code, libraries, prints, external or {})
+    fingerprint = stage_fingerprint(settings, code, libraries, input_fingerprints, external or {})
     return Request(name, fingerprint, code, inputs, asdict(config), libraries)
 
 
@@ -162,7 +162,7 @@ class Status(StrEnum):
     FAILED = "failed"
     HUNG = "hung"
     STOPPED = "stopped"
-    """By its deadline: its work is saved, and the next start resumes."""
+    """Stopped at its deadline: its work is saved, and the next start resumes."""
     INTERRUPTED = "interrupted"
     """Killed: there is unfinished work but no reason."""
     NOT_STARTED = "not started"
@@ -201,7 +201,7 @@ def stage_state(stage_dir: Path, fingerprint: str | None = None) -> StageState:
 
     Args:
         stage_dir: The stage's directory.
-        fingerprint: Fingerprint of a result that counts; ``None`` if any counts.
+        fingerprint: Fingerprint that a complete result must have; ``None`` accepts any.
     """
     work = stage_dir / WORK
     result, begun = read_manifest(stage_dir), read_manifest(work, BEGUN)
@@ -228,19 +228,19 @@ def last_end(stage_dir: Path) -> tuple[Status, str] | None:
     return Status.STOPPED if outcome["stopped"] else Status.FAILED, str(outcome["error"])
 
 
-def stage_states(run_dir: Path, also: Collection[str] = ()) -> dict[str, StageState]:
+def stage_states(run_dir: Path, include: Collection[str] = ()) -> dict[str, StageState]:
     """Returns the states of a run's stages, in the order of its last plan.
 
     Args:
         run_dir: The run.
-        also: Stages to include although they are neither planned nor started.
+        include: Stages to return although they are neither planned nor started.
     """
     plan = read_last_plan(run_dir)
     planned = plan.stages if plan is not None else {}
     folders = sorted(file.parent.name for file in run_dir.glob(f"*/{REQUEST}"))
     names = [n for n in planned if n in folders] + [n for n in folders if n not in planned]
     states = {name: stage_state(run_dir / name, planned.get(name)) for name in names}
-    return {n: s for n, s in states.items() if n in planned or n in also or s.started}
+    return {n: s for n, s in states.items() if n in planned or n in include or s.started}
 
 
 def remove_unused_snapshots(run_dir: Path) -> None:
@@ -261,7 +261,10 @@ def remove_unused_snapshots(run_dir: Path) -> None:
 
 
 def record_acceptance(stage_dir: Path, acceptance: Acceptance | None) -> None:
-    """Writes to the manifest of a complete stage that the user keeps its result."""
+    """Records in a complete stage's manifest that the user keeps its stale result.
+
+    ``None`` removes the record.
+    """
     if (manifest := read_manifest(stage_dir)) is not None:
         write_manifest(stage_dir, replace(manifest, accepted=acceptance))
 
@@ -272,7 +275,7 @@ def begin_work(stage_dir: Path, begun: Manifest) -> float:
     Work of the same fingerprint stays, so that training can resume; other work is deleted.
 
     Returns:
-        Seconds of the starts that this one continues, until their last record of progress.
+        Seconds that earlier starts spent on this work, each until its last record of progress.
     """
     work, before = stage_dir / WORK, stage_state(stage_dir).begun
     seconds = before.seconds + _recorded_seconds(stage_dir, before) if before else 0.0
@@ -310,7 +313,7 @@ def complete_stage(stage_dir: Path, manifest: Manifest) -> None:
 
 
 def record_failure(
-    stage_dir: Path, error: str, *, stopped: bool = False, certain: bool = True
+    stage_dir: Path, error: str, *, stopped: bool = False, overwrite: bool = True
 ) -> None:
     """Records why a start ended.
 
@@ -318,11 +321,11 @@ def record_failure(
         stage_dir: The stage's directory.
         error: The reason.
         stopped: Whether the stage stopped at its deadline.
-        certain: Whether the reason replaces one that another rank has recorded.
+        overwrite: Whether the reason replaces one that another rank has recorded.
     """
     work = stage_dir / WORK
     work.mkdir(exist_ok=True)
-    if certain or not (work / OUTCOME).exists():
+    if overwrite or not (work / OUTCOME).exists():
         write_json(work / OUTCOME, {"stopped": stopped, "error": error})
 
 
@@ -334,7 +337,7 @@ def forget_outcome(stage_dir: Path) -> None:
 
 
 def discard_work(stage_dir: Path) -> None:
-    """Deletes unfinished work; first its manifest, so that a part of it is never resumed."""
+    """Deletes unfinished work: the manifest first, so that no start resumes half-deleted work."""
     work = stage_dir / WORK
     (work / BEGUN).unlink(missing_ok=True)
     shutil.rmtree(work, ignore_errors=True)

@@ -83,5 +83,5 @@ def require_snapshot(code: str | None) -> None:
     if code is not None and hash_source(read_source(REPO_ROOT)) != code:
         raise RecipeError(
             f"the code in {REPO_ROOT} is not the code that this stage was planned with.",
-            "the same command of launch/run.py stores it again",
+            "run launch/run.py again with the same arguments: it stores a new copy of the code",
         )

@@ -17,9 +17,9 @@ from recipes.core.manifest import ARTIFACT, Manifest
 from recipes.core.metrics import METRICS, MetricsLog
 
 DEADLINE = "STAGE_DEADLINE"
-"""Variable with the time, in seconds since 1970, when a stage must save its work and stop.
+"""Environment variable: the time, in seconds since 1970, when a stage must save its work and stop.
 
-The Slurm executor sets it. Like a resource it does not change the result.
+The Slurm executor sets it. It does not change the result.
 """
 SbatchOption = Annotated[str, matching(r"--\S[^\n]*", "an option of sbatch, such as --mem=0")]
 
@@ -38,7 +38,7 @@ class Resources:
     """Seconds without a record of progress after which a stage counts as hanging: it ends and says
     what each rank was doing. ``null`` for no limit."""
     cpus_per_task: Count | None = None
-    """CPUs of its processes on a node together, in a Slurm job; by default the cluster's."""
+    """CPUs on each node of a Slurm job, for all processes together; by default the cluster's."""
     time: Duration | None = None
     """Limit of one Slurm job, ``HH:MM:SS`` or ``D-HH:MM:SS``; by default the cluster's."""
     sbatch: list[SbatchOption] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Resources:
 
 @dataclass
 class StageConfig:
-    """Fields that every stage has."""
+    """Settings that every stage has."""
 
     stage: str = MISSING
     """The module in ``recipes/stages`` that implements it."""

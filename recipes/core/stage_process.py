@@ -88,7 +88,7 @@ def start_process(
         yield has_ended
     except BaseException:
         process.terminate()
-        # A training first finishes its step or its validation.
+        # A training run first finishes its step or its validation.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=STOP_SECONDS)
         process.kill()
@@ -167,7 +167,10 @@ def run_child(config: StageConfig, stage_dir: Path, inputs: Mapping[str, Path]) 
 
 
 def _child_environment(devices: int) -> dict[str, str]:
-    """Returns this rank's variables but those of torchrun; one device is the rank's own."""
+    """Returns this rank's environment without torchrun's variables.
+
+    A child with one device runs on this rank's own device.
+    """
     env = {name: value for name, value in os.environ.items() if not RANK_VARIABLE.match(name)}
     env["PYTHONPATH"] = str(REPO_ROOT)
     if devices == 1:
@@ -203,7 +206,7 @@ def tail(file: Path, lines: int) -> list[str]:
 
 
 def failure(stage_dir: Path, log: Path | None) -> str:
-    """Explains why the last start of a stage failed, if need be by the last lines of its log."""
+    """Explains why the last start of a stage failed; quotes its log if there is no other reason."""
     if log is not None and (killed := _killed_rank(log)) is not None:
         return killed
     if (end := last_end(stage_dir)) is not None:
@@ -217,10 +220,12 @@ def failure(stage_dir: Path, log: Path | None) -> str:
 
 
 def _killed_rank(log: Path) -> str | None:
-    """Names a rank that was killed, by torchrun's report; the others then lost their connection.
+    """Names the rank that was killed, from torchrun's report in the log; ``None`` without one.
 
-    Half a minute after a failure torchrun itself kills the other ranks, which do not count.
+    The other ranks then lose their connection, and their errors would mislead. Half a minute after
+    a failure torchrun itself kills the other ranks; those kills do not count.
     """
+
     failed = [
         (datetime.strptime(match["time"], "%Y-%m-%d_%H:%M:%S"), match["rank"], int(match["code"]))
         for match in _FAILED_RANK.finditer("\n".join(tail(log, 200)))

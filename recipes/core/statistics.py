@@ -39,7 +39,7 @@ def difference(values: Sequence[float], reference: Sequence[float]) -> Differenc
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> set[int]:
-    """Returns the indices of the points that no other point dominates; less is better on both axes.
+    """Returns the indices of the points that no other dominates; lower is better on both axes.
 
     A point dominates another if it is as good on both axes and better on one.
     """

@@ -76,7 +76,7 @@ def main() -> None:
         stopped = isinstance(error, StoppedByDeadlineError)
         with contextlib.suppress(OSError):  # on a full disk the launcher reads the log
             # The error of a rank that lost its connection must not replace the first rank's error.
-            record_failure(stage_dir, summary, stopped=stopped, certain=is_explained)
+            record_failure(stage_dir, summary, stopped=stopped, overwrite=is_explained)
             if stopped:
                 _leave_together()  # torchrun kills the others when the first rank ends
         # Without the exit functions, which would wait in a collective for the other ranks.
@@ -89,9 +89,9 @@ def _summary(error: BaseException, stage_dir: Path) -> str:
         return f"{problem}\n  {what}"
     if type(error).__name__ == "CheckpointException":
         unwritten = RecipeError(
-            "a checkpoint was not written: a process that writes it failed, see the log, or was "
-            "killed, perhaps for memory.",
-            "the same command resumes from the last whole checkpoint",
+            "a checkpoint was not written: a process that writes it failed (see the log), or was "
+            "killed, perhaps because memory ran out.",
+            "run the same command again: it resumes from the last complete checkpoint",
         )
         return str(unwritten)  # the message of the exception is a traceback
     if world_size() > 1 and "by peer" in str(error):

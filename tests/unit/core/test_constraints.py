@@ -79,7 +79,7 @@ def test_invalid_value_is_named_with_its_requirement(config: Any, message: str) 
     [
         (DistillConfig, "intermediate_layer_pairs", "must be a list, such as [a,b]"),
         (EvaluateTasksConfig, "num_fewshot", "must be names with values, such as {a: 1}"),
-        (DistillConfig, "precision", "must be a text"),
+        (DistillConfig, "precision", "must be a string"),
     ],
 )
 def test_value_of_another_type_is_named(config: Any, field: str, must: str) -> None:

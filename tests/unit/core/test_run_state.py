@@ -104,8 +104,8 @@ def test_a_result_stays_complete_while_another_start_fails(tmp_path: Path) -> No
 
 def test_the_first_rank_to_fail_gives_the_reason(tmp_path: Path) -> None:
     begin_work(tmp_path, start())
-    record_failure(tmp_path, "a bug", certain=False)
-    record_failure(tmp_path, "lost its connection", certain=False)
+    record_failure(tmp_path, "a bug", overwrite=False)
+    record_failure(tmp_path, "lost its connection", overwrite=False)
     assert stage_state(tmp_path).error == "a bug"
     record_failure(tmp_path, "the text is bad")
     assert stage_state(tmp_path).error == "the text is bad"
@@ -216,7 +216,7 @@ def test_stages_of_a_run_are_planned_or_started(tmp_path: Path) -> None:
     found = {name: state.status for name, state in stage_states(tmp_path).items()}
     expected = {"b": Status.NOT_STARTED, "a": Status.NOT_STARTED, "started": Status.COMPLETE}
     assert list(found.items()) == list(expected.items())
-    assert "dropped" in stage_states(tmp_path, also=["dropped"])
+    assert "dropped" in stage_states(tmp_path, include=["dropped"])
 
 
 def test_a_child_that_stops_at_the_deadline_stops_its_parent(
