@@ -282,4 +282,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main("benchmarks.distill")

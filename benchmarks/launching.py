@@ -7,7 +7,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -62,8 +62,9 @@ def call_in_process(function: str, *args: object) -> Any:
         return pickle.loads(result.read_bytes())
 
 
-def _call(call: Path, result: Path) -> None:
+def main() -> None:
     """Calls the function in the child process of ``call_in_process``, and writes its result."""
+    call, result = map(Path, sys.argv[1:])
     function, args = pickle.loads(call.read_bytes())
     result.write_bytes(pickle.dumps(resolve_name(function)(*args)))
 
@@ -120,13 +121,16 @@ def complete_manifest(stage_dir: Path) -> Manifest:
     return manifest
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Runs a benchmark's command line. Prints an error that a user can fix as one message."""
+def run_main(module: str) -> None:
+    """Runs ``main`` of a benchmark. Prints an error that a user can fix as one message.
+
+    The module is imported by its name: child processes cannot unpickle classes of ``__main__``.
+    """
     try:
-        main()
+        resolve_name(f"{module}:main")()
     except RecipeError as error:
         raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":
-    run_main(lambda: _call(*map(Path, sys.argv[1:])))
+    run_main("benchmarks.launching")

@@ -166,4 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main("benchmarks.tasks")
