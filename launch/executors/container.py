@@ -17,6 +17,12 @@ from recipes.core.errors import RecipeError, require_known
 from recipes.core.wheels import cache_dir
 
 DEFAULT = "default"
+LOCAL_CACHES = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")
+"""Caches that each start of a stage has for itself, on its node's disk.
+
+PyTorch compiles extensions under a lock file. A killed process leaves it, and then every process
+with the same cache waits for it without limit.
+"""
 MOUNTABLE = re.compile(r"/[\w./@+=-]+")
 
 

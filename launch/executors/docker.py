@@ -60,6 +60,7 @@ def container_name(stage: PlannedStage) -> str:
 def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
     """Returns the stage's command line; each inner list is a line of the script."""
     env = local.environment(stage, cluster) | container.home(stage)
+    env |= {name: f"/tmp/{name.lower()}" for name in container.LOCAL_CACHES}  # ends with --rm
     env |= container.environment(cluster, stage)
     return [
         ["docker", "run", "--rm", f"--name={container_name(stage)}"],

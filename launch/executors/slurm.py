@@ -197,6 +197,7 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         # Without their names, Enroot would replace the address and port of the first node.
         container_env=[*env, "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT"],
         home=container.home(stage),
+        local_caches=container.LOCAL_CACHES if stage.stage.needs_torch else (),
         python=shlex.quote(cluster.python or ("python" if image else sys.executable)),
         mpi=cluster.mpi.get(stage.config.stage) if stage.needs_gpu else None,
         margin_seconds=_margin_seconds(stage, cluster),

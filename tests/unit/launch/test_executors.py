@@ -53,8 +53,6 @@ TWO_NODES = (
     "stages.distill.global_batch_size=64",
 )
 SHORT = ("~stages.plan", "~stages.report.inputs.plan", "tasks=null", "engine=null")
-
-
 Prepared = Callable[..., tuple["Plan", Any]]
 
 
@@ -113,6 +111,21 @@ def test_scripts_are_the_recorded_ones(prepared: Prepared, tmp_path: Path) -> No
     [prune] = [line for line in text.splitlines() if "submit prune" in line]
     assert "job_prune" not in cache, "the two do not wait for each other"
     assert "job_cache_logits" not in prune
+
+
+def test_each_start_has_new_folders_for_what_libraries_compile(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    python = write_program(tmp_path / "python", f"env >>{tmp_path}/environment")
+    plan, cluster = prepared(*SLURM, f"cluster.python={python}", "+cluster.env.TRITON_CACHE_DIR=/t")
+    script = slurm.job_script(stage_named(plan, "prune"), cluster)
+    for _ in range(2):
+        subprocess.run(re.findall(r"(?s)  (bash -c '.*') \|\|", script)[0], check=True, shell=True)
+    found = re.findall(r"(TORCH_EXT\w+|TRITON\w+)=(.+)", (tmp_path / "environment").read_text())
+    folders = {Path(folder) for name, folder in found if name == "TORCH_EXTENSIONS_DIR"}
+    assert len(folders) == len(found) == 2  # the user's own folder is not replaced
+    for folder in folders:
+        folder.rmdir()
 
 
 @pytest.mark.parametrize(
@@ -308,6 +321,7 @@ def test_docker_command_is_exact(prepared: Prepared, tmp_path: Path) -> None:
         *(f"--env=PYTHONPATH={stage.code_dir}", "--env=PYTHONSAFEPATH=1"),
         *(f"--env=HOME={cache}", "--env=USER=nemo-recipes"),
         f"--env=TORCHINDUCTOR_CACHE_DIR={cache}/torchinductor",
+        *(f"--env={n}=/tmp/{n.lower()}" for n in ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")),
         f"--env=NEMO_RECIPES_CACHE={cache}",
         *("--env=HF_TOKEN", "--env=WANDB_API_KEY", "--env=MLFLOW_TRACKING_TOKEN"),
         *("--network=host", "special:1"),
