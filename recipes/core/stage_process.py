@@ -225,7 +225,6 @@ def _killed_rank(log: Path) -> str | None:
     The other ranks then lose their connection, and their errors would mislead. Half a minute after
     a failure torchrun itself kills the other ranks; those kills do not count.
     """
-
     failed = [
         (datetime.strptime(match["time"], "%Y-%m-%d_%H:%M:%S"), match["rank"], int(match["code"]))
         for match in _FAILED_RANK.finditer("\n".join(tail(log, 200)))
