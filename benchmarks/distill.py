@@ -80,16 +80,16 @@ class DistillMethod:
     overrides: tuple[str, ...] = ()
 
 
-CACHED = ("plan", "cache_logits", "distill")
+CACHE_KIND = ("plan", "cache_logits", "distill")
 COMPILED = "stages.distill.compile=true"
 METHODS = {
     "nemo": DistillMethod("nemo-fp32", ("plan", "distill")),
-    "nemo-cached": DistillMethod(None, CACHED, ("teacher=cached",)),
+    "nemo-cached": DistillMethod(None, CACHE_KIND, ("teacher=cached",)),
     "nemo-compiled": DistillMethod("nemo-fp32", ("plan", "distill"), (COMPILED,)),
-    "nemo-cached-compiled": DistillMethod(None, CACHED, ("teacher=cached", COMPILED)),
+    "nemo-cached-compiled": DistillMethod(None, CACHE_KIND, ("teacher=cached", COMPILED)),
     "nemo-fp32": DistillMethod(None, ("plan", "distill"), ("stages.distill.precision='32'",)),
     "megatron-cached-compiled": DistillMethod(
-        None, CACHED, ("teacher=cached", COMPILED, "stages.distill.cpu_speed_patches=[]")
+        None, CACHE_KIND, ("teacher=cached", COMPILED, "stages.distill.cpu_speed_patches=[]")
     ),
     "loop-fp32": DistillMethod(),
     "loop-bf16": DistillMethod("loop-fp32"),
@@ -98,7 +98,7 @@ METHODS = {
 for patch in SPEED_PATCH_NAMES:  # the fastest method without one set of patches
     others = ",".join(name for name in SPEED_PATCH_NAMES if name != patch)
     overrides = ("teacher=cached", COMPILED, f"stages.distill.cpu_speed_patches=[{others}]")
-    METHODS[f"without-{patch}"] = DistillMethod(None, CACHED, overrides)
+    METHODS[f"without-{patch}"] = DistillMethod(None, CACHE_KIND, overrides)
 DEFAULTS = [name for name in METHODS if not name.startswith(("without-", "megatron-"))]
 
 

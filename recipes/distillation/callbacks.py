@@ -1,4 +1,4 @@
-"""Callbacks of a training: logging, non-finite gradients, early stop, deadline, profiler."""
+"""Trainer callbacks: logging, non-finite gradients, early stops, garbage collection, profiler."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class StepLogger(Callback):
         self._cfg, self._log = cfg, log
         self._last = time.monotonic()
         self._norm = self._lr = 0.0
-        self._kds: list[float] = []
+        self._validation_kds: list[float] = []
         self._skipped = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -46,7 +46,7 @@ class StepLogger(Callback):
 
         def get_grad_norm() -> float:
             self._norm = float(norm())
-            # Read before the update, which sets the next step's.
+            # Read before the update, which replaces it by the next step's learning rate.
             self._lr = trainer.optimizers[0].param_groups[0]["lr"]
             return self._norm
 
@@ -69,7 +69,7 @@ class StepLogger(Callback):
             raise RecipeError(
                 f"step {trainer.global_step + 1}: the gradient is not finite ({losses})"
                 + (f", and {skipped} such step(s) were skipped before." if skipped else ".")
-                + " The weights were not touched; the last checkpoint is good.",
+                + " The weights were not updated; the last checkpoint is usable.",
                 f"lower stages.{self._cfg.stage}.lr, or look at the text of this step",
             )
         return False
@@ -87,15 +87,15 @@ class StepLogger(Callback):
         self._log.progress(self._cfg.stage, trainer.global_step, self._cfg.max_steps, **values)
 
     def on_validation_batch_end(self, trainer: object, pl_module: KDModel, *args: object) -> None:
-        """Collects the batch's KL to the teacher, if the teacher validates."""
-        self._kds += pl_module.validated_kd()
+        """Collects the batch's KL to the teacher, if the teacher runs in validation."""
+        self._validation_kds += pl_module.validation_kd()
 
     def on_validation_end(self, trainer: Any, pl_module: object) -> None:
         """Logs the validation loss, and the KL to the teacher if it was measured."""
         values = {"val_loss": float(trainer.callback_metrics["val_loss"])}
-        if self._kds:
-            values["val_kd"] = fmean(self._kds)
-        self._kds.clear()
+        if self._validation_kds:
+            values["val_kd"] = fmean(self._validation_kds)
+        self._validation_kds.clear()
         self._log.progress(VALIDATE, trainer.global_step, self._cfg.max_steps, **values)
         self._last = time.monotonic()
 
@@ -106,23 +106,24 @@ def finish_saving(trainer: Any) -> None:
 
 
 class SaveStudents(Callback):
-    """Saves the student after some steps, before the trainer's own checkpoint of the same step.
+    """Saves the student after the configured steps.
 
-    So a training that resumes from a checkpoint has all students of the steps before.
+    It must run before the callback that saves a checkpoint of the same step. A run that resumes
+    from a checkpoint then has all students up to that step.
     """
 
     def __init__(self, steps: Sequence[int], folder: Path, save: Callable[[Path], None]) -> None:
         self._steps, self._folder, self._save = steps, folder, save
 
     def on_train_start(self, trainer: object, pl_module: object) -> None:
-        """Creates the folder, and deletes what a killed training has saved in part."""
+        """Creates the folder, and deletes partly saved students of a killed run."""
         self._folder.mkdir(exist_ok=True)
         if rank() == 0:
             for path in self._folder.glob(f"*{PARTIAL}"):
                 shutil.rmtree(path)
 
     def on_train_batch_end(self, trainer: Any, pl_module: object, *args: object) -> None:
-        """Saves the student if the step is one of those configured."""
+        """Saves the student if the step is configured."""
         step = trainer.global_step
         if step not in self._steps:
             return
@@ -136,39 +137,40 @@ class SaveStudents(Callback):
 
 
 class StopAtRecovered(Callback):
-    """Stops a training that has recovered ``stop_at_recovered`` of the KL added by pruning.
+    """Stops once training has recovered ``stop_at_recovered`` of the KL added by pruning.
 
-    The decision depends only on the records. So a training that is killed while it saves its result
-    stops again when it restarts, without another step.
+    The decision depends only on the metrics file. A run that stopped early and was killed while it
+    saved its result therefore stops again when it restarts, without another step.
     """
 
     def __init__(self, cfg: DistillConfig, metrics: Path) -> None:
         self._cfg, self._metrics = cfg, metrics
 
     def on_train_start(self, trainer: Any, pl_module: object) -> None:
-        """Stops before the first step of a restarted training, if the fraction was reached."""
-        # Only rank 0 has the records.
-        met = rank() == 0 and stop_reason(self._cfg, self._metrics, trainer.global_step) != ""
-        trainer.should_stop |= trainer.strategy.reduce_boolean_decision(met, all=False)
+        """Stops before the first step of a restarted run, if the fraction was reached before."""
+        # Only rank 0 has the metrics file.
+        reached = rank() == 0 and stop_reason(self._cfg, self._metrics, trainer.global_step) != ""
+        trainer.should_stop |= trainer.strategy.reduce_boolean_decision(reached, all=False)
 
     def on_validation_end(self, trainer: Any, pl_module: object) -> None:
-        """Stops all ranks in the same step."""
+        """Stops all ranks in the same step, if the fraction is reached."""
         if not trainer.sanity_checking:
             self.on_train_start(trainer, pl_module)
 
 
 class StopAtDeadline(Callback):
-    """Saves a checkpoint and stops when the deadline is reached.
+    """Saves a checkpoint and raises ``StoppedByDeadlineError`` when the deadline is reached.
 
-    After NeMo's own timer the training would count as complete, and later stages would use a
-    half-trained model. A signal would have to reach every rank through a container.
+    NeMo's own timer ends training normally. The stage would then count as complete, and later
+    stages would use a half-trained model. Signals are not used either: each would have to reach
+    every rank, through a container.
     """
 
     def __init__(self, cfg: TrainingConfig) -> None:
         self._cfg = cfg
 
     def on_train_batch_end(self, trainer: Any, pl_module: object, *args: object) -> None:
-        """Stops if any rank's clock, which differ, has reached the deadline."""
+        """Stops all ranks if the deadline has passed on the clock of any rank."""
         step = trainer.global_step
         if step >= self._cfg.max_steps:
             return
@@ -178,7 +180,7 @@ class StopAtDeadline(Callback):
         checkpoint._save_topk_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
         finish_saving(trainer)
         raise StoppedByDeadlineError(
-            f"stopped by the clock at step {step} of {self._cfg.max_steps}; a checkpoint is saved.",
+            f"stopped at the deadline; step {step} of {self._cfg.max_steps} is saved.",
             "run the same command to resume",
         )
 
@@ -186,8 +188,8 @@ class StopAtDeadline(Callback):
 class CollectGarbage(Callback):
     """Collects garbage on all ranks in the same step, so that no rank waits for another.
 
-    Before validations and checkpoints, whose allocations have other sizes than those of steps, it
-    also returns free memory to the system.
+    It also returns free memory to the system before validations and checkpoints. Their allocations
+    differ in size from those of training steps, and would not fit into the free pieces.
     """
 
     def __init__(self, cfg: TrainingConfig) -> None:
@@ -199,7 +201,7 @@ class CollectGarbage(Callback):
         gc.disable()
 
     def on_train_batch_end(self, trainer: Any, pl_module: object, *args: object) -> None:
-        """Collects every ``COLLECT_EVERY`` steps, and before a checkpoint returns memory."""
+        """Collects every ``COLLECT_EVERY`` steps; returns memory before each checkpoint."""
         if trainer.global_step % COLLECT_EVERY == 0:
             gc.collect()
         if trainer.global_step % self._cfg.checkpoint_interval == 0:

@@ -1,4 +1,4 @@
-"""The data of a training stage: fixed sequences in NeMo's data module, with a cached teacher."""
+"""Training data: sequences of text, with a cached teacher's top-k if there is one."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ TEACHER_PREFIX = "teacher_"
 
 @dataclass(eq=False)
 class TrainingSequences(Dataset):
-    """Samples of a training: any number of epochs over the sequences of a split.
+    """Dataset of training samples: any number of epochs over the n sequences of a split.
 
-    Sample i is the sequence at position i mod n of epoch i // n. With ``weights``, ``blend``
-    assigns samples to sources, each with its own epochs; sequences across two sources are left out.
+    Without ``weights`` sample i is the sequence at position i mod n of epoch i // n. With
+    ``weights``, ``blend`` assigns samples to sources, and each source has its own epochs; sequences
+    that span two sources are omitted.
     """
 
     tokens: np.ndarray
@@ -50,36 +51,39 @@ class TrainingSequences(Dataset):
     seq_length: int
     num_samples: int
     seed: int | None = None
-    """Seed of the order of every epoch; ``None`` keeps the order of the text."""
-    end: int | None = None
-    """Token after every document, whose prediction is masked; see ``counted``."""
+    """Seed that shuffles every epoch; ``None`` keeps the order of the text."""
+    document_end: int | None = None
+    """Id of the token that ends documents; the token after it is not predicted, see ``counted``."""
     loss_mask: np.ndarray | None = None
     """Which tokens are predicted, see ``read_loss_mask``."""
     attention_mask: Tensor | None = None
+    """Mask that every sample gets; ``None`` omits it."""
     cache: TeacherCache | None = None
-    """Restricts the sequences to the cached ones."""
+    """Cached teacher; only its sequences are used."""
     numbers: list[int] | None = None
-    """Restricts the sequences to these, in this order."""
+    """Numbers of the sequences to use, in this order; ``None`` for all."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Weights by source; without any, the split is one source."""
+    """Weights by source; empty if the whole split counts as one source."""
     sources: Sequence[SourceTokens] = ()
     """Sources of the split, for ``weights``."""
     ids: np.ndarray = field(init=False)
+    """Numbers of the sequences that are used."""
 
     def __post_init__(self) -> None:
         total = self._total = count_sequences(self.tokens, self.seq_length)
         self.ids = np.arange(total) if self.cache is None else self.cache.sequences
         if self.numbers is not None:
             self.ids = np.array([n for n in self.numbers if n < total])
-        self._parts = [self.ids]
+        self._source_ids = [self.ids]
         if self.weights:
-            parts = weighted_sequences(self.weights, self.sources, self.seq_length, total)
-            self._parts = [np.intersect1d(part, self.ids) for part in parts]
-            _require_sequences(self.weights, self._parts)
+            by_source = weighted_sequences(self.weights, self.sources, self.seq_length, total)
+            self._source_ids = [np.intersect1d(numbers, self.ids) for numbers in by_source]
+            _require_sequences(self.weights, self._source_ids)
             self._blend = blend(list(self.weights.values()), self.num_samples)
-            self.ids = np.concatenate(self._parts)
-        # Samples come in order, so only the last order of each source is stored, with its epoch.
-        self._orders = [(-1, part) for part in self._parts]
+            self.ids = np.concatenate(self._source_ids)
+        # By source, the epoch of the last sample and that epoch's order. Samples are read in order,
+        # so no other epoch is needed again.
+        self._orders = [(-1, numbers) for numbers in self._source_ids]
         self._positions = torch.arange(self.seq_length)
 
     def __len__(self) -> int:
@@ -89,8 +93,8 @@ class TrainingSequences(Dataset):
         """Returns the tensors of one sample of S tokens.
 
         Returns:
-            Those of ``sequence``; ``attention_mask`` if there is one; and with a cache the tensors
-            of ``TopK`` [S, …], as ``teacher_indices`` etc.
+            The tensors of ``sequence``, and ``attention_mask`` if it is set. With a cached teacher
+            also the tensors of ``TopK`` [S, …], named ``teacher_indices`` and so on.
         """
         number = self.number_of(sample)
         item = self.sequence(number)
@@ -102,7 +106,7 @@ class TrainingSequences(Dataset):
     def sequence(self, number: int) -> dict[str, Tensor]:
         """Returns ``tokens``, ``labels``, ``position_ids`` int64 [S], ``loss_mask`` float32 [S]."""
         tokens = torch.from_numpy(sequence_tokens(self.tokens, self.seq_length, number))
-        mask = counted(self.tokens, self.loss_mask, self.seq_length, number, self.end)
+        mask = counted(self.tokens, self.loss_mask, self.seq_length, number, self.document_end)
         return {
             "tokens": tokens[:-1],
             "labels": tokens[1:],
@@ -115,20 +119,20 @@ class TrainingSequences(Dataset):
         source = 0
         if self.weights:
             source, sample = (int(index[sample]) for index in self._blend)
-        part = self._parts[source]
-        epoch, position = divmod(sample, len(part))
+        numbers = self._source_ids[source]
+        epoch, position = divmod(sample, len(numbers))
         if self.seed is None:
-            return int(part[position])
+            return int(numbers[position])
         if epoch != self._orders[source][0]:
-            order = sequence_order(part, self._total, self.seed, epoch)
+            order = sequence_order(numbers, self._total, self.seed, epoch)
             self._orders[source] = (epoch, order)
         return int(self._orders[source][1][position])
 
 
-def _require_sequences(weights: Iterable[str], parts: Iterable[np.ndarray]) -> None:
+def _require_sequences(weights: Iterable[str], by_source: Iterable[np.ndarray]) -> None:
     """Checks that a cached teacher has sequences of every weighted source."""
-    for name, part in zip(weights, parts, strict=True):
-        if not len(part):
+    for name, numbers in zip(weights, by_source, strict=True):
+        if not len(numbers):
             raise RecipeError(
                 f"the cached teacher has no sequence of source '{name}'.",
                 "raise num_sequences of cache_logits",
@@ -136,17 +140,18 @@ def _require_sequences(weights: Iterable[str], parts: Iterable[np.ndarray]) -> N
 
 
 class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
-    """NeMo's data module over fixed sequences instead of ``GPTDataset``'s.
+    """NeMo's data module with ``TrainingSequences`` instead of Megatron's ``GPTDataset``.
 
-    Those of ``GPTDataset`` depend on the seed and the number of steps. NeMo still does the
-    sampling, splits samples over data-parallel ranks, and resumes at the consumed samples.
+    Where ``GPTDataset`` cuts sequences depends on the seed and the number of steps; a cached
+    teacher needs fixed sequences. NeMo still splits samples over data-parallel ranks, and resumes
+    after the consumed samples.
     """
 
     def __init__(
         self,
         artifact: Path,
         *,
-        end: int | None,
+        document_end: int | None,
         cache: TeacherCache | None,
         sources: Mapping[str, list[SourceTokens]],
         weights: Mapping[str, float],
@@ -154,7 +159,7 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
     ) -> None:
         # The base class requires existing paths; ``setup`` reads the splits.
         super().__init__(paths=[str(artifact / "train")], num_workers=0, **settings)
-        self._artifact, self._end, self._cache = artifact, end, cache
+        self._artifact, self._document_end, self._cache = artifact, document_end, cache
         self._sources, self._weights = sources, weights
 
     @classmethod
@@ -164,13 +169,13 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         """Returns the data of a training stage.
 
         Raises:
-            RecipeError: The data has conversations of another ``seq_length``.
+            RecipeError: The data has conversations that were packed for another ``seq_length``.
         """
         require_seq_length(data, cfg.seq_length)
         text = data.manifest.result(DatasetResult)
         return cls(
             data.artifact,
-            end=text.document_end if cfg.mask_document_ends else None,
+            document_end=text.document_end if cfg.mask_document_ends else None,
             cache=cache,
             sources=text.source_tokens,
             weights=cfg.weights,
@@ -186,11 +191,11 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         """Opens the splits; called by the trainer.
 
         Raises:
-            RecipeError: There is less than a batch to train on.
+            RecipeError: The training split has less than one batch.
         """
         batch = self.data_sampler.global_batch_size
-        # One batch more than is used: a run that was killed after its last step resumes at the end,
-        # where NeMo's sampler would fail.
+        # One batch more than training uses. A run that was killed after its last step resumes at
+        # the end of the data, where NeMo's sampler would fail.
         samples = (self.trainer.max_steps + 1) * batch
         self._train_ds = self._sequences(
             "train",
@@ -203,7 +208,7 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         self._require_batch(len(self._train_ds.ids), batch)
         count = self.trainer.limit_val_batches * batch
         by_source = spread(self._sources["validation"], self.seq_length, count).values()
-        # Sources alternate, so that whole batches omit none.
+        # Sources alternate, so that dropping an incomplete last batch drops no whole source.
         alternating = [n for each in zip_longest(*by_source) for n in each if n is not None]
         self._validation_ds = self._sequences("validation", 0, numbers=alternating)
         whole = max(1, len(self._validation_ds.ids) // batch)
@@ -211,15 +216,16 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         self._validation_ds.num_samples = steps * batch
         self._test_ds = self._validation_ds
 
-    def _sequences(self, part: str, samples: int, **settings: Any) -> TrainingSequences:
-        # NeMo's step requires a mask without TransformerEngine; our attention does not read it.
+    def _sequences(self, split: str, samples: int, **settings: Any) -> TrainingSequences:
+        # Without TransformerEngine NeMo's step requires an attention mask in the batch. The local
+        # attention does not read it.
         mask = torch.zeros(1, 1, 1, dtype=torch.bool) if self.create_attention_mask else None
         return TrainingSequences(
-            read_tokens(self._artifact, part),
+            read_tokens(self._artifact, split),
             self.seq_length,
             samples,
-            end=self._end,
-            loss_mask=read_loss_mask(self._artifact, part),
+            document_end=self._document_end,
+            loss_mask=read_loss_mask(self._artifact, split),
             attention_mask=mask,
             **settings,
         )

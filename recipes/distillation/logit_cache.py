@@ -1,16 +1,17 @@
-"""A teacher's most likely next tokens, stored for every position of a text's sequences.
+"""Cache of a teacher's top-k logits: its likeliest next tokens at every position of a text.
 
-A directory with ``index.json`` and shards ``00000.safetensors`` …, each with
+It is a directory with ``index.json`` and shards ``00000.safetensors`` … Each shard has
 
 - ``sequences`` int32 [n]: numbers of the sequences, see ``data``;
 - ``indices`` uint16 or int32 [n, seq_length, k]: the k most likely tokens, the likeliest first;
-- ``log_probs`` float16 [n, seq_length, k + 1]: their log-probabilities, and that of all others;
-- if the others were sampled, ``draws`` uint16 or int32 [n, seq_length, draws], and
-  ``tail_entropy`` float16 [n, seq_length, 1]: -Σ p·log p over all others.
+- ``log_probs`` float16 [n, seq_length, k + 1]: their log-probabilities, and that of the tail, which
+  is all other tokens together;
+- if the tail was sampled, ``draws`` uint16 or int32 [n, seq_length, draws]: the sampled tokens;
+- if the tail was sampled, ``tail_entropy`` float16 [n, seq_length, 1]: -Σ p·log p over the tail.
 
-With k = 32 and a vocabulary below 65,536 that is 130 bytes a token, with k = 128 it is 514, with 8
-and 6 draws 48. float16 is exact to about 0.05% for a large probability and 0.4% for one in
-10,000.
+Sizes with a vocabulary of at most 65,536 tokens: 130 bytes per token for k = 32, 514 for k = 128,
+and 48 for k = 8 with 6 draws. float16 stores a large probability with an error of about 0.05%, and
+a probability of 1 in 10,000 with 0.4%.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ INDEX, SHARD = "index.json", "{:05d}.safetensors"
 
 @dataclass(frozen=True)
 class CacheIndex:
-    """Settings of all shards. Lengths in tokens."""
+    """Content of ``index.json``: settings that all shards share, and the number of shards."""
 
     vocabulary: int
     seq_length: int
@@ -45,7 +46,7 @@ class CacheIndex:
 
     @property
     def tensors(self) -> dict[str, tuple[torch.dtype, int]]:
-        """Returns type and numbers per token of each tensor of ``TopK``."""
+        """Returns dtype and last dimension of each tensor of ``TopK`` that is stored."""
         ids = torch.uint16 if self.vocabulary <= SMALL_VOCABULARY else torch.int32
         likeliest = {"indices": (ids, self.top_k), "log_probs": (torch.float16, self.top_k + 1)}
         samples = {"draws": (ids, self.tail_draws), "tail_entropy": (torch.float16, 1)}
@@ -62,7 +63,12 @@ def write_shard(
 ) -> None:
     """Writes one shard atomically.
 
-    ``top`` has the shape [sequences, seq_length, …]; ``teacher_loss`` is the LM loss.
+    Args:
+        path: The shard's file.
+        index: Settings of the cache.
+        sequences: Numbers of the n sequences.
+        top: The teacher's top-k, [n, seq_length, …].
+        teacher_loss: The teacher's mean LM loss on these sequences.
     """
     partial = path.with_suffix(".partial")
     tensors = {"sequences": torch.tensor(sequences, dtype=torch.int32)} | {
@@ -75,8 +81,8 @@ def write_shard(
     partial.replace(path)
 
 
-def is_whole(path: Path) -> bool:
-    """Returns whether a shard exists with all of its bytes."""
+def is_complete(path: Path) -> bool:
+    """Returns whether a shard exists and is not truncated."""
     try:
         with safe_open(path, framework="pt"):
             return True
@@ -85,7 +91,7 @@ def is_whole(path: Path) -> bool:
 
 
 def cache_metrics(folder: Path, index: CacheIndex) -> dict[str, float]:
-    """Computes the means over all sequences of the metrics in the shards' metadata."""
+    """Averages the metrics that each shard has in its metadata, weighted by its sequences."""
     sums: dict[str, float] = {"teacher_loss": 0.0, "tail_mass": 0.0}
     sequences = 0
     for shard in range(index.shards):
@@ -98,7 +104,7 @@ def cache_metrics(folder: Path, index: CacheIndex) -> dict[str, float]:
 
 
 class TeacherCache:
-    """An artifact of ``cache_logits`` opened for training."""
+    """Reads an artifact of ``cache_logits`` during training."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -111,10 +117,10 @@ class TeacherCache:
             for row, number in enumerate(numbers)
         }
         self.sequences = np.concatenate(shards).astype(np.int64)
-        """Numbers of the cached sequences; all are 0 in a rehearsal."""
+        """Numbers of the cached sequences. A rehearsal has no data, so all of them are 0 there."""
 
     def rows(self, sequence: int) -> dict[str, Tensor]:
-        """Reads the tensors of ``TopK`` of a sequence, [seq_length, …]."""
+        """Reads the tensors of ``TopK`` for one sequence, [seq_length, …]."""
         shard, row = self._rows[sequence]
         file = self._open(shard)
         return {

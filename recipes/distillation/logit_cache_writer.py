@@ -1,4 +1,4 @@
-"""Runs a teacher over sequences of text and stores its likeliest tokens, shard by shard."""
+"""Runs a teacher over sequences of text and caches its top-k logits, shard by shard."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from recipes.distillation.logit_cache import (
     SHARD,
     CacheIndex,
     cache_metrics,
-    is_whole,
+    is_complete,
     write_index,
     write_shard,
 )
@@ -44,10 +44,18 @@ from recipes.evaluation.predictions import require_better_than_chance
 def cache_logits(
     cfg: CacheLogitsConfig, teacher: Path, data: Input, shards: Path, out: Path, log: MetricsLog
 ) -> CacheResult | None:
-    """Caches the first sequences of a training; complete shards in ``shards`` are kept.
+    """Caches the teacher's top-k for the first sequences that training will read.
+
+    Args:
+        cfg: Settings.
+        teacher: Checkpoint of the teacher.
+        data: The tokenized text.
+        shards: Folder of unfinished work; complete shards in it are not computed again.
+        out: Folder of the artifact.
+        log: Receives progress.
 
     Returns:
-        The result over all shards, on rank 0.
+        The metrics over all shards, on rank 0; ``None`` on other ranks.
 
     Raises:
         StoppedByDeadlineError: The deadline was reached before the last shard; on all ranks.
@@ -64,7 +72,7 @@ def cache_logits(
         tokens,
         cfg.seq_length,
         num_samples=0,
-        end=result.document_end,
+        document_end=result.document_end,
         loss_mask=read_loss_mask(data.artifact, "train"),
         numbers=_first_sequences(cfg, tokens, result.source_tokens["train"]),
     )
@@ -76,9 +84,10 @@ def cache_logits(
     shards.mkdir(exist_ok=True)
     complete = _write_shards(cfg, core, text, index, shards, log)
     torch.distributed.barrier()
-    if _any(not complete, next(core.parameters()).device):
+    if _any_rank_stops(not complete, next(core.parameters()).device):
         raise StoppedByDeadlineError(
-            f"stopped by the clock; of {count} shards those that are whole are kept.",
+            f"stopped at the deadline before all {count} shards were written; complete shards are "
+            "kept.",
             "run the same command to resume",
         )
     if rank() != 0:
@@ -98,7 +107,7 @@ def cache_logits(
 def _first_sequences(
     cfg: CacheLogitsConfig, tokens: np.ndarray, sources: list[SourceTokens]
 ) -> list[int]:
-    """Returns the numbers of the different sequences that a training sees first, in order."""
+    """Returns the numbers of the sequences of training's first samples, in order, each once."""
     samples = cfg.num_sequences or 0
     text = TrainingSequences(
         tokens, cfg.seq_length, samples, cfg.seed, weights=cfg.weights, sources=sources
@@ -117,17 +126,17 @@ def _write_shards(
     folder: Path,
     log: MetricsLog,
 ) -> bool:
-    """Writes this data-parallel rank's missing shards of the sequences of ``text``.
+    """Writes those shards of this data-parallel rank that are not complete yet.
 
     Returns:
-        ``False`` if the deadline was reached before the last.
+        ``True`` once all are written; ``False`` if the deadline was reached before.
     """
     start, done = time.monotonic(), 0
     first = parallel_state.get_data_parallel_rank()
     step = parallel_state.get_data_parallel_world_size()
     for shard in range(first, index.shards, step):
         path = folder / SHARD.format(shard)
-        if is_whole(path):
+        if is_complete(path):
             continue
         numbers = text.ids[shard * cfg.sequences_per_shard :][: cfg.sequences_per_shard].tolist()
         outputs = _evaluate_teacher(cfg, core, text, numbers)
@@ -145,20 +154,24 @@ def _write_shards(
 
 
 def _quantiles(cfg: CacheLogitsConfig, number: int) -> Tensor:
-    """Returns the quantiles of the samples of a sequence [seq_length, draws]; equal on all ranks.
+    """Returns the quantiles at which to sample a sequence's tails, [seq_length, draws].
 
-    Systematic sampling: quantiles are equally spaced, the first is random. Each token is expected
-    as often as with independent samples, with a lower variance.
+    This is systematic sampling: the first quantile is random, the others follow at equal distances.
+    Each token is drawn as often on average as by independent samples, with a lower variance. All
+    ranks compute the same quantiles.
     """
     first = np.random.default_rng([cfg.seed, number]).random((cfg.seq_length, 1), np.float32)
     draws = np.arange(cfg.tail_draws, dtype=np.float32)
     return torch.from_numpy((first + draws) / cfg.tail_draws)
 
 
-def _any(stopping: bool, device: torch.device, group: ProcessGroup | None = None) -> bool:
-    """Returns whether any rank of a group, of all ranks by default, stops at the deadline.
+def _any_rank_stops(
+    stopping: bool, device: torch.device, group: ProcessGroup | None = None
+) -> bool:
+    """Returns whether any rank of a group (by default, of all ranks) stops at the deadline.
 
-    All ranks must agree: their clocks differ, and a rank that continues would wait for the others.
+    Ranks must agree because their clocks differ. A rank that continued alone would wait forever for
+    the others.
     """
     if deadline() is None:
         return False
@@ -171,27 +184,28 @@ def _any(stopping: bool, device: torch.device, group: ProcessGroup | None = None
 def _evaluate_teacher(
     cfg: CacheLogitsConfig, core: torch.nn.Module, text: TrainingSequences, numbers: list[int]
 ) -> tuple[TopK, float] | None:
-    """Computes the teacher's top-k [n, seq_length, …] of sequences, and its mean LM loss.
+    """Runs the teacher on n sequences.
 
-    The loss is over the predictions that are not masked, as in training. Samples of the tail depend
-    on a sequence's number, not on its shard.
+    Masked predictions do not count in the loss, as in training. Samples of the tail depend on a
+    sequence's number, not on its shard.
 
     Returns:
-        ``None`` if the deadline is reached before the end.
+        The top-k [n, seq_length, …] and the mean LM loss; ``None`` if the deadline was reached.
     """
     device = next(core.parameters()).device
     tensor_ranks, group = parallel_state.get_tensor_model_parallel_group(), nemo.tensor_group()
     tops, losses, masks = [], [], []
     for start in range(0, len(numbers), cfg.micro_batch_size):
-        if _any(time_is_up(), device, tensor_ranks):
+        if _any_rank_stops(time_is_up(), device, tensor_ranks):
             return None
-        some = numbers[start : start + cfg.micro_batch_size]
-        batch = default_collate([text.sequence(number) for number in some])
+        micro_batch = numbers[start : start + cfg.micro_batch_size]
+        batch = default_collate([text.sequence(number) for number in micro_batch])
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         logits = core(batch["tokens"], batch["position_ids"], None).flatten(0, 1)
         quantiles = None
         if cfg.tail_draws:
-            quantiles = torch.cat([_quantiles(cfg, number) for number in some]).to(device)
+            quantiles = torch.cat([_quantiles(cfg, number) for number in micro_batch]).to(device)
+
         tops.append(top_k(logits, cfg.top_k, cfg.temperature, group, quantiles=quantiles))
         losses.append(token_cross_entropy(logits, batch["labels"].flatten(), group))
         masks.append(batch["loss_mask"].flatten())

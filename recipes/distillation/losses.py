@@ -1,11 +1,12 @@
 """Distillation losses on vocabulary-parallel logits: forward and reverse KL, JSD, whole or top-k.
 
 Value and gradient are computed together, a chunk of tokens at a time, so no float32 tensor of a
-whole batch's logits exists. ModelOpt's losses (``modelopt/torch/distill/plugins/megatron.py``) hold
-several, lack the factor T², and renormalise the top-k, which ignores the mass outside it. Here all
-tokens outside the top-k are one outcome with their whole mass, or a few samples represent them.
+whole batch's logits exists. ModelOpt's losses (``modelopt/torch/distill/plugins/megatron.py``)
+differ in three points. They hold several such tensors. They lack the factor T². They renormalise
+the top-k, which ignores the probability of all other tokens, the tail. Here the tail counts as one
+outcome with its whole probability, or a few samples represent it.
 
-Shapes and ``group`` are those of ``vocabulary``.
+The module ``vocabulary`` explains shapes and ``group``.
 
 Gradients. Let z be the student's logits, T the temperature and q = softmax(z / T). From
 ∂q_i / ∂(z_j / T) = q_i·(δ_ij - q_j), a loss f(q) with the partial derivatives g_i = ∂f / ∂q_i has
@@ -13,7 +14,7 @@ Gradients. Let z be the student's logits, T the temperature and q = softmax(z / 
     ∂f / ∂(z_j / T) = q_j·(g_j - Σ_i q_i·g_i),                                               (1)
 
 where a constant added to all g_i cancels. Each divergence below states its g and the result. The
-loss is T²·f (Hinton et al., arXiv:1503.02531, so that gradients keep their size at any T), hence
+loss is T²·f, so that gradients keep their size at any T (Hinton et al., arXiv:1503.02531). Hence
 ∂(T²·f) / ∂z_j is (1) times T.
 """
 
@@ -33,7 +34,7 @@ from torch.nn.functional import softplus
 
 from recipes.core.compiled import compilable
 from recipes.core.errors import RecipeError
-from recipes.distillation.settings import DRAWN_LOSS
+from recipes.distillation.settings import TAIL_DRAWS_LOSS
 from recipes.distillation.vocabulary import (
     LOG_ZERO,
     TopK,
@@ -49,7 +50,7 @@ from recipes.distillation.vocabulary import (
 
 @dataclass(frozen=True)
 class LogitsLoss:
-    """Which divergence of the student q from the teacher p, per token and scaled by T²."""
+    """Settings of the KD loss: a divergence of student q from teacher p per token, times T²."""
 
     divergence: str = "forward_kl"
     """One of ``LOGITS_LOSSES``."""
@@ -113,12 +114,12 @@ def _top_k_divergence(
     """Computes the divergence over the teacher's top-k and the tail as k + 1 outcomes.
 
     The gradient is of all logits [n, vocabulary/tp]. The tail's logit is u = log Σ_tail exp(z / T),
-    so ∂u / ∂(z_j / T) = q_j / q_tail: a token of the tail has its part of the tail's gradient.
+    so ∂u / ∂(z_j / T) = q_j / q_tail: a token of the tail gets q_j / q_tail of the tail's gradient.
     """
     student = split(log_q, teacher.indices, group)
     log_probs = student.log_probs.clamp(min=LOG_ZERO)
     log_tail = log_probs[:, -1:].clone()
-    # Every rank has all k + 1 outcomes, so their sums need no group.
+    # Every rank has all k + 1 outcomes, so sums over them need no communication.
     teacher_log_probs = teacher.log_probs.clamp(min=LOG_ZERO)
     divergence = DIVERGENCES[loss.divergence]
     value, outcome_gradient = divergence(teacher_log_probs, log_probs, loss, None)
@@ -144,8 +145,8 @@ def _sampled_forward_kl(
     log_p, log_tail = teacher.log_probs.clamp(min=LOG_ZERO).split(
         [teacher.indices.shape[1], 1], dim=1
     )
-    number = draws.shape[1]
-    p = torch.cat([log_p.exp(), (log_tail.exp() / number).expand(-1, number)], dim=1)
+    count = draws.shape[1]
+    p = torch.cat([log_p.exp(), (log_tail.exp() / count).expand(-1, count)], dim=1)
     tokens = torch.cat([teacher.indices, draws], 1)
     columns, is_local = local_columns(tokens, log_q.shape[-1], group)
     cross = (p * select(log_q, columns, is_local, group)).sum(dim=-1, keepdim=True)  # Σ p̂·log q
@@ -159,9 +160,9 @@ class LossTargets(NamedTuple):
     teacher: Tensor | TopK
     """The teacher's logits [n, vocabulary/tp], or its top-k at the loss's temperature."""
     labels: Tensor | None = None
-    """Ids [n] of the next tokens in the vocabulary; ``None`` leaves out the next-token loss."""
+    """Ids [n] of the next tokens; ``None`` omits the LM loss."""
     weights: tuple[float, float] = (1.0, 0.0)
-    """Weights of the KD loss and of the next-token (LM) loss."""
+    """Weights of the KD loss and of the LM (next-token) loss."""
 
     def at(self, rows: slice) -> LossTargets:
         """Returns the targets of some rows."""
@@ -213,14 +214,14 @@ def _chunk_losses(
 ) -> tuple[Tensor, Tensor | None]:
     """Computes KD losses [n, 1] without T² and LM losses; overwrites the logits with the gradient.
 
-    The gradient is that of the weighted sum. It is written into ``student`` itself: with a second
-    argument for it the compiler would have to know whether the two share memory.
+    The gradient is that of the weighted sum. There is no separate argument for it, because the
+    compiler would have to check whether that argument shares memory with ``student``.
     """
     teacher, temperature = targets.teacher, loss.temperature
     lm_loss = lm_gradient = None
     log_q = log_softmax(student, temperature, group)
     if targets.labels is not None:
-        # The LM loss is of the logits without a temperature.
+        # The LM loss has no temperature.
         unscaled = log_q if temperature == 1 else log_softmax(student, 1.0, group)
         lm_loss, lm_gradient = _lm_loss(unscaled, targets.labels, needs_gradient, group)
         del unscaled
@@ -253,7 +254,8 @@ _compiled_chunk_losses = compilable(_chunk_losses)
 def _scale_rows(gradient: Tensor, weights: Tensor) -> Tensor:
     """Multiplies each row of a gradient [n, vocabulary/tp] by its weight [n, 1], in place.
 
-    PyTorch's own bfloat16 multiplication takes four times as long as memory traffic on a CPU.
+    On a CPU, PyTorch's eager bfloat16 multiplication is four times slower than memory bandwidth
+    allows, so this is compiled.
     """
     return gradient.mul_(weights.to(gradient.dtype))
 
@@ -304,7 +306,7 @@ def distillation_loss(
     Args:
         student: Finite logits [n, vocabulary/tp] of any float type.
         teacher: Its logits of the same shape, or its top-k at the loss's temperature.
-        loss: Which divergence.
+        loss: The divergence.
         group: Tensor-parallel ranks.
         reuse_logits: Overwrites the student's logits with the gradient, to hold one tensor less.
 
@@ -327,14 +329,14 @@ def combined_loss(
 
     Returns:
         The weighted sum per token [n], which is differentiable, and both losses [2, n], which are
-        not. A loss without targets or weight may be 0.
+        not. The LM loss is 0 without labels.
     """
     teacher = targets.teacher
     if isinstance(teacher, TopK):
-        if teacher.draws is not None and loss.divergence != DRAWN_LOSS:
+        if teacher.draws is not None and loss.divergence != TAIL_DRAWS_LOSS:
             raise RecipeError(
-                f"{loss.divergence} from samples of the teacher's tail would be biased.",
-                f"use {DRAWN_LOSS}, or a teacher without draws",
+                f"{loss.divergence} with samples of the teacher's tail would be biased.",
+                f"use {TAIL_DRAWS_LOSS}, or a teacher without draws",
             )
         teacher_shape, student_shape = teacher.indices.shape[:1], student.shape[:1]
     else:
@@ -344,7 +346,7 @@ def combined_loss(
         raise RecipeError(
             f"the teacher's logits {list(teacher_shape)} do not fit the student's "
             f"{list(student_shape)}.",
-            "teacher and student need the same tokens, vocabulary and padding of it",
+            "teacher and student need the same tokens, vocabulary and padded vocabulary size",
         )
     both: tuple[Tensor, Tensor] = _Distillation.apply(student, targets, loss, group, reuse_logits)
     return both
@@ -358,8 +360,8 @@ def token_cross_entropy(
 ) -> Tensor:
     """Computes the LM loss per token [n], float32, of logits [n, vocabulary/tp] for labels [n].
 
-    It is the forward KL from a teacher with probability 1 for the label, so that ``reuse_logits``
-    works as in ``distillation_loss``.
+    It is computed as the forward KL from a teacher with probability 1 for the label.
+    ``reuse_logits`` is that of ``distillation_loss``.
     """
     log_probs = torch.tensor([0.0, -math.inf], dtype=torch.float32, device=logits.device)
     teacher = TopK(labels.unsqueeze(1), log_probs.expand(len(labels), 2))

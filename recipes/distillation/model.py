@@ -1,6 +1,6 @@
 """The NeMo model that is trained: a student, with or without a live teacher.
 
-The losses on logits replace Megatron's own, in the student's ``compute_language_model_loss``;
+The student's ``compute_language_model_loss`` is replaced: it computes the losses on logits.
 ModelOpt's ``DistillationModel`` computes losses on hidden states. The model's output is one row of
 per-token losses for each term, so no tensor as wide as the vocabulary outlives the forward pass.
 """
@@ -68,7 +68,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         self._validation = LossReduction(Objective({"lm": 1.0, "kd": 0.0}))
         self._cached: TopK | None = None
         self.teacher_loss: float | None = None
-        """The teacher's own next-token loss on the first micro batch, measured before learning."""
+        """The teacher's LM loss on the first micro batch, before the first update."""
 
     @property
     def core_module(self) -> Any:
@@ -82,23 +82,28 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
 
     @property
     def validation_loss_reduction(self) -> MegatronLossReduction:
-        """Returns the reduction of the LM loss, and of the KD loss if the teacher validates."""
-        return self._validation if self._teacher.validates else super().validation_loss_reduction
+        """Returns the reduction of the validation loss.
 
-    def validated_kd(self) -> list[float]:
-        """Returns the KD loss of the last global batch of a validation, if it was measured."""
-        return [self._validation.last["kd"]] if self._teacher.validates else []
+        It has the LM loss, and the KD loss if the teacher runs in validation.
+        """
+        if self._teacher.runs_in_validation:
+            return self._validation
+        return super().validation_loss_reduction
+
+    def validation_kd(self) -> list[float]:
+        """Returns the KD loss of the last global batch of validation; empty if not measured."""
+        return [self._validation.last["kd"]] if self._teacher.runs_in_validation else []
 
     def share_losses(self) -> dict[str, Any]:
-        """Returns the last step's losses on every rank; the last pipeline stage sends them."""
-        shared: list[Any] = [self._reduction.last, self._reduction.sizes, self.teacher_loss]
+        """Broadcasts the last step's losses from the last pipeline stage; returns them."""
+        shared: list[Any] = [self._reduction.last, self._reduction.finite_means, self.teacher_loss]
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             torch.distributed.broadcast_object_list(
                 shared,
                 src=parallel_state.get_pipeline_model_parallel_last_rank(),
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
-        losses, self._reduction.sizes, self.teacher_loss = shared
+        losses, self._reduction.finite_means, self.teacher_loss = shared
         teacher_loss = {} if self.teacher_loss is None else {"teacher_loss": self.teacher_loss}
         return {**losses, **teacher_loss}
 
@@ -123,9 +128,10 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
             if core.training:
                 return self._token_losses(core, labels, logits)
             lm_loss = _lm_loss(logits, labels)
-            if not self._teacher.validates:
+            if not self._teacher.runs_in_validation:
                 return lm_loss
-            kd_loss = self._combined(core, logits, None, (1.0, 0.0))[0]
+            kd_loss = self._kd_and_lm_losses(core, logits, None, (1.0, 0.0))[0]
+            # The rows of ``_token_losses``: the validation loss, and the terms "lm" and "kd".
             return torch.stack([lm_loss, lm_loss, kd_loss])
 
         core.compute_language_model_loss = MethodType(losses, core)
@@ -137,26 +143,30 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         for name in SHARED_SETTINGS:
             setattr(config, name, getattr(self.config, name))
         nemo.split_pipeline(config)
-        # Not for the student: initialisation also marks weights as tensor-parallel, and a gradient
-        # norm without these marks counts only one rank's shard of them.
+        # The teacher's weights are loaded, so they need no initialisation. The student keeps it:
+        # initialisation marks weights as tensor-parallel, and without these marks the gradient norm
+        # counts only one rank's shard of them.
         config.perform_initialization = False
         settings = {
             "teacher_model": (_load_teacher, [config, self.tokenizer, checkpoint], {}),
             "criterion": self._hidden_losses(student, config),
-            "loss_balancer": mtd.StaticLossBalancer(1.0),  # required, but ``Objective`` adds up
+            "loss_balancer": mtd.StaticLossBalancer(1.0),  # required; ``Objective`` balances
         }
         core = mtd.convert(student, mode=[("kd_loss", settings)])
         adjust_distillation_model_for_mcore(core, distill_cfg=DistillationConfig())
         teacher = core.teacher_model
         teacher.compute_language_model_loss = MethodType(lambda _, labels, logits: logits, teacher)
-        core.validates = self._teacher.validates
+        core.runs_in_validation = self._teacher.runs_in_validation
         core.forward = MethodType(_forward_both, core)
         return core
 
     def _hidden_losses(
         self, student: nn.Module, teacher: nn.Module
     ) -> dict[tuple[str, str], HiddenLoss]:
-        """Returns one loss module for all pairs, by the names of layers on this pipeline stage."""
+        """Returns the hidden loss by pair of layer names: one module, which all pairs share.
+
+        ModelOpt counts a layer's name from the first layer of this pipeline stage.
+        """
         if not self._teacher.pairs or not parallel_state.is_pipeline_last_stage():
             return {}
         loss = HiddenLoss(
@@ -175,7 +185,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         }
 
     def data_step(self, dataloader_iter: Any) -> dict[str, Any]:
-        """Returns a micro batch; on the last pipeline stage with a cached teacher's top-k."""
+        """Returns a micro batch; the last pipeline stage also gets a cached teacher's top-k."""
         loaded = next(dataloader_iter)
         batch: dict[str, Any] = super().data_step(iter([loaded]))
         if parallel_state.is_pipeline_last_stage():
@@ -186,14 +196,14 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         return batch
 
     def forward_step(self, batch: dict[str, Any]) -> Tensor:
-        """Runs the model on a batch; a cached teacher's top-k is part of the batch."""
+        """Runs the model on a batch, after it has stored the batch's cached top-k for the loss."""
         cached = {
             n.removeprefix(TEACHER_PREFIX): t
             for n, t in batch.items()
             if n.startswith(TEACHER_PREFIX)
         }
         if cached:
-            # From [batch, sequence, k] to Megatron's order of tokens.
+            # [batch, sequence, k] to [sequence · batch, k], the order of Megatron's logits.
             self._cached = TopK(**cached).map(lambda tensor: tensor.transpose(0, 1).flatten(0, 1))
         output: Tensor = super().forward_step(batch)
         return output
@@ -201,7 +211,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
     def _token_losses(self, core: nn.Module, labels: Tensor, logits: Tensor) -> Tensor:
         """Computes losses [1 + terms, batch, sequence] of logits [sequence, batch, vocabulary/tp].
 
-        The first is minimised; the terms are logged.
+        The first row is minimised. The others are the terms, which are only logged.
         """
         if self.teacher_loss is None and self._teacher.checkpoint:
             self._check_teacher(core.teacher_logits, labels)
@@ -209,8 +219,8 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         total = logits.new_zeros(labels.shape, dtype=torch.float32)
         if "kd" in weights:
             lm_labels = labels if "lm" in weights else None
-            pair = weights["kd"], weights.get("lm", 0)
-            total, *rows = self._combined(core, logits, lm_labels, pair)
+            kd_lm_weights = weights["kd"], weights.get("lm", 0)
+            total, *rows = self._kd_and_lm_losses(core, logits, lm_labels, kd_lm_weights)
             terms = dict(zip(("kd", "lm"), rows, strict=True))
         elif "lm" in weights:
             terms["lm"] = _lm_loss(logits, labels, reuse_logits=True)
@@ -221,12 +231,13 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         core.teacher_logits = None
         return torch.stack([total, *(terms[name].detach() for name in weights)])
 
-    def _combined(
+    def _kd_and_lm_losses(
         self, core: nn.Module, logits: Tensor, labels: Tensor | None, weights: tuple[float, float]
     ) -> tuple[Tensor, ...]:
-        """Computes the weighted sum of KD and LM loss, and each of them, [batch, sequence].
+        """Computes the weighted sum of KD and LM loss, the KD loss and the LM loss.
 
-        ``logits`` are [sequence, batch, vocabulary/tp], ``labels`` [batch, sequence].
+        Each is [batch, sequence]; ``logits`` are [sequence, batch, vocabulary/tp], ``labels``
+        [batch, sequence].
         """
         targets = LossTargets(
             self._cached or core.teacher_logits.flatten(0, 1),
@@ -245,8 +256,9 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         mean = torch.stack(list(losses.values())).mean(dim=0)
         if not self.config.sequence_parallel:
             return mean
-        # Each rank has a part of the sequence. It is padded to the whole sequence, so the sum over
-        # ranks is the whole loss, and Megatron's backward pass returns each rank's own part.
+        # Each rank has a contiguous shard of the sequence. Padded to the whole sequence, the shards
+        # of all ranks add up to the whole loss, and the backward pass gives each rank the gradient
+        # of its own shard.
         rank, length = parallel_state.get_tensor_model_parallel_rank(), mean.shape[1]
         before, after = rank * length, labels.shape[1] - (rank + 1) * length
         padded = torch.nn.functional.pad(mean, (before, after))
@@ -254,18 +266,22 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         return whole
 
     def _check_teacher(self, logits: Tensor, labels: Tensor) -> None:
-        """Measures the teacher's LM loss, and refuses one that is near chance."""
+        """Measures the teacher's LM loss.
+
+        Raises:
+            RecipeError: It is no better than chance.
+        """
         loss = _lm_loss(logits, labels).mean().item()
         require_better_than_chance(loss, self.config.vocab_size)
         self.teacher_loss = loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Saves the means that balance the next step's terms."""
-        checkpoint["loss_sizes"] = self._reduction.sizes
+        checkpoint["loss_sizes"] = self._reduction.finite_means
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Loads the means that balance the next step's terms."""
-        self._reduction.sizes = checkpoint.get("loss_sizes", {})
+        self._reduction.finite_means = checkpoint.get("loss_sizes", {})
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Loads the student only; ``nn.Module`` would require the teacher's weights."""
@@ -291,12 +307,12 @@ def _lm_loss(logits: Tensor, labels: Tensor, reuse_logits: bool = False) -> Tens
 def _forward_both(core: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """Runs teacher and student; replaces NeMo's forward pass, which drops the teacher's logits.
 
-    Between pipeline stages both hidden states are sent as one tensor.
+    In training a pipeline stage sends the hidden states of both models as one tensor.
     """
-    if core.training or core.validates:
+    if core.training or core.runs_in_validation:
         for pair in core._layers_to_loss:
             for layer in pair:
-                layer._intermediate_output = None  # set by a validation
+                layer._intermediate_output = None  # left by the student-only pass of validation
         with torch.no_grad():
             core.teacher_model.eval()
             teacher_output = core.teacher_model(*args, **kwargs)

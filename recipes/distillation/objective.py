@@ -1,4 +1,4 @@
-"""The objective of a training: weights and sums of its terms, the teacher, the hidden loss."""
+"""The objective of training: terms and weights of the loss, the teacher, the hidden loss."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from recipes.core.stage import Input, Inputs
 from recipes.distillation.logit_cache import TeacherCache
 from recipes.distillation.losses import LogitsLoss
 from recipes.distillation.results import KeptLayers
-from recipes.distillation.settings import CACHED, TERMS, DistillConfig
+from recipes.distillation.settings import CACHE_KIND, TERMS, DistillConfig
 
 DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": lambda ours, theirs: 1 - cosine_similarity(ours, theirs, dim=-1),
     "mse": lambda ours, theirs: (ours - theirs).square().mean(dim=-1),
 }
-"""The function of each of ``HIDDEN_LOSSES``: hidden states [s, b, h] to distances [s, b]."""
+"""A function for each of ``HIDDEN_LOSSES``. It maps hidden states [s, b, h] to distances [s, b]."""
 PROJECTION_SEED = 0
-"""Seed of the projection, which every rank must initialise equally."""
+"""Seed of the projection, whose initial value must be the same on every rank."""
 Pairs = Sequence[tuple[int, int]]
 """(student layer, teacher layer) pairs whose outputs are compared, counted from 1."""
 
@@ -39,16 +39,16 @@ Pairs = Sequence[tuple[int, int]]
 def layer_pairs(
     cfg: DistillConfig, kept: Sequence[int] | None, student: int, teacher: int
 ) -> Pairs:
-    """Returns the pairs of layers to compare.
+    """Returns the pairs of layers to compare: as configured, else each layer with its original.
 
     Args:
-        cfg: A distillation, with pairs or without.
-        kept: The teacher's layer of each of the student's, if known.
+        cfg: Settings of the distillation.
+        kept: For each layer of the student, the layer of the teacher that it was, if known.
         student: Number of the student's layers.
         teacher: Number of the teacher's layers.
 
     Raises:
-        RecipeError: No pairs are set, and none can be derived.
+        RecipeError: No pairs are configured, and none can be derived.
     """
     if cfg.intermediate_layer_pairs:
         return [(pair[0], pair[1]) for pair in cfg.intermediate_layer_pairs]
@@ -75,16 +75,16 @@ class TeacherSource:
     pairs: Pairs = ()
     """Pairs of layers whose hidden states are compared."""
     cache: TeacherCache | None = None
-    validates: bool = False
-    """Whether a live teacher also runs in validations."""
+    runs_in_validation: bool = False
+    """Whether a live teacher also runs in validation."""
 
     @classmethod
     def of(cls, cfg: DistillConfig, inputs: Inputs, student: Architecture) -> TeacherSource:
-        """Returns the teacher that a config requires; none for a next-token loss alone."""
+        """Returns the teacher that a config requires; an empty source for the LM loss alone."""
         if cfg.kd_weight == cfg.hidden_weight == 0:
             return cls()
         source = inputs["teacher"]
-        if source.manifest.kind == CACHED:
+        if source.manifest.kind == CACHE_KIND:
             _require_same_text(source, inputs["data"])
             return cls(cache=TeacherCache(source.artifact))
         checkpoint = nemo.find_checkpoint(source.artifact)
@@ -93,12 +93,15 @@ class TeacherSource:
             kept = inputs["student"].manifest.result(KeptLayers).kept_layers
             layers = nemo.architecture_of(checkpoint).num_layers
             pairs = layer_pairs(cfg, kept, student.num_layers, layers)
-        validates = cfg.stop_at_recovered is not None
-        return cls(checkpoint, pairs, validates=validates)
+        runs_in_validation = cfg.stop_at_recovered is not None
+        return cls(checkpoint, pairs, runs_in_validation=runs_in_validation)
 
 
 def _require_same_text(cache: Input, data: Input) -> None:
-    """Raises ``RecipeError`` if a teacher was cached for other text; a plan checks the settings."""
+    """Raises ``RecipeError`` if the teacher was cached for other text than is trained on.
+
+    A plan checks that the settings match. This compares the content.
+    """
     if cache.manifest.input_content.get("data") != data.manifest.content():
         raise RecipeError(
             f"the teacher in {cache.directory} was cached for other text.",
@@ -129,18 +132,19 @@ class Objective:
         )
 
     def weights_after(self, means: Mapping[str, float]) -> Mapping[str, float]:
-        """Returns each term's weight, after a step whose terms had these means.
+        """Returns each term's weight, given the means of the terms in the previous step.
 
-        If dynamic, the hidden loss is scaled to the size of the KD loss, and their sum to the size
-        of the LM loss; the configured weights apply after that. NeMo takes the sizes from each
-        micro batch, so its result depends on the number of micro batches; here they are of the
-        previous global batch. The first step has the configured weights.
+        With ``dynamic`` the hidden loss is scaled to the size of the KD loss, and their sum to the
+        size of the LM loss. The configured weights apply after that. Before the first step
+        ``means`` is empty, and the weights are the configured ones. NeMo takes sizes from each
+        micro batch, so its result depends on the number of micro batches; the means here are of
+        a global batch.
         """
         weights = dict(self.weights)
         if not (self.dynamic and means):
             return weights
         first, *rest = weights
-        teacher_size = means[first]  # of the terms that the teacher has part in
+        teacher_size = means[first]  # size of the sum of the KD and hidden terms
         if first == "kd" and "hidden" in rest:
             weights["hidden"] *= weights["kd"] * _ratio(means["kd"], means["hidden"])
             teacher_size += self.weights["hidden"] * means["kd"]
@@ -164,7 +168,7 @@ class HiddenLoss(_Loss):
     teacher's hidden size. If the sizes differ, a learned projection maps the student's states to
     the teacher's size. All pairs of layers share this module and its projection, because all layers
     write to one residual stream with one basis. With ``sequence_parallel`` each tensor-parallel
-    rank has a part of the sequence, so the projection is marked for Megatron to sum its gradient
+    rank has a shard of the sequence, so the projection is marked for Megatron to sum its gradient
     over the ranks (``megatron/core/distributed/finalize_model_grads.py``).
     """
 
@@ -195,14 +199,14 @@ class HiddenLoss(_Loss):
     ) -> Tensor:
         """Computes the loss per token [b, s], float32, of hidden states [s, b, h] of any type.
 
-        With sequence parallelism s is this rank's part. Megatron's TransformerLayer returns
-        (hidden states, context); the context is ignored. The teacher gets no gradient.
+        With sequence parallelism s is the length of this rank's shard. Megatron's TransformerLayer
+        returns (hidden states, context); the context is ignored. The teacher gets no gradient.
         """
         ours = student[0] if isinstance(student, tuple) else student
         theirs = teacher[0] if isinstance(teacher, tuple) else teacher
         if self.projection is not None:
             ours = self.projection(ours.to(self.projection.weight.dtype))
-        # In bfloat16 the numbers below 1 are 1/256 apart, so a cosine of 0.999 would be 1.
+        # Just below 1, bfloat16 numbers are 1/256 apart, so a cosine of 0.999 would round to 1.
         ours, theirs = ours.float(), theirs.detach().float()
         return DISTANCES[self._kind](ours, theirs).t()
 
@@ -220,12 +224,12 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
         self.last: dict[str, float] = {}
         """Means of the last step over the tokens of the global batch, on the last pipeline
         stage."""
-        self.sizes: dict[str, float] = {}
-        """Means of the last step with finite ones, by which the terms are balanced."""
+        self.finite_means: dict[str, float] = {}
+        """Means of the last step whose means were all finite; they balance the terms."""
 
     def weights(self) -> Mapping[str, float]:
         """Returns the weights of this step's terms."""
-        return self._objective.weights_after(self.sizes)
+        return self._objective.weights_after(self.finite_means)
 
     def forward(
         self, batch: dict[str, Tensor], forward_out: Tensor
@@ -233,7 +237,8 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
         """Sums losses [1 + terms, batch, sequence] over the unmasked tokens of a micro batch.
 
         Returns:
-            The loss (the first row), the number of tokens, and both with the terms for ``reduce``.
+            The sum of the first row, the number of tokens, and a report for ``reduce``: one tensor
+            of the tokens and the sums of all rows.
         """
         mask = batch["loss_mask"].float()
         sums = (forward_out * mask).flatten(1).sum(dim=1)
@@ -253,5 +258,5 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
         means = total[1:] / total[0].clamp_min(1)
         self.last = dict(zip(("loss", *self._objective.weights), means.tolist(), strict=True))
         if all(math.isfinite(mean) for mean in self.last.values()):
-            self.sizes = self.last
+            self.finite_means = self.last
         return means[0]

@@ -1,4 +1,4 @@
-"""Results of trainings and of cached teachers. Losses in nats. Torch-free."""
+"""Results of training and of caching a teacher. Losses are in nats. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from recipes.data.results import TrainedSource
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """A training; terms that its loss does not have are ``None``."""
+    """Result of a training stage. A term that its loss does not have is ``None``."""
 
     final_loss: float
     final_kd: float | None
@@ -26,29 +26,31 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class KeptLayers:
-    """The teacher's layers that a pruned model has, counted from 1."""
+    """The field of a pruned or distilled model's result that says which layers were kept."""
 
     kept_layers: list[int] | None = None
+    """Numbers of these layers in the teacher, from 1; ``None`` if unknown."""
 
 
 @dataclass(frozen=True)
 class DistillationResult(TrainingResult):
-    """A training with a teacher."""
+    """Result of ``distill``."""
 
     teacher_loss: float | None
     stopped: str = ""
     """Reason and step of an early stop."""
     kept_layers: list[int] | None = None
-    """The student's, for a further pruning."""
+    """The student's ``KeptLayers``, passed on for a second round of pruning."""
 
 
 @dataclass(frozen=True)
 class CacheResult:
-    """A cached teacher."""
+    """Result of ``cache_logits``."""
 
     sequences: int
     sequences_of_text: int
-    """Number of all sequences of the text."""
+    """Number of sequences of the whole text, cached or not."""
+
     tokens: int
     bytes_per_token: int
     teacher_loss: float

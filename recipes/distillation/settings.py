@@ -50,8 +50,8 @@ class TrainingConfig(StageConfig):
     seq_length: Count = 256
     """Tokens of a sequence."""
     micro_batch_size: Count = field(default=4, metadata=RESOURCE)
-    """Sequences of a rank in one pass. The loss is a mean over the tokens of the global batch,
-    so this changes memory and speed, not the result."""
+    """Sequences of one forward and backward pass on a rank. The loss is a mean over the tokens of
+    the global batch, so this changes memory and speed, not the result."""
     global_batch_size: Count = 4
     """Sequences of a step, over all ranks."""
     max_steps: Count = 100
@@ -120,17 +120,17 @@ class TrainingConfig(StageConfig):
     checkpoint_interval: Count = 100
     """Steps between checkpoints; a killed run resumes from the last one."""
     keep_checkpoints: Count = 2
-    """Number of checkpoints that are kept, the newest."""
+    """Number of checkpoints on disk; older ones are deleted."""
     compile: bool | None = field(default=None, metadata=RESOURCE)
-    """Compiles the operations between matrix multiplications (in layers that are not
-    TransformerEngine's) and the loss (without tensor parallelism). It takes up to a minute once,
-    and a C++ compiler on a CPU. Default: on this machine's CPU with a compiler, from 100 steps
-    on."""
+    """Compiles elementwise operations: of layers that are not TransformerEngine's, and of the loss
+    without tensor parallelism. Compilation takes up to a minute once; on a CPU it needs a C++
+    compiler. Default: ``true`` if training runs on this machine's CPU, has 100 steps or more, and
+    there is a compiler."""
     cpu_speed_patches: list[SpeedPatch] = field(
         default_factory=lambda: list(SPEED_PATCH_NAMES), metadata=RESOURCE
     )
-    """Replacements of what is slow on a CPU (``recipes/backend/cpu_speed.py``). No result changes
-    beyond rounding, and nothing changes on CUDA. ``[]`` for Megatron's own functions."""
+    """Functions of Megatron that faster ones replace on a CPU (``recipes/backend/cpu_speed.py``).
+    Results change only by rounding; on CUDA nothing changes. ``[]`` replaces none."""
     profile_steps: list[Count] = field(default_factory=list, metadata=RESOURCE)
     """``[first, last]`` step of a profiler trace in ``<stage>/profile/``, counted from 1."""
 
@@ -162,14 +162,15 @@ class CacheLogitsConfig(StageConfig):
     top_k: Count = 64
     """Number of likeliest tokens that are stored with their probabilities."""
     tail_draws: CountOrZero = 0
-    """Number of samples of the other tokens. Losses and gradients of ``forward_kl`` are then
-    unbiased estimates of those of the whole vocabulary. With 0 the other tokens are one outcome."""
+    """Number of samples of all other tokens. With samples, losses and gradients of ``forward_kl``
+    are unbiased estimates of those over the whole vocabulary. With 0 the other tokens count as one
+    outcome."""
     temperature: Temperature = 1.0
     """Temperature of the stored distribution; must equal that of ``distill``."""
     seq_length: Count = 256
     """Tokens of a sequence; must equal that of ``distill``."""
     num_sequences: Count | None = None
-    """Number of sequences: the first that a training with this ``seed`` sees. Default: all."""
+    """Number of sequences: those that training with this ``seed`` reads first. Default: all."""
     seed: Seed = 1234
     """Seed of the order of sequences; must equal that of ``distill``."""
     weights: dict[str, Positive] = field(default_factory=dict)
@@ -178,9 +179,9 @@ class CacheLogitsConfig(StageConfig):
     """Sequences per file; a killed run loses at most one file per rank."""
     precision: Precision = "bf16-mixed"
     """``bf16-mixed`` or ``32``, as in training."""
-    micro_batch_size: Count = field(default=4, metadata={"resource": True})
-    """Sequences of a rank in one pass."""
-    tensor_model_parallel_size: Count = field(default=1, metadata={"resource": True})
+    micro_batch_size: Count = field(default=4, metadata=RESOURCE)
+    """Sequences of one forward pass on a rank."""
+    tensor_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
     """Ranks that share each layer of the teacher."""
 
     @property
@@ -190,9 +191,9 @@ class CacheLogitsConfig(StageConfig):
 
 
 def bytes_per_token(vocabulary: int, top_k: int, draws: int) -> int:
-    """Returns the bytes that ``logit_cache`` stores per token."""
-    number = 2 if vocabulary <= SMALL_VOCABULARY else 4
-    return (top_k + draws) * number + (top_k + 1 + (draws > 0)) * 2
+    """Returns the bytes per token of a teacher's cache, see ``logit_cache``."""
+    id_bytes = 2 if vocabulary <= SMALL_VOCABULARY else 4
+    return (top_k + draws) * id_bytes + (top_k + 1 + (draws > 0)) * 2
 
 
 @dataclass
@@ -200,14 +201,15 @@ class CorrectTeacherConfig(TrainingConfig):
     """Settings of ``correct_teacher``."""
 
 
-CACHED = "logit_cache"
+CACHE_KIND = "logit_cache"
+"""Type of the artifact of ``cache_logits``."""
 LOGITS_LOSSES = ("forward_kl", "reverse_kl", "jsd")
-"""Each a function of ``losses.DIVERGENCES``."""
-DRAWN_LOSS = "forward_kl"
-"""The divergence for a teacher cached with ``tail_draws``, because it is linear in the teacher's
-probabilities."""
+"""Names of the KD losses; ``losses.DIVERGENCES`` has their functions."""
+TAIL_DRAWS_LOSS = "forward_kl"
+"""The only KD loss for a teacher cached with ``tail_draws``. Its estimate from samples is unbiased,
+because it is linear in the sampled probabilities."""
 HIDDEN_LOSSES = ("cosine", "mse")
-"""Each a function of ``objective.DISTANCES``."""
+"""Names of the losses on hidden states; ``objective.DISTANCES`` has their functions."""
 LOSS_BALANCERS = ("fixed", "dynamic")
 
 
@@ -240,12 +242,12 @@ class DistillConfig(TrainingConfig):
     the step before."""
     stop_at_recovered: Fraction | None = None
     """Stops the training at the first validation that has recovered this fraction of the KL added
-    by pruning. The teacher then also runs in validations, and one validation precedes the first
-    step. The learning rate does not decay earlier than without it."""
+    by pruning. The teacher then also runs in validation, and there is one validation before the
+    first step. The learning rate schedule stays that of ``max_steps``."""
     student_steps: list[Count] = field(default_factory=list)
     """Steps after which the student is saved too, in ``artifact/steps/STEP.nemo``. Benchmarks
     evaluate each of these students, and the report plots their scores."""
 
 
 CACHE_FIELDS = ("seq_length", "temperature", "top_k", "tail_draws")
-"""Settings of a cached teacher that a distillation must match."""
+"""Settings that must be equal in ``cache_logits`` and in ``distill``."""

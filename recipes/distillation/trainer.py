@@ -1,4 +1,4 @@
-"""NeMo's trainer, set up for one training stage: strategy, precision, optimizer, checkpoints."""
+"""Sets up NeMo's trainer for a training stage and runs it."""
 
 from __future__ import annotations
 
@@ -39,17 +39,25 @@ from recipes.distillation.data import TrainingData
 from recipes.distillation.model import KDModel
 from recipes.distillation.objective import Objective
 from recipes.distillation.settings import DistillConfig, TrainingConfig
-from recipes.distillation.training import CHECKPOINTS, UNFINISHED, steps_in, whole_checkpoints
+from recipes.distillation.training import (
+    CHECKPOINTS,
+    UNFINISHED,
+    complete_checkpoints,
+    steps_of_checkpoint,
+)
 
 
 def train(
     cfg: TrainingConfig, start: Path, objective: Objective, data: Input, out: Path, log: MetricsLog
 ) -> None:
-    """Trains a model and writes it to ``out``; resumes from the last complete checkpoint."""
+    """Trains from the weights of ``start``; resumes from the last complete checkpoint.
+
+    The trained model is written to ``out``, in ``work/artifact``.
+    """
     _set_environment(cfg)
     select_gpu()
     enable()
-    scratch = out.parent.parent
+    work = out.parent.parent
     restored = nemo.restore_model(start)
     restored.config.seq_length = cfg.seq_length
     _set_recompute(restored.config, cfg.recompute_granularity)
@@ -57,21 +65,22 @@ def train(
     model = KDModel(restored, objective)
     with nemo.outside_slurm():
         trainer = _trainer(cfg)
-    # After construction, because NeMo copies callbacks that it is given. ``CollectGarbage`` is
-    # first because it must return memory before the trainer's own callback saves.
+    # Callbacks are added to the trainer, because NeMo would copy those passed to its constructor.
+    # ``CollectGarbage`` is first because it must return memory before the trainer's own callback
+    # saves a checkpoint.
     trainer.callbacks = [CollectGarbage(cfg), *trainer.callbacks, StepLogger(cfg, log)]
     save = partial(_save_trained, cfg, model, restored, nemo.side_folder(start))
     if isinstance(cfg, DistillConfig) and cfg.student_steps:
         # Before the callback that saves checkpoints.
-        trainer.callbacks.insert(1, SaveStudents(cfg.student_steps, scratch / nemo.STEPS, save))
-    if objective.teacher.validates and isinstance(cfg, DistillConfig):
+        trainer.callbacks.insert(1, SaveStudents(cfg.student_steps, work / nemo.STEPS, save))
+    if objective.teacher.runs_in_validation and isinstance(cfg, DistillConfig):
         trainer.num_sanity_val_steps = cfg.limit_val_batches  # a validation before the first step
         trainer.callbacks.append(StopAtRecovered(cfg, metrics_file(out.parent)))
     if deadline() is not None:
         trainer.callbacks.append(StopAtDeadline(cfg))
     if cfg.profile_steps:
         first, last = cfg.profile_steps
-        trainer.callbacks.append(Profile((first, last), scratch.parent / "profile"))
+        trainer.callbacks.append(Profile((first, last), work.parent / "profile"))
     with compilation(bool(cfg.compile)), speed_patches(cfg.cpu_speed_patches):
         llm.train(
             model=model,
@@ -79,28 +88,30 @@ def train(
             trainer=trainer,
             optim=_optimizer(cfg),
             log=nl.NeMoLogger(
-                log_dir=str(scratch / "nemo"),
+                log_dir=str(work / "nemo"),
                 use_datetime_version=False,
                 update_logger_directory=False,
-                ckpt=_checkpointing(cfg, scratch / CHECKPOINTS),
+                ckpt=_checkpointing(cfg, work / CHECKPOINTS),
             ),
-            resume=_resume(scratch / CHECKPOINTS, start),
+            resume=_resume(work / CHECKPOINTS, start),
             tokenizer=None,
         )
     save(out)
-    if rank() == 0 and (scratch / nemo.STEPS).is_dir():
-        # Links, because a restart before the manifest is written deletes the artifact only.
-        shutil.copytree(scratch / nemo.STEPS, out.parent / nemo.STEPS, copy_function=link_or_copy)
+    if rank() == 0 and (work / nemo.STEPS).is_dir():
+        # Links instead of a move: a restart before the manifest is written empties the artifact,
+        # and must find the students again.
+        shutil.copytree(work / nemo.STEPS, out.parent / nemo.STEPS, copy_function=link_or_copy)
 
 
 def _set_environment(cfg: TrainingConfig) -> None:
     """Sets the variables that CUDA, NCCL and TransformerEngine read when they start.
 
-    A variable that is set already stays. The launcher sets ``CUDA_DEVICE_MAX_CONNECTIONS`` from the
-    hardware profile: the best value depends on the GPU, which is unknown before CUDA starts.
+    Variables that are set already keep their values. ``CUDA_DEVICE_MAX_CONNECTIONS`` is not among
+    them: its best value depends on the GPU, which is unknown before CUDA starts, so the launcher
+    sets it from the hardware profile.
     """
     defaults = {
-        # Segments that grow leave fewer holes between tensors of changing sizes.
+        # Less fragmentation when tensor sizes change.
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         # Otherwise collectives queue behind the kernels that they should overlap with.
         "TORCH_NCCL_HIGH_PRIORITY": "1",
@@ -119,7 +130,15 @@ def _set_environment(cfg: TrainingConfig) -> None:
 def _save_trained(
     cfg: TrainingConfig, model: KDModel, restored: Any, side: Path, out: Path
 ) -> None:
-    """Writes the model without the optimizer, in its training precision."""
+    """Writes the model without the optimizer, with weights in ``cfg.dtype``.
+
+    Args:
+        cfg: Settings.
+        model: The trained model.
+        restored: The plain model that it was built from, whose config the checkpoint gets.
+        side: Folder with tokenizer and config of the initial checkpoint.
+        out: Path of the checkpoint.
+    """
     written = restored.__io__.config
     written.params_dtype, written.bf16 = cfg.dtype, cfg.dtype == torch.bfloat16
     written.fp8, written.first_last_layers_bf16 = None, False
@@ -128,8 +147,9 @@ def _save_trained(
     written.context_parallel_size = written.expert_model_parallel_size = 1
     written.sequence_parallel = False
     _set_recompute(written, "none")
-    model.module.start_param_sync(force_sync=True)  # else gathered by the next step
-    # Within the stage's work directory, which a restart removes.
+    # The optimizer shards the update; the next step would gather the weights, but there is none.
+    model.module.start_param_sync(force_sync=True)
+    # The temporary folder is in the stage's work directory, where a restart removes it.
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary, model.without_loss_modules():
         staged = Path(temporary) / nemo.SIDE
         copy_side_files(side, staged)
@@ -149,7 +169,10 @@ def _set_recompute(config: Any, granularity: str) -> None:
 
 
 class _Strategy(nl.MegatronStrategy):  # type: ignore[misc]
-    """NeMo's strategy; loads initial weights without loss modules, and in their full precision."""
+    """NeMo's strategy, except that it loads initial weights in their full precision.
+
+    It also excludes the parameters of loss modules, which the initial checkpoint does not have.
+    """
 
     def selective_restore(self) -> None:
         """Loads the initial weights."""
@@ -163,19 +186,19 @@ class _Strategy(nl.MegatronStrategy):  # type: ignore[misc]
 
 @torch.no_grad()
 def _load_main_weights(core: Any, optimizer: Any, weights: Path) -> None:
-    """Loads the optimizer's float32 weights from the checkpoint, if that is more precise.
+    """Loads the optimizer's float32 main weights from a checkpoint with more than bfloat16.
 
-    Copies of the model's bfloat16 weights would start in the middle of a rounding interval, and
-    small updates would not change the model in the first steps. Megatron's
-    ``reload_model_params(state)`` matches names by containment, and so finds the teacher's weights
-    too.
+    Main weights that are copies of the model's bfloat16 weights would start in the middle of a
+    rounding interval. Small updates would then not change the model in the first steps. Megatron's
+    ``reload_model_params(state)`` is not used: it matches names by substring, so it would also find
+    the teacher's weights.
     """
     stored = load_tensors_metadata(str(weights))
     rounded = {}
     for name, item in core.sharded_state_dict(prefix="module.").items():
         if item.key in stored and stored[item.key].dtype.itemsize > item.data.itemsize:
             item.data = torch.empty_like(item.data, dtype=torch.float32, device="cpu")
-            if isinstance(item, ShardedTensor):  # a factory sets its own
+            if isinstance(item, ShardedTensor):  # a ``ShardedTensorFactory`` derives its dtype
                 item.dtype = torch.float32
             rounded[name] = item
     exact = nemo.read_sharded(rounded, weights) if rounded else {}
@@ -184,11 +207,11 @@ def _load_main_weights(core: Any, optimizer: Any, weights: Path) -> None:
         for name, parameter in core.named_parameters()
         if (full := exact.get(f"module.{name}")) is not None
     }
-    for part in optimizer.chained_optimizers:  # for dense weights, and for experts
-        groups = zip(part.model_float16_groups, part.shard_fp32_from_float16_groups, strict=True)
+    for each in optimizer.chained_optimizers:  # one for dense weights, one for experts
+        groups = zip(each.model_float16_groups, each.shard_fp32_from_float16_groups, strict=True)
         for parameter, main in chain.from_iterable(zip(*group, strict=True) for group in groups):
             if parameter in full_weights:
-                shard = part._get_model_param_range_map(parameter)["param"]
+                shard = each._get_model_param_range_map(parameter)["param"]
                 main.copy_(full_weights[parameter].flatten()[shard.start : shard.end])
 
 
@@ -244,7 +267,7 @@ def _trainer(cfg: TrainingConfig) -> Any:
         enable_model_summary=False,
         logger=False,
     )
-    if world_size() == 1:  # else it listens on a port, which another run may have taken
+    if world_size() == 1:  # the default store listens on a port, which another run may have taken
         trainer.strategy.store = torch.distributed.HashStore()
     return trainer
 
@@ -291,16 +314,17 @@ def _checkpointing(cfg: TrainingConfig, directory: Path) -> Any:
 def _resume(checkpoints: Path, start: Path) -> Any:
     """Resumes from the newest complete checkpoint, else starts from the weights of ``start``.
 
-    NeMo fails if the last checkpoint is incomplete, as after a kill while saving, so this uses the
-    one before.
+    NeMo would choose the newest checkpoint, and fail if a kill left it incomplete. Incomplete ones
+    are deleted here.
     """
-    whole = whole_checkpoints(checkpoints)
+    complete = complete_checkpoints(checkpoints)
     if rank() == 0:
         for marker in checkpoints.glob(f"*{UNFINISHED}"):
             shutil.rmtree(checkpoints / marker.name.removesuffix(UNFINISHED), ignore_errors=True)
             marker.unlink()
     restore = nl.RestoreConfig(path=str(start), load_artifacts=False)
-    if not whole:
+    if not complete:
         return nl.AutoResume(restore_config=restore)
-    latest = max(whole, key=steps_in)
+    latest = max(complete, key=steps_of_checkpoint)
+
     return nl.AutoResume(restore_config=restore, resume_from_path=str(latest))

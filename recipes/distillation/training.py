@@ -1,4 +1,4 @@
-"""Checks, planned workload and results of every training stage. Torch-free."""
+"""Functions that all training stages share: checks, the planned workload, results. Torch-free."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 Config = TypeVar("Config", bound=TrainingConfig)
 Weighted = TypeVar("Weighted", bound=TrainingConfig | CacheLogitsConfig)
 COMPILED_STEPS = 100
-"""Smallest number of steps that is compiled by default: about where compilation pays off."""
+"""Training of at least this many steps is compiled by default: about where it saves time."""
 CHECKPOINTS = "checkpoints"
 """Directory in a stage's work that holds the checkpoints it can resume from."""
 VALIDATE = "validate"
-"""Task name of validations in a training's records."""
+"""Task name of validation in the metrics file."""
 INITIAL_KL = "initial_kl_fraction"
-"""Key of a record: the fraction of the KL added by pruning that remained after healing."""
+"""Key in the metrics file: the fraction of the KL added by pruning that remained after healing."""
 UNFINISHED = "-unfinished"
 """Suffix of the marker that NeMo keeps beside a checkpoint while it is being written."""
 
 
 def with_weights(cfg: Weighted, chain: Chain, data: str) -> Weighted:
-    """Sets the weights of the sources that the stage ``data`` prepares, if none are set."""
+    """Sets ``weights``, unless they are set, to the source weights of the stage ``data``."""
     text = chain.stages.get(data)
     if cfg.weights or not isinstance(text, PrepareDataConfig):
         return cfg
@@ -50,12 +50,12 @@ def with_weights(cfg: Weighted, chain: Chain, data: str) -> Weighted:
 
 
 def resolve_from_chain(cfg: Config, chain: Chain) -> Config:
-    """Sets unset weights, and ``compile``: on this machine's CPU with a compiler, if it pays."""
+    """Sets ``weights`` and ``compile`` to their defaults, which depend on other stages and here."""
     cfg = with_weights(cfg, chain, cfg.inputs.get("data", ""))
     if cfg.compile is not None:
         return cfg
-    pays = cfg.max_steps >= COMPILED_STEPS and _on_cpu_here(chain)
-    return replace(cfg, compile=pays and missing_compiler() is None)
+    saves_time = cfg.max_steps >= COMPILED_STEPS and _on_cpu_here(chain)
+    return replace(cfg, compile=saves_time and missing_compiler() is None)
 
 
 def _on_cpu_here(chain: Chain) -> bool:
@@ -89,7 +89,7 @@ def _schedule_problems(cfg: TrainingConfig) -> Iterator[Problem]:
     if cfg.min_lr > cfg.lr:
         yield Problem(
             rules.SCHEDULE,
-            f"min_lr={cfg.min_lr} is above lr={cfg.lr}, from which the learning rate falls",
+            f"min_lr={cfg.min_lr} is above lr={cfg.lr}, the rate that it decays from",
             "set min_lr lower",
         )
 
@@ -98,14 +98,15 @@ def _compiler_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
     if cfg.compile and _on_cpu_here(chain) and (missing := missing_compiler()):
         what, fix = missing
         yield Problem(
-            rules.COMPILER, f"compile=true, but there is no {what}", f"{fix}; or leave compile out"
+            rules.COMPILER, f"compile=true, but there is no {what}", f"{fix}; or do not set compile"
         )
 
 
 def _recompute_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
     """Finds modules that the model does not have, which Megatron ignores silently."""
     dense, experts = FEED_FORWARD
-    present, absent = (experts, dense) if _trained(cfg, chain).num_moe_experts else (dense, experts)
+    is_moe = _trained_shape(cfg, chain).num_moe_experts > 0
+    present, absent = (experts, dense) if is_moe else (dense, experts)
     if cfg.recompute_granularity == "selective" and absent in cfg.recompute_modules:
         yield Problem(
             rules.RECOMPUTE,
@@ -114,7 +115,7 @@ def _recompute_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
         )
 
 
-def _trained(cfg: TrainingConfig, chain: Chain) -> Architecture:
+def _trained_shape(cfg: TrainingConfig, chain: Chain) -> Architecture:
     """Returns the shape of the trained model."""
     student = cfg.inputs.get("student")
     return chain.shape_of(student) if student else chain.teacher
@@ -125,20 +126,20 @@ def _fp8_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
         yield Problem(
             rules.FP8,
             f"fp8={cfg.fp8} with hardware={chain.hardware.name} and precision={cfg.precision}",
-            "leave fp8 out, or set hardware to a GPU's and precision=bf16-mixed",
+            "do not set fp8; or set hardware to a GPU's profile and precision=bf16-mixed",
         )
     unit = FP8_RECIPES[cfg.fp8_recipe]
-    for name, size in _fp8_sizes(cfg, _trained(cfg, chain)).items():
+    for name, size in _fp8_sizes(cfg, _trained_shape(cfg, chain)).items():
         if size % unit:
             yield Problem(
                 rules.FP8,
                 f"{name} is {size} on a rank, not a multiple of {unit}",
-                "prune to another size, lower tensor_model_parallel_size, or leave fp8 out",
+                "prune to another size, lower tensor_model_parallel_size, or do not set fp8",
             )
 
 
 def _fp8_sizes(cfg: TrainingConfig, shape: Architecture) -> dict[str, int]:
-    """Returns the sizes of a rank's matrix multiplications."""
+    """Returns the dimensions of a rank's matrix multiplications, by name."""
     tensor = cfg.tensor_model_parallel_size
     ffn = shape.moe_ffn_hidden_size if shape.num_moe_experts else shape.ffn_hidden_size
     heads = shape.num_attention_heads + 2 * shape.num_query_groups
@@ -152,7 +153,7 @@ def _fp8_sizes(cfg: TrainingConfig, shape: Architecture) -> dict[str, int]:
 
 
 def layout_of(cfg: TrainingConfig) -> Layout:
-    """Returns the layout for the planner."""
+    """Returns the parallel layout, for plans."""
     return Layout(
         nodes=cfg.resources.nodes,
         devices=cfg.resources.devices,
@@ -171,7 +172,14 @@ def layout_of(cfg: TrainingConfig) -> Layout:
 def training_workload(
     cfg: TrainingConfig, trained: Architecture, teacher: Architecture | None = None, terms: int = 1
 ) -> Workload:
-    """Returns the training for the planner."""
+    """Returns what training computes, for plans.
+
+    Args:
+        cfg: Settings.
+        trained: Shape of the trained model.
+        teacher: Shape of a live teacher; ``None`` without one.
+        terms: Number of terms of the loss.
+    """
     return Workload(
         trained=trained,
         teacher=teacher,
@@ -187,32 +195,35 @@ def training_workload(
 
 
 def training_bytes(cfg: TrainingConfig, parameters: int) -> int:
-    """Returns the disk space of the trained model and its checkpoints, one in flight."""
+    """Returns the disk space of the trained model and its checkpoints.
+
+    While a checkpoint is written, the ones to keep are still there, so it counts in addition.
+    """
     return parameters * (4 + CHECKPOINT_BYTES * (cfg.keep_checkpoints + 1))
 
 
 def training_progress(work: Path) -> str | None:
-    """Returns the step of the last checkpoint, which starting over would lose."""
-    steps = [steps_in(path) for path in whole_checkpoints(work / CHECKPOINTS)]
+    """Returns the progress that a new start would lose: the step of the last checkpoint."""
+    steps = [steps_of_checkpoint(path) for path in complete_checkpoints(work / CHECKPOINTS)]
     return f"step {max(steps)}" if steps else None
 
 
-def whole_checkpoints(directory: Path) -> list[Path]:
-    """Returns the checkpoints that were written completely."""
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Returns the checkpoints that are not marked as unfinished."""
     unfinished = {p.name.removesuffix(UNFINISHED) for p in directory.glob(f"*{UNFINISHED}")}
     return [p for p in directory.glob("step=*") if p.is_dir() and p.name not in unfinished]
 
 
-def steps_in(checkpoint: Path) -> int:
-    """Returns the steps of a checkpoint; NeMo names it ``step=N`` or ``step=N-last``, from 0."""
+def steps_of_checkpoint(checkpoint: Path) -> int:
+    """Returns how many steps a checkpoint has; ``step=N`` and ``step=N-last`` count from 0."""
     return int(checkpoint.name.rpartition("=")[2].split("-")[0]) + 1
 
 
 def training_result(cfg: TrainingConfig, file: Path) -> TrainingResult:
-    """Reads a training's result from the metrics of all attempts.
+    """Reads the result of training from the metrics file, which has the steps of all starts.
 
-    A run that is killed after its last step resumes with no steps to train, so memory has no
-    result.
+    A run that is killed after its last step resumes without a step to train, so it could not
+    return a result from memory.
     """
     steps, validations = steps_of(file, cfg.stage), steps_of(file, VALIDATE)
     last = steps[-1]
@@ -232,21 +243,21 @@ def training_result(cfg: TrainingConfig, file: Path) -> TrainingResult:
 def trained_sources(
     cfg: TrainingConfig, training: TrainingResult, inputs: Inputs
 ) -> list[TrainedSource]:
-    """Returns the tokens and epochs of each source in a training."""
+    """Returns the tokens and epochs of each source that training read."""
     return inputs["data"].manifest.result(DatasetResult).trained(training.tokens, cfg.weights)
 
 
 def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:
     """Returns why a distillation stops after ``step``, or "" if it continues.
 
-    It stops once it has recovered enough of the KL added by pruning. The KL to the teacher is
-    measured on the same validation sequences before the first step and at every validation. KL that
-    healing recovered before counts as recovered. Only the records in ``file`` up to ``step`` count,
-    so a restarted training decides alike.
+    It stops once it has recovered enough of the KL added by pruning, including what healing
+    recovered. Validation measures the KL to the teacher on the same sequences before the first
+    step and later. Only records of the metrics ``file`` up to ``step`` count, so a restarted run
+    decides as the first one did.
     """
     validations = [r for r in steps_of(file, VALIDATE) if r["done"] <= step and "val_kd" in r]
     if cfg.stop_at_recovered is None or len(validations) < 2 or step >= cfg.max_steps:
-        return ""  # even if healing alone recovered enough: a training has at least one step
+        return ""  # at least one step is trained, even if healing alone recovered enough
     first, last = validations[0], validations[-1]
     ratio = last["val_kd"] / first["val_kd"] if first["val_kd"] else 0.0
     recovered = 1 - initial_kl_fraction(file) * ratio
@@ -259,5 +270,5 @@ def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:
 
 
 def initial_kl_fraction(file: Path) -> float:
-    """Reads the fraction of the pruned model's KL before training: 1 unless it was healed."""
+    """Reads the fraction of the KL added by pruning that healing left; 1 without healing."""
     return next((float(r[INITIAL_KL]) for r in read_records(file) if INITIAL_KL in r), 1.0)

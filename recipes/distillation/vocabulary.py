@@ -1,7 +1,8 @@
 """Vocabulary-parallel logits: log-softmax, sums, the top-k, and samples of the other tokens.
 
-Shapes: n tokens; under tensor parallelism every rank of ``group`` holds vocabulary/tp columns, in
-the order of ranks, as Megatron's output layer does. ``group=None`` means whole vocabularies.
+Logits have the shape [n, vocabulary/tp] for n tokens. Each tensor-parallel rank of ``group`` holds
+vocabulary/tp columns, in the order of ranks, as Megatron's output layer does. ``group=None`` means
+tp=1: this rank has the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from recipes.core.errors import RecipeError
 from recipes.planning.transformer import LOSS_CHUNK_BYTES
 
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": LOSS_CHUNK_BYTES}
-"""Size of one float32 buffer of a chunk: about a CPU's cache; on a GPU, the planned size."""
+"""Bytes of one float32 buffer of a chunk: about a CPU's cache; on a GPU, what plans assume."""
 LOG_ZERO = -1e30
 """Replaces log 0 where it is multiplied by 0, because -inf·0 is NaN."""
 
 
 class TopK(NamedTuple):
-    """The teacher's likeliest tokens: all that a cache of its logits stores."""
+    """The teacher's likeliest tokens: what a cache of its logits stores."""
 
     indices: Tensor
     """Ids in the whole vocabulary [n, k], int64, the likeliest first."""
     log_probs: Tensor
     """Log-probabilities [n, k + 1], float32; the last is that of all other tokens together."""
     draws: Tensor | None = None
-    """Ids [n, draws] of samples of the other tokens, int64, each with an equal part of their mass.
-    Without samples all other tokens are one outcome."""
+    """Ids [n, draws] of samples of the other tokens, int64; each represents an equal fraction of
+    their probability. Without samples all other tokens are one outcome."""
     tail_entropy: Tensor | None = None
     """-Σ p·log p over the other tokens, [n, 1], float32; only with samples."""
 
@@ -42,7 +43,10 @@ class TopK(NamedTuple):
 
 
 def chunks(logits: Tensor) -> Iterator[slice]:
-    """Yields rows of logits [n, vocabulary/tp]; equal on all ranks, which communicate in each."""
+    """Yields the rows of each chunk of logits [n, vocabulary/tp].
+
+    All ranks get the same chunks, because they communicate in each.
+    """
     step = max(1, CHUNK_BYTES[logits.device.type] // (4 * logits.shape[-1]))
     return (slice(start, start + step) for start in range(0, len(logits), step))
 
@@ -88,14 +92,27 @@ class Split(NamedTuple):
 
 
 def local_columns(indices: Tensor, width: int, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Returns this rank's columns of tokens, arbitrary for other ranks', and which are local."""
+    """Finds tokens in this rank's columns of the vocabulary.
+
+    Args:
+        indices: Ids in the whole vocabulary [n, k].
+        width: Number of this rank's columns.
+        group: Tensor-parallel ranks.
+
+    Returns:
+        The tokens' columns [n, k], arbitrary for tokens of other ranks; and whether each token is
+        on this rank.
+    """
     columns = indices if group is None else indices - group.rank() * width
     is_local = (columns >= 0) & (columns < width)
     return columns.clamp(0, width - 1), is_local
 
 
 def select(values: Tensor, columns: Tensor, is_local: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Returns on every rank the values [n, k] of tokens, each of which only one rank has."""
+    """Gathers the values of tokens from the ranks that have them.
+
+    ``columns`` and ``is_local`` are those of ``local_columns``. Every rank gets all values [n, k].
+    """
     selected = values.gather(1, columns).masked_fill_(~is_local, 0)
     if group is not None:
         all_reduce(selected, group=group)
@@ -103,12 +120,12 @@ def select(values: Tensor, columns: Tensor, is_local: Tensor, group: ProcessGrou
 
 
 def split(log_probs: Tensor, indices: Tensor, group: ProcessGroup | None) -> Split:
-    """Splits log-probabilities [n, vocabulary/tp], which it overwrites, at selected tokens."""
+    """Splits log-probabilities [n, vocabulary/tp] into selected tokens and a tail, in place."""
     columns, is_local = local_columns(indices, log_probs.shape[-1], group)
     selected = select(log_probs, columns, is_local, group)
     erase = torch.zeros_like(selected).masked_fill_(is_local, -math.inf)
     tail = log_probs.scatter_add_(1, columns, erase)
-    # Summed over the tail itself: 1 - sum(selected) would round a small tail to 0.
+    # The tail's probabilities are summed, because 1 - sum(selected) would round a small tail to 0.
     return Split(torch.cat([selected, log_sum_exp(tail, group)], 1), tail, columns, is_local)
 
 
@@ -122,13 +139,16 @@ def top_k(
 ) -> TopK:
     """Finds the k likeliest tokens of logits [n, vocabulary/tp]; the result is equal on all ranks.
 
-    With ``quantiles`` [n, draws] in [0, 1), equal on all ranks, it also samples the other tokens:
-    the tokens at these quantiles of their distribution, in the order of the vocabulary.
+    With ``quantiles`` [n, draws] in [0, 1), equal on all ranks, it also samples the other tokens.
+    Each sample is the token at a quantile of their distribution, in the order of the vocabulary.
     """
     width = logits.shape[-1]
     vocabulary = width if group is None else width * group.size()
     if not 1 <= k <= vocabulary:
-        raise RecipeError(f"top_k is {k}.", f"from 1 to the vocabulary, {vocabulary}")
+        raise RecipeError(
+            f"invalid top_k={k}: must be from 1 to the size of the vocabulary, {vocabulary}.",
+            "set top_k lower" if k > 1 else "set top_k to 1 or more",
+        )
     indices = torch.empty(len(logits), k, dtype=torch.int64, device=logits.device)
     log_probs = torch.empty(len(logits), k + 1, dtype=torch.float32, device=logits.device)
     draws = None if quantiles is None else torch.empty_like(quantiles, dtype=torch.int64)
@@ -148,10 +168,13 @@ def top_k(
 
 
 def _sample(tail: Tensor, quantiles: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Samples log-probabilities [n, vocabulary/tp] at quantiles [n, draws].
+    """Samples tokens from log-probabilities [n, vocabulary/tp] at quantiles [n, draws].
 
-    Returns ids [n, draws], and the entropy -Σ p·log p [n, 1]. A quantile is first located on a
-    rank, by the cumulative mass of the ranks, then on a column of that rank.
+    Each quantile is first mapped to a rank by the cumulative mass of the ranks, then to a column of
+    that rank.
+
+    Returns:
+        Ids [n, draws], and the entropy -Σ p·log p [n, 1].
     """
     probs = tail.exp()
     entropy = -total(probs * tail.clamp(min=LOG_ZERO), group)
@@ -162,7 +185,8 @@ def _sample(tail: Tensor, quantiles: Tensor, group: ProcessGroup | None) -> tupl
     targets = quantiles.to(tail) * ends[:, -1:]
     owners = torch.searchsorted(ends, targets, right=True).clamp_(max=ends.shape[-1] - 1)
     rank = 0 if group is None else group.rank()
-    # Below the rank's mass, or rounding would select a column after the last one with mass.
+    # Slightly less than the rank's mass: otherwise rounding could select a column without mass.
+
     local = (targets - (ends - masses)[:, rank, None]).minimum(masses[:, rank, None] * (1 - 1e-6))
     ids = torch.searchsorted(cumulative, local.clamp_(min=0), right=True)
     ids = ids.clamp_(max=tail.shape[-1] - 1)

@@ -24,7 +24,7 @@ from recipes.core.stage import Input
 from recipes.data.corpus import PARTS
 from recipes.data.results import DatasetResult, SourceTokens
 from recipes.distillation.logit_cache import SHARD, CacheIndex, write_index
-from recipes.distillation.settings import CACHED
+from recipes.distillation.settings import CACHE_KIND
 from recipes.pruning.kept import Importance, select_rows
 from recipes.pruning.settings import LAYER_METHODS
 from recipes.rehearsal.files import write_zeros
@@ -46,7 +46,7 @@ def inputs(job: RankJob, run_dir: Path) -> dict[str, Input]:
 
 def settings(job: RankJob, run_dir: Path) -> dict[str, Any]:
     """Returns settings for generated inputs: the model's path, no weights of a cached text."""
-    if any(source.kind == CACHED for source in job.inputs.values()):
+    if any(source.kind == CACHE_KIND for source in job.inputs.values()):
         return {**job.config, "weights": {}}  # all sequences of the cache have the number 0
     if "hf_path" not in job.config:
         return job.config
@@ -86,7 +86,7 @@ def _input(job: RankJob, source: JobInput, stage: Path) -> Input:
     elif source.kind == "shapes":  # the teacher's, since no candidate needs more memory
         write_json(artifact / SHAPES_FILE, [shape.as_dict()])
         manifest.config = {"budget": {"parameters": shape.parameters()}}
-    elif source.kind == CACHED:
+    elif source.kind == CACHE_KIND:
         _write_logit_cache(source, job.config["global_batch_size"], artifact)
     else:
         _write_checkpoint(with_shape(job.hf_config, shape), artifact / "model.nemo")

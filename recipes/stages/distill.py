@@ -19,8 +19,8 @@ from recipes.core.stage import Inputs, metrics_file, metrics_log, rank
 from recipes.distillation.results import DistillationResult, KeptLayers
 from recipes.distillation.settings import (
     CACHE_FIELDS,
-    CACHED,
-    DRAWN_LOSS,
+    CACHE_KIND,
+    TAIL_DRAWS_LOSS,
     CacheLogitsConfig,
     DistillConfig,
 )
@@ -132,7 +132,7 @@ def _cached_teacher(cfg: DistillConfig, chain: Chain) -> CacheLogitsConfig | Non
     if stage is not None:
         return stage if isinstance(stage, CacheLogitsConfig) else None
     manifest = manifest_of(source)
-    if manifest is None or manifest.kind != CACHED:
+    if manifest is None or manifest.kind != CACHE_KIND:
         return None
     return CacheLogitsConfig(**{name: manifest.config[name] for name in CACHE_FIELDS})
 
@@ -159,11 +159,11 @@ def _cache_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[Pr
             "hidden_weight is set, but a cached teacher has no hidden states",
             "use teacher=live, or hidden_weight=0",
         )
-    if cache.tail_draws and cfg.logits_loss != DRAWN_LOSS:
+    if cache.tail_draws and cfg.logits_loss != TAIL_DRAWS_LOSS:
         yield Problem(
             rules.CACHED_TEACHER,
             f"logits_loss={cfg.logits_loss} with a teacher cached with tail_draws",
-            f"use {DRAWN_LOSS}, or cache with tail_draws=0",
+            f"use {TAIL_DRAWS_LOSS}, or cache with tail_draws=0",
         )
 
 

@@ -17,7 +17,12 @@ import psutil
 from launch.lock import LOCK
 from recipes.core.manifest import ARTIFACT, WORK
 from recipes.core.run_state import BEGUN
-from recipes.distillation.training import CHECKPOINTS, UNFINISHED, steps_in, whole_checkpoints
+from recipes.distillation.training import (
+    CHECKPOINTS,
+    UNFINISHED,
+    complete_checkpoints,
+    steps_of_checkpoint,
+)
 from tests.chaos.chain import CHECKPOINT_INTERVAL, STEPS
 from tests.support.launcher import LAUNCHER, wait_until_none_works_in
 from tests.support.runs import HEALING
@@ -131,7 +136,7 @@ class RunCommand:
             return stages.index(self._stage_of(launcher)) > stages.index(kill.stage)
 
         def is_saving() -> bool:
-            saved = max(map(steps_in, whole_checkpoints(checkpoints)), default=0)
+            saved = max(map(steps_of_checkpoint, complete_checkpoints(checkpoints)), default=0)
             is_enough = saved >= kill.fraction * STEPS and any(checkpoints.glob(f"*{UNFINISHED}"))
             return is_enough or saved >= STEPS - CHECKPOINT_INTERVAL  # saves were too quick
 

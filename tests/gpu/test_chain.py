@@ -15,7 +15,7 @@ import torch
 from recipes.core.manifest import ARTIFACT, WORK
 from recipes.core.metrics import METRICS
 from recipes.core.stage import DEADLINE
-from recipes.distillation.training import CHECKPOINTS, whole_checkpoints
+from recipes.distillation.training import CHECKPOINTS, complete_checkpoints
 from recipes.engines.results import QuantizationResult
 from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.results import ScoreResult
@@ -125,7 +125,7 @@ def test_killed_training_resumes(small: Small) -> None:
         cwd=small.folder,
         metrics=stage / METRICS,
         records=3,
-        ready=lambda: whole_checkpoints(stage / WORK / CHECKPOINTS),
+        ready=lambda: complete_checkpoints(stage / WORK / CHECKPOINTS),
     )
     assert "resume" in small.start(run_dir, *arguments)
     assert largest_difference(gpu_run(small, "32"), run_dir) < SUM_TOLERANCE
@@ -138,7 +138,7 @@ def test_training_stopped_by_the_clock_resumes(small: Small) -> None:
     with mock.patch.dict(os.environ, {DEADLINE: str(time.time())}):
         stopped = run_recipe(*command, cwd=small.folder)
     assert stopped.code != 0
-    assert "stopped by the clock at step 1 of" in stopped.output
+    assert "stopped at the deadline; step 1 of" in stopped.output
     assert "resume" in small.start(run_dir, ONLY, PRECISION + "32")
     assert largest_difference(gpu_run(small, "32"), run_dir) < SUM_TOLERANCE
 

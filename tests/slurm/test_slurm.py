@@ -99,10 +99,10 @@ def test_training_that_reached_its_limit_twice_has_the_same_weights(
     chain.wait()
     log = job_log(chain, "distill")
     assert log.count("requeue 1 of 1") == 1
-    assert f"stopped by the clock at step 1 of {STEPS}; a checkpoint is saved." in log
+    assert f"stopped at the deadline; step 1 of {STEPS} is saved." in log
     [distill] = [stage for stage in read_statuses(chain.directory) if stage.name == "distill"]
     assert distill.status == "stopped"
-    assert distill.detail.startswith(f"stopped by the clock at step 2 of {STEPS}")
+    assert distill.detail.startswith(f"stopped at the deadline; step 2 of {STEPS}")
     assert not (chain.directory / "distill" / MANIFEST).exists()
 
     assert chain.submit(*clock).code == 0
@@ -142,7 +142,7 @@ def test_edits_after_submission_and_between_requeues_change_nothing(
     distill = read_manifest(chain.directory / "distill")
     assert distill is not None
     assert distill.snapshot == snapshot.name
-    assert job_log(chain, "distill").count("stopped by the clock; requeue") == STEPS - 1
+    assert job_log(chain, "distill").count("stopped at the deadline; requeue") == STEPS - 1
 
 
 def trained_locally(original: Run, folder: Path) -> Path:

@@ -22,7 +22,7 @@ from nemo_convert.nemo import find_checkpoint
 from recipes.core.manifest import ARTIFACT, WORK
 from recipes.core.metrics import METRICS, steps_of
 from recipes.distillation import model
-from recipes.distillation.training import CHECKPOINTS, whole_checkpoints
+from recipes.distillation.training import CHECKPOINTS, complete_checkpoints
 from tests.support.in_process import run_successfully
 from tests.support.launcher import run_and_kill
 from tests.support.rounding import ULP, by_one_ulp, growth
@@ -205,7 +205,7 @@ def test_a_killed_training_resumes_in_another_layout(
         cwd=tmp_path,
         metrics=metrics,
         records=CHECKPOINT_INTERVAL + 2,
-        ready=lambda: whole_checkpoints(metrics.parent / WORK / CHECKPOINTS),
+        ready=lambda: complete_checkpoints(metrics.parent / WORK / CHECKPOINTS),
     )
     result = run_successfully(*command, *layout(second), cwd=tmp_path)
     assert "resume" in result.output

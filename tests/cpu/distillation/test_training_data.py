@@ -75,7 +75,7 @@ def test_sequences_are_those_of_the_concatenated_documents(data: Path, naive: li
 
 
 def test_predictions_after_the_end_of_a_document_are_masked(data: Path) -> None:
-    dataset = sequences_of(data, 20, end=END)
+    dataset = sequences_of(data, 20, document_end=END)
     masked = 0
     for number in range(20):
         item = dataset[number]
@@ -150,7 +150,7 @@ def training(data: Path, steps: int, cache: Any = None, **settings: Any) -> Trai
     }
     whole = [SourceTokens("all", len(read_tokens(data, "validation")))]
     arguments |= {"sources": {"train": [], "validation": whole}, "weights": {}, **settings}
-    module = TrainingData(data, end=END, cache=cache, **arguments)
+    module = TrainingData(data, document_end=END, cache=cache, **arguments)
     module.trainer = SimpleNamespace(max_steps=steps, limit_val_batches=3, global_step=0)  # type: ignore[assignment]
     module.setup()
     return module

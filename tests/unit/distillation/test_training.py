@@ -13,10 +13,10 @@ from recipes.distillation.settings import CorrectTeacherConfig, DistillConfig
 from recipes.distillation.training import (
     CHECKPOINTS,
     INITIAL_KL,
-    steps_in,
+    complete_checkpoints,
+    steps_of_checkpoint,
     stop_reason,
     training_progress,
-    whole_checkpoints,
 )
 from recipes.planning.chain import Chain
 from recipes.planning.hardware import Hardware
@@ -29,7 +29,10 @@ def test_progress_is_the_last_complete_checkpoint(tmp_path: Path) -> None:
         (tmp_path / CHECKPOINTS / name).mkdir(parents=True)
     (tmp_path / CHECKPOINTS / "step=29-unfinished").touch()  # NeMo's marker while it writes
     assert training_progress(tmp_path) == "step 20"
-    assert {steps_in(path) for path in whole_checkpoints(tmp_path / CHECKPOINTS)} == {10, 20}
+    assert {steps_of_checkpoint(path) for path in complete_checkpoints(tmp_path / CHECKPOINTS)} == {
+        10,
+        20,
+    }
 
 
 @pytest.mark.parametrize(
