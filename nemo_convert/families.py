@@ -73,7 +73,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Transformers' defaults of absent config.json fields, where they differ from Llama's."""
     rope_scaling: Mapping[str, Any] = field(default_factory=dict)
-    """The RoPE scaling that NeMo's config builds; the factor is free."""
+    """The RoPE scaling that NeMo's config builds. A model may have any factor."""
     corrections: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
     """Returns the right values of those fields of NeMo's config that the importer sets wrongly."""
 

@@ -159,7 +159,7 @@ def _scale_of(gradient: Tensor) -> float:
     return 1.0 if scale is None else scale
 
 
-def _norm_of_deferred(original: Any) -> Any:
+def _norm_with_pending_scales(original: Any) -> Any:
     """Computes the norm of gradients of any dtype, multiplied by their pending scales."""
 
     def l2_norm(size: int, buffer: Tensor, lists: Any, *args: Any) -> tuple[Tensor, None]:
@@ -248,7 +248,7 @@ def _release_buckets(original: Any) -> Any:
 
 
 SPEED_PATCHES: dict[str, tuple[Patch, ...]] = {
-    "unshared_gradients": tuple(  # 13% of a step, 0.8 GB
+    "unshared_gradients": tuple(  # saves 13% of a step and 0.8 GB
         Patch(target, "with one rank nothing is reduced", fingerprint, replace)
         for target, fingerprint, replace in (
             (f"{BUFFERS}:_ParamAndGradBuffer.__init__", "351bb840492a", _unshare_gradients),
@@ -265,10 +265,14 @@ SPEED_PATCHES: dict[str, tuple[Patch, ...]] = {
                 _keep_first_gradient,
             ),
             (f"{OPTIMIZER}._copy_model_grads_to_main_grads", "ffcdecd38d14", _hand_over_gradients),
-            ("megatron.core.optimizer.clip_grads:l2_norm_impl", "01526c55444a", _norm_of_deferred),
+            (
+                "megatron.core.optimizer.clip_grads:l2_norm_impl",
+                "01526c55444a",
+                _norm_with_pending_scales,
+            ),
         )
     ),
-    "attention_backward": (  # 10% of a step
+    "attention_backward": (  # saves 10% of a step
         Patch(
             "recipes.backend.training_layers:BLOCKWISE_BACKWARD",
             "PyTorch's backward pass is slow for short sequences",
@@ -276,7 +280,7 @@ SPEED_PATCHES: dict[str, tuple[Patch, ...]] = {
             replace_with(True),
         ),
     ),
-    "single_rank_gather": (  # 13% of a step, 0.1 GB
+    "single_rank_gather": (  # saves 13% of a step and 0.1 GB
         Patch(
             f"{BUFFERS}:dist_all_gather_func",
             "gloo copies a buffer onto itself",
@@ -284,7 +288,7 @@ SPEED_PATCHES: dict[str, tuple[Patch, ...]] = {
             _skip_single_rank_gather,
         ),
     ),
-    "shared_optimizer_state": (  # 2.3 GB
+    "shared_optimizer_state": (  # saves 2.3 GB
         Patch(
             f"{OPTIMIZER}.get_parameter_state_dp_zero",
             "a checkpoint copies the optimizer's state three times",
@@ -292,7 +296,7 @@ SPEED_PATCHES: dict[str, tuple[Patch, ...]] = {
             _share_optimizer_state,
         ),
     ),
-    "released_buckets": (  # 0.14 GB
+    "released_buckets": (  # saves 0.14 GB
         Patch(
             "megatron.core.dist_checkpointing.strategies.async_utils:TemporalAsyncCaller.schedule_async_call",
             "copies of weights stay while another process writes them",

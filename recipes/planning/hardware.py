@@ -56,16 +56,16 @@ class Hardware:
     memory_bytes: Bytes | None = None
     """Memory of a device; by default this machine's."""
     bytes_per_second: Rate = 3.3e10
-    """Memory bandwidth; for ``cpu``, of a copy, whose bytes count as read and as written."""
+    """Memory bandwidth. For ``cpu``, that of a copy, where each byte counts as read and written."""
     bandwidth_fraction: Annotated[float, between(0.01, 10)] | None = 1.4
     """Fraction of that bandwidth that operations between GEMMs reach; above 1, because caches hold
     part of their data. ``null`` if ``utilisation`` includes these operations."""
     link_bytes_per_second: Rate = 1.0e10
-    """Between devices of a node, each way."""
+    """Bandwidth between devices of a node, in each direction."""
     network_bytes_per_second: Rate = 1.0e9
-    """Between nodes, for each device, each way."""
+    """Bandwidth between nodes per device, in each direction."""
     utilisation: Annotated[float, between(0.01, 1)] = 1.0
-    """Fraction of the peak that a training reaches while it computes, communication apart."""
+    """Fraction of the peak that a training reaches, without the time for communication."""
     price_per_hour: PositiveOrZero = 0.05
     """Dollars for a device, or for a CPU node; an assumption, to be replaced by yours."""
     precision: Precision = "bf16-mixed"

@@ -80,7 +80,7 @@ class Verdict:
         if self.measured is not None:
             text = f"measured {self.measured:.4g}"
         elif self.gate.name.startswith("recovered"):
-            text = "undefined, because the loss by pruning is within noise"
+            text = "undefined, because the loss added by pruning is within noise"
         else:
             text = "not measured"
         return f"{self.gate}: {text}"
@@ -114,9 +114,9 @@ def known_names(stages: Mapping[str, StageConfig], kinds: Mapping[str, str]) -> 
             names += TEXT_METRICS
         if kinds[stage] == "task_results":
             tasks: list[str] = getattr(config, "tasks", [])
-            names += [f"{value}.{task}" for task in tasks for value in TASK_METRICS]
+            names += [f"{metric}.{task}" for task in tasks for metric in TASK_METRICS]
         if kinds[stage] == "speed_results":
-            names += [f"speedup.{value}" for value in SPEEDUP_METRICS]
+            names += [f"speedup.{metric}" for metric in SPEEDUP_METRICS]
     return names
 
 
@@ -130,7 +130,7 @@ def problems(gates: Iterable[Gate], names: Collection[str]) -> Iterator[Problem]
                 f"{did_you_mean(gate.name, names)}",
                 f"use one of: {', '.join(names)}"
                 if names
-                else "remove the gate, or add a stage that measures",
+                else "remove the gate, or add a stage that measures it",
             )
 
 
@@ -149,11 +149,11 @@ def _values(manifest: Manifest) -> Iterator[tuple[str, float | None]]:
     """Yields the metrics of one result, by their names in gates."""
     if manifest.kind == "eval_results":
         evaluation = manifest.result(EvaluationResult)
-        yield from ((name, value(evaluation)) for name, value in TEXT_METRICS.items())
+        yield from ((name, metric(evaluation)) for name, metric in TEXT_METRICS.items())
     if manifest.kind == "task_results":
         for task, scores in manifest.result(TaskResults).tasks.items():
-            yield from ((f"{name}.{task}", value(scores)) for name, value in TASK_METRICS.items())
+            yield from ((f"{name}.{task}", metric(scores)) for name, metric in TASK_METRICS.items())
     if manifest.kind == "speed_results":
         speedups = manifest.result(BenchmarkResults).speedups
-        for name, value in SPEEDUP_METRICS.items():
-            yield f"speedup.{name}", min(map(value, speedups), default=None)
+        for name, metric in SPEEDUP_METRICS.items():
+            yield f"speedup.{name}", min(map(metric, speedups), default=None)

@@ -97,8 +97,8 @@ def _line(text: str) -> str:
 def _results(evaluation: EvaluationResult, tasks: TaskResults | None) -> Iterator[EvalResult]:
     """Yields the student's results for the hub's ``model-index``."""
     result = partial(EvalResult, task_type="text-generation")
-    texts = {name: each.distilled for name, each in evaluation.sources.items()}
-    for name, quality in (texts or {"held-out text": evaluation.distilled}).items():
+    qualities = {name: models.distilled for name, models in evaluation.sources.items()}
+    for name, quality in (qualities or {"held-out text": evaluation.distilled}).items():
         dataset = {"dataset_type": "text", "dataset_name": _line(name)}
         perplexity, kl = round(quality.perplexity, 4), round(quality.kl_to_teacher, 5)
         yield result(**dataset, metric_type="perplexity", metric_value=perplexity)

@@ -18,7 +18,7 @@ from recipes.search.space import LatencyFit, Service, name_of, read_gigabytes
 
 def build_random_engine(
     cfg: MeasureLatencyConfig,
-    side: Path,
+    side_files: Path,
     config: dict[str, Any],
     shape: Architecture,
     scratch: Path,
@@ -27,7 +27,7 @@ def build_random_engine(
 
     Args:
         cfg: The stage's config.
-        side: Folder of the teacher's tokenizer and other side files.
+        side_files: Folder of the teacher's tokenizer, generation config and the like.
         config: Hugging Face config of ``shape``.
         shape: Shape of the engine.
         scratch: Folder for the model and the engine.
@@ -38,7 +38,7 @@ def build_random_engine(
     from nemo_convert.hf import copy_side_files
 
     folder, engine = (scratch / name_of(shape) / part for part in ("hf", "engine"))
-    copy_side_files(side, folder)
+    copy_side_files(side_files, folder)
     write_json(folder / "config.json", config, indent=2)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype=torch.bfloat16
@@ -63,13 +63,15 @@ def step_ms(row: BenchmarkRow) -> float:
     return 1e3 * row.batch_size / row.decode_tokens_per_second.median
 
 
-def fit(shapes: Sequence[Architecture], steps: Sequence[float], service: Service) -> LatencyFit:
+def fit(
+    shapes: Sequence[Architecture], step_times: Sequence[float], service: Service
+) -> LatencyFit:
     """Fits a latency model by least squares of the relative errors; no coefficient is negative.
 
     Args:
         shapes: Timed shapes of at least two sizes.
-        steps: Milliseconds of a decoding step of each.
-        service: How the steps were served.
+        step_times: Milliseconds of a decoding step of each shape.
+        service: Precision, batch size and context length of the timed steps.
 
     Raises:
         RecipeError: Smaller shapes were not faster.
@@ -79,14 +81,15 @@ def fit(shapes: Sequence[Architecture], steps: Sequence[float], service: Service
 
     # Each equation is divided by its time: the right sides are then 1, and errors are relative.
     rows = [
-        [1 / step, shape.num_layers / step, read_gigabytes(shape, service) / step]
-        for shape, step in zip(shapes, steps, strict=True)
+        [1 / time, shape.num_layers / time, read_gigabytes(shape, service) / time]
+        for shape, time in zip(shapes, step_times, strict=True)
     ]
     coefficients, _ = nnls(np.array(rows), np.ones(len(rows)))
-    line = LatencyFit(*coefficients.tolist())
-    if not line.layer_ms and not line.gigabyte_ms:
+    latency = LatencyFit(*coefficients.tolist())
+    if not latency.layer_ms and not latency.gigabyte_ms:
         raise RecipeError(
-            f"smaller engines were not faster: {', '.join(f'{s:.3g}' for s in steps)} ms a step.",
+            "smaller engines were not faster: "
+            f"{', '.join(f'{time:.3g}' for time in step_times)} ms a step.",
             "measure on a quiet machine, with more repetitions or a larger batch_size",
         )
-    return line
+    return latency

@@ -44,8 +44,8 @@ class EnumerateShapesConfig(StageConfig):
         """Returns these settings with the latency model of the inputs, if there is one."""
         if "latency" not in inputs:
             return self
-        line = inputs["latency"].manifest.result(LatencyResult).measured
-        return replace(self, service=replace(self.service, measured=line))
+        fit = inputs["latency"].manifest.result(LatencyResult).measured
+        return replace(self, service=replace(self.service, measured=fit))
 
 
 @dataclass

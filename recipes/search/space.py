@@ -31,11 +31,11 @@ class Space:
     """Axes that the search may prune, their steps, and how far each may be pruned."""
 
     num_layers_divisor: Count = 1
-    """Step of the number of layers."""
+    """The number of layers is a multiple of this, or the teacher's."""
     hidden_size_divisor: Count = 64
-    """Step of the width."""
+    """The hidden size is a multiple of this, or the teacher's."""
     ffn_hidden_size_divisor: Count = 64
-    """Step of the feed-forward width."""
+    """The feed-forward size is a multiple of this, or the teacher's."""
     max_depth_pruning: Annotated[float, between(0, 0.99)] = 0.4
     """Largest fraction of the layers to prune."""
     max_width_pruning: Annotated[float, between(0, 0.99)] = 0.4
@@ -43,7 +43,8 @@ class Space:
     prune_heads: bool = False
     """Whether to prune attention heads, equally many from each query group."""
     tensor_model_parallel_size: Count = 1
-    """Sizes are multiples of it, so that tensor parallelism can split the student."""
+    """All sizes but the number of layers are multiples of this, so that tensor parallelism can
+    split the student."""
 
 
 @dataclass
@@ -51,7 +52,8 @@ class Budget:
     """Limits of a shape's costs. A limit of at most 1 is a fraction of the teacher's cost."""
 
     parameters: Positive | None = None
-    """Number of parameters, with embeddings."""
+    """Number of parameters, with embeddings. Like the next three limits, a value of at most 1 is a
+    fraction of the teacher's."""
     weight_bytes: Positive | None = None
     """Bytes of the weights in an engine; see ``service``."""
     memory_bytes: Positive | None = None
@@ -60,7 +62,7 @@ class Budget:
     """Milliseconds of a decoding step, by roofline or from ``measure_latency``."""
     tokens_per_second: Positive | None = None
     """Least number of new tokens per second of all ``service.batch_size`` requests together, at
-    ``service.context_length``; never a fraction."""
+    ``service.context_length``. Not a fraction."""
 
     def limits(self) -> dict[str, float]:
         """Returns the limits that are set."""
@@ -146,8 +148,8 @@ def latency_ms(shape: Architecture, service: Service) -> float:
         roofline = Roofline(service.flops_per_second, service.bytes_per_second)
         batch, context = service.batch_size, service.context_length
         return 1e3 * decode_seconds(shape, batch, context, service.storage, roofline)
-    line, gigabytes = service.measured, read_gigabytes(shape, service)
-    return line.step_ms + line.layer_ms * shape.num_layers + line.gigabyte_ms * gigabytes
+    fit, gigabytes = service.measured, read_gigabytes(shape, service)
+    return fit.step_ms + fit.layer_ms * shape.num_layers + fit.gigabyte_ms * gigabytes
 
 
 def tokens_per_second(shape: Architecture, service: Service) -> float:
@@ -239,15 +241,15 @@ def _resize(shape: Architecture, sizes: Mapping[str, Any]) -> Architecture:
 
 def _choices(teacher: Architecture, space: Space, axis: str) -> list[int]:
     """Returns the sizes of an axis, including the teacher's."""
-    whole: int = getattr(teacher, axis)
+    full: int = getattr(teacher, axis)
     is_depth = axis == "num_layers"
-    least = whole * (1 - (space.max_depth_pruning if is_depth else space.max_width_pruning))
+    least = full * (1 - (space.max_depth_pruning if is_depth else space.max_width_pruning))
     if axis == "num_attention_heads":
-        step = teacher.num_query_groups if space.prune_heads else whole
+        step = teacher.num_query_groups if space.prune_heads else full
     else:
         step = getattr(space, f"{axis}_divisor")
     ranks = 1 if is_depth else space.tensor_model_parallel_size
-    sizes = {whole, *range(step, whole, step)}
+    sizes = {full, *range(step, full, step)}
     return sorted(size for size in sizes if size >= least and size % ranks == 0)
 
 

@@ -22,14 +22,15 @@ from recipes.backend.training_layers import (
     attend_in_blocks,
 )
 from tests.support.conversion import assert_trains_alike, convert_by_command
-from tests.support.gradients import inputs, with_gradients
+from tests.support.gradients import random_tensors, value_and_gradients
 
-LENGTH, BATCH, HEADS, GROUPS, SIZE = QUERIES_AT_ONCE + 9, 3, 6, 2, 10
+LENGTH = QUERIES_AT_ONCE + 9  # more than one block of queries
+BATCH, HEADS, GROUPS, HEAD_SIZE = 3, 6, 2, 10
 SCALE = 0.3
-QUERY_KEY_VALUE = [(LENGTH, BATCH, HEADS, SIZE), *[(LENGTH, BATCH, GROUPS, SIZE)] * 2]
+QUERY_KEY_VALUE = [(LENGTH, BATCH, HEADS, HEAD_SIZE), *[(LENGTH, BATCH, GROUPS, HEAD_SIZE)] * 2]
 
 
-def gated(x: Tensor) -> Tensor:
+def plain_swiglu(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return nn.functional.silu(gate) * up
 
@@ -52,7 +53,7 @@ CASES = {
         lambda x, w: nn.functional.rms_norm(x, (24,), w, 1e-5),
         [(LENGTH, BATCH, 24), (24,)],
     ),
-    "swiglu": (lambda x: SwiGLU(None)(x), gated, [(LENGTH, BATCH, 24)]),
+    "swiglu": (lambda x: SwiGLU(None)(x), plain_swiglu, [(LENGTH, BATCH, 24)]),
     "attention": (lambda q, k, v: attend(q, k, v, SCALE), plain_attention, QUERY_KEY_VALUE),
     "attention in blocks": (
         lambda q, k, v: attend_in_blocks(q, k, v, SCALE),
@@ -66,9 +67,9 @@ CASES = {
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
 def test_values_and_gradients(name: str, dtype: torch.dtype, tolerance: float) -> None:
     layer, reference, shapes = CASES[name]
-    tensors = [t.to(dtype) for t in inputs(*shapes)]
-    actual = with_gradients(layer, tensors)
-    expected = with_gradients(reference, [t.double() for t in tensors])
+    tensors = [t.to(dtype) for t in random_tensors(*shapes)]
+    actual = value_and_gradients(layer, tensors)
+    expected = value_and_gradients(reference, [t.double() for t in tensors])
     assert len(actual) == len(expected) == len(shapes) + 1
     for tensor, exact in zip(actual, expected, strict=True):
         assert tensor.dtype == dtype
@@ -87,7 +88,7 @@ def test_a_model_of_training_layers_has_the_same_logits_and_gradients(
 
 def test_long_sequences_keep_pytorchs_backward_pass() -> None:
     """The memory of the scores in a block grows with the length."""
-    query, key, value = inputs(*[(LONGEST_BLOCKWISE + 1, 1, 2, 4)] * 3)
+    query, key, value = random_tensors(*[(LONGEST_BLOCKWISE + 1, 1, 2, 4)] * 3)
     context = attend_in_blocks(query.requires_grad_(), key, value, SCALE)
     assert "BlockwiseAttention" not in type(context.grad_fn).__name__
 
@@ -95,7 +96,7 @@ def test_long_sequences_keep_pytorchs_backward_pass() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speed patches are active only without CUDA")
 @pytest.mark.parametrize("names", [[], ["attention_backward"]])
 def test_the_speed_patch_selects_the_blockwise_backward_pass(names: list[str]) -> None:
-    query, key, value = inputs(*QUERY_KEY_VALUE)
+    query, key, value = random_tensors(*QUERY_KEY_VALUE)
     attention: Any = SimpleNamespace(softmax_scale=SCALE)
     with speed_patches(names):
         context = CausalAttention.forward(attention, query.requires_grad_(), key, value, None)

@@ -18,7 +18,7 @@ from recipes.core.compiled import compilable, compilation, missing_compiler
 from recipes.core.files import REPO_ROOT
 from recipes.distillation.losses import LogitsLoss, LossTargets, combined_loss
 from recipes.distillation.vocabulary import CHUNK_BYTES, top_k
-from tests.support.gradients import inputs, with_gradients
+from tests.support.gradients import random_tensors, value_and_gradients
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason="needs a C++ compiler")
 TOKENS, VOCABULARY = 40, 101
@@ -49,10 +49,10 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
 def test_compiled_kernels_equal_eager(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CHUNK_BYTES, "cpu", CHUNK)
     function, shapes = CASES[name]
-    tensors = [tensor.float() for tensor in inputs(*shapes)]
-    eager, before = with_gradients(function, tensors), counters["stats"]["unique_graphs"]
+    tensors = [tensor.float() for tensor in random_tensors(*shapes)]
+    eager, before = value_and_gradients(function, tensors), counters["stats"]["unique_graphs"]
     with compilation():
-        compiled = with_gradients(function, tensors)
+        compiled = value_and_gradients(function, tensors)
     assert counters["stats"]["unique_graphs"] > before
     assert len(eager) > 1
     for one, other in zip(compiled, eager, strict=True):

@@ -68,8 +68,8 @@ def run_stage(module: Any, run_dir: Path, inputs: dict[str, str], **settings: An
     complete(config, run_dir / name, {key: run_dir / source for key, source in inputs.items()})
 
 
-TEACHER = {"checkpoint": "import_hf", "importance": "score"}
-RANKED = {"num_samples": 4, "num_healed": 2, "num_calibration_samples": 8}
+TEACHER_INPUTS = {"checkpoint": "import_hf", "importance": "score"}
+RANK_SETTINGS = {"num_samples": 4, "num_healed": 2, "num_calibration_samples": 8}
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +84,8 @@ def ranked_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempP
     run_stage(enumerate_shapes, run, {}, **model, space=steps, budget=budget)
     inputs = {"checkpoint": "import_hf", "calibration": "prepare_data"}
     run_stage(score, run, inputs, num_calibration_samples=8, num_loss_samples=4, **length)
-    inputs = {**TEACHER, "data": "prepare_data", "shapes": "enumerate_shapes"}
-    run_stage(rank_candidates, run, inputs, **RANKED, **length)
+    inputs = {**TEACHER_INPUTS, "data": "prepare_data", "shapes": "enumerate_shapes"}
+    run_stage(rank_candidates, run, inputs, **RANK_SETTINGS, **length)
     return run
 
 
@@ -95,32 +95,34 @@ def test_views_of_sorted_weights_have_the_logits_of_pruned_models(
 ) -> None:
     teacher = nemo.find_checkpoint(ranked_run / "import_hf" / ARTIFACT)
     scores = Importance.load(ranked_run / "score" / ARTIFACT).widths
-    whole = nemo.architecture_of(teacher)
-    shape = pruned_shape(whole, PruneTargets(**targets))
+    teacher_shape = nemo.architecture_of(teacher)
+    shape = pruned_shape(teacher_shape, PruneTargets(**targets))
     tokens = torch.randint(280, (2, 32), generator=torch.Generator().manual_seed(0))
     layers = [1, 3, 4, 2][: shape.num_layers]
-    kept = select_rows(scores, whole, shape, sorted(layers))
-    view = SortedModel(load_transformers(teacher), whole, scores)
+    kept = select_rows(scores, teacher_shape, shape, sorted(layers))
+    view = SortedModel(load_transformers(teacher), teacher_shape, scores)
     memory = {p.untyped_storage().data_ptr() for p in view._model.parameters()}
-    actual = read_log_probs(view.predictor(shape, kept.layers), tokens)
+    actual = predicted_log_probs(view.predictor(shape, kept.layers), tokens)
     if "num_attention_heads" not in targets:
         assert {p.untyped_storage().data_ptr() for p in view._model.parameters()} <= memory
-    pruned = as_transformers(teacher, shape, prune_weights(teacher, kept, whole.kv_channels))
-    unpruned = read_log_probs(view.predictor(whole, [1, 2, 3, 4]), tokens)
+    pruned = as_transformers(
+        teacher, shape, prune_weights(teacher, kept, teacher_shape.kv_channels)
+    )
+    unpruned = predicted_log_probs(view.predictor(teacher_shape, [1, 2, 3, 4]), tokens)
     for values, model in ((actual, pruned), (unpruned, load_transformers(teacher))):
-        expected = log_probs(model, tokens)
-        by = change_by_one_ulp(model, lambda model=model: log_probs(model, tokens))
-        torch.testing.assert_close(values, expected, rtol=0, atol=ROUNDINGS * by)
+        expected = reference_log_probs(model, tokens)
+        noise = change_by_one_ulp(model, lambda model=model: reference_log_probs(model, tokens))
+        torch.testing.assert_close(values, expected, rtol=0, atol=ROUNDINGS * noise)
 
 
-def read_log_probs(model: Predictor, tokens: torch.Tensor) -> torch.Tensor:
+def predicted_log_probs(model: Predictor, tokens: torch.Tensor) -> torch.Tensor:
     """Returns the log-probabilities of every next token, computed by ``recipes.evaluation``."""
     return log_probabilities(compute_states(model, TextSequences.of(tokens), 1), slice(None))
 
 
 @torch.no_grad()
-def log_probs(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Returns the same, computed by transformers."""
+def reference_log_probs(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Returns the log-probabilities of every next token, computed by transformers."""
     logits: torch.Tensor = model(tokens, use_cache=False).logits
     return logits[:, :-1].flatten(0, 1).log_softmax(-1)
 
@@ -138,12 +140,12 @@ def test_candidates_are_ranked_and_counted(ranked_run: Path) -> None:
     teacher = manifest_of(ranked_run, "import_hf").parameters
     assert teacher is not None
     assert result.budget == {"parameters": 0.75}
-    listed = manifest_of(ranked_run, "enumerate_shapes").result(PlanResult)
-    assert len(candidates) == listed.figures["shapes"]
+    enumerated = manifest_of(ranked_run, "enumerate_shapes").result(PlanResult)
+    assert len(candidates) == enumerated.figures["shapes"]
     proxies = [c.proxy for c in candidates]
     assert [c.healed for c in candidates] == [True] * 2 + [False] * (len(candidates) - 2)
-    for kind in (proxies[:2], proxies[2:]):
-        assert kind == sorted(kind)
+    for group in (proxies[:2], proxies[2:]):  # healed, then the others
+        assert group == sorted(group)
     assert all(c.proxy == c.kl_to_teacher > 0 for c in candidates)
     assert all(0.4 * teacher < c.parameters <= 0.75 * teacher for c in candidates)
     assert any(c.pareto for c in candidates)
@@ -156,28 +158,28 @@ def test_candidates_have_the_metrics_of_real_prunings(ranked_run: Path, healed: 
     candidate = next(one for one in candidates if one.healed == healed)
     teacher = nemo.find_checkpoint(ranked_run / "import_hf" / ARTIFACT)
     importance = Importance.load(ranked_run / "score" / ARTIFACT)
-    whole = nemo.architecture_of(teacher)
+    teacher_shape = nemo.architecture_of(teacher)
     layers = layers_to_keep(importance, "loss", candidate.shape.num_layers)
-    kept = select_rows(importance.widths, whole, candidate.shape, layers)
-    weights = prune_weights(teacher, kept, whole.kv_channels)
+    kept = select_rows(importance.widths, teacher_shape, candidate.shape, layers)
+    weights = prune_weights(teacher, kept, teacher_shape.kv_channels)
     if healed:
         text = first_sequences(ranked_run / "prepare_data" / ARTIFACT, "calibration", 64, 8)
         heal_weights(teacher, candidate.shape, kept, weights, text.split(4), lambda *done: None)
     tokens = first_sequences(ranked_run / "prepare_data" / ARTIFACT, "validation", 64, 4)
-    end = manifest_of(ranked_run, "prepare_data").result(DatasetResult).document_end
-    counted = (tokens[:, :-1] != end).flatten()
-    assert (~counted).sum() > 0
-    expected = log_probs(load_transformers(teacher), tokens)[counted]
+    document_end = manifest_of(ranked_run, "prepare_data").result(DatasetResult).document_end
+    mask = (tokens[:, :-1] != document_end).flatten()
+    assert (~mask).sum() > 0
+    expected = reference_log_probs(load_transformers(teacher), tokens)[mask]
     model = as_transformers(teacher, candidate.shape, weights)
 
     def kl_and_loss() -> torch.Tensor:
-        found = log_probs(model, tokens)[counted]
-        kl = kl_div(found, expected, log_target=True, reduction="batchmean")
-        return torch.stack([kl, nll_loss(found, tokens[:, 1:].flatten()[counted])])
+        actual = reference_log_probs(model, tokens)[mask]
+        kl = kl_div(actual, expected, log_target=True, reduction="batchmean")
+        return torch.stack([kl, nll_loss(actual, tokens[:, 1:].flatten()[mask])])
 
     metrics = torch.tensor([candidate.kl_to_teacher, math.log(candidate.perplexity)])
-    exact, by = kl_and_loss(), change_by_one_ulp(model, kl_and_loss)
-    torch.testing.assert_close(metrics, exact, rtol=0, atol=ROUNDINGS * by)
+    exact, noise = kl_and_loss(), change_by_one_ulp(model, kl_and_loss)
+    torch.testing.assert_close(metrics, exact, rtol=0, atol=ROUNDINGS * noise)
 
 
 SPACE = Space(1, 8, 8, max_depth_pruning=0.75)
@@ -232,7 +234,7 @@ def test_a_killed_halving_resumes_and_writes_the_winner_as_a_recipe(
         distill=training,
         stage="successive_halving",
     )
-    names = {**TEACHER, "data": "prepare_data", "candidates": "rank_candidates"}
+    names = {**TEACHER_INPUTS, "data": "prepare_data", "candidates": "rank_candidates"}
     inputs = {n: Input(ranked_run / s, manifest_of(ranked_run, s)) for n, s in names.items()}
     out = tmp_path / "successive_halving" / "work" / ARTIFACT
     out.mkdir(parents=True)
@@ -240,7 +242,7 @@ def test_a_killed_halving_resumes_and_writes_the_winner_as_a_recipe(
     start = stage_process.start_process
 
     def start_or_kill(command: list[str], log: IO[bytes], env: dict[str, str]) -> Any:
-        """Starts the first stage in a new process, forks the others, kills before the fourth."""
+        """Starts the first stage in a process, forks the others, interrupts before the fourth."""
         if len(started) == 3 and "killed" not in started:
             started.append("killed")
             raise KeyboardInterrupt
