@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from launch.plan import Plan
 from launch.planned import SKIP, PlannedStage
-from launch.trackers import Track
 from recipes.core.manifest import read_manifest
-from recipes.core.metrics import METRICS, Record
+from recipes.core.metrics import METRICS, Record, new_records
 from recipes.planning.results import PlanResult
 
 SPEED_RECORDS = 50
@@ -89,18 +87,17 @@ def format_seconds(seconds: float) -> str:
 class Follower:
     """Shows the progress that a stage writes to its ``metrics.jsonl``, and its remaining time.
 
-    On a terminal it is a bar, elsewhere a line every few seconds. A tracker gets every record.
+    On a terminal it is a bar, elsewhere a line every few seconds.
     """
 
     def __init__(
         self,
         stage: PlannedStage,
         console: Console,
-        track: Track = lambda record: None,
         run_estimate: Callable[[float], float | None] = lambda left: None,
     ) -> None:
         self._name, self._path = stage.name, stage.directory / METRICS
-        self._console, self._track, self._run_estimate = console, track, run_estimate
+        self._console, self._run_estimate = console, run_estimate
         self._recent = deque[Record](maxlen=2 * SPEED_RECORDS)
         # A resumed stage appends to its file, whose old records were shown before.
         self._position = self._path.stat().st_size if self._path.exists() else 0
@@ -132,24 +129,9 @@ class Follower:
 
     def update(self) -> None:
         """Reads the new records and shows them."""
-        size = self._path.stat().st_size if self._path.exists() else 0
-        if size < self._position:  # the stage has started anew and deleted its old records
-            self._position = 0
-        if size == self._position:
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._position)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._position += len(line)
-                try:
-                    record = json.loads(line)
-                except ValueError:  # a kill or a full disk truncated the record
-                    continue
-                if "task" in record:
-                    self._track(record)
-                    self._show(record)
+        records, self._position = new_records(self._path, self._position)
+        for record in records:
+            self._show(record)
 
     def _show(self, record: Record) -> None:
         task, done, total = record["task"], record["done"], record["total"]

@@ -17,12 +17,12 @@ from rich.markup import escape
 from launch.plan import Plan
 from launch.planned import PlannedStage
 from launch.settings import Hub, RunSettings
-from launch.trackers import public_text
 from nemo_convert.licences import forbids_commercial_use, model_licence
 from nemo_convert.results import ImportResult
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest
 from recipes.core.screen import plain_table
+from recipes.core.trackers import public_text
 from recipes.data.results import DatasetResult
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import parse_source
@@ -93,7 +93,7 @@ def publish(plan: Plan, hub: Hub, console: Console) -> None:
 
 
 def public_file(stage: PlannedStage) -> Path | None:
-    """Returns the file that the hub and trackers get: the export's manifest, or the report."""
+    """Returns the file that the hub gets: the export's manifest, or the report."""
     if _exports_student(stage):
         return stage.directory / MANIFEST
     if stage.config.stage == REPORTS:

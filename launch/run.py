@@ -57,11 +57,10 @@ from launch.hydra_errors import explain
 from launch.plan import Plan, make_plan
 from launch.planned import SKIP, PlannedStage
 from launch.progress import Follower, run_estimate
-from launch.publish import public_file, publish, require_publishable, show_files
+from launch.publish import publish, require_publishable, show_files
 from launch.rehearse import rehearse
 from launch.settings import RunSettings, settings_of
 from launch.sweep import require_separate_results
-from launch.trackers import Tracker, open_tracker, require_tracker, tracked_run
 from recipes.core.errors import RecipeError
 from recipes.core.files import explain_storage_errors, remove_partial
 from recipes.core.run_state import (
@@ -73,6 +72,7 @@ from recipes.core.run_state import (
 )
 from recipes.core.screen import screen
 from recipes.core.snapshot import write_snapshot
+from recipes.core.trackers import require_tracker, write_tracker
 from recipes.planning.rules import require_none
 
 console = screen()
@@ -102,14 +102,8 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
         rehearse(cfg, settings, run_dir, console)
         return None
     before = _last_plan(run_dir, recipe)
-    require_tracker(settings.tracker_name)
+    require_tracker(settings.tracker)
     executor, cluster = executor_of(cfg.cluster)
-    if settings.tracker_name is not None and not cluster.follow:
-        raise RecipeError(
-            f"tracker={settings.tracker_name} is fed by the launcher, which returns once the jobs "
-            "are submitted.",
-            "add cluster.follow=true",
-        )
     plan = executor.prepare(make_plan(cfg, settings, run_dir), cluster)
     notes = require_none(executor.problems(plan, cluster), settings.skip_rules)
     plan = replace(plan, notes=plan.notes + notes)
@@ -121,12 +115,11 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
     with _recorded(plan, before, settings.dry_run) as set_stage:
         if set_stage is not None:
             executor.write_scripts(plan, cluster)
+            write_tracker(run_dir, recipe, settings.tracker)
         if set_stage is not None and settings.dry_run:
             executor.dry_run(plan, console)
         if set_stage is not None and not settings.dry_run:
-            with open_tracker(tracked_run(cfg, run_dir, recipe)) as tracker:
-                follow = partial(_follow, tracker, set_stage, plan)
-                complete = executor.start(plan, cluster, follow, console)
+            complete = executor.start(plan, cluster, partial(_follow, set_stage, plan), console)
     if settings.dry_run:
         console.print(f"dry run: configs and scripts are in {run_dir}; nothing was started")
         show_files(plan, settings.hub, console)
@@ -140,14 +133,11 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
 
 
 @contextmanager
-def _follow(
-    tracker: Tracker, set_stage: lock.SetStage, plan: Plan, stage: PlannedStage
-) -> Iterator[Follower]:
-    """Shows a stage's progress, sends it to the tracker, and records that the stage runs."""
+def _follow(set_stage: lock.SetStage, plan: Plan, stage: PlannedStage) -> Iterator[Follower]:
+    """Shows a stage's progress, and records that the stage runs."""
     set_stage(stage.name)
-    with Follower(stage, console, tracker.stage(stage.name), run_estimate(plan, stage)) as follower:
+    with Follower(stage, console, run_estimate(plan, stage)) as follower:
         yield follower
-    tracker.finish(stage.name, stage.directory, public_file(stage))
 
 
 def _run_dir(settings: RunSettings, recipe: str) -> Path:

@@ -68,11 +68,6 @@ class RunSettings:
     """Conditions on results, such as ``recovered >= 0.9``; the exit status is 1 if one fails."""
 
     @property
-    def tracker_name(self) -> str | None:
-        """Name of the tracker; ``None`` without one."""
-        return self.tracker.get("name")
-
-    @property
     def hf_path(self) -> str:
         """The teacher; raises ``RecipeError`` if none is set."""
         if not self.model.hf_path:

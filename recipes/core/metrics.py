@@ -6,6 +6,7 @@ bars and logs; the report plots it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -42,6 +43,25 @@ class MetricsLog:
     def progress(self, task: str, done: int, total: int, **values: object) -> None:
         """Appends a record of progress: ``done`` of ``total`` units of ``task``."""
         self.log(task=task, done=done, total=total, **values)
+
+
+def new_records(path: Path, position: int) -> tuple[list[Record], int]:
+    """Returns the records after a position in a metrics file, and the next position."""
+    size = path.stat().st_size if path.exists() else 0
+    if size < position:  # the stage has started anew and deleted its old records
+        position = 0
+    records: list[Record] = []
+    if size == position:
+        return records, position
+    with path.open("rb") as file:
+        file.seek(position)
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            position += len(line)
+            with contextlib.suppress(ValueError):  # a kill or a full disk truncated the record
+                records.append(json.loads(line))
+    return [record for record in records if "task" in record], position
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -37,6 +37,8 @@ from recipes.core.watchdog import STACKS, hang_error
 
 RUN_FILE = "run.yaml"
 """File in a run directory with the last plan."""
+TRACKER = "tracker.json"
+"""File in a run directory with the tracker of its stages, and the run's id in it."""
 REQUEST = "config.yaml"
 """File in a stage's directory with its request."""
 BEGUN = "begun.json"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import subprocess
 import sys
 import time
 import traceback
@@ -29,6 +30,7 @@ from recipes.core.processes import (
     prepare_imports,
 )
 from recipes.core.run_state import (
+    TRACKER,
     InputRef,
     begin_work,
     complete_stage,
@@ -51,6 +53,10 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 POLL_SECONDS = 0.05
+TRACKERS = "recipes.core.trackers"
+"""Module of the process that feeds a tracker. It is not imported: an edit must rerun nothing."""
+TRACKER_SECONDS = 60
+"""Longest wait for a tracker after the stage's end, for example without network."""
 Run = Callable[[Any, Inputs, Path], Outcome]
 
 
@@ -61,10 +67,12 @@ def main() -> None:
     die_with_parent()
     prepare_imports()
     children_die_with_this()  # such as the writers of checkpoints
+    tracker = _start_tracker(stage_dir)
     try:
         stage = importlib.import_module(module).STAGE
         run_stage(stage.run, stage.config, stage.kind, stage_dir)
         _leave_together()
+        _finish_tracker(tracker, "FINISHED")
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is not an Exception
@@ -79,8 +87,27 @@ def main() -> None:
             record_failure(stage_dir, summary, stopped=stopped, overwrite=is_explained)
             if stopped:
                 _leave_together()  # torchrun kills the others when the first rank ends
+        _finish_tracker(tracker, "KILLED" if stopped else "FAILED")
         # Without the exit functions, which would wait in a collective for the other ranks.
         os._exit(1)
+
+
+def _start_tracker(stage_dir: Path) -> subprocess.Popen[bytes] | None:
+    """Starts the process that sends rank 0's records to the run's tracker, if there is one."""
+    if rank() != 0 or not (stage_dir.parent / TRACKER).exists():
+        return None
+    arguments = [str(stage_dir), str(int(time.time())), str(TRACKER_SECONDS)]
+    with contextlib.suppress(OSError):
+        return subprocess.Popen([sys.executable, "-m", TRACKERS, *arguments], stdin=subprocess.PIPE)
+    return None
+
+
+def _finish_tracker(tracker: subprocess.Popen[bytes] | None, status: str) -> None:
+    """Waits until the last records are sent, for a limited time."""
+    if tracker is not None:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            tracker.communicate(status.encode(), TRACKER_SECONDS)
+        tracker.kill()
 
 
 def _summary(error: BaseException, stage_dir: Path) -> str:

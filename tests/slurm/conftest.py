@@ -114,6 +114,7 @@ def tiny_chain(
         "~stages.report.inputs.plan",
         "tasks=null",
         "engine=null",
+        "tracker=tensorboard",
         "cluster=slurm",
         "skip_rules=[cluster-hardware]",  # the nodes have files in place of GPUs
         f"cluster.images.default={image if slurm.has_containers else 'null'}",

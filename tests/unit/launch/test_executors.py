@@ -323,7 +323,7 @@ def test_docker_command_is_exact(prepared: Prepared, tmp_path: Path) -> None:
         f"--env=TORCHINDUCTOR_CACHE_DIR={cache}/torchinductor",
         *(f"--env={n}=/tmp/{n.lower()}" for n in ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")),
         f"--env=NEMO_RECIPES_CACHE={cache}",
-        *("--env=HF_TOKEN", "--env=WANDB_API_KEY", "--env=MLFLOW_TRACKING_TOKEN"),
+        *(f"--env={name}" for name in cluster.pass_env),
         *("--network=host", "special:1"),
         *("python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"),
         *("-m", "recipes.core.worker", "recipes.stages.distill"),

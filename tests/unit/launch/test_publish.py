@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from launch.sweep import require_separate_results
-from launch.trackers import public_text
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest, stamp_files
+from recipes.core.trackers import public_text
 from tests.support.hub import FakeHub, fake_hub, settings_for
 from tests.support.manifests import edit_manifest
 from tests.support.runs import manifest_of

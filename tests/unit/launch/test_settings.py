@@ -21,8 +21,8 @@ from launch.executors import executor_of
 from launch.hydra_errors import explain
 from launch.plan import make_plan
 from launch.settings import settings_of
-from launch.trackers import require_tracker
 from recipes.core.errors import RecipeError
+from recipes.core.trackers import require_tracker
 from tests.support.launcher import fork_launcher
 
 Compose = Callable[..., DictConfig]
@@ -90,7 +90,7 @@ def test_a_setting_is_refused_with_a_fix_or_legal(
     try:
         OmegaConf.update(cfg, name, value, merge=False)
         settings = settings_of(cfg)
-        require_tracker(settings.tracker_name)
+        require_tracker(settings.tracker)
         executor, cluster = executor_of(cfg.cluster)
         executor.prepare(make_plan(cfg, settings, tmp_path / "run"), cluster)
     except (RecipeError, OmegaConfBaseException, HydraException) as refused:

@@ -1,0 +1,346 @@
+"""Experiment trackers get a stage's settings, every record of it, and its final results.
+
+The worker of rank 0 starts this module as a process, which follows the stage's ``metrics.jsonl``. A
+tracker that fails, or waits for a network, neither stops nor slows the stage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import select
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes.core.errors import RecipeError, require_known
+from recipes.core.files import read_json, write_json
+from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest
+from recipes.core.metrics import METRICS, flat, new_records
+from recipes.core.run_state import TRACKER, Request, read_request
+
+SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|key)$", re.IGNORECASE)
+USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
+BOOKKEEPING = ("time", "task", "done", "total")
+FINAL = "final"
+"""Task name under which the results of a complete stage are logged."""
+REPORT = "report.html"
+MLFLOW_BATCH = 100
+"""Largest number of parameters in one request to MLflow."""
+MLFLOW_CHARACTERS = 6000
+"""Greatest length of a parameter in MLflow."""
+MLFLOW_ID = "recipes_id"
+"""Tag with the id of a stage's run in MLflow, whose server numbers runs itself."""
+POLL_SECONDS = 1.0
+FINISHED = "FINISHED"
+"""The worker's last word to this process for a complete stage; else FAILED or KILLED."""
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """Functions of a tracker that has started."""
+
+    log: Callable[[str, Mapping[str, float], int, float], None]
+    """Logs values; takes task, values by name, step, and time in seconds since 1970."""
+    close: Callable[[str], None]
+    """Ends the tracking; takes FINISHED, FAILED or KILLED."""
+    store: Callable[[str, str], None] = lambda name, content: None
+    """Stores an artifact; takes file name and content."""
+
+
+@dataclass(frozen=True)
+class TrackedStage:
+    """What a tracker gets about a stage when it starts."""
+
+    directory: Path
+    request: Request
+    run_id: str
+    """Random id of the run."""
+    recipe: str
+    settings: Mapping[str, Any]
+    """The tracker's own settings, ``tracker.*``."""
+
+    @property
+    def name(self) -> str:
+        """Name in the tracker."""
+        return f"{self.directory.parent.name}/{self.request.name}"
+
+    @property
+    def id(self) -> str:
+        """Id in the tracker: a stage that resumes, for example in a requeued job, has the same."""
+        parts = (self.run_id, self.request.name, self.request.fingerprint)
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+    def parameters(self) -> dict[str, object]:
+        """Returns the stage's settings by dotted names, without secrets."""
+        return dict(public_parameters(self.request.config))
+
+    def links(self) -> dict[str, str]:
+        """Returns the paths of the run and its report, and the repository's commit."""
+        run_dir = self.directory.parent.resolve()
+        return {
+            "run_dir": str(run_dir),
+            "report": (run_dir / "report" / ARTIFACT / REPORT).as_uri(),
+            "commit": self.request.git_sha or "unknown",
+        }
+
+
+def write_tracker(run_dir: Path, recipe: str, settings: Mapping[str, Any]) -> None:
+    """Writes the tracker that the run's stages find when they start; its run id stays."""
+    file = run_dir / TRACKER
+    before = read_json(file) if file.exists() else {}
+    if settings or before:
+        run_id = before.get("run_id") or uuid.uuid4().hex
+        write_json(file, {"run_id": run_id, "recipe": recipe, "settings": dict(settings)})
+
+
+def public_parameters(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yields settings by dotted names, without secrets; of ``env`` only the variables' names."""
+    for name, value in values.items():
+        if name == "env":
+            yield f"{prefix}env", ", ".join(sorted(value or ()))
+        elif isinstance(value, dict):
+            yield from public_parameters(value, f"{prefix}{name}.")
+        elif SECRET.search(str(name)) and value is not None:
+            yield f"{prefix}{name}", "(not shown)"
+        else:
+            yield f"{prefix}{name}", _without_user(value)
+
+
+def _without_user(value: object) -> object:
+    """Removes passwords from addresses: ``https://user:password@host``."""
+    if isinstance(value, list):
+        return [_without_user(item) for item in value]
+    return USER_INFO.sub("", value) if isinstance(value, str) else value
+
+
+def public_text(file: Path) -> str:
+    """Returns the content of a file; of a manifest, which has settings, without secrets."""
+    text = file.read_text(encoding="utf-8")
+    if file.name != MANIFEST:
+        return text
+    manifest = json.loads(text)
+    return json.dumps({**manifest, "config": dict(public_parameters(manifest["config"]))}, indent=1)
+
+
+def tensorboard(stage: TrackedStage) -> Tracker:
+    """Writes scalars to ``<run>/tensorboard/<stage>``."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    folder = stage.directory.parent / "tensorboard" / stage.request.name
+    writer = EventFileWriter(str(folder), flush_secs=10)
+
+    def log(task: str, values: Mapping[str, float], step: int, at: float) -> None:
+        tagged = [Summary.Value(tag=f"{task}/{n}", simple_value=v) for n, v in values.items()]
+        writer.add_event(Event(wall_time=at, step=step, summary=Summary(value=tagged)))
+
+    return Tracker(log, lambda status: writer.close())
+
+
+def wandb(stage: TrackedStage) -> Tracker:
+    """Weights & Biases: offline in ``<run>/wandb`` unless ``WANDB_MODE`` is set or a login exists.
+
+    Facts about the machine are not sent: they include the command line, which may have a secret.
+    """
+    import wandb as library
+
+    login = bool(os.environ.get("WANDB_MODE")) or library.login(prompt=False, verify=False)
+    wandb_run = library.init(
+        project=stage.settings["project"],
+        entity=stage.settings["entity"],
+        group=f"{stage.directory.parent.name}-{stage.run_id[:8]}",
+        job_type=stage.request.name,
+        name=stage.name,
+        id=stage.id,
+        resume="allow",
+        dir=str(stage.directory.parent),
+        mode=None if login else "offline",  # without a mode, WANDB_MODE or else online
+        tags=[stage.recipe],
+        config={**stage.parameters(), **stage.links()},
+        settings=library.Settings(
+            silent=True, console="off", x_disable_meta=True, disable_git=True, save_code=False
+        ),
+    )
+    tasks: set[str] = set()
+
+    def log(task: str, values: Mapping[str, float], step: int, at: float) -> None:
+        named = {f"{task}/{name}": value for name, value in values.items()}
+        if task == FINAL:
+            wandb_run.summary.update(named)
+            return
+        if task not in tasks:
+            # Each task counts its own steps, but the step of wandb itself can only increase.
+            tasks.add(task)
+            wandb_run.define_metric(f"{task}/step", hidden=True)
+            wandb_run.define_metric(f"{task}/*", step_metric=f"{task}/step")
+        wandb_run.log({**named, f"{task}/step": step})
+
+    def store(name: str, content: str) -> None:
+        artifact = library.Artifact(f"{stage.request.name}-{stage.id}", name.partition(".")[0])
+        with artifact.new_file(name, encoding="utf-8") as file:
+            file.write(content)
+        wandb_run.log_artifact(artifact)
+
+    return Tracker(log, lambda status: wandb_run.finish(int(status != FINISHED)), store)
+
+
+def mlflow(stage: TrackedStage) -> Tracker:
+    """MLflow: at ``tracker.uri`` or ``MLFLOW_TRACKING_URI``, else in ``<run>/mlflow.db``."""
+    import mlflow as library
+
+    run_dir = stage.directory.parent.resolve()
+    server = stage.settings["uri"] or os.environ.get("MLFLOW_TRACKING_URI")
+    library.set_tracking_uri(server or f"sqlite:///{run_dir / 'mlflow.db'}")
+    name = str(stage.settings["experiment"])
+    if not server and library.get_experiment_by_name(name) is None:
+        library.create_experiment(name, (run_dir / "mlflow").as_uri())
+    experiment = library.set_experiment(name).experiment_id
+    same = f"tags.{MLFLOW_ID} = '{stage.id}'"
+    earlier = library.search_runs([experiment], same, max_results=1, output_format="list")
+    mlflow_run = library.start_run(earlier[0].info.run_id if earlier else None, run_name=stage.name)
+    library.set_tags(
+        {MLFLOW_ID: stage.id, "run_id": stage.run_id, "recipe": stage.recipe, **stage.links()}
+    )
+    # MLflow cannot change the parameters of an earlier start.
+    new = [
+        (_mlflow_name(name), str(value)[:MLFLOW_CHARACTERS])
+        for name, value in stage.parameters().items()
+        if _mlflow_name(name) not in mlflow_run.data.params
+    ]
+    for start in range(0, len(new), MLFLOW_BATCH):
+        library.log_params(dict(new[start : start + MLFLOW_BATCH]))
+
+    def log(task: str, values: Mapping[str, float], step: int, at: float) -> None:
+        named = {_mlflow_name(f"{task}/{name}"): value for name, value in values.items()}
+        library.log_metrics(named, step, timestamp=int(at * 1000))
+
+    return Tracker(log, library.end_run, lambda name, content: library.log_text(content, name))
+
+
+def _mlflow_name(name: str) -> str:
+    """Replaces characters that MLflow does not allow in names."""
+    return re.sub(r"[^\w\-. /:]", "_", name)
+
+
+TRACKERS: Mapping[str, tuple[Callable[[TrackedStage], Tracker], tuple[str, ...]]] = {
+    "tensorboard": (tensorboard, ("tensorboard",)),
+    "wandb": (wandb, ("wandb",)),
+    "mlflow": (mlflow, ("mlflow", "sqlalchemy", "alembic")),
+}
+"""Trackers by name, with the modules that each needs."""
+
+
+def require_tracker(settings: Mapping[str, str | None]) -> None:
+    """Refuses an unknown tracker, packages that are not installed here, and a stored password."""
+    name = settings.get("name")
+    if name is None:
+        return
+    require_known(name, TRACKERS, f"tracker.name={name} is not known")
+    _, modules = TRACKERS[name]
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise RecipeError(
+            f"tracker={name} needs {', '.join(missing)}, which is not installed here.",
+            f"pip install '.[{name}]' in this environment, or tracker=null",
+        )
+    if USER_INFO.search(settings.get("uri") or ""):
+        raise RecipeError(
+            "tracker.uri has a password, which would be written to disk.",
+            "leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        )
+
+
+def follow(stage_dir: Path, started: float, wait: Callable[[], str | None]) -> None:
+    """Sends the records of a stage to the run's tracker until the stage ends.
+
+    Args:
+        stage_dir: The stage's directory.
+        started: Start of the stage, in seconds since 1970: older records were sent before.
+        wait: Waits a moment; returns a status once the stage has ended.
+    """
+    run = read_json(stage_dir.parent / TRACKER)
+    if (name := run["settings"].get("name")) is None:
+        return
+    stage, attempt = TrackedStage(stage_dir, read_request(stage_dir), **run), _attempts(name)
+    tracker: Tracker | None = attempt(TRACKERS[name][0], stage)
+    if tracker is None:
+        return
+    status, position = None, 0
+    while status is None:
+        status = wait()
+        records, position = new_records(stage_dir / METRICS, position)
+        for record in records:
+            values = _numbers(record, BOOKKEEPING)
+            if values and record["time"] >= started:
+                attempt(tracker.log, record["task"], values, record["done"], record["time"])
+    if status == FINISHED:
+        attempt(_finish, stage_dir, tracker)
+    attempt(tracker.close, status)
+
+
+def _attempts(name: str) -> Callable[..., Any]:
+    """Returns a function that calls another; the first error is shown, and later ones are not."""
+    errors: list[Exception] = []
+
+    def attempt(act: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return act(*arguments)
+        except Exception as error:
+            errors.append(error)
+            if len(errors) == 1:
+                what = f"warning: tracker {name} failed ({type(error).__name__}: {error})"
+                print(f"{what}; {METRICS} has all records", file=sys.stderr, flush=True)
+
+    return attempt
+
+
+def _numbers(values: Mapping[str, object], without: tuple[str, ...] = ()) -> dict[str, float]:
+    items = values.items()
+    return {k: float(v) for k, v in items if k not in without and isinstance(v, float | int)}
+
+
+def _finish(stage_dir: Path, tracker: Tracker) -> None:
+    """Logs all numbers in the manifest of a complete stage; stores it, and a report."""
+    manifest = read_manifest(stage_dir)
+    if manifest is None:
+        return
+    cost = {
+        "seconds": manifest.seconds,
+        "peak_rss_bytes": manifest.peak_rss_bytes,
+        "bytes": manifest.total_bytes(),
+        "parameters": manifest.parameters,
+    }
+    results = dict(flat({**manifest.metrics, **cost}))
+    tracker.log(FINAL, _numbers(results), 0, time.time())
+    for file in (stage_dir / MANIFEST, stage_dir / ARTIFACT / REPORT):
+        if file.exists():
+            tracker.store(file.name, public_text(file))
+
+
+def main() -> None:
+    """Follows a stage until the worker writes a status to standard input, or dies."""
+    stage_dir, started, last_seconds = sys.argv[1:]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the worker's end decides
+
+    def wait() -> str | None:
+        if not select.select([0], [], [], POLL_SECONDS)[0]:
+            return None
+        signal.alarm(int(last_seconds))  # kills this process if the tracker does not answer
+        return os.read(0, 100).decode() or "KILLED"
+
+    follow(Path(stage_dir), float(started), wait)
+
+
+if __name__ == "__main__":
+    main()

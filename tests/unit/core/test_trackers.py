@@ -1,0 +1,338 @@
+"""Trackers get the records of a stage from its own job; these are the real libraries, offline."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from launch.planned import PlannedStage
+from recipes.core.errors import RecipeError
+from recipes.core.files import REPO_ROOT, read_json
+from recipes.core.manifest import ARTIFACT, MANIFEST
+from recipes.core.metrics import METRICS, MetricsLog
+from recipes.core.run_state import TRACKER, Request
+from recipes.core.stage import DEADLINE
+from recipes.core.stage_process import start_command
+from recipes.core.trackers import (
+    FINISHED,
+    follow,
+    public_parameters,
+    public_text,
+    require_tracker,
+    write_tracker,
+)
+from tests.support.results import STUDENT
+from tests.unit.conftest import Compose, Launch, stage_named
+
+SECRET = "hf_VerySecretToken"
+KEY = "0123456789" * 4
+STAGE = "distill"
+SETTINGS: dict[str, dict[str, str | None]] = {
+    "tensorboard": {"name": "tensorboard"},
+    "wandb": {"name": "wandb", "project": "p", "entity": None},
+    "mlflow": {"name": "mlflow", "uri": None, "experiment": "nemo-recipes"},
+}
+Records = Callable[[MetricsLog], None]
+
+
+@pytest.fixture(autouse=True)
+def no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+@pytest.fixture
+def stage(plan: Callable[..., Any], complete: Callable[..., None]) -> PlannedStage:
+    """A complete stage of a plan, with its request."""
+    planned = plan("+cluster.env.HF_TOKEN=x", f"+stages.distill.resources.env.API={SECRET}")
+    complete(planned)
+    found = stage_named(planned, STAGE)
+    found.request().write(found.directory)
+    return found
+
+
+def first_steps(log: MetricsLog) -> None:
+    log.progress(STAGE, 1, 2, loss=2.0, kd=1.5, lm=0.5)
+    log.progress(STAGE, 2, 2, loss=None, kd=0.5, skipped=True, note="x")
+    log.progress("validate", 2, 2, val_loss=1.25)
+    log.log(message="not progress")
+
+
+def third_step(log: MetricsLog) -> None:
+    log.progress(STAGE, 3, 3, loss=1.0)
+
+
+def track(stage: PlannedStage, tracker: str, records: Records, end: str = FINISHED) -> None:
+    """Sends the records of one start of a stage."""
+    write_tracker(stage.directory.parent, "llama_width_prune", SETTINGS[tracker])
+    steps: Iterator[str | None] = iter([None, end])
+
+    def wait() -> str | None:
+        status = next(steps)
+        if status is None:
+            records(MetricsLog(stage.directory / METRICS))
+        return status
+
+    started = time.time()
+    time.sleep(0.002)  # records have milliseconds
+    follow(stage.directory, started, wait)
+
+
+def test_tensorboard_has_every_term_of_every_step(stage: PlannedStage) -> None:
+    track(stage, "tensorboard", first_steps)
+    board = EventAccumulator(str(stage.directory.parent / "tensorboard" / STAGE)).Reload()
+    tags = board.Tags()["scalars"]
+    scalars = {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in tags}
+    final = {tag: scalars.pop(tag) for tag in tags if tag.startswith("final/")}
+    assert scalars == {
+        "distill/loss": [(1, 2.0)],
+        "distill/kd": [(1, 1.5), (2, 0.5)],
+        "distill/lm": [(1, 0.5)],
+        "distill/skipped": [(2, 1.0)],
+        "validate/val_loss": [(2, 1.25)],
+    }
+    assert final["final/parameters"] == [(0, STUDENT.parameters())]
+    assert not math.isnan(board.Scalars("distill/loss")[0].wall_time)
+
+
+def test_wandb_offline_and_resumed(stage: PlannedStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real library; its runs are wrapped, so that their calls are recorded."""
+    import wandb
+
+    wandb_runs, init = [], wandb.init
+
+    def wrapped(**settings: Any) -> mock.Mock:
+        wandb_runs.append(mock.Mock(wraps=init(**settings), settings=settings))
+        return wandb_runs[-1]
+
+    monkeypatch.setattr(wandb, "init", wrapped)
+    track(stage, "wandb", first_steps, "KILLED")
+    track(stage, "wandb", third_step)
+    run_dir = stage.directory.parent
+    assert len([*run_dir.glob("wandb/offline-run-*/*.wandb")]) == 2
+    first, second = wandb_runs
+    assert [call.args[0] for call in first.log.call_args_list] == [
+        {"distill/loss": 2.0, "distill/kd": 1.5, "distill/lm": 0.5, "distill/step": 1},
+        {"distill/kd": 0.5, "distill/skipped": 1.0, "distill/step": 2},
+        {"validate/val_loss": 1.25, "validate/step": 2},
+    ]
+    second.log.assert_called_once_with({"distill/loss": 1.0, "distill/step": 3})
+    first.define_metric.assert_any_call("validate/*", step_metric="validate/step")
+    assert first.settings["id"] == second.settings["id"]
+    assert first.settings["config"]["lr"] == 3e-4
+    assert first.settings["config"]["run_dir"] == str(run_dir)
+    assert first.settings["job_type"] == STAGE
+    first.finish.assert_called_once_with(1)
+    second.finish.assert_called_once_with(0)
+    assert not first.log_artifact.called
+    assert second.summary.update.call_args.args[0]["final/parameters"] == STUDENT.parameters()
+    artifact = second.log_artifact.call_args.args[0]
+    assert [*artifact.manifest.entries] == [MANIFEST]
+
+
+def test_mlflow_in_a_file_and_resumed(stage: PlannedStage) -> None:
+    from mlflow.tracking import MlflowClient
+
+    (stage.directory / ARTIFACT / "report.html").write_text("<p>a page")
+    track(stage, "mlflow", first_steps, "FAILED")
+    client = MlflowClient(tracking_uri=f"sqlite:///{stage.directory.parent / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("nemo-recipes")
+    assert experiment is not None
+    [first] = client.search_runs([experiment.experiment_id])
+    assert first.info.status == "FAILED"
+    track(stage, "mlflow", third_step)
+    [found] = client.search_runs([experiment.experiment_id])
+    run_id = found.info.run_id
+    assert (run_id, found.info.status) == (first.info.run_id, "FINISHED")
+
+    def history(name: str) -> list[tuple[int, float]]:
+        return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)]
+
+    assert history("distill/loss") == [(1, 2.0), (3, 1.0)]
+    assert history("distill/kd") == [(1, 1.5), (2, 0.5)]
+    assert history("validate/val_loss") == [(2, 1.25)]
+    assert found.data.metrics["final/parameters"] == STUDENT.parameters()
+    assert found.data.params["lr"] == "0.0003"
+    assert found.data.tags["report"].endswith("/report/artifact/report.html")
+    assert {file.path for file in client.list_artifacts(run_id)} == {MANIFEST, "report.html"}
+    stored = json.loads(Path(client.download_artifacts(run_id, MANIFEST)).read_text())
+    manifest = json.loads((stage.directory / MANIFEST).read_text())
+    assert {**stored, "config": {}} == {**manifest, "config": {}}
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow", "tensorboard"])
+def test_secrets_stay_out(
+    stage: PlannedStage, monkeypatch: pytest.MonkeyPatch, tracker: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(sys, "argv", ["run.py", f"cluster.env.HF_TOKEN={SECRET}"])
+    run_dir = stage.directory.parent
+    known = {path for path in run_dir.rglob("*") if path.is_file()}
+    track(stage, tracker, first_steps)
+    written = [p for p in run_dir.parent.rglob("*") if p.is_file() and p not in known]
+    assert len(written) > 1
+    for path in written:
+        content = path.read_bytes()
+        assert SECRET.encode() not in content, path
+        assert KEY.encode() not in content, path
+
+
+def test_secret_values_are_replaced() -> None:
+    names = ("hf_token", "password", "api_key", "TOKEN", "client_secret")
+    secrets = public_parameters({"a": dict.fromkeys(names, "x")})
+    assert dict(secrets) == {f"a.{name}": "(not shown)" for name in names}
+    harmless = {"prompt_tokens": 3, "tokenizer": "t", "keep": True, "max_steps": 3}
+    assert dict(public_parameters(harmless)) == harmless
+    addresses = ["https://me:x@example.com/a.txt", "hf://a/b@en:train", "pypi://a==1:b"]
+    shown = dict(public_parameters({"sources": addresses}))["sources"]
+    assert shown == ["https://example.com/a.txt", *addresses[1:]]
+
+
+def test_errors_of_a_tracker_are_one_warning(
+    stage: PlannedStage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError("no space left")
+
+    writer = "tensorboard.summary.writer.event_file_writer.EventFileWriter.add_event"
+    monkeypatch.setattr(writer, fails)
+    track(stage, "tensorboard", first_steps)
+    assert capsys.readouterr().err.count("tensorboard failed (OSError: no space left)") == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "login", "mode"),
+    [({}, False, "offline"), ({}, True, None), ({"WANDB_MODE": "disabled"}, False, None)],
+)
+def test_wandb_is_offline_without_a_login(
+    stage: PlannedStage,
+    monkeypatch: pytest.MonkeyPatch,
+    env: dict[str, str],
+    login: bool,
+    mode: str | None,
+) -> None:
+    """Without a mode, wandb itself reads ``WANDB_MODE``."""
+    import wandb
+
+    init = mock.Mock()
+    monkeypatch.setattr(wandb, "login", lambda **_: login)
+    monkeypatch.setattr(wandb, "init", init)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    track(stage, "wandb", third_step)
+    assert init.call_args.kwargs["mode"] == mode
+
+
+def test_unusable_trackers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match="Did you mean 'tensorboard'"):
+        require_tracker({"name": "tensorbord"})
+    with pytest.raises(RecipeError, match="MLFLOW_TRACKING_PASSWORD"):
+        require_tracker({**SETTINGS["mlflow"], "uri": "https://me:x@example.com"})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(RecipeError, match=r"needs wandb.*\n  fix: pip install '.\[wandb\]'"):
+        require_tracker({"name": "wandb"})
+    require_tracker({})
+
+
+WORKER_STAGE = f"""
+import sys
+from types import SimpleNamespace
+
+from recipes.core.manifest import Outcome
+from recipes.core.stage import StageConfig, StoppedByDeadlineError, metrics_log, time_is_up
+
+
+def run(cfg, inputs, out):
+    sys.modules["__main__"].TRACKER_SECONDS = 20  # to leave a tracker behind
+    stopped = time_is_up()
+    metrics_log(out).progress("{STAGE}", 1 if stopped else 2, 2, loss=1.0)
+    if stopped:
+        raise StoppedByDeadlineError("stopped", "run again")
+    return Outcome()
+
+
+STAGE = SimpleNamespace(run=run, config=StageConfig, kind="dataset")
+"""
+
+
+def run_worker(tmp_path: Path, settings: dict[str, str | None], **env: str) -> str:
+    """Runs the process of a stage, as in a job; returns its log."""
+    stage = tmp_path / "run" / "stage"
+    (tmp_path / "a_stage.py").write_text(WORKER_STAGE)
+    file = Request("stage", "f", "c", {}, {"stage": "a"}).write(stage)
+    write_tracker(stage.parent, "r", settings)
+    path = f"{REPO_ROOT}{os.pathsep}{tmp_path}"
+    command = start_command("a_stage", file, 1, sys.executable)
+    environment = {**os.environ, "PYTHONPATH": path, **env}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == bool(env.get(DEADLINE)), done.stderr
+    return done.stderr
+
+
+def test_a_requeued_job_continues_its_run(tmp_path: Path) -> None:
+    """The first job stops at its deadline and the second one completes the stage."""
+    for env in ({DEADLINE: "1"}, {}):
+        log = run_worker(tmp_path, SETTINGS["wandb"], WANDB_MODE="offline", **env)
+        assert "warning: tracker" not in log
+    folders = [file.parent.name for file in tmp_path.glob("run/wandb/offline-run-*/*.wandb")]
+    assert len(folders) == 2
+    assert len({folder.rpartition("-")[2] for folder in folders}) == 1
+
+
+def test_a_tracker_without_network_does_not_stop_the_stage(tmp_path: Path) -> None:
+    uri = "http://127.0.0.1:9"
+    settings = {**SETTINGS["mlflow"], "uri": uri}
+    log = run_worker(tmp_path, settings, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
+    assert log.count("warning: tracker mlflow failed") == 1
+    assert (tmp_path / "run" / "stage" / MANIFEST).exists()
+
+
+def test_a_tracker_that_does_not_answer_is_left_behind(tmp_path: Path) -> None:
+    """A server that accepts connections and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        run_worker(tmp_path, {**SETTINGS["mlflow"], "uri": uri})
+    assert (tmp_path / "run" / "stage" / MANIFEST).exists()
+
+
+def test_jobs_and_runs_without_a_tracker(launch: Launch, tmp_path: Path) -> None:
+    """The launcher only writes which tracker the jobs feed; without one it writes nothing."""
+    slurm = ("recipe=llama_width_prune", "cluster=slurm", "hardware=h100", "dry_run=true")
+    assert launch(*slurm).returncode == 0
+    file = tmp_path / "cwd" / "runs" / "llama_width_prune" / TRACKER
+    assert not file.exists()
+    assert launch(*slurm, "tracker=tensorboard").returncode == 0
+    first = read_json(file)
+    assert first["settings"] == {"name": "tensorboard"}
+    assert launch(*slurm, "tracker=wandb").returncode == 0
+    assert read_json(file)["run_id"] == first["run_id"]
+    assert launch(*slurm).returncode == 0
+    assert read_json(file)["settings"] == {}
+
+
+def test_public_text_of_a_manifest_has_no_secrets(stage: PlannedStage) -> None:
+    assert SECRET in (stage.directory / MANIFEST).read_text()
+    assert SECRET not in public_text(stage.directory / MANIFEST)
+
+
+def test_trackers_need_no_torch(compose: Compose) -> None:
+    code = "import sys, recipes.core.trackers\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=REPO_ROOT, check=True)
