@@ -87,10 +87,7 @@ STAGE = SimpleNamespace(run=run, config=Config, kind="dataset")
 """
 
 
-UNWRITTEN = (
-    "a checkpoint was not written: a process that writes it failed, see the log, or was killed, "
-    "perhaps for memory.\n  fix: the same command resumes from the last whole checkpoint"
-)
+UNWRITTEN = "a checkpoint was not written"
 
 
 class StageStarter:
