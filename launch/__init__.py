@@ -1,1 +1,1 @@
-"""The launcher: composes, plans, and starts stages somewhere."""
+"""The launcher: composes and plans runs; starts stages locally, in containers or on Slurm."""

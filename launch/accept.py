@@ -12,10 +12,10 @@ from recipes.core.manifest import Acceptance, read_manifest
 
 
 def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
-    """Returns a stage with its stale result kept, if this command or an earlier one accepts it.
+    """Plans to keep a stage's stale result, if this command or an earlier one accepts it.
 
-    An earlier acceptance counts for the same settings, inputs, code and versions. Stages after this
-    one are planned with the fingerprint of the result.
+    An earlier acceptance counts while settings, inputs, code and versions stay as they were then.
+    The returned stage has the fingerprint of the kept result, so later stages depend on that.
 
     Args:
         stage: The stage, as planned without acceptance.
@@ -33,12 +33,12 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
     if result is None or stage.action == SKIP:
         return stage
     acceptance = result.accepted
-    if acceptance is None or acceptance.fingerprint != stage.fingerprint:
-        acceptance = Acceptance(stage.fingerprint, reasons(stage))
-        if not named:
-            return stage
-    elif not named and stage.rerun:
+    is_current = acceptance is not None and acceptance.fingerprint == stage.fingerprint
+    # An earlier acceptance does not cover an input that is about to be computed again.
+    if not named and (not is_current or stage.rerun):
         return stage
+    if acceptance is None or not is_current:
+        acceptance = Acceptance(stage.fingerprint, reasons(stage))
     return replace(
         stage,
         fingerprint=result.fingerprint,
@@ -70,17 +70,19 @@ def new_acceptances(stages: Iterable[PlannedStage]) -> dict[Path, Acceptance | N
 def require_confirmed(
     stages: Iterable[PlannedStage], force: Collection[str], confirm_above: float
 ) -> None:
-    """Refuses to discard results above a cost in device-hours, unless ``force`` names them.
+    """Refuses to replace a result that cost more device-hours than ``confirm_above``.
 
-    A stage after a forced one must be named as well.
+    ``force`` must name each such stage, even one that reruns only because an earlier one is forced.
     """
     costly: dict[str, str] = {}
     for stage in stages:
         result = read_manifest(stage.directory) if stage.action == RUN else None
         if result is None or stage.name in force or result.device_hours() <= confirm_above:
             continue
-        why = ", ".join(reasons(stage))
-        costly[stage.name] = f"\n  {stage.name}, {result.device_hours():.3g} device-hours: {why}"
+        changed = ", ".join(reasons(stage))
+        costly[stage.name] = (
+            f"\n  {stage.name}, {result.device_hours():.3g} device-hours: {changed}"
+        )
     if costly:
         names = ",".join(costly)
         raise RecipeError(

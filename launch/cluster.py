@@ -1,4 +1,4 @@
-"""Where stages run: the settings that all clusters in ``conf/cluster`` have."""
+"""Settings and environment variables that stages have on every cluster of ``conf/cluster``."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Cluster:
     executor: str
     """The module in ``launch/executors`` that starts stages."""
     env: Environment = field(default_factory=dict)
-    """Variables of every stage; ``resources.env`` adds to them."""
+    """Environment variables of every stage; ``resources.env`` adds to them."""
     pass_env: list[VariableName] = field(default_factory=list)
-    """Names of variables to pass on, for secrets: their values are never written anywhere."""
+    """Names of environment variables to pass on. Use it for secrets: values are written nowhere."""
 
     @property
     def follow(self) -> bool:
@@ -33,14 +33,21 @@ class Cluster:
 
 
 def stage_variables(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
-    """Variables that a stage gets on every cluster: for its code, its layout, and the user's."""
+    """Returns the environment variables that a stage gets on every cluster.
+
+    They make Python import the snapshot of the code, order CUDA kernels under tensor or context
+    parallelism, and include the user's ``env``.
+    """
     connections = stage.chain.hardware.cuda_device_max_connections
-    training = getattr(stage.config, "distill", stage.config)  # of a search: of its candidates
+    # A search trains its candidates with the settings in its field ``distill``.
+    training = getattr(stage.config, "distill", stage.config)
     sizes = ("tensor_model_parallel_size", "context_parallel_size")
-    split = max(getattr(training, size, 1) for size in sizes) > 1
-    ordered = split and connections is not None  # kernels must start in the order of their calls
-    layout = {"CUDA_DEVICE_MAX_CONNECTIONS": str(connections)} if ordered else {}
-    variables = {**layout, **cluster.env, **stage.config.resources.env}
+    is_split = max(getattr(training, size, 1) for size in sizes) > 1
+    kernel_order = {}
+    if is_split and connections is not None:
+        # Kernels must start in the order of their calls, to overlap with communication.
+        kernel_order = {"CUDA_DEVICE_MAX_CONNECTIONS": str(connections)}
+    variables = {**kernel_order, **cluster.env, **stage.config.resources.env}
     path = filter(None, [str(stage.code_dir), variables.get("PYTHONPATH")])
-    # Python would otherwise look for modules in the working directory, often the checkout, first.
+    # Without PYTHONSAFEPATH, Python would first look in the working directory, often the checkout.
     return {**variables, "PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}

@@ -41,7 +41,7 @@ RUN_PATTERNS = ("*", "sweeps/*/*")
 """Patterns of run directories in ``ROOT``."""
 YES = "--yes"
 AGE_UNITS = (("days", 86400), ("h", 3600), ("min", 60))
-"""Units with their seconds."""
+"""Units of an age, and the seconds of each."""
 INCOMPLETE = (
     *(Status.RUNNING, Status.FAILED, Status.HUNG),
     *(Status.STOPPED, Status.INTERRUPTED, Status.PENDING),
@@ -80,7 +80,7 @@ def cancel(options: Options, console: Console) -> None:
             _stop(holder, run_dir)
             console.print(f"{run_dir}: stopped at {holder.stage}")
         stopped = stopped or bool(active) or holder is not None
-    console.print("the same command resumes" if stopped else "nothing runs")
+    console.print("the command that started the run resumes it" if stopped else "nothing runs")
 
 
 def _stop(holder: lock.Holder, run_dir: Path) -> None:
@@ -228,7 +228,8 @@ def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
     """Deletes runs, but not stages that other runs need; without ``--yes`` only lists them."""
     if not names:
         raise RecipeError(
-            "which runs?", f"runs clean RUN1 RUN2, by the names that runs lists; {YES}"
+            "runs clean needs the names of runs.",
+            f"runs clean RUN1 RUN2, with names from the list of runs; {YES} deletes them",
         )
     chosen = find_runs(ROOT / name if (ROOT / name).is_dir() else Path(name) for name in names)
     for path in chosen:
@@ -238,7 +239,7 @@ def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
     roots = {ROOT.resolve(), *(path.parent for path in chosen)}
     others = {run.resolve() for root in roots for run in _find_runs(root)} - set(chosen)
     needed = {stage: run for run in others for stage in _inputs(run)}
-    rows = {stage: f"kept for {run}" for stage, run in needed.items() if stage.parent in chosen}
+    rows = {stage: f"needed by {run}" for stage, run in needed.items() if stage.parent in chosen}
     deletable = [folder for run in chosen for folder in _deletable(run, needed)]
     rows |= dict.fromkeys(deletable, "deleted" if confirmed else "")
     table = plain_table("clean", "folder", "disk", "")
@@ -246,7 +247,7 @@ def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
         table.add_row(str(folder), f"{_size(folder) / 1e9:.2f} GB", note)
     console.print(table)
     if not confirmed:
-        console.print(f"nothing was deleted; {YES} deletes the folders without a remark")
+        console.print(f"nothing was deleted; {YES} deletes the folders that no run needs")
         return
     with ExitStack() as locks:
         for path in chosen:
@@ -263,7 +264,7 @@ def _delete(folder: Path) -> None:
 
 
 def _deletable(run: Path, needed: Collection[Path]) -> list[Path]:
-    """Returns a whole run, or its stages that no other run needs."""
+    """Returns the whole run if no other run needs its stages; otherwise the unneeded stages."""
     folders = [folder for folder in sorted(run.iterdir()) if folder.is_dir()]
     stages = [folder for folder in folders if folder.name != CODE]  # the code of kept stages stays
     unneeded = [folder for folder in stages if folder not in needed]
@@ -271,6 +272,7 @@ def _deletable(run: Path, needed: Collection[Path]) -> list[Path]:
 
 
 def _inputs(run: Path) -> Iterator[Path]:
+    """Yields the directories of all inputs of a run's stages."""
     for file in run.glob(f"*/{REQUEST}"):
         yield from (ref.directory for ref in read_request(file.parent).inputs.values())
 
@@ -318,4 +320,4 @@ def _directory(options: Options) -> Path:
         return Path(directory)
     if recipe := options.get("recipe"):
         return Path("runs", recipe)
-    raise RecipeError("which run?", "add run_dir=DIR, or recipe=NAME for runs/NAME")
+    raise RecipeError("no run is given.", "add run_dir=DIR, or recipe=NAME for runs/NAME")

@@ -45,7 +45,10 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def print_sources(plan: Plan, console: Console) -> None:
-    """Shows the sources to tokenise; the size of text that is not on this machine is unknown."""
+    """Shows the sources of text that will be tokenised.
+
+    The size of a source is known only if its text is on this machine.
+    """
     for config in (stage.config for stage in plan.todo()):
         if not isinstance(config, PrepareDataConfig):
             continue
@@ -154,7 +157,7 @@ def _best_candidate(manifest: Manifest) -> str:
 
 
 def _latency(manifest: Manifest) -> str:
-    """States the largest error on shapes that the line was not fitted to, or else on all."""
+    """States the largest error on the shapes that were held out of the fit; without any, on all."""
     shapes = manifest.result(LatencyResult).shapes
     unseen = [shape for shape in shapes if not shape.is_fitted]
     error = max(abs(shape.error) for shape in unseen or shapes)
@@ -181,14 +184,15 @@ HEADLINES: Mapping[str, Callable[[Manifest], str]] = {
     "speed_results": _speedup,
     "report": lambda m: REPORT_FILE,
 }
-"""Functions that format a stage's main result, by kind of artifact."""
+"""Functions that format a stage's main result, by type of artifact."""
 
 
 def require_gates(plan: Plan, console: Console) -> None:
     """Shows the measured value of each gate; raises ``RecipeError`` if a gate failed.
 
-    No stage judges gates. So a failed gate keeps all results, and the same command with another
-    threshold runs nothing again. A gate is skipped if its stage is incomplete or not in ``only``.
+    Gates are judged after the run, not by a stage. All results stay, and the same command with
+    another threshold runs no stage again. A gate whose stage is incomplete or not in ``only`` is
+    not judged.
     """
     if not plan.gates:
         return

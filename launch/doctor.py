@@ -64,8 +64,11 @@ def run(words: Sequence[str], console: Console) -> int:
         table.add_row(check.name, escape(check.found), result, escape(check.fix))
     console.print(table)
     failed = [check.name for check in checks if check.result == FAIL]
-    console.print(f"impossible here: {', '.join(failed)}" if failed else "recipes can run here")
-    return 1 if failed else 0
+    if failed:
+        console.print(f"recipes cannot run here: fix {', '.join(failed)}")
+        return 1
+    console.print("recipes can run here")
+    return 0
 
 
 def examine() -> Iterator[Check]:
@@ -80,8 +83,8 @@ def examine() -> Iterator[Check]:
     yield from _programs()
 
 
-def _check(name: str, value: str, good: object, fix: str, bad: str = FAIL) -> Check:
-    return Check(name, value, OK, "") if good else Check(name, value, bad, fix)
+def _check(name: str, value: str, passed: object, fix: str, otherwise: str = FAIL) -> Check:
+    return Check(name, value, OK, "") if passed else Check(name, value, otherwise, fix)
 
 
 def _accelerators() -> Iterator[Check]:
@@ -94,7 +97,7 @@ def _accelerators() -> Iterator[Check]:
         bf16 = cpu_profile("precision") == "bf16-mixed"
         found = f"no GPU; CPU {'with' if bf16 else 'without'} bfloat16 instructions"
         fix = "bfloat16 may be slow: stages.distill.precision=32"
-        yield _check("GPU", found, bf16, fix, bad=WARN)
+        yield _check("GPU", found, bf16, fix, otherwise=WARN)
 
 
 def _gpus() -> list[str]:
@@ -124,7 +127,7 @@ def _resources() -> Iterator[Check]:
     yield _check("memory", f"{memory / 1e9:.1f} GB", memory >= MEMORY_BYTES, fix)
     shm, fix = Path("/dev/shm"), "NCCL and gloo use it between ranks: docker run --ipc=host"
     size = shutil.disk_usage(shm).total if shm.is_dir() else 0
-    yield _check("shared memory", f"{size / 1e9:.1f} GB", size >= SHM_BYTES, fix, bad=WARN)
+    yield _check("shared memory", f"{size / 1e9:.1f} GB", size >= SHM_BYTES, fix, otherwise=WARN)
     cache, fix = cache_dir(), "set NEMO_RECIPES_CACHE to a writable folder"
     existing = next(path for path in (cache, *cache.absolute().parents) if path.exists())
     yield _check("cache", str(cache), os.access(existing, os.W_OK), fix)
@@ -133,6 +136,6 @@ def _resources() -> Iterator[Check]:
 def _programs() -> Iterator[Check]:
     for program, use in PROGRAMS.items():
         path = shutil.which(program)
-        yield _check(program, path or "not here", path, f"for {use}", bad=WARN)
+        yield _check(program, path or "not here", path, f"for {use}", otherwise=WARN)
     version, fix = installed("tensorrt_llm"), "for TensorRT-LLM engines; it needs its own image"
-    yield _check("tensorrt_llm", version or "not here", version, fix, bad=WARN)
+    yield _check("tensorrt_llm", version or "not here", version, fix, otherwise=WARN)

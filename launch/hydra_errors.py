@@ -32,7 +32,7 @@ def as_typed(schema: type[ConfigT], node: DictConfig, where: str = "") -> Config
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", None) or getattr(error, "key", ""))
         name, message = f"{where}.{key}".strip("."), str(error).splitlines()[0]
-        # Without the field itself: if its name is right, its value is wrong.
+        # The field itself is no suggestion: if its name is known, only its value is wrong.
         hint = did_you_mean(key, {field.name for field in fields(schema)} - {key})
         raise RecipeError(f"{name}: {message.rstrip('.')}.{hint}", fix_of(message)) from error
     if invalid := list(violations(typed, where)):
@@ -63,7 +63,7 @@ TYPE_FIXES = {
     "to Float": "use a number",
     "valid bool": "use true or false",
     "not Optional": "give a value other than null",
-    "to string": "give one text",
+    "to string": "give one string",
     "ListConfig": "give a list, such as [a,b]",
     "Dict": "give names with values, such as {a: 1}",
 }
@@ -108,7 +108,7 @@ def _unknown_choice(text: str) -> str | None:
 
 
 def _unknown_group(group: str) -> str:
-    """Groups of stages are named after their modules."""
+    """Explains an unknown group; suggests the group of a stage with a similar name."""
     hint = did_you_mean(group.rpartition("/")[2], stage_names())
     return f"there is no config group '{group}'.{hint}\n  fix: {SHOW_FIELDS}"
 

@@ -1,4 +1,4 @@
-"""The lock of a run directory, which one launcher at a time may write, and its holder."""
+"""The lock of a run directory: only one launcher at a time may write to it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recipes.core.errors import RecipeError
 
 LOCK = ".lock"
 WAIT_SECONDS = 0.5
-"""How long to wait for the lock. ``read_holder`` takes it for a moment, to see if it is free."""
+"""How long to wait for the lock. ``read_holder`` holds it for a moment to see if it is free."""
 SetStage = Callable[[str | None], None]
 """Records in the lock which stage runs, for ``status``."""
 
@@ -32,7 +32,11 @@ class Holder:
 
 @contextmanager
 def acquire(run_dir: Path) -> Iterator[SetStage]:
-    """Locks a run, or refuses; the kernel frees the lock however this process ends."""
+    """Locks a run. The kernel frees the lock however this process ends.
+
+    Raises:
+        RecipeError: Another process holds the lock.
+    """
     with (run_dir / LOCK).open("a", encoding="utf-8") as file:
         deadline = time.monotonic() + WAIT_SECONDS
         while True:

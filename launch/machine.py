@@ -26,7 +26,7 @@ def chain_of(
 ) -> Chain:
     """Returns the chain with its hardware; refuses an unusable teacher or hardware profile."""
     chain = read_chain(hf_path, configs)
-    # Resolved in the whole config, because values of a CPU depend on the cluster.
+    # Resolved within the whole config, because a CPU's profile refers to the cluster's settings.
     profile = OmegaConf.create(OmegaConf.to_container(cfg.hardware, resolve=True))
     hardware = as_typed(Hardware, profile, "hardware")  # type: ignore[arg-type]
     if hardware.memory_bytes is None and cfg.cluster.executor == "slurm":
@@ -42,7 +42,7 @@ def chain_of(
 
 
 def cluster_problems(cluster: DictConfig, hardware: Hardware) -> Iterator[Problem]:
-    """Checks the cluster, as far as this machine can see it."""
+    """Checks the cluster's settings, as far as that is possible on this machine."""
     if not hardware.on_gpu:
         yield from _cpu_problems(cluster, hardware)
     if cluster.executor == "local":
@@ -52,7 +52,7 @@ def cluster_problems(cluster: DictConfig, hardware: Hardware) -> Iterator[Proble
         yield Problem(
             rules.CPUS_PER_TASK,
             "cluster.cpus_per_task is not set",
-            "set it to the cores of a node that its processes may use",
+            "set it to the number of cores that a stage may use on a node",
         )
     for name, image in (cluster.get("images") or {}).items():
         if image is not None and not _image_exists(str(image), str(cluster.executor)):
@@ -100,7 +100,7 @@ def _cpu_problems(cluster: DictConfig, hardware: Hardware) -> Iterator[Problem]:
 
 
 def mpi_problems(cluster: DictConfig, chain: Chain, selected: Iterable[str]) -> Iterator[Problem]:
-    """Checks that MPI is set for stages which start TensorRT-LLM in Slurm's jobs."""
+    """Checks that ``cluster.mpi`` is set for stages that start TensorRT-LLM on Slurm."""
     mpi = cluster.get("mpi", {}) if cluster.executor == "slurm" else {}
     for name in selected:
         config = chain.stages[name]
@@ -113,7 +113,7 @@ def mpi_problems(cluster: DictConfig, chain: Chain, selected: Iterable[str]) -> 
 
 
 def _image_exists(image: str, executor: str) -> bool:
-    """Whether an image's file exists, or docker has it here; does not check registries."""
+    """Returns whether an image exists as a file or in docker; ``True`` if nothing can check it."""
     if image.startswith("/") or image.endswith(".sqsh"):
         return Path(image).is_file()
     if executor != "docker" or shutil.which("docker") is None:

@@ -25,9 +25,9 @@ from recipes.stages.contract import Stage
 
 RUN, RESUME, SKIP = "run", "resume", "skip"
 ADOPT = "adopt"
-"""A Slurm job that an earlier command submitted runs the stage, or will."""
+"""The stage is left to a Slurm job of an earlier command, which runs it now or will."""
 REASON_CHARACTERS = 80
-"""Longest reason that shows values; a longer one only names the setting."""
+"""A reason with more characters shows only the setting's name, without its values."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PlannedStage:
     reason: str
     chain: Chain = field(repr=False, compare=False)
     rerun: tuple[str, ...] = ()
-    """Stages among its inputs that run before it."""
+    """Those of its input stages that will run in this plan."""
     accepted: Acceptance | None = None
     """Why its stale result is kept."""
     kept: Mapping[str, list[str]] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class PlannedStage:
         return snapshot_dir(self.directory.parent)
 
     def request(self) -> Request:
-        """Returns the request that its process is, or was, started with."""
+        """Returns the request of the process that computes its result, or has computed it."""
         result = self.result if self.action == SKIP else None
         return Request(
             name=self.name,
@@ -134,13 +134,14 @@ def load_stage(name: str) -> Stage[Any]:
 def choose_action(stage: PlannedStage, *, forced: bool, selected: bool) -> tuple[str, str]:
     """Returns what to do with a stage, and why.
 
-    Unfinished work with the stage's fingerprint is resumed even if the stage is forced: the command
-    may be the repetition of one that was killed.
+    Unfinished work with the stage's fingerprint is resumed even if the stage is forced: the same
+    command with ``force`` may have been killed before.
 
     Args:
-        stage: The stage, whose own action is not known yet.
+        stage: The stage; its field ``action`` is not used.
         forced: Whether ``force`` names the stage.
-        selected: Whether it runs in this plan, so that it can cite new acceptances.
+        selected: Whether ``only`` selects the stage. If so, a report or model card that names
+            accepted results is written again when the user's acceptances have changed.
     """
     reason = "forced" if forced else _reason_to_run(stage)
     if reason is None and selected and stage.stage.cites_manifests and _cites_others(stage):
@@ -174,7 +175,7 @@ def require_no_lost_work(stage: PlannedStage) -> None:
 
 
 def _cites_others(stage: PlannedStage) -> bool:
-    """Whether other stale results are accepted than when the stage's result was written."""
+    """Returns whether acceptances changed since the stage's result was written."""
     manifest = read_manifest(stage.directory)
     return manifest is not None and manifest.kept != stage.kept
 
@@ -217,7 +218,8 @@ def _changes(
     """Compares a stage with an earlier start.
 
     Returns:
-        The old and the new value of each setting that changed; and names of other changes.
+        The old and the new value of each changed setting, and the names of other changes.
+
     """
     # A setting that the earlier start did not record is new, so the code has changed as well.
     fields = {

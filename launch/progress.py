@@ -34,7 +34,7 @@ def remaining_seconds(records: Sequence[Record]) -> int | None:
     for record in records:
         if record["task"] == last["task"]:
             if recent and record["done"] <= recent[-1]["done"]:
-                recent.clear()  # a restart; the time before it was not spent on the task
+                recent.clear()  # after a restart only the new records show the speed
             recent.append(record)
     recent = recent[-SPEED_RECORDS:]
     if len(recent) < 2:
@@ -69,7 +69,7 @@ def remaining_run_seconds(
 
 
 def run_estimate(plan: Plan, stage: PlannedStage) -> Callable[[float], float | None]:
-    """Returns a function from a running stage's remaining seconds to those of its run."""
+    """Returns a function that estimates a run's remaining seconds from those of a running stage."""
     planned = planned_seconds(plan.run_dir)
     index = plan.stages.index(stage)
     later = [other.name for other in plan.stages[index + 1 :] if other.action != SKIP]
@@ -153,5 +153,5 @@ class Follower:
         task = remaining_seconds(self._recent)
         parts = [f"{format_seconds(task)} left"] if task else []
         if task is not None and (run := self._run_estimate(task)):
-            parts.append(f"about {format_seconds(run)} of the run")
+            parts.append(f"about {format_seconds(run)} for the run")
         return ", ".join(parts)

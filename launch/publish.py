@@ -28,7 +28,8 @@ from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import parse_source
 from recipes.report.settings import REPORT_FILE
 
-EXPORT, REPORTS = "export_hf", "report"
+EXPORT_STAGE, REPORT_STAGE = "export_hf", "report"
+"""Modules of the stages whose files are published."""
 
 
 def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> None:
@@ -37,7 +38,7 @@ def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> Non
     Args:
         plan: The run.
         settings: Its settings; a dry run does not contact the hub.
-        follows: Whether the launcher still runs when the last stage ends.
+        follows: Whether the launcher waits for the last stage, so that it can publish.
     """
     hub = settings.hub
     if hub.push is None:
@@ -45,14 +46,14 @@ def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> Non
     if _student(plan) is None:
         raise RecipeError(
             f"hub.push={hub.push}, but this run exports no student.",
-            "choose a recipe that does, with export_hf in only, or leave out hub.push",
+            "choose a recipe with export_hf, include it in only if that is set, or omit hub.push",
         )
     if not follows:
         raise RecipeError(
-            f"hub.push={hub.push} needs the launcher, which returns once the jobs are submitted.",
-            "add cluster.follow=true, or add hub.push to the same command when all is complete",
+            f"hub.push={hub.push}, but the launcher exits once the jobs are submitted.",
+            "add cluster.follow=true, or repeat the command with hub.push when all is complete",
         )
-    _require_commercial(plan, hub)
+    _require_licence(plan, hub)
     if not settings.dry_run:
         _require_access(hub.push, hub.private)
 
@@ -79,8 +80,9 @@ def publish(plan: Plan, hub: Hub, console: Console) -> None:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     files = _files(plan, student)
-    _require_commercial(plan, hub)  # again, with the licences that the hub's cards name
-    _require_access(hub.push, hub.private)  # again, as hours may have passed
+    # Both were checked before the run. Now results name more licences, and access may have changed.
+    _require_licence(plan, hub)
+    _require_access(hub.push, hub.private)
     with _explained_errors(hub.push):
         api = HfApi()
         api.create_repo(hub.push, private=hub.private, exist_ok=True)
@@ -93,10 +95,13 @@ def publish(plan: Plan, hub: Hub, console: Console) -> None:
 
 
 def public_file(stage: PlannedStage) -> Path | None:
-    """Returns the file that the hub gets: the export's manifest, or the report."""
+    """Returns a stage's file for the hub: the export's manifest, or the report page.
+
+    ``None`` for other stages.
+    """
     if _exports_student(stage):
         return stage.directory / MANIFEST
-    if stage.config.stage == REPORTS:
+    if stage.config.stage == REPORT_STAGE:
         return stage.directory / ARTIFACT / REPORT_FILE
     return None
 
@@ -107,7 +112,7 @@ def _student(plan: Plan) -> PlannedStage | None:
 
 def _exports_student(stage: PlannedStage) -> bool:
     """Whether a stage exports the evaluated model; a run may also export its teacher."""
-    return stage.config.stage == EXPORT and "evaluation" in stage.inputs
+    return stage.config.stage == EXPORT_STAGE and "evaluation" in stage.inputs
 
 
 def _files(plan: Plan, student: PlannedStage) -> dict[str, Path]:
@@ -120,14 +125,17 @@ def _files(plan: Plan, student: PlannedStage) -> dict[str, Path]:
     return files | {file.name: file for file in public if file is not None}
 
 
-def _require_commercial(plan: Plan, hub: Hub) -> None:
-    """Refuses a student whose text or teacher has a licence that forbids commercial use."""
+def _require_licence(plan: Plan, hub: Hub) -> None:
+    """Refuses a student whose text or teacher has a licence that forbids commercial use.
+
+    ``hub.allow_noncommercial`` allows it.
+    """
     restricted = sorted({text for text in _licences(plan) if forbids_commercial_use(text)})
     if restricted and not hub.allow_noncommercial:
         raise RecipeError(
             f"hub.push={hub.push}, but the licence of its text or teacher forbids commercial use: "
             f"{', '.join(restricted)}.",
-            "hub.allow_noncommercial=true publishes it; its model card names the licence",
+            "hub.allow_noncommercial=true publishes it anyway; its model card names the licence",
         )
 
 
@@ -155,7 +163,7 @@ def _require_access(repository: str, private: bool) -> None:
     if get_token() is None:
         raise RecipeError(
             f"hub.push={repository} needs a token of the hub.",
-            "set HF_TOKEN to one that may write, or run hf auth login",
+            "set HF_TOKEN to a token with write access, or run hf auth login",
         )
     with _explained_errors(repository):
         api = HfApi()
@@ -183,6 +191,6 @@ def _explained_errors(repository: str) -> Iterator[None]:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise RecipeError(
             f"could not publish {repository}: {reason[-1]}",
-            "check HF_TOKEN, the name and the network; the same command tries again and runs no "
-            "complete stage again",
+            "check HF_TOKEN, the name and the network, then repeat the command: complete stages do "
+            "not run again",
         ) from error

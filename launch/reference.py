@@ -1,7 +1,7 @@
 """``python -m launch.reference`` writes the tables of ``docs/configuration.md``.
 
-The tables list, from ``conf`` and the code, every choice of a group, and every field with its type,
-default and meaning.
+They list the choices of each group in ``conf``, and each field with its type, default and meaning.
+
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from recipes.planning.hardware import Hardware
 
 PAGE = REPO_ROOT / "docs" / "configuration.md"
 MARK = "<!-- From here on: python -m launch.reference -->\n"
-PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+PLAIN = {int: "integer", float: "number", str: "string", bool: "true or false"}
 SIGNS: dict[type, str] = {Gt: ">", Ge: "≥", Lt: "<", Le: "≤"}
 MAX_NAMES = 12
 """Number of allowed names that the table shows for a field."""
@@ -59,8 +59,8 @@ def _sections() -> Iterator[str]:
     yield "## Every stage\n"
     yield "Below `stages.NAME`.\n"
     yield _fields(StageConfig)
-    yield "## Every training\n"
-    yield "`distill`, `correct_teacher`, and the trainings of `successive_halving`.\n"
+    yield "## Every training stage\n"
+    yield "`distill`, `correct_teacher`, and the training runs of `successive_halving`.\n"
     yield _fields(TrainingConfig, without=StageConfig)
     for name in stage_names():
         yield from _stage(name)
@@ -91,7 +91,7 @@ def _stage(name: str) -> Iterator[str]:
     about = (import_module(f"recipes.stages.{name}").__doc__ or "").strip().splitlines()[0]
     inputs = [*stage.inputs, *(f"{one} (optional)" for one in stage.optional_inputs)]
     yield f"## {name}\n"
-    yield f"{about} Makes `{stage.kind}`; inputs: {', '.join(inputs) or 'none'}.\n"
+    yield f"{about} Artifact: `{stage.kind}`; inputs: {', '.join(inputs) or 'none'}.\n"
     [file, *_] = sorted((CONF / "stage" / name).glob("*.yaml"))
     values = _yaml(f"stage/{name}/{file.name}")
     if not issubclass(stage.config, TrainingConfig):
@@ -99,7 +99,7 @@ def _stage(name: str) -> Iterator[str]:
         return
     common = {f.name for f in fields(TrainingConfig)} - {f.name for f in fields(StageConfig)}
     defaults = ", ".join(f"`{key}: {_value(values[key])}`" for key in values if key in common)
-    yield f"The fields of every training, with {defaults}, and:\n"
+    yield f"The fields of every training stage, with {defaults}, and:\n"
     yield _fields(stage.config, values, without=TrainingConfig)
 
 
@@ -108,7 +108,7 @@ def _fields(
 ) -> str:
     """Returns a table of a dataclass's fields; ``values`` from a YAML file replace its defaults."""
     rows = list(_rows(kind, values or {}, without=without))
-    return _table(("field", "type", "default", "meaning"), rows) if rows else "No own fields.\n"
+    return _table(("field", "type", "default", "meaning"), rows) if rows else "No other fields.\n"
 
 
 def _rows(

@@ -1,4 +1,4 @@
-"""``rehearse=true``: rehearses a recipe's stages at full size, but on fake tensors, here."""
+"""``rehearse=true`` runs a recipe's stages here at full size on fake tensors, without a GPU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ Results = list[tuple[RankJob, RehearsalResult]]
 
 
 def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Console) -> None:
-    """Rehearses the stages that compute on a device; shows their memory and the planned memory."""
+    """Rehearses the stages that compute on a device; shows rehearsed and planned memory.
+
+    Raises:
+        RecipeError: The rehearsal found mistakes, or there is nothing to rehearse.
+    """
     ranks = _ranks(settings.rehearse)
     configs = typed_stages(cfg)
     only = set(configs) if settings.only is None else settings.only
@@ -51,16 +55,16 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
     hf_config, _ = read_config_or_published(chain.hf_path)
     jobs = jobs_of(chain, stages, selected, hf_config, ranks)
     if not jobs:
-        missing = "any rank" if ranks is None else f"rank {' or '.join(map(str, ranks))}"
+        rank = "" if ranks is None else f" with rank {' or '.join(map(str, ranks))}"
         raise RecipeError(
-            f"there is nothing to rehearse: no stage computes on a device and has {missing}.",
-            "rehearse=true, and leave out only",
+            f"there is nothing to rehearse: no selected stage{rank} computes on a device.",
+            "use rehearse=true without only",
         )
     if settings.dry_run:
         for job in jobs:
             console.print(f"would rehearse {job.name}, rank {job.rank} of {job.world}")
         return
-    results = _show_progress(jobs, console)
+    results = _rehearse_all(jobs, console)
     console.print(_table(results, chain))
     mistakes = [*communication_mistakes(results), *memory_mistakes(results, chain)]
     for mistake in mistakes:
@@ -69,13 +73,13 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
     if count:
         raise RecipeError(
             f"the rehearsal found {count} mistake(s); see above.",
-            "for lack of memory, lower micro_batch_size or split the model over more ranks; other "
-            "mistakes would also happen on the device",
+            "if memory is too small, lower micro_batch_size or split the model over more ranks; "
+            "other mistakes would also occur on the device",
         )
 
 
-def _show_progress(jobs: Sequence[RankJob], console: Console) -> Results:
-    """Rehearses jobs; prints a line for each, and each error once."""
+def _rehearse_all(jobs: Sequence[RankJob], console: Console) -> Results:
+    """Rehearses jobs; prints a line for each, and each different error once."""
     at_once = min(cores(), len(jobs))
     console.print(f"{len(jobs)} ranks, {at_once} at once", highlight=False)
     results: Results = []
@@ -85,7 +89,7 @@ def _show_progress(jobs: Sequence[RankJob], console: Console) -> Results:
         rank = f"{len(results)}/{len(jobs)} {job.name}, rank {job.rank} of {job.world}"
         end = f"{'failed' if result.error else 'done'} in {result.seconds:.0f} s"
         if result.error in errors:
-            end += f", as rank {errors[result.error]}"
+            end += f", with the same error as rank {errors[result.error]}"
         console.print(f"{rank}: {end}")
         if result.error and result.error not in errors:
             console.print(result.error, markup=False, style="red")
@@ -107,7 +111,7 @@ def _ranks(value: object) -> list[int] | None:
 
 
 def _run(jobs: Sequence[RankJob], at_once: int) -> Iterator[RehearsalResult]:
-    """Rehearses in another process, because a rehearsal patches the libraries."""
+    """Rehearses jobs in another process, because a rehearsal patches libraries; yields results."""
     from pydantic import TypeAdapter  # slow to import
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -133,12 +137,13 @@ def _run(jobs: Sequence[RankJob], at_once: int) -> Iterator[RehearsalResult]:
             end = "\n".join(tail(log, 10))
             raise RecipeError(
                 f"the rehearsal ended early:\n{end}",
-                "if it was killed, free memory of this machine, or rehearse fewer: 'rehearse=[0]'",
+                "if it was killed, free memory on this machine, or rehearse fewer ranks: "
+                "'rehearse=[0]'",
             )
 
 
 def communication_mistakes(results: Results) -> Iterator[str]:
-    """Yields differences between the calls of a stage's ranks; those that failed are left out."""
+    """Yields differences in communication between the ranks of a stage that did not fail."""
     for name in dict.fromkeys(job.name for job, _ in results):
         channels = {
             job.rank: result.channels
@@ -182,9 +187,10 @@ def _table(results: Results, chain: Chain) -> Table:
 
 
 def peak_by_kind(result: RehearsalResult, plan: Memory | None) -> dict[str, int]:
-    """Returns the bytes at the peak of every kind of tensor that a plan distinguishes."""
+    """Returns the bytes at the peak, by the kinds of tensors that a plan distinguishes."""
     peak = {kind: result.peak.get(kind, 0) for kind in KINDS}
-    if plan and plan.teacher and not plan.weights:  # the only model, not trained, is the teacher
+    if plan and plan.teacher and not plan.weights:
+        # A plan counts a model that is not trained as the teacher.
         peak["teacher"], peak["weights"] = peak["weights"], 0
     return peak
 
@@ -199,7 +205,9 @@ def planned_memory(job: RankJob, chain: Chain) -> Memory | None:
     if stage.workload is None:
         return None
     workload = stage.workload(config, chain)
-    if (student := job.inputs.get("student")) is not None:  # of a search, not of another stage
+    if (student := job.inputs.get("student")) is not None:
+        # A search has no such input; its rehearsal trains the largest of its shapes.
         workload = replace(workload, trained=Architecture(**student.shape))
+
     pipeline_stage = job.rank // (job.world // workload.layout.pipeline)
     return stage_memory(workload, chain.hardware, pipeline_stage)

@@ -32,8 +32,8 @@ if __name__ == "__main__":
     on_interrupt(exit_now)
 # `python launch/run.py` puts launch/ on the path, but the packages are in its parent.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-# Both save time of every command: fewer collections while modules are imported and parsed, and no
-# import of a library whose plugin Hydra would look for.
+# Both lines make every command start faster. Imports and parsing trigger fewer garbage collections,
+# and Hydra does not import multistorageclient for its plugin.
 gc.set_threshold(50_000)
 sys.modules["multistorageclient.contrib.hydra"] = None  # type: ignore[assignment]
 
@@ -101,7 +101,7 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
     if settings.rehearse is not False:
         rehearse(cfg, settings, run_dir, console)
         return None
-    before = _last_plan(run_dir, recipe)
+    last_plan = _last_plan(run_dir, recipe)
     require_tracker(settings.tracker)
     executor, cluster = executor_of(cfg.cluster)
     plan = executor.prepare(make_plan(cfg, settings, run_dir), cluster)
@@ -112,7 +112,7 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
     view.print_notes(plan, set(settings.skip_rules), console)
     complete = all(stage.action == SKIP for stage in plan.stages)
     require_publishable(plan, settings, complete or cluster.follow)
-    with _recorded(plan, before, settings.dry_run) as set_stage:
+    with _written_plan(plan, last_plan, settings.dry_run) as set_stage:
         if set_stage is not None:
             executor.write_scripts(plan, cluster)
             write_tracker(run_dir, recipe, settings.tracker)
@@ -153,7 +153,7 @@ def _run_dir(settings: RunSettings, recipe: str) -> Path:
 
 
 def _last_plan(run_dir: Path, recipe: str) -> LastPlan:
-    """Returns the last plan of a run; refuses a run of another recipe."""
+    """Returns the last plan of a run, empty for a new run; refuses a run of another recipe."""
     last = read_last_plan(run_dir)
     if last is not None and last.recipe != recipe:
         raise RecipeError(
@@ -164,22 +164,28 @@ def _last_plan(run_dir: Path, recipe: str) -> LastPlan:
 
 
 @contextmanager
-def _recorded(plan: Plan, before: LastPlan, dry_run: bool) -> Iterator[lock.SetStage | None]:
-    """Writes a plan to its run's directory; if a stage must run, yields while it holds the lock.
+def _written_plan(plan: Plan, before: LastPlan, dry_run: bool) -> Iterator[lock.SetStage | None]:
+    """Locks a run's directory and writes a plan to it; the caller's block runs under the lock.
 
-    Writes the requests of stages that will run or whose fingerprint changed since the last plan.
-    Deletes unfinished work of complete stages, which a kill left. Without changes writes nothing.
+    It writes the code, the user's acceptances, and the requests of stages that will run or whose
+    fingerprint changed since the last plan. It deletes what a killed stage left beside its complete
+    result. If nothing would change, it neither locks nor writes.
+
+    Args:
+        plan: The plan.
+        before: The last plan of the run.
+        dry_run: Whether to leave acceptances and leftovers as they are.
 
     Yields:
-        What records the running stage in the lock; ``None`` if no stage must run.
+        A function that records the running stage in the lock; ``None`` if no stage must run.
     """
     fingerprints = dict(before.stages) | {stage.name: stage.fingerprint for stage in plan.stages}
-    last = LastPlan(before.recipe, {name: fingerprints.get(name) for name in plan.chain.stages})
+    after = LastPlan(before.recipe, {name: fingerprints.get(name) for name in plan.chain.stages})
     skipped = [stage.state() for stage in plan.stages if stage.action == SKIP and not dry_run]
     leftovers = [state.directory for state in skipped if state.leftover]
     starts = any(stage.action != SKIP for stage in plan.stages)
     acceptances = {} if dry_run else plan.acceptances
-    if not (starts or leftovers or acceptances) and last == before:
+    if not (starts or leftovers or acceptances) and after == before:
         yield None
         return
     with explain_storage_errors(plan.run_dir):
@@ -190,7 +196,7 @@ def _recorded(plan: Plan, before: LastPlan, dry_run: bool) -> Iterator[lock.SetS
             _write_requests(plan, before)
             for folder, acceptance in acceptances.items():
                 record_acceptance(folder, acceptance)
-            last.write(plan.run_dir)
+            after.write(plan.run_dir)
             if not dry_run:
                 for folder in leftovers:
                     discard_work(folder)
@@ -210,7 +216,7 @@ def _write_requests(plan: Plan, before: LastPlan) -> None:
 
 
 def cli() -> int:
-    """Runs a command line; turns every expected error into one message and an exit status."""
+    """Runs the command line and returns the exit status; shows expected errors as one message."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
     words = sys.argv[1:]
     try:

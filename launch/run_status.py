@@ -28,7 +28,7 @@ from recipes.core.stage_process import failure, newest_log
 
 @dataclass(frozen=True)
 class StageStatus:
-    """A stage's status, details for the user, and its Slurm job, if it had one."""
+    """A stage's status, details for the user, and its newest Slurm job, if it has one."""
 
     state: StageState
     status: Status
@@ -52,10 +52,11 @@ def read_statuses(run_dir: Path) -> list[StageStatus]:
     queue, plan = job_states(jobs.values()), read_last_plan(run_dir)
     planned = plan.stages if plan is not None else {}
     states = stage_states(run_dir, include=jobs)
+    # Jobs of the last plan; those of earlier plans say nothing about a stage that has ended.
     current = {name: job for name, job in jobs.items() if job.fingerprint == planned.get(name)}
     incomplete = [n for n, state in states.items() if state.status is not Status.COMPLETE]
-    left = [current[n] for n in incomplete if n in current and current[n].id not in queue]
-    queue |= final_states(left)
+    gone = [current[n] for n in incomplete if n in current and current[n].id not in queue]
+    queue |= final_states(gone)
     statuses = []
     for name, state in states.items():
         job = jobs.get(name)

@@ -1,4 +1,4 @@
-"""Sweeps (``-m``): checks that runs do not share results, and names the best run in the end."""
+"""Sweeps (``-m``): checks that runs do not overwrite each other, and names the best run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from recipes.core.errors import RecipeError
 from recipes.core.screen import screen
 
-SHARED = {
-    "run_dir": "hydra.sweep.dir=DIR, in which each has a folder",
+UNIQUE_SETTINGS = {
+    "run_dir": "set hydra.sweep.dir=DIR instead: each run gets a folder in DIR",
     "hub.push": "include the swept field: 'hub.push=ORG/NAME-${stages.prune.target_num_layers}'",
 }
-"""Settings that must differ between the runs of a sweep, and how to make them differ."""
+"""Settings that must differ between the runs of a sweep, and the fix if they do not."""
 
 
 def require_separate_results(cfg: DictConfig, words: Sequence[str]) -> None:
@@ -29,7 +29,7 @@ def require_separate_results(cfg: DictConfig, words: Sequence[str]) -> None:
         cfg: Config of one run.
         words: Command line of the sweep.
     """
-    for name, fix in SHARED.items():
+    for name, fix in UNIQUE_SETTINGS.items():
         group, _, key = name.rpartition(".")
         swept = any(word.startswith(f"{name}=") and "," in word for word in words)
         node = cfg[group] if group else cfg
@@ -55,7 +55,7 @@ class Best(Callback):
 
 
 def best_of(run_dirs: Sequence[Path]) -> str:
-    """Returns text with the best run, if two are evaluated, and the command that compares them."""
+    """Names the best run, if at least two are evaluated, and the command that compares them."""
     from recipes.report.compare import comparison, verdict
     from recipes.report.runs import read_run
 
@@ -64,5 +64,5 @@ def best_of(run_dirs: Sequence[Path]) -> str:
     try:
         rows = comparison([read_run(path) for path in run_dirs])["rows"]
     except RecipeError:
-        return f"which is best, once two of them are evaluated: {command}"
+        return f"no best run yet: at least two must be evaluated; then: {command}"
     return f"{verdict(rows)}\nside by side: {command}"

@@ -1,6 +1,6 @@
-"""Images, mounts and variables of stages in containers, for docker and for Pyxis.
+"""Images, mounts and environment variables of stages in containers, for docker and for Pyxis.
 
-Every path is the same inside a container and outside.
+A mounted path is the same inside and outside of a container.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def require_stages(setting: str, names: Iterable[str], *others: str) -> None:
 def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
     """Returns the mounts of all paths that a stage reads or writes, parents first.
 
-    Writable are the current directory, where relative paths start, the run, which contains the
-    code, and the cache. Inputs from other runs and the user's files are read-only.
+    The current directory (where relative paths start), the run (which contains the code) and the
+    cache are writable. Inputs from other runs and the user's files are read-only.
     """
     writable = {Path.cwd(), stage.directory.parent, cache_dir().absolute()}
     external = stage.stage.external(stage.config)
@@ -90,7 +90,7 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
 
 
 def environment(cluster: Containers, stage: PlannedStage) -> dict[str, str]:
-    """Returns the variables of a stage in a container: its paths, and the user's own."""
+    """Returns the environment variables of a stage in a container."""
     return {
         "NEMO_RECIPES_CACHE": str(cache_dir().absolute()),
         **stage_variables(stage, cluster),
@@ -98,9 +98,10 @@ def environment(cluster: Containers, stage: PlannedStage) -> dict[str, str]:
 
 
 def home(stage: PlannedStage) -> dict[str, str]:
-    """Returns the variables of a container's user: a writable home that is kept.
+    """Returns the variables of a container's user: a writable home in the cache directory.
 
-    They are set inside the container. Outside, Enroot would look there for credentials and images.
+    They must be set inside the container only: outside, they would also set Enroot's home, where it
+    looks for credentials and images.
     """
     cache = str(cache_dir().absolute())
     variables = {

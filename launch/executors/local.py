@@ -36,7 +36,7 @@ PRELOADED = (
     "recipes.pruning.scoring",
     "recipes.stages.contract",
 )
-"""Imports of the stages that need torch: with them come torch, transformers, NeMo and ModelOpt."""
+"""Modules that the fork server imports: they import torch, transformers, NeMo and ModelOpt."""
 Start = Callable[[PlannedStage, IO[bytes]], RunningStage]
 """Starts a stage whose output goes to a log."""
 
@@ -60,12 +60,12 @@ def prepare(plan: Plan, cluster: LocalConfig) -> Plan:
 
 
 def problems(plan: Plan, cluster: Cluster) -> Iterable[Problem]:
-    """No queue limits the stages of one machine."""
+    """Returns no problems: only a scheduler has limits to check."""
     return ()
 
 
 def dry_run(plan: Plan, console: Console) -> None:
-    """No scheduler is asked on one machine."""
+    """Shows nothing: there is no scheduler to ask."""
 
 
 def require_one_machine(plan: Plan, cluster: Cluster) -> None:
@@ -94,13 +94,13 @@ def environment(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
     """Returns the variables that a stage gets in addition to the caller's."""
     devices = stage.config.resources.devices
     # The launcher may itself run as a rank of a job. Its stages must not inherit that rank.
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} if devices == 1 else {}
-    own = stage_variables(stage, cluster)
-    path = filter(None, [own["PYTHONPATH"], os.environ.get("PYTHONPATH")])
+    single_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} if devices == 1 else {}
+    variables = stage_variables(stage, cluster)
+    path = filter(None, [variables["PYTHONPATH"], os.environ.get("PYTHONPATH")])
     return {
         "OMP_NUM_THREADS": str(max(1, cores() // stage.devices)),
-        **alone,
-        **own,
+        **single_rank,
+        **variables,
         "PYTHONPATH": os.pathsep.join(path),
     }
 
@@ -129,8 +129,8 @@ def write_script(
 def may_fork(stage: PlannedStage) -> bool:
     """Whether the fork server can start the stage.
 
-    Libraries read environment variables when they are imported, so a stage with variables of its
-    own needs a new process. So does a search whose trainings take several devices.
+    Libraries read environment variables when they are imported, so a stage with ``resources.env``
+    needs a new process. So does a search whose training runs take several devices.
     """
     return stage.stage.needs_torch and stage.devices == 1 and not stage.config.resources.env
 
@@ -163,7 +163,8 @@ def start_script(stage: PlannedStage, log: IO[bytes]) -> RunningStage:
 def run_all(plan: Plan, follow: Follow, start: Start = start_script) -> bool:
     """Runs all stages that must run, in order, until one fails.
 
-    Returns true: the stages have ended. Slurm only submits them.
+    Returns:
+        Always ``True``, as ``start`` of an executor that waits for its stages.
     """
     for stage in plan.todo():
         forget_job(plan.run_dir, stage.name)

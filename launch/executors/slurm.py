@@ -1,4 +1,4 @@
-"""Submits a chain to Slurm: one job for each stage, which waits for the jobs of its inputs."""
+"""Submits a run to Slurm: one job for each stage, which waits for the jobs of its inputs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ RESTART_SECONDS = 900.0
 """Longest restart of Slurm's controller, which does not answer meanwhile."""
 PLAIN = re.compile(r"[\w./@+=-]+")
 MIN_MARGIN_SECONDS = 300
-"""Covers what the estimate leaves out: it does not shrink with the training."""
+"""Shortest default of ``margin_seconds``, for costs that the estimate does not include."""
 Name = Annotated[str, matching(r"[\w.,@+=-]+", "a name without spaces")]
 Program = Annotated[str, matching(PLAIN.pattern, "one program, without spaces")]
 
@@ -82,13 +82,14 @@ class SlurmConfig(container.Containers):
     """How jobs request GPUs: ``gpus-per-node`` or ``gres``. ``null`` requests none, for nodes that
     are allocated whole or have no GPUs."""
     cpus_per_task: Count | None = None
-    """CPUs of all processes of a stage on a node; not requested where jobs take whole nodes."""
+    """CPUs on each node of a job, for all processes together. Jobs on whole nodes do not request
+    CPUs."""
     exclusive: bool | None = None
     """Whether jobs take whole nodes with all of their memory; by default only jobs of several ranks
     do."""
     mpi: dict[str, str | None] = field(default_factory=dict)
-    """Command that starts a stage with TensorRT-LLM, by stage module. TensorRT-LLM spawns processes
-    by MPI, even for one GPU, which Slurm's PMIx does not support."""
+    """Command that starts TensorRT-LLM's process, by stage module. TensorRT-LLM spawns further
+    processes by MPI, even for one GPU, and Slurm's PMIx does not support that."""
     sbatch: list[SbatchOption] = field(default_factory=list)
     """Further options of sbatch; ``resources.sbatch`` for one stage."""
     python: Program | None = None
@@ -101,7 +102,7 @@ CONFIG = SlurmConfig
 
 
 def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
-    """Refuses invalid settings; leaves stages to the jobs that already run or wait for them."""
+    """Refuses invalid settings; plans to leave stages to jobs that already run or wait."""
     container.require_usable(plan, cluster)
     container.require_stages("mpi", cluster.mpi)
     if problems := list(_settings_problems(plan.todo(), cluster)):
@@ -129,21 +130,24 @@ def problems(plan: Plan, cluster: SlurmConfig) -> Iterator[Problem]:
         job_of(stage, _sbatch_options(stage, cluster), stage.config.resources.time or cluster.time)
         for stage in plan.todo()
     ]
-    raw = {s.name: [*cluster.sbatch, *s.config.resources.sbatch] for s in plan.todo()}
-    return job_problems(jobs, raw, read_partitions())
+    user_options = {s.name: [*cluster.sbatch, *s.config.resources.sbatch] for s in plan.todo()}
+    return job_problems(jobs, user_options, read_partitions())
 
 
 def _settings_problems(stages: Iterable[PlannedStage], cluster: SlurmConfig) -> Iterator[str]:
-    """Yields settings that sbatch would refuse, or that would make the stages' jobs fail."""
+    """Yields a message for each setting that sbatch would refuse, or that would make jobs fail."""
     if not PLAIN.fullmatch(os.getcwd()):
-        yield f"{os.getcwd()} has a character that job options cannot hold\n  fix: work elsewhere"
+        yield (
+            f"the current directory {os.getcwd()} has a character that job options cannot hold\n"
+            "  fix: work in a folder whose path has only letters, digits and ./@+=_-"
+        )
     for stage in stages:
-        own = stage.config.resources.time
-        key = f"stages.{stage.name}.resources.time" if own else "cluster.time"
-        limit, margin = own or cluster.time, _margin_seconds(stage, cluster)
+        stage_limit = stage.config.resources.time
+        key = f"stages.{stage.name}.resources.time" if stage_limit else "cluster.time"
+        limit, margin = stage_limit or cluster.time, _margin_seconds(stage, cluster)
         if slurm_seconds(limit) <= margin:
             yield (
-                f"{key}={limit} is too short: {stage.name} stops {margin} s before it\n"
+                f"{key}={limit} is too short: {stage.name} stops {margin} s before the limit\n"
                 "  fix: raise it, or set cluster.margin_seconds"
             )
         if not PLAIN.fullmatch(str(stage.directory)):
@@ -154,7 +158,7 @@ def _settings_problems(stages: Iterable[PlannedStage], cluster: SlurmConfig) -> 
 
 
 def _margin_seconds(stage: PlannedStage, cluster: SlurmConfig) -> int:
-    """Returns how long before its limit a job's training stops."""
+    """Returns the seconds before a job's time limit at which its stage stops and saves."""
     if cluster.margin_seconds is not None:
         return cluster.margin_seconds
     workload = stage.workload
@@ -183,18 +187,19 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         resources=stage.config.resources,
         devices=stage.devices,
         cpus_per_task=_cpus_per_task(stage, cluster),
-        # Unique to the stage and its run: Slurm runs one job of a name at a time.
+        # Unique to the stage and its run. The dependency ``singleton`` then lets only one job of
+        # the stage run at a time.
         job_name=f"{run_dir.name}.{stage.name}."
         + hashlib.sha256(str(run_dir).encode()).hexdigest()[:8],
-        replaces=made.started_at if (made := stage.result) else None,
+        replaces=old.started_at if (old := stage.result) else None,
         cwd=os.getcwd(),
         time=stage.config.resources.time or cluster.time,
         sbatch=list(_sbatch_options(stage, cluster)),
         env=env,
         image=image,
         mounts=container.mounts_of(stage, cluster) if image else [],
-        # The image's own values of variables win, except for variables that are named here.
-        # Without their names, Enroot would replace the address and port of the first node.
+        # Variables that are named here keep the job's values in the container. All others get the
+        # image's values, if the image sets them.
         container_env=[*env, "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT"],
         home=container.home(stage),
         local_caches=container.LOCAL_CACHES if stage.stage.needs_torch else (),
@@ -229,10 +234,10 @@ def _takes_whole_nodes(stage: PlannedStage, cluster: SlurmConfig) -> bool:
 
 
 def _cpus_per_task(stage: PlannedStage, cluster: SlurmConfig) -> int | None:
-    """Returns the CPUs to request, for sbatch and srun alike; ``None`` on whole nodes.
+    """Returns the CPUs to request from sbatch and srun; ``None`` on whole nodes.
 
-    There a request would imply ``--exact``: the job would use that many CPUs of a node, and leave
-    the others idle.
+    On whole nodes a request would imply ``--exact``: the job would use only that many CPUs of a
+    node.
     """
     if _takes_whole_nodes(stage, cluster):
         return None
@@ -266,11 +271,12 @@ def _render(template: str, **values: Any) -> str:
 def dry_run(plan: Plan, console: Console) -> None:
     """Shows when Slurm could start each job; raises if it would refuse one."""
     if query("scontrol", "ping").returncode:
-        console.print("Slurm does not answer on this machine: it was not asked about these jobs")
+        console.print("Slurm does not answer on this machine, so the jobs were not checked with it")
         return
     command = [str(plan.run_dir / SUBMIT), TEST_ONLY]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    table = plain_table("Slurm, if all inputs were complete", "job", "could start", "CPUs", "nodes")
+    title = "Slurm's answer for each job, if its inputs were complete"
+    table = plain_table(title, "job", "could start", "CPUs", "nodes")
     refused: dict[str, list[str]] = {}
     for line in done.stdout.splitlines():
         stage, _, answer = line.partition(" ")
@@ -283,8 +289,8 @@ def dry_run(plan: Plan, console: Console) -> None:
     if refused:
         lines = [f"{', '.join(stages)}: {answer}" for answer, stages in refused.items()]
         raise RecipeError(
-            "Slurm would refuse jobs of\n" + "\n".join(lines),
-            "correct cluster=slurm's settings; sinfo and scontrol show partition list the limits",
+            "Slurm would refuse the jobs of\n" + "\n".join(lines),
+            "change the settings of cluster; sinfo and scontrol show partition list the limits",
         )
 
 
@@ -297,8 +303,8 @@ def start(plan: Plan, cluster: SlurmConfig, follow: Follow, console: Console) ->
     jobs = read_jobs(plan.run_dir)
     for stage in todo:
         console.print(f"{stage.name}: job {jobs[stage.name].id}")
-    what = "submitted" if todo else "nothing to submit"
-    console.print(f"{what}; see: python launch/run.py status run_dir={plan.run_dir}")
+    outcome = "submitted" if todo else "nothing to submit"
+    console.print(f"{outcome}; see: python launch/run.py status run_dir={plan.run_dir}")
     if cluster.follow:
         for stage in plan.stages:
             if stage.action != SKIP:
@@ -315,7 +321,7 @@ def _submit(plan: Plan) -> None:
         raise RecipeError(
             f"Slurm refused the job of {refused}: {done.stderr.strip()}\n"
             "  the jobs submitted before it stay in the queue",
-            f"correct cluster=slurm's settings and run the same command, or run {script}",
+            f"change the settings of cluster and run the same command, or run {script}",
         )
 
 
@@ -330,18 +336,18 @@ def _follow(stage: PlannedStage, job: SlurmJob, follow: Follow) -> None:
         follower.update()
         # A forced stage may still have its old result, whose fingerprint is the same.
         if stage.result is None or (state is not None and state.state != "COMPLETED"):
-            ended = f" ({state.state})" if state else ""
+            end_state = f" ({state.state})" if state else ""
             log = newest_log(stage.directory)
-            why = STATE_REASONS.get(state.state) if state else None
+            reason = STATE_REASONS.get(state.state) if state else None
             raise RecipeError(
-                f"stage {stage.name}, job {job.id}, failed{ended}: "
-                f"{why or failure(stage.directory, log)}\n  log: {log}",
+                f"stage {stage.name}, job {job.id}, failed{end_state}: "
+                f"{reason or failure(stage.directory, log)}\n  log: {log}",
                 fix="",
             )
 
 
 def _state(job: SlurmJob) -> JobState | None:
-    """Returns a job's state; waits while the controller restarts, as the job continues."""
+    """Returns a job's state; waits while Slurm's controller restarts, because jobs continue."""
     deadline = time.monotonic() + RESTART_SECONDS
     while True:
         try:

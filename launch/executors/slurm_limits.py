@@ -1,4 +1,4 @@
-"""Compares Slurm jobs with the processes that they start, and with their partitions."""
+"""Checks that Slurm jobs request what their processes need, and what their partitions allow."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RESOURCES = "stages.NAME.resources"
 
 @dataclass(frozen=True)
 class Job:
-    """What a job requests; ``None`` means Slurm's default."""
+    """What a stage's job requests, per node; ``None`` means Slurm's default."""
 
     stage: PlannedStage
     seconds: int
@@ -49,15 +49,15 @@ class Job:
         return self.stage.config.resources.nodes
 
     def __str__(self) -> str:
-        sizes = [_counted(self.gpus, "GPU")] if self.gpus else []
-        sizes += [_counted(self.cpus, "CPU")] if self.cpus else []
+        sizes = [_with_unit(self.gpus, "GPU")] if self.gpus else []
+        sizes += [_with_unit(self.cpus, "CPU")] if self.cpus else []
         sizes += [f"{self.memory_mb / 1024:.0f} GB of memory"] if self.memory_mb else []
-        return " with ".join(filter(None, [_counted(self.nodes, "node"), ", ".join(sizes)]))
+        return " with ".join(filter(None, [_with_unit(self.nodes, "node"), ", ".join(sizes)]))
 
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """Equal nodes of a partition."""
+    """Nodes of a partition with equal hardware; ``cpus``, ``memory_mb`` and ``gpus`` of each."""
 
     count: int
     cpus: int
@@ -84,7 +84,7 @@ class Partition:
         return float(value) if value.isdigit() else math.inf
 
     def fitting_nodes(self, job: Job) -> int:
-        """Returns the number of nodes that have what a job requests of each."""
+        """Returns the number of nodes that can satisfy a job's request per node."""
         cpus = self.limit("MaxCPUsPerNode")
         return sum(
             group.count
@@ -95,23 +95,23 @@ class Partition:
         )
 
     def default_memory_mb(self, cpus: int) -> float:
-        """Returns the memory on a node of a job that requests none."""
+        """Returns the memory that a job gets on a node if it does not request memory."""
         return min(self.limit("DefMemPerNode"), self.limit("DefMemPerCPU") * cpus)
 
 
 Partitions = Mapping[str, Partition]
-"""By name."""
+"""Partitions by name."""
 
 
 def job_of(stage: PlannedStage, options: Iterable[str], time: str) -> Job:
     """Returns what a job requests.
 
     Args:
-        stage: Its stage.
-        options: Options of sbatch; of equal ones the last wins, as for sbatch.
+        stage: The stage that it runs.
+        options: Options of sbatch. If an option is repeated the last one counts, as for sbatch.
         time: Its time limit.
     """
-    last = dict(_split(option) for option in options)
+    last = dict(_parse_option(option) for option in options)
     gpus = last.get("gpus-per-node", last.get("gres"))
     cpus = int(last["cpus-per-task"]) if last.get("cpus-per-task", "").isdigit() else None
     memory = _megabytes(last.get("mem"))
@@ -129,11 +129,11 @@ def job_of(stage: PlannedStage, options: Iterable[str], time: str) -> Job:
     )
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _with_unit(number: int, unit: str) -> str:
+    return f"{number} {unit}{'' if number == 1 else 's'}"
 
 
-def _split(option: str) -> tuple[str, str]:
+def _parse_option(option: str) -> tuple[str, str]:
     name, _, value = option.removeprefix("--").replace(" ", "=", 1).partition("=")
     return name, value.strip()
 
@@ -144,19 +144,19 @@ def _megabytes(size: str | None) -> float | None:
 
 
 def job_problems(
-    jobs: Iterable[Job], raw_options: Mapping[str, Sequence[str]], partitions: Partitions
+    jobs: Iterable[Job], user_options: Mapping[str, Sequence[str]], partitions: Partitions
 ) -> Iterator[Problem]:
-    """Yields problems of jobs; each names all stages that have it.
+    """Yields the problems of jobs; a problem that several jobs have is yielded once.
 
     Args:
         jobs: The jobs.
-        raw_options: The user's own options of sbatch, by stage.
-        partitions: Partitions by name; their limits are not checked without any.
+        user_options: Options of sbatch from the user's settings, by stage.
+        partitions: Partitions by name; if empty, limits are not checked.
     """
     stages: dict[Problem, list[str]] = {}
     for job in jobs:
         name = job.stage.name
-        problems = list(_request_problems(job, raw_options[name]))
+        problems = list(_request_problems(job, user_options[name]))
         problems += _partition_problems(job, partitions) if partitions else []
         for problem in problems:
             stages.setdefault(problem, []).append(name)
@@ -164,24 +164,24 @@ def job_problems(
         yield replace(problem, what=f"{', '.join(names)}: {problem.what}")
 
 
-def _request_problems(job: Job, raw_options: Iterable[str]) -> Iterator[Problem]:
-    """Compares a job with the processes that it starts."""
-    for option in raw_options:
-        if field := SETTINGS.get(_split(option)[0]):
-            what = f"{option} of sbatch would replace resources.{field}"
-            yield Problem(rules.JOB, what, f"leave it out, and set {RESOURCES}.{field}")
+def _request_problems(job: Job, user_options: Iterable[str]) -> Iterator[Problem]:
+    """Compares a job's request with the processes that it starts."""
+    for option in user_options:
+        if field := SETTINGS.get(_parse_option(option)[0]):
+            what = f"the option {option} of sbatch would override resources.{field}"
+            yield Problem(rules.JOB, what, f"remove it, and set {RESOURCES}.{field}")
     devices = job.stage.devices
     if job.stage.needs_gpu and job.gpus not in (None, devices):
-        what = f"the job requests {job.gpus} GPUs of a node, but uses {devices}"
-        yield Problem(rules.JOB, what, f"leave GPUs out of sbatch, and set {RESOURCES}.devices")
+        what = f"the job requests {job.gpus} GPUs per node, but uses {devices}"
+        yield Problem(rules.JOB, what, f"remove GPUs from sbatch, and set {RESOURCES}.devices")
     processes = max(devices, getattr(job.stage.config, "processes", 1))
     if job.cpus is not None and job.cpus < processes:
-        what = f"the job requests {job.cpus} CPUs of a node, but starts {processes} processes"
+        what = f"the job requests {job.cpus} CPUs per node, but starts {processes} processes"
         yield Problem(rules.JOB, what, f"set {RESOURCES}.cpus_per_task to {processes} or more")
 
 
 def _partition_problems(job: Job, partitions: Partitions) -> Sequence[Problem]:
-    """Compares a job with its partition, or with the best one of a list, as Slurm does."""
+    """Compares a job with its partition; with the best one if there are several, as Slurm does."""
     default = [name for name, each in partitions.items() if each.fields["Default"] == "YES"]
     names = job.partition.split(",") if job.partition else default
     fix = f"set cluster.partition to one of: {', '.join(partitions)}"
@@ -212,7 +212,7 @@ def _limit_problems(job: Job, partition: Partition) -> Iterator[Problem]:
 
 
 def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
-    """Compares the memory of a job that shares nodes with the model that it reads."""
+    """Finds jobs on shared nodes whose memory is smaller than the model that they load."""
     if job.whole_nodes or not (job.stage.needs_gpu or job.stage.workload):
         return
     memory = job.memory_mb
@@ -224,12 +224,12 @@ def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
             rules.JOB_MEMORY,
             f"the job gets {memory / 1024:.0f} GB of memory, but the model has "
             f"{weights / 1024:.0f} GB",
-            f"raise cluster.cpus_per_task, or put --mem into {RESOURCES}.sbatch",
+            f"raise cluster.cpus_per_task, or add --mem=SIZE to {RESOURCES}.sbatch",
         )
 
 
 def read_partitions() -> Partitions:
-    """Returns the partitions that the user may use; none without Slurm on this machine."""
+    """Returns the partitions that the user may use; empty if Slurm does not answer here."""
     if shutil.which("sinfo") is None:
         return {}
     shown = query("scontrol", "--oneliner", "show", "partition")

@@ -19,14 +19,14 @@ ENDED = frozenset(
 RUNNING = frozenset(
     ("COMPLETING", "RESIZING", "RUNNING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED")
 )
-"""States of jobs that have started; jobs in states outside RUNNING and ENDED wait."""
+"""States of jobs that have started and not ended. A job in any other state is waiting."""
 WAIT_REASONS = {
     "CONFIGURING": "its nodes are being prepared",
     "REQUEUE_HOLD": "held after a requeue, until scontrol release",
     "REQUEUED": "about to start again",
     "SPECIAL_EXIT": "held after an error, until scontrol release",
 }
-"""Why a job waits in a state other than PENDING, for which Slurm itself gives the reason."""
+"""Why a job waits, by its state. For jobs that are PENDING Slurm itself gives a reason."""
 STATE_REASONS = {
     "CANCELLED": "it was cancelled; the same command submits it again",
     "NODE_FAIL": "one of its nodes failed; the same command submits it again",
@@ -34,7 +34,7 @@ STATE_REASONS = {
     "PREEMPTED": "another job took its nodes; the same command submits it again",
     "TIMEOUT": "it reached its time limit; the same command submits it again, and it resumes",
 }
-"""Why Slurm ended a job. Logs do not tell: the job's ranks only lost their connections."""
+"""Why Slurm ended a job, by its state. Logs do not say: they show only lost connections."""
 TIMEOUT_SECONDS = 60
 
 
@@ -148,7 +148,7 @@ def cancel_jobs(jobs: Iterable[SlurmJob]) -> None:
 
 
 def query(*command: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command of Slurm; a command that is missing or does not answer fails."""
+    """Runs a command of Slurm. If it is missing or does not answer, the exit status is not 0."""
     try:
         return subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False

@@ -145,7 +145,7 @@ def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launc
     before = sorted(run_dir.rglob("[!.]*"))
     asked = launch("runs", "clean", str(run_dir))
     assert "nothing was deleted" in asked.stdout
-    assert re.search(rf"{run_dir}/import_hf .* kept for {other}", asked.stdout)
+    assert re.search(rf"{run_dir}/import_hf .* needed by {other}", asked.stdout)
     assert sorted(run_dir.rglob("[!.]*")) == before
     with lock.acquire(run_dir):
         assert "is being run" in launch("runs", "clean", str(run_dir), "--yes").stderr
@@ -166,9 +166,9 @@ def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launc
     [
         (["runs", "nowhere"], "there is no run in"),
         (["runs", "--all"], "runs does not know '--all'"),
-        (["runs", "clean"], "which runs?"),
+        (["runs", "clean"], "names of runs"),
         (["runs", "clean", "nowhere", "--yes"], "is not a directory"),
-        (["status"], "which run?"),
+        (["status"], "no run is given"),
         (["status", "run_dri=x"], "Did you mean 'run_dir'?"),
         (["status", "run_dir=nowhere"], "is not a directory"),
         (["logs", "run_dir=."], "is not a run"),

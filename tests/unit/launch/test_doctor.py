@@ -66,7 +66,7 @@ def test_a_wrong_or_missing_library_makes_recipes_impossible(
     monkeypatch.setattr(versions, "installed", lambda name: there.get(name, real(name)))
     status, text = shown()
     assert status == 1
-    assert "impossible here: megatron-core ==0.15.3, omegaconf ==2.3.0" in text
+    assert "cannot run here: fix megatron-core ==0.15.3, omegaconf ==2.3.0" in text
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_forced_stage_is_complete_only_with_a_new_result(
     [
         ("cluster.time=4h", ["invalid cluster.time=4h:", "HH:MM:SS"]),
         ("cluster.time=43200", ["invalid cluster.time=43200:", "in quotes"]),
-        ("cluster.time=00:04:00", ["distill stops 300 s before it", "margin_seconds"]),
+        ("cluster.time=00:04:00", ["distill stops 300 s before", "margin_seconds"]),
         ("stages.prune.resources.time=soon", ["invalid stages.prune.resources.time=soon:"]),
         ("cluster.gpus=all", ["cluster.gpus=all", "gpus-per-node, gres"]),
         ("cluster.max_requeues=-1", ["cluster.max_requeues=-1", "must be 0 or more"]),

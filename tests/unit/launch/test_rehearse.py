@@ -27,7 +27,7 @@ Prepared = tuple[Chain, list[RankJob]]
     [
         ("rehearse=soon", "invalid rehearse=soon: must be true or a list"),
         ("rehearse=[0,-1]", "invalid rehearse=[0, -1]: must be true or a list"),
-        ("rehearse=[4]", "no stage computes on a device and has rank 4"),
+        ("rehearse=[4]", "no selected stage with rank 4"),
     ],
 )
 def test_invalid_rehearsals_are_refused(launch: Launch, override: str, words: str) -> None:

@@ -45,12 +45,12 @@ def test_jobs_that_fit_have_no_problem(plan: MakePlan, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("overrides", "cluster", "message", "rule"),
     [
-        ((), {"sbatch": ["--nodes=2"]}, "report: --nodes=2 of sbatch would replace", "job"),
-        ((), {"sbatch": ["--time 9"]}, "would replace resources.time", "job"),
+        ((), {"sbatch": ["--nodes=2"]}, "report: the option --nodes=2 of sbatch would override", "job"),
+        ((), {"sbatch": ["--time 9"]}, "would override resources.time", "job"),
         (
             (),
             {"sbatch": ["--gres=gpu:h100:4"], "gpus": None},
-            "4 GPUs of a node, but uses 8",
+            "4 GPUs per node, but uses 8",
             "job",
         ),
         (("stages.prepare_data.resources.cpus_per_task=8",), {}, "starts 16 processes", "job"),

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Submits what is not complete of /TMP/run, but for jobs that run or wait.
-# A job starts when those it needs have succeeded, and is removed when one of them fails.
+# Submits a job for each incomplete stage of /TMP/run, unless its job already runs or waits.
+# A job starts when the jobs it depends on have succeeded, and is removed when one of them fails.
 set -euo pipefail
 cd /TMP/run
 
-# Variables of an allocation or of a rank would decide the size, GPUs and ranks of these jobs.
+# Inherited variables of an allocation or a rank would override the size, GPUs and ranks of the jobs.
 inherited='^((SLURM|SBATCH|PMIX?|TORCHELASTIC)_.*|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|CUDA_VISIBLE_DEVICES)$'
 for name in $(compgen -e | grep -E "$inherited" | grep -vxE '(SLURM_CONF|(SLURM|SBATCH)_CLUSTERS|SBATCH_(ACCOUNT|PARTITION|QOS|RESERVATION))'); do
   unset "$name"
 done
 
-prefer_script() { # STAGE: sbatch would prefer a user's SBATCH_ACCOUNT to what the script says
+prefer_script() { # STAGE: a user's SBATCH_ACCOUNT would override the account in the script
   local option
   for option in account partition qos; do
     if grep -q "^#SBATCH --$option=" "$1/job.sbatch"; then unset "SBATCH_${option^^}"; fi
   done
 }
 
-if [ "${1:-}" = --test-only ]; then # prints when Slurm could start each job, and submits none
+if [ "${1:-}" = --test-only ]; then # prints when Slurm could start each job; submits nothing
   for stage in import_hf prepare_data score cache_logits prune distill evaluate export_hf report ; do
     echo "$stage $( (prefer_script "$stage"; sbatch --test-only "$stage/job.sbatch") 2>&1 | tail -n 1)" || true
   done
@@ -38,7 +38,7 @@ submit() { # STAGE FINGERPRINT DEPENDENCY: prints the job's id and records it fo
   echo "$job"
 }
 
-# singleton: never two jobs of one name, so that no stage is written twice at once
+# singleton: only one job of a name runs at a time, so that no two jobs write to one stage
 job_import_hf=$(submit import_hf FINGERPRINT "singleton")
 job_prepare_data=$(submit prepare_data FINGERPRINT "afterok:$job_import_hf,singleton")
 job_score=$(submit score FINGERPRINT "afterok:$job_import_hf:$job_prepare_data,singleton")
