@@ -82,7 +82,7 @@ def memory() -> dict[str, int]:
     return {name: int(fields[field].split()[0]) << 10 for name, field in names.items()}
 
 
-def measured(work: Callable[[], object]) -> dict[str, float]:
+def run_and_measure(work: Callable[[], object]) -> dict[str, float]:
     """Does the work, and measures wall-clock seconds, CPU seconds and the rise of memory."""
     before = memory()
     peak = dict(before)
@@ -114,7 +114,7 @@ def measure_side(side: str, folder: Path, scratch: Path, cold: bool) -> dict[str
         work()
         settle(scratch)
 
-    return measured(work_to_disk if cold else work)
+    return run_and_measure(work_to_disk if cold else work)
 
 
 def settle(folder: Path, forget: bool = False) -> None:
@@ -183,7 +183,10 @@ def require_same(folder: Path, back: Path) -> None:
 
 def table(runs: dict[str, list[dict[str, float]]], size: int) -> str:
     """Formats each side's lowest measurements, and their ratios to the baseline and the size."""
-    lowest = {s: {k: min(run[k] for run in each) for k in each[0]} for s, each in runs.items()}
+    lowest = {
+        s: {k: min(run[k] for run in side_runs) for k in side_runs[0]}
+        for s, side_runs in runs.items()
+    }
     baseline = next(iter(lowest.values()))
     rows = [
         f"checkpoint: {size / 1e6:.0f} MB",

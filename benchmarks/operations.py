@@ -82,18 +82,18 @@ def measure(
     inputs = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
     upstream = torch.randn_like(function(*inputs))
 
-    def timed(run: Callable[[], object]) -> float:
+    def best_ms(run: Callable[[], object]) -> float:
         return 1000 * best_seconds(run, repeats=repeats)
 
     def both() -> None:
         function(*inputs).backward(upstream)
 
     with torch.no_grad():
-        forward = timed(lambda: function(*inputs))
-    eager, compiled = timed(both), None
+        forward = best_ms(lambda: function(*inputs))
+    eager, compiled = best_ms(both), None
     if compile_too and missing_compiler() is None:
         with compilation():
-            compiled = timed(both)
+            compiled = best_ms(both)
     return Times(forward, eager, compiled)
 
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.prepare [--model FOLDER_OR_SOURCE] [--megabytes N] [--processes 1 2]
 
-The text is Wikipedia summaries, repeated up to the size and to ten times the size. A number before
-each makes all documents different. Every measurement runs in its own process. Times exclude
-imports. The main process's memory is the peak above its level after imports. A tokenizer process's
-memory is its peak resident memory, including libraries.
+The text is N megabytes of Wikipedia summaries, and ten times as much. Summaries are repeated, with
+a number in front, so that all documents differ. Every measurement runs in its own process. Times
+exclude imports. The main process's memory is the peak above its level after imports. A tokenizer
+process's memory is its peak resident memory, including libraries.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from benchmarks.convert import measured
+from benchmarks.convert import run_and_measure
 from benchmarks.launching import call_in_process, model_folder, run_main
 from recipes.core.files import REPO_ROOT
 
@@ -34,10 +34,10 @@ class PreparationRun:
     cpu_seconds: float
     """CPU time of the main process, which reads, splits and writes."""
     tokenizer_seconds: float
-    """CPU seconds of the tokenizer alone on the same text."""
-    anonymous: float
-    """Peak of the main process, above its memory after imports."""
-    helper: float
+    """CPU seconds of the tokenizer on the same text, without reading and writing."""
+    main_memory: float
+    """Peak anonymous memory of the main process, above that after imports."""
+    tokenizer_memory: float
     """Peak resident memory of the largest tokenizer process; 0 if there is none."""
 
 
@@ -67,23 +67,23 @@ def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Prepa
     cfg = PrepareDataConfig(sources=[str(text)], processes=processes)
     tokenizer = load_tokenizer(model)
     tokenizer.encode(["a"])
-    done: list[preparation.PreparationState] = []
-    main_process = measured(
-        lambda: done.append(preparation.prepare(cfg, tokenizer, folder, MetricsLog(None)))
+    states: list[preparation.PreparationState] = []
+    main_process = run_and_measure(
+        lambda: states.append(preparation.prepare(cfg, tokenizer, folder, MetricsLog(None)))
     )
-    tokens = sum(size for size, _ in done[0].sizes.values()) // 4
+    tokens = sum(size for size, _ in states[0].sizes.values()) // 4
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    helper = children.ru_maxrss * 1024.0 if processes > 1 else 0.0
+    tokenizer_memory = children.ru_maxrss * 1024.0 if processes > 1 else 0.0
     with text.open(encoding="utf-8") as file:
         documents = [json.loads(line)["text"] for line in file]
-    alone = measured(lambda: tokenizer.encode(documents))
+    tokenizer_only = run_and_measure(lambda: tokenizer.encode(documents))
     return PreparationRun(
         tokens,
         main_process["seconds"],
         main_process["cpu_seconds"],
-        alone["cpu_seconds"],
+        tokenizer_only["cpu_seconds"],
         main_process["anonymous"],
-        helper,
+        tokenizer_memory,
     )
 
 
@@ -104,7 +104,7 @@ def main() -> None:
     args = parser.parse_args()
     model = model_folder(args.model)
     print(
-        "| text | processes | tokens/s | memory | of a tokenizer process |\n|---|---|---|---|---|"
+        "| text | processes | tokens/s | main process | tokenizer process |\n|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as scratch:
         for factor in SIZE_FACTORS:
@@ -115,7 +115,7 @@ def main() -> None:
                 print(
                     f"| {text.stat().st_size / 1e6:.0f} MB, {run.tokens / 1e6:.1f} M tokens "
                     f"| {processes} | {run.tokens / run.seconds:,.0f} "
-                    f"| {run.anonymous / 1e6:.1f} MB | {run.helper / 1e6:.0f} MB |",
+                    f"| {run.main_memory / 1e6:.1f} MB | {run.tokenizer_memory / 1e6:.0f} MB |",
                     flush=True,
                 )
 

@@ -52,8 +52,8 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         RecipeError: There are no weights, or a shard of the index is missing.
     """
-    if (whole := folder / WEIGHTS_FILE).is_file():
-        return [whole]
+    if (single_file := folder / WEIGHTS_FILE).is_file():
+        return [single_file]
     if not (folder / INDEX_FILE).is_file():
         raise RecipeError(
             f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}.",

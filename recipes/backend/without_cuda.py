@@ -49,7 +49,7 @@ def limit_other_threads() -> None:
     ``cpu_speed_patches`` says: it changes no result, and PyTorch cannot undo it for threads that
     have started.
     """
-    torch.get_num_threads()  # fixes the number for this thread
+    torch.get_num_threads()  # the later call then does not change the number of this thread
     other = threading.Thread(target=torch.set_num_threads, args=(1,))  # for later threads
     other.start()
     other.join()
@@ -106,8 +106,8 @@ def _move_to_cpu(original: Any) -> Any:
 def _gather_scalar(original: Any) -> Any:
     """Reshapes a 0-dimensional input to one dimension, as NCCL does and gloo does not."""
 
-    # Megatron imports it as dist_all_gather_func. wraps() lets that name's patch still find the
-    # source of the original.
+    # Megatron imports this function as dist_all_gather_func, which cpu_speed patches, too. That
+    # patch checks the source of the original, which inspect finds through wraps().
     @functools.wraps(original)
     def all_gather_into_tensor(output: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         return original(output, tensor.reshape(1) if tensor.dim() == 0 else tensor, *args, **kwargs)
@@ -183,8 +183,8 @@ REQUIRED: dict[str, tuple[Patch, ...]] = {
             ("nn.Module.cuda", "NeMo moves the model", "a3f558ba5849", replace_with(_stay)),
             ("Tensor.to", "literal 'cuda' in NeMo's metric logging", "6f7a670dec75", _move_to_cpu),
             *(
-                (name, "literal device='cuda' in Megatron and NeMo", original, _create_on_cpu)
-                for name, original in (
+                (name, "literal device='cuda' in Megatron and NeMo", fingerprint, _create_on_cpu)
+                for name, fingerprint in (
                     ("tensor", "44379d32e654"),
                     ("zeros", "94f562353cd6"),
                     ("ones", "572ac599804b"),

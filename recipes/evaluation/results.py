@@ -29,7 +29,7 @@ class TextQuality:
 
 @dataclass(frozen=True)
 class TokenQuality:
-    """Metrics of a model, averaged over all predictions; KL in nats."""
+    """Metrics of a candidate of a search, as means over all predictions; KL in nats."""
 
     perplexity: float
     kl_to_teacher: float
@@ -80,7 +80,7 @@ class EvaluationResult:
         return dtype_name(self.precision)
 
     def models(self) -> dict[str, ModelQuality]:
-        """Returns every model by its role."""
+        """Returns the quality of each model by its role."""
         return {role: getattr(self, role) for role in ROLES}
 
 
@@ -128,7 +128,7 @@ class TaskScores:
     """Fraction of the score lost by pruning that distillation recovered; see ``recovered``."""
 
     def models(self) -> dict[str, Score]:
-        """Returns every model by its role."""
+        """Returns the score of each model by its role."""
         return {role: getattr(self, role) for role in ROLES}
 
     @property
@@ -158,7 +158,9 @@ class TaskResults:
     cached: dict[str, list[str]]
     """Tasks whose answers were in the cache, by role."""
     harness: str
+    """Name and version of lm-eval, and the dtype of the models."""
     data: str
+    """Sources of the items."""
 
     def fractions(self) -> list[str]:
         """Returns the names of the tasks whose scores are fractions, such as accuracy."""
@@ -178,7 +180,7 @@ class TaskResults:
 def recovered(
     teacher: Sequence[float], pruned: Sequence[float], distilled: Sequence[float]
 ) -> float | None:
-    """Returns the fraction of the loss by pruning that distillation recovered.
+    """Returns the fraction of the loss added by pruning that distillation recovered.
 
     Args:
         teacher: A value for each item; higher is better, so losses must be negated.
@@ -231,7 +233,10 @@ def _compare(metric: str, values: Mapping[str, Sequence[float]]) -> TaskScores:
     return TaskScores(
         metric,
         len(teacher),
-        **{role: Score(fmean(each), standard_error(each)) for role, each in values.items()},
+        **{
+            role: Score(fmean(role_values), standard_error(role_values))
+            for role, role_values in values.items()
+        },
         differences=Differences(difference(distilled, teacher), difference(pruned, teacher)),
         recovered=recovered(teacher, pruned, distilled),
     )

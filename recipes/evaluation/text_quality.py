@@ -174,7 +174,7 @@ def _of_all_ranks(scores: dict[str, Scores]) -> dict[str, Scores]:
         torch.distributed.all_gather_object(by_rank, scores)
 
     def in_order(role: str, metric: str) -> list[float]:
-        rows = zip_longest(*(vars(each[role])[metric] for each in by_rank))
+        rows = zip_longest(*(vars(rank_scores[role])[metric] for rank_scores in by_rank))
         return [value for row in rows for value in row if value is not None]
 
     return {

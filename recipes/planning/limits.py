@@ -170,7 +170,7 @@ def _training_tokens(chain: Chain, data: str) -> tuple[dict[str, float], float]:
     config = chain.stages.get(data)
     if (manifest := _prepared_text(chain, data, config)) is not None:
         result = manifest.result(DatasetResult)
-        sources = {each.source: float(each.tokens) for each in result.source_tokens["train"]}
+        sources = {entry.source: float(entry.tokens) for entry in result.source_tokens["train"]}
         return sources, float(result.tokens["train"])
     if not isinstance(config, PrepareDataConfig) or config.max_documents is not None:
         return {"": math.inf}, math.inf

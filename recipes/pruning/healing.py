@@ -312,9 +312,9 @@ def heal_weights(
 
     ``weights`` are the student's, by their Hugging Face names; ``batches`` are tokens [b, s].
     """
-    config, whole = nemo.read_config(teacher), nemo.architecture_of(teacher)
+    config, teacher_shape = nemo.read_config(teacher), nemo.architecture_of(teacher)
     heal(
-        Decoder(with_shape(config, whole), dict(hf_weights(teacher))),
+        Decoder(with_shape(config, teacher_shape), dict(hf_weights(teacher))),
         Decoder(with_shape(config, student), weights),
         kept,
         batches,

@@ -254,27 +254,27 @@ def _rows_of_heads(heads: Tensor, size: int) -> Tensor:
     return (heads[:, None] * size + torch.arange(size)).flatten()
 
 
-def leading_block(name: str, weight: Tensor, shape: Architecture, whole: Architecture) -> Tensor:
-    """Returns the first rows and columns of a weight of shape ``whole``, sorted by ``sort_rows``.
+def leading_block(name: str, weight: Tensor, shape: Architecture, teacher: Architecture) -> Tensor:
+    """Returns the first rows and columns of a weight of ``teacher``, sorted by ``sort_rows``.
 
     The result is a view, unless heads are pruned within groups.
     """
-    size = whole.kv_channels
+    size = teacher.kv_channels
     for dim, axis in enumerate(axes_of(name)):
         if axis in (HIDDEN, FFN):
             weight = weight.narrow(dim, 0, getattr(shape, axis))
         elif axis == GROUPS:
             weight = weight.narrow(dim, 0, shape.num_query_groups * size)
         elif axis == HEADS:
-            weight = _first_heads(weight, dim, shape, whole)
+            weight = _first_heads(weight, dim, shape, teacher)
     return weight
 
 
-def _first_heads(weight: Tensor, dim: int, shape: Architecture, whole: Architecture) -> Tensor:
+def _first_heads(weight: Tensor, dim: int, shape: Architecture, teacher: Architecture) -> Tensor:
     """Returns the first heads of each of the first groups."""
-    per_group, kept = (a.num_attention_heads // a.num_query_groups for a in (whole, shape))
+    per_group, kept = (a.num_attention_heads // a.num_query_groups for a in (teacher, shape))
     if kept == per_group:
-        return weight.narrow(dim, 0, shape.num_attention_heads * whole.kv_channels)
-    grouped = weight.unflatten(dim, (whole.num_query_groups, per_group * whole.kv_channels))
+        return weight.narrow(dim, 0, shape.num_attention_heads * teacher.kv_channels)
+    grouped = weight.unflatten(dim, (teacher.num_query_groups, per_group * teacher.kv_channels))
     grouped = grouped.narrow(dim, 0, shape.num_query_groups)
-    return grouped.narrow(dim + 1, 0, kept * whole.kv_channels).flatten(dim, dim + 1)
+    return grouped.narrow(dim + 1, 0, kept * teacher.kv_channels).flatten(dim, dim + 1)

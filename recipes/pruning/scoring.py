@@ -303,7 +303,7 @@ def _widths(core: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Tensor]:
 
 def _experts(layer: str, experts: nn.Module) -> dict[str, Tensor]:
     """Returns the mean norm of each expert's output, and scores of its width."""
-    sums = {name: _sum_over_data_ranks(each) for name, each in experts._activations.items()}
+    sums = {name: _sum_over_data_ranks(values) for name, values in experts._activations.items()}
     means = sums["expert_l2_scores"] / sums["expert_sample_counts"].clamp(min=1)
     scores = {f"{layer}.num_moe_experts": means}
     for number, expert in enumerate(experts.local_experts):

@@ -53,7 +53,7 @@ def _environment() -> Environment:
     return environment
 
 
-def scaled(value: float, prefixes: str, unit: str = "") -> str:
+def with_prefix(value: float, prefixes: str, unit: str = "") -> str:
     """Formats a value with a prefix, as 1.5 kB; ``prefixes`` are those of 1000, 1000² and so on."""
     power = 0 if abs(value) < 1000 else min(int(math.log10(abs(value)) // 3), len(prefixes))
     text = f"{value / 1000**power:,.1f}" if power else f"{value:,.6g}"
@@ -77,20 +77,20 @@ def plain(text: str) -> str:
 def _optional(write: Callable[..., str]) -> Callable[..., Markup]:
     """Returns a filter that shows a dash for ``None``, and else the exact value as a tooltip."""
 
-    def formatted(value: float | None, *args: object) -> Markup:
+    def write_or_dash(value: float | None, *args: object) -> Markup:
         if value is None:
             return DASH
         text = write(value, *args).replace("-", "−")
         return Markup('<data value="{0}" title="{0}">{1}</data>').format(json.dumps(value), text)
 
-    return formatted
+    return write_or_dash
 
 
 FORMATS: dict[str, Callable[..., Markup]] = {
     "count": _optional(lambda v: f"{v:,}"),
-    "parameters": _optional(lambda v: scaled(v, "KMBT")),
-    "bytes": _optional(lambda v: scaled(v, "kMGTP", "B")),
-    "flops": _optional(lambda v, unit="FLOP": scaled(float(v), "kMGTPEZ", unit)),
+    "parameters": _optional(lambda v: with_prefix(v, "KMBT")),
+    "bytes": _optional(lambda v: with_prefix(v, "kMGTP", "B")),
+    "flops": _optional(lambda v, unit="FLOP": with_prefix(float(v), "kMGTPEZ", unit)),
     "duration": _optional(duration),
     "percent": _optional(lambda v, digits=1: f"{v:.{digits}%}"),
     "points": _optional(lambda v, digits=1: f"{100 * v:+.{digits}f}"),

@@ -18,7 +18,7 @@ from recipes.engines.bench import BASELINE
 from recipes.engines.results import BenchmarkResults, BenchmarkRow, EngineResult
 from recipes.evaluation.results import EvaluationResult, TaskResults, TextQuality
 from recipes.planning.results import PlanResult
-from recipes.report.format import scaled
+from recipes.report.format import with_prefix
 from recipes.report.plots import (
     Dimension,
     Mark,
@@ -29,9 +29,9 @@ from recipes.report.plots import (
 )
 from recipes.search.results import LatencyResult, SearchResult
 
-PARAMETERS = Dimension("parameters", lambda v: scaled(v, "KMBT").replace(".0 ", " "))
-TOKENS = Dimension("tokens", lambda v: scaled(v, "KMBT").replace(".0 ", " "))
-DISK = Dimension("size on disk", lambda v: scaled(v, "kMGTP", "B").replace(".0 ", " "))
+PARAMETERS = Dimension("parameters", lambda v: with_prefix(v, "KMBT").replace(".0 ", " "))
+TOKENS = Dimension("tokens", lambda v: with_prefix(v, "KMBT").replace(".0 ", " "))
+DISK = Dimension("size on disk", lambda v: with_prefix(v, "kMGTP", "B").replace(".0 ", " "))
 LATENCY = Dimension("decode latency", lambda v: f"{v:,.4g} ms")
 PERPLEXITY = Dimension("perplexity", lambda v: f"{v:,.4g}")
 DIVERGENCE = Dimension("KL to the teacher", lambda v: f"{v:,.3g}")
@@ -124,20 +124,26 @@ def search_section(search: SearchResult, earlier: Mapping[str, Manifest]) -> dic
     candidates = search.candidates
     marks = [
         Mark(
-            one.name if len(candidates) <= MAX_NAMES or one.chosen or one.pareto else "",
-            "distilled" if one.chosen else "quiet",
-            float(one.parameters),
-            one.perplexity,
+            candidate.name
+            if len(candidates) <= MAX_NAMES or candidate.chosen or candidate.pareto
+            else "",
+            "distilled" if candidate.chosen else "quiet",
+            float(candidate.parameters),
+            candidate.perplexity,
         )
-        for one in candidates
+        for candidate in candidates
     ]
     axes = [spec.name for spec in fields(Architecture)]
-    models = (one.result(LatencyResult) for one in earlier.values() if one.kind == "latency_model")
+    latency_models = (
+        manifest.result(LatencyResult)
+        for manifest in earlier.values()
+        if manifest.kind == "latency_model"
+    )
     return {
         "search": search,
-        "search_axes": [a for a in axes if len({getattr(one.shape, a) for one in candidates}) > 1],
+        "search_axes": [a for a in axes if len({getattr(c.shape, a) for c in candidates}) > 1],
         "search_plot": trade_off_plot("plot-search", marks, PARAMETERS, PERPLEXITY),
-        "latency": next(models, None),
+        "latency": next(latency_models, None),
     }
 
 

@@ -89,10 +89,12 @@ class HalvingRun:
                 for candidate in candidates
             ]
             qualities = measure_checkpoints(teacher, students, text, self._cfg.precision, size)
-            write_text_atomically(results, json.dumps([asdict(one) for one in qualities]))
+            write_text_atomically(results, json.dumps([asdict(quality) for quality in qualities]))
             release_cached_memory()  # the next round's training is another process on this GPU
         _wait_until(results.exists)
-        return [TokenQuality(**one) for one in json.loads(results.read_text(encoding="utf-8"))]
+        return [
+            TokenQuality(**quality) for quality in json.loads(results.read_text(encoding="utf-8"))
+        ]
 
 
 def _wait_until(finished: Callable[[], object]) -> None:

@@ -69,11 +69,12 @@ def _measure_pruned(
     log: MetricsLog,
 ) -> tuple[FinalStates, list[Candidate]]:
     """Returns the teacher's hidden states on the text, and the quality of every pruned shape."""
-    whole = nemo.architecture_of(teacher)
+    teacher_shape = nemo.architecture_of(teacher)
     model = load_transformers(teacher, dtype_of(cfg.precision))
-    view = SortedModel(model, whole, importance.widths)
-    all_layers = range(1, whole.num_layers + 1)
-    reference = compute_states(view.predictor(whole, all_layers), text, cfg.micro_batch_size)
+    view = SortedModel(model, teacher_shape, importance.widths)
+    all_layers = range(1, teacher_shape.num_layers + 1)
+    unpruned = view.predictor(teacher_shape, all_layers)
+    reference = compute_states(unpruned, text, cfg.micro_batch_size)
     candidates = []
     for number, shape in enumerate(shapes, 1):
         layers = layers_to_keep(importance, cfg.layer_importance, shape.num_layers)
@@ -122,19 +123,21 @@ class SortedModel:
 
     Args:
         model: The teacher; its weights and layers are replaced in place.
-        whole: Its shape.
+        teacher_shape: Its shape.
         scores: Importance of its widths.
     """
 
     def __init__(
-        self, model: PreTrainedModel, whole: Architecture, scores: dict[str, Tensor]
+        self, model: PreTrainedModel, teacher_shape: Architecture, scores: dict[str, Tensor]
     ) -> None:
-        self._model, self._whole = model, whole
+        self._model, self._teacher_shape = model, teacher_shape
         self._layers = list(model.model.layers)
         self._weights: list[tuple[str, torch.nn.Parameter, Tensor]] = []
-        sorted_rows = sort_rows(scores, whole)
+        sorted_rows = sort_rows(scores, teacher_shape)
         for name, parameter in model.named_parameters():
-            parameter.data = prune_weight(name, parameter.data, sorted_rows, whole.kv_channels)
+            parameter.data = prune_weight(
+                name, parameter.data, sorted_rows, teacher_shape.kv_channels
+            )
             self._weights.append((name, parameter, parameter.data))
 
     def predictor(self, shape: Architecture, layers: Iterable[int]) -> Predictor:
@@ -143,7 +146,7 @@ class SortedModel:
         The next call changes the same model, so no earlier predictor may be used after it.
         """
         for name, parameter, weight in self._weights:
-            parameter.data = leading_block(name, weight, shape, self._whole)
+            parameter.data = leading_block(name, weight, shape, self._teacher_shape)
         kept = [self._layers[layer - 1] for layer in layers]
         for layer in kept:
             per_group = shape.num_attention_heads // shape.num_query_groups

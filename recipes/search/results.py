@@ -43,12 +43,12 @@ class SearchResult:
 
     def chosen(self) -> Candidate | None:
         """Returns the candidate that training chose, or ``None`` before any training."""
-        return next((one for one in self.candidates if one.chosen), None)
+        return next((candidate for candidate in self.candidates if candidate.chosen), None)
 
 
 def write_candidates(out: Path, candidates: Sequence[Candidate]) -> None:
     """Writes the candidates, which the manifest also has, to a file for people."""
-    write_json(out / CANDIDATES_FILE, [asdict(one) for one in candidates])
+    write_json(out / CANDIDATES_FILE, [asdict(candidate) for candidate in candidates])
 
 
 @dataclass(frozen=True)

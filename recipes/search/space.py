@@ -225,8 +225,8 @@ def enumerate_shapes(
 def corners(teacher: Architecture, space: Space) -> list[Architecture]:
     """Returns the teacher, the teacher with one axis at its minimum, and with all axes there."""
     smallest = {axis: min(_choices(teacher, space, axis)) for axis in SEARCH_AXES}
-    each = (_resize(teacher, {axis: size}) for axis, size in smallest.items())
-    return list(dict.fromkeys([teacher, *each, _resize(teacher, smallest)]))
+    one_axis_pruned = (_resize(teacher, {axis: size}) for axis, size in smallest.items())
+    return list(dict.fromkeys([teacher, *one_axis_pruned, _resize(teacher, smallest)]))
 
 
 def middle(teacher: Architecture, space: Space) -> Architecture:

@@ -44,10 +44,12 @@ def data(
     paragraphs = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
     (folder / "prose.txt").write_text("\n\n".join(text[:80] for text in paragraphs[:400]))
     (folder / "numbers.txt").write_text("\n\n".join(f"{n} " * 12 for n in range(100, 500)))
-    return prepared(models, folder, [str(folder / "prose.txt"), str(folder / "numbers.txt")])
+    return prepare_text(models, folder, [str(folder / "prose.txt"), str(folder / "numbers.txt")])
 
 
-def prepared(models: dict[str, Any], folder: Path, sources: list[str], **settings: Any) -> Input:
+def prepare_text(
+    models: dict[str, Any], folder: Path, sources: list[str], **settings: Any
+) -> Input:
     teacher = SimpleNamespace(**vars(models["teacher"]), manifest=SimpleNamespace())
     teacher.manifest.tokenizer_sha256 = "t"
     out = stage_dir(folder, "data")
@@ -57,7 +59,7 @@ def prepared(models: dict[str, Any], folder: Path, sources: list[str], **setting
     return Input(out.parent, bare_manifest("prepare_data", "dataset", result))
 
 
-def evaluated(
+def evaluate_models(
     models: dict[str, Any], data: Input, out: Path, cfg: EvaluateConfig = CONFIG
 ) -> EvaluationResult:
     result = evaluate.run(cfg, {**models, "data": data}, stage_dir(out, "evaluate")).result
@@ -69,7 +71,7 @@ def evaluated(
 def quality(
     models: dict[str, Any], data: Input, tmp_path_factory: pytest.TempPathFactory
 ) -> EvaluationResult:
-    return evaluated(models, data, tmp_path_factory.mktemp("evaluated"))
+    return evaluate_models(models, data, tmp_path_factory.mktemp("evaluated"))
 
 
 def test_quality_is_measured_by_source(
@@ -92,14 +94,14 @@ def test_quality_is_measured_by_source(
 
     whole = {"heldout": [SourceTokens("all", result.tokens["heldout"])]}
     one_source = bare_manifest("prepare_data", "dataset", replace(result, source_tokens=whole))
-    one = evaluated(models, Input(data.directory, one_source), tmp_path)
+    one = evaluate_models(models, Input(data.directory, one_source), tmp_path)
     assert (one.sequences, one.sources) == (9, {})
 
 
 def test_no_text_is_generated_if_none_is_requested(
     quality: EvaluationResult, models: dict[str, Any], data: Input, tmp_path: Path
 ) -> None:
-    result = evaluated(models, data, tmp_path, replace(CONFIG, num_generations=0))
+    result = evaluate_models(models, data, tmp_path, replace(CONFIG, num_generations=0))
     assert result.distilled.loss == quality.distilled.loss
     [detail] = tmp_path.rglob("results.json")
     assert json.loads(detail.read_text())["generations"] == []
@@ -109,10 +111,10 @@ RANK_SCRIPT = """
 import pickle, sys
 from pathlib import Path
 from recipes.core.stage import rank
-from tests.cpu.evaluation.test_text_quality import evaluated
+from tests.cpu.evaluation.test_text_quality import evaluate_models
 folder = Path(sys.argv[1])
 models, data = pickle.loads((folder / "inputs").read_bytes())
-result = evaluated(models, data, folder / str(rank()))
+result = evaluate_models(models, data, folder / str(rank()))
 (folder / f"result-{rank()}").write_bytes(pickle.dumps(result))
 """
 
@@ -184,7 +186,7 @@ def test_only_answers_of_conversations_count(
     """Two end tokens in a row end a conversation; a single one ends a turn."""
     (tmp_path / "prose.txt").write_text("\n\n".join(f"a line, the {n}th" for n in range(99)))
     chats = write_chats(tmp_path / "chats.jsonl", text_file, letters=4)
-    data = prepared(models, tmp_path, [chats], heldout_sources=[str(tmp_path / "prose.txt")])
+    data = prepare_text(models, tmp_path, [chats], heldout_sources=[str(tmp_path / "prose.txt")])
     result = data.manifest.result(DatasetResult)
     end, (prose, conversations) = result.document_end, result.source_tokens["heldout"]
     tokens = torch.from_numpy(read_tokens(data.artifact, "heldout").astype("int64"))
@@ -201,7 +203,7 @@ def test_only_answers_of_conversations_count(
                 marks[i] &= turn != 0
     counted = answers[:, 1:]
     cfg = replace(CONFIG, num_sequences=8)
-    chats_quality = evaluated(models, data, tmp_path, cfg).sources["chats"]
+    chats_quality = evaluate_models(models, data, tmp_path, cfg).sources["chats"]
     assert (chats_quality.sequences, chats_quality.predictions) == (4, counted.sum())
     assert 0.3 < counted.float().mean() < 0.9
     for role in ROLES:
@@ -209,7 +211,7 @@ def test_only_answers_of_conversations_count(
         metrics = [model.loss, model.kl_to_teacher, model.top1_agreement]
         assert metrics == pytest.approx(exact_metrics(models, sequences, counted, role), abs=1e-5)
     with pytest.raises(RecipeError, match=rf"seq_length=16.* {LENGTH}"):
-        evaluated(models, data, tmp_path / "shorter", replace(CONFIG, seq_length=16))
+        evaluate_models(models, data, tmp_path / "shorter", replace(CONFIG, seq_length=16))
 
 
 def test_memory_holds_one_model_and_logits_of_few_positions(
@@ -223,7 +225,7 @@ def test_memory_holds_one_model_and_logits_of_few_positions(
     load = text_quality.load_transformers
 
     def load_alone(*arguments: Any) -> Any:
-        assert [each() for each in loaded] == [None] * len(loaded)
+        assert [reference() for reference in loaded] == [None] * len(loaded)
         model = load(*arguments)
         loaded.append(weakref.ref(model))
         return model
@@ -231,17 +233,17 @@ def test_memory_holds_one_model_and_logits_of_few_positions(
     monkeypatch.setattr(text_quality, "load_transformers", load_alone)
     monkeypatch.setattr(predictions, "LOGITS_BYTES", 4 * VOCABULARY * 50)
     with LogitsWatch(VOCABULARY) as watch:
-        again = evaluated(models, data, tmp_path)
+        again = evaluate_models(models, data, tmp_path)
     assert (len(loaded), watch.positions) == (3, 50)
     for role in ROLES:
-        whole, parts = (asdict(each.models()[role]) for each in (quality, again))
-        assert parts == pytest.approx(whole, abs=1e-6, rel=1e-6)
+        at_once, in_parts = (asdict(evaluation.models()[role]) for evaluation in (quality, again))
+        assert in_parts == pytest.approx(at_once, abs=1e-6, rel=1e-6)
 
 
 def test_metrics_in_bfloat16_are_near_those_in_float32(
     quality: EvaluationResult, models: dict[str, Any], data: Input, tmp_path: Path
 ) -> None:
-    rounded = evaluated(models, data, tmp_path, replace(CONFIG, precision="bf16-mixed"))
+    rounded = evaluate_models(models, data, tmp_path, replace(CONFIG, precision="bf16-mixed"))
     assert (rounded.dtype_name, rounded.predictions) == ("bfloat16", quality.predictions)
     assert rounded.teacher.kl_to_teacher == 0
     for role in ROLES:
@@ -254,5 +256,5 @@ def test_metrics_in_bfloat16_are_near_those_in_float32(
 def test_recovered_is_the_fraction_of_the_added_loss_that_distillation_removed() -> None:
     losses = {"teacher": [3.0, 3.25, 2.75], "distilled": [3.25, 3.5, 3.0]}
     for pruned, fraction in (([4.0, 4.25, 3.75], 0.75), ([3.5, 3.125, 2.875], None)):
-        scores = {role: Scores(each) for role, each in {**losses, "pruned": pruned}.items()}
+        scores = {role: Scores(values) for role, values in {**losses, "pruned": pruned}.items()}
         assert text_quality._recovered(scores) == fraction

@@ -36,7 +36,9 @@ def main(layout: str, root: Path) -> None:
         if training_layout == TP or folder.name in DATA_PARALLEL:
             out = folder / training_layout
             out.mkdir(exist_ok=True)
-            distil(folder, root / "data", out, tensor=2 if training_layout == TP else 1)
+            distil(
+                folder, root / "data", out, tensor_parallel_size=2 if training_layout == TP else 1
+            )
     if training_layout == DP:
         parallel_state.destroy_model_parallel()
     parallel = nemo.Parallelism(*((2, 1) if layout == TP else (1, 2)))
@@ -74,7 +76,7 @@ def write_logits(folder: Path, layout: str, parallel: Any) -> None:
         save_file({"logits": logits.contiguous()}, folder / layout / LOGITS)
 
 
-def distil(folder: Path, data: Path, out: Path, tensor: int) -> None:
+def distil(folder: Path, data: Path, out: Path, tensor_parallel_size: int) -> None:
     """Trains one step in bfloat16, with losses on logits, hidden states and next tokens."""
     from recipes.core.metrics import METRICS, MetricsLog
     from recipes.core.stage import rank
@@ -93,8 +95,8 @@ def distil(folder: Path, data: Path, out: Path, tensor: int) -> None:
         checkpoint_interval=1,
         lr=LEARNING_RATE,
         weight_decay=0.0,
-        tensor_model_parallel_size=tensor,
-        sequence_parallel=tensor > 1,
+        tensor_model_parallel_size=tensor_parallel_size,
+        sequence_parallel=tensor_parallel_size > 1,
     )
     cfg.resources.devices = 2
     objective = Objective(

@@ -136,16 +136,16 @@ def test_code_of_a_tokenizer_does_not_run(
     odd_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By default, transformers asks on standard input whether to run it."""
-    folder, planted = tmp_path / "hf", tmp_path / "ran"
+    folder, created_by_code = tmp_path / "hf", tmp_path / "ran"
     shutil.copytree(odd_llama, folder)
-    (folder / "custom.py").write_text(f"open({str(planted)!r}, 'w')\n")
+    (folder / "custom.py").write_text(f"open({str(created_by_code)!r}, 'w')\n")
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text())
     config |= {"auto_map": {"AutoTokenizer": [None, "custom.Own"]}, "tokenizer_class": "Own"}
     file.write_text(json.dumps(config))
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
     assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 1
-    assert not planted.exists()
+    assert not created_by_code.exists()
 
 
 def test_verify_accepts_the_same_and_refuses_a_changed_model(
@@ -168,7 +168,7 @@ def test_packed_file_reads_back(odd_llama: Path, odd_nemo: Path, tmp_path: Path)
     assert convert_by_command("verify", tmp_path / "odd.packed.nemo", odd_llama) == 0
 
 
-def test_archive_that_leaves_its_directory_is_refused(tmp_path: Path) -> None:
+def test_archive_with_a_path_outside_its_directory_is_refused(tmp_path: Path) -> None:
     evil = tmp_path / "evil.nemo"
     with tarfile.open(evil, "w") as archive:
         entry = tarfile.TarInfo("../outside")
@@ -183,7 +183,7 @@ def test_context_that_would_run_code_is_refused(
     odd_llama: Path, odd_nemo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """NeMo would make the planted call. ``to-hf`` does not read the context, and works."""
-    hostile, ran = tmp_path / "hostile.nemo", tmp_path / "ran"
+    hostile, created_by_call = tmp_path / "hostile.nemo", tmp_path / "ran"
     shutil.copytree(odd_nemo, hostile)
     file = hostile / nemo.CONTEXT / "io.json"
     text = file.read_text()
@@ -195,7 +195,7 @@ def test_context_that_would_run_code_is_refused(
     for item in context["objects"].values():
         for pair in item["items"]:
             if pair[0] == "Attr(name='pretrained_model_name')":
-                pair[:] = "Attr(name='cmd')", {"type": "leaf", "value": f"touch {ran}"}
+                pair[:] = "Attr(name='cmd')", {"type": "leaf", "value": f"touch {created_by_call}"}
     file.write_text(json.dumps(context))
     assert convert_by_command("verify", odd_llama, hostile) == 1
     error = capsys.readouterr().err
@@ -203,10 +203,10 @@ def test_context_that_would_run_code_is_refused(
     assert "python -m nemo_convert to-hf SRC DST" in error
     assert convert_by_command("to-hf", hostile, tmp_path / "converted") == 0
     assert_same_weights(odd_llama, tmp_path / "converted")
-    assert not ran.exists()
+    assert not created_by_call.exists()
     with contextlib.suppress(Exception), mock.patch.dict(os.environ, {trust.TRUST: "1"}):
         nemo.restore_model(hostile)
-    assert ran.exists(), "the planted call must work when the checkpoint is trusted"
+    assert created_by_call.exists(), "the planted call must work when the checkpoint is trusted"
 
 
 def change_context(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -254,19 +254,19 @@ def test_remote_code_behind_another_label_is_refused(odd_nemo: Path, tmp_path: P
 def test_metadata_that_would_run_code_is_refused(
     odd_llama: Path, odd_nemo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hostile, ran = tmp_path / "hostile.nemo", tmp_path / "ran"
+    hostile, created_by_call = tmp_path / "hostile.nemo", tmp_path / "ran"
     shutil.copytree(odd_nemo, hostile)
 
     class Planted:
         def __reduce__(self) -> tuple[Any, ...]:
-            return os.system, (f"touch {ran}",)
+            return os.system, (f"touch {created_by_call}",)
 
     (hostile / nemo.WEIGHTS / ".metadata").write_bytes(pickle.dumps(Planted()))
     assert convert_by_command("to-hf", hostile, tmp_path / "back") == 1
     assert ".metadata names posix.system: opening it" in capsys.readouterr().err
     with pytest.raises(RecipeError, match=r"posix\.system"):
         nemo.read_sharded({}, hostile / nemo.WEIGHTS)
-    assert not ran.exists()
+    assert not created_by_call.exists()
 
 
 def test_tokenizer_larger_than_the_vocabulary_is_refused(odd_llama: Path, tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_missing_weight_is_named(odd_llama: Path, tmp_path: Path) -> None:
         convert.to_nemo(broken, tmp_path / "x.nemo")
 
 
-STOCK = """
+STOCK_NEMO_SCRIPT = """
 import sys
 from pathlib import Path
 
@@ -301,7 +301,7 @@ def main():
     from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model
     from nemo.lightning.io import load_context, pl
 
-    pl._fix_tensors_device = lambda checkpoint: checkpoint  # asserts that CUDA is there
+    pl._fix_tensors_device = lambda checkpoint: checkpoint  # the original fails without CUDA
     for path in map(Path, sys.argv[1:]):
         config = load_context(path / "context", subpath="model", build=False)
         for fusion in ("apply_rope_fusion", "masked_softmax_fusion", "bias_activation_fusion",
@@ -331,7 +331,7 @@ DENSE = {
 def test_stock_nemo_loads_checkpoints_without_our_code(text_file: Path, tmp_path: Path) -> None:
     """Runs NeMo's own loader, without its fused kernels and the assertion that need a GPU."""
     script = tmp_path / "stock.py"
-    script.write_text(STOCK)
+    script.write_text(STOCK_NEMO_SCRIPT)
     expected = []
     for family, model in DENSE.items():
         write_tiny_model(tmp_path / family, text_file, family, train=False, **ODD)

@@ -180,9 +180,9 @@ def require_logits_of(folder: Path, tokens: torch.Tensor, *logits: torch.Tensor)
     """Compares logits with those of transformers."""
     model = hf.load_causal_lm(folder)
     expected = logits_of(model, tokens)
-    by = change_by_one_ulp(model, lambda: logits_of(model, tokens))
+    noise = change_by_one_ulp(model, lambda: logits_of(model, tokens))
     for actual in logits:
-        torch.testing.assert_close(actual, expected, rtol=0, atol=ROUNDINGS * by)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=ROUNDINGS * noise)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

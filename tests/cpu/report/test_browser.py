@@ -87,7 +87,7 @@ def console_errors(page: Path, folder: Path) -> list[str]:
     return [line for line in output.splitlines() if "CONSOLE" in line]
 
 
-def measured(page: Path, folder: Path, width: int) -> dict[str, Any]:
+def measure_layout(page: Path, folder: Path, width: int) -> dict[str, Any]:
     """Returns the layout of the page in a frame of ``width`` pixels."""
     wrapper = folder / "wrapper.html"
     wrapper.write_text(
@@ -130,7 +130,7 @@ def test_page_shows_all_plots_within_its_width(
 ) -> None:
     path = request.getfixturevalue(name)
     assert width != PHONE or console_errors(path, tmp_path) == []
-    layout = measured(path, tmp_path, width)
+    layout = measure_layout(path, tmp_path, width)
     assert layout["content"] <= layout["width"] <= width
     assert 0 <= layout["left"] < layout["labels"] <= layout["width"]
     assert {name for name, height in layout["plots"] if height > 50} == set(plots)

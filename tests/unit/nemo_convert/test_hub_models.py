@@ -1,4 +1,4 @@
-"""Checks and downloads request only the files that are read, from a local server like the hub."""
+"""Checks and downloads request only the files that are read. A local server replaces the hub."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def split_weights(hub: FakeHub, folder: Path) -> None:
     weight_map = {name: SHARDS[number % 2] for number, name in enumerate(names)}
     for shard in SHARDS:
         shapes = expected_shapes(LLAMA_CONFIG)
-        own = {name: shapes[name] for name in names if weight_map[name] == shard}
-        write_sparse_weights(folder / shard, own)
+        shard_shapes = {name: shapes[name] for name in names if weight_map[name] == shard}
+        write_sparse_weights(folder / shard, shard_shapes)
         hub.models[NAME][shard] = (folder / shard).read_bytes()
     del hub.models[NAME][WEIGHTS]
     write_index(hub, weight_map)
@@ -74,20 +74,20 @@ def write_index(hub: FakeHub, weight_map: object) -> None:
     hub.models[NAME][INDEX] = json.dumps(index).encode()
 
 
-def requested(hub: FakeHub) -> set[str]:
+def requested_files(hub: FakeHub) -> set[str]:
     return {path for path, _ in hub.downloads}
 
 
 def test_a_check_downloads_headers_and_small_files(hub: FakeHub, tmp_path: Path) -> None:
     assert run_with_hub(hub, tmp_path, CHECK).strip() == ""
-    assert requested(hub) == {*SMALL_FILES, WEIGHTS}
+    assert requested_files(hub) == {*SMALL_FILES, WEIGHTS}
     assert hub.bytes_of(WEIGHTS) == HEADER_BYTES
 
 
 def test_a_check_of_shards_downloads_their_headers(hub: FakeHub, tmp_path: Path) -> None:
     split_weights(hub, tmp_path)
     assert run_with_hub(hub, tmp_path, CHECK).strip() == ""
-    assert requested(hub) == {*SMALL_FILES, INDEX, *SHARDS}
+    assert requested_files(hub) == {*SMALL_FILES, INDEX, *SHARDS}
     assert [hub.bytes_of(shard) for shard in SHARDS] == [HEADER_BYTES, HEADER_BYTES]
 
 
@@ -103,31 +103,31 @@ def test_a_dry_run_checks_the_headers(hub: FakeHub, tmp_path: Path, launch: Laun
     done = launch(*overrides, **settings_for(hub, tmp_path / "home"))
     assert done.returncode == 1
     assert f"has shape [128, 256] in {WEIGHTS}, but [128, 512]" in done.stderr
-    assert requested(hub) == {*SMALL_FILES, WEIGHTS}
+    assert requested_files(hub) == {*SMALL_FILES, WEIGHTS}
     assert hub.bytes_of(WEIGHTS) == HEADER_BYTES
 
 
 def test_a_download_has_only_files_that_are_read(hub: FakeHub, tmp_path: Path) -> None:
     size = len(hub.models[NAME][WEIGHTS])
     assert set(run_with_hub(hub, tmp_path, DOWNLOAD).split()) == {*SMALL_FILES, WEIGHTS}
-    assert requested(hub) == {*SMALL_FILES, WEIGHTS}
+    assert requested_files(hub) == {*SMALL_FILES, WEIGHTS}
     assert hub.bytes_of(WEIGHTS) == size
 
 
 def test_a_download_of_shards(hub: FakeHub, tmp_path: Path) -> None:
     split_weights(hub, tmp_path)
     run_with_hub(hub, tmp_path, DOWNLOAD)
-    assert requested(hub) == {*SMALL_FILES, INDEX, *SHARDS}
+    assert requested_files(hub) == {*SMALL_FILES, INDEX, *SHARDS}
 
 
 def test_shards_beside_one_file_of_weights_are_not_downloaded(hub: FakeHub, tmp_path: Path) -> None:
     """transformers then reads ``model.safetensors`` alone."""
-    whole = hub.models[NAME][WEIGHTS]
+    single_file = hub.models[NAME][WEIGHTS]
     split_weights(hub, tmp_path)
-    hub.models[NAME][WEIGHTS] = whole
+    hub.models[NAME][WEIGHTS] = single_file
     assert run_with_hub(hub, tmp_path, CHECK).strip() == ""
     run_with_hub(hub, tmp_path, DOWNLOAD)
-    assert requested(hub) == {*SMALL_FILES, INDEX, WEIGHTS}
+    assert requested_files(hub) == {*SMALL_FILES, INDEX, WEIGHTS}
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_faults_of_weights_on_the_hub(
     elif fault == "no map":
         write_index(hub, ["a"])
     else:
-        files[WEIGHTS] = LFS_POINTER * (fault == "pointer")
+        files[WEIGHTS] = LFS_POINTER if fault == "pointer" else b""
     output = run_with_hub(hub, tmp_path, CHECK)
     assert output.startswith("error: ")
     assert message in output

@@ -69,16 +69,18 @@ def test_a_comparison_holds_one_model_and_the_heads_of_all() -> None:
 
 
 def test_importance_keeps_the_input_of_every_layer() -> None:
-    whole = scoring_cost(LLAMA, True, TEXT, H100)
+    one_rank = scoring_cost(LLAMA, True, TEXT, H100)
     states = 2 * PASS_TOKENS * 4096
     layer = PASS_TOKENS * ((2 + 8) * 14336 + 2 * 2 * 4096)  # ModelOpt's two copies are in float32
-    assert whole.memory.activations == 33 * states + layer
-    half = scoring_cost(LLAMA, True, TEXT, H100, pipeline=2)
-    assert half.memory.activations == 17 * states + layer
-    assert half.memory.weights == pytest.approx(LLAMA.parameters() + HEAD, rel=0.01)
-    again = scoring_cost(LLAMA, True, TEXT, H100, ablated=40)
-    assert again.compute.flops == pytest.approx(1.6 * whole.compute.flops)
-    assert 3600 * again.hours(H100) == pytest.approx(again.compute.flops / (9.89e14 * 0.35))
+    assert one_rank.memory.activations == 33 * states + layer
+    two_ranks = scoring_cost(LLAMA, True, TEXT, H100, pipeline=2)
+    assert two_ranks.memory.activations == 17 * states + layer
+    assert two_ranks.memory.weights == pytest.approx(LLAMA.parameters() + HEAD, rel=0.01)
+    with_ablations = scoring_cost(LLAMA, True, TEXT, H100, ablated=40)
+    assert with_ablations.compute.flops == pytest.approx(1.6 * one_rank.compute.flops)
+    assert 3600 * with_ablations.hours(H100) == pytest.approx(
+        with_ablations.compute.flops / (9.89e14 * 0.35)
+    )
 
 
 def test_healing_holds_a_layer_at_a_time_on_a_gpu() -> None:

@@ -101,11 +101,11 @@ def test_tensor_parallelism_must_divide_each_axis(
 
 def test_student_and_teacher_are_both_checked(chain: Chain) -> None:
     student = PruneConfig(stage="prune", target_num_layers=2)
-    whole = with_shapes(replace(chain, stages={"prune": student}), ["prune"])
+    pruned_chain = with_shapes(replace(chain, stages={"prune": student}), ["prune"])
     cfg = config(devices=5, pp=5)
     cfg.inputs = {"teacher": "import_hf", "student": "prune"}
-    whats = [problem.what for problem in problems(cfg, whole)]
-    assert whats == [
+    messages = [problem.what for problem in problems(cfg, pruned_chain)]
+    assert messages == [
         "the teacher has 4 layers, fewer than PP=5",
         "the student has 2 layers, fewer than PP=5",
     ]
@@ -117,10 +117,10 @@ def test_experts_are_trained_with_sequence_parallelism(chain: Chain) -> None:
     moe = replace(chain, teacher=experts)
     [problem] = problems(config(devices=2, tp=2), moe)
     assert "sequence_parallel=true" in problem.fix
-    whole = config(devices=2, tp=2, sequence_parallel=True)
-    assert problems(whole, moe) == []
+    sequence_parallel = config(devices=2, tp=2, sequence_parallel=True)
+    assert problems(sequence_parallel, moe) == []
     odd = replace(experts, moe_ffn_hidden_size=65)
-    [problem] = problems(whole, replace(moe, teacher=odd))
+    [problem] = problems(sequence_parallel, replace(moe, teacher=odd))
     assert "moe_ffn_hidden_size=65" in problem.what
 
 

@@ -205,12 +205,12 @@ def test_a_cpu_holds_unsummed_gradients_in_bfloat16(batches: int, ranks: int, si
 
 def test_copies_of_the_optimizer_take_memory_and_reduce_network_traffic() -> None:
     """With a copy on each of two nodes, a rank sends an eighth of the gradients between nodes."""
-    whole = Layout(nodes=2, devices=8)
-    job = distillation(LLAMA, None, layout=whole)
-    copied = replace(job, layout=replace(whole, optimizer_instances=2))
+    layout = Layout(nodes=2, devices=8)
+    job = distillation(LLAMA, None, layout=layout)
+    with_copies = replace(job, layout=replace(layout, optimizer_instances=2))
     size = LLAMA.parameters()
-    assert peak_memory(copied, H100).optimizer == 12 * size / 8
-    seconds = [step_time(each, H100).gradient_communication for each in (job, copied)]
+    assert peak_memory(with_copies, H100).optimizer == 12 * size / 8
+    seconds = [step_time(workload, H100).gradient_communication for workload in (job, with_copies)]
     link, network = H100.link_bytes_per_second, H100.network_bytes_per_second
     assert seconds[0] == pytest.approx(6 * size * 15 / 16 / network)
     assert seconds[1] == pytest.approx(6 * size * 7 / 8 / link + 4 * size / 8 / network)
@@ -222,11 +222,11 @@ def test_recomputing_and_sequence_parallelism_save_activations() -> None:
     layout = Layout(devices=8, tensor=2, micro_batch_size=2)
     job = distillation(LLAMA, LLAMA, layout=layout)
 
-    def held(**changes: Any) -> float:
+    def activations(**changes: Any) -> float:
         return peak_memory(replace(job, layout=replace(layout, **changes)), H100).activations
 
-    assert held(sequence_parallel=True) < held()
-    assert held(recompute_granularity="full") < held() / 7
+    assert activations(sequence_parallel=True) < activations()
+    assert activations(recompute_granularity="full") < activations() / 7
     recomputed = replace(job, layout=replace(layout, recompute_granularity="full"))
     assert step_time(recomputed, H100).compute > 1.2 * step_time(job, H100).compute
 
@@ -236,9 +236,9 @@ def test_recomputed_feed_forward_layers_are_in_memory_one_at_a_time() -> None:
     job = distillation(LLAMA, LLAMA, layout=layout)
     kept = 2 * (4 * 4096 + 2 * 40 * 128)
     assert peak_memory(job, H100).activations == 2 * 4096 * (32 * kept + 2 * 3 * 14336)
-    whole = replace(job, layout=Layout(micro_batch_size=2))
-    more = token_compute(job).flops - token_compute(whole).flops
-    assert more == 32 * 6 * 4096 * 14336
+    without_recompute = replace(job, layout=Layout(micro_batch_size=2))
+    recomputed_flops = token_compute(job).flops - token_compute(without_recompute).flops
+    assert recomputed_flops == 32 * 6 * 4096 * 14336
 
 
 def test_a_pipeline_holds_several_micro_batches_and_idles() -> None:
@@ -253,8 +253,10 @@ def test_a_pipeline_holds_several_micro_batches_and_idles() -> None:
     with_teacher = replace(job, teacher=LLAMA)
     state = 2 * 4096 * 4096
     for stage, messages in enumerate((1, 1 + 3, 1 + 2, 1 + 1)):
-        both, one = (stage_memory(each, H100, stage).activations for each in (with_teacher, job))
-        assert both - one == pytest.approx(messages * state)
+        with_states, without_states = (
+            stage_memory(workload, H100, stage).activations for workload in (with_teacher, job)
+        )
+        assert with_states - without_states == pytest.approx(messages * state)
 
 
 def test_a_pipeline_is_as_fast_as_its_busiest_stage() -> None:
@@ -264,19 +266,20 @@ def test_a_pipeline_is_as_fast_as_its_busiest_stage() -> None:
     layer = (forward_flops(QWEN, 4096) - head) / 36
     stages = [3 * layer, *[5 * layer] * 6, 3 * layer + head]
     assert pipeline_imbalance(job) == pytest.approx(max(stages) * 8 / sum(stages))
-    one = replace(job, layout=Layout(devices=8))
-    assert pipeline_imbalance(one) == pytest.approx(1)
-    slower = step_time(job, H100).compute / step_time(one, H100).compute
+    unsplit = replace(job, layout=Layout(devices=8))
+    assert pipeline_imbalance(unsplit) == pytest.approx(1)
+    slower = step_time(job, H100).compute / step_time(unsplit, H100).compute
     assert slower == pytest.approx(pipeline_imbalance(job))
 
 
 def test_logits_of_teacher_and_student_are_counted() -> None:
     job = distillation(SMOLLM2, SMOLLM2, layout=Layout(micro_batch_size=4), seq_length=256)
-    one = 4 * 256 * 49152 * 2
-    assert peak_memory(job, CPU).logits == 2 * one  # the gradient replaces the student's
-    assert peak_memory(replace(job, terms=2), CPU).logits == 2 * one
-    assert peak_memory(replace(job, teacher=None), CPU).logits == one
-    chunk = peak_memory(replace(job, teacher=None), H100).logits - one
-    assert peak_memory(job, H100).logits == 2 * one + 3 * chunk / 2
-    assert peak_memory(replace(job, terms=2), H100).logits == 2 * one + 4 * chunk / 2
-    assert peak_memory(replace(job, trained=None), CPU).logits == 2 * one  # and a transposed copy
+    logits = 4 * 256 * 49152 * 2
+    assert peak_memory(job, CPU).logits == 2 * logits  # the gradient replaces the student's
+    assert peak_memory(replace(job, terms=2), CPU).logits == 2 * logits
+    assert peak_memory(replace(job, teacher=None), CPU).logits == logits
+    chunk = peak_memory(replace(job, teacher=None), H100).logits - logits
+    assert peak_memory(job, H100).logits == 2 * logits + 3 * chunk / 2
+    assert peak_memory(replace(job, terms=2), H100).logits == 2 * logits + 4 * chunk / 2
+    cache = replace(job, trained=None)
+    assert peak_memory(cache, CPU).logits == 2 * logits  # and a transposed copy

@@ -49,7 +49,10 @@ def test_bundled_shapes_have_the_published_parameters(
 
 
 def test_memory_traffic_of_a_token_equals_a_hand_count() -> None:
-    """The model has one layer with one head of two channels; one token; bfloat16."""
+    """The model has one layer with one head of two channels; one token; bfloat16.
+
+    Terms are channels times bytes: norms and residuals, queries, keys, feed-forward.
+    """
     tiny = Architecture("", 1, 2, 3, 1, 1, 2, 5, 8, tied_embeddings=True)
     heads = keys = 2
     forward = 2 * 2 * (22 + 6) + heads * (24 + 12) + keys * (24 + 4) + 3 * 10
@@ -76,25 +79,27 @@ def test_all_ranks_together_hold_the_whole_model(pipeline: int, tied: bool) -> N
     """A pipeline holds tied embeddings twice: on the first and on the last stage."""
     arch = replace(LLAMA, num_layers=20, tied_embeddings=tied)
     layout = Layout(devices=2 * pipeline, tensor=2, pipeline=pipeline)
-    held = 2 * sum(sum(rank_parameters(arch, layout, stage)) for stage in range(pipeline))
-    twice = arch.vocab_size * arch.hidden_size if tied and pipeline > 1 else 0
-    assert held == pytest.approx(arch.parameters() + twice)
+    parameters_of_ranks = 2 * sum(
+        sum(rank_parameters(arch, layout, stage)) for stage in range(pipeline)
+    )
+    copied_embeddings = arch.vocab_size * arch.hidden_size if tied and pipeline > 1 else 0
+    assert parameters_of_ranks == pytest.approx(arch.parameters() + copied_embeddings)
 
 
 def test_activations_of_a_layer_equal_a_hand_count() -> None:
     """A token of Llama 3.1 8B keeps tensors of norms, attention and the feed-forward layer."""
     values = 4 * 4096 + 2 * (32 + 8) * 128 + 3 * 14336
     assert layer_activation_bytes(LLAMA, Layout(), 1) == 2 * values
-    split = 2 * (4 * 4096 + (2 * 40 * 128 + 3 * 14336) / 2)
-    assert layer_activation_bytes(LLAMA, Layout(devices=2, tensor=2), 1) == split
-    whole = Layout(devices=2, tensor=2, sequence_parallel=True)
-    assert layer_activation_bytes(LLAMA, whole, 1) == values
+    tensor_parallel = 2 * (4 * 4096 + (2 * 40 * 128 + 3 * 14336) / 2)
+    assert layer_activation_bytes(LLAMA, Layout(devices=2, tensor=2), 1) == tensor_parallel
+    sequence_parallel = Layout(devices=2, tensor=2, sequence_parallel=True)
+    assert layer_activation_bytes(LLAMA, sequence_parallel, 1) == values
     recomputed = Layout(recompute_feed_forward=True)
     assert layer_activation_bytes(LLAMA, recomputed, 1) == 2 * (4 * 4096 + 2 * 40 * 128)
     assert feed_forward_recompute(LLAMA, 2).flops == 32 * 6 * 4096 * 14336
 
 
-def test_experts_are_split_and_two_of_them_work_on_a_token() -> None:
+def test_experts_are_split_and_two_of_them_are_active_for_a_token() -> None:
     arch = with_experts(SMOLLM2)
     assert expert_parameters(arch) == 30 * 8 * 3 * 576 * 128
     _, experts = rank_parameters(arch, Layout(devices=8, expert=4), 0)
@@ -102,9 +107,11 @@ def test_experts_are_split_and_two_of_them_work_on_a_token() -> None:
     # Norms, inputs of two experts, 9 and 3 heads of 64, and four tensors in each expert.
     values = 4 * 576 + 2 * 576 + 2 * (9 + 3) * 64 + 4 * 2 * 128
     assert layer_activation_bytes(arch, Layout(), 1) == 2 * values
-    split = (4 * 576 + 2 * (9 + 3) * 64 + 4 * 2 * 128) / 3 + 2 * 576  # inputs are gathered
-    thirds = Layout(devices=3, tensor=3, sequence_parallel=True)
-    assert layer_activation_bytes(arch, thirds, 1) == pytest.approx(2 * split)
+    gathered_values = (
+        4 * 576 + 2 * (9 + 3) * 64 + 4 * 2 * 128
+    ) / 3 + 2 * 576  # inputs are gathered
+    three_ranks = Layout(devices=3, tensor=3, sequence_parallel=True)
+    assert layer_activation_bytes(arch, three_ranks, 1) == pytest.approx(2 * gathered_values)
 
 
 PROFILES = sorted(path.stem for path in (CONF / "hardware").glob("*.yaml"))
@@ -114,7 +121,10 @@ PROFILES = sorted(path.stem for path in (CONF / "hardware").glob("*.yaml"))
 def test_profiles_are_complete_and_plausible(name: str) -> None:
     device = profile(name)
     assert device.name == name
-    assert device.on_gpu == (name != "cpu") == (device.bandwidth_fraction is None) != device.measure
+    on_gpu = name != "cpu"
+    assert device.on_gpu == on_gpu
+    assert (device.bandwidth_fraction is None) == on_gpu
+    assert device.measure != on_gpu
     assert 0 < device.utilisation <= 1
     assert device.memory_of_rank(1) > 1e9
     assert (CONF / "hardware" / f"{name}.yaml").read_text().startswith("# ")
@@ -137,7 +147,7 @@ def test_only_processors_with_bfloat16_instructions_train_in_it(
     if flags is not None:
         (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
     assert hardware.cpu_profile("precision") == precision
-    bfloat16 = hardware.Hardware()
+    defaults = hardware.Hardware()
     rates = [hardware.cpu_profile(n) for n in ("flops_per_second", "bytes_per_second")]
-    default = [bfloat16.flops_per_second, bfloat16.bytes_per_second]
-    assert (rates == default) == (precision == bfloat16.precision)
+    default_rates = [defaults.flops_per_second, defaults.bytes_per_second]
+    assert (rates == default_rates) == (precision == defaults.precision)

@@ -79,8 +79,8 @@ def test_the_plan_assumes_the_largest_shape_within_the_budget(
     planned = plan(*LARGE, *f"budget.{budget}".split(), recipe=RECIPE)
     chain = planned.chain
     student = chain.shape_of("prune")
-    whole = chain.teacher.parameters()
-    assert least * whole < student.parameters() <= most * whole
+    teacher_parameters = chain.teacher.parameters()
+    assert least * teacher_parameters < student.parameters() <= most * teacher_parameters
     [note] = [note for note in planned.notes if note.rule.name == "searched-shape"]
     assert name_of(student) in note.what
     assert chain.workloads["distill"].trained == student
@@ -134,7 +134,8 @@ def test_any_recipe_can_use_the_shape_that_another_run_chose(
         f"+stages.prune.inputs.shape={other_search}",
         "stages.prune.target_num_layers=null",
     ]
-    planned = plan(*tiny[::2], *overrides, recipe="recipe=llama_depth_prune")
+    model, _, length = tiny  # this recipe has no search space
+    planned = plan(model, length, *overrides, recipe="recipe=llama_depth_prune")
     student = planned.chain.shape_of("prune")
     assert (student.num_layers, student.ffn_hidden_size) == (3, 160)
     assert "searched-shape" not in {note.rule.name for note in planned.notes}
@@ -169,9 +170,9 @@ def test_latency_is_measured_in_the_search_space(plan: MakePlan, recipe: str) ->
     assert stages["enumerate_shapes"].inputs["latency"].kind == "latency_model"
 
 
-TWO = Resources(devices=2)
-SHORT = Service(context_length=256)
-INT3 = BuildEngineConfig(precision="int3")
+TWO_DEVICES = Resources(devices=2)
+SHORT_CONTEXT = Service(context_length=256)
+INT3_ENGINE = BuildEngineConfig(precision="int3")
 
 
 @pytest.mark.parametrize(
@@ -187,12 +188,16 @@ INT3 = BuildEngineConfig(precision="int3")
         ),
         (measure_latency, {"service": Service(context_length=8)}, "length", "new_tokens"),
         (measure_latency, {"service": Service(context_length=2000)}, "length", "more than the"),
-        (measure_latency, {"service": SHORT, "engine": INT3}, "format", "int3"),
+        (measure_latency, {"service": SHORT_CONTEXT, "engine": INT3_ENGINE}, "format", "int3"),
         (rank_candidates, {"seq_length": 2000}, "seq-length", "2000"),
         (successive_halving, {"max_tokens": 9000}, "search", "max_tokens=9000"),
         (
             successive_halving,
-            {"num_candidates": 1, "resources": TWO, "distill": DistillConfig(resources=TWO)},
+            {
+                "num_candidates": 1,
+                "resources": TWO_DEVICES,
+                "distill": DistillConfig(resources=TWO_DEVICES),
+            },
             "search",
             "distill.resources.devices=2",
         ),
@@ -236,11 +241,14 @@ def test_unknown_names_of_candidates_are_refused(chain: Chain) -> None:
     stages = {"shapes": search, "ranking": ranking}
     chain = with_shapes(dataclasses.replace(chain, stages=stages), stages)
     known = name_of(search.shapes(chain.teacher)[0])
-    for also, what in (([known], []), ([known, known[:-1] + "9"], [f"Did you mean '{known}'?"])):
+    for also, messages in (
+        ([known], []),
+        ([known, known[:-1] + "9"], [f"Did you mean '{known}'?"]),
+    ):
         cfg = SuccessiveHalvingConfig(also=also, inputs={"candidates": "ranking"})
         problems = list(successive_halving.check(cfg, chain))
-        assert [p.rule.name for p in problems] == ["search"] * len(what)
-        assert all(message in p.what for message, p in zip(what, problems, strict=True))
+        assert [p.rule.name for p in problems] == ["search"] * len(messages)
+        assert all(message in p.messages for message, p in zip(messages, problems, strict=True))
     # The candidates of a budget of measured latency are unknown before the measurement.
     timed = dataclasses.replace(search, inputs={"latency": "measure_latency"})
     stages = {**stages, "shapes": timed}
