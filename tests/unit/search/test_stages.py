@@ -248,7 +248,7 @@ def test_unknown_names_of_candidates_are_refused(chain: Chain) -> None:
         cfg = SuccessiveHalvingConfig(also=also, inputs={"candidates": "ranking"})
         problems = list(successive_halving.check(cfg, chain))
         assert [p.rule.name for p in problems] == ["search"] * len(messages)
-        assert all(message in p.messages for message, p in zip(messages, problems, strict=True))
+        assert all(message in p.what for message, p in zip(messages, problems, strict=True))
     # The candidates of a budget of measured latency are unknown before the measurement.
     timed = dataclasses.replace(search, inputs={"latency": "measure_latency"})
     stages = {**stages, "shapes": timed}
