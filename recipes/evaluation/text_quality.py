@@ -41,6 +41,7 @@ from recipes.evaluation.predictions import (
     compare,
     compute_states,
 )
+from recipes.evaluation.ranks import gather
 from recipes.evaluation.results import (
     ROLES,
     EvaluationResult,
@@ -169,9 +170,7 @@ class Scores:
 
 def _of_all_ranks(scores: dict[str, Scores]) -> dict[str, Scores]:
     """Returns the scores of all sequences, in their order; each rank has every n-th sequence."""
-    by_rank = [scores] * world_size()
-    if world_size() > 1:
-        torch.distributed.all_gather_object(by_rank, scores)
+    by_rank = gather(scores)
 
     def in_order(role: str, metric: str) -> list[float]:
         rows = zip_longest(*(vars(rank_scores[role])[metric] for rank_scores in by_rank))

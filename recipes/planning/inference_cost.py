@@ -60,10 +60,13 @@ class InferenceCost:
     """Work of all ranks together: the ranks of a pipeline compute one after the other."""
     bf16: bool
     """Whether models compute in bfloat16; else in float32."""
+    generated_bytes: float = 0
+    """Memory traffic of text generation, which reads all weights for each token of a batch."""
 
     def hours(self, hardware: Hardware) -> float:
-        """Returns the time on a hardware profile."""
-        return hardware.compute_seconds(self.compute, self.bf16) / 3600
+        """Returns the time on a hardware profile; that of text generation is a lower bound."""
+        generation = self.generated_bytes / hardware.bytes_per_second
+        return (hardware.compute_seconds(self.compute, self.bf16) + generation) / 3600
 
 
 @dataclass(frozen=True)
@@ -208,8 +211,24 @@ def scoring_cost(
     return InferenceCost(memory, text.compute(arch, bf16) + repeated.compute(arch, bf16), bf16)
 
 
+@dataclass(frozen=True)
+class Generation:
+    """Text that a model generates."""
+
+    steps: float
+    """Decoding steps of a batch, over all batches."""
+    batch_size: int
+    context: float
+    """Tokens before a step, in the mean."""
+
+
 def benchmark_cost(
-    models: Sequence[Architecture], bf16: bool, tokens: int, pass_tokens: int, hardware: Hardware
+    models: Sequence[Architecture],
+    bf16: bool,
+    tokens: float,
+    pass_tokens: int,
+    hardware: Hardware,
+    generations: Sequence[Generation] = (),
 ) -> InferenceCost:
     """Returns the cost of benchmark items of ``tokens`` tokens together, for each model in turn.
 
@@ -224,7 +243,13 @@ def benchmark_cost(
         reserved=hardware.reserved_bytes,
     )
     text = Sequences(tokens / pass_tokens, pass_tokens, 1, SCORED_FRACTION)
-    return InferenceCost(memory, _all_passes(models, bf16, text), bf16)
+    storage = Storage("bf16" if bf16 else "fp32", kv_bytes=size)
+    generated = sum(
+        each.steps * decode_traffic(arch, each.batch_size, each.context, storage)
+        for each in generations
+        for arch in models
+    )
+    return InferenceCost(memory, _all_passes(models, bf16, text), bf16, generated)
 
 
 def conversion_cost(arch: Architecture, hardware: Hardware) -> InferenceCost:

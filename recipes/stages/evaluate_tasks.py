@@ -1,11 +1,13 @@
 """Evaluates teacher, pruned and distilled model on the same benchmark items with lm-eval.
 
-Reads the three models, and the students of earlier steps. Writes the answers to all items.
+Reads the three models, and the students of earlier steps. Writes the answers to all items. Ranks
+split the items.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -15,10 +17,10 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.distillation.settings import DistillConfig
 from recipes.evaluation.offline_tasks import TASKS
-from recipes.evaluation.settings import HARNESS, EvaluateTasksConfig
+from recipes.evaluation.settings import GENERATION_BATCH, HARNESS, EvaluateTasksConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain
-from recipes.planning.inference_cost import InferenceCost, benchmark_cost
+from recipes.planning.inference_cost import Generation, InferenceCost, benchmark_cost
 from recipes.planning.rules import Problem
 from recipes.stages.contract import Stage
 
@@ -37,6 +39,8 @@ ITEM_SIZES = {
 """Number of items, and mean tokens of an item with all its choices (SmolLM2's tokenizer)."""
 DEFAULT_SIZES = (1000, 80)
 """Assumed for other tasks."""
+GENERATED_TOKENS = {"gsm8k_cot": 256}
+"""Most tokens that a model generates for an item; few models stop a whole batch earlier."""
 SUBJECTS = {"mmlu": 57}
 """Number of subtasks. The limit and the examples are per subtask."""
 
@@ -71,20 +75,26 @@ def check(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: EvaluateTasksConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of all models over all items; generated tokens do not count."""
+    """Estimates the cost of all models over a rank's items."""
     pruned = chain.shape_of(cfg.inputs.get("pruned"))
-    tokens = 0
+    ranks, tokens = cfg.resources.ranks, 0
+    generations = []
     for name in cfg.tasks:
         items, size = ITEM_SIZES.get(name, DEFAULT_SIZES)
         if cfg.limit is not None:
             items = min(items, cfg.limit * SUBJECTS.get(name, 1))
         examples = cfg.num_fewshot.get(name, 0) * min(items, SUBJECTS.get(name, items))
         tokens += (items + examples) * size
+        if new_tokens := GENERATED_TOKENS.get(name):
+            batches = math.ceil(math.ceil(items / GENERATION_BATCH) / ranks)
+            context = size + new_tokens / 2
+            generations.append(Generation(batches * new_tokens, GENERATION_BATCH, context))
     distill = chain.stages.get(cfg.inputs.get("distilled", ""))
     students = 1 + (len(distill.student_steps) if isinstance(distill, DistillConfig) else 0)
     models = (chain.teacher, pruned, *[pruned] * students)
     bf16 = cfg.precision == "bf16-mixed"
-    return benchmark_cost(models, bf16, tokens, cfg.pack_tokens, chain.hardware)
+    own_tokens, width = tokens / ranks, cfg.pack_tokens
+    return benchmark_cost(models, bf16, own_tokens, width, chain.hardware, generations)
 
 
 def run(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -100,7 +110,6 @@ STAGE = Stage(
     run=run,
     check=check,
     inference_cost=inference_cost,
-    one_rank="the items are not split over ranks",
     inputs={
         "teacher": ("checkpoint_nemo",),
         "pruned": ("checkpoint_nemo",),

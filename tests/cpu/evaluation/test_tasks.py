@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import datasets
 import pytest
 import torch
 import transformers
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from omegaconf import OmegaConf
 from transformers import (
@@ -27,10 +29,12 @@ from nemo_convert import nemo
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import METRICS, steps_of
 from recipes.evaluation import offline_tasks, packed_lm, task_scores
+from recipes.evaluation.packing import packs_of_rank
 from recipes.evaluation.results import ROLES, Item
 from recipes.evaluation.settings import EvaluateTasksConfig
 from recipes.stages import evaluate_tasks
 from tests.support.hub import fake_hub, run_with_hub
+from tests.support.ranks import run_ranks
 from tests.support.runs import stage_dir
 
 TASKS = ["sciq", "piqa", "arc_challenge", "lambada_openai"]
@@ -168,6 +172,95 @@ def test_a_second_run_uses_cached_answers(
             evaluate_tasks.run(config(limit=3), models, stage_dir(tmp_path, "other"))
     assert second.cached == {role: TASKS for role in ROLES}
     assert second.tasks == first.tasks
+
+
+def test_ranks_split_the_packs_of_one() -> None:
+    """Two groups of questions have examples, of 80 tokens; the others have none."""
+    requests = [
+        (None, [group] * (80 if group < 2 else 5) + [group, item], [choice] * (1 + item % 3))
+        for group in range(20)
+        for item in range(9)
+        for choice in range(2)
+    ]
+
+    def packs(rank: int, ranks: int) -> list[tuple[int, tuple[int, ...]]]:
+        groups = packs_of_rank(requests, 4096, 50, rank, ranks)
+        return [
+            (len(prefix), tuple(n for question in pack for n in question.requests))
+            for prefix, own in groups
+            for pack in own
+        ]
+
+    whole = packs(0, 1)
+    assert sorted(n for _, numbers in whole for n in numbers) == list(range(len(requests)))
+    assert {length for length, _ in whole} == {0, 81}
+    for ranks in (2, 3, 8):
+        parts = [packs(rank, ranks) for rank in range(ranks)]
+        assert [pack for part in parts for pack in part] == whole
+        assert max(map(len, parts)) < 1.5 * len(whole) / ranks
+    assert sum(map(bool, (packs(rank, 99) for rank in range(99)))) == len(whole)
+
+
+RANK_SCRIPT = """
+import os, pickle, sys
+from pathlib import Path
+from recipes.core.stage import rank
+from recipes.stages import evaluate_tasks
+from tests.cpu.evaluation.test_tasks import FEWSHOT, config, repeated_prompts
+from tests.support.runs import stage_dir
+folder = Path(sys.argv[1])
+models = pickle.loads((folder / "models").read_bytes())
+if rank() == 1:
+    os.environ["NEMO_RECIPES_CACHE"] = str(folder / "cache-1")
+outcome = evaluate_tasks.run(config(**FEWSHOT), models, stage_dir(folder, f"ranks-{rank()}"))
+result = outcome.result, repeated_prompts(models["teacher"].hf)
+(folder / f"result-{rank()}").write_bytes(pickle.dumps(result))
+"""
+PROMPTS = [f"{7919 * number % 1000} and" for number in range(20)]
+FEWSHOT: dict[str, Any] = {"num_fewshot": {"piqa": 2}}
+"""lm-eval draws the examples of an item after those of the item before."""
+
+
+def repeated_prompts(folder: Path) -> list[str]:
+    """Returns the texts of a model whose text is its prompt; the tiny ones write the same."""
+    packed = packed_lm.PackedLM(*float32(folder), 300, nothing)
+    settings = {"until": ["</s>"], "max_gen_toks": 4}
+    requests = [Instance("generate_until", {}, (p, settings), n) for n, p in enumerate(PROMPTS)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HFLM, "generate_until", lambda self, own, **_: [r.args[0] for r in own])
+        return packed.generate_until(requests)
+
+
+def test_two_ranks_give_the_answers_of_one(
+    models: dict[str, Any], cached_here: Path, tmp_path: Path
+) -> None:
+    """Rank 0 alone decides which answers are cached: the other rank here has another cache."""
+    one = evaluate_tasks.run(config(**FEWSHOT), models, stage_dir(tmp_path, "one")).result
+    for file in cached_here.glob("evaluations/*.json"):
+        if not file.name.startswith("sciq"):
+            file.unlink()
+    shutil.copytree(cached_here, tmp_path / "cache-1", symlinks=True)
+    shutil.rmtree(tmp_path / "cache-1" / "evaluations")
+    (tmp_path / "ranks.py").write_text(RANK_SCRIPT)
+    (tmp_path / "models").write_bytes(pickle.dumps(models))
+    run_ranks(str(tmp_path / "ranks.py"), str(tmp_path))
+    (result, texts), (nothing_else, same_texts) = (
+        pickle.loads((tmp_path / f"result-{rank}").read_bytes()) for rank in (0, 1)
+    )
+    assert result.cached == {role: ["sciq"] for role in ROLES}
+    for name, task in result.tasks.items():
+        assert task.items == LIMIT
+        files = (tmp_path / stage / "work" / "artifact" / "samples" for stage in ("one", "ranks-0"))
+        lines = [(f / f"{name}.jsonl").read_text().splitlines() for f in files]
+        for expected, line in zip(*(map(json.loads, each) for each in lines), strict=True):
+            assert line["id"] == expected["id"]
+            for role in ROLES:
+                pair = (torch.tensor(each[role]["response"]) for each in (line, expected))
+                torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-3)
+                assert task.models()[role].value == one.tasks[name].models()[role].value
+    assert texts == same_texts == PROMPTS
+    assert nothing_else is None
+    assert not (tmp_path / "cache-1" / "evaluations").exists()
 
 
 def test_all_tasks_are_loaded_and_answered(models: dict[str, Any], cached_here: Path) -> None:

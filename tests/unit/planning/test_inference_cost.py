@@ -9,6 +9,7 @@ import pytest
 
 from launch.planned import load_stage
 from nemo_convert.architecture import Architecture
+from recipes.core.stage import Resources
 from recipes.distillation.settings import CacheLogitsConfig
 from recipes.evaluation.settings import EvaluateConfig
 from recipes.planning.inference_cost import (
@@ -164,9 +165,33 @@ def test_cost_of_benchmarks_and_of_the_export(plan: MakePlan) -> None:
     )
     shots = {"limit": 10, "tasks": ["mmlu", "piqa"], "num_fewshot": {"mmlu": 5, "piqa": 2}}
     fewshot = cost_of(chain, "evaluate_tasks", **shots)
+    assert not fewshot.generated_bytes
+    assert cost_of(
+        chain, "evaluate_tasks", **shots, resources=Resources(devices=4)
+    ).compute.flops == pytest.approx(fewshot.compute.flops / 4)
     mmlu = 57 * (10 + 5) * 95  # each subject's examples are computed once, and cached
     piqa = 10 * (1 + 2) * 60  # examples differ for each item
     assert fewshot.compute.flops == pytest.approx((mmlu + piqa) * per_token)
+
+
+def test_generated_text_takes_memory_traffic(plan: MakePlan) -> None:
+    """165 batches of 8 prompts; each of 256 steps reads the weights and the KV cache."""
+    chain = plan("tasks=quick").chain
+    tasks = {"tasks": ["gsm8k_cot"], "limit": None}
+    cost = cost_of(chain, "evaluate_tasks", **tasks)
+    size = 2 if cost.bf16 else 4
+    student = chain.shape_of("prune")
+    context = 8 * (1200 + 128) * 2 * size * student.num_query_groups * student.kv_channels
+    steps = 165 * 256
+    models = (chain.teacher, student, student)
+    traffic = sum(size * arch.parameters() + arch.num_layers * context for arch in models)
+    assert cost.generated_bytes == pytest.approx(steps * traffic, rel=1e-6)
+    without = replace(cost, generated_bytes=0)
+    hardware = chain.hardware
+    seconds = 3600 * (cost.hours(hardware) - without.hours(hardware))
+    assert seconds == pytest.approx(steps * traffic / hardware.bytes_per_second)
+    eight = cost_of(chain, "evaluate_tasks", **tasks, resources=Resources(devices=8))
+    assert eight.generated_bytes == pytest.approx(cost.generated_bytes * 21 / 165)
 
 
 def test_a_halving_trains_and_evaluates_its_candidates(plan: MakePlan) -> None:

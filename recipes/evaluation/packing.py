@@ -1,0 +1,173 @@
+"""Packs questions with their choices into shared sequences, and splits these over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from os.path import commonprefix
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+Request = tuple[object, list[int], list[int]]
+"""A request of lm-eval: an id, and the tokens of context and continuation."""
+MIN_SHARED_TOKENS = 64
+"""Two questions have the same examples if they have at least this many first tokens in common."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A context and the continuations to score after it."""
+
+    context: tuple[int, ...]
+    requests: list[int]
+    """Request number of each continuation."""
+    continuations: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.context) + sum(len(tokens) - 1 for tokens in self.continuations)
+
+
+def group_by_context(requests: Iterable[Request], max_length: int) -> list[Prompt]:
+    """Groups requests by context. If a context is too long, its first tokens are dropped."""
+    questions: dict[tuple[int, ...], Prompt] = {}
+    for number, (_, context, continuation) in enumerate(requests):
+        # As in HFLM: the last token is never an input, so one more token fits.
+        excess = max(0, len(context) + len(continuation) - max_length - 1)
+        key = tuple(context[excess:])
+        question = questions.setdefault(key, Prompt(key, [], []))
+        question.requests.append(number)
+        question.continuations.append(continuation)
+    return list(questions.values())
+
+
+def share_prefixes(
+    questions: Iterable[Prompt], pass_tokens: int
+) -> Iterator[tuple[tuple[int, ...], list[Prompt]]]:
+    """Finds prefixes that consecutive questions share, such as few-shot examples.
+
+    A prefix is shared only if that saves a forward pass of ``pass_tokens`` tokens.
+
+    Yields:
+        A prefix and its questions, without the prefix; at last ``()`` and all other questions.
+    """
+    runs: list[list[Prompt]] = []
+    for question in questions:
+        if not runs or len(_common_prefix([runs[-1][-1], question])) < MIN_SHARED_TOKENS:
+            runs.append([])
+        runs[-1].append(question)
+    unshared: list[Prompt] = []
+    for run in runs:
+        prefix = _common_prefix(run)
+        if len(prefix) * (len(run) - 1) < pass_tokens:
+            unshared += run
+            continue
+        yield prefix, [replace(q, context=q.context[len(prefix) :]) for q in run]
+    yield (), unshared
+
+
+def packs_of_rank(
+    requests: Iterable[Request], max_length: int, pass_tokens: int, rank: int, ranks: int
+) -> Iterator[tuple[tuple[int, ...], list[list[Prompt]]]]:
+    """Splits the packs of all requests over ranks; yields a rank's packs after each shared prefix.
+
+    Every rank forms the same packs, so a score does not depend on the number of ranks. A rank gets
+    consecutive packs, so that few prefixes are processed on two ranks.
+    """
+    questions = group_by_context(requests, max_length)
+    groups = [
+        (prefix, list(split_into_packs(own, pass_tokens)))
+        for prefix, own in share_prefixes(questions, pass_tokens)
+    ]
+    total = sum(pack_tokens(pack) for _, packs in groups for pack in packs)
+    before = 0
+    for prefix, packs in groups:
+        own_packs = []
+        for pack in packs:
+            if before * ranks // total == rank:
+                own_packs.append(pack)
+            before += pack_tokens(pack)
+        if own_packs:
+            yield prefix, own_packs
+
+
+def pack_tokens(pack: Iterable[Prompt]) -> int:
+    """Returns the number of a pack's tokens."""
+    return sum(map(len, pack))
+
+
+def _common_prefix(questions: Iterable[Prompt]) -> tuple[int, ...]:
+    """Returns the common first tokens of contexts, without a context's last token.
+
+    The last token remains in each question, because its logits predict the continuations.
+    """
+    return tuple(commonprefix([question.context[:-1] for question in questions]))
+
+
+def split_into_packs(questions: Iterable[Prompt], tokens: int) -> Iterator[list[Prompt]]:
+    """Yields packs of consecutive questions with up to ``tokens`` tokens together."""
+    pack: list[Prompt] = []
+    size = 0
+    for question in questions:
+        if pack and size + len(question) > tokens:
+            yield pack
+            pack, size = [], 0
+        pack.append(question)
+        size += len(question)
+    if pack:
+        yield pack
+
+
+def pack_layout(pack: Iterable[Prompt]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+    """Returns a pack's tokens, their positions, and pairs of question and segment numbers.
+
+    Segment 0 is a question's context; each continuation is a further segment that starts at the
+    position after the context. A continuation's last token is left out: it predicts nothing.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    segments: list[tuple[int, int]] = []
+    for number, question in enumerate(pack):
+        parts = [list(question.context), *(c[:-1] for c in question.continuations)]
+        for segment, ids in enumerate(parts):
+            first = len(question.context) if segment else 0
+            tokens += ids
+            positions += range(first, first + len(ids))
+            segments += [(number, segment)] * len(ids)
+    return tokens, positions, segments
+
+
+def scored_positions(pack: Iterable[Prompt]) -> tuple[list[int], list[int]]:
+    """Returns the indices in the pack whose logits are needed, and their target tokens.
+
+    The context's last token predicts the first token of every continuation.
+    """
+    rows: list[int] = []
+    targets: list[int] = []
+    start = 0
+    for question in pack:
+        last = start + len(question.context) - 1
+        start = last + 1
+        for continuation in question.continuations:
+            rows += [last, *range(start, start + len(continuation) - 1)]
+            targets += continuation
+            start += len(continuation) - 1
+    return rows, targets
+
+
+def attention_bias(
+    segments: Sequence[tuple[int, int]], dtype: torch.dtype, before: int = 0
+) -> Tensor:
+    """Returns the attention bias [1, 1, n, before + n]: 0 if a token attends, else the minimum.
+
+    A token attends to the ``before`` tokens of the shared prefix, and to itself and earlier tokens
+    of its question's context and its own continuation.
+    """
+    question, segment = torch.tensor(segments).T
+    same_segment = (segment[:, None] == segment) | (segment == 0)
+    visible = (question[:, None] == question) & same_segment
+    hidden = pad(~(visible & torch.ones_like(visible).tril()), (before, 0))  # prefix: not hidden
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)[
+        None, None
+    ]
