@@ -1,4 +1,4 @@
-"""Reads the records of one file. A file type is a function here and a suffix in ``READERS``."""
+"""Reads the records of a file. Each file type has a function here and a suffix in ``READERS``."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import IO, Any
 import ijson
 
 LONGEST_PARAGRAPH = 1 << 20
-"""Bytes after which a text without blank lines is split anyway, at the end of a line."""
+"""Bytes after which text without blank lines is split anyway, at the end of a line."""
 LONGEST_FIELD = 1 << 27
-"""Characters of the longest field of a table."""
+"""Largest number of characters in a field of a table."""
 MESSAGES = "messages"
 """Field of a conversation: ``{"messages": [{"role": "user", "content": "…"}, …]}``."""
 SPEAKERS = {"user": "A", "assistant": "B"}
@@ -30,13 +30,13 @@ class Record:
 
     value: object
     where: str
-    """Location in the file, for messages."""
+    """Location in the file, for error messages; empty for a paragraph, which has an offset."""
     offset: int | None = None
-    """Bytes of the file before a paragraph."""
+    """Position of a paragraph's first byte in the file; ``None`` for other records."""
 
 
 def _paragraphs(file: IO[bytes]) -> Iterator[Record]:
-    """Yields the texts between blank lines."""
+    """Yields the paragraphs of a text, which blank lines separate."""
     offset, start, lines = 0, 0, list[bytes]()
     for line in file:
         blank = not line.strip()
@@ -109,11 +109,12 @@ READERS: dict[str, Callable[[IO[bytes]], Iterator[Record]]] = {
 
 
 def text_of_fields(fields: str, record: object) -> str | None:
-    """Returns the text in fields of a record, one below the other; ``None`` if it has none of them.
+    """Returns the text in fields of a record, joined by line breaks; ``None`` without such a field.
 
     Args:
-        fields: Names, joined by commas; ``a.b`` for a field in a field. Lists become lines.
-        record: A text, or a mapping.
+        fields: Names, joined by commas; ``a.b`` is the field ``b`` of the field ``a``. The strings
+            of a list are joined by line breaks.
+        record: A string, which is returned as it is; or a mapping.
     """
     if not isinstance(record, dict):
         return record if isinstance(record, str) else None
@@ -123,6 +124,7 @@ def text_of_fields(fields: str, record: object) -> str | None:
 
 
 def _field(name: str, record: Any) -> Any:
+    # The name itself may contain a dot.
     for key in [name] if name in record else name.split("."):
         record = record.get(key) if isinstance(record, dict) else None
     return record
@@ -135,13 +137,13 @@ def _lines(value: Any) -> str | None:
 
 
 def messages_of(record: object) -> list[dict[str, Any]]:
-    """Returns the messages of a conversation, or of a dialogue between two people.
+    """Returns the messages of a conversation, each with ``role`` and ``content``.
 
-    A dialogue has ``sender`` and ``text`` in each message, or lists of such messages. The person
-    who begins becomes the user, the other one the assistant.
+    A record may also be a dialogue between two people: its messages, or lists of messages, have
+    ``sender`` and ``text``. The person who speaks first becomes the user, the other the assistant.
 
     Raises:
-        ValueError: It has none, a message without a role or text, or more than two people.
+        ValueError: It has no messages, a message without a role or text, or more than two senders.
     """
     messages = record.get(MESSAGES) if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages:
@@ -168,10 +170,10 @@ def _dialogue(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def dialogue_text(record: object) -> str:
-    """Returns a dialogue as plain text, one line per turn; empty if one person speaks alone.
+    """Returns a conversation as plain text, one line per message; empty if there is only one.
 
     Raises:
-        ValueError: It is no conversation of two.
+        ValueError: It is not a conversation, see ``messages_of``.
     """
     messages = messages_of(record)
     if len(messages) == 1:

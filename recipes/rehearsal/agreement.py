@@ -1,7 +1,7 @@
-"""Compares the communication of rehearsed ranks: a difference is a hang on a cluster.
+"""Compares the communication of rehearsed ranks: where it differs, a real job would hang.
 
 Each rank records its calls by channel. A channel is a process group, or one direction between two
-ranks. All ranks of a channel must make the same calls in the same order. Does not import torch.
+ranks. All ranks of a channel must make the same calls in the same order. Torch-free.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ WORLD = "the process group of all ranks"
 class Call:
     """A collective, a message between two ranks, or the creation of a process group."""
 
-    what: str
-    """Operation, shapes, types and root. It must be the same on all ranks of the channel."""
+    operation: str
+    """Name, shapes, types and root rank. All ranks of the channel must have the same."""
     site: str
-    """The callers, innermost first, as ``FILE:LINE``."""
+    """Where it was called: ``FILE:LINE`` of some callers, innermost first."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,26 @@ class Channel:
 
 
 def distinct_ranks(world: int, tensor: int, context: int, pipeline: int, expert: int) -> list[int]:
-    """Returns one rank for each index in tensor, context, expert and pipeline parallel groups.
+    """Returns the ranks that must be rehearsed, because all others do the same as one of them.
 
-    Ranks that differ only in their data-parallel index run the same code on other text. Only the
-    last of them is added, because rank 0 often does more than others. Megatron numbers ranks by
-    tensor, context, data and pipeline index. An expert group spans context and data indices.
+    These are the ranks with each combination of tensor, context, expert and pipeline index in the
+    first data-parallel replica, and one rank of the last replica. Ranks that differ only in their
+    data-parallel index run the same code on other text, except that rank 0 often does more.
+
+    Megatron numbers ranks with the tensor index fastest, then context, data and pipeline. Expert
+    groups span context and data indices.
+
+    Args:
+        world: Number of ranks.
+        tensor: Tensor-parallel size; the next three are the other sizes.
+        context: Context-parallel size.
+        pipeline: Pipeline-parallel size.
+        expert: Expert-parallel size.
     """
-    per_stage, per_block = world // pipeline, tensor * math.lcm(context, expert)
-    blocks = [stage * per_stage for stage in range(pipeline)]
-    last_replica = {per_stage - per_block} if per_stage > per_block else set()
-    return sorted({first + rank for first in blocks for rank in range(per_block)} | last_replica)
+    per_stage, per_replica = world // pipeline, tensor * math.lcm(context, expert)
+    stage_starts = [stage * per_stage for stage in range(pipeline)]
+    last_replica = {per_stage - per_replica} if per_stage > per_replica else set()
+    return sorted({s + rank for s in stage_starts for rank in range(per_replica)} | last_replica)
 
 
 def differences(channels: Mapping[int, Sequence[Channel]]) -> Iterator[str]:
@@ -54,8 +64,8 @@ def differences(channels: Mapping[int, Sequence[Channel]]) -> Iterator[str]:
         channels: The channels of each rehearsed rank.
     """
     by_name: dict[str, dict[int, Channel]] = {}
-    for rank, own in channels.items():
-        for channel in own:
+    for rank, rank_channels in channels.items():
+        for channel in rank_channels:
             by_name.setdefault(channel.name, {})[rank] = channel
     for name, by_rank in by_name.items():
         members = {rank for channel in by_rank.values() for rank in channel.ranks}
@@ -70,9 +80,10 @@ def _first_difference(name: str, calls: Mapping[int, Sequence[Call]]) -> Iterato
     first, *others = calls
     for other in others:
         one, two = calls[first], calls[other]
-        if [call.what for call in one] == [call.what for call in two]:
+        if [call.operation for call in one] == [call.operation for call in two]:
             continue
-        # Of two equal calls in a row one may be missing: the callers show which.
+        # Sites are compared here, too. If one rank lacks one of two equal calls in a row, only the
+        # sites show which.
         pairs = zip(one, two, strict=False)
         position = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(two)))
         yield (
@@ -85,10 +96,10 @@ def _first_difference(name: str, calls: Mapping[int, Sequence[Call]]) -> Iterato
 
 def _describe(calls: Sequence[Call], position: int) -> str:
     if position < len(calls):
-        return f"{_shorten(calls[position].what)}, at {calls[position].site}"
+        return f"{_shorten(calls[position].operation)}, at {calls[position].site}"
     return f"none; the last is at {calls[-1].site}" if calls else "none"
 
 
 def _shorten(text: str) -> str:
-    """Leaves out most of a long list of ranks."""
+    """Truncates a text, such as a name with a long list of ranks."""
     return textwrap.shorten(text, 120, placeholder=" …")

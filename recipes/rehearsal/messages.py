@@ -1,8 +1,8 @@
 """Checks and records the collectives and messages of a rank without sending them.
 
-Tensors must meet the requirements of NCCL (torch's ``ProcessGroupNCCL.cpp``: ``_allgather_base``,
-``_reduce_scatter_base``, ``alltoall_base``, ``check_gpu_single_tensor``). Each rank is rehearsed
-alone; ``agreement`` compares their records.
+It checks what NCCL requires of tensors (torch's ``ProcessGroupNCCL.cpp``: ``_allgather_base``,
+``_reduce_scatter_base``, ``alltoall_base``, ``check_gpu_single_tensor``). Each rank is rehearsed in
+a process without the others; the module ``agreement`` compares their records afterwards.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ from recipes.rehearsal.agreement import WORLD, Call, Channel
 from recipes.rehearsal.fake_cuda import DEVICE, NAME
 
 FAKE = "fake"
-CALLERS = 3
-"""Files that a call's site names."""
+"""torch's backend whose collectives do nothing."""
+MAX_CALLERS = 3
+"""Number of callers that a call's site has, each from another file."""
 SKIPPED_FILES = ("/torch/", "/recipes/rehearsal/", "/contextlib.py", "/typing_extensions.py")
+"""Parts of the paths of files that are not shown as callers."""
 ROOTS = (f"{REPO_ROOT}/", *(f"{folder}/" for folder in site.getsitepackages()))
+"""Prefixes that are not shown of paths."""
 Args = tuple[Any, ...]
 _channels: dict[str, Channel] = {}
-"""By name: the process groups of this rank, and its messages to and from others."""
+"""Channels of this rank by name: its process groups, and its messages to and from other ranks."""
 _backends: dict[str, str | None] = {}
 """The requested backend of each process group, by its name."""
 
@@ -41,7 +44,7 @@ class MessageError(Exception):
 
 
 def install() -> None:
-    """Replaces process groups by fake ones of any size, for the rest of the process."""
+    """Makes all process groups of this process fake, so that they can have any size."""
     distributed.Backend.backend_capability[FAKE].append(NAME)
     apply(PATCHES)
 
@@ -85,28 +88,28 @@ def _channel(group: Any) -> Channel:
 
 
 def _describe_ranks(ranks: list[int]) -> str:
-    """Returns all ranks, or first, last and step of many that are equally far apart."""
+    """Lists ranks; equally spaced ranks are given by the first, the last and the step."""
     step = ranks[1] - ranks[0] if len(ranks) > 1 else 0
     if step > 0 and ranks == list(range(ranks[0], ranks[-1] + 1, step)):
         return f"ranks {ranks[0]} to {ranks[-1]}" + (f" by {step}" if step > 1 else "")
     return f"ranks {', '.join(map(str, ranks))}"
 
 
-def _record(group: Any, what: str) -> None:
-    _channel(group).calls.append(Call(what, _site()))
+def _record(group: Any, operation: str) -> None:
+    _channel(group).calls.append(Call(operation, _site()))
 
 
-def _record_message(source: int, destination: int, what: str) -> None:
+def _record_message(source: int, destination: int, operation: str) -> None:
     name = f"messages from rank {source} to rank {destination}"
     channel = _channels.setdefault(name, Channel(name, [source, destination]))
-    channel.calls.append(Call(what, _site()))
+    channel.calls.append(Call(operation, _site()))
 
 
 def _site() -> str:
-    """Returns the innermost callers in different files, without those of torch and rehearsals."""
+    """Returns the innermost callers, one per file, without files of torch and of rehearsals."""
     frame: FrameType | None = sys._getframe(1)
     callers: dict[str, int] = {}
-    while frame is not None and len(callers) < CALLERS:
+    while frame is not None and len(callers) < MAX_CALLERS:
         file = frame.f_code.co_filename
         if not any(skipped in file for skipped in SKIPPED_FILES):
             callers.setdefault(file, frame.f_lineno)
@@ -151,6 +154,7 @@ class MessageChecker(TorchDispatchMode):
         if func.namespace != "c10d":
             return func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("c10d::")
+        # Operators get their process group as a ScriptObject.
         boxed = next(a for a in args if isinstance(a, torch.ScriptObject))
         group = distributed.ProcessGroup.unbox(boxed)
         if name != "barrier":
@@ -160,39 +164,42 @@ class MessageChecker(TorchDispatchMode):
         if (check := CHECKS.get(name)) is not None:
             check(name, args, group.size())
         _record_call(name, func, args, group)
-        if name in COALESCED:  # only the separate collectives work on fake tensors
+        if name in COALESCED:  # coalesced operators do not work on fake tensors
             return COALESCED[name](*args)
         return func(*args, **(kwargs or {}))
 
 
 def _record_call(name: str, func: Any, args: Args, group: Any) -> None:
-    own = distributed.get_rank()
+    this_rank = distributed.get_rank()
     if name in MESSAGES:
         other = distributed.get_global_rank(group, args[2])
-        source, destination = (own, other) if name == "send" else (other, own)
+        source, destination = (this_rank, other) if name == "send" else (other, this_rank)
         _record_message(source, destination, _describe(args[0]))
         return
     if name == "alltoall_base_":
-        _record_all_to_all(own, args, group)
+        _record_all_to_all(this_rank, args, group)
     named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
     root = f" from {named['root_rank']}" if "root_rank" in named else ""
-    tensors = args[OWN_TENSORS.get(name, 0)] if name not in UNSIZED else ()
+    tensors = args[EQUAL_ARGUMENT.get(name, 0)] if name not in WITHOUT_EQUAL_SHAPES else ()
     _record(group, f"{name.strip('_')}{root} {_describe(tensors)}".rstrip())
 
 
-def _record_all_to_all(own: int, args: Args, group: Any) -> None:
-    """Records the rows for and from each rank, which may be different numbers."""
+def _record_all_to_all(this_rank: int, args: Args, group: Any) -> None:
+    """Records the rows sent to and received from each rank, as messages.
+
+    Their number may differ between pairs of ranks, so they cannot be compared within the group.
+    """
     ranks = distributed.get_process_group_ranks(group)
     for tensor, splits, is_sent in ((args[1], args[4], True), (args[0], args[3], False)):
         rows = splits or [len(tensor) // len(ranks)] * len(ranks)
         for other, number in zip(ranks, rows, strict=True):
-            source, destination = (own, other) if is_sent else (other, own)
-            what = f"all_to_all {[number, *tensor.shape[1:]]} {_dtype(tensor)}"
-            _record_message(source, destination, what)
+            source, destination = (this_rank, other) if is_sent else (other, this_rank)
+            operation = f"all_to_all {[number, *tensor.shape[1:]]} {_dtype(tensor)}"
+            _record_message(source, destination, operation)
 
 
 def _describe(tensors: object) -> str:
-    """Returns shapes and types; also strides where a message is not contiguous."""
+    """Describes tensors by shape and type; by strides, too, if they are not contiguous."""
     return " and ".join(
         f"{list(t.shape)} {_dtype(t)}" + ("" if t.is_contiguous() else f" strides {t.stride()}")
         for t in _tensors(tensors)
@@ -204,9 +211,10 @@ def _dtype(tensor: Tensor) -> str:
 
 
 MESSAGES = ("send", "recv_")
-OWN_TENSORS = {"allgather_": 1, "gather_": 1}
-"""Position of the argument whose shape is the same on all ranks, where it is not the first."""
-UNSIZED = ("barrier", "monitored_barrier_", "alltoall_base_")
+EQUAL_ARGUMENT = {"allgather_": 1, "gather_": 1}
+"""Position of the argument whose shapes are equal on all ranks, where it is not the first."""
+WITHOUT_EQUAL_SHAPES = ("barrier", "monitored_barrier_", "alltoall_base_")
+"""Collectives without such an argument."""
 
 
 def _tensors(value: object) -> list[Tensor]:
@@ -216,7 +224,11 @@ def _tensors(value: object) -> list[Tensor]:
 
 
 def _require_device(name: str, backend: str | None, tensors: Sequence[Tensor]) -> None:
-    """Checks device and layout for NCCL; ``None`` and names of two backends also allow the CPU."""
+    """Checks that NCCL can send tensors from their device and in their layout.
+
+    Tensors on the CPU are allowed if the group's backend is not NCCL alone: gloo, both, or
+    ``None``, which means both.
+    """
     if backend == "gloo":
         return
     for tensor in tensors:
@@ -232,7 +244,7 @@ def _require_device(name: str, backend: str | None, tensors: Sequence[Tensor]) -
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor fills its memory in any order of dimensions: NCCL sends that memory."""
+    """Returns whether a tensor has no gaps in memory, in whatever order its dimensions are."""
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     is_dense: bool = tensor.permute(order).is_contiguous()
     return is_dense
@@ -275,6 +287,8 @@ def _check_all_to_all(name: str, args: Args, size: int) -> None:
 
 
 def _check_pairs(check: Callable[..., None]) -> Callable[..., None]:
+    """Returns a check of a coalesced collective, which checks each pair of output and input."""
+
     def check_each(name: str, args: Args, size: int) -> None:
         for pair in zip(*args[:2], strict=True):
             check(name, pair, size)
@@ -293,6 +307,8 @@ CHECKS: dict[str, Callable[[str, Args, int], None]] = {
 
 
 def _separately(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a coalesced collective that runs ``collective`` for each pair of output and input."""
+
     def run_each(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *args: Any) -> Any:
         results = [collective(*pair, *args) for pair in zip(outputs, inputs, strict=True)]
         _, work = results[-1]  # the coalesced operator returns the last work
@@ -310,9 +326,9 @@ COALESCED: dict[str, Callable[..., Any]] = {
     "reduce_scatter_tensor_coalesced_": _separately(torch.ops.c10d._reduce_scatter_base_),
     "allreduce_coalesced_": _all_reduce,
 }
+"""Replacements of coalesced operators."""
 
-
-GROUPS = "groups have ranks that are not here"
+GROUPS = "groups have ranks that are not running"
 PICKLED = "objects are pickled into tensors, and fake tensors have no data"
 PATCHES = patches(
     "torch.distributed:",

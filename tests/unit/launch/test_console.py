@@ -143,12 +143,12 @@ def test_follower_shows_the_time_left_of_stage_and_run(
             log.log(time=10.0 * step, task="train", done=step, total=5, loss=2.5)
             follower.update()
     if terminal:
-        assert "about 1:00:00 of the run loss 2.5" in text_of(screen)  # in its last frame
+        assert "about 1:00:00 for the run loss 2.5" in text_of(screen)  # in its last frame
     else:
         assert lines_of(screen)[1:-1] == [
             "distill: train 1/5  loss 2.5",
-            "distill: train 2/5, 0:00:30 left, about 1:00:30 of the run  loss 2.5",
-            "distill: train 5/5, about 1:00:00 of the run  loss 2.5",
+            "distill: train 2/5, 0:00:30 left, about 1:00:30 for the run  loss 2.5",
+            "distill: train 5/5, about 1:00:00 for the run  loss 2.5",
         ]
 
 

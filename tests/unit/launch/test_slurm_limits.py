@@ -45,7 +45,12 @@ def test_jobs_that_fit_have_no_problem(plan: MakePlan, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("overrides", "cluster", "message", "rule"),
     [
-        ((), {"sbatch": ["--nodes=2"]}, "report: the option --nodes=2 of sbatch would override", "job"),
+        (
+            (),
+            {"sbatch": ["--nodes=2"]},
+            "report: the option --nodes=2 of sbatch would override",
+            "job",
+        ),
         ((), {"sbatch": ["--time 9"]}, "would override resources.time", "job"),
         (
             (),
