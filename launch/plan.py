@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -36,10 +35,6 @@ from recipes.planning.chain import Chain
 from recipes.planning.limits import limit_problems
 from recipes.planning.rules import ERROR, Problem, require_none
 from recipes.report.gates import Gate, known_names, parse, problems
-
-REPEATED = ("prune", "distill", "score")
-HEAL = "heal"
-"""Optional stage that ``rounds=N`` repeats if the recipe has it."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +154,7 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
     """Converts the stages of a composed config to their dataclasses; refuses invalid settings."""
     typed: dict[str, StageConfig] = {}
     invalid: list[str] = []
-    for name, node in _with_rounds(cfg).items():
+    for name, node in cfg.stages.items():
         where = f"stages.{name}"
         if not issubclass(OmegaConf.get_type(node) or dict, StageConfig):
             raise RecipeError(f"{where}={node} is not a stage.", f"leave it out: '~{where}'")
@@ -178,49 +173,6 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
             "the recipe has no stages.", "choose a recipe that has some, and do not set stages={}"
         )
     return typed
-
-
-def _with_rounds(cfg: DictConfig) -> Mapping[str, Any]:
-    """Returns the stage nodes of a composed config and, for ``rounds=N``, those of earlier rounds.
-
-    The chain prunes and distils N times, each time from the previous student. The recipe's own
-    stages form the last round. Earlier rounds have copies of them, ``prune_1`` and so on, with
-    other inputs and sizes. Only ``score`` belongs to the first round, since it scores the teacher;
-    ``score_2`` and so on score the student of the round before. All rounds distil from the same
-    teacher.
-    """
-    stages: dict[str, Any] = {str(name): node for name, node in cfg.stages.items()}
-    rounds = cfg.get("rounds", 1)
-    if rounds == 1:
-        return stages
-    if missing := [name for name in REPEATED if name not in stages]:
-        raise RecipeError(
-            f"rounds={rounds}, but this recipe has no {' and no '.join(missing)}.",
-            "leave rounds out, or choose a recipe that prunes and distils",
-        )
-    model, scores = (stages["prune"].inputs[name] for name in ("checkpoint", "importance"))
-    for number in range(1, rounds):
-        changes: dict[str, dict[str, Any]] = {
-            f"prune_{number}": {
-                # Of what remains to be pruned, so that every round prunes equally much.
-                "round_fraction": 1 / (rounds - number + 1),
-                "inputs": {"checkpoint": model, "importance": scores},
-            },
-            f"distill_{number}": {"inputs": {"student": f"prune_{number}"}},
-            f"score_{number + 1}": {"inputs": {"checkpoint": f"distill_{number}"}},
-        }
-        if HEAL in stages:
-            inputs = {"checkpoint": f"prune_{number}", "teacher": model}
-            changes[f"{HEAL}_{number}"] = {"inputs": inputs}
-            changes[f"distill_{number}"] = {"inputs": {"student": f"{HEAL}_{number}"}}
-        for name, change in changes.items():
-            last_round = stages[name.rpartition("_")[0]]
-            stages[name] = OmegaConf.merge(last_round, change, stages.get(name, {}))
-        model, scores = f"distill_{number}", f"score_{number + 1}"
-    last = {"prune": {"checkpoint": model, "importance": scores}, HEAL: {"teacher": model}}
-    for name in stages.keys() & last.keys():
-        stages[name] = OmegaConf.merge(stages[name], {"inputs": last[name]})
-    return stages
 
 
 def _gates(settings: RunSettings, configs: Mapping[str, StageConfig]) -> tuple[Gate, ...]:

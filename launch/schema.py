@@ -21,8 +21,6 @@ CONF = REPO_ROOT / "conf"
 OPTIONAL_GROUPS = ("engine", "gguf", "heal", "long_context", "tasks", "tracker")
 """Config groups that a run can leave out: ``GROUP=null``."""
 CHOICE = re.compile(r"\d+k|[a-z][\w.]*", re.IGNORECASE)
-EARLIER_ROUND = re.compile(r"stages\.\w+_\d+\.")
-"""Matches the start of an override for a stage of an earlier round, such as ``prune_1``."""
 VALUES = ("null", "true", "false", "nan", "inf")
 """Words that Hydra parses as values, not as names."""
 
@@ -37,7 +35,6 @@ usage: python launch/run.py recipe=NAME [model=NAME | model.hf_path=DIR_OR_HUB_I
   'only=[prune]'                           run only these stages
   'force=[distill]'                        run a stage again, and what follows
   'accept=[distill]'                       keep a result although code or settings changed
-  rounds=2                                 prune and distil twice, half of the reduction each time
   dry_run=true                             write configs and scripts, start nothing
   rehearse=true                            check shapes and memory at full size without a GPU
   'skip_rules=[memory]'                    run although a rule says no
@@ -107,8 +104,6 @@ def hydra_words(words: Iterable[str]) -> list[str]:
 
 
 def _hydra_word(word: str) -> str:
-    if EARLIER_ROUND.match(word):
-        return f"++{word}"  # no config file has stages of earlier rounds
     group, equals, value = word.partition("=")
     if not equals or group not in groups():
         return word

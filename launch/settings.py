@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.hydra_errors import SHOW_FIELDS, as_typed
-from recipes.core.constraints import Count, PositiveOrZero, matching, one_of
+from recipes.core.constraints import PositiveOrZero, matching, one_of
 from recipes.core.errors import RecipeError
 from recipes.planning.rules import RULES
 
@@ -44,9 +44,6 @@ class RunSettings:
     """The settings of the tracker, and its ``name``; ``null`` for none."""
     run_dir: Annotated[str, matching(".+", "a directory")] | None = None
     """Directory of the run; ``runs/RECIPE`` by default."""
-    rounds: Count = 1
-    """Number of times to prune and distil, each time from the last student and by an equal fraction
-    of the whole reduction. Stages of earlier rounds have numbers, such as ``prune_1``."""
     dry_run: bool = False
     """Writes every config and script, and starts nothing."""
     rehearse: Any = False

@@ -136,7 +136,7 @@ PRUNE_TARGET = Rule(
 )
 LARGE_REDUCTION = _warning(
     "large-reduction",
-    "distillation recovers a removal of up to a third of the parameters; more takes several rounds",
+    "one distillation recovers a removal of up to a third of the parameters",
     f"{_MODELOPT}, examples/pruning/README.md; arXiv:2407.14679",
 )
 SEARCHED_SHAPE = _warning("searched-shape", "the search chooses the shape after the plan")

@@ -67,8 +67,6 @@ class Importance:
     the layer, in nats."""
     blocks: dict[int, dict[int, float]] = field(default_factory=dict)
     """Change of the loss without a block of adjacent layers, by its size and its first layer."""
-    greedy: list[int] = field(default_factory=list)
-    """First layers that the greedy method removes, in order."""
     widths: dict[str, Tensor] = field(default_factory=dict)
     """Scores of ``hidden_size`` [hidden] and, as ``layers.{i}.AXIS``, of ``ffn_hidden_size`` [ffn]
     and ``num_attention_heads`` [heads]."""
@@ -96,7 +94,6 @@ class Importance:
             teacher_loss=content["teacher_loss"],
             layers={method: numbered(scores) for method, scores in content["layers"].items()},
             blocks={n: numbered(scores) for n, scores in numbered(content["blocks"]).items()},
-            greedy=content["greedy"],
             widths=load_file(folder / WIDTHS_FILE),
         )
 
@@ -113,8 +110,6 @@ def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]
         return layers
     if method == "block":
         measured, setting = drop in importance.blocks, f"block_sizes=[{drop}]"
-    elif method == "greedy":
-        measured, setting = drop <= len(importance.greedy), f"num_greedy_layers={drop}"
     else:
         measured, setting = method in importance.layers, "num_loss_samples=8"
     if not measured:
@@ -126,8 +121,6 @@ def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]
         starts = importance.blocks[drop]
         first = min(starts, key=lambda start: starts[start])
         dropped = set(range(first, first + drop))
-    elif method == "greedy":
-        dropped = set(importance.greedy[:drop])
     else:
         scores = importance.layers[method]
         dropped = set(sorted(layers, key=lambda layer: scores[layer])[:drop])

@@ -21,7 +21,7 @@ class ScoreResult:
 
 @dataclass(frozen=True)
 class PruneResult:
-    """Layers that pruning kept. After several rounds, they have the first teacher's numbers."""
+    """Layers that pruning kept. Numbers are those of the first teacher if it was pruned before."""
 
     kept_layers: list[int]
     layer_importance: dict[int, float]

@@ -89,35 +89,23 @@ def score_checkpoint(
         require_better_than_chance(
             teacher_loss, core.vocab_size, ", or measure on noise: stages.score.calibration=random"
         )
-    layers, blocks, greedy = (
-        _loss_scores(cfg, ablation, teacher_loss) if cfg.num_loss_samples else ({}, {}, [])
-    )
+    layers, blocks = _loss_scores(cfg, ablation, teacher_loss) if cfg.num_loss_samples else ({}, {})
     influence, widths = _influence_and_widths(core, text, cfg.micro_batch_size, log)
     layers = {"block_influence": influence, **layers}
-    return Importance(teacher_loss, layers, blocks, greedy, widths)
+    return Importance(teacher_loss, layers, blocks, widths)
 
 
 def _loss_scores(
     cfg: ScoreConfig, ablation: LayerAblation, teacher_loss: float
-) -> tuple[dict[str, dict[int, float]], dict[int, dict[int, float]], list[int]]:
-    """Returns the change of the loss by layer and by block, and the greedy order."""
+) -> tuple[dict[str, dict[int, float]], dict[int, dict[int, float]]]:
+    """Returns the change of the loss by layer and by block."""
 
     def changes(size: int) -> dict[int, float]:
         starts = range(1, ablation.num_layers - size + 2)
         losses = ablation.losses([tuple(range(start, start + size)) for start in starts])
         return {start: loss - teacher_loss for start, loss in zip(starts, losses, strict=True)}
 
-    single = changes(1)
-    blocks = {size: changes(size) for size in cfg.block_sizes or ()}
-    # Twice as many candidates as removals are enough: a layer that matters when it is removed first
-    # also matters when it is removed later.
-    candidates = sorted(single, key=lambda layer: single[layer])[: 2 * cfg.num_greedy_layers]
-    removed = candidates[:1]
-    while len(removed) < cfg.num_greedy_layers:
-        remaining = [layer for layer in candidates if layer not in removed]
-        losses = ablation.losses([(layer,) for layer in remaining], removed)
-        removed.append(remaining[losses.index(min(losses))])
-    return {"loss": single}, blocks, removed
+    return {"loss": changes(1)}, {size: changes(size) for size in cfg.block_sizes or ()}
 
 
 class LayerAblation:
@@ -134,26 +122,21 @@ class LayerAblation:
             self._head = float32_head(weight.detach())
 
     @torch.no_grad()
-    def losses(
-        self, blocks: Sequence[Collection[int]], removed: Collection[int] = ()
-    ) -> list[float]:
+    def losses(self, blocks: Sequence[Collection[int]]) -> list[float]:
         """Returns the mean LM loss in nats without each block of layers; equal on all ranks.
 
         Args:
             blocks: Sets of layers. The result has one loss for each.
-            removed: Layers that are also left out, for every loss.
         """
         # The hidden states before a block do not depend on it, so all blocks share them.
-        layers = [layer for layer in self._core.decoder.layers if layer.layer_number not in removed]
+        layers = list(self._core.decoder.layers)
         sums = torch.zeros(len(blocks), dtype=torch.float64)
         for done, batch in _batches(self._text, self._batch):
             tokens, counted = batch.tokens.to(device()), batch.counted.to(device())
             states = _states(self._core, layers, tokens)
             for number, block in enumerate(blocks):
                 sums[number] += self._loss_without(block, layers, states, tokens, counted)
-            self._log.progress(
-                "leave out", done, len(self._text), blocks=len(blocks), removed=len(removed)
-            )
+            self._log.progress("leave out", done, len(self._text), blocks=len(blocks))
         sums = sums.to(device())
         torch.distributed.broadcast(
             sums,

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from nemo_convert.architecture import Architecture
-from recipes.core.constraints import Count, CountOrZero, Fraction, Seed, Size, one_of
+from recipes.core.constraints import Count, CountOrZero, Seed, Size, one_of
 from recipes.core.precision import Precision
 from recipes.core.stage import StageConfig
-from recipes.pruning.targets import PruneTargets, absolute_sizes, interpolated_shape
+from recipes.pruning.targets import PruneTargets, absolute_sizes
 
-LAYER_METHODS = ("block_influence", "loss", "block", "greedy")
+LAYER_METHODS = ("block_influence", "loss", "block")
 TARGET = "target_"
 """Prefix of the fields with targets; Megatron's name of the axis follows."""
 
@@ -28,10 +28,10 @@ class PruneConfig(StageConfig):
     """Number of layers to keep, by ``layer_importance``."""
     layer_importance: Annotated[str, one_of(*LAYER_METHODS)] = "loss"
     """Which layers are dropped. ``loss``: those that raise the loss least when each is removed by
-    itself. ``block``: adjacent layers that raise it least when removed together. ``greedy``: one
-    after the other, each time the best to remove next. ``block_influence`` (arXiv:2403.03853):
-    those that change their input least, found without more forward passes. After distillation,
-    ``block`` was best for 24 of SmolLM2's 30 layers, and ``loss`` for 20 (docs/results.md)."""
+    itself. ``block``: adjacent layers that raise it least when removed together.
+    ``block_influence`` (arXiv:2403.03853): those that change their input least, found without more
+    forward passes. After distillation, ``block`` was best for 24 of SmolLM2's 30 layers, and
+    ``loss`` for 20 (docs/results.md)."""
     drop_layers: list[Count] = field(default_factory=list)
     """Drops exactly these layers, counted from 1, instead of ``target_num_layers``."""
     target_hidden_size: Size | None = None
@@ -47,9 +47,6 @@ class PruneConfig(StageConfig):
     """Experts of an MoE to keep in each layer."""
     target_moe_ffn_hidden_size: Size | None = None
     """Channels of each expert to keep."""
-    round_fraction: Fraction | None = None
-    """Fraction of the way to the targets, or to a search's choice, that is pruned: 0.5 gives the
-    geometric mean of the sizes. ``rounds`` sets it for all rounds but the last."""
     hidden_size_divisor: Count = 64
     """The hidden size must be a multiple of this, for fast kernels."""
     ffn_hidden_size_divisor: Count = 64
@@ -64,12 +61,6 @@ class PruneConfig(StageConfig):
         """Returns the targets as numbers."""
         sizes = absolute_sizes(teacher, self.explicit_targets(), self.divisors())
         return PruneTargets(**sizes, drop_layers=tuple(sorted(self.drop_layers)))
-
-    def intermediate_shape(self, before: Architecture, student: Architecture) -> Architecture:
-        """Returns the shape to prune ``before`` to, on the way to the student's shape."""
-        if self.round_fraction is None:
-            return student
-        return interpolated_shape(before, student, self.round_fraction, self.divisors())
 
     def with_absolute_targets(self, teacher: Architecture) -> PruneConfig:
         """Returns these settings with all targets as numbers."""
@@ -121,9 +112,6 @@ class ScoreConfig(StageConfig):
     block_sizes: list[Count] | None = None
     """Sizes of blocks of adjacent layers to measure, for ``layer_importance=block``. By default,
     the numbers of layers that stages of this run drop by that method."""
-    num_greedy_layers: CountOrZero = 0
-    """Number of layers to remove one after the other for ``layer_importance=greedy``. Each step
-    tries twice as many candidates."""
     precision: Precision = "32"
     """Precision of the model without its head, which is in float32."""
     seq_length: Count = 256

@@ -13,8 +13,8 @@ from recipes.planning.rules import Problem
 DENSE_AXES = ("ffn_hidden_size",)
 EXPERT_AXES = ("num_moe_experts", "moe_ffn_hidden_size")
 """Axes of feed-forward layers that can be pruned."""
-MAX_ROUND_FRACTION = 1 / 3
-"""Largest fraction of the parameters that one round should prune, according to NVIDIA."""
+MAX_FRACTION = 1 / 3
+"""Largest fraction of the parameters to prune before a distillation, according to NVIDIA."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +54,6 @@ def absolute_sizes(
             size = round(size * getattr(teacher, axis) / step) * step
         sizes[axis] = int(size)
     return sizes
-
-
-def interpolated_shape(
-    teacher: Architecture, student: Architecture, fraction: float, divisors: Mapping[str, int]
-) -> Architecture:
-    """Interpolates between two shapes geometrically, and rounds sizes to the divisors."""
-    changed: dict[str, Any] = {}
-    for axis in ("num_query_groups", "num_layers", "hidden_size", *DENSE_AXES, *EXPERT_AXES):
-        before, after = getattr(teacher, axis), getattr(student, axis)
-        if before != after:
-            step = divisors.get(axis, 1)
-            changed[axis] = round(before * (after / before) ** fraction / step) * step
-    groups = changed.get("num_query_groups", teacher.num_query_groups)
-    before, after = (a.num_attention_heads / a.num_query_groups for a in (teacher, student))
-    heads = groups * round(before * (after / before) ** fraction)
-    return replace(teacher, **changed, num_attention_heads=heads)
 
 
 def pruned_shape(teacher: Architecture, targets: PruneTargets) -> Architecture:

@@ -144,7 +144,7 @@ def _short_settings(config: StageConfig) -> dict[str, Any] | None:
         replicas = config.resources.ranks // config.tensor_model_parallel_size
         settings |= {"num_sequences": replicas * micro, "sequences_per_shard": micro}
     elif isinstance(config, ScoreConfig):
-        settings |= {"block_sizes": [], "num_greedy_layers": 0, "num_calibration_samples": micro}
+        settings |= {"block_sizes": [], "num_calibration_samples": micro}
         settings |= {"num_loss_samples": min(micro, config.num_loss_samples)}
     elif isinstance(config, EvaluateConfig):
         settings |= {"num_sequences": micro, "num_generations": 1, "new_tokens": 1}

@@ -123,7 +123,7 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
         "architecture": True,
         "generations": _generations(inputs["evaluation"]),
         "distillation": _training(distilled),
-        "rounds": list(_rounds(distilled, earlier)),
+        "phases": list(_phases(distilled, earlier)),
         "healed": student.result_if("heal", HealResult) if student else None,
         **(_layers(pruned) if pruned else {}),
         "serve": list(run_servers(inputs)),
@@ -165,15 +165,15 @@ def _training(distilled: Input) -> dict[str, Any]:
     }
 
 
-def _rounds(
+def _phases(
     distilled: Input, earlier: Mapping[str, Manifest]
 ) -> Iterator[tuple[str, Manifest, DistillationResult]]:
-    """Yields the distillation of every round of pruning, if there were several."""
+    """Yields the distillations of the student in order, if there were several."""
     stages = {**earlier, distilled.directory.name: distilled.manifest}
     results = [(n, m, m.result_if("distill", DistillationResult)) for n, m in stages.items()]
-    rounds = [(name, manifest, result) for name, manifest, result in results if result]
-    if len(rounds) > 1:
-        yield from sorted(rounds, key=lambda item: item[1].started_at)
+    phases = [(name, manifest, result) for name, manifest, result in results if result]
+    if len(phases) > 1:
+        yield from sorted(phases, key=lambda item: item[1].started_at)
 
 
 def _loss_terms(steps: list[Record]) -> Iterator[Series]:

@@ -6,7 +6,6 @@ were kept.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from recipes.planning.rules import Problem
 from recipes.pruning.results import PruneResult, ScoreResult
 from recipes.pruning.settings import PruneConfig, ScoreConfig
 from recipes.pruning.targets import (
-    MAX_ROUND_FRACTION,
+    MAX_FRACTION,
     fraction_problems,
     pruned_shape,
     target_problems,
@@ -34,8 +33,8 @@ def student_of(cfg: PruneConfig, chain: Chain) -> Architecture:
     """Returns the shape of the pruned model; the largest possible one before a search chose it."""
     before = chain.shape_of(cfg.inputs.get("checkpoint"))
     if "shape" in cfg.inputs:
-        return cfg.intermediate_shape(before, chain.shape_of(cfg.inputs["shape"]))
-    return cfg.intermediate_shape(before, pruned_shape(before, cfg.targets(chain.teacher)))
+        return chain.shape_of(cfg.inputs["shape"])
+    return pruned_shape(before, cfg.targets(chain.teacher))
 
 
 def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
@@ -49,13 +48,7 @@ def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
         yield from wrong or target_problems(before, cfg.targets(teacher), cfg.divisors())
     if not cfg.drop_layers:
         yield from _score_problems(cfg, chain, before.num_layers - student.num_layers)
-    elif cfg.round_fraction is not None:
-        yield Problem(
-            rules.PRUNE_TARGET,
-            f"drop_layers={cfg.drop_layers} cannot be combined with rounds above 1",
-            "set target_num_layers instead, or rounds=1",
-        )
-    yield from _large_reduction_problems(cfg, chain, before, student)
+    yield from _large_reduction_problems(cfg, before, student)
 
 
 def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> Iterator[Problem]:
@@ -86,20 +79,16 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
 
 
 def _large_reduction_problems(
-    cfg: PruneConfig, chain: Chain, before: Architecture, student: Architecture
+    cfg: PruneConfig, before: Architecture, student: Architecture
 ) -> Iterator[Problem]:
     """Warns if a stage removes more parameters than one distillation recovers well."""
-    remaining = student.parameters() / before.parameters()
-    if 1 - remaining > MAX_ROUND_FRACTION:
-        # Each round keeps an equal fraction, at least 1 - MAX_ROUND_FRACTION.
-        rounds = math.ceil(math.log(remaining) / math.log(1 - MAX_ROUND_FRACTION))
-        is_only_round = cfg.round_fraction is None and before == chain.teacher
+    removed = 1 - student.parameters() / before.parameters()
+    if removed > MAX_FRACTION:
         yield Problem(
             rules.LARGE_REDUCTION,
-            f"{cfg.stage} removes {1 - remaining:.0%} of the parameters at once",
-            f"set rounds={rounds}, to prune and distil {rounds} times by equal ratios"
-            if is_only_round
-            else "prune less, or raise rounds",
+            f"{cfg.stage} removes {removed:.0%} of the parameters at once",
+            "prune less, or distil a larger student and prune it again in a second run: "
+            "model.hf_path=FIRST_RUN/export_hf/artifact",
         )
 
 
@@ -115,7 +104,6 @@ def _score_problems(cfg: PruneConfig, chain: Chain, drop: int) -> Iterator[Probl
             score.block_sizes is None or drop in score.block_sizes,
             f"block_sizes=[{drop}]",
         ),
-        "greedy": (drop <= score.num_greedy_layers, f"num_greedy_layers={drop}"),
     }
     is_measured, setting = needs.get(cfg.layer_importance, (True, ""))
     if not is_measured:
@@ -139,7 +127,6 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     student = pruned_shape(whole, cfg.targets(whole))
     if "shape" in inputs:
         student = Architecture(**(inputs["shape"].manifest.architecture or {}))
-    student = cfg.intermediate_shape(whole, student)
     if cfg.drop_layers:
         layers = sorted(set(range(1, whole.num_layers + 1)) - set(cfg.drop_layers))
     else:
@@ -151,7 +138,7 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     kept.save(out)
     scored = inputs["importance"].manifest.result(ScoreResult)
     measure, scores = importance.layer_scores(cfg.layer_importance)
-    # In the result, layers keep their numbers in the teacher of the first round.
+    # In the result, layers of an already pruned checkpoint keep their numbers in its teacher.
     earlier = inputs["checkpoint"].manifest.result(KeptLayers).kept_layers
     numbers = dict(enumerate(earlier or range(1, whole.num_layers + 1), start=1))
     result = PruneResult(

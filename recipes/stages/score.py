@@ -42,12 +42,11 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     layers = chain.shape_of(cfg.inputs.get("checkpoint")).num_layers
     blocks = resolve_from_chain(cfg, chain).block_sizes or []
-    wrong = [n for n in (*blocks, cfg.num_greedy_layers + 1) if n >= layers]
-    if wrong or (not cfg.num_loss_samples and (blocks or cfg.num_greedy_layers)):
+    if any(size >= layers for size in blocks) or (blocks and not cfg.num_loss_samples):
         yield Problem(
             rules.CALIBRATION,
-            f"block_sizes={blocks} and num_greedy_layers={cfg.num_greedy_layers} cannot be "
-            f"measured with num_loss_samples={cfg.num_loss_samples} and {layers} layers",
+            f"block_sizes={blocks} cannot be measured with "
+            f"num_loss_samples={cfg.num_loss_samples} and {layers} layers",
             f"remove fewer than {layers} layers, and set num_loss_samples to at least 1",
         )
     ranks, stages = cfg.resources.ranks, cfg.pipeline_model_parallel_size
@@ -72,12 +71,8 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
 def inference_cost(cfg: ScoreConfig, chain: Chain) -> InferenceCost:
     """Estimates the cost of the model's and its ablations' forward passes over calibration text."""
     model = chain.shape_of(cfg.inputs.get("checkpoint"))
-    layers, greedy = model.num_layers, cfg.num_greedy_layers
-    blocks = resolve_from_chain(cfg, chain).block_sizes or []
-    # Ablations: each layer, each block of each size, and the greedy search, which removes one layer
-    # after another and tries at most 2 * greedy layers each time.
-    ablations = layers + sum(layers - size + 1 for size in blocks)
-    ablations += sum(2 * greedy - number for number in range(1, greedy))
+    sizes = [1, *(resolve_from_chain(cfg, chain).block_sizes or [])]
+    ablations = sum(model.num_layers - size + 1 for size in sizes)
     data_ranks = max(1, cfg.resources.ranks // cfg.pipeline_model_parallel_size)
     sequences = cfg.num_calibration_samples / data_ranks
     return scoring_cost(

@@ -165,7 +165,7 @@ def recipe(cfg: SuccessiveHalvingConfig, inputs: Inputs, winner: Candidate, meth
     shape, sizes = teacher.architecture or {}, axes_of(winner.shape)
     changed = {axis: size for axis, size in sizes.items() if size != shape[axis]}
     score = inputs["importance"].manifest.config
-    score_settings = ("num_loss_samples", "block_sizes", "num_greedy_layers")
+    score_settings = ("num_loss_samples", "block_sizes")
     content = {
         "defaults": [{"/chain@_global_": "prune_distill"}, "_self_"],
         "description": f"{winner.name}, {winner.parameters / 1e6:,.1f} M parameters",

@@ -59,5 +59,5 @@ def test_the_student_goes_on_at_a_greater_length(tmp_path: Path, text_file: Path
     assert weights.read(name).equal(after[name])
     assert not before[name].equal(after[name])
     page = (run / "report" / ARTIFACT / "report.html").read_text()
-    rounds = page[page.index('id="table-rounds"') :].partition("</table>")[0]
-    assert rounds.index(">distill<") < rounds.index(">distill_long<")
+    phases = page[page.index('id="table-phases"') :].partition("</table>")[0]
+    assert phases.index(">distill<") < phases.index(">distill_long<")

@@ -116,7 +116,9 @@ def test_launcher_commands_plan(command: str, tmp_path: Path) -> None:
     arguments = shlex.split(command)[2:]
     planned = any(argument.startswith("recipe=") for argument in arguments)
     extra = ["dry_run=true"] if planned and "--help" not in arguments else []
-    write_folder(tmp_path / "my_model", MY_MODEL)
+    for model in ("my_model", "runs/llama_depth_prune/export_hf/artifact"):
+        if model in command:
+            write_folder(tmp_path / model, MY_MODEL)
     (tmp_path / "my.jsonl").write_text('{"text": "one document of a few words"}\n' * 200_000)
     said = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So it is."}]
     (tmp_path / "my_chats.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 20_000)

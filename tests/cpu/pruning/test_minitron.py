@@ -17,9 +17,11 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.hf import load_causal_lm
 from recipes.backend.local_layers import register_rms_norm
 from recipes.core.errors import RecipeError
+from recipes.core.manifest import ARTIFACT
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input
 from recipes.data.token_sequences import TextSequences
+from recipes.distillation.results import KeptLayers
 from recipes.pruning.kept import (
     Importance,
     KeptIndices,
@@ -29,9 +31,11 @@ from recipes.pruning.kept import (
     student_name,
 )
 from recipes.pruning.pruned_checkpoint import prune_weights, save_weights
+from recipes.pruning.results import PruneResult, ScoreResult
 from recipes.pruning.scoring import calibration_text, score_checkpoint
-from recipes.pruning.settings import ScoreConfig
+from recipes.pruning.settings import PruneConfig, ScoreConfig
 from recipes.pruning.targets import PruneTargets, pruned_shape
+from recipes.stages import prune as prune_stage
 from tests.support.logits import LogitsWatch
 from tests.support.manifests import bare_manifest
 from tests.support.models import EVEN, write_tiny_model
@@ -42,7 +46,7 @@ LAYERS = 4
 END = 83
 """A frequent token, as if documents ended with it."""
 Plant = Callable[[Any], None]
-SCORE = ScoreConfig(num_loss_samples=8, block_sizes=[2], num_greedy_layers=2)
+SCORE = ScoreConfig(num_loss_samples=8, block_sizes=[2])
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +96,26 @@ def prune(
     weights = prune_weights(teacher, kept, student.kv_channels)
     save_weights(teacher, student, weights, out / "even.nemo")
     return out / "even.nemo", student, kept
+
+
+def test_layers_of_a_pruned_checkpoint_keep_the_first_teachers_numbers(
+    teacher: Path, importance: Importance, tmp_path: Path
+) -> None:
+    """The checkpoint is as if a first pruning had kept layers 2, 3, 5 and 6 of six."""
+    artifact = tmp_path / ARTIFACT
+    artifact.mkdir()
+    (artifact / teacher.name).symlink_to(teacher)
+    importance.save(artifact)
+    scored = ScoreResult("text", 16, 512, importance.teacher_loss, importance.layers, 496)
+    inputs = {
+        "checkpoint": Input(tmp_path, bare_manifest("distill", "c", KeptLayers([2, 3, 5, 6]))),
+        "importance": Input(tmp_path, bare_manifest("score", "importance", scored)),
+    }
+    (tmp_path / "out").mkdir()
+    outcome = prune_stage.run(PruneConfig(drop_layers=[1, 3]), inputs, tmp_path / "out")
+    assert isinstance(outcome.result, PruneResult)
+    assert outcome.result.kept_layers == [3, 6]
+    assert outcome.result.dropped_layers() == [2, 5]
 
 
 def logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -189,11 +213,6 @@ def test_loss_scores_equal_the_loss_of_a_model_without_the_layers(
         assert change == pytest.approx(loss(layer) - loss(), abs=1e-4)
     for first, change in importance.blocks[2].items():
         assert change == pytest.approx(loss(first, first + 1) - loss(), abs=1e-4)
-    first, second = importance.greedy
-    single = importance.layers["loss"]
-    assert single[first] == min(single.values())
-    others = {n: loss(first, n) for n in range(1, LAYERS + 1) if n != first}
-    assert others[second] == min(others.values())
 
 
 def test_layers_are_chosen_by_the_method(importance: Importance) -> None:
@@ -204,11 +223,8 @@ def test_layers_are_chosen_by_the_method(importance: Importance) -> None:
     }
     start = min(importance.blocks[2], key=lambda n: importance.blocks[2][n])
     assert set(range(1, 5)) - set(layers_to_keep(importance, "block", 2)) == {start, start + 1}
-    assert set(range(1, 5)) - set(layers_to_keep(importance, "greedy", 2)) == set(importance.greedy)
     with pytest.raises(RecipeError, match=r"stages.score.block_sizes=\[3\]"):
         layers_to_keep(importance, "block", 1)
-    with pytest.raises(RecipeError, match="num_greedy_layers=3"):
-        layers_to_keep(importance, "greedy", 1)
     with pytest.raises(RecipeError, match="num_loss_samples"):
         layers_to_keep(replace(importance, layers={"block_influence": single}), "loss", 2)
 
@@ -291,7 +307,7 @@ def test_micro_batches_and_chunks_of_logits_change_no_score(
     importance: Importance,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cfg = replace(SCORE, block_sizes=[], num_greedy_layers=0)
+    cfg = replace(SCORE, block_sizes=[])
     monkeypatch.setattr("recipes.evaluation.predictions.LOGITS_BYTES", 4 * 294 * 50)
     with LogitsWatch(294) as watch:
         scores = score(teacher, calibration, replace(cfg, micro_batch_size=3))
@@ -313,7 +329,7 @@ def test_noise_and_padding_are_refused_unless_configured(
     assert torch.equal(tokens, calibration_text(noise, data, teacher).tokens)
     with pytest.raises(RecipeError, match="hardly below chance"):
         score(teacher, tokens, replace(noise, calibration="text"))
-    assert score(teacher, tokens, replace(noise, block_sizes=[], num_greedy_layers=0)).widths
+    assert score(teacher, tokens, replace(noise, block_sizes=[])).widths
     padded = torch.cat([tokens[:1], torch.zeros(3, 32, dtype=torch.int64)])
     monkeypatch.setattr(
         "recipes.pruning.scoring.read_sequences", lambda *_: TextSequences.of(padded)
@@ -367,7 +383,6 @@ def test_two_ranks_give_the_scores_of_one(
 ) -> None:
     scores = score_on_two_ranks(teacher, calibration, stages, tmp_path)
     assert scores.teacher_loss == pytest.approx(importance.teacher_loss, rel=1e-6)
-    assert scores.greedy == importance.greedy
     assert scores.blocks[2] == pytest.approx(importance.blocks[2], rel=1e-5, abs=1e-6)
     assert_same_scores(scores, importance)
 

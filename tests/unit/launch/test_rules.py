@@ -123,7 +123,7 @@ TRIPS = {
     "slow-sizes": trip("stages.prune.target_ffn_hidden_size=1160",
                       "stages.prune.ffn_hidden_size_divisor=8"),
     "layer-importance": trip("stages.prune.target_num_layers=20",
-                            "stages.prune.layer_importance=greedy"),
+                            "stages.prune.layer_importance=loss"),
     "calibration": trip("stages.score.block_sizes=[30]"),
     "healing": trip("heal=least_squares", config=MOE),
     "one-rank": trip("stages.prune.resources.devices=2"),

@@ -282,7 +282,7 @@ def test_the_chosen_architecture_is_a_recipe(chain: Chain, tmp_path: Path) -> No
     )
     scores = dataclasses.replace(
         bare_manifest("score", "importance", None),
-        config={"num_loss_samples": 8, "block_sizes": [1], "num_greedy_layers": 0},
+        config={"num_loss_samples": 8, "block_sizes": [1]},
     )
     inputs = {"checkpoint": Input(tmp_path, teacher), "importance": Input(tmp_path, scores)}
     shape = dataclasses.replace(chain.teacher, num_layers=3, hidden_size=64)
