@@ -24,7 +24,7 @@ from statistics import median
 from rich.table import Table
 
 from benchmarks.launching import (
-    INPUTS,
+    INPUT_STAGES,
     call_in_process,
     complete_manifest,
     launch,
@@ -225,7 +225,7 @@ def measure(names: Sequence[str], shape: Shape, rounds: int, run_dir: Path, out:
         RecipeError: The run's stages are not complete, or methods have different losses on the
             same batches. In the latter case the results are written, too.
     """
-    for stage in INPUTS:
+    for stage in INPUT_STAGES:
         complete_manifest(run_dir / stage)
     records: dict[str, list[Record]] = {}
     failed: dict[str, str] = {}

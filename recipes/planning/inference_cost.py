@@ -121,8 +121,8 @@ def comparison_cost(
         )
         heads += 4 * arch.vocab_size * arch.hidden_size
     logits = _logits_bytes(models[0], text.tokens, COMPARISON_BUFFERS)
-    compared = Memory(weights=heads, activations=states, logits=logits, reserved=reserved)
-    return InferenceCost(largest(*peaks, compared), _all_passes(models, bf16, text), bf16)
+    comparison = Memory(weights=heads, activations=states, logits=logits, reserved=reserved)
+    return InferenceCost(largest(*peaks, comparison), _all_passes(models, bf16, text), bf16)
 
 
 def ranking_cost(
@@ -134,15 +134,15 @@ def ranking_cost(
     """
     size = _bytes(bf16)
     states = 2 * _state_bytes(teacher, size, text, hardware)
-    held = Memory(
+    resident = Memory(
         weights=size * teacher.parameters() + 2 * _head_bytes(teacher, bf16),
         activations=states,
         reserved=hardware.reserved_bytes,
     )
     layer = inference_activation_bytes(teacher, size, text.micro_batch_tokens)
     memory = largest(
-        replace(held, activations=states + layer),
-        replace(held, logits=_logits_bytes(teacher, text.tokens, COMPARISON_BUFFERS)),
+        replace(resident, activations=states + layer),
+        replace(resident, logits=_logits_bytes(teacher, text.tokens, COMPARISON_BUFFERS)),
     )
     return InferenceCost(memory, text.compute(teacher, bf16), bf16)
 
@@ -192,20 +192,20 @@ def scoring_cost(
     layout = Layout(devices=pipeline, pipeline=pipeline)
     parameters = max(sum(rank_parameters(arch, layout, stage)) for stage in range(pipeline))
     states = (-(-arch.num_layers // pipeline) + 1) * size * tokens * arch.hidden_size
-    hooked = tokens * 2 * size * arch.hidden_size
+    hook_bytes = tokens * 2 * size * arch.hidden_size
     if arch.num_moe_experts:
-        hooked += tokens * arch.moe_router_topk * (3 * size + 4) * arch.hidden_size
+        hook_bytes += tokens * arch.moe_router_topk * (3 * size + 4) * arch.hidden_size
     else:
-        hooked += tokens * (size + 8) * arch.ffn_hidden_size
-    held = Memory(
+        hook_bytes += tokens * (size + 8) * arch.ffn_hidden_size
+    resident = Memory(
         weights=size * parameters + _head_bytes(arch, bf16),
         activations=states,
         reserved=hardware.reserved_bytes,
     )
     layer = inference_activation_bytes(arch, size, tokens)
     memory = largest(
-        replace(held, activations=states + max(layer, hooked)),
-        replace(held, logits=_logits_bytes(arch, tokens, LOSS_BUFFERS)),
+        replace(resident, activations=states + max(layer, hook_bytes)),
+        replace(resident, logits=_logits_bytes(arch, tokens, LOSS_BUFFERS)),
     )
     repeated = replace(text, number=ABLATED_FRACTION * ablated)
     return InferenceCost(memory, text.compute(arch, bf16) + repeated.compute(arch, bf16), bf16)

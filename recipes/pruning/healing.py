@@ -1,17 +1,18 @@
 """Reconstructs a pruned model by least squares on calibration text, layer by layer.
 
-Weights that read the residual stream are changed to read from the kept channels what the teacher's
-read from all channels. Weights that write to it are changed to reproduce the teacher's stream, so
-each layer also corrects the errors of earlier layers. Channels are reconstructed likewise in
-arXiv:1707.06168. Only one layer is on the device, beside the residual streams of both models, so
-memory does not depend on depth.
+A weight that reads the residual stream has lost the inputs from the pruned channels. It is changed
+to predict their contribution from the kept channels. A weight that writes to the stream is changed
+to reproduce the teacher's stream, so each layer also corrects the errors of earlier layers.
+arXiv:1707.06168 reconstructs channels in the same way. Only one layer is on the device, beside the
+residual streams of both models, so memory does not depend on depth.
 
 The algebra. A weight W [outputs, inputs] reads x_t at token t, and m_t is missing from its output.
 The change D minimises Σ_t ‖m_t - D·x_t‖² + λ·‖D‖². Setting the derivative to 0 gives the normal
 equations D·(G + λ·I) = C with the Gram matrix G = Σ x·xᵀ and C = Σ m·xᵀ. G is symmetric and, with
 λ > 0, positive definite, so Cholesky solves (G + λ·I)·Dᵀ = Cᵀ. λ is stated in tokens: n tokens mean
-λ = n·q, where q is the mean square of all channels. That much would be added to the diagonal of G,
-and nothing to C, by n tokens with independent channels from whose output nothing is missing.
+λ = n·q, where q is the mean square of all channels. The ridge thus acts like n more tokens whose
+channels are independent and whose output misses nothing: they would add n·q to the diagonal of G,
+and 0 to C.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from recipes.core.metrics import ProgressCallback
 from recipes.pruning.kept import HIDDEN, KeptIndices, prune_weight
 
 RIDGE_TOKENS = 5000.0
-"""Ridge strength λ, in equivalent calibration tokens. It limits the change from little text."""
+"""Ridge strength λ, in equivalent calibration tokens. It prevents overfitting to little text."""
 
 
 class LeastSquares:
@@ -185,9 +186,9 @@ class Reconstruction:
     def reconstruct(self, half: HalfLayer, teacher_layer: str, student_layer: str) -> None:
         """Changes the weights of half a layer, and runs both streams through it.
 
-        The fit D predicts from the student's inputs y what the kept channels E·y miss of the
-        teacher's inputs x, so x ≈ (E + D)·y and W·x ≈ (W·E + W·D)·y for each weight W that reads x.
-        W·E is what pruning kept of W; W·D is added.
+        Let x be the teacher's inputs, y the student's, and E·y the student's with zeros in the
+        pruned channels. The fit D predicts the difference: x - E·y ≈ D·y. So W·x ≈ (W·E + W·D)·y
+        for each weight W that reads x. Pruning kept W·E of W; W·D is added.
         """
         teacher_inputs, student_inputs, fit = self._fit_inputs(
             teacher_layer + half.norm, student_layer + half.norm
@@ -221,11 +222,11 @@ class Reconstruction:
         for i, outputs in enumerate(half.compute(self._teacher, teacher_layer, teacher_inputs)):
             self._teacher_streams[i] = self._teacher_streams[i] + outputs @ teacher_weight.T
             self._student_streams[i] = self._student_streams[i] + inputs[i] @ weight.T
-            # Tokens are weighted by the inverse size of their stream, because later layers read it
-            # normalised. The streams of a few tokens are many times larger than the others.
-            size = self._teacher_streams[i].square().mean(-1, keepdim=True).sqrt()
+            # Tokens are weighted by the inverse RMS of their stream, because later layers read it
+            # normalised. The RMS of a few tokens is many times that of the others.
+            rms = self._teacher_streams[i].square().mean(-1, keepdim=True).sqrt()
             missing = self._teacher_streams[i][..., self._rows] - self._student_streams[i]
-            fit.add(inputs[i] / size, missing / size)
+            fit.add(inputs[i] / rms, missing / rms)
         change = fit.change(self._ridge_tokens)
         self._student[student_layer + half.output_weight] = weight + change
         for i, batch in enumerate(inputs):
@@ -235,8 +236,9 @@ class Reconstruction:
         """Changes the head or, if the head is tied, the final norm.
 
         A tied head is also the embedding, so only the final norm's weight can change: channel i is
-        scaled by 1 + d_i. With the head H, its kept columns H_r, the student's inputs y and what
-        they miss m, the logits miss H·m - H_r·diag(y)·d. With P = H_rᵀ·H, the normal equations of d
+        scaled by 1 + d_i. Let H be the head, H_r its kept columns, y the student's inputs, and m
+        the difference of the teacher's inputs from y. The error of the logits is then
+        H·m - H_r·diag(y)·d. With P = H_rᵀ·H, the normal equations of d
         are (P_r ∘ G)·d = rowsum(P ∘ Cᵀ), where ∘ is the elementwise product, P_r are the kept
         columns of P, and G = Σ y·yᵀ and C = Σ m·yᵀ are those of the fit.
         """

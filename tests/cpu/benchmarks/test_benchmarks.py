@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import all as history
 from benchmarks import convert, distill, launching, operations, prepare, students, tasks
 from benchmarks.distill import METHODS, Record, Shape, disagreements, speeds, summarise
-from benchmarks.launching import INPUTS, complete_manifest
+from benchmarks.launching import INPUT_STAGES, complete_manifest
 from launch.executors.local import PRELOADED
 from recipes.core.compiled import missing_compiler
 from recipes.core.errors import RecipeError
@@ -75,7 +75,7 @@ def tiny_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPat
     run_successfully(
         "recipe=llama_depth_prune",
         *tiny(even_llama, text_file, run_dir, SEQ_LENGTH),
-        f"only=[{','.join(INPUTS)}]",
+        f"only=[{','.join(INPUT_STAGES)}]",
         "stages.prune.target_num_layers=2",
         cwd=run_dir.parent,
     )
@@ -83,9 +83,9 @@ def tiny_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPat
 
 
 def test_every_method_is_measured(tiny_run: Path, tmp_path: Path) -> None:
-    both = "nemo-cached-compiled"  # other methods cover each half of it
-    left_out = {both} if missing_compiler() is None else {both, "nemo-compiled"}
-    names = [name for name in METHODS if name not in left_out]
+    combined = "nemo-cached-compiled"  # nemo-cached and nemo-compiled cover it
+    skipped = {combined} if missing_compiler() is None else {combined, "nemo-compiled"}
+    names = [name for name in METHODS if name not in skipped]
     out = tmp_path / "speed.json"
     output = run_benchmark(
         distill,
@@ -179,7 +179,7 @@ def test_students_are_trained_with_other_losses_and_data(
     assert run_benchmark(students, *options) == output
     assert manifest.stat().st_mtime_ns == before  # complete runs are not repeated
     outcomes = json.loads((out / "students.json").read_text())
-    assert [(one["way"], one["seed"]) for one in outcomes] == [
+    assert [(outcome["way"], outcome["seed"]) for outcome in outcomes] == [
         (way, seed) for seed in (3, 1234) for way in ("recipe", "kl", "own_text")
     ]
     kls = {(o["way"], o["seed"]): o["evaluation"]["distilled"]["kl_to_teacher"] for o in outcomes}
@@ -191,9 +191,9 @@ def test_students_are_trained_with_other_losses_and_data(
         way: complete_manifest(out / f"{way}-3" / "distill").inputs["data"]
         for way in ("kl", "own_text")
     }
-    assert (
-        data["kl"] == complete_manifest(tiny_run / "prepare_data").fingerprint != data["own_text"]
-    )
+    shared_text = complete_manifest(tiny_run / "prepare_data").fingerprint
+    assert data["kl"] == shared_text
+    assert data["own_text"] != shared_text
 
 
 def test_operations_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,16 +218,17 @@ def test_tasks_are_compared_with_lm_eval(odd_llama: Path) -> None:
     lines = run_benchmark(tasks, *options).splitlines()
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
     for task, side in product(("piqa", "mmlu"), ("lm-eval, float32", "packed, float32")):
-        [(_, items, _, seconds, _, _, equal, apart)] = (r for r in rows if r[:3:2] == [task, side])
+        [row] = (row for row in rows if (row[0], row[2]) == (task, side))
+        _, items, _, seconds, _, _, equal, difference = row
         assert (items, equal) == ("2", "2")
         assert float(seconds) > 0
-        assert float(apart) < 1e-3
+        assert float(difference) < 1e-3
 
 
 def test_regressions_are_reported(
     odd_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A ratio regressed if the history has a lower one of the same processor, beyond the spread."""
+    """A ratio regresses if it exceeds the last one on the same processor beyond the spread."""
     monkeypatch.setattr(prepare, "write_text", lambda path, size: shutil.copy(text_file, path))
     path = tmp_path / "history.jsonl"
     options = ("--only", "prepare", f"--model={odd_llama}", f"--history={path}")
