@@ -45,10 +45,12 @@ def loss_of(task: LoopInputs, tokens: Tensor) -> Tensor:
     """Returns a batch's mean KL(teacher ‖ student) per token, in float32."""
     with torch.autocast("cpu", torch.bfloat16, enabled=task.bfloat16):
         with torch.inference_mode():
-            target = task.teacher(tokens).logits
+            teacher_logits = task.teacher(tokens).logits
         logits = task.student(tokens).logits
-    scores, targets = (log_softmax(x.float().flatten(0, 1), -1) for x in (logits, target))
-    return kl_div(scores, targets, log_target=True, reduction="sum") / tokens.numel()
+    student, teacher = (
+        log_softmax(x.float().flatten(0, 1), dim=-1) for x in (logits, teacher_logits)
+    )
+    return kl_div(student, teacher, log_target=True, reduction="sum") / tokens.numel()
 
 
 def loop(task: LoopInputs, record: Record) -> None:

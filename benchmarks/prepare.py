@@ -104,7 +104,8 @@ def main() -> None:
     args = parser.parse_args()
     model = model_folder(args.model)
     print(
-        "| text | processes | tokens/s | main process | tokenizer process |\n|---|---|---|---|---|"
+        "| text | processes | tokens/s | memory | memory of a tokenizer process |\n"
+        "|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as scratch:
         for factor in SIZE_FACTORS:

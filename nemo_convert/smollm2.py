@@ -62,7 +62,7 @@ license: apache-2.0
 language: en
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 ---
-SmolLM2-135M-Instruct, dequantised from a Q4_1 GGUF; weights are 4-bit-derived.
+SmolLM2-135M-Instruct, dequantised from a Q4_1 GGUF. The weights have 4-bit precision.
 """
 _CONTROL_TOKEN = 3
 
@@ -126,9 +126,9 @@ def _write_weights(reader: GGUFReader, path: Path) -> None:
     tensors = {}
     for tensor in reader.tensors:
         weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        part = tensor.name.split(".")[-2]
-        if part in heads:
-            weight = _interleaved_to_half_rotation(weight, heads[part])
+        module = tensor.name.split(".")[-2]
+        if module in heads:
+            weight = _interleaved_to_half_rotation(weight, heads[module])
         tensors[hf_names[tensor.name]] = np.ascontiguousarray(weight)
     save_file(tensors, path, metadata={"format": "pt"})
 

@@ -59,7 +59,7 @@ _INTERVAL = Markup(
     '<line class="whisker {style}" x1="{low}%" x2="{high}%" y1="{y}%" y2="{y}%"/>'
     '<circle class="dot {style}" cx="{at}%" cy="{y}%" r="4.5"><title>{hint}</title></circle>'
 )
-_MARK = Markup(
+_MODEL_MARK = Markup(
     '<line class="whisker {style}" x1="{x}%" x2="{x}%" y1="{high}%" y2="{low}%"/>'
     '<circle class="dot {style}" cx="{x}%" cy="{y}%" r="{radius}"><title>{hint}</title></circle>'
     '<text class="mark" x="{x}%" y="{y}%" dx="{dx}" dy="-9" text-anchor="{anchor}">{label}</text>'
@@ -313,11 +313,11 @@ def trade_off_plot(
     """Draws quality against cost. A stepped line joins the marks on the Pareto front."""
     sign = -1 if y_axis.higher_is_better else 1
     candidates = [i for i, mark in enumerate(marks) if not mark.reference]
-    ranked = pareto_front([(marks[i].cost, sign * marks[i].quality) for i in candidates])
-    front = {candidates[i] for i in ranked}
+    on_front = pareto_front([(marks[i].cost, sign * marks[i].quality) for i in candidates])
+    front = {candidates[i] for i in on_front}
     costs = [mark.cost for mark in marks]
-    heights = [v for mark in marks for v in (mark.quality, *(mark.interval or ()))]
-    x, y = (axis_over(v, pad=0.12, logarithmic=is_skewed(v)) for v in (costs, heights))
+    qualities = [v for mark in marks for v in (mark.quality, *(mark.interval or ()))]
+    x, y = (axis_over(v, pad=0.12, logarithmic=is_skewed(v)) for v in (costs, qualities))
     points = [(x.at(mark.cost), round(100 - y.at(mark.quality), 3)) for mark in marks]
     parts = [y_grid(y, y_axis.text_of), x_grid(x, 3, x_axis.text_of)]
     # A step is horizontal, at one mark's quality up to the next mark's cost, and then vertical.
@@ -336,7 +336,7 @@ def _mark(
 ) -> Markup:
     low, high = mark.interval or (mark.quality, mark.quality)
     status = "reference" if mark.reference else "best" if on_front else "beaten"
-    return _MARK.format(
+    return _MODEL_MARK.format(
         style=f"{mark.style} {status}",
         x=point[0],
         y=point[1],

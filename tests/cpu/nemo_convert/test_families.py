@@ -46,7 +46,12 @@ from tests.support.models import EVEN, FAMILIES, ODD, write_tiny_model
 from tests.support.ranks import run_ranks
 from tests.support.rounding import ROUNDINGS, change_by_one_ulp
 
-SIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 WIDTH = {"hidden_size": 48, "num_attention_heads": 2}
 EXPERTS = {"num_moe_experts": 4, "moe_ffn_hidden_size": 32}
 TARGETS = {
@@ -65,7 +70,10 @@ def test_every_family_has_a_tiny_model() -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """Has ``<family>/{hf,teacher.nemo,pruned.nemo}`` of trained models, tokens, training data."""
+    """Returns a folder with tokens, training data, and models of each family.
+
+    ``<family>/`` has ``hf``, ``teacher.nemo`` and ``pruned.nemo``. Models are trained.
+    """
     root = tmp_path_factory.mktemp("families")
     for family in FAMILIES:
         folder = root / family
@@ -90,10 +98,13 @@ def prune(family: str, folder: Path, calibration: torch.Tensor) -> None:
     cfg = ScoreConfig(calibration="random", num_loss_samples=0)
     text = TextSequences.of(calibration)
     scores = score_checkpoint(cfg, teacher, text, MetricsLog(None)).widths
-    whole = nemo.architecture_of(teacher)
-    student = pruned_shape(whole, PruneTargets(drop_layers=(2,), **TARGETS[family]))
+    teacher_shape = nemo.architecture_of(teacher)
+    student = pruned_shape(teacher_shape, PruneTargets(drop_layers=(2,), **TARGETS[family]))
     kept = select_rows(
-        scores, whole, student, [n for n in range(1, whole.num_layers + 1) if n != 2]
+        scores,
+        teacher_shape,
+        student,
+        [n for n in range(1, teacher_shape.num_layers + 1) if n != 2],
     )
     weights = prune_weights(teacher, kept, student.kv_channels)
     save_weights(teacher, student, weights, folder / "pruned.nemo")
@@ -110,9 +121,9 @@ class StatefulNorm(RMSNorm):
 
 
 def require_norm_states(checkpoint: Path, stateless: Path) -> None:
-    """Asserts that norms with an extra state load ``checkpoint``, and one that has no states.
+    """Asserts that norms with an extra state can be loaded from checkpoints with and without it.
 
-    The second checkpoint is written to ``stateless``.
+    ``checkpoint`` has the states; ``stateless`` is written, and has none.
     """
     nemo.initialize(nemo.Parallelism())
     core = nemo.build_core(nemo.restore_model(checkpoint), nemo.Parallelism(), training=True)
@@ -140,12 +151,11 @@ def test_round_trip_of_odd_shapes(family: str, text_file: Path, tmp_path: Path) 
     require_norm_states(tmp_path / "m.nemo", tmp_path / "stateless.nemo")
     assert convert_by_command("to-hf", tmp_path / "m.nemo", back) == 0
     assert_same_weights(source, back)
-    for name in SIDE:
+    for name in SIDE_FILES:
         assert (back / name).read_bytes() == (source / name).read_bytes(), name
     before, after = (json.loads((f / "config.json").read_text()) for f in (source, back))
-    before["torch_dtype"] = before.pop(
-        "dtype"
-    )  # the key that older versions of transformers read, too
+    # Older versions of transformers read only this key.
+    before["torch_dtype"] = before.pop("dtype")
     assert after == before | {"head_dim": ODD["head_dim"]}
     arch = read_architecture(after, family)
     model = hf.load_causal_lm(back)

@@ -103,8 +103,8 @@ def measure_layout(page: Path, folder: Path, width: int) -> dict[str, Any]:
             width: root.clientWidth,
             content: Math.max(root.scrollWidth, inner.body.scrollWidth),
             plots: plots.map(p => [p.id, p.getBoundingClientRect().height]),
-            labels: Math.max(...labels.map(t => t.getBoundingClientRect().right)),
-            left: Math.min(...labels.map(t => t.getBoundingClientRect().left)),
+            labels_right: Math.max(...labels.map(t => t.getBoundingClientRect().right)),
+            labels_left: Math.min(...labels.map(t => t.getBoundingClientRect().left)),
           }});
         }};
         </script>""",
@@ -132,7 +132,7 @@ def test_page_shows_all_plots_within_its_width(
     assert width != PHONE or console_errors(path, tmp_path) == []
     layout = measure_layout(path, tmp_path, width)
     assert layout["content"] <= layout["width"] <= width
-    assert 0 <= layout["left"] < layout["labels"] <= layout["width"]
+    assert 0 <= layout["labels_left"] < layout["labels_right"] <= layout["width"]
     assert {name for name, height in layout["plots"] if height > 50} == set(plots)
 
 
@@ -146,7 +146,8 @@ def test_browser_reports_content_that_the_policy_blocks(tmp_path: Path, page: Pa
 
 def test_dark_mode_changes_the_page(page: Path, tmp_path: Path) -> None:
     shots = [tmp_path / "light.png", tmp_path / "dark.png"]
-    for scheme, shot in zip(("1", "0"), shots, strict=True):
+    light, dark = "1", "0"
+    for scheme, shot in zip((light, dark), shots, strict=True):
         scheme_option = f"--blink-settings=preferredColorScheme={scheme}"
         chromium(tmp_path / "profile", page, scheme_option, f"--screenshot={shot}")
         assert shot.read_bytes().startswith(b"\x89PNG")

@@ -75,15 +75,15 @@ def test_optional_inputs_may_be_missing(inputs: dict[str, Manifest], tmp_path: P
         assert absent not in text
 
 
-def test_licences_of_weights_and_text_are_apart(
+def test_licences_of_weights_and_text_are_stated_separately(
     inputs: dict[str, Manifest], tmp_path: Path
 ) -> None:
-    own = "---\nlicense: apache-2.0\n---\n"
-    text = card(tmp_path, inputs, own)
+    teacher_card = "---\nlicense: apache-2.0\n---\n"
+    text = card(tmp_path, inputs, teacher_card)
     assert "Licence of the weights: the base model's, apache-2.0. Made with" in text
     [source] = inputs["data"].metrics["sources"]
     inputs["data"].metrics["origins"] = {source: {"licence": "CC-BY-NC-4.0"}}
-    text = card(tmp_path, inputs, own)
+    text = card(tmp_path, inputs, teacher_card)
     assert "Licence: CC-BY-NC-4.0 (no commercial use).\n" in text
     assert "The licence of the training\ntext forbids commercial use: CC-BY-NC-4.0. Made" in text
 
@@ -147,8 +147,8 @@ def run_inputs(tmp_path: Path) -> dict[str, Input]:
 
 def test_each_artifact_adds_its_server(run_inputs: dict[str, Input]) -> None:
     folder = list(run_servers({"exported": run_inputs["exported"]}))
-    assert [one.line for one in folder] == FOLDER
-    assert not any(one.tested for one in folder)
+    assert [command.line for command in folder] == FOLDER
+    assert not any(command.tested for command in folder)
     openvino, llama, *rest = run_servers(run_inputs)
     assert 'LLMPipeline("engine/artifact", "CPU")' in shlex.split(openvino.line)[2]
     assert openvino.tested
@@ -192,7 +192,7 @@ def test_llama_cpp_is_listed_if_its_converter_supports_the_shape(
     shape: Architecture, llama_cpp_converts: bool
 ) -> None:
     """The converter supports fewer shapes than the GGUF export of this repository."""
-    export, openvino, *llama = (one.line for one in conversion_servers("a b", shape))
+    export, openvino, *llama = (command.line for command in conversion_servers("a b", shape))
     assert export.startswith("optimum-cli export openvino --model 'a b' --task text-generation")
     assert 'LLMPipeline("openvino", "CPU")' in shlex.split(openvino)[2]
     lines = [
