@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 
 from nemo_convert.hf_config import SUPPORTED
-from nemo_convert.preflight import check_model
+from nemo_convert.hub import is_hub_id, is_offline
+from nemo_convert.preflight import check_model, complete_cached_model
 from nemo_convert.trust import TRUST
 from recipes.core.errors import RecipeError
 from recipes.core.processes import prepare_imports
@@ -54,9 +55,12 @@ def _check(arguments: argparse.Namespace) -> None:
     findings = list(check_model(arguments.source))
     for finding in findings:
         print(finding)
+    source = arguments.source
+    if is_hub_id(source) and is_offline() and complete_cached_model(source) is None:
+        raise RecipeError(f"{source} is not checked.", "download it, or allow requests to the hub")
     if any(finding.is_error for finding in findings):
-        raise RecipeError(f"{arguments.source} cannot be converted.", "correct the errors above")
-    print(f"{arguments.source} can be converted.")
+        raise RecipeError(f"{source} cannot be converted.", "correct the errors above")
+    print(f"{source} can be converted.")
 
 
 def _to_nemo(arguments: argparse.Namespace) -> None:

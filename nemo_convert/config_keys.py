@@ -13,10 +13,12 @@ READ = frozenset(
     {
         "architectures",
         "attention_bias",
+        "compression_config",
         "decoder_sparse_step",
         "head_dim",
         "hidden_act",
         "hidden_size",
+        "initializer_range",
         "intermediate_size",
         "layer_types",
         "max_position_embeddings",
@@ -30,6 +32,8 @@ READ = frozenset(
         "num_experts_per_tok",
         "num_hidden_layers",
         "num_key_value_heads",
+        "pad_token_id",
+        "quantization",
         "quantization_config",
         "rms_norm_eps",
         "rope_scaling",
@@ -45,10 +49,11 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "clip_qkv": (None,),
     "logits_scaling": (None, 1),
     "partial_rotary_factor": (None, 1),
+    "return_dict": (None, True),
     "rope_interleaved": (None, False),
     "use_mrope": (None, False),
 }
-"""Keys that can change logits, with the values that leave them unchanged."""
+"""Keys that can change or prevent logits, with the values that leave them unchanged."""
 HARMLESS: Mapping[str, str] = {
     "_attn_implementation": "chooses a kernel",
     "_attn_implementation_autoset": "chooses a kernel",
@@ -59,7 +64,6 @@ HARMLESS: Mapping[str, str] = {
     "dtype": "weights are read in the type that they are stored in",
     "eos_token_id": "used by generation",
     "gradient_checkpointing": "trades memory for time in training",
-    "initializer_range": "used before training only",
     "is_llama_config": "marks the SmolLM2 models",
     "max_length": "used by generation",
     "max_sequence_length": "read by no library",
@@ -68,10 +72,8 @@ HARMLESS: Mapping[str, str] = {
     "output_attentions": "returns more, and changes nothing",
     "output_hidden_states": "returns more, and changes nothing",
     "output_router_logits": "returns more, and changes nothing",
-    "pad_token_id": "used by generation",
     "pretraining_tp": "splits matrix multiplications of Llama 2 without changing them",
     "repetition_penalty": "used by generation",
-    "return_dict": "form of the output",
     "router_aux_loss_coef": "used in training only",
     "temperature": "used by generation",
     "tokenizer_class": "names the tokenizer",

@@ -264,7 +264,11 @@ LLAMA3_ROPE = {
 }
 """RoPE scaling of NeMo's Llama 3.1 config, which reads only the factor from the model."""
 _NEMO_MODELS = "nemo.collections.llm.gpt.model"
-_QWEN_DEFAULTS = {"max_position_embeddings": 32_768, "use_sliding_window": False}
+_QWEN_DEFAULTS = {
+    "max_position_embeddings": 32_768,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+}
 
 
 def _no_window(_: Mapping[str, Any]) -> dict[str, Any]:

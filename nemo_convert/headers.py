@@ -23,6 +23,8 @@ from nemo_convert.hub import (
 from recipes.core.errors import RecipeError
 
 LFS_POINTER = b"version https://git-lfs"
+FORMATS = ("pt", "mlx")
+"""Values of ``format`` in a file's metadata with which transformers reads it by PyTorch."""
 CHUNK_BYTES = 16 << 20
 
 
@@ -54,6 +56,11 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (single_file := folder / WEIGHTS_FILE).is_file():
         return [single_file]
+    if single_file.is_symlink():
+        raise RecipeError(
+            f"{single_file} is a link to {single_file.readlink()}, which does not exist.",
+            "download the model again, or copy the files that the links name (cp -L)",
+        )
     if not (folder / INDEX_FILE).is_file():
         raise RecipeError(
             f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}.",
@@ -118,7 +125,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    _require_known_format(path, header.pop("__metadata__", None))
     return {
         name: StoredTensor(
             path.name,
@@ -129,6 +136,16 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         for name, entry in header.items()
         if not name.endswith(ROTARY_BUFFER)
     }
+
+
+def _require_known_format(file: object, metadata: Mapping[str, str] | None) -> None:
+    """Refuses a file that transformers would not read: it requires the format, or no metadata."""
+    if metadata and metadata.get("format") not in FORMATS:
+        raise RecipeError(
+            f"{file} has the format {metadata.get('format')} in its metadata, not pt.",
+            "save the model with save_pretrained, or the file with safetensors.torch.save_file("
+            'weights, file, metadata={"format": "pt"})',
+        )
 
 
 def _read_hub_headers(hf_path: str) -> dict[str, StoredTensor]:
@@ -166,6 +183,7 @@ def _read_hub_header(hf_path: str, file: str) -> dict[str, StoredTensor]:
         raise RecipeError(f"{file} of {hf_path} is damaged on the hub.", fix) from error
     except Exception as error:
         raise unreachable_error(hf_path, f"the header of {file}", error) from error
+    _require_known_format(f"{file} of {hf_path}", header.metadata)
     return {
         name: StoredTensor(file, tensor.dtype, tuple(tensor.shape))
         for name, tensor in header.tensors.items()

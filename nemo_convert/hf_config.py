@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -37,6 +37,16 @@ SIZES = (
 """Keys whose value must be a positive integer."""
 NULLABLE_SIZES = ("head_dim", "num_key_value_heads", "sliding_window")
 """Sizes that may also be null. They then follow from another key, or there is no window."""
+SWITCHES = (
+    "attention_bias",
+    "mlp_bias",
+    "norm_topk_prob",
+    "tie_word_embeddings",
+    "use_sliding_window",
+)
+"""Keys that are true or false; null means false."""
+QUANTIZATION = ("compression_config", "quantization", "quantization_config")
+"""Keys that describe how the weights were quantized."""
 
 
 def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -75,9 +85,24 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         renamed["model_type"] = FAMILIES[name].model_type
     # transformers 4 multiplies by partial_rotary_factor even if it is null. The kernel that
     # _attn_implementation names may not be installed.
-    unset = {key for key in NEUTRAL if config.get(key) is None}
-    dropped = {*TRANSFORMERS_5, *unset, "torch_dtype", "_attn_implementation"}
+    dropped = {*TRANSFORMERS_5, *_unset_keys(config), "torch_dtype", "_attn_implementation"}
     return {**{key: value for key, value in config.items() if key not in dropped}, **renamed}
+
+
+def _unset_keys(config: Mapping[str, Any]) -> set[str]:
+    """Returns the keys that are null and mean the same when they are absent.
+
+    Some classes of transformers 4 do not accept the null. Qwen3 is the exception: an absent
+    ``head_dim`` would be 128.
+    """
+    names = (config.get("model_type"), _first(config.get("architectures")))
+    has_default = any(
+        "head_dim" in family.defaults
+        for family in FAMILIES.values()
+        if family.model_type in names or family.hf_architecture in names
+    )
+    keys = (*NEUTRAL, *QUANTIZATION, *(() if has_default else ("head_dim",)))
+    return {key for key in keys if config.get(key) is None}
 
 
 def _first(names: Any) -> str | None:
@@ -140,6 +165,7 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
     family = FAMILIES[name]
     config = {**family.defaults, **config}
     _require_numbers(config, where)
+    _require_switches_and_padding(config, where)
     _require_consistent_sizes(family, config, where)
     for what, fix in _unsupported(family, config):
         raise RecipeError(f"{where}: {what} is not supported for {name}.", fix)
@@ -155,7 +181,7 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
             kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
             vocab_size=config["vocab_size"],
             max_position_embeddings=config.get("max_position_embeddings", 2048),
-            tied_embeddings=config.get("tie_word_embeddings", False),
+            tied_embeddings=bool(config.get("tie_word_embeddings")),
             qkv_bias=family.has(QKV_BIAS),
             qk_layernorm=family.has(QK_NORM),
             **_experts(family, config),
@@ -195,18 +221,35 @@ def _require_numbers(config: Mapping[str, Any], where: str) -> None:
                 "download config.json again, or correct it",
             )
     scaling = config.get("rope_scaling") or {}
-    constants: dict[str, Any] = {key: config.get(key) for key in ("rope_theta", "rms_norm_eps")}
+    names = ("rope_theta", "rms_norm_eps", "initializer_range")
+    constants: dict[str, Any] = {key: config[key] for key in names if key in config}
     if "factor" in scaling or scaling.get("rope_type") == "llama3":
-        factor = scaling.get("factor")
-        # A missing factor is an error, a missing constant is not: the loop below skips None.
-        constants["rope_scaling.factor"] = "null" if factor is None else factor
+        constants["rope_scaling.factor"] = scaling.get("factor")
     for key, value in constants.items():
-        is_number = type(value) in (int, float) and math.isfinite(value)
-        if value is not None and not (is_number and value > 0):
+        # This is false for NaN, infinity, and integers that are too large for a float.
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise RecipeError(
                 f"{where}: invalid {key}={value!r} in config.json: must be a positive number.",
                 "download config.json again, or correct it",
             )
+
+
+def _require_switches_and_padding(config: Mapping[str, Any], where: str) -> None:
+    """Refuses switches that are not true, false or null, and a padding token of no embedding."""
+    for key in SWITCHES:
+        if config.get(key) not in (None, True, False):
+            raise RecipeError(
+                f"{where}: invalid {key}={config[key]!r} in config.json: must be true or false.",
+                "correct it: in JSON, true and false have no quotes",
+            )
+    padding, size = config.get("pad_token_id"), config.get("vocab_size", sys.maxsize)
+    # transformers builds the embedding with this row as padding. A negative id counts from the end.
+    if padding is not None and not (type(padding) is int and -size <= padding < size):
+        raise RecipeError(
+            f"{where}: invalid pad_token_id={padding!r} in config.json: must be less than "
+            f"vocab_size={size}.",
+            "set pad_token_id to null in config.json, or to the id of a token",
+        )
 
 
 def _require_consistent_sizes(family: Family, config: Mapping[str, Any], where: str) -> None:
@@ -214,12 +257,15 @@ def _require_consistent_sizes(family: Family, config: Mapping[str, Any], where: 
     sizes = {key: config.get(key) for key in SIZES}
     heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     experts, selected = sizes["num_experts"], sizes["num_experts_per_tok"]
+    dim = sizes["head_dim"] or (sizes["hidden_size"] or 0) // (heads or 1)
     if heads and groups and heads % groups:
         what = f"num_attention_heads={heads} is not a multiple of num_key_value_heads={groups}"
     elif experts and selected and selected > experts:
         what = f"num_experts_per_tok={selected} is more than num_experts={experts}"
     elif family.defaults.get("head_dim") and config["head_dim"] is None:
         what = "head_dim is null, which transformers does not accept for this family"
+    elif dim % 2:
+        what = f"head_dim={dim} is odd, but RoPE rotates pairs of channels"
     else:
         return
     raise RecipeError(f"{where}: {what}.", "download config.json again, or correct it")
@@ -246,11 +292,9 @@ def _experts(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
 
 def _unsupported(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields (what, how to fix it) for features that a family's NeMo model does not have."""
-    for name in ("attention_bias", "mlp_bias", "mlp_only_layers", "quantization_config"):
+    for name in ("attention_bias", "mlp_bias", "mlp_only_layers"):
         if config.get(name):
             yield f"{name}={config[name]}", "use a model without it"
-    if set(config.get("layer_types") or ()) - {"full_attention"}:
-        yield f"layer_types={config['layer_types']}", "use a model with full_attention only"
     for name, supported in (("hidden_act", "silu"), ("decoder_sparse_step", 1)):
         if config.get(name, supported) != supported:
             yield f"{name}={config[name]}", f"use a model with {name}={supported}"
@@ -270,7 +314,17 @@ def _unsupported(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[st
             "remove it from config.json if it cannot change what the model computes, and add it to "
             "nemo_convert/config_keys.py if it never does",
         )
+    yield from _unsupported_layers_or_types(config)
     yield from _unsupported_positions(family, config)
+
+
+def _unsupported_layers_or_types(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    types, layers = config.get("layer_types"), config.get("num_hidden_layers", 0)
+    if types is not None and types != ["full_attention"] * layers:
+        yield f"layer_types={types}", f"use a model with full_attention in all {layers} layers"
+    for name in QUANTIZATION:
+        if config.get(name) is not None:
+            yield f"{name}={config[name]}", "use the model before quantization"
 
 
 def _unsupported_positions(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -280,7 +334,9 @@ def _unsupported_positions(family: Family, config: Mapping[str, Any]) -> Iterato
         allowed = f"rope_scaling={supported} and any factor" if supported else "no rope_scaling"
         yield f"rope_scaling={scaling}", f"use a model with {allowed}"
     positions, window = config.get("max_position_embeddings", 2048), config.get("sliding_window")
-    if config.get("use_sliding_window", True) and window is not None and window < positions:
+    # Mistral does not read the switch.
+    is_used = family.model_type == "mistral" or config.get("use_sliding_window", True)
+    if is_used and window is not None and window < positions:
         yield (
             f"sliding_window={window}",
             f"set max_position_embeddings ({positions}) to {window} in its config.json, if no text "

@@ -76,6 +76,11 @@ def _read_hf_config(hf_path: str) -> dict[str, Any]:
             f"model.hf_path={hf_path} is neither a folder nor a Hugging Face hub id.",
             "give a folder with config.json and *.safetensors, or an id such as org/name",
         )
+    if not (folder / "config.json").is_file() and (folder / ADAPTER).is_file():
+        raise RecipeError(
+            f"{folder} has {ADAPTER} but no config.json: it is an adapter, not a model.",
+            "merge it into its base model (peft's merge_and_unload), and save the result",
+        )
     if not (folder / "config.json").is_file():
         raise RecipeError(f"{folder} has no config.json.", "give a Hugging Face model folder")
     return read_json(folder / "config.json")
@@ -110,7 +115,7 @@ def read_index(folder: Path) -> dict[str, str]:
         RecipeError: The index is damaged.
     """
     index = read_json(folder / INDEX_FILE)
-    if "metadata" not in index:  # transformers 4 fails without it
+    if not isinstance(index.get("metadata"), dict):  # transformers 4 fails without it
         raise RecipeError(f"{folder / INDEX_FILE} has no metadata.", 'add "metadata": {} to it')
     files = index.get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):

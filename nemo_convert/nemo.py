@@ -41,6 +41,7 @@ EXTRA_STATE = "_extra_state"
 """End of the names of FP8 states that TransformerEngine's modules store."""
 SEED = 1234
 CHAT_TEMPLATES = "additional_chat_templates"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Generation settings that are used with ``do_sample`` only."""
 
@@ -201,14 +202,15 @@ def _record_arguments() -> None:
 def _generation_config(hf_folder: Path) -> Iterator[None]:
     """Replaces the generation config, while the block runs, by one that NeMo can read and write.
 
-    Most importers need the file, but base models do not have it. transformers refuses to write
-    sampling settings without ``do_sample``, as Llama 2 has them.
+    Most importers need the file, but base models do not have it. transformers reads more than it
+    writes: it refuses to write sampling settings without ``do_sample``, as Llama 2 has them, or a
+    length penalty without beams. So NeMo gets token ids, and the settings of sampling.
     """
     file = hf_folder / "generation_config.json"
     original = file.read_bytes() if file.exists() else None
     settings = read_json(file) if original else {}
-    if not settings.get("do_sample"):
-        settings = {key: value for key, value in settings.items() if key not in SAMPLING}
+    names = (*TOKEN_IDS, "do_sample", *SAMPLING) if settings.get("do_sample") else TOKEN_IDS
+    settings = {key: value for key, value in settings.items() if key in names}
     if (settings.get("pad_token_id") or 0) < 0:
         del settings["pad_token_id"]
     write_json(file, settings)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,19 @@ from nemo_convert.hub import (
 from nemo_convert.tokenizer_files import read_vocabulary
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
+from recipes.core.wheels import parse_wheel_file
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 GENERATION_CONFIG = "generation_config.json"
+GENERATION_SETTINGS: Mapping[str, Callable[[Any], bool]] = {
+    "cache_implementation": lambda value: value in ("dynamic", "offloaded", "quantized", "static"),
+    "compile_config": lambda value: False,
+    "early_stopping": lambda value: value in (True, False, "never"),
+    "max_new_tokens": lambda value: type(value) is int and value > 0,
+    "pad_token_id": lambda value: type(value) is int,
+    "watermarking_config": lambda value: isinstance(value, dict),
+}
+"""Settings with whose values transformers may not load a model. null is always valid."""
 MAX_NAMED = 3
 """Most weights that a message names."""
 
@@ -61,9 +71,12 @@ def check_model(hf_path: str) -> Iterator[Finding]:
     Raises:
         RecipeError: The config cannot be read, or the hub cannot be reached.
     """
+    if parse_wheel_file(hf_path):
+        read_architecture(read_hf_config(hf_path), hf_path)
+        return
     if is_hub_id(hf_path) and is_offline():
-        folder = cached_model(hf_path)
-        if folder is None or not _has_weights(folder):
+        folder = complete_cached_model(hf_path)
+        if folder is None:
             yield Finding(
                 f"the weights of {hf_path} are not checked: HF_HUB_OFFLINE is set, and they are "
                 "not in the cache.",
@@ -94,11 +107,13 @@ def check_model(hf_path: str) -> Iterator[Finding]:
     yield from _tokenizer_findings(folder, hf_path, shape)
 
 
-def _has_weights(folder: Path) -> bool:
+def complete_cached_model(hf_path: str) -> Path | None:
+    """Returns the snapshot of a hub model in the local cache, if it has all weights."""
+    folder = cached_model(hf_path)
     try:
-        return bool(weight_files(folder))
+        return folder if folder and weight_files(folder) else None
     except RecipeError:
-        return False
+        return None
 
 
 def require_convertible(hf_path: str) -> None:
@@ -141,14 +156,15 @@ def _tensor_findings(hf_path: str, headers: Headers, shape: Architecture) -> Ite
     elif missing:
         yield Finding(
             f"{hf_path} has no {_list_names(missing)}, which config.json implies.",
-            "the weights are incomplete or of another model: download it again",
+            "download the weights again, if they are incomplete; or load them with transformers' "
+            f"{shape.hf_architecture} and save them with save_pretrained, which names them so",
         )
     for name in sorted(expected.keys() & headers.keys()):
         if headers[name].shape != expected[name]:
             yield Finding(
                 f"{name} has shape {[*headers[name].shape]} in {headers[name].file}, but "
                 f"{[*expected[name]]} according to config.json.",
-                "use config.json and weights of the same model, or correct vocab_size",
+                "use config.json and weights of one model, or correct the sizes in config.json",
             )
             return
     extra = headers.keys() - expected.keys()
@@ -199,8 +215,21 @@ def _generation_findings(folder: Path, shape: Architecture) -> Iterator[Finding]
     except RecipeError as error:
         yield Finding(error.what, error.fix)
         return
+    for key, is_valid in GENERATION_SETTINGS.items():
+        if config.get(key) is not None and not is_valid(config[key]):
+            yield Finding(
+                f"{GENERATION_CONFIG} has {key}={config[key]!r}, which transformers refuses.",
+                f"remove or correct {key}",
+            )
+    is_greedy = not config.get("do_sample") and config.get("num_beams", 1) == 1
+    if is_greedy and config.get("num_return_sequences", 1) != 1:
+        yield Finding(
+            f"{GENERATION_CONFIG} has num_return_sequences={config['num_return_sequences']} "
+            "without do_sample, which transformers does not accept.",
+            "remove num_return_sequences, or set do_sample to true",
+        )
     ids = [i for key in ("bos_token_id", "eos_token_id") for i in _as_list(config.get(key))]
-    if wrong := [i for i in ids if not isinstance(i, int) or not 0 <= i < shape.vocab_size]:
+    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < shape.vocab_size]:
         yield Finding(
             f"{GENERATION_CONFIG} has the token id {wrong[0]!r}: must be from 0 to "
             f"{shape.vocab_size - 1}, the last id of the vocabulary.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
-SENTENCEPIECE = "tokenizer.model"
+SENTENCEPIECE, MERGES = "tokenizer.model", "merges.txt"
 GENERIC = "PreTrainedTokenizerFast"
 """Class that uses ``tokenizer.json`` unchanged, in transformers 4 and 5."""
 CLASSES = {
@@ -21,6 +21,21 @@ CLASSES = {
     "Qwen2Tokenizer",
 }
 """Tokenizer classes of transformers 4 for the supported families, without the suffix ``Fast``."""
+FAMILY_CLASSES = {"llama": "LlamaTokenizer", "mistral": "LlamaTokenizer"}
+"""Classes that transformers chooses by ``model_type`` if no file names one; else Qwen2's."""
+WITHOUT_JSON = {
+    SENTENCEPIECE: ("CodeLlamaTokenizer", "LlamaTokenizer"),
+    MERGES: ("GPT2Tokenizer", "Qwen2Tokenizer"),
+}
+"""Classes that can read a tokenizer without ``tokenizer.json``, by the file that they read."""
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
+LISTS_OF_TOKENS: Mapping[str, tuple[type, ...]] = {
+    "additional_special_tokens": (list,),
+    "extra_special_tokens": (list, dict),
+}
+"""Settings with several special tokens, and their types."""
+DOWNLOAD = "download it again; if it is a Git LFS pointer, with git lfs pull"
 ONLY_TRANSFORMERS_5 = ("backend", "extra_special_tokens", "is_local", "local_files_only")
 """Settings that transformers 5 writes. Version 4 does not have them, or expects another type:
 ``extra_special_tokens`` is a dict there."""
@@ -40,13 +55,13 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
             code of the model.
     """
     config = read_tokenizer_config(folder)
-    name = str(config.get("tokenizer_class") or GENERIC)
+    name, file = _class_name(folder, config), TOKENIZER
     if (folder / TOKENIZER).is_file():
         vocabulary = _vocabulary_of_json(folder / TOKENIZER)
     elif (folder / SENTENCEPIECE).is_file():
-        vocabulary = _vocabulary_of_sentencepiece(folder / SENTENCEPIECE)
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        vocabulary = dict(read_json(folder / "vocab.json"))
+        file, vocabulary = SENTENCEPIECE, _vocabulary_of_sentencepiece(folder / SENTENCEPIECE)
+    elif (folder / "vocab.json").is_file() and (folder / MERGES).is_file():
+        file, vocabulary = MERGES, _vocabulary_of_merges(folder)
     else:
         raise RecipeError(
             f"{folder} has no tokenizer: neither {TOKENIZER} nor {SENTENCEPIECE}.",
@@ -59,7 +74,96 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
             "the model.",
             f'set tokenizer_class to "{GENERIC}" if {TOKENIZER} is complete',
         )
-    return {**vocabulary, **_added_tokens(folder, config)}
+    if file in WITHOUT_JSON and name.removesuffix("Fast") not in WITHOUT_JSON[file]:
+        raise RecipeError(
+            f"{folder}: the class {name} does not read {file}, and there is no {TOKENIZER}.",
+            f"set tokenizer_class in {CONFIG} to {' or '.join(WITHOUT_JSON[file])}",
+        )
+    for setting, fix in _invalid_settings(folder, config, name):
+        raise RecipeError(f"{folder / CONFIG}: invalid {setting}.", fix)
+    _require_utf8(folder)
+    vocabulary |= _added_tokens(folder, config)
+    new = set(_special_tokens(folder, config)) - vocabulary.keys()
+    first = max(vocabulary.values(), default=-1) + 1
+    return vocabulary | {token: first + n for n, token in enumerate(sorted(new))}
+
+
+def _class_name(folder: Path, config: Mapping[str, Any]) -> str:
+    """Returns the class that transformers would choose."""
+    if config.get("tokenizer_class"):
+        return str(config["tokenizer_class"])
+    file = folder / "config.json"
+    model = read_json(file) if file.is_file() else {}
+    family = FAMILY_CLASSES.get(str(model.get("model_type", "llama")), "Qwen2Tokenizer")
+    return str(model.get("tokenizer_class") or family)
+
+
+def _invalid_settings(
+    folder: Path, config: Mapping[str, Any], name: str
+) -> Iterator[tuple[str, str]]:
+    """Yields (setting, how to fix it) for settings with which transformers fails."""
+    for key in ("padding_side", "truncation_side"):
+        if config.get(key, "left") not in ("left", "right"):
+            yield f"{key}={config[key]!r}", 'set it to "left" or "right"'
+    if type(length := config.get("model_max_length", 0)) not in (int, float, type(None)):
+        yield f"model_max_length={length!r}", "set it to a number"
+    for key in ("from_slow", "tokenizer_object"):
+        if config.get(key):
+            yield f"{key}={config[key]!r}", "remove it"
+    if "tokenizer_file" in config and (folder / TOKENIZER).is_file():
+        # transformers would read that path instead of tokenizer.json.
+        yield f"tokenizer_file={config['tokenizer_file']!r}", "remove it"
+    is_read_from_model = name in LLAMA and config.get("add_prefix_space") is not None
+    if is_read_from_model and not (folder / SENTENCEPIECE).is_file():
+        yield (
+            f"add_prefix_space={config['add_prefix_space']}: with it, {name} reads "
+            f"{SENTENCEPIECE}, which is absent",
+            f'add {SENTENCEPIECE}, or set tokenizer_class to "{GENERIC}"',
+        )
+    yield from _invalid_tokens(config)
+
+
+def _invalid_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key in SPECIAL_TOKENS:
+        token = config.get(key)
+        has_type = not isinstance(token, dict) or token.get("__type") == "AddedToken"
+        if token is not None and not (has_type and _text(token)):
+            yield f"{key}={token!r}", 'set it to the text of the token, such as "</s>"'
+    for key, types in LISTS_OF_TOKENS.items():
+        tokens = config.get(key) or []
+        if not isinstance(tokens, types) or not all(map(_text, _values(tokens))):
+            yield f"{key}={tokens!r}", "set it to a list of tokens"
+
+
+def _require_utf8(folder: Path) -> None:
+    for file in folder.glob("chat_template*.jinja"):
+        try:
+            if file.is_file():
+                file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{file} is not in UTF-8.", "save it in UTF-8") from error
+
+
+def _text(token: object) -> str | None:
+    """Returns the text of a special token, which is a string or an object."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _values(tokens: Any) -> list[Any]:
+    return list(tokens.values() if isinstance(tokens, dict) else tokens)
+
+
+def _special_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the special tokens. transformers adds those that are not in the vocabulary."""
+    file = folder / "special_tokens_map.json"
+    names_in_file = read_json(file) if file.is_file() else {}
+    # transformers 4 ignores the file if the settings list the added tokens.
+    for names in (config, {} if "added_tokens_decoder" in config else names_in_file):
+        tokens = [names.get(key) for key in SPECIAL_TOKENS]
+        for key, types in LISTS_OF_TOKENS.items():
+            tokens += _values(names[key]) if isinstance(names.get(key), types) else []
+        yield from filter(None, map(_text, tokens))
 
 
 def needs_conversion(folder: Path) -> bool:
@@ -123,8 +227,22 @@ def _vocabulary_of_json(file: Path) -> dict[str, int]:
         return dict(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True))
     except Exception as error:  # the library raises Exception itself
         raise RecipeError(
-            f"{file} is not a tokenizer: {str(error).splitlines()[0]}.", "download it again"
+            f"{file} is not a tokenizer: {str(error).splitlines()[0]}.", DOWNLOAD
         ) from error
+
+
+def _vocabulary_of_merges(folder: Path) -> dict[str, int]:
+    from tokenizers.models import BPE
+
+    try:
+        vocabulary, merges = BPE.read_file(str(folder / "vocab.json"), str(folder / MERGES))
+        BPE(vocabulary, merges)  # raises an error for a merge of unknown tokens
+    except Exception as error:  # the library raises Exception itself
+        raise RecipeError(
+            f"{folder}: vocab.json and {MERGES} are not a tokenizer: {str(error).splitlines()[0]}.",
+            DOWNLOAD,
+        ) from error
+    return dict(vocabulary)
 
 
 def _vocabulary_of_sentencepiece(file: Path) -> dict[str, int]:
@@ -133,13 +251,21 @@ def _vocabulary_of_sentencepiece(file: Path) -> dict[str, int]:
     try:
         model = SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError) as error:
-        raise RecipeError(f"{file} is not a sentencepiece model.", "download it again") from error
+        raise RecipeError(f"{file} is not a sentencepiece model.", DOWNLOAD) from error
     return {model.id_to_piece(i): i for i in range(model.get_piece_size())}
 
 
 def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
     """Returns tokens that a tokenizer adds to its vocabulary."""
-    added = {t["content"]: int(i) for i, t in (config.get("added_tokens_decoder") or {}).items()}
-    if (file := folder / "added_tokens.json").is_file():
-        added |= read_json(file)
+    file = folder / "added_tokens.json"
+    added = read_json(file) if file.is_file() else {}
+    decoder = config.get("added_tokens_decoder", {})
+    try:
+        added |= {token["content"]: int(i) for i, token in decoder.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        fix = "correct it, or download the tokenizer again"
+        raise RecipeError(f"{folder / CONFIG}: invalid added_tokens_decoder.", fix) from error
+    if wrong := [token for token, i in added.items() if type(i) is not int]:
+        fix = "correct it, or download the tokenizer again"
+        raise RecipeError(f"{file}: the id of {wrong[0]!r} is not a number.", fix)
     return added

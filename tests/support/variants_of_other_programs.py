@@ -1,0 +1,282 @@
+"""Lists variants of folders that other programs, and edits by hand, leave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nemo_convert.families import LLAMA3_ROPE
+from tests.support.folder_changes import (
+    ABSENT,
+    EMBEDDING,
+    HEAD,
+    INDEX,
+    WEIGHTS,
+    Change,
+    Variant,
+    add,
+    all_of,
+    config,
+    content,
+    edit,
+    remove,
+    shards,
+    use_sentencepiece,
+    use_vocabulary_and_merges,
+    weights,
+)
+
+GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+LONG = {"max_position_embeddings": 32_768, "layer_types": ABSENT}
+EIGHT = [f"<token{n}>" for n in range(8)]
+"""More tokens than the embedding has unused rows."""
+EOS = {
+    "__type": "AddedToken",
+    "content": "<eos>",
+    "lstrip": False,
+    "normalized": False,
+    "rstrip": False,
+    "single_word": False,
+}
+
+
+def variants_of_other_programs() -> Iterator[Variant]:
+    """Yields all variants."""
+    yield from _exact_configs()
+    yield from _exact_files()
+    yield from _refused_configs()
+    yield from _refused_windows_and_heads()
+    yield from _refused_files()
+    yield from _refused_generation()
+    yield from _refused_tokenizers()
+
+
+def _exact_configs() -> Iterator[Variant]:
+    for base in ("mistral", "qwen2", "qwen3_moe"):
+        yield Variant("head_dim None", config(head_dim=None), base=base)
+    for key, value in (
+        ("quantization_config", None),
+        ("tie_word_embeddings", None),
+        ("pad_token_id", None),
+        ("pad_token_id", -1),
+        ("pad_token_id", 293),
+        ("architectures", ["LlamaForCausalLM", "LlamaModel"]),
+        ("architectures", "LlamaForCausalLM"),
+        ("torch_dtype", {"": "float32"}),
+        ("pretraining_tp", 2),
+        ("rope_scaling", {}),
+    ):
+        yield Variant(f"other {key} {value}", config(**{key: value}))
+    unread = config(use_sliding_window=False, sliding_window=16)
+    yield Variant("window that is switched off", unread)
+    no_window = config(use_sliding_window=True, sliding_window=None, layer_types=ABSENT)
+    yield Variant("switch without a window", no_window, base="qwen2")
+    yield Variant("all experts", config(num_experts_per_tok=6), base="qwen3_moe")
+    yield Variant("no norm_topk_prob", config(norm_topk_prob=ABSENT), base="qwen3_moe")
+
+
+def _exact_files() -> Iterator[Variant]:
+    yield Variant("format mlx", _metadata({"format": "mlx"}))
+    yield Variant("no metadata", _metadata(None))
+    yield Variant("index of .bin", content("pytorch_model.bin.index.json", "{}"))
+    yield Variant("adapter weights", content("adapter_model.safetensors", "x"))
+    for values in (
+        {"do_sample": False, "length_penalty": 1.5, "num_beams": 1, "temperature": ABSENT},
+        {"output_scores": True},
+        {"num_return_sequences": 2},
+        {"forced_eos_token_id": 5, "suppress_tokens": [1]},
+    ):
+        yield Variant(f"other generation {values}", edit(GENERATION, **values))
+    for settings in (
+        {"bos_token": EOS},
+        {"pad_token": "[PAD]"},
+        {"model_max_length": 1e30},
+        {"tokenizer_class": ABSENT},
+        {"tokenizer_class": "LlamaTokenizerFast"},
+    ):
+        yield Variant(f"tokenizer {settings}", edit(TOKENIZER, **settings))
+
+
+def _refused_configs() -> Iterator[Variant]:
+    for key, value in (
+        ("rope_theta", None),
+        ("rms_norm_eps", None),
+        ("rope_theta", 10**400),
+        ("initializer_range", None),
+        ("initializer_range", "0.02"),
+        ("tie_word_embeddings", "false"),
+        ("attention_bias", "false"),
+        ("pad_token_id", 5000),
+        ("pad_token_id", "<pad>"),
+    ):
+        yield Variant(f"invalid {key} {str(value)[:9]!r}", config(**{key: value}), f"invalid {key}")
+    text = config(norm_topk_prob="false")
+    yield Variant("norm_topk_prob as text", text, "invalid norm_topk_prob", base="qwen3_moe")
+    no_theta = config(rope_theta=ABSENT, rope_parameters={"rope_theta": None})
+    yield Variant("theta null", no_theta, "invalid rope_theta")
+    for types in (5, [], ["full_attention"], "full_attention", [["full_attention"]]):
+        yield Variant(f"layer_types {types}", config(layer_types=types), "layer_types=")
+    for key in ("quantization_config", "quantization", "compression_config"):
+        yield Variant(
+            f"empty {key}", config(**{key: {}}), f"{key}=.*\n  fix: .*before quantization"
+        )
+    for key, value in (
+        ("return_dict", False),
+        ("transformers_weights", "other.safetensors"),
+        ("auto_map", {"AutoModelForCausalLM": "code.Model"}),
+        ("text_config", {"tie_word_embeddings": True}),
+        ("hidden_act", None),
+    ):
+        yield Variant(f"other {key} {value}", config(**{key: value}), f"{key}=.* is not supported")
+    scaling = {**LLAMA3_ROPE, "factor": 8.0}
+    old = config(
+        rope_parameters={"rope_theta": 5000.0, **scaling},
+        rope_scaling={"type": "linear", "factor": 2.0},
+    )
+    yield Variant("old and new scaling differ", old, "rope_scaling=.* contradicts")
+    for kind in ("longrope", "su", "ntk", "mrope"):
+        change = config(rope_scaling={"type": kind, "factor": 2.0})
+        yield Variant(f"scaling {kind}", change, "rope_scaling=.* is not supported")
+    bom = content("config.json", b"\xef\xbb\xbf{}")
+    yield Variant("config with a byte order mark", bom, "is not valid JSON")
+
+
+def _refused_windows_and_heads() -> Iterator[Variant]:
+    for base in ("qwen2", "qwen3", "qwen3_moe"):
+        switched_on = config(use_sliding_window=True, sliding_window=ABSENT, **LONG)
+        yield Variant("window by default", switched_on, "sliding_window=4096", base=base)
+    for window in (16, 4096):
+        ignored = config(use_sliding_window=False, sliding_window=window, **LONG)
+        yield Variant(f"window {window}", ignored, f"sliding_window={window}", base="mistral")
+    by_default = config(sliding_window=ABSENT, **LONG)
+    yield Variant("window by default", by_default, "sliding_window=4096", base="mistral")
+    odd = all_of(config(head_dim=15), weights(_remove_a_channel))
+    yield Variant("odd head size", odd, "head_dim=15 is odd")
+    for groups in (None, 4):
+        change = config(num_key_value_heads=groups)
+        yield Variant(f"{groups} groups", change, "k_proj.* according to config.json")
+    no_groups = config(num_key_value_heads=ABSENT)
+    yield Variant("no groups", no_groups, "num_key_value_heads=32", base="qwen2")
+
+
+def _refused_files() -> Iterator[Variant]:
+    for metadata in ({"format": "np"}, {"format": "tf"}, {"total_size": "9"}):
+        yield Variant(f"metadata {metadata}", _metadata(metadata), "in its metadata, not pt")
+    for value in (None, []):
+        change = all_of(shards(SHARDS), edit(INDEX, metadata=value))
+        yield Variant(f"index with metadata {value}", change, "has no metadata")
+    yield Variant("dangling link", _dangle, "is a link to .* does not exist")
+    adapter = all_of(remove("config.json", WEIGHTS), content("adapter_config.json", "{}"))
+    yield Variant("only an adapter", adapter, "it is an adapter.*\n  fix: merge")
+    for file in ("pytorch_model.bin", "model.fp16.safetensors", "hf_model_0001_0.pt"):
+        yield Variant(f"only {file}", _rename_weights(file), "has neither")
+    for prefix in ("_orig_mod.", "base_model.model.", "language_model."):
+        change = weights(lambda tensors, prefix=prefix: _add_prefix(tensors, prefix))
+        yield Variant(f"prefix {prefix}", change, f"(?s)has {prefix}.*save_pretrained")
+    tied = all_of(config(tie_word_embeddings=True), weights(lambda tensors: tensors.pop(EMBEDDING)))
+    yield Variant("tied without an embedding", tied, f"has no {EMBEDDING}")
+    lora = "model.layers.0.self_attn.q_proj.lora_A.weight"
+    yield Variant("adapter in the weights", add(lora, 4, 64), f"has {lora}")
+    yield Variant("bias of the head", add("lm_head.bias", 294), "has lm_head.bias")
+    empty = shards(SHARDS)
+    yield Variant("no map", all_of(empty, edit(INDEX, weight_map={})), f"has no {HEAD}")
+
+
+def _refused_generation() -> Iterator[Variant]:
+    for key, value in (
+        ("max_new_tokens", 0),
+        ("early_stopping", "x"),
+        ("cache_implementation", "x"),
+        ("compile_config", {}),
+        ("watermarking_config", 5),
+        ("pad_token_id", "<pad>"),
+    ):
+        change = edit(GENERATION, **{key: value})
+        yield Variant(f"generation {key}={value}", change, f"has {key}=.*refuses")
+    several = edit(GENERATION, num_return_sequences=2, do_sample=False)
+    yield Variant("several greedy texts", several, "num_return_sequences=2 without do_sample")
+    for token in (True, 1.0, {"a": 1}):
+        change = edit(GENERATION, eos_token_id=token)
+        yield Variant(f"end of text {token}", change, "must be from 0 to")
+
+
+def _refused_tokenizers() -> Iterator[Variant]:
+    settings: Mapping[str, Any]
+    for settings in (
+        {"padding_side": "middle"},
+        {"truncation_side": None},
+        {"model_max_length": "x"},
+        {"tokenizer_file": "/absent.json"},
+        {"tokenizer_file": None},
+        {"from_slow": True},
+        {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": True},
+        {"bos_token": 5},
+        {"bos_token": {"content": "<s>"}},
+        {"additional_special_tokens": "<a>"},
+        {"additional_special_tokens": {"a": "<a>"}},
+        {"extra_special_tokens": 5},
+        {"added_tokens_decoder": []},
+        {"added_tokens_decoder": {"x": {"content": "<a>"}}},
+        {"added_tokens_decoder": {"5": "<a>"}},
+    ):
+        key = list(settings)[-1]
+        yield Variant(f"tokenizer {settings}", edit(TOKENIZER, **settings), f"invalid {key}")
+    for settings in ({"extra_special_tokens": EIGHT}, {"additional_special_tokens": EIGHT}):
+        change = edit(TOKENIZER, **settings)
+        yield Variant(f"many {[*settings]}", change, "tokens without an embedding")
+    legacy = edit(TOKENIZER, added_tokens_decoder=ABSENT)
+    tokens = edit("special_tokens_map.json", additional_special_tokens=EIGHT)
+    yield Variant("many in the map", all_of(legacy, tokens), "tokens without an embedding")
+    broken = content("special_tokens_map.json", "{")
+    yield Variant("damaged map of tokens", broken, "is not valid JSON")
+    yield Variant("id as text", content("added_tokens.json", '{"<a>": "1"}'), "is not a number")
+    no_class = edit(TOKENIZER, tokenizer_class=ABSENT)
+    for name in ("BertTokenizer", "OwnTokenizer"):
+        change = all_of(no_class, config(tokenizer_class=name))
+        yield Variant(f"class {name} in the config", change, f"names the class {name}")
+    for files, name, word in (
+        (use_sentencepiece, "Qwen2Tokenizer", "tokenizer.model"),
+        (use_vocabulary_and_merges, "LlamaTokenizer", "merges.txt"),
+        (use_vocabulary_and_merges, ABSENT, "merges.txt"),
+    ):
+        change = all_of(files, edit(TOKENIZER, tokenizer_class=name))
+        yield Variant(f"{name} with {word}", change, f"does not read {word}")
+    merges = all_of(use_vocabulary_and_merges, content("merges.txt", "#version: 1\na b c\n"))
+    yield Variant("damaged merges", merges, "are not a tokenizer")
+    yield Variant("template in Latin-1", content("chat_template.jinja", b"\xe9"), "not in UTF-8")
+
+
+def _metadata(metadata: dict[str, str] | None) -> Change:
+    """Replaces the metadata of the file of weights."""
+    return lambda folder: save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata)
+
+
+def _rename_weights(file: str) -> Change:
+    def change(folder: Path) -> None:
+        (folder / WEIGHTS).rename(folder / file)
+
+    return change
+
+
+def _dangle(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).symlink_to("../../blobs/absent")
+
+
+def _add_prefix(tensors: dict[str, Tensor], prefix: str) -> None:
+    for name in list(tensors):
+        tensors[prefix + name] = tensors.pop(name)
+
+
+def _remove_a_channel(tensors: dict[str, Tensor]) -> None:
+    """Removes the last of the 16 channels of every head."""
+    for name in list(tensors):
+        if "self_attn" in name:
+            axis = 1 if "o_proj" in name else 0
+            kept = [channel for channel in range(tensors[name].shape[axis]) if channel % 16 < 15]
+            tensors[name] = tensors[name].index_select(axis, Tensor(kept).long()).contiguous()
