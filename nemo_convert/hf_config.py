@@ -92,7 +92,7 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _unset_keys(config: Mapping[str, Any]) -> set[str]:
     """Returns the keys that are null and mean the same when they are absent.
 
-    Some classes of transformers 4 do not accept the null. Qwen3 is the exception: an absent
+    Some classes of transformers 4 or 5 do not accept the null. Qwen3 is the exception: an absent
     ``head_dim`` would be 128.
     """
     names = (config.get("model_type"), _first(config.get("architectures")))
@@ -101,7 +101,7 @@ def _unset_keys(config: Mapping[str, Any]) -> set[str]:
         for family in FAMILIES.values()
         if family.model_type in names or family.hf_architecture in names
     )
-    keys = (*NEUTRAL, *QUANTIZATION, *(() if has_default else ("head_dim",)))
+    keys = (*NEUTRAL, *QUANTIZATION, *SWITCHES, *(() if has_default else ("head_dim",)))
     return {key for key in keys if config.get(key) is None}
 
 

@@ -28,6 +28,9 @@ EXACT = {name: variant for name, variant in VARIANTS.items() if not variant.refu
 REFUSED_BY_TRANSFORMERS_5 = {
     *(f"llama: {k} {v}" for k in ("torch_dtype", "dtype") for v in ("auto", "torch.bfloat16")),
     "llama: model_type Absent.ABSENT",
+    "llama: other tie_word_embeddings None",
+    "qwen2: head_dim None",
+    "qwen3_moe: head_dim None",
     "llama: harmless _attn_implementation",  # flash_attention_2, which is not installed
 }
 """Exact variants that transformers 5 cannot load."""
