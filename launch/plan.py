@@ -290,7 +290,7 @@ def _resolve_inputs(
 
 
 def _disk_problems(plan: Plan) -> Iterator[Problem]:
-    """Checks whether the disk has space for artifacts and the checkpoints of a training."""
+    """Checks whether the disk has space for artifacts and the checkpoints of a training run."""
     need = sum(s.stage.disk_bytes(s.config, plan.chain) for s in plan.todo())
     existing = next(p for p in (plan.run_dir, *plan.run_dir.resolve().parents) if p.exists())
     free = shutil.disk_usage(existing).free

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 WEIGHTS, CONTEXT, SIDE = "weights", "context", "hf"
 """Directories of a checkpoint: weights; context; in the context, the Hugging Face files."""
 STEPS = "steps"
-"""Directory of an artifact with the checkpoints of a training's earlier steps."""
+"""Directory of an artifact with the checkpoints of a training run's earlier steps."""
 EXTRA_STATE = "_extra_state"
 """End of the names of FP8 states that TransformerEngine's modules store."""
 SEED = 1234
@@ -117,7 +117,7 @@ def find_checkpoint(artifact: Path) -> Path:
 
 
 def step_checkpoints(artifact: Path) -> dict[int, Path]:
-    """Returns the checkpoints of earlier steps in a training's artifact, by step."""
+    """Returns the checkpoints of earlier steps in a training run's artifact, by step."""
     checkpoints = {int(path.stem): path for path in (artifact / STEPS).glob("*.nemo")}
     return dict(sorted(checkpoints.items()))
 

@@ -305,5 +305,5 @@ SPEED_PATCHES: dict[str, tuple[Patch, ...]] = {
         ),
     ),
 }
-"""Comments state the time and peak memory that each set saves in a training of SmolLM2-135M's
+"""Comments state the time and peak memory that each set saves in a training run of SmolLM2-135M's
 student. Remove a set that saves less than 3% of a step and less than 100 MB."""

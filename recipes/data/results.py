@@ -16,7 +16,7 @@ class SourceTokens:
 
 @dataclass(frozen=True)
 class TrainedSource:
-    """A source's part in a training."""
+    """A source's part in a training run."""
 
     source: str
     tokens: int
@@ -59,7 +59,7 @@ class DatasetResult:
     """Origins by source, as written in the settings."""
 
     def trained(self, tokens: int, weights: Mapping[str, float]) -> list[TrainedSource]:
-        """Returns how a training on ``tokens`` tokens uses each source.
+        """Returns how a training run on ``tokens`` tokens uses each source.
 
         Args:
             tokens: Tokens of the training.

@@ -126,7 +126,7 @@ def _training_rate(dtype: torch.dtype) -> float:
 
 
 def training_rates(threads: int) -> tuple[TrainingRates, bool]:
-    """Returns the rates for planning trainings, and whether the measurement was undisturbed.
+    """Returns the rates for planning training runs, and whether the measurement was undisturbed.
 
     It is disturbed if other programs used the threads' cores. Rates are measured in CPU time, which
     other programs change little.

@@ -65,11 +65,11 @@ class Hardware:
     network_bytes_per_second: Rate = 1.0e9
     """Bandwidth between nodes per device, in each direction."""
     utilisation: Annotated[float, between(0.01, 1)] = 1.0
-    """Fraction of the peak that a training reaches, without the time for communication."""
+    """Fraction of the peak that a training run reaches, without the time for communication."""
     price_per_hour: PositiveOrZero = 0.05
     """Dollars for a device, or for a CPU node; an assumption, to be replaced by yours."""
     precision: Precision = "bf16-mixed"
-    """The fastest precision of a training; the default of all training stages."""
+    """The fastest precision of a training run; the default of all training stages."""
     inference_precision: Precision = "32"
     """The default precision of all stages that compare models."""
     cuda_device_max_connections: Count | None = None

@@ -108,7 +108,7 @@ def _time_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
 
 
 def _text_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
-    """Compares a training with its text.
+    """Compares a training run with its text.
 
     It is an error if the text cannot fill a batch even with one token per byte.
     """
@@ -140,7 +140,7 @@ def _text_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
 
 
 def _weights(chain: Chain, name: str, data: str) -> dict[str, float]:
-    """Returns the weights of a training's sources: its own, or those of its text."""
+    """Returns the weights of a training run's sources: its own, or those of its text."""
     text = chain.stages.get(data)
     own: dict[str, float] = vars(chain.stages[name]).get("weights", {})
     return own or (text.weights() if isinstance(text, PrepareDataConfig) else {})
@@ -149,7 +149,7 @@ def _weights(chain: Chain, name: str, data: str) -> dict[str, float]:
 def _repeated_sources(
     name: str, tokens: int, weights: Mapping[str, float], of_source: Mapping[str, float]
 ) -> Iterator[Problem]:
-    """Finds sources that a training with weights repeats too often."""
+    """Finds sources that a training run with weights repeats too often."""
     for source, weight in weights.items():
         share = tokens * weight / math.fsum(weights.values())
         available = of_source.get(source, math.inf)

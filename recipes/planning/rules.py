@@ -62,7 +62,7 @@ STACK_VERSIONS = Rule(
     "other versions than the tested ones fail during a run, or change a result",
     f"{_BRIDGE}#1646, #5192; {_MODELOPT}#2257, #1637",
 )
-DISK = Rule("disk", "a full disk ends a training at its first checkpoint")
+DISK = Rule("disk", "a full disk ends a training run at its first checkpoint")
 MEMORY = Rule(
     "memory",
     "models, optimizer states, activations and logits of a rank must fit into its memory",
@@ -178,8 +178,8 @@ FP8 = Rule("fp8", "FP8 needs TransformerEngine, a GPU that has it, and aligned s
 COMPILER = Rule("compiler", "kernels for a CPU need a C++ compiler and Python's headers")
 PROFILE = Rule("profile", "the profiler can only trace steps of the training")
 SCHEDULE = Rule("schedule", "NeMo stops if the learning rate cannot reach its peak or minimum")
-LOSS = Rule("loss", "a training needs at least one term with a weight")
-STOP = Rule("stop", "a training can only stop early by a metric that its validations measure")
+LOSS = Rule("loss", "a training run needs at least one term with a weight")
+STOP = Rule("stop", "a training run can only stop early by a metric that its validations measure")
 STUDENT_STEPS = Rule("student-steps", "a student can only be saved at a step before the last")
 HIDDEN_PAIRS = Rule(
     "hidden-pairs",

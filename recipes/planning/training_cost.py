@@ -1,6 +1,6 @@
-"""Cost of a training on a hardware profile: memory of a rank, time, device-hours and money.
+"""Cost of a training run on a hardware profile: memory of a rank, time, device-hours and money.
 
-A teacher's pass over a text, which caches its logits, counts as a training without a student.
+A teacher's pass over a text, which caches its logits, counts as a training run without a student.
 
 - Adam keeps float32 main weights and two moments: 12 bytes per parameter. Megatron's distributed
   optimizer splits them over the replicas.
@@ -240,7 +240,7 @@ def _update_seconds(job: Workload, hardware: Hardware) -> tuple[float, float]:
 
 
 def stopping_seconds(job: Workload, hardware: Hardware) -> float:
-    """Returns the seconds that a training may need to stop at a deadline.
+    """Returns the seconds that a training run may need to stop at a deadline.
 
     It may finish two steps with a validation between them, and saves a checkpoint. A teacher's pass
     saves its shards as it goes, so it stops at once.

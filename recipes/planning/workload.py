@@ -1,4 +1,4 @@
-"""Describes a training, or a teacher's pass over a text, and its layout. Torch-free."""
+"""Describes a training run, or a teacher's pass over a text, and its layout. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nemo_convert.architecture import Architecture
 
 @dataclass(frozen=True)
 class Layout:
-    """Devices of a training, and the parallel sizes that split model and batch over them."""
+    """Devices of a training run, and the parallel sizes that split model and batch over them."""
 
     nodes: int = 1
     devices: int = 1
@@ -59,7 +59,7 @@ Adam's two float32 moments."""
 
 @dataclass(frozen=True)
 class Workload:
-    """A training, or a teacher's pass over a text."""
+    """A training run, or a teacher's pass over a text."""
 
     trained: Architecture | None
     """The model that is trained; ``None`` for a teacher's pass."""

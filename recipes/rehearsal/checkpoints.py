@@ -1,6 +1,6 @@
 """Replaces reading and writing of NeMo checkpoints, and checks the keys and shapes of tensors.
 
-A model's checkpoint has the shapes of its architecture. A training's has those that were saved.
+A model's checkpoint has the shapes of its architecture. A training run's has those that were saved.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True)
 class _Saved:
-    """Checkpoint of a training."""
+    """Checkpoint of a training run."""
 
     metadata: Any
     """Sharding of the optimizer's state."""
@@ -146,7 +146,7 @@ def _save(
     content_metadata: Any = None,
     **kwargs: Any,
 ) -> AsyncRequest | None:
-    """Checks what would be written, and remembers a training's state for its resumption."""
+    """Checks what would be written, and remembers a training run's state for its resumption."""
     apply_factories(sharded_state_dict)
     items = [i for i in nested_values(sharded_state_dict) if isinstance(i, ShardedTensor)]
     for item in items:

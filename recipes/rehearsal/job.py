@@ -27,7 +27,7 @@ from recipes.stages.import_hf import ImportConfig
 from recipes.stages.successive_halving import training_of
 
 STEPS = 2
-"""Steps of a training; from the second on, the optimizer's states are allocated."""
+"""Steps of a training run; from the second on, the optimizer's states are allocated."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _distinct_ranks(world: int, settings: Mapping[str, Any]) -> list[int]:
 
 
 def _rehearsed_config(config: StageConfig) -> StageConfig:
-    """Returns what is rehearsed: of a search a training, of an export only the conversion."""
+    """Returns what is rehearsed: of a search a training run, of an export only the conversion."""
     if isinstance(config, ExportConfig):
         return replace(config, inputs={"checkpoint": config.inputs["checkpoint"]})
     if not isinstance(config, SuccessiveHalvingConfig):

@@ -63,7 +63,7 @@ def rehearse(job: RankJob) -> RehearsalResult:
 
 
 def _stop_by_the_clock(run: Callable[[], object]) -> None:
-    """Runs a training past its deadline, so it saves after one step; frees all it allocated."""
+    """Runs a training run past its deadline, so it saves after one step; frees all it allocated."""
     os.environ[DEADLINE] = "0"
     with suppress(StoppedByDeadlineError):
         run()

@@ -108,7 +108,7 @@ class SuccessiveHalvingConfig(StageConfig):
     also: list[str] = field(default_factory=list)
     """Names of further candidates of the first round, whatever their rank."""
     max_tokens: Tokens = 200_000
-    """Tokens of all trainings together."""
+    """Tokens of all training runs together."""
     select_by: Annotated[str, one_of(*PROXIES)] = "kl_to_teacher"
     """``kl_to_teacher`` or ``perplexity`` on validation text; lower is better."""
     num_samples: Count = 16

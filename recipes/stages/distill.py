@@ -213,7 +213,7 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
 
 
 def result(cfg: DistillConfig, file: Path) -> DistillationResult:
-    """Returns the result of a training from its metrics file."""
+    """Returns the result of a training run from its metrics file."""
     training = training_result(cfg, file)
     return DistillationResult(
         **vars(training),

@@ -72,7 +72,7 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of all trainings, and of the evaluations after each round.
+    """Estimates the cost of all training runs, and of the evaluations after each round.
 
     It assumes that every candidate has the largest shape within the budget, or the teacher's shape
     if the shapes are not known yet.

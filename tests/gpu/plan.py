@@ -70,7 +70,7 @@ STEPS = (
     Step("training", "chain::losses_match_the_cpu", 4, "20 steps, traced", REFERENCE),
     Step("killed", "chain::killed_training_resumes", 2, "a killed training resumes", TRAINING),
     Step("clock", "chain::training_stopped_by_the_clock_resumes", 2,
-         "a training at its time limit resumes", TRAINING),
+         "a training run at its time limit resumes", TRAINING),
     Step("teachers", "chain::cached_teacher_gives_the_losses_of_a_live_one "
          "chain::hidden_states_with_a_projection_match_the_cpu", 3,
          "cached; hidden states, with a projection", REFERENCE),

@@ -1,6 +1,6 @@
 """A real Slurm for the tests: a controller and nodes on loopback, without systemd.
 
-Each node claims to be a DGX H100: 8 GPUs, 224 CPUs and 2 TB of memory. Its daemon takes 9 MB.
+Each node is configured as a DGX H100: 8 GPUs, 224 CPUs and 2 TB of memory. Its daemon takes 9 MB.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
 FIRST_PORT = 10000
 NODES = 96
-"""As many as the largest recipe takes."""
+"""Number of nodes, which is that of the largest recipe."""
 CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -63,7 +63,7 @@ DefMemPerCPU=8900 State=UP
 
 
 class SlurmCluster:
-    """A Slurm whose files are in one directory, which needs a short path."""
+    """A Slurm with all files in one directory, whose path must be short because it has sockets."""
 
     def __init__(self, directory: Path, nodes: int = NODES) -> None:
         self.directory = directory
@@ -132,7 +132,10 @@ class SlurmCluster:
         (d / "gres.conf").write_text(f"NodeName=n[1-{nodes}] Name=gpu File={d}/gpu[0-7]\n")
 
     def _make_pyxis(self) -> bool:
-        """Builds the stand-in for Pyxis; needs a compiler and the right to mount."""
+        """Builds a test double of Pyxis; returns whether it can run here.
+
+        It needs a compiler and the right to mount.
+        """
         source, plugin = Path(__file__).with_name("fakepyxis.c"), self.directory / "fakepyxis.so"
         build = ["gcc", "-Wall", "-shared", "-fPIC", "-o", str(plugin), str(source)]
         (self.directory / "plugstack.conf").touch()
@@ -159,9 +162,10 @@ def without_slurm() -> str | None:
 
 
 def free_port(daemons: int) -> int:
-    """Returns the first of 500 ports, of which the daemons' ports are free.
+    """Returns the first port of a block of 500, in which the daemons' ports are free.
 
-    It is also the first job id, because the port at which ranks meet depends on the job id.
+    It also serves as the first job id: the port at which ranks meet is derived from the job id, so
+    clusters at the same time use different ones.
     """
     for number in range(18):
         port = FIRST_PORT + (os.getpid() + number) % 18 * 500
@@ -179,9 +183,9 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def wait_for(condition: object, seconds: float, pause: float = 0.1) -> None:
-    """Waits until a condition is true."""
+def wait_for(condition: Callable[[], object], seconds: float, pause: float = 0.1) -> None:
+    """Waits until a condition is true; fails after ``seconds``."""
     deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s in vain"
         time.sleep(pause)

@@ -1,4 +1,4 @@
-"""A Slurm cluster for the session, and a tiny chain that ran on it."""
+"""Fixtures: a Slurm cluster, and a tiny chain that ran on it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.runs import settings
 SECRET = "a_token_that_no_file_may_hold"
 STEPS = 3
 CPUS = 64
-"""Of a job that shares a node."""
+"""CPUs of a job that shares a node."""
 DISTILL = {
     "max_steps": STEPS,
     "warmup_steps": 1,
@@ -52,7 +52,7 @@ def slurm() -> Iterator[SlurmCluster]:
 def probe_settings(
     slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, ...]:
-    """Settings of the documents, with the probe as interpreter, in a container."""
+    """The settings that the documents recommend, with the probe as interpreter in a container."""
     folder = tmp_path_factory.mktemp("probe")
     start = f'{probe.PROBE}="$0" exec {sys.executable} {probe.__file__} "$@"'
     python, image = write_program(folder / "python", start), folder / "image.sqsh"

@@ -1,10 +1,13 @@
-"""An interpreter for Slurm jobs: each rank records its environment in place of its stage's work.
+"""Replaces the interpreter of Slurm jobs: ranks record their environment instead of computing.
 
 ``cluster.python`` names a script that starts this file, so the launcher's job scripts run
-unchanged. All ranks of a stage add their numbers, and rank 0 completes the stage by the real
-worker. With ``PROBE_TORCH`` in the environment torchrun starts the ranks, each runs the real
-worker, and they add by gloo. Every process then imports torch, which takes 150 GB for 768 ranks.
-Without the variable, forks replace torchrun's processes, and the ranks add through sockets.
+unchanged. All ranks of a stage sum their rank numbers, and rank 0 completes the stage with the
+real worker.
+
+- Without ``PROBE_TORCH`` in the environment, forks replace torchrun's processes, and ranks
+  communicate through sockets. 768 ranks that import torch would take 150 GB.
+- With ``PROBE_TORCH`` the real torchrun starts the ranks. Each runs the real worker, and they
+  communicate by gloo.
 """
 
 from __future__ import annotations
@@ -22,19 +25,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 TORCH = "PROBE_TORCH"
+"""Environment variable that makes torchrun start the ranks."""
 HOLD = "PROBE_HOLD"
-"""Variable with the step at which a training stays until it is killed."""
+"""Environment variable with a step: training reports this step, then waits to be killed."""
 PROBE = "PROBE"
-"""Variable with the script that starts this file."""
+"""Environment variable with the script that starts this file."""
 RECORDS = "probe"
 """Folder in a stage's directory with a file for each rank."""
 TRAINING = "training"
-"""Folder in a search's directory with a training that it starts."""
+"""Folder in a search's directory with a training run that it starts."""
 TRAINED = "recipes.stages.distill"
 SEARCH = "recipes.stages.successive_halving"
 SECONDS = 120
 DEBIAN_PYTHON = "/usr/bin/python3"
-"""The Python that has mpi4py."""
+"""The interpreter that has mpi4py."""
 
 
 def main(words: list[str]) -> None:
@@ -58,26 +62,26 @@ def fork_ranks(words: list[str]) -> NoReturn:
     for option in ("--master-addr", "--master-port", "--rdzv-conf"):
         parser.add_argument(option, required=True)
     parser.add_argument("-m", dest="module", required=True)
-    asked, rest = parser.parse_known_args(words)
-    for local in range(asked.nproc_per_node):
+    options, arguments = parser.parse_known_args(words)
+    for local in range(options.nproc_per_node):
         if os.fork() == 0:
             os.environ |= {
-                "RANK": str(asked.node_rank * asked.nproc_per_node + local),
+                "RANK": str(options.node_rank * options.nproc_per_node + local),
                 "LOCAL_RANK": str(local),
-                "GROUP_RANK": str(asked.node_rank),
-                "WORLD_SIZE": str(asked.nnodes * asked.nproc_per_node),
-                "LOCAL_WORLD_SIZE": str(asked.nproc_per_node),
-                "MASTER_ADDR": asked.master_addr,
-                "MASTER_PORT": asked.master_port,
+                "GROUP_RANK": str(options.node_rank),
+                "WORLD_SIZE": str(options.nnodes * options.nproc_per_node),
+                "LOCAL_WORLD_SIZE": str(options.nproc_per_node),
+                "MASTER_ADDR": options.master_addr,
+                "MASTER_PORT": options.master_port,
             }
-            run_rank(*rest)
+            run_rank(*arguments)
             os._exit(0)
-    failed = [os.wait()[1] for _ in range(asked.nproc_per_node)]
+    failed = [os.wait()[1] for _ in range(options.nproc_per_node)]
     sys.exit(any(failed))
 
 
 def run_rank(module: str, request: str) -> None:
-    """Adds the numbers of all ranks, records, and completes the stage."""
+    """Sums the numbers of all ranks, records this rank, and completes the stage."""
     stage_dir = Path(request).parent
     records = stage_dir / RECORDS
     records.mkdir(exist_ok=True)
@@ -92,8 +96,11 @@ def run_rank(module: str, request: str) -> None:
 
 
 def complete(module: str, work: Callable[[], None]) -> None:
-    """Runs the real worker of a stage, with other work; a search also starts a real training."""
-    # For the tests' results. The stages' code is that of the snapshot, which comes before it.
+    """Runs the real worker, but with ``work`` instead of the stage's own function.
+
+    A search also starts one of its training runs as a child process.
+    """
+    # For ``tests.support``. The stages' code still comes from the snapshot, which is earlier.
     sys.path.insert(2, str(Path(__file__).parents[2]))
     from recipes.core import worker
     from recipes.core.manifest import Outcome
@@ -128,20 +135,20 @@ def rank() -> int:
 
 def record(records: Path, total: int) -> None:
     """Writes the environment of this rank; rank 0 adds its job step as Slurm describes it."""
-    found = {**os.environ, "total": str(total)}
+    facts = {**os.environ, "total": str(total)}
     if "OMPI_COMM_WORLD_SIZE" in os.environ:  # mpirun started it
         spawn = [DEBIAN_PYTHON, str(Path(__file__).with_name("spawn.py"))]
-        found["spawned"] = subprocess.run(spawn, check=True, capture_output=True, text=True).stdout
+        facts["spawned"] = subprocess.run(spawn, check=True, capture_output=True, text=True).stdout
     job = os.environ.get("SLURM_JOB_ID")
     if rank() == 0 and job:
         step = f"{job}.{os.environ['SLURM_STEP_ID']}"
         command = ["scontrol", "--oneliner", "show", "step", step]
-        found["step"] = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    (records / f"{rank()}.json").write_text(json.dumps(found))
+        facts["step"] = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (records / f"{rank()}.json").write_text(json.dumps(facts))
 
 
 def sum_by_gloo() -> int:
-    """Returns the sum of all ranks."""
+    """Returns the sum of all rank numbers."""
     import torch
 
     torch.distributed.init_process_group("gloo")
@@ -151,7 +158,7 @@ def sum_by_gloo() -> int:
 
 
 def sum_by_socket(records: Path) -> int:
-    """Returns the sum of all ranks, which connect to rank 0 at the address of their first node."""
+    """Returns the sum of all rank numbers; ranks connect to rank 0 at ``MASTER_ADDR``."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return 0

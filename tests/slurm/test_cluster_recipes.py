@@ -140,7 +140,7 @@ def test_every_recipe_for_a_cluster_is_listed() -> None:
 
 
 @pytest.mark.parametrize("recipe", [*NODES, SEARCH])
-def test_ranks_get_what_the_plan_says(chains: dict[str, Run], recipe: str) -> None:
+def test_ranks_get_the_planned_resources(chains: dict[str, Run], recipe: str) -> None:
     chain = chains[recipe]
     found = states(chain)
     assert set(found.values()) == {"complete"}, found
@@ -150,7 +150,7 @@ def test_ranks_get_what_the_plan_says(chains: dict[str, Run], recipe: str) -> No
         require(chain.directory / stage, whole.get(stage) or one_rank(stage))
 
 
-def test_training_of_a_search_has_all_devices(chains: dict[str, Run]) -> None:
+def test_training_runs_of_a_search_get_all_devices(chains: dict[str, Run]) -> None:
     require(chains[SEARCH].directory / "successive_halving" / probe.TRAINING, whole_nodes(1))
 
 
@@ -181,7 +181,7 @@ def test_torchrun_starts_ranks_on_several_nodes(chains: dict[str, Run], tmp_path
     require(distill, whole_nodes(4, ranks=2))
 
 
-def test_submission_from_an_allocation_gets_the_same(
+def test_submission_from_an_allocation_gets_the_same_resources(
     chains: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in allocation().items():
@@ -204,7 +204,9 @@ def allocation() -> dict[str, str]:
     return {**ours, **users, "RANK": "5", "WORLD_SIZE": "6"}
 
 
-def test_ranks_that_share_a_node_get_a_part_of_it(chains: dict[str, Run], tmp_path: Path) -> None:
+def test_ranks_that_share_a_node_get_a_fraction_of_it(
+    chains: dict[str, Run], tmp_path: Path
+) -> None:
     settings = (
         "cluster.exclusive=false",
         "cluster.gpus=gres",

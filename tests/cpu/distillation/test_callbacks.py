@@ -1,4 +1,4 @@
-"""Callbacks of a training: early stops, garbage collection and profiles."""
+"""Trainer callbacks: non-finite gradients, early stop, garbage collection and profiles."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def untrained(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 def distilling(untrained: Path, even_llama: Path, text_file: Path, tmp_path: Path) -> list[str]:
-    """Returns the command that continues a copy of the run."""
+    """The command that distils in a copy of the run."""
     run_dir = copy_without(untrained, tmp_path / "run")
     return [*training(even_llama, text_file, run_dir), "only=[distill]"]
 
@@ -82,7 +82,7 @@ def test_nonfinite_steps_are_skipped_up_to_a_limit_and_the_same_command_resumes(
         stopped = run_in_process(*command, cwd=tmp_path)
     assert stopped.code == 1
     assert re.search(r"step 5: .* not finite .* 1 such step", stopped.output)
-    assert "the last checkpoint is good" in stopped.output
+    assert "the last checkpoint is usable" in stopped.output
     run_successfully(*command, cwd=tmp_path)
     steps = steps_of(tmp_path / "run" / "distill" / METRICS, "distill")
     assert [step["done"] for step in steps] == [1, 2, 3, 4, 5, 6]
@@ -94,10 +94,10 @@ def interrupted(*args: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_training_that_has_recovered_enough_is_complete(
+def test_a_run_that_recovered_enough_stops_and_is_complete(
     distilling: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also if it is killed between its last step and its result."""
+    """It is killed between its last step and its result, and stops again at the same step."""
     run_dir = tmp_path / "run"
     learning = settings("distill", lr=1e-3, lm_weight=0, val_check_interval=1)
     command = [*distilling, *learning, "stages.distill.stop_at_recovered=0.7"]
@@ -129,7 +129,7 @@ def test_a_training_that_has_recovered_enough_is_complete(
 def test_a_diverging_run_stops_before_its_weights_are_lost(
     distilling: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first update overflows float32. The port is taken, as one rank needs none."""
+    """The first update overflows float32. One rank needs no port, so a used one is no error."""
     with socket.create_server(("localhost", 0)) as taken:
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         result = run_recipe(*distilling, "stages.distill.lr=1e38", cwd=tmp_path)

@@ -186,7 +186,7 @@ def test_speed_patches_only_round_differently_in_bfloat16(
 
 
 @pytest.mark.parametrize(("first", "second"), [("TP=2", "PP=2"), ("DP=2", "DP=2, two optimizers")])
-def test_a_killed_training_resumes_in_another_layout(
+def test_a_killed_run_resumes_in_another_layout(
     one_rank: Path,
     perturbed: Path,
     even_llama: Path,

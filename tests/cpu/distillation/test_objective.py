@@ -139,7 +139,7 @@ def test_a_small_angle_survives_bfloat16() -> None:
     torch.testing.assert_close(losses.double(), expected, rtol=1e-2, atol=1e-6)
 
 
-def test_every_rank_draws_the_same_projection() -> None:
+def test_every_rank_initialises_the_same_projection() -> None:
     weights = []
     for seed in (1, 2):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Students of chosen steps are saved during a training, evaluated on benchmarks and plotted."""
+"""Students of the configured steps are saved, evaluated on benchmarks, exported and plotted."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def student(run_dir: Path, step: int) -> Path:
     return nemo.step_checkpoints(run_dir / "distill" / ARTIFACT)[step]
 
 
-def test_students_are_those_of_shorter_trainings(
+def test_saved_students_equal_those_of_shorter_runs(
     pruned: Path, even_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """On two data-parallel ranks, which gather updated weights only before the next step."""
@@ -79,7 +79,7 @@ def test_students_are_those_of_shorter_trainings(
     assert not (tmp_path / "plain" / "distill" / ARTIFACT / nemo.STEPS).exists()
 
 
-def test_a_training_that_was_killed_has_all_students(
+def test_a_killed_and_resumed_run_has_all_students(
     pruned: Path, even_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is killed while it saves the second student, and resumes after the first one."""

@@ -1,4 +1,4 @@
-"""Samples of a training: sequences, masks, epochs, and the position of a resumed run."""
+"""Training samples: sequences, masks, epochs, weights, and the position of a resumed run."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def naive(data: Path) -> list[int]:
-    """The training part document by document, as Megatron reads it."""
+def all_tokens(data: Path) -> list[int]:
+    """The tokens of the training split, read document by document with Megatron."""
     part = IndexedDataset(str(data / "train"))
     return [int(token) for i in range(len(part)) for token in part[i]]
 
 
 class Cache:
-    """A cached teacher whose rows state the number of their sequence."""
+    """A cached teacher whose values are the number of their sequence."""
 
     def __init__(self, sequences: list[int]) -> None:
         self.sequences = np.array(sequences)
@@ -60,14 +60,16 @@ def sequences_of(data: Path, samples: int, **settings: Any) -> TrainingSequences
     return TrainingSequences(read_tokens(data, "train"), LENGTH, samples, **settings)
 
 
-def test_sequences_are_those_of_the_concatenated_documents(data: Path, naive: list[int]) -> None:
-    total = (len(naive) - 1) // LENGTH
+def test_sequences_are_those_of_the_concatenated_documents(
+    data: Path, all_tokens: list[int]
+) -> None:
+    total = (len(all_tokens) - 1) // LENGTH
     dataset = sequences_of(data, total)
     assert len(dataset) == len(dataset.ids) == total > 2 * BATCH
     for number in range(total):
         item, start = dataset[number], number * LENGTH
-        assert item["tokens"].tolist() == naive[start : start + LENGTH]
-        assert item["labels"].tolist() == naive[start + 1 : start + LENGTH + 1]
+        assert item["tokens"].tolist() == all_tokens[start : start + LENGTH]
+        assert item["labels"].tolist() == all_tokens[start + 1 : start + LENGTH + 1]
         assert item["position_ids"].tolist() == list(range(LENGTH))
         assert item["loss_mask"].tolist() == [1.0] * LENGTH
         assert {item[name].dtype for name in ("tokens", "labels", "position_ids")} == {torch.int64}
@@ -86,10 +88,8 @@ def test_predictions_after_the_end_of_a_document_are_masked(data: Path) -> None:
     assert masked > 5
 
 
-def test_what_is_told_of_each_token_counts_with_a_cached_teacher_too(
-    data: Path, tmp_path: Path
-) -> None:
-    """As of conversations; through the data module, which finds what is told beside the tokens."""
+def test_the_loss_mask_of_the_data_is_used_with_both_teachers(data: Path, tmp_path: Path) -> None:
+    """Conversations have a loss mask. The data module finds its file beside the tokens."""
     generator = np.random.default_rng(1)
     loss_mask = {}
     for part in ("train", "validation"):
@@ -195,7 +195,7 @@ def test_weights_set_the_fraction_of_samples_and_sources_have_epochs(data: Path)
         size = len(spans[name])
         for start in range(0, len(of_source[name]) - size, size):
             assert sorted(of_source[name][start : start + size]) == list(spans[name])
-    for samples in range(1, 1000):  # every beginning of the training, too
+    for samples in range(1, 1000):  # the fraction is kept at any time during training
         small = sum(n in spans["small"] for n in numbers[:samples])
         assert abs(small - 0.3 * samples) <= 1
     # A sample does not depend on earlier ones, nor on the length of the training.
@@ -233,8 +233,8 @@ def test_a_weighted_source_needs_a_whole_sequence(data: Path) -> None:
         sequences_of(data, 4, weights={"large": 1.0, "tiny": 1.0}, sources=sources)
 
 
-def test_weights_serve_a_training_on_100_billion_tokens(tmp_path: Path) -> None:
-    """Sequences take a few bytes each: the tokens are a sparse file, and stay on disk."""
+def test_weights_take_little_memory_for_100_billion_tokens(tmp_path: Path) -> None:
+    """Each sequence takes a few bytes. The tokens are a sparse file, which is not read."""
     length, total = 4096, 10**11 // 4096
     with (tmp_path / "train.bin").open("wb") as file:
         file.truncate(4 * length * (total + 1))

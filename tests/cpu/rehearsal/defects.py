@@ -67,8 +67,8 @@ def restore_with(change: Callable[[Any], None]) -> Callable[..., Any]:
     return wrap(restored)
 
 
-def once(change: Callable[..., Any]) -> Callable[..., Any]:
-    """Changes the second call only."""
+def in_second_call(change: Callable[..., Any]) -> Callable[..., Any]:
+    """Replaces only the second call of a function."""
     calls = count()
 
     def changed(original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -159,7 +159,7 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "skip_all_reduce": (
         "recipes.distillation.vocabulary:all_reduce",
         "A rank skips one all-reduce of many.",
-        once(lambda original, *args, **kwargs: None),
+        in_second_call(lambda original, *args, **kwargs: None),
     ),
     "small_buckets": (
         "megatron.core.distributed.distributed_data_parallel:_ParamAndGradBuffer",
@@ -179,7 +179,7 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "skip_receive": (
         "megatron.core.pipeline_parallel.p2p_communication:_batched_p2p_ops",
         "A stage does not receive one message.",
-        once(lambda original, **kwargs: original(**{**kwargs, "tensor_recv_prev": None})),
+        in_second_call(lambda original, **kwargs: original(**{**kwargs, "tensor_recv_prev": None})),
     ),
     "reverse_groups": (
         "megatron.core.parallel_state:RankGenerator.get_ranks",
@@ -188,12 +188,12 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     ),
     "add_barrier": (
         "recipes.distillation.trainer:_load_main_weights",
-        "A rank waits for the others once more.",
+        "One rank calls an additional barrier.",
         wrap(with_barrier),
     ),
     "gather_in_one": (
         "recipes.distillation.vocabulary:gather",
-        "A rank gathers by another collective.",
+        "One rank gathers with a different collective.",
         replace_with(gather_in_one),
     ),
     "gather_objects": (
@@ -222,7 +222,7 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
         wrap(keep_in_float32),
     ),
 }
-"""By name: the replaced function, the defect, and the replacement."""
+"""Defects by name: the replaced function, a description of the defect, and the replacement."""
 
 
 def main() -> None:
@@ -233,8 +233,8 @@ def main() -> None:
 
     def with_defect(job: dict[str, Any], defect: str | None) -> RehearsalResult:
         if defect is not None:
-            target, what, replace = DEFECTS[defect]
-            apply([Patch(target, what, "", replace)])
+            target, description, replacement = DEFECTS[defect]
+            apply([Patch(target, description, "", replacement)])
         return rehearse(TypeAdapter(RankJob).validate_python(job))
 
     tasks = (partial(with_defect, *pair) for pair in pairs)

@@ -38,9 +38,9 @@ INSTANCES = (f"{D}num_distributed_optimizer_instances=96",)
 RECOMPUTE_MLP = (f"{D}recompute_granularity=selective", f"{D}recompute_modules=[mlp]")
 MOE = (f"model.hf_path={MOE_MODEL}", f"{D}expert_model_parallel_size=8")
 FLOAT32, MIXED = (f"{D}precision='32'",), (f"{D}precision=bf16-mixed",)
-"""A CPU recipe trains in the format in which the processor multiplies."""
+"""Set explicitly, because the default of CPU recipes depends on this machine's processor."""
 LESS_MEMORY = ("hardware.memory_bytes=22e9",)
-"""Of 80 GB, for 8 of 32 layers."""
+"""Instead of 80 GB, because the model has only 8 of 32 layers."""
 TEMPORARY = ("activations", "logits")
 """Types of memory that the plan only estimates."""
 
@@ -161,7 +161,7 @@ def test_sound_stages_complete_within_the_planned_memory(case: Case, rehearsed: 
     plan = planned_memory(job, job_with_layers(*case[:5])[0])
     assert plan is not None
     peak, total = peak_by_kind(result, plan), sum(getattr(plan, kind) for kind in KINDS)
-    # Recomputed modules, and the checkpoint that a training resumes from, must not stay in memory.
+    # Recomputed modules, and the checkpoint that training resumes from, must not stay in memory.
     is_tight = case in (RESUMED, RECOMPUTED)
     for kind in KINDS:
         tolerance = {"abs": 0.1 * total} if kind in TEMPORARY else {"rel": 0.01}

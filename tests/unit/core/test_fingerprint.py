@@ -79,7 +79,7 @@ def test_digest_does_not_depend_on_key_order() -> None:
     assert digest([1, 2]) != digest([2, 1])
 
 
-def test_resources_are_no_result_settings() -> None:
+def test_resources_do_not_count_as_result_settings() -> None:
     plain = DistillConfig(stage="distill")
     large = DistillConfig(stage="distill", resources=Resources(nodes=4, devices=8, env={"A": "b"}))
     assert "resources" not in result_settings(plain)

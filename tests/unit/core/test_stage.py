@@ -268,7 +268,7 @@ def test_inputs_are_read_recorded_and_hashed(
         ({"fingerprint": "other"}, "changed after this stage was planned"),
     ],
 )
-def test_input_of_another_kind_or_fingerprint_is_refused(
+def test_input_of_another_type_or_fingerprint_is_refused(
     starter: StageStarter, tmp_path: Path, source: InputRef, change: dict[str, str], words: str
 ) -> None:
     done = starter.start(tmp_path / "stage", {"data": replace(source, **change)})
@@ -289,7 +289,7 @@ def test_a_killed_restart_resumes_its_own_work(starter: StageStarter, tmp_path: 
     assert starter.start(stage, text="other").returncode == 0
 
 
-def test_other_ranks_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rank_0_writes_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     metrics_log(tmp_path / WORK / ARTIFACT).log(loss=1.0)
     assert not (tmp_path / METRICS).exists()

@@ -1,4 +1,4 @@
-"""Checks, progress and early stop of a training. Torch-free."""
+"""Checks, progress and early stop of a training run. Torch-free."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ HEALED = 0.5
         ({"stop_at_recovered": 0.8, "max_steps": 200}, None, 200, ""),  # it is complete
         ({"stop_at_recovered": 0.8}, HEALED, 100, "step 100 of 300: recovered 88%"),
         ({"stop_at_recovered": 0.9}, HEALED, 100, ""),
-        ({"stop_at_recovered": 0.4}, HEALED, 0, ""),  # a training has at least one step
+        ({"stop_at_recovered": 0.4}, HEALED, 0, ""),  # a training run has at least one step
     ],
 )
 def test_training_stops_at_the_recovered_fraction(

@@ -96,7 +96,7 @@ def require_golden(text: str, name: str, tmp_path: Path) -> None:
     assert text == record.read_text(), f"if this change is meant: rm {record}, and run this again"
 
 
-def test_scripts_are_the_recorded_ones(prepared: Prepared, tmp_path: Path) -> None:
+def test_scripts_equal_the_golden_files(prepared: Prepared, tmp_path: Path) -> None:
     """Two nodes in containers; no container; and a chain whose teacher is cached."""
     plan, cluster = prepared(*TWO_NODES)
     text = slurm.job_script(stage_named(plan, "distill"), cluster)

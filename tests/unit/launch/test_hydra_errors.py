@@ -42,14 +42,14 @@ def test_unknown_recipes_list_all_recipes(compose: Compose) -> None:
 
 
 @pytest.mark.parametrize("word", ["cluster=null", "recipe=null", "hardware=[]", "model=org/name"])
-def test_values_that_are_no_names_of_choices_are_refused(word: str) -> None:
+def test_values_that_are_not_choices_are_refused(word: str) -> None:
     with pytest.raises(RecipeError, match="names no ") as caught:
         hydra_words([word])
     hint = "fix: model.hf_path=org/name for a folder or a hub id"
     assert (hint in str(caught.value)) == word.startswith("model")
 
 
-def test_null_leaves_out_a_group_also_in_a_sweep(compose: Compose) -> None:
+def test_null_omits_a_group_in_a_sweep_too(compose: Compose) -> None:
     words = hydra_words([RECIPE, "heal=null,least_squares", "-m"])
     assert words == ["-m", RECIPE, "heal=[],least_squares"]
     stages = compose(RECIPE, "engine=null", "tracker=null").stages

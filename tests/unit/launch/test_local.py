@@ -115,7 +115,7 @@ def failing(stage: PlannedStage, error: str) -> str:
     return f"mkdir '{work}'; printf '{outcome}' > '{work}/outcome.json'"
 
 
-def test_only_several_ranks_are_started_by_torchrun(
+def test_torchrun_starts_only_stages_of_several_ranks(
     stage: PlannedStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = str(stage.directory / "config.yaml")
@@ -236,7 +236,7 @@ def test_killed_rank_is_named(stage: PlannedStage, run: RunStage, when: str, wor
 def test_stage_that_does_not_stop_is_killed(
     stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the time that a training has to end its step."""
+    """After the time that a training run has to end its step."""
     monkeypatch.setattr(stage_process, "STOP_SECONDS", 0.1)
     write_script(stage, "trap '' TERM; echo $$; while :; do sleep 0.05; done", monkeypatch)
     log = tmp_path / "log"

@@ -142,7 +142,7 @@ def test_input_from_another_run(plan: MakePlan, complete: Complete, tmp_path: Pa
     assert stage_named(healed, "heal").inputs["teacher"] == reference  # the unpruned model
 
 
-def test_input_may_be_of_several_kinds(
+def test_input_may_have_several_types(
     plan: MakePlan, complete: Complete, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(score.STAGE.inputs, "calibration", ("dataset", "checkpoint_nemo"))  # type: ignore[arg-type]

@@ -83,7 +83,7 @@ def test_resources_rerun_nothing(plan: MakePlan, complete: Complete, override: s
 
 
 @pytest.mark.usefixtures("run")
-def test_reasons_name_the_change_in_a_few_words(plan: MakePlan) -> None:
+def test_reasons_name_the_change(plan: MakePlan) -> None:
     assert todo(plan("stages.distill.weight_decay=0.25")) == {
         "distill": "weight_decay 0.1 → 0.25",
         "evaluate": "input distilled changed",

@@ -47,7 +47,7 @@ def prepared(cfg: DictConfig, run_dir: Path, ranks: list[int] | None = None) -> 
     return chain, jobs_of(chain, stages, list(stages), hf_config, ranks)
 
 
-def test_ranks_that_differ_only_in_their_text_are_one() -> None:
+def test_data_parallel_replicas_are_rehearsed_once() -> None:
     assert distinct_ranks(1, 1, 1, 1, 1) == [0]
     assert distinct_ranks(8, 1, 1, 1, 1) == [0, 7]
     assert distinct_ranks(768, 4, 1, 1, 1) == [0, 1, 2, 3, 764]

@@ -347,7 +347,7 @@ def weighted(text: Path, tmp_path: Path, small: str, large: str) -> str:
     return f"data.sources=['{tmp_path}/small.txt#weight={small}','{text}#weight={large}']"
 
 
-def test_a_source_that_weights_repeat_too_often_is_warned_of(
+def test_warns_of_sources_that_weights_repeat_too_often(
     plan: MakePlan, text: Path, tmp_path: Path
 ) -> None:
     tokens = text.stat().st_size / limits.BYTES_PER_TOKEN
@@ -361,7 +361,7 @@ def test_a_source_that_weights_repeat_too_often_is_warned_of(
     assert "epochs" not in {n.rule.name for n in rarely.notes}
 
 
-def test_other_weights_only_train_again(
+def test_changed_weights_rerun_only_training(
     plan: MakePlan, complete: Complete, text: Path, tmp_path: Path
 ) -> None:
     first = plan(weighted(text, tmp_path, "0.1", "0.9"))

@@ -162,7 +162,7 @@ def test_complete_run_starts_nothing_and_keeps_its_recipe(
     assert files_below(run) == before.keys()
 
 
-def test_status_shows_the_last_plan_only(
+def test_status_shows_only_the_last_plan(
     launch: Launch, plan: MakePlan, complete: Complete, run: Path
 ) -> None:
     """Stages and settings of earlier dry runs are forgotten, unless they have been started."""
@@ -225,7 +225,7 @@ def test_disk_that_is_too_small_is_refused(launch: Launch, tmp_path: Path) -> No
         assert not (disk.folder / "run").exists()
 
 
-def test_disk_that_cannot_be_written_is_named(launch: Launch, tmp_path: Path) -> None:
+def test_a_read_only_disk_is_named(launch: Launch, tmp_path: Path) -> None:
     """Read-only, then full; the run resumes after the fix."""
     with small_disk(tmp_path / "small") as disk:
         words = (RECIPE, "engine=null", f"run_dir={disk.folder}/run", "dry_run=true")

@@ -87,7 +87,7 @@ def test_jobs_that_left_the_queue_without_a_log(
     assert (tmp_path / "calls").read_text() == "\n"
 
 
-def test_local_start_after_a_job_counts(status: Status, planned: Plan) -> None:
+def test_a_local_start_after_a_job_decides_the_status(status: Status, planned: Plan) -> None:
     """The record forgets the job, and the log of the local start is shown."""
     first = planned.stages[0]
     write_program(first.directory / "run.sh", "echo a local problem; exit 1")

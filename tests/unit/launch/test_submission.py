@@ -27,13 +27,13 @@ def without_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_hub")
-def test_a_search_gets_the_devices_of_its_trainings(plan: MakePlan) -> None:
+def test_a_search_gets_the_devices_of_its_training_runs(plan: MakePlan) -> None:
     search = plan(*SLURM, recipe="recipe=qwen3_8b_search")
     cluster = slurm.SlurmConfig(cpus_per_task=64)
     text = slurm.job_script(stage_named(search, "successive_halving"), cluster)
     for words in ("--gpus-per-node=8\n", "--exclusive\n", "CPUS_ON_NODE / 8 :"):
         assert words in text
-    assert "--nproc-per-node=1 " in text, "its trainings start their own ranks"
+    assert "--nproc-per-node=1 " in text, "its training runs start their own ranks"
     assert "cpus-per-task" not in text, "of a whole node a job uses all CPUs"
     assert "CUDA_DEVICE_MAX_CONNECTIONS=1\n" in text
 
@@ -47,7 +47,7 @@ def test_sbatch_and_srun_request_the_same_cpus(plan: MakePlan) -> None:
         assert re.findall(r"--cpus-per-task=(\d+)", text) == [cpus, cpus]
 
 
-def test_submission_from_an_allocation_is_as_from_outside(
+def test_submission_ignores_variables_of_an_allocation(
     plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = plan(*SLURM)

@@ -51,7 +51,7 @@ def test_interrupted_stage_is_resumed(plan: MakePlan, complete: Complete, tmp_pa
 
 
 def test_interrupted_stages_without_progress_start_anew(plan: MakePlan) -> None:
-    """A training without a checkpoint, and a stage that records no progress."""
+    """A training run without a checkpoint, and a stage that records no progress."""
     interrupt(plan(), "distill", checkpoint=False)
     interrupt(plan(), "evaluate")
     actions = statuses(plan("stages.distill.seed=1", "stages.evaluate.num_sequences=2"))

@@ -1,4 +1,4 @@
-"""Compares the estimated cost of trainings with publications, measurements and hand counts."""
+"""Compares the estimated cost of training runs with publications, measurements and hand counts."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ EPYC, XEON, XEON_CORE, AVX2 = (
         (1e10, 9.1e10, 2.03e10),
     )
 )
-"""Rates of each processor, measured just before the trainings below."""
+"""Rates of each processor, measured just before the training runs below."""
 DEEP = replace(SMOLLM2, num_layers=24)
 NARROW = replace(SMOLLM2, hidden_size=512, ffn_hidden_size=1152)
 
 
 def cpu_training(student: Architecture, teacher: Architecture | None, **fields: Any) -> Workload:
-    """Returns a training of ten steps of 4 sequences of 256 tokens."""
+    """Returns a training run of ten steps of 4 sequences of 256 tokens."""
     shape = {"seq_length": 256, "global_batch_size": 4, "steps": 10}
     return distillation(student, teacher, layout=Layout(micro_batch_size=4), **shape, **fields)
 
