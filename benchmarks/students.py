@@ -177,7 +177,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.students")
     parser.add_argument("--way", action="append", required=True, help="NAME OVERRIDE ...")
     parser.add_argument("--run-dir", type=Path, help=f"run of {RECIPE}, complete up to prune")
-    parser.add_argument("--student", default="prune", help="its stage that made the student")
+    parser.add_argument(
+        "--student", default="prune", help="stage of that run with the student's checkpoint"
+    )
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1234])
     parser.add_argument("--out", type=Path, default=Path("runs/students"))

@@ -72,7 +72,7 @@ def measure(
     if world_size() > 1:
         nemo.initialize(nemo.Parallelism())
     text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_sequences)
-    own_text = text[rank() :: world_size()]
+    rank_text = text[rank() :: world_size()]
     tokenizer = AutoTokenizer.from_pretrained(
         nemo.side_folder(checkpoints[TEACHER]), trust_remote_code=False
     )
@@ -85,16 +85,18 @@ def measure(
     for number, (role, path) in enumerate(checkpoints.items()):
         model = load_transformers(path, dtype_of(cfg.precision))
 
-        def progress(done: int, before: int = number * len(own_text)) -> None:
-            log.progress("evaluate", before + done, len(checkpoints) * len(own_text))
+        def progress(done: int, before: int = number * len(rank_text)) -> None:
+            log.progress("evaluate", before + done, len(checkpoints) * len(rank_text))
 
-        states[role] = compute_states(Predictor.of(model), own_text, cfg.micro_batch_size, progress)
+        states[role] = compute_states(
+            Predictor.of(model), rank_text, cfg.micro_batch_size, progress
+        )
         parameters[role] = sum(p.numel() for p in model.parameters())
         if rank() == 0 and len(prompts):
             generations[role] = _generate(cfg, model, prompts, tokenizer.eos_token_id)
         del model
     scores = _of_all_ranks(
-        {role: Scores.of(m, own_text) for role, m in compare(states, own_text).items()}
+        {role: Scores.of(m, rank_text) for role, m in compare(states, rank_text).items()}
     )
     results = {
         role: ModelQuality(**vars(values.quality()), parameters=parameters[role])
@@ -185,7 +187,7 @@ def _of_all_ranks(scores: dict[str, Scores]) -> dict[str, Scores]:
 def score(
     models: Mapping[str, Predictor], text: TextSequences, micro_batch_size: int, log: MetricsLog
 ) -> dict[str, Scores]:
-    """Compares models that are all in memory, by role, with the teacher, which is one of them."""
+    """Compares models with the teacher. All are in memory; ``models`` has them by role."""
     scores = {role: Scores() for role in models}
     for start in range(0, len(text), micro_batch_size):
         batch = text[start : start + micro_batch_size]

@@ -35,7 +35,7 @@ REFUSED_BY_TRANSFORMERS_5 = {
 }
 """Exact variants that transformers 5 cannot load."""
 TEXT = "A quick brown fox, 3.14 lazy dogs, and 東京."
-LOGITS = """
+LOGITS_SCRIPT = """
 import sys, torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -108,7 +108,7 @@ def test_transformers_5_agrees_about_every_exact_variant(bases: Path, tmp_path: 
             convert.to_nemo(folders[n], tmp_path / f"{n}.nemo")
             convert.to_hf(tmp_path / f"{n}.nemo", tmp_path / f"{n}.export")
             exports.append(tmp_path / f"{n}.export")
-    run_with_transformers_5(LOGITS, tmp_path / "results", TEXT, *folders, *exports)
+    run_with_transformers_5(LOGITS_SCRIPT, tmp_path / "results", TEXT, *folders, *exports)
     results = load_file(tmp_path / "results")
     for folder, name in [*zip(folders, EXACT, strict=True), *((e, e.name) for e in exports)]:
         ids = results.get(f"{folder} ids")

@@ -43,9 +43,9 @@ from tests.support.ranks import run_ranks
 from tests.support.rounding import ROUNDINGS, change_by_one_ulp
 
 LAYERS = 4
-END = 83
-"""A frequent token, as if documents ended with it."""
-Plant = Callable[[Any], None]
+DOCUMENT_END = 83
+"""A frequent token, which the tests treat as the end of a document."""
+WeightChange = Callable[[Any], None]
 SCORE = ScoreConfig(num_loss_samples=8, block_sizes=[2])
 
 
@@ -59,7 +59,7 @@ def calibration(even_llama: Path, text_file: Path) -> torch.Tensor:
     return torch.tensor(ids[: 16 * 32]).view(16, 32)
 
 
-def convert_changed(folder: Path, even_llama: Path, plant: Plant = lambda _: None) -> Path:
+def convert_changed(folder: Path, even_llama: Path, plant: WeightChange = lambda _: None) -> Path:
     """Changes the tiny model's weights with ``plant``, and converts it."""
     from transformers import AutoTokenizer
 
@@ -78,7 +78,9 @@ def teacher(even_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def score(checkpoint: Path, tokens: torch.Tensor, cfg: ScoreConfig = SCORE) -> Importance:
-    return score_checkpoint(cfg, checkpoint, TextSequences.of(tokens, END), MetricsLog(None))
+    return score_checkpoint(
+        cfg, checkpoint, TextSequences.of(tokens, DOCUMENT_END), MetricsLog(None)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +202,7 @@ def test_loss_scores_equal_the_loss_of_a_model_without_the_layers(
     even_llama: Path, calibration: torch.Tensor, importance: Importance
 ) -> None:
     tokens = calibration[:8]
-    mask = tokens[:, :-1] != END
+    mask = tokens[:, :-1] != DOCUMENT_END
     assert 0 < (~mask).sum() < mask.sum(), "some predictions must be masked"
 
     def loss(*dropped: int) -> float:
@@ -275,9 +277,9 @@ def test_planted_dead_head_and_channels_have_the_lowest_scores(
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                 norm.weight[DEAD_CHANNELS] = 0
 
-            def without_mean(_: Any, __: Any, out: torch.Tensor, values: Any = attention) -> None:
+            def without_mean(_: Any, __: Any, out: torch.Tensor, module: Any = attention) -> None:
                 mean = out.mean(dim=(0, 1))
-                weight = values.v_proj.weight
+                weight = module.v_proj.weight
                 weight -= torch.outer(weight @ mean, mean) / mean.square().sum()
 
             layer.input_layernorm.register_forward_hook(without_mean)

@@ -83,7 +83,7 @@ EPYC, XEON, XEON_CORE, AVX2 = (
     for bf16, f32, copy in (
         (4.02e11, 1.87e11, 2.9e10),
         (1.71e12, 3.11e11, 2.58e10),
-        (8.54e11, 1.65e11, 1.25e10),  # one core; so is the next
+        (8.54e11, 1.65e11, 1.25e10),  # one core, as is the next row
         (1e10, 9.1e10, 2.03e10),
     )
 )
@@ -181,14 +181,14 @@ def test_time_to_stop_is_two_steps_a_validation_and_a_checkpoint() -> None:
 def test_a_parameter_takes_18_bytes_on_one_gpu() -> None:
     """These are a bfloat16 weight, and in float32 gradient, main weight and two moments."""
     job = distillation(LLAMA, None, layout=Layout())
-    one = peak_memory(job, H100)
-    assert one.weights + one.gradients + one.optimizer == 18 * LLAMA.parameters()
-    many = peak_memory(replace(job, layout=Layout(nodes=2, devices=8)), H100)
-    assert many.optimizer == 12 * LLAMA.parameters() / 16
-    full = peak_memory(replace(job, bf16=False), CPU)
-    assert full.weights + full.gradients + full.optimizer == 16 * LLAMA.parameters()
-    split = peak_memory(replace(job, teacher=LLAMA, layout=Layout(devices=4, tensor=4)), H100)
-    assert split.teacher == pytest.approx(2 * LLAMA.parameters() / 4)
+    one_gpu = peak_memory(job, H100)
+    assert one_gpu.weights + one_gpu.gradients + one_gpu.optimizer == 18 * LLAMA.parameters()
+    sixteen_gpus = peak_memory(replace(job, layout=Layout(nodes=2, devices=8)), H100)
+    assert sixteen_gpus.optimizer == 12 * LLAMA.parameters() / 16
+    float32 = peak_memory(replace(job, bf16=False), CPU)
+    assert float32.weights + float32.gradients + float32.optimizer == 16 * LLAMA.parameters()
+    four_gpus = peak_memory(replace(job, teacher=LLAMA, layout=Layout(devices=4, tensor=4)), H100)
+    assert four_gpus.teacher == pytest.approx(2 * LLAMA.parameters() / 4)
     cache = training_cost(replace(job, trained=None, teacher=LLAMA), H100)
     assert cache.memory.optimizer == cache.memory.weights == cache.step.optimizer == 0
     assert cache.memory.teacher == 2 * LLAMA.parameters()
@@ -234,8 +234,8 @@ def test_recomputing_and_sequence_parallelism_save_activations() -> None:
 def test_recomputed_feed_forward_layers_are_in_memory_one_at_a_time() -> None:
     layout = Layout(micro_batch_size=2, recompute_feed_forward=True)
     job = distillation(LLAMA, LLAMA, layout=layout)
-    kept = 2 * (4 * 4096 + 2 * 40 * 128)
-    assert peak_memory(job, H100).activations == 2 * 4096 * (32 * kept + 2 * 3 * 14336)
+    stored_values = 2 * (4 * 4096 + 2 * 40 * 128)
+    assert peak_memory(job, H100).activations == 2 * 4096 * (32 * stored_values + 2 * 3 * 14336)
     without_recompute = replace(job, layout=Layout(micro_batch_size=2))
     recomputed_flops = token_compute(job).flops - token_compute(without_recompute).flops
     assert recomputed_flops == 32 * 6 * 4096 * 14336
@@ -247,8 +247,8 @@ def test_a_pipeline_holds_several_micro_batches_and_idles() -> None:
     step = step_time(job, H100)
     assert step.bubble == pytest.approx(step.compute * 3 / 8)
     layer = layer_activation_bytes(LLAMA, layout, 4096)
-    first = replace(job, global_batch_size=64)
-    assert stage_memory(first, H100, 0).activations > 4 * 8 * layer
+    many_batches = replace(job, global_batch_size=64)
+    assert stage_memory(many_batches, H100, 0).activations > 4 * 8 * layer
     # A stage keeps the hidden states that it received for each micro batch, and one more buffer.
     with_teacher = replace(job, teacher=LLAMA)
     state = 2 * 4096 * 4096
