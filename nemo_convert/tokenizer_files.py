@@ -127,7 +127,7 @@ def _invalid_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in SPECIAL_TOKENS:
         token = config.get(key)
         has_type = not isinstance(token, dict) or token.get("__type") == "AddedToken"
-        if token is not None and not (has_type and _text(token)):
+        if token is not None and not (has_type and _text(token) is not None):
             yield f"{key}={token!r}", 'set it to the text of the token, such as "</s>"'
     for key, types in LISTS_OF_TOKENS.items():
         tokens = config.get(key) or []

@@ -95,6 +95,7 @@ def _exact_files() -> Iterator[Variant]:
     for settings in (
         {"bos_token": EOS},
         {"pad_token": "[PAD]"},
+        {"pad_token": ""},
         {"model_max_length": 1e30},
         {"tokenizer_class": ABSENT},
         {"tokenizer_class": "LlamaTokenizerFast"},
