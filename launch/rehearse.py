@@ -158,10 +158,16 @@ def memory_mistakes(results: Results, chain: Chain) -> Iterator[str]:
     hardware = chain.hardware
     for job, result in results:
         needed = sum(result.peak.values()) * FRAGMENTATION + hardware.reserved_bytes
+        if job.search is not None:  # another process has its own CUDA context
+            needed += hardware.reserved_bytes
         available = hardware.memory_of_rank(job.devices)
+        parent = result.peak.get("parent", 0)
+        held = (
+            f" ({parent / 1e9:.1f} GB of them held by the search that starts it)" if parent else ""
+        )
         if hardware.on_gpu and needed > available:
             yield (
-                f"{job.name}: rank {job.rank} takes {needed / 1e9:.1f} GB at its peak, but a "
+                f"{job.name}: rank {job.rank} takes {needed / 1e9:.1f} GB at its peak{held}, but a "
                 f"{hardware.name} has {available / 1e9:.1f} GB"
             )
 

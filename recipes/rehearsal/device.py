@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -157,26 +158,49 @@ def _all_indices(index: Tensor | None) -> list[Tensor | None]:
     return [index.new_empty(index.numel(), dtype=torch.int64)] * index.dim()
 
 
+INDEXING = {"index", "index_put", "_index_put_impl"}
+"""Operations whose indices may be on the CPU while the tensor is on the GPU."""
+MIXING = {"copy", "_to_copy", "_foreach_copy", "slice_scatter", "select_scatter"} | {
+    *("fill", "index_fill", "floor_divide"),  # PyTorch does not tag them as element-wise
+}
+"""Further operations that take tensors of two devices."""
+
+
+@cache
+def _is_elementwise(name: str) -> bool:
+    """Whether an operation takes 0-dimensional CPU tensors as numbers."""
+    packet = getattr(aten, name, None) or getattr(aten, f"{name}_")
+    overloads = (getattr(packet, overload) for overload in packet.overloads())
+    return any(torch.Tag.pointwise in overload.tags for overload in overloads)
+
+
 def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
     """Refuses mixed devices that CUDA's kernels refuse and ``FakeTensor`` accepts.
 
-    ``FakeTensor`` accepts any 0-dimensional CPU tensor as a number. Fused optimizers accept none,
-    and foreach kernels only beside a list. An index on the GPU cannot select from a CPU tensor.
+    ``FakeTensor`` accepts any 0-dimensional CPU tensor as a number. On CUDA, element-wise
+    operations and those of ``MIXING`` do; other kernels get a pointer (PyTorch's
+    ``native_functions.yaml`` checks their devices). An index on the GPU cannot select from a CPU
+    tensor.
 
     Raises:
         RuntimeError: As PyTorch on CUDA.
     """
-    name = func._schema.name.removeprefix("aten::")
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    if name.startswith("_foreach_"):
-        tensors = [t for t in tensors if t.dim() > 0]
-    elif name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-        tensors = tensors if tensors[0].device.type == "cpu" else []
-    elif not name.startswith("_fused_"):
+    if func.namespace != "aten":
         return
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     devices = sorted({str(tensor.device) for tensor in tensors})
-    if len(devices) > 1:
-        raise RuntimeError(f"{name}: expected all tensors on one device, got {devices}")
+    if len(devices) < 2:
+        return
+    name = func._schema.name.removeprefix("aten::").removesuffix("_")
+    if name in INDEXING:
+        is_legal = tensors[0].device == DEVICE
+    elif name.startswith("_foreach_") and name not in MIXING:
+        is_legal = len({tensor.device for tensor in tensors if tensor.dim() > 0}) < 2
+    else:
+        is_legal = name in MIXING or _is_elementwise(name)
+    if not is_legal:
+        found = f"found at least two devices, {' and '.join(devices)}"
+        raise RuntimeError(f"{name}: expected all tensors on one device, but {found}")
 
 
 class _Values(TorchDispatchMode):

@@ -54,6 +54,8 @@ class RankJob:
     rank: int
     resumed: bool = False
     """Whether the training is stopped after its first step and then resumed."""
+    search: dict[str, Any] | None = None
+    """Settings of the search that starts this training on the same device, after a measurement."""
 
     @property
     def stage(self) -> str:
@@ -100,15 +102,20 @@ def jobs_of(
         settings = _short_settings(config)
         if settings is None:
             continue
+        parent = None
         world = config.resources.ranks
         inputs = {role: _input(chain, stages, source) for role, source in config.inputs.items()}
         if isinstance(search := chain.stages[name], SuccessiveHalvingConfig):
             shapes = chain.shapes.get(search.inputs["candidates"], ())
             largest = next(iter(shapes), chain.teacher)
             inputs["student"] = JobInput("checkpoint_nemo", largest.as_dict())
+            parent = _short_search(search)
         resumed = isinstance(config, TrainingConfig)
         jobs += [
-            RankJob(name, settings, inputs, dict(hf_config), rank, resumed)
+            RankJob(
+                *(name, settings, inputs, dict(hf_config), rank, resumed),
+                search=parent if rank == 0 else None,  # it measures on the first device
+            )
             for rank in (_distinct_ranks(world, settings) if ranks is None else ranks)
             if rank < world
         ]
@@ -153,6 +160,11 @@ def _short_settings(config: StageConfig) -> dict[str, Any] | None:
     elif not isinstance(config, (ImportConfig, ExportConfig)):
         return None
     return settings
+
+
+def _short_search(config: SuccessiveHalvingConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
+    return {**settings, "num_samples": config.distill.micro_batch_size}
 
 
 def _short_training(config: TrainingConfig) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from recipes.evaluation import predictions
 from recipes.rehearsal.fake_cuda import DEVICE
 
 TEMPORARY = ("activations", "logits")
+PARENT = "parent"
+"""Type of all memory of a process that starts the rehearsed one."""
 BLOCK = 512
 """Bytes to which CUDA's allocator rounds up (``kMinBlockSize``)."""
 TEACHER_MODULE = "_teacher_model."
@@ -48,7 +50,7 @@ class MemoryTracker(TorchDispatchMode):
         self._live: dict[int, _Allocation] = {}
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
-        self._total = self._highest = 0
+        self._total = self._highest = self._reserved = 0
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -78,6 +80,7 @@ class MemoryTracker(TorchDispatchMode):
     def _count(self, label: str, size: int) -> None:
         self.now[label] += size
         self._total += size
+        self._reserved = max(self._reserved, self._total)
         if self._total > self._highest:
             self._highest, self.peak = self._total, self.now.copy()
 
@@ -96,6 +99,21 @@ class MemoryTracker(TorchDispatchMode):
         self._label = label
         yield
         self._label = None
+
+    def release_cache(self) -> None:
+        """Returns freed memory to the device, as ``torch.cuda.empty_cache``."""
+        self._reserved = self._total
+
+    def become_parent(self) -> None:
+        """Counts all memory of the process so far, live or cached, as its parent's from here on.
+
+        What follows is what the parent starts in another process on the same device.
+        """
+        for allocation in self._live.values():
+            allocation.type = PARENT
+        self.now = Counter({PARENT: self._total})
+        self._count(PARENT, self._reserved - self._total)
+        self.reset_peak()
 
     def reset_peak(self) -> None:
         """Measures the peak anew from here."""
@@ -123,8 +141,10 @@ def label_models(memory: MemoryTracker) -> None:
         load(optimizer, state)
         _label_states(memory, optimizer)
 
+    release = replace_with(memory.release_cache)
     target, reason = "torch.optim.optimizer:Optimizer.load_state_dict", "its states get a label"
     apply([Patch(target, reason, "7f8aa58e98c5", wrap(load_and_label))])
+    apply([Patch("torch.cuda:empty_cache", "the cache is counted", "", release)])
     head = replace_with(_labeled_head(memory, predictions.float32_head))
     for module in ("recipes.evaluation.predictions", "recipes.pruning.scoring"):
         apply([Patch(f"{module}:float32_head", "its weight gets a label", "", head)])

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,15 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from nemo.lightning.callback_group import CallbackGroup
 from omegaconf import OmegaConf
 
+from nemo_convert.architecture import Architecture
 from recipes.core.manifest import ARTIFACT, WORK
-from recipes.core.stage import DEADLINE, StoppedByDeadlineError
+from recipes.core.stage import DEADLINE, Input, StoppedByDeadlineError
 from recipes.rehearsal import device, materials, messages
 from recipes.rehearsal.job import RankJob, RehearsalResult
 from recipes.rehearsal.memory import MemoryTracker, label_models
+from recipes.search.halving import HalvingRun
+from recipes.search.results import Candidate
+from recipes.search.settings import SuccessiveHalvingConfig
 from recipes.stages.contract import Stage
 
 MAX_FRAMES = 5
@@ -49,6 +53,9 @@ def rehearse(job: RankJob) -> RehearsalResult:
             run = partial(stage.run, OmegaConf.to_object(cfg), inputs, out)
             label_models(memory)
             with device.weightless(), memory, messages.MessageChecker():
+                if job.search is not None:
+                    _measure_candidate(job.search, inputs, run_dir)
+                    memory.become_parent()
                 if job.resumed:
                     _stop_by_the_clock(run)
                 run()
@@ -60,6 +67,21 @@ def rehearse(job: RankJob) -> RehearsalResult:
         peak={label: size for label, size in memory.peak.items() if size},
         channels=messages.recorded_channels(),
     )
+
+
+def _measure_candidate(
+    settings: Mapping[str, Any], inputs: Mapping[str, Input], run_dir: Path
+) -> None:
+    """Measures a candidate as a search does after each round, before it starts the next."""
+    config = OmegaConf.merge(OmegaConf.structured(SuccessiveHalvingConfig), settings)
+    shape = Architecture(**inputs["student"].manifest.architecture or {})
+    candidate = Candidate("candidate", 0, shape, proxy=0, perplexity=0, kl_to_teacher=0)
+    directory = run_dir / "search"
+    (directory / candidate.name).mkdir(parents=True)
+    (directory / candidate.name / "round-0").symlink_to(inputs["student"].directory)
+    roles = {"checkpoint": inputs["teacher"], "data": inputs["data"]}
+    search = HalvingRun(OmegaConf.to_object(config), roles, directory, "")  # type: ignore[arg-type]
+    search.measure([candidate], 0)
 
 
 def _stop_by_the_clock(run: Callable[[], object]) -> None:

@@ -91,7 +91,10 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     compute = token_compute(job) * (steps * job.global_batch_size * job.seq_length)
     compute += text.compute(chain.teacher, bf16) * len(rounds)
     compute += text.compute(candidate, bf16) * sum(rounds)
-    memory = largest(evaluation.memory, peak_memory(job, chain.hardware))
+    training = peak_memory(job, chain.hardware)
+    # The search's own process keeps its CUDA context while a training runs in another.
+    training = replace(training, reserved=training.reserved + chain.hardware.reserved_bytes)
+    memory = largest(evaluation.memory, training)
     return InferenceCost(memory, compute, job.bf16)
 
 

@@ -216,6 +216,11 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
         "A conversion makes weights without their last row.",
         wrap(lambda make, *args: make(*args)[:-1]),
     ),
+    "keep_cache": (
+        "recipes.backend.device:release_cached_memory",
+        "A search starts a training while its allocator caches the memory of its measurement.",
+        replace_with(lambda: None),
+    ),
     "keep_all": (
         "recipes.evaluation.text_quality:load_transformers",
         "All evaluated models stay in memory, in float32.",

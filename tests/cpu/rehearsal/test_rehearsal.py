@@ -61,6 +61,7 @@ SMALL, ALL = "llama_depth_prune", 30
 RESUMED = Case("qwen3_8b_depth_2.5b", resumed=True)
 RECOMPUTED = Case("qwen3_8b_depth_2.5b", "distill", 0, RECOMPUTE_MLP, 8)
 PIPELINE_RANKS = [Case("qwen3_8b_depth", "distill", rank, PIPELINE, 6) for rank in (0, 256, 512)]
+SEARCH = Case("qwen3_8b_search", "successive_halving", 0, LESS_MEMORY)
 EVALUATE = Case("llama3_1_8b_width", "evaluate", 0, LESS_MEMORY, 8)
 SOUND = (
     Case(SMALL, "import_hf", layers=ALL),
@@ -76,7 +77,8 @@ SOUND = (
     Case("llama_search", "rank_candidates"),
     Case("llama_search", "successive_halving"),
     Case("shrink", "rank_candidates"),
-    Case("qwen3_8b_search", "successive_halving", 7),
+    SEARCH,
+    SEARCH._replace(rank=7),
     Case("qwen3_8b_depth", "distill", 767, INSTANCES),
     *PIPELINE_RANKS,
     Case("qwen3_8b_depth", "distill", 0, RECOMPUTE_ALL, 6),
@@ -133,14 +135,18 @@ DIFFERENCES = {
 }
 """By the rank with a defect, and its name: the reported channel, and words of the report."""
 DIFFERENT = {key: RANKS[0]._replace(rank=key[0], defect=key[1]) for key in DIFFERENCES}
-KEPT = EVALUATE._replace(defect="keep_all")
+TOO_LARGE = [
+    EVALUATE._replace(defect="keep_all"),
+    SEARCH._replace(defect="keep_all"),
+    SEARCH._replace(defect="keep_cache"),
+]
 Results = dict[Case, tuple[RankJob, RehearsalResult]]
 
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """All cases in one process, which imports the libraries once."""
-    cases = list(dict.fromkeys([*SOUND, *BROKEN, *RANKS, *DIFFERENT.values(), KEPT]))
+    cases = list(dict.fromkeys([*SOUND, *BROKEN, *RANKS, *DIFFERENT.values(), *TOO_LARGE]))
     jobs = [replace(job_with_layers(*case[:5])[1], resumed=case.resumed) for case in cases]
     file = tmp_path_factory.mktemp("rehearsal") / "jobs.json"
     pairs = [[asdict(job), case.defect] for job, case in zip(jobs, cases, strict=True)]
@@ -180,12 +186,16 @@ def test_defects_are_reported(case: Case, rehearsed: Results) -> None:
     assert BROKEN[case] in error
 
 
-@pytest.mark.parametrize(("case", "count"), [(EVALUATE, 0), (KEPT, 1)])
-def test_models_that_do_not_fit_together_are_reported(
-    case: Case, count: int, rehearsed: Results
-) -> None:
-    assert rehearsed[case][1].error is None
-    assert len(list(memory_mistakes([rehearsed[case]], job_with_layers(*case[:5])[0]))) == count
+@pytest.mark.parametrize(
+    "case", [EVALUATE, SEARCH, *TOO_LARGE], ids=lambda c: f"{c.stage}-{c.defect}"
+)
+def test_models_that_do_not_fit_together_are_reported(case: Case, rehearsed: Results) -> None:
+    """Also if a search holds one of them, live or cached, while it starts a training."""
+    job, result = rehearsed[case]
+    assert result.error is None
+    chain = job_with_layers(*case[:5])[0]
+    assert len(list(memory_mistakes([(job, result)], chain))) == (case in TOO_LARGE)
+    assert ("parent" in result.peak) == (case in TOO_LARGE and case.stage == SEARCH.stage)
 
 
 def test_every_recipe_is_rehearsed() -> None:

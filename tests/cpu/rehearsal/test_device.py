@@ -1,0 +1,32 @@
+"""The device of rehearsals refuses what CUDA refuses, and takes what CUDA takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from recipes.core.files import REPO_ROOT
+from tests.cpu.rehearsal.operations import ALLOWED, REFUSED
+
+
+@pytest.fixture(scope="module")
+def errors() -> dict[str, str]:
+    """Errors by name, from a process of its own, which gets a fake device for good."""
+    command = [sys.executable, "-m", "tests.cpu.rehearsal.operations"]
+    env = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_mixed_devices_are_refused(name: str, errors: dict[str, str]) -> None:
+    assert "device" in errors[f"refused {name}"]
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_legal_mixes_of_devices_are_taken(name: str, errors: dict[str, str]) -> None:
+    assert f"allowed {name}" not in errors
