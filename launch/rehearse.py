@@ -88,6 +88,8 @@ def _rehearse_all(jobs: Sequence[RankJob], console: Console) -> Results:
         results.append((job, result))
         rank = f"{len(results)}/{len(jobs)} {job.name}, rank {job.rank} of {job.world}"
         end = f"{'failed' if result.error else 'done'} in {result.seconds:.0f} s"
+        if result.host and not result.error:
+            end += f", {result.host / 1e9:.1f} GB of the host's memory"
         if result.error in errors:
             end += f", with the same error as rank {errors[result.error]}"
         console.print(f"{rank}: {end}")

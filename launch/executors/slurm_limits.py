@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 from launch.executors.slurm_queue import query
 from launch.planned import PlannedStage
@@ -14,6 +15,7 @@ from recipes.core.errors import did_you_mean
 from recipes.planning import rules
 from recipes.planning.limits import slurm_seconds
 from recipes.planning.rules import Problem
+from recipes.planning.training_cost import gathering_bytes
 
 SETTINGS = {
     "nodes": "nodes",
@@ -212,19 +214,27 @@ def _limit_problems(job: Job, partition: Partition) -> Iterator[Problem]:
 
 
 def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
-    """Finds jobs on shared nodes whose memory is smaller than the model that they load."""
-    if job.whole_nodes or not (job.stage.needs_gpu or job.stage.workload):
+    """Compares a job's memory on a node with the model that it reads, and what a save takes."""
+    workload = job.stage.workload
+    if not (job.stage.needs_gpu or workload):
         return
-    memory = job.memory_mb
-    if memory is None:
+    memory = job.memory_mb or 0  # Slurm's 0 is all of a node
+    if job.whole_nodes:
+        memory = memory or min((group.memory_mb for group in partition.groups), default=0)
+    elif job.memory_mb is None:
         memory = partition.default_memory_mb(job.cpus or 1)
-    weights = WEIGHT_BYTES * job.stage.chain.teacher.parameters() / MEGABYTE
-    if 0 < memory < weights:
+    needs = {"the model": WEIGHT_BYTES * job.stage.chain.teacher.parameters()}
+    if workload is not None:
+        ranks = workload.layout.devices
+        needs[f"saving a checkpoint from {ranks} ranks"] = ranks * gathering_bytes(workload)
+    what, needed = max(needs.items(), key=itemgetter(1))
+    if 0 < memory < needed / MEGABYTE:
         yield Problem(
             rules.JOB_MEMORY,
-            f"the job gets {memory / 1024:.0f} GB of memory, but the model has "
-            f"{weights / 1024:.0f} GB",
-            f"raise cluster.cpus_per_task, or add --mem=SIZE to {RESOURCES}.sbatch",
+            f"the job gets {memory / 1024:.0f} GB of memory on a node, but {what} takes "
+            f"{needed / MEGABYTE / 1024:.0f} GB",
+            f"raise cluster.cpus_per_task, add --mem=SIZE to {RESOURCES}.sbatch, or split the model "
+            "over more ranks",
         )
 
 

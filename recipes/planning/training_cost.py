@@ -37,6 +37,11 @@ from recipes.planning.workload import CHECKPOINT_BYTES, Workload
 
 OPTIMIZER_TRAFFIC = 30
 """Bytes that an Adam step on a GPU reads and writes for a parameter."""
+STATE_BYTES = 12
+"""Bytes of a parameter's state when it is gathered: a float32 weight and Adam's two moments."""
+HOST_BYTES_PER_SECOND = 2e9
+"""Rate at which a rank receives gathered state, concatenates it and copies it to its place in the
+host's memory; an assumption."""
 STORAGE_BYTES_PER_SECOND = 5e8
 """Rate at which all ranks together write a checkpoint to shared storage; an assumption."""
 
@@ -220,9 +225,7 @@ def _update_seconds(job: Workload, hardware: Hardware) -> tuple[float, float]:
     if job.trained is None:
         return 0.0, 0.0
     layout = job.layout
-    parameters = max(
-        sum(rank_parameters(job.trained, layout, stage)) for stage in range(layout.pipeline)
-    )
+    parameters = _largest_part(job)
     shards, copies = layout.optimizer_shards, layout.optimizer_instances
     link, network = hardware.link_bytes_per_second, hardware.network_bytes_per_second
     across = link if layout.nodes == 1 else network
@@ -250,5 +253,35 @@ def stopping_seconds(job: Workload, hardware: Hardware) -> float:
     step = step_time(job, hardware).total
     forward = sum(forward_flops(arch, job.seq_length) for arch, _ in _passes(job))
     validation = job.validation_batches * forward / token_compute(job).flops
-    save = CHECKPOINT_BYTES * job.trained.parameters() / STORAGE_BYTES_PER_SECOND
-    return step * (2 + validation) + save
+    write = CHECKPOINT_BYTES * job.trained.parameters() / STORAGE_BYTES_PER_SECOND
+    return step * (2 + validation) + gathering_seconds(job, hardware) + write
+
+
+def gathering_bytes(job: Workload) -> float:
+    """Returns the bytes of host memory that each rank takes to save a checkpoint.
+
+    A checkpoint can be resumed in another layout. So Megatron gathers the optimizer's state of a
+    rank's part of the model (``fully_reshardable``) from all data-parallel ranks, on each of them.
+    """
+    return STATE_BYTES * _largest_part(job) if job.trained is not None else 0.0
+
+
+def gathering_seconds(job: Workload, hardware: Hardware) -> float:
+    """Returns the seconds for which a training stands still to save a checkpoint.
+
+    The state passes the network once, and the host's memory several times. Writing it to storage is
+    asynchronous.
+    """
+    size = gathering_bytes(job)
+    shards, layout = job.layout.optimizer_shards, job.layout
+    across = (
+        hardware.link_bytes_per_second if layout.nodes == 1 else hardware.network_bytes_per_second
+    )
+    return size * (shards - 1) / shards / across + size / HOST_BYTES_PER_SECOND
+
+
+def _largest_part(job: Workload) -> float:
+    """Returns the parameters of the fullest rank."""
+    trained, layout = job.trained, job.layout
+    assert trained is not None
+    return max(sum(rank_parameters(trained, layout, stage)) for stage in range(layout.pipeline))

@@ -209,5 +209,7 @@ class RehearsalResult:
     """End of the traceback, if the stage failed."""
     peak: dict[str, int] = field(default_factory=dict)
     """Bytes of each kind of tensor when the total was highest."""
+    host: int = 0
+    """Bytes of tensors in the host's memory at their own peak, as when a checkpoint is saved."""
     channels: list[Channel] = field(default_factory=list)
     """Its collectives and messages."""

@@ -1,4 +1,4 @@
-"""Counts the bytes of live tensors on the fake device, by type, and at the peak."""
+"""Counts the bytes of live tensors on the fake device, by type, and on the host, at the peak."""
 
 from __future__ import annotations
 
@@ -51,6 +51,8 @@ class MemoryTracker(TorchDispatchMode):
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self._total = self._highest = self._reserved = 0
+        self._host: dict[int, int] = {}
+        self._host_total = self.host_peak = 0
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -59,7 +61,22 @@ class MemoryTracker(TorchDispatchMode):
         for tensor in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(tensor, Tensor) and tensor.device == DEVICE:
                 self._add(tensor)
+            elif isinstance(tensor, Tensor) and tensor.device.type == "cpu":
+                self._add_on_host(tensor)
         return result
+
+    def _add_on_host(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._host:
+            return
+        self._host[key] = storage.nbytes()
+        self._host_total += storage.nbytes()
+        self.host_peak = max(self.host_peak, self._host_total)
+        weakref.finalize(storage, self._remove_from_host, key)
+
+    def _remove_from_host(self, key: int) -> None:
+        self._host_total -= self._host.pop(key)
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -65,6 +65,7 @@ def rehearse(job: RankJob) -> RehearsalResult:
         seconds=round(time.monotonic() - start, 1),
         error=error,
         peak={label: size for label, size in memory.peak.items() if size},
+        host=memory.host_peak,
         channels=messages.recorded_channels(),
     )
 

@@ -27,7 +27,13 @@ from recipes.planning.hardware import Hardware, cpuinfo
 from recipes.planning.inference_cost import InferenceCost
 from recipes.planning.layouts import proposals
 from recipes.planning.results import Cell, PlanResult, Table
-from recipes.planning.training_cost import TrainingCost, stopping_seconds, training_cost
+from recipes.planning.training_cost import (
+    TrainingCost,
+    gathering_bytes,
+    gathering_seconds,
+    stopping_seconds,
+    training_cost,
+)
 from recipes.planning.transformer import forward_flops
 from recipes.planning.workload import Workload
 from recipes.stages.contract import Stage
@@ -232,6 +238,7 @@ def _memory(costs: Costs, hardware: Hardware) -> Iterable[Row]:
             **{part: f"{size / 1e9:.2f}" for part, size in vars(cost.memory).items()},
             "total": f"{cost.memory.total / 1e9:.1f}",
             "available": f"{available / 1e9:.1f}",
+            "host, to save": f"{gathering_bytes(job) / 1e9:.1f}",
         }
 
 
@@ -243,6 +250,7 @@ def _time(costs: Costs, hardware: Hardware) -> Iterable[Row]:
             **{part: f"{seconds:.3g}" for part, seconds in parts.items()},
             "total": f"{cost.step.total:.3g}",
             "tokens/s": f"{cost.tokens_per_second:,.0f}",
+            "seconds to save": f"{gathering_seconds(job, hardware):.3g}",
             "seconds to stop": f"{stopping_seconds(job, hardware):.3g}",
         }
 

@@ -43,6 +43,17 @@ SEARCH = (
     "only=[import_hf,prepare_data,enumerate_shapes,score,rank_candidates]",
     "stages.rank_candidates.precision=32",
 )
+HALVING = (
+    "only=[successive_halving]",
+    "stages.rank_candidates.precision=32",
+    "stages.successive_halving.num_candidates=3",
+    "stages.successive_halving.num_samples=4",
+    "stages.successive_halving.max_tokens=12288",  # 4 and 6 steps of a candidate
+    *(
+        f"stages.successive_halving.distill.{setting}"
+        for setting in ("global_batch_size=8", "micro_batch_size=4", "limit_val_batches=1")
+    ),
+)
 CACHED = (
     "teacher=cached",
     "only=[cache_logits,distill]",
@@ -97,6 +108,21 @@ def test_importance_and_ranking_match_the_cpu(small: Small, results: Path) -> No
     )
     assert kl == pytest.approx(expected_kl, rel=2e-2)
     record(results, "scores", cpu=expected_kl, gpu=kl)
+
+
+def test_search_of_two_rounds_trains_beside_its_measurements(small: Small, results: Path) -> None:
+    """The second round's trainings start on the GPU on which the first round was measured."""
+    run_dir = small.folder / "search-rounds"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    shutil.copytree(small.folder / "search-gpu", run_dir)
+    small.start(run_dir, *HALVING, recipe="llama_search")
+    candidates = json.loads(
+        (run_dir / "successive_halving" / ARTIFACT / CANDIDATES_FILE).read_text()
+    )
+    tokens = sorted({c["tokens"] for c in candidates} - {0})
+    record(results, "search", candidates=candidates)
+    assert len(tokens) == 2  # after one round, and after two
+    assert sum(c["chosen"] for c in candidates) == 1
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -125,6 +125,8 @@ def require(stage_dir: Path, share: Share) -> None:
     assert {int(r["OMP_NUM_THREADS"]) for r in ranks} == {
         share.threads or share.cpus // share.ranks
     }
+    # Each node has its own folder for what libraries compile; some stages have none.
+    assert len({r.get("TORCH_EXTENSIONS_DIR") for r in ranks}) == share.nodes
     assert {r["LOCAL_WORLD_SIZE"] for r in ranks if world > 1} <= {str(share.ranks)}
     step = ranks[0]["step"]
     [(cpus, memory, unit)] = re.findall(r"TRES=cpu=(\d+),mem=([\d.]+)([MG])", step)

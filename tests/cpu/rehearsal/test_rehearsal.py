@@ -20,6 +20,7 @@ from launch.rehearse import (
     planned_memory,
 )
 from recipes.core.files import REPO_ROOT
+from recipes.planning.training_cost import STATE_BYTES
 from recipes.rehearsal.job import RankJob, RehearsalResult
 from tests.cpu.rehearsal import defects
 from tests.support.rehearsals import MOE_MODEL, job_with_layers
@@ -175,6 +176,15 @@ def test_sound_stages_complete_within_the_planned_memory(case: Case, rehearsed: 
             tolerance = {"rel": 0.1}
         assert peak[kind] == pytest.approx(getattr(plan, kind), **tolerance), kind
     assert sum(peak.values()) == pytest.approx(total, rel=0.1)
+
+
+def test_host_memory_has_the_state_that_a_save_gathers(rehearsed: Results) -> None:
+    """A rank gathers 12 bytes a parameter, and its bfloat16 weights have 2."""
+    job, result = rehearsed[RESUMED]
+    plan = planned_memory(job, job_with_layers(*RESUMED[:5])[0])
+    assert plan is not None
+    gathered = STATE_BYTES * plan.weights / 2
+    assert gathered < result.host < 2 * gathered
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def test_jobs_that_fit_have_no_problem(plan: MakePlan, monkeypatch: pytest.Monke
         (("stages.prepare_data.resources.cpus_per_task=8",), {}, "starts 16 processes", "job"),
         ((), {"cpus_per_task": 1}, "evaluate, export_hf: the job gets 9 GB", "job-memory"),
         ((), {"sbatch": ["--mem=9G"]}, "the job gets 9 GB of memory", "job-memory"),
+        ((), {"sbatch": ["--mem=200G"]}, "distill: the job gets 200 GB", "job-memory"),
         ((), {"partition": "bach"}, "no partition bach. Did you mean 'batch'?", "partition"),
         ((), {"partition": "down"}, "partition down is DOWN", "partition"),
         ((), {"partition": "short"}, "4.0 hours; partition short allows 00:30:00", "partition"),

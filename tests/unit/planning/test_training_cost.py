@@ -10,6 +10,8 @@ import pytest
 from nemo_convert.architecture import Architecture
 from recipes.planning.hardware import CPU_PROFILES, LAYER_PASS_SECONDS
 from recipes.planning.training_cost import (
+    gathering_bytes,
+    gathering_seconds,
     peak_memory,
     pipeline_imbalance,
     stage_memory,
@@ -173,9 +175,22 @@ def test_time_to_stop_is_two_steps_a_validation_and_a_checkpoint() -> None:
     step = step_time(job, H100).total
     forward = [forward_flops(arch, 4096) for arch in (QWEN_DEEP, QWEN)]
     validation = 32 * step * sum(forward) / (3 * forward[0] + forward[1])
-    save = 14 * QWEN_DEEP.parameters() / 5e8
+    save = 14 * QWEN_DEEP.parameters() / 5e8 + gathering_seconds(job, H100)
     assert stopping_seconds(job, H100) == pytest.approx(2 * step + validation + save)
     assert stopping_seconds(replace(job, trained=None), H100) == 0
+
+
+def test_each_rank_gathers_the_state_of_its_part_of_the_model_to_save() -> None:
+    job = distillation(QWEN_DEEP, QWEN)
+    for tensor, nodes in ((2, 1), (4, 1), (2, 12)):
+        layout = replace(job.layout, tensor=tensor, nodes=nodes, devices=8)
+        split = replace(job, layout=layout)
+        size = gathering_bytes(split)
+        assert size == pytest.approx(12 * QWEN_DEEP.parameters() / tensor, rel=1e-3)
+        rate = H100.link_bytes_per_second if nodes == 1 else H100.network_bytes_per_second
+        others = 1 - tensor / (8 * nodes)
+        assert gathering_seconds(split, H100) == pytest.approx(size * (others / rate + 1 / 2e9))
+    assert gathering_bytes(replace(job, trained=None)) == 0
 
 
 def test_a_parameter_takes_18_bytes_on_one_gpu() -> None:

@@ -1,0 +1,112 @@
+"""Kernels that replace ours or PyTorch's: float32 GEMMs, TransformerEngine's layers, fused Adam."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_convert.nemo import find_checkpoint
+from nemo_convert.parity import LOGITS_TOLERANCE
+from recipes.backend.adamw import FusedAdamW
+from recipes.core.files import REPO_ROOT
+from recipes.core.manifest import ARTIFACT
+from recipes.core.versions import TRANSFORMER_ENGINE, installed
+from tests.gpu.small import Small, on_gpu, record
+
+FLOAT32_ERROR = """
+import torch
+from recipes.core.processes import prepare_imports
+prepare_imports()
+torch.backends.cuda.matmul.allow_tf32 = True  # as NGC's images and TransformerEngine set it
+device = "cuda" if torch.cuda.is_available() else "cpu"
+a, b = (torch.randn(1024, 1024, device=device) for _ in "ab")
+exact = a.double() @ b.double()
+print(((a @ b - exact).abs().max() / exact.std()).item())
+"""
+"""In a process of its own, since cuBLAS reads the variable once."""
+LAYERS = """
+import json, sys
+from pathlib import Path
+from recipes.core.processes import prepare_imports
+prepare_imports()
+layers, folder, checkpoint = sys.argv[1:]
+if layers == "local":
+    sys.modules["transformer_engine"] = None  # as on a machine without it
+    from recipes.backend import local_layers
+    local_layers.installed = lambda name: None
+from nemo_convert import parity
+core = parity.load_core(Path(checkpoint))
+modules = {type(module).__module__ for module in core.modules()}
+found = parity.compare(Path(folder), Path(checkpoint), core)
+uses = any("transformer_engine" in name for name in modules)
+print(json.dumps([uses, found.max_logit_difference / found.logit_spread]))
+"""
+"""Prints whether a model has TransformerEngine's layers, and the difference of its logits."""
+STEP = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def output_of(code: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    env = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()[-1]
+
+
+def test_float32_is_not_tensorfloat_32(results: Path) -> None:
+    """TensorFloat-32 has an error of 1e-3 here."""
+    error = float(output_of(FLOAT32_ERROR))
+    record(results, "float32", error=error)
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["local", "transformer_engine"])
+def test_first_optimizer_step_is_that_of_adamw(kind: str, results: Path) -> None:
+    """Two parameters, two steps: the first makes the moments, the second reads them."""
+    if kind == "local":
+        optimizer_class: Any = FusedAdamW
+    else:
+        optimizers = pytest.importorskip("transformer_engine.pytorch.optimizers")
+        optimizer_class = optimizers.FusedAdam
+    torch.manual_seed(1)
+    start = [torch.randn(1000, 33), torch.randn(7)]
+    gradients = [[torch.randn_like(weight) for weight in start] for _ in range(2)]
+    device = "cuda" if on_gpu() else "cpu"
+
+    def updated(make: Any, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+        weights = [torch.nn.Parameter(weight.to(device, dtype)) for weight in start]
+        optimizer = make(weights, **STEP)
+        for step in gradients:
+            for weight, gradient in zip(weights, step, strict=True):
+                weight.grad = gradient.to(device, dtype)
+            optimizer.step()
+        return [weight.detach().cpu().double() for weight in weights]
+
+    expected = updated(torch.optim.AdamW, torch.float64, "cpu")
+    difference = max(
+        (one - two).abs().max().item()
+        for one, two in zip(expected, updated(optimizer_class, torch.float32, device), strict=True)
+    )
+    record(results, f"optimizer-{kind}", difference=difference)
+    assert difference < 1e-6
+
+
+def test_transformer_engine_is_used_and_has_the_logits_of_local_layers(
+    small: Small, results: Path
+) -> None:
+    has_engine = on_gpu() and installed(TRANSFORMER_ENGINE) is not None
+    checkpoint = find_checkpoint(small.reference("32") / "import_hf" / ARTIFACT)
+    pair = str(small.model), str(checkpoint)
+    found = {
+        layers: json.loads(output_of(LAYERS, layers, *pair)) for layers in ("installed", "local")
+    }
+    record(results, "layers", has_engine=has_engine, uses_engine_and_difference=found)
+    assert [uses for uses, _ in found.values()] == [has_engine, False]
+    assert max(difference for _, difference in found.values()) < LOGITS_TOLERANCE
