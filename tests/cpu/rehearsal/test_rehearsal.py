@@ -62,7 +62,7 @@ SMALL, ALL = "llama_depth_prune", 30
 RESUMED = Case("qwen3_8b_depth_2.5b", resumed=True)
 RECOMPUTED = Case("qwen3_8b_depth_2.5b", "distill", 0, RECOMPUTE_MLP, 8)
 PIPELINE_RANKS = [Case("qwen3_8b_depth", "distill", rank, PIPELINE, 6) for rank in (0, 256, 512)]
-SEARCH = Case("qwen3_8b_search", "successive_halving", 0, LESS_MEMORY)
+SEARCH = Case("qwen3_8b_search", "successive_halving", 0, ("hardware.memory_bytes=28e9",))
 EVALUATE = Case("llama3_1_8b_width", "evaluate", 0, LESS_MEMORY, 8)
 SOUND = (
     Case(SMALL, "import_hf", layers=ALL),
