@@ -233,8 +233,8 @@ def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
             rules.JOB_MEMORY,
             f"the job gets {memory / 1024:.0f} GB of memory on a node, but {what} takes "
             f"{needed / MEGABYTE / 1024:.0f} GB",
-            f"raise cluster.cpus_per_task, add --mem=SIZE to {RESOURCES}.sbatch, or split the model "
-            "over more ranks",
+            f"raise cluster.cpus_per_task, add --mem=SIZE to {RESOURCES}.sbatch, or split the "
+            "model over more ranks",
         )
 
 
