@@ -223,7 +223,7 @@ def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
         memory = memory or min((group.memory_mb for group in partition.groups), default=0)
     elif job.memory_mb is None:
         memory = partition.default_memory_mb(job.cpus or 1)
-    needs = {"the model": WEIGHT_BYTES * job.stage.chain.teacher.parameters()}
+    needs: dict[str, float] = {"the model": WEIGHT_BYTES * job.stage.chain.teacher.parameters()}
     if workload is not None:
         ranks = workload.layout.devices
         needs[f"saving a checkpoint from {ranks} ranks"] = ranks * gathering_bytes(workload)
