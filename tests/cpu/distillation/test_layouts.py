@@ -1,7 +1,7 @@
-"""Every layout of a distillation has the losses of one rank, and resumes in another layout.
+"""Every parallel layout of a distillation has the losses of one rank, and resumes in another.
 
-Every term of the loss is on, widths differ, so that a learned projection is trained, pipeline
-stages are uneven, and micro batches have different numbers of masked tokens.
+The case is hard on purpose: all terms of the loss are on; widths differ, so that a projection is
+learned; pipeline stages are uneven; micro batches have different numbers of masked tokens.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from tests.support.rounding import ULP, by_one_ulp, growth
 from tests.support.runs import copy_without, manifest_of, settings, tiny
 
 MULTIPLE = 100
-"""Multiple of the change by one ulp in the logits. Every operation of another layout may round
-differently; the largest measured multiple was 12."""
+"""Tolerance, as a multiple of the effect of a change of the logits by one ulp. Each operation of
+another layout may round differently; the largest measured multiple was 12."""
 BFLOAT16_MULTIPLE = 5
 """The same in bfloat16, on one rank; the largest measured multiple was 2.3, of a weight."""
 STEPS, CHECKPOINT_INTERVAL = 21, 4
-"""The training ends with a step, so no validation gathers what each data-parallel rank updated."""
+"""No validation follows the last step. It would gather the weights, which data-parallel ranks
+update in shards, and so hide that saving must gather them."""
 LAYOUTS = {
     "TP=2": (2, "tensor_model_parallel_size=2"),
     "TP=2, sequence": (
@@ -51,7 +52,7 @@ LAYOUTS = {
     "DP=2, Megatron's own": (2, "cpu_speed_patches=[]"),
     "DP=1, Megatron's own": (1, "cpu_speed_patches=[]"),
 }
-"""Number of ranks, and settings of the stage."""
+"""Number of ranks and settings of the stage, by layout."""
 
 
 def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
@@ -98,7 +99,7 @@ def one_rank(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPat
 def perturbed(
     one_rank: Path, even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The training of ``one_rank``, with the student's logits changed by one ulp in each step."""
+    """The run of ``one_rank``, but with the student's logits changed by one ulp in each step."""
     run_dir = copy_without(one_rank, tmp_path_factory.mktemp("perturbed") / "run", "distill")
     with perturbed_logits():
         run_successfully(*overrides(even_llama, text_file, run_dir), cwd=run_dir.parent)
@@ -195,7 +196,7 @@ def test_a_killed_run_resumes_in_another_layout(
     first: str,
     second: str,
 ) -> None:
-    """The projection and its optimizer state, which DP=2 has in halves, are resharded too."""
+    """Also the projection and its optimizer state are resharded; with DP=2 each rank has half."""
     run_dir = copy_without(one_rank, tmp_path / "run", "distill")
     command = overrides(even_llama, text_file, run_dir)
     metrics = run_dir / "distill" / METRICS

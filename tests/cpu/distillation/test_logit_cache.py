@@ -30,9 +30,9 @@ from tests.support.launcher import run_and_kill
 from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import copy_without, manifest_of, tiny
 
-LENGTH, KEPT, DRAWS, TEMPERATURE, SEQUENCES, PER_SHARD = 48, 16, 5, 1.5, 130, 12
+LENGTH, TOP_K, DRAWS, TEMPERATURE, SEQUENCES, PER_SHARD = 48, 16, 5, 1.5, 130, 12
 HALF = 2.0**-11
-"""float16 keeps 11 significant bits."""
+"""Relative rounding error of float16, which has 11 significant bits."""
 
 
 def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
@@ -43,7 +43,7 @@ def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
         "only=[import_hf,prepare_data,cache_logits]",
         "stages.prune.target_num_layers=2",
         f"stages.distill.temperature={TEMPERATURE}",
-        f"stages.cache_logits.top_k={KEPT}",
+        f"stages.cache_logits.top_k={TOP_K}",
         f"stages.cache_logits.tail_draws={DRAWS}",
         f"stages.cache_logits.num_sequences={SEQUENCES}",
         f"stages.cache_logits.sequences_per_shard={PER_SHARD}",
@@ -56,7 +56,7 @@ def stage_of(run_dir: Path, stage: str) -> Input:
     return Input(run_dir / stage, manifest_of(run_dir, stage))
 
 
-def opened(run_dir: Path) -> TeacherCache:
+def open_cache(run_dir: Path) -> TeacherCache:
     return TeacherCache(run_dir / "cache_logits" / ARTIFACT)
 
 
@@ -72,7 +72,7 @@ def truth(run: Path, even_llama: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [n, S + 1] and logits [n, S, vocabulary] by transformers."""
     part = IndexedDataset(str(run / "prepare_data" / ARTIFACT / "train"))
     text = np.concatenate([part[i] for i in range(len(part))]).astype(np.int64)
-    rows = [text[w * LENGTH : (w + 1) * LENGTH + 1] for w in opened(run).sequences]
+    rows = [text[w * LENGTH : (w + 1) * LENGTH + 1] for w in open_cache(run).sequences]
     tokens = torch.from_numpy(np.stack(rows))
     with torch.no_grad():
         logits = load_causal_lm(even_llama)(tokens[:, :-1]).logits.double()
@@ -82,34 +82,34 @@ def truth(run: Path, even_llama: Path) -> tuple[torch.Tensor, torch.Tensor]:
 def test_cached_probabilities_equal_those_of_transformers(
     run: Path, truth: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    cache, (_, logits) = opened(run), truth
+    cache, (_, logits) = open_cache(run), truth
     assert len(cache.sequences) == len(set(cache.sequences.tolist())) == SEQUENCES
     for number, expected in zip(
         cache.sequences, (logits / TEMPERATURE).log_softmax(dim=-1), strict=True
     ):
         rows = cache.rows(int(number))
         indices, log_probs = rows["indices"], rows["log_probs"]
-        assert indices.shape == (LENGTH, KEPT)
-        assert log_probs.shape == (LENGTH, KEPT + 1)
-        assert len(set(indices[0].tolist())) == KEPT
-        best = expected.topk(KEPT, dim=-1).values
-        # Compared by value, because the order of equal tokens is arbitrary.
+        assert indices.shape == (LENGTH, TOP_K)
+        assert log_probs.shape == (LENGTH, TOP_K + 1)
+        assert len(set(indices[0].tolist())) == TOP_K
+        best = expected.topk(TOP_K, dim=-1).values
+        # Compared by value, because the order of equally likely tokens is arbitrary.
         found = expected.gather(-1, indices)
         torch.testing.assert_close(found, best, rtol=0, atol=1e-4)
-        torch.testing.assert_close(log_probs[:, :KEPT].double(), found, rtol=HALF, atol=1e-4)
+        torch.testing.assert_close(log_probs[:, :TOP_K].double(), found, rtol=HALF, atol=1e-4)
         rest = expected.exp().scatter(-1, indices, 0).sum(dim=-1).log()
-        torch.testing.assert_close(log_probs[:, KEPT].double(), rest, rtol=HALF, atol=1e-4)
+        torch.testing.assert_close(log_probs[:, TOP_K].double(), rest, rtol=HALF, atol=1e-4)
         others = expected.scatter(-1, indices, -math.inf)
         entropy = -(others.exp() * others.clamp(min=-1e9)).sum(dim=-1, keepdim=True)
         torch.testing.assert_close(rows["tail_entropy"].double(), entropy, rtol=2 * HALF, atol=1e-4)
-        # Each draw represents an equal part of the others' mass.
+        # Each draw represents an equal fraction of the probability of the others.
         mass, part = others.exp().cumsum(dim=-1), rest.exp()[:, None] / DRAWS
         assert rows["draws"].shape == (LENGTH, DRAWS)
         ends = mass.gather(-1, rows["draws"])
         starts = ends - others.exp().gather(-1, rows["draws"])
-        places = torch.arange(DRAWS) * part
-        assert (ends > places - 1e-5).all()
-        assert (starts < places + part + 1e-5).all()
+        quantiles = torch.arange(DRAWS) * part
+        assert (ends > quantiles - 1e-5).all()
+        assert (starts < quantiles + part + 1e-5).all()
 
 
 def test_the_manifest_has_the_teachers_loss_and_tail(
@@ -121,11 +121,11 @@ def test_the_manifest_has_the_teachers_loss_and_tail(
     loss = torch.nn.functional.cross_entropy(logits[counted], tokens[:, 1:][counted])
     assert metrics["teacher_loss"] == pytest.approx(loss.item(), rel=1e-4)
     soft = (logits / TEMPERATURE).softmax(dim=-1)
-    rest = 1 - soft.topk(KEPT, dim=-1).values.sum(dim=-1)
+    rest = 1 - soft.topk(TOP_K, dim=-1).values.sum(dim=-1)
     assert metrics["tail_mass"] == pytest.approx(rest.mean().item(), rel=1e-4)
     assert metrics["sequences"] == SEQUENCES < metrics["sequences_of_text"]
     assert metrics["tokens"] == SEQUENCES * LENGTH
-    assert metrics["bytes_per_token"] == 2 * KEPT + 2 * (KEPT + 1) + 2 * (DRAWS + 1)
+    assert metrics["bytes_per_token"] == 2 * TOP_K + 2 * (TOP_K + 1) + 2 * (DRAWS + 1)
     size = stage_of(run, "cache_logits").manifest.total_bytes() / metrics["tokens"]
     assert metrics["bytes_per_token"] < size < 1.15 * metrics["bytes_per_token"]
 
@@ -153,16 +153,18 @@ def test_a_killed_and_a_stopped_run_resume_to_the_same_cache(
         }
     expected = shards_of(run)
     assert 2 <= len(before) < len(expected) == -(-SEQUENCES // PER_SHARD)
-    cut = stage / WORK / "shards" / min(before)
-    os.truncate(cut, cut.stat().st_size - 1)  # as after a crash of the machine; it is written again
-    del before[cut.name]
+    truncated = stage / WORK / "shards" / min(before)
+    os.truncate(
+        truncated, truncated.stat().st_size - 1
+    )  # as after a crash of the machine; it is written again
+    del before[truncated.name]
 
     monkeypatch.setenv(DEADLINE, "1")
     late = run_in_process(*arguments, cwd=tmp_path)
     assert late.code == 1
     assert f"stopped at the deadline before all {len(expected)} shards" in late.output
-    left = list((stage / WORK / "shards").glob("*.safetensors"))
-    assert len(left) == len(before) + 1  # and the truncated one
+    remaining = list((stage / WORK / "shards").glob("*.safetensors"))
+    assert len(remaining) == len(before) + 1  # and the truncated one
     monkeypatch.delenv(DEADLINE)
 
     run_successfully(*arguments, cwd=tmp_path)
@@ -170,8 +172,8 @@ def test_a_killed_and_a_stopped_run_resume_to_the_same_cache(
         assert (stage / ARTIFACT / name).stat().st_mtime_ns == time, f"{name} was written again"
     found = shards_of(copy)
     assert found.keys() == expected.keys()
-    for name, (tensors, figures) in expected.items():
-        assert found[name][1] == figures, name
+    for name, (tensors, metadata) in expected.items():
+        assert found[name][1] == metadata, name
         for key, tensor in tensors.items():
             assert np.array_equal(found[name][0][key], tensor), (name, key)
     done = [step["done"] for step in steps_of(stage / METRICS, "cache")]
@@ -192,10 +194,10 @@ def test_two_ranks_write_the_same_cache(
     )
     one, two = shards_of(run), shards_of(copy)
     assert one.keys() == two.keys()
-    for name, (expected, figures) in one.items():
+    for name, (expected, metadata) in one.items():
         found, other = two[name]
         assert np.array_equal(found["sequences"], expected["sequences"])
-        # The order of equal tokens is free, and sums over ranks round differently.
+        # The order of equally likely tokens is arbitrary, and sums over ranks round differently.
         for ids in ("indices", "draws"):
             assert (found[ids] == expected[ids]).mean() > 0.99, (name, ids)
         np.testing.assert_allclose(
@@ -204,7 +206,7 @@ def test_two_ranks_write_the_same_cache(
             rtol=4 * HALF,
             atol=1e-4,
         )
-        for key, value in figures.items():
+        for key, value in metadata.items():
             assert float(other[key]) == pytest.approx(float(value), rel=1e-4)
 
 
@@ -233,7 +235,7 @@ def test_a_random_teacher_is_refused(run: Path, text_file: Path, tmp_path: Path)
 def test_single_sequences_with_a_high_loss_are_accepted(run: Path, tmp_path: Path) -> None:
     """With one sequence per shard, some shards are above the limit of the mean."""
     cfg = CacheLogitsConfig(
-        top_k=KEPT,
+        top_k=TOP_K,
         seq_length=LENGTH,
         num_sequences=SEQUENCES,
         sequences_per_shard=1,

@@ -1,4 +1,4 @@
-"""Stages as processes of this machine: how they are started, and how their failure is explained."""
+"""Stages as local processes: how they are started, and how failures are explained."""
 
 from __future__ import annotations
 
@@ -125,10 +125,10 @@ def test_torchrun_starts_only_stages_of_several_ranks(
     assert {"--nproc-per-node=2", "--standalone"} <= {*command}
     assert command[-4:] == worker
     monkeypatch.setenv("WORLD_SIZE", "8")  # of the job that the launcher is in
-    alone = with_resources(stage)
-    assert local.command(alone, "python") == ["python", *worker]
+    single_rank = with_resources(stage)
+    assert local.command(single_rank, "python") == ["python", *worker]
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    assert ranks.items() <= environment(alone).items()
+    assert ranks.items() <= environment(single_rank).items()
     assert not ranks.keys() & environment(stage).keys()
 
 
@@ -188,7 +188,7 @@ def test_stage_that_writes_its_manifest_has_succeeded(
 def test_stage_without_a_manifest_has_failed(
     stage: PlannedStage, run: RunStage, status: int
 ) -> None:
-    """The end of its log is shown, and not the message of an earlier start."""
+    """The message has the end of its log, not the error of an earlier start."""
     record_failure(stage.directory, "an old problem")
     message = run(f"seq 1 9; echo boom >&2; exit {status}")
     assert message.startswith("stage distill failed: it ended without a message")
@@ -201,7 +201,7 @@ def test_stage_without_a_manifest_has_failed(
 def test_stage_that_leaves_an_old_manifest_has_failed(
     stage: PlannedStage, complete: Complete, run: RunStage, forced: bool
 ) -> None:
-    """One of other settings; or of the same settings, if the stage was forced to run again."""
+    """The old manifest has another fingerprint; or the same one, if the stage was forced."""
     complete(plan_of(stage if forced else replace(stage, fingerprint="old")))
     assert "distill failed" in run("exit 0")
 
@@ -227,7 +227,7 @@ def test_signal_that_ended_a_stage_is_named(run: RunStage, signal: str, words: s
     ],
 )
 def test_killed_rank_is_named(stage: PlannedStage, run: RunStage, when: str, words: str) -> None:
-    """By torchrun's report; the messages of the other ranks only name the consequence."""
+    """torchrun's report names it; messages of other ranks only show lost connections."""
     report = TORCHRUN.format(when=when)
     message = run(f"{failing(stage, 'lost its connection')}\ncat <<'END'\n{report}END\nexit 1")
     assert message.startswith(f"stage distill failed: {words}")
@@ -236,7 +236,7 @@ def test_killed_rank_is_named(stage: PlannedStage, run: RunStage, when: str, wor
 def test_stage_that_does_not_stop_is_killed(
     stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the time that a training run has to end its step."""
+    """It is killed after ``STOP_SECONDS``, in which training could end its step."""
     monkeypatch.setattr(stage_process, "STOP_SECONDS", 0.1)
     write_script(stage, "trap '' TERM; echo $$; while :; do sleep 0.05; done", monkeypatch)
     log = tmp_path / "log"
@@ -255,7 +255,7 @@ def test_stage_that_does_not_stop_is_killed(
 def test_every_start_has_its_own_log(
     stage: PlannedStage, run: RunStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also if the clock, which may have been set back, shows the same time."""
+    """The clock shows the same time for each, as if it had been set back."""
     monkeypatch.setattr(stage_process.time, "strftime", lambda form: "now")
     for number in range(3):
         run(f"echo {number}; exit 1")
