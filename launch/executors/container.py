@@ -15,6 +15,8 @@ from launch.plan import Plan
 from launch.planned import PlannedStage, stage_names
 from recipes.core.errors import RecipeError, require_known
 from recipes.core.wheels import cache_dir
+from recipes.data.settings import PrepareDataConfig
+from recipes.data.token_files import paths_of
 
 DEFAULT = "default"
 LOCAL_CACHES = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")
@@ -78,6 +80,9 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
     readable = {ref.directory for ref in stage.inputs.values()} | {
         path.absolute() for path in external.values()
     }
+    for config in stage.chain.stages.values():  # prepared text has links to tokenized text
+        if isinstance(config, PrepareDataConfig) and config.prefix:
+            readable |= {path.resolve() for path in paths_of(Path(config.prefix)).values()}
     for text in cluster.mounts:
         (readable if text.endswith(":ro") else writable).add(Path(text.removesuffix(":ro")))
     mounts: list[Mount] = []

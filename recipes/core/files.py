@@ -120,9 +120,15 @@ def sha256_of(path: Path) -> str:
 
 
 def sha256_of_each(paths: Sequence[Path]) -> list[str]:
-    """Returns the SHA-256 of each file. Threads share the work, since hashing releases the GIL."""
+    """Returns the SHA-256 of each file. Threads share the work, since hashing releases the GIL.
+
+    A file with several links, such as tokens that several parts share, is read once.
+    """
+    files = [path.resolve() for path in paths]
+    different = list(dict.fromkeys(files))
     with ThreadPoolExecutor(min(MAX_HASHING_THREADS, cores())) as pool:
-        return list(pool.map(sha256_of, paths))
+        hashes = dict(zip(different, pool.map(sha256_of, different), strict=True))
+    return [hashes[file] for file in files]
 
 
 def digest_files(files: Iterable[Path]) -> str:

@@ -19,7 +19,7 @@ from recipes.data.records import READERS, Record, dialogue_text, messages_of, te
 from recipes.data.sources import DIALOGUE, HubDataset, Source, TextFile, files_of, parse_source
 
 PARTS = ("train", "validation", "calibration", "heldout")
-RECORD_TYPES = (".jsonl", ".jsonl.gz", ".json")
+RECORD_TYPES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 CHECKED_CONVERSATIONS = 100
 """Conversations that a check reads."""
 STRETCH = 4 << 20

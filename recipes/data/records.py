@@ -18,6 +18,9 @@ LONGEST_PARAGRAPH = 1 << 20
 """Bytes after which text without blank lines is split anyway, at the end of a line."""
 LONGEST_FIELD = 1 << 27
 """Largest number of characters in a field of a table."""
+BUFFER_BYTES = 1 << 20
+PARQUET_ROWS = 1024
+"""Rows of a Parquet file that are read at once."""
 MESSAGES = "messages"
 """Field of a conversation: ``{"messages": [{"role": "user", "content": "…"}, …]}``."""
 SPEAKERS = {"user": "A", "assistant": "B"}
@@ -85,6 +88,22 @@ def _gzipped_lines(file: IO[bytes]) -> Iterator[Record]:
     yield from _json_lines(gzip.GzipFile(fileobj=file))
 
 
+def _zstd_lines(file: IO[bytes]) -> Iterator[Record]:
+    import pyarrow
+
+    stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
+    yield from _json_lines(io.BufferedReader(stream, BUFFER_BYTES))
+
+
+def _parquet_rows(file: IO[bytes]) -> Iterator[Record]:
+    from pyarrow import parquet
+
+    batches = parquet.ParquetFile(file).iter_batches(PARQUET_ROWS)
+    rows = (row for batch in batches for row in batch.to_pylist())
+    for number, row in enumerate(rows, 1):
+        yield Record(row, f"row {number}")
+
+
 def _rows(delimiter: str, file: IO[bytes]) -> Iterator[Record]:
     """Yields the rows of a table whose first line names the columns."""
     csv.field_size_limit(LONGEST_FIELD)
@@ -98,6 +117,8 @@ READERS: dict[str, Callable[[IO[bytes]], Iterator[Record]]] = {
     ".json": _json_records,
     ".jsonl": _json_lines,
     ".jsonl.gz": _gzipped_lines,
+    ".jsonl.zst": _zstd_lines,
+    ".parquet": _parquet_rows,
     ".csv": partial(_rows, ","),
     ".tab": partial(_rows, "\t"),
     ".tsv": partial(_rows, "\t"),

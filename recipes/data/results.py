@@ -55,6 +55,8 @@ class DatasetResult:
     """Length of packed sequences; ``None`` without conversations."""
     conversations: dict[str, dict[str, int]] = field(default_factory=dict)
     """By source of conversations: numbers of used, shortened and left-out ones, and of tokens."""
+    sample: str = ""
+    """Start of a text that was tokenized before, decoded to compare it with the tokenizer."""
     origins: dict[str, Origin] = field(default_factory=dict)
     """Origins by source, as written in the settings."""
 

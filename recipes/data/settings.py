@@ -29,6 +29,9 @@ class PrepareDataConfig(StageConfig):
     sources: list[str] = field(default_factory=list)
     """Files or patterns (types: see ``recipes/data/records.py``), ``hf://NAME[@CONFIG]:SPLIT``,
     ``pypi://`` or ``teacher://chat`` sources; see ``recipes/data/sources.py`` for their options."""
+    prefix: Annotated[str, matching(".+", "a path without .bin and .idx")] | None = None
+    """Tokenized text in place of ``sources``: a pair of Megatron's files, without their suffix,
+    such as ``/data/corpus_text_document``. Its documents are divided in their order."""
     heldout_sources: list[str] = field(default_factory=list)
     """Text for evaluation only: no training, calibration or selection uses it."""
     format: Annotated[str, one_of(*FORMATS)] = "text"

@@ -20,6 +20,7 @@ from recipes.data.records import READERS
 from recipes.data.results import Origin
 
 FILE_TYPES = tuple(READERS)
+COMPRESSED = (".jsonl.gz", ".jsonl.zst", ".parquet")
 CHAT = "chat"
 DIALOGUE = "dialogue"
 FORMATS = ("text", CHAT)
@@ -229,7 +230,7 @@ def files_of(source: Source) -> list[TextFile]:
 def source_bytes(text: str) -> int | None:
     """Returns the size of a source's text; ``None`` where it is compressed or not here."""
     source = parse_source(text)
-    if source.hub or source.by_teacher or (source.file_type or "").endswith(".gz"):
+    if source.hub or source.by_teacher or source.file_type in COMPRESSED:
         return None
     if source.wheel is None:
         sizes = [path.stat().st_size for path in source.local_files()]

@@ -144,10 +144,14 @@ def first_sequences(artifact: Path, part: str, seq_length: int, count: int | Non
 def read_tokens(artifact: Path, part: str) -> np.ndarray:
     """Returns all tokens of a part as a memory-mapped array [tokens].
 
-    Megatron's ``.bin`` holds documents without gaps (``_IndexWriter._sequence_pointers``).
+    Megatron's ``.bin`` holds documents without gaps (``_IndexWriter._sequence_pointers``). Other
+    parts may surround this one (``token_files``).
     """
     path = str(artifact / part)
-    return np.memmap(f"{path}.bin", dtype=IndexedDataset(path).index.dtype, mode="r")
+    index = IndexedDataset(path).index
+    start = int(index.sequence_pointers[0]) if len(index) else 0
+    tokens = int(index.sequence_lengths.sum(dtype=np.int64))
+    return np.memmap(f"{path}.bin", dtype=index.dtype, mode="r", offset=start, shape=(tokens,))
 
 
 def read_loss_mask(artifact: Path, part: str) -> np.ndarray | None:

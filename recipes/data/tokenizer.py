@@ -73,6 +73,17 @@ class DocumentTokenizer:
         tokenizer.encode_special_tokens = True  # the name of a special token in a text is text
         return tokenizer
 
+    @property
+    def size(self) -> int:
+        """The largest id plus 1."""
+        ids: list[int] = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        return 1 + max(ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """Returns the text of tokens, special tokens included."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
     def encode(self, texts: list[str]) -> list[Encoded]:
         """Tokenizes documents and adds the tokens around them."""
         begin = [] if self.begin is None else [self.begin]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 
 from recipes.core.manifest import Manifest, manifest_of
 from recipes.core.stage import StageConfig
 from recipes.data.results import DatasetResult
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import source_bytes, source_names
+from recipes.data.token_files import require_token_files
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.hardware import gpus_here
@@ -174,9 +176,12 @@ def _training_tokens(chain: Chain, data: str) -> tuple[dict[str, float], float]:
         return sources, float(result.tokens["train"])
     if not isinstance(config, PrepareDataConfig) or config.max_documents is not None:
         return {"": math.inf}, math.inf
+    train, budget = 1 - sum(config.fractions().values()), config.max_tokens or math.inf
+    if config.prefix:
+        total = min(require_token_files(Path(config.prefix))[-1], budget)
+        return {Path(config.prefix).name: total * train}, total
     names = source_names(config.all_sources()).items()
     sizes = {name: source_bytes(source) for name, source in names if source in config.sources}
-    budget, train = config.max_tokens or math.inf, 1 - sum(config.fractions().values())
     expected = {
         name: math.inf if size is None else min(size / BYTES_PER_TOKEN, budget) * train
         for name, size in sizes.items()
@@ -193,6 +198,7 @@ def _prepared_text(chain: Chain, data: str, config: StageConfig | None) -> Manif
     manifest = manifest_of(str(chain.run_dir / data)) if chain.run_dir else None
     settings = {
         "sources": config.without_weights().sources,
+        "prefix": config.prefix,
         "max_documents": config.max_documents,
         "max_tokens": config.max_tokens,
         "text_field": config.text_field,

@@ -59,9 +59,10 @@ class RunRecord:
         # The hash of the held-out file, so that runs with other training text can be compared.
         content = evaluation.input_content.get("data", "")
         data = self.find("dataset")
-        heldout = data.files.get("heldout.bin") if data and data.content() == content else None
+        files = data.files if data and data.content() == content else {}
+        heldout = [files[name].sha256 for name in ("heldout.bin", "heldout.idx") if name in files]
         return (
-            heldout.sha256 if heldout else content,
+            " ".join(heldout) or content,
             evaluation.config.get("seq_length"),
             self.evaluation.sequences,
             self.evaluation.predictions,

@@ -7,7 +7,9 @@ calibration, heldout) that share no document.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_convert.hub import has_chat_template, has_token
 from nemo_convert.licences import forbids_commercial_use
@@ -28,10 +30,24 @@ from recipes.data.sources import (
     source_problem,
     with_option,
 )
+from recipes.data.token_files import (
+    SAMPLED_TOKENS,
+    open_token_files,
+    paths_of,
+    ranges_of,
+    require_document_end,
+    require_token_files,
+    require_valid,
+    write_part,
+)
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.rules import Problem
 from recipes.stages.contract import Stage
+
+if TYPE_CHECKING:
+    from recipes.data.preparation import PreparationState
+    from recipes.data.tokenizer import DocumentTokenizer
 
 SEED = 1234
 """Default seed of conversations that the teacher writes."""
@@ -43,13 +59,15 @@ def external(cfg: PrepareDataConfig) -> dict[str, Path]:
     """Returns local files that the result depends on."""
     sources = (parse_source(source).local_files() for source in cfg.all_sources())
     external = {str(path): path for files in sources for path in files}
+    if cfg.prefix:
+        external |= {str(path): path for path in paths_of(Path(cfg.prefix)).values()}
     excluded = cfg.excluded_path()
     return external if excluded is None else {**external, str(excluded): excluded}
 
 
 def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of sources and fractions, without reading whole files."""
-    for what, fix in _source_problems(cfg):
+    for what, fix in (*_source_problems(cfg), *_prefix_problems(cfg)):
         yield Problem(rules.DATA_SOURCES, what, fix)
     for source in cfg.sources:
         if forbids_commercial_use(licence := parse_source(source).licence):
@@ -73,7 +91,7 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
 
 def _source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
     """Yields what is wrong with a source, and a fix."""
-    if not cfg.sources:
+    if not cfg.sources and not cfg.prefix:
         yield "data.sources is empty", "set data.sources"
     for source in cfg.all_sources():
         if problem := source_problem(source):
@@ -89,6 +107,19 @@ def _source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
     for source in set(cfg.without_weights().sources) & set(cfg.heldout_sources):
         what = f"'{source}' is in both data.sources and data.heldout_sources"
         yield what, "remove it from one of them"
+
+
+def _prefix_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with tokenized text, from the sizes of its files."""
+    if not cfg.prefix:
+        return
+    if cfg.sources or cfg.chats() or cfg.excluded_documents:
+        what = "data.prefix cannot be combined with sources, conversations or excluded documents"
+        yield what, "data.sources=[] data.format=text data.excluded_documents=null"
+    try:
+        require_token_files(Path(cfg.prefix))
+    except RecipeError as error:
+        yield error.what, error.fix
 
 
 def _weight_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
@@ -147,6 +178,8 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
             paths[source], origins[source] = file, origin
     prepared = prepare(cfg, tokenizer, folder, metrics_log(out), chat, paths)
     tokens = {part: size // 4 for part, (size, _) in prepared.sizes.items()}
+    if cfg.prefix:
+        return _link_tokens(cfg, inputs["tokenizer"], tokenizer, prepared, out)
     _require_sequences(tokens, cfg.seq_length, prepared.conversations)
     endings = ("bin", "idx", LOSS_MASK) if chat else ("bin", "idx")
     for name in (f"{part}.{ending}" for part in PARTS for ending in endings):
@@ -168,6 +201,50 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
         ),
         tokenizer_sha256=inputs["tokenizer"].manifest.tokenizer_sha256,
     )
+
+
+def _link_tokens(
+    cfg: PrepareDataConfig,
+    teacher: Input,
+    tokenizer: DocumentTokenizer,
+    prepared: PreparationState,
+    out: Path,
+) -> Outcome:
+    """Divides tokenized text into parts; held-out sources, if there are any, are the held-out part.
+
+    The tokens of ``heldout_sources`` are in ``prepared``.
+    """
+    files, log = open_token_files(Path(str(cfg.prefix))), metrics_log(out)
+    require_valid(files, tokenizer.size, partial(log.progress, "check"))
+    sample = tokenizer.decode(files.tokens[:SAMPLED_TOKENS].tolist())
+    print(f"{cfg.prefix} starts with: {sample!r}", flush=True)
+    if not require_document_end(files, tokenizer.end, lambda token: tokenizer.decode([token])):
+        print("warning: not all documents end with the tokenizer's end of text", flush=True)
+    fractions = cfg.fractions()
+    if cfg.heldout_sources:
+        fractions.pop("heldout")
+    ranges = ranges_of(files, fractions, cfg.max_documents, cfg.max_tokens)
+    name = Path(str(cfg.prefix)).name
+    tokens = {part: write_part(files, documents, out / part) for part, documents in ranges.items()}
+    sources = {part: [SourceTokens(name, number)] for part, number in tokens.items()}
+    documents = {part: len(each) for part, each in ranges.items()}
+    if cfg.heldout_sources:
+        for suffix in (".bin", ".idx"):
+            link_or_copy(out.parent / PARTS_FOLDER / f"heldout{suffix}", out / f"heldout{suffix}")
+        size, documents["heldout"] = prepared.sizes["heldout"]
+        tokens["heldout"] = size // 4
+        sources["heldout"] = [SourceTokens(*each) for each in prepared.sources["heldout"].items()]
+    _require_sequences(tokens, cfg.seq_length, {})
+    result = DatasetResult(
+        documents=documents,
+        tokens=tokens,
+        sources=[str(cfg.prefix)],
+        source_tokens=sources,
+        document_end=tokenizer.end,
+        document_begin=tokenizer.begin,
+        sample=sample,
+    )
+    return Outcome(result, tokenizer_sha256=teacher.manifest.tokenizer_sha256)
 
 
 def _write_chats(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from recipes.core.errors import RecipeError
 from recipes.data.corpus import read_source
@@ -57,3 +59,28 @@ def test_a_dialogue_is_plain_text_or_a_conversation(tmp_path: Path) -> None:
     crowd = write(tmp_path, "c.json", json.dumps([{"messages": [*turns, said("z", "Me too.")]}]))
     with pytest.raises(RecipeError, match="record 1: 3 people speak, not two"):
         documents(f"{crowd}#format=dialogue")
+
+
+def test_zstandard_and_parquet_files_are_read(tmp_path: Path) -> None:
+    """A compressed file may have several frames, as pzstd writes them."""
+    whole = b"".join(
+        pyarrow.compress(line, codec="zstd", asbytes=True)
+        for line in (b'{"text": "one"}\n{"text": "two"}\n', b'{"text": "three"}\n')
+    )
+    compressed = tmp_path / "a.jsonl.zst"
+    compressed.write_bytes(whole)
+    assert documents(str(compressed)) == ["one", "two", "three"]
+    compressed.write_bytes(whole[:-3])
+    with pytest.raises(RecipeError, match=r"cannot be read as .jsonl.zst"):
+        documents(str(compressed))
+    table = tmp_path / "a.parquet"
+    chats = [[{"role": "user", "content": text}] for text in ("x", "y")]
+    parquet.write_table(pyarrow.table({"body": ["one", "two"], "messages": chats}), table)
+    assert documents(f"{table}#text=body") == ["one", "two"]
+    [first, _] = read_source(str(table), "text", chat=True)
+    assert json.loads(first.text) == chats[0]
+    with pytest.raises(RecipeError, match="row 1: no text in field 'text'"):
+        documents(str(table))
+    table.write_bytes(table.read_bytes()[:-4])
+    with pytest.raises(RecipeError, match=r"cannot be read as .parquet"):
+        documents(str(table))

@@ -1,0 +1,211 @@
+"""Text that is tokenized already: an existing pair of Megatron's ``.bin`` and ``.idx`` files.
+
+The parts are consecutive ranges of its documents, as with Megatron's own ``split``. Each part has
+its own index, and a link to the whole ``.bin``: no token is copied. A plan imports this module and
+calls ``require_token_files``, so NumPy is imported inside functions.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recipes.core.errors import RecipeError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+HEADER = b"MMIDIDX\x00\x00"
+_SIZES = struct.Struct("<9sQBQQ")
+"""Header, version, code of the data type, numbers of sequences and of document boundaries."""
+DTYPES = {4: ("int32", 4), 5: ("int64", 8), 8: ("uint16", 2)}
+"""Names and bytes of the data types of tokens, by Megatron's codes."""
+BLOCK = 1 << 24
+"""Tokens that are read at once."""
+SAMPLED_TOKENS = 200
+CHECKED_ENDS = 1000
+"""Documents whose last token is compared with the tokenizer's end of text."""
+
+
+@dataclass(frozen=True)
+class TokenFiles:
+    """The arrays of an index, memory-mapped, and the tokens."""
+
+    prefix: Path
+    code: int
+    lengths: np.ndarray
+    """Tokens of each sequence, int32 [sequences]."""
+    pointers: np.ndarray
+    """First byte of each sequence, int64 [sequences]."""
+    documents: np.ndarray
+    """First sequence of each document, and the number of sequences, int64 [documents + 1]."""
+    tokens: np.ndarray
+    """All tokens [tokens]."""
+
+    def start(self, document: int) -> int:
+        """Returns the position of a document's first token."""
+        sequence = int(self.documents[document])
+        if sequence == len(self.pointers):
+            return len(self.tokens)
+        return int(self.pointers[sequence]) // self.tokens.itemsize
+
+
+def paths_of(prefix: Path) -> dict[str, Path]:
+    """Returns the index and the tokens of a prefix, by suffix."""
+    return {suffix: prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin")}
+
+
+def require_token_files(prefix: Path) -> tuple[int, int, int, int]:
+    """Compares the header of an index with the sizes of both files, which takes no time.
+
+    Returns:
+        Code of the data type, and numbers of sequences, document boundaries and tokens.
+
+    Raises:
+        RecipeError: A file is missing or damaged, or the two do not belong together.
+    """
+    index, data = paths_of(prefix).values()
+    for path in (index, data):
+        if not path.is_file() or not path.stat().st_size:
+            raise _problem(f"{path} is missing or empty", "give the path without .bin and .idx")
+    with index.open("rb") as file:
+        start = file.read(_SIZES.size)
+        if len(start) < _SIZES.size or not start.startswith(HEADER):
+            raise _problem(f"{index} is not an index of Megatron")
+        _, version, code, sequences, boundaries = _SIZES.unpack(start)
+        if version != 1 or code not in DTYPES:
+            raise _problem(f"{index} has version {version} and data type {code}, which no text has")
+        expected = _SIZES.size + 12 * sequences + 8 * boundaries
+        if index.stat().st_size != expected or not sequences or boundaries < 2:
+            raise _problem(
+                f"{index} has {index.stat().st_size:,} bytes, but {sequences:,} sequences in "
+                f"{boundaries - 1:,} documents take {expected:,}"
+            )
+        file.seek(_SIZES.size + 4 * (sequences - 1))
+        [length] = struct.unpack("<i", file.read(4))
+        file.seek(_SIZES.size + 12 * sequences - 8)
+        [pointer] = struct.unpack("<q", file.read(8))
+    itemsize = DTYPES[code][1]
+    size = pointer + length * itemsize
+    if data.stat().st_size != size:
+        raise _problem(f"{data} has {data.stat().st_size:,} bytes, but its index says {size:,}")
+    return code, sequences, boundaries, size // itemsize
+
+
+def open_token_files(prefix: Path) -> TokenFiles:
+    """Opens a pair of files after ``require_token_files``."""
+    import numpy as np
+
+    code, sequences, boundaries, _ = require_token_files(prefix)
+    index, data = paths_of(prefix).values()
+    offset = _SIZES.size
+    lengths: np.ndarray = np.memmap(index, np.int32, "r", offset, (sequences,))
+    offset += 4 * sequences
+    pointers: np.ndarray = np.memmap(index, np.int64, "r", offset, (sequences,))
+    offset += 8 * sequences
+    documents: np.ndarray = np.memmap(index, np.int64, "r", offset, (boundaries,))
+    tokens: np.ndarray = np.memmap(data, DTYPES[code][0], "r")
+    return TokenFiles(prefix, code, lengths, pointers, documents, tokens)
+
+
+def _problem(
+    what: str, fix: str = "copy both files again, or tokenize the text again"
+) -> RecipeError:
+    return RecipeError(f"data.prefix: {what}.", fix)
+
+
+def require_valid(files: TokenFiles, vocabulary: int, progress: Callable[[int, int], None]) -> None:
+    """Reads the whole index and all tokens.
+
+    Args:
+        files: The files.
+        vocabulary: The tokenizer's largest id plus 1.
+        progress: Takes the tokens that were checked, and their number.
+
+    Raises:
+        RecipeError: The index contradicts itself, or a token is not in the vocabulary.
+    """
+    import numpy as np
+
+    ends = np.cumsum(files.lengths, dtype=np.int64) * files.tokens.itemsize
+    is_whole = (
+        int(files.lengths.min()) >= 0
+        and int(files.pointers[0]) == 0
+        and np.array_equal(files.pointers[1:], ends[:-1])
+        and int(files.documents[0]) == 0
+        and int(files.documents[-1]) == len(files.lengths)
+        and bool(np.all(np.diff(files.documents) >= 0))
+    )
+    if not is_whole:
+        raise _problem(f"{files.prefix}.idx is damaged: its positions have gaps")
+    for start in range(0, len(files.tokens), BLOCK):
+        block = files.tokens[start : start + BLOCK]
+        lowest, largest = int(block.min()), int(block.max())
+        if lowest < 0 or largest >= vocabulary:
+            raise _problem(
+                f"{files.prefix}.bin has token {largest if lowest >= 0 else lowest}, "
+                f"but the model's tokenizer has {vocabulary:,} ids",
+                "give text that this model's tokenizer has tokenized, or data.sources",
+            )
+        progress(min(start + BLOCK, len(files.tokens)), len(files.tokens))
+
+
+def require_document_end(files: TokenFiles, end: int, name: Callable[[int], str]) -> bool:
+    """Returns whether the first documents end with the tokenizer's end of text.
+
+    Raises:
+        RecipeError: They all end with another token.
+    """
+    stops = [files.start(n) for n in range(1, min(CHECKED_ENDS + 1, len(files.documents)))]
+    last = {int(files.tokens[stop - 1]) for stop in stops if stop}
+    if len(last) == 1 and end not in last and len(stops) > 1:
+        [other] = last
+        raise _problem(
+            f"documents end with token {other} ({name(other)}), not with {end} ({name(end)})",
+            f"data.document_end='{name(other)}'",
+        )
+    return last == {end}
+
+
+def ranges_of(
+    files: TokenFiles,
+    fractions: Mapping[str, float],
+    max_documents: int | None,
+    max_tokens: int | None,
+) -> dict[str, range]:
+    """Divides the documents among parts by tokens: training first, then the fractions in order."""
+    limit = min(len(files.documents) - 1, max_documents or len(files.documents))
+    if max_tokens is not None:
+        limit = min(limit, max(1, _document_at(files, max_tokens)))
+    total, done = files.start(limit), 1 - sum(fractions.values())
+    ranges = {"train": range(min(limit, _document_at(files, total * done)))}
+    for part, fraction in fractions.items():
+        done += fraction
+        stop = limit if done > 1 - 1e-9 else min(limit, _document_at(files, total * done))
+        first = max(each.stop for each in ranges.values())
+        ranges[part] = range(first, max(first, stop))
+    return ranges
+
+
+def _document_at(files: TokenFiles, token: float) -> int:
+    """Returns the first document that starts at or after a token."""
+    import numpy as np
+
+    sequence = np.searchsorted(files.pointers, token * files.tokens.itemsize)
+    return int(np.searchsorted(files.documents, sequence))
+
+
+def write_part(files: TokenFiles, documents: range, target: Path) -> int:
+    """Writes the index of a range of documents, and links the tokens; returns their number."""
+    first, stop = (int(files.documents[n]) for n in (documents.start, documents.stop))
+    boundaries = files.documents[documents.start : documents.stop + 1] - first
+    index, data = paths_of(target).values()
+    with index.open("wb") as file:
+        file.write(_SIZES.pack(HEADER, 1, files.code, stop - first, len(boundaries)))
+        for array in (files.lengths[first:stop], files.pointers[first:stop], boundaries):
+            array.tofile(file)
+    data.symlink_to(paths_of(files.prefix)[".bin"].resolve())
+    return files.start(documents.stop) - files.start(documents.start)
