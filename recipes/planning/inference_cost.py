@@ -25,12 +25,14 @@ from recipes.planning.transformer import (
     feed_forward_width,
     head_flops,
     inference_activation_bytes,
+    kv_cache_bytes,
     largest,
     least_squares_flops,
     pass_compute,
     prefill_flops,
     rank_parameters,
     scoring_bytes,
+    stored_bytes,
     weight_traffic,
 )
 from recipes.planning.workload import Layout
@@ -209,6 +211,36 @@ def scoring_cost(
     )
     repeated = replace(text, number=ABLATED_FRACTION * ablated)
     return InferenceCost(memory, text.compute(arch, bf16) + repeated.compute(arch, bf16), bf16)
+
+
+def serving_cost(
+    arch: Architecture,
+    requests: Sequence[tuple[int, int]],
+    new_tokens: int,
+    storage: Storage,
+    devices: int,
+) -> InferenceCost:
+    """Returns the least cost, on each device, of requests that are served one after the other.
+
+    Args:
+        arch: The model.
+        requests: Batch size and prompt tokens of each.
+        new_tokens: Tokens that each sequence generates.
+        storage: Types of weights and KV cache.
+        devices: Devices that share the model.
+    """
+    flops = sum(prefill_flops(arch, batch, prompt) for batch, prompt in requests)
+    steps = sum(
+        new_tokens * decode_traffic(arch, batch, prompt + new_tokens / 2, storage)
+        for batch, prompt in requests
+    )
+    tokens = max(batch * (prompt + new_tokens) for batch, prompt in requests)
+    memory = Memory(
+        weights=stored_bytes(arch, storage) / devices,
+        activations=kv_cache_bytes(arch, tokens, storage) / devices,
+    )
+    bf16 = storage.precision != "fp32"
+    return InferenceCost(memory, Compute(gemm_flops=flops / devices), bf16, steps / devices)
 
 
 @dataclass(frozen=True)

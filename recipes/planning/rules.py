@@ -70,6 +70,9 @@ MEMORY = Rule(
 )
 TIME_LIMIT = _warning("time-limit", "a job that reaches its limit is queued again")
 IMAGE = Rule("image", "every job needs its container image")
+ENGINE_IMAGE = _warning(
+    "engine-image", "TensorRT-LLM is only in NVIDIA's image, and its stages run last"
+)
 MOUNTS = Rule("mounts", "a stage in a container sees only mounted paths")
 CPUS_PER_TASK = _warning(
     "cpus-per-task", "a job that shares nodes gets one core for all processes of a node"
@@ -185,6 +188,9 @@ HIDDEN_PAIRS = Rule(
     "hidden-pairs",
     "the loss is on the last pipeline stage, so the layers that it compares must be there",
     f"{_NEMO}#13557",
+)
+HIDDEN_RANGE = _warning(
+    "hidden-range", "ModelOpt's DistillationModel computes losses on the last pipeline stage alone"
 )
 CACHED_TEACHER = Rule("cached-teacher", "a cache has one temperature, top-k and sequence length")
 TOP_K = Rule("top-k", "a cache must store fewer logits per token than the vocabulary has")

@@ -151,10 +151,12 @@ def _short_settings(config: StageConfig) -> dict[str, Any] | None:
         replicas = config.resources.ranks // config.tensor_model_parallel_size
         settings |= {"num_sequences": replicas * micro, "sequences_per_shard": micro}
     elif isinstance(config, ScoreConfig):
-        settings |= {"block_sizes": [], "num_calibration_samples": micro}
+        replicas = config.resources.ranks // config.pipeline_model_parallel_size
+        settings |= {"block_sizes": [], "num_calibration_samples": replicas * micro}
         settings |= {"num_loss_samples": min(micro, config.num_loss_samples)}
     elif isinstance(config, EvaluateConfig):
-        settings |= {"num_sequences": micro, "num_generations": 1, "new_tokens": 1}
+        settings |= {"num_sequences": config.resources.ranks * micro}
+        settings |= {"num_generations": 1, "new_tokens": 1}
     elif isinstance(config, (HealConfig, RankCandidatesConfig)):
         settings |= {"num_samples": micro}
     elif not isinstance(config, (ImportConfig, ExportConfig)):

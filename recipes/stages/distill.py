@@ -37,7 +37,9 @@ from recipes.distillation.training import (
 )
 from recipes.planning import rules
 from recipes.planning.chain import Chain, tokenizer_problems
+from recipes.planning.layouts import candidates, fits
 from recipes.planning.rules import Problem
+from recipes.planning.training_cost import training_cost
 from recipes.planning.workload import Workload
 from recipes.pruning.results import HealResult
 from recipes.stages.contract import Stage, checkpoint_outcome
@@ -48,6 +50,7 @@ def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
     yield from training_problems(cfg, chain)
     yield from _loss_problems(cfg)
     yield from _pair_problems(cfg, chain)
+    yield from _hidden_range(cfg, chain)
     if (cache := _cached_teacher(cfg, chain)) is not None:
         yield from _cache_problems(cfg, cache)
     if cfg.stop_at_recovered is not None:
@@ -123,6 +126,32 @@ def _pair_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
                 f"stage has {allowed.start} to {allowed.stop - 1}",
                 "choose layers of that range, or a smaller pipeline_model_parallel_size",
             )
+
+
+def _hidden_range(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
+    """Says which layers a loss on hidden states reaches, and what reaching all would cost."""
+    stages = cfg.pipeline_model_parallel_size
+    layers = chain.shape_of(cfg.inputs.get("student")).num_layers
+    if not cfg.hidden_weight or not 1 < stages <= layers:
+        return
+    first = last_stage_layers(layers, stages).start
+    job, hardware = workload(cfg, chain), chain.hardware
+    unsplit = replace(job, layout=replace(job.layout, pipeline=1))
+    hours = [
+        training_cost(each, hardware).hours
+        for each in candidates(unsplit, job.layout.ranks, job.layout.devices)
+        if fits(each, hardware)
+    ]
+    now = training_cost(job, hardware).hours
+    cost = "no such layout of these ranks fits into memory"
+    if hours:
+        cost = f"the training then takes about {min(hours):.3g} hours instead of {now:.3g}"
+    yield Problem(
+        rules.HIDDEN_RANGE,
+        f"the loss on hidden states compares only the student's layers {first} to {layers}, which "
+        f"are on the last of {stages} pipeline stages",
+        f"for all layers set pipeline_model_parallel_size=1: {cost}",
+    )
 
 
 def _cached_teacher(cfg: DistillConfig, chain: Chain) -> CacheLogitsConfig | None:

@@ -29,8 +29,9 @@ from recipes.engines.settings import BuildEngineConfig, MeasureSpeedConfig
 from recipes.engines.timing import RequestShape, TimedModel
 from recipes.planning import rules
 from recipes.planning.chain import Chain
-from recipes.planning.inference_cost import Roofline
+from recipes.planning.inference_cost import InferenceCost, Roofline, serving_cost
 from recipes.planning.rules import Problem
+from recipes.planning.transformer import Compute, Storage, largest
 from recipes.stages.contract import Stage
 
 
@@ -72,6 +73,26 @@ def _engine_problems(
                 f"{field_name} has {value}, but {name} has {limit}={allowed}",
                 f"lower {field_name}, or raise {limit}",
             )
+
+
+def inference_cost(cfg: MeasureSpeedConfig, chain: Chain) -> InferenceCost:
+    """Returns the least time of all requests to both engines; transformers is not counted."""
+    measured = [(batch, prompt) for prompt in cfg.prompt_tokens for batch in cfg.batch_sizes]
+    requests = (1 + cfg.repetitions) * measured  # with a warm-up
+    costs = []
+    for role in ENGINE_ROLES:
+        engine = chain.stages.get(cfg.inputs.get(f"{role}_engine", ""))
+        if not isinstance(engine, BuildEngineConfig):  # of another run
+            engine = BuildEngineConfig()
+        storage = Storage(engine.precision, kv_bytes=4 if engine.precision == "fp32" else 2)
+        arch, devices = chain.shape_of(cfg.inputs.get(role)), engine.tensor_parallel_size
+        costs.append(serving_cost(arch, requests, cfg.new_tokens, storage, devices))
+    return InferenceCost(
+        largest(*(cost.memory for cost in costs)),
+        sum((cost.compute for cost in costs), Compute()),
+        all(cost.bf16 for cost in costs),
+        sum(cost.generated_bytes for cost in costs),
+    )
 
 
 def needs_gpu(cfg: MeasureSpeedConfig, chain: Chain) -> bool:
@@ -147,6 +168,7 @@ STAGE = Stage(
     kind="speed_results",
     run=run,
     check=check,
+    inference_cost=inference_cost,
     one_rank="it starts a process for each model",
     inputs={
         "teacher": ("checkpoint_hf", "checkpoint_nemo"),

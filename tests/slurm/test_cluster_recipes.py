@@ -35,15 +35,15 @@ NODES = {
 SEARCH = "qwen3_8b_search"
 HAS_MPI = shutil.which("mpirun") is not None
 ENGINE = "llama3_1_8b_depth"
-"""Recipe whose chain also builds and times engines of TensorRT-LLM."""
+"""Recipe whose engines of TensorRT-LLM are built and timed here, by MPI."""
 SETTINGS = {
     "qwen3_8b_depth_2.5b": (f"+cluster.env.{probe.TORCH}='1'",),
     SEARCH: (f"+stages.successive_halving.resources.env.{probe.TORCH}='1'",),
     # Open MPI does not use the loopback interface unless it is named.
-    ENGINE: ("engine=tensorrt_llm", "+cluster.env.OMPI_MCA_btl_tcp_if_include=lo"),
+    ENGINE: ("+cluster.env.OMPI_MCA_btl_tcp_if_include=lo",) if HAS_MPI else ("engine=null",),
 }
-if not HAS_MPI:
-    del SETTINGS[ENGINE]
+MEASURED = ("score", "evaluate", "evaluate_tasks")
+"""Stages that take a whole node in recipes that train."""
 ENGINE_STAGES = {"build_engine", "build_teacher_engine", "measure_speed"}
 WITHOUT_GPU = {"plan", "prepare_data", "report", "enumerate_shapes"}
 NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB = 224, 8, 2_000_000
@@ -80,9 +80,7 @@ def chains(
     """A run of every recipe; all jobs have ended."""
     folder = tmp_path_factory.mktemp("recipes")
     runs = {
-        recipe: Run(
-            folder / recipe, (f"recipe={recipe}", *probe_settings, *SETTINGS.get(recipe, ()))
-        )
+        recipe: Run(folder / recipe, (f"recipe={recipe}", *probe_settings, *settings_of(recipe)))
         for recipe in (*NODES, SEARCH)
     }
     for chain in runs.values():
@@ -90,6 +88,12 @@ def chains(
     for chain in runs.values():
         chain.wait()
     return runs
+
+
+def settings_of(recipe: str) -> tuple[str, ...]:
+    """Returns a recipe's own overrides; a search has no engines."""
+    own = SETTINGS.get(recipe, ())
+    return own if recipe in (ENGINE, SEARCH) else (*own, "engine=null")
 
 
 def submit(chain: Run, *more: str) -> None:
@@ -147,6 +151,8 @@ def test_ranks_get_the_planned_resources(chains: dict[str, Run], recipe: str) ->
     found = states(chain)
     assert set(found.values()) == {"complete"}, found
     whole = {"distill": whole_nodes(NODES.get(recipe, 1))}
+    if recipe != SEARCH:
+        whole |= dict.fromkeys(MEASURED, whole_nodes(1))
     whole["successive_halving"] = Share(1, 1, NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB, threads=28)
     for stage in found.keys() - ENGINE_STAGES:
         require(chain.directory / stage, whole.get(stage) or one_rank(stage))

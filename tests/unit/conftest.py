@@ -113,10 +113,10 @@ def plan(compose: Compose, tmp_path: Path, large_disk: None, versions_read_once:
 
 
 def planned_words(recipe: str, overrides: tuple[str, ...]) -> list[str]:
-    """Returns the words that ``plan`` composes, by default without benchmarks and engines."""
+    """Returns the words to compose; small recipes are by default without benchmarks and engines."""
     given = {override.partition("=")[0] for override in overrides}
-    if recipe.endswith("_search"):
-        given |= {"tasks", "engine"}  # which a search never has
+    if not recipe.endswith(("_prune", "shrink")):
+        given |= {"tasks", "engine"}  # a search never has them, and a large recipe always
     absent = [f"{group}=null" for group in ("tasks", "engine") if group not in given]
     return [recipe, *absent, *overrides]
 

@@ -205,11 +205,39 @@ def test_large_recipes_pass_preflight_on_their_hardware(recipe: str, plan: MakeP
     assert training_cost(job, planned.chain.hardware).memory.total < 80e9 * HEADROOM
     assert (job.layout.nodes == 1) == recipe.endswith("_2.5b")
     read = {"import_hf", "score", "evaluate", "export_hf"}
+    read |= {"evaluate_tasks", "export_teacher", "measure_speed"}
     assert planned.chain.inference_costs.keys() == read
     for name, cost in planned.chain.inference_costs.items():
         config = planned.chain.stages[name]
         assert cost.memory.total < 80e9 * HEADROOM
         assert getattr(config, "precision", "bf16-mixed") == "bf16-mixed"
+
+
+@pytest.mark.parametrize("recipe", LARGE)
+def test_large_recipes_measure_on_a_node_and_end_with_gates(recipe: str, plan: MakePlan) -> None:
+    """Ranks share the work, so eight take an eighth of the time; a word switches each part off."""
+    planned = large(recipe, plan)
+    measured = ("score", "evaluate", "evaluate_tasks")
+    assert {planned.chain.stages[name].resources.ranks for name in measured} == {8}
+    one = large(recipe, plan, *(f"stages.{name}.resources.devices=1" for name in measured))
+    hardware = planned.chain.hardware
+    for name in measured:
+        hours, alone = (p.chain.inference_costs[name].hours(hardware) for p in (planned, one))
+        assert hours == pytest.approx(alone / 8, rel=0.02)
+    assert planned.chain.inference_costs["measure_speed"].hours(hardware) > 0
+    [gate] = planned.gates
+    assert gate.name == ("recovered.mmlu" if recipe.endswith("_2.5b") else "score.mmlu")
+    assert "gsm8k_cot" in getattr(planned.chain.stages["evaluate_tasks"], "tasks")
+    assert not large(recipe, plan, "gates=[]").gates
+    without = large(recipe, plan, "tasks=null", "engine=null")
+    assert not without.gates
+    assert not {"evaluate_tasks", "build_engine", "measure_speed"} & without.chain.stages.keys()
+
+
+def test_llama_by_depth_keeps_the_published_layers(plan: MakePlan) -> None:
+    """They are 1 to 15, and the last."""
+    prune: Any = large("llama3_1_8b_depth", plan).chain.stages["prune"]
+    assert set(range(1, 33)) - set(prune.drop_layers) == {*range(1, 16), 32}
 
 
 def test_plan_warns_of_text_that_forbids_commercial_use(plan: MakePlan) -> None:
@@ -291,7 +319,7 @@ def test_small_budget_differs_only_where_the_miniature_does(recipe: str, compose
         for name in (recipe, f"{recipe}_2.5b")
     )
     for stages in (whole, small):
-        del stages["report"]["title"], stages["report"]["description"]
+        del stages["report"]["title"], stages["report"]["description"], stages["report"]["gates"]
         del stages["export_hf"]["recipe"]
     assert small == whole
 

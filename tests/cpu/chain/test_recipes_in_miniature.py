@@ -58,9 +58,13 @@ def test_recipe_runs_on_a_tiny_model(recipe: str, tmp_path: Path, text_file: Pat
         *tiny(model, text_file, tmp_path / "run"),
         "hardware=cpu",
         "stages.prepare_data.processes=1",
+        "tasks=null",  # test_chain and test_tasks run benchmarks
+        "engine=null",  # TensorRT-LLM needs a GPU
+        *settings("score", **{"resources.devices": 2}),
+        "stages.prune.drop_layers=[]",
         *settings("prune", **TARGETS[kind]),
         *settings("distill", **DISTILL),
-        *settings("evaluate", num_sequences=8, new_tokens=8),
+        *settings("evaluate", num_sequences=8, new_tokens=8, **{"resources.devices": 2}),
         cwd=tmp_path,
     )
     plan, exported = (manifest_of(tmp_path / "run", stage) for stage in ("plan", "export_hf"))
