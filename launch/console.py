@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from statistics import fmean
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,7 +18,7 @@ from recipes.data.results import DatasetResult, in_words
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import parse_source, source_bytes, source_names
 from recipes.engines.results import BenchmarkResults, EngineResult
-from recipes.evaluation.results import EvaluationResult, TaskResults
+from recipes.evaluation.results import EvaluationResult, ServedResult, TaskResults
 from recipes.planning.limits import BYTES_PER_TOKEN
 from recipes.planning.results import Cell, PlanResult
 from recipes.pruning.results import HealResult
@@ -144,6 +145,16 @@ def _mean_score(manifest: Manifest) -> str:
     return f"mean score of {number} benchmark{'s' * (number > 1)} {means}"
 
 
+def _served(manifest: Manifest) -> str:
+    result = manifest.result(ServedResult)
+    text = f"{result.server} {result.precision}"
+    if result.text:
+        text += f", perplexity {result.text.student_perplexity:.1f} → "
+        text += f"{result.text.served_perplexity:.1f}"
+    gaps = [task.difference.value for task in result.tasks.values() if task.is_fraction]
+    return f"{text}, mean score {fmean(gaps):+.3f}" if gaps else text
+
+
 def _planned_cost(manifest: Manifest) -> str:
     f = manifest.result(PlanResult).figures
     return f"{f['device-hours']:,} device-hours on {f['hardware']}, ${f['dollars']:,}"
@@ -176,6 +187,7 @@ HEADLINES: Mapping[str, Callable[[Manifest], str]] = {
     "dataset": _tokens,
     "eval_results": _perplexities,
     "task_results": _mean_score,
+    "served_results": _served,
     "plan": _planned_cost,
     "shapes": lambda m: f"{m.result(PlanResult).figures['shapes']} shapes",
     "latency_model": _latency,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from recipes.core.errors import RecipeError
+from recipes.core.manifest import manifest_of
 from recipes.core.stage import Input
 from recipes.engines import openvino, tensorrt_llm
 from recipes.engines.settings import BuildEngineConfig
@@ -82,6 +83,19 @@ def require_backend(backend: str) -> None:
             "backend=openvino needs openvino-genai, which is not installed",
             "install this repository's dependencies again (make install), or set engine=null",
         )
+
+
+def backend_of(source: str, chain: Chain) -> str | None:
+    """Returns the backend of an engine of this or another run; ``None`` if it is no engine."""
+    stage, manifest = chain.stages.get(source), manifest_of(source)
+    if isinstance(stage, BuildEngineConfig):
+        return stage.backend
+    return manifest.config.get("backend") if manifest else None
+
+
+def any_tensorrt_llm(names: Iterable[str], inputs: Mapping[str, str], chain: Chain) -> bool:
+    """Returns whether one of the named inputs is an engine of TensorRT-LLM."""
+    return any("tensorrt" in (backend_of(inputs.get(n, ""), chain) or "") for n in names)
 
 
 BUILDERS: dict[str, Callable[[BuildEngineConfig, Path, Path], None]] = {

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from nemo_convert.hf import load_causal_lm
 from nemo_convert.parity import TEXT
+from recipes.core import statistics
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input
@@ -67,6 +68,7 @@ def compare_engine(
             len(text),
             text.tokens.numel(),
             text.predictions,
+            statistics.difference(scores["engine"].losses, scores[TEACHER].losses),
         )
     return EngineComparison(difference, margin, types, quality)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from recipes.evaluation.results import TextQuality
+from recipes.core.statistics import Difference
+from recipes.evaluation.results import ServedText, TextQuality
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,13 @@ class EngineQuality:
     """Tokens in all sequences."""
     predictions: int
     """Next-token predictions that count."""
+    loss_difference: Difference
+    """Engine minus source, paired by sequence."""
+
+    def served_text(self) -> ServedText:
+        """Returns the perplexities and their paired difference."""
+        perplexities = self.source.perplexity, self.engine.perplexity
+        return ServedText(*perplexities, self.loss_difference, self.sequences, self.predictions)
 
 
 @dataclass(frozen=True)

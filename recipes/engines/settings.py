@@ -1,4 +1,7 @@
-"""Settings of ``build_engine``, ``quantize`` and ``measure_speed``. Torch-free."""
+"""Settings of ``build_engine``, ``quantize``, ``measure_speed`` and ``evaluate_served``.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from recipes.core.constraints import Count, Threads, integer, one_of
+from recipes.core.constraints import Count, CountOrZero, Threads, integer, one_of
 from recipes.core.stage import StageConfig
+from recipes.evaluation.settings import EvaluateTasksConfig
 
 BACKENDS = ("openvino", "tensorrt_llm", "tensorrt_llm_pytorch")
 CALIBRATED_FORMATS = ("fp8", "int4_awq")
@@ -85,3 +89,22 @@ class QuantizeConfig(StageConfig):
     """Calibration sequences of ``seq_length`` tokens; fewer if the calibration text is shorter."""
     num_eval_sequences: Count = 8
     """Held-out sequences on which the quality before and after is compared."""
+
+
+@dataclass
+class EvaluateServedConfig(EvaluateTasksConfig):
+    """Settings of ``evaluate_served``; ``precision`` and ``pack_tokens`` are for the student."""
+
+    seq_length: Count = 256
+    """Tokens of a sequence of held-out text."""
+    num_sequences: Count = 8
+    """Held-out sequences for perplexity by llama.cpp's server; ``build_engine`` compares
+    OpenVINO's."""
+    max_length: Count = 4096
+    """Most tokens of a prompt; longer ones lose their first tokens, for both models."""
+    threads: Threads | None = field(default=None, metadata={"resource": True})
+    """CPU threads of llama.cpp; by default the launcher's number for a process."""
+    port: CountOrZero = field(default=0, metadata={"resource": True})
+    """Port of the server on 127.0.0.1; 0 chooses a free one."""
+    start_seconds: Count = field(default=900, metadata={"resource": True})
+    """Longest time that the server may take to load the model."""

@@ -23,6 +23,7 @@ import lm_eval.tasks
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
+from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -165,7 +166,7 @@ def _task(name: str, source: str, subtasks: Subtasks) -> Task:
     return Task(name, metric, str(first.VERSION), data, subtasks)
 
 
-def answer(model: HFLM, task: Task, limit: int | None, seed: int) -> list[Item]:
+def answer(model: LM, task: Task, limit: int | None, seed: int) -> list[Item]:
     """Returns a model's answers to a task.
 
     Args:
@@ -207,6 +208,7 @@ class PackedLM(HFLM):
     A pass has up to ``pack_tokens`` tokens. A longer question and a prefix that questions share
     have their own passes. ``progress`` receives the numbers of this rank's answered and of all its
     requests. Every rank must make the same requests; it returns the answers to all of them.
+    ``max_length`` is the model's number of positions by default.
     """
 
     def __init__(
@@ -215,8 +217,14 @@ class PackedLM(HFLM):
         tokenizer: PreTrainedTokenizerBase,
         pack_tokens: int,
         progress: ProgressCallback,
+        max_length: int | None = None,
     ) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=GENERATION_BATCH)
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=GENERATION_BATCH,
+            max_length=max_length,
+        )
         self._pack_tokens, self._progress = pack_tokens, progress
         self._head = float32_head(model.lm_head.weight.detach())
 

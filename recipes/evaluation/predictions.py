@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,8 +20,10 @@ from transformers import PreTrainedModel
 
 from recipes.core.errors import RecipeError
 from recipes.core.precision import float32_matmul_of
-from recipes.data.token_sequences import TextSequences
 from recipes.planning.transformer import LOGITS_BYTES
+
+if TYPE_CHECKING:  # TensorRT-LLM's image does not have Megatron
+    from recipes.data.token_sequences import TextSequences
 
 TEACHER = "teacher"
 CHANCE_FRACTION = 0.8

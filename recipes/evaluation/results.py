@@ -6,6 +6,7 @@ differences has a narrower interval than the difference of two separate means.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -14,6 +15,7 @@ from recipes.core.precision import dtype_name
 from recipes.core.statistics import Difference, difference, standard_error
 
 ROLES = ("teacher", "pruned", "distilled")
+ANSWER_METRIC = "log-likelihood of the right answer"
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,79 @@ class TaskResults:
         return {role: fmean([task.models()[role].value for task in used]) for role in ROLES}
 
 
+@dataclass(frozen=True)
+class ServedScores:
+    """Scores of the student and of the model that is served, on the same items."""
+
+    metric: str
+    items: int
+    student: Score
+    served: Score
+    difference: Difference
+    """Served minus student, paired by item, with a 95% interval."""
+
+    @property
+    def is_fraction(self) -> bool:
+        """Whether the scores are fractions of the items, as accuracy is."""
+        return 0 <= self.student.value <= 1 and 0 <= self.served.value <= 1
+
+
+@dataclass(frozen=True)
+class ServedTask(ServedScores):
+    """Scores in one benchmark."""
+
+    answers: ServedScores | None = None
+    """Log-likelihoods of the right answers; see ``compare_answers``."""
+
+
+@dataclass(frozen=True)
+class ServedText:
+    """Perplexity of the student and of the model that is served, on the same sequences."""
+
+    student_perplexity: float
+    served_perplexity: float
+    loss_difference: Difference
+    """Served minus student, in nats, paired by sequence."""
+    sequences: int
+    predictions: int
+
+    @classmethod
+    def of(cls, served: Sequence[float], student: Sequence[float], predictions: int) -> ServedText:
+        """Compares the mean losses of each sequence."""
+        before, after = (math.exp(fmean(losses)) for losses in (student, served))
+        return cls(before, after, difference(served, student), len(served), predictions)
+
+
+@dataclass(frozen=True)
+class ServedResult:
+    """Quality of the model that is served, compared with the student it was built from."""
+
+    server: str
+    precision: str
+    """Type of the served weights."""
+    tasks: dict[str, ServedTask]
+    text: ServedText | None
+    """``None`` without held-out text, or if the server returns no log-probabilities."""
+    harness: str
+    data: str
+
+
+def compare_served(metric: str, items: Mapping[str, Sequence[Item]]) -> ServedTask:
+    """Compares the roles ``served`` and ``student`` by a metric of the same items."""
+    scores = {role: [i.metrics[metric] for i in items[role]] for role in ("student", "served")}
+    answers = {role: answer_values(items[role]) for role in scores}
+    right = [values for values in answers.values() if values is not None]
+    return ServedTask(
+        **vars(_compare_served(metric, *scores.values())),
+        answers=_compare_served(ANSWER_METRIC, *right) if len(right) == len(answers) else None,
+    )
+
+
+def _compare_served(metric: str, student: Sequence[float], served: Sequence[float]) -> ServedScores:
+    before, after = (Score(fmean(v), standard_error(v)) for v in (student, served))
+    return ServedScores(metric, len(student), before, after, difference(served, student))
+
+
 def recovered(
     teacher: Sequence[float], pruned: Sequence[float], distilled: Sequence[float]
 ) -> float | None:
@@ -217,15 +292,21 @@ def compare_answers(items: Mapping[str, Sequence[Item]]) -> TaskScores | None:
     Returns:
         ``None`` if items have no log-likelihoods, because the model generates its answers.
     """
-    values: dict[str, list[float]] = {role: [] for role in ROLES}
-    for role in ROLES:
-        for item in items[role]:
-            choice = item.target if isinstance(item.target, int) else 0
-            response = item.response[choice] if isinstance(item.response, list) else None
-            if not isinstance(response, list):
-                return None
-            values[role].append(float(response[0]))
-    return _compare("log-likelihood of the right answer", values)
+    values = {role: answer_values(items[role]) for role in ROLES}
+    known = {role: each for role, each in values.items() if each is not None}
+    return _compare(ANSWER_METRIC, known) if len(known) == len(ROLES) else None
+
+
+def answer_values(items: Sequence[Item]) -> list[float] | None:
+    """Returns the log-likelihoods of the right answers; ``None`` if answers are generated."""
+    values = []
+    for item in items:
+        choice = item.target if isinstance(item.target, int) else 0
+        response = item.response[choice] if isinstance(item.response, list) else None
+        if not isinstance(response, list):
+            return None
+        values.append(float(response[0]))
+    return values
 
 
 def _compare(metric: str, values: Mapping[str, Sequence[float]]) -> TaskScores:

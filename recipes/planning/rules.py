@@ -208,6 +208,7 @@ ENGINE_LIMITS = Rule("engine-limits", "an engine refuses larger requests than it
 TASKS_HARNESS = Rule("tasks-harness", "the benchmarks were verified with one version of lm-eval")
 TASKS_NAMES = Rule("tasks-names", "an unknown benchmark would fail after the training")
 TASKS_FEWSHOT = Rule("tasks-fewshot", "only benchmarks that run can have few-shot examples")
+SERVED = Rule("served", "a server must be installed, and return what the benchmarks need")
 GATES = Rule("gates", "a gate needs a metric that a stage measures")
 
 RULES = {rule.name: rule for rule in list(vars().values()) if isinstance(rule, Rule)}

@@ -14,7 +14,13 @@ from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.manifest import Manifest
 from recipes.core.stage import StageConfig
 from recipes.engines.results import BenchmarkResults, Speedup
-from recipes.evaluation.results import EvaluationResult, TaskResults, TaskScores
+from recipes.evaluation.results import (
+    EvaluationResult,
+    ServedResult,
+    ServedTask,
+    TaskResults,
+    TaskScores,
+)
 from recipes.planning import rules
 from recipes.planning.rules import Problem
 
@@ -43,6 +49,14 @@ TASK_METRICS: dict[str, Callable[[TaskScores], float | None]] = {
     "difference_low": lambda t: t.differences.distilled.low,
 }
 """Metrics of one benchmark (kind ``task_results``). Differences are to the teacher."""
+SERVED_METRICS: dict[str, Callable[[ServedTask], float]] = {
+    "served_score": lambda t: t.served.value,
+    "served_difference": lambda t: t.difference.value,
+    "served_difference_low": lambda t: t.difference.low,
+}
+"""Metrics of one benchmark of the served model (kind ``served_results``), which also has
+``served_perplexity_ratio``. Differences and the ratio are to the student."""
+SERVED_PERPLEXITY = "served_perplexity_ratio"
 SPEEDUP_METRICS: dict[str, Callable[[Speedup], float]] = {
     "prefill": lambda s: s.prefill,
     "decode": lambda s: s.decode,
@@ -112,9 +126,12 @@ def known_names(stages: Mapping[str, StageConfig], kinds: Mapping[str, str]) -> 
     for stage, config in stages.items():
         if kinds[stage] == "eval_results":
             names += TEXT_METRICS
+        tasks: list[str] = getattr(config, "tasks", [])
         if kinds[stage] == "task_results":
-            tasks: list[str] = getattr(config, "tasks", [])
-            names += [f"{metric}.{task}" for task in tasks for metric in TASK_METRICS]
+            names += [f"{value}.{task}" for task in tasks for value in TASK_METRICS]
+        if kinds[stage] == "served_results":
+            names += [f"{value}.{task}" for task in tasks for value in SERVED_METRICS]
+            names.append(SERVED_PERPLEXITY)
         if kinds[stage] == "speed_results":
             names += [f"speedup.{metric}" for metric in SPEEDUP_METRICS]
     return names
@@ -152,7 +169,14 @@ def _values(manifest: Manifest) -> Iterator[tuple[str, float | None]]:
         yield from ((name, metric(evaluation)) for name, metric in TEXT_METRICS.items())
     if manifest.kind == "task_results":
         for task, scores in manifest.result(TaskResults).tasks.items():
-            yield from ((f"{name}.{task}", metric(scores)) for name, metric in TASK_METRICS.items())
+            yield from ((f"{name}.{task}", value(scores)) for name, value in TASK_METRICS.items())
+    if manifest.kind == "served_results":
+        result = manifest.result(ServedResult)
+        for task, served in result.tasks.items():
+            yield from ((f"{name}.{task}", value(served)) for name, value in SERVED_METRICS.items())
+        text = result.text
+        ratio = text.served_perplexity / text.student_perplexity if text else None
+        yield SERVED_PERPLEXITY, ratio
     if manifest.kind == "speed_results":
         speedups = manifest.result(BenchmarkResults).speedups
         for name, metric in SPEEDUP_METRICS.items():

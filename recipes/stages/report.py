@@ -56,6 +56,7 @@ STAGE = Stage(
         "evaluation": ("eval_results",),
         "exported": ("checkpoint_hf",),
         "tasks": ("task_results",),
+        "served": ("served_results",),
         "speed": ("speed_results",),
         "engine": ("engine",),
         "gguf": ("gguf",),

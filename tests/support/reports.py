@@ -34,7 +34,7 @@ from tests.support.results import (
     wobble,
 )
 
-SECONDS = (41.302, 12.877, 208.55, 4123.019, 377.4, 25.2, 3.1, 96.4, 61.7, 18.9, 240.2, 7.5)
+SECONDS = (41.302, 12.877, 208.55, 4123.019, 377.4, 25.2, 3.1, 96.4, 61.7, 18.9, 240.2, 7.5, 33.4)
 CONFIG = ReportConfig(
     "report",
     title="llama_width_prune",
@@ -100,6 +100,7 @@ def optional_inputs(root: Path) -> dict[str, Input]:
     stages = {
         "plan": ("plan", "plan"),
         "tasks": ("task_results", "evaluate_tasks"),
+        "served": ("served_results", "evaluate_served"),
         "engine": ("engine", "build_engine"),
         "speed": ("speed_results", "measure_speed"),
         "search": ("search_results", "successive_halving"),

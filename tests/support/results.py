@@ -24,6 +24,10 @@ from recipes.evaluation.results import (
     EvaluationResult,
     ModelQuality,
     Score,
+    ServedResult,
+    ServedScores,
+    ServedTask,
+    ServedText,
     TaskResult,
     TaskResults,
     TextQuality,
@@ -189,8 +193,35 @@ def engine_result() -> EngineResult:
         max_logit_difference=0.03125,
         greedy_margin=0.015625,
         weight_types={"u8": 86_000_000, "f32": 1152},
-        quality=EngineQuality(text, replace(text, kl_to_teacher=0.0), 8, 2048, 2040),
+        quality=EngineQuality(
+            text,
+            replace(text, kl_to_teacher=0.0),
+            8,
+            2048,
+            2040,
+            Difference(0.0117, 0.0039, 0.0195),
+        ),
     )
+
+
+def served_result() -> ServedResult:
+    half, less = Score(0.5, 0.0625), Score(0.4375, 0.03125)
+    task = ServedTask(
+        "acc",
+        64,
+        half,
+        less,
+        Difference(-0.0625, -0.125, 0.015625),
+        answers=ServedScores(
+            "log-likelihood",
+            64,
+            Score(-3.25, 0.25),
+            Score(-3.375, 0.5),
+            Difference(-0.125, -0.25, -0.0078),
+        ),
+    )
+    text = ServedText(45.25, 46.75, Difference(0.0326, 0.0215, 0.0437), 8, 2040)
+    return ServedResult("llama_cpp", "q8_0", {"sciq": task}, text, "lm_eval", "a wheel")
 
 
 RESULTS = {
@@ -230,6 +261,7 @@ RESULTS = {
     "export_hf": ParityResult(9.1552734375e-05, 128),
     "export_gguf": GgufResult("llama", "f16", 219, 231_000_111),
     "build_engine": engine_result(),
+    "evaluate_served": served_result(),
     "measure_speed": speed_results(),
     "plan": plan_result(),
     "successive_halving": search_result(),

@@ -53,7 +53,11 @@ def torch_is_old(patch: Patch, _: Path) -> None:
 
 
 def harness_is_missing(patch: Patch, _: Path) -> None:
-    patch.setattr("recipes.stages.evaluate_tasks.HARNESS", "0.0.0")
+    patch.setattr("recipes.evaluation.task_checks.HARNESS", "0.0.0")
+
+
+def llama_server_is_missing(patch: Patch, _: Path) -> None:
+    patch.setattr("recipes.stages.evaluate_served.has_llama_server", lambda: False)
 
 
 def disk_is_full(patch: Patch, _: Path) -> None:
@@ -154,6 +158,7 @@ TRIPS = {
     "tasks-harness": trip("tasks=quick", prepare=harness_is_missing),
     "tasks-names": trip("tasks=quick", f"{T}tasks=[sciqq]"),
     "tasks-fewshot": trip("tasks=quick", f"+{T}num_fewshot.nothing=5"),
+    "served": trip("gguf=f16", "served=gguf", prepare=llama_server_is_missing),
     "gates": trip("gates=['recovered.nothing >= 0.5']"),
 }  # fmt: skip
 ELSEWHERE = {

@@ -160,13 +160,17 @@ def test_each_artifact_adds_its_server(run_inputs: dict[str, Input]) -> None:
     ("backend", "options"),
     [
         ("tensorrt_llm", " --backend tensorrt --tokenizer export_hf/artifact"),
-        ("tensorrt_llm_pytorch", ""),
+        (
+            "tensorrt_llm_pytorch",
+            " --tp_size 2 --extra_llm_api_options engine/artifact/llm_options.yaml",
+        ),
     ],
 )
 def test_tensorrt_llm_serves_its_engines(
     run_inputs: dict[str, Input], backend: str, options: str
 ) -> None:
     engine = with_result(run_inputs["engine"], replace(RESULTS["build_engine"], backend=backend))
+    engine.manifest.config["tensor_parallel_size"] = 2
     first, *_ = run_servers({"exported": run_inputs["exported"], "engine": engine})
     assert first.line == f"trtllm-serve engine/artifact{options}"
 

@@ -13,7 +13,13 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST, Manifest
 from recipes.core.statistics import Difference
 from recipes.engines.results import BenchmarkResults
-from recipes.evaluation.results import Differences, EvaluationResult, Score, TaskResults
+from recipes.evaluation.results import (
+    Differences,
+    EvaluationResult,
+    Score,
+    ServedResult,
+    TaskResults,
+)
 from recipes.report.gates import TASK_METRICS, TEXT_METRICS, Gate, judge, parse
 from tests.support.manifests import bare_manifest
 from tests.support.results import RESULTS
@@ -46,16 +52,20 @@ SPEEDUPS = [
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def manifests(*results: EvaluationResult | TaskResults | BenchmarkResults) -> dict[str, Manifest]:
+def manifests(
+    *results: EvaluationResult | TaskResults | BenchmarkResults | ServedResult,
+) -> dict[str, Manifest]:
     kinds: dict[type, str] = {
         EvaluationResult: "eval_results",
         TaskResults: "task_results",
         BenchmarkResults: "speed_results",
+        ServedResult: "served_results",
     }
     return {kinds[type(one)]: bare_manifest("stage", kinds[type(one)], one) for one in results}
 
 
-MEASURED = manifests(EVALUATED, TASKS, replace(BENCHMARK, speedups=SPEEDUPS))
+SERVED: ServedResult = RESULTS["evaluate_served"]
+MEASURED = manifests(EVALUATED, TASKS, replace(BENCHMARK, speedups=SPEEDUPS), SERVED)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +110,10 @@ def test_invalid_gates_are_refused(text: str) -> None:
         ("speedup.decode >= 1.26", 1.25, False),
         ("speedup.prefill >= 1.2", 1.2, True),
         ("recovered.sciq >= 0", None, False),
+        ("served_score.sciq > 0.4375", 0.4375, False),
+        ("served_difference.sciq >= -0.07", -0.0625, True),
+        ("served_difference_low.sciq >= -0.07", -0.125, False),
+        ("served_perplexity_ratio <= 1.04", 46.75 / 45.25, True),
     ],
 )
 def test_a_gate_passes_if_its_value_is_in_range(
@@ -115,6 +129,8 @@ def test_a_gate_on_an_undefined_value_fails() -> None:
     gates = ["speedup.decode > 1", "recovered > 0", "recovered < 1"]
     assert [v.passed for v in judge(map(parse, gates), without)] == [False, False, False]
     assert judge([parse("score.sciq > 0")], without) == []
+    [verdict] = judge([parse("served_perplexity_ratio < 2")], manifests(replace(SERVED, text=None)))
+    assert (verdict.measured, verdict.passed) == (None, False)
 
 
 @pytest.mark.parametrize(

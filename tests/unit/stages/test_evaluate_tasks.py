@@ -13,6 +13,7 @@ import pytest
 
 from launch.console import headline
 from launch.plan import Plan
+from recipes.evaluation import task_checks
 from recipes.evaluation.offline_tasks import TASKS
 from recipes.evaluation.results import TaskResults
 from recipes.evaluation.settings import HARNESS, EvaluateTasksConfig
@@ -53,7 +54,7 @@ def test_invalid_tasks_break_a_rule(
 def test_the_verified_version_of_the_harness_must_be_installed(
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate_tasks.metadata, "version", lambda name: "0.3.0")
+    monkeypatch.setattr(task_checks.metadata, "version", lambda name: "0.3.0")
     [problem] = evaluate_tasks.check(EvaluateTasksConfig(**GOOD), chain)
     assert "0.3.0" in problem.what
     assert HARNESS in problem.what

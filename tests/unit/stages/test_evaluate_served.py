@@ -1,0 +1,32 @@
+"""Which benchmarks a server can answer, and where the stage runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from launch.plan import Plan
+from recipes.core.errors import RecipeError
+
+GENERATED = "stages.evaluate_served.tasks=[gsm8k_cot]"
+TRTLLM = ("engine=tensorrt_llm", "stages.build_engine.backend=tensorrt_llm_pytorch")
+
+
+def test_the_same_benchmarks_are_served(plan: Callable[..., Plan]) -> None:
+    for served, artifact in (("engine", "build_engine"), ("gguf", "export_gguf")):
+        made = plan("tasks=full", "gguf=q8_0", "engine=openvino", f"served={served}")
+        configs = {stage.name: stage.config for stage in made.stages}
+        tasks, own = configs["evaluate_tasks"], configs["evaluate_served"]
+        for name in ("tasks", "limit", "num_fewshot", "source", "revisions"):
+            assert getattr(own, name) == getattr(tasks, name)
+        assert own.inputs["artifact"] == artifact
+        assert configs["report"].inputs["served"] == "evaluate_served"
+    [alone] = (s for s in plan("engine=openvino", "served=engine").stages if "served" in s.name)
+    assert "sciq" in alone.config.tasks  # type: ignore[attr-defined]
+
+
+def test_tensorrt_llm_serves_only_generated_answers(plan: Callable[..., Plan]) -> None:
+    with pytest.raises(RecipeError, match="log-probabilities of prompts"):
+        plan(*TRTLLM, "served=engine")
+    assert plan(*TRTLLM, "served=engine", GENERATED)
