@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from nemo_convert.gguf_file import FILE, write
 from nemo_convert.hf import load_causal_lm
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import ARTIFACT
+from recipes.core.manifest import ARTIFACT, stamp_files
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input
 from recipes.data.token_sequences import TextSequences
@@ -73,9 +73,11 @@ def children() -> set[int]:
 def as_input(folder: Path, kind: str, result: Any = None, artifact: Path | None = None) -> Input:
     """Returns a complete stage; ``artifact`` is linked as its result."""
     folder.mkdir()
+    manifest = bare_manifest("test", kind, result)
     if artifact is not None:
         (folder / ARTIFACT).symlink_to(artifact)
-    return Input(folder, bare_manifest("test", kind, result))
+        manifest.files = stamp_files(artifact)  # identify the student in the cache of answers
+    return Input(folder, manifest)
 
 
 def test_llama_cpp_gives_the_log_likelihoods_of_transformers(
