@@ -36,6 +36,7 @@ from recipes.engines.results import EngineResult
 from recipes.engines.server import HOST, free_port, llama_command, serving, trtllm_command
 from recipes.engines.settings import EvaluateServedConfig
 from recipes.evaluation import packed_lm
+from recipes.evaluation.packing import Request
 from recipes.evaluation.results import Item, ServedResult, ServedText, compare_served
 from recipes.evaluation.settings import HARNESS
 from recipes.evaluation.task_answers import cached_answers, require_same_items, write_samples
@@ -110,7 +111,7 @@ class LlamaCppLM(ServedLM):
         return found["content"][0] if found and found["content"] else None
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[packed_lm.Request], **_: Any
+        self, requests: Sequence[Request], **_: Any
     ) -> list[tuple[float, bool]]:
         """Returns each continuation's log-likelihood, and whether it is the greedy one."""
         results = []
