@@ -38,6 +38,7 @@ def chain_of(
         runs_here=cfg.cluster.executor == "local",
         images=cfg.cluster.get("images") or {},
         time_limit=str(cfg.cluster.get("time", "")),
+        max_requeues=cfg.cluster.get("max_requeues"),
     )
 
 

@@ -76,7 +76,7 @@ class SlurmConfig(container.Containers):
     margin_seconds: Count | None = None
     """Training stops and saves this long before the limit. By default the planned time of two
     steps, a validation and a checkpoint, but at least ``MIN_MARGIN_SECONDS``."""
-    max_requeues: CountOrZero = 20
+    max_requeues: CountOrZero = 40
     """How often a stage is started again after it stopped at its time limit."""
     gpus: Annotated[str, one_of("gpus-per-node", "gres")] | None = "gpus-per-node"
     """How jobs request GPUs: ``gpus-per-node`` or ``gres``. ``null`` requests none, for nodes that

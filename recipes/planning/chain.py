@@ -48,6 +48,8 @@ class Chain:
     """Container image by stage module; ``default`` for all others."""
     time_limit: str = ""
     """Time limit of a job, in Slurm's format; none by default."""
+    max_requeues: int | None = None
+    """How often a job that reached its limit is started again; ``None`` for any number."""
     from_published_config: bool = False
     """Whether the teacher's shape is the bundled one, because config.json cannot be read."""
     shapes: Mapping[str, Sequence[Architecture]] = field(default_factory=dict)

@@ -22,6 +22,8 @@ from recipes.planning.workload import Layout, Workload
 
 BYTES_PER_TOKEN = 4.0
 """For English text and a vocabulary of at least 50,000; only estimates the number of epochs."""
+TOKENIZED_PER_SECOND = 290_000
+"""Tokens per second of each of two processes, as measured in ``benchmarks/README.md``."""
 MAX_EPOCHS = 4
 """Passes over a source after which its text teaches little (arXiv:2305.16264)."""
 NO_TIME_LIMIT = "999999-00:00:00"
@@ -45,8 +47,34 @@ def limit_problems(chain: Chain, stages: Collection[str]) -> Iterator[Problem]:
     for name, job in chain.workloads.items():
         if name in stages:
             yield from _training_memory_problems(name, job, chain)
-            yield from _time_problems(name, job, chain)
+            hours = training_cost(job, chain.hardware).hours
+            yield from _time_problems(name, hours, chain)
             yield from _text_problems(name, job, chain)
+    for name, seconds in preparation_seconds(chain).items():
+        if name in stages:
+            yield from _time_problems(name, seconds / 3600, chain)
+
+
+def preparation_seconds(chain: Chain) -> dict[str, float]:
+    """Returns the expected time of each stage that tokenizes text of a known size."""
+    seconds = {}
+    for name, config in chain.stages.items():
+        if isinstance(config, PrepareDataConfig):
+            processes = config.processes * config.resources.ranks
+            if (tokens := _read_tokens(config)) < math.inf:
+                seconds[name] = tokens / (TOKENIZED_PER_SECOND * processes)
+    return seconds
+
+
+def _read_tokens(config: PrepareDataConfig) -> float:
+    """Returns the expected tokens of all sources; infinite if a size is unknown."""
+    tokens = 0.0
+    for source in config.all_sources():
+        size = source_bytes(source)
+        own = math.inf if size is None else size / BYTES_PER_TOKEN
+        limited = source in config.sources and config.max_tokens is not None
+        tokens += min(own, config.max_tokens or own) if limited else own
+    return tokens
 
 
 def memory_problem(name: str, needed: float, available: float, device: str, fix: str) -> Problem:
@@ -97,15 +125,19 @@ def slurm_seconds(limit: str) -> int:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def _time_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
-    limit = slurm_seconds(chain.stages[name].resources.time or chain.time_limit or NO_TIME_LIMIT)
-    hours = training_cost(job, chain.hardware).hours
-    if hours * 3600 > limit:
+def _time_problems(name: str, hours: float, chain: Chain) -> Iterator[Problem]:
+    text = chain.stages[name].resources.time or chain.time_limit or NO_TIME_LIMIT
+    jobs = math.ceil(hours * 3600 / slurm_seconds(text))
+    if jobs <= 1:
+        return
+    what = f"{name} takes about {hours:.1f} hours, but a job may take {text}"
+    fix = "raise the limit, or use more devices or processes"
+    if chain.max_requeues is not None and jobs > chain.max_requeues + 1:
+        starts = f"{what} and is started {chain.max_requeues + 1} times"
+        yield Problem(rules.REQUEUES, starts, f"{fix}, or cluster.max_requeues={jobs - 1}")
+    else:
         yield Problem(
-            rules.TIME_LIMIT,
-            f"{name} takes about {hours:.1f} hours, but a job may take {limit / 3600:.1f}: it will "
-            f"be queued {-(-hours * 3600 // limit):.0f} times",
-            "raise the limit, use more devices, or let it resume that often",
+            rules.TIME_LIMIT, f"{what}: it will be queued {jobs} times", f"{fix}, or let it resume"
         )
 
 

@@ -69,6 +69,7 @@ MEMORY = Rule(
     "pytorch/torchtune#2213",
 )
 TIME_LIMIT = _warning("time-limit", "a job that reaches its limit is queued again")
+REQUEUES = Rule("requeues", "a stage must end within its job's time limit and requeues")
 IMAGE = Rule("image", "every job needs its container image")
 ENGINE_IMAGE = _warning(
     "engine-image", "TensorRT-LLM is only in NVIDIA's image, and its stages run last"

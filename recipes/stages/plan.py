@@ -26,6 +26,7 @@ from recipes.planning.chain import Chain
 from recipes.planning.hardware import Hardware, cpuinfo
 from recipes.planning.inference_cost import InferenceCost
 from recipes.planning.layouts import proposals
+from recipes.planning.limits import preparation_seconds
 from recipes.planning.results import Cell, PlanResult, Table
 from recipes.planning.training_cost import (
     TrainingCost,
@@ -59,6 +60,8 @@ class PlanConfig(StageConfig):
     """Each training and each teacher's pass over a text, by stage."""
     inference_costs: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Costs of the other stages that run models, by stage."""
+    preparation_seconds: dict[str, float] = field(default_factory=dict)
+    """Expected time of each stage that tokenizes text of a known size."""
     hardware: dict[str, Any] = field(default_factory=dict)
     """The hardware profile."""
     from_published_config: bool = False
@@ -72,6 +75,7 @@ def resolve_from_chain(cfg: PlanConfig, chain: Chain) -> PlanConfig:
         cfg,
         workloads={name: asdict(workload) for name, workload in chain.workloads.items()},
         inference_costs={name: asdict(cost) for name, cost in chain.inference_costs.items()},
+        preparation_seconds=preparation_seconds(chain),
         hardware=asdict(hardware),
         from_published_config=chain.from_published_config,
     )
@@ -87,9 +91,20 @@ def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
     costs = {name: (job, training_cost(job, hardware)) for name, job in workloads.items()}
     hours = {name: cost.hours for name, (_, cost) in costs.items()}
     hours |= {name: cost.hours(hardware) for name, cost in inference.items()}
+    hours |= {name: seconds / 3600 for name, seconds in cfg.preparation_seconds.items()}
     result = PlanResult(
         figures(costs, hardware, cfg.from_published_config),
-        [*tables(costs, hardware), *inference_table(inference, hardware)],
+        [
+            *tables(costs, hardware),
+            *inference_table(inference, hardware),
+            *_table(
+                "Tokenization",
+                (
+                    {"stage": name, "hours": f"{seconds / 3600:.2f}"}
+                    for name, seconds in cfg.preparation_seconds.items()
+                ),
+            ),
+        ],
         {name: cost.tokens_per_second for name, (_, cost) in costs.items()},
         {name: 3600 * spent for name, spent in hours.items()},
     )

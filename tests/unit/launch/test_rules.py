@@ -102,6 +102,7 @@ TRIPS = {
     "disk": trip(prepare=disk_is_full),
     "memory": trip("hardware.memory_bytes=1e9"),
     "time-limit": trip("+cluster.time=00:01:00"),
+    "requeues": trip("+cluster.time=00:01:00", "+cluster.max_requeues=0"),
     "image": trip("+cluster.images.default=/nowhere/image.sqsh"),
     "engine-image": trip("engine=tensorrt_llm", "cluster.executor=slurm"),
     "mounts": trip("+cluster.mounts=[/nowhere/data]"),
