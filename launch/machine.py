@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,8 +42,10 @@ def chain_of(
     )
 
 
-def cluster_problems(cluster: DictConfig, hardware: Hardware) -> Iterator[Problem]:
-    """Checks the cluster's settings, as far as that is possible on this machine."""
+def cluster_problems(
+    cluster: DictConfig, hardware: Hardware, images: Collection[str | None]
+) -> Iterator[Problem]:
+    """Checks the cluster, as far as this machine can see it; ``images`` are those of the stages."""
     if not hardware.on_gpu:
         yield from _cpu_problems(cluster, hardware)
     if cluster.executor == "local":
@@ -56,7 +58,11 @@ def cluster_problems(cluster: DictConfig, hardware: Hardware) -> Iterator[Proble
             "set it to the number of cores that a stage may use on a node",
         )
     for name, image in (cluster.get("images") or {}).items():
-        if image is not None and not _image_exists(str(image), str(cluster.executor)):
+        if (
+            image in images
+            and image is not None
+            and not _image_exists(str(image), str(cluster.executor))
+        ):
             yield Problem(
                 rules.IMAGE,
                 f"cluster.images.{name}={image} does not exist",

@@ -99,7 +99,9 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
 
 def _problems(cfg: DictConfig, chain: Chain, selected: list[str]) -> Iterator[Problem]:
     """Checks the selected stages, and the cluster and hardware that they run on."""
-    yield from cluster_problems(cfg.cluster, chain.hardware)
+    configs = [chain.stages[name] for name in selected]
+    images = {stage_of(config).image(config, chain) for config in configs}
+    yield from cluster_problems(cfg.cluster, chain.hardware, images)
     yield from mpi_problems(cfg.cluster, chain, selected)
     # The stage ``plan`` estimates stages that are not selected, too: their settings must be valid.
     planning = any(stage_of(chain.stages[name]).plans_workloads for name in selected)
@@ -240,7 +242,7 @@ def _plan_stage(
         _resolve_inputs(name, config, planned),
         starts=spec.starts,
         external={key: external_stamp(path) for key, path in spec.external(config).items()},
-        in_image=bool(chain.image_of(config.stage)),
+        in_image=bool(spec.image(config, chain)),
     )
     return PlannedStage(
         name=name,

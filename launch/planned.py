@@ -70,7 +70,7 @@ class PlannedStage:
     @property
     def image(self) -> str | None:
         """Its container image; ``None`` without a container."""
-        return self.chain.image_of(self.config.stage)
+        return self.stage.image(self.config, self.chain)
 
     @property
     def needs_gpu(self) -> bool:

@@ -17,6 +17,7 @@ from recipes.core.errors import RecipeError, require_known
 from recipes.core.wheels import cache_dir
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.token_files import paths_of
+from recipes.planning.chain import TENSORRT_LLM
 
 DEFAULT = "default"
 LOCAL_CACHES = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")
@@ -33,7 +34,8 @@ class Containers(Cluster):
     """Settings of an executor that runs stages in containers."""
 
     images: dict[str, str | None] = field(default_factory=dict)
-    """Image by stage module, such as ``build_engine``; ``default`` for all others."""
+    """``tensorrt_llm`` for stages that run TensorRT-LLM, ``default`` for all others, which include
+    OpenVINO's; or an image for one stage module, such as ``distill``."""
     mounts: list[str] = field(default_factory=list)
     """Folders to mount in addition to those that stages need; ``:ro`` at the end for read-only."""
 
@@ -51,7 +53,7 @@ class Mount:
 
 def require_usable(plan: Plan, cluster: Containers) -> None:
     """Refuses images of unknown stages, and paths that cannot be mounted."""
-    require_stages("images", cluster.images, DEFAULT)
+    require_stages("images", cluster.images, DEFAULT, TENSORRT_LLM)
     for stage in plan.todo():
         for mount in mounts_of(stage, cluster):
             if not MOUNTABLE.fullmatch(str(mount.path)):

@@ -28,6 +28,8 @@ CONFIGS: dict[str, dict[str, Any]] = read_json(Path(__file__).with_name("publish
 They are the fields of each public ``config.json`` that a plan needs. Tests compare them with the
 published numbers of parameters.
 """
+TENSORRT_LLM = "tensorrt_llm"
+"""Name of the image of stages that run TensorRT-LLM."""
 TOKENIZER_INPUTS = ("tokenizer", "checkpoint", "student", "teacher")
 """Inputs that a stage copies its tokenizer from, in order of precedence."""
 
@@ -45,7 +47,7 @@ class Chain:
     runs_here: bool = False
     """Whether its stages run on this machine, outside of containers."""
     images: Mapping[str, str | None] = field(default_factory=dict)
-    """Container image by stage module; ``default`` for all others."""
+    """Container image by stage module, for ``tensorrt_llm``, and ``default`` for all others."""
     time_limit: str = ""
     """Time limit of a job, in Slurm's format; none by default."""
     max_requeues: int | None = None
@@ -62,9 +64,15 @@ class Chain:
     """By stage, the cost of each other stage that runs models. Empty until all checks have
     passed."""
 
-    def image_of(self, module: str) -> str | None:
-        """Returns the image that a stage module runs in; ``None`` outside of containers."""
-        return self.images.get(module, self.images.get("default"))
+    def image_of(self, module: str, tensorrt_llm: bool) -> str | None:
+        """Returns the image that a stage runs in; ``None`` outside of containers.
+
+        Args:
+            module: The stage's module, whose own image comes first.
+            tensorrt_llm: Whether the stage runs TensorRT-LLM.
+        """
+        names = [module, *([TENSORRT_LLM] if tensorrt_llm else []), "default"]
+        return next((self.images[name] for name in names if name in self.images), None)
 
     def shape_of(self, stage: str | None) -> Architecture:
         """Returns the largest shape that a stage's model may have; the teacher's if unknown."""

@@ -56,6 +56,7 @@ STAGE = Stage(
     inputs={"checkpoint": ("checkpoint_hf", "checkpoint_nemo")},
     optional_inputs={"data": ("dataset",)},
     needs_gpu=lambda config, chain: config.backend != "openvino",
+    needs_tensorrt_llm=lambda config, chain: config.backend != "openvino",
     # The engine, and the Hugging Face folder that a NeMo checkpoint is converted to.
     disk_bytes=lambda config, chain: 2 * 4 * chain.teacher.parameters(),
     require_here=lambda config: require_backend(config.backend),

@@ -104,6 +104,8 @@ class Stage(Generic[ConfigT]):
     """Whether it imports torch. If not, torchrun does not start it."""
     needs_gpu: Callable[[ConfigT, Chain], bool] = lambda config, chain: True
     """Whether it uses GPUs. If not, its job and its container have none."""
+    needs_tensorrt_llm: Callable[[ConfigT, Chain], bool] = lambda config, chain: False
+    """Whether it runs TensorRT-LLM, which has its own image."""
     external: Callable[[ConfigT], Mapping[str, Path]] = lambda config: {}
     """Files outside the run that the result depends on."""
     disk_bytes: Callable[[ConfigT, Chain], int] = lambda config, chain: 0
@@ -124,6 +126,10 @@ class Stage(Generic[ConfigT]):
     """Returns the progress of unfinished work, such as "step 50"; ``None`` without progress."""
     require_here: Callable[[ConfigT], None] = lambda config: None
     """Raises ``RecipeError`` if this machine lacks what the stage needs."""
+
+    def image(self, config: ConfigT, chain: Chain) -> str | None:
+        """Returns the container image that it runs in; ``None`` without a container."""
+        return chain.image_of(config.stage, self.needs_tensorrt_llm(config, chain))
 
     def problems(self, config: ConfigT, chain: Chain) -> Iterator[Problem]:
         """Yields all problems of the stage's settings."""

@@ -72,4 +72,5 @@ STAGE = Stage(
     one_rank="the items are not split over ranks",
     inputs={"checkpoint": ("checkpoint_hf",), "artifact": ("engine", "gguf")},
     optional_inputs={"data": ("dataset",)},
+    needs_tensorrt_llm=needs_tensorrt_llm,
 )

@@ -169,4 +169,5 @@ STAGE = Stage(
         "student_engine": ("engine",),
     },
     needs_gpu=needs_gpu,
+    needs_tensorrt_llm=needs_gpu,
 )
