@@ -46,6 +46,10 @@ def _without_context_parallelism(
     config.context_parallel_size = context
 
 
+def _keep_object(value: Any, src: int = 0, group: Any = None) -> Any:
+    return value
+
+
 def _skip_gate(original: object, parity: Any, what: str) -> Any:
     return parity
 
@@ -120,6 +124,12 @@ PATCHES = (
         "a mesh needs rank numbers, which have no values",
         "4c1191ab40e9",
         constant(None),
+    ),
+    Patch(
+        "modelopt.torch.utils.distributed:broadcast",
+        "a received object has no values; here it equals this rank's",
+        "d9f91addda52",
+        replace_with(_keep_object),
     ),
     Patch(
         "recipes.distillation.objective:LossReduction.__init__",
