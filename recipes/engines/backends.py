@@ -48,7 +48,7 @@ def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
             yield Problem(
                 rules.ENGINE_IMAGE,
                 f"{cfg.stage} needs TensorRT-LLM, but no image is set for it",
-                f"set cluster.images.tensorrt_llm to a copy of {tensorrt_llm.IMAGE}, or engine=null",
+                f"set cluster.images.tensorrt_llm to {tensorrt_llm.IMAGE}, or engine=null",
             )
         arch = chain.shape_of(cfg.inputs.get("checkpoint"))
         yield from tensorrt_llm.problems(
