@@ -18,7 +18,7 @@ from recipes.core.files import REPO_ROOT
 from recipes.planning.hardware import cpu_profile
 
 CONF = REPO_ROOT / "conf"
-OPTIONAL_GROUPS = ("engine", "gguf", "heal", "long_context", "tasks", "tracker")
+OPTIONAL_GROUPS = ("engine", "gguf", "heal", "long_context", "served", "tasks", "tracker")
 """Config groups that a run can leave out: ``GROUP=null``."""
 CHOICE = re.compile(r"\d+k|[a-z][\w.]*", re.IGNORECASE)
 VALUES = ("null", "true", "false", "nan", "inf")

@@ -56,10 +56,6 @@ def harness_is_missing(patch: Patch, _: Path) -> None:
     patch.setattr("recipes.evaluation.task_checks.HARNESS", "0.0.0")
 
 
-def llama_server_is_missing(patch: Patch, _: Path) -> None:
-    patch.setattr("recipes.stages.evaluate_served.has_llama_server", lambda: False)
-
-
 def disk_is_full(patch: Patch, _: Path) -> None:
     usage = namedtuple("usage", "total used free")
     patch.setattr("launch.plan.shutil.disk_usage", lambda _: usage(10**9, 10**9, 0))
@@ -159,10 +155,10 @@ TRIPS = {
     "tasks-harness": trip("tasks=quick", prepare=harness_is_missing),
     "tasks-names": trip("tasks=quick", f"{T}tasks=[sciqq]"),
     "tasks-fewshot": trip("tasks=quick", f"+{T}num_fewshot.nothing=5"),
-    "served": trip("gguf=f16", "served=gguf", prepare=llama_server_is_missing),
     "gates": trip("gates=['recovered.nothing >= 0.5']"),
 }  # fmt: skip
 ELSEWHERE = {
+    "served": "stages/test_evaluate_served.py",
     "report": "stages/test_checks.py",
     **dict.fromkeys(("budget", "search", "searched-shape"), "search/test_stages.py"),
     "tokenizer": "planning/test_vocabularies.py",
