@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,19 +36,26 @@ def chain_of(
         hardware=hardware,
         run_dir=run_dir,
         runs_here=cfg.cluster.executor == "local",
+        own_python=_has_own_python(cfg.cluster),
         images=cfg.cluster.get("images") or {},
         time_limit=str(cfg.cluster.get("time", "")),
         max_requeues=cfg.cluster.get("max_requeues"),
     )
 
 
+def _has_own_python(cluster: DictConfig) -> bool:
+    """Whether stages run with the launcher's interpreter, not an image's or ``cluster.python``."""
+    has_image = bool((cluster.get("images") or {}).get("default"))
+    return cluster.executor == "local" or not (has_image or cluster.get("python"))
+
+
 def cluster_problems(
-    cluster: DictConfig, hardware: Hardware, images: Collection[str | None]
+    cluster: DictConfig, chain: Chain, selected: Iterable[str]
 ) -> Iterator[Problem]:
-    """Checks the cluster, as far as this machine can see it; ``images`` are those of the stages."""
-    if not hardware.on_gpu:
-        yield from _cpu_problems(cluster, hardware)
-    if cluster.executor == "local":
+    """Checks the cluster for the selected stages, as far as this machine can see it."""
+    if not chain.hardware.on_gpu:
+        yield from _cpu_problems(cluster, chain.hardware)
+    if chain.own_python and any(stage_of(chain.stages[name]).needs_torch for name in selected):
         yield from _stack_problems()
     shared = cluster.executor == "slurm" and not cluster.get("exclusive")
     if shared and cluster.get("cpus_per_task") is None:
@@ -57,6 +64,8 @@ def cluster_problems(
             "cluster.cpus_per_task is not set",
             "set it to the number of cores that a stage may use on a node",
         )
+    configs = [chain.stages[name] for name in selected]
+    images = {stage_of(config).image(config, chain) for config in configs}
     for name, image in (cluster.get("images") or {}).items():
         if (
             image in images
@@ -85,7 +94,8 @@ def _stack_problems() -> Iterator[Problem]:
         yield Problem(
             rules.STACK_VERSIONS,
             f"not the tested versions: {listed}",
-            "./install.sh, and start with .venv/bin/python; or use cluster=docker",
+            "./install.sh, and start with .venv/bin/python; or set cluster.images.default, or "
+            "cluster.python to an interpreter that has them",
         )
 
 

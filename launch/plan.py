@@ -99,9 +99,7 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
 
 def _problems(cfg: DictConfig, chain: Chain, selected: list[str]) -> Iterator[Problem]:
     """Checks the selected stages, and the cluster and hardware that they run on."""
-    configs = [chain.stages[name] for name in selected]
-    images = {stage_of(config).image(config, chain) for config in configs}
-    yield from cluster_problems(cfg.cluster, chain.hardware, images)
+    yield from cluster_problems(cfg.cluster, chain, selected)
     yield from mpi_problems(cfg.cluster, chain, selected)
     # The stage ``plan`` estimates stages that are not selected, too: their settings must be valid.
     planning = any(stage_of(chain.stages[name]).plans_workloads for name in selected)

@@ -20,6 +20,8 @@ from recipes.core.files import REPO_ROOT
 RESULT_LIBRARIES = ("torch", "megatron-core", "nemo_toolkit", "nvidia-modelopt", "transformers")
 """Libraries whose versions are part of a fingerprint."""
 TRANSFORMER_ENGINE = "transformer-engine"
+STAGE_EXTRAS = ("launcher", "train", "cpu")
+"""Extras of pyproject.toml that stages need; a launcher for a cluster needs the first."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,15 @@ class Pin:
 
 
 def pins() -> Iterator[Pin]:
-    """Yields Python and every pinned library."""
+    """Yields Python and every pinned library that stages need."""
     with (REPO_ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
     yield Pin("python", project["requires-python"], sys.version.split()[0])
-    for line in project["dependencies"]:
-        requirement = Requirement(line)
-        yield Pin(requirement.name, str(requirement.specifier), installed(requirement.name))
+    for extra in STAGE_EXTRAS:
+        for requirement in map(Requirement, project["optional-dependencies"][extra]):
+            if requirement.name != project["name"]:
+                found = installed(requirement.name)
+                yield Pin(requirement.name, str(requirement.specifier), found)
 
 
 @cache

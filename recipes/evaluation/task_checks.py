@@ -11,10 +11,11 @@ from recipes.core.errors import did_you_mean
 from recipes.evaluation.offline_tasks import TASKS
 from recipes.evaluation.settings import GENERATION_BATCH, HARNESS, EvaluateTasksConfig
 from recipes.planning import rules
+from recipes.planning.chain import Chain
 from recipes.planning.inference_cost import Generation
 from recipes.planning.rules import Problem
 
-INSTALL = 'pip install -e ".[tasks]", or leave the benchmarks out: tasks=null'
+INSTALL = "./install.sh, or leave the benchmarks out: tasks=null"
 
 ITEM_SIZES = {
     "sciq": (1000, 112),
@@ -35,12 +36,17 @@ SUBJECTS = {"mmlu": 57}
 """Number of subtasks. The limit and the examples are per subtask."""
 
 
-def task_problems(cfg: EvaluateTasksConfig) -> Iterator[Problem]:
-    """Yields problems of the installed harness and of the tasks, without importing the harness."""
+def _harness_problems() -> Iterator[Problem]:
     if importlib.util.find_spec("lm_eval") is None:
         yield Problem(rules.TASKS_HARNESS, "lm-eval is not installed", INSTALL)
     elif (version := metadata.version("lm_eval")) != HARNESS:
         yield Problem(rules.TASKS_HARNESS, f"lm-eval is {version}, not {HARNESS}", INSTALL)
+
+
+def task_problems(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
+    """Yields problems of the installed harness and of the tasks, without importing the harness."""
+    if chain.own_python:
+        yield from _harness_problems()
     for name in cfg.num_fewshot.keys() - set(cfg.tasks):
         yield Problem(
             rules.TASKS_FEWSHOT,

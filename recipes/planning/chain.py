@@ -46,6 +46,8 @@ class Chain:
     """Directory with the results of an earlier run of this chain."""
     runs_here: bool = False
     """Whether its stages run on this machine, outside of containers."""
+    own_python: bool = True
+    """Whether its stages run with the launcher's interpreter, here or on Slurm's nodes."""
     images: Mapping[str, str | None] = field(default_factory=dict)
     """Container image by stage module, for ``tensorrt_llm``, and ``default`` for all others."""
     time_limit: str = ""

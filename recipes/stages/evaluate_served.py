@@ -28,7 +28,7 @@ GENERATED = ("gsm8k_cot",)
 
 def check(cfg: EvaluateServedConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of the tasks and the sequences, and a server that cannot answer."""
-    yield from task_problems(cfg)
+    yield from task_problems(cfg, chain)
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     if needs_tensorrt_llm(cfg, chain):
         for name in sorted({*cfg.tasks} & TASKS.keys() - {*GENERATED}):

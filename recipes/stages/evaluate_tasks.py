@@ -22,7 +22,7 @@ from recipes.stages.contract import Stage
 
 def check(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of the installed harness and of the tasks."""
-    yield from task_problems(cfg)
+    yield from task_problems(cfg, chain)
 
 
 def inference_cost(cfg: EvaluateTasksConfig, chain: Chain) -> InferenceCost:

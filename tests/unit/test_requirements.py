@@ -17,10 +17,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from recipes.core.files import REPO_ROOT
+from recipes.core.versions import RESULT_LIBRARIES
 from tests.support.contributing import copy_with
 
 REQUIREMENTS = REPO_ROOT / "requirements"
-FILES = ("stack.txt", "dev.txt", "torch.txt")
+FILES = ("launcher.txt", "stack.txt", "dev.txt", "torch.txt")
 PIN = re.compile(
     r"^([\w.-]+)==(\S+) ; (.+?) \\$((?:\n    --hash=sha256:[0-9a-f]{64}(?: \\)?)+)\n", re.M
 )
@@ -47,7 +48,7 @@ def pins(file: Path, python: str) -> dict[str, str]:
 def ranges(*extras: str) -> list[Requirement]:
     project = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
-    lines = [*project["dependencies"], *(line for name in extras for line in optional[name])]
+    lines = [line for name in extras for line in optional[name]]
     return [Requirement(line) for line in lines if not line.startswith(project["name"])]
 
 
@@ -59,13 +60,14 @@ def test_every_pin_has_a_hash(name: str) -> None:
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_pins_are_within_the_ranges(python: str) -> None:
-    stack, dev, torch = (pins(REQUIREMENTS / name, python) for name in FILES)
-    assert stack.items() <= dev.items()
+    launcher, stack, dev, torch = (pins(REQUIREMENTS / name, python) for name in FILES)
+    assert launcher.items() <= stack.items() <= dev.items()
     shared = dev.keys() & torch.keys()
     assert {name: dev[name] for name in shared} == {name: torch[name] for name in shared}
     for pinned, extras in (
-        (stack | {"torch": torch["torch"]}, ["tasks"]),
-        (dev | torch, ["dev", "docs", "mlflow", "tasks", "wandb"]),
+        (launcher, ["launcher"]),
+        (stack | {"torch": torch["torch"]}, ["cpu", "launcher", "tasks", "train"]),
+        (dev | torch, ["dev", "docs", "mlflow", "wandb"]),
     ):
         for one in ranges(*extras):
             assert one.specifier.contains(pinned[canonicalize_name(one.name)]), one
@@ -75,6 +77,12 @@ def test_image_keeps_the_packages_of_its_container() -> None:
     image = pins(REQUIREMENTS / "stack.txt", PYTHONS[-1])
     container = re.compile(r"torch(vision)?$|triton$|cuda-|nvidia-(cu|nc|nv)|transformer-engine")
     assert not [name for name in image if container.match(name)]
+
+
+def test_libraries_of_fingerprints_have_one_version() -> None:
+    """An image keeps what is in range, but fingerprints of its stages count the lock's versions."""
+    exact = {one.name for one in ranges("train") if str(one.specifier).startswith("==")}
+    assert set(RESULT_LIBRARIES) - exact == {"torch"}
 
 
 def test_kernels_package_is_not_pinned() -> None:
