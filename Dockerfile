@@ -16,17 +16,21 @@ RUN --mount=from=uv,source=/uv,target=/usr/local/bin/uv \
 USER 10001
 RUN python3 -c 'import omegaconf'
 
-# Python 3.12, torch 2.9 and TransformerEngine are NGC's; the build fails if they were replaced.
+# Packages of NGC's image stay if they fit. The build prints the others, and fails if torch or
+# TransformerEngine were replaced or a library cannot be imported.
 FROM nvcr.io/nvidia/nemo:25.11 AS recipes
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-COPY requirements/stack.txt /opt/nemo-recipes/stack.txt
+COPY pyproject.toml /opt/nemo-recipes/
+COPY requirements/stack.txt requirements/install_missing.py /opt/nemo-recipes/requirements/
 RUN --mount=from=uv,source=/uv,target=/usr/local/bin/uv \
     kept() { python -c 'from importlib.metadata import version as v; print(*map(v, ["torch", "transformer-engine"]))'; } \
  && before=$(kept) \
- && uv pip install --no-cache --no-deps --break-system-packages --python "$(command -v python)" \
-      --require-hashes --requirement /opt/nemo-recipes/stack.txt \
+ && python /opt/nemo-recipes/requirements/install_missing.py /opt/nemo-recipes/requirements/stack.txt \
+      uv pip install --no-cache --no-deps --break-system-packages --python "$(command -v python)" \
+      --require-hashes --requirement \
  && [ "$(kept)" = "$before" ] \
  && useradd --create-home --uid 10001 recipes
 # docker run --user replaces it by the caller's own, so that files belong to whoever starts a run.
 USER 10001
-RUN python -c 'import hydra, omegaconf, sys; assert sys.version_info[:2] == (3, 12)'
+RUN python -c 'import hydra, omegaconf, sys; assert sys.version_info[:2] == (3, 12)' \
+ && python -c 'import megatron.core, modelopt.torch, nemo.collections.llm, transformer_engine.pytorch'

@@ -16,6 +16,17 @@ from recipes.core.files import REPO_ROOT
 NEEDED = ("packaging", "setuptools", "einops")
 """The packages of the lock that are installed here: a few, not gigabytes."""
 
+IMPORTED = ("megatron.core", "modelopt.torch", "nemo.collections.llm", "transformer_engine.pytorch")
+
+
+def add_metadata(image: Path, name: str, version: str, requires: str = "") -> None:
+    """Makes a package that importlib.metadata finds."""
+    info = image / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}"
+    )
+
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
@@ -23,9 +34,11 @@ def copy(tmp_path: Path) -> Path:
     copy = tmp_path / "checkout"
     (copy / "requirements").mkdir(parents=True)
     shutil.copy(REPO_ROOT / "install.sh", copy)
+    shutil.copy(REPO_ROOT / "requirements" / "install_missing.py", copy / "requirements")
     (copy / "pyproject.toml").write_text(
         '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
-        '[project]\nname = "few"\nversion = "1"\n[tool.setuptools]\npackages = []\n'
+        '[project]\nname = "few"\nversion = "1"\n[project.optional-dependencies]\n'
+        'dev = ["einops<1", "packaging>=24"]\n[tool.setuptools]\npackages = []\n'
     )
     lock = (REPO_ROOT / "requirements" / "dev.txt").read_text()
     entries = re.findall(r"^[\w.-]+==.*\n(?:    .*\n)+", lock, re.M)
@@ -39,11 +52,11 @@ def copy(tmp_path: Path) -> Path:
     ):
         (image / name).mkdir(parents=True)
         (image / name / "__init__.py").write_text("class version:\n    cuda = '13.0'\n")
-        info = image / f"{name}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}"
-        )
+        add_metadata(image, name, version, requires)
+    for module in IMPORTED:
+        package = image.joinpath(*module.split("."))
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
     (tmp_path / "constraint.txt").write_text("packaging==1.0\nsetuptools==1.0\n")
     return copy
 
@@ -74,11 +87,30 @@ def test_the_image_keeps_its_torch_and_its_other_faults(copy: Path) -> None:
     assert install(copy).stdout == ""
 
 
-def test_another_version_than_the_lock_is_named(copy: Path) -> None:
-    other = copy.parent / "image" / "einops-0.1.dist-info"
-    other.mkdir()
-    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: einops\nVersion: 0.1\n")
+def test_packages_of_the_image_stay_if_they_fit(copy: Path) -> None:
+    """The range of the project includes einops 0.1."""
+    image = copy.parent / "image"
+    add_metadata(image, "einops", "0.1")
+    done = install(copy)
+    assert done.returncode == 0, done.stderr
+    assert not list((copy / "venv").rglob("einops"))
+    assert re.search(r"^einops +0\.1 +0\.\S+ +kept$", done.stdout, re.M), done.stdout
+    assert re.search(r"^packaging +- +\S+ +installed$", done.stdout, re.M), done.stdout
+
+
+def test_a_version_out_of_range_that_cannot_be_replaced_is_named(copy: Path) -> None:
+    """``PYTHONPATH`` precedes the virtual environment."""
+    add_metadata(copy.parent / "image", "einops", "2.0")
     done = install(copy)
     assert done.returncode != 0
-    assert "einops 0.1 instead of" in done.stderr
+    assert "einops 2.0 instead of" in done.stderr
+    assert not (copy / "venv" / ".installed").exists()
+
+
+@pytest.mark.parametrize("module", IMPORTED)
+def test_a_library_that_cannot_be_imported_fails(copy: Path, module: str) -> None:
+    shutil.rmtree(copy.parent.joinpath("image", *module.split(".")))
+    done = install(copy)
+    assert done.returncode != 0
+    assert module in done.stderr
     assert not (copy / "venv" / ".installed").exists()
