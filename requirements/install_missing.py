@@ -47,10 +47,12 @@ def satisfies(requirement: Requirement) -> bool:
 
 
 def direct_requirements(project: Path) -> list[Requirement]:
-    """Returns the requirements of all extras, without the references to other extras."""
-    content = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
-    lines = [line for extra in content["optional-dependencies"].values() for line in extra]
-    return [Requirement(line) for line in lines if Requirement(line).name != content["name"]]
+    """Returns the requirements of all extras and of the build, not references to other extras."""
+    content = tomllib.loads(project.read_text(encoding="utf-8"))
+    extras = content["project"]["optional-dependencies"].values()
+    lines = [*content["build-system"]["requires"], *(line for extra in extras for line in extra)]
+    name = content["project"]["name"]
+    return [one for one in map(Requirement, lines) if one.name != name]
 
 
 def misfits(pins: dict[str, str], direct: list[Requirement]) -> Iterator[str]:

@@ -36,7 +36,7 @@ def copy(tmp_path: Path) -> Path:
     shutil.copy(REPO_ROOT / "install.sh", copy)
     shutil.copy(REPO_ROOT / "requirements" / "install_missing.py", copy / "requirements")
     (copy / "pyproject.toml").write_text(
-        '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+        '[build-system]\nrequires = ["setuptools>=77"]\nbuild-backend = "setuptools.build_meta"\n'
         '[project]\nname = "few"\nversion = "1"\n[project.optional-dependencies]\n'
         'dev = ["einops<1", "packaging>=24"]\n[tool.setuptools]\npackages = []\n'
     )
@@ -95,7 +95,7 @@ def test_packages_of_the_image_stay_if_they_fit(copy: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert not list((copy / "venv").rglob("einops"))
     assert re.search(r"^einops +0\.1 +0\.\S+ +kept$", done.stdout, re.M), done.stdout
-    assert re.search(r"^packaging +- +\S+ +installed$", done.stdout, re.M), done.stdout
+    assert re.search(r"^setuptools +\S+ +\S+ +installed$", done.stdout, re.M), done.stdout
 
 
 def test_a_version_out_of_range_that_cannot_be_replaced_is_named(copy: Path) -> None:
