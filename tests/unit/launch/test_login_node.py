@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 
 from recipes.core.files import REPO_ROOT
-from recipes.core.manifest import read_manifest
-from tests.slurm.cluster import SlurmCluster, without_slurm
 from tests.support.launcher import LAUNCHER
 from tests.support.reports import make_run
 
@@ -80,14 +78,3 @@ def test_jobs_that_would_lack_libraries_are_refused(python: Path, tmp_path: Path
     assert refused.returncode == 1
     assert "nemo_toolkit missing" in refused.stdout + refused.stderr
     assert not (tmp_path / "runs" / "qwen3_8b_depth" / "submit.sh").exists()
-
-
-def test_it_submits_to_slurm(python: Path, tmp_path: Path) -> None:
-    if why := without_slurm():
-        pytest.skip(why)
-    words = ("recipe=qwen3_8b_depth", *SLURM, "only=[plan]", "cluster.follow=true")
-    with SlurmCluster.running():
-        done = launch(python, tmp_path, *words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    manifest = read_manifest(tmp_path / "runs" / "qwen3_8b_depth" / "plan")
-    assert manifest is not None
