@@ -6,7 +6,8 @@ import json
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,18 +17,30 @@ import numpy as np
 
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
-from recipes.core.stage import StoppedByDeadlineError, time_is_up
+from recipes.core.stage import StoppedByDeadlineError, rank, time_is_up
 from recipes.data.chat import ChatTokenizer, pack
 from recipes.data.corpus import PARTS, Document, Reader, digest, draw_of, part_of, read_source
 from recipes.data.part_writer import PartWriter
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import source_names
-from recipes.data.tokenizer import DocumentTokenizer, Encoded, encode_all
+from recipes.data.tokenizer import DocumentTokenizer, Encoded, encode_on_ranks, share
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 18
 """Limits of a batch for the tokenizer, whichever is reached first."""
 SAVE_SECONDS = 10.0
 """Time between two saves: the work that a killed process may lose."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    documents: list[Document]
+    state: Any
+    """State of the reader after these documents."""
+    fraction: float
+
+
+Encoding = closing[Generator[tuple[list[Encoded], _Batch], None, None]]
+"""A source's encoded batches, in order."""
 
 
 class Ledger:
@@ -120,8 +133,8 @@ def prepare(
     """Writes ``.bin`` and ``.idx`` of all parts; continues the work of a killed process.
 
     Held-out sources come first, so that they keep a document that a training source has, too.
-    Duplicates and parts are decided in this process, in the order of the text, so that the number
-    of processes does not affect the result.
+    Duplicates and parts are decided by rank 0 in one process, in the order of the text, so that the
+    number of ranks and processes does not affect the result. Other ranks return an empty state.
 
     Args:
         cfg: The stage's config.
@@ -132,6 +145,21 @@ def prepare(
         paths: By source, where to read it if it is stored elsewhere than its name says.
     """
     names = list(source_names(cfg.all_sources()).items())
+
+    def encode(source: str, state: Any, documents: int) -> Encoding:
+        """Encodes a source from the state of a reader, after so many documents."""
+        path = (paths or {}).get(source, source)
+        reader = read_source(path, cfg.text_field, state, chat=encoder_of(source) is chat)
+        limit = cfg.max_documents if source in cfg.sources else None
+        batches = _batches(reader, None if limit is None else limit - documents)
+        return closing(encode_on_ranks(encoder_of(source), batches, cfg.processes))
+
+    def encoder_of(source: str) -> DocumentTokenizer | ChatTokenizer:
+        return chat if chat and cfg.is_chat(source) else tokenizer
+
+    if rank() != 0:
+        _encode_for_rank_0([source for _, source in names], encode)
+        return PreparationState()
     with Ledger(folder / "ledger.sqlite") as ledger:
         state = PreparationState(**(ledger.progress() or {}))
         if excluded := cfg.excluded_path():
@@ -139,15 +167,36 @@ def prepare(
         with PartWriter(folder, PARTS, state.sizes, masked=chat is not None) as writer:
             state.sizes = writer.sizes
             store = _Store(ledger, writer, state)
-            for name, source in names[state.done :]:
-                encoder = chat if chat and cfg.is_chat(source) else tokenizer
-                path = (paths or {}).get(source, source)
-                reader = read_source(path, cfg.text_field, state.state, chat=encoder is chat)
-                for fraction in _write_source(cfg, name, source, reader, encoder, store):
-                    percent = round(100 * (state.done + fraction) / len(names))
-                    log.progress("tokenize", percent, 100, source=source)
-                store.finish_source()
+            try:
+                for name, source in names[state.done :]:
+                    position = share((state.done, state.state, state.documents))
+                    # Closed at once, so that the other ranks learn that rank 0 stops.
+                    with encode(source, *position[1:]) as encoded:
+                        own = chat if encoder_of(source) is chat else None
+                        for fraction in _write_source(cfg, name, source, encoded, own, store):
+                            percent = round(100 * (state.done + fraction) / len(names))
+                            log.progress("tokenize", percent, 100, source=source)
+                    store.finish_source()
+            except StoppedByDeadlineError as error:
+                share(error)
+                raise
+            share(None)
     return state
+
+
+def _encode_for_rank_0(sources: list[str], encode: Callable[[str, Any, int], Encoding]) -> None:
+    """Encodes this rank's batches of the sources that rank 0 writes.
+
+    Raises:
+        StoppedByDeadlineError: Rank 0 stopped.
+    """
+    while (message := share(None)) is not None:
+        if isinstance(message, StoppedByDeadlineError):
+            raise message
+        number, state, documents = message
+        with encode(sources[number], state, documents) as encoded:
+            for _ in encoded:
+                pass
 
 
 @dataclass
@@ -193,20 +242,12 @@ class _Store:
         self.saved_at = time.monotonic()
 
 
-@dataclass(frozen=True)
-class _Batch:
-    documents: list[Document]
-    state: Any
-    """State of the reader after these documents."""
-    fraction: float
-
-
 def _write_source(
     cfg: PrepareDataConfig,
     name: str,
     source: str,
-    reader: Reader,
-    encoder: DocumentTokenizer | ChatTokenizer,
+    batches: Iterator[tuple[list[Encoded], _Batch]],
+    chat: ChatTokenizer | None,
     store: _Store,
 ) -> Iterator[float]:
     """Writes a source's documents up to its limits; yields the fraction that is done."""
@@ -215,8 +256,7 @@ def _write_source(
     max_documents, max_tokens = (
         (None, None) if only_heldout else (cfg.max_documents, cfg.max_tokens)
     )
-    remaining = None if max_documents is None else max_documents - state.documents
-    for encoded, batch in encode_all(encoder, _batches(reader, remaining), cfg.processes):
+    for encoded, batch in batches:
         new: list[tuple[str, Encoded]] = []
         for document, each in zip(batch.documents, encoded, strict=True):
             document_digest = digest(document.text)
@@ -225,8 +265,8 @@ def _write_source(
                 state.tokens += len(each.ids)
             if max_tokens is not None and state.tokens >= max_tokens:
                 break
-        if isinstance(encoder, ChatTokenizer):
-            new = list(_packed(encoder, new, name, store))
+        if chat is not None:
+            new = list(_packed(chat, new, name, store))
         store.add(name, new)
         if max_tokens is not None and state.tokens >= max_tokens:
             return

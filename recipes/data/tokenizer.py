@@ -6,10 +6,11 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -19,11 +20,15 @@ import numpy as np
 
 from recipes.core.errors import RecipeError
 from recipes.core.processes import death_message, die_with_parent
+from recipes.core.stage import rank, world_size
+from recipes.core.watchdog import report_progress
 
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 """Tokens between documents in pretraining; an instruct model's ``eos_token`` ends a turn."""
 AHEAD = 4
 """Batches queued per process, so that none waits for text."""
+LONGEST_WAIT = timedelta(days=1)
+"""Of ranks for each other; ``resources.hang_timeout`` usually ends a stage before."""
 ItemT = TypeVar("ItemT")
 
 
@@ -122,6 +127,56 @@ def encode_all(
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def encode_on_ranks(
+    encoder: Encoder, batches: Iterator[tuple[list[str], ItemT]], processes: int
+) -> Generator[tuple[list[Encoded], ItemT], None, None]:
+    """Encodes batches in order, by all ranks; only rank 0 yields them.
+
+    All ranks read all text, and each encodes its own batches. After a group with one batch of each
+    rank, rank 0 tells the others whether it continues.
+    """
+    if world_size() == 1:
+        yield from encode_all(encoder, batches, processes)
+        return
+    for own, items in encode_all(encoder, _groups(batches), processes):
+        encoded: list[Any] | None = [None] * world_size() if rank() == 0 else None
+        torch_distributed().gather_object(own, encoded)
+        try:
+            yield from zip(encoded or [], items, strict=False)
+        except GeneratorExit:
+            share(False)
+            raise
+        report_progress()
+        if not share(True):
+            return
+
+
+def _groups(
+    batches: Iterator[tuple[list[str], ItemT]],
+) -> Iterator[tuple[list[str], list[ItemT]]]:
+    """Yields this rank's batch of each group, which is empty at the end, and the group's items."""
+    while group := list(islice(batches, world_size())):
+        yield group[rank()][0] if rank() < len(group) else [], [item for _, item in group]
+
+
+def share(value: Any) -> Any:
+    """Returns rank 0's value on every rank."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    torch_distributed().broadcast_object_list(values)
+    return values[0]
+
+
+def torch_distributed() -> Any:
+    """Returns ``torch.distributed`` with a process group of all ranks."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+    return distributed
 
 
 _here: list[Encoder] = []

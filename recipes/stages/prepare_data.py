@@ -18,7 +18,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import link_or_copy, sha256_of
 from recipes.core.manifest import Outcome
 from recipes.core.precision import dtype_of
-from recipes.core.stage import Input, Inputs, metrics_log
+from recipes.core.stage import Input, Inputs, metrics_log, rank
 from recipes.core.wheels import short_name
 from recipes.data.corpus import PARTS, chat_problem
 from recipes.data.results import DatasetResult, Origin, SourceTokens, in_words
@@ -73,6 +73,9 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
         if forbids_commercial_use(licence := parse_source(source).licence):
             what = f"the licence of '{source}', {licence}, forbids commercial use"
             yield Problem(rules.LICENCE, what, "train on other text for commercial use: data=GROUP")
+    if cfg.resources.ranks > 1 and (cfg.teacher_sources() or cfg.prefix):
+        what = "several ranks only tokenize text: not a teacher's conversations or data.prefix"
+        yield Problem(rules.ONE_RANK, what, "set resources.nodes and resources.devices to 1")
     yield from _chat_problems(cfg, chain)
     if cfg.document_end and has_token(chain.hf_path, cfg.document_end) is False:
         yield Problem(
@@ -162,7 +165,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     from recipes.data.chat import ChatTokenizer
     from recipes.data.part_writer import LOSS_MASK
     from recipes.data.preparation import prepare
-    from recipes.data.tokenizer import load_tokenizer
+    from recipes.data.tokenizer import load_tokenizer, share
 
     side = side_folder(find_checkpoint(inputs["tokenizer"].artifact))
     tokenizer = load_tokenizer(side, cfg.document_end)
@@ -171,12 +174,16 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
         chat.require_template()
     folder = out.parent / PARTS_FOLDER
     folder.mkdir(exist_ok=True)
-    origins = origins_of(cfg.all_sources(), folder / "origins.json")
+    origins: dict[str, Origin] = share(
+        origins_of(cfg.all_sources(), folder / "origins.json") if rank() == 0 else None
+    )
     paths = {source: pinned(source, origin) for source, origin in origins.items()}
     if cfg.teacher_sources():
         for source, (file, origin) in _write_chats(cfg, inputs["tokenizer"], out).items():
             paths[source], origins[source] = file, origin
     prepared = prepare(cfg, tokenizer, folder, metrics_log(out), chat, paths)
+    if rank() != 0:
+        return Outcome()
     tokens = {part: size // 4 for part, (size, _) in prepared.sizes.items()}
     if cfg.prefix:
         return _link_tokens(cfg, inputs["tokenizer"], tokenizer, prepared, out)
@@ -305,7 +312,6 @@ STAGE = Stage(
     kind="dataset",
     run=run,
     check=check,
-    one_rank="one process writes its files; set processes instead",
     inputs={"tokenizer": ("checkpoint_nemo",)},
     needs_gpu=lambda config, chain: bool(config.teacher_sources()),
     external=external,

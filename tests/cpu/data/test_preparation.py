@@ -32,6 +32,7 @@ from recipes.data.preparation import PreparationState, prepare
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.token_sequences import read_loss_mask, read_tokens
 from recipes.data.tokenizer import DocumentTokenizer, encode_all, load_tokenizer
+from tests.support.ranks import run_ranks
 from tests.support.text import write_chats
 
 LOG = MetricsLog(None)
@@ -336,6 +337,55 @@ def test_the_deadline_stops_and_the_next_start_resumes(
     monkeypatch.delenv(DEADLINE)
     prepare(cfg, tokenizer, tmp_path, LOG)
     assert content(tmp_path) == content(whole[0])
+
+
+RANK_SCRIPT = """
+import json, os, sys
+from pathlib import Path
+
+from recipes.core.metrics import MetricsLog
+from recipes.core.stage import StoppedByDeadlineError, rank
+from recipes.data import preparation
+from recipes.data.preparation import prepare
+from recipes.data.settings import PrepareDataConfig
+from recipes.data.tokenizer import load_tokenizer, torch_distributed
+
+preparation.BATCH_DOCUMENTS = 64
+cfg = PrepareDataConfig(**json.loads(Path(sys.argv[1]).read_text()))
+folder = Path(sys.argv[3])
+for deadline in (True, True, False):
+    os.environ["STAGE_DEADLINE"] = "1" if deadline else ""
+    try:
+        prepare(cfg, load_tokenizer(Path(sys.argv[2])), folder, MetricsLog(None))
+        stopped = False
+    except StoppedByDeadlineError:
+        stopped = True
+    assert deadline or not stopped, rank()
+torch_distributed().barrier()
+"""
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_tokens": 3000}, {"max_documents": 100}])
+def test_two_ranks_write_the_same_bytes(
+    cfg: PrepareDataConfig,
+    tokenizer: DocumentTokenizer,
+    odd_llama: Path,
+    tmp_path: Path,
+    limits: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two real ranks, which stop at a deadline twice and resume."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    monkeypatch.setattr(preparation, "BATCH_DOCUMENTS", 64)
+    prepare(replace(cfg, **limits), tokenizer, folders[0], LOG)
+    (tmp_path / "script.py").write_text(RANK_SCRIPT)
+    settings = {"sources": cfg.sources, "heldout_sources": cfg.heldout_sources, **limits}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    arguments = (tmp_path / "settings.json", odd_llama, folders[1])
+    run_ranks(str(tmp_path / "script.py"), *map(str, arguments))
+    assert content(folders[0]) == content(folders[1])
 
 
 def _children(pid: int | None) -> list[Path]:
