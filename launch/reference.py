@@ -74,8 +74,9 @@ def _sections() -> Iterator[str]:
 
 def _choices() -> Iterator[tuple[str, str]]:
     """Yields every choice of every group, with the first sentence of its file's comment."""
-    chosen = (group for group in groups() if group != "recipe")
-    for file in sorted(file for group in chosen for file in (CONF / group).glob("*.yaml")):
+    others = (group for group in groups() if group != "recipe")
+    for file in sorted(file for group in others for file in (CONF / group).glob("*.yaml")):
+        # Comments such as "# @package stages" are for Hydra.
         comments = re.findall(r"^# (?!@)(.+)", file.read_text(encoding="utf-8"), re.M)
         values = ", ".join(f"{k}: {v}" for k, v in _yaml(f"{file.parent.name}/{file.name}").items())
         about = re.split(r"(?<=[\w)])[.:](?= |$)", " ".join(comments) or f"`{values}`")[0]
@@ -92,6 +93,7 @@ def _stage(name: str) -> Iterator[str]:
     inputs = [*stage.inputs, *(f"{one} (optional)" for one in stage.optional_inputs)]
     yield f"## {name}\n"
     yield f"{about} Artifact: `{stage.kind}`; inputs: {', '.join(inputs) or 'none'}.\n"
+    # Of several files, default.yaml is the first.
     [file, *_] = sorted((CONF / "stage" / name).glob("*.yaml"))
     values = _yaml(f"stage/{name}/{file.name}")
     if not issubclass(stage.config, TrainingConfig):
@@ -106,7 +108,10 @@ def _stage(name: str) -> Iterator[str]:
 def _fields(
     kind: type, values: Mapping[str, Any] | None = None, without: type | None = None
 ) -> str:
-    """Returns a table of a dataclass's fields; ``values`` from a YAML file replace its defaults."""
+    """Returns a table of a dataclass's fields, except for those of its base class ``without``.
+
+    ``values`` from a YAML file replace the defaults.
+    """
     rows = list(_rows(kind, values or {}, without=without))
     return _table(("field", "type", "default", "meaning"), rows) if rows else "No other fields.\n"
 
@@ -144,6 +149,7 @@ def _meanings(kind: type) -> dict[str, str]:
 
 
 def _value(value: object) -> str:
+    """Shows a default as YAML; a string unquoted if it is an interpolation or ``???``."""
     if is_dataclass(value) or value is MISSING:
         return "…"
     return value if isinstance(value, str) and value[:1] in ("$", "?") else json.dumps(value)
@@ -156,6 +162,7 @@ def _type(hint: Any) -> str:
         case typing.Annotated:
             base, *marks = arguments
             words = [word for mark in marks for word in _allowed(mark)]
+            # A validator describes its values in full: "one of: ..." needs no "string" before it.
             plain = [] if isinstance(marks[0], AfterValidator) else [_type(base)]
             return " ".join([*plain, *words])
         case typing.Union | types.UnionType:
@@ -182,6 +189,7 @@ def _allowed(mark: object) -> Iterator[str]:
             yield from (word for one in marks for word in _allowed(one))
         case MinLen():
             yield "not empty"
+        # INT32 is the default limit of integers.
         case Gt(limit) | Ge(limit) | Lt(limit) | Le(limit) if limit != INT32:
             yield f"{SIGNS[type(mark)]} {limit:g}"
 

@@ -46,7 +46,10 @@ class MetricsLog:
 
 
 def new_records(path: Path, position: int) -> tuple[list[Record], int]:
-    """Returns the records after a position in a metrics file, and the next position."""
+    """Returns the progress records after a position in a metrics file, and the next position.
+
+    Only progress records have a task.
+    """
     size = path.stat().st_size if path.exists() else 0
     if size < position:  # the stage has started anew and deleted its old records
         position = 0

@@ -103,6 +103,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
                 src=parallel_state.get_pipeline_model_parallel_last_rank(),
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
+        # Rank 0 logs the losses and saves ``finite_means``; it can be on another pipeline stage.
         losses, self._reduction.finite_means, self.teacher_loss = shared
         teacher_loss = {} if self.teacher_loss is None else {"teacher_loss": self.teacher_loss}
         return {**losses, **teacher_loss}
@@ -247,8 +248,8 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         loss, group = self._objective.logits, nemo.tensor_group()
         # In training the gradient overwrites the logits, which nothing reads after the loss.
         flat = logits.flatten(0, 1)
-        total, parts = combined_loss(flat, targets, loss, group, reuse_logits=True)
-        return tuple(row.view(logits.shape[:2]).t() for row in (total, *parts))
+        total, kd_and_lm = combined_loss(flat, targets, loss, group, reuse_logits=True)
+        return tuple(row.view(logits.shape[:2]).t() for row in (total, *kd_and_lm))
 
     def _hidden_loss(self, core: nn.Module, labels: Tensor) -> Tensor:
         """Computes the mean hidden loss over the pairs of layers, [batch, sequence]."""

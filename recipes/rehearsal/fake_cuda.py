@@ -35,7 +35,9 @@ TYPES = {torch.bfloat16: "torch.cuda.BFloat16Tensor", torch.float32: "torch.cuda
 
 
 def install() -> None:
-    """Gives this process GPUs for good, before anything else of the stack is imported.
+    """Installs fake GPUs for the rest of this process.
+
+    Must run before NeMo, Megatron or TransformerEngine are imported.
 
     Raises:
         RecipeError: PyTorch is not the version that the patches were written for.
@@ -51,7 +53,7 @@ def patches() -> Iterator[Patch]:
     yield Patch(
         "torch:Tensor.type", "Megatron compares CUDA's type names", "49d1168ec63d", _name_types
     )
-    reason = "PyTorch cannot move a fake tensor that something else holds"
+    reason = "PyTorch cannot move a fake tensor that has other references"
     yield Patch("torch:nn.Module._apply", reason, "e50d01ca9c5c", replace_with(_apply))
 
 
@@ -108,6 +110,7 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
             if new is old or name in module._buffers:
                 values[name] = new
                 continue
+            # Replaces the content of the parameter, to which others have references.
             torch._C._swap_tensor_impl(old, nn.Parameter(new, old.requires_grad))
             old.fake_device = new.device  # type: ignore[attr-defined]
     return module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,9 +29,9 @@ for group in (*REQUIRED.values(), *SPEED_PATCHES.values(), [CUDA_NAMES]):
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A module with a function, a class and a flag."""
+    """A module with a function and a flag, which tests patch."""
     module: Any = ModuleType("library_to_patch")
-    module.rate = importlib.import_module("shutil").which
+    module.rate = shutil.which  # any function with source code
     module.FAST = False
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module  # type: ignore[no-any-return]
@@ -81,6 +81,7 @@ def test_a_changed_original_is_named(library: Any, name: str) -> None:
 
 def test_a_block_that_cannot_start_restores_the_originals(library: Any) -> None:
     before = library.rate
+    # The fingerprint of a flag is its type: this one does not match.
     patches = [patch_of(library, "rate"), patch_of(library, "FAST", source_hash="str")]
     with pytest.raises(RecipeError), applied(patches):
         pytest.fail("the block must not start")

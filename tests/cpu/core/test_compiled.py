@@ -41,7 +41,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "norm": (lambda x, w: _RMSNorm.apply(x, w, 1e-5), [(9, 2, 24), (24,)]),
     "swiglu": (lambda x: SwiGLU(None)(x), [(9, 2, 24)]),
     "loss, live": (loss_of(live=True), [(TOKENS, VOCABULARY)]),
-    "loss, drawn": (loss_of(live=False), [(TOKENS, VOCABULARY)]),
+    "loss, cached": (loss_of(live=False), [(TOKENS, VOCABULARY)]),
 }
 
 

@@ -45,7 +45,7 @@ SETTINGS: dict[str, dict[str, str | None]] = {
     "wandb": {"name": "wandb", "project": "p", "entity": None},
     "mlflow": {"name": "mlflow", "uri": None, "experiment": "nemo-recipes"},
 }
-Records = Callable[[MetricsLog], None]
+WriteRecords = Callable[[MetricsLog], None]
 
 
 @pytest.fixture(autouse=True)
@@ -60,9 +60,9 @@ def stage(plan: Callable[..., Any], complete: Callable[..., None]) -> PlannedSta
     """A complete stage of a plan, with its request."""
     planned = plan("+cluster.env.HF_TOKEN=x", f"+stages.distill.resources.env.API={SECRET}")
     complete(planned)
-    found = stage_named(planned, STAGE)
-    found.request().write(found.directory)
-    return found
+    distill = stage_named(planned, STAGE)
+    distill.request().write(distill.directory)
+    return distill
 
 
 def first_steps(log: MetricsLog) -> None:
@@ -76,15 +76,18 @@ def third_step(log: MetricsLog) -> None:
     log.progress(STAGE, 3, 3, loss=1.0)
 
 
-def track(stage: PlannedStage, tracker: str, records: Records, end: str = FINISHED) -> None:
+def track(
+    stage: PlannedStage, tracker: str, write_records: WriteRecords, end: str = FINISHED
+) -> None:
     """Sends the records of one start of a stage."""
     write_tracker(stage.directory.parent, "llama_width_prune", SETTINGS[tracker])
+    # ``follow`` calls ``wait`` until it returns a status; the first call writes the records.
     steps: Iterator[str | None] = iter([None, end])
 
     def wait() -> str | None:
         status = next(steps)
         if status is None:
-            records(MetricsLog(stage.directory / METRICS))
+            write_records(MetricsLog(stage.directory / METRICS))
         return status
 
     started = time.time()
@@ -155,9 +158,9 @@ def test_mlflow_in_a_file_and_resumed(stage: PlannedStage) -> None:
     [first] = client.search_runs([experiment.experiment_id])
     assert first.info.status == "FAILED"
     track(stage, "mlflow", third_step)
-    [found] = client.search_runs([experiment.experiment_id])
-    run_id = found.info.run_id
-    assert (run_id, found.info.status) == (first.info.run_id, "FINISHED")
+    [resumed] = client.search_runs([experiment.experiment_id])
+    run_id = resumed.info.run_id
+    assert (run_id, resumed.info.status) == (first.info.run_id, "FINISHED")
 
     def history(name: str) -> list[tuple[int, float]]:
         return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)]
@@ -165,9 +168,9 @@ def test_mlflow_in_a_file_and_resumed(stage: PlannedStage) -> None:
     assert history("distill/loss") == [(1, 2.0), (3, 1.0)]
     assert history("distill/kd") == [(1, 1.5), (2, 0.5)]
     assert history("validate/val_loss") == [(2, 1.25)]
-    assert found.data.metrics["final/parameters"] == STUDENT.parameters()
-    assert found.data.params["lr"] == "0.0003"
-    assert found.data.tags["report"].endswith("/report/artifact/report.html")
+    assert resumed.data.metrics["final/parameters"] == STUDENT.parameters()
+    assert resumed.data.params["lr"] == "0.0003"
+    assert resumed.data.tags["report"].endswith("/report/artifact/report.html")
     assert {file.path for file in client.list_artifacts(run_id)} == {MANIFEST, "report.html"}
     stored = json.loads(Path(client.download_artifacts(run_id, MANIFEST)).read_text())
     manifest = json.loads((stage.directory / MANIFEST).read_text())
@@ -183,9 +186,9 @@ def test_secrets_stay_out(
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(sys, "argv", ["run.py", f"cluster.env.HF_TOKEN={SECRET}"])
     run_dir = stage.directory.parent
-    known = {path for path in run_dir.rglob("*") if path.is_file()}
+    old_files = {path for path in run_dir.rglob("*") if path.is_file()}
     track(stage, tracker, first_steps)
-    written = [p for p in run_dir.parent.rglob("*") if p.is_file() and p not in known]
+    written = [p for p in run_dir.parent.rglob("*") if p.is_file() and p not in old_files]
     assert len(written) > 1
     for path in written:
         content = path.read_bytes()
@@ -259,7 +262,8 @@ from recipes.core.stage import StageConfig, StoppedByDeadlineError, metrics_log,
 
 
 def run(cfg, inputs, out):
-    sys.modules["__main__"].TRACKER_SECONDS = 20  # to leave a tracker behind
+    # The worker, which is the main module, kills a tracker that does not end within this time.
+    sys.modules["__main__"].TRACKER_SECONDS = 20
     stopped = time_is_up()
     metrics_log(out).progress("{STAGE}", 1 if stopped else 2, 2, loss=1.0)
     if stopped:

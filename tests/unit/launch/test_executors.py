@@ -114,7 +114,7 @@ def test_scripts_equal_the_golden_files(prepared: Prepared, tmp_path: Path) -> N
     assert "job_cache_logits" not in prune
 
 
-def test_each_start_has_new_folders_for_what_libraries_compile(
+def test_each_start_has_new_folders_for_compiled_kernels(
     prepared: Prepared, tmp_path: Path
 ) -> None:
     python = write_program(tmp_path / "python", f"env >>{tmp_path}/environment")
@@ -133,7 +133,7 @@ def test_each_start_has_new_folders_for_what_libraries_compile(
     ("engine", "gpus", "option"),
     [("openvino", "gres", "gres=gpu:1"), ("tensorrt_llm", "gpus-per-node", "gpus-per-node=1")],
 )
-def test_only_stages_that_use_gpus_or_torch_get_them(
+def test_only_stages_on_gpus_get_gpus_and_mpi_and_torchrun(
     prepared: Prepared, engine: str, gpus: str, option: str
 ) -> None:
     """Engines of TensorRT-LLM are built and timed on a GPU, with MPI; OpenVINO's are not."""
@@ -190,8 +190,8 @@ def test_training_stops_before_the_limit_and_may_take_whole_nodes(prepared: Prep
             expected = seconds if margin == "null" else 30
             assert f"export STAGE_DEADLINE=$((end - {expected}))" in text, name
             assert ("--exclusive\n#SBATCH --mem=0\n" in text) == (exclusive == "true")
-        missing = "cpus-per-task" in {note.rule.name for note in plan.notes}
-        assert missing == (exclusive == "null")
+        noted = "cpus-per-task" in {note.rule.name for note in plan.notes}
+        assert noted == (exclusive == "null"), "a whole node needs no cpus_per_task"
 
 
 @pytest.mark.parametrize(("hardware", "connections"), [("h100", "1"), ("b200", "32")])
@@ -265,7 +265,7 @@ def test_bad_settings_get_one_message(prepared: Prepared, override: str, words: 
         assert part in str(caught.value)
 
 
-def test_paths_that_options_cannot_hold_are_refused(
+def test_paths_with_spaces_are_refused(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my work").mkdir()

@@ -29,7 +29,7 @@ Status = Callable[..., tuple[str, str]]
 
 @pytest.fixture
 def planned(plan: MakePlan) -> Plan:
-    """A plan whose first stages are jobs 0, 1, 2 …"""
+    """A plan whose stages were submitted as jobs 0, 1, 2 …"""
     planned = plan()
     record(planned)
     jobs = [f"{s.name} {number} {s.fingerprint}\n" for number, s in enumerate(planned.stages)]
@@ -82,13 +82,13 @@ def test_jobs_in_the_queue(status: Status, row: str, expected: tuple[str, str]) 
 def test_jobs_that_left_the_queue_without_a_log(
     status: Status, sacct: str, expected: tuple[str, str], tmp_path: Path
 ) -> None:
-    """Slurm's accounting is asked once for all of them."""
+    """One call of sacct is enough for all jobs."""
     assert status(sacct=sacct) == expected
     assert (tmp_path / "calls").read_text() == "\n"
 
 
 def test_a_local_start_after_a_job_decides_the_status(status: Status, planned: Plan) -> None:
-    """The record forgets the job, and the log of the local start is shown."""
+    """The local start removes the stage's job from the record of submitted jobs."""
     first = planned.stages[0]
     write_program(first.directory / "run.sh", "echo a local problem; exit 1")
     with pytest.raises(RecipeError):
