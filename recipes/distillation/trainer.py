@@ -147,7 +147,8 @@ def _save_trained(
     written.context_parallel_size = written.expert_model_parallel_size = 1
     written.sequence_parallel = False
     _set_recompute(written, "none")
-    # The optimizer shards the update; the next step would gather the weights, but there is none.
+    # Each rank updates its shard of the weights. The shards are gathered when the next step starts;
+    # after the last step this gathers them.
     model.module.start_param_sync(force_sync=True)
     # The temporary folder is in the stage's work directory, where a restart removes it.
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary, model.without_loss_modules():
@@ -188,8 +189,8 @@ class _Strategy(nl.MegatronStrategy):  # type: ignore[misc]
 def _load_main_weights(core: Any, optimizer: Any, weights: Path) -> None:
     """Loads the optimizer's float32 main weights from a checkpoint with more than bfloat16.
 
-    Main weights that are copies of the model's bfloat16 weights would start in the middle of a
-    rounding interval. Small updates would then not change the model in the first steps. Megatron's
+    A main weight that is a copy of a bfloat16 weight needs an update of half a bfloat16 step before
+    the rounded weight changes, so the first small updates would not change the model. Megatron's
     ``reload_model_params(state)`` is not used: it matches names by substring, so it would also find
     the teacher's weights.
     """

@@ -1,4 +1,4 @@
-"""Jobs of a rehearsal, which are ranks of stages, and their results. Does not import torch."""
+"""Jobs of a rehearsal and their results. A job runs one rank of one stage. Without torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class JobInput:
 
     kind: str
     shape: dict[str, Any]
-    """Architecture of the model that the input is, or belongs to."""
+    """Architecture of the input's model; the teacher's for a list of shapes."""
     config: dict[str, Any] = field(default_factory=dict)
     """Settings of the stage that made the input."""
 
@@ -55,7 +55,7 @@ class RankJob:
     resumed: bool = False
     """Whether the training is stopped after its first step and then resumed."""
     search: dict[str, Any] | None = None
-    """Settings of the search that starts this training on the same device, after a measurement."""
+    """Settings of the search that starts this training; it measures a candidate on this device."""
 
     @property
     def stage(self) -> str:
@@ -93,8 +93,8 @@ def jobs_of(
         stages: All of its stages, by name.
         names: Stages to rehearse.
         hf_config: The teacher's ``config.json``.
-        ranks: Ranks to rehearse, as far as a stage has them. The default is each
-            distinct rank (``distinct_ranks``).
+        ranks: Ranks to rehearse; ranks that a stage does not have are skipped. The default is
+            ``distinct_ranks``.
     """
     jobs = []
     for name in names:
@@ -130,7 +130,7 @@ def _distinct_ranks(world: int, settings: Mapping[str, Any]) -> list[int]:
 
 
 def _rehearsed_config(config: StageConfig) -> StageConfig:
-    """Returns what is rehearsed: of a search a training run, of an export only the conversion."""
+    """Replaces a search by one of its training runs, and an export by its conversion."""
     if isinstance(config, ExportConfig):
         return replace(config, inputs={"checkpoint": config.inputs["checkpoint"]})
     if not isinstance(config, SuccessiveHalvingConfig):
@@ -170,7 +170,7 @@ def _short_search(config: SuccessiveHalvingConfig) -> dict[str, Any]:
 
 
 def _short_training(config: TrainingConfig) -> dict[str, Any]:
-    """Returns settings for two steps; each has one micro batch more than the pipeline holds."""
+    """Returns settings for two steps; each has one micro batch more than pipeline stages."""
     pipeline = config.pipeline_model_parallel_size
     model = config.tensor_model_parallel_size * pipeline * config.context_parallel_size
     batch = config.resources.ranks // model * config.micro_batch_size
@@ -212,6 +212,6 @@ class RehearsalResult:
     peak: dict[str, int] = field(default_factory=dict)
     """Bytes of each kind of tensor when the total was highest."""
     host: int = 0
-    """Bytes of tensors in the host's memory at their own peak, as when a checkpoint is saved."""
+    """Peak bytes of tensors in host memory, which saving a checkpoint often sets."""
     channels: list[Channel] = field(default_factory=list)
-    """Its collectives and messages."""
+    """The rank's collectives and point-to-point messages."""

@@ -29,16 +29,16 @@ def bare_manifest(stage: str, kind: str, result: Any) -> Manifest:
 
 
 def dataset_result(artifact: Path) -> DatasetResult:
-    """Describes splits of ``PartWriter`` as text of one source."""
+    """Returns the result of a dataset that ``PartWriter`` wrote, as text of one source."""
     from recipes.data.token_sequences import read_tokens
 
-    parts = {file.stem: read_tokens(artifact, file.stem) for file in artifact.glob("*.bin")}
+    tokens = {file.stem: read_tokens(artifact, file.stem) for file in artifact.glob("*.bin")}
     return DatasetResult(
         documents={},
-        tokens={part: len(ids) for part, ids in parts.items()},
+        tokens={split: len(ids) for split, ids in tokens.items()},
         sources=["text"],
-        source_tokens={part: [SourceTokens("text", len(ids))] for part, ids in parts.items()},
-        document_end=int(next(iter(parts.values()))[-1]),
+        source_tokens={split: [SourceTokens("text", len(ids))] for split, ids in tokens.items()},
+        document_end=int(next(iter(tokens.values()))[-1]),
     )
 
 

@@ -56,7 +56,8 @@ class Page(HTMLParser):
     def values(self, name: str) -> list[str]:
         return [attrs[name] for _, attrs in self.tags if name in attrs]
 
-    def figures(self) -> set[float]:
+    def numbers(self) -> set[float]:
+        """Returns the unrounded numbers of the page."""
         return {float(attrs["value"]) for tag, attrs in self.tags if tag == "data"}
 
 

@@ -45,7 +45,7 @@ LLAMA3 = {**LLAMA3_ROPE, "factor": 8.0}
 def variants() -> Iterator[Variant]:
     """Yields all variants."""
     for family in ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"):
-        for base in (family, f"{family}-5"):
+        for base in (family, f"{family}-5"):  # as transformers 4 and 5 save it
             yield Variant("as written", change_nothing, base=base)
     yield from _exact_types_and_rope()
     yield from _exact_keys()
@@ -107,6 +107,7 @@ def _exact_keys() -> Iterator[Variant]:
     for key, values in NEUTRAL.items():
         for value in values:
             yield Variant(f"neutral {key} {value}", config(**{key: value}))
+    # Keys whose values transformers checks; the others may have any value.
     valid = {"tokenizer_class": None, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 2}
     valid |= {"_attn_implementation": "flash_attention_2", "_attn_implementation_autoset": True}
     valid |= {"initializer_range": 0.02, "use_cache": True}
@@ -178,9 +179,11 @@ def _exact_settings() -> Iterator[Variant]:
             ],
         ),
     )
-    yield Variant("special tokens of version 5", edit(tokenizer, extra_special_tokens=["<eos>"]))
+    yield Variant(
+        "special tokens of transformers 5", edit(tokenizer, extra_special_tokens=["<eos>"])
+    )
     backend = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
-    yield Variant("class of version 5", edit(tokenizer, **backend))
+    yield Variant("class of transformers 5", edit(tokenizer, **backend))
     yield Variant("sentencepiece", use_sentencepiece)
     yield Variant(
         "sentencepiece without settings",
@@ -233,7 +236,7 @@ def _unsupported_configs() -> Iterator[Variant]:
         [key] = values
         yield Variant(f"{values}", config(**values), f"{key}=.* is not supported")
     yield Variant(
-        "yarn of version 5",
+        "yarn of transformers 5",
         config(
             rope_theta=ABSENT,
             rope_parameters={"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0},
@@ -258,13 +261,13 @@ def _invalid_configs() -> Iterator[Variant]:
     for key in ("rope_theta", "rms_norm_eps"):
         for value in (0, -1.0, float("nan"), float("inf"), "1e4"):
             yield Variant(f"{key} {value!r}", config(**{key: value}), f"invalid {key}=")
-    no_window = config(sliding_window="16")
-    yield Variant("window as text", no_window, "invalid sliding_window=", base="mistral")
-    for key, value, other in (
+    text_window = config(sliding_window="16")
+    yield Variant("window as text", text_window, "invalid sliding_window=", base="mistral")
+    for key, value, refused in (
         ("num_attention_heads", 5, "num_key_value_heads=2"),
         ("max_position_embeddings", None, "must be a positive integer"),
     ):
-        yield Variant(f"{key} {value}", config(**{key: value}), other)
+        yield Variant(f"{key} {value}", config(**{key: value}), refused)
     many = config(num_experts_per_tok=9)
     yield Variant("too few experts", many, "is more than num_experts=6", base="qwen3_moe")
     yield Variant("no head size", config(head_dim=None), "head_dim is null", base="qwen3")

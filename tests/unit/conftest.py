@@ -43,7 +43,7 @@ LLAMA_CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 COMPOSED: dict[tuple[str, ...], tuple[DictConfig, DictConfig | None]] = {}
-"""Cache of composed configs and Hydra's own, since composing takes longer than planning."""
+"""Cache of composed configs, each with Hydra's config of itself. Composing is slow."""
 
 Compose = Callable[..., DictConfig]
 MakePlan = Callable[..., Plan]
@@ -83,7 +83,7 @@ SMALL_STUDENT = ("stages.prune.target_hidden_size=64", "stages.prune.target_ffn_
 
 @pytest.fixture
 def hf_folder(tmp_path: Path) -> Path:
-    """A Hugging Face folder with what a plan reads."""
+    """A Hugging Face folder with the files that a plan reads, without weights."""
     return write_folder(tmp_path / "hf_model", LLAMA_CONFIG)
 
 
@@ -114,10 +114,10 @@ def plan(compose: Compose, tmp_path: Path, large_disk: None, versions_read_once:
 
 def planned_words(recipe: str, overrides: tuple[str, ...]) -> list[str]:
     """Returns the words to compose; small recipes are by default without benchmarks and engines."""
-    given = {override.partition("=")[0] for override in overrides}
+    decided = {override.partition("=")[0] for override in overrides}
     if not recipe.endswith(("_prune", "shrink")):
-        given |= {"tasks", "engine"}  # a search never has them, and a large recipe always
-    absent = [f"{group}=null" for group in ("tasks", "engine") if group not in given]
+        decided |= {"tasks", "engine"}  # a search never has these groups; a large recipe needs them
+    absent = [f"{group}=null" for group in ("tasks", "engine") if group not in decided]
     return [recipe, *absent, *overrides]
 
 

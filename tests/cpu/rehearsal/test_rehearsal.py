@@ -20,6 +20,7 @@ from launch.rehearse import (
     planned_memory,
 )
 from recipes.core.files import REPO_ROOT
+from recipes.planning.chain import Chain
 from recipes.planning.training_cost import STATE_BYTES
 from recipes.rehearsal.job import RankJob, RehearsalResult
 from tests.cpu.rehearsal import defects
@@ -56,6 +57,11 @@ class Case(NamedTuple):
     layers: int = 2
     resumed: bool = False
     defect: str | None = None
+
+    @property
+    def job(self) -> tuple[Chain, RankJob]:
+        """The recipe's chain and the job of this rank."""
+        return job_with_layers(self.recipe, self.stage, self.rank, self.overrides, self.layers)
 
 
 SMALL, ALL = "llama_depth_prune", 30
@@ -134,7 +140,7 @@ DIFFERENCES = {
     (385, "gather_in_one"): ("TENSOR_MODEL_PARALLEL_GROUP", "allgather_base ["),
     (0, "gather_objects"): ("the process group of all ranks", "all_gather_object, at "),
 }
-"""By the rank with a defect, and its name: the reported channel, and words of the report."""
+"""Maps (rank with a defect, name of the defect) to (reported channel, words of the report)."""
 DIFFERENT = {key: RANKS[0]._replace(rank=key[0], defect=key[1]) for key in DIFFERENCES}
 TOO_LARGE = [
     EVALUATE._replace(defect="keep_all"),
@@ -148,7 +154,7 @@ Results = dict[Case, tuple[RankJob, RehearsalResult]]
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """All cases in one process, which imports the libraries once."""
     cases = list(dict.fromkeys([*SOUND, *BROKEN, *RANKS, *DIFFERENT.values(), *TOO_LARGE]))
-    jobs = [replace(job_with_layers(*case[:5])[1], resumed=case.resumed) for case in cases]
+    jobs = [replace(case.job[1], resumed=case.resumed) for case in cases]
     file = tmp_path_factory.mktemp("rehearsal") / "jobs.json"
     pairs = [[asdict(job), case.defect] for job, case in zip(jobs, cases, strict=True)]
     file.write_text(json.dumps(pairs))
@@ -165,7 +171,7 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Results:
 def test_sound_stages_complete_within_the_planned_memory(case: Case, rehearsed: Results) -> None:
     job, result = rehearsed[case]
     assert result.error is None, result.error
-    plan = planned_memory(job, job_with_layers(*case[:5])[0])
+    plan = planned_memory(job, case.job[0])
     assert plan is not None
     peak, total = peak_by_kind(result, plan), sum(getattr(plan, kind) for kind in KINDS)
     # Recomputed modules, and the checkpoint that training resumes from, must not stay in memory.
@@ -181,7 +187,7 @@ def test_sound_stages_complete_within_the_planned_memory(case: Case, rehearsed: 
 def test_host_memory_has_the_state_that_a_save_gathers(rehearsed: Results) -> None:
     """A rank gathers 12 bytes a parameter, and its bfloat16 weights have 2."""
     job, result = rehearsed[RESUMED]
-    plan = planned_memory(job, job_with_layers(*RESUMED[:5])[0])
+    plan = planned_memory(job, RESUMED.job[0])
     assert plan is not None
     gathered = STATE_BYTES * plan.weights / 2
     assert gathered < result.host < 2 * gathered
@@ -200,10 +206,10 @@ def test_defects_are_reported(case: Case, rehearsed: Results) -> None:
     "case", [EVALUATE, SEARCH, *TOO_LARGE], ids=lambda c: f"{c.stage}-{c.defect}"
 )
 def test_models_that_do_not_fit_together_are_reported(case: Case, rehearsed: Results) -> None:
-    """Also if a search holds one of them, live or cached, while it starts a training."""
+    """A search that keeps a model, live or cached, while it starts a training is reported too."""
     job, result = rehearsed[case]
     assert result.error is None
-    chain = job_with_layers(*case[:5])[0]
+    chain = case.job[0]
     assert len(list(memory_mistakes([(job, result)], chain))) == (case in TOO_LARGE)
     assert ("parent" in result.peak) == (case in TOO_LARGE and case.stage == SEARCH.stage)
 

@@ -49,15 +49,16 @@ def test_page_has_the_numbers_of_all_manifests(text: str, inputs: dict[str, Inpu
         expected |= {stamp.size for stamp in manifest.files.values()}
     for key in ("max_steps", "global_batch_size", "seq_length", "lr", "min_lr", "warmup_steps"):
         expected.add(manifests["distilled"].config[key])
-    assert expected <= Page(text).figures()
+    assert expected <= Page(text).numbers()
 
 
 def test_numbers_are_rounded(text: str) -> None:
     shown = Page(text).text
-    for figure in ("86.5 M", "3.021", "409.6 K", "79.3%", "938.0", "540.2 MB", "1 h 08 min"):
-        assert figure in shown
-    for figure in ("4.0 GB", "1.14e−4", "CC-BY-4.0"):
-        assert figure in shown
+    for number in ("86.5 M", "3.021", "409.6 K", "79.3%", "938.0", "540.2 MB", "1 h 08 min"):
+        assert number in shown
+    for number in ("4.0 GB", "1.14e−4"):
+        assert number in shown
+    assert "CC-BY-4.0" in shown
 
 
 def test_results_come_before_settings_and_plan(text: str) -> None:
@@ -112,10 +113,11 @@ def test_dropped_layers_are_marked(text: str) -> None:
     assert len(bars) == LAYERS
 
 
-@pytest.mark.parametrize(("lm_weight", "terms"), [(0.0, 1), (0.5, 3)])
-def test_only_loss_terms_in_use_are_drawn(tmp_path: Path, lm_weight: float, terms: int) -> None:
+@pytest.mark.parametrize(("lm_weight", "curves"), [(0.0, 1), (0.5, 3)])
+def test_only_loss_terms_in_use_are_drawn(tmp_path: Path, lm_weight: float, curves: int) -> None:
+    """Two terms have a curve each, and their sum has one."""
     text = render_page(make_inputs(tmp_path / "run", lm_weight=lm_weight), tmp_path)
-    assert section(text, "distillation").count('class="key"') == terms
+    assert section(text, "distillation").count('class="key"') == curves
 
 
 def test_early_stop_is_reported(inputs: dict[str, Input], tmp_path: Path) -> None:
@@ -134,7 +136,7 @@ def test_recovered_may_be_unknown_or_outside_0_to_1(
 ) -> None:
     evaluation = with_result(inputs["evaluation"], replace(RESULTS["evaluate"], recovered=fraction))
     text = render_page({**inputs, "evaluation": evaluation}, tmp_path)
-    assert fraction is None or fraction in Page(text).figures()
+    assert fraction is None or fraction in Page(text).numbers()
     assert "None" not in text
     assert 'width="-' not in text
 
@@ -149,7 +151,7 @@ def test_a_width_pruned_model_has_no_dropped_layers(
     pruned = replace(pruned, manifest=replace(pruned.manifest, config=config))
     text = render_page({**inputs, "pruned": pruned}, tmp_path)
     assert "bar dropped" not in text
-    assert 448 in Page(section(text, "settings")).figures()
+    assert 448 in Page(section(text, "settings")).numbers()
 
 
 def test_optional_records_may_be_missing(inputs: dict[str, Input], tmp_path: Path) -> None:

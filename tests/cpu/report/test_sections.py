@@ -86,7 +86,7 @@ def test_sections_have_all_numbers_of_their_stages(inputs: dict[str, Input], tex
             scores["served"]["standard_error"] *= 1.96
     del metrics["plan"]["seconds"]
     page = Page(text)
-    assert every_number(metrics) <= page.figures()
+    assert every_number(metrics) <= page.numbers()
     assert set(OPTIONAL_PLOTS) <= set(page.values("id"))
 
 
@@ -108,7 +108,7 @@ def test_a_search_has_a_report(inputs: dict[str, Input], tmp_path: Path) -> None
 
 
 def test_the_plan_is_compared_with_the_run(text: str) -> None:
-    assert {1210.4, 100 * (1331.44 / 1210.4 - 1)} <= Page(section(text, "plan")).figures()
+    assert {1210.4, 100 * (1331.44 / 1210.4 - 1)} <= Page(section(text, "plan")).numbers()
 
 
 def test_significant_difference_is_marked(inputs: dict[str, Input], tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_gates_are_shown_with_the_measured_values(inputs: dict[str, Input], tmp_
         ("recovered.piqa", "failed"),
     ]
     measured = inputs["tasks"].manifest.metrics["tasks"]["piqa"]["recovered"]
-    assert measured in Page(table).figures()
+    assert measured in Page(table).numbers()
     assert 'id="gates"' not in render_page(inputs, tmp_path)
 
 
@@ -145,7 +145,7 @@ def test_quality_by_data_source(inputs: dict[str, Input], tmp_path: Path) -> Non
         inputs["evaluation"], replace(RESULTS["evaluate"], sources={"a web crawl": crawl})
     )
     page = Page(render_page({**inputs, "evaluation": evaluation}, tmp_path))
-    assert {20.625, 0.375} <= page.figures()
+    assert {20.625, 0.375} <= page.numbers()
     assert "a web crawl" in page.text
 
 
@@ -170,9 +170,9 @@ def test_flops_of_training_and_evaluation(text: str) -> None:
     tokens = STEPS * 1024
     teacher, student = (forward_flops(shape, 256) for shape in (TEACHER, STUDENT))
     total = tokens * (teacher + 3 * student)
-    figures = Page(text).figures()
-    assert {tokens * teacher, 3 * tokens * student, total, total / (tokens / 1210.4)} <= figures
-    assert {16384 * teacher, 10240 * (teacher + 2 * student)} <= figures
+    numbers = Page(text).numbers()
+    assert {tokens * teacher, 3 * tokens * student, total, total / (tokens / 1210.4)} <= numbers
+    assert {16384 * teacher, 10240 * (teacher + 2 * student)} <= numbers
 
 
 def test_flops_of_a_cached_teacher_are_those_of_its_stage(tmp_path: Path) -> None:
@@ -186,9 +186,9 @@ def test_flops_of_a_cached_teacher_are_those_of_its_stage(tmp_path: Path) -> Non
     stage(run, StageConfig("stranger"), "plan", {"b": 6}, PlanResult({}, []))
     inputs["distilled"].manifest.inputs["teacher"] = cache.manifest.fingerprint
     page = Page(render_page(inputs, tmp_path))
-    assert 777_216 * forward_flops(TEACHER, 256) in page.figures()
-    assert STEPS * 1024 * forward_flops(TEACHER, 256) not in page.figures()
-    assert cache.manifest.seconds in page.figures()
+    assert 777_216 * forward_flops(TEACHER, 256) in page.numbers()
+    assert STEPS * 1024 * forward_flops(TEACHER, 256) not in page.numbers()
+    assert cache.manifest.seconds in page.numbers()
     assert "cache_logits" in page.text
     assert "stranger" not in page.text
 
@@ -198,4 +198,4 @@ def test_machine_hours_count_nodes(inputs: dict[str, Input], tmp_path: Path) -> 
     config = {**manifest.config, "resources": {"nodes": 4, "devices": 8, "env": {}}}
     wide = replace(inputs["distilled"], manifest=replace(manifest, config=config))
     page = Page(render_page({**inputs, "distilled": wide}, tmp_path))
-    assert {4 * manifest.seconds / 3600, 32} <= page.figures()
+    assert {4 * manifest.seconds / 3600, 32} <= page.numbers()

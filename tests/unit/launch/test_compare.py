@@ -62,7 +62,7 @@ def test_runs_of_a_sweep_are_found_in_the_order_of_their_numbers(sweep: Path) ->
 
 
 def test_page_shows_the_numbers_of_the_manifests(page: Page, sweep: Path) -> None:
-    shown = page.figures()
+    shown = page.numbers()
     for number in ("0", "1", "2", "10"):
         evaluation = read_manifest(sweep / number / "evaluate")
         exported = read_manifest(sweep / number / "export_hf")
@@ -142,7 +142,7 @@ def test_only_settings_that_differ_are_shown(page: Page) -> None:
     text = page.text
     assert "distill.lr" in text
     assert "distill.max_steps" in text
-    assert {1e-3, 3e-4} <= page.figures()
+    assert {1e-3, 3e-4} <= page.numbers()
     for same in ("distill.seed", "prune.target_hidden_size", "inputs", "resources"):
         assert same not in text
 

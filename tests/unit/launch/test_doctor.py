@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from tests.unit.conftest import Launch
 
 
-def shown(*words: str) -> tuple[int, str]:
+def run_doctor(*words: str) -> tuple[int, str]:
+    """Returns the exit status and the output."""
     screen = StringIO()
     status = doctor.run(words, Console(file=screen, width=200))
     return status, screen.getvalue()
@@ -43,7 +44,7 @@ def test_doctor_says_that_recipes_can_run_here(launch: Launch) -> None:
 
 
 def test_every_rule_is_listed(launch: Launch) -> None:
-    status, text = shown("rules")
+    status, text = run_doctor("rules")
     assert status == 0
     assert all(rule.name in text for rule in RULES.values())
     assert "NVIDIA/Model-Optimizer#2489" in text
@@ -61,16 +62,16 @@ def test_doctor_imports_no_torch(root: Path) -> None:
 def test_a_wrong_or_missing_library_makes_recipes_impossible(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    there = {"megatron-core": "0.16.0", "omegaconf": None}
+    installed = {"megatron-core": "0.16.0", "omegaconf": None}
     real = versions.installed
-    monkeypatch.setattr(versions, "installed", lambda name: there.get(name, real(name)))
-    status, text = shown()
+    monkeypatch.setattr(versions, "installed", lambda name: installed.get(name, real(name)))
+    status, text = run_doctor()
     assert status == 1
     assert "cannot run here: fix megatron-core ==0.15.3, omegaconf ==2.3.0" in text
 
 
 @pytest.mark.parametrize(
-    ("wanted", "found", "holds"),
+    ("specifier", "version", "is_satisfied"),
     [
         (">=2.9,<2.14", "2.13.0+cpu", True),
         (">=2.9,<2.14", "2.9.0a0+50eac811a6.nv25.9", True),
@@ -80,8 +81,8 @@ def test_a_wrong_or_missing_library_makes_recipes_impossible(
         ("<2", "1.26.4", True),
     ],
 )
-def test_pins(wanted: str, found: str | None, holds: bool) -> None:
-    assert Pin("x", wanted, found).is_satisfied is holds
+def test_pins(specifier: str, version: str | None, is_satisfied: bool) -> None:
+    assert Pin("x", specifier, version).is_satisfied is is_satisfied
 
 
 def test_a_gpu_needs_a_cuda_build_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +98,7 @@ def test_the_cuda_version_is_read_from_the_files_of_torch() -> None:
     assert (doctor._cuda_of_torch() is None) == version("torch").endswith("+cpu")
 
 
-def test_too_little_memory_or_disk_or_a_read_only_cache(
+def test_too_little_memory_or_disk_or_a_read_only_cache_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path / "cache" / "deeper"))

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 RECIPE = "recipe=llama_width_prune"
 
 
-def explained(compose: Compose, *overrides: str) -> str:
+def error_message(compose: Compose, *overrides: str) -> str:
+    """Returns the message for overrides that Hydra refuses."""
     with pytest.raises(HydraException) as caught:
         compose(*overrides)
     return explain(caught.value)
@@ -26,15 +27,15 @@ def explained(compose: Compose, *overrides: str) -> str:
 def test_unknown_recipes_list_all_recipes(compose: Compose) -> None:
     all_recipes = f"  fix: use one of: {', '.join(recipes())}"
     near = "Did you mean 'llama_width_prune'?"
-    assert explained(compose, "recipe=llama_width_prun").splitlines() == [
+    assert error_message(compose, "recipe=llama_width_prun").splitlines() == [
         f"there is no recipe 'llama_width_prun'. {near}",
         all_recipes,
     ]
-    assert explained(compose, "recipe=zzz").splitlines() == [
+    assert error_message(compose, "recipe=zzz").splitlines() == [
         "there is no recipe 'zzz'.",
         all_recipes,
     ]
-    assert explained(compose, "llama_width_prune").splitlines() == [
+    assert error_message(compose, "llama_width_prune").splitlines() == [
         "'llama_width_prune' is neither FIELD=VALUE nor a command. "
         "Did you mean 'recipe=llama_width_prune'?",
         f"  fix: {SHOW_HELP}",
@@ -69,12 +70,12 @@ def test_null_omits_a_group_in_a_sweep_too(compose: Compose) -> None:
 def test_unknown_choices_list_the_choices(
     compose: Compose, override: str, words: str, option: str
 ) -> None:
-    message = explained(compose, RECIPE, override)
+    message = error_message(compose, RECIPE, override)
     assert words in message
-    listed = message.partition("use one of: ")[2].split(", ")
-    assert option in listed
-    assert "schema" not in listed
-    assert not [name for name in listed if "/" in name or "=" in name or " " in name]
+    choices = message.partition("use one of: ")[2].split(", ")
+    assert option in choices
+    assert "schema" not in choices
+    assert not [name for name in choices if "/" in name or "=" in name or " " in name]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_unknown_choices_list_the_choices(
     ],
 )
 def test_unknown_fields_name_the_nearest(compose: Compose, override: str, message: str) -> None:
-    assert explained(compose, RECIPE, override).endswith(message)
+    assert error_message(compose, RECIPE, override).endswith(message)
 
 
 @pytest.mark.parametrize(
@@ -112,10 +113,11 @@ def test_unknown_fields_name_the_nearest(compose: Compose, override: str, messag
 def test_wrong_types_name_field_value_and_type(
     compose: Compose, override: str, words: list[str]
 ) -> None:
-    message = explained(compose, RECIPE, override)
+    message = error_message(compose, RECIPE, override)
     for part in (override.partition("=")[0], *words):
         assert part in message
-    assert "[a" in explained(compose, RECIPE, "stages.prune.drop_layers=[a")
+    # A list without its closing bracket.
+    assert "[a" in error_message(compose, RECIPE, "stages.prune.drop_layers=[a")
 
 
 @pytest.mark.parametrize("link", ["__cause__", "__context__"])
