@@ -67,7 +67,7 @@ def test_a_wrong_or_missing_library_makes_recipes_impossible(
     monkeypatch.setattr(versions, "installed", lambda name: installed.get(name, real(name)))
     status, text = run_doctor()
     assert status == 1
-    assert "cannot run here: fix megatron-core ==0.15.3, omegaconf ==2.3.0" in text
+    assert "cannot run here: fix omegaconf ==2.3.0, megatron-core ==0.15.3" in text
 
 
 @pytest.mark.parametrize(
