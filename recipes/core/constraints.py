@@ -38,10 +38,11 @@ def between(least: float, most: float) -> Any:
 
 @dataclass(frozen=True)
 class Requirement:
-    """Accepts the values that pass a test. Errors and the reference of all fields describe them."""
+    """Accepts the values that pass a test."""
 
     test: Callable[[Any], bool]
     description: str
+    """Describes the accepted values in errors and in the table of all settings."""
     names: tuple[str, ...] = ()
     """All accepted values, if these are names."""
 

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.05
 TRACKERS = "recipes.core.trackers"
-"""Module of the process that feeds a tracker. It is not imported: an edit must rerun nothing."""
+"""Module that sends records to a tracker. It is not imported: no fingerprint of a stage has it."""
 TRACKER_SECONDS = 60
 """Longest wait for a tracker after the stage's end, for example without network."""
 Run = Callable[[Any, Inputs, Path], Outcome]
@@ -236,7 +236,8 @@ def _leave_together() -> None:
     if torch is not None and torch.distributed.is_initialized():
         if world_size() > 1:
             torch.distributed.barrier()
-        # With gloo, groups that outlive their process group abort the interpreter at its exit.
+        # With gloo, the interpreter aborts at its exit if Megatron still refers to process groups
+        # that PyTorch has destroyed.
         if megatron := sys.modules.get("megatron.core.parallel_state"):
             megatron.destroy_model_parallel()
         torch.distributed.destroy_process_group()

@@ -134,7 +134,7 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
     method = inputs["candidates"].manifest.config["layer_importance"]
     halving = HalvingRun(cfg, inputs, out.parent / "candidates", method)
     log = metrics_log(out)
-    rounds = cfg.rounds(len(remaining))
+    rounds = cfg.rounds(len(remaining))  # the number of candidates in each
     for number in range(len(rounds)):
         training = training_of(cfg, rounds, number)
         candidates = [ranked[name] for name in remaining]
@@ -144,6 +144,7 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
             ranked[candidate.name] = replace(
                 candidate, **vars(quality), tokens=candidate.tokens + tokens
             )
+        # Lower is better for every ``select_by``.
         remaining.sort(key=lambda name: _nan_last(float(getattr(ranked[name], cfg.select_by))))
         log.progress("successive_halving", number + 1, len(rounds), leader=remaining[0])
         remaining = remaining[: math.ceil(len(remaining) / 2)]

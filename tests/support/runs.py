@@ -68,7 +68,7 @@ def manifest_of(run_dir: Path, stage: str) -> Manifest:
 
 
 def stage_dir(run_dir: Path, name: str) -> Path:
-    """Makes the empty folder to which a stage writes its artifact."""
+    """Makes the folder ``work/artifact`` of a stage, to which it writes its artifact."""
     out = run_dir / name / "work" / ARTIFACT
     out.mkdir(parents=True)
     return out

@@ -23,7 +23,8 @@ def test_updates_equal_adamw_and_continue_from_a_saved_state() -> None:
     weights, expected = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
     fused, reference = FusedAdamW(weights, **SETTINGS), AdamW(expected, **SETTINGS)
     for number in range(4):
-        for weight, other in zip(weights[:-1], expected[:-1], strict=True):  # the last has none
+        # The last weight has no gradient.
+        for weight, other in zip(weights[:-1], expected[:-1], strict=True):
             weight.grad = torch.randn(weight.shape)
             other.grad = weight.grad.clone()
         fused.step()
@@ -44,7 +45,7 @@ def test_deferred_gradients_are_scaled_and_dropped(
     monkeypatch.setattr(adamw, "BLOCK", block)
     torch.manual_seed(2)
     weight, expected = (nn.Parameter(torch.ones(5)) for _ in range(2))
-    weight.grad_dtype = None
+    weight.grad_dtype = None  # else PyTorch refuses a bfloat16 gradient here
     fused, reference = FusedAdamW([weight], **SETTINGS), AdamW([expected], **SETTINGS)
     for _ in range(3):
         gradient = torch.randn(5).to(dtype)

@@ -1,4 +1,4 @@
-"""No training text of ``data=eight_kinds`` shares 13 words in a row with an evaluation text."""
+"""No training text of ``data=eight_kinds`` shares a 13-gram of words with an evaluation text."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import parse_source, source_names
 
 GROUP = OmegaConf.load(REPO_ROOT / "conf/data/eight_kinds.yaml")
-WORDS_IN_A_ROW = 13
+NGRAM_WORDS = 13
 DOWNLOAD_BYTES = 80_000_000
-FACTORS = np.random.default_rng(0).integers(1, 2**63, WORDS_IN_A_ROW, dtype=np.uint64) | np.uint64(
-    1
-)
+FACTORS = np.random.default_rng(0).integers(1, 2**63, NGRAM_WORDS, dtype=np.uint64) | np.uint64(1)
+"""An odd factor for each position in an n-gram."""
 _numbers: dict[str, int] = {}
 """A number for each word."""
 
 
-def runs(text: str) -> np.ndarray:
-    """Returns a hash of every run of words, case and punctuation ignored: uint64 [runs]."""
-    found = re.findall(r"\w+", text.lower())
-    words = np.array([_numbers.setdefault(word, len(_numbers)) + 1 for word in found], np.uint64)
+def ngrams(text: str) -> np.ndarray:
+    """Returns a hash of every n-gram of words, without case and punctuation: uint64 [n-grams].
+
+    A word's number is mixed to 64 random bits. A hash is the sum of the words times ``FACTORS``.
+    """
+    spelled = re.findall(r"\w+", text.lower())
+    words = np.array([_numbers.setdefault(word, len(_numbers)) + 1 for word in spelled], np.uint64)
     words *= np.uint64(0x9E3779B97F4A7C15)
     words ^= words >> np.uint64(29)
-    count = max(0, len(words) - WORDS_IN_A_ROW + 1)
+    count = max(0, len(words) - NGRAM_WORDS + 1)
     hashes = np.zeros(count, np.uint64)
-    for place, factor in enumerate(FACTORS):
-        hashes += words[place : place + count] * factor
+    for position, factor in enumerate(FACTORS):
+        hashes += words[position : position + count] * factor
     return hashes
 
 
@@ -70,30 +72,32 @@ def benchmark_texts() -> Iterator[str]:
                     yield from texts_in(json.loads(line)["doc"])
 
 
-def evaluation_runs() -> np.ndarray:
-    """Returns the hashes of all runs in evaluation texts, sorted."""
+def evaluation_ngrams() -> np.ndarray:
+    """Returns the hashes of all n-grams in evaluation texts, sorted."""
     heldout = (one.text for source in GROUP.heldout_sources for one in read_source(source, "text"))
-    hashes = [runs(text) for texts in (heldout, benchmark_texts()) for text in texts]
+    hashes = [ngrams(text) for texts in (heldout, benchmark_texts()) for text in texts]
     return np.unique(np.concatenate(hashes))
 
 
 def overlapping(sources: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yields the digest and a run of words of each training document that overlaps."""
-    known = evaluation_runs()
+    """Yields the digest and a shared n-gram of each training document that overlaps."""
+    evaluation = evaluation_ngrams()
     for source in sources:
         for document in read_source(source, "text"):
-            hashes = runs(document.text)
-            places = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
-            shared = np.flatnonzero(known[places] == hashes)
+            hashes = ngrams(document.text)
+            indices = np.minimum(np.searchsorted(evaluation, hashes), len(evaluation) - 1)
+            shared = np.flatnonzero(evaluation[indices] == hashes)
             if len(shared):
-                words = re.findall(r"\w+", document.text.lower())[shared[0] :][:WORDS_IN_A_ROW]
+                words = re.findall(r"\w+", document.text.lower())[shared[0] :][:NGRAM_WORDS]
                 yield digest(document.text).hex(), " ".join(words)
 
 
 def test_no_training_document_overlaps_with_evaluation_text() -> None:
-    found = dict(overlapping(GROUP.sources))
+    overlaps = dict(overlapping(GROUP.sources))
     excluded = set((REPO_ROOT / GROUP.excluded_documents).read_text().split())
-    assert found.keys() == excluded, {key: found.get(key) for key in found.keys() ^ excluded}
+    assert overlaps.keys() == excluded, {
+        key: overlaps.get(key) for key in overlaps.keys() ^ excluded
+    }
 
 
 def test_eight_kinds_are_small_downloads_with_licences_and_equal_weights() -> None:

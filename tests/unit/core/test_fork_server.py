@@ -1,3 +1,5 @@
+"""Stages are forked from a server that has imported their libraries."""
+
 from __future__ import annotations
 
 import json
@@ -27,15 +29,16 @@ memory = bytearray(300_000_000)
 del memory
 atexit.register(lambda: print("exit of the import", flush=True))
 """
+"""A library whose import has a high peak of memory and an exit function. Forks have neither."""
 STAGE = """
 import ctypes, json, os, sys
 from recipes.core.processes import peak_memory_bytes
-said = json.dumps({
+report = json.dumps({
     "preloaded": "heavy" in sys.modules, "argv": sys.argv[1:], "orig_argv": sys.orig_argv[1:],
     "main": sys.modules["__main__"].__spec__.name, "environment": dict(os.environ),
     "stdin": sys.stdin.read(), "directory": os.getcwd(), "peak": peak_memory_bytes(),
 })
-sys.stdout.write(said + "\\n")  # at once, as print would not where it is longer than a buffer
+sys.stdout.write(report + "\\n")  # in one call: print may write a long line in two
 ctypes.CDLL(None).puts(b"from C")
 print("to stderr", file=sys.stderr)
 """
@@ -60,8 +63,8 @@ def environment(tmp_path: Path, root: Path) -> dict[str, str]:
     modules |= {"cuda": CUDA.format(gpu=True), "cuda_without_gpu": CUDA.format(gpu=False)}
     for name, text in modules.items():
         (tmp_path / f"{name}.py").write_text(text)
-    given = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    return {**given, "PYTHONPATH": f"{root}{os.pathsep}{tmp_path}"}
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return {**variables, "PYTHONPATH": f"{root}{os.pathsep}{tmp_path}"}
 
 
 def run(server: socket.socket, module: str, log: Path) -> None:
@@ -86,13 +89,14 @@ def test_a_fork_equals_a_new_process(environment: dict[str, str], tmp_path: Path
         for log in logs:
             run(server, "a_stage", log)
     for log in logs:
-        said, *rest = sorted(log.read_text().splitlines(), key=lambda line: line[0] != "{")
-        assert sorted(rest) == ["from C", "to stderr"]  # and not what the import does at its exit
-        found: dict[str, Any] = json.loads(said)
-        assert found.pop("preloaded")
-        assert found.pop("peak") < 200e6  # its own
+        # The line of JSON first; C and stderr have buffers of their own.
+        line, *others = sorted(log.read_text().splitlines(), key=lambda line: line[0] != "{")
+        assert sorted(others) == ["from C", "to stderr"]  # no "exit of the import"
+        report: dict[str, Any] = json.loads(line)
+        assert report.pop("preloaded")
+        assert report.pop("peak") < 200e6  # without the peak of the import
         arguments = [str(tmp_path / "config.yaml")]
-        assert found == {
+        assert report == {
             "argv": arguments,
             "orig_argv": ["-m", "a_stage", *arguments],
             "main": "a_stage",
@@ -130,12 +134,12 @@ def test_processes_end_with_those_they_depend_on(
                     time.sleep(0.01)
     assert not is_running(stage)
     assert not is_running(parent)
-    said = {
+    last_lines = {
         "server": "killed with the process that it was forked from",
         "stage": death_message(-signal.SIGKILL),
         "follower": "ended by SIGTERM",
     }
-    assert log.read_text().splitlines()[1:] == [said[victim]]
+    assert log.read_text().splitlines()[1:] == [last_lines[victim]]
 
 
 @pytest.mark.parametrize(
@@ -149,10 +153,10 @@ def test_processes_end_with_those_they_depend_on(
 def test_a_server_that_cannot_fork_says_why(
     environment: dict[str, str], tmp_path: Path, module: str, reason: str
 ) -> None:
-    said, log = tmp_path / "fork_server.log", tmp_path / "log.txt"
-    with fork_server([module], environment, said) as server, log.open("wb") as output:
+    server_log, log = tmp_path / "fork_server.log", tmp_path / "log.txt"
+    with fork_server([module], environment, server_log) as server, log.open("wb") as output:
         assert fork_module(server, "a_stage", [str(tmp_path / "config.yaml")], output) is None
-    assert reason in said.read_text()
+    assert reason in server_log.read_text()
 
 
 def test_without_a_gpu_a_cuda_build_can_be_forked(

@@ -61,9 +61,9 @@ def test_every_option_of_the_benchmark_exists(backend: str, teacher: Architectur
         (argv[1:split], "trtllm-bench"),
         (argv[split + 1 :], "trtllm-bench throughput"),
     ):
-        known, flags = API[command]["options"], API[command].get("flags", [])
+        options, flags = API[command]["options"], API[command].get("flags", [])
         while words:
-            assert words[0] in known
+            assert words[0] in options
             words = words[1:] if words[0] in flags else words[2:]
     assert "throughput" in API["trtllm-bench"]["commands"]
     chosen = argv[argv.index("--backend") + 1]
@@ -237,7 +237,7 @@ def test_a_format_of_another_backend_is_suggested(teacher: Architecture) -> None
     assert "or backend=tensorrt_llm_pytorch" in awq.fix
     for settings in (
         {"backend": "tensorrt_llm_pytorch", "kv_cache_dtype": "fp8"},
-        {"precision": "fp8", "kv_cache_dtype": "fp8"},  # its checkpoint has the scales
+        {"precision": "fp8", "kv_cache_dtype": "fp8"},  # an FP8 checkpoint has the scales
     ):
         assert rules(config(**settings), chain) == []
     cfg = config(precision="fp8", kv_cache_dtype="fp8", inputs={"checkpoint": "quantize"})
@@ -249,6 +249,7 @@ def test_a_format_of_another_backend_is_suggested(teacher: Architecture) -> None
 
 
 def quantised(folder: Path, algorithm: str | None) -> Path:
+    """Makes a folder whose weights are quantised by an algorithm."""
     folder.mkdir(exist_ok=True)
     if algorithm:
         text = json.dumps({"quantization": {"quant_algo": algorithm}})
@@ -356,7 +357,10 @@ def parse(path: Path) -> ast.Module:
 
 
 def differences(root: Path) -> list[str]:
-    """Returns recorded names that the package does not have. Parses its modules, imports none."""
+    """Returns what the package's source does not have as recorded, without importing it.
+
+    Recorded are names, and classes that do not map the names of tensors.
+    """
     missing = []
     for title, entry in API.items():
         if title == "what":

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 BEFORE = ("plan", "import_hf", "prepare_data", "score", "prune")
 """Stages before the distillation."""
 AFTER = 40 + 3 * OVERHEAD_SECONDS
-"""Seconds of evaluate, export_hf and report, by the plan."""
+"""Planned seconds of evaluate, export_hf and report. Score takes 90 seconds, distill 390."""
 
 
 def steps(task: str, *done: int, total: int = 10, each: float = 7.0) -> list[Record]:
@@ -45,7 +45,8 @@ def test_a_task_continues_at_its_own_speed() -> None:
 
 
 def test_planned_seconds_are_scaled_by_the_pace_of_complete_stages() -> None:
-    planned, ahead = {"score": 90.0, "distill": 390.0}, dict.fromkeys(("distill", "report"))
+    planned = {"score": 90.0, "distill": 390.0}
+    ahead = {"distill": None, "report": None}  # without progress
     assert remaining_run_seconds(planned, {}, ahead) == 390 + 2 * OVERHEAD_SECONDS
     pace = 250 / (90 + OVERHEAD_SECONDS)
     left = remaining_run_seconds(planned, {"score": 250.0}, ahead)
@@ -57,37 +58,37 @@ def test_planned_seconds_are_scaled_by_the_pace_of_complete_stages() -> None:
 @pytest.fixture
 def pace(plan: Callable[..., Plan], complete: Callable[..., None]) -> float:
     """Completes the stages before the distillation; returns their time, relative to the plan."""
-    made = plan()
-    complete(made, *BEFORE)
-    for stage in made.stages[: len(BEFORE)]:
+    planned = plan()
+    complete(planned, *BEFORE)
+    for stage in planned.stages[: len(BEFORE)]:
         edit_manifest(stage.directory, seconds=56.0)
     return len(BEFORE) * 56 / (90 + len(BEFORE) * OVERHEAD_SECONDS)
 
 
 def test_later_stages_are_added(plan: Callable[..., Plan], pace: float) -> None:
-    made = plan()
-    distill = stage_named(made, "distill")
-    assert run_estimate(made, distill)(33) == pytest.approx(33 + pace * AFTER)
-    assert run_estimate(made, made.stages[-1])(33) == 33
-    (made.run_dir / "plan" / "manifest.json").unlink()
-    assert run_estimate(made, distill)(33) is None
+    planned = plan()
+    distill = stage_named(planned, "distill")
+    assert run_estimate(planned, distill)(33) == pytest.approx(33 + pace * AFTER)
+    assert run_estimate(planned, planned.stages[-1])(33) == 33
+    (planned.run_dir / "plan" / "manifest.json").unlink()
+    assert run_estimate(planned, distill)(33) is None
 
 
 def test_unfinished_work_counts_by_its_own_progress(plan: Callable[..., Plan], pace: float) -> None:
-    made = plan()
-    record(made)
-    distill = made.run_dir / "distill"
+    planned = plan()
+    record(planned)
+    distill = planned.run_dir / "distill"
     expected = pace * (390 + OVERHEAD_SECONDS + AFTER)
-    assert time_left(made.run_dir, read_statuses(made.run_dir)) == pytest.approx(expected)
-    write_steps(distill)  # of an earlier result
-    assert time_left(made.run_dir, read_statuses(made.run_dir)) == pytest.approx(expected)
+    assert time_left(planned.run_dir, read_statuses(planned.run_dir)) == pytest.approx(expected)
+    write_steps(distill)  # by an earlier run: the stage has not started
+    assert time_left(planned.run_dir, read_statuses(planned.run_dir)) == pytest.approx(expected)
     begin_work(distill, unfinished_manifest(read_request(distill)))
     write_steps(distill)
-    statuses = read_statuses(made.run_dir)
-    assert time_left(made.run_dir, statuses) == pytest.approx(49 + pace * AFTER)
+    statuses = read_statuses(planned.run_dir)
+    assert time_left(planned.run_dir, statuses) == pytest.approx(49 + pace * AFTER)
     complete = [stage for stage in statuses if stage.result]
     assert [stage.name for stage in complete] == list(BEFORE)
-    assert time_left(made.run_dir, complete) is None
+    assert time_left(planned.run_dir, complete) is None
 
 
 def write_steps(directory: Path) -> None:
