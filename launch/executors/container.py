@@ -5,6 +5,7 @@ A mounted path is the same inside and outside of a container.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ LOCAL_CACHES = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")
 PyTorch compiles extensions under a lock file. A killed process leaves it, and then every process
 with the same cache waits for it without limit.
 """
+HUB_FOLDERS = ("HF_HOME", "HF_HUB_CACHE")
+"""Variables of huggingface_hub. A site sets them to share downloaded models."""
 MOUNTABLE = re.compile(r"/[\w./@+=-]+")
 
 
@@ -75,9 +78,11 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
     """Returns the mounts of all paths that a stage reads or writes, parents first.
 
     The current directory (where relative paths start), the run (which contains the code) and the
-    cache are writable. Inputs from other runs and the user's files are read-only.
+    cache are writable, and so are the hub's folders. Inputs from other runs and the user's files
+    are read-only.
     """
     writable = {Path.cwd(), stage.directory.parent, cache_dir().absolute()}
+    writable |= {Path(folder) for folder in hub_folders().values()}
     external = stage.stage.external(stage.config)
     readable = {ref.directory for ref in stage.inputs.values()} | {
         path.absolute() for path in external.values()
@@ -96,9 +101,16 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
     return mounts
 
 
+def hub_folders() -> dict[str, str]:
+    """Returns the variables of this process that name an existing folder of huggingface_hub."""
+    folders = {name: Path(os.environ.get(name, "")).absolute() for name in HUB_FOLDERS}
+    return {name: str(p) for name, p in folders.items() if os.environ.get(name) and p.is_dir()}
+
+
 def environment(cluster: Containers, stage: PlannedStage) -> dict[str, str]:
     """Returns the environment variables of a stage in a container."""
     return {
+        **hub_folders(),
         "NEMO_RECIPES_CACHE": str(cache_dir().absolute()),
         **stage_variables(stage, cluster),
     }

@@ -64,6 +64,8 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "home")
     monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path / "cache"))
+    for name in container.HUB_FOLDERS:
+        monkeypatch.delenv(name, raising=False)
     write_program(tmp_path / "bin" / "docker", "exit 0")  # a docker that has every image
     monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
 
@@ -384,6 +386,23 @@ def test_inputs_and_models_are_mounted_once_and_read_only(
     inputs = [str(mount) for mount in container.mounts_of(stage_named(made, "prune"), cluster)]
     assert f"{shared}:{shared}:ro" in inputs
     assert sum(str(tmp_path / "run") in mount for mount in inputs) == 1
+
+
+def test_downloads_go_to_the_hub_folder_of_the_site(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (site := tmp_path / "site").mkdir()
+    monkeypatch.setenv("HF_HOME", str(site))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "missing"))
+    made, cluster = prepared(*DOCKER)
+    imported = stage_named(made, "import_hf")
+    assert f"{site}:{site}" in map(str, container.mounts_of(imported, cluster))
+    made, cluster = prepared(*SLURM, 'cluster.images.default="registry#nemo:1"')
+    script = slurm.job_script(stage_named(made, "import_hf"), cluster)
+    assert f"export HF_HOME={site}\n" in script
+    [names] = re.findall("^names=.*", script, re.M)
+    assert "HF_HOME" in names
+    assert "HF_HUB_CACHE" not in script
 
 
 @pytest.mark.parametrize("cluster", ["local", "docker", "slurm"])
