@@ -78,7 +78,8 @@ def cancel(options: Options, console: Console) -> None:
         holder = lock.read_holder(run_dir)
         if holder is not None:
             _stop(holder, run_dir)
-            console.print(f"{run_dir}: stopped at {holder.stage}")
+            where = f" at {holder.stage}" if holder.stage else " between stages"
+            console.print(f"{run_dir}: stopped{where}")
         stopped = stopped or bool(active) or holder is not None
     console.print("the command that started the run resumes it" if stopped else "nothing runs")
 

@@ -36,14 +36,14 @@ def chain_of(
         hardware=hardware,
         run_dir=run_dir,
         runs_here=cfg.cluster.executor == "local",
-        own_python=_has_own_python(cfg.cluster),
+        own_python=has_own_python(cfg.cluster),
         images=cfg.cluster.get("images") or {},
         time_limit=str(cfg.cluster.get("time", "")),
         max_requeues=cfg.cluster.get("max_requeues"),
     )
 
 
-def _has_own_python(cluster: DictConfig) -> bool:
+def has_own_python(cluster: DictConfig) -> bool:
     """Whether stages run with the launcher's interpreter, not an image's or ``cluster.python``."""
     has_image = bool((cluster.get("images") or {}).get("default"))
     return cluster.executor == "local" or not (has_image or cluster.get("python"))

@@ -54,6 +54,7 @@ from launch import commands, lock, schema
 from launch import console as view
 from launch.executors import executor_of
 from launch.hydra_errors import explain
+from launch.machine import has_own_python
 from launch.plan import Plan, make_plan
 from launch.planned import SKIP, PlannedStage
 from launch.progress import Follower, run_estimate
@@ -102,7 +103,7 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
         rehearse(cfg, settings, run_dir, console)
         return None
     last_plan = _last_plan(run_dir, recipe)
-    require_tracker(settings.tracker)
+    require_tracker(settings.tracker, has_own_python(cfg.cluster))
     executor, cluster = executor_of(cfg.cluster)
     plan = executor.prepare(make_plan(cfg, settings, run_dir), cluster)
     notes = require_none(executor.problems(plan, cluster), settings.skip_rules)

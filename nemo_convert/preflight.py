@@ -198,7 +198,7 @@ def _dtype_findings(hf_path: str, headers: Headers, config: Mapping[str, Any]) -
         return
     stored = sorted({DTYPES[tensor.dtype] for tensor in headers.values()})
     configured = config.get("torch_dtype")
-    if configured is not None and stored != [configured]:
+    if stored != [configured] and (configured is not None or len(stored) > 1):
         yield Finding(
             f"the weights of {hf_path} are {' and '.join(stored)}, torch_dtype={configured}.",
             f"none needed: {model_dtype(headers)} is used, which holds every weight exactly",

@@ -240,15 +240,20 @@ TRACKERS: Mapping[str, tuple[Callable[[TrackedStage], Tracker], tuple[str, ...]]
 """Trackers by name, with the modules that each needs."""
 
 
-def require_tracker(settings: Mapping[str, str | None]) -> None:
-    """Refuses an unknown tracker, packages that are not installed here, and a stored password."""
+def require_tracker(settings: Mapping[str, str | None], own_python: bool = True) -> None:
+    """Refuses an unknown tracker, missing packages, and a stored password.
+
+    Args:
+        settings: The config ``tracker``.
+        own_python: Whether stages run with this interpreter, whose packages can be checked.
+    """
     name = settings.get("name")
     if name is None:
         return
     require_known(name, TRACKERS, f"tracker.name={name} is not known")
     _, modules = TRACKERS[name]
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
+    if missing and own_python:
         raise RecipeError(
             f"tracker={name} needs {', '.join(missing)}, which is not installed here.",
             f"pip install '.[{name}]' in this environment, or tracker=null",

@@ -250,6 +250,7 @@ def test_unusable_trackers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     with pytest.raises(RecipeError, match=r"needs wandb.*\n  fix: pip install '.\[wandb\]'"):
         require_tracker({"name": "wandb"})
+    require_tracker({"name": "wandb"}, own_python=False)  # an image's packages are not seen here
     require_tracker({})
 
 
