@@ -52,6 +52,7 @@ POLL_SECONDS = 2.0
 RESTART_SECONDS = 900.0
 """Longest restart of Slurm's controller, which does not answer meanwhile."""
 PLAIN = re.compile(r"[\w./@+=-]+")
+"""Text that needs no quotes in sbatch options and in scripts."""
 MIN_MARGIN_SECONDS = 300
 """Shortest default of ``margin_seconds``, for costs that the estimate does not include."""
 Name = Annotated[str, matching(r"[\w.,@+=-]+", "a name without spaces")]
@@ -102,7 +103,7 @@ CONFIG = SlurmConfig
 
 
 def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
-    """Refuses invalid settings; plans to leave stages to jobs that already run or wait."""
+    """Refuses invalid settings. Stages whose jobs already run or wait get no new job."""
     container.require_usable(plan, cluster)
     container.require_stages("mpi", cluster.mpi)
     if problems := list(_settings_problems(plan.todo(), cluster)):
@@ -125,7 +126,7 @@ def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
 
 
 def problems(plan: Plan, cluster: SlurmConfig) -> Iterator[Problem]:
-    """Compares each job with what it starts, and with its partition if Slurm is on this machine."""
+    """Yields problems of the jobs' resources. Partitions are read if Slurm is on this machine."""
     jobs = [
         job_of(stage, _sbatch_options(stage, cluster), stage.config.resources.time or cluster.time)
         for stage in plan.todo()
@@ -191,6 +192,7 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         # the stage run at a time.
         job_name=f"{run_dir.name}.{stage.name}."
         + hashlib.sha256(str(run_dir).encode()).hexdigest()[:8],
+        # A forced stage is complete only once its manifest has another start.
         replaces=old.started_at if (old := stage.result) else None,
         cwd=os.getcwd(),
         time=stage.config.resources.time or cluster.time,
@@ -317,6 +319,7 @@ def _submit(plan: Plan) -> None:
     done = subprocess.run([script], capture_output=True, text=True, check=False)
     if done.returncode:
         jobs = read_jobs(plan.run_dir)
+        # ``submit.sh`` stops at the first job that Slurm refuses.
         refused, *_ = [s.name for s in plan.todo() if jobs.get(s.name) == before.get(s.name)]
         raise RecipeError(
             f"Slurm refused the job of {refused}: {done.stderr.strip()}\n"

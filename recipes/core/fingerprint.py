@@ -108,6 +108,7 @@ def _read_module(root: Path, module: str) -> tuple[str, frozenset[str]]:
     if path is None:
         raise ValueError(f"there is no module {module} in {root}")
     tree = ast.parse(source_files(root)[path])
+    # Reading the imports also removes ignored statements from the tree, which is hashed after that.
     imports = frozenset(name for name in _imports(path, tree) if _path_of(root, name))
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports
 

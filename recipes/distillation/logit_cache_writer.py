@@ -71,7 +71,7 @@ def cache_logits(
     text = TrainingSequences(
         tokens,
         cfg.seq_length,
-        num_samples=0,
+        num_samples=0,  # sequences are read by number, not as samples
         document_end=result.document_end,
         loss_mask=read_loss_mask(data.artifact, "train"),
         numbers=_first_sequences(cfg, tokens, result.source_tokens["train"]),
@@ -107,7 +107,7 @@ def cache_logits(
 def _first_sequences(
     cfg: CacheLogitsConfig, tokens: np.ndarray, sources: list[SourceTokens]
 ) -> list[int]:
-    """Returns the numbers of the sequences of training's first samples, in order, each once."""
+    """Returns the numbers of the sequences that training reads first, in order, without repeats."""
     samples = cfg.num_sequences or 0
     text = TrainingSequences(
         tokens, cfg.seq_length, samples, cfg.seed, weights=cfg.weights, sources=sources
@@ -193,6 +193,7 @@ def _evaluate_teacher(
         The top-k [n, seq_length, …] and the mean LM loss; ``None`` if the deadline was reached.
     """
     device = next(core.parameters()).device
+    # ``group`` is ``None`` for one rank, which ``all_reduce`` would take for all ranks.
     tensor_ranks, group = parallel_state.get_tensor_model_parallel_group(), nemo.tensor_group()
     tops, losses, masks = [], [], []
     for start in range(0, len(numbers), cfg.micro_batch_size):

@@ -29,7 +29,7 @@ from recipes.stages.contract import Stage, checkpoint_outcome
 
 
 def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields a problem if the model cannot be healed, or if the teacher is not its teacher."""
+    """Checks that the model is dense, and that it was pruned from the teacher."""
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     if chain.teacher.num_moe_experts:
         yield Problem(
@@ -65,7 +65,7 @@ def inference_cost(cfg: HealConfig, chain: Chain) -> InferenceCost:
     bf16 = cfg.precision == "bf16-mixed"
     healing = healing_cost(teacher, student, calibration, chain.hardware)
     comparison = comparison_cost((teacher, student), bf16, validation, chain.hardware)
-    # The comparison has one student; the other one has the same shape.
+    # ``comparison`` includes one student. The second student, of the same shape, is added.
     compute = healing.compute + comparison.compute + validation.compute(student, bf16)
     # All of it counts as float32, because healing takes most of the time.
     return InferenceCost(largest(healing.memory, comparison.memory), compute, bf16=False)

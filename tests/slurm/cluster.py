@@ -63,7 +63,7 @@ DefMemPerCPU=8900 State=UP
 
 
 class SlurmCluster:
-    """A Slurm with all files in one directory, whose path must be short because it has sockets."""
+    """A Slurm with all files in one directory. Its path must be short, as paths of sockets are."""
 
     def __init__(self, directory: Path, nodes: int = NODES) -> None:
         self.directory = directory

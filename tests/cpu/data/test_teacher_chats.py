@@ -1,4 +1,4 @@
-"""Conversations that a teacher writes: once per request, and each turn to its end."""
+"""A teacher writes conversations, once per request. Turns without an end are left out."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ from recipes.core.metrics import MetricsLog
 from recipes.data import teacher_chats
 from recipes.data.chat import ChatTokenizer
 from recipes.data.teacher_chats import ChatRequest, ChatWriter, write_chats
-from tests.cpu.data.test_tokenizer import END, PLAIN, STOP, saved
+from tests.cpu.data.test_tokenizer import END, PLAIN, STOP, make_tokenizer
 
 CHAT = ChatRequest(tokens=700, seed=1, seq_length=100)
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> ChatWriter:
-    """Says any letter with about the same probability, and ends a turn after about ten."""
+    """A random model that generates each letter with about the same probability.
+
+    It ends a turn after about ten letters.
+    """
     folder = tmp_path_factory.mktemp("teacher")
-    saved(folder, PLAIN)
+    make_tokenizer(folder, PLAIN)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = random_model()
     model.lm_head.bias.data.fill_(-100)
     model.lm_head.bias.data[tokenizer(ascii_letters)["input_ids"]] = 0
     model.lm_head.bias.data[STOP] = 1.5
-    model.generation_config = GenerationConfig(do_sample=True, top_k=1)  # a model's own taste
+    model.generation_config = GenerationConfig(do_sample=True, top_k=1)  # must not be used
     return ChatWriter(model, tokenizer, "t")
 
 
@@ -71,36 +74,38 @@ def no_generation(*_: object) -> None:
 
 
 def test_each_request_is_written_once(teacher: ChatWriter, monkeypatch: pytest.MonkeyPatch) -> None:
-    talks, file = chats(teacher, CHAT)
-    assert len(talks) > CHAT.batch_size()
-    other, elsewhere = chats(teacher, replace(CHAT, seed=2))
-    assert elsewhere != file
-    assert talks[:9] != other[:9]
-    assert chats(replace(teacher, sha256="u"), CHAT)[1] not in (file, elsewhere)
+    conversations, file = chats(teacher, CHAT)
+    assert len(conversations) > CHAT.batch_size()
+    other, other_file = chats(teacher, replace(CHAT, seed=2))
+    assert other_file != file
+    assert conversations[:9] != other[:9]
+    assert chats(replace(teacher, sha256="u"), CHAT)[1] not in (file, other_file)
     # A second run generates nothing, and a damaged file is assembled again from its batches.
     file.write_text("{}\n")
     monkeypatch.setattr(teacher_chats, "_generate", no_generation)
-    assert chats(teacher, CHAT)[0] == talks
+    assert chats(teacher, CHAT)[0] == conversations
 
 
 def test_an_interrupted_request_resumes_after_its_last_batch(teacher: ChatWriter) -> None:
-    talks, file = chats(teacher, CHAT)
+    conversations, file = chats(teacher, CHAT)
     batches = sorted(file.parent.glob("0*.json"))
     assert len(batches) > 1
     modified = batches[0].stat().st_mtime_ns
     for path in (file, *batches[1:]):
         path.unlink()
-    assert chats(teacher, CHAT)[0] == talks
+    assert chats(teacher, CHAT)[0] == conversations
     assert batches[0].stat().st_mtime_ns == modified
 
 
 def test_conversations_are_invented_and_fit_a_sequence(teacher: ChatWriter) -> None:
-    talks, file = chats(teacher, CHAT)
+    conversations, file = chats(teacher, CHAT)
     encoder = ChatTokenizer(Path(teacher.tokenizer.name_or_path), END, CHAT.seq_length)
-    for talk in talks:
-        assert [message["role"] for message in talk["messages"]] == ["user", "assistant"]
-        assert all(message["content"] for message in talk["messages"])
-    encoded = encoder.encode([json.dumps(talk["messages"]) for talk in talks])
+    for conversation in conversations:
+        assert [message["role"] for message in conversation["messages"]] == ["user", "assistant"]
+        assert all(message["content"] for message in conversation["messages"])
+    encoded = encoder.encode(
+        [json.dumps(conversation["messages"]) for conversation in conversations]
+    )
     assert not any(one.shortened or one.left_out for one in encoded)
     assert sum(json.loads(b.read_text())["unfinished"] for b in file.parent.glob("0*.json")) > 0
     with pytest.raises(RecipeError, match="finished none of"):
@@ -108,7 +113,7 @@ def test_conversations_are_invented_and_fit_a_sequence(teacher: ChatWriter) -> N
 
 
 def test_questions_of_a_file_are_answered_once_each(teacher: ChatWriter, tmp_path: Path) -> None:
-    asked = [
+    questions = [
         [
             {"role": "system", "content": "Be."},
             {"role": "user", "content": f"{n}" + "?" * (n % 7 + 1)},
@@ -116,17 +121,17 @@ def test_questions_of_a_file_are_answered_once_each(teacher: ChatWriter, tmp_pat
         for n in range(CHAT.batch_size() + 5)
     ]
     answer = {"role": "assistant", "content": "no"}
-    lines = [json.dumps({"messages": [*one, answer, one[1], answer]}) for one in asked]
-    (tmp_path / "asked.jsonl").write_text("\n".join(lines))
-    prompts = replace(CHAT, tokens=10**6, prompts=str(tmp_path / "asked.jsonl"))
-    talks, file = chats(teacher, prompts)
-    found = [talk["messages"][:-1] for talk in talks]
-    places = [asked.index(one) for one in found]
-    assert 5 < len(talks) < len(asked)  # answers that do not end are left out
-    assert places == sorted(set(places))
-    assert all(len(talk["messages"]) == 3 for talk in talks)
+    lines = [json.dumps({"messages": [*one, answer, one[1], answer]}) for one in questions]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    prompts = replace(CHAT, tokens=10**6, prompts=str(tmp_path / "questions.jsonl"))
+    conversations, file = chats(teacher, prompts)
+    answered = [conversation["messages"][:-1] for conversation in conversations]
+    positions = [questions.index(question) for question in answered]
+    assert 5 < len(conversations) < len(questions)  # answers that do not end are left out
+    assert positions == sorted(set(positions))
+    assert all(len(conversation["messages"]) == 3 for conversation in conversations)
     # Other content of that file is another request.
-    (tmp_path / "asked.jsonl").write_text("\n".join(lines[:3]))
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines[:3]))
     assert chats(teacher, prompts)[1] != file
 
 
@@ -150,8 +155,9 @@ def test_prompts_of_any_length_are_continued_alike(teacher: ChatWriter) -> None:
 def test_a_turn_ends_at_the_end_of_turn_token(
     teacher: ChatWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where a prompt ends with that token; a turn that does not end is no turn."""
+    """A turn that does not end is empty. So is one that ends with its first token."""
     a, b = teacher.tokenizer("ab")["input_ids"]
+    # Each row is a prompt, padded on the left to two tokens, and four new tokens.
     rows = torch.tensor([[9, 9, a, b, STOP, STOP], [STOP, 9, a, b, a, b], [9, 9, STOP, a, a, a]])
     monkeypatch.setattr(teacher.model, "generate", lambda *_, **__: rows)
     turns = teacher_chats._write_turns(teacher, [[9, 9], [9], [9]], 4)

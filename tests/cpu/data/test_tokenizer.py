@@ -18,130 +18,139 @@ from recipes.data.chat import ChatTokenizer, pack
 from recipes.data.corpus import messages_of
 from recipes.data.tokenizer import DocumentTokenizer, Encoded, load_tokenizer
 
-MARKS = ["<end>", "<start>", "<stop>"]
+SPECIAL_TOKENS = ["<end>", "<start>", "<stop>"]
 END, START, STOP = range(3)
 TURN = "<start>{{ m.role }}\n{{ m.content }}<stop>\n"
 ASK = "{% if add_generation_prompt %}<start>assistant\n{% endif %}"
 PLAIN = "{% for m in messages %}" + TURN + "{% endfor %}" + ASK
-MARKED = (
+WITH_GENERATION_TAGS = (
     "{% for m in messages %}<start>{{ m.role }}\n{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}<stop>{% endgeneration %}{% else %}{{ m.content }}<stop>"
     "{% endif %}{{ '\n' }}{% endfor %}" + ASK
 )
-FORGETS = (  # what was thought is only in the last turn, as Qwen3's template has it
+THINK_IN_LAST_TURN = (  # only the last turn keeps its reasoning, as in Qwen3's template
     "{% for m in messages %}<start>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
     "<think>{% endif %}{{ m.content }}<stop>\n{% endfor %}" + ASK
 )
 ALTERNATES = "{{ raise_exception('roles must alternate') }}"
-ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
-SAID = {"role": "assistant", "content": "So."}
+QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+ANSWER = {"role": "assistant", "content": "So."}
 LONG = 200
 
 
-def saved(folder: Path, template: str | None, seq_length: int = LONG) -> ChatTokenizer:
-    """A tokenizer of bytes and three marks."""
+def make_tokenizer(folder: Path, template: str | None, seq_length: int = LONG) -> ChatTokenizer:
+    """Saves a tokenizer of bytes and three special tokens, with a chat template."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate([*MARKS, *letters])}, []))
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate([*SPECIAL_TOKENS, *letters])}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(MARKS)
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<stop>", additional_special_tokens=MARKS[:2]
+        tokenizer_object=tokenizer, eos_token="<stop>", additional_special_tokens=SPECIAL_TOKENS[:2]
     )
     fast.chat_template = template
     fast.save_pretrained(folder)
     return ChatTokenizer(folder, END, seq_length)
 
 
-def encoded(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> Encoded:
-    [found] = tokenizer.encode([json.dumps(messages)])
-    return found
+def encode(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> Encoded:
+    [conversation] = tokenizer.encode([json.dumps(messages)])
+    return conversation
 
 
-def spoken(tokenizer: ChatTokenizer, found: Encoded) -> list[str]:
-    """The stretches that count in the loss, as text."""
-    assert found.loss_mask is not None
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], found.loss_mask, [0]])))
-    parts = zip(edges[::2], edges[1::2], strict=True)
-    return [tokenizer._tokenizer.decode(found.ids[start:stop]) for start, stop in parts]
+def trained_text(tokenizer: ChatTokenizer, conversation: Encoded) -> list[str]:
+    """Returns the text of each run of tokens that count in the loss."""
+    assert conversation.loss_mask is not None
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], conversation.loss_mask, [0]])))
+    runs = zip(edges[::2], edges[1::2], strict=True)
+    return [tokenizer._tokenizer.decode(conversation.ids[start:stop]) for start, stop in runs]
 
 
-@pytest.mark.parametrize("template", [PLAIN, MARKED])
+@pytest.mark.parametrize("template", [PLAIN, WITH_GENERATION_TAGS])
 def test_only_the_words_of_the_assistant_count_in_the_loss(tmp_path: Path, template: str) -> None:
-    tokenizer = saved(tmp_path, template)
+    tokenizer = make_tokenizer(tmp_path, template)
     again = {"role": "assistant", "content": "Thus, since ü."}
-    found = encoded(tokenizer, [*ASKED, SAID, {"role": "user", "content": "And?"}, again])
+    conversation = encode(
+        tokenizer, [*QUESTION, ANSWER, {"role": "user", "content": "And?"}, again]
+    )
     whole = (
         "<start>system\nBe brief.<stop>\n<start>user\nWhy?<stop>\n<start>assistant\nSo.<stop>\n"
         "<start>user\nAnd?<stop>\n<start>assistant\nThus, since ü.<stop>\n<end>"
     )
-    assert tokenizer._tokenizer.decode(found.ids) == whole
-    assert spoken(tokenizer, found) == ["So.<stop>", "Thus, since ü.<stop>"]
-    assert (found.shortened, found.left_out) == (False, "")
-    copy = pickle.loads(pickle.dumps(tokenizer))  # as to another process
-    first = encoded(copy, [*ASKED, SAID]).ids.tolist()
-    assert first == [*found.ids.tolist()[: len(first) - 1], END]
+    assert tokenizer._tokenizer.decode(conversation.ids) == whole
+    assert trained_text(tokenizer, conversation) == ["So.<stop>", "Thus, since ü.<stop>"]
+    assert (conversation.shortened, conversation.left_out) == (False, "")
+    copy = pickle.loads(pickle.dumps(tokenizer))  # as when it is sent to another process
+    first = encode(copy, [*QUESTION, ANSWER]).ids.tolist()
+    assert first == [*conversation.ids.tolist()[: len(first) - 1], END]
 
 
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
-        (PLAIN, ASKED, chat.NO_ANSWER),
-        (ALTERNATES, [*ASKED, SAID], chat.TEMPLATE),
-        (FORGETS, [*ASKED, SAID, *ASKED, SAID], chat.NO_PREFIX),
-        (PLAIN, [SAID], chat.NO_PREFIX),
-        (PLAIN, [*ASKED, {"role": "assistant", "content": "a <stop> b"}], chat.NAMES_MARK),
-        (PLAIN, [*ASKED, {"role": "assistant", "content": "x" * LONG}], chat.TOO_LONG),
+        (PLAIN, QUESTION, chat.NO_ANSWER),
+        (ALTERNATES, [*QUESTION, ANSWER], chat.TEMPLATE),
+        (THINK_IN_LAST_TURN, [*QUESTION, ANSWER, *QUESTION, ANSWER], chat.NO_PREFIX),
+        (PLAIN, [ANSWER], chat.NO_PREFIX),
+        (PLAIN, [*QUESTION, {"role": "assistant", "content": "a <stop> b"}], chat.NAMES_MARK),
+        (PLAIN, [*QUESTION, {"role": "assistant", "content": "x" * LONG}], chat.TOO_LONG),
     ],
 )
 def test_unusable_conversations_are_left_out(
     tmp_path: Path, template: str, messages: list[dict[str, str]], reason: str
 ) -> None:
-    found = encoded(saved(tmp_path, template), messages)
-    assert (found.left_out, len(found.ids)) == (reason, 0)
-    if template == FORGETS:  # one answer alone is found
-        assert spoken(saved(tmp_path, template), encoded(saved(tmp_path, template), messages[:3]))
+    conversation = encode(make_tokenizer(tmp_path, template), messages)
+    assert (conversation.left_out, len(conversation.ids)) == (reason, 0)
+    if template == THINK_IN_LAST_TURN:  # a conversation of one turn is usable
+        assert trained_text(
+            make_tokenizer(tmp_path, template),
+            encode(make_tokenizer(tmp_path, template), messages[:3]),
+        )
 
 
 def test_a_long_conversation_is_shortened_to_its_last_whole_answer(tmp_path: Path) -> None:
-    turns = [*ASKED, SAID, {"role": "user", "content": "And?"}, SAID]
-    whole = encoded(saved(tmp_path, PLAIN), turns)
+    turns = [*QUESTION, ANSWER, {"role": "user", "content": "And?"}, ANSWER]
+    whole = encode(make_tokenizer(tmp_path, PLAIN), turns)
+    # First only the line break after the last answer is cut off, then the last two turns.
     for length in range(len(whole.ids) - 1, 63, -1):
-        tokenizer = saved(tmp_path, PLAIN, length)
-        found = encoded(tokenizer, turns)
+        tokenizer = make_tokenizer(tmp_path, PLAIN, length)
+        conversation = encode(tokenizer, turns)
         answers = 2 if length >= len(whole.ids) - 1 else 1
-        assert spoken(tokenizer, found) == ["So.<stop>"] * answers, length
-        assert found.shortened
-        assert len(found.ids) <= length
-        assert found.ids[-2:].tolist() == [STOP, END]
-    first = len(found.ids)
-    assert encoded(saved(tmp_path, PLAIN, first), turns).shortened
-    assert encoded(saved(tmp_path, PLAIN, first - 1), turns).left_out == chat.TOO_LONG
+        assert trained_text(tokenizer, conversation) == ["So.<stop>"] * answers, length
+        assert conversation.shortened
+        assert len(conversation.ids) <= length
+        assert conversation.ids[-2:].tolist() == [STOP, END]
+    first = len(conversation.ids)
+    assert encode(make_tokenizer(tmp_path, PLAIN, first), turns).shortened
+    assert encode(make_tokenizer(tmp_path, PLAIN, first - 1), turns).left_out == chat.TOO_LONG
 
 
 def test_each_conversation_lies_in_one_sequence() -> None:
     generator, length = np.random.default_rng(0), 32
     for _ in range(30):
         sizes = generator.integers(2, length + 1, generator.integers(1, 40))
-        given = [Encoded(np.full(n, 5 + i), np.arange(n) > 0) for i, n in enumerate(sizes)]
+        conversations = [Encoded(np.full(n, 5 + i), np.arange(n) > 0) for i, n in enumerate(sizes)]
         position = int(generator.integers(0, 100))
-        packed = list(pack(given, position, length, END))
+        packed = list(pack(conversations, position, length, END))
         ids = np.concatenate([each.ids for each in packed])
         loss_mask = np.concatenate([each.loss_mask for each in packed])  # type: ignore[misc]
-        places = position + np.arange(len(ids))
+        positions = position + np.arange(len(ids))
         for i, n in enumerate(sizes):
-            [mine] = [places[ids == 5 + i]]
+            mine = positions[ids == 5 + i]
             assert len(mine) == n
             assert mine[0] // length == mine[-1] // length
             assert mine[-1] - mine[0] == n - 1
         assert not loss_mask[ids == END].any()
         sequences = -(-(position % length + len(ids)) // length)
-        assert sequences <= len(_naive(sizes, position % length, length))
+        assert sequences <= len(_pack_in_order(sizes, position % length, length))
 
 
-def _naive(sizes: np.ndarray, begun: int, length: int) -> list[int]:
-    """Sequences where each conversation follows the one before it."""
-    sequences = [begun]
+def _pack_in_order(sizes: np.ndarray, first: int, length: int) -> list[int]:
+    """Returns the tokens in each sequence if conversations are packed in order.
+
+    The first sequence has ``first`` tokens already.
+    """
+    sequences = [first]
     for size in sizes:
         if sequences[-1] + size > length:
             sequences.append(0)
@@ -151,8 +160,8 @@ def _naive(sizes: np.ndarray, begun: int, length: int) -> list[int]:
 
 def test_a_model_without_a_template_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="has no chat template"):
-        saved(tmp_path, None).require_template()
-    saved(tmp_path, PLAIN).require_template()
+        make_tokenizer(tmp_path, None).require_template()
+    make_tokenizer(tmp_path, PLAIN).require_template()
 
 
 @pytest.mark.parametrize(
@@ -162,7 +171,7 @@ def test_a_model_without_a_template_is_refused(tmp_path: Path) -> None:
         ({"text": "a"}, "no list of messages"),
         ({"messages": []}, "no list of messages"),
         ({"messages": ["hello"]}, "message 1 has no text as its 'role'"),
-        ({"messages": [*ASKED, {"role": "x"}]}, "message 3 .* 'content'"),
+        ({"messages": [*QUESTION, {"role": "x"}]}, "message 3 .* 'content'"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "message 1 has no text as its 'cont"),
     ],
 )

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 HUNG = 'Thread 0x1 (most recent call first):\n  File "a.py", line 7 in wait\n'
 
 
-def start(fingerprint: str = "f", at: str = "10:00") -> Manifest:
+def start_manifest(fingerprint: str = "f", at: str = "10:00") -> Manifest:
     """Returns the manifest of a start without a result."""
     manifest = bare_manifest("a", "dataset", None)
     started_at = f"2025-01-01T{at}:00+00:00"
@@ -52,7 +52,7 @@ def start(fingerprint: str = "f", at: str = "10:00") -> Manifest:
 
 def begin(stage: Path, fingerprint: str = "f", at: str = "10:00") -> Path:
     """Leaves unfinished work of a failed start, and returns its checkpoint."""
-    begin_work(stage, start(fingerprint, at))
+    begin_work(stage, start_manifest(fingerprint, at))
     (stage / WORK / ARTIFACT / "half").touch()
     record_failure(stage, "old")
     MetricsLog(stage / METRICS).progress("train", 1, 2)
@@ -63,8 +63,8 @@ def begin(stage: Path, fingerprint: str = "f", at: str = "10:00") -> Path:
 
 
 def finish(stage: Path, fingerprint: str = "f", at: str = "10:00") -> None:
-    begin_work(stage, start(fingerprint, at))
-    complete_stage(stage, start(fingerprint, at))
+    begin_work(stage, start_manifest(fingerprint, at))
+    complete_stage(stage, start_manifest(fingerprint, at))
 
 
 def test_the_files_determine_the_state(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_the_files_determine_the_state(tmp_path: Path) -> None:
 
     stage.mkdir()
     assert status() is Status.NOT_STARTED
-    begin_work(stage, start())
+    begin_work(stage, start_manifest())
     assert status() is Status.INTERRUPTED
     record_failure(stage, "no memory")
     assert (status(), stage_state(stage).error) == (Status.FAILED, "no memory")
@@ -84,9 +84,9 @@ def test_the_files_determine_the_state(tmp_path: Path) -> None:
     (work / STACKS.format(3)).write_text(HUNG)
     assert status() is Status.HUNG
     assert "rank 3: a.py, line 7, in wait" in stage_state(stage).error
-    begin_work(stage, start())
+    begin_work(stage, start_manifest())
     assert status() is Status.INTERRUPTED
-    complete_stage(stage, start())
+    complete_stage(stage, start_manifest())
     assert status() is Status.COMPLETE
     assert not work.exists()
     other = stage_state(stage, "g")
@@ -95,7 +95,7 @@ def test_the_files_determine_the_state(tmp_path: Path) -> None:
 
 def test_a_result_stays_complete_while_another_start_fails(tmp_path: Path) -> None:
     finish(tmp_path)
-    begin_work(tmp_path, start(at="11:00"))
+    begin_work(tmp_path, start_manifest(at="11:00"))
     record_failure(tmp_path, "no memory")
     assert stage_state(tmp_path, "f").status is Status.COMPLETE
     assert last_end(tmp_path) == (Status.FAILED, "no memory")
@@ -103,7 +103,7 @@ def test_a_result_stays_complete_while_another_start_fails(tmp_path: Path) -> No
 
 
 def test_the_first_rank_to_fail_gives_the_reason(tmp_path: Path) -> None:
-    begin_work(tmp_path, start())
+    begin_work(tmp_path, start_manifest())
     record_failure(tmp_path, "a bug", overwrite=False)
     record_failure(tmp_path, "lost its connection", overwrite=False)
     assert stage_state(tmp_path).error == "a bug"
@@ -113,7 +113,7 @@ def test_the_first_rank_to_fail_gives_the_reason(tmp_path: Path) -> None:
 
 def test_work_of_the_same_fingerprint_stays_without_its_half_artifact(tmp_path: Path) -> None:
     checkpoint = begin(tmp_path)
-    begin_work(tmp_path, start())
+    begin_work(tmp_path, start_manifest())
     assert list((tmp_path / WORK / ARTIFACT).iterdir()) == []
     assert checkpoint.exists()
     assert (tmp_path / METRICS).exists()
@@ -122,41 +122,41 @@ def test_work_of_the_same_fingerprint_stays_without_its_half_artifact(tmp_path: 
 
 def test_work_of_another_fingerprint_is_deleted(tmp_path: Path) -> None:
     checkpoint = begin(tmp_path)
-    begin_work(tmp_path, start("g"))
+    begin_work(tmp_path, start_manifest("g"))
     assert not checkpoint.exists()
     assert not (tmp_path / METRICS).exists()
-    assert stage_state(tmp_path).begun == start("g")
+    assert stage_state(tmp_path).begun == start_manifest("g")
 
 
 def test_seconds_of_continued_starts_are_summed(tmp_path: Path) -> None:
-    """From each start to its last record; a start without records adds nothing."""
+    """Each start counts until its last record; a start without records adds nothing."""
 
     def record(at: str) -> None:
         with (tmp_path / METRICS).open("a") as file:
             file.write(json.dumps({"time": datetime.fromisoformat(at).timestamp()}) + "\n")
 
-    assert begin_work(tmp_path, start()) == 0
+    assert begin_work(tmp_path, start_manifest()) == 0
     record("2025-01-01T10:01:30Z")
-    assert begin_work(tmp_path, start(at="10:05")) == 90
+    assert begin_work(tmp_path, start_manifest(at="10:05")) == 90
     record("2025-01-01T10:05:30Z")
-    assert begin_work(tmp_path, start(at="10:10")) == 120
-    assert begin_work(tmp_path, start(at="10:20")) == 120
-    assert begin_work(tmp_path, start("g", at="10:30")) == 0
+    assert begin_work(tmp_path, start_manifest(at="10:10")) == 120
+    assert begin_work(tmp_path, start_manifest(at="10:20")) == 120
+    assert begin_work(tmp_path, start_manifest("g", at="10:30")) == 0
 
 
 def test_work_of_an_existing_result_is_leftover(tmp_path: Path) -> None:
-    """As after a kill that follows the manifest. Work of a later start, by force, is resumed."""
+    """A kill can follow the writing of the manifest. A forced start deletes the old work."""
     checkpoint = begin(tmp_path)
     os.link(tmp_path / WORK / BEGUN, tmp_path / MANIFEST)
     state = stage_state(tmp_path, "f")
     assert (state.status, state.leftover, state.begun) == (Status.COMPLETE, True, None)
     (tmp_path / WORK / BEGUN).unlink()
     assert stage_state(tmp_path, "f").leftover
-    begin_work(tmp_path, start(at="11:00"))
+    begin_work(tmp_path, start_manifest(at="11:00"))
     assert not checkpoint.exists()
     state = stage_state(tmp_path, "f")
     assert (state.status, state.leftover) == (Status.COMPLETE, False)
-    assert state.begun == start(at="11:00")
+    assert state.begun == start_manifest(at="11:00")
 
 
 def test_half_deleted_work_cannot_be_resumed(
@@ -170,22 +170,22 @@ def test_half_deleted_work_cannot_be_resumed(
     with monkeypatch.context() as patch:
         patch.setattr("recipes.core.run_state.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            begin_work(tmp_path, start("g"))
+            begin_work(tmp_path, start_manifest("g"))
     assert checkpoint.exists()
     assert stage_state(tmp_path).begun is None
-    begin_work(tmp_path, start())
+    begin_work(tmp_path, start_manifest())
     assert not checkpoint.exists()
 
 
 def test_a_new_result_replaces_the_old_one(tmp_path: Path) -> None:
     finish(tmp_path)
     (tmp_path / ARTIFACT / "old").touch()
-    begin_work(tmp_path, start(at="11:00"))
+    begin_work(tmp_path, start_manifest(at="11:00"))
     (tmp_path / WORK / ARTIFACT / "new").touch()
-    complete_stage(tmp_path, start(at="11:00"))
+    complete_stage(tmp_path, start_manifest(at="11:00"))
     assert [file.name for file in (tmp_path / ARTIFACT).iterdir()] == ["new"]
     with pytest.raises(FileNotFoundError):  # there is no work to make a result of
-        complete_stage(tmp_path, start())
+        complete_stage(tmp_path, start_manifest())
     assert not (tmp_path / MANIFEST).exists()
 
 
@@ -210,6 +210,7 @@ def test_stages_of_a_run_are_planned_or_started(tmp_path: Path) -> None:
         Request(name, "f", "c", {}, {}).write(tmp_path / name)
     finish(tmp_path / "b")
     finish(tmp_path / "started")
+    # Stage "never" has no fingerprint and no directory; "dropped" is no longer planned.
     plan = LastPlan("r", {"b": "1e5", "a": "f", "never": None})
     plan.write(tmp_path)
     assert read_last_plan(tmp_path) == plan

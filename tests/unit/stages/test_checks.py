@@ -37,7 +37,7 @@ from recipes.stages import (
 from recipes.stages.contract import Kind
 
 STAGES = sorted(folder.name for folder in (CONF / "stage").iterdir())
-LAYOUT = {
+TRAINING_RESOURCES = {
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "context_parallel_size",
@@ -51,8 +51,8 @@ LAYOUT = {
     "cpu_speed_patches",
     "profile_steps",
 }
-# Further settings that do not change a stage's result. The launcher judges gates.
-OTHER_RESOURCES = {"report": {"gates"}, "prepare_data": {"processes"}}
+"""Settings of computing stages that do not change their results."""
+OTHER_RESOURCES = {"report": {"gates"}, "prepare_data": {"processes"}}  # the launcher checks gates
 TWO_RANKS = Resources(devices=2)
 
 
@@ -82,8 +82,12 @@ def test_every_stage_is_consistent(name: str, chain: Chain) -> None:
     assert isinstance(list(stage.problems(stage.config(stage=name), chain)), list)
     fields = {f.name: bool(f.metadata.get("resource")) for f in dataclasses.fields(stage.config)}
     marked = {field for field, resource in fields.items() if resource}
-    assert {"resources"} <= marked <= {"resources"} | LAYOUT | OTHER_RESOURCES.get(name, set())
-    assert fields.get("micro_batch_size", True)
+    assert (
+        {"resources"}
+        <= marked
+        <= {"resources"} | TRAINING_RESOURCES | OTHER_RESOURCES.get(name, set())
+    )
+    assert fields.get("micro_batch_size", True), "it must be a resource"
 
 
 @pytest.mark.parametrize("name", ["import_hf", "prepare_data", "prune", "export_hf"])
@@ -311,6 +315,7 @@ def test_all_problems_are_listed(
         CacheLogitsConfig: cache_logits.STAGE,
         EvaluateConfig: evaluate.STAGE,
     }
+    # ``None`` accepts any problems.
     broken = rules(stages[type(cfg)].problems(cfg, chain))
     assert broken == expected if expected is not None else broken
 

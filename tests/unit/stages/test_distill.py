@@ -86,6 +86,7 @@ def test_compiles_if_that_saves_time_and_a_compiler_is_installed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cfg, context_chain = DistillConfig(**fields), replace(chain, **context)
+    # Without a compiler only an explicit setting compiles.
     for missing, compiles in ((None, expected), (("g++", "install it"), fields.get("compile"))):
         monkeypatch.setattr("recipes.distillation.training.missing_compiler", lambda m=missing: m)
         assert distill.STAGE.resolve_from_chain(cfg, context_chain).compile is bool(compiles)
@@ -208,7 +209,7 @@ def test_the_result_covers_all_attempts(tmp_path: Path) -> None:
         steps=4,
         skipped_steps=1,
         tokens=64,
-        tokens_per_second=27.5,
+        tokens_per_second=27.5,  # median of the last records of each step
     )
 
 
