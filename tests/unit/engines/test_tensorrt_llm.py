@@ -47,7 +47,8 @@ def config(**settings: Any) -> BuildEngineConfig:
 
 
 def rules(cfg: BuildEngineConfig, chain: Chain) -> list[str]:
-    return [problem.rule.name for problem in engine_problems(cfg, chain)]
+    """Returns the broken rules on this machine, where no image is needed."""
+    return [p.rule.name for p in engine_problems(cfg, replace(chain, runs_here=True))]
 
 
 @pytest.mark.parametrize("backend", ["tensorrt_llm", "tensorrt_llm_pytorch"])
@@ -233,7 +234,7 @@ def test_invalid_settings_break_a_rule(
 
 def test_a_format_of_another_backend_is_suggested(teacher: Architecture) -> None:
     chain = Chain("teacher", replace(teacher, kv_channels=64, hidden_size=128), {})
-    [awq] = engine_problems(config(precision="int4_awq"), chain)
+    [awq] = engine_problems(config(precision="int4_awq"), replace(chain, runs_here=True))
     assert "or backend=tensorrt_llm_pytorch" in awq.fix
     for settings in (
         {"backend": "tensorrt_llm_pytorch", "kv_cache_dtype": "fp8"},

@@ -90,7 +90,7 @@ def test_every_stage_is_consistent(name: str, chain: Chain) -> None:
     assert fields.get("micro_batch_size", True), "it must be a resource"
 
 
-@pytest.mark.parametrize("name", ["import_hf", "prepare_data", "prune", "export_hf"])
+@pytest.mark.parametrize("name", ["import_hf", "prune", "export_hf"])
 @pytest.mark.parametrize("resources", [TWO_RANKS, Resources(nodes=2)])
 def test_stages_without_parallelism_need_one_rank(
     name: str, resources: Resources, chain: Chain
