@@ -73,8 +73,8 @@ class JobState:
             limited = self.time_left not in ("", "UNLIMITED", "NOT_SET", "INVALID")
             limit = f"{self.time_left} until its time limit" if limited else "without a time limit"
             return f"on {self.nodes}, {limit}"
-        own = self.reason if self.reason not in ("", "None") else "is about to start"
-        return WAIT_REASONS.get(self.state, own)
+        slurm_reason = self.reason if self.reason not in ("", "None") else "is about to start"
+        return WAIT_REASONS.get(self.state, slurm_reason)
 
 
 def read_jobs(run_dir: Path) -> dict[str, SlurmJob]:
@@ -120,7 +120,7 @@ def final_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
         "sacct", "--noheader", "--parsable2", "-X", "--format=JobID,State", f"--jobs={ids}"
     )
     rows = [line.split("|") for line in done.stdout.splitlines()]
-    # The state may be followed by who cancelled the job.
+    # A state can be "CANCELLED by 1000", or "CANCELLED+" if sacct cuts it off.
     states = {row[0]: JobState(row[1].split()[0].rstrip("+")) for row in rows if len(row) == 2}
     return {job: state for job, state in states.items() if not state.active}
 

@@ -80,7 +80,7 @@ class Request:
     libraries: Mapping[str, str] = field(default_factory=dict)
     """Versions in the fingerprint."""
     kept: Mapping[str, list[str]] = field(default_factory=dict)
-    """Stale results that the stage depends on and the user keeps: the reasons, by stage."""
+    """Why results that the stage depends on are stale, by stage. The user chose to keep them."""
     snapshot: str | None = None
     """Hash of the snapshot that the stage's process runs; ``None`` if another stage starts it."""
     git_sha: str | None = None
@@ -207,6 +207,7 @@ def stage_state(stage_dir: Path, fingerprint: str | None = None) -> StageState:
     """
     work = stage_dir / WORK
     result, begun = read_manifest(stage_dir), read_manifest(work, BEGUN)
+    # Work without a manifest, or of the start that wrote the result, remains from the result.
     same_start = begun is None or (result is not None and result.started_at == begun.started_at)
     leftover = result is not None and work.exists() and same_start
     if leftover:

@@ -19,6 +19,7 @@ from recipes.core.errors import RecipeError
 STACKS = "hung-rank-{}.txt"
 """File in ``work/`` with the stacks of a rank that hung."""
 _watched: list[tuple[float, IO[str]]] = []
+"""Timeout and file of each active ``watch_for_hangs``; the last applies."""
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 
 
@@ -64,7 +65,7 @@ def pause_watchdog() -> Iterator[None]:
 
 
 def hang_error(work: Path) -> RecipeError | None:
-    """Returns an error that names the ranks that hung and their positions; ``None`` without one."""
+    """Returns an error with the position of each rank that hung; ``None`` if none did."""
     positions = ""
     for file in sorted(work.glob(STACKS.format("*"))):
         if position := _main_thread(file.read_text(encoding="utf-8", errors="replace")):

@@ -51,11 +51,11 @@ def chunks(logits: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, len(logits), step))
 
 
-def gather(part: Tensor, group: ProcessGroup) -> Tensor:
+def gather(shard: Tensor, group: ProcessGroup) -> Tensor:
     """Concatenates the columns of all ranks, on every rank."""
-    parts = [torch.empty_like(part) for _ in range(group.size())]
-    all_gather(parts, part, group)
-    return torch.cat(parts, dim=-1)
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    all_gather(shards, shard, group)
+    return torch.cat(shards, dim=-1)
 
 
 def total(values: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -67,7 +67,7 @@ def total(values: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def log_sum_exp(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Computes log Σ exp over the columns of all ranks, [n, 1]; -inf for no mass."""
+    """Computes log Σ exp over the columns of all ranks, [n, 1]; -inf if all values are -inf."""
     local = values.logsumexp(dim=-1, keepdim=True)
     return local if group is None else gather(local, group).logsumexp(dim=-1, keepdim=True)
 
@@ -160,10 +160,10 @@ def top_k(
             values, ids = gather(values, group), gather(ids + group.rank() * width, group)
             ids = ids.gather(1, values.topk(k, dim=-1).indices)
         indices[rows] = ids
-        parts = split(whole, ids, group)
-        log_probs[rows] = parts.log_probs
+        distribution = split(whole, ids, group)
+        log_probs[rows] = distribution.log_probs
         if quantiles is not None and draws is not None and entropy is not None:
-            draws[rows], entropy[rows] = _sample(parts.tail, quantiles[rows], group)
+            draws[rows], entropy[rows] = _sample(distribution.tail, quantiles[rows], group)
     return TopK(indices, log_probs, draws, entropy)
 
 
@@ -186,7 +186,6 @@ def _sample(tail: Tensor, quantiles: Tensor, group: ProcessGroup | None) -> tupl
     owners = torch.searchsorted(ends, targets, right=True).clamp_(max=ends.shape[-1] - 1)
     rank = 0 if group is None else group.rank()
     # Slightly less than the rank's mass: otherwise rounding could select a column without mass.
-
     local = (targets - (ends - masses)[:, rank, None]).minimum(masses[:, rank, None] * (1 - 1e-6))
     ids = torch.searchsorted(cumulative, local.clamp_(min=0), right=True)
     ids = ids.clamp_(max=tail.shape[-1] - 1)

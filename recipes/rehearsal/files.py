@@ -19,7 +19,7 @@ Shapes = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 
 
 class _RealFile:
-    """An open file, or a slice of its tensors, that returns real tensors in fake mode."""
+    """Wraps safetensors' open file or lazy slice. It returns real tensors, even in fake mode."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -51,7 +51,7 @@ class _RealFile:
 def install() -> None:
     """Replaces reading and writing for the rest of the process.
 
-    Must run before modules that import the functions by name.
+    Must run before the import of modules that import the functions by name.
     """
     apply(PATCHES)
 

@@ -16,7 +16,7 @@ from recipes.pruning.kept import KeptIndices, prune_weight, student_name
 from tests.support.models import EVEN, FAMILIES
 
 DENSE = [family for family, fields in FAMILIES.items() if "num_experts" not in fields]
-HEAD, KEPT = 16, 32
+HEAD_SIZE, KEPT_CHANNELS = 16, 32
 Weights = dict[str, torch.Tensor]
 
 
@@ -57,7 +57,7 @@ def prune_and_heal(
         n: w for n, w in model.state_dict().items() if n in dict(model.named_parameters())
     }
     weights = {
-        name: prune_weight(source, weight, kept, HEAD)
+        name: prune_weight(source, weight, kept, HEAD_SIZE)
         for source, weight in teacher_weights.items()
         if (name := student_name(source, kept)) is not None
     }
@@ -73,34 +73,36 @@ def prune_and_heal(
 
 @torch.no_grad()
 def plant_combinations(model: Any) -> tuple[KeptIndices, dict[str, int]]:
-    """Makes half of all structure a linear combination of the other half, which is kept.
+    """Makes half of the channels, heads and neurons linear combinations of the others.
+
+    The others are kept, so the teacher can be reconstructed exactly.
 
     Pruned channels are a rotation of the kept ones, so both have the same mean square, and a norm
     over the kept channels equals one over all.
     """
-    rotation = torch.linalg.qr(torch.randn(KEPT, KEPT)).Q
+    rotation = torch.linalg.qr(torch.randn(KEPT_CHANNELS, KEPT_CHANNELS)).Q
     norm, embedding = model.model.norm.weight, model.model.embed_tokens.weight
-    embedding[:, KEPT:] = embedding[:, :KEPT] @ rotation.T
-    if model.config.tie_word_embeddings:  # a scale of the final norm is exact only if uniform
+    embedding[:, KEPT_CHANNELS:] = embedding[:, :KEPT_CHANNELS] @ rotation.T
+    if model.config.tie_word_embeddings:  # a tied head cannot absorb a scale per channel
         norm.fill_(1.5)
-    rows: Weights = {"hidden_size": torch.arange(KEPT)}
+    rows: Weights = {"hidden_size": torch.arange(KEPT_CHANNELS)}
     for number, layer in enumerate(model.model.layers, 1):
         attention, mlp = layer.self_attn, layer.mlp
-        mix = torch.randn(HEAD, HEAD)
-        for part, size in ((attention.q_proj, 2), (attention.k_proj, 1), (attention.v_proj, 1)):
-            value = part is attention.v_proj
-            for tensor in (part.weight, part.bias) if part.bias is not None else (part.weight,):
-                first = tensor[: size * HEAD]
-                tensor[size * HEAD :] = mix @ first if value else first
+        mix = torch.randn(HEAD_SIZE, HEAD_SIZE)
+        queries, keys, values = attention.q_proj, attention.k_proj, attention.v_proj
+        for projection, size in ((queries, 2), (keys, 1), (values, 1)):
+            for tensor in projection.parameters():
+                first = tensor[: size * HEAD_SIZE]
+                tensor[size * HEAD_SIZE :] = mix @ first if projection is values else first
         mlp.gate_proj.weight[64:] = mlp.gate_proj.weight[:64]
         mlp.up_proj.weight[64:] = torch.randn(64, 1) * mlp.up_proj.weight[:64]
-        for part in (attention.o_proj, mlp.down_proj):
-            part.weight[KEPT:] = rotation @ part.weight[:KEPT]
+        for projection in (attention.o_proj, mlp.down_proj):
+            projection.weight[KEPT_CHANNELS:] = rotation @ projection.weight[:KEPT_CHANNELS]
         rows |= {f"layers.{number}.ffn_hidden_size": torch.arange(64)}
         rows |= {f"layers.{number}.num_query_groups": torch.arange(1)}
         rows |= {f"layers.{number}.num_attention_heads": torch.arange(2)}
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    return KeptIndices([1, 2], rows), dict(zip(names, (KEPT, 64, 2, 1), strict=True))
+    return KeptIndices([1, 2], rows), dict(zip(names, (KEPT_CHANNELS, 64, 2, 1), strict=True))
 
 
 @pytest.mark.parametrize("family", DENSE)
@@ -126,14 +128,14 @@ def test_an_unpruned_model_does_not_change(family: str) -> None:
         assert torch.equal(healed.state_dict()[name], weight), name
 
 
-def test_a_change_never_increases_the_error() -> None:
+def test_least_squares_never_increase_the_error() -> None:
     """There are fewer tokens than inputs, and half of the inputs are duplicates."""
     torch.manual_seed(0)
     inputs, missing = torch.randn(1, 24, 32), torch.randn(1, 24, 8)
     inputs[..., 16:] = inputs[..., :16]
     fit = LeastSquares(torch.zeros(8, 32))
-    for part in range(0, 24, 8):
-        fit.add(inputs[:, part : part + 8], missing[:, part : part + 8])
+    for start in range(0, 24, 8):
+        fit.add(inputs[:, start : start + 8], missing[:, start : start + 8])
     errors = []
     for ridge_tokens in (1e-9, 1e-2, 1.0, 100.0, 1e8):
         remainder = missing - inputs @ fit.change(ridge_tokens).T
@@ -159,6 +161,7 @@ AXES = {
         {"num_attention_heads": 2, "num_query_groups": 1},
     ),
 }
+"""Pruned axes: the student's fields in ``config.json``, and the number of indices kept by axis."""
 
 
 @pytest.mark.parametrize("names", [*([name] for name in AXES), list(AXES)], ids="+".join)

@@ -232,6 +232,7 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
 
 def main() -> None:
     pairs = json.loads(Path(sys.argv[1]).read_text())
+    # Only results go to the standard output; what libraries print goes to the standard error.
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     rehearse = prepare()
@@ -239,6 +240,7 @@ def main() -> None:
     def with_defect(job: dict[str, Any], defect: str | None) -> RehearsalResult:
         if defect is not None:
             target, description, replacement = DEFECTS[defect]
+            # Without a fingerprint any original is accepted.
             apply([Patch(target, description, "", replacement)])
         return rehearse(TypeAdapter(RankJob).validate_python(job))
 

@@ -102,7 +102,7 @@ def test_relative_paths_that_do_not_exist_are_not_hub_ids(
 
 
 def test_commit_in_a_hub_id_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a cache as ``huggingface_hub`` lays it out, with two commits of one model."""
+    """The cache has the layout of ``huggingface_hub``, and two commits of one model."""
     newest, older = "a" * 40, "b" * 40
     model = tmp_path / "models--org--name"
     for commit in (newest, older):
@@ -220,7 +220,7 @@ def test_a_cached_file_that_was_changed_is_not_used(local_wheel: Path) -> None:
 def test_link_in_a_wheel_is_written_as_a_file(local_wheel: Path) -> None:
     with zipfile.ZipFile(local_wheel, "a") as archive:
         link = zipfile.ZipInfo("tinydata/link")
-        link.external_attr = 0o120777 << 16
+        link.external_attr = 0o120777 << 16  # the mode of a symbolic link
         archive.writestr(link, "/etc/passwd")
     file = WheelFile("tinydata", "1.0", "tinydata/link", sha256_of(local_wheel))
     path = fetch_wheel_file(file)
@@ -282,7 +282,7 @@ def test_check_of_a_model_that_is_not_local(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Nothing is known of a hub model that is not in the cache, if the hub may not be asked."""
+    """Offline, a hub model that is not in the cache cannot be checked."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("sys.argv", ["nemo_convert", "check", source])
     assert main() == status
