@@ -55,25 +55,28 @@ def read_statuses(run_dir: Path) -> list[StageStatus]:
     # Jobs of the last plan; those of earlier plans say nothing about a stage that has ended.
     current = {name: job for name, job in jobs.items() if job.fingerprint == planned.get(name)}
     incomplete = [n for n, state in states.items() if state.status is not Status.COMPLETE]
-    gone = [current[n] for n in incomplete if n in current and current[n].id not in queue]
-    queue |= final_states(gone)
+    ended_jobs = [current[n] for n in incomplete if n in current and current[n].id not in queue]
+    queue |= final_states(ended_jobs)
     statuses = []
     for name, state in states.items():
         job = jobs.get(name)
-        queued = queue.get(job.id) if job else None
-        active = _active_status(state, job, queued, holder)
-        statuses.append(active or _ended_status(state, current.get(name), queued))
+        slurm_state = queue.get(job.id) if job else None
+        active = _active_status(state, job, slurm_state, holder)
+        statuses.append(active or _ended_status(state, current.get(name), slurm_state))
     return statuses
 
 
 def _active_status(
-    state: StageState, job: SlurmJob | None, queued: JobState | None, holder: lock.Holder | None
+    state: StageState,
+    job: SlurmJob | None,
+    slurm_state: JobState | None,
+    holder: lock.Holder | None,
 ) -> StageStatus | None:
     """Returns the status of a stage that runs or waits; ``None`` for any other stage."""
     name = state.directory.name
-    if queued and queued.active:
-        status = Status.RUNNING if queued.running else Status.PENDING
-        return StageStatus(state, status, progress_text(state, queued.where), job)
+    if slurm_state and slurm_state.active:
+        status = Status.RUNNING if slurm_state.running else Status.PENDING
+        return StageStatus(state, status, progress_text(state, slurm_state.where), job)
     if holder and holder.stage == name:
         return StageStatus(state, Status.RUNNING, progress_text(state))
     if holder and holder.stage and state.status is not Status.COMPLETE:
@@ -81,18 +84,21 @@ def _active_status(
     return None
 
 
-def _ended_status(state: StageState, job: SlurmJob | None, queued: JobState | None) -> StageStatus:
+def _ended_status(
+    state: StageState, job: SlurmJob | None, slurm_state: JobState | None
+) -> StageStatus:
     """Returns the status of a stage that neither runs nor waits."""
     if state.status is Status.COMPLETE and state.result is not None:
         return StageStatus(state, Status.COMPLETE, f"{state.result.seconds:.0f} s", job)
     if state.status is Status.STOPPED:
         return StageStatus(state, Status.STOPPED, state.error, job)
-    job_state = queued.state if job and queued else ""
+    job_state = slurm_state.state if job and slurm_state else ""
     if job_state == "CANCELLED":
         return StageStatus(state, Status.CANCELLED, "the same command submits it again", job)
     if reason := STATE_REASONS.get(job_state):
         return StageStatus(state, Status.FAILED, f"{job_state}: {reason}", job)
     log = newest_log(state.directory)
+    # The newest log can be of an earlier job.
     own_log = log if job is None or (log and log.stem == job.id) else None
     if state.error or (job and (own_log or job_state)):
         status = state.status if state.error else Status.FAILED

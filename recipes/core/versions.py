@@ -52,8 +52,8 @@ def pins() -> Iterator[Pin]:
     for extra in STAGE_EXTRAS:
         for requirement in map(Requirement, project["optional-dependencies"][extra]):
             if requirement.name != project["name"]:
-                found = installed(requirement.name)
-                yield Pin(requirement.name, str(requirement.specifier), found)
+                name = requirement.name
+                yield Pin(name, str(requirement.specifier), installed(name))
 
 
 @cache
@@ -72,8 +72,8 @@ def result_versions(in_image: bool = False) -> dict[str, str]:
     on the nodes, and builds of one version have the same source.
 
     Args:
-        in_image: Whether the stage runs in an image. Images have the locked versions, which also
-            replace libraries that are not installed, as on a login node.
+        in_image: Whether the stage runs in an image, which has the locked versions. They also count
+            for libraries that are not installed here, for example on a login node.
     """
     versions = {name: None if in_image else installed(name) for name in RESULT_LIBRARIES}
     return {
@@ -93,8 +93,8 @@ def locked(name: str) -> str:
 def installed_versions() -> dict[str, str]:
     """Returns the installed versions that a manifest records."""
     names = (*RESULT_LIBRARIES, TRANSFORMER_ENGINE, "numpy", "openvino")
-    found = {name: version for name in names if (version := installed(name))}
-    return {"python": sys.version.split()[0], **found}
+    versions = {name: version for name in names if (version := installed(name))}
+    return {"python": sys.version.split()[0], **versions}
 
 
 @cache

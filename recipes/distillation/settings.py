@@ -141,7 +141,7 @@ class TrainingConfig(StageConfig):
 
     @property
     def recomputes_feed_forward(self) -> bool:
-        """Whether only the feed-forward network is recomputed."""
+        """Whether ``selective`` recomputation includes the feed-forward network."""
         modules = set(FEED_FORWARD) & set(self.recompute_modules)
         return self.recompute_granularity == "selective" and bool(modules)
 

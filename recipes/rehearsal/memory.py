@@ -121,10 +121,10 @@ class MemoryTracker(TorchDispatchMode):
         """Returns freed memory to the device, as ``torch.cuda.empty_cache``."""
         self._reserved = self._total
 
-    def become_parent(self) -> None:
-        """Counts all memory of the process so far, live or cached, as its parent's from here on.
+    def label_as_parent(self) -> None:
+        """Labels all memory so far, live or cached, as that of a parent process.
 
-        What follows is what the parent starts in another process on the same device.
+        The parent then starts a training in another process on the same device.
         """
         for allocation in self._live.values():
             allocation.type = PARENT

@@ -55,9 +55,9 @@ def rehearse(job: RankJob) -> RehearsalResult:
             with device.weightless(), memory, messages.MessageChecker():
                 if job.search is not None:
                     _measure_candidate(job.search, inputs, run_dir)
-                    memory.become_parent()
+                    memory.label_as_parent()
                 if job.resumed:
-                    _stop_by_the_clock(run)
+                    _stop_after_one_step(run)
                 run()
         except Exception:
             error = _error_text()
@@ -85,8 +85,11 @@ def _measure_candidate(
     search.measure([candidate], 0)
 
 
-def _stop_by_the_clock(run: Callable[[], object]) -> None:
-    """Runs a training run past its deadline, so it saves after one step; frees all it allocated."""
+def _stop_after_one_step(run: Callable[[], object]) -> None:
+    """Runs a training whose deadline has passed: it stops after one step and saves.
+
+    Then frees all of its memory, as the end of its process would.
+    """
     os.environ[DEADLINE] = "0"
     with suppress(StoppedByDeadlineError):
         run()
@@ -99,9 +102,10 @@ def _stop_by_the_clock(run: Callable[[], object]) -> None:
 
 
 def _clear_optimizers() -> None:
-    """Frees models: a float32 optimizer has views of weights, whose graph's hooks keep the model.
+    """Clears optimizers, because they keep models alive.
 
-    A function of its own, since its loop variable would keep an object alive.
+    A float32 optimizer has views of weights, and hooks on their graph refer to the model. The loop
+    is in a function, because its variable would keep an object alive until the function returns.
     """
     for item in gc.get_objects():
         if issubclass(type(item), DistributedOptimizer):

@@ -68,13 +68,13 @@ def run(cfg: ImportConfig, inputs: Inputs, out: Path) -> Outcome:
     checkpoint = out / f"{short_name(cfg.hf_path)}.nemo"
     convert.to_nemo(folder, checkpoint)
     log.progress("import", 1, 3)
-    equal = parity.compare(folder, checkpoint).require(f"{cfg.hf_path} → {checkpoint.name}")
+    parity_result = parity.compare(folder, checkpoint).require(f"{cfg.hf_path} → {checkpoint.name}")
     log.progress("import", 2, 3)
     if cfg.pack:
         nemo.pack(checkpoint, out / f"{checkpoint.stem}.packed.nemo")
     log.progress("import", 3, 3)
     licence, commit = model_licence(folder), hf.hub_commit(folder)
-    result = ImportResult(equal.max_logit_difference, equal.tokens, licence, commit)
+    result = ImportResult(parity_result.max_logit_difference, parity_result.tokens, licence, commit)
     return checkpoint_outcome(result, checkpoint)
 
 

@@ -24,6 +24,7 @@ DISTILLATION = ("data", "pruned", "distilled", "evaluation", "exported")
 def check(cfg: ReportConfig, chain: Chain) -> Iterator[Problem]:
     """Yields a problem if the inputs of a distillation are incomplete."""
     missing = [name for name in DISTILLATION if name not in cfg.inputs]
+    # A report about a search alone has none of these inputs.
     if missing and ("search" not in cfg.inputs or len(missing) < len(DISTILLATION)):
         yield Problem(
             rules.REPORT,

@@ -20,9 +20,9 @@ from tests.support.runs import copy_without, settings, tiny
 CHAIN = "llama_depth_prune"
 STEPS = 20
 SHAPE = EVEN | {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
-"""Heads that every kernel takes, sizes that FP8 takes."""
+"""Every attention kernel supports this head size, and FP8 supports these sizes."""
 PRECISIONS = ("32", "bf16-mixed")
-BEFORE = "only=[import_hf,prepare_data,score,prune,distill]"
+REFERENCE_STAGES = "only=[import_hf,prepare_data,score,prune,distill]"
 DISTILL = {
     "global_batch_size": 8,
     "max_steps": STEPS,
@@ -35,7 +35,7 @@ DISTILL = {
 
 
 def on_gpu() -> bool:
-    """Whether the device under test is a GPU; else the tests themselves are tested."""
+    """Whether the tests run on a GPU. On a CPU they check only the tests' own code."""
     return ON_CPU not in os.environ
 
 
@@ -46,23 +46,23 @@ def without_gpu() -> Iterator[None]:
         yield
 
 
-def record(results: Path, name: str, **figures: object) -> None:
+def record(results: Path, name: str, **values: object) -> None:
     """Writes results to ``NAME.json``, and prints them."""
-    text = json.dumps(figures, indent=1)
+    text = json.dumps(values, indent=1)
     (results / f"{name}.json").write_text(text)
     print(text)
 
 
 @dataclass(frozen=True)
 class Small:
-    """The model, its text, and its runs."""
+    """A small model, its text, and the folder of its runs."""
 
     folder: Path
     model: Path
     text: Path
 
     def reference(self, precision: str) -> Path:
-        """The CPU's run."""
+        """Returns the directory of the run on the CPU."""
         return self.folder / f"cpu-{precision}"
 
     def start(self, run_dir: Path, *more: str, **groups: str) -> str:
@@ -101,7 +101,7 @@ PRUNE = {"target_num_layers": 3, "target_hidden_size": 192}
 
 
 def reference(results: Path, text_file: Path) -> Small:
-    """Makes the small model and distils it on the CPU, unless that is done."""
+    """Returns the small model; makes it and distils it on the CPU if that is not done yet."""
     folder = results / "small"
     small = Small(folder, folder / "model", folder / "text.jsonl")
     if not small.text.exists():
@@ -113,7 +113,7 @@ def reference(results: Path, text_file: Path) -> Small:
             run_dir = small.reference(precision)
             if precision != PRECISIONS[0] and not run_dir.exists():
                 small.copy_of_reference(run_dir.name, PRECISIONS[0], "distill")
-            small.start(run_dir, BEFORE, f"stages.distill.precision={precision}")
+            small.start(run_dir, REFERENCE_STAGES, f"stages.distill.precision={precision}")
     return small
 
 

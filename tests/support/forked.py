@@ -110,7 +110,7 @@ def main() -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
-    sys.modules.pop("wandb", None)  # hidden by the fork server; a launcher may need it
+    sys.modules.pop("wandb", None)  # the fork server prevents its import; a launcher needs it
     if request["errors"]:
         file = os.open(request["errors"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, sys.stderr.fileno())

@@ -117,6 +117,7 @@ def test_names_cannot_add_markup_to_the_card(inputs: dict[str, Manifest], tmp_pa
     assert "<" not in body
     assert "](" not in body
     assert body.count("\n# ") == 1
+    # Each inline code span is closed on its line.
     assert not [line for line in body.splitlines() if line.replace("```", "").count("`") % 2]
     rows = [line for line in body.splitlines() if line.startswith("| x script")]
     assert [row.count("|") for row in rows] == [7]
@@ -137,7 +138,7 @@ def test_a_card_is_named_after_teacher_and_recipe(
     assert f"# {name}-llama_width_prune\n" in (tmp_path / "README.md").read_text()
 
 
-FOLDER = ["vllm serve export_hf/artifact", "trtllm-serve export_hf/artifact"]
+HF_SERVERS = ["vllm serve export_hf/artifact", "trtllm-serve export_hf/artifact"]
 
 
 @pytest.fixture
@@ -146,14 +147,14 @@ def run_inputs(tmp_path: Path) -> dict[str, Input]:
 
 
 def test_each_artifact_adds_its_server(run_inputs: dict[str, Input]) -> None:
-    folder = list(run_servers({"exported": run_inputs["exported"]}))
-    assert [command.line for command in folder] == FOLDER
-    assert not any(command.tested for command in folder)
+    hf_servers = list(run_servers({"exported": run_inputs["exported"]}))
+    assert [command.line for command in hf_servers] == HF_SERVERS
+    assert not any(command.tested for command in hf_servers)
     openvino, llama, *rest = run_servers(run_inputs)
     assert 'LLMPipeline("engine/artifact", "CPU")' in shlex.split(openvino.line)[2]
     assert openvino.tested
     assert llama.line == "llama-server -m gguf/artifact/model.gguf"
-    assert rest == folder
+    assert rest == hf_servers
 
 
 @pytest.mark.parametrize(
