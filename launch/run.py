@@ -184,15 +184,15 @@ def _written_plan(plan: Plan, before: LastPlan, dry_run: bool) -> Iterator[lock.
     after = LastPlan(before.recipe, {name: fingerprints.get(name) for name in plan.chain.stages})
     skipped = [stage.state() for stage in plan.stages if stage.action == SKIP and not dry_run]
     leftovers = [state.directory for state in skipped if state.leftover]
-    starts = any(stage.action != SKIP for stage in plan.stages)
+    must_run = any(stage.action != SKIP for stage in plan.stages)
     acceptances = {} if dry_run else plan.acceptances
-    if not (starts or leftovers or acceptances) and after == before:
+    if not (must_run or leftovers or acceptances) and after == before:
         yield None
         return
     with explain_storage_errors(plan.run_dir):
         plan.run_dir.mkdir(parents=True, exist_ok=True)
         with lock.acquire(plan.run_dir) as set_stage:
-            if starts:
+            if must_run:
                 write_snapshot(plan.run_dir)
             _write_requests(plan, before)
             for folder, acceptance in acceptances.items():
@@ -204,7 +204,7 @@ def _written_plan(plan: Plan, before: LastPlan, dry_run: bool) -> Iterator[lock.
                 for folder in (plan.run_dir, *(stage.directory for stage in plan.todo())):
                     remove_partial(folder)
             try:
-                yield set_stage if starts else None
+                yield set_stage if must_run else None
             finally:
                 remove_unused_snapshots(plan.run_dir)
 
@@ -212,6 +212,7 @@ def _written_plan(plan: Plan, before: LastPlan, dry_run: bool) -> Iterator[lock.
 def _write_requests(plan: Plan, before: LastPlan) -> None:
     for stage in plan.stages:
         is_new = before.stages.get(stage.name) != stage.fingerprint
+        # An accepted result keeps the request that it was made from.
         if stage in plan.todo() or (is_new and not stage.accepted):
             stage.request().write(stage.directory)
 

@@ -1,4 +1,4 @@
-"""A process that imports the stack once and then forks stages, each in no time instead of 10 s.
+"""A process that imports the libraries once, so that each stage forks at once instead of in 10 s.
 
 multiprocessing's forkserver cannot replace it: it imports the caller's ``__main__`` into every
 child, its children inherit its own environment, and they outlive it.
@@ -34,8 +34,8 @@ IMPORT_ENVIRONMENT = {
     # Otherwise torch.cuda.is_available() initialises CUDA, which does not survive a fork.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
-"""Variables that are set only while the server imports. A fork would lose threads and CUDA, so they
-stop imports from starting either. Children get the caller's environment."""
+"""Variables that are set only while the server imports. They prevent imports from starting threads
+or CUDA, which a fork would lose. Children get the caller's environment."""
 STOP_SECONDS = 30
 
 
@@ -88,7 +88,7 @@ def fork_module(
     try:
         socket.send_fds(server, [request], [log.fileno()])
         message = ENDED
-        while message == ENDED:  # about an earlier child that nobody waited for
+        while message == ENDED:  # skips the end of an earlier child that nobody waited for
             message, pidfds, _, _ = socket.recv_fds(server, 1, 1)
     except ConnectionError:
         return None
@@ -193,7 +193,7 @@ def _run_module(command: list[str], log: int) -> None:
     os.close(log)
     sys.argv = command
     sys.orig_argv = [sys.executable, "-m", *command]
-    # Without new seeds all children would draw the same numbers; Python's generator gets one.
+    # Without new seeds all children would draw the same numbers. Python itself reseeds ``random``.
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed()

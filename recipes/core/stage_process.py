@@ -1,6 +1,6 @@
 """Starts a stage on this machine, waits until it ends, and explains why it failed.
 
-The launcher runs the stages of a run in this way, and a search those of its candidates.
+The launcher runs a run's stages with it. A search runs the stages of its candidates with it.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def _child_environment(devices: int) -> dict[str, str]:
 
 
 def _new_log(logs: Path) -> Path:
-    """Returns a path named after the time, with a number if the clock has been set back."""
+    """Returns a path named after the time, with a number if that name is taken."""
     logs.mkdir(parents=True, exist_ok=True)
     now = time.strftime("%Y-%m-%d_%H-%M-%S")
     log, number = logs / f"{now}.log", 1
@@ -220,7 +220,7 @@ def failure(stage_dir: Path, log: Path | None) -> str:
 
 
 def _killed_rank(log: Path) -> str | None:
-    """Names the rank that was killed, from torchrun's report in the log; ``None`` without one.
+    """Names the rank that was killed, from torchrun's report in the log; ``None`` if none was.
 
     The other ranks then lose their connection, and their errors would mislead. Half a minute after
     a failure torchrun itself kills the other ranks; those kills do not count.

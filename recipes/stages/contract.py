@@ -113,11 +113,11 @@ class Stage(Generic[ConfigT]):
     shapes: Callable[[ConfigT, Chain], Sequence[Architecture]] = inherited_shapes
     """Architectures that its model may have, the largest first; by default those of its input."""
     workload: Callable[[ConfigT, Chain], Workload] | None = None
-    """Returns its training, or its teacher's pass over a text, for plans."""
+    """Describes its training, or the forward passes of its teacher, for plans."""
     inference_cost: Callable[[ConfigT, Chain], InferenceCost] | None = None
     """Returns its cost, for plans. A stage that has a ``workload`` or runs no model has none."""
     plans_workloads: bool = False
-    """Whether its settings include the workloads of the whole chain."""
+    """Whether it plans the whole chain: its settings then include all workloads."""
     cites_manifests: bool = False
     """Whether its result says which stale results the user accepted."""
     resolve_from_chain: Callable[[ConfigT, Chain], ConfigT] = lambda config, chain: config

@@ -1,4 +1,4 @@
-"""Lists variants of folders that other programs, and edits by hand, leave."""
+"""Lists variants of folders that other programs write, or that a user has edited."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.folder_changes import (
 
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-LONG = {"max_position_embeddings": 32_768, "layer_types": ABSENT}
+LONG_CONTEXT = {"max_position_embeddings": 32_768, "layer_types": ABSENT}
 EIGHT = [f"<token{n}>" for n in range(8)]
 """More tokens than the embedding has unused rows."""
 EOS = {
@@ -149,12 +149,15 @@ def _refused_configs() -> Iterator[Variant]:
 
 def _refused_windows_and_heads() -> Iterator[Variant]:
     for base in ("qwen2", "qwen3", "qwen3_moe"):
-        switched_on = config(use_sliding_window=True, sliding_window=ABSENT, **LONG)
+        switched_on = config(use_sliding_window=True, sliding_window=ABSENT, **LONG_CONTEXT)
         yield Variant("window by default", switched_on, "sliding_window=4096", base=base)
     for window in (16, 4096):
-        ignored = config(use_sliding_window=False, sliding_window=window, **LONG)
-        yield Variant(f"window {window}", ignored, f"sliding_window={window}", base="mistral")
-    by_default = config(sliding_window=ABSENT, **LONG)
+        # Mistral's class ignores ``use_sliding_window``.
+        mistral_window = config(use_sliding_window=False, sliding_window=window, **LONG_CONTEXT)
+        yield Variant(
+            f"window {window}", mistral_window, f"sliding_window={window}", base="mistral"
+        )
+    by_default = config(sliding_window=ABSENT, **LONG_CONTEXT)
     yield Variant("window by default", by_default, "sliding_window=4096", base="mistral")
     odd = all_of(config(head_dim=15), weights(_remove_a_channel))
     yield Variant("odd head size", odd, "head_dim=15 is odd")
@@ -184,8 +187,8 @@ def _refused_files() -> Iterator[Variant]:
     lora = "model.layers.0.self_attn.q_proj.lora_A.weight"
     yield Variant("adapter in the weights", add(lora, 4, 64), f"has {lora}")
     yield Variant("bias of the head", add("lm_head.bias", 294), "has lm_head.bias")
-    empty = shards(SHARDS)
-    yield Variant("no map", all_of(empty, edit(INDEX, weight_map={})), f"has no {HEAD}")
+    no_map = all_of(shards(SHARDS), edit(INDEX, weight_map={}))
+    yield Variant("no map", no_map, f"has no {HEAD}")
 
 
 def _refused_generation() -> Iterator[Variant]:

@@ -13,9 +13,9 @@ from recipes.core.run_state import InputRef, Request
 from recipes.core.stage_process import start_command
 from tests.support.manifests import bare_manifest
 
-SECONDS, PATIENCE = 12, 10
-"""That rank 0 takes for its hashes, and that ranks wait for each other: less, but long enough for
-a machine on which one of them does not run for a while."""
+HASH_SECONDS, TIMEOUT_SECONDS = 12, 10
+"""Rank 0 hashes for longer than the timeout of collectives. The timeout is long enough for a busy
+machine, on which a rank may not run for seconds."""
 STAGE = f"""
 import sys
 import time
@@ -30,15 +30,15 @@ from recipes.core.stage import StageConfig, rank
 
 def slow(hash_files):
     def hashed(*args, **kwargs):
-        time.sleep({SECONDS} if rank() == 0 else 0)
+        time.sleep({HASH_SECONDS} if rank() == 0 else 0)
         return hash_files(*args, **kwargs)
 
     return hashed
 
 
 def run(cfg, inputs, out):
-    patience = timedelta(seconds={PATIENCE})
-    torch.distributed.init_process_group("gloo", timeout=patience)
+    timeout = timedelta(seconds={TIMEOUT_SECONDS})
+    torch.distributed.init_process_group("gloo", timeout=timeout)
     (out / f"rank-{{rank()}}").write_text(str(len(inputs)))
     return Outcome()
 
@@ -50,7 +50,7 @@ STAGE = SimpleNamespace(run=run, config=StageConfig, kind="dataset")
 
 
 def test_ranks_wait_for_hashes_longer_than_for_each_other(tmp_path: Path) -> None:
-    """With real ranks; that hashing takes long is all that is not real."""
+    """The ranks are real processes. Only the time of hashing is simulated."""
     source, stage = tmp_path / "source", tmp_path / "stage"
     for folder in (source / ARTIFACT, stage):
         folder.mkdir(parents=True)
@@ -68,7 +68,7 @@ def test_ranks_wait_for_hashes_longer_than_for_each_other(tmp_path: Path) -> Non
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    made = read_manifest(stage)
-    assert made is not None
-    assert sorted(made.files) == ["rank-0", "rank-1"]
-    assert made.seconds >= 2 * SECONDS
+    result = read_manifest(stage)
+    assert result is not None
+    assert sorted(result.files) == ["rank-0", "rank-1"]
+    assert result.seconds >= 2 * HASH_SECONDS

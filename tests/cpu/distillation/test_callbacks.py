@@ -51,7 +51,7 @@ def training(model: Path, text_file: Path, run_dir: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def untrained(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pruned_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("untrained") / "run"
     command = training(even_llama, text_file, run_dir)
     only = "only=[import_hf,prepare_data,score,prune]"
@@ -60,14 +60,16 @@ def untrained(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture
-def distilling(untrained: Path, even_llama: Path, text_file: Path, tmp_path: Path) -> list[str]:
+def distill_command(
+    pruned_run: Path, even_llama: Path, text_file: Path, tmp_path: Path
+) -> list[str]:
     """The command that distils in a copy of the run."""
-    run_dir = copy_without(untrained, tmp_path / "run")
+    run_dir = copy_without(pruned_run, tmp_path / "run")
     return [*training(even_llama, text_file, run_dir), "only=[distill]"]
 
 
 def test_nonfinite_steps_are_skipped_up_to_a_limit_and_the_same_command_resumes(
-    distilling: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    distill_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward, calls = LossReduction.forward, count(1)
 
@@ -76,7 +78,7 @@ def test_nonfinite_steps_are_skipped_up_to_a_limit_and_the_same_command_resumes(
         return (loss * math.nan if next(calls) in (4, 5) else loss, *others)
 
     fields = settings("distill", max_nonfinite_steps=1, lr=1e-4, min_lr=1e-5)
-    command = [*distilling, *fields]
+    command = [*distill_command, *fields]
     with monkeypatch.context() as patch:
         patch.setattr(LossReduction, "forward", nan_in_steps_4_and_5)
         stopped = run_in_process(*command, cwd=tmp_path)
@@ -87,7 +89,7 @@ def test_nonfinite_steps_are_skipped_up_to_a_limit_and_the_same_command_resumes(
     steps = steps_of(tmp_path / "run" / "distill" / METRICS, "distill")
     assert [step["done"] for step in steps] == [1, 2, 3, 4, 5, 6]
     assert [bool(step.get("skipped")) for step in steps] == [False] * 3 + [True] + [False] * 2
-    assert steps[-1]["lr"] > 1.5e-5, "min_lr, which follows the last step, was logged"
+    assert steps[-1]["lr"] > 1.5e-5, "the logged lr must be that of the step, not of the next one"
 
 
 def interrupted(*args: object) -> None:
@@ -95,12 +97,12 @@ def interrupted(*args: object) -> None:
 
 
 def test_a_run_that_recovered_enough_stops_and_is_complete(
-    distilling: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    distill_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is killed between its last step and its result, and stops again at the same step."""
     run_dir = tmp_path / "run"
     learning = settings("distill", lr=1e-3, lm_weight=0, val_check_interval=1)
-    command = [*distilling, *learning, "stages.distill.stop_at_recovered=0.7"]
+    command = [*distill_command, *learning, "stages.distill.stop_at_recovered=0.7"]
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "_save_trained", interrupted)
         assert run_in_process(*command, cwd=tmp_path).code == 130
@@ -110,6 +112,7 @@ def test_a_run_that_recovered_enough_stops_and_is_complete(
     records = list(read_records(run_dir / "distill" / METRICS))
     done = [record["done"] for record in records if record["task"] == "distill"]
     kds = [record["val_kd"] for record in records if record["task"] == "validate"]
+    # One validation before the first step, and one after each step.
     assert done == [*range(1, len(kds))]
     assert len(done) < 6
     recovered = [1 - kd / kds[0] for kd in kds]
@@ -127,12 +130,12 @@ def test_a_run_that_recovered_enough_stops_and_is_complete(
 
 
 def test_a_diverging_run_stops_before_its_weights_are_lost(
-    distilling: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    distill_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first update overflows float32. One rank needs no port, so a used one is no error."""
     with socket.create_server(("localhost", 0)) as taken:
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
-        result = run_recipe(*distilling, "stages.distill.lr=1e38", cwd=tmp_path)
+        result = run_recipe(*distill_command, "stages.distill.lr=1e38", cwd=tmp_path)
     assert result.code == 1
     assert "the gradient is not finite" in result.output
     stage = tmp_path / "run" / "distill"

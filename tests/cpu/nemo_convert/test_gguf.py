@@ -33,7 +33,7 @@ LLAMA3 = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {} for name in FAMILIES if name != "qwen3_moe"},
-    "qwen2, whole": EVEN,
+    "qwen2, unpruned": EVEN,
     "llama, Llama 3's RoPE": {"rope_scaling": LLAMA3},
     "llama, tied": {"tie_word_embeddings": True},
 }
@@ -70,7 +70,7 @@ def test_llama_cpp_generates_as_transformers(variant: str, text_file: Path, tmp_
     sharpen_attention(folder)
     result = write(folder, tmp_path / "model.gguf", "f32")
     # A width-pruned Qwen2 has heads that llama.cpp's own Qwen2 cannot have.
-    expected = {"qwen2": "llama", "qwen3": "qwen3", "qwen2, whole": "qwen2"}
+    expected = {"qwen2": "llama", "qwen3": "qwen3", "qwen2, unpruned": "qwen2"}
     assert result.architecture == expected.get(variant, "llama")
     require_same_generation(folder, tmp_path / "model.gguf")
     template = GGUFReader(tmp_path / "model.gguf").fields["tokenizer.chat_template"].contents()

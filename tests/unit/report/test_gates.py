@@ -125,10 +125,10 @@ def test_a_gate_passes_if_its_value_is_in_range(
 
 
 def test_a_gate_on_an_undefined_value_fails() -> None:
-    without = manifests(replace(BENCHMARK, speedups=[]), replace(EVALUATED, recovered=math.nan))
+    undefined = manifests(replace(BENCHMARK, speedups=[]), replace(EVALUATED, recovered=math.nan))
     gates = ["speedup.decode > 1", "recovered > 0", "recovered < 1"]
-    assert [v.passed for v in judge(map(parse, gates), without)] == [False, False, False]
-    assert judge([parse("score.sciq > 0")], without) == []
+    assert [v.passed for v in judge(map(parse, gates), undefined)] == [False, False, False]
+    assert judge([parse("score.sciq > 0")], undefined) == []
     [verdict] = judge([parse("served_perplexity_ratio < 2")], manifests(replace(SERVED, text=None)))
     assert (verdict.measured, verdict.passed) == (None, False)
 
@@ -157,6 +157,7 @@ def test_every_metric_of_a_recipe_can_have_a_gate(plan: Callable[..., Plan]) -> 
     planned = plan(f"gates=[{gates}]", "tasks=quick")
     assert [gate.name for gate in planned.gates] == names
     assert len(judge(planned.gates, MEASURED)) == len(names)
+    # Gates change no stage's fingerprint.
     assert [s.fingerprint for s in planned.stages] == [
         s.fingerprint for s in plan("tasks=quick").stages
     ]
@@ -205,9 +206,9 @@ def test_a_gate_is_not_judged_before_its_value_is_measured(
     complete(plan("tasks=quick"))
     run = ["engine=null", f"run_dir={tmp_path / 'run'}"]
     base = ["recipe=llama_width_prune", *run, "gates=['recovered >= 2']"]
-    part = launch(*base, "only=[prune]")
-    assert part.returncode == 0, part.stderr
-    assert "not judged" in part.stdout
+    partial_run = launch(*base, "only=[prune]")
+    assert partial_run.returncode == 0, partial_run.stderr
+    assert "not judged" in partial_run.stdout
     (tmp_path / "run" / "report" / MANIFEST).unlink()
     dry = launch(*base, "dry_run=true")
     assert dry.returncode == 0, dry.stderr
