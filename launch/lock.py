@@ -69,7 +69,7 @@ def read_holder(run_dir: Path) -> Holder | None:
                 # Shared, so that two readers do not take each other for a launcher.
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                text = file.read()
+                text = file.read()  # empty while the launcher writes it
                 return Holder(**json.loads(text)) if text else Holder("?", 0, None)
     except FileNotFoundError:
         pass

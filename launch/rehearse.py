@@ -33,7 +33,8 @@ from recipes.planning.transformer import FRAGMENTATION, Memory
 from recipes.rehearsal.agreement import differences
 from recipes.rehearsal.job import RankJob, RehearsalResult, jobs_of
 
-KINDS = tuple(part.name for part in fields(Memory) if part.name != "reserved")
+KINDS = tuple(field.name for field in fields(Memory) if field.name != "reserved")
+"""Types of tensors. Reserved memory, such as the CUDA context, has none."""
 Results = list[tuple[RankJob, RehearsalResult]]
 
 
@@ -80,11 +81,11 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
 
 def _rehearse_all(jobs: Sequence[RankJob], console: Console) -> Results:
     """Rehearses jobs; prints a line for each, and each different error once."""
-    at_once = min(cores(), len(jobs))
-    console.print(f"{len(jobs)} ranks, {at_once} at once", highlight=False)
+    num_processes = min(cores(), len(jobs))
+    console.print(f"{len(jobs)} ranks, {num_processes} at once", highlight=False)
     results: Results = []
     errors: dict[str, int] = {}
-    for job, result in zip(jobs, _run(jobs, at_once), strict=True):
+    for job, result in zip(jobs, _run(jobs, num_processes), strict=True):
         results.append((job, result))
         rank = f"{len(results)}/{len(jobs)} {job.name}, rank {job.rank} of {job.world}"
         end = f"{'failed' if result.error else 'done'} in {result.seconds:.0f} s"
@@ -112,14 +113,14 @@ def _ranks(value: object) -> list[int] | None:
     return ranks
 
 
-def _run(jobs: Sequence[RankJob], at_once: int) -> Iterator[RehearsalResult]:
+def _run(jobs: Sequence[RankJob], num_processes: int) -> Iterator[RehearsalResult]:
     """Rehearses jobs in another process, because a rehearsal patches libraries; yields results."""
     from pydantic import TypeAdapter  # slow to import
 
     with tempfile.TemporaryDirectory() as temporary:
         file, log = Path(temporary) / "jobs.json", Path(temporary) / "log"
         file.write_text(json.dumps([asdict(job) for job in jobs]), encoding="utf-8")
-        command = [sys.executable, "-m", "recipes.rehearsal.worker", str(file), f"{at_once}"]
+        command = [sys.executable, "-m", "recipes.rehearsal.worker", str(file), f"{num_processes}"]
         with (
             log.open("w") as errors,
             subprocess.Popen(
@@ -207,6 +208,7 @@ def planned_memory(job: RankJob, chain: Chain) -> Memory | None:
     """Returns the planned memory of a rank; ``None`` for stages that the planner does not cover."""
     stage = load_stage(job.stage)
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(stage.config), job.config))
+    # A rehearsal uses the GPU's code even if the recipe is for a CPU.
     chain = replace(chain, hardware=replace(chain.hardware, kind="gpu"))
     if stage.inference_cost is not None:
         return stage.inference_cost(config, chain).memory
@@ -214,8 +216,7 @@ def planned_memory(job: RankJob, chain: Chain) -> Memory | None:
         return None
     workload = stage.workload(config, chain)
     if (student := job.inputs.get("student")) is not None:
-        # A search has no such input; its rehearsal trains the largest of its shapes.
+        # For a search the job's student is the largest candidate, which the chain does not name.
         workload = replace(workload, trained=Architecture(**student.shape))
-
     pipeline_stage = job.rank // (job.world // workload.layout.pipeline)
     return stage_memory(workload, chain.hardware, pipeline_stage)

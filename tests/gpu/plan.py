@@ -27,7 +27,8 @@ from rich.table import Table
 HERE = Path(__file__).parent
 MINUTES = 30.0
 RESULTS, ON_CPU = "GPU_TESTS_RESULTS", "GPU_TESTS_ON_CPU"
-"""Environment variables: the folder of results (if set, no test is skipped); tests run on a CPU."""
+"""Environment variables. The first names the folder of results; if it is set, no test is skipped.
+The second is set if the tests run on a CPU."""
 PASSED, FAILED, TIMEOUT, SKIPPED = "passed", "failed", "timeout", "skipped"
 DEVICE = "device"
 
@@ -68,7 +69,7 @@ STEPS = (
          REFERENCE),
     Step("loss", "loss::losses_and_gradients_match_their_definition "
          "loss::memory_is_below_that_of_nemos_loss", 3,
-         "exact in bfloat16; time and memory beside NeMo's"),
+         "losses are exact in bfloat16; time and memory, compared with NeMo's"),
     Step("conversion", "conversion::an_import_passes_its_gates", 3,
          "an import passes its gates; TF32 off and on", REFERENCE),
     Step("scores", "chain::importance_and_ranking_match_the_cpu", 3,
@@ -132,7 +133,7 @@ def run(
     """Runs steps in order.
 
     Args:
-        steps: Steps to run. A step needs those of its dependencies that are listed to have passed.
+        steps: Steps to run. A step is skipped if one of its dependencies among them has not passed.
         folder: Folder for the output of each step.
         command: Returns the command of a step.
         minutes: Time limit of all steps together.

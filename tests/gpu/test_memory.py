@@ -1,4 +1,4 @@
-"""Llama 3.1 8B's layers at its published length: memory and time as rehearsed, planned, found."""
+"""Llama 3.1 8B's layers at its published length: plan, rehearsal and measurement agree."""
 
 from __future__ import annotations
 
@@ -55,11 +55,13 @@ def rehearsed(results: Path, tmp_path: Path) -> dict[int, float]:
     if not file.exists():
         jobs = [asdict(job_of(layers)[1]) for layers in LAYERS]
         lines = start("recipes.rehearsal.worker", jobs, "1", folder=tmp_path).splitlines()
-        found = [TypeAdapter(RehearsalResult).validate_json(line) for line in lines]
-        for layers, one in zip(LAYERS, found, strict=True):
+        rehearsals = [TypeAdapter(RehearsalResult).validate_json(line) for line in lines]
+        for layers, one in zip(LAYERS, rehearsals, strict=True):
             assert one.error is None, one.error
         record(
-            results, "rehearsal", **{f"{n}": one.peak for n, one in zip(LAYERS, found, strict=True)}
+            results,
+            "rehearsal",
+            **{f"{n}": one.peak for n, one in zip(LAYERS, rehearsals, strict=True)},
         )
     peaks = json.loads(file.read_text())
     return {layers: sum(peaks[f"{layers}"].values()) for layers in LAYERS}
@@ -73,7 +75,7 @@ def test_rehearsed_memory_matches_the_plan(results: Path, tmp_path: Path) -> Non
 
 
 def test_measured_memory_matches_the_rehearsal(results: Path, tmp_path: Path) -> None:
-    peaks, figures = rehearsed(results, tmp_path), {}
+    peaks, values = rehearsed(results, tmp_path), {}
     for layers in LAYERS:
         chain, job = job_of(layers)
         # The text is all zeros, each of which would be a document's end.
@@ -81,17 +83,17 @@ def test_measured_memory_matches_the_rehearsal(results: Path, tmp_path: Path) ->
                   "mask_document_ends": False}  # fmt: skip
         job = replace(job, config={**job.config, **longer})
         start("tests.gpu.measured", asdict(job), str(tmp_path / "found.json"), folder=tmp_path)
-        found = json.loads((tmp_path / "found.json").read_text())
+        measured = json.loads((tmp_path / "found.json").read_text())
         config = replace(chain.stages["distill"], global_batch_size=job.config["global_batch_size"])
         step = step_time(distill.workload(config, chain), chain.hardware)
         tokens = config.global_batch_size * config.seq_length
-        figures[f"{layers}"] = {
+        values[f"{layers}"] = {
             "rehearsed_bytes": peaks[layers],
             "planned_seconds": step.total,
-            "seconds": [tokens / speed for speed in found["tokens_per_second"]],
-            **found,
+            "seconds": [tokens / speed for speed in measured["tokens_per_second"]],
+            **measured,
         }
-    record(results, "memory", **figures)
+    record(results, "memory", **values)
     if on_gpu():
         for layers in LAYERS:
-            assert figures[f"{layers}"]["peak_bytes"] == pytest.approx(peaks[layers], rel=0.1)
+            assert values[f"{layers}"]["peak_bytes"] == pytest.approx(peaks[layers], rel=0.1)

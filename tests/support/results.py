@@ -50,8 +50,8 @@ def wobble(step: int) -> float:
 
 
 def quality() -> EvaluationResult:
-    def model(*figures: float, shape: Architecture) -> ModelQuality:
-        loss, error, kl, agreement = figures
+    def model(*values: float, shape: Architecture) -> ModelQuality:
+        loss, error, kl, agreement = values
         return ModelQuality(loss, error, math.exp(loss), kl, agreement, shape.parameters())
 
     return EvaluationResult(
@@ -205,12 +205,12 @@ def engine_result() -> EngineResult:
 
 
 def served_result() -> ServedResult:
-    half, less = Score(0.5, 0.0625), Score(0.4375, 0.03125)
+    student, served = Score(0.5, 0.0625), Score(0.4375, 0.03125)
     task = ServedTask(
         "acc",
         64,
-        half,
-        less,
+        student,
+        served,
         Difference(-0.0625, -0.125, 0.015625),
         answers=ServedScores(
             "log-likelihood",

@@ -84,14 +84,14 @@ def test_checksums_are_off_only_within_the_context() -> None:
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_shard_that_cannot_be_written_raises(tmp_path: Path, failing: int) -> None:
-    (tmp_path / f"shard-{failing}").mkdir()
+    (tmp_path / f"shard-{failing}").mkdir()  # a folder where a file must be written
     tensors = {name: torch.zeros(4) for name in "abc"}
     with pytest.raises(SafetensorError):
         hf.write_weights(iter(tensors.items()), tmp_path, shard_bytes=16)
 
 
 def test_weights_are_read_as_written(tmp_path: Path) -> None:
-    """Of every dtype, contiguous or not, as parts of one storage, and empty."""
+    """The weights have every dtype. Some are not contiguous, share a storage or are empty."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8)
     tensors = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in dtypes}
     first, second = torch.arange(8.0).reshape(4, 2).split(2)
@@ -101,15 +101,15 @@ def test_weights_are_read_as_written(tmp_path: Path) -> None:
     weights = hf.Weights(tmp_path)
     assert weights.names() == set(tensors)
     for name, tensor in tensors.items():
-        read = weights.read(name)
-        assert read.dtype == tensor.dtype
-        assert torch.equal(read.float(), tensor.float()), name
+        stored = weights.read(name)
+        assert stored.dtype == tensor.dtype
+        assert torch.equal(stored.float(), tensor.float()), name
         assert weights.shape(name) == tensor.shape
 
 
 def test_read_weight_is_independent_of_its_file(tmp_path: Path) -> None:
     hf.write_weights(iter([("ones", torch.ones(1000))]), tmp_path)
-    read = hf.Weights(tmp_path).read("ones")
+    ones = hf.Weights(tmp_path).read("ones")
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(file.stat().st_size))
-    assert read.sum() == 1000
+    assert ones.sum() == 1000

@@ -31,8 +31,8 @@ RUN = ("recipe=llama_width_prune", "engine=null", "tasks=null")
 
 @pytest.fixture
 def hub() -> Iterator[FakeHub]:
-    with fake_hub(TOKEN) as found:
-        yield found
+    with fake_hub(TOKEN) as server:
+        yield server
 
 
 @pytest.fixture
@@ -79,9 +79,9 @@ def test_a_complete_run_is_published_private(push: Launch, run: Path, hub: FakeH
         "report.html": (run / "report" / ARTIFACT / "report.html").read_bytes(),
     }
     assert HIDDEN.encode() not in hub.models[NAME][MANIFEST]
-    assert len(hub.blobs) == 1, "the weights went as a large file"
-    kept = [file for file in run.parent.rglob("*") if file.is_file()]
-    assert not [file for file in kept if TOKEN.encode() in file.read_bytes()]
+    assert len(hub.blobs) == 1, "the weights must be uploaded by LFS"
+    files = [file for file in run.parent.rglob("*") if file.is_file()]
+    assert not [file for file in files if TOKEN.encode() in file.read_bytes()]
 
 
 def test_a_dry_run_lists_the_files(push: Launch, hub: FakeHub) -> None:
@@ -129,7 +129,7 @@ def test_runs_that_cannot_be_published_are_refused_before_they_start(
 def test_noncommercial_student_is_published_only_if_allowed(
     push: Launch, run: Path, hub: FakeHub, where: str
 ) -> None:
-    """By the licences that the results name."""
+    """The licence of the text or of the teacher forbids commercial use."""
     stage, key, value = {
         "text": ("prepare_data", "origins", {"a": {"licence": "cc-by-nc-4.0"}}),
         "teacher": ("import_hf", "licence", "cc-by-nc-4.0"),

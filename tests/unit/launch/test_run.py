@@ -177,6 +177,7 @@ def test_status_shows_only_the_last_plan(
     assert launch(*WORDS, "gguf=f16", "dry_run=true").returncode == 0
     complete(plan())
     assert launch(*WORDS, "dry_run=true", "stages.distill.lr=2e-4").returncode == 0
+    # The settings of distill changed, so the results of four stages are from other settings.
     shown = launch("status", f"run_dir={run}").stdout
     assert shown.count("its result is from other settings, inputs or code") == 4
     assert launch(*WORDS).returncode == 0  # which starts nothing
@@ -186,7 +187,7 @@ def test_status_shows_only_the_last_plan(
 
 
 def test_second_launcher_of_a_run_is_refused(launch: Launch, run: Path) -> None:
-    """Also a dry run, which would write other requests."""
+    """A dry run is refused too, because it would write other requests."""
     launch(*WORDS, "dry_run=true")
     before = (run / "distill" / "config.yaml").read_text()
     with (run / ".lock").open("w") as lock:

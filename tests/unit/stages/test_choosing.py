@@ -51,7 +51,8 @@ def test_only_measuring_stages_import_functions_that_read_held_out_text(root: Pa
         for node in ast.walk(function)
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
-        if f"{str(node.module)[8:].replace('.', '/')}.py:{alias.name}" in HELDOUT_READERS
+        if f"{str(node.module).removeprefix('recipes.').replace('.', '/')}.py:{alias.name}"
+        in HELDOUT_READERS
     }
     assert "stages/evaluate.py" in importers
     assert importers <= {f"stages/{stage}.py" for stage in MEASURING_STAGES}
