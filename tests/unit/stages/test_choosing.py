@@ -11,11 +11,12 @@ from launch.planned import load_stage, stage_names
 HELDOUT_READERS = {
     "engines/checks.py:compare_engine",
     "engines/quantization.py:_quality",
+    "engines/served.py:_text",
     "evaluation/text_quality.py:measure",
 }
 """Functions that may read held-out text, to measure models."""
 MEASURING_STAGES = {"build_engine", "evaluate", "quantize"}
-HELDOUT_RESULTS = {"eval_results", "task_results"}
+HELDOUT_RESULTS = {"eval_results", "task_results", "served_results"}
 """Types of results on held-out text and benchmarks."""
 REPORTING_STAGES = {"report", "export_hf"}
 READERS = ("read_sequences", "read_tokens", "read_loss_mask", "document_end", "sources_of")
