@@ -28,13 +28,16 @@ def test_the_student_goes_on_at_a_greater_length(tmp_path: Path, text_file: Path
         "long_context=32k",
         *tiny(model, text_file, tmp_path / "run"),
         "hardware=cpu",
+        "tasks=null",  # test_chain and test_tasks run benchmarks
+        "engine=null",  # TensorRT-LLM needs a GPU
+        *settings("score", num_calibration_samples=8, **{"resources.devices": 1}),
         *settings("prepare_data", processes=1),
         *settings("prepare_long_data", seq_length=256),
         *settings("prune", target_hidden_size=48, hidden_size_divisor=8),
         *settings("prune", target_ffn_hidden_size=96, ffn_hidden_size_divisor=8),
         *settings("distill", **DISTILL),
         *settings("distill_long", **(DISTILL | {"max_steps": 3, "seq_length": 256} | layout)),
-        *settings("evaluate", num_sequences=8, new_tokens=8),
+        *settings("evaluate", num_sequences=8, new_tokens=8, **{"resources.devices": 1}),
         cwd=tmp_path,
     )
     run = tmp_path / "run"
