@@ -156,8 +156,8 @@ def _served(manifest: Manifest) -> str:
 
 
 def _planned_cost(manifest: Manifest) -> str:
-    f = manifest.result(PlanResult).figures
-    return f"{f['device-hours']:,} device-hours on {f['hardware']}, ${f['dollars']:,}"
+    cost = manifest.result(PlanResult).figures
+    return f"{cost['device-hours']:,} device-hours on {cost['hardware']}, ${cost['dollars']:,}"
 
 
 def _best_candidate(manifest: Manifest) -> str:
@@ -168,7 +168,7 @@ def _best_candidate(manifest: Manifest) -> str:
 
 
 def _latency(manifest: Manifest) -> str:
-    """States the largest error on the shapes that were held out of the fit; without any, on all."""
+    """States the largest error on the shapes held out of the fit, or on all if none were."""
     shapes = manifest.result(LatencyResult).shapes
     unseen = [shape for shape in shapes if not shape.is_fitted]
     error = max(abs(shape.error) for shape in unseen or shapes)

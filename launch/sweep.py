@@ -31,6 +31,7 @@ def require_separate_results(cfg: DictConfig, words: Sequence[str]) -> None:
     """
     for name, fix in UNIQUE_SETTINGS.items():
         group, _, key = name.rpartition(".")
+        # Hydra sweeps over values that are separated by commas.
         swept = any(word.startswith(f"{name}=") and "," in word for word in words)
         node = cfg[group] if group else cfg
         if node[key] is not None and not swept and not OmegaConf.is_interpolation(node, key):

@@ -45,9 +45,13 @@ def inputs(job: RankJob, run_dir: Path) -> dict[str, Input]:
 
 
 def settings(job: RankJob, run_dir: Path) -> dict[str, Any]:
-    """Returns settings for generated inputs: the model's path, no weights of a cached text."""
+    """Returns a job's settings, changed for the generated inputs.
+
+    The model's path is that of the generated folder. With a cached teacher the text has no weights
+    by source, because all sequences of the generated cache have the number 0.
+    """
     if any(source.kind == CACHE_KIND for source in job.inputs.values()):
-        return {**job.config, "weights": {}}  # all sequences of the cache have the number 0
+        return {**job.config, "weights": {}}
     if "hf_path" not in job.config:
         return job.config
     return {**job.config, "hf_path": str(_hf_folder(job.hf_config, run_dir / "model"))}
@@ -59,9 +63,9 @@ def _hf_folder(config: Mapping[str, Any], folder: Path) -> Path:
     arch = read_architecture(config, "a rehearsal")
     family = FAMILIES[arch.hf_architecture]
     shapes = {
-        name: (torch.bfloat16, part.shape)
+        name: (torch.bfloat16, tensor.shape)
         for weight, numbers in family.weights_of(arch)
-        for name, part in zip(
+        for name, tensor in zip(
             weight.hf_names(numbers),
             weight.split(arch, torch.empty(weight.shape(arch), device="meta")),
             strict=True,
@@ -127,7 +131,10 @@ def _write_side_files(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def _write_dataset(config: Mapping[str, Any], artifact: Path) -> DatasetResult:
-    """Writes sparse files of zeros; each source has a batch or all sequences in each split."""
+    """Writes sparse files of zeros.
+
+    In each split, each source has as many sequences as the stage reads at most, or one batch.
+    """
     counts = ("global_batch_size", "num_sequences", "num_calibration_samples", "num_samples")
     sequences = max(config.get(name) or 1 for name in counts)
     names = list(config.get("weights") or ["rehearsal"])

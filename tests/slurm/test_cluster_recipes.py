@@ -52,8 +52,8 @@ MEMORY_PER_CPU_MB = 8900
 
 
 @dataclass(frozen=True)
-class Share:
-    """What each node of a job gives to the job's ranks."""
+class NodeResources:
+    """Resources of a job's ranks on each of its nodes."""
 
     nodes: int
     ranks: int
@@ -61,16 +61,16 @@ class Share:
     gpus: int
     memory_mb: int
     threads: int | None = None
-    """Threads of a rank; by default an equal part of the CPUs."""
+    """Threads of a rank; by default the CPUs divided by the ranks."""
 
 
-def whole_nodes(nodes: int, ranks: int = NODE_GPUS) -> Share:
-    return Share(nodes, ranks, NODE_CPUS, ranks, NODE_MEMORY_MB)
+def whole_nodes(nodes: int, ranks: int = NODE_GPUS) -> NodeResources:
+    return NodeResources(nodes, ranks, NODE_CPUS, ranks, NODE_MEMORY_MB)
 
 
-def one_rank(stage: str) -> Share:
+def one_rank(stage: str) -> NodeResources:
     cpus = DATA_CPUS if stage == "prepare_data" else CPUS
-    return Share(1, 1, cpus, int(stage not in WITHOUT_GPU), cpus * MEMORY_PER_CPU_MB)
+    return NodeResources(1, 1, cpus, int(stage not in WITHOUT_GPU), cpus * MEMORY_PER_CPU_MB)
 
 
 @pytest.fixture(scope="module")
@@ -110,33 +110,33 @@ def records(stage_dir: Path) -> list[dict[str, str]]:
     return sorted((json.loads(f.read_text()) for f in files), key=lambda r: int(r.get("RANK", 0)))
 
 
-def require(stage_dir: Path, share: Share) -> None:
-    """Requires that a stage's ranks got exactly a share of their nodes, and reached each other."""
+def require(stage_dir: Path, expected: NodeResources) -> None:
+    """Requires that a stage's ranks got exactly the expected resources, and reached each other."""
     ranks = records(stage_dir)
-    world = share.nodes * share.ranks
+    world = expected.nodes * expected.ranks
     assert [int(r.get("RANK", 0)) for r in ranks] == list(range(world))
     assert {int(r["total"]) for r in ranks} == {world * (world - 1) // 2}
     local = Counter((r["SLURMD_NODENAME"], int(r.get("LOCAL_RANK", 0))) for r in ranks)
     assert set(local.values()) == {1}
-    assert len({node for node, _ in local}) == share.nodes
-    assert {rank for _, rank in local} == set(range(share.ranks))
-    visible = ",".join(map(str, range(share.gpus))) or None
-    if share.gpus == 1:  # any of the node's
+    assert len({node for node, _ in local}) == expected.nodes
+    assert {rank for _, rank in local} == set(range(expected.ranks))
+    visible = ",".join(map(str, range(expected.gpus))) or None
+    if expected.gpus == 1:  # the job gets any of the node's GPUs
         [visible] = {r["CUDA_VISIBLE_DEVICES"] for r in ranks}
         assert re.fullmatch(r"\d", visible)
     assert {r.get("CUDA_VISIBLE_DEVICES") for r in ranks} == {visible}
-    assert {int(r["SLURM_CPUS_ON_NODE"]) for r in ranks} == {share.cpus}
+    assert {int(r["SLURM_CPUS_ON_NODE"]) for r in ranks} == {expected.cpus}
     assert {int(r["OMP_NUM_THREADS"]) for r in ranks} == {
-        share.threads or share.cpus // share.ranks
+        expected.threads or expected.cpus // expected.ranks
     }
-    # Each node has its own folder for what libraries compile; some stages have none.
-    assert len({r.get("TORCH_EXTENSIONS_DIR") for r in ranks}) == share.nodes
-    assert {r["LOCAL_WORLD_SIZE"] for r in ranks if world > 1} <= {str(share.ranks)}
+    # Each node has its own folder for compiled extensions; some stages have none.
+    assert len({r.get("TORCH_EXTENSIONS_DIR") for r in ranks}) == expected.nodes
+    assert {r["LOCAL_WORLD_SIZE"] for r in ranks if world > 1} <= {str(expected.ranks)}
     step = ranks[0]["step"]
     [(cpus, memory, unit)] = re.findall(r"TRES=cpu=(\d+),mem=([\d.]+)([MG])", step)
-    assert int(cpus) == share.nodes * share.cpus
+    assert int(cpus) == expected.nodes * expected.cpus
     megabytes = float(memory) * (1024 if unit == "G" else 1)
-    assert megabytes == pytest.approx(share.nodes * share.memory_mb, rel=1e-3)
+    assert megabytes == pytest.approx(expected.nodes * expected.memory_mb, rel=1e-3)
 
 
 def test_every_recipe_for_a_cluster_is_listed() -> None:
@@ -148,13 +148,16 @@ def test_every_recipe_for_a_cluster_is_listed() -> None:
 @pytest.mark.parametrize("recipe", [*NODES, SEARCH])
 def test_ranks_get_the_planned_resources(chains: dict[str, Run], recipe: str) -> None:
     chain = chains[recipe]
-    found = states(chain)
-    assert set(found.values()) == {"complete"}, found
+    statuses = states(chain)
+    assert set(statuses.values()) == {"complete"}, statuses
     whole = {"distill": whole_nodes(NODES.get(recipe, 1))}
     if recipe != SEARCH:
         whole |= dict.fromkeys(MEASURED, whole_nodes(1))
-    whole["successive_halving"] = Share(1, 1, NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB, threads=28)
-    for stage in found.keys() - ENGINE_STAGES:
+    # A search has one rank, with the threads of one of the 8 ranks of its training runs.
+    whole["successive_halving"] = NodeResources(
+        1, 1, NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB, threads=28
+    )
+    for stage in statuses.keys() - ENGINE_STAGES:
         require(chain.directory / stage, whole.get(stage) or one_rank(stage))
 
 
@@ -221,7 +224,7 @@ def test_ranks_that_share_a_node_get_a_fraction_of_it(
         "stages.distill.resources.devices=4",
     )
     distill = distill_again(chains["llama3_1_8b_width_2.5b"], tmp_path, *settings)
-    require(distill, Share(1, 4, CPUS, 4, CPUS * MEMORY_PER_CPU_MB))
+    require(distill, NodeResources(1, 4, CPUS, 4, CPUS * MEMORY_PER_CPU_MB))
 
 
 def test_dry_run_asks_slurm(probe_settings: tuple[str, ...], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ TERMS = {"kd": 2.0, "hidden": 8.0, "lm": 6.0}
 
 
 def weighted_terms(weights: dict[str, float], dynamic: bool) -> dict[str, float]:
-    """Returns each term of a step, weighted by means of the step before that are as large."""
+    """Returns each weighted term of a step, if its mean in the previous step was the same."""
     after = Objective(weights, dynamic=dynamic).weights_after(TERMS)
     return {name: weight * TERMS[name] for name, weight in after.items()}
 
@@ -58,11 +58,12 @@ def test_gradients_do_not_depend_on_the_micro_batch() -> None:
     for size in (4, 1):
         reduction = LossReduction(Objective(dict.fromkeys(TERMS, 0.5), dynamic=True))
         leaf = outputs.clone().requires_grad_()
-        for part, masked in zip(leaf.split(size, dim=1), mask.split(size), strict=True):
-            reduction.forward({"loss_mask": masked}, part)[0].backward()
+        for micro_batch, loss_mask in zip(leaf.split(size, dim=1), mask.split(size), strict=True):
+            reduction.forward({"loss_mask": loss_mask}, micro_batch)[0].backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients)
     assert gradients[0] is not None
+    # Only the first row, the weighted sum, has gradients; ten of its tokens are masked.
     assert torch.equal(gradients[0].count_nonzero(dim=(1, 2)), torch.tensor([4 * 7 - 10, 0, 0, 0]))
 
 
@@ -87,11 +88,11 @@ def reference(kind: str, student: Tensor, teacher: Tensor, weight: Tensor | None
     """The loss [b, s] by its definition."""
     projected = student if weight is None else torch.einsum("sbi,oi->sbo", student, weight)
     if kind == "mse":
-        found = ((projected - teacher) ** 2).sum(-1) / SIZE
+        loss = ((projected - teacher) ** 2).sum(-1) / SIZE
     else:
         norms = projected.pow(2).sum(-1).sqrt() * teacher.pow(2).sum(-1).sqrt()
-        found = 1 - (projected * teacher).sum(-1) / norms
-    return found.transpose(0, 1)
+        loss = 1 - (projected * teacher).sum(-1) / norms
+    return loss.transpose(0, 1)
 
 
 @EACH_LOSS

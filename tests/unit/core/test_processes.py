@@ -14,13 +14,13 @@ from recipes.core.files import REPO_ROOT
 PARENT = """
 import os, time
 from recipes.core.processes import children_die_with_this
-os.register_at_fork(after_in_child=lambda: time.sleep({late}))
+os.register_at_fork(after_in_child=lambda: time.sleep({delay}))
 children_die_with_this()
 if os.fork() == 0:
-    time.sleep({late})
+    time.sleep({delay})
     os.fork()
     time.sleep(60)
-time.sleep({lives})
+time.sleep({lifetime})
 os._exit(0)
 """
 
@@ -41,7 +41,7 @@ print(before / resident())
 
 
 def test_free_memory_is_returned() -> None:
-    """200 MB in the middle of the heap, which malloc keeps with these settings."""
+    """The program frees 200 MB in the middle of the heap. With these settings malloc keeps them."""
     keep = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     done = subprocess.run(
         [sys.executable, "-c", FREED], env=os.environ | keep, cwd=REPO_ROOT,
@@ -51,12 +51,14 @@ def test_free_memory_is_returned() -> None:
 
 
 @pytest.mark.parametrize(
-    ("late", "lives"), [(0, 1), (2, 0.5)], ids=["parent dies later", "parent dies during the fork"]
+    ("delay", "lifetime"),
+    [(0, 1), (2, 0.5)],
+    ids=["parent dies later", "parent dies during the fork"],
 )
-def test_children_die_with_their_parent(late: float, lives: float) -> None:
+def test_children_die_with_their_parent(delay: float, lifetime: float) -> None:
     """All processes hold the pipe's writing end, so it closes when the last one ends."""
     reading, writing = os.pipe()
-    program = PARENT.format(late=late, lives=lives)
+    program = PARENT.format(delay=delay, lifetime=lifetime)
     began = time.monotonic()
     subprocess.run([sys.executable, "-c", program], check=True, pass_fds=[writing], cwd=REPO_ROOT)
     os.close(writing)
@@ -70,7 +72,8 @@ import os, sys
 from recipes.core.processes import prepare_imports
 prepare_imports()
 import torch.utils.cpp_extension as extension
-extension.load_inline = lambda **_: sys.exit("compiles")  # as a stale lock, it would not return
+# A compilation could wait for a stale lock.
+extension.load_inline = lambda **_: sys.exit("compiles")
 import megatron.core.inference.contexts.dynamic_context as context
 assert not context.has_unified_memory
 assert "wandb" not in {name for name, module in sys.modules.items() if module}

@@ -43,7 +43,7 @@ def test_a_sequence_needs_the_label_of_its_last_token(tokens: int, sequences: in
 
 
 def test_predictions_from_the_end_of_a_document_do_not_count() -> None:
-    """The end itself is to be predicted, and a sequence's first token is not."""
+    """The end itself is predicted. A sequence's first token is not."""
     text = TextSequences.of(torch.tensor([[5, 0, 6, 7], [0, 8, 9, 0]]), end=0)
     assert text.counted.tolist() == [[True, False, True], [False, True, True]]
     assert (text.predictions, text.targets.tolist()) == (4, [0, 7, 9, 0])
@@ -60,7 +60,7 @@ def test_a_loss_mask_decides_which_predictions_count() -> None:
 
 
 def test_sequences_are_spread_over_the_sources() -> None:
-    """Tokens 0 to 9, 10 and 11, and 12 to 25, in sequences of 4."""
+    """The sources have the tokens 0 to 9, 10 and 11, and 12 to 25. A sequence has 4 tokens."""
     sources = [SourceTokens("a", 10), SourceTokens("short", 2), SourceTokens("b", 14)]
     assert spread(sources, 4) == {"a": range(2), "b": range(3, 6)}
     assert spread(sources, 4, 3) == {"a": range(2), "b": range(3, 5)}
