@@ -100,7 +100,7 @@ class Manifest:
     accepted: Acceptance | None = None
     """Why the user kept this result although it is stale."""
     kept: dict[str, list[str]] = field(default_factory=dict)
-    """Stale results that this one depends on and the user had kept: the reasons, by stage."""
+    """Why results that this one depends on were stale, by stage. The user chose to keep them."""
 
     def result(self, of: type[ResultT]) -> ResultT:
         """Returns the stage's result.

@@ -90,7 +90,7 @@ def _run(stage: Stage[Any], request: Path) -> None:
 
 @cache
 def _import_stack() -> None:
-    """Imports what the fork server imports, and excludes it from garbage collection, as there."""
+    """Imports the fork server's modules. Like it, excludes them from garbage collection."""
     for module in local.PRELOADED:
         importlib.import_module(module)
     gc.freeze()

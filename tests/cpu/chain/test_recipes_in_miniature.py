@@ -1,7 +1,7 @@
-"""Every large recipe as it is, on a tiny model of its family; targets, budget and paths differ.
+"""Runs every large recipe on a tiny model of its family, with other targets, budgets and paths.
 
-A recipe of a small budget is its whole one but for what is replaced here: see
-tests/unit/test_recipes.py.
+Recipes with a small budget are not run. They differ from the large ones only in settings that are
+replaced here, as tests/unit/test_recipes.py shows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.support.runs import DISTILL, manifest_of, settings, tiny
 RECIPES = sorted(
     p.stem
     for p in (CONF / "recipe").glob("*.yaml")
-    # test_chain and test_search run the first two; the small budgets see above
+    # test_chain and test_search run the small recipes
     if not p.stem.endswith(("_prune", "_search", "_2.5b", "shrink"))
 )
 FAMILIES = {
@@ -79,7 +79,7 @@ def test_recipe_runs_on_a_tiny_model(recipe: str, tmp_path: Path, text_file: Pat
 
 
 def test_a_budget_becomes_a_model(tmp_path: Path, text_file: Path) -> None:
-    """From the shapes within it to the winner's export; another budget keeps what it can."""
+    """A search chooses a shape within the budget. Another budget reuses scores and data."""
     model = write_tiny_model(tmp_path / "model", text_file, family_of("qwen3_8b_search"), **EVEN)
     smaller = {"hidden_size_divisor": 16, "ffn_hidden_size_divisor": 32, "max_depth_pruning": 0.5}
     budgets = {"num_candidates": 2, "max_tokens": 4096, "num_samples": 4}
@@ -99,15 +99,15 @@ def test_a_budget_becomes_a_model(tmp_path: Path, text_file: Path) -> None:
     done = run_successfully(*words, cwd=tmp_path)
     run = tmp_path / "run"
     search, exported = (manifest_of(run, name) for name in ("successive_halving", "export_hf"))
-    found = search.result(SearchResult)
-    winner = found.chosen()
+    search_result = search.result(SearchResult)
+    winner = search_result.chosen()
     assert winner is not None
     assert winner.shape == Architecture(**exported.architecture or {})
-    assert sum(bool(one.tokens) for one in found.candidates) == 2
+    assert sum(bool(one.tokens) for one in search_result.candidates) == 2
     recipe = OmegaConf.load(run / "successive_halving" / "artifact" / "recipe.yaml")
     assert winner.name in recipe.description
     page = (run / "report" / "artifact" / "report.html").read_text()
-    assert all(one.name in page for one in found.candidates)
+    assert all(one.name in page for one in search_result.candidates)
     assert 'id="plot-search"' in page
     assert "chosen by the search" in page
     done = run_successfully(*words, "budget.parameters=0.5", "dry_run=true", cwd=tmp_path)

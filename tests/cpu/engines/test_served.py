@@ -64,7 +64,8 @@ def student(odd_llama: Path) -> packed_lm.PackedLM:
 
 
 def children() -> set[int]:
-    """Returns the numbers of this process's living children."""
+    """Returns the process ids of this process's living children."""
+    # After the name in parentheses: state, parent, ...; the id is before it.
     stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
     rows = [[*text.rpartition(")")[2].split(), text.split()[0]] for text in stats]
     return {int(row[-1]) for row in rows if int(row[1]) == os.getpid() and row[0] != "Z"}
@@ -83,7 +84,7 @@ def as_input(folder: Path, kind: str, result: Any = None, artifact: Path | None 
 def test_llama_cpp_gives_the_log_likelihoods_of_transformers(
     llama: served.LlamaCppLM, student: packed_lm.PackedLM
 ) -> None:
-    """Also of truncated contexts, and with the same verdict whether an answer is the greedy one."""
+    """Some contexts are truncated. Both also agree on which answers are greedy."""
     for task in packed_lm.load_tasks(["sciq", "lambada_openai"], "pypi", {"sciq": 1}):
         expected, answers = (packed_lm.answer(lm, task, LIMIT, 1) for lm in (student, llama))
         for item, other in zip(answers, expected, strict=True):
@@ -99,7 +100,7 @@ def test_llama_cpp_gives_the_log_likelihoods_of_transformers(
 def test_llama_cpp_gives_the_losses_of_transformers(
     llama: served.LlamaCppLM, student: packed_lm.PackedLM, tmp_path: Path
 ) -> None:
-    """Also of the token that ends documents, at which a server would stop."""
+    """The text includes the token that ends documents, at which a server would stop."""
     end = student.tokenizer.eos_token_id
     tokens = torch.randint(3, 290, (2, 24), generator=torch.Generator().manual_seed(0))
     tokens[0, 11] = end
@@ -128,8 +129,8 @@ def test_an_openvino_engine_is_paired_with_its_student(even_llama: Path, tmp_pat
     for precision in ("fp32", "int4"):
         engine = tmp_path / precision / ARTIFACT
         engine.mkdir(parents=True)
-        built = BuildEngineConfig("build_engine", precision=precision, group_size=16)
-        result = build_engine.run(built, {"checkpoint": checkpoint}, engine).result
+        engine_config = BuildEngineConfig("build_engine", precision=precision, group_size=16)
+        result = build_engine.run(engine_config, {"checkpoint": checkpoint}, engine).result
         inputs = {"checkpoint": checkpoint}
         inputs["artifact"] = Input(engine.parent, bare_manifest("build_engine", "engine", result))
         out = stage_dir(tmp_path, f"served_{precision}")

@@ -59,13 +59,13 @@ def calibration(even_llama: Path, text_file: Path) -> torch.Tensor:
     return torch.tensor(ids[: 16 * 32]).view(16, 32)
 
 
-def convert_changed(folder: Path, even_llama: Path, plant: WeightChange = lambda _: None) -> Path:
-    """Changes the tiny model's weights with ``plant``, and converts it."""
+def convert_changed(folder: Path, even_llama: Path, change: WeightChange = lambda _: None) -> Path:
+    """Changes the tiny model's weights with ``change``, and converts it."""
     from transformers import AutoTokenizer
 
     model = load_causal_lm(even_llama)
     with torch.no_grad():
-        plant(model)
+        change(model)
     model.save_pretrained(folder / "hf")
     AutoTokenizer.from_pretrained(even_llama).save_pretrained(folder / "hf")
     convert.to_nemo(folder / "hf", folder / "even.nemo")
@@ -315,11 +315,11 @@ def test_micro_batches_and_chunks_of_logits_change_no_score(
         scores = score(teacher, calibration, replace(cfg, micro_batch_size=3))
     assert watch.positions == 50
     assert_same_scores(scores, importance)
-    base = [
+    teacher_only = [
         score(teacher, calibration, replace(cfg, num_loss_samples=0, micro_batch_size=size))
         for size in (1, 8)
     ]
-    assert base[0].teacher_loss == pytest.approx(base[1].teacher_loss, rel=1e-6)
+    assert teacher_only[0].teacher_loss == pytest.approx(teacher_only[1].teacher_loss, rel=1e-6)
 
 
 def test_noise_and_padding_are_refused_unless_configured(

@@ -30,7 +30,7 @@ def interrupt(plan: Plan, name: str, *, checkpoint: bool = True) -> None:
         (stage.directory / WORK / "checkpoints" / "step=49-last").mkdir(parents=True)
 
 
-def statuses(plan: Plan) -> dict[str, tuple[str, str]]:
+def actions_of(plan: Plan) -> dict[str, tuple[str, str]]:
     return {stage.name: (stage.action, stage.reason) for stage in plan.todo()}
 
 
@@ -45,16 +45,16 @@ def test_interrupted_stage_is_resumed(plan: MakePlan, complete: Complete, tmp_pa
     complete(plan())
     (tmp_path / "run" / "distill" / MANIFEST).unlink()
     interrupt(plan(), "distill")
-    actions = statuses(plan())
+    actions = actions_of(plan())
     assert actions["distill"] == ("resume", "was interrupted")
     assert actions["evaluate"] == ("run", "after distill")
 
 
 def test_interrupted_stages_without_progress_start_anew(plan: MakePlan) -> None:
-    """A training run without a checkpoint, and a stage that records no progress."""
+    """One is a training run without a checkpoint, the other records no progress."""
     interrupt(plan(), "distill", checkpoint=False)
     interrupt(plan(), "evaluate")
-    actions = statuses(plan("stages.distill.seed=1", "stages.evaluate.num_sequences=2"))
+    actions = actions_of(plan("stages.distill.seed=1", "stages.evaluate.num_sequences=2"))
     assert actions["distill"] == actions["evaluate"] == ("run", "not run yet")
 
 
@@ -68,9 +68,9 @@ def test_progress_is_not_lost_to_a_changed_field(plan: MakePlan) -> None:
         "set stages.distill.global_batch_size=4 to resume, or force=[distill] to start over"
     )
     back = fix.split()[1]
-    assert statuses(plan("stages.distill.global_batch_size=8", back))["distill"][0] == "resume"
+    assert actions_of(plan("stages.distill.global_batch_size=8", back))["distill"][0] == "resume"
     forced = plan("stages.distill.global_batch_size=8", "force=[distill]")
-    assert statuses(forced)["distill"] == ("run", "forced")
+    assert actions_of(forced)["distill"] == ("run", "forced")
 
 
 def test_dry_run_is_refused_as_the_run_would_be(
@@ -105,7 +105,7 @@ def test_every_changed_field_is_named_and_set_back(plan: MakePlan) -> None:
         "stages.distill.min_lr=3e-05",
         "stages.distill.precision=32",
     ]
-    assert statuses(plan(*words))["distill"][0] == "resume"
+    assert actions_of(plan(*words))["distill"][0] == "resume"
 
 
 def test_progress_is_not_lost_to_changed_inputs_or_code(
@@ -126,7 +126,7 @@ def test_progress_is_not_lost_to_changed_inputs_or_code(
 def test_layout_may_change_between_interruption_and_resumption(plan: MakePlan) -> None:
     interrupt(plan(), "distill")
     layout = "stages.distill.resources.devices=2", "stages.distill.micro_batch_size=2"
-    assert statuses(plan(*layout))["distill"] == ("resume", "was interrupted")
+    assert actions_of(plan(*layout))["distill"] == ("resume", "was interrupted")
     what, fix = refusal(plan, *layout, "stages.distill.seed=1")
     assert what.count("changed") == 1
     assert fix.startswith("set stages.distill.seed=1234 to resume")
@@ -138,7 +138,7 @@ def test_work_is_compared_with_its_own_start_and_not_with_later_requests(plan: M
     stage = stage_named(plan("stages.distill.seed=1", "force=[distill]"), "distill")
     stage.request().write(stage.directory)
     assert "seed changed 1234 → 1" in refusal(plan, "stages.distill.seed=1")[0]
-    assert statuses(plan())["distill"][0] == "resume"
+    assert actions_of(plan())["distill"][0] == "resume"
 
 
 def test_unfinished_reruns_of_complete_or_unselected_stages_are_ignored(
@@ -146,9 +146,9 @@ def test_unfinished_reruns_of_complete_or_unselected_stages_are_ignored(
 ) -> None:
     complete(plan())
     interrupt(plan("stages.distill.seed=1"), "distill")
-    assert statuses(plan()) == {}
-    assert statuses(plan("stages.distill.seed=1"))["distill"] == ("resume", "was interrupted")
-    assert statuses(plan("only=[prune]", "stages.distill.seed=2")) == {}
+    assert actions_of(plan()) == {}
+    assert actions_of(plan("stages.distill.seed=1"))["distill"] == ("resume", "was interrupted")
+    assert actions_of(plan("only=[prune]", "stages.distill.seed=2")) == {}
     assert "seed changed 1 → 2" in refusal(plan, "stages.distill.seed=2")[0]
 
 
@@ -158,10 +158,10 @@ def test_killed_forced_runs_are_resumed_by_the_same_command(
     """Without ``force`` a complete result is used."""
     interrupt(plan(), "distill")
     interrupt(plan("stages.distill.seed=1", "force=[distill]"), "distill")
-    assert statuses(plan("stages.distill.seed=1"))["distill"][0] == "resume"
-    assert statuses(plan("stages.distill.seed=1", "force=[distill]"))["distill"][0] == "resume"
+    assert actions_of(plan("stages.distill.seed=1"))["distill"][0] == "resume"
+    assert actions_of(plan("stages.distill.seed=1", "force=[distill]"))["distill"][0] == "resume"
     assert "seed changed 1 → 1234" in refusal(plan)[0]
     complete(plan("force=[distill]"))
     interrupt(plan("force=[distill]"), "distill")
-    assert statuses(plan("force=[distill]"))["distill"] == ("resume", "was interrupted")
-    assert statuses(plan()) == {}
+    assert actions_of(plan("force=[distill]"))["distill"] == ("resume", "was interrupted")
+    assert actions_of(plan()) == {}
