@@ -320,10 +320,10 @@ def _submit(plan: Plan) -> None:
     if done.returncode:
         jobs = read_jobs(plan.run_dir)
         # ``submit.sh`` stops at the first job that Slurm refuses.
-        refused, *_ = [s.name for s in plan.todo() if jobs.get(s.name) == before.get(s.name)]
+        missing = [s.name for s in plan.todo() if jobs.get(s.name) == before.get(s.name)]
+        what = f"Slurm refused the job of {missing[0]}" if missing else f"{script} failed"
         raise RecipeError(
-            f"Slurm refused the job of {refused}: {done.stderr.strip()}\n"
-            "  the jobs submitted before it stay in the queue",
+            f"{what}: {done.stderr.strip()}\n  the jobs submitted before it stay in the queue",
             f"change the settings of cluster and run the same command, or run {script}",
         )
 

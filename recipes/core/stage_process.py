@@ -174,9 +174,12 @@ def _child_environment(devices: int) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if not RANK_VARIABLE.match(name)}
     env["PYTHONPATH"] = str(REPO_ROOT)
     if devices == 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank] if visible else str(local_rank)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        local_rank = os.environ.get("LOCAL_RANK", "0")
+        if visible is None:
+            env["CUDA_VISIBLE_DEVICES"] = local_rank
+        elif visible:  # empty hides all
+            env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(local_rank)]
     return env
 
 

@@ -38,7 +38,7 @@ def check(cfg: EvaluateServedConfig, chain: Chain) -> Iterator[Problem]:
                 "return",
                 f"set stages.{cfg.stage}.tasks=[{','.join(GENERATED)}]",
             )
-    is_gguf = backend_of(cfg.inputs["artifact"], chain) is None
+    is_gguf = backend_of(cfg.inputs.get("artifact", ""), chain) is None
     if is_gguf and chain.runs_here and not has_llama_server():
         yield Problem(rules.SERVED, NO_LLAMA_SERVER.what, NO_LLAMA_SERVER.fix)
 

@@ -45,9 +45,9 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
     if cfg.distill.resources.devices > 1 and cfg.resources.ranks > 1:
         yield Problem(
             rules.SEARCH,
-            f"resources.devices={cfg.resources.ranks} and distill.resources.devices="
-            f"{cfg.distill.resources.devices} are both above 1",
-            "set one of them to 1",
+            f"the search has {cfg.resources.ranks} ranks, and each training has "
+            f"distill.resources.devices={cfg.distill.resources.devices}: only one may be above 1",
+            "set distill.resources.devices, or resources.devices and resources.nodes, to 1",
         )
     shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
     if shapes:

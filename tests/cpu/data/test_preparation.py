@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
-import re
 import signal
 import time
 import tracemalloc
@@ -17,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
 from recipes.core.errors import RecipeError
@@ -27,41 +24,14 @@ from recipes.core.stage import DEADLINE, StoppedByDeadlineError
 from recipes.data import part_writer, preparation
 from recipes.data.chat import TOO_LONG, ChatTokenizer
 from recipes.data.corpus import PARTS, digest
-from recipes.data.part_writer import PartWriter
 from recipes.data.preparation import PreparationState, prepare
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.token_sequences import read_loss_mask, read_tokens
-from recipes.data.tokenizer import DocumentTokenizer, encode_all, load_tokenizer
-from tests.support.ranks import run_ranks
+from recipes.data.tokenizer import DocumentTokenizer, encode_all
+from tests.cpu.data.conftest import LOG, content, read
 from tests.support.text import write_chats
 
-LOG = MetricsLog(None)
 LENGTH = 64
-
-
-@pytest.fixture(scope="module")
-def tokenizer(odd_llama: Path) -> DocumentTokenizer:
-    return load_tokenizer(odd_llama)
-
-
-def read(text_file: Path) -> list[str]:
-    """Reads the texts of a file, without blank lines in them."""
-    texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
-    return [re.sub(r"\s*\n\s*", "\n", text).strip() for text in texts]
-
-
-@pytest.fixture(scope="module")
-def cfg(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> PrepareDataConfig:
-    """Records, paragraphs and a held-out source, with documents that are in several of them."""
-    folder = tmp_path_factory.mktemp("sources")
-    texts = read(text_file)
-    (folder / "prose.txt").write_text("\n\n".join(texts[300:560]))
-    (folder / "apart.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts[550:600]))
-    (folder / "records.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts[:310] * 2))
-    return PrepareDataConfig(
-        sources=[str(folder / "records.jsonl"), str(folder / "prose.txt")],
-        heldout_sources=[str(folder / "apart.jsonl")],
-    )
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +41,6 @@ def whole(
     """The result of an undisturbed preparation in one process."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, prepare(cfg, tokenizer, folder, LOG)
-
-
-def content(folder: Path) -> dict[str, str]:
-    files = [file for part in PARTS for file in folder.glob(f"{part}.*")]
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def documents(folder: Path, part: str) -> list[tuple[int, ...]]:
@@ -339,55 +304,6 @@ def test_the_deadline_stops_and_the_next_start_resumes(
     assert content(tmp_path) == content(whole[0])
 
 
-RANK_SCRIPT = """
-import json, os, sys
-from pathlib import Path
-
-from recipes.core.metrics import MetricsLog
-from recipes.core.stage import StoppedByDeadlineError, rank
-from recipes.data import preparation
-from recipes.data.preparation import prepare
-from recipes.data.settings import PrepareDataConfig
-from recipes.data.tokenizer import load_tokenizer, torch_distributed
-
-preparation.BATCH_DOCUMENTS = 64
-cfg = PrepareDataConfig(**json.loads(Path(sys.argv[1]).read_text()))
-folder = Path(sys.argv[3])
-for deadline in (True, True, False):
-    os.environ["STAGE_DEADLINE"] = "1" if deadline else ""
-    try:
-        prepare(cfg, load_tokenizer(Path(sys.argv[2])), folder, MetricsLog(None))
-        stopped = False
-    except StoppedByDeadlineError:
-        stopped = True
-    assert deadline or not stopped, rank()
-torch_distributed().barrier()
-"""
-
-
-@pytest.mark.parametrize("limits", [{}, {"max_tokens": 3000}, {"max_documents": 100}])
-def test_two_ranks_write_the_same_bytes(
-    cfg: PrepareDataConfig,
-    tokenizer: DocumentTokenizer,
-    odd_llama: Path,
-    tmp_path: Path,
-    limits: dict[str, int],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Two real ranks, which stop at a deadline twice and resume."""
-    folders = [tmp_path / "one", tmp_path / "two"]
-    for folder in folders:
-        folder.mkdir()
-    monkeypatch.setattr(preparation, "BATCH_DOCUMENTS", 64)
-    prepare(replace(cfg, **limits), tokenizer, folders[0], LOG)
-    (tmp_path / "script.py").write_text(RANK_SCRIPT)
-    settings = {"sources": cfg.sources, "heldout_sources": cfg.heldout_sources, **limits}
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
-    arguments = (tmp_path / "settings.json", odd_llama, folders[1])
-    run_ranks(str(tmp_path / "script.py"), *map(str, arguments))
-    assert content(folders[0]) == content(folders[1])
-
-
 def _children(pid: int | None) -> list[Path]:
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [Path(f"/proc/{child}/stat") for child in found]
@@ -428,19 +344,3 @@ def test_max_documents_takes_the_first_of_each_source(
     texts = read(text_file)
     first = [tuple(one.ids.tolist()) for one in tokenizer.encode(texts[:40] + texts[300:340])]
     assert {ids for part in PARTS for ids in documents(tmp_path, part)} == set(first)
-
-
-def test_the_index_is_megatrons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(part_writer, "BLOCK", 7)
-    generator = np.random.default_rng(0)
-    texts = [generator.integers(0, 99, n) for n in generator.integers(1, 30, 50)]
-    for part, chosen in (("some", texts), ("none", [])):
-        theirs = IndexedDatasetBuilder(str(tmp_path / f"theirs-{part}.bin"), dtype=np.int32)
-        with PartWriter(tmp_path, [part]) as writer:
-            for ids in chosen:
-                writer.add(part, ids)
-                theirs.add_document(torch.tensor(ids), [len(ids)])
-        theirs.finalize(str(tmp_path / f"theirs-{part}.idx"))
-        for ending in ("bin", "idx"):
-            ours = (tmp_path / f"{part}.{ending}").read_bytes()
-            assert ours == (tmp_path / f"theirs-{part}.{ending}").read_bytes()

@@ -16,13 +16,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from launch.executors import container, docker, executor_of, local, slurm
-from launch.executors.slurm_queue import SlurmJob, job_states, read_jobs
-from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
-from recipes.core.stage import Resources
 from recipes.core.wheels import cache_dir
-from recipes.planning.limits import slurm_seconds
 from recipes.planning.training_cost import stopping_seconds
 from tests.support.launcher import write_program
 from tests.unit.conftest import SMALL_STUDENT, planned_words, stage_named
@@ -274,29 +270,6 @@ def test_paths_with_spaces_are_refused(
     monkeypatch.chdir(tmp_path / "my work")
     with pytest.raises(RecipeError, match="my work cannot be mounted"):
         prepared(*SLURM)
-
-
-def test_times_are_parsed_as_slurm_parses_them() -> None:
-    assert slurm_seconds("04:00:00") == 4 * 3600
-    assert slurm_seconds("2-01:02:03") == 2 * 86400 + 3600 + 123
-    for text in ("", "4", "1:2", "00:60:00", "1-00", "-01:00:00", "04:00:00 "):
-        assert list(violations(Resources(time=text)))
-
-
-def test_newest_job_of_a_stage_counts(tmp_path: Path) -> None:
-    (tmp_path / "jobs.txt").write_text("prune 7 a\ndistill 8 b\nprune 9 c\ndistill 1")
-    jobs = (SlurmJob("prune", "9", "c"), SlurmJob("distill", "8", "b"))
-    assert read_jobs(tmp_path) == {job.stage: job for job in jobs}
-    assert read_jobs(tmp_path / "elsewhere") == {}
-
-
-def test_slurm_that_does_not_answer_is_not_an_empty_queue(tmp_path: Path) -> None:
-    answer = "echo 'slurm_load_jobs error: {}' >&2; exit 1"
-    write_program(tmp_path / "bin" / "squeue", answer.format("Unable to contact"))
-    with pytest.raises(RecipeError, match=r"squeue does not answer: .*Unable to contact"):
-        job_states([SlurmJob("prune", "7", "a")])
-    write_program(tmp_path / "bin" / "squeue", answer.format("Invalid job id specified"))
-    assert job_states([SlurmJob("prune", "7", "a")]) == {}
 
 
 @pytest.mark.parametrize("recipe", ["llama_width_prune", "shrink"])

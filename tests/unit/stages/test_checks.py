@@ -52,7 +52,11 @@ TRAINING_RESOURCES = {
     "profile_steps",
 }
 """Settings of computing stages that do not change their results."""
-OTHER_RESOURCES = {"report": {"gates"}, "prepare_data": {"processes"}}  # the launcher checks gates
+OTHER_RESOURCES = {
+    "report": {"gates"},  # the launcher checks gates
+    "prepare_data": {"processes"},
+    "evaluate_served": {"port", "threads", "start_seconds"},
+}
 TWO_RANKS = Resources(devices=2)
 
 

@@ -1,0 +1,47 @@
+"""Text and a tokenizer for preparation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from recipes.core.metrics import MetricsLog
+from recipes.data.corpus import PARTS
+from recipes.data.settings import PrepareDataConfig
+from recipes.data.tokenizer import DocumentTokenizer, load_tokenizer
+
+LOG = MetricsLog(None)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(odd_llama: Path) -> DocumentTokenizer:
+    return load_tokenizer(odd_llama)
+
+
+def read(text_file: Path) -> list[str]:
+    """Reads the texts of a file, without blank lines in them."""
+    texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
+    return [re.sub(r"\s*\n\s*", "\n", text).strip() for text in texts]
+
+
+@pytest.fixture(scope="module")
+def cfg(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> PrepareDataConfig:
+    """Records, paragraphs and a held-out source, with documents that are in several of them."""
+    folder = tmp_path_factory.mktemp("sources")
+    texts = read(text_file)
+    (folder / "prose.txt").write_text("\n\n".join(texts[300:560]))
+    (folder / "apart.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts[550:600]))
+    (folder / "records.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts[:310] * 2))
+    return PrepareDataConfig(
+        sources=[str(folder / "records.jsonl"), str(folder / "prose.txt")],
+        heldout_sources=[str(folder / "apart.jsonl")],
+    )
+
+
+def content(folder: Path) -> dict[str, str]:
+    files = [file for part in PARTS for file in folder.glob(f"{part}.*")]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
