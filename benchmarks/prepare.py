@@ -31,10 +31,6 @@ class PreparationRun:
 
     tokens: int
     seconds: float
-    cpu_seconds: float
-    """CPU time of the main process, which reads, splits and writes."""
-    tokenizer_seconds: float
-    """CPU seconds of the tokenizer on the same text, without reading and writing."""
     main_memory: float
     """Peak anonymous memory of the main process, above that after imports."""
     tokenizer_memory: float
@@ -74,14 +70,9 @@ def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Prepa
     tokens = sum(size for size, _ in states[0].sizes.values()) // 4
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     tokenizer_memory = children.ru_maxrss * 1024.0 if processes > 1 else 0.0
-    with text.open(encoding="utf-8") as file:
-        documents = [json.loads(line)["text"] for line in file]
-    tokenizer_only = run_and_measure(lambda: tokenizer.encode(documents))
     return PreparationRun(
         tokens,
         main_process["seconds"],
-        main_process["cpu_seconds"],
-        tokenizer_only["cpu_seconds"],
         main_process["anonymous"],
         tokenizer_memory,
     )

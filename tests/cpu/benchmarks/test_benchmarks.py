@@ -13,7 +13,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from itertools import count, product
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +23,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import all as history
 from benchmarks import convert, distill, launching, operations, prepare, students, tasks
 from benchmarks.distill import METHODS, Record, Shape, disagreements, speeds, summarise
 from benchmarks.launching import INPUT_STAGES, complete_manifest
@@ -32,7 +30,6 @@ from launch.executors.local import PRELOADED
 from recipes.core.compiled import missing_compiler
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
-from recipes.core.processes import cores
 from tests.support.forked import run_forked
 from tests.support.in_process import run_successfully
 from tests.support.runs import tiny
@@ -225,27 +222,14 @@ def test_tasks_are_compared_with_lm_eval(odd_llama: Path) -> None:
         assert float(difference) < 1e-3
 
 
-def test_regressions_are_reported(
-    odd_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_preparation_is_measured(
+    odd_llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A ratio regresses if it exceeds the last one on the same processor beyond the spread."""
     monkeypatch.setattr(prepare, "write_text", lambda path, size: shutil.copy(text_file, path))
-    path = tmp_path / "history.jsonl"
-    options = ("--only", "prepare", f"--model={odd_llama}", f"--history={path}")
-    assert "prepare" in run_benchmark(history, *options)
-    [entry] = history.read_history(path)
-    assert (entry.figure, entry.repeats, entry.cores) == ("prepare", history.REPEATS, cores())
-    assert entry.seconds > 0
-    assert entry.ratio > 1  # the rest of the stage takes time, too
-    for before, outcome in (
-        (replace(entry, ratio=0.1, spread=0.1), pytest.raises(SystemExit, match="1 measurements")),
-        (replace(entry, ratio=0.1, spread=99.0), contextlib.nullcontext()),
-        (replace(entry, ratio=0.1, processor="another"), contextlib.nullcontext()),
-    ):
-        path.write_text(json.dumps(asdict(before)) + "\n")
-        with outcome:
-            run_benchmark(history, *options)
-        assert len(history.read_history(path)) == 2
+    output = run_benchmark(prepare, f"--model={odd_llama}", "--processes", "1", "2")
+    rows = [line.split(" | ") for line in output.splitlines()[2:]]
+    assert [row[1] for row in rows] == ["1", "2"] * len(prepare.SIZE_FACTORS)
+    assert all(float(row[2].replace(",", "")) > 0 for row in rows)
 
 
 def test_conversion_is_compared_with_transformers(
