@@ -118,6 +118,7 @@ def test_launcher_commands_plan(command: str, tmp_path: Path) -> None:
     extra = ["dry_run=true"] if planned and "--help" not in arguments else []
     for model in ("my_model", "runs/llama_depth_prune/export_hf/artifact"):
         if model in command:
+            (tmp_path / model).parent.mkdir(parents=True, exist_ok=True)
             write_folder(tmp_path / model, MY_MODEL)
     (tmp_path / "my.jsonl").write_text('{"text": "one document of a few words"}\n' * 200_000)
     said = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So it is."}]
