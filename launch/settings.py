@@ -55,8 +55,8 @@ class RunSettings:
     accept: list[str] = field(default_factory=list)
     """Stages whose result is kept although settings, inputs, code or libraries have changed."""
     confirm_above: PositiveOrZero = 0.5
-    """Device-hours. A stale result that cost more is neither kept nor replaced unless ``accept`` or
-    ``force`` names its stage."""
+    """Device-hours. If a stale result cost more, the launcher stops and asks for ``accept`` or
+    ``force`` of its stage."""
     only: list[str] | None = None
     """Runs only these stages; their inputs must be complete."""
     hub: Hub = field(default_factory=Hub)

@@ -66,7 +66,7 @@ def counts(tokens: Tensor, end: int | None, loss_mask: Tensor | None = None) -> 
 
     The token after a document's end begins another document and cannot be predicted
     (``eod_mask_loss`` in ``megatron/core/datasets/gpt_dataset.py``). Of a conversation, only the
-    assistant's tokens count. Training, evaluation, importance, ranking and halving share this mask.
+    assistant's tokens count. Training, evaluation, scores and the search share this mask.
 
     Args:
         tokens: int64 [..., n].
@@ -85,11 +85,11 @@ def counts(tokens: Tensor, end: int | None, loss_mask: Tensor | None = None) -> 
 def spread(
     sources: Sequence[SourceTokens], seq_length: int, count: int | None = None
 ) -> dict[str, range]:
-    """Returns the numbers of the first sequences of each source of a part, equally many of each.
+    """Returns which sequences of a split to take from each source.
 
-    A part holds its sources one after the other, and sequence n starts at token n · seq_length.
-    Sequences across two sources, and sources without a whole sequence, are left out. ``count`` is
-    rounded up to equally many of each source; all sequences by default.
+    A split holds its sources one after the other, and sequence n starts at token n · seq_length.
+    Sequences across two sources, and sources without a whole sequence, are left out. With
+    ``count``, each source gives its first ones: an equal number, rounded up, or all that it has.
     """
     spans, start = {}, 0
     for entry in sources:
@@ -135,17 +135,17 @@ def require_seq_length(data: Input, seq_length: int) -> None:
 
 
 def first_sequences(artifact: Path, part: str, seq_length: int, count: int | None = None) -> Tensor:
-    """Returns a part's first sequences, int64 [sequences, seq_length], across documents."""
+    """Returns a split's first sequences, int64 [sequences, seq_length]. They may span documents."""
     ids = read_tokens(artifact, part)
     fit = min(len(ids) // seq_length, len(ids) if count is None else count)
     return torch.from_numpy(ids[: fit * seq_length].astype(np.int64)).view(fit, seq_length)
 
 
 def read_tokens(artifact: Path, part: str) -> np.ndarray:
-    """Returns all tokens of a part as a memory-mapped array [tokens].
+    """Returns all tokens of a split as a memory-mapped array [tokens].
 
-    Megatron's ``.bin`` holds documents without gaps (``_IndexWriter._sequence_pointers``). Other
-    parts may surround this one (``token_files``).
+    Megatron's ``.bin`` holds documents without gaps (``_IndexWriter._sequence_pointers``). Splits
+    of text that was already tokenized share one file (``token_files.py``).
     """
     path = str(artifact / part)
     index = IndexedDataset(path).index
@@ -161,7 +161,7 @@ def read_loss_mask(artifact: Path, part: str) -> np.ndarray | None:
 
 
 def count_sequences(tokens: np.ndarray, seq_length: int) -> int:
-    """Returns the number of sequences in a part, each with the label of its last token."""
+    """Returns how many sequences of a split have a next token after their last one, its label."""
     return (len(tokens) - 1) // seq_length
 
 
@@ -184,7 +184,7 @@ def counted(
 
 
 def sequence_order(ids: np.ndarray, total: int, seed: int, epoch: int) -> np.ndarray:
-    """Permutes sequences, int64 [n] of ``total``, for an epoch, counted from 0.
+    """Returns the sequences ``ids``, int64 [n], in the random order of an epoch.
 
     A subset keeps its order among all sequences, so a cache of an epoch's first sequences gives the
     same batches as no cache.
@@ -224,7 +224,7 @@ def blend(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np.ndarra
 
     Returns:
         The source of each sample, int16 [samples], and the sample's number within its source, int64
-        [samples]. After any number of samples, each source is within a sample of its fraction.
+        [samples]. No source ever has a whole sample more than its fraction.
     """
     sources, numbers = np.zeros(samples, np.int16), np.zeros(samples, np.int64)
     fractions = np.array(weights, dtype=np.float64) / math.fsum(weights)

@@ -67,7 +67,7 @@ class Speedup:
 
 @dataclass(frozen=True)
 class TrainingRates:
-    """Measured rates of all threads together. The fields have their names in ``Hardware``."""
+    """Measured rates of all threads together. The fields have the same names in ``Hardware``."""
 
     flops_per_second: float
     float32_flops_per_second: float
