@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from nemo_convert.architecture import Architecture
+from recipes.core.constraints import PositiveOrZero
 from recipes.core.files import write_json
 from recipes.core.fingerprint import digest
 from recipes.core.manifest import Outcome
@@ -60,7 +61,7 @@ class PlanConfig(StageConfig):
     """Each training and each teacher's pass over a text, by stage."""
     inference_costs: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Costs of the other stages that run models, by stage."""
-    preparation_seconds: dict[str, float] = field(default_factory=dict)
+    preparation_seconds: dict[str, PositiveOrZero] = field(default_factory=dict)
     """Expected time of each stage that tokenizes text of a known size."""
     hardware: dict[str, Any] = field(default_factory=dict)
     """The hardware profile."""

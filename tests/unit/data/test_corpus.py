@@ -156,7 +156,7 @@ def test_an_unreadable_file_is_named(
         (f"pypi://p/1/p/data.json#sha256={SHA}", None),
         *(
             (name, f"'{name}' is not one of .txt, .json, .jsonl")
-            for name in ("a.doc", "a.parquet", "a", "hf://no-split", "teacher://text")
+            for name in ("a.doc", "a.xlsx", "a", "hf://no-split", "teacher://text")
         ),
         (f"pypi://p/1/p/data.doc#sha256={SHA}", "is not one of .txt, .json, .jsonl"),
         ("teacher://chat#tokens=100&seed=3", None),

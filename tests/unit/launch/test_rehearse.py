@@ -65,6 +65,7 @@ def test_jobs_have_few_steps_and_full_shapes(compose: Compose, tmp_path: Path) -
         ("distill", 0),
         ("distill", 767),
         ("evaluate", 0),
+        ("export_teacher", 0),
         ("export_hf", 0),
     ]
     config = jobs[2].config
@@ -74,8 +75,8 @@ def test_jobs_have_few_steps_and_full_shapes(compose: Compose, tmp_path: Path) -
     assert (config["seq_length"], config["tensor_model_parallel_size"]) == (4096, 4)
     assert jobs[2].vocabulary == 151936 // 4
     assert jobs[2].inputs["student"].shape == chain.shape_of("prune").as_dict()
-    assert jobs[5].inputs["checkpoint"].shape == chain.shape_of("prune").as_dict()  # distilled
-    assert [job.resumed for job in jobs] == [False, False, True, True, False, False]
+    assert jobs[6].inputs["checkpoint"].shape == chain.shape_of("prune").as_dict()  # distilled
+    assert [job.resumed for job in jobs] == [False, False, True, True, False, False, False]
     assert TypeAdapter(RankJob).validate_json(json.dumps(asdict(jobs[2]))) == jobs[2]
 
 
@@ -107,7 +108,7 @@ def test_a_cached_teacher_has_the_settings_of_its_stage(compose: Compose, tmp_pa
 
 def test_a_peak_above_the_devices_memory_is_a_mistake(compose: Compose, tmp_path: Path) -> None:
     chain, jobs = prepared(compose("recipe=qwen3_8b_depth"), tmp_path)
-    [job] = [job for job in jobs if job.name == "evaluate"]
+    job, *_ = [job for job in jobs if job.name == "evaluate"]
     three_in_float32 = RehearsalResult(peak={"weights": 81_000_000_000})
     assert (
         list(memory_mistakes([(job, RehearsalResult(peak={"weights": 16_000_000_000}))], chain))

@@ -59,7 +59,12 @@ def test_jobs_that_fit_have_no_problem(plan: MakePlan, monkeypatch: pytest.Monke
             "job",
         ),
         (("stages.prepare_data.resources.cpus_per_task=8",), {}, "starts 16 processes", "job"),
-        ((), {"cpus_per_task": 1}, "evaluate, export_hf: the job gets 9 GB", "job-memory"),
+        (
+            (),
+            {"cpus_per_task": 1},
+            "build_engine, measure_speed: the job gets 9 GB",
+            "job-memory",
+        ),
         ((), {"sbatch": ["--mem=9G"]}, "the job gets 9 GB of memory", "job-memory"),
         ((), {"sbatch": ["--mem=200G"]}, "distill: the job gets 200 GB", "job-memory"),
         ((), {"partition": "bach"}, "no partition bach. Did you mean 'batch'?", "partition"),

@@ -60,7 +60,7 @@ def test_the_verified_version_of_the_harness_must_be_installed(
     assert HARNESS in problem.what
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     [problem] = evaluate_tasks.check(EvaluateTasksConfig(**GOOD), chain)
-    assert 'pip install -e ".[tasks]"' in problem.fix
+    assert "./install.sh" in problem.fix
 
 
 def test_the_harness_is_pinned_to_the_verified_version(root: Path) -> None:
