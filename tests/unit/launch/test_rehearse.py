@@ -65,8 +65,8 @@ def test_jobs_have_few_steps_and_full_shapes(compose: Compose, tmp_path: Path) -
         ("distill", 0),
         ("distill", 767),
         ("evaluate", 0),
-        ("export_teacher", 0),
         ("export_hf", 0),
+        ("export_teacher", 0),
     ]
     config = jobs[2].config
     # 192 replicas of 2 sequences, two micro batches, two steps.
@@ -75,7 +75,7 @@ def test_jobs_have_few_steps_and_full_shapes(compose: Compose, tmp_path: Path) -
     assert (config["seq_length"], config["tensor_model_parallel_size"]) == (4096, 4)
     assert jobs[2].vocabulary == 151936 // 4
     assert jobs[2].inputs["student"].shape == chain.shape_of("prune").as_dict()
-    assert jobs[6].inputs["checkpoint"].shape == chain.shape_of("prune").as_dict()  # distilled
+    assert jobs[5].inputs["checkpoint"].shape == chain.shape_of("prune").as_dict()  # distilled
     assert [job.resumed for job in jobs] == [False, False, True, True, False, False, False]
     assert TypeAdapter(RankJob).validate_json(json.dumps(asdict(jobs[2]))) == jobs[2]
 
