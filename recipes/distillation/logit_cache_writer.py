@@ -66,7 +66,6 @@ def cache_logits(
     nemo.load_weights(core, teacher)
     require_seq_length(data, cfg.seq_length)
     tokens = read_tokens(data.artifact, "train")
-    total = count_sequences(tokens, cfg.seq_length)
     result = data.manifest.result(DatasetResult)
     text = TrainingSequences(
         tokens,
@@ -97,7 +96,7 @@ def cache_logits(
     write_index(out, index)
     return CacheResult(
         sequences=len(text.ids),
-        sequences_of_text=total,
+        sequences_of_text=count_sequences(tokens, cfg.seq_length),
         tokens=len(text.ids) * cfg.seq_length,
         bytes_per_token=bytes_per_token(vocabulary, cfg.top_k, cfg.tail_draws),
         **cache_metrics(out, index),

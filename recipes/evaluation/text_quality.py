@@ -103,9 +103,7 @@ def measure(
         for role, values in scores.items()
     }
     if rank() == 0:
-        texts = {
-            name: [tokenizer.decode(ids) for ids in rows] for name, rows in generations.items()
-        }
+        texts = {name: list(map(tokenizer.decode, rows)) for name, rows in generations.items()}
         _write_details(out / "results.json", results, scores, texts)
     return EvaluationResult(
         **results,

@@ -294,10 +294,8 @@ def peak_activation_bytes(arch: Architecture, job: Workload, stage: int, tokens:
     if layout.recompute_granularity == "full":
         return in_flight * layers * states / split + layer + gathered + received
     if layout.recompute_feed_forward:
-        with_feed_forward = layer_activation_bytes(
-            arch, replace(layout, recompute_feed_forward=False), tokens
-        )
-        current = max(current, with_feed_forward - layer)  # one layer at a time is recomputed
+        saved = layer_activation_bytes(arch, replace(layout, recompute_feed_forward=False), tokens)
+        current = max(current, saved - layer)  # one layer at a time is recomputed
     return in_flight * layers * layer + current + gathered + received
 
 

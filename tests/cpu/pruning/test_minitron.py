@@ -11,6 +11,7 @@ import modelopt.torch.prune as mtp
 import pytest
 import torch
 from modelopt.torch.prune.plugins.mcore_minitron import get_mcore_minitron_config
+from transformers import AutoTokenizer
 
 from nemo_convert import convert, nemo, parity
 from nemo_convert.architecture import Architecture
@@ -52,8 +53,6 @@ SCORE = ScoreConfig(num_loss_samples=8, block_sizes=[2])
 @pytest.fixture(scope="module")
 def calibration(even_llama: Path, text_file: Path) -> torch.Tensor:
     """Text that the model was trained on; scoring refuses noise."""
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(even_llama)
     ids = tokenizer(text_file.read_text()[: 1 << 16])["input_ids"]
     return torch.tensor(ids[: 16 * 32]).view(16, 32)
@@ -61,8 +60,6 @@ def calibration(even_llama: Path, text_file: Path) -> torch.Tensor:
 
 def convert_changed(folder: Path, even_llama: Path, change: WeightChange = lambda _: None) -> Path:
     """Changes the tiny model's weights with ``change``, and converts it."""
-    from transformers import AutoTokenizer
-
     model = load_causal_lm(even_llama)
     with torch.no_grad():
         change(model)

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 GOLDEN = Path(__file__).with_name("golden")
 RECIPE = "recipe=llama_width_prune"
 SLURM = ("cluster=slurm", "hardware=h100")
-HEADS = {"openvino": (), "tensorrt_llm": ("stages.build_engine.backend=tensorrt_llm_pytorch",)}
 DOCKER = ("cluster=docker", "hardware=h100")
 TWO_NODES = (
     "cluster=slurm",
@@ -270,17 +269,6 @@ def test_paths_with_spaces_are_refused(
     monkeypatch.chdir(tmp_path / "my work")
     with pytest.raises(RecipeError, match="my work cannot be mounted"):
         prepared(*SLURM)
-
-
-@pytest.mark.parametrize("recipe", ["llama_width_prune", "shrink"])
-def test_images_are_chosen_by_what_a_stage_runs(plan: MakePlan, recipe: str) -> None:
-    """OpenVINO's stages run in the default image, those of TensorRT-LLM in its own."""
-    engines = {"build_engine", "build_teacher_engine", "measure_speed"}
-    for engine in ("openvino", "tensorrt_llm"):
-        made = plan(*DOCKER, f"engine={engine}", *HEADS[engine], recipe=f"recipe={recipe}")
-        own = {s.name for s in made.stages if s.image == "nemo-recipes-engine:0.1.0"}
-        assert own == (engines if engine == "tensorrt_llm" else set())
-        assert {s.image for s in made.stages if s.name not in own} == {"nemo-recipes:0.1.0"}
 
 
 def test_docker_command_is_exact(prepared: Prepared, tmp_path: Path) -> None:
