@@ -1,4 +1,4 @@
-"""Evaluates a built model as it is served, paired item by item with the student.
+"""Evaluates an engine or a served model, and compares it with the student item by item.
 
 llama.cpp and TensorRT-LLM run as servers, which lm-eval's client for OpenAI-compatible completions
 asks. OpenVINO has no server, so lm-eval's own class runs its engine in this process.

@@ -75,7 +75,7 @@ REFUSED: dict[str, Operation] = {
     "add_out": lambda t: torch.add(t.number, t.number, out=t.c_number),
     "where_out": lambda t: torch.where(t.number > 0, t.number, t.number, out=t.c_number),
 }
-"""Mixed devices that CUDA refuses, though some are numbers, which other operations take."""
+"""Operations on mixed devices that CUDA refuses. Others accept 0-dim CPU tensors."""
 ALLOWED: dict[str, Operation] = {
     "fused": lambda t: t.adam(),
     "foreach_list": lambda t: torch._foreach_add([t.matrix], [t.matrix]),
