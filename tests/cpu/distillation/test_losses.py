@@ -272,7 +272,7 @@ def test_bad_shapes_are_refused() -> None:
     for teacher in (student[:, 1:], student[1:], TopK(cached.indices[1:], cached.log_probs[1:])):
         with pytest.raises(RecipeError, match="do not fit the student"):
             distillation_loss(student, teacher, LogitsLoss())
-    with pytest.raises(RecipeError, match="from 1 to the vocabulary, 101"):
+    with pytest.raises(RecipeError, match="from 1 to the size of the vocabulary, 101"):
         distillation_loss(student, student, LogitsLoss(top_k=102))
 
 
