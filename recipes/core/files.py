@@ -30,6 +30,8 @@ STORAGE_FIXES = {
     errno.EIO: "check the disk; the kernel's log (dmesg) says more",
 }
 """Fixes of disk errors, by ``errno``."""
+UNREADABLE_FIX = "make it readable for you, and its folders"
+"""Fix of ``EACCES`` for a path that cannot be read."""
 JSON_FIX = "it was truncated or edited: write it or download it again"
 
 
@@ -84,9 +86,15 @@ def _errno(error: BaseException) -> int:
     return errno.ENOSPC if str(error).startswith("Not enough free space to write") else 0
 
 
-def _storage_error(path: object, code: int) -> RecipeError:
-    fix = f"{STORAGE_FIXES[code]}; the same command resumes"
-    return RecipeError(f"{path}: {os.strerror(code)}.", fix)
+def _storage_error(path: str | Path, code: int) -> RecipeError:
+    fix = UNREADABLE_FIX if code == errno.EACCES and _is_unreadable(path) else STORAGE_FIXES[code]
+    return RecipeError(f"{path}: {os.strerror(code)}.", f"{fix}; the same command resumes")
+
+
+def _is_unreadable(path: str | Path) -> bool:
+    """Whether a file, or the folder of a file that cannot be seen, is not readable."""
+    existing = path if os.path.exists(path) else Path(path).parent
+    return not os.access(existing, os.R_OK, effective_ids=True)
 
 
 @contextmanager
@@ -132,11 +140,12 @@ def sha256_of_each(paths: Sequence[Path]) -> list[str]:
 
 
 def digest_files(files: Iterable[Path]) -> str:
-    """Returns one SHA-256 of the names and contents of several files."""
-    ordered = sorted(files, key=lambda f: f.name)
+    """Returns one SHA-256 of the names and contents of several files, in any order."""
+    paths = list(files)
     total = hashlib.sha256()
-    for file, digest in zip(ordered, sha256_of_each(ordered), strict=True):
-        total.update(f"{file.name} {digest}\n".encode())
+    # By name, then by content: files in different folders may have one name.
+    for name, digest in sorted(zip((p.name for p in paths), sha256_of_each(paths), strict=True)):
+        total.update(f"{name} {digest}\n".encode())
     return total.hexdigest()
 
 

@@ -90,7 +90,7 @@ class Request:
         """Writes the request and returns its file."""
         stage_dir.mkdir(parents=True, exist_ok=True)
         inputs = {n: {**vars(r), "directory": str(r.directory)} for n, r in self.inputs.items()}
-        text = OmegaConf.to_yaml({**vars(self), "inputs": inputs})
+        text = OmegaConf.to_yaml({"format": FORMAT, **vars(self), "inputs": inputs})
         write_text_atomically(stage_dir / REQUEST, text)
         return stage_dir / REQUEST
 
@@ -122,8 +122,14 @@ def request_of(
 
 
 def read_request(stage_dir: Path) -> Request:
-    """Reads the request of a stage."""
-    plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(stage_dir / REQUEST))  # type: ignore[assignment]
+    """Reads the request of a stage.
+
+    Raises:
+        RecipeError: Another version of this repository wrote it.
+    """
+    file = stage_dir / REQUEST
+    plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(file))  # type: ignore[assignment]
+    require_format(plain.pop("format", None), file)
     inputs = plain.pop("inputs").items()
     refs = {n: InputRef(**{**ref, "directory": Path(ref["directory"])}) for n, ref in inputs}
     return Request(**plain, inputs=refs)

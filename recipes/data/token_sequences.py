@@ -206,17 +206,21 @@ def weighted_sequences(
         total: Number of sequences in the part, see ``count_sequences``.
 
     Raises:
-        RecipeError: A source has no whole sequence.
+        RecipeError: A source has no whole sequence with a next token.
     """
-    spans = spread(sources, seq_length)
+    spans = {
+        name: np.arange(numbers.start, min(numbers.stop, total))
+        for name, numbers in spread(sources, seq_length).items()
+        if numbers.start < total
+    }
     for name in weights:
         if name not in spans:
             raise RecipeError(
-                f"source '{name}' has a weight, but not one sequence of {seq_length} tokens.",
+                f"source '{name}' has a weight, but not one sequence of {seq_length} tokens and "
+                "a next token.",
                 f"remove it, or give it more text; sources with text: {', '.join(spans)}",
             )
-    ranges = (spans[name] for name in weights)
-    return [np.arange(each.start, min(each.stop, total)) for each in ranges]
+    return [spans[name] for name in weights]
 
 
 def blend(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np.ndarray]:

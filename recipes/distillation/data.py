@@ -191,7 +191,8 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         """Opens the splits; called by the trainer.
 
         Raises:
-            RecipeError: The training split has less than one batch.
+            RecipeError: The training split has less than one batch, or the validation split no
+                whole sequence.
         """
         batch = self.data_sampler.global_batch_size
         # One batch more than training uses. A run that was killed after its last step resumes at
@@ -211,6 +212,12 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         # Sources alternate, so that dropping an incomplete last batch drops no whole source.
         alternating = [n for each in zip_longest(*by_source) for n in each if n is not None]
         self._validation_ds = self._sequences("validation", 0, numbers=alternating)
+        if not len(self._validation_ds.ids):
+            raise RecipeError(
+                f"no source of the validation data has a sequence of {self.seq_length} tokens and "
+                "a next token.",
+                "add text, raise data.validation_fraction, or lower data.seq_length",
+            )
         whole = max(1, len(self._validation_ds.ids) // batch)
         steps = max(1, min(self.trainer.limit_val_batches, whole))
         self._validation_ds.num_samples = steps * batch

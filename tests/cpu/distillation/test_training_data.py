@@ -233,6 +233,18 @@ def test_a_weighted_source_needs_a_whole_sequence(data: Path) -> None:
         sequences_of(data, 4, weights={"large": 1.0, "tiny": 1.0}, sources=sources)
 
 
+def test_a_weighted_source_needs_a_next_token_after_its_sequence(data: Path) -> None:
+    """The last sequence of the split ends with its last token, so nothing follows it."""
+    whole = read_tokens(data, "train")
+    last = len(whole) // LENGTH * LENGTH
+    sources = [SourceTokens("large", last - LENGTH), SourceTokens("last", LENGTH)]
+    weights = {"last": 1.0, "large": 1.0}
+    with pytest.raises(RecipeError, match=r"source 'last' has a weight.* next token"):
+        TrainingSequences(whole[:last], LENGTH, 4, weights=weights, sources=sources)
+    longer = TrainingSequences(whole[: last + 1], LENGTH, 4, weights=weights, sources=sources)
+    assert longer.number_of(0) == last // LENGTH - 1
+
+
 def test_weights_take_little_memory_for_100_billion_tokens(tmp_path: Path) -> None:
     """Each sequence takes a few bytes. The tokens are a sparse file, which is not read."""
     length, total = 4096, 10**11 // 4096
@@ -268,6 +280,20 @@ def test_validation_sees_every_source(data: Path) -> None:
     module = training(data, 5, sources=parts, micro_batch_size=1, global_batch_size=2)
     tokens = [token for batch in micro_batches(module, "validation") for token in batch]
     assert tokens == [int(text[number * LENGTH]) for number in (0, 4, 1, 5, 2, 6)]
+
+
+@pytest.mark.parametrize(("one", "two"), [(LENGTH - 1, LENGTH + 1), (LENGTH - 1, LENGTH - 1)])
+def test_validation_without_a_labelled_sequence_is_refused(
+    data: Path, tmp_path: Path, one: int, two: int
+) -> None:
+    """The split is longer than a sequence, but none lies in one source and has a next token."""
+    for ending in ("bin", "idx"):
+        (tmp_path / f"train.{ending}").symlink_to(data / f"train.{ending}")
+    with PartWriter(tmp_path, ("validation",)) as writer:
+        writer.add("validation", list(range(one + two)))
+    parts = {"train": [], "validation": [SourceTokens("one", one), SourceTokens("two", two)]}
+    with pytest.raises(RecipeError, match=r"a sequence of 8 .*\n.*data.seq_length"):
+        training(tmp_path, 1, sources=parts)
 
 
 def test_less_than_a_batch_is_refused(data: Path) -> None:

@@ -212,6 +212,7 @@ def test_digest_depends_on_names_and_contents_but_not_on_order_or_folder(tmp_pat
     assert digest_files(files[:2]) == digest_files([files[3], files[2]])
     files[2].write_text("changed")
     assert digest_files(files[:2]) != digest_files(files[2:])
+    assert digest_files(files) == digest_files(reversed(files)), "two files have one name"
     before = digest_files(files[:2])
     files[1].rename(tmp_path / "x" / "3.json")
     assert digest_files([files[0], tmp_path / "x" / "3.json"]) != before

@@ -17,6 +17,7 @@ from recipes.core.metrics import METRICS, MetricsLog
 from recipes.core.run_state import (
     BEGUN,
     OUTCOME,
+    REQUEST,
     InputRef,
     LastPlan,
     Request,
@@ -202,6 +203,10 @@ def test_a_request_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     request = Request("b", "1e5", "c", {"data": ref}, {"stage": "a", "sizes": [1, 2], "to": None})
     request.write(tmp_path / "run" / "b")
     assert read_request(tmp_path / "run" / "b") == request
+    file = tmp_path / "run" / "b" / REQUEST
+    file.write_text(file.read_text().replace("format: 1", "format: 0"))
+    with pytest.raises(RecipeError, match=rf"{file} .*format 0"):
+        read_request(file.parent)
 
 
 def test_stages_of_a_run_are_planned_or_started(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,8 +27,7 @@ from recipes.core.worker import _summary
 from tests.support.disks import small_disk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
 STAGE = """
 import multiprocessing
@@ -218,6 +218,39 @@ def test_errors_of_a_disk_that_is_too_small_are_explained(
         assert shutil.disk_usage(disk.folder).free > MIN_FREE_BYTES
         said = str(storage_problem(caught.value, disk.folder))
     assert said.startswith(f"{disk.folder}: No space left on device.")
+
+
+@pytest.fixture
+def without_privileges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Works in ``tmp_path`` as a user who is not root."""
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)  # folders above it are root's alone
+    user = os.geteuid()
+    for name in ("folder/read", "closed/read"):
+        file = tmp_path / name
+        file.parent.mkdir()
+        file.touch(0o200)
+        file.parent.chmod(0o200 if "closed" in name else 0o555)
+    os.seteuid(user or 65534)
+    yield
+    os.seteuid(user)
+
+
+@pytest.mark.usefixtures("without_privileges")
+@pytest.mark.parametrize(
+    ("file", "mode", "fix"),
+    [
+        ("folder/read", "r", "readable"),
+        ("closed/read", "r", "readable"),
+        ("folder/new", "w", "writable"),
+    ],
+)
+def test_a_refused_access_is_explained(file: str, mode: str, fix: str) -> None:
+    with pytest.raises(PermissionError) as caught:
+        Path(file).open(mode).close()
+    said = str(storage_problem(caught.value, Path()))
+    assert said.startswith(f"{file}: Permission denied.")
+    assert f"make it {fix}" in said
 
 
 @pytest.mark.parametrize(("ranks", "said"), [("2", "rank 1 lost its connection"), ("1", "Runtime")])
