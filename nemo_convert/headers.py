@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from http.client import PARTIAL_CONTENT
 from pathlib import Path
 
 from nemo_convert.hub import (
@@ -25,7 +25,14 @@ from recipes.core.errors import RecipeError
 LFS_POINTER = b"version https://git-lfs"
 FORMATS = ("pt", "mlx")
 """Values of ``format`` in a file's metadata with which transformers reads it by PyTorch."""
-CHUNK_BYTES = 16 << 20
+FIRST_BYTES = 100_000
+"""Bytes of a file that are read first. They contain the whole header of most files."""
+MAX_HEADER_BYTES = 100_000_000
+"""Longest header that safetensors reads."""
+CHUNK_BYTES = 4 << 20
+"""Bytes of a local tensor that are compared at a time."""
+SAMPLES, SAMPLE_BYTES = 8, 64 << 10
+"""A tensor on the hub is compared in about this many evenly spread samples of this size."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +44,9 @@ class StoredTensor:
     """As safetensors spells it: ``BF16``, ``F32``, ``F8_E4M3``."""
     shape: tuple[int, ...]
     begin: int = 0
-    """Offset of its first byte in a local file."""
+    """Offset of its first byte in the file."""
     end: int = 0
-    """Offset after its last byte in a local file."""
+    """Offset after its last byte in the file."""
 
 
 Headers = Mapping[str, StoredTensor]
@@ -83,29 +90,39 @@ def read_headers(hf_path: str) -> dict[str, StoredTensor]:
     """
     if is_hub_id(hf_path):
         return _read_hub_headers(hf_path)
-    headers: dict[str, StoredTensor] = {}
-    for path in weight_files(Path(hf_path)):
-        headers |= _read_header(path)
-    return headers
+    for path in (files := weight_files(Path(hf_path))):
+        _require_intact(path)
+    headers = (_read_header(hf_path, path.name, str(path)) for path in files)
+    return {name: tensor for header in headers for name, tensor in header.items()}
 
 
-def same_bytes(folder: Path, first: StoredTensor, second: StoredTensor) -> bool:
-    """Returns whether two tensors of a local folder have the same type, shape and bytes."""
+def same_bytes(hf_path: str, first: StoredTensor, second: StoredTensor) -> bool:
+    """Returns whether two tensors of a model have the same type, shape and bytes.
+
+    Tensors on the hub are not downloaded: only evenly spread samples of their bytes are compared.
+
+    Raises:
+        RecipeError: The hub does not send the samples.
+    """
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    with (folder / first.file).open("rb") as one, (folder / second.file).open("rb") as other:
-        one.seek(first.begin)
-        other.seek(second.begin)
-        remaining = first.end - first.begin
-        while remaining > 0:
-            size = min(CHUNK_BYTES, remaining)
-            if one.read(size) != other.read(size):
-                return False
-            remaining -= size
-    return True
+    size, on_hub = first.end - first.begin, is_hub_id(hf_path)
+    chunk = SAMPLE_BYTES if on_hub else CHUNK_BYTES
+    step = max(chunk, size // SAMPLES) if on_hub else chunk
+
+    def is_same(start: int) -> bool:
+        one, other = (
+            _read_range(hf_path, t.file, t.begin + start, min(t.begin + start + chunk, t.end))
+            for t in (first, second)
+        )
+        return one == other
+
+    with ThreadPoolExecutor() as threads:
+        return all(threads.map(is_same, range(0, size, step)))
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
+def _require_intact(path: Path) -> None:
+    """Refuses a local file that is damaged or does not contain all of its tensors."""
     from safetensors import SafetensorError, safe_open
 
     with path.open("rb") as file:
@@ -121,24 +138,70 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             pass
     except SafetensorError as error:
         raise RecipeError(f"{path} is damaged: {error}.", "download it again") from error
-    # safe_open gives no offsets. The format is an 8-byte length and a JSON header, then the data.
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    _require_known_format(path, header.pop("__metadata__", None))
+
+
+def _read_header(hf_path: str, file: str, label: str) -> dict[str, StoredTensor]:
+    """Reads the header of a file: an 8-byte length and JSON, which the data follows.
+
+    Raises:
+        ValueError: It is not a header.
+    """
+    start = _read_range(hf_path, file, 0, FIRST_BYTES)
+    end = 8 + int.from_bytes(start[:8], "little")
+    if end > MAX_HEADER_BYTES:
+        raise ValueError(f"a header of {end} bytes")
+    header = json.loads((start if end <= len(start) else _read_range(hf_path, file, 0, end))[8:end])
+    _require_known_format(label, header.pop("__metadata__", None))
     return {
         name: StoredTensor(
-            path.name,
+            file,
             entry["dtype"],
             tuple(entry["shape"]),
-            *(8 + length + offset for offset in entry["data_offsets"]),
+            *(end + offset for offset in entry["data_offsets"]),
         )
         for name, entry in header.items()
         if not name.endswith(ROTARY_BUFFER)
     }
 
 
-def _require_known_format(file: object, metadata: Mapping[str, str] | None) -> None:
+def _read_range(hf_path: str, file: str, begin: int, end: int) -> bytes:
+    """Reads the bytes of a file from ``begin`` to ``end``, or to its end if that comes first."""
+    if is_hub_id(hf_path):
+        return _request_range(hf_path, file, begin, end)
+    with (Path(hf_path) / file).open("rb") as stream:
+        stream.seek(begin)
+        return stream.read(end - begin)
+
+
+def _request_range(hf_path: str, file: str, begin: int, end: int) -> bytes:
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    url = hf_hub_url(filename=file, **hub_model(hf_path))
+    headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}"}
+    headers["Accept-Encoding"] = "identity"
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    try:
+        with get_session().get(url, headers=headers, stream=True, timeout=timeout) as response:
+            hf_raise_for_status(response)
+            if begin and response.status_code != PARTIAL_CONTENT:
+                raise RecipeError(
+                    f"the hub sends {file} of {hf_path} only as a whole.",
+                    "use a hub that answers range requests, or download the model first",
+                )
+            # Without ranges the hub sends the whole file. The rest of it is not read.
+            data: bytes = response.raw.read(end - begin)
+            if begin and len(data) < end - begin:
+                raise OSError("the connection ended early")
+            return data
+    except (EntryNotFoundError, RecipeError):
+        raise
+    except Exception as error:
+        raise unreachable_error(hf_path, file, error) from error
+
+
+def _require_known_format(file: str, metadata: Mapping[str, str] | None) -> None:
     """Refuses a file that transformers would not read: it requires the format, or no metadata."""
     if metadata and metadata.get("format") not in FORMATS:
         raise RecipeError(
@@ -170,22 +233,13 @@ def _hub_weight_files(hf_path: str) -> list[str]:
 
 
 def _read_hub_header(hf_path: str, file: str) -> dict[str, StoredTensor]:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
+    from huggingface_hub.errors import EntryNotFoundError
 
     fix = "choose a complete revision of the model: model.hf_path=NAME@COMMIT"
     try:
-        header = HfApi().parse_safetensors_file_metadata(filename=file, **hub_model(hf_path))
+        return _read_header(hf_path, file, f"{file} of {hf_path}")
     except EntryNotFoundError as error:
         what = f"{hf_path} does not have {file} on the hub, which {INDEX_FILE} lists."
         raise RecipeError(what, fix) from error
-    except (SafetensorsParsingError, struct.error) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RecipeError(f"{file} of {hf_path} is damaged on the hub.", fix) from error
-    except Exception as error:
-        raise unreachable_error(hf_path, f"the header of {file}", error) from error
-    _require_known_format(f"{file} of {hf_path}", header.metadata)
-    return {
-        name: StoredTensor(file, tensor.dtype, tuple(tensor.shape))
-        for name, tensor in header.tensors.items()
-        if not name.endswith(ROTARY_BUFFER)
-    }

@@ -42,6 +42,8 @@ class FakeHub:
     """Files of each commit of each dataset, by name; the newest commit is the last."""
     downloads: list[tuple[str, int]] = field(default_factory=list)
     """Path and number of bytes of each file, or range of a file, that was downloaded."""
+    serves_ranges: bool = True
+    """Whether a request for a range of a file gets the range, or the whole file."""
     url: str = ""
 
     def bytes_of(self, path: str) -> int:
@@ -163,7 +165,8 @@ class _Handler(BaseHTTPRequestHandler):
         if (data := files.get(path)) is None:
             self._answer({}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
             return
-        first_and_last = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        bytes_range = (self.hub.serves_ranges and self.headers.get("Range")) or ""
+        first_and_last = re.fullmatch(r"bytes=(\d+)-(\d*)", bytes_range)
         self.send_response(206 if first_and_last else 200)
         self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
         self.send_header("X-Repo-Commit", commit)

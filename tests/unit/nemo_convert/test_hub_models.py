@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_convert.headers import LFS_POINTER
+from nemo_convert.headers import FIRST_BYTES, LFS_POINTER, SAMPLE_BYTES, SAMPLES
+from nemo_convert.preflight import EMBEDDING, HEAD
 from tests.support.folders import expected_shapes, write_sparse_weights
 from tests.support.hub import FakeHub, fake_hub, run_with_hub, settings_for
 from tests.unit.conftest import LLAMA_CONFIG, SMALL_STUDENT, Launch
@@ -31,8 +32,6 @@ NEVER_READ = (
     "modeling_custom.py",
     "training_args.bin",
 )
-HEADER_BYTES = 100_001
-"""huggingface_hub reads the header of a safetensors file with this many bytes at its start."""
 CHECK = f"""
 from nemo_convert.preflight import check_model
 print(*check_model({NAME!r}), sep="\\n")
@@ -52,7 +51,7 @@ def hub(hf_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     with fake_hub(TOKEN) as hub:
         files = {file.name: file.read_bytes() for file in hf_folder.iterdir()}
         hub.models[NAME] = files | dict.fromkeys(NEVER_READ, b"x" * 200_000)
-        assert len(files[WEIGHTS]) > 2 * HEADER_BYTES
+        assert len(files[WEIGHTS]) > 2 * FIRST_BYTES
         yield hub
 
 
@@ -74,6 +73,17 @@ def write_index(hub: FakeHub, weight_map: object) -> None:
     hub.models[NAME][INDEX] = json.dumps(index).encode()
 
 
+def store_head(hub: FakeHub, folder: Path) -> None:
+    """Gives the hub's tied model a large vocabulary and a head; both weights are zeros."""
+    config = {**LLAMA_CONFIG, "vocab_size": 20_000}
+    shapes = expected_shapes(config)
+    write_sparse_weights(folder / WEIGHTS, {**shapes, HEAD: shapes[EMBEDDING]})
+    hub.models[NAME] |= {
+        "config.json": json.dumps(config).encode(),
+        WEIGHTS: (folder / WEIGHTS).read_bytes(),
+    }
+
+
 def requested_files(hub: FakeHub) -> set[str]:
     return {path for path, _ in hub.downloads}
 
@@ -81,14 +91,14 @@ def requested_files(hub: FakeHub) -> set[str]:
 def test_a_check_downloads_headers_and_small_files(hub: FakeHub, tmp_path: Path) -> None:
     assert run_with_hub(hub, tmp_path, CHECK).strip() == ""
     assert requested_files(hub) == {*SMALL_FILES, WEIGHTS}
-    assert hub.bytes_of(WEIGHTS) == HEADER_BYTES
+    assert hub.bytes_of(WEIGHTS) == FIRST_BYTES
 
 
 def test_a_check_of_shards_downloads_their_headers(hub: FakeHub, tmp_path: Path) -> None:
     split_weights(hub, tmp_path)
     assert run_with_hub(hub, tmp_path, CHECK).strip() == ""
     assert requested_files(hub) == {*SMALL_FILES, INDEX, *SHARDS}
-    assert [hub.bytes_of(shard) for shard in SHARDS] == [HEADER_BYTES, HEADER_BYTES]
+    assert [hub.bytes_of(shard) for shard in SHARDS] == [FIRST_BYTES, FIRST_BYTES]
 
 
 def test_a_dry_run_checks_the_headers(hub: FakeHub, tmp_path: Path, launch: Launch) -> None:
@@ -104,7 +114,7 @@ def test_a_dry_run_checks_the_headers(hub: FakeHub, tmp_path: Path, launch: Laun
     assert done.returncode == 1
     assert f"has shape [128, 256] in {WEIGHTS}, but [128, 512]" in done.stderr
     assert requested_files(hub) == {*SMALL_FILES, WEIGHTS}
-    assert hub.bytes_of(WEIGHTS) == HEADER_BYTES
+    assert hub.bytes_of(WEIGHTS) == FIRST_BYTES
 
 
 def test_a_download_has_only_files_that_are_read(hub: FakeHub, tmp_path: Path) -> None:
@@ -128,6 +138,27 @@ def test_shards_beside_one_file_of_weights_are_not_downloaded(hub: FakeHub, tmp_
     assert run_with_hub(hub, tmp_path, CHECK).strip() == ""
     run_with_hub(hub, tmp_path, DOWNLOAD)
     assert requested_files(hub) == {*SMALL_FILES, INDEX, WEIGHTS}
+
+
+def test_samples_of_a_tied_head_are_compared(hub: FakeHub, tmp_path: Path) -> None:
+    """An equal head passes. One whose last half differs, as if it was trained apart, does not."""
+    store_head(hub, tmp_path)
+    assert run_with_hub(hub, tmp_path, CHECK).strip() == ""
+    samples = hub.bytes_of(WEIGHTS) - FIRST_BYTES
+    assert samples == pytest.approx(2 * SAMPLES * SAMPLE_BYTES, rel=0.2)
+    weights = hub.models[NAME][WEIGHTS]
+    assert samples < len(weights) / 5
+    hub.models[NAME][WEIGHTS] = weights[: -10_000 * 256] + b"\1" * 10_000 * 256
+    assert f"error: {HEAD} differs from" in run_with_hub(hub, tmp_path, CHECK)
+
+
+def test_a_hub_without_ranges_is_named(hub: FakeHub, tmp_path: Path) -> None:
+    """Headers are read all the same. The head is compared after the download."""
+    hub.serves_ranges = False
+    store_head(hub, tmp_path)
+    output = run_with_hub(hub, tmp_path, CHECK)
+    assert output.startswith(f"note: {HEAD} ")
+    assert "only as a whole" in output
 
 
 @pytest.mark.parametrize(
