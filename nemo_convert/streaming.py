@@ -43,8 +43,8 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """Megatron's save strategy for one rank, with weights from a source instead of the model.
 
     Args:
-        source: Called from a thread, one weight ahead of the writer. The tensors of the state dict
-            that is saved are never read.
+        source: Returns the weights. A thread calls it, one weight ahead of the writer. Only names
+            and shapes are taken from the state dict that is saved.
         leading: Number of leading axes (layer, expert) of each key.
     """
 
@@ -68,9 +68,9 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 
 @contextmanager
 def _without_checksums() -> Iterator[None]:
-    """Turns off torch's CRC32 of each record, a third to a half of the writer's CPU time.
+    """Turns off torch's CRC32 checksums, which take a third to a half of the writer's CPU time.
 
-    torch.load does not compare it. A stage's manifest has a SHA-256 of every file.
+    torch.load does not check them, and a stage's manifest has a SHA-256 of every file.
     """
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
@@ -104,10 +104,10 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
         if (key := self._key(write_item)) is None:
             return super().resolve_data(write_item)
         if key != self._current[0]:
-            # Without another weight, the current one stays, and the next check raises an error.
+            # At the end of the plan, next() returns the current weight, and the check raises.
             self._current = next(self._weights, self._current)
             if key != self._current[0]:
-                raise RuntimeError(f"{key} is written where the plan has {self._current[0]}")
+                raise RuntimeError(f"wrote {key} where the plan has {self._current[0]}")
         axes, target = self._leading[key[0]], write_item.tensor_data
         block = _block(self._current[1], target.chunk.offsets[axes:], target.chunk.sizes[axes:])
         return block.reshape(target.chunk.sizes).to(target.properties.dtype)
@@ -127,7 +127,7 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
 def _prefetch(
     source: Source, keys: Sequence[tuple[str, Index]]
 ) -> Generator[tuple[tuple[str, Index], Tensor], None, None]:
-    """Yields weights in order; a thread reads and merges the next one meanwhile."""
+    """Yields weights in order, while a thread reads and merges the next one."""
     if not keys:
         return
     with ThreadPoolExecutor(1) as thread:
@@ -161,7 +161,8 @@ def _read(
     items = create_read_items_for_chunk_list(key, stored, [chunk])
     if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
         raise RecipeError(
-            f"{reader.path} has only a part of {key}.", "the checkpoint is incomplete"
+            f"{reader.path} is incomplete: it does not have all shards of {key}.",
+            "copy or convert the checkpoint again",
         )
     if len(items) == 1:
         return _read_item(reader, items[0]).reshape(inner)
@@ -172,16 +173,16 @@ def _read(
 
 
 def _read_item(reader: FileSystemReader, item: ReadItem) -> Tensor:
-    """Reads the contiguous bytes that cover a block of a shard.
+    """Reads a block of a shard without reading the rest of the shard.
 
-    Each shard is an uncompressed archive within its file.
+    A shard is an uncompressed archive of torch.save within a file, so a block is a range of bytes.
     """
     location = reader.storage_data[item.storage_index]
     path = Path(reader.path) / location.relative_path
-    with path.open("rb") as file, FakeTensorMode():  # finds where the data is, without reading it
+    with path.open("rb") as file, FakeTensorMode():  # finds the offset without reading the data
         shard = torch.load(reader._slice_file(file, location), weights_only=True)
         block = _block(shard, item.storage_offsets, item.lengths)
-    # Elements from the block's first to its last, including those of the shard between its rows.
+    # The number of elements from the block's first to its last, with those between its rows.
     count = 1 + sum((n - 1) * s for n, s in zip(block.shape, block.stride(), strict=True))
     start = location.offset + shard.untyped_storage()._checkpoint_offset
     start += block.storage_offset() * block.itemsize

@@ -15,15 +15,15 @@ import numpy as np
 from recipes.core.errors import RecipeError
 from recipes.data.tokenizer import Encoded
 
-ANSWERS = "assistant"
-"""The role whose words count in the loss."""
-_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""Tag around an answer, in templates that mark answers."""
-NO_ANSWER, TEMPLATE, NO_PREFIX, NAMES_MARK, TOO_LONG = (
+ASSISTANT = "assistant"
+"""Role of the messages whose tokens count in the loss."""
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""Jinja tag that starts an answer, in templates that mark answers."""
+NO_ANSWER, TEMPLATE, NO_PREFIX, SPECIAL_TOKEN, TOO_LONG = (
     "no answer",
     "refused by the template",
     "answers not found",
-    "names a mark of the template",
+    "contains a special token",
     "too long",
 )
 """Reasons to leave a conversation out. ``NO_PREFIX``: the template renders the turns before an
@@ -55,31 +55,31 @@ class ChatTokenizer:
             )
 
     def encode(self, texts: list[str]) -> list[Encoded]:
-        """Tokenizes conversations, given as the JSON of their messages."""
+        """Tokenizes conversations; each text is the JSON of a conversation's messages."""
         return [self._encoded(json.loads(text)) for text in texts]
 
     def _encoded(self, messages: list[dict[str, Any]]) -> Encoded:
         from jinja2 import TemplateError
 
-        if not any(message["role"] == ANSWERS for message in messages):
+        if not any(message["role"] == ASSISTANT for message in messages):
             return Encoded.without(NO_ANSWER)
         special = self._tokenizer.all_special_tokens
         if any(token in message["content"] for message in messages for token in special):
-            return Encoded.without(NAMES_MARK)
+            return Encoded.without(SPECIAL_TOKEN)
         try:
-            marked = self._marked(messages)
+            marked = self._tokens_and_mask(messages)
         except TemplateError:
             return Encoded.without(TEMPLATE)
         if marked is None:
             return Encoded.without(NO_PREFIX)
         ids, loss_mask = np.append(marked[0], self.end), np.append(marked[1], False)
-        loss_mask[0] = False  # no token predicts the first one
+        loss_mask[0] = False  # the first token has no context
         if not loss_mask.any():
             return Encoded.without(NO_ANSWER)
-        return self._shortened(ids.astype(np.int32), loss_mask)
+        return self._cut_to_fit(ids.astype(np.int32), loss_mask)
 
-    def _shortened(self, ids: np.ndarray, loss_mask: np.ndarray) -> Encoded:
-        """Shortens a conversation that is too long to the last answer that fits."""
+    def _cut_to_fit(self, ids: np.ndarray, loss_mask: np.ndarray) -> Encoded:
+        """Cuts a conversation that is too long after the last answer that fits."""
         if len(ids) <= self.seq_length:
             return Encoded(ids, loss_mask)
         last_of_answer = loss_mask[:-1] & ~loss_mask[1:]
@@ -89,16 +89,18 @@ class ChatTokenizer:
         ids = np.append(ids[: stops[-1]], np.int32(self.end))
         return Encoded(ids, np.append(loss_mask[: stops[-1]], False), shortened=True)
 
-    def _marked(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]] | None:
-        """Returns all tokens and whether each is an answer's; ``None`` where that is unknown."""
+    def _tokens_and_mask(
+        self, messages: list[dict[str, Any]]
+    ) -> tuple[list[int], list[bool]] | None:
+        """Returns ids and loss mask; ``None`` if the answers' tokens cannot be identified."""
         render = self._tokenizer.apply_chat_template
-        if _MARKS.search(self._tokenizer.get_chat_template()):
+        if _GENERATION_TAG.search(self._tokenizer.get_chat_template()):
             output = render(messages, return_dict=True, return_assistant_tokens_mask=True)
             return output["input_ids"], [bool(mask) for mask in output["assistant_masks"]]
         ids = render(messages)
         loss_mask = [False] * len(ids)
         for number, message in enumerate(messages):
-            if message["role"] != ANSWERS:
+            if message["role"] != ASSISTANT:
                 continue
             if number == 0:  # templates cannot render an empty prompt
                 return None
@@ -107,7 +109,7 @@ class ChatTokenizer:
             start, stop = len(before), len(after)
             if start > stop or ids[:start] != before or ids[:stop] != after:
                 return None
-            # What follows the end-of-turn token, such as a line break, is the template's.
+            # Text after the end-of-turn token, such as a line break, is not part of the answer.
             ends = [n for n in range(start, stop) if ids[n] == self._tokenizer.eos_token_id]
             stop = ends[-1] + 1 if ends else stop
             loss_mask[start:stop] = [True] * (stop - start)
@@ -122,7 +124,7 @@ def pack(
     The padding of a sequence is put before the first conversation of the next one.
 
     Args:
-        conversations: None longer than a sequence.
+        conversations: Tokenized conversations, each of at most ``seq_length`` tokens.
         position: Tokens already written; sequences start at multiples of ``seq_length``.
         seq_length: Tokens of a sequence.
         end: Padding token, excluded from the loss.

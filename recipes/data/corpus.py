@@ -1,4 +1,4 @@
-"""Streams the documents of a source, and assigns each to a part of the text."""
+"""Streams the documents of a source, and assigns each to a split of the text."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from recipes.core.errors import RecipeError
 from recipes.data.records import READERS, Record, dialogue_text, messages_of, text_of_fields
 from recipes.data.sources import DIALOGUE, HubDataset, Source, TextFile, files_of, parse_source
 
-PARTS = ("train", "validation", "calibration", "heldout")
+SPLITS = ("train", "validation", "calibration", "heldout")
 RECORD_TYPES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 CHECKED_CONVERSATIONS = 100
 """Conversations that a check reads."""
 STRETCH = 4 << 20
-"""Approximate bytes of running text that are divided among the parts together."""
+"""Approximate bytes of a stretch: consecutive text in which each split gets one run."""
 TextOf = Callable[[Any, str], str]
 """Extracts a document's text from a record, given the record's location for messages."""
 _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, csv.Error, ijson.JSONError)
@@ -31,13 +31,13 @@ _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, csv.Error, ijson.JSONE
 
 @dataclass(frozen=True)
 class Document:
-    """A text and its position."""
+    """A text and its position in the source."""
 
     text: str
     """The text, or the JSON of a conversation's messages."""
     position: float | None = None
-    """Start of a paragraph within its stretch of the source, from 0 to below 1. Records have none,
-    since neighbours may be unrelated."""
+    """Start of a paragraph as a fraction of its stretch (see ``STRETCH``), in [0, 1). ``None`` for
+    records, because their neighbours may be unrelated."""
 
 
 class Reader(Protocol):
@@ -88,7 +88,7 @@ def chat_problem(source: str) -> tuple[str, str] | None:
 
 
 class _FileReader:
-    """Reads files. Its state is the number of records, which a new reader skips."""
+    """Reads files. Its state is the number of records read; a resumed reader skips them."""
 
     def __init__(self, source: Source, text_of: TextOf, state: int | None) -> None:
         self._source, self._text_of, self._skip = source, text_of, state or 0
@@ -201,21 +201,21 @@ def digest(text: str) -> bytes:
 
 
 def draw_of(document: Document, document_digest: bytes) -> float:
-    """Returns the number from 0 to below 1 that decides a document's part.
+    """Returns a number in [0, 1) that decides a document's split.
 
-    For a paragraph it is its position: a part is then a few long pieces of a text, and evaluation
-    text does not lie between training text. For a record it is its hash, which does not depend on
-    the order or a seed.
+    For a paragraph it is the position in its stretch. So each split has long runs of text, and
+    evaluation text is not scattered among training text. For a record it is the hash of the text,
+    which does not depend on order or a seed.
     """
     if document.position is not None:
         return document.position
     return int.from_bytes(document_digest[:8], "big") / 2**64
 
 
-def part_of(draw: float, fractions: Mapping[str, float]) -> str:
-    """Assigns a draw to a part; training gets the remainder of the fractions."""
-    for part, fraction in fractions.items():
+def split_of(draw: float, fractions: Mapping[str, float]) -> str:
+    """Returns the split of a draw: fractions count from 0 in order, ``train`` gets the rest."""
+    for split, fraction in fractions.items():
         if draw < fraction:
-            return part
+            return split
         draw -= fraction
     return "train"

@@ -1,4 +1,4 @@
-"""Tokenizes sources into parts: streamed, without duplicates, and resumed when killed."""
+"""Streams sources into tokenized splits; drops duplicates and resumes after a kill."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import StoppedByDeadlineError, rank, time_is_up
 from recipes.data.chat import ChatTokenizer, pack
-from recipes.data.corpus import PARTS, Document, Reader, digest, draw_of, part_of, read_source
-from recipes.data.part_writer import PartWriter
+from recipes.data.corpus import SPLITS, Document, Reader, digest, draw_of, read_source, split_of
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import source_names
+from recipes.data.split_writer import SplitWriter
 from recipes.data.tokenizer import DocumentTokenizer, Encoded, encode_on_ranks, share
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 18
@@ -37,6 +37,7 @@ class _Batch:
     state: Any
     """State of the reader after these documents."""
     fraction: float
+    """Fraction of the source that was read."""
 
 
 Encoding = closing[Generator[tuple[list[Encoded], _Batch], None, None]]
@@ -44,12 +45,13 @@ Encoding = closing[Generator[tuple[list[Encoded], _Batch], None, None]]
 
 
 class Ledger:
-    """Stores every document's digest and the state of the work in one transaction.
+    """Stores the digests of all documents and the state of the work, in one transaction.
 
     It is on disk because a Python set of 10^8 digests takes gigabytes.
 
     Args:
-        path: SQLite file. It is not locked, since some file systems cannot: the run has a lock.
+        path: SQLite file. SQLite does not lock it, because some file systems have no locks and the
+            run has a lock.
 
     Raises:
         RecipeError: The file is damaged.
@@ -74,22 +76,22 @@ class Ledger:
         self._database.execute("BEGIN")
 
     def is_new(self, digest: bytes) -> bool:
-        """Adds a document; returns whether it was not there yet."""
+        """Stores a document's digest; returns whether the document is new."""
         cursor = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,))
         return cursor.rowcount == 1
 
     def exclude(self, file: Path) -> None:
-        """Adds the documents whose digests are in a file, so that none of them counts as new."""
+        """Stores the digests in a file, so that their documents count as duplicates."""
         for line in file.read_text(encoding="ascii").split():
             self.is_new(bytes.fromhex(line))
 
     def progress(self) -> dict[str, Any] | None:
-        """Returns the state that was saved last, if any."""
+        """Returns the last saved state, if any."""
         row = self._database.execute("SELECT state FROM progress").fetchone()
         return None if row is None else json.loads(row[0])
 
     def save(self, progress: dict[str, Any]) -> None:
-        """Saves the documents added so far and this state."""
+        """Commits the digests stored so far together with this state."""
         self._database.execute("DELETE FROM progress")
         self._database.execute("INSERT INTO progress VALUES (?)", (json.dumps(progress),))
         self._database.execute("COMMIT")
@@ -107,19 +109,19 @@ class PreparationState:
     """Written tokens and documents, and the position of the next document."""
 
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Bytes and documents of each part."""
+    """Bytes and documents of each split."""
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Tokens of each source by part, in order."""
+    """Tokens by split and source, in the order of writing."""
     done: int = 0
-    """Finished sources."""
+    """Number of finished sources."""
     state: Any = None
     """State of the current source's reader."""
     documents: int = 0
-    """Documents read of the current source."""
+    """Documents read from the current source."""
     tokens: int = 0
-    """Tokens written of the current source."""
+    """Tokens written from the current source."""
     conversations: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By source of conversations: numbers of written, shortened and left-out ones, by reason."""
+    """By source: numbers of conversations (used, shortened, left out by reason) and of tokens."""
 
 
 def prepare(
@@ -130,24 +132,24 @@ def prepare(
     chat: ChatTokenizer | None = None,
     paths: Mapping[str, str] | None = None,
 ) -> PreparationState:
-    """Writes ``.bin`` and ``.idx`` of all parts; continues the work of a killed process.
+    """Writes ``.bin`` and ``.idx`` of all splits; continues the work of a killed process.
 
-    Held-out sources come first, so that they keep a document that a training source has, too.
-    Duplicates and parts are decided by rank 0 in one process, in the order of the text, so that the
-    number of ranks and processes does not affect the result. Other ranks return an empty state.
+    Held-out sources come first, so a document that a training source repeats stays held out. Only
+    rank 0 drops duplicates and assigns splits, in the order of the text. So the number of ranks and
+    processes does not affect the result. Other ranks only tokenize and return an empty state.
 
     Args:
         cfg: The stage's config.
-        tokenizer: For texts.
-        folder: Where to write.
+        tokenizer: Tokenizes texts.
+        folder: Folder of the files.
         log: Metrics file.
-        chat: For conversations.
-        paths: By source, where to read it if it is stored elsewhere than its name says.
+        chat: Tokenizes conversations.
+        paths: Where to read a source, if not at the path in the config.
     """
     names = list(source_names(cfg.all_sources()).items())
 
     def encode(source: str, state: Any, documents: int) -> Encoding:
-        """Encodes a source from the state of a reader, after so many documents."""
+        """Encodes the rest of a source, of which ``documents`` documents were read before."""
         path = (paths or {}).get(source, source)
         reader = read_source(path, cfg.text_field, state, chat=encoder_of(source) is chat)
         limit = cfg.max_documents if source in cfg.sources else None
@@ -164,13 +166,13 @@ def prepare(
         state = PreparationState(**(ledger.progress() or {}))
         if excluded := cfg.excluded_path():
             ledger.exclude(excluded)
-        with PartWriter(folder, PARTS, state.sizes, masked=chat is not None) as writer:
+        with SplitWriter(folder, SPLITS, state.sizes, masked=chat is not None) as writer:
             state.sizes = writer.sizes
             store = _Store(ledger, writer, state)
             try:
                 for name, source in names[state.done :]:
                     position = share((state.done, state.state, state.documents))
-                    # Closed at once, so that the other ranks learn that rank 0 stops.
+                    # On an error, the generator is closed here: it tells other ranks to stop.
                     with encode(source, *position[1:]) as encoded:
                         own = chat if encoder_of(source) is chat else None
                         for fraction in _write_source(cfg, name, source, encoded, own, store):
@@ -201,25 +203,25 @@ def _encode_for_rank_0(sources: list[str], encode: Callable[[str, Any, int], Enc
 
 @dataclass
 class _Store:
-    """Ledger, parts and state, which are saved together."""
+    """Ledger, splits and state, which are saved together."""
 
     ledger: Ledger
-    writer: PartWriter
+    writer: SplitWriter
     state: PreparationState
     saved_at: float = field(default_factory=time.monotonic)
 
     def add(self, source: str, documents: Iterable[tuple[str, Encoded]]) -> None:
-        """Appends documents to their parts, in order."""
-        for part, document in documents:
-            self.writer.add(part, document.ids, document.loss_mask)
-            tokens = self.state.sources.setdefault(part, {})
+        """Appends documents to their splits, in order."""
+        for split, document in documents:
+            self.writer.add(split, document.ids, document.loss_mask)
+            tokens = self.state.sources.setdefault(split, {})
             tokens[source] = tokens.get(source, 0) + len(document.ids)
 
-    def save_sometimes(self) -> None:
-        """Saves now and then, and stops at the deadline.
+    def save_if_due(self) -> None:
+        """Saves every ``SAVE_SECONDS``.
 
         Raises:
-            StoppedByDeadlineError: The deadline has passed; the work is saved.
+            StoppedByDeadlineError: The deadline has passed. The work was saved.
         """
         if time_is_up():
             self._save()
@@ -261,7 +263,7 @@ def _write_source(
         for document, each in zip(batch.documents, encoded, strict=True):
             document_digest = digest(document.text)
             if store.ledger.is_new(document_digest):
-                new.append((part_of(draw_of(document, document_digest), fractions), each))
+                new.append((split_of(draw_of(document, document_digest), fractions), each))
                 state.tokens += len(each.ids)
             if max_tokens is not None and state.tokens >= max_tokens:
                 break
@@ -272,7 +274,7 @@ def _write_source(
             return
         state.documents += len(batch.documents)
         state.state = batch.state
-        store.save_sometimes()
+        store.save_if_due()
         yield max(
             batch.fraction,
             state.documents / max_documents if max_documents else 0,
@@ -283,27 +285,29 @@ def _write_source(
 def _packed(
     chat: ChatTokenizer, conversations: list[tuple[str, Encoded]], source: str, store: _Store
 ) -> Iterator[tuple[str, Encoded]]:
-    """Yields the usable conversations of each part, packed into whole sequences."""
+    """Yields the usable conversations of each split, packed into whole sequences."""
     count = Counter(store.state.conversations.get(source, {}))
-    for part in PARTS:
+    for split in SPLITS:
         usable = [
-            each for its_part, each in conversations if its_part == part and not each.left_out
+            each
+            for document_split, each in conversations
+            if document_split == split and not each.left_out
         ]
         tokens = sum(len(each.ids) for each in usable)
-        position = store.writer.sizes[part][0] // 4
+        position = store.writer.sizes[split][0] // 4
         packed = list(pack(usable, position, chat.seq_length, chat.end))
         count["used"] += len(usable)
         count["shortened"] += sum(each.shortened for each in usable)
         count["tokens"] += tokens
         count["padding tokens"] += sum(len(each.ids) for each in packed) - tokens
         count["answer tokens"] += sum(int(np.sum(each.loss_mask)) for each in usable)
-        yield from ((part, each) for each in packed)
+        yield from ((split, each) for each in packed)
     count.update(each.left_out for _, each in conversations if each.left_out)
     store.state.conversations[source] = dict(count)
 
 
 def _batches(reader: Reader, limit: int | None) -> Iterator[tuple[list[str], _Batch]]:
-    """Yields the next documents of a reader in batches, up to a limit, and their texts."""
+    """Yields batches of up to ``limit`` documents in all, each as texts and ``_Batch``."""
     remaining = islice(reader, limit)
     while True:
         documents, size = list[Document](), 0

@@ -160,11 +160,13 @@ def _lines(value: Any) -> str | None:
 def messages_of(record: object) -> list[dict[str, Any]]:
     """Returns the messages of a conversation, each with ``role`` and ``content``.
 
-    A record may also be a dialogue between two people: its messages, or lists of messages, have
-    ``sender`` and ``text``. The person who speaks first becomes the user, the other the assistant.
+    A record may also be a dialogue between two people, whose messages have ``sender`` and ``text``.
+    The person who speaks first becomes the user, the other the assistant. Messages of a dialogue
+    may be grouped in lists.
 
     Raises:
-        ValueError: It has no messages, a message without a role or text, or more than two senders.
+        ValueError: There are no messages, a message has no role or text, or more than two people
+            speak.
     """
     messages = record.get(MESSAGES) if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages:
@@ -194,7 +196,7 @@ def dialogue_text(record: object) -> str:
     """Returns a conversation as plain text, one line per message; empty if there is only one.
 
     Raises:
-        ValueError: It is not a conversation, see ``messages_of``.
+        ValueError: The record is not a conversation, see ``messages_of``.
     """
     messages = messages_of(record)
     if len(messages) == 1:

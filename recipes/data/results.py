@@ -1,4 +1,4 @@
-"""Results of ``prepare_data``. Torch-free."""
+"""Results of ``prepare_data``. Does not import torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class SourceTokens:
-    """A source's tokens in one part of the text."""
+    """Number of tokens of a source in one split."""
 
     source: str
     tokens: int
@@ -16,13 +16,13 @@ class SourceTokens:
 
 @dataclass(frozen=True)
 class TrainedSource:
-    """A source's part in a training run."""
+    """How much of a source a training run uses."""
 
     source: str
     tokens: int
-    """Tokens that the training sees, to within a sequence."""
+    """Tokens that the run trains on, accurate to one sequence."""
     epochs: float
-    """How often it sees each token of the source."""
+    """How often the run trains on each token of the source."""
 
 
 @dataclass(frozen=True)
@@ -39,24 +39,25 @@ class Origin:
 
 @dataclass(frozen=True)
 class DatasetResult:
-    """Text in parts that share no document."""
+    """Tokenized text in splits that share no document."""
 
     documents: dict[str, int]
-    """Documents by part."""
+    """Number of documents by split."""
     tokens: dict[str, int]
+    """Number of tokens by split."""
     sources: list[str]
     source_tokens: dict[str, list[SourceTokens]]
-    """Sources of each part, in the order of the text."""
+    """Sources by split, in the order of the text."""
     document_end: int
-    """Token after every document; predictions of what follows it are not counted."""
+    """Token after every document. Predictions of the token after it do not count."""
     document_begin: int | None = None
     """Token before every document, if there is one."""
     seq_length: int | None = None
     """Length of packed sequences; ``None`` without conversations."""
     conversations: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By source of conversations: numbers of used, shortened and left-out ones, and of tokens."""
+    """By source: numbers of conversations (used, shortened, left out by reason) and of tokens."""
     sample: str = ""
-    """Start of a text that was tokenized before, decoded to compare it with the tokenizer."""
+    """First tokens of ``data.prefix``, decoded. Readable text shows that the tokenizer fits."""
     origins: dict[str, Origin] = field(default_factory=dict)
     """Origins by source, as written in the settings."""
 
@@ -64,15 +65,16 @@ class DatasetResult:
         """Returns how a training run on ``tokens`` tokens uses each source.
 
         Args:
-            tokens: Tokens of the training.
-            weights: Weights by source; without any, sources count by their tokens.
+            tokens: Number of tokens of the run.
+            weights: Weights by source; if empty, the sources' numbers of tokens.
         """
         available = {each.source: each.tokens for each in self.source_tokens["train"]}
-        parts = weights or available
-        shares = {name: tokens * part / sum(parts.values()) for name, part in parts.items()}
+        weights = weights or available
+        total = sum(weights.values())
+        trained = {name: tokens * weight / total for name, weight in weights.items()}
         return [
-            TrainedSource(name, round(shares[name]), shares[name] / available[name])
-            for name in shares
+            TrainedSource(name, round(trained[name]), trained[name] / available[name])
+            for name in trained
             if available.get(name)
         ]
 
@@ -82,5 +84,5 @@ class DatasetResult:
 
 
 def in_words(conversations: Mapping[str, int]) -> str:
-    """Lists the counts of a source's conversations."""
+    """Returns the counts of a source's conversations as text."""
     return ", ".join(f"{number:,} {what}" for what, number in conversations.items() if number)

@@ -1,4 +1,4 @@
-"""Settings of ``prepare_data``. Torch-free."""
+"""Settings of ``prepare_data``. Does not import torch."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class PrepareDataConfig(StageConfig):
     """Files or patterns (types: see ``recipes/data/records.py``), ``hf://NAME[@CONFIG]:SPLIT``,
     ``pypi://`` or ``teacher://chat`` sources; see ``recipes/data/sources.py`` for their options."""
     prefix: Annotated[str, matching(".+", "a path without .bin and .idx")] | None = None
-    """Tokenized text in place of ``sources``: a pair of Megatron's files, without their suffix,
-    such as ``/data/corpus_text_document``. Its documents are divided in their order."""
+    """Tokenized text instead of ``sources``: path of Megatron's ``.bin`` and ``.idx`` files without
+    suffix, such as ``/data/corpus_text_document``. Each split is a range of its documents."""
     heldout_sources: list[str] = field(default_factory=list)
     """Text for evaluation only: no training, calibration or selection uses it."""
     format: Annotated[str, one_of(*FORMATS)] = "text"
@@ -54,10 +54,10 @@ class PrepareDataConfig(StageConfig):
     max_documents: Count | None = None
     """Documents to read of each source; all by default. Held-out sources are read whole."""
     max_tokens: Tokens | None = None
-    """Tokens to use of each source, all parts together; its last document may exceed them."""
+    """Tokens to use of each source, in all splits together. The last document is used whole."""
     seq_length: Count = 256
-    """Tokens of a sequence. Every part must have at least one, and a conversation lies whole in
-    one."""
+    """Tokens per sequence. Every split must have at least one sequence. A conversation is never
+    divided between sequences."""
     precision: Precision = "32"
     """Precision of the teacher while it writes conversations."""
     processes: Count = field(default=1, metadata={"resource": True})
@@ -87,7 +87,7 @@ class PrepareDataConfig(StageConfig):
         return REPO_ROOT / self.excluded_documents if self.excluded_documents else None
 
     def weights(self) -> dict[str, float]:
-        """Returns the valid weights of training sources, by the sources' names in results."""
+        """Returns the weights of training sources, by the sources' names in results."""
         return {
             name: float(weight)
             for name, source in source_names(self.all_sources()).items()
@@ -95,9 +95,9 @@ class PrepareDataConfig(StageConfig):
         }
 
     def without_weights(self) -> PrepareDataConfig:
-        """Removes the weights, which only trainings use: other weights need no new tokens."""
+        """Returns the config without weights: only training uses them, so they change no token."""
         return replace(self, sources=[without_weight(source) for source in self.sources])
 
     def fractions(self) -> dict[str, float]:
-        """Returns the fraction of each part except ``train``, which gets the remainder."""
-        return {p: getattr(self, f"{p}_fraction") for p in corpus.PARTS if p != "train"}
+        """Returns the fraction of each split except ``train``, which gets the remainder."""
+        return {p: getattr(self, f"{p}_fraction") for p in corpus.SPLITS if p != "train"}

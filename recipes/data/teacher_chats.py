@@ -19,34 +19,35 @@ from recipes.core.fingerprint import code_fingerprint, digest
 from recipes.core.metrics import MetricsLog
 from recipes.core.versions import installed
 from recipes.core.wheels import cache_dir
-from recipes.data.chat import ANSWERS
+from recipes.data.chat import ASSISTANT
 from recipes.data.corpus import read_source
 
 BATCH, BATCH_TOKENS = 32, 1 << 15
-"""Conversations per batch; more where many short ones are requested, since a step of generation
-costs nearly the same for one sequence as for many. Other numbers give other conversations."""
+"""A batch has at least ``BATCH`` conversations, and more of them up to ``BATCH_TOKENS`` tokens: a
+generation step costs nearly the same for one sequence as for many. Both affect the result."""
 MAX_EMPTY_BATCHES = 5
 """Batches without a finished conversation after which the stage fails."""
 BLANK = "\0"
-"""Replaces a user's words, to find the text of a template before them."""
+"""Placeholder for a user's words, which marks where the template puts them."""
 FILE = "chats.jsonl"
 Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A request for conversations; with the teacher it determines every token."""
+    """A request for conversations. The request and the teacher determine every token."""
 
     tokens: int
-    """Tokens to generate, of the assistant and of invented users."""
+    """Tokens to generate: answers, and users' turns that the teacher invents."""
     seed: int
     seq_length: int
-    """Most tokens of a conversation, all special tokens included."""
+    """Maximum tokens of a conversation, all special tokens included."""
     prompts: str | None = None
-    """Source of conversations whose first turns are answered; by default turns are invented."""
+    """Source of conversations. The teacher answers the turns before each first answer. By default
+    it invents the user's turn, too."""
 
     def batch_size(self) -> int:
-        """Returns conversations per batch, which share one random state."""
+        """Returns the number of conversations per batch. A batch has one random state."""
         return max(BATCH, min(self.tokens, BATCH_TOKENS) // self.seq_length)
 
 
@@ -63,8 +64,8 @@ class ChatWriter:
 def write_chats(request: ChatRequest, writer: ChatWriter, log: MetricsLog) -> Path:
     """Writes a request's conversations, one a line, and returns the file.
 
-    Finished batches are stored in the cache: the same request writes nothing again, and a process
-    that was killed resumes after the last of them.
+    Finished batches are stored in the cache. So the same request generates nothing again, and a
+    killed process resumes after the last finished batch.
 
     Raises:
         RecipeError: The teacher finishes no turn.
@@ -101,7 +102,7 @@ def _documents(request: ChatRequest) -> Iterator[Any]:
 
 
 def _batches(request: ChatRequest, writer: ChatWriter, folder: Path) -> Iterator[Mapping[str, Any]]:
-    """Yields batches; reads those of an earlier process."""
+    """Yields batches; reads those that are in the folder, and writes the others."""
     openings = _openings(request) if request.prompts else None
     for number in count():
         prompts = None if openings is None else list(islice(openings, request.batch_size()))
@@ -120,7 +121,7 @@ def _openings(request: ChatRequest) -> Iterator[Messages]:
     for document in _documents(request):
         messages = json.loads(document.text)
         roles = [message["role"] for message in messages]
-        opening = messages[: roles.index(ANSWERS)] if ANSWERS in roles else messages
+        opening = messages[: roles.index(ASSISTANT)] if ASSISTANT in roles else messages
         if opening:
             yield opening
 
@@ -128,6 +129,7 @@ def _openings(request: ChatRequest) -> Iterator[Messages]:
 def _write_batch(
     request: ChatRequest, writer: ChatWriter, openings: list[Messages] | None
 ) -> Mapping[str, Any]:
+    """Writes one answer to each opening; without openings, the teacher invents users' turns."""
     tokens = unfinished = 0
     if openings is None:
         prefixes = [_user_prefix(writer)] * request.batch_size()
@@ -140,7 +142,7 @@ def _write_batch(
     new_tokens = request.seq_length - max(map(len, prompts), default=0) - 1
     answers = _write_turns(writer, prompts, new_tokens)
     conversations = [
-        [*opening, {"role": ANSWERS, "content": text}]
+        [*opening, {"role": ASSISTANT, "content": text}]
         for opening, (text, _) in zip(openings, answers, strict=True)
         if text
     ]
@@ -152,7 +154,7 @@ def _write_batch(
 
 
 def _user_prefix(writer: ChatWriter) -> list[int]:
-    """Returns the tokens of a template before the words of a user (arXiv:2406.08464)."""
+    """Returns the template's tokens before a user's words (arXiv:2406.08464)."""
     turn = [{"role": "user", "content": BLANK}]
     rendered = str(writer.tokenizer.apply_chat_template(turn, tokenize=False))
     encoded = writer.tokenizer(rendered.partition(BLANK)[0], add_special_tokens=False)
@@ -162,7 +164,7 @@ def _user_prefix(writer: ChatWriter) -> list[int]:
 def _write_turns(
     writer: ChatWriter, prompts: list[list[int]], new_tokens: int
 ) -> list[tuple[str, int]]:
-    """Returns text and number of tokens of a turn after each prompt; neither if it does not end."""
+    """Returns text and tokens of a turn after each prompt; ``("", 0)`` if it does not end."""
     if not prompts or new_tokens < 1:
         return [("", 0)] * len(prompts)
     end = int(writer.tokenizer.eos_token_id)
@@ -179,7 +181,7 @@ def _write_turns(
 
 @torch.no_grad()
 def _generate(writer: ChatWriter, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    """Continues prompts at temperature 1, up to ``eos_token`` or by ``new_tokens`` tokens."""
+    """Samples a continuation of each prompt at temperature 1: at most ``new_tokens`` tokens."""
     longest, last = max(map(len, prompts)), {prompt[-1] for prompt in prompts}
     # Padding is masked, so any token will do, but transformers warns of one that ends a prompt.
     pad = next(token for token in range(len(last) + 1) if token not in last)

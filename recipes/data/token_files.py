@@ -1,8 +1,8 @@
 """Text that is tokenized already: an existing pair of Megatron's ``.bin`` and ``.idx`` files.
 
-The parts are consecutive ranges of its documents, as with Megatron's own ``split``. Each part has
-its own index, and a link to the whole ``.bin``: no token is copied. A plan imports this module and
-calls ``require_token_files``, so NumPy is imported inside functions.
+Each split is a range of documents, as with Megatron's own setting ``split``. A split has its own
+index, and a link to the whole ``.bin``: no token is copied. Planning calls ``require_token_files``
+and must start fast, so NumPy is imported inside functions.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ DTYPES = {4: ("int32", 4), 5: ("int64", 8), 8: ("uint16", 2)}
 BLOCK = 1 << 24
 """Tokens that are read at once."""
 SAMPLED_TOKENS = 200
+"""Tokens from the start of the text that are decoded to show that the tokenizer fits."""
 CHECKED_ENDS = 1000
 """Documents whose last token is compared with the tokenizer's end of text."""
 
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """The arrays of an index, memory-mapped, and the tokens."""
+    """Memory-mapped arrays: those of the index, and the tokens."""
 
     prefix: Path
     code: int
@@ -41,7 +42,7 @@ class TokenFiles:
     pointers: np.ndarray
     """First byte of each sequence, int64 [sequences]."""
     documents: np.ndarray
-    """First sequence of each document, and the number of sequences, int64 [documents + 1]."""
+    """First sequence of each document, then the number of sequences, int64 [documents + 1]."""
     tokens: np.ndarray
     """All tokens [tokens]."""
 
@@ -54,12 +55,12 @@ class TokenFiles:
 
 
 def paths_of(prefix: Path) -> dict[str, Path]:
-    """Returns the index and the tokens of a prefix, by suffix."""
+    """Returns the paths of both files of a prefix, by suffix."""
     return {suffix: prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin")}
 
 
 def require_token_files(prefix: Path) -> tuple[int, int, int, int]:
-    """Compares the header of an index with the sizes of both files, which takes no time.
+    """Compares the header of an index with the sizes of both files, without reading them whole.
 
     Returns:
         Code of the data type, and numbers of sequences, document boundaries and tokens.
@@ -77,7 +78,10 @@ def require_token_files(prefix: Path) -> tuple[int, int, int, int]:
             raise _problem(f"{index} is not an index of Megatron")
         _, version, code, sequences, boundaries = _SIZES.unpack(start)
         if version != 1 or code not in DTYPES:
-            raise _problem(f"{index} has version {version} and data type {code}, which no text has")
+            raise _problem(
+                f"{index} has version {version} and data type {code}; supported are version 1 and "
+                f"data types {', '.join(map(str, DTYPES))}"
+            )
         expected = _SIZES.size + 12 * sequences + 8 * boundaries
         if index.stat().st_size != expected or not sequences or boundaries < 2:
             raise _problem(
@@ -118,12 +122,12 @@ def _problem(
 
 
 def require_valid(files: TokenFiles, vocabulary: int, progress: Callable[[int, int], None]) -> None:
-    """Reads the whole index and all tokens.
+    """Checks the whole index and all tokens.
 
     Args:
         files: The files.
         vocabulary: The tokenizer's largest id plus 1.
-        progress: Takes the tokens that were checked, and their number.
+        progress: Called with the number of checked tokens and the number of all tokens.
 
     Raises:
         RecipeError: The index contradicts itself, or a token is not in the vocabulary.
@@ -176,17 +180,20 @@ def ranges_of(
     max_documents: int | None,
     max_tokens: int | None,
 ) -> dict[str, range]:
-    """Divides the documents among parts by tokens: training first, then the fractions in order."""
+    """Returns a range of documents for each split: training first, then ``fractions`` in order.
+
+    Fractions are of tokens.
+    """
     limit = min(len(files.documents) - 1, max_documents or len(files.documents))
     if max_tokens is not None:
         limit = min(limit, max(1, _document_at(files, max_tokens)))
     total, done = files.start(limit), 1 - sum(fractions.values())
     ranges = {"train": range(min(limit, _document_at(files, total * done)))}
-    for part, fraction in fractions.items():
+    for split, fraction in fractions.items():
         done += fraction
         stop = limit if done > 1 - 1e-9 else min(limit, _document_at(files, total * done))
         first = max(each.stop for each in ranges.values())
-        ranges[part] = range(first, max(first, stop))
+        ranges[split] = range(first, max(first, stop))
     return ranges
 
 
@@ -198,8 +205,8 @@ def _document_at(files: TokenFiles, token: float) -> int:
     return int(np.searchsorted(files.documents, sequence))
 
 
-def write_part(files: TokenFiles, documents: range, target: Path) -> int:
-    """Writes the index of a range of documents, and links the tokens; returns their number."""
+def write_split(files: TokenFiles, documents: range, target: Path) -> int:
+    """Writes the index of a range of documents and a link to ``.bin``; returns how many tokens."""
     first, stop = (int(files.documents[n]) for n in (documents.start, documents.stop))
     boundaries = files.documents[documents.start : documents.stop + 1] - first
     index, data = paths_of(target).values()

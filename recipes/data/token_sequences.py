@@ -15,8 +15,8 @@ from torch import Tensor
 
 from recipes.core.errors import RecipeError
 from recipes.core.stage import Input
-from recipes.data.part_writer import LOSS_MASK
 from recipes.data.results import DatasetResult, SourceTokens
+from recipes.data.split_writer import LOSS_MASK
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class TextSequences:
     tokens: Tensor
     """int64 [sequences, seq_length]."""
     counted: Tensor
-    """bool [sequences, seq_length - 1]: which next-token predictions count, see ``counts``."""
+    """bool [sequences, seq_length - 1]: which predictions count, see ``prediction_mask``."""
     sources: dict[str, slice] = field(default_factory=dict)
-    """The sequences of each source."""
+    """Range of sequences of each source."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -57,16 +57,16 @@ class TextSequences:
     def of(
         cls, tokens: Tensor, end: int | None = None, loss_mask: Tensor | None = None
     ) -> TextSequences:
-        """Makes sequences of tokens that have ``end`` after every document."""
-        return cls(tokens, counts(tokens, end, loss_mask))
+        """Makes sequences from tokens with ``end`` after every document."""
+        return cls(tokens, prediction_mask(tokens, end, loss_mask))
 
 
-def counts(tokens: Tensor, end: int | None, loss_mask: Tensor | None = None) -> Tensor:
-    """Returns which next-token predictions count: all but those from ``end``.
+def prediction_mask(tokens: Tensor, end: int | None, loss_mask: Tensor | None = None) -> Tensor:
+    """Returns which next-token predictions count: all but those of the token after ``end``.
 
-    The token after a document's end begins another document and cannot be predicted
-    (``eod_mask_loss`` in ``megatron/core/datasets/gpt_dataset.py``). Of a conversation, only the
-    assistant's tokens count. Training, evaluation, scores and the search share this mask.
+    That token starts another document and cannot be predicted (``eod_mask_loss`` in
+    ``megatron/core/datasets/gpt_dataset.py``). In a conversation, only the assistant's tokens
+    count. Training, evaluation, scores and the search use this mask.
 
     Args:
         tokens: int64 [..., n].
@@ -74,7 +74,7 @@ def counts(tokens: Tensor, end: int | None, loss_mask: Tensor | None = None) -> 
         loss_mask: bool [..., n], which tokens count as targets; see ``read_loss_mask``.
 
     Returns:
-        bool [..., n - 1], by the token that a prediction is made from.
+        bool [..., n - 1]. Entry i is for the prediction of token i + 1.
     """
     if loss_mask is not None:
         return loss_mask[..., 1:]
@@ -82,14 +82,14 @@ def counts(tokens: Tensor, end: int | None, loss_mask: Tensor | None = None) -> 
     return torch.ones_like(before, dtype=torch.bool) if end is None else before != end
 
 
-def spread(
+def sequences_by_source(
     sources: Sequence[SourceTokens], seq_length: int, count: int | None = None
 ) -> dict[str, range]:
     """Returns which sequences of a split to take from each source.
 
     A split holds its sources one after the other, and sequence n starts at token n · seq_length.
-    Sequences across two sources, and sources without a whole sequence, are left out. With
-    ``count``, each source gives its first ones: an equal number, rounded up, or all that it has.
+    Sequences across two sources, and sources without a whole sequence, are left out. ``count``
+    limits the total: each source gives its first sequences, an equal number of them, rounded up.
     """
     spans, start = {}, 0
     for entry in sources:
@@ -102,23 +102,25 @@ def spread(
 
 
 def read_sequences(
-    data: Input, part: str, seq_length: int, count: int | None = None
+    data: Input, split: str, seq_length: int, count: int | None = None
 ) -> TextSequences:
-    """Reads sequences of a part of ``prepare_data``'s output, chosen as by ``spread``."""
+    """Reads the sequences of a split that ``sequences_by_source`` chooses."""
     require_seq_length(data, seq_length)
     text = data.manifest.result(DatasetResult)
     spans, numbers = {}, list[int]()
-    for name, of_source in spread(text.source_tokens[part], seq_length, count).items():
+    for name, of_source in sequences_by_source(
+        text.source_tokens[split], seq_length, count
+    ).items():
         spans[name] = slice(len(numbers), len(numbers) + len(of_source))
         numbers += of_source
-    tokens = _select(read_tokens(data.artifact, part), seq_length, numbers).long()
-    whole_mask = read_loss_mask(data.artifact, part)
+    tokens = _select(read_tokens(data.artifact, split), seq_length, numbers).long()
+    whole_mask = read_loss_mask(data.artifact, split)
     loss_mask = None if whole_mask is None else _select(whole_mask, seq_length, numbers)
     return replace(TextSequences.of(tokens, text.document_end, loss_mask), sources=spans)
 
 
 def _select(values: np.ndarray, seq_length: int, numbers: list[int]) -> Tensor:
-    """Returns sequences of a part's values, [sequences, seq_length]."""
+    """Returns sequences by number, [sequences, seq_length]. ``values`` has one entry per token."""
     sequences = values[: len(values) // seq_length * seq_length].reshape(-1, seq_length)
     return torch.from_numpy(sequences[numbers])
 
@@ -128,40 +130,45 @@ def require_seq_length(data: Input, seq_length: int) -> None:
     packed = data.manifest.result(DatasetResult).seq_length
     if packed not in (None, seq_length):
         raise RecipeError(
-            f"seq_length={seq_length}, but the conversations in {data.directory} are whole in "
+            f"seq_length={seq_length}, but the conversations in {data.directory} are packed into "
             f"sequences of {packed}.",
             f"use seq_length={packed}, or prepare the text again",
         )
 
 
-def first_sequences(artifact: Path, part: str, seq_length: int, count: int | None = None) -> Tensor:
+def first_sequences(
+    artifact: Path, split: str, seq_length: int, count: int | None = None
+) -> Tensor:
     """Returns a split's first sequences, int64 [sequences, seq_length]. They may span documents."""
-    ids = read_tokens(artifact, part)
+    ids = read_tokens(artifact, split)
     fit = min(len(ids) // seq_length, len(ids) if count is None else count)
     return torch.from_numpy(ids[: fit * seq_length].astype(np.int64)).view(fit, seq_length)
 
 
-def read_tokens(artifact: Path, part: str) -> np.ndarray:
+def read_tokens(artifact: Path, split: str) -> np.ndarray:
     """Returns all tokens of a split as a memory-mapped array [tokens].
 
     Megatron's ``.bin`` holds documents without gaps (``_IndexWriter._sequence_pointers``). Splits
     of text that was already tokenized share one file (``token_files.py``).
     """
-    path = str(artifact / part)
+    path = str(artifact / split)
     index = IndexedDataset(path).index
     start = int(index.sequence_pointers[0]) if len(index) else 0
     tokens = int(index.sequence_lengths.sum(dtype=np.int64))
     return np.memmap(f"{path}.bin", dtype=index.dtype, mode="r", offset=start, shape=(tokens,))
 
 
-def read_loss_mask(artifact: Path, part: str) -> np.ndarray | None:
-    """Returns which tokens of a part count as targets, bool [tokens]; ``None`` without chats."""
-    path = artifact / f"{part}.{LOSS_MASK}"
+def read_loss_mask(artifact: Path, split: str) -> np.ndarray | None:
+    """Returns which tokens of a split count as targets, bool [tokens].
+
+    Returns ``None`` if the text has no conversations.
+    """
+    path = artifact / f"{split}.{LOSS_MASK}"
     return np.memmap(path, dtype=bool, mode="r") if path.exists() else None
 
 
 def count_sequences(tokens: np.ndarray, seq_length: int) -> int:
-    """Returns how many sequences of a split have a next token after their last one, its label."""
+    """Returns the number of training sequences: each needs one more token, its last label."""
     return (len(tokens) - 1) // seq_length
 
 
@@ -172,22 +179,22 @@ def sequence_tokens(tokens: np.ndarray, seq_length: int, number: int) -> np.ndar
     return ids
 
 
-def counted(
+def sequence_prediction_mask(
     tokens: np.ndarray, loss_mask: np.ndarray | None, seq_length: int, number: int, end: int | None
 ) -> Tensor:
-    """Returns which predictions of a sequence count, see ``counts``: bool [seq_length]."""
+    """Returns the ``prediction_mask`` of a training sequence, bool [seq_length]."""
     ids, mask = (
         None if values is None else torch.from_numpy(sequence_tokens(values, seq_length, number))
         for values in (tokens, loss_mask)
     )
-    return counts(ids, end, None if mask is None else mask.bool())
+    return prediction_mask(ids, end, None if mask is None else mask.bool())
 
 
 def sequence_order(ids: np.ndarray, total: int, seed: int, epoch: int) -> np.ndarray:
     """Returns the sequences ``ids``, int64 [n], in the random order of an epoch.
 
-    A subset keeps its order among all sequences, so a cache of an epoch's first sequences gives the
-    same batches as no cache.
+    Any subset of sequences has the order that it has among all ``total`` sequences. So training on
+    cached logits of an epoch's first sequences has the same batches as without a cache.
     """
     ranks = np.random.default_rng([seed, epoch]).random(total)
     ordered: np.ndarray = ids[np.argsort(ranks[ids], kind="stable")]
@@ -201,16 +208,16 @@ def weighted_sequences(
 
     Args:
         weights: Weights by source.
-        sources: All sources of the part, as in ``spread``.
+        sources: All sources of the split, in the order of the text.
         seq_length: Tokens of a sequence.
-        total: Number of sequences in the part, see ``count_sequences``.
+        total: Number of training sequences in the split, see ``count_sequences``.
 
     Raises:
         RecipeError: A source has no whole sequence with a next token.
     """
     spans = {
         name: np.arange(numbers.start, min(numbers.stop, total))
-        for name, numbers in spread(sources, seq_length).items()
+        for name, numbers in sequences_by_source(sources, seq_length).items()
         if numbers.start < total
     }
     for name in weights:
@@ -224,11 +231,13 @@ def weighted_sequences(
 
 
 def blend(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Assigns samples to sources as Megatron's ``BlendedDataset``: to the one furthest behind.
+    """Assigns samples to sources as Megatron's ``BlendedDataset`` does.
+
+    Each sample goes to the source whose number of samples is furthest below its weight.
 
     Returns:
         The source of each sample, int16 [samples], and the sample's number within its source, int64
-        [samples]. No source ever has a whole sample more than its fraction.
+        [samples]. At every point, a source exceeds its fraction by less than one sample.
     """
     sources, numbers = np.zeros(samples, np.int16), np.zeros(samples, np.int64)
     fractions = np.array(weights, dtype=np.float64) / math.fsum(weights)

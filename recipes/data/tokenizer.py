@@ -24,11 +24,12 @@ from recipes.core.stage import rank, world_size
 from recipes.core.watchdog import report_progress
 
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
-"""Tokens between documents in pretraining; an instruct model's ``eos_token`` ends a turn."""
+"""Names of the token between documents in pretraining. ``eos_token`` of an instruct model is often
+another one, which ends a turn."""
 AHEAD = 4
-"""Batches queued per process, so that none waits for text."""
+"""Batches queued per process, so that no process waits for text."""
 LONGEST_WAIT = timedelta(days=1)
-"""Of ranks for each other; ``resources.hang_timeout`` usually ends a stage before."""
+"""Time limit of a collective; the watchdog (``resources.hang_timeout``) usually stops earlier."""
 ItemT = TypeVar("ItemT")
 
 
@@ -39,7 +40,7 @@ class Encoded:
     ids: np.ndarray
     """int32 [n]."""
     loss_mask: np.ndarray | None = None
-    """bool [n]: tokens whose prediction counts in the loss; ``None`` for all but the first."""
+    """bool [n]: tokens whose prediction counts in the loss. ``None``: all tokens but the first."""
     shortened: bool = False
     left_out: str = ""
     """The reason why the document is left out and has no tokens; else empty."""
@@ -122,7 +123,7 @@ def encode_all(
                 yield encoded.result(), item
         except BrokenProcessPool as error:
             raise RecipeError(
-                f"a process that tokenizes was {death_message(-signal.SIGKILL)}.",
+                f"a tokenizer process was {death_message(-signal.SIGKILL)}.",
                 "the same command resumes; fewer processes take less memory",
             ) from error
         finally:
@@ -132,10 +133,10 @@ def encode_all(
 def encode_on_ranks(
     encoder: Encoder, batches: Iterator[tuple[list[str], ItemT]], processes: int
 ) -> Generator[tuple[list[Encoded], ItemT], None, None]:
-    """Encodes batches in order, by all ranks; only rank 0 yields them.
+    """Encodes batches in order on all ranks; only rank 0 yields them.
 
-    All ranks read all text, and each encodes its own batches. After a group with one batch of each
-    rank, rank 0 tells the others whether it continues.
+    All ranks read all text. Batches form groups of one batch per rank, and each rank encodes its
+    batch. After each group, rank 0 tells the others whether to continue.
     """
     if world_size() == 1:
         yield from encode_all(encoder, batches, processes)
@@ -156,7 +157,10 @@ def encode_on_ranks(
 def _groups(
     batches: Iterator[tuple[list[str], ItemT]],
 ) -> Iterator[tuple[list[str], list[ItemT]]]:
-    """Yields this rank's batch of each group, which is empty at the end, and the group's items."""
+    """Yields this rank's texts of each group, and the items of all batches of the group.
+
+    A rank has no texts in the last group if there are fewer batches than ranks.
+    """
     while group := list(islice(batches, world_size())):
         yield group[rank()][0] if rank() < len(group) else [], [item for _, item in group]
 
@@ -179,8 +183,8 @@ def torch_distributed() -> Any:
     return distributed
 
 
-_here: list[Encoder] = []
-"""The encoder of a worker process."""
+_worker_encoder: list[Encoder] = []
+"""The encoder of this worker process, set when the process starts."""
 
 
 def _start(encoder: Encoder, parent: int) -> None:
@@ -188,11 +192,11 @@ def _start(encoder: Encoder, parent: int) -> None:
     if os.getppid() != parent:  # the parent died before die_with_parent()
         os._exit(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _here.append(encoder)
+    _worker_encoder.append(encoder)
 
 
 def _encode(texts: list[str]) -> list[Encoded]:
-    return _here[0].encode(texts)
+    return _worker_encoder[0].encode(texts)
 
 
 def load_tokenizer(folder: Path, document_end: str | None = None) -> DocumentTokenizer:

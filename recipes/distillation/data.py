@@ -21,13 +21,13 @@ from recipes.data.results import DatasetResult, SourceTokens
 from recipes.data.token_sequences import (
     blend,
     count_sequences,
-    counted,
     read_loss_mask,
     read_tokens,
     require_seq_length,
     sequence_order,
+    sequence_prediction_mask,
     sequence_tokens,
-    spread,
+    sequences_by_source,
     weighted_sequences,
 )
 from recipes.distillation.logit_cache import TeacherCache
@@ -106,7 +106,9 @@ class TrainingSequences(Dataset):
     def sequence(self, number: int) -> dict[str, Tensor]:
         """Returns ``tokens``, ``labels``, ``position_ids`` int64 [S], ``loss_mask`` float32 [S]."""
         tokens = torch.from_numpy(sequence_tokens(self.tokens, self.seq_length, number))
-        mask = counted(self.tokens, self.loss_mask, self.seq_length, number, self.document_end)
+        mask = sequence_prediction_mask(
+            self.tokens, self.loss_mask, self.seq_length, number, self.document_end
+        )
         return {
             "tokens": tokens[:-1],
             "labels": tokens[1:],
@@ -208,7 +210,9 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         )
         self._require_batch(len(self._train_ds.ids), batch)
         count = self.trainer.limit_val_batches * batch
-        by_source = spread(self._sources["validation"], self.seq_length, count).values()
+        by_source = sequences_by_source(
+            self._sources["validation"], self.seq_length, count
+        ).values()
         # Sources alternate, so that dropping an incomplete last batch drops no whole source.
         alternating = [n for each in zip_longest(*by_source) for n in each if n is not None]
         self._validation_ds = self._sequences("validation", 0, numbers=alternating)

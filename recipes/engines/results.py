@@ -1,4 +1,4 @@
-"""Results of engines: build, quality and speed. Torch-free."""
+"""Results of engines: build, quality and speed. Does not import torch."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class BenchmarkRow:
     """Speed of one model in one backend, for one batch size and prompt length."""
 
     role: str
+    """``teacher`` or ``student``."""
     backend: str
     precision: str
     batch_size: int
@@ -125,21 +126,27 @@ class EngineComparison:
 
     max_logit_difference: float
     greedy_margin: float
+    """How far the logits of generated tokens are below the source model's best logits, at most."""
     weight_types: dict[str, int]
-    """Number of stored values by type."""
+    """Number of weights by stored data type."""
     quality: EngineQuality | None
-    """``None`` if the stage has no text to measure it on."""
+    """``None`` without held-out text."""
 
 
 @dataclass(frozen=True)
 class EngineResult:
-    """A built engine. The optional fields need a backend that returns logits."""
+    """A built engine, compared with its source model if the backend returns logits.
+
+    The last four fields are those of ``EngineComparison``, or ``None``.
+    """
 
     backend: str
     precision: str
     group_size: int | None
+    """Weights that share a scale; ``None`` for types without groups."""
     build_seconds: float
     bytes: int
+    """Size on disk."""
     max_logit_difference: float | None = None
     greedy_margin: float | None = None
     weight_types: dict[str, int] | None = None

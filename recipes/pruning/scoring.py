@@ -41,7 +41,7 @@ from recipes.pruning.kept import Importance
 from recipes.pruning.settings import ScoreConfig
 
 MAX_TOKEN_FRACTION = 0.5
-"""Largest fraction of a single token in calibration text; above it the text is padding."""
+"""If a single token is a larger fraction of calibration text, the text is taken for padding."""
 
 
 def calibration_text(cfg: ScoreConfig, data: Input, teacher: Path) -> TextSequences:
@@ -98,7 +98,11 @@ def score_checkpoint(
 def _loss_scores(
     cfg: ScoreConfig, ablation: LayerAblation, teacher_loss: float
 ) -> tuple[dict[str, dict[int, float]], dict[int, dict[int, float]]]:
-    """Returns the change of the loss by layer and by block."""
+    """Returns how much the LM loss rises without each layer, and without each block of layers.
+
+    Returns:
+        The change in nats: of layers by score and layer, of blocks by size and first layer.
+    """
 
     def changes(size: int) -> dict[int, float]:
         starts = range(1, ablation.num_layers - size + 2)
@@ -126,7 +130,7 @@ class LayerAblation:
         """Returns the mean LM loss in nats without each block of layers; equal on all ranks.
 
         Args:
-            blocks: Sets of layers. The result has one loss for each.
+            blocks: Sets of layer numbers. The result has one loss for each set.
         """
         # The hidden states before a block do not depend on it, so all blocks share them.
         layers = list(self._core.decoder.layers)
@@ -154,10 +158,13 @@ class LayerAblation:
         tokens: Tensor,
         counted: Tensor,
     ) -> float:
-        """Returns the summed loss on the last rank, and 0 on others, which send their output."""
+        """Returns the loss without a block, summed over predictions, on the last pipeline rank.
+
+        Earlier ranks return 0. They send their output if it differs from that in ``states``.
+        """
         start = next((i for i, x in enumerate(layers) if x.layer_number in block), len(layers))
         hidden = states[start]
-        # After a layer of the block on an earlier rank, this rank's input is not that in states.
+        # If an earlier rank left out a layer, this rank's input is not the one in states.
         if any(number < self._first for number in block):
             start, hidden = 0, _receive(states[0])
         rotary = self._core.rotary_pos_emb(tokens.shape[1])
@@ -166,7 +173,7 @@ class LayerAblation:
                 hidden = _run_layer(layer, hidden, rotary)
         if self._core.post_process:
             return self._lm_loss(hidden, tokens, counted)
-        if any(number <= self._last for number in block):  # the next rank receives, see above
+        if any(number <= self._last for number in block):  # the next rank waits in _receive
             _send(hidden)
         return 0.0
 
@@ -181,7 +188,7 @@ class LayerAblation:
 
 
 def _states(core: nn.Module, layers: Sequence[nn.Module], tokens: Tensor) -> list[Tensor]:
-    """Returns the input of each of this rank's layers, and the output of the last, [s, b, h]."""
+    """Returns the input of each layer of this rank, then the last layer's output, all [s, b, h]."""
     if core.pre_process:
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
         states = [core.embedding(input_ids=tokens, position_ids=positions)]
@@ -213,9 +220,9 @@ def _send(hidden: Tensor) -> None:
 
 
 class _Estimators(ImportanceEstimatorRegistry):  # type: ignore[misc]
-    """ModelOpt's estimators, without calls for experts that a micro batch routes no token to.
+    """ModelOpt's importance estimators, which skip experts that got no token of a micro batch.
 
-    Their mean over no token is NaN, and would make all scores of the expert's width NaN.
+    The mean over no tokens is NaN. One NaN would make all scores of the expert's width NaN.
     """
 
     def register_hook(
@@ -262,14 +269,14 @@ def _influence_and_widths(
     registry.cleanup()
     widths: dict[str, Tensor] = {}
     for _, of_rank in by_rank:
-        # Every rank has the sum over its own layers' norms.
+        # Each rank has the score of its own layers' norms; the model's score is their sum.
         hidden = of_rank.pop("hidden_size") + widths.pop("hidden_size", 0)
         widths |= {"hidden_size": hidden, **of_rank}
     return {layer: score for of_rank, _ in by_rank for layer, score in of_rank.items()}, widths
 
 
 def _widths(core: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """Returns this rank's scores, from ModelOpt's sums of squares of each sequence's mean."""
+    """Returns this rank's scores by name: roots of the sums of squares that ModelOpt collected."""
     norms = [_sum_over_data_ranks(squares).sqrt() for squares in core._activations.values()]
     scores = {"hidden_size": torch.stack(norms).sum(dim=0)}
     for layer in layers:
@@ -285,7 +292,7 @@ def _widths(core: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Tensor]:
 
 
 def _experts(layer: str, experts: nn.Module) -> dict[str, Tensor]:
-    """Returns the mean norm of each expert's output, and scores of its width."""
+    """Returns scores of the experts (mean norm of the output) and of each expert's channels."""
     sums = {name: _sum_over_data_ranks(values) for name, values in experts._activations.items()}
     means = sums["expert_l2_scores"] / sums["expert_sample_counts"].clamp(min=1)
     scores = {f"{layer}.num_moe_experts": means}
@@ -299,8 +306,8 @@ def _experts(layer: str, experts: nn.Module) -> dict[str, Tensor]:
 
 
 def _sum_over_data_ranks(values: Tensor) -> Tensor:
-    """Returns the sum of ``values`` over the data-parallel ranks, which read different text."""
-    total = values.to(device())  # ModelOpt keeps some sums on the CPU, which NCCL cannot add up
+    """Returns the sum of ``values`` over the data-parallel ranks, which have different text."""
+    total = values.to(device())  # ModelOpt keeps some sums on the CPU, where NCCL cannot add
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
     return total
 
@@ -314,10 +321,10 @@ def _gather_ranks(value: Any) -> list[Any]:
 
 
 def _batches(text: TextSequences, size: int) -> Iterator[tuple[int, TextSequences]]:
-    """Yields the micro batches of this data-parallel rank, and how many sequences are done.
+    """Yields this data-parallel rank's micro batches, each after the number of sequences done.
 
-    Ranks share whole micro batches, because ModelOpt's scores of an expert's width depend on which
-    sequences are in one.
+    A micro batch is never divided between ranks: ModelOpt's scores of an expert's width depend on
+    which sequences are in the same micro batch.
     """
     first = parallel_state.get_data_parallel_rank() * size
     for start in range(first, len(text), parallel_state.get_data_parallel_world_size() * size):

@@ -1,4 +1,7 @@
-"""Jobs of a rehearsal and their results. A job runs one rank of one stage. Without torch."""
+"""Jobs of a rehearsal and their results. A job runs one rank of one stage on fake tensors.
+
+Does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +38,11 @@ class JobInput:
     """An input of a rehearsed stage."""
 
     kind: str
+    """Type of the artifact, see ``recipes/stages/contract.py``."""
     shape: dict[str, Any]
-    """Architecture of the input's model; the teacher's for a list of shapes."""
+    """Architecture of the input's model; for a list of shapes, the teacher's."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Settings of the stage that made the input."""
+    """``CACHE_FIELDS`` of the settings of the stage that made the input."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class RankJob:
     resumed: bool = False
     """Whether the training is stopped after its first step and then resumed."""
     search: dict[str, Any] | None = None
-    """Settings of the search that starts this training; it measures a candidate on this device."""
+    """Settings of the search that starts this training, if it evaluates candidates on this rank's
+    device."""
 
     @property
     def stage(self) -> str:
@@ -86,11 +91,11 @@ def jobs_of(
     hf_config: Mapping[str, Any],
     ranks: Sequence[int] | None = None,
 ) -> list[RankJob]:
-    """Returns the jobs of stages; stages that do not compute on a device are left out.
+    """Returns the jobs of stages. Stages that do not compute on a device have none.
 
     Args:
         chain: The chain.
-        stages: All of its stages, by name.
+        stages: All stages of the chain, by name.
         names: Stages to rehearse.
         hf_config: The teacher's ``config.json``.
         ranks: Ranks to rehearse; ranks that a stage does not have are skipped. The default is
@@ -102,19 +107,19 @@ def jobs_of(
         settings = _short_settings(config)
         if settings is None:
             continue
-        parent = None
+        search_settings = None
         world = config.resources.ranks
         inputs = {role: _input(chain, stages, source) for role, source in config.inputs.items()}
         if isinstance(search := chain.stages[name], SuccessiveHalvingConfig):
             shapes = chain.shapes.get(search.inputs["candidates"], ())
             largest = next(iter(shapes), chain.teacher)
             inputs["student"] = JobInput("checkpoint_nemo", largest.as_dict())
-            parent = _short_search(search)
+            search_settings = _short_search(search)
         resumed = isinstance(config, TrainingConfig)
         jobs += [
             RankJob(
                 *(name, settings, inputs, dict(hf_config), rank, resumed),
-                search=parent if rank == 0 else None,  # it measures on the first device
+                search=search_settings if rank == 0 else None,  # on the first device
             )
             for rank in (_distinct_ranks(world, settings) if ranks is None else ranks)
             if rank < world
@@ -123,14 +128,14 @@ def jobs_of(
 
 
 def _distinct_ranks(world: int, settings: Mapping[str, Any]) -> list[int]:
-    names = (f"{part}_model_parallel_size" for part in ("tensor", "pipeline", "expert"))
+    names = (f"{axis}_model_parallel_size" for axis in ("tensor", "pipeline", "expert"))
     tensor, pipeline, expert = (settings.get(name, 1) for name in names)
     context = settings.get("context_parallel_size", 1)
     return distinct_ranks(world, tensor, context, pipeline, expert)
 
 
 def _rehearsed_config(config: StageConfig) -> StageConfig:
-    """Replaces a search by one of its training runs, and an export by its conversion."""
+    """Replaces a search by one of its training runs; removes the evaluation from an export."""
     if isinstance(config, ExportConfig):
         return replace(config, inputs={"checkpoint": config.inputs["checkpoint"]})
     if not isinstance(config, SuccessiveHalvingConfig):
@@ -142,7 +147,7 @@ def _rehearsed_config(config: StageConfig) -> StageConfig:
 
 
 def _short_settings(config: StageConfig) -> dict[str, Any] | None:
-    """Returns short settings of a stage; ``None`` if it does not compute on a device."""
+    """Returns settings with fewer steps and samples; ``None`` for a stage without a device."""
     settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
     micro = settings.get("micro_batch_size", 1)
     if isinstance(config, TrainingConfig):
@@ -170,7 +175,7 @@ def _short_search(config: SuccessiveHalvingConfig) -> dict[str, Any]:
 
 
 def _short_training(config: TrainingConfig) -> dict[str, Any]:
-    """Returns settings for two steps; each has one micro batch more than pipeline stages."""
+    """Returns settings for two steps of at most one micro batch more than pipeline stages."""
     pipeline = config.pipeline_model_parallel_size
     model = config.tensor_model_parallel_size * pipeline * config.context_parallel_size
     batch = config.resources.ranks // model * config.micro_batch_size
@@ -189,7 +194,7 @@ def _short_training(config: TrainingConfig) -> dict[str, Any]:
 
 
 def _input(chain: Chain, stages: Mapping[str, Stage[Any]], source: str) -> JobInput:
-    """Returns an input from a stage of this run, or of another run by its manifest."""
+    """Returns an input that a stage makes; ``source`` is its name, or a stage of another run."""
     manifest = manifest_of(source) if source not in stages else None
     kind = manifest.kind if manifest is not None else stages[source].kind
     settings = manifest.config if manifest is not None else vars(chain.stages[source])
@@ -210,8 +215,8 @@ class RehearsalResult:
     error: str | None = None
     """End of the traceback, if the stage failed."""
     peak: dict[str, int] = field(default_factory=dict)
-    """Bytes of each kind of tensor when the total was highest."""
+    """Bytes by type of tensor at the peak of their total."""
     host: int = 0
-    """Peak bytes of tensors in host memory, which saving a checkpoint often sets."""
+    """Peak bytes of tensors in host memory; often reached when a checkpoint is saved."""
     channels: list[Channel] = field(default_factory=list)
     """The rank's collectives and point-to-point messages."""

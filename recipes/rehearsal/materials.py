@@ -21,7 +21,7 @@ from recipes.backend.without_cuda import enable
 from recipes.core.files import write_json
 from recipes.core.manifest import ARTIFACT, Manifest
 from recipes.core.stage import Input
-from recipes.data.corpus import PARTS
+from recipes.data.corpus import SPLITS
 from recipes.data.results import DatasetResult, SourceTokens
 from recipes.distillation.logit_cache import SHARD, CacheIndex, write_index
 from recipes.distillation.settings import CACHE_KIND
@@ -139,14 +139,14 @@ def _write_dataset(config: Mapping[str, Any], artifact: Path) -> DatasetResult:
     sequences = max(config.get(name) or 1 for name in counts)
     names = list(config.get("weights") or ["rehearsal"])
     tokens = (sequences + 1) * config.get("seq_length", 1) + 1
-    for part in PARTS:
-        builder = IndexedDatasetBuilder(f"{artifact / part}.bin", dtype=np.int32)
+    for split in SPLITS:
+        builder = IndexedDatasetBuilder(f"{artifact / split}.bin", dtype=np.int32)
         builder.sequence_lengths.append(len(names) * tokens)
         builder.document_indices.append(1)
         builder.data_file.truncate(4 * len(names) * tokens)
-        builder.finalize(f"{artifact / part}.idx")
-    documents, sizes = dict.fromkeys(PARTS, 1), dict.fromkeys(PARTS, len(names) * tokens)
-    source_tokens = {part: [SourceTokens(name, tokens) for name in names] for part in PARTS}
+        builder.finalize(f"{artifact / split}.idx")
+    documents, sizes = dict.fromkeys(SPLITS, 1), dict.fromkeys(SPLITS, len(names) * tokens)
+    source_tokens = {split: [SourceTokens(name, tokens) for name in names] for split in SPLITS}
     return DatasetResult(documents, sizes, names, source_tokens, document_end=0)
 
 

@@ -20,7 +20,7 @@ from recipes.core.manifest import Outcome
 from recipes.core.precision import dtype_of
 from recipes.core.stage import Input, Inputs, metrics_log, rank
 from recipes.core.wheels import short_name
-from recipes.data.corpus import PARTS, chat_problem
+from recipes.data.corpus import SPLITS, chat_problem
 from recipes.data.results import DatasetResult, Origin, SourceTokens, in_words
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import (
@@ -38,7 +38,7 @@ from recipes.data.token_files import (
     require_document_end,
     require_token_files,
     require_valid,
-    write_part,
+    write_split,
 )
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
@@ -51,12 +51,12 @@ if TYPE_CHECKING:
 
 SEED = 1234
 """Default seed of conversations that the teacher writes."""
-PARTS_FOLDER = "parts"
-"""Folder in ``work/`` from which a killed stage resumes."""
+SPLITS_FOLDER = "splits"
+"""Folder in ``work/`` of unfinished splits, from which a killed stage resumes."""
 
 
 def external(cfg: PrepareDataConfig) -> dict[str, Path]:
-    """Returns local files that the result depends on."""
+    """Returns the local files that the result depends on."""
     sources = (parse_source(source).local_files() for source in cfg.all_sources())
     external = {str(path): path for files in sources for path in files}
     if cfg.prefix:
@@ -113,7 +113,7 @@ def _source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
 
 
 def _prefix_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
-    """Yields what is wrong with tokenized text, from the sizes of its files."""
+    """Yields what is wrong with ``data.prefix``, and a fix; compares the sizes of its files."""
     if not cfg.prefix:
         return
     if cfg.sources or cfg.chats() or cfg.excluded_documents:
@@ -163,8 +163,8 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     """Tokenizes all sources; documents get the begin and end tokens of the tokenizer."""
     from nemo_convert.nemo import find_checkpoint, side_folder
     from recipes.data.chat import ChatTokenizer
-    from recipes.data.part_writer import LOSS_MASK
     from recipes.data.preparation import prepare
+    from recipes.data.split_writer import LOSS_MASK
     from recipes.data.tokenizer import load_tokenizer, share
 
     side = side_folder(find_checkpoint(inputs["tokenizer"].artifact))
@@ -172,7 +172,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     chat = ChatTokenizer(side, tokenizer.end, cfg.seq_length) if cfg.chats() else None
     if chat:
         chat.require_template()
-    folder = out.parent / PARTS_FOLDER
+    folder = out.parent / SPLITS_FOLDER
     folder.mkdir(exist_ok=True)
     origins: dict[str, Origin] = share(
         origins_of(cfg.all_sources(), folder / "origins.json") if rank() == 0 else None
@@ -184,21 +184,21 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     prepared = prepare(cfg, tokenizer, folder, metrics_log(out), chat, paths)
     if rank() != 0:
         return Outcome()
-    tokens = {part: size // 4 for part, (size, _) in prepared.sizes.items()}
+    tokens = {split: size // 4 for split, (size, _) in prepared.sizes.items()}
     if cfg.prefix:
         return _link_tokens(cfg, inputs["tokenizer"], tokenizer, prepared, out)
     _require_sequences(tokens, cfg.seq_length, prepared.conversations)
     endings = ("bin", "idx", LOSS_MASK) if chat else ("bin", "idx")
-    for name in (f"{part}.{ending}" for part in PARTS for ending in endings):
+    for name in (f"{split}.{ending}" for split in SPLITS for ending in endings):
         link_or_copy(folder / name, out / name)
     return Outcome(
         DatasetResult(
-            documents={part: documents for part, (_, documents) in prepared.sizes.items()},
+            documents={split: documents for split, (_, documents) in prepared.sizes.items()},
             tokens=tokens,
             sources=cfg.sources,
             source_tokens={
-                part: [SourceTokens(name, n) for name, n in of_part.items()]
-                for part, of_part in prepared.sources.items()
+                split: [SourceTokens(name, n) for name, n in of_split.items()]
+                for split, of_split in prepared.sources.items()
             },
             document_end=tokenizer.end,
             document_begin=tokenizer.begin,
@@ -217,9 +217,10 @@ def _link_tokens(
     prepared: PreparationState,
     out: Path,
 ) -> Outcome:
-    """Divides tokenized text into parts; held-out sources, if there are any, are the held-out part.
+    """Divides the text of ``prefix`` into splits; links its tokens.
 
-    The tokens of ``heldout_sources`` are in ``prepared``.
+    If there are ``heldout_sources``, they are the held-out split, and their tokens are in
+    ``prepared``.
     """
     files, log = open_token_files(Path(str(cfg.prefix))), metrics_log(out)
     require_valid(files, tokenizer.size, partial(log.progress, "check"))
@@ -232,12 +233,14 @@ def _link_tokens(
         fractions.pop("heldout")
     ranges = ranges_of(files, fractions, cfg.max_documents, cfg.max_tokens)
     name = Path(str(cfg.prefix)).name
-    tokens = {part: write_part(files, documents, out / part) for part, documents in ranges.items()}
-    sources = {part: [SourceTokens(name, number)] for part, number in tokens.items()}
-    documents = {part: len(each) for part, each in ranges.items()}
+    tokens = {
+        split: write_split(files, documents, out / split) for split, documents in ranges.items()
+    }
+    sources = {split: [SourceTokens(name, number)] for split, number in tokens.items()}
+    documents = {split: len(each) for split, each in ranges.items()}
     if cfg.heldout_sources:
         for suffix in (".bin", ".idx"):
-            link_or_copy(out.parent / PARTS_FOLDER / f"heldout{suffix}", out / f"heldout{suffix}")
+            link_or_copy(out.parent / SPLITS_FOLDER / f"heldout{suffix}", out / f"heldout{suffix}")
         size, documents["heldout"] = prepared.sizes["heldout"]
         tokens["heldout"] = size // 4
         sources["heldout"] = [SourceTokens(*each) for each in prepared.sources["heldout"].items()]
@@ -298,7 +301,7 @@ def _require_sequences(
     Raises:
         RecipeError: A split has too few tokens.
     """
-    short = [f"{part}: {tokens[part]}" for part in PARTS if tokens[part] <= seq_length]
+    short = [f"{split}: {tokens[split]}" for split in SPLITS if tokens[split] <= seq_length]
     if short:
         chats = "".join(f" Of {name}, {in_words(n)}." for name, n in conversations.items())
         raise RecipeError(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from recipes.core.metrics import MetricsLog
-from recipes.data.corpus import PARTS
+from recipes.data.corpus import SPLITS
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.tokenizer import DocumentTokenizer, load_tokenizer
 
@@ -43,5 +43,5 @@ def cfg(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> PrepareDat
 
 
 def content(folder: Path) -> dict[str, str]:
-    files = [file for part in PARTS for file in folder.glob(f"{part}.*")]
+    files = [file for split in SPLITS for file in folder.glob(f"{split}.*")]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

@@ -10,7 +10,7 @@ import pytest
 from recipes.core.errors import RecipeError
 from recipes.data import preparation
 from recipes.data.corpus import digest
-from recipes.data.part_writer import PartWriter
+from recipes.data.split_writer import SplitWriter
 
 
 @pytest.mark.parametrize("damage", ["cut short", "overwritten"])
@@ -30,8 +30,8 @@ def test_a_damaged_ledger_is_named(tmp_path: Path, damage: str) -> None:
 
 
 def test_a_file_shorter_than_its_record_is_refused(tmp_path: Path) -> None:
-    with PartWriter(tmp_path, ["train"]) as writer:
+    with SplitWriter(tmp_path, ["train"]) as writer:
         writer.add("train", [1, 2, 3])
     (tmp_path / "train.bin").write_bytes(b"")
-    with pytest.raises(RecipeError, match="is shorter than its record"):
-        PartWriter(tmp_path, ["train"], writer.sizes)
+    with pytest.raises(RecipeError, match="is damaged: it is shorter"):
+        SplitWriter(tmp_path, ["train"], writer.sizes)

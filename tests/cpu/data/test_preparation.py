@@ -1,4 +1,4 @@
-"""Text to parts: the same bytes from any number of processes, and after any ``kill -9``."""
+"""Text to splits: the same bytes from any number of processes, and after any ``kill -9``."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from transformers import AutoTokenizer
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import DEADLINE, StoppedByDeadlineError
-from recipes.data import part_writer, preparation
+from recipes.data import preparation, split_writer
 from recipes.data.chat import TOO_LONG, ChatTokenizer
-from recipes.data.corpus import PARTS, digest
+from recipes.data.corpus import SPLITS, digest
 from recipes.data.preparation import PreparationState, prepare
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.token_sequences import read_loss_mask, read_tokens
@@ -43,8 +43,8 @@ def whole(
     return folder, prepare(cfg, tokenizer, folder, LOG)
 
 
-def documents(folder: Path, part: str) -> list[tuple[int, ...]]:
-    dataset = IndexedDataset(str(folder / part))
+def documents(folder: Path, split: str) -> list[tuple[int, ...]]:
+    dataset = IndexedDataset(str(folder / split))
     return [tuple(dataset[i].tolist()) for i in range(len(dataset))]
 
 
@@ -55,17 +55,17 @@ def test_every_document_is_in_one_split_and_held_out_sources_in_theirs(
     text_file: Path,
 ) -> None:
     folder, done = whole
-    found = [document for part in PARTS for document in documents(folder, part)]
+    found = [document for split in SPLITS for document in documents(folder, split)]
     texts = set(read(text_file)[:600])
     assert len(found) == len(set(found))
     assert set(found) == {tuple(one.ids.tolist()) for one in tokenizer.encode(sorted(texts))}
-    for part, (size, count) in done.sizes.items():
-        assert count == len(documents(folder, part)) > 0
-        assert size == 4 * sum(map(len, documents(folder, part)))
-    for part, of_part in done.sources.items():
-        assert 4 * sum(of_part.values()) == done.sizes[part][0]
-        assert list(of_part) == [n for n in ("apart", "records", "prose") if n in of_part]
-        assert ("apart" in of_part) == (part == "heldout")
+    for split, (size, count) in done.sizes.items():
+        assert count == len(documents(folder, split)) > 0
+        assert size == 4 * sum(map(len, documents(folder, split)))
+    for split, of_split in done.sources.items():
+        assert 4 * sum(of_split.values()) == done.sizes[split][0]
+        assert list(of_split) == [n for n in ("apart", "records", "prose") if n in of_split]
+        assert ("apart" in of_split) == (split == "heldout")
     assert list(done.sources["train"]) == ["records", "prose"]
     lines = Path(cfg.heldout_sources[0]).read_text().splitlines()
     encoded = tokenizer.encode([json.loads(line).strip() for line in lines])
@@ -81,7 +81,7 @@ def test_excluded_documents_are_in_no_split(
     (tmp_path / "excluded.txt").write_text("".join(f"{digest(t).hex()}\n" for t in texts))
     excluding = replace(cfg, excluded_documents=str(tmp_path / "excluded.txt"))
     done = prepare(excluding, tokenizer, tmp_path, LOG)
-    found = {document for part in PARTS for document in documents(tmp_path, part)}
+    found = {document for split in SPLITS for document in documents(tmp_path, split)}
     assert not found & {tuple(one.ids.tolist()) for one in tokenizer.encode([*texts])}
     assert sum(count for _, count in done.sizes.values()) == len(others - texts)
 
@@ -90,7 +90,7 @@ def test_ten_times_the_text_takes_the_same_memory(
     tokenizer: DocumentTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counts all memory of Python and NumPy: texts, digests, tokens and lengths of documents."""
-    monkeypatch.setattr(part_writer, "BLOCK", 512)
+    monkeypatch.setattr(split_writer, "BLOCK", 512)
     peaks = []
     for number in (2_000, 2_000, 20_000):  # what is made once and stays is not the text's
         texts = (
@@ -130,7 +130,7 @@ def test_a_killed_process_is_named(tokenizer: DocumentTokenizer) -> None:
         if b"spawn_main" in (stat.parent / "cmdline").read_bytes()
     ]
     os.kill(int(victims[0].name), signal.SIGKILL)
-    with pytest.raises(RecipeError, match="a process that tokenizes was killed by SIGKILL") as e:
+    with pytest.raises(RecipeError, match="a tokenizer process was killed by SIGKILL") as e:
         list(encoded)
     assert "fewer processes take less memory" in str(e.value)
 
@@ -178,14 +178,14 @@ def test_conversations_lie_whole_in_sequences_with_masked_answers(
     known, (folder, done) = AutoTokenizer.from_pretrained(odd_llama), whole_mixed
     left = Counter(tuple(known(said)["input_ids"]) for said in dict.fromkeys(mixed[1]))
     taken = cut = filling = answers = 0
-    for part in PARTS:
-        tokens, loss_mask = read_tokens(folder, part), read_loss_mask(folder, part)
+    for split in SPLITS:
+        tokens, loss_mask = read_tokens(folder, split), read_loss_mask(folder, split)
         assert loss_mask is not None
         assert len(loss_mask) == len(tokens)
-        of_part = done.sources[part]
-        start = of_part.get("texts", 0)
-        stop = start + of_part["chats"]
-        assert 4 * sum(of_part.values()) == done.sizes[part][0] == 4 * len(tokens)
+        of_split = done.sources[split]
+        start = of_split.get("texts", 0)
+        stop = start + of_split["chats"]
+        assert 4 * sum(of_split.values()) == done.sizes[split][0] == 4 * len(tokens)
         before = np.concatenate([[tokenizer.end], tokens[:-1]])[:start]
         assert (loss_mask[:start] == (before != tokenizer.end)).all()
         for ids, marks in _documents(tokens, loss_mask, start, stop, tokenizer.end):
@@ -343,4 +343,4 @@ def test_max_documents_takes_the_first_of_each_source(
     assert sum(count for _, count in done.sizes.values()) == 80
     texts = read(text_file)
     first = [tuple(one.ids.tolist()) for one in tokenizer.encode(texts[:40] + texts[300:340])]
-    assert {ids for part in PARTS for ids in documents(tmp_path, part)} == set(first)
+    assert {ids for split in SPLITS for ids in documents(tmp_path, split)} == set(first)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from recipes.data import part_writer, preparation
-from recipes.data.part_writer import PartWriter
+from recipes.data import preparation, split_writer
 from recipes.data.preparation import prepare
 from recipes.data.settings import PrepareDataConfig
+from recipes.data.split_writer import SplitWriter
 from recipes.data.tokenizer import DocumentTokenizer
 from tests.cpu.data.conftest import LOG, content
 from tests.support.ranks import run_ranks
@@ -69,16 +69,16 @@ def test_two_ranks_write_the_same_bytes(
 
 
 def test_the_index_is_megatrons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(part_writer, "BLOCK", 7)
+    monkeypatch.setattr(split_writer, "BLOCK", 7)
     generator = np.random.default_rng(0)
     texts = [generator.integers(0, 99, n) for n in generator.integers(1, 30, 50)]
-    for part, chosen in (("some", texts), ("none", [])):
-        theirs = IndexedDatasetBuilder(str(tmp_path / f"theirs-{part}.bin"), dtype=np.int32)
-        with PartWriter(tmp_path, [part]) as writer:
+    for split, chosen in (("some", texts), ("none", [])):
+        theirs = IndexedDatasetBuilder(str(tmp_path / f"theirs-{split}.bin"), dtype=np.int32)
+        with SplitWriter(tmp_path, [split]) as writer:
             for ids in chosen:
-                writer.add(part, ids)
+                writer.add(split, ids)
                 theirs.add_document(torch.tensor(ids), [len(ids)])
-        theirs.finalize(str(tmp_path / f"theirs-{part}.idx"))
+        theirs.finalize(str(tmp_path / f"theirs-{split}.idx"))
         for ending in ("bin", "idx"):
-            ours = (tmp_path / f"{part}.{ending}").read_bytes()
-            assert ours == (tmp_path / f"theirs-{part}.{ending}").read_bytes()
+            ours = (tmp_path / f"{split}.{ending}").read_bytes()
+            assert ours == (tmp_path / f"theirs-{split}.{ending}").read_bytes()

@@ -15,7 +15,7 @@ from nemo_convert import nemo
 from recipes.core.errors import RecipeError
 from recipes.core.files import sha256_of, sha256_of_each
 from recipes.core.stage import Input
-from recipes.data.corpus import PARTS
+from recipes.data.corpus import SPLITS
 from recipes.data.results import DatasetResult
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.token_files import (
@@ -23,7 +23,7 @@ from recipes.data.token_files import (
     ranges_of,
     require_document_end,
     require_valid,
-    write_part,
+    write_split,
 )
 from recipes.data.token_sequences import read_tokens
 from recipes.data.tokenizer import load_tokenizer
@@ -67,24 +67,24 @@ def test_parts_are_links_to_ranges_without_overlap(
     require_valid(files, 512, ignore)
     assert require_document_end(files, END, str)
     ranges = ranges_of(files, FRACTIONS, None, None)
-    assert [n for part in PARTS for n in ranges[part]] == [*range(100)]
+    assert [n for split in SPLITS for n in ranges[split]] == [*range(100)]
     out = tmp_path / "out"
     out.mkdir()
     found = []
-    for part, documents in ranges.items():
-        tokens = write_part(files, documents, out / part)
-        assert (out / f"{part}.bin").is_symlink()
-        own = IndexedDataset(str(out / part))
+    for split, documents in ranges.items():
+        tokens = write_split(files, documents, out / split)
+        assert (out / f"{split}.bin").is_symlink()
+        own = IndexedDataset(str(out / split))
         assert len(own) == 2 * len(documents) > 0
         assert own.document_indices[-1] == len(own)
-        ids = read_tokens(out, part)
+        ids = read_tokens(out, split)
         assert np.array_equal(ids, np.concatenate([own[n] for n in range(len(own))]))
         assert len(ids) == tokens
         found.append(ids)
     assert np.array_equal(np.concatenate(found), files.tokens)
     assert len(ranges["train"]) == 90
-    same = [out / f"{part}.bin" for part in PARTS]
-    assert sha256_of_each(same) == [sha256_of(Path(f"{prefix}.bin"))] * len(PARTS)
+    same = [out / f"{split}.bin" for split in SPLITS]
+    assert sha256_of_each(same) == [sha256_of(Path(f"{prefix}.bin"))] * len(SPLITS)
 
 
 def test_limits_shorten_the_text(write: Write) -> None:
@@ -150,11 +150,11 @@ def test_the_stage_links_tokens_and_tokenizes_held_out_text(
     teacher = Input(tmp_path, bare_manifest("import_hf", "checkpoint_nemo", None))
     result = STAGE.run(cfg, {"tokenizer": teacher}, out).result
     assert isinstance(result, DatasetResult)
-    assert sum(result.documents[part] for part in PARTS[:3]) == 100
+    assert sum(result.documents[split] for split in SPLITS[:3]) == 100
     assert result.documents["heldout"] == 1
-    for part in PARTS:
-        assert (out / f"{part}.bin").is_symlink() == (part != "heldout")
-        assert len(read_tokens(out, part)) == result.tokens[part]
+    for split in SPLITS:
+        assert (out / f"{split}.bin").is_symlink() == (split != "heldout")
+        assert len(read_tokens(out, split)) == result.tokens[split]
     assert result.sample == tokenizer.decode(open_token_files(prefix).tokens[:200].tolist())
 
 

@@ -92,7 +92,7 @@ def test_only_the_words_of_the_assistant_count_in_the_loss(tmp_path: Path, templ
         (ALTERNATES, [*QUESTION, ANSWER], chat.TEMPLATE),
         (THINK_IN_LAST_TURN, [*QUESTION, ANSWER, *QUESTION, ANSWER], chat.NO_PREFIX),
         (PLAIN, [ANSWER], chat.NO_PREFIX),
-        (PLAIN, [*QUESTION, {"role": "assistant", "content": "a <stop> b"}], chat.NAMES_MARK),
+        (PLAIN, [*QUESTION, {"role": "assistant", "content": "a <stop> b"}], chat.SPECIAL_TOKEN),
         (PLAIN, [*QUESTION, {"role": "assistant", "content": "x" * LONG}], chat.TOO_LONG),
     ],
 )

@@ -14,8 +14,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nemo_convert import nemo
 from recipes.core.errors import RecipeError
-from recipes.data.part_writer import PartWriter
 from recipes.data.results import SourceTokens
+from recipes.data.split_writer import SplitWriter
 from recipes.data.token_sequences import read_tokens
 from recipes.distillation.data import TrainingData, TrainingSequences
 
@@ -27,11 +27,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Documents of 1 to 30 tokens that end with ``END``; every token is used once."""
     folder = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
-    with PartWriter(folder, ("train", "validation")) as writer:
-        for part, documents in (("train", 20), ("validation", 5)):
+    with SplitWriter(folder, ("train", "validation")) as writer:
+        for split, documents in (("train", 20), ("validation", 5)):
             start = 1
             for size in generator.integers(1, 30, documents):
-                writer.add(part, [*range(start, start + size), END])
+                writer.add(split, [*range(start, start + size), END])
                 start += size
     return folder
 
@@ -39,8 +39,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def all_tokens(data: Path) -> list[int]:
     """The tokens of the training split, read document by document with Megatron."""
-    part = IndexedDataset(str(data / "train"))
-    return [int(token) for i in range(len(part)) for token in part[i]]
+    split = IndexedDataset(str(data / "train"))
+    return [int(token) for i in range(len(split)) for token in split[i]]
 
 
 class Cache:
@@ -92,19 +92,19 @@ def test_the_loss_mask_of_the_data_is_used_with_both_teachers(data: Path, tmp_pa
     """Conversations have a loss mask. The data module finds its file beside the tokens."""
     generator = np.random.default_rng(1)
     loss_mask = {}
-    for part in ("train", "validation"):
+    for split in ("train", "validation"):
         for ending in ("bin", "idx"):
-            (tmp_path / f"{part}.{ending}").symlink_to(data / f"{part}.{ending}")
-        loss_mask[part] = generator.random(len(read_tokens(data, part))) < 0.3
-        (tmp_path / f"{part}.loss_mask").write_bytes(loss_mask[part].tobytes())
+            (tmp_path / f"{split}.{ending}").symlink_to(data / f"{split}.{ending}")
+        loss_mask[split] = generator.random(len(read_tokens(data, split))) < 0.3
+        (tmp_path / f"{split}.loss_mask").write_bytes(loss_mask[split].tobytes())
     live = training(tmp_path, 2)
     cached = training(tmp_path, 2, cache=Cache(list(range(len(live._train_ds.ids)))))
-    for part, dataset in (("train", live._train_ds), ("validation", live._validation_ds)):
+    for split, dataset in (("train", live._train_ds), ("validation", live._validation_ds)):
         for sample in range(len(dataset)):
             start = dataset.number_of(sample) * LENGTH + 1
-            expected = loss_mask[part][start : start + LENGTH]
+            expected = loss_mask[split][start : start + LENGTH]
             assert (dataset[sample]["loss_mask"].numpy() > 0).tolist() == expected.tolist()
-            if part == "train":
+            if split == "train":
                 same = cached._train_ds[sample]
                 assert torch.equal(same["loss_mask"], dataset[sample]["loss_mask"])
                 assert "teacher_indices" in same
@@ -276,8 +276,8 @@ def test_validation_sees_every_source(data: Path) -> None:
     text = read_tokens(data, "validation")
     first = 3 * LENGTH + 3
     sources = [SourceTokens("one", first), SourceTokens("two", len(text) - first)]
-    parts = {"train": [], "validation": sources}
-    module = training(data, 5, sources=parts, micro_batch_size=1, global_batch_size=2)
+    splits = {"train": [], "validation": sources}
+    module = training(data, 5, sources=splits, micro_batch_size=1, global_batch_size=2)
     tokens = [token for batch in micro_batches(module, "validation") for token in batch]
     assert tokens == [int(text[number * LENGTH]) for number in (0, 4, 1, 5, 2, 6)]
 

@@ -24,7 +24,7 @@ from recipes.core.files import storage_problem
 from recipes.core.manifest import ARTIFACT, Outcome
 from recipes.core.metrics import METRICS, MetricsLog, read_records
 from recipes.core.stage import Input
-from recipes.data.part_writer import PartWriter
+from recipes.data.split_writer import SplitWriter
 from recipes.data.tokenizer import load_tokenizer
 from recipes.engines import machine_rates, openvino
 from recipes.engines.checks import compare_engine, greedy_margin
@@ -61,9 +61,9 @@ def data(odd_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFact
     artifact = tmp_path_factory.mktemp("data")
     tokenizer = load_tokenizer(odd_llama)
     texts = [json.loads(line)["text"][:120] for line in text_file.read_text().splitlines()[:40]]
-    with PartWriter(artifact, ("heldout", "calibration")) as parts:
+    with SplitWriter(artifact, ("heldout", "calibration")) as splits:
         for number, each in enumerate(tokenizer.encode(texts)):
-            parts.add(("heldout", "calibration")[number % 2], each.ids)
+            splits.add(("heldout", "calibration")[number % 2], each.ids)
     return artifact
 
 

@@ -17,8 +17,8 @@ from nemo_convert.families import FAMILIES as SUPPORTED
 from nemo_convert.hf_config import read_architecture
 from recipes.backend.training_layers import RMSNorm
 from recipes.core.metrics import METRICS, MetricsLog, steps_of
-from recipes.data.corpus import PARTS
-from recipes.data.part_writer import PartWriter
+from recipes.data.corpus import SPLITS
+from recipes.data.split_writer import SplitWriter
 from recipes.data.token_sequences import TextSequences
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.training import CHECKPOINTS
@@ -85,9 +85,9 @@ def root(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     sequences = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
     save_file({"tokens": sequences[:2].clone()}, root / "tokens.safetensors")
     (root / "data").mkdir()
-    with PartWriter(root / "data", PARTS) as writer:
-        for part in PARTS:
-            writer.add(part, ids)
+    with SplitWriter(root / "data", SPLITS) as writer:
+        for split in SPLITS:
+            writer.add(split, ids)
     for family in FAMILIES:
         prune(family, root / family, sequences[:8])
     return root

@@ -168,7 +168,7 @@ def test_a_missing_module_is_refused(repo: Path, module: str) -> None:
     ("stage", "needed"),
     [
         ("import_hf", "nemo_convert.convert"),
-        ("prepare_data", "recipes.data.part_writer"),
+        ("prepare_data", "recipes.data.split_writer"),
         ("prune", "recipes.pruning.pruned_checkpoint"),
         ("heal", "recipes.pruning.healing"),
         ("distill", "recipes.distillation.losses"),

@@ -17,13 +17,13 @@ from huggingface_hub import HfApi
 from recipes.core.errors import RecipeError
 from recipes.data import corpus, records
 from recipes.data.corpus import (
-    PARTS,
+    SPLITS,
     Document,
     chat_problem,
     digest,
     draw_of,
-    part_of,
     read_source,
+    split_of,
 )
 from recipes.data.results import DatasetResult, Origin, SourceTokens, TrainedSource
 from recipes.data.sources import (
@@ -56,9 +56,9 @@ def documents(source: str, field: str = "text") -> list[str]:
     return [document.text for document in read_source(source, field)]
 
 
-def part(text: str, fractions: dict[str, float] = FRACTIONS) -> str:
-    """The part of a record."""
-    return part_of(draw_of(Document(text), digest(text)), fractions)
+def split(text: str, fractions: dict[str, float] = FRACTIONS) -> str:
+    """The split of a record."""
+    return split_of(draw_of(Document(text), digest(text)), fractions)
 
 
 @pytest.mark.parametrize(
@@ -181,28 +181,28 @@ def test_problems_of_sources_are_found_without_reading_them(
 
 
 def test_fractions_hold_and_parts_are_disjoint() -> None:
-    parts: dict[str, set[str]] = {name: set() for name in PARTS}
+    splits: dict[str, set[str]] = {name: set() for name in SPLITS}
     for i in range(5000):
-        parts[part(f"document {i}")].add(f"document {i}")
+        splits[split(f"document {i}")].add(f"document {i}")
     expected = {**FRACTIONS, "train": 0.9}
     for name, fraction in expected.items():
         # Four standard deviations of a binomial draw.
         slack = 4 * (fraction * (1 - fraction) / 5000) ** 0.5
-        assert abs(len(parts[name]) / 5000 - fraction) < slack, name
-    assert sum(len(texts) for texts in parts.values()) == 5000
-    assert len(set.union(*parts.values())) == 5000
+        assert abs(len(splits[name]) / 5000 - fraction) < slack, name
+    assert sum(len(texts) for texts in splits.values()) == 5000
+    assert len(set.union(*splits.values())) == 5000
 
 
 def test_a_larger_part_keeps_what_it_had() -> None:
     texts = [f"document {i}" for i in range(2000)]
-    small = {t for t in texts if part(t, {"validation": 0.02}) == "validation"}
-    large = {t for t in texts if part(t, {"validation": 0.1}) == "validation"}
+    small = {t for t in texts if split(t, {"validation": 0.02}) == "validation"}
+    large = {t for t in texts if split(t, {"validation": 0.1}) == "validation"}
     assert small < large
 
 
 @pytest.mark.parametrize(("fraction", "name"), [(0.0, "train"), (1.0, "heldout")])
 def test_part_of_extreme_fractions(fraction: float, name: str) -> None:
-    counts = Counter(part(str(i), {"heldout": fraction}) for i in range(100))
+    counts = Counter(split(str(i), {"heldout": fraction}) for i in range(100))
     assert counts == {name: 100}
 
 
@@ -215,10 +215,10 @@ def test_paragraphs_of_a_text_are_split_into_long_pieces(
     source = write(tmp_path, "a.txt", "\n\n".join(paragraphs))
     monkeypatch.setattr(corpus, "STRETCH", Path(source).stat().st_size / stretches)
     read = list(read_source(source, "text"))
-    parts = [part_of(draw_of(d, digest(d.text)), FRACTIONS) for d in read]
-    assert [name for name, _ in groupby(parts)] == [*FRACTIONS, "train"] * stretches
+    splits = [split_of(draw_of(d, digest(d.text)), FRACTIONS) for d in read]
+    assert [name for name, _ in groupby(splits)] == [*FRACTIONS, "train"] * stretches
     for name, fraction in FRACTIONS.items():
-        assert parts.count(name) == pytest.approx(3000 * fraction, abs=2 * stretches)
+        assert splits.count(name) == pytest.approx(3000 * fraction, abs=2 * stretches)
 
 
 def test_files_of_a_pattern_are_one_source(tmp_path: Path) -> None:
@@ -333,8 +333,8 @@ def test_a_weight_is_no_part_of_the_text() -> None:
 
 
 def test_tokens_and_epochs_of_a_training() -> None:
-    of_part = {"train": [SourceTokens("a", 100), SourceTokens("b", 300), SourceTokens("c", 0)]}
-    result = DatasetResult({}, {}, [], of_part, document_end=0)
+    of_split = {"train": [SourceTokens("a", 100), SourceTokens("b", 300), SourceTokens("c", 0)]}
+    result = DatasetResult({}, {}, [], of_split, document_end=0)
     unweighted = result.trained(800, {})
     assert unweighted == [TrainedSource("a", 200, 2.0), TrainedSource("b", 600, 2.0)]
     assert result.trained(800, {"b": 1, "a": 3}) == [

@@ -14,7 +14,7 @@ from recipes.data.token_sequences import (
     count_sequences,
     sequence_order,
     sequence_tokens,
-    spread,
+    sequences_by_source,
 )
 
 
@@ -62,11 +62,11 @@ def test_a_loss_mask_decides_which_predictions_count() -> None:
 def test_sequences_are_spread_over_the_sources() -> None:
     """The sources have the tokens 0 to 9, 10 and 11, and 12 to 25. A sequence has 4 tokens."""
     sources = [SourceTokens("a", 10), SourceTokens("short", 2), SourceTokens("b", 14)]
-    assert spread(sources, 4) == {"a": range(2), "b": range(3, 6)}
-    assert spread(sources, 4, 3) == {"a": range(2), "b": range(3, 5)}
-    assert spread(sources, 4, 2) == {"a": range(1), "b": range(3, 4)}
-    assert spread(sources[:1], 4, 2) == {"a": range(2)}
-    assert spread(sources[1:2], 4, 2) == {}
+    assert sequences_by_source(sources, 4) == {"a": range(2), "b": range(3, 6)}
+    assert sequences_by_source(sources, 4, 3) == {"a": range(2), "b": range(3, 5)}
+    assert sequences_by_source(sources, 4, 2) == {"a": range(1), "b": range(3, 4)}
+    assert sequences_by_source(sources[:1], 4, 2) == {"a": range(2)}
+    assert sequences_by_source(sources[1:2], 4, 2) == {}
 
 
 def test_the_first_sequences_are_those_of_each_source() -> None:

@@ -1,4 +1,4 @@
-"""Writes parts of a text as Megatron's indexed datasets, in constant memory."""
+"""Writes the splits of a dataset as Megatron's indexed datasets, in constant memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron.core.datasets.indexed_dataset import _IndexWriter
 
 from recipes.core.errors import RecipeError
 
-PartSize = tuple[int, int]
+SplitSize = tuple[int, int]
 """Bytes and documents."""
 LOSS_MASK = "loss_mask"
 """Suffix of a file with one byte per token: whether the token's prediction counts in the loss."""
@@ -24,49 +24,49 @@ BLOCK = 1 << 16
 """Documents per block while an index is written."""
 
 
-class PartWriter:
-    """Writes several parts, one document at a time, in constant memory.
+class SplitWriter:
+    """Writes several splits, one document at a time, in constant memory.
 
     Megatron's ``IndexedDatasetBuilder`` makes the same files, but keeps all lengths in memory and
     cannot append to files.
 
     Args:
         folder: Folder of the files.
-        parts: Names of the parts.
-        sizes: Sizes of files to append to; none by default.
+        splits: Names of the splits.
+        sizes: Size of each split so far, to append to; by default all are empty.
         masked: Whether to write ``LOSS_MASK`` files, too.
     """
 
     def __init__(
         self,
         folder: Path,
-        parts: Iterable[str],
-        sizes: Mapping[str, PartSize] | None = None,
+        splits: Iterable[str],
+        sizes: Mapping[str, SplitSize] | None = None,
         *,
         masked: bool = False,
     ) -> None:
         self._folder = folder
-        self.sizes: dict[str, PartSize] = {p: (*(sizes or {}).get(p, (0, 0)),) for p in parts}
-        """Bytes and documents of each part."""
+        self.sizes: dict[str, SplitSize] = {p: (*(sizes or {}).get(p, (0, 0)),) for p in splits}
+        """Bytes and documents of each split."""
         self._files: dict[tuple[str, str], BinaryIO] = {}
-        """Open files by part and suffix."""
-        for part, (size, documents) in self.sizes.items():
+        """Open files by split and suffix."""
+        for split, (size, documents) in self.sizes.items():
             ends = {"bin": size, LENGTHS: 4 * documents, LOSS_MASK: size // 4}
             for suffix, end in ends.items():
                 if masked or suffix != LOSS_MASK:
-                    self._files[part, suffix] = _opened(folder / f"{part}.{suffix}", end)
+                    self._files[split, suffix] = _opened(folder / f"{split}.{suffix}", end)
 
     def add(
-        self, part: str, ids: Sequence[int] | np.ndarray, loss_mask: np.ndarray | None = None
+        self, split: str, ids: Sequence[int] | np.ndarray, loss_mask: np.ndarray | None = None
     ) -> None:
         """Appends one document; by default the predictions of all tokens but the first count."""
-        if mask_file := self._files.get((part, LOSS_MASK)):
+        if mask_file := self._files.get((split, LOSS_MASK)):
             mask = np.arange(len(ids)) > 0 if loss_mask is None else loss_mask
             mask_file.write(mask.tobytes())
-        size, documents = self.sizes[part]
-        written = self._files[part, "bin"].write(np.asarray(ids, dtype=np.int32).tobytes())
-        self._files[part, LENGTHS].write(struct.pack("<i", len(ids)))
-        self.sizes[part] = (size + written, documents + 1)
+        size, documents = self.sizes[split]
+        written = self._files[split, "bin"].write(np.asarray(ids, dtype=np.int32).tobytes())
+        self._files[split, LENGTHS].write(struct.pack("<i", len(ids)))
+        self.sizes[split] = (size + written, documents + 1)
 
     def flush(self) -> None:
         """Writes everything to disk."""
@@ -83,15 +83,22 @@ class PartWriter:
         for file in self._files.values():
             file.close()
         if kind is None:
-            for part, (_, documents) in self.sizes.items():
-                _write_index(self._folder / f"{part}.idx", documents)
+            for split, (_, documents) in self.sizes.items():
+                _write_index(self._folder / f"{split}.idx", documents)
 
 
 def _opened(path: Path, size: int) -> BinaryIO:
-    """Opens a file to append to, truncated to ``size`` bytes; refuses a shorter one."""
+    """Truncates a file to ``size`` bytes and opens it to append.
+
+    Raises:
+        RecipeError: The file is shorter.
+    """
     path.touch()
     if path.stat().st_size < size:
-        raise RecipeError(f"{path} is shorter than its record.", f"delete {path.parent}")
+        raise RecipeError(
+            f"{path} is damaged: it is shorter than the {size:,} bytes that were written.",
+            f"delete {path.parent} to prepare the text again",
+        )
     os.truncate(path, size)
     return path.open("ab")
 
