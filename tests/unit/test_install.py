@@ -13,8 +13,8 @@ import pytest
 
 from recipes.core.files import REPO_ROOT
 
-NEEDED = ("packaging", "setuptools", "einops")
-"""The packages of the lock that are installed here: a few, not gigabytes."""
+INSTALLED = ("packaging", "setuptools", "einops")
+"""Packages of the lock that these tests install; the whole lock takes gigabytes."""
 
 IMPORTED = ("megatron.core", "modelopt.torch", "nemo.collections.llm", "transformer_engine.pytorch")
 
@@ -29,22 +29,25 @@ def add_metadata(image: Path, name: str, version: str, requires: str = "") -> No
 
 
 @pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """The script with a short lock, beside an image's site-packages."""
-    copy = tmp_path / "checkout"
-    (copy / "requirements").mkdir(parents=True)
-    shutil.copy(REPO_ROOT / "install.sh", copy)
-    shutil.copy(REPO_ROOT / "requirements" / "install_missing.py", copy / "requirements")
-    (copy / "pyproject.toml").write_text(
+def checkout(tmp_path: Path) -> Path:
+    """Makes a checkout with a short lock, and beside it the site-packages of an image.
+
+    The image has torch, the modules in ``IMPORTED``, and a package with a missing requirement.
+    """
+    checkout = tmp_path / "checkout"
+    (checkout / "requirements").mkdir(parents=True)
+    shutil.copy(REPO_ROOT / "install.sh", checkout)
+    shutil.copy(REPO_ROOT / "requirements" / "install_missing.py", checkout / "requirements")
+    (checkout / "pyproject.toml").write_text(
         '[build-system]\nrequires = ["setuptools>=77"]\nbuild-backend = "setuptools.build_meta"\n'
         '[project]\nname = "few"\nversion = "1"\n[project.optional-dependencies]\n'
         'dev = ["einops<1", "packaging>=24"]\n[tool.setuptools]\npackages = []\n'
     )
     lock = (REPO_ROOT / "requirements" / "dev.txt").read_text()
     entries = re.findall(r"^[\w.-]+==.*\n(?:    .*\n)+", lock, re.M)
-    few = [entry for entry in entries if entry.partition("==")[0] in NEEDED]
-    assert len(few) == len(NEEDED)
-    (copy / "requirements" / "dev.txt").write_text("".join(few))
+    few = [entry for entry in entries if entry.partition("==")[0] in INSTALLED]
+    assert len(few) == len(INSTALLED)
+    (checkout / "requirements" / "dev.txt").write_text("".join(few))
     image = tmp_path / "image"
     for name, version, requires in (
         ("torch", "2.9.0a0+50eac811a6.nv25.09", ""),
@@ -58,59 +61,59 @@ def copy(tmp_path: Path) -> Path:
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
     (tmp_path / "constraint.txt").write_text("packaging==1.0\nsetuptools==1.0\n")
-    return copy
+    return checkout
 
 
-def install(copy: Path) -> subprocess.CompletedProcess[str]:
+def install(checkout: Path) -> subprocess.CompletedProcess[str]:
     env = {
         **os.environ,
         "PYTHON": sys.executable,
-        "VENV": str(copy / "venv"),
-        "PYTHONPATH": str(copy.parent / "image"),
-        "PIP_CONSTRAINT": str(copy.parent / "constraint.txt"),
+        "VENV": str(checkout / "venv"),
+        "PYTHONPATH": str(checkout.parent / "image"),
+        "PIP_CONSTRAINT": str(checkout.parent / "constraint.txt"),
         "LC_ALL": "C",
         "HOME": "/nonexistent",
     }
     done = subprocess.run(
-        ["bash", "install.sh"], cwd=copy, env=env, capture_output=True, text=True, check=False
+        ["bash", "install.sh"], cwd=checkout, env=env, capture_output=True, text=True, check=False
     )
     if "(from versions: none)" in done.stderr:
         pytest.skip("no package index can be reached")
     return done
 
 
-def test_the_image_keeps_its_torch_and_its_other_faults(copy: Path) -> None:
-    done = install(copy)
+def test_torch_of_the_image_is_kept_and_broken_packages_are_ignored(checkout: Path) -> None:
+    done = install(checkout)
     assert done.returncode == 0, done.stderr
-    assert "include-system-site-packages = true" in (copy / "venv" / "pyvenv.cfg").read_text()
-    assert not list((copy / "venv").rglob("torch"))
-    assert install(copy).stdout == ""
+    assert "include-system-site-packages = true" in (checkout / "venv" / "pyvenv.cfg").read_text()
+    assert not list((checkout / "venv").rglob("torch"))
+    assert install(checkout).stdout == ""
 
 
-def test_packages_of_the_image_stay_if_they_fit(copy: Path) -> None:
-    """The range of the project includes einops 0.1."""
-    image = copy.parent / "image"
+def test_packages_of_the_image_within_the_range_are_kept(checkout: Path) -> None:
+    """The image has einops 0.1, and the project's range is einops<1."""
+    image = checkout.parent / "image"
     add_metadata(image, "einops", "0.1")
-    done = install(copy)
+    done = install(checkout)
     assert done.returncode == 0, done.stderr
-    assert not list((copy / "venv").rglob("einops"))
+    assert not list((checkout / "venv").rglob("einops"))
     assert re.search(r"^einops +0\.1 +0\.\S+ +kept$", done.stdout, re.M), done.stdout
     assert re.search(r"^setuptools +\S+ +\S+ +installed$", done.stdout, re.M), done.stdout
 
 
-def test_a_version_out_of_range_that_cannot_be_replaced_is_named(copy: Path) -> None:
-    """``PYTHONPATH`` precedes the virtual environment."""
-    add_metadata(copy.parent / "image", "einops", "2.0")
-    done = install(copy)
+def test_a_version_out_of_range_that_cannot_be_replaced_is_named(checkout: Path) -> None:
+    """The image's package is on ``PYTHONPATH``, which precedes the virtual environment."""
+    add_metadata(checkout.parent / "image", "einops", "2.0")
+    done = install(checkout)
     assert done.returncode != 0
     assert "einops 2.0 instead of" in done.stderr
-    assert not (copy / "venv" / ".installed").exists()
+    assert not (checkout / "venv" / ".installed").exists()
 
 
 @pytest.mark.parametrize("module", IMPORTED)
-def test_a_library_that_cannot_be_imported_fails(copy: Path, module: str) -> None:
-    shutil.rmtree(copy.parent.joinpath("image", *module.split(".")))
-    done = install(copy)
+def test_a_library_that_cannot_be_imported_fails(checkout: Path, module: str) -> None:
+    shutil.rmtree(checkout.parent.joinpath("image", *module.split(".")))
+    done = install(checkout)
     assert done.returncode != 0
     assert module in done.stderr
-    assert not (copy / "venv" / ".installed").exists()
+    assert not (checkout / "venv" / ".installed").exists()

@@ -1,4 +1,4 @@
-"""A teacher writes conversations, once per request. Turns without an end are left out."""
+"""A teacher writes conversations once per request; unfinished turns are dropped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from recipes.data.chat import ChatTokenizer
 from recipes.data.teacher_chats import ChatRequest, ChatWriter, write_chats
 from tests.cpu.data.test_tokenizer import END, PLAIN, STOP, make_tokenizer
 
-CHAT = ChatRequest(tokens=700, seed=1, seq_length=100)
+REQUEST = ChatRequest(tokens=700, seed=1, seq_length=100)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> ChatWriter:
 
 
 def random_model() -> Any:
+    """Makes a Llama of one layer whose output layer has a bias, to set token probabilities."""
     config = LlamaConfig(
         vocab_size=259, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, initializer_range=0.1,
@@ -58,13 +59,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_short_conversations_come_in_larger_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    large = replace(CHAT, tokens=200_000)
+    large = replace(REQUEST, tokens=200_000)
     sizes = [replace(large, seq_length=n).batch_size() for n in (256, 512, 1024, 8192)]
     assert sizes == [128, 64, 32, 32]
-    assert [replace(CHAT, seq_length=9, tokens=n).batch_size() for n in (90, 900)] == [32, 100]
+    assert [replace(REQUEST, seq_length=9, tokens=n).batch_size() for n in (90, 900)] == [32, 100]
 
 
-def chats(writer: ChatWriter, request: ChatRequest) -> tuple[list[dict[str, Any]], Path]:
+def write_and_read(writer: ChatWriter, request: ChatRequest) -> tuple[list[dict[str, Any]], Path]:
+    """Returns a request's conversations and their file."""
     file = write_chats(request, writer, MetricsLog(None))
     return [json.loads(line) for line in file.read_text().splitlines()], file
 
@@ -74,32 +76,32 @@ def no_generation(*_: object) -> None:
 
 
 def test_each_request_is_written_once(teacher: ChatWriter, monkeypatch: pytest.MonkeyPatch) -> None:
-    conversations, file = chats(teacher, CHAT)
-    assert len(conversations) > CHAT.batch_size()
-    other, other_file = chats(teacher, replace(CHAT, seed=2))
+    conversations, file = write_and_read(teacher, REQUEST)
+    assert len(conversations) > REQUEST.batch_size()
+    other, other_file = write_and_read(teacher, replace(REQUEST, seed=2))
     assert other_file != file
     assert conversations[:9] != other[:9]
-    assert chats(replace(teacher, sha256="u"), CHAT)[1] not in (file, other_file)
+    assert write_and_read(replace(teacher, sha256="u"), REQUEST)[1] not in (file, other_file)
     # A second run generates nothing, and a damaged file is assembled again from its batches.
     file.write_text("{}\n")
     monkeypatch.setattr(teacher_chats, "_generate", no_generation)
-    assert chats(teacher, CHAT)[0] == conversations
+    assert write_and_read(teacher, REQUEST)[0] == conversations
 
 
 def test_an_interrupted_request_resumes_after_its_last_batch(teacher: ChatWriter) -> None:
-    conversations, file = chats(teacher, CHAT)
+    conversations, file = write_and_read(teacher, REQUEST)
     batches = sorted(file.parent.glob("0*.json"))
     assert len(batches) > 1
     modified = batches[0].stat().st_mtime_ns
     for path in (file, *batches[1:]):
         path.unlink()
-    assert chats(teacher, CHAT)[0] == conversations
+    assert write_and_read(teacher, REQUEST)[0] == conversations
     assert batches[0].stat().st_mtime_ns == modified
 
 
 def test_conversations_are_invented_and_fit_a_sequence(teacher: ChatWriter) -> None:
-    conversations, file = chats(teacher, CHAT)
-    encoder = ChatTokenizer(Path(teacher.tokenizer.name_or_path), END, CHAT.seq_length)
+    conversations, file = write_and_read(teacher, REQUEST)
+    encoder = ChatTokenizer(Path(teacher.tokenizer.name_or_path), END, REQUEST.seq_length)
     for conversation in conversations:
         assert [message["role"] for message in conversation["messages"]] == ["user", "assistant"]
         assert all(message["content"] for message in conversation["messages"])
@@ -109,7 +111,7 @@ def test_conversations_are_invented_and_fit_a_sequence(teacher: ChatWriter) -> N
     assert not any(one.shortened or one.left_out for one in encoded)
     assert sum(json.loads(b.read_text())["unfinished"] for b in file.parent.glob("0*.json")) > 0
     with pytest.raises(RecipeError, match="finished none of"):
-        chats(teacher, replace(CHAT, seq_length=20))
+        write_and_read(teacher, replace(REQUEST, seq_length=20))
 
 
 def test_questions_of_a_file_are_answered_once_each(teacher: ChatWriter, tmp_path: Path) -> None:
@@ -118,25 +120,25 @@ def test_questions_of_a_file_are_answered_once_each(teacher: ChatWriter, tmp_pat
             {"role": "system", "content": "Be."},
             {"role": "user", "content": f"{n}" + "?" * (n % 7 + 1)},
         ]
-        for n in range(CHAT.batch_size() + 5)
+        for n in range(REQUEST.batch_size() + 5)
     ]
     answer = {"role": "assistant", "content": "no"}
     lines = [json.dumps({"messages": [*one, answer, one[1], answer]}) for one in questions]
     (tmp_path / "questions.jsonl").write_text("\n".join(lines))
-    prompts = replace(CHAT, tokens=10**6, prompts=str(tmp_path / "questions.jsonl"))
-    conversations, file = chats(teacher, prompts)
+    prompts = replace(REQUEST, tokens=10**6, prompts=str(tmp_path / "questions.jsonl"))
+    conversations, file = write_and_read(teacher, prompts)
     answered = [conversation["messages"][:-1] for conversation in conversations]
     positions = [questions.index(question) for question in answered]
     assert 5 < len(conversations) < len(questions)  # answers that do not end are left out
     assert positions == sorted(set(positions))
     assert all(len(conversation["messages"]) == 3 for conversation in conversations)
-    # Other content of that file is another request.
+    # If the content of the file changes, the request is another one.
     (tmp_path / "questions.jsonl").write_text("\n".join(lines[:3]))
-    assert chats(teacher, prompts)[1] != file
+    assert write_and_read(teacher, prompts)[1] != file
 
 
-def test_prompts_of_any_length_are_continued_alike(teacher: ChatWriter) -> None:
-    """With very large logits, sampling takes the likeliest token."""
+def test_padding_of_prompts_does_not_change_their_continuations(teacher: ChatWriter) -> None:
+    """Very large logits make sampling deterministic, so continuations can be compared."""
     model = random_model()
     model.load_state_dict(teacher.model.state_dict())
     model.lm_head.weight.data *= 10_000
@@ -152,10 +154,10 @@ def test_prompts_of_any_length_are_continued_alike(teacher: ChatWriter) -> None:
             tokens = torch.cat([tokens, torch.tensor([[token]])], dim=1)
 
 
-def test_a_turn_ends_at_the_end_of_turn_token(
+def test_text_after_the_end_of_turn_token_is_dropped(
     teacher: ChatWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A turn that does not end is empty. So is one that ends with its first token."""
+    """A turn without an end is returned empty, as is one that starts with the end token."""
     a, b = teacher.tokenizer("ab")["input_ids"]
     # Each row is a prompt, padded on the left to two tokens, and four new tokens.
     rows = torch.tensor([[9, 9, a, b, STOP, STOP], [STOP, 9, a, b, a, b], [9, 9, STOP, a, a, a]])

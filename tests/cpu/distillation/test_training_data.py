@@ -289,11 +289,11 @@ def test_validation_without_a_labelled_sequence_is_refused(
     """The split is longer than a sequence, but none lies in one source and has a next token."""
     for ending in ("bin", "idx"):
         (tmp_path / f"train.{ending}").symlink_to(data / f"train.{ending}")
-    with PartWriter(tmp_path, ("validation",)) as writer:
+    with SplitWriter(tmp_path, ("validation",)) as writer:
         writer.add("validation", list(range(one + two)))
-    parts = {"train": [], "validation": [SourceTokens("one", one), SourceTokens("two", two)]}
+    splits = {"train": [], "validation": [SourceTokens("one", one), SourceTokens("two", two)]}
     with pytest.raises(RecipeError, match=r"a sequence of 8 .*\n.*data.seq_length"):
-        training(tmp_path, 1, sources=parts)
+        training(tmp_path, 1, sources=splits)
 
 
 def test_less_than_a_batch_is_refused(data: Path) -> None:

@@ -1,4 +1,4 @@
-"""Quality on text: predictions that count, metrics by source, and memory."""
+"""Stage ``evaluate`` on text: which predictions count, metrics by source, ranks, and memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CONFIG = EvaluateConfig(seq_length=LENGTH, num_sequences=9, prompt_tokens=8, new
 def data(
     models: dict[str, Any], text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Input:
-    """Prepares two sources: prose and numbers."""
+    """Returns the dataset of two sources: prose and numbers."""
     folder = tmp_path_factory.mktemp("data")
     paragraphs = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
     (folder / "prose.txt").write_text("\n\n".join(text[:80] for text in paragraphs[:400]))
@@ -78,9 +78,9 @@ def test_quality_is_measured_by_source(
     quality: EvaluationResult, models: dict[str, Any], data: Input, tmp_path: Path
 ) -> None:
     result = data.manifest.result(DatasetResult)
-    for part, lengths in result.source_tokens.items():
-        assert [entry.source for entry in lengths] == ["prose", "numbers"]
-        assert sum(entry.tokens for entry in lengths) == result.tokens[part]
+    for split, entries in result.source_tokens.items():
+        assert [entry.source for entry in entries] == ["prose", "numbers"]
+        assert sum(entry.tokens for entry in entries) == result.tokens[split]
     assert quality.sequences == 10
     assert {name: source.sequences for name, source in quality.sources.items()} == {
         "prose": 5,
@@ -92,10 +92,11 @@ def test_quality_is_measured_by_source(
         assert quality.models()[role].loss == pytest.approx(sum(losses) / 2)
         assert abs(losses[0] - losses[1]) > 0.1
 
-    whole = {"heldout": [SourceTokens("all", result.tokens["heldout"])]}
-    one_source = bare_manifest("prepare_data", "dataset", replace(result, source_tokens=whole))
-    one = evaluate_models(models, Input(data.directory, one_source), tmp_path)
-    assert (one.sequences, one.sources) == (9, {})
+    # A dataset of one source has no metrics by source.
+    merged = {"heldout": [SourceTokens("all", result.tokens["heldout"])]}
+    one_source = bare_manifest("prepare_data", "dataset", replace(result, source_tokens=merged))
+    evaluated = evaluate_models(models, Input(data.directory, one_source), tmp_path)
+    assert (evaluated.sequences, evaluated.sources) == (9, {})
 
 
 def test_no_text_is_generated_if_none_is_requested(
@@ -119,30 +120,31 @@ result = evaluate_models(models, data, folder / str(rank()))
 """
 
 
-def test_three_ranks_measure_the_quality_of_one(
+def test_three_ranks_measure_the_same_quality_as_one(
     quality: EvaluationResult, models: dict[str, Any], data: Input, tmp_path: Path
 ) -> None:
     (tmp_path / "ranks.py").write_text(RANK_SCRIPT)
     (tmp_path / "inputs").write_bytes(pickle.dumps((models, data)))
-    run_ranks(str(tmp_path / "ranks.py"), str(tmp_path), number=3)  # of 10 sequences
+    run_ranks(str(tmp_path / "ranks.py"), str(tmp_path), number=3)  # 3 does not divide 10 sequences
     result = pickle.loads((tmp_path / "result-0").read_bytes())
     assert result.recovered == pytest.approx(quality.recovered, rel=1e-4)
-    for part, expected in [
+    for measured, expected in [
         (result, quality),
         *zip(result.sources.values(), quality.sources.values()),
     ]:
         for role in ROLES:
-            one, whole = getattr(part, role), getattr(expected, role)
+            ours, theirs = getattr(measured, role), getattr(expected, role)
             for name in ("loss", "kl_to_teacher", "top1_agreement", "loss_standard_error"):
-                assert getattr(one, name) == pytest.approx(getattr(whole, name), rel=1e-4, abs=1e-6)
-    [detail] = tmp_path.rglob("results.json")  # of rank 0 alone
+                near = pytest.approx(getattr(theirs, name), rel=1e-4, abs=1e-6)
+                assert getattr(ours, name) == near
+    [detail] = tmp_path.rglob("results.json")  # only rank 0 writes the file
     assert len(json.loads(detail.read_text())["generations"]) == 3
 
 
 def test_predictions_across_documents_do_not_count(
     quality: EvaluationResult, models: dict[str, Any], data: Input
 ) -> None:
-    """The expected metrics are computed from the logits of all positions, by sequence."""
+    """Compares with metrics from the logits of all positions, masked where a document ends."""
     result = data.manifest.result(DatasetResult)
     tokens = torch.from_numpy(read_tokens(data.artifact, "heldout").astype("int64"))
     end = tokens[-1]
@@ -183,7 +185,11 @@ def exact_metrics(
 def test_only_answers_of_conversations_count(
     models: dict[str, Any], text_file: Path, tmp_path: Path
 ) -> None:
-    """Two end tokens in a row end a conversation; a single one ends a turn."""
+    """Compares with a mask that is built from the tokens.
+
+    In this template the end token ends a turn, and two of them end a conversation. Turns alternate
+    between user and assistant.
+    """
     (tmp_path / "prose.txt").write_text("\n\n".join(f"a line, the {n}th" for n in range(99)))
     chats = write_chats(tmp_path / "chats.jsonl", text_file, letters=4)
     data = prepare_text(models, tmp_path, [chats], heldout_sources=[str(tmp_path / "prose.txt")])
@@ -236,8 +242,8 @@ def test_memory_holds_one_model_and_logits_of_few_positions(
         again = evaluate_models(models, data, tmp_path)
     assert (len(loaded), watch.positions) == (3, 50)
     for role in ROLES:
-        at_once, in_parts = (asdict(evaluation.models()[role]) for evaluation in (quality, again))
-        assert in_parts == pytest.approx(at_once, abs=1e-6, rel=1e-6)
+        at_once, in_chunks = (asdict(evaluation.models()[role]) for evaluation in (quality, again))
+        assert in_chunks == pytest.approx(at_once, abs=1e-6, rel=1e-6)
 
 
 def test_metrics_in_bfloat16_are_near_those_in_float32(

@@ -1,4 +1,4 @@
-"""Shapes and counts of parameters from ``config.json``, and the configs that are refused."""
+"""``read_architecture``: shapes and parameter counts from ``config.json``; unsupported configs."""
 
 from __future__ import annotations
 
@@ -119,9 +119,10 @@ def test_active_weights_include_only_the_top_k_experts() -> None:
     active = dataclasses.replace(moe, num_moe_experts=8)
     router = 48 * 2048 * (128 - 8)
     assert moe.active_weights() == active.active_weights() + router
-    vectors = 48 * (2 * 2048 + 2 * 128) + 2048
+    # Norms and the input embedding are not multiplied with a matrix.
+    norms = 48 * (2 * 2048 + 2 * 128) + 2048
     embedding = 151936 * 2048
-    assert active.active_weights() == active.parameters() - vectors - embedding
+    assert active.active_weights() == active.parameters() - norms - embedding
 
 
 @pytest.mark.parametrize(
@@ -147,14 +148,18 @@ def test_unsupported_key_is_named(config: dict[str, Any], changed: dict[str, Any
 
 
 def test_window_as_long_as_the_context_is_accepted() -> None:
-    short = {**MISTRAL_7B, "sliding_window": 4096, "max_position_embeddings": 4096}
-    assert read_architecture(short, "x").max_position_embeddings == 4096
+    whole = {**MISTRAL_7B, "sliding_window": 4096, "max_position_embeddings": 4096}
+    assert read_architecture(whole, "x").max_position_embeddings == 4096
+
+
+def test_absent_window_is_the_default_of_transformers() -> None:
     absent = {key: value for key, value in MISTRAL_7B.items() if key != "sliding_window"}
     with pytest.raises(RecipeError, match="sliding_window=4096"):
-        read_architecture(absent, "transformers' default")
+        read_architecture(absent, "x")
 
 
 def test_active_weights_include_each_matrix_once() -> None:
+    """A tied embedding counts as the output layer's matrix, not as the input's."""
     layer = 576 * 64 * (2 * 9 + 2 * 3) + 3 * 576 * 1536
     assert SMOLLM2.active_weights() == 30 * layer + 49152 * 576
     untied = dataclasses.replace(SMOLLM2, tied_embeddings=False)
@@ -197,19 +202,20 @@ def test_missing_size_is_named(field: str) -> None:
         read_architecture(config, "x")
 
 
-LLAMA3 = {"factor": 8.0, **LLAMA3_ROPE}
+LLAMA3_SCALING = {"factor": 8.0, **LLAMA3_ROPE}
 
 
 @pytest.mark.parametrize(
     ("parameters", "rope"),
     [
         ({"rope_type": "default"}, {"rope_theta": 5e5, "rope_scaling": None}),
-        (LLAMA3, {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
+        (LLAMA3_SCALING, {"rope_theta": 5e5, "rope_scaling": LLAMA3_SCALING}),
     ],
 )
 def test_rope_parameters_become_theta_and_scaling(
     parameters: dict[str, Any], rope: dict[str, Any]
 ) -> None:
+    """Transformers 5 writes ``rope_parameters``; 4 has ``rope_theta`` and ``rope_scaling``."""
     config = {**LLAMA_8B, "rope_parameters": {"rope_theta": 5e5, **parameters}}
     expected = {**LLAMA_8B, "model_type": "llama", **rope}
     assert as_transformers_4(config, "8B") == expected
@@ -226,7 +232,7 @@ def test_rope_parameters_become_theta_and_scaling(
         ({"rope_parameters": []}, "not supported"),
         ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn"}}, "rope_scaling"),
         ({"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1e4}, "contradicts"),
-        ({"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": LLAMA3}, "contradicts"),
+        ({"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": LLAMA3_SCALING}, "contradicts"),
     ],
 )
 def test_rope_parameters_that_cannot_be_read_are_refused(
@@ -237,6 +243,7 @@ def test_rope_parameters_that_cannot_be_read_are_refused(
 
 
 def test_experts_of_transformers_5_are_read() -> None:
+    """Version 5 names the number of experts ``num_local_experts``."""
     config = {k: v for k, v in QWEN3_30B_A3B.items() if k != "num_experts"}
     expected = read_architecture(QWEN3_30B_A3B, "MoE")
     assert read_architecture({**config, "num_local_experts": 128}, "MoE") == expected
