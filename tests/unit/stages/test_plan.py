@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT
 from recipes.engines.results import TrainingRates
 from recipes.planning import hardware
@@ -100,3 +101,32 @@ def test_a_plan_uses_the_measured_rates(
     speeds = [each.tokens_per_second["distill"] for each in (fast, slow)]
     assert speeds[0] == pytest.approx(100 * speeds[1])
     assert result(slow_rates, measure=False).figures != slow.figures
+
+
+def test_the_hours_of_tokenization(plan: MakePlan, tmp_path: Path) -> None:
+    """8.352 GB are 2.088 billion tokens of 4 bytes: an hour for 2 processes of 290,000 a second."""
+    with (tmp_path / "large.txt").open("wb") as file:
+        file.truncate(8_352_000_000)
+    text = (
+        "hardware.measure=false",
+        "data.heldout_sources=[]",
+        f"data.sources=[{tmp_path}/large.txt]",
+    )
+    prepare, limit = "stages.prepare_data.", "stages.prepare_data.resources.time=00:10:00"
+    layouts = {f"{prepare}processes=2": 3600, f"{prepare}processes=8": 900}
+    layouts |= {f"{prepare}resources.nodes=2 {prepare}processes=2": 1800}
+    for words, seconds in layouts.items():
+        [planned] = [s for s in plan(*text, *words.split()).stages if s.name == "plan"]
+        out = tmp_path / str(seconds) / ARTIFACT
+        out.mkdir(parents=True)
+        result = plan_stage.run(planned.config, {}, out).result  # type: ignore[arg-type]
+        assert isinstance(result, PlanResult)
+        assert result.seconds["prepare_data"] == seconds
+        [table] = [table for table in result.tables if table.title == "Tokenization"]
+        assert table.rows == [["prepare_data", f"{seconds / 3600:.2f}"]]
+
+    starts = (*text, f"{prepare}processes=2", limit)
+    [note] = [n for n in plan(*starts, "+cluster.max_requeues=5").notes if "prepare" in n.what]
+    assert note.rule.name == "time-limit"
+    with pytest.raises(RecipeError, match=r"started 5 times.*\n.*max_requeues=5 .*\[requeues\]"):
+        plan(*starts, "+cluster.max_requeues=4")
