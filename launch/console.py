@@ -14,7 +14,7 @@ from launch.planned import SKIP
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import Manifest, read_manifest
 from recipes.core.screen import plain_table
-from recipes.data.results import DatasetResult, in_words
+from recipes.data.results import NOT_COMPARED, DatasetResult, in_words
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import parse_source, source_bytes, source_names
 from recipes.engines.results import BenchmarkResults, EngineResult
@@ -59,7 +59,10 @@ def print_sources(plan: Plan, console: Console) -> None:
             used = "training" if source in config.sources else "evaluation only"
             most = f"about {size / BYTES_PER_TOKEN:,.0f} tokens" if size else "unknown"
             table.add_row(escape(name), used, most, escape(parsed.licence or "not stated"))
-        console.print(table)
+        if table.rows:
+            console.print(table)
+        if config.prefix:
+            console.print(f"text {config.prefix}: {NOT_COMPARED}", markup=False)
 
 
 def print_notes(plan: Plan, skip_rules: Collection[str], console: Console) -> None:

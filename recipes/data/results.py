@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+NOT_COMPARED = (
+    "Its duplicates are not removed, and it is not compared with held-out text and benchmarks."
+)
+"""What plans and reports say of text that was tokenized before, in which words are not known."""
+
 
 @dataclass(frozen=True)
 class SourceTokens:

@@ -11,6 +11,7 @@ import pytest
 
 from recipes.core.manifest import Acceptance
 from recipes.core.stage import Input
+from recipes.data.results import DatasetResult
 from recipes.distillation.results import DistillationResult
 from recipes.pruning.results import PruneResult
 from recipes.pruning.settings import PruneConfig
@@ -59,6 +60,15 @@ def test_numbers_are_rounded(text: str) -> None:
     for number in ("4.0 GB", "1.14e−4"):
         assert number in shown
     assert "CC-BY-4.0" in shown
+
+
+def test_text_that_was_tokenized_before_is_said_to_be_compared_with_nothing(
+    text: str, inputs: dict[str, Input], tmp_path: Path
+) -> None:
+    assert "not compared" not in text
+    data = replace(inputs["data"].manifest.result(DatasetResult), sample="Once upon")
+    page = render_page(inputs | {"data": with_result(inputs["data"], data)}, tmp_path)
+    assert "not compared with held-out text and benchmarks" in section(page, "settings")
 
 
 def test_results_come_before_settings_and_plan(text: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import struct
 from io import StringIO
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
-from launch.console import headline, print_plan, print_recipes, print_summary
+from launch.console import headline, print_plan, print_recipes, print_sources, print_summary
 from launch.progress import LINE_SECONDS, Follower
 from recipes.core.manifest import read_manifest
 from recipes.core.metrics import METRICS, MetricsLog
@@ -54,6 +56,19 @@ def test_plan_shows_action_and_reason(screen: Console, plan: MakePlan, complete:
     assert shown["prune"] == ["skip", "complete"]
     assert shown["distill"] == ["run", "weight_decay", "0.1", "→", "0.25"]
     assert "a [draft]" in text_of(screen)
+
+
+def test_text_that_was_tokenized_before_is_said_to_be_compared_with_nothing(
+    screen: Console, plan: MakePlan, tmp_path: Path
+) -> None:
+    index = struct.pack("<9sQBQQ", b"MMIDIDX", 1, 8, 1, 2) + struct.pack("<iqqq", 900, 0, 0, 1)
+    (tmp_path / "corpus.idx").write_bytes(index)
+    (tmp_path / "corpus.bin").write_bytes(bytes(1800))
+    words = ("data.sources=[]", "data.heldout_sources=[]")
+    print_sources(plan(), screen)
+    assert "not compared" not in text_of(screen)
+    print_sources(plan(*words, f"data.prefix={tmp_path}/corpus", "skip_rules=[tokens]"), screen)
+    assert re.search("corpus: .* benchmarks", lines_of(screen)[-1])
 
 
 def test_summary_shows_the_results_of_stages(
