@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launch.planned import RUN, SKIP, PlannedStage, changes
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import Acceptance, read_manifest
+from recipes.core.manifest import Acceptance, Manifest, read_manifest
 
 
 def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
@@ -38,7 +38,7 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
     if not named and (not is_current or stage.rerun):
         return stage
     if acceptance is None or not is_current:
-        acceptance = Acceptance(stage.fingerprint, reasons(stage))
+        acceptance = Acceptance(stage.fingerprint, reasons(stage, result))
     return replace(
         stage,
         fingerprint=result.fingerprint,
@@ -49,10 +49,9 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
     )
 
 
-def reasons(stage: PlannedStage) -> list[str]:
+def reasons(stage: PlannedStage, result: Manifest) -> list[str]:
     """Returns why a complete result is stale."""
-    result = read_manifest(stage.directory)
-    changed = changes(stage, result) if result and result.fingerprint != stage.fingerprint else []
+    changed = changes(stage, result) if result.fingerprint != stage.fingerprint else []
     return [*changed, *(f"{name} runs again" for name in stage.rerun)] or [stage.reason]
 
 
@@ -79,7 +78,7 @@ def require_confirmed(
         result = read_manifest(stage.directory) if stage.action == RUN else None
         if result is None or stage.name in force or result.device_hours() <= confirm_above:
             continue
-        changed = ", ".join(reasons(stage))
+        changed = ", ".join(reasons(stage, result))
         costly[stage.name] = (
             f"\n  {stage.name}, {result.device_hours():.3g} device-hours: {changed}"
         )

@@ -51,7 +51,7 @@ def page() -> str:
 
 def _sections() -> Iterator[str]:
     yield "## Groups\n"
-    yield f"{', '.join(f'`{group}=null`' for group in OPTIONAL_GROUPS)} choose nothing.\n"
+    yield f"{', '.join(f'`{group}=null`' for group in OPTIONAL_GROUPS)} leave the group out.\n"
     yield _table(("choice", "what it is"), _choices())
     yield "## The run\n"
     yield "At the root.\n"
@@ -79,7 +79,7 @@ def _choices() -> Iterator[tuple[str, str]]:
         # Comments such as "# @package stages" are for Hydra.
         comments = re.findall(r"^# (?!@)(.+)", file.read_text(encoding="utf-8"), re.M)
         values = ", ".join(f"{k}: {v}" for k, v in _yaml(f"{file.parent.name}/{file.name}").items())
-        about = re.split(r"(?<=[\w)])[.:](?= |$)", " ".join(comments) or f"`{values}`")[0]
+        about = re.split(r"(?<=[\w)])\.(?= |$)", " ".join(comments) or f"`{values}`")[0]
         yield f"`{file.parent.name}={file.stem}`", about
 
 
