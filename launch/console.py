@@ -150,7 +150,7 @@ def _mean_score(manifest: Manifest) -> str:
 
 def _served(manifest: Manifest) -> str:
     result = manifest.result(ServedResult)
-    text = f"{result.server} {result.precision}"
+    text = f"{result.program} {result.precision}"
     if result.text:
         text += f", perplexity {result.text.student_perplexity:.1f} → "
         text += f"{result.text.served_perplexity:.1f}"

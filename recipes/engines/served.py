@@ -1,7 +1,8 @@
 """Evaluates an engine or a served model, and compares it with the student item by item.
 
 llama.cpp and TensorRT-LLM run as servers, which lm-eval's client for OpenAI-compatible completions
-asks. OpenVINO has no server, so lm-eval's own class runs its engine in this process.
+asks. OpenVINO GenAI has no server, so lm-eval's class for optimum-intel runs an OpenVINO engine in
+this process.
 """
 
 from __future__ import annotations

@@ -222,11 +222,21 @@ class ServedText:
         return cls(before, after, difference(served, student), len(served), predictions)
 
 
+PROGRAMS = {
+    "llama_cpp": "llama.cpp",
+    "openvino": "OpenVINO",
+    "tensorrt_llm": "TensorRT-LLM",
+    "tensorrt_llm_pytorch": "TensorRT-LLM's PyTorch backend",
+}
+"""Programs that run a built model, by ``server`` of its result."""
+
+
 @dataclass(frozen=True)
 class ServedResult:
     """Quality of the model that is served, compared with the student it was built from."""
 
     server: str
+    """``llama_cpp``, or the engine's backend."""
     precision: str
     """Type of the served weights."""
     tasks: dict[str, ServedTask]
@@ -234,6 +244,11 @@ class ServedResult:
     """``None`` without held-out text, or if the server returns no log-probabilities."""
     harness: str
     data: str
+
+    @property
+    def program(self) -> str:
+        """Name of the program that runs the model."""
+        return PROGRAMS[self.server]
 
 
 def compare_served(metric: str, items: Mapping[str, Sequence[Item]]) -> ServedTask:

@@ -1,4 +1,4 @@
-"""Evaluates an engine or a served GGUF file, and compares it with the student it was built from.
+"""Evaluates an engine or a GGUF file, and compares it with the student it was built from.
 
 Reads the built model, the student, and held-out text if there is any. Writes the answers of both to
 all items. OpenVINO runs in this process; llama.cpp and TensorRT-LLM run as servers.
