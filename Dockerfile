@@ -6,18 +6,25 @@
 
 FROM ghcr.io/astral-sh/uv:0.9.5 AS uv
 
-# TensorRT-LLM keeps its own torch; a stage needs OmegaConf besides.
+# In both images, packages of NGC's image stay if they fit. The build prints the others, and fails if
+# torch or the library beside it were replaced or a library cannot be imported.
+
+# TensorRT-LLM keeps its own transformers, too. lm-eval is for evaluate_served.
 FROM nvcr.io/nvidia/tensorrt-llm/release:1.2.0 AS engine
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+COPY pyproject.toml /opt/nemo-recipes/
+COPY requirements/engine.txt requirements/install_missing.py /opt/nemo-recipes/requirements/
 RUN --mount=from=uv,source=/uv,target=/usr/local/bin/uv \
-    uv pip install --no-cache --no-deps --break-system-packages --python "$(command -v python3)" \
-      omegaconf==2.3.0 antlr4-python3-runtime==4.9.3 \
+    kept() { python3 -c 'from importlib.metadata import version as v; print(*map(v, ["torch", "tensorrt-llm", "transformers"]))'; } \
+ && before=$(kept) \
+ && python3 /opt/nemo-recipes/requirements/install_missing.py /opt/nemo-recipes/requirements/engine.txt \
+      uv pip install --no-cache --no-deps --break-system-packages --python "$(command -v python3)" \
+      --require-hashes --requirement \
+ && [ "$(kept)" = "$before" ] \
  && useradd --create-home --uid 10001 recipes
 USER 10001
-RUN python3 -c 'import omegaconf'
+RUN python3 -c 'import omegaconf, lm_eval.models.huggingface, lm_eval.models.openai_completions'
 
-# Packages of NGC's image stay if they fit. The build prints the others, and fails if torch or
-# TransformerEngine were replaced or a library cannot be imported.
 FROM nvcr.io/nvidia/nemo:25.11 AS recipes
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 COPY pyproject.toml /opt/nemo-recipes/

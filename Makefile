@@ -43,6 +43,8 @@ lock: install
 	  --no-emit-package cuda-bindings --no-emit-package cuda-pathfinder  # the image has its own
 	$(COMPILE) pyproject.toml --extra dev --excludes requirements/excludes.txt -o requirements/dev.txt
 	$(COMPILE) pyproject.toml --extra launcher --constraints requirements/stack.txt -o requirements/launcher.txt
+	$(COMPILE) pyproject.toml --extra launcher --extra tasks --constraints requirements/stack.txt --excludes requirements/excludes.txt \
+	  -o requirements/engine.txt --no-emit-package setuptools --no-emit-package transformers --no-emit-package xllamacpp
 	(grep -o 'torch>=[^"]*' pyproject.toml; echo torchvision) \
 	  | $(COMPILE) - --constraints requirements/dev.txt -o requirements/torch.txt
 

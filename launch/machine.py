@@ -16,9 +16,11 @@ from launch.planned import stage_of
 from recipes.core.stage import StageConfig
 from recipes.core.versions import pins
 from recipes.planning import rules
-from recipes.planning.chain import Chain, read_chain
+from recipes.planning.chain import TENSORRT_LLM, Chain, read_chain
 from recipes.planning.hardware import Hardware
 from recipes.planning.rules import Problem
+
+SWITCH_OFF = "engine=null, which builds no engine"
 
 
 def chain_of(
@@ -64,19 +66,7 @@ def cluster_problems(
             "cluster.cpus_per_task is not set",
             "set it to the number of cores that a stage may use on a node",
         )
-    configs = [chain.stages[name] for name in selected]
-    images = {stage_of(config).image(config, chain) for config in configs}
-    for name, image in (cluster.get("images") or {}).items():
-        if (
-            image in images
-            and image is not None
-            and not _image_exists(str(image), str(cluster.executor))
-        ):
-            yield Problem(
-                rules.IMAGE,
-                f"cluster.images.{name}={image} does not exist",
-                "build or import it first; see Dockerfile",
-            )
+    yield from _image_problems(cluster, chain, selected)
     for mount in cluster.get("mounts") or []:
         path = Path(str(mount).removesuffix(":ro"))
         if not path.is_absolute() or not path.exists():
@@ -85,6 +75,34 @@ def cluster_problems(
                 f"cluster.mounts: {path} does not exist, or is not an absolute path",
                 "give existing folders, such as /data or /data:ro",
             )
+
+
+def _image_problems(
+    cluster: DictConfig, chain: Chain, selected: Iterable[str]
+) -> Iterator[Problem]:
+    """Checks that each stage's image exists, and that one is set for stages of TensorRT-LLM."""
+    configs = {name: chain.stages[name] for name in selected}
+    images = {name: stage_of(config).image(config, chain) for name, config in configs.items()}
+    off = f", or set {SWITCH_OFF}"
+    for name, image in (cluster.get("images") or {}).items():
+        if image in images.values() and image and not _image_exists(image, cluster.executor):
+            yield Problem(
+                rules.IMAGE,
+                f"cluster.images.{name}={image} does not exist",
+                "build or import it first; see Dockerfile" + off * (name == TENSORRT_LLM),
+            )
+    without = [
+        name
+        for name, config in configs.items()
+        if not (chain.runs_here or images[name])
+        and stage_of(config).needs_tensorrt_llm(config, chain)
+    ]
+    if without:
+        yield Problem(
+            rules.ENGINE_IMAGE,
+            f"{', '.join(without)} cannot run: cluster.images.{TENSORRT_LLM} is not set",
+            f"build the target engine of the Dockerfile and set it to that image{off}",
+        )
 
 
 def _stack_problems() -> Iterator[Problem]:
@@ -121,7 +139,8 @@ def mpi_problems(cluster: DictConfig, chain: Chain, selected: Iterable[str]) -> 
     mpi = cluster.get("mpi", {}) if cluster.executor == "slurm" else {}
     for name in selected:
         config = chain.stages[name]
-        if mpi.get(config.stage, "") is None and stage_of(config).needs_gpu(config, chain):
+        runs_it = stage_of(config).needs_tensorrt_llm(config, chain)
+        if runs_it and mpi.get(config.stage, "") is None:
             yield Problem(
                 rules.MPI,
                 f"{name} starts TensorRT-LLM, but cluster.mpi.{config.stage} is null",

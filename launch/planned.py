@@ -78,6 +78,11 @@ class PlannedStage:
         return self.stage.needs_gpu(self.config, self.chain)
 
     @property
+    def needs_tensorrt_llm(self) -> bool:
+        """Whether it runs TensorRT-LLM."""
+        return self.stage.needs_tensorrt_llm(self.config, self.chain)
+
+    @property
     def devices(self) -> int:
         """Devices on a node that it and the stages that it starts need."""
         return self.stage.devices(self.config)

@@ -206,7 +206,7 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         home=container.home(stage),
         local_caches=container.LOCAL_CACHES if stage.stage.needs_torch else (),
         python=shlex.quote(cluster.python or ("python" if image else sys.executable)),
-        mpi=cluster.mpi.get(stage.config.stage) if stage.needs_gpu else None,
+        mpi=cluster.mpi.get(stage.config.stage) if stage.needs_tensorrt_llm else None,
         margin_seconds=_margin_seconds(stage, cluster),
     )
 

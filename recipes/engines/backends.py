@@ -44,12 +44,6 @@ def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
         yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
         yield from openvino.problems(cfg)
     else:
-        if not chain.runs_here and chain.image_of(cfg.stage, tensorrt_llm=True) is None:
-            yield Problem(
-                rules.ENGINE_IMAGE,
-                f"{cfg.stage} needs TensorRT-LLM, but no image is set for it",
-                f"set cluster.images.tensorrt_llm to {tensorrt_llm.IMAGE}, or engine=null",
-            )
         arch = chain.shape_of(cfg.inputs.get("checkpoint"))
         yield from tensorrt_llm.problems(
             cfg, arch, chain.stages.get(cfg.inputs.get("checkpoint", ""))

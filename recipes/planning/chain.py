@@ -73,7 +73,7 @@ class Chain:
             module: The stage's module, whose own image comes first.
             tensorrt_llm: Whether the stage runs TensorRT-LLM.
         """
-        names = [module, *([TENSORRT_LLM] if tensorrt_llm else []), "default"]
+        names = (module, TENSORRT_LLM if tensorrt_llm else "default")
         return next((self.images[name] for name in names if name in self.images), None)
 
     def shape_of(self, stage: str | None) -> Architecture:

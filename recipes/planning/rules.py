@@ -71,7 +71,7 @@ MEMORY = Rule(
 TIME_LIMIT = _warning("time-limit", "a job that reaches its limit is queued again")
 REQUEUES = Rule("requeues", "a stage must end within its job's time limit and requeues")
 IMAGE = Rule("image", "every job needs its container image")
-ENGINE_IMAGE = _warning(
+ENGINE_IMAGE = Rule(
     "engine-image", "TensorRT-LLM is only in NVIDIA's image, and its stages run last"
 )
 MOUNTS = Rule("mounts", "a stage in a container sees only mounted paths")

@@ -109,6 +109,7 @@ STAGE = Stage(
     one_rank="it starts a process for each engine",
     inputs={"checkpoint": ("checkpoint_nemo",)},
     needs_gpu=lambda config, chain: config.engine.backend != "openvino",
+    needs_tensorrt_llm=lambda config, chain: config.engine.backend != "openvino",
     disk_bytes=disk_bytes,
     resolve_from_chain=resolve_from_chain,
     require_here=lambda config: require_backend(config.engine.backend),

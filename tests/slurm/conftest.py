@@ -61,7 +61,9 @@ def probe_settings(
         "cluster=slurm",
         f"cluster.cpus_per_task={CPUS}",
         f"cluster.python={python}",
-        f"cluster.images.default={image if slurm.has_containers else 'null'}",
+        f"cluster.images={{default: {image}, tensorrt_llm: {image}}}"
+        if slurm.has_containers
+        else "skip_rules=[engine-image]",
         f"cluster.mounts=[{slurm.directory},{folder},{REPO_ROOT}/tests:ro]",
     )
 

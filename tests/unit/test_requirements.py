@@ -21,7 +21,7 @@ from recipes.core.versions import RESULT_LIBRARIES
 from tests.support.contributing import copy_with
 
 REQUIREMENTS = REPO_ROOT / "requirements"
-FILES = ("launcher.txt", "stack.txt", "dev.txt", "torch.txt")
+FILES = ("launcher.txt", "engine.txt", "stack.txt", "dev.txt", "torch.txt")
 PIN = re.compile(
     r"^([\w.-]+)==(\S+) ; (.+?) \\$((?:\n    --hash=sha256:[0-9a-f]{64}(?: \\)?)+)\n", re.M
 )
@@ -60,8 +60,8 @@ def test_every_pin_has_a_hash(name: str) -> None:
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_pins_are_within_the_ranges(python: str) -> None:
-    launcher, stack, dev, torch = (pins(REQUIREMENTS / name, python) for name in FILES)
-    assert launcher.items() <= stack.items() <= dev.items()
+    launcher, engine, stack, dev, torch = (pins(REQUIREMENTS / name, python) for name in FILES)
+    assert launcher.items() <= engine.items() <= stack.items() <= dev.items()
     shared = dev.keys() & torch.keys()
     assert {name: dev[name] for name in shared} == {name: torch[name] for name in shared}
     for pinned, extras in (
@@ -73,9 +73,12 @@ def test_pins_are_within_the_ranges(python: str) -> None:
             assert one.specifier.contains(pinned[canonicalize_name(one.name)]), one
 
 
-def test_image_keeps_the_packages_of_its_container() -> None:
-    image = pins(REQUIREMENTS / "stack.txt", PYTHONS[-1])
-    container = re.compile(r"torch(vision)?$|triton$|cuda-|nvidia-(cu|nc|nv)|transformer-engine")
+@pytest.mark.parametrize(
+    ("name", "own"), [("stack.txt", "transformer-engine"), ("engine.txt", "transformers$")]
+)
+def test_image_keeps_the_packages_of_its_container(name: str, own: str) -> None:
+    image = pins(REQUIREMENTS / name, PYTHONS[-1])
+    container = re.compile(rf"torch(vision)?$|triton$|cuda-|nvidia-(cu|nc|nv)|{own}")
     assert not [name for name in image if container.match(name)]
 
 

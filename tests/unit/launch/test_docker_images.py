@@ -6,19 +6,43 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from recipes.core.errors import RecipeError
+
 if TYPE_CHECKING:
     from tests.unit.conftest import MakePlan
 
 DOCKER = ("cluster=docker", "hardware=h100")
-HEADS = {"openvino": (), "tensorrt_llm": ("stages.build_engine.backend=tensorrt_llm_pytorch",)}
+PYTORCH = "stages.build_engine.backend=tensorrt_llm_pytorch"
+GENERATED = "stages.evaluate_served.tasks=[gsm8k_cot]"
+HEADS = {"openvino": (), "tensorrt_llm": (PYTORCH, GENERATED)}
 
 
 @pytest.mark.parametrize("recipe", ["llama_width_prune", "shrink"])
 def test_images_are_chosen_by_what_a_stage_runs(plan: MakePlan, recipe: str) -> None:
     """OpenVINO's stages run in the default image, those of TensorRT-LLM in its own."""
-    engines = {"build_engine", "build_teacher_engine", "measure_speed"}
-    for engine in ("openvino", "tensorrt_llm"):
-        made = plan(*DOCKER, f"engine={engine}", *HEADS[engine], recipe=f"recipe={recipe}")
+    engines = {"build_engine", "build_teacher_engine", "measure_speed", "evaluate_served"}
+    for engine in HEADS:
+        words = (*DOCKER, f"engine={engine}", "served=engine", *HEADS[engine])
+        made = plan(*words, recipe=f"recipe={recipe}")
         own = {s.name for s in made.stages if s.image == "nemo-recipes-engine:0.1.0"}
         assert own == (engines if engine == "tensorrt_llm" else set())
         assert {s.image for s in made.stages if s.name not in own} == {"nemo-recipes:0.1.0"}
+
+
+@pytest.mark.parametrize(("cluster", "absent"), [("docker", "~{}"), ("slurm", "{}=null")])
+def test_a_missing_image_of_tensorrt_llm_is_refused(
+    plan: MakePlan, cluster: str, absent: str
+) -> None:
+    """The default image does not contain it, and the engines are built after the training."""
+    words = (f"cluster={cluster}", "hardware=h100", "cluster.images.default=nemo:1")
+    absent = absent.format("cluster.images.tensorrt_llm")
+    engine = ("engine=tensorrt_llm", PYTORCH)
+    with pytest.raises(RecipeError, match="build_engine, measure_speed cannot run") as error:
+        plan(*words, absent, *engine)
+    assert "cluster.images.tensorrt_llm is not set" in str(error.value)
+    assert "engine=null" in str(error.value)
+    with pytest.raises(RecipeError, match="does not exist") as error:
+        plan(*words, "cluster.images.tensorrt_llm=/no.sqsh", *engine)
+    assert "engine=null" in str(error.value)
+    assert plan(*words, absent, "engine=null")
+    assert plan(*words, "cluster.images.tensorrt_llm=engine:1", *engine)

@@ -31,6 +31,7 @@ GOLDEN = Path(__file__).with_name("golden")
 RECIPE = "recipe=llama_width_prune"
 SLURM = ("cluster=slurm", "hardware=h100")
 DOCKER = ("cluster=docker", "hardware=h100")
+ENGINE_IMAGE = "cluster.images.tensorrt_llm=engine:1"
 TWO_NODES = (
     "cluster=slurm",
     'cluster.images.default="registry#nemo:1"',
@@ -135,14 +136,16 @@ def test_only_stages_on_gpus_get_gpus_and_mpi_and_torchrun(
 ) -> None:
     """Engines of TensorRT-LLM are built and timed on a GPU, with MPI; OpenVINO's are not."""
     site = (*SLURM, "cluster.partition=gpu", "cluster.cpu_partition=cpu", f"cluster.gpus={gpus}")
-    plan, cluster = prepared(*site, f"engine={engine}")
+    served = ("served=engine", "stages.evaluate_served.tasks=[gsm8k_cot]")
+    plan, cluster = prepared(*site, f"engine={engine}", ENGINE_IMAGE, *served)
     engines = {"build_engine", "build_teacher_engine", "measure_speed"}
     on_cpu = {"plan", "prepare_data", "report", *(engines if engine == "openvino" else ())}
     for stage in plan.stages:
         text, needs_gpu = slurm.job_script(stage, cluster), stage.name not in on_cpu
         assert (f"#SBATCH --{option}\n" in text) == needs_gpu, stage.name
         assert f"--partition={'gpu' if needs_gpu else 'cpu'}\n" in text
-        assert ("exec mpirun -n 1" in text) == (needs_gpu and stage.name in engines), stage.name
+        by_mpi = engine == "tensorrt_llm" and stage.name in {*engines, "evaluate_served"}
+        assert ("exec mpirun -n 1" in text) == by_mpi, stage.name
         assert ("--mpi=none" in text) == ("exec mpirun" in text)
         if stage.name in ("plan", "prune", "report"):
             assert ("torch.distributed.run" in text) == (stage.name == "prune")
@@ -162,7 +165,8 @@ def test_engine_of_another_run_decides_whether_it_is_timed_on_a_gpu(
         manifest = json.loads((other / "manifest.json").read_text())
         manifest["config"]["backend"] = backend
         (other / "manifest.json").write_text(json.dumps(manifest))
-        made, _ = prepared(*SLURM, "engine=openvino", inputs, "~stages.build_teacher_engine")
+        words = (ENGINE_IMAGE, "engine=openvino", inputs, "~stages.build_teacher_engine")
+        made, _ = prepared(*SLURM, *words)
         assert stage_named(made, "measure_speed").needs_gpu == on_gpu
 
 

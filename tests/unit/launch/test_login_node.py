@@ -59,8 +59,8 @@ def test_it_is_small_and_has_no_torch(python: Path) -> None:
 
 
 def test_runs_are_planned_followed_and_compared(python: Path, tmp_path: Path) -> None:
-    words = ("recipe=qwen3_8b_depth", *SLURM, "cluster.python=/opt/python", "dry_run=true")
-    planned = launch(python, tmp_path, *words)
+    words = ("recipe=qwen3_8b_depth", "engine=null", "cluster.python=/opt/python", "dry_run=true")
+    planned = launch(python, tmp_path, *words, *SLURM)
     assert planned.returncode == 0, planned.stdout + planned.stderr
     run = tmp_path / "runs" / "qwen3_8b_depth"
     assert "/opt/python" in (run / "distill" / "job.sbatch").read_text()

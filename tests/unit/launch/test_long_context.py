@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from launch.plan import Plan
 
 LONG = "long_context=32k"
-ON_GPUS = ("cluster=slurm", "cluster.account=a")
+ON_GPUS = ("cluster=slurm", "cluster.account=a", "cluster.images.tensorrt_llm=engine:1")
 RECIPES = [
     "llama3_1_8b_depth",
     "llama3_1_8b_width_2.5b",

@@ -32,7 +32,7 @@ def found(
     """Returns the problems of the jobs of a recipe for one node, each with its rule."""
     monkeypatch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
     monkeypatch.setattr(slurm, "read_partitions", lambda: PARTITIONS)
-    words = ("cluster=slurm", "hardware=h100", *overrides)
+    words = ("cluster=slurm", "cluster.images.tensorrt_llm=engine:1", "hardware=h100", *overrides)
     planned = plan(*words, recipe="recipe=qwen3_8b_depth_2.5b")
     return "\n".join(map(str, slurm.problems(planned, slurm.SlurmConfig(**FITS | cluster))))  # type: ignore[arg-type]
 

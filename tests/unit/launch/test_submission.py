@@ -17,7 +17,7 @@ from tests.unit.conftest import stage_named
 if TYPE_CHECKING:
     from tests.unit.conftest import MakePlan
 
-SLURM = ("cluster=slurm", "hardware=h100")
+SLURM = ("cluster=slurm", "hardware=h100", "cluster.images.tensorrt_llm=engine:1")
 
 
 @pytest.fixture
