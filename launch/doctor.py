@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.screen import plain_table
-from recipes.core.versions import installed, pins
+from recipes.core.versions import RESULT_LIBRARIES, STAGE_EXTRAS, installed, pins
 from recipes.core.wheels import cache_dir
 from recipes.planning.hardware import cpu_profile, physical_memory
 from recipes.planning.rules import RULES
@@ -45,7 +45,7 @@ class Check:
 
 
 def run(words: Sequence[str], console: Console) -> int:
-    """Prints all checks, or all ``rules``; returns 1 if no recipe can run here."""
+    """Prints all checks, or all ``rules``; returns 1 if recipes or the launcher cannot run."""
     if list(words) == ["rules"]:
         table = plain_table("rules", "rule", "severity", "reason", "reference")
         for rule in RULES.values():
@@ -64,23 +64,44 @@ def run(words: Sequence[str], console: Console) -> int:
         table.add_row(check.name, escape(check.found), result, escape(check.fix))
     console.print(table)
     failed = [check.name for check in checks if check.result == FAIL]
+    what = "the launcher" if _has_only_launcher() else "recipes"
     if failed:
-        console.print(f"recipes cannot run here: fix {', '.join(failed)}")
-        return 1
-    console.print("recipes can run here")
-    return 0
+        console.print(f"{what} cannot run here: fix {', '.join(failed)}")
+    elif _has_only_launcher():
+        console.print(
+            "this environment has only the launcher, which plans, submits, follows and compares "
+            "runs; ./install.sh installs the libraries that stages need"
+        )
+    else:
+        console.print("recipes can run here")
+    return int(bool(failed))
 
 
 def examine() -> Iterator[Check]:
-    """Yields all checks."""
-    fix = "./install.sh, then .venv/bin/python launch/run.py doctor"
-    for pin in pins():
-        yield _check(
-            f"{pin.name} {pin.required}", pin.installed or "missing", pin.is_satisfied, fix
-        )
+    """Yields all checks; without the stages' libraries only those of the launcher."""
+    if _has_only_launcher():
+        yield from _pins(["launcher"], "./install.sh launcher")
+        yield _cache()
+        yield from _programs("docker", "sbatch", "enroot")
+        return
+    yield from _pins(STAGE_EXTRAS, "./install.sh, then .venv/bin/python launch/run.py doctor")
     yield from _accelerators()
     yield from _resources()
-    yield from _programs()
+    yield _cache()
+    yield from _programs(*PROGRAMS)
+    version, fix = installed("tensorrt_llm"), "for TensorRT-LLM engines; it needs its own image"
+    yield _check("tensorrt_llm", version or "not here", version, fix, otherwise=WARN)
+
+
+def _has_only_launcher() -> bool:
+    """Whether this environment lacks all libraries that stages compute with, as on a login node."""
+    return not any(map(installed, RESULT_LIBRARIES))
+
+
+def _pins(extras: Sequence[str], fix: str) -> Iterator[Check]:
+    for pin in pins(extras):
+        name = f"{pin.name} {pin.required}"
+        yield _check(name, pin.installed or "missing", pin.is_satisfied, fix)
 
 
 def _check(name: str, value: str, passed: object, fix: str, otherwise: str = FAIL) -> Check:
@@ -128,14 +149,15 @@ def _resources() -> Iterator[Check]:
     shm, fix = Path("/dev/shm"), "NCCL and gloo use it between ranks: docker run --ipc=host"
     size = shutil.disk_usage(shm).total if shm.is_dir() else 0
     yield _check("shared memory", f"{size / 1e9:.1f} GB", size >= SHM_BYTES, fix, otherwise=WARN)
+
+
+def _cache() -> Check:
     cache, fix = cache_dir(), "set NEMO_RECIPES_CACHE to a writable folder"
     existing = next(path for path in (cache, *cache.absolute().parents) if path.exists())
-    yield _check("cache", str(cache), os.access(existing, os.W_OK), fix)
+    return _check("cache", str(cache), os.access(existing, os.W_OK), fix)
 
 
-def _programs() -> Iterator[Check]:
-    for program, use in PROGRAMS.items():
+def _programs(*names: str) -> Iterator[Check]:
+    for program in names:
         path = shutil.which(program)
-        yield _check(program, path or "not here", path, f"for {use}", otherwise=WARN)
-    version, fix = installed("tensorrt_llm"), "for TensorRT-LLM engines; it needs its own image"
-    yield _check("tensorrt_llm", version or "not here", version, fix, otherwise=WARN)
+        yield _check(program, path or "not here", path, f"for {PROGRAMS[program]}", otherwise=WARN)

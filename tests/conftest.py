@@ -1,13 +1,16 @@
-"""Real text for every test, and the order of files."""
+"""Real text, a login node's interpreter, and the order of files."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from recipes.core.files import REPO_ROOT
 from recipes.core.processes import prepare_imports
 from tests.support.disks import large_disks
 from tests.support.text import write_text
@@ -51,3 +54,22 @@ def large_disk() -> Iterator[None]:
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real English prose, some 1,200 paragraphs."""
     return write_text(tmp_path_factory.mktemp("text") / "topics.jsonl")
+
+
+@pytest.fixture(scope="session")
+def launcher_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of ``./install.sh launcher``, as on a login node."""
+    venv = tmp_path_factory.mktemp("login_node") / "venv"
+    env = {**os.environ, "VENV": str(venv), "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["./install.sh", "launcher"],
+        cwd=REPO_ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "(from versions: none)" in done.stderr:
+        pytest.skip("no package index can be reached")
+    assert done.returncode == 0, done.stderr
+    return venv / "bin" / "python"

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -44,12 +44,12 @@ class Pin:
         return SpecifierSet(self.required).contains(number, prereleases=True)
 
 
-def pins() -> Iterator[Pin]:
-    """Yields Python and every pinned library that stages need."""
+def pins(extras: Iterable[str] = STAGE_EXTRAS) -> Iterator[Pin]:
+    """Yields Python and every pinned library of some extras, by default those that stages need."""
     with (REPO_ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
     yield Pin("python", project["requires-python"], sys.version.split()[0])
-    for extra in STAGE_EXTRAS:
+    for extra in extras:
         for requirement in map(Requirement, project["optional-dependencies"][extra]):
             if requirement.name != project["name"]:
                 name = requirement.name

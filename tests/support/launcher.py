@@ -42,6 +42,19 @@ def run_recipe(*overrides: str, cwd: Path, timeout: float = 600) -> CommandResul
     return CommandResult(done.returncode, done.stdout + done.stderr)
 
 
+def run_on_login_node(python: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Runs the launcher with the interpreter of ``launcher_python`` and none of our packages."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [python, LAUNCHER, *words],
+        cwd=cwd,
+        env={**env, "COLUMNS": "160", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def fork_launcher(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs the launcher forked after its imports, in half the time, and with ``large_disks``."""
     environment = {**os.environ, "COLUMNS": "200", **env}

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from launch import doctor
 from recipes.core import versions
-from recipes.core.versions import Pin
+from recipes.core.versions import RESULT_LIBRARIES, Pin
 from recipes.planning.rules import RULES
 from tests.support.launcher import write_program
 
@@ -68,6 +68,17 @@ def test_a_wrong_or_missing_library_makes_recipes_impossible(
     status, text = run_doctor()
     assert status == 1
     assert "cannot run here: fix omegaconf ==2.3.0, megatron-core ==0.15.3" in text
+
+
+def test_a_launcher_that_lacks_a_library_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = (*RESULT_LIBRARIES, "omegaconf")
+    for module in (versions, doctor):
+        monkeypatch.setattr(
+            module, "installed", lambda name: None if name in absent else version(name)
+        )
+    status, text = run_doctor()
+    assert status == 1
+    assert "the launcher cannot run here: fix omegaconf ==2.3.0\n" in text
 
 
 @pytest.mark.parametrize(
