@@ -130,7 +130,7 @@ def sha256_of(path: Path) -> str:
 def sha256_of_each(paths: Sequence[Path]) -> list[str]:
     """Returns the SHA-256 of each file. Threads share the work, since hashing releases the GIL.
 
-    A file with several links, such as tokens that several parts share, is read once.
+    A file with several links, such as tokens that several splits share, is read once.
     """
     files = [path.resolve() for path in paths]
     different = list(dict.fromkeys(files))

@@ -2,7 +2,7 @@
 
 It covers the settings without resources, the fingerprints of the inputs, files from outside the
 run, the versions of five libraries, and the code of the worker, of the stage's module and of all
-first-party modules that these import.
+modules of this repository that these import.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def result_settings(config: Any) -> dict[str, object]:
 def external_stamp(path: Path) -> dict[str, object]:
     """Returns hashes of the small files in a folder, and size and modification time of large ones.
 
-    To hash 140 GB of weights for every plan would take minutes.
+    Hashing 140 GB of weights for every plan would take minutes.
 
     Args:
         path: A file or folder from outside the run.

@@ -1,4 +1,4 @@
-"""A process that imports the libraries once, so that each stage forks at once instead of in 10 s.
+"""Server that imports the libraries once and forks stages, to save each of them 10 s of imports.
 
 multiprocessing's forkserver cannot replace it: it imports the caller's ``__main__`` into every
 child, its children inherit its own environment, and they outlive it.
@@ -45,7 +45,7 @@ def fork_server(
 ) -> Iterator[socket.socket]:
     """Starts a server and yields the socket to it, without waiting for its imports.
 
-    The server and its child end when the block ends, or this process.
+    The server and its child end when the block or this process ends.
 
     Args:
         modules: Modules to import.

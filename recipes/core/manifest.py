@@ -1,7 +1,7 @@
 """Manifest of a complete stage: its settings, inputs, files and result.
 
-It is written last, by an atomic rename. Without a manifest a stage is not complete. Torch-free, so
-that a login node can read and check a run.
+It is written last, by an atomic rename. Without a manifest a stage is not complete. This module
+does not import torch, so a login node can read and check a run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ResultT = TypeVar("ResultT", bound="DataclassInstance")
 
 @dataclass(frozen=True)
 class FileStamp:
-    """Identity of an artifact's file; with an equal ``mtime_ns`` it need not be hashed again."""
+    """Identity of an artifact's file. With equal size and ``mtime_ns`` it is not hashed again."""
 
     size: int
     sha256: str
@@ -45,7 +45,7 @@ class Acceptance:
     """A user's decision to keep a stale result."""
 
     fingerprint: str
-    """Fingerprint that the stage had in the plan, where it differs from the result's."""
+    """Fingerprint of the stage in the plan, which differs from the result's."""
     reasons: list[str]
     """Why the result is stale."""
 
@@ -55,7 +55,7 @@ class Outcome:
     """What a stage's ``run`` returns about the artifact that it wrote."""
 
     result: DataclassInstance | None = None
-    """Its measurements, a dataclass; may be ``None`` on ranks other than 0."""
+    """The stage's result dataclass, with its metrics; may be ``None`` on ranks other than 0."""
     architecture: dict[str, Any] | None = None
     parameters: int | None = None
     tokenizer_sha256: str | None = None
@@ -68,7 +68,7 @@ class Outcome:
 
 @dataclass
 class Manifest:
-    """Record of a stage. While the stage runs, ``work/`` has one without files and result."""
+    """Record of a stage. Unfinished work has one without files and metrics, ``work/begun.json``."""
 
     stage: str
     kind: str
@@ -100,7 +100,7 @@ class Manifest:
     accepted: Acceptance | None = None
     """Why the user kept this result although it is stale."""
     kept: dict[str, list[str]] = field(default_factory=dict)
-    """Why results that this one depends on were stale, by stage. The user chose to keep them."""
+    """Stale results that this one depends on, which the user chose to keep: reasons by stage."""
 
     def result(self, of: type[ResultT]) -> ResultT:
         """Returns the stage's result.

@@ -1,6 +1,6 @@
 """State of a run and of its stages; only this module derives it from their files.
 
-CONTRIBUTING.md lists the files in "How data flows". Torch-free.
+CONTRIBUTING.md lists the files in "How data flows". Does not import torch.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Request:
     libraries: Mapping[str, str] = field(default_factory=dict)
     """Versions in the fingerprint."""
     kept: Mapping[str, list[str]] = field(default_factory=dict)
-    """Why results that the stage depends on are stale, by stage. The user chose to keep them."""
+    """Stale results that the stage depends on, which the user chose to keep: reasons by stage."""
     snapshot: str | None = None
     """Hash of the snapshot that the stage's process runs; ``None`` if another stage starts it."""
     git_sha: str | None = None
@@ -188,11 +188,11 @@ class StageState:
     result: Manifest | None
     """The last complete result, which may have another fingerprint."""
     begun: Manifest | None
-    """The start that wrote the unfinished work; ``None`` if there is none."""
+    """Record of the start that wrote the unfinished work; ``None`` if there is none."""
     error: str = ""
-    """Why it failed, hung or stopped."""
+    """Why the stage failed, hung or stopped."""
     leftover: bool = False
-    """Whether ``work/`` remains from the result because a kill prevented its deletion."""
+    """Whether ``work/`` is the work of the complete result, which a kill kept from deletion."""
 
     @property
     def started(self) -> bool:

@@ -1,7 +1,7 @@
-"""Copies of the first-party code in a run: the code that was fingerprinted is the code that runs.
+"""Copies of this repository's code in a run: the code that was fingerprinted is the code that runs.
 
 A launcher reads the code once and uses the same bytes for fingerprints and for the copy, so an edit
-in between changes nothing. Torch-free.
+in between has no effect. Does not import torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from recipes.core.files import REPO_ROOT
 CODE = "code"
 """Folder in a run directory with the snapshots, each in a folder named by its hash."""
 PACKAGES = ("recipes", "nemo_convert")
-"""First-party packages that stages import."""
+"""Packages of this repository that stages import."""
 LOCKS = ("requirements/stack.txt", "requirements/torch.txt")
 """Files outside the packages that stages read."""
 

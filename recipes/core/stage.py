@@ -33,16 +33,17 @@ class Resources:
     devices: Count = 1
     """Processes per node: one per GPU, or gloo ranks on a CPU."""
     env: Environment = field(default_factory=dict)
-    """Variables of its processes, besides the cluster's."""
+    """Environment variables of the stage, in addition to those of the cluster."""
     hang_timeout: Count | None = 7200
-    """Seconds without a record of progress after which a stage counts as hanging: it ends and says
-    what each rank was doing. ``null`` for no limit."""
+    """Seconds without progress after which a stage ends and says what each rank was doing.
+    ``null``: no limit."""
     cpus_per_task: Count | None = None
     """CPUs on each node of a Slurm job, for all processes together; by default the cluster's."""
     time: Duration | None = None
     """Limit of one Slurm job, ``HH:MM:SS`` or ``D-HH:MM:SS``; by default the cluster's."""
     sbatch: list[SbatchOption] = field(default_factory=list)
-    """Options of its Slurm job after the cluster's, such as ``--partition=cpu``."""
+    """Further options of the stage's Slurm job, such as ``--partition=cpu``; they follow those of
+    the cluster."""
 
     @property
     def ranks(self) -> int:
@@ -55,11 +56,11 @@ class StageConfig:
     """Settings that every stage has."""
 
     stage: str = MISSING
-    """The module in ``recipes/stages`` that implements it."""
+    """The module in ``recipes/stages`` that implements the stage."""
     inputs: dict[str, str] = field(default_factory=dict)
     """For each input, a stage of this run or the directory of another run's stage."""
     resources: Resources = field(default_factory=Resources, metadata={"resource": True})
-    """Where it runs and on how many devices."""
+    """Where the stage runs and on how many devices."""
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ _FAILED_RANK = re.compile(
     r"time +: (?P<time>\d{4}-\d\d-\d\d_[\d:]{8})(?:.*\n)+?.*rank +: (?P<rank>\d+) "
     r"(?:.*\n)+?.*exitcode +: (?P<code>-?\d+)"
 )
+"""Matches an entry for a failed rank in torchrun's report."""
 RunningStage = AbstractContextManager[Callable[[], bool]]
 """Yields a function that tells whether the stage has ended; an error in the block stops it."""
 

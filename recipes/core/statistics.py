@@ -1,4 +1,4 @@
-"""Standard errors, paired differences and Pareto fronts. Torch-free."""
+"""Standard errors, paired differences and Pareto fronts, without torch."""
 
 from __future__ import annotations
 

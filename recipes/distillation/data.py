@@ -53,13 +53,13 @@ class TrainingSequences(Dataset):
     seed: int | None = None
     """Seed that shuffles every epoch; ``None`` keeps the order of the text."""
     document_end: int | None = None
-    """Id of the token that ends documents; the token after it is not predicted, see ``counted``."""
+    """Id of the token that ends documents; the token after it is masked (``prediction_mask``)."""
     loss_mask: np.ndarray | None = None
-    """Which tokens are predicted, see ``read_loss_mask``."""
+    """Which tokens count as targets, see ``read_loss_mask``."""
     attention_mask: Tensor | None = None
     """Mask that every sample gets; ``None`` omits it."""
     cache: TeacherCache | None = None
-    """Cached teacher; only its sequences are used."""
+    """Cached teacher; only the sequences in the cache are used."""
     numbers: list[int] | None = None
     """Numbers of the sequences to use, in this order; ``None`` for all."""
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -144,9 +144,9 @@ def _require_sequences(weights: Iterable[str], by_source: Iterable[np.ndarray]) 
 class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
     """NeMo's data module with ``TrainingSequences`` instead of Megatron's ``GPTDataset``.
 
-    Where ``GPTDataset`` cuts sequences depends on the seed and the number of steps; a cached
-    teacher needs fixed sequences. NeMo still splits samples over data-parallel ranks, and resumes
-    after the consumed samples.
+    The sequences of ``GPTDataset`` depend on the seed and the number of steps, but a cached teacher
+    needs fixed sequences. NeMo still splits samples over data-parallel ranks, and resumes after the
+    consumed samples.
     """
 
     def __init__(
@@ -197,8 +197,8 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
                 whole sequence.
         """
         batch = self.data_sampler.global_batch_size
-        # One batch more than training uses. A run that was killed after its last step resumes at
-        # the end of the data, where NeMo's sampler would fail.
+        # One batch more than training uses: a run that was killed after its last step resumes after
+        # all batches, and NeMo's sampler fails if there is no data left.
         samples = (self.trainer.max_steps + 1) * batch
         self._train_ds = self._sequences(
             "train",

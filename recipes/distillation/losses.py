@@ -61,7 +61,7 @@ class LogitsLoss:
     beta·KL(p ‖ m) + (1 - beta)·KL(q ‖ m), the generalised JSD of GKD (Agarwal et al.,
     arXiv:2306.13649)."""
     top_k: int | None = None
-    """Compares this many of the teacher's likeliest tokens one by one, all others as one."""
+    """Number of the teacher's likeliest tokens that stay outcomes; all others become one."""
 
 
 Divergence = tuple[Tensor, Callable[[], Tensor]]
@@ -137,9 +137,9 @@ def _sampled_forward_kl(
 ) -> Divergence:
     """Computes the forward KL from a teacher whose tail is represented by samples.
 
-    The samples replace p by an estimate p̂, which is exact for the top-k and gives each sample an
-    equal part of the tail's mass. E[p̂] = p, and -Σ p̂·log q and its gradient q - p̂ are linear in
-    p̂, so both are unbiased. The entropy of p is stored, not estimated. Sparse Logit Sampling
+    p is replaced by an estimate p̂, which is exact for the top-k and gives each sample an equal
+    fraction of the tail's mass. E[p̂] = p, and -Σ p̂·log q and its gradient q - p̂ are linear in p̂,
+    so both are unbiased. The entropy of p is stored, not estimated. Sparse Logit Sampling
     (arXiv:2503.16870) samples all tokens; with an exact top-k the variance is lower.
     """
     log_p, log_tail = teacher.log_probs.clamp(min=LOG_ZERO).split(

@@ -197,7 +197,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         return batch
 
     def forward_step(self, batch: dict[str, Any]) -> Tensor:
-        """Runs the model on a batch, after it has stored the batch's cached top-k for the loss."""
+        """Runs the model on a batch. Before, stores the batch's cached top-k for the loss."""
         cached = {
             n.removeprefix(TEACHER_PREFIX): t
             for n, t in batch.items()
@@ -313,7 +313,7 @@ def _forward_both(core: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     if core.training or core.runs_in_validation:
         for pair in core._layers_to_loss:
             for layer in pair:
-                layer._intermediate_output = None  # left by the student-only pass of validation
+                layer._intermediate_output = None  # from the student-only pass of a validation
         with torch.no_grad():
             core.teacher_model.eval()
             teacher_output = core.teacher_model(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Results of training and of caching a teacher. Losses are in nats. Torch-free."""
+"""Results of training and of caching a teacher, without torch. Losses are in nats."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from recipes.data.results import TrainedSource
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Result of a training stage. A term that its loss does not have is ``None``."""
+    """Result of a training stage. Terms that the loss does not have are ``None``."""
 
     final_loss: float
     final_kd: float | None
@@ -26,10 +26,10 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class KeptLayers:
-    """The field of a pruned or distilled model's result that says which layers were kept."""
+    """A result's layers, which pruned and distilled models have in common."""
 
     kept_layers: list[int] | None = None
-    """Numbers of these layers in the teacher, from 1; ``None`` if unknown."""
+    """For each layer, its number in the teacher, from 1; ``None`` if unknown."""
 
 
 @dataclass(frozen=True)

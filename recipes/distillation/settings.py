@@ -1,4 +1,4 @@
-"""Settings of the stages that train, or that cache a teacher's logits. Torch-free."""
+"""Settings of the stages that train, or that cache a teacher's logits. Does not import torch."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ class TrainingConfig(StageConfig):
     """Settings of a training stage. Lengths in tokens, batches in sequences."""
 
     seq_length: Count = 256
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     micro_batch_size: Count = field(default=4, metadata=RESOURCE)
-    """Sequences of one forward and backward pass on a rank. The loss is a mean over the tokens of
+    """Sequences in one forward and backward pass on a rank. The loss is a mean over the tokens of
     the global batch, so this changes memory and speed, not the result."""
     global_batch_size: Count = 4
-    """Sequences of a step, over all ranks."""
+    """Sequences per step, over all ranks."""
     max_steps: Count = 100
-    """Optimizer steps; the training sees max_steps · global_batch_size · seq_length tokens."""
+    """Optimizer steps. Training uses max_steps · global_batch_size · seq_length tokens."""
     warmup_steps: CountOrZero = 10
     """Steps of linear warm-up to ``lr``."""
     lr: Positive = 1e-4
@@ -71,8 +71,8 @@ class TrainingConfig(StageConfig):
     clip_grad: Positive = 1.0
     """Gradient clipping: the largest norm."""
     mask_document_ends: bool = True
-    """Masks the prediction of each document's first token from the document before it.
-    Conversations always mask it."""
+    """Excludes the first token of each document from the loss, because it cannot be predicted from
+    the document before it. In conversations it is always excluded."""
     precision: Precision = "bf16-mixed"
     """``bf16-mixed`` (float32 main weights in the optimizer) or ``32``."""
     grad_reduce_in_fp32: bool = True
@@ -88,22 +88,22 @@ class TrainingConfig(StageConfig):
     seed: Seed = 1234
     """Seed of the order of sequences."""
     weights: dict[str, Positive] = field(default_factory=dict)
-    """Fractions of the training tokens by source, relative to their sum; by default the ``#weight``
-    of each source of ``prepare_data``. Without any, all text is one source."""
+    """Weights of the sources in the training tokens; by default the ``#weight`` of each source of
+    ``prepare_data``. Without weights, longer sources count more."""
     tensor_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
     """Ranks that share each layer (TP)."""
     pipeline_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
-    """Ranks that the layers are split over (PP)."""
+    """Ranks over which the layers are split (PP)."""
     sequence_parallel: bool = field(default=False, metadata=RESOURCE)
     """Splits activations between tensor-parallel regions along the sequence; no effect at TP=1."""
     context_parallel_size: Count = field(default=1, metadata=RESOURCE)
-    """Splits each sequence over ranks, in attention too (CP); needs TransformerEngine, hence
-    GPUs."""
+    """Ranks over which each sequence is split, also in attention (CP). More than 1 needs
+    TransformerEngine, so it needs GPUs."""
     expert_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
-    """Splits the experts of an MoE over the data-parallel ranks (EP)."""
+    """Data-parallel ranks over which the experts of an MoE are split (EP)."""
     num_distributed_optimizer_instances: Count = field(default=1, metadata=RESOURCE)
-    """Copies of the optimizer's state, for example one per node: weights are then gathered within a
-    node, and only gradient shards are reduced between nodes."""
+    """Copies of the optimizer's state. With one copy per node, weights are gathered within a node,
+    and only gradient shards are reduced between nodes."""
     recompute_granularity: RecomputeGranularity = field(default="none", metadata=RESOURCE)
     """Recomputes activations in the backward pass: ``none``, ``selective`` (those of
     ``recompute_modules``) or ``full`` (stores only each layer's input)."""
@@ -122,15 +122,15 @@ class TrainingConfig(StageConfig):
     keep_checkpoints: Count = 2
     """Number of checkpoints on disk; older ones are deleted."""
     compile: bool | None = field(default=None, metadata=RESOURCE)
-    """Compiles elementwise operations: of layers that are not TransformerEngine's, and of the loss
-    without tensor parallelism. Compilation takes up to a minute once; on a CPU it needs a C++
-    compiler. Default: ``true`` if training runs on this machine's CPU, has 100 steps or more, and
-    there is a compiler."""
+    """Compiles elementwise operations of the loss (at TP=1), and of layers that are not
+    TransformerEngine's. Compilation takes up to a minute once; on a CPU it needs a C++ compiler.
+    Default: ``true`` if training runs on this machine's CPU, has 100 steps or more, and there is a
+    compiler."""
     cpu_speed_patches: list[SpeedPatch] = field(
         default_factory=lambda: list(SPEED_PATCH_NAMES), metadata=RESOURCE
     )
-    """Functions of Megatron that faster ones replace on a CPU (``recipes/backend/cpu_speed.py``).
-    Results change only by rounding; on CUDA nothing changes. ``[]`` replaces none."""
+    """Patches of Megatron that make a CPU faster (``recipes/backend/cpu_speed.py``). They change
+    results only by rounding, and have no effect on CUDA. ``[]`` uses none."""
     profile_steps: list[Count] = field(default_factory=list, metadata=RESOURCE)
     """``[first, last]`` step of a profiler trace in ``<stage>/profile/``, counted from 1."""
 
@@ -162,15 +162,16 @@ class CacheLogitsConfig(StageConfig):
     top_k: Count = 64
     """Number of likeliest tokens that are stored with their probabilities."""
     tail_draws: CountOrZero = 0
-    """Number of samples of all other tokens. With samples, losses and gradients of ``forward_kl``
-    are unbiased estimates of those over the whole vocabulary. With 0 the other tokens count as one
-    outcome."""
+    """Number of samples of the other tokens. With samples, losses and gradients of ``forward_kl``
+    are unbiased estimates of those over the whole vocabulary. With 0, all other tokens together
+    count as one class."""
     temperature: Temperature = 1.0
     """Temperature of the stored distribution; must equal that of ``distill``."""
     seq_length: Count = 256
     """Tokens of a sequence; must equal that of ``distill``."""
     num_sequences: Count | None = None
-    """Number of sequences: those that training with this ``seed`` reads first. Default: all."""
+    """Number of sequences, in the order in which training with this ``seed`` reads them. Default:
+    all."""
     seed: Seed = 1234
     """Seed of the order of sequences; must equal that of ``distill``."""
     weights: dict[str, Positive] = field(default_factory=dict)
@@ -206,8 +207,8 @@ CACHE_KIND = "logit_cache"
 LOGITS_LOSSES = ("forward_kl", "reverse_kl", "jsd")
 """Names of the KD losses; ``losses.DIVERGENCES`` has their functions."""
 TAIL_DRAWS_LOSS = "forward_kl"
-"""The only KD loss for a teacher cached with ``tail_draws``. Its estimate from samples is unbiased,
-because it is linear in the sampled probabilities."""
+"""The only KD loss that works with ``tail_draws``. It is linear in the sampled probabilities, so
+its estimate from samples is unbiased."""
 HIDDEN_LOSSES = ("cosine", "mse")
 """Names of the losses on hidden states; ``objective.DISTANCES`` has their functions."""
 LOSS_BALANCERS = ("fixed", "dynamic")
@@ -226,26 +227,26 @@ class DistillConfig(TrainingConfig):
     jsd_beta: Fraction = 0.5
     """The teacher's weight in the mean distribution of ``jsd``, between 0 and 1."""
     top_k: Count | None = None
-    """Compares this many of the teacher's likeliest tokens one by one, and all others as one.
-    Default: the whole vocabulary, or the ``top_k`` of a cached teacher."""
+    """Number of the teacher's likeliest tokens that stay separate classes in the KD loss; all
+    others become one class. Default: the whole vocabulary, or the ``top_k`` of a cached teacher."""
     hidden_weight: Weight = 0.0
     """Weight of the loss on hidden states; 0 omits it."""
     hidden_loss: Annotated[str, one_of(*HIDDEN_LOSSES)] = "cosine"
     """``cosine`` or ``mse``."""
     intermediate_layer_pairs: list[list[Count]] = field(default_factory=list)
-    """``[student layer, teacher layer]`` pairs, counted from 1. Default: each kept layer with its
-    original, if both are on the last pipeline stage."""
+    """``[student layer, teacher layer]`` pairs, counted from 1. Default: each layer of the student
+    with the teacher's layer that it comes from, if both are on the last pipeline stage."""
     lm_weight: Weight = 0.0
     """Weight of the next-token (LM) loss; 0 omits it."""
     loss_balancer: Annotated[str, one_of(*LOSS_BALANCERS)] = "fixed"
-    """``fixed`` weights, or ``dynamic``: terms are first scaled to equal size, by their means of
-    the step before."""
+    """``fixed`` weights, or ``dynamic``: terms are first scaled to equal size, by their means in
+    the previous step."""
     stop_at_recovered: Fraction | None = None
-    """Stops the training at the first validation that has recovered this fraction of the KL added
-    by pruning. The teacher then also runs in validation, and there is one validation before the
-    first step. The learning rate schedule stays that of ``max_steps``."""
+    """Stops training at the first validation that shows that this fraction of the KL added by
+    pruning is recovered. The teacher then also runs in validation, and there is one validation
+    before the first step. The learning rate schedule remains that of ``max_steps``."""
     student_steps: list[Count] = field(default_factory=list)
-    """Steps after which the student is saved too, in ``artifact/steps/STEP.nemo``. Benchmarks
+    """Steps after which the student is also saved, in ``artifact/steps/STEP.nemo``. Benchmarks
     evaluate each of these students, and the report plots their scores."""
 
 

@@ -1,4 +1,4 @@
-"""Functions that all training stages share: checks, the planned workload, results. Torch-free."""
+"""Functions that all training stages share: checks, the planned workload, results; no torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 Config = TypeVar("Config", bound=TrainingConfig)
 Weighted = TypeVar("Weighted", bound=TrainingConfig | CacheLogitsConfig)
 COMPILED_STEPS = 100
-"""Training of at least this many steps is compiled by default: about where it saves time."""
+"""Training with this many steps or more is compiled by default; for fewer, it saves no time."""
 CHECKPOINTS = "checkpoints"
 """Directory in a stage's work that holds the checkpoints it can resume from."""
 VALIDATE = "validate"
@@ -50,7 +50,7 @@ def with_weights(cfg: Weighted, chain: Chain, data: str) -> Weighted:
 
 
 def resolve_from_chain(cfg: Config, chain: Chain) -> Config:
-    """Sets ``weights`` and ``compile`` to their defaults, which depend on other stages and here."""
+    """Sets the defaults of ``weights`` and ``compile``, which depend on data and machine."""
     cfg = with_weights(cfg, chain, cfg.inputs.get("data", ""))
     if cfg.compile is not None:
         return cfg
@@ -215,7 +215,7 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 
 
 def steps_of_checkpoint(checkpoint: Path) -> int:
-    """Returns how many steps a checkpoint has; ``step=N`` and ``step=N-last`` count from 0."""
+    """Returns the number of steps before a checkpoint. N in ``step=N`` counts from 0."""
     return int(checkpoint.name.rpartition("=")[2].split("-")[0]) + 1
 
 

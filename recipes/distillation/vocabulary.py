@@ -19,7 +19,7 @@ from recipes.core.errors import RecipeError
 from recipes.planning.transformer import LOSS_CHUNK_BYTES
 
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": LOSS_CHUNK_BYTES}
-"""Bytes of one float32 buffer of a chunk: about a CPU's cache; on a GPU, what plans assume."""
+"""Bytes of one float32 buffer of a chunk. On a CPU about its cache; on a GPU as in plans."""
 LOG_ZERO = -1e30
 """Replaces log 0 where it is multiplied by 0, because -inf·0 is NaN."""
 
