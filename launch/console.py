@@ -159,7 +159,7 @@ def _served(manifest: Manifest) -> str:
 
 
 def _planned_cost(manifest: Manifest) -> str:
-    cost = manifest.result(PlanResult).figures
+    cost = manifest.result(PlanResult).summary
     return f"{cost['device-hours']:,} device-hours on {cost['hardware']}, ${cost['dollars']:,}"
 
 
@@ -192,7 +192,7 @@ HEADLINES: Mapping[str, Callable[[Manifest], str]] = {
     "task_results": _mean_score,
     "served_results": _served,
     "plan": _planned_cost,
-    "shapes": lambda m: f"{m.result(PlanResult).figures['shapes']} shapes",
+    "shapes": lambda m: f"{m.result(PlanResult).summary['shapes']} shapes",
     "latency_model": _latency,
     "search_results": _best_candidate,
     "engine": lambda m: "{0.backend} {0.precision}".format(m.result(EngineResult)),
@@ -205,9 +205,8 @@ HEADLINES: Mapping[str, Callable[[Manifest], str]] = {
 def require_gates(plan: Plan, console: Console) -> None:
     """Shows the measured value of each gate; raises ``RecipeError`` if a gate failed.
 
-    Gates are judged after the run, not by a stage. All results stay, and the same command with
-    another threshold runs no stage again. A gate whose stage is incomplete or not in ``only`` is
-    not judged.
+    Gates are checked after the run, not by a stage. So all results are kept, and a changed
+    threshold runs no stage again. A gate is skipped if its stage is incomplete or not in ``only``.
     """
     if not plan.gates:
         return
@@ -221,7 +220,7 @@ def require_gates(plan: Plan, console: Console) -> None:
     judged = [verdict.gate for verdict in verdicts]
     for gate in plan.gates:
         if gate not in judged:
-            table.add_row(str(gate), "not measured in this run", "not judged")
+            table.add_row(str(gate), "not measured in this run", "not checked")
     console.print(table)
     if failed := [verdict for verdict in verdicts if not verdict.passed]:
         raise RecipeError(

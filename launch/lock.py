@@ -16,7 +16,7 @@ from recipes.core.errors import RecipeError
 
 LOCK = ".lock"
 WAIT_SECONDS = 0.5
-"""How long to wait for the lock. ``read_holder`` holds it for a moment to see if it is free."""
+"""Time to wait for the lock, because ``read_holder`` holds it for a moment to test it."""
 SetStage = Callable[[str | None], None]
 """Records in the lock which stage runs, for ``status``."""
 

@@ -70,7 +70,7 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     chain = _with_costs(chain)
     if not any(note.rule.severity == ERROR for note in notes):  # estimates need valid settings
         notes += require_none(_limit_problems(chain, selected), settings.skip_rules)
-    # ``chain.stages`` is ``configs``: all stages must see the others as they were configured.
+    # ``chain.stages`` keeps the configured settings, so no stage sees another's resolved ones.
     configs |= {n: stage_of(c).resolve_from_chain(c, chain) for n, c in configs.items()}
     needed = {*selected, *(s for name in selected for s in configs[name].inputs.values())}
     planned: dict[str, PlannedStage] = {}

@@ -25,7 +25,7 @@ from recipes.stages.contract import Stage
 
 RUN, RESUME, SKIP = "run", "resume", "skip"
 ADOPT = "adopt"
-"""The stage is left to a Slurm job of an earlier command, which runs it now or will."""
+"""A Slurm job that an earlier command submitted runs the stage, now or later."""
 REASON_CHARACTERS = 80
 """A reason with more characters shows only the setting's name, without its values."""
 
@@ -46,11 +46,11 @@ class PlannedStage:
     reason: str
     chain: Chain = field(repr=False, compare=False)
     rerun: tuple[str, ...] = ()
-    """Those of its input stages that will run in this plan."""
+    """Input stages that will run in this plan."""
     accepted: Acceptance | None = None
-    """Why its stale result is kept."""
+    """The user's decision to keep the stage's stale result."""
     kept: Mapping[str, list[str]] = field(default_factory=dict)
-    """Why stale results are kept, by stage: its own and those that it depends on."""
+    """Stale results that the user keeps, of this stage and of those it depends on: reasons."""
 
     @property
     def stage(self) -> Stage[Any]:

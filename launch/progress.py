@@ -21,7 +21,7 @@ from recipes.planning.results import PlanResult
 SPEED_RECORDS = 50
 """Number of records over which the speed is measured."""
 OVERHEAD_SECONDS = 10.0
-"""Assumed time of a stage for imports and files, in addition to its planned arithmetic."""
+"""Assumed time of a stage for imports and files, in addition to its planned time."""
 LINE_SECONDS = 15.0
 """Time between lines of progress where there is no terminal."""
 SHOWN = ("loss", "val_loss", "val_kd", "tokens_per_second")

@@ -196,7 +196,7 @@ def _table(results: Results, chain: Chain) -> Table:
 
 
 def peak_by_kind(result: RehearsalResult, plan: Memory | None) -> dict[str, int]:
-    """Returns the bytes at the peak, by the kinds of tensors that a plan distinguishes."""
+    """Returns the bytes at the peak, by the types of tensors that a plan distinguishes."""
     peak = {kind: result.peak.get(kind, 0) for kind in KINDS}
     if plan and plan.teacher and not plan.weights:
         # A plan counts a model that is not trained as the teacher.

@@ -30,16 +30,16 @@ Turns a Hugging Face LLM into a smaller, faster one and proves that it kept its 
 usage: python launch/run.py recipe=NAME [model=NAME | model.hf_path=DIR_OR_HUB_ID] [FIELD=VALUE ...]
 
   recipe=llama_width_prune                 run or resume the recipe in runs/llama_width_prune
-  run_dir=DIR                              keep the run elsewhere
+  run_dir=DIR                              run or resume in this directory
   stages.prune.target_ffn_hidden_size=N    set any field (--cfg job shows them all)
   'only=[prune]'                           run only these stages
-  'force=[distill]'                        run a stage again, and what follows
+  'force=[distill]'                        run a stage and all later stages again
   'accept=[distill]'                       keep a result although code or settings changed
   dry_run=true                             write configs and scripts, start nothing
   rehearse=true                            check shapes and memory at full size without a GPU
-  'skip_rules=[memory]'                    run although a rule says no
-  -m stages.prune.target_num_layers=20,24  sweep
-  cluster=docker | slurm                   run elsewhere
+  'skip_rules=[memory]'                    run although this rule finds an error
+  -m stages.prune.target_num_layers=20,24  one run for each value
+  cluster=docker | slurm                   run in containers, or as Slurm jobs
 
   status, cancel or logs run_dir=DIR       about one run
   compare RUN1 RUN2 (or a sweep)           runs side by side
@@ -97,7 +97,7 @@ def help_text() -> str:
 
 
 def hydra_words(words: Iterable[str]) -> list[str]:
-    """Translates a command line to Hydra's syntax; refuses values that no choice can be named."""
+    """Translates a command line to Hydra's syntax; refuses values that cannot name a choice."""
     # Hydra's parser stops at overrides on both sides of a flag: `recipe=R -m x=1,2`.
     ordered = sorted(words, key=lambda word: word not in ("-m", "--multirun"))
     return [_hydra_word(word) for word in ordered]

@@ -15,7 +15,7 @@ HF_NAMES = {
 }
 """Megatron's name of each size that pruning may change, and its key in ``config.json``."""
 HF_EXPERT_NAMES = {"num_moe_experts": "num_experts", "moe_ffn_hidden_size": "moe_intermediate_size"}
-"""The same for sizes that only a MoE has."""
+"""The same for sizes that only an MoE has."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Architecture:
     moe_router_topk: int = 0
     """Experts per token."""
     moe_ffn_hidden_size: int = 0
-    """Width of one expert. No weight of a MoE has the size ``ffn_hidden_size``."""
+    """Width of one expert. In an MoE, no weight has the size ``ffn_hidden_size``."""
     moe_shared_expert_intermediate_size: int = 0
     """Width of the expert that every token uses; 0 without one."""
     qkv_bias: bool = False
@@ -58,7 +58,7 @@ class Architecture:
         return self.num_layers * layer + vocabulary + self.hidden_size
 
     def active_weights(self) -> int:
-        """Counts the weights that one token is multiplied by; of a MoE, only its top-k experts."""
+        """Counts the weights in one token's matrix multiplications; in an MoE, of its experts."""
         layer = self._layer_matrices(self.moe_router_topk)
         return self.num_layers * layer + self.vocab_size * self.hidden_size
 

@@ -10,7 +10,7 @@ def pipeline_split(num_layers: int, stages: int) -> list[int]:
     between, which are all equal (``num_layers_in_first_pipeline_stage`` and
     ``num_layers_in_last_pipeline_stage`` in ``megatron/core/transformer/transformer_block.py``).
     The last stage also computes the head and the loss, so it gets the fewest layers. The first
-    stage takes what remains.
+    stage takes the remainder.
 
     Raises:
         ValueError: There are fewer layers than stages.

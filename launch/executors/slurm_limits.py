@@ -214,7 +214,7 @@ def _limit_problems(job: Job, partition: Partition) -> Iterator[Problem]:
 
 
 def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
-    """Compares a job's memory on a node with the model that it reads, and what a save takes."""
+    """Compares a job's memory on a node with the size of the model and the memory for a save."""
     workload = job.stage.workload
     if not (job.stage.needs_gpu or workload):
         return

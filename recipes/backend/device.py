@@ -1,6 +1,6 @@
 """The device that models run on, and the selection of a rank's own GPU and cores.
 
-Code that depends on the device asks ``device``. All other code is the same on a CPU and on GPUs.
+Code that depends on the device calls ``device()``. All other code is the same on CPU and GPU.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def select_gpu() -> torch.device | None:
 
 
 def bind_to_near_cores(pci_device: Path, ranks: int) -> None:
-    """Moves this process to the cores near a device, unless that leaves it too few.
+    """Binds this process to the cores near a device, if there are enough of them.
 
     Args:
-        pci_device: The device's folder in ``/sys``. If it lists no cores, the process stays.
-        ranks: Number of processes that share the cores this process may use. Each must have at
-            least one ``ranks``-th of them.
+        pci_device: The device's folder in ``/sys``. If it lists no cores, nothing is changed.
+        ranks: Number of processes that share this process's cores. There are enough near cores if
+            they are at least one ``ranks``-th of all.
     """
     try:
         cpu_list = (pci_device / "local_cpulist").read_text(encoding="ascii").strip()

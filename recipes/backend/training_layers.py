@@ -22,8 +22,8 @@ from recipes.core.compiled import compilable
 from recipes.core.precision import float32_matmul_of
 
 LONGEST_BLOCKWISE = 1024
-"""Longest sequence, in tokens, for the blockwise backward pass. It stores a block's scores, which
-grow with the length; PyTorch's kernel stores none."""
+"""Longest sequence, in tokens, for the blockwise backward pass. That stores the scores of a block,
+which grow with the sequence; PyTorch's kernel stores no scores."""
 BLOCKWISE_BACKWARD = False
 """Whether attention is ``attend_in_blocks``. A patch of ``cpu_speed`` sets it."""
 
@@ -73,7 +73,7 @@ class RMSNorm(nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # With sequence parallelism, each rank has a section of the sequence. Megatron sums the
+        # With sequence parallelism, each rank has a shard of the sequence. Megatron sums the
         # gradients of a weight over these ranks if the weight has this attribute.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self._eps = eps

@@ -5,8 +5,8 @@ processes a question with four choices four times. ``PackedLM`` processes it onc
 its choices. It packs several questions into one sequence, with an attention mask between them, and
 processes the examples that precede all questions once. The log-likelihoods are the same.
 
-Ranks split the packs. lm-eval itself is not told of the ranks: it would draw other examples for a
-question on another number of ranks, and fail where a rank has no item of a subject.
+Ranks split the packs. lm-eval itself runs as if on one rank: on several it would draw different
+examples for a question, and fail on a rank that has no item of a subject.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Caches models' answers to benchmarks, so that a model that ten runs evaluate answers once.
+"""Caches models' answers to benchmarks: a model that several runs evaluate is run only once.
 
 The cache is a folder beside the downloads. It has a file for each model and benchmark, with its key
 and a hash of its items.

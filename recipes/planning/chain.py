@@ -55,16 +55,14 @@ class Chain:
     max_requeues: int | None = None
     """How often a job that reached its limit is started again; ``None`` for any number."""
     from_published_config: bool = False
-    """Whether the teacher's shape is the bundled one, because config.json cannot be read."""
+    """Whether the teacher's shape comes from ``CONFIGS``, because config.json cannot be read."""
     shapes: Mapping[str, Sequence[Architecture]] = field(default_factory=dict)
-    """By stage, the shapes that its model may have, the largest first. Empty for a search that
-    measures before it lists them."""
+    """Shapes that a stage's model may have, by stage, the largest first. Empty for a search that
+    must measure latency before it can list shapes."""
     workloads: Mapping[str, Workload] = field(default_factory=dict)
-    """By stage, each training and each teacher's pass over a text. Empty until all checks have
-    passed."""
+    """Trainings, and teachers' passes over a text, by stage. Empty until all checks have passed."""
     inference_costs: Mapping[str, InferenceCost] = field(default_factory=dict)
-    """By stage, the cost of each other stage that runs models. Empty until all checks have
-    passed."""
+    """Costs of the other stages that run models, by stage. Empty until all checks have passed."""
 
     def image_of(self, module: str, tensorrt_llm: bool) -> str | None:
         """Returns the image that a stage runs in; ``None`` outside of containers.

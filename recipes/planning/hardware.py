@@ -58,8 +58,8 @@ class Hardware:
     bytes_per_second: Rate = 3.3e10
     """Memory bandwidth. For ``cpu``, that of a copy, where each byte counts as read and written."""
     bandwidth_fraction: Annotated[float, between(0.01, 10)] | None = 1.4
-    """Fraction of that bandwidth that operations between GEMMs reach; above 1, because caches hold
-    part of their data. ``null`` if ``utilisation`` includes these operations."""
+    """Fraction of ``bytes_per_second`` that operations between GEMMs reach; above 1, because caches
+    hold some of their data. ``null`` if ``utilisation`` includes these operations."""
     link_bytes_per_second: Rate = 1.0e10
     """Bandwidth between devices of a node, in each direction."""
     network_bytes_per_second: Rate = 1.0e9
@@ -73,8 +73,8 @@ class Hardware:
     inference_precision: Precision = "32"
     """The default precision of all stages that compare models."""
     cuda_device_max_connections: Count | None = None
-    """The variable of that name, under tensor or context parallelism: 1 before Blackwell, where it
-    hides communication, and 32 from Blackwell on, as in NeMo."""
+    """Value of ``CUDA_DEVICE_MAX_CONNECTIONS`` under tensor or context parallelism: 1 before
+    Blackwell, to overlap communication, and 32 from Blackwell on, as in NeMo."""
     reserved_bytes: PositiveOrZero = 0.75e9
     """Memory of a process without a model: libraries, CUDA context, NCCL buffers."""
 

@@ -57,9 +57,9 @@ class InferenceCost:
     """Cost of a stage that does not train."""
 
     memory: Memory
-    """Memory of the fullest rank."""
+    """Memory of the rank that needs most."""
     compute: Compute
-    """Work of all ranks together: the ranks of a pipeline compute one after the other."""
+    """FLOPs and memory traffic of all ranks together; ranks of a pipeline compute in turn."""
     bf16: bool
     """Whether models compute in bfloat16; else in float32."""
     generated_bytes: float = 0
@@ -92,7 +92,7 @@ class Sequences:
         return int(min(self.micro_batch_size, self.number)) * self.seq_length
 
     def compute(self, arch: Architecture, bf16: bool) -> Compute:
-        """Returns the work of a model's forward passes over all sequences."""
+        """Returns FLOPs and memory traffic of a model's forward passes over all sequences."""
         token = pass_compute(arch, self.seq_length, 2 if bf16 else 4)
         token += Compute(
             gemm_flops=(self.scored_fraction - 1) * head_flops(arch),

@@ -1,4 +1,4 @@
-"""Result of a plan: figures, and tables for a terminal and for the report."""
+"""Result of a plan: a summary, and tables for a terminal and for the report."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Table:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """Figures by name, and tables."""
+    """Summary by name, such as ``device-hours``, and tables."""
 
-    figures: dict[str, Cell]
+    summary: dict[str, Cell]
     tables: list[Table]
     tokens_per_second: dict[str, float] = field(default_factory=dict)
     """Speed of each training, by stage."""

@@ -165,7 +165,7 @@ TENSOR_PARALLEL = Rule(
 PIPELINE_PARALLEL = Rule(
     "pipeline-parallel", "every stage holds at least one layer", f"{_BRIDGE}#1727"
 )
-SEQUENCE_PARALLEL = Rule("sequence-parallel", "every rank holds an equal part of a sequence")
+SEQUENCE_PARALLEL = Rule("sequence-parallel", "every rank holds an equal shard of a sequence")
 CONTEXT_PARALLEL = Rule(
     "context-parallel", "each rank holds two chunks of a sequence, and needs TransformerEngine"
 )

@@ -95,7 +95,7 @@ def training_cost(job: Workload, hardware: Hardware) -> TrainingCost:
 
 
 def peak_memory(job: Workload, hardware: Hardware) -> Memory:
-    """Returns the memory of the fullest rank of all pipeline stages."""
+    """Returns the memory of the rank that needs most, over all pipeline stages."""
     return largest(*(stage_memory(job, hardware, s) for s in range(job.layout.pipeline)))
 
 
@@ -141,7 +141,7 @@ def _gradient_bytes(job: Workload, hardware: Hardware) -> int:
 
 
 def _passes(job: Workload, backward: int = 1) -> list[tuple[Architecture, int]]:
-    """Returns each model and a token's passes through it; a backward one counts ``backward`` times.
+    """Returns each model with its passes per token; a backward pass counts ``backward`` times.
 
     FLOPs need ``backward=BACKWARD_PASSES``; a backward pass communicates as much as a forward one.
     """
@@ -151,7 +151,7 @@ def _passes(job: Workload, backward: int = 1) -> list[tuple[Architecture, int]]:
 
 
 def token_compute(job: Workload) -> Compute:
-    """Returns the work per token: both models' passes, recomputation, and the loss."""
+    """Returns FLOPs and traffic per token: both models' passes, recomputation, and the loss."""
     size, models = job.dtype_bytes, _passes(job, BACKWARD_PASSES)
     total = Compute()
     for arch, passes in models:
@@ -225,7 +225,7 @@ def _update_seconds(job: Workload, hardware: Hardware) -> tuple[float, float]:
     if job.trained is None:
         return 0.0, 0.0
     layout = job.layout
-    parameters = _largest_part(job)
+    parameters = _largest_shard(job)
     shards, copies = layout.optimizer_shards, layout.optimizer_instances
     link, network = hardware.link_bytes_per_second, hardware.network_bytes_per_second
     across = link if layout.nodes == 1 else network
@@ -261,16 +261,16 @@ def gathering_bytes(job: Workload) -> float:
     """Returns the bytes of host memory that each rank takes to save a checkpoint.
 
     A checkpoint can be resumed in another layout. So Megatron gathers the optimizer's state of a
-    rank's part of the model (``fully_reshardable``) from all data-parallel ranks, on each of them.
+    rank's shard of the model (``fully_reshardable``) from all data-parallel ranks, on each of them.
     """
-    return STATE_BYTES * _largest_part(job) if job.trained is not None else 0.0
+    return STATE_BYTES * _largest_shard(job) if job.trained is not None else 0.0
 
 
 def gathering_seconds(job: Workload, hardware: Hardware) -> float:
-    """Returns the seconds for which a training stands still to save a checkpoint.
+    """Returns the seconds for which a training pauses to save a checkpoint.
 
-    The state passes the network once, and the host's memory several times. Writing it to storage is
-    asynchronous.
+    The state is sent over the network once, and copied in the host's memory several times. Writing
+    it to storage is asynchronous.
     """
     size = gathering_bytes(job)
     shards, layout = job.layout.optimizer_shards, job.layout
@@ -280,8 +280,8 @@ def gathering_seconds(job: Workload, hardware: Hardware) -> float:
     return size * (shards - 1) / shards / across + size / HOST_BYTES_PER_SECOND
 
 
-def _largest_part(job: Workload) -> float:
-    """Returns the parameters of the fullest rank."""
+def _largest_shard(job: Workload) -> float:
+    """Returns the parameters of the rank that has most."""
     trained, layout = job.trained, job.layout
     assert trained is not None
     return max(sum(rank_parameters(trained, layout, stage)) for stage in range(layout.pipeline))

@@ -35,7 +35,7 @@ TWO_MODEL_BUFFERS, ONE_MODEL_BUFFERS = 3, 2
 
 @dataclass(frozen=True)
 class Compute:
-    """Work of a device, for one token or summed over tokens."""
+    """FLOPs and memory traffic of a device, for one token or summed over tokens."""
 
     gemm_flops: float = 0
     """FLOPs of linear layers."""
@@ -64,7 +64,7 @@ class Compute:
 
 
 def pass_compute(arch: Architecture, seq_length: int, dtype_bytes: int, passes: int = 1) -> Compute:
-    """Returns the work of one token in a model's forward and backward passes.
+    """Returns FLOPs and memory traffic of one token in a model's forward and backward passes.
 
     Args:
         arch: The model.
@@ -100,7 +100,7 @@ def head_flops(arch: Architecture) -> int:
 
 
 def feed_forward_recompute(arch: Architecture, dtype_bytes: int) -> Compute:
-    """Returns the work to recompute a token's feed-forward activations in all layers."""
+    """Returns the cost of recomputing a token's feed-forward activations in all layers."""
     width = arch.num_layers * feed_forward_width(arch)
     return Compute(gemm_flops=6 * arch.hidden_size * width, bytes=5 * dtype_bytes * width)
 
@@ -201,7 +201,7 @@ def update_bytes(micro_batches: int, dtype_bytes: int) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest rank."""
+    """Bytes on the rank that needs most, by use."""
 
     weights: float = 0
     gradients: float = 0

@@ -1,1 +1,1 @@
-"""Importance of a model's parts, and their pruning."""
+"""Importance scores of layers, channels, heads and experts; pruning; reconstruction."""

@@ -49,8 +49,8 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "up_proj.weight": (FFN, HIDDEN),
     "down_proj.weight": (HIDDEN, FFN),
 }
-"""Axis of each dimension of a Hugging Face weight, by the end of its name. In an expert,
-``ffn_hidden_size`` represents ``moe_ffn_hidden_size``."""
+"""Axis of each dimension of a Hugging Face weight, by the end of the weight's name. In an expert,
+``ffn_hidden_size`` means ``moe_ffn_hidden_size``."""
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 _LAYER_KEY = re.compile(r"layers\.(\d+)\.")
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")

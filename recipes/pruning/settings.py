@@ -27,11 +27,11 @@ class PruneConfig(StageConfig):
     target_num_layers: Size | None = None
     """Number of layers to keep, by ``layer_importance``."""
     layer_importance: Annotated[str, one_of(*LAYER_METHODS)] = "loss"
-    """Which layers are dropped. ``loss``: those that raise the loss least when each is removed by
-    itself. ``block``: adjacent layers that raise it least when removed together.
-    ``block_influence`` (arXiv:2403.03853): those that change their input least, found without more
-    forward passes. After distillation, ``block`` was best for 24 of SmolLM2's 30 layers, and
-    ``loss`` for 20 (docs/results.md)."""
+    """Which layers are dropped. ``loss``: those that raise the loss least when each is removed
+    alone. ``block``: the adjacent layers that raise it least when removed together.
+    ``block_influence`` (arXiv:2403.03853): those that change their input least, which needs no
+    further forward passes. After distillation, ``block`` was best for 24 of SmolLM2's 30 layers,
+    and ``loss`` for 20 (docs/results.md)."""
     drop_layers: list[Count] = field(default_factory=list)
     """Drops exactly these layers, counted from 1, instead of ``target_num_layers``."""
     target_hidden_size: Size | None = None
@@ -39,7 +39,7 @@ class PruneConfig(StageConfig):
     target_ffn_hidden_size: Size | None = None
     """Channels of each feed-forward network to keep."""
     target_num_attention_heads: Size | None = None
-    """Query heads to keep, equally many of each group."""
+    """Query heads to keep, equally many in each group."""
     target_num_query_groups: Size | None = None
     """Query groups to keep, with all of their heads unless ``target_num_attention_heads`` is
     set."""
@@ -100,7 +100,7 @@ BASE_LOSS_SEQUENCES = 4
 
 @dataclass
 class ScoreConfig(StageConfig):
-    """Settings of ``score``. One pass gives widths and block influence; the rest costs more."""
+    """Settings of ``score``. Losses without layers cost most; all other scores take one pass."""
 
     calibration: Annotated[str, one_of(*CALIBRATIONS)] = "text"
     """``text`` of the input, or ``random`` tokens for a trial without text."""
@@ -121,7 +121,7 @@ class ScoreConfig(StageConfig):
     seed: Seed = 1234
     """Seed of ``random`` tokens."""
     pipeline_model_parallel_size: Count = field(default=1, metadata={"resource": True})
-    """Ranks that the layers are split over. Further ranks split the text. Scores are the same."""
+    """Ranks over which the layers are split. Further ranks split the text. Scores do not change."""
 
     @property
     def loss_sequences(self) -> int:

@@ -1,1 +1,1 @@
-"""Stages run at full size on a machine without a GPU: their own code, weightless tensors."""
+"""Runs stages' own code at full size on a machine without a GPU, on tensors without values."""

@@ -78,7 +78,7 @@ def _copy(func: object, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
 
 
 def _split(func: Any, tensor: Tensor, sizes: Any, dim: int = 0) -> Any:
-    """Splits into equal parts if the sizes were read from the device, which has no values."""
+    """Splits into equal chunks if the sizes were read from the device, which has no values."""
     if isinstance(sizes, (list, tuple)) and sum(sizes) != tensor.shape[dim]:
         return tensor.tensor_split(len(sizes), dim)
     return func(tensor, sizes, dim)
@@ -204,9 +204,9 @@ def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
 
 
 class _Values(TorchDispatchMode):
-    """Returns a value where code reads a number from a fake tensor.
+    """Returns a number where code reads one from a fake tensor.
 
-    It is the number that was copied to the device, if there was one, also after collectives.
+    It is the number that was copied to the device, if known, also after collectives.
     """
 
     def __init__(self) -> None:

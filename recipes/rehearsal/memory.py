@@ -24,7 +24,7 @@ PARENT = "parent"
 BLOCK = 512
 """Bytes to which CUDA's allocator rounds up (``kMinBlockSize``)."""
 TEACHER_MODULE = "_teacher_model."
-"""Part of the names of weights of ModelOpt's teacher."""
+"""Substring of the names of weights of ModelOpt's teacher."""
 
 
 @dataclass

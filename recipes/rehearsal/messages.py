@@ -27,11 +27,11 @@ from recipes.rehearsal.fake_cuda import DEVICE, NAME
 FAKE = "fake"
 """torch's backend whose collectives do nothing."""
 MAX_CALLERS = 3
-"""Number of callers that a call's site has, each from another file."""
+"""Callers that the site of a call lists, each from another file."""
 SKIPPED_FILES = ("/torch/", "/recipes/rehearsal/", "/contextlib.py", "/typing_extensions.py")
-"""Parts of the paths of files that are not shown as callers."""
+"""Substrings of paths of files that are not listed as callers."""
 ROOTS = (f"{REPO_ROOT}/", *(f"{folder}/" for folder in site.getsitepackages()))
-"""Prefixes that are not shown of paths."""
+"""Prefixes that are removed from paths."""
 Args = tuple[Any, ...]
 _channels: dict[str, Channel] = {}
 """Channels of this rank by name: its process groups, and its messages to and from other ranks."""

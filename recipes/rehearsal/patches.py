@@ -21,7 +21,7 @@ from recipes.rehearsal import checkpoints, fake_cuda
 
 
 def install() -> None:
-    """Replaces all of them for the rest of the process.
+    """Replaces these functions for the rest of the process.
 
     Raises:
         RecipeError: A library is not the version that the patches were written for.

@@ -73,7 +73,7 @@ def rehearse(job: RankJob) -> RehearsalResult:
 def _measure_candidate(
     settings: Mapping[str, Any], inputs: Mapping[str, Input], run_dir: Path
 ) -> None:
-    """Measures a candidate as a search does after each round, before it starts the next."""
+    """Evaluates a candidate as a search does after each round, before it starts the next round."""
     config = OmegaConf.merge(OmegaConf.structured(SuccessiveHalvingConfig), settings)
     shape = Architecture(**inputs["student"].manifest.architecture or {})
     candidate = Candidate("candidate", 0, shape, proxy=0, perplexity=0, kl_to_teacher=0)

@@ -29,7 +29,7 @@ class Candidate:
     tokens: int = 0
     """Tokens it was trained on before the measurement."""
     chosen: bool = False
-    """Whether training chose it."""
+    """Whether it was best after training."""
     pareto: bool = False
     """Whether no other candidate is both smaller and better."""
 

@@ -78,7 +78,7 @@ class RankCandidatesConfig(StageConfig):
     """Settings of ``rank_candidates``."""
 
     proxy: Annotated[str, one_of(*PROXIES)] = "kl_to_teacher"
-    """Metric without training that ranks candidates: ``kl_to_teacher`` or ``perplexity``; lower is
+    """Metric that ranks the untrained candidates: ``kl_to_teacher`` or ``perplexity``; lower is
     better."""
     num_healed: CountOrZero = 8
     """Number of the best shapes that are also reconstructed by least squares. They are ranked
@@ -106,7 +106,7 @@ class SuccessiveHalvingConfig(StageConfig):
     """Best-ranked candidates of the first round; every round drops half of them. A single candidate
     is chosen without training."""
     also: list[str] = field(default_factory=list)
-    """Names of further candidates of the first round, whatever their rank."""
+    """Names of further candidates of the first round, in addition to the best-ranked ones."""
     max_tokens: Tokens = 200_000
     """Tokens of all training runs together."""
     select_by: Annotated[str, one_of(*PROXIES)] = "kl_to_teacher"

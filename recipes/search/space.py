@@ -1,6 +1,6 @@
-"""Lists the shapes that a teacher can be pruned to within a budget. Torch-free.
+"""Lists the shapes that a teacher can be pruned to within a budget. Does not import torch.
 
-A shape is listed if no axis can grow by a step within the budget.
+Only the largest shapes are listed: if any axis of one grew by a step, it would exceed the budget.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Service:
     context_length: Count = 4096
     """Mean number of tokens before a decoding step."""
     measured: LatencyFit | None = None
-    """Set from ``measure_latency``, if the recipe has it."""
+    """Result of ``measure_latency``, if the recipe has that stage; set automatically."""
 
     @property
     def storage(self) -> Storage:

@@ -87,7 +87,7 @@ class Stage(Generic[ConfigT]):
     kind: Kind
     """Type of its result."""
     run: Callable[[ConfigT, Inputs, Path], Outcome]
-    """Does the stage's work on every rank. The path is an empty directory for the artifact."""
+    """Runs the stage on every rank. The path is an empty directory for the artifact."""
     check: Callable[[ConfigT, Chain], Iterable[Problem]] = lambda config, chain: ()
     """Yields problems of the settings. It takes less than a second and does not import torch."""
     one_rank: str = ""
@@ -113,7 +113,7 @@ class Stage(Generic[ConfigT]):
     shapes: Callable[[ConfigT, Chain], Sequence[Architecture]] = inherited_shapes
     """Architectures that its model may have, the largest first; by default those of its input."""
     workload: Callable[[ConfigT, Chain], Workload] | None = None
-    """Describes its training, or the forward passes of its teacher, for plans."""
+    """Returns its training, or the forward passes of its teacher, for plans."""
     inference_cost: Callable[[ConfigT, Chain], InferenceCost] | None = None
     """Returns its cost, for plans. A stage that has a ``workload`` or runs no model has none."""
     plans_workloads: bool = False

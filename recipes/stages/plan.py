@@ -58,7 +58,7 @@ class PlanConfig(StageConfig):
     """Settings of ``plan``, which it copies from the chain. If the chain changes, it runs again."""
 
     workloads: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Each training and each teacher's pass over a text, by stage."""
+    """Trainings, and teachers' passes over a text, by stage."""
     inference_costs: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Costs of the other stages that run models, by stage."""
     preparation_seconds: dict[str, PositiveOrZero] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class PlanConfig(StageConfig):
     hardware: dict[str, Any] = field(default_factory=dict)
     """The hardware profile."""
     from_published_config: bool = False
-    """Whether shapes are the bundled ones, because config.json cannot be read."""
+    """Whether shapes come from a bundled copy of the config, because config.json cannot be read."""
 
 
 def resolve_from_chain(cfg: PlanConfig, chain: Chain) -> PlanConfig:
@@ -94,7 +94,7 @@ def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
     hours |= {name: cost.hours(hardware) for name, cost in inference.items()}
     hours |= {name: seconds / 3600 for name, seconds in cfg.preparation_seconds.items()}
     result = PlanResult(
-        figures(costs, hardware, cfg.from_published_config),
+        summary_of(costs, hardware, cfg.from_published_config),
         [
             *tables(costs, hardware),
             *inference_table(inference, hardware),
@@ -163,8 +163,10 @@ def _rates_file(threads: int) -> Path:
     return cache_dir() / RATES_FOLDER / f"{digest(key)[:32]}.json"
 
 
-def figures(workloads: Costs, hardware: Hardware, from_published_config: bool) -> dict[str, Cell]:
-    """Returns the plan's main figures: sums over all workloads, and the largest memory."""
+def summary_of(
+    workloads: Costs, hardware: Hardware, from_published_config: bool
+) -> dict[str, Cell]:
+    """Returns the plan's summary: sums over all workloads, and the largest memory."""
     costs = [cost for _, cost in workloads.values()]
     return {
         "hardware": hardware.name,
@@ -190,7 +192,7 @@ def tables(costs: Costs, hardware: Hardware) -> list[Table]:
     """Returns tables of all workloads, and on GPUs one of layouts of the last training."""
     all_tables = [
         *_table("Models", _models(costs)),
-        *_table("Memory of the fullest rank, GB", _memory(costs, hardware)),
+        *_table("Memory of the rank that needs most, GB", _memory(costs, hardware)),
         *_table("Seconds per step", _time(costs, hardware)),
         *_table("Time and money", _cost(costs, hardware)),
     ]

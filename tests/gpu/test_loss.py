@@ -99,12 +99,12 @@ def test_memory_is_below_that_of_nemos_loss(vocabulary: int, results: Path) -> N
         loss: Tensor = theirs(student[:, None], teacher[:, None])[0]
         return loss
 
-    figures = {
+    metrics = {
         "ours": measured(lambda s: distillation_loss(s, teacher.clone(), LogitsLoss()), student),
         "nemo": measured(nemo, student),
     }
-    record(results, f"loss-{vocabulary}", tokens=TOKENS, vocabulary=vocabulary, **figures)
-    assert figures["ours"]["bytes"] < figures["nemo"]["bytes"]
+    record(results, f"loss-{vocabulary}", tokens=TOKENS, vocabulary=vocabulary, **metrics)
+    assert metrics["ours"]["bytes"] < metrics["nemo"]["bytes"]
 
 
 def measured(loss: Callable[[Tensor], Tensor], student: Tensor) -> dict[str, float]:

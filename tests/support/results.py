@@ -177,9 +177,9 @@ def search_result() -> SearchResult:
 def plan_result() -> PlanResult:
     rows: list[list[Cell]] = [["prune", 3_100_000_000, True], ["distill", 4_400_000_000, None]]
     table = Table("Memory by stage", ["stage", "peak bytes", "fits"], rows)
-    figures: dict[str, Cell] = {"hardware": "cpu", "device-hours": 1.375, "dollars": 1}
+    summary: dict[str, Cell] = {"hardware": "cpu", "device-hours": 1.375, "dollars": 1}
     seconds = {"score": 90.0, "distill": 390.0, "evaluate": 40.0}
-    return PlanResult(figures, [table], {"distill": 1331.44}, seconds)
+    return PlanResult(summary, [table], {"distill": 1331.44}, seconds)
 
 
 def engine_result() -> EngineResult:

@@ -65,7 +65,7 @@ def test_a_stage_runs_and_is_recorded(run_dir: Path) -> None:
     assert made.inputs == {"plan": plan.fingerprint}
     with (run_dir / "plan_csv" / ARTIFACT / "plan.csv").open() as file:
         rows = dict(csv.reader(file))
-    assert rows == {name: str(value) for name, value in plan.metrics["figures"].items()}
+    assert rows == {name: str(value) for name, value in plan.metrics["summary"].items()}
 
 
 def test_every_file_of_a_run_is_in_the_table(run_dir: Path) -> None:

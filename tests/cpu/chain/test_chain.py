@@ -176,9 +176,9 @@ def test_model_card_has_the_figures_of_the_manifests(tiny_run: Path, odd_llama: 
     card = (tiny_run / "export_hf" / ARTIFACT / "README.md").read_text()
     evaluation = manifest_of(tiny_run, "evaluate").metrics
     for role in ("teacher", "pruned", "distilled"):
-        figures = evaluation[role]
-        assert f"| {figures['perplexity']:.1f} | {figures['kl_to_teacher']:.3f} |" in card
-        assert f"{figures['loss']:.3f} ± {figures['loss_standard_error']:.3f}" in card
+        metrics = evaluation[role]
+        assert f"| {metrics['perplexity']:.1f} | {metrics['kl_to_teacher']:.3f} |" in card
+        assert f"{metrics['loss']:.3f} ± {metrics['loss_standard_error']:.3f}" in card
     shape = "| 40 | 72 | 5 | 1 | 10 | 293 |"
     assert f"| this model | 4 {shape} {manifest_of(tiny_run, 'distill').parameters:,} |" in card
     (dropped,) = set(range(1, 6)) - set(manifest_of(tiny_run, "prune").metrics["kept_layers"])
@@ -221,13 +221,13 @@ def test_openvino_serves_the_model_by_the_lines_of_its_card(tiny_run: Path, tmp_
 def test_metrics_are_consistent(tiny_run: Path) -> None:
     for stage in ("import_hf", "export_hf"):
         assert manifest_of(tiny_run, stage).metrics["parity_max_logit_difference"] < 1e-4
-    figures = manifest_of(tiny_run, "evaluate").metrics
-    assert figures["teacher"]["kl_to_teacher"] == 0
-    assert figures["teacher"]["top1_agreement"] == 1
+    metrics = manifest_of(tiny_run, "evaluate").metrics
+    assert metrics["teacher"]["kl_to_teacher"] == 0
+    assert metrics["teacher"]["top1_agreement"] == 1
     # Such a small student is so near its teacher that training only teaches it the text.
-    assert min(figures[role]["kl_to_teacher"] for role in ("pruned", "distilled")) > 0
-    assert figures["distilled"]["loss"] < figures["pruned"]["loss"]
-    assert figures["pruned"]["parameters"] == manifest_of(tiny_run, "prune").parameters
+    assert min(metrics[role]["kl_to_teacher"] for role in ("pruned", "distilled")) > 0
+    assert metrics["distilled"]["loss"] < metrics["pruned"]["loss"]
+    assert metrics["pruned"]["parameters"] == manifest_of(tiny_run, "prune").parameters
     steps = steps_of(tiny_run / "distill" / METRICS, "distill")
     assert [s["done"] for s in steps] == list(range(1, STEPS + 1))
     assert steps[-1]["lr"] < max(s["lr"] for s in steps)

@@ -164,8 +164,8 @@ def test_compressed_engines_report_their_loss(build: Build, odd_llama: Path) -> 
         assert size == pytest.approx(estimate, rel=0.1)
     for precision, result in results.items():
         quality = result.quality
-        for figures in (quality.engine, quality.source):
-            assert all(math.isfinite(value) for value in astuple(figures))
+        for metrics in (quality.engine, quality.source):
+            assert all(math.isfinite(value) for value in astuple(metrics))
         assert quality.source.kl_to_teacher == 0
         assert quality.engine.kl_to_teacher > 0
         assert quality.sequences == 4

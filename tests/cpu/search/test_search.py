@@ -141,7 +141,7 @@ def test_candidates_are_ranked_and_counted(ranked_run: Path) -> None:
     assert teacher is not None
     assert result.budget == {"parameters": 0.75}
     enumerated = manifest_of(ranked_run, "enumerate_shapes").result(PlanResult)
-    assert len(candidates) == enumerated.figures["shapes"]
+    assert len(candidates) == enumerated.summary["shapes"]
     proxies = [c.proxy for c in candidates]
     assert [c.healed for c in candidates] == [True] * 2 + [False] * (len(candidates) - 2)
     for group in (proxies[:2], proxies[2:]):  # healed, then the others

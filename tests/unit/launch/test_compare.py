@@ -68,8 +68,8 @@ def test_page_shows_the_numbers_of_the_manifests(page: Page, sweep: Path) -> Non
         exported = read_manifest(sweep / number / "export_hf")
         assert evaluation is not None
         assert exported is not None
-        figures = evaluation.metrics["distilled"]
-        assert {figures[k] for k in ("perplexity", "loss", "kl_to_teacher", "parameters")} <= shown
+        metrics = evaluation.metrics["distilled"]
+        assert {metrics[k] for k in ("perplexity", "loss", "kl_to_teacher", "parameters")} <= shown
         assert exported.total_bytes() in shown
 
 

@@ -208,7 +208,7 @@ def test_a_gate_is_not_judged_before_its_value_is_measured(
     base = ["recipe=llama_width_prune", *run, "gates=['recovered >= 2']"]
     partial_run = launch(*base, "only=[prune]")
     assert partial_run.returncode == 0, partial_run.stderr
-    assert "not judged" in partial_run.stdout
+    assert "not checked" in partial_run.stdout
     (tmp_path / "run" / "report" / MANIFEST).unlink()
     dry = launch(*base, "dry_run=true")
     assert dry.returncode == 0, dry.stderr

@@ -14,7 +14,7 @@ from recipes.planning import hardware
 from recipes.planning.results import PlanResult
 from recipes.planning.training_cost import training_cost
 from recipes.stages import plan as plan_stage
-from recipes.stages.plan import RATES_FOLDER, figures, read_rates, tables, write_rates
+from recipes.stages.plan import RATES_FOLDER, read_rates, summary_of, tables, write_rates
 from tests.unit.planning.models import H100, QWEN, distillation
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def test_tables_have_a_cell_for_each_column() -> None:
     for table in all_tables:
         assert table.rows
         assert {len(row) for row in table.rows} == {len(table.columns)}
-    totals = figures(costs, H100, from_published_config=True)
+    totals = summary_of(costs, H100, from_published_config=True)
     assert totals["device-hours"] == pytest.approx(5826, abs=2)
     assert totals["dollars"] == pytest.approx(3 * totals["device-hours"], rel=0.001)
     assert tables({}, H100) == []
@@ -94,13 +94,13 @@ def test_a_plan_uses_the_measured_rates(
 
     slow_rates = TrainingRates(*(rate / 100 for rate in asdict(RATES).values()))
     fast, slow = result(RATES), result(slow_rates)
-    assert fast.figures["GFLOP/s in bfloat16"] == 400
-    assert slow.figures["GFLOP/s in bfloat16"] == 4
+    assert fast.summary["GFLOP/s in bfloat16"] == 400
+    assert slow.summary["GFLOP/s in bfloat16"] == 4
     for name in ("distill", "score"):
         assert slow.seconds[name] == pytest.approx(100 * fast.seconds[name])
     speeds = [each.tokens_per_second["distill"] for each in (fast, slow)]
     assert speeds[0] == pytest.approx(100 * speeds[1])
-    assert result(slow_rates, measure=False).figures != slow.figures
+    assert result(slow_rates, measure=False).summary != slow.summary
 
 
 def test_the_hours_of_tokenization(plan: MakePlan, tmp_path: Path) -> None:
