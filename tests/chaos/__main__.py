@@ -78,7 +78,7 @@ def run_campaign(folder: Path, arguments: argparse.Namespace) -> list[str]:
 
 
 def problems_of(killed: Killed, folder: Path) -> Iterator[str]:
-    """Yields what must not happen after a kill."""
+    """Yields the problems that are found after a kill."""
     if "Traceback" in killed.output:
         yield f"the launcher failed: {killed.output[-2000:]}"
     if killed.exit_status not in (0, 1, -signal.SIGKILL):

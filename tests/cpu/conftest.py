@@ -13,13 +13,13 @@ from tests.support.models import EVEN, ODD, write_tiny_model
 
 @pytest.fixture(scope="session")
 def odd_llama(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """7 heads over 1 query group, nothing a multiple of 64, tied embeddings."""
+    """A Llama with 7 heads in 1 query group, no size a multiple of 64, and tied embeddings."""
     return write_tiny_model(tmp_path_factory.mktemp("odd") / "odd", text_file, **ODD)
 
 
 @pytest.fixture(scope="session")
 def even_llama(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """Divisible by 2 everywhere, for tensor and pipeline parallelism; untied embeddings."""
+    """A Llama with even sizes, for tensor and pipeline parallelism, and untied embeddings."""
     return write_tiny_model(tmp_path_factory.mktemp("even") / "even", text_file, **EVEN)
 
 

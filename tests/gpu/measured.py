@@ -1,6 +1,6 @@
 """A rehearsal's job on this machine's device: ``measured.py JOB OUT`` (JSON files).
 
-As in a rehearsal, checkpoints are not there; here their weights are drawn at random.
+As in a rehearsal, there are no checkpoints. Weights are random here.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(job: RankJob) -> dict[str, Any]:
     checkpoints.install()
     setattr(model, "_load_teacher", load_teacher(model._load_teacher))
     setattr(model, "require_better_than_chance", lambda *args: None)
-    # Where the checkpoint would be in float32, main weights would be read from it: from nothing.
+    # Main weights would be read from a float32 checkpoint, which does not exist.
     trainer = importlib.import_module("recipes.distillation.trainer")
     setattr(trainer, "load_tensors_metadata", lambda weights: {})
     stage = importlib.import_module(f"recipes.stages.{job.stage}").STAGE

@@ -1,7 +1,7 @@
 """Half an hour of tests on one GPU, step by step: ``make test-gpu``.
 
-The machine needs neither a network nor TransformerEngine. A step runs tests of this folder in a
-process of its own with a time limit. After a failure, only the steps that depend on it are skipped.
+The machine needs neither a network nor TransformerEngine. A step runs tests of this folder in its
+own process, with a time limit. After a failure, only the steps that depend on it are skipped.
 Outputs, results, traces and a table stay in a folder.
 """
 
@@ -35,7 +35,7 @@ DEVICE = "device"
 
 @dataclass(frozen=True)
 class Step:
-    """Tests in a process of their own."""
+    """Tests that run in one process."""
 
     name: str
     tests: str

@@ -30,7 +30,7 @@ a, b = (torch.randn(1024, 1024, device=device) for _ in "ab")
 exact = a.double() @ b.double()
 print(((a @ b - exact).abs().max() / exact.std()).item())
 """
-"""In a process of its own, since cuBLAS reads the variable once."""
+"""Runs in its own process, since cuBLAS reads the variable once."""
 LAYERS = """
 import json, sys
 from pathlib import Path

@@ -17,7 +17,7 @@ from tests.gpu.small import on_gpu, record
 
 TOKENS, VOCABULARIES = (8192, (64_128, 128_256)) if on_gpu() else (64, (1000, 2000))
 ROWS = 512
-"""Of the reference at a time, which holds several float64 tensors of its logits."""
+"""Rows that the reference computes at a time; it has several float64 tensors of their logits."""
 LOSSES = {
     "T=1": LogitsLoss(),
     "T=2": LogitsLoss(temperature=2.0),
@@ -28,7 +28,7 @@ LOSSES = {
 
 
 def logits(vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Returns student's and teacher's in bfloat16; the teacher's 64 largest are distinct."""
+    """Returns logits of student and teacher in bfloat16; the teacher's 64 largest are distinct."""
     generator = torch.Generator(device()).manual_seed(vocabulary)
     shape = (TOKENS, vocabulary)
     student = 3 * torch.randn(shape, device=device(), generator=generator)

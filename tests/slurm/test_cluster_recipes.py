@@ -1,4 +1,4 @@
-"""Each recipe for a cluster on nodes that claim to be DGXs: what does every rank of its jobs get?
+"""Resources of every rank in the jobs of each recipe for a cluster, on simulated DGX nodes.
 
 The launcher submits each chain as users do. ``probe.py`` replaces the interpreter of the jobs.
 """

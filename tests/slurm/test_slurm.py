@@ -161,7 +161,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return dict(hf_weights(find_checkpoint(run_dir / "distill" / ARTIFACT)))
 
 
-def test_failing_stage_cancels_what_follows(
+def test_failing_stage_cancels_later_jobs(
     tiny_chain: tuple[Run, CommandResult], tmp_path: Path
 ) -> None:
     original, _ = tiny_chain

@@ -1,4 +1,4 @@
-"""``python -m tests.chaos`` without its kills."""
+"""``python -m tests.chaos`` with fake rounds instead of kills."""
 
 from __future__ import annotations
 

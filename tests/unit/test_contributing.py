@@ -98,7 +98,7 @@ def test_names_in_documents_exist(document: str) -> None:
     text = (REPO_ROOT / document).read_text()
     paths = re.findall(r"\b(?:recipes|nemo_convert|launch|conf|benchmarks|tests)/[\w/.]*\w", text)
     modules = re.findall(r"-m ((?:recipes|nemo_convert|benchmarks)[.\w]*\w)", text)
-    # NAME stands for a name of the user's.
+    # NAME is a placeholder.
     names = {*paths, *(module.replace(".", "/") for module in modules)}
     added = {block.file for heading in ADDED for block in blocks(heading)}
     missing = [

@@ -1,4 +1,4 @@
-"""The site of documents, the page that is written from the code, and names of rules."""
+"""The website of the documents, the generated page of settings, and names of rules."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ ALL_RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 RECIPES = [name for name in ALL_RECIPES if name.endswith("_prune")]
 """Recipes for the embedded model and one CPU."""
 WHOLE = [*RECIPES, "shrink"]
-"""The same, and one that searches the shape first."""
+"""The same, and the recipe that first searches for a shape."""
 SEARCHES = [name for name in ALL_RECIPES if name.endswith("_search")]
 LARGE = [name for name in ALL_RECIPES if name not in (*WHOLE, *SEARCHES)]
 """Published recipes, on GPUs."""
@@ -38,7 +38,7 @@ STAGE_FILES = sorted((CONF / "stage").glob("*/*.yaml"))
 
 @pytest.fixture(autouse=True)
 def _without_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans use the bundled config of a published model, without asking the hub."""
+    """Plans use the bundled config of a published model, without a request to the hub."""
     monkeypatch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
 
 
@@ -79,7 +79,7 @@ def test_recipes_prune_by_a_fraction_of_any_model(
     sizes: tuple[int, ...],
     plan: MakePlan,
 ) -> None:
-    """A fraction and the number that it gives have the same fingerprint."""
+    """A fraction and the equivalent number give the same fingerprint."""
     words = [f"model={model}", "skip_rules=[memory,bundled-config]"]
     planned = plan(*words, recipe=f"recipe={recipe}")
     student = planned.chain.shape_of("prune")
@@ -121,7 +121,7 @@ def test_a_recipe_overrides_the_groups_of_its_chain(compose: Compose, tmp_path: 
 def test_the_engine_is_chosen(
     recipe: str, engine: str, student: str | None, plan: MakePlan
 ) -> None:
-    """The report shows what was built; the student's engine comes from the end of the chain."""
+    """The report shows the built engine, which is made of the last student in the chain."""
     sizes = ["stages.prune.target_hidden_size=128", "stages.prune.target_ffn_hidden_size=128"]
     heads = "stages.build_engine.backend=tensorrt_llm_pytorch"  # no kernel for this head size
     options = [heads] if engine.startswith("tensorrt_llm") else []
@@ -156,7 +156,7 @@ def test_the_engine_is_chosen(
     ],
 )
 def test_the_teacher_is_chosen(recipe: str, teacher: str, order: list[str], plan: MakePlan) -> None:
-    """Each stage of the order takes its teacher from the one before; quality is the original's."""
+    """Each stage in ``order`` has the one before as its teacher; evaluation uses the original."""
     planned = {s.name: s for s in plan(f"teacher={teacher}", recipe=f"recipe={recipe}").stages}
     for before, after in pairwise(order):
         assert planned[after].config.inputs["teacher"] == before
@@ -195,7 +195,7 @@ def large(recipe: str, plan: MakePlan, *overrides: str) -> Plan:
 
 @pytest.mark.parametrize("recipe", LARGE)
 def test_large_recipes_pass_preflight_on_their_hardware(recipe: str, plan: MakePlan) -> None:
-    """Not even a warning, but that the hub was not asked, and that NVIDIA cut much at once."""
+    """The only warnings are of the bundled config, and of the published large reductions."""
     planned = large(recipe, plan)
     half = {"large-reduction"} if recipe.startswith("llama3_1_8b") else set()
     assert {note.rule.name for note in planned.notes} - {"bundled-config"} == half
@@ -215,7 +215,7 @@ def test_large_recipes_pass_preflight_on_their_hardware(recipe: str, plan: MakeP
 
 @pytest.mark.parametrize("recipe", LARGE)
 def test_large_recipes_measure_on_a_node_and_end_with_gates(recipe: str, plan: MakePlan) -> None:
-    """Ranks share the work, so eight take an eighth of the time; a word switches each part off."""
+    """Eight ranks take an eighth of the time. One override omits benchmarks, gates or engines."""
     planned = large(recipe, plan)
     measured = ("score", "evaluate", "evaluate_tasks")
     assert {planned.chain.stages[name].resources.ranks for name in measured} == {8}
@@ -235,7 +235,7 @@ def test_large_recipes_measure_on_a_node_and_end_with_gates(recipe: str, plan: M
 
 
 def test_llama_by_depth_keeps_the_published_layers(plan: MakePlan) -> None:
-    """They are 1 to 15, and the last."""
+    """It keeps layers 1 to 15 and the last one."""
     prune: Any = large("llama3_1_8b_depth", plan).chain.stages["prune"]
     assert set(range(1, 33)) - set(prune.drop_layers) == {*range(1, 16), 32}
 

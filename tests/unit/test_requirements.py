@@ -1,4 +1,4 @@
-"""Pinned requirements: in the ranges of pyproject.toml, hashed, unchanged by ``make lock``."""
+"""Pins are in the ranges of pyproject.toml, have hashes, and are unchanged by ``make lock``."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_image_keeps_the_packages_of_its_container(name: str, own: str) -> None:
 
 
 def test_libraries_of_fingerprints_have_one_version() -> None:
-    """An image keeps what is in range, but fingerprints of its stages count the lock's versions."""
+    """An image keeps any version in range, but its fingerprints use the locked version."""
     exact = {one.name for one in ranges("train") if str(one.specifier).startswith("==")}
     assert set(RESULT_LIBRARIES) - exact == {"torch"}
 

@@ -66,7 +66,7 @@ def tiny_run(teacher: Path, text_file: Path, tmp_path_factory: pytest.TempPathFa
     return run_dir
 
 
-def test_the_tutorial_runs_as_it_stands(
+def test_the_tutorial_runs_unchanged(
     tiny_run: Path,
     teacher: Path,
     text_file: Path,
@@ -172,7 +172,7 @@ def test_exported_folder_is_the_same_in_transformers_5(tiny_run: Path, odd_llama
         assert (found.greedy, found.stopped) == (installed.greedy, installed.stopped)
 
 
-def test_model_card_has_the_figures_of_the_manifests(tiny_run: Path, odd_llama: Path) -> None:
+def test_model_card_has_the_metrics_of_the_manifests(tiny_run: Path, odd_llama: Path) -> None:
     card = (tiny_run / "export_hf" / ARTIFACT / "README.md").read_text()
     evaluation = manifest_of(tiny_run, "evaluate").metrics
     for role in ("teacher", "pruned", "distilled"):
@@ -191,7 +191,7 @@ def test_model_card_has_the_figures_of_the_manifests(tiny_run: Path, odd_llama: 
     assert str(odd_llama) in card
 
 
-def test_code_of_the_model_card_runs_as_it_stands(tiny_run: Path) -> None:
+def test_code_of_the_model_card_runs_unchanged(tiny_run: Path) -> None:
     folder = tiny_run / "export_hf" / ARTIFACT
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     output = run_offline(sys.executable, "-c", code, cwd=folder)
@@ -224,7 +224,7 @@ def test_metrics_are_consistent(tiny_run: Path) -> None:
     metrics = manifest_of(tiny_run, "evaluate").metrics
     assert metrics["teacher"]["kl_to_teacher"] == 0
     assert metrics["teacher"]["top1_agreement"] == 1
-    # Such a small student is so near its teacher that training only teaches it the text.
+    # The small student is so near its teacher that training lowers the loss, but not the KL.
     assert min(metrics[role]["kl_to_teacher"] for role in ("pruned", "distilled")) > 0
     assert metrics["distilled"]["loss"] < metrics["pruned"]["loss"]
     assert metrics["pruned"]["parameters"] == manifest_of(tiny_run, "prune").parameters
@@ -275,7 +275,7 @@ def test_engines_of_teacher_and_student_are_built_and_timed(tiny_run: Path) -> N
 
 
 def test_llama_cpp_reads_the_gguf_file(tiny_run: Path) -> None:
-    """No row fills a block of 8-bit weights, so that all weights are in 16 bits."""
+    """All weights have 16 bits, because no row is as long as a block of 8-bit weights."""
     made = manifest_of(tiny_run, "export_gguf")
     assert (made.metrics["type"], made.metrics["architecture"]) == ("q8_0", "llama")
     assert made.parameters == manifest_of(tiny_run, "export_hf").parameters
@@ -288,7 +288,7 @@ def test_llama_cpp_reads_the_gguf_file(tiny_run: Path) -> None:
 
 
 def test_a_partly_converted_model_is_converted_again(tiny_run: Path, tmp_path: Path) -> None:
-    """As a kill of a stage that builds or times engines leaves it."""
+    """A kill of a stage that builds or times engines leaves such a model."""
     teacher = Input(tiny_run / "import_hf", manifest_of(tiny_run, "import_hf"))
     (tmp_path / "teacher_hf").mkdir()
     (tmp_path / "teacher_hf" / "model.safetensors").write_text("cut sh")
@@ -354,13 +354,13 @@ def test_a_changed_field_and_force_rerun_later_stages(
 def test_kill_9_then_the_same_command_changes_nothing(
     tiny_run: Path, teacher: Path, text_file: Path, tmp_path: Path, temporary: Path
 ) -> None:
-    """Kills as ``python -m tests.chaos`` makes: during scoring, and while training saves."""
+    """Kills as ``python -m tests.chaos`` does: during scoring, and while training saves."""
     run_dir = copy_without(tiny_run, tmp_path / "run", "score", "distill")
     words = [*overrides(teacher, text_file, run_dir), "only=[score,prune,heal,distill]"]
     seconds = {stage: manifest_of(tiny_run, stage).seconds for stage in ("score", "distill")}
     command = RunCommand(words, run_dir, seconds, {"TMPDIR": str(temporary)})
 
-    # At once, since scoring may take a tenth of its time in the other run.
+    # Kills immediately: scoring may take a tenth of the time that it took in the other run.
     hit = command.kill(Kill("score", "stage", fraction=0.0))
     assert hit is not None
     assert (hit.stage, hit.victim, hit.exit_status) == ("score", "stage", 1)

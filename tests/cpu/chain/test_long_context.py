@@ -1,4 +1,4 @@
-"""The second phase of a distillation, at a greater length: a large recipe on a tiny model."""
+"""The second phase of a distillation, with longer sequences: a large recipe on a tiny model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import DISTILL, manifest_of, settings, tiny
 
 
-def test_the_student_goes_on_at_a_greater_length(tmp_path: Path, text_file: Path) -> None:
+def test_distill_long_continues_from_the_student(tmp_path: Path, text_file: Path) -> None:
     """On two ranks with TP and sequence parallelism. A CPU has no context parallelism."""
     model = write_tiny_model(tmp_path / "model", text_file, "mistral", **EVEN)
     layout = {

@@ -1,4 +1,4 @@
-"""The documents' commands, run as they stand there; only budgets and places are made small."""
+"""Runs the documents' commands, with smaller budgets and in temporary directories."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BLOCKS = [
     for block in FENCED.findall(file.read_text())
 ]
 CONTRIBUTING = FENCED.findall((REPO_ROOT / "CONTRIBUTING.md").read_text())
-"""Its Python is for files, not to be run by itself."""
+"""Blocks of CONTRIBUTING.md. Its Python blocks are files, which other tests run."""
 COMMANDS = list(
     dict.fromkeys(
         command
@@ -39,12 +39,12 @@ COMMANDS = list(
     )
 )
 ADDED_RECIPE = "recipe=llama_third_prune"
-"""Is run by test_contributing.py, in a copy that has it."""
+"""Recipe of an example, which test_contributing.py runs in a copy of the repository."""
 NEEDS_RUN = {
     "only=[distill]": "its result is needed",
     "accept=[distill]": "has no complete result",
 }
-"""Words that a fresh directory refuses, with the message."""
+"""Words that are refused in a new run directory, with the message."""
 pytestmark = pytest.mark.timeout(1800)  # the demo builds engines of the real model
 
 MY_MODEL = {
@@ -112,7 +112,7 @@ def test_demo_recovers_something_on_the_real_model(demo_run: Path) -> None:
     "command", [c for c in commands("python launch/run.py") if ADDED_RECIPE not in c]
 )
 def test_launcher_commands_plan(command: str, tmp_path: Path) -> None:
-    """Planned, not run: the chain itself is run by other tests, a distillation takes minutes."""
+    """Commands are only planned: other tests run the chain, and a distillation takes minutes."""
     arguments = shlex.split(command)[2:]
     planned = any(argument.startswith("recipe=") for argument in arguments)
     extra = ["dry_run=true"] if planned and "--help" not in arguments else []

@@ -56,7 +56,7 @@ def teacher(even_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Prose, conversations, and those that the teacher writes, with weights."""
+    """Returns three weighted sources: prose, conversations, and the teacher's conversations."""
     chats = write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", text_file)
     return f"'{text_file}#weight=2','{chats}#weight=1','{WRITTEN}&weight=1'"
 
@@ -72,7 +72,7 @@ def live(teacher: Path, texts: str, tmp_path_factory: pytest.TempPathFactory) ->
     return run_dir
 
 
-def test_the_teacher_wrote_a_part_of_the_text(live: Path) -> None:
+def test_the_teacher_wrote_one_of_the_sources(live: Path) -> None:
     text = manifest_of(live, "prepare_data").result(DatasetResult)
     train = {entry.source: entry.tokens for entry in text.source_tokens["train"]}
     assert list(train) == ["topics", "chats", "teacher-chat"]
@@ -94,10 +94,10 @@ def test_weights_set_the_tokens_of_each_source(live: Path) -> None:
     assert all(source.epochs > 0 for source in result.sources)
 
 
-def test_a_cached_teacher_gives_the_live_ones_losses(
+def test_a_cached_teacher_gives_the_losses_of_a_live_one(
     live: Path, teacher: Path, texts: str, tmp_path: Path
 ) -> None:
-    """With nearly the whole vocabulary cached, on the same sequences, and as further epochs."""
+    """The cache has nearly the whole vocabulary. The last steps repeat cached sequences."""
     result = run_teacher(
         teacher,
         texts,

@@ -1,4 +1,4 @@
-"""The real stack in the process that stages are forked from."""
+"""Forks from a server that has imported the real libraries."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ STAGE = SimpleNamespace(run=run, config=StageConfig, kind="dataset")
 """
 
 
-def test_ranks_wait_for_hashes_longer_than_for_each_other(tmp_path: Path) -> None:
+def test_ranks_wait_for_hashing_beyond_the_collective_timeout(tmp_path: Path) -> None:
     """The ranks are real processes. Only the time of hashing is simulated."""
     source, stage = tmp_path / "source", tmp_path / "stage"
     for folder in (source / ARTIFACT, stage):

@@ -1,4 +1,4 @@
-"""Text through Hugging Face datasets, from a local folder and from a stand-in of the hub."""
+"""Text through Hugging Face datasets, from a local folder and from a fake hub."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_no_training_document_overlaps_with_evaluation_text() -> None:
     }
 
 
-def test_eight_kinds_are_small_downloads_with_licences_and_equal_weights() -> None:
+def test_eight_kinds_have_small_downloads_licences_and_equal_weights() -> None:
     cfg = PrepareDataConfig(sources=list(GROUP.sources))
     assert len(cfg.weights()) == len(source_names(GROUP.sources)) >= 8
     assert set(cfg.weights().values()) == {1.0}

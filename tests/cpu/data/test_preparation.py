@@ -191,7 +191,7 @@ def test_conversations_lie_whole_in_sequences_with_masked_answers(
         for ids, marks in _documents(tokens, loss_mask, start, stop, tokenizer.end):
             if left[ids] > 0:
                 left[ids] -= 1
-            else:  # only its end is missing; what is left may be another one, whole
+            else:  # this one lacks only its end; the rest may be another whole conversation
                 assert any(one[: len(ids)] == ids for one in left if len(one) >= LENGTH)
                 cut += 1
             turn, expected = 0, []
@@ -238,7 +238,7 @@ def prepare_until_killed(
     lines: int,
     chat: ChatTokenizer | None,
 ) -> None:
-    """Works in small steps, and waits when the log is a few lines longer than ``lines``."""
+    """Prepares in small batches, and waits when the log is a few lines longer than ``lines``."""
     metrics = to / "metrics.jsonl"
 
     class WaitingLog(MetricsLog):

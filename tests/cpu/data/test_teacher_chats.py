@@ -24,7 +24,7 @@ REQUEST = ChatRequest(tokens=700, seed=1, seq_length=100)
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> ChatWriter:
-    """A random model that generates each letter with about the same probability.
+    """Makes a random model that generates all letters with about the same probability.
 
     It ends a turn after about ten letters.
     """

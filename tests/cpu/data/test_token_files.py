@@ -59,7 +59,7 @@ def ignore(done: int, total: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_parts_are_links_to_ranges_without_overlap(
+def test_splits_are_links_to_ranges_without_overlap(
     write: Write, tmp_path: Path, dtype: type[np.number]
 ) -> None:
     prefix = write(dtype)

@@ -111,7 +111,7 @@ def test_unusable_conversations_are_left_out(
 def test_a_long_conversation_is_shortened_to_its_last_whole_answer(tmp_path: Path) -> None:
     turns = [*QUESTION, ANSWER, {"role": "user", "content": "And?"}, ANSWER]
     whole = encode(make_tokenizer(tmp_path, PLAIN), turns)
-    # First only the line break after the last answer is cut off, then the last two turns.
+    # The first length cuts off the line break after the last answer, the next the last two turns.
     for length in range(len(whole.ids) - 1, 63, -1):
         tokenizer = make_tokenizer(tmp_path, PLAIN, length)
         conversation = encode(tokenizer, turns)

@@ -99,7 +99,7 @@ def interrupted(*args: object) -> None:
 def test_a_run_that_recovered_enough_stops_and_is_complete(
     distill_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is killed between its last step and its result, and stops again at the same step."""
+    """The run is killed between its last step and its result, and stops again at that step."""
     run_dir = tmp_path / "run"
     learning = settings("distill", lr=1e-3, lm_weight=0, val_check_interval=1)
     command = [*distill_command, *learning, "stages.distill.stop_at_recovered=0.7"]

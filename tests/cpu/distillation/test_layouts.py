@@ -1,7 +1,8 @@
 """Every parallel layout of a distillation has the losses of one rank, and resumes in another.
 
-The case is hard on purpose: all terms of the loss are on; widths differ, so that a projection is
-learned; pipeline stages are uneven; micro batches have different numbers of masked tokens.
+The case has everything that layouts could get wrong: all terms of the loss; different widths, so
+that a projection is learned; uneven pipeline stages; micro batches with different numbers of masked
+tokens.
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ def test_a_killed_run_resumes_in_another_layout(
     first: str,
     second: str,
 ) -> None:
-    """Also the projection and its optimizer state are resharded; with DP=2 each rank has half."""
+    """The projection and its optimizer state are resharded, too; with DP=2 each rank has half."""
     run_dir = copy_without(one_rank, tmp_path / "run", "distill")
     command = overrides(even_llama, text_file, run_dir)
     metrics = run_dir / "distill" / METRICS

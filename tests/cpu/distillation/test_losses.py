@@ -33,7 +33,7 @@ EACH_TOP = pytest.mark.parametrize("top", TOP)
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Splits these small vocabularies into several chunks too."""
+    """Makes chunks so small that the tests' logits have several of them."""
     monkeypatch.setitem(CHUNK_BYTES, "cpu", CHUNK)
 
 

@@ -38,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def all_tokens(data: Path) -> list[int]:
-    """The tokens of the training split, read document by document with Megatron."""
+    """Reads the tokens of the training split, document by document, with Megatron."""
     split = IndexedDataset(str(data / "train"))
     return [int(token) for i in range(len(split)) for token in split[i]]
 

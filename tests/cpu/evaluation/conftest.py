@@ -1,4 +1,4 @@
-"""Provides three models, as teacher, pruned and distilled model."""
+"""Three different models, which take the roles of teacher, pruned and distilled model."""
 
 from __future__ import annotations
 

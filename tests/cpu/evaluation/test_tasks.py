@@ -222,7 +222,7 @@ FEWSHOT: dict[str, Any] = {"num_fewshot": {"piqa": 2}}
 
 
 def repeated_prompts(folder: Path) -> list[str]:
-    """Returns the texts of a model whose text is its prompt; the tiny ones write the same."""
+    """Returns the answers of a model that repeats its prompt; tiny models answer all the same."""
     packed = packed_lm.PackedLM(*float32(folder), 300, nothing)
     settings = {"until": ["</s>"], "max_gen_toks": 4}
     requests = [Instance("generate_until", {}, (p, settings), n) for n, p in enumerate(PROMPTS)]

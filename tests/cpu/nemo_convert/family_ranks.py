@@ -11,7 +11,7 @@ from tests.support.manifests import bare_manifest, dataset_result
 
 TP, PP, DP = "TP=2", "PP=2", "DP=2"
 DATA_PARALLEL = ("llama", "qwen3_moe")
-"""Families that are trained at DP=2: a dense one and a MoE."""
+"""Families that are trained at DP=2: a dense one and an MoE."""
 LENGTH = 32
 LEARNING_RATE = 1e-2
 LOGITS = "logits.safetensors"

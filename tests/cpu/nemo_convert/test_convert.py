@@ -135,7 +135,7 @@ def test_a_missing_shard_is_named(
 def test_code_of_a_tokenizer_does_not_run(
     odd_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By default, transformers asks on standard input whether to run it."""
+    """By default, transformers asks the user whether to run it."""
     folder, created_by_code = tmp_path / "hf", tmp_path / "ran"
     shutil.copytree(odd_llama, folder)
     (folder / "custom.py").write_text(f"open({str(created_by_code)!r}, 'w')\n")

@@ -114,7 +114,7 @@ ALLOWED: dict[str, Operation] = {
     "copy": lambda t: t.matrix.copy_(t.c_matrix),
     "copy_back": lambda t: t.c_matrix.copy_(t.matrix),
 }
-"""What CUDA takes."""
+"""Operations on mixed devices that CUDA accepts."""
 
 
 def main() -> None:

@@ -89,12 +89,12 @@ def test_value_of_another_type_is_named(config: Any, field: str, must: str) -> N
 
 
 def test_unknown_memory_is_infinite() -> None:
-    """As on a login node, which says nothing of where jobs run."""
+    """A login node does not know the memory of the nodes on which jobs run."""
     assert not list(violations(Hardware(memory_bytes=INFINITE)))
 
 
 def numbers(declared: type) -> list[str]:
-    """Fields of a config, and of those in it, that are numbers without any constraint."""
+    """Returns the numeric fields without a constraint, of a config and of nested configs."""
     found = []
     for name, hint in typing.get_type_hints(declared, include_extras=True).items():
         parts = {hint} if typing.get_origin(hint) is Annotated else {hint, *typing.get_args(hint)}

@@ -41,7 +41,7 @@ print(before / resident())
 
 
 def test_free_memory_is_returned() -> None:
-    """The program frees 200 MB in the middle of the heap. With these settings malloc keeps them."""
+    """The program frees 200 MB in the middle of the heap, which malloc would keep."""
     keep = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     done = subprocess.run(
         [sys.executable, "-c", FREED], env=os.environ | keep, cwd=REPO_ROOT,

@@ -1,4 +1,4 @@
-"""What is printed for people, on a terminal and into a file."""
+"""Tables on a terminal and in a file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_piped_table_is_as_wide_as_it_needs(asked: dict[str, str], whole: bool
     assert (CELL.strip() in shown.stdout) == whole
 
 
-def test_a_narrow_table_cuts_nothing_and_keeps_names_whole() -> None:
+def test_a_narrow_table_truncates_nothing_and_does_not_fold_names() -> None:
     name, state, path = "sweeps/2026-11-26_16-00-58/0", "failed at evaluate", "/a/long/path/" * 4
     table = plain_table("runs", "run", "state", "folder")
     table.add_row(name, state, path)

@@ -180,7 +180,7 @@ def test_a_killed_stage_is_incomplete_and_keeps_its_work(
 def test_a_hanging_stage_ends_and_says_where_it_hangs(
     starter: StageStarter, tmp_path: Path
 ) -> None:
-    """But it does not end while it records progress."""
+    """A stage that records progress is not ended."""
     stage = tmp_path / "stage"
     done = starter.start(stage, fail="hang", resources={"hang_timeout": 4})
     assert done.returncode == 1
@@ -211,7 +211,7 @@ def test_a_full_disk_is_named_and_work_resumes(starter: StageStarter, tmp_path: 
 def test_errors_of_a_disk_that_is_too_small_are_explained(
     tmp_path: Path, write: Callable[[np.ndarray, Path], None]
 ) -> None:
-    """The disk has space afterwards: these libraries check first, or delete their file."""
+    """The disk has space after the error: these libraries check first, or delete their file."""
     with small_disk(tmp_path / "small") as disk:
         with pytest.raises(Exception, match="space") as caught:
             write(np.zeros(32 << 20, np.uint8), disk.folder / "array")

@@ -1,4 +1,4 @@
-"""Trackers get the records of a stage from its own job; these are the real libraries, offline."""
+"""Trackers get the records of a stage from its own job. Tests use the real libraries, offline."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def test_problems_of_sources_are_found_without_reading_them(
     assert (problem or "None") in str(source_problem(source))
 
 
-def test_fractions_hold_and_parts_are_disjoint() -> None:
+def test_splits_have_their_fractions_and_are_disjoint() -> None:
     splits: dict[str, set[str]] = {name: set() for name in SPLITS}
     for i in range(5000):
         splits[split(f"document {i}")].add(f"document {i}")
@@ -193,7 +193,7 @@ def test_fractions_hold_and_parts_are_disjoint() -> None:
     assert len(set.union(*splits.values())) == 5000
 
 
-def test_a_larger_part_keeps_what_it_had() -> None:
+def test_a_larger_split_keeps_its_documents() -> None:
     texts = [f"document {i}" for i in range(2000)]
     small = {t for t in texts if split(t, {"validation": 0.02}) == "validation"}
     large = {t for t in texts if split(t, {"validation": 0.1}) == "validation"}
@@ -201,16 +201,16 @@ def test_a_larger_part_keeps_what_it_had() -> None:
 
 
 @pytest.mark.parametrize(("fraction", "name"), [(0.0, "train"), (1.0, "heldout")])
-def test_part_of_extreme_fractions(fraction: float, name: str) -> None:
+def test_split_of_extreme_fractions(fraction: float, name: str) -> None:
     counts = Counter(split(str(i), {"heldout": fraction}) for i in range(100))
     assert counts == {name: 100}
 
 
 @pytest.mark.parametrize("stretches", [1, 3])
-def test_paragraphs_of_a_text_are_split_into_long_pieces(
+def test_each_split_has_long_runs_of_paragraphs(
     tmp_path: Path, stretches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So a paragraph for evaluation does not lie between two for training."""
+    """Runs of paragraphs for training and evaluation alternate only once per stretch of text."""
     paragraphs = [f"paragraph {i:4}" for i in range(3000)]
     source = write(tmp_path, "a.txt", "\n\n".join(paragraphs))
     monkeypatch.setattr(corpus, "STRETCH", Path(source).stat().st_size / stretches)
@@ -321,7 +321,7 @@ def test_local_sources_have_the_licence_of_their_options(tmp_path: Path) -> None
     assert pinned(str(file), Origin("x")) == str(file)
 
 
-def test_a_weight_is_no_part_of_the_text() -> None:
+def test_a_weight_does_not_change_the_text() -> None:
     for with_it, without in (
         ("a.txt#weight=0.3", "a.txt"),
         ("a.txt#weight=0.3&name=x", "a.txt#name=x"),

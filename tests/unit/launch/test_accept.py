@@ -62,7 +62,7 @@ def test_stale_expensive_result_stops_the_plan_with_reasons_and_cost(
 
 
 def test_accepted_result_feeds_later_stages_as_it_is(run: Path, plan: MakePlan) -> None:
-    """Only what cites manifests, the model card and the report, is written again."""
+    """Only results that cite manifests are written again: the model card and the report."""
     planned = plan(OTHER_LR, "accept=[distill]")
     assert actions(planned) == dict.fromkeys(STAGES, "skip") | {"export_hf": "run", "report": "run"}
     distill = stage_named(planned, "distill")

@@ -135,7 +135,7 @@ def test_runs_are_listed_with_their_state_and_results(
 
 
 def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launch) -> None:
-    """And nothing without ``--yes``, or while the run is running."""
+    """It deletes nothing without ``--yes``, or while the run is running."""
     (run_dir / CODE / "hash").mkdir(parents=True)
     other = run_dir.with_name("other")
     shutil.copytree(run_dir, other)
@@ -211,7 +211,7 @@ def test_cancelled_launcher_stops_as_with_ctrl_c(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_while_it_imports(root: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """Importing Hydra is slow, and hides exceptions that are raised meanwhile."""
+    """Importing Hydra takes time, and hides exceptions that are raised during the import."""
     (tmp_path / "hydra.py").write_text(SLOW_IMPORT)
     launcher = subprocess.Popen(
         [sys.executable, str(root / "launch" / "run.py")],

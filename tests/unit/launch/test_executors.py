@@ -199,7 +199,7 @@ def test_training_stops_before_the_limit_and_may_take_whole_nodes(prepared: Prep
 def test_split_layouts_limit_the_connections_of_cuda(
     prepared: Prepared, hardware: str, connections: str
 ) -> None:
-    """To one before Blackwell, where kernels must start in order."""
+    """The limit is one connection before Blackwell, where kernels must start in order."""
     plan, cluster = prepared("cluster=docker", f"hardware={hardware}")
     stage = stage_named(plan, "distill")
     for tensor, context, expected in ((1, 1, None), (2, 1, connections), (1, 2, connections)):

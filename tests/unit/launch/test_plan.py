@@ -1,4 +1,4 @@
-"""What a plan refuses, and what it consists of; ``test_plan_status`` tests what must run."""
+"""Stages and inputs of a plan, and plans that are refused. ``test_plan_status``: what must run."""
 
 from __future__ import annotations
 

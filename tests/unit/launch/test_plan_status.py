@@ -55,7 +55,7 @@ def test_only_incomplete_stages_run(plan: MakePlan, complete: Complete) -> None:
     ],
 )
 @pytest.mark.usefixtures("run")
-def test_a_field_reruns_its_stage_and_what_follows(
+def test_a_changed_field_reruns_its_stage_and_all_later_ones(
     plan: MakePlan, hf_folder: Path, override: str, expected: list[str]
 ) -> None:
     sizes = SMALL_STUDENT if override.endswith("=HF") else ()
@@ -145,7 +145,7 @@ def test_changed_source_files_are_the_reason(
 
 
 @pytest.mark.usefixtures("run")
-def test_forced_stages_run_with_those_that_follow(plan: MakePlan) -> None:
+def test_forced_stages_run_with_all_later_ones(plan: MakePlan) -> None:
     assert todo(plan("force=[distill]")) == {
         "distill": "forced",
         "evaluate": "after distill",
@@ -184,7 +184,7 @@ def test_broken_manifest_is_refused_by_name(plan: MakePlan, run: Path) -> None:
 
 
 @pytest.mark.usefixtures("run")
-def test_other_content_with_the_same_fingerprint_reruns_what_follows(
+def test_other_content_with_the_same_fingerprint_reruns_later_stages(
     plan: MakePlan, complete: Complete
 ) -> None:
     """After ``only=[distill] force=[distill]``, or a forced run that was killed after distill."""

@@ -1,4 +1,4 @@
-"""Publishing a student to a stand-in for the hub, on loopback."""
+"""Publishing a student to a fake hub on loopback."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def test_complete_run_starts_nothing_and_keeps_its_recipe(
 def test_status_shows_only_the_last_plan(
     launch: Launch, plan: MakePlan, complete: Complete, run: Path
 ) -> None:
-    """Stages and settings of earlier dry runs are forgotten, unless they have been started."""
+    """Stages of earlier dry runs are not shown, unless they have been started."""
 
     def states() -> dict[str, str]:
         return {stage.name: stage.status for stage in read_statuses(run)}
@@ -227,7 +227,7 @@ def test_disk_that_is_too_small_is_refused(launch: Launch, tmp_path: Path) -> No
 
 
 def test_a_read_only_disk_is_named(launch: Launch, tmp_path: Path) -> None:
-    """Read-only, then full; the run resumes after the fix."""
+    """The disk is first read-only, then full. The run resumes after the fix."""
     with small_disk(tmp_path / "small") as disk:
         words = (RECIPE, "engine=null", f"run_dir={disk.folder}/run", "dry_run=true")
         words = (*words, "skip_rules=[disk]")

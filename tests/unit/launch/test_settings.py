@@ -82,7 +82,7 @@ def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_setting_is_refused_with_a_fix_or_legal(
     compose: Compose, tmp_path: Path, chain: tuple[str, ...], data: st.DataObject, value: Any
 ) -> None:
-    """In all steps before anything is written or started."""
+    """Goes through all steps before anything is written or started."""
     composed, names = drawn_from(compose, chain)
     name = data.draw(st.sampled_from(names))
     cfg = pickle.loads(composed)
@@ -100,7 +100,7 @@ def test_a_setting_is_refused_with_a_fix_or_legal(
 
 
 def test_the_command_refuses_as_the_planner_does(compose: Compose, tmp_path: Path) -> None:
-    """With Hydra's own parser: the command ends with one message or a plan."""
+    """The command, with Hydra's own parser, ends with one message or a plan."""
     draw = random.Random(0)
     names = sorted(leaves(compose("recipe=llama_depth_prune")))
     values = ["null", "true", "", "nope", "-1", "0", "1e400", "nan", "[]", "[[]]", "{a: 1}", "{"]

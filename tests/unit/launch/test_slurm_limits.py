@@ -1,4 +1,4 @@
-"""Jobs that request other than what they start, or more than their partition allows."""
+"""Jobs whose request does not fit their processes or exceeds the limits of their partition."""
 
 from __future__ import annotations
 

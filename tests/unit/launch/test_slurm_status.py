@@ -1,4 +1,4 @@
-"""Statuses from the answers of squeue and sacct, which are stand-ins here."""
+"""Statuses from the answers of squeue and sacct, which are fakes here."""
 
 from __future__ import annotations
 

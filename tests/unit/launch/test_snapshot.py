@@ -45,7 +45,7 @@ def result(run_dir: Path) -> Manifest:
 
 
 def test_edit_after_the_plan_changes_nothing(checkout: Path) -> None:
-    """Neither the checkout as working directory nor the user's PYTHONPATH comes first."""
+    """The snapshot precedes the checkout as working directory, and the user's PYTHONPATH."""
     run_dir = launch(checkout, "dry_run=true")
     [planned] = snapshots(run_dir)
     for module in ("stages/plan", "core/worker", "__init__"):

@@ -1,4 +1,4 @@
-"""What a Slurm job asks for, and what a submission inherits."""
+"""Resources that a Slurm job requests, and variables that a submission inherits."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def test_shards_beside_one_file_of_weights_are_not_downloaded(hub: FakeHub, tmp_
 
 
 def test_samples_of_a_tied_head_are_compared(hub: FakeHub, tmp_path: Path) -> None:
-    """An equal head passes. One whose last half differs, as if it was trained apart, does not."""
+    """A head that equals the embedding passes. A head whose second half differs does not."""
     store_head(hub, tmp_path)
     assert run_with_hub(hub, tmp_path, CHECK).strip() == ""
     samples = hub.bytes_of(WEIGHTS) - FIRST_BYTES
@@ -153,7 +153,7 @@ def test_samples_of_a_tied_head_are_compared(hub: FakeHub, tmp_path: Path) -> No
 
 
 def test_a_hub_without_ranges_is_named(hub: FakeHub, tmp_path: Path) -> None:
-    """Headers are read all the same. The head is compared after the download."""
+    """Headers are read anyway. The head is compared after the download."""
     hub.serves_ranges = False
     store_head(hub, tmp_path)
     output = run_with_hub(hub, tmp_path, CHECK)

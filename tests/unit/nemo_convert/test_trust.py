@@ -20,7 +20,7 @@ def calls(file: Path) -> Iterator[ast.Call]:
 
 
 def test_every_loader_refuses_remote_code() -> None:
-    """Without ``trust_remote_code=False``, transformers asks on standard input."""
+    """Without ``trust_remote_code=False``, transformers asks the user whether to run the code."""
     folders = ("recipes", "nemo_convert", "benchmarks")
     files = [file for folder in folders for file in (REPO_ROOT / folder).rglob("*.py")]
     loads = {f"{file}:{call.lineno}": call for file in files for call in calls(file)}

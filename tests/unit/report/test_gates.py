@@ -200,7 +200,7 @@ def test_an_unquoted_gate_must_be_quoted(launch: Launch) -> None:
     assert """fix: quote text with special characters, such as 'gates=["a >= 1"]'""" in done.stderr
 
 
-def test_a_gate_is_not_judged_before_its_value_is_measured(
+def test_a_gate_is_not_checked_before_its_value_is_measured(
     launch: Launch, plan: Callable[..., Plan], complete: Callable[..., None], tmp_path: Path
 ) -> None:
     complete(plan("tasks=quick"))

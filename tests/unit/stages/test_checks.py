@@ -1,4 +1,4 @@
-"""Tests the ``check`` functions of the stages, and properties that every stage must have."""
+"""The ``check`` functions of stages, and properties that every stage must have."""
 
 from __future__ import annotations
 

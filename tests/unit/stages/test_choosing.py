@@ -1,4 +1,4 @@
-"""Held-out text is only for reports. No stage may choose anything by it."""
+"""Held-out text is only for reports: no stage may select a model or setting by it."""
 
 from __future__ import annotations
 
