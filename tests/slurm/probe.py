@@ -57,9 +57,9 @@ def main(words: list[str]) -> None:
 def fork_ranks(words: list[str]) -> NoReturn:
     """Runs the ranks of a node with the variables that torchrun sets, and exits."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    for option in ("--nnodes", "--nproc-per-node", "--node-rank"):
+    for option in ("--nnodes", "--nproc-per-node", "--node-rank", "--master-port"):
         parser.add_argument(option, type=int, required=True)
-    for option in ("--master-addr", "--master-port", "--rdzv-conf"):
+    for option in ("--master-addr", "--rdzv-conf"):
         parser.add_argument(option, required=True)
     parser.add_argument("-m", dest="module", required=True)
     options, arguments = parser.parse_known_args(words)
@@ -72,7 +72,7 @@ def fork_ranks(words: list[str]) -> NoReturn:
                 "WORLD_SIZE": str(options.nnodes * options.nproc_per_node),
                 "LOCAL_WORLD_SIZE": str(options.nproc_per_node),
                 "MASTER_ADDR": options.master_addr,
-                "MASTER_PORT": options.master_port,
+                "MASTER_PORT": str(options.master_port),
             }
             run_rank(*arguments)
             os._exit(0)
