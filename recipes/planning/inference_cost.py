@@ -128,16 +128,18 @@ def comparison_cost(
 
 
 def ranking_cost(
-    teacher: Architecture, bf16: bool, text: Sequences, hardware: Hardware
+    teacher: Architecture, bf16: bool, text: Sequences, hardware: Hardware, healed: bool
 ) -> InferenceCost:
     """Returns the cost of a comparison of the teacher with one candidate.
 
-    The candidate takes no memory, because its weights are views of the teacher's.
+    A pruned candidate takes no memory, because its weights are views of the teacher's. A healed one
+    (``healed``) has its own weights. Of the teacher, only the float32 head is left by then.
     """
     size = _bytes(bf16)
     states = 2 * _state_bytes(teacher, size, text, hardware)
+    heads = (2 if bf16 else healed) * _head_bytes(teacher, bf16=True)
     resident = Memory(
-        weights=size * teacher.parameters() + 2 * _head_bytes(teacher, bf16),
+        weights=size * teacher.parameters() + heads,
         activations=states,
         reserved=hardware.reserved_bytes,
     )

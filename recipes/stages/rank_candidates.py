@@ -35,7 +35,7 @@ def inference_cost(cfg: RankCandidatesConfig, chain: Chain) -> InferenceCost:
     source = chain.stages.get(cfg.inputs.get("shapes", ""))
     shapes = source.shapes(chain.teacher) if isinstance(source, EnumerateShapesConfig) else []
     costs = [
-        ranking_cost(chain.teacher, bf16, text, chain.hardware),
+        ranking_cost(chain.teacher, bf16, text, chain.hardware, cfg.num_healed > 0),
         *(
             healing_cost(chain.teacher, shape, calibration, chain.hardware)
             for shape in shapes[: cfg.num_healed]

@@ -9,8 +9,6 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
-
 from recipes.core.files import REPO_ROOT
 from tests.slurm import probe
 from tests.slurm.cluster import wait_for
@@ -18,7 +16,6 @@ from tests.slurm.conftest import Run
 from tests.slurm.test_cluster_recipes import one_rank, records, require, states, whole_nodes
 from tests.support.in_process import run_in_process, run_successfully
 
-pytestmark = pytest.mark.timeout(600)
 PAGE = (REPO_ROOT / "docs" / "first_day_on_slurm.md").read_text()
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines()]

@@ -26,6 +26,7 @@ from recipes.rehearsal.job import RankJob, RehearsalResult
 from tests.cpu.rehearsal import defects
 from tests.support.rehearsals import MOE_MODEL, job_with_layers
 
+pytestmark = pytest.mark.timeout(1800)  # one fixture rehearses all cases
 D = "stages.distill."
 PIPELINE = (
     f"{D}pipeline_model_parallel_size=3",
@@ -81,9 +82,9 @@ SOUND = (
     Case(SMALL, "cache_logits", 0, ("teacher=cached",)),
     Case(SMALL, "distill", 0, ("teacher=cached",)),
     Case("llama_width_prune", "distill", 0, MIXED, ALL),
-    Case("llama_search", "rank_candidates"),
+    Case("llama_search", "rank_candidates", 0, ("stages.rank_candidates.precision=bf16-mixed",)),
     Case("llama_search", "successive_halving"),
-    Case("shrink", "rank_candidates"),
+    Case("shrink", "rank_candidates", 0, ("stages.rank_candidates.precision='32'",)),
     SEARCH,
     SEARCH._replace(rank=7),
     Case("qwen3_8b_depth", "distill", 767, INSTANCES),

@@ -59,8 +59,16 @@ def test_a_comparison_holds_one_model_and_the_heads_of_all() -> None:
     attention = 2 * 8192 * 32 * 128 * 32
     tokens = 40 * 8192
     assert one.compute.flops == pytest.approx(tokens * (2 * LLAMA.active_weights() + attention))
-    ranking = ranking_cost(LLAMA, True, TEXT, H100).memory  # views of the teacher's weights
-    assert ranking.weights == 2 * LLAMA.parameters() + 2 * HEAD
+    # Pruned candidates are views of the teacher's weights. A healed one is compared with the
+    # teacher's head, which in float32 is no copy.
+    for bf16, healed, heads in (
+        (True, False, 2),
+        (True, True, 2),
+        (False, False, 0),
+        (False, True, 1),
+    ):
+        ranking = ranking_cost(LLAMA, bf16, TEXT, H100, healed).memory
+        assert ranking.weights == (2 if bf16 else 4) * LLAMA.parameters() + heads * HEAD
     assert conversion_cost(LLAMA, H100).memory.weights == 4 * LLAMA.parameters()
     # A CPU also holds the last hidden states of the text.
     cpu, gpu = (
@@ -109,7 +117,7 @@ def test_large_teachers_fit_into_a_gpu_with_default_micro_batches(model: str) ->
     cache = Workload(None, teacher, layout, 8192, layout.micro_batch_size, 1)
     for memory in (
         comparison_cost([teacher] * 3, True, text, H100).memory,
-        ranking_cost(teacher, True, text, H100).memory,
+        ranking_cost(teacher, True, text, H100, True).memory,
         scoring_cost(teacher, True, text, H100).memory,
         conversion_cost(teacher, H100).memory,
         peak_memory(cache, H100),
