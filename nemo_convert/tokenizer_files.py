@@ -172,20 +172,24 @@ def needs_conversion(folder: Path) -> bool:
 
 
 def convert_tokenizer(folder: Path) -> None:
-    """Rewrites a folder's files so that transformers 4 and 5 load the same tokenizer from them.
+    """Rewrites a folder's files so that transformers 4 and 5 load the same tokenizer; loads it.
 
     transformers 4 cannot read the settings of version 5, and its classes may add other special
     tokens. The versions also convert ``tokenizer.model`` differently: version 5 adds BOS only if
     the settings say so.
 
     Raises:
-        RecipeError: transformers cannot convert the sentencepiece model.
+        RecipeError: transformers cannot load the tokenizer, before or after the change.
     """
-    if not needs_conversion(folder):
-        return
+    if needs_conversion(folder):
+        _rewrite(folder)
+    _load(folder)
+
+
+def _rewrite(folder: Path) -> None:
     config = read_tokenizer_config(folder)
     if not (folder / TOKENIZER).is_file():
-        _write_tokenizer_json(folder)
+        _load(folder).backend_tokenizer.save(str(folder / TOKENIZER))
     special = config.get("extra_special_tokens")
     converted = {key: value for key, value in config.items() if key not in ONLY_TRANSFORMERS_5}
     if isinstance(special, dict):  # as transformers 4 writes it
@@ -203,21 +207,22 @@ def _is_of_transformers_5(config: Mapping[str, Any]) -> bool:
     )
 
 
-def _write_tokenizer_json(folder: Path) -> None:
+def _load(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # it does not check the types of settings
+        reason = str(error).partition("\n")[0]
         raise RecipeError(
-            f"transformers cannot load the tokenizer in {folder}: {str(error).splitlines()[0]}",
-            f"save it as {TOKENIZER} with transformers' fast tokenizer",
+            f"transformers cannot load the tokenizer: {type(error).__name__}: {reason}.",
+            f"correct {CONFIG}, or save {TOKENIZER} with transformers' fast tokenizer",
         ) from error
     if not tokenizer.is_fast:
         raise RecipeError(
-            f"transformers has no fast tokenizer for {folder}.", f"convert it to {TOKENIZER} first"
+            "transformers has no fast tokenizer for the model.", f"convert it to {TOKENIZER} first"
         )
-    tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
+    return tokenizer
 
 
 def _vocabulary_of_json(file: Path) -> dict[str, int]:

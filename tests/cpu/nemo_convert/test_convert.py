@@ -24,6 +24,8 @@ from nemo_convert import convert, hf, nemo, parity, trust
 from nemo_convert.families import LLAMA3_ROPE
 from recipes.core.errors import RecipeError
 from tests.support.conversion import assert_same_weights, convert_by_command, tensors
+from tests.support.folder_changes import WEIGHTS, edit
+from tests.support.hub import fake_hub, run_with_hub
 from tests.support.models import EVEN, ODD, write_tiny_model
 
 
@@ -68,6 +70,27 @@ def test_rope_of_transformers_5_is_read(odd_llama: Path, tmp_path: Path) -> None
     assert parity.compare(odd_llama, checkpoint).max_logit_difference < 1e-4
     assert convert_by_command("to-hf", checkpoint, back) == 0
     assert json.loads((back / "config.json").read_text())["rope_theta"] == theta
+
+
+def test_a_tokenizer_that_transformers_cannot_load_is_refused_before_weights_are_read(
+    odd_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(odd_llama, tmp_path / "hf")
+    no_token = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": None}
+    edit("tokenizer_config.json", **no_token)(folder)
+    assert convert_by_command("check", folder) == 1
+    assert "cannot load the tokenizer" in capsys.readouterr().err
+    monkeypatch.setenv("HF_TOKEN", "token")
+    code = (
+        "from nemo_convert import hf\ntry: hf.resolve('me/tiny')\nexcept Exception as e: print(e)"
+    )
+    with fake_hub("token") as hub:
+        hub.models["me/tiny"] = {file.name: file.read_bytes() for file in folder.iterdir()}
+        assert "cannot load the tokenizer" in run_with_hub(hub, tmp_path / "home", code)
+        assert hub.bytes_of(WEIGHTS) == 0
 
 
 def test_only_the_files_that_transformers_reads_are_converted(

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from nemo_convert import hf
 from nemo_convert.__main__ import main
 from nemo_convert.hf import hub_commit
-from nemo_convert.hub import is_config_available, is_hub_id, read_hf_config
+from nemo_convert.hub import download, is_config_available, is_hub_id, read_hf_config
 from nemo_convert.smollm2 import HF_CONFIG, MEMBER
 from recipes.core.errors import RecipeError
 from recipes.core.files import sha256_of
@@ -116,8 +115,8 @@ def test_commit_in_a_hub_id_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert read_hf_config(f"org/name@{older}") == {"is": older}
     assert is_config_available(f"org/name@{older}")
     assert not is_config_available(f"org/name@{'c' * 40}")
-    assert hub_commit(hf.resolve(f"org/name@{older}")) == older
-    assert hub_commit(hf.resolve("org/name")) == newest
+    assert hub_commit(download(f"org/name@{older}")) == older
+    assert hub_commit(download("org/name")) == newest
     assert hub_commit(tmp_path) is None
 
 
