@@ -43,9 +43,9 @@ def transformers_5() -> Path:
 SAVE = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, target = sys.argv[1:]
-AutoModelForCausalLM.from_pretrained(folder).save_pretrained(target)
-AutoTokenizer.from_pretrained(folder).save_pretrained(target)
+for folder in sys.argv[1:]:
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder + "-5")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder + "-5")
 """
 
 
@@ -58,8 +58,7 @@ def run_with_transformers_5(code: str, *arguments: str | Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def save_by_transformers_5(folder: Path) -> Path:
-    """Loads a model and its tokenizer and saves both in a new folder beside it."""
-    target = folder.with_name(f"{folder.name}-5")
-    run_with_transformers_5(SAVE, folder, target)
-    return target
+def save_by_transformers_5(*folders: Path) -> list[Path]:
+    """Loads models and their tokenizers and saves both in a new folder, NAME-5, beside each."""
+    run_with_transformers_5(SAVE, *folders)
+    return [folder.with_name(f"{folder.name}-5") for folder in folders]

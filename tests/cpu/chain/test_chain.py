@@ -47,7 +47,8 @@ SECRET = "a_token_that_no_file_may_hold"
 @pytest.fixture(scope="module")
 def teacher(odd_llama: Path) -> Path:
     """The teacher as transformers 5 saves it."""
-    return save_by_transformers_5(odd_llama)
+    [teacher] = save_by_transformers_5(odd_llama)
+    return teacher
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ for folder in sys.argv[3:]:
     except Exception:
         continue
     with torch.no_grad():
-        results[folder + " logits"] = model(ids).logits.contiguous()
+        results[folder + " logits"] = model(ids, return_dict=True).logits.contiguous()
     results[folder + " ids"] = ids
 save_file(results, sys.argv[1])
 """
@@ -58,8 +58,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """For each family a folder NAME, and NAME-5, which transformers 5 has loaded and saved."""
     root = tmp_path_factory.mktemp("bases")
     shape = {**EVEN, "num_hidden_layers": 2, "train": False}
-    for name in FAMILIES:
-        save_by_transformers_5(write_tiny_model(root / name, text_file, name, **shape))
+    save_by_transformers_5(*(write_tiny_model(root / n, text_file, n, **shape) for n in FAMILIES))
     return root
 
 
