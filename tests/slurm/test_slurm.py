@@ -88,6 +88,28 @@ def test_status_and_logs_of_a_complete_run(tiny_chain: tuple[Run, CommandResult]
     assert read_jobs(chain.directory) == jobs
 
 
+def test_text_that_two_nodes_tokenized_has_the_bytes_of_one(
+    tiny_chain: tuple[Run, CommandResult], tmp_path: Path
+) -> None:
+    original, _ = tiny_chain
+    chain = original.copy_without(tmp_path, *STAGES[1:])
+    two = "stages.prepare_data.resources.nodes=2"
+    assert chain.submit(two, "only=[prepare_data]").code == 0
+    chain.wait()
+    assert states(chain)["prepare_data"] == "complete", job_log(chain, "prepare_data")
+    job = read_jobs(chain.directory)["prepare_data"]
+    assert "NumNodes=2 " in run("scontrol", "show", "job", job.id)
+    one_node, two_nodes = (
+        {
+            file.name: file.read_bytes()
+            for file in (each.directory / "prepare_data" / ARTIFACT).iterdir()
+        }
+        for each in (original, chain)
+    )
+    assert one_node == two_nodes
+    assert len(one_node["train.bin"]) > 100_000
+
+
 def test_training_that_reached_its_limit_twice_has_the_same_weights(
     tiny_chain: tuple[Run, CommandResult], tmp_path: Path
 ) -> None:
