@@ -34,9 +34,9 @@ CPU_PROFILES: dict[bool, dict[str, Any]] = {
         "bytes_per_second": 2.5e10,
     },
 }
-"""Rates of two cores of an AMD EPYC: with bfloat16 GEMMs, and where they are emulated."""
+"""Rates of two cores of an AMD EPYC, with bfloat16 GEMMs (``True``) and with emulated ones."""
 UNKNOWN_CPU: dict[str, Any] = CPU_PROFILES[True] | {"precision": "32"}
-"""For other machines, such as a cluster's nodes: every CPU trains in float32."""
+"""Rates for other machines, such as a cluster's nodes. In float32, which every CPU supports."""
 
 
 @dataclass
