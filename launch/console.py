@@ -164,7 +164,7 @@ def _planned_cost(manifest: Manifest) -> str:
 
 
 def _best_candidate(manifest: Manifest) -> str:
-    """Describes the candidate that successive halving chose, or else the first of the ranking."""
+    """Describes the candidate that successive halving chose, or the best one of the ranking."""
     result = manifest.result(SearchResult)
     best = result.chosen() or result.candidates[0]
     return f"{best.name}, KL {best.kl_to_teacher:.3f}, {len(result.candidates)} shapes"

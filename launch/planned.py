@@ -50,7 +50,8 @@ class PlannedStage:
     accepted: Acceptance | None = None
     """The user's decision to keep the stage's stale result."""
     kept: Mapping[str, list[str]] = field(default_factory=dict)
-    """Stale results that the user keeps, of this stage and of those it depends on: reasons."""
+    """Stale results that the user keeps, of this stage and of the stages it depends on: the reasons
+    why, by stage."""
 
     @property
     def stage(self) -> Stage[Any]:

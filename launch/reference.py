@@ -73,7 +73,7 @@ def _sections() -> Iterator[str]:
 
 
 def _choices() -> Iterator[tuple[str, str]]:
-    """Yields every choice of every group, with the first sentence of its file's comment."""
+    """Yields the choices of all groups, each with the first sentence of its file's comment."""
     others = (group for group in groups() if group != "recipe")
     for file in sorted(file for group in others for file in (CONF / group).glob("*.yaml")):
         # Comments such as "# @package stages" are for Hydra.

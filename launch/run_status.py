@@ -52,7 +52,7 @@ def read_statuses(run_dir: Path) -> list[StageStatus]:
     queue, plan = job_states(jobs.values()), read_last_plan(run_dir)
     planned = plan.stages if plan is not None else {}
     states = stage_states(run_dir, include=jobs)
-    # Jobs of the last plan; those of earlier plans say nothing about a stage that has ended.
+    # Only jobs of the last plan, because jobs of earlier plans say nothing about ended stages.
     current = {name: job for name, job in jobs.items() if job.fingerprint == planned.get(name)}
     incomplete = [n for n, state in states.items() if state.status is not Status.COMPLETE]
     ended_jobs = [current[n] for n in incomplete if n in current and current[n].id not in queue]

@@ -53,7 +53,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "rope_interleaved": (None, False),
     "use_mrope": (None, False),
 }
-"""Keys that can change or prevent logits, with the values that leave them unchanged."""
+"""Keys that leave the logits unchanged only at these values."""
 HARMLESS: Mapping[str, str] = {
     "_attn_implementation": "chooses a kernel",
     "_attn_implementation_autoset": "chooses a kernel",

@@ -75,7 +75,7 @@ class Family:
     rope_scaling: Mapping[str, Any] = field(default_factory=dict)
     """The RoPE scaling that NeMo's config builds. A model may have any factor."""
     corrections: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
-    """Returns the right values of those fields of NeMo's config that the importer sets wrongly."""
+    """Returns the correct values of the fields that NeMo's importer sets wrongly."""
 
     def has(self, weights: tuple[Weight, ...]) -> bool:
         """Returns whether the models have ``QKV_BIAS``, ``QK_NORM`` or ``EXPERTS``."""

@@ -193,7 +193,7 @@ def _record_arguments() -> None:
 
     classes = GPTConfig.__subclasses__()
     for derived in classes:
-        classes += derived.__subclasses__()  # the loop visits these, too
+        classes += derived.__subclasses__()  # the loop visits subclasses of subclasses, too
         if "__init__" in vars(derived) and "__wrapped_init__" not in vars(derived):
             derived.__wrapped_init__ = False
 

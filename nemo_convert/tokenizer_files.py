@@ -22,7 +22,7 @@ CLASSES = {
 }
 """Tokenizer classes of transformers 4 for the supported families, without the suffix ``Fast``."""
 FAMILY_CLASSES = {"llama": "LlamaTokenizer", "mistral": "LlamaTokenizer"}
-"""Classes that transformers chooses by ``model_type`` if no file names one; else Qwen2's."""
+"""Tokenizer classes by ``model_type``, for folders that do not name one. Others have Qwen2's."""
 WITHOUT_JSON = {
     SENTENCEPIECE: ("CodeLlamaTokenizer", "LlamaTokenizer"),
     MERGES: ("GPT2Tokenizer", "Qwen2Tokenizer"),

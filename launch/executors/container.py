@@ -125,7 +125,7 @@ def home(stage: PlannedStage) -> dict[str, str]:
     cache = str(cache_dir().absolute())
     variables = {
         "HOME": cache,
-        # Inductor looks up the name of its user, whom the image may not know.
+        # Inductor looks up the user's name, which the image may not have.
         "USER": "nemo-recipes",
         "TORCHINDUCTOR_CACHE_DIR": f"{cache}/torchinductor",
     }

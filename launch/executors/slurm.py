@@ -192,7 +192,8 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         # the stage run at a time.
         job_name=f"{run_dir.name}.{stage.name}."
         + hashlib.sha256(str(run_dir).encode()).hexdigest()[:8],
-        # A forced stage is complete only once its manifest has another start.
+        # A forced stage has a manifest already. One with this start time does not mean that the job
+        # is complete.
         replaces=old.started_at if (old := stage.result) else None,
         cwd=os.getcwd(),
         time=stage.config.resources.time or cluster.time,

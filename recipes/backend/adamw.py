@@ -67,7 +67,7 @@ class FusedAdamW(AdamW):
         super().__init__(params, **settings)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores the state; AdamW's own would look for step counts of parameters."""
+        """Restores the state. AdamW's method is skipped: it expects a step count per parameter."""
         torch.optim.Optimizer.__setstate__(self, state)
 
     @torch.no_grad()

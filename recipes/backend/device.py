@@ -73,8 +73,8 @@ def bind_to_near_cores(pci_device: Path, ranks: int) -> None:
     near = cores & allowed
     if near == allowed or len(near) * ranks < len(allowed):
         return
-    for thread in Path("/proc/self/task").iterdir():  # including threads that imports started
-        with contextlib.suppress(ProcessLookupError):  # the thread has ended meanwhile
+    for thread in Path("/proc/self/task").iterdir():  # also threads that were started by imports
+        with contextlib.suppress(ProcessLookupError):  # the thread has ended
             os.sched_setaffinity(int(thread.name), near)
 
 

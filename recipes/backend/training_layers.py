@@ -190,7 +190,7 @@ def _attention_backward(
         q, shape = _rows_of_groups(query[start:stop], groups)
         block_grad, _ = _rows_of_groups(grad_heads[start:stop], groups)
         row_sum, _ = _rows_of_groups(row_sums[start:stop], groups)
-        # Recomputed, because saving them for every layer would need more memory than all else.
+        # Recomputed, because saved probabilities of all layers would take most of the memory.
         probabilities = _probabilities(q, k_float32[:, :stop], start, scale)
         value_grad[:, :stop] += torch.bmm(probabilities.transpose(1, 2), block_grad)
         row_sum = row_sum.to(grad.dtype).expand(-1, -1, stop)

@@ -52,7 +52,7 @@ def compilable(function: Callable[P, R]) -> Callable[P, R]:
 
         # The key of Inductor's cache lacks the instruction set (PyTorch 2.13). C++ that was
         # cached for AVX512 reads past its data if it is built for AVX2: wrong losses, no error.
-        # An explicit vector width, the one Inductor would choose anyway, is part of the key.
+        # So Inductor's own vector width is set explicitly, which makes it a part of the key.
         width = VECTOR_BITS.get(torch.backends.cpu.get_cpu_capability())
         options: dict[str, Any] = {"cpp.simdlen": width}
         kernel: Callable[..., R] = torch.compile(function, fullgraph=True, options=options)

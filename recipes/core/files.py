@@ -21,7 +21,7 @@ REPO_ROOT = Path(__file__).resolve().parents[2]
 MAX_HASHING_THREADS = 16
 """With more threads shared storage is the limit."""
 MIN_FREE_BYTES = 1 << 20
-"""A disk with less counts as full."""
+"""A disk with fewer free bytes is treated as full."""
 STORAGE_FIXES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",

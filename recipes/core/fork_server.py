@@ -152,7 +152,7 @@ def main() -> None:
         if not request:
             return
         _flush_c_streams()
-        # A multiprocessing process runs its own exit functions, not those of the imports.
+        # A multiprocessing process does not run the exit functions that imports registered.
         child = multiprocessing.get_context("fork").Process(
             target=run_request, args=(request, *logs)
         )

@@ -80,7 +80,7 @@ class Manifest:
     started_at: str
     """Time to the microsecond, which also identifies the start."""
     libraries: dict[str, str] = field(default_factory=dict)
-    """Versions in the fingerprint; ``versions`` has those of the stage's process."""
+    """Versions in the fingerprint. ``versions`` has the versions that the stage's process found."""
     versions: dict[str, str] = field(default_factory=dict)
     git_sha: str | None = None
     """Commit of the checkout that the snapshot is from."""

@@ -1,4 +1,4 @@
-"""State of a run and of its stages; only this module derives it from their files.
+"""State of a run and of its stages. No other module derives it from their files.
 
 CONTRIBUTING.md lists the files in "How data flows". Does not import torch.
 """

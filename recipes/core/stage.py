@@ -42,8 +42,8 @@ class Resources:
     time: Duration | None = None
     """Limit of one Slurm job, ``HH:MM:SS`` or ``D-HH:MM:SS``; by default the cluster's."""
     sbatch: list[SbatchOption] = field(default_factory=list)
-    """Further options of the stage's Slurm job, such as ``--partition=cpu``; they follow those of
-    the cluster."""
+    """Further options of the stage's Slurm job, such as ``--partition=cpu``. They come after
+    ``cluster.sbatch``, so they win."""
 
     @property
     def ranks(self) -> int:

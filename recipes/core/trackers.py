@@ -42,7 +42,8 @@ MLFLOW_ID = "recipes_id"
 """Tag with the id of a stage's run in MLflow, whose server numbers runs itself."""
 POLL_SECONDS = 1.0
 FINISHED = "FINISHED"
-"""Status that the worker sends to this process when the stage is complete; else FAILED, KILLED."""
+"""Status that the worker sends to this process when the stage is complete. Without it, the status
+is FAILED or KILLED."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def wandb(stage: TrackedStage) -> Tracker:
         id=stage.id,
         resume="allow",
         dir=str(stage.directory.parent),
-        mode=None if login else "offline",  # without a mode, WANDB_MODE or else online
+        mode=None if login else "offline",  # None: WANDB_MODE, which is online by default
         tags=[stage.recipe],
         config={**stage.parameters(), **stage.links()},
         settings=library.Settings(
@@ -196,7 +197,7 @@ def wandb(stage: TrackedStage) -> Tracker:
 
 
 def mlflow(stage: TrackedStage) -> Tracker:
-    """MLflow: at ``tracker.uri`` or ``MLFLOW_TRACKING_URI``, else in ``<run>/mlflow.db``."""
+    """MLflow: at ``tracker.uri`` or ``MLFLOW_TRACKING_URI``, or in ``<run>/mlflow.db``."""
     import mlflow as library
 
     run_dir = stage.directory.parent.resolve()

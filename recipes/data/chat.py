@@ -16,7 +16,7 @@ from recipes.core.errors import RecipeError
 from recipes.data.tokenizer import Encoded
 
 ASSISTANT = "assistant"
-"""Role of the messages whose tokens count in the loss."""
+"""Role of the messages whose tokens are in the loss."""
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """Jinja tag that starts an answer, in templates that mark answers."""
 NO_ANSWER, TEMPLATE, NO_PREFIX, SPECIAL_TOKEN, TOO_LONG = (

@@ -50,7 +50,7 @@ class Reader(Protocol):
         """Returns the position after the last document, for a new reader, as JSON."""
 
     def fraction(self) -> float:
-        """Returns the fraction of the source that was read; 0 where its size is unknown."""
+        """Returns the fraction of the source that was read; 0 if its size is unknown."""
 
 
 def read_source(source: str, text_field: str, state: Any = None, *, chat: bool = False) -> Reader:
@@ -213,7 +213,10 @@ def draw_of(document: Document, document_digest: bytes) -> float:
 
 
 def split_of(draw: float, fractions: Mapping[str, float]) -> str:
-    """Returns the split of a draw: fractions count from 0 in order, ``train`` gets the rest."""
+    """Returns the split of a document from its random number in [0, 1).
+
+    The splits of ``fractions`` take consecutive ranges from 0. ``train`` has the rest.
+    """
     for split, fraction in fractions.items():
         if draw < fraction:
             return split

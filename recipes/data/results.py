@@ -54,7 +54,7 @@ class DatasetResult:
     source_tokens: dict[str, list[SourceTokens]]
     """Sources by split, in the order of the text."""
     document_end: int
-    """Token after every document. Predictions of the token after it do not count."""
+    """Token after every document. The prediction of the token after it is not in the loss."""
     document_begin: int | None = None
     """Token before every document, if there is one."""
     seq_length: int | None = None

@@ -17,7 +17,7 @@ from recipes.core.errors import RecipeError
 SplitSize = tuple[int, int]
 """Bytes and documents."""
 LOSS_MASK = "loss_mask"
-"""Suffix of a file with one byte per token: whether the token's prediction counts in the loss."""
+"""Suffix of a file with one byte per token: whether the token's prediction is in the loss."""
 LENGTHS = "lengths"
 """Suffix of a file with the number of tokens of each document (int32), the source of the index."""
 BLOCK = 1 << 16
@@ -59,7 +59,7 @@ class SplitWriter:
     def add(
         self, split: str, ids: Sequence[int] | np.ndarray, loss_mask: np.ndarray | None = None
     ) -> None:
-        """Appends one document; by default the predictions of all tokens but the first count."""
+        """Appends one document; by default all tokens but its first are in the loss."""
         if mask_file := self._files.get((split, LOSS_MASK)):
             mask = np.arange(len(ids)) > 0 if loss_mask is None else loss_mask
             mask_file.write(mask.tobytes())

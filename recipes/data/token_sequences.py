@@ -25,8 +25,8 @@ class TextSequences:
 
     tokens: Tensor
     """int64 [sequences, seq_length]."""
-    counted: Tensor
-    """bool [sequences, seq_length - 1]: which predictions count, see ``prediction_mask``."""
+    prediction_mask: Tensor
+    """bool [sequences, seq_length - 1]: which next-token predictions are in the loss."""
     sources: dict[str, slice] = field(default_factory=dict)
     """Range of sequences of each source."""
 
@@ -35,7 +35,7 @@ class TextSequences:
 
     def __getitem__(self, chosen: slice | list[int]) -> TextSequences:
         """Selects sequences."""
-        return TextSequences(self.tokens[chosen], self.counted[chosen])
+        return TextSequences(self.tokens[chosen], self.prediction_mask[chosen])
 
     def first(self, count: int) -> TextSequences:
         """Selects about ``count`` sequences, the first of each source."""
@@ -45,13 +45,13 @@ class TextSequences:
 
     @property
     def predictions(self) -> int:
-        """Number of predictions that count."""
-        return int(self.counted.sum())
+        """Number of predictions in the loss."""
+        return int(self.prediction_mask.sum())
 
     @property
     def targets(self) -> Tensor:
-        """Target tokens of the predictions that count, int64 [predictions]."""
-        return self.tokens[:, 1:][self.counted]
+        """Target tokens of the predictions in the loss, int64 [predictions]."""
+        return self.tokens[:, 1:][self.prediction_mask]
 
     @classmethod
     def of(
@@ -62,16 +62,16 @@ class TextSequences:
 
 
 def prediction_mask(tokens: Tensor, end: int | None, loss_mask: Tensor | None = None) -> Tensor:
-    """Returns which next-token predictions count: all but those of the token after ``end``.
+    """Returns which predictions are in the loss: all but those of the token after ``end``.
 
     That token starts another document and cannot be predicted (``eod_mask_loss`` in
     ``megatron/core/datasets/gpt_dataset.py``). In a conversation, only the assistant's tokens
-    count. Training, evaluation, scores and the search use this mask.
+    are in it. Training, evaluation, scores and the search use this mask.
 
     Args:
         tokens: int64 [..., n].
         end: Token after every document, if there is one.
-        loss_mask: bool [..., n], which tokens count as targets; see ``read_loss_mask``.
+        loss_mask: bool [..., n], which tokens are targets; see ``read_loss_mask``.
 
     Returns:
         bool [..., n - 1]. Entry i is for the prediction of token i + 1.
@@ -159,7 +159,7 @@ def read_tokens(artifact: Path, split: str) -> np.ndarray:
 
 
 def read_loss_mask(artifact: Path, split: str) -> np.ndarray | None:
-    """Returns which tokens of a split count as targets, bool [tokens].
+    """Returns which tokens of a split are targets of the loss, bool [tokens].
 
     Returns ``None`` if the text has no conversations.
     """

@@ -40,7 +40,7 @@ class Encoded:
     ids: np.ndarray
     """int32 [n]."""
     loss_mask: np.ndarray | None = None
-    """bool [n]: tokens whose prediction counts in the loss. ``None``: all tokens but the first."""
+    """bool [n]: tokens whose prediction is in the loss. ``None``: all but the first."""
     shortened: bool = False
     left_out: str = ""
     """The reason why the document is left out and has no tokens; else empty."""
@@ -67,7 +67,7 @@ class DocumentTokenizer:
     begin: int | None
     """Token before every document, if the tokenizer adds one to a text."""
     end: int
-    """Token after every document; predictions from it are not counted."""
+    """Token after every document; the prediction after it is not in the loss."""
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -55,7 +55,7 @@ class TrainingSequences(Dataset):
     document_end: int | None = None
     """Id of the token that ends documents; the token after it is masked (``prediction_mask``)."""
     loss_mask: np.ndarray | None = None
-    """Which tokens count as targets, see ``read_loss_mask``."""
+    """Which tokens are targets of the loss, see ``read_loss_mask``."""
     attention_mask: Tensor | None = None
     """Mask that every sample gets; ``None`` omits it."""
     cache: TeacherCache | None = None

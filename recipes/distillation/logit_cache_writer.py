@@ -185,7 +185,7 @@ def _evaluate_teacher(
 ) -> tuple[TopK, float] | None:
     """Runs the teacher on n sequences.
 
-    Masked predictions do not count in the loss, as in training. Samples of the tail depend on a
+    Masked predictions are not in the loss, as in training. Samples of the tail depend on a
     sequence's number, not on its shard.
 
     Returns:

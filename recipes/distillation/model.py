@@ -151,7 +151,9 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         settings = {
             "teacher_model": (_load_teacher, [config, self.tokenizer, checkpoint], {}),
             "criterion": self._hidden_losses(student, config),
-            "loss_balancer": mtd.StaticLossBalancer(1.0),  # required; ``Objective`` balances
+            "loss_balancer": mtd.StaticLossBalancer(
+                1.0
+            ),  # required, but ``Objective`` sets the weights
         }
         core = mtd.convert(student, mode=[("kd_loss", settings)])
         adjust_distillation_model_for_mcore(core, distill_cfg=DistillationConfig())

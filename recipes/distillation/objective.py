@@ -39,7 +39,7 @@ Pairs = Sequence[tuple[int, int]]
 def layer_pairs(
     cfg: DistillConfig, kept: Sequence[int] | None, student: int, teacher: int
 ) -> Pairs:
-    """Returns the pairs of layers to compare: as configured, else each layer with its original.
+    """Returns the pairs of layers to compare: as configured, or each layer with its original.
 
     Args:
         cfg: Settings of the distillation.

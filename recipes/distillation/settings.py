@@ -105,7 +105,7 @@ class TrainingConfig(StageConfig):
     """Copies of the optimizer's state. With one copy per node, weights are gathered within a node,
     and only gradient shards are reduced between nodes."""
     recompute_granularity: RecomputeGranularity = field(default="none", metadata=RESOURCE)
-    """Recomputes activations in the backward pass: ``none``, ``selective`` (those of
+    """Recomputes activations in the backward pass: ``none``, ``selective`` (only in
     ``recompute_modules``) or ``full`` (stores only each layer's input)."""
     recompute_modules: Annotated[list[RecomputeModule], Field(min_length=1)] = field(
         default_factory=lambda: ["core_attn"], metadata=RESOURCE

@@ -71,7 +71,7 @@ def train(
     trainer.callbacks = [CollectGarbage(cfg), *trainer.callbacks, StepLogger(cfg, log)]
     save = partial(_save_trained, cfg, model, restored, nemo.side_folder(start))
     if isinstance(cfg, DistillConfig) and cfg.student_steps:
-        # Before the callback that saves checkpoints.
+        # Before the callback that saves checkpoints, so that every checkpoint's students exist.
         trainer.callbacks.insert(1, SaveStudents(cfg.student_steps, work / nemo.STEPS, save))
     if objective.teacher.runs_in_validation and isinstance(cfg, DistillConfig):
         trainer.num_sanity_val_steps = cfg.limit_val_batches  # a validation before the first step
@@ -236,7 +236,7 @@ def _trainer(cfg: TrainingConfig) -> Any:
         replace_progress_bar=False,
         ckpt_async_save=True,
         ckpt_assume_constant_structure=True,
-        ckpt_optim_fully_reshardable=True,  # else a run resumes only with the same TP and PP
+        ckpt_optim_fully_reshardable=True,  # so that TP and PP may change when a run resumes
         gradient_as_bucket_view=True,
     )
     devices = int(world_size() // cfg.resources.nodes)

@@ -85,8 +85,8 @@ def main() -> None:
     args = parser.parse_args()
     die_with_parent()
     without_telemetry()
-    # Libraries may print to standard output. From here on that goes to the log; only answers go to
-    # the pipe.
+    # Libraries may print to standard output, which from here on is the log. Answers go to a copy of
+    # the original one, the pipe to ``measure_speed``.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     import_library(args.backend)

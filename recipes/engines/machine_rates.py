@@ -19,7 +19,8 @@ MAX_TOTAL_SECONDS = 0.5
 TOKENS = 1024
 """Rows of the GEMMs."""
 MIN_CPU_FRACTION = 0.8
-"""Least fraction of its threads' time that a valid measurement ran. Other programs took the rest.
+"""A measurement is valid if its threads ran for at least this fraction of the time. For the rest,
+other programs ran.
 """
 COPY_BYTES = 1 << 28
 """Much larger than any cache."""

@@ -132,7 +132,7 @@ def _compression(cfg: BuildEngineConfig) -> dict[str, Any]:
 
 
 def _write_tokenizer(folder: Path, out: Path) -> None:
-    """Saves the tokenizer, and an OpenVINO model of it with which the engine accepts text."""
+    """Saves the tokenizer, also as an OpenVINO model, with which the engine accepts text."""
     import openvino
     from openvino_tokenizers import convert_tokenizer
     from transformers import AutoTokenizer

@@ -110,7 +110,7 @@ class EngineQuality:
     tokens: int
     """Tokens in all sequences."""
     predictions: int
-    """Next-token predictions that count."""
+    """Next-token predictions in the loss."""
     loss_difference: Difference
     """Engine minus source, paired by sequence."""
 

@@ -126,10 +126,10 @@ class LlamaCppLM(ServedLM):
         return results
 
     def losses(self, text: TextSequences) -> list[float]:
-        """Returns each sequence's mean loss over the predictions that count."""
+        """Returns each sequence's mean loss over its predictions in the loss mask."""
         means = []
-        for row, counted in zip(text.tokens.tolist(), text.counted.tolist(), strict=True):
-            numbers = [n for n, counts in enumerate(counted, 1) if counts]
+        for row, mask in zip(text.tokens.tolist(), text.prediction_mask.tolist(), strict=True):
+            numbers = [n for n, in_loss in enumerate(mask, 1) if in_loss]
             scores = [self.token_score(row[:n], row[n])[0] for n in numbers]
             means.append(-sum(scores) / len(scores))
             self.progress(len(means), len(text))

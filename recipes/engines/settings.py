@@ -51,8 +51,7 @@ class BuildEngineConfig(StageConfig):
     group_size: Count = 64
     """Weights that share a scale, for OpenVINO's ``int4``."""
     kv_cache_dtype: str = "auto"
-    """Type of keys and values. ``auto`` is float32 in float32 engines, else the backend's default.
-    """
+    """Type of keys and values. ``auto``: float32 in float32 engines, else the backend's default."""
     tensor_parallel_size: Count = 1
     """GPUs that share the engine."""
     max_batch_size: Count = 8

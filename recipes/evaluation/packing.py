@@ -167,7 +167,9 @@ def attention_bias(
     question, segment = torch.tensor(segments).T
     same_segment = (segment[:, None] == segment) | (segment == 0)
     visible = (question[:, None] == question) & same_segment
-    hidden = pad(~(visible & torch.ones_like(visible).tril()), (before, 0))  # prefix: not hidden
+    hidden = pad(
+        ~(visible & torch.ones_like(visible).tril()), (before, 0)
+    )  # no prefix token is hidden
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)[
         None, None
     ]

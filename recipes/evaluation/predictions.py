@@ -73,7 +73,7 @@ class FinalStates:
     """The last hidden states of a model on a text, and its head."""
 
     states: Tensor
-    """States at the positions whose predictions count [predictions, width], on the CPU."""
+    """States at the positions with a prediction in the loss [predictions, width], on the CPU."""
     head: Callable[[Tensor], Tensor]
     vocabulary: int
 
@@ -89,14 +89,14 @@ def compute_states(
     states = []
     for start in range(0, len(text), micro_batch_size):
         batch = text[start : start + micro_batch_size]
-        states.append(model.states(batch.tokens)[:, :-1].cpu()[batch.counted])
+        states.append(model.states(batch.tokens)[:, :-1].cpu()[batch.prediction_mask])
         progress(start + len(batch))
     return FinalStates(torch.cat(states), model.head, model.vocabulary)
 
 
 @dataclass(frozen=True)
 class PredictionMetrics:
-    """Metrics of each prediction that counts, float32 [predictions]."""
+    """Metrics of each prediction in the loss, float32 [predictions]."""
 
     losses: Tensor
     """Loss of the next token, in nats."""

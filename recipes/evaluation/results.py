@@ -67,7 +67,7 @@ class EvaluationResult:
     sequences: int
     tokens: int
     predictions: int
-    """Next-token predictions that count: all but those of the first tokens of sequences and
+    """Next-token predictions in the loss: all but those of the first tokens of sequences and
     documents."""
     recovered: float | None
     """Fraction of the loss added by pruning that distillation removed; see ``recovered``."""

@@ -135,7 +135,7 @@ def _write_details(
 
 @dataclass
 class Scores:
-    """A model's metrics on each sequence: means over the predictions that count."""
+    """A model's metrics on each sequence: means over the predictions in the loss."""
 
     losses: list[float] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
@@ -144,7 +144,7 @@ class Scores:
     @classmethod
     def of(cls, metrics: PredictionMetrics, text: TextSequences) -> Scores:
         """Computes the mean of each metric for each sequence of a text."""
-        sizes = text.counted.sum(dim=1).tolist()
+        sizes = text.prediction_mask.sum(dim=1).tolist()
         return cls(
             *(
                 [sequence.mean().item() for sequence in values.split(sizes)]

@@ -61,7 +61,7 @@ class InferenceCost:
     compute: Compute
     """FLOPs and memory traffic of all ranks together; ranks of a pipeline compute in turn."""
     bf16: bool
-    """Whether models compute in bfloat16; else in float32."""
+    """Whether models compute in bfloat16 instead of float32."""
     generated_bytes: float = 0
     """Memory traffic of text generation, which reads all weights for each token of a batch."""
 

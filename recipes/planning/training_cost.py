@@ -107,7 +107,7 @@ def stage_memory(job: Workload, hardware: Hardware, stage: int) -> Memory:
     if job.trained is not None:
         dense, experts = rank_parameters(job.trained, layout, stage)
         expert_shards = max(1, layout.optimizer_shards // layout.expert)
-        states = 12 if job.bf16 else 8  # float32 needs no main weights
+        states = 12 if job.bf16 else 8  # two moments; with bfloat16, also main weights
         activations = peak_activation_bytes(job.trained, job, stage, tokens)
         parts |= {
             "weights": size * (dense + experts),
@@ -122,7 +122,7 @@ def stage_memory(job: Workload, hardware: Hardware, stage: int) -> Memory:
     if job.trained is None:
         assert job.teacher is not None
         layer = size / 2 * layer_activation_bytes(job.teacher, layout, tokens)
-        normed = 2 * size * tokens * job.teacher.hidden_size  # before and after the last norm
+        normed = 2 * size * tokens * job.teacher.hidden_size  # input and output of the last norm
         if layer > normed + parts["logits"]:  # the peak is inside a layer, before the logits exist
             parts |= {"activations": layer, "logits": 0.0}
         else:

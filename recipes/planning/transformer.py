@@ -83,7 +83,7 @@ def pass_compute(arch: Architecture, seq_length: int, dtype_bytes: int, passes: 
         traffic += _backward_bytes(arch, seq_length, dtype_bytes)
     return Compute(
         gemm_flops=passes * 2 * arch.active_weights(),
-        attention_flops=passes * 2 * seq_length * channels,  # 4 FLOPs for half of the scores
+        attention_flops=passes * 2 * seq_length * channels,  # 4 FLOPs for each causal score
         blocked_attention_flops=flops_per_score * (seq_length * channels) * computed,
         bytes=arch.num_layers * traffic,
     )
@@ -156,7 +156,7 @@ def _backward_bytes(arch: Architecture, seq_length: int, dtype_bytes: int) -> fl
     """Returns a token's memory traffic in a layer's backward pass, whose scores are in float32."""
     queries, keys = _attention_widths(arch)
     scores = arch.num_attention_heads * seq_length * _computed_score_fraction(seq_length)
-    cast = 6 if dtype_bytes == 2 else 0  # to float32 and back
+    cast = 6 if dtype_bytes == 2 else 0  # a conversion between bfloat16 and float32
     norm, rotation = 60 + 4 * dtype_bytes, 14 * dtype_bytes
     return (
         arch.hidden_size * 2 * (norm + 3 * dtype_bytes)

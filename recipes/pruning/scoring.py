@@ -136,10 +136,10 @@ class LayerAblation:
         layers = list(self._core.decoder.layers)
         sums = torch.zeros(len(blocks), dtype=torch.float64)
         for done, batch in _batches(self._text, self._batch):
-            tokens, counted = batch.tokens.to(device()), batch.counted.to(device())
+            tokens, mask = batch.tokens.to(device()), batch.prediction_mask.to(device())
             states = _states(self._core, layers, tokens)
             for number, block in enumerate(blocks):
-                sums[number] += self._loss_without(block, layers, states, tokens, counted)
+                sums[number] += self._loss_without(block, layers, states, tokens, mask)
             self._log.progress("leave out", done, len(self._text), blocks=len(blocks))
         sums = sums.to(device())
         torch.distributed.broadcast(
@@ -156,7 +156,7 @@ class LayerAblation:
         layers: Sequence[nn.Module],
         states: list[Tensor],
         tokens: Tensor,
-        counted: Tensor,
+        mask: Tensor,
     ) -> float:
         """Returns the loss without a block, summed over predictions, on the last pipeline rank.
 
@@ -164,7 +164,7 @@ class LayerAblation:
         """
         start = next((i for i, x in enumerate(layers) if x.layer_number in block), len(layers))
         hidden = states[start]
-        # If an earlier rank left out a layer, this rank's input is not the one in states.
+        # If an earlier rank omitted a layer, this rank's input comes from it, not from ``states``.
         if any(number < self._first for number in block):
             start, hidden = 0, _receive(states[0])
         rotary = self._core.rotary_pos_emb(tokens.shape[1])
@@ -172,14 +172,14 @@ class LayerAblation:
             if layer.layer_number not in block:
                 hidden = _run_layer(layer, hidden, rotary)
         if self._core.post_process:
-            return self._lm_loss(hidden, tokens, counted)
+            return self._lm_loss(hidden, tokens, mask)
         if any(number <= self._last for number in block):  # the next rank waits in _receive
             _send(hidden)
         return 0.0
 
-    def _lm_loss(self, hidden: Tensor, tokens: Tensor, counted: Tensor) -> float:
+    def _lm_loss(self, hidden: Tensor, tokens: Tensor, mask: Tensor) -> float:
         """Returns the LM loss, summed over the predictions that are not masked."""
-        hidden, targets = hidden[:-1][counted.T], tokens.T[1:][counted.T]
+        hidden, targets = hidden[:-1][mask.T], tokens.T[1:][mask.T]
         total = 0.0
         for rows in chunks(len(targets), self._core.vocab_size):
             logits = self._head(self._core.decoder.final_layernorm(hidden[rows]))

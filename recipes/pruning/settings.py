@@ -69,7 +69,7 @@ class PruneConfig(StageConfig):
         return replace(self, **numbers)
 
     def divisors(self) -> dict[str, int]:
-        """Returns a divisor for each axis; its target must be a multiple of it."""
+        """Returns the number of which each axis's target must be a multiple."""
         return {
             "hidden_size": self.hidden_size_divisor,
             "ffn_hidden_size": self.ffn_hidden_size_divisor,

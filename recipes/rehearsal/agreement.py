@@ -82,8 +82,8 @@ def _first_difference(name: str, calls: Mapping[int, Sequence[Call]]) -> Iterato
         one, two = calls[first], calls[other]
         if [call.operation for call in one] == [call.operation for call in two]:
             continue
-        # Sites are compared here, too. If one rank lacks one of two equal calls in a row, only the
-        # sites show which.
+        # Call sites are compared, too: if a rank makes only one of two equal calls in a row, they
+        # show which one is missing.
         pairs = zip(one, two, strict=False)
         position = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(two)))
         yield (

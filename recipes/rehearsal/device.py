@@ -85,7 +85,7 @@ def _split(func: Any, tensor: Tensor, sizes: Any, dim: int = 0) -> Any:
 
 
 def _set_item(func: Any, tensor: Tensor, index: Any, value: Any) -> None:
-    """Fills masked elements directly; else PyTorch would make a scalar on a real CUDA device."""
+    """Fills masked elements directly. PyTorch would make a scalar on a real CUDA device."""
     if isinstance(value, (int, float)) and isinstance(index, Tensor) and index.dtype == torch.bool:
         while index.dim() < tensor.dim():
             index = index.unsqueeze(-1)

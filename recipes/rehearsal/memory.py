@@ -139,7 +139,9 @@ class MemoryTracker(TorchDispatchMode):
 
 def label_models(memory: MemoryTracker) -> None:
     """Labels weights, gradients and optimizer states when they are first used."""
-    seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # ids of freed models may be reused
+    seen: weakref.WeakSet[nn.Module] = (
+        weakref.WeakSet()
+    )  # weak: a new module may get the id of a freed one
     has_stepped = False
 
     def before_forward(module: nn.Module, args: object) -> None:

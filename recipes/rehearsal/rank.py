@@ -94,9 +94,9 @@ def _stop_after_one_step(run: Callable[[], object]) -> None:
     with suppress(StoppedByDeadlineError):
         run()
     del os.environ[DEADLINE]
-    RotaryEmbedding.forward.cache_clear()  # it keeps the model
-    for callback in CallbackGroup.get_instance().callbacks:  # global in NeMo
-        del callback.log, callback.log_dict  # bound methods of the model
+    RotaryEmbedding.forward.cache_clear()  # its cache holds the model
+    for callback in CallbackGroup.get_instance().callbacks:  # NeMo's global list
+        del callback.log, callback.log_dict  # bound methods, which hold the model
     _clear_optimizers()
     gc.collect()
 

@@ -75,7 +75,7 @@ def plain(text: str) -> str:
 
 
 def _optional(write: Callable[..., str]) -> Callable[..., Markup]:
-    """Returns a filter that shows a dash for ``None``, and else the exact value as a tooltip."""
+    """Returns a filter that shows a dash for ``None``, and other values with an exact tooltip."""
 
     def write_or_dash(value: float | None, *args: object) -> Markup:
         if value is None:

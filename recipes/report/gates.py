@@ -55,7 +55,7 @@ SERVED_METRICS: dict[str, Callable[[ServedTask], float]] = {
     "served_difference_low": lambda t: t.difference.low,
 }
 """Metrics of one benchmark of the served model (kind ``served_results``), which also has
-``served_perplexity_ratio``. Differences and the ratio are to the student."""
+``served_perplexity_ratio``. Differences and the ratio are relative to the student."""
 SERVED_PERPLEXITY = "served_perplexity_ratio"
 SPEEDUP_METRICS: dict[str, Callable[[Speedup], float]] = {
     "prefill": lambda s: s.prefill,

@@ -124,7 +124,9 @@ def axis_over(
     """
     finite = [v for v in values if math.isfinite(v)] or [0.0]
     low, high = (math.log10(v) if logarithmic else v for v in (min(finite), max(finite)))
-    margin = (high - low) * pad or abs(high) * pad or 1.0  # an axis of one value needs a length
+    margin = (
+        (high - low) * pad or abs(high) * pad or 1.0
+    )  # an axis must have a length, also for a single value
     return Axis(min(0.0, low) if zero else low - margin, high + margin, logarithmic)
 
 

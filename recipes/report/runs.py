@@ -17,10 +17,10 @@ from recipes.core.statistics import standard_error
 from recipes.evaluation.results import EvaluationResult
 
 IGNORED = ("stage", "inputs", "resources", "title", "description", "recipe")
-"""Settings that name a stage or say where it runs. They do not count as differences."""
+"""Settings that name a stage or say where it runs. They are not compared."""
 
 TextKey = tuple[str, object, int, int | None, str]
-"""Hash of a held-out text, sequence length, sequences, predictions that count, and precision."""
+"""Hash of a held-out text, sequence length, sequences, predictions in the loss, and precision."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def check(cfg: CacheLogitsConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
-    """Returns the forward passes, for plans; one step if all of the text is cached."""
+    """Returns the teacher's forward passes, for plans: one step if ``num_sequences`` is not set."""
     tensor, micro, resources = (
         cfg.tensor_model_parallel_size,
         cfg.micro_batch_size,

@@ -105,7 +105,7 @@ def test_llama_cpp_gives_the_losses_of_transformers(
     tokens = torch.randint(3, 290, (2, 24), generator=torch.Generator().manual_seed(0))
     tokens[0, 11] = end
     text = TextSequences.of(tokens, end)
-    assert not text.counted.all()
+    assert not text.prediction_mask.all()
     log = MetricsLog(tmp_path / "metrics")
     expected = score({TEACHER: Predictor.of(student.model)}, text, 1, log)[TEACHER].losses
     assert llama.losses(text) == pytest.approx(expected, rel=1e-3)

@@ -45,7 +45,7 @@ def test_a_sequence_needs_the_label_of_its_last_token(tokens: int, sequences: in
 def test_predictions_from_the_end_of_a_document_do_not_count() -> None:
     """The end itself is predicted. A sequence's first token is not."""
     text = TextSequences.of(torch.tensor([[5, 0, 6, 7], [0, 8, 9, 0]]), end=0)
-    assert text.counted.tolist() == [[True, False, True], [False, True, True]]
+    assert text.prediction_mask.tolist() == [[True, False, True], [False, True, True]]
     assert (text.predictions, text.targets.tolist()) == (4, [0, 7, 9, 0])
     assert text[1:].targets.tolist() == [9, 0]
     assert TextSequences.of(text.tokens).predictions == 6
@@ -55,7 +55,7 @@ def test_a_loss_mask_decides_which_predictions_count() -> None:
     """A turn of a conversation may end with the token that ends a document."""
     loss_mask = torch.tensor([[True, False, True, True], [True, True, False, False]])
     text = TextSequences.of(torch.tensor([[5, 0, 6, 7], [0, 8, 9, 0]]), 0, loss_mask)
-    assert text.counted.tolist() == [[False, True, True], [True, False, False]]
+    assert text.prediction_mask.tolist() == [[False, True, True], [True, False, False]]
     assert text.targets.tolist() == [6, 7, 8]
 
 
