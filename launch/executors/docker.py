@@ -52,7 +52,7 @@ def prepare(plan: Plan, cluster: DockerConfig) -> Plan:
 
 
 def container_name(stage: PlannedStage) -> str:
-    """Returns the fixed name of a stage's container, so that docker refuses to start a second one."""
+    """Returns the fixed name of a stage's container: docker then refuses to start a second one."""
     run = hashlib.sha256(str(stage.directory.parent).encode()).hexdigest()[:8]
     return f"nemo-recipes-{run}-{stage.name}"
 

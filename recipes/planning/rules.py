@@ -123,7 +123,7 @@ LICENCE = _warning(
 
 # Data
 DATA_SOURCES = Rule("data-sources", "unreadable text would stop the run after the import")
-CHAT = Rule("chat", "the loss is on whole answers, which the chat template locates")
+CHAT = Rule("chat", "the loss covers whole answers, which are found by the chat template")
 DOCUMENT_END = Rule(
     "document-end", "a token that is not in the tokenizer would stop the run after the import"
 )
@@ -145,7 +145,9 @@ LARGE_REDUCTION = _warning(
 )
 SEARCHED_SHAPE = _warning("searched-shape", "the search chooses the shape after the plan")
 LAYER_IMPORTANCE = Rule("layer-importance", "layers are chosen by a score that must be measured")
-HEALING = Rule("healing", "least squares need text, and one expert of an MoE sees too little")
+HEALING = Rule(
+    "healing", "least squares need text, and each expert of an MoE sees too little of it"
+)
 CALIBRATION = Rule("calibration", "importance that is measured on padding or noise is random")
 BUDGET = Rule("budget", "a search needs a budget that some shape fits")
 REPORT = Rule("report", "a report needs a whole distillation, a search, or both")
@@ -171,7 +173,8 @@ CONTEXT_PARALLEL = Rule(
 )
 EXPERT_PARALLEL = Rule("expert-parallel", "experts are split over the replicas", f"{_BRIDGE}#1727")
 OPTIMIZER_INSTANCES = Rule(
-    "optimizer-instances", "all copies of the optimizer's state are split over as many replicas"
+    "optimizer-instances",
+    "each copy of the optimizer's state is split over an equal number of replicas",
 )
 RECOMPUTE = Rule(
     "recompute", "recomputed layers return no hidden states, and absent modules save nothing"

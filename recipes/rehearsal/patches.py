@@ -21,7 +21,7 @@ from recipes.rehearsal import checkpoints, fake_cuda
 
 
 def install() -> None:
-    """Replaces these functions for the rest of the process.
+    """Applies ``PATCHES`` for the rest of the process.
 
     Raises:
         RecipeError: A library is not the version that the patches were written for.
@@ -64,7 +64,7 @@ def _load_causal_lm(folder: Path) -> PreTrainedModel:
 def _with_equal_experts(
     original: Callable[..., Tensor], self: Any, routing_map: Tensor
 ) -> np.ndarray:
-    """Returns tokens per local expert, and sets the splits between ranks, as on the host."""
+    """Returns tokens per local expert, and sets the splits between ranks, in the CPU's memory."""
     original(self, routing_map)
     tokens_each, remainder = divmod(self.num_out_tokens, self.num_experts)
     tokens = tokens_each + (np.arange(self.num_experts) < remainder)
@@ -84,7 +84,7 @@ def _permute(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns a row per token and expert, its probability, and the index of its token.
 
-    Megatron's own takes the number of rows from the values of the mask.
+    Megatron's function reads the number of rows from the mask, which has no values here.
     """
     indices = routing_map.new_empty(num_out_tokens, dtype=torch.int64)
     row_probs = probs.T.contiguous().flatten().index_select(0, indices)

@@ -30,7 +30,7 @@ a, b = (torch.randn(1024, 1024, device=device) for _ in "ab")
 exact = a.double() @ b.double()
 print(((a @ b - exact).abs().max() / exact.std()).item())
 """
-"""Runs in its own process, since cuBLAS reads the variable once."""
+"""Runs in its own process, because cuBLAS reads ``NVIDIA_TF32_OVERRIDE`` only once."""
 LAYERS = """
 import json, sys
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_float32_is_not_tensorfloat_32(results: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["local", "transformer_engine"])
 def test_first_optimizer_step_is_that_of_adamw(kind: str, results: Path) -> None:
-    """Two parameters, two steps: the first makes the moments, the second reads them."""
+    """Two steps: the first creates the moments, the second reads them."""
     if kind == "local":
         optimizer_class: Any = FusedAdamW
     else:

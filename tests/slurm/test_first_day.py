@@ -1,6 +1,6 @@
 """The commands of docs/first_day_on_slurm.md, one after the other, on Slurm with the probe.
 
-Tests of the rehearsal run its command; docker, enroot and a GPU are not here.
+The rehearsal's command is run by other tests. Commands for docker, enroot and GPUs are not run.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def run_on_login_node(python: Path, cwd: Path, *words: str) -> subprocess.Comple
 
 
 def fork_launcher(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs the launcher forked after its imports, in half the time, and with ``large_disks``."""
+    """Runs the launcher in half the time, forked after its imports, and with ``large_disks``."""
     environment = {**os.environ, "COLUMNS": "200", **env}
     imports = ["tests.support.launcher_imports"]
     return run_forked(imports, [LAUNCHER, *words], environment, cwd)

@@ -122,7 +122,10 @@ def perturbed_logits() -> Iterator[None]:
 def require_same_training(
     expected: Path, perturbed: Path, found: Path, last: int = STEPS, multiple: int = MULTIPLE
 ) -> None:
-    """Compares terms of all steps and final weights; tolerances follow from ``perturbed``."""
+    """Compares loss terms of all steps, and final weights.
+
+    Tolerances are ``multiple`` times the difference between ``perturbed`` and ``expected``.
+    """
     first, other, second = (
         steps_of(d / "distill" / METRICS, "distill") for d in (expected, perturbed, found)
     )
@@ -132,7 +135,8 @@ def require_same_training(
     for term in terms:
         ones, others = ([step[term] for step in run[:last]] for run in (first, other))
         effects.append([by / abs(one) for one, by in zip(ones, growth(ones, others), strict=True)])
-    # A changed logit has its effect on few terms at first, other rounding on all of them.
+    # In the first steps, changed logits affect only some terms, but other rounding affects all. So
+    # the largest effect of a step is the tolerance of all its terms.
     for one, two, *relative in zip(first, second, *effects, strict=False):
         for term in terms:
             assert two[term] == pytest.approx(one[term], rel=multiple * max(relative)), one["done"]

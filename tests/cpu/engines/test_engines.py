@@ -95,7 +95,7 @@ def build(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
 
 @pytest.fixture(scope="module")
 def odd_qwen3(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Has norms of queries and keys, 14 heads in 7 groups, a head size, and tied embeddings."""
+    """Has norms of queries and keys, 14 heads in 7 groups, its own head size, tied embeddings."""
     shape = {
         "hidden_size": 56,
         "intermediate_size": 100,
@@ -111,7 +111,7 @@ def odd_qwen3(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def seven_groups(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Has 7 heads in 7 groups and an untied head; no size is a multiple of 32."""
+    """Has 7 heads in 7 groups and an untied output layer; no size is a multiple of 32."""
     shape = {
         **EVEN,
         "hidden_size": 56,

@@ -203,7 +203,7 @@ def test_loss_scores_equal_the_loss_of_a_model_without_the_layers(
     assert 0 < (~mask).sum() < mask.sum(), "some predictions must be masked"
 
     def loss(*dropped: int) -> float:
-        """Returns the loss of the predictions that training counts."""
+        """Returns the mean loss of the predictions that are not masked."""
         scores = logits_without(even_llama, list(dropped), tokens)[:, :-1][mask]
         return torch.nn.functional.cross_entropy(scores, tokens[:, 1:][mask]).item()
 
@@ -232,7 +232,7 @@ DEAD_NEURONS, DEAD_GROUP, DEAD_LAYER, DEAD_CHANNELS = [3, 50, 127], 1, 2, [5, 40
 
 
 def plant_dead(model: Any) -> None:
-    """Makes some neurons, a query group and a layer without effect; some of their weights stay."""
+    """Removes the effect of neurons, a query group and a layer, but not all of their weights."""
     layers = model.model.layers
     for layer in layers:
         layer.mlp.up_proj.weight[DEAD_NEURONS] = 0

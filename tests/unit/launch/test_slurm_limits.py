@@ -26,7 +26,7 @@ PARTITIONS = {
 FITS = {"cpus_per_task": 64}
 
 
-def found(
+def problems_of_jobs(
     plan: MakePlan, monkeypatch: pytest.MonkeyPatch, *overrides: str, **cluster: object
 ) -> str:
     """Returns the problems of the jobs of a recipe for one node, each with its rule."""
@@ -38,8 +38,10 @@ def found(
 
 
 def test_jobs_that_fit_have_no_problem(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert found(plan, monkeypatch) == ""
-    assert found(plan, monkeypatch, partition="short,batch") == "", "Slurm takes one that fits"
+    assert problems_of_jobs(plan, monkeypatch) == ""
+    assert problems_of_jobs(plan, monkeypatch, partition="short,batch") == "", (
+        "Slurm uses a partition that fits"
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def test_jobs_that_fit_have_no_problem(plan: MakePlan, monkeypatch: pytest.Monke
         (("stages.distill.resources.devices=16",), {}, "1 node with 16 GPUs", "partition"),
     ],
 )
-def test_problem_of_jobs(
+def test_problems_of_jobs_are_reported(
     plan: MakePlan,
     monkeypatch: pytest.MonkeyPatch,
     overrides: tuple[str, ...],
@@ -89,6 +91,6 @@ def test_problem_of_jobs(
     message: str,
     rule: str,
 ) -> None:
-    text = found(plan, monkeypatch, *overrides, **cluster)
+    text = problems_of_jobs(plan, monkeypatch, *overrides, **cluster)
     assert message in text
     assert f"[{rule}]" in text
