@@ -234,11 +234,11 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
         log.progress("student", 1, 1, **{INITIAL_KL: healed.remaining_kl})
     train(cfg, student, objective, inputs["data"], out / student.name, log)
     kept = inputs["student"].manifest.result(KeptLayers).kept_layers
-    made = None
+    distilled = None
     if rank() == 0:
         trained = result(cfg, metrics_file(out))
-        made = replace(trained, kept_layers=kept, sources=trained_sources(cfg, trained, inputs))
-    return checkpoint_outcome(made, student)
+        distilled = replace(trained, kept_layers=kept, sources=trained_sources(cfg, trained, inputs))
+    return checkpoint_outcome(distilled, student)
 
 
 def result(cfg: DistillConfig, file: Path) -> DistillationResult:
