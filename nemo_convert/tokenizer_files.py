@@ -172,7 +172,7 @@ def needs_conversion(folder: Path) -> bool:
 
 
 def convert_tokenizer(folder: Path) -> None:
-    """Rewrites a folder's files so that transformers 4 and 5 load the same tokenizer; loads it.
+    """Rewrites a folder's files so that transformers 4 and 5 load the same tokenizer.
 
     transformers 4 cannot read the settings of version 5, and its classes may add other special
     tokens. The versions also convert ``tokenizer.model`` differently: version 5 adds BOS only if

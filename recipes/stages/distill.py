@@ -237,7 +237,9 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
     distilled = None
     if rank() == 0:
         trained = result(cfg, metrics_file(out))
-        distilled = replace(trained, kept_layers=kept, sources=trained_sources(cfg, trained, inputs))
+        distilled = replace(
+            trained, kept_layers=kept, sources=trained_sources(cfg, trained, inputs)
+        )
     return checkpoint_outcome(distilled, student)
 
 
