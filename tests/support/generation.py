@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 CHAT = [
     {"role": "user", "content": "Why is the sky blue?"},
     {"role": "assistant", "content": "Because air scatters blue light most."},
@@ -86,6 +88,16 @@ def outputs_in(packages: Path, *folders: Path) -> list[ModelOutput]:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [ModelOutput(**output) for output in json.loads(done.stdout.splitlines()[-1])]
+
+
+def require_same_outputs(packages: Path, *folders: Path) -> tuple[str, str]:
+    """Requires equal outputs of transformers here and in ``packages``; returns both versions."""
+    for folder, found in zip(folders, outputs_in(packages, *folders), strict=True):
+        installed = output_of(folder)
+        assert found.chat == installed.chat
+        assert np.allclose(found.scores, installed.scores, rtol=0, atol=1e-4)
+        assert (found.greedy, found.stopped) == (installed.greedy, installed.stopped)
+    return installed.version, found.version
 
 
 if __name__ == "__main__":

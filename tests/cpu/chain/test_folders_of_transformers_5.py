@@ -1,0 +1,51 @@
+"""Folders that transformers 5 wrote become students that transformers 4 and 5 read equally.
+
+``test_chain`` does the same for Llama.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_convert.architecture import Architecture
+from recipes.core.manifest import ARTIFACT
+from tests.support.generation import require_same_outputs
+from tests.support.in_process import run_successfully
+from tests.support.models import ODD, write_tiny_model
+from tests.support.newer import save_by_transformers_5, transformers_5
+from tests.support.runs import DISTILL, manifest_of, settings, tiny
+
+TARGETS = {
+    "qwen3": {"target_ffn_hidden_size": 72},
+    "qwen3_moe": {
+        "target_ffn_hidden_size": "null",
+        "target_moe_ffn_hidden_size": 32,
+        "target_num_moe_experts": 4,
+    },
+}
+
+
+def test_students_are_the_same_in_transformers_5(tmp_path: Path, text_file: Path) -> None:
+    """Embeddings are tied, and queries and keys are normalized."""
+    shape = {**ODD, "eos_token_id": 0}
+    models = [write_tiny_model(tmp_path / name, text_file, name, **shape) for name in TARGETS]
+    students = []
+    for teacher, targets in zip(save_by_transformers_5(*models), TARGETS.values(), strict=True):
+        run_dir = tmp_path / f"{teacher.name}-run"
+        run_successfully(
+            "recipe=llama_width_prune",
+            "tasks=null",
+            "engine=null",
+            *tiny(teacher, text_file, run_dir),
+            *settings("prune", target_hidden_size=40, hidden_size_divisor=8, **targets),
+            *settings("prune", ffn_hidden_size_divisor=8, target_num_attention_heads=5),
+            *settings("distill", **DISTILL),
+            *settings("evaluate", num_sequences=4, new_tokens=4),
+            cwd=tmp_path,
+        )
+        student = Architecture(**manifest_of(run_dir, "export_hf").architecture or {})
+        assert (student.hidden_size, student.num_attention_heads) == (40, 5)
+        assert student.tied_embeddings
+        assert student.qk_layernorm
+        students.append(run_dir / "export_hf" / ARTIFACT)
+    require_same_outputs(transformers_5(), *students)
