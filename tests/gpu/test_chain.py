@@ -127,7 +127,7 @@ def test_search_of_two_rounds_trains_beside_its_measurements(small: Small, resul
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_losses_match_the_cpu(precision: str, small: Small, results: Path) -> None:
-    """From a float32 checkpoint, with main weights that are not rounded, and a trace."""
+    """Starts from a float32 checkpoint, whose values the main weights have, and writes a trace."""
     run_dir = small.copy_of_reference(gpu_run(small, precision).name, precision, "distill")
     small.start(run_dir, ONLY, PRECISION + precision, "stages.distill.profile_steps=[10,12]")
     expected = small.reference(precision)
@@ -142,7 +142,7 @@ def test_losses_match_the_cpu(precision: str, small: Small, results: Path) -> No
 
 
 def test_killed_training_resumes(small: Small) -> None:
-    """A checkpoint is saved every other step, so a GPU is not done before the kill."""
+    """Frequent checkpoints slow the training down, so that it has not ended before the kill."""
     run_dir, often = small.copy_of_reference("killed", "32", "distill"), "checkpoint_interval=2"
     arguments = ONLY, PRECISION + "32", f"stages.distill.{often}"
     stage = run_dir / "distill"

@@ -30,7 +30,7 @@ DISTILL = {
     "val_check_interval": STEPS,
     "checkpoint_interval": STEPS,
     "limit_val_batches": 1,
-    # Large enough for the check that a teacher, trained in seconds, predicts the first batch.
+    # Large, so that the tiny teacher passes the check that it predicts the first batch.
     "global_batch_size": 16,
     "micro_batch_size": 8,
     "tensor_model_parallel_size": 2,

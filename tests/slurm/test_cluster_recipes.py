@@ -178,7 +178,7 @@ def test_engine_stage_spawns_processes_by_mpi(chains: dict[str, Run], stage: str
 def distill_again(original: Run, folder: Path, *overrides: str) -> Path:
     """Repeats the distillation of a run with other settings; returns its directory."""
     chain = original.copy_without(folder, "distill")
-    # A probe prepares little text, and takes no hours on any number of devices.
+    # These rules would refuse the probe's little text, and so many hours on few devices.
     submit(chain, "only=[distill]", "skip_rules=[tokens,requeues]", *overrides)
     chain.wait()
     assert states(chain)["distill"] == "complete"

@@ -189,7 +189,7 @@ def test_failing_stage_cancels_later_jobs(
     original, _ = tiny_chain
     chain = original.copy_without(tmp_path, *STAGES[1:])
     short = tmp_path / "short.jsonl"
-    # The file is large enough for the checks, but the field that is read has little text.
+    # By its size, the file has enough text for the plan. But the field that is read is short.
     documents = [{"text": text, "other": "x" * 200_000} for text in ("one", "two")]
     short.write_text("".join(json.dumps(document) + "\n" for document in documents))
     submitted = chain.submit(f"data.sources=[{short}]")
@@ -315,7 +315,7 @@ def test_refused_job_is_named_and_earlier_jobs_stay(
     assert (chain.directory / RECORD).read_text() == submitted
 
     def cancel_followed_job() -> None:
-        # Once it is followed: the launcher submits a job again that ended before.
+        # Only while it is followed: the launcher would replace a job that was cancelled earlier.
         wait_for(lambda: (seen := read_holder(chain.directory)) and seen.stage == "distill", 300)
         run("scancel", taken["distill"].id)
 

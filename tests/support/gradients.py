@@ -1,4 +1,4 @@
-"""Computes the value and the gradients of a function for fixed random random_tensors."""
+"""Computes the value and the gradients of a function for fixed random tensors."""
 
 from __future__ import annotations
 

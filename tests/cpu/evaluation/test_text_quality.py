@@ -1,4 +1,4 @@
-"""Stage ``evaluate`` on text: which predictions count, metrics by source, ranks, and memory."""
+"""Stage ``evaluate`` on text: predictions in the loss, metrics by source, ranks, and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of training sequences, and which predictions count."""
+"""The order of training sequences, and which predictions are in the loss."""
 
 from __future__ import annotations
 
