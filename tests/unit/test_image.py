@@ -20,6 +20,6 @@ def test_image_runs_as_no_root_and_holds_no_secret() -> None:
     text = DOCKERFILE.read_text()
     stages = re.split(r"^FROM ", text, flags=re.MULTILINE)[1:]
     users = [re.findall(r"^USER (\S+)", stage, flags=re.MULTILINE) for stage in stages]
-    assert users == [[], ["10001"], ["10001"]]  # the first only gives a program to the others
+    assert users == [[], ["10001"], ["10001"]]  # the first stage only provides uv for the others
     assert not re.findall(r"^(?:ARG|ENV) .*(?:TOKEN|KEY|SECRET|PASS)", text, flags=re.MULTILINE)
     assert not re.findall(r"^(?:COPY|ADD) \.", text, flags=re.MULTILINE)

@@ -53,7 +53,7 @@ def teacher(odd_llama: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny_run(teacher: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete run, by a launcher in a Slurm job of two tasks: its stages must not join them."""
+    """A complete run. Its launcher has variables of a Slurm job of two tasks, which stages ignore."""
     run_dir = tmp_path_factory.mktemp("chain") / "run"
     home = run_dir.with_name("home")
     home.mkdir()

@@ -92,7 +92,7 @@ def test_ten_times_the_text_takes_the_same_memory(
     """Counts all memory of Python and NumPy: texts, digests, tokens and lengths of documents."""
     monkeypatch.setattr(split_writer, "BLOCK", 512)
     peaks = []
-    for number in (2_000, 2_000, 20_000):  # what is made once and stays is not the text's
+    for number in (2_000, 2_000, 20_000):  # the first also allocates what later ones reuse
         texts = (
             f"{n} of {number} documents, each with words of its own " * 4 for n in range(number)
         )
@@ -191,7 +191,7 @@ def test_conversations_lie_whole_in_sequences_with_masked_answers(
         for ids, marks in _documents(tokens, loss_mask, start, stop, tokenizer.end):
             if left[ids] > 0:
                 left[ids] -= 1
-            else:  # this one lacks only its end; the rest may be another whole conversation
+            else:  # the start of a conversation that was cut because it is too long
                 assert any(one[: len(ids)] == ids for one in left if len(one) >= LENGTH)
                 cut += 1
             turn, expected = 0, []
@@ -217,18 +217,18 @@ def _documents(
 ) -> Iterator[tuple[tuple[int, ...], list[bool]]]:
     """Splits each sequence at the two end tokens that follow a conversation."""
     for sequence in range(start // LENGTH, -(-stop // LENGTH)):
-        place = max(start, sequence * LENGTH)
+        position = max(start, sequence * LENGTH)
         last = min(stop, (sequence + 1) * LENGTH)
-        while place < last:
-            if tokens[place] == end:  # fills
-                assert not loss_mask[place]
-                place += 1
+        while position < last:
+            if tokens[position] == end:  # padding
+                assert not loss_mask[position]
+                position += 1
                 continue
-            ends = tokens[place:last] == end
+            ends = tokens[position:last] == end
             size = int(np.flatnonzero(ends[:-1] & ends[1:])[0]) + 1
-            inside = slice(place, place + size)
+            inside = slice(position, position + size)
             yield tuple(tokens[inside].tolist()), loss_mask[inside].tolist()
-            place += size + 1
+            position += size + 1
 
 
 def prepare_until_killed(

@@ -59,7 +59,7 @@ def encode(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> Encoded:
 
 
 def trained_text(tokenizer: ChatTokenizer, conversation: Encoded) -> list[str]:
-    """Returns the text of each run of tokens that count in the loss."""
+    """Returns the text of each run of tokens that are in the loss."""
     assert conversation.loss_mask is not None
     edges = np.flatnonzero(np.diff(np.concatenate([[0], conversation.loss_mask, [0]])))
     runs = zip(edges[::2], edges[1::2], strict=True)

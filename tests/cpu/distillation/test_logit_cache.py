@@ -115,7 +115,7 @@ def test_cached_probabilities_equal_those_of_transformers(
 def test_the_manifest_has_the_teachers_loss_and_tail(
     run: Path, truth: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    """The loss is over the predictions that training counts."""
+    """The loss is over the predictions that training does not mask."""
     (tokens, logits), metrics = truth, stage_of(run, "cache_logits").manifest.metrics
     counted = tokens[:, :-1] != stage_of(run, "prepare_data").manifest.metrics["document_end"]
     loss = torch.nn.functional.cross_entropy(logits[counted], tokens[:, 1:][counted])

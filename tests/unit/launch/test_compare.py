@@ -121,8 +121,8 @@ def test_incomplete_runs_are_listed(page: Page) -> None:
 
 
 def test_stages_of_the_last_plan_must_be_complete(tmp_path: Path) -> None:
-    """A result with another fingerprint does not count. Stages of earlier plans count if they have
-    been started."""
+    """A result with another fingerprint is not read. Stages of earlier plans are incomplete if they
+    have been started."""
     run = make_run(tmp_path / "run")
     plan = read_last_plan(run)
     assert plan is not None

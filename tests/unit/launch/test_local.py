@@ -124,7 +124,7 @@ def test_torchrun_starts_only_stages_of_several_ranks(
     assert command[:3] == ["python", "-m", "torch.distributed.run"]
     assert {"--nproc-per-node=2", "--standalone"} <= {*command}
     assert command[-4:] == worker
-    monkeypatch.setenv("WORLD_SIZE", "8")  # of the job that the launcher is in
+    monkeypatch.setenv("WORLD_SIZE", "8")  # as in a job of several ranks
     single_rank = with_resources(stage)
     assert local.command(single_rank, "python") == ["python", *worker]
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}

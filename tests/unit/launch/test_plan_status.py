@@ -74,11 +74,11 @@ def test_a_changed_field_reruns_its_stage_and_all_later_ones(
 @pytest.mark.usefixtures("run")
 def test_resources_rerun_nothing(plan: MakePlan, complete: Complete, override: str) -> None:
     overrides = override.split()
-    if "devices" in override:  # A batch that both layouts can take.
+    if "devices" in override:  # a batch size that both layouts support
         complete(plan("stages.distill.global_batch_size=16"))
         overrides.append("stages.distill.global_batch_size=16")
     found = todo(plan(*overrides))
-    assert found.keys() <= {"plan", "report"}  # which is of the layout as well
+    assert found.keys() <= {"plan", "report"}  # they show the layout, too
     assert bool(found) == ("devices" in override)
 
 

@@ -177,10 +177,10 @@ def test_status_shows_only_the_last_plan(
     assert launch(*WORDS, "gguf=f16", "dry_run=true").returncode == 0
     complete(plan())
     assert launch(*WORDS, "dry_run=true", "stages.distill.lr=2e-4").returncode == 0
-    # The settings of distill changed, so the results of four stages are from other settings.
+    # The settings of distill changed, so its result and three later ones do not fit the plan.
     shown = launch("status", f"run_dir={run}").stdout
     assert shown.count("its result is from other settings, inputs or code") == 4
-    assert launch(*WORDS).returncode == 0  # which starts nothing
+    assert launch(*WORDS).returncode == 0  # nothing has to run
     assert states() == dict.fromkeys(STAGES, "complete")
     begin_work(run / "export_gguf", unfinished_manifest(read_request(run / "export_gguf")))
     assert states()["export_gguf"] == "interrupted"

@@ -80,7 +80,7 @@ def test_unfinished_work_counts_by_its_own_progress(plan: Callable[..., Plan], p
     distill = planned.run_dir / "distill"
     expected = pace * (390 + OVERHEAD_SECONDS + AFTER)
     assert time_left(planned.run_dir, read_statuses(planned.run_dir)) == pytest.approx(expected)
-    write_steps(distill)  # by an earlier run: the stage has not started
+    write_steps(distill)  # left by an earlier run; this one has not started the stage
     assert time_left(planned.run_dir, read_statuses(planned.run_dir)) == pytest.approx(expected)
     begin_work(distill, unfinished_manifest(read_request(distill)))
     write_steps(distill)
