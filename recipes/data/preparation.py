@@ -34,7 +34,7 @@ SAVE_SECONDS = 10.0
 @dataclass(frozen=True)
 class _Batch:
     documents: list[Document]
-    state: Any
+    reader_state: Any
     """State of the reader after these documents."""
     fraction: float
     """Fraction of the source that was read."""
@@ -112,9 +112,8 @@ class PreparationState:
     """Bytes and documents of each split."""
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
     """Tokens by split and source, in the order of writing."""
-    done: int = 0
-    """Number of finished sources."""
-    state: Any = None
+    finished_sources: int = 0
+    reader_state: Any = None
     """State of the current source's reader."""
     documents: int = 0
     """Documents read from the current source."""
@@ -148,10 +147,10 @@ def prepare(
     """
     names = list(source_names(cfg.all_sources()).items())
 
-    def encode(source: str, state: Any, documents: int) -> Encoding:
+    def encode(source: str, reader_state: Any, documents: int) -> Encoding:
         """Encodes the rest of a source, of which ``documents`` documents were read before."""
         path = (paths or {}).get(source, source)
-        reader = read_source(path, cfg.text_field, state, chat=encoder_of(source) is chat)
+        reader = read_source(path, cfg.text_field, reader_state, chat=encoder_of(source) is chat)
         limit = cfg.max_documents if source in cfg.sources else None
         batches = _batches(reader, None if limit is None else limit - documents)
         return closing(encode_on_ranks(encoder_of(source), batches, cfg.processes))
@@ -170,13 +169,13 @@ def prepare(
             state.sizes = writer.sizes
             store = _Store(ledger, writer, state)
             try:
-                for name, source in names[state.done :]:
-                    position = share((state.done, state.state, state.documents))
+                for name, source in names[state.finished_sources :]:
+                    position = share((state.finished_sources, state.reader_state, state.documents))
                     # On an error, the generator is closed here: it tells other ranks to stop.
                     with encode(source, *position[1:]) as encoded:
                         own = chat if encoder_of(source) is chat else None
                         for fraction in _write_source(cfg, name, source, encoded, own, store):
-                            percent = round(100 * (state.done + fraction) / len(names))
+                            percent = round(100 * (state.finished_sources + fraction) / len(names))
                             log.progress("tokenize", percent, 100, source=source)
                     store.finish_source()
             except StoppedByDeadlineError as error:
@@ -195,8 +194,8 @@ def _encode_for_rank_0(sources: list[str], encode: Callable[[str, Any, int], Enc
     while (message := share(None)) is not None:
         if isinstance(message, StoppedByDeadlineError):
             raise message
-        number, state, documents = message
-        with encode(sources[number], state, documents) as encoded:
+        number, reader_state, documents = message
+        with encode(sources[number], reader_state, documents) as encoded:
             for _ in encoded:
                 pass
 
@@ -227,15 +226,15 @@ class _Store:
             self._save()
             raise StoppedByDeadlineError(
                 f"stopped at the deadline, after {self.state.documents} documents of source "
-                f"{self.state.done + 1}.",
+                f"{self.state.finished_sources + 1}.",
                 "the same command resumes",
             )
         if time.monotonic() - self.saved_at > SAVE_SECONDS:
             self._save()
 
     def finish_source(self) -> None:
-        self.state.done += 1
-        self.state.state, self.state.documents, self.state.tokens = None, 0, 0
+        self.state.finished_sources += 1
+        self.state.reader_state, self.state.documents, self.state.tokens = None, 0, 0
         self._save()
 
     def _save(self) -> None:
@@ -273,7 +272,7 @@ def _write_source(
         if max_tokens is not None and state.tokens >= max_tokens:
             return
         state.documents += len(batch.documents)
-        state.state = batch.state
+        state.reader_state = batch.reader_state
         store.save_if_due()
         yield max(
             batch.fraction,

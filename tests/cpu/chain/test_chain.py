@@ -53,7 +53,7 @@ def teacher(odd_llama: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny_run(teacher: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete run. Its launcher has variables of a Slurm job of two tasks, which stages ignore."""
+    """A complete run, with variables of a Slurm job of two tasks, which stages must ignore."""
     run_dir = tmp_path_factory.mktemp("chain") / "run"
     home = run_dir.with_name("home")
     home.mkdir()

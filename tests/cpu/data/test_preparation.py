@@ -281,7 +281,7 @@ def test_killed_work_resumes_to_the_same_bytes(
     with preparation.Ledger(tmp_path / "ledger.sqlite") as ledger:
         saved = ledger.progress()
     assert saved is not None
-    assert saved["done"] < 3
+    assert saved["finished_sources"] < 3
     monkeypatch.setattr(preparation, "BATCH_DOCUMENTS", 16)
     assert prepare(cfg, tokenizer, tmp_path, LOG, chat) == expected[1]
     assert content(tmp_path) == content(expected[0])
