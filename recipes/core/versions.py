@@ -72,8 +72,8 @@ def result_versions(in_image: bool = False) -> dict[str, str]:
     on the nodes, and builds of one version have the same source.
 
     Args:
-        in_image: Whether the stage runs in an image, which has the locked versions. For libraries
-            that are not installed here, for example on a login node, they count in any case.
+        in_image: Whether the stage runs in an image, which has the locked versions. The locked
+            version is also used for a library that is not installed here, as on a login node.
     """
     versions = {name: None if in_image else installed(name) for name in RESULT_LIBRARIES}
     return {

@@ -41,7 +41,8 @@ class PrepareDataConfig(StageConfig):
     text_field: str = "text"
     """Field with a record's text, unless the source names one."""
     document_end: SpecialToken | None = None
-    """Token between documents; by default the end of text that base and instruct models share."""
+    """Token between documents. Default: the end-of-text token, or ``eos_token`` without one.
+    In an instruct model, ``eos_token`` often ends a turn instead."""
     validation_fraction: Fraction = 0.02
     """Fraction of the documents for validation while training, and for ranking candidates."""
     calibration_fraction: Fraction = 0.04

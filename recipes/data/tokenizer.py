@@ -202,9 +202,9 @@ def _encode(texts: list[str]) -> list[Encoded]:
 def load_tokenizer(folder: Path, document_end: str | None = None) -> DocumentTokenizer:
     """Reads the tokenizer in the folder of a Hugging Face model or a NeMo checkpoint.
 
-    Documents end with ``document_end``; by default with the end of text that base and instruct
-    models share (``ENDS_OF_TEXT``), or else with ``eos_token``. An instruct model's ``eos_token``
-    often ends a turn, after which the model expects the next role.
+    Documents end with ``document_end``. The default is the first token of ``ENDS_OF_TEXT`` that the
+    vocabulary has, or else ``eos_token``, which in an instruct model often ends a turn, after which
+    the model expects the next role.
 
     Raises:
         RecipeError: There is no such token, or no ``tokenizer.json``.

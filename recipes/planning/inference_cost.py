@@ -253,7 +253,7 @@ class Generation:
     """Decoding steps of a batch, over all batches."""
     batch_size: int
     context: float
-    """Tokens before a step, in the mean."""
+    """Mean number of tokens before a step."""
 
 
 def benchmark_cost(
