@@ -338,7 +338,7 @@ def _with_norm_states(state: dict[str, Any]) -> dict[str, Any]:
 
     norms = {}
     for name, item in state.items():
-        if item.key.endswith("norm.weight"):  # those fused into a linear layer are …_norm_weight
+        if item.key.endswith("norm.weight"):  # a norm in a linear layer is …_norm_weight
             axes = item.prepend_axis_num  # 1 if the layer is an axis of the weight, else 0
             norms[name.replace("weight", EXTRA_STATE)] = ShardedObject(
                 item.key.replace("weight", EXTRA_STATE),

@@ -82,7 +82,7 @@ def upstream(inputs: Inputs) -> dict[str, Manifest]:
     """Returns all stages that the inputs depend on, without the inputs themselves.
 
     It looks in the run directories of the inputs. A stage must have the fingerprint that a later
-    stage recorded, so results of older settings in the same directory do not count.
+    stage recorded, so results of older settings in the same directory are left out.
     """
     run_dirs = {item.directory.parent for item in inputs.values()}
     folders = [path for run in run_dirs for path in sorted(run.iterdir()) if path.is_dir()]

@@ -78,7 +78,7 @@ def test_measured_memory_matches_the_rehearsal(results: Path, tmp_path: Path) ->
     peaks, values = rehearsed(results, tmp_path), {}
     for layers in LAYERS:
         chain, job = job_of(layers)
-        # The text is all zeros, each of which would be a document's end.
+        # The text is all zeros, and token 0 is the end of a document.
         longer = {"max_steps": STEPS, "val_check_interval": STEPS, "checkpoint_interval": STEPS,
                   "mask_document_ends": False}  # fmt: skip
         job = replace(job, config={**job.config, **longer})

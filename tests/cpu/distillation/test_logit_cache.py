@@ -70,9 +70,9 @@ def run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def truth(run: Path, even_llama: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [n, S + 1] and logits [n, S, vocabulary] by transformers."""
-    part = IndexedDataset(str(run / "prepare_data" / ARTIFACT / "train"))
-    text = np.concatenate([part[i] for i in range(len(part))]).astype(np.int64)
-    rows = [text[w * LENGTH : (w + 1) * LENGTH + 1] for w in open_cache(run).sequences]
+    documents = IndexedDataset(str(run / "prepare_data" / ARTIFACT / "train"))
+    text = np.concatenate([documents[i] for i in range(len(documents))]).astype(np.int64)
+    rows = [text[n * LENGTH : (n + 1) * LENGTH + 1] for n in open_cache(run).sequences]
     tokens = torch.from_numpy(np.stack(rows))
     with torch.no_grad():
         logits = load_causal_lm(even_llama)(tokens[:, :-1]).logits.double()
