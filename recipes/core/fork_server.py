@@ -170,10 +170,9 @@ def main() -> None:
 def _require_forkable() -> None:
     """Ends this process with a message if children would lose threads or CUDA.
 
-    A trial fork shows whether torch has initialised CUDA. The answer counts only with a GPU:
-    without one, a CUDA build of torch gives the same answer, but children lose nothing. The fork
-    also makes OpenBLAS end its threads, which would otherwise be counted; it starts them again when
-    needed.
+    A trial fork shows whether torch has initialised CUDA. Without a GPU the answer is ignored: a
+    CUDA build of torch gives the same answer, but children lose nothing. The fork also makes
+    OpenBLAS end its threads, which would otherwise be counted; it restarts them when needed.
     """
     torch: Any = sys.modules.get("torch")
     pid = os.fork()

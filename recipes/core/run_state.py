@@ -192,7 +192,7 @@ class StageState:
     error: str = ""
     """Why the stage failed, hung or stopped."""
     leftover: bool = False
-    """Whether ``work/`` is the work of the complete result, which a kill kept from deletion."""
+    """Whether ``work/`` remains from the complete result: a kill came before its deletion."""
 
     @property
     def started(self) -> bool:

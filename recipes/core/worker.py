@@ -111,6 +111,7 @@ def _finish_tracker(tracker: subprocess.Popen[bytes] | None, status: str) -> Non
 
 
 def _summary(error: BaseException, stage_dir: Path) -> str:
+    """Returns a message about an unexpected error, with cause and fix if they are known."""
     what = f"{type(error).__name__}: {error}"
     if (problem := storage_problem(error, stage_dir)) is not None:
         return f"{problem}\n  {what}"

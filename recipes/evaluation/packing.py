@@ -167,9 +167,8 @@ def attention_bias(
     question, segment = torch.tensor(segments).T
     same_segment = (segment[:, None] == segment) | (segment == 0)
     visible = (question[:, None] == question) & same_segment
-    hidden = pad(
-        ~(visible & torch.ones_like(visible).tril()), (before, 0)
-    )  # no prefix token is hidden
+    # No token of the prefix is hidden.
+    hidden = pad(~(visible & torch.ones_like(visible).tril()), (before, 0))
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)[
         None, None
     ]

@@ -36,8 +36,8 @@ class _Allocation:
 class MemoryTracker(TorchDispatchMode):
     """Counts what operations allocate on the device, until it is freed.
 
-    A tensor counts as logits if its last dimension is the rank's shard of the vocabulary, else as
-    activations, unless ``label`` or ``labeled`` gives it another type.
+    A tensor counts as logits if its last dimension is the rank's shard of the vocabulary, otherwise
+    as activations, unless ``label`` or ``labeled`` gives it another type.
 
     Args:
         vocabulary: Size of the rank's shard of the vocabulary, padded.
@@ -139,9 +139,8 @@ class MemoryTracker(TorchDispatchMode):
 
 def label_models(memory: MemoryTracker) -> None:
     """Labels weights, gradients and optimizer states when they are first used."""
-    seen: weakref.WeakSet[nn.Module] = (
-        weakref.WeakSet()
-    )  # weak: a new module may get the id of a freed one
+    # Not a set of ids, because a new module may get the id of a freed one.
+    seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
     has_stepped = False
 
     def before_forward(module: nn.Module, args: object) -> None:

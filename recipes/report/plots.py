@@ -124,9 +124,8 @@ def axis_over(
     """
     finite = [v for v in values if math.isfinite(v)] or [0.0]
     low, high = (math.log10(v) if logarithmic else v for v in (min(finite), max(finite)))
-    margin = (
-        (high - low) * pad or abs(high) * pad or 1.0
-    )  # an axis must have a length, also for a single value
+    # Not 0, because an axis must have a length, also for a single value.
+    margin = (high - low) * pad or abs(high) * pad or 1.0
     return Axis(min(0.0, low) if zero else low - margin, high + margin, logarithmic)
 
 

@@ -154,9 +154,8 @@ def test_a_killed_and_a_stopped_run_resume_to_the_same_cache(
     expected = shards_of(run)
     assert 2 <= len(before) < len(expected) == -(-SEQUENCES // PER_SHARD)
     truncated = stage / WORK / "shards" / min(before)
-    os.truncate(
-        truncated, truncated.stat().st_size - 1
-    )  # as after a crash of the machine; it is written again
+    # A crash of the machine can truncate a shard, which is then written again.
+    os.truncate(truncated, truncated.stat().st_size - 1)
     del before[truncated.name]
 
     monkeypatch.setenv(DEADLINE, "1")

@@ -119,9 +119,8 @@ def test_options_of_the_pytorch_backend_exist() -> None:
     set_by_benchmark = set(API["options of the benchmark itself"]["kv_cache_config"])
     known = set_by_benchmark | set(API["llm options"]["kv_cache_config"])
     assert set_by_benchmark <= options["kv_cache_config"].keys() <= known
-    assert (
-        options["kv_cache_config"]["enable_block_reuse"] is False
-    )  # else repeated prompts are not computed
+    # With block reuse, repeated prompts would not be computed.
+    assert options["kv_cache_config"]["enable_block_reuse"] is False
     assert options["max_seq_len"] == 1024
 
 
