@@ -124,7 +124,7 @@ def run_to_end(
             poll()
             time.sleep(POLL_SECONDS)
     poll()
-    # The manifest counts, not the exit status, which torchrun sets to 1 for any failure. A rerun
+    # The manifest decides, not the exit status, which torchrun sets to 1 for any failure. A rerun
     # with force keeps the old result, of the same fingerprint, until it has succeeded.
     result = read_manifest(stage_dir)
     is_new = result is not None and (before is None or result.started_at != before.started_at)
@@ -227,7 +227,7 @@ def _killed_rank(log: Path) -> str | None:
     """Names the rank that was killed, from torchrun's report in the log; ``None`` if none was.
 
     The other ranks then lose their connection, and their errors would mislead. Half a minute after
-    a failure torchrun itself kills the other ranks; those kills do not count.
+    a failure torchrun itself kills the other ranks; those kills are ignored.
     """
     failed = [
         (datetime.strptime(match["time"], "%Y-%m-%d_%H:%M:%S"), match["rank"], int(match["code"]))

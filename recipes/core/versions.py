@@ -36,7 +36,7 @@ class Pin:
     def is_satisfied(self) -> bool:
         """Whether the installed version is a required one.
 
-        The suffix of a container's own build, such as 2.9.0a0+nv25.9, does not count.
+        The suffix of a container's own build, such as 2.9.0a0+nv25.9, is ignored.
         """
         if self.installed is None:
             return False

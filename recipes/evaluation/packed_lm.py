@@ -206,8 +206,8 @@ class PackedLM(HFLM):
     """Scores a question and all its choices in one forward pass.
 
     A pass has up to ``pack_tokens`` tokens. A longer question and a prefix that questions share
-    have their own passes. ``progress`` receives the numbers of this rank's answered and of all its
-    requests. Every rank must make the same requests; it returns the answers to all of them.
+    have their own passes. ``progress`` receives two numbers: this rank's answered requests, and all
+    of its requests. Every rank must make the same requests; it returns the answers to all of them.
     ``max_length`` is the model's number of positions by default.
     """
 

@@ -50,7 +50,7 @@ def share_prefixes(
     A prefix is shared only if that saves a forward pass of ``pass_tokens`` tokens.
 
     Yields:
-        A prefix and its questions, without the prefix; at last ``()`` and all other questions.
+        A prefix and its questions, without the prefix; finally ``()`` and all other questions.
     """
     runs: list[list[Prompt]] = []
     for question in questions:
