@@ -50,8 +50,8 @@ class PlannedStage:
     accepted: Acceptance | None = None
     """The user's decision to keep the stage's stale result."""
     kept: Mapping[str, list[str]] = field(default_factory=dict)
-    """Stale results that the user keeps, of this stage and of the stages it depends on: the reasons
-    why, by stage."""
+    """Stale results that the user keeps, of this stage and of the stages it depends on: why each
+    is stale, by stage."""
 
     @property
     def stage(self) -> Stage[Any]:
@@ -225,7 +225,6 @@ def _changes(
 
     Returns:
         The old and the new value of each changed setting, and the names of other changes.
-
     """
     # A setting that the earlier start did not record is new, so the code has changed as well.
     fields = {

@@ -252,8 +252,8 @@ def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:
 
     It stops once it has recovered enough of the KL added by pruning, including what healing
     recovered. Validation measures the KL to the teacher on the same sequences before the first
-    step and later. Only records of the metrics ``file`` up to ``step`` count, so a restarted run
-    decides as the first one did.
+    step and later. Only records of the metrics ``file`` up to ``step`` are read, so a restarted
+    run decides as the first one did.
     """
     validations = [r for r in steps_of(file, VALIDATE) if r["done"] <= step and "val_kd" in r]
     if cfg.stop_at_recovered is None or len(validations) < 2 or step >= cfg.max_steps:
