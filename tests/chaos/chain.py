@@ -24,10 +24,14 @@ SPEED = re.compile(rf"{_FIGURE}(?= tokens per second|: the plan is)|(?<=: the pl
 SECTION = re.compile(r'<section id="(\w+)">.*?</section>', re.DOTALL)
 
 
-def overrides(model: Path, text_file: Path, run_dir: Path, engine: str = "openvino") -> list[str]:
+def overrides(
+    model: Path, text_file: Path, run_dir: Path, engine: str = "openvino", served: str = "gguf"
+) -> list[str]:
     """Returns the overrides of a chain that prunes width and depth to odd sizes."""
     engines = [
         "gguf=q8_0",
+        f"served={served}",
+        *settings("evaluate_served", tasks="[piqa]", limit=4, num_sequences=2),
         *settings("build_engine", num_sequences=2),
         *settings("build_teacher_engine", num_sequences=2),
         *settings("measure_speed", batch_sizes="[1,3]", prompt_tokens="[40]"),

@@ -26,9 +26,10 @@ from recipes.core.metrics import METRICS, steps_of
 from recipes.core.run_state import BEGUN
 from recipes.core.snapshot import CODE
 from recipes.core.stage import Input
+from recipes.core.wheels import cache_dir
 from recipes.distillation.training import initial_kl_fraction
 from recipes.engines.backends import model_folder
-from recipes.evaluation.results import EvaluationResult
+from recipes.evaluation.results import EvaluationResult, ServedResult
 from recipes.pruning.results import HealResult
 from tests.chaos.chain import STEPS, differences, is_of_a_library, overrides
 from tests.chaos.kills import Kill, RunCommand
@@ -39,7 +40,13 @@ from tests.support.llama_cpp import require_similar_generation
 from tests.support.newer import save_by_transformers_5, transformers_5
 from tests.support.runs import HEALING, copy_without, manifest_of
 
-ENGINES = ("build_engine", "build_teacher_engine", "measure_speed", "export_gguf")
+ENGINES = (
+    "build_engine",
+    "build_teacher_engine",
+    "measure_speed",
+    "export_gguf",
+    "evaluate_served",
+)
 SERVE = (REPO_ROOT / "docs" / "serve.md").read_text()
 SECRET = "a_token_that_no_file_may_hold"
 
@@ -57,8 +64,9 @@ def tiny_run(teacher: Path, text_file: Path, tmp_path_factory: pytest.TempPathFa
     run_dir = tmp_path_factory.mktemp("chain") / "run"
     home = run_dir.with_name("home")
     home.mkdir()
+    variables = {"HOME": str(home), "HF_TOKEN": SECRET, "NEMO_RECIPES_CACHE": str(cache_dir())}
     slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "batch"}
-    with mock.patch.dict(os.environ, {"HOME": str(home), "HF_TOKEN": SECRET, **slurm}):
+    with mock.patch.dict(os.environ, variables | slurm):
         result = run_recipe(*overrides(teacher, text_file, run_dir), cwd=run_dir.parent)
     assert result.code == 0, result.output
     for stage in (*HEALING, *ENGINES):
@@ -282,6 +290,43 @@ def test_llama_cpp_reads_the_gguf_file(tiny_run: Path) -> None:
         "llama-server -m export_gguf/artifact/model.gguf"
         in (tiny_run / "report" / ARTIFACT / "report.html").read_text()
     )
+
+
+def test_the_served_file_is_paired_with_its_student(tiny_run: Path) -> None:
+    served = manifest_of(tiny_run, "evaluate_served").result(ServedResult)
+    assert (served.server, served.tasks["piqa"].items) == ("llama_cpp", 4)
+    assert served.text is not None
+    assert served.text.served_perplexity == pytest.approx(served.text.student_perplexity, rel=0.05)
+    assert served_section(tiny_run).startswith("Served model The built model as llama.cpp runs it")
+
+
+def served_section(run_dir: Path) -> str:
+    """Returns the text of the report's section about the served model."""
+    page = (run_dir / "report" / ARTIFACT / "report.html").read_text()
+    section = page.partition('<section id="served">')[2].partition("</section>")[0]
+    return " ".join(re.sub("<[^>]*>", " ", section).split())
+
+
+def test_an_int8_engine_is_paired_with_its_student_and_fails_a_strict_gate(
+    tiny_run: Path, teacher: Path, text_file: Path, tmp_path: Path
+) -> None:
+    run_dir = copy_without(tiny_run, tmp_path / "run")
+    words = [
+        *overrides(teacher, text_file, run_dir, served="engine"),
+        "stages.build_engine.precision=int8",
+        *("~stages.measure_speed", "~stages.build_teacher_engine", "~stages.report.inputs.speed"),
+    ]
+    gates = ["served_difference.piqa >= -1", "served_perplexity_ratio < 1.5"]
+    passed = run_successfully(*words, f"gates={json.dumps(gates)}", cwd=tmp_path)
+    assert "evaluate_served: complete" in passed.output
+    assert "OpenVINO int8" in passed.output
+    served = manifest_of(run_dir, "evaluate_served").result(ServedResult)
+    text = served_section(run_dir)
+    assert "as OpenVINO runs it (int8)" in text
+    assert f"{served.tasks['piqa'].served.value:.1%}" in text
+    strict = run_in_process(*words, 'gates=["served_score.piqa > 1"]', cwd=tmp_path)
+    assert strict.code == 1
+    assert "served_score.piqa > 1: measured" in strict.output
 
 
 def test_a_partly_converted_model_is_converted_again(tiny_run: Path, tmp_path: Path) -> None:
