@@ -225,6 +225,7 @@ def require_gates(plan: Plan, console: Console) -> None:
     if failed := [verdict for verdict in verdicts if not verdict.passed]:
         raise RecipeError(
             f"{len(failed)} of {len(plan.gates)} gates failed: {'; '.join(map(str, failed))}.",
-            f"the results are in {plan.run_dir}; distil longer, prune less, or change the gates "
-            "(for benchmarks with few items, difference_low.TASK is safer than recovered.TASK)",
+            f"the results are in {plan.run_dir}; distil longer, prune less, serve it in a higher "
+            "precision, or change the gates (for benchmarks with few items, difference_low.TASK is "
+            "safer than recovered.TASK)",
         )

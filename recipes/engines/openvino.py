@@ -26,6 +26,7 @@ from recipes.planning.rules import Problem
 if TYPE_CHECKING:
     import torch
     from numpy.typing import ArrayLike
+    from optimum.intel import OVModelForCausalLM
 
 PRECISIONS = ("fp32", "int8", "int4")
 KV_CACHE_DTYPES = ("auto", "f32", "f16", "bf16", "u8")
@@ -87,6 +88,15 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
         _write_tokenizer(folder, out)
     settings = {"backend": cfg.backend, "precision": cfg.precision, "properties": properties(cfg)}
     write_json(out / SETTINGS, settings)
+
+
+def load_causal_lm(engine: Path) -> OVModelForCausalLM:
+    """Loads an engine as a model with the interface of transformers."""
+    without_telemetry()
+    from optimum.intel import OVModelForCausalLM
+
+    options = {"ov_config": read_properties(engine), "trust_remote_code": False}
+    return OVModelForCausalLM.from_pretrained(engine, device=DEVICE, **options)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Evaluates an engine or a served model, and compares it with the student item by item.
 
 llama.cpp and TensorRT-LLM run as servers, which lm-eval's client for OpenAI-compatible completions
-asks. OpenVINO GenAI has no server, so lm-eval's class for optimum-intel runs an OpenVINO engine in
-this process.
+asks. OpenVINO GenAI has no server, so lm-eval's class for transformers runs an OpenVINO engine in
+this process, through optimum-intel.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import requests
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
-from lm_eval.models.optimum_lm import OptimumLM
 from transformers import AutoTokenizer, PreTrainedModel
 
 from nemo_convert.gguf_file import FILE
@@ -26,7 +25,7 @@ from nemo_convert.hf import load_causal_lm
 from nemo_convert.results import GgufResult
 from recipes.backend.device import device
 from recipes.core.errors import RecipeError
-from recipes.core.files import read_json, write_json
+from recipes.core.files import read_json
 from recipes.core.metrics import MetricsLog, ProgressCallback
 from recipes.core.precision import dtype_name, dtype_of
 from recipes.core.stage import Input, Inputs
@@ -156,7 +155,7 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
     positions = read_json(folder / "config.json")["max_position_embeddings"] - 1
     length = min(cfg.max_length, positions)
     served: dict[str, list[Item]] = {}
-    with served_lm(cfg, artifact, folder, length, out.parent) as lm:
+    with served_lm(cfg, artifact, folder, length) as lm:
         for number, task in enumerate(tasks, 1):
             lm.progress = partial(log.progress, f"requests, {task.name}")
             served[task.name] = packed_lm.answer(lm, task, cfg.limit, cfg.seed)
@@ -164,6 +163,7 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
         if text is not None:
             lm.progress = partial(log.progress, "text, served")
             losses = lm.losses(text)
+    del lm
     gc.collect()  # frees the engine
     student = load_causal_lm(folder).to(device(), dtype_of(cfg.precision))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -190,7 +190,7 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
 
 @contextmanager
 def served_lm(
-    cfg: EvaluateServedConfig, artifact: Input, folder: Path, length: int, scratch: Path
+    cfg: EvaluateServedConfig, artifact: Input, folder: Path, length: int
 ) -> Iterator[LM]:
     """Loads or serves a built model for lm-eval.
 
@@ -199,20 +199,12 @@ def served_lm(
         artifact: The built model.
         folder: Hugging Face folder of the student, which has the tokenizer.
         length: Most tokens of a prompt.
-        scratch: Folder for temporary files.
     """
     server, _ = server_of(artifact)
     if server == "openvino":
-        openvino.without_telemetry()
-        properties = scratch / "properties.json"
-        write_json(properties, openvino.read_properties(artifact.artifact))
-        yield OptimumLM(
-            pretrained=str(artifact.artifact),
-            tokenizer=str(folder),
-            ov_config=str(properties),
-            batch_size=1,
-            max_length=length,
-        )
+        # Not OptimumLM: for a path, lm-eval starts torch.distributed if a launcher set LOCAL_RANK.
+        model = openvino.load_causal_lm(artifact.artifact)
+        yield HFLM(pretrained=model, tokenizer=str(folder), batch_size=1, max_length=length)
         return
     port = free_port(cfg.port)
     lm: type[ServedLM] = LlamaCppLM

@@ -48,13 +48,13 @@ def test_commands_of_the_first_day(probe_settings: tuple[str, ...], tmp_path: Pa
     assert set(states(chain).values()) == {"complete"}
 
     run_successfully(*second, f"+cluster.env.{probe.HOLD}='100'", *settings, cwd=tmp_path)
-    assert f"`status run_dir={RUN}`" in PAGE
+    assert f"status run_dir={RUN}`" in PAGE
 
     def status() -> str:
         return run_in_process("status", f"run_dir={RUN}", cwd=tmp_path).output
 
     wait_for(lambda: re.search("distill +running.* 100/200", status()), 60, pause=1)
-    assert f"`cancel run_dir={RUN}`" in PAGE
+    assert f"cancel run_dir={RUN}`" in PAGE
     run_successfully("cancel", f"run_dir={RUN}", cwd=tmp_path)
     chain.wait()
 
