@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from nemo_convert import convert, hf, nemo, parity, trust
 from nemo_convert.families import LLAMA3_ROPE
 from recipes.core.errors import RecipeError
+from recipes.core.files import REPO_ROOT
 from tests.support.conversion import assert_same_weights, convert_by_command, tensors
 from tests.support.folder_changes import WEIGHTS, edit
 from tests.support.hub import fake_hub, run_with_hub
@@ -91,6 +92,14 @@ def test_a_tokenizer_that_transformers_cannot_load_is_refused_before_weights_are
         hub.models["me/tiny"] = {file.name: file.read_bytes() for file in folder.iterdir()}
         assert "cannot load the tokenizer" in run_with_hub(hub, tmp_path / "home", code)
         assert hub.bytes_of(WEIGHTS) == 0
+
+
+def test_a_check_loads_the_tokenizer_without_torch(odd_llama: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "nemo_convert", "check", odd_llama]
+    done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=True)
+    imports = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "transformers.tokenization_utils_fast" in imports
+    assert "torch" not in imports
 
 
 def test_only_the_files_that_transformers_reads_are_converted(
