@@ -53,8 +53,8 @@ def run_campaign(folder: Path, arguments: argparse.Namespace) -> list[str]:
     run_dir.rename(base)
     seconds |= {stage: manifest_of(base, stage).seconds for stage in HEALING}
 
-    rng, made, problems = random.Random(arguments.seed), Counter[str](), list[str]()
-    while made.total() < arguments.kills and not problems:
+    rng, kills, problems = random.Random(arguments.seed), Counter[str](), list[str]()
+    while kills.total() < arguments.kills and not problems:
         shutil.rmtree(run_dir, ignore_errors=True)
         shutil.rmtree(temporary)
         temporary.mkdir()
@@ -62,17 +62,17 @@ def run_campaign(folder: Path, arguments: argparse.Namespace) -> list[str]:
         for stage in HEALING[HEALING.index(arguments.stages[0]) :]:
             shutil.rmtree(run_dir / stage)
         stages = [stage for stage in arguments.stages for _ in range(arguments.each)]
-        for stage in stages[: arguments.kills - made.total()]:
+        for stage in stages[: arguments.kills - kills.total()]:
             if (killed := command.kill(Kill.draw(stage, rng))) is None:
                 break
-            made[f"{killed.stage} {killed.victim}"] += 1
+            kills[f"{killed.stage} {killed.victim}"] += 1
             problems += [f"{killed.stage}: {p}" for p in problems_of(killed, folder)]
         exit_status, output = command.finish()
         problems += differences(base, run_dir) if exit_status == 0 else [output[-2000:]]
-        left = [path.name for path in temporary.iterdir() if not is_of_a_library(path)]
-        problems += [f"{name} is left in TMPDIR" for name in left]
-        print(f"{made.total()} of {arguments.kills} kills", flush=True)
-    for what, count in sorted(made.items()):
+        remaining = [path.name for path in temporary.iterdir() if not is_of_a_library(path)]
+        problems += [f"{name} is left in TMPDIR" for name in remaining]
+        print(f"{kills.total()} of {arguments.kills} kills", flush=True)
+    for what, count in sorted(kills.items()):
         print(f"{count:4}  {what}")
     return problems
 

@@ -150,15 +150,15 @@ def test_ranks_get_the_planned_resources(chains: dict[str, Run], recipe: str) ->
     chain = chains[recipe]
     statuses = states(chain)
     assert set(statuses.values()) == {"complete"}, statuses
-    whole = {"distill": whole_nodes(NODES.get(recipe, 1))}
+    expected = {"distill": whole_nodes(NODES.get(recipe, 1))}
     if recipe != SEARCH:
-        whole |= dict.fromkeys(MEASURED, whole_nodes(1))
+        expected |= dict.fromkeys(MEASURED, whole_nodes(1))
     # A search has one rank, with the threads of one of the 8 ranks of its training runs.
-    whole["successive_halving"] = NodeResources(
+    expected["successive_halving"] = NodeResources(
         1, 1, NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB, threads=28
     )
     for stage in statuses.keys() - ENGINE_STAGES:
-        require(chain.directory / stage, whole.get(stage) or one_rank(stage))
+        require(chain.directory / stage, expected.get(stage) or one_rank(stage))
 
 
 def test_training_runs_of_a_search_get_all_devices(chains: dict[str, Run]) -> None:

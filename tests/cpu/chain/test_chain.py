@@ -217,8 +217,10 @@ def run_offline(*command: str | Path, cwd: Path) -> str:
 def test_openvino_serves_the_model_by_the_lines_of_its_card(tiny_run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_run / "export_hf" / ARTIFACT, tmp_path / "model")
     lines = (folder / "README.md").read_text().splitlines()
-    made, served = (line for line in lines if line.startswith(("optimum-cli ", "python -c ")))
-    for program, *words in map(shlex.split, (made, served)):
+    build_line, serve_line = (
+        line for line in lines if line.startswith(("optimum-cli ", "python -c "))
+    )
+    for program, *words in map(shlex.split, (build_line, serve_line)):
         output = run_offline(Path(sys.executable).with_name(program), *words, cwd=folder)
     assert len(output.split()) > 1
 
@@ -281,9 +283,9 @@ def test_engines_of_teacher_and_student_are_built_and_timed(tiny_run: Path) -> N
 
 def test_llama_cpp_reads_the_gguf_file(tiny_run: Path) -> None:
     """All weights have 16 bits, because no row is as long as a block of 8-bit weights."""
-    made = manifest_of(tiny_run, "export_gguf")
-    assert (made.metrics["type"], made.metrics["architecture"]) == ("q8_0", "llama")
-    assert made.parameters == manifest_of(tiny_run, "export_hf").parameters
+    exported = manifest_of(tiny_run, "export_gguf")
+    assert (exported.metrics["type"], exported.metrics["architecture"]) == ("q8_0", "llama")
+    assert exported.parameters == manifest_of(tiny_run, "export_hf").parameters
     folder, file = (tiny_run / stage / ARTIFACT for stage in ("export_hf", "export_gguf"))
     require_similar_generation(folder, file / FILE, tolerance=0.02)
     assert (

@@ -20,11 +20,11 @@ from tests.support.folders import write_folder
 from tests.support.in_process import run_in_process
 
 FENCED = re.compile(r"^```(bash|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-PLACES = ("README.md", "benchmarks/*.md", "docs/*.md")
+PATTERNS = ("README.md", "benchmarks/*.md", "docs/*.md")
 BLOCKS = [
     block
-    for place in PLACES
-    for file in sorted(REPO_ROOT.glob(place))
+    for pattern in PATTERNS
+    for file in sorted(REPO_ROOT.glob(pattern))
     for block in FENCED.findall(file.read_text())
 ]
 CONTRIBUTING = FENCED.findall((REPO_ROOT / "CONTRIBUTING.md").read_text())

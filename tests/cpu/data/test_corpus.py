@@ -50,5 +50,5 @@ for source in ("hf://me/notes:train", "hf://me/notes:train#revision={old}"):
             commit: {"train.jsonl": json.dumps({"text": text}).encode()}
             for commit, text in ((old, "before"), (new, "after"))
         }
-        said = run_with_hub(hub, tmp_path, code.format(old=old))
-    assert said.splitlines() == [f"cc0-1.0 {new} after", f"cc0-1.0 {old} before"]
+        output = run_with_hub(hub, tmp_path, code.format(old=old))
+    assert output.splitlines() == [f"cc0-1.0 {new} after", f"cc0-1.0 {old} before"]

@@ -35,11 +35,11 @@ LENGTH = 64
 
 
 @pytest.fixture(scope="module")
-def whole(
+def undisturbed(
     cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, PreparationState]:
     """The result of an undisturbed preparation in one process."""
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("result")
     return folder, prepare(cfg, tokenizer, folder, LOG)
 
 
@@ -50,11 +50,11 @@ def documents(folder: Path, split: str) -> list[tuple[int, ...]]:
 
 def test_every_document_is_in_one_split_and_held_out_sources_in_theirs(
     cfg: PrepareDataConfig,
-    whole: tuple[Path, PreparationState],
+    undisturbed: tuple[Path, PreparationState],
     tokenizer: DocumentTokenizer,
     text_file: Path,
 ) -> None:
-    folder, done = whole
+    folder, done = undisturbed
     found = [document for split in SPLITS for document in documents(folder, split)]
     texts = set(read(text_file)[:600])
     assert len(found) == len(set(found))
@@ -109,15 +109,15 @@ def test_ten_times_the_text_takes_the_same_memory(
 
 def test_more_processes_write_the_same_bytes(
     cfg: PrepareDataConfig,
-    whole: tuple[Path, PreparationState],
+    undisturbed: tuple[Path, PreparationState],
     tokenizer: DocumentTokenizer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(preparation, "BATCH_DOCUMENTS", 16)  # so that both have much to do
     done = prepare(replace(cfg, processes=2), tokenizer, tmp_path, LOG)
-    assert done == whole[1]
-    assert content(tmp_path) == content(whole[0])
+    assert done == undisturbed[1]
+    assert content(tmp_path) == content(undisturbed[0])
 
 
 def test_a_killed_process_is_named(tokenizer: DocumentTokenizer) -> None:
@@ -150,19 +150,21 @@ def mixed(
     chats = write_chats(folder / "chats.jsonl", text_file, 700)
     sources = [str(folder / "texts.jsonl"), chats, f"{folder}/texts.jsonl#text=text&name=again"]
     lines = (folder / "chats.jsonl").read_text().splitlines()
-    said = ["".join(m["content"] + "<eos>" for m in json.loads(li)["messages"]) for li in lines]
-    return PrepareDataConfig(sources=sources, seq_length=LENGTH), said
+    chat_texts = [
+        "".join(m["content"] + "<eos>" for m in json.loads(li)["messages"]) for li in lines
+    ]
+    return PrepareDataConfig(sources=sources, seq_length=LENGTH), chat_texts
 
 
 @pytest.fixture(scope="module")
-def whole_mixed(
+def undisturbed_mixed(
     mixed: tuple[PrepareDataConfig, list[str]],
     tokenizer: DocumentTokenizer,
     chat: ChatTokenizer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, PreparationState]:
     """The result in batches of 16, the size in the test that kills the process."""
-    folder = tmp_path_factory.mktemp("whole_mixed")
+    folder = tmp_path_factory.mktemp("mixed_result")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparation, "BATCH_DOCUMENTS", 16)
         return folder, prepare(mixed[0], tokenizer, folder, LOG, chat)
@@ -170,14 +172,14 @@ def whole_mixed(
 
 def test_conversations_lie_whole_in_sequences_with_masked_answers(
     mixed: tuple[PrepareDataConfig, list[str]],
-    whole_mixed: tuple[Path, PreparationState],
+    undisturbed_mixed: tuple[Path, PreparationState],
     tokenizer: DocumentTokenizer,
     odd_llama: Path,
 ) -> None:
     """Each lies in one sequence, after the padding of the sequence before."""
-    known, (folder, done) = AutoTokenizer.from_pretrained(odd_llama), whole_mixed
-    left = Counter(tuple(known(said)["input_ids"]) for said in dict.fromkeys(mixed[1]))
-    taken = cut = filling = answers = 0
+    known, (folder, done) = AutoTokenizer.from_pretrained(odd_llama), undisturbed_mixed
+    remaining = Counter(tuple(known(text)["input_ids"]) for text in dict.fromkeys(mixed[1]))
+    used = shortened = packed_tokens = answers = 0
     for split in SPLITS:
         tokens, loss_mask = read_tokens(folder, split), read_loss_mask(folder, split)
         assert loss_mask is not None
@@ -189,27 +191,27 @@ def test_conversations_lie_whole_in_sequences_with_masked_answers(
         before = np.concatenate([[tokenizer.end], tokens[:-1]])[:start]
         assert (loss_mask[:start] == (before != tokenizer.end)).all()
         for ids, marks in _documents(tokens, loss_mask, start, stop, tokenizer.end):
-            if left[ids] > 0:
-                left[ids] -= 1
-            else:  # the start of a conversation that was cut because it is too long
-                assert any(one[: len(ids)] == ids for one in left if len(one) >= LENGTH)
-                cut += 1
+            if remaining[ids] > 0:
+                remaining[ids] -= 1
+            else:  # the start of a conversation that was shortened because it is too long
+                assert any(one[: len(ids)] == ids for one in remaining if len(one) >= LENGTH)
+                shortened += 1
             turn, expected = 0, []
             for token in ids:
                 expected.append(turn % 2 == 1)
                 turn += token == tokenizer.end
             assert marks == expected
-            taken, answers = taken + 1, answers + sum(marks)
-        filling += stop - start
-    found = done.conversations["chats"]
-    assert (found["used"], found["answer tokens"]) == (taken, answers)
-    assert found["tokens"] + found["padding tokens"] == filling
-    assert found["padding tokens"] < 0.2 * found["tokens"]
-    missing = [ids for ids, n in left.items() if n > 0]
-    assert len(missing) == found.get(TOO_LONG, 0) + cut
-    assert found["shortened"] == cut > 0
+            used, answers = used + 1, answers + sum(marks)
+        packed_tokens += stop - start
+    counts = done.conversations["chats"]
+    assert (counts["used"], counts["answer tokens"]) == (used, answers)
+    assert counts["tokens"] + counts["padding tokens"] == packed_tokens
+    assert counts["padding tokens"] < 0.2 * counts["tokens"]
+    missing = [ids for ids, n in remaining.items() if n > 0]
+    assert len(missing) == counts.get(TOO_LONG, 0) + shortened
+    assert counts["shortened"] == shortened > 0
     assert all(len(ids) >= LENGTH for ids in missing)
-    assert min(left.values()) == 0
+    assert min(remaining.values()) == 0
 
 
 def _documents(
@@ -261,7 +263,7 @@ def test_killed_work_resumes_to_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cfg = request.getfixturevalue("mixed")[0] if chats else request.getfixturevalue("cfg")
-    expected = request.getfixturevalue("whole_mixed" if chats else "whole")
+    expected = request.getfixturevalue("undisturbed_mixed" if chats else "undisturbed")
     chat = request.getfixturevalue("chat") if chats else None
     metrics, several = tmp_path / "metrics.jsonl", replace(cfg, processes=processes)
     for lines in (30,) if chats else (20, 50):
@@ -291,7 +293,7 @@ def test_killed_work_resumes_to_the_same_bytes(
 def test_the_deadline_stops_and_the_next_start_resumes(
     cfg: PrepareDataConfig,
     tokenizer: DocumentTokenizer,
-    whole: tuple[Path, PreparationState],
+    undisturbed: tuple[Path, PreparationState],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -301,7 +303,7 @@ def test_the_deadline_stops_and_the_next_start_resumes(
             prepare(cfg, tokenizer, tmp_path, LOG)
     monkeypatch.delenv(DEADLINE)
     prepare(cfg, tokenizer, tmp_path, LOG)
-    assert content(tmp_path) == content(whole[0])
+    assert content(tmp_path) == content(undisturbed[0])
 
 
 def _children(pid: int | None) -> list[Path]:

@@ -74,17 +74,17 @@ def test_splits_are_links_to_ranges_without_overlap(
     for split, documents in ranges.items():
         tokens = write_split(files, documents, out / split)
         assert (out / f"{split}.bin").is_symlink()
-        own = IndexedDataset(str(out / split))
-        assert len(own) == 2 * len(documents) > 0
-        assert own.document_indices[-1] == len(own)
+        written = IndexedDataset(str(out / split))
+        assert len(written) == 2 * len(documents) > 0
+        assert written.document_indices[-1] == len(written)
         ids = read_tokens(out, split)
-        assert np.array_equal(ids, np.concatenate([own[n] for n in range(len(own))]))
+        assert np.array_equal(ids, np.concatenate([written[n] for n in range(len(written))]))
         assert len(ids) == tokens
         found.append(ids)
     assert np.array_equal(np.concatenate(found), files.tokens)
     assert len(ranges["train"]) == 90
-    same = [out / f"{split}.bin" for split in SPLITS]
-    assert sha256_of_each(same) == [sha256_of(Path(f"{prefix}.bin"))] * len(SPLITS)
+    links = [out / f"{split}.bin" for split in SPLITS]
+    assert sha256_of_each(links) == [sha256_of(Path(f"{prefix}.bin"))] * len(SPLITS)
 
 
 def test_limits_shorten_the_text(write: Write) -> None:

@@ -73,11 +73,11 @@ def test_only_the_words_of_the_assistant_count_in_the_loss(tmp_path: Path, templ
     conversation = encode(
         tokenizer, [*QUESTION, ANSWER, {"role": "user", "content": "And?"}, again]
     )
-    whole = (
+    expected = (
         "<start>system\nBe brief.<stop>\n<start>user\nWhy?<stop>\n<start>assistant\nSo.<stop>\n"
         "<start>user\nAnd?<stop>\n<start>assistant\nThus, since ü.<stop>\n<end>"
     )
-    assert tokenizer._tokenizer.decode(conversation.ids) == whole
+    assert tokenizer._tokenizer.decode(conversation.ids) == expected
     assert trained_text(tokenizer, conversation) == ["So.<stop>", "Thus, since ü.<stop>"]
     assert (conversation.shortened, conversation.left_out) == (False, "")
     copy = pickle.loads(pickle.dumps(tokenizer))  # as when it is sent to another process
@@ -110,12 +110,12 @@ def test_unusable_conversations_are_left_out(
 
 def test_a_long_conversation_is_shortened_to_its_last_whole_answer(tmp_path: Path) -> None:
     turns = [*QUESTION, ANSWER, {"role": "user", "content": "And?"}, ANSWER]
-    whole = encode(make_tokenizer(tmp_path, PLAIN), turns)
+    unshortened = encode(make_tokenizer(tmp_path, PLAIN), turns)
     # The first length cuts off the line break after the last answer, the next the last two turns.
-    for length in range(len(whole.ids) - 1, 63, -1):
+    for length in range(len(unshortened.ids) - 1, 63, -1):
         tokenizer = make_tokenizer(tmp_path, PLAIN, length)
         conversation = encode(tokenizer, turns)
-        answers = 2 if length >= len(whole.ids) - 1 else 1
+        answers = 2 if length >= len(unshortened.ids) - 1 else 1
         assert trained_text(tokenizer, conversation) == ["So.<stop>"] * answers, length
         assert conversation.shortened
         assert len(conversation.ids) <= length
@@ -136,10 +136,10 @@ def test_each_conversation_lies_in_one_sequence() -> None:
         loss_mask = np.concatenate([each.loss_mask for each in packed])  # type: ignore[misc]
         positions = position + np.arange(len(ids))
         for i, n in enumerate(sizes):
-            mine = positions[ids == 5 + i]
-            assert len(mine) == n
-            assert mine[0] // length == mine[-1] // length
-            assert mine[-1] - mine[0] == n - 1
+            own = positions[ids == 5 + i]
+            assert len(own) == n
+            assert own[0] // length == own[-1] // length
+            assert own[-1] - own[0] == n - 1
         assert not loss_mask[ids == END].any()
         sequences = -(-(position % length + len(ids)) // length)
         assert sequences <= len(_pack_in_order(sizes, position % length, length))

@@ -168,10 +168,12 @@ def test_a_resumed_run_continues_at_its_step(data: Path) -> None:
     steps = 40  # more than an epoch
     module = training(data, steps)
     assert steps * BATCH > len(module._train_ds.ids)
-    whole = micro_batches(module, "train")
-    assert len(whole) >= steps * 2
+    uninterrupted = micro_batches(module, "train")
+    assert len(uninterrupted) >= steps * 2
     for step in (1, 7, 33):
-        assert micro_batches(training(data, steps), "train", step * BATCH) == whole[step * 2 :]
+        assert (
+            micro_batches(training(data, steps), "train", step * BATCH) == uninterrupted[step * 2 :]
+        )
     # A run that is killed after its last step resumes without a step.
     micro_batches(training(data, steps), "train", steps * BATCH)
 

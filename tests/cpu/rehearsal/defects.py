@@ -87,9 +87,9 @@ def with_small_buckets(original: Any, *args: Any, **kwargs: Any) -> Any:
     return original(*before, 1, names, *args[7:], **kwargs)
 
 
-def gather_in_one(part: Any, group: Any) -> Any:
-    whole = part.new_empty(group.size() * len(part), part.shape[1])
-    torch.distributed.all_gather_into_tensor(whole, part.contiguous(), group)
+def gather_in_one(shard: Any, group: Any) -> Any:
+    whole = shard.new_empty(group.size() * len(shard), shard.shape[1])
+    torch.distributed.all_gather_into_tensor(whole, shard.contiguous(), group)
     return torch.cat(whole.chunk(group.size()), dim=-1)
 
 

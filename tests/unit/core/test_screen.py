@@ -25,19 +25,19 @@ screen().print(table)
 @pytest.mark.parametrize(("asked", "whole"), [({}, True), ({"COLUMNS": "80"}, False)])
 def test_a_piped_table_is_as_wide_as_it_needs(asked: dict[str, str], whole: bool) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | asked
-    shown = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", SHOW], env=environment, capture_output=True, text=True, check=True
     )
-    assert (CELL.strip() in shown.stdout) == whole
+    assert (CELL.strip() in done.stdout) == whole
 
 
 def test_a_narrow_table_truncates_nothing_and_does_not_fold_names() -> None:
     name, state, path = "sweeps/2026-11-26_16-00-58/0", "failed at evaluate", "/a/long/path/" * 4
     table = plain_table("runs", "run", "state", "folder")
     table.add_row(name, state, path)
-    shown = StringIO()
-    Console(file=shown, width=60).print(table)
-    rows = [line.rstrip() for line in shown.getvalue().splitlines()]
+    output = StringIO()
+    Console(file=output, width=60).print(table)
+    rows = [line.rstrip() for line in output.getvalue().splitlines()]
     assert max(map(len, rows)) <= 60
     assert any(row.startswith(f" {name} ") for row in rows)
     assert "".join(row.split()[-1] for row in rows[2:]) == path

@@ -248,9 +248,9 @@ def without_privileges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 def test_a_refused_access_is_explained(file: str, mode: str, fix: str) -> None:
     with pytest.raises(PermissionError) as caught:
         Path(file).open(mode).close()
-    said = str(storage_problem(caught.value, Path()))
-    assert said.startswith(f"{file}: Permission denied.")
-    assert f"make it {fix}" in said
+    message = str(storage_problem(caught.value, Path()))
+    assert message.startswith(f"{file}: Permission denied.")
+    assert f"make it {fix}" in message
 
 
 @pytest.mark.parametrize(("ranks", "said"), [("2", "rank 1 lost its connection"), ("1", "Runtime")])

@@ -84,11 +84,13 @@ def test_every_file_type_gives_its_documents(
 
 
 def test_each_conversation_is_one_document(tmp_path: Path) -> None:
-    said = [conversation("Why?", "So."), conversation("ü")]
-    lines = "\n\n".join(json.dumps({**one, "id": 3}) for one in said)
-    for name, content in (("a.jsonl", lines), ("a.json", json.dumps(said))):
+    conversations = [conversation("Why?", "So."), conversation("ü")]
+    lines = "\n\n".join(json.dumps({**one, "id": 3}) for one in conversations)
+    for name, content in (("a.jsonl", lines), ("a.json", json.dumps(conversations))):
         found = list(read_source(write(tmp_path, name, content), "text", chat=True))
-        assert [json.loads(document.text) for document in found] == [s["messages"] for s in said]
+        assert [json.loads(document.text) for document in found] == [
+            s["messages"] for s in conversations
+        ]
         assert {document.position for document in found} == {None}
 
 

@@ -45,10 +45,14 @@ def test_fields_and_lists_of_a_record_are_joined(tmp_path: Path) -> None:
 
 
 def test_a_dialogue_is_plain_text_or_a_conversation(tmp_path: Path) -> None:
-    def said(sender: str, text: str) -> dict[str, str]:
+    def message(sender: str, text: str) -> dict[str, str]:
         return {"sender": sender, "text": text}
 
-    turns = [[said("x", "Hi."), said("x", "How\nare you?")], [said("y", "Fine.")], said("x", "Ok.")]
+    turns = [
+        [message("x", "Hi."), message("x", "How\nare you?")],
+        [message("y", "Fine.")],
+        message("x", "Ok."),
+    ]
     source = write(tmp_path, "a.json", json.dumps({"1": {"messages": turns}}))
     assert documents(f"{source}#format=dialogue") == ["A: Hi. How are you?\nB: Fine.\nA: Ok."]
     [chat] = read_source(source, "text", chat=True)
@@ -56,7 +60,7 @@ def test_a_dialogue_is_plain_text_or_a_conversation(tmp_path: Path) -> None:
     assert json.loads(chat.text)[0]["content"] == "Hi.\nHow\nare you?"
     alone = write(tmp_path, "b.json", json.dumps([{"messages": turns[:1]}]))
     assert documents(f"{alone}#format=dialogue") == []
-    crowd = write(tmp_path, "c.json", json.dumps([{"messages": [*turns, said("z", "Me too.")]}]))
+    crowd = write(tmp_path, "c.json", json.dumps([{"messages": [*turns, message("z", "Me too.")]}]))
     with pytest.raises(RecipeError, match="record 1: 3 people speak, not two"):
         documents(f"{crowd}#format=dialogue")
 

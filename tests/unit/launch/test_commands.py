@@ -45,10 +45,12 @@ except BaseException:
 @pytest.fixture
 def run_dir(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
     """A run that was interrupted in its distillation."""
-    made = plan()
-    complete(made, *(stage.name for stage in made.stages if stage.name not in ("distill", *AFTER)))
-    record(made)
-    distill = stage_named(made, "distill")
+    planned = plan()
+    complete(
+        planned, *(stage.name for stage in planned.stages if stage.name not in ("distill", *AFTER))
+    )
+    record(planned)
+    distill = stage_named(planned, "distill")
     begin_work(distill.directory, unfinished_manifest(distill.request()))
     log = distill.directory / "logs" / "1.log"
     log.parent.mkdir()
@@ -143,19 +145,19 @@ def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launc
         text = request.read_text().replace(f"{run_dir}/", f"{other}/")
         request.write_text(text.replace(f"{other}/import_hf", f"{run_dir}/import_hf"))
     before = sorted(run_dir.rglob("[!.]*"))
-    asked = launch("runs", "clean", str(run_dir))
-    assert "nothing was deleted" in asked.stdout
-    assert re.search(rf"{run_dir}/import_hf .* needed by {other}", asked.stdout)
+    listed = launch("runs", "clean", str(run_dir))
+    assert "nothing was deleted" in listed.stdout
+    assert re.search(rf"{run_dir}/import_hf .* needed by {other}", listed.stdout)
     assert sorted(run_dir.rglob("[!.]*")) == before
     with lock.acquire(run_dir):
         assert "is being run" in launch("runs", "clean", str(run_dir), "--yes").stderr
     assert sorted(run_dir.rglob("[!.]*")) == before
-    rest = sorted(other.rglob("*"))
+    other_files = sorted(other.rglob("*"))
     assert launch("runs", "clean", str(run_dir), "--yes").returncode == 0
     folders = {folder.name for folder in run_dir.iterdir() if folder.is_dir()}
     assert folders == {"import_hf", CODE}, "and the code of the stage that is kept"
     assert (run_dir / "import_hf" / MANIFEST).exists()
-    assert sorted(other.rglob("*")) == rest
+    assert sorted(other.rglob("*")) == other_files
     assert launch("runs", "clean", str(run_dir), str(other), "--yes").returncode == 0
     assert not run_dir.exists()
     assert not other.exists()

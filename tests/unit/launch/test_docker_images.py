@@ -23,10 +23,12 @@ def test_images_are_chosen_by_what_a_stage_runs(plan: MakePlan, recipe: str) -> 
     engines = {"build_engine", "build_teacher_engine", "measure_speed", "evaluate_served"}
     for engine in HEADS:
         words = (*DOCKER, f"engine={engine}", "served=engine", *HEADS[engine])
-        made = plan(*words, recipe=f"recipe={recipe}")
-        own = {s.name for s in made.stages if s.image == "nemo-recipes-engine:0.1.0"}
-        assert own == (engines if engine == "tensorrt_llm" else set())
-        assert {s.image for s in made.stages if s.name not in own} == {"nemo-recipes:0.1.0"}
+        planned = plan(*words, recipe=f"recipe={recipe}")
+        in_engine_image = {s.name for s in planned.stages if s.image == "nemo-recipes-engine:0.1.0"}
+        assert in_engine_image == (engines if engine == "tensorrt_llm" else set())
+        assert {s.image for s in planned.stages if s.name not in in_engine_image} == {
+            "nemo-recipes:0.1.0"
+        }
 
 
 @pytest.mark.parametrize(("cluster", "absent"), [("docker", "~{}"), ("slurm", "{}=null")])

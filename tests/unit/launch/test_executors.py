@@ -166,8 +166,8 @@ def test_engine_of_another_run_decides_whether_it_is_timed_on_a_gpu(
         manifest["config"]["backend"] = backend
         (other / "manifest.json").write_text(json.dumps(manifest))
         words = (ENGINE_IMAGE, "engine=openvino", inputs, "~stages.build_teacher_engine")
-        made, _ = prepared(*SLURM, *words)
-        assert stage_named(made, "measure_speed").needs_gpu == on_gpu
+        planned, _ = prepared(*SLURM, *words)
+        assert stage_named(planned, "measure_speed").needs_gpu == on_gpu
 
 
 def test_training_stops_before_the_limit_and_may_take_whole_nodes(prepared: Prepared) -> None:
@@ -216,8 +216,8 @@ def test_forced_stage_is_complete_only_with_a_new_result(
 ) -> None:
     """The check in the job script, run by a real shell."""
     complete(plan(*SLURM))
-    made, cluster = prepared(*SLURM, "force=[report]")
-    stage = stage_named(made, "report")
+    planned, cluster = prepared(*SLURM, "force=[report]")
+    stage = stage_named(planned, "report")
     script = slurm.job_script(stage, cluster)
     check = script[script.index("stage=") : script.index("if complete")] + "complete"
     manifest = stage.directory / "manifest.json"
@@ -276,7 +276,7 @@ def test_paths_with_spaces_are_refused(
 
 
 def test_docker_command_is_exact(prepared: Prepared, tmp_path: Path) -> None:
-    made, cluster = prepared(
+    planned, cluster = prepared(
         *DOCKER,
         'cluster.options=["--network=host"]',
         f"cluster.mounts=[{tmp_path}/cache:ro,/usr/share:ro]",
@@ -286,7 +286,7 @@ def test_docker_command_is_exact(prepared: Prepared, tmp_path: Path) -> None:
         "+cluster.env.OMP_NUM_THREADS='8'",
         "+cluster.images.distill=special:1",
     )
-    stage = stage_named(made, "distill")
+    stage = stage_named(planned, "distill")
     words = [word for group in docker.command(stage, cluster) for word in group]
     cache = f"{tmp_path}/cache"
     mounts = {path: "" for path in (cache, f"{tmp_path}/home", f"{tmp_path}/run")}
@@ -308,15 +308,15 @@ def test_docker_command_is_exact(prepared: Prepared, tmp_path: Path) -> None:
         *("-m", "recipes.core.worker", "recipes.stages.distill"),
         f"{tmp_path}/run/distill/config.yaml",
     ]
-    assert ["nemo-recipes:0.1.0"] in docker.command(stage_named(made, "prune"), cluster)
+    assert ["nemo-recipes:0.1.0"] in docker.command(stage_named(planned, "prune"), cluster)
 
 
 def test_docker_script_starts_that_command(prepared: Prepared, tmp_path: Path) -> None:
     """The real script, with a docker that only records its arguments."""
-    made, cluster = prepared(*DOCKER, "+cluster.env.AWKWARD='it is \"$HOME\"'")
-    stage = stage_named(made, "prune")
+    planned, cluster = prepared(*DOCKER, "+cluster.env.AWKWARD='it is \"$HOME\"'")
+    stage = stage_named(planned, "prune")
     write_program(tmp_path / "bin" / "docker", f'printf "%s\\n" "$@" >>{tmp_path}/arguments')
-    docker.write_scripts(made, cluster)
+    docker.write_scripts(planned, cluster)
     subprocess.run([stage.directory / local.SCRIPT], check=True, cwd="/")
     words = [word for group in docker.command(stage, cluster) for word in group]
     removal = ["rm", "--force", docker.container_name(stage)]
@@ -339,16 +339,16 @@ def test_inputs_and_models_are_mounted_once_and_read_only(
     model = (f"model.hf_path={hf_folder}", *SMALL_STUDENT)
     complete(plan(*model))
     shared = (tmp_path / "run" / "import_hf").rename(tmp_path / "shared")
-    made, cluster = prepared(
+    planned, cluster = prepared(
         *(*DOCKER, *model, "only=[import_hf,prepare_data,score,prune]"),
         f"stages.prune.inputs.checkpoint={shared}",
         f"cluster.mounts=[{tmp_path}/run]",
     )
-    mounts = container.mounts_of(stage_named(made, "import_hf"), cluster)
+    mounts = container.mounts_of(stage_named(planned, "import_hf"), cluster)
     read_only = {str(mount.path): mount.read_only for mount in mounts}
     assert read_only[str(hf_folder)] is True
     assert read_only[str(cache_dir())] is False
-    inputs = [str(mount) for mount in container.mounts_of(stage_named(made, "prune"), cluster)]
+    inputs = [str(mount) for mount in container.mounts_of(stage_named(planned, "prune"), cluster)]
     assert f"{shared}:{shared}:ro" in inputs
     assert sum(str(tmp_path / "run") in mount for mount in inputs) == 1
 
@@ -359,11 +359,11 @@ def test_downloads_go_to_the_hub_folder_of_the_site(
     (site := tmp_path / "site").mkdir()
     monkeypatch.setenv("HF_HOME", str(site))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "missing"))
-    made, cluster = prepared(*DOCKER)
-    imported = stage_named(made, "import_hf")
+    planned, cluster = prepared(*DOCKER)
+    imported = stage_named(planned, "import_hf")
     assert f"{site}:{site}" in map(str, container.mounts_of(imported, cluster))
-    made, cluster = prepared(*SLURM, 'cluster.images.default="registry#nemo:1"')
-    script = slurm.job_script(stage_named(made, "import_hf"), cluster)
+    planned, cluster = prepared(*SLURM, 'cluster.images.default="registry#nemo:1"')
+    script = slurm.job_script(stage_named(planned, "import_hf"), cluster)
     assert f"export HF_HOME={site}\n" in script
     [names] = re.findall("^names=.*", script, re.M)
     assert "HF_HOME" in names

@@ -97,13 +97,13 @@ def test_successive_halving_is_rehearsed_by_training_its_largest_candidate(
 
 
 def test_a_cached_teacher_has_the_settings_of_its_stage(compose: Compose, tmp_path: Path) -> None:
-    given = ("recipe=qwen3_8b_depth", "teacher=cached", "stages.cache_logits.top_k=8")
-    _, jobs = prepared(compose(*given), tmp_path)
+    words = ("recipe=qwen3_8b_depth", "teacher=cached", "stages.cache_logits.top_k=8")
+    _, jobs = prepared(compose(*words), tmp_path)
     job = next(job for job in jobs if job.name == "distill")
     teacher = job.inputs["teacher"]
     assert teacher.kind == "logit_cache"
-    said = {"seq_length": 4096, "top_k": 8, "tail_draws": 0, "temperature": 1.0}
-    assert teacher.config == said
+    expected = {"seq_length": 4096, "top_k": 8, "tail_draws": 0, "temperature": 1.0}
+    assert teacher.config == expected
 
 
 def test_a_peak_above_the_devices_memory_is_a_mistake(compose: Compose, tmp_path: Path) -> None:

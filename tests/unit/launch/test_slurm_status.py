@@ -42,13 +42,13 @@ def status(planned: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> St
     """Returns status and detail of the first stage, given what squeue and sacct print."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
 
-    def shown(squeue: str = "", sacct: str = "") -> tuple[str, str]:
+    def status_of(squeue: str = "", sacct: str = "") -> tuple[str, str]:
         write_program(tmp_path / "bin" / "squeue", f"printf '{squeue}'")
         write_program(tmp_path / "bin" / "sacct", f"echo >>{tmp_path}/calls; printf '{sacct}'")
         first, *_ = read_statuses(planned.run_dir)
         return str(first.status), first.detail
 
-    return shown
+    return status_of
 
 
 @pytest.mark.parametrize(

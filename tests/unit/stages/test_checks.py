@@ -66,7 +66,7 @@ def text(tmp_path: Path) -> str:
     return str(tmp_path / "text.jsonl")
 
 
-def one(problems: Any) -> Problem:
+def only_problem(problems: Any) -> Problem:
     [problem] = problems
     assert isinstance(problem, Problem)
     return problem
@@ -140,7 +140,7 @@ def test_prepare_data_refuses_invalid_sources_and_splits(
         for word, path in (("TEXT", text), ("OTHER", other)):
             settings[name] = [source.replace(word, path) for source in settings[name]]
         named = named.replace("OTHER", other)
-    problem = one(prepare_data.check(PrepareDataConfig(**settings), chain))
+    problem = only_problem(prepare_data.check(PrepareDataConfig(**settings), chain))
     assert problem.rule.name == rule
     assert named in problem.what
 
@@ -188,7 +188,7 @@ def test_prune_reports_each_invalid_target(chain: Chain) -> None:
 def test_a_fraction_that_keeps_all_or_nothing_is_refused(
     chain: Chain, targets: dict[str, Any], fix: str
 ) -> None:
-    problem = one(prune_errors(PruneConfig(**targets), chain))
+    problem = only_problem(prune_errors(PruneConfig(**targets), chain))
     assert problem.rule.name == "prune-target"
     assert str(next(iter(targets.values()))) in problem.what
     assert fix in problem.fix
@@ -198,7 +198,7 @@ def test_pruning_more_than_a_third_at_once_is_warned_of(chain: Chain) -> None:
     """The teacher has 4 layers of 147,712 parameters."""
     total = chain.teacher.parameters()
     assert list(prune.check(PruneConfig(target_num_layers=3), chain)) == []
-    half = one(prune.check(PruneConfig(target_num_layers=2), chain))
+    half = only_problem(prune.check(PruneConfig(target_num_layers=2), chain))
     assert f"{2 * 147_712 / total:.0%} " in half.what
     assert "model.hf_path=" in half.fix
 
@@ -218,7 +218,7 @@ def test_layers_need_the_scores_of_their_method(
     def problems(**settings: Any) -> list[Problem]:
         return prune_errors(cfg, replace(chain, stages={"score": ScoreConfig(**settings)}))
 
-    assert fix in one(problems(**setting)).fix
+    assert fix in only_problem(problems(**setting)).fix
     assert problems(num_loss_samples=4, block_sizes=[2]) == []
 
 
@@ -270,18 +270,18 @@ def test_heal_needs_a_dense_model_and_the_teacher_it_was_pruned_from(chain: Chai
     too_long = replace(cfg, seq_length=chain.teacher.max_position_embeddings + 1)
     assert rules(heal.check(too_long, chain)) == ["seq-length"]
     other = replace(cfg, inputs={**inputs, "teacher": "distill"})
-    assert one(heal.check(other, chain)).fix == "set stages.heal.inputs.teacher=import_hf"
+    assert only_problem(heal.check(other, chain)).fix == "set stages.heal.inputs.teacher=import_hf"
     unpruned = replace(cfg, inputs={**inputs, "checkpoint": "distill"})
-    assert "inputs.checkpoint" in one(heal.check(unpruned, chain)).fix
+    assert "inputs.checkpoint" in only_problem(heal.check(unpruned, chain)).fix
     experts = replace(chain.teacher, num_moe_experts=4, moe_ffn_hidden_size=64)
-    assert "heal" in one(heal.check(cfg, replace(chain, teacher=experts))).fix
+    assert "heal" in only_problem(heal.check(cfg, replace(chain, teacher=experts))).fix
 
 
 def test_gguf_supports_some_families(chain: Chain) -> None:
     cfg = export_gguf.ExportGgufConfig(stage="export_gguf")
     assert list(export_gguf.check(cfg, chain)) == []
     experts = replace(chain.teacher, hf_architecture="Qwen3MoeForCausalLM")
-    assert "gguf" in one(export_gguf.check(cfg, replace(chain, teacher=experts))).fix
+    assert "gguf" in only_problem(export_gguf.check(cfg, replace(chain, teacher=experts))).fix
 
 
 @pytest.mark.parametrize(

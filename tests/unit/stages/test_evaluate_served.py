@@ -15,12 +15,12 @@ TRTLLM = ("engine=tensorrt_llm", "stages.build_engine.backend=tensorrt_llm_pytor
 
 def test_the_same_benchmarks_are_served(plan: Callable[..., Plan]) -> None:
     for served, artifact in (("engine", "build_engine"), ("gguf", "export_gguf")):
-        made = plan("tasks=full", "gguf=q8_0", "engine=openvino", f"served={served}")
-        configs = {stage.name: stage.config for stage in made.stages}
-        tasks, own = configs["evaluate_tasks"], configs["evaluate_served"]
+        planned = plan("tasks=full", "gguf=q8_0", "engine=openvino", f"served={served}")
+        configs = {stage.name: stage.config for stage in planned.stages}
+        tasks, evaluated = configs["evaluate_tasks"], configs["evaluate_served"]
         for name in ("tasks", "limit", "num_fewshot", "source", "revisions"):
-            assert getattr(own, name) == getattr(tasks, name)
-        assert own.inputs["artifact"] == artifact
+            assert getattr(evaluated, name) == getattr(tasks, name)
+        assert evaluated.inputs["artifact"] == artifact
         assert configs["report"].inputs["served"] == "evaluate_served"
     [alone] = (s for s in plan("engine=openvino", "served=engine").stages if "served" in s.name)
     assert "sciq" in alone.config.tasks  # type: ignore[attr-defined]
