@@ -144,7 +144,7 @@ def _read_header(hf_path: str, file: str, label: str) -> dict[str, StoredTensor]
     """Reads the header of a file: an 8-byte length and JSON, which the data follows.
 
     Raises:
-        ValueError: It is not a header.
+        ValueError: It is not a header, or the file on the hub has another length than it says.
     """
     start = _read_range(hf_path, file, 0, FIRST_BYTES)
     end = 8 + int.from_bytes(start[:8], "little")
@@ -152,6 +152,9 @@ def _read_header(hf_path: str, file: str, label: str) -> dict[str, StoredTensor]
         raise ValueError(f"a header of {end} bytes")
     header = json.loads((start if end <= len(start) else _read_range(hf_path, file, 0, end))[8:end])
     _require_known_format(label, header.pop("__metadata__", None))
+    length = end + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if is_hub_id(hf_path) and _hub_length(hf_path, file) != length:
+        raise ValueError(f"not {length} bytes long")
     return {
         name: StoredTensor(
             file,
@@ -201,6 +204,17 @@ def _request_range(hf_path: str, file: str, begin: int, end: int) -> bytes:
         raise unreachable_error(hf_path, file, error) from error
 
 
+def _hub_length(hf_path: str, file: str) -> int | None:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        metadata = get_hf_file_metadata(hf_hub_url(filename=file, **hub_model(hf_path)))
+    except Exception as error:
+        raise unreachable_error(hf_path, file, error) from error
+    size: int | None = metadata.size
+    return size
+
+
 def _require_known_format(file: str, metadata: Mapping[str, str] | None) -> None:
     """Refuses a file that transformers would not read: it requires the format, or no metadata."""
     if metadata and metadata.get("format") not in FORMATS:
@@ -242,4 +256,4 @@ def _read_hub_header(hf_path: str, file: str) -> dict[str, StoredTensor]:
         what = f"{hf_path} does not have {file} on the hub, which {INDEX_FILE} lists."
         raise RecipeError(what, fix) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise RecipeError(f"{file} of {hf_path} is damaged on the hub.", fix) from error
+        raise RecipeError(f"{file} of {hf_path} is damaged on the hub: {error}.", fix) from error

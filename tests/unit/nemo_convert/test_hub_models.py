@@ -169,6 +169,7 @@ def test_a_hub_without_ranges_is_named(hub: FakeHub, tmp_path: Path) -> None:
         ("no map", "has no weight_map", "download the model again"),
         ("pointer", f"{WEIGHTS} of {NAME} is damaged", "complete revision"),
         ("empty", f"{WEIGHTS} of {NAME} is damaged", "complete revision"),
+        ("short", "bytes long", "complete revision"),
     ],
 )
 def test_faults_of_weights_on_the_hub(
@@ -184,7 +185,7 @@ def test_faults_of_weights_on_the_hub(
     elif fault == "no map":
         write_index(hub, ["a"])
     else:
-        files[WEIGHTS] = LFS_POINTER if fault == "pointer" else b""
+        files[WEIGHTS] = {"pointer": LFS_POINTER, "empty": b"", "short": files[WEIGHTS][:-1]}[fault]
     output = run_with_hub(hub, tmp_path, CHECK)
     assert output.startswith("error: ")
     assert message in output
