@@ -221,9 +221,8 @@ def test_interrupted_while_it_imports(root: Path, tmp_path: Path, number: signal
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=lambda: signal.signal(
-            number, signal.SIG_DFL
-        ),  # a shell may start it with SIGINT ignored
+        # A shell starts programs in the background with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     assert launcher.stdout
     assert launcher.stdout.readline() == "importing\n"
