@@ -29,7 +29,7 @@ from recipes.data.sources import parse_source
 from recipes.report.settings import REPORT_FILE
 
 EXPORT_STAGE, REPORT_STAGE = "export_hf", "report"
-"""Modules of the stages whose files are published."""
+"""``config.stage`` of the stages whose files are published."""
 
 
 def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> None:
@@ -46,7 +46,7 @@ def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> Non
     if _student(plan) is None:
         raise RecipeError(
             f"hub.push={hub.push}, but this run exports no student.",
-            "choose a recipe with export_hf, include it in only if that is set, or omit hub.push",
+            "choose a recipe with export_hf, add export_hf to only=, or omit hub.push",
         )
     if not follows:
         raise RecipeError(
@@ -80,7 +80,8 @@ def publish(plan: Plan, hub: Hub, console: Console) -> None:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     files = _files(plan, student)
-    # Both were checked before the run. Now results name more licences, and access may have changed.
+    # Both were checked before the run, too. Since then, results may have added licences, and access
+    # may have changed.
     _require_licence(plan, hub)
     _require_access(hub.push, hub.private)
     with _explained_errors(hub.push):
@@ -133,14 +134,14 @@ def _require_licence(plan: Plan, hub: Hub) -> None:
     restricted = sorted({text for text in _licences(plan) if forbids_commercial_use(text)})
     if restricted and not hub.allow_noncommercial:
         raise RecipeError(
-            f"hub.push={hub.push}, but the licence of its text or teacher forbids commercial use: "
-            f"{', '.join(restricted)}.",
+            f"hub.push={hub.push}, but the licence of the training text or teacher forbids "
+            f"commercial use: {', '.join(restricted)}.",
             "hub.allow_noncommercial=true publishes it anyway; its model card names the licence",
         )
 
 
 def _licences(plan: Plan) -> Iterator[str]:
-    """Yields the licences that settings, the teacher's folder and results name."""
+    """Yields the licences named in the settings, the teacher's folder and the stages' results."""
     results = {stage.name: stage.result for stage in plan.stages}
     yield model_licence(Path(plan.chain.hf_path))
     for name, config in plan.chain.stages.items():

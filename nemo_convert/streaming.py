@@ -34,7 +34,8 @@ from nemo_convert.trust import read_metadata
 from recipes.core.errors import RecipeError
 
 Index = tuple[int, ...]
-"""Layer and expert: the position of a weight on the leading axes of its key."""
+"""Layer and expert of a weight. A checkpoint stacks the weights of all layers and experts under one
+key; these are the positions on the leading axes of the stack."""
 Source = Callable[[str, Index], Tensor]
 """Returns the weight of a key at an index."""
 
@@ -45,7 +46,7 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     Args:
         source: Returns the weights. A thread calls it, one weight ahead of the writer. Only names
             and shapes are taken from the state dict that is saved.
-        leading: Number of leading axes (layer, expert) of each key.
+        leading: Number of leading axes (layer, expert) of the stack under each key.
     """
 
     def __init__(self, source: Source, leading: dict[str, int]) -> None:
@@ -86,7 +87,7 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
     def __init__(self, source: Source, leading: dict[str, int]) -> None:
         super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
         self._source, self._leading = source, leading
-        self._weights = _prefetch(source, [])
+        self._weights = _prefetch(source, [])  # empty until ``finish_plan``
         self._current: tuple[tuple[str, Index] | None, Tensor] = (None, torch.empty(0))
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
@@ -104,7 +105,7 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
         if (key := self._key(write_item)) is None:
             return super().resolve_data(write_item)
         if key != self._current[0]:
-            # At the end of the plan, next() returns the current weight, and the check raises.
+            # If no weight is left, next() returns its default, and the comparison below fails.
             self._current = next(self._weights, self._current)
             if key != self._current[0]:
                 raise RuntimeError(f"wrote {key} where the plan has {self._current[0]}")
@@ -127,7 +128,7 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
 def _prefetch(
     source: Source, keys: Sequence[tuple[str, Index]]
 ) -> Generator[tuple[tuple[str, Index], Tensor], None, None]:
-    """Yields weights in order, while a thread reads and merges the next one."""
+    """Yields weights in order, while a thread gets the next one from the source."""
     if not keys:
         return
     with ThreadPoolExecutor(1) as thread:
@@ -182,7 +183,7 @@ def _read_item(reader: FileSystemReader, item: ReadItem) -> Tensor:
     with path.open("rb") as file, FakeTensorMode():  # finds the offset without reading the data
         shard = torch.load(reader._slice_file(file, location), weights_only=True)
         block = _block(shard, item.storage_offsets, item.lengths)
-    # The number of elements from the block's first to its last, with those between its rows.
+    # Elements from the block's first to its last, including others that lie between its rows.
     count = 1 + sum((n - 1) * s for n, s in zip(block.shape, block.stride(), strict=True))
     start = location.offset + shard.untyped_storage()._checkpoint_offset
     start += block.storage_offset() * block.itemsize

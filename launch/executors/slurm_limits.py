@@ -26,7 +26,7 @@ SETTINGS = {
 }
 """Options of sbatch that the launcher sets, and the field of ``resources`` that sets each."""
 SIZES = {"": 1, "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
-"""Megabytes of Slurm's units of memory."""
+"""Slurm's units of memory, in megabytes."""
 MEGABYTE = 1024**2
 WEIGHT_BYTES = 2
 """Bytes of a parameter in bfloat16."""
@@ -59,7 +59,7 @@ class Job:
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """Nodes of a partition with equal hardware; ``cpus``, ``memory_mb`` and ``gpus`` of each."""
+    """Nodes of a partition with equal hardware, which the other fields give for each node."""
 
     count: int
     cpus: int
@@ -183,7 +183,7 @@ def _request_problems(job: Job, user_options: Iterable[str]) -> Iterator[Problem
 
 
 def _partition_problems(job: Job, partitions: Partitions) -> Sequence[Problem]:
-    """Compares a job with its partition; with the best one if there are several, as Slurm does."""
+    """Compares a job with its partition; of several, the one with the fewest problems counts."""
     default = [name for name, each in partitions.items() if each.fields["Default"] == "YES"]
     names = job.partition.split(",") if job.partition else default
     fix = f"set cluster.partition to one of: {', '.join(partitions)}"
@@ -218,7 +218,7 @@ def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
     workload = job.stage.workload
     if not (job.stage.needs_gpu or workload):
         return
-    memory = job.memory_mb or 0  # Slurm's 0 is all of a node
+    memory = job.memory_mb or 0  # --mem=0 requests all memory of a node
     if job.whole_nodes:
         memory = memory or min((group.memory_mb for group in partition.groups), default=0)
     elif job.memory_mb is None:

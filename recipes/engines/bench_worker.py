@@ -2,7 +2,7 @@
 
 ``measure_speed`` starts it as ``python -m recipes.engines.bench_worker``. It writes the loading
 time to standard output. Then it reads requests, one per line, ``{"prompts": …, "new_tokens": …}``,
-and answers each with timing and peak memory. Only the baseline needs torch.
+and answers each with timing and peak memory. Only the baseline, transformers, needs torch.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def main() -> None:
     args = parser.parse_args()
     die_with_parent()
     without_telemetry()
-    # Libraries may print to standard output, which from here on is the log. Answers go to a copy of
-    # the original one, the pipe to ``measure_speed``.
+    # Answers go to a copy of standard output, the pipe to ``measure_speed``. What libraries print
+    # there goes to standard error, the log.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     import_library(args.backend)

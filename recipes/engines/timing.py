@@ -68,7 +68,7 @@ class Timing:
     """Time to the last new token."""
 
     def decode_rate(self, shape: RequestShape) -> float:
-        """Returns the new tokens per second of the whole batch, without each request's first."""
+        """Returns new tokens per second of the whole batch, not counting each sequence's first."""
         tokens = shape.batch_size * (shape.new_tokens - 1)
         return tokens / (self.total_seconds - self.first_seconds)
 
@@ -107,7 +107,7 @@ class Worker:
 def random_prompts(shape: RequestShape, vocabulary: int, seed: int) -> list[list[int]]:
     """Returns random tokens [batch, prompt].
 
-    Each request needs another seed, because engines cache prompts.
+    Each batch needs another seed, because engines cache prompts.
     """
     generator, ordinary = random.Random(seed), range(FIRST_ORDINARY_TOKEN, vocabulary)
     return [generator.choices(ordinary, k=shape.prompt_tokens) for _ in range(shape.batch_size)]

@@ -22,7 +22,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.precision import float32_matmul_of
 from recipes.planning.transformer import LOGITS_BYTES
 
-if TYPE_CHECKING:  # TensorRT-LLM's image does not have Megatron
+if TYPE_CHECKING:  # it imports Megatron, which TensorRT-LLM's image does not have
     from recipes.data.token_sequences import TextSequences
 
 TEACHER = "teacher"
@@ -73,7 +73,7 @@ class FinalStates:
     """The last hidden states of a model on a text, and its head."""
 
     states: Tensor
-    """States at the positions with a prediction in the loss [predictions, width], on the CPU."""
+    """States [predictions, width] whose next token counts in the loss, on the CPU."""
     head: Callable[[Tensor], Tensor]
     vocabulary: int
 
@@ -96,7 +96,7 @@ def compute_states(
 
 @dataclass(frozen=True)
 class PredictionMetrics:
-    """Metrics of each prediction in the loss, float32 [predictions]."""
+    """Metrics of each position whose next token counts in the loss, float32 [predictions]."""
 
     losses: Tensor
     """Loss of the next token, in nats."""

@@ -2,9 +2,9 @@
 
 - A forward pass holds one layer's activations. Logits exist for a few positions at a time and come
   from a float32 copy of the head (``recipes.evaluation.predictions``).
-- Importance scores keep the input of every layer. ModelOpt's hooks (``mcore_minitron.py``) hold the
-  feed-forward activations and their absolute values, in float32. For an MoE, the hooks hold the
-  outputs of experts, and Megatron holds two copies of their inputs.
+- Importance scores keep the input of every layer. ModelOpt's hooks (``mcore_minitron.py``) hold
+  float32 copies of the feed-forward activations and of their absolute values. For an MoE, the
+  hooks hold the outputs of experts, and Megatron holds two copies of their inputs.
 - The roofline model bounds the speed of serving (Williams et al. 2009).
 """
 
@@ -38,16 +38,18 @@ from recipes.planning.transformer import (
 from recipes.planning.workload import Layout
 
 COMPARISON_BUFFERS, LOSS_BUFFERS = 4, 2
-"""Tensors of ``LOGITS_BYTES`` that are alive at once: in a comparison of two models, and in one
-model's loss."""
+"""Number of tensors of ``LOGITS_BYTES`` bytes that are alive at once: in a comparison of two
+models, and in one model's loss."""
 PARITY_TOKENS = 128
 """Tokens that verify a conversion (``nemo_convert.parity``)."""
 SCORED_FRACTION = 0.24
 """Fraction of a benchmark's tokens that are scored; the mean of four benchmarks."""
 BENCHMARK_BUFFERS = 3
-"""Tensors of the logits' size that are alive at once: logits, log-probabilities, a temporary."""
+"""Number of tensors of the logits' size that are alive at once: logits, log-probabilities, a
+temporary."""
 HEALING_BUFFERS = 5
-"""Tensors of the teacher's feed-forward width that are alive at once while a layer is healed."""
+"""Number of tensors of the teacher's feed-forward width that are alive at once while a layer is
+fitted by least squares."""
 ABLATED_FRACTION = 0.6
 """Mean fraction of a forward pass that must be recomputed when a layer is removed."""
 
@@ -59,7 +61,8 @@ class InferenceCost:
     memory: Memory
     """Memory of the rank that needs most."""
     compute: Compute
-    """FLOPs and memory traffic of all ranks together; ranks of a pipeline compute in turn."""
+    """FLOPs and memory traffic of all ranks together. Ranks of a pipeline compute in turn, so their
+    times add up."""
     bf16: bool
     """Whether models compute in bfloat16 instead of float32."""
     generated_bytes: float = 0
@@ -93,13 +96,14 @@ class Sequences:
 
     def compute(self, arch: Architecture, bf16: bool) -> Compute:
         """Returns FLOPs and memory traffic of a model's forward passes over all sequences."""
-        token = pass_compute(arch, self.seq_length, 2 if bf16 else 4)
-        token += Compute(
+        per_token = pass_compute(arch, self.seq_length, 2 if bf16 else 4)
+        # ``pass_compute`` counts the head for every token; only some tokens are scored.
+        per_token += Compute(
             gemm_flops=(self.scored_fraction - 1) * head_flops(arch),
             bytes=self.scored_fraction * scoring_bytes(arch.vocab_size),
             layer_passes=arch.num_layers / max(1, self.micro_batch_tokens),
         )
-        return token * self.tokens
+        return per_token * self.tokens
 
 
 def comparison_cost(
@@ -130,14 +134,17 @@ def comparison_cost(
 def ranking_cost(
     teacher: Architecture, bf16: bool, text: Sequences, hardware: Hardware, healed: bool
 ) -> InferenceCost:
-    """Returns the cost of a comparison of the teacher with one candidate.
+    """Returns the cost of ranking one candidate: of comparing it with the teacher.
 
     A pruned candidate takes no memory, because its weights are views of the teacher's. A healed one
-    (``healed``) has its own weights. Of the teacher, only the float32 head is left by then.
+    (``healed``) has its own weights, counted as the teacher's. While it is compared, only the
+    teacher's head is in memory, in float32.
     """
     size = _bytes(bf16)
     states = 2 * _state_bytes(teacher, size, text, hardware)
-    heads = (2 if bf16 else healed) * _head_bytes(teacher, bf16=True)
+    # In bfloat16 both models need a float32 copy of their head. In float32 a head is no copy, but
+    # the teacher's head stays in memory beside a healed model.
+    heads = (2 if bf16 else int(healed)) * 4 * teacher.vocab_size * teacher.hidden_size
     resident = Memory(
         weights=size * teacher.parameters() + heads,
         activations=states,
@@ -189,8 +196,8 @@ def scoring_cost(
         bf16: Whether it computes in bfloat16.
         text: The calibration text.
         hardware: Where it runs.
-        pipeline: Pipeline stages, each on one rank.
-        ablated: Forward passes of one sequence with a layer or a block removed.
+        pipeline: Number of pipeline stages, each on one rank.
+        ablated: Number of forward passes of one sequence with a layer or a block removed.
     """
     size, tokens = _bytes(bf16), text.micro_batch_tokens
     layout = Layout(devices=pipeline, pipeline=pipeline)
@@ -232,7 +239,7 @@ def serving_cost(
         devices: Devices that share the model.
     """
     flops = sum(prefill_flops(arch, batch, prompt) for batch, prompt in requests)
-    steps = sum(
+    traffic = sum(
         new_tokens * decode_traffic(arch, batch, prompt + new_tokens / 2, storage)
         for batch, prompt in requests
     )
@@ -242,7 +249,7 @@ def serving_cost(
         activations=kv_cache_bytes(arch, tokens, storage) / devices,
     )
     bf16 = storage.precision != "fp32"
-    return InferenceCost(memory, Compute(gemm_flops=flops / devices), bf16, steps / devices)
+    return InferenceCost(memory, Compute(gemm_flops=flops / devices), bf16, traffic / devices)
 
 
 @dataclass(frozen=True)
@@ -250,7 +257,7 @@ class Generation:
     """Text that a model generates."""
 
     steps: float
-    """Decoding steps of a batch, over all batches."""
+    """Number of decoding steps, summed over all batches."""
     batch_size: int
     context: float
     """Mean number of tokens before a step."""
@@ -264,7 +271,7 @@ def benchmark_cost(
     hardware: Hardware,
     generations: Sequence[Generation] = (),
 ) -> InferenceCost:
-    """Returns the cost of benchmark items of ``tokens`` tokens together, for each model in turn.
+    """Returns the cost of benchmark items with ``tokens`` tokens in total, for each model in turn.
 
     Memory is enough for the logits of all ``pass_tokens`` tokens of a forward pass.
     """

@@ -1,8 +1,9 @@
 """Importance of channels, heads and layers, from forward passes of a Megatron model.
 
-Scores of widths are ModelOpt's activations (arXiv:2407.14679). Layers have two scores: block
-influence, 1 - cos of the angle between their input and output (arXiv:2403.03853), and the change of
-the loss without the layer. The hidden states before a layer are computed once for all layers.
+ModelOpt computes the scores of widths from activations (arXiv:2407.14679). Layers have two scores:
+block influence, 1 - cos of the angle between their input and output (arXiv:2403.03853), and the
+change of the loss without the layer. The hidden states before a layer are computed once and shared
+by all removals.
 Layers may be split over pipeline ranks, and micro batches over data-parallel ranks.
 """
 
@@ -101,7 +102,7 @@ def _loss_scores(
     """Returns how much the LM loss rises without each layer, and without each block of layers.
 
     Returns:
-        The change in nats: of layers by score and layer, of blocks by size and first layer.
+        Two mappings, in nats: {score: {layer: change}} and {block size: {first layer: change}}.
     """
 
     def changes(size: int) -> dict[int, float]:
@@ -113,7 +114,7 @@ def _loss_scores(
 
 
 class LayerAblation:
-    """Computes losses of this pipeline rank's Megatron model without some of its layers."""
+    """Computes the loss of a Megatron model without some layers, on all pipeline ranks."""
 
     def __init__(self, core: nn.Module, text: TextSequences, batch: int, log: MetricsLog) -> None:
         self._core, self._text, self._batch, self._log = core, text, batch, log
@@ -127,7 +128,7 @@ class LayerAblation:
 
     @torch.no_grad()
     def losses(self, blocks: Sequence[Collection[int]]) -> list[float]:
-        """Returns the mean LM loss in nats without each block of layers; equal on all ranks.
+        """Returns the mean LM loss without each block of layers, in nats; the same on all ranks.
 
         Args:
             blocks: Sets of layer numbers. The result has one loss for each set.
@@ -160,7 +161,7 @@ class LayerAblation:
     ) -> float:
         """Returns the loss without a block, summed over predictions, on the last pipeline rank.
 
-        Earlier ranks return 0. They send their output if it differs from that in ``states``.
+        Earlier ranks return 0. They send their output to the next rank if the block changes it.
         """
         start = next((i for i, x in enumerate(layers) if x.layer_number in block), len(layers))
         hidden = states[start]
@@ -269,7 +270,7 @@ def _influence_and_widths(
     registry.cleanup()
     widths: dict[str, Tensor] = {}
     for _, of_rank in by_rank:
-        # Each rank has the score of its own layers' norms; the model's score is their sum.
+        # The score of hidden channels is a sum over ranks. Others are of one rank's layers.
         hidden = of_rank.pop("hidden_size") + widths.pop("hidden_size", 0)
         widths |= {"hidden_size": hidden, **of_rank}
     return {layer: score for of_rank, _ in by_rank for layer, score in of_rank.items()}, widths
@@ -321,7 +322,7 @@ def _gather_ranks(value: Any) -> list[Any]:
 
 
 def _batches(text: TextSequences, size: int) -> Iterator[tuple[int, TextSequences]]:
-    """Yields this data-parallel rank's micro batches, each after the number of sequences done.
+    """Yields this data-parallel rank's micro batches, as (number of sequences done, batch).
 
     A micro batch is never divided between ranks: ModelOpt's scores of an expert's width depend on
     which sequences are in the same micro batch.

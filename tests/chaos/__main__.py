@@ -2,10 +2,10 @@
 
     python -m tests.chaos --kills 100 --seed 1
 
-A round is a chain that is killed a few times in every stage and then runs to its end. It must leave
-what an undisturbed run leaves: the same weights, metrics, records, report and files. No process may
-remain, and no file may contain a secret of the environment. The first round with a problem ends the
-campaign and leaves its folder.
+In a round, all stages of a tiny model run. They are killed a few times each, and then run to the
+end. The round must leave the weights, metrics, records, report and files of an undisturbed run. No
+process may remain, and no file may contain a secret of the environment. The first round with a
+problem ends the campaign, whose folder is then kept.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ SECRET = "planted-9f1c-secret"
 SETTINGS = (
     "stages.prepare_data.processes=2",
     "+cluster.env.OMP_NUM_THREADS='1'",
-    "hardware.precision='32'",  # by default it depends on the processor, as measured speeds do
-    "hardware.measure=false",
+    "hardware.precision='32'",  # the default depends on the processor
+    "hardware.measure=false",  # measured speeds differ between runs
 )
 
 
@@ -44,7 +44,7 @@ def run_campaign(folder: Path, arguments: argparse.Namespace) -> list[str]:
     text = write_text(folder / "text.jsonl")
     model = write_tiny_model(folder / "model", text, **ODD)
     words = [*overrides(model, text, run_dir, engine="null"), *SETTINGS]
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float] = {}  # of each stage; set after the first run, for random moments
     variables = {"TMPDIR": str(temporary), "HF_TOKEN": SECRET, "WANDB_API_KEY": SECRET}
     command = RunCommand(words, run_dir, seconds, variables)
     exit_status, output = command.finish()
@@ -64,7 +64,7 @@ def run_campaign(folder: Path, arguments: argparse.Namespace) -> list[str]:
         stages = [stage for stage in arguments.stages for _ in range(arguments.each)]
         for stage in stages[: arguments.kills - kills.total()]:
             if (killed := command.kill(Kill.draw(stage, rng))) is None:
-                break
+                break  # the run ended before the kill
             kills[f"{killed.stage} {killed.victim}"] += 1
             problems += [f"{killed.stage}: {p}" for p in problems_of(killed, folder)]
         exit_status, output = command.finish()

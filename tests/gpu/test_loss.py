@@ -1,4 +1,4 @@
-"""The loss on logits of a whole sequence and vocabulary."""
+"""The distillation loss at full sequence length and vocabulary size equals its definition."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.gpu.small import on_gpu, record
 
 TOKENS, VOCABULARIES = (8192, (64_128, 128_256)) if on_gpu() else (64, (1000, 2000))
 ROWS = 512
-"""Rows that the reference computes at a time; it has several float64 tensors of their logits."""
+"""Rows that the reference computes at a time, since it holds several float64 tensors of them."""
 LOSSES = {
     "T=1": LogitsLoss(),
     "T=2": LogitsLoss(temperature=2.0),
@@ -32,11 +32,11 @@ def logits(vocabulary: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator(device()).manual_seed(vocabulary)
     shape = (TOKENS, vocabulary)
     student = 3 * torch.randn(shape, device=device(), generator=generator)
-    apart = vocabulary // 64
+    spacing = vocabulary // 64
     rows, columns = (torch.arange(n, device=device()) for n in (TOKENS, 64))
-    likely = (1 + columns / 8).to(torch.bfloat16).expand(TOKENS, 64)
+    largest = (1 + columns / 8).to(torch.bfloat16).expand(TOKENS, 64)
     teacher = torch.zeros(shape, device=device(), dtype=torch.bfloat16)
-    teacher.scatter_(1, columns * apart + rows[:, None] % apart, likely)
+    teacher.scatter_(1, columns * spacing + rows[:, None] % spacing, largest)
     return student.to(torch.bfloat16), teacher
 
 
@@ -46,7 +46,7 @@ def reference(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> tuple[Tenso
     for start in range(0, TOKENS, ROWS):
         q_logits = student[start : start + ROWS].double().requires_grad_()
         t_logits = teacher[start : start + ROWS].double()
-        value = defined(q_logits, t_logits, loss)
+        value = loss_by_definition(q_logits, t_logits, loss)
         value.sum().backward()
         assert q_logits.grad is not None
         values.append(value.detach())
@@ -54,13 +54,15 @@ def reference(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> tuple[Tenso
     return torch.cat(values), torch.cat(gradients)
 
 
-def defined(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> Tensor:
+def loss_by_definition(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> Tensor:
     """Computes the loss per token by its definition."""
     p, q = ((x / loss.temperature).softmax(-1) for x in (teacher, student))
     if loss.top_k is not None:
         ids = teacher.topk(loss.top_k).indices
-        left = torch.ones_like(teacher).scatter(1, ids, 0)
-        p, q = (torch.cat([x.gather(1, ids), (x * left).sum(-1, keepdim=True)], 1) for x in (p, q))
+        remaining = torch.ones_like(teacher).scatter(1, ids, 0)
+        p, q = (
+            torch.cat([x.gather(1, ids), (x * remaining).sum(-1, keepdim=True)], 1) for x in (p, q)
+        )
     m = (p + q) / 2
     value = {
         "forward_kl": lambda: kl(p, q),
@@ -87,7 +89,7 @@ def test_losses_and_gradients_match_their_definition(name: str, vocabulary: int)
     torch.testing.assert_close(ours.grad.float(), gradient, rtol=1.5e-2, atol=1e-6)
 
 
-@pytest.mark.skipif(not on_gpu(), reason="times and memory are a GPU's")
+@pytest.mark.skipif(not on_gpu(), reason="memory is measured only on a GPU")
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 def test_memory_is_below_that_of_nemos_loss(vocabulary: int, results: Path) -> None:
     from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
@@ -108,7 +110,7 @@ def test_memory_is_below_that_of_nemos_loss(vocabulary: int, results: Path) -> N
 
 
 def measured(loss: Callable[[Tensor], Tensor], student: Tensor) -> dict[str, float]:
-    """Returns seconds of forward and backward pass, and peak bytes in addition to the logits."""
+    """Returns seconds of forward and backward pass, and their peak of additional bytes."""
     seconds = []
     for _ in range(4):
         given = student.detach().requires_grad_()

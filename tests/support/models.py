@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ODD = {
+ODD = {  # few powers of two
     "hidden_size": 56,
     "intermediate_size": 120,
     "num_hidden_layers": 5,
@@ -40,7 +40,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }
-"""Settings of a tiny model of each family beside its shape, by transformers' ``model_type``."""
+"""Settings of a tiny model by ``model_type`` of transformers, in addition to its shape."""
 
 
 def write_tiny_model(

@@ -37,7 +37,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> ChatWriter:
     model.lm_head.bias.data[tokenizer(ascii_letters)["input_ids"]] = 0
     model.lm_head.bias.data[STOP] = 1.5
     model.generation_config = GenerationConfig(do_sample=True, top_k=1)  # must not be used
-    return ChatWriter(model, tokenizer, "t")
+    return ChatWriter(model, tokenizer, sha256="t")
 
 
 def random_model() -> Any:
@@ -54,11 +54,14 @@ def random_model() -> Any:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(teacher_chats, "BATCH_TOKENS", 0)  # so that there are several batches
+    monkeypatch.setattr(
+        teacher_chats, "BATCH_TOKENS", 0
+    )  # smallest batches, so that there are several
 
 
 def test_short_conversations_come_in_larger_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
+    """A batch has ``BATCH_TOKENS``, but at least 32 conversations and no more than requested."""
+    monkeypatch.undo()  # the real ``BATCH_TOKENS``
     large = replace(REQUEST, tokens=200_000)
     sizes = [replace(large, seq_length=n).batch_size() for n in (256, 512, 1024, 8192)]
     assert sizes == [128, 64, 32, 32]

@@ -1,4 +1,4 @@
-"""Records of Markdown, tables, joined fields and dialogues."""
+"""Documents are read from files of text, tables, records with several fields, and dialogues."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_fields_and_lists_of_a_record_are_joined(tmp_path: Path) -> None:
         documents(f"{source}#text=n,time")
 
 
-def test_a_dialogue_is_plain_text_or_a_conversation(tmp_path: Path) -> None:
+def test_a_dialogue_is_read_as_text_or_as_chat(tmp_path: Path) -> None:
     def message(sender: str, text: str) -> dict[str, str]:
         return {"sender": sender, "text": text}
 

@@ -178,7 +178,7 @@ def test_stage_that_writes_its_manifest_has_succeeded(
 ) -> None:
     complete(plan_of(stage))
     manifest = stage.directory / MANIFEST
-    manifest.rename(stage.directory / "new")
+    manifest.rename(stage.directory / "new")  # the stage moves it back, as if it had written it
     assert run(f'mv "{stage.directory}/new" "{manifest}"; echo "$GREETING"; echo bad >&2') == ""
     [log] = (stage.directory / "logs").iterdir()
     assert log.read_text().splitlines() == ["hello", "bad"]
@@ -188,7 +188,7 @@ def test_stage_that_writes_its_manifest_has_succeeded(
 def test_stage_without_a_manifest_has_failed(
     stage: PlannedStage, run: RunStage, status: int
 ) -> None:
-    """The message has the end of its log, not the error of an earlier start."""
+    """The message has the end of the stage's log, not the error of an earlier start."""
     record_failure(stage.directory, "an old problem")
     message = run(f"seq 1 9; echo boom >&2; exit {status}")
     assert message.startswith("stage distill failed: it ended without a message")
@@ -198,10 +198,10 @@ def test_stage_without_a_manifest_has_failed(
 
 
 @pytest.mark.parametrize("forced", [False, True])
-def test_stage_that_leaves_an_old_manifest_has_failed(
+def test_stage_that_writes_no_new_manifest_has_failed(
     stage: PlannedStage, complete: Complete, run: RunStage, forced: bool
 ) -> None:
-    """The old manifest has another fingerprint; or the same one, if the stage was forced."""
+    """The old manifest has another fingerprint, or the same one if the stage is forced."""
     complete(plan_of(stage if forced else replace(stage, fingerprint="old")))
     assert "distill failed" in run("exit 0")
 
@@ -223,7 +223,7 @@ def test_signal_that_ended_a_stage_is_named(run: RunStage, signal: str, words: s
     ("when", "words"),
     [
         ("06:00:01", "rank 1 was killed by SIGKILL: out of memory"),
-        ("06:00:31", "lost its connection"),  # torchrun killed it, because it did not end
+        ("06:00:31", "lost its connection"),  # 30 s after rank 0 failed: torchrun killed rank 1
     ],
 )
 def test_killed_rank_is_named(stage: PlannedStage, run: RunStage, when: str, words: str) -> None:
@@ -236,7 +236,7 @@ def test_killed_rank_is_named(stage: PlannedStage, run: RunStage, when: str, wor
 def test_stage_that_does_not_stop_is_killed(
     stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is killed after ``STOP_SECONDS``, in which training could end its step."""
+    """It is killed after ``STOP_SECONDS``, a time in which training can finish its step."""
     monkeypatch.setattr(stage_process, "STOP_SECONDS", 0.1)
     write_script(stage, "trap '' TERM; echo $$; while :; do sleep 0.05; done", monkeypatch)
     log = tmp_path / "log"
@@ -255,7 +255,7 @@ def test_stage_that_does_not_stop_is_killed(
 def test_every_start_has_its_own_log(
     stage: PlannedStage, run: RunStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The clock shows the same time for each, as if it had been set back."""
+    """All starts have the same time here, as they can if the clock is set back."""
     monkeypatch.setattr(stage_process.time, "strftime", lambda form: "now")
     for number in range(3):
         run(f"echo {number}; exit 1")

@@ -1,4 +1,4 @@
-"""The command line, run in another directory than the checkout."""
+"""Runs the command line in a directory outside the checkout."""
 
 from __future__ import annotations
 
@@ -26,19 +26,22 @@ if TYPE_CHECKING:
 RECIPE = "recipe=llama_width_prune"
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*_prune.yaml"))
 EXPORT = STAGES.index("export_hf")
-ORDER = [*STAGES[:EXPORT], "evaluate_tasks", *STAGES[EXPORT:]]
+STAGES_WITH_TASKS = [*STAGES[:EXPORT], "evaluate_tasks", *STAGES[EXPORT:]]
 SECRET = "hf_secret_that_nobody_may_see"
 WORDS = (RECIPE, "engine=null", "tasks=null", "run_dir=../run")
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """The directory of runs with ``WORDS``, and of the common fixture ``plan``."""
+    """The run directory that ``WORDS`` sets. The common fixture ``plan`` uses the same one."""
     return tmp_path / "run"
 
 
 def refused(launch: Launch, *args: str, planned: bool = False) -> str:
-    """Runs a command that must fail, before or after its plan is shown; returns the message."""
+    """Runs a command that must fail; returns its message.
+
+    ``planned`` says whether it shows its plan first.
+    """
     done = launch(*args)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
@@ -67,7 +70,7 @@ def test_config_can_be_shown(launch: Launch, tmp_path: Path) -> None:
     assert done.returncode == 0
     shown = OmegaConf.create(done.stdout)
     assert shown.stages.prune.target_hidden_size == 448
-    assert set(ORDER) == set(shown.stages)
+    assert set(STAGES_WITH_TASKS) == set(shown.stages)
     assert files_below(tmp_path) == set()
 
 
@@ -108,14 +111,16 @@ def test_dry_run_writes_configs_and_scripts_and_starts_nothing(
     assert done.stderr == ""
     assert "nothing was started" in done.stdout
     run = tmp_path / "cwd" / "runs" / recipe
-    requests = {f"{stage}/{file}" for stage in ORDER for file in ("config.yaml", "run.sh")}
+    requests = {
+        f"{stage}/{file}" for stage in STAGES_WITH_TASKS for file in ("config.yaml", "run.sh")
+    }
     assert {f for f in files_below(run) if not f.startswith("code/")} == {
         "run.yaml",
         ".lock",
         *requests,
     }
-    assert launch(*words).stdout.count("not run yet") == len(ORDER)
-    for stage in ORDER:
+    assert launch(*words).stdout.count("not run yet") == len(STAGES_WITH_TASKS)
+    for stage in STAGES_WITH_TASKS:
         subprocess.run(["bash", "-n", run / stage / "run.sh"], check=True)
         assert "export WORD='a b'" in (run / stage / "run.sh").read_text()
         assert OmegaConf.load(run / stage / "config.yaml").config.stage == stage

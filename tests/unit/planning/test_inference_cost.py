@@ -1,4 +1,4 @@
-"""Compares the estimated cost of stages that do not train with hand counts and measurements."""
+"""Estimated costs of stages without training equal hand counts, and measurements within 10%."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 TEXT = Sequences(number=40, seq_length=8192, micro_batch_size=4)
 PASS_TOKENS = 4 * 8192
 HEAD = 4 * 128256 * 4096
+"""Bytes of Llama's head in float32."""
 LARGE_VOCABULARY = Architecture(
     "LlamaForCausalLM", 4, 256, 1024, 4, 2, 64, 131072, 1024, tied_embeddings=False
 )
@@ -47,10 +48,11 @@ def test_a_comparison_holds_one_model_and_the_heads_of_all() -> None:
     cost = comparison_cost([LLAMA, pruned, pruned], True, TEXT, H100)
     assert cost.memory.weights == 2 * LLAMA.parameters() + HEAD
     assert cost.memory.activations == 2 * PASS_TOKENS * 3 * (14336 + 4096)
-    # If the students are as large as the teacher, the last one is the peak: two more heads exist.
+    # Memory peaks while the last student runs: the heads of the teacher and the first student are
+    # held, too.
     last = comparison_cost([LLAMA, LLAMA, LLAMA], True, TEXT, H100)
     assert last.memory.weights == 2 * LLAMA.parameters() + 3 * HEAD
-    # If all models are small, the comparison is the peak. It needs only their heads.
+    # If all models are small, memory peaks when logits are compared. Only heads are held then.
     small = comparison_cost([LARGE_VOCABULARY] * 3, True, TEXT, H100)
     assert small.memory.weights == 3 * 4 * 131072 * 256
     assert small.memory.logits == 4 * LOGITS_BYTES
@@ -59,8 +61,8 @@ def test_a_comparison_holds_one_model_and_the_heads_of_all() -> None:
     attention = 2 * 8192 * 32 * 128 * 32
     tokens = 40 * 8192
     assert one.compute.flops == pytest.approx(tokens * (2 * LLAMA.active_weights() + attention))
-    # Pruned candidates are views of the teacher's weights. A healed one is compared with the
-    # teacher's head, which in float32 is no copy.
+    # A pruned candidate is a view of the teacher's weights. A healed one has its own weights, and
+    # the teacher's head is held beside it. In float32 a model's own head is no copy.
     for bf16, healed, heads in (
         (True, False, 2),
         (True, True, 2),
@@ -77,14 +79,16 @@ def test_a_comparison_holds_one_model_and_the_heads_of_all() -> None:
     assert cpu.memory.activations - gpu.memory.activations == 4 * tokens * 4096
 
 
-def test_importance_keeps_the_input_of_every_layer() -> None:
+def test_scoring_keeps_the_input_of_every_layer() -> None:
     one_rank = scoring_cost(LLAMA, True, TEXT, H100)
     states = 2 * PASS_TOKENS * 4096
-    layer = PASS_TOKENS * ((2 + 8) * 14336 + 2 * 2 * 4096)  # ModelOpt's two copies are in float32
+    layer = PASS_TOKENS * ((2 + 8) * 14336 + 2 * 2 * 4096)
+    # Per FFN channel: the activation in bfloat16, and two float32 copies by ModelOpt.
     assert one_rank.memory.activations == 33 * states + layer
     two_ranks = scoring_cost(LLAMA, True, TEXT, H100, pipeline=2)
     assert two_ranks.memory.activations == 17 * states + layer
     assert two_ranks.memory.weights == pytest.approx(LLAMA.parameters() + HEAD, rel=0.01)
+    # 40 more passes of one sequence; the text has 40. Each recomputes 0.6 of the layers on average.
     with_ablations = scoring_cost(LLAMA, True, TEXT, H100, ablated=40)
     assert with_ablations.compute.flops == pytest.approx(1.6 * one_rank.compute.flops)
     assert 3600 * with_ablations.hours(H100) == pytest.approx(
@@ -101,11 +105,12 @@ def test_healing_holds_a_layer_at_a_time_on_a_gpu() -> None:
     tokens = 40 * 8192
     streams = tokens * (2 * (4096 + 3072) + 9216)
     assert gpu.memory.activations == 4 * (streams + PASS_TOKENS * 5 * 14336)
-    # Two problems have the student's width as inputs; two have the inputs of an output projection.
-    normal = 2 * 3072 * (3072 + 4096) + sum(n * (n + 3072) for n in (32 * 128, 9216))
+    # Four least-squares fits per layer: QKV and the first FFN weight have the student's hidden size
+    # as inputs; the output projections have the heads' channels and the FFN width.
+    fits = 2 * 3072 * (3072 + 4096) + sum(n * (n + 3072) for n in (32 * 128, 9216))
     headless = replace(TEXT, scored_fraction=0)
     forward = sum(headless.compute(arch, False).gemm_flops for arch in (LLAMA, student))
-    assert gpu.compute.gemm_flops - forward == pytest.approx(tokens * 32 * 2 * normal)
+    assert gpu.compute.gemm_flops - forward == pytest.approx(tokens * 32 * 2 * fits)
 
 
 @pytest.mark.parametrize("model", ["meta-llama/Llama-3.1-8B", "mistralai/Mistral-Nemo-Base-2407"])
@@ -135,8 +140,8 @@ def test_estimated_memory_is_within_10_percent_of_measurements_on_a_cpu() -> Non
 
 
 def test_settings_that_change_a_stage_least_are_suggested_first() -> None:
-    one, half, *_ = smaller_settings(EvaluateConfig())
-    assert (one, half) == ({"micro_batch_size": 1}, {"precision": "bf16-mixed"})
+    first, second, *_ = smaller_settings(EvaluateConfig())
+    assert (first, second) == ({"micro_batch_size": 1}, {"precision": "bf16-mixed"})
     assert list(smaller_settings(ScoreConfig()))[3] == {"pipeline_model_parallel_size": 2}
 
 
@@ -149,7 +154,10 @@ def cost_of(chain: Chain, stage: str, **changes: object) -> InferenceCost:
 
 
 def test_cost_of_benchmarks_and_of_the_export(plan: MakePlan) -> None:
-    """Each of three models evaluates the first 100 items of four benchmarks."""
+    """Each of three models evaluates the first 100 items of four benchmarks.
+
+    24% of the tokens are scored, so the head is computed for 0.76 fewer.
+    """
     chain = plan("tasks=quick").chain
     student = chain.shape_of("prune")
     assert cost_of(chain, "export_hf").memory.weights == 4 * student.parameters()
@@ -203,11 +211,12 @@ def test_generated_text_takes_memory_traffic(plan: MakePlan) -> None:
 
 
 def test_a_halving_trains_and_evaluates_its_candidates(plan: MakePlan) -> None:
-    """The first round trains four candidates, the second two, on half of the tokens each."""
+    """Each round has half of all tokens: the first for four candidates, the second for two."""
     chain = plan(recipe="recipe=llama_search").chain
     cost = chain.inference_costs["successive_halving"]
     more = cost_of(chain, "successive_halving", num_samples=32)
     shape = chain.shapes["enumerate_shapes"][0]
+    # 16 more samples; in two rounds the teacher runs twice, and candidates 4 + 2 times.
     passes = 256 * (2 * forward_flops(chain.teacher, 256) + 6 * forward_flops(shape, 256))
     assert more.compute.flops - cost.compute.flops == pytest.approx(16 * passes)
     job = Workload(shape, chain.teacher, Layout(micro_batch_size=4), 256, 4, 1)
@@ -215,4 +224,6 @@ def test_a_halving_trains_and_evaluates_its_candidates(plan: MakePlan) -> None:
     assert trained == pytest.approx(200_000 * token_compute(job).flops, rel=0.02)
     bf16 = chain.hardware.precision == "bf16-mixed"
     training = peak_memory(replace(job, terms=2, bf16=bf16), chain.hardware)
-    assert cost.memory == replace(training, reserved=2 * training.reserved)  # of two processes
+    assert cost.memory == replace(
+        training, reserved=2 * training.reserved
+    )  # of each of two processes

@@ -50,6 +50,7 @@ def rules(cfg: DistillConfig, chain: Chain) -> list[str]:
         ({"hidden_weight": 2.0}, []),
         ({"hidden_weight": 2.0, "recompute_granularity": "full"}, ["recompute"]),
         ({"student_steps": [1, 99]}, []),
+        # Steps must increase and be below max_steps, 100.
         ({"student_steps": [100]}, ["student-steps"]),
         ({"student_steps": [20, 20]}, ["student-steps"]),
         ({"student_steps": [20, 10]}, ["student-steps"]),
@@ -87,7 +88,8 @@ def test_compiles_if_that_saves_time_and_a_compiler_is_installed(
 ) -> None:
     cfg, context_chain = DistillConfig(**fields), replace(chain, **context)
     # Without a compiler only an explicit setting compiles.
-    for missing, compiles in ((None, expected), (("g++", "install it"), fields.get("compile"))):
+    installed, absent = None, ("g++", "install it")
+    for missing, compiles in ((installed, expected), (absent, fields.get("compile"))):
         monkeypatch.setattr("recipes.distillation.training.missing_compiler", lambda m=missing: m)
         assert distill.STAGE.resolve_from_chain(cfg, context_chain).compile is bool(compiles)
 
@@ -107,7 +109,7 @@ def test_compiles_if_that_saves_time_and_a_compiler_is_installed(
 def test_layer_pairs_are_on_the_last_pipeline_stage(
     chain: Chain, pairs: list[list[int]], named: str
 ) -> None:
-    """The last of two stages has one of the student's 3 layers and two of the teacher's 4."""
+    """The last of two pipeline stages has 1 of the student's 3 layers, and 2 of the teacher's 4."""
     student = PruneConfig(stage="prune", target_num_layers=3)
     cfg = DistillConfig(
         stage="distill",
@@ -126,12 +128,13 @@ def test_layer_pairs_are_on_the_last_pipeline_stage(
 def test_default_pairs_are_the_layers_that_pruning_kept() -> None:
     assert layer_pairs(DistillConfig(), [1, 3, 6], 3, 6) == [(1, 1), (2, 3), (3, 6)]
     assert layer_pairs(DistillConfig(), None, 2, 2) == [(1, 1), (2, 2)]
+    # With two pipeline stages, only pairs whose layers are both on the last one.
     two = DistillConfig(pipeline_model_parallel_size=2)
     assert layer_pairs(two, [1, 3, 4, 6], 4, 6) == [(3, 4), (4, 6)]
     assert layer_pairs(two, [1, 2, 3, 6], 4, 6) == [(4, 6)]
     explicit = DistillConfig(intermediate_layer_pairs=[[2, 5]])
     assert layer_pairs(explicit, [1, 3, 6], 3, 6) == [(2, 5)]
-    for kept in (None, [1, 2, 3]):
+    for kept in (None, [1, 2, 3]):  # no pair is on the last stage of both models
         with pytest.raises(RecipeError, match="set intermediate_layer_pairs"):
             layer_pairs(two, kept, 3, 6)
 
@@ -190,7 +193,7 @@ def test_recomputed_modules_exist_in_the_model(
 
 
 def test_the_result_covers_all_attempts(tmp_path: Path) -> None:
-    """A run that was killed after its last step resumes with nothing left to train."""
+    """If a run was killed after its last step, the restart trains nothing; earlier steps count."""
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for step, kd in ((1, 4.0), (2, 3.0), (2, 2.5), (3, 2.0)):
         log.progress(
@@ -222,7 +225,7 @@ def test_the_result_covers_all_attempts(tmp_path: Path) -> None:
     ],
 )
 def test_size_of_a_cache(chain: Chain, settings: dict[str, int], expected: int) -> None:
-    """Per token ``top_k`` ids of two bytes, and one log-probability more of two bytes."""
+    """A token has ``top_k`` ids and ``top_k`` + 1 log-probabilities, of two bytes each."""
     assert cache_logits.disk_bytes(CacheLogitsConfig(**settings), chain) == expected
 
 
