@@ -36,7 +36,8 @@ SLOW_IMPORT = """\
 import time
 try:
     print("importing", flush=True)
-    time.sleep(600)
+    for _ in range(6000):  # a signal just before a sleep is handled only after it
+        time.sleep(0.1)
 except BaseException:
     pass
 """
