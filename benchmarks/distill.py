@@ -6,8 +6,8 @@ length, on the CPU. Each runs in its own process, with the variables of
 speed affects all equally. The time of a step is the time between the ends of two steps; warm-up
 steps do not count. ``planned`` is the speed that the stage ``plan`` estimates for NeMo.
 
-All loops train on the same sequences. NeMo's methods train on others, which they have in common. So
-first losses are compared among loops and among NeMo's methods.
+All loops train on the same sequences, and NeMo's methods share another set of sequences. So first
+losses are compared within each of the two groups only.
 """
 
 from __future__ import annotations
@@ -80,25 +80,25 @@ class DistillMethod:
     overrides: tuple[str, ...] = ()
 
 
-CACHE_KIND = ("plan", "cache_logits", "distill")
+CACHED_STAGES = ("plan", "cache_logits", "distill")
 COMPILED = "stages.distill.compile=true"
 METHODS = {
     "nemo": DistillMethod("nemo-fp32", ("plan", "distill")),
-    "nemo-cached": DistillMethod(None, CACHE_KIND, ("teacher=cached",)),
+    "nemo-cached": DistillMethod(None, CACHED_STAGES, ("teacher=cached",)),
     "nemo-compiled": DistillMethod("nemo-fp32", ("plan", "distill"), (COMPILED,)),
-    "nemo-cached-compiled": DistillMethod(None, CACHE_KIND, ("teacher=cached", COMPILED)),
+    "nemo-cached-compiled": DistillMethod(None, CACHED_STAGES, ("teacher=cached", COMPILED)),
     "nemo-fp32": DistillMethod(None, ("plan", "distill"), ("stages.distill.precision='32'",)),
     "megatron-cached-compiled": DistillMethod(
-        None, CACHE_KIND, ("teacher=cached", COMPILED, "stages.distill.cpu_speed_patches=[]")
+        None, CACHED_STAGES, ("teacher=cached", COMPILED, "stages.distill.cpu_speed_patches=[]")
     ),
     "loop-fp32": DistillMethod(),
     "loop-bf16": DistillMethod("loop-fp32"),
     "modelopt-bf16": DistillMethod("loop-fp32"),
 }
-for patch in SPEED_PATCH_NAMES:  # the fastest method without one set of patches
+for patch in SPEED_PATCH_NAMES:  # nemo-cached-compiled, with one patch left out
     others = ",".join(name for name in SPEED_PATCH_NAMES if name != patch)
     overrides = ("teacher=cached", COMPILED, f"stages.distill.cpu_speed_patches=[{others}]")
-    METHODS[f"without-{patch}"] = DistillMethod(None, CACHE_KIND, overrides)
+    METHODS[f"without-{patch}"] = DistillMethod(None, CACHED_STAGES, overrides)
 DEFAULTS = [name for name in METHODS if not name.startswith(("without-", "megatron-"))]
 
 
@@ -164,7 +164,7 @@ def _run_stages(method: DistillMethod, shape: Shape, run_dir: Path, scratch: Pat
 
 
 def speeds(record: Record, shape: Shape) -> list[float]:
-    """Returns the tokens/s of the steps after warm-up. The start of the first step is unknown."""
+    """Returns the tokens/s of the steps after warm-up. The first step has no start time."""
     tokens = shape.micro_batch * shape.seq_length
     ends = record.ends[min(WARM_UP_STEPS, shape.steps - 1) - 1 :]
     return [tokens / (end - start) for start, end in pairwise(ends)]
@@ -257,7 +257,9 @@ def measure(names: Sequence[str], shape: Shape, rounds: int, run_dir: Path, out:
 def main() -> None:
     """Measures and prints the methods that the command line names."""
     parser = argparse.ArgumentParser(description="Compares the speed of methods to distil.")
-    parser.add_argument("--run-dir", type=Path, help="a run with its stages before distill")
+    parser.add_argument(
+        "--run-dir", type=Path, help="a run whose stages before distill are complete"
+    )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences")

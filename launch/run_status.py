@@ -52,7 +52,7 @@ def read_statuses(run_dir: Path) -> list[StageStatus]:
     queue, plan = job_states(jobs.values()), read_last_plan(run_dir)
     planned = plan.stages if plan is not None else {}
     states = stage_states(run_dir, include=jobs)
-    # Only jobs of the last plan, because jobs of earlier plans say nothing about ended stages.
+    # How a job of an earlier plan ended does not tell the status of a stage now.
     current = {name: job for name, job in jobs.items() if job.fingerprint == planned.get(name)}
     incomplete = [n for n, state in states.items() if state.status is not Status.COMPLETE]
     ended_jobs = [current[n] for n in incomplete if n in current and current[n].id not in queue]
@@ -111,9 +111,7 @@ def _ended_status(
     if state.status is Status.INTERRUPTED:
         return StageStatus(state, state.status, progress_text(state))
     detail = (
-        "its result is from other settings, inputs or code than the last plan"
-        if state.result
-        else ""
+        "its settings, inputs or code differ from those of the last plan" if state.result else ""
     )
     return StageStatus(state, state.status, detail)
 

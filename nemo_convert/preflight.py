@@ -39,13 +39,14 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 GENERATION_CONFIG = "generation_config.json"
 GENERATION_SETTINGS: Mapping[str, Callable[[Any], bool]] = {
     "cache_implementation": lambda value: value in ("dynamic", "offloaded", "quantized", "static"),
-    "compile_config": lambda value: False,
+    "compile_config": lambda value: False,  # no value of a JSON file is valid
     "early_stopping": lambda value: value in (True, False, "never"),
     "max_new_tokens": lambda value: type(value) is int and value > 0,
     "pad_token_id": lambda value: type(value) is int,
     "watermarking_config": lambda value: isinstance(value, dict),
 }
-"""Settings with whose values transformers may not load a model. null is always valid."""
+"""Settings of generation that stop transformers from loading a model if their check fails. null is
+always valid."""
 MAX_NAMED = 3
 """Most weights that a message names."""
 
@@ -66,12 +67,12 @@ def check_model(hf_path: str) -> Iterator[Finding]:
     """Yields the faults of a model folder or hub model.
 
     Only headers and small files are read, with one exception: if a model stores a head although it
-    has tied embeddings, the bytes of both are compared, those of a hub model in samples.
+    has tied embeddings, the bytes of both are compared (samples of a hub model's).
 
     Raises:
         RecipeError: The config cannot be read, or the hub cannot be reached.
     """
-    if parse_wheel_file(hf_path):
+    if parse_wheel_file(hf_path):  # a wheel has no weights in safetensors, only a config to check
         read_architecture(read_hf_config(hf_path), hf_path)
         return
     if is_hub_id(hf_path) and is_offline():
@@ -156,7 +157,7 @@ def _tensor_findings(hf_path: str, headers: Headers, shape: Architecture) -> Ite
         yield Finding(
             f"{hf_path} has no {_list_names(missing)}, which config.json implies.",
             "download the weights again, if they are incomplete; or load them with transformers' "
-            f"{shape.hf_architecture} and save them with save_pretrained, which names them so",
+            f"{shape.hf_architecture} and save them with save_pretrained, which uses these names",
         )
     for name in sorted(expected.keys() & headers.keys()):
         if headers[name].shape != expected[name]:
@@ -185,8 +186,8 @@ def _tied_head_findings(hf_path: str, headers: Headers, shape: Architecture) -> 
         is_tied = same_bytes(hf_path, headers[HEAD], headers[EMBEDDING])
     except RecipeError as error:
         yield Finding(
-            f"{HEAD} is compared with the tied {EMBEDDING} only after the download: {error.what}",
-            f"none needed; to compare them now, {error.fix}",
+            f"{HEAD} and the tied {EMBEDDING} are not compared before the download: {error.what}",
+            f"none needed, since they are compared after it; or {error.fix}",
             is_error=False,
         )
         return
@@ -208,7 +209,8 @@ def _dtype_findings(hf_path: str, headers: Headers, config: Mapping[str, Any]) -
     configured = config.get("torch_dtype")
     if stored != [configured] and (configured is not None or len(stored) > 1):
         yield Finding(
-            f"the weights of {hf_path} are {' and '.join(stored)}, torch_dtype={configured}.",
+            f"the weights of {hf_path} are {' and '.join(stored)}, but config.json has "
+            f"torch_dtype={configured}.",
             f"none needed: {model_dtype(headers)} is used, which holds every weight exactly",
             is_error=False,
         )

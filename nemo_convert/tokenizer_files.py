@@ -22,7 +22,8 @@ CLASSES = {
 }
 """Tokenizer classes of transformers 4 for the supported families, without the suffix ``Fast``."""
 FAMILY_CLASSES = {"llama": "LlamaTokenizer", "mistral": "LlamaTokenizer"}
-"""Tokenizer classes by ``model_type``, for folders that do not name one. Others have Qwen2's."""
+"""Tokenizer classes by ``model_type``, for folders that do not name one. For other types it is
+Qwen2's."""
 WITHOUT_JSON = {
     SENTENCEPIECE: ("CodeLlamaTokenizer", "LlamaTokenizer"),
     MERGES: ("GPT2Tokenizer", "Qwen2Tokenizer"),
@@ -113,8 +114,8 @@ def _invalid_settings(
     if "tokenizer_file" in config and (folder / TOKENIZER).is_file():
         # transformers would read that path instead of tokenizer.json.
         yield f"tokenizer_file={config['tokenizer_file']!r}", "remove it"
-    is_read_from_model = name in LLAMA and config.get("add_prefix_space") is not None
-    if is_read_from_model and not (folder / SENTENCEPIECE).is_file():
+    needs_sentencepiece = name in LLAMA and config.get("add_prefix_space") is not None
+    if needs_sentencepiece and not (folder / SENTENCEPIECE).is_file():
         yield (
             f"add_prefix_space={config['add_prefix_space']}: with it, {name} reads "
             f"{SENTENCEPIECE}, which is absent",
@@ -126,8 +127,8 @@ def _invalid_settings(
 def _invalid_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in SPECIAL_TOKENS:
         token = config.get(key)
-        has_type = not isinstance(token, dict) or token.get("__type") == "AddedToken"
-        if token is not None and not (has_type and _text(token) is not None):
+        is_text_or_added_token = not isinstance(token, dict) or token.get("__type") == "AddedToken"
+        if token is not None and not (is_text_or_added_token and _text(token) is not None):
             yield f"{key}={token!r}", 'set it to the text of the token, such as "</s>"'
     for key, types in LISTS_OF_TOKENS.items():
         tokens = config.get(key) or []
@@ -212,7 +213,7 @@ def _load(folder: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # it does not check the types of settings
+    except Exception as error:  # transformers does not check the types of settings
         reason = str(error).partition("\n")[0]
         raise RecipeError(
             f"transformers cannot load the tokenizer: {type(error).__name__}: {reason}.",

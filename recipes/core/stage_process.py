@@ -1,6 +1,6 @@
 """Starts a stage on this machine, waits until it ends, and explains why it failed.
 
-The launcher runs a run's stages with it. A search runs the stages of its candidates with it.
+The launcher uses it for the stages of a run, and a search for the stages of its candidates.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ _FAILED_RANK = re.compile(
 )
 """Matches an entry for a failed rank in torchrun's report."""
 RunningStage = AbstractContextManager[Callable[[], bool]]
-"""Yields a function that tells whether the stage has ended; an error in the block stops it."""
+"""Yields a function that tells whether the stage has ended. An error in the block stops the stage.
+"""
 
 
 def start_command(module: str, config: Path, devices: int, python: str) -> list[str]:
@@ -56,7 +57,7 @@ def start_command(module: str, config: Path, devices: int, python: str) -> list[
 
     Args:
         module: Module of the stage.
-        config: Its request.
+        config: File of its request: settings and inputs.
         devices: Number of ranks. One rank needs no torchrun, which takes seconds.
         python: The interpreter.
     """
@@ -124,8 +125,9 @@ def run_to_end(
             poll()
             time.sleep(POLL_SECONDS)
     poll()
-    # The manifest decides, not the exit status, which torchrun sets to 1 for any failure. A rerun
-    # with force keeps the old result, of the same fingerprint, until it has succeeded.
+    # The manifest decides, not the exit status, which torchrun sets to 1 for any failure. With
+    # force, the old result has the same fingerprint and stays until the rerun succeeds. So the
+    # result must also be new.
     result = read_manifest(stage_dir)
     is_new = result is not None and (before is None or result.started_at != before.started_at)
     if result is None or result.fingerprint != fingerprint or not is_new:
@@ -134,7 +136,9 @@ def run_to_end(
 
 
 def run_child(config: StageConfig, stage_dir: Path, inputs: Mapping[str, Path]) -> None:
-    """Runs a stage that this stage needs, on this rank's device, unless it is complete.
+    """Runs a stage that this stage needs, unless it is complete.
+
+    A stage with one device runs on this rank's device.
 
     Args:
         config: Its settings.

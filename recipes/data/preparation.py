@@ -40,7 +40,7 @@ class _Batch:
     """Fraction of the source that was read."""
 
 
-Encoding = closing[Generator[tuple[list[Encoded], _Batch], None, None]]
+EncodedBatches = closing[Generator[tuple[list[Encoded], _Batch], None, None]]
 """A source's encoded batches, in order."""
 
 
@@ -50,8 +50,8 @@ class Ledger:
     It is on disk because a Python set of 10^8 digests takes gigabytes.
 
     Args:
-        path: SQLite file. SQLite does not lock it, because some file systems have no locks and the
-            run has a lock.
+        path: SQLite file. SQLite does not lock it, because some file systems have no locks. The
+            run's own lock protects it.
 
     Raises:
         RecipeError: The file is damaged.
@@ -66,7 +66,7 @@ class Ledger:
             result = str(error)
         if result != "ok":
             raise RecipeError(
-                f"{path} is damaged ({result}): nothing else records the documents written so far.",
+                f"{path} is damaged ({result}). Only it records the documents written so far.",
                 f"delete {path.parent} to prepare the text again",
             )
         self._database.execute("CREATE TABLE IF NOT EXISTS progress (state TEXT)")
@@ -120,7 +120,7 @@ class PreparationState:
     tokens: int = 0
     """Tokens written from the current source."""
     conversations: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By source: numbers of conversations (used, shortened, left out by reason) and of tokens."""
+    """Counters by source: conversations used, shortened and left out, for each reason; tokens."""
 
 
 def prepare(
@@ -147,7 +147,7 @@ def prepare(
     """
     names = list(source_names(cfg.all_sources()).items())
 
-    def encode(source: str, reader_state: Any, documents: int) -> Encoding:
+    def encode(source: str, reader_state: Any, documents: int) -> EncodedBatches:
         """Encodes the rest of a source, of which ``documents`` documents were read before."""
         path = (paths or {}).get(source, source)
         reader = read_source(path, cfg.text_field, reader_state, chat=encoder_of(source) is chat)
@@ -171,21 +171,25 @@ def prepare(
             try:
                 for name, source in names[state.finished_sources :]:
                     position = share((state.finished_sources, state.reader_state, state.documents))
-                    # On an error, the generator is closed here: it tells other ranks to stop.
+                    # After an error, closing the generator tells the other ranks to stop.
                     with encode(source, *position[1:]) as encoded:
-                        own = chat if encoder_of(source) is chat else None
-                        for fraction in _write_source(cfg, name, source, encoded, own, store):
+                        source_chat = chat if encoder_of(source) is chat else None
+                        for fraction in _write_source(
+                            cfg, name, source, encoded, source_chat, store
+                        ):
                             percent = round(100 * (state.finished_sources + fraction) / len(names))
                             log.progress("tokenize", percent, 100, source=source)
                     store.finish_source()
             except StoppedByDeadlineError as error:
                 share(error)
                 raise
-            share(None)
+            share(None)  # no more sources
     return state
 
 
-def _encode_for_rank_0(sources: list[str], encode: Callable[[str, Any, int], Encoding]) -> None:
+def _encode_for_rank_0(
+    sources: list[str], encode: Callable[[str, Any, int], EncodedBatches]
+) -> None:
     """Encodes this rank's batches of the sources that rank 0 writes.
 
     Raises:
@@ -293,7 +297,7 @@ def _packed(
             if document_split == split and not each.left_out
         ]
         tokens = sum(len(each.ids) for each in usable)
-        position = store.writer.sizes[split][0] // 4
+        position = store.writer.sizes[split][0] // 4  # bytes of int32 tokens
         packed = list(pack(usable, position, chat.seq_length, chat.end))
         count["used"] += len(usable)
         count["shortened"] += sum(each.shortened for each in usable)

@@ -39,11 +39,11 @@ Pairs = Sequence[tuple[int, int]]
 def layer_pairs(
     cfg: DistillConfig, kept: Sequence[int] | None, student: int, teacher: int
 ) -> Pairs:
-    """Returns the pairs of layers to compare: as configured, or each layer with its original.
+    """Returns the pairs of layers to compare: as configured, or those that pruning kept.
 
     Args:
         cfg: Settings of the distillation.
-        kept: For each layer of the student, the layer of the teacher that it was, if known.
+        kept: For each layer of the student, the teacher's layer that it was copied from, if known.
         student: Number of the student's layers.
         teacher: Number of the teacher's layers.
 
@@ -61,7 +61,7 @@ def layer_pairs(
         raise RecipeError(
             "no pair of layers can be derived for the loss on hidden states: "
             + ("the student does not say which layers were kept." if kept is None else
-               "none of those kept is on the last pipeline stage of both models."),
+               "no kept layer is on the last pipeline stage of both teacher and student."),
             "set intermediate_layer_pairs, for example [[24,30]]",
         )  # fmt: skip
     return pairs
@@ -98,7 +98,7 @@ class TeacherSource:
 
 
 def _require_same_text(cache: Input, data: Input) -> None:
-    """Raises ``RecipeError`` if the teacher was cached for other text than is trained on.
+    """Raises ``RecipeError`` if the teacher was cached for text other than the training text.
 
     A plan checks that the settings match. This compares the content.
     """
@@ -111,7 +111,10 @@ def _require_same_text(cache: Input, data: Input) -> None:
 
 @dataclass(frozen=True)
 class Objective:
-    """Terms of the loss in the order of ``TERMS``, their weights and balance, and the teacher."""
+    """Terms of the loss in the order of ``TERMS``, their weights, and the teacher.
+
+    With ``dynamic`` the weights are balanced anew in each step.
+    """
 
     weights: Mapping[str, float]
     teacher: TeacherSource = TeacherSource()
@@ -134,23 +137,23 @@ class Objective:
     def weights_after(self, means: Mapping[str, float]) -> Mapping[str, float]:
         """Returns each term's weight, given the means of the terms in the previous step.
 
-        With ``dynamic`` the hidden loss is scaled to the size of the KD loss, and their sum to the
-        size of the LM loss. The configured weights apply after that. Before the first step
-        ``means`` is empty, and the weights are the configured ones. NeMo takes sizes from each
-        micro batch, so its result depends on the number of micro batches; the means here are of
-        a global batch.
+        With ``dynamic`` the hidden loss is scaled to the size of the weighted KD loss, and their
+        sum to the size of the LM loss. The configured weights multiply the scaled terms. Before the
+        first step ``means`` is empty, and the weights are the configured ones. NeMo takes sizes
+        from each micro batch, so its result depends on the number of micro batches; the means here
+        are of a global batch.
         """
         weights = dict(self.weights)
         if not (self.dynamic and means):
             return weights
         first, *rest = weights
-        teacher_size = means[first]  # size of the sum of the KD and hidden terms
+        soft_size = means[first]  # size of the sum of the KD and hidden terms
         if first == "kd" and "hidden" in rest:
             weights["hidden"] *= weights["kd"] * _ratio(means["kd"], means["hidden"])
-            teacher_size += self.weights["hidden"] * means["kd"]
+            soft_size += self.weights["hidden"] * means["kd"]
         if first != "lm" and "lm" in rest:
             for name in weights.keys() - {"lm"}:
-                weights[name] *= _ratio(means["lm"], teacher_size)
+                weights[name] *= _ratio(means["lm"], soft_size)
         return weights
 
 
@@ -235,6 +238,8 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
         self, batch: dict[str, Tensor], forward_out: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sums losses [1 + terms, batch, sequence] over the unmasked tokens of a micro batch.
+
+        The first row of losses is the weighted total. The other rows are the terms.
 
         Returns:
             The sum of the first row, the number of tokens, and a report for ``reduce``: one tensor

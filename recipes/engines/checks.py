@@ -57,7 +57,8 @@ def compare_engine(
     if data is not None:
         text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_sequences)
         teacher = Predictor.of(source)
-        # An engine's head cannot run alone, so its logits take the place of hidden states.
+        # A ``Predictor`` has hidden states and a head. An engine gives only logits, so they replace
+        # the hidden states, and the head changes nothing.
         predictor = Predictor(
             lambda tokens: logits(tokens).logits, lambda states: states, teacher.vocabulary
         )
@@ -115,7 +116,7 @@ def require_same(engine: Path, difference: float, margin: float) -> None:
     if not difference <= LOGITS_TOLERANCE:  # also catches NaN
         problem = f"logits differ from transformers by {difference:.2e}, which is more than "
         problem += f"{LOGITS_TOLERANCE:.0e}"
-    elif not margin <= 2 * LOGITS_TOLERANCE:
+    elif not margin <= 2 * LOGITS_TOLERANCE:  # each of the two logits may be off by one tolerance
         problem = f"the engine generates a token whose logit is {margin:.2e} below the best one"
     if problem:
-        raise RecipeError(f"engine gate failed: {engine}: {problem}", ENGINE_FIX)
+        raise RecipeError(f"engine check failed: {engine}: {problem}", ENGINE_FIX)

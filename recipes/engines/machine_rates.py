@@ -15,21 +15,21 @@ from recipes.planning.hardware import cpuinfo
 
 REPEATS, MIN_REPEATS = 5, 3
 MAX_TOTAL_SECONDS = 0.5
-"""Total time after which no operation is repeated. GEMMs of an emulated type may take minutes."""
+"""Total time after which an operation runs only ``MIN_REPEATS`` times. GEMMs of an emulated type
+may take minutes."""
 TOKENS = 1024
 """Rows of the GEMMs."""
 MIN_CPU_FRACTION = 0.8
-"""A measurement is valid if its threads ran for at least this fraction of the time. For the rest,
-other programs ran.
-"""
+"""A measurement is valid if its threads ran for at least this fraction of the time. In the
+remaining time other programs used the cores."""
 COPY_BYTES = 1 << 28
 """Much larger than any cache."""
 
 LAYERS, COPIES = 30, 2
-"""Layers of the embedded teacher, and the number of layers that are measured. Two different ones
-alternate, so that no cache holds their weights."""
+"""Layers of SmolLM2-135M, and the number of layers that are measured. Two layers with different
+weights alternate, so that no cache holds the weights."""
 LAYER = ((576, 960), (576, 576), (576, 3072), (1536, 576))
-"""Inputs and outputs of a layer's GEMMs."""
+"""Inputs and outputs of the four linear layers of a transformer layer."""
 HEAD, HEAD_SHARDS = (576, 6144), 8
 """Inputs and outputs of a shard of the head, and the number of shards."""
 
@@ -42,8 +42,8 @@ def best_seconds(
 ) -> float:
     """Returns the shortest time of several runs, after a warm-up.
 
-    The shortest is the best estimate, because other programs can only make a run longer. There are
-    ``repeats`` runs, or at least ``MIN_REPEATS`` if they take ``MAX_TOTAL_SECONDS``.
+    The shortest is the best estimate, because other programs can only make a run longer. It stops
+    after ``repeats`` runs, or after ``MIN_REPEATS`` if they took ``MAX_TOTAL_SECONDS``.
     """
 
     def run() -> float:
@@ -91,9 +91,9 @@ def _threads(number: int) -> Iterator[None]:
 def _gemms(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> tuple[Callable[[], None], int]:
     """Returns the GEMMs of linear layers in a distillation step, and their FLOPs.
 
-    A layer has four GEMMs of equal FLOPs: one in the teacher's forward pass, one in the student's
-    forward pass, and two in its backward pass. They are measured together, because GEMMs of the
-    backward pass are half as fast on a processor with AMX.
+    A linear layer has four GEMMs of equal FLOPs: one in the teacher's forward pass, one in the
+    student's forward pass, and two in its backward pass. They are measured together, because GEMMs
+    of the backward pass are half as fast on a processor with AMX.
     """
     matrices = [
         [torch.randn(*shape, dtype=dtype) for shape in ((TOKENS, i), (o, i), (TOKENS, o))]
@@ -114,8 +114,8 @@ def _training_rate(dtype: torch.dtype) -> float:
     """Returns the FLOP/s of a thread in a distillation's GEMMs while all threads are busy.
 
     Several layers alternate, because a training step reads matrices from memory. A single repeated
-    GEMM would read them from a cache, which is twice as fast with AMX. All threads are busy,
-    because they share caches and memory: two threads do not reach twice the rate of one.
+    GEMM would read them from a cache. With AMX that is twice as fast as from memory. All threads
+    are busy, because they share caches and memory: two do not reach twice the rate of one.
     """
     smallest, flops = _gemms([min(LAYER)], dtype)
     if (seconds := best_cpu_seconds(smallest)) > MAX_TOTAL_SECONDS:

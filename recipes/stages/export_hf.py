@@ -42,12 +42,12 @@ def run(cfg: ExportConfig, inputs: Inputs, out: Path) -> Outcome:
     log.progress("export", 0, 2)
     convert.to_hf(checkpoint, out)
     log.progress("export", 1, 2)
-    equal = parity.compare(out, checkpoint).require(f"{checkpoint.name} → {out}")
+    comparison = parity.compare(out, checkpoint).require(f"{checkpoint.name} → {out}")
     if "evaluation" in inputs:  # otherwise the model is the teacher, which keeps its own card
         manifests = {name: item.manifest for name, item in inputs.items()}
         write_card(out, cfg.teacher, cfg.recipe, manifests)
     log.progress("export", 2, 2)
-    result = ParityResult(equal.max_logit_difference, equal.tokens)
+    result = ParityResult(comparison.max_logit_difference, comparison.tokens)
     outcome = Outcome.of(result, inputs["checkpoint"].manifest)
     return replace(outcome, tokenizer_sha256=hf.tokenizer_sha256(out))
 
@@ -58,7 +58,7 @@ STAGE = Stage(
     run=run,
     one_rank="a conversion is not split over ranks",
     inputs={"checkpoint": ("checkpoint_nemo",)},
-    # All are for the model card. Speed is missing, because it is measured on this stage's result.
+    # All are for the model card. Speed cannot be an input: it is measured on this stage's result.
     optional_inputs={
         "evaluation": ("eval_results",),
         "teacher": ("checkpoint_nemo",),

@@ -1,4 +1,8 @@
-"""Lists variants of folders that other programs write, or that a user has edited."""
+"""Lists variants of folders that other programs write, or that a user has edited.
+
+A ``Variant`` is a name, a change of the folder, and the message that refuses it. Without a message
+it must convert without a change of logits.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 LONG_CONTEXT = {"max_position_embeddings": 32_768, "layer_types": ABSENT}
 EIGHT = [f"<token{n}>" for n in range(8)]
-"""More tokens than the embedding has unused rows."""
+"""More tokens than the unused rows of the embedding."""
 EOS = {
     "__type": "AddedToken",
     "content": "<eos>",
@@ -72,8 +76,8 @@ def _exact_configs() -> Iterator[Variant]:
         ("rope_scaling", {}),
     ):
         yield Variant(f"other {key} {value}", config(**{key: value}))
-    unread = config(use_sliding_window=False, sliding_window=16)
-    yield Variant("window that is switched off", unread)
+    window_off = config(use_sliding_window=False, sliding_window=16)
+    yield Variant("window that is switched off", window_off)
     no_window = config(use_sliding_window=True, sliding_window=None, layer_types=ABSENT)
     yield Variant("switch without a window", no_window, base="qwen2")
     yield Variant("all experts", config(num_experts_per_tok=6), base="qwen3_moe")

@@ -34,7 +34,7 @@ def run_teacher(model: Path, texts: str, run_dir: Path, *more: str) -> CommandRe
     return run_in_process(
         "recipe=llama_depth_prune",
         *tiny(model, texts, run_dir),
-        "stages.prune.target_num_layers=2",  # further from its teacher than float16 rounds
+        "stages.prune.target_num_layers=2",  # its loss exceeds rounding of float16 by far
         *settings("distill", **distill),
         *more,
         cwd=run_dir.parent,
@@ -76,6 +76,7 @@ def test_the_teacher_wrote_one_of_the_sources(live: Path) -> None:
     text = manifest_of(live, "prepare_data").result(DatasetResult)
     train = {entry.source: entry.tokens for entry in text.source_tokens["train"]}
     assert list(train) == ["topics", "chats", "teacher-chat"]
+    # About the 600 tokens that the source requests, in whole sequences of 64.
     assert 300 < train["teacher-chat"] < 64 * 40
     origin = text.origins[WRITTEN]
     [file] = (live.parent / "cache" / "teacher_chats").glob("*/chats.jsonl")

@@ -34,7 +34,7 @@ preparation.BATCH_DOCUMENTS = 64
 cfg = PrepareDataConfig(**json.loads(Path(sys.argv[1]).read_text()))
 folder = Path(sys.argv[3])
 for deadline in (True, True, False):
-    os.environ["STAGE_DEADLINE"] = "1" if deadline else ""
+    os.environ["STAGE_DEADLINE"] = "1" if deadline else ""  # 1 is in 1970
     try:
         prepare(cfg, load_tokenizer(Path(sys.argv[2])), folder, MetricsLog(None))
         stopped = False
@@ -68,8 +68,8 @@ def test_two_ranks_write_the_same_bytes(
     assert content(folders[0]) == content(folders[1])
 
 
-def test_the_index_is_megatrons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_writer, "BLOCK", 7)
+def test_files_equal_those_of_megatron(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split_writer, "BLOCK", 7)  # several blocks, the last one not full
     generator = np.random.default_rng(0)
     texts = [generator.integers(0, 99, n) for n in generator.integers(1, 30, 50)]
     for split, chosen in (("some", texts), ("none", [])):

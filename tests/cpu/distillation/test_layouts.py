@@ -1,4 +1,4 @@
-"""Every parallel layout of a distillation has the losses of one rank, and resumes in another.
+"""Every parallel layout of a distillation has the losses of one rank. Runs resume in other layouts.
 
 The case has everything that layouts could get wrong: all terms of the loss; different widths, so
 that a projection is learned; uneven pipeline stages; micro batches with different numbers of masked
@@ -30,16 +30,16 @@ from tests.support.rounding import ULP, by_one_ulp, growth
 from tests.support.runs import copy_without, manifest_of, settings, tiny
 
 MULTIPLE = 100
-"""Tolerance, as a multiple of the effect of a change of the logits by one ulp. Each operation of
+"""The tolerance is this many times the effect of changing the logits by one ulp. Each operation of
 another layout may round differently; the largest measured multiple was 12."""
 BFLOAT16_MULTIPLE = 5
 """The same in bfloat16, on one rank; the largest measured multiple was 2.3, of a weight."""
 STEPS, CHECKPOINT_INTERVAL = 21, 4
-"""No validation follows the last step. It would gather the weights, which data-parallel ranks
-update in shards, and so hide that saving must gather them."""
+"""The number of steps is odd, so that no validation follows the last step. A validation gathers the
+weights, which data-parallel ranks update in shards. It would hide a save that does not gather."""
 LAYOUTS = {
     "TP=2": (2, "tensor_model_parallel_size=2"),
-    "TP=2, sequence": (
+    "TP=2, sequence, early stop": (
         2,
         "tensor_model_parallel_size=2 sequence_parallel=true stop_at_recovered=0.9",
     ),
@@ -50,8 +50,8 @@ LAYOUTS = {
     ),
     "DP=2": (2, ""),
     "DP=2, two optimizers": (2, "num_distributed_optimizer_instances=2 micro_batch_size=1"),
-    "DP=2, Megatron's own": (2, "cpu_speed_patches=[]"),
-    "DP=1, Megatron's own": (1, "cpu_speed_patches=[]"),
+    "DP=2, no speed patches": (2, "cpu_speed_patches=[]"),
+    "DP=1, no speed patches": (1, "cpu_speed_patches=[]"),
 }
 """Number of ranks and settings of the stage, by layout."""
 
@@ -126,33 +126,37 @@ def require_same_training(
 
     Tolerances are ``multiple`` times the difference between ``perturbed`` and ``expected``.
     """
-    first, other, second = (
+    expected_steps, perturbed_steps, found_steps = (
         steps_of(d / "distill" / METRICS, "distill") for d in (expected, perturbed, found)
     )
-    assert [step["done"] for step in second] == [*range(1, last + 1)]
+    assert [step["done"] for step in found_steps] == [*range(1, last + 1)]
     terms = ("loss", "kd", "hidden", "lm", "grad_norm")
     effects = []
     for term in terms:
-        ones, others = ([step[term] for step in run[:last]] for run in (first, other))
-        effects.append([by / abs(one) for one, by in zip(ones, growth(ones, others), strict=True)])
-    # In the first steps, changed logits affect only some terms, but other rounding affects all. So
-    # the largest effect of a step is the tolerance of all its terms.
-    for one, two, *relative in zip(first, second, *effects, strict=False):
+        values, changed = (
+            [step[term] for step in steps[:last]] for steps in (expected_steps, perturbed_steps)
+        )
+        differences = zip(values, growth(values, changed), strict=True)
+        effects.append([difference / abs(value) for value, difference in differences])
+    # In the first steps, changed logits affect only some terms, but the rounding of another layout
+    # affects all. So the largest effect of a step is the tolerance of all its terms.
+    for step, found_step, *relative in zip(expected_steps, found_steps, *effects, strict=False):
         for term in terms:
-            assert two[term] == pytest.approx(one[term], rel=multiple * max(relative)), one["done"]
+            tolerance = multiple * max(relative)
+            assert found_step[term] == pytest.approx(step[term], rel=tolerance), step["done"]
     if last < STEPS:
         return  # the weights of ``expected`` are of a later step
-    weights, others, theirs = (
+    weights, perturbed_weights, found_weights = (
         dict(hf_weights(find_checkpoint(d / "distill" / ARTIFACT)))
         for d in (expected, perturbed, found)
     )
-    assert weights.keys() == theirs.keys()
+    assert weights.keys() == found_weights.keys()
     for name, tensor in weights.items():
-        by = max((others[name] - tensor).abs().max().item(), ULP)
-        assert (theirs[name] - tensor).abs().max() <= multiple * by, name
+        effect = max((perturbed_weights[name] - tensor).abs().max().item(), ULP)
+        assert (found_weights[name] - tensor).abs().max() <= multiple * effect, name
 
 
-def test_losses_of_the_teacher_fall(one_rank: Path) -> None:
+def test_losses_against_the_teacher_fall(one_rank: Path) -> None:
     steps = steps_of(one_rank / "distill" / METRICS, "distill")
     for term in ("kd", "hidden"):
         assert steps[-1][term] < 0.8 * steps[0][term]
@@ -175,6 +179,7 @@ def test_every_layout_has_the_losses_of_one_rank(
     stops = "stop_at_recovered=0.9" in LAYOUTS[name][1]  # at the one validation before the end
     require_same_training(one_rank, perturbed, run_dir, STEPS - 1 if stops else STEPS)
     assert bool(manifest_of(run_dir, "distill").metrics["stopped"]) == stops
+    # Early stopping also validates before the first step.
     validated = steps_of(run_dir / "distill" / METRICS, "validate")
     assert [one["done"] for one in validated] == ([0, STEPS - 1] if stops else [STEPS - 1])
 
@@ -183,15 +188,16 @@ def test_speed_patches_only_round_differently_in_bfloat16(
     one_rank: Path, even_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     runs = {
-        name: copy_without(one_rank, tmp_path / name, "distill") for name in ("ours", "ulp", "own")
+        name: copy_without(one_rank, tmp_path / name, "distill")
+        for name in ("patched", "perturbed", "unpatched")
     }
     for name, run_dir in runs.items():
-        patches = ["stages.distill.cpu_speed_patches=[]"] if name == "own" else []
+        patches = ["stages.distill.cpu_speed_patches=[]"] if name == "unpatched" else []
         command = [
             *overrides(even_llama, text_file, run_dir),
             "stages.distill.precision=bf16-mixed",
         ]
-        with perturbed_logits() if name == "ulp" else nullcontext():
+        with perturbed_logits() if name == "perturbed" else nullcontext():
             run_successfully(*command, *patches, cwd=tmp_path)
     require_same_training(*runs.values(), multiple=BFLOAT16_MULTIPLE)
 
@@ -206,7 +212,7 @@ def test_a_killed_run_resumes_in_another_layout(
     first: str,
     second: str,
 ) -> None:
-    """The projection and its optimizer state are resharded, too; with DP=2 each rank has half."""
+    """The projection's optimizer state is resharded, too; with DP=2 each rank has half of it."""
     run_dir = copy_without(one_rank, tmp_path / "run", "distill")
     command = overrides(even_llama, text_file, run_dir)
     metrics = run_dir / "distill" / METRICS

@@ -25,7 +25,7 @@ from recipes.distillation.vocabulary import CHUNK_BYTES, TopK, top_k
 from tests.support.ranks import run_ranks
 
 TOKENS, VOCABULARY = 111, 101
-CHUNK = 4 * VOCABULARY * 16  # the last of its chunks is not full
+CHUNK = 4 * VOCABULARY * 16  # bytes of 16 rows; 111 rows leave the last chunk partly full
 TOP = (None, 7, VOCABULARY)
 EACH_LOSS = pytest.mark.parametrize("kind", LOGITS_LOSSES)
 EACH_TOP = pytest.mark.parametrize("top", TOP)
@@ -95,23 +95,25 @@ def test_values_and_gradients_equal_the_definition(
 ) -> None:
     for beta in (1e-3, 0.3, 0.5) if kind == "jsd" else (0.5,):
         loss = LogitsLoss(kind, temperature, beta, top)
-        losses, expected, gradient, slope = with_reference(make_logits(2), make_logits(1), loss)
+        losses, expected, gradient, expected_gradient = with_reference(
+            make_logits(2), make_logits(1), loss
+        )
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(gradient, slope, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
 
 
 @EACH_LOSS
 @EACH_TOP
-def test_only_gradients_of_bfloat16_logits_are_rounded(kind: str, top: int | None) -> None:
-    # Rounded random logits would have ties, and with them more than one top-k.
+def test_bfloat16_logits_round_gradients_but_not_losses(kind: str, top: int | None) -> None:
+    # Rounded random logits would have ties, so the top-k would not be unique.
     steps = torch.arange(VOCABULARY, dtype=torch.float64) / 8 - 6
     order = torch.rand(TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(1)).argsort(1)
     loss = LogitsLoss(kind, 2.0, top_k=top)
-    losses, expected, gradient, slope = with_reference(
+    losses, expected, gradient, expected_gradient = with_reference(
         make_logits(2), steps[order], loss, torch.bfloat16
     )
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradient, slope, rtol=1.5e-2, atol=1e-6)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1.5e-2, atol=1e-6)
 
 
 @EACH_LOSS
@@ -122,9 +124,9 @@ def test_extreme_logits_stay_finite_and_exact(kind: str, top: int | None) -> Non
     teacher = teacher - torch.arange(VOCABULARY) / 64
     for temperature in (1.0, 0.5):
         loss = LogitsLoss(kind, temperature, top_k=top)
-        losses, expected, gradient, slope = with_reference(student, teacher, loss)
+        losses, expected, gradient, expected_gradient = with_reference(student, teacher, loss)
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(gradient, slope, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
         assert gradient.isfinite().all()
 
 
@@ -145,7 +147,7 @@ def test_a_cached_top_k_equals_a_computed_one(kind: str) -> None:
 
 
 def test_samples_of_the_tail_are_unbiased() -> None:
-    """Takes the mean over all quantiles of the first of the equally spaced draws."""
+    """Draws are equally spaced. This averages over 20,000 positions of the first one."""
     draws, starts, loss = 3, 20_000, LogitsLoss(temperature=2.0)
     teacher, student = make_logits(1)[:1], make_logits(2)[:1]
     first = (torch.arange(starts) + 0.5) / starts
@@ -168,13 +170,13 @@ def test_samples_of_the_tail_are_unbiased() -> None:
     (sampled, gradient), (_, biased) = means
     torch.testing.assert_close(sampled, expected[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(gradient, exact.grad[0], rtol=0, atol=2e-4)
-    assert (biased - exact.grad[0]).abs().max() > 2e-2, "one outcome should be biased"
+    assert (biased - exact.grad[0]).abs().max() > 2e-2, "without draws the gradient is biased"
     with pytest.raises(RecipeError, match="use forward_kl"):
         distillation_loss(student.float(), cached.map(lambda t: t[:1]), LogitsLoss("jsd"))
 
 
 def test_a_tiny_tail_is_exact() -> None:
-    """A tail of 1e-30 is below the rounding of 1 - sum(chosen), even in float64."""
+    """A tail of 1e-30 is below the rounding of 1 - the sum of the top-k, even in float64."""
     logits = make_logits(1)
     logits[:, 3] += 90
     cached = top_k(logits.float(), 1, 1.0)
@@ -261,9 +263,8 @@ def test_no_full_size_float32_tensor_exists(trained: bool, kind: str, top: int |
         if trained:
             losses.mean().backward()
     assert 0 < allocations.largest[torch.float32] <= CHUNK // 4
-    assert allocations.largest[torch.bfloat16] == (
-        TOKENS * VOCABULARY if trained else 0
-    )  # the gradient
+    # The only bfloat16 tensor of full size is the gradient.
+    assert allocations.largest[torch.bfloat16] == (TOKENS * VOCABULARY if trained else 0)
 
 
 def test_bad_shapes_are_refused() -> None:
@@ -290,7 +291,7 @@ whole_s, whole_t = 3 * torch.randn(37, 122), 3 * torch.randn(37, 122)
 whole_t[:5, 61:] -= 100  # tokens whose whole top-k is on the first rank
 labels, weights = torch.randint(122, (37,)), torch.rand(37)
 columns = slice(rank * width, (rank + 1) * width)
-# 10 rows of a rank, 5 of the whole; 37 is a multiple of neither
+# a chunk has 10 rows of a rank's shard, or 5 whole rows; 37 is a multiple of neither
 CHUNK_BYTES["cpu"] = 4 * width * 10
 
 
@@ -332,7 +333,7 @@ compare(lambda x, g: token_cross_entropy(x, labels, g))
 both = LossTargets(expected, labels, (0.5, 3.0)), LossTargets(split, labels, (0.5, 3.0))
 compare(lambda x, g: combined_loss(x, both[g is not None], loss, g)[0])
 dist.barrier()
-del group  # one that outlives this may abort the interpreter as it ends
+del group  # a group that outlives destroy_process_group may abort Python at exit
 dist.destroy_process_group()
 """
 

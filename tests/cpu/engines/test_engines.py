@@ -220,7 +220,7 @@ def test_an_engine_of_another_model_is_refused(
     model.save_pretrained(other)
     copy_side_files(seven_groups, other)
     cfg = BuildEngineConfig(stage="build_engine")
-    with pytest.raises(RecipeError, match="engine gate failed"):
+    with pytest.raises(RecipeError, match="engine check failed"):
         compare_engine(cfg, other, engine, None, MetricsLog(None))
 
 

@@ -111,7 +111,7 @@ def prune(family: str, folder: Path, calibration: torch.Tensor) -> None:
 
 
 class StatefulNorm(RMSNorm):
-    """Has an extra state beside its weight, as TransformerEngine's (``pytorch/ops/op.py``)."""
+    """Has an extra state, like the norms of TransformerEngine (``pytorch/ops/op.py``)."""
 
     def get_extra_state(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)
@@ -123,7 +123,7 @@ class StatefulNorm(RMSNorm):
 def require_norm_states(checkpoint: Path, stateless: Path) -> None:
     """Asserts that norms with an extra state can be loaded from checkpoints with and without it.
 
-    ``checkpoint`` has the states; ``stateless`` is written, and has none.
+    ``checkpoint`` has such states. This function writes ``stateless``, which has none.
     """
     nemo.initialize(nemo.Parallelism())
     core = nemo.build_core(nemo.restore_model(checkpoint), nemo.Parallelism(), training=True)
@@ -164,7 +164,7 @@ def test_round_trip_of_odd_shapes(family: str, text_file: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip_of_bfloat16_shards(family: str, text_file: Path, tmp_path: Path) -> None:
-    """The model is untied, and a base model: it has no generation config, and gets none."""
+    """The model is untied. It has no generation config, and conversion adds none."""
     source, back = tmp_path / "hf", tmp_path / "back"
     shape = {**EVEN, "dtype": torch.bfloat16, "max_shard_size": "60KB"}
     write_tiny_model(source, text_file, family, train=False, **shape)
@@ -197,7 +197,7 @@ def require_logits_of(folder: Path, tokens: torch.Tensor, *logits: torch.Tensor)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_loads_a_pruned_model(family: str, root: Path, tmp_path: Path) -> None:
-    """Its logits are Megatron's, and those of the model that evaluation loads."""
+    """Its logits equal Megatron's and those of the model that evaluation loads."""
     checkpoint, tokens = root / family / "pruned.nemo", tokens_of(root)
     convert.to_hf(checkpoint, tmp_path / "hf")
     by_megatron = parity.core_logits(parity.load_core(checkpoint), tokens)
@@ -230,12 +230,13 @@ def test_two_ranks_give_the_logits_of_transformers_and_train(layout: str, root: 
     for family in FAMILIES:
         logits = load_file(root / family / layout / LOGITS)["logits"]
         require_logits_of(root / family / "hf", tokens, logits)
+    # The ranks of PP also train some families with data parallelism, into the folder DP.
     for family in FAMILIES if layout == TP else DATA_PARALLEL:
         require_trained(root / family / (TP if layout == TP else DP))
 
 
 def require_trained(folder: Path) -> None:
-    """Asserts that one step with finite losses changed every weight of the student."""
+    """Asserts that one step with positive losses changed every weight of the student."""
     [step] = steps_of(folder / METRICS, "distill")
     assert step["teacher_loss"] < 5.0
     assert min(step[name] for name in ("kd", "hidden", "lm", "grad_norm")) > 0, step

@@ -128,12 +128,12 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     ),
     "match_names": (
         "recipes.distillation.trainer:_load_main_weights",
-        "Main weights are restored as in Megatron, which also matches the teacher's names.",
+        "Main weights are restored by Megatron's function, which also finds the teacher's by name.",
         replace_with(load_as_megatron),
     ),
     "leave_on_cpu": (
         "nemo_convert.nemo:build_core",
-        "A model is cast but not moved, and Megatron makes its local norms on the CPU.",
+        "A model is cast but not moved to the GPU, and Megatron makes its own norms on the CPU.",
         wrap(build_with_norms_on_cpu),
     ),
     "count_steps_on_cpu": (
@@ -163,7 +163,7 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     ),
     "small_buckets": (
         "megatron.core.distributed.distributed_data_parallel:_ParamAndGradBuffer",
-        "A rank reduces the gradients of each parameter alone, the others in larger buckets.",
+        "A rank reduces each parameter's gradient alone; the other ranks use larger buckets.",
         wrap(with_small_buckets),
     ),
     "total_two_columns": (
@@ -173,7 +173,7 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     ),
     "wrong_root": (
         "torch.distributed:broadcast_object_list",
-        "The first stage expects the losses from itself.",
+        "Ranks of the first stage name themselves as the root of a broadcast of the last stage.",
         wrap(expect_from_the_first),
     ),
     "skip_receive": (
@@ -218,7 +218,7 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     ),
     "keep_cache": (
         "recipes.backend.device:release_cached_memory",
-        "A search starts a training while its allocator caches the memory of its measurement.",
+        "A search starts a training while the allocator still caches memory of a measurement.",
         replace_with(lambda: None),
     ),
     "keep_all": (
@@ -240,7 +240,7 @@ def main() -> None:
     def with_defect(job: dict[str, Any], defect: str | None) -> RehearsalResult:
         if defect is not None:
             target, description, replacement = DEFECTS[defect]
-            # Without a fingerprint any original is accepted.
+            # An empty fingerprint means that the original is not checked.
             apply([Patch(target, description, "", replacement)])
         return rehearse(TypeAdapter(RankJob).validate_python(job))
 

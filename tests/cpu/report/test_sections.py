@@ -78,13 +78,13 @@ def test_sections_have_all_numbers_of_their_stages(inputs: dict[str, Input], tex
         del task["version"], task["differences"]["pruned"]
         for role in ("teacher", "pruned", "distilled"):
             task[role]["standard_error"] *= 1.96  # shown as an interval
-            if task["answers"]:  # only their differences have intervals
+            if task["answers"]:  # of answers, only differences have intervals
                 del task["answers"][role]["standard_error"]
     for task in metrics["served"]["tasks"].values():
         for scores in (task, task["answers"]):
             scores["student"]["standard_error"] *= 1.96
             scores["served"]["standard_error"] *= 1.96
-    del metrics["plan"]["seconds"]
+    del metrics["plan"]["seconds"]  # shown in other units
     page = Page(text)
     assert every_number(metrics) <= page.numbers()
     assert set(OPTIONAL_PLOTS) <= set(page.values("id"))
@@ -183,14 +183,14 @@ def test_flops_of_a_cached_teacher_are_those_of_its_stage(tmp_path: Path) -> Non
     cache = stage(
         run, config, "logit_cache", {"a": 5}, CacheResult(3036, 4000, 777_216, 258, 3.02, 0.01)
     )
-    stage(run, StageConfig("stranger"), "plan", {"b": 6}, PlanResult({}, []))
+    stage(run, StageConfig("unrelated"), "plan", {"b": 6}, PlanResult({}, []))
     inputs["distilled"].manifest.inputs["teacher"] = cache.manifest.fingerprint
     page = Page(render_page(inputs, tmp_path))
     assert 777_216 * forward_flops(TEACHER, 256) in page.numbers()
     assert STEPS * 1024 * forward_flops(TEACHER, 256) not in page.numbers()
     assert cache.manifest.seconds in page.numbers()
     assert "cache_logits" in page.text
-    assert "stranger" not in page.text
+    assert "unrelated" not in page.text
 
 
 def test_machine_hours_count_nodes(inputs: dict[str, Input], tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_status_shows_only_the_last_plan(
     assert launch(*WORDS, "dry_run=true", "stages.distill.lr=2e-4").returncode == 0
     # The settings of distill changed, so its result and three later ones do not fit the plan.
     shown = launch("status", f"run_dir={run}").stdout
-    assert shown.count("its result is from other settings, inputs or code") == 4
+    assert shown.count("its settings, inputs or code differ from those of the last plan") == 4
     assert launch(*WORDS).returncode == 0  # nothing has to run
     assert states() == dict.fromkeys(STAGES, "complete")
     begin_work(run / "export_gguf", unfinished_manifest(read_request(run / "export_gguf")))

@@ -117,9 +117,9 @@ def test_parameters_equal_the_conversion_table(config: dict[str, Any]) -> None:
 def test_active_weights_include_only_the_top_k_experts() -> None:
     moe = read_architecture(QWEN3_30B_A3B, "x")
     active = dataclasses.replace(moe, num_moe_experts=8)
-    router = 48 * 2048 * (128 - 8)
+    router = 48 * 2048 * (128 - 8)  # it still scores all 128 experts
     assert moe.active_weights() == active.active_weights() + router
-    # Norms and the input embedding are not multiplied with a matrix.
+    # Norms and the input embedding are in no matrix multiplication, so they are not active weights.
     norms = 48 * (2 * 2048 + 2 * 128) + 2048
     embedding = 151936 * 2048
     assert active.active_weights() == active.parameters() - norms - embedding
@@ -152,7 +152,7 @@ def test_window_as_long_as_the_context_is_accepted() -> None:
     assert read_architecture(whole, "x").max_position_embeddings == 4096
 
 
-def test_absent_window_is_the_default_of_transformers() -> None:
+def test_absent_window_means_the_default_of_transformers() -> None:
     absent = {key: value for key, value in MISTRAL_7B.items() if key != "sliding_window"}
     with pytest.raises(RecipeError, match="sliding_window=4096"):
         read_architecture(absent, "x")
