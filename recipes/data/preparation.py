@@ -173,10 +173,8 @@ def prepare(
                     position = share((state.finished_sources, state.reader_state, state.documents))
                     # After an error, closing the generator tells the other ranks to stop.
                     with encode(source, *position[1:]) as encoded:
-                        source_chat = chat if encoder_of(source) is chat else None
-                        for fraction in _write_source(
-                            cfg, name, source, encoded, source_chat, store
-                        ):
+                        packer = chat if encoder_of(source) is chat else None
+                        for fraction in _write_source(cfg, name, source, encoded, packer, store):
                             percent = round(100 * (state.finished_sources + fraction) / len(names))
                             log.progress("tokenize", percent, 100, source=source)
                     store.finish_source()

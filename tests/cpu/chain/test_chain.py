@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -38,6 +37,7 @@ from tests.support.in_process import run_in_process, run_successfully
 from tests.support.launcher import run_recipe
 from tests.support.llama_cpp import require_similar_generation
 from tests.support.newer import save_by_transformers_5, transformers_5
+from tests.support.notebook import run_notebook
 from tests.support.runs import HEALING, copy_without, manifest_of
 
 ENGINES = (
@@ -87,13 +87,7 @@ def test_the_tutorial_runs_unchanged(
     monkeypatch.setattr(sys, "path", list(sys.path))
     recipe, *words = overrides(teacher, text_file, tiny_run)
     given = {"RECIPE": recipe.partition("=")[2], "RUN_DIR": str(tiny_run), "SETTINGS": words}
-    names: dict[str, object] = {}
-    shown = []
-    for cell in json.loads((REPO_ROOT / "docs/tutorial.ipynb").read_text())["cells"]:
-        if "parameters" in cell["metadata"].get("tags", ()):
-            names |= given
-        elif cell["cell_type"] == "code":
-            shown.append(last_value("".join(cell["source"]), names))
+    shown, names = run_notebook(REPO_ROOT / "docs/tutorial.ipynb", given)
     html = [one for one in shown if hasattr(one, "_repr_html_")]
     assert [str(one).count("&lt;svg") > 0 for one in html].count(True) == 2
     text = re.sub(r"(<[^>]*>)+", " ", "".join(html)) + capsys.readouterr().out
@@ -104,16 +98,6 @@ def test_the_tutorial_runs_unchanged(
     assert names["quality"] == manifest_of(tiny_run, "evaluate").result(EvaluationResult)
     after = {file: file.stat().st_mtime_ns for file in tiny_run.glob(f"*/{MANIFEST}")}
     assert after == before, "a stage ran again"
-
-
-def last_value(source: str, names: dict[str, object]) -> object:
-    """Runs a cell; returns the value of its last line, which a notebook shows."""
-    tree = ast.parse(source)
-    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, "<cell>", "exec"), names)
-    if not isinstance(last, ast.Expr):
-        return None
-    return eval(compile(ast.Expression(last.value), "<cell>", "eval"), names)
 
 
 def test_manifests_are_complete(tiny_run: Path) -> None:
@@ -354,26 +338,6 @@ def test_the_teacher_is_exported_for_images_without_nemo(
     assert "head size of 10" in refused.output
 
 
-def test_a_missing_gpu_is_reported_before_anything_runs(
-    teacher: Path, text_file: Path, tmp_path: Path
-) -> None:
-    if shutil.which("nvidia-smi"):
-        pytest.skip("there may be a GPU")
-    run_dir = tmp_path / "run"
-    command = overrides(teacher, text_file, run_dir, engine="tensorrt_llm")
-    second = [
-        f"stages.{s}.{setting}"
-        for s in ("build_engine", "build_teacher_engine")
-        for setting in ("backend=tensorrt_llm_pytorch", "max_seq_len=256", "max_input_len=200")
-    ]
-    grid = ["stages.measure_speed.prompt_tokens=[64]", "stages.measure_speed.new_tokens=16"]
-    result = run_in_process(*command, *second, *grid, cwd=tmp_path)
-    assert result.code == 1
-    assert "needs an NVIDIA GPU and TensorRT-LLM" in result.output
-    assert "nvcr.io/nvidia/tensorrt-llm/release:" in result.output
-    assert not run_dir.exists() or not list(run_dir.rglob(MANIFEST))
-
-
 def test_a_changed_field_and_force_rerun_later_stages(
     tiny_run: Path, teacher: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -402,7 +366,6 @@ def test_kill_9_then_the_same_command_changes_nothing(
     words = [*overrides(teacher, text_file, run_dir), "only=[score,prune,heal,distill]"]
     seconds = {stage: manifest_of(tiny_run, stage).seconds for stage in ("score", "distill")}
     command = RunCommand(words, run_dir, seconds, {"TMPDIR": str(temporary)})
-
     # Kills immediately: scoring may take a tenth of the time that it took in the other run.
     hit = command.kill(Kill("score", "stage", fraction=0.0))
     assert hit is not None
@@ -421,9 +384,7 @@ def test_kill_9_then_the_same_command_changes_nothing(
     assert re.search(r"distill +resume", output), output
     assert differences(tiny_run, run_dir) == []
     records = (run_dir / "distill" / METRICS).read_text()
-    assert len(re.findall(r'"task": "distill", "done": 1,', records)) == 1, (
-        "training must resume from a checkpoint"
-    )
+    assert records.count('"task": "distill", "done": 1,') == 1, "training started again"
     assert [p.name for p in temporary.iterdir() if not is_of_a_library(p)] == []
 
 
