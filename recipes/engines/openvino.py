@@ -95,8 +95,9 @@ def load_causal_lm(engine: Path) -> OVModelForCausalLM:
     without_telemetry()
     from optimum.intel import OVModelForCausalLM
 
-    options = {"ov_config": read_properties(engine), "trust_remote_code": False}
-    return OVModelForCausalLM.from_pretrained(engine, device=DEVICE, **options)
+    return OVModelForCausalLM.from_pretrained(
+        engine, device=DEVICE, ov_config=read_properties(engine), trust_remote_code=False
+    )
 
 
 @contextmanager

@@ -43,8 +43,11 @@ def job_with_layers(
 ) -> tuple[Chain, RankJob]:
     """Returns a recipe's chain, for a teacher with this number of layers, and the job of a rank."""
     cfg = compose(f"recipe={recipe}", *overrides)
-    if OmegaConf.select(cfg, "stages.prune.target_num_layers") is not None:
-        cfg.stages.prune.target_num_layers = layers // 2
+    prune = OmegaConf.select(cfg, "stages.prune") or {}
+    if prune.get("target_num_layers") is not None:
+        prune.target_num_layers = layers // 2
+    if prune.get("drop_layers") is not None:
+        prune.drop_layers = list(range(1, layers // 2 + 1))
     configs = typed_stages(cfg)
     chain = chain_of(cfg, cfg.model.hf_path, configs, Path("runs"))
     chain = replace(chain, teacher=replace(chain.teacher, num_layers=layers))
