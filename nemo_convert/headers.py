@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +33,8 @@ MAX_HEADER_BYTES = 100_000_000
 """Longest header that safetensors reads."""
 CHUNK_BYTES = 4 << 20
 """Bytes of a local tensor that are compared at a time."""
+NOT_A_HEADER = (AttributeError, KeyError, TypeError, ValueError)
+"""Errors of reading what is not a header."""
 SAMPLES, SAMPLE_BYTES = 8, 64 << 10
 """A tensor on the hub is compared in about this many evenly spread samples of this size."""
 
@@ -90,9 +94,7 @@ def read_headers(hf_path: str) -> dict[str, StoredTensor]:
     """
     if is_hub_id(hf_path):
         return _read_hub_headers(hf_path)
-    for path in (files := weight_files(Path(hf_path))):
-        _require_intact(path)
-    headers = (_read_header(hf_path, path.name, str(path)) for path in files)
+    headers = (_read_local_header(path) for path in weight_files(Path(hf_path)))
     return {name: tensor for header in headers for name, tensor in header.items()}
 
 
@@ -121,10 +123,7 @@ def same_bytes(hf_path: str, first: StoredTensor, second: StoredTensor) -> bool:
         return all(threads.map(is_same, range(0, size, step)))
 
 
-def _require_intact(path: Path) -> None:
-    """Refuses a local file that is damaged or does not contain all of its tensors."""
-    from safetensors import SafetensorError, safe_open
-
+def _read_local_header(path: Path) -> dict[str, StoredTensor]:
     with path.open("rb") as file:
         start = file.read(len(LFS_POINTER))
     if not start:
@@ -134,9 +133,8 @@ def _require_intact(path: Path) -> None:
             f"{path} is a Git LFS pointer, not the weights.", f"git -C {path.parent} lfs pull"
         )
     try:
-        with safe_open(path, framework="np"):  # verifies the header and the length of the file
-            pass
-    except SafetensorError as error:
+        return _read_header(str(path.parent), path.name, str(path))
+    except NOT_A_HEADER as error:
         raise RecipeError(f"{path} is damaged: {error}.", "download it again") from error
 
 
@@ -144,7 +142,8 @@ def _read_header(hf_path: str, file: str, label: str) -> dict[str, StoredTensor]
     """Reads the header of a file: an 8-byte length and JSON, which the data follows.
 
     Raises:
-        ValueError: It is not a header, or the file on the hub has another length than it says.
+        AttributeError, KeyError, TypeError, ValueError: It is not a header, or does not describe
+            the file.
     """
     start = _read_range(hf_path, file, 0, FIRST_BYTES)
     end = 8 + int.from_bytes(start[:8], "little")
@@ -152,10 +151,7 @@ def _read_header(hf_path: str, file: str, label: str) -> dict[str, StoredTensor]
         raise ValueError(f"a header of {end} bytes")
     header = json.loads((start if end <= len(start) else _read_range(hf_path, file, 0, end))[8:end])
     _require_known_format(label, header.pop("__metadata__", None))
-    length = end + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if is_hub_id(hf_path) and _hub_length(hf_path, file) != length:
-        raise ValueError(f"not {length} bytes long")
-    return {
+    tensors = {
         name: StoredTensor(
             file,
             entry["dtype"],
@@ -163,8 +159,24 @@ def _read_header(hf_path: str, file: str, label: str) -> dict[str, StoredTensor]
             *(end + offset for offset in entry["data_offsets"]),
         )
         for name, entry in header.items()
-        if not name.endswith(ROTARY_BUFFER)
     }
+    _require_no_gaps(tensors.values(), end, _length(hf_path, file))
+    return {name: t for name, t in tensors.items() if not name.endswith(ROTARY_BUFFER)}
+
+
+def _require_no_gaps(tensors: Iterable[StoredTensor], begin: int, length: int | None) -> None:
+    """Raises ``ValueError`` unless the tensors fill a file, as safetensors requires.
+
+    safetensors' own check needs numpy or torch, which a login node may lack.
+    """
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
+        digits = re.search(r"\d+", tensor.dtype)  # BOOL has none
+        bits = math.prod(tensor.shape) * (int(digits[0]) if digits else 8)
+        if tensor.begin != begin or 8 * (tensor.end - begin) != bits:
+            raise ValueError(f"{tensor.dtype} {[*tensor.shape]} is not {bits / 8:.0f} bytes long")
+        begin = tensor.end
+    if length not in (None, begin):
+        raise ValueError(f"it has {length} bytes, not {begin}")
 
 
 def _read_range(hf_path: str, file: str, begin: int, end: int) -> bytes:
@@ -204,7 +216,10 @@ def _request_range(hf_path: str, file: str, begin: int, end: int) -> bytes:
         raise unreachable_error(hf_path, file, error) from error
 
 
-def _hub_length(hf_path: str, file: str) -> int | None:
+def _length(hf_path: str, file: str) -> int | None:
+    """Returns the bytes of a file; ``None`` if the hub does not say."""
+    if not is_hub_id(hf_path):
+        return (Path(hf_path) / file).stat().st_size
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     try:
@@ -255,5 +270,5 @@ def _read_hub_header(hf_path: str, file: str) -> dict[str, StoredTensor]:
     except EntryNotFoundError as error:
         what = f"{hf_path} does not have {file} on the hub, which {INDEX_FILE} lists."
         raise RecipeError(what, fix) from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except NOT_A_HEADER as error:
         raise RecipeError(f"{file} of {hf_path} is damaged on the hub: {error}.", fix) from error

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
+from nemo_convert.hub import WEIGHTS_FILE
 from tests.support.launcher import run_on_login_node
 from tests.support.reports import make_run
 
@@ -32,6 +34,20 @@ def test_runs_are_planned_followed_and_compared(launcher_python: Path, tmp_path:
     compared = run_on_login_node(launcher_python, tmp_path, "compare", str(one), str(other))
     assert compared.returncode == 0, compared.stderr
     assert "best: " in compared.stdout
+
+
+def test_weights_of_a_folder_are_checked(
+    launcher_python: Path, hf_folder: Path, tmp_path: Path
+) -> None:
+    words = ("recipe=llama_depth_prune", "engine=null", "cluster.python=/opt/python", *SLURM)
+    command = (*words, "cluster.gpus=null", f"model.hf_path={hf_folder}", "dry_run=true")
+    planned = run_on_login_node(launcher_python, tmp_path, *command)
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+    weights = hf_folder / WEIGHTS_FILE
+    os.truncate(weights, weights.stat().st_size - 1)
+    refused = run_on_login_node(launcher_python, tmp_path, *command)
+    assert refused.returncode == 1
+    assert f"{weights} is damaged: it has" in refused.stdout + refused.stderr
 
 
 def test_jobs_that_would_lack_libraries_are_refused(launcher_python: Path, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_a_hub_without_ranges_is_named(hub: FakeHub, tmp_path: Path) -> None:
         ("no map", "has no weight_map", "download the model again"),
         ("pointer", f"{WEIGHTS} of {NAME} is damaged", "complete revision"),
         ("empty", f"{WEIGHTS} of {NAME} is damaged", "complete revision"),
-        ("short", "bytes long", "complete revision"),
+        ("short", "is damaged on the hub: it has", "complete revision"),
     ],
 )
 def test_faults_of_weights_on_the_hub(
