@@ -267,9 +267,8 @@ def _delete(folder: Path) -> None:
 def _deletable(run: Path, needed: Collection[Path]) -> list[Path]:
     """Returns the whole run if no other run needs its stages; otherwise the unneeded stages."""
     folders = [folder for folder in sorted(run.iterdir()) if folder.is_dir()]
-    stages = [
-        folder for folder in folders if folder.name != CODE
-    ]  # stages that are kept need the code
+    # Stages that are kept need the code.
+    stages = [folder for folder in folders if folder.name != CODE]
     unneeded = [folder for folder in stages if folder not in needed]
     return unneeded if len(unneeded) < len(stages) else [run]
 

@@ -64,10 +64,11 @@ def run(words: Sequence[str], console: Console) -> int:
         table.add_row(check.name, escape(check.found), result, escape(check.fix))
     console.print(table)
     failed = [check.name for check in checks if check.result == FAIL]
-    what = "the launcher" if _has_only_launcher() else "recipes"
+    only_launcher = _has_only_launcher()
+    what = "the launcher" if only_launcher else "recipes"
     if failed:
         console.print(f"{what} cannot run here: fix {', '.join(failed)}")
-    elif _has_only_launcher():
+    elif only_launcher:
         console.print(
             "this environment has only the launcher, which plans, submits, follows and compares "
             "runs; ./install.sh installs the libraries that stages need"

@@ -122,9 +122,8 @@ def _nearest(where: str, name: str, error: Exception) -> str:
         for cause in _causes(error)
         if isinstance(parent := getattr(cause, "parent_node", None), DictConfig)
     ]
-    if any(
-        name in parent._get_root() for parent in parents
-    ):  # a field of the root, written with a prefix
+    # A field of the root, written with a prefix.
+    if any(name in parent._get_root() for parent in parents):
         return f" Did you mean '{name}'?"
     new = DICT_KEY.fullmatch(where)
     fix = f"'+{new['field']}={{{new['key']}: …}}' adds it" if new else SHOW_FIELDS

@@ -20,8 +20,6 @@ from recipes.planning.chain import TENSORRT_LLM, Chain, read_chain
 from recipes.planning.hardware import Hardware
 from recipes.planning.rules import Problem
 
-SWITCH_OFF = "engine=null, which builds no engine"
-
 
 def chain_of(
     cfg: DictConfig, hf_path: str, configs: Mapping[str, StageConfig], run_dir: Path
@@ -83,7 +81,7 @@ def _image_problems(
     """Checks that each stage's image exists, and that one is set for stages of TensorRT-LLM."""
     configs = {name: chain.stages[name] for name in selected}
     images = {name: stage_of(config).image(config, chain) for name, config in configs.items()}
-    off = f", or set {SWITCH_OFF}"
+    off = ", or set engine=null, which builds no engine"
     for name, image in (cluster.get("images") or {}).items():
         if image in images.values() and image and not _image_exists(image, cluster.executor):
             yield Problem(
@@ -91,16 +89,16 @@ def _image_problems(
                 f"cluster.images.{name}={image} does not exist",
                 "build or import it first; see Dockerfile" + off * (name == TENSORRT_LLM),
             )
-    without = [
+    without_image = [
         name
         for name, config in configs.items()
         if not (chain.runs_here or images[name])
         and stage_of(config).needs_tensorrt_llm(config, chain)
     ]
-    if without:
+    if without_image:
         yield Problem(
             rules.ENGINE_IMAGE,
-            f"{', '.join(without)} cannot run: cluster.images.{TENSORRT_LLM} is not set",
+            f"{', '.join(without_image)} cannot run: cluster.images.{TENSORRT_LLM} is not set",
             f"build the target engine of the Dockerfile and set it to that image{off}",
         )
 
@@ -139,8 +137,8 @@ def mpi_problems(cluster: DictConfig, chain: Chain, selected: Iterable[str]) -> 
     mpi = cluster.get("mpi", {}) if cluster.executor == "slurm" else {}
     for name in selected:
         config = chain.stages[name]
-        runs_it = stage_of(config).needs_tensorrt_llm(config, chain)
-        if runs_it and mpi.get(config.stage, "") is None:
+        needs_mpi = stage_of(config).needs_tensorrt_llm(config, chain)
+        if needs_mpi and mpi.get(config.stage, "") is None:
             yield Problem(
                 rules.MPI,
                 f"{name} starts TensorRT-LLM, but cluster.mpi.{config.stage} is null",

@@ -175,7 +175,7 @@ def _written_plan(plan: Plan, before: LastPlan, dry_run: bool) -> Iterator[lock.
     Args:
         plan: The plan.
         before: The last plan of the run.
-        dry_run: Whether to leave acceptances and leftovers as they are.
+        dry_run: Whether to change no acceptance and to delete no leftover work.
 
     Yields:
         A function that records the running stage in the lock; ``None`` if no stage must run.

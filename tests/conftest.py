@@ -13,6 +13,7 @@ import pytest
 from recipes.core.files import REPO_ROOT
 from recipes.core.processes import prepare_imports
 from tests.support.disks import large_disks
+from tests.support.installing import require_package_index
 from tests.support.text import write_text
 
 LONGEST = (
@@ -69,7 +70,6 @@ def launcher_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text=True,
         check=False,
     )
-    if "(from versions: none)" in done.stderr:
-        pytest.skip("no package index can be reached")
+    require_package_index(done)
     assert done.returncode == 0, done.stderr
     return venv / "bin" / "python"

@@ -148,7 +148,7 @@ def prepare(
     names = list(source_names(cfg.all_sources()).items())
 
     def encode(source: str, reader_state: Any, documents: int) -> EncodedBatches:
-        """Encodes the rest of a source, of which ``documents`` documents were read before."""
+        """Encodes a source after its first ``documents`` documents, which were read before."""
         path = (paths or {}).get(source, source)
         reader = read_source(path, cfg.text_field, reader_state, chat=encoder_of(source) is chat)
         limit = cfg.max_documents if source in cfg.sources else None

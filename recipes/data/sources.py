@@ -45,7 +45,7 @@ class HubDataset:
 
 @dataclass(frozen=True)
 class Source:
-    """A source of text, as it is written in ``data.sources``: a path and options.
+    """A source of text, parsed from an entry of ``data.sources``: a path and options.
 
     The path is a file, a pattern such as ``texts/*.txt``, ``pypi://…``,
     ``hf://NAME[@CONFIG]:SPLIT``, or ``teacher://chat`` for conversations that the teacher writes.
@@ -263,7 +263,7 @@ def origins_of(sources: Iterable[str], file: Path) -> dict[str, Origin]:
 
 
 def pinned(source: str, origin: Origin) -> str:
-    """Returns a hub source with its commit as the revision; other sources stay as they are."""
+    """Returns a hub source with its commit as the revision; other sources are unchanged."""
     if origin.commit is None or parse_source(source).revision:
         return source
     return with_option(source, "revision", origin.commit)

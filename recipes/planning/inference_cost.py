@@ -125,7 +125,7 @@ def comparison_cost(
                 reserved=reserved,
             )
         )
-        heads += 4 * arch.vocab_size * arch.hidden_size
+        heads += _float32_head_bytes(arch)
     logits = _logits_bytes(models[0], text.tokens, COMPARISON_BUFFERS)
     comparison = Memory(weights=heads, activations=states, logits=logits, reserved=reserved)
     return InferenceCost(largest(*peaks, comparison), _all_passes(models, bf16, text), bf16)
@@ -144,7 +144,7 @@ def ranking_cost(
     states = 2 * _state_bytes(teacher, size, text, hardware)
     # In bfloat16 both models need a float32 copy of their head. In float32 a head is no copy, but
     # the teacher's head stays in memory beside a healed model.
-    heads = (2 if bf16 else int(healed)) * 4 * teacher.vocab_size * teacher.hidden_size
+    heads = (2 if bf16 else int(healed)) * _float32_head_bytes(teacher)
     resident = Memory(
         weights=size * teacher.parameters() + heads,
         activations=states,
@@ -317,8 +317,12 @@ def _state_bytes(arch: Architecture, size: int, text: Sequences, hardware: Hardw
 
 
 def _head_bytes(arch: Architecture, bf16: bool) -> int:
-    """Returns the bytes of a bfloat16 head's float32 copy."""
-    return 4 * arch.vocab_size * arch.hidden_size if bf16 else 0
+    """Returns the bytes of a bfloat16 head's float32 copy; a float32 head needs none."""
+    return _float32_head_bytes(arch) if bf16 else 0
+
+
+def _float32_head_bytes(arch: Architecture) -> int:
+    return 4 * arch.vocab_size * arch.hidden_size
 
 
 def _logits_bytes(arch: Architecture, tokens: float, buffers: int) -> float:

@@ -69,7 +69,7 @@ class PruneConfig(StageConfig):
         return replace(self, **numbers)
 
     def divisors(self) -> dict[str, int]:
-        """Returns the number of which each axis's target must be a multiple."""
+        """Returns each axis's divisor: the target must be a multiple of it."""
         return {
             "hidden_size": self.hidden_size_divisor,
             "ffn_hidden_size": self.ffn_hidden_size_divisor,

@@ -119,9 +119,8 @@ def jobs_of(
         jobs += [
             RankJob(
                 *(name, settings, inputs, dict(hf_config), rank, resumed),
-                search=search_settings
-                if rank == 0
-                else None,  # evaluations use only the first device
+                # Evaluations use only the first device.
+                search=search_settings if rank == 0 else None,
             )
             for rank in (_distinct_ranks(world, settings) if ranks is None else ranks)
             if rank < world

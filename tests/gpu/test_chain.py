@@ -142,7 +142,7 @@ def test_losses_match_the_cpu(precision: str, small: Small, results: Path) -> No
 
 
 def test_killed_training_resumes(small: Small) -> None:
-    """Frequent checkpoints slow the training down, so that it has not ended before the kill."""
+    """Frequent checkpoints slow the training down, so the kill comes before its end."""
     run_dir, often = small.copy_of_reference("killed", "32", "distill"), "checkpoint_interval=2"
     arguments = ONLY, PRECISION + "32", f"stages.distill.{often}"
     stage = run_dir / "distill"

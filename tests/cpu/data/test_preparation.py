@@ -55,10 +55,10 @@ def test_every_document_is_in_one_split_and_held_out_sources_in_theirs(
     text_file: Path,
 ) -> None:
     folder, done = undisturbed
-    found = [document for split in SPLITS for document in documents(folder, split)]
+    written = [document for split in SPLITS for document in documents(folder, split)]
     texts = set(read(text_file)[:600])
-    assert len(found) == len(set(found))
-    assert set(found) == {tuple(one.ids.tolist()) for one in tokenizer.encode(sorted(texts))}
+    assert len(written) == len(set(written))
+    assert set(written) == {tuple(one.ids.tolist()) for one in tokenizer.encode(sorted(texts))}
     for split, (size, count) in done.sizes.items():
         assert count == len(documents(folder, split)) > 0
         assert size == 4 * sum(map(len, documents(folder, split)))
@@ -81,8 +81,8 @@ def test_excluded_documents_are_in_no_split(
     (tmp_path / "excluded.txt").write_text("".join(f"{digest(t).hex()}\n" for t in texts))
     excluding = replace(cfg, excluded_documents=str(tmp_path / "excluded.txt"))
     done = prepare(excluding, tokenizer, tmp_path, LOG)
-    found = {document for split in SPLITS for document in documents(tmp_path, split)}
-    assert not found & {tuple(one.ids.tolist()) for one in tokenizer.encode([*texts])}
+    written = {document for split in SPLITS for document in documents(tmp_path, split)}
+    assert not written & {tuple(one.ids.tolist()) for one in tokenizer.encode([*texts])}
     assert sum(count for _, count in done.sizes.values()) == len(others - texts)
 
 

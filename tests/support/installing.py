@@ -1,0 +1,13 @@
+"""Tests that install packages are skipped where no package index can be reached."""
+
+from __future__ import annotations
+
+from subprocess import CompletedProcess
+
+import pytest
+
+
+def require_package_index(done: CompletedProcess[str]) -> None:
+    """Skips the test if pip found no package index."""
+    if "(from versions: none)" in done.stderr:
+        pytest.skip("no package index can be reached")
