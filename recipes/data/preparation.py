@@ -80,10 +80,10 @@ class Ledger:
         cursor = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,))
         return cursor.rowcount == 1
 
-    def exclude(self, file: Path) -> None:
-        """Stores the digests in a file, so that their documents count as duplicates."""
-        for line in file.read_text(encoding="ascii").split():
-            self.is_new(bytes.fromhex(line))
+    def exclude(self, digests: Iterable[str]) -> None:
+        """Stores digests in hexadecimal, so that their documents count as duplicates."""
+        for text in digests:
+            self.is_new(bytes.fromhex(text))
 
     def progress(self) -> dict[str, Any] | None:
         """Returns the last saved state, if any."""
@@ -163,8 +163,7 @@ def prepare(
         return PreparationState()
     with Ledger(folder / "ledger.sqlite") as ledger:
         state = PreparationState(**(ledger.progress() or {}))
-        if excluded := cfg.excluded_path():
-            ledger.exclude(excluded)
+        ledger.exclude(cfg.excluded_documents)
         with SplitWriter(folder, SPLITS, state.sizes, masked=chat is not None) as writer:
             state.sizes = writer.sizes
             store = _Store(ledger, writer, state)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated
 
 from recipes.core.constraints import Count, Fraction, Tokens, matching, one_of
-from recipes.core.files import REPO_ROOT
 from recipes.core.precision import Precision
 from recipes.core.stage import StageConfig
 from recipes.data import corpus
@@ -20,6 +18,8 @@ from recipes.data.sources import (
 )
 
 SpecialToken = Annotated[str, matching(r"[<\[].+[>\]]", "a special token such as <|endoftext|>")]
+
+Digest = Annotated[str, matching(r"[0-9a-f]{32}", "a digest: 32 digits and letters from a to f")]
 
 
 @dataclass
@@ -49,9 +49,8 @@ class PrepareDataConfig(StageConfig):
     """Fraction of the documents on which importance is measured."""
     heldout_fraction: Fraction = 0.04
     """Fraction of the documents for evaluation only."""
-    excluded_documents: str | None = None
-    """File with digests of documents to leave out, one per line (``digest`` in hexadecimal). A path
-    in the checkout, or an absolute one."""
+    excluded_documents: list[Digest] = field(default_factory=list)
+    """Digests of documents to leave out, in hexadecimal (``recipes/data/corpus.py``)."""
     max_documents: Count | None = None
     """Documents to read of each source; all by default. Held-out sources are read whole."""
     max_tokens: Tokens | None = None
@@ -82,10 +81,6 @@ class PrepareDataConfig(StageConfig):
     def chats(self) -> list[str]:
         """Returns the sources that hold conversations."""
         return [source for source in self.all_sources() if self.is_chat(source)]
-
-    def excluded_path(self) -> Path | None:
-        """Returns the path of ``excluded_documents``."""
-        return REPO_ROOT / self.excluded_documents if self.excluded_documents else None
 
     def weights(self) -> dict[str, float]:
         """Returns the weights of training sources, by the sources' names in results."""

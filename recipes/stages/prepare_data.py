@@ -61,8 +61,7 @@ def external(cfg: PrepareDataConfig) -> dict[str, Path]:
     external = {str(path): path for files in sources for path in files}
     if cfg.prefix:
         external |= {str(path): path for path in paths_of(Path(cfg.prefix)).values()}
-    excluded = cfg.excluded_path()
-    return external if excluded is None else {**external, str(excluded): excluded}
+    return external
 
 
 def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
@@ -100,9 +99,6 @@ def _source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
         if problem := source_problem(source):
             yield f"data.sources: {problem}", "see the list of sources in docs/your_model.md"
     yield from _weight_problems(cfg)
-    if (excluded := cfg.excluded_path()) and not excluded.is_file():
-        what = f"there is no file data.excluded_documents={cfg.excluded_documents}"
-        yield what, "correct the path, or leave it out"
     for source in cfg.teacher_sources():
         if not (parse_source(source).tokens or cfg.max_tokens):
             example = with_option(source, "tokens", 100000)
@@ -118,7 +114,7 @@ def _prefix_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
         return
     if cfg.sources or cfg.chats() or cfg.excluded_documents:
         what = "data.prefix cannot be combined with sources, conversations or excluded documents"
-        yield what, "data.sources=[] data.format=text data.excluded_documents=null"
+        yield what, "data.sources=[] data.format=text data.excluded_documents=[]"
     try:
         require_token_files(Path(cfg.prefix))
     except RecipeError as error:

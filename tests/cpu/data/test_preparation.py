@@ -78,8 +78,7 @@ def test_excluded_documents_are_in_no_split(
     cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, text_file: Path, tmp_path: Path
 ) -> None:
     texts, others = set(read(text_file)[:40]), set(read(text_file)[40:600])
-    (tmp_path / "excluded.txt").write_text("".join(f"{digest(t).hex()}\n" for t in texts))
-    excluding = replace(cfg, excluded_documents=str(tmp_path / "excluded.txt"))
+    excluding = replace(cfg, excluded_documents=[digest(text).hex() for text in texts])
     done = prepare(excluding, tokenizer, tmp_path, LOG)
     written = {document for split in SPLITS for document in documents(tmp_path, split)}
     assert not written & {tuple(one.ids.tolist()) for one in tokenizer.encode([*texts])}

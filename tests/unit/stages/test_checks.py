@@ -114,7 +114,6 @@ def test_prepare_data_accepts_text(text: str, chain: Chain) -> None:
     [
         ({"sources": []}, "data-sources", "data.sources"),
         ({"sources": ["a.doc"]}, "data-sources", "a.doc"),
-        ({"excluded_documents": "missing.txt"}, "data-sources", "excluded_documents=missing.txt"),
         ({"heldout_sources": ["missing.txt"]}, "data-sources", "missing.txt"),
         ({"heldout_sources": ["TEXT"]}, "data-sources", "data.heldout_sources"),
         *(
