@@ -27,7 +27,7 @@ LONGEST = (
     "test_rehearsal",
     "test_recipes_in_miniature",
     "test_settings",
-    "test_overlap",
+    "test_eight_kinds",
 )
 """Files that take minutes: started first, none of them is left over for one worker at the end."""
 

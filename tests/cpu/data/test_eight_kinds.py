@@ -1,4 +1,4 @@
-"""No training text of ``data=eight_kinds`` shares a 13-gram of words with an evaluation text."""
+"""``data=eight_kinds``: licences, overlap with evaluation text, and a run of the launcher."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from omegaconf import OmegaConf
 from recipes.core.files import REPO_ROOT
 from recipes.core.wheels import fetch_wheel
 from recipes.data.corpus import digest, read_source
+from recipes.data.results import DatasetResult
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import parse_source, source_names
+from tests.support.launcher import run_recipe
+from tests.support.runs import manifest_of
 
 GROUP = OmegaConf.load(REPO_ROOT / "conf/data/eight_kinds.yaml")
 NGRAM_WORDS = 13
@@ -109,3 +112,22 @@ def test_eight_kinds_have_small_downloads_licences_and_equal_weights() -> None:
     for source in (*GROUP.sources, *GROUP.heldout_sources):
         assert parse_source(source).licence
         assert next(iter(read_source(source, "text"))).text
+
+
+def test_a_run_prepares_the_eight_kinds(even_llama: Path, tmp_path: Path) -> None:
+    """A stage reads the run's copy of the code, and this repository's configs are not in it."""
+    run = tmp_path / "run"
+    done = run_recipe(
+        "recipe=llama_depth_prune",
+        "data=eight_kinds",
+        f"model.hf_path={even_llama}",
+        f"run_dir={run}",
+        "only=[import_hf,prepare_data]",
+        "data.seq_length=64",
+        "stages.prepare_data.max_documents=200",
+        cwd=tmp_path,
+    )
+    assert done.code == 0, done.output
+    splits = manifest_of(run, "prepare_data").result(DatasetResult).source_tokens.values()
+    sources = source_names([*GROUP.heldout_sources, *GROUP.sources])
+    assert {each.source for split in splits for each in split} == sources.keys()
