@@ -52,7 +52,7 @@ STAGE = Stage(
     kind="engine",
     run=run,
     check=engine_problems,
-    one_rank="the builder starts its own processes",
+    single_rank_reason="the builder starts its own processes",
     inputs={"checkpoint": ("checkpoint_hf", "checkpoint_nemo")},
     optional_inputs={"data": ("dataset",)},
     needs_gpu=lambda config, chain: config.backend != "openvino",

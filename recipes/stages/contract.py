@@ -90,7 +90,7 @@ class Stage(Generic[ConfigT]):
     """Runs the stage on every rank. The path is an empty directory for the artifact."""
     check: Callable[[ConfigT, Chain], Iterable[Problem]] = lambda config, chain: ()
     """Yields problems of the settings. It takes less than a second and does not import torch."""
-    one_rank: str = ""
+    single_rank_reason: str = ""
     """Why it needs exactly one rank; empty if it supports several."""
     inputs: Mapping[str, Kinds] = field(default_factory=dict)
     """Required inputs, each with the types it may have."""
@@ -134,10 +134,10 @@ class Stage(Generic[ConfigT]):
     def problems(self, config: ConfigT, chain: Chain) -> Iterator[Problem]:
         """Yields all problems of the stage's settings."""
         ranks = config.resources.ranks
-        if self.one_rank and ranks != 1:
+        if self.single_rank_reason and ranks != 1:
             yield Problem(
                 rules.ONE_RANK,
-                f"{config.stage} has {ranks} ranks, but must have one: {self.one_rank}",
+                f"{config.stage} has {ranks} ranks, but must have one: {self.single_rank_reason}",
                 "set its resources.devices and resources.nodes to 1",
             )
         yield from self.check(config, chain)

@@ -56,7 +56,7 @@ STAGE = Stage(
     config=ExportConfig,
     kind="checkpoint_hf",
     run=run,
-    one_rank="a conversion is not split over ranks",
+    single_rank_reason="a conversion is not split over ranks",
     inputs={"checkpoint": ("checkpoint_nemo",)},
     # All are for the model card. Speed cannot be an input: it is measured on this stage's result.
     optional_inputs={

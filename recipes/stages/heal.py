@@ -113,7 +113,7 @@ STAGE = Stage(
     run=run,
     check=check,
     inference_cost=inference_cost,
-    one_rank="it reconstructs one layer at a time",
+    single_rank_reason="it reconstructs one layer at a time",
     inputs={
         "checkpoint": ("checkpoint_nemo",),
         "teacher": ("checkpoint_nemo",),

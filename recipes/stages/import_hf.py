@@ -84,7 +84,7 @@ STAGE = Stage(
     run=run,
     check=check,
     inference_cost=lambda config, chain: conversion_cost(chain.teacher, chain.hardware),
-    one_rank="a conversion is not split over ranks",
+    single_rank_reason="a conversion is not split over ranks",
     external=external,
     disk_bytes=lambda config, chain: 4 * chain.teacher.parameters() * (2 if config.pack else 1),
 )

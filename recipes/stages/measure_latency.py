@@ -106,7 +106,7 @@ STAGE = Stage(
     kind="latency_model",
     run=run,
     check=check,
-    one_rank="it starts a process for each engine",
+    single_rank_reason="it starts a process for each engine",
     inputs={"checkpoint": ("checkpoint_nemo",)},
     needs_gpu=lambda config, chain: config.engine.backend != "openvino",
     needs_tensorrt_llm=lambda config, chain: config.engine.backend != "openvino",

@@ -161,7 +161,7 @@ STAGE = Stage(
     run=run,
     check=check,
     inference_cost=inference_cost,
-    one_rank="it starts a process for each model",
+    single_rank_reason="it starts a process for each model",
     inputs={
         "teacher": ("checkpoint_hf", "checkpoint_nemo"),
         "student": ("checkpoint_hf", "checkpoint_nemo"),

@@ -49,7 +49,7 @@ STAGE = Stage(
     kind="checkpoint_hf",
     run=run,
     check=check,
-    one_rank="the model is not split over ranks",
+    single_rank_reason="the model is not split over ranks",
     inputs={"checkpoint": ("checkpoint_hf",), "calibration": ("dataset",)},
     disk_bytes=lambda config, chain: 2 * chain.teacher.parameters(),  # an upper bound
 )

@@ -76,7 +76,7 @@ STAGE = Stage(
     run=run,
     check=lambda config, chain: sequence_problems(config.seq_length, config.inputs, chain),
     inference_cost=inference_cost,
-    one_rank="the text is not split over ranks",
+    single_rank_reason="the text is not split over ranks",
     inputs={
         "checkpoint": ("checkpoint_nemo",),
         "importance": ("importance",),

@@ -47,7 +47,7 @@ STAGE = Stage(
     kind="report",
     run=run,
     check=check,
-    one_rank="it writes one page",
+    single_rank_reason="it writes one page",
     inputs={"teacher": ("checkpoint_nemo",)},
     optional_inputs={
         "search": ("search_results",),
