@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-HF_NAMES = {
+HF_SIZE_KEYS = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "ffn_hidden_size": "intermediate_size",
@@ -13,9 +13,12 @@ HF_NAMES = {
     "num_query_groups": "num_key_value_heads",
     "kv_channels": "head_dim",
 }
-"""Megatron's name of each size that pruning may change, and its key in ``config.json``."""
-HF_EXPERT_NAMES = {"num_moe_experts": "num_experts", "moe_ffn_hidden_size": "moe_intermediate_size"}
-"""The same for sizes that only an MoE has."""
+"""Key in ``config.json`` of each size that pruning may change, by Megatron's name of the size."""
+HF_EXPERT_SIZE_KEYS = {
+    "num_moe_experts": "num_experts",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+}
+"""The keys of sizes that only an MoE has, by Megatron's name."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,9 @@ class Architecture:
         """Returns plain data for manifests."""
         return asdict(self)
 
-    def hf_names(self) -> dict[str, str]:
-        """Maps the sizes that pruning may change from Megatron's names to Hugging Face's."""
-        return HF_NAMES | (HF_EXPERT_NAMES if self.num_moe_experts else {})
+    def megatron_to_hf(self) -> dict[str, str]:
+        """Maps Megatron's name of each size that pruning may change to its ``config.json`` key."""
+        return HF_SIZE_KEYS | (HF_EXPERT_SIZE_KEYS if self.num_moe_experts else {})
 
     def parameters(self) -> int:
         """Counts the parameters of the built model; tied weights count once."""

@@ -21,7 +21,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
 
 
-class Readable(Protocol):
+class WeightReader(Protocol):
     """Weights by their Hugging Face names."""
 
     def read(self, name: str) -> torch.Tensor:
@@ -31,7 +31,7 @@ class Readable(Protocol):
 class MergedWeights:
     """Merges Hugging Face weights into Megatron's on demand, by key and (layer, expert)."""
 
-    def __init__(self, weights: Readable, arch: Architecture, family: Family) -> None:
+    def __init__(self, weights: WeightReader, arch: Architecture, family: Family) -> None:
         self._weights, self._arch = weights, arch
         self._by_key = {f"module.{weight.checkpoint_key}": weight for weight in family.weights}
 
@@ -46,7 +46,7 @@ class MergedWeights:
 class FiniteWeights:
     """Weights that raise an error for NaN or infinity."""
 
-    weights: Readable
+    weights: WeightReader
 
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor."""

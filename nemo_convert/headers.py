@@ -33,7 +33,7 @@ MAX_HEADER_BYTES = 100_000_000
 """Longest header that safetensors reads."""
 CHUNK_BYTES = 4 << 20
 """Bytes of a local tensor that are compared at a time."""
-NOT_A_HEADER = (AttributeError, KeyError, TypeError, ValueError)
+HEADER_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
 """Errors of reading what is not a header."""
 SAMPLES, SAMPLE_BYTES = 8, 64 << 10
 """A tensor on the hub is compared in about this many evenly spread samples of this size."""
@@ -98,7 +98,7 @@ def read_headers(hf_path: str) -> dict[str, StoredTensor]:
     return {name: tensor for header in headers for name, tensor in header.items()}
 
 
-def same_bytes(hf_path: str, first: StoredTensor, second: StoredTensor) -> bool:
+def have_same_bytes(hf_path: str, first: StoredTensor, second: StoredTensor) -> bool:
     """Returns whether two tensors of a model have the same type, shape and bytes.
 
     Tensors on the hub are not downloaded: only evenly spread samples of their bytes are compared.
@@ -134,7 +134,7 @@ def _read_local_header(path: Path) -> dict[str, StoredTensor]:
         )
     try:
         return _read_header(str(path.parent), path.name, str(path))
-    except NOT_A_HEADER as error:
+    except HEADER_ERRORS as error:
         raise RecipeError(f"{path} is damaged: {error}.", "download it again") from error
 
 
@@ -270,5 +270,5 @@ def _read_hub_header(hf_path: str, file: str) -> dict[str, StoredTensor]:
     except EntryNotFoundError as error:
         what = f"{hf_path} does not have {file} on the hub, which {INDEX_FILE} lists."
         raise RecipeError(what, fix) from error
-    except NOT_A_HEADER as error:
+    except HEADER_ERRORS as error:
         raise RecipeError(f"{file} of {hf_path} is damaged on the hub: {error}.", fix) from error

@@ -273,7 +273,7 @@ def _require_consistent_sizes(family: Family, config: Mapping[str, Any], where: 
 
 def with_shape(config: Mapping[str, Any], shape: Architecture) -> dict[str, Any]:
     """Returns a model's ``config.json`` with the sizes of another shape of its family."""
-    sizes = {hf: getattr(shape, megatron) for megatron, hf in shape.hf_names().items()}
+    sizes = {hf: getattr(shape, megatron) for megatron, hf in shape.megatron_to_hf().items()}
     changed = {**config, **sizes}
     if changed.get("layer_types"):  # one entry per layer; all are "full_attention"
         changed["layer_types"] = changed["layer_types"][: shape.num_layers]

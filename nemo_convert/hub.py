@@ -60,9 +60,9 @@ def read_hf_config(hf_path: str) -> dict[str, Any]:
 def _read_hf_config(hf_path: str) -> dict[str, Any]:
     file = parse_wheel_file(hf_path)
     if file:
-        from nemo_convert.smollm2 import HF_CONFIG, MEMBER
+        from nemo_convert.smollm2 import GGUF_IN_WHEEL, HF_CONFIG
 
-        if file.member != MEMBER:
+        if file.member != GGUF_IN_WHEEL:
             raise RecipeError(
                 f"{file.member} is not a model that can be read from a wheel.",
                 "use model=smollm2_135m, or model.hf_path with a folder or a hub id",

@@ -59,7 +59,7 @@ class Parity:
     """Largest difference of a logit between NeMo and the reference."""
     transformers_difference: float
     """Largest difference of a logit between transformers and the reference."""
-    logit_spread: float
+    logits_std: float
     """Standard deviation of the reference's logits."""
     tokens: int
     different_weight: str | None
@@ -81,7 +81,7 @@ class Parity:
                 f"parity gate failed: {what}: {self.different_weight} differs between the two.",
                 "do not use this checkpoint; convert the source again",
             )
-        tolerance = LOGITS_TOLERANCE * self.logit_spread
+        tolerance = LOGITS_TOLERANCE * self.logits_std
         for reader, difference in (
             ("NeMo", self.nemo_difference),
             ("transformers", self.transformers_difference),
@@ -127,9 +127,9 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
     return Parity(
         nemo_difference=(expected - logits).abs().max().item(),
         transformers_difference=(expected - transformers).abs().max().item(),
-        logit_spread=expected.std().item(),
+        logits_std=expected.std().item(),
         tokens=tokens.numel(),
-        different_weight=different_weight(weights, checkpoint),
+        different_weight=find_different_weight(weights, checkpoint),
     )
 
 
@@ -189,7 +189,7 @@ def _rope_at(core: Any, positions: torch.Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def different_weight(source: Weights, checkpoint: Path) -> str | None:
+def find_different_weight(source: Weights, checkpoint: Path) -> str | None:
     """Returns the first weight that is missing on one side or has different values, if any.
 
     Args:

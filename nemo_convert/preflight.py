@@ -14,8 +14,8 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.families import FAMILIES
 from nemo_convert.headers import (
     Headers,
+    have_same_bytes,
     read_headers,
-    same_bytes,
     weight_files,
 )
 from nemo_convert.hf_config import DTYPES, read_architecture
@@ -183,7 +183,7 @@ def _tied_head_findings(hf_path: str, headers: Headers, shape: Architecture) -> 
     if not shape.tied_embeddings or not {HEAD, EMBEDDING} <= headers.keys():
         return
     try:
-        is_tied = same_bytes(hf_path, headers[HEAD], headers[EMBEDDING])
+        is_tied = have_same_bytes(hf_path, headers[HEAD], headers[EMBEDDING])
     except RecipeError as error:
         yield Finding(
             f"{HEAD} and the tied {EMBEDDING} are not compared before the download: {error.what}",

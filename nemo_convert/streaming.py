@@ -46,17 +46,20 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     Args:
         source: Returns the weights. A thread calls it, one weight ahead of the writer. Only names
             and shapes are taken from the state dict that is saved.
-        leading: Number of leading axes (layer, expert) of the stack under each key.
+        leading_axes: Number of leading axes (layer, expert) of the stack under each key.
     """
 
-    def __init__(self, source: Source, leading: dict[str, int]) -> None:
+    def __init__(self, source: Source, leading_axes: dict[str, int]) -> None:
         super().__init__("torch_dist", 1)
-        self.source, self.leading = source, leading
+        self.source, self.leading_axes = source, leading_axes
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
         """Writes the shards of a sharded state dict."""
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        with _without_checksums(), closing(_SourcePlanner(self.source, self.leading)) as planner:
+        with (
+            _without_checksums(),
+            closing(_SourcePlanner(self.source, self.leading_axes)) as planner,
+        ):
             # Copying ahead is for GPUs. It would change the order in which weights are requested.
             writer = FileSystemWriter(checkpoint_dir, per_thread_copy_ahead=0)
             tensors = mcore_to_pyt_state_dict(by_key, False)
@@ -84,9 +87,9 @@ def _without_checksums() -> Iterator[None]:
 class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
     """Planner of ``dcp.save`` that takes the data of each tensor from a source."""
 
-    def __init__(self, source: Source, leading: dict[str, int]) -> None:
+    def __init__(self, source: Source, leading_axes: dict[str, int]) -> None:
         super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
-        self._source, self._leading = source, leading
+        self._source, self._leading_axes = source, leading_axes
         self._weights = _prefetch(source, [])  # empty until ``finish_plan``
         self._current: tuple[tuple[str, Index] | None, Tensor] = (None, torch.empty(0))
 
@@ -109,7 +112,7 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
             self._current = next(self._weights, self._current)
             if key != self._current[0]:
                 raise RuntimeError(f"wrote {key} where the plan has {self._current[0]}")
-        axes, target = self._leading[key[0]], write_item.tensor_data
+        axes, target = self._leading_axes[key[0]], write_item.tensor_data
         block = _block(self._current[1], target.chunk.offsets[axes:], target.chunk.sizes[axes:])
         return block.reshape(target.chunk.sizes).to(target.properties.dtype)
 
@@ -120,9 +123,9 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
     def _key(self, item: WriteItem) -> tuple[str, Index] | None:
         """Returns an item's key and index; ``None`` if the source does not have it."""
         key, data = item.index.fqn, item.tensor_data
-        if data is None or key not in self._leading:
+        if data is None or key not in self._leading_axes:
             return None
-        return key, tuple(data.chunk.offsets[: self._leading[key]])
+        return key, tuple(data.chunk.offsets[: self._leading_axes[key]])
 
 
 def _prefetch(
@@ -140,12 +143,12 @@ def _prefetch(
             yield key, weight
 
 
-def read_weights(folder: Path, leading: dict[str, int]) -> Iterator[tuple[str, Index, Tensor]]:
-    """Yields (key, index, weight) for each key of ``leading`` that a checkpoint has."""
+def read_weights(folder: Path, leading_axes: dict[str, int]) -> Iterator[tuple[str, Index, Tensor]]:
+    """Yields (key, index, weight) for each key of ``leading_axes`` that a checkpoint has."""
     reader = FileSystemReader(folder)
     metadata = read_metadata(folder)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
-    for key, axes in leading.items():
+    for key, axes in leading_axes.items():
         if (stored := metadata.state_dict_metadata.get(key)) is None:
             continue
         for index in product(*map(range, stored.size[:axes])):

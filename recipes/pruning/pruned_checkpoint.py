@@ -38,9 +38,9 @@ def save_weights(
     nemo.initialize(nemo.Parallelism())
     model = nemo.restore_model(like)
     config = with_shape(nemo.read_config(like), shape)
-    for megatron in shape.hf_names():
-        setattr(model.config, megatron, getattr(shape, megatron))
-        setattr(model.__io__.config, megatron, getattr(shape, megatron))
+    for name in shape.megatron_to_hf():
+        setattr(model.config, name, getattr(shape, name))
+        setattr(model.__io__.config, name, getattr(shape, name))
     core = nemo.build_core(model, nemo.Parallelism())
     _require_shapes(weights, shape)
     source = MergedWeights(NamedWeights(weights), shape, FAMILIES[shape.hf_architecture])

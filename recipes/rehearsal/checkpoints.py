@@ -171,7 +171,7 @@ def _save(
 
 def _require_source(item: ShardedTensor, save: streaming.StreamedSave) -> None:
     """Makes each weight of a shard as a conversion would, and checks its shape."""
-    axes = save.leading.get(item.key)
+    axes = save.leading_axes.get(item.key)
     if axes is None:
         return
     sizes = ((1,) * item.prepend_axis_num + tuple(item.local_shape))[:axes]

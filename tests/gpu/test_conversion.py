@@ -24,7 +24,7 @@ torch.backends.cuda.matmul.allow_tf32 = True  # as TransformerEngine sets it
 if not tf32:
     prepare_imports()
 parity = compare(Path(folder), Path(checkpoint))
-print(parity.max_logit_difference / parity.logit_spread)
+print(parity.max_logit_difference / parity.logits_std)
 """
 """Prints the relative difference of logits; in its own process, since cuBLAS reads TF32 once."""
 

@@ -46,7 +46,7 @@ core = parity.load_core(Path(checkpoint))
 modules = {type(module).__module__ for module in core.modules()}
 found = parity.compare(Path(folder), Path(checkpoint), core)
 uses = any("transformer_engine" in name for name in modules)
-print(json.dumps([uses, found.max_logit_difference / found.logit_spread]))
+print(json.dumps([uses, found.max_logit_difference / found.logits_std]))
 """
 """Prints whether a model has TransformerEngine's layers, and the difference of its logits."""
 STEP = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}

@@ -41,13 +41,13 @@ def assert_trains_alike(checkpoint: Path, tokens: torch.Tensor) -> None:
         assert difference <= 1e-3 * torch.linalg.vector_norm(tensor) + 1e-6, name
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     weights = hf.Weights(folder)
     return {name: weights.read(name) for name in weights.names()}
 
 
 def assert_same_weights(first: Path, second: Path) -> None:
-    expected, actual = tensors(first), tensors(second)
+    expected, actual = read_tensors(first), read_tensors(second)
     assert expected.keys() == actual.keys()
     for name, tensor in expected.items():
         assert tensor.dtype == actual[name].dtype, name

@@ -43,7 +43,7 @@ class Disk:
         """Changes the size (``size=2m``), or whether the disk is read-only (``ro``, ``rw``)."""
         subprocess.run(["mount", "-o", f"remount,{options}", self.folder], check=True)
 
-    def leave(self, bytes_free: int) -> None:
+    def leave_free(self, bytes_free: int) -> None:
         """Leaves this number of free bytes."""
         stats = os.statvfs(self.folder)
         used = (stats.f_blocks - stats.f_bfree) * stats.f_frsize

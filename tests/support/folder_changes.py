@@ -42,7 +42,7 @@ class Variant:
     """Whether the fault is in the values, which only a conversion reads."""
 
 
-def edit(file: str, **values: Any) -> Change:
+def edit_json(file: str, **values: Any) -> Change:
     """Changes keys of a JSON file."""
 
     def change(folder: Path) -> None:
@@ -53,12 +53,12 @@ def edit(file: str, **values: Any) -> Change:
     return change
 
 
-def config(**values: Any) -> Change:
+def edit_config(**values: Any) -> Change:
     """Changes keys of ``config.json``."""
-    return edit("config.json", **values)
+    return edit_json("config.json", **values)
 
 
-def weights(change: Callable[[dict[str, Tensor]], object]) -> Change:
+def edit_weights(change: Callable[[dict[str, Tensor]], object]) -> Change:
     """Changes a dictionary of all weights in place."""
 
     def apply(folder: Path) -> None:
@@ -69,24 +69,24 @@ def weights(change: Callable[[dict[str, Tensor]], object]) -> Change:
     return apply
 
 
-def add(name: str, *shape: int) -> Change:
+def add_weight(name: str, *shape: int) -> Change:
     """Adds a weight."""
-    return weights(lambda tensors: tensors.update({name: torch.ones(*shape)}))
+    return edit_weights(lambda tensors: tensors.update({name: torch.ones(*shape)}))
 
 
-def drop(name: str) -> Change:
+def drop_weight(name: str) -> Change:
     """Removes a weight."""
-    return weights(lambda tensors: tensors.pop(name))
+    return edit_weights(lambda tensors: tensors.pop(name))
 
 
-def cast(dtype: torch.dtype, word: str = "") -> Change:
+def cast_weights(dtype: torch.dtype, word: str = "") -> Change:
     """Casts the weights whose names contain a word."""
-    return weights(
+    return edit_weights(
         lambda tensors: tensors.update({n: t.to(dtype) for n, t in tensors.items() if word in n})
     )
 
 
-def content(file: str, text: str | bytes) -> Change:
+def write_file(file: str, text: str | bytes) -> Change:
     """Writes a file, and makes its parent directories."""
 
     def change(folder: Path) -> None:
@@ -97,7 +97,7 @@ def content(file: str, text: str | bytes) -> Change:
     return change
 
 
-def remove(*files: str) -> Change:
+def remove_files(*files: str) -> Change:
     """Removes files."""
 
     def change(folder: Path) -> None:
@@ -117,7 +117,7 @@ def all_of(*changes: Change) -> Change:
     return change
 
 
-def shards(names: tuple[str, str], extra: Mapping[str, str] | None = None) -> Change:
+def split_weights(names: tuple[str, str], extra: Mapping[str, str] | None = None) -> Change:
     """Splits the weights into two files with an index, which also lists ``extra``."""
 
     def change(folder: Path) -> None:
@@ -135,7 +135,7 @@ def shards(names: tuple[str, str], extra: Mapping[str, str] | None = None) -> Ch
     return change
 
 
-def other_weights(file: str) -> Change:
+def add_weights_file(file: str) -> Change:
     """Adds a file of weights with other values."""
 
     def change(folder: Path) -> None:
@@ -153,7 +153,7 @@ def untie(tensors: dict[str, Tensor]) -> None:
 
 def set_last_embedding(value: float) -> Change:
     """Sets the last row of the embedding, whose token is not in the text of the parity gate."""
-    return weights(lambda tensors: tensors[EMBEDDING][-1].fill_(value))
+    return edit_weights(lambda tensors: tensors[EMBEDDING][-1].fill_(value))
 
 
 def use_sentencepiece(folder: Path) -> None:
@@ -174,7 +174,7 @@ def use_sentencepiece(folder: Path) -> None:
         minloglevel=2,
     )
     (folder / "tokenizer.vocab").unlink()
-    edit("tokenizer_config.json", tokenizer_class="LlamaTokenizer", add_bos_token=True)(folder)
+    edit_json("tokenizer_config.json", tokenizer_class="LlamaTokenizer", add_bos_token=True)(folder)
 
 
 def use_vocabulary_and_merges(folder: Path) -> None:
@@ -184,7 +184,7 @@ def use_vocabulary_and_merges(folder: Path) -> None:
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
-    edit("tokenizer_config.json", tokenizer_class="GPT2Tokenizer", unk_token="<eos>")(folder)
+    edit_json("tokenizer_config.json", tokenizer_class="GPT2Tokenizer", unk_token="<eos>")(folder)
 
 
 def add_tokens(folder: Path) -> None:
@@ -204,7 +204,7 @@ def link_weights(folder: Path) -> None:
     (folder / WEIGHTS).symlink_to(blob)
 
 
-def cut_short(folder: Path) -> None:
+def truncate_weights(folder: Path) -> None:
     """Removes the last bytes of the weights."""
     data = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(data[:-7])

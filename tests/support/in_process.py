@@ -44,7 +44,7 @@ def run_in_process(*overrides: str, cwd: Path) -> CommandResult:
         large_disks(),
         # Hydra's logging closes all handlers; absl's handler then closes pytest's stderr.
         mock.patch.object(logging.config, "dictConfig"),
-        mock.patch.object(halving, "run_child", complete),
+        mock.patch.object(halving, "run_child", run_here),
         contextlib.chdir(cwd),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
@@ -73,7 +73,7 @@ def _start(plan: Plan, cluster: Cluster, follow: Follow, console: Console) -> bo
     return True
 
 
-def complete(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> None:
+def run_here(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> None:
     """Runs one stage, in place of ``run_child``."""
     refs = {name: InputRef.of(source) for name, source in inputs.items()}
     _run(load_stage(config.stage), request_of(config.stage, config, refs).write(directory))

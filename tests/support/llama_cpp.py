@@ -19,7 +19,7 @@ class Continuation:
     """Log-probability of each token when it was generated."""
 
 
-def greedy(file: Path, prompts: Sequence[str], tokens: int) -> list[Continuation]:
+def generate_greedily(file: Path, prompts: Sequence[str], tokens: int) -> list[Continuation]:
     """Returns greedy continuations of at most ``tokens`` tokens by a GGUF file's model."""
     import xllamacpp
 
@@ -60,7 +60,7 @@ def require_similar_generation(
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    for prompt, continuation in zip(PROMPTS, greedy(file, PROMPTS, length), strict=True):
+    for prompt, continuation in zip(PROMPTS, generate_greedily(file, PROMPTS, length), strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         assert continuation.prompt_tokens == ids.shape[1]
         with torch.no_grad():

@@ -17,12 +17,12 @@ class LogitsWatch(TorchDispatchMode):
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
-        self.vocabulary, self.positions = vocabulary, 0
+        self.vocabulary, self.max_positions = vocabulary, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation and checks the size of its result."""
         result = func(*args, **(kwargs or {}))
         is_new = isinstance(result, Tensor) and not func.is_view
         if is_new and result.shape[-1:] == (self.vocabulary,):
-            self.positions = max(self.positions, result.numel() // self.vocabulary)
+            self.max_positions = max(self.max_positions, result.numel() // self.vocabulary)
         return result

@@ -61,12 +61,12 @@ class Page(HTMLParser):
         return {float(attrs["value"]) for tag, attrs in self.tags if tag == "data"}
 
 
-def every_number(value: Any) -> set[float]:
+def all_numbers(value: Any) -> set[float]:
     """Returns all numbers in nested data, without booleans."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
-        return {n for v in value for n in every_number(v)}
+        return {n for v in value for n in all_numbers(v)}
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return {float(value)} if is_number else set()
 

@@ -95,7 +95,7 @@ def checkpoint(shape: Architecture) -> dict[str, int]:
     }
 
 
-def optional_inputs(root: Path) -> dict[str, Input]:
+def make_optional_inputs(root: Path) -> dict[str, Input]:
     """Adds the optional stages to the run of ``make_inputs``."""
     stages = {
         "plan": ("plan", "plan"),
@@ -199,7 +199,7 @@ def make_run(
         heldout: SHA-256 of the held-out text.
         settings: Settings of the distillation.
     """
-    inputs = {**make_inputs(root), **optional_inputs(root)}
+    inputs = {**make_inputs(root), **make_optional_inputs(root)}
     data = inputs["data"].manifest
     if heldout:
         data.files["heldout.bin"] = replace(data.files["heldout.bin"], sha256=heldout)

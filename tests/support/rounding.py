@@ -18,7 +18,7 @@ ROUNDINGS = 10
 """Multiple of the change by one ulp that two computations of the same model may differ by."""
 
 
-def by_one_ulp(tensor: Tensor, seed: int = 0) -> Tensor:
+def perturb_by_one_ulp(tensor: Tensor, seed: int = 0) -> Tensor:
     """Returns a tensor whose elements are each one unit in the last place larger or smaller."""
     generator = torch.Generator().manual_seed(seed)
     up = torch.randint(2, tensor.shape, generator=generator, dtype=torch.bool)
@@ -27,18 +27,18 @@ def by_one_ulp(tensor: Tensor, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def change_by_one_ulp(model: nn.Module, output: Callable[[], Tensor]) -> float:
+def measure_ulp_noise(model: nn.Module, output: Callable[[], Tensor]) -> float:
     """Changes each weight of a model by one ulp, and returns the largest change of the output.
 
     No change counts as less than one unit in the last place.
     """
     before = output()
     for seed, weight in enumerate(model.parameters()):
-        weight.copy_(by_one_ulp(weight, seed))
+        weight.copy_(perturb_by_one_ulp(weight, seed))
     return max((output() - before).abs().max().item(), ULP * before.abs().max().item())
 
 
-def growth(expected: Sequence[float], perturbed: Sequence[float]) -> list[float]:
+def running_max_difference(expected: Sequence[float], perturbed: Sequence[float]) -> list[float]:
     """Returns, for each value of a sequence, the largest difference up to it.
 
     A difference of less than one unit in the last place counts as one.

@@ -67,7 +67,7 @@ def manifest_of(run_dir: Path, stage: str) -> Manifest:
     return manifest
 
 
-def stage_dir(run_dir: Path, name: str) -> Path:
+def make_artifact_folder(run_dir: Path, name: str) -> Path:
     """Makes the folder ``work/artifact`` of a stage, to which it writes its artifact."""
     out = run_dir / name / "work" / ARTIFACT
     out.mkdir(parents=True)

@@ -16,25 +16,25 @@ from tests.support.folder_changes import (
     INDEX,
     WEIGHTS,
     Variant,
-    add,
     add_tokens,
+    add_weight,
+    add_weights_file,
     all_of,
-    cast,
+    cast_weights,
     change_nothing,
-    config,
-    content,
-    cut_short,
-    drop,
-    edit,
+    drop_weight,
+    edit_config,
+    edit_json,
+    edit_weights,
     link_weights,
-    other_weights,
-    remove,
+    remove_files,
     set_last_embedding,
-    shards,
+    split_weights,
+    truncate_weights,
     untie,
     use_sentencepiece,
     use_vocabulary_and_merges,
-    weights,
+    write_file,
 )
 from tests.support.variants_of_other_programs import variants_of_other_programs
 
@@ -61,12 +61,12 @@ def variants() -> Iterator[Variant]:
 def _exact_types_and_rope() -> Iterator[Variant]:
     theta = {"rope_theta": 5000.0}
     for value in (ABSENT, None, "auto", "torch.bfloat16", "float16", "float64", "float32"):
-        yield Variant(f"torch_dtype {value}", config(dtype=ABSENT, torch_dtype=value))
-        yield Variant(f"dtype {value}", config(dtype=value))
+        yield Variant(f"torch_dtype {value}", edit_config(dtype=ABSENT, torch_dtype=value))
+        yield Variant(f"dtype {value}", edit_config(dtype=value))
     for parameters in ({"rope_type": "default"}, {}, {"partial_rotary_factor": 1.0}, LLAMA3):
         rope = {"rope_parameters": {**theta, **parameters}, "rope_scaling": ABSENT}
-        yield Variant(f"rope {parameters}", config(**rope, rope_theta=ABSENT))
-        yield Variant(f"rope and theta {parameters}", config(**rope))
+        yield Variant(f"rope {parameters}", edit_config(**rope, rope_theta=ABSENT))
+        yield Variant(f"rope and theta {parameters}", edit_config(**rope))
     for scaling in (
         ABSENT,
         None,
@@ -78,7 +78,7 @@ def _exact_types_and_rope() -> Iterator[Variant]:
         {"type": "llama3", **{k: v for k, v in LLAMA3.items() if k != "rope_type"}},
         {"type": "llama3", **LLAMA3},
     ):
-        yield Variant(f"rope_scaling {scaling}", config(rope_scaling=scaling))
+        yield Variant(f"rope_scaling {scaling}", edit_config(rope_scaling=scaling))
 
 
 def _exact_keys() -> Iterator[Variant]:
@@ -98,22 +98,24 @@ def _exact_keys() -> Iterator[Variant]:
         ("layer_types", ["full_attention"] * 2),
         ("tie_word_embeddings", ABSENT),
     ):
-        yield Variant(f"{key} {value}", config(**{key: value}))
+        yield Variant(f"{key} {value}", edit_config(**{key: value}))
     for window in (None, 256, 4096):
-        yield Variant(f"sliding_window {window}", config(sliding_window=window), base="mistral")
-    unused = config(use_sliding_window=False, sliding_window=16)
+        yield Variant(
+            f"sliding_window {window}", edit_config(sliding_window=window), base="mistral"
+        )
+    unused = edit_config(use_sliding_window=False, sliding_window=16)
     yield Variant("window that is not used", unused, base="qwen2")
-    yield Variant("norm_topk_prob", config(norm_topk_prob=False), base="qwen3_moe")
+    yield Variant("norm_topk_prob", edit_config(norm_topk_prob=False), base="qwen3_moe")
     for key, values in NEUTRAL.items():
         for value in values:
-            yield Variant(f"neutral {key} {value}", config(**{key: value}))
+            yield Variant(f"neutral {key} {value}", edit_config(**{key: value}))
     # Keys whose values transformers checks; the others may have any value.
     valid = {"tokenizer_class": None, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 2}
     valid |= {"_attn_implementation": "flash_attention_2", "_attn_implementation_autoset": True}
     valid |= {"initializer_range": 0.02, "use_cache": True}
     valid |= {"dtype": "float32", "torch_dtype": "float32", "transformers_version": "4.31.0"}
     for key in HARMLESS:
-        yield Variant(f"harmless {key}", config(**{key: valid.get(key, 1)}))
+        yield Variant(f"harmless {key}", edit_config(**{key: valid.get(key, 1)}))
 
 
 def _exact_files() -> Iterator[Variant]:
@@ -124,17 +126,17 @@ def _exact_files() -> Iterator[Variant]:
         ("queries", "q_proj", torch.bfloat16),
         ("embedding", "embed", torch.float16),
     ):
-        yield Variant(f"{name} in {dtype}", cast(dtype, part))
-    mixed = all_of(cast(torch.bfloat16, "proj"), cast(torch.float16, "norm"))
+        yield Variant(f"{name} in {dtype}", cast_weights(dtype, part))
+    mixed = all_of(cast_weights(torch.bfloat16, "proj"), cast_weights(torch.float16, "norm"))
     yield Variant("three types", mixed)
-    tied = config(tie_word_embeddings=True)
-    yield Variant("tied without a head", all_of(tied, drop(HEAD)))
-    equal = weights(lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
+    tied = edit_config(tie_word_embeddings=True)
+    yield Variant("tied without a head", all_of(tied, drop_weight(HEAD)))
+    equal = edit_weights(lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
     yield Variant("tied with an equal head", all_of(tied, equal))
     for file in ("consolidated.safetensors", "zzz.safetensors", "a.safetensors"):
-        yield Variant(f"weights in {file}", other_weights(file))
+        yield Variant(f"weights in {file}", add_weights_file(file))
     for folder in ("onnx", "checkpoint-10"):
-        yield Variant(f"weights in {folder}", other_weights(f"{folder}/{WEIGHTS}"))
+        yield Variant(f"weights in {folder}", add_weights_file(f"{folder}/{WEIGHTS}"))
     for file, text in (
         (f"._{WEIGHTS}", b"\0\5\26\7"),
         ("params.json", "{}"),
@@ -151,9 +153,9 @@ def _exact_files() -> Iterator[Variant]:
         (INDEX, json.dumps({"weight_map": {"a": "of-another-model.safetensors"}})),
         ("hf_quant_config.json", "{}"),
     ):
-        yield Variant(f"{file} {text[:9]!r}", content(file, text))
+        yield Variant(f"{file} {text[:9]!r}", write_file(file, text))
     for file in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
-        yield Variant(f"no {file}", remove(file))
+        yield Variant(f"no {file}", remove_files(file))
 
 
 def _exact_settings() -> Iterator[Variant]:
@@ -165,13 +167,13 @@ def _exact_settings() -> Iterator[Variant]:
         {"eos_token_id": [0, 1]},
         {"eos_token_id": None, "bos_token_id": None},
     ):
-        yield Variant(f"generation {values}", edit("generation_config.json", **values))
-    yield Variant("empty generation config", content("generation_config.json", "{}"))
+        yield Variant(f"generation {values}", edit_json("generation_config.json", **values))
+    yield Variant("empty generation config", write_file("generation_config.json", "{}"))
     tokenizer = "tokenizer_config.json"
-    yield Variant("no template", edit(tokenizer, chat_template=None))
+    yield Variant("no template", edit_json(tokenizer, chat_template=None))
     yield Variant(
         "templates by name",
-        edit(
+        edit_json(
             tokenizer,
             chat_template=[
                 {"name": "default", "template": "{{ messages }}"},
@@ -180,30 +182,34 @@ def _exact_settings() -> Iterator[Variant]:
         ),
     )
     yield Variant(
-        "special tokens of transformers 5", edit(tokenizer, extra_special_tokens=["<eos>"])
+        "special tokens of transformers 5", edit_json(tokenizer, extra_special_tokens=["<eos>"])
     )
     backend = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
-    yield Variant("class of transformers 5", edit(tokenizer, **backend))
+    yield Variant("class of transformers 5", edit_json(tokenizer, **backend))
     yield Variant("sentencepiece", use_sentencepiece)
     yield Variant(
         "sentencepiece without settings",
-        all_of(use_sentencepiece, edit(tokenizer, add_bos_token=ABSENT)),
+        all_of(use_sentencepiece, edit_json(tokenizer, add_bos_token=ABSENT)),
     )
     yield Variant("vocab.json and merges.txt", use_vocabulary_and_merges)
-    yield Variant("two shards", shards(("model-1-of-2.safetensors", "model-2-of-2.safetensors")))
-    yield Variant("shards with odd names", shards(("b.safetensors", "a.safetensors")))
+    yield Variant(
+        "two shards", split_weights(("model-1-of-2.safetensors", "model-2-of-2.safetensors"))
+    )
+    yield Variant("shards with odd names", split_weights(("b.safetensors", "a.safetensors")))
     buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    bfloat16 = all_of(cast(torch.bfloat16), add(buffer, 8))
+    bfloat16 = all_of(cast_weights(torch.bfloat16), add_weight(buffer, 8))
     yield Variant("old rotary buffer of another type", bfloat16)
-    yield Variant("old rotary buffer", add("model.layers.0.self_attn.rotary_emb.inv_freq", 8))
+    yield Variant(
+        "old rotary buffer", add_weight("model.layers.0.self_attn.rotary_emb.inv_freq", 8)
+    )
     yield Variant("linked weights", link_weights)
 
 
 def _unsupported_configs() -> Iterator[Variant]:
     for name in ("GemmaForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM", "GPT2LMHeadModel"):
         refused = f"architecture {name} is not supported"
-        yield Variant(name, config(architectures=[name]), refused)
-    yield Variant("wrong model_type", config(model_type="qwen2"), "contradicts architectures")
+        yield Variant(name, edit_config(architectures=[name]), refused)
+    yield Variant("wrong model_type", edit_config(model_type="qwen2"), "contradicts architectures")
     for key in (
         "residual_multiplier",
         "attention_multiplier",
@@ -219,7 +225,7 @@ def _unsupported_configs() -> Iterator[Variant]:
         "attn_temperature_tuning",
         "block_auto_adjust_ff_dim",
     ):
-        yield Variant(f"unknown {key}", config(**{key: 2}), f"{key}=2 is not supported")
+        yield Variant(f"unknown {key}", edit_config(**{key: 2}), f"{key}=2 is not supported")
     for values in (
         {"hidden_act": "gelu"},
         {"attention_bias": True},
@@ -234,43 +240,45 @@ def _unsupported_configs() -> Iterator[Variant]:
         {"rope_scaling": {**LLAMA3, "low_freq_factor": 2.0}},
     ):
         [key] = values
-        yield Variant(f"{values}", config(**values), f"{key}=.* is not supported")
+        yield Variant(f"{values}", edit_config(**values), f"{key}=.* is not supported")
     yield Variant(
         "yarn of transformers 5",
-        config(
+        edit_config(
             rope_theta=ABSENT,
             rope_parameters={"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0},
         ),
         "rope_scaling=.* is not supported",
     )
-    yield Variant("two thetas", config(rope_parameters={"rope_theta": 1e6}), "contradicts")
+    yield Variant("two thetas", edit_config(rope_parameters={"rope_theta": 1e6}), "contradicts")
     nested = {"full_attention": {"rope_theta": 1e4, "rope_type": "default"}}
-    yield Variant("rope of layer types", config(rope_parameters=nested), "is not supported")
-    yield Variant("no theta", config(rope_parameters={"rope_type": "default"}), "not supported")
-    yield Variant("window", config(sliding_window=16), "sliding_window=16", base="mistral")
+    yield Variant("rope of layer types", edit_config(rope_parameters=nested), "is not supported")
+    yield Variant(
+        "no theta", edit_config(rope_parameters={"rope_type": "default"}), "not supported"
+    )
+    yield Variant("window", edit_config(sliding_window=16), "sliding_window=16", base="mistral")
     for values in ({"decoder_sparse_step": 2}, {"mlp_only_layers": [0]}):
         [key] = values
-        yield Variant(f"{values}", config(**values), f"{key}=.* is not supported", "qwen3_moe")
+        yield Variant(f"{values}", edit_config(**values), f"{key}=.* is not supported", "qwen3_moe")
 
 
 def _invalid_configs() -> Iterator[Variant]:
     for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
-        yield Variant(f"no {key}", config(**{key: ABSENT}), f"no '{key}'")
+        yield Variant(f"no {key}", edit_config(**{key: ABSENT}), f"no '{key}'")
         for value in (None, 0, -1, "64", 1.5, True, [64]):
-            yield Variant(f"{key} {value!r}", config(**{key: value}), f"invalid {key}=")
+            yield Variant(f"{key} {value!r}", edit_config(**{key: value}), f"invalid {key}=")
     for key in ("rope_theta", "rms_norm_eps"):
         for value in (0, -1.0, float("nan"), float("inf"), "1e4"):
-            yield Variant(f"{key} {value!r}", config(**{key: value}), f"invalid {key}=")
-    text_window = config(sliding_window="16")
+            yield Variant(f"{key} {value!r}", edit_config(**{key: value}), f"invalid {key}=")
+    text_window = edit_config(sliding_window="16")
     yield Variant("window as text", text_window, "invalid sliding_window=", base="mistral")
     for key, value, refused in (
         ("num_attention_heads", 5, "num_key_value_heads=2"),
         ("max_position_embeddings", None, "must be a positive integer"),
     ):
-        yield Variant(f"{key} {value}", config(**{key: value}), refused)
-    many = config(num_experts_per_tok=9)
+        yield Variant(f"{key} {value}", edit_config(**{key: value}), refused)
+    many = edit_config(num_experts_per_tok=9)
     yield Variant("too few experts", many, "is more than num_experts=6", base="qwen3_moe")
-    yield Variant("no head size", config(head_dim=None), "head_dim is null", base="qwen3")
+    yield Variant("no head size", edit_config(head_dim=None), "head_dim is null", base="qwen3")
     missing = {k: v for k, v in LLAMA3.items() if k != "factor"}
     for scaling in (
         missing,
@@ -278,43 +286,51 @@ def _invalid_configs() -> Iterator[Variant]:
         {**LLAMA3, "factor": 0},
         {**LLAMA3, "factor": "8"},
     ):
-        yield Variant(f"{scaling}", config(rope_scaling=scaling), "invalid rope_scaling.factor")
-    yield Variant("rope_scaling is a list", config(rope_scaling=[]), "rope_scaling")
+        yield Variant(
+            f"{scaling}", edit_config(rope_scaling=scaling), "invalid rope_scaling.factor"
+        )
+    yield Variant("rope_scaling is a list", edit_config(rope_scaling=[]), "rope_scaling")
     for name, text, refused in (
         ("empty", "", "is not valid JSON"),
         ("a list", "[]", "not contain a JSON object"),
         ("UTF-16", "{}".encode("utf-16"), "is not valid JSON"),
     ):
-        yield Variant(f"config is {name}", content("config.json", text), refused)
-    yield Variant("no config", remove("config.json"), "has no config.json")
+        yield Variant(f"config is {name}", write_file("config.json", text), refused)
+    yield Variant("no config", remove_files("config.json"), "has no config.json")
 
 
 def _refused_weights() -> Iterator[Variant]:
-    yield Variant("no weights", remove(WEIGHTS), "has neither model.safetensors nor")
+    yield Variant("no weights", remove_files(WEIGHTS), "has neither model.safetensors nor")
     two = ("model-1-of-2.safetensors", "model-2-of-2.safetensors")
-    yield Variant("no shard", all_of(shards(two), remove(two[1])), f"does not have {two[1]}, which")
-    yield Variant("no index", all_of(shards(two), remove(INDEX)), "has neither")
-    damaged = all_of(shards(two), content(INDEX, "{"))
+    yield Variant(
+        "no shard",
+        all_of(split_weights(two), remove_files(two[1])),
+        f"does not have {two[1]}, which",
+    )
+    yield Variant("no index", all_of(split_weights(two), remove_files(INDEX)), "has neither")
+    damaged = all_of(split_weights(two), write_file(INDEX, "{"))
     yield Variant("damaged index", damaged, "is not valid JSON")
     yield Variant(
-        "empty index", all_of(shards(two), content(INDEX, '{"metadata": {}}')), "has no weight_map"
+        "empty index",
+        all_of(split_weights(two), write_file(INDEX, '{"metadata": {}}')),
+        "has no weight_map",
     )
-    no_metadata = all_of(shards(two), edit(INDEX, metadata=ABSENT))
+    no_metadata = all_of(split_weights(two), edit_json(INDEX, metadata=ABSENT))
     yield Variant("index without metadata", no_metadata, "has no metadata")
-    extra = shards(two, {"model.extra": two[0]})
+    extra = split_weights(two, {"model.extra": two[0]})
     yield Variant("index with another tensor", extra, "the shards disagree about model.extra")
-    moved = shards(two, {QUERY: two[0], EMBEDDING: two[1]})
+    moved = split_weights(two, {QUERY: two[0], EMBEDDING: two[1]})
     yield Variant("index with wrong shards", moved, "the shards disagree about")
     for name, text, refused in (
         ("an LFS pointer", "version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
         ("empty", "", "is empty"),
         ("no safetensors file", "x" * 100, "is damaged"),
     ):
-        yield Variant(f"weights are {name}", content(WEIGHTS, text), refused)
-    yield Variant("weights are cut short", cut_short, "is damaged: it has")
+        yield Variant(f"weights are {name}", write_file(WEIGHTS, text), refused)
+    yield Variant("weights are cut short", truncate_weights, "is damaged: it has")
     for name in (QUERY, EMBEDDING, "model.norm.weight"):
-        yield Variant(f"no {name}", drop(name), f"has no {name}")
-    yield Variant("no head", drop(HEAD), "tie_word_embeddings is false")
+        yield Variant(f"no {name}", drop_weight(name), f"has no {name}")
+    yield Variant("no head", drop_weight(HEAD), "tie_word_embeddings is false")
     for name, shape in (
         ("v_head.summary.weight", (1, 64)),
         ("model.layers.0.self_attn.k_proj.k_scale", (1,)),
@@ -323,46 +339,54 @@ def _refused_weights() -> Iterator[Variant]:
         ("model.layers.0.mlp.shared_expert.up_proj.weight", (128, 64)),
         ("mtp.norm.weight", (64,)),
     ):
-        yield Variant(f"extra {name}", add(name, *shape), f"has {name}, which LlamaForCausalLM")
+        yield Variant(
+            f"extra {name}", add_weight(name, *shape), f"has {name}, which LlamaForCausalLM"
+        )
     for name, shape in ((QUERY, (32, 64)), (EMBEDDING, (300, 64)), ("model.norm.weight", (32,))):
-        yield Variant(f"shape of {name}", add(name, *shape), f"{name} has shape .* according to")
+        yield Variant(
+            f"shape of {name}", add_weight(name, *shape), f"{name} has shape .* according to"
+        )
     for key, value in (("vocab_size", 300), ("intermediate_size", 96), ("head_dim", 8)):
-        yield Variant(f"other {key}", config(**{key: value}), "according to config.json")
-    yield Variant("fewer layers", config(num_hidden_layers=1), "model.layers.1")
-    yield Variant("more layers", config(num_hidden_layers=3), "has no model.layers.2")
-    tied = config(tie_word_embeddings=True)
+        yield Variant(f"other {key}", edit_config(**{key: value}), "according to config.json")
+    yield Variant("fewer layers", edit_config(num_hidden_layers=1), "model.layers.1")
+    yield Variant("more layers", edit_config(num_hidden_layers=3), "has no model.layers.2")
+    tied = edit_config(tie_word_embeddings=True)
     yield Variant("tied with another head", tied, "differs from model.embed_tokens")
-    yield Variant("tied but one row", all_of(tied, weights(untie)), "differs from model.embed")
+    yield Variant("tied but one row", all_of(tied, edit_weights(untie)), "differs from model.embed")
     for dtype in (torch.float8_e4m3fn, torch.int8, torch.float64):
-        yield Variant(f"weights in {dtype}", cast(dtype, "q_proj"), "has weights of type")
+        yield Variant(f"weights in {dtype}", cast_weights(dtype, "q_proj"), "has weights of type")
     for value in (float("nan"), float("inf")):
         yield Variant(f"{value}", set_last_embedding(value), "NaN or infinite", reads_weights=True)
 
 
 def _refused_settings() -> Iterator[Variant]:
-    yield Variant("adapter", content("adapter_config.json", "{}"), "has adapter_config.json")
+    yield Variant("adapter", write_file("adapter_config.json", "{}"), "has adapter_config.json")
     generation = "generation_config.json"
-    yield Variant("no JSON in generation", content(generation, "{,"), "is not valid JSON")
-    yield Variant("list in generation", content(generation, "[]"), "not contain a JSON object")
+    yield Variant("no JSON in generation", write_file(generation, "{,"), "is not valid JSON")
+    yield Variant("list in generation", write_file(generation, "[]"), "not contain a JSON object")
     for value in (999, -5, "</s>", [0, 999]):
-        change = edit(generation, eos_token_id=value)
+        change = edit_json(generation, eos_token_id=value)
         yield Variant(f"eos {value!r}", change, "must be from 0 to")
     tokenizer = "tokenizer_config.json"
-    no_tokenizer = remove("tokenizer.json", tokenizer, "special_tokens_map.json")
+    no_tokenizer = remove_files("tokenizer.json", tokenizer, "special_tokens_map.json")
     yield Variant("no tokenizer", no_tokenizer, "has no tokenizer")
     yield Variant(
-        "tekken alone", all_of(no_tokenizer, content("tekken.json", "{}")), "has no tokenizer"
+        "tekken alone", all_of(no_tokenizer, write_file("tekken.json", "{}")), "has no tokenizer"
     )
-    custom = edit(tokenizer, tokenizer_class="Own", auto_map={"AutoTokenizer": [None, "own.Own"]})
+    custom = edit_json(
+        tokenizer, tokenizer_class="Own", auto_map={"AutoTokenizer": [None, "own.Own"]}
+    )
     yield Variant("code of the tokenizer", custom, "names the class Own")
-    yield Variant("unknown class", edit(tokenizer, tokenizer_class="BertTokenizer"), "names the")
-    yield Variant("damaged tokenizer", content("tokenizer.json", "{}"), "is not a tokenizer")
-    broken = all_of(use_sentencepiece, content("tokenizer.model", "x"))
+    yield Variant(
+        "unknown class", edit_json(tokenizer, tokenizer_class="BertTokenizer"), "names the"
+    )
+    yield Variant("damaged tokenizer", write_file("tokenizer.json", "{}"), "is not a tokenizer")
+    broken = all_of(use_sentencepiece, write_file("tokenizer.model", "x"))
     yield Variant("damaged sentencepiece", broken, "is not a sentencepiece model")
     yield Variant("a token without embedding", add_tokens, "'<new6>' with id 294")
     small = all_of(
-        config(vocab_size=100),
-        weights(
+        edit_config(vocab_size=100),
+        edit_weights(
             lambda tensors: tensors.update(
                 {name: tensors[name][:100].clone() for name in (EMBEDDING, HEAD)}
             )

@@ -22,16 +22,16 @@ from tests.support.folder_changes import (
     WEIGHTS,
     Change,
     Variant,
-    add,
+    add_weight,
     all_of,
-    config,
-    content,
-    edit,
-    remove,
-    shards,
+    edit_config,
+    edit_json,
+    edit_weights,
+    remove_files,
+    split_weights,
     use_sentencepiece,
     use_vocabulary_and_merges,
-    weights,
+    write_file,
 )
 
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
@@ -62,7 +62,7 @@ def variants_of_other_programs() -> Iterator[Variant]:
 
 def _exact_configs() -> Iterator[Variant]:
     for base in ("mistral", "qwen2", "qwen3_moe"):
-        yield Variant("head_dim None", config(head_dim=None), base=base)
+        yield Variant("head_dim None", edit_config(head_dim=None), base=base)
     for key, value in (
         ("quantization_config", None),
         ("tie_word_embeddings", None),
@@ -75,27 +75,27 @@ def _exact_configs() -> Iterator[Variant]:
         ("pretraining_tp", 2),
         ("rope_scaling", {}),
     ):
-        yield Variant(f"other {key} {value}", config(**{key: value}))
-    window_off = config(use_sliding_window=False, sliding_window=16)
+        yield Variant(f"other {key} {value}", edit_config(**{key: value}))
+    window_off = edit_config(use_sliding_window=False, sliding_window=16)
     yield Variant("window that is switched off", window_off)
-    no_window = config(use_sliding_window=True, sliding_window=None, layer_types=ABSENT)
+    no_window = edit_config(use_sliding_window=True, sliding_window=None, layer_types=ABSENT)
     yield Variant("switch without a window", no_window, base="qwen2")
-    yield Variant("all experts", config(num_experts_per_tok=6), base="qwen3_moe")
-    yield Variant("no norm_topk_prob", config(norm_topk_prob=ABSENT), base="qwen3_moe")
+    yield Variant("all experts", edit_config(num_experts_per_tok=6), base="qwen3_moe")
+    yield Variant("no norm_topk_prob", edit_config(norm_topk_prob=ABSENT), base="qwen3_moe")
 
 
 def _exact_files() -> Iterator[Variant]:
     yield Variant("format mlx", _metadata({"format": "mlx"}))
     yield Variant("no metadata", _metadata(None))
-    yield Variant("index of .bin", content("pytorch_model.bin.index.json", "{}"))
-    yield Variant("adapter weights", content("adapter_model.safetensors", "x"))
+    yield Variant("index of .bin", write_file("pytorch_model.bin.index.json", "{}"))
+    yield Variant("adapter weights", write_file("adapter_model.safetensors", "x"))
     for values in (
         {"do_sample": False, "length_penalty": 1.5, "num_beams": 1, "temperature": ABSENT},
         {"output_scores": True},
         {"num_return_sequences": 2},
         {"forced_eos_token_id": 5, "suppress_tokens": [1]},
     ):
-        yield Variant(f"other generation {values}", edit(GENERATION, **values))
+        yield Variant(f"other generation {values}", edit_json(GENERATION, **values))
     for settings in (
         {"bos_token": EOS},
         {"pad_token": "[PAD]"},
@@ -104,7 +104,7 @@ def _exact_files() -> Iterator[Variant]:
         {"tokenizer_class": ABSENT},
         {"tokenizer_class": "LlamaTokenizerFast"},
     ):
-        yield Variant(f"tokenizer {settings}", edit(TOKENIZER, **settings))
+        yield Variant(f"tokenizer {settings}", edit_json(TOKENIZER, **settings))
 
 
 def _refused_configs() -> Iterator[Variant]:
@@ -119,16 +119,18 @@ def _refused_configs() -> Iterator[Variant]:
         ("pad_token_id", 5000),
         ("pad_token_id", "<pad>"),
     ):
-        yield Variant(f"invalid {key} {str(value)[:9]!r}", config(**{key: value}), f"invalid {key}")
-    text = config(norm_topk_prob="false")
+        yield Variant(
+            f"invalid {key} {str(value)[:9]!r}", edit_config(**{key: value}), f"invalid {key}"
+        )
+    text = edit_config(norm_topk_prob="false")
     yield Variant("norm_topk_prob as text", text, "invalid norm_topk_prob", base="qwen3_moe")
-    no_theta = config(rope_theta=ABSENT, rope_parameters={"rope_theta": None})
+    no_theta = edit_config(rope_theta=ABSENT, rope_parameters={"rope_theta": None})
     yield Variant("theta null", no_theta, "invalid rope_theta")
     for types in (5, [], ["full_attention"], "full_attention", [["full_attention"]]):
-        yield Variant(f"layer_types {types}", config(layer_types=types), "layer_types=")
+        yield Variant(f"layer_types {types}", edit_config(layer_types=types), "layer_types=")
     for key in ("quantization_config", "quantization", "compression_config"):
         yield Variant(
-            f"empty {key}", config(**{key: {}}), f"{key}=.*\n  fix: .*before quantization"
+            f"empty {key}", edit_config(**{key: {}}), f"{key}=.*\n  fix: .*before quantization"
         )
     for key, value in (
         ("return_dict", False),
@@ -137,38 +139,42 @@ def _refused_configs() -> Iterator[Variant]:
         ("text_config", {"tie_word_embeddings": True}),
         ("hidden_act", None),
     ):
-        yield Variant(f"other {key} {value}", config(**{key: value}), f"{key}=.* is not supported")
+        yield Variant(
+            f"other {key} {value}", edit_config(**{key: value}), f"{key}=.* is not supported"
+        )
     scaling = {**LLAMA3_ROPE, "factor": 8.0}
-    old = config(
+    old = edit_config(
         rope_parameters={"rope_theta": 5000.0, **scaling},
         rope_scaling={"type": "linear", "factor": 2.0},
     )
     yield Variant("old and new scaling differ", old, "rope_scaling=.* contradicts")
     for kind in ("longrope", "su", "ntk", "mrope"):
-        change = config(rope_scaling={"type": kind, "factor": 2.0})
+        change = edit_config(rope_scaling={"type": kind, "factor": 2.0})
         yield Variant(f"scaling {kind}", change, "rope_scaling=.* is not supported")
-    bom = content("config.json", b"\xef\xbb\xbf{}")
+    bom = write_file("config.json", b"\xef\xbb\xbf{}")
     yield Variant("config with a byte order mark", bom, "is not valid JSON")
 
 
 def _refused_windows_and_heads() -> Iterator[Variant]:
     for base in ("qwen2", "qwen3", "qwen3_moe"):
-        switched_on = config(use_sliding_window=True, sliding_window=ABSENT, **LONG_CONTEXT)
+        switched_on = edit_config(use_sliding_window=True, sliding_window=ABSENT, **LONG_CONTEXT)
         yield Variant("window by default", switched_on, "sliding_window=4096", base=base)
     for window in (16, 4096):
         # Mistral's class ignores ``use_sliding_window``.
-        mistral_window = config(use_sliding_window=False, sliding_window=window, **LONG_CONTEXT)
+        mistral_window = edit_config(
+            use_sliding_window=False, sliding_window=window, **LONG_CONTEXT
+        )
         yield Variant(
             f"window {window}", mistral_window, f"sliding_window={window}", base="mistral"
         )
-    by_default = config(sliding_window=ABSENT, **LONG_CONTEXT)
+    by_default = edit_config(sliding_window=ABSENT, **LONG_CONTEXT)
     yield Variant("window by default", by_default, "sliding_window=4096", base="mistral")
-    odd = all_of(config(head_dim=15), weights(_remove_a_channel))
+    odd = all_of(edit_config(head_dim=15), edit_weights(_remove_a_channel))
     yield Variant("odd head size", odd, "head_dim=15 is odd")
     for groups in (None, 4):
-        change = config(num_key_value_heads=groups)
+        change = edit_config(num_key_value_heads=groups)
         yield Variant(f"{groups} groups", change, "k_proj.* according to config.json")
-    no_groups = config(num_key_value_heads=ABSENT)
+    no_groups = edit_config(num_key_value_heads=ABSENT)
     yield Variant("no groups", no_groups, "num_key_value_heads=32", base="qwen2")
 
 
@@ -176,22 +182,24 @@ def _refused_files() -> Iterator[Variant]:
     for metadata in ({"format": "np"}, {"format": "tf"}, {"total_size": "9"}):
         yield Variant(f"metadata {metadata}", _metadata(metadata), "in its metadata, not pt")
     for value in (None, []):
-        change = all_of(shards(SHARDS), edit(INDEX, metadata=value))
+        change = all_of(split_weights(SHARDS), edit_json(INDEX, metadata=value))
         yield Variant(f"index with metadata {value}", change, "has no metadata")
     yield Variant("dangling link", _dangle, "is a link to .* does not exist")
-    adapter = all_of(remove("config.json", WEIGHTS), content("adapter_config.json", "{}"))
+    adapter = all_of(remove_files("config.json", WEIGHTS), write_file("adapter_config.json", "{}"))
     yield Variant("only an adapter", adapter, "it is an adapter.*\n  fix: merge")
     for file in ("pytorch_model.bin", "model.fp16.safetensors", "hf_model_0001_0.pt"):
         yield Variant(f"only {file}", _rename_weights(file), "has neither")
     for prefix in ("_orig_mod.", "base_model.model.", "language_model."):
-        change = weights(lambda tensors, prefix=prefix: _add_prefix(tensors, prefix))
+        change = edit_weights(lambda tensors, prefix=prefix: _add_prefix(tensors, prefix))
         yield Variant(f"prefix {prefix}", change, f"(?s)has {prefix}.*save_pretrained")
-    tied = all_of(config(tie_word_embeddings=True), weights(lambda tensors: tensors.pop(EMBEDDING)))
+    tied = all_of(
+        edit_config(tie_word_embeddings=True), edit_weights(lambda tensors: tensors.pop(EMBEDDING))
+    )
     yield Variant("tied without an embedding", tied, f"has no {EMBEDDING}")
     lora = "model.layers.0.self_attn.q_proj.lora_A.weight"
-    yield Variant("adapter in the weights", add(lora, 4, 64), f"has {lora}")
-    yield Variant("bias of the head", add("lm_head.bias", 294), "has lm_head.bias")
-    no_map = all_of(shards(SHARDS), edit(INDEX, weight_map={}))
+    yield Variant("adapter in the weights", add_weight(lora, 4, 64), f"has {lora}")
+    yield Variant("bias of the head", add_weight("lm_head.bias", 294), "has lm_head.bias")
+    no_map = all_of(split_weights(SHARDS), edit_json(INDEX, weight_map={}))
     yield Variant("no map", no_map, f"has no {HEAD}")
 
 
@@ -204,12 +212,12 @@ def _refused_generation() -> Iterator[Variant]:
         ("watermarking_config", 5),
         ("pad_token_id", "<pad>"),
     ):
-        change = edit(GENERATION, **{key: value})
+        change = edit_json(GENERATION, **{key: value})
         yield Variant(f"generation {key}={value}", change, f"has {key}=.*refuses")
-    several = edit(GENERATION, num_return_sequences=2, do_sample=False)
+    several = edit_json(GENERATION, num_return_sequences=2, do_sample=False)
     yield Variant("several greedy texts", several, "num_return_sequences=2 without do_sample")
     for token in (True, 1.0, {"a": 1}):
-        change = edit(GENERATION, eos_token_id=token)
+        change = edit_json(GENERATION, eos_token_id=token)
         yield Variant(f"end of text {token}", change, "must be from 0 to")
 
 
@@ -233,30 +241,30 @@ def _refused_tokenizers() -> Iterator[Variant]:
         {"added_tokens_decoder": {"5": "<a>"}},
     ):
         key = list(settings)[-1]
-        yield Variant(f"tokenizer {settings}", edit(TOKENIZER, **settings), f"invalid {key}")
+        yield Variant(f"tokenizer {settings}", edit_json(TOKENIZER, **settings), f"invalid {key}")
     for settings in ({"extra_special_tokens": EIGHT}, {"additional_special_tokens": EIGHT}):
-        change = edit(TOKENIZER, **settings)
+        change = edit_json(TOKENIZER, **settings)
         yield Variant(f"many {[*settings]}", change, "tokens without an embedding")
-    legacy = edit(TOKENIZER, added_tokens_decoder=ABSENT)
-    tokens = edit("special_tokens_map.json", additional_special_tokens=EIGHT)
+    legacy = edit_json(TOKENIZER, added_tokens_decoder=ABSENT)
+    tokens = edit_json("special_tokens_map.json", additional_special_tokens=EIGHT)
     yield Variant("many in the map", all_of(legacy, tokens), "tokens without an embedding")
-    broken = content("special_tokens_map.json", "{")
+    broken = write_file("special_tokens_map.json", "{")
     yield Variant("damaged map of tokens", broken, "is not valid JSON")
-    yield Variant("id as text", content("added_tokens.json", '{"<a>": "1"}'), "is not a number")
-    no_class = edit(TOKENIZER, tokenizer_class=ABSENT)
+    yield Variant("id as text", write_file("added_tokens.json", '{"<a>": "1"}'), "is not a number")
+    no_class = edit_json(TOKENIZER, tokenizer_class=ABSENT)
     for name in ("BertTokenizer", "OwnTokenizer"):
-        change = all_of(no_class, config(tokenizer_class=name))
+        change = all_of(no_class, edit_config(tokenizer_class=name))
         yield Variant(f"class {name} in the config", change, f"names the class {name}")
     for files, name, word in (
         (use_sentencepiece, "Qwen2Tokenizer", "tokenizer.model"),
         (use_vocabulary_and_merges, "LlamaTokenizer", "merges.txt"),
         (use_vocabulary_and_merges, ABSENT, "merges.txt"),
     ):
-        change = all_of(files, edit(TOKENIZER, tokenizer_class=name))
+        change = all_of(files, edit_json(TOKENIZER, tokenizer_class=name))
         yield Variant(f"{name} with {word}", change, f"does not read {word}")
-    merges = all_of(use_vocabulary_and_merges, content("merges.txt", "#version: 1\na b c\n"))
+    merges = all_of(use_vocabulary_and_merges, write_file("merges.txt", "#version: 1\na b c\n"))
     yield Variant("damaged merges", merges, "are not a tokenizer")
-    yield Variant("template in Latin-1", content("chat_template.jinja", b"\xe9"), "not in UTF-8")
+    yield Variant("template in Latin-1", write_file("chat_template.jinja", b"\xe9"), "not in UTF-8")
 
 
 def _metadata(metadata: dict[str, str] | None) -> Change:

@@ -26,7 +26,7 @@ from recipes.distillation import model
 from recipes.distillation.training import CHECKPOINTS, complete_checkpoints
 from tests.support.in_process import run_successfully
 from tests.support.launcher import run_and_kill
-from tests.support.rounding import ULP, by_one_ulp, growth
+from tests.support.rounding import ULP, perturb_by_one_ulp, running_max_difference
 from tests.support.runs import copy_without, manifest_of, settings, tiny
 
 MULTIPLE = 100
@@ -113,7 +113,7 @@ def perturbed_logits() -> Iterator[None]:
     loss = model.combined_loss
 
     def perturbed_loss(logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return loss(by_one_ulp(logits), *args, **kwargs)
+        return loss(perturb_by_one_ulp(logits), *args, **kwargs)
 
     with mock.patch.object(model, "combined_loss", perturbed_loss):
         yield
@@ -136,7 +136,7 @@ def require_same_training(
         values, changed = (
             [step[term] for step in steps[:last]] for steps in (expected_steps, perturbed_steps)
         )
-        differences = zip(values, growth(values, changed), strict=True)
+        differences = zip(values, running_max_difference(values, changed), strict=True)
         effects.append([difference / abs(value) for value, difference in differences])
     # In the first steps, changed logits affect only some terms, but the rounding of another layout
     # affects all. So the largest effect of a step is the tolerance of all its terms.

@@ -42,7 +42,7 @@ from recipes.stages import build_engine, quantize
 from tests.support.disks import small_disk
 from tests.support.manifests import bare_manifest, dataset_result
 from tests.support.models import EVEN, write_tiny_model
-from tests.support.runs import stage_dir
+from tests.support.runs import make_artifact_folder
 
 Build = Callable[..., tuple[Path, Outcome]]
 
@@ -197,7 +197,7 @@ def test_a_full_disk_is_reported_and_temporary_files_are_deleted(
 ) -> None:
     """The smaller disk is full during the export, the larger one while the engine is saved."""
     with small_disk(tmp_path / "disk", f"{megabytes}m") as disk:
-        out = stage_dir(disk.folder, "build_engine")
+        out = make_artifact_folder(disk.folder, "build_engine")
         with pytest.raises(OSError, match="No space left on device") as caught:
             openvino.build(BuildEngineConfig(stage="build_engine"), aligned, out)
         problem = storage_problem(caught.value, tmp_path)

@@ -34,7 +34,7 @@ from recipes.evaluation.predictions import TEACHER, Predictor
 from recipes.evaluation.text_quality import score
 from recipes.stages import build_engine, evaluate_served
 from tests.support.manifests import bare_manifest
-from tests.support.runs import stage_dir
+from tests.support.runs import make_artifact_folder
 
 LENGTH = 255
 """Most tokens of a prompt, one less than the tiny model has positions."""
@@ -133,7 +133,7 @@ def test_an_openvino_engine_is_paired_with_its_student(even_llama: Path, tmp_pat
         result = build_engine.run(engine_config, {"checkpoint": checkpoint}, engine).result
         inputs = {"checkpoint": checkpoint}
         inputs["artifact"] = Input(engine.parent, bare_manifest("build_engine", "engine", result))
-        out = stage_dir(tmp_path, f"served_{precision}")
+        out = make_artifact_folder(tmp_path, f"served_{precision}")
         served_scores = evaluate_served.run(config(tasks=["piqa"]), inputs, out).result
         assert isinstance(result, EngineResult)
         assert (served_scores.server, served_scores.precision) == ("openvino", precision)
@@ -169,7 +169,7 @@ def gguf_inputs(root: Path, folder: Path, kind: str) -> dict[str, Input]:
 def test_a_gguf_file_is_paired_with_its_student(even_llama: Path, tmp_path: Path) -> None:
     before = children()
     inputs = gguf_inputs(tmp_path, even_llama, "q8_0")
-    result = evaluate_served.run(config(), inputs, stage_dir(tmp_path, "stage")).result
+    result = evaluate_served.run(config(), inputs, make_artifact_folder(tmp_path, "stage")).result
     assert (result.server, result.precision, result.text) == ("llama_cpp", "q8_0", None)
     answers = result.tasks["sciq"].answers
     assert 0 < abs(answers.difference.value) < 1
@@ -209,7 +209,7 @@ def test_a_server_that_fails_ends_in_one_message(
 
             monkeypatch.setattr(served.LlamaCppLM, "token_score", kill)
         with pytest.raises(RecipeError, match=words[problem]):
-            evaluate_served.run(config(**settings), inputs, stage_dir(tmp_path, "stage"))
+            evaluate_served.run(config(**settings), inputs, make_artifact_folder(tmp_path, "stage"))
     assert children() <= before
 
 

@@ -35,7 +35,7 @@ from recipes.evaluation.settings import EvaluateTasksConfig
 from recipes.stages import evaluate_tasks
 from tests.support.hub import fake_hub, run_with_hub
 from tests.support.ranks import run_ranks
-from tests.support.runs import stage_dir
+from tests.support.runs import make_artifact_folder
 
 TASKS = ["sciq", "piqa", "arc_challenge", "lambada_openai"]
 LIMIT = 4
@@ -141,7 +141,7 @@ def test_examples_before_all_questions_are_processed_once(models: dict[str, Any]
 def test_a_second_run_uses_cached_answers(
     models: dict[str, Any], cached_here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = stage_dir(tmp_path, "first")
+    out = make_artifact_folder(tmp_path, "first")
     first = evaluate_tasks.run(config(), models, out).result
     assert list(first.tasks) == TASKS
     assert first.cached == {role: [] for role in ROLES}
@@ -167,9 +167,11 @@ def test_a_second_run_uses_cached_answers(
 
     with monkeypatch.context() as patch:
         patch.setattr(packed_lm.PackedLM, "_loglikelihood_tokens", refuse)
-        second = evaluate_tasks.run(config(), models, stage_dir(tmp_path, "second")).result
+        second = evaluate_tasks.run(
+            config(), models, make_artifact_folder(tmp_path, "second")
+        ).result
         with pytest.raises(AssertionError, match="again"):
-            evaluate_tasks.run(config(limit=3), models, stage_dir(tmp_path, "other"))
+            evaluate_tasks.run(config(limit=3), models, make_artifact_folder(tmp_path, "other"))
     assert second.cached == {role: TASKS for role in ROLES}
     assert second.tasks == first.tasks
 
@@ -207,12 +209,13 @@ from pathlib import Path
 from recipes.core.stage import rank
 from recipes.stages import evaluate_tasks
 from tests.cpu.evaluation.test_tasks import FEWSHOT, config, repeated_prompts
-from tests.support.runs import stage_dir
+from tests.support.runs import make_artifact_folder
 folder = Path(sys.argv[1])
 models = pickle.loads((folder / "models").read_bytes())
 if rank() == 1:
     os.environ["NEMO_RECIPES_CACHE"] = str(folder / "cache-1")
-outcome = evaluate_tasks.run(config(**FEWSHOT), models, stage_dir(folder, f"ranks-{rank()}"))
+out = make_artifact_folder(folder, f"ranks-{rank()}")
+outcome = evaluate_tasks.run(config(**FEWSHOT), models, out)
 result = outcome.result, repeated_prompts(models["teacher"].hf)
 (folder / f"result-{rank()}").write_bytes(pickle.dumps(result))
 """
@@ -235,7 +238,9 @@ def test_two_ranks_give_the_answers_of_one(
     models: dict[str, Any], cached_here: Path, tmp_path: Path
 ) -> None:
     """Rank 0 alone decides which answers are cached: the other rank here has another cache."""
-    one = evaluate_tasks.run(config(**FEWSHOT), models, stage_dir(tmp_path, "one")).result
+    one = evaluate_tasks.run(
+        config(**FEWSHOT), models, make_artifact_folder(tmp_path, "one")
+    ).result
     for file in cached_here.glob("evaluations/*.json"):
         if not file.name.startswith("sciq"):
             file.unlink()

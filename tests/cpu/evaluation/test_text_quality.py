@@ -28,7 +28,7 @@ from recipes.stages import evaluate, prepare_data
 from tests.support.logits import LogitsWatch
 from tests.support.manifests import bare_manifest
 from tests.support.ranks import run_ranks
-from tests.support.runs import stage_dir
+from tests.support.runs import make_artifact_folder
 from tests.support.text import write_chats
 
 LENGTH, VOCABULARY = 32, 293
@@ -52,7 +52,7 @@ def prepare_text(
 ) -> Input:
     teacher = SimpleNamespace(**vars(models["teacher"]), manifest=SimpleNamespace())
     teacher.manifest.tokenizer_sha256 = "t"
-    out = stage_dir(folder, "data")
+    out = make_artifact_folder(folder, "data")
     cfg = PrepareDataConfig(sources=sources, seq_length=LENGTH, **settings)
     result = prepare_data.run(cfg, {"tokenizer": teacher}, out).result
     assert isinstance(result, DatasetResult)
@@ -62,7 +62,9 @@ def prepare_text(
 def evaluate_models(
     models: dict[str, Any], data: Input, out: Path, cfg: EvaluateConfig = CONFIG
 ) -> EvaluationResult:
-    result = evaluate.run(cfg, {**models, "data": data}, stage_dir(out, "evaluate")).result
+    result = evaluate.run(
+        cfg, {**models, "data": data}, make_artifact_folder(out, "evaluate")
+    ).result
     assert isinstance(result, EvaluationResult)
     return result
 
@@ -240,7 +242,7 @@ def test_memory_holds_one_model_and_logits_of_few_positions(
     monkeypatch.setattr(predictions, "LOGITS_BYTES", 4 * VOCABULARY * 50)
     with LogitsWatch(VOCABULARY) as watch:
         again = evaluate_models(models, data, tmp_path)
-    assert (len(loaded), watch.positions) == (3, 50)
+    assert (len(loaded), watch.max_positions) == (3, 50)
     for role in ROLES:
         at_once, in_chunks = (asdict(evaluation.models()[role]) for evaluation in (quality, again))
         assert in_chunks == pytest.approx(at_once, abs=1e-6, rel=1e-6)

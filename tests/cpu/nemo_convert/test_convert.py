@@ -24,8 +24,8 @@ from nemo_convert import convert, hf, nemo, parity, trust
 from nemo_convert.families import LLAMA3_ROPE
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
-from tests.support.conversion import assert_same_weights, convert_by_command, tensors
-from tests.support.folder_changes import WEIGHTS, edit
+from tests.support.conversion import assert_same_weights, convert_by_command, read_tensors
+from tests.support.folder_changes import WEIGHTS, edit_json
 from tests.support.hub import fake_hub, run_with_hub
 from tests.support.models import EVEN, ODD, write_tiny_model
 
@@ -48,12 +48,12 @@ def test_round_trip_with_scaled_rope(text_file: Path, tmp_path: Path) -> None:
 def test_written_shards_have_an_index_that_transformers_reads(
     odd_llama: Path, tmp_path: Path
 ) -> None:
-    hf.write_weights(iter(tensors(odd_llama).items()), tmp_path, shard_bytes=60_000)
+    hf.write_weights(iter(read_tensors(odd_llama).items()), tmp_path, shard_bytes=60_000)
     hf.copy_side_files(odd_llama, tmp_path)
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
     assert_same_weights(odd_llama, tmp_path)
     loaded = hf.load_causal_lm(tmp_path).state_dict()
-    assert torch.equal(loaded["model.norm.weight"], tensors(odd_llama)["model.norm.weight"])
+    assert torch.equal(loaded["model.norm.weight"], read_tensors(odd_llama)["model.norm.weight"])
 
 
 def test_rope_of_transformers_5_is_read(odd_llama: Path, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_tokenizer_that_transformers_cannot_load_is_refused_before_weights_are
 ) -> None:
     folder = shutil.copytree(odd_llama, tmp_path / "hf")
     no_token = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": None}
-    edit("tokenizer_config.json", **no_token)(folder)
+    edit_json("tokenizer_config.json", **no_token)(folder)
     assert convert_by_command("check", folder) == 1
     assert "cannot load the tokenizer" in capsys.readouterr().err
     monkeypatch.setenv("HF_TOKEN", "token")
@@ -108,7 +108,7 @@ def test_only_the_files_that_transformers_reads_are_converted(
     """A repository may have other safetensors files, whose names sort before or after."""
     folder = tmp_path / "hf"
     shutil.copytree(odd_llama, folder)
-    other = {name: tensor + 1 for name, tensor in tensors(odd_llama).items()}
+    other = {name: tensor + 1 for name, tensor in read_tensors(odd_llama).items()}
     for name in ("consolidated.safetensors", "zzz.safetensors"):
         save_file(other, folder / name)
     assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 0
@@ -132,7 +132,7 @@ def test_a_weight_that_would_be_lost_is_named(
 ) -> None:
     folder = tmp_path / "hf"
     shutil.copytree(odd_llama, folder)
-    weights = tensors(odd_llama)
+    weights = read_tensors(odd_llama)
     weights[name] = weights["model.embed_tokens.weight"] + 1e-3
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 1
@@ -142,7 +142,7 @@ def test_a_weight_that_would_be_lost_is_named(
 def test_a_copy_of_a_tied_head_is_accepted(odd_llama: Path, tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     shutil.copytree(odd_llama, folder)
-    weights = tensors(odd_llama)
+    weights = read_tensors(odd_llama)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 0
@@ -153,7 +153,7 @@ def test_a_missing_shard_is_named(
 ) -> None:
     folder = tmp_path / "hf"
     shutil.copytree(odd_llama, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    hf.write_weights(iter(tensors(odd_llama).items()), folder, shard_bytes=60_000)
+    hf.write_weights(iter(read_tensors(odd_llama).items()), folder, shard_bytes=60_000)
     (folder / "model.safetensors.index.json").rename(tmp_path / "index")
     assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 1
     assert "neither model.safetensors nor model.safetensors.index.json" in capsys.readouterr().err
@@ -186,7 +186,7 @@ def test_verify_accepts_the_same_and_refuses_a_changed_model(
     assert convert_by_command("verify", odd_llama, odd_nemo) == 0
     changed = tmp_path / "changed"
     shutil.copytree(odd_llama, changed)
-    weights = tensors(changed)
+    weights = read_tensors(changed)
     weights["model.layers.3.mlp.up_proj.weight"][0, 0] += 1e-3
     (changed / "model.safetensors").unlink()
     hf.write_weights(iter(weights.items()), changed)
@@ -315,7 +315,7 @@ def test_tokenizer_larger_than_the_vocabulary_is_refused(odd_llama: Path, tmp_pa
 def test_missing_weight_is_named(odd_llama: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(odd_llama, broken)
-    weights = tensors(broken)
+    weights = read_tensors(broken)
     del weights["model.layers.2.self_attn.k_proj.weight"]
     (broken / "model.safetensors").unlink()
     hf.write_weights(iter(weights.items()), broken)
@@ -368,7 +368,7 @@ def test_stock_nemo_loads_checkpoints_without_our_code(text_file: Path, tmp_path
     for family, model in DENSE.items():
         write_tiny_model(tmp_path / family, text_file, family, train=False, **ODD)
         convert.to_nemo(tmp_path / family, tmp_path / f"{family}.nemo")
-        total = sum(float(t.double().abs().sum()) for t in tensors(tmp_path / family).values())
+        total = sum(float(t.double().abs().sum()) for t in read_tensors(tmp_path / family).values())
         expected.append([pytest.approx(total, rel=1e-6), model, 288])
     done = subprocess.run(
         [sys.executable, str(script), *(str(tmp_path / f"{family}.nemo") for family in DENSE)],

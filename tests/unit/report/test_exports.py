@@ -15,7 +15,7 @@ from recipes.core.stage import Input
 from recipes.report.model_card import write_card
 from recipes.report.serving import conversion_servers, run_servers
 from recipes.stages import export_hf
-from tests.support.reports import make_inputs, optional_inputs, with_result
+from tests.support.reports import make_inputs, make_optional_inputs, with_result
 from tests.support.results import RESULTS, STUDENT
 
 TEACHER, RECIPE = "some/SmallLM-135M", "llama_width_prune"
@@ -24,7 +24,7 @@ TEACHER, RECIPE = "some/SmallLM-135M", "llama_width_prune"
 @pytest.fixture
 def inputs(tmp_path: Path) -> dict[str, Manifest]:
     run = tmp_path / "run"
-    items = {**make_inputs(run), **optional_inputs(run)}
+    items = {**make_inputs(run), **make_optional_inputs(run)}
     names = {"checkpoint": "distilled"}
     names |= {name: name for name in ("evaluation", "teacher", "pruned", "data", "tasks")}
     return {name: items[key].manifest for name, key in names.items()}
@@ -143,7 +143,7 @@ HF_SERVERS = ["vllm serve export_hf/artifact", "trtllm-serve export_hf/artifact"
 
 @pytest.fixture
 def run_inputs(tmp_path: Path) -> dict[str, Input]:
-    return {**make_inputs(tmp_path / "run"), **optional_inputs(tmp_path / "run")}
+    return {**make_inputs(tmp_path / "run"), **make_optional_inputs(tmp_path / "run")}
 
 
 def test_each_artifact_adds_its_server(run_inputs: dict[str, Input]) -> None:
