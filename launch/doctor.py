@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.screen import plain_table
-from recipes.core.versions import RESULT_LIBRARIES, STAGE_EXTRAS, installed, pins
+from recipes.core.versions import RESULT_LIBRARIES, STAGE_EXTRAS, installed_version, pins
 from recipes.core.wheels import cache_dir
 from recipes.planning.hardware import cpu_profile, physical_memory
 from recipes.planning.rules import RULES
@@ -90,13 +90,14 @@ def examine() -> Iterator[Check]:
     yield from _resources()
     yield _cache()
     yield from _programs(*PROGRAMS)
-    version, fix = installed("tensorrt_llm"), "for TensorRT-LLM engines; it needs its own image"
+    version = installed_version("tensorrt_llm")
+    fix = "for TensorRT-LLM engines; it needs its own image"
     yield _check("tensorrt_llm", version or "not here", version, fix, otherwise=WARN)
 
 
 def _has_only_launcher() -> bool:
     """Whether this environment lacks all libraries that stages compute with, as on a login node."""
-    return not any(map(installed, RESULT_LIBRARIES))
+    return not any(map(installed_version, RESULT_LIBRARIES))
 
 
 def _pins(extras: Sequence[str], fix: str) -> Iterator[Check]:

@@ -16,7 +16,7 @@ from recipes.backend.adamw import FusedAdamW
 from recipes.backend.device import device
 from recipes.backend.patches import Patch, replace_with
 from recipes.core.errors import RecipeError
-from recipes.core.versions import TRANSFORMER_ENGINE, installed
+from recipes.core.versions import TRANSFORMER_ENGINE, installed_version
 
 FUSIONS = (
     "apply_rope_fusion",
@@ -43,7 +43,7 @@ def needs_local_layers() -> bool:
 
     if device() == "cpu":
         return True
-    if not gpt_layer_specs.HAVE_TE and (version := installed(TRANSFORMER_ENGINE)):
+    if not gpt_layer_specs.HAVE_TE and (version := installed_version(TRANSFORMER_ENGINE)):
         raise RecipeError(
             f"TransformerEngine {version} is installed but cannot be imported.",
             'see the error of: python -c "import transformer_engine.pytorch"; repair or remove it',

@@ -1,1 +1,1 @@
-"""Errors, files, manifests, fingerprints, and the process of a stage."""
+"""Errors, files, manifests and fingerprints; the process that runs a stage."""

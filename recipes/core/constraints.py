@@ -1,6 +1,6 @@
 """Types of settings with constraints, such as ``max_steps: Count`` or ``lr: Positive``.
 
-OmegaConf converts a value to the plain type. Before anything starts, pydantic checks it.
+OmegaConf converts a value to the type. Before anything starts, pydantic checks the constraint.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Requirement:
     """All accepted values, if these are names."""
 
     def __call__(self, value: Any) -> Any:
-        """Returns an accepted value."""
+        """Returns the value if it is accepted, as pydantic requires of validators."""
         if not self.test(value):
-            near = did_you_mean(value, self.names) if self.names else ""
-            message = f"must be {self.description}{near}"
+            suggestion = did_you_mean(value, self.names) if self.names else ""
+            message = f"must be {self.description}{suggestion}"
             raise PydanticCustomError(REQUIREMENT, "{must}", {"must": message})
         return value
 
@@ -74,7 +74,7 @@ Count = Annotated[int, integer(1)]
 CountOrZero = Annotated[int, integer(0)]
 Tokens = Annotated[int, integer(1, 10**15)]
 Seed = Annotated[int, integer(0, 2**32 - 1)]
-"""NumPy has the smallest range of the libraries that take a seed."""
+"""The limit is NumPy's, which is the lowest of all libraries that take a seed."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, between(1e-6, 1 - 1e-6)]
@@ -85,11 +85,11 @@ Size = Annotated[
         Requirement(_is_size, "an integer, 1 or more, or a fraction below 1, such as 0.75")
     ),
 ]
-"""Size of a pruned model, or its fraction of the teacher's."""
+"""One size of a pruned model, such as its width, or the fraction of the teacher's size."""
 Rate = Annotated[float, between(1e6, 1e24)]
 """FLOPs or bytes per second."""
 Bytes = Annotated[float, Field(ge=1e6)]
-"""Size of a memory; infinite if unknown."""
+"""Memory in bytes; infinite if unknown."""
 Threads = Annotated[int, integer(1, 4096)]
 Duration = Annotated[
     str,
@@ -108,10 +108,10 @@ MESSAGES = {
     "too_short": "must not be empty",
     "list_type": "must be a list, such as [a,b]",
     "string_type": "must be a string",
-    "dict_type": "must be names with values, such as {{a: 1}}",
+    "dict_type": "must be a mapping, such as {{a: 1}}",
     REQUIREMENT: "{must}",
 }
-"""Messages by pydantic's types of errors."""
+"""Messages by pydantic's error types, with the fields of the error's context in braces."""
 
 
 @cache
@@ -120,7 +120,7 @@ def _adapter(declared: type[DataclassInstance]) -> TypeAdapter[Any]:
 
 
 def violations(settings: DataclassInstance, where: str = "") -> Iterator[str]:
-    """Yields a message for each invalid field of settings at ``where`` in the config."""
+    """Yields a message for each invalid field; ``where`` is the settings' path in the config."""
     try:
         _adapter(type(settings)).validate_python(asdict(settings))
     except ValidationError as error:

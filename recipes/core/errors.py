@@ -19,12 +19,12 @@ class RecipeError(Exception):
         super().__init__(f"{what}\n  fix: {fix}" if fix else what)
 
     def __reduce__(self) -> tuple[type[RecipeError], tuple[str, str]]:
-        """Makes the error survive pickling, by which it crosses processes and threads."""
+        """Keeps both arguments when the error is pickled, for example by multiprocessing."""
         return type(self), (self.what, self.fix)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """Returns ``" Did you mean 'x'?"``, or an empty string when nothing is close."""
+    """Returns ``" Did you mean 'x'?"``, or an empty string if no choice is similar."""
     near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
 
@@ -35,10 +35,10 @@ def require_known(name: str, known: Iterable[str], what: str) -> None:
     Args:
         name: The name.
         known: All names.
-        what: What is wrong if it is not one of them, without a full stop.
+        what: Error message for an unknown name, without a full stop.
 
     Raises:
-        RecipeError: It is unknown; the message has the nearest known name.
+        RecipeError: The name is unknown; the message suggests the most similar known name.
     """
     if name not in (choices := list(known)):
         raise RecipeError(

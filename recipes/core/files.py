@@ -1,4 +1,4 @@
-"""Atomic writes, hashes and links of files; explanations of disk errors."""
+"""Writes files atomically, hashes and links files, and explains disk errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from recipes.core.processes import cores
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 MAX_HASHING_THREADS = 16
-"""With more threads shared storage is the limit."""
+"""More threads are not faster on shared storage."""
 MIN_FREE_BYTES = 1 << 20
 """A disk with fewer free bytes is treated as full."""
 STORAGE_FIXES = {
@@ -31,12 +31,12 @@ STORAGE_FIXES = {
 }
 """Fixes of disk errors, by ``errno``."""
 UNREADABLE_FIX = "make it readable for you, and its folders"
-"""Fix of ``EACCES`` for a path that cannot be read."""
+"""Fix of ``EACCES`` if the path cannot be read; otherwise it cannot be written."""
 JSON_FIX = "it was truncated or edited: write it or download it again"
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Writes a file so that readers see the old content or the new, never a part."""
+    """Writes a file so that readers see the old content or all of the new content."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -49,7 +49,7 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes files of killed writers from a folder that no process writes to."""
+    """Removes partial files of killed writers. No other process may write to the folder now."""
     for partial in folder.glob(".*.partial"):
         partial.unlink(missing_ok=True)
 
@@ -78,7 +78,7 @@ def storage_problem(error: BaseException | None, folder: Path) -> RecipeError | 
 
 
 def _errno(error: BaseException) -> int:
-    """Returns an error's ``errno``, or 0; Rust and NumPy give it only in the message."""
+    """Returns an error's ``errno`` or 0. Errors of Rust and NumPy state it only in the message."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     if match := re.search(r"\(os error (\d+)\)", str(error)):
@@ -92,14 +92,14 @@ def _storage_error(path: str | Path, code: int) -> RecipeError:
 
 
 def _is_unreadable(path: str | Path) -> bool:
-    """Whether a file, or the folder of a file that cannot be seen, is not readable."""
+    """Returns whether a file is unreadable, or its folder if the folder hides the file."""
     existing = path if os.path.exists(path) else Path(path).parent
     return not os.access(existing, os.R_OK, effective_ids=True)
 
 
 @contextmanager
 def explain_storage_errors(folder: Path) -> Iterator[None]:
-    """Replaces errors that the disk of a folder caused by explained ones."""
+    """Replaces an ``OSError`` that the folder's disk caused with a ``RecipeError``."""
     try:
         yield
     except OSError as error:
@@ -130,20 +130,20 @@ def sha256_of(path: Path) -> str:
 def sha256_of_each(paths: Sequence[Path]) -> list[str]:
     """Returns the SHA-256 of each file. Threads share the work, since hashing releases the GIL.
 
-    A file with several links, such as tokens that several splits share, is read once.
+    A file to which several symbolic links point is read once. Splits may share a file of tokens.
     """
     files = [path.resolve() for path in paths]
-    different = list(dict.fromkeys(files))
+    unique = list(dict.fromkeys(files))
     with ThreadPoolExecutor(min(MAX_HASHING_THREADS, cores())) as pool:
-        hashes = dict(zip(different, pool.map(sha256_of, different), strict=True))
+        hashes = dict(zip(unique, pool.map(sha256_of, unique), strict=True))
     return [hashes[file] for file in files]
 
 
 def digest_files(files: Iterable[Path]) -> str:
-    """Returns one SHA-256 of the names and contents of several files, in any order."""
+    """Returns one SHA-256 of the names and contents of several files, whatever their order."""
     paths = list(files)
     total = hashlib.sha256()
-    # By name, then by content: files in different folders may have one name.
+    # Sorts by name, then by content: files in different folders may have the same name.
     for name, digest in sorted(zip((p.name for p in paths), sha256_of_each(paths), strict=True)):
         total.update(f"{name} {digest}\n".encode())
     return total.hexdigest()

@@ -1,8 +1,8 @@
 """Fingerprint of a stage: one SHA-256 of everything that its result depends on.
 
 It covers the settings without resources, the fingerprints of the inputs, files from outside the
-run, the versions of five libraries, and the code of the worker, of the stage's module and of all
-modules of this repository that these import.
+run, the versions of five libraries, and the code of the worker and the stage, with all modules of
+this repository that they import.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def digest(value: object) -> str:
 
 
 def result_settings(config: Any) -> dict[str, object]:
-    """Returns a config as plain data, without fields marked ``metadata={"resource": True}``."""
+    """Returns a config as plain data, without the fields that are marked as a ``resource``."""
     plain: dict[str, object] = {}
     for spec in fields(config):
         value = getattr(config, spec.name)
@@ -44,9 +44,9 @@ def result_settings(config: Any) -> dict[str, object]:
 
 
 def external_stamp(path: Path) -> dict[str, object]:
-    """Returns hashes of the small files in a folder, and size and modification time of large ones.
+    """Returns a stamp of each file: a small file's hash, or a large file's size and time of change.
 
-    Hashing 140 GB of weights for every plan would take minutes.
+    To hash 140 GB of weights for every plan would take minutes.
 
     Args:
         path: A file or folder from outside the run.
@@ -70,7 +70,7 @@ def code_fingerprint(*modules: str) -> str:
 
 
 def module_of(stage: str) -> str:
-    """Returns the module of a stage."""
+    """Returns the name of a stage's module."""
     return f"recipes.stages.{stage}"
 
 
@@ -108,13 +108,13 @@ def _read_module(root: Path, module: str) -> tuple[str, frozenset[str]]:
     if path is None:
         raise ValueError(f"there is no module {module} in {root}")
     tree = ast.parse(source_files(root)[path])
-    # Reading the imports also removes ignored statements from the tree, which is hashed after that.
+    # ``_imports`` also removes ignored statements from the tree, so it precedes the hash.
     imports = frozenset(name for name in _imports(path, tree) if _path_of(root, name))
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports
 
 
 def _imports(path: str, tree: ast.Module) -> Iterator[str]:
-    for node in _counted_statements(tree):
+    for node in _strip_ignored(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -123,10 +123,10 @@ def _imports(path: str, tree: ast.Module) -> Iterator[str]:
             yield from (str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names))
 
 
-def _counted_statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """Removes ignored statements from a tree in place, and yields all others.
+def _strip_ignored(tree: ast.Module) -> Iterator[ast.AST]:
+    """Removes ignored statements from a tree in place, and yields all other statements.
 
-    It does not visit expressions, which would take most of the time.
+    Expressions are not visited, because that would take most of the time.
     """
     nodes: list[ast.AST] = [tree]
     while nodes:
@@ -134,18 +134,18 @@ def _counted_statements(tree: ast.Module) -> Iterator[ast.AST]:
         yield node
         for name in BLOCKS:
             if statements := getattr(node, name, None):
-                statements[:] = [each for each in statements if not _is_ignored(each)]
+                statements[:] = [child for child in statements if not _is_ignored(child)]
                 nodes += statements
 
 
 def _path_of(root: Path, module: str) -> str | None:
-    """Returns the file of a first-party module; ``None`` for anything else."""
+    """Returns the file of a first-party module; ``None`` for other modules."""
     base = module.replace(".", "/")
     return next((p for p in (f"{base}.py", f"{base}/__init__.py") if p in source_files(root)), None)
 
 
 def _is_ignored(statement: ast.AST) -> bool:
-    """Returns whether a statement is a docstring, also of a field, or only for type checkers."""
+    """Returns whether a statement is a docstring (of a field, too) or is only for type checkers."""
     match statement:
         case ast.Expr(value=ast.Constant(value=str())) | ast.If(test=ast.Name(id="TYPE_CHECKING")):
             return True
@@ -162,11 +162,11 @@ def stage_fingerprint(
     """Returns the fingerprint of a stage.
 
     Args:
-        settings: Its settings without resources.
-        code: ``stage_code`` of it and of the stages that it starts.
+        settings: The stage's ``result_settings``.
+        code: ``stage_code`` of the stage and of the stages that it starts.
         libraries: Versions by library.
         inputs: Fingerprints by input.
-        external: ``external_stamp`` of its files from outside the run, by name.
+        external: ``external_stamp`` of each file or folder from outside the run, by name.
     """
     parts = {"libraries": libraries, "inputs": inputs, "external": external}
     return digest({"settings": settings, "code": code, **{n: dict(v) for n, v in parts.items()}})

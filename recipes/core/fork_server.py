@@ -1,7 +1,7 @@
-"""Server that imports the libraries once and forks stages, to save each of them 10 s of imports.
+"""Server that imports the libraries once and forks stages, which saves each stage 10 s of imports.
 
-multiprocessing's forkserver cannot replace it: it imports the caller's ``__main__`` into every
-child, its children inherit its own environment, and they outlive it.
+The children of multiprocessing's forkserver would import the caller's ``__main__``, inherit the
+environment of the server instead of the caller's, and outlive the server.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from typing import IO, Any
 from recipes.core.processes import death_message, die_with_parent, prepare_imports
 
 STARTED, ENDED = b"s", b"e"
-"""Messages of the server: a child has started (with its pidfd), or has ended."""
+"""Messages of the server: a child has started (the message carries its pidfd), or has ended."""
 IMPORT_ENVIRONMENT = {
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
     "NUMEXPR_NUM_THREADS": "1",
     # Otherwise torch.cuda.is_available() initialises CUDA, which does not survive a fork.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
-"""Variables that are set only while the server imports. They prevent imports from starting threads
-or CUDA, which a fork would lose. Children get the caller's environment."""
+"""Variables that are set only while the server imports. They keep imports from starting threads or
+CUDA, which a fork would lose. Children get the caller's environment."""
 STOP_SECONDS = 30
 
 
@@ -43,14 +43,14 @@ STOP_SECONDS = 30
 def fork_server(
     modules: Sequence[str], environment: Mapping[str, str], log: Path
 ) -> Iterator[socket.socket]:
-    """Starts a server and yields the socket to it, without waiting for its imports.
+    """Starts a server and yields a socket to it, without waiting for the server's imports.
 
     The server and its child end when the block or this process ends.
 
     Args:
         modules: Modules to import.
         environment: All environment variables of the children.
-        log: File for what the imports print, and for the reason if the server cannot fork.
+        log: File for the output of the imports, and for the reason if the server cannot fork.
     """
     client, server = socket.socketpair(type=socket.SOCK_SEQPACKET)
     with client, log.open("wb") as output:
@@ -77,7 +77,7 @@ def fork_server(
 def fork_module(
     server: socket.socket, module: str, arguments: Sequence[str], log: IO[bytes]
 ) -> int | None:
-    """Runs ``python -m MODULE ARGUMENTS`` in a child of the server, once its imports are done.
+    """Runs ``python -m MODULE ARGUMENTS`` in a child of the server, after the server's imports.
 
     A server has one child at a time. The child's output goes to ``log``.
 
@@ -88,7 +88,7 @@ def fork_module(
     try:
         socket.send_fds(server, [request], [log.fileno()])
         message = ENDED
-        while message == ENDED:  # skips the end of an earlier child that nobody waited for
+        while message == ENDED:  # skips an earlier child's end that nobody waited for
             message, pidfds, _, _ = socket.recv_fds(server, 1, 1)
     except ConnectionError:
         return None
@@ -97,30 +97,30 @@ def fork_module(
 
 @contextmanager
 def watch_child(server: socket.socket, pidfd: int, log: IO[bytes]) -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether the child has ended, and closes its pidfd at the end.
+    """Yields a function that tells whether the child has ended; closes the pidfd after the block.
 
-    The child is terminated if the block fails. If it was killed, its log says so.
+    If the block fails, the child is terminated. If the child was killed, its log says so.
     """
-    has_ended = False
+    ended = False
 
-    def ended(timeout: float = 0) -> bool:
-        nonlocal has_ended
-        if has_ended or not select.select([pidfd], [], [], timeout)[0]:
-            return has_ended
-        has_ended = True
+    def has_ended(timeout: float = 0) -> bool:
+        nonlocal ended
+        if ended or not select.select([pidfd], [], [], timeout)[0]:
+            return ended
+        ended = True
         with contextlib.suppress(ConnectionError):
-            if server.recv(1):  # sent after the server has written to the log
+            if server.recv(1):  # ENDED: the server has already written to the log
                 return True
         log.write(b"killed with the process that it was forked from\n")
         log.flush()
         return True
 
     try:
-        yield ended
+        yield has_ended
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-        ended(STOP_SECONDS)
+        has_ended(STOP_SECONDS)
         raise
     finally:
         os.close(pidfd)
@@ -133,35 +133,35 @@ def main() -> None:
     environment = dict(os.environ)
     os.environ |= IMPORT_ENVIRONMENT
     # Only the child handles Ctrl-C; the client ends this process.
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    previous_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     prepare_imports()
     for module in sys.argv[2:]:
         importlib.import_module(module)
-    gc.freeze()  # children need not search the imported objects for garbage
+    gc.freeze()  # the garbage collector of children skips the imported objects
     _require_forkable()
 
     def run_request(request: bytes, log: int) -> None:
         server.close()
-        signal.signal(signal.SIGINT, on_interrupt)
+        signal.signal(signal.SIGINT, previous_handler)
         os.environ.clear()
         os.environ.update(environment)
         _run_module(json.loads(request), log)
 
     while True:
-        request, logs, _, _ = socket.recv_fds(server, 4096, 1)
+        request, log_fds, _, _ = socket.recv_fds(server, 4096, 1)
         if not request:
             return
         _flush_c_streams()
-        # A multiprocessing process does not run the exit functions that imports registered.
+        # multiprocessing, because its children skip the exit functions that imports registered.
         child = multiprocessing.get_context("fork").Process(
-            target=run_request, args=(request, *logs)
+            target=run_request, args=(request, *log_fds)
         )
         child.start()
         pidfd = os.pidfd_open(child.pid)  # type: ignore[arg-type]
         socket.send_fds(server, [STARTED], [pidfd])
         os.close(pidfd)
         child.join()
-        with open(logs[0], "w", encoding="utf-8") as log:
+        with open(log_fds[0], "w", encoding="utf-8") as log:
             if message := death_message(child.exitcode):
                 log.write(f"{message}\n")
         server.send(ENDED)
@@ -170,9 +170,9 @@ def main() -> None:
 def _require_forkable() -> None:
     """Ends this process with a message if children would lose threads or CUDA.
 
-    A trial fork shows whether torch has initialised CUDA. Without a GPU the answer is ignored: a
-    CUDA build of torch gives the same answer, but children lose nothing. The fork also makes
-    OpenBLAS end its threads, which would otherwise be counted; it restarts them when needed.
+    A trial fork shows whether torch has initialised CUDA. Without a GPU its answer is ignored: a
+    CUDA build of torch then also answers yes, although children lose nothing. The fork also makes
+    OpenBLAS end its threads, so that they are not counted; OpenBLAS restarts them when needed.
     """
     torch: Any = sys.modules.get("torch")
     pid = os.fork()
@@ -206,7 +206,7 @@ def _run_module(command: list[str], log: int) -> None:
 
 
 def _flush_c_streams() -> None:
-    """Flushes what C code has printed; a fork would lose it or write it twice."""
+    """Flushes the output of C code, which a fork would otherwise lose or write twice."""
     ctypes.CDLL(None).fflush(None)
 
 

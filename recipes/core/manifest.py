@@ -1,7 +1,7 @@
 """Manifest of a complete stage: its settings, inputs, files and result.
 
-It is written last, by an atomic rename. Without a manifest a stage is not complete. This module
-does not import torch, so a login node can read and check a run.
+The manifest is written last, by an atomic rename. Without a manifest a stage is not complete. This
+module does not import torch, so a login node can read and check a run.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ ARTIFACT = "artifact"
 WORK = "work"
 """Folder in a stage's directory with unfinished work."""
 FORMAT = 1
-"""Version of the files in a run directory. Increase it when the code cannot read older ones."""
+"""Format version of a run directory. Increase it when the code cannot read older directories."""
 ResultT = TypeVar("ResultT", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
 class FileStamp:
-    """Identity of an artifact's file. With equal size and ``mtime_ns`` it is not hashed again."""
+    """Identity of a file. A file with the same size and ``mtime_ns`` need not be hashed again."""
 
     size: int
     sha256: str
@@ -45,7 +45,7 @@ class Acceptance:
     """A user's decision to keep a stale result."""
 
     fingerprint: str
-    """Fingerprint of the stage in the plan, which differs from the result's."""
+    """Fingerprint that the plan requires. The fingerprint of the stale result differs."""
     reasons: list[str]
     """Why the result is stale."""
 
@@ -55,20 +55,20 @@ class Outcome:
     """What a stage's ``run`` returns about the artifact that it wrote."""
 
     result: DataclassInstance | None = None
-    """The stage's result dataclass, with its metrics; may be ``None`` on ranks other than 0."""
+    """The stage's metrics as a dataclass; may be ``None`` on ranks other than 0."""
     architecture: dict[str, Any] | None = None
     parameters: int | None = None
     tokenizer_sha256: str | None = None
 
     @classmethod
     def of(cls, result: DataclassInstance, source: Manifest) -> Outcome:
-        """Returns the outcome of a stage that wrote the source's model in another format."""
+        """Returns the outcome of a stage that wrote the model of ``source`` in another format."""
         return cls(result, source.architecture, source.parameters, source.tokenizer_sha256)
 
 
 @dataclass
 class Manifest:
-    """Record of a stage. Unfinished work has one without files and metrics, ``work/begun.json``."""
+    """Record of a stage. For unfinished work it is ``work/begun.json`` and has no results yet."""
 
     stage: str
     kind: str
@@ -78,14 +78,14 @@ class Manifest:
     inputs: dict[str, str]
     """Fingerprints of the inputs."""
     started_at: str
-    """Time to the microsecond, which also identifies the start."""
+    """Time of the start in microseconds, which also identifies the start."""
     libraries: dict[str, str] = field(default_factory=dict)
-    """Versions in the fingerprint. ``versions`` has the versions that the stage's process found."""
+    """Versions in the fingerprint. ``versions`` has what was installed when the stage ran."""
     versions: dict[str, str] = field(default_factory=dict)
     git_sha: str | None = None
-    """Commit of the checkout that the snapshot is from."""
+    """Commit of the checkout from which the snapshot was copied."""
     snapshot: str | None = None
-    """Hash of the code that ran: a folder of ``code/`` in the run directory."""
+    """Hash of the code that ran, which is in ``code/HASH`` of the run directory."""
     files: dict[str, FileStamp] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     """The result as plain data; ``result`` returns it as a dataclass."""
@@ -96,42 +96,42 @@ class Manifest:
     """Time of this start, and of the interrupted starts that it continued."""
     peak_rss_bytes: int = 0
     input_content: dict[str, str] = field(default_factory=dict)
-    """A hash of each input's files; a forced rerun changes it, but not the input's fingerprint."""
+    """A hash of each input's files. A forced rerun changes the hash, but not the fingerprint."""
     accepted: Acceptance | None = None
     """Why the user kept this result although it is stale."""
     kept: dict[str, list[str]] = field(default_factory=dict)
-    """Stale results that this one depends on, which the user chose to keep: reasons by stage."""
+    """Why results are stale that this result depends on and that the user kept, by stage."""
 
     def result(self, of: type[ResultT]) -> ResultT:
         """Returns the stage's result.
 
         Args:
-            of: The dataclass of the result, or one with some of its fields.
+            of: The dataclass of the result, or a dataclass with some of the result's fields.
 
         Raises:
-            RecipeError: The result has other fields.
+            RecipeError: The result lacks a field, or a field has another type.
         """
         try:
             result: ResultT = _adapter(of).validate_python(self.metrics)
         except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(map(str, first["loc"]))
+            details = error.errors()[0]
+            field_name = ".".join(map(str, details["loc"]))
             raise RecipeError(
-                f"the result of stage {self.stage} of {self.started_at} cannot be read: {name}: "
-                f"{first['msg']}.",
+                f"the result of stage {self.stage} of {self.started_at} cannot be read: "
+                f"{field_name}: {details['msg']}.",
                 f"delete the {MANIFEST} of {self.stage}; the stage then runs again",
             ) from error
         return result
 
     def result_if(self, stage: str, of: type[ResultT]) -> ResultT | None:
-        """Returns the result if this manifest is of ``stage``; otherwise ``None``.
+        """Returns the result if ``stage`` wrote this manifest; otherwise ``None``.
 
-        Several stages write artifacts of one type, with different results.
+        Several stages write the same type of artifact, but different types of result.
         """
         return self.result(of) if self.stage == stage else None
 
     def device_hours(self) -> float:
-        """Returns the hours of all devices that computed the result."""
+        """Returns the device-hours that the result took."""
         resources: dict[str, int] = self.config.get("resources", {})
         return self.seconds / 3600 * resources.get("nodes", 1) * resources.get("devices", 1)
 
@@ -141,7 +141,7 @@ class Manifest:
         return hashlib.sha256(names.encode()).hexdigest()
 
     def total_bytes(self) -> int:
-        """Returns the size of the artifact."""
+        """Returns the artifact's size in bytes."""
         return sum(stamp.size for stamp in self.files.values())
 
 
@@ -161,7 +161,7 @@ def require_format(version: object, path: Path) -> None:
 
 
 def write_manifest(stage_dir: Path, manifest: Manifest, name: str = MANIFEST) -> None:
-    """Writes a manifest by an atomic rename, which makes the stage complete."""
+    """Writes a manifest atomically. The file ``manifest.json`` makes the stage complete."""
     text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1, sort_keys=True)
     write_text_atomically(stage_dir / name, text + "\n")
 
@@ -190,7 +190,7 @@ def read_manifest(stage_dir: Path, name: str = MANIFEST) -> Manifest | None:
 
 
 def manifest_of(source: str | None) -> Manifest | None:
-    """Returns the manifest of a source that is a stage's directory; ``None`` for other sources."""
+    """Returns the manifest if the source is a directory of a complete stage; otherwise ``None``."""
     return read_manifest(Path(source)) if source and Path(source).is_dir() else None
 
 
@@ -210,8 +210,8 @@ def changed_files(root: Path, stamps: Mapping[str, FileStamp], *, rehash: bool) 
     Args:
         root: Folder of the files.
         stamps: Expected files by relative path.
-        rehash: Hash every file. Otherwise files of the same size and time count as unchanged, and
-            a plan of a complete chain takes a fraction of a second.
+        rehash: Whether to hash every file. Otherwise a file with the same size and time counts as
+            unchanged, so that to plan a complete chain takes a fraction of a second.
     """
     changed, to_hash = [], []
     present = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
@@ -235,10 +235,10 @@ def changed_files(root: Path, stamps: Mapping[str, FileStamp], *, rehash: bool) 
 
 
 def check_artifact(stage_dir: Path, kind: str | None = None, *, rehash: bool = True) -> Manifest:
-    """Returns the manifest of a stage.
+    """Returns the manifest of a complete stage whose files are unchanged.
 
     Raises:
-        RecipeError: The stage is not complete or of another type, or its files have changed.
+        RecipeError: The stage is not complete or has another type, or its files have changed.
     """
     manifest = read_manifest(stage_dir)
     if manifest is None:

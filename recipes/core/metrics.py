@@ -1,7 +1,7 @@
 """Progress and metrics of a running stage, as JSON lines.
 
-The stage appends records. The launcher, on this machine or another, follows the file for progress
-bars and logs; the report plots it.
+The stage appends records. The launcher, which may run on another machine, follows the file for
+progress bars and logs. The report plots the records.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from recipes.core.watchdog import report_progress
 
 METRICS = "metrics.jsonl"
 ProgressCallback = Callable[[int, int], None]
-"""Takes the units of work that are done, and their total."""
+"""Takes the number of finished units of work, and the total number."""
 Record = dict[str, Any]
 """One line of a metrics file."""
 
@@ -35,18 +35,18 @@ class MetricsLog:
             self._file.write("\n")  # a kill truncated the last line
 
     def log(self, **values: object) -> None:
-        """Appends a record with the time."""
+        """Appends a record of the values and the time."""
         report_progress()
         if self._file:
             self._file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
 
     def progress(self, task: str, done: int, total: int, **values: object) -> None:
-        """Appends a record of progress: ``done`` of ``total`` units of ``task``."""
+        """Appends a progress record: ``done`` of ``total`` units of ``task`` are finished."""
         self.log(task=task, done=done, total=total, **values)
 
 
 def new_records(path: Path, position: int) -> tuple[list[Record], int]:
-    """Returns the progress records after a position in a metrics file, and the next position.
+    """Returns the progress records after a byte position in a metrics file, and the next position.
 
     Only progress records have a task.
     """
@@ -60,7 +60,7 @@ def new_records(path: Path, position: int) -> tuple[list[Record], int]:
         file.seek(position)
         for line in file:
             if not line.endswith(b"\n"):
-                break
+                break  # the record is still being written
             position += len(line)
             with contextlib.suppress(ValueError):  # a kill or a full disk truncated the record
                 records.append(json.loads(line))
@@ -68,7 +68,7 @@ def new_records(path: Path, position: int) -> tuple[list[Record], int]:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Yields the records of a metrics file without lines that a kill truncated."""
+    """Yields the records of a metrics file. Skips lines that a kill truncated."""
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -79,15 +79,15 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def steps_of(path: Path, task: str) -> list[Record]:
-    """Returns the records of a task, one per step: the last, if a restart repeated the step."""
-    latest = {r["done"]: r for r in read_records(path) if r.get("task") == task}
-    return [latest[step] for step in sorted(latest)]
+    """Returns one record of a task per step: the last record, if a restart repeated the step."""
+    by_step = {r["done"]: r for r in read_records(path) if r.get("task") == task}
+    return [by_step[step] for step in sorted(by_step)]
 
 
-def flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yields nested values with their dotted names."""
+def flatten(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yields the dotted name and the value of each entry of nested mappings."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -1,4 +1,4 @@
-"""Precisions of weights and activations. Imports torch only when needed."""
+"""Precisions of weights and activations. The module imports torch only when needed."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def dtype_name(precision: str) -> str:
 
 @contextmanager
 def float32_matmul_of(dtype: torch.dtype) -> Iterator[None]:
-    """Runs a CPU's float32 GEMMs in bfloat16, which is faster, if their inputs were bfloat16.
+    """Lets a CPU run float32 GEMMs in bfloat16, which is faster, if ``dtype`` is bfloat16.
 
-    Converting such inputs back to bfloat16 loses nothing, and sums stay in float32. On CUDA nothing
-    changes: ``NVIDIA_TF32_OVERRIDE`` and PyTorch's defaults decide.
+    Inputs that were converted from bfloat16 lose nothing when they are converted back, and sums
+    stay in float32. On CUDA, ``NVIDIA_TF32_OVERRIDE`` and PyTorch's defaults decide.
 
     Args:
         dtype: The dtype of the inputs before their conversion to float32.

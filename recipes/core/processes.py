@@ -1,4 +1,4 @@
-"""Functions for processes: die with the parent, prepare imports, measure memory, explain kills."""
+"""Makes processes die with their parent, prepares imports, measures memory, explains kills."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MANAGED_MEMORY = "megatron.core.inference.unified_memory"
 
 
 def death_message(exit_status: int | None) -> str | None:
-    """Returns "killed by SIGNAL: ..." for the negative exit status of a killed process."""
+    """Returns which signal killed a process; ``None`` if none did. Such a status is negative."""
     if exit_status is None or exit_status >= 0:
         return None
     name = signal.Signals(-exit_status).name
@@ -32,8 +32,8 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def children_die_with_this() -> None:
-    """Calls ``die_with_parent`` in every process that is forked from this one or its forks."""
+def make_forks_die_with_parent() -> None:
+    """Calls ``die_with_parent`` in every process that this process or one of its forks forks."""
     parent = 0
 
     def before() -> None:
@@ -56,36 +56,36 @@ def cores() -> int:
 def prepare_imports() -> None:
     """Sets up this process before it imports torch and Megatron.
 
-    - Megatron must not import wandb. The import takes time, and makes temporary folders that a
+    - Megatron must not import wandb. That import takes time, and makes temporary folders that a
       killed process leaves behind.
-    - Megatron must not import its module for CUDA managed memory, which no stage uses. The import
+    - Megatron must not import its module for CUDA managed memory, which no stage uses. That import
       compiles a helper in the home directory, under a lock file. A killed process leaves the lock,
-      and then every later import waits for it without limit. The import also initialises CUDA,
+      for which every later import then waits without limit. The import also initialises CUDA,
       which a fork does not survive.
     - float32 GEMMs must not use TensorFloat-32, which has 10 bits of mantissa. NGC images and
-      TransformerEngine request it, whatever PyTorch is set to. This variable overrides them;
-      cuBLAS reads it once.
+      TransformerEngine enable it, whatever PyTorch's settings are. ``NVIDIA_TF32_OVERRIDE``
+      disables it. cuBLAS reads this variable only once, so it is set here.
     """
     sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]
-    unused = ModuleType(MANAGED_MEMORY)
-    unused.has_unified_memory = False  # type: ignore[attr-defined]
-    unused.create_unified_mempool = None  # type: ignore[attr-defined]
-    sys.modules.setdefault(MANAGED_MEMORY, unused)
+    stub = ModuleType(MANAGED_MEMORY)
+    stub.has_unified_memory = False  # type: ignore[attr-defined]
+    stub.create_unified_mempool = None  # type: ignore[attr-defined]
+    sys.modules.setdefault(MANAGED_MEMORY, stub)
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 
 
 def return_free_memory() -> None:
-    """Returns glibc's free memory to Linux, including pieces in the middle of the heap.
+    """Returns glibc's free memory to Linux, including free blocks in the middle of the heap.
 
-    By default glibc keeps free pieces between used ones. Stages on a CPU set
-    ``MALLOC_TRIM_THRESHOLD_`` for speed, and glibc then keeps all free memory.
+    By default glibc keeps free blocks that lie between used blocks. Stages on a CPU set
+    ``MALLOC_TRIM_THRESHOLD_`` for speed, with which glibc keeps all free memory.
     """
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # only glibc has it
         trim(0)
 
 
 def peak_memory_bytes() -> int:
-    """Returns the peak resident memory of this program.
+    """Returns this process's peak resident memory in bytes.
 
     ``ru_maxrss`` would be wrong: Linux initialises it with the size of the parent process.
     """
@@ -94,8 +94,8 @@ def peak_memory_bytes() -> int:
     return int(kibibytes) * 1024
 
 
-# Megatron's checkpoint writer spawns processes, which import the program's main module and with it
-# this one. They too must die with their parent.
+# Megatron's checkpoint writer spawns processes that import the main module, and thereby this one.
+# These processes must die with their parent, too.
 if "--multiprocessing-fork" in sys.orig_argv:
     die_with_parent()
     prepare_imports()

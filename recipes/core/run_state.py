@@ -1,6 +1,7 @@
-"""State of a run and of its stages. No other module derives it from their files.
+"""Reads and writes the files that hold the state of a run and of its stages.
 
-CONTRIBUTING.md lists the files in "How data flows". Does not import torch.
+No other module derives states from these files, which CONTRIBUTING.md lists in "How data flows".
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -38,18 +39,18 @@ from recipes.core.watchdog import STACKS, hang_error
 RUN_FILE = "run.yaml"
 """File in a run directory with the last plan."""
 TRACKER = "tracker.json"
-"""File in a run directory with the tracker of its stages, and the run's id in it."""
+"""File in a run directory with the tracker's settings and the run's id in the tracker."""
 REQUEST = "config.yaml"
-"""File in a stage's directory with its request."""
+"""File in a stage's directory with the stage's ``Request``."""
 BEGUN = "begun.json"
-"""File in ``work/``: the manifest of the start that wrote this work; it has no result yet."""
+"""File in ``work/``: the manifest, without results, of the start that wrote this work."""
 OUTCOME = "outcome.json"
 """File in ``work/`` with the reason why the last start ended without a result."""
 
 
 @dataclass(frozen=True)
 class InputRef:
-    """Directory of an input of a stage, and the type and fingerprint that its result must have."""
+    """An input of a stage: its directory, and the type and fingerprint that it must have."""
 
     directory: Path
     kind: str
@@ -70,7 +71,7 @@ class InputRef:
 
 @dataclass(frozen=True)
 class Request:
-    """Name, settings and inputs of a stage to be started: the content of its ``config.yaml``."""
+    """Everything that a stage's process needs to start: the content of ``config.yaml``."""
 
     name: str
     fingerprint: str
@@ -80,11 +81,11 @@ class Request:
     libraries: Mapping[str, str] = field(default_factory=dict)
     """Versions in the fingerprint."""
     kept: Mapping[str, list[str]] = field(default_factory=dict)
-    """Stale results that the stage depends on, which the user chose to keep: reasons by stage."""
+    """Why results are stale that this stage depends on and that the user kept, by stage."""
     snapshot: str | None = None
-    """Hash of the snapshot that the stage's process runs; ``None`` if another stage starts it."""
+    """Hash of the code that the stage's process runs; ``None`` if another stage starts it."""
     git_sha: str | None = None
-    """Commit of the checkout that the snapshot is from."""
+    """Commit of the checkout from which the snapshot was copied."""
 
     def write(self, stage_dir: Path) -> Path:
         """Writes the request and returns its file."""
@@ -108,11 +109,11 @@ def request_of(
 
     Args:
         name: The stage's name in its run.
-        config: Its settings.
-        inputs: Its inputs.
-        starts: Stages that it starts itself; their code counts as its code.
-        external: Stamps of its files from outside the run.
-        in_image: Whether it runs in an image instead of with the libraries installed here.
+        config: The stage's settings.
+        inputs: The stage's inputs.
+        starts: Stages that this stage starts; their code is part of its code fingerprint.
+        external: Stamps of the stage's files from outside the run.
+        in_image: Whether the stage runs in a container image, with the image's libraries.
     """
     code, libraries = stage_code([config.stage, *starts]), result_versions(in_image)
     input_fingerprints = {key: ref.fingerprint for key, ref in inputs.items()}
@@ -144,13 +145,13 @@ class LastPlan:
     """Fingerprints by stage, in order; ``None`` if a stage has never been planned to run."""
 
     def write(self, run_dir: Path) -> None:
-        """Writes it to ``run.yaml``."""
+        """Writes the plan to ``run.yaml``."""
         text = OmegaConf.to_yaml({"format": FORMAT, **vars(self)})
         write_text_atomically(run_dir / RUN_FILE, text)
 
 
 def read_last_plan(run_dir: Path) -> LastPlan | None:
-    """Reads the last plan of a run; ``None`` if the directory is no run.
+    """Reads the last plan of a run; ``None`` if the directory is not a run.
 
     Raises:
         RecipeError: Another version of this repository wrote it.
@@ -170,9 +171,9 @@ class Status(StrEnum):
     FAILED = "failed"
     HUNG = "hung"
     STOPPED = "stopped"
-    """Stopped at its deadline: its work is saved, and the next start resumes."""
+    """The stage stopped at its deadline. Its work is saved, and the next start resumes it."""
     INTERRUPTED = "interrupted"
-    """Killed: there is unfinished work but no reason."""
+    """The stage was killed: it left unfinished work, but recorded no reason."""
     NOT_STARTED = "not started"
     RUNNING = "running"
     PENDING = "pending"
@@ -186,13 +187,13 @@ class StageState:
     directory: Path
     status: Status
     result: Manifest | None
-    """The last complete result, which may have another fingerprint."""
+    """Manifest of the last complete result, which may have another fingerprint."""
     begun: Manifest | None
-    """Record of the start that wrote the unfinished work; ``None`` if there is none."""
+    """Manifest of the start that wrote the unfinished work; ``None`` without unfinished work."""
     error: str = ""
     """Why the stage failed, hung or stopped."""
     leftover: bool = False
-    """Whether ``work/`` remains from the complete result: a kill came before its deletion."""
+    """Whether ``work/`` belongs to the complete result: a kill prevented its deletion."""
 
     @property
     def started(self) -> bool:
@@ -200,7 +201,7 @@ class StageState:
         return self.result is not None or (self.directory / WORK).exists()
 
     def progress(self) -> list[Record]:
-        """Returns the stage's records of progress."""
+        """Returns the stage's progress records."""
         return [r for r in read_records(self.directory / METRICS) if "task" in r]
 
 
@@ -213,7 +214,7 @@ def stage_state(stage_dir: Path, fingerprint: str | None = None) -> StageState:
     """
     work = stage_dir / WORK
     result, begun = read_manifest(stage_dir), read_manifest(work, BEGUN)
-    # Work without a manifest, or of the start that wrote the result, remains from the result.
+    # Work without a manifest, or of the start that wrote the result, belongs to the result.
     same_start = begun is None or (result is not None and result.started_at == begun.started_at)
     leftover = result is not None and work.exists() and same_start
     if leftover:
@@ -222,12 +223,13 @@ def stage_state(stage_dir: Path, fingerprint: str | None = None) -> StageState:
     if result is not None and fingerprint in (None, result.fingerprint):
         return replace(state, status=Status.COMPLETE)
     if (end := last_end(stage_dir)) is not None:
-        return replace(state, status=end[0], error=end[1])
+        status, reason = end
+        return replace(state, status=status, error=reason)
     return replace(state, status=Status.INTERRUPTED) if begun else state
 
 
 def last_end(stage_dir: Path) -> tuple[Status, str] | None:
-    """Returns how and why the last start ended without a result; ``None`` if it was killed."""
+    """Returns how and why the last start failed or stopped; ``None`` if no reason was recorded."""
     work = stage_dir / WORK
     if (problem := hang_error(work)) is not None:
         return Status.HUNG, str(problem)
@@ -242,7 +244,7 @@ def stage_states(run_dir: Path, include: Collection[str] = ()) -> dict[str, Stag
 
     Args:
         run_dir: The run.
-        include: Stages to return although they are neither planned nor started.
+        include: Stages to return even if they are neither planned nor started.
     """
     plan = read_last_plan(run_dir)
     planned = plan.stages if plan is not None else {}
@@ -281,14 +283,14 @@ def record_acceptance(stage_dir: Path, acceptance: Acceptance | None) -> None:
 def begin_work(stage_dir: Path, begun: Manifest) -> float:
     """Prepares ``work/`` for a start, with an empty ``work/artifact/``.
 
-    Work of the same fingerprint stays, so that training can resume; other work is deleted.
+    Work with the same fingerprint stays, so that training can resume. Other work is deleted.
 
     Returns:
-        Seconds that earlier starts spent on this work, each until its last record of progress.
+        Seconds that earlier starts spent on this work. Each counts until its last progress record.
     """
-    work, before = stage_dir / WORK, stage_state(stage_dir).begun
-    seconds = before.seconds + _recorded_seconds(stage_dir, before) if before else 0.0
-    if before is None or before.fingerprint != begun.fingerprint:
+    work, earlier = stage_dir / WORK, stage_state(stage_dir).begun
+    seconds = earlier.seconds + _recorded_seconds(stage_dir, earlier) if earlier else 0.0
+    if earlier is None or earlier.fingerprint != begun.fingerprint:
         discard_work(stage_dir)
         (stage_dir / METRICS).unlink(missing_ok=True)
         seconds = 0.0
@@ -300,7 +302,7 @@ def begin_work(stage_dir: Path, begun: Manifest) -> float:
 
 
 def _recorded_seconds(stage_dir: Path, begun: Manifest) -> float:
-    """Returns the seconds from a start to its last record; 0 if it wrote none."""
+    """Returns the seconds from a start to its last record; 0 if it wrote no record."""
     started = datetime.fromisoformat(begun.started_at).timestamp()
     times: list[float] = [record["time"] - started for record in read_records(stage_dir / METRICS)]
     return max([0.0, *times])
@@ -309,8 +311,8 @@ def _recorded_seconds(stage_dir: Path, begun: Manifest) -> float:
 def complete_stage(stage_dir: Path, manifest: Manifest) -> None:
     """Makes ``work/artifact/`` the stage's result.
 
-    The old manifest is deleted first and the new one written last, so that the stage is incomplete
-    if a kill comes between.
+    The old manifest is deleted first and the new manifest is written last, so that the stage is
+    incomplete if a kill comes in between.
     """
     (stage_dir / MANIFEST).unlink(missing_ok=True)
     target = stage_dir / ARTIFACT
@@ -324,7 +326,7 @@ def complete_stage(stage_dir: Path, manifest: Manifest) -> None:
 def record_failure(
     stage_dir: Path, error: str, *, stopped: bool = False, overwrite: bool = True
 ) -> None:
-    """Records why a start ended.
+    """Records why a start ended without a result.
 
     Args:
         stage_dir: The stage's directory.
@@ -339,7 +341,7 @@ def record_failure(
 
 
 def forget_outcome(stage_dir: Path) -> None:
-    """Deletes the reasons why an earlier start ended."""
+    """Deletes the recorded reasons why earlier starts ended."""
     work = stage_dir / WORK
     for file in (work / OUTCOME, *work.glob(STACKS.format("*"))):
         file.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Copies of this repository's code in a run: the code that was fingerprinted is the code that runs.
+"""Copies this repository's code into a run, so that stages run the code that was fingerprinted.
 
-A launcher reads the code once and uses the same bytes for fingerprints and for the copy, so an edit
-in between has no effect. Does not import torch.
+The launcher reads the code once and uses the same bytes for fingerprints and for the copy, so an
+edit in between has no effect. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ LOCKS = ("requirements/stack.txt", "requirements/torch.txt")
 
 
 def read_source(root: Path) -> Mapping[str, bytes]:
-    """Returns the content of each file of the code below a checkout or a snapshot."""
+    """Returns the content of each code file of a checkout or a snapshot, by relative path."""
     paths = [path for package in PACKAGES for path in (root / package).rglob("*")]
     files = [path for path in (*paths, *(root / lock for lock in LOCKS)) if path.is_file()]
-    names = {path.relative_to(root): path for path in sorted(files)}
+    relative = {path.relative_to(root): path for path in sorted(files)}
     return {
         name.as_posix(): path.read_bytes()
-        for name, path in names.items()
+        for name, path in relative.items()
         if not any(part.startswith((".", "__pycache__")) for part in name.parts)
     }
 
 
 source_files = cache(read_source)
-"""Reads the code below a folder once in a process."""
+"""Does the same as ``read_source``, but reads each folder only once in a process."""
 
 
 def hash_source(files: Mapping[str, bytes]) -> str:
-    """Returns one SHA-256 of names and contents."""
+    """Returns one SHA-256 of the names and contents of files."""
     total = hashlib.sha256()
     for name, content in files.items():
         total.update(f"{name} {hashlib.sha256(content).hexdigest()}\n".encode())
@@ -59,11 +59,11 @@ def snapshot_dir(run_dir: Path) -> Path:
 
 
 def write_snapshot(run_dir: Path) -> None:
-    """Stores this process's code in a run, unless it is there. The caller holds the run's lock."""
+    """Stores this process's code in a run, if it is missing. The caller holds the run's lock."""
     target = snapshot_dir(run_dir)
     if target.is_dir() and hash_source(read_source(target)) == target.name:
         return
-    partial = target.with_suffix(".partial")  # a kill leaves it; the next launch deletes it
+    partial = target.with_suffix(".partial")  # the next launch deletes it after a kill
     for folder in (partial, target):
         shutil.rmtree(folder, ignore_errors=True)
     for name, content in source_files(REPO_ROOT).items():
@@ -75,10 +75,10 @@ def write_snapshot(run_dir: Path) -> None:
 
 
 def require_snapshot(code: str | None) -> None:
-    """Refuses to run a stage with other code than it was planned with.
+    """Refuses to run a stage if the code has changed since the plan.
 
     Args:
-        code: Hash of the code; ``None`` for a stage that another stage starts from its own code.
+        code: Hash of the planned code; ``None`` accepts any code, for stages that a stage starts.
     """
     if code is not None and hash_source(read_source(REPO_ROOT)) != code:
         raise RecipeError(

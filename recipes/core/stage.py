@@ -1,4 +1,4 @@
-"""What a stage gets: settings, inputs, rank, deadline, and a file for its metrics."""
+"""Everything that a stage gets: settings, inputs, rank, deadline, and a file for metrics."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from recipes.core.metrics import METRICS, MetricsLog
 DEADLINE = "STAGE_DEADLINE"
 """Environment variable: the time, in seconds since 1970, when a stage must save its work and stop.
 
-The Slurm executor sets it. It does not change the result.
+The Slurm executor sets the variable. The deadline does not change the result.
 """
 SbatchOption = Annotated[str, matching(r"--\S[^\n]*", "an option of sbatch, such as --mem=0")]
 
 
 @dataclass
 class Resources:
-    """Where a stage runs and on how many devices; does not change its result."""
+    """Where a stage runs and on how many devices. Resources do not change the result."""
 
     nodes: Count = 1
     """Machines; more than one needs Slurm."""
@@ -47,7 +47,7 @@ class Resources:
 
     @property
     def ranks(self) -> int:
-        """Number of processes on all nodes."""
+        """Number of processes on all nodes together."""
         return self.nodes * self.devices
 
 
@@ -97,7 +97,7 @@ def deadline() -> float | None:
     """Returns the deadline in seconds since 1970; ``None`` without one.
 
     Raises:
-        RecipeError: The variable is not a number.
+        RecipeError: The environment variable is not a number.
     """
     text = os.environ.get(DEADLINE)
     try:
@@ -117,9 +117,9 @@ def time_is_up() -> bool:
 
 def metrics_file(out: Path) -> Path:
     """Returns the metrics file of the stage that writes its artifact to ``out``."""
-    return out.parent.parent / METRICS
+    return out.parent.parent / METRICS  # ``out`` is work/artifact in the stage's directory
 
 
 def metrics_log(out: Path) -> MetricsLog:
-    """Opens the stage's metrics file; on ranks other than 0 nothing is written."""
+    """Opens the stage's metrics file. On ranks other than 0, the log writes nothing."""
     return MetricsLog(metrics_file(out) if rank() == 0 else None)

@@ -1,6 +1,6 @@
 """Starts a stage on this machine, waits until it ends, and explains why it failed.
 
-The launcher uses it for the stages of a run, and a search for the stages of its candidates.
+The launcher runs the stages of a run with it, and a search runs the stages of its candidates.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from recipes.core.stage import StageConfig, StoppedByDeadlineError
 from recipes.core.watchdog import pause_watchdog
 
 LOGS = "logs"
-"""Folder in a stage's directory with a log of each start."""
+"""Folder in a stage's directory, with one log for each start."""
 POLL_SECONDS = 0.2
 STOP_SECONDS = 40
 """Time for a stage to end after SIGTERM; torchrun gives its ranks 30 seconds."""
 TAIL_BYTES = 1 << 16
+"""Bytes that ``tail`` reads, in addition to 256 for each line."""
 RANK_VARIABLE = re.compile(r"(RANK|WORLD_SIZE)$|(TORCHELASTIC|GROUP|ROLE|LOCAL|MASTER)_")
 """Matches the variables that torchrun sets in a rank."""
 _FAILED_RANK = re.compile(
     r"time +: (?P<time>\d{4}-\d\d-\d\d_[\d:]{8})(?:.*\n)+?.*rank +: (?P<rank>\d+) "
     r"(?:.*\n)+?.*exitcode +: (?P<code>-?\d+)"
 )
-"""Matches an entry for a failed rank in torchrun's report."""
+"""Matches the entry of one failed rank in torchrun's report."""
 RunningStage = AbstractContextManager[Callable[[], bool]]
-"""Yields a function that tells whether the stage has ended. An error in the block stops the stage.
-"""
+"""Yields a function that tells whether the stage has ended. If the block fails, the stage ends."""
 
 
 def start_command(module: str, config: Path, devices: int, python: str) -> list[str]:
@@ -57,9 +57,9 @@ def start_command(module: str, config: Path, devices: int, python: str) -> list[
 
     Args:
         module: Module of the stage.
-        config: File of its request: settings and inputs.
-        devices: Number of ranks. One rank needs no torchrun, which takes seconds.
-        python: The interpreter.
+        config: File with the stage's request.
+        devices: Number of ranks. One rank starts without torchrun, which would take seconds.
+        python: The Python interpreter.
     """
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={devices}", "-m"]
     return [python, "-m", *(torchrun if devices > 1 else []), WORKER, module, str(config)]
@@ -90,7 +90,7 @@ def start_process(
         yield has_ended
     except BaseException:
         process.terminate()
-        # A training run first finishes its step or its validation.
+        # Waits, because a training run first finishes its step or its validation.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=STOP_SECONDS)
         process.kill()
@@ -109,13 +109,13 @@ def run_to_end(
 
     Args:
         name: The stage's name in messages.
-        stage_dir: Its directory, with the request.
-        fingerprint: The fingerprint that its result must have.
-        start: Starts it, with a log for its output.
-        poll: Called repeatedly while it runs, and once afterwards.
+        stage_dir: The stage's directory, with the request.
+        fingerprint: The fingerprint that the result must have.
+        start: Starts the stage; gets a log for the output.
+        poll: Called repeatedly while the stage runs, and once afterwards.
 
     Raises:
-        RecipeError: It ended without a new result; the message says why.
+        RecipeError: The stage ended without a new result; the message says why.
     """
     before = read_manifest(stage_dir)
     forget_outcome(stage_dir)
@@ -125,9 +125,9 @@ def run_to_end(
             poll()
             time.sleep(POLL_SECONDS)
     poll()
-    # The manifest decides, not the exit status, which torchrun sets to 1 for any failure. With
-    # force, the old result has the same fingerprint and stays until the rerun succeeds. So the
-    # result must also be new.
+    # The manifest decides, not the exit status, which torchrun sets to 1 for any failure. A forced
+    # rerun has the old result's fingerprint, and the old result stays until the rerun succeeds. So
+    # the result must also be new.
     result = read_manifest(stage_dir)
     is_new = result is not None and (before is None or result.started_at != before.started_at)
     if result is None or result.fingerprint != fingerprint or not is_new:
@@ -136,18 +136,18 @@ def run_to_end(
 
 
 def run_child(config: StageConfig, stage_dir: Path, inputs: Mapping[str, Path]) -> None:
-    """Runs a stage that this stage needs, unless it is complete.
+    """Runs a child stage from this stage, unless the child is complete.
 
-    A stage with one device runs on this rank's device.
+    A child with one device runs on this rank's device.
 
     Args:
-        config: Its settings.
-        stage_dir: Its directory, below this stage's ``work/``.
+        config: The child's settings.
+        stage_dir: The child's directory, below this stage's ``work/``.
         inputs: Directories of complete stages.
 
     Raises:
-        RecipeError: It failed, or an input is not complete.
-        StoppedByDeadlineError: It stopped at the deadline, and so must this stage.
+        RecipeError: The child failed, or an input is not complete.
+        StoppedByDeadlineError: The child stopped at the deadline, and so must this stage.
     """
     request = request_of(config.stage, config, {n: InputRef.of(d) for n, d in inputs.items()})
     if stage_state(stage_dir, request.fingerprint).status is Status.COMPLETE:
@@ -183,13 +183,13 @@ def _child_environment(devices: int) -> dict[str, str]:
         local_rank = os.environ.get("LOCAL_RANK", "0")
         if visible is None:
             env["CUDA_VISIBLE_DEVICES"] = local_rank
-        elif visible:  # empty hides all
+        elif visible:  # an empty value hides all GPUs
             env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(local_rank)]
     return env
 
 
 def _new_log(logs: Path) -> Path:
-    """Returns a path named after the time, with a number if that name is taken."""
+    """Returns a path for a log, named after the time, with a number if that path exists."""
     logs.mkdir(parents=True, exist_ok=True)
     now = time.strftime("%Y-%m-%d_%H-%M-%S")
     log, number = logs / f"{now}.log", 1
@@ -200,7 +200,7 @@ def _new_log(logs: Path) -> Path:
 
 
 def newest_log(stage_dir: Path) -> Path | None:
-    """Returns the log that was written to last; ``None`` if there are no logs."""
+    """Returns the log with the latest change; ``None`` if there are no logs."""
     logs = (stage_dir / LOGS).glob("*.log")
     return max(logs, key=lambda log: log.stat().st_mtime_ns, default=None)
 
@@ -214,24 +214,25 @@ def tail(file: Path, lines: int) -> list[str]:
 
 
 def failure(stage_dir: Path, log: Path | None) -> str:
-    """Explains why the last start of a stage failed; quotes its log if there is no other reason."""
+    """Explains why the last start of a stage failed. Quotes the log if no reason is known."""
     if log is not None and (killed := _killed_rank(log)) is not None:
         return killed
     if (end := last_end(stage_dir)) is not None:
-        return end[1].strip()
+        _, reason = end
+        return reason.strip()
     if (problem := storage_problem(None, stage_dir)) is not None:
         return str(problem)
     if log is None:
         return "it ended without a message or a log"
-    shown = "\n    ".join(tail(log, 5))
-    return f"it ended without a message; the log's last lines are\n    {shown}"
+    last_lines = "\n    ".join(tail(log, 5))
+    return f"it ended without a message; the log's last lines are\n    {last_lines}"
 
 
 def _killed_rank(log: Path) -> str | None:
-    """Names the rank that was killed, from torchrun's report in the log; ``None`` if none was.
+    """Names the rank that was killed, from torchrun's report in the log; ``None`` if no rank was.
 
-    The other ranks then lose their connection, and their errors would mislead. Half a minute after
-    a failure torchrun itself kills the other ranks; those kills are ignored.
+    When a rank is killed, the other ranks lose their connection, and their errors would mislead.
+    torchrun itself kills the other ranks 30 seconds after a failure; those kills are ignored.
     """
     failed = [
         (datetime.strptime(match["time"], "%Y-%m-%d_%H:%M:%S"), match["rank"], int(match["code"]))

@@ -1,4 +1,4 @@
-"""Standard errors, paired differences and Pareto fronts, without torch."""
+"""Computes standard errors, paired differences and Pareto fronts without torch."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ class Difference:
     @property
     def detectable(self) -> float:
         """The smallest true difference whose interval excludes 0 with a probability of 80%."""
+        # A power of 80% needs Z95 + Z80 standard errors; half of the interval is Z95 of them.
         return (self.high - self.low) / 2 * (Z95 + Z80) / Z95
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Returns the standard error of the mean, from the sample's deviation; 0 for one value."""
+    """Returns the standard error of the mean, from the standard deviation; 0 for one value."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
-    """Returns the mean of ``values - reference``, item by item."""
-    each = [value - other for value, other in zip(values, reference, strict=True)]
-    value, margin = fmean(each), Z95 * standard_error(each)
-    return Difference(value, value - margin, value + margin)
+    """Returns the mean of the paired differences ``values[i] - reference[i]``."""
+    differences = [x - y for x, y in zip(values, reference, strict=True)]
+    mean, margin = fmean(differences), Z95 * standard_error(differences)
+    return Difference(mean, mean - margin, mean + margin)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> set[int]:
-    """Returns the indices of the points that no other dominates; lower is better on both axes.
+    """Returns the indices of points that no other point dominates; lower is better on both axes.
 
-    A point dominates another if it is as good on both axes and better on one.
+    A point dominates another if it is at least as good on both axes and better on one axis.
     """
     return {
         i

@@ -1,6 +1,6 @@
 """Sends a stage's settings, progress records and results to an experiment tracker.
 
-The worker of rank 0 starts this module as a process, which follows the stage's ``metrics.jsonl``. A
+Rank 0 of the stage starts this module as a process, which follows the stage's ``metrics.jsonl``. A
 tracker that fails, or waits for a network, neither stops nor slows the stage.
 """
 
@@ -24,43 +24,44 @@ from typing import Any
 from recipes.core.errors import RecipeError, require_known
 from recipes.core.files import read_json, write_json
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest
-from recipes.core.metrics import METRICS, flat, new_records
+from recipes.core.metrics import METRICS, flatten, new_records
 from recipes.core.run_state import TRACKER, Request, read_request
 
 SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|key)$", re.IGNORECASE)
 USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
+"""Matches user and password in an address."""
 BOOKKEEPING = ("time", "task", "done", "total")
 """Fields of a record that are not metrics."""
 FINAL = "final"
-"""Task name under which the results of a complete stage are logged."""
+"""Name of the task under which a complete stage's results are logged."""
 REPORT = "report.html"
 MLFLOW_BATCH = 100
-"""Largest number of parameters in one request to MLflow."""
+"""Maximum number of parameters in one request to MLflow."""
 MLFLOW_CHARACTERS = 6000
-"""Greatest length of a parameter in MLflow."""
+"""Maximum length of a parameter in MLflow."""
 MLFLOW_ID = "recipes_id"
-"""Tag with the id of a stage's run in MLflow, whose server numbers runs itself."""
+"""Tag with ``TrackedStage.id``, because MLflow's server chooses the ids of its runs."""
 POLL_SECONDS = 1.0
 FINISHED = "FINISHED"
-"""Status that the worker sends to this process when the stage is complete. Without it, the status
-is FAILED or KILLED."""
+"""Status that the worker sends to this process when the stage is complete. The other statuses are
+FAILED and KILLED."""
 
 
 @dataclass(frozen=True)
 class Tracker:
-    """Functions of a tracker that has started."""
+    """A tracker that has started, as functions."""
 
     log: Callable[[str, Mapping[str, float], int, float], None]
-    """Logs values; takes task, values by name, step, and time in seconds since 1970."""
+    """Logs values. Takes the task, values by name, the step, and the time in seconds since 1970."""
     close: Callable[[str], None]
-    """Ends the tracking; takes FINISHED, FAILED or KILLED."""
+    """Ends the tracking. Takes FINISHED, FAILED or KILLED."""
     store: Callable[[str, str], None] = lambda name, content: None
-    """Stores an artifact; takes file name and content."""
+    """Stores an artifact. Takes its file name and content."""
 
 
 @dataclass(frozen=True)
 class TrackedStage:
-    """What a tracker gets about a stage when it starts."""
+    """Everything that a tracker gets about a stage when the stage starts."""
 
     directory: Path
     request: Request
@@ -72,17 +73,17 @@ class TrackedStage:
 
     @property
     def name(self) -> str:
-        """Name in the tracker."""
+        """The stage's name in the tracker."""
         return f"{self.directory.parent.name}/{self.request.name}"
 
     @property
     def id(self) -> str:
-        """Id in the tracker. A stage that resumes, for example in a requeued job, keeps its id."""
+        """The stage's id in the tracker. A stage that resumes keeps its id, also in another job."""
         parts = (self.run_id, self.request.name, self.request.fingerprint)
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     def parameters(self) -> dict[str, object]:
-        """Returns the stage's settings by dotted names, without secrets."""
+        """Returns the stage's settings by dotted name, without secrets."""
         return dict(public_parameters(self.request.config))
 
     def links(self) -> dict[str, str]:
@@ -105,7 +106,7 @@ def write_tracker(run_dir: Path, recipe: str, settings: Mapping[str, Any]) -> No
 
 
 def public_parameters(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yields settings by dotted names, without secrets. ``env`` has only the variables' names."""
+    """Yields dotted names and values of settings, without secrets. Omits the values of ``env``."""
     for name, value in values.items():
         if name == "env":
             yield f"{prefix}env", ", ".join(sorted(value or ()))
@@ -118,14 +119,14 @@ def public_parameters(values: Mapping[str, Any], prefix: str = "") -> Iterator[t
 
 
 def _without_user(value: object) -> object:
-    """Removes passwords from addresses: ``https://user:password@host``."""
+    """Removes user and password from addresses such as ``https://user:password@host``."""
     if isinstance(value, list):
         return [_without_user(item) for item in value]
     return USER_INFO.sub("", value) if isinstance(value, str) else value
 
 
 def public_text(file: Path) -> str:
-    """Returns the content of a file; of a manifest, which has settings, without secrets."""
+    """Returns the content of a file. Removes secrets from the settings in a manifest."""
     text = file.read_text(encoding="utf-8")
     if file.name != MANIFEST:
         return text
@@ -142,17 +143,17 @@ def tensorboard(stage: TrackedStage) -> Tracker:
     folder = stage.directory.parent / "tensorboard" / stage.request.name
     writer = EventFileWriter(str(folder), flush_secs=10)
 
-    def log(task: str, values: Mapping[str, float], step: int, at: float) -> None:
-        tagged = [Summary.Value(tag=f"{task}/{n}", simple_value=v) for n, v in values.items()]
-        writer.add_event(Event(wall_time=at, step=step, summary=Summary(value=tagged)))
+    def log(task: str, values: Mapping[str, float], step: int, seconds: float) -> None:
+        scalars = [Summary.Value(tag=f"{task}/{n}", simple_value=v) for n, v in values.items()]
+        writer.add_event(Event(wall_time=seconds, step=step, summary=Summary(value=scalars)))
 
     return Tracker(log, lambda status: writer.close())
 
 
 def wandb(stage: TrackedStage) -> Tracker:
-    """Weights & Biases: offline in ``<run>/wandb`` unless ``WANDB_MODE`` is set or a login exists.
+    """Logs to Weights & Biases. Without ``WANDB_MODE`` or a login, logs to ``<run>/wandb`` only.
 
-    Facts about the machine are not sent: they include the command line, which may have a secret.
+    Facts about the machine are not sent, because they include the command line with its secrets.
     """
     import wandb as library
 
@@ -166,7 +167,7 @@ def wandb(stage: TrackedStage) -> Tracker:
         id=stage.id,
         resume="allow",
         dir=str(stage.directory.parent),
-        mode=None if login else "offline",  # None: WANDB_MODE, which is online by default
+        mode=None if login else "offline",  # None lets WANDB_MODE decide; its default is online
         tags=[stage.recipe],
         config={**stage.parameters(), **stage.links()},
         settings=library.Settings(
@@ -175,17 +176,17 @@ def wandb(stage: TrackedStage) -> Tracker:
     )
     tasks: set[str] = set()
 
-    def log(task: str, values: Mapping[str, float], step: int, at: float) -> None:
-        named = {f"{task}/{name}": value for name, value in values.items()}
+    def log(task: str, values: Mapping[str, float], step: int, seconds: float) -> None:
+        metrics = {f"{task}/{name}": value for name, value in values.items()}
         if task == FINAL:
-            wandb_run.summary.update(named)
+            wandb_run.summary.update(metrics)
             return
         if task not in tasks:
-            # Each task counts its own steps, but the step of wandb itself can only increase.
+            # Each task counts its own steps. wandb's common step cannot: it must never decrease.
             tasks.add(task)
             wandb_run.define_metric(f"{task}/step", hidden=True)
             wandb_run.define_metric(f"{task}/*", step_metric=f"{task}/step")
-        wandb_run.log({**named, f"{task}/step": step})
+        wandb_run.log({**metrics, f"{task}/step": step})
 
     def store(name: str, content: str) -> None:
         artifact = library.Artifact(f"{stage.request.name}-{stage.id}", name.partition(".")[0])
@@ -197,7 +198,7 @@ def wandb(stage: TrackedStage) -> Tracker:
 
 
 def mlflow(stage: TrackedStage) -> Tracker:
-    """MLflow: at ``tracker.uri`` or ``MLFLOW_TRACKING_URI``, or in ``<run>/mlflow.db``."""
+    """Logs to MLflow at ``tracker.uri`` or ``MLFLOW_TRACKING_URI``; else in ``<run>/mlflow.db``."""
     import mlflow as library
 
     run_dir = stage.directory.parent.resolve()
@@ -207,24 +208,24 @@ def mlflow(stage: TrackedStage) -> Tracker:
     if not server and library.get_experiment_by_name(name) is None:
         library.create_experiment(name, (run_dir / "mlflow").as_uri())
     experiment = library.set_experiment(name).experiment_id
-    same = f"tags.{MLFLOW_ID} = '{stage.id}'"
-    earlier = library.search_runs([experiment], same, max_results=1, output_format="list")
+    has_id = f"tags.{MLFLOW_ID} = '{stage.id}'"
+    earlier = library.search_runs([experiment], has_id, max_results=1, output_format="list")
     mlflow_run = library.start_run(earlier[0].info.run_id if earlier else None, run_name=stage.name)
     library.set_tags(
         {MLFLOW_ID: stage.id, "run_id": stage.run_id, "recipe": stage.recipe, **stage.links()}
     )
-    # MLflow cannot change the parameters of an earlier start.
-    new = [
+    # An earlier start may have logged parameters, which MLflow cannot change.
+    missing = [
         (_mlflow_name(name), str(value)[:MLFLOW_CHARACTERS])
         for name, value in stage.parameters().items()
         if _mlflow_name(name) not in mlflow_run.data.params
     ]
-    for start in range(0, len(new), MLFLOW_BATCH):
-        library.log_params(dict(new[start : start + MLFLOW_BATCH]))
+    for start in range(0, len(missing), MLFLOW_BATCH):
+        library.log_params(dict(missing[start : start + MLFLOW_BATCH]))
 
-    def log(task: str, values: Mapping[str, float], step: int, at: float) -> None:
-        named = {_mlflow_name(f"{task}/{name}"): value for name, value in values.items()}
-        library.log_metrics(named, step, timestamp=int(at * 1000))
+    def log(task: str, values: Mapping[str, float], step: int, seconds: float) -> None:
+        metrics = {_mlflow_name(f"{task}/{name}"): value for name, value in values.items()}
+        library.log_metrics(metrics, step, timestamp=int(seconds * 1000))
 
     return Tracker(log, library.end_run, lambda name, content: library.log_text(content, name))
 
@@ -239,15 +240,15 @@ TRACKERS: Mapping[str, tuple[Callable[[TrackedStage], Tracker], tuple[str, ...]]
     "wandb": (wandb, ("wandb",)),
     "mlflow": (mlflow, ("mlflow", "sqlalchemy", "alembic")),
 }
-"""Trackers by name, with the modules that each needs."""
+"""For each tracker: the function that starts it, and the modules that it needs."""
 
 
 def require_tracker(settings: Mapping[str, str | None], own_python: bool = True) -> None:
-    """Refuses an unknown tracker, missing packages, and a stored password.
+    """Refuses an unknown tracker, missing packages, and a password in ``uri``.
 
     Args:
-        settings: The config ``tracker``.
-        own_python: Whether stages run with this interpreter, whose packages can be checked.
+        settings: The config group ``tracker``.
+        own_python: Whether stages run with this interpreter, so that its packages can be checked.
     """
     name = settings.get("name")
     if name is None:
@@ -272,13 +273,13 @@ def follow(stage_dir: Path, started: float, wait: Callable[[], str | None]) -> N
 
     Args:
         stage_dir: The stage's directory.
-        started: Start of the stage, in seconds since 1970: older records were sent before.
-        wait: Waits a moment; returns a status once the stage has ended.
+        started: Start of the stage, in seconds since 1970. Its older records were already sent.
+        wait: Waits a moment. Returns a status when the stage has ended, until then ``None``.
     """
     run = read_json(stage_dir.parent / TRACKER)
     if (name := run["settings"].get("name")) is None:
         return
-    stage, attempt = TrackedStage(stage_dir, read_request(stage_dir), **run), _attempts(name)
+    stage, attempt = TrackedStage(stage_dir, read_request(stage_dir), **run), _attempter(name)
     tracker: Tracker | None = attempt(TRACKERS[name][0], stage)
     if tracker is None:
         return
@@ -295,39 +296,39 @@ def follow(stage_dir: Path, started: float, wait: Callable[[], str | None]) -> N
     attempt(tracker.close, status)
 
 
-def _attempts(name: str) -> Callable[..., Any]:
-    """Returns a function that calls a function and catches errors; only the first is printed."""
+def _attempter(name: str) -> Callable[..., Any]:
+    """Returns a function that calls another and catches its errors. It prints the first error."""
     errors: list[Exception] = []
 
-    def attempt(act: Callable[..., Any], *arguments: Any) -> Any:
+    def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return act(*arguments)
+            return function(*arguments)
         except Exception as error:
             errors.append(error)
             if len(errors) == 1:
-                what = f"warning: tracker {name} failed ({type(error).__name__}: {error})"
-                print(f"{what}; {METRICS} has all records", file=sys.stderr, flush=True)
+                warning = f"warning: tracker {name} failed ({type(error).__name__}: {error})"
+                print(f"{warning}; {METRICS} has all records", file=sys.stderr, flush=True)
 
     return attempt
 
 
-def _numbers(values: Mapping[str, object], without: tuple[str, ...] = ()) -> dict[str, float]:
+def _numbers(values: Mapping[str, object], excluded: tuple[str, ...] = ()) -> dict[str, float]:
     items = values.items()
-    return {k: float(v) for k, v in items if k not in without and isinstance(v, float | int)}
+    return {k: float(v) for k, v in items if k not in excluded and isinstance(v, float | int)}
 
 
 def _finish(stage_dir: Path, tracker: Tracker) -> None:
-    """Logs all numbers in the manifest of a complete stage; stores it, and a report."""
+    """Logs all numbers in a complete stage's manifest. Stores the manifest, and a report if any."""
     manifest = read_manifest(stage_dir)
     if manifest is None:
         return
-    cost = {
+    facts = {
         "seconds": manifest.seconds,
         "peak_rss_bytes": manifest.peak_rss_bytes,
         "bytes": manifest.total_bytes(),
         "parameters": manifest.parameters,
     }
-    results = dict(flat({**manifest.metrics, **cost}))
+    results = dict(flatten({**manifest.metrics, **facts}))
     tracker.log(FINAL, _numbers(results), 0, time.time())
     for file in (stage_dir / MANIFEST, stage_dir / ARTIFACT / REPORT):
         if file.exists():
@@ -335,15 +336,15 @@ def _finish(stage_dir: Path, tracker: Tracker) -> None:
 
 
 def main() -> None:
-    """Follows a stage until the worker writes a status to standard input, or dies."""
-    stage_dir, started, last_seconds = sys.argv[1:]
+    """Follows a stage until the worker dies or writes a status to this process's standard input."""
+    stage_dir, started, timeout = sys.argv[1:]
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the worker's end decides
+        signal.signal(number, signal.SIG_IGN)  # this process ends only after the worker
 
     def wait() -> str | None:
         if not select.select([0], [], [], POLL_SECONDS)[0]:
             return None
-        signal.alarm(int(last_seconds))  # kills this process if the tracker does not answer
+        signal.alarm(int(timeout))  # kills this process if the tracker does not answer
         return os.read(0, 100).decode() or "KILLED"
 
     follow(Path(stage_dir), float(started), wait)

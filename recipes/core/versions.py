@@ -1,4 +1,4 @@
-"""Versions of libraries: installed, pinned in pyproject.toml, and locked; without torch."""
+"""Reads the installed, required and locked versions of libraries. Does not import torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RESULT_LIBRARIES = ("torch", "megatron-core", "nemo_toolkit", "nvidia-modelopt",
 """Libraries whose versions are part of a fingerprint."""
 TRANSFORMER_ENGINE = "transformer-engine"
 STAGE_EXTRAS = ("launcher", "train", "cpu")
-"""Extras of pyproject.toml that stages need; a launcher for a cluster needs the first."""
+"""Extras of pyproject.toml that stages need. A launcher alone needs only the first one."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Pin:
 
     @property
     def is_satisfied(self) -> bool:
-        """Whether the installed version is a required one.
+        """Whether the installed version satisfies the requirement.
 
-        The suffix of a container's own build, such as 2.9.0a0+nv25.9, is ignored.
+        The suffix of a container's own build is ignored: 2.9.0a0+nv25.9 counts as 2.9.0.
         """
         if self.installed is None:
             return False
@@ -45,7 +45,7 @@ class Pin:
 
 
 def pins(extras: Iterable[str] = STAGE_EXTRAS) -> Iterator[Pin]:
-    """Yields Python and every pinned library of some extras, by default those that stages need."""
+    """Yields Python and every library of some extras, by default of those that stages need."""
     with (REPO_ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
     yield Pin("python", project["requires-python"], sys.version.split()[0])
@@ -53,11 +53,11 @@ def pins(extras: Iterable[str] = STAGE_EXTRAS) -> Iterator[Pin]:
         for requirement in map(Requirement, project["optional-dependencies"][extra]):
             if requirement.name != project["name"]:
                 name = requirement.name
-                yield Pin(name, str(requirement.specifier), installed(name))
+                yield Pin(name, str(requirement.specifier), installed_version(name))
 
 
 @cache
-def installed(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     """Returns the version of an installed library, without importing it."""
     try:
         return metadata.version(name)
@@ -68,23 +68,23 @@ def installed(name: str) -> str | None:
 def result_versions(in_image: bool = False) -> dict[str, str]:
     """Returns the versions that are part of a fingerprint, by library.
 
-    A build tag such as ``+cpu`` is left out: a plan must be the same on a machine without a GPU as
-    on the nodes, and builds of one version have the same source.
+    A build tag such as ``+cpu`` is left out: builds of one version have the same source, and a
+    login node must compute the same fingerprint as a node with GPUs.
 
     Args:
-        in_image: Whether the stage runs in an image, which has the locked versions. The locked
-            version is also used for a library that is not installed here, as on a login node.
+        in_image: Whether the stage runs in an image, for which the locked versions count. They
+            also count for libraries that are not installed here, for example on a login node.
     """
-    versions = {name: None if in_image else installed(name) for name in RESULT_LIBRARIES}
+    versions = {name: None if in_image else installed_version(name) for name in RESULT_LIBRARIES}
     return {
-        name: Version(version).base_version if version else locked(name)
+        name: Version(version).base_version if version else locked_version(name)
         for name, version in versions.items()
     }
 
 
 @cache
-def locked(name: str) -> str:
-    """Returns the version of a library in ``requirements``."""
+def locked_version(name: str) -> str:
+    """Returns a library's version in the lock files in ``requirements``."""
     pattern = re.compile(rf"^{re.sub('[-_.]', '[-_.]', name)}==([^ ;]+)", re.MULTILINE)
     texts = ((REPO_ROOT / "requirements" / f).read_text() for f in ("stack.txt", "torch.txt"))
     return next(match[1] for text in texts if (match := pattern.search(text)))
@@ -93,13 +93,13 @@ def locked(name: str) -> str:
 def installed_versions() -> dict[str, str]:
     """Returns the installed versions that a manifest records."""
     names = (*RESULT_LIBRARIES, TRANSFORMER_ENGINE, "numpy", "openvino")
-    versions = {name: version for name in names if (version := installed(name))}
+    versions = {name: version for name in names if (version := installed_version(name))}
     return {"python": sys.version.split()[0], **versions}
 
 
 @cache
 def git_sha() -> str | None:
-    """Returns the commit of this checkout, with a suffix if there are local changes."""
+    """Returns this checkout's commit, with a suffix if files were changed; ``None`` without git."""
     command = ["git", "-C", str(REPO_ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

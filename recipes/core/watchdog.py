@@ -1,8 +1,8 @@
 """Detects hangs: dumps all stacks and exits when no progress is reported in time.
 
-The timeout of collectives ends the ranks that wait for a hanging rank, but does not show what that
-rank does, and a stage of one rank has no collectives. Each process watches itself, so that this is
-the same locally, in a container and on Slurm.
+The timeout of collectives is not enough: it ends the ranks that wait for a hanging rank, but does
+not show what the hanging rank does, and a stage with one rank has no collectives. Each process
+watches itself, so that the watchdog works locally, in a container and on Slurm.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from recipes.core.errors import RecipeError
 STACKS = "hung-rank-{}.txt"
 """File in ``work/`` with the stacks of a rank that hung."""
 _watched: list[tuple[float, IO[str]]] = []
-"""Timeout and file of each active ``watch_for_hangs``; the last applies."""
+"""Timeout and file of each active ``watch_for_hangs``. The innermost, last entry applies."""
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 
 
@@ -27,11 +27,11 @@ _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 def watch_for_hangs(seconds: float | None, work: Path, rank: int) -> Iterator[None]:
     """Ends this process when ``report_progress`` is not called in time.
 
-    The check runs in C and needs no lock, so that it works in any state of the process.
+    ``faulthandler`` checks this in C, without Python's lock, so that every hang is detected.
 
     Args:
-        seconds: The timeout; ``None`` for none.
-        work: Directory for the stacks.
+        seconds: The timeout; ``None`` disables the watchdog.
+        work: Directory for the file with the stacks.
         rank: Rank of this process.
     """
     if seconds is None:
@@ -56,7 +56,7 @@ def report_progress() -> None:
 
 @contextmanager
 def pause_watchdog() -> Iterator[None]:
-    """Pauses the timeout while this process waits for others, which have their own."""
+    """Pauses the timeout while this process waits for others, which have their own watchdog."""
     faulthandler.cancel_dump_traceback_later()
     try:
         yield
@@ -65,10 +65,10 @@ def pause_watchdog() -> Iterator[None]:
 
 
 def hang_error(work: Path) -> RecipeError | None:
-    """Returns an error with the position of each rank that hung; ``None`` if none did."""
+    """Returns an error with the position of each rank that hung; ``None`` if no rank hung."""
     positions = ""
     for file in sorted(work.glob(STACKS.format("*"))):
-        if position := _main_thread(file.read_text(encoding="utf-8", errors="replace")):
+        if position := _main_thread_position(file.read_text(encoding="utf-8", errors="replace")):
             positions += f"\n  rank {file.stem.rpartition('-')[2]}: {position}"
     if not positions:
         return None
@@ -78,8 +78,8 @@ def hang_error(work: Path) -> RecipeError | None:
     )
 
 
-def _main_thread(stacks: str) -> str | None:
-    """Returns the innermost frame of the main thread, which is last in a dump."""
+def _main_thread_position(stacks: str) -> str | None:
+    """Returns the innermost frame of the main thread, which is the last thread in a dump."""
     start = stacks.rfind("Thread 0x")
     frame = _FRAME.search(stacks, start) if start >= 0 else None
     return f"{frame[1]}, line {frame[2]}, in {frame[3]}" if frame else None

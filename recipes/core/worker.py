@@ -1,6 +1,6 @@
-"""The process of a stage: reads its request, runs it, and publishes its result.
+"""The process of a stage: reads the request, runs the stage, and publishes the result.
 
-It is started as ``[torchrun] -m recipes.core.worker MODULE STAGE_DIR/config.yaml``.
+The command is ``[torchrun] -m recipes.core.worker MODULE STAGE_DIR/config.yaml``.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import storage_problem
 from recipes.core.manifest import ARTIFACT, WORK, Manifest, Outcome, check_artifact, stamp_files
 from recipes.core.processes import (
-    children_die_with_this,
     die_with_parent,
+    make_forks_die_with_parent,
     peak_memory_bytes,
     prepare_imports,
 )
@@ -54,19 +54,19 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.05
 TRACKERS = "recipes.core.trackers"
-"""Module that sends records to a tracker. It is not imported, so it is in no fingerprint."""
+"""Module that sends records to a tracker. It is not imported, so that it is in no fingerprint."""
 TRACKER_SECONDS = 60
-"""Longest wait for a tracker after the stage's end, for example without network."""
+"""Maximum wait for a tracker after the stage's end, for example if there is no network."""
 Run = Callable[[Any, Inputs, Path], Outcome]
 
 
 def main() -> None:
-    """Runs the stage of a module; on an error records why and ends with status 1."""
+    """Runs the stage of a module. After an error, records the reason and exits with status 1."""
     module, request_file = sys.argv[1:]
     stage_dir = Path(request_file).parent
     die_with_parent()
     prepare_imports()
-    children_die_with_this()  # such as the writers of checkpoints
+    make_forks_die_with_parent()  # for example, the processes that write checkpoints
     tracker = _start_tracker(stage_dir)
     try:
         stage = importlib.import_module(module).STAGE
@@ -83,17 +83,18 @@ def main() -> None:
         summary = message if is_explained else _summary(error, stage_dir)
         stopped = isinstance(error, StoppedByDeadlineError)
         with contextlib.suppress(OSError):  # on a full disk the launcher reads the log
-            # The error of a rank that lost its connection must not replace the first rank's error.
+            # When a rank fails, other ranks lose their connection. Such an unexplained error must
+            # not replace the first rank's error.
             record_failure(stage_dir, summary, stopped=stopped, overwrite=is_explained)
             if stopped:
-                _leave_together()  # torchrun kills the others when the first rank ends
+                _leave_together()  # torchrun kills the other ranks when one rank ends
         _finish_tracker(tracker, "KILLED" if stopped else "FAILED")
-        # Without the exit functions, which would wait in a collective for the other ranks.
+        # Skips the exit functions, which would wait in a collective for the other ranks.
         os._exit(1)
 
 
 def _start_tracker(stage_dir: Path) -> subprocess.Popen[bytes] | None:
-    """Starts the process that sends rank 0's records to the run's tracker, if there is one."""
+    """Starts the process that sends records to a tracker, if this is rank 0 and the run has one."""
     if rank() != 0 or not (stage_dir.parent / TRACKER).exists():
         return None
     arguments = [str(stage_dir), str(int(time.time())), str(TRACKER_SECONDS)]
@@ -103,7 +104,7 @@ def _start_tracker(stage_dir: Path) -> subprocess.Popen[bytes] | None:
 
 
 def _finish_tracker(tracker: subprocess.Popen[bytes] | None, status: str) -> None:
-    """Waits until the last records are sent, for a limited time."""
+    """Waits until the last records are sent, but at most ``TRACKER_SECONDS``."""
     if tracker is not None:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             tracker.communicate(status.encode(), TRACKER_SECONDS)
@@ -111,7 +112,7 @@ def _finish_tracker(tracker: subprocess.Popen[bytes] | None, status: str) -> Non
 
 
 def _summary(error: BaseException, stage_dir: Path) -> str:
-    """Returns a message about an unexpected error, with cause and fix if they are known."""
+    """Returns a message about an unexpected error, with its cause and a fix if these are known."""
     what = f"{type(error).__name__}: {error}"
     if (problem := storage_problem(error, stage_dir)) is not None:
         return f"{problem}\n  {what}"
@@ -121,10 +122,10 @@ def _summary(error: BaseException, stage_dir: Path) -> str:
             "killed, perhaps because memory ran out.",
             "run the same command again: it resumes from the last complete checkpoint",
         )
-        return str(unwritten)  # the message of the exception is a traceback
+        return str(unwritten)  # without the exception's own message, which is a traceback
     if world_size() > 1 and "by peer" in str(error):
         lost = RecipeError(
-            f"rank {rank()} lost its connection to another, which was killed or whose node failed.",
+            f"rank {rank()} lost its connection to a rank that was killed or whose node failed.",
             "read the log of the other rank; the same command resumes",
         )
         return f"{lost}\n  {what}"
@@ -136,9 +137,9 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
 
     Args:
         run: The stage's function.
-        config_class: Dataclass of its settings.
-        kind: Type of its result.
-        stage_dir: Its directory, with the request.
+        config_class: Dataclass of the stage's settings.
+        kind: Type of the result.
+        stage_dir: The stage's directory, with the request.
     """
     started = time.monotonic()
     request = read_request(stage_dir)
@@ -164,7 +165,7 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
             require_snapshot(request.snapshot)
             manifest = replace(manifest, versions=installed_versions())
             earlier_seconds = begin_work(stage_dir, manifest)
-        inputs = {name: _checked(ref) for name, ref in request.inputs.items()}
+        inputs = {name: _checked_input(ref) for name, ref in request.inputs.items()}
     with watch_for_hangs(cfg.resources.hang_timeout, out.parent, rank()):
         outcome = run(cfg, inputs, out)
         peak_rss = _total_peak_memory()
@@ -184,8 +185,8 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
             complete_stage(stage_dir, complete)
 
 
-def _checked(ref: InputRef) -> Input:
-    """Checks that an input has not changed since the plan; only rank 0 hashes its files."""
+def _checked_input(ref: InputRef) -> Input:
+    """Returns an input that is the same as in the plan. Only rank 0 hashes the input's files."""
     manifest = check_artifact(ref.directory, ref.kind, rehash=rank() == 0)
     if manifest.fingerprint != ref.fingerprint:
         raise RecipeError(f"{ref.directory} changed after this stage was planned.", "run again")
@@ -193,7 +194,7 @@ def _checked(ref: InputRef) -> Input:
 
 
 def _shared_store() -> Store | None:
-    """Returns torchrun's store, which needs no process group; ``None`` for one rank."""
+    """Returns torchrun's key-value store, or ``None`` for one rank. It needs no process group."""
     if world_size() == 1:
         return None
     from torch.distributed.rendezvous import rendezvous
@@ -206,8 +207,8 @@ def _shared_store() -> Store | None:
 def _rank_0_first(store: Store | None, step: str) -> Iterator[None]:
     """Runs the block on rank 0, and then on the other ranks.
 
-    A collective would not do: hashing a terabyte takes longer than its timeout. If rank 0 fails,
-    torchrun ends the other ranks.
+    A collective cannot be used: rank 0 may hash a terabyte, which takes longer than the timeout of
+    collectives. If rank 0 fails, torchrun ends the other ranks.
     """
     key = f"rank 0: {step}"
     while store is not None and rank() != 0 and not store.check([key]):
@@ -219,19 +220,19 @@ def _rank_0_first(store: Store | None, step: str) -> Iterator[None]:
 
 def _total_peak_memory() -> int:
     """Waits for all ranks; returns the sum of their peak resident memory in bytes."""
-    own = peak_memory_bytes()
+    peak = peak_memory_bytes()
     torch = sys.modules.get("torch")
     if world_size() == 1 or torch is None or not torch.distributed.is_initialized():
-        return own
-    each: list[int] = [0] * world_size()
-    torch.distributed.all_gather_object(each, own)
-    return sum(each)
+        return peak
+    peaks: list[int] = [0] * world_size()
+    torch.distributed.all_gather_object(peaks, peak)
+    return sum(peaks)
 
 
 def _leave_together() -> None:
     """Waits until all ranks have arrived, then destroys the process groups.
 
-    A rank that ends while gloo's threads run may abort, and torchrun would then kill rank 0.
+    A rank that ends while gloo's threads still run may abort, and torchrun would then kill rank 0.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():

@@ -17,7 +17,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json, write_text_atomically
 from recipes.core.fingerprint import code_fingerprint, digest
 from recipes.core.metrics import MetricsLog
-from recipes.core.versions import installed
+from recipes.core.versions import installed_version
 from recipes.core.wheels import cache_dir
 from recipes.data.chat import ASSISTANT
 from recipes.data.corpus import read_source
@@ -71,7 +71,7 @@ def write_chats(request: ChatRequest, writer: ChatWriter, log: MetricsLog) -> Pa
         RecipeError: The teacher finishes no turn.
     """
     prompts = [document.text for document in _documents(request)] if request.prompts else None
-    libraries = [f"{name} {installed(name)}" for name in ("torch", "transformers")]
+    libraries = [f"{name} {installed_version(name)}" for name in ("torch", "transformers")]
     settings = {**asdict(request), "prompts": prompts, "teacher": writer.sha256}
     key = digest([settings, code_fingerprint(__name__), libraries])[:32]
     folder = cache_dir() / "teacher_chats" / key

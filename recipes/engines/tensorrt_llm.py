@@ -19,7 +19,7 @@ from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.files import link_or_copy, read_json, write_text_atomically
 from recipes.core.stage import StageConfig
-from recipes.core.versions import installed
+from recipes.core.versions import installed_version
 from recipes.engines import trtllm_build_worker
 from recipes.engines.settings import CALIBRATED_FORMATS, BuildEngineConfig, QuantizeConfig
 from recipes.planning import rules
@@ -150,7 +150,7 @@ def machine_problem(backend: str, version: str | None, gpu: bool) -> RecipeError
 
 def require(backend: str) -> None:
     """Raises ``RecipeError`` unless this machine can run the backend."""
-    if problem := machine_problem(backend, installed("tensorrt_llm"), gpus_here() > 0):
+    if problem := machine_problem(backend, installed_version("tensorrt_llm"), gpus_here() > 0):
         raise problem
 
 

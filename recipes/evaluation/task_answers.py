@@ -14,7 +14,7 @@ from recipes.core.files import write_text_atomically
 from recipes.core.fingerprint import code_fingerprint
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import rank
-from recipes.core.versions import installed
+from recipes.core.versions import installed_version
 from recipes.evaluation import packed_lm
 from recipes.evaluation.ranks import broadcast
 from recipes.evaluation.results import Item
@@ -68,7 +68,7 @@ def _cache_key(cfg: EvaluateTasksConfig, model_hash: str, task: packed_lm.Task) 
         "harness": HARNESS,
         "code": code_fingerprint(packed_lm.__name__),
         "device": device(),
-        "libraries": ", ".join(f"{name} {installed(name)}" for name in LIBRARIES),
+        "libraries": ", ".join(f"{name} {installed_version(name)}" for name in LIBRARIES),
     }
 
 

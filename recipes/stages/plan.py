@@ -20,7 +20,7 @@ from recipes.core.fingerprint import digest
 from recipes.core.manifest import Outcome
 from recipes.core.processes import cores
 from recipes.core.stage import Inputs, StageConfig, metrics_log
-from recipes.core.versions import installed
+from recipes.core.versions import installed_version
 from recipes.core.wheels import cache_dir
 from recipes.engines.results import TrainingRates
 from recipes.planning.chain import Chain
@@ -159,7 +159,7 @@ def write_rates(threads: int, rates: TrainingRates) -> None:
 def _rates_file(threads: int) -> Path:
     lines = {line for line in cpuinfo().splitlines() if not line.startswith(VARIABLE_INFO)}
     key = {"processor": "\n".join(sorted(lines)), "cores": os.cpu_count(), "threads": threads}
-    key |= {"torch": installed("torch"), "format": RATES_FORMAT}
+    key |= {"torch": installed_version("torch"), "format": RATES_FORMAT}
     return cache_dir() / RATES_FOLDER / f"{digest(key)[:32]}.json"
 
 

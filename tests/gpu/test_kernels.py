@@ -17,7 +17,7 @@ from nemo_convert.parity import LOGITS_TOLERANCE
 from recipes.backend.adamw import FusedAdamW
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT
-from recipes.core.versions import TRANSFORMER_ENGINE, installed
+from recipes.core.versions import TRANSFORMER_ENGINE, installed_version
 from tests.gpu.small import Small, on_gpu, record
 
 FLOAT32_ERROR = """
@@ -101,7 +101,7 @@ def test_first_optimizer_step_is_that_of_adamw(kind: str, results: Path) -> None
 def test_transformer_engine_is_used_and_has_the_logits_of_local_layers(
     small: Small, results: Path
 ) -> None:
-    has_engine = on_gpu() and installed(TRANSFORMER_ENGINE) is not None
+    has_engine = on_gpu() and installed_version(TRANSFORMER_ENGINE) is not None
     checkpoint = find_checkpoint(small.reference("32") / "import_hf" / ARTIFACT)
     pair = str(small.model), str(checkpoint)
     found = {

@@ -55,7 +55,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 def versions_read_once() -> Iterator[None]:
     """Caches the versions of installed packages, which take half the time of a plan."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(versions, "installed", cache(versions.installed))
+        patch.setattr(versions, "installed_version", cache(versions.installed_version))
         yield
 
 

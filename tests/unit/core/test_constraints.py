@@ -78,7 +78,7 @@ def test_invalid_value_is_named_with_its_requirement(config: Any, message: str) 
     ("config", "field", "must"),
     [
         (DistillConfig, "intermediate_layer_pairs", "must be a list, such as [a,b]"),
-        (EvaluateTasksConfig, "num_fewshot", "must be names with values, such as {a: 1}"),
+        (EvaluateTasksConfig, "num_fewshot", "must be a mapping, such as {a: 1}"),
         (DistillConfig, "precision", "must be a string"),
     ],
 )

@@ -108,13 +108,14 @@ def test_installed_versions_count_without_build_tags_or_else_the_locked_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = {"torch": "2.9.0a0+nv25.9", "transformers": "4.57.1"}
-    monkeypatch.setattr(versions, "installed", found.get)
+    monkeypatch.setattr(versions, "installed_version", found.get)
     here = result_versions()
     assert (here["torch"], here["transformers"]) == ("2.9.0", "4.57.1")
     assert here.keys() == set(versions.RESULT_LIBRARIES)
     in_image = result_versions(in_image=True)
-    assert here["nemo_toolkit"] == in_image["nemo_toolkit"] == versions.locked("nemo_toolkit")
-    assert in_image["torch"] == versions.locked("torch") != "2.9.0"
+    locked = versions.locked_version
+    assert here["nemo_toolkit"] == in_image["nemo_toolkit"] == locked("nemo_toolkit")
+    assert in_image["torch"] == locked("torch") != "2.9.0"
 
 
 @pytest.mark.parametrize("module", ["stage", "lazy", "plain"])

@@ -13,9 +13,9 @@ from recipes.core.files import REPO_ROOT
 
 PARENT = """
 import os, time
-from recipes.core.processes import children_die_with_this
+from recipes.core.processes import make_forks_die_with_parent
 os.register_at_fork(after_in_child=lambda: time.sleep({delay}))
-children_die_with_this()
+make_forks_die_with_parent()
 if os.fork() == 0:
     time.sleep({delay})
     os.fork()

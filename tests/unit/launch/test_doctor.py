@@ -63,8 +63,8 @@ def test_a_wrong_or_missing_library_makes_recipes_impossible(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     installed = {"megatron-core": "0.16.0", "omegaconf": None}
-    real = versions.installed
-    monkeypatch.setattr(versions, "installed", lambda name: installed.get(name, real(name)))
+    real = versions.installed_version
+    monkeypatch.setattr(versions, "installed_version", lambda name: installed.get(name, real(name)))
     status, text = run_doctor()
     assert status == 1
     assert "cannot run here: fix omegaconf ==2.3.0, megatron-core ==0.15.3" in text
@@ -74,7 +74,7 @@ def test_a_launcher_that_lacks_a_library_cannot_run(monkeypatch: pytest.MonkeyPa
     absent = (*RESULT_LIBRARIES, "omegaconf")
     for module in (versions, doctor):
         monkeypatch.setattr(
-            module, "installed", lambda name: None if name in absent else version(name)
+            module, "installed_version", lambda name: None if name in absent else version(name)
         )
     status, text = run_doctor()
     assert status == 1

@@ -118,10 +118,10 @@ def test_another_version_of_a_library_is_the_reason(
 ) -> None:
     before = result_versions()
     changed = {**before, "transformers": "9.0", "numpy": "9.0"}
-    monkeypatch.setattr(versions, "installed", changed.get)
+    monkeypatch.setattr(versions, "installed_version", changed.get)
     reason = f"version of transformers ({before['transformers']} → 9.0) changed"
     assert todo(plan("skip_rules=[stack-versions]"))["import_hf"] == reason
-    monkeypatch.setattr(versions, "installed", {**before, "numpy": "9.0"}.get)
+    monkeypatch.setattr(versions, "installed_version", {**before, "numpy": "9.0"}.get)
     assert todo(plan("skip_rules=[stack-versions]")) == {}
 
 

@@ -48,8 +48,8 @@ def gpu_is_here(patch: Patch, _: Path) -> None:
 
 
 def torch_is_old(patch: Patch, _: Path) -> None:
-    installed = versions.installed
-    patch.setattr(versions, "installed", lambda n: "2.1.0" if n == "torch" else installed(n))
+    original = versions.installed_version
+    patch.setattr(versions, "installed_version", lambda n: "2.1.0" if n == "torch" else original(n))
 
 
 def harness_is_missing(patch: Patch, _: Path) -> None:
