@@ -11,7 +11,7 @@ from markupsafe import Markup
 from nemo_convert.architecture import Architecture
 from nemo_convert.results import GgufResult
 from recipes.core.manifest import Manifest
-from recipes.core.metrics import flat
+from recipes.core.metrics import flatten
 from recipes.core.statistics import Z95
 from recipes.distillation.results import DistillationResult
 from recipes.engines.bench import BASELINE
@@ -66,7 +66,7 @@ def sections(
         content |= speed_section(results)
         rows = results.rows
     if "engine" in manifests:
-        content["engine"] = dict(flat(asdict(manifests["engine"].result(EngineResult))))
+        content["engine"] = dict(flatten(asdict(manifests["engine"].result(EngineResult))))
     if "gguf" in manifests:
         content["gguf"] = asdict(manifests["gguf"].result(GgufResult))
     if "search" in manifests:
