@@ -39,7 +39,7 @@ from recipes.evaluation import packed_lm
 from recipes.evaluation.packing import Request
 from recipes.evaluation.results import Item, ServedResult, ServedText, compare_served
 from recipes.evaluation.settings import HARNESS
-from recipes.evaluation.task_answers import cached_answers, require_same_items, write_samples
+from recipes.evaluation.task_answers import answer_tasks, require_same_items, write_samples
 
 if TYPE_CHECKING:  # TensorRT-LLM's image does not have Megatron
     from recipes.data.token_sequences import TextSequences
@@ -170,7 +170,7 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
     progress = partial(log.progress, "requests, student")
     packed = packed_lm.PackedLM(student, tokenizer, cfg.pack_tokens, progress, length)
     identity = f"{inputs['checkpoint'].manifest.content()} {cfg.precision} {length}"
-    answers, _ = cached_answers(cfg, "student", packed, lambda: identity, tasks, log)
+    answers, _ = answer_tasks(cfg, "student", packed, lambda: identity, tasks, log)
     (out / "samples").mkdir()
     scores = {}
     for task in tasks:

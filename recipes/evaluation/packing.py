@@ -13,38 +13,39 @@ from torch.nn.functional import pad
 Request = tuple[object, list[int], list[int]]
 """A request of lm-eval: an id, and the tokens of context and continuation."""
 MIN_SHARED_TOKENS = 64
-"""Two questions have the same examples if they have at least this many first tokens in common."""
+"""Consecutive questions share a prefix if at least this many of their first tokens are equal."""
 
 
 @dataclass(frozen=True)
-class Prompt:
+class Question:
     """A context and the continuations to score after it."""
 
     context: tuple[int, ...]
     requests: list[int]
-    """Request number of each continuation."""
+    """Index of the request of each continuation."""
     continuations: list[list[int]]
 
     def __len__(self) -> int:
+        """Returns the number of input tokens; a continuation's last token is not an input."""
         return len(self.context) + sum(len(tokens) - 1 for tokens in self.continuations)
 
 
-def group_by_context(requests: Iterable[Request], max_length: int) -> list[Prompt]:
+def group_by_context(requests: Iterable[Request], max_length: int) -> list[Question]:
     """Groups requests by context. If a context is too long, its first tokens are dropped."""
-    questions: dict[tuple[int, ...], Prompt] = {}
+    questions: dict[tuple[int, ...], Question] = {}
     for number, (_, context, continuation) in enumerate(requests):
         # As in HFLM: the last token is never an input, so one more token fits.
         excess = max(0, len(context) + len(continuation) - max_length - 1)
         key = tuple(context[excess:])
-        question = questions.setdefault(key, Prompt(key, [], []))
+        question = questions.setdefault(key, Question(key, [], []))
         question.requests.append(number)
         question.continuations.append(continuation)
     return list(questions.values())
 
 
 def share_prefixes(
-    questions: Iterable[Prompt], pass_tokens: int
-) -> Iterator[tuple[tuple[int, ...], list[Prompt]]]:
+    questions: Iterable[Question], pass_tokens: int
+) -> Iterator[tuple[tuple[int, ...], list[Question]]]:
     """Finds prefixes that consecutive questions share, such as few-shot examples.
 
     A prefix is shared only if that saves a forward pass of ``pass_tokens`` tokens.
@@ -52,52 +53,52 @@ def share_prefixes(
     Yields:
         A prefix and its questions, without the prefix; finally ``()`` and all other questions.
     """
-    runs: list[list[Prompt]] = []
+    groups: list[list[Question]] = []
     for question in questions:
-        if not runs or len(_common_prefix([runs[-1][-1], question])) < MIN_SHARED_TOKENS:
-            runs.append([])
-        runs[-1].append(question)
-    unshared: list[Prompt] = []
-    for run in runs:
-        prefix = _common_prefix(run)
-        if len(prefix) * (len(run) - 1) < pass_tokens:
-            unshared += run
+        if not groups or len(_common_prefix([groups[-1][-1], question])) < MIN_SHARED_TOKENS:
+            groups.append([])
+        groups[-1].append(question)
+    unshared: list[Question] = []
+    for group in groups:
+        prefix = _common_prefix(group)
+        if len(prefix) * (len(group) - 1) < pass_tokens:
+            unshared += group
             continue
-        yield prefix, [replace(q, context=q.context[len(prefix) :]) for q in run]
+        yield prefix, [replace(q, context=q.context[len(prefix) :]) for q in group]
     yield (), unshared
 
 
 def packs_of_rank(
     requests: Iterable[Request], max_length: int, pass_tokens: int, rank: int, ranks: int
-) -> Iterator[tuple[tuple[int, ...], list[list[Prompt]]]]:
-    """Splits the packs of all requests over ranks; yields a rank's packs after each shared prefix.
+) -> Iterator[tuple[tuple[int, ...], list[list[Question]]]]:
+    """Splits the packs of all requests over ranks; yields each prefix with a rank's packs.
 
     Every rank forms the same packs, so a score does not depend on the number of ranks. A rank gets
     consecutive packs, so that few prefixes are processed on two ranks.
     """
     questions = group_by_context(requests, max_length)
     groups = [
-        (prefix, list(split_into_packs(own, pass_tokens)))
-        for prefix, own in share_prefixes(questions, pass_tokens)
+        (prefix, list(split_into_packs(group, pass_tokens)))
+        for prefix, group in share_prefixes(questions, pass_tokens)
     ]
     total = sum(pack_tokens(pack) for _, packs in groups for pack in packs)
-    before = 0
+    tokens_before = 0  # tokens of all earlier packs
     for prefix, packs in groups:
-        own_packs = []
+        rank_packs = []
         for pack in packs:
-            if before * ranks // total == rank:
-                own_packs.append(pack)
-            before += pack_tokens(pack)
-        if own_packs:
-            yield prefix, own_packs
+            if tokens_before * ranks // total == rank:
+                rank_packs.append(pack)
+            tokens_before += pack_tokens(pack)
+        if rank_packs:
+            yield prefix, rank_packs
 
 
-def pack_tokens(pack: Iterable[Prompt]) -> int:
+def pack_tokens(pack: Iterable[Question]) -> int:
     """Returns the number of a pack's tokens."""
     return sum(map(len, pack))
 
 
-def _common_prefix(questions: Iterable[Prompt]) -> tuple[int, ...]:
+def _common_prefix(questions: Iterable[Question]) -> tuple[int, ...]:
     """Returns the common first tokens of contexts, without a context's last token.
 
     The last token remains in each question, because its logits predict the continuations.
@@ -105,9 +106,9 @@ def _common_prefix(questions: Iterable[Prompt]) -> tuple[int, ...]:
     return tuple(commonprefix([question.context[:-1] for question in questions]))
 
 
-def split_into_packs(questions: Iterable[Prompt], tokens: int) -> Iterator[list[Prompt]]:
+def split_into_packs(questions: Iterable[Question], tokens: int) -> Iterator[list[Question]]:
     """Yields packs of consecutive questions with up to ``tokens`` tokens together."""
-    pack: list[Prompt] = []
+    pack: list[Question] = []
     size = 0
     for question in questions:
         if pack and size + len(question) > tokens:
@@ -119,8 +120,8 @@ def split_into_packs(questions: Iterable[Prompt], tokens: int) -> Iterator[list[
         yield pack
 
 
-def pack_layout(pack: Iterable[Prompt]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-    """Returns a pack's tokens, their positions, and pairs of question and segment numbers.
+def pack_layout(pack: Iterable[Question]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+    """Returns a pack's tokens, and for each token its position and (question, segment) numbers.
 
     Segment 0 is a question's context; each continuation is a further segment that starts at the
     position after the context. A continuation's last token is left out: it predicts nothing.
@@ -129,8 +130,8 @@ def pack_layout(pack: Iterable[Prompt]) -> tuple[list[int], list[int], list[tupl
     positions: list[int] = []
     segments: list[tuple[int, int]] = []
     for number, question in enumerate(pack):
-        parts = [list(question.context), *(c[:-1] for c in question.continuations)]
-        for segment, ids in enumerate(parts):
+        segment_tokens = [list(question.context), *(c[:-1] for c in question.continuations)]
+        for segment, ids in enumerate(segment_tokens):
             first = len(question.context) if segment else 0
             tokens += ids
             positions += range(first, first + len(ids))
@@ -138,8 +139,8 @@ def pack_layout(pack: Iterable[Prompt]) -> tuple[list[int], list[int], list[tupl
     return tokens, positions, segments
 
 
-def scored_positions(pack: Iterable[Prompt]) -> tuple[list[int], list[int]]:
-    """Returns the indices in the pack whose logits are needed, and their target tokens.
+def scored_positions(pack: Iterable[Question]) -> tuple[list[int], list[int]]:
+    """Returns the indices of the pack's tokens whose logits are needed, and their target tokens.
 
     The context's last token predicts the first token of every continuation.
     """
@@ -157,18 +158,18 @@ def scored_positions(pack: Iterable[Prompt]) -> tuple[list[int], list[int]]:
 
 
 def attention_bias(
-    segments: Sequence[tuple[int, int]], dtype: torch.dtype, before: int = 0
+    segments: Sequence[tuple[int, int]], dtype: torch.dtype, prefix_tokens: int = 0
 ) -> Tensor:
-    """Returns the attention bias [1, 1, n, before + n]: 0 if a token attends, else the minimum.
+    """Returns the attention bias [1, 1, n, prefix_tokens + n] of n tokens after a shared prefix.
 
-    A token attends to the ``before`` tokens of the shared prefix, and to itself and earlier tokens
-    of its question's context and its own continuation.
+    The bias is 0 where a token attends, and the dtype's minimum elsewhere. A token attends to the
+    prefix, to itself, and to earlier tokens of its question's context and of its continuation.
     """
     question, segment = torch.tensor(segments).T
     same_segment = (segment[:, None] == segment) | (segment == 0)
     visible = (question[:, None] == question) & same_segment
     # No token of the prefix is hidden.
-    hidden = pad(~(visible & torch.ones_like(visible).tril()), (before, 0))
+    hidden = pad(~(visible & torch.ones_like(visible).tril()), (prefix_tokens, 0))
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)[
         None, None
     ]

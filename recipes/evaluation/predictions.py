@@ -22,7 +22,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.precision import float32_matmul_of
 from recipes.planning.transformer import LOGITS_BYTES
 
-if TYPE_CHECKING:  # it imports Megatron, which TensorRT-LLM's image does not have
+if TYPE_CHECKING:  # the module imports Megatron, which TensorRT-LLM's image does not have
     from recipes.data.token_sequences import TextSequences
 
 TEACHER = "teacher"
@@ -34,7 +34,7 @@ CHANCE_FRACTION = 0.8
 class Predictor:
     """A model split into its layers and its head."""
 
-    states: Callable[[Tensor], Tensor]
+    run_layers: Callable[[Tensor], Tensor]
     """Maps tokens [batch, sequence] to hidden states [batch, sequence, width]."""
     head: Callable[[Tensor], Tensor]
     """Maps states [n, width] to logits [n, vocabulary]."""
@@ -45,12 +45,12 @@ class Predictor:
         """Splits a transformers model."""
         weight = model.lm_head.weight.detach()
 
-        def states(tokens: Tensor) -> Tensor:
+        def run_layers(tokens: Tensor) -> Tensor:
             output = model.model(tokens.to(weight.device), use_cache=False)
             hidden: Tensor = output.last_hidden_state
             return hidden
 
-        return cls(states, float32_head(weight), len(weight))
+        return cls(run_layers, float32_head(weight), len(weight))
 
 
 def float32_head(weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -73,7 +73,8 @@ class FinalStates:
     """The last hidden states of a model on a text, and its head."""
 
     states: Tensor
-    """States [predictions, width] whose next token counts in the loss, on the CPU."""
+    """Tensor [predictions, width] on the CPU: the states of all positions whose next token counts
+    in the loss."""
     head: Callable[[Tensor], Tensor]
     vocabulary: int
 
@@ -89,14 +90,14 @@ def compute_states(
     states = []
     for start in range(0, len(text), micro_batch_size):
         batch = text[start : start + micro_batch_size]
-        states.append(model.states(batch.tokens)[:, :-1].cpu()[batch.prediction_mask])
+        states.append(model.run_layers(batch.tokens)[:, :-1].cpu()[batch.prediction_mask])
         progress(start + len(batch))
     return FinalStates(torch.cat(states), model.head, model.vocabulary)
 
 
 @dataclass(frozen=True)
 class PredictionMetrics:
-    """Metrics of each position whose next token counts in the loss, float32 [predictions]."""
+    """Metrics, float32 [predictions], of all positions whose next token counts in the loss."""
 
     losses: Tensor
     """Loss of the next token, in nats."""
@@ -108,21 +109,21 @@ class PredictionMetrics:
 
 @torch.no_grad()
 def compare(models: Mapping[str, FinalStates], text: TextSequences) -> dict[str, PredictionMetrics]:
-    """Compares all models, by role, with the teacher, which is one of them."""
+    """Compares each model with the teacher. ``models`` maps roles to models, teacher included."""
     chunks_of: dict[str, list[Tensor]] = {role: [] for role in models}
     teacher, all_targets = models[TEACHER], text.targets
     for rows in chunks(len(all_targets), teacher.vocabulary):
-        reference = log_probabilities(teacher, rows)
-        targets = all_targets[rows, None].to(reference.device)
-        most_likely = reference.argmax(-1)
+        teacher_scores = log_probabilities(teacher, rows)
+        targets = all_targets[rows, None].to(teacher_scores.device)
+        most_likely = teacher_scores.argmax(-1)
         for role, model in models.items():
-            scores = reference if role == TEACHER else log_probabilities(model, rows)
+            scores = teacher_scores if role == TEACHER else log_probabilities(model, rows)
             losses = -scores.gather(-1, targets).squeeze(-1)
             agreements = (scores.argmax(-1) == most_likely).float()
             kl = torch.zeros_like(losses)
             if role != TEACHER:
                 # Σ p·(log p - log q); mul_ overwrites the difference, which nothing else uses.
-                kl = (reference - scores).mul_(reference.exp()).sum(-1)
+                kl = (teacher_scores - scores).mul_(teacher_scores.exp()).sum(-1)
             chunks_of[role].append(torch.stack([losses, kl, agreements], dim=1).cpu())
     return {role: PredictionMetrics(*torch.cat(c).unbind(1)) for role, c in chunks_of.items()}
 
@@ -143,11 +144,11 @@ def require_better_than_chance(loss: float, vocabulary: int, fix: str = "") -> N
 
     Args:
         loss: The teacher's next-token loss, in nats.
-        vocabulary: Size of its vocabulary.
+        vocabulary: Size of the teacher's vocabulary.
         fix: Text to append to the error's fix.
 
     Raises:
-        RecipeError: The loss is near that of a uniform guess.
+        RecipeError: The loss is near the loss of a uniform guess.
     """
     chance = math.log(vocabulary)
     if not loss < CHANCE_FRACTION * chance:  # also catches NaN

@@ -13,11 +13,11 @@ from recipes.core.stage import rank, world_size
 T = TypeVar("T")
 
 
-def gather(own: T) -> list[T]:
+def gather(value: T) -> list[T]:
     """Returns the objects of all ranks, in the order of the ranks, on every rank."""
-    by_rank = [own] * world_size()
+    by_rank = [value] * world_size()
     if world_size() > 1:
-        torch.distributed.all_gather_object(by_rank, own)
+        torch.distributed.all_gather_object(by_rank, value)
     return by_rank
 
 
@@ -33,7 +33,7 @@ def broadcast(value: T) -> T:
 def rank_0_first() -> Iterator[None]:
     """Runs the block on rank 0, and then on the other ranks."""
     if rank() != 0:
-        broadcast(None)
+        broadcast(None)  # waits for rank 0's call
     yield
     if rank() == 0:
         broadcast(None)

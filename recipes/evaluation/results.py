@@ -31,7 +31,7 @@ class TextQuality:
 
 @dataclass(frozen=True)
 class TokenQuality:
-    """Metrics of a candidate of a search, as means over all predictions; KL in nats."""
+    """Metrics of a student, as means over all predictions; KL in nats."""
 
     perplexity: float
     kl_to_teacher: float
@@ -67,18 +67,18 @@ class EvaluationResult:
     sequences: int
     tokens: int
     predictions: int
-    """Next-token predictions in the loss: all but those of the first tokens of sequences and
-    documents."""
+    """Number of next-token predictions in the loss. The first tokens of sequences and documents are
+    not predicted."""
     recovered: float | None
-    """Fraction of the loss added by pruning that distillation removed; see ``recovered``."""
+    """(pruned loss - distilled loss) / (pruned loss - teacher's loss); see ``recovered``."""
     sources: dict[str, SourceQuality] = field(default_factory=dict)
-    """Quality by source of the text; empty if there is only one source."""
+    """Quality by text source; empty if there is only one source."""
     precision: str = "32"
     """Precision of the weights and the computation."""
 
     @property
     def dtype_name(self) -> str:
-        """Name of the precision's type, such as float32."""
+        """Name of the precision's dtype, such as float32."""
         return dtype_name(self.precision)
 
     def models(self) -> dict[str, ModelQuality]:
@@ -92,7 +92,7 @@ class Item:
 
     id: str
     hash: str
-    """Hash of its content and prompt."""
+    """Hash of the item's content and prompt."""
     doc: object
     target: object
     response: object
@@ -127,7 +127,7 @@ class TaskScores:
     distilled: Score
     differences: Differences
     recovered: float | None
-    """Fraction of the score lost by pruning that distillation recovered; see ``recovered``."""
+    """(distilled - pruned) / (teacher - pruned), of the scores; see the function ``recovered``."""
 
     def models(self) -> dict[str, Score]:
         """Returns the score of each model by its role."""
@@ -149,7 +149,7 @@ class TaskResult(TaskScores):
     answers: TaskScores | None = None
     """Log-likelihoods of the right answers; see ``compare_answers``."""
     steps: dict[int, Score] = field(default_factory=dict)
-    """Scores of the students that were saved during the training, by step."""
+    """Scores of the student as saved during training, by training step."""
 
 
 @dataclass(frozen=True)
@@ -217,9 +217,9 @@ class ServedText:
 
     @classmethod
     def of(cls, served: Sequence[float], student: Sequence[float], predictions: int) -> ServedText:
-        """Compares the mean losses of each sequence."""
-        before, after = (math.exp(fmean(losses)) for losses in (student, served))
-        return cls(before, after, difference(served, student), len(served), predictions)
+        """Compares the models by their mean loss on each sequence."""
+        perplexities = (math.exp(fmean(losses)) for losses in (student, served))
+        return cls(*perplexities, difference(served, student), len(served), predictions)
 
 
 PROGRAMS = {
@@ -228,7 +228,7 @@ PROGRAMS = {
     "tensorrt_llm": "TensorRT-LLM",
     "tensorrt_llm_pytorch": "TensorRT-LLM's PyTorch backend",
 }
-"""Programs that run a built model, by ``server`` of its result."""
+"""Display names of the programs that run a built model; keys are ``ServedResult.server``."""
 
 
 @dataclass(frozen=True)
@@ -238,10 +238,10 @@ class ServedResult:
     server: str
     """``llama_cpp``, or the engine's backend."""
     precision: str
-    """Type of the served weights."""
+    """Data type of the served weights."""
     tasks: dict[str, ServedTask]
     text: ServedText | None
-    """``None`` without held-out text, or if the server returns no log-probabilities."""
+    """``None`` if there is no held-out text, or if the server returns no log-probabilities."""
     harness: str
     data: str
 
@@ -252,25 +252,25 @@ class ServedResult:
 
 
 def compare_served(metric: str, items: Mapping[str, Sequence[Item]]) -> ServedTask:
-    """Compares the roles ``served`` and ``student`` by a metric of the same items."""
+    """Compares the served model with the student by a metric. ``items`` has both, by role."""
     scores = {role: [i.metrics[metric] for i in items[role]] for role in ("student", "served")}
     answers = {role: answer_values(items[role]) for role in scores}
-    right = [values for values in answers.values() if values is not None]
+    scored = [values for values in answers.values() if values is not None]
     return ServedTask(
         **vars(_compare_served(metric, *scores.values())),
-        answers=_compare_served(ANSWER_METRIC, *right) if len(right) == len(answers) else None,
+        answers=_compare_served(ANSWER_METRIC, *scored) if len(scored) == len(answers) else None,
     )
 
 
 def _compare_served(metric: str, student: Sequence[float], served: Sequence[float]) -> ServedScores:
-    before, after = (Score(fmean(v), standard_error(v)) for v in (student, served))
-    return ServedScores(metric, len(student), before, after, difference(served, student))
+    scores = (Score(fmean(v), standard_error(v)) for v in (student, served))
+    return ServedScores(metric, len(student), *scores, difference(served, student))
 
 
 def recovered(
     teacher: Sequence[float], pruned: Sequence[float], distilled: Sequence[float]
 ) -> float | None:
-    """Returns the fraction of the loss added by pruning that distillation recovered.
+    """Returns (distilled - pruned) / (teacher - pruned): how much distillation recovered.
 
     Args:
         teacher: A value for each item; higher is better, so losses must be negated.
@@ -284,7 +284,7 @@ def recovered(
     change = difference(pruned, teacher)
     if change.high >= 0:
         return None
-    return (fmean(distilled) - fmean(pruned)) / -change.value
+    return (fmean(distilled) - fmean(pruned)) / -change.value  # ``change`` is negative
 
 
 def score_of(metric: str, items: Sequence[Item]) -> Score:
@@ -308,14 +308,15 @@ def compare_answers(items: Mapping[str, Sequence[Item]]) -> TaskScores | None:
         ``None`` if items have no log-likelihoods, because the model generates its answers.
     """
     values = {role: answer_values(items[role]) for role in ROLES}
-    known = {role: each for role, each in values.items() if each is not None}
-    return _compare(ANSWER_METRIC, known) if len(known) == len(ROLES) else None
+    scored = {role: numbers for role, numbers in values.items() if numbers is not None}
+    return _compare(ANSWER_METRIC, scored) if len(scored) == len(ROLES) else None
 
 
 def answer_values(items: Sequence[Item]) -> list[float] | None:
-    """Returns the log-likelihoods of the right answers; ``None`` if answers are generated."""
+    """Returns log-likelihoods of the right answers; ``None`` if the model generates its answers."""
     values = []
     for item in items:
+        # If the target is not the index of a choice, only the right answer was scored.
         choice = item.target if isinstance(item.target, int) else 0
         response = item.response[choice] if isinstance(item.response, list) else None
         if not isinstance(response, list):

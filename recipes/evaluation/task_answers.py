@@ -19,27 +19,27 @@ from recipes.evaluation import packed_lm
 from recipes.evaluation.ranks import broadcast
 from recipes.evaluation.results import Item
 from recipes.evaluation.settings import HARNESS, EvaluateTasksConfig
-from recipes.evaluation.task_cache import Answer, look_up, store
+from recipes.evaluation.task_cache import TaskAnswers, look_up, store
 
 LIBRARIES = ("torch", "transformers")
-"""Libraries that compute an answer, besides lm-eval."""
+"""Libraries whose versions are part of a cache key, besides lm-eval."""
 
 
-def cached_answers(
+def answer_tasks(
     cfg: EvaluateTasksConfig,
     name: str,
     model: packed_lm.PackedLM,
     identity: Callable[[], str],
     tasks: list[packed_lm.Task],
     log: MetricsLog,
-) -> tuple[dict[str, Answer], list[str]]:
-    """Returns one model's answers by task, and the names of tasks whose answers were cached.
+) -> tuple[dict[str, TaskAnswers], list[str]]:
+    """Answers the tasks that are not cached; returns answers by task, and names of cached tasks.
 
-    Rank 0 alone reads and writes the cache, so that all ranks answer the same tasks. Other ranks
-    return no answers. ``identity`` returns the model's hash.
+    Only rank 0 reads and writes the cache, so that all ranks answer the same tasks. Other ranks
+    return no answers. ``name`` is shown in the log; ``identity`` returns the model's hash.
     """
     keys: dict[str, dict[str, Any]] = {}
-    answers: dict[str, Answer] = {}
+    answers: dict[str, TaskAnswers] = {}
     if rank() == 0:
         model_hash = identity()
         keys = {task.name: _cache_key(cfg, model_hash, task) for task in tasks}
@@ -50,7 +50,7 @@ def cached_answers(
             start = time.monotonic()
             items = packed_lm.answer(model, task, cfg.limit, cfg.seed)
             if rank() == 0:
-                answers[task.name] = Answer(items, round(time.monotonic() - start, 3))
+                answers[task.name] = TaskAnswers(items, round(time.monotonic() - start, 3))
                 store(keys[task.name], answers[task.name])
         log.progress(f"tasks, {name}", number, len(tasks))
     return answers, cached
@@ -74,7 +74,7 @@ def _cache_key(cfg: EvaluateTasksConfig, model_hash: str, task: packed_lm.Task) 
 
 def require_same_items(task: str, items: dict[str, list[Item]]) -> None:
     """Raises ``RecipeError`` unless models answered the same items in the same order."""
-    hashes = {tuple((item.id, item.hash) for item in answered) for answered in items.values()}
+    hashes = {tuple((item.id, item.hash) for item in of_model) for of_model in items.values()}
     if len(hashes) != 1:
         raise RecipeError(
             f"the models answered different items of {task}: its data changed between evaluations",
@@ -85,12 +85,12 @@ def require_same_items(task: str, items: dict[str, list[Item]]) -> None:
 def write_samples(path: Path, items: dict[str, list[Item]]) -> None:
     """Writes one item and all models' responses per line."""
     lines = []
-    for same_item in zip(*items.values(), strict=True):
+    for item_by_model in zip(*items.values(), strict=True):
         responses = {
             role: {"response": item.response, **item.metrics}
-            for role, item in zip(items, same_item, strict=True)
+            for role, item in zip(items, item_by_model, strict=True)
         }
-        first = same_item[0]
+        first = item_by_model[0]
         question = {"id": first.id, "doc": first.doc, "target": first.target}
         lines.append(json.dumps({**question, **responses}, ensure_ascii=False) + "\n")
     write_text_atomically(path, "".join(lines))

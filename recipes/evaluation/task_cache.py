@@ -1,7 +1,7 @@
-"""Caches models' answers to benchmarks: a model that several runs evaluate is run only once.
+"""Caches models' answers to benchmarks, so that several runs can share the answers of a model.
 
-The cache is a folder beside the downloads. It has a file for each model and benchmark, with its key
-and a hash of its items.
+The cache is a folder beside the downloads. A file has the answers of one model to one benchmark,
+their key, and a hash of the answers.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from recipes.evaluation.results import Item
 
 FOLDER = "evaluations"
 Key = Mapping[str, Any]
-"""Everything that the answers depend on, as JSON; ``task`` is the benchmark's name."""
+"""Everything that the answers depend on, as plain data; ``task`` is the benchmark's name."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A model's answers to all items of a benchmark, and their time."""
+class TaskAnswers:
+    """A model's answers to all items of a benchmark, and the seconds that they took."""
 
     items: list[Item]
     seconds: float
@@ -35,20 +35,20 @@ def path_of(key: Key) -> Path:
     return cache_dir() / FOLDER / f"{key['task']}-{digest(dict(key))[:32]}.json"
 
 
-def look_up(key: Key) -> Answer | None:
+def look_up(key: Key) -> TaskAnswers | None:
     """Returns cached answers; ``None`` if there are none or the file is damaged."""
     try:
         stored = json.loads(path_of(key).read_text(encoding="utf-8"))
-        answer = Answer([Item(**item) for item in stored["items"]], float(stored["seconds"]))
+        answers = TaskAnswers([Item(**item) for item in stored["items"]], float(stored["seconds"]))
         valid = stored["key"] == key and stored["sha256"] == digest(stored["items"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return answer if valid and answer.items else None
+    return answers if valid and answers.items else None
 
 
-def store(key: Key, answer: Answer) -> None:
+def store(key: Key, answers: TaskAnswers) -> None:
     """Stores answers for later runs."""
-    path, content = path_of(key), asdict(answer)
+    path, content = path_of(key), asdict(answers)
     stored = {"key": dict(key), "sha256": digest(content["items"]), **content}
     with explain_storage_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,11 +29,11 @@ ITEM_SIZES = {
 }
 """Number of items, and mean tokens of an item with all its choices (SmolLM2's tokenizer)."""
 DEFAULT_SIZES = (1000, 80)
-"""Assumed for other tasks."""
+"""Number of items and mean tokens that are assumed for other tasks."""
 GENERATED_TOKENS = {"gsm8k_cot": 256}
-"""Most tokens that a model generates for an item; few models stop a whole batch earlier."""
+"""Maximum number of generated tokens per item. Few models end all texts of a batch earlier."""
 SUBJECTS = {"mmlu": 57}
-"""Number of subtasks. The limit and the examples are per subtask."""
+"""Number of subtasks. The limit and the few-shot examples are per subtask."""
 
 
 def _harness_problems() -> Iterator[Problem]:
@@ -44,7 +44,7 @@ def _harness_problems() -> Iterator[Problem]:
 
 
 def task_problems(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of the installed harness and of the tasks, without importing the harness."""
+    """Yields problems of the installed lm-eval and of the tasks, without importing lm-eval."""
     if chain.own_python:
         yield from _harness_problems()
     for name in cfg.num_fewshot.keys() - set(cfg.tasks):
@@ -78,10 +78,11 @@ def task_tokens(cfg: EvaluateTasksConfig) -> tuple[float, list[Generation]]:
         items, size = ITEM_SIZES.get(name, DEFAULT_SIZES)
         if cfg.limit is not None:
             items = min(items, cfg.limit * SUBJECTS.get(name, 1))
+        # MMLU's few-shot examples of a subject are processed once; other tasks' for each item.
         examples = cfg.num_fewshot.get(name, 0) * min(items, SUBJECTS.get(name, items))
         tokens += (items + examples) * size
         if new_tokens := GENERATED_TOKENS.get(name):
-            batches = math.ceil(math.ceil(items / GENERATION_BATCH) / ranks)
-            context = size + new_tokens / 2
-            generations.append(Generation(batches * new_tokens, GENERATION_BATCH, context))
+            rank_batches = math.ceil(math.ceil(items / GENERATION_BATCH) / ranks)
+            context = size + new_tokens / 2  # mean over the decoding steps
+            generations.append(Generation(rank_batches * new_tokens, GENERATION_BATCH, context))
     return tokens / ranks, generations

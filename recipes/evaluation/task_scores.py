@@ -23,24 +23,24 @@ from recipes.evaluation.results import (
     score_of,
 )
 from recipes.evaluation.settings import HARNESS, EvaluateTasksConfig
-from recipes.evaluation.task_answers import cached_answers, require_same_items, write_samples
-from recipes.evaluation.task_cache import Answer
+from recipes.evaluation.task_answers import answer_tasks, require_same_items, write_samples
+from recipes.evaluation.task_cache import TaskAnswers
 from recipes.evaluation.text_quality import load_transformers, model_sha256
 
 
 def score(
     cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog
 ) -> TaskResults | None:
-    """Evaluates all models and students of earlier steps, one in memory at a time.
+    """Evaluates all models, and the student as saved at earlier steps, one at a time.
 
     Ranks split the items. Rank 0 writes ``samples/<task>.jsonl``, with one item and all models'
     responses per line, and returns the results; other ranks return ``None``.
     """
     if world_size() > 1:
         nemo.initialize(nemo.Parallelism())
-    with rank_0_first():  # downloads
+    with rank_0_first():  # rank 0 downloads the data
         tasks = packed_lm.load_tasks(cfg.tasks, cfg.source, cfg.num_fewshot, cfg.revisions)
-    answers: dict[str, dict[str, Answer]] = {}
+    answers: dict[str, dict[str, TaskAnswers]] = {}
     cached: dict[str, list[str]] = {}
     students = nemo.step_checkpoints(inputs["distilled"].artifact)
     paths = {role: nemo.find_checkpoint(inputs[role].artifact) for role in ROLES}
@@ -73,11 +73,11 @@ def _answers(
     path: Path,
     tasks: list[packed_lm.Task],
     log: MetricsLog,
-) -> tuple[dict[str, Answer], list[str]]:
-    """Loads one model; returns its answers by task, and the tasks whose answers were cached."""
+) -> tuple[dict[str, TaskAnswers], list[str]]:
+    """Loads one model; returns its answers by task, and the names of cached tasks."""
     model = load_transformers(path, dtype_of(cfg.precision))
     tokenizer = AutoTokenizer.from_pretrained(nemo.side_folder(path), trust_remote_code=False)
     packed = packed_lm.PackedLM(
         model, tokenizer, cfg.pack_tokens, partial(log.progress, f"requests, {name}")
     )
-    return cached_answers(cfg, name, packed, lambda: model_sha256(model, path), tasks, log)
+    return answer_tasks(cfg, name, packed, lambda: model_sha256(model, path), tasks, log)

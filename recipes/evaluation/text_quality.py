@@ -64,7 +64,7 @@ def measure(
 
     Args:
         cfg: The stage's config.
-        checkpoints: NeMo checkpoints by role.
+        checkpoints: NeMo checkpoints by role (``teacher``, ``pruned`` and ``distilled``).
         data: Output of ``prepare_data``.
         out: Folder of ``results.json``.
         log: Metrics file.
@@ -85,8 +85,9 @@ def measure(
     for number, (role, path) in enumerate(checkpoints.items()):
         model = load_transformers(path, dtype_of(cfg.precision))
 
-        def progress(done: int, before: int = number * len(rank_text)) -> None:
-            log.progress("evaluate", before + done, len(checkpoints) * len(rank_text))
+        # The default binds this iteration's number.
+        def progress(done: int, earlier: int = number * len(rank_text)) -> None:
+            log.progress("evaluate", earlier + done, len(checkpoints) * len(rank_text))
 
         states[role] = compute_states(
             Predictor.of(model), rank_text, cfg.micro_batch_size, progress
@@ -95,12 +96,12 @@ def measure(
         if rank() == 0 and len(prompts):
             generations[role] = _generate(cfg, model, prompts, tokenizer.eos_token_id)
         del model
-    scores = _of_all_ranks(
-        {role: Scores.of(m, rank_text) for role, m in compare(states, rank_text).items()}
+    scores = _gather_scores(
+        {role: Scores.of(values, rank_text) for role, values in compare(states, rank_text).items()}
     )
     results = {
-        role: ModelQuality(**vars(values.quality()), parameters=parameters[role])
-        for role, values in scores.items()
+        role: ModelQuality(**vars(role_scores.quality()), parameters=parameters[role])
+        for role, role_scores in scores.items()
     }
     if rank() == 0:
         texts = {name: list(map(tokenizer.decode, rows)) for name, rows in generations.items()}
@@ -122,10 +123,13 @@ def _write_details(
     scores: Mapping[str, Scores],
     texts: Mapping[str, Sequence[str]],
 ) -> None:
-    """Writes the results and sequence losses by role, and each prompt with all models' texts."""
+    """Writes each role's results and sequence losses, and each prompt with its continuations.
+
+    ``texts`` has the prompts, their continuations in the text, and those of each model.
+    """
     detail = {
         "results": {role: asdict(quality) for role, quality in results.items()},
-        "sequence_losses": {role: values.losses for role, values in scores.items()},
+        "sequence_losses": {role: role_scores.losses for role, role_scores in scores.items()},
         "generations": [
             dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)
         ],
@@ -135,7 +139,7 @@ def _write_details(
 
 @dataclass
 class Scores:
-    """A model's metrics on each sequence: means over the predictions in the loss."""
+    """A model's metrics for each sequence: means over the tokens that count in the loss."""
 
     losses: list[float] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
@@ -144,10 +148,10 @@ class Scores:
     @classmethod
     def of(cls, metrics: PredictionMetrics, text: TextSequences) -> Scores:
         """Computes the mean of each metric for each sequence of a text."""
-        sizes = text.prediction_mask.sum(dim=1).tolist()
+        counts = text.prediction_mask.sum(dim=1).tolist()
         return cls(
             *(
-                [sequence.mean().item() for sequence in values.split(sizes)]
+                [sequence.mean().item() for sequence in values.split(counts)]
                 for values in vars(metrics).values()
             )
         )
@@ -168,8 +172,11 @@ class Scores:
         )
 
 
-def _of_all_ranks(scores: dict[str, Scores]) -> dict[str, Scores]:
-    """Returns the scores of all sequences, in their order; each rank has every n-th sequence."""
+def _gather_scores(scores: dict[str, Scores]) -> dict[str, Scores]:
+    """Gathers the scores of all ranks, and restores the order of the sequences.
+
+    Rank r of n has the sequences r, r + n, r + 2n and so on.
+    """
     by_rank = gather(scores)
 
     def in_order(role: str, metric: str) -> list[float]:
@@ -185,7 +192,7 @@ def _of_all_ranks(scores: dict[str, Scores]) -> dict[str, Scores]:
 def score(
     models: Mapping[str, Predictor], text: TextSequences, micro_batch_size: int, log: MetricsLog
 ) -> dict[str, Scores]:
-    """Compares models with the teacher. All are in memory; ``models`` has them by role."""
+    """Compares models with the teacher, all of them in memory. ``models`` includes the teacher."""
     scores = {role: Scores() for role in models}
     for start in range(0, len(text), micro_batch_size):
         batch = text[start : start + micro_batch_size]
@@ -204,7 +211,11 @@ def token_quality(teacher: FinalStates, student: FinalStates, text: TextSequence
 
 
 def measure_checkpoints(
-    teacher: Path, students: Sequence[Path], text: TextSequences, precision: str, size: int
+    teacher: Path,
+    students: Sequence[Path],
+    text: TextSequences,
+    precision: str,
+    micro_batch_size: int,
 ) -> list[TokenQuality]:
     """Compares students with their teacher, with one model in memory at a time.
 
@@ -213,16 +224,16 @@ def measure_checkpoints(
         students: NeMo checkpoints of the students.
         text: Sequences to compare them on.
         precision: Precision of weights and computation.
-        size: Sequences of a forward pass.
+        micro_batch_size: Number of sequences in a forward pass.
     """
 
-    def states(checkpoint: Path) -> FinalStates:
+    def run(checkpoint: Path) -> FinalStates:
         model = Predictor.of(load_transformers(checkpoint, dtype_of(precision)))
-        final: FinalStates = compute_states(model, text, size)
-        return final
+        states: FinalStates = compute_states(model, text, micro_batch_size)
+        return states
 
-    reference = states(teacher)
-    return [token_quality(reference, states(student), text) for student in students]
+    teacher_states = run(teacher)
+    return [token_quality(teacher_states, run(student), text) for student in students]
 
 
 def _by_source(scores: Mapping[str, Scores], text: TextSequences) -> dict[str, SourceQuality]:
@@ -240,7 +251,8 @@ def _by_source(scores: Mapping[str, Scores], text: TextSequences) -> dict[str, S
 
 
 def _recovered(scores: Mapping[str, Scores], chosen: slice = slice(None)) -> float | None:
-    """Returns the fraction of the loss added by pruning that distillation removed."""
+    """Pruning adds loss; returns the fraction of this loss that distillation removed."""
+    # Losses are negated, because ``recovered`` expects values where higher is better.
     return recovered(*([-loss for loss in scores[role].losses[chosen]] for role in ROLES))
 
 
@@ -263,7 +275,7 @@ def with_weights(
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing, unexpected = model.load_state_dict(dict(weights), strict=False)
-    model.tie_weights()
+    model.tie_weights()  # if the head is tied, ``weights`` has no lm_head.weight
     if unexpected or [name for name in missing if name != "lm_head.weight"]:
         raise ValueError(f"{config.model_type}: missing {missing}, unexpected {unexpected}")
     model_for_inference: PreTrainedModel = model.to(device()).eval()
@@ -271,7 +283,7 @@ def with_weights(
 
 
 def model_sha256(model: torch.nn.Module, checkpoint: Path) -> str:
-    """Returns a hash of a model's weights, tokenizer and config.json, which has RoPE's settings."""
+    """Returns a hash of a model's weights, tokenizer and config.json (with RoPE's settings)."""
     weights = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

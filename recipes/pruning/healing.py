@@ -51,7 +51,7 @@ class LeastSquares:
 
         Args:
             inputs: The weight's inputs [b, s, inputs].
-            missing: What is missing from its outputs [b, s, outputs].
+            missing: What the change should add to the weight's outputs [b, s, outputs].
         """
         inputs, missing = inputs.flatten(0, 1), missing.flatten(0, 1)
         self.tokens += len(inputs)
@@ -70,7 +70,7 @@ def solve(gram: Tensor, right_side: Tensor, ridge: float) -> Tensor:
 
 
 class Decoder:
-    """Runs a model, given as weights by Hugging Face name, one layer at a time on the device."""
+    """Runs a model, whose weights are in host memory, one layer at a time on the device."""
 
     def __init__(self, config: Mapping[str, object], weights: dict[str, Tensor]) -> None:
         hf_config = AutoConfig.for_model(**config)
@@ -173,7 +173,8 @@ class Reconstruction:
         self._teacher_streams = [teacher.embed(tokens) for tokens in batches]
         self._student_streams = [student.embed(tokens) for tokens in batches]
         self._width = self._teacher_streams[0].shape[-1]
-        self._rows = kept.rows.get(HIDDEN, torch.arange(self._width)).to(teacher.device)
+        # Indices of the teacher's hidden channels that the student has.
+        self._channels = kept.indices.get(HIDDEN, torch.arange(self._width)).to(teacher.device)
 
     def skip_layer(self, layer: str) -> None:
         """Runs the teacher's streams through a layer that the student does not have."""
@@ -188,14 +189,14 @@ class Reconstruction:
 
         Let x be the teacher's inputs, y the student's, and E·y the student's with zeros in the
         pruned channels. The fit D predicts the difference: x - E·y ≈ D·y. So W·x ≈ (W·E + W·D)·y
-        for each weight W that reads x. Pruning kept W·E of W; W·D is added.
+        for each weight W that reads x. Pruning already kept W·E, so W·D is added.
         """
         teacher_inputs, student_inputs, fit = self._fit_inputs(
             teacher_layer + half.norm, student_layer + half.norm
         )
-        # D with a column for each of the teacher's channels, since ``prune_weight`` selects some.
-        change = self._rows.new_zeros(self._width, self._width, dtype=torch.float32)
-        change[:, self._rows] = fit.change(self._ridge_tokens)
+        # D has a column for each of the teacher's channels, since ``prune_weight`` selects columns.
+        change = self._channels.new_zeros(self._width, self._width, dtype=torch.float32)
+        change[:, self._channels] = fit.change(self._ridge_tokens)
         for name in half.input_weights:
             added = prune_weight(
                 f"{teacher_layer}{name}.weight",
@@ -222,10 +223,10 @@ class Reconstruction:
         for i, outputs in enumerate(half.compute(self._teacher, teacher_layer, teacher_inputs)):
             self._teacher_streams[i] = self._teacher_streams[i] + outputs @ teacher_weight.T
             self._student_streams[i] = self._student_streams[i] + inputs[i] @ weight.T
-            # Tokens are weighted by the inverse RMS of their stream, because later layers read it
-            # normalised. The RMS of a few tokens is many times that of the others.
+            # Tokens are weighted by the inverse RMS of their stream, because later layers normalise
+            # it. Otherwise a few tokens, whose RMS is many times larger, would dominate the fit.
             rms = self._teacher_streams[i].square().mean(-1, keepdim=True).sqrt()
-            missing = self._teacher_streams[i][..., self._rows] - self._student_streams[i]
+            missing = self._teacher_streams[i][..., self._channels] - self._student_streams[i]
             fit.add(inputs[i] / rms, missing / rms)
         change = fit.change(self._ridge_tokens)
         self._student[student_layer + half.output_weight] = weight + change
@@ -250,8 +251,8 @@ class Reconstruction:
         head = self._teacher["model.embed_tokens"]
         # A constant added to all logits changes no probability, so each column is centred.
         head = (head - head.mean(dim=0)).double()
-        product = head[:, self._rows].T @ head
-        gram = product[:, self._rows] * fit.gram
+        product = head[:, self._channels].T @ head
+        gram = product[:, self._channels] * fit.gram
         right_side = (product * fit.cross.T).sum(dim=1, keepdim=True)
         scale = 1 + solve(gram, right_side, self._ridge_tokens / fit.tokens).squeeze(1).float()
         self._student["model.norm"] = self._student["model.norm"] * scale
@@ -262,10 +263,10 @@ class Reconstruction:
         """Fits the teacher's normalised streams by the student's; returns both and the fit."""
         teacher_inputs = [self._teacher.normalise(teacher_norm, x) for x in self._teacher_streams]
         student_inputs = [self._student.normalise(student_norm, x) for x in self._student_streams]
-        fit = LeastSquares(student_inputs[0].new_empty(self._width, len(self._rows)))
+        fit = LeastSquares(student_inputs[0].new_empty(self._width, len(self._channels)))
         for teacher_input, student_input in zip(teacher_inputs, student_inputs, strict=True):
             missing = teacher_input.clone()  # the caller needs the teacher's inputs unchanged
-            missing[..., self._rows] -= student_input
+            missing[..., self._channels] -= student_input
             fit.add(student_input, missing)
         return teacher_inputs, student_inputs, fit
 
@@ -284,7 +285,7 @@ def heal(
     Args:
         teacher: The unpruned model.
         student: The pruned model; its weights are replaced.
-        kept: The layers and rows that pruning kept.
+        kept: The layers and indices that pruning kept.
         batches: Calibration tokens, each [b, s].
         progress: Called after every layer of the teacher.
         ridge_tokens: See ``RIDGE_TOKENS``.
@@ -310,9 +311,9 @@ def heal_weights(
     batches: Sequence[Tensor],
     progress: ProgressCallback,
 ) -> None:
-    """Reconstructs the pruned weights of a NeMo checkpoint, in place.
+    """Reconstructs the student's ``weights``, by their Hugging Face names, in place.
 
-    ``weights`` are the student's, by their Hugging Face names; ``batches`` are tokens [b, s].
+    ``teacher`` is a NeMo checkpoint, ``student`` the pruned shape; ``batches`` are tokens [b, s].
     """
     config, teacher_shape = nemo.read_config(teacher), nemo.architecture_of(teacher)
     heal(

@@ -1,9 +1,9 @@
 """Selects the layers, rows and columns to keep by importance, and prunes weights to them.
 
-ModelOpt prunes in memory, directly after scoring. Its stored scores are a pickle for one pipeline
-size. Here the kept indices are a file, which can be inspected and compared with the teacher's
-weights. For another shape they are computed without a forward pass. Whole query groups can be
-pruned too.
+ModelOpt prunes in memory, directly after scoring, and stores its scores as a pickle for one
+pipeline size. Here the kept indices are stored in a file, which can be inspected and compared with
+the teacher's weights. The indices for another shape follow from stored scores, without a forward
+pass. Whole query groups can be pruned too.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "up_proj.weight": (FFN, HIDDEN),
     "down_proj.weight": (HIDDEN, FFN),
 }
-"""Axis of each dimension of a Hugging Face weight, by the end of the weight's name. In an expert,
-``ffn_hidden_size`` means ``moe_ffn_hidden_size``."""
+"""For each dimension of a Hugging Face weight: the setting of its size, or ``None`` if it is never
+pruned. A key is the end of a weight's name. In an expert, ``ffn_hidden_size`` means
+``moe_ffn_hidden_size``."""
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 _LAYER_KEY = re.compile(r"layers\.(\d+)\.")
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
@@ -63,37 +64,40 @@ class Importance:
     teacher_loss: float
     """LM loss of the unpruned model, in nats."""
     layers: dict[str, dict[int, float]]
-    """Scores of layers, by method: ``block_influence``, or ``loss``, the change of the loss without
-    the layer, in nats."""
+    """Scores of layers by method. ``block_influence``: see ``scoring``. ``loss``: by how many nats
+    the loss rises without the layer."""
     blocks: dict[int, dict[int, float]] = field(default_factory=dict)
-    """Change of the loss without a block of adjacent layers, by its size and its first layer."""
+    """``blocks[n][i]`` is the rise of the loss without the ``n`` layers from layer ``i`` on."""
     widths: dict[str, Tensor] = field(default_factory=dict)
-    """Scores of ``hidden_size`` [hidden] and, as ``layers.{i}.AXIS``, of ``ffn_hidden_size`` [ffn]
-    and ``num_attention_heads`` [heads]."""
+    """Scores of channels and heads. Keys, with the tensors' shapes: ``hidden_size`` [hidden],
+    ``layers.{i}.ffn_hidden_size`` [ffn] and ``layers.{i}.num_attention_heads`` [heads]."""
 
     def layer_scores(self, method: str) -> tuple[str, dict[int, float]]:
-        """Returns a method and its scores; block influence if ``method`` has no layer scores."""
+        """Returns ``method`` and its scores, or block influence if ``method`` was not measured."""
         available = method if method in self.layers else "block_influence"
         return available, self.layers[available]
 
     def save(self, folder: Path) -> None:
         """Writes layer scores as JSON, and width scores as tensors."""
         save_file(self.widths, folder / WIDTHS_FILE)
-        plain = {name: value for name, value in vars(self).items() if name != "widths"}
-        write_json(folder / IMPORTANCE_FILE, plain)
+        layer_scores = {name: value for name, value in vars(self).items() if name != "widths"}
+        write_json(folder / IMPORTANCE_FILE, layer_scores)
 
     @classmethod
     def load(cls, folder: Path) -> Importance:
         """Reads the files that ``save`` wrote."""
         content = read_json(folder / IMPORTANCE_FILE)
 
-        def numbered(values: dict[str, Any]) -> dict[int, Any]:
-            return {int(number): value for number, value in values.items()}
+        def with_int_keys(values: dict[str, Any]) -> dict[int, Any]:
+            return {int(key): value for key, value in values.items()}
 
         return cls(
             teacher_loss=content["teacher_loss"],
-            layers={method: numbered(scores) for method, scores in content["layers"].items()},
-            blocks={n: numbered(scores) for n, scores in numbered(content["blocks"]).items()},
+            layers={method: with_int_keys(scores) for method, scores in content["layers"].items()},
+            blocks={
+                size: with_int_keys(scores)
+                for size, scores in with_int_keys(content["blocks"]).items()
+            },
             widths=load_file(folder / WIDTHS_FILE),
         )
 
@@ -114,7 +118,7 @@ def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]
         measured, setting = method in importance.layers, "num_loss_samples=8"
     if not measured:
         raise RecipeError(
-            f"layer_importance={method}: {drop} layers cannot be dropped by these scores.",
+            f"layer_importance={method}: the stored scores do not say which {drop} layers to drop.",
             f"set stages.score.{setting}",
         )
     if method == "block":
@@ -129,22 +133,22 @@ def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]
 
 @dataclass(frozen=True)
 class KeptIndices:
-    """The layers and rows that a student keeps of its teacher.
+    """The teacher's layers, channels, heads, query groups and experts that a student keeps.
 
     Attributes:
         layers: Layers, counted from 1, in order.
-        rows: Indices, counted from 0, int64. The key is ``hidden_size``, or ``layers.{i}.AXIS`` for
-            the teacher's layer i, or ``layers.{i}.experts.{e}.moe_ffn_hidden_size`` for its expert
-            e. An axis that is not pruned has no key.
+        indices: Indices, counted from 0, int64. Keys are ``hidden_size``, ``layers.{i}.AXIS`` for
+            the teacher's layer i, and ``layers.{i}.experts.{e}.moe_ffn_hidden_size`` for expert e
+            of this layer. An axis that is not pruned has no key.
     """
 
     layers: list[int]
-    rows: dict[str, Tensor]
+    indices: dict[str, Tensor]
 
     def save(self, folder: Path) -> None:
-        """Writes everything as NumPy arrays, since a rehearsal has only fake tensors."""
-        rows = {name: rows.int().numpy() for name, rows in self.rows.items()}
-        arrays = {"layers": np.array(self.layers, np.int32), **rows}
+        """Writes all indices, as NumPy arrays, which have values even if tensors are fake."""
+        widths = {name: indices.int().numpy() for name, indices in self.indices.items()}
+        arrays = {"layers": np.array(self.layers, np.int32), **widths}
         safetensors.numpy.save_file(arrays, folder / KEPT_FILE)
 
     @classmethod
@@ -152,20 +156,20 @@ class KeptIndices:
         """Reads the file that ``save`` wrote."""
         arrays = safetensors.numpy.load_file(folder / KEPT_FILE)
         layers: list[int] = arrays.pop("layers").tolist()
-        return cls(layers, {name: torch.from_numpy(rows).long() for name, rows in arrays.items()})
+        return cls(layers, {name: torch.from_numpy(array).long() for name, array in arrays.items()})
 
 
-def select_rows(
+def select_indices(
     scores: Mapping[str, Tensor], teacher: Architecture, student: Architecture, layers: list[int]
 ) -> KeptIndices:
-    """Selects the most important rows by ``Importance.widths``, on the pruned axes.
+    """Selects the most important indices on the pruned axes.
 
-    Rows keep the teacher's order. Of rows with equal scores, the first is kept. ``layers`` are the
-    kept layers, counted from 1.
+    The indices keep the teacher's order. Of indices with equal scores, the first is kept.
+    ``scores`` are those of ``Importance.widths``; ``layers`` are the kept layers, counted from 1.
     """
-    ranked = sort_rows(scores, teacher).rows
-    rows = {}
-    for name, ranking in ranked.items():
+    rankings = sort_indices(scores, teacher).indices
+    kept = {}
+    for name, ranking in rankings.items():
         layer, axis = _LAYER_KEY.match(name), name.rpartition(".")[2]
         count = getattr(student, axis)
         if (layer and int(layer[1]) not in layers) or count == getattr(teacher, axis):
@@ -173,31 +177,33 @@ def select_rows(
         if axis == HEADS:
             per_group = count // student.num_query_groups
             grouped = ranking.view(teacher.num_query_groups, -1)
-            rows[name] = grouped[: student.num_query_groups, :per_group].flatten()
+            kept[name] = grouped[: student.num_query_groups, :per_group].flatten()
         else:
-            rows[name] = ranking[:count]
-    return KeptIndices(sorted(layers), {name: row.sort().values for name, row in rows.items()})
+            kept[name] = ranking[:count]
+    in_order = {name: indices.sort().values for name, indices in kept.items()}
+    return KeptIndices(sorted(layers), in_order)
 
 
-def sort_rows(scores: Mapping[str, Tensor], teacher: Architecture) -> KeptIndices:
-    """Sorts all rows by importance, so that a pruned weight is the first rows of the sorted one.
+def sort_indices(scores: Mapping[str, Tensor], teacher: Architecture) -> KeptIndices:
+    """Returns all indices, the most important first, as if all were kept.
 
-    Heads are sorted within their groups, and the groups are sorted.
+    In a weight that is sorted in this order, a pruned weight is the first rows and columns. Groups
+    are sorted, and heads within their groups.
     """
     layers = list(range(1, teacher.num_layers + 1))
-    rows = {name: score.argsort(descending=True, stable=True) for name, score in scores.items()}
+    order = {name: score.argsort(descending=True, stable=True) for name, score in scores.items()}
     for layer in layers:
         name = f"layers.{layer}"
         grouped = scores[f"{name}.{HEADS}"].view(teacher.num_query_groups, -1)
         groups = grouped.square().sum(dim=1).argsort(descending=True, stable=True)
         heads = grouped.argsort(dim=1, descending=True, stable=True)[groups]
-        rows[f"{name}.{GROUPS}"] = groups
-        rows[f"{name}.{HEADS}"] = (heads + groups[:, None] * grouped.shape[1]).flatten()
-    return KeptIndices(layers, rows)
+        order[f"{name}.{GROUPS}"] = groups
+        order[f"{name}.{HEADS}"] = (heads + groups[:, None] * grouped.shape[1]).flatten()
+    return KeptIndices(layers, order)
 
 
 def axes_of(name: str) -> tuple[str | None, ...]:
-    """Returns the axes of a Hugging Face weight's dimensions.
+    """Returns the value of ``AXES`` for a Hugging Face weight.
 
     Raises:
         RecipeError: The name is unknown.
@@ -218,7 +224,7 @@ def student_name(name: str, kept: KeptIndices) -> str | None:
     layer = int(match.group()) + 1
     if layer not in kept.layers:
         return None
-    expert, experts = _EXPERT.search(name), kept.rows.get(f"layers.{layer}.{EXPERTS}")
+    expert, experts = _EXPERT.search(name), kept.indices.get(f"layers.{layer}.{EXPERTS}")
     if expert and experts is not None:
         kept_experts = experts.tolist()
         if int(expert.group()) not in kept_experts:
@@ -235,39 +241,45 @@ def prune_weight(name: str, weight: Tensor, kept: KeptIndices, head_size: int) -
         key = axis if axis == HIDDEN else f"{layer}{axis}"
         if expert and axis == FFN:
             key = f"{layer}experts.{expert.group()}.{EXPERT_FFN}"
-        rows = kept.rows.get(key)
-        if rows is not None:
-            rows = _rows_of_heads(rows, head_size) if axis in (HEADS, GROUPS) else rows
+        indices = kept.indices.get(key)
+        if indices is not None:
+            rows = _rows_of_heads(indices, head_size) if axis in (HEADS, GROUPS) else indices
             weight = weight.index_select(dim, rows.to(weight.device))
     return weight
 
 
 def _rows_of_heads(heads: Tensor, size: int) -> Tensor:
-    """Returns the rows of whole heads."""
+    """Returns the indices of the weight's rows that belong to the heads."""
     return (heads[:, None] * size + torch.arange(size)).flatten()
 
 
-def leading_block(name: str, weight: Tensor, shape: Architecture, teacher: Architecture) -> Tensor:
-    """Returns the first rows and columns of a weight of ``teacher``, sorted by ``sort_rows``.
+def leading_submatrix(
+    name: str, weight: Tensor, student: Architecture, teacher: Architecture
+) -> Tensor:
+    """Returns as many of a weight's first rows and columns as the student has.
 
-    The result is a view, unless heads are pruned within groups.
+    ``weight`` is the teacher's, sorted by ``sort_indices``. The result is a view, unless heads are
+    pruned within groups.
     """
     size = teacher.kv_channels
     for dim, axis in enumerate(axes_of(name)):
         if axis in (HIDDEN, FFN):
-            weight = weight.narrow(dim, 0, getattr(shape, axis))
+            weight = weight.narrow(dim, 0, getattr(student, axis))
         elif axis == GROUPS:
-            weight = weight.narrow(dim, 0, shape.num_query_groups * size)
+            weight = weight.narrow(dim, 0, student.num_query_groups * size)
         elif axis == HEADS:
-            weight = _first_heads(weight, dim, shape, teacher)
+            weight = _first_heads(weight, dim, student, teacher)
     return weight
 
 
-def _first_heads(weight: Tensor, dim: int, shape: Architecture, teacher: Architecture) -> Tensor:
+def _first_heads(weight: Tensor, dim: int, student: Architecture, teacher: Architecture) -> Tensor:
     """Returns the first heads of each of the first groups."""
-    per_group, kept = (a.num_attention_heads // a.num_query_groups for a in (teacher, shape))
-    if kept == per_group:
-        return weight.narrow(dim, 0, shape.num_attention_heads * teacher.kv_channels)
-    grouped = weight.unflatten(dim, (teacher.num_query_groups, per_group * teacher.kv_channels))
-    grouped = grouped.narrow(dim, 0, shape.num_query_groups)
-    return grouped.narrow(dim + 1, 0, kept * teacher.kv_channels).flatten(dim, dim + 1)
+    teacher_rows, student_rows = (
+        arch.num_attention_heads // arch.num_query_groups * teacher.kv_channels
+        for arch in (teacher, student)
+    )  # rows of a group
+    if student_rows == teacher_rows:
+        return weight.narrow(dim, 0, student.num_query_groups * student_rows)
+    grouped = weight.unflatten(dim, (teacher.num_query_groups, teacher_rows))
+    grouped = grouped.narrow(dim, 0, student.num_query_groups)
+    return grouped.narrow(dim + 1, 0, student_rows).flatten(dim, dim + 1)

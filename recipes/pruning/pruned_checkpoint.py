@@ -77,7 +77,7 @@ def _require_shapes(weights: dict[str, torch.Tensor], shape: Architecture) -> No
 def prune_weights(teacher: Path, kept: KeptIndices, head_size: int) -> dict[str, torch.Tensor]:
     """Returns the student's weights by their Hugging Face names."""
     return {
-        name: prune_weight(source, weight, kept, head_size)
-        for source, weight in hf_weights(teacher)
-        if (name := student_name(source, kept)) is not None
+        name: prune_weight(teacher_name, weight, kept, head_size)
+        for teacher_name, weight in hf_weights(teacher)
+        if (name := student_name(teacher_name, kept)) is not None
     }

@@ -14,14 +14,14 @@ class ScoreResult:
     calibration_tokens: int
     teacher_loss: float
     layer_importance: dict[str, dict[int, float]]
-    """By method and layer."""
+    """Scores by method and layer; see ``Importance.layers``."""
     loss_predictions: int
     """Number of next-token predictions that each loss is a mean of."""
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """Layers that pruning kept. Numbers are those of the first teacher if it was pruned before."""
+    """Layers that pruning kept. They are numbered as in the original, unpruned model."""
 
     kept_layers: list[int]
     layer_importance: dict[int, float]
@@ -40,7 +40,7 @@ class HealResult:
     """KL to the teacher before and after healing, without training."""
 
     kept_layers: list[int] | None
-    """Those of the pruned model."""
+    """Layers of the teacher that the pruned model has."""
     calibration_tokens: int
     kl_pruned: float
     """KL of the pruned model to the teacher on validation text, in nats."""

@@ -2,8 +2,8 @@
 
 ModelOpt computes the scores of widths from activations (arXiv:2407.14679). Layers have two scores:
 block influence, 1 - cos of the angle between their input and output (arXiv:2403.03853), and the
-change of the loss without the layer. The hidden states before a layer are computed once and shared
-by all removals.
+rise of the loss without the layer. The hidden states before a layer do not depend on its removal,
+so they are computed once.
 Layers may be split over pipeline ranks, and micro batches over data-parallel ranks.
 """
 
@@ -42,7 +42,7 @@ from recipes.pruning.kept import Importance
 from recipes.pruning.settings import ScoreConfig
 
 MAX_TOKEN_FRACTION = 0.5
-"""If a single token is a larger fraction of calibration text, the text is taken for padding."""
+"""If one token is a larger fraction of the calibration text, the text counts as padding."""
 
 
 def calibration_text(cfg: ScoreConfig, data: Input, teacher: Path) -> TextSequences:
@@ -116,8 +116,11 @@ def _loss_scores(
 class LayerAblation:
     """Computes the loss of a Megatron model without some layers, on all pipeline ranks."""
 
-    def __init__(self, core: nn.Module, text: TextSequences, batch: int, log: MetricsLog) -> None:
-        self._core, self._text, self._batch, self._log = core, text, batch, log
+    def __init__(
+        self, core: nn.Module, text: TextSequences, micro_batch_size: int, log: MetricsLog
+    ) -> None:
+        self._core, self._text, self._log = core, text, log
+        self._micro_batch_size = micro_batch_size
         numbers = [layer.layer_number for layer in core.decoder.layers]
         self._first, self._last = numbers[0], numbers[-1]
         self.num_layers = core.config.num_layers
@@ -133,12 +136,12 @@ class LayerAblation:
         Args:
             blocks: Sets of layer numbers. The result has one loss for each set.
         """
-        # The hidden states before a block do not depend on it, so all blocks share them.
+        # The hidden states before a block do not depend on the block, so all blocks share them.
         layers = list(self._core.decoder.layers)
         sums = torch.zeros(len(blocks), dtype=torch.float64)
-        for done, batch in _batches(self._text, self._batch):
+        for done, batch in _batches(self._text, self._micro_batch_size):
             tokens, mask = batch.tokens.to(device()), batch.prediction_mask.to(device())
-            states = _states(self._core, layers, tokens)
+            states = _run_layers(self._core, layers, tokens)
             for number, block in enumerate(blocks):
                 sums[number] += self._loss_without(block, layers, states, tokens, mask)
             self._log.progress("leave out", done, len(self._text), blocks=len(blocks))
@@ -165,7 +168,7 @@ class LayerAblation:
         """
         start = next((i for i, x in enumerate(layers) if x.layer_number in block), len(layers))
         hidden = states[start]
-        # If an earlier rank omitted a layer, this rank's input comes from it, not from ``states``.
+        # If an earlier rank omitted a layer, it sends this rank's input; ``states`` is not valid.
         if any(number < self._first for number in block):
             start, hidden = 0, _receive(states[0])
         rotary = self._core.rotary_pos_emb(tokens.shape[1])
@@ -188,7 +191,7 @@ class LayerAblation:
         return total
 
 
-def _states(core: nn.Module, layers: Sequence[nn.Module], tokens: Tensor) -> list[Tensor]:
+def _run_layers(core: nn.Module, layers: Sequence[nn.Module], tokens: Tensor) -> list[Tensor]:
     """Returns the input of each layer of this rank, then the last layer's output, all [s, b, h]."""
     if core.pre_process:
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
@@ -221,7 +224,7 @@ def _send(hidden: Tensor) -> None:
 
 
 class _Estimators(ImportanceEstimatorRegistry):  # type: ignore[misc]
-    """ModelOpt's importance estimators, which skip experts that got no token of a micro batch.
+    """ModelOpt's importance estimators, changed to skip experts without a token in a micro batch.
 
     The mean over no tokens is NaN. One NaN would make all scores of the expert's width NaN.
     """
@@ -256,7 +259,7 @@ def _influence_and_widths(
     layers = list(core.decoder.layers)
     influences = torch.zeros(len(layers), dtype=torch.float64)
     for done, batch in _batches(text, batch_size):
-        states = _states(core, layers, batch.tokens.to(device()))
+        states = _run_layers(core, layers, batch.tokens.to(device()))
         for number, (before, after) in enumerate(pairwise(states)):
             cosine = functional.cosine_similarity(before.float(), after.float(), dim=2)
             influences[number] += (1 - cosine).mean(dim=0).sum().item()
@@ -266,24 +269,24 @@ def _influence_and_widths(
         layer.layer_number: float(score) / len(text)
         for layer, score in zip(layers, influences, strict=True)
     }
-    by_rank = _gather_ranks((influence, _widths(core, layers)))
+    by_rank = _gather_ranks((influence, _width_scores(core, layers)))
     registry.cleanup()
     widths: dict[str, Tensor] = {}
-    for _, of_rank in by_rank:
-        # The score of hidden channels is a sum over ranks. Others are of one rank's layers.
-        hidden = of_rank.pop("hidden_size") + widths.pop("hidden_size", 0)
-        widths |= {"hidden_size": hidden, **of_rank}
-    return {layer: score for of_rank, _ in by_rank for layer, score in of_rank.items()}, widths
+    for _, rank_widths in by_rank:
+        # The score of hidden channels is a sum over all ranks. Other scores belong to one rank.
+        hidden = rank_widths.pop("hidden_size") + widths.pop("hidden_size", 0)
+        widths |= {"hidden_size": hidden, **rank_widths}
+    return {layer: score for scores, _ in by_rank for layer, score in scores.items()}, widths
 
 
-def _widths(core: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Tensor]:
+def _width_scores(core: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Tensor]:
     """Returns this rank's scores by name: roots of the sums of squares that ModelOpt collected."""
     norms = [_sum_over_data_ranks(squares).sqrt() for squares in core._activations.values()]
     scores = {"hidden_size": torch.stack(norms).sum(dim=0)}
     for layer in layers:
         name = f"layers.{layer.layer_number}"
         if core.config.num_moe_experts:
-            scores |= _experts(name, layer.mlp.experts)
+            scores |= _expert_scores(name, layer.mlp.experts)
         else:
             scores[f"{name}.ffn_hidden_size"] = _sum_over_data_ranks(layer.mlp._activations).sqrt()
         heads = _sum_over_data_ranks(layer.self_attention._activations)
@@ -292,7 +295,7 @@ def _widths(core: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Tensor]:
     return {name: score.float().cpu().contiguous() for name, score in scores.items()}
 
 
-def _experts(layer: str, experts: nn.Module) -> dict[str, Tensor]:
+def _expert_scores(layer: str, experts: nn.Module) -> dict[str, Tensor]:
     """Returns scores of the experts (mean norm of the output) and of each expert's channels."""
     sums = {name: _sum_over_data_ranks(values) for name, values in experts._activations.items()}
     means = sums["expert_l2_scores"] / sums["expert_sample_counts"].clamp(min=1)
@@ -308,7 +311,7 @@ def _experts(layer: str, experts: nn.Module) -> dict[str, Tensor]:
 
 def _sum_over_data_ranks(values: Tensor) -> Tensor:
     """Returns the sum of ``values`` over the data-parallel ranks, which have different text."""
-    total = values.to(device())  # ModelOpt keeps some sums on the CPU, where NCCL cannot add
+    total = values.to(device())  # ModelOpt keeps some sums on the CPU, which NCCL cannot reduce
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
     return total
 

@@ -13,12 +13,12 @@ from recipes.pruning.targets import PruneTargets, absolute_sizes
 
 LAYER_METHODS = ("block_influence", "loss", "block")
 TARGET = "target_"
-"""Prefix of the fields with targets; Megatron's name of the axis follows."""
+"""Prefix of the fields with targets. Megatron's name of the axis follows the prefix."""
 
 
 @dataclass
 class PruneConfig(StageConfig):
-    """Settings of ``prune``. An axis without a target stays as it is.
+    """Settings of ``prune``. An axis without a target is not pruned.
 
     A target is a number, or a fraction of the teacher's size: ``0.75`` keeps three quarters,
     rounded to a multiple of the axis' divisor.
@@ -27,11 +27,11 @@ class PruneConfig(StageConfig):
     target_num_layers: Size | None = None
     """Number of layers to keep, by ``layer_importance``."""
     layer_importance: Annotated[str, one_of(*LAYER_METHODS)] = "loss"
-    """Which layers are dropped. ``loss``: those that raise the loss least when each is removed
-    alone. ``block``: the adjacent layers that raise it least when removed together.
-    ``block_influence`` (arXiv:2403.03853): those that change their input least, which needs no
-    further forward passes. After distillation, ``block`` was best for 24 of SmolLM2's 30 layers,
-    and ``loss`` for 20 (docs/results.md)."""
+    """Which layers are dropped. ``loss``: the layers whose removal, one at a time, raises the loss
+    least. ``block``: the adjacent layers whose removal together raises the loss least.
+    ``block_influence`` (arXiv:2403.03853): the layers that change their input least; this score
+    needs no further forward passes. After distillation, ``block`` was best for 24 of SmolLM2's 30
+    layers, and ``loss`` for 20 (docs/results.md)."""
     drop_layers: list[Count] = field(default_factory=list)
     """Drops exactly these layers, counted from 1, instead of ``target_num_layers``."""
     target_hidden_size: Size | None = None
@@ -39,7 +39,7 @@ class PruneConfig(StageConfig):
     target_ffn_hidden_size: Size | None = None
     """Channels of each feed-forward network to keep."""
     target_num_attention_heads: Size | None = None
-    """Query heads to keep, equally many in each group."""
+    """Query heads to keep, the same number in each group."""
     target_num_query_groups: Size | None = None
     """Query groups to keep, with all of their heads unless ``target_num_attention_heads`` is
     set."""
@@ -50,7 +50,7 @@ class PruneConfig(StageConfig):
     hidden_size_divisor: Count = 64
     """The hidden size must be a multiple of this, for fast kernels."""
     ffn_hidden_size_divisor: Count = 64
-    """The feed-forward size, also of an expert, must be a multiple of this."""
+    """The size of a feed-forward network, or of an expert, must be a multiple of this."""
 
     def explicit_targets(self) -> dict[str, int | float]:
         """Returns the targets that are set, by axis; floats are fractions."""
@@ -79,7 +79,7 @@ class PruneConfig(StageConfig):
 
 @dataclass
 class HealConfig(StageConfig):
-    """Settings of ``heal``. It costs two forward passes and the solution of normal equations."""
+    """Settings of ``heal``. The stage takes two forward passes and solves normal equations."""
 
     num_calibration_samples: Count = 64
     """Calibration sequences for the reconstruction."""
@@ -95,23 +95,23 @@ class HealConfig(StageConfig):
 
 CALIBRATIONS = ("text", "random")
 BASE_LOSS_SEQUENCES = 4
-"""Sequences for the teacher's own loss if ``num_loss_samples`` is 0."""
+"""Number of sequences for the teacher's loss if ``num_loss_samples`` is 0."""
 
 
 @dataclass
 class ScoreConfig(StageConfig):
-    """Settings of ``score``. Losses without layers cost most; all other scores take one pass."""
+    """Settings of ``score``. ``loss`` scores cost most; all other scores take one forward pass."""
 
     calibration: Annotated[str, one_of(*CALIBRATIONS)] = "text"
-    """``text`` of the input, or ``random`` tokens for a trial without text."""
+    """Calibrate on the ``text`` of the input, or on ``random`` tokens for a trial without text."""
     num_calibration_samples: Count = 64
     """Sequences from the calibration split."""
     num_loss_samples: CountOrZero = 8
-    """Number of these sequences on which the loss is measured without each layer; 0 omits it. It
-    takes the first sequences of each source. A layer costs about 0.6 of a forward pass."""
+    """Number of calibration sequences on which the loss is measured without each layer, from the
+    first of each source on; 0 omits these scores. A layer costs about 0.6 of a forward pass."""
     block_sizes: list[Count] | None = None
     """Sizes of blocks of adjacent layers to measure, for ``layer_importance=block``. By default,
-    the numbers of layers that stages of this run drop by that method."""
+    the numbers of layers that this run's stages with ``layer_importance=block`` drop."""
     precision: Precision = "32"
     """Precision of the model without its head, which is in float32."""
     seq_length: Count = 256
@@ -121,9 +121,10 @@ class ScoreConfig(StageConfig):
     seed: Seed = 1234
     """Seed of ``random`` tokens."""
     pipeline_model_parallel_size: Count = field(default=1, metadata={"resource": True})
-    """Ranks over which the layers are split. Further ranks split the text. Scores do not change."""
+    """Ranks over which the layers are split. Further ranks split the text. Scores do not depend on
+    the number of ranks."""
 
     @property
     def loss_sequences(self) -> int:
-        """Returns the number of sequences for losses; the teacher's own is always measured."""
+        """Returns the number of sequences for losses. The teacher's loss is always measured."""
         return self.num_loss_samples or BASE_LOSS_SEQUENCES

@@ -19,7 +19,7 @@ MAX_FRACTION = 1 / 3
 
 @dataclass(frozen=True)
 class PruneTargets:
-    """Target sizes; ``None`` keeps an axis. ``drop_layers`` counts from 1."""
+    """Target sizes; ``None`` does not prune the axis. Layers are counted from 1."""
 
     num_layers: int | None = None
     hidden_size: int | None = None
@@ -42,7 +42,7 @@ def absolute_sizes(
 ) -> dict[str, int]:
     """Returns targets as sizes: fractions are multiplied by the teacher's size and rounded.
 
-    A size is rounded to a multiple of the axis' divisor, heads to a multiple of the query groups.
+    A size is rounded to a multiple of the axis's divisor, and heads to a multiple of query groups.
     """
     sizes: dict[str, int] = {}
     # Groups come first, because heads depend on them.
@@ -84,9 +84,9 @@ def target_problems(
     wrong = DENSE_AXES if teacher.num_moe_experts else EXPERT_AXES
     for axis, target in {**targets.width(), "num_layers": targets.num_layers}.items():
         if axis in wrong:
-            kind, axes = ("experts", EXPERT_AXES) if axis in DENSE_AXES else ("dense", DENSE_AXES)
+            ffn, axes = ("experts", EXPERT_AXES) if axis in DENSE_AXES else ("dense", DENSE_AXES)
             yield _problem(
-                f"target_{axis}={target} is set, but the teacher's feed-forward layers are {kind}",
+                f"target_{axis}={target} is set, but the teacher's feed-forward layers are {ffn}",
                 f"set {' or '.join(f'target_{a}' for a in axes)}",
             )
         elif target is not None:
@@ -107,24 +107,24 @@ def fraction_problems(
     """Yields fractions that keep all of an axis, or nothing."""
     sizes = absolute_sizes(teacher, targets, divisors)
     for axis, fraction in targets.items():
-        whole, size = getattr(teacher, axis), sizes[axis]
-        if isinstance(fraction, float) and whole and not 0 < size < whole:
+        full, size = getattr(teacher, axis), sizes[axis]
+        if isinstance(fraction, float) and full and not 0 < size < full:
             yield _problem(
-                f"target_{axis}={fraction:g} of the teacher's {whole} rounds to {size}, which must "
-                f"be greater than 0 and less than {whole}",
-                f"use another fraction, a number below {whole}, or "
+                f"target_{axis}={fraction:g} of the teacher's {full} rounds to {size}, which must "
+                f"be greater than 0 and less than {full}",
+                f"use another fraction, a number below {full}, or "
                 + ("null" if axis not in divisors else f"a smaller {axis}_divisor, or null"),
             )
 
 
-def _axis_problems(axis: str, target: int, whole: int, divisor: int) -> Iterator[Problem]:
-    """Checks a target against the teacher's size ``whole`` and the divisor."""
+def _axis_problems(axis: str, target: int, full: int, divisor: int) -> Iterator[Problem]:
+    """Checks a target against the teacher's ``full`` size and the divisor."""
     name = f"target_{axis}={target}"
-    if target > whole:
-        yield _problem(f"{name} is larger than the teacher's {whole}", f"use at most {whole}")
-    elif target != whole and target % divisor:
-        low = target // divisor * divisor
-        choices = " or ".join(str(c) for c in (low, low + divisor) if 0 < c <= whole)
+    if target > full:
+        yield _problem(f"{name} is larger than the teacher's {full}", f"use at most {full}")
+    elif target != full and target % divisor:
+        lower = target // divisor * divisor
+        choices = " or ".join(str(c) for c in (lower, lower + divisor) if 0 < c <= full)
         yield _problem(
             f"{name} is not a multiple of {axis}_divisor={divisor}",
             f"use {choices}, or a divisor of {target}" if choices else f"set a divisor of {target}",
@@ -132,21 +132,21 @@ def _axis_problems(axis: str, target: int, whole: int, divisor: int) -> Iterator
 
 
 def _head_problems(teacher: Architecture, targets: PruneTargets) -> Iterator[Problem]:
-    """Checks that all groups keep equally many heads, and no more than they had."""
+    """Checks that all groups keep the same number of heads, at most the teacher's."""
     groups = targets.num_query_groups or teacher.num_query_groups
     heads = targets.num_attention_heads
-    most = teacher.num_attention_heads // teacher.num_query_groups * groups
-    if heads is None or heads > teacher.num_attention_heads:
+    limit = teacher.num_attention_heads // teacher.num_query_groups * groups
+    if heads is None or heads > teacher.num_attention_heads:  # for the latter, see _axis_problems
         return
     name = f"target_num_attention_heads={heads}"
     if heads % groups:
         yield _problem(
             f"{name} is not a multiple of the {groups} query groups", f"use a multiple of {groups}"
         )
-    elif heads > most:
+    elif heads > limit:
         yield _problem(
-            f"{name} is more than the {most} heads that the teacher has in {groups} query groups",
-            f"use at most {most}",
+            f"{name} is more than the {limit} heads that the teacher has in {groups} query groups",
+            f"use at most {limit}",
         )
 
 

@@ -25,7 +25,7 @@ from recipes.data.corpus import SPLITS
 from recipes.data.results import DatasetResult, SourceTokens
 from recipes.distillation.logit_cache import SHARD, CacheIndex, write_index
 from recipes.distillation.settings import CACHE_KIND
-from recipes.pruning.kept import Importance, select_rows
+from recipes.pruning.kept import Importance, select_indices
 from recipes.pruning.settings import LAYER_METHODS
 from recipes.rehearsal.files import write_zeros
 from recipes.rehearsal.job import JobInput, RankJob
@@ -96,7 +96,7 @@ def _input(job: RankJob, source: JobInput, stage: Path) -> Input:
         _write_checkpoint(with_shape(job.hf_config, shape), artifact / "model.nemo")
         if shape != teacher:  # a pruned model comes with the indices that were kept
             kept_layers = list(range(1, shape.num_layers + 1))
-            select_rows(_equal_widths(teacher), teacher, shape, kept_layers).save(artifact)
+            select_indices(_equal_widths(teacher), teacher, shape, kept_layers).save(artifact)
         manifest.architecture, manifest.parameters = shape.as_dict(), shape.parameters()
     return Input(stage, manifest)
 

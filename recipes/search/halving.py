@@ -22,7 +22,7 @@ from recipes.search.settings import SuccessiveHalvingConfig
 from recipes.search.space import axes_of, prune_settings
 
 POLL_SECONDS = 0.5
-"""Seconds between two checks whether another rank has finished."""
+"""Seconds between two checks of whether another rank has finished."""
 
 
 class HalvingRun:
@@ -30,8 +30,8 @@ class HalvingRun:
 
     Args:
         cfg: The stage's config.
-        inputs: Its inputs.
-        directory: Exists until the stage is complete, so that a killed search resumes.
+        inputs: The stage's inputs.
+        directory: A directory that exists until the stage is complete, so a killed search resumes.
         layer_importance: Setting of ``prune``.
     """
 
@@ -50,22 +50,23 @@ class HalvingRun:
             RecipeError: A stage failed; the message says where its log is.
         """
         for candidate in candidates[rank() :: world_size()]:
-            first = round_number == 0
+            if round_number == 0:
+                student = self._prune_candidate(candidate)
+            else:
+                student = self._round_dir(candidate, round_number - 1)
             inputs = {
                 "teacher": self._inputs["checkpoint"].directory,
-                "student": self._prune(candidate)
-                if first
-                else self._round(candidate, round_number - 1),
+                "student": student,
                 "data": self._inputs["data"].directory,
             }
-            run_child(training, self._round(candidate, round_number), inputs)
+            run_child(training, self._round_dir(candidate, round_number), inputs)
         for candidate in candidates:
-            _wait_until(partial(read_manifest, self._round(candidate, round_number)))
+            _wait_until(partial(read_manifest, self._round_dir(candidate, round_number)))
 
-    def _round(self, candidate: Candidate, round_number: int) -> Path:
+    def _round_dir(self, candidate: Candidate, round_number: int) -> Path:
         return self._directory / candidate.name / f"round-{round_number}"
 
-    def _prune(self, candidate: Candidate) -> Path:
+    def _prune_candidate(self, candidate: Candidate) -> Path:
         settings = prune_settings(axes_of(candidate.shape), self._layer_importance)
         inputs = {name: self._inputs[name].directory for name in ("checkpoint", "importance")}
         directory = self._directory / candidate.name / "prune"
@@ -73,7 +74,7 @@ class HalvingRun:
         return directory
 
     def measure(self, candidates: Sequence[Candidate], round_number: int) -> list[TokenQuality]:
-        """Measures every candidate on validation text after a round; rank 0 does it for all."""
+        """Measures every candidate on validation text after a round, on rank 0."""
         from nemo_convert import nemo
         from recipes.backend.device import release_cached_memory
         from recipes.data.token_sequences import read_sequences
@@ -85,7 +86,7 @@ class HalvingRun:
             text = read_sequences(self._inputs["data"], "validation", length, self._cfg.num_samples)
             teacher = nemo.find_checkpoint(self._inputs["checkpoint"].artifact)
             students = [
-                nemo.find_checkpoint(self._round(candidate, round_number) / ARTIFACT)
+                nemo.find_checkpoint(self._round_dir(candidate, round_number) / ARTIFACT)
                 for candidate in candidates
             ]
             qualities = measure_checkpoints(teacher, students, text, self._cfg.precision, size)
@@ -98,7 +99,7 @@ class HalvingRun:
 
 
 def _wait_until(finished: Callable[[], object]) -> None:
-    """Waits for another rank; if that one fails, torchrun ends this process."""
+    """Waits for another rank. If the other rank fails, torchrun ends this process."""
     with pause_watchdog():
         while not finished():
             time.sleep(POLL_SECONDS)

@@ -27,7 +27,7 @@ def build_random_engine(
 
     Args:
         cfg: The stage's config.
-        side_files: Folder of the teacher's tokenizer, generation config and the like.
+        side_files: Folder of the teacher's tokenizer, generation config and similar files.
         config: Hugging Face config of ``shape``.
         shape: Shape of the engine.
         scratch: Folder for the model and the engine.
@@ -37,7 +37,7 @@ def build_random_engine(
 
     from nemo_convert.hf import copy_side_files
 
-    folder, engine = (scratch / name_of(shape) / part for part in ("hf", "engine"))
+    folder, engine = (scratch / name_of(shape) / name for name in ("hf", "engine"))
     copy_side_files(side_files, folder)
     write_json(folder / "config.json", config, indent=2)
     model = AutoModelForCausalLM.from_config(
@@ -59,7 +59,7 @@ def build_random_engine(
 
 
 def step_ms(row: BenchmarkRow) -> float:
-    """Returns the milliseconds of a decoding step of a batch, from the median rate."""
+    """Returns the milliseconds of a batch's decoding step, from the median rate."""
     return 1e3 * row.batch_size / row.decode_tokens_per_second.median
 
 

@@ -23,10 +23,10 @@ from recipes.pruning.healing import heal_weights
 from recipes.pruning.kept import (
     Importance,
     layers_to_keep,
-    leading_block,
+    leading_submatrix,
     prune_weight,
-    select_rows,
-    sort_rows,
+    select_indices,
+    sort_indices,
 )
 from recipes.pruning.pruned_checkpoint import prune_weights
 from recipes.search.results import Candidate
@@ -37,7 +37,7 @@ from recipes.search.space import name_of
 def measure_shapes(
     cfg: RankCandidatesConfig, inputs: Inputs, shapes: list[Architecture], log: MetricsLog
 ) -> list[Candidate]:
-    """Measures every pruned shape, and the best again after reconstruction by least squares."""
+    """Measures every pruned shape, then the best shapes again after reconstruction."""
     teacher = nemo.find_checkpoint(inputs["checkpoint"].artifact)
     importance = Importance.load(inputs["importance"].artifact)
     text = read_sequences(inputs["data"], "validation", cfg.seq_length, cfg.num_samples)
@@ -45,17 +45,18 @@ def measure_shapes(
         inputs["data"], "calibration", cfg.seq_length, cfg.num_calibration_samples
     )
     batches = calibration.tokens.split(cfg.micro_batch_size)
-    reference, candidates = _measure_pruned(cfg, teacher, importance, shapes, text, log)
+    teacher_states, candidates = _measure_pruned(cfg, teacher, importance, shapes, text, log)
     best = sorted(candidates, key=lambda candidate: candidate.proxy)[: cfg.num_healed]
     for number, candidate in enumerate(best):
         shape = candidate.shape
 
         # The default binds this iteration's number.
-        def progress(done: int, total: int, healed_before: int = number) -> None:
-            log.progress("heal", healed_before * total + done, len(best) * total)
+        def progress(done: int, total: int, healed: int = number) -> None:
+            log.progress("heal", healed * total + done, len(best) * total)
 
         model = Predictor.of(_heal(cfg, teacher, importance, shape, batches, progress))
-        quality = token_quality(reference, compute_states(model, text, cfg.micro_batch_size), text)
+        states = compute_states(model, text, cfg.micro_batch_size)
+        quality = token_quality(teacher_states, states, text)
         candidates[candidates.index(candidate)] = _candidate(cfg, shape, quality, healed=True)
     return candidates
 
@@ -68,21 +69,21 @@ def _measure_pruned(
     text: TextSequences,
     log: MetricsLog,
 ) -> tuple[FinalStates, list[Candidate]]:
-    """Returns the teacher's hidden states on the text, and the quality of every pruned shape."""
+    """Returns the teacher's hidden states on the text, and every pruned shape as a candidate."""
     teacher_shape = nemo.architecture_of(teacher)
     model = load_transformers(teacher, dtype_of(cfg.precision))
-    view = SortedModel(model, teacher_shape, importance.widths)
+    sorted_model = SortedModel(model, teacher_shape, importance.widths)
     all_layers = range(1, teacher_shape.num_layers + 1)
-    unpruned = view.predictor(teacher_shape, all_layers)
-    reference = compute_states(unpruned, text, cfg.micro_batch_size)
+    unpruned = sorted_model.predictor(teacher_shape, all_layers)
+    teacher_states = compute_states(unpruned, text, cfg.micro_batch_size)
     candidates = []
     for number, shape in enumerate(shapes, 1):
         layers = layers_to_keep(importance, cfg.layer_importance, shape.num_layers)
-        states = compute_states(view.predictor(shape, layers), text, cfg.micro_batch_size)
-        quality = token_quality(reference, states, text)
+        states = compute_states(sorted_model.predictor(shape, layers), text, cfg.micro_batch_size)
+        quality = token_quality(teacher_states, states, text)
         candidates.append(_candidate(cfg, shape, quality, healed=False))
         log.progress("rank", number, len(shapes))
-    return reference, candidates
+    return teacher_states, candidates
 
 
 def _heal(
@@ -93,9 +94,9 @@ def _heal(
     batches: Sequence[Tensor],
     progress: ProgressCallback,
 ) -> PreTrainedModel:
-    """Returns the teacher, pruned to a shape and reconstructed as by ``prune`` and ``heal``."""
+    """Prunes the teacher to a shape and reconstructs it, as stages ``prune`` and ``heal`` do."""
     layers = layers_to_keep(importance, cfg.layer_importance, shape.num_layers)
-    kept = select_rows(importance.widths, nemo.architecture_of(teacher), shape, layers)
+    kept = select_indices(importance.widths, nemo.architecture_of(teacher), shape, layers)
     weights = prune_weights(teacher, kept, shape.kv_channels)
     heal_weights(teacher, shape, kept, weights, batches, progress)
     config = AutoConfig.for_model(**with_shape(nemo.read_config(teacher), shape))
@@ -118,13 +119,13 @@ def _candidate(
 class SortedModel:
     """A transformers model that can take any smaller shape without copying its weights.
 
-    Its weights are sorted by importance, so a pruned weight is the block of its first rows and
-    columns.
+    The weights are sorted by importance, so the first rows and columns of a weight are the pruned
+    weight.
 
     Args:
         model: The teacher; its weights and layers are replaced in place.
-        teacher_shape: Its shape.
-        scores: Importance of its widths.
+        teacher_shape: The teacher's shape.
+        scores: ``Importance.widths`` of the teacher.
     """
 
     def __init__(
@@ -133,20 +134,18 @@ class SortedModel:
         self._model, self._teacher_shape = model, teacher_shape
         self._layers = list(model.model.layers)
         self._weights: list[tuple[str, torch.nn.Parameter, Tensor]] = []
-        sorted_rows = sort_rows(scores, teacher_shape)
+        order = sort_indices(scores, teacher_shape)
         for name, parameter in model.named_parameters():
-            parameter.data = prune_weight(
-                name, parameter.data, sorted_rows, teacher_shape.kv_channels
-            )
+            parameter.data = prune_weight(name, parameter.data, order, teacher_shape.kv_channels)
             self._weights.append((name, parameter, parameter.data))
 
     def predictor(self, shape: Architecture, layers: Iterable[int]) -> Predictor:
         """Returns the model in a shape, with only these layers, counted from 1.
 
-        The next call changes the same model, so no earlier predictor may be used after it.
+        Every call changes the same model, so only the predictor of the last call may be used.
         """
         for name, parameter, weight in self._weights:
-            parameter.data = leading_block(name, weight, shape, self._teacher_shape)
+            parameter.data = leading_submatrix(name, weight, shape, self._teacher_shape)
         kept = [self._layers[layer - 1] for layer in layers]
         for layer in kept:
             per_group = shape.num_attention_heads // shape.num_query_groups

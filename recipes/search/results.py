@@ -25,18 +25,18 @@ class Candidate:
     perplexity: float
     kl_to_teacher: float
     healed: bool = False
-    """Whether it was reconstructed by least squares before the measurement."""
+    """Whether the pruned model was reconstructed by least squares before the measurement."""
     tokens: int = 0
-    """Tokens it was trained on before the measurement."""
+    """Number of tokens of training before the measurement."""
     chosen: bool = False
-    """Whether it was best after training."""
+    """Whether this candidate was the best after training."""
     pareto: bool = False
     """Whether no other candidate is both smaller and better."""
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Candidates, the best-ranked first."""
+    """Candidates, the best first, and the budget that they fit."""
 
     candidates: list[Candidate]
     budget: dict[str, float]
@@ -47,7 +47,7 @@ class SearchResult:
 
 
 def write_candidates(out: Path, candidates: Sequence[Candidate]) -> None:
-    """Writes the candidates, which the manifest also has, to a file for people."""
+    """Writes the candidates to a file for people to read; stages read them from the manifest."""
     write_json(out / CANDIDATES_FILE, [asdict(candidate) for candidate in candidates])
 
 

@@ -59,16 +59,17 @@ class MeasureLatencyConfig(StageConfig):
     space: Space = field(default_factory=Space)
     """The search's space, whose corners are timed."""
     service: Service = field(default_factory=Service)
-    """The search's service, with the batch and the context of a timed step."""
+    """The search's service; a timed step has its batch size and context length."""
     new_tokens: Annotated[int, integer(2)] = 32
-    """Generated tokens; the time of a step is their mean."""
+    """Number of generated tokens; the time of a step is the mean over them."""
     repetitions: Count = 3
     """Measured runs of every shape, after one warm-up run."""
     threads: Threads | None = None
     """CPU threads; by default those that the launcher gives to a process."""
 
     def request(self) -> RequestShape:
-        """Returns the timed request; the mean context of its steps is the service's."""
+        """Returns the timed request."""
+        # The mean context of the decoding steps is the context length of the service.
         prompt = self.service.context_length - self.new_tokens // 2
         return RequestShape(self.service.batch_size, prompt, self.new_tokens)
 
@@ -81,9 +82,9 @@ class RankCandidatesConfig(StageConfig):
     """Metric that ranks the untrained candidates: ``kl_to_teacher`` or ``perplexity``; lower is
     better."""
     num_healed: CountOrZero = 8
-    """Number of the best shapes that are also reconstructed by least squares. They are ranked
-    before all others, by their metrics after reconstruction, which predict the order after training
-    better (docs/results.md)."""
+    """Number of the best shapes that are also reconstructed by least squares. They rank before
+    all others, by their metrics after reconstruction. These metrics predict the order after
+    training better (docs/results.md)."""
     num_calibration_samples: Count = 16
     """Calibration sequences for the reconstruction."""
     layer_importance: Annotated[str, one_of(*LAYER_METHODS)] = "loss"
@@ -103,14 +104,15 @@ class SuccessiveHalvingConfig(StageConfig):
     """Settings of ``successive_halving``."""
 
     num_candidates: Count = 4
-    """Best-ranked candidates of the first round; every round drops half of them. A single candidate
-    is chosen without training."""
+    """Number of best-ranked candidates in the first round. Every round drops half of them.
+    A single candidate is chosen without training."""
     also: list[str] = field(default_factory=list)
     """Names of further candidates of the first round, in addition to the best-ranked ones."""
     max_tokens: Tokens = 200_000
-    """Tokens of all training runs together."""
+    """Number of tokens of all training runs together."""
     select_by: Annotated[str, one_of(*PROXIES)] = "kl_to_teacher"
-    """``kl_to_teacher`` or ``perplexity`` on validation text; lower is better."""
+    """Metric that chooses candidates: ``kl_to_teacher`` or ``perplexity`` on validation text; lower
+    is better."""
     num_samples: Count = 16
     """Validation sequences on which candidates are measured after a round."""
     precision: Precision = "32"
@@ -120,17 +122,20 @@ class SuccessiveHalvingConfig(StageConfig):
 
     def rounds(self, candidates: int) -> list[int]:
         """Returns the number of candidates in each round."""
-        numbers = []
+        counts = []
         while candidates > 1:
-            numbers.append(candidates)
+            counts.append(candidates)
             candidates = math.ceil(candidates / 2)
-        return numbers
+        return counts
 
     def max_candidates(self) -> int:
         """Returns the largest possible number of candidates in the first round."""
         return self.num_candidates + len(set(self.also))
 
     def steps(self, candidates: int, rounds: int) -> int:
-        """Returns a candidate's training steps in a round; all rounds have equally many tokens."""
+        """Returns a candidate's training steps in a round of ``candidates``.
+
+        All ``rounds`` have the same number of tokens, which their candidates share.
+        """
         tokens = self.max_tokens / rounds / candidates
         return int(tokens / (self.distill.global_batch_size * self.distill.seq_length))

@@ -1,6 +1,6 @@
 """Lists the shapes that a teacher can be pruned to within a budget. Does not import torch.
 
-Only the largest shapes are listed: if any axis of one grew by a step, it would exceed the budget.
+A shape is listed only if one more step on any axis would exceed the budget.
 """
 
 from __future__ import annotations
@@ -31,29 +31,31 @@ class Space:
     """Axes that the search may prune, their steps, and how far each may be pruned."""
 
     num_layers_divisor: Count = 1
-    """The number of layers is a multiple of this, or the teacher's."""
+    """The number of layers is either the teacher's or a multiple of this."""
     hidden_size_divisor: Count = 64
-    """The hidden size is a multiple of this, or the teacher's."""
+    """The hidden size is either the teacher's or a multiple of this."""
     ffn_hidden_size_divisor: Count = 64
-    """The feed-forward size is a multiple of this, or the teacher's."""
+    """The feed-forward size is either the teacher's or a multiple of this."""
     max_depth_pruning: Annotated[float, between(0, 0.99)] = 0.4
     """Largest fraction of the layers to prune."""
     max_width_pruning: Annotated[float, between(0, 0.99)] = 0.4
     """Largest fraction of each width to prune."""
     prune_heads: bool = False
-    """Whether to prune attention heads, equally many from each query group."""
+    """Whether to prune attention heads, the same number from each query group."""
     tensor_model_parallel_size: Count = 1
-    """All sizes but the number of layers are multiples of this, so that tensor parallelism can
-    split the student."""
+    """All widths are multiples of this, so that tensor parallelism can split the student."""
 
 
 @dataclass
 class Budget:
-    """Limits of a shape's costs. A limit of at most 1 is a fraction of the teacher's cost."""
+    """Limits of a shape's costs.
+
+    A limit of at most 1 is a fraction of the teacher's cost, except for ``tokens_per_second``.
+    """
 
     parameters: Positive | None = None
-    """Number of parameters, with embeddings. Like the next three limits, a value of at most 1 is a
-    fraction of the teacher's."""
+    """Number of parameters, with embeddings. A value of at most 1, here and in the next three
+    settings, is a fraction of the teacher's."""
     weight_bytes: Positive | None = None
     """Bytes of the weights in an engine; see ``service``."""
     memory_bytes: Positive | None = None
@@ -61,8 +63,8 @@ class Budget:
     latency_ms: Positive | None = None
     """Milliseconds of a decoding step, by roofline or from ``measure_latency``."""
     tokens_per_second: Positive | None = None
-    """Least number of new tokens per second of all ``service.batch_size`` requests together, at
-    ``service.context_length``. Not a fraction."""
+    """Minimum throughput in new tokens per second, summed over ``service.batch_size`` requests of
+    ``service.context_length`` tokens. Never a fraction."""
 
     def limits(self) -> dict[str, float]:
         """Returns the limits that are set."""
@@ -83,7 +85,7 @@ class LatencyFit:
 
 @dataclass
 class Service:
-    """How and on what the student is served; by default in bfloat16 on one H100."""
+    """How and on which device the student is served; by default in bfloat16 on one H100."""
 
     device: str = "h100"
     """Name of the device, for tables."""
@@ -94,13 +96,13 @@ class Service:
     precision: Annotated[str, one_of(*WEIGHT_BITS)] = "bf16"
     """Precision of weights, as in ``build_engine``."""
     group_size: Count = 64
-    """Weights that share a scale, for ``int4``."""
+    """Number of weights that share a scale, for ``int4``."""
     bytes_per_cached_value: Count = 2
     """Bytes of a value in the KV cache."""
     batch_size: Count = 1
     """Number of simultaneous requests."""
     context_length: Count = 4096
-    """Mean number of tokens before a decoding step."""
+    """Mean number of tokens of a request that precede a decoding step."""
     measured: LatencyFit | None = None
     """Result of ``measure_latency``, if the recipe has that stage; set automatically."""
 
@@ -117,7 +119,7 @@ def axes_of(shape: Architecture) -> dict[str, int]:
 
 
 def prune_settings(sizes: Mapping[str, int], layer_importance: str) -> dict[str, Any]:
-    """Returns settings of ``prune`` for sizes of ``SEARCH_AXES``, with divisors that fit them."""
+    """Returns settings of ``prune`` for sizes of ``SEARCH_AXES``, with divisors of these sizes."""
     divisors = {axis: math.gcd(size, 64) for axis, size in sizes.items() if "hidden" in axis}
     return {
         "layer_importance": layer_importance,
@@ -132,7 +134,7 @@ def weight_bytes(shape: Architecture, service: Service) -> int:
 
 
 def cache_bytes(shape: Architecture, service: Service) -> int:
-    """Returns the bytes of the KV cache of full contexts."""
+    """Returns the bytes of the KV cache of ``batch_size`` requests at ``context_length``."""
     tokens = service.batch_size * service.context_length
     return kv_cache_bytes(shape, tokens, service.storage)
 
@@ -143,7 +145,7 @@ def memory_bytes(shape: Architecture, service: Service) -> int:
 
 
 def latency_ms(shape: Architecture, service: Service) -> float:
-    """Returns the time of a decoding step at full context, by ``measured`` or by roofline."""
+    """Returns the time of a step at ``context_length``, by ``measured`` or by roofline."""
     if service.measured is None:
         roofline = Roofline(service.flops_per_second, service.bytes_per_second)
         batch, context = service.batch_size, service.context_length
@@ -153,12 +155,12 @@ def latency_ms(shape: Architecture, service: Service) -> float:
 
 
 def tokens_per_second(shape: Architecture, service: Service) -> float:
-    """Returns the new tokens per second of all requests; each gets one per step."""
+    """Returns the new tokens per second of all requests; each request gets one per step."""
     return 1e3 * service.batch_size / latency_ms(shape, service)
 
 
 def read_gigabytes(shape: Architecture, service: Service) -> float:
-    """Returns the bytes of weights and cache that a step at full context reads, in 10⁹."""
+    """Returns the bytes that a step at ``context_length`` reads from weights and cache, in 10⁹."""
     batch, context = service.batch_size, service.context_length
     return decode_traffic(shape, batch, context, service.storage) / 1e9
 
@@ -170,9 +172,9 @@ SHAPE_COSTS: dict[str, Callable[[Architecture, Service], float]] = {
     "latency_ms": latency_ms,
     "tokens_per_second": tokens_per_second,
 }
-"""Costs that a budget can limit."""
+"""Quantities that a budget can limit."""
 AT_LEAST = ("tokens_per_second",)
-"""Costs with a lower limit; all others have an upper limit."""
+"""Quantities that must be at least their limit; all others must be at most their limit."""
 
 
 def limits(
@@ -213,7 +215,8 @@ def enumerate_shapes(
         *(choices[axis] for axis in SEARCH_AXES if "ffn" not in axis)
     ):
         base = replace(teacher, num_layers=layers, hidden_size=hidden, num_attention_heads=heads)
-        # Every cost grows with the width, and sizes fall: bisection finds the first that fits.
+        # Sizes are in descending order, and if one fits, all smaller ones fit. So bisection finds
+        # the largest size that fits.
         index = bisect(ffn_sizes, False, key=lambda ffn: fits(replace(base, ffn_hidden_size=ffn)))
         if index < len(ffn_sizes):
             shape = replace(base, ffn_hidden_size=ffn_sizes[index])
@@ -223,7 +226,7 @@ def enumerate_shapes(
 
 
 def corners(teacher: Architecture, space: Space) -> list[Architecture]:
-    """Returns the teacher, the teacher with one axis at its minimum, and with all axes there."""
+    """Returns the teacher, and shapes with one axis or all axes at their minimum."""
     smallest = {axis: min(_choices(teacher, space, axis)) for axis in SEARCH_AXES}
     one_axis_pruned = (_resize(teacher, {axis: size}) for axis, size in smallest.items())
     return list(dict.fromkeys([teacher, *one_axis_pruned, _resize(teacher, smallest)]))
@@ -254,7 +257,7 @@ def _choices(teacher: Architecture, space: Space, axis: str) -> list[int]:
 
 
 def name_of(shape: Architecture) -> str:
-    """Returns a short name that states the sizes."""
+    """Returns a short name made of the sizes."""
     return (
         f"l{shape.num_layers}-h{shape.hidden_size}-f{shape.ffn_hidden_size}"
         f"-a{shape.num_attention_heads}"

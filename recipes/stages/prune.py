@@ -118,7 +118,7 @@ def _score_problems(cfg: PruneConfig, chain: Chain, drop: int) -> Iterator[Probl
 def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     """Chooses layers, channels and heads, and saves the pruned model and their indices."""
     from nemo_convert import nemo
-    from recipes.pruning.kept import Importance, layers_to_keep, select_rows
+    from recipes.pruning.kept import Importance, layers_to_keep, select_indices
     from recipes.pruning.pruned_checkpoint import prune_weights, save_weights
 
     teacher = nemo.find_checkpoint(inputs["checkpoint"].artifact)
@@ -131,7 +131,7 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
         layers = sorted(set(range(1, whole.num_layers + 1)) - set(cfg.drop_layers))
     else:
         layers = layers_to_keep(importance, cfg.layer_importance, student.num_layers)
-    kept = select_rows(importance.widths, whole, student, layers)
+    kept = select_indices(importance.widths, whole, student, layers)
 
     checkpoint = out / teacher.name
     save_weights(teacher, student, prune_weights(teacher, kept, student.kv_channels), checkpoint)

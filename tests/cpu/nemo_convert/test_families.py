@@ -23,7 +23,7 @@ from recipes.data.token_sequences import TextSequences
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.training import CHECKPOINTS
 from recipes.evaluation.text_quality import load_transformers
-from recipes.pruning.kept import select_rows
+from recipes.pruning.kept import select_indices
 from recipes.pruning.pruned_checkpoint import prune_weights, save_weights
 from recipes.pruning.scoring import score_checkpoint
 from recipes.pruning.settings import ScoreConfig
@@ -100,7 +100,7 @@ def prune(family: str, folder: Path, calibration: torch.Tensor) -> None:
     scores = score_checkpoint(cfg, teacher, text, MetricsLog(None)).widths
     teacher_shape = nemo.architecture_of(teacher)
     student = pruned_shape(teacher_shape, PruneTargets(drop_layers=(2,), **TARGETS[family]))
-    kept = select_rows(
+    kept = select_indices(
         scores,
         teacher_shape,
         student,

@@ -28,7 +28,7 @@ from recipes.pruning.kept import (
     KeptIndices,
     layers_to_keep,
     prune_weight,
-    select_rows,
+    select_indices,
     student_name,
 )
 from recipes.pruning.pruned_checkpoint import prune_weights, save_weights
@@ -91,7 +91,7 @@ def prune(
     teacher_shape = nemo.architecture_of(teacher)
     student = pruned_shape(teacher_shape, PruneTargets(**targets))
     layers = layers_to_keep(importance, method, student.num_layers)
-    kept = select_rows(importance.widths, teacher_shape, student, layers)
+    kept = select_indices(importance.widths, teacher_shape, student, layers)
     weights = prune_weights(teacher, kept, student.kv_channels)
     save_weights(teacher, student, weights, out / "even.nemo")
     return out / "even.nemo", student, kept
@@ -139,10 +139,10 @@ def test_pruned_weights_are_the_teachers_at_the_saved_indices(
     assert saved.layers == kept.layers
     weights, teacher_weights = dict(convert.hf_weights(student)), dict(convert.hf_weights(teacher))
     assert sum(weight.numel() for weight in weights.values()) == shape.parameters()
-    hidden = saved.rows["hidden_size"]
+    hidden = saved.indices["hidden_size"]
     for index, number in enumerate(saved.layers):
         ffn, heads = (
-            saved.rows[f"layers.{number}.{axis}"]
+            saved.indices[f"layers.{number}.{axis}"]
             for axis in ("ffn_hidden_size", "num_attention_heads")
         )
         assert (len(hidden), len(ffn), len(heads)) == (40, 72, 2)
@@ -251,9 +251,9 @@ def test_planted_dead_structure_is_pruned_without_effect(
     student, _, kept = prune(checkpoint, importance, tmp_path, "block_influence", **shape)
     assert DEAD_LAYER not in kept.layers
     for layer in kept.layers:
-        neurons = kept.rows[f"layers.{layer}.ffn_hidden_size"].tolist()
+        neurons = kept.indices[f"layers.{layer}.ffn_hidden_size"].tolist()
         assert sorted({*range(128)} - {*neurons}) == DEAD_NEURONS
-        assert kept.rows[f"layers.{layer}.num_attention_heads"].tolist() == [0, 1]
+        assert kept.indices[f"layers.{layer}.num_attention_heads"].tolist() == [0, 1]
     expected = logits(checkpoint, calibration)
     torch.testing.assert_close(logits(student, calibration), expected, rtol=1e-5, atol=1e-5)
 

@@ -29,7 +29,7 @@ from recipes.evaluation.predictions import Predictor, compute_states, log_probab
 from recipes.evaluation.text_quality import load_transformers
 from recipes.planning.results import PlanResult
 from recipes.pruning.healing import heal_weights
-from recipes.pruning.kept import Importance, layers_to_keep, select_rows
+from recipes.pruning.kept import Importance, layers_to_keep, select_indices
 from recipes.pruning.pruned_checkpoint import prune_weights
 from recipes.pruning.targets import PruneTargets, pruned_shape
 from recipes.report.settings import REPORT_FILE, ReportConfig
@@ -99,7 +99,7 @@ def test_views_of_sorted_weights_have_the_logits_of_pruned_models(
     shape = pruned_shape(teacher_shape, PruneTargets(**targets))
     tokens = torch.randint(280, (2, 32), generator=torch.Generator().manual_seed(0))
     layers = [1, 3, 4, 2][: shape.num_layers]
-    kept = select_rows(scores, teacher_shape, shape, sorted(layers))
+    kept = select_indices(scores, teacher_shape, shape, sorted(layers))
     view = SortedModel(load_transformers(teacher), teacher_shape, scores)
     memory = {p.untyped_storage().data_ptr() for p in view._model.parameters()}
     actual = predicted_log_probs(view.predictor(shape, kept.layers), tokens)
@@ -160,7 +160,7 @@ def test_candidates_have_the_metrics_of_real_prunings(ranked_run: Path, healed: 
     importance = Importance.load(ranked_run / "score" / ARTIFACT)
     teacher_shape = nemo.architecture_of(teacher)
     layers = layers_to_keep(importance, "loss", candidate.shape.num_layers)
-    kept = select_rows(importance.widths, teacher_shape, candidate.shape, layers)
+    kept = select_indices(importance.widths, teacher_shape, candidate.shape, layers)
     weights = prune_weights(teacher, kept, teacher_shape.kv_channels)
     if healed:
         text = first_sequences(ranked_run / "prepare_data" / ARTIFACT, "calibration", 64, 8)

@@ -10,11 +10,11 @@ import pytest
 
 from recipes.core.errors import RecipeError
 from recipes.evaluation.results import Item
-from recipes.evaluation.task_cache import Answer, look_up, path_of, store
+from recipes.evaluation.task_cache import TaskAnswers, look_up, path_of, store
 from tests.support.disks import small_disk
 
 KEY = {"model": "m", "task": "sciq", "limit": 100, "num_fewshot": None}
-ANSWER = Answer([Item("sciq/0", "h", {"text": "é"}, 1, [[-2.5, True]], {"acc": 1.0})], 1.5)
+ANSWERS = TaskAnswers([Item("sciq/0", "h", {"text": "é"}, 1, [[-2.5, True]], {"acc": 1.0})], 1.5)
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +25,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_stored_answer_is_returned(cache: Path) -> None:
     assert look_up(KEY) is None
-    store(KEY, ANSWER)
-    assert look_up(KEY) == ANSWER
+    store(KEY, ANSWERS)
+    assert look_up(KEY) == ANSWERS
     assert all(look_up({**KEY, field: "other"}) is None for field in KEY)
     assert [p.parent.name for p in cache.rglob("*.json")] == ["evaluations"]
     assert len(list(cache.rglob("*"))) == 2  # the folder and the file, but no temporary file
@@ -45,21 +45,21 @@ def test_a_stored_answer_is_returned(cache: Path) -> None:
     ids=["truncated", "empty", "other-type", "changed-items", "other-key", "no-items"],
 )
 def test_a_damaged_file_is_ignored(damage: object) -> None:
-    store(KEY, ANSWER)
+    store(KEY, ANSWERS)
     path = path_of(KEY)
     text = path.read_text(encoding="utf-8")
     changed = damage(text)  # type: ignore[operator]
     assert changed != text
     path.write_text(changed, encoding="utf-8")
     assert look_up(KEY) is None
-    store(KEY, ANSWER)
-    assert look_up(KEY) == ANSWER
+    store(KEY, ANSWERS)
+    assert look_up(KEY) == ANSWERS
 
 
 def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with small_disk(tmp_path / "small", "64k") as disk:
         monkeypatch.setenv("NEMO_RECIPES_CACHE", str(disk.folder))
-        many = dataclasses.replace(ANSWER, items=1000 * ANSWER.items)
+        many = dataclasses.replace(ANSWERS, items=1000 * ANSWERS.items)
         with pytest.raises(RecipeError, match="small/evaluations: No space left on device"):
             store(KEY, many)
         assert look_up(KEY) is None
