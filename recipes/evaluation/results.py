@@ -218,8 +218,8 @@ class ServedText:
     @classmethod
     def of(cls, served: Sequence[float], student: Sequence[float], predictions: int) -> ServedText:
         """Compares the models by their mean loss on each sequence."""
-        perplexities = (math.exp(fmean(losses)) for losses in (student, served))
-        return cls(*perplexities, difference(served, student), len(served), predictions)
+        of_student, of_served = (math.exp(fmean(losses)) for losses in (student, served))
+        return cls(of_student, of_served, difference(served, student), len(served), predictions)
 
 
 PROGRAMS = {
@@ -263,8 +263,9 @@ def compare_served(metric: str, items: Mapping[str, Sequence[Item]]) -> ServedTa
 
 
 def _compare_served(metric: str, student: Sequence[float], served: Sequence[float]) -> ServedScores:
-    scores = (Score(fmean(v), standard_error(v)) for v in (student, served))
-    return ServedScores(metric, len(student), *scores, difference(served, student))
+    student_score, served_score = (Score(fmean(v), standard_error(v)) for v in (student, served))
+    gap = difference(served, student)
+    return ServedScores(metric, len(student), student_score, served_score, gap)
 
 
 def recovered(
