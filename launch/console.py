@@ -14,7 +14,7 @@ from launch.planned import SKIP
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import Manifest, read_manifest
 from recipes.core.screen import plain_table
-from recipes.data.results import NOT_COMPARED, DatasetResult, in_words
+from recipes.data.results import NOT_COMPARED, DatasetResult, describe_counts
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import parse_source, source_bytes, source_names
 from recipes.engines.results import BenchmarkResults, EngineResult
@@ -126,7 +126,7 @@ def headline(manifest: Manifest) -> str:
 
 def _tokens(manifest: Manifest) -> str:
     data = manifest.result(DatasetResult)
-    chats = [f"; of {name}, {in_words(n)}" for name, n in data.conversations.items()]
+    chats = [f"; of {name}, {describe_counts(n)}" for name, n in data.conversations.items()]
     return f"{sum(data.tokens.values()):,} tokens{''.join(chats)}"
 
 

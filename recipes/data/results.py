@@ -66,7 +66,7 @@ class DatasetResult:
     origins: dict[str, Origin] = field(default_factory=dict)
     """Origins by source, as written in the settings."""
 
-    def trained(self, tokens: int, weights: Mapping[str, float]) -> list[TrainedSource]:
+    def trained_sources(self, tokens: int, weights: Mapping[str, float]) -> list[TrainedSource]:
         """Returns how a training run on ``tokens`` tokens uses each source.
 
         Args:
@@ -88,6 +88,6 @@ class DatasetResult:
         return self.origins.get(source, Origin()).licence or "not recorded"
 
 
-def in_words(conversations: Mapping[str, int]) -> str:
+def describe_counts(conversations: Mapping[str, int]) -> str:
     """Returns the counts of a source's conversations as text."""
     return ", ".join(f"{number:,} {what}" for what, number in conversations.items() if number)

@@ -78,7 +78,7 @@ class PrepareDataConfig(StageConfig):
         """Returns the sources that the teacher writes."""
         return [source for source in self.all_sources() if parse_source(source).by_teacher]
 
-    def chats(self) -> list[str]:
+    def chat_sources(self) -> list[str]:
         """Returns the sources that hold conversations."""
         return [source for source in self.all_sources() if self.is_chat(source)]
 

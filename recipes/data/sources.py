@@ -262,7 +262,7 @@ def origins_of(sources: Iterable[str], file: Path) -> dict[str, Origin]:
     return origins
 
 
-def pinned(source: str, origin: Origin) -> str:
+def pin_commit(source: str, origin: Origin) -> str:
     """Returns a hub source with its commit as the revision; other sources are unchanged."""
     if origin.commit is None or parse_source(source).revision:
         return source

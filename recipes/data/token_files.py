@@ -174,7 +174,7 @@ def require_document_end(files: TokenFiles, end: int, name: Callable[[int], str]
     return last == {end}
 
 
-def ranges_of(
+def split_ranges(
     files: TokenFiles,
     fractions: Mapping[str, float],
     max_documents: int | None,

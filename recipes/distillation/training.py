@@ -244,7 +244,9 @@ def trained_sources(
     cfg: TrainingConfig, training: TrainingResult, inputs: Inputs
 ) -> list[TrainedSource]:
     """Returns the tokens and epochs of each source that training read."""
-    return inputs["data"].manifest.result(DatasetResult).trained(training.tokens, cfg.weights)
+    return (
+        inputs["data"].manifest.result(DatasetResult).trained_sources(training.tokens, cfg.weights)
+    )
 
 
 def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:

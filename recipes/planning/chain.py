@@ -23,20 +23,20 @@ from recipes.planning.rules import Problem
 from recipes.planning.workload import Workload
 
 CONFIGS: dict[str, dict[str, Any]] = read_json(Path(__file__).with_name("published_configs.json"))
-"""Shapes of the models of the shipped recipes by hub id, for plans without a hub.
+"""Configs of the teachers of the shipped recipes, by hub id, for plans without access to the hub.
 
-They are the fields of each public ``config.json`` that a plan needs. Tests compare them with the
-published numbers of parameters.
+Each config has the fields of the public ``config.json`` that a plan needs. Tests compare the
+resulting numbers of parameters with the published ones.
 """
 TENSORRT_LLM = "tensorrt_llm"
-"""Name of the image of stages that run TensorRT-LLM."""
+"""Key of ``Chain.images``: the container image of stages that run TensorRT-LLM."""
 TOKENIZER_INPUTS = ("tokenizer", "checkpoint", "student", "teacher")
 """Inputs that a stage copies its tokenizer from, in order of precedence."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The whole chain, as far as it is known before anything runs."""
+    """All stages of a run (the chain), as far as they are known before anything runs."""
 
     hf_path: str
     teacher: Architecture
@@ -45,13 +45,13 @@ class Chain:
     run_dir: Path | None = None
     """Directory with the results of an earlier run of this chain."""
     runs_here: bool = False
-    """Whether its stages run on this machine, outside of containers."""
+    """Whether the stages run on this machine, outside of containers."""
     own_python: bool = True
-    """Whether its stages run with the launcher's interpreter, here or on Slurm's nodes."""
+    """Whether the stages run with the launcher's Python, on this machine or on Slurm's nodes."""
     images: Mapping[str, str | None] = field(default_factory=dict)
-    """Container image by stage module, for ``tensorrt_llm``, and ``default`` for all others."""
+    """Container images. A key is a stage's module, ``tensorrt_llm``, or ``default``."""
     time_limit: str = ""
-    """Time limit of a job, in Slurm's format; none by default."""
+    """Time limit of a Slurm job, in Slurm's format; empty if there is no limit."""
     max_requeues: int | None = None
     """How often a job that reached its limit is started again; ``None`` for any number."""
     from_published_config: bool = False
@@ -60,7 +60,8 @@ class Chain:
     """Shapes that a stage's model may have, by stage, the largest first. Empty for a search that
     must measure latency before it can list shapes."""
     workloads: Mapping[str, Workload] = field(default_factory=dict)
-    """Trainings, and teachers' passes over a text, by stage. Empty until all checks have passed."""
+    """Training runs, and a teacher's forward passes over a text, by stage. Empty until all checks
+    have passed."""
     inference_costs: Mapping[str, InferenceCost] = field(default_factory=dict)
     """Costs of the other stages that run models, by stage. Empty until all checks have passed."""
 
@@ -68,7 +69,7 @@ class Chain:
         """Returns the image that a stage runs in; ``None`` outside of containers.
 
         Args:
-            module: The stage's module, whose own image comes first.
+            module: The stage's module. If ``images`` has an image for it, this image is used.
             tensorrt_llm: Whether the stage runs TensorRT-LLM.
         """
         names = (module, TENSORRT_LLM if tensorrt_llm else "default")
@@ -89,7 +90,7 @@ class Chain:
 def sequence_problems(
     seq_length: int, inputs: Mapping[str, str], chain: Chain
 ) -> Iterator[Problem]:
-    """Checks a sequence length against the teacher's positions, and against data of chats."""
+    """Checks that the teacher has enough positions, and that conversations are packed to fit."""
     limit = chain.teacher.max_position_embeddings
     if not 1 <= seq_length <= limit:
         yield Problem(
@@ -99,7 +100,7 @@ def sequence_problems(
         )
     for name in inputs.values():
         config = chain.stages.get(name)
-        if not (isinstance(config, PrepareDataConfig) and config.chats()):
+        if not (isinstance(config, PrepareDataConfig) and config.chat_sources()):
             continue
         if config.seq_length != seq_length:
             yield Problem(
@@ -111,7 +112,7 @@ def sequence_problems(
 
 
 def read_chain(hf_path: str, stages: Mapping[str, StageConfig]) -> Chain:
-    """Returns a chain with the teacher's shape from its ``config.json``; refuses an invalid one."""
+    """Reads the teacher's ``config.json`` and returns a chain with the teacher's shape."""
     config, published = read_config_or_published(hf_path)
     shape = read_architecture(config, hf_path)
     return Chain(hf_path, shape, stages, from_published_config=published)
@@ -135,8 +136,8 @@ def tokenizer_problems(cfg: StageConfig, chain: Chain) -> Iterator[Problem]:
     The plan compares tokenizers whose files are on this machine. The stage compares all of them
     when it starts.
     """
-    sources = ((name, tokenizer_of(source, chain)) for name, source in cfg.inputs.items())
-    hashes = {name: sha for name, sha in sources if sha is not None}
+    all_hashes = ((name, tokenizer_of(source, chain)) for name, source in cfg.inputs.items())
+    hashes = {name: sha for name, sha in all_hashes if sha is not None}
     if len(set(hashes.values())) > 1:
         listed = ", ".join(f"{name} {sha[:12]}" for name, sha in hashes.items())
         yield Problem(
@@ -167,8 +168,9 @@ def tokenizer_of(source: str, chain: Chain) -> str | None:
         return manifest.tokenizer_sha256 if manifest else None
     if "hf_path" in vars(config):
         folder = Path(vars(config)["hf_path"])
-        final = folder.is_dir() and not needs_conversion(folder)  # import_hf converts some files
-        return tokenizer_sha256(folder) if final else None
+        # import_hf converts some tokenizers, so their final hash is not known yet.
+        is_final = folder.is_dir() and not needs_conversion(folder)
+        return tokenizer_sha256(folder) if is_final else None
     upstream = next(
         (config.inputs[name] for name in TOKENIZER_INPUTS if name in config.inputs), None
     )

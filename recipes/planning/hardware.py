@@ -1,4 +1,4 @@
-"""Hardware profiles from ``conf/hardware``, and detection of this machine's. Torch-free."""
+"""Defines hardware profiles and detects this machine's hardware. Does not import torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DRIVER = Path("/proc/driver/nvidia/gpus")
 """Folder with an entry for each GPU; listing it is fast, while ``nvidia-smi`` takes seconds."""
 CPUINFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
-"""Linux's names for bfloat16 GEMMs of x86 and Arm processors."""
+"""Flags that Linux lists for x86 and Arm processors with instructions for bfloat16 GEMMs."""
 ATTENTION_RATE = 0.6
 """FLOP/s of blocked attention on a CPU, divided by those of a float32 linear layer."""
 LAYER_PASS_SECONDS = 4.5e-3
@@ -34,9 +34,10 @@ CPU_PROFILES: dict[bool, dict[str, Any]] = {
         "bytes_per_second": 2.5e10,
     },
 }
-"""Rates of two cores of an AMD EPYC, with bfloat16 GEMMs (``True``) and with emulated ones."""
+"""Precision and rates of two cores of an AMD EPYC. The key says whether the processor has bfloat16
+GEMMs; otherwise it emulates them."""
 UNKNOWN_CPU: dict[str, Any] = CPU_PROFILES[True] | {"precision": "32"}
-"""Rates for other machines, such as a cluster's nodes. In float32, which every CPU supports."""
+"""Profile of other machines, such as a cluster's nodes. Every CPU supports float32."""
 
 
 @dataclass
@@ -52,11 +53,12 @@ class Hardware:
     float32_flops_per_second: Rate = 1.9e11
     """FLOP/s of float32 GEMMs; for a GPU, without tensor cores."""
     measure: bool = False
-    """Whether the plan measures these rates on its machine, once."""
+    """Whether the plan measures FLOP/s and memory bandwidth on its machine, once."""
     memory_bytes: Bytes | None = None
     """Memory of a device; by default this machine's."""
     bytes_per_second: Rate = 3.3e10
-    """Memory bandwidth. For ``cpu``, that of a copy, where each byte counts as read and written."""
+    """Memory bandwidth; for ``cpu``, of a copy, in which each byte counts twice: read and written.
+    """
     bandwidth_fraction: Annotated[float, between(0.01, 10)] | None = 1.4
     """Fraction of ``bytes_per_second`` that operations between GEMMs reach; above 1, because caches
     hold some of their data. ``null`` if ``utilisation`` includes these operations."""
@@ -65,7 +67,7 @@ class Hardware:
     network_bytes_per_second: Rate = 1.0e9
     """Bandwidth between nodes per device, in each direction."""
     utilisation: Annotated[float, between(0.01, 1)] = 1.0
-    """Fraction of the peak that a training run reaches, without the time for communication."""
+    """Fraction of the peak FLOP/s that a training run reaches while it does not communicate."""
     price_per_hour: PositiveOrZero = 0.05
     """Dollars for a device, or for a CPU node; an assumption, to be replaced by yours."""
     precision: Precision = "bf16-mixed"
@@ -99,7 +101,7 @@ class Hardware:
             seconds = compute.gemm_flops / rate
             seconds += compute.blocked_attention_flops / attention_rate
             seconds += compute.bytes / bandwidth + LAYER_PASS_SECONDS * compute.layer_passes
-        return seconds if self.on_gpu else seconds * ranks_on_node
+        return seconds if self.on_gpu else seconds * ranks_on_node  # ranks share the CPU
 
 
 def physical_memory() -> int:

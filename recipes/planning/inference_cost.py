@@ -59,7 +59,7 @@ class InferenceCost:
     """Cost of a stage that does not train."""
 
     memory: Memory
-    """Memory of the rank that needs most."""
+    """Memory of the rank that needs the most."""
     compute: Compute
     """FLOPs and memory traffic of all ranks together. Ranks of a pipeline compute in turn, so their
     times add up."""
@@ -69,14 +69,14 @@ class InferenceCost:
     """Memory traffic of text generation, which reads all weights for each token of a batch."""
 
     def hours(self, hardware: Hardware) -> float:
-        """Returns the time on a hardware profile; that of text generation is a lower bound."""
+        """Returns the hours on a hardware profile. The time of generation is a lower bound."""
         generation = self.generated_bytes / hardware.bytes_per_second
         return (hardware.compute_seconds(self.compute, self.bf16) + generation) / 3600
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """The text of forward passes."""
+    """Sequences of text on which models run forward passes."""
 
     number: float
     seq_length: int
@@ -134,16 +134,16 @@ def comparison_cost(
 def ranking_cost(
     teacher: Architecture, bf16: bool, text: Sequences, hardware: Hardware, healed: bool
 ) -> InferenceCost:
-    """Returns the cost of ranking one candidate: of comparing it with the teacher.
+    """Returns the cost of comparing one candidate with the teacher, to rank it.
 
-    A pruned candidate takes no memory, because its weights are views of the teacher's. A healed one
-    (``healed``) has its own weights, counted as the teacher's. While it is compared, only the
-    teacher's head is in memory, in float32.
+    A pruned candidate takes no memory, because its weights are views of the teacher's. If it is
+    ``healed`` (reconstructed by least squares), it has its own weights, which are counted as large
+    as the teacher's. During its comparison, only the teacher's float32 head is in memory.
     """
     size = _bytes(bf16)
     states = 2 * _state_bytes(teacher, size, text, hardware)
-    # In bfloat16 both models need a float32 copy of their head. In float32 a head is no copy, but
-    # the teacher's head stays in memory beside a healed model.
+    # In bfloat16, both models need a float32 copy of their head. In float32, no copy is needed, but
+    # the teacher's head stays in memory in addition to a healed model.
     heads = (2 if bf16 else int(healed)) * _float32_head_bytes(teacher)
     resident = Memory(
         weights=size * teacher.parameters() + heads,
@@ -161,7 +161,7 @@ def ranking_cost(
 def healing_cost(
     teacher: Architecture, student: Architecture, text: Sequences, hardware: Hardware
 ) -> InferenceCost:
-    """Returns the cost of healing a student in float32, one layer of both models at a time.
+    """Returns the cost of the stage ``heal``: least squares in float32, layer by layer.
 
     For all of the text, memory holds the residual streams and normed inputs of both models, and the
     inputs of the student's last projection. A CPU's memory also holds both models in bfloat16.
@@ -187,7 +187,7 @@ def scoring_cost(
     text: Sequences,
     hardware: Hardware,
     pipeline: int = 1,
-    ablated: float = 0,
+    ablation_passes: float = 0,
 ) -> InferenceCost:
     """Returns the cost of the importance scores of a model.
 
@@ -197,7 +197,7 @@ def scoring_cost(
         text: The calibration text.
         hardware: Where it runs.
         pipeline: Number of pipeline stages, each on one rank.
-        ablated: Number of forward passes of one sequence with a layer or a block removed.
+        ablation_passes: Forward passes of one sequence without a layer or a block of layers.
     """
     size, tokens = _bytes(bf16), text.micro_batch_tokens
     layout = Layout(devices=pipeline, pipeline=pipeline)
@@ -218,8 +218,8 @@ def scoring_cost(
         replace(resident, activations=states + max(layer, hook_bytes)),
         replace(resident, logits=_logits_bytes(arch, tokens, LOSS_BUFFERS)),
     )
-    repeated = replace(text, number=ABLATED_FRACTION * ablated)
-    return InferenceCost(memory, text.compute(arch, bf16) + repeated.compute(arch, bf16), bf16)
+    ablations = replace(text, number=ABLATED_FRACTION * ablation_passes)
+    return InferenceCost(memory, text.compute(arch, bf16) + ablations.compute(arch, bf16), bf16)
 
 
 def serving_cost(
@@ -229,11 +229,11 @@ def serving_cost(
     storage: Storage,
     devices: int,
 ) -> InferenceCost:
-    """Returns the least cost, on each device, of requests that are served one after the other.
+    """Returns a lower bound of the cost per device of serving batches one after the other.
 
     Args:
         arch: The model.
-        requests: Batch size and prompt tokens of each.
+        requests: Batch size and prompt tokens of each batch.
         new_tokens: Tokens that each sequence generates.
         storage: Types of weights and KV cache.
         devices: Devices that share the model.
@@ -271,7 +271,7 @@ def benchmark_cost(
     hardware: Hardware,
     generations: Sequence[Generation] = (),
 ) -> InferenceCost:
-    """Returns the cost of benchmark items with ``tokens`` tokens in total, for each model in turn.
+    """Returns the cost of evaluating each model on benchmark items of ``tokens`` tokens in total.
 
     Memory is enough for the logits of all ``pass_tokens`` tokens of a forward pass.
     """
@@ -283,14 +283,14 @@ def benchmark_cost(
         logits=BENCHMARK_BUFFERS * 4 * pass_tokens * largest_model.vocab_size,
         reserved=hardware.reserved_bytes,
     )
-    text = Sequences(tokens / pass_tokens, pass_tokens, 1, SCORED_FRACTION)
+    prompts = Sequences(tokens / pass_tokens, pass_tokens, 1, SCORED_FRACTION)
     storage = Storage("bf16" if bf16 else "fp32", kv_bytes=size)
     generated = sum(
-        each.steps * decode_traffic(arch, each.batch_size, each.context, storage)
-        for each in generations
+        text.steps * decode_traffic(arch, text.batch_size, text.context, storage)
+        for text in generations
         for arch in models
     )
-    return InferenceCost(memory, _all_passes(models, bf16, text), bf16, generated)
+    return InferenceCost(memory, _all_passes(models, bf16, prompts), bf16, generated)
 
 
 def conversion_cost(arch: Architecture, hardware: Hardware) -> InferenceCost:
@@ -312,7 +312,7 @@ def _all_passes(models: Sequence[Architecture], bf16: bool, text: Sequences) -> 
 
 
 def _state_bytes(arch: Architecture, size: int, text: Sequences, hardware: Hardware) -> float:
-    """Returns the bytes of a text's last hidden states; a GPU moves them to the host's memory."""
+    """Returns the bytes of a text's last hidden states; a GPU does not store them."""
     return 0 if hardware.on_gpu else size * text.tokens * arch.hidden_size
 
 

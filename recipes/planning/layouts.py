@@ -15,36 +15,37 @@ from recipes.planning.workload import Layout, Workload, split_axes
 
 GEMM_MULTIPLE = 16
 """cuBLASLt's FP8 GEMMs need every dimension to be a multiple of 16. bfloat16 needs 8."""
-HEADROOM = 0.92
-"""Fraction of a device's memory that a proposal may use: estimates are off by a few percent."""
+USABLE_MEMORY_FRACTION = 0.92
+"""Fraction of a device's memory that a proposal may use. Estimates are off by a few percent."""
 PARALLEL_SIZES = (1, 2, 4, 8)
+"""Sizes that proposals try for each type of parallelism and for micro batches."""
 LONG_SEQUENCE = 32768
 """Tokens from which context parallelism is worth trying."""
 
 
-def layout_problems(job: Workload, hardware: Hardware) -> Iterator[Problem]:
+def layout_problems(workload: Workload, hardware: Hardware) -> Iterator[Problem]:
     """Checks a layout against the ranks, the models, the sequences and the batch."""
-    layout = job.layout
-    yield from _rank_problems(job)
-    yield from _context_problems(job, hardware)
-    if layout.sequence_parallel and job.seq_length % layout.tensor:
+    layout = workload.layout
+    yield from _rank_problems(workload)
+    yield from _context_problems(workload, hardware)
+    if layout.sequence_parallel and workload.seq_length % layout.tensor:
         yield Problem(
             rules.SEQUENCE_PARALLEL,
-            f"seq_length={job.seq_length} is not divisible by TP={layout.tensor}",
+            f"seq_length={workload.seq_length} is not divisible by TP={layout.tensor}",
             "set sequence_parallel=false, or another seq_length",
         )
-    models = {"teacher": job.teacher, "student": job.trained}
-    if job.trained == job.teacher:
+    models = {"teacher": workload.teacher, "student": workload.trained}
+    if workload.trained == workload.teacher:
         del models["student"]
     for role, arch in models.items():
         if arch is not None:
             yield from _shape_problems(layout, role, arch)
-    if "student" in models and job.trained is not None:
-        yield from _alignment_problems(layout, job.trained)
+    if "student" in models and workload.trained is not None:
+        yield from _alignment_problems(layout, workload.trained)
 
 
-def _rank_problems(job: Workload) -> Iterator[Problem]:
-    layout, batch = job.layout, job.global_batch_size
+def _rank_problems(workload: Workload) -> Iterator[Problem]:
+    layout, batch = workload.layout, workload.global_batch_size
     if layout.data == 0:
         sizes = f"TP={layout.tensor} x PP={layout.pipeline}"
         sizes += f" x CP={layout.context}" if layout.context > 1 else ""
@@ -64,16 +65,16 @@ def _rank_problems(job: Workload) -> Iterator[Problem]:
     replicas, copies = layout.data * layout.context, layout.optimizer_instances
     if replicas % (copies * layout.expert) and copies > 1:
         experts = f" with EP={layout.expert}" if layout.expert > 1 else ""
-        most = max(1, replicas // layout.expert)
+        max_copies = max(1, replicas // layout.expert)
         yield Problem(
             rules.OPTIMIZER_INSTANCES,
             f"{replicas} replica(s){experts} cannot be split into {copies} equal groups",
-            f"set num_distributed_optimizer_instances to a divisor of {most}",
+            f"set num_distributed_optimizer_instances to a divisor of {max_copies}",
         )
 
 
-def _context_problems(job: Workload, hardware: Hardware) -> Iterator[Problem]:
-    context = job.layout.context
+def _context_problems(workload: Workload, hardware: Hardware) -> Iterator[Problem]:
+    context = workload.layout.context
     if context == 1:
         return
     if not hardware.on_gpu:
@@ -83,10 +84,10 @@ def _context_problems(job: Workload, hardware: Hardware) -> Iterator[Problem]:
             "TransformerEngine's attention supports it",
             "set context_parallel_size=1, or set hardware to your GPU's profile",
         )
-    if job.seq_length % (2 * context):
+    if workload.seq_length % (2 * context):
         yield Problem(
             rules.CONTEXT_PARALLEL,
-            f"seq_length={job.seq_length} cannot be split into two chunks for each of "
+            f"seq_length={workload.seq_length} cannot be split into two chunks for each of "
             f"CP={context} ranks",
             f"use a multiple of {2 * context}",
         )
@@ -159,32 +160,35 @@ def _alignment_problems(layout: Layout, student: Architecture) -> Iterator[Probl
 
 @dataclass(frozen=True)
 class Proposal:
-    """A workload on another layout, and its cost there."""
+    """A workload with a proposed layout, and its cost."""
 
-    job: Workload
+    workload: Workload
     cost: TrainingCost
 
 
-def fits(job: Workload, hardware: Hardware) -> bool:
+def fits(workload: Workload, hardware: Hardware) -> bool:
     """Returns whether a workload's layout is valid and fits into memory."""
-    layout = job.layout
-    if any(problem.rule.severity == rules.ERROR for problem in layout_problems(job, hardware)):
+    layout = workload.layout
+    if any(problem.rule.severity == rules.ERROR for problem in layout_problems(workload, hardware)):
         return False
-    if job.seq_length % (2 * layout.tensor * layout.context):  # for equal chunks on all ranks
+    # A context-parallel rank holds two chunks of a sequence, which sequence parallelism splits.
+    if workload.seq_length % (2 * layout.tensor * layout.context):
         return False
-    available = HEADROOM * hardware.memory_of_rank(layout.devices)
-    return peak_memory(job, hardware).total <= available
+    available = USABLE_MEMORY_FRACTION * hardware.memory_of_rank(layout.devices)
+    return peak_memory(workload, hardware).total <= available
 
 
-def candidates(job: Workload, devices: int, node: int) -> Iterator[Workload]:
-    """Yields the workload on every layout of ``devices`` devices, at most ``node`` on a node."""
-    per_node = min(devices, node)
-    contexts = PARALLEL_SIZES if job.seq_length >= LONG_SEQUENCE else (1,)
-    moe = job.trained is not None and job.trained.num_moe_experts
+def workloads_on_all_layouts(
+    workload: Workload, devices: int, node_size: int
+) -> Iterator[Workload]:
+    """Yields the workload on every layout of ``devices`` devices, ``node_size`` on each node."""
+    per_node = min(devices, node_size)
+    contexts = PARALLEL_SIZES if workload.seq_length >= LONG_SEQUENCE else (1,)
+    moe = workload.trained is not None and workload.trained.num_moe_experts
     tensors = [size for size in PARALLEL_SIZES if size <= per_node]
     # A loss on hidden states was checked for this pipeline size only, and forbids recomputation.
-    pipelines = (job.layout.pipeline,) if job.compares_hidden_states else PARALLEL_SIZES
-    recomputed = ("none",) if job.compares_hidden_states else ("none", "full")
+    pipelines = (workload.layout.pipeline,) if workload.compares_hidden_states else PARALLEL_SIZES
+    recomputed = ("none",) if workload.compares_hidden_states else ("none", "full")
     for tensor, pipeline, context, expert, micro, recompute_granularity in product(
         tensors, pipelines, contexts, PARALLEL_SIZES if moe else (1,), PARALLEL_SIZES, recomputed
     ):
@@ -195,30 +199,35 @@ def candidates(job: Workload, devices: int, node: int) -> Iterator[Workload]:
             pipeline=pipeline,
             context=context,
             expert=expert,
-            optimizer_instances=job.layout.optimizer_instances,
+            optimizer_instances=workload.layout.optimizer_instances,
             micro_batch_size=micro,
             sequence_parallel=tensor > 1,
             recompute_granularity=recompute_granularity,
         )
-        yield replace(job, layout=layout)
+        yield replace(workload, layout=layout)
 
 
-def best(job: Workload, hardware: Hardware, devices: int, node: int) -> Proposal | None:
+def cheapest_proposal(
+    workload: Workload, hardware: Hardware, devices: int, node_size: int
+) -> Proposal | None:
     """Returns the cheapest layout of ``devices`` devices that fits into memory.
 
-    Of equally cheap layouts ``min`` returns the first: the one with the smallest parallel sizes.
+    If several are equally cheap, ``min`` returns the first: that with the smallest parallel sizes.
     """
     fitting = [
         Proposal(candidate, training_cost(candidate, hardware))
-        for candidate in candidates(job, devices, node)
+        for candidate in workloads_on_all_layouts(workload, devices, node_size)
         if fits(candidate, hardware)
     ]
     return min(fitting, key=lambda p: round(p.cost.device_hours, 3), default=None)
 
 
-def proposals(job: Workload, hardware: Hardware, node: int = 8) -> list[Proposal]:
-    """Returns the best layout of each number of devices up to the workload's, cheapest first."""
-    most = max(job.layout.ranks, node)
+def proposals(workload: Workload, hardware: Hardware, node_size: int = 8) -> list[Proposal]:
+    """Returns the cheapest layout of each number of devices, the lowest price first.
+
+    Numbers of devices are powers of 2 up to the workload's ranks or one node, and this maximum.
+    """
+    most = max(workload.layout.ranks, node_size)
     numbers = sorted({most, *(2**n for n in range(most.bit_length()))})
-    cheapest = [best(job, hardware, devices, node) for devices in numbers]
+    cheapest = [cheapest_proposal(workload, hardware, devices, node_size) for devices in numbers]
     return sorted((p for p in cheapest if p is not None), key=lambda p: p.cost.dollars)

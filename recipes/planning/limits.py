@@ -23,7 +23,7 @@ from recipes.planning.workload import Layout, Workload
 BYTES_PER_TOKEN = 4.0
 """For English text and a vocabulary of at least 50,000; only estimates the number of epochs."""
 TOKENIZED_PER_SECOND = 290_000
-"""Tokens per second of each of two processes, as measured in ``benchmarks/README.md``."""
+"""Tokens per second of a tokenizer process; measured with two (``benchmarks/README.md``)."""
 MAX_EPOCHS = 4
 """Passes over a source after which its text teaches little (arXiv:2305.16264)."""
 NO_TIME_LIMIT = "999999-00:00:00"
@@ -44,12 +44,12 @@ def limit_problems(chain: Chain, stages: Collection[str]) -> Iterator[Problem]:
             f"this machine has {gpus} GPU(s), but hardware={chain.hardware.name}",
             "set hardware to the GPU's profile, such as hardware=h100",
         )
-    for name, job in chain.workloads.items():
+    for name, workload in chain.workloads.items():
         if name in stages:
-            yield from _training_memory_problems(name, job, chain)
-            hours = training_cost(job, chain.hardware).hours
+            yield from _training_memory_problems(name, workload, chain)
+            hours = training_cost(workload, chain.hardware).hours
             yield from _time_problems(name, hours, chain)
-            yield from _text_problems(name, job, chain)
+            yield from _text_problems(name, workload, chain)
     for name, seconds in preparation_seconds(chain).items():
         if name in stages:
             yield from _time_problems(name, seconds / 3600, chain)
@@ -61,24 +61,24 @@ def preparation_seconds(chain: Chain) -> dict[str, float]:
     for name, config in chain.stages.items():
         if isinstance(config, PrepareDataConfig):
             processes = config.processes * config.resources.ranks
-            if (tokens := _read_tokens(config)) < math.inf:
+            if (tokens := _expected_tokens(config)) < math.inf:
                 seconds[name] = tokens / (TOKENIZED_PER_SECOND * processes)
     return seconds
 
 
-def _read_tokens(config: PrepareDataConfig) -> float:
+def _expected_tokens(config: PrepareDataConfig) -> float:
     """Returns the expected tokens of all sources; infinite if a size is unknown."""
-    tokens = 0.0
+    total = 0.0
     for source in config.all_sources():
         size = source_bytes(source)
-        own = math.inf if size is None else size / BYTES_PER_TOKEN
-        limited = source in config.sources and config.max_tokens is not None
-        tokens += min(own, config.max_tokens or own) if limited else own
-    return tokens
+        tokens = math.inf if size is None else size / BYTES_PER_TOKEN
+        is_limited = source in config.sources and config.max_tokens is not None
+        total += min(tokens, config.max_tokens or tokens) if is_limited else tokens
+    return total
 
 
 def memory_problem(name: str, needed: float, available: float, device: str, fix: str) -> Problem:
-    """Returns the problem of a stage whose rank needs more memory (in bytes) than is available."""
+    """Returns the problem of a stage whose rank needs more bytes of memory than are available."""
     return Problem(
         rules.MEMORY,
         f"{name} needs about {needed / 1e9:.0f} GB on a rank, but {device} has "
@@ -87,18 +87,18 @@ def memory_problem(name: str, needed: float, available: float, device: str, fix:
     )
 
 
-def _training_memory_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
+def _training_memory_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Problem]:
     """Suggests the cheapest layout that fits, if possible on the same number of ranks."""
     hardware = chain.hardware
-    needed = peak_memory(job, hardware).total
-    available = hardware.memory_of_rank(job.layout.devices)
+    needed = peak_memory(workload, hardware).total
+    available = hardware.memory_of_rank(workload.layout.devices)
     if needed <= available:
         return
     fix = "use devices with more memory, or more of them"
-    fitting = proposals(job, hardware, max(8, job.layout.devices))
-    same_ranks = [p for p in fitting if p.job.layout.ranks == job.layout.ranks]
+    fitting = proposals(workload, hardware, max(8, workload.layout.devices))
+    same_ranks = [p for p in fitting if p.workload.layout.ranks == workload.layout.ranks]
     for proposal in (same_ranks or fitting)[:1]:
-        fix = f"for example {' '.join(layout_overrides(name, proposal.job.layout))}"
+        fix = f"for example {' '.join(layout_overrides(name, proposal.workload.layout))}"
     yield memory_problem(name, needed, available, hardware.name, fix)
 
 
@@ -133,29 +133,29 @@ def _time_problems(name: str, hours: float, chain: Chain) -> Iterator[Problem]:
     what = f"{name} takes about {hours:.1f} hours, but a job may take {text}"
     fix = "raise the limit, or use more devices or processes"
     if chain.max_requeues is not None and jobs > chain.max_requeues + 1:
-        starts = f"{what} and is started {chain.max_requeues + 1} times"
-        yield Problem(rules.REQUEUES, starts, f"{fix}, or cluster.max_requeues={jobs - 1}")
+        what = f"{what} and is started {chain.max_requeues + 1} times"
+        yield Problem(rules.REQUEUES, what, f"{fix}, or cluster.max_requeues={jobs - 1}")
     else:
         yield Problem(
             rules.TIME_LIMIT, f"{what}: it will be queued {jobs} times", f"{fix}, or let it resume"
         )
 
 
-def _text_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
-    """Compares a training run with its text.
+def _text_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Problem]:
+    """Compares the tokens of a training run with those of its text.
 
-    It is an error if the text cannot fill a batch even with one token per byte.
+    A text that cannot fill a batch even with one token per byte is an error.
     """
-    if job.trained is None:
+    if workload.trained is None:
         return
     data = chain.stages[name].inputs.get("data", "")
-    of_source, most = _training_tokens(chain, data)
-    expected = math.fsum(of_source.values())
+    tokens_by_source, most = _training_tokens(chain, data)
+    expected = math.fsum(tokens_by_source.values())
     weights = _weights(chain, name, data)
-    if job.cached_sequences is not None:
-        cached = job.cached_sequences * job.seq_length
+    if workload.cached_sequences is not None:
+        cached = workload.cached_sequences * workload.seq_length
         expected, most = min(expected, cached), min(most, cached)
-    batch = job.global_batch_size * job.seq_length
+    batch = workload.global_batch_size * workload.seq_length
     if most < batch:
         yield Problem(
             rules.TOKENS,
@@ -163,35 +163,35 @@ def _text_problems(name: str, job: Workload, chain: Chain) -> Iterator[Problem]:
             "add text or cached sequences, or lower global_batch_size or data.seq_length",
         )
     elif weights:
-        yield from _repeated_sources(name, job.tokens, weights, of_source)
-    elif job.tokens > expected:
+        yield from _repeated_sources(name, workload.tokens, weights, tokens_by_source)
+    elif workload.tokens > expected:
         yield Problem(
             rules.EPOCHS,
-            f"{name} trains on {job.tokens:,} tokens, but the text has about {expected:,.0f}: "
-            f"{job.tokens / expected:.1f} epochs",
+            f"{name} trains on {workload.tokens:,} tokens, but the text has about {expected:,.0f}: "
+            f"{workload.tokens / expected:.1f} epochs",
             "add text or cached sequences, or lower max_steps",
         )
 
 
 def _weights(chain: Chain, name: str, data: str) -> dict[str, float]:
-    """Returns the weights of a training run's sources: its own, or those of its text."""
+    """Returns the sources' weights, from the settings of the training run or of its text."""
     text = chain.stages.get(data)
-    own: dict[str, float] = vars(chain.stages[name]).get("weights", {})
-    return own or (text.weights() if isinstance(text, PrepareDataConfig) else {})
+    weights: dict[str, float] = vars(chain.stages[name]).get("weights", {})
+    return weights or (text.weights() if isinstance(text, PrepareDataConfig) else {})
 
 
 def _repeated_sources(
-    name: str, tokens: int, weights: Mapping[str, float], of_source: Mapping[str, float]
+    name: str, tokens: int, weights: Mapping[str, float], tokens_by_source: Mapping[str, float]
 ) -> Iterator[Problem]:
     """Finds sources that a training run with weights repeats too often."""
     for source, weight in weights.items():
-        share = tokens * weight / math.fsum(weights.values())
-        available = of_source.get(source, math.inf)
-        if share > MAX_EPOCHS * available:
+        used = tokens * weight / math.fsum(weights.values())
+        available = tokens_by_source.get(source, math.inf)
+        if used > MAX_EPOCHS * available:
             yield Problem(
                 rules.EPOCHS,
-                f"{name} trains on {share:,.0f} tokens of '{source}', which has about "
-                f"{available:,.0f}: it sees each {share / available:.1f} times",
+                f"{name} trains on {used:,.0f} tokens of '{source}', which has about "
+                f"{available:,.0f}: it sees each {used / available:.1f} times",
                 "lower its weight, give it more text, or lower max_steps",
             )
 
@@ -199,7 +199,7 @@ def _repeated_sources(
 def _training_tokens(chain: Chain, data: str) -> tuple[dict[str, float], float]:
     """Returns the expected number of training tokens by source, and an upper bound of their sum.
 
-    Both are infinite where they are unknown.
+    An unknown number is infinite.
     """
     config = chain.stages.get(data)
     if (manifest := _prepared_text(chain, data, config)) is not None:
@@ -208,14 +208,15 @@ def _training_tokens(chain: Chain, data: str) -> tuple[dict[str, float], float]:
         return sources, float(result.tokens["train"])
     if not isinstance(config, PrepareDataConfig) or config.max_documents is not None:
         return {"": math.inf}, math.inf
-    train, budget = 1 - sum(config.fractions().values()), config.max_tokens or math.inf
+    train_fraction = 1 - sum(config.fractions().values())
+    limit = config.max_tokens or math.inf
     if config.prefix:
-        total = min(require_token_files(Path(config.prefix))[-1], budget)
-        return {Path(config.prefix).name: total * train}, total
+        total = min(require_token_files(Path(config.prefix))[-1], limit)
+        return {Path(config.prefix).name: total * train_fraction}, total
     names = source_names(config.all_sources()).items()
     sizes = {name: source_bytes(source) for name, source in names if source in config.sources}
     expected = {
-        name: math.inf if size is None else min(size / BYTES_PER_TOKEN, budget) * train
+        name: math.inf if size is None else min(size / BYTES_PER_TOKEN, limit) * train_fraction
         for name, size in sizes.items()
     }
     # A token has at least one byte. Splits are random, so all text may be for training.

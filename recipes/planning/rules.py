@@ -59,7 +59,7 @@ _NEMO = "NVIDIA-NeMo/Speech"
 # Machine and stack
 STACK_VERSIONS = Rule(
     "stack-versions",
-    "other versions than the tested ones fail during a run, or change a result",
+    "versions that were not tested may fail during a run, or change a result",
     f"{_BRIDGE}#1646, #5192; {_MODELOPT}#2257, #1637",
 )
 DISK = Rule("disk", "a full disk ends a training run at its first checkpoint")
@@ -68,19 +68,19 @@ MEMORY = Rule(
     "models, optimizer states, activations and logits of a rank must fit into its memory",
     "pytorch/torchtune#2213",
 )
-TIME_LIMIT = _warning("time-limit", "a job that reaches its limit is queued again")
+TIME_LIMIT = _warning("time-limit", "a job that reaches its time limit is queued again")
 REQUEUES = Rule("requeues", "a stage must end within its job's time limit and requeues")
 IMAGE = Rule("image", "every job needs its container image")
 ENGINE_IMAGE = Rule(
-    "engine-image", "TensorRT-LLM is only in NVIDIA's image, and its stages run last"
+    "engine-image", "only NVIDIA's image has TensorRT-LLM, and the stages that need it run last"
 )
 MOUNTS = Rule("mounts", "a stage in a container sees only mounted paths")
 CPUS_PER_TASK = _warning(
-    "cpus-per-task", "a job that shares nodes gets one core for all processes of a node"
+    "cpus-per-task", "by default, a job that shares nodes gets one core for all its processes"
 )
-MPI = _warning("mpi", "TensorRT-LLM spawns processes by MPI, which only mpirun can do in a job")
+MPI = _warning("mpi", "in a job, only mpirun can start the MPI processes of TensorRT-LLM")
 JOB = Rule("job", "a job must request what its processes use")
-JOB_MEMORY = _warning("job-memory", "Slurm kills a job that uses more memory than it has")
+JOB_MEMORY = _warning("job-memory", "Slurm kills a job that uses more memory than it requested")
 PARTITION = Rule("partition", "Slurm never starts a job that exceeds the limits of its partition")
 CLUSTER_HARDWARE = Rule(
     "cluster-hardware",
@@ -94,7 +94,7 @@ HARDWARE_PROFILE = _warning(
     "hardware-profile", "memory and time are estimated for the profile, not for this machine"
 )
 BUNDLED_CONFIG = _warning(
-    "bundled-config", "the shape may differ from that of the real config.json"
+    "bundled-config", "the shape may differ from the shape in the real config.json"
 )
 
 # Model
@@ -108,7 +108,7 @@ CHECKPOINT = Rule(
 CHECKPOINT_NOTE = _warning("checkpoint-note", "the converted model differs from its config.json")
 VOCABULARY = Rule(
     "vocabulary",
-    "tensor parallelism splits the vocabulary, and its padding gets into export and loss",
+    "tensor parallelism splits the vocabulary, and padded entries get into export and loss",
     f"{_BRIDGE}#625, #1853; {_NEMO}#14870",
 )
 TOKENIZER = Rule(
@@ -159,7 +159,7 @@ SLOW_SIZES = _warning(
 ONE_RANK = Rule("one-rank", "the stage supports only one process", f"{_NEMO}#11531")
 
 # Layout
-RANKS = Rule("ranks", "TP x PP x CP must divide the ranks")
+RANKS = Rule("ranks", "TP x PP x CP must divide the number of ranks")
 BATCH = Rule("batch", "a global batch is a whole number of micro batches on every replica")
 TENSOR_PARALLEL = Rule(
     "tensor-parallel", "all ranks hold equal numbers of heads, groups and feed-forward channels"
@@ -177,7 +177,8 @@ OPTIMIZER_INSTANCES = Rule(
     "each copy of the optimizer's state is split over an equal number of replicas",
 )
 RECOMPUTE = Rule(
-    "recompute", "recomputed layers return no hidden states, and absent modules save nothing"
+    "recompute",
+    "recomputed layers return no hidden states, and only modules of the model can be recomputed",
 )
 
 # Training

@@ -2,8 +2,8 @@
 
 - A weight takes 2 FLOPs per token forward and 4 backward (Kaplan et al., arXiv:2001.08361). Causal
   attention computes half of the scores: 2·s·heads·channels FLOPs per layer and token.
-- Activations are those that Megatron keeps of a layer (Korthikanti et al., arXiv:2205.05198), for
-  gated feed-forward layers, RMSNorm and attention that never stores its scores.
+- Activations are the tensors that Megatron keeps for the backward pass (Korthikanti et al.,
+  arXiv:2205.05198), with gated feed-forward layers, RMSNorm and attention that stores no scores.
 - Memory traffic is the bytes that operations between GEMMs read and write. It is counted by hand
   from ``recipes.backend.local_layers``, Megatron's layers and ``recipes.distillation.losses``.
   Only the time of a CPU includes it; a GPU's kernels fuse most of these operations.
@@ -102,6 +102,7 @@ def head_flops(arch: Architecture) -> int:
 def feed_forward_recompute(arch: Architecture, dtype_bytes: int) -> Compute:
     """Returns the cost of recomputing a token's feed-forward activations in all layers."""
     width = arch.num_layers * feed_forward_width(arch)
+    # Three GEMMs (gate, up and down projection), and the traffic in ``_forward_bytes``.
     return Compute(gemm_flops=6 * arch.hidden_size * width, bytes=5 * dtype_bytes * width)
 
 
@@ -134,7 +135,7 @@ def _computed_score_fraction(seq_length: int) -> float:
     return (1 + min(1, QUERIES_AT_ONCE / seq_length)) / 2
 
 
-# Below, each number is bytes that are read or written per channel, counted from the operations.
+# Below, a number is the bytes that operations read or write per channel, counted by hand.
 
 
 def _forward_bytes(arch: Architecture, dtype_bytes: int) -> float:
@@ -201,7 +202,7 @@ def update_bytes(micro_batches: int, dtype_bytes: int) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the rank that needs most, by use."""
+    """Bytes on the rank that needs the most, by use."""
 
     weights: float = 0
     gradients: float = 0
@@ -238,7 +239,7 @@ def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> tuple[flo
     experts = expert_parameters(arch)
     layers = arch.parameters() - experts - embedding * (1 if arch.tied_embeddings else 2)
     first, last = stage == 0, stage == layout.pipeline - 1
-    embeddings = first + last - (first and last and arch.tied_embeddings)
+    embeddings = first + last - (first and last and arch.tied_embeddings)  # tied: once on a rank
     fraction = pipeline_split(arch.num_layers, layout.pipeline)[stage] / arch.num_layers
     dense = (layers * fraction + embedding * embeddings) / layout.tensor
     return dense, experts * fraction / (layout.tensor * layout.expert)
@@ -265,31 +266,31 @@ def layer_activation_bytes(arch: Architecture, layout: Layout, tokens: float) ->
     return 2 * tokens * (norms / split + routed + (heads + feed_forward) / layout.tensor)
 
 
-def peak_activation_bytes(arch: Architecture, job: Workload, stage: int, tokens: float) -> float:
+def peak_activation_bytes(workload: Workload, stage: int, tokens: float) -> float:
     """Returns the bfloat16 bytes that a pipeline stage keeps of all micro batches in flight (1F1B).
 
-    The last stage reaches its peak in the loss, when it also holds two hidden states around the
-    last norm. Other stages reach it inside a layer of the teacher or of a backward pass. A stage
+    The last stage reaches its peak in the loss, when it also holds input and output of the last
+    norm. Other stages reach their peak inside a layer of the teacher or of a backward pass. A stage
     also keeps the hidden states of student and teacher that it received for each micro batch in
-    flight, and a buffer for the next ones.
+    flight, and a buffer for those of the next micro batch.
 
     Args:
-        arch: The model that is trained.
-        job: The training.
+        workload: A training run.
         stage: Index of the pipeline stage.
         tokens: Tokens of a micro batch on a rank.
     """
-    layout = job.layout
+    arch, layout = workload.trained, workload.layout
+    assert arch is not None
     layer = layer_activation_bytes(arch, layout, tokens)
     layers = pipeline_split(arch.num_layers, layout.pipeline)[stage]
-    in_flight = min(layout.pipeline - stage, job.micro_batches)
+    in_flight = min(layout.pipeline - stage, workload.micro_batches)
     states = 2 * tokens * arch.hidden_size
     split = layout.tensor if layout.sequence_parallel else 1
     gathered = states if split > 1 else 0  # Megatron keeps the buffer of the all-gather
     current = 2 * states / split if stage == layout.pipeline - 1 else layer
     received = 0.0
     if layout.pipeline > 1:
-        width = arch.hidden_size + (job.teacher.hidden_size if job.teacher else 0)
+        width = arch.hidden_size + (workload.teacher.hidden_size if workload.teacher else 0)
         received = ((in_flight if stage else 0) + 1) * 2 * tokens * width / split
     if layout.recompute_granularity == "full":
         return in_flight * layers * states / split + layer + gathered + received
@@ -299,26 +300,26 @@ def peak_activation_bytes(arch: Architecture, job: Workload, stage: int, tokens:
     return in_flight * layers * layer + current + gathered + received
 
 
-def training_logits_bytes(job: Workload, on_gpu: bool, tokens: float) -> float:
+def training_logits_bytes(workload: Workload, on_gpu: bool, tokens: float) -> float:
     """Returns the bytes of the student's and a live teacher's logits, and of the loss's buffers.
 
-    The gradient overwrites the student's logits. A teacher's pass over a text briefly holds two
-    copies of its logits, because Megatron transposes them.
+    The gradient overwrites the student's logits. If a teacher only caches its logits, two copies
+    are in memory for a short time, because Megatron transposes them.
     """
-    arch = job.trained or job.teacher
+    arch = workload.trained or workload.teacher
     assert arch is not None
-    values = tokens * arch.vocab_size / job.layout.tensor
+    values = tokens * arch.vocab_size / workload.layout.tensor
     chunk = min(LOSS_CHUNK_BYTES, 4 * values) if on_gpu else 0
-    logits = values * job.dtype_bytes
-    if job.trained is None:
+    logits = values * workload.dtype_bytes
+    if workload.trained is None:
         return max(2 * logits, logits + ONE_MODEL_BUFFERS * chunk)
-    if job.teacher is None:
-        return logits + (ONE_MODEL_BUFFERS + job.terms - 1) * chunk
-    return 2 * logits + (TWO_MODEL_BUFFERS + job.terms - 1) * chunk
+    if workload.teacher is None:
+        return logits + (ONE_MODEL_BUFFERS + workload.terms - 1) * chunk
+    return 2 * logits + (TWO_MODEL_BUFFERS + workload.terms - 1) * chunk
 
 
 def inference_activation_bytes(arch: Architecture, dtype_bytes: int, tokens: int) -> float:
-    """Returns the peak of a forward pass that keeps no activations: one layer's widest tensors."""
+    """Returns the peak bytes of a forward pass that keeps only one layer's widest tensors."""
     return dtype_bytes * tokens * 3 * (feed_forward_width(arch) + arch.hidden_size)
 
 
@@ -377,9 +378,8 @@ def weight_traffic(arch: Architecture, storage: Storage) -> float:
 
 def kv_cache_bytes(arch: Architecture, tokens: int, storage: Storage) -> int:
     """Returns the bytes of the keys and values of ``tokens`` tokens."""
-    return (
-        2 * tokens * arch.num_layers * arch.num_query_groups * arch.kv_channels * storage.kv_bytes
-    )
+    _, keys = _attention_widths(arch)
+    return 2 * tokens * arch.num_layers * keys * storage.kv_bytes
 
 
 def prefill_flops(arch: Architecture, batch_size: int, prompt_tokens: int) -> float:

@@ -13,11 +13,13 @@ class Layout:
 
     nodes: int = 1
     devices: int = 1
+    """Devices of each node."""
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
     expert: int = 1
     optimizer_instances: int = 1
+    """Copies of the optimizer's state."""
     micro_batch_size: int = 1
     sequence_parallel: bool = False
     recompute_granularity: str = "none"
@@ -27,7 +29,7 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        """Number of all processes."""
+        """Number of processes on all nodes."""
         return self.nodes * self.devices
 
     @property
@@ -42,7 +44,7 @@ class Layout:
 
     @property
     def optimizer_shards(self) -> int:
-        """Ranks that a copy of the optimizer's state is split over."""
+        """Number of ranks over which a copy of the optimizer's state is split."""
         return self.data * self.context // self.optimizer_instances
 
 
@@ -62,9 +64,9 @@ class Workload:
     """A training run, or a teacher's pass over a text."""
 
     trained: Architecture | None
-    """The model that is trained; ``None`` for a teacher's pass."""
+    """Shape of the model that is trained; ``None`` for a teacher's pass."""
     teacher: Architecture | None
-    """The live teacher; ``None`` if the training has a cached teacher or none."""
+    """Shape of the live teacher; ``None`` if the teacher's logits are cached or there is none."""
     layout: Layout
     seq_length: int
     global_batch_size: int
@@ -78,7 +80,7 @@ class Workload:
     compares_hidden_states: bool = False
     """Whether the loss also compares hidden states."""
     cached_sequences: int | None = None
-    """Sequences in the cache of a teacher's logits; ``None`` if it covers all of the text."""
+    """Sequences in the cache of a teacher's logits; ``None`` if the cache covers all text."""
 
     @property
     def tokens(self) -> int:

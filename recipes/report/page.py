@@ -18,7 +18,7 @@ from recipes.core.files import read_json
 from recipes.core.manifest import Manifest
 from recipes.core.metrics import METRICS, Record, steps_of
 from recipes.core.stage import Input, Inputs
-from recipes.data.results import NOT_COMPARED, DatasetResult, in_words
+from recipes.data.results import NOT_COMPARED, DatasetResult, describe_counts
 from recipes.distillation.results import DistillationResult
 from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.results import HealResult, PruneResult
@@ -117,7 +117,7 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
     return {
         "prepared": prepared,
         "not_compared": NOT_COMPARED if prepared.sample else "",
-        "conversations": {name: in_words(n) for name, n in prepared.conversations.items()},
+        "conversations": {name: describe_counts(n) for name, n in prepared.conversations.items()},
         "removed": 1 - after / before if before and after else None,
         "quality": evaluation.models(),
         "evaluation": evaluation,

@@ -37,7 +37,7 @@ from recipes.distillation.training import (
 )
 from recipes.planning import rules
 from recipes.planning.chain import Chain, tokenizer_problems
-from recipes.planning.layouts import candidates, fits
+from recipes.planning.layouts import fits, workloads_on_all_layouts
 from recipes.planning.rules import Problem
 from recipes.planning.training_cost import training_cost
 from recipes.planning.workload import Workload
@@ -139,7 +139,7 @@ def _hidden_range(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
     unsplit = replace(job, layout=replace(job.layout, pipeline=1))
     hours = [
         training_cost(each, hardware).hours
-        for each in candidates(unsplit, job.layout.ranks, job.layout.devices)
+        for each in workloads_on_all_layouts(unsplit, job.layout.ranks, job.layout.devices)
         if fits(each, hardware)
     ]
     now = training_cost(job, hardware).hours

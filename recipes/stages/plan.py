@@ -291,8 +291,8 @@ def _layouts(job: Workload, hardware: Hardware) -> Iterable[Row]:
     for proposal in proposals(job, hardware):
         cost = proposal.cost
         yield {
-            "devices": proposal.job.layout.ranks,
-            "layout": _layout(proposal.job),
+            "devices": proposal.workload.layout.ranks,
+            "layout": _layout(proposal.workload),
             "GB": f"{cost.memory.total / 1e9:.1f}",
             "tokens/s": f"{cost.tokens_per_second:,.0f}",
             "hours": f"{cost.hours:,.1f}",

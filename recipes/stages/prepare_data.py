@@ -21,12 +21,12 @@ from recipes.core.precision import dtype_of
 from recipes.core.stage import Input, Inputs, metrics_log, rank
 from recipes.core.wheels import short_name
 from recipes.data.corpus import SPLITS, chat_problem
-from recipes.data.results import DatasetResult, Origin, SourceTokens, in_words
+from recipes.data.results import DatasetResult, Origin, SourceTokens, describe_counts
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import (
     origins_of,
     parse_source,
-    pinned,
+    pin_commit,
     source_problem,
     with_option,
 )
@@ -34,10 +34,10 @@ from recipes.data.token_files import (
     SAMPLED_TOKENS,
     open_token_files,
     paths_of,
-    ranges_of,
     require_document_end,
     require_token_files,
     require_valid,
+    split_ranges,
     write_split,
 )
 from recipes.planning import rules
@@ -112,7 +112,7 @@ def _prefix_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
     """Yields what is wrong with ``data.prefix``, and a fix; compares the sizes of its files."""
     if not cfg.prefix:
         return
-    if cfg.sources or cfg.chats() or cfg.excluded_documents:
+    if cfg.sources or cfg.chat_sources() or cfg.excluded_documents:
         what = "data.prefix cannot be combined with sources, conversations or excluded documents"
         yield what, "data.sources=[] data.format=text data.excluded_documents=[]"
     try:
@@ -137,7 +137,7 @@ def _weight_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
 
 def _chat_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of conversations, from the model's files and the first lines of sources."""
-    chats = cfg.chats()
+    chats = cfg.chat_sources()
     if cfg.format == "chat" and not set(chats) & set(cfg.sources):
         yield Problem(
             rules.CHAT,
@@ -165,7 +165,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
 
     side = side_folder(find_checkpoint(inputs["tokenizer"].artifact))
     tokenizer = load_tokenizer(side, cfg.document_end)
-    chat = ChatTokenizer(side, tokenizer.end, cfg.seq_length) if cfg.chats() else None
+    chat = ChatTokenizer(side, tokenizer.end, cfg.seq_length) if cfg.chat_sources() else None
     if chat:
         chat.require_template()
     folder = out.parent / SPLITS_FOLDER
@@ -173,7 +173,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     origins: dict[str, Origin] = share(
         origins_of(cfg.all_sources(), folder / "origins.json") if rank() == 0 else None
     )
-    paths = {source: pinned(source, origin) for source, origin in origins.items()}
+    paths = {source: pin_commit(source, origin) for source, origin in origins.items()}
     if cfg.teacher_sources():
         for source, (file, origin) in _write_chats(cfg, inputs["tokenizer"], out).items():
             paths[source], origins[source] = file, origin
@@ -227,7 +227,7 @@ def _link_tokens(
     fractions = cfg.fractions()
     if cfg.heldout_sources:
         fractions.pop("heldout")
-    ranges = ranges_of(files, fractions, cfg.max_documents, cfg.max_tokens)
+    ranges = split_ranges(files, fractions, cfg.max_documents, cfg.max_tokens)
     name = Path(str(cfg.prefix)).name
     tokens = {
         split: write_split(files, documents, out / split) for split, documents in ranges.items()
@@ -299,7 +299,7 @@ def _require_sequences(
     """
     short = [f"{split}: {tokens[split]}" for split in SPLITS if tokens[split] <= seq_length]
     if short:
-        chats = "".join(f" Of {name}, {in_words(n)}." for name, n in conversations.items())
+        chats = "".join(f" Of {name}, {describe_counts(n)}." for name, n in conversations.items())
         raise RecipeError(
             f"too little text for seq_length={seq_length}; tokens in {', '.join(short)}.{chats}",
             "give more text, or set data.seq_length lower",

@@ -14,7 +14,7 @@ from launch.planned import load_stage
 from launch.schema import CONF
 from nemo_convert.hf_config import SUPPORTED
 from recipes.planning.chain import CONFIGS
-from recipes.planning.layouts import HEADROOM, best
+from recipes.planning.layouts import USABLE_MEMORY_FRACTION, cheapest_proposal
 from recipes.planning.training_cost import training_cost
 from recipes.search.space import name_of
 from tests.support.runs import DISTILL, settings
@@ -202,14 +202,14 @@ def test_large_recipes_pass_preflight_on_their_hardware(recipe: str, plan: MakeP
     assert planned.chain.hardware.name == "h100"
     job = planned.chain.workloads["distill"]
     assert job.teacher is not None
-    assert training_cost(job, planned.chain.hardware).memory.total < 80e9 * HEADROOM
+    assert training_cost(job, planned.chain.hardware).memory.total < 80e9 * USABLE_MEMORY_FRACTION
     assert (job.layout.nodes == 1) == recipe.endswith("_2.5b")
     read = {"import_hf", "score", "evaluate", "export_hf"}
     read |= {"evaluate_tasks", "export_teacher", "measure_speed"}
     assert planned.chain.inference_costs.keys() == read
     for name, cost in planned.chain.inference_costs.items():
         config = planned.chain.stages[name]
-        assert cost.memory.total < 80e9 * HEADROOM
+        assert cost.memory.total < 80e9 * USABLE_MEMORY_FRACTION
         assert getattr(config, "precision", "bf16-mixed") == "bf16-mixed"
 
 
@@ -288,7 +288,7 @@ def test_qwen3_has_the_cheapest_layout_and_the_published_one_fits_too(
         planned = large(recipe, plan, *overrides)
         job, hardware = planned.chain.workloads["distill"], planned.chain.hardware
         costs.append(training_cost(job, hardware).device_hours)
-    cheapest = best(job, hardware, job.layout.ranks, job.layout.devices)
+    cheapest = cheapest_proposal(job, hardware, job.layout.ranks, job.layout.devices)
     assert cheapest is not None
     assert cheapest.cost.device_hours == pytest.approx(costs[0], rel=1e-3)
     assert costs[0] < 0.97 * costs[1]

@@ -38,10 +38,10 @@ def test_reading_a_hugging_face_dataset_resumes(tmp_path: Path) -> None:
 def test_a_dataset_on_a_hub_is_read_at_its_revision_or_newest_commit(tmp_path: Path) -> None:
     code = """
 from recipes.data.corpus import read_source
-from recipes.data.sources import origin_of, pinned
+from recipes.data.sources import origin_of, pin_commit
 for source in ("hf://me/notes:train", "hf://me/notes:train#revision={old}"):
     origin = origin_of(source)
-    texts = [document.text for document in read_source(pinned(source, origin), "text")]
+    texts = [document.text for document in read_source(pin_commit(source, origin), "text")]
     print(origin.licence, origin.commit, *texts)
 """
     old, new = "a" * 40, "b" * 40

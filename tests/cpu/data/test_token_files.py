@@ -20,9 +20,9 @@ from recipes.data.results import DatasetResult
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.token_files import (
     open_token_files,
-    ranges_of,
     require_document_end,
     require_valid,
+    split_ranges,
     write_split,
 )
 from recipes.data.token_sequences import read_tokens
@@ -66,7 +66,7 @@ def test_splits_are_links_to_ranges_without_overlap(
     files = open_token_files(prefix)
     require_valid(files, 512, ignore)
     assert require_document_end(files, END, str)
-    ranges = ranges_of(files, FRACTIONS, None, None)
+    ranges = split_ranges(files, FRACTIONS, None, None)
     assert [n for split in SPLITS for n in ranges[split]] == [*range(100)]
     out = tmp_path / "out"
     out.mkdir()
@@ -90,7 +90,7 @@ def test_splits_are_links_to_ranges_without_overlap(
 def test_limits_shorten_the_text(write: Write) -> None:
     files = open_token_files(write())
     for documents, tokens in ((50, None), (None, 50 * 102)):
-        ranges = ranges_of(files, FRACTIONS, documents, tokens)
+        ranges = split_ranges(files, FRACTIONS, documents, tokens)
         assert ranges["heldout"].stop == 50
         assert len(ranges["train"]) == 45
 

@@ -29,7 +29,7 @@ from recipes.data.results import DatasetResult, Origin, SourceTokens, TrainedSou
 from recipes.data.sources import (
     origin_of,
     origins_of,
-    pinned,
+    pin_commit,
     source_bytes,
     source_names,
     source_problem,
@@ -303,9 +303,9 @@ def test_a_dataset_is_read_at_the_recorded_commit(
     assert origin_of(bare) == Origin("mit, cc0-1.0", NEWEST)
     assert origin_of(older) == Origin("cc-by-4.0", OLDER)
     assert origin_of(f"{bare}#licence=of my own") == Origin("of my own", NEWEST)
-    assert pinned(bare, origin_of(bare)) == f"{bare}#revision={NEWEST}"
-    assert pinned(f"{bare}#name=x", origin_of(bare)) == f"{bare}#name=x&revision={NEWEST}"
-    assert pinned(older, origin_of(older)) == older
+    assert pin_commit(bare, origin_of(bare)) == f"{bare}#revision={NEWEST}"
+    assert pin_commit(f"{bare}#name=x", origin_of(bare)) == f"{bare}#name=x&revision={NEWEST}"
+    assert pin_commit(older, origin_of(older)) == older
     recorded = origins_of([bare, older], tmp_path / "origins.json")
     newest = "c" * 40
     assert origins_of([bare, older], tmp_path / "origins.json") == recorded
@@ -320,7 +320,7 @@ def test_local_sources_have_the_licence_of_their_options(tmp_path: Path) -> None
     assert origin_of(str(file)) == Origin()
     assert origin_of(f"{file}#name=a&licence=public domain") == Origin("public domain")
     assert origin_of(f"hf://{tmp_path}:train") == Origin()
-    assert pinned(str(file), Origin("x")) == str(file)
+    assert pin_commit(str(file), Origin("x")) == str(file)
 
 
 def test_a_weight_does_not_change_the_text() -> None:
@@ -337,9 +337,9 @@ def test_a_weight_does_not_change_the_text() -> None:
 def test_tokens_and_epochs_of_a_training() -> None:
     of_split = {"train": [SourceTokens("a", 100), SourceTokens("b", 300), SourceTokens("c", 0)]}
     result = DatasetResult({}, {}, [], of_split, document_end=0)
-    unweighted = result.trained(800, {})
+    unweighted = result.trained_sources(800, {})
     assert unweighted == [TrainedSource("a", 200, 2.0), TrainedSource("b", 600, 2.0)]
-    assert result.trained(800, {"b": 1, "a": 3}) == [
+    assert result.trained_sources(800, {"b": 1, "a": 3}) == [
         TrainedSource("b", 200, 200 / 300),
         TrainedSource("a", 600, 6.0),
     ]

@@ -39,7 +39,7 @@ NODES_96 = Layout(nodes=96, devices=8, tensor=8, micro_batch_size=2, sequence_pa
 
 
 def distillation(student: Architecture, teacher: Architecture | None, **settings: Any) -> Workload:
-    """Returns a distillation; by default NVIDIA's of Qwen3 8B on 768 H100 GPUs, on 90 B tokens."""
+    """Returns a distillation run; by default as large as NVIDIA's: 768 H100 GPUs, 90 B tokens."""
     defaults = {"layout": NODES_96, "seq_length": 4096, "global_batch_size": 768, "steps": 28_610}
     return Workload(student, teacher, **(defaults | settings))
 

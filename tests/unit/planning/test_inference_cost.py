@@ -1,4 +1,4 @@
-"""Estimated costs of stages without training equal hand counts, and measurements within 10%."""
+"""Compares the estimated cost of stages that do not train with hand counts and measurements."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from recipes.planning.inference_cost import (
     ranking_cost,
     scoring_cost,
 )
-from recipes.planning.layouts import HEADROOM
+from recipes.planning.layouts import USABLE_MEMORY_FRACTION
 from recipes.planning.training_cost import peak_memory, token_compute
 from recipes.planning.transformer import LOGITS_BYTES, forward_flops
 from recipes.planning.workload import Layout, Workload
@@ -48,21 +48,21 @@ def test_a_comparison_holds_one_model_and_the_heads_of_all() -> None:
     cost = comparison_cost([LLAMA, pruned, pruned], True, TEXT, H100)
     assert cost.memory.weights == 2 * LLAMA.parameters() + HEAD
     assert cost.memory.activations == 2 * PASS_TOKENS * 3 * (14336 + 4096)
-    # Memory peaks while the last student runs: the heads of the teacher and the first student are
-    # held, too.
+    # Memory peaks while the last model runs. The heads of the other two are in memory, too.
     last = comparison_cost([LLAMA, LLAMA, LLAMA], True, TEXT, H100)
     assert last.memory.weights == 2 * LLAMA.parameters() + 3 * HEAD
-    # If all models are small, memory peaks when logits are compared. Only heads are held then.
+    # If all models are small, memory peaks when logits are compared, with only heads in memory.
     small = comparison_cost([LARGE_VOCABULARY] * 3, True, TEXT, H100)
     assert small.memory.weights == 3 * 4 * 131072 * 256
     assert small.memory.logits == 4 * LOGITS_BYTES
-    one = comparison_cost([LLAMA], False, TEXT, H100)
-    assert one.memory.weights == 4 * LLAMA.parameters()
+    teacher_only = comparison_cost([LLAMA], False, TEXT, H100)
+    assert teacher_only.memory.weights == 4 * LLAMA.parameters()
     attention = 2 * 8192 * 32 * 128 * 32
     tokens = 40 * 8192
-    assert one.compute.flops == pytest.approx(tokens * (2 * LLAMA.active_weights() + attention))
-    # A pruned candidate is a view of the teacher's weights. A healed one has its own weights, and
-    # the teacher's head is held beside it. In float32 a model's own head is no copy.
+    flops = tokens * (2 * LLAMA.active_weights() + attention)
+    assert teacher_only.compute.flops == pytest.approx(flops)
+    # A pruned candidate is a view of the teacher's weights. A healed candidate has its own weights,
+    # and the teacher's head is also in memory. In float32, a model needs no copy of its head.
     for bf16, healed, heads in (
         (True, False, 2),
         (True, True, 2),
@@ -88,8 +88,8 @@ def test_scoring_keeps_the_input_of_every_layer() -> None:
     two_ranks = scoring_cost(LLAMA, True, TEXT, H100, pipeline=2)
     assert two_ranks.memory.activations == 17 * states + layer
     assert two_ranks.memory.weights == pytest.approx(LLAMA.parameters() + HEAD, rel=0.01)
-    # 40 more passes of one sequence; the text has 40. Each recomputes 0.6 of the layers on average.
-    with_ablations = scoring_cost(LLAMA, True, TEXT, H100, ablated=40)
+    # The text has 40 sequences. 40 more passes recompute 0.6 of the layers on average.
+    with_ablations = scoring_cost(LLAMA, True, TEXT, H100, ablation_passes=40)
     assert with_ablations.compute.flops == pytest.approx(1.6 * one_rank.compute.flops)
     assert 3600 * with_ablations.hours(H100) == pytest.approx(
         with_ablations.compute.flops / (9.89e14 * 0.35)
@@ -116,7 +116,7 @@ def test_healing_holds_a_layer_at_a_time_on_a_gpu() -> None:
 @pytest.mark.parametrize("model", ["meta-llama/Llama-3.1-8B", "mistralai/Mistral-Nemo-Base-2407"])
 def test_large_teachers_fit_into_a_gpu_with_default_micro_batches(model: str) -> None:
     """Sequences have 8,192 tokens."""
-    teacher, available = published(model), 80e9 * HEADROOM
+    teacher, available = published(model), 80e9 * USABLE_MEMORY_FRACTION
     text = replace(TEXT, micro_batch_size=EvaluateConfig().micro_batch_size)
     layout = Layout(micro_batch_size=CacheLogitsConfig().micro_batch_size)
     cache = Workload(None, teacher, layout, 8192, layout.micro_batch_size, 1)
@@ -131,7 +131,7 @@ def test_large_teachers_fit_into_a_gpu_with_default_micro_batches(model: str) ->
 
 
 def test_estimated_memory_is_within_10_percent_of_measurements_on_a_cpu() -> None:
-    """Measured as the peak of the stages' processes, on 8 sequences of 512 tokens, 4 at a time."""
+    """The peaks of the processes were measured on 8 sequences of 512 tokens, in batches of 4."""
     text, student = Sequences(8, 512, 4), replace(LARGE_VOCABULARY, num_layers=3)
     evaluated = comparison_cost([LARGE_VOCABULARY, student, student], False, text, CPU)
     assert evaluated.memory.total == pytest.approx(1.60e9, rel=0.10)
@@ -156,7 +156,7 @@ def cost_of(chain: Chain, stage: str, **changes: object) -> InferenceCost:
 def test_cost_of_benchmarks_and_of_the_export(plan: MakePlan) -> None:
     """Each of three models evaluates the first 100 items of four benchmarks.
 
-    24% of the tokens are scored, so the head is computed for 0.76 fewer.
+    24% of the tokens are scored, so the head is not computed for 76% of them.
     """
     chain = plan("tasks=quick").chain
     student = chain.shape_of("prune")
@@ -172,11 +172,11 @@ def test_cost_of_benchmarks_and_of_the_export(plan: MakePlan) -> None:
     all_items = cost_of(chain, "evaluate_tasks", limit=None, tasks=["sciq"])
     assert all_items.compute.flops == pytest.approx(1000 * 112 * per_token)
     steps = "stages.distill.student_steps=[20,40]"
-    more = plan("tasks=quick", steps).chain.inference_costs["evaluate_tasks"].compute.flops
+    with_steps = plan("tasks=quick", steps).chain.inference_costs["evaluate_tasks"]
     student_flops = (
         forward_flops(student, 512) - 0.76 * 2 * student.vocab_size * student.hidden_size
     )
-    assert more - cost.compute.flops == pytest.approx(
+    assert with_steps.compute.flops - cost.compute.flops == pytest.approx(
         2 * 100 * (112 + 60 + 45 + 78) * student_flops
     )
     shots = {"limit": 10, "tasks": ["mmlu", "piqa"], "num_fewshot": {"mmlu": 5, "piqa": 2}}
@@ -191,7 +191,7 @@ def test_cost_of_benchmarks_and_of_the_export(plan: MakePlan) -> None:
 
 
 def test_generated_text_takes_memory_traffic(plan: MakePlan) -> None:
-    """165 batches of 8 prompts; each of 256 steps reads the weights and the KV cache."""
+    """There are 165 batches of 8 prompts. Each of 256 steps reads the weights and the KV cache."""
     chain = plan("tasks=quick").chain
     tasks = {"tasks": ["gsm8k_cot"], "limit": None}
     cost = cost_of(chain, "evaluate_tasks", **tasks)
@@ -219,11 +219,10 @@ def test_a_halving_trains_and_evaluates_its_candidates(plan: MakePlan) -> None:
     # 16 more samples; in two rounds the teacher runs twice, and candidates 4 + 2 times.
     passes = 256 * (2 * forward_flops(chain.teacher, 256) + 6 * forward_flops(shape, 256))
     assert more.compute.flops - cost.compute.flops == pytest.approx(16 * passes)
-    job = Workload(shape, chain.teacher, Layout(micro_batch_size=4), 256, 4, 1)
-    trained = cost.compute.flops - 16 * passes
-    assert trained == pytest.approx(200_000 * token_compute(job).flops, rel=0.02)
+    workload = Workload(shape, chain.teacher, Layout(micro_batch_size=4), 256, 4, 1)
+    training_flops = cost.compute.flops - 16 * passes
+    assert training_flops == pytest.approx(200_000 * token_compute(workload).flops, rel=0.02)
     bf16 = chain.hardware.precision == "bf16-mixed"
-    training = peak_memory(replace(job, terms=2, bf16=bf16), chain.hardware)
-    assert cost.memory == replace(
-        training, reserved=2 * training.reserved
-    )  # of each of two processes
+    training = peak_memory(replace(workload, terms=2, bf16=bf16), chain.hardware)
+    # Each of two processes has reserved memory.
+    assert cost.memory == replace(training, reserved=2 * training.reserved)

@@ -1,4 +1,4 @@
-"""Problems of a plan: their message, the teacher, Megatron's parallel sizes, and proposals."""
+"""Tests problems of layouts, messages of problems, the teacher's config, and proposals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.stage import Resources
 from recipes.distillation.settings import DistillConfig
 from recipes.planning.chain import Chain, read_chain
-from recipes.planning.layouts import best, fits, layout_problems, proposals
+from recipes.planning.layouts import cheapest_proposal, fits, layout_problems, proposals
 from recipes.planning.rules import Problem, Rule, require_none
 from recipes.planning.workload import Layout
 from recipes.pruning.settings import PruneConfig
@@ -151,14 +151,15 @@ def test_a_chain_reads_its_teacher(hf_folder: Path, teacher: Architecture) -> No
 
 
 def test_proposals_fit_and_the_first_is_the_cheapest() -> None:
-    job = distillation(replace(LLAMA, num_layers=16), LLAMA, layout=Layout(devices=8), steps=100)
-    layouts = proposals(job, H100)
+    student, layout = replace(LLAMA, num_layers=16), Layout(devices=8)
+    workload = distillation(student, LLAMA, layout=layout, steps=100)
+    layouts = proposals(workload, H100)
     assert layouts
-    assert all(fits(p.job, H100) for p in layouts)
+    assert all(fits(p.workload, H100) for p in layouts)
     dollars = [p.cost.dollars for p in layouts]
     assert dollars == sorted(dollars)
-    assert best(job, replace(H100, memory_bytes=8e9), 8, 8) is None
-    small = best(job, replace(H100, memory_bytes=24e9), 8, 8)
+    assert cheapest_proposal(workload, replace(H100, memory_bytes=8e9), 8, 8) is None
+    small = cheapest_proposal(workload, replace(H100, memory_bytes=24e9), 8, 8)
     assert small is not None
     assert small.cost.memory.total < 24e9
 
@@ -167,24 +168,22 @@ def test_a_layout_must_split_the_width_of_the_experts() -> None:
     """An MoE's config also has the width of a dense layer, which is not used."""
     arch = with_experts(LLAMA, ffn_hidden_size=30, moe_ffn_hidden_size=96)
     layout = Layout(devices=8, tensor=8, sequence_parallel=True)
-    job = distillation(arch, None, layout=layout, global_batch_size=8)
-    assert fits(job, H100)
-    assert not fits(replace(job, trained=replace(arch, moe_ffn_hidden_size=100)), H100)
-    assert not fits(replace(job, layout=replace(layout, tensor=1, expert=3, devices=3)), H100)
+    workload = distillation(arch, None, layout=layout, global_batch_size=8)
+    assert fits(workload, H100)
+    assert not fits(replace(workload, trained=replace(arch, moe_ffn_hidden_size=100)), H100)
+    assert not fits(replace(workload, layout=replace(layout, tensor=1, expert=3, devices=3)), H100)
 
 
 def test_proposals_are_valid_for_a_loss_on_hidden_states() -> None:
     """A loss on hidden states forbids recomputation, so layouts that need it are not proposed."""
     layout, shape = Layout(devices=8), replace(LLAMA, num_layers=16)
-    job = distillation(shape, LLAMA, layout=layout, seq_length=8192, steps=100)
+    workload = distillation(shape, LLAMA, layout=layout, seq_length=8192, steps=100)
     small = replace(H100, memory_bytes=22e9)
-    cheapest = best(job, small, 8, 8)
+    cheapest = cheapest_proposal(workload, small, 8, 8)
     assert cheapest is not None
-    assert cheapest.job.layout.recompute_granularity == "full"
-    hidden = replace(job, compares_hidden_states=True)
-    assert best(hidden, small, 8, 8) is None
-    every = proposals(hidden, H100)
-    assert every
-    assert {(p.job.layout.recompute_granularity, p.job.layout.pipeline) for p in every} == {
-        ("none", 1)
-    }
+    assert cheapest.workload.layout.recompute_granularity == "full"
+    hidden = replace(workload, compares_hidden_states=True)
+    assert cheapest_proposal(hidden, small, 8, 8) is None
+    layouts = [p.workload.layout for p in proposals(hidden, H100)]
+    assert layouts
+    assert {(each.recompute_granularity, each.pipeline) for each in layouts} == {("none", 1)}

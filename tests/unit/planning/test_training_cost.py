@@ -60,22 +60,22 @@ HYBRIDS = hybrid_as_dense(24, 4352, 7.00e9), hybrid_as_dense(28, 4480, 8.89e9)
 
 
 @pytest.mark.parametrize(
-    ("job", "published", "error", "tolerance"),
+    ("workload", "published", "error", "tolerance"),
     [
         # NVIDIA's blog of 7 October 2025, "about 6,000"; the utilisation was fitted to it.
         (on_96_nodes(QWEN_DEEP, QWEN, 2), 6000, -0.03, 0.05),
         # NVIDIA/Model-Optimizer#861: 28,500 steps, "~5.2k", and 16,000 steps, "~3k".
         (on_96_nodes(QWEN_NAS, QWEN, 8, steps=28_500), 5200, 0.16, 0.20),
         (on_96_nodes(QWEN_NAS, QWEN, 8, steps=16_000), 3000, 0.13, 0.20),
-        # The tutorial of Nemotron-Nano-9B-v2 there: "~9k". Mamba's scans are not in the formulas.
+        # The tutorial of Nemotron-Nano-9B-v2 in that repository: "~9k". Without Mamba's scans.
         (on_96_nodes(*HYBRIDS, 4, seq_length=8192, steps=12_800), 9000, -0.36, 0.40),
     ],
     ids=["qwen3-depth", "qwen3-nas-90B", "qwen3-nas-50B", "nemotron-nano-hybrid"],
 )
 def test_error_against_published_gpu_hours(
-    job: Workload, published: float, error: float, tolerance: float
+    workload: Workload, published: float, error: float, tolerance: float
 ) -> None:
-    estimated = training_cost(job, H100).device_hours / published - 1
+    estimated = training_cost(workload, H100).device_hours / published - 1
     assert estimated == pytest.approx(error, abs=0.015)
     assert abs(estimated) <= tolerance
 
@@ -85,8 +85,8 @@ EPYC, XEON, XEON_CORE, AVX2 = (
     for bf16, f32, copy in (
         (4.02e11, 1.87e11, 2.9e10),
         (1.71e12, 3.11e11, 2.58e10),
-        (8.54e11, 1.65e11, 1.25e10),  # one core, as is the next row
-        (1e10, 9.1e10, 2.03e10),
+        (8.54e11, 1.65e11, 1.25e10),  # one core
+        (1e10, 9.1e10, 2.03e10),  # one core
     )
 )
 """Rates of each processor, measured just before the training runs below."""
@@ -127,8 +127,8 @@ def test_estimated_speed_is_within_15_percent_of_measurements_on_a_cpu(
     tokens_per_second: float,
 ) -> None:
     """``benchmarks/README.md`` describes the measurements."""
-    job = cpu_training(student, teacher, bf16=bf16, terms=terms)
-    estimate = training_cost(job, replace(CPU, **rates)).tokens_per_second
+    workload = cpu_training(student, teacher, bf16=bf16, terms=terms)
+    estimate = training_cost(workload, replace(CPU, **rates)).tokens_per_second
     assert estimate == pytest.approx(tokens_per_second, rel=0.15)
 
 
@@ -141,70 +141,71 @@ def test_estimated_memory_is_within_5_percent_of_measurements_on_a_cpu(
     bf16: bool, teacher: Architecture | None, peak_bytes: float
 ) -> None:
     """``benchmarks.distill`` measures the peak."""
-    job = cpu_training(DEEP, teacher, bf16=bf16)
+    workload = cpu_training(DEEP, teacher, bf16=bf16)
     if teacher is not None:
-        assert token_compute(job).flops == pytest.approx(979e6, rel=0.01)
-    assert peak_memory(job, CPU).total == pytest.approx(peak_bytes, rel=0.05)
+        assert token_compute(workload).flops == pytest.approx(979e6, rel=0.01)
+    assert peak_memory(workload, CPU).total == pytest.approx(peak_bytes, rel=0.05)
 
 
 def test_float32_takes_longer_than_bfloat16_on_any_device() -> None:
-    job = distillation(SMOLLM2, SMOLLM2, layout=Layout(), seq_length=256, global_batch_size=4)
+    workload = distillation(SMOLLM2, SMOLLM2, layout=Layout(), seq_length=256, global_batch_size=4)
     for hardware, least in ((replace(CPU, **CPU_PROFILES[True]), 1.5), (H100, 10)):
-        full = training_cost(replace(job, bf16=False), hardware).hours
-        assert full > least * training_cost(job, hardware).hours
+        full = training_cost(replace(workload, bf16=False), hardware).hours
+        assert full > least * training_cost(workload, hardware).hours
 
 
 def test_time_of_a_step_on_a_cpu_equals_a_hand_count() -> None:
     """The model has one layer with one head of two channels; one token; bfloat16."""
     tiny = Architecture("", 1, 2, 3, 1, 1, 2, 5, 8, tied_embeddings=True)
-    job = distillation(tiny, None, layout=Layout(), seq_length=1, global_batch_size=1)
+    workload = distillation(tiny, None, layout=Layout(), seq_length=1, global_batch_size=1)
     rates = {"flops_per_second": 10.0, "float32_flops_per_second": 5.0, "bytes_per_second": 4.0}
     cpu = replace(CPU, **rates, bandwidth_fraction=0.5)
-    step = step_time(job, cpu)
+    step = step_time(workload, cpu)
     gemms = 3 * 2 * tiny.active_weights() / 10 + 14 * 2 / (0.6 * 5)  # attention is in float32
-    traffic = token_compute(job).bytes
+    traffic = token_compute(workload).bytes
     assert traffic > loss_bytes(5, 2, 1, live_teacher=False)
     assert step.compute == pytest.approx(gemms + traffic / 2 + 3 * LAYER_PASS_SECONDS)
     assert step.optimizer == pytest.approx(tiny.parameters() * (2 + 26 + 6) / 2)
-    two_batches = step_time(replace(job, global_batch_size=2), cpu)
+    two_batches = step_time(replace(workload, global_batch_size=2), cpu)
     assert two_batches.optimizer == pytest.approx(tiny.parameters() * (10 + 2 + 26 + 6) / 2)
 
 
-def test_time_to_stop_is_two_steps_a_validation_and_a_checkpoint() -> None:
-    job = distillation(QWEN_DEEP, QWEN, validation_batches=32)
-    step = step_time(job, H100).total
+def test_a_run_stops_after_two_steps_a_validation_and_a_checkpoint() -> None:
+    workload = distillation(QWEN_DEEP, QWEN, validation_batches=32)
+    step = step_time(workload, H100).total
     forward = [forward_flops(arch, 4096) for arch in (QWEN_DEEP, QWEN)]
     validation = 32 * step * sum(forward) / (3 * forward[0] + forward[1])
-    save = 14 * QWEN_DEEP.parameters() / 5e8 + gathering_seconds(job, H100)
-    assert stopping_seconds(job, H100) == pytest.approx(2 * step + validation + save)
-    assert stopping_seconds(replace(job, trained=None), H100) == 0
+    save = 14 * QWEN_DEEP.parameters() / 5e8 + gathering_seconds(workload, H100)
+    assert stopping_seconds(workload, H100) == pytest.approx(2 * step + validation + save)
+    assert stopping_seconds(replace(workload, trained=None), H100) == 0
 
 
-def test_each_rank_gathers_the_state_of_its_part_of_the_model_to_save() -> None:
-    job = distillation(QWEN_DEEP, QWEN)
+def test_each_rank_gathers_the_state_of_its_shard_of_the_model_to_save() -> None:
+    workload = distillation(QWEN_DEEP, QWEN)
     for tensor, nodes in ((2, 1), (4, 1), (2, 12)):
-        layout = replace(job.layout, tensor=tensor, nodes=nodes, devices=8)
-        split = replace(job, layout=layout)
+        layout = replace(workload.layout, tensor=tensor, nodes=nodes, devices=8)
+        split = replace(workload, layout=layout)
         size = gathering_bytes(split)
         assert size == pytest.approx(12 * QWEN_DEEP.parameters() / tensor, rel=1e-3)
         rate = H100.link_bytes_per_second if nodes == 1 else H100.network_bytes_per_second
-        others = 1 - tensor / (8 * nodes)
-        assert gathering_seconds(split, H100) == pytest.approx(size * (others / rate + 1 / 2e9))
-    assert gathering_bytes(replace(job, trained=None)) == 0
+        sent = 1 - tensor / (8 * nodes)  # fraction of the state that other ranks send
+        assert gathering_seconds(split, H100) == pytest.approx(size * (sent / rate + 1 / 2e9))
+    assert gathering_bytes(replace(workload, trained=None)) == 0
 
 
 def test_a_parameter_takes_18_bytes_on_one_gpu() -> None:
-    """These are a bfloat16 weight, and in float32 gradient, main weight and two moments."""
-    job = distillation(LLAMA, None, layout=Layout())
-    one_gpu = peak_memory(job, H100)
+    """The weight is in bfloat16; gradient, main weight and two moments are in float32."""
+    workload = distillation(LLAMA, None, layout=Layout())
+    one_gpu = peak_memory(workload, H100)
     assert one_gpu.weights + one_gpu.gradients + one_gpu.optimizer == 18 * LLAMA.parameters()
-    sixteen_gpus = peak_memory(replace(job, layout=Layout(nodes=2, devices=8)), H100)
+    sixteen_gpus = peak_memory(replace(workload, layout=Layout(nodes=2, devices=8)), H100)
     assert sixteen_gpus.optimizer == 12 * LLAMA.parameters() / 16
-    float32 = peak_memory(replace(job, bf16=False), CPU)
+    float32 = peak_memory(replace(workload, bf16=False), CPU)
     assert float32.weights + float32.gradients + float32.optimizer == 16 * LLAMA.parameters()
-    four_gpus = peak_memory(replace(job, teacher=LLAMA, layout=Layout(devices=4, tensor=4)), H100)
+    with_teacher = replace(workload, teacher=LLAMA, layout=Layout(devices=4, tensor=4))
+    four_gpus = peak_memory(with_teacher, H100)
     assert four_gpus.teacher == pytest.approx(2 * LLAMA.parameters() / 4)
-    cache = training_cost(replace(job, trained=None, teacher=LLAMA), H100)
+    cache = training_cost(replace(workload, trained=None, teacher=LLAMA), H100)
     assert cache.memory.optimizer == cache.memory.weights == cache.step.optimizer == 0
     assert cache.memory.teacher == 2 * LLAMA.parameters()
 
@@ -213,19 +214,19 @@ def test_a_parameter_takes_18_bytes_on_one_gpu() -> None:
 def test_a_cpu_holds_unsummed_gradients_in_bfloat16(batches: int, ranks: int, size: int) -> None:
     """Sums over micro batches or ranks are in float32."""
     layout = Layout(devices=ranks)
-    job = distillation(LLAMA, None, layout=layout, global_batch_size=batches * ranks)
-    assert peak_memory(job, CPU).gradients == size * LLAMA.parameters()
-    assert peak_memory(job, H100).gradients == 4 * LLAMA.parameters()
+    workload = distillation(LLAMA, None, layout=layout, global_batch_size=batches * ranks)
+    assert peak_memory(workload, CPU).gradients == size * LLAMA.parameters()
+    assert peak_memory(workload, H100).gradients == 4 * LLAMA.parameters()
 
 
 def test_copies_of_the_optimizer_take_memory_and_reduce_network_traffic() -> None:
     """With a copy on each of two nodes, a rank sends an eighth of the gradients between nodes."""
     layout = Layout(nodes=2, devices=8)
-    job = distillation(LLAMA, None, layout=layout)
-    with_copies = replace(job, layout=replace(layout, optimizer_instances=2))
+    workload = distillation(LLAMA, None, layout=layout)
+    with_copies = replace(workload, layout=replace(layout, optimizer_instances=2))
     size = LLAMA.parameters()
     assert peak_memory(with_copies, H100).optimizer == 12 * size / 8
-    seconds = [step_time(workload, H100).gradient_communication for workload in (job, with_copies)]
+    seconds = [step_time(run, H100).gradient_communication for run in (workload, with_copies)]
     link, network = H100.link_bytes_per_second, H100.network_bytes_per_second
     assert seconds[0] == pytest.approx(6 * size * 15 / 16 / network)
     assert seconds[1] == pytest.approx(6 * size * 7 / 8 / link + 4 * size / 8 / network)
@@ -235,66 +236,67 @@ def test_copies_of_the_optimizer_take_memory_and_reduce_network_traffic() -> Non
 
 def test_recomputing_and_sequence_parallelism_save_activations() -> None:
     layout = Layout(devices=8, tensor=2, micro_batch_size=2)
-    job = distillation(LLAMA, LLAMA, layout=layout)
+    workload = distillation(LLAMA, LLAMA, layout=layout)
 
     def activations(**changes: Any) -> float:
-        return peak_memory(replace(job, layout=replace(layout, **changes)), H100).activations
+        return peak_memory(replace(workload, layout=replace(layout, **changes)), H100).activations
 
     assert activations(sequence_parallel=True) < activations()
     assert activations(recompute_granularity="full") < activations() / 7
-    recomputed = replace(job, layout=replace(layout, recompute_granularity="full"))
-    assert step_time(recomputed, H100).compute > 1.2 * step_time(job, H100).compute
+    recomputed = replace(workload, layout=replace(layout, recompute_granularity="full"))
+    assert step_time(recomputed, H100).compute > 1.2 * step_time(workload, H100).compute
 
 
 def test_recomputed_feed_forward_layers_are_in_memory_one_at_a_time() -> None:
     layout = Layout(micro_batch_size=2, recompute_feed_forward=True)
-    job = distillation(LLAMA, LLAMA, layout=layout)
-    stored_values = 2 * (4 * 4096 + 2 * 40 * 128)
-    assert peak_memory(job, H100).activations == 2 * 4096 * (32 * stored_values + 2 * 3 * 14336)
-    without_recompute = replace(job, layout=Layout(micro_batch_size=2))
-    recomputed_flops = token_compute(job).flops - token_compute(without_recompute).flops
+    workload = distillation(LLAMA, LLAMA, layout=layout)
+    stored_bytes = 2 * (4 * 4096 + 2 * 40 * 128)
+    token_bytes = 32 * stored_bytes + 2 * 3 * 14336
+    assert peak_memory(workload, H100).activations == 2 * 4096 * token_bytes
+    without_recompute = replace(workload, layout=Layout(micro_batch_size=2))
+    recomputed_flops = token_compute(workload).flops - token_compute(without_recompute).flops
     assert recomputed_flops == 32 * 6 * 4096 * 14336
 
 
 def test_a_pipeline_holds_several_micro_batches_and_idles() -> None:
     layout = Layout(devices=4, pipeline=4, micro_batch_size=1)
-    job = distillation(LLAMA, None, layout=layout, global_batch_size=8)
-    step = step_time(job, H100)
+    workload = distillation(LLAMA, None, layout=layout, global_batch_size=8)
+    step = step_time(workload, H100)
     assert step.bubble == pytest.approx(step.compute * 3 / 8)
     layer = layer_activation_bytes(LLAMA, layout, 4096)
-    many_batches = replace(job, global_batch_size=64)
+    many_batches = replace(workload, global_batch_size=64)
     assert stage_memory(many_batches, H100, 0).activations > 4 * 8 * layer
     # A stage keeps the hidden states that it received for each micro batch, and one more buffer.
-    with_teacher = replace(job, teacher=LLAMA)
+    with_teacher = replace(workload, teacher=LLAMA)
     state = 2 * 4096 * 4096
     for stage, messages in enumerate((1, 1 + 3, 1 + 2, 1 + 1)):
         with_states, without_states = (
-            stage_memory(workload, H100, stage).activations for workload in (with_teacher, job)
+            stage_memory(run, H100, stage).activations for run in (with_teacher, workload)
         )
         assert with_states - without_states == pytest.approx(messages * state)
 
 
 def test_a_pipeline_is_as_fast_as_its_busiest_stage() -> None:
     """8 stages split 36 layers into 3, 5, 5, …; a head of 152k tokens costs nearly 3 layers."""
-    job = distillation(QWEN, None, layout=Layout(devices=8, pipeline=8, micro_batch_size=1))
+    workload = distillation(QWEN, None, layout=Layout(devices=8, pipeline=8, micro_batch_size=1))
     head = 2 * QWEN.vocab_size * QWEN.hidden_size
     layer = (forward_flops(QWEN, 4096) - head) / 36
     stages = [3 * layer, *[5 * layer] * 6, 3 * layer + head]
-    assert pipeline_imbalance(job) == pytest.approx(max(stages) * 8 / sum(stages))
-    unsplit = replace(job, layout=Layout(devices=8))
+    assert pipeline_imbalance(workload) == pytest.approx(max(stages) * 8 / sum(stages))
+    unsplit = replace(workload, layout=Layout(devices=8))
     assert pipeline_imbalance(unsplit) == pytest.approx(1)
-    slower = step_time(job, H100).compute / step_time(unsplit, H100).compute
-    assert slower == pytest.approx(pipeline_imbalance(job))
+    slower = step_time(workload, H100).compute / step_time(unsplit, H100).compute
+    assert slower == pytest.approx(pipeline_imbalance(workload))
 
 
 def test_logits_of_teacher_and_student_are_counted() -> None:
-    job = distillation(SMOLLM2, SMOLLM2, layout=Layout(micro_batch_size=4), seq_length=256)
+    workload = distillation(SMOLLM2, SMOLLM2, layout=Layout(micro_batch_size=4), seq_length=256)
     logits = 4 * 256 * 49152 * 2
-    assert peak_memory(job, CPU).logits == 2 * logits  # the gradient replaces the student's
-    assert peak_memory(replace(job, terms=2), CPU).logits == 2 * logits
-    assert peak_memory(replace(job, teacher=None), CPU).logits == logits
-    chunk = peak_memory(replace(job, teacher=None), H100).logits - logits
-    assert peak_memory(job, H100).logits == 2 * logits + 3 * chunk / 2
-    assert peak_memory(replace(job, terms=2), H100).logits == 2 * logits + 4 * chunk / 2
-    cache = replace(job, trained=None)
+    assert peak_memory(workload, CPU).logits == 2 * logits  # the gradient replaces the student's
+    assert peak_memory(replace(workload, terms=2), CPU).logits == 2 * logits
+    assert peak_memory(replace(workload, teacher=None), CPU).logits == logits
+    chunk = peak_memory(replace(workload, teacher=None), H100).logits - logits
+    assert peak_memory(workload, H100).logits == 2 * logits + 3 * chunk / 2
+    assert peak_memory(replace(workload, terms=2), H100).logits == 2 * logits + 4 * chunk / 2
+    cache = replace(workload, trained=None)
     assert peak_memory(cache, CPU).logits == 2 * logits  # and a transposed copy
