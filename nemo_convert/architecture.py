@@ -1,4 +1,4 @@
-"""Model shapes and closed-form counts, from ``config.json`` alone and without torch."""
+"""Shapes of models, and the parameter counts that follow from a shape. Torch-free."""
 
 from __future__ import annotations
 
@@ -61,13 +61,14 @@ class Architecture:
         return self.num_layers * layer + vocabulary + self.hidden_size
 
     def active_weights(self) -> int:
-        """Counts the weights in one token's matrix multiplications; in an MoE, of its experts."""
+        """Counts the weights that multiply one token; in an MoE, only its top-k experts."""
         layer = self._layer_matrices(self.moe_router_topk)
         return self.num_layers * layer + self.vocab_size * self.hidden_size
 
     def _layer_matrices(self, experts: int) -> int:
         """Counts the parameters of a layer's matrices, with ``experts`` experts."""
         heads, groups = self.num_attention_heads, self.num_query_groups
+        # One axis of every matrix is hidden_size. ``rows`` is the sum of the other axes.
         rows = self.kv_channels * (2 * heads + 2 * groups)
         if self.num_moe_experts:
             shared = self.moe_shared_expert_intermediate_size

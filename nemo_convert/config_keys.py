@@ -1,7 +1,7 @@
 """Lists the keys of a ``config.json`` that are read, and those that cannot change a logit.
 
 Any other key may change what a model computes. transformers ignores a key that it does not know, so
-a parity gate would not notice it. ``unknown_keys`` finds such keys.
+the parity gate would not detect the change. ``unknown_keys`` finds such keys.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-READ = frozenset(
+READ_KEYS = frozenset(
     {
         "architectures",
         "attention_bias",
@@ -45,7 +45,7 @@ READ = frozenset(
     }
 )
 """Keys that the converter, transformers or NeMo's importers read for a supported model."""
-NEUTRAL: Mapping[str, tuple[object, ...]] = {
+NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "clip_qkv": (None,),
     "logits_scaling": (None, 1),
     "partial_rotary_factor": (None, 1),
@@ -54,7 +54,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "use_mrope": (None, False),
 }
 """Keys that leave the logits unchanged only at these values."""
-HARMLESS: Mapping[str, str] = {
+HARMLESS_KEYS: Mapping[str, str] = {
     "_attn_implementation": "chooses a kernel",
     "_attn_implementation_autoset": "chooses a kernel",
     "_name_or_path": "where the model was loaded from",
@@ -69,9 +69,9 @@ HARMLESS: Mapping[str, str] = {
     "max_sequence_length": "read by no library",
     "max_window_layers": "used with a sliding window only, which is not supported",
     "num_beams": "used by generation",
-    "output_attentions": "returns more, and changes nothing",
-    "output_hidden_states": "returns more, and changes nothing",
-    "output_router_logits": "returns more, and changes nothing",
+    "output_attentions": "adds outputs, and does not change the logits",
+    "output_hidden_states": "adds outputs, and does not change the logits",
+    "output_router_logits": "adds outputs, and does not change the logits",
     "pretraining_tp": "splits matrix multiplications of Llama 2 without changing them",
     "repetition_penalty": "used by generation",
     "router_aux_loss_coef": "used in training only",
@@ -80,7 +80,7 @@ HARMLESS: Mapping[str, str] = {
     "top_k": "used by generation",
     "top_p": "used by generation",
     "torch_dtype": "weights are read in the type that they are stored in",
-    "torchscript": "form of the output",
+    "torchscript": "changes the form of the output",
     "transformers.js_config": "settings of another library",
     "transformers_version": "version of the program that wrote the file",
     "unsloth_fixed": "marks the program that wrote the file",
@@ -94,6 +94,6 @@ HARMLESS: Mapping[str, str] = {
 def unknown_keys(config: Mapping[str, Any]) -> Iterator[str]:
     """Yields ``key=value`` for each key that may change a logit and that nothing reads."""
     for key, value in config.items():
-        if key in READ or key in HARMLESS or value in NEUTRAL.get(key, ()):
+        if key in READ_KEYS or key in HARMLESS_KEYS or value in NEUTRAL_VALUES.get(key, ()):
             continue
         yield f"{key}={value}"

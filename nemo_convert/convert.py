@@ -29,29 +29,29 @@ class WeightReader(Protocol):
 
 
 class MergedWeights:
-    """Merges Hugging Face weights into Megatron's on demand, by key and (layer, expert)."""
+    """Makes each Megatron weight from Hugging Face weights when it is requested."""
 
     def __init__(self, weights: WeightReader, arch: Architecture, family: Family) -> None:
         self._weights, self._arch = weights, arch
         self._by_key = {f"module.{weight.checkpoint_key}": weight for weight in family.weights}
 
     def __call__(self, key: str, index: tuple[int, ...]) -> torch.Tensor:
-        """Returns the weight of a key at a layer and expert."""
+        """Returns the weight of a checkpoint key at ``index`` (layer, expert)."""
         weight = self._by_key[key]
-        numbers = dict(zip(weight.counts(self._arch), index, strict=True))
-        return weight.merge(self._arch, [self._weights.read(n) for n in weight.hf_names(numbers)])
+        indices = dict(zip(weight.counts(self._arch), index, strict=True))
+        return weight.merge(self._arch, [self._weights.read(n) for n in weight.hf_names(indices)])
 
 
 @dataclass(frozen=True)
 class FiniteWeights:
-    """Weights that raise an error for NaN or infinity."""
+    """Wraps weights: reading one with NaN or infinite values raises an error."""
 
     weights: WeightReader
 
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor."""
         tensor = self.weights.read(name)
-        # The minimum and the maximum are NaN if any value is.
+        # aminmax returns NaN if any value is NaN.
         if not all(value.isfinite() for value in tensor.aminmax()):
             raise RecipeError(
                 f"weight {name} has NaN or infinite values.", "the model is damaged; use another"
@@ -62,7 +62,7 @@ class FiniteWeights:
 def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
     """Converts a Hugging Face folder to a NeMo 2 checkpoint directory.
 
-    Weights of several types become float32, which holds all of them exactly.
+    If the weights have several types, all become float32, which holds their values exactly.
 
     Two weights are in memory at a time: the one being written and the next. Megatron's model is
     built only for its sharded state dict. Its weights stay uninitialised, so they take no physical
@@ -99,8 +99,8 @@ def hf_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
     arch = nemo.architecture_of(checkpoint)
     by_name = FAMILIES[arch.hf_architecture].by_megatron_name(arch)
     for name, tensor in nemo.read_weights(checkpoint):
-        weight, numbers = by_name[name]
-        yield from zip(weight.hf_names(numbers), weight.split(arch, tensor), strict=True)
+        weight, indices = by_name[name]
+        yield from zip(weight.hf_names(indices), weight.split(arch, tensor), strict=True)
 
 
 def to_hf(checkpoint: Path, hf_folder: Path) -> None:
@@ -119,10 +119,10 @@ def require_new(folder: Path) -> None:
         raise RecipeError(f"{folder} exists and is not empty.", "choose another directory")
 
 
-def _write_hf(checkpoint: Path, partial: Path) -> None:
-    copy_side_files(nemo.side_folder(checkpoint), partial)
+def _write_hf(checkpoint: Path, folder: Path) -> None:
+    copy_side_files(nemo.side_folder(checkpoint), folder)
     config = nemo.read_config(checkpoint)
     # Without head_dim, transformers computes hidden_size / heads, which is wrong after pruning.
     config["head_dim"] = nemo.architecture_of(checkpoint).kv_channels
-    write_json(partial / "config.json", config, indent=2)
-    write_weights(hf_weights(checkpoint), partial)
+    write_json(folder / "config.json", config, indent=2)
+    write_weights(hf_weights(checkpoint), folder)

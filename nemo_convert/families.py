@@ -41,13 +41,13 @@ class Weight:
         return key.replace("experts.", "experts.experts.").replace("{e}", "")
 
     def counts(self, architecture: Architecture) -> dict[str, int]:
-        """Returns ``{"i": layers, "e": experts}`` for the placeholders that the name has."""
+        """Returns the number of layers (``i``) and experts (``e``), if the name depends on them."""
         letters = {"i": architecture.num_layers, "e": architecture.num_moe_experts}
         return {x: count for x, count in letters.items() if f"{{{x}}}" in self.megatron}
 
-    def hf_names(self, numbers: Mapping[str, int]) -> list[str]:
-        """Returns the Hugging Face names for one layer and expert, such as ``{"i": 3, "e": 0}``."""
-        return [name.format(**numbers) for name in self.hf]
+    def hf_names(self, indices: Mapping[str, int]) -> list[str]:
+        """Returns the Hugging Face names for a layer and expert, such as ``{"i": 3, "e": 0}``."""
+        return [name.format(**indices) for name in self.hf]
 
     def hf_shapes(self, architecture: Architecture) -> list[tuple[int, ...]]:
         """Returns the shapes of the Hugging Face weights, in the order of ``hf``."""
@@ -73,44 +73,44 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Transformers' defaults of absent config.json fields, where they differ from Llama's."""
     rope_scaling: Mapping[str, Any] = field(default_factory=dict)
-    """The RoPE scaling that NeMo's config builds. A model may have any factor."""
+    """The only RoPE scaling that NeMo's config supports, with any ``factor``; empty if none."""
     corrections: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
-    """Returns the correct values of the fields that NeMo's importer sets wrongly."""
+    """Returns the correct values of fields that the importer sets wrongly for a config."""
 
     def has(self, weights: tuple[Weight, ...]) -> bool:
-        """Returns whether the models have ``QKV_BIAS``, ``QK_NORM`` or ``EXPERTS``."""
+        """Returns whether the family has these weights, such as ``QKV_BIAS``."""
         return set(weights) <= set(self.weights)
 
     def weights_of(self, architecture: Architecture) -> Iterator[tuple[Weight, dict[str, int]]]:
-        """Yields every weight of a model of a shape, with its layer and expert."""
+        """Yields each weight once per layer and expert of the shape, with these indices."""
         for weight in self.weights:
             if weight.megatron == OUTPUT_LAYER and architecture.tied_embeddings:
                 continue
             counts = weight.counts(architecture)
-            for numbers in product(*map(range, counts.values())):
-                yield weight, dict(zip(counts, numbers, strict=True))
+            for indices in product(*map(range, counts.values())):
+                yield weight, dict(zip(counts, indices, strict=True))
 
     def hf_shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of a model's Hugging Face weights by name."""
         return {
             name: shape
-            for weight, numbers in self.weights_of(architecture)
+            for weight, indices in self.weights_of(architecture)
             for name, shape in zip(
-                weight.hf_names(numbers), weight.hf_shapes(architecture), strict=True
+                weight.hf_names(indices), weight.hf_shapes(architecture), strict=True
             )
         }
 
     def by_megatron_name(
         self, architecture: Architecture
     ) -> dict[str, tuple[Weight, dict[str, int]]]:
-        """Returns every weight of a shape, with its layer and expert, by Megatron name."""
+        """Returns each weight of the shape, with its layer and expert indices, by Megatron name."""
         weights = self.weights_of(architecture)
-        return {w.megatron.format(**numbers): (w, numbers) for w, numbers in weights}
+        return {w.megatron.format(**indices): (w, indices) for w, indices in weights}
 
     def canonical_name(self, name: str) -> str:
         """Returns a parameter's name in TransformerEngine's layer spec (``Weight.megatron``)."""
         if self.has(EXPERTS) and name.endswith("pre_mlp_layernorm.weight"):
-            return name  # TransformerEngine fuses this norm with a dense layer, not with experts
+            return name  # TransformerEngine fuses this norm into a dense layer, not into experts
         for local, canonical in LOCAL_SPEC_NAMES.items():
             name = re.sub(local, canonical, name)
         return name
@@ -122,10 +122,11 @@ LOCAL_SPEC_NAMES = {
     r"pre_mlp_layernorm\.weight$": "mlp.linear_fc1.layer_norm_weight",
     r"local_experts\.(\d+)\.(linear_fc[12]\.weight)$": r"\2\1",
 }
-"""Regular expressions of names in Megatron's local layer spec, and TransformerEngine's names."""
+"""Names in TransformerEngine's layer spec, by regular expression for the local spec's names."""
 
 
-def _unchanged(name: str, hf: str, shape: Callable[[Architecture], tuple[int, ...]]) -> Weight:
+def _renamed(name: str, hf: str, shape: Callable[[Architecture], tuple[int, ...]]) -> Weight:
+    """Describes a weight that has another name in Hugging Face, but the same values."""
     return Weight(name, (hf,), shape, lambda _, tensors: tensors[0], lambda _, tensor: [tensor])
 
 
@@ -137,17 +138,17 @@ def _embedding_shape(arch: Architecture) -> tuple[int, ...]:
     return (arch.vocab_size, arch.hidden_size)
 
 
-def _qkv_rows(arch: Architecture) -> int:
+def _fused_qkv_rows(arch: Architecture) -> int:
     return (arch.num_attention_heads + 2 * arch.num_query_groups) * arch.kv_channels
 
 
-def _rows_of_q_k_v(arch: Architecture) -> tuple[int, ...]:
+def _separate_qkv_rows(arch: Architecture) -> tuple[int, ...]:
     keys = arch.num_query_groups * arch.kv_channels
     return arch.num_attention_heads * arch.kv_channels, keys, keys
 
 
 def _merge_qkv(arch: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Interleaves by query group, as Megatron stores them: [q … q, k, v] per group."""
+    """Interleaves q, k and v by query group, as Megatron stores them: [q … q, k, v] per group."""
     import torch
 
     groups, dim = arch.num_query_groups, arch.kv_channels
@@ -169,14 +170,15 @@ def _concat(_: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(tensors)
 
 
-def _halves(_: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
+def _split_in_half(_: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
     return [half.contiguous() for half in tensor.chunk(2)]
 
 
+# Prefixes of the names in a layer, in Megatron and in Hugging Face.
 _LAYER, _HF = "decoder.layers.{i}.", "model.layers.{i}."
 _COMMON = (
-    _unchanged("embedding.word_embeddings.weight", "model.embed_tokens.weight", _embedding_shape),
-    _unchanged(
+    _renamed("embedding.word_embeddings.weight", "model.embed_tokens.weight", _embedding_shape),
+    _renamed(
         f"{_LAYER}self_attention.linear_qkv.layer_norm_weight",
         f"{_HF}input_layernorm.weight",
         _norm_shape,
@@ -184,31 +186,31 @@ _COMMON = (
     Weight(
         f"{_LAYER}self_attention.linear_qkv.weight",
         tuple(f"{_HF}self_attn.{p}_proj.weight" for p in "qkv"),
-        lambda a: (_qkv_rows(a), a.hidden_size),
+        lambda a: (_fused_qkv_rows(a), a.hidden_size),
         _merge_qkv,
         _split_qkv,
-        _rows_of_q_k_v,
+        _separate_qkv_rows,
     ),
-    _unchanged(
+    _renamed(
         f"{_LAYER}self_attention.linear_proj.weight",
         f"{_HF}self_attn.o_proj.weight",
         lambda a: (a.hidden_size, a.num_attention_heads * a.kv_channels),
     ),
-    _unchanged("decoder.final_layernorm.weight", "model.norm.weight", _norm_shape),
-    _unchanged(OUTPUT_LAYER, "lm_head.weight", _embedding_shape),
+    _renamed("decoder.final_layernorm.weight", "model.norm.weight", _norm_shape),
+    _renamed(OUTPUT_LAYER, "lm_head.weight", _embedding_shape),
 )
 QKV_BIAS = (
     Weight(
         f"{_LAYER}self_attention.linear_qkv.bias",
         tuple(f"{_HF}self_attn.{p}_proj.bias" for p in "qkv"),
-        lambda a: (_qkv_rows(a),),
+        lambda a: (_fused_qkv_rows(a),),
         _merge_qkv,
         _split_qkv,
-        _rows_of_q_k_v,
+        _separate_qkv_rows,
     ),
 )
 QK_NORM = tuple(
-    _unchanged(
+    _renamed(
         f"{_LAYER}self_attention.{p}_layernorm.weight",
         f"{_HF}self_attn.{p}_norm.weight",
         lambda a: (a.kv_channels,),
@@ -216,7 +218,7 @@ QK_NORM = tuple(
     for p in "qk"
 )
 _FEED_FORWARD = (
-    _unchanged(
+    _renamed(
         f"{_LAYER}mlp.linear_fc1.layer_norm_weight",
         f"{_HF}post_attention_layernorm.weight",
         _norm_shape,
@@ -226,19 +228,19 @@ _FEED_FORWARD = (
         (f"{_HF}mlp.gate_proj.weight", f"{_HF}mlp.up_proj.weight"),
         lambda a: (2 * a.ffn_hidden_size, a.hidden_size),
         _concat,
-        _halves,
+        _split_in_half,
     ),
-    _unchanged(
+    _renamed(
         f"{_LAYER}mlp.linear_fc2.weight",
         f"{_HF}mlp.down_proj.weight",
         lambda a: (a.hidden_size, a.ffn_hidden_size),
     ),
 )
 EXPERTS = (
-    _unchanged(
+    _renamed(
         f"{_LAYER}pre_mlp_layernorm.weight", f"{_HF}post_attention_layernorm.weight", _norm_shape
     ),
-    _unchanged(
+    _renamed(
         f"{_LAYER}mlp.router.weight",
         f"{_HF}mlp.gate.weight",
         lambda a: (a.num_moe_experts, a.hidden_size),
@@ -248,9 +250,9 @@ EXPERTS = (
         tuple(f"{_HF}mlp.experts.{{e}}.{p}_proj.weight" for p in ("gate", "up")),
         lambda a: (2 * a.moe_ffn_hidden_size, a.hidden_size),
         _concat,
-        _halves,
+        _split_in_half,
     ),
-    _unchanged(
+    _renamed(
         f"{_LAYER}mlp.experts.linear_fc2.weight{{e}}",
         f"{_HF}mlp.experts.{{e}}.down_proj.weight",
         lambda a: (a.hidden_size, a.moe_ffn_hidden_size),
@@ -272,7 +274,7 @@ _QWEN_DEFAULTS = {
 
 
 def _no_window(_: Mapping[str, Any]) -> dict[str, Any]:
-    """Removes the sliding window of NeMo's Mistral config; models that need one are refused."""
+    """Removes the sliding window of NeMo's Mistral config. Models with a window are refused."""
     return {"window_size": None, "cp_comm_type": None}
 
 

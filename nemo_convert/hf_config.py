@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nemo_convert.architecture import Architecture
-from nemo_convert.config_keys import NEUTRAL, unknown_keys
+from nemo_convert.config_keys import NEUTRAL_VALUES, unknown_keys
 from nemo_convert.families import EXPERTS, FAMILIES, QK_NORM, QKV_BIAS, Family
 from recipes.core.errors import RecipeError
 
 SUPPORTED = tuple(FAMILIES)
 """Hugging Face architectures that can be converted."""
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Types of weights that can be converted, as safetensors and as PyTorch spell them."""
+"""PyTorch's names of the weight types that can be converted, by safetensors' names."""
 DEFAULT_ROPE = {"rope_type": "default"}
 DEFAULT_ROPE_THETA, DEFAULT_RMS_NORM_EPS = 10_000.0, 1e-6
 """transformers' defaults of ``rope_theta`` and ``rms_norm_eps``, which all families share."""
@@ -36,7 +36,7 @@ SIZES = (
 )
 """Keys whose value must be a positive integer."""
 NULLABLE_SIZES = ("head_dim", "num_key_value_heads", "sliding_window")
-"""Sizes that may also be null. They then follow from another key, or there is no window."""
+"""Sizes that may be null: they then follow from another key, or there is no sliding window."""
 SWITCHES = (
     "attention_bias",
     "mlp_bias",
@@ -65,9 +65,9 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if (experts := config.get("num_local_experts")) is not None:
         renamed["num_experts"] = experts
     if (rope := config.get("rope_parameters")) is not None:
-        renamed |= _theta_and_scaling(rope, where)
+        renamed |= _split_rope_parameters(rope, where)
     if (scaling := config.get("rope_scaling")) is not None:
-        config = {**config, "rope_scaling": _plain_scaling(scaling, where)}
+        config = {**config, "rope_scaling": _normalize_scaling(scaling, where)}
     for key, value in renamed.items():
         if config.get(key) not in (None, value):
             raise RecipeError(
@@ -80,7 +80,7 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         renamed["torch_dtype"] = dtype
     if (
         config.get("model_type") is None
-        and (name := _first(config.get("architectures"))) in FAMILIES
+        and (name := _first_name(config.get("architectures"))) in FAMILIES
     ):
         renamed["model_type"] = FAMILIES[name].model_type
     # transformers 4 multiplies by partial_rotary_factor even if it is null. The kernel that
@@ -92,24 +92,29 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _unset_keys(config: Mapping[str, Any]) -> set[str]:
     """Returns the keys that are null and mean the same when they are absent.
 
-    Some classes of transformers 4 or 5 do not accept the null. Qwen3 is the exception: an absent
-    ``head_dim`` would be 128.
+    Some classes of transformers 4 or 5 do not accept the null. Qwen3's ``head_dim`` is not among
+    the keys, because it would be 128 if it were absent.
     """
-    names = (config.get("model_type"), _first(config.get("architectures")))
-    has_default = any(
+    names = (config.get("model_type"), _first_name(config.get("architectures")))
+    has_head_dim_default = any(
         "head_dim" in family.defaults
         for family in FAMILIES.values()
         if family.model_type in names or family.hf_architecture in names
     )
-    keys = (*NEUTRAL, *QUANTIZATION, *SWITCHES, *(() if has_default else ("head_dim",)))
+    keys = (
+        *NEUTRAL_VALUES,
+        *QUANTIZATION,
+        *SWITCHES,
+        *(() if has_head_dim_default else ("head_dim",)),
+    )
     return {key for key in keys if config.get(key) is None}
 
 
-def _first(names: Any) -> str | None:
+def _first_name(names: Any) -> str | None:
     return str(names[0]) if isinstance(names, list) and names else None
 
 
-def _theta_and_scaling(rope: object, where: str) -> dict[str, Any]:
+def _split_rope_parameters(rope: object, where: str) -> dict[str, Any]:
     """Returns ``rope_theta`` and ``rope_scaling`` of the ``rope_parameters`` of transformers 5."""
     is_flat = isinstance(rope, Mapping) and not any(isinstance(v, Mapping) for v in rope.values())
     if not isinstance(rope, Mapping) or not is_flat or "rope_theta" not in rope:
@@ -118,10 +123,10 @@ def _theta_and_scaling(rope: object, where: str) -> dict[str, Any]:
             "use a model whose rope_parameters have one rope_theta for all layers",
         )
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return {"rope_theta": rope["rope_theta"], "rope_scaling": _plain_scaling(scaling, where)}
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": _normalize_scaling(scaling, where)}
 
 
-def _plain_scaling(scaling: object, where: str) -> dict[str, Any] | None:
+def _normalize_scaling(scaling: object, where: str) -> dict[str, Any] | None:
     """Returns a RoPE scaling in its newest spelling; ``None`` for one that changes nothing."""
     if not isinstance(scaling, Mapping):
         raise RecipeError(f"{where}: rope_scaling={scaling} is not an object.", "use null")
@@ -167,7 +172,7 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
     _require_numbers(config, where)
     _require_switches_and_padding(config, where)
     _require_consistent_sizes(family, config, where)
-    for what, fix in _unsupported(family, config):
+    for what, fix in _unsupported_features(family, config):
         raise RecipeError(f"{where}: {what} is not supported for {name}.", fix)
     try:
         heads = config["num_attention_heads"]
@@ -184,7 +189,7 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
             tied_embeddings=bool(config.get("tie_word_embeddings")),
             qkv_bias=family.has(QKV_BIAS),
             qk_layernorm=family.has(QK_NORM),
-            **_experts(family, config),
+            **_expert_sizes(family, config),
         )
     except KeyError as error:
         raise RecipeError(
@@ -194,13 +199,13 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
 
 
 def _architecture_name(config: Mapping[str, Any], where: str) -> str:
-    """Returns the class in ``architectures``, or that of ``model_type`` if there is none.
+    """Returns the class in ``architectures``, or if there is none, the class of ``model_type``.
 
-    They must agree, because transformers chooses the class by ``model_type`` alone.
+    The two keys must agree, because transformers chooses the class by ``model_type`` alone.
     """
     model_type = config.get("model_type")
     names = {family.model_type: name for name, family in FAMILIES.items()}
-    name = _first(config.get("architectures")) or names.get(str(model_type), "none")
+    name = _first_name(config.get("architectures")) or names.get(str(model_type), "none")
     if name in FAMILIES and model_type not in (None, FAMILIES[name].model_type):
         raise RecipeError(
             f"{where}: model_type={model_type} contradicts architectures={name}.",
@@ -226,7 +231,7 @@ def _require_numbers(config: Mapping[str, Any], where: str) -> None:
     if "factor" in scaling or scaling.get("rope_type") == "llama3":
         constants["rope_scaling.factor"] = scaling.get("factor")
     for key, value in constants.items():
-        # This is false for NaN, infinity, and integers that are too large for a float.
+        # The comparison is false for NaN, infinity, and integers too large for a float.
         if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise RecipeError(
                 f"{where}: invalid {key}={value!r} in config.json: must be a positive number.",
@@ -235,7 +240,7 @@ def _require_numbers(config: Mapping[str, Any], where: str) -> None:
 
 
 def _require_switches_and_padding(config: Mapping[str, Any], where: str) -> None:
-    """Refuses switches that are not true, false or null, and a padding token of no embedding."""
+    """Refuses switches that are not true, false or null, and padding tokens without embedding."""
     for key in SWITCHES:
         if config.get(key) not in (None, True, False):
             raise RecipeError(
@@ -280,7 +285,7 @@ def with_shape(config: Mapping[str, Any], shape: Architecture) -> dict[str, Any]
     return changed
 
 
-def _experts(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
+def _expert_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
     if not family.has(EXPERTS):
         return {}
     return {
@@ -290,7 +295,7 @@ def _experts(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _unsupported(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _unsupported_features(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields (what, how to fix it) for features that a family's NeMo model does not have."""
     for name in ("attention_bias", "mlp_bias", "mlp_only_layers"):
         if config.get(name):
@@ -334,9 +339,9 @@ def _unsupported_positions(family: Family, config: Mapping[str, Any]) -> Iterato
         allowed = f"rope_scaling={supported} and any factor" if supported else "no rope_scaling"
         yield f"rope_scaling={scaling}", f"use a model with {allowed}"
     positions, window = config.get("max_position_embeddings", 2048), config.get("sliding_window")
-    # Mistral does not read the switch.
-    is_used = family.model_type == "mistral" or config.get("use_sliding_window", True)
-    if is_used and window is not None and window < positions:
+    # Mistral uses the window even if use_sliding_window is false.
+    uses_window = family.model_type == "mistral" or config.get("use_sliding_window", True)
+    if uses_window and window is not None and window < positions:
         yield (
             f"sliding_window={window}",
             f"set max_position_embeddings ({positions}) to {window} in its config.json, if no text "

@@ -16,8 +16,8 @@ from recipes.core.wheels import parse_wheel_file
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 """transformers' names of a model's weights in one file, and of the index of its shards."""
 ROTARY_BUFFER = "rotary_emb.inv_freq"
-"""End of the name of a buffer that old checkpoints store. It follows from the config, so it is left
-out of all headers."""
+"""End of the name of a buffer that old checkpoints store. ``read_headers`` omits it, because its
+values follow from the config."""
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -28,7 +28,7 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
 )
 SIDE_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "LICENSE*", "README.md")
-"""Files of a model other than weights, which every conversion copies."""
+"""Side files of a model: all files except weights that a conversion copies."""
 ADAPTER = "adapter_config.json"
 """In a folder with this file, transformers loads an adapter and the model that it names."""
 HUB_SECONDS = 2.0
@@ -41,7 +41,7 @@ def is_hub_id(hf_path: str) -> bool:
     return not Path(hf_path).exists() and bool(_HUB_ID.fullmatch(hf_path))
 
 
-def hub_model(hf_path: str) -> dict[str, str | None]:
+def hub_arguments(hf_path: str) -> dict[str, str | None]:
     """Returns a hub id as arguments of ``huggingface_hub``. No revision means the newest."""
     match = _HUB_ID.fullmatch(hf_path)
     assert match is not None
@@ -87,7 +87,7 @@ def _read_hf_config(hf_path: str) -> dict[str, Any]:
 
 
 def side_folder(hf_path: str) -> Path:
-    """Returns a folder with a model's files other than weights; downloads those of a hub model.
+    """Returns a folder with a model's side files; downloads the side files of a hub model.
 
     Raises:
         RecipeError: The hub does not have the model, or cannot be reached.
@@ -103,7 +103,7 @@ def cached_model(hf_path: str) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(local_files_only=True, **hub_model(hf_path)))
+        return Path(snapshot_download(local_files_only=True, **hub_arguments(hf_path)))
     except LocalEntryNotFoundError:
         return None
 
@@ -147,10 +147,10 @@ def download(hf_path: str) -> Path:
 def _download(hf_path: str, patterns: Sequence[str], revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
-    model = hub_model(hf_path)
+    model = hub_arguments(hf_path)
     if revision:
         model["revision"] = revision
-    # A * also matches a slash, so that tokenizer* would match all files of a folder tokenizer.
+    # Here * also matches a slash: tokenizer* would match all files of a folder ``tokenizer``.
     folders = [f"{pattern}/*" for pattern in patterns if pattern.endswith("*")]
     try:
         return Path(snapshot_download(allow_patterns=[*patterns], ignore_patterns=folders, **model))
@@ -166,7 +166,7 @@ def is_config_available(hf_path: str) -> bool:
     from huggingface_hub import hf_hub_url, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers
 
-    model = hub_model(hf_path)
+    model = hub_arguments(hf_path)
     if isinstance(try_to_load_from_cache(filename="config.json", **model), str):
         return True
     if is_offline():
@@ -183,7 +183,7 @@ def is_config_available(hf_path: str) -> bool:
 def has_chat_template(hf_path: str) -> bool | None:
     """Returns whether a model has a chat template; ``None`` for a hub id."""
     if parse_wheel_file(hf_path):
-        return True  # the embedded model has one
+        return True  # the built-in model has one
     folder = Path(hf_path)
     if not folder.is_dir():
         return None
@@ -206,7 +206,7 @@ def _hub_file(hf_path: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(filename=name, **hub_model(hf_path)))
+        return Path(hf_hub_download(filename=name, **hub_arguments(hf_path)))
     except Exception as error:
         raise unreachable_error(hf_path, name, error) from error
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 WEIGHTS, CONTEXT, SIDE = "weights", "context", "hf"
 """Directories of a checkpoint: weights; context; in the context, the Hugging Face files."""
 STEPS = "steps"
-"""Directory of an artifact with the checkpoints of a training run's earlier steps."""
+"""Directory, in the artifact of a training run, of the checkpoints of earlier steps."""
 EXTRA_STATE = "_extra_state"
 """End of the names of FP8 states that TransformerEngine's modules store."""
 SEED = 1234
@@ -91,7 +91,7 @@ def open_checkpoint(path: Path, scratch: Path) -> Path:
     """Returns a checkpoint's directory; unpacks a ``.nemo`` file into ``scratch``.
 
     Raises:
-        RecipeError: It is not a NeMo 2 checkpoint, or a path in it is outside its own directory.
+        RecipeError: ``path`` is not a NeMo 2 checkpoint, or the archive has a path outside itself.
     """
     if path.is_file():
         try:
@@ -126,8 +126,8 @@ def pack(checkpoint: Path, file: Path) -> None:
     """Packs a checkpoint into one ``.nemo`` file, uncompressed, since weights do not compress."""
     partial = file.with_name(file.name + ".partial")
     with tarfile.open(partial, "w") as archive:
-        for part in (CONTEXT, WEIGHTS):
-            archive.add(checkpoint / part, arcname=part)
+        for folder in (CONTEXT, WEIGHTS):
+            archive.add(checkpoint / folder, arcname=folder)
     partial.replace(file)
 
 
@@ -171,9 +171,9 @@ def new_model(hf_folder: Path) -> Any:
     family = FAMILIES[arch.hf_architecture]
     _record_arguments()
     importer = resolve_name(family.importer)(str(hf_folder))
-    # The Qwen importers read this attribute, and set it only in a conversion of weights.
+    # The Qwen importers read this attribute, but only their conversion of weights sets it.
     importer.trust_remote_code = False
-    with _generation_config(hf_folder):
+    with _readable_generation_config(hf_folder):
         config = importer.config
     # __io__ is the recorded config, which the context stores. reinit builds the object from it.
     explicit = {**_fields_that_importers_omit(arch), "rotary_base": rope_theta(hf_config)}
@@ -186,8 +186,8 @@ def _record_arguments() -> None:
     """Makes NeMo record the arguments of every config class, which it writes to the context.
 
     NeMo sets ``__wrapped_init__`` on a class whose arguments it records. A subclass inherits the
-    attribute, so that NeMo does not record it: a Qwen3Config that is made after a Qwen2Config would
-    have no record.
+    attribute, so NeMo would not record its arguments: a Qwen3Config that is made after a
+    Qwen2Config would have no record.
     """
     from nemo.collections.llm import GPTConfig
 
@@ -199,12 +199,12 @@ def _record_arguments() -> None:
 
 
 @contextmanager
-def _generation_config(hf_folder: Path) -> Iterator[None]:
+def _readable_generation_config(hf_folder: Path) -> Iterator[None]:
     """Replaces the generation config, while the block runs, by one that NeMo can read and write.
 
     Most importers need the file, but base models do not have it. transformers reads more than it
     writes: it refuses to write sampling settings without ``do_sample``, as Llama 2 has them, or a
-    length penalty without beams. So NeMo gets token ids, and the settings of sampling.
+    length penalty without beams. So NeMo gets token ids, and ``SAMPLING`` only with ``do_sample``.
     """
     file = hf_folder / "generation_config.json"
     original = file.read_bytes() if file.exists() else None
@@ -241,7 +241,7 @@ def restore_model(checkpoint: Path) -> Any:
     """Builds the NeMo model of a checkpoint, without weights.
 
     Raises:
-        RecipeError: The context names objects that ``trust`` does not list, or remote code.
+        RecipeError: The context could run code: see ``require_known_context``.
     """
     import fiddle
     from nemo.lightning.io import load_context
@@ -296,8 +296,8 @@ def load_weights(core: torch.nn.Module, checkpoint: Path) -> None:
 def read_sharded(state: dict[str, Any], weights: Path) -> dict[str, Any]:
     """Reads the tensors of a sharded state dict.
 
-    Data-parallel ranks read a fraction each and exchange it, as in NeMo's trainer, so that a file
-    system does not deliver every replica's copy.
+    As in NeMo's trainer, each data-parallel rank reads a fraction, and the ranks exchange their
+    fractions. So the file system delivers each tensor once, not once per replica.
     """
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
@@ -339,7 +339,7 @@ def _with_norm_states(state: dict[str, Any]) -> dict[str, Any]:
     norms = {}
     for name, item in state.items():
         if item.key.endswith("norm.weight"):  # a norm in a linear layer is …_norm_weight
-            axes = item.prepend_axis_num  # 1 if the layer is an axis of the weight, else 0
+            axes = item.prepend_axis_num  # 1 if all layers are stacked in one tensor, else 0
             norms[name.replace("weight", EXTRA_STATE)] = ShardedObject(
                 item.key.replace("weight", EXTRA_STATE),
                 None,
@@ -395,5 +395,5 @@ def read_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
     arch = architecture_of(checkpoint)
     weights = {f"module.{w.checkpoint_key}": w for w in FAMILIES[arch.hf_architecture].weights}
     for key, index, tensor in streaming.read_weights(checkpoint / WEIGHTS, leading_axes(arch)):
-        numbers = zip(weights[key].counts(arch), index, strict=True)
-        yield weights[key].megatron.format(**dict(numbers)), tensor
+        indices = zip(weights[key].counts(arch), index, strict=True)
+        yield weights[key].megatron.format(**dict(indices)), tensor

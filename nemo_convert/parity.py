@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 LOGITS_TOLERANCE = 1e-3
 """Largest logit difference in float32, as a fraction of the logits' standard deviation. Rounding
 gives about 1e-5, a wrong conversion 0.1 or more."""
-TOKENS = 128
-"""Tokens of ``TEXT`` that are compared."""
+NUM_TOKENS = 128
+"""Number of tokens of ``TEXT`` that are compared."""
 ADJACENT = 64
-"""Number of tokens at positions 0, 1, 2, …; the others are spread up to ``LAST_POSITION``."""
+"""Number of tokens at positions 0, 1, 2, …. Later tokens are spread up to ``LAST_POSITION``."""
 LAST_POSITION = 2047
 TEXT = """\
 A lighthouse keeper wrote down the weather every evening for forty-one years. On most nights the
@@ -63,7 +63,7 @@ class Parity:
     """Standard deviation of the reference's logits."""
     tokens: int
     different_weight: str | None
-    """A weight that one side does not have, or that has other values there."""
+    """Name of a weight that one side does not have, or whose values differ; ``None`` if equal."""
 
     @property
     def max_logit_difference(self) -> float:
@@ -100,7 +100,7 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
     """Compares a Hugging Face folder with a NeMo checkpoint, with one model in memory at a time.
 
     Logits are compared on ``TEXT`` in float32. Weights are read back from the checkpoint's files
-    and compared for equality, every row of the vocabulary included.
+    and compared for equality, including every row of the embedding.
 
     Args:
         hf_folder: Hugging Face folder.
@@ -112,7 +112,7 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
 
     config = as_transformers_4(read_json(hf_folder / "config.json"), str(hf_folder))
     tokenizer = AutoTokenizer.from_pretrained(nemo.side_folder(checkpoint), trust_remote_code=False)
-    tokens = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :TOKENS]
+    tokens = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :NUM_TOKENS]
     last = min(LAST_POSITION, read_architecture(config, str(hf_folder)).max_position_embeddings - 1)
     positions, weights = spread_positions(tokens.shape[1], last), Weights(hf_folder)
     with torch.no_grad():
@@ -179,7 +179,7 @@ def _rope_at(core: Any, positions: torch.Tensor) -> Iterator[None]:
     """
 
     def select(rope: Any, arguments: Any, angles: torch.Tensor) -> torch.Tensor:
-        # forward() does not call hooks, so this one does not call itself.
+        # forward() takes a length. It runs no hooks, so this hook does not call itself.
         return rope.forward(int(positions[-1]) + 1)[positions.to(angles.device)]
 
     hook = core.rotary_pos_emb.register_forward_hook(select)
@@ -208,7 +208,7 @@ def find_different_weight(source: Weights, checkpoint: Path) -> str | None:
         wider = torch.promote_types(original.dtype, tensor.dtype)
         if not torch.equal(original.to(wider), tensor.to(wider)):
             return name
-    return min(names - {HEAD}, default=None)  # a folder may store a tied head
+    return min(names - {HEAD}, default=None)  # a folder may store a head that is tied
 
 
 def verify(first: Path, second: Path) -> Parity:
@@ -220,9 +220,9 @@ def verify(first: Path, second: Path) -> Parity:
             f"{'NeMo checkpoints' if is_nemo[0] else 'Hugging Face folders'}.",
             "give one of each",
         )
-    folder, packed = (second, first) if is_nemo[0] else (first, second)
+    folder, source = (second, first) if is_nemo[0] else (first, second)
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = nemo.open_checkpoint(packed, Path(scratch))
+        checkpoint = nemo.open_checkpoint(source, Path(scratch))
         return compare(folder, checkpoint)
 
 

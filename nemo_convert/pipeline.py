@@ -6,8 +6,8 @@ from __future__ import annotations
 def pipeline_split(num_layers: int, stages: int) -> list[int]:
     """Returns the number of layers on each pipeline stage, as even as Megatron allows.
 
-    In Megatron-Core the first and the last stage may have other numbers of layers than the stages
-    between, which are all equal (``num_layers_in_first_pipeline_stage`` and
+    In Megatron-Core, all stages but the first and the last must have the same number of layers
+    (``num_layers_in_first_pipeline_stage`` and
     ``num_layers_in_last_pipeline_stage`` in ``megatron/core/transformer/transformer_block.py``).
     The last stage also computes the head and the loss, so it gets the fewest layers. The first
     stage takes the remainder.
@@ -17,14 +17,14 @@ def pipeline_split(num_layers: int, stages: int) -> list[int]:
     """
     if not 1 <= stages <= num_layers:
         raise ValueError(f"{num_layers} layers cannot fill {stages} pipeline stages")
-    each, remainder = divmod(num_layers, stages)
+    per_stage, remainder = divmod(num_layers, stages)
     if remainder == 0:
-        return [each] * stages
-    # Stages in the middle get one layer more, unless the first or the last would then have none.
-    middle = each + 1 if num_layers - (stages - 2) * (each + 1) >= 2 else each
-    ends = num_layers - (stages - 2) * middle
-    last = min(ends // 2, middle)
-    return [ends - last, *[middle] * (stages - 2), last]
+        return [per_stage] * stages
+    # Middle stages get one layer more, unless the first or the last would then have no layer.
+    middle = per_stage + 1 if num_layers - (stages - 2) * (per_stage + 1) >= 2 else per_stage
+    outer = num_layers - (stages - 2) * middle
+    last = min(outer // 2, middle)
+    return [outer - last, *[middle] * (stages - 2), last]
 
 
 def last_stage_layers(num_layers: int, stages: int) -> range:

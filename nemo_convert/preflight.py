@@ -48,12 +48,12 @@ GENERATION_SETTINGS: Mapping[str, Callable[[Any], bool]] = {
 """Settings of generation that stop transformers from loading a model if their check fails. null is
 always valid."""
 MAX_NAMED = 3
-"""Most weights that a message names."""
+"""Largest number of weights that a message names."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault of a model, or with ``is_error=False`` something that the user should know."""
+    """A fault of a model, or with ``is_error=False`` a note for the user."""
 
     what: str
     fix: str
@@ -67,7 +67,7 @@ def check_model(hf_path: str) -> Iterator[Finding]:
     """Yields the faults of a model folder or hub model.
 
     Only headers and small files are read, with one exception: if a model stores a head although it
-    has tied embeddings, the bytes of both are compared (samples of a hub model's).
+    has tied embeddings, the bytes of both are compared (only samples, if it is a hub model).
 
     Raises:
         RecipeError: The config cannot be read, or the hub cannot be reached.
@@ -124,7 +124,7 @@ def require_convertible(hf_path: str) -> None:
 
 
 def model_dtype(headers: Headers) -> str:
-    """Returns the PyTorch type that holds all weights exactly: float32 if they differ."""
+    """Returns the PyTorch type that holds all weights exactly: float32 if their types differ."""
     types = {DTYPES[tensor.dtype] for tensor in headers.values()}
     return types.pop() if len(types) == 1 else "float32"
 
@@ -145,7 +145,7 @@ def _index_findings(folder: Path, headers: Headers) -> Iterator[Finding]:
 
 
 def _tensor_findings(hf_path: str, headers: Headers, shape: Architecture) -> Iterator[Finding]:
-    """Compares names and shapes with those that follow from the config."""
+    """Compares names and shapes with the names and shapes that follow from the config."""
     expected = FAMILIES[shape.hf_architecture].hf_shapes(shape)
     missing = expected.keys() - headers.keys()
     if missing == {HEAD}:
@@ -187,7 +187,7 @@ def _tied_head_findings(hf_path: str, headers: Headers, shape: Architecture) -> 
     except RecipeError as error:
         yield Finding(
             f"{HEAD} and the tied {EMBEDDING} are not compared before the download: {error.what}",
-            f"none needed, since they are compared after it; or {error.fix}",
+            f"none needed: they are compared after the download; or {error.fix}",
             is_error=False,
         )
         return
@@ -268,7 +268,7 @@ def _tokenizer_findings(folder: Path, hf_path: str, shape: Architecture) -> Iter
 
 
 def _list_names(names: Iterable[str]) -> str:
-    """Returns the first ``MAX_NAMED`` names, and the number of the others."""
+    """Joins the first ``MAX_NAMED`` names, and adds the number of further names."""
     ordered = sorted(names)
     others = len(ordered) - MAX_NAMED
     return ", ".join(ordered[:MAX_NAMED]) + (f" and {others} other weights" if others > 0 else "")

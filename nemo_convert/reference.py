@@ -1,8 +1,8 @@
 """A plain PyTorch forward pass of every supported family: the reference of the parity gate.
 
-It follows the config as ``hf_config`` reads it. It shares no code with transformers or Megatron: if
-either of them reads a key of the config differently, its logits differ. Weights have their Hugging
-Face names and layout. One layer is in memory at a time, in float32.
+The pass follows the config as ``hf_config`` reads it. It shares no code with transformers or
+Megatron: if one of these libraries reads a key differently, its logits differ. Weights have
+their Hugging Face names and layout. One layer is in memory at a time, in float32.
 """
 
 from __future__ import annotations
@@ -66,23 +66,24 @@ def inverse_frequencies(config: Mapping[str, Any], dim: int) -> Tensor:
     ``models/llama3/model.py``.
 
     Raises:
-        ValueError: The scaling has no formula here.
+        ValueError: The type of scaling is neither ``default`` nor ``llama3``.
     """
     frequencies = rope_theta(config) ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     scaling = config.get("rope_scaling") or {"rope_type": "default"}
     if scaling["rope_type"] == "default":
         return frequencies
     if scaling["rope_type"] != "llama3":
-        raise ValueError(f"the reference does not have the RoPE scaling {scaling}")
+        raise ValueError(f"the reference does not support the RoPE scaling {scaling}")
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    # Rotations of each pair within the original context: with many, the frequency stays unscaled.
+    # Rotations of each pair within the original context. With many rotations, the frequency stays
+    # unscaled (1). With few rotations, it is divided by the factor (0).
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     unscaled = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * (unscaled + (1 - unscaled) / scaling["factor"])
 
 
 def _rotations(config: Mapping[str, Any], dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns cosines and sines [sequence, dim] of RoPE's angles, repeated for both halves."""
+    """Returns cosines and sines [sequence, dim] of RoPE's angles, equal in both halves of dim."""
     angles = torch.outer(positions.double(), inverse_frequencies(config, dim)).repeat(1, 2)
     return angles.cos().float(), angles.sin().float()
 
@@ -102,27 +103,27 @@ def _attention(
     """Computes causal grouped-query attention [batch, sequence, hidden]."""
     batch, length, _ = hidden.shape
 
-    def project(part: str) -> Tensor:
+    def project(letter: str) -> Tensor:
         """Returns heads [batch, heads, sequence, channels] of ``q``, ``k`` or ``v``."""
-        bias = read(f"{prefix}{part}_proj.bias").float() if shape.qkv_bias else None
-        heads = linear(hidden, read(f"{prefix}{part}_proj.weight").float(), bias)
+        bias = read(f"{prefix}{letter}_proj.bias").float() if shape.qkv_bias else None
+        heads = linear(hidden, read(f"{prefix}{letter}_proj.weight").float(), bias)
         heads = heads.view(batch, length, -1, shape.kv_channels)
-        if shape.qk_layernorm and part in "qk":
-            heads = _rms_norm(heads, read(f"{prefix}{part}_norm.weight").float(), eps)
+        if shape.qk_layernorm and letter in "qk":
+            heads = _rms_norm(heads, read(f"{prefix}{letter}_norm.weight").float(), eps)
         return heads.transpose(1, 2)
 
-    queries, keys = (_rotate(project(part), *cos_sin) for part in "qk")
+    queries, keys = (_rotate(project(letter), *cos_sin) for letter in "qk")
     per_group = shape.num_attention_heads // shape.num_query_groups
     keys, values = (x.repeat_interleave(per_group, dim=1) for x in (keys, project("v")))
     scores = queries @ keys.transpose(2, 3) / math.sqrt(shape.kv_channels)
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    mixed = softmax(scores.masked_fill(future, -torch.inf), dim=-1) @ values
-    merged = mixed.transpose(1, 2).reshape(batch, length, -1)
+    attended = softmax(scores.masked_fill(future, -torch.inf), dim=-1) @ values
+    merged = attended.transpose(1, 2).reshape(batch, length, -1)
     return linear(merged, read(f"{prefix}o_proj.weight").float())
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates channel ``i`` with channel ``i + dim / 2``."""
+    """Rotates each pair of channels, ``i`` and ``i + dim / 2``."""
     first, second = heads.chunk(2, dim=-1)
     return heads * cos + torch.cat([-second, first], dim=-1) * sin
 
@@ -135,7 +136,7 @@ def _gated_mlp(hidden: Tensor, read: ReadWeight, prefix: str) -> Tensor:
 def _experts(
     hidden: Tensor, shape: Architecture, read: ReadWeight, prefix: str, normalize: bool
 ) -> Tensor:
-    """Sums the ``moe_router_topk`` most probable experts of each token, weighted.
+    """Sums the outputs of each token's ``moe_router_topk`` most probable experts, weighted.
 
     With ``normalize``, the weights of a token's experts sum to 1.
     """
@@ -146,7 +147,7 @@ def _experts(
         weights = weights / weights.sum(-1, keepdim=True)
     output = torch.zeros_like(flat)
     for expert in experts.unique().tolist():
-        token, rank = torch.where(experts == expert)
+        token, slot = torch.where(experts == expert)
         result = _gated_mlp(flat[token], read, f"{prefix}experts.{expert}.")
-        output.index_add_(0, token, result * weights[token, rank, None])
+        output.index_add_(0, token, result * weights[token, slot, None])
     return output.view_as(hidden)

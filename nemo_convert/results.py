@@ -20,15 +20,15 @@ class ImportResult(ParityResult):
     licence: str
     """From the model card, or ``unknown``."""
     hub_commit: str | None = None
-    """Commit of a hub model; the newest at the time of the download, if its id has none."""
+    """Commit of a hub model. If the id names no commit: the newest at the time of the download."""
 
 
 @dataclass(frozen=True)
 class GgufResult:
-    """A file for llama.cpp."""
+    """A GGUF file, the format of llama.cpp."""
 
     architecture: str
-    """llama.cpp's name."""
+    """llama.cpp's name of the architecture."""
     type: str
     """Type of the matrices."""
     tensors: int

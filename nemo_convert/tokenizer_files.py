@@ -11,9 +11,9 @@ from recipes.core.files import read_json, write_json
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SENTENCEPIECE, MERGES = "tokenizer.model", "merges.txt"
-GENERIC = "PreTrainedTokenizerFast"
+GENERIC_CLASS = "PreTrainedTokenizerFast"
 """Class that uses ``tokenizer.json`` unchanged, in transformers 4 and 5."""
-CLASSES = {
+KNOWN_CLASSES = {
     "CodeLlamaTokenizer",
     "GPT2Tokenizer",
     "LlamaTokenizer",
@@ -22,21 +22,21 @@ CLASSES = {
 }
 """Tokenizer classes of transformers 4 for the supported families, without the suffix ``Fast``."""
 FAMILY_CLASSES = {"llama": "LlamaTokenizer", "mistral": "LlamaTokenizer"}
-"""Tokenizer classes by ``model_type``, for folders that do not name one. For other types it is
-Qwen2's."""
+"""Tokenizer classes by ``model_type``, for folders that do not name one. Other types have
+the class ``Qwen2Tokenizer``."""
 WITHOUT_JSON = {
     SENTENCEPIECE: ("CodeLlamaTokenizer", "LlamaTokenizer"),
     MERGES: ("GPT2Tokenizer", "Qwen2Tokenizer"),
 }
-"""Classes that can read a tokenizer without ``tokenizer.json``, by the file that they read."""
+"""Classes that can read another file instead of ``tokenizer.json``, by that file."""
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
-LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 LISTS_OF_TOKENS: Mapping[str, tuple[type, ...]] = {
     "additional_special_tokens": (list,),
     "extra_special_tokens": (list, dict),
 }
 """Settings with several special tokens, and their types."""
-DOWNLOAD = "download it again; if it is a Git LFS pointer, with git lfs pull"
+DOWNLOAD_FIX = "download it again; if it is a Git LFS pointer, with git lfs pull"
 ONLY_TRANSFORMERS_5 = ("backend", "extra_special_tokens", "is_local", "local_files_only")
 """Settings that transformers 5 writes. Version 4 does not have them, or expects another type:
 ``extra_special_tokens`` is a dict there."""
@@ -62,18 +62,18 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
     elif (folder / SENTENCEPIECE).is_file():
         file, vocabulary = SENTENCEPIECE, _vocabulary_of_sentencepiece(folder / SENTENCEPIECE)
     elif (folder / "vocab.json").is_file() and (folder / MERGES).is_file():
-        file, vocabulary = MERGES, _vocabulary_of_merges(folder)
+        file, vocabulary = MERGES, _vocabulary_of_vocab_json(folder)
     else:
         raise RecipeError(
             f"{folder} has no tokenizer: neither {TOKENIZER} nor {SENTENCEPIECE}.",
             "save the tokenizer beside the model (tokenizer.save_pretrained). If there is only "
             "tekken.json, use the version of the model for transformers, which has tokenizer.json",
         )
-    if not _is_of_transformers_5(config) and name.removesuffix("Fast") not in CLASSES:
+    if not _is_version_5(config) and name.removesuffix("Fast") not in KNOWN_CLASSES:
         raise RecipeError(
             f"{folder / CONFIG} names the class {name}, which is unknown here or would run code of "
             "the model.",
-            f'set tokenizer_class to "{GENERIC}" if {TOKENIZER} is complete',
+            f'set tokenizer_class to "{GENERIC_CLASS}" if {TOKENIZER} is complete',
         )
     if file in WITHOUT_JSON and name.removesuffix("Fast") not in WITHOUT_JSON[file]:
         raise RecipeError(
@@ -84,9 +84,9 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
         raise RecipeError(f"{folder / CONFIG}: invalid {setting}.", fix)
     _require_utf8(folder)
     vocabulary |= _added_tokens(folder, config)
-    new = set(_special_tokens(folder, config)) - vocabulary.keys()
-    first = max(vocabulary.values(), default=-1) + 1
-    return vocabulary | {token: first + n for n, token in enumerate(sorted(new))}
+    missing = set(_special_tokens(folder, config)) - vocabulary.keys()
+    next_id = max(vocabulary.values(), default=-1) + 1
+    return vocabulary | {token: next_id + n for n, token in enumerate(sorted(missing))}
 
 
 def _class_name(folder: Path, config: Mapping[str, Any]) -> str:
@@ -102,7 +102,7 @@ def _class_name(folder: Path, config: Mapping[str, Any]) -> str:
 def _invalid_settings(
     folder: Path, config: Mapping[str, Any], name: str
 ) -> Iterator[tuple[str, str]]:
-    """Yields (setting, how to fix it) for settings with which transformers fails."""
+    """Yields (setting, how to fix it) for each setting that makes transformers fail."""
     for key in ("padding_side", "truncation_side"):
         if config.get(key, "left") not in ("left", "right"):
             yield f"{key}={config[key]!r}", 'set it to "left" or "right"'
@@ -112,14 +112,14 @@ def _invalid_settings(
         if config.get(key):
             yield f"{key}={config[key]!r}", "remove it"
     if "tokenizer_file" in config and (folder / TOKENIZER).is_file():
-        # transformers would read that path instead of tokenizer.json.
+        # transformers would read the path in this setting instead of tokenizer.json.
         yield f"tokenizer_file={config['tokenizer_file']!r}", "remove it"
-    needs_sentencepiece = name in LLAMA and config.get("add_prefix_space") is not None
+    needs_sentencepiece = name in LLAMA_CLASSES and config.get("add_prefix_space") is not None
     if needs_sentencepiece and not (folder / SENTENCEPIECE).is_file():
         yield (
             f"add_prefix_space={config['add_prefix_space']}: with it, {name} reads "
             f"{SENTENCEPIECE}, which is absent",
-            f'add {SENTENCEPIECE}, or set tokenizer_class to "{GENERIC}"',
+            f'add {SENTENCEPIECE}, or set tokenizer_class to "{GENERIC_CLASS}"',
         )
     yield from _invalid_tokens(config)
 
@@ -128,11 +128,11 @@ def _invalid_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in SPECIAL_TOKENS:
         token = config.get(key)
         is_text_or_added_token = not isinstance(token, dict) or token.get("__type") == "AddedToken"
-        if token is not None and not (is_text_or_added_token and _text(token) is not None):
+        if token is not None and not (is_text_or_added_token and _token_text(token) is not None):
             yield f"{key}={token!r}", 'set it to the text of the token, such as "</s>"'
     for key, types in LISTS_OF_TOKENS.items():
         tokens = config.get(key) or []
-        if not isinstance(tokens, types) or not all(map(_text, _values(tokens))):
+        if not isinstance(tokens, types) or not all(map(_token_text, _as_list(tokens))):
             yield f"{key}={tokens!r}", "set it to a list of tokens"
 
 
@@ -145,31 +145,31 @@ def _require_utf8(folder: Path) -> None:
             raise RecipeError(f"{file} is not in UTF-8.", "save it in UTF-8") from error
 
 
-def _text(token: object) -> str | None:
+def _token_text(token: object) -> str | None:
     """Returns the text of a special token, which is a string or an object."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
 
-def _values(tokens: Any) -> list[Any]:
+def _as_list(tokens: Any) -> list[Any]:
     return list(tokens.values() if isinstance(tokens, dict) else tokens)
 
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
-    """Yields the special tokens. transformers adds those that are not in the vocabulary."""
+    """Yields the special tokens. transformers adds the ones that the vocabulary does not have."""
     file = folder / "special_tokens_map.json"
     names_in_file = read_json(file) if file.is_file() else {}
     # transformers 4 ignores the file if the settings list the added tokens.
     for names in (config, {} if "added_tokens_decoder" in config else names_in_file):
         tokens = [names.get(key) for key in SPECIAL_TOKENS]
         for key, types in LISTS_OF_TOKENS.items():
-            tokens += _values(names[key]) if isinstance(names.get(key), types) else []
-        yield from filter(None, map(_text, tokens))
+            tokens += _as_list(names[key]) if isinstance(names.get(key), types) else []
+        yield from filter(None, map(_token_text, tokens))
 
 
 def needs_conversion(folder: Path) -> bool:
     """Returns whether ``convert_tokenizer`` would change the files."""
-    return _is_of_transformers_5(read_tokenizer_config(folder)) or not (folder / TOKENIZER).exists()
+    return _is_version_5(read_tokenizer_config(folder)) or not (folder / TOKENIZER).exists()
 
 
 def convert_tokenizer(folder: Path) -> None:
@@ -193,14 +193,14 @@ def _rewrite(folder: Path) -> None:
         _load(folder).backend_tokenizer.save(str(folder / TOKENIZER))
     special = config.get("extra_special_tokens")
     converted = {key: value for key, value in config.items() if key not in ONLY_TRANSFORMERS_5}
-    if isinstance(special, dict):  # as transformers 4 writes it
+    if isinstance(special, dict):  # the type that transformers 4 expects
         converted["extra_special_tokens"] = special
     elif special:
         converted["additional_special_tokens"] = special
-    write_json(folder / CONFIG, {**converted, "tokenizer_class": GENERIC}, indent=2)
+    write_json(folder / CONFIG, {**converted, "tokenizer_class": GENERIC_CLASS}, indent=2)
 
 
-def _is_of_transformers_5(config: Mapping[str, Any]) -> bool:
+def _is_version_5(config: Mapping[str, Any]) -> bool:
     return (
         config.get("tokenizer_class") == "TokenizersBackend"
         or "backend" in config
@@ -233,11 +233,11 @@ def _vocabulary_of_json(file: Path) -> dict[str, int]:
         return dict(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True))
     except Exception as error:  # the library raises Exception itself
         raise RecipeError(
-            f"{file} is not a tokenizer: {str(error).splitlines()[0]}.", DOWNLOAD
+            f"{file} is not a tokenizer: {str(error).splitlines()[0]}.", DOWNLOAD_FIX
         ) from error
 
 
-def _vocabulary_of_merges(folder: Path) -> dict[str, int]:
+def _vocabulary_of_vocab_json(folder: Path) -> dict[str, int]:
     from tokenizers.models import BPE
 
     try:
@@ -246,7 +246,7 @@ def _vocabulary_of_merges(folder: Path) -> dict[str, int]:
     except Exception as error:  # the library raises Exception itself
         raise RecipeError(
             f"{folder}: vocab.json and {MERGES} are not a tokenizer: {str(error).splitlines()[0]}.",
-            DOWNLOAD,
+            DOWNLOAD_FIX,
         ) from error
     return dict(vocabulary)
 
@@ -257,12 +257,12 @@ def _vocabulary_of_sentencepiece(file: Path) -> dict[str, int]:
     try:
         model = SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError) as error:
-        raise RecipeError(f"{file} is not a sentencepiece model.", DOWNLOAD) from error
+        raise RecipeError(f"{file} is not a sentencepiece model.", DOWNLOAD_FIX) from error
     return {model.id_to_piece(i): i for i in range(model.get_piece_size())}
 
 
 def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
-    """Returns tokens that a tokenizer adds to its vocabulary."""
+    """Returns the tokens, and their ids, that are added to a tokenizer's vocabulary."""
     file = folder / "added_tokens.json"
     added = read_json(file) if file.is_file() else {}
     decoder = config.get("added_tokens_decoder", {})

@@ -1,8 +1,9 @@
 """Refuses NeMo checkpoints that would run unknown code when they are opened.
 
 ``context/io.json`` names Python objects, which NeMo calls with arguments from the same file.
-``weights/.metadata`` is a pickle, which also names what it calls. Checkpoints of this repository
-name only what is listed here. Others are refused, unless the user trusts their author.
+``weights/.metadata`` is a pickle, which also names the objects that it calls. Checkpoints of this
+repository name only objects that are listed in this module. Other checkpoints are refused, unless
+the user trusts their author.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ CONTEXT_OBJECTS = frozenset(
         "transformers.generation.configuration_utils.GenerationConfig",
     )
 )
-"""Objects that contexts may name, in addition to ``MODELS`` and ``TYPES``."""
-MODELS = re.compile(r"nemo\.collections\.llm\.gpt\.model\.\w+\.\w+(Config\w*|Model)")
-TYPES = re.compile(r"torch\.(bfloat16|float16|float32)")
+"""Objects that contexts may name, in addition to ``MODEL_NAMES`` and ``DTYPE_NAMES``."""
+MODEL_NAMES = re.compile(r"nemo\.collections\.llm\.gpt\.model\.\w+\.\w+(Config\w*|Model)")
+DTYPE_NAMES = re.compile(r"torch\.(bfloat16|float16|float32)")
 METADATA_OBJECTS = frozenset(
     (
         "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata",
@@ -61,18 +62,18 @@ METADATA_OBJECTS = frozenset(
         "torch.serialization._get_layout",
     )
 )
-"""Objects that ``weights/.metadata`` may name, in addition to ``TYPES``."""
+"""Objects that ``weights/.metadata`` may name, in addition to ``DTYPE_NAMES``."""
 
 
 def require_known_context(io_json: Path) -> None:
     """Refuses a context that names unknown objects.
 
     Raises:
-        RecipeError: It names an unknown object, and ``TRUST_CHECKPOINTS`` is not 1.
+        RecipeError: The context names an unknown object, and ``TRUST_CHECKPOINTS`` is not 1.
     """
-    names = set(_names(read_json(io_json)))
+    names = set(_named_objects(read_json(io_json)))
     others = sorted(names - CONTEXT_OBJECTS)
-    unknown = [n for n in others if not MODELS.fullmatch(n) and not TYPES.fullmatch(n)]
+    unknown = [n for n in others if not MODEL_NAMES.fullmatch(n) and not DTYPE_NAMES.fullmatch(n)]
     if unknown and os.environ.get(TRUST) != "1":
         raise RecipeError(
             f"{io_json} names {', '.join(unknown[:5])}: opening it would run that code.",
@@ -82,20 +83,20 @@ def require_known_context(io_json: Path) -> None:
         )
 
 
-def _names(value: Any) -> Iterator[str]:
+def _named_objects(value: Any) -> Iterator[str]:
     """Yields the objects that a context names."""
     if isinstance(value, dict):
         if value.get("type") == "pyref":
             yield f"{value['module']}.{value['name']}"
         for item in value.values():
-            yield from _names(item)
+            yield from _named_objects(item)
     elif isinstance(value, list):
         for item in value:
-            yield from _names(item)
+            yield from _named_objects(item)
 
 
 def require_no_remote_code(config: Any, checkpoint: Path) -> None:
-    """Refuses a context in which a call has ``trust_remote_code``.
+    """Refuses a context in which a call has the argument ``trust_remote_code``.
 
     Args:
         config: Fiddle's config of the model, not built yet. The names of arguments in ``io.json``
@@ -103,7 +104,7 @@ def require_no_remote_code(config: Any, checkpoint: Path) -> None:
         checkpoint: For the message.
 
     Raises:
-        RecipeError: A call has it, and ``TRUST_CHECKPOINTS`` is not 1.
+        RecipeError: A call has ``trust_remote_code``, and ``TRUST_CHECKPOINTS`` is not 1.
     """
     from fiddle import Buildable
     from fiddle.daglish import iterate
@@ -121,7 +122,7 @@ def read_metadata(weights: Path) -> Any:
     """Reads the metadata of a torch_dist checkpoint.
 
     Raises:
-        RecipeError: It names an unknown object, and ``TRUST_CHECKPOINTS`` is not 1.
+        RecipeError: The metadata names an unknown object, and ``TRUST_CHECKPOINTS`` is not 1.
     """
     with (weights / ".metadata").open("rb") as file:
         return _MetadataUnpickler(file, weights / ".metadata").load()
@@ -133,9 +134,9 @@ class _MetadataUnpickler(pickle.Unpickler):
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        """Imports a known object."""
+        """Imports a known object; refuses any other, unless checkpoints are trusted."""
         full_name = f"{module}.{name}"
-        is_known = full_name in METADATA_OBJECTS or TYPES.fullmatch(full_name)
+        is_known = full_name in METADATA_OBJECTS or DTYPE_NAMES.fullmatch(full_name)
         if is_known or os.environ.get(TRUST) == "1":
             return super().find_class(module, name)
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""Real text, a login node's interpreter, and the order of files."""
+"""Real text, the interpreter of a login node, and the order of test files."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ LONGEST = (
     "test_settings",
     "test_eight_kinds",
 )
-"""Files that take minutes: started first, none of them is left over for one worker at the end."""
+"""Test files that take minutes. They start first, so that no worker runs one alone at the end."""
 
 
 def pytest_configure() -> None:
     """Lets tests import Megatron, as stages do."""
     prepare_imports()
-    del sys.modules["wandb"]  # which tests of trackers import
+    del sys.modules["wandb"]  # prepare_imports blocks it, but tests of trackers import it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Orders files; tests of a file keep their order."""
+    """Moves ``LONGEST`` to the front; the tests of a file keep their order."""
     order = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture
 def large_disk() -> Iterator[None]:
-    """Plans of any size fit on this machine's disk."""
+    """Lets plans of any size fit on this machine's disk."""
     with large_disks():
         yield
 
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real English prose, some 1,200 paragraphs."""
+    """JSON lines with 1,200 paragraphs of English prose."""
     return write_text(tmp_path_factory.mktemp("text") / "topics.jsonl")
 
 

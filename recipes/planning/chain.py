@@ -10,7 +10,7 @@ from typing import Any
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf import tokenizer_sha256
 from nemo_convert.hf_config import read_architecture
-from nemo_convert.hub import hub_model, is_config_available, is_hub_id, read_hf_config
+from nemo_convert.hub import hub_arguments, is_config_available, is_hub_id, read_hf_config
 from nemo_convert.tokenizer_files import needs_conversion
 from recipes.core.files import read_json
 from recipes.core.manifest import manifest_of
@@ -124,7 +124,7 @@ def read_config_or_published(hf_path: str) -> tuple[dict[str, Any], bool]:
     Returns:
         The config, and whether it is the bundled copy.
     """
-    published = CONFIGS.get(str(hub_model(hf_path)["repo_id"])) if is_hub_id(hf_path) else None
+    published = CONFIGS.get(str(hub_arguments(hf_path)["repo_id"])) if is_hub_id(hf_path) else None
     if published is not None and not is_config_available(hf_path):
         return published, True
     return read_hf_config(hf_path), False

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from nemo_convert.gguf_file import ARCHITECTURES, FILE, TYPES, write
+from nemo_convert.gguf_file import ARCHITECTURES, FILE, MATRIX_TYPES, write
 from recipes.core.constraints import one_of
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log
@@ -24,7 +24,7 @@ from recipes.stages.contract import Stage
 class ExportGgufConfig(StageConfig):
     """Settings of ``export_gguf``."""
 
-    type: Annotated[str, one_of(*TYPES)] = "f16"
+    type: Annotated[str, one_of(*MATRIX_TYPES)] = "f16"
     """Type of the weight matrices; ``q8_0`` takes half the memory of ``f16``."""
 
 

@@ -1,4 +1,4 @@
-"""Tiny models that every file may read, and none may change."""
+"""Tiny models for all tests, which must not change them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Numerical tests pass under every instruction set that this processor offers.
 
 Kernels differ by instruction set, in the order of their sums and in the types that they multiply.
-The other tests run with the newest set; here the numerical ones run with older sets as well.
+All other tests run with the newest set. This file runs the numerical tests with older sets too.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ INSTRUCTION_SETS = {
     "AVX512": ("avx512", "AVX512_CORE", "AVX512"),  # without bfloat16 and AMX
     "AVX512 with bfloat16": ("avx512", "AVX512_CORE_BF16", "AVX512"),  # without AMX
 }
-"""What PyTorch, oneDNN and MKL call each set."""
-NEEDED = {"AVX2": "avx2", "AVX512": "avx512_f", "AVX512 with bfloat16": "amx_bf16"}
-"""PyTorch's name of a capability without which a set is not offered, or is the newest."""
+"""Names of each set in PyTorch, oneDNN and MKL."""
+REQUIRED_CAPABILITIES = {"AVX2": "avx2", "AVX512": "avx512_f", "AVX512 with bfloat16": "amx_bf16"}
+"""PyTorch's name of the capability that a processor needs so that the set is an older set of it."""
 VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_numerical_tests_pass_with(name: str) -> None:
-    if not torch.cpu.get_capabilities()[NEEDED[name]]:
-        pytest.skip(f"this processor does not have {NEEDED[name]}")
+    if not torch.cpu.get_capabilities()[REQUIRED_CAPABILITIES[name]]:
+        pytest.skip(f"this processor does not have {REQUIRED_CAPABILITIES[name]}")
     environment = dict(zip(VARIABLES, INSTRUCTION_SETS[name], strict=True))
     files = [f"tests/cpu/{file}" for file in NUMERICAL]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]

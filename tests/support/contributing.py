@@ -26,7 +26,7 @@ class Block:
 
     @property
     def file(self) -> str:
-        """Returns the file name in the first line."""
+        """Returns the file name, which is the first line of the block."""
         return self.text.split("\n", 1)[0].removeprefix("# ")
 
     def write(self, root: Path) -> None:
@@ -45,11 +45,11 @@ def blocks(heading: str) -> list[Block]:
 
 def hide_comments(text: str) -> str:
     """Replaces "#" in blocks by NUL, because comments look like headings."""
-    return re.sub(r"```.*?```", lambda block: block[0].replace("#", "\0"), text, flags=re.S)
+    return re.sub(r"```.*?```", lambda match: match[0].replace("#", "\0"), text, flags=re.S)
 
 
 def copy_with(root: Path, *headings: str) -> Path:
-    """Copies the repository's packages and writes the files below the headings."""
+    """Copies the repository's packages, and adds CONTRIBUTING.md's files below the headings."""
     for name in PACKAGES:
         shutil.copytree(REPO_ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPO_ROOT / "pyproject.toml", root)

@@ -17,8 +17,8 @@ def convert_by_command(*arguments: str | Path) -> int:
     return command_line.main()
 
 
-def core_of(checkpoint: Path, *, training: bool) -> torch.nn.Module:
-    """Loads a checkpoint's model with the training layers or with Megatron's own."""
+def load_model(checkpoint: Path, *, training: bool) -> torch.nn.Module:
+    """Loads a checkpoint's model, with our training layers or with Megatron's layers."""
     core = nemo.build_core(nemo.restore_model(checkpoint), nemo.Parallelism(), training=training)
     nemo.load_weights(core, checkpoint)
     return core
@@ -29,14 +29,14 @@ def assert_trains_alike(checkpoint: Path, tokens: torch.Tensor) -> None:
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     results = []
     for training in (False, True):
-        core = core_of(checkpoint, training=training)
+        core = load_model(checkpoint, training=training)
         logits = core(tokens, positions, None)
         logits.logsumexp(dim=-1).mean().backward()
         results.append({"logits": logits, **{n: p.grad for n, p in core.named_parameters()}})
     expected, actual = results
     assert expected.keys() == actual.keys()
     for name, tensor in expected.items():
-        # Random models amplify float32's rounding up to a thousand times, differently by processor.
+        # Random models amplify float32's rounding up to a thousand times on some processors.
         difference = torch.linalg.vector_norm(actual[name] - tensor)
         assert difference <= 1e-3 * torch.linalg.vector_norm(tensor) + 1e-6, name
 

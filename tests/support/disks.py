@@ -1,4 +1,4 @@
-"""Mounts small disks in memory, and makes other disks look large."""
+"""Mounts small disks in memory, and makes all other disks look large."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from unittest import mock
 import pytest
 
 SMALL_DISK = 1 << 30
-"""Bytes. A disk of at most this size is one of ``small_disk``."""
-FREE = 10**15
-"""Free bytes of a large disk."""
+"""Largest size of a disk of ``small_disk``, in bytes."""
+FREE_BYTES = 10**15
+"""Free bytes that ``large_disks`` reports for every other disk."""
 
 
 def large_disks() -> mock._patch[Callable[[Path], object]]:
-    """Patches ``shutil.disk_usage``, so that plans of any size fit on every disk except small ones.
+    """Patches ``shutil.disk_usage``, so that plans of any size fit, except on a ``small_disk``.
 
     For tests that only plan: a recipe may need more space than this machine has.
     """
@@ -28,7 +28,7 @@ def large_disks() -> mock._patch[Callable[[Path], object]]:
 
     def disk_usage(path: Path) -> object:
         usage = measure(path)
-        return usage if usage.total <= SMALL_DISK else usage._replace(free=FREE)
+        return usage if usage.total <= SMALL_DISK else usage._replace(free=FREE_BYTES)
 
     return mock.patch.object(shutil, "disk_usage", disk_usage)
 
@@ -44,7 +44,7 @@ class Disk:
         subprocess.run(["mount", "-o", f"remount,{options}", self.folder], check=True)
 
     def leave_free(self, bytes_free: int) -> None:
-        """Leaves this number of free bytes."""
+        """Resizes the disk so that this number of bytes is free."""
         stats = os.statvfs(self.folder)
         used = (stats.f_blocks - stats.f_bfree) * stats.f_frsize
         self.remount(f"size={used + bytes_free}")

@@ -1,4 +1,7 @@
-"""Changes of Hugging Face folders, of which ``variants`` makes test cases."""
+"""Makes changes of Hugging Face folders, from which ``variants`` makes test cases.
+
+A function that returns a ``Change`` changes nothing itself: the change is later called on a folder.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +33,16 @@ ABSENT = Absent.ABSENT
 
 @dataclass(frozen=True)
 class Variant:
-    """A change of a folder, and its expected outcome."""
+    """A change of a folder, and the expected result of converting the changed folder."""
 
     name: str
     change: Change
-    refused: str = ""
-    """A regular expression that the message matches; empty if the conversion is exact."""
+    refusal: str = ""
+    """Regular expression of the error message; empty if the folder is converted exactly."""
     base: str = "llama"
-    """Folder to change: FAMILY as transformers 4 saves it, FAMILY-5 as transformers 5 does."""
+    """Folder to change: FAMILY, saved by transformers 4, or FAMILY-5, saved by transformers 5."""
     reads_weights: bool = False
-    """Whether the fault is in the values, which only a conversion reads."""
+    """Whether the fault is in the values of weights, which only a conversion reads."""
 
 
 def edit_json(file: str, **values: Any) -> Change:
@@ -59,7 +62,7 @@ def edit_config(**values: Any) -> Change:
 
 
 def edit_weights(change: Callable[[dict[str, Tensor]], object]) -> Change:
-    """Changes a dictionary of all weights in place."""
+    """Calls ``change`` on the dictionary of all weights, and saves the changed weights."""
 
     def apply(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
@@ -87,7 +90,7 @@ def cast_weights(dtype: torch.dtype, word: str = "") -> Change:
 
 
 def write_file(file: str, text: str | bytes) -> Change:
-    """Writes a file, and makes its parent directories."""
+    """Writes a file, and creates its parent directories."""
 
     def change(folder: Path) -> None:
         path = folder / file
@@ -108,17 +111,17 @@ def remove_files(*files: str) -> Change:
 
 
 def all_of(*changes: Change) -> Change:
-    """Makes several changes."""
+    """Makes several changes, in order."""
 
-    def change(folder: Path) -> None:
-        for one in changes:
-            one(folder)
+    def apply(folder: Path) -> None:
+        for change in changes:
+            change(folder)
 
-    return change
+    return apply
 
 
 def split_weights(names: tuple[str, str], extra: Mapping[str, str] | None = None) -> Change:
-    """Splits the weights into two files with an index, which also lists ``extra``."""
+    """Splits the weights into two files and an index. The index also has the entries ``extra``."""
 
     def change(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)

@@ -1,4 +1,4 @@
-"""Writes Hugging Face folders whose weights have real names and shapes, but are zeros."""
+"""Writes Hugging Face folders whose weights have the right names and shapes, but are zeros."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_convert.families import FAMILIES
 from nemo_convert.hf_config import read_architecture
 
 BYTES = {"BF16": 2, "F16": 2, "F32": 4}
-TOKENS = {"<unk>": 0, "a": 1, "b": 2}
+VOCABULARY = {"<unk>": 0, "a": 1, "b": 2}
 
 
 def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -24,7 +24,7 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def write_sparse_weights(
     file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "BF16"
 ) -> None:
-    """Writes zeros into a sparse file, whose header alone takes disk space."""
+    """Writes weights of zeros as a sparse file, so that only the header takes disk space."""
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * BYTES[dtype]
@@ -40,11 +40,11 @@ def write_folder(folder: Path, config: Mapping[str, Any]) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     write_sparse_weights(folder / "model.safetensors", expected_shapes(config))
-    write_tokenizer(folder, TOKENS)
+    write_tokenizer(folder, VOCABULARY)
     return folder
 
 
 def write_tokenizer(folder: Path, vocabulary: Mapping[str, int]) -> None:
-    """Writes a tokenizer of words."""
+    """Writes a tokenizer whose tokens are whole words."""
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": next(iter(vocabulary))}
     (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))

@@ -1,7 +1,7 @@
 """Runs Python programs in forks of one process that has imported their modules.
 
-Each program has its own arguments, environment, directory, output and exit status, as if it were
-started by a shell, but does not spend seconds on imports.
+Each program has its own arguments, environment, directory, output and exit status, like a
+program that a shell starts. But it does not spend seconds on imports.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def forked(
     Args:
         imports: Modules that the fork server imports.
         command: A file and its arguments, or ``-m``, a module and its arguments.
-        environment: All variables.
-        output: File for standard output, and for standard error without ``errors``.
-        cwd: Directory; by default this process's.
+        environment: All environment variables of the program.
+        output: File for standard output; also for standard error, if ``errors`` is ``None``.
+        cwd: Working directory; by default that of this process.
         errors: File for standard error.
         status: File for the exit status.
         ranks: Number of processes with the ranks of torchrun; 0 for one process without a rank.
@@ -110,7 +110,7 @@ def main() -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
-    sys.modules.pop("wandb", None)  # the fork server prevents its import; a launcher needs it
+    sys.modules.pop("wandb", None)  # the fork server blocks wandb, but a launcher needs it
     if request["errors"]:
         file = os.open(request["errors"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, sys.stderr.fileno())

@@ -20,7 +20,7 @@ CHAT = [
 NEW_TOKENS = 12
 """Number of generated tokens."""
 FIRST_TOKEN = 7
-"""Token that is forced before a forced end-of-text token."""
+"""Token that ``ForceEnd`` forces before the end-of-text token."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,16 @@ class ModelOutput:
     chat: list[int]
     """Token ids of the conversation, formatted by the chat template."""
     scores: list[float]
-    """Log-probabilities of these ids, without that of the first."""
+    """Log-probabilities of all ids of ``chat`` except the first."""
     greedy: list[int]
     """Greedy continuation of ``NEW_TOKENS`` tokens, without an end-of-text token."""
     stopped: list[int]
-    """Generated tokens if the second is forced to be the end-of-text token."""
+    """Tokens that are generated if the second token is forced to be the end-of-text token."""
     generation_config: dict[str, Any]
 
 
 def output_of(folder: Path) -> ModelOutput:
-    """Runs a folder's model in the transformers of this process."""
+    """Runs a folder's model with this process's version of transformers."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
@@ -77,7 +77,7 @@ def output_of(folder: Path) -> ModelOutput:
 
 
 def outputs_in(packages: Path, *folders: Path) -> list[ModelOutput]:
-    """Runs the models of folders with the transformers in a folder of packages."""
+    """Runs models with the version of transformers that is in the folder ``packages``."""
     done = subprocess.run(
         [sys.executable, "-P", __file__, *folders],
         env={**os.environ, "PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1"},
@@ -91,13 +91,13 @@ def outputs_in(packages: Path, *folders: Path) -> list[ModelOutput]:
 
 
 def require_same_outputs(packages: Path, *folders: Path) -> tuple[str, str]:
-    """Requires equal outputs of transformers here and in ``packages``; returns both versions."""
-    for folder, found in zip(folders, outputs_in(packages, *folders), strict=True):
+    """Requires equal outputs of the versions here and in ``packages``; returns both versions."""
+    for folder, in_packages in zip(folders, outputs_in(packages, *folders), strict=True):
         installed = output_of(folder)
-        assert found.chat == installed.chat
-        assert np.allclose(found.scores, installed.scores, rtol=0, atol=1e-4)
-        assert (found.greedy, found.stopped) == (installed.greedy, installed.stopped)
-    return installed.version, found.version
+        assert in_packages.chat == installed.chat
+        assert np.allclose(in_packages.scores, installed.scores, rtol=0, atol=1e-4)
+        assert (in_packages.greedy, in_packages.stopped) == (installed.greedy, installed.stopped)
+    return installed.version, in_packages.version
 
 
 if __name__ == "__main__":

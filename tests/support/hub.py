@@ -1,4 +1,4 @@
-"""A fake Hugging Face hub on loopback for models and datasets.
+"""A local server that replaces the Hugging Face hub, for models and datasets.
 
 The endpoints and their fields are those that ``huggingface_hub`` calls (``hf_api.py``,
 ``_commit_api.py``, ``lfs.py``, ``file_download.py``). For models: whoami, page, file or a range of
@@ -43,11 +43,11 @@ class FakeHub:
     downloads: list[tuple[str, int]] = field(default_factory=list)
     """Path and number of bytes of each file, or range of a file, that was downloaded."""
     serves_ranges: bool = True
-    """Whether a request for a range of a file gets the range, or the whole file."""
+    """Whether the hub answers a request for a range with this range, not with the whole file."""
     url: str = ""
 
-    def bytes_of(self, path: str) -> int:
-        """Returns how many bytes of a file were downloaded."""
+    def downloaded_bytes(self, path: str) -> int:
+        """Returns the number of bytes of a file that were downloaded."""
         return sum(size for name, size in self.downloads if name == path)
 
 
@@ -70,7 +70,7 @@ def fake_hub(token: str) -> Iterator[FakeHub]:
 
 
 def settings_for(hub: FakeHub, home: Path) -> dict[str, str]:
-    """Returns the variables of a process that uses this hub; libraries read them at import."""
+    """Returns environment variables for this hub, which libraries read when they are imported."""
     return {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_DISABLE_XET": "1",

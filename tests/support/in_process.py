@@ -1,8 +1,8 @@
 """Runs the launcher and its stages in the test's process, which imports the libraries once.
 
-The launcher composes, plans, prints and returns its exit status as usual, but stages run in this
-process, several ranks are forked, and the disk is large. Tests of processes, signals, logs or
-memory use ``run_recipe`` instead.
+The launcher composes, plans, prints and returns its exit status as usual. But stages of one rank
+run in this process, several ranks are forked, and the disk seems large. Tests of processes,
+signals, logs or memory use ``run_recipe`` instead.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def run_in_process(*overrides: str, cwd: Path) -> CommandResult:
         mock.patch.object(local, "start", _start),
         mock.patch.object(sys, "argv", ["run.py", *overrides]),
         large_disks(),
-        # Hydra's logging closes all handlers; absl's handler then closes pytest's stderr.
+        # Hydra would close all logging handlers, and absl's handler would close pytest's stderr.
         mock.patch.object(logging.config, "dictConfig"),
         mock.patch.object(halving, "run_child", run_here),
         contextlib.chdir(cwd),
@@ -74,7 +74,7 @@ def _start(plan: Plan, cluster: Cluster, follow: Follow, console: Console) -> bo
 
 
 def run_here(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> None:
-    """Runs one stage, in place of ``run_child``."""
+    """Runs one stage in this process, in place of ``run_child``."""
     refs = {name: InputRef.of(source) for name, source in inputs.items()}
     _run(load_stage(config.stage), request_of(config.stage, config, refs).write(directory))
 
@@ -84,13 +84,13 @@ def _run(stage: Stage[Any], request: Path) -> None:
         _import_stack()
         from megatron.core import num_microbatches_calculator as batches
 
-        batches.unset_num_microbatches_calculator()  # else the first training's sizes stay
+        batches.unset_num_microbatches_calculator()  # else the batch sizes of an earlier stage stay
     run_stage(stage.run, stage.config, stage.kind, request.parent)
 
 
 @cache
 def _import_stack() -> None:
-    """Imports the fork server's modules. Like it, excludes them from garbage collection."""
+    """Imports modules and excludes them from garbage collection, as the fork server does."""
     for module in local.PRELOADED:
         importlib.import_module(module)
     gc.freeze()

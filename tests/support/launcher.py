@@ -1,4 +1,4 @@
-"""Runs the launcher in another process, started as by a user or forked."""
+"""Runs the launcher in another process: as a user starts it, or forked."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def run_recipe(*overrides: str, cwd: Path, timeout: float = 600) -> CommandResul
     return CommandResult(done.returncode, done.stdout + done.stderr)
 
 
-def run_on_login_node(python: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Runs the launcher with the interpreter of ``launcher_python`` and none of our packages."""
+def run_on_login_node(python: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs the launcher with the interpreter of ``launcher_python``, without ``PYTHONPATH``."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
-        [python, LAUNCHER, *words],
+        [python, LAUNCHER, *arguments],
         cwd=cwd,
         env={**env, "COLUMNS": "160", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -55,11 +55,11 @@ def run_on_login_node(python: Path, cwd: Path, *words: str) -> subprocess.Comple
     )
 
 
-def fork_launcher(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs the launcher in half the time, forked after its imports, and with ``large_disks``."""
+def fork_launcher(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs the launcher in a fork, after its imports, with ``large_disks``; takes half the time."""
     environment = {**os.environ, "COLUMNS": "200", **env}
     imports = ["tests.support.launcher_imports"]
-    return run_forked(imports, [LAUNCHER, *words], environment, cwd)
+    return run_forked(imports, [LAUNCHER, *arguments], environment, cwd)
 
 
 def write_program(file: Path, commands: str) -> Path:
@@ -101,7 +101,7 @@ def run_and_kill(
 
 
 def wait_until_none_works_in(directory: Path) -> None:
-    """Waits until no process works in a directory: all must die with the launcher."""
+    """Waits until no process has this working directory: all must end with the launcher."""
     deadline = time.monotonic() + 120
     while running := [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(directory)]:
         if time.monotonic() > deadline:

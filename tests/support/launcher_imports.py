@@ -1,4 +1,4 @@
-"""Imports and caches of the launcher, made once before it is forked."""
+"""Imports the launcher and fills its caches, once, before it is forked."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def generate_greedily(file: Path, prompts: Sequence[str], tokens: int) -> list[C
 def require_similar_generation(
     folder: Path, file: Path, tolerance: float, length: int = 12
 ) -> None:
-    """Asserts that llama.cpp generates tokens that transformers finds most likely, or nearly so.
+    """Asserts that transformers finds the tokens of llama.cpp most likely, or nearly so.
 
     Args:
         folder: Hugging Face folder of the model.

@@ -1,4 +1,4 @@
-"""Measures the largest number of positions whose logits exist at once."""
+"""Measures for how many positions logits exist at once."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LogitsWatch(TorchDispatchMode):
-    """Records the largest tensor over the vocabulary.
+    """Records the number of positions of the largest new tensor [..., vocabulary].
 
     Args:
-        vocabulary: A size that no other axis has.
+        vocabulary: Size of the vocabulary. The last axis of no other tensor may have this size.
     """
 
     def __init__(self, vocabulary: int) -> None:

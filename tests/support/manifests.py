@@ -29,7 +29,7 @@ def bare_manifest(stage: str, kind: str, result: Any) -> Manifest:
 
 
 def dataset_result(artifact: Path) -> DatasetResult:
-    """Returns the result of a dataset that ``SplitWriter`` wrote, as text of one source."""
+    """Returns the result of a dataset that ``SplitWriter`` wrote, with one source of text."""
     from recipes.data.token_sequences import read_tokens
 
     tokens = {file.stem: read_tokens(artifact, file.stem) for file in artifact.glob("*.bin")}

@@ -1,4 +1,4 @@
-"""Tiny models with awkward shapes."""
+"""Writes tiny models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ODD = {  # few powers of two
+ODD = {
     "hidden_size": 56,
     "intermediate_size": 120,
     "num_hidden_layers": 5,
@@ -16,6 +16,7 @@ ODD = {  # few powers of two
     "head_dim": 10,
     "tie_word_embeddings": True,
 }
+"""Tied embeddings, and sizes that are not multiples of 64. Two ranks cannot split 7 heads."""
 EVEN = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -26,8 +27,7 @@ EVEN = {
     "vocab_size": 294,
     "tie_word_embeddings": False,
 }
-
-
+"""Untied embeddings, and sizes that two tensor-parallel or pipeline ranks can split."""
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": None},
@@ -40,7 +40,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }
-"""Settings of a tiny model by ``model_type`` of transformers, in addition to its shape."""
+"""Settings of each family's tiny model, in addition to its shape, by ``model_type``."""
 
 
 def write_tiny_model(
@@ -50,7 +50,7 @@ def write_tiny_model(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fast = _tokenizer(text_file)
+    tokenizer = _tokenizer(text_file)
     torch.manual_seed(0)
     dtype, train = shape.pop("dtype", torch.float32), shape.pop("train", True)
     shard = shape.pop("max_shard_size", "5GB")
@@ -65,7 +65,7 @@ def write_tiny_model(
     )
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:  # biases of 0 and norms of 1 would hide that two are swapped
+        if parameter.dim() == 1:  # swapped biases of 0, or norms of 1, would stay hidden
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     if train:
         _train(model, text_file)
@@ -73,7 +73,7 @@ def write_tiny_model(
     model.generation_config.temperature = 0.7
     model.generation_config.do_sample = True
     model.save_pretrained(folder, max_shard_size=shard)
-    fast.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -82,18 +82,18 @@ def _tokenizer(text_file: Path) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=288,
         special_tokens=["<eos>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(_lines(text_file), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    fast.chat_template = "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
-    return fast
+    bpe.train_from_iterator(_lines(text_file), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}"
+    return tokenizer
 
 
 def _lines(text_file: Path) -> list[str]:

@@ -27,7 +27,7 @@ OPTIONAL_PLOTS = (
 
 
 class Page(HTMLParser):
-    """Parses tags, ``<data>`` values and text of a page; fails on tags that do not nest."""
+    """Parses the tags and text of a page; fails on tags that do not nest."""
 
     VOID = frozenset({"meta", "br"})
 
@@ -54,15 +54,16 @@ class Page(HTMLParser):
         self.text += data
 
     def values(self, name: str) -> list[str]:
+        """Returns the values of an attribute, of all tags that have it."""
         return [attrs[name] for _, attrs in self.tags if name in attrs]
 
     def numbers(self) -> set[float]:
-        """Returns the unrounded numbers of the page."""
+        """Returns the unrounded numbers of the page, which are values of ``<data>`` tags."""
         return {float(attrs["value"]) for tag, attrs in self.tags if tag == "data"}
 
 
 def all_numbers(value: Any) -> set[float]:
-    """Returns all numbers in nested data, without booleans."""
+    """Returns all numbers in nested data. Booleans do not count."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):

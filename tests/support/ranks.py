@@ -24,22 +24,22 @@ from tests.support.forked import forked
 
 @contextmanager
 def stage_ranks(stage: PlannedStage, log: IO[bytes]) -> Iterator[Callable[[], bool]]:
-    """Starts a stage of several ranks."""
+    """Starts the ranks of a stage; yields a function that tells whether they have ended."""
     environment = {**os.environ, **local.environment(stage, LocalConfig())}
-    with fork_command(local.command(stage, sys.executable), environment, log) as ended:
-        yield ended
+    with fork_command(local.command(stage, sys.executable), environment, log) as has_ended:
+        yield has_ended
 
 
 @contextmanager
 def fork_command(
     command: list[str], environment: Mapping[str, str], log: IO[Any]
 ) -> Iterator[Callable[[], bool]]:
-    """Runs a command of ``start_command`` in forks."""
-    module = len(command) - command[::-1].index("-m") - 1  # torchrun, too, is started by -m
-    counts = [word.partition("=")[2] for word in command if word.startswith("--nproc-per-node=")]
-    start = partial(_ranks, int(counts[0])) if counts else partial(forked, PRELOADED)
-    with start(command[module:], environment, log) as ended:
-        yield ended
+    """Runs a command in forks: of as many ranks as it gives to torchrun, or of one process."""
+    module = len(command) - command[::-1].index("-m") - 1  # the last -m: torchrun has another -m
+    nproc = [word.partition("=")[2] for word in command if word.startswith("--nproc-per-node=")]
+    start = partial(_ranks, int(nproc[0])) if nproc else partial(forked, PRELOADED)
+    with start(command[module:], environment, log) as has_ended:
+        yield has_ended
 
 
 def run_ranks(*command: str, number: int = 2) -> None:
@@ -49,9 +49,9 @@ def run_ranks(*command: str, number: int = 2) -> None:
         log, status = Path(folder) / "log", Path(folder) / "status"
         with (
             log.open("wb") as output,
-            _ranks(number, list(command), environment, output, status) as ended,
+            _ranks(number, list(command), environment, output, status) as has_ended,
         ):
-            while not ended():
+            while not has_ended():
                 time.sleep(0.02)
         assert status.read_text() == "0", log.read_text()[-5000:]
 
@@ -64,7 +64,7 @@ def _ranks(
     log: IO[bytes],
     status: Path | None = None,
 ) -> Iterator[Callable[[], bool]]:
-    """Runs a command on each rank with torchrun's variables and store."""
+    """Runs a command on each rank, with the environment variables and the store of torchrun."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
@@ -79,5 +79,5 @@ def _ranks(
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     variables = {**environment, **torchrun}
-    with forked(PRELOADED, command, variables, log, status=status, ranks=number) as ended:
-        yield ended
+    with forked(PRELOADED, command, variables, log, status=status, ranks=number) as has_ended:
+        yield has_ended

@@ -1,4 +1,4 @@
-"""Makes rehearsal jobs of recipes for models with few layers, to save time."""
+"""Makes rehearsal jobs of recipes, for models with few layers to save time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recipes.planning.chain import CONFIGS, Chain, read_config_or_published
 from recipes.rehearsal.job import RankJob, jobs_of
 
 MOE_MODEL = "Qwen/Qwen3-30B-A3B"
-"""An MoE model, here with a quarter of its experts. No recipe uses it."""
+"""An MoE model that no recipe uses. ``CONFIGS`` gets its config, with a quarter of the experts."""
 CONFIGS[MOE_MODEL] = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "hidden_size": 2048,
@@ -41,7 +41,7 @@ CONFIGS[MOE_MODEL] = {
 def job_with_layers(
     recipe: str, stage: str, rank: int = 0, overrides: tuple[str, ...] = (), layers: int = 4
 ) -> tuple[Chain, RankJob]:
-    """Returns a recipe's chain, for a teacher with this number of layers, and the job of a rank."""
+    """Returns the chain of a recipe, and a rank's job; the teacher has this number of layers."""
     cfg = compose(f"recipe={recipe}", *overrides)
     prune = OmegaConf.select(cfg, "stages.prune") or {}
     if prune.get("target_num_layers") is not None:

@@ -35,6 +35,7 @@ from tests.support.results import (
 )
 
 SECONDS = (41.302, 12.877, 208.55, 4123.019, 377.4, 25.2, 3.1, 96.4, 61.7, 18.9, 240.2, 7.5, 33.4)
+"""Time that each stage took, in the order in which ``write_stage`` writes them."""
 CONFIG = ReportConfig(
     "report",
     title="llama_width_prune",
@@ -42,7 +43,7 @@ CONFIG = ReportConfig(
 )
 
 
-def stage(
+def write_stage(
     root: Path,
     config: StageConfig,
     kind: str,
@@ -53,12 +54,12 @@ def stage(
     """Writes the manifest of a complete stage.
 
     Args:
-        root: The run.
+        root: Directory of the run.
         config: Settings. The stage's name is also the name of its directory.
-        kind: Type of the result.
+        kind: Type of the artifact.
         files: Sizes of the files, which are not written.
         result: The result.
-        shape: Architecture of its model.
+        shape: Architecture of the model in the artifact.
     """
     number = len(list(root.iterdir()))
     directory = root / config.stage
@@ -85,8 +86,8 @@ def stage(
     return Input(directory, manifest)
 
 
-def checkpoint(shape: Architecture) -> dict[str, int]:
-    """Returns sizes of the files of a NeMo checkpoint."""
+def checkpoint_files(shape: Architecture) -> dict[str, int]:
+    """Returns the sizes of a NeMo checkpoint's files, by path."""
     return {
         "model.nemo/context/model.yaml": 4321,
         "model.nemo/context/tokenizer.json": 2_104_556,
@@ -96,7 +97,7 @@ def checkpoint(shape: Architecture) -> dict[str, int]:
 
 
 def make_optional_inputs(root: Path) -> dict[str, Input]:
-    """Adds the optional stages to the run of ``make_inputs``."""
+    """Writes the optional stages into the run of ``make_inputs``; returns them by input name."""
     stages = {
         "plan": ("plan", "plan"),
         "tasks": ("task_results", "evaluate_tasks"),
@@ -107,7 +108,7 @@ def make_optional_inputs(root: Path) -> dict[str, Input]:
         "gguf": ("gguf", "export_gguf"),
     }
     return {
-        name: stage(root, StageConfig(name), kind, {f"{name}.json": 1234}, RESULTS[module])
+        name: write_stage(root, StageConfig(name), kind, {f"{name}.json": 1234}, RESULTS[module])
         for name, (kind, module) in stages.items()
     }
 
@@ -131,7 +132,7 @@ def generations() -> list[dict[str, str]]:
     ]
 
 
-def log_training(directory: Path, lm_weight: float) -> None:
+def write_training_log(directory: Path, lm_weight: float) -> None:
     log = MetricsLog(directory / METRICS)
     for step in range(1, STEPS + 1):
         kd = 0.7 + 3 * math.exp(-step / 70) + 0.12 * wobble(step)
@@ -152,7 +153,7 @@ def log_training(directory: Path, lm_weight: float) -> None:
 
 
 def make_inputs(root: Path, *, lm_weight: float = 0.0) -> dict[str, Input]:
-    """Writes a run with the stages that a report about a distillation needs."""
+    """Writes a run with the stages that a report needs; returns them by input name."""
     root.mkdir()
     prune = PruneConfig("prune", drop_layers=list(DROPPED))
     prune.target_hidden_size, prune.target_ffn_hidden_size = 512, 1152
@@ -161,24 +162,24 @@ def make_inputs(root: Path, *, lm_weight: float = 0.0) -> dict[str, Input]:
     teacher = ImportConfig("import_hf", hf_path="some/SmallLM-135M-Instruct")
     distill = DistillConfig("distill", max_steps=STEPS, lm_weight=lm_weight)
     stages: dict[str, tuple[StageConfig, str, dict[str, int], Architecture | None]] = {
-        "teacher": (teacher, nemo, checkpoint(TEACHER), TEACHER),
+        "teacher": (teacher, nemo, checkpoint_files(TEACHER), TEACHER),
         "data": (PrepareDataConfig("prepare_data", sources=[SOURCE]), "dataset", data, None),
-        "pruned": (prune, nemo, {**checkpoint(STUDENT), "importance.json": 900}, STUDENT),
-        "distilled": (distill, nemo, checkpoint(STUDENT), STUDENT),
+        "pruned": (prune, nemo, {**checkpoint_files(STUDENT), "importance.json": 900}, STUDENT),
+        "distilled": (distill, nemo, checkpoint_files(STUDENT), STUDENT),
         "evaluation": (EvaluateConfig("evaluate"), "eval_results", {"results.json": 7890}, None),
         "exported": (ExportConfig("export_hf"), "checkpoint_hf", exported, STUDENT),
     }
     inputs = {
-        name: stage(root, config, kind, files, RESULTS[config.stage], shape)
+        name: write_stage(root, config, kind, files, RESULTS[config.stage], shape)
         for name, (config, kind, files, shape) in stages.items()
     }
-    log_training(inputs["distilled"].directory, lm_weight)
+    write_training_log(inputs["distilled"].directory, lm_weight)
     losses = {
         role: [model.loss + 0.2 * wobble(n) for n in range(40)]
         for role, model in RESULTS["evaluate"].models().items()
     }
-    detail = {"sequence_losses": losses, "generations": generations()}
-    (inputs["evaluation"].artifact / "results.json").write_text(json.dumps(detail))
+    evaluation_details = {"sequence_losses": losses, "generations": generations()}
+    (inputs["evaluation"].artifact / "results.json").write_text(json.dumps(evaluation_details))
     return inputs
 
 
@@ -193,9 +194,9 @@ def make_run(
     """Writes a complete run in the launcher's format.
 
     Args:
-        root: The run.
+        root: Directory of the run.
         loss: The student's loss.
-        speed: Factor of all measured speeds.
+        speed: Factor that multiplies all measured speeds.
         heldout: SHA-256 of the held-out text.
         settings: Settings of the distillation.
     """
@@ -211,12 +212,12 @@ def make_run(
     inputs["speed"].manifest.metrics |= asdict(speed_results(speed))
     distilled.config.update(settings)
     results = inputs["evaluation"].artifact / "results.json"
-    detail = json.loads(results.read_text())
-    losses = detail["sequence_losses"]["distilled"]
-    detail["sequence_losses"]["distilled"] = [
+    evaluation_details = json.loads(results.read_text())
+    losses = evaluation_details["sequence_losses"]["distilled"]
+    evaluation_details["sequence_losses"]["distilled"] = [
         value + shift + 0.05 * wobble(n + round(1000 * loss)) for n, value in enumerate(losses)
     ]
-    results.write_text(json.dumps(detail))
+    results.write_text(json.dumps(evaluation_details))
     for item in inputs.values():
         write_manifest(item.directory, item.manifest)
         fingerprint, code = item.manifest.fingerprint, item.manifest.code
@@ -233,5 +234,5 @@ def render_page(inputs: dict[str, Input], folder: Path, cfg: ReportConfig = CONF
 
 
 def with_result(item: Input, result: Any) -> Input:
-    """Returns an input with another result."""
+    """Returns a copy of an input whose result is replaced."""
     return replace(item, manifest=replace(item.manifest, metrics=asdict(result)))

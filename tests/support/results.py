@@ -46,10 +46,11 @@ NASTY = "<script>document.title = 'owned'</script> & <b>bold</b>"
 
 
 def wobble(step: int) -> float:
+    """Returns a value from -1 to 1 that looks random."""
     return math.sin(step * 12.9898) * 0.5 + math.sin(step * 4.1414) * 0.5
 
 
-def quality() -> EvaluationResult:
+def evaluation_result() -> EvaluationResult:
     def model(*values: float, shape: Architecture) -> ModelQuality:
         loss, error, kl, agreement = values
         return ModelQuality(loss, error, math.exp(loss), kl, agreement, shape.parameters())
@@ -119,20 +120,20 @@ def speed_results(speed: float = 1.0) -> BenchmarkResults:
             batch_size=batch,
             prompt_tokens=512,
             new_tokens=128,
-            time_to_first_token_ms=about(812.5 * batch / fast / gain),
-            decode_tokens_per_second=about(21.75 * fast * gain * speed),
-            throughput_tokens_per_second=about(17.25 * fast * gain * batch),
-            peak_memory_bytes=901_234_567 + int(1e8 * fast),
-            load_seconds=1.75 * fast,
+            time_to_first_token_ms=about(812.5 * batch / role_speed / backend_speed),
+            decode_tokens_per_second=about(21.75 * role_speed * backend_speed * speed),
+            throughput_tokens_per_second=about(17.25 * role_speed * backend_speed * batch),
+            peak_memory_bytes=901_234_567 + int(1e8 * role_speed),
+            load_seconds=1.75 * role_speed,
             disk_bytes=int(size * shape.parameters()),
         )
-        for backend, precision, gain, size in (
+        for backend, precision, backend_speed, size in (
             ("transformers", "fp32", 1.0, 4),
             ("openvino", "fp32", 2.6, 4),
             ("openvino", "int8", 4.1, 1),
         )
         for batch in (1, 4)
-        for role, fast, shape in (("teacher", 1.0, TEACHER), ("student", 1.375, STUDENT))
+        for role, role_speed, shape in (("teacher", 1.0, TEACHER), ("student", 1.375, STUDENT))
     ]
     speedups = [
         Speedup(
@@ -256,7 +257,7 @@ RESULTS = {
         teacher_loss=3.02,
         sources=[TrainedSource("text", STEPS * 1024, 4.5)],
     ),
-    "evaluate": quality(),
+    "evaluate": evaluation_result(),
     "evaluate_tasks": task_results(),
     "export_hf": ParityResult(9.1552734375e-05, 128),
     "export_gguf": GgufResult("llama", "f16", 219, 231_000_111),

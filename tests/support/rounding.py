@@ -1,7 +1,7 @@
 """Measures the effect of rounding on this machine, for tolerances of tests.
 
-The same sum in another order differs by rounding. How much such differences grow in a computation
-depends on the processor's kernels. A test therefore repeats the computation with its input changed
+A sum in another order differs by rounding. How much such differences grow in a computation depends
+on the processor's kernels. A test therefore repeats the computation with its input changed
 by one unit in the last place, and allows a multiple of the resulting difference.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 ULP = torch.finfo(torch.float32).eps
 ROUNDINGS = 10
-"""Multiple of the change by one ulp that two computations of the same model may differ by."""
+"""Two computations of a model may differ by this multiple of ``measure_ulp_noise``."""
 
 
 def perturb_by_one_ulp(tensor: Tensor, seed: int = 0) -> Tensor:
@@ -30,7 +30,7 @@ def perturb_by_one_ulp(tensor: Tensor, seed: int = 0) -> Tensor:
 def measure_ulp_noise(model: nn.Module, output: Callable[[], Tensor]) -> float:
     """Changes each weight of a model by one ulp, and returns the largest change of the output.
 
-    No change counts as less than one unit in the last place.
+    The result is at least one ulp of the largest output.
     """
     before = output()
     for seed, weight in enumerate(model.parameters()):
@@ -39,9 +39,9 @@ def measure_ulp_noise(model: nn.Module, output: Callable[[], Tensor]) -> float:
 
 
 def running_max_difference(expected: Sequence[float], perturbed: Sequence[float]) -> list[float]:
-    """Returns, for each value of a sequence, the largest difference up to it.
+    """Returns, for each position of two sequences, the largest difference up to this position.
 
-    A difference of less than one unit in the last place counts as one.
+    A difference of less than one ulp counts as one ulp.
     """
     pairs = zip(expected, perturbed, strict=True)
     return list(accumulate((max(abs(a - b), ULP * abs(a)) for a, b in pairs), max))

@@ -18,9 +18,9 @@ STAGES = [
     "export_hf",
     "report",
 ]
-"""Stages of a pruning recipe with ``tasks=null engine=null``, in order."""
+"""Stages of a pruning recipe with ``tasks=null engine=null``, in the order in which they run."""
 HEALING = [*STAGES[:5], "heal", *STAGES[5:]]
-"""Stages with ``heal=least_squares`` as well."""
+"""The same stages, and ``heal``, which ``heal=least_squares`` adds."""
 DISTILL = {
     "max_steps": 4,
     "warmup_steps": 1,
@@ -36,7 +36,7 @@ DISTILL = {
 
 
 def tiny(model: Path, text_file: Path | str, run_dir: Path, seq_length: int = 64) -> list[str]:
-    """Returns overrides for a model, a text file (or sources with commas) and a run directory."""
+    """Returns overrides of a run with a tiny model; ``text_file`` may be several sources."""
     return [
         f"model.hf_path={model}",
         f"data.sources=[{text_file}]",
@@ -53,7 +53,7 @@ def settings(stage: str, **values: object) -> list[str]:
 
 
 def copy_without(run_dir: Path, copy: Path, *stages: str) -> Path:
-    """Copies a run without some stages. Files keep their times, so that none is hashed again."""
+    """Copies a run without some stages. Files keep their times, so they are not hashed again."""
     shutil.copytree(run_dir, copy)
     for stage in stages:
         shutil.rmtree(copy / stage)
@@ -68,7 +68,7 @@ def manifest_of(run_dir: Path, stage: str) -> Manifest:
 
 
 def make_artifact_folder(run_dir: Path, name: str) -> Path:
-    """Makes the folder ``work/artifact`` of a stage, to which it writes its artifact."""
+    """Makes the folder ``work/artifact`` of a stage, to which the stage writes its artifact."""
     out = run_dir / name / "work" / ARTIFACT
     out.mkdir(parents=True)
     return out

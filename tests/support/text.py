@@ -15,21 +15,21 @@ def write_text(path: Path) -> Path:
     return path
 
 
-def write_chats(file: Path, text_file: Path, count: int = 300, letters: int = 12) -> str:
-    """Writes conversations of one or two turns, and returns them as a source of text.
+def write_chats(file: Path, text_file: Path, count: int = 300, length: int = 12) -> str:
+    """Writes conversations of one or two turns; returns the value of ``data.sources`` for them.
 
     Args:
         file: The file to write.
         text_file: JSON lines whose last texts are used.
         count: Number of conversations.
-        letters: Length of the user's messages; the assistant's are twice as long.
+        length: Length of the user's messages. The assistant's messages are twice as long.
     """
     texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()[-count:]]
-    with file.open("w") as opened:
+    with file.open("w") as output:
         for number, text in enumerate(texts):
-            parts = [text[start : start + letters] for start in range(0, 6 * letters, letters)]
+            parts = [text[start : start + length] for start in range(0, 6 * length, length)]
             contents = [parts[0], parts[1] + parts[2], parts[3], parts[4] + parts[5]]
             roles = ("user", "assistant", "user", "assistant")
             messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
-            opened.write(json.dumps({"messages": messages[: 2 + 2 * (number % 2)]}) + "\n")
+            output.write(json.dumps({"messages": messages[: 2 + 2 * (number % 2)]}) + "\n")
     return f"{file}#format=chat"

@@ -1,4 +1,4 @@
-"""Lists variants of Hugging Face folders: each converts exactly, or is refused with a message."""
+"""Lists variants of Hugging Face folders. Each is converted exactly, or refused with a message."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from nemo_convert.config_keys import HARMLESS, NEUTRAL
+from nemo_convert.config_keys import HARMLESS_KEYS, NEUTRAL_VALUES
 from nemo_convert.families import LLAMA3_ROPE
 from tests.support.folder_changes import (
     ABSENT,
@@ -106,27 +106,27 @@ def _exact_keys() -> Iterator[Variant]:
     unused = edit_config(use_sliding_window=False, sliding_window=16)
     yield Variant("window that is not used", unused, base="qwen2")
     yield Variant("norm_topk_prob", edit_config(norm_topk_prob=False), base="qwen3_moe")
-    for key, values in NEUTRAL.items():
+    for key, values in NEUTRAL_VALUES.items():
         for value in values:
             yield Variant(f"neutral {key} {value}", edit_config(**{key: value}))
-    # Keys whose values transformers checks; the others may have any value.
+    # Valid values of the keys that transformers checks. Other keys may have any value.
     valid = {"tokenizer_class": None, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 2}
     valid |= {"_attn_implementation": "flash_attention_2", "_attn_implementation_autoset": True}
     valid |= {"initializer_range": 0.02, "use_cache": True}
     valid |= {"dtype": "float32", "torch_dtype": "float32", "transformers_version": "4.31.0"}
-    for key in HARMLESS:
+    for key in HARMLESS_KEYS:
         yield Variant(f"harmless {key}", edit_config(**{key: valid.get(key, 1)}))
 
 
 def _exact_files() -> Iterator[Variant]:
-    for name, part, dtype in (
+    for name, word, dtype in (
         ("all", "", torch.bfloat16),
         ("all", "", torch.float16),
         ("norms", "norm", torch.bfloat16),
         ("queries", "q_proj", torch.bfloat16),
         ("embedding", "embed", torch.float16),
     ):
-        yield Variant(f"{name} in {dtype}", cast_weights(dtype, part))
+        yield Variant(f"{name} in {dtype}", cast_weights(dtype, word))
     mixed = all_of(cast_weights(torch.bfloat16, "proj"), cast_weights(torch.float16, "norm"))
     yield Variant("three types", mixed)
     tied = edit_config(tie_word_embeddings=True)
@@ -193,7 +193,7 @@ def _exact_settings() -> Iterator[Variant]:
     )
     yield Variant("vocab.json and merges.txt", use_vocabulary_and_merges)
     yield Variant(
-        "two shards", split_weights(("model-1-of-2.safetensors", "model-2-of-2.safetensors"))
+        "shards shards", split_weights(("model-1-of-2.safetensors", "model-2-of-2.safetensors"))
     )
     yield Variant("shards with odd names", split_weights(("b.safetensors", "a.safetensors")))
     buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -207,8 +207,8 @@ def _exact_settings() -> Iterator[Variant]:
 
 def _unsupported_configs() -> Iterator[Variant]:
     for name in ("GemmaForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM", "GPT2LMHeadModel"):
-        refused = f"architecture {name} is not supported"
-        yield Variant(name, edit_config(architectures=[name]), refused)
+        refusal = f"architecture {name} is not supported"
+        yield Variant(name, edit_config(architectures=[name]), refusal)
     yield Variant("wrong model_type", edit_config(model_type="qwen2"), "contradicts architectures")
     for key in (
         "residual_multiplier",
@@ -249,7 +249,7 @@ def _unsupported_configs() -> Iterator[Variant]:
         ),
         "rope_scaling=.* is not supported",
     )
-    yield Variant("two thetas", edit_config(rope_parameters={"rope_theta": 1e6}), "contradicts")
+    yield Variant("shards thetas", edit_config(rope_parameters={"rope_theta": 1e6}), "contradicts")
     nested = {"full_attention": {"rope_theta": 1e4, "rope_type": "default"}}
     yield Variant("rope of layer types", edit_config(rope_parameters=nested), "is not supported")
     yield Variant(
@@ -271,11 +271,11 @@ def _invalid_configs() -> Iterator[Variant]:
             yield Variant(f"{key} {value!r}", edit_config(**{key: value}), f"invalid {key}=")
     text_window = edit_config(sliding_window="16")
     yield Variant("window as text", text_window, "invalid sliding_window=", base="mistral")
-    for key, value, refused in (
+    for key, value, refusal in (
         ("num_attention_heads", 5, "num_key_value_heads=2"),
         ("max_position_embeddings", None, "must be a positive integer"),
     ):
-        yield Variant(f"{key} {value}", edit_config(**{key: value}), refused)
+        yield Variant(f"{key} {value}", edit_config(**{key: value}), refusal)
     many = edit_config(num_experts_per_tok=9)
     yield Variant("too few experts", many, "is more than num_experts=6", base="qwen3_moe")
     yield Variant("no head size", edit_config(head_dim=None), "head_dim is null", base="qwen3")
@@ -290,43 +290,43 @@ def _invalid_configs() -> Iterator[Variant]:
             f"{scaling}", edit_config(rope_scaling=scaling), "invalid rope_scaling.factor"
         )
     yield Variant("rope_scaling is a list", edit_config(rope_scaling=[]), "rope_scaling")
-    for name, text, refused in (
+    for name, text, refusal in (
         ("empty", "", "is not valid JSON"),
         ("a list", "[]", "not contain a JSON object"),
         ("UTF-16", "{}".encode("utf-16"), "is not valid JSON"),
     ):
-        yield Variant(f"config is {name}", write_file("config.json", text), refused)
+        yield Variant(f"config is {name}", write_file("config.json", text), refusal)
     yield Variant("no config", remove_files("config.json"), "has no config.json")
 
 
 def _refused_weights() -> Iterator[Variant]:
     yield Variant("no weights", remove_files(WEIGHTS), "has neither model.safetensors nor")
-    two = ("model-1-of-2.safetensors", "model-2-of-2.safetensors")
+    shards = ("model-1-of-2.safetensors", "model-2-of-2.safetensors")
     yield Variant(
         "no shard",
-        all_of(split_weights(two), remove_files(two[1])),
-        f"does not have {two[1]}, which",
+        all_of(split_weights(shards), remove_files(shards[1])),
+        f"does not have {shards[1]}, which",
     )
-    yield Variant("no index", all_of(split_weights(two), remove_files(INDEX)), "has neither")
-    damaged = all_of(split_weights(two), write_file(INDEX, "{"))
+    yield Variant("no index", all_of(split_weights(shards), remove_files(INDEX)), "has neither")
+    damaged = all_of(split_weights(shards), write_file(INDEX, "{"))
     yield Variant("damaged index", damaged, "is not valid JSON")
     yield Variant(
         "empty index",
-        all_of(split_weights(two), write_file(INDEX, '{"metadata": {}}')),
+        all_of(split_weights(shards), write_file(INDEX, '{"metadata": {}}')),
         "has no weight_map",
     )
-    no_metadata = all_of(split_weights(two), edit_json(INDEX, metadata=ABSENT))
+    no_metadata = all_of(split_weights(shards), edit_json(INDEX, metadata=ABSENT))
     yield Variant("index without metadata", no_metadata, "has no metadata")
-    extra = split_weights(two, {"model.extra": two[0]})
+    extra = split_weights(shards, {"model.extra": shards[0]})
     yield Variant("index with another tensor", extra, "the shards disagree about model.extra")
-    moved = split_weights(two, {QUERY: two[0], EMBEDDING: two[1]})
+    moved = split_weights(shards, {QUERY: shards[0], EMBEDDING: shards[1]})
     yield Variant("index with wrong shards", moved, "the shards disagree about")
-    for name, text, refused in (
+    for name, text, refusal in (
         ("an LFS pointer", "version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
         ("empty", "", "is empty"),
         ("no safetensors file", "x" * 100, "is damaged"),
     ):
-        yield Variant(f"weights are {name}", write_file(WEIGHTS, text), refused)
+        yield Variant(f"weights are {name}", write_file(WEIGHTS, text), refusal)
     yield Variant("weights are cut short", truncate_weights, "is damaged: it has")
     for name in (QUERY, EMBEDDING, "model.norm.weight"):
         yield Variant(f"no {name}", drop_weight(name), f"has no {name}")

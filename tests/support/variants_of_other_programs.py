@@ -1,7 +1,7 @@
 """Lists variants of folders that other programs write, or that a user has edited.
 
-A ``Variant`` is a name, a change of the folder, and the message that refuses it. Without a message
-it must convert without a change of logits.
+A ``Variant`` is a name, a change of the folder, and the message that refuses the changed folder.
+Without a message, the folder must be converted without a change of its logits.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from tests.support.folder_changes import (
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 LONG_CONTEXT = {"max_position_embeddings": 32_768, "layer_types": ABSENT}
-EIGHT = [f"<token{n}>" for n in range(8)]
-"""More tokens than the unused rows of the embedding."""
+TOKENS = [f"<token{n}>" for n in range(8)]
+"""Eight special tokens. The embedding has fewer unused rows."""
 EOS = {
     "__type": "AddedToken",
     "content": "<eos>",
@@ -148,9 +148,9 @@ def _refused_configs() -> Iterator[Variant]:
         rope_scaling={"type": "linear", "factor": 2.0},
     )
     yield Variant("old and new scaling differ", old, "rope_scaling=.* contradicts")
-    for kind in ("longrope", "su", "ntk", "mrope"):
-        change = edit_config(rope_scaling={"type": kind, "factor": 2.0})
-        yield Variant(f"scaling {kind}", change, "rope_scaling=.* is not supported")
+    for rope_type in ("longrope", "su", "ntk", "mrope"):
+        change = edit_config(rope_scaling={"type": rope_type, "factor": 2.0})
+        yield Variant(f"scaling {rope_type}", change, "rope_scaling=.* is not supported")
     bom = write_file("config.json", b"\xef\xbb\xbf{}")
     yield Variant("config with a byte order mark", bom, "is not valid JSON")
 
@@ -242,11 +242,11 @@ def _refused_tokenizers() -> Iterator[Variant]:
     ):
         key = list(settings)[-1]
         yield Variant(f"tokenizer {settings}", edit_json(TOKENIZER, **settings), f"invalid {key}")
-    for settings in ({"extra_special_tokens": EIGHT}, {"additional_special_tokens": EIGHT}):
+    for settings in ({"extra_special_tokens": TOKENS}, {"additional_special_tokens": TOKENS}):
         change = edit_json(TOKENIZER, **settings)
         yield Variant(f"many {[*settings]}", change, "tokens without an embedding")
     legacy = edit_json(TOKENIZER, added_tokens_decoder=ABSENT)
-    tokens = edit_json("special_tokens_map.json", additional_special_tokens=EIGHT)
+    tokens = edit_json("special_tokens_map.json", additional_special_tokens=TOKENS)
     yield Variant("many in the map", all_of(legacy, tokens), "tokens without an embedding")
     broken = write_file("special_tokens_map.json", "{")
     yield Variant("damaged map of tokens", broken, "is not valid JSON")

@@ -12,7 +12,7 @@ from torch.optim import AdamW
 from nemo_convert import nemo
 from recipes.backend import adamw
 from recipes.backend.adamw import FusedAdamW, scale_gradient
-from tests.support.conversion import convert_by_command, core_of
+from tests.support.conversion import convert_by_command, load_model
 
 SETTINGS = {"lr": 0.1, "betas": (0.8, 0.95), "weight_decay": 0.2, "eps": 1e-3}
 
@@ -73,7 +73,7 @@ def test_megatron_uses_fused_adamw(odd_llama: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "odd.nemo"
     assert convert_by_command("to-nemo", odd_llama, checkpoint) == 0
     nemo.initialize(nemo.Parallelism())
-    core = core_of(checkpoint, training=True)
+    core = load_model(checkpoint, training=True)
     wrapped = DistributedDataParallel(core.config, DistributedDataParallelConfig(), core)
     chained = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3), [wrapped])
     assert type(chained.chained_optimizers[0].optimizer) is FusedAdamW

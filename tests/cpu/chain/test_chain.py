@@ -36,9 +36,9 @@ from tests.support.generation import FIRST_TOKEN, NEW_TOKENS, output_of, require
 from tests.support.in_process import run_in_process, run_successfully
 from tests.support.launcher import run_recipe
 from tests.support.llama_cpp import require_similar_generation
-from tests.support.newer import save_by_transformers_5, transformers_5
 from tests.support.notebook import run_notebook
 from tests.support.runs import HEALING, copy_without, manifest_of
+from tests.support.transformers_5 import save_by_transformers_5, transformers_5
 
 ENGINES = (
     "build_engine",

@@ -12,8 +12,8 @@ from recipes.core.manifest import ARTIFACT
 from tests.support.generation import require_same_outputs
 from tests.support.in_process import run_successfully
 from tests.support.models import ODD, write_tiny_model
-from tests.support.newer import save_by_transformers_5, transformers_5
 from tests.support.runs import DISTILL, manifest_of, settings, tiny
+from tests.support.transformers_5 import save_by_transformers_5, transformers_5
 
 TARGETS = {
     "qwen3": {"target_ffn_hidden_size": 72},

@@ -1,4 +1,4 @@
-"""Runs on every rank of ``test_families``: all families, one after the other, in one layout."""
+"""Program of each rank of ``test_families``: computes all families in turn, in one layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.manifests import bare_manifest, dataset_result
 TP, PP, DP = "TP=2", "PP=2", "DP=2"
 DATA_PARALLEL = ("llama", "qwen3_moe")
 """Families that are trained at DP=2: a dense one and an MoE."""
-LENGTH = 32
+SEQ_LENGTH = 32
 LEARNING_RATE = 1e-2
 LOGITS = "logits.safetensors"
 
@@ -39,7 +39,7 @@ def main(layout: str, root: Path) -> None:
             distil(
                 folder, root / "data", out, tensor_parallel_size=2 if training_layout == TP else 1
             )
-    if training_layout == DP:
+    if training_layout == DP:  # the logits need another layout
         parallel_state.destroy_model_parallel()
     parallel = nemo.Parallelism(*((2, 1) if layout == TP else (1, 2)))
     nemo.initialize(parallel)
@@ -87,7 +87,7 @@ def distil(folder: Path, data: Path, out: Path, tensor_parallel_size: int) -> No
     cfg = DistillConfig(
         stage="distill",
         precision="bf16-mixed",
-        seq_length=LENGTH,
+        seq_length=SEQ_LENGTH,
         micro_batch_size=2,
         global_batch_size=4,
         max_steps=1,
@@ -99,6 +99,7 @@ def distil(folder: Path, data: Path, out: Path, tensor_parallel_size: int) -> No
         sequence_parallel=tensor_parallel_size > 1,
     )
     cfg.resources.devices = 2
+    # Hidden states of layer 3 of the student are compared with layer 4 of the teacher.
     objective = Objective(
         {"kd": 1.0, "hidden": 0.5, "lm": 0.5}, TeacherSource(folder / "teacher.nemo", [(3, 4)])
     )

@@ -13,22 +13,22 @@ import pytest
 from nemo_convert.config_keys import unknown_keys
 from nemo_convert.hf_config import as_transformers_4, read_architecture, rope_theta
 from tests.support.models import FAMILIES
-from tests.support.newer import transformers_5
+from tests.support.transformers_5 import transformers_5
 
-WRITE = """
+WRITE_CONFIGS = """
 import json, sys
 from transformers import AutoConfig, PretrainedConfig
 
 def complete_config(name, settings):
     config = AutoConfig.for_model(name, rope_theta=5000.0, **settings)
     common = PretrainedConfig().to_dict()
-    own = {k: v for k, v in config.to_dict().items() if k not in common}
-    return {**own, **config.to_diff_dict()}
+    own_keys = {k: v for k, v in config.to_dict().items() if k not in common}
+    return {**own_keys, **config.to_diff_dict()}
 
 families = json.loads(sys.argv[1])
 print(json.dumps({name: complete_config(name, settings) for name, settings in families.items()}))
 """
-NAMES = {
+ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -39,18 +39,18 @@ NAMES = {
 
 @pytest.fixture(scope="module", params=[4, 5])
 def configs(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
-    """Complete configs by family, as a version of transformers writes them."""
+    """Returns complete configs by family, as transformers 4 or 5 writes them."""
     env = dict(os.environ)
     if request.param == 5:
         env["PYTHONPATH"] = str(transformers_5())
-    command = [sys.executable, "-c", WRITE, json.dumps(FAMILIES)]
+    command = [sys.executable, "-c", WRITE_CONFIGS, json.dumps(FAMILIES)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_key_of_a_config_is_known(configs: dict[str, dict[str, Any]], family: str) -> None:
-    written = {**configs[family], "architectures": [NAMES[family]]}
+    written = {**configs[family], "architectures": [ARCHITECTURES[family]]}
     config = as_transformers_4(written, family)
     assert list(unknown_keys(config)) == []
     assert rope_theta(config) == 5000.0

@@ -91,7 +91,7 @@ def test_a_tokenizer_that_transformers_cannot_load_is_refused_before_weights_are
     with fake_hub("token") as hub:
         hub.models["me/tiny"] = {file.name: file.read_bytes() for file in folder.iterdir()}
         assert "cannot load the tokenizer" in run_with_hub(hub, tmp_path / "home", code)
-        assert hub.bytes_of(WEIGHTS) == 0
+        assert hub.downloaded_bytes(WEIGHTS) == 0
 
 
 def test_a_check_loads_the_tokenizer_without_torch(odd_llama: Path) -> None:
@@ -108,9 +108,9 @@ def test_only_the_files_that_transformers_reads_are_converted(
     """A repository may have other safetensors files, whose names sort before or after."""
     folder = tmp_path / "hf"
     shutil.copytree(odd_llama, folder)
-    other = {name: tensor + 1 for name, tensor in read_tensors(odd_llama).items()}
+    changed = {name: tensor + 1 for name, tensor in read_tensors(odd_llama).items()}
     for name in ("consolidated.safetensors", "zzz.safetensors"):
-        save_file(other, folder / name)
+        save_file(changed, folder / name)
     assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 0
     assert convert_by_command("to-hf", tmp_path / "m.nemo", tmp_path / "back") == 0
     assert_same_weights(odd_llama, tmp_path / "back")
@@ -167,7 +167,7 @@ def test_a_missing_shard_is_named(
 def test_code_of_a_tokenizer_does_not_run(
     odd_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By default, transformers asks the user whether to run it."""
+    """By default, transformers asks the user whether to run the code."""
     folder, created_by_code = tmp_path / "hf", tmp_path / "ran"
     shutil.copytree(odd_llama, folder)
     (folder / "custom.py").write_text(f"open({str(created_by_code)!r}, 'w')\n")
@@ -180,7 +180,7 @@ def test_code_of_a_tokenizer_does_not_run(
     assert not created_by_code.exists()
 
 
-def test_verify_accepts_the_same_and_refuses_a_changed_model(
+def test_verify_accepts_an_equal_model_and_refuses_a_changed_one(
     odd_llama: Path, odd_nemo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert convert_by_command("verify", odd_llama, odd_nemo) == 0
@@ -214,7 +214,7 @@ def test_archive_with_a_path_outside_its_directory_is_refused(tmp_path: Path) ->
 def test_context_that_would_run_code_is_refused(
     odd_llama: Path, odd_nemo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """NeMo would make the planted call. ``to-hf`` does not read the context, and works."""
+    """NeMo would make the planted call. ``to-hf`` works, because it does not read the context."""
     hostile, created_by_call = tmp_path / "hostile.nemo", tmp_path / "ran"
     shutil.copytree(odd_nemo, hostile)
     file = hostile / nemo.CONTEXT / "io.json"
@@ -305,7 +305,7 @@ def test_tokenizer_larger_than_the_vocabulary_is_refused(odd_llama: Path, tmp_pa
     broken = tmp_path / "broken"
     shutil.copytree(odd_llama, broken)
     config = json.loads((broken / "config.json").read_text())
-    config["vocab_size"] = 200
+    config["vocab_size"] = 200  # the tokenizer has 288 tokens
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(RecipeError, match="has 88 tokens without an embedding"):
         convert.to_nemo(broken, tmp_path / "x.nemo")
@@ -357,7 +357,7 @@ DENSE = {
     "qwen2": "Qwen2Model",
     "qwen3": "Qwen3Model",
 }
-"""No MoE, because stock Megatron without TransformerEngine has other keys for experts."""
+"""NeMo's model classes. No MoE: without TransformerEngine, Megatron has other keys for experts."""
 
 
 def test_stock_nemo_loads_checkpoints_without_our_code(text_file: Path, tmp_path: Path) -> None:
@@ -369,7 +369,8 @@ def test_stock_nemo_loads_checkpoints_without_our_code(text_file: Path, tmp_path
         write_tiny_model(tmp_path / family, text_file, family, train=False, **ODD)
         convert.to_nemo(tmp_path / family, tmp_path / f"{family}.nemo")
         total = sum(float(t.double().abs().sum()) for t in read_tensors(tmp_path / family).values())
-        expected.append([pytest.approx(total, rel=1e-6), model, 288])
+        vocab_size = 288  # of the tokenizer
+        expected.append([pytest.approx(total, rel=1e-6), model, vocab_size])
     done = subprocess.run(
         [sys.executable, str(script), *(str(tmp_path / f"{family}.nemo") for family in DENSE)],
         cwd=tmp_path,

@@ -32,9 +32,9 @@ from tests.cpu.nemo_convert.family_ranks import (
     DATA_PARALLEL,
     DP,
     LEARNING_RATE,
-    LENGTH,
     LOGITS,
     PP,
+    SEQ_LENGTH,
     TP,
 )
 from tests.support.conversion import (
@@ -72,7 +72,8 @@ def test_every_family_has_a_tiny_model() -> None:
 def root(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """Returns a folder with tokens, training data, and models of each family.
 
-    ``<family>/`` has ``hf``, ``teacher.nemo`` and ``pruned.nemo``. Models are trained.
+    ``<family>/`` has ``hf``, ``teacher.nemo`` and ``pruned.nemo``. The teachers have been
+    trained for a few steps.
     """
     root = tmp_path_factory.mktemp("families")
     for family in FAMILIES:
@@ -82,7 +83,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
     texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
     ids = [i for text in texts for i in tokenizer(text)["input_ids"]]
-    sequences = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
+    sequences = torch.tensor(ids[: len(ids) // SEQ_LENGTH * SEQ_LENGTH]).view(-1, SEQ_LENGTH)
     save_file({"tokens": sequences[:2].clone()}, root / "tokens.safetensors")
     (root / "data").mkdir()
     with SplitWriter(root / "data", SPLITS) as writer:
@@ -104,7 +105,7 @@ def prune(family: str, folder: Path, calibration: torch.Tensor) -> None:
         scores,
         teacher_shape,
         student,
-        [n for n in range(1, teacher_shape.num_layers + 1) if n != 2],
+        [n for n in range(1, teacher_shape.num_layers + 1) if n != 2],  # layer 2 is dropped
     )
     weights = prune_weights(teacher, kept, student.kv_channels)
     save_weights(teacher, student, weights, folder / "pruned.nemo")
@@ -131,7 +132,9 @@ def require_norm_states(checkpoint: Path, stateless: Path) -> None:
     weights.mkdir(parents=True)
     dist_checkpointing.save(core.sharded_state_dict(prefix="module."), str(weights))
     unfused = {"final_layernorm", "q_layernorm", "k_layernorm"}
-    if core.config.num_moe_experts:  # a dense model has it fused into the next linear layer
+    if (
+        core.config.num_moe_experts
+    ):  # in a dense model, this norm is fused into the next linear layer
         unfused.add("pre_mlp_layernorm")
     norms = [m for name, m in core.named_modules() if name.rpartition(".")[2] in unfused]
     for norm in norms:
@@ -197,7 +200,7 @@ def require_logits_of(folder: Path, tokens: torch.Tensor, *logits: torch.Tensor)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_loads_a_pruned_model(family: str, root: Path, tmp_path: Path) -> None:
-    """Its logits equal Megatron's and those of the model that evaluation loads."""
+    """Its logits equal the logits of Megatron and of the model that evaluation loads."""
     checkpoint, tokens = root / family / "pruned.nemo", tokens_of(root)
     convert.to_hf(checkpoint, tmp_path / "hf")
     by_megatron = parity.core_logits(parity.load_core(checkpoint), tokens)
@@ -220,7 +223,7 @@ def test_training_layers_compute_the_same_model(family: str, root: Path) -> None
 
 @pytest.fixture(scope="module", params=[TP, PP])
 def layout(request: pytest.FixtureRequest, root: Path) -> str:
-    # One start for all families, because importing the stack takes longer than the work.
+    # Two processes compute all families, because importing the libraries takes longest.
     run_ranks("-m", "tests.cpu.nemo_convert.family_ranks", request.param, str(root))
     return str(request.param)
 
@@ -230,7 +233,8 @@ def test_two_ranks_give_the_logits_of_transformers_and_train(layout: str, root: 
     for family in FAMILIES:
         logits = load_file(root / family / layout / LOGITS)["logits"]
         require_logits_of(root / family / "hf", tokens, logits)
-    # The ranks of PP also train some families with data parallelism, into the folder DP.
+    # The run for TP trains all families, into folders TP. The run for PP trains those of
+    # DATA_PARALLEL with data parallelism, into folders DP.
     for family in FAMILIES if layout == TP else DATA_PARALLEL:
         require_trained(root / family / (TP if layout == TP else DP))
 
@@ -249,7 +253,7 @@ def require_trained(folder: Path) -> None:
 
 
 def require_exact_start(trained: Path, start: Path) -> None:
-    """Asserts that Adam's first step started from the stored weights, not from bfloat16 ones."""
+    """Asserts that Adam's first step started from the stored weights, not rounded to bfloat16."""
     leading = nemo.leading_axes(nemo.architecture_of(start))
 
     def read(folder: Path, prefix: str = "") -> dict[tuple[str, Any], torch.Tensor]:

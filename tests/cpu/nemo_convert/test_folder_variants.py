@@ -20,11 +20,11 @@ from nemo_convert.reference import reference_logits
 from recipes.core.errors import RecipeError
 from tests.support.folder_changes import Variant
 from tests.support.models import EVEN, FAMILIES, write_tiny_model
-from tests.support.newer import run_with_transformers_5, save_by_transformers_5
+from tests.support.transformers_5 import run_with_transformers_5, save_by_transformers_5
 from tests.support.variants import variants
 
 VARIANTS = {f"{variant.base}: {variant.name}": variant for variant in variants()}
-EXACT = {name: variant for name, variant in VARIANTS.items() if not variant.refused}
+CONVERTIBLE = {name: variant for name, variant in VARIANTS.items() if not variant.refusal}
 REFUSED_BY_TRANSFORMERS_5 = {
     *(f"llama: {k} {v}" for k in ("torch_dtype", "dtype") for v in ("auto", "torch.bfloat16")),
     "llama: model_type Absent.ABSENT",
@@ -33,7 +33,7 @@ REFUSED_BY_TRANSFORMERS_5 = {
     "qwen3_moe: head_dim None",
     "llama: harmless _attn_implementation",  # flash_attention_2, which is not installed
 }
-"""Exact variants that transformers 5 cannot load."""
+"""Convertible variants that transformers 5 cannot load."""
 TEXT = "A quick brown fox, 3.14 lazy dogs, and 東京."
 LOGITS_SCRIPT = """
 import sys, torch
@@ -55,61 +55,60 @@ save_file(results, sys.argv[1])
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """For each family a folder NAME, and NAME-5, which transformers 5 has loaded and saved."""
+    """Writes for each family a folder NAME, and NAME-5, which transformers 5 saved from NAME."""
     root = tmp_path_factory.mktemp("bases")
     shape = {**EVEN, "num_hidden_layers": 2, "train": False}
     save_by_transformers_5(*(write_tiny_model(root / n, text_file, n, **shape) for n in FAMILIES))
     return root
 
 
-def make(variant: Variant, bases: Path, folder: Path) -> Path:
+def make_folder(variant: Variant, bases: Path, folder: Path) -> Path:
     shutil.copytree(bases / variant.base, folder)
     variant.change(folder)
     return folder
 
 
-def convert_folder(folder: Path, checkpoint: Path) -> None:
-    convert.to_nemo(folder, checkpoint)
-
-
 def dry_run(folder: Path, _: Path) -> None:
-    """Makes the checks of a dry run: of the config first, then of the files."""
+    """Checks the config, then the files, as a dry run does."""
     read_hf_config(str(folder))
     require_convertible(str(folder))
 
 
-def test_the_corpus_is_large() -> None:
+def test_the_variants_are_many_and_their_names_are_unique() -> None:
     assert len(VARIANTS) == len(list(variants())), "names must be unique"
     assert len(VARIANTS) >= 200
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_is_exact_or_refused(name: str, bases: Path, tmp_path: Path) -> None:
+def test_a_variant_is_converted_exactly_or_refused(name: str, bases: Path, tmp_path: Path) -> None:
     variant = VARIANTS[name]
-    folder, checkpoint = make(variant, bases, tmp_path / "hf"), tmp_path / "m.nemo"
-    if not variant.refused:
+    folder, checkpoint = make_folder(variant, bases, tmp_path / "hf"), tmp_path / "m.nemo"
+    if not variant.refusal:
         assert not [str(finding) for finding in check_model(str(folder)) if finding.is_error]
         convert.to_nemo(folder, checkpoint)
         parity.compare(folder, checkpoint).require(name)
         return
     with pytest.raises(RecipeError) as refused:
-        (convert_folder if variant.reads_weights else dry_run)(folder, checkpoint)
-    assert re.search(variant.refused, str(refused.value))
+        (convert.to_nemo if variant.reads_weights else dry_run)(folder, checkpoint)
+    assert re.search(variant.refusal, str(refused.value))
     assert "  fix: " in str(refused.value)
 
 
-def test_transformers_5_agrees_about_every_exact_variant(bases: Path, tmp_path: Path) -> None:
-    """It gives the reference's logits and, for exported folders, the token ids of version 4."""
-    folders = [make(variant, bases, tmp_path / f"{n}") for n, variant in enumerate(EXACT.values())]
+def test_transformers_5_agrees_about_every_convertible_variant(bases: Path, tmp_path: Path) -> None:
+    """transformers 5 gives the reference's logits and, for exports, the token ids of version 4."""
+    folders = [
+        make_folder(variant, bases, tmp_path / f"{n}")
+        for n, variant in enumerate(CONVERTIBLE.values())
+    ]
     exports = []
-    for n, name in enumerate(EXACT):
+    for n, name in enumerate(CONVERTIBLE):
         if "as written" in name or "sentencepiece" in name:
             convert.to_nemo(folders[n], tmp_path / f"{n}.nemo")
             convert.to_hf(tmp_path / f"{n}.nemo", tmp_path / f"{n}.export")
             exports.append(tmp_path / f"{n}.export")
     run_with_transformers_5(LOGITS_SCRIPT, tmp_path / "results", TEXT, *folders, *exports)
     results = load_file(tmp_path / "results")
-    for folder, name in [*zip(folders, EXACT, strict=True), *((e, e.name) for e in exports)]:
+    for folder, name in [*zip(folders, CONVERTIBLE, strict=True), *((e, e.name) for e in exports)]:
         ids = results.get(f"{folder} ids")
         assert (ids is None) == (name in REFUSED_BY_TRANSFORMERS_5), name
         if ids is None:

@@ -16,12 +16,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nemo_convert.gguf_file import SPLITS, _pre_tokenizer, _rope_factors, write
+from nemo_convert.gguf_file import PRE_TOKENIZERS, _pre_tokenizer, _rope_factors, write
 from recipes.core.errors import RecipeError
 from tests.support.llama_cpp import PROMPTS, generate_greedily, require_similar_generation
 from tests.support.models import EVEN, FAMILIES, write_tiny_model
 
-LENGTH = 12
+NEW_TOKENS = 12
 NARROW = {**EVEN, "hidden_size": 48, "num_attention_heads": 2, "intermediate_size": 96}
 """A width-pruned model: the head size is not hidden size / heads."""
 LLAMA3 = {
@@ -51,13 +51,15 @@ def require_same_generation(folder: Path, file: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     options = {"output_scores": True, "return_dict_in_generate": True, "do_sample": False}
-    for prompt, completion in zip(PROMPTS, generate_greedily(file, PROMPTS, LENGTH), strict=True):
+    for prompt, completion in zip(
+        PROMPTS, generate_greedily(file, PROMPTS, NEW_TOKENS), strict=True
+    ):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         assert completion.prompt_tokens == ids.shape[1]
-        expected = model.generate(ids, max_new_tokens=LENGTH, **options)
+        expected = model.generate(ids, max_new_tokens=NEW_TOKENS, **options)
         assert completion.tokens == expected.sequences[0, ids.shape[1] :].tolist()
         scores = torch.stack(expected.scores).log_softmax(-1)[:, 0].max(-1).values
-        # Some of llama.cpp's kernels round more than others: 2.5e-3 apart where there is only AVX2.
+        # llama.cpp's kernels for AVX2 round most: they differ from transformers by up to 2.5e-3.
         torch.testing.assert_close(
             torch.tensor(completion.log_probabilities), scores, rtol=0, atol=5e-3, check_dtype=False
         )
@@ -69,7 +71,7 @@ def test_llama_cpp_generates_as_transformers(variant: str, text_file: Path, tmp_
     folder = write_tiny_model(tmp_path / "hf", text_file, family, **shape)
     sharpen_attention(folder)
     result = write(folder, tmp_path / "model.gguf", "f32")
-    # A width-pruned Qwen2 has heads that llama.cpp's own Qwen2 cannot have.
+    # llama.cpp's Qwen2 does not support the head size of a width-pruned Qwen2.
     expected = {"qwen2": "llama", "qwen3": "qwen3", "qwen2, unpruned": "qwen2"}
     assert result.architecture == expected.get(variant, "llama")
     require_same_generation(folder, tmp_path / "model.gguf")
@@ -90,9 +92,9 @@ def test_rope_factors_are_those_of_transformers() -> None:
 
 def test_matrices_are_rounded_and_vectors_are_exact(even_llama: Path, tmp_path: Path) -> None:
     weights = load_file(even_llama / "model.safetensors")
-    for kind, bound in (("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 1 / 127)):
-        write(even_llama, tmp_path / kind, kind)
-        stored = {t.name: t for t in GGUFReader(tmp_path / kind).tensors}
+    for matrix_type, bound in (("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 1 / 127)):
+        write(even_llama, tmp_path / matrix_type, matrix_type)
+        stored = {t.name: t for t in GGUFReader(tmp_path / matrix_type).tensors}
         assert len(stored) == len(weights)
         for name, hf_name in (
             ("blk.1.ffn_up.weight", "model.layers.1.mlp.up_proj.weight"),
@@ -107,13 +109,15 @@ def test_matrices_are_rounded_and_vectors_are_exact(even_llama: Path, tmp_path: 
             assert (rounded - exact).abs().max() <= allowed
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("f16", 0.01), ("bf16", 0.1), ("q8_0", 0.2)])
+@pytest.mark.parametrize(
+    ("matrix_type", "tolerance"), [("f16", 0.01), ("bf16", 0.1), ("q8_0", 0.2)]
+)
 def test_llama_cpp_reads_smaller_types(
-    even_llama: Path, tmp_path: Path, kind: str, tolerance: float
+    even_llama: Path, tmp_path: Path, matrix_type: str, tolerance: float
 ) -> None:
     folder = shutil.copytree(even_llama, tmp_path / "hf")
     sharpen_attention(folder)
-    write(folder, tmp_path / "model.gguf", kind)
+    write(folder, tmp_path / "model.gguf", matrix_type)
     require_similar_generation(folder, tmp_path / "model.gguf", tolerance)
 
 
@@ -124,8 +128,8 @@ def write_byte_fallback_tokenizer(text_file: Path, folder: Path) -> None:
     lines = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
     trained.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=180, show_progress=False))
     plain = json.loads(trained.to_str())["model"]
-    first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    vocab = {token: n for n, token in enumerate([*first, *plain["vocab"]])}
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocab = {token: n for n, token in enumerate([*special, *plain["vocab"]])}
     merges = [tuple(merge) for merge in plain["merges"]]
     bpe = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
@@ -138,7 +142,9 @@ def write_byte_fallback_tokenizer(text_file: Path, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
 
-def test_byte_fallback_tokenizer_gives_as_many_tokens(text_file: Path, tmp_path: Path) -> None:
+def test_byte_fallback_tokenizer_gives_as_many_tokens_as_transformers(
+    text_file: Path, tmp_path: Path
+) -> None:
     shape = {**NARROW, "vocab_size": 440}
     folder = write_tiny_model(tmp_path / "hf", text_file, "llama", train=False, **shape)
     write_byte_fallback_tokenizer(text_file, folder)
@@ -150,6 +156,6 @@ def test_byte_fallback_tokenizer_gives_as_many_tokens(text_file: Path, tmp_path:
 
 
 def test_unknown_pre_tokenizer_is_refused() -> None:
-    assert set(SPLITS.values()) == {"llama-bpe", "qwen2", "tekken"}
+    assert set(PRE_TOKENIZERS.values()) == {"llama-bpe", "qwen2", "tekken"}
     with pytest.raises(RecipeError, match="pre_tokenizer="):
         _pre_tokenizer({"type": "Whitespace"})

@@ -29,7 +29,7 @@ def source(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
 
 
 def core_with(source: Path, **settings: Any) -> Any:
-    """Returns the Megatron model of the checkpoint with other settings of its NeMo config."""
+    """Returns the checkpoint's Megatron model, with other values in its NeMo config."""
     model = nemo.restore_model(source / "m.nemo")
     for name, value in settings.items():
         assert getattr(model.config, name) != value
@@ -82,7 +82,7 @@ def test_a_fault_of_nemos_model_is_detected(fault: str, source: Path) -> None:
 def test_a_key_that_transformers_does_not_read_is_detected(
     source: Path, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For example, transformers 4 does not read ``rope_parameters``."""
+    """Builds the model with another value, as if transformers had not read the key."""
     values = {"rope_theta": 10_000.0, "rope_scaling": None, "rms_norm_eps": 1e-3}
 
     def load(folder: Path) -> Any:
@@ -101,29 +101,35 @@ def test_a_key_that_transformers_does_not_read_is_detected(
 def test_a_change_of_one_embedding_row_is_detected(source: Path, row: int, tmp_path: Path) -> None:
     """No token has the last row's id, so no logit of the text depends on that row."""
     shutil.copytree(source / "hf", tmp_path / "hf")
-    edit_weights(lambda tensors: tensors[EMBEDDING][row].add_(1e-3))(tmp_path / "hf")
+    change_row = edit_weights(lambda tensors: tensors[EMBEDDING][row].add_(1e-3))
+    change_row(tmp_path / "hf")
     result = parity.compare(tmp_path / "hf", source / "m.nemo")
     assert result.different_weight == EMBEDDING
     with pytest.raises(RecipeError, match=f"{EMBEDDING} differs"):
         result.require("test")
 
 
-def test_an_untied_head_is_detected(source: Path, tmp_path: Path) -> None:
+def test_a_changed_head_is_detected(source: Path, tmp_path: Path) -> None:
     shutil.copytree(source / "hf", tmp_path / "hf")
     edit_weights(untie)(tmp_path / "hf")
     assert parity.compare(tmp_path / "hf", source / "m.nemo").different_weight == "lm_head.weight"
     assert "lm_head.weight" in read_tensors(tmp_path / "hf")
 
 
-@pytest.mark.parametrize(("difference", "spread"), [(float("nan"), 1), (2e-3, 1), (2e-3, 0.1)])
-def test_nan_or_a_large_difference_fails_the_gate(difference: float, spread: float) -> None:
+def parity_of(nemo: float, transformers: float, logits_std: float) -> parity.Parity:
+    """Returns a comparison with these differences of logits, and equal weights."""
+    return parity.Parity(nemo, transformers, logits_std, tokens=1, different_weight=None)
+
+
+@pytest.mark.parametrize(("difference", "std"), [(float("nan"), 1), (2e-3, 1), (2e-3, 0.1)])
+def test_nan_or_a_large_difference_fails_the_gate(difference: float, std: float) -> None:
     for nemo_difference, transformers_difference in ((difference, 0), (0, difference)):
         with pytest.raises(RecipeError, match="differ by"):
-            parity.Parity(nemo_difference, transformers_difference, spread, 1, None).require("test")
+            parity_of(nemo_difference, transformers_difference, std).require("test")
 
 
-def test_the_tolerance_is_a_fraction_of_the_logits_deviation() -> None:
-    parity.Parity(2e-3, 2e-3, 10, 1, None).require("test")
+def test_the_tolerance_is_a_fraction_of_the_standard_deviation() -> None:
+    parity_of(2e-3, 2e-3, logits_std=10).require("test")
 
 
 @pytest.mark.parametrize(("tokens", "last"), [(128, 2047), (128, 255), (128, 60), (5, 2047)])
@@ -131,4 +137,5 @@ def test_positions_increase_up_to_the_last(tokens: int, last: int) -> None:
     positions = parity.spread_positions(tokens, last)
     assert len(positions) == tokens
     assert (positions.diff() > 0).all()
-    assert positions[-1] == max(last, tokens - 1) or tokens <= parity.ADJACENT
+    if tokens > parity.ADJACENT:  # a shorter text has adjacent positions only
+        assert positions[-1] == max(last, tokens - 1)

@@ -1,4 +1,4 @@
-"""Several runs can write the embedded teacher's folder at once."""
+"""Several runs can write the folder of the built-in teacher at once."""
 
 from __future__ import annotations
 

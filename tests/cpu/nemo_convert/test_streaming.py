@@ -19,7 +19,7 @@ from recipes.core.errors import RecipeError
 KEYS: list[tuple[str, Index]] = [("a", (0,)), ("a", (1,)), ("b", (0,)), ("b", (1,))]
 
 
-def weight(key: str, index: Index) -> Tensor:
+def make_weight(key: str, index: Index) -> Tensor:
     return torch.full((2, 3), KEYS.index((key, index))).bfloat16()
 
 
@@ -28,12 +28,12 @@ def test_one_weight_is_read_ahead() -> None:
 
     def source(key: str, index: Index) -> Tensor:
         started[key, index].set()
-        return weight(key, index)
+        return make_weight(key, index)
 
     for number, (key, tensor) in enumerate(_prefetch(source, KEYS)):
         assert key == KEYS[number]
         assert tensor.tolist() == [[number] * 3] * 2
-        for following in KEYS[number + 1 : number + 2]:
+        for following in KEYS[number + 1 : number + 2]:  # none after the last weight
             assert started[following].wait(60)
         assert not any(started[later].is_set() for later in KEYS[number + 2 :])
 
@@ -41,18 +41,18 @@ def test_one_weight_is_read_ahead() -> None:
 def test_error_of_the_source_is_raised_at_its_weight() -> None:
     def source(key: str, index: Index) -> Tensor:
         if (key, index) == KEYS[1]:
-            raise RecipeError("missing weight", "")
-        return weight(key, index)
+            raise RecipeError("missing make_weight", "")
+        return make_weight(key, index)
 
     weights = _prefetch(source, KEYS)
     assert next(weights)[0] == KEYS[0]
-    with pytest.raises(RecipeError, match="missing weight"):
+    with pytest.raises(RecipeError, match="missing make_weight"):
         next(weights)
 
 
 def test_planner_refuses_an_order_other_than_the_plan() -> None:
-    planner = _SourcePlanner(weight, {"a": 1, "b": 1})
-    planner._weights = _prefetch(weight, KEYS)
+    planner = _SourcePlanner(make_weight, {"a": 1, "b": 1})
+    planner._weights = _prefetch(make_weight, KEYS)
 
     def item(key: str, index: Index) -> Any:
         chunk = SimpleNamespace(offsets=torch.Size([*index, 0, 0]), sizes=torch.Size([1, 2, 3]))

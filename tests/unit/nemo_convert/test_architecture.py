@@ -1,4 +1,4 @@
-"""``read_architecture``: shapes and parameter counts from ``config.json``; unsupported configs."""
+"""``read_architecture`` reads shapes from ``config.json``, and refuses unsupported configs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nemo_convert.config_keys import HARMLESS, NEUTRAL
+from nemo_convert.config_keys import HARMLESS_KEYS, NEUTRAL_VALUES
 from nemo_convert.families import FAMILIES, LLAMA3_ROPE
 from nemo_convert.hf_config import (
     SUPPORTED,
@@ -117,7 +117,7 @@ def test_parameters_equal_the_conversion_table(config: dict[str, Any]) -> None:
 def test_active_weights_include_only_the_top_k_experts() -> None:
     moe = read_architecture(QWEN3_30B_A3B, "x")
     active = dataclasses.replace(moe, num_moe_experts=8)
-    router = 48 * 2048 * (128 - 8)  # it still scores all 128 experts
+    router = 48 * 2048 * (128 - 8)  # the router still scores all 128 experts
     assert moe.active_weights() == active.active_weights() + router
     # Norms and the input embedding are in no matrix multiplication, so they are not active weights.
     norms = 48 * (2 * 2048 + 2 * 128) + 2048
@@ -262,7 +262,7 @@ def test_a_key_that_may_change_logits_is_refused(setting: dict[str, Any]) -> Non
 
 
 def test_keys_that_change_no_logit_are_accepted() -> None:
-    neutral = {key: values[0] for key, values in NEUTRAL.items()}
-    harmless = dict.fromkeys(HARMLESS, "anything")
+    neutral = {key: values[0] for key, values in NEUTRAL_VALUES.items()}
+    harmless = dict.fromkeys(HARMLESS_KEYS, "anything")
     config = {**LLAMA_8B, **neutral, **harmless}
     assert read_architecture(config, "8B") == read_architecture(LLAMA_8B, "8B")

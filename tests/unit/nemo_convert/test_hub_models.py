@@ -1,4 +1,4 @@
-"""Checks and downloads request only the files that are read. A local server replaces the hub."""
+"""Checks and downloads request only files that are read. A local server replaces the hub."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ def requested_files(hub: FakeHub) -> set[str]:
 def test_a_check_downloads_headers_and_small_files(hub: FakeHub, tmp_path: Path) -> None:
     assert run_with_hub(hub, tmp_path, CHECK).strip() == ""
     assert requested_files(hub) == {*SMALL_FILES, WEIGHTS}
-    assert hub.bytes_of(WEIGHTS) == FIRST_BYTES
+    assert hub.downloaded_bytes(WEIGHTS) == FIRST_BYTES
 
 
 def test_a_check_of_shards_downloads_their_headers(hub: FakeHub, tmp_path: Path) -> None:
     split_weights(hub, tmp_path)
     assert run_with_hub(hub, tmp_path, CHECK).strip() == ""
     assert requested_files(hub) == {*SMALL_FILES, INDEX, *SHARDS}
-    assert [hub.bytes_of(shard) for shard in SHARDS] == [FIRST_BYTES, FIRST_BYTES]
+    assert [hub.downloaded_bytes(shard) for shard in SHARDS] == [FIRST_BYTES, FIRST_BYTES]
 
 
 def test_a_dry_run_checks_the_headers(hub: FakeHub, tmp_path: Path, launch: Launch) -> None:
@@ -114,14 +114,14 @@ def test_a_dry_run_checks_the_headers(hub: FakeHub, tmp_path: Path, launch: Laun
     assert done.returncode == 1
     assert f"has shape [128, 256] in {WEIGHTS}, but [128, 512]" in done.stderr
     assert requested_files(hub) == {*SMALL_FILES, WEIGHTS}
-    assert hub.bytes_of(WEIGHTS) == FIRST_BYTES
+    assert hub.downloaded_bytes(WEIGHTS) == FIRST_BYTES
 
 
 def test_a_download_has_only_files_that_are_read(hub: FakeHub, tmp_path: Path) -> None:
     size = len(hub.models[NAME][WEIGHTS])
     assert set(run_with_hub(hub, tmp_path, DOWNLOAD).split()) == {*SMALL_FILES, WEIGHTS}
     assert requested_files(hub) == {*SMALL_FILES, WEIGHTS}
-    assert hub.bytes_of(WEIGHTS) == size
+    assert hub.downloaded_bytes(WEIGHTS) == size
 
 
 def test_a_download_of_shards(hub: FakeHub, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_download_of_shards(hub: FakeHub, tmp_path: Path) -> None:
 
 
 def test_shards_beside_one_file_of_weights_are_not_downloaded(hub: FakeHub, tmp_path: Path) -> None:
-    """transformers then reads ``model.safetensors`` alone."""
+    """If there is a ``model.safetensors``, transformers reads no shards."""
     single_file = hub.models[NAME][WEIGHTS]
     split_weights(hub, tmp_path)
     hub.models[NAME][WEIGHTS] = single_file
@@ -144,7 +144,7 @@ def test_samples_of_a_tied_head_are_compared(hub: FakeHub, tmp_path: Path) -> No
     """A head that equals the embedding passes. A head whose second half differs does not."""
     store_head(hub, tmp_path)
     assert run_with_hub(hub, tmp_path, CHECK).strip() == ""
-    samples = hub.bytes_of(WEIGHTS) - FIRST_BYTES
+    samples = hub.downloaded_bytes(WEIGHTS) - FIRST_BYTES
     assert samples == pytest.approx(2 * SAMPLES * SAMPLE_BYTES, rel=0.2)
     weights = hub.models[NAME][WEIGHTS]
     assert samples < len(weights) / 5
@@ -153,7 +153,7 @@ def test_samples_of_a_tied_head_are_compared(hub: FakeHub, tmp_path: Path) -> No
 
 
 def test_a_hub_without_ranges_is_named(hub: FakeHub, tmp_path: Path) -> None:
-    """Headers are read anyway. The head is compared after the download."""
+    """Headers are read even so, but the head is compared only after the download."""
     hub.serves_ranges = False
     store_head(hub, tmp_path)
     output = run_with_hub(hub, tmp_path, CHECK)

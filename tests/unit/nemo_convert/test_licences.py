@@ -1,4 +1,4 @@
-"""Licences that forbid commercial use, by their names."""
+"""Licences that forbid commercial use are recognised by their names."""
 
 from __future__ import annotations
 

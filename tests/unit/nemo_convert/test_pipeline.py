@@ -1,4 +1,4 @@
-"""How layers are split over pipeline stages."""
+"""Layers are split over pipeline stages as Megatron can build them."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_every_pipeline_split_can_be_built_and_is_lightest_at_the_end() -> None:
         assert 1 <= split[-1] == min(split)
         assert len(set(split[1:-1])) <= 1
         assert len(set(split)) == 1 or layers % stages
-        most = -(-layers // stages)
-        if layers - most * (stages - 2) >= 2:  # else the ends cannot make up for the middle
+        most = -(-layers // stages)  # rounded up
+        if layers - most * (stages - 2) >= 2:  # else the middle stages have fewer
             assert max(split) == most
 
 

@@ -12,18 +12,18 @@ from recipes.core.files import sha256_of
 from recipes.core.wheels import cache_dir
 from tests.support.installing import require_package_index
 
-PINS = Path(__file__).with_name("transformers_5.txt")
-"""Pins of transformers 5, and of dependencies that the stack does not have or has older."""
+REQUIREMENTS = Path(__file__).with_name("transformers_5.txt")
+"""Pinned versions of transformers 5, and of dependencies whose installed version is too old."""
 
 
 def transformers_5() -> Path:
-    """Returns a folder with these packages, installed once into the cache."""
-    folder = cache_dir() / "tests" / sha256_of(PINS)[:16]
+    """Returns a folder with the packages of ``REQUIREMENTS``, which are installed only once."""
+    folder = cache_dir() / "tests" / sha256_of(REQUIREMENTS)[:16]
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    options = ["--no-deps", "--no-compile", "--require-hashes", "--requirement", str(PINS)]
+    options = ["--no-deps", "--no-compile", "--require-hashes", "--requirement", str(REQUIREMENTS)]
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         target = Path(temporary) / "packages"
         done = subprocess.run(
@@ -38,7 +38,7 @@ def transformers_5() -> Path:
     return folder
 
 
-SAVE = """
+SAVE_SCRIPT = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 for folder in sys.argv[1:]:
@@ -57,6 +57,6 @@ def run_with_transformers_5(code: str, *arguments: str | Path) -> None:
 
 
 def save_by_transformers_5(*folders: Path) -> list[Path]:
-    """Loads models and their tokenizers and saves both in a new folder, NAME-5, beside each."""
-    run_with_transformers_5(SAVE, *folders)
+    """Loads and saves models and their tokenizers. The new folder is beside the old, as NAME-5."""
+    run_with_transformers_5(SAVE_SCRIPT, *folders)
     return [folder.with_name(f"{folder.name}-5") for folder in folders]
