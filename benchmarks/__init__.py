@@ -1,1 +1,1 @@
-"""Measurements that anyone can repeat."""
+"""Benchmarks of this repository; see README.md in this folder."""

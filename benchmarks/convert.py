@@ -3,10 +3,10 @@
     python -m benchmarks.convert [--model FOLDER_OR_SOURCE] [--repeats N]
     python -m benchmarks.convert --billions 7
 
-Each side runs in its own process, one after the other. The shortest time and the lowest peak of all
-repeats count. Times exclude imports. Memory is the peak above the level after imports. ``resident``
-is all memory. ``anonymous`` excludes pages of mapped files, which the system can drop at any time.
-``verify`` compares logits and weights of both models.
+Each compared program, called a side, runs in its own process, one after the other. The shortest
+time and the lowest peak of all repeats count. Times exclude imports. Memory is the peak minus the
+memory after imports. ``resident`` is all memory. ``anonymous`` excludes pages of mapped files,
+which the system can drop at any time. ``verify`` compares logits and weights of both models.
 
 With ``--billions``, the model is a random Llama with that number of parameters in bfloat16, and the
 baseline is a plain copy of its files. Files are not in the page cache when a side starts, and time
@@ -30,7 +30,7 @@ from recipes.core.errors import RecipeError
 
 SIDES = ("transformers", "to-nemo", "to-hf", "verify")
 COLD_SIDES = ("copy", "to-nemo", "to-hf")
-"""Sides with ``--billions``. The first of each tuple is the baseline."""
+"""Sides with ``--billions``. The first side of each tuple is the baseline."""
 LAYER = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -41,7 +41,7 @@ LAYER = {
 }
 """Sizes of Llama 3.1 8B."""
 LAYER_BILLIONS = 0.218
-"""Billions of parameters of such a layer."""
+"""Parameters of a layer of these sizes, in billions."""
 
 
 def work_of(side: str, folder: Path, scratch: Path) -> Callable[[], object]:
@@ -75,7 +75,7 @@ def work_of(side: str, folder: Path, scratch: Path) -> Callable[[], object]:
 
 
 def memory() -> dict[str, int]:
-    """Reads this process' current memory, in bytes."""
+    """Reads this process's current memory, in bytes."""
     with open("/proc/self/status", encoding="ascii") as file:
         fields = dict(line.split(":", 1) for line in file)
     names = {"anonymous": "RssAnon", "resident": "VmRSS"}
@@ -107,22 +107,22 @@ def run_and_measure(work: Callable[[], object]) -> dict[str, float]:
 
 
 def measure_side(side: str, folder: Path, scratch: Path, cold: bool) -> dict[str, float]:
-    """Measures a side in this process; if ``cold``, including the time to write to the disk."""
+    """Measures a side in this process; ``cold`` includes the time to write to the disk."""
     work = work_of(side, folder, scratch)
 
     def work_to_disk() -> None:
         work()
-        settle(scratch)
+        flush(scratch)
 
     return run_and_measure(work_to_disk if cold else work)
 
 
-def settle(folder: Path, forget: bool = False) -> None:
-    """Waits until files are on the disk; ``forget`` also drops them from the page cache."""
+def flush(folder: Path, drop_cache: bool = False) -> None:
+    """Waits until files are on the disk; ``drop_cache`` also drops them from the page cache."""
     for file in (file for file in folder.rglob("*") if file.is_file()):
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
-            if forget:
+            if drop_cache:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -135,22 +135,22 @@ def run_sides(folder: Path, repeats: int, cold: bool = False) -> dict[str, list[
             scratch = Path(temporary)
             for side in (*others, baseline) if number % 2 else (baseline, *others):
                 if cold:
-                    settle(folder, forget=True)
-                    settle(scratch, forget=True)
+                    flush(folder, drop_cache=True)
+                    flush(scratch, drop_cache=True)
                 measurement = call_in_process(
                     "benchmarks.convert:measure_side", side, folder, scratch, cold
                 )
                 runs[side].append(measurement)
                 os.sync()  # unwritten data of one side must not slow down the next
                 shutil.rmtree(scratch / "copy", ignore_errors=True)
-                if cold and side == "to-hf":  # the disk has no space for this and a last copy
+                if cold and side == "to-hf":  # makes space for a copy that runs last
                     shutil.rmtree(scratch / "model.nemo")
             if cold:
-                require_same(folder, scratch / "back")
+                require_same_weights(folder, scratch / "back")
     return runs
 
 
-def write_random(folder: Path, like: Path, shape: Mapping[str, int | bool]) -> None:
+def write_random_model(folder: Path, like: Path, shape: Mapping[str, int | bool]) -> None:
     """Writes a random Llama in bfloat16, with the tokenizer of ``like``."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -167,7 +167,7 @@ def write_random(folder: Path, like: Path, shape: Mapping[str, int | bool]) -> N
     write_weights(weights, folder)
 
 
-def require_same(folder: Path, back: Path) -> None:
+def require_same_weights(folder: Path, back: Path) -> None:
     """Raises ``RecipeError`` if any bit of the weights differs after the round trip."""
     import torch
 
@@ -184,8 +184,8 @@ def require_same(folder: Path, back: Path) -> None:
 def table(runs: dict[str, list[dict[str, float]]], size: int) -> str:
     """Formats each side's lowest measurements, and their ratios to the baseline and the size."""
     lowest = {
-        s: {k: min(run[k] for run in side_runs) for k in side_runs[0]}
-        for s, side_runs in runs.items()
+        side: {name: min(run[name] for run in side_runs) for name in side_runs[0]}
+        for side, side_runs in runs.items()
     }
     baseline = next(iter(lowest.values()))
     rows = [
@@ -193,9 +193,9 @@ def table(runs: dict[str, list[dict[str, float]]], size: int) -> str:
         f"{'':14}{'seconds':>9}{'x baseline':>12}{'resident':>12}{'x size':>8}{'anonymous':>13}",
     ]
     for side, best in lowest.items():
-        slower = best["seconds"] / baseline["seconds"]
+        ratio = best["seconds"] / baseline["seconds"]
         rows.append(
-            f"{side:14}{best['seconds']:9.2f}{slower:12.2f}{best['resident'] / 1e6:9.0f} MB"
+            f"{side:14}{best['seconds']:9.2f}{ratio:12.2f}{best['resident'] / 1e6:9.0f} MB"
             f"{best['resident'] / size:8.2f}{best['anonymous'] / 1e6:10.0f} MB"
         )
     return "\n".join(rows)
@@ -212,7 +212,7 @@ def main() -> None:
         folder = model_folder(args.model)
         if args.billions:
             layers = round(args.billions / LAYER_BILLIONS)
-            write_random(Path(temporary), folder, {**LAYER, "num_hidden_layers": layers})
+            write_random_model(Path(temporary), folder, {**LAYER, "num_hidden_layers": layers})
             folder = Path(temporary)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         print(table(run_sides(folder, args.repeats, bool(args.billions)), size))

@@ -1,13 +1,13 @@
 """Compares the speed of distillation by NeMo, PyTorch loops, and ModelOpt's Hugging Face trainer.
 
 ``python -m benchmarks.distill`` runs all methods with the same teacher, student, batch and sequence
-length, on the CPU. Each runs in its own process, with the variables of
+length, on the CPU. Each method runs in its own process, with the environment variables of
 ``conf/cluster/local.yaml``. Methods take turns, A B C A B C, so that a change of the machine's
 speed affects all equally. The time of a step is the time between the ends of two steps; warm-up
 steps do not count. ``planned`` is the speed that the stage ``plan`` estimates for NeMo.
 
 All loops train on the same sequences, and NeMo's methods share another set of sequences. So first
-losses are compared within each of the two groups only.
+losses are compared only within each of these two groups.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ from recipes.planning.results import PlanResult
 WARM_UP_STEPS = 2
 BASELINES = ("loop-fp32", "loop-bf16", "modelopt-bf16")
 LOSS_TOLERANCE = 0.02
-"""Largest relative difference of first losses on the same batch: the rounding of bfloat16."""
+"""Largest relative difference of first losses on the same batch, from rounding to bfloat16."""
 console = screen()
 
 
 @dataclass
 class Record:
-    """One training by a method: the time when each step ended, in seconds, losses, and memory."""
+    """One training run of a method."""
 
     ends: list[float] = field(default_factory=list)
+    """Time in seconds when each step ended."""
     losses: list[float] = field(default_factory=list)
     peak_rss_bytes: int = 0
     planned_tokens_per_second: float | None = None
@@ -67,7 +68,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class DistillMethod:
-    """One way to distil.
+    """A method to distil.
 
     Attributes:
         reference: Method with the same batches, whose first loss it must reproduce.
@@ -95,7 +96,7 @@ METHODS = {
     "loop-bf16": DistillMethod("loop-fp32"),
     "modelopt-bf16": DistillMethod("loop-fp32"),
 }
-for patch in SPEED_PATCH_NAMES:  # nemo-cached-compiled, with one patch left out
+for patch in SPEED_PATCH_NAMES:  # nemo-cached-compiled, without this patch
     others = ",".join(name for name in SPEED_PATCH_NAMES if name != patch)
     overrides = ("teacher=cached", COMPILED, f"stages.distill.cpu_speed_patches=[{others}]")
     METHODS[f"without-{patch}"] = DistillMethod(None, CACHED_STAGES, overrides)
@@ -112,7 +113,7 @@ class Result:
     peak_rss_bytes: int
     planned_tokens_per_second: float | None
     ratios: dict[str, float]
-    """Speed divided by that of each baseline that ran."""
+    """Speed divided by the speed of each baseline that ran."""
     first_loss: float
     last_loss: float
 
@@ -152,8 +153,8 @@ def _run_stages(method: DistillMethod, shape: Shape, run_dir: Path, scratch: Pat
     }
     if teacher_stage == "cache_logits":
         settings["cache_logits.num_sequences"] = shape.steps * shape.micro_batch
-    length = f"data.seq_length={shape.seq_length}"
-    launch(run_dir, scratch, method.stages, settings, length, *method.overrides)
+    length_override = f"data.seq_length={shape.seq_length}"
+    launch(run_dir, scratch, method.stages, settings, length_override, *method.overrides)
     steps = steps_of(scratch / "distill" / METRICS, "distill")
     return Record(
         [step["time"] for step in steps],
@@ -166,7 +167,8 @@ def _run_stages(method: DistillMethod, shape: Shape, run_dir: Path, scratch: Pat
 def speeds(record: Record, shape: Shape) -> list[float]:
     """Returns the tokens/s of the steps after warm-up. The first step has no start time."""
     tokens = shape.micro_batch * shape.seq_length
-    ends = record.ends[min(WARM_UP_STEPS, shape.steps - 1) - 1 :]
+    last_warm_up = min(WARM_UP_STEPS, shape.steps - 1) - 1
+    ends = record.ends[last_warm_up:]
     return [tokens / (end - start) for start, end in pairwise(ends)]
 
 
@@ -190,7 +192,7 @@ def summarise(records: Mapping[str, Sequence[Record]], shape: Shape) -> dict[str
 
 
 def disagreements(results: Mapping[str, Result]) -> Iterable[str]:
-    """Yields a message for each method whose first loss differs from that of its reference."""
+    """Yields a message for each method whose first loss differs from its reference's."""
     for name, result in results.items():
         reference = METHODS[name].reference
         if reference is not None and reference in results:
@@ -200,7 +202,7 @@ def disagreements(results: Mapping[str, Result]) -> Iterable[str]:
 
 
 def draw(results: Mapping[str, Result], failed: Mapping[str, str]) -> None:
-    """Prints the table of results, and the reasons of methods that failed."""
+    """Prints the table of results, and why methods failed."""
     columns = "method", "tokens/s", "slowest to fastest step", "planned", "peak RSS"
     table = Table(*columns, *(f"× {baseline}" for baseline in BASELINES), "last loss")
     for name, r in results.items():
@@ -219,11 +221,11 @@ def draw(results: Mapping[str, Result], failed: Mapping[str, str]) -> None:
 
 
 def measure(names: Sequence[str], shape: Shape, rounds: int, run_dir: Path, out: Path) -> None:
-    """Runs all rounds, prints the table, writes the results.
+    """Runs all rounds, prints the table, and writes the results.
 
     Raises:
         RecipeError: The run's stages are not complete, or methods have different losses on the
-            same batches. In the latter case the results are written, too.
+            same batches. If losses differ, the results are still written.
     """
     for stage in INPUT_STAGES:
         complete_manifest(run_dir / stage)
@@ -255,7 +257,7 @@ def measure(names: Sequence[str], shape: Shape, rounds: int, run_dir: Path, out:
 
 
 def main() -> None:
-    """Measures and prints the methods that the command line names."""
+    """Measures the methods that the command line names."""
     parser = argparse.ArgumentParser(description="Compares the speed of methods to distil.")
     parser.add_argument(
         "--run-dir", type=Path, help="a run whose stages before distill are complete"

@@ -1,4 +1,4 @@
-"""Starts the launcher, and runs functions in their own processes with the launcher's variables."""
+"""Starts the launcher, and runs functions in new processes with the launcher's environment."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ RECIPE = "llama_depth_prune"
 
 
 def execute(command: list[str]) -> None:
-    """Runs a command without GPUs and with the variables of ``conf/cluster/local.yaml``.
+    """Runs a command without GPUs, with the environment variables of ``conf/cluster/local.yaml``.
 
     Raises:
-        RecipeError: The command failed. The message is the command's.
+        RecipeError: The command failed. The error has the command's message.
     """
     env = OmegaConf.load(REPO_ROOT / "conf" / "cluster" / "local.yaml").env
     done = subprocess.run(
@@ -54,7 +54,7 @@ def execute(command: list[str]) -> None:
 
 
 def call_in_process(function: str, *args: object) -> Any:
-    """Calls a function, ``MODULE:NAME``, in its own process, and returns its result."""
+    """Calls a function, given as ``MODULE:NAME``, in a new process, and returns its result."""
     with tempfile.TemporaryDirectory() as scratch:
         call, result = Path(scratch) / "call", Path(scratch) / "result"
         call.write_bytes(pickle.dumps((function, args)))
@@ -72,10 +72,10 @@ def main() -> None:
 def launch(
     base: Path, out: Path, stages: Sequence[str], settings: Mapping[str, object], *overrides: str
 ) -> None:
-    """Runs stages by the launcher.
+    """Runs stages with the launcher.
 
     Args:
-        base: Run whose model is used.
+        base: Run directory whose teacher is used.
         out: Run directory to write.
         stages: Names of the stages.
         settings: Fields below ``stages``, for example inputs from ``base``.
@@ -103,8 +103,8 @@ def make_inputs() -> Path:
 
 def model_folder(source: str | None) -> Path:
     """Returns the folder of a Hugging Face model, downloaded if necessary; by default SmolLM2."""
-    embedded = OmegaConf.load(REPO_ROOT / "conf" / "model" / "smollm2_135m.yaml").hf_path
-    return resolve(source or embedded)
+    smollm2 = OmegaConf.load(REPO_ROOT / "conf" / "model" / "smollm2_135m.yaml").hf_path
+    return resolve(source or smollm2)
 
 
 def complete_manifest(stage_dir: Path) -> Manifest:
@@ -124,7 +124,7 @@ def complete_manifest(stage_dir: Path) -> Manifest:
 def run_main(module: str) -> None:
     """Runs ``main`` of a benchmark. Prints an error that a user can fix as one message.
 
-    The module is imported by its name: child processes cannot unpickle classes of ``__main__``.
+    The module is imported by name, because child processes cannot unpickle classes of ``__main__``.
     """
     try:
         resolve_name(f"{module}:main")()

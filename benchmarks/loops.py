@@ -1,7 +1,8 @@
 """Baselines of ``benchmarks.distill``: PyTorch loops, and ModelOpt's Hugging Face trainer.
 
-All use transformers models with scaled dot-product attention, fused AdamW with float32 weights, and
-clipped gradients. In bfloat16, the student runs in autocast, and the teacher has bfloat16 weights.
+All baselines use transformers models with scaled dot-product attention, fused AdamW with float32
+weights, and clipped gradients. In bfloat16, the student runs in autocast, and the teacher has
+bfloat16 weights.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from recipes.data.token_sequences import first_sequences
 from recipes.evaluation.text_quality import load_transformers
 
 LR, BETA1, BETA2, WEIGHT_DECAY, CLIP = 1e-4, 0.9, 0.95, 0.1, 1.0
-"""Settings of the stage ``distill``, at a constant learning rate."""
+"""The optimizer settings of the stage ``distill``, with a constant learning rate."""
 
 
 @dataclass(frozen=True)
@@ -41,39 +42,39 @@ class LoopInputs:
     bfloat16: bool
 
 
-def loss_of(task: LoopInputs, tokens: Tensor) -> Tensor:
+def loss_of(inputs: LoopInputs, tokens: Tensor) -> Tensor:
     """Returns a batch's mean KL(teacher ‖ student) per token, in float32."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=task.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=inputs.bfloat16):
         with torch.inference_mode():
-            teacher_logits = task.teacher(tokens).logits
-        logits = task.student(tokens).logits
+            teacher_logits = inputs.teacher(tokens).logits
+        logits = inputs.student(tokens).logits
     student, teacher = (
-        log_softmax(x.float().flatten(0, 1), dim=-1) for x in (logits, teacher_logits)
+        log_softmax(values.float().flatten(0, 1), dim=-1) for values in (logits, teacher_logits)
     )
     return kl_div(student, teacher, log_target=True, reduction="sum") / tokens.numel()
 
 
-def loop(task: LoopInputs, record: Record) -> None:
+def loop(inputs: LoopInputs, record: Record) -> None:
     """Trains in a plain PyTorch loop, as a user would write it."""
     optimizer = torch.optim.AdamW(
-        task.student.parameters(),
+        inputs.student.parameters(),
         lr=LR,
         betas=(BETA1, BETA2),
         weight_decay=WEIGHT_DECAY,
         fused=True,
     )
-    for tokens in task.batches:
-        loss = loss_of(task, tokens)
+    for tokens in inputs.batches:
+        loss = loss_of(inputs, tokens)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(task.student.parameters(), CLIP)
+        torch.nn.utils.clip_grad_norm_(inputs.student.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
         record.ends.append(time.time())
         record.losses.append(loss.item())
 
 
-def modelopt(task: LoopInputs, record: Record) -> None:
-    """Trains with ModelOpt's ``KDTrainer``, which is a transformers ``Trainer``, and with its loss.
+def modelopt(inputs: LoopInputs, record: Record) -> None:
+    """Trains with ModelOpt's ``KDTrainer``, a transformers ``Trainer``, and ModelOpt's loss.
 
     Raises:
         RecipeError: accelerate, which ``Trainer`` needs, is not installed.
@@ -85,21 +86,21 @@ def modelopt(task: LoopInputs, record: Record) -> None:
 
     class RecordSteps(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            if "loss" in more["logs"]:  # the last record is a summary
+            if "loss" in more["logs"]:  # the last log entry is a summary without a loss
                 record.ends.append(time.time())
                 record.losses.append(more["logs"]["loss"])
 
     class UnshuffledTrainer(KDTrainer):
         def _get_train_sampler(self, *_: Any) -> None:
-            """Returns ``None``, so that sequences are in order, as in the loops."""
+            """Returns ``None``, so that sequences keep their order, as in the loops."""
 
-    _, micro_batch, _ = task.batches.shape
+    _, micro_batch, _ = inputs.batches.shape
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             output_dir=folder,
             use_cpu=True,
-            bf16=task.bfloat16,
-            max_steps=len(task.batches),
+            bf16=inputs.bfloat16,
+            max_steps=len(inputs.batches),
             per_device_train_batch_size=micro_batch,
             optim="adamw_torch_fused",
             learning_rate=LR,
@@ -114,10 +115,13 @@ def modelopt(task: LoopInputs, record: Record) -> None:
             disable_tqdm=True,
         )
         trainer = UnshuffledTrainer(
-            task.student,
+            inputs.student,
             settings,
-            distill_config={"teacher_model": task.teacher, "criterion": {("", ""): LMLogitsLoss()}},
-            train_dataset=[{"input_ids": s, "labels": s} for s in task.batches.flatten(0, 1)],
+            distill_config={
+                "teacher_model": inputs.teacher,
+                "criterion": {("", ""): LMLogitsLoss()},
+            },
+            train_dataset=[{"input_ids": s, "labels": s} for s in inputs.batches.flatten(0, 1)],
             callbacks=[RecordSteps()],
         )
         trainer.train()
@@ -132,17 +136,17 @@ LOOPS: dict[str, tuple[Callable[[LoopInputs, Record], None], bool]] = {
 
 
 def run_baseline(name: str, shape: Shape, run_dir: Path) -> Record:
-    """Trains a baseline in this process, on teacher, student and text of a run.
+    """Trains a baseline in this process, with the teacher, student and text of a run.
 
     Raises:
         RecipeError: The run has too little text, or a library of the baseline is not installed.
     """
     train, bfloat16 = LOOPS[name]
-    number = shape.steps * shape.micro_batch
-    text = first_sequences(run_dir / "prepare_data" / ARTIFACT, "train", shape.seq_length, number)
-    if len(text) < number:
+    count = shape.steps * shape.micro_batch
+    text = first_sequences(run_dir / "prepare_data" / ARTIFACT, "train", shape.seq_length, count)
+    if len(text) < count:
         raise RecipeError(
-            f"training needs {number} sequences, but {run_dir} has {len(text)}", "lower --steps"
+            f"training needs {count} sequences, but {run_dir} has {len(text)}", "lower --steps"
         )
     teacher = load_transformers(find_checkpoint(run_dir / "import_hf" / ARTIFACT))
     student = load_transformers(find_checkpoint(run_dir / "prune" / ARTIFACT))

@@ -1,10 +1,10 @@
-"""Times the operations of a distillation step other than linear layers, in bfloat16 on a CPU.
+"""Times the operations of a distillation step, except linear layers, in bfloat16 on a CPU.
 
 ``python -m benchmarks.operations`` times PyTorch's fused attention, the attention of training,
 norms, gated activations and the loss on logits, at the sizes of SmolLM2-135M. It times the forward
-pass, forward and backward pass together, and both compiled (except attention). Start it with the
-variables of ``conf/cluster/local.yaml``. With ``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`` a processor
-with AMX does not use it.
+pass, forward and backward pass together, and both passes compiled (not for attention). Start the
+benchmark with the environment variables of ``conf/cluster/local.yaml``. The variable
+``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`` disables AMX.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from recipes.distillation.losses import LogitsLoss, LossTargets, combined_loss
 from recipes.engines.machine_rates import best_seconds
 
 SCALE = 0.125
+"""Scale of attention scores: 1 / √64, for heads of size 64."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Times:
     both: float
     """Time of forward and backward pass."""
     compiled: float | None
-    """Time of forward and backward pass if compiled; ``None`` if not measured."""
+    """Time of the compiled forward and backward pass; ``None`` if not measured."""
 
 
 def cases(sizes: Sizes) -> dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]]:
@@ -78,7 +79,7 @@ def measure(
     repeats: int,
     compile_too: bool = True,
 ) -> Times:
-    """Times an operation. Kernels are compiled in the warm-up, which does not count."""
+    """Times an operation. Kernels are compiled during the warm-up, which does not count."""
     inputs = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
     upstream = torch.randn_like(function(*inputs))
 

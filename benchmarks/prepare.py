@@ -1,11 +1,11 @@
-"""Measures the speed and memory of preparing text, by number of processes and size of the text.
+"""Measures the speed and memory of text preparation, by number of processes and size of the text.
 
     python -m benchmarks.prepare [--model FOLDER_OR_SOURCE] [--megabytes N] [--processes 1 2]
 
-The text is N megabytes of Wikipedia summaries, and ten times as much. Summaries are repeated, with
-a number in front, so that all documents differ. Every measurement runs in its own process. Times
-exclude imports. The main process's memory is the peak above its level after imports. A tokenizer
-process's memory is its peak resident memory, including libraries.
+Two texts are prepared: N megabytes of Wikipedia summaries, and ten times as much. Summaries are
+repeated, with a number in front, so that all documents differ. Every measurement runs in its own
+process. Times exclude imports. The main process's memory is its peak minus its memory after
+imports. A tokenizer process's memory is its peak resident memory, including libraries.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class PreparationRun:
     tokens: int
     seconds: float
     main_memory: float
-    """Peak anonymous memory of the main process, above that after imports."""
+    """Peak anonymous memory of the main process, minus its memory after imports."""
     tokenizer_memory: float
     """Peak resident memory of the largest tokenizer process; 0 if there is none."""
 
@@ -62,12 +62,12 @@ def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Prepa
 
     cfg = PrepareDataConfig(sources=[str(text)], processes=processes)
     tokenizer = load_tokenizer(model)
-    tokenizer.encode(["a"])
+    tokenizer.encode(["a"])  # the first call initialises the tokenizer
     states: list[preparation.PreparationState] = []
     main_process = run_and_measure(
         lambda: states.append(preparation.prepare(cfg, tokenizer, folder, MetricsLog(None)))
     )
-    tokens = sum(size for size, _ in states[0].sizes.values()) // 4
+    tokens = sum(size for size, _ in states[0].sizes.values()) // 4  # bytes of int32 tokens
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     tokenizer_memory = children.ru_maxrss * 1024.0 if processes > 1 else 0.0
     return PreparationRun(

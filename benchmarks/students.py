@@ -1,17 +1,17 @@
 """Trains a student with different losses or data, and evaluates all of them on the same text.
 
     python -m benchmarks.students --steps 40 --seeds 1234 1 2 \
-        --way "recipe" \
-        --way "forward_kl stages.distill.lm_weight=0" \
-        --way "chat data=chat 'data.sources=[teacher://chat#tokens=60000]'"
+        --variant "recipe" \
+        --variant "forward_kl stages.distill.lm_weight=0" \
+        --variant "chat data=chat 'data.sources=[teacher://chat#tokens=60000]'"
 
-A way is a name, followed by overrides of the launcher. Each way trains once per seed, in a run of
-the launcher in ``OUT/NAME-SEED``. All start from the same student and have the same schedule. An
-interrupted benchmark resumes. A way that overrides ``data`` prepares its own text to train on. All
-are evaluated on the held-out text of ``--run-dir``.
+A variant is a name, followed by overrides of the launcher. Each variant trains once per seed, in a
+run of the launcher in ``OUT/NAME-SEED``. All variants start from the same student and have the same
+schedule. An interrupted benchmark resumes. A variant that overrides ``data`` prepares its own text
+to train on. All variants are evaluated on the held-out text of ``--run-dir``.
 
-Choose a way by its validation loss. It is measured on validation text of the way's own data, so
-compare only ways with the same data. Held-out text is for reporting.
+Choose a variant by its validation loss. This loss is measured on the validation text of the
+variant's data, so compare only variants with the same data. Held-out text is for reporting.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from recipes.evaluation.results import ROLES, EvaluationResult, TextQuality
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to train: a name and overrides of the launcher."""
+class Variant:
+    """A variant of training: a name and overrides of the launcher."""
 
     name: str
     overrides: list[str]
 
     @property
     def has_own_data(self) -> bool:
-        """Whether it prepares its own text."""
+        """Whether the variant prepares its own text."""
         return any(o.startswith(("data=", "data.")) for o in self.overrides)
 
 
@@ -51,7 +51,7 @@ class Way:
 class StudentResult:
     """A trained student and its evaluation."""
 
-    way: str
+    variant: str
     seed: int
     tokens: int
     seconds: float
@@ -60,7 +60,7 @@ class StudentResult:
     evaluation: EvaluationResult
 
 
-def parse_way(text: str) -> Way:
+def parse_variant(text: str) -> Variant:
     """Parses ``NAME OVERRIDE ...``.
 
     Raises:
@@ -69,19 +69,21 @@ def parse_way(text: str) -> Way:
     name, *overrides = shlex.split(text) or [""]
     if not name or "=" in name or "/" in name:
         fix = "write NAME OVERRIDE ..."
-        raise RecipeError(f"invalid --way '{text}': must start with a name", fix)
+        raise RecipeError(f"invalid --variant '{text}': must start with a name", fix)
     if any(o.startswith("teacher=") for o in overrides):
         raise RecipeError(
-            f"invalid --way '{text}': all ways use the live teacher", "remove teacher="
+            f"invalid --variant '{text}': all variants use the live teacher", "remove teacher="
         )
-    return Way(name, overrides)
+    return Variant(name, overrides)
 
 
-def train(way: Way, seed: int, steps: int, base: Path, student: Path, out: Path) -> StudentResult:
+def train(
+    variant: Variant, seed: int, steps: int, base: Path, student: Path, out: Path
+) -> StudentResult:
     """Trains and evaluates a student, unless both are complete.
 
     Args:
-        way: Losses or data to train with.
+        variant: Losses or data to train with.
         seed: Seed of the training.
         steps: Optimizer steps.
         base: Run with the teacher and the text.
@@ -102,20 +104,20 @@ def train(way: Way, seed: int, steps: int, base: Path, student: Path, out: Path)
         "evaluate.inputs.data": data,
     }
     stages = ["distill", "evaluate"]
-    if way.has_own_data:
+    if variant.has_own_data:
         stages.insert(0, "prepare_data")
         settings["prepare_data.inputs.tokenizer"] = teacher
     else:
         settings["distill.inputs.data"] = data
-    length = f"data.seq_length={complete_manifest(data).config['seq_length']}"
-    launch(base, out, stages, settings, length, *way.overrides)
-    trained = complete_manifest(out / "distill").result(TrainingResult)
+    length_override = f"data.seq_length={complete_manifest(data).config['seq_length']}"
+    launch(base, out, stages, settings, length_override, *variant.overrides)
+    training = complete_manifest(out / "distill").result(TrainingResult)
     return StudentResult(
-        way.name,
+        variant.name,
         seed,
-        trained.tokens,
-        trained.tokens / trained.tokens_per_second,
-        trained.val_loss,
+        training.tokens,
+        training.tokens / training.tokens_per_second,
+        training.val_loss,
         complete_manifest(out / "evaluate").result(EvaluationResult),
     )
 
@@ -128,9 +130,10 @@ def by_source(result: EvaluationResult, role: str) -> dict[str, TextQuality]:
 
 
 def cells(results: Sequence[EvaluationResult], role: str) -> list[str]:
-    """Returns a table's cells about a model: mean perplexity, that of each source, and KL.
+    """Returns a model's cells in the table: perplexity overall and by source, and KL.
 
-    The mean over sources is geometric. Each cell has mean and spread over the seeds.
+    The overall perplexity is the geometric mean over sources. ``results`` has one result per seed;
+    a cell shows the mean and the standard deviation over seeds.
     """
     models = [by_source(result, role) for result in results]
     losses = [fmean([q.loss for q in model.values()]) for model in models]
@@ -143,39 +146,39 @@ def cells(results: Sequence[EvaluationResult], role: str) -> list[str]:
 
 
 def with_spread(values: Sequence[float], style: str = ".1f") -> str:
-    """Formats a mean and the standard deviation over seeds."""
+    """Formats the mean and the standard deviation over seeds."""
     text = format(fmean(values), style)
     return f"{text} ± {format(stdev(values), style)}" if len(values) > 1 else text
 
 
-def draw(outcomes: Sequence[StudentResult]) -> Table:
-    """Makes a table with rows for the teacher, the pruned model and each way."""
-    first = outcomes[0].evaluation
+def draw(results: Sequence[StudentResult]) -> Table:
+    """Makes a table with rows for the teacher, the pruned model and each variant."""
+    first = results[0].evaluation
     table = plain_table(
-        "held-out text", "way", "tokens", "s", "validation loss", "perplexity",
+        "held-out text", "variant", "tokens", "s", "validation loss", "perplexity",
         *by_source(first, "teacher"), "KL", "recovered",
     )  # fmt: skip
     for role in ROLES[:2]:
         table.add_row(role, "", "", "", *cells([first], role), "")
-    for name in dict.fromkeys(outcome.way for outcome in outcomes):
-        seeds = [outcome for outcome in outcomes if outcome.way == name]
-        losses = [s.validation_loss for s in seeds if s.validation_loss is not None]
-        recovered = [r for s in seeds if (r := s.evaluation.recovered) is not None]
+    for name in dict.fromkeys(result.variant for result in results):
+        runs = [result for result in results if result.variant == name]  # one for each seed
+        losses = [run.validation_loss for run in runs if run.validation_loss is not None]
+        recovered = [r for run in runs if (r := run.evaluation.recovered) is not None]
         table.add_row(
             name,
-            f"{seeds[0].tokens:,}",
-            with_spread([s.seconds for s in seeds], ".0f"),
+            f"{runs[0].tokens:,}",
+            with_spread([run.seconds for run in runs], ".0f"),
             with_spread(losses, ".3f") if losses else "",
-            *cells([s.evaluation for s in seeds], "distilled"),
+            *cells([run.evaluation for run in runs], "distilled"),
             with_spread(recovered, ".1%") if recovered else "",
         )
     return table
 
 
 def main() -> None:
-    """Trains all ways, prints the table, and writes ``students.json``."""
+    """Trains all variants, prints the table, and writes ``students.json``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.students")
-    parser.add_argument("--way", action="append", required=True, help="NAME OVERRIDE ...")
+    parser.add_argument("--variant", action="append", required=True, help="NAME OVERRIDE ...")
     parser.add_argument("--run-dir", type=Path, help=f"run of {RECIPE}, complete up to prune")
     parser.add_argument(
         "--student", default="prune", help="stage of that run with the student's checkpoint"
@@ -184,15 +187,15 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1234])
     parser.add_argument("--out", type=Path, default=Path("runs/students"))
     args = parser.parse_args()
-    ways = [parse_way(text) for text in args.way]
+    variants = [parse_variant(text) for text in args.variant]
     base, out = (args.run_dir or make_inputs()).resolve(), args.out.resolve()
-    outcomes = [
-        train(way, seed, args.steps, base, base / args.student, out / f"{way.name}-{seed}")
+    results = [
+        train(variant, seed, args.steps, base, base / args.student, out / f"{variant.name}-{seed}")
         for seed in args.seeds
-        for way in ways
+        for variant in variants
     ]
-    write_json(out / "students.json", [asdict(outcome) for outcome in outcomes])
-    screen().print(draw(outcomes))
+    write_json(out / "students.json", [asdict(result) for result in results])
+    screen().print(draw(results))
 
 
 if __name__ == "__main__":

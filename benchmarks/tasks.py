@@ -2,10 +2,10 @@
 
     python -m benchmarks.tasks [--model FOLDER_OR_SOURCE] [--tasks NAME ...] [--limit N]
 
-All sides answer the same items of lm-eval, in float32 and in bfloat16. Each runs in its own
-process, one after the other. Time is CPU time of all threads without loading, the shortest of the
-repeats. ``equal`` is the number of items with the same score. ``nats apart`` is the largest
-difference of a log-likelihood.
+A side is a model class with a precision: ``PackedLM`` or lm-eval's own, in float32 or bfloat16. All
+sides answer the same items. Each side runs in its own process, one after the other. Time is the CPU
+time of all threads without loading, the shortest of the repeats. ``equal`` is the number of items
+with the same score as the baseline's. ``nats apart`` is the largest difference of a log-likelihood.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from recipes.planning.hardware import cpu_profile
 
 TASKS = ("sciq", "piqa", "arc_easy", "hellaswag", "lambada_openai", "mmlu")
 SHOTS = {"mmlu": 5}
-"""Examples per item, as in ``conf/tasks/full.yaml``."""
+"""Few-shot examples per item, as in ``conf/tasks/full.yaml``."""
 BATCH = 8
 """Batch size of lm-eval's model."""
 BASELINE = "lm-eval, float32"
@@ -38,7 +38,7 @@ SIDES = {
     "packed, float32": (True, "32"),
     "packed, bfloat16": (True, "bf16-mixed"),
 }
-"""For each side, whether it packs questions, as ``evaluate_tasks`` does, and its precision."""
+"""For each side, whether questions are packed, as in ``evaluate_tasks``, and the precision."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Settings:
     model: Path
     tasks: Sequence[str] = TASKS
     limit: int = 40
-    """Items of each subtask."""
+    """Number of items of each subtask."""
     parts: int = 3
-    """Number of subtasks of a task that has several (mmlu)."""
+    """Number of subtasks to answer of a task that has several (mmlu)."""
     pack_tokens: int = 512
     """Tokens of a forward pass with packed questions."""
     repeats: int = 1
@@ -77,10 +77,10 @@ class Answers:
     def largest_difference(self, other: Answers) -> float:
         """Returns the largest difference of a continuation's log-likelihood, in nats."""
         pairs = zip(self.items, other.items, strict=True)
-        return max(float(np.abs(_likelihoods(a) - _likelihoods(b)).max()) for a, b in pairs)
+        return max(float(np.abs(_log_likelihoods(a) - _log_likelihoods(b)).max()) for a, b in pairs)
 
 
-def _likelihoods(item: Item) -> np.ndarray:
+def _log_likelihoods(item: Item) -> np.ndarray:
     """Returns the log-likelihood of every continuation."""
     pairs: np.ndarray = np.array(item.response, dtype=float).reshape(-1, 2)
     return pairs.T[0]  # the second of each pair says whether the continuation is greedy
@@ -106,11 +106,12 @@ def answer_all(side: str, settings: Settings) -> dict[str, Answers]:
     )
     answers = {}
     for task in packed_lm.load_tasks(settings.tasks, "pypi", SHOTS):
-        first = replace(task, subtasks=dict(islice(task.subtasks.items(), settings.parts)))
+        subtasks = dict(islice(task.subtasks.items(), settings.parts))
+        shortened = replace(task, subtasks=subtasks)
         seconds = []
         for _ in range(settings.repeats):
             start = time.process_time()
-            items = packed_lm.answer(lm, first, settings.limit, seed=1234)
+            items = packed_lm.answer(lm, shortened, settings.limit, seed=1234)
             seconds.append(time.process_time() - start)
         answers[task.name] = Answers(seconds, task.metric, items)
     return answers
@@ -118,18 +119,18 @@ def answer_all(side: str, settings: Settings) -> dict[str, Answers]:
 
 def measure(settings: Settings) -> dict[str, dict[str, Answers]]:
     """Runs each side whose precision this machine supports, in its own process."""
-    types = ("32", cpu_profile("precision"))
-    sides = [side for side, (_, precision) in SIDES.items() if precision in types]
+    precisions = ("32", cpu_profile("precision"))
+    sides = [side for side, (_, precision) in SIDES.items() if precision in precisions]
     return {side: call_in_process("benchmarks.tasks:answer_all", side, settings) for side in sides}
 
 
 def draw(sides: Mapping[str, Mapping[str, Answers]]) -> Table:
-    """Makes a table with rows for each side of each task, then sums over all tasks."""
+    """Makes a table with a row for each task and side, then the sums over all tasks."""
     table = Table(
         "task", "items", "model", "CPU s", "times as fast", "score", "equal", "nats apart"
     )
     baseline = sides[BASELINE]
-    for task, expected in baseline.items():
+    for task, baseline_answers in baseline.items():
         for side, by_task in sides.items():
             answers = by_task[task]
             table.add_row(
@@ -137,10 +138,10 @@ def draw(sides: Mapping[str, Mapping[str, Answers]]) -> Table:
                 f"{len(answers.items)}",
                 side,
                 f"{min(answers.seconds):.2f}",
-                f"{min(expected.seconds) / min(answers.seconds):.2f}",
+                f"{min(baseline_answers.seconds) / min(answers.seconds):.2f}",
                 f"{mean(answers.scores):.4f}",
-                f"{answers.equal(expected)}",
-                f"{answers.largest_difference(expected):.4f}",
+                f"{answers.equal(baseline_answers)}",
+                f"{answers.largest_difference(baseline_answers):.4f}",
             )
     totals = {
         side: sum(min(answers.seconds) for answers in by_task.values())

@@ -139,7 +139,7 @@ def _default_stage(run_dir: Path, statuses: Sequence[StageStatus]) -> str:
 
 def compare(words: Sequence[str], console: Console) -> int:
     """Writes one page about several runs: ``compare RUN1 RUN2 [out=FILE]``."""
-    from recipes.report.compare import render_comparison, verdict
+    from recipes.report.compare import describe_best, render_comparison
 
     options = [word for word in words if word.startswith("out=")]
     paths = [Path(word) for word in words if word not in options]
@@ -153,7 +153,7 @@ def compare(words: Sequence[str], console: Console) -> int:
     if out.is_dir() or not out.parent.is_dir():
         raise RecipeError(f"out={out} cannot be written.", "name a file in a directory that exists")
     rows = render_comparison(paths, out)
-    console.print(f"{len(rows)} runs compared in {out}\n{verdict(rows)}")
+    console.print(f"{len(rows)} runs compared in {out}\n{describe_best(rows)}")
     return 0
 
 

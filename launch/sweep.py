@@ -57,13 +57,13 @@ class Best(Callback):
 
 def best_of(run_dirs: Sequence[Path]) -> str:
     """Names the best run, if at least two are evaluated, and the command that compares them."""
-    from recipes.report.compare import comparison, verdict
+    from recipes.report.compare import compare_runs, describe_best
     from recipes.report.runs import read_run
 
     paths = shlex.join(os.path.relpath(path) for path in run_dirs)
     command = f"python launch/run.py compare {paths}"
     try:
-        rows = comparison([read_run(path) for path in run_dirs])["rows"]
+        rows = compare_runs([read_run(path) for path in run_dirs])["rows"]
     except RecipeError:
         return f"no best run yet: at least two must be evaluated; then: {command}"
-    return f"{verdict(rows)}\nside by side: {command}"
+    return f"{describe_best(rows)}\nside by side: {command}"

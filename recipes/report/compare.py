@@ -52,16 +52,17 @@ class RunRow:
     """The distilled model of one run, and the cost of the run."""
 
     number: str
+    """Number that marks the run in plots."""
     name: str
     recipe: str
     comparable: bool
-    """Whether it was evaluated on the same text as most runs."""
+    """Whether the run was evaluated on the same text as most runs."""
     is_best: bool
     gap: tuple[float, float] | None
-    """Mean difference of its losses to those of the best run, and standard error, in nats."""
+    """Mean of this run's losses minus the best run's, and its standard error, in nats."""
     evaluation: EvaluationResult
     tasks: Mapping[str, float]
-    """By role, the mean score of the tasks that all runs have in common."""
+    """Mean score of the tasks that all runs have in common, by role."""
     disk: int | None
     """Bytes of the exported folder."""
     latency: float | None
@@ -86,14 +87,14 @@ COSTS: dict[str, tuple[Dimension, Metric]] = {
 
 
 def render_comparison(paths: Iterable[Path], out: Path) -> list[RunRow]:
-    """Compares all runs in or below ``paths``, writes the page and returns its rows."""
-    content = comparison([read_run(path) for path in find_runs(paths)])
+    """Compares all runs in or below ``paths``, writes the page and returns its table's rows."""
+    content = compare_runs([read_run(path) for path in find_runs(paths)])
     render_template("compare.html.j2", content, out)
     rows: list[RunRow] = content["rows"]
     return rows
 
 
-def verdict(rows: Iterable[RunRow]) -> str:
+def describe_best(rows: Iterable[RunRow]) -> str:
     """Names the best run, the criterion, and the runs that are not significantly worse."""
     [best] = [row for row in rows if row.is_best]
     close = [r.name for r in rows if r.gap is not None and r.gap[0] < Z95 * r.gap[1]]
@@ -103,29 +104,36 @@ def verdict(rows: Iterable[RunRow]) -> str:
     return f"best: {best.name}, {criterion}{noise}"
 
 
-def comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """Returns the variables of the page's template.
+def compare_runs(runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """Returns the template variables of the page that compares the runs.
 
     Raises:
         RecipeError: Fewer than two runs were evaluated on the same text.
     """
     text = common_text(runs)
     evaluated = [run for run in runs if run.evaluation is not None]
-    same = [run for run in evaluated if run.text() == text]
-    if len(same) < 2:
+    comparable_runs = [run for run in evaluated if run.text_key() == text]
+    if len(comparable_runs) < 2:
         raise RecipeError(
             f"nothing to compare: of {len(runs)} run{'s' * (len(runs) != 1)}, {len(evaluated)} "
-            f"have an evaluation, and {len(same)} of them on the same held-out text",
+            f"have an evaluation, and {len(comparable_runs)} of these used the same held-out text",
             "name two or more complete runs with the same held-out text",
         )
     names = _names(runs)
-    best = min(same, key=lambda run: _evaluation(run).distilled.loss)
+    best = min(comparable_runs, key=lambda run: _evaluation(run).distilled.loss)
     tasks = common_tasks(evaluated)
-    # All latencies are those of one setting: the fastest one of the first run that has any.
-    latencies = next(filter(None, (dict(_latencies(run)) for run in same)), {})
+    # All rows show the latency of one setting: the fastest setting of the first run with latencies.
+    latencies = next(filter(None, (dict(_latencies(run)) for run in comparable_runs)), {})
     latency = min(latencies, key=lambda setting: latencies[setting], default=None)
     rows = [
-        _row(str(number), names[run.path], run, best if run in same else None, tasks, latency)
+        _row(
+            str(number),
+            names[run.path],
+            run,
+            best if run in comparable_runs else None,
+            tasks,
+            latency,
+        )
         for number, run in enumerate(evaluated, 1)
     ]
     comparable = [row for row in rows if row.comparable]
@@ -155,7 +163,7 @@ def _evaluation(run: RunRecord) -> EvaluationResult:
 
 
 def _names(runs: Sequence[RunRecord]) -> dict[Path, str]:
-    """Returns the shortest unique end of each run's path. A number alone is not a name."""
+    """Returns the shortest unique end of each run's path; with two parts if it is a number."""
     depth = 2 if any(run.path.name.isdigit() for run in runs) else 1
     longest = max(len(run.path.parts) for run in runs)
     while depth < longest and len({run.path.parts[-depth:] for run in runs}) < len(runs):
@@ -164,7 +172,7 @@ def _names(runs: Sequence[RunRecord]) -> dict[Path, str]:
 
 
 def common_tasks(runs: Iterable[RunRecord]) -> list[str]:
-    """Returns the tasks that all runs with tasks evaluated by the same metric on as many items."""
+    """Returns the tasks that all runs with tasks share, with equal metrics and numbers of items."""
     manifests = filter(None, (run.find("task_results") for run in runs))
     results = [manifest.result(TaskResults).tasks for manifest in manifests]
     first, *others = results or [{}]
@@ -186,9 +194,9 @@ def _row(
     tasks: Sequence[str],
     latency: LatencySetting | None,
 ) -> RunRow:
-    """Returns a run's row. ``best`` is ``None`` if the run cannot be compared with the best one."""
+    """Returns a run's row. ``best`` is ``None`` if the run cannot be compared with the best run."""
     results, exported = run.find("task_results"), run.exported
-    trained = (m.result_if("distill", DistillationResult) for m in run.stages.values())
+    trainings = (m.result_if("distill", DistillationResult) for m in run.stages.values())
     return RunRow(
         number=number,
         name=name,
@@ -200,7 +208,7 @@ def _row(
         tasks=results.result(TaskResults).means(tasks) if results else {},
         disk=exported.total_bytes() if exported else None,
         latency=dict(_latencies(run)).get(latency) if latency else None,
-        tokens=sum(training.tokens for training in trained if training) or None,
+        tokens=sum(training.tokens for training in trainings if training) or None,
         hours=sum(map(machine_hours, run.stages.values())),
     )
 
@@ -220,8 +228,8 @@ def _latencies(run: RunRecord) -> Iterator[tuple[LatencySetting, float]]:
 
 def _plots(rows: Sequence[RunRow]) -> Iterator[dict[str, str]]:
     """Yields a plot of each quality against each cost that was measured in at least two runs."""
-    for quality, (y_axis, quality_of) in QUALITIES.items():
-        for cost, (x_axis, cost_of) in COSTS.items():
+    for quality, (quality_dimension, quality_of) in QUALITIES.items():
+        for cost, (cost_dimension, cost_of) in COSTS.items():
             values = [(row, cost_of(row), quality_of(row)) for row in rows]
             marks = [
                 quality_mark("distilled", row.number, row.evaluation.distilled, x)
@@ -232,13 +240,14 @@ def _plots(rows: Sequence[RunRow]) -> Iterator[dict[str, str]]:
             ]
             if len(marks) > 1:
                 marks += _teacher_mark(rows, quality) if cost == "parameters" else []
-                name, title = f"plot-{quality}-{cost}", f"{y_axis.title} against {x_axis.title}"
-                plot = trade_off_plot(name, marks, x_axis, y_axis)
+                title = f"{quality_dimension.title} against {cost_dimension.title}"
+                name = f"plot-{quality}-{cost}"
+                plot = trade_off_plot(name, marks, cost_dimension, quality_dimension)
                 yield {"title": title[:1].upper() + title[1:], "plot": plot}
 
 
 def _teacher_mark(rows: Sequence[RunRow], quality: str) -> list[Mark]:
-    """Returns the teacher's mark if all runs have the same teacher."""
+    """Returns the teacher's mark if all runs have the same teacher; none for KL, which is 0."""
     teacher = rows[0].evaluation.teacher
     value = rows[0].tasks.get("teacher") if quality == "tasks" else teacher.perplexity
     if quality == "kl" or value is None or any(r.evaluation.teacher != teacher for r in rows):

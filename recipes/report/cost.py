@@ -20,9 +20,9 @@ from recipes.planning.transformer import (
 from recipes.pruning.results import HealResult, PruneResult
 
 MAX_FILES = 200
-"""Files that the report lists per stage. A large checkpoint has thousands, all in its manifest."""
+"""Maximum number of files that the report lists per stage. A large checkpoint has thousands."""
 TRAINING_FACTOR = 1 + BACKWARD_PASSES
-"""FLOPs of a training step, divided by those of its forward pass."""
+"""FLOPs of a training step, divided by the FLOPs of its forward pass."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ModelFlops:
     teacher: float
     """FLOPs of the teacher."""
     seconds: float | None = None
-    """Time of the passes without the rest of the stage; ``None`` if unknown."""
+    """Time of the passes only, not of the whole stage; ``None`` if unknown."""
 
     @property
     def flops(self) -> float:
@@ -47,7 +47,7 @@ class ModelFlops:
 def cost_sections(
     inputs: Inputs, earlier: Mapping[str, Manifest], passes: list[ModelFlops]
 ) -> dict[str, object]:
-    """Returns the template variables of the sections about cost and provenance."""
+    """Returns the template variables of the sections ``cost`` and ``provenance``."""
     stages = [*earlier.items(), *((item.directory.name, item.manifest) for item in inputs.values())]
     stages.sort(key=lambda item: item[1].started_at)
     manifests = [manifest for _, manifest in stages]
@@ -81,14 +81,15 @@ def versions(manifests: Iterable[Manifest]) -> dict[str, list[str]]:
 def upstream(inputs: Inputs) -> dict[str, Manifest]:
     """Returns all stages that the inputs depend on, without the inputs themselves.
 
-    It looks in the run directories of the inputs. A stage must have the fingerprint that a later
-    stage recorded, so results of older settings in the same directory are left out.
+    Looks in the run directories of the inputs. A stage must have the fingerprint that a later stage
+    recorded, so results of older settings in the same directory are left out.
     """
     run_dirs = {item.directory.parent for item in inputs.values()}
     folders = [path for run in run_dirs for path in sorted(run.iterdir()) if path.is_dir()]
     complete = ((path.name, read_manifest(path)) for path in folders)
     by_fingerprint = {m.fingerprint: (name, m) for name, m in complete if m is not None}
     visited = {item.manifest.fingerprint for item in inputs.values()}
+    # Fingerprints of stages that are still to be visited.
     queue = [f for item in inputs.values() for f in item.manifest.inputs.values()]
     stages: dict[str, Manifest] = {}
     while queue:
@@ -132,11 +133,11 @@ def model_flops(
     rows += _distillation_flops("Distillation", manifests["distilled"], earlier, teacher)
     evaluation = manifests["evaluation"]
     tokens = evaluation.result(EvaluationResult).tokens
-    of_student, of_teacher = (
+    student_flops, teacher_flops = (
         tokens * _forward_flops(arch, evaluation) for arch in (student, teacher)
     )
     # The pruned and the distilled model have the same shape.
-    return [*rows, ModelFlops("Evaluation", tokens, 2 * of_student, of_teacher)]
+    return [*rows, ModelFlops("Evaluation", tokens, 2 * student_flops, teacher_flops)]
 
 
 def _earlier_flops(
@@ -152,12 +153,12 @@ def _earlier_flops(
     healed, student = manifest.result_if("heal", HealResult), _shape(manifest)
     if healed and student:
         tokens = healed.calibration_tokens
-        of_student, of_teacher = (
+        student_flops, teacher_flops = (
             tokens * (_forward_flops(arch, manifest) - head_flops(arch))
             for arch in (student, teacher)
         )
         fit = tokens * least_squares_flops(teacher, student)
-        return [ModelFlops(name, tokens, of_student + fit, of_teacher)]
+        return [ModelFlops(name, tokens, student_flops + fit, teacher_flops)]
     return _distillation_flops(name, manifest, earlier, teacher)
 
 
@@ -172,9 +173,10 @@ def _distillation_flops(
         manifest.kind == "logit_cache" and manifest.fingerprint == distilled.inputs.get("teacher")
         for manifest in earlier.values()
     )
-    of_student = TRAINING_FACTOR * tokens * _forward_flops(student, distilled)
-    of_teacher = 0 if cached else tokens * _forward_flops(teacher, distilled)
-    return [ModelFlops(label, tokens, of_student, of_teacher, tokens / training.tokens_per_second)]
+    student_flops = TRAINING_FACTOR * tokens * _forward_flops(student, distilled)
+    teacher_flops = 0 if cached else tokens * _forward_flops(teacher, distilled)
+    seconds = tokens / training.tokens_per_second
+    return [ModelFlops(label, tokens, student_flops, teacher_flops, seconds)]
 
 
 def _shape(manifest: Manifest) -> Architecture | None:

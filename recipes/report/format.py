@@ -26,12 +26,12 @@ LABELS = {
     "kv_channels": "Head size",
     "vocab_size": "Vocabulary",
 }
-"""Labels of fields that the report does not label with their own names."""
+"""Labels of fields whose names ``label_of`` does not make readable."""
 DASH = Markup('<span class="none">–</span>')
 
 
 def render_template(template: str, content: Mapping[str, object], path: Path) -> None:
-    """Renders a template into one file, which loads no others. Values in HTML are escaped."""
+    """Renders a template into one file, which loads no other files. Values in HTML are escaped."""
     write_text_atomically(path, _environment().get_template(template).render(content))
 
 
@@ -45,7 +45,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(FORMATS, figure=any_value, label=label_of, plain=plain)
+    environment.filters.update(FORMATS, any_value=any_value, label=label_of, plain=plain)
     environment.filters["licence"] = with_restriction
     environment.globals["roles"] = ROLES
     macros = environment.get_template("macros.html.j2").make_module()
@@ -54,7 +54,7 @@ def _environment() -> Environment:
 
 
 def with_prefix(value: float, prefixes: str, unit: str = "") -> str:
-    """Formats a value with a prefix, as 1.5 kB; ``prefixes`` are those of 1000, 1000² and so on."""
+    """Formats a value as in 1.5 kB. ``prefixes`` are the prefixes of 1000, 1000² and so on."""
     power = 0 if abs(value) < 1000 else min(int(math.log10(abs(value)) // 3), len(prefixes))
     text = f"{value / 1000**power:,.1f}" if power else f"{value:,.6g}"
     return f"{text} {prefixes[power - 1] if power else ''}{unit}".rstrip()
@@ -70,20 +70,20 @@ def duration(seconds: float) -> str:
 
 
 def plain(text: str) -> str:
-    """Returns text without line breaks and Markdown syntax, for a line of Markdown."""
+    """Returns text without line breaks and Markdown syntax, for use within a line of Markdown."""
     return re.sub(r"[`<>|\[\]!\s]+", " ", text).strip()
 
 
-def _optional(write: Callable[..., str]) -> Callable[..., Markup]:
-    """Returns a filter that shows a dash for ``None``, and other values with an exact tooltip."""
+def _optional(format_value: Callable[..., str]) -> Callable[..., Markup]:
+    """Returns a filter that shows ``None`` as a dash, and an exact value as a tooltip."""
 
-    def write_or_dash(value: float | None, *args: object) -> Markup:
+    def format_or_dash(value: float | None, *args: object) -> Markup:
         if value is None:
             return DASH
-        text = write(value, *args).replace("-", "−")
+        text = format_value(value, *args).replace("-", "−")
         return Markup('<data value="{0}" title="{0}">{1}</data>').format(json.dumps(value), text)
 
-    return write_or_dash
+    return format_or_dash
 
 
 FORMATS: dict[str, Callable[..., Markup]] = {
@@ -102,13 +102,13 @@ FORMATS: dict[str, Callable[..., Markup]] = {
 
 
 def any_value(value: object, name: str) -> Markup:
-    """Formats a value of any type. The last word of its field's name may be a unit."""
+    """Formats a value of any type. The last word of ``name``, its field's name, may be a unit."""
     if value is None:
         return DASH
     if isinstance(value, bool):
         return Markup("yes" if value else "no")
     if isinstance(value, list | tuple):
-        return Markup(", ").join(any_value(one, name) for one in value)
+        return Markup(", ").join(any_value(item, name) for item in value)
     if not isinstance(value, int | float):
         return Markup.escape(value)
     unit = name.lower().replace(" ", "_").rpartition("_")[2]

@@ -48,21 +48,22 @@ TASK_METRICS: dict[str, Callable[[TaskScores], float | None]] = {
     "difference": lambda t: t.differences.distilled.value,
     "difference_low": lambda t: t.differences.distilled.low,
 }
-"""Metrics of one benchmark (kind ``task_results``). Differences are to the teacher."""
+"""Metrics of one benchmark (kind ``task_results``). Differences are distilled minus teacher."""
 SERVED_METRICS: dict[str, Callable[[ServedTask], float]] = {
     "served_score": lambda t: t.served.value,
     "served_difference": lambda t: t.difference.value,
     "served_difference_low": lambda t: t.difference.low,
 }
-"""Metrics of one benchmark of the served model (kind ``served_results``), which also has
-``served_perplexity_ratio``. Differences and the ratio are relative to the student."""
+"""Metrics of the served model on one benchmark (kind ``served_results``). Differences are to the
+student."""
 SERVED_PERPLEXITY = "served_perplexity_ratio"
+"""Perplexity of the served model divided by the student's (kind ``served_results``)."""
 SPEEDUP_METRICS: dict[str, Callable[[Speedup], float]] = {
     "prefill": lambda s: s.prefill,
     "decode": lambda s: s.decode,
 }
-"""Speed-ups of the student over the teacher (kind ``speed_results``). A gate uses the lowest of all
-engines, batch sizes and prompts."""
+"""Speed-ups of the student over the teacher (kind ``speed_results``). A gate uses the lowest one of
+all engines, batch sizes and prompts."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A gate with the measured value; ``None`` if it could not be measured."""
+    """A gate with the measured value, which is ``None`` if it could not be measured."""
 
     gate: Gate
     measured: float | None
@@ -120,7 +121,7 @@ def known_names(stages: Mapping[str, StageConfig], kinds: Mapping[str, str]) -> 
 
     Args:
         stages: Settings by stage.
-        kinds: Kind of result by stage.
+        kinds: Kind of each stage's result, such as ``eval_results``.
     """
     names: list[str] = []
     for stage, config in stages.items():
@@ -128,9 +129,9 @@ def known_names(stages: Mapping[str, StageConfig], kinds: Mapping[str, str]) -> 
             names += TEXT_METRICS
         tasks: list[str] = getattr(config, "tasks", [])
         if kinds[stage] == "task_results":
-            names += [f"{value}.{task}" for task in tasks for value in TASK_METRICS]
+            names += [f"{metric}.{task}" for task in tasks for metric in TASK_METRICS]
         if kinds[stage] == "served_results":
-            names += [f"{value}.{task}" for task in tasks for value in SERVED_METRICS]
+            names += [f"{metric}.{task}" for task in tasks for metric in SERVED_METRICS]
             names.append(SERVED_PERPLEXITY)
         if kinds[stage] == "speed_results":
             names += [f"speedup.{metric}" for metric in SPEEDUP_METRICS]
@@ -169,11 +170,11 @@ def _values(manifest: Manifest) -> Iterator[tuple[str, float | None]]:
         yield from ((name, metric(evaluation)) for name, metric in TEXT_METRICS.items())
     if manifest.kind == "task_results":
         for task, scores in manifest.result(TaskResults).tasks.items():
-            yield from ((f"{name}.{task}", value(scores)) for name, value in TASK_METRICS.items())
+            yield from ((f"{name}.{task}", get(scores)) for name, get in TASK_METRICS.items())
     if manifest.kind == "served_results":
         result = manifest.result(ServedResult)
         for task, served in result.tasks.items():
-            yield from ((f"{name}.{task}", value(served)) for name, value in SERVED_METRICS.items())
+            yield from ((f"{name}.{task}", get(served)) for name, get in SERVED_METRICS.items())
         text = result.text
         ratio = text.served_perplexity / text.student_perplexity if text else None
         yield SERVED_PERPLEXITY, ratio

@@ -22,14 +22,14 @@ from recipes.report.settings import CARD_TEMPLATE
 
 
 def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Manifest]) -> None:
-    """Writes ``README.md`` in the exported folder, which replaces the teacher's card.
+    """Writes the card as ``README.md`` of the exported folder, in place of the teacher's card.
 
     Args:
         folder: The exported Hugging Face folder, with the teacher's card.
         teacher: Path, hub id or address of the teacher.
         recipe: Name of the recipe.
         inputs: Manifests of the inputs of ``export_hf``. ``checkpoint`` and ``evaluation`` are
-            required; each optional input adds its lines.
+            required; each optional input adds lines to the card.
     """
     model, evaluation = inputs["checkpoint"], inputs["evaluation"].result(EvaluationResult)
     tasks = inputs["tasks"].result(TaskResults) if "tasks" in inputs else None
@@ -37,13 +37,13 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
     teacher_name = teacher.partition("#")[0].rstrip("/").split("/")[-1].removesuffix(".gguf")
     name, licence = plain(f"{teacher_name}-{recipe}"), model_licence(folder)
     header = ModelCardData(
-        license=_line(licence),
-        base_model=_line(teacher),
+        license=_one_line(licence),
+        base_model=_one_line(teacher),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["pruned", "distilled"],
         model_name=name,
-        eval_results=list(_results(evaluation, tasks)),
+        eval_results=list(_hub_results(evaluation, tasks)),
     )
     content = {
         "header": header.to_yaml(),
@@ -60,7 +60,7 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
         "healed": inputs["healed"].result_if("heal", HealResult) if "healed" in inputs else None,
         "trained": model.result_if("distill", DistillationResult),
         "sources": (sources := list(_sources(inputs))),
-        "restricted": [text for _, text in sources if forbids_commercial_use(text)],
+        "restricted": [terms for _, terms in sources if forbids_commercial_use(terms)],
         "accepted": [manifest.stage for manifest in inputs.values() if manifest.accepted],
         "evaluation": evaluation,
         "measured_on": f"{evaluation.predictions:,} next-token predictions on held-out text",
@@ -72,7 +72,7 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
 
 
 def _dropped_layers(inputs: Mapping[str, Manifest]) -> list[int]:
-    """Returns the teacher's layers that the student lacks, counted from 1."""
+    """Returns the teacher's layers that the student does not have, counted from 1."""
     pruned = inputs["pruned"].result_if("prune", PruneResult) if "pruned" in inputs else None
     shape = inputs["teacher"].architecture if "teacher" in inputs else None
     if pruned is None or shape is None:
@@ -83,27 +83,27 @@ def _dropped_layers(inputs: Mapping[str, Manifest]) -> list[int]:
 def _sources(inputs: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
     """Yields the name and licence of each text source. The path of a local file stays private."""
     if "data" in inputs:
-        text = inputs["data"].result(DatasetResult)
-        for source in text.sources:
+        dataset = inputs["data"].result(DatasetResult)
+        for source in dataset.sources:
             path = parse_source(source).path
-            yield plain(path if "://" in path else Path(path).name), text.licence(source)
+            yield plain(path if "://" in path else Path(path).name), dataset.licence(source)
 
 
-def _line(text: str) -> str:
+def _one_line(text: str) -> str:
     """Returns a text as one line, so that it cannot end the card's YAML header."""
     return " ".join(text.split())
 
 
-def _results(evaluation: EvaluationResult, tasks: TaskResults | None) -> Iterator[EvalResult]:
-    """Yields the student's results for the hub's ``model-index``."""
+def _hub_results(evaluation: EvaluationResult, tasks: TaskResults | None) -> Iterator[EvalResult]:
+    """Yields the student's results for ``model-index``, the hub's list of results in a card."""
     result = partial(EvalResult, task_type="text-generation")
-    qualities = {name: models.distilled for name, models in evaluation.sources.items()}
+    qualities = {name: source.distilled for name, source in evaluation.sources.items()}
     for name, quality in (qualities or {"held-out text": evaluation.distilled}).items():
-        dataset = {"dataset_type": "text", "dataset_name": _line(name)}
+        dataset = {"dataset_type": "text", "dataset_name": _one_line(name)}
         perplexity, kl = round(quality.perplexity, 4), round(quality.kl_to_teacher, 5)
         yield result(**dataset, metric_type="perplexity", metric_value=perplexity)
         yield result(**dataset, metric_type="kl_to_teacher", metric_value=kl)
     for name, task in (tasks.tasks if tasks else {}).items():
         score = round(task.distilled.value, 4)
-        benchmark = {"dataset_type": _line(name), "dataset_name": _line(name)}
-        yield result(**benchmark, metric_type=_line(task.metric), metric_value=score)
+        benchmark = {"dataset_type": _one_line(name), "dataset_name": _one_line(name)}
+        yield result(**benchmark, metric_type=_one_line(task.metric), metric_value=score)

@@ -59,25 +59,25 @@ CONTENTS = {
     "parity": "Conversion check",
     "provenance": "Provenance",
 }
-"""Titles of the sections in their order. Each section has a template and a variable of its name; it
-is left out if the variable is empty."""
+"""Titles of the sections, in order. A key is the name of the section's template and of a variable;
+a section is left out if this variable is empty."""
 LOSS_TERMS = {
     "kd": ("distillation (logits)", "distilled"),
     "hidden": ("hidden states", "pruned"),
     "lm": ("next token", "teacher"),
     "loss": ("total", "total"),
 }
-"""Label and CSS class of each term of the training loss."""
+"""Label and CSS class of each term of the training loss, by its name in the log."""
 CURVES = {
     "val_loss": ("Validation loss (next token)", "teacher"),
     "lr": ("Learning rate", "quiet"),
     "grad_norm": ("Gradient norm", "quiet"),
 }
-"""Title and CSS class of each other training curve."""
+"""Title and CSS class of each further training curve, by its name in the log."""
 
 
 def render(cfg: ReportConfig, inputs: Inputs, path: Path) -> None:
-    """Writes the report as one HTML file, which loads no others."""
+    """Writes the report as one HTML file, which loads no other files."""
     manifests = {name: item.manifest for name, item in inputs.items()}
     earlier = upstream(inputs)
     content: dict[str, object] = {
@@ -106,7 +106,7 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
     evaluation = manifests["evaluation"].result(EvaluationResult)
     prepared = manifests["data"].result(DatasetResult)
     pruned = manifests["pruned"].result_if("prune", PruneResult)
-    before, after = manifests["teacher"].parameters, manifests["distilled"].parameters
+    teacher_size, student_size = manifests["teacher"].parameters, manifests["distilled"].parameters
     distilled = inputs["distilled"]
     student_fingerprint = distilled.manifest.inputs.get("student")
     student = next((m for m in earlier.values() if m.fingerprint == student_fingerprint), None)
@@ -118,13 +118,13 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
         "prepared": prepared,
         "not_compared": NOT_COMPARED if prepared.sample else "",
         "conversations": {name: describe_counts(n) for name, n in prepared.conversations.items()},
-        "removed": 1 - after / before if before and after else None,
+        "removed": 1 - student_size / teacher_size if teacher_size and student_size else None,
         "quality": evaluation.models(),
         "evaluation": evaluation,
         "quality_plot": interval_plot("plot-quality", "Loss on held-out text", losses),
         "architecture": True,
         "generations": _generations(inputs["evaluation"]),
-        "distillation": _training(distilled),
+        "distillation": _training_plots(distilled),
         "phases": list(_phases(distilled, earlier)),
         "healed": student.result_if("heal", HealResult) if student else None,
         **(_layers(pruned) if pruned else {}),
@@ -146,8 +146,8 @@ def _generations(evaluation: Input) -> list[dict[str, str]]:
     return generations
 
 
-def _training(distilled: Input) -> dict[str, Any]:
-    """Returns the plots of the distillation, without those whose values were not logged."""
+def _training_plots(distilled: Input) -> dict[str, Any]:
+    """Returns the plots of the training curves that were logged."""
     log = distilled.directory / METRICS
     steps = steps_of(log, "distill")
     terms = list(_loss_terms(steps))
@@ -179,7 +179,7 @@ def _phases(
 
 
 def _loss_terms(steps: list[Record]) -> Iterator[Series]:
-    """Yields the loss terms that are not zero; the total only if it differs from a single term."""
+    """Yields the loss terms that are not zero, and the total unless it equals one of them."""
     previous: list[list[Point]] = []
     for key, (label, style) in LOSS_TERMS.items():
         points = _points(steps, key)
@@ -188,8 +188,9 @@ def _loss_terms(steps: list[Record]) -> Iterator[Series]:
             yield Series(label, style, points)
 
 
-def _points(steps: list[Record], key: str) -> list[Point]:
-    return [(float(s["done"]), float(s[key])) for s in steps if s.get(key) is not None]
+def _points(records: list[Record], key: str) -> list[Point]:
+    """Returns pairs of step and value, for the records that have the value."""
+    return [(float(r["done"]), float(r[key])) for r in records if r.get(key) is not None]
 
 
 def _layers(pruned: PruneResult) -> dict[str, object]:

@@ -17,7 +17,7 @@ from recipes.core.statistics import Z95, pareto_front
 
 Point = tuple[float, float]
 MAX_POINTS = 500
-"""Points per line. More cannot be seen and would make the file large."""
+"""Maximum number of points per line. More points cannot be seen and would make the file large."""
 MAX_MARKERS = 40
 """A line with at most this many points has a marker at each."""
 SMOOTHING = 30
@@ -27,7 +27,7 @@ SKEW = 8
 ROW_PIXELS = 46
 """Height of a row of three intervals."""
 LABEL_DISTANCE = 4
-"""Points closer than this, in percent of the plot, share a label, since two would overlap."""
+"""Points closer than this, in percent of the plot, share a label: two labels would overlap."""
 
 _FRAME = Markup(
     '<svg id="{name}" class="plot" role="img" aria-label="{title}" style="height:{height}px">'
@@ -75,12 +75,12 @@ class Series:
     style: str
     points: Sequence[Point]
     noisy: bool = True
-    """Whether a moving mean is drawn over the points."""
+    """Whether the points are drawn pale, with their moving mean on top."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A scale from ``low`` to ``high``; both are logarithms if ``logarithmic`` is set."""
+    """A scale from ``low`` to ``high``, which are logarithms if ``logarithmic`` is set."""
 
     low: float
     high: float
@@ -98,6 +98,7 @@ class Axis:
             return values if len(values) > 1 else Axis(10**self.low, 10**self.high).ticks(count)
         rough = (self.high - self.low) / count
         power = 10.0 ** math.floor(math.log10(rough))
+        # The factor 0.999 and the 1e-9 tolerate rounding errors.
         step = next(power * f for f in (1, 2, 2.5, 5, 10) if power * f >= rough * 0.999)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
@@ -119,24 +120,24 @@ def axis_over(
     Args:
         values: Values to cover.
         zero: Whether the axis starts at zero.
-        pad: Margin at each end, as a fraction of the range.
+        pad: Margin at each end, as a fraction of the range of the values.
         logarithmic: Whether the scale is logarithmic. All values must then be positive.
     """
     finite = [v for v in values if math.isfinite(v)] or [0.0]
     low, high = (math.log10(v) if logarithmic else v for v in (min(finite), max(finite)))
-    # Not 0, because an axis must have a length, also for a single value.
+    # The margin is not 0, because an axis needs a length even for a single value.
     margin = (high - low) * pad or abs(high) * pad or 1.0
     return Axis(min(0.0, low) if zero else low - margin, high + margin, logarithmic)
 
 
 def is_skewed(values: Iterable[float]) -> bool:
-    """Returns whether the largest value would flatten the others on a linear scale."""
+    """Returns whether a linear scale would make most values too small beside the largest."""
     ordered = sorted(values)
     return ordered[0] > 0 and ordered[-1] > SKEW * ordered[len(ordered) // 2]
 
 
 def number(value: float, digits: int = 6) -> str:
-    """Formats a number in few characters; values below 0.001 get an exponent."""
+    """Formats a number in few characters, with an exponent if it is below 0.001."""
     text = f"{value:.{digits}g}"
     if 0 < abs(value) < 1e-3:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
@@ -144,9 +145,9 @@ def number(value: float, digits: int = 6) -> str:
     return text.replace("-", "−")
 
 
-def frame(name: str, title: str, height: int, *parts: Markup) -> Markup:
+def frame(name: str, title: str, height: int, *elements: Markup) -> Markup:
     """Returns a whole plot with HTML id ``name`` and a height in pixels."""
-    return _FRAME.format(name=name, title=title, height=height, body=Markup("").join(parts))
+    return _FRAME.format(name=name, title=title, height=height, body=Markup("").join(elements))
 
 
 def y_grid(axis: Axis, text_of: Callable[[float], str] = number) -> Markup:
@@ -191,15 +192,15 @@ def line_plot(
     """Draws lines over steps. A noisy line is pale, with its moving mean on top."""
     x_axis = Axis(0.0, max((x for s in series for x, _ in s.points), default=0.0) or 1.0)
     y_axis = axis_over((y for s in series for _, y in s.points), zero=zero)
-    parts = [y_grid(y_axis), x_grid(x_axis, 4, x_dimension.text_of)]
+    elements = [y_grid(y_axis), x_grid(x_axis, 4, x_dimension.text_of)]
     for line in series:
         if line.noisy and len(line.points) >= 2 * SMOOTHING:
-            parts.append(_line(line.points, f"{line.style} raw", x_axis, y_axis))
-            parts.append(_line(_moving_mean(line.points), line.style, x_axis, y_axis))
+            elements.append(_line(line.points, f"{line.style} raw", x_axis, y_axis))
+            elements.append(_line(_moving_mean(line.points), line.style, x_axis, y_axis))
         else:
-            parts.append(_line(line.points, line.style, x_axis, y_axis))
+            elements.append(_line(line.points, line.style, x_axis, y_axis))
         if len(line.points) <= MAX_MARKERS:
-            parts += [
+            elements += [
                 _MARKER.format(
                     style=line.style,
                     x=x_axis.at(x),
@@ -208,19 +209,19 @@ def line_plot(
                 )
                 for x, y in line.points
             ]
-    return frame(name, title, height, *parts)
+    return frame(name, title, height, *elements)
 
 
 def _moving_mean(points: Sequence[Point]) -> list[Point]:
-    """Returns the centred moving mean; its span is shorter at both ends, so no point is lost."""
-    reach = max(1, len(points) // SMOOTHING // 2)
+    """Returns the centred moving mean; the window is shorter at both ends, so no point is lost."""
+    reach = max(1, len(points) // SMOOTHING // 2)  # half of the window
     sums = [0.0, *accumulate(y for _, y in points)]
-    spans = ((max(0, i - reach), min(len(points), i + reach + 1)) for i in range(len(points)))
-    return [(points[i][0], (sums[b] - sums[a]) / (b - a)) for i, (a, b) in enumerate(spans)]
+    windows = ((max(0, i - reach), min(len(points), i + reach + 1)) for i in range(len(points)))
+    return [(points[i][0], (sums[b] - sums[a]) / (b - a)) for i, (a, b) in enumerate(windows)]
 
 
 def _line(points: Sequence[Point], style: str, x_axis: Axis, y_axis: Axis) -> Markup:
-    """Draws at most about ``MAX_POINTS`` evenly spaced points, and always the last one."""
+    """Draws at most about ``MAX_POINTS`` evenly spaced points, and always the last point."""
     stride = max(1, math.ceil(len(points) / MAX_POINTS))
     pairs = (
         f"{10 * x_axis.at(x):.1f},{1000 - 10 * y_axis.at(y):.1f}"
@@ -238,10 +239,10 @@ def layer_plot(name: str, title: str, scores: Mapping[int, float], kept: set[int
     y_axis = replace(y_axis, low=math.log10(lowest) if skewed else 0.0)  # bars have no margin below
     slot, last = 100 / max(scores), max(scores)
     label_step = next(n for n in (1, 2, 5, 10, 20, last) if last / n <= 12)
-    parts = [y_grid(y_axis)]
+    elements = [y_grid(y_axis)]
     for layer, score in sorted(scores.items()):
         style, height = "kept" if layer in kept else "dropped", max(0.0, y_axis.at(score))
-        parts.append(
+        elements.append(
             _BAR.format(
                 style=style,
                 x=round((layer - 0.85) * slot, 3),
@@ -252,8 +253,8 @@ def layer_plot(name: str, title: str, scores: Mapping[int, float], kept: set[int
             )
         )
         if layer % label_step == 0 or layer == 1:
-            parts.append(_x_tick(round((layer - 0.5) * slot, 3), layer))
-    return frame(name, title, 200, *parts)
+            elements.append(_x_tick(round((layer - 0.5) * slot, 3), layer))
+    return frame(name, title, 200, *elements)
 
 
 def interval_plot(
@@ -262,33 +263,33 @@ def interval_plot(
     rows: Mapping[str, Sequence[tuple[str, float, float]]],
     text_of: Callable[[float], str] = "{:.4g}".format,
 ) -> Markup:
-    """Draws a row per metric, with a value and its 95% interval for each model.
+    """Draws a row per metric, with the value and 95% interval of each model.
 
     Args:
         name: HTML id of the plot.
         title: Description for screen readers.
-        rows: By label of the row, the CSS class, value and standard error of each model.
+        rows: For each row's label, the CSS class, value and standard error of each model.
         text_of: Formats a value.
     """
     ends = (v + sign * Z95 * e for row in rows.values() for _, v, e in row for sign in (-1, 1))
     x_axis = axis_over(ends, pad=0.04)
-    parts = [x_grid(x_axis, 5, text_of)]
-    step = 100 / len(rows)
+    elements = [x_grid(x_axis, 5, text_of)]
+    row_height = 100 / len(rows)
     for index, (label, row) in enumerate(rows.items()):
-        middle = (index + 0.5) * step
-        parts.append(_ROW.format(label=label, y=round(middle, 2)))
+        middle = (index + 0.5) * row_height
+        elements.append(_ROW.format(label=label, y=round(middle, 2)))
         for position, (style, value, error) in enumerate(row):
-            parts.append(
+            elements.append(
                 _INTERVAL.format(
                     style=style,
                     at=x_axis.at(value),
                     low=x_axis.at(value - Z95 * error),
                     high=x_axis.at(value + Z95 * error),
-                    y=round(middle + (position - (len(row) - 1) / 2) * step / 4, 2),
+                    y=round(middle + (position - (len(row) - 1) / 2) * row_height / 4, 2),
                     hint=f"{label}, {style}: {text_of(value)} ± {text_of(Z95 * error)}",
                 )
             )
-    return frame(name, title, ROW_PIXELS * len(rows), *parts)
+    return frame(name, title, ROW_PIXELS * len(rows), *elements)
 
 
 # Quality against cost, with the Pareto front
@@ -305,35 +306,35 @@ class Mark:
     interval: tuple[float, float] | None = None
     """95% interval of the quality."""
     reference: bool = False
-    """Whether the model is only shown for reference, and not on the front, such as the teacher."""
+    """Whether the model, such as the teacher, is left out of the Pareto front."""
 
 
-def trade_off_plot(
-    name: str, marks: Sequence[Mark], x_axis: Dimension, y_axis: Dimension
-) -> Markup:
+def trade_off_plot(name: str, marks: Sequence[Mark], cost: Dimension, quality: Dimension) -> Markup:
     """Draws quality against cost. A stepped line joins the marks on the Pareto front."""
-    sign = -1 if y_axis.higher_is_better else 1
+    sign = -1 if quality.higher_is_better else 1  # ``pareto_front`` minimises
     candidates = [i for i, mark in enumerate(marks) if not mark.reference]
     on_front = pareto_front([(marks[i].cost, sign * marks[i].quality) for i in candidates])
     front = {candidates[i] for i in on_front}
     costs = [mark.cost for mark in marks]
     qualities = [v for mark in marks for v in (mark.quality, *(mark.interval or ()))]
-    x, y = (axis_over(v, pad=0.12, logarithmic=is_skewed(v)) for v in (costs, qualities))
-    points = [(x.at(mark.cost), round(100 - y.at(mark.quality), 3)) for mark in marks]
-    parts = [y_grid(y, y_axis.text_of), x_grid(x, 3, x_axis.text_of)]
+    x_axis, y_axis = (
+        axis_over(values, pad=0.12, logarithmic=is_skewed(values)) for values in (costs, qualities)
+    )
+    points = [(x_axis.at(mark.cost), round(100 - y_axis.at(mark.quality), 3)) for mark in marks]
+    elements = [y_grid(y_axis, quality.text_of), x_grid(x_axis, 3, cost.text_of)]
     # A step is horizontal, at one mark's quality up to the next mark's cost, and then vertical.
     for (x1, y1), (x2, y2) in pairwise(sorted(points[i] for i in front)):
-        parts.append(_FRONT.format(x1=x1, x2=x2, y1=y1, y2=y1))
-        parts.append(_FRONT.format(x1=x2, x2=x2, y1=y1, y2=y2))
+        elements.append(_FRONT.format(x1=x1, x2=x2, y1=y1, y2=y1))
+        elements.append(_FRONT.format(x1=x2, x2=x2, y1=y1, y2=y2))
     for i, (mark, label) in enumerate(zip(marks, _labels(marks, points), strict=True)):
-        hint = f"{mark.label or mark.style}: {y_axis.title} {y_axis.text_of(mark.quality)}, "
-        hint += f"{x_axis.title} {x_axis.text_of(mark.cost)}"
-        parts.append(_mark(mark, points[i], y, i in front, label, hint))
-    return frame(name, f"{y_axis.title} against {x_axis.title}", 230, *parts)
+        hint = f"{mark.label or mark.style}: {quality.title} {quality.text_of(mark.quality)}, "
+        hint += f"{cost.title} {cost.text_of(mark.cost)}"
+        elements.append(_mark(mark, points[i], y_axis, i in front, label, hint))
+    return frame(name, f"{quality.title} against {cost.title}", 230, *elements)
 
 
 def _mark(
-    mark: Mark, point: tuple[float, float], y: Axis, on_front: bool, label: str, hint: str
+    mark: Mark, point: tuple[float, float], y_axis: Axis, on_front: bool, label: str, hint: str
 ) -> Markup:
     low, high = mark.interval or (mark.quality, mark.quality)
     status = "reference" if mark.reference else "best" if on_front else "beaten"
@@ -341,8 +342,8 @@ def _mark(
         style=f"{mark.style} {status}",
         x=point[0],
         y=point[1],
-        low=round(100 - y.at(low), 3),
-        high=round(100 - y.at(high), 3),
+        low=round(100 - y_axis.at(low), 3),
+        high=round(100 - y_axis.at(high), 3),
         radius=6 if on_front else 4.5,
         label=label,
         dx=4 if point[0] < 75 else -4,
@@ -352,7 +353,7 @@ def _mark(
 
 
 def _labels(marks: Sequence[Mark], points: Sequence[tuple[float, float]]) -> list[str]:
-    """Returns the label of each mark. The first of several close marks gets the labels of all."""
+    """Returns the label of each mark. Of several close marks, the first gets all their labels."""
     labels = []
     for i, point in enumerate(points):
         near = [j for j, other in enumerate(points) if _overlap(point, other)]

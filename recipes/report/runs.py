@@ -20,7 +20,7 @@ IGNORED = ("stage", "inputs", "resources", "title", "description", "recipe")
 """Settings that name a stage or say where it runs. They are not compared."""
 
 TextKey = tuple[str, object, int, int | None, str]
-"""Hash of a held-out text, sequence length, sequences, predictions in the loss, and precision."""
+"""Hash of a held-out text, sequence length, numbers of sequences and predictions, and precision."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RunRecord:
 
     @property
     def exported(self) -> Manifest | None:
-        """The student's export; a run may also have exports of the teacher."""
+        """The export of the student; a run may also have an export of the teacher."""
         exports = (m for m in self.stages.values() if m.stage == "export_hf")
         return next((m for m in exports if "evaluation" in m.inputs), None)
 
@@ -51,12 +51,12 @@ class RunRecord:
         manifest = self.find("eval_results")
         return manifest.result(EvaluationResult) if manifest else None
 
-    def text(self) -> TextKey | None:
+    def text_key(self) -> TextKey | None:
         """Identifies the evaluated text. Perplexities with equal keys can be compared."""
         evaluation = self.find("eval_results")
         if evaluation is None or self.evaluation is None:
             return None
-        # The hash of the held-out file, so that runs with other training text can be compared.
+        # Only held-out files are hashed, so that runs with other training text can be compared.
         content = evaluation.input_content.get("data", "")
         data = self.find("dataset")
         files = data.files if data and data.content() == content else {}
@@ -106,7 +106,7 @@ def read_run(path: Path) -> RunRecord:
     """Reads the results of a run.
 
     A stage counts as incomplete if it was planned with other settings after it ran: its result does
-    not belong to those of the last plan.
+    not belong to the last plan.
 
     Raises:
         RecipeError: A manifest is damaged.
@@ -127,17 +127,17 @@ def read_run(path: Path) -> RunRecord:
 
 
 def common_text(runs: Sequence[RunRecord]) -> TextKey | None:
-    """Returns the text that most runs were evaluated on; on a tie, that of the first run."""
-    texts = Counter(run.text() for run in runs if run.evaluation is not None)
+    """Returns the text that most runs were evaluated on; of equally frequent texts, the first."""
+    texts = Counter(run.text_key() for run in runs if run.evaluation is not None)
     return texts.most_common(1)[0][0] if texts else None
 
 
 def paired_difference(
     losses: Sequence[float], reference: Sequence[float]
 ) -> tuple[float, float] | None:
-    """Returns the mean difference to the reference's losses, and its standard error.
+    """Returns the mean of ``losses`` minus ``reference``, and its standard error.
 
-    Both have the same sequences. ``None`` if their numbers differ, or there are fewer than two.
+    Both are losses on the same sequences. Returns ``None`` if their numbers differ or are below 2.
     """
     if len(losses) != len(reference) or len(losses) < 2:
         return None
@@ -146,11 +146,11 @@ def paired_difference(
 
 
 def differing_settings(runs: Sequence[RunRecord]) -> list[tuple[str, list[object]]]:
-    """Returns the settings that differ, with the value of each run; ``None`` if it has none."""
+    """Returns the settings that differ, with each run's value, or ``None`` if a run lacks one."""
     settings = [dict(_settings(run)) for run in runs]
-    names = sorted({name for run in settings for name in run})
-    rows = [(name, [run.get(name) for run in settings]) for name in names]
-    return [(name, row) for name, row in rows if any(value != row[0] for value in row)]
+    names = sorted({name for run_settings in settings for name in run_settings})
+    rows = [(name, [run_settings.get(name) for run_settings in settings]) for name in names]
+    return [(name, values) for name, values in rows if any(v != values[0] for v in values)]
 
 
 def _settings(run: RunRecord) -> Iterator[tuple[str, object]]:

@@ -37,8 +37,8 @@ PERPLEXITY = Dimension("perplexity", lambda v: f"{v:,.4g}")
 DIVERGENCE = Dimension("KL to the teacher", lambda v: f"{v:,.3g}")
 ACCURACY = Dimension("mean task score", lambda v: f"{v:.1%}", higher_is_better=True)
 EVALUATED_ROLES = {"teacher": "teacher", "student": "distilled"}
-"""Evaluated model for each role in a speed measurement."""
-MAX_NAMES = 8
+"""Role in an evaluation, by role in a speed measurement."""
+MAX_LABELS = 8
 """If a search has more candidates, its plot labels only the chosen one and the Pareto front."""
 
 
@@ -52,10 +52,11 @@ def sections(
         earlier: Manifests of the stages before the inputs, by stage.
     """
     rows: list[BenchmarkRow] = []
-    unchanged = {"plan": PlanResult, "served": ServedResult}
+    # Templates use these results as they are.
+    unprepared = {"plan": PlanResult, "served": ServedResult}
     content: dict[str, object] = {
         name: manifests[name].result(result)
-        for name, result in unchanged.items()
+        for name, result in unprepared.items()
         if name in manifests
     }
     if "tasks" in manifests:
@@ -79,7 +80,7 @@ def sections(
 
 
 def tasks_section(results: TaskResults, distilled: Manifest | None) -> dict[str, object]:
-    """Returns the tasks, a plot of scores that are fractions, and curves of the training."""
+    """Returns the tasks, a plot of their scores, and plots of scores during the training."""
     rows = {
         name: [(role, score.value, score.standard_error) for role, score in task.models().items()]
         for name, task in results.tasks.items()
@@ -93,7 +94,7 @@ def tasks_section(results: TaskResults, distilled: Manifest | None) -> dict[str,
 
 
 def task_curves(results: TaskResults, training: DistillationResult) -> Iterator[tuple[str, Markup]]:
-    """Yields each task with a plot of its score against the tokens of the distillation."""
+    """Yields each task with a plot of its score against the number of training tokens."""
     step_tokens = training.tokens / training.steps
     for number, (name, task) in enumerate(results.tasks.items()):
         if not task.steps:
@@ -128,7 +129,7 @@ def search_section(search: SearchResult, earlier: Mapping[str, Manifest]) -> dic
     marks = [
         Mark(
             candidate.name
-            if len(candidates) <= MAX_NAMES or candidate.chosen or candidate.pareto
+            if len(candidates) <= MAX_LABELS or candidate.chosen or candidate.pareto
             else "",
             "distilled" if candidate.chosen else "quiet",
             float(candidate.parameters),
@@ -136,7 +137,7 @@ def search_section(search: SearchResult, earlier: Mapping[str, Manifest]) -> dic
         )
         for candidate in candidates
     ]
-    axes = [spec.name for spec in fields(Architecture)]
+    axes = [axis.name for axis in fields(Architecture)]
     latency_models = (
         manifest.result(LatencyResult)
         for manifest in earlier.values()
@@ -151,7 +152,8 @@ def search_section(search: SearchResult, earlier: Mapping[str, Manifest]) -> dic
 
 
 def quality_mark(role: str, label: str, quality: TextQuality, cost: float) -> Mark:
-    """Returns a model's perplexity, with the 95% interval that follows from that of its loss."""
+    """Returns a mark at a model's perplexity, with the 95% interval."""
+    # The interval of the loss is symmetric, so the interval of its exponential is a factor.
     value, factor = quality.perplexity, math.exp(Z95 * quality.loss_standard_error)
     interval = value / factor, value * factor
     return Mark(label, role, cost, value, interval, reference=role == "teacher")
@@ -192,11 +194,11 @@ def trade_offs(
 
 
 def engine_numbers(rows: Iterable[BenchmarkRow]) -> dict[str, str]:
-    """Returns a number for each engine; plots show numbers, because names would overlap."""
+    """Returns a number for each engine. Plots show the number, because names would overlap."""
     names = dict.fromkeys(row.engine for row in rows)
     return {name: str(number) for number, name in enumerate(names, 1)}
 
 
 def smallest_setting(rows: Iterable[BenchmarkRow]) -> tuple[int, int] | None:
-    """Returns the smallest measured batch and prompt, which show latency best."""
+    """Returns the smallest measured batch size and prompt, which show latency best."""
     return min((row.setting for row in rows), default=None)

@@ -1,4 +1,4 @@
-"""Lists command lines that serve a run's results, for each server that can read them."""
+"""Lists commands that serve a run's models, for each server that can load them."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ OPTIMUM_OPTIONS = "--task text-generation-with-past --weight-format fp16"
 
 @dataclass(frozen=True)
 class ServerCommand:
-    """A server, and a command line that starts it or converts a model for it."""
+    """A server, and a command that starts the server or converts a model for it."""
 
     server: str
-    line: str
+    command: str
     tested: bool = False
-    """Whether a test of this repository runs the line."""
+    """Whether a test of this repository runs the command."""
 
 
 def folder_servers(folder: str) -> Iterator[ServerCommand]:
-    """Yields servers that read a Hugging Face folder directly."""
+    """Yields commands of servers that load a Hugging Face folder directly."""
     yield ServerCommand("vLLM", f"vllm serve {shlex.quote(folder)}")
     yield ServerCommand("TensorRT-LLM", f"trtllm-serve {shlex.quote(folder)}")
 
 
 def conversion_servers(folder: str, shape: Architecture) -> Iterator[ServerCommand]:
-    """Yields two lines for each server that needs another format: convert, then serve."""
+    """Yields two commands for each server that needs another format: convert, then serve."""
     path = shlex.quote(folder)
     export = f"optimum-cli export openvino --model {path} {OPTIMUM_OPTIONS} openvino"
     yield ServerCommand("OpenVINO GenAI", export, tested=True)
     yield _genai("openvino")
     usual_name = ARCHITECTURES.get(shape.hf_architecture)
-    # llama.cpp's own converter always writes a family's usual name, which may not fit this shape.
+    # llama.cpp's converter always writes the family's usual name, which may not fit this shape.
     if usual_name is None or usual_name == architecture_name(shape):
         convert = f"python llama.cpp/convert_hf_to_gguf.py {path} --outfile {FILE}"
         yield ServerCommand("llama.cpp", convert)
@@ -52,7 +52,7 @@ def conversion_servers(folder: str, shape: Architecture) -> Iterator[ServerComma
 
 
 def run_servers(inputs: Mapping[str, Input]) -> Iterator[ServerCommand]:
-    """Yields servers for each of a report's inputs. Paths are relative to the run's directory."""
+    """Yields commands for the inputs of a report, with paths relative to the run's directory."""
     run_dir = inputs["exported"].directory.parent
     paths = {
         name: str(path.relative_to(run_dir) if path.is_relative_to(run_dir) else path)
@@ -64,8 +64,8 @@ def run_servers(inputs: Mapping[str, Input]) -> Iterator[ServerCommand]:
             yield _genai(engine)
         else:
             ranks = inputs["engine"].manifest.config["tensor_parallel_size"]
-            words = trtllm_command(engine, backend, paths["exported"], ranks)
-            yield ServerCommand("TensorRT-LLM", shlex.join(words))
+            command = trtllm_command(engine, backend, paths["exported"], ranks)
+            yield ServerCommand("TensorRT-LLM", shlex.join(command))
     if "gguf" in inputs:
         yield _llama_server(f"{paths['gguf']}/{FILE}")
     yield from folder_servers(paths["exported"])

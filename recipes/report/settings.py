@@ -9,7 +9,7 @@ from recipes.core.stage import StageConfig
 
 REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).with_name("templates")
-"""A code fingerprint does not cover templates, so stages declare them as external files."""
+"""Fingerprints of code do not cover templates, so stages declare these as external files."""
 CARD_TEMPLATE = TEMPLATES / "model_card.md.j2"
 
 
@@ -22,5 +22,5 @@ class ReportConfig(StageConfig):
     description: str = ""
     """Purpose of the recipe, in one line."""
     gates: list[str] = field(default_factory=list, metadata={"resource": True})
-    """Gates, which the report shows with measured values. The launcher judges them, so a changed
-    threshold does not rerun a stage."""
+    """Gates, which the report shows with the measured values. The launcher checks the gates, so a
+    changed threshold does not rerun a stage."""

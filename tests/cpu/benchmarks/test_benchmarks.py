@@ -51,7 +51,7 @@ def run_benchmark(module: ModuleType, *options: str) -> str:
     return output.getvalue()
 
 
-start_process = launching.execute
+real_execute = launching.execute
 
 
 def execute(command: list[str]) -> None:
@@ -59,7 +59,7 @@ def execute(command: list[str]) -> None:
     if tuple(command[: len(launching.LAUNCHER)]) == launching.LAUNCHER:
         run_successfully(*command[len(launching.LAUNCHER) :], cwd=REPO_ROOT)
     else:
-        # Variables that earlier tests left would make the child one of their ranks.
+        # With these variables of earlier tests, the child would act as a rank of a process group.
         names = os.environ.keys() - {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"}
         child = run_forked(PRELOADED, command[1:], {n: os.environ[n] for n in names}, REPO_ROOT)
         assert child.returncode == 0, child.stderr
@@ -80,8 +80,9 @@ def tiny_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPat
 
 
 def test_every_method_is_measured(tiny_run: Path, tmp_path: Path) -> None:
-    combined = "nemo-cached-compiled"  # nemo-cached and nemo-compiled cover it
-    skipped = {combined} if missing_compiler() is None else {combined, "nemo-compiled"}
+    skipped = {"nemo-cached-compiled"}  # nemo-cached and nemo-compiled cover this combination
+    if missing_compiler() is not None:
+        skipped.add("nemo-compiled")
     names = [name for name in METHODS if name not in skipped]
     out = tmp_path / "speed.json"
     output = run_benchmark(
@@ -110,7 +111,7 @@ def test_a_command_shares_its_classes_with_its_child_processes(
     tiny_run: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "speed.json"
-    start_process(
+    real_execute(
         [
             *(sys.executable, "-m", "benchmarks.distill", "--only", "loop-fp32", "--rounds=1"),
             *(f"--run-dir={tiny_run}", f"--out={out}", "--steps=2"),
@@ -150,8 +151,12 @@ def test_different_losses_on_the_same_batches_are_reported() -> None:
         (distill, ["--only", "loop-fp23"], "Did you mean 'loop-fp32'?"),
         (distill, ["--steps=1"], "--steps to at least 2"),
         (distill, ["--run-dir=nowhere"], "import_hf is not complete"),
-        (students, ["--way", "lm_weight=0"], "invalid --way 'lm_weight=0'"),
-        (students, ["--way", "cached teacher=cached"], "invalid --way 'cached teacher=cached'"),
+        (students, ["--variant", "lm_weight=0"], "invalid --variant 'lm_weight=0'"),
+        (
+            students,
+            ["--variant", "cached teacher=cached"],
+            "invalid --variant 'cached teacher=cached'",
+        ),
     ],
 )
 def test_invalid_options_are_refused(module: ModuleType, options: list[str], message: str) -> None:
@@ -167,26 +172,28 @@ def test_students_are_trained_with_other_losses_and_data(
     half = tmp_path / f"half{text_file.suffix}"
     half.write_text("".join(text_file.read_text().splitlines(keepends=True)[::2]))
     own_text = f"own_text data.sources=[{half}] data.heldout_sources=[] data.text_field=text"
-    ways = ["recipe", "kl stages.distill.lm_weight=0", own_text]
-    for way in ways:
-        options += ["--way", f"{way} stages.evaluate.num_sequences=4"]
+    variants = ["recipe", "kl stages.distill.lm_weight=0", own_text]
+    for variant in variants:
+        options += ["--variant", f"{variant} stages.evaluate.num_sequences=4"]
     output = run_benchmark(students, *options)
     manifest = out / "recipe-1234" / "evaluate" / "manifest.json"
     before = manifest.stat().st_mtime_ns
     assert run_benchmark(students, *options) == output
     assert manifest.stat().st_mtime_ns == before  # complete runs are not repeated
-    outcomes = json.loads((out / "students.json").read_text())
-    assert [(outcome["way"], outcome["seed"]) for outcome in outcomes] == [
-        (way, seed) for seed in (3, 1234) for way in ("recipe", "kl", "own_text")
+    results = json.loads((out / "students.json").read_text())
+    assert [(result["variant"], result["seed"]) for result in results] == [
+        (name, seed) for seed in (3, 1234) for name in ("recipe", "kl", "own_text")
     ]
-    kls = {(o["way"], o["seed"]): o["evaluation"]["distilled"]["kl_to_teacher"] for o in outcomes}
+    kls = {
+        (r["variant"], r["seed"]): r["evaluation"]["distilled"]["kl_to_teacher"] for r in results
+    }
     assert len(set(kls.values())) == len(kls)
-    pair = [kls["kl", seed] for seed in (3, 1234)]
-    mean, deviation = sum(pair) / 2, abs(pair[0] - pair[1]) / math.sqrt(2)
+    first, second = (kls["kl", seed] for seed in (3, 1234))
+    mean, deviation = (first + second) / 2, abs(first - second) / math.sqrt(2)
     assert f"{mean:.3f} ± {deviation:.3f}" in output
     data = {
-        way: complete_manifest(out / f"{way}-3" / "distill").inputs["data"]
-        for way in ("kl", "own_text")
+        name: complete_manifest(out / f"{name}-3" / "distill").inputs["data"]
+        for name in ("kl", "own_text")
     }
     shared_text = complete_manifest(tiny_run / "prepare_data").fingerprint
     assert data["kl"] == shared_text
@@ -194,7 +201,7 @@ def test_students_are_trained_with_other_losses_and_data(
 
 
 def test_operations_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Instead of a time, the number of the call is returned: 1 for forward, 2 for both passes."""
+    """A fake timer returns the number of its call instead of a time."""
     calls = count(1)
 
     def count_calls(run: Callable[[], object], repeats: int) -> float:
@@ -254,34 +261,34 @@ def test_conversion_is_compared_with_transformers(
 def test_weights_survive_a_cold_round_trip(odd_llama: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    convert.write_random(folder, odd_llama, shape)
+    convert.write_random_model(folder, odd_llama, shape)
     for side in convert.COLD_SIDES:
-        convert.settle(folder, forget=True)
+        convert.flush(folder, drop_cache=True)
         convert.work_of(side, folder, tmp_path)()
     copied, back = tmp_path / "copy", tmp_path / "back"
     assert load_file(copied / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
-    convert.require_same(folder, back)
+    convert.require_same_weights(folder, back)
     weights = load_file(back / "model.safetensors")
     weights["model.norm.weight"][0] += 1
     save_file(weights, back / "model.safetensors")
     with pytest.raises(RecipeError, match=r"model.norm.weight differs"):
-        convert.require_same(folder, back)
+        convert.require_same_weights(folder, back)
 
 
 def test_the_peak_of_memory_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work allocates 64 MB and frees them."""
+    """The work allocates 64 MB and frees them."""
     samples: list[dict[str, int]] = []
     sample = convert.memory
     monkeypatch.setattr(convert, "memory", lambda: samples.append(sample()) or samples[-1])
 
     def work() -> None:
         # mmap, since malloc would reuse memory that earlier tests freed.
-        held = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        for start in range(0, len(held), mmap.PAGESIZE):
-            held[start] = 1
+        memory = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for start in range(0, len(memory), mmap.PAGESIZE):
+            memory[start] = 1
         before, deadline = len(samples), time.monotonic() + 60
         while len(samples) < before + 2 and time.monotonic() < deadline:
             time.sleep(0.01)
-        held.close()
+        memory.close()
 
     assert 60 << 20 < convert.run_and_measure(work)["anonymous"] < 200 << 20

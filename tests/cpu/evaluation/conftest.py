@@ -1,4 +1,4 @@
-"""Three different models, which take the roles of teacher, pruned and distilled model."""
+"""Provides three different models in the roles of teacher, pruned and distilled model."""
 
 from __future__ import annotations
 

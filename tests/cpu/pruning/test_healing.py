@@ -1,4 +1,4 @@
-"""Reconstruction by least squares is exact if it can be, and else better than pruning alone."""
+"""Least-squares reconstruction is exact where possible, and always better than pruning alone."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def prune_and_heal(
         n: w for n, w in model.state_dict().items() if n in dict(model.named_parameters())
     }
     weights = {
-        name: prune_weight(source, weight, kept, HEAD_SIZE)
-        for source, weight in teacher_weights.items()
-        if (name := student_name(source, kept)) is not None
+        name: prune_weight(teacher_name, weight, kept, HEAD_SIZE)
+        for teacher_name, weight in teacher_weights.items()
+        if (name := student_name(teacher_name, kept)) is not None
     }
     if ridge_tokens is not None:
         teacher = Decoder(model.config.to_dict(), teacher_weights)
@@ -72,20 +72,19 @@ def prune_and_heal(
 
 
 @torch.no_grad()
-def plant_combinations(model: Any) -> tuple[KeptIndices, dict[str, int]]:
-    """Makes half of the channels, heads and neurons linear combinations of the others.
+def make_half_redundant(model: Any) -> tuple[KeptIndices, dict[str, int]]:
+    """Makes half of the channels, heads and neurons linear combinations of the other half.
 
-    The others are kept, so the teacher can be reconstructed exactly.
-
-    Pruned channels are a rotation of the kept ones, so both have the same mean square, and a norm
-    over the kept channels equals one over all.
+    The other half is kept, so the teacher can be reconstructed exactly. Pruned channels are a
+    rotation of the kept channels. So both have the same mean square, and a norm of the kept
+    channels equals a norm of all channels.
     """
     rotation = torch.linalg.qr(torch.randn(KEPT_CHANNELS, KEPT_CHANNELS)).Q
     norm, embedding = model.model.norm.weight, model.model.embed_tokens.weight
     embedding[:, KEPT_CHANNELS:] = embedding[:, :KEPT_CHANNELS] @ rotation.T
     if model.config.tie_word_embeddings:  # a tied head cannot absorb a scale per channel
         norm.fill_(1.5)
-    rows: Weights = {"hidden_size": torch.arange(KEPT_CHANNELS)}
+    indices: Weights = {"hidden_size": torch.arange(KEPT_CHANNELS)}
     for number, layer in enumerate(model.model.layers, 1):
         attention, mlp = layer.self_attn, layer.mlp
         mix = torch.randn(HEAD_SIZE, HEAD_SIZE)
@@ -98,11 +97,11 @@ def plant_combinations(model: Any) -> tuple[KeptIndices, dict[str, int]]:
         mlp.up_proj.weight[64:] = torch.randn(64, 1) * mlp.up_proj.weight[:64]
         for projection in (attention.o_proj, mlp.down_proj):
             projection.weight[KEPT_CHANNELS:] = rotation @ projection.weight[:KEPT_CHANNELS]
-        rows |= {f"layers.{number}.ffn_hidden_size": torch.arange(64)}
-        rows |= {f"layers.{number}.num_query_groups": torch.arange(1)}
-        rows |= {f"layers.{number}.num_attention_heads": torch.arange(2)}
+        indices |= {f"layers.{number}.ffn_hidden_size": torch.arange(64)}
+        indices |= {f"layers.{number}.num_query_groups": torch.arange(1)}
+        indices |= {f"layers.{number}.num_attention_heads": torch.arange(2)}
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    return KeptIndices([1, 2], rows), dict(zip(names, (KEPT_CHANNELS, 64, 2, 1), strict=True))
+    return KeptIndices([1, 2], indices), dict(zip(names, (KEPT_CHANNELS, 64, 2, 1), strict=True))
 
 
 @pytest.mark.parametrize("family", DENSE)
@@ -110,7 +109,7 @@ def plant_combinations(model: Any) -> tuple[KeptIndices, dict[str, int]]:
 def test_pruned_linear_combinations_are_restored(family: str, tied: bool) -> None:
     """Compares logits on text that was not used for calibration."""
     model = random_model(family, tie_word_embeddings=tied)
-    kept, shape = plant_combinations(model)
+    kept, shape = make_half_redundant(model)
     unseen = tokens(4, seed=2)
     expected = logits(model, unseen)
     spread = expected.std()
@@ -147,9 +146,10 @@ def test_least_squares_never_increase_the_error() -> None:
     assert max(errors) <= before
     exact = torch.linalg.lstsq(inputs[0].double(), missing[0].double(), driver="gelsd").solution
     torch.testing.assert_close(fit.change(1e-9), exact.T.float(), rtol=1e-3, atol=1e-4)
-    once = fit.change(100.0)
+    change = fit.change(100.0)
     fit.add(inputs, missing)
-    torch.testing.assert_close(fit.change(200.0), once)  # the ridge is relative to the tokens
+    # The ridge is relative to the number of tokens: twice the tokens and the ridge change nothing.
+    torch.testing.assert_close(fit.change(200.0), change)
 
 
 AXES = {
@@ -168,19 +168,19 @@ AXES = {
 def test_a_healed_student_is_closer_to_its_teacher(
     names: list[str], even_llama: Path, text_file: Path
 ) -> None:
-    """Measures a trained model on the calibration text and on other text of the same source."""
+    """Measures the KL on the calibration text and on other text of the same source."""
     ids = AutoTokenizer.from_pretrained(even_llama)(text_file.read_text()[: 1 << 16])["input_ids"]
     sequences = torch.tensor(ids[: 40 * 64]).view(40, 64)
     model = load_causal_lm(even_llama)
     shape: dict[str, int] = {}
-    rows: Weights = {}
+    indices: Weights = {}
     for name in names:
         fields, axes = AXES[name]
         shape |= fields
         for axis, count in axes.items():
             layers = [""] if axis == "hidden_size" else [f"layers.{n}." for n in range(1, 5)]
-            rows |= {f"{layer}{axis}": torch.arange(count) for layer in layers}
-    kept = KeptIndices([1, 2, 4] if "depth" in names else [1, 2, 3, 4], rows)
+            indices |= {f"{layer}{axis}": torch.arange(count) for layer in layers}
+    kept = KeptIndices([1, 2, 4] if "depth" in names else [1, 2, 3, 4], indices)
     calibration, unseen = sequences[:32], sequences[32:]
     students = [
         prune_and_heal(model, kept, shape, ridge_tokens, calibration)

@@ -1,4 +1,4 @@
-"""Scores, the selection of rows, and pruned weights, on a tiny model and against ModelOpt."""
+"""Scores, kept indices and pruned weights of a tiny model, compared with direct computations."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SCORE = ScoreConfig(num_loss_samples=8, block_sizes=[2])
 
 @pytest.fixture(scope="module")
 def calibration(even_llama: Path, text_file: Path) -> torch.Tensor:
-    """Text that the model was trained on; scoring refuses noise."""
+    """Returns text that the model was trained on, because scoring refuses noise."""
     tokenizer = AutoTokenizer.from_pretrained(even_llama)
     ids = tokenizer(text_file.read_text()[: 1 << 16])["input_ids"]
     return torch.tensor(ids[: 16 * 32]).view(16, 32)
@@ -97,18 +97,18 @@ def prune(
     return out / "even.nemo", student, kept
 
 
-def test_layers_of_a_pruned_checkpoint_keep_the_first_teachers_numbers(
+def test_layers_of_a_pruned_checkpoint_keep_the_numbers_of_the_unpruned_model(
     teacher: Path, importance: Importance, tmp_path: Path
 ) -> None:
-    """The checkpoint is as if a first pruning had kept layers 2, 3, 5 and 6 of six."""
+    """The checkpoint's manifest says that an earlier pruning kept layers 2, 3, 5 and 6 of six."""
     artifact = tmp_path / ARTIFACT
     artifact.mkdir()
     (artifact / teacher.name).symlink_to(teacher)
     importance.save(artifact)
-    scored = ScoreResult("text", 16, 512, importance.teacher_loss, importance.layers, 496)
+    score_result = ScoreResult("text", 16, 512, importance.teacher_loss, importance.layers, 496)
     inputs = {
         "checkpoint": Input(tmp_path, bare_manifest("distill", "c", KeptLayers([2, 3, 5, 6]))),
-        "importance": Input(tmp_path, bare_manifest("score", "importance", scored)),
+        "importance": Input(tmp_path, bare_manifest("score", "importance", score_result)),
     }
     (tmp_path / "out").mkdir()
     outcome = prune_stage.run(PruneConfig(drop_layers=[1, 3]), inputs, tmp_path / "out")
@@ -146,16 +146,17 @@ def test_pruned_weights_are_the_teachers_at_the_saved_indices(
             for axis in ("ffn_hidden_size", "num_attention_heads")
         )
         assert (len(hidden), len(ffn), len(heads)) == (40, 72, 2)
-        query = torch.cat([torch.arange(16) + 16 * head for head in heads])
-        for name, rows in (("mlp.down_proj", ffn), ("self_attn.o_proj", query)):
-            expected = teacher_weights[f"model.layers.{number - 1}.{name}.weight"][hidden][:, rows]
+        head_columns = torch.cat([torch.arange(16) + 16 * head for head in heads])
+        for name, columns in (("mlp.down_proj", ffn), ("self_attn.o_proj", head_columns)):
+            weight = teacher_weights[f"model.layers.{number - 1}.{name}.weight"]
+            expected = weight[hidden][:, columns]
             assert torch.equal(weights[f"model.layers.{index}.{name}.weight"], expected)
 
 
 def test_pruning_gives_the_logits_of_modelopts_own_pruning(
     teacher: Path, calibration: torch.Tensor, importance: Importance, tmp_path: Path
 ) -> None:
-    """ModelOpt also sorts channels by importance, which changes no logit."""
+    """ModelOpt's pruning also sorts channels by importance, which does not change the logits."""
     targets = {name: value for name, value in ALL_AXES.items() if name != "num_query_groups"}
     student, _, _ = prune(teacher, importance, tmp_path, "block_influence", **targets)
     register_rms_norm()
@@ -176,16 +177,16 @@ def test_pruning_gives_the_logits_of_modelopts_own_pruning(
         config={"forward_loop": forward},
     )
     expected = parity.core_logits(core, calibration)
-    ours = parity.load_core(student)
-    actual = parity.core_logits(ours, calibration)
-    noise = measure_ulp_noise(ours, lambda: parity.core_logits(ours, calibration))
+    our_core = parity.load_core(student)
+    actual = parity.core_logits(our_core, calibration)
+    noise = measure_ulp_noise(our_core, lambda: parity.core_logits(our_core, calibration))
     torch.testing.assert_close(actual, expected, rtol=0, atol=ROUNDINGS * noise)
 
 
 def logits_without(folder: Path, dropped: list[int], tokens: torch.Tensor) -> torch.Tensor:
     """Returns the logits of a Hugging Face model without some layers."""
     model = load_causal_lm(folder)
-    kept = [x for n, x in enumerate(model.model.layers, 1) if n not in dropped]
+    kept = [layer for n, layer in enumerate(model.model.layers, 1) if n not in dropped]
     for number, layer in enumerate(kept):
         layer.self_attn.layer_idx = number
     model.model.layers = torch.nn.ModuleList(kept)
@@ -215,23 +216,23 @@ def test_loss_scores_equal_the_loss_of_a_model_without_the_layers(
 
 
 def test_layers_are_chosen_by_the_method(importance: Importance) -> None:
-    single = importance.layers["loss"]
+    loss_scores = importance.layers["loss"]
     assert layers_to_keep(importance, "loss", 4) == [1, 2, 3, 4]
     assert set(range(1, 5)) - set(layers_to_keep(importance, "loss", 3)) == {
-        min(single, key=lambda n: single[n])
+        min(loss_scores, key=lambda n: loss_scores[n])
     }
     start = min(importance.blocks[2], key=lambda n: importance.blocks[2][n])
     assert set(range(1, 5)) - set(layers_to_keep(importance, "block", 2)) == {start, start + 1}
     with pytest.raises(RecipeError, match=r"stages.score.block_sizes=\[3\]"):
         layers_to_keep(importance, "block", 1)
     with pytest.raises(RecipeError, match="num_loss_samples"):
-        layers_to_keep(replace(importance, layers={"block_influence": single}), "loss", 2)
+        layers_to_keep(replace(importance, layers={"block_influence": loss_scores}), "loss", 2)
 
 
 DEAD_NEURONS, DEAD_GROUP, DEAD_LAYER, DEAD_CHANNELS = [3, 50, 127], 1, 2, [5, 40]
 
 
-def plant_dead(model: Any) -> None:
+def make_dead(model: Any) -> None:
     """Removes the effect of neurons, a query group and a layer, but not all of their weights."""
     layers = model.model.layers
     for layer in layers:
@@ -241,10 +242,10 @@ def plant_dead(model: Any) -> None:
     layers[DEAD_LAYER - 1].mlp.down_proj.weight[:] = 0
 
 
-def test_planted_dead_structure_is_pruned_without_effect(
+def test_dead_neurons_groups_and_layers_are_pruned_without_effect(
     even_llama: Path, calibration: torch.Tensor, tmp_path: Path
 ) -> None:
-    checkpoint = convert_changed(tmp_path / "whole", even_llama, plant_dead)
+    checkpoint = convert_changed(tmp_path / "teacher", even_llama, make_dead)
     importance = score(checkpoint, calibration)
     assert importance.layers["loss"][DEAD_LAYER] == pytest.approx(0, abs=1e-6)
     shape = {"num_layers": 3, "ffn_hidden_size": 125, "num_query_groups": 1}
@@ -258,31 +259,32 @@ def test_planted_dead_structure_is_pruned_without_effect(
     torch.testing.assert_close(logits(student, calibration), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_planted_dead_head_and_channels_have_the_lowest_scores(
+def test_a_dead_head_and_dead_channels_have_the_lowest_scores(
     even_llama: Path, calibration: torch.Tensor, tmp_path: Path
 ) -> None:
-    """The dead head averages over all tokens; the other attends to single tokens."""
+    """The dead head averages over all tokens; the other head attends to single tokens."""
 
-    def plant(model: Any) -> None:
+    def make_head_and_channels_dead(model: Any) -> None:
         for layer in model.model.layers:
             attention = layer.self_attn
             attention.q_proj.weight *= 50
             attention.q_proj.weight[16:32] = 0
             attention.o_proj.weight[:, 16:32] = 0
-            for part in (attention.o_proj, layer.mlp.down_proj):
-                part.weight[DEAD_CHANNELS] = 0
+            for projection in (attention.o_proj, layer.mlp.down_proj):
+                projection.weight[DEAD_CHANNELS] = 0
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                 norm.weight[DEAD_CHANNELS] = 0
 
-            def without_mean(_: Any, __: Any, out: torch.Tensor, module: Any = attention) -> None:
+            # Values get the mean 0, so the output of a head that averages is small.
+            def remove_mean(_: Any, __: Any, out: torch.Tensor, module: Any = attention) -> None:
                 mean = out.mean(dim=(0, 1))
                 weight = module.v_proj.weight
                 weight -= torch.outer(weight @ mean, mean) / mean.square().sum()
 
-            layer.input_layernorm.register_forward_hook(without_mean)
-        model(calibration)
+            layer.input_layernorm.register_forward_hook(remove_mean)
+        model(calibration)  # runs the hooks
 
-    checkpoint = convert_changed(tmp_path / "whole", even_llama, plant)
+    checkpoint = convert_changed(tmp_path / "teacher", even_llama, make_head_and_channels_dead)
     scores = score(checkpoint, calibration).widths
     for layer in range(1, LAYERS + 1):
         heads = scores[f"layers.{layer}.num_attention_heads"]
@@ -300,7 +302,7 @@ def assert_same_scores(scores: Importance, expected: Importance) -> None:
         torch.testing.assert_close(scores.widths[name], values, rtol=1e-5, atol=1e-6)
 
 
-def test_micro_batches_and_chunks_of_logits_change_no_score(
+def test_scores_do_not_depend_on_micro_batches_and_chunks_of_logits(
     teacher: Path,
     calibration: torch.Tensor,
     importance: Importance,
@@ -312,11 +314,12 @@ def test_micro_batches_and_chunks_of_logits_change_no_score(
         scores = score(teacher, calibration, replace(cfg, micro_batch_size=3))
     assert watch.max_positions == 50
     assert_same_scores(scores, importance)
-    teacher_only = [
+    without_loss_scores = [
         score(teacher, calibration, replace(cfg, num_loss_samples=0, micro_batch_size=size))
         for size in (1, 8)
     ]
-    assert teacher_only[0].teacher_loss == pytest.approx(teacher_only[1].teacher_loss, rel=1e-6)
+    losses = [scores.teacher_loss for scores in without_loss_scores]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_noise_and_padding_are_refused_unless_configured(
@@ -368,7 +371,7 @@ if rank() == 0:
 def score_on_two_ranks(
     teacher: Path, calibration: torch.Tensor, stages: int, folder: Path
 ) -> Importance:
-    """Scores a checkpoint on two ranks, as ``stages`` pipeline stages or data-parallel."""
+    """Scores a checkpoint on two ranks: with two pipeline ``stages``, or data-parallel."""
     (folder / "ranks.py").write_text(RANK_SCRIPT)
     torch.save(calibration, folder / "tokens.pt")
     files = folder / "ranks.py", teacher, folder / "tokens.pt", folder
@@ -377,7 +380,7 @@ def score_on_two_ranks(
 
 
 @pytest.mark.parametrize("stages", [1, 2], ids=["DP=2", "PP=2"])
-def test_two_ranks_give_the_scores_of_one(
+def test_two_ranks_give_the_scores_of_one_rank(
     teacher: Path, calibration: torch.Tensor, importance: Importance, tmp_path: Path, stages: int
 ) -> None:
     scores = score_on_two_ranks(teacher, calibration, stages, tmp_path)
@@ -386,7 +389,7 @@ def test_two_ranks_give_the_scores_of_one(
     assert_same_scores(scores, importance)
 
 
-def test_two_data_parallel_ranks_give_the_expert_scores_of_one(
+def test_two_data_parallel_ranks_give_the_expert_scores_of_one_rank(
     calibration: torch.Tensor, text_file: Path, tmp_path: Path
 ) -> None:
     write_tiny_model(tmp_path / "hf", text_file, "qwen3_moe", **EVEN)

@@ -1,4 +1,4 @@
-"""Opens pages in a real browser: no errors, all plots drawn, nothing wider than the screen."""
+"""Opens pages in a real browser: no errors, all plots visible, nothing wider than the screen."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PHONE = 390
-"""Width in pixels."""
+"""Width of a phone's screen, in pixels."""
 TIMEOUTS = (60, 60, 240)
 """Seconds per attempt. Headless Chromium takes seconds, but sometimes hangs."""
 COMPARISON_PLOTS = [
@@ -57,15 +57,15 @@ def chromium(profile: Path, page: Path, *options: str) -> str:
     program = shutil.which("chromium")
     if not program:
         pytest.skip("chromium is not installed: apt-get install chromium")
-    for number, seconds in enumerate(TIMEOUTS):
+    for attempt, seconds in enumerate(TIMEOUTS):
         command = [
             program, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}-{number}",
+            "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}-{attempt}",
             *options, page.as_uri(),
         ]  # fmt: skip
-        output = profile.with_name(f"{profile.name}-{number}.txt")
-        # A file and not a pipe: the browser's helpers may outlive it and hold a pipe open.
+        output = profile.with_name(f"{profile.name}-{attempt}.txt")
+        # The output is a file, because helpers that outlive the browser would hold a pipe open.
         with output.open("w") as file, suppress(subprocess.TimeoutExpired):
             browser = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -81,7 +81,7 @@ def chromium(profile: Path, page: Path, *options: str) -> str:
 
 
 def console_errors(page: Path, folder: Path) -> list[str]:
-    """Returns the messages of the page's console."""
+    """Returns the messages that the page writes to the browser's console."""
     output = chromium(folder / "console", page, "--dump-dom", "--enable-logging=stderr")
     assert 'class="card' in output
     return [line for line in output.splitlines() if "CONSOLE" in line]
@@ -129,7 +129,7 @@ def test_page_shows_all_plots_within_its_width(
     request: pytest.FixtureRequest, tmp_path: Path, name: str, width: int, plots: list[str]
 ) -> None:
     path = request.getfixturevalue(name)
-    if width == PHONE:  # once per page is enough
+    if width == PHONE:  # errors do not depend on the width
         assert console_errors(path, tmp_path) == []
     layout = measure_layout(path, tmp_path, width)
     assert layout["content"] <= layout["width"] <= width

@@ -1,4 +1,4 @@
-"""Report of a whole run: numbers, text and plots."""
+"""The report of a whole run: numbers, text and plots."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_numbers_are_rounded(text: str) -> None:
     assert "CC-BY-4.0" in shown
 
 
-def test_text_that_was_tokenized_before_is_said_to_be_compared_with_nothing(
+def test_a_report_states_that_pretokenized_text_was_not_compared(
     text: str, inputs: dict[str, Input], tmp_path: Path
 ) -> None:
     assert "not compared" not in text
@@ -103,8 +103,8 @@ def test_provenance_names_every_stage_and_file(text: str, inputs: dict[str, Inpu
 def test_accepted_results_are_named(inputs: dict[str, Input], tmp_path: Path) -> None:
     distilled = inputs["distilled"]
     acceptance = Acceptance("f", ["lr changed 1 → 2", "its code changed"])
-    kept = replace(distilled, manifest=replace(distilled.manifest, accepted=acceptance))
-    text = Page(render_page({**inputs, "distilled": kept}, tmp_path)).text
+    accepted = replace(distilled, manifest=replace(distilled.manifest, accepted=acceptance))
+    text = Page(render_page({**inputs, "distilled": accepted}, tmp_path)).text
     assert "The result of distill was kept although lr changed 1 → 2, its code changed." in text
 
 
@@ -116,8 +116,8 @@ def test_text_of_models_and_users_is_escaped(inputs: dict[str, Input], tmp_path:
 
 
 def test_dropped_layers_are_marked(text: str) -> None:
-    bars = [c.split()[1] for c in Page(text).values("class") if c.startswith("bar ")]
-    legend, bars = bars[:2], bars[2:]
+    styles = [c.split()[1] for c in Page(text).values("class") if c.startswith("bar ")]
+    legend, bars = styles[:2], styles[2:]
     assert legend == ["kept", "dropped"]
     assert [n for n, style in enumerate(bars, 1) if style == "dropped"] == list(DROPPED)
     assert len(bars) == LAYERS
@@ -125,7 +125,7 @@ def test_dropped_layers_are_marked(text: str) -> None:
 
 @pytest.mark.parametrize(("lm_weight", "curves"), [(0.0, 1), (0.5, 3)])
 def test_only_loss_terms_in_use_are_drawn(tmp_path: Path, lm_weight: float, curves: int) -> None:
-    """Two terms have a curve each, and their sum has one."""
+    """Each of two terms has a curve, and so does their sum."""
     text = render_page(make_inputs(tmp_path / "run", lm_weight=lm_weight), tmp_path)
     assert section(text, "distillation").count('class="key"') == curves
 
@@ -168,10 +168,10 @@ def test_optional_records_may_be_missing(inputs: dict[str, Input], tmp_path: Pat
     """The checkpoints come from other stages than usual, and no training was logged."""
     bare = {}
     for name, item in inputs.items():
-        other = "checkpoint" in item.manifest.kind
+        is_checkpoint = "checkpoint" in item.manifest.kind
         manifest = replace(
             item.manifest, architecture=None, parameters=None, versions={}, git_sha=None, files={},
-            **({"stage": "other", "config": {}, "metrics": {}} if other else {}),
+            **({"stage": "other", "config": {}, "metrics": {}} if is_checkpoint else {}),
         )  # fmt: skip
         bare[name] = Input(tmp_path / name, manifest)
     page = Page(render_page(bare, tmp_path, ReportConfig("report")))

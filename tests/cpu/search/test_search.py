@@ -100,19 +100,19 @@ def test_views_of_sorted_weights_have_the_logits_of_pruned_models(
     tokens = torch.randint(280, (2, 32), generator=torch.Generator().manual_seed(0))
     layers = [1, 3, 4, 2][: shape.num_layers]
     kept = select_indices(scores, teacher_shape, shape, sorted(layers))
-    view = SortedModel(load_transformers(teacher), teacher_shape, scores)
-    memory = {p.untyped_storage().data_ptr() for p in view._model.parameters()}
-    actual = predicted_log_probs(view.predictor(shape, kept.layers), tokens)
+    sorted_model = SortedModel(load_transformers(teacher), teacher_shape, scores)
+    memory = {p.untyped_storage().data_ptr() for p in sorted_model._model.parameters()}
+    actual = predicted_log_probs(sorted_model.predictor(shape, kept.layers), tokens)
     if "num_attention_heads" not in targets:
-        assert {p.untyped_storage().data_ptr() for p in view._model.parameters()} <= memory
+        assert {p.untyped_storage().data_ptr() for p in sorted_model._model.parameters()} <= memory
     pruned = as_transformers(
         teacher, shape, prune_weights(teacher, kept, teacher_shape.kv_channels)
     )
-    unpruned = predicted_log_probs(view.predictor(teacher_shape, [1, 2, 3, 4]), tokens)
-    for values, model in ((actual, pruned), (unpruned, load_transformers(teacher))):
+    unpruned = predicted_log_probs(sorted_model.predictor(teacher_shape, [1, 2, 3, 4]), tokens)
+    for log_probs, model in ((actual, pruned), (unpruned, load_transformers(teacher))):
         expected = reference_log_probs(model, tokens)
         noise = measure_ulp_noise(model, lambda model=model: reference_log_probs(model, tokens))
-        torch.testing.assert_close(values, expected, rtol=0, atol=ROUNDINGS * noise)
+        torch.testing.assert_close(log_probs, expected, rtol=0, atol=ROUNDINGS * noise)
 
 
 def predicted_log_probs(model: Predictor, tokens: torch.Tensor) -> torch.Tensor:
@@ -144,7 +144,7 @@ def test_candidates_are_ranked_and_counted(ranked_run: Path) -> None:
     assert len(candidates) == enumerated.summary["shapes"]
     proxies = [c.proxy for c in candidates]
     assert [c.healed for c in candidates] == [True] * 2 + [False] * (len(candidates) - 2)
-    for group in (proxies[:2], proxies[2:]):  # healed, then the others
+    for group in (proxies[:2], proxies[2:]):  # healed candidates come first
         assert group == sorted(group)
     assert all(c.proxy == c.kl_to_teacher > 0 for c in candidates)
     assert all(0.4 * teacher < c.parameters <= 0.75 * teacher for c in candidates)
@@ -152,10 +152,10 @@ def test_candidates_are_ranked_and_counted(ranked_run: Path) -> None:
 
 
 @pytest.mark.parametrize("healed", [True, False])
-def test_candidates_have_the_metrics_of_real_prunings(ranked_run: Path, healed: bool) -> None:
+def test_candidates_have_the_metrics_of_pruned_models(ranked_run: Path, healed: bool) -> None:
     """Prunes and heals a candidate again, and computes its metrics from all logits."""
     candidates = manifest_of(ranked_run, "rank_candidates").result(SearchResult).candidates
-    candidate = next(one for one in candidates if one.healed == healed)
+    candidate = next(c for c in candidates if c.healed == healed)
     teacher = nemo.find_checkpoint(ranked_run / "import_hf" / ARTIFACT)
     importance = Importance.load(ranked_run / "score" / ARTIFACT)
     teacher_shape = nemo.architecture_of(teacher)
@@ -187,7 +187,7 @@ SERVICE = Service(precision="fp32", bytes_per_cached_value=4, context_length=64)
 
 
 @pytest.fixture(scope="module")
-def timed(ranked_run: Path) -> Manifest:
+def timed_manifest(ranked_run: Path) -> Manifest:
     """Times engines by their fastest repetition, because other processes disturb the median."""
 
     def fastest(row: BenchmarkRow) -> float:
@@ -204,14 +204,16 @@ def timed(ranked_run: Path) -> Manifest:
     return manifest_of(ranked_run, "measure_latency")
 
 
-def test_measured_latency_changes_the_shapes_of_a_budget(ranked_run: Path, timed: Manifest) -> None:
-    latency = timed.result(LatencyResult)
+def test_measured_latency_changes_the_shapes_of_a_budget(
+    ranked_run: Path, timed_manifest: Manifest
+) -> None:
+    latency = timed_manifest.result(LatencyResult)
     assert [shape.is_fitted for shape in latency.shapes] == [True] * 5 + [False]
     teacher, smallest = latency.shapes[0], latency.shapes[4]
     assert smallest.step_ms < teacher.step_ms
     assert teacher.fitted_ms == pytest.approx(teacher.step_ms, rel=0.5)
     cfg = EnumerateShapesConfig(budget=Budget(latency_ms=0.8), space=SPACE, service=SERVICE)
-    inputs = {"latency": Input(ranked_run, timed)}
+    inputs = {"latency": Input(ranked_run, timed_manifest)}
     shape = nemo.architecture_of(nemo.find_checkpoint(ranked_run / "import_hf" / ARTIFACT))
     measured = cfg.with_measured_latency(inputs)
     assert measured.service.measured is not None
@@ -228,7 +230,7 @@ def test_a_killed_halving_resumes_and_writes_the_winner_as_a_recipe(
     )  # fmt: skip
     cfg = SuccessiveHalvingConfig(
         num_candidates=2,
-        also=[ranked[1].name],  # it is among the best-ranked anyway
+        also=[ranked[1].name],  # already among the best-ranked two
         num_samples=4,
         max_tokens=4096,
         distill=training,
@@ -242,7 +244,7 @@ def test_a_killed_halving_resumes_and_writes_the_winner_as_a_recipe(
     start = stage_process.start_process
 
     def start_or_kill(command: list[str], log: IO[bytes], env: dict[str, str]) -> Any:
-        """Starts the first stage in a process, forks the others, interrupts before the fourth."""
+        """Starts the first stage in a process, forks other stages, interrupts before the fourth."""
         if len(started) == 3 and "killed" not in started:
             started.append("killed")
             raise KeyboardInterrupt
@@ -280,9 +282,11 @@ def test_a_killed_halving_resumes_and_writes_the_winner_as_a_recipe(
     assert pruned_shape(teacher, targets) == winner.shape
 
 
-def test_the_report_shows_timed_shapes(ranked_run: Path, timed: Manifest, tmp_path: Path) -> None:
+def test_the_report_shows_timed_shapes(
+    ranked_run: Path, timed_manifest: Manifest, tmp_path: Path
+) -> None:
     ranked = manifest_of(ranked_run, "rank_candidates")
-    search = replace(ranked, inputs={**ranked.inputs, "latency": timed.fingerprint})
+    search = replace(ranked, inputs={**ranked.inputs, "latency": timed_manifest.fingerprint})
     inputs = {
         "teacher": Input(ranked_run / "import_hf", manifest_of(ranked_run, "import_hf")),
         "search": Input(ranked_run / "rank_candidates", search),
@@ -291,6 +295,6 @@ def test_the_report_shows_timed_shapes(ranked_run: Path, timed: Manifest, tmp_pa
     report.run(ReportConfig(title="search"), inputs, out)
     text = (out / REPORT_FILE).read_text()
     table = text[text.index('id="table-latency"') :].partition("</table>")[0]
-    for shape in timed.result(LatencyResult).shapes:
+    for shape in timed_manifest.result(LatencyResult).shapes:
         assert f">{shape.name}</th>" in table
         assert f'value="{json.dumps(shape.step_ms)}"' in table

@@ -1,4 +1,4 @@
-"""Compares statistics of paired comparisons with values that were computed by hand."""
+"""Compares results of paired comparisons with values that were computed by hand."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def test_paired_difference_of_100_items() -> None:
         difference([1.0, 0.0], [1.0])
 
 
-def test_recovered_is_a_fraction_of_the_pruning_loss() -> None:
+def test_recovered_is_a_fraction_of_the_loss_by_pruning() -> None:
     teacher, pruned, distilled = (RIGHT * n + WRONG * (100 - n) for n in (80, 40, 70))
     assert recovered(teacher, pruned, distilled) == pytest.approx(0.75)
     assert recovered(teacher, pruned, WRONG * 100) == pytest.approx(-1)
 
 
 @pytest.mark.parametrize("gained", [0, 20, 21, 40])
-def test_recovered_is_none_without_a_significant_pruning_loss(gained: int) -> None:
-    """The pruned model loses 30 of the teacher's right answers, and gains others."""
+def test_recovered_is_none_if_the_loss_by_pruning_is_not_significant(gained: int) -> None:
+    """The pruned model loses 30 of the teacher's right answers, and gains ``gained`` others."""
     teacher = RIGHT * 40 + WRONG * 60
     pruned = WRONG * 30 + RIGHT * 10 + RIGHT * gained + WRONG * (60 - gained)
     change = difference(pruned, teacher)

@@ -1,4 +1,4 @@
-"""Cached answers are returned if their file is undamaged and they have the same key."""
+"""The cache returns answers only if their file is undamaged and has the same key."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_stored_answer_is_returned(cache: Path) -> None:
+def test_stored_answers_are_returned(cache: Path) -> None:
     assert look_up(KEY) is None
     store(KEY, ANSWERS)
     assert look_up(KEY) == ANSWERS

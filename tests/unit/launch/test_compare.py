@@ -16,7 +16,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import read_manifest
 from recipes.core.run_state import LastPlan, Request, read_last_plan
 from recipes.core.statistics import pareto_front
-from recipes.report.compare import comparison, verdict
+from recipes.report.compare import compare_runs, describe_best
 from recipes.report.runs import find_runs, paired_difference, read_run
 from tests.support.pages import Page
 from tests.support.reports import make_run
@@ -74,7 +74,7 @@ def test_page_shows_the_numbers_of_the_manifests(page: Page, sweep: Path) -> Non
 
 
 def test_pareto_fronts_have_the_runs_that_no_other_run_beats(sweep: Path) -> None:
-    plots = comparison([read_run(run) for run in find_runs([sweep])])["plots"]
+    plots = compare_runs([read_run(run) for run in find_runs([sweep])])["plots"]
     fronts = [re.findall(r"<title>(\d): [^<]*on the Pareto front", plot["plot"]) for plot in plots]
     assert fronts[0] == ["2"], "all runs have the same size, so only the best perplexity is on it"
     assert fronts[2] == ["1", "2", "3"], "each slower run has a better perplexity"
@@ -83,8 +83,8 @@ def test_pareto_fronts_have_the_runs_that_no_other_run_beats(sweep: Path) -> Non
 
 def test_runs_that_are_not_significantly_worse_are_named(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, loss=loss) for name, loss in (("a", 3.65), ("b", 3.652))]
-    rows = comparison([read_run(run) for run in runs])["rows"]
-    assert verdict(rows).endswith("at 95%: b")
+    rows = compare_runs([read_run(run) for run in runs])["rows"]
+    assert describe_best(rows).endswith("at 95%: b")
 
 
 def test_mean_scores_are_of_the_tasks_that_all_runs_have_in_common(tmp_path: Path) -> None:
@@ -93,18 +93,18 @@ def test_mean_scores_are_of_the_tasks_that_all_runs_have_in_common(tmp_path: Pat
     runs = [read_run(path) for path in paths]
     del runs[1].stages["tasks"].metrics["tasks"]["piqa"]
     runs[2].stages["tasks"].metrics["tasks"]["sciq"]["items"] = 100
-    content = comparison(runs)
+    content = compare_runs(runs)
     assert content["tasks"] == ["arc_easy", "lambada"]
     score = runs[0].stages["tasks"].metrics["tasks"]["arc_easy"]["distilled"]["value"]
     assert [row.tasks["distilled"] for row in content["rows"]] == [score] * 3
     runs[1].stages["tasks"].metrics["tasks"] = {}
-    assert [row.tasks for row in comparison(runs)["rows"]] == [{}] * 3
+    assert [row.tasks for row in compare_runs(runs)["rows"]] == [{}] * 3
 
 
 def test_a_run_on_other_text_is_flagged_and_not_in_plots(page: Page, sweep: Path) -> None:
     text = " ".join(page.text.split())
     assert "sweep/10: evaluated on other held-out text" in text
-    content = comparison([read_run(run) for run in find_runs([sweep])])
+    content = compare_runs([read_run(run) for run in find_runs([sweep])])
     assert content["best"] == "sweep/1"
     assert all(">4<" not in plot["plot"] for plot in content["plots"])
 
@@ -112,7 +112,7 @@ def test_a_run_on_other_text_is_flagged_and_not_in_plots(page: Page, sweep: Path
 def test_a_run_on_other_sequences_of_the_same_text_is_flagged(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / name)) for name in ("a", "b", "c")]
     runs[2].stages["evaluate"].metrics["sequences"] = 20
-    assert [row.comparable for row in comparison(runs)["rows"]] == [True, True, False]
+    assert [row.comparable for row in compare_runs(runs)["rows"]] == [True, True, False]
 
 
 def test_incomplete_runs_are_listed(page: Page) -> None:

@@ -1,4 +1,4 @@
-"""Targets of pruning: the shapes they result in, and the targets that are refused."""
+"""Pruning targets: the shapes that they give, and the targets that are refused."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def problems(**targets: Any) -> list[tuple[str, str]]:
 def test_fractions_are_rounded_to_a_divisor(
     targets: dict[str, float], sizes: tuple[int, ...]
 ) -> None:
-    """The teacher has 576 channels, 1536 feed-forward, 30 layers, 9 heads in 3 groups."""
+    """The teacher has 30 layers, width 576, feed-forward size 1536, and 9 heads in 3 groups."""
     assert absolute_sizes(SMOLLM2, targets, DIVISORS) == dict(zip(targets, sizes, strict=True))
 
 
 def test_experts_are_pruned_by_their_own_targets() -> None:
     moe = read_architecture(QWEN3_30B_A3B, "x")
-    good = PruneTargets(num_moe_experts=96, moe_ffn_hidden_size=512)
-    assert not list(target_problems(moe, good, DIVISORS))
-    assert pruned_shape(moe, good).num_moe_experts == 96
+    valid = PruneTargets(num_moe_experts=96, moe_ffn_hidden_size=512)
+    assert not list(target_problems(moe, valid, DIVISORS))
+    assert pruned_shape(moe, valid).num_moe_experts == 96
     [dense] = target_problems(moe, PruneTargets(ffn_hidden_size=512), DIVISORS)
     assert (
         "target_ffn_hidden_size=512 is set, but the teacher's feed-forward layers are experts"
@@ -106,7 +106,7 @@ def test_problems_name_the_target_and_the_fix(targets: dict[str, Any], what: str
         ({"num_query_groups": 2}, {"num_query_groups": 2, "num_attention_heads": 4}),
     ],
 )
-def test_axes_without_a_target_stay(
+def test_axes_without_a_target_are_not_pruned(
     teacher: Architecture, targets: dict[str, Any], changed: dict[str, int]
 ) -> None:
     """The teacher has 8 heads in 4 groups."""

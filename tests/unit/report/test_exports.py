@@ -1,4 +1,4 @@
-"""Model cards, and command lines that serve a run's results."""
+"""Model cards, and commands that serve a run's models."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ TEACHER, RECIPE = "some/SmallLM-135M", "llama_width_prune"
 @pytest.fixture
 def inputs(tmp_path: Path) -> dict[str, Manifest]:
     run = tmp_path / "run"
-    items = {**make_inputs(run), **make_optional_inputs(run)}
-    names = {"checkpoint": "distilled"}
-    names |= {name: name for name in ("evaluation", "teacher", "pruned", "data", "tasks")}
-    return {name: items[key].manifest for name, key in names.items()}
+    report_inputs = {**make_inputs(run), **make_optional_inputs(run)}
+    names = ("evaluation", "teacher", "pruned", "data", "tasks")
+    manifests = {name: report_inputs[name].manifest for name in names}
+    return {"checkpoint": report_inputs["distilled"].manifest, **manifests}
 
 
-def card(folder: Path, inputs: dict[str, Manifest], teacher_card: str = "") -> str:
+def render_card(folder: Path, inputs: dict[str, Manifest], teacher_card: str = "") -> str:
     (folder / "README.md").write_text(teacher_card)
     write_card(folder, TEACHER, RECIPE, inputs)
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
-def test_every_input_adds_its_lines(inputs: dict[str, Manifest], tmp_path: Path) -> None:
-    text = card(tmp_path, inputs, "---\nlicense: apache-2.0\n---\n# Teacher")
+def test_every_input_adds_lines_to_the_card(inputs: dict[str, Manifest], tmp_path: Path) -> None:
+    text = render_card(tmp_path, inputs, "---\nlicense: apache-2.0\n---\n# Teacher")
     header = yaml.safe_load(text.split("---")[1])
     assert header["license"] == "apache-2.0"
     [index] = header["model-index"]
@@ -68,7 +68,7 @@ def test_every_input_adds_its_lines(inputs: dict[str, Manifest], tmp_path: Path)
 def test_optional_inputs_may_be_missing(inputs: dict[str, Manifest], tmp_path: Path) -> None:
     bare = {name: inputs[name] for name in (*export_hf.STAGE.inputs, "evaluation")}
     bare["evaluation"].metrics["recovered"] = None
-    text = card(tmp_path, bare)
+    text = render_card(tmp_path, bare)
     assert "| this model | 24 |" in text
     assert "was not found in its folder" in text
     for absent in ("| teacher | 30 |", "## Tasks", "Text:", "Distillation recovered", "None"):
@@ -79,25 +79,25 @@ def test_licences_of_weights_and_text_are_stated_separately(
     inputs: dict[str, Manifest], tmp_path: Path
 ) -> None:
     teacher_card = "---\nlicense: apache-2.0\n---\n"
-    text = card(tmp_path, inputs, teacher_card)
+    text = render_card(tmp_path, inputs, teacher_card)
     assert "Licence of the weights: the base model's, apache-2.0. Made with" in text
     [source] = inputs["data"].metrics["sources"]
     inputs["data"].metrics["origins"] = {source: {"licence": "CC-BY-NC-4.0"}}
-    text = card(tmp_path, inputs, teacher_card)
+    text = render_card(tmp_path, inputs, teacher_card)
     assert "Licence: CC-BY-NC-4.0 (no commercial use).\n" in text
     assert "The licence of the training\ntext forbids commercial use: CC-BY-NC-4.0. Made" in text
 
 
 def test_accepted_results_are_named(inputs: dict[str, Manifest], tmp_path: Path) -> None:
-    assert "was kept" not in card(tmp_path, inputs)
+    assert "was kept" not in render_card(tmp_path, inputs)
     inputs["checkpoint"].accepted = Acceptance("f", ["its code changed"])
-    assert "- The result of `distill` was kept although settings" in card(tmp_path, inputs)
+    assert "- The result of `distill` was kept although settings" in render_card(tmp_path, inputs)
 
 
 def test_folders_of_local_files_stay_private(inputs: dict[str, Manifest], tmp_path: Path) -> None:
     private = "/home/someone/private/my.jsonl"
     inputs["data"].metrics["sources"] = [f"{private}#name=x", f"teacher://chat#prompts={private}"]
-    text = card(tmp_path, inputs)
+    text = render_card(tmp_path, inputs)
     assert "`my.jsonl`. Licence: not recorded." in text
     assert "`teacher://chat`." in text
     assert "/home" not in text
@@ -148,12 +148,12 @@ def run_inputs(tmp_path: Path) -> dict[str, Input]:
 
 def test_each_artifact_adds_its_server(run_inputs: dict[str, Input]) -> None:
     hf_servers = list(run_servers({"exported": run_inputs["exported"]}))
-    assert [command.line for command in hf_servers] == HF_SERVERS
-    assert not any(command.tested for command in hf_servers)
+    assert [server.command for server in hf_servers] == HF_SERVERS
+    assert not any(server.tested for server in hf_servers)
     openvino, llama, *rest = run_servers(run_inputs)
-    assert 'LLMPipeline("engine/artifact", "CPU")' in shlex.split(openvino.line)[2]
+    assert 'LLMPipeline("engine/artifact", "CPU")' in shlex.split(openvino.command)[2]
     assert openvino.tested
-    assert llama.line == "llama-server -m gguf/artifact/model.gguf"
+    assert llama.command == "llama-server -m gguf/artifact/model.gguf"
     assert rest == hf_servers
 
 
@@ -173,7 +173,7 @@ def test_tensorrt_llm_serves_its_engines(
     engine = with_result(run_inputs["engine"], replace(RESULTS["build_engine"], backend=backend))
     engine.manifest.config["tensor_parallel_size"] = 2
     first, *_ = run_servers({"exported": run_inputs["exported"], "engine": engine})
-    assert first.line == f"trtllm-serve engine/artifact{options}"
+    assert first.command == f"trtllm-serve engine/artifact{options}"
 
 
 def test_an_artifact_of_another_run_has_its_full_path(
@@ -181,7 +181,7 @@ def test_an_artifact_of_another_run_has_its_full_path(
 ) -> None:
     other = replace(run_inputs["engine"], directory=tmp_path / "an other" / "engine")
     first, *_ = run_servers({**run_inputs, "engine": other})
-    assert str(tmp_path / "an other" / "engine" / "artifact") in shlex.split(first.line)[2]
+    assert str(tmp_path / "an other" / "engine" / "artifact") in shlex.split(first.command)[2]
 
 
 @pytest.mark.parametrize(
@@ -197,11 +197,11 @@ def test_llama_cpp_is_listed_if_its_converter_supports_the_shape(
     shape: Architecture, llama_cpp_converts: bool
 ) -> None:
     """The converter supports fewer shapes than the GGUF export of this repository."""
-    export, openvino, *llama = (command.line for command in conversion_servers("a b", shape))
+    export, openvino, *llama = (server.command for server in conversion_servers("a b", shape))
     assert export.startswith("optimum-cli export openvino --model 'a b' --task text-generation")
     assert 'LLMPipeline("openvino", "CPU")' in shlex.split(openvino)[2]
-    lines = [
+    commands = [
         "python llama.cpp/convert_hf_to_gguf.py 'a b' --outfile model.gguf",
         "llama-server -m model.gguf",
     ]
-    assert llama == (lines if llama_cpp_converts else [])
+    assert llama == (commands if llama_cpp_converts else [])

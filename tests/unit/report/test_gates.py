@@ -1,4 +1,4 @@
-"""Gates: syntax, names of metrics, verdicts, and the launcher's exit status."""
+"""Gates: syntax, names of metrics, comparison with results, and the launcher's exit status."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def manifests(
         BenchmarkResults: "speed_results",
         ServedResult: "served_results",
     }
-    return {kinds[type(one)]: bare_manifest("stage", kinds[type(one)], one) for one in results}
+    by_kind = {kinds[type(result)]: result for result in results}
+    return {kind: bare_manifest("stage", kind, result) for kind, result in by_kind.items()}
 
 
 SERVED: ServedResult = RESULTS["evaluate_served"]
@@ -134,7 +135,7 @@ def test_a_gate_on_an_undefined_value_fails() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gate", "words"),
+    ("gate", "message"),
     [
         ("recoverd >= 1", "Did you mean 'recovered'?"),
         ("recovered.piqua >= 1", "Did you mean 'recovered.piqa'?"),
@@ -144,11 +145,11 @@ def test_a_gate_on_an_undefined_value_fails() -> None:
     ],
 )
 def test_a_plan_refuses_gates_on_unmeasured_values(
-    plan: Callable[..., Plan], gate: str, words: str
+    plan: Callable[..., Plan], gate: str, message: str
 ) -> None:
     with pytest.raises(RecipeError) as caught:
         plan(f"gates=['{gate}']", "tasks=quick")
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_every_metric_of_a_recipe_can_have_a_gate(plan: Callable[..., Plan]) -> None:
@@ -194,7 +195,7 @@ def test_a_failing_gate_ends_a_complete_run_with_status_1(
     assert {p: p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.is_file()} == before
 
 
-def test_an_unquoted_gate_must_be_quoted(launch: Launch) -> None:
+def test_the_fix_for_an_unquoted_gate_is_to_quote_it(launch: Launch) -> None:
     done = launch("recipe=llama_width_prune", "gates=[recovered >= 0.75]")
     assert done.returncode == 1
     assert """fix: quote text with special characters, such as 'gates=["a >= 1"]'""" in done.stderr

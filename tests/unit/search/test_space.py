@@ -1,4 +1,4 @@
-"""Compares shapes within a budget with all shapes and published ones; tests the latency model."""
+"""Compares listed shapes with all combinations and a published shape; tests the latency model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from recipes.search.space import (
 QWEN3_8B = Architecture(
     "LlamaForCausalLM", 36, 4096, 12288, 32, 8, 128, 151936, 40960, tied_embeddings=False
 )
-"""Without the norms of queries and keys, which are 9,216 parameters of 8 billion."""
+"""Omits the norms of queries and keys, which are 9,216 of 8 billion parameters."""
 LLAMA_70B = Architecture(
     "LlamaForCausalLM", 80, 8192, 28672, 64, 8, 128, 128256, 131072, tied_embeddings=False
 )
@@ -40,7 +40,7 @@ COARSE = Space(hidden_size_divisor=256, ffn_hidden_size_divisor=512)
 
 
 def test_the_published_shape_of_qwen3_is_listed() -> None:
-    """NVIDIA/Model-Optimizer's search for 6B: 30 layers, hidden 3584, ffn 11776."""
+    """A search by NVIDIA/Model-Optimizer for 6B found 30 layers, hidden 3584, ffn 11776."""
     shapes = enumerate_shapes(QWEN3_8B, COARSE, {"parameters": 6e9}, Service())
     published = next(shape for shape in shapes if name_of(shape) == "l30-h3584-f11776-a32")
     assert round(published.parameters() / 1e9, 2) == 5.99
@@ -55,7 +55,7 @@ def test_the_published_shape_of_qwen3_is_listed() -> None:
         {"weight_bytes": 0.8},
     ],
 )
-def test_listed_shapes_are_those_that_cannot_grow(budget: dict[str, float]) -> None:
+def test_exactly_the_shapes_that_cannot_grow_are_listed(budget: dict[str, float]) -> None:
     """Compares with every combination of sizes."""
     space = Space(hidden_size_divisor=96, ffn_hidden_size_divisor=256, prune_heads=True)
     service = Service(context_length=512)
@@ -81,9 +81,9 @@ def test_listed_shapes_are_those_that_cannot_grow(budget: dict[str, float]) -> N
         return sizes != other and all(a >= b for a, b in zip(sizes, other, strict=True))
 
     fitting = [sizes for sizes in itertools.product(*axes.values()) if fits(sizes)]
-    largest = {one for one in fitting if not any(is_larger(other, one) for other in fitting)}
+    maximal = {s for s in fitting if not any(is_larger(other, s) for other in fitting)}
     shapes = enumerate_shapes(SMOLLM2, space, budget, service)
-    assert {tuple(getattr(shape, axis) for axis in axes) for shape in shapes} == largest != set()
+    assert {tuple(getattr(shape, axis) for axis in axes) for shape in shapes} == maximal != set()
     parameters = [shape.parameters() for shape in shapes]
     assert parameters == sorted(parameters, reverse=True)
 
@@ -117,31 +117,32 @@ def test_costs_of_serving() -> None:
     assert weight_bytes(LLAMA_70B, Service(precision="int4")) == pytest.approx(bits / 8)
     fp8 = 8 * (LLAMA_70B.parameters() - tables) + 16 * tables
     assert weight_bytes(LLAMA_70B, Service(precision="fp8")) == pytest.approx(fp8 / 8)
-    crowd = dataclasses.replace(service, batch_size=4096, context_length=1)
+    # FLOPs limit a large batch with short contexts.
+    large_batch = dataclasses.replace(service, batch_size=4096, context_length=1)
     flops = 4096 * 2 * (LLAMA_70B.parameters() - 128256 * 8192)
-    assert latency_ms(LLAMA_70B, crowd) == pytest.approx(1e3 * flops / 9.89e14, rel=1e-2)
+    assert latency_ms(LLAMA_70B, large_batch) == pytest.approx(1e3 * flops / 9.89e14, rel=1e-2)
 
 
-def test_a_latency_model_is_recovered_and_limits_shapes() -> None:
+def test_a_latency_model_is_fitted_and_limits_shapes() -> None:
     """A step takes 2 ms, 0.1 ms per layer and 20 ms per 10⁹ bytes."""
-    truth, service = LatencyFit(2.0, 0.1, 20.0), Service(precision="fp32", context_length=256)
+    exact, service = LatencyFit(2.0, 0.1, 20.0), Service(precision="fp32", context_length=256)
     shapes = corners(SMOLLM2, Space(prune_heads=True))
     assert len(shapes) == 6
-    steps = [latency_ms(s, dataclasses.replace(service, measured=truth)) for s in shapes]
+    steps = [latency_ms(s, dataclasses.replace(service, measured=exact)) for s in shapes]
     assert steps[0] == pytest.approx(2 + 3 + 20 * read_gigabytes(SMOLLM2, service))
-    line = fit(shapes, steps, service)
-    assert dataclasses.astuple(line) == pytest.approx(dataclasses.astuple(truth), rel=1e-3)
-    measured = dataclasses.replace(service, measured=line)
+    latency = fit(shapes, steps, service)
+    assert dataclasses.astuple(latency) == pytest.approx(dataclasses.astuple(exact), rel=1e-3)
+    measured = dataclasses.replace(service, measured=latency)
     fast = enumerate_shapes(SMOLLM2, Space(), {"latency_ms": 0.8}, measured)
-    # The time per step and per layer stays, so bytes must fall by more than the latency.
+    # The fixed time of a step does not fall, so bytes must fall by more than the latency.
     assert max(s.parameters() for s in fast) < 0.8 * SMOLLM2.parameters()
     assert all(latency_ms(s, measured) <= 0.8 * steps[0] for s in fast)
     assert fast != enumerate_shapes(SMOLLM2, Space(), {"latency_ms": 0.8}, service)
-    # Of two simultaneous requests, each gets a token per step.
-    pair = dataclasses.replace(measured, batch_size=2)
-    rate = 2e3 / (0.8 * latency_ms(SMOLLM2, pair))
+    # In each step, each of two simultaneous requests gets a token.
+    two_requests = dataclasses.replace(measured, batch_size=2)
+    rate = 2e3 / (0.8 * latency_ms(SMOLLM2, two_requests))
     by_rate, by_latency = (
-        enumerate_shapes(SMOLLM2, Space(), budget, pair)
+        enumerate_shapes(SMOLLM2, Space(), budget, two_requests)
         for budget in ({"tokens_per_second": rate}, {"latency_ms": 0.8})
     )
     assert by_rate == by_latency
@@ -151,9 +152,9 @@ def test_fitted_times_are_not_negative() -> None:
     """Noise can make shapes with fewer layers look slower."""
     shapes, service = corners(SMOLLM2, Space()), Service()
     steps = [10 * read_gigabytes(s, service) - 0.01 * s.num_layers for s in shapes]
-    line = fit(shapes, steps, service)
-    assert min(dataclasses.astuple(line)) >= 0
-    assert line.gigabyte_ms > 0
+    latency = fit(shapes, steps, service)
+    assert min(dataclasses.astuple(latency)) >= 0
+    assert latency.gigabyte_ms > 0
 
 
 def test_latency_that_does_not_depend_on_size_is_refused() -> None:

@@ -38,28 +38,28 @@ LARGE = [
     "hardware=h100",
     *settings("enumerate_shapes.space", tensor_model_parallel_size=4),
     *(
-        word
+        override
         for stage in ("distill", "successive_halving.distill")
-        for word in settings(stage, **{"tensor_model_parallel_size": 4, "resources.devices": 4})
+        for override in settings(stage, **{"tensor_model_parallel_size": 4, "resources.devices": 4})
     ),
 ]
-"""Llama 3.1 8B, with trainings on four H100."""
+"""Overrides for Llama 3.1 8B, trained on four H100."""
 
 
 @pytest.fixture
 def tiny(hf_folder: Path) -> list[str]:
     """Overrides for a model of four layers."""
-    steps = "stages.enumerate_shapes.space={hidden_size_divisor: 32, ffn_hidden_size_divisor: 32}"
-    return [f"model.hf_path={hf_folder}", steps, "data.seq_length=64"]
+    space = "stages.enumerate_shapes.space={hidden_size_divisor: 32, ffn_hidden_size_divisor: 32}"
+    return [f"model.hf_path={hf_folder}", space, "data.seq_length=64"]
 
 
 @pytest.fixture
 def other_search(tmp_path: Path) -> Path:
-    """A search of another run that chose no shape."""
-    other = tmp_path / "other"
-    (other / "artifact").mkdir(parents=True)
-    write_manifest(other, bare_manifest("successive_halving", "search_results", None))
-    return other
+    """Returns the stage directory of a search in another run, which chose no shape."""
+    stage_dir = tmp_path / "other"
+    (stage_dir / "artifact").mkdir(parents=True)
+    write_manifest(stage_dir, bare_manifest("successive_halving", "search_results", None))
+    return stage_dir
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def other_search(tmp_path: Path) -> Path:
 def test_the_plan_assumes_the_largest_shape_within_the_budget(
     plan: MakePlan, monkeypatch: pytest.MonkeyPatch, budget: str, least: float, most: float
 ) -> None:
-    """Torch is not imported: a login node may not have it."""
+    """Planning does not import torch, which a login node may not have."""
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
     planned = plan(*LARGE, *f"budget.{budget}".split(), recipe=RECIPE)
@@ -134,7 +134,7 @@ def test_any_recipe_can_use_the_shape_that_another_run_chose(
         f"+stages.prune.inputs.shape={other_search}",
         "stages.prune.target_num_layers=null",
     ]
-    model, _, length = tiny  # this recipe has no search space
+    model, _, length = tiny  # without the override of a search space, which this recipe lacks
     planned = plan(model, length, *overrides, recipe="recipe=llama_depth_prune")
     student = planned.chain.shape_of("prune")
     assert (student.num_layers, student.ffn_hidden_size) == (3, 160)
@@ -249,7 +249,7 @@ def test_unknown_names_of_candidates_are_refused(chain: Chain) -> None:
         problems = list(successive_halving.check(cfg, chain))
         assert [p.rule.name for p in problems] == ["search"] * len(messages)
         assert all(message in p.what for message, p in zip(messages, problems, strict=True))
-    # The candidates of a budget of measured latency are unknown before the measurement.
+    # If the budget is a measured latency, candidates are unknown before the measurement.
     timed = dataclasses.replace(search, inputs={"latency": "measure_latency"})
     stages = {**stages, "shapes": timed}
     chain = with_shapes(dataclasses.replace(chain, stages=stages), stages)
@@ -263,7 +263,7 @@ def test_a_candidate_is_on_the_front_unless_another_is_smaller_and_better(chain:
         "c": (9, 3.0),
         "d": (11, 1.0),
         "e": (8, 2.5),
-        "f": (12, 0.5),  # the only one that is not healed
+        "f": (12, 0.5),  # the only candidate that is not healed
     }
     shape, candidates = chain.teacher, []
     for name, (parameters, proxy) in sizes.items():
