@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from launch.planned import RUN, SKIP, PlannedStage, changes
+from launch.planned import RUN, SKIP, PlannedStage, describe_changes
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import Acceptance, Manifest, read_manifest
 
@@ -14,15 +14,15 @@ from recipes.core.manifest import Acceptance, Manifest, read_manifest
 def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
     """Plans to keep a stage's stale result, if this command or an earlier one accepts it.
 
-    An earlier acceptance counts while settings, inputs, code and versions stay as they were then.
-    The returned stage has the fingerprint of the kept result, so later stages depend on that.
+    An earlier acceptance counts until settings, inputs, code or versions change again.
+    The returned stage has the fingerprint of the kept result, because later stages use that result.
 
     Args:
         stage: The stage, as planned without acceptance.
-        named: Whether ``accept`` names it.
+        named: Whether the user's setting ``accept`` lists the stage.
 
     Raises:
-        RecipeError: It is named, but has no complete result.
+        RecipeError: ``accept`` lists the stage, but the stage has no complete result.
     """
     result = read_manifest(stage.directory)
     if named and result is None:
@@ -34,11 +34,11 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
         return stage
     acceptance = result.accepted
     is_current = acceptance is not None and acceptance.fingerprint == stage.fingerprint
-    # An earlier acceptance does not cover an input that is about to be computed again.
-    if not named and (not is_current or stage.rerun):
+    # An earlier acceptance does not count if an input of the stage will be computed again.
+    if not named and (not is_current or stage.rerun_inputs):
         return stage
     if acceptance is None or not is_current:
-        acceptance = Acceptance(stage.fingerprint, reasons(stage, result))
+        acceptance = Acceptance(stage.fingerprint, stale_reasons(stage, result))
     return replace(
         stage,
         fingerprint=result.fingerprint,
@@ -49,14 +49,14 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
     )
 
 
-def reasons(stage: PlannedStage, result: Manifest) -> list[str]:
+def stale_reasons(stage: PlannedStage, result: Manifest) -> list[str]:
     """Returns why a complete result is stale."""
-    changed = changes(stage, result) if result.fingerprint != stage.fingerprint else []
-    return [*changed, *(f"{name} runs again" for name in stage.rerun)] or [stage.reason]
+    changed = describe_changes(stage, result) if result.fingerprint != stage.fingerprint else []
+    return [*changed, *(f"{name} runs again" for name in stage.rerun_inputs)] or [stage.reason]
 
 
 def new_acceptances(stages: Iterable[PlannedStage]) -> dict[Path, Acceptance | None]:
-    """Returns the acceptances to record, by stage directory; ``None`` for one that is obsolete."""
+    """Returns the acceptances to record, by stage directory; ``None`` removes an acceptance."""
     return {
         stage.directory: stage.accepted
         for stage in stages
@@ -71,21 +71,21 @@ def require_confirmed(
 ) -> None:
     """Refuses to replace a result that cost more device-hours than ``confirm_above``.
 
-    ``force`` must name each such stage, even one that reruns only because an earlier one is forced.
+    ``force`` must list each such stage, even a stage that reruns only because of an earlier stage.
     """
-    costly: dict[str, str] = {}
+    expensive: dict[str, str] = {}
     for stage in stages:
         result = read_manifest(stage.directory) if stage.action == RUN else None
         if result is None or stage.name in force or result.device_hours() <= confirm_above:
             continue
-        changed = ", ".join(reasons(stage, result))
-        costly[stage.name] = (
+        changed = ", ".join(stale_reasons(stage, result))
+        expensive[stage.name] = (
             f"\n  {stage.name}, {result.device_hours():.3g} device-hours: {changed}"
         )
-    if costly:
-        names = ",".join(costly)
+    if expensive:
+        names = ",".join(expensive)
         raise RecipeError(
             "these complete results are stale, and each cost more than "
-            f"confirm_above={confirm_above:g} device-hours:{''.join(costly.values())}",
+            f"confirm_above={confirm_above:g} device-hours:{''.join(expensive.values())}",
             f"add accept=[{names}] to keep them, or force=[{names}] to replace them",
         )

@@ -22,9 +22,9 @@ class Cluster:
     executor: str
     """The module in ``launch/executors`` that starts stages."""
     env: Environment = field(default_factory=dict)
-    """Environment variables of every stage; ``resources.env`` adds to them."""
+    """Environment variables of every stage; ``resources.env`` adds variables of one stage."""
     pass_env: list[VariableName] = field(default_factory=list)
-    """Names of environment variables to pass on. Use it for secrets: values are written nowhere."""
+    """Names of environment variables to pass on. Use this for secrets: no file has the values."""
 
     @property
     def follow(self) -> bool:
@@ -35,8 +35,8 @@ class Cluster:
 def stage_variables(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
     """Returns the environment variables that a stage gets on every cluster.
 
-    They make Python import the snapshot of the code, order CUDA kernels under tensor or context
-    parallelism, and include the user's ``env``.
+    The variables make Python import the snapshot of the code, and fix the order of CUDA kernels
+    under tensor or context parallelism. The user's ``env`` is included.
     """
     connections = stage.chain.hardware.cuda_device_max_connections
     # A search trains its candidates with the settings in its field ``distill``.
@@ -45,9 +45,9 @@ def stage_variables(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
     is_split = max(getattr(training, size, 1) for size in sizes) > 1
     kernel_order = {}
     if is_split and connections is not None:
-        # Kernels must start in the order of their calls, to overlap with communication.
+        # Communication overlaps only if kernels start in the order of their calls.
         kernel_order = {"CUDA_DEVICE_MAX_CONNECTIONS": str(connections)}
     variables = {**kernel_order, **cluster.env, **stage.config.resources.env}
-    path = filter(None, [str(stage.code_dir), variables.get("PYTHONPATH")])
+    paths = filter(None, [str(stage.code_dir), variables.get("PYTHONPATH")])
     # Without PYTHONSAFEPATH, Python would first look in the working directory, often the checkout.
-    return {**variables, "PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}
+    return {**variables, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}

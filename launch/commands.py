@@ -35,7 +35,7 @@ STYLES = {
     Status.HUNG: "red",
 }
 STOP_SECONDS, SIGNAL_SECONDS = 60.0, 10.0
-"""Time that a launcher has to stop, and time between two signals to it."""
+"""Time limit for a launcher to stop, and time between two signals to the launcher."""
 ROOT = Path("runs")
 RUN_PATTERNS = ("*", "sweeps/*/*")
 """Patterns of run directories in ``ROOT``."""
@@ -46,7 +46,7 @@ INCOMPLETE = (
     *(Status.RUNNING, Status.FAILED, Status.HUNG),
     *(Status.STOPPED, Status.INTERRUPTED, Status.PENDING),
 )
-"""Statuses of a stage that are shown for its run, the most important first."""
+"""Statuses of a stage that become the state of its run in ``runs``, the most important first."""
 Options = Mapping[str, str]
 
 
@@ -90,10 +90,10 @@ def _stop(holder: lock.Holder, run_dir: Path) -> None:
             f"{run_dir} is run by process {holder.pid} on {holder.host}.", "cancel it there"
         )
     deadline, next_signal = time.monotonic() + STOP_SECONDS, 0.0
-    while (now := lock.read_holder(run_dir)) is not None and now.pid == holder.pid:
+    while (current := lock.read_holder(run_dir)) is not None and current.pid == holder.pid:
         if time.monotonic() > deadline:
             raise RecipeError(f"process {holder.pid} does not stop.", f"kill -9 {holder.pid}")
-        # Python loses a signal that arrives while it forks a process, so send more.
+        # Python loses a signal that arrives while it forks a process, so repeat the signal.
         if time.monotonic() > next_signal:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(holder.pid, signal.SIGTERM)
@@ -167,26 +167,26 @@ def runs(words: Sequence[str], console: Console) -> int:
             f"runs does not know '{' '.join(words)}'.", "runs [DIR], or runs clean RUN"
         )
     root = Path(*words) if words else ROOT
-    paths = _find_runs(root)
+    paths = _runs_below(root)
     if not paths:
         raise RecipeError(f"there is no run in {root.resolve()}.", "runs DIR")
     columns = ("run", "recipe", "state", "quality", "speed", "parameters", "disk", "age")
     table = plain_table(str(root), *columns)
     for path in paths:
-        table.add_row(*map(escape, _row(path, root)))
+        table.add_row(*map(escape, _table_row(path, root)))
     console.print(table)
     return 0
 
 
-def _find_runs(root: Path) -> list[Path]:
+def _runs_below(root: Path) -> list[Path]:
     files = (sorted(root.glob(f"{pattern}/{RUN_FILE}")) for pattern in RUN_PATTERNS)
     return [file.parent for group in files for file in group]
 
 
-def _row(path: Path, root: Path) -> tuple[str, ...]:
+def _table_row(path: Path, root: Path) -> tuple[str, ...]:
     name, disk, age = str(path.relative_to(root)), f"{_size(path) / 1e9:.2f} GB", _age(path)
     try:
-        record, state = read_run(path), _state(read_statuses(path.resolve()))
+        record, state = read_run(path), _run_state(read_statuses(path.resolve()))
     except RecipeError:  # the other runs are still listed
         return name, "", "unreadable: see status", "", "", "", disk, age
     exported = record.exported
@@ -197,13 +197,13 @@ def _row(path: Path, root: Path) -> tuple[str, ...]:
     return name, record.recipe, state, quality, speed, parameters, disk, age
 
 
-def _state(stages: Sequence[StageStatus]) -> str:
+def _run_state(stages: Sequence[StageStatus]) -> str:
     for status in INCOMPLETE:
         for stage in stages:
             if stage.status is status:
                 return f"{status} at {stage.name}"
-    done = sum(stage.status is Status.COMPLETE for stage in stages)
-    return Status.COMPLETE if done == len(stages) else f"{done} of {len(stages)} stages"
+    complete = sum(stage.status is Status.COMPLETE for stage in stages)
+    return Status.COMPLETE if complete == len(stages) else f"{complete} of {len(stages)} stages"
 
 
 def _age(path: Path) -> str:
@@ -226,7 +226,7 @@ def _size(path: Path) -> int:
 
 
 def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
-    """Deletes runs, but not stages that other runs need; without ``--yes`` only lists them."""
+    """Deletes runs, but not stages that other runs need; without ``--yes`` only lists folders."""
     if not names:
         raise RecipeError(
             "runs clean needs the names of runs.",
@@ -238,13 +238,13 @@ def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
             fix = f"python launch/run.py cancel run_dir={path}"
             raise RecipeError(f"{path} is being run.", fix)
     roots = {ROOT.resolve(), *(path.parent for path in chosen)}
-    others = {run.resolve() for root in roots for run in _find_runs(root)} - set(chosen)
-    needed = {stage: run for run in others for stage in _inputs(run)}
-    rows = {stage: f"needed by {run}" for stage, run in needed.items() if stage.parent in chosen}
+    other_runs = {run.resolve() for root in roots for run in _runs_below(root)} - set(chosen)
+    needed = {stage: run for run in other_runs for stage in _inputs(run)}
+    notes = {stage: f"needed by {run}" for stage, run in needed.items() if stage.parent in chosen}
     deletable = [folder for run in chosen for folder in _deletable(run, needed)]
-    rows |= dict.fromkeys(deletable, "deleted" if confirmed else "")
+    notes |= dict.fromkeys(deletable, "deleted" if confirmed else "")
     table = plain_table("clean", "folder", "disk", "")
-    for folder, note in rows.items():
+    for folder, note in notes.items():
         table.add_row(str(folder), f"{_size(folder) / 1e9:.2f} GB", note)
     console.print(table)
     if not confirmed:
@@ -258,7 +258,7 @@ def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Deletes manifests first: if this is killed, nothing that remains looks complete."""
+    """Deletes manifests first, so that no stage looks complete if the deletion is interrupted."""
     for manifest in (*folder.glob(MANIFEST), *folder.glob(f"*/{MANIFEST}")):
         manifest.unlink()
     shutil.rmtree(folder)
@@ -267,7 +267,7 @@ def _delete(folder: Path) -> None:
 def _deletable(run: Path, needed: Collection[Path]) -> list[Path]:
     """Returns the whole run if no other run needs its stages; otherwise the unneeded stages."""
     folders = [folder for folder in sorted(run.iterdir()) if folder.is_dir()]
-    # Stages that are kept need the code.
+    # The remaining stages need the code, so it is deleted only with the whole run.
     stages = [folder for folder in folders if folder.name != CODE]
     unneeded = [folder for folder in stages if folder not in needed]
     return unneeded if len(unneeded) < len(stages) else [run]
@@ -290,7 +290,7 @@ OTHER_COMMANDS: Mapping[str, Callable[[Sequence[str], Console], int]] = {
     "doctor": doctor.run,
     "runs": runs,
 }
-"""Commands that parse their own words and return the exit status."""
+"""Commands that parse their own arguments and return the exit status."""
 
 
 def run(words: Sequence[str], console: Console) -> int | None:
@@ -303,14 +303,14 @@ def run(words: Sequence[str], console: Console) -> int | None:
         return OTHER_COMMANDS[name](words[1:], console)
     if name not in RUN_COMMANDS:
         return None
-    command, known = RUN_COMMANDS[name]
+    command, option_names = RUN_COMMANDS[name]
     options = {}
     for word in words[1:]:
         key, equals, value = word.partition("=")
-        if not equals or key not in known:
+        if not equals or key not in option_names:
             raise RecipeError(
-                f"{name} does not know '{word}'.{did_you_mean(key, known)}",
-                f"it takes {', '.join(f'{option}=…' for option in known)}",
+                f"{name} does not know '{word}'.{did_you_mean(key, option_names)}",
+                f"it takes {', '.join(f'{option}=…' for option in option_names)}",
             )
         options[key] = value
     command(options, console)

@@ -56,9 +56,9 @@ def print_sources(plan: Plan, console: Console) -> None:
         table = plain_table("text", "source", "used for", "at most", "licence")
         for name, source in source_names(config.all_sources()).items():
             size, parsed = source_bytes(source), parse_source(source)
-            used = "training" if source in config.sources else "evaluation only"
+            use = "training" if source in config.sources else "evaluation only"
             most = f"about {size / BYTES_PER_TOKEN:,.0f} tokens" if size else "unknown"
-            table.add_row(escape(name), used, most, escape(parsed.licence or "not stated"))
+            table.add_row(escape(name), use, most, escape(parsed.licence or "not stated"))
         if table.rows:
             console.print(table)
         if config.prefix:
@@ -68,16 +68,17 @@ def print_sources(plan: Plan, console: Console) -> None:
 def print_notes(plan: Plan, skip_rules: Collection[str], console: Console) -> None:
     """Shows warnings, and errors of skipped rules."""
     for note in plan.notes:
-        how = "skipped" if note.rule.name in skip_rules else note.rule.severity
-        console.print(f"{how}: {note}", markup=False, style="dim" if how == "skipped" else "yellow")
+        is_skipped = note.rule.name in skip_rules
+        kind = "skipped" if is_skipped else note.rule.severity
+        console.print(f"{kind}: {note}", markup=False, style="dim" if is_skipped else "yellow")
 
 
 def print_tables(plan: Plan, console: Console) -> None:
     """Shows the tables of planning stages that ran, or that are the only stage of the plan."""
     for stage in plan.stages:
         manifest = read_manifest(stage.directory)
-        shown = stage in plan.todo() or len(plan.stages) == 1
-        if manifest is None or manifest.kind not in ("plan", "shapes") or not shown:
+        is_shown = stage in plan.todo() or len(plan.stages) == 1
+        if manifest is None or manifest.kind not in ("plan", "shapes") or not is_shown:
             continue
         for content in manifest.result(PlanResult).tables:
             table = plain_table(content.title, *content.columns)
@@ -110,8 +111,8 @@ def print_summary(plan: Plan, seconds: float, console: Console) -> None:
             headline(manifest),
         )
     console.print(table)
-    stages = f"{len(ran)} stage{'s' * (len(ran) != 1)} ran"
-    console.print(f"{stages if ran else 'everything was complete, nothing ran'}; {seconds:.1f} s")
+    ran_text = f"{len(ran)} stage{'s' * (len(ran) != 1)} ran"
+    console.print(f"{ran_text if ran else 'everything was complete, nothing ran'}; {seconds:.1f} s")
 
 
 def headline(manifest: Manifest) -> str:
@@ -141,11 +142,11 @@ def _perplexities(manifest: Manifest) -> str:
 def _mean_score(manifest: Manifest) -> str:
     """States the mean of scores that are fractions; other metrics cannot be averaged."""
     results = manifest.result(TaskResults)
-    number = len(results.fractions())
-    if not number:
+    num_fractions = len(results.fractions())
+    if not num_fractions:
         return f"{', '.join(results.tasks)} evaluated"
     means = " → ".join(f"{value:.3f}" for value in results.means().values())
-    return f"mean score of {number} benchmark{'s' * (number > 1)} {means}"
+    return f"mean score of {num_fractions} benchmark{'s' * (num_fractions > 1)} {means}"
 
 
 def _served(manifest: Manifest) -> str:
@@ -154,8 +155,8 @@ def _served(manifest: Manifest) -> str:
     if result.text:
         text += f", perplexity {result.text.student_perplexity:.1f} → "
         text += f"{result.text.served_perplexity:.1f}"
-    gaps = [task.difference.value for task in result.tasks.values() if task.is_fraction]
-    return f"{text}, mean score {fmean(gaps):+.3f}" if gaps else text
+    differences = [task.difference.value for task in result.tasks.values() if task.is_fraction]
+    return f"{text}, mean score {fmean(differences):+.3f}" if differences else text
 
 
 def _planned_cost(manifest: Manifest) -> str:
@@ -171,7 +172,7 @@ def _best_candidate(manifest: Manifest) -> str:
 
 
 def _latency(manifest: Manifest) -> str:
-    """States the largest error on the shapes held out of the fit, or on all if none were."""
+    """States the largest error on shapes that were not fitted, or on all shapes if all were."""
     shapes = manifest.result(LatencyResult).shapes
     unseen = [shape for shape in shapes if not shape.is_fitted]
     error = max(abs(shape.error) for shape in unseen or shapes)
@@ -179,10 +180,10 @@ def _latency(manifest: Manifest) -> str:
 
 
 def _speedup(manifest: Manifest) -> str:
-    first = manifest.result(BenchmarkResults).speedups[0]
+    speedup = manifest.result(BenchmarkResults).speedups[0]
     return (
-        f"{first.prefill:.2f} × prefill, {first.decode:.2f} × decode "
-        f"({first.backend}, batch {first.batch_size})"
+        f"{speedup.prefill:.2f} × prefill, {speedup.decode:.2f} × decode "
+        f"({speedup.backend}, batch {speedup.batch_size})"
     )
 
 

@@ -24,13 +24,14 @@ from recipes.planning.rules import RULES
 OK, WARN, FAIL = "ok", "warn", "fail"
 STYLES = {OK: "green", WARN: "yellow", FAIL: "red"}
 DISK_BYTES, MEMORY_BYTES, SHM_BYTES = 9e9, 5e9, 1e9
-"""Needs of the demo: disk after the installation, memory, and shared memory."""
+"""Minimum for the demo: free disk space after the installation, memory, and shared memory."""
 PROGRAMS = {
     "docker": "cluster=docker",
     "sbatch": "cluster=slurm",
     "enroot": "images on Slurm",
     "trtllm-build": "TensorRT-LLM engines",
 }
+"""Programs, and what each is for."""
 QUERY = "--query-gpu=name,memory.total,driver_version"
 
 
@@ -65,9 +66,9 @@ def run(words: Sequence[str], console: Console) -> int:
     console.print(table)
     failed = [check.name for check in checks if check.result == FAIL]
     only_launcher = _has_only_launcher()
-    what = "the launcher" if only_launcher else "recipes"
+    subject = "the launcher" if only_launcher else "recipes"
     if failed:
-        console.print(f"{what} cannot run here: fix {', '.join(failed)}")
+        console.print(f"{subject} cannot run here: fix {', '.join(failed)}")
     elif only_launcher:
         console.print(
             "this environment has only the launcher, which plans, submits, follows and compares "
@@ -79,7 +80,7 @@ def run(words: Sequence[str], console: Console) -> int:
 
 
 def examine() -> Iterator[Check]:
-    """Yields all checks; without the stages' libraries only those of the launcher."""
+    """Yields all checks; if only the launcher is installed, yields only its checks."""
     if _has_only_launcher():
         yield from _pins(["launcher"], "./install.sh launcher")
         yield _cache()
@@ -96,7 +97,7 @@ def examine() -> Iterator[Check]:
 
 
 def _has_only_launcher() -> bool:
-    """Whether this environment lacks all libraries that stages compute with, as on a login node."""
+    """Whether no library that stages compute with is installed, as on a login node."""
     return not any(map(installed_version, RESULT_LIBRARIES))
 
 
@@ -133,7 +134,7 @@ def _gpus() -> list[str]:
 
 
 def _cuda_of_torch() -> str | None:
-    """Returns the CUDA version of torch's build, from its files: importing it takes seconds."""
+    """Reads the CUDA version of torch from its files, because importing torch takes seconds."""
     try:
         version = metadata.distribution("torch").locate_file("torch/version.py")
         text = Path(str(version)).read_text(encoding="utf-8")
@@ -155,8 +156,8 @@ def _resources() -> Iterator[Check]:
 
 def _cache() -> Check:
     cache, fix = cache_dir(), "set NEMO_RECIPES_CACHE to a writable folder"
-    existing = next(path for path in (cache, *cache.absolute().parents) if path.exists())
-    return _check("cache", str(cache), os.access(existing, os.W_OK), fix)
+    nearest_existing = next(path for path in (cache, *cache.absolute().parents) if path.exists())
+    return _check("cache", str(cache), os.access(nearest_existing, os.W_OK), fix)
 
 
 def _programs(*names: str) -> Iterator[Check]:

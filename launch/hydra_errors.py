@@ -32,7 +32,7 @@ def as_typed(schema: type[ConfigT], node: DictConfig, where: str = "") -> Config
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", None) or getattr(error, "key", ""))
         name, message = f"{where}.{key}".strip("."), str(error).splitlines()[0]
-        # The field itself is no suggestion: if its name is known, only its value is wrong.
+        # Do not suggest the field itself: if its name is known, only its value is wrong.
         hint = did_you_mean(key, {field.name for field in fields(schema)} - {key})
         raise RecipeError(f"{name}: {message.rstrip('.')}.{hint}", fix_of(message)) from error
     if invalid := list(violations(typed, where)):
@@ -41,7 +41,7 @@ def as_typed(schema: type[ConfigT], node: DictConfig, where: str = "") -> Config
 
 
 def explain(error: Exception) -> str:
-    """Returns the message for the user about an error."""
+    """Returns the message that the user sees for an error."""
     if isinstance(error, RecipeError):
         return str(error)
     messages = [str(cause) for cause in _causes(error)]
@@ -50,8 +50,8 @@ def explain(error: Exception) -> str:
         return message
     if key := re.search(r"Key '([^']+)' is not in struct|Key '([^']+)' not in '(\w+)'", text):
         name = key.group(1) or key.group(2)
-        full = re.search(r"full_key: (\S+)", text)
-        where = full.group(1) if full else name
+        full_key = re.search(r"full_key: (\S+)", text)
+        where = full_key.group(1) if full_key else name
         return f"there is no field {where}.{_nearest(where, name, error)}"
     message = "\n  ".join(messages[:2])
     return f"{message}\n  fix: {fix_of(message)}"
@@ -67,7 +67,7 @@ TYPE_FIXES = {
     "ListConfig": "give a list, such as [a,b]",
     "Dict": "give names with values, such as {a: 1}",
 }
-"""Fixes for wrong types, by a part of OmegaConf's message."""
+"""Fixes for wrong types, by words of OmegaConf's message."""
 
 
 def fix_of(message: str) -> str:
@@ -82,16 +82,16 @@ def _malformed_word(text: str) -> str | None:
         hint = did_you_mean(f"recipe={word}", [f"recipe={name}" for name in choices("recipe")])
         return f"'{word}' is neither FIELD=VALUE nor a command.{hint}\n  fix: {SHOW_HELP}"
     if value := re.search(r"LexerNoViableAltException: ([\w.]+)=(.*)", text):
-        name, text = value.groups()
+        name, unparsed = value.groups()
         return (
-            f"the value of {name} cannot be parsed: {text}\n"
+            f"the value of {name} cannot be parsed: {unparsed}\n"
             f"  fix: quote text with special characters, such as '{name}=[\"a >= 1\"]'"
         )
     return None
 
 
 def _unknown_choice(text: str) -> str | None:
-    """Explains an unknown group, or an unknown choice of one; ``None`` for other errors."""
+    """Explains an unknown group, or an unknown choice of a group; ``None`` for other errors."""
     if unused := re.search(r"Could not override '(\w+)'. No match in the defaults list", text):
         group = unused.group(1)
         return f"this recipe has no {group}.\n  fix: leave out {group}=…"
@@ -108,7 +108,7 @@ def _unknown_choice(text: str) -> str | None:
 
 
 def _unknown_group(group: str) -> str:
-    """Explains an unknown group; suggests the group of a stage with a similar name."""
+    """Explains an unknown group; suggests a stage whose name is similar."""
     hint = did_you_mean(group.rpartition("/")[2], stage_names())
     return f"there is no config group '{group}'.{hint}\n  fix: {SHOW_FIELDS}"
 
@@ -122,11 +122,11 @@ def _nearest(where: str, name: str, error: Exception) -> str:
         for cause in _causes(error)
         if isinstance(parent := getattr(cause, "parent_node", None), DictConfig)
     ]
-    # A field of the root, written with a prefix.
+    # The user wrote a field of the config's root with a prefix, such as stages.only.
     if any(name in parent._get_root() for parent in parents):
         return f" Did you mean '{name}'?"
-    new = DICT_KEY.fullmatch(where)
-    fix = f"'+{new['field']}={{{new['key']}: …}}' adds it" if new else SHOW_FIELDS
+    new_key = DICT_KEY.fullmatch(where)
+    fix = f"'+{new_key['field']}={{{new_key['key']}: …}}' adds it" if new_key else SHOW_FIELDS
     siblings = [str(key) for parent in parents for key in parent]
     hint = did_you_mean(name, [*siblings, *(groups() if where == name else ())])
     return hint or f"\n  fix: {fix}"

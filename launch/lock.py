@@ -16,9 +16,9 @@ from recipes.core.errors import RecipeError
 
 LOCK = ".lock"
 WAIT_SECONDS = 0.5
-"""Time to wait for the lock, because ``read_holder`` holds it for a moment to test it."""
+"""How long to wait for the lock, because ``read_holder`` may hold it for a moment."""
 SetStage = Callable[[str | None], None]
-"""Records in the lock which stage runs, for ``status``."""
+"""Writes to the lock file which stage runs; the command ``status`` reads it."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Holder:
 
 @contextmanager
 def acquire(run_dir: Path) -> Iterator[SetStage]:
-    """Locks a run. The kernel frees the lock however this process ends.
+    """Locks a run; yields ``SetStage``. The kernel frees the lock however this process ends.
 
     Raises:
         RecipeError: Another process holds the lock.
@@ -66,7 +66,7 @@ def read_holder(run_dir: Path) -> Holder | None:
     try:
         with (run_dir / LOCK).open(encoding="utf-8") as file:
             try:
-                # Shared, so that two readers do not take each other for a launcher.
+                # The lock is shared, so that two readers do not take each other for a launcher.
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 text = file.read()  # empty while the launcher writes it

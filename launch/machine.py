@@ -24,13 +24,13 @@ from recipes.planning.rules import Problem
 def chain_of(
     cfg: DictConfig, hf_path: str, configs: Mapping[str, StageConfig], run_dir: Path
 ) -> Chain:
-    """Returns the chain with its hardware; refuses an unusable teacher or hardware profile."""
+    """Returns the teacher, stages and hardware; refuses an unusable teacher or hardware profile."""
     chain = read_chain(hf_path, configs)
-    # Resolved within the whole config, because a CPU's profile refers to the cluster's settings.
+    # Resolve within the whole config, because a CPU's profile refers to the cluster's settings.
     profile = OmegaConf.create(OmegaConf.to_container(cfg.hardware, resolve=True))
     hardware = as_typed(Hardware, profile, "hardware")  # type: ignore[arg-type]
     if hardware.memory_bytes is None and cfg.cluster.executor == "slurm":
-        hardware.memory_bytes = math.inf  # the login node's memory is not that of the jobs
+        hardware.memory_bytes = math.inf  # jobs do not run in the login node's memory
     return replace(
         chain,
         hardware=hardware,
@@ -44,7 +44,7 @@ def chain_of(
 
 
 def has_own_python(cluster: DictConfig) -> bool:
-    """Whether stages run with the launcher's interpreter, not an image's or ``cluster.python``."""
+    """Whether stages run with the launcher's interpreter, not in an image or ``cluster.python``."""
     has_image = bool((cluster.get("images") or {}).get("default"))
     return cluster.executor == "local" or not (has_image or cluster.get("python"))
 
@@ -52,13 +52,13 @@ def has_own_python(cluster: DictConfig) -> bool:
 def cluster_problems(
     cluster: DictConfig, chain: Chain, selected: Iterable[str]
 ) -> Iterator[Problem]:
-    """Checks the cluster for the selected stages, as far as this machine can see it."""
+    """Checks what this machine can know about the cluster that runs the selected stages."""
     if not chain.hardware.on_gpu:
         yield from _cpu_problems(cluster, chain.hardware)
     if chain.own_python and any(stage_of(chain.stages[name]).needs_torch for name in selected):
         yield from _stack_problems()
-    shared = cluster.executor == "slurm" and not cluster.get("exclusive")
-    if shared and cluster.get("cpus_per_task") is None:
+    shares_nodes = cluster.executor == "slurm" and not cluster.get("exclusive")
+    if shares_nodes and cluster.get("cpus_per_task") is None:
         yield Problem(
             rules.CPUS_PER_TASK,
             "cluster.cpus_per_task is not set",
@@ -78,16 +78,16 @@ def cluster_problems(
 def _image_problems(
     cluster: DictConfig, chain: Chain, selected: Iterable[str]
 ) -> Iterator[Problem]:
-    """Checks that each stage's image exists, and that one is set for stages of TensorRT-LLM."""
+    """Checks that images exist, and that stages that run TensorRT-LLM have an image."""
     configs = {name: chain.stages[name] for name in selected}
     images = {name: stage_of(config).image(config, chain) for name, config in configs.items()}
-    off = ", or set engine=null, which builds no engine"
+    or_no_engine = ", or set engine=null, which builds no engine"
     for name, image in (cluster.get("images") or {}).items():
         if image in images.values() and image and not _image_exists(image, cluster.executor):
             yield Problem(
                 rules.IMAGE,
                 f"cluster.images.{name}={image} does not exist",
-                "build or import it first; see Dockerfile" + off * (name == TENSORRT_LLM),
+                f"build or import it first; see Dockerfile{or_no_engine * (name == TENSORRT_LLM)}",
             )
     without_image = [
         name
@@ -99,7 +99,7 @@ def _image_problems(
         yield Problem(
             rules.ENGINE_IMAGE,
             f"{', '.join(without_image)} cannot run: cluster.images.{TENSORRT_LLM} is not set",
-            f"build the target engine of the Dockerfile and set it to that image{off}",
+            f"build the target engine of the Dockerfile and set it to that image{or_no_engine}",
         )
 
 
@@ -116,7 +116,7 @@ def _stack_problems() -> Iterator[Problem]:
 
 
 def _cpu_problems(cluster: DictConfig, hardware: Hardware) -> Iterator[Problem]:
-    """Checks a CPU profile: jobs must not request GPUs, and the nodes' CPU type must be known."""
+    """Checks a CPU profile: jobs must not request GPUs, and the nodes' precision must be known."""
     if cluster.executor != "local" and cluster.get("gpus") is not None:
         yield Problem(
             rules.CLUSTER_HARDWARE,
@@ -126,8 +126,8 @@ def _cpu_problems(cluster: DictConfig, hardware: Hardware) -> Iterator[Problem]:
     elif cluster.executor == "slurm" and hardware.precision == "32":
         yield Problem(
             rules.CPU_PRECISION,
-            f"hardware={hardware.name}, but the nodes' processors are not known here: training is "
-            "in float32",
+            f"hardware={hardware.name}, but the nodes' processors are not known here, so "
+            "training is in float32",
             "set hardware.precision=bf16-mixed if all have bfloat16 instructions, or name a GPU",
         )
 

@@ -56,8 +56,8 @@ class Plan:
 
 
 def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
-    """Decides which stages must run; refuses a run that fails a check that is not skipped."""
-    hf_path = settings.hf_path  # first: raises a clearer error than the stages if it is missing
+    """Decides which stages must run; refuses a run with an error, unless its rule is skipped."""
+    hf_path = settings.hf_path  # first, because its error is clearer than those of stages
     configs = typed_stages(cfg)
     only = None if settings.only is None else known_stages(settings.only, configs, "only")
     force, accept = _forced_and_accepted(settings, configs)
@@ -70,7 +70,7 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     chain = _with_costs(chain)
     if not any(note.rule.severity == ERROR for note in notes):  # estimates need valid settings
         notes += require_none(_limit_problems(chain, selected), settings.skip_rules)
-    # ``chain.stages`` keeps the configured settings, so no stage sees another's resolved ones.
+    # ``chain.stages`` keeps the configured settings. No stage sees resolved settings of another.
     configs |= {n: stage_of(c).resolve_from_chain(c, chain) for n, c in configs.items()}
     needed = {*selected, *(s for name in selected for s in configs[name].inputs.values())}
     planned: dict[str, PlannedStage] = {}
@@ -81,7 +81,7 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
         if name not in force:
             stage = accept_result(stage, named=name in accept)
         if name in needed and stage.action == SKIP:
-            check_artifact(stage.directory, rehash=False)  # refuses files edited since
+            check_artifact(stage.directory, rehash=False)  # refuses edited files
         if name in selected and name not in force:
             require_no_lost_work(stage)
         if name in needed and name not in selected and stage.action != SKIP:
@@ -101,11 +101,11 @@ def _problems(cfg: DictConfig, chain: Chain, selected: list[str]) -> Iterator[Pr
     """Checks the selected stages, and the cluster and hardware that they run on."""
     yield from cluster_problems(cfg.cluster, chain, selected)
     yield from mpi_problems(cfg.cluster, chain, selected)
-    # The stage ``plan`` estimates stages that are not selected, too: their settings must be valid.
-    planning = any(stage_of(chain.stages[name]).plans_workloads for name in selected)
+    # The stage ``plan`` also estimates unselected stages, so their settings must be valid.
+    has_plan_stage = any(stage_of(chain.stages[name]).plans_workloads for name in selected)
     for name, config in chain.stages.items():
         stage = stage_of(config)
-        if name in selected or (planning and stage.workload):
+        if name in selected or (has_plan_stage and stage.workload):
             yield from stage.problems(config, chain)
         if (hf_path := vars(config).get("hf_path", chain.hf_path)) != chain.hf_path:
             yield Problem(
@@ -124,7 +124,7 @@ def _limit_problems(chain: Chain, selected: list[str]) -> Iterator[Problem]:
 
 
 def with_shapes(chain: Chain, order: Iterable[str]) -> Chain:
-    """Adds the shapes of the models that stages produce; ``order`` has inputs first."""
+    """Adds the shapes of the models that stages produce; in ``order``, inputs come first."""
     for name in order:
         config = chain.stages[name]
         shapes = stage_of(config).shapes(config, chain)
@@ -133,7 +133,7 @@ def with_shapes(chain: Chain, order: Iterable[str]) -> Chain:
 
 
 def _with_costs(chain: Chain) -> Chain:
-    """Adds the workloads of stages that train, and the cost of stages that run models."""
+    """Adds the workloads of stages that train, and the costs of stages that only run models."""
     stages = {name: (config, stage_of(config)) for name, config in chain.stages.items()}
     return replace(
         chain,
@@ -197,7 +197,7 @@ def _forced_and_accepted(
     accept = known_stages(settings.accept, configs, "accept")
     if both := sorted(force & accept):
         raise RecipeError(
-            f"force and accept both name {', '.join(both)}.", "name it in one of them"
+            f"force and accept both name {', '.join(both)}.", "list each stage in only one of them"
         )
     return force, accept
 
@@ -215,7 +215,7 @@ def stage_order(configs: Mapping[str, StageConfig]) -> list[str]:
                 )
         graph[name] = {source for source in config.inputs.values() if source in configs}
     try:
-        graphlib.TopologicalSorter(graph).prepare()  # only finds cycles: the loop keeps the order
+        graphlib.TopologicalSorter(graph).prepare()  # finds cycles; the loop below keeps the order
     except graphlib.CycleError as error:
         raise RecipeError(
             f"stages feed each other in a circle: {' → '.join(error.args[1])}.",
@@ -230,17 +230,17 @@ def stage_order(configs: Mapping[str, StageConfig]) -> list[str]:
 def _plan_stage(
     directory: Path, config: StageConfig, planned: Mapping[str, PlannedStage], chain: Chain
 ) -> PlannedStage:
-    """Returns a stage as if it were complete."""
-    name, spec = directory.name, stage_of(config)
+    """Returns a stage with the action ``SKIP``, which the caller replaces."""
+    name, definition = directory.name, stage_of(config)
     upstream = [planned[s] for s in config.inputs.values() if s in planned]
-    kept = {name: why for stage in upstream for name, why in stage.kept.items()}
+    kept = {key: why for stage in upstream for key, why in stage.kept.items()}
     request = request_of(
         name,
         config,
         _resolve_inputs(name, config, planned),
-        starts=spec.starts,
-        external={key: external_stamp(path) for key, path in spec.external(config).items()},
-        in_image=bool(spec.image(config, chain)),
+        starts=definition.starts,
+        external={key: external_stamp(path) for key, path in definition.external(config).items()},
+        in_image=bool(definition.image(config, chain)),
     )
     return PlannedStage(
         name=name,
@@ -252,7 +252,7 @@ def _plan_stage(
         fingerprint=request.fingerprint,
         action=SKIP,
         reason="complete",
-        rerun=tuple(other.name for other in upstream if other.action != SKIP),
+        rerun_inputs=tuple(stage.name for stage in upstream if stage.action != SKIP),
         kept=kept,
         chain=chain,
     )
@@ -268,7 +268,7 @@ def _resolve_inputs(
         raise RecipeError(
             f"stages.{name}.inputs has {', '.join(names) or 'nothing'}; "
             f"{config.stage} needs {', '.join(needed) or 'nothing'}{also}.",
-            "set exactly the inputs that it needs, and any of the others",
+            "set all inputs that it needs, and no unknown inputs",
         )
     inputs = {}
     for key, source in config.inputs.items():
@@ -290,13 +290,13 @@ def _resolve_inputs(
 
 
 def _disk_problems(plan: Plan) -> Iterator[Problem]:
-    """Checks whether the disk has space for artifacts and the checkpoints of a training run."""
-    need = sum(s.stage.disk_bytes(s.config, plan.chain) for s in plan.todo())
-    existing = next(p for p in (plan.run_dir, *plan.run_dir.resolve().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if need > free:
+    """Checks whether the disk has space for artifacts and for checkpoints of training runs."""
+    needed = sum(s.stage.disk_bytes(s.config, plan.chain) for s in plan.todo())
+    existing_dir = next(p for p in (plan.run_dir, *plan.run_dir.resolve().parents) if p.exists())
+    free = shutil.disk_usage(existing_dir).free
+    if needed > free:
         yield Problem(
             rules.DISK,
-            f"{plan.run_dir} needs about {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free.",
+            f"{plan.run_dir} needs about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free.",
             "free some space, set run_dir to another disk, or lower keep_checkpoints",
         )

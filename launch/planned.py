@@ -27,7 +27,7 @@ RUN, RESUME, SKIP = "run", "resume", "skip"
 ADOPT = "adopt"
 """A Slurm job that an earlier command submitted runs the stage, now or later."""
 REASON_CHARACTERS = 80
-"""A reason with more characters shows only the setting's name, without its values."""
+"""If a reason has more characters, only the setting's name is shown, without its values."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class PlannedStage:
     """``RUN``, ``RESUME``, ``SKIP`` or ``ADOPT``."""
     reason: str
     chain: Chain = field(repr=False, compare=False)
-    rerun: tuple[str, ...] = ()
-    """Input stages that will run in this plan."""
+    rerun_inputs: tuple[str, ...] = ()
+    """Stages in ``inputs`` that will run in this plan."""
     accepted: Acceptance | None = None
     """The user's decision to keep the stage's stale result."""
     kept: Mapping[str, list[str]] = field(default_factory=dict)
-    """Stale results that the user keeps, of this stage and of the stages it depends on: why each
-    is stale, by stage."""
+    """Why each stale result that the user keeps is stale, by stage. Includes this stage and all
+    stages that it depends on."""
 
     @property
     def stage(self) -> Stage[Any]:
@@ -60,51 +60,51 @@ class PlannedStage:
 
     @property
     def module(self) -> str:
-        """The module that its process runs."""
+        """The module that the stage's process runs."""
         return module_of(self.config.stage)
 
     @property
     def workload(self) -> Workload | None:
-        """Its training, or the teacher's forward passes if it caches logits; ``None`` otherwise."""
+        """The stage's training, or the teacher's forward passes for cached logits, or ``None``."""
         return self.chain.workloads.get(self.name)
 
     @property
     def image(self) -> str | None:
-        """Its container image; ``None`` without a container."""
+        """The stage's container image; ``None`` without a container."""
         return self.stage.image(self.config, self.chain)
 
     @property
     def needs_gpu(self) -> bool:
-        """Whether it uses GPUs if the hardware has GPUs."""
+        """Whether the stage uses GPUs if the hardware has GPUs."""
         return self.stage.needs_gpu(self.config, self.chain)
 
     @property
     def needs_tensorrt_llm(self) -> bool:
-        """Whether it runs TensorRT-LLM."""
+        """Whether the stage runs TensorRT-LLM."""
         return self.stage.needs_tensorrt_llm(self.config, self.chain)
 
     @property
     def devices(self) -> int:
-        """Devices on a node that it and the stages that it starts need."""
+        """Devices on a node that the stage, with the stages that it starts, needs."""
         return self.stage.devices(self.config)
 
     @property
     def result(self) -> Manifest | None:
-        """Its result; ``None`` unless there is a complete one with the planned fingerprint."""
+        """The stage's complete result with the planned fingerprint; ``None`` if there is none."""
         state = self.state()
         return state.result if state.status is Status.COMPLETE else None
 
     def state(self) -> StageState:
-        """Reads its state; a result with another fingerprint does not make it complete."""
+        """Reads the stage's state; only a result with the planned fingerprint makes it complete."""
         return stage_state(self.directory, self.fingerprint)
 
     @property
     def code_dir(self) -> Path:
-        """The snapshot of the code that its process runs."""
+        """The snapshot of the code that the stage's process runs."""
         return snapshot_dir(self.directory.parent)
 
     def request(self) -> Request:
-        """Returns the request of the process that computes its result, or has computed it."""
+        """Returns the request of the process that will compute the result, or has computed it."""
         result = self.result if self.action == SKIP else None
         return Request(
             name=self.name,
@@ -120,7 +120,7 @@ class PlannedStage:
 
 
 def stage_names() -> list[str]:
-    """Returns all stage modules: the folders of ``conf/stage``."""
+    """Returns the names of all stage modules, which are the folders of ``conf/stage``."""
     return sorted(folder.name for folder in (REPO_ROOT / "conf" / "stage").iterdir())
 
 
@@ -150,7 +150,7 @@ def choose_action(stage: PlannedStage, *, forced: bool, selected: bool) -> tuple
             accepted results is written again when the user's acceptances have changed.
     """
     reason = "forced" if forced else _reason_to_run(stage)
-    if reason is None and selected and stage.stage.cites_manifests and _cites_others(stage):
+    if reason is None and selected and stage.stage.cites_manifests and _acceptances_changed(stage):
         reason = "other results were accepted"
     if reason is None:
         return SKIP, "complete"
@@ -161,26 +161,26 @@ def choose_action(stage: PlannedStage, *, forced: bool, selected: bool) -> tuple
 
 
 def require_no_lost_work(stage: PlannedStage) -> None:
-    """Refuses to start a stage anew if that deletes the progress of an interrupted start."""
+    """Refuses to start a stage anew if that would delete the progress of an earlier start."""
     begun = stage.state().begun
     progress = stage.stage.progress(stage.directory / WORK)
     if stage.action != RUN or begun is None or progress is None:
         return
-    fields, others = _changes(stage, begun)
+    fields, other_changes = _compare(stage, begun)
     old_values = [
         f"stages.{stage.name}.{key}={old if isinstance(old, str) else json.dumps(old)}"
         for key, (old, _) in fields.items()
     ]
     raise RecipeError(
         f"{stage.name} was interrupted at {progress}, and since then "
-        f"{', '.join(changes(stage, begun))} "
+        f"{', '.join(describe_changes(stage, begun))} "
         "(it resumes only with the settings, inputs and code that it was started with).",
-        f"{'undo that' if others else f'set {shlex.join(old_values)}'} to resume, "
+        f"{'undo that' if other_changes else f'set {shlex.join(old_values)}'} to resume, "
         f"or force=[{stage.name}] to start over",
     )
 
 
-def _cites_others(stage: PlannedStage) -> bool:
+def _acceptances_changed(stage: PlannedStage) -> bool:
     """Returns whether acceptances changed since the stage's result was written."""
     manifest = read_manifest(stage.directory)
     return manifest is not None and manifest.kept != stage.kept
@@ -191,16 +191,16 @@ def _reason_to_run(stage: PlannedStage) -> str | None:
     if manifest is None:
         return "not run yet"
     if manifest.fingerprint != stage.fingerprint:
-        fields, others = _changes(stage, manifest)
+        fields, other_changes = _compare(stage, manifest)
         if not fields:
-            return f"{others[0]} changed"
+            return f"{other_changes[0]} changed"
         key, (old, new) = next(iter(fields.items()))
         reason = f"{key} {old} → {new}"
         if len(reason) > REASON_CHARACTERS:
             reason = f"{key} changed"
         return reason if len(fields) == 1 else f"{reason} and {len(fields) - 1} more"
-    if stage.rerun:
-        return f"after {', '.join(stage.rerun)}"
+    if stage.rerun_inputs:
+        return f"after {', '.join(stage.rerun_inputs)}"
     # An input may have been computed again with the same fingerprint, but other content.
     replaced = [
         name
@@ -211,14 +211,14 @@ def _reason_to_run(stage: PlannedStage) -> str | None:
     return f"input {', '.join(replaced)} was replaced" if replaced else None
 
 
-def changes(stage: PlannedStage, before: Manifest) -> list[str]:
-    """Returns in words what has changed since an earlier start of a stage."""
-    fields, others = _changes(stage, before)
+def describe_changes(stage: PlannedStage, before: Manifest) -> list[str]:
+    """Returns sentences about what has changed since an earlier start of a stage."""
+    fields, other_changes = _compare(stage, before)
     changed = [f"{key} changed {old} → {new}" for key, (old, new) in fields.items()]
-    return changed + [f"its {what} changed" for what in others]
+    return changed + [f"its {what} changed" for what in other_changes]
 
 
-def _changes(
+def _compare(
     stage: PlannedStage, before: Manifest
 ) -> tuple[dict[str, tuple[object, object]], list[str]]:
     """Compares a stage with an earlier start.
@@ -226,27 +226,27 @@ def _changes(
     Returns:
         The old and the new value of each changed setting, and the names of other changes.
     """
-    # A setting that the earlier start did not record is new, so the code has changed as well.
+    # Skip settings that the earlier start did not record. They are new, so the code changed, too.
     fields = {
         name: values
         for key, now in result_settings(stage.config).items()
         if key in before.config
         for name, values in _differences(key, before.config[key], now)
     }
-    others = [
+    other_changes = [
         f"input {name}"
         for name, ref in stage.inputs.items()
         if before.inputs.get(name) != ref.fingerprint
     ]
     if stage.code != before.code:
-        others.append("code")
-    others += [
+        other_changes.append("code")
+    other_changes += [
         f"version of {name} ({before.libraries.get(name, 'unknown')} → {version})"
         for name, version in stage.libraries.items()
         if before.libraries.get(name) != version
     ]
-    # The fingerprint also covers files from outside the run.
-    return fields, others if fields or others else ["files from outside the run"]
+    # If no difference was found, only files from outside the run can have changed the fingerprint.
+    return fields, other_changes if fields or other_changes else ["files from outside the run"]
 
 
 def _differences(

@@ -1,4 +1,4 @@
-"""Progress of running stages, and how long they and the run will still take."""
+"""Progress of running stages, and the remaining time of stages and runs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ OVERHEAD_SECONDS = 10.0
 """Assumed time of a stage for imports and files, in addition to its planned time."""
 LINE_SECONDS = 15.0
 """Time between lines of progress where there is no terminal."""
-SHOWN = ("loss", "val_loss", "val_kd", "tokens_per_second")
+SHOWN_METRICS = ("loss", "val_loss", "val_kd", "tokens_per_second")
 
 
 def remaining_seconds(records: Sequence[Record]) -> int | None:
-    """Returns how long the last record's task will still take; ``None`` if its speed is unknown."""
+    """Returns the remaining time of the last record's task; ``None`` if its speed is unknown."""
     last = records[-1]
     recent: list[Record] = []
     for record in records:
@@ -39,8 +39,8 @@ def remaining_seconds(records: Sequence[Record]) -> int | None:
     recent = recent[-SPEED_RECORDS:]
     if len(recent) < 2:
         return None
-    spent, done = (recent[-1][key] - recent[0][key] for key in ("time", "done"))
-    seconds: int = round(spent / done * (last["total"] - last["done"]))
+    elapsed, done = (recent[-1][key] - recent[0][key] for key in ("time", "done"))
+    seconds: int = round(elapsed / done * (last["total"] - last["done"]))
     return seconds
 
 
@@ -52,20 +52,20 @@ def planned_seconds(run_dir: Path) -> Mapping[str, float]:
 
 
 def remaining_run_seconds(
-    planned: Mapping[str, float], spent: Mapping[str, float], ahead: Mapping[str, float | None]
+    planned: Mapping[str, float], spent: Mapping[str, float], remaining: Mapping[str, float | None]
 ) -> float | None:
-    """Returns how long a run will still take; ``None`` if it is complete or has no plan.
+    """Returns how long a run will still take; ``None`` if it is complete or has no planned times.
 
     Args:
-        planned: Seconds by ``planned_seconds``.
-        spent: Seconds of each complete stage. They show how fast this machine is.
-        ahead: Remaining seconds of each other stage; ``None`` if it has no progress yet.
+        planned: Planned seconds of each stage.
+        spent: Measured seconds of each complete stage. They show how fast this machine is.
+        remaining: Remaining seconds of each other stage; ``None`` if it has no progress yet.
     """
-    if not planned or not ahead:
+    if not planned or not remaining:
         return None
-    expected = {s: OVERHEAD_SECONDS + planned.get(s, 0.0) for s in (*spent, *ahead)}
+    expected = {s: OVERHEAD_SECONDS + planned.get(s, 0.0) for s in (*spent, *remaining)}
     pace = sum(spent.values()) / sum(expected[s] for s in spent) if spent else 1.0
-    return sum(pace * expected[s] if own is None else own for s, own in ahead.items())
+    return sum(pace * expected[s] if left is None else left for s, left in remaining.items())
 
 
 def run_estimate(plan: Plan, stage: PlannedStage) -> Callable[[float], float | None]:
@@ -73,10 +73,10 @@ def run_estimate(plan: Plan, stage: PlannedStage) -> Callable[[float], float | N
     planned = planned_seconds(plan.run_dir)
     index = plan.stages.index(stage)
     later = [other.name for other in plan.stages[index + 1 :] if other.action != SKIP]
-    others = [other for other in plan.stages if other.name not in (stage.name, *later)]
-    spent = {other.name: result.seconds for other in others if (result := other.result)}
-    ahead = dict.fromkeys(later)
-    return lambda left: remaining_run_seconds(planned, spent, {stage.name: left, **ahead})
+    finished = [other for other in plan.stages if other.name not in (stage.name, *later)]
+    spent = {other.name: result.seconds for other in finished if (result := other.result)}
+    no_progress = dict.fromkeys(later)
+    return lambda left: remaining_run_seconds(planned, spent, {stage.name: left, **no_progress})
 
 
 def format_seconds(seconds: float) -> str:
@@ -87,7 +87,7 @@ def format_seconds(seconds: float) -> str:
 class Follower:
     """Shows the progress that a stage writes to its ``metrics.jsonl``, and its remaining time.
 
-    On a terminal it is a bar, elsewhere a line every few seconds.
+    On a terminal it draws a bar. Elsewhere it prints a line every few seconds.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Follower:
         self._name, self._path = stage.name, stage.directory / METRICS
         self._console, self._run_estimate = console, run_estimate
         self._recent = deque[Record](maxlen=2 * SPEED_RECORDS)
-        # A resumed stage appends to its file, whose old records were shown before.
+        # Skip the old records of a resumed stage, which appends to its file.
         self._position = self._path.stat().st_size if self._path.exists() else 0
         self._last_line, self._started = 0.0, time.monotonic()
         self._progress = Progress(
@@ -136,22 +136,23 @@ class Follower:
     def _show(self, record: Record) -> None:
         task, done, total = record["task"], record["done"], record["total"]
         self._recent.append(record)
-        values = "  ".join(f"{k} {record[k]:.4g}" for k in SHOWN if record.get(k) is not None)
+        metrics = {k: record[k] for k in SHOWN_METRICS if record.get(k) is not None}
+        values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         if self._console.is_terminal:
-            shown: dict[str, Any] = {"left": self._time_left(), "values": values}
+            columns: dict[str, Any] = {"left": self._time_left(), "values": values}
             if task not in self._tasks:
                 self._tasks[task] = self._progress.add_task(
-                    task, total=total, stage=self._name, **shown
+                    task, total=total, stage=self._name, **columns
                 )
-            self._progress.update(self._tasks[task], completed=done, total=total, **shown)
+            self._progress.update(self._tasks[task], completed=done, total=total, **columns)
         elif done == total or time.monotonic() - self._last_line > LINE_SECONDS:
             self._last_line = time.monotonic()
             progress = ", ".join(filter(None, (f"{task} {done}/{total}", self._time_left())))
             self._console.print(f"{self._name}: {progress}  {values}".rstrip())
 
     def _time_left(self) -> str:
-        task = remaining_seconds(self._recent)
-        parts = [f"{format_seconds(task)} left"] if task else []
-        if task is not None and (run := self._run_estimate(task)):
-            parts.append(f"about {format_seconds(run)} for the run")
-        return ", ".join(parts)
+        stage_seconds = remaining_seconds(self._recent)
+        texts = [f"{format_seconds(stage_seconds)} left"] if stage_seconds else []
+        if stage_seconds is not None and (run_seconds := self._run_estimate(stage_seconds)):
+            texts.append(f"about {format_seconds(run_seconds)} for the run")
+        return ", ".join(texts)

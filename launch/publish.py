@@ -2,7 +2,7 @@
 
 ``hub.push=ORG/NAME`` uploads the folder of ``export_hf`` with its model card, the report and the
 export's manifest in one commit. The hub's client reads the token from ``HF_TOKEN`` or ``hf auth
-login``; it is never written to a file.
+login``; no file gets the token.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> Non
 
     Args:
         plan: The run.
-        settings: Its settings; a dry run does not contact the hub.
-        follows: Whether the launcher waits for the last stage, so that it can publish.
+        settings: The run's settings. A dry run does not contact the hub.
+        follows: Whether the launcher waits for the last stage; otherwise it cannot publish.
     """
     hub = settings.hub
     if hub.push is None:
         return
-    if _student(plan) is None:
+    if _export_stage(plan) is None:
         raise RecipeError(
             f"hub.push={hub.push}, but this run exports no student.",
             "choose a recipe with export_hf, add export_hf to only=, or omit hub.push",
@@ -60,28 +60,28 @@ def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> Non
 
 def show_files(plan: Plan, hub: Hub, console: Console) -> None:
     """Lists the files that would be uploaded, as far as they exist."""
-    student = _student(plan)
-    if hub.push is None or student is None:
+    export = _export_stage(plan)
+    if hub.push is None or export is None:
         return
     table = plain_table(f"hub.push={hub.push}", "file", "size")
-    files = _files(plan, student)
+    files = _files(plan, export)
     for name, path in files.items():
         table.add_row(escape(name), f"{path.stat().st_size / 1e6:.1f} MB")
     if not files:
-        table.add_row(f"the result of {student.name}", "")
+        table.add_row(f"the result of {export.name}", "")
     console.print(table)
 
 
 def publish(plan: Plan, hub: Hub, console: Console) -> None:
     """Uploads a complete run; files that the hub already has are not sent again."""
-    student = _student(plan)
-    if hub.push is None or student is None:
+    export = _export_stage(plan)
+    if hub.push is None or export is None:
         return
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    files = _files(plan, student)
-    # Both were checked before the run, too. Since then, results may have added licences, and access
-    # may have changed.
+    files = _files(plan, export)
+    # Licence and access were also checked before the run. Since then, results may have added
+    # licences, and access may have changed.
     _require_licence(plan, hub)
     _require_access(hub.push, hub.private)
     with _explained_errors(hub.push):
@@ -96,9 +96,9 @@ def publish(plan: Plan, hub: Hub, console: Console) -> None:
 
 
 def public_file(stage: PlannedStage) -> Path | None:
-    """Returns a stage's file for the hub: the export's manifest, or the report page.
+    """Returns the file of a stage that is uploaded beside the model: manifest or report page.
 
-    ``None`` for other stages.
+    Returns ``None`` for stages other than export and report.
     """
     if _exports_student(stage):
         return stage.directory / MANIFEST
@@ -107,7 +107,7 @@ def public_file(stage: PlannedStage) -> Path | None:
     return None
 
 
-def _student(plan: Plan) -> PlannedStage | None:
+def _export_stage(plan: Plan) -> PlannedStage | None:
     return next(filter(_exports_student, plan.stages), None)
 
 
@@ -116,14 +116,14 @@ def _exports_student(stage: PlannedStage) -> bool:
     return stage.config.stage == EXPORT_STAGE and "evaluation" in stage.inputs
 
 
-def _files(plan: Plan, student: PlannedStage) -> dict[str, Path]:
+def _files(plan: Plan, export: PlannedStage) -> dict[str, Path]:
     """Returns the files to upload, by their names on the hub; none if the export is incomplete."""
-    if student.result is None:
+    if export.result is None:
         return {}
-    folder = student.directory / ARTIFACT
+    folder = export.directory / ARTIFACT
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    public = (public_file(stage) for stage in plan.stages if stage.result is not None)
-    return files | {file.name: file for file in public if file is not None}
+    public_files = (public_file(stage) for stage in plan.stages if stage.result is not None)
+    return files | {file.name: file for file in public_files if file is not None}
 
 
 def _require_licence(plan: Plan, hub: Hub) -> None:
@@ -136,7 +136,7 @@ def _require_licence(plan: Plan, hub: Hub) -> None:
         raise RecipeError(
             f"hub.push={hub.push}, but the licence of the training text or teacher forbids "
             f"commercial use: {', '.join(restricted)}.",
-            "hub.allow_noncommercial=true publishes it anyway; its model card names the licence",
+            "hub.allow_noncommercial=true publishes it anyway; the model card names the licence",
         )
 
 
@@ -148,10 +148,10 @@ def _licences(plan: Plan) -> Iterator[str]:
         if isinstance(config, PrepareDataConfig):
             yield from (parse_source(source).licence or "" for source in config.sources)
         result = results[name] if name in results else read_manifest(plan.run_dir / name)
-        if result and (text := result.result_if("prepare_data", DatasetResult)):
-            yield from map(text.licence, text.sources)
-        if result and (teacher := result.result_if("import_hf", ImportResult)):
-            yield teacher.licence
+        if result and (dataset := result.result_if("prepare_data", DatasetResult)):
+            yield from map(dataset.licence, dataset.sources)
+        if result and (imported := result.result_if("import_hf", ImportResult)):
+            yield imported.licence
 
 
 def _require_access(repository: str, private: bool) -> None:
@@ -189,9 +189,9 @@ def _explained_errors(repository: str) -> Iterator[None]:
     try:
         yield
     except (HfHubHTTPError, RequestException, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise RecipeError(
-            f"could not publish {repository}: {reason[-1]}",
+            f"could not publish {repository}: {lines[-1]}",
             "check HF_TOKEN, the name and the network, then repeat the command: complete stages do "
             "not run again",
         ) from error

@@ -1,7 +1,6 @@
 """``python -m launch.reference`` writes the tables of ``docs/configuration.md``.
 
 They list the choices of each group in ``conf``, and each field with its type, default and meaning.
-
 """
 
 from __future__ import annotations
@@ -36,17 +35,17 @@ from recipes.distillation.settings import TrainingConfig
 from recipes.planning.hardware import Hardware
 
 PAGE = REPO_ROOT / "docs" / "configuration.md"
-MARK = "<!-- From here on: python -m launch.reference -->\n"
+MARKER = "<!-- From here on: python -m launch.reference -->\n"
 PLAIN = {int: "integer", float: "number", str: "string", bool: "true or false"}
 SIGNS: dict[type, str] = {Gt: ">", Ge: "≥", Lt: "<", Le: "≤"}
 MAX_NAMES = 12
-"""Number of allowed names that the table shows for a field."""
+"""Maximum number of allowed names that the table lists for a field."""
 
 
 def page() -> str:
-    """Returns the page: the hand-written text above the mark, and new tables below it."""
-    above, mark, _ = PAGE.read_text(encoding="utf-8").partition(MARK)
-    return "\n".join([above + mark, *_sections()])
+    """Returns the page: the hand-written text above ``MARKER``, and new tables below it."""
+    above, marker, _ = PAGE.read_text(encoding="utf-8").partition(MARKER)
+    return "\n".join([above + marker, *_sections()])
 
 
 def _sections() -> Iterator[str]:
@@ -74,8 +73,8 @@ def _sections() -> Iterator[str]:
 
 def _choices() -> Iterator[tuple[str, str]]:
     """Yields the choices of all groups, each with the first sentence of its file's comment."""
-    others = (group for group in groups() if group != "recipe")
-    for file in sorted(file for group in others for file in (CONF / group).glob("*.yaml")):
+    names = (group for group in groups() if group != "recipe")
+    for file in sorted(file for group in names for file in (CONF / group).glob("*.yaml")):
         # Comments such as "# @package stages" are for Hydra.
         comments = re.findall(r"^# (?!@)(.+)", file.read_text(encoding="utf-8"), re.M)
         values = ", ".join(f"{k}: {v}" for k, v in _yaml(f"{file.parent.name}/{file.name}").items())
@@ -90,17 +89,18 @@ def _yaml(name: str) -> dict[str, Any]:
 def _stage(name: str) -> Iterator[str]:
     stage = load_stage(name)
     about = (import_module(f"recipes.stages.{name}").__doc__ or "").strip().splitlines()[0]
-    inputs = [*stage.inputs, *(f"{one} (optional)" for one in stage.optional_inputs)]
+    inputs = [*stage.inputs, *(f"{key} (optional)" for key in stage.optional_inputs)]
     yield f"## {name}\n"
     yield f"{about} Artifact: `{stage.kind}`; inputs: {', '.join(inputs) or 'none'}.\n"
-    # Of several files, default.yaml is the first.
+    # If there are several files, default.yaml is the first in the order of their names.
     [file, *_] = sorted((CONF / "stage" / name).glob("*.yaml"))
     values = _yaml(f"stage/{name}/{file.name}")
     if not issubclass(stage.config, TrainingConfig):
         yield _fields(stage.config, values, without=StageConfig)
         return
-    common = {f.name for f in fields(TrainingConfig)} - {f.name for f in fields(StageConfig)}
-    defaults = ", ".join(f"`{key}: {_value(values[key])}`" for key in values if key in common)
+    # The fields that all training stages share, and that other stages do not have.
+    shared = {f.name for f in fields(TrainingConfig)} - {f.name for f in fields(StageConfig)}
+    defaults = ", ".join(f"`{key}: {_value(values[key])}`" for key in values if key in shared)
     yield f"The fields of every training stage, with {defaults}, and:\n"
     yield _fields(stage.config, values, without=TrainingConfig)
 
@@ -130,13 +130,13 @@ def _rows(
         default = field.default
         if default is MISSING and field.default_factory is not MISSING:
             default = field.default_factory()
-        mark = " †" if field.metadata.get("resource") else ""
+        dagger = " †" if field.metadata.get("resource") else ""
         value = _value(values.get(field.name, default))
-        yield f"`{name}`{mark}", _type(hint), f"`{value}`", meanings[field.name]
+        yield f"`{name}`{dagger}", _type(hint), f"`{value}`", meanings[field.name]
 
 
 def _meanings(kind: type) -> dict[str, str]:
-    """Returns the docstring of each field, including inherited fields."""
+    """Returns the docstring of each field (the string after it), including inherited fields."""
     meanings = {}
     for base in filter(is_dataclass, reversed(kind.__mro__)):
         [tree] = ast.parse(inspect.getsource(base)).body
@@ -149,7 +149,7 @@ def _meanings(kind: type) -> dict[str, str]:
 
 
 def _value(value: object) -> str:
-    """Shows a default as YAML; a string unquoted if it is an interpolation or ``???``."""
+    """Formats a default as YAML. Interpolations and ``???`` are not quoted, other strings are."""
     if is_dataclass(value) or value is MISSING:
         return "…"
     return value if isinstance(value, str) and value[:1] in ("$", "?") else json.dumps(value)
@@ -160,38 +160,38 @@ def _type(hint: Any) -> str:
     arguments = typing.get_args(hint)
     match typing.get_origin(hint):
         case typing.Annotated:
-            base, *marks = arguments
-            words = [word for mark in marks for word in _allowed(mark)]
-            # A validator describes its values in full: "one of: ..." needs no "string" before it.
-            plain = [] if isinstance(marks[0], AfterValidator) else [_type(base)]
-            return " ".join([*plain, *words])
+            base, *constraints = arguments
+            texts = [text for constraint in constraints for text in _allowed(constraint)]
+            # The description of a validator implies the base type, so the base type is omitted.
+            base_type = [] if isinstance(constraints[0], AfterValidator) else [_type(base)]
+            return " ".join([*base_type, *texts])
         case typing.Union | types.UnionType:
             return " or ".join(map(_type, arguments))
         case kind if kind is list:
             return f"list of {_type(arguments[0])}"
         case kind if kind is dict:
-            return f"names with {_type(arguments[1])}"
+            return f"mapping of names to {_type(arguments[1])}"
     if hint is type(None):
         return "null"
     return PLAIN.get(hint, "fields" if is_dataclass(hint) else "any")
 
 
-def _allowed(mark: object) -> Iterator[str]:
+def _allowed(constraint: object) -> Iterator[str]:
     """Describes what a constraint allows."""
-    match mark:
+    match constraint:
         case AfterValidator(Requirement(names=names)) if names:
             yield ", ".join(f"`{name}`" for name in names[:MAX_NAMES]) + ", …" * (
                 len(names) > MAX_NAMES
             )
-        case AfterValidator(Requirement(description=words)):
-            yield words
-        case FieldInfo(metadata=marks):
-            yield from (word for one in marks for word in _allowed(one))
+        case AfterValidator(Requirement(description=text)):
+            yield text
+        case FieldInfo(metadata=constraints):
+            yield from (text for inner in constraints for text in _allowed(inner))
         case MinLen():
             yield "not empty"
-        # INT32 is the default limit of integers.
+        # INT32 is omitted, because every integer has this limit by default.
         case Gt(limit) | Ge(limit) | Lt(limit) | Le(limit) if limit != INT32:
-            yield f"{SIGNS[type(mark)]} {limit:g}"
+            yield f"{SIGNS[type(constraint)]} {limit:g}"
 
 
 def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

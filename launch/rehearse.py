@@ -34,7 +34,7 @@ from recipes.rehearsal.agreement import differences
 from recipes.rehearsal.job import RankJob, RehearsalResult, jobs_of
 
 KINDS = tuple(field.name for field in fields(Memory) if field.name != "reserved")
-"""Types of tensors. Reserved memory, such as the CUDA context, has none."""
+"""Types of tensors in memory. ``reserved``, such as the CUDA context, is not tensors."""
 Results = list[tuple[RankJob, RehearsalResult]]
 
 
@@ -44,7 +44,7 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
     Raises:
         RecipeError: The rehearsal found mistakes, or there is nothing to rehearse.
     """
-    ranks = _ranks(settings.rehearse)
+    ranks = _parse_ranks(settings.rehearse)
     configs = typed_stages(cfg)
     only = set(configs) if settings.only is None else settings.only
     selected = [name for name in configs if name in known_stages(only, configs, "only")]
@@ -56,9 +56,9 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
     hf_config, _ = read_config_or_published(chain.hf_path)
     jobs = jobs_of(chain, stages, selected, hf_config, ranks)
     if not jobs:
-        rank = "" if ranks is None else f" with rank {' or '.join(map(str, ranks))}"
+        with_ranks = "" if ranks is None else f" with rank {' or '.join(map(str, ranks))}"
         raise RecipeError(
-            f"there is nothing to rehearse: no selected stage{rank} computes on a device.",
+            f"there is nothing to rehearse: no selected stage{with_ranks} computes on a device.",
             "use rehearse=true without only",
         )
     if settings.dry_run:
@@ -70,10 +70,10 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
     mistakes = [*communication_mistakes(results), *memory_mistakes(results, chain)]
     for mistake in mistakes:
         console.print(mistake, markup=False, style="red")
-    count = sum(result.error is not None for _, result in results) + len(mistakes)
-    if count:
+    num_mistakes = sum(result.error is not None for _, result in results) + len(mistakes)
+    if num_mistakes:
         raise RecipeError(
-            f"the rehearsal found {count} mistake(s); see above.",
+            f"the rehearsal found {num_mistakes} mistake(s); see above.",
             "if memory is too small, lower micro_batch_size or split the model over more ranks; "
             "other mistakes would also occur on the device",
         )
@@ -87,20 +87,20 @@ def _rehearse_all(jobs: Sequence[RankJob], console: Console) -> Results:
     errors: dict[str, int] = {}
     for job, result in zip(jobs, _run(jobs, num_processes), strict=True):
         results.append((job, result))
-        rank = f"{len(results)}/{len(jobs)} {job.name}, rank {job.rank} of {job.world}"
-        end = f"{'failed' if result.error else 'done'} in {result.seconds:.0f} s"
+        label = f"{len(results)}/{len(jobs)} {job.name}, rank {job.rank} of {job.world}"
+        outcome = f"{'failed' if result.error else 'done'} in {result.seconds:.0f} s"
         if result.host and not result.error:
-            end += f", {result.host / 1e9:.1f} GB of the host's memory"
+            outcome += f", {result.host / 1e9:.1f} GB of the host's memory"
         if result.error in errors:
-            end += f", with the same error as rank {errors[result.error]}"
-        console.print(f"{rank}: {end}")
+            outcome += f", with the same error as rank {errors[result.error]}"
+        console.print(f"{label}: {outcome}")
         if result.error and result.error not in errors:
             console.print(result.error, markup=False, style="red")
             errors[result.error] = job.rank
     return results
 
 
-def _ranks(value: object) -> list[int] | None:
+def _parse_ranks(value: object) -> list[int] | None:
     """Parses ``rehearse``: a list of ranks, or ``None`` for all distinct ranks."""
     if value is True:
         return None
@@ -132,21 +132,21 @@ def _run(jobs: Sequence[RankJob], num_processes: int) -> Iterator[RehearsalResul
             ) as worker,
         ):
             assert worker.stdout is not None
-            done = 0
+            num_results = 0
             for line in worker.stdout:
-                done += 1
+                num_results += 1
                 yield TypeAdapter(RehearsalResult).validate_json(line)
-        if done < len(jobs):
-            end = "\n".join(tail(log, 10))
+        if num_results < len(jobs):
+            log_end = "\n".join(tail(log, 10))
             raise RecipeError(
-                f"the rehearsal ended early:\n{end}",
+                f"the rehearsal ended early:\n{log_end}",
                 "if it was killed, free memory on this machine, or rehearse fewer ranks: "
                 "'rehearse=[0]'",
             )
 
 
 def communication_mistakes(results: Results) -> Iterator[str]:
-    """Yields differences in communication between the ranks of a stage that did not fail."""
+    """Yields differences in communication between ranks of the same stage; ignores failed ranks."""
     for name in dict.fromkeys(job.name for job, _ in results):
         channels = {
             job.rank: result.channels
@@ -157,21 +157,19 @@ def communication_mistakes(results: Results) -> Iterator[str]:
 
 
 def memory_mistakes(results: Results, chain: Chain) -> Iterator[str]:
-    """Yields peaks that exceed the memory of the device, if its memory is known."""
+    """Yields a message for each rank whose peak exceeds the memory of its GPU."""
     hardware = chain.hardware
     for job, result in results:
         needed = sum(result.peak.values()) * FRAGMENTATION + hardware.reserved_bytes
-        if job.search is not None:  # another process has its own CUDA context
+        if job.search is not None:  # the search is another process, with its own CUDA context
             needed += hardware.reserved_bytes
         available = hardware.memory_of_rank(job.devices)
         parent = result.peak.get("parent", 0)
-        held = (
-            f" ({parent / 1e9:.1f} GB of them held by the search that starts it)" if parent else ""
-        )
+        share = f" ({parent / 1e9:.1f} GB of this in the search that starts it)" if parent else ""
         if hardware.on_gpu and needed > available:
             yield (
-                f"{job.name}: rank {job.rank} takes {needed / 1e9:.1f} GB at its peak{held}, but a "
-                f"{hardware.name} has {available / 1e9:.1f} GB"
+                f"{job.name}: rank {job.rank} takes {needed / 1e9:.1f} GB at its peak{share}, but "
+                f"a {hardware.name} has {available / 1e9:.1f} GB"
             )
 
 
@@ -181,25 +179,25 @@ def _table(results: Results, chain: Chain) -> Table:
     for job, result in results:
         if result.error:
             continue
-        plan = planned_memory(job, chain)
-        peak = peak_by_kind(result, plan)
+        planned = planned_memory(job, chain)
+        peak = peak_by_kind(result, planned)
         cells = {kind: f"{peak[kind] / 1e9:.2f}" for kind in KINDS}
         total, difference = sum(peak.values()), ""
         cells["total"] = f"{total / 1e9:.2f}"
-        if plan is not None:
-            planned = {kind: getattr(plan, kind) for kind in KINDS}
-            planned["total"] = sum(planned.values())
-            cells = {kind: f"{cell} / {planned[kind] / 1e9:.2f}" for kind, cell in cells.items()}
-            difference = f"{total / planned['total'] - 1:+.0%}"
+        if planned is not None:
+            plan = {kind: getattr(planned, kind) for kind in KINDS}
+            plan["total"] = sum(plan.values())
+            cells = {kind: f"{cell} / {plan[kind] / 1e9:.2f}" for kind, cell in cells.items()}
+            difference = f"{total / plan['total'] - 1:+.0%}"
         table.add_row(*map(escape, (job.name, f"{job.rank}", *cells.values(), difference)))
     return table
 
 
-def peak_by_kind(result: RehearsalResult, plan: Memory | None) -> dict[str, int]:
-    """Returns the bytes at the peak, by the types of tensors that a plan distinguishes."""
+def peak_by_kind(result: RehearsalResult, planned: Memory | None) -> dict[str, int]:
+    """Returns the bytes at the peak for each of ``KINDS``."""
     peak = {kind: result.peak.get(kind, 0) for kind in KINDS}
-    if plan and plan.teacher and not plan.weights:
-        # A plan counts a model that is not trained as the teacher.
+    if planned and planned.teacher and not planned.weights:
+        # The plan counts a model that is not trained as a teacher.
         peak["teacher"], peak["weights"] = peak["weights"], 0
     return peak
 
@@ -208,7 +206,7 @@ def planned_memory(job: RankJob, chain: Chain) -> Memory | None:
     """Returns the planned memory of a rank; ``None`` for stages that the planner does not cover."""
     stage = load_stage(job.stage)
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(stage.config), job.config))
-    # A rehearsal uses the GPU's code even if the recipe is for a CPU.
+    # A rehearsal runs the code for GPUs even if the recipe is for a CPU.
     chain = replace(chain, hardware=replace(chain.hardware, kind="gpu"))
     if stage.inference_cost is not None:
         return stage.inference_cost(config, chain).memory
@@ -216,7 +214,8 @@ def planned_memory(job: RankJob, chain: Chain) -> Memory | None:
         return None
     workload = stage.workload(config, chain)
     if (student := job.inputs.get("student")) is not None:
-        # For a search the job's student is the largest candidate, which the chain does not name.
+        # A search trains the largest candidate, which the chain does not contain.
         workload = replace(workload, trained=Architecture(**student.shape))
+    # In Megatron's order of ranks, the pipeline index changes slowest.
     pipeline_stage = job.rank // (job.world // workload.layout.pipeline)
     return stage_memory(workload, chain.hardware, pipeline_stage)

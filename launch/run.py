@@ -32,8 +32,8 @@ if __name__ == "__main__":
     on_interrupt(exit_now)
 # `python launch/run.py` puts launch/ on the path, but the packages are in its parent.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-# Both lines make every command start faster. Imports and parsing trigger fewer garbage collections,
-# and Hydra does not import multistorageclient for its plugin.
+# Two lines that make every command start faster. The first makes garbage collection rare during
+# imports and parsing. The second keeps Hydra from importing the plugin of multistorageclient.
 gc.set_threshold(50_000)
 sys.modules["multistorageclient.contrib.hydra"] = None  # type: ignore[assignment]
 
@@ -154,39 +154,40 @@ def _run_dir(settings: RunSettings, recipe: str) -> Path:
 
 
 def _last_plan(run_dir: Path, recipe: str) -> LastPlan:
-    """Returns the last plan of a run, empty for a new run; refuses a run of another recipe."""
-    last = read_last_plan(run_dir)
-    if last is not None and last.recipe != recipe:
+    """Returns the last plan of a run, or an empty plan; refuses a run of another recipe."""
+    last_plan = read_last_plan(run_dir)
+    if last_plan is not None and last_plan.recipe != recipe:
         raise RecipeError(
-            f"{run_dir} is a run of recipe {last.recipe}, not of {recipe}.",
-            "choose another run_dir, or delete that one",
+            f"{run_dir} is a run of recipe {last_plan.recipe}, not of {recipe}.",
+            "choose another run_dir, or delete this directory",
         )
-    return last or LastPlan(recipe, {})
+    return last_plan or LastPlan(recipe, {})
 
 
 @contextmanager
-def _written_plan(plan: Plan, before: LastPlan, dry_run: bool) -> Iterator[lock.SetStage | None]:
+def _written_plan(plan: Plan, last_plan: LastPlan, dry_run: bool) -> Iterator[lock.SetStage | None]:
     """Locks a run's directory and writes a plan to it; the caller's block runs under the lock.
 
-    It writes the code, the user's acceptances, and the requests of stages that will run or whose
-    fingerprint changed since the last plan. It deletes what a killed stage left beside its complete
-    result. If nothing would change, it neither locks nor writes.
+    Writes the code, the user's acceptances, and the requests of stages that will run or whose
+    fingerprint changed since the last plan. Deletes unfinished work beside complete results. If
+    nothing would change, neither locks nor writes.
 
     Args:
         plan: The plan.
-        before: The last plan of the run.
-        dry_run: Whether to change no acceptance and to delete no leftover work.
+        last_plan: The last plan of the run.
+        dry_run: If true, changes no acceptance and deletes no work.
 
     Yields:
         A function that records the running stage in the lock; ``None`` if no stage must run.
     """
-    fingerprints = dict(before.stages) | {stage.name: stage.fingerprint for stage in plan.stages}
-    after = LastPlan(before.recipe, {name: fingerprints.get(name) for name in plan.chain.stages})
+    fingerprints = dict(last_plan.stages) | {s.name: s.fingerprint for s in plan.stages}
+    stages = {name: fingerprints.get(name) for name in plan.chain.stages}
+    new_plan = LastPlan(last_plan.recipe, stages)
     skipped = [stage.state() for stage in plan.stages if stage.action == SKIP and not dry_run]
-    leftovers = [state.directory for state in skipped if state.leftover]
+    leftover_dirs = [state.directory for state in skipped if state.leftover]
     must_run = any(stage.action != SKIP for stage in plan.stages)
     acceptances = {} if dry_run else plan.acceptances
-    if not (must_run or leftovers or acceptances) and after == before:
+    if not (must_run or leftover_dirs or acceptances) and new_plan == last_plan:
         yield None
         return
     with explain_storage_errors(plan.run_dir):
@@ -194,12 +195,12 @@ def _written_plan(plan: Plan, before: LastPlan, dry_run: bool) -> Iterator[lock.
         with lock.acquire(plan.run_dir) as set_stage:
             if must_run:
                 write_snapshot(plan.run_dir)
-            _write_requests(plan, before)
+            _write_requests(plan, last_plan)
             for folder, acceptance in acceptances.items():
                 record_acceptance(folder, acceptance)
-            after.write(plan.run_dir)
+            new_plan.write(plan.run_dir)
             if not dry_run:
-                for folder in leftovers:
+                for folder in leftover_dirs:
                     discard_work(folder)
                 for folder in (plan.run_dir, *(stage.directory for stage in plan.todo())):
                     remove_partial(folder)
@@ -209,11 +210,11 @@ def _written_plan(plan: Plan, before: LastPlan, dry_run: bool) -> Iterator[lock.
                 remove_unused_snapshots(plan.run_dir)
 
 
-def _write_requests(plan: Plan, before: LastPlan) -> None:
+def _write_requests(plan: Plan, last_plan: LastPlan) -> None:
     for stage in plan.stages:
-        is_new = before.stages.get(stage.name) != stage.fingerprint
+        is_changed = last_plan.stages.get(stage.name) != stage.fingerprint
         # An accepted result keeps the request that it was made from.
-        if stage in plan.todo() or (is_new and not stage.accepted):
+        if stage in plan.todo() or (is_changed and not stage.accepted):
             stage.request().write(stage.directory)
 
 
@@ -222,7 +223,7 @@ def cli() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
     words = sys.argv[1:]
     try:
-        on_interrupt(signal.default_int_handler)  # KeyboardInterrupt, which stops the stages
+        on_interrupt(signal.default_int_handler)  # raises KeyboardInterrupt, which stops the stages
         if {"-h", "--help"} & set(words):
             console.print(schema.help_text(), markup=False, soft_wrap=True)
         elif (status := commands.run(words, console)) is not None:

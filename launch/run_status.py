@@ -42,25 +42,25 @@ class StageStatus:
 
     @property
     def result(self) -> Manifest | None:
-        """Its result, if it is complete."""
+        """The stage's result; ``None`` unless the stage is complete."""
         return self.state.result if self.status is Status.COMPLETE else None
 
 
 def read_statuses(run_dir: Path) -> list[StageStatus]:
     """Returns the status of every stage of a run."""
     jobs, holder = read_jobs(run_dir), lock.read_holder(run_dir)
-    queue, plan = job_states(jobs.values()), read_last_plan(run_dir)
+    slurm_states, plan = job_states(jobs.values()), read_last_plan(run_dir)
     planned = plan.stages if plan is not None else {}
     states = stage_states(run_dir, include=jobs)
-    # How a job of an earlier plan ended does not tell the status of a stage now.
+    # Jobs of an earlier plan are ignored: their end says nothing about the stage's present status.
     current = {name: job for name, job in jobs.items() if job.fingerprint == planned.get(name)}
-    incomplete = [n for n, state in states.items() if state.status is not Status.COMPLETE]
-    ended_jobs = [current[n] for n in incomplete if n in current and current[n].id not in queue]
-    queue |= final_states(ended_jobs)
+    incomplete = {n for n, state in states.items() if state.status is not Status.COMPLETE}
+    ended = [j for n, j in current.items() if n in incomplete and j.id not in slurm_states]
+    slurm_states |= final_states(ended)
     statuses = []
     for name, state in states.items():
         job = jobs.get(name)
-        slurm_state = queue.get(job.id) if job else None
+        slurm_state = slurm_states.get(job.id) if job else None
         active = _active_status(state, job, slurm_state, holder)
         statuses.append(active or _ended_status(state, current.get(name), slurm_state))
     return statuses
@@ -76,7 +76,7 @@ def _active_status(
     name = state.directory.name
     if slurm_state and slurm_state.active:
         status = Status.RUNNING if slurm_state.running else Status.PENDING
-        return StageStatus(state, status, progress_text(state, slurm_state.where), job)
+        return StageStatus(state, status, progress_text(state, slurm_state.description), job)
     if holder and holder.stage == name:
         return StageStatus(state, Status.RUNNING, progress_text(state))
     if holder and holder.stage and state.status is not Status.COMPLETE:
@@ -94,47 +94,48 @@ def _ended_status(
         return StageStatus(state, Status.STOPPED, state.error, job)
     job_state = slurm_state.state if job and slurm_state else ""
     if job_state == "CANCELLED":
-        return StageStatus(state, Status.CANCELLED, "the same command submits it again", job)
+        detail = "repeat the command of the run to submit it again"
+        return StageStatus(state, Status.CANCELLED, detail, job)
     if reason := STATE_REASONS.get(job_state):
         return StageStatus(state, Status.FAILED, f"{job_state}: {reason}", job)
     log = newest_log(state.directory)
-    # The newest log can be of an earlier job.
-    own_log = log if job is None or (log and log.stem == job.id) else None
-    if state.error or (job and (own_log or job_state)):
+    # The newest log may belong to an earlier job.
+    job_log = log if job is None or (log and log.stem == job.id) else None
+    # The stage failed: it recorded an error, or its job left a log or a final state.
+    if state.error or (job and (job_log or job_state)):
         status = state.status if state.error else Status.FAILED
-        parts = (job_state, failure(state.directory, own_log))
-        return StageStatus(state, status, ": ".join(filter(None, parts)), job)
+        texts = (job_state, failure(state.directory, job_log))
+        return StageStatus(state, status, ": ".join(filter(None, texts)), job)
     if job:
-        # When a job fails, Slurm removes the jobs that depend on it, and forgets them.
+        # When a job fails, Slurm removes and forgets the jobs that depend on it.
         detail = "its job never started: cancelled, or a stage before it failed"
         return StageStatus(state, Status.CANCELLED, detail, job)
     if state.status is Status.INTERRUPTED:
         return StageStatus(state, state.status, progress_text(state))
-    detail = (
-        "its settings, inputs or code differ from those of the last plan" if state.result else ""
-    )
+    stale = "its settings, inputs or code differ from those of the last plan"
+    detail = stale if state.result else ""
     return StageStatus(state, state.status, detail)
 
 
 def progress_text(state: StageState, detail: str = "") -> str:
     """Returns a stage's last progress, its remaining time, and a detail, as far as they exist."""
-    parts = [detail] if detail else []
+    texts = [detail] if detail else []
     if records := state.progress():
         last, left = records[-1], remaining_seconds(records)
         text = f"{last['task']} {last['done']}/{last['total']}"
-        parts.insert(0, f"{text}, {format_seconds(left)} left" if left else text)
-    return "; ".join(parts)
+        texts.insert(0, f"{text}, {format_seconds(left)} left" if left else text)
+    return "; ".join(texts)
 
 
 def time_left(run_dir: Path, statuses: Sequence[StageStatus]) -> float | None:
     """Returns how many seconds a run will still take.
 
-    ``None`` if it is complete, or has no result of its stage ``plan``.
+    ``None`` if the run is complete, or if its stage ``plan`` has no result with planned times.
     """
     spent = {stage.name: stage.result.seconds for stage in statuses if stage.result}
-    ahead: dict[str, float | None] = {}
+    remaining: dict[str, float | None] = {}
     for stage in statuses:
         if not stage.result:
             records = stage.state.progress() if stage.state.begun else []
-            ahead[stage.name] = remaining_seconds(records) if records else None
-    return remaining_run_seconds(planned_seconds(run_dir), spent, ahead)
+            remaining[stage.name] = remaining_seconds(records) if records else None
+    return remaining_run_seconds(planned_seconds(run_dir), spent, remaining)

@@ -1,4 +1,4 @@
-"""Composes configs with Hydra from the words of a command line; lists recipes and choices."""
+"""Composes configs with Hydra from a command line; lists recipes and choices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from recipes.planning.hardware import cpu_profile
 
 CONF = REPO_ROOT / "conf"
 OPTIONAL_GROUPS = ("engine", "gguf", "heal", "long_context", "served", "tasks", "tracker")
-"""Config groups that a run can leave out: ``GROUP=null``."""
+"""Config groups that ``GROUP=null`` leaves out."""
 CHOICE = re.compile(r"\d+k|[a-z][\w.]*", re.IGNORECASE)
 VALUES = ("null", "true", "false", "nan", "inf")
 """Words that Hydra parses as values, not as names."""
@@ -53,7 +53,7 @@ Groups; GROUP=NAME chooses:
 
 @cache
 def register() -> None:
-    """Registers every stage's config as ``stage/<stage>/schema``, and ``${cpu:NAME}``."""
+    """Registers each stage's config as ``stage/<stage>/schema``, and resolves ``${cpu:NAME}``."""
     OmegaConf.register_new_resolver("cpu", _cpu)
     for name in stage_names():
         ConfigStore.instance().store(
@@ -62,7 +62,7 @@ def register() -> None:
 
 
 def _cpu(name: str, *, _root_: DictConfig) -> Any:
-    """Returns a value of this machine's CPU profile; or any CPU's, for Slurm's nodes."""
+    """Returns a value of this machine's CPU profile. For Slurm, the value is valid for any CPU."""
     return cpu_profile(name, here=OmegaConf.select(_root_, "cluster.executor") != "slurm")
 
 
@@ -98,7 +98,7 @@ def help_text() -> str:
 
 def hydra_words(words: Iterable[str]) -> list[str]:
     """Translates a command line to Hydra's syntax; refuses values that cannot name a choice."""
-    # Hydra's parser stops at overrides on both sides of a flag: `recipe=R -m x=1,2`.
+    # Hydra cannot parse overrides on both sides of a flag, as in `recipe=R -m x=1,2`.
     ordered = sorted(words, key=lambda word: word not in ("-m", "--multirun"))
     return [_hydra_word(word) for word in ordered]
 
@@ -107,12 +107,12 @@ def _hydra_word(word: str) -> str:
     group, equals, value = word.partition("=")
     if not equals or group not in groups():
         return word
-    names = value.split(",")  # a sweep has several
+    names = value.split(",")  # a sweep has several names
     for name in names:
         allowed = name == "null" and group in OPTIONAL_GROUPS
         if not allowed and (name.lower() in VALUES or not CHOICE.fullmatch(name)):
-            other = f"model.hf_path={value} for a folder or a hub id; " if group == "model" else ""
-            raise RecipeError(f"{word} names no {group}.", f"{other}--help lists them all")
+            hint = f"model.hf_path={value} for a folder or a hub id; " if group == "model" else ""
+            raise RecipeError(f"{word} names no {group}.", f"{hint}--help lists all names")
     # Hydra accepts null in files only; on the command line the empty list has the same effect.
     return f"{group}={','.join('[]' if name == 'null' else name for name in names)}"
 

@@ -29,7 +29,7 @@ class Hub:
     push: Annotated[str, matching(r"[\w.-]+/[\w.-]+", "ORG/NAME")] | None = None
     """Model on the Hugging Face hub, ``ORG/NAME``; created if it does not exist."""
     private: bool = True
-    """Creates a private model, and refuses to push to a public one."""
+    """Creates a private model, and refuses to push to a public model."""
     allow_noncommercial: bool = False
     """Publishes a student although a licence of its text or teacher forbids commercial use."""
 
@@ -41,7 +41,7 @@ class RunSettings:
     model: Model = field(default_factory=Model)
     """The teacher."""
     tracker: dict[str, str | None] = field(default_factory=dict)
-    """The settings of the tracker, and its ``name``; ``null`` for none."""
+    """Name and settings of the experiment tracker; ``tracker=null`` uses none."""
     run_dir: Annotated[str, matching(".+", "a directory")] | None = None
     """Directory of the run; ``runs/RECIPE`` by default."""
     dry_run: bool = False
@@ -55,8 +55,8 @@ class RunSettings:
     accept: list[str] = field(default_factory=list)
     """Stages whose result is kept although settings, inputs, code or libraries have changed."""
     confirm_above: PositiveOrZero = 0.5
-    """Device-hours. If a stale result cost more, the launcher stops and asks for ``accept`` or
-    ``force`` of its stage."""
+    """Device-hours. If a stale result cost more, the launcher stops until ``accept`` or ``force``
+    lists the stage."""
     only: list[str] | None = None
     """Runs only these stages; their inputs must be complete."""
     hub: Hub = field(default_factory=Hub)
@@ -83,10 +83,10 @@ def settings_of(cfg: DictConfig) -> RunSettings:
             raise RecipeError(f"{group}={cfg.get(group)} is not a group.", f"leave out {group}")
     root: dict[str, Any] = {}
     try:
-        for name in (part.name for part in fields(RunSettings) if part.name in cfg):
-            value = cfg[name]  # interpolations are resolved here, where they find the whole config
-            container = OmegaConf.is_config(value)
-            root[name] = OmegaConf.to_container(value, resolve=True) if container else value
+        for name in (item.name for item in fields(RunSettings) if item.name in cfg):
+            value = cfg[name]  # here interpolations can refer to the whole config
+            is_container = OmegaConf.is_config(value)
+            root[name] = OmegaConf.to_container(value, resolve=True) if is_container else value
         root["tracker"] = root.get("tracker") or {}
     except OmegaConfBaseException as error:
         message = f"{error.full_key}: {str(error).splitlines()[0]}."

@@ -32,9 +32,9 @@ def require_separate_results(cfg: DictConfig, words: Sequence[str]) -> None:
     for name, fix in UNIQUE_SETTINGS.items():
         group, _, key = name.rpartition(".")
         # Hydra sweeps over values that are separated by commas.
-        swept = any(word.startswith(f"{name}=") and "," in word for word in words)
+        is_swept = any(word.startswith(f"{name}=") and "," in word for word in words)
         node = cfg[group] if group else cfg
-        if node[key] is not None and not swept and not OmegaConf.is_interpolation(node, key):
+        if node[key] is not None and not is_swept and not OmegaConf.is_interpolation(node, key):
             raise RecipeError(f"all runs of this sweep would have {name}={node[key]}.", fix)
 
 
@@ -56,7 +56,7 @@ class Best(Callback):
 
 
 def best_of(run_dirs: Sequence[Path]) -> str:
-    """Names the best run, if at least two are evaluated, and the command that compares them."""
+    """Names the best run if two or more are evaluated, and the command that compares all runs."""
     from recipes.report.compare import compare_runs, describe_best
     from recipes.report.runs import read_run
 

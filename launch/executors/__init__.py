@@ -1,10 +1,10 @@
-"""Executors start stages. Each is a module.
+"""Executors start stages. Each executor is a module with these names.
 
 ``CONFIG`` is the dataclass of its ``cluster`` settings.
-``prepare(plan, cluster)`` refuses a plan that cannot run there, before anything is written.
-``problems(plan, cluster)`` yields rules that the plan breaks there; rules can be skipped.
-``write_scripts(plan, cluster)`` writes scripts that start the stages, also by hand.
-``dry_run(plan, console)`` says more about the scripts of a dry run.
+``prepare(plan, cluster)`` refuses a plan that cannot run there; it writes nothing.
+``problems(plan, cluster)`` yields the rules that the plan breaks there; rules can be skipped.
+``write_scripts(plan, cluster)`` writes scripts with which the launcher or a user starts stages.
+``dry_run(plan, console)`` prints what the scheduler says about the scripts of a dry run.
 ``start(plan, cluster, follow, console)`` starts the stages; returns whether it waited for them.
 """
 

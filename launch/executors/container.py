@@ -22,10 +22,10 @@ from recipes.planning.chain import TENSORRT_LLM
 
 DEFAULT = "default"
 LOCAL_CACHES = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")
-"""Caches that each start of a stage has for itself, on its node's disk.
+"""Variables of compilation caches. Each start of a stage gets new caches on its node's disk.
 
-PyTorch compiles extensions under a lock file. A killed process leaves it, and then every process
-with the same cache waits for it without limit.
+PyTorch compiles extensions under a lock file. A killed process leaves the lock file behind, and
+then every process with the same cache waits forever.
 """
 HUB_FOLDERS = ("HF_HOME", "HF_HUB_CACHE")
 """Variables of huggingface_hub. A site sets them to share downloaded models."""
@@ -37,10 +37,10 @@ class Containers(Cluster):
     """Settings of an executor that runs stages in containers."""
 
     images: dict[str, str | None] = field(default_factory=dict)
-    """``tensorrt_llm`` for stages that run TensorRT-LLM, ``default`` for all others, which include
-    OpenVINO's; or an image for one stage module, such as ``distill``."""
+    """Images by key: ``tensorrt_llm`` for stages that run TensorRT-LLM, ``default`` for all other
+    stages, or the name of one stage module, such as ``distill``."""
     mounts: list[str] = field(default_factory=list)
-    """Folders to mount in addition to those that stages need; ``:ro`` at the end for read-only."""
+    """Folders to mount in addition to those that stages need; ``FOLDER:ro`` is read-only."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Mount:
 
 
 def require_usable(plan: Plan, cluster: Containers) -> None:
-    """Refuses images of unknown stages, and paths that cannot be mounted."""
+    """Refuses images for unknown stages, and paths that cannot be mounted."""
     require_stages("images", cluster.images, DEFAULT, TENSORRT_LLM)
     for stage in plan.todo():
         for mount in mounts_of(stage, cluster):
@@ -67,19 +67,19 @@ def require_usable(plan: Plan, cluster: Containers) -> None:
                 )
 
 
-def require_stages(setting: str, names: Iterable[str], *others: str) -> None:
-    """Raises ``RecipeError`` if a setting has a value for an unknown stage."""
+def require_stages(setting: str, names: Iterable[str], *other_keys: str) -> None:
+    """Refuses keys of a setting that are neither stages nor ``other_keys``."""
     for name in names:
         where = f"cluster.{setting}.{name}"
-        require_known(name, [*others, *stage_names()], f"{where} is for no stage")
+        require_known(name, [*other_keys, *stage_names()], f"{where} is for no stage")
 
 
 def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
     """Returns the mounts of all paths that a stage reads or writes, parents first.
 
     The current directory (where relative paths start), the run (which contains the code) and the
-    cache are writable, and so are the hub's folders. Inputs from other runs and the user's files
-    are read-only.
+    cache are writable. The hub's folders are writable, too. Inputs from other runs and the user's
+    files are read-only.
     """
     writable = {Path.cwd(), stage.directory.parent, cache_dir().absolute()}
     writable |= {Path(folder) for folder in hub_folders().values()}
@@ -87,16 +87,16 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
     readable = {ref.directory for ref in stage.inputs.values()} | {
         path.absolute() for path in external.values()
     }
-    for config in stage.chain.stages.values():  # prepared text has links to tokenized text
+    for config in stage.chain.stages.values():  # prepared text links to tokenized files
         if isinstance(config, PrepareDataConfig) and config.prefix:
             readable |= {path.resolve() for path in paths_of(Path(config.prefix)).values()}
     for text in cluster.mounts:
         (readable if text.endswith(":ro") else writable).add(Path(text.removesuffix(":ro")))
     mounts: list[Mount] = []
     for path in sorted(writable | readable):
-        # A mounted parent contains the path, but a writable path needs a writable parent.
-        above = [m for m in mounts if path.is_relative_to(m.path)]
-        if not above or (path in writable and all(m.read_only for m in above)):
+        # A path below a mounted parent needs a mount only if it is writable and the parent is not.
+        parents = [m for m in mounts if path.is_relative_to(m.path)]
+        if not parents or (path in writable and all(m.read_only for m in parents)):
             mounts.append(Mount(path, path not in writable))
     return mounts
 
@@ -119,8 +119,8 @@ def environment(cluster: Containers, stage: PlannedStage) -> dict[str, str]:
 def home(stage: PlannedStage) -> dict[str, str]:
     """Returns the variables of a container's user: a writable home in the cache directory.
 
-    They must be set inside the container only: outside, they would also set Enroot's home, where it
-    looks for credentials and images.
+    They must be set only inside the container. Outside, ``HOME`` would also tell Enroot where to
+    look for credentials and images.
     """
     cache = str(cache_dir().absolute())
     variables = {

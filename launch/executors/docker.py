@@ -1,4 +1,4 @@
-"""Runs stages on this machine in containers, as on a DGX."""
+"""Runs stages in containers on this machine, such as a DGX."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class DockerConfig(container.Containers):
 
     executor: str = "docker"
     gpus: str | None = "all"
-    """For ``docker run --gpus``; ``null`` for none."""
+    """Value of ``docker run --gpus``; ``null`` omits the option."""
     python: str = "python"
     """Interpreter in the image."""
     options: list[Option] = field(default_factory=list)
@@ -40,7 +40,7 @@ problems, dry_run = local.problems, local.dry_run
 
 
 def prepare(plan: Plan, cluster: DockerConfig) -> Plan:
-    """Refuses stages of several nodes or without an image, and paths that cannot be mounted."""
+    """Refuses stages on several nodes or without an image, and paths that cannot be mounted."""
     local.require_one_machine(plan, cluster)
     container.require_usable(plan, cluster)
     for stage in plan.todo():
@@ -52,7 +52,7 @@ def prepare(plan: Plan, cluster: DockerConfig) -> Plan:
 
 
 def container_name(stage: PlannedStage) -> str:
-    """Returns the fixed name of a stage's container: docker then refuses to start a second one."""
+    """Returns the name of a stage's container. As it is fixed, docker starts a stage only once."""
     run = hashlib.sha256(str(stage.directory.parent).encode()).hexdigest()[:8]
     return f"nemo-recipes-{run}-{stage.name}"
 
@@ -60,7 +60,7 @@ def container_name(stage: PlannedStage) -> str:
 def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
     """Returns the stage's command line; each inner list is a line of the script."""
     env = local.environment(stage, cluster) | container.home(stage)
-    env |= {name: f"/tmp/{name.lower()}" for name in container.LOCAL_CACHES}  # ends with --rm
+    env |= {name: f"/tmp/{name.lower()}" for name in container.LOCAL_CACHES}  # --rm deletes them
     env |= container.environment(cluster, stage)
     return [
         ["docker", "run", "--rm", f"--name={container_name(stage)}"],
@@ -70,7 +70,7 @@ def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
         [f"--user={os.getuid()}:{os.getgid()}", f"--workdir={os.getcwd()}"],
         *([f"--volume={mount}"] for mount in container.mounts_of(stage, cluster)),
         *([f"--env={name}={value}"] for name, value in env.items()),
-        [f"--env={name}" for name in cluster.pass_env],  # docker itself reads the value
+        [f"--env={name}" for name in cluster.pass_env],  # docker reads the values itself
         list(cluster.options),
         [str(stage.image)],
         local.command(stage, cluster.python),
@@ -80,7 +80,7 @@ def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
 def write_scripts(plan: Plan, cluster: DockerConfig) -> None:
     """Writes ``run.sh`` of every stage that will run.
 
-    The script first removes the container that a killed launcher may have left.
+    The script first removes a container that a killed launcher may have left behind.
     """
     for stage in plan.todo():
         groups = [shlex.join(group) for group in command(stage, cluster) if group]
@@ -92,5 +92,5 @@ def start(plan: Plan, cluster: DockerConfig, follow: Follow, console: Console) -
     """Runs the stages to their end."""
     if shutil.which("docker") is None:
         raise RecipeError("there is no docker on this machine.", "install it, or use cluster=local")
-    cache_dir().mkdir(parents=True, exist_ok=True)  # or docker makes it, owned by root
+    cache_dir().mkdir(parents=True, exist_ok=True)  # otherwise docker creates it as root
     return local.run_all(plan, follow)

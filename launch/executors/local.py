@@ -36,9 +36,9 @@ PRELOADED = (
     "recipes.pruning.scoring",
     "recipes.stages.contract",
 )
-"""Modules that the fork server imports: they import torch, transformers, NeMo and ModelOpt."""
+"""Modules that the fork server imports. They import torch, transformers, NeMo and ModelOpt."""
 Start = Callable[[PlannedStage, IO[bytes]], RunningStage]
-"""Starts a stage whose output goes to a log."""
+"""Starts a stage and writes its output to a log."""
 
 
 @dataclass
@@ -60,16 +60,16 @@ def prepare(plan: Plan, cluster: LocalConfig) -> Plan:
 
 
 def problems(plan: Plan, cluster: Cluster) -> Iterable[Problem]:
-    """Returns no problems: only a scheduler has limits to check."""
+    """Returns no problems, because only a scheduler has limits to check."""
     return ()
 
 
 def dry_run(plan: Plan, console: Console) -> None:
-    """Shows nothing: there is no scheduler to ask."""
+    """Prints nothing, because there is no scheduler."""
 
 
 def require_one_machine(plan: Plan, cluster: Cluster) -> None:
-    """Refuses stages of several nodes, and a run that has jobs in Slurm's queue."""
+    """Refuses stages on several nodes, and a run that has jobs in Slurm's queue."""
     for name, (job, state) in active_jobs(plan.run_dir).items():
         raise RecipeError(
             f"job {job.id} is {state.state.lower()} for {name} of this run.",
@@ -91,17 +91,17 @@ def command(stage: PlannedStage, python: str) -> list[str]:
 
 
 def environment(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
-    """Returns the variables that a stage gets in addition to the caller's."""
+    """Returns the variables that a stage gets in addition to those of the launcher."""
     devices = stage.config.resources.devices
     # The launcher may itself run as a rank of a job. Its stages must not inherit that rank.
     single_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} if devices == 1 else {}
     variables = stage_variables(stage, cluster)
-    path = filter(None, [variables["PYTHONPATH"], os.environ.get("PYTHONPATH")])
+    paths = filter(None, [variables["PYTHONPATH"], os.environ.get("PYTHONPATH")])
     return {
         "OMP_NUM_THREADS": str(max(1, cores() // stage.devices)),
         **single_rank,
         **variables,
-        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONPATH": os.pathsep.join(paths),
     }
 
 
@@ -115,7 +115,7 @@ def write_scripts(plan: Plan, cluster: LocalConfig) -> None:
 def write_script(
     stage: PlannedStage, command: str, exports: Mapping[str, str], setup: str = ""
 ) -> None:
-    """Writes ``run.sh``, which starts the stage for the launcher, or by hand."""
+    """Writes ``run.sh``, with which the launcher or the user starts the stage."""
     lines = ["#!/usr/bin/env bash"]
     lines += ["# shellcheck disable=SC2016 # text in single quotes must not be expanded"]
     lines += ["set -euo pipefail"]
@@ -130,25 +130,25 @@ def may_fork(stage: PlannedStage) -> bool:
     """Whether the fork server can start the stage.
 
     Libraries read environment variables when they are imported, so a stage with ``resources.env``
-    needs a new process. So does a search whose training runs take several devices.
+    needs a new process. A search whose training runs take several devices needs a new process, too.
     """
     return stage.stage.needs_torch and stage.devices == 1 and not stage.config.resources.env
 
 
 def start(plan: Plan, cluster: LocalConfig, follow: Follow, console: Console) -> bool:
-    """Runs the stages; those that can be forked share one import of the libraries."""
+    """Runs the stages. Stages that can be forked share one import of the libraries."""
     forkable = [stage for stage in plan.todo() if may_fork(stage)]
     if len(forkable) < 2:
         return run_all(plan, follow)
-    shared = {**os.environ, **environment(forkable[0], cluster)}
-    with fork_server(PRELOADED, shared, plan.run_dir / "fork_server.log") as server:
+    shared_env = {**os.environ, **environment(forkable[0], cluster)}
+    with fork_server(PRELOADED, shared_env, plan.run_dir / "fork_server.log") as server:
 
         def start_stage(stage: PlannedStage, log: IO[bytes]) -> RunningStage:
             pidfd = None
             if may_fork(stage):
                 arguments = [stage.module, str(stage.directory / REQUEST)]
                 pidfd = fork_module(server, WORKER, arguments, log)
-            if pidfd is None:
+            if pidfd is None:  # not forkable, or the server has ended
                 return start_script(stage, log)
             return watch_child(server, pidfd, log)
 

@@ -47,14 +47,14 @@ SCRIPT = "job.sbatch"
 SUBMIT = "submit.sh"
 TEST_ONLY = "--test-only"
 """Option of ``submit.sh``: asks Slurm about the jobs and submits none."""
-STARTS = re.compile(r"to start at (\S+) using (\d+) processors on nodes (\S+)")
+START_ESTIMATE = re.compile(r"to start at (\S+) using (\d+) processors on nodes (\S+)")
 POLL_SECONDS = 2.0
 RESTART_SECONDS = 900.0
-"""Longest restart of Slurm's controller, which does not answer meanwhile."""
+"""How long Slurm's controller may take to restart; it does not answer in this time."""
 PLAIN = re.compile(r"[\w./@+=-]+")
 """Text that needs no quotes in sbatch options and in scripts."""
 MIN_MARGIN_SECONDS = 300
-"""Shortest default of ``margin_seconds``, for costs that the estimate does not include."""
+"""Minimum of the default of ``margin_seconds``, whose estimate does not include all costs."""
 Name = Annotated[str, matching(r"[\w.,@+=-]+", "a name without spaces")]
 Program = Annotated[str, matching(PLAIN.pattern, "one program, without spaces")]
 
@@ -71,12 +71,12 @@ class SlurmConfig(container.Containers):
     qos: Name | None = None
     """Slurm's quality of service."""
     time: Duration = "04:00:00"
-    """Limit of one job, ``HH:MM:SS`` or ``D-HH:MM:SS``; ``resources.time`` for one stage."""
+    """Time limit of a job, ``HH:MM:SS`` or ``D-HH:MM:SS``; ``resources.time`` replaces it."""
     cpu_partition: Name | None = None
     """Partition of stages that use no GPU; ``partition`` by default."""
     margin_seconds: Count | None = None
-    """Training stops and saves this long before the limit. By default the planned time of two
-    steps, a validation and a checkpoint, but at least ``MIN_MARGIN_SECONDS``."""
+    """Training stops and saves this many seconds before the time limit. The default is the planned
+    time of two steps, a validation and a checkpoint, but at least ``MIN_MARGIN_SECONDS``."""
     max_requeues: CountOrZero = 40
     """How often a stage is started again after it stopped at its time limit."""
     gpus: Annotated[str, one_of("gpus-per-node", "gres")] | None = "gpus-per-node"
@@ -89,12 +89,12 @@ class SlurmConfig(container.Containers):
     """Whether jobs take whole nodes with all of their memory; by default only jobs of several ranks
     do."""
     mpi: dict[str, str | None] = field(default_factory=dict)
-    """Command that starts TensorRT-LLM's process, by stage module. TensorRT-LLM spawns further
+    """Commands that start TensorRT-LLM's process, by stage module. TensorRT-LLM spawns further
     processes by MPI, even for one GPU, and Slurm's PMIx does not support that."""
     sbatch: list[SbatchOption] = field(default_factory=list)
-    """Further options of sbatch; ``resources.sbatch`` for one stage."""
+    """Further options of sbatch; ``resources.sbatch`` adds options of one stage."""
     python: Program | None = None
-    """Interpreter on the nodes; by default the launcher's own, or ``python`` of the image."""
+    """Interpreter on the nodes; by default that of the launcher, or ``python`` of the image."""
     follow: bool = False
     """Waits for the submitted jobs and shows their progress."""
 
@@ -126,7 +126,7 @@ def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
 
 
 def problems(plan: Plan, cluster: SlurmConfig) -> Iterator[Problem]:
-    """Yields problems of the jobs' resources. Partitions are read if Slurm is on this machine."""
+    """Yields problems of the jobs' requests; reads partitions only if Slurm is on this machine."""
     jobs = [
         job_of(stage, _sbatch_options(stage, cluster), stage.config.resources.time or cluster.time)
         for stage in plan.todo()
@@ -188,12 +188,12 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         resources=stage.config.resources,
         devices=stage.devices,
         cpus_per_task=_cpus_per_task(stage, cluster),
-        # Unique to the stage and its run. The dependency ``singleton`` then lets only one job of
-        # the stage run at a time.
+        # This name is unique to the stage and its run. The dependency ``singleton`` then lets only
+        # one job of the stage run at a time.
         job_name=f"{run_dir.name}.{stage.name}."
         + hashlib.sha256(str(run_dir).encode()).hexdigest()[:8],
-        # A forced stage has a manifest already. One with this start time does not mean that the job
-        # is complete.
+        # A forced stage already has a manifest. A manifest with this start time does not mean that
+        # the new job is complete.
         replaces=old.started_at if (old := stage.result) else None,
         cwd=os.getcwd(),
         time=stage.config.resources.time or cluster.time,
@@ -201,7 +201,7 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         env=env,
         image=image,
         mounts=container.mounts_of(stage, cluster) if image else [],
-        # Variables that are named here keep the job's values in the container. All others get the
+        # In the container, these variables keep the job's values. All other variables get the
         # image's values, if the image sets them.
         container_env=[*env, "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT"],
         home=container.home(stage),
@@ -250,13 +250,13 @@ def _cpus_per_task(stage: PlannedStage, cluster: SlurmConfig) -> int | None:
 def submit_script(plan: Plan) -> str:
     """Returns the text of ``submit.sh``, where each job depends on the jobs of its inputs."""
     pending = [stage for stage in plan.stages if stage.action != SKIP]
-    variables = {stage.directory: "job_" + re.sub(r"\W", "_", stage.name) for stage in pending}
+    job_variables = {stage.directory: "job_" + re.sub(r"\W", "_", stage.name) for stage in pending}
     jobs = []
     for stage in pending:
         inputs = {ref.directory for ref in stage.inputs.values()}
-        needed = sorted(variables[directory] for directory in inputs & variables.keys())
+        needed = sorted(job_variables[directory] for directory in inputs & job_variables.keys())
         after = "afterok" + "".join(f":${name}" for name in needed) + "," if needed else ""
-        jobs.append((stage, variables[stage.directory], f"{after}singleton"))
+        jobs.append((stage, job_variables[stage.directory], f"{after}singleton"))
     return _render(
         "submit.sh.j2", run_dir=plan.run_dir, record=RECORD, test_only=TEST_ONLY, jobs=jobs
     )
@@ -272,7 +272,7 @@ def _render(template: str, **values: Any) -> str:
 
 
 def dry_run(plan: Plan, console: Console) -> None:
-    """Shows when Slurm could start each job; raises if it would refuse one."""
+    """Shows when Slurm could start each job; raises if Slurm would refuse a job."""
     if query("scontrol", "ping").returncode:
         console.print("Slurm does not answer on this machine, so the jobs were not checked with it")
         return
@@ -283,7 +283,7 @@ def dry_run(plan: Plan, console: Console) -> None:
     refused: dict[str, list[str]] = {}
     for line in done.stdout.splitlines():
         stage, _, answer = line.partition(" ")
-        if start := STARTS.search(answer):
+        if start := START_ESTIMATE.search(answer):
             table.add_row(stage, *start.groups())
         else:
             refused.setdefault(answer, []).append(stage)
@@ -316,16 +316,16 @@ def start(plan: Plan, cluster: SlurmConfig, follow: Follow, console: Console) ->
 
 
 def _submit(plan: Plan) -> None:
-    script, before = plan.run_dir / SUBMIT, read_jobs(plan.run_dir)
+    script, old_jobs = plan.run_dir / SUBMIT, read_jobs(plan.run_dir)
     done = subprocess.run([script], capture_output=True, text=True, check=False)
     if done.returncode:
         jobs = read_jobs(plan.run_dir)
         # ``submit.sh`` stops at the first job that Slurm refuses.
-        missing = [s.name for s in plan.todo() if jobs.get(s.name) == before.get(s.name)]
+        missing = [s.name for s in plan.todo() if jobs.get(s.name) == old_jobs.get(s.name)]
         what = f"Slurm refused the job of {missing[0]}" if missing else f"{script} failed"
         raise RecipeError(
-            f"{what}: {done.stderr.strip()}\n  the jobs submitted before it stay in the queue",
-            f"change the settings of cluster and run the same command, or run {script}",
+            f"{what}: {done.stderr.strip()}\n  jobs submitted before this error stay in the queue",
+            f"change the settings of cluster and repeat the command, or run {script}",
         )
 
 
@@ -351,7 +351,7 @@ def _follow(stage: PlannedStage, job: SlurmJob, follow: Follow) -> None:
 
 
 def _state(job: SlurmJob) -> JobState | None:
-    """Returns a job's state; waits while Slurm's controller restarts, because jobs continue."""
+    """Returns a job's state; waits while Slurm's controller restarts, as the job may still run."""
     deadline = time.monotonic() + RESTART_SECONDS
     while True:
         try:

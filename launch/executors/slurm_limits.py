@@ -59,7 +59,7 @@ class Job:
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """Nodes of a partition with equal hardware, which the other fields give for each node."""
+    """Nodes of a partition with equal hardware. All fields except ``count`` are per node."""
 
     count: int
     cpus: int
@@ -81,18 +81,18 @@ class Partition:
         return slurm_seconds(limit) if ":" in limit else math.inf
 
     def limit(self, field: str) -> float:
-        """Returns a numeric field; infinity if it is unlimited."""
+        """Returns a numeric field; infinity if the field has no number, such as ``UNLIMITED``."""
         value = self.fields.get(field, "")
         return float(value) if value.isdigit() else math.inf
 
     def fitting_nodes(self, job: Job) -> int:
         """Returns the number of nodes that can satisfy a job's request per node."""
-        cpus = self.limit("MaxCPUsPerNode")
+        max_cpus = self.limit("MaxCPUsPerNode")
         return sum(
             group.count
             for group in self.groups
             if group.gpus >= (job.gpus or 0)
-            and min(group.cpus, cpus) >= (job.cpus or 1)
+            and min(group.cpus, max_cpus) >= (job.cpus or 1)
             and group.memory_mb >= (job.memory_mb or 0)
         )
 
@@ -109,22 +109,22 @@ def job_of(stage: PlannedStage, options: Iterable[str], time: str) -> Job:
     """Returns what a job requests.
 
     Args:
-        stage: The stage that it runs.
-        options: Options of sbatch. If an option is repeated the last one counts, as for sbatch.
-        time: Its time limit.
+        stage: The stage that the job runs.
+        options: Options of sbatch. The last value of a repeated option counts, as for sbatch.
+        time: The job's time limit.
     """
-    last = dict(_parse_option(option) for option in options)
-    gpus = last.get("gpus-per-node", last.get("gres"))
-    cpus = int(last["cpus-per-task"]) if last.get("cpus-per-task", "").isdigit() else None
-    memory = _megabytes(last.get("mem"))
-    if memory is None and (per_cpu := _megabytes(last.get("mem-per-cpu"))) is not None:
+    values = dict(_parse_option(option) for option in options)
+    gpus = values.get("gpus-per-node", values.get("gres"))  # such as 8, or gpu:h100:8
+    cpus = int(values["cpus-per-task"]) if values.get("cpus-per-task", "").isdigit() else None
+    memory = _megabytes(values.get("mem"))
+    if memory is None and (per_cpu := _megabytes(values.get("mem-per-cpu"))) is not None:
         memory = per_cpu * (cpus or 1)
     number = re.search(r"(?:^|:)(\d+)$", gpus or "")
     return Job(
         stage=stage,
         seconds=slurm_seconds(time),
-        partition=last.get("partition"),
-        whole_nodes="exclusive" in last,
+        partition=values.get("partition"),
+        whole_nodes="exclusive" in values,
         gpus=int(number[1]) if number else None,
         cpus=cpus,
         memory_mb=memory,
@@ -148,10 +148,10 @@ def _megabytes(size: str | None) -> float | None:
 def job_problems(
     jobs: Iterable[Job], user_options: Mapping[str, Sequence[str]], partitions: Partitions
 ) -> Iterator[Problem]:
-    """Yields the problems of jobs; a problem that several jobs have is yielded once.
+    """Yields the problems of jobs. A problem that several jobs have is yielded once.
 
     Args:
-        jobs: The jobs.
+        jobs: What the jobs request.
         user_options: Options of sbatch from the user's settings, by stage.
         partitions: Partitions by name; if empty, limits are not checked.
     """
@@ -183,8 +183,8 @@ def _request_problems(job: Job, user_options: Iterable[str]) -> Iterator[Problem
 
 
 def _partition_problems(job: Job, partitions: Partitions) -> Sequence[Problem]:
-    """Compares a job with its partition; of several, the one with the fewest problems counts."""
-    default = [name for name, each in partitions.items() if each.fields["Default"] == "YES"]
+    """Compares a job with its partition; of several, takes the partition with fewest problems."""
+    default = [name for name, item in partitions.items() if item.fields["Default"] == "YES"]
     names = job.partition.split(",") if job.partition else default
     fix = f"set cluster.partition to one of: {', '.join(partitions)}"
     if not names:
@@ -214,25 +214,25 @@ def _limit_problems(job: Job, partition: Partition) -> Iterator[Problem]:
 
 
 def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
-    """Compares a job's memory on a node with the size of the model and the memory for a save."""
+    """Compares a job's memory on a node with the model's size and the memory to save it."""
     workload = job.stage.workload
     if not (job.stage.needs_gpu or workload):
         return
-    memory = job.memory_mb or 0  # --mem=0 requests all memory of a node
+    memory_mb = job.memory_mb or 0  # --mem=0 requests all memory of a node
     if job.whole_nodes:
-        memory = memory or min((group.memory_mb for group in partition.groups), default=0)
+        memory_mb = memory_mb or min((group.memory_mb for group in partition.groups), default=0)
     elif job.memory_mb is None:
-        memory = partition.default_memory_mb(job.cpus or 1)
+        memory_mb = partition.default_memory_mb(job.cpus or 1)
     needs: dict[str, float] = {"the model": WEIGHT_BYTES * job.stage.chain.teacher.parameters()}
     if workload is not None:
         ranks = workload.layout.devices
         needs[f"saving a checkpoint from {ranks} ranks"] = ranks * gathering_bytes(workload)
-    what, needed = max(needs.items(), key=itemgetter(1))
-    if 0 < memory < needed / MEGABYTE:
+    what, needed_bytes = max(needs.items(), key=itemgetter(1))
+    if 0 < memory_mb < needed_bytes / MEGABYTE:
         yield Problem(
             rules.JOB_MEMORY,
-            f"the job gets {memory / 1024:.0f} GB of memory on a node, but {what} takes "
-            f"{needed / MEGABYTE / 1024:.0f} GB",
+            f"the job gets {memory_mb / 1024:.0f} GB of memory on a node, but {what} takes "
+            f"{needed_bytes / MEGABYTE / 1024:.0f} GB",
             f"raise cluster.cpus_per_task, add --mem=SIZE to {RESOURCES}.sbatch, or split the "
             "model over more ranks",
         )
@@ -242,15 +242,15 @@ def read_partitions() -> Partitions:
     """Returns the partitions that the user may use; empty if Slurm does not answer here."""
     if shutil.which("sinfo") is None:
         return {}
-    shown = query("scontrol", "--oneliner", "show", "partition")
-    listed = query("sinfo", "--noheader", "--exact", "--format=%R|%D|%c|%m|%G")
-    if shown.returncode or listed.returncode:
+    partitions = query("scontrol", "--oneliner", "show", "partition")
+    nodes = query("sinfo", "--noheader", "--exact", "--format=%R|%D|%c|%m|%G")
+    if partitions.returncode or nodes.returncode:
         return {}
     groups: dict[str, list[NodeGroup]] = {}
-    for line in listed.stdout.splitlines():
+    for line in nodes.stdout.splitlines():
         name, count, cpus, memory, gres = line.split("|")
         gpus = sum(map(int, re.findall(r"\bgpu(?::[^:,(]+)?:(\d+)", gres)))
         groups.setdefault(name, []).append(NodeGroup(int(count), int(cpus), int(memory), gpus))
-    lines = [line.split() for line in shown.stdout.splitlines()]
+    lines = [line.split() for line in partitions.stdout.splitlines()]
     fields = [dict(word.partition("=")[::2] for word in words) for words in lines if words]
     return {f["PartitionName"]: Partition(f, groups.get(f["PartitionName"], ())) for f in fields}

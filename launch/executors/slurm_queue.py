@@ -19,22 +19,22 @@ ENDED = frozenset(
 RUNNING = frozenset(
     ("COMPLETING", "RESIZING", "RUNNING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED")
 )
-"""States of jobs that have started and not ended. A job in any other state is waiting."""
+"""States of jobs that have started and not ended. A job in neither set waits."""
 WAIT_REASONS = {
     "CONFIGURING": "its nodes are being prepared",
     "REQUEUE_HOLD": "held after a requeue, until scontrol release",
     "REQUEUED": "about to start again",
     "SPECIAL_EXIT": "held after an error, until scontrol release",
 }
-"""Why a job waits, by its state. For jobs that are PENDING Slurm itself gives a reason."""
+"""Why a job waits, by its state. For PENDING jobs, Slurm itself gives a reason."""
 STATE_REASONS = {
-    "CANCELLED": "it was cancelled; the same command submits it again",
-    "NODE_FAIL": "one of its nodes failed; the same command submits it again",
+    "CANCELLED": "it was cancelled; repeat the command of the run to submit it again",
+    "NODE_FAIL": "one of its nodes failed; repeat the command of the run to submit it again",
     "OUT_OF_MEMORY": "it took more memory than it requested: see cluster.sbatch",
-    "PREEMPTED": "another job took its nodes; the same command submits it again",
-    "TIMEOUT": "it reached its time limit; the same command submits it again, and it resumes",
+    "PREEMPTED": "another job took its nodes; repeat the command of the run to submit it again",
+    "TIMEOUT": "it reached its time limit; repeat the command of the run to resume it",
 }
-"""Why Slurm ended a job, by its state. Logs do not say: they show only lost connections."""
+"""Why Slurm ended a job, by its state. Logs do not say why; they show only lost connections."""
 TIMEOUT_SECONDS = 60
 
 
@@ -49,7 +49,7 @@ class SlurmJob:
 
 @dataclass(frozen=True)
 class JobState:
-    """A job in Slurm's queue; ``reason`` is why it waits, ``time_left`` the time to its limit."""
+    """The state of a job in Slurm, why the job waits, and the time until its time limit."""
 
     state: str
     reason: str = ""
@@ -58,17 +58,17 @@ class JobState:
 
     @property
     def active(self) -> bool:
-        """Whether it runs or will run."""
+        """Whether the job runs or will run."""
         return self.state not in ENDED
 
     @property
     def running(self) -> bool:
-        """Whether it has started and not ended."""
+        """Whether the job has started and not ended."""
         return self.state in RUNNING
 
     @property
-    def where(self) -> str:
-        """Returns why it waits, or where and for how long it runs."""
+    def description(self) -> str:
+        """Says why the job waits, or where it runs and how much time it has left."""
         if self.running:
             limited = self.time_left not in ("", "UNLIMITED", "NOT_SET", "INVALID")
             limit = f"{self.time_left} until its time limit" if limited else "without a time limit"
@@ -78,7 +78,7 @@ class JobState:
 
 
 def read_jobs(run_dir: Path) -> dict[str, SlurmJob]:
-    """Returns the newest job of every stage for which one was submitted."""
+    """Returns the newest job of each stage, by stage; ignores a line that is not complete."""
     try:
         text = (run_dir / RECORD).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -88,19 +88,19 @@ def read_jobs(run_dir: Path) -> dict[str, SlurmJob]:
 
 
 def forget_job(run_dir: Path, stage: str) -> None:
-    """Removes a stage's jobs from the record, since this machine runs the stage now."""
+    """Removes a stage's jobs from the record, because this machine runs the stage now."""
     if stage in read_jobs(run_dir):
         lines = (run_dir / RECORD).read_text(encoding="utf-8").splitlines()
-        others = [f"{line}\n" for line in lines if line.split()[:1] != [stage]]
-        write_text_atomically(run_dir / RECORD, "".join(others))
+        kept_lines = [f"{line}\n" for line in lines if line.split()[:1] != [stage]]
+        write_text_atomically(run_dir / RECORD, "".join(kept_lines))
 
 
 def job_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
-    """Returns the states of jobs that Slurm remembers, by job id; raises if it does not answer."""
+    """Returns the states of jobs that Slurm remembers, by job id; raises if squeue fails."""
     ids = [job.id for job in jobs]
     if not ids or shutil.which("squeue") is None:  # a run copied to a machine without Slurm
         return {}
-    # Slurm forgets a job minutes after its end. A list of one unknown id is then an error.
+    # Slurm forgets a job minutes after its end. If all of ``ids`` is one such job, squeue fails.
     columns = "--format=%i|%T|%r|%L|%N"
     done = query("squeue", "--noheader", "--states=all", columns, f"--jobs={','.join(ids)}")
     if done.returncode and "Invalid job id" not in done.stderr:
@@ -112,7 +112,7 @@ def job_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
 
 
 def final_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
-    """Returns the states of jobs that left the queue, by job id; empty without accounting."""
+    """Returns the states of ended jobs, by job id; empty if Slurm keeps no accounting records."""
     ids = ",".join(job.id for job in jobs)
     if not ids:
         return {}
@@ -126,7 +126,7 @@ def final_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
 
 
 def active_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
-    """Returns the jobs of a run that run or wait, by stage."""
+    """Returns the jobs of a run that run or wait, and their states, by stage."""
     jobs = read_jobs(run_dir)
     states = job_states(jobs.values())
     return {

@@ -75,7 +75,7 @@ def test_jobs_in_the_queue(status: Status, row: str, expected: tuple[str, str]) 
     [
         ("0|FAILED\\n", ("failed", "FAILED: it ended without a message or a log")),
         ("0|BOOT_FAIL\\n", ("failed", "BOOT_FAIL: it ended without a message or a log")),
-        ("0|CANCELLED by 1000\\n", ("cancelled", "the same command submits it again")),
+        ("0|CANCELLED by 1000\\n", ("cancelled", "repeat the command of the run to submit it again")),
         ("", ("cancelled", "its job never started: cancelled, or a stage before it failed")),
     ],
 )
