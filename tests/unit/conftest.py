@@ -1,4 +1,4 @@
-"""Fixtures of the tests without torch and network."""
+"""Fixtures of the tests that need neither torch nor a network."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LLAMA_CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 COMPOSED: dict[tuple[str, ...], tuple[DictConfig, DictConfig | None]] = {}
-"""Cache of composed configs, each with Hydra's config of itself. Composing is slow."""
+"""Cache of composed configs, each with Hydra's own config, because composing is slow."""
 
 Compose = Callable[..., DictConfig]
 MakePlan = Callable[..., Plan]
@@ -73,12 +73,12 @@ def teacher() -> Architecture:
 
 @pytest.fixture
 def chain(teacher: Architecture) -> Chain:
-    """A chain of that teacher, without stages."""
+    """A chain with ``teacher`` and without stages."""
     return Chain("teacher", teacher, {})
 
 
 SMALL_STUDENT = ("stages.prune.target_hidden_size=64", "stages.prune.target_ffn_hidden_size=128")
-"""Sizes for the model of ``hf_folder``."""
+"""Sizes of a student of the model in ``hf_folder``."""
 
 
 @pytest.fixture
@@ -106,18 +106,19 @@ def plan(compose: Compose, tmp_path: Path, large_disk: None, versions_read_once:
     """Plans the width recipe for a large disk, by default without benchmarks and engines."""
 
     def planned(*overrides: str, recipe: str = RECIPE) -> Plan:
-        cfg = compose(*planned_words(recipe, overrides))
+        cfg = compose(*complete_overrides(recipe, overrides))
         return make_plan(cfg, settings_of(cfg), tmp_path / "run")
 
     return planned
 
 
-def planned_words(recipe: str, overrides: tuple[str, ...]) -> list[str]:
-    """Returns the words to compose; small recipes are by default without benchmarks and engines."""
-    decided = {override.partition("=")[0] for override in overrides}
+def complete_overrides(recipe: str, overrides: tuple[str, ...]) -> list[str]:
+    """Returns overrides to compose; by default, small recipes have no benchmarks and no engines."""
+    chosen_groups = {override.partition("=")[0] for override in overrides}
     if not recipe.endswith(("_prune", "shrink")):
-        decided |= {"tasks", "engine"}  # a search never has these groups; a large recipe needs them
-    absent = [f"{group}=null" for group in ("tasks", "engine") if group not in decided]
+        # Searches never have these groups. Large recipes need them.
+        chosen_groups |= {"tasks", "engine"}
+    absent = [f"{group}=null" for group in ("tasks", "engine") if group not in chosen_groups]
     return [recipe, *absent, *overrides]
 
 
@@ -142,15 +143,15 @@ def write_complete(stage: PlannedStage, content: str = "result") -> None:
         files=stamp_files(artifact),
         parameters=STUDENT.parameters() if kind.startswith("checkpoint") else None,
         input_content={
-            name: found.content()
+            name: result.content()
             for name, ref in stage.inputs.items()
-            if (found := read_manifest(ref.directory))
+            if (result := read_manifest(ref.directory))
         },
     )
     write_manifest(stage.directory, manifest)
 
 
-def record(plan: Plan) -> None:
+def write_last_plan(plan: Plan) -> None:
     """Writes the files of a plan that the launcher writes before it starts anything."""
     for stage in plan.stages:
         stage.request().write(stage.directory)
@@ -160,7 +161,7 @@ def record(plan: Plan) -> None:
 
 @pytest.fixture
 def complete() -> Complete:
-    """Completes all stages of a plan, or those named."""
+    """Completes all stages of a plan, or only the stages in ``names``."""
 
     def completed(plan: Plan, *names: str, content: str = "result") -> None:
         for stage in plan.stages:

@@ -19,14 +19,14 @@ DOCUMENTS = sorted(
     for pattern in ("*.md", "benchmarks/*.md", "docs/*.md")
     for file in REPO_ROOT.glob(pattern)
 )
-ADDED = ("A recipe", "A stage")
+EXAMPLES_WITH_FILES = ("A recipe", "A stage")
 CLI = "launch/run.py"
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the repository with the files of all examples."""
-    return copy_with(tmp_path_factory.mktemp("copy"), *ADDED)
+    return copy_with(tmp_path_factory.mktemp("copy"), *EXAMPLES_WITH_FILES)
 
 
 def test_examples_pass_the_linter(copy: Path) -> None:
@@ -47,7 +47,7 @@ def test_a_recipe_is_listed_and_planned(copy: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def run_dir(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of the example's command, which runs the added stage."""
+    """The directory of a run of the example's command, which runs the added stage."""
     directory = tmp_path_factory.mktemp("runs") / "run"
     [command] = [block.text for block in blocks("A stage") if block.language == "bash"]
     python, *arguments = shlex.split(command)
@@ -58,24 +58,24 @@ def run_dir(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_stage_runs_and_is_recorded(run_dir: Path) -> None:
-    made, plan = read_manifest(run_dir / "plan_csv"), read_manifest(run_dir / "plan")
-    assert made is not None
+    table, plan = read_manifest(run_dir / "plan_csv"), read_manifest(run_dir / "plan")
+    assert table is not None
     assert plan is not None
-    assert made.kind == "plan_table"
-    assert made.inputs == {"plan": plan.fingerprint}
+    assert table.kind == "plan_table"
+    assert table.inputs == {"plan": plan.fingerprint}
     with (run_dir / "plan_csv" / ARTIFACT / "plan.csv").open() as file:
         rows = dict(csv.reader(file))
     assert rows == {name: str(value) for name, value in plan.metrics["summary"].items()}
 
 
-def test_every_file_of_a_run_is_in_the_table(run_dir: Path) -> None:
-    found = {path.name for path in run_dir.iterdir() if path.is_file()}
-    found |= {f"<stage>/{path.name}" for path in (run_dir / "plan").iterdir()}
-    assert len(found) > 6
-    assert [name for name in found if not re.search(rf"`{re.escape(name)}/?`", TEXT)] == []
+def test_every_file_of_a_run_is_described(run_dir: Path) -> None:
+    names = {path.name for path in run_dir.iterdir() if path.is_file()}
+    names |= {f"<stage>/{path.name}" for path in (run_dir / "plan").iterdir()}
+    assert len(names) > 6
+    assert [name for name in names if not re.search(rf"`{re.escape(name)}/?`", TEXT)] == []
 
 
-def test_an_added_stage_has_its_check_and_its_schema(copy: Path, tmp_path: Path) -> None:
+def test_settings_of_an_added_stage_are_checked(copy: Path, tmp_path: Path) -> None:
     [command] = [block.text for block in blocks("A stage") if block.language == "bash"]
     arguments = [*shlex.split(command)[1:], f"run_dir={tmp_path}"]
     done = run(copy, *arguments, "stages.plan_csv.resources.devices=2")
@@ -87,8 +87,8 @@ def test_the_layers_in_the_text_are_those_of_the_linter() -> None:
     with (REPO_ROOT / "pyproject.toml").open("rb") as file:
         contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
     layers = [line.replace("recipes.", "").replace(" | ", ", ") for line in contracts[0]["layers"]]
-    [picture] = [block.text for block in blocks("Packages and layers") if block.language == "text"]
-    assert [line.split("  ")[0] for line in picture.splitlines()] == layers
+    [diagram] = [block.text for block in blocks("Packages and layers") if block.language == "text"]
+    assert [line.split("  ")[0] for line in diagram.splitlines()] == layers
     package = (REPO_ROOT / "recipes" / "__init__.py").read_text()
     assert [line.strip() for line in re.findall(r"^    (.+)$", package, re.M)] == layers
 
@@ -98,13 +98,12 @@ def test_names_in_documents_exist(document: str) -> None:
     text = (REPO_ROOT / document).read_text()
     paths = re.findall(r"\b(?:recipes|nemo_convert|launch|conf|benchmarks|tests)/[\w/.]*\w", text)
     modules = re.findall(r"-m ((?:recipes|nemo_convert|benchmarks)[.\w]*\w)", text)
-    # NAME is a placeholder.
     names = {*paths, *(module.replace(".", "/") for module in modules)}
-    added = {block.file for heading in ADDED for block in blocks(heading)}
+    added = {block.file for heading in EXAMPLES_WITH_FILES for block in blocks(heading)}
     missing = [
         name
         for name in names - added
-        if "NAME" not in name
+        if "NAME" not in name  # a placeholder
         and not any((REPO_ROOT / f"{name}{end}").exists() for end in ("", ".py"))
     ]
     assert names or document != "CONTRIBUTING.md"

@@ -1,4 +1,4 @@
-"""The website of the documents, the generated page of settings, and names of rules."""
+"""The website, the generated page of settings, and the names of rules in documents."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_the_site_is_made_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     pages = {page.stem for page in (site / "docs").glob("*.html")}
     assert pages == {page.stem for page in DOCS.glob("*.md")}
-    start = (site / "docs" / "index.html").read_text(encoding="utf-8")
-    assert [name for name in pages if f'href="{name}.html"' not in start] == ["index"]
+    index = (site / "docs" / "index.html").read_text(encoding="utf-8")
+    assert [name for name in pages if f'href="{name}.html"' not in index] == ["index"]
 
 
 def test_configuration_has_the_fields_of_the_code() -> None:
@@ -36,9 +36,9 @@ def test_configuration_has_the_fields_of_the_code() -> None:
 
 def test_rules_in_the_documents_are_real() -> None:
     trouble = (DOCS / "trouble.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"\[([a-z0-9-]+)\](?!\()", trouble))
+    rules = set(re.findall(r"\[([a-z0-9-]+)\](?!\()", trouble))
     for file in DOCS.glob("*.md"):
         text = file.read_text(encoding="utf-8")
-        named |= set(re.findall(r"\brule (?:\[|`)([a-z0-9-]+)(?:\]|`)", text))
-    assert len(named) > 10
-    assert named <= RULES.keys()
+        rules |= set(re.findall(r"\brule (?:\[|`)([a-z0-9-]+)(?:\]|`)", text))
+    assert len(rules) > 10
+    assert rules <= RULES.keys()

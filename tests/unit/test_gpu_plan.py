@@ -1,4 +1,4 @@
-"""The runner of the GPU tests: order, limits, dependencies, the table."""
+"""Tests the runner of the GPU tests: order, time limits, dependencies and the table."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ def test_a_failure_skips_only_the_steps_that_depend_on_it(tmp_path: Path) -> Non
 def test_each_step_and_the_whole_plan_have_time_limits(tmp_path: Path) -> None:
     results = run(tmp_path, step("slow", seconds=0.5), step("good"))
     assert [result.status for result in results] == [TIMEOUT, PASSED]
-    late = run(tmp_path, step("slow"), step("good"), minutes=0.5 / 60)
-    assert [result.status for result in late] == [TIMEOUT, SKIPPED]
-    assert late[1].reason == "the 0.00833333 minutes were over"
+    stopped = run(tmp_path, step("slow"), step("good"), minutes=0.5 / 60)
+    assert [result.status for result in stopped] == [TIMEOUT, SKIPPED]
+    assert stopped[1].reason == "the 0.00833333 minutes were over"
 
 
 def test_steps_come_after_their_dependencies() -> None:
     names = [step.name for step in STEPS]
     assert len(set(names)) == len(names)
-    for number, one in enumerate(STEPS):
-        assert set(one.after) <= set(names[:number]), one.name
-    without = [one.name for one in STEPS if DEVICE not in one.after]
-    assert without == ["imports", "reference", "rehearsal", DEVICE]
-    assert [one.name for one in plan.with_dependencies(["killed"])] == [
+    for index, item in enumerate(STEPS):
+        assert set(item.after) <= set(names[:index]), item.name
+    independent = [item.name for item in STEPS if DEVICE not in item.after]
+    assert independent == ["imports", "reference", "rehearsal", DEVICE]
+    assert [item.name for item in plan.with_dependencies(["killed"])] == [
         "imports", "reference", DEVICE, "training", "killed"
     ]  # fmt: skip
     with pytest.raises(SystemExit, match="there is no step 'loose'"):

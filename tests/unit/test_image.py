@@ -16,7 +16,7 @@ def test_dockerfile_is_clean() -> None:
     subprocess.run([Path(sys.executable).with_name("hadolint"), DOCKERFILE], check=True)
 
 
-def test_image_runs_as_no_root_and_holds_no_secret() -> None:
+def test_image_does_not_run_as_root_and_holds_no_secret() -> None:
     text = DOCKERFILE.read_text()
     stages = re.split(r"^FROM ", text, flags=re.MULTILINE)[1:]
     users = [re.findall(r"^USER (\S+)", stage, flags=re.MULTILINE) for stage in stages]

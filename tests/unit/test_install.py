@@ -15,7 +15,7 @@ from recipes.core.files import REPO_ROOT
 from tests.support.installing import require_package_index
 
 INSTALLED = ("packaging", "setuptools", "einops")
-"""Packages of the lock that these tests install; the whole lock takes gigabytes."""
+"""Packages that these tests install; installing all packages of the lock takes gigabytes."""
 
 IMPORTED = ("megatron.core", "modelopt.torch", "nemo.collections.llm", "transformer_engine.pytorch")
 
@@ -46,9 +46,9 @@ def checkout(tmp_path: Path) -> Path:
     )
     lock = (REPO_ROOT / "requirements" / "dev.txt").read_text()
     entries = re.findall(r"^[\w.-]+==.*\n(?:    .*\n)+", lock, re.M)
-    few = [entry for entry in entries if entry.partition("==")[0] in INSTALLED]
-    assert len(few) == len(INSTALLED)
-    (checkout / "requirements" / "dev.txt").write_text("".join(few))
+    short_lock = [entry for entry in entries if entry.partition("==")[0] in INSTALLED]
+    assert len(short_lock) == len(INSTALLED)
+    (checkout / "requirements" / "dev.txt").write_text("".join(short_lock))
     image = tmp_path / "image"
     for name, version, requires in (
         ("torch", "2.9.0a0+50eac811a6.nv25.09", ""),

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 ALL_RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 RECIPES = [name for name in ALL_RECIPES if name.endswith("_prune")]
-"""Recipes for the embedded model and one CPU."""
-WHOLE = [*RECIPES, "shrink"]
-"""The same, and the recipe that first searches for a shape."""
+"""Recipes for the model that the repository contains, and one CPU."""
+SMALL = [*RECIPES, "shrink"]
+"""``RECIPES``, and the recipe that first searches for a shape."""
 SEARCHES = [name for name in ALL_RECIPES if name.endswith("_search")]
-LARGE = [name for name in ALL_RECIPES if name not in (*WHOLE, *SEARCHES)]
-"""Published recipes, on GPUs."""
+LARGE = [name for name in ALL_RECIPES if name not in (*SMALL, *SEARCHES)]
+"""Recipes of published models, for GPUs."""
 STAGES = sorted(folder.name for folder in (CONF / "stage").iterdir())
 STAGE_FILES = sorted((CONF / "stage").glob("*/*.yaml"))
 
@@ -51,7 +51,7 @@ def test_recipes_are_short_and_described(recipe: str) -> None:
     assert "\n" not in description
 
 
-@pytest.mark.parametrize("recipe", WHOLE)
+@pytest.mark.parametrize("recipe", SMALL)
 def test_recipes_plan_every_stage(recipe: str, plan: MakePlan) -> None:
     planned = plan("engine=openvino", recipe=f"recipe={recipe}")
     assert {stage.action for stage in planned.stages} == {"run"}
@@ -85,12 +85,12 @@ def test_recipes_prune_by_a_fraction_of_any_model(
     student = planned.chain.shape_of("prune")
     assert tuple(getattr(student, axis) for axis in SIZES) == sizes
     teacher = planned.chain.teacher
-    numbers = {a: n for a, n in zip(SIZES, sizes, strict=True) if n != getattr(teacher, a)}
-    words += [f"stages.prune.target_{axis}={number}" for axis, number in numbers.items()]
-    same = plan(*words, recipe=f"recipe={recipe}")
-    assert [s.fingerprint for s in same.stages] == [s.fingerprint for s in planned.stages]
+    targets = {a: n for a, n in zip(SIZES, sizes, strict=True) if n != getattr(teacher, a)}
+    words += [f"stages.prune.target_{axis}={number}" for axis, number in targets.items()]
+    by_number = plan(*words, recipe=f"recipe={recipe}")
+    assert [s.fingerprint for s in by_number.stages] == [s.fingerprint for s in planned.stages]
     [prune] = [stage.config for stage in planned.stages if stage.name == "prune"]
-    assert {axis: getattr(prune, f"target_{axis}") for axis in numbers} == numbers
+    assert {axis: getattr(prune, f"target_{axis}") for axis in targets} == targets
 
 
 def test_a_recipe_overrides_the_groups_of_its_chain(compose: Compose, tmp_path: Path) -> None:
@@ -121,10 +121,10 @@ def test_a_recipe_overrides_the_groups_of_its_chain(compose: Compose, tmp_path: 
 def test_the_engine_is_chosen(
     recipe: str, engine: str, student: str | None, plan: MakePlan
 ) -> None:
-    """The report shows the built engine, which is made of the last student in the chain."""
+    """The engine is built from the last student of the chain, and the report shows it."""
     sizes = ["stages.prune.target_hidden_size=128", "stages.prune.target_ffn_hidden_size=128"]
-    heads = "stages.build_engine.backend=tensorrt_llm_pytorch"  # no kernel for this head size
-    options = [heads] if engine.startswith("tensorrt_llm") else []
+    backend = "stages.build_engine.backend=tensorrt_llm_pytorch"  # no kernel for this head size
+    options = [backend] if engine.startswith("tensorrt_llm") else []
     planned = {
         s.name: s
         for s in plan(f"engine={engine}", *sizes, *options, recipe=f"recipe={recipe}").stages
@@ -156,7 +156,7 @@ def test_the_engine_is_chosen(
     ],
 )
 def test_the_teacher_is_chosen(recipe: str, teacher: str, order: list[str], plan: MakePlan) -> None:
-    """Each stage in ``order`` has the one before as its teacher; evaluation uses the original."""
+    """Each stage in ``order`` has the previous one as its teacher; evaluation uses the original."""
     planned = {s.name: s for s in plan(f"teacher={teacher}", recipe=f"recipe={recipe}").stages}
     for before, after in pairwise(order):
         assert planned[after].config.inputs["teacher"] == before
@@ -164,7 +164,7 @@ def test_the_teacher_is_chosen(recipe: str, teacher: str, order: list[str], plan
     assert len(planned) == 7 + len(order)
 
 
-@pytest.mark.parametrize("recipe", WHOLE)
+@pytest.mark.parametrize("recipe", SMALL)
 def test_recipes_compose_to_the_dataclasses_of_their_stages(recipe: str, compose: Compose) -> None:
     cfg = compose(f"recipe={recipe}")
     assert cfg.recipe_name == recipe
@@ -174,15 +174,15 @@ def test_recipes_compose_to_the_dataclasses_of_their_stages(recipe: str, compose
     assert {config.resources.devices for config in typed.values()} == {1}
 
 
-@pytest.mark.parametrize("recipe", WHOLE)
+@pytest.mark.parametrize("recipe", SMALL)
 def test_recipes_use_one_sequence_length(recipe: str, compose: Compose) -> None:
     typed = typed_stages(compose(f"recipe={recipe}", "data.seq_length=77"))
     lengths = {config.seq_length for config in typed.values() if hasattr(config, "seq_length")}
     assert lengths == {77}
 
 
-def large(recipe: str, plan: MakePlan, *overrides: str) -> Plan:
-    """A plan of a large recipe."""
+def plan_large(recipe: str, plan: MakePlan, *overrides: str) -> Plan:
+    """Plans a large recipe; skips the test if its model cannot be converted."""
     model = recipe.removesuffix("_2.5b").rpartition("_")[0]
     hf_path = str(OmegaConf.load(CONF / "model" / f"{model}.yaml").hf_path)
     [family] = CONFIGS[hf_path]["architectures"]
@@ -195,18 +195,20 @@ def large(recipe: str, plan: MakePlan, *overrides: str) -> Plan:
 
 @pytest.mark.parametrize("recipe", LARGE)
 def test_large_recipes_pass_preflight_on_their_hardware(recipe: str, plan: MakePlan) -> None:
-    """The only warnings are of the bundled config, and of the published large reductions."""
-    planned = large(recipe, plan)
-    half = {"large-reduction"} if recipe.startswith("llama3_1_8b") else set()
-    assert {note.rule.name for note in planned.notes} - {"bundled-config"} == half
+    """The only warnings are about the bundled config, and about published large reductions."""
+    planned = plan_large(recipe, plan)
+    expected = {"large-reduction"} if recipe.startswith("llama3_1_8b") else set()
+    assert {note.rule.name for note in planned.notes} - {"bundled-config"} == expected
     assert planned.chain.hardware.name == "h100"
-    job = planned.chain.workloads["distill"]
-    assert job.teacher is not None
-    assert training_cost(job, planned.chain.hardware).memory.total < 80e9 * USABLE_MEMORY_FRACTION
-    assert (job.layout.nodes == 1) == recipe.endswith("_2.5b")
-    read = {"import_hf", "score", "evaluate", "export_hf"}
-    read |= {"evaluate_tasks", "export_teacher", "measure_speed"}
-    assert planned.chain.inference_costs.keys() == read
+    workload = planned.chain.workloads["distill"]
+    assert workload.teacher is not None
+    assert (
+        training_cost(workload, planned.chain.hardware).memory.total < 80e9 * USABLE_MEMORY_FRACTION
+    )
+    assert (workload.layout.nodes == 1) == recipe.endswith("_2.5b")
+    stages = {"import_hf", "score", "evaluate", "export_hf"}
+    stages |= {"evaluate_tasks", "export_teacher", "measure_speed"}
+    assert planned.chain.inference_costs.keys() == stages
     for name, cost in planned.chain.inference_costs.items():
         config = planned.chain.stages[name]
         assert cost.memory.total < 80e9 * USABLE_MEMORY_FRACTION
@@ -215,41 +217,41 @@ def test_large_recipes_pass_preflight_on_their_hardware(recipe: str, plan: MakeP
 
 @pytest.mark.parametrize("recipe", LARGE)
 def test_large_recipes_measure_on_a_node_and_end_with_gates(recipe: str, plan: MakePlan) -> None:
-    """Eight ranks take an eighth of the time. One override omits benchmarks, gates or engines."""
-    planned = large(recipe, plan)
+    """Eight ranks take an eighth of the time. Benchmarks, gates and engines can be left out."""
+    planned = plan_large(recipe, plan)
     measured = ("score", "evaluate", "evaluate_tasks")
     assert {planned.chain.stages[name].resources.ranks for name in measured} == {8}
-    one = large(recipe, plan, *(f"stages.{name}.resources.devices=1" for name in measured))
+    one_device = [f"stages.{name}.resources.devices=1" for name in measured]
+    on_one_rank = plan_large(recipe, plan, *one_device)
     hardware = planned.chain.hardware
     for name in measured:
-        hours, alone = (p.chain.inference_costs[name].hours(hardware) for p in (planned, one))
-        assert hours == pytest.approx(alone / 8, rel=0.02)
+        cost, slow_cost = (p.chain.inference_costs[name] for p in (planned, on_one_rank))
+        assert cost.hours(hardware) == pytest.approx(slow_cost.hours(hardware) / 8, rel=0.02)
     assert planned.chain.inference_costs["measure_speed"].hours(hardware) > 0
     [gate] = planned.gates
     assert gate.name == ("recovered.mmlu" if recipe.endswith("_2.5b") else "score.mmlu")
     assert "gsm8k_cot" in getattr(planned.chain.stages["evaluate_tasks"], "tasks")
-    assert not large(recipe, plan, "gates=[]").gates
-    without = large(recipe, plan, "tasks=null", "engine=null")
-    assert not without.gates
-    assert not {"evaluate_tasks", "build_engine", "measure_speed"} & without.chain.stages.keys()
+    assert not plan_large(recipe, plan, "gates=[]").gates
+    minimal = plan_large(recipe, plan, "tasks=null", "engine=null")
+    assert not minimal.gates
+    assert not {"evaluate_tasks", "build_engine", "measure_speed"} & minimal.chain.stages.keys()
 
 
-def test_llama_by_depth_keeps_the_published_layers(plan: MakePlan) -> None:
-    """It keeps layers 1 to 15 and the last one."""
-    prune: Any = large("llama3_1_8b_depth", plan).chain.stages["prune"]
+def test_depth_pruned_llama_keeps_the_published_layers(plan: MakePlan) -> None:
+    """It keeps layers 1 to 15 and the last layer."""
+    prune: Any = plan_large("llama3_1_8b_depth", plan).chain.stages["prune"]
     assert set(range(1, 33)) - set(prune.drop_layers) == {*range(1, 16), 32}
 
 
 def test_plan_warns_of_text_that_forbids_commercial_use(plan: MakePlan) -> None:
-    [note] = [
-        n for n in large("qwen3_8b_depth", plan, "data=climbmix").notes if n.rule.name == "licence"
-    ]
+    notes = plan_large("qwen3_8b_depth", plan, "data=climbmix").notes
+    [note] = [note for note in notes if note.rule.name == "licence"]
     assert "CC-BY-NC-4.0, forbids commercial use" in note.what
 
 
 @pytest.mark.parametrize("data", ["fineweb_edu", "instruct_blend"])
 def test_large_recipes_take_other_text(data: str, plan: MakePlan) -> None:
-    planned = large("qwen3_8b_depth", plan, f"data={data}")
+    planned = plan_large("qwen3_8b_depth", plan, f"data={data}")
     configs = {stage.name: vars(stage.config) for stage in planned.stages}
     assert all("licence=" in source for source in configs["prepare_data"]["sources"])
     blend = {"web": 30, "math": 30, "code": 20, "science": 15, "chat": 5}
@@ -273,10 +275,10 @@ def test_large_recipes_are_the_published_ones(
     plan: MakePlan,
 ) -> None:
     for name, budget in ((recipe, tokens), (f"{recipe}_2.5b", 2.5e9)):
-        job = large(name, plan).chain.workloads["distill"]
-        assert job.trained is not None
-        assert job.trained.parameters() == pytest.approx(parameters, rel=0.002)
-        assert job.tokens == pytest.approx(budget, rel=0.01)
+        workload = plan_large(name, plan).chain.workloads["distill"]
+        assert workload.trained is not None
+        assert workload.trained.parameters() == pytest.approx(parameters, rel=0.002)
+        assert workload.tokens == pytest.approx(budget, rel=0.01)
 
 
 @pytest.mark.parametrize("recipe", [name for name in LARGE if name.startswith("qwen3")])
@@ -285,10 +287,10 @@ def test_qwen3_has_the_cheapest_layout_and_the_published_one_fits_too(
 ) -> None:
     costs = []
     for overrides in ((), ("stages.distill.tensor_model_parallel_size=8",)):
-        planned = large(recipe, plan, *overrides)
-        job, hardware = planned.chain.workloads["distill"], planned.chain.hardware
-        costs.append(training_cost(job, hardware).device_hours)
-    cheapest = cheapest_proposal(job, hardware, job.layout.ranks, job.layout.devices)
+        planned = plan_large(recipe, plan, *overrides)
+        workload, hardware = planned.chain.workloads["distill"], planned.chain.hardware
+        costs.append(training_cost(workload, hardware).device_hours)
+    cheapest = cheapest_proposal(workload, hardware, workload.layout.ranks, workload.layout.devices)
     assert cheapest is not None
     assert cheapest.cost.device_hours == pytest.approx(costs[0], rel=1e-3)
     assert costs[0] < 0.97 * costs[1]
@@ -306,22 +308,23 @@ def test_the_search_of_a_large_model_lists_the_published_shape(plan: MakePlan) -
 
 
 def test_every_large_recipe_has_a_small_budget() -> None:
-    whole = {name for name in LARGE if not name.endswith("_2.5b")}
-    assert {f"{name}_2.5b" for name in whole} == set(LARGE) - whole
-    assert len(whole) == 5
+    full_budget = {name for name in LARGE if not name.endswith("_2.5b")}
+    assert {f"{name}_2.5b" for name in full_budget} == set(LARGE) - full_budget
+    assert len(full_budget) == 5
 
 
 @pytest.mark.parametrize("recipe", [name for name in LARGE if not name.endswith("_2.5b")])
-def test_small_budget_differs_only_where_the_miniature_does(recipe: str, compose: Compose) -> None:
+def test_a_small_budget_changes_only_replaced_settings(recipe: str, compose: Compose) -> None:
+    # The miniature run replaces these settings.
     replaced = [*settings("distill", **DISTILL), "stages.prepare_data.max_tokens=1"]
-    whole, small = (
+    full_budget, small_budget = (
         OmegaConf.to_container(compose(f"recipe={name}", *replaced).stages, resolve=True)
         for name in (recipe, f"{recipe}_2.5b")
     )
-    for stages in (whole, small):
+    for stages in (full_budget, small_budget):
         del stages["report"]["title"], stages["report"]["description"], stages["report"]["gates"]
         del stages["export_hf"]["recipe"]
-    assert small == whole
+    assert small_budget == full_budget
 
 
 @pytest.mark.parametrize("file", STAGE_FILES, ids=lambda f: f"{f.parent.name}/{f.stem}")
@@ -329,6 +332,6 @@ def test_stage_configs_name_their_stage_and_inputs(file: Path) -> None:
     cfg: Any = OmegaConf.to_container(OmegaConf.load(file))
     assert cfg["defaults"] == ["schema", "_self_"]
     assert cfg["stage"] == file.parent.name
-    found = load_stage(cfg["stage"])
-    allowed = {*found.inputs, *found.optional_inputs}
-    assert found.inputs.keys() <= cfg.get("inputs", {}).keys() <= allowed
+    stage = load_stage(cfg["stage"])
+    allowed = {*stage.inputs, *stage.optional_inputs}
+    assert stage.inputs.keys() <= cfg.get("inputs", {}).keys() <= allowed

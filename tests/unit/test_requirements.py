@@ -30,8 +30,8 @@ NO_NETWORK = re.compile(r"Failed to fetch|error sending request|Network connecti
 
 
 def pins(file: Path, python: str) -> dict[str, str]:
-    """Versions that a file installs on Linux with a Python."""
-    where = {
+    """Returns the versions that a file installs on Linux with a version of Python."""
+    platform = {
         "python_full_version": python,
         "python_version": python.rpartition(".")[0],
         "implementation_name": "cpython",
@@ -41,7 +41,7 @@ def pins(file: Path, python: str) -> dict[str, str]:
     return {
         name: version
         for name, version, marker, _ in PIN.findall(file.read_text())
-        if Marker(marker).evaluate(where)
+        if Marker(marker).evaluate(platform)
     }
 
 
@@ -69,27 +69,27 @@ def test_pins_are_within_the_ranges(python: str) -> None:
         (stack | {"torch": torch["torch"]}, ["cpu", "launcher", "tasks", "train"]),
         (dev | torch, ["dev", "docs", "mlflow", "wandb"]),
     ):
-        for one in ranges(*extras):
-            assert one.specifier.contains(pinned[canonicalize_name(one.name)]), one
+        for required in ranges(*extras):
+            assert required.specifier.contains(pinned[canonicalize_name(required.name)]), required
 
 
 @pytest.mark.parametrize(
-    ("name", "own"), [("stack.txt", "transformer-engine"), ("engine.txt", "transformers$")]
+    ("name", "pattern"), [("stack.txt", "transformer-engine"), ("engine.txt", "transformers$")]
 )
-def test_image_keeps_the_packages_of_its_container(name: str, own: str) -> None:
-    image = pins(REQUIREMENTS / name, PYTHONS[-1])
-    container = re.compile(rf"torch(vision)?$|triton$|cuda-|nvidia-(cu|nc|nv)|{own}")
-    assert not [name for name in image if container.match(name)]
+def test_an_image_keeps_the_packages_of_its_base_image(name: str, pattern: str) -> None:
+    installed = pins(REQUIREMENTS / name, PYTHONS[-1])
+    of_base_image = re.compile(rf"torch(vision)?$|triton$|cuda-|nvidia-(cu|nc|nv)|{pattern}")
+    assert not [name for name in installed if of_base_image.match(name)]
 
 
-def test_libraries_of_fingerprints_have_one_version() -> None:
+def test_libraries_in_fingerprints_have_one_version() -> None:
     """An image keeps any version in range, but its fingerprints use the locked version."""
-    exact = {one.name for one in ranges("train") if str(one.specifier).startswith("==")}
+    exact = {item.name for item in ranges("train") if str(item.specifier).startswith("==")}
     assert set(RESULT_LIBRARIES) - exact == {"torch"}
 
 
 def test_kernels_package_is_not_pinned() -> None:
-    """With it, transformers 4.57 runs code that a config.json names (CVE-2026-4372)."""
+    """With this package, transformers 4.57 runs code that a config.json names (CVE-2026-4372)."""
     assert "kernels" not in pins(REQUIREMENTS / "dev.txt", PYTHONS[-1])
 
 
@@ -117,13 +117,13 @@ def test_make_lock_keeps_the_pins(tmp_path: Path) -> None:
 def test_make_sbom_lists_what_is_installed(tmp_path: Path) -> None:
     make("sbom", tmp_path)
     components = json.loads((tmp_path / "sbom.json").read_text())["components"]
-    names = {canonicalize_name(one["name"]) for one in components}
+    names = {canonicalize_name(component["name"]) for component in components}
     assert {"torch", "nemo-toolkit", "megatron-core", "pip-licenses"} <= names
 
 
 def test_licences_of_all_packages_are_listed() -> None:
     command = [Path(sys.prefix, "bin", "pip-licenses"), "--format=json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    licences = {one["Name"]: one["License"] for one in json.loads(done.stdout)}
+    licences = {package["Name"]: package["License"] for package in json.loads(done.stdout)}
     assert "Apache" in licences["transformers"]
     assert all(licences.values())

@@ -12,7 +12,7 @@ from launch.run_status import read_statuses
 from recipes.core.errors import RecipeError
 from tests.support.manifests import edit_manifest
 from tests.support.runs import STAGES, manifest_of
-from tests.unit.conftest import RECIPE, record, stage_named
+from tests.unit.conftest import RECIPE, stage_named, write_last_plan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 OTHER_LR = "stages.distill.lr=2e-4"
 SAME_LR = "stages.distill.lr=3e-4"
-LR = "lr changed 0.0003 → 0.0002"
+LR_CHANGED = "lr changed 0.0003 → 0.0002"
 
 
 @pytest.fixture
 def run(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
     """A complete run whose distillation took an hour on four devices."""
     planned = plan(SAME_LR)
-    record(planned)
+    write_last_plan(planned)
     complete(planned)
     run = tmp_path / "run"
     config = manifest_of(run, "distill").config | {"resources": {"nodes": 2, "devices": 2}}
@@ -50,23 +50,23 @@ def test_stale_expensive_result_stops_the_plan_with_reasons_and_cost(
     run: Path, plan: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     message = refusal(plan, OTHER_LR)
-    assert f"\n  distill, 4 device-hours: {LR}\n" in message
+    assert f"\n  distill, 4 device-hours: {LR_CHANGED}\n" in message
     assert message.endswith("accept=[distill] to keep them, or force=[distill] to replace them")
     assert actions(plan(OTHER_LR, "confirm_above=4"))["distill"] == "run"
     assert actions(plan(OTHER_LR, "force=[distill]"))["distill"] == "run"
-    student = refusal(plan, SAME_LR, "stages.prune.target_hidden_size=448")
-    assert "4 device-hours: its input student changed" in student
+    message = refusal(plan, SAME_LR, "stages.prune.target_hidden_size=448")
+    assert "4 device-hours: its input student changed" in message
     assert "4 device-hours: prune runs again" in refusal(plan, SAME_LR, "force=[prune]")
     monkeypatch.setattr("recipes.core.run_state.result_versions", lambda _: {"torch": "1.0"})
     assert re.search(r"its version of torch \(\S+ → 1.0\) changed", refusal(plan, SAME_LR))
 
 
 def test_accepted_result_feeds_later_stages_as_it_is(run: Path, plan: MakePlan) -> None:
-    """Only results that cite manifests are written again: the model card and the report."""
+    """Only the model card and the report are written again, because they cite the acceptance."""
     planned = plan(OTHER_LR, "accept=[distill]")
     assert actions(planned) == dict.fromkeys(STAGES, "skip") | {"export_hf": "run", "report": "run"}
     distill = stage_named(planned, "distill")
-    assert distill.reason == f"accepted although {LR}"
+    assert distill.reason == f"accepted although {LR_CHANGED}"
     assert distill.fingerprint == manifest_of(run, "distill").fingerprint
     assert actions(plan(OTHER_LR, "accept=[distill]", "only=[report]")) == {"report": "run"}
     assert actions(plan(OTHER_LR, "accept=distill", "force=[evaluate]"))["evaluate"] == "run"
@@ -76,9 +76,9 @@ def test_acceptance_is_recorded_until_the_stage_changes_again(
     run: Path, launch: Launch, plan: MakePlan, complete: Complete
 ) -> None:
     words = (RECIPE, f"run_dir={run}", "tasks=null", "engine=null", "skip_rules=[disk]")
-    dry = launch(*words, OTHER_LR, "accept=[distill]", "dry_run=true")
-    assert dry.returncode == 0, dry.stderr
-    assert "accepted although lr changed" in dry.stdout
+    dry_run = launch(*words, OTHER_LR, "accept=[distill]", "dry_run=true")
+    assert dry_run.returncode == 0, dry_run.stderr
+    assert "accepted although lr changed" in dry_run.stdout
     assert manifest_of(run, "distill").accepted is None
     accepted = plan(OTHER_LR, "accept=[distill]")
     complete(accepted, "export_hf", "report")
@@ -87,13 +87,13 @@ def test_acceptance_is_recorded_until_the_stage_changes_again(
     acceptance = manifest_of(run, "distill").accepted
     assert acceptance == stage_named(accepted, "distill").accepted
     assert acceptance is not None
-    assert acceptance.reasons == [LR]
-    for word in ((), ("accept=[distill]",)):
-        again = launch(*words, OTHER_LR, *word)
+    assert acceptance.reasons == [LR_CHANGED]
+    for accept in ((), ("accept=[distill]",)):
+        again = launch(*words, OTHER_LR, *accept)
         assert "everything was complete, nothing ran" in again.stdout, again.stdout + again.stderr
     assert {stage.status for stage in read_statuses(run)} == {"complete"}
     assert "lr changed 0.0003 → 0.0001" in refusal(plan, "stages.distill.lr=1e-4")
-    assert f"{LR}, prune runs again" in refusal(plan, OTHER_LR, "force=[prune]")
+    assert f"{LR_CHANGED}, prune runs again" in refusal(plan, OTHER_LR, "force=[prune]")
     assert plan(SAME_LR).acceptances == {run / "distill": None}
 
 

@@ -1,4 +1,4 @@
-"""Commands about runs on this machine; ``tests/slurm`` has those about jobs of Slurm."""
+"""Commands about runs on this machine; ``tests/slurm`` tests the commands about Slurm jobs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from recipes.core.manifest import MANIFEST
 from recipes.core.run_state import begin_work, record_failure, stage_state
 from recipes.core.snapshot import CODE
 from tests.support.manifests import edit_manifest, unfinished_manifest
-from tests.unit.conftest import SMALL_STUDENT, record, stage_named
+from tests.unit.conftest import SMALL_STUDENT, stage_named, write_last_plan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +36,7 @@ SLOW_IMPORT = """\
 import time
 try:
     print("importing", flush=True)
-    for _ in range(6000):  # a signal just before a sleep is handled only after it
+    for _ in range(6000):  # a signal just before a sleep is handled only after the sleep
         time.sleep(0.1)
 except BaseException:
     pass
@@ -50,7 +50,7 @@ def run_dir(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
     complete(
         planned, *(stage.name for stage in planned.stages if stage.name not in ("distill", *AFTER))
     )
-    record(planned)
+    write_last_plan(planned)
     distill = stage_named(planned, "distill")
     begin_work(distill.directory, unfinished_manifest(distill.request()))
     log = distill.directory / "logs" / "1.log"
@@ -65,11 +65,11 @@ def states(run_dir: Path) -> dict[str, str]:
     return {stage.name: stage.status for stage in read_statuses(run_dir)}
 
 
-def test_interrupted_run(run_dir: Path, launch: Launch) -> None:
-    found = states(run_dir)
-    assert list(found)[-4:] == ["distill", *AFTER]
-    assert list(found.values())[-4:] == ["interrupted"] + ["not started"] * 3
-    assert set(list(found.values())[:-4]) == {"complete"}
+def test_status_of_an_interrupted_run(run_dir: Path, launch: Launch) -> None:
+    statuses = states(run_dir)
+    assert list(statuses)[-4:] == ["distill", *AFTER]
+    assert list(statuses.values())[-4:] == ["interrupted"] + ["not started"] * 3
+    assert set(list(statuses.values())[:-4]) == {"complete"}
     shown = launch("status", f"run_dir={run_dir}")
     assert shown.returncode == 0, shown.stderr
     assert re.search(r"distill +interrupted +distill 3/60, 0:01:54 left *$", shown.stdout, re.M)
@@ -93,7 +93,7 @@ def test_result_with_another_fingerprint_is_not_complete(run_dir: Path) -> None:
     assert states(run_dir)["prune"] == "not started"
 
 
-def test_running_stage_is_the_one_its_launcher_names(run_dir: Path) -> None:
+def test_the_stage_in_the_lock_file_is_running(run_dir: Path) -> None:
     with lock.acquire(run_dir) as set_stage:
         set_stage("distill")
         assert list(states(run_dir).values())[-4:] == ["running"] + ["pending"] * 3
@@ -113,7 +113,7 @@ def test_reading_the_holder_does_not_keep_a_launcher_from_starting(
             assert lock.read_holder(run_dir) is not None
 
 
-def row(launch: Launch, run_dir: Path) -> str:
+def listed_run(launch: Launch, run_dir: Path) -> str:
     shown = launch("runs", str(run_dir.parent))
     assert shown.returncode == 0, shown.stderr
     return shown.stdout.splitlines()[2]
@@ -122,23 +122,23 @@ def row(launch: Launch, run_dir: Path) -> str:
 def test_runs_are_listed_with_their_state_and_results(
     run_dir: Path, plan: MakePlan, complete: Complete, launch: Launch
 ) -> None:
-    unfinished = row(launch, run_dir)
+    unfinished = listed_run(launch, run_dir)
     assert "llama_width_prune" in unfinished
     assert "interrupted at distill" in unfinished
     assert "perplexity" not in unfinished
     complete(plan())
-    finished = row(launch, run_dir)
+    finished = listed_run(launch, run_dir)
     assert " complete " in finished
     assert "perplexity 20.5 → 938.0 → 45.3, recovered 79%" in finished
     assert "86.5 M" in finished
     assert finished.rstrip().endswith("now")
     (run_dir / "prune" / MANIFEST).write_text("{")
-    assert "unreadable: see status" in row(launch, run_dir)
+    assert "unreadable: see status" in listed_run(launch, run_dir)
     assert "is not a readable manifest" in launch("status", f"run_dir={run_dir}").stderr
 
 
 def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launch) -> None:
-    """It deletes nothing without ``--yes``, or while the run is running."""
+    """The command deletes nothing without ``--yes``, or while a launcher runs the run."""
     (run_dir / CODE / "hash").mkdir(parents=True)
     other = run_dir.with_name("other")
     shutil.copytree(run_dir, other)
@@ -156,7 +156,7 @@ def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launc
     other_files = sorted(other.rglob("*"))
     assert launch("runs", "clean", str(run_dir), "--yes").returncode == 0
     folders = {folder.name for folder in run_dir.iterdir() if folder.is_dir()}
-    assert folders == {"import_hf", CODE}, "and the code of the stage that is kept"
+    assert folders == {"import_hf", CODE}, "the remaining stage needs the code"
     assert (run_dir / "import_hf" / MANIFEST).exists()
     assert sorted(other.rglob("*")) == other_files
     assert launch("runs", "clean", str(run_dir), str(other), "--yes").returncode == 0
@@ -190,7 +190,7 @@ def test_invalid_commands_are_refused(
     assert message in refused.stderr
 
 
-def test_cancelled_launcher_stops_as_with_ctrl_c(
+def test_cancel_stops_a_launcher_like_ctrl_c(
     root: Path, tmp_path: Path, hf_folder: Path, run_dir: Path, launch: Launch
 ) -> None:
     assert "nothing runs" in launch("cancel", f"run_dir={run_dir}").stdout
@@ -212,8 +212,8 @@ def test_cancelled_launcher_stops_as_with_ctrl_c(
     assert lock.read_holder(run_dir) is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_while_it_imports(root: Path, tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_imports(root: Path, tmp_path: Path, sent: signal.Signals) -> None:
     """Importing Hydra takes time, and hides exceptions that are raised during the import."""
     (tmp_path / "hydra.py").write_text(SLOW_IMPORT)
     launcher = subprocess.Popen(
@@ -222,12 +222,12 @@ def test_interrupted_while_it_imports(root: Path, tmp_path: Path, number: signal
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # A shell starts programs in the background with SIGINT ignored.
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+        # A shell may have started this test in the background, with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL),
     )
     assert launcher.stdout
     assert launcher.stdout.readline() == "importing\n"
-    launcher.send_signal(number)
+    launcher.send_signal(sent)
     output, _ = launcher.communicate(timeout=120)
     assert (launcher.returncode, output) == (130, "interrupted\n")
 

@@ -41,10 +41,10 @@ def page(sweep: Path) -> Page:
     out = sweep.parent / "compare.html"
     console = Console(file=StringIO(), soft_wrap=True)
     compare([str(sweep), f"out={out}"], console)
-    first, second = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert first == f"4 runs compared in {out}"
-    assert second.startswith("best: sweep/1, ")
-    assert "38.47" in second
+    title, verdict_line = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert title == f"4 runs compared in {out}"
+    assert verdict_line.startswith("best: sweep/1, ")
+    assert "38.47" in verdict_line  # the perplexity, exp(3.65)
     return Page(out.read_text(encoding="utf-8"))
 
 
@@ -75,10 +75,11 @@ def test_page_shows_the_numbers_of_the_manifests(page: Page, sweep: Path) -> Non
 
 def test_pareto_fronts_have_the_runs_that_no_other_run_beats(sweep: Path) -> None:
     plots = compare_runs([read_run(run) for run in find_runs([sweep])])["plots"]
+    # Points have the numbers of their rows, which start at 1.
     fronts = [re.findall(r"<title>(\d): [^<]*on the Pareto front", plot["plot"]) for plot in plots]
-    assert fronts[0] == ["2"], "all runs have the same size, so only the best perplexity is on it"
+    assert fronts[0] == ["2"], "all runs have the same size, so only the best perplexity counts"
     assert fronts[2] == ["1", "2", "3"], "each slower run has a better perplexity"
-    assert pareto_front([(1, 1), (1, 1), (2, 1), (2, 2)]) == {0, 1}, "equal runs are both on it"
+    assert pareto_front([(1, 1), (1, 1), (2, 1), (2, 2)]) == {0, 1}, "equal runs both count"
 
 
 def test_runs_that_are_not_significantly_worse_are_named(tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_runs_that_are_not_significantly_worse_are_named(tmp_path: Path) -> None
 
 
 def test_mean_scores_are_of_the_tasks_that_all_runs_have_in_common(tmp_path: Path) -> None:
-    """The same items count only once: piqa is missing in one run, and sciq has fewer items."""
+    """Two tasks do not count: one run lacks piqa, and another has fewer items of sciq."""
     paths = [make_run(tmp_path / name) for name in ("a", "b", "c")]
     runs = [read_run(path) for path in paths]
     del runs[1].stages["tasks"].metrics["tasks"]["piqa"]
@@ -106,7 +107,7 @@ def test_a_run_on_other_text_is_flagged_and_not_in_plots(page: Page, sweep: Path
     assert "sweep/10: evaluated on other held-out text" in text
     content = compare_runs([read_run(run) for run in find_runs([sweep])])
     assert content["best"] == "sweep/1"
-    assert all(">4<" not in plot["plot"] for plot in content["plots"])
+    assert all(">4<" not in plot["plot"] for plot in content["plots"]), "sweep/10 is the fourth run"
 
 
 def test_a_run_on_other_sequences_of_the_same_text_is_flagged(tmp_path: Path) -> None:
@@ -143,8 +144,8 @@ def test_only_settings_that_differ_are_shown(page: Page) -> None:
     assert "distill.lr" in text
     assert "distill.max_steps" in text
     assert {1e-3, 3e-4} <= page.numbers()
-    for same in ("distill.seed", "prune.target_hidden_size", "inputs", "resources"):
-        assert same not in text
+    for equal in ("distill.seed", "prune.target_hidden_size", "inputs", "resources"):
+        assert equal not in text
 
 
 def test_paired_difference_has_the_standard_error_of_the_differences() -> None:

@@ -58,9 +58,10 @@ def test_plan_shows_action_and_reason(screen: Console, plan: MakePlan, complete:
     assert "a [draft]" in text_of(screen)
 
 
-def test_text_that_was_tokenized_before_is_said_to_be_compared_with_nothing(
+def test_tokenized_text_is_reported_as_not_compared(
     screen: Console, plan: MakePlan, tmp_path: Path
 ) -> None:
+    # Megatron's index of one document with 900 tokens of two bytes.
     index = struct.pack("<9sQBQQ", b"MMIDIDX", 1, 8, 1, 2) + struct.pack("<iqqq", 900, 0, 0, 1)
     (tmp_path / "corpus.idx").write_bytes(index)
     (tmp_path / "corpus.bin").write_bytes(bytes(1800))
@@ -110,7 +111,7 @@ def test_headline_of_an_evaluation(
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The follower's time, which stands still until a test changes it."""
+    """The follower's time, which changes only when a test changes it."""
     now = [100.0]
     monkeypatch.setattr("launch.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
@@ -193,7 +194,7 @@ def test_follower_waits_for_the_rest_of_a_line(screen: Console, stage: PlannedSt
 def test_follower_skips_records_of_an_earlier_start(
     screen: Console, stage: PlannedStage, log: MetricsLog, before: str
 ) -> None:
-    """Also a record that a kill truncated; the log ends its line before the next record."""
+    """It also skips a record that a kill truncated: the log starts a new line after it."""
     (stage.directory / METRICS).write_text(before)
     with Follower(stage, screen) as follower:
         log.progress("train", 2, 2)

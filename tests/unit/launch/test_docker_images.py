@@ -1,4 +1,4 @@
-"""Images of stages."""
+"""The container image of each stage."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 DOCKER = ("cluster=docker", "hardware=h100")
 PYTORCH = "stages.build_engine.backend=tensorrt_llm_pytorch"
-GENERATED = "stages.evaluate_served.tasks=[gsm8k_cot]"
-HEADS = {"openvino": (), "tensorrt_llm": (PYTORCH, GENERATED)}
+GENERATIVE_TASK = "stages.evaluate_served.tasks=[gsm8k_cot]"
+ENGINE_OVERRIDES = {"openvino": (), "tensorrt_llm": (PYTORCH, GENERATIVE_TASK)}
 
 
 @pytest.mark.parametrize("recipe", ["llama_width_prune", "shrink"])
 def test_images_are_chosen_by_what_a_stage_runs(plan: MakePlan, recipe: str) -> None:
-    """OpenVINO's stages run in the default image, those of TensorRT-LLM in its own."""
+    """Stages that run TensorRT-LLM use its image; all others, also with OpenVINO, the default."""
     engines = {"build_engine", "build_teacher_engine", "measure_speed", "evaluate_served"}
-    for engine in HEADS:
-        words = (*DOCKER, f"engine={engine}", "served=engine", *HEADS[engine])
+    for engine in ENGINE_OVERRIDES:
+        words = (*DOCKER, f"engine={engine}", "served=engine", *ENGINE_OVERRIDES[engine])
         planned = plan(*words, recipe=f"recipe={recipe}")
         in_engine_image = {s.name for s in planned.stages if s.image == "nemo-recipes-engine:0.1.0"}
         assert in_engine_image == (engines if engine == "tensorrt_llm" else set())
@@ -31,20 +31,20 @@ def test_images_are_chosen_by_what_a_stage_runs(plan: MakePlan, recipe: str) -> 
         }
 
 
-@pytest.mark.parametrize(("cluster", "absent"), [("docker", "~{}"), ("slurm", "{}=null")])
+@pytest.mark.parametrize(("cluster", "unset"), [("docker", "~{}"), ("slurm", "{}=null")])
 def test_a_missing_image_of_tensorrt_llm_is_refused(
-    plan: MakePlan, cluster: str, absent: str
+    plan: MakePlan, cluster: str, unset: str
 ) -> None:
-    """The default image does not contain it, and the engines are built after the training."""
+    """The default image lacks TensorRT-LLM; without a check, the run would fail after training."""
     words = (f"cluster={cluster}", "hardware=h100", "cluster.images.default=nemo:1")
-    absent = absent.format("cluster.images.tensorrt_llm")
+    unset = unset.format("cluster.images.tensorrt_llm")
     engine = ("engine=tensorrt_llm", PYTORCH)
     with pytest.raises(RecipeError, match="build_engine, measure_speed cannot run") as error:
-        plan(*words, absent, *engine)
+        plan(*words, unset, *engine)
     assert "cluster.images.tensorrt_llm is not set" in str(error.value)
     assert "engine=null" in str(error.value)
     with pytest.raises(RecipeError, match="does not exist") as error:
         plan(*words, "cluster.images.tensorrt_llm=/no.sqsh", *engine)
     assert "engine=null" in str(error.value)
-    assert plan(*words, absent, "engine=null")
+    assert plan(*words, unset, "engine=null")
     assert plan(*words, "cluster.images.tensorrt_llm=engine:1", *engine)

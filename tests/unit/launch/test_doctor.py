@@ -62,15 +62,16 @@ def test_doctor_imports_no_torch(root: Path) -> None:
 def test_a_wrong_or_missing_library_makes_recipes_impossible(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    installed = {"megatron-core": "0.16.0", "omegaconf": None}
+    fakes = {"megatron-core": "0.16.0", "omegaconf": None}
     real = versions.installed_version
-    monkeypatch.setattr(versions, "installed_version", lambda name: installed.get(name, real(name)))
+    monkeypatch.setattr(versions, "installed_version", lambda name: fakes.get(name, real(name)))
     status, text = run_doctor()
     assert status == 1
     assert "cannot run here: fix omegaconf ==2.3.0, megatron-core ==0.15.3" in text
 
 
 def test_a_launcher_that_lacks_a_library_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without RESULT_LIBRARIES this is an installation of the launcher, which misses omegaconf.
     absent = (*RESULT_LIBRARIES, "omegaconf")
     for module in (versions, doctor):
         monkeypatch.setattr(
@@ -92,7 +93,7 @@ def test_a_launcher_that_lacks_a_library_cannot_run(monkeypatch: pytest.MonkeyPa
         ("<2", "1.26.4", True),
     ],
 )
-def test_pins(specifier: str, version: str | None, is_satisfied: bool) -> None:
+def test_pin_ranges(specifier: str, version: str | None, is_satisfied: bool) -> None:
     assert Pin("x", specifier, version).is_satisfied is is_satisfied
 
 

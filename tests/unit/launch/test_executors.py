@@ -21,7 +21,7 @@ from recipes.core.files import REPO_ROOT
 from recipes.core.wheels import cache_dir
 from recipes.planning.training_cost import stopping_seconds
 from tests.support.launcher import write_program
-from tests.unit.conftest import SMALL_STUDENT, planned_words, stage_named
+from tests.unit.conftest import SMALL_STUDENT, complete_overrides, stage_named
 
 if TYPE_CHECKING:
     from launch.plan import Plan
@@ -71,32 +71,32 @@ def prepared(compose: Compose, plan: MakePlan) -> Prepared:
     """Plans a run, and lets the executor check it."""
 
     def prepare(*overrides: str) -> tuple[Plan, Any]:
-        executor, cluster = executor_of(compose(*planned_words(RECIPE, overrides)).cluster)
-        prepared = executor.prepare(plan(*overrides), cluster)
-        for stage in prepared.stages:
+        executor, cluster = executor_of(compose(*complete_overrides(RECIPE, overrides)).cluster)
+        checked = executor.prepare(plan(*overrides), cluster)
+        for stage in checked.stages:
             stage.directory.mkdir(parents=True, exist_ok=True)
-        return prepared, cluster
+        return checked, cluster
 
     return prepare
 
 
 def require_golden(text: str, name: str, tmp_path: Path) -> None:
-    """Compares a script with the recorded one, except for paths and hashes."""
+    """Compares a script with the golden file, except for paths and hashes."""
     for path, word in ((tmp_path, "TMP"), (REPO_ROOT, "REPO")):
         text = text.replace(str(path), f"/{word}")
     text = re.sub(r"\b[0-9a-f]{64}\b", "FINGERPRINT", text)
     text = re.sub(r"(--job-name=[\w.]+\.)[0-9a-f]{8}", r"\1HASH", text)
-    # Mounts are in the order of their real paths, which are not the same everywhere.
+    # Mounts are in the order of their real paths, which differ between machines.
     for mounts in re.findall(r"--container-mounts=(\S+)", text):
         text = text.replace(mounts, ",".join(sorted(mounts.split(","))))
-    record = GOLDEN / name
-    if not record.exists():
-        record.write_text(text)
-    assert text == record.read_text(), f"if this change is meant: rm {record}, and run this again"
+    golden = GOLDEN / name
+    if not golden.exists():
+        golden.write_text(text)
+    assert text == golden.read_text(), f"if this change is intended: rm {golden}, and run it again"
 
 
 def test_scripts_equal_the_golden_files(prepared: Prepared, tmp_path: Path) -> None:
-    """Two nodes in containers; no container; and a chain whose teacher is cached."""
+    """Compares a job on two nodes in containers, a job without a container, and a submission."""
     plan, cluster = prepared(*TWO_NODES)
     text = slurm.job_script(stage_named(plan, "distill"), cluster)
     require_golden(text, "distill.sbatch", tmp_path)
@@ -106,10 +106,10 @@ def test_scripts_equal_the_golden_files(prepared: Prepared, tmp_path: Path) -> N
     plan, _ = prepared(*SLURM, "teacher=cached", *SHORT)
     text = slurm.submit_script(plan)
     require_golden(text, "submit.sh", tmp_path)
-    [cache] = [line for line in text.splitlines() if "submit cache_logits" in line]
-    [prune] = [line for line in text.splitlines() if "submit prune" in line]
-    assert "job_prune" not in cache, "the two do not wait for each other"
-    assert "job_cache_logits" not in prune
+    [cache_line] = [line for line in text.splitlines() if "submit cache_logits" in line]
+    [prune_line] = [line for line in text.splitlines() if "submit prune" in line]
+    assert "job_prune" not in cache_line, "the two jobs do not wait for each other"
+    assert "job_cache_logits" not in prune_line
 
 
 def test_each_start_has_new_folders_for_compiled_kernels(
@@ -120,9 +120,9 @@ def test_each_start_has_new_folders_for_compiled_kernels(
     script = slurm.job_script(stage_named(plan, "prune"), cluster)
     for _ in range(2):
         subprocess.run(re.findall(r"(?s)  (bash -c '.*') \|\|", script)[0], check=True, shell=True)
-    found = re.findall(r"(TORCH_EXT\w+|TRITON\w+)=(.+)", (tmp_path / "environment").read_text())
-    folders = {Path(folder) for name, folder in found if name == "TORCH_EXTENSIONS_DIR"}
-    assert len(folders) == len(found) == 2  # the user's own folder is not replaced
+    variables = re.findall(r"(TORCH_EXT\w+|TRITON\w+)=(.+)", (tmp_path / "environment").read_text())
+    folders = {Path(folder) for name, folder in variables if name == "TORCH_EXTENSIONS_DIR"}
+    assert len(folders) == len(variables) == 2  # the user's TRITON_CACHE_DIR is not replaced
     for folder in folders:
         folder.rmdir()
 
@@ -138,13 +138,13 @@ def test_only_stages_on_gpus_get_gpus_and_mpi_and_torchrun(
     site = (*SLURM, "cluster.partition=gpu", "cluster.cpu_partition=cpu", f"cluster.gpus={gpus}")
     served = ("served=engine", "stages.evaluate_served.tasks=[gsm8k_cot]")
     plan, cluster = prepared(*site, f"engine={engine}", ENGINE_IMAGE, *served)
-    engines = {"build_engine", "build_teacher_engine", "measure_speed"}
-    on_cpu = {"plan", "prepare_data", "report", *(engines if engine == "openvino" else ())}
+    engine_stages = {"build_engine", "build_teacher_engine", "measure_speed"}
+    on_cpu = {"plan", "prepare_data", "report", *(engine_stages if engine == "openvino" else ())}
     for stage in plan.stages:
         text, needs_gpu = slurm.job_script(stage, cluster), stage.name not in on_cpu
         assert (f"#SBATCH --{option}\n" in text) == needs_gpu, stage.name
         assert f"--partition={'gpu' if needs_gpu else 'cpu'}\n" in text
-        by_mpi = engine == "tensorrt_llm" and stage.name in {*engines, "evaluate_served"}
+        by_mpi = engine == "tensorrt_llm" and stage.name in {*engine_stages, "evaluate_served"}
         assert ("exec mpirun -n 1" in text) == by_mpi, stage.name
         assert ("--mpi=none" in text) == ("exec mpirun" in text)
         if stage.name in ("plan", "prune", "report"):
@@ -155,7 +155,7 @@ def test_only_stages_on_gpus_get_gpus_and_mpi_and_torchrun(
         assert docker.command(stage_named(plan, name), cluster)[1] == words
 
 
-def test_engine_of_another_run_decides_whether_it_is_timed_on_a_gpu(
+def test_the_backend_of_an_existing_engine_decides_whether_speed_is_measured_on_a_gpu(
     prepared: Prepared, plan: MakePlan, complete: Complete, tmp_path: Path
 ) -> None:
     complete(plan("engine=openvino"))
@@ -191,15 +191,15 @@ def test_training_stops_before_the_limit_and_may_take_whole_nodes(prepared: Prep
             expected = seconds if margin == "null" else 30
             assert f"export STAGE_DEADLINE=$((end - {expected}))" in text, name
             assert ("--exclusive\n#SBATCH --mem=0\n" in text) == (exclusive == "true")
-        noted = "cpus-per-task" in {note.rule.name for note in plan.notes}
-        assert noted == (exclusive == "null"), "a whole node needs no cpus_per_task"
+        warned = "cpus-per-task" in {note.rule.name for note in plan.notes}
+        assert warned == (exclusive == "null"), "a whole node needs no cpus_per_task"
 
 
 @pytest.mark.parametrize(("hardware", "connections"), [("h100", "1"), ("b200", "32")])
 def test_split_layouts_limit_the_connections_of_cuda(
     prepared: Prepared, hardware: str, connections: str
 ) -> None:
-    """The limit is one connection before Blackwell, where kernels must start in order."""
+    """GPUs before Blackwell need one connection, so that kernels start in order."""
     plan, cluster = prepared("cluster=docker", f"hardware={hardware}")
     stage = stage_named(plan, "distill")
     for tensor, context, expected in ((1, 1, None), (2, 1, connections), (1, 2, connections)):
@@ -207,14 +207,14 @@ def test_split_layouts_limit_the_connections_of_cuda(
         split = replace(stage, config=replace(stage.config, **layout))  # type: ignore[arg-type]
         for env in (local.environment(split, cluster), container.environment(cluster, split)):
             assert env.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
-        own = replace(cluster, env={"CUDA_DEVICE_MAX_CONNECTIONS": "8"})
-        assert local.environment(split, own)["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+        user_set = replace(cluster, env={"CUDA_DEVICE_MAX_CONNECTIONS": "8"})
+        assert local.environment(split, user_set)["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
 
 
 def test_forced_stage_is_complete_only_with_a_new_result(
     prepared: Prepared, plan: MakePlan, complete: Complete
 ) -> None:
-    """The check in the job script, run by a real shell."""
+    """A real shell runs the check that is part of the job script."""
     complete(plan(*SLURM))
     planned, cluster = prepared(*SLURM, "force=[report]")
     stage = stage_named(planned, "report")
@@ -289,13 +289,13 @@ def test_docker_command_is_exact(prepared: Prepared, tmp_path: Path) -> None:
     stage = stage_named(planned, "distill")
     words = [word for group in docker.command(stage, cluster) for word in group]
     cache = f"{tmp_path}/cache"
-    mounts = {path: "" for path in (cache, f"{tmp_path}/home", f"{tmp_path}/run")}
-    mounts["/usr/share"] = ":ro"
+    options = {path: "" for path in (cache, f"{tmp_path}/home", f"{tmp_path}/run")}
+    options["/usr/share"] = ":ro"
     assert words == [
         *("docker", "run", "--rm", f"--name={docker.container_name(stage)}", "--gpus=all"),
         *("--ipc=host", "--ulimit=memlock=-1", "--ulimit=stack=67108864"),
         *(f"--user={os.getuid()}:{os.getgid()}", f"--workdir={tmp_path}/home"),
-        *(f"--volume={path}:{path}{mounts[path]}" for path in sorted(mounts)),
+        *(f"--volume={path}:{path}{options[path]}" for path in sorted(options)),
         *("--env=OMP_NUM_THREADS=8", "--env=TOKENIZERS_PARALLELISM=false", "--env=NCCL_DEBUG=INFO"),
         *(f"--env=PYTHONPATH={stage.code_dir}", "--env=PYTHONSAFEPATH=1"),
         *(f"--env=HOME={cache}", "--env=USER=nemo-recipes"),
@@ -311,8 +311,8 @@ def test_docker_command_is_exact(prepared: Prepared, tmp_path: Path) -> None:
     assert ["nemo-recipes:0.1.0"] in docker.command(stage_named(planned, "prune"), cluster)
 
 
-def test_docker_script_starts_that_command(prepared: Prepared, tmp_path: Path) -> None:
-    """The real script, with a docker that only records its arguments."""
+def test_docker_script_starts_the_command(prepared: Prepared, tmp_path: Path) -> None:
+    """Runs the real script with a fake docker that only records its arguments."""
     planned, cluster = prepared(*DOCKER, "+cluster.env.AWKWARD='it is \"$HOME\"'")
     stage = stage_named(planned, "prune")
     write_program(tmp_path / "bin" / "docker", f'printf "%s\\n" "$@" >>{tmp_path}/arguments')
@@ -345,9 +345,9 @@ def test_inputs_and_models_are_mounted_once_and_read_only(
         f"cluster.mounts=[{tmp_path}/run]",
     )
     mounts = container.mounts_of(stage_named(planned, "import_hf"), cluster)
-    read_only = {str(mount.path): mount.read_only for mount in mounts}
-    assert read_only[str(hf_folder)] is True
-    assert read_only[str(cache_dir())] is False
+    is_read_only = {str(mount.path): mount.read_only for mount in mounts}
+    assert is_read_only[str(hf_folder)] is True
+    assert is_read_only[str(cache_dir())] is False
     inputs = [str(mount) for mount in container.mounts_of(stage_named(planned, "prune"), cluster)]
     assert f"{shared}:{shared}:ro" in inputs
     assert sum(str(tmp_path / "run") in mount for mount in inputs) == 1

@@ -116,7 +116,7 @@ def test_wrong_types_name_field_value_and_type(
     message = error_message(compose, RECIPE, override)
     for part in (override.partition("=")[0], *words):
         assert part in message
-    # A list without its closing bracket.
+    # This list lacks its closing bracket.
     assert "[a" in error_message(compose, RECIPE, "stages.prune.drop_layers=[a")
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 AWKWARD = """it's "quoted" $HOME `id`
 and two lines"""
 
-TORCHRUN = """\
+TORCHRUN_REPORT = """\
 Global Checkpoint Load : Rank : 0 : Start time : 1795677141.638s : Time spent in load: 0.133s
 ============================================================
 recipes.core.worker FAILED
@@ -109,8 +109,8 @@ def run(stage: PlannedStage, monkeypatch: pytest.MonkeyPatch) -> RunStage:
     return run
 
 
-def failing(stage: PlannedStage, error: str) -> str:
-    """Returns a shell command that writes the error message of a failing stage."""
+def fail_command(stage: PlannedStage, error: str) -> str:
+    """Returns a shell command that writes the error message of a fail_command stage."""
     work, outcome = stage.directory / WORK, json.dumps({"stopped": False, "error": error})
     return f"mkdir '{work}'; printf '{outcome}' > '{work}/outcome.json'"
 
@@ -146,8 +146,8 @@ def test_environment_has_the_users_variables_and_divides_the_cores(
     }
     assert environment(stage, OMP_NUM_THREADS="3")["OMP_NUM_THREADS"] == "3"
     monkeypatch.delenv("PYTHONPATH")
-    many = environment(with_resources(stage, devices=4096))
-    assert many == {
+    with_many_devices = environment(with_resources(stage, devices=4096))
+    assert with_many_devices == {
         "PYTHONPATH": str(stage.code_dir),
         "PYTHONSAFEPATH": "1",
         "OMP_NUM_THREADS": "1",
@@ -163,7 +163,7 @@ def test_environment_has_the_users_variables_and_divides_the_cores(
 def test_script_starts_the_command_in_the_launchers_directory(
     stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The real script, with an interpreter that only prints its arguments."""
+    """Runs the real script with a fake interpreter that only prints its arguments."""
     (tmp_path / "here it is").mkdir()
     monkeypatch.chdir(tmp_path / "here it is")
     commands = 'pwd -P; printf "%s\\n" "$@"; printf "%s" "$AWKWARD"'
@@ -178,7 +178,7 @@ def test_stage_that_writes_its_manifest_has_succeeded(
 ) -> None:
     complete(plan_of(stage))
     manifest = stage.directory / MANIFEST
-    manifest.rename(stage.directory / "new")  # the stage moves it back, as if it had written it
+    manifest.rename(stage.directory / "new")  # the stage moves it back, as if it was new
     assert run(f'mv "{stage.directory}/new" "{manifest}"; echo "$GREETING"; echo bad >&2') == ""
     [log] = (stage.directory / "logs").iterdir()
     assert log.read_text().splitlines() == ["hello", "bad"]
@@ -207,7 +207,7 @@ def test_stage_that_writes_no_new_manifest_has_failed(
 
 
 def test_failed_stage_is_explained_by_its_own_message(stage: PlannedStage, run: RunStage) -> None:
-    message = run(f"{failing(stage, 'no memory')}; exit 1")
+    message = run(f"{fail_command(stage, 'no memory')}; exit 1")
     assert message.startswith("stage distill failed: no memory\n  log: ")
 
 
@@ -227,9 +227,9 @@ def test_signal_that_ended_a_stage_is_named(run: RunStage, signal: str, words: s
     ],
 )
 def test_killed_rank_is_named(stage: PlannedStage, run: RunStage, when: str, words: str) -> None:
-    """torchrun's report names it; messages of other ranks only show lost connections."""
-    report = TORCHRUN.format(when=when)
-    message = run(f"{failing(stage, 'lost its connection')}\ncat <<'END'\n{report}END\nexit 1")
+    """torchrun's report names the killed rank; other ranks only report lost connections."""
+    report = TORCHRUN_REPORT.format(when=when)
+    message = run(f"{fail_command(stage, 'lost its connection')}\ncat <<'END'\n{report}END\nexit 1")
     assert message.startswith(f"stage distill failed: {words}")
 
 
@@ -241,21 +241,21 @@ def test_stage_that_does_not_stop_is_killed(
     write_script(stage, "trap '' TERM; echo $$; while :; do sleep 0.05; done", monkeypatch)
     log = tmp_path / "log"
 
-    def interrupted() -> None:
+    def start_and_interrupt() -> None:
         with log.open("wb") as output, local.start_script(stage, output):
             while not log.read_text().endswith("\n"):
                 time.sleep(0.01)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        interrupted()
+        start_and_interrupt()
     assert not Path("/proc", log.read_text().strip()).exists()
 
 
 def test_every_start_has_its_own_log(
     stage: PlannedStage, run: RunStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All starts have the same time here, as they can if the clock is set back."""
+    """All starts have the same time here, as can happen when the clock is set back."""
     monkeypatch.setattr(stage_process.time, "strftime", lambda form: "now")
     for number in range(3):
         run(f"echo {number}; exit 1")

@@ -1,4 +1,4 @@
-"""The launcher with nothing but ``requirements/launcher.txt``, as on a login node."""
+"""The launcher in an environment with only ``requirements/launcher.txt``, as on a login node."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from nemo_convert.hub import WEIGHTS_FILE
 from tests.support.launcher import run_on_login_node
 from tests.support.reports import make_run
 
-MOST_BYTES = 150e6
+MAX_BYTES = 150e6
 SLURM = ("cluster=slurm", "cluster.cpus_per_task=8", "skip_rules=[disk]")
 
 
-def test_it_is_small_and_has_no_torch(launcher_python: Path) -> None:
+def test_the_installation_is_small_and_has_no_torch(launcher_python: Path) -> None:
     venv = launcher_python.parent.parent
-    assert sum(f.lstat().st_size for f in venv.rglob("*")) < MOST_BYTES
+    assert sum(f.lstat().st_size for f in venv.rglob("*")) < MAX_BYTES
     assert not [
         path for name in ("torch", "numpy") for path in venv.glob(f"lib/*/site-packages/{name}")
     ]
@@ -51,7 +51,7 @@ def test_weights_of_a_folder_are_checked(
 
 
 def test_jobs_that_would_lack_libraries_are_refused(launcher_python: Path, tmp_path: Path) -> None:
-    """Without an image or ``cluster.python`` they would start with the launcher's interpreter."""
+    """Without an image or ``cluster.python``, jobs would use the launcher's interpreter."""
     refused = run_on_login_node(
         launcher_python, tmp_path, "recipe=qwen3_8b_depth", *SLURM, "dry_run=true"
     )

@@ -30,29 +30,28 @@ RECIPES = [
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_second_phase_fits_and_costs_little(plan: MakePlan, recipe: str) -> None:
     chain = plan(LONG, *ON_GPUS, recipe=f"recipe={recipe}").chain
-    job = chain.workloads["distill_long"]
-    assert (job.seq_length, job.layout.context) == (32768, 2)
-    assert job.trained == chain.shape_of("distill")
-    assert job.tokens == pytest.approx(0.52e9, rel=0.01)
-    cost = training_cost(job, chain.hardware)
+    workload = chain.workloads["distill_long"]
+    assert (workload.seq_length, workload.layout.context) == (32768, 2)
+    assert workload.trained == chain.shape_of("distill")
+    assert workload.tokens == pytest.approx(0.52e9, rel=0.01)
+    cost = training_cost(workload, chain.hardware)
     assert cost.memory.total < 70e9
     assert cost.device_hours < 100
 
 
 def test_later_stages_read_the_second_phase(plan: MakePlan) -> None:
-    def inputs(planned: Plan) -> set[str]:
+    def evaluated_stages(planned: Plan) -> set[str]:
         stages = planned.chain.stages
-        keys = {"export_hf": "checkpoint", **dict.fromkeys(("evaluate", "report"), "distilled")}
-        keys["evaluate_tasks"] = "distilled"
-        return {stages[stage].inputs[key] for stage, key in keys.items()}
+        model_inputs = dict.fromkeys(("evaluate", "evaluate_tasks", "report"), "distilled")
+        model_inputs["export_hf"] = "checkpoint"
+        return {stages[stage].inputs[key] for stage, key in model_inputs.items()}
 
     recipe = "recipe=qwen3_8b_depth"
     words = (LONG, "tasks=full", "teacher=corrected", "skip_rules=[memory]")
     planned = plan(*words, *ON_GPUS, recipe=recipe)
-    assert inputs(planned) == {"distill_long"}
-    assert inputs(plan("tasks=full", *ON_GPUS, recipe=recipe)) == {"distill"}
-    long = planned.chain.stages["distill_long"].inputs
-    assert long == {
+    assert evaluated_stages(planned) == {"distill_long"}
+    assert evaluated_stages(plan("tasks=full", *ON_GPUS, recipe=recipe)) == {"distill"}
+    assert planned.chain.stages["distill_long"].inputs == {
         "teacher": "correct_teacher",
         "student": "distill",
         "data": "prepare_long_data",
@@ -60,7 +59,7 @@ def test_later_stages_read_the_second_phase(plan: MakePlan) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("override", "message"),
     [
         ("model=smollm2_135m", r"seq_length=32768 .* teacher's 8192 positions"),
         ("hardware=cpu", "context_parallel_size=2 needs a GPU"),
@@ -70,14 +69,15 @@ def test_later_stages_read_the_second_phase(plan: MakePlan) -> None:
     ],
 )
 def test_what_the_second_phase_does_not_support_is_refused(
-    plan: MakePlan, words: str, message: str
+    plan: MakePlan, override: str, message: str
 ) -> None:
-    overrides = dict([part.partition("=")[::2] for part in (LONG, *ON_GPUS, words)])
+    # ``override`` replaces a default with the same key.
+    overrides = dict([word.partition("=")[::2] for word in (LONG, *ON_GPUS, override)])
     with pytest.raises(RecipeError, match=message):
         plan(*hydra_words(f"{k}={v}" for k, v in overrides.items()), recipe="recipe=qwen3_8b_depth")
 
 
-def test_conversations_are_packed_for_each_phase(plan: MakePlan, tmp_path: Path) -> None:
+def test_both_phases_accept_conversations(plan: MakePlan, tmp_path: Path) -> None:
     chats = tmp_path / "chats.jsonl"
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     chats.write_text(json.dumps({"messages": messages}) + "\n")

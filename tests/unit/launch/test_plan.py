@@ -1,4 +1,4 @@
-"""Stages and inputs of a plan, and plans that are refused. ``test_plan_status``: what must run."""
+"""Stages and inputs of plans, and refused plans. ``test_plan_status`` tests what must run."""
 
 from __future__ import annotations
 
@@ -101,11 +101,11 @@ def test_unusable_models_are_refused(
 
 
 @pytest.mark.parametrize("name", ["only", "force"])
-def test_one_name_is_accepted_as_a_list(plan: MakePlan, name: str) -> None:
+def test_one_name_is_accepted_instead_of_a_list(plan: MakePlan, name: str) -> None:
     assert plan(f"{name}=import_hf") == plan(f"{name}=[import_hf]")
 
 
-def test_only_needs_complete_inputs(plan: MakePlan, complete: Complete) -> None:
+def test_stages_in_only_need_complete_inputs(plan: MakePlan, complete: Complete) -> None:
     message = refusal(plan, "only=[prune]")
     for words in ("excludes import_hf", "not run yet", "add import_hf to only"):
         assert words in message
@@ -118,7 +118,7 @@ def test_only_needs_complete_inputs(plan: MakePlan, complete: Complete) -> None:
     assert "target_hidden_size 512 → 448" in message
 
 
-def test_only_ignores_the_other_stages(plan: MakePlan, complete: Complete, tmp_path: Path) -> None:
+def test_stages_not_in_only_are_ignored(plan: MakePlan, complete: Complete, tmp_path: Path) -> None:
     planned = plan("only=[import_hf]", "stages.prune.target_hidden_size=640")
     assert [stage.name for stage in planned.stages] == ["import_hf"]
     complete(plan())
@@ -126,14 +126,14 @@ def test_only_ignores_the_other_stages(plan: MakePlan, complete: Complete, tmp_p
     assert plan("only=[prune]").todo() == []
 
 
-def external(plan: MakePlan, directory: Path) -> Plan:
+def plan_with_checkpoint(plan: MakePlan, directory: Path) -> Plan:
     return plan(f"stages.prune.inputs.checkpoint={directory}")
 
 
 def test_input_from_another_run(plan: MakePlan, complete: Complete, tmp_path: Path) -> None:
     complete(plan())
     other = (tmp_path / "run").rename(tmp_path / "other")
-    planned = external(plan, other / "import_hf")
+    planned = plan_with_checkpoint(plan, other / "import_hf")
     reference = stage_named(planned, "prune").inputs["checkpoint"]
     manifest = json.loads((other / "import_hf" / MANIFEST).read_text())
     assert reference.directory == other / "import_hf"
@@ -147,15 +147,16 @@ def test_input_may_have_several_types(
 ) -> None:
     monkeypatch.setitem(score.STAGE.inputs, "calibration", ("dataset", "checkpoint_nemo"))  # type: ignore[arg-type]
 
-    def kind(*overrides: str) -> str:
+    def calibration_kind(*overrides: str) -> str:
         return stage_named(plan(*overrides), "score").inputs["calibration"].kind
 
-    assert kind() == "dataset"
-    assert kind("stages.score.inputs.calibration=import_hf") == "checkpoint_nemo"
+    assert calibration_kind() == "dataset"
+    assert calibration_kind("stages.score.inputs.calibration=import_hf") == "checkpoint_nemo"
     complete(plan())
     (tmp_path / "run").rename(tmp_path / "other")
-    assert kind(f"stages.score.inputs.calibration={tmp_path}/other/import_hf") == "checkpoint_nemo"
-    message = refusal(plan, f"stages.score.inputs.calibration={tmp_path}/other/report")
+    other = f"stages.score.inputs.calibration={tmp_path}/other"
+    assert calibration_kind(f"{other}/import_hf") == "checkpoint_nemo"
+    message = refusal(plan, f"{other}/report")
     assert "other/report is a report; a dataset or checkpoint_nemo is needed" in message
 
 
@@ -179,7 +180,7 @@ def test_input_that_cannot_be_used(
     elif damage == "file":
         (other / stage / ARTIFACT / "data.bin").write_text("edited")
     with pytest.raises(RecipeError) as caught:
-        external(plan, other / stage)
+        plan_with_checkpoint(plan, other / stage)
     assert words in str(caught.value)
     assert str((other / stage).resolve()) in str(caught.value)
 
@@ -193,15 +194,13 @@ def test_models_of_another_run_are_planned_with_their_shapes(
     assert shape is not None
     edit_manifest(other / "prune", architecture={**shape.as_dict(), "num_layers": 7})
     student = f"stages.distill.inputs.student={other}/prune"
-    job = plan(student).chain.workloads["distill"]
-    assert job.trained is not None
-    assert job.trained.num_layers == 7
-    assert job.teacher is not None
+    workload = plan(student).chain.workloads["distill"]
+    assert workload.trained is not None
+    assert workload.trained.num_layers == 7
+    assert workload.teacher is not None
     cache = {"seq_length": 256, "temperature": 1.0, "top_k": 64, "tail_draws": 0}
     teacher = read_manifest(other / "import_hf")
     assert teacher is not None
     edit_manifest(other / "import_hf", kind="logit_cache", config=teacher.config | cache)
-    cached = plan(student, f"stages.distill.inputs.teacher={other}/import_hf").chain.workloads[
-        "distill"
-    ]
-    assert cached.teacher is None
+    cached = plan(student, f"stages.distill.inputs.teacher={other}/import_hf")
+    assert cached.chain.workloads["distill"].teacher is None

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from tests.unit.conftest import Complete, MakePlan
 
 
-def todo(plan: Plan) -> dict[str, str]:
-    """Returns the reasons of the stages that must run."""
+def reasons_to_run(plan: Plan) -> dict[str, str]:
+    """Returns the stages that must run, each with its reason."""
     return {stage.name: stage.reason for stage in plan.todo()}
 
 
@@ -37,9 +37,9 @@ def run(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
 
 
 def test_only_incomplete_stages_run(plan: MakePlan, complete: Complete) -> None:
-    assert todo(plan()) == dict.fromkeys(STAGES, "not run yet")
+    assert reasons_to_run(plan()) == dict.fromkeys(STAGES, "not run yet")
     complete(plan())
-    assert todo(plan()) == {}
+    assert reasons_to_run(plan()) == {}
     assert {stage.reason for stage in plan().stages} == {"complete"}
 
 
@@ -58,8 +58,9 @@ def test_only_incomplete_stages_run(plan: MakePlan, complete: Complete) -> None:
 def test_a_changed_field_reruns_its_stage_and_all_later_ones(
     plan: MakePlan, hf_folder: Path, override: str, expected: list[str]
 ) -> None:
-    sizes = SMALL_STUDENT if override.endswith("=HF") else ()
-    assert list(todo(plan(override.replace("=HF", f"={hf_folder}"), *sizes))) == expected
+    student_sizes = SMALL_STUDENT if override.endswith("=HF") else ()
+    planned = plan(override.replace("=HF", f"={hf_folder}"), *student_sizes)
+    assert list(reasons_to_run(planned)) == expected
 
 
 @pytest.mark.parametrize(
@@ -77,31 +78,31 @@ def test_resources_rerun_nothing(plan: MakePlan, complete: Complete, override: s
     if "devices" in override:  # a batch size that both layouts support
         complete(plan("stages.distill.global_batch_size=16"))
         overrides.append("stages.distill.global_batch_size=16")
-    found = todo(plan(*overrides))
-    assert found.keys() <= {"plan", "report"}  # they show the layout, too
-    assert bool(found) == ("devices" in override)
+    reasons = reasons_to_run(plan(*overrides))
+    assert reasons.keys() <= {"plan", "report"}  # both show the layout
+    assert bool(reasons) == ("devices" in override)
 
 
 @pytest.mark.usefixtures("run")
 def test_reasons_name_the_change(plan: MakePlan) -> None:
-    assert todo(plan("stages.distill.weight_decay=0.25")) == {
+    assert reasons_to_run(plan("stages.distill.weight_decay=0.25")) == {
         "distill": "weight_decay 0.1 → 0.25",
         "evaluate": "input distilled changed",
         "export_hf": "input checkpoint changed",
         "report": "input distilled changed",
     }
     several = ("stages.distill.lr=2e-4", "stages.distill.max_steps=70", "stages.distill.seed=1")
-    reasons = todo(plan(*several))
+    reasons = reasons_to_run(plan(*several))
     assert reasons["distill"].endswith(" and 2 more")
     assert re.fullmatch(r"workloads\.distill\.steps \d+ → 70.*", reasons["plan"])
     sources = json.dumps([f"/a/folder/with/a/name/part{n}.jsonl" for n in range(9)])
-    long = plan(f"stages.prepare_data.sources={sources}", "skip_rules=[data-sources]")
-    assert todo(long)["prepare_data"] == "sources changed"
+    many_sources = plan(f"stages.prepare_data.sources={sources}", "skip_rules=[data-sources]")
+    assert reasons_to_run(many_sources)["prepare_data"] == "sources changed"
 
 
 def test_changed_code_or_a_deleted_manifest_is_the_reason(plan: MakePlan, run: Path) -> None:
     edit_manifest(run / "prune", code="old", fingerprint="old")
-    assert todo(plan()) == {
+    assert reasons_to_run(plan()) == {
         "prune": "code changed",
         "distill": "after prune",
         "evaluate": "after prune, distill",
@@ -109,7 +110,7 @@ def test_changed_code_or_a_deleted_manifest_is_the_reason(plan: MakePlan, run: P
         "report": "after prune, distill, evaluate, export_hf",
     }
     (run / "prune" / MANIFEST).unlink()
-    assert todo(plan())["prune"] == "not run yet"
+    assert reasons_to_run(plan())["prune"] == "not run yet"
 
 
 @pytest.mark.usefixtures("run")
@@ -120,9 +121,9 @@ def test_another_version_of_a_library_is_the_reason(
     changed = {**before, "transformers": "9.0", "numpy": "9.0"}
     monkeypatch.setattr(versions, "installed_version", changed.get)
     reason = f"version of transformers ({before['transformers']} → 9.0) changed"
-    assert todo(plan("skip_rules=[stack-versions]"))["import_hf"] == reason
+    assert reasons_to_run(plan("skip_rules=[stack-versions]"))["import_hf"] == reason
     monkeypatch.setattr(versions, "installed_version", {**before, "numpy": "9.0"}.get)
-    assert todo(plan("skip_rules=[stack-versions]")) == {}
+    assert reasons_to_run(plan("skip_rules=[stack-versions]")) == {}
 
 
 def test_changed_source_files_are_the_reason(
@@ -133,26 +134,26 @@ def test_changed_source_files_are_the_reason(
     words = (f"data.sources=[{file}]", f"model.hf_path={hf_folder}", *SMALL_STUDENT)
     complete(plan(*words))
     os.utime(file, ns=(0, 0))
-    assert todo(plan(*words)) == {}
+    assert reasons_to_run(plan(*words)) == {}
     file.write_text("two " * 1000)
-    reasons = todo(plan(*words))
+    reasons = reasons_to_run(plan(*words))
     assert reasons["prepare_data"] == "files from outside the run changed"
     assert reasons["score"] == "input calibration changed"
     assert "import_hf" not in reasons
     (hf_folder / "LICENSE").write_text("another")
-    assert list(todo(plan(*words))) == STAGES[1:]
-    assert todo(plan(*words))["import_hf"] == "files from outside the run changed"
+    assert list(reasons_to_run(plan(*words))) == STAGES[1:]
+    assert reasons_to_run(plan(*words))["import_hf"] == "files from outside the run changed"
 
 
 @pytest.mark.usefixtures("run")
 def test_forced_stages_run_with_all_later_ones(plan: MakePlan) -> None:
-    assert todo(plan("force=[distill]")) == {
+    assert reasons_to_run(plan("force=[distill]")) == {
         "distill": "forced",
         "evaluate": "after distill",
         "export_hf": "after distill, evaluate",
         "report": "after distill, evaluate, export_hf",
     }
-    assert todo(plan("force=[evaluate,report]")) == {
+    assert reasons_to_run(plan("force=[evaluate,report]")) == {
         "evaluate": "forced",
         "export_hf": "after evaluate",
         "report": "forced",
@@ -163,7 +164,7 @@ def test_forced_stages_run_with_all_later_ones(plan: MakePlan) -> None:
 def test_changed_artifact_is_refused_by_name(plan: MakePlan, run: Path, change: str) -> None:
     artifact = run / "prune" / ARTIFACT
     os.utime(artifact / "data.bin", ns=(0, 0))
-    assert todo(plan()) == {}, "another time is no change"
+    assert reasons_to_run(plan()) == {}, "a new modification time is not a change"
     if change == "edit":
         (artifact / "data.bin").write_text("edited")
     elif change == "delete":
@@ -174,7 +175,7 @@ def test_changed_artifact_is_refused_by_name(plan: MakePlan, run: Path, change: 
         plan()
     assert str(artifact) in str(caught.value)
     assert ("new.bin (added)" if change == "add" else "data.bin") in str(caught.value)
-    assert todo(plan("force=[prune]"))["prune"] == "forced"
+    assert reasons_to_run(plan("force=[prune]"))["prune"] == "forced"
 
 
 def test_broken_manifest_is_refused_by_name(plan: MakePlan, run: Path) -> None:
@@ -187,9 +188,9 @@ def test_broken_manifest_is_refused_by_name(plan: MakePlan, run: Path) -> None:
 def test_other_content_with_the_same_fingerprint_reruns_later_stages(
     plan: MakePlan, complete: Complete
 ) -> None:
-    """After ``only=[distill] force=[distill]``, or a forced run that was killed after distill."""
+    """As after ``only=[distill] force=[distill]``, or after a forced run was killed."""
     complete(plan(), "distill", content="another result")
-    reasons = todo(plan())
+    reasons = reasons_to_run(plan())
     assert list(reasons) == ["evaluate", "export_hf", "report"]
     assert reasons["evaluate"] == "input distilled was replaced"
 
@@ -199,7 +200,7 @@ def test_fingerprints_do_not_depend_on_the_directory(
 ) -> None:
     before = {stage.name: stage.fingerprint for stage in plan().stages}
     run.rename(tmp_path / "moved")
-    assert todo(plan()) == dict.fromkeys(STAGES, "not run yet")
+    assert reasons_to_run(plan()) == dict.fromkeys(STAGES, "not run yet")
     (tmp_path / "moved").rename(run)
-    assert todo(plan()) == {}
+    assert reasons_to_run(plan()) == {}
     assert {stage.name: stage.fingerprint for stage in plan().stages} == before

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from tests.unit.conftest import Complete, Compose, Launch, MakePlan
 
-TOKEN = "hf_a_token_of_the_stand_in"
+TOKEN = "hf_a_token_of_the_fake_hub"
 NAME = "me/small"
-HIDDEN = "a password in a stage's environment"
+SECRET = "a password in a stage's environment"
 RUN = ("recipe=llama_width_prune", "engine=null", "tasks=null")
 
 
@@ -37,7 +37,7 @@ def hub() -> Iterator[FakeHub]:
 
 @pytest.fixture
 def run(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
-    """A complete run; the export has weights, and secrets in its settings."""
+    """A complete run whose export has weights, and whose settings hold a secret."""
     planned = plan()
     complete(planned)
     files = {
@@ -47,24 +47,24 @@ def run(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
     for stage in (stage for stage in planned.stages if stage.name in files):
         for name, content in files[stage.name].items():
             (stage.directory / ARTIFACT / name).write_bytes(content)
-        inputs = {name: read_manifest(ref.directory) for name, ref in stage.inputs.items()}
-        config = {**stage.request().config, "resources": {"env": {"PROXY": HIDDEN}}}
+        manifests = {name: read_manifest(ref.directory) for name, ref in stage.inputs.items()}
+        config = {**stage.request().config, "resources": {"env": {"PROXY": SECRET}}}
         edit_manifest(
             stage.directory,
             config=config,
             files=stamp_files(stage.directory / ARTIFACT),
-            input_content={name: found.content() for name, found in inputs.items() if found},
+            input_content={name: result.content() for name, result in manifests.items() if result},
         )
     return tmp_path / "run"
 
 
 @pytest.fixture
 def push(launch: Launch, run: Path, hub: FakeHub, tmp_path: Path) -> Launch:
-    def pushed(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def push_run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
         settings = {**settings_for(hub, tmp_path / "hub"), "HF_TOKEN": TOKEN, **env}
         return launch(*RUN, f"run_dir={run}", f"hub.push={NAME}", *words, **settings)
 
-    return pushed
+    return push_run
 
 
 def test_a_complete_run_is_published_private(push: Launch, run: Path, hub: FakeHub) -> None:
@@ -78,7 +78,7 @@ def test_a_complete_run_is_published_private(push: Launch, run: Path, hub: FakeH
         MANIFEST: public_text(folder / MANIFEST).encode(),
         "report.html": (run / "report" / ARTIFACT / "report.html").read_bytes(),
     }
-    assert HIDDEN.encode() not in hub.models[NAME][MANIFEST]
+    assert SECRET.encode() not in hub.models[NAME][MANIFEST]
     assert len(hub.blobs) == 1, "the weights must be uploaded by LFS"
     files = [file for file in run.parent.rglob("*") if file.is_file()]
     assert not [file for file in files if TOKEN.encode() in file.read_bytes()]
@@ -167,8 +167,8 @@ def test_runs_of_a_sweep_are_not_pushed_to_one_repository(launch: Launch, tmp_pa
 )
 def test_runs_of_a_sweep_need_separate_results(compose: Compose, word: str, separate: bool) -> None:
     cfg = compose(RUN[0], word.partition(",")[0])
-    raises = pytest.raises(RecipeError, match="all runs of")
-    with contextlib.nullcontext() if separate else raises:
+    refusal = pytest.raises(RecipeError, match="all runs of")
+    with contextlib.nullcontext() if separate else refusal:
         require_separate_results(cfg, ["-m", *RUN, word])
 
 

@@ -48,6 +48,7 @@ def prepared(cfg: DictConfig, run_dir: Path, ranks: list[int] | None = None) -> 
 
 
 def test_data_parallel_replicas_are_rehearsed_once() -> None:
+    # The sizes are: all ranks, tensor, context, pipeline and expert parallel.
     assert distinct_ranks(1, 1, 1, 1, 1) == [0]
     assert distinct_ranks(8, 1, 1, 1, 1) == [0, 7]
     assert distinct_ranks(768, 4, 1, 1, 1) == [0, 1, 2, 3, 764]
@@ -56,9 +57,9 @@ def test_data_parallel_replicas_are_rehearsed_once() -> None:
     assert distinct_ranks(8, 2, 2, 2, 1) == list(range(8))
 
 
-def test_jobs_have_few_steps_and_full_shapes(compose: Compose, tmp_path: Path) -> None:
-    given = ("recipe=qwen3_8b_depth", "stages.distill.profile_steps=[1,2]")
-    chain, jobs = prepared(compose(*given), tmp_path, [0, 767])
+def test_a_rehearsal_runs_few_steps_at_full_shapes(compose: Compose, tmp_path: Path) -> None:
+    overrides = ("recipe=qwen3_8b_depth", "stages.distill.profile_steps=[1,2]")
+    chain, jobs = prepared(compose(*overrides), tmp_path, [0, 767])
     assert [(job.name, job.rank) for job in jobs] == [
         ("import_hf", 0),
         ("score", 0),
@@ -69,13 +70,14 @@ def test_jobs_have_few_steps_and_full_shapes(compose: Compose, tmp_path: Path) -
         ("export_teacher", 0),
     ]
     config = jobs[2].config
-    # 192 replicas of 2 sequences, two micro batches, two steps.
+    # The batch is 192 replicas × 2 sequences × 2 micro batches. There are 2 steps.
     assert (config["global_batch_size"], config["max_steps"]) == (768, 2)
     assert config["profile_steps"] == []
     assert (config["seq_length"], config["tensor_model_parallel_size"]) == (4096, 4)
     assert jobs[2].vocabulary == 151936 // 4
     assert jobs[2].inputs["student"].shape == chain.shape_of("prune").as_dict()
-    assert jobs[5].inputs["checkpoint"].shape == chain.shape_of("prune").as_dict()  # distilled
+    # The checkpoint to export comes from distill and has the pruned shape.
+    assert jobs[5].inputs["checkpoint"].shape == chain.shape_of("prune").as_dict()
     assert [job.resumed for job in jobs] == [False, False, True, True, False, False, False]
     assert TypeAdapter(RankJob).validate_json(json.dumps(asdict(jobs[2]))) == jobs[2]
 
@@ -92,11 +94,11 @@ def test_successive_halving_is_rehearsed_by_training_its_largest_candidate(
     assert job.inputs["student"].shape == largest.as_dict()
     plan = planned_memory(job, chain)
     assert plan is not None
-    assert plan.weights == largest.parameters()  # two bytes of each, over two ranks
-    assert job.config["global_batch_size"] == 16  # 4 replicas of 2 sequences, two micro batches
+    assert plan.weights == largest.parameters()  # 2 bytes per parameter, split over 2 ranks
+    assert job.config["global_batch_size"] == 16  # 4 replicas × 2 sequences × 2 micro batches
 
 
-def test_a_cached_teacher_has_the_settings_of_its_stage(compose: Compose, tmp_path: Path) -> None:
+def test_a_cached_teacher_has_settings_of_cache_logits(compose: Compose, tmp_path: Path) -> None:
     words = ("recipe=qwen3_8b_depth", "teacher=cached", "stages.cache_logits.top_k=8")
     _, jobs = prepared(compose(*words), tmp_path)
     job = next(job for job in jobs if job.name == "distill")
@@ -108,12 +110,10 @@ def test_a_cached_teacher_has_the_settings_of_its_stage(compose: Compose, tmp_pa
 
 def test_a_peak_above_the_devices_memory_is_a_mistake(compose: Compose, tmp_path: Path) -> None:
     chain, jobs = prepared(compose("recipe=qwen3_8b_depth"), tmp_path)
-    job, *_ = [job for job in jobs if job.name == "evaluate"]
-    three_in_float32 = RehearsalResult(peak={"weights": 81_000_000_000})
-    assert (
-        list(memory_mistakes([(job, RehearsalResult(peak={"weights": 16_000_000_000}))], chain))
-        == []
-    )
-    assert list(memory_mistakes([(job, three_in_float32)], chain)) == [
+    job = next(job for job in jobs if job.name == "evaluate")
+    three_float32_models = RehearsalResult(peak={"weights": 81_000_000_000})
+    one_bf16_model = RehearsalResult(peak={"weights": 16_000_000_000})
+    assert list(memory_mistakes([(job, one_bf16_model)], chain)) == []
+    assert list(memory_mistakes([(job, three_float32_models)], chain)) == [
         "evaluate: rank 0 takes 89.0 GB at its peak, but a h100 has 80.0 GB"
     ]

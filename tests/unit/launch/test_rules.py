@@ -30,7 +30,7 @@ GROUPS = ("model=", "heal=", "teacher=", "tasks=", "engine=")
 
 D = "stages.distill."
 BFLOAT16 = "hardware.precision=bf16-mixed"
-"""Sets the precision, which is otherwise the best of this machine's processor."""
+"""Sets the precision, whose default depends on this machine's processor."""
 S = "stages.score."
 T = "stages.evaluate_tasks."
 MOE = {
@@ -61,7 +61,7 @@ def disk_is_full(patch: Patch, _: Path) -> None:
     patch.setattr("launch.plan.shutil.disk_usage", lambda _: usage(10**9, 10**9, 0))
 
 
-def hub_is_away(patch: Patch, _: Path) -> None:
+def hub_is_unreachable(patch: Patch, _: Path) -> None:
     patch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
 
 
@@ -69,7 +69,7 @@ def compiler_is_missing(patch: Patch, _: Path) -> None:
     patch.setenv("CXX", "no-such-compiler")
 
 
-def head_is_missing(_: Patch, folder: Path) -> None:
+def output_layer_is_missing(_: Patch, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     shapes = expected_shapes(config)
     del shapes["lm_head.weight"]
@@ -81,82 +81,82 @@ def config_says_float32(_: Patch, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
 
 
-class Trip(NamedTuple):
-    """Overrides of the width recipe that break a rule; ``config`` is that of another teacher."""
+class Case(NamedTuple):
+    """Overrides of the width recipe, a teacher's config and a preparation that break a rule."""
 
     overrides: tuple[str, ...]
     config: dict[str, Any] | None = None
     prepare: Callable[[Patch, Path], None] | None = None
 
 
-def trip(*overrides: str, **more: Any) -> Trip:
-    return Trip(overrides, **more)
+def case(*overrides: str, **fields: Any) -> Case:
+    return Case(overrides, **fields)
 
 
-TRIPS = {
-    "stack-versions": trip(prepare=torch_is_old),
-    "disk": trip(prepare=disk_is_full),
-    "memory": trip("hardware.memory_bytes=1e9"),
-    "time-limit": trip("+cluster.time=00:01:00"),
-    "requeues": trip("+cluster.time=00:01:00", "+cluster.max_requeues=0"),
-    "image": trip("+cluster.images.default=/nowhere/image.sqsh"),
-    "engine-image": trip("engine=tensorrt_llm", "cluster.executor=slurm"),
-    "mounts": trip("+cluster.mounts=[/nowhere/data]"),
-    "cpus-per-task": trip("cluster.executor=slurm"),
-    "mpi": trip("engine=tensorrt_llm", "cluster.executor=slurm", "+cluster.mpi.build_engine=null",
+CASES = {
+    "stack-versions": case(prepare=torch_is_old),
+    "disk": case(prepare=disk_is_full),
+    "memory": case("hardware.memory_bytes=1e9"),
+    "time-limit": case("+cluster.time=00:01:00"),
+    "requeues": case("+cluster.time=00:01:00", "+cluster.max_requeues=0"),
+    "image": case("+cluster.images.default=/nowhere/image.sqsh"),
+    "engine-image": case("engine=tensorrt_llm", "cluster.executor=slurm"),
+    "mounts": case("+cluster.mounts=[/nowhere/data]"),
+    "cpus-per-task": case("cluster.executor=slurm"),
+    "mpi": case("engine=tensorrt_llm", "cluster.executor=slurm", "+cluster.mpi.build_engine=null",
                 "+cluster.images.tensorrt_llm=nvcr.io#image"),
-    "cluster-hardware": trip("cluster.executor=slurm", "+cluster.gpus=gres"),
-    "cpu-precision": trip("cluster.executor=slurm"),
-    "hardware-profile": trip(prepare=gpu_is_here),
-    "bundled-config": trip("model=llama3_1_8b", "skip_rules=[memory]", prepare=hub_is_away),
-    "model": trip("stages.import_hf.hf_path=nope"),
-    "checkpoint": trip(config={"tie_word_embeddings": False}, prepare=head_is_missing),
-    "checkpoint-note": trip(config={}, prepare=config_says_float32),
-    "vocabulary": trip(*TP2, config={"vocab_size": 513}),
-    "data-sources": trip("data.sources=[nowhere.txt]"),
-    "licence": trip("data.sources=['TEXT#licence=CC-BY-NC-4.0']"),
-    "document-end": trip("data.document_end=<end>", config={}),
-    "data-splits": trip("stages.prepare_data.heldout_fraction=0.99"),
-    "chat": trip("data.format=chat", "data.sources=[CHAT]", *SMALL_STUDENT, config={}),
-    "seq-length": trip("data.seq_length=10000"),
-    "tokens": trip("data.sources=[TEXT]", f"{D}global_batch_size=4000"),
-    "epochs": trip("data.sources=[TEXT]"),
-    "prune-target": trip("stages.prune.target_hidden_size=100"),
-    "large-reduction": trip("stages.prune.target_hidden_size=0.6"),
-    "slow-sizes": trip("stages.prune.target_ffn_hidden_size=1160",
+    "cluster-hardware": case("cluster.executor=slurm", "+cluster.gpus=gres"),
+    "cpu-precision": case("cluster.executor=slurm"),
+    "hardware-profile": case(prepare=gpu_is_here),
+    "bundled-config": case("model=llama3_1_8b", "skip_rules=[memory]", prepare=hub_is_unreachable),
+    "model": case("stages.import_hf.hf_path=nope"),
+    "checkpoint": case(config={"tie_word_embeddings": False}, prepare=output_layer_is_missing),
+    "checkpoint-note": case(config={}, prepare=config_says_float32),
+    "vocabulary": case(*TP2, config={"vocab_size": 513}),
+    "data-sources": case("data.sources=[nowhere.txt]"),
+    "licence": case("data.sources=['TEXT#licence=CC-BY-NC-4.0']"),
+    "document-end": case("data.document_end=<end>", config={}),
+    "data-splits": case("stages.prepare_data.heldout_fraction=0.99"),
+    "chat": case("data.format=chat", "data.sources=[CHAT]", *SMALL_STUDENT, config={}),
+    "seq-length": case("data.seq_length=10000"),
+    "tokens": case("data.sources=[TEXT]", f"{D}global_batch_size=4000"),
+    "epochs": case("data.sources=[TEXT]"),
+    "prune-target": case("stages.prune.target_hidden_size=100"),
+    "large-reduction": case("stages.prune.target_hidden_size=0.6"),
+    "slow-sizes": case("stages.prune.target_ffn_hidden_size=1160",
                       "stages.prune.ffn_hidden_size_divisor=8"),
-    "layer-importance": trip("stages.prune.target_num_layers=20",
+    "layer-importance": case("stages.prune.target_num_layers=20",
                             "stages.prune.layer_importance=loss"),
-    "calibration": trip("stages.score.block_sizes=[30]"),
-    "healing": trip("heal=least_squares", config=MOE),
-    "one-rank": trip("stages.prune.resources.devices=2"),
-    "ranks": trip(f"{D}tensor_model_parallel_size=3"),
-    "batch": trip(f"{D}global_batch_size=6"),
-    "tensor-parallel": trip(*TP2),
-    "pipeline-parallel": trip(f"{D}pipeline_model_parallel_size=31", f"{D}resources.devices=31"),
-    "sequence-parallel": trip(*TP2, f"{D}sequence_parallel=true", "data.seq_length=255"),
-    "context-parallel": trip(f"{D}context_parallel_size=2", f"{D}resources.devices=2"),
-    "expert-parallel": trip(f"{D}expert_model_parallel_size=2"),
-    "optimizer-instances": trip(f"{D}num_distributed_optimizer_instances=2"),
-    "recompute": trip(f"{D}recompute_granularity=full", f"{D}hidden_weight=1"),
-    "fp8": trip(f"{D}fp8=hybrid"),
-    "compiler": trip(f"{D}compile=true", prepare=compiler_is_missing),
-    "student-steps": trip(f"{D}student_steps=[100]"),
-    "stop": trip(f"{D}stop_at_recovered=0.9", f"{D}kd_weight=0"),
-    "profile": trip(f"{D}profile_steps=[5,3]"),
-    "schedule": trip(f"{D}warmup_steps=100"),
-    "loss": trip(f"{D}kd_weight=0", f"{D}lm_weight=0"),
-    "hidden-pairs": trip(f"{D}hidden_weight=1", f"{D}intermediate_layer_pairs=[[1,1]]",
+    "calibration": case("stages.score.block_sizes=[30]"),
+    "healing": case("heal=least_squares", config=MOE),
+    "one-rank": case("stages.prune.resources.devices=2"),
+    "ranks": case(f"{D}tensor_model_parallel_size=3"),
+    "batch": case(f"{D}global_batch_size=6"),
+    "tensor-parallel": case(*TP2),
+    "pipeline-parallel": case(f"{D}pipeline_model_parallel_size=31", f"{D}resources.devices=31"),
+    "sequence-parallel": case(*TP2, f"{D}sequence_parallel=true", "data.seq_length=255"),
+    "context-parallel": case(f"{D}context_parallel_size=2", f"{D}resources.devices=2"),
+    "expert-parallel": case(f"{D}expert_model_parallel_size=2"),
+    "optimizer-instances": case(f"{D}num_distributed_optimizer_instances=2"),
+    "recompute": case(f"{D}recompute_granularity=full", f"{D}hidden_weight=1"),
+    "fp8": case(f"{D}fp8=hybrid"),
+    "compiler": case(f"{D}compile=true", prepare=compiler_is_missing),
+    "student-steps": case(f"{D}student_steps=[100]"),
+    "stop": case(f"{D}stop_at_recovered=0.9", f"{D}kd_weight=0"),
+    "profile": case(f"{D}profile_steps=[5,3]"),
+    "schedule": case(f"{D}warmup_steps=100"),
+    "loss": case(f"{D}kd_weight=0", f"{D}lm_weight=0"),
+    "hidden-pairs": case(f"{D}hidden_weight=1", f"{D}intermediate_layer_pairs=[[1,1]]",
                          f"{D}pipeline_model_parallel_size=2", f"{D}resources.devices=2"),
-    "hidden-range": trip(f"{D}hidden_weight=1", f"{D}pipeline_model_parallel_size=2",
+    "hidden-range": case(f"{D}hidden_weight=1", f"{D}pipeline_model_parallel_size=2",
                          f"{D}resources.devices=2"),
-    "cached-teacher": trip("teacher=cached", f"{D}hidden_weight=1"),
-    "top-k": trip("teacher=cached", "stages.cache_logits.top_k=49152"),
-    "evaluate": trip("stages.evaluate.prompt_tokens=256"),
-    "tasks-harness": trip("tasks=quick", prepare=harness_is_missing),
-    "tasks-names": trip("tasks=quick", f"{T}tasks=[sciqq]"),
-    "tasks-fewshot": trip("tasks=quick", f"+{T}num_fewshot.nothing=5"),
-    "gates": trip("gates=['recovered.nothing >= 0.5']"),
+    "cached-teacher": case("teacher=cached", f"{D}hidden_weight=1"),
+    "top-k": case("teacher=cached", "stages.cache_logits.top_k=49152"),
+    "evaluate": case("stages.evaluate.prompt_tokens=256"),
+    "tasks-harness": case("tasks=quick", prepare=harness_is_missing),
+    "tasks-names": case("tasks=quick", f"{T}tasks=[sciqq]"),
+    "tasks-fewshot": case("tasks=quick", f"+{T}num_fewshot.nothing=5"),
+    "gates": case("gates=['recovered.nothing >= 0.5']"),
 }  # fmt: skip
 ELSEWHERE = {
     "served": "stages/test_evaluate_served.py",
@@ -168,12 +168,12 @@ ELSEWHERE = {
     **dict.fromkeys(("alignment", "length", "engine-limits"), "engines/test_bench.py"),
     **dict.fromkeys(("job", "job-memory", "partition"), "launch/test_slurm_limits.py"),
 }
-"""Rules that the width recipe cannot break, and the files of ``tests/unit`` that break them."""
+"""Rules that the width recipe cannot break, and the tests in ``tests/unit`` that break them."""
 
 
 @pytest.fixture
 def plan(compose: Compose, tmp_path: Path, large_disk: None, versions_read_once: None) -> MakePlan:
-    """Plans like the common fixture, for a large disk, but composes once and then sets fields."""
+    """Plans like the common fixture, but is faster: composes a recipe once and sets its fields."""
 
     def planned(*overrides: str, recipe: str = "recipe=llama_width_prune") -> Plan:
         groups = [o for o in overrides if o.startswith(GROUPS)]
@@ -203,8 +203,8 @@ def chats(tmp_path: Path) -> Path:
     return tmp_path / "chats.jsonl"
 
 
-def test_every_rule_in_the_code_is_listed_and_tripped(root: Path) -> None:
-    """Every ``Problem(…)`` in the code begins with a constant of ``rules``."""
+def test_every_rule_in_the_code_is_listed_and_broken_by_a_test(root: Path) -> None:
+    """The first argument of every ``Problem(…)`` in the code is a constant of ``rules``."""
     names = set()
     for file in [file for name in ("recipes", "launch") for file in (root / name).rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
@@ -213,13 +213,13 @@ def test_every_rule_in_the_code_is_listed_and_tripped(root: Path) -> None:
                 assert isinstance(rule, ast.Attribute), f"{file}:{node.lineno}"
                 names.add(getattr(rules, rule.attr).name)
     assert names == RULES.keys()
-    assert TRIPS.keys() | ELSEWHERE.keys() == RULES.keys()
+    assert CASES.keys() | ELSEWHERE.keys() == RULES.keys()
     for name, path in ELSEWHERE.items():
         assert f'"{name}"' in (root / "tests" / "unit" / path).read_text(), name
 
 
-@pytest.mark.parametrize("rule", TRIPS)
-def test_each_rule_is_tripped(
+@pytest.mark.parametrize("rule", CASES)
+def test_each_rule_can_be_broken(
     rule: str,
     plan: MakePlan,
     hf_folder: Path,
@@ -227,8 +227,8 @@ def test_each_rule_is_tripped(
     chats: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An error has the rule's name, a fix and the reference; a plan has the warnings."""
-    case = TRIPS[rule]
+    """An error has the rule's name, a fix and a reference. Warnings are notes of the plan."""
+    case = CASES[rule]
     overrides = [o.replace("TEXT", str(text)).replace("CHAT", str(chats)) for o in case.overrides]
     if case.config is not None:
         write_folder(hf_folder, LLAMA_CONFIG | case.config)
@@ -268,12 +268,12 @@ def test_conversations_are_checked_before_anything_runs(
 
 
 def test_skipped_rules_are_still_shown(plan: MakePlan) -> None:
-    trips = ("hardware.memory_bytes=1e9", BFLOAT16)
+    overrides = ("hardware.memory_bytes=1e9", BFLOAT16)
     with pytest.raises(RecipeError, match="needs about 3 GB on a rank, but cpu has 1 GB"):
-        plan(*trips)
-    assert {n.rule.name for n in plan(*trips, "skip_rules=[memory]").notes} == {"memory"}
+        plan(*overrides)
+    assert {n.rule.name for n in plan(*overrides, "skip_rules=[memory]").notes} == {"memory"}
     with pytest.raises(RecipeError, match="memory"):
-        plan(*trips, "skip_rules=[disk]")
+        plan(*overrides, "skip_rules=[disk]")
     with pytest.raises(RecipeError, match="Did you mean 'memory'"):
         plan("skip_rules=[memroy]")
 
@@ -308,22 +308,22 @@ def test_the_shipped_defaults_break_no_rule(plan: MakePlan) -> None:
 
 
 @pytest.mark.parametrize("flags", ["avx2", "avx512_bf16"])
-def test_the_login_node_is_not_taken_for_the_nodes_of_jobs(
+def test_the_processor_of_the_login_node_does_not_affect_jobs(
     plan: MakePlan, flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The settings, and so the fingerprints, are the same wherever the jobs are submitted from."""
+    """So fingerprints do not depend on the machine from which jobs are submitted."""
     large, slurm = "model.hf_path=meta-llama/Llama-3.1-8B", "cluster.executor=slurm"
     monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
     with pytest.raises(RecipeError, match=r"\[memory"):
         plan(large)
     assert plan(large, slurm).chain.hardware.memory_of_rank(1) == float("inf")
-    here, there = plan().chain, plan(slurm).chain
-    assert here.hardware.precision == {"avx2": "32", "avx512_bf16": "bf16-mixed"}[flags]
-    assert here.workloads["distill"].bf16 == (here.hardware.precision == "bf16-mixed")
-    assert there.hardware.precision == "32"
-    assert not there.workloads["distill"].bf16
-    assert there.hardware.flops_per_second == hardware.cpu_profile("flops_per_second", here=False)
+    local, jobs = plan().chain, plan(slurm).chain
+    assert local.hardware.precision == {"avx2": "32", "avx512_bf16": "bf16-mixed"}[flags]
+    assert local.workloads["distill"].bf16 == (local.hardware.precision == "bf16-mixed")
+    assert jobs.hardware.precision == "32"
+    assert not jobs.workloads["distill"].bf16
+    assert jobs.hardware.flops_per_second == hardware.cpu_profile("flops_per_second", here=False)
     chosen = plan(slurm, BFLOAT16)
     assert chosen.chain.workloads["distill"].bf16
     assert "cpu-precision" not in {note.rule.name for note in chosen.notes}
@@ -333,10 +333,10 @@ def test_the_login_node_is_not_taken_for_the_nodes_of_jobs(
 def test_memory_is_shared_by_the_ranks_of_a_cpu(plan: MakePlan) -> None:
     depth = {"recipe": "recipe=llama_depth_prune"}
     memory = ("hardware.memory_bytes=9e9", BFLOAT16)
-    four = (f"{D}resources.devices=4", f"{D}global_batch_size=16", *memory)
+    four_ranks = (f"{D}resources.devices=4", f"{D}global_batch_size=16", *memory)
     plan(*memory, **depth)
     with pytest.raises(RecipeError, match="needs about 3 GB on a rank, but cpu has 2 GB"):
-        plan(*four, **depth)
+        plan(*four_ranks, **depth)
 
 
 def test_prepared_text_is_counted_exactly(plan: MakePlan, complete: Complete, text: Path) -> None:
@@ -347,8 +347,8 @@ def test_prepared_text_is_counted_exactly(plan: MakePlan, complete: Complete, te
     assert "epochs" not in {n.rule.name for n in plan(*overrides).notes}
 
 
-def weighted(text: Path, tmp_path: Path, small: str, large: str) -> str:
-    """Two sources, one of them a tenth of the other."""
+def weighted_sources(text: Path, tmp_path: Path, small: str, large: str) -> str:
+    """Returns an override with two weighted sources; ``small`` has a tenth of the text."""
     (tmp_path / "small.txt").write_text(text.read_text()[: text.stat().st_size // 10])
     return f"data.sources=['{tmp_path}/small.txt#weight={small}','{text}#weight={large}']"
 
@@ -358,39 +358,39 @@ def test_warns_of_sources_that_weights_repeat_too_often(
 ) -> None:
     tokens = text.stat().st_size / limits.BYTES_PER_TOKEN
     steps = f"{D}max_steps={round(tokens / 1024)}"
-    often = plan(weighted(text, tmp_path, "6", "4"), steps)
-    [note] = [n for n in often.notes if n.rule.name == "epochs"]
+    repeated = plan(weighted_sources(text, tmp_path, "6", "4"), steps)
+    [note] = [n for n in repeated.notes if n.rule.name == "epochs"]
     assert note.what.startswith("distill trains on ")
     assert "tokens of 'small'" in note.what
     assert "it sees each 6.7 times" in note.what
-    rarely = plan(weighted(text, tmp_path, "3", "7"), steps)
-    assert "epochs" not in {n.rule.name for n in rarely.notes}
+    balanced = plan(weighted_sources(text, tmp_path, "3", "7"), steps)
+    assert "epochs" not in {n.rule.name for n in balanced.notes}
 
 
 def test_changed_weights_rerun_only_training(
     plan: MakePlan, complete: Complete, text: Path, tmp_path: Path
 ) -> None:
-    first = plan(weighted(text, tmp_path, "0.1", "0.9"))
+    first = plan(weighted_sources(text, tmp_path, "0.1", "0.9"))
     configs = {stage.name: stage.config for stage in first.stages}
     assert vars(configs["distill"])["weights"] == {"small": 0.1, text.stem: 0.9}
     complete(first)
-    todo = {stage.name for stage in plan(weighted(text, tmp_path, "0.2", "0.8")).todo()}
+    todo = {stage.name for stage in plan(weighted_sources(text, tmp_path, "0.2", "0.8")).todo()}
     assert "distill" in todo
     assert not {"prepare_data", "score", "prune"} & todo
-    cached = plan("teacher=cached", weighted(text, tmp_path, "1", "3"))
+    cached = plan("teacher=cached", weighted_sources(text, tmp_path, "1", "3"))
     [cache] = [stage.config for stage in cached.stages if stage.name == "cache_logits"]
     assert vars(cache)["weights"] == {"small": 1, text.stem: 3}
 
 
 def test_training_cannot_exceed_the_sequences_of_a_cached_teacher(plan: MakePlan) -> None:
-    """The recipe trains on 400 sequences, in batches of 4; its text has thousands."""
+    """The recipe trains on 400 sequences in batches of 4; its text has thousands of sequences."""
 
-    def cached(sequences: int) -> Plan:
+    def plan_with_cache(sequences: int) -> Plan:
         return plan("teacher=cached", f"stages.cache_logits.num_sequences={sequences}")
 
     with pytest.raises(RecipeError, match=r"1,024 tokens.* 512 at most"):
-        cached(2)
-    [note] = [n for n in cached(100).notes if n.rule.name == "epochs"]
+        plan_with_cache(2)
+    [note] = [n for n in plan_with_cache(100).notes if n.rule.name == "epochs"]
     assert "25,600" in note.what
     assert "4.0" in note.what
-    assert "epochs" not in {n.rule.name for n in cached(400).notes}
+    assert "epochs" not in {n.rule.name for n in plan_with_cache(400).notes}

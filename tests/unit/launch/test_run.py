@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
 RECIPE = "recipe=llama_width_prune"
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*_prune.yaml"))
-EXPORT = STAGES.index("export_hf")
-STAGES_WITH_TASKS = [*STAGES[:EXPORT], "evaluate_tasks", *STAGES[EXPORT:]]
+EXPORT_INDEX = STAGES.index("export_hf")
+STAGES_WITH_TASKS = [*STAGES[:EXPORT_INDEX], "evaluate_tasks", *STAGES[EXPORT_INDEX:]]
 SECRET = "hf_secret_that_nobody_may_see"
 WORDS = (RECIPE, "engine=null", "tasks=null", "run_dir=../run")
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """The run directory that ``WORDS`` sets. The common fixture ``plan`` uses the same one."""
+    """The run directory that ``WORDS`` sets. The common fixture ``plan`` also uses it."""
     return tmp_path / "run"
 
 
 def refused(launch: Launch, *args: str, planned: bool = False) -> str:
     """Runs a command that must fail; returns its message.
 
-    ``planned`` says whether it shows its plan first.
+    ``planned`` says whether the command shows its plan before the message.
     """
     done = launch(*args)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -55,12 +55,12 @@ def files_below(folder: Path) -> set[str]:
 
 
 def test_without_a_recipe_the_recipes_are_listed(launch: Launch, tmp_path: Path) -> None:
-    done, helped = launch(), launch("--help")
-    assert (done.returncode, done.stderr, helped.returncode) == (1, "", 0)
+    listed, helped = launch(), launch("--help")
+    assert (listed.returncode, listed.stderr, helped.returncode) == (1, "", 0)
     for recipe in RECIPES:
-        assert recipe in done.stdout
+        assert recipe in listed.stdout
         assert recipe in helped.stdout
-    assert "recipe=NAME" in done.stdout
+    assert "recipe=NAME" in listed.stdout
     assert "usage: python launch/run.py recipe=NAME" in helped.stdout
     assert files_below(tmp_path) == set()
 
@@ -146,8 +146,8 @@ def test_sweep_ends_with_the_command_that_compares_its_runs(
     done = launch("-m", *WORDS[:-1], "skip_rules=[disk]", "run_dir=../run,../other")
     assert done.returncode == 0, done.stderr
     command = "python launch/run.py compare ../run ../other"
-    last = done.stdout.splitlines()[-1]
-    assert last == f"side by side: {command}"
+    last_line = done.stdout.splitlines()[-1]
+    assert last_line == f"side by side: {command}"
 
 
 def test_complete_run_starts_nothing_and_keeps_its_recipe(
@@ -182,7 +182,7 @@ def test_status_shows_only_the_last_plan(
     assert launch(*WORDS, "gguf=f16", "dry_run=true").returncode == 0
     complete(plan())
     assert launch(*WORDS, "dry_run=true", "stages.distill.lr=2e-4").returncode == 0
-    # The settings of distill changed, so its result and three later ones do not fit the plan.
+    # The settings of distill changed, so its result and three later results do not fit the plan.
     shown = launch("status", f"run_dir={run}").stdout
     assert shown.count("its settings, inputs or code differ from those of the last plan") == 4
     assert launch(*WORDS).returncode == 0  # nothing has to run
@@ -192,7 +192,7 @@ def test_status_shows_only_the_last_plan(
 
 
 def test_second_launcher_of_a_run_is_refused(launch: Launch, run: Path) -> None:
-    """A dry run is refused too, because it would write other requests."""
+    """A dry run is refused, too, because it would overwrite the requests of stages."""
     launch(*WORDS, "dry_run=true")
     before = (run / "distill" / "config.yaml").read_text()
     with (run / ".lock").open("w") as lock:
@@ -231,8 +231,8 @@ def test_disk_that_is_too_small_is_refused(launch: Launch, tmp_path: Path) -> No
         assert not (disk.folder / "run").exists()
 
 
-def test_a_read_only_disk_is_named(launch: Launch, tmp_path: Path) -> None:
-    """The disk is first read-only, then full. The run resumes after the fix."""
+def test_a_read_only_or_full_disk_is_named(launch: Launch, tmp_path: Path) -> None:
+    """The disk is first read-only, then full. The same command succeeds when it has space."""
     with small_disk(tmp_path / "small") as disk:
         words = (RECIPE, "engine=null", f"run_dir={disk.folder}/run", "dry_run=true")
         words = (*words, "skip_rules=[disk]")

@@ -1,4 +1,4 @@
-"""Jobs whose request does not fit their processes or exceeds the limits of their partition."""
+"""Jobs that request too little for their processes, or too much for their partition."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ PARTITIONS = {
     ),
     "down": Partition(LIMITS | {"PartitionName": "down", "State": "DOWN"}, [DGX]),
 }
-FITS = {"cpus_per_task": 64}
+FITTING_CPUS = {"cpus_per_task": 64}
 
 
 def problems_of_jobs(
     plan: MakePlan, monkeypatch: pytest.MonkeyPatch, *overrides: str, **cluster: object
 ) -> str:
-    """Returns the problems of the jobs of a recipe for one node, each with its rule."""
+    """Plans a recipe for one node; returns the problems of its jobs, each with its rule."""
     monkeypatch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
     monkeypatch.setattr(slurm, "read_partitions", lambda: PARTITIONS)
     words = ("cluster=slurm", "cluster.images.tensorrt_llm=engine:1", "hardware=h100", *overrides)
     planned = plan(*words, recipe="recipe=qwen3_8b_depth_2.5b")
-    return "\n".join(map(str, slurm.problems(planned, slurm.SlurmConfig(**FITS | cluster))))  # type: ignore[arg-type]
+    return "\n".join(map(str, slurm.problems(planned, slurm.SlurmConfig(**FITTING_CPUS | cluster))))  # type: ignore[arg-type]
 
 
 def test_jobs_that_fit_have_no_problem(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:

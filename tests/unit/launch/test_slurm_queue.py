@@ -1,4 +1,4 @@
-"""Records of jobs, Slurm's times, and a Slurm that does not answer."""
+"""The record of jobs, the format of time limits, and what happens if Slurm does not answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_times_are_parsed_as_slurm_parses_them() -> None:
         assert list(violations(Resources(time=text)))
 
 
-def test_newest_job_of_a_stage_counts(tmp_path: Path) -> None:
+def test_only_the_newest_job_of_a_stage_is_read(tmp_path: Path) -> None:
     (tmp_path / "jobs.txt").write_text("prune 7 a\ndistill 8 b\nprune 9 c\ndistill 1")
     jobs = (SlurmJob("prune", "9", "c"), SlurmJob("distill", "8", "b"))
     assert read_jobs(tmp_path) == {job.stage: job for job in jobs}

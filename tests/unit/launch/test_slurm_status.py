@@ -1,4 +1,4 @@
-"""Statuses from the answers of squeue and sacct, which are fakes here."""
+"""Statuses from the answers of a fake squeue and a fake sacct."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from launch.run_status import read_statuses
 from recipes.core.errors import RecipeError
 from recipes.core.stage_process import LOGS
 from tests.support.launcher import write_program
-from tests.unit.conftest import record
+from tests.unit.conftest import write_last_plan
 
 if TYPE_CHECKING:
     from tests.unit.conftest import MakePlan
 
 Status = Callable[..., tuple[str, str]]
+AGAIN = "repeat the command of the run to submit it again"
 
 
 @pytest.fixture
 def planned(plan: MakePlan) -> Plan:
     """A plan whose stages were submitted as jobs 0, 1, 2 …"""
     planned = plan()
-    record(planned)
+    write_last_plan(planned)
     jobs = [f"{s.name} {number} {s.fingerprint}\n" for number, s in enumerate(planned.stages)]
     (planned.run_dir / RECORD).write_text("".join(jobs))
     return planned
@@ -75,14 +76,14 @@ def test_jobs_in_the_queue(status: Status, row: str, expected: tuple[str, str]) 
     [
         ("0|FAILED\\n", ("failed", "FAILED: it ended without a message or a log")),
         ("0|BOOT_FAIL\\n", ("failed", "BOOT_FAIL: it ended without a message or a log")),
-        ("0|CANCELLED by 1000\\n", ("cancelled", "repeat the command of the run to submit it again")),
+        ("0|CANCELLED by 1000\\n", ("cancelled", AGAIN)),
         ("", ("cancelled", "its job never started: cancelled, or a stage before it failed")),
     ],
 )
 def test_jobs_that_left_the_queue_without_a_log(
     status: Status, sacct: str, expected: tuple[str, str], tmp_path: Path
 ) -> None:
-    """One call of sacct is enough for all jobs."""
+    """One call of sacct reads the states of all jobs."""
     assert status(sacct=sacct) == expected
     assert (tmp_path / "calls").read_text() == "\n"
 

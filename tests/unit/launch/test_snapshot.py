@@ -1,4 +1,4 @@
-"""Stages run the code that they were planned with; real processes, in a copied checkout."""
+"""Stages run the code that they were planned with. Tests start processes in a copied checkout."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def launch(checkout: Path, *words: str, status: int = 0) -> Path:
 def edit(folder: Path, text: str, module: str = "stages/plan") -> None:
     file = folder / "recipes" / f"{module}.py"
     content = file.read_text()
-    file.unlink()
+    file.unlink()  # files of a snapshot are read-only
     file.write_text(content + text)
 
 
@@ -45,7 +45,7 @@ def result(run_dir: Path) -> Manifest:
 
 
 def test_edit_after_the_plan_changes_nothing(checkout: Path) -> None:
-    """The snapshot precedes the checkout as working directory, and the user's PYTHONPATH."""
+    """Python finds the snapshot before the working directory and the user's PYTHONPATH."""
     run_dir = launch(checkout, "dry_run=true")
     [planned] = snapshots(run_dir)
     for module in ("stages/plan", "core/worker", "__init__"):

@@ -1,4 +1,4 @@
-"""Resources that a Slurm job requests, and variables that a submission inherits."""
+"""Resources that a Slurm job requests, and environment variables that a job inherits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_search_gets_the_devices_of_its_training_runs(plan: MakePlan) -> None:
     for words in ("--gpus-per-node=8\n", "--exclusive\n", "CPUS_ON_NODE / 8 :"):
         assert words in text
     assert "--nproc-per-node=1 " in text, "its training runs start their own ranks"
-    assert "cpus-per-task" not in text, "of a whole node a job uses all CPUs"
+    assert "cpus-per-task" not in text, "a job on a whole node uses all its CPUs"
     assert "CUDA_DEVICE_MAX_CONNECTIONS=1\n" in text
 
 
@@ -54,8 +54,8 @@ def test_submission_ignores_variables_of_an_allocation(
     for stage in planned.stages:
         stage.directory.mkdir(parents=True, exist_ok=True)
     slurm.write_scripts(planned, slurm.SlurmConfig(partition="batch"))
-    seen = tmp_path / "seen"
-    for program, body in (("sbatch", f"env >>{seen}; echo 7"), ("squeue", "true")):
+    job_environment = tmp_path / "job_environment"
+    for program, body in (("sbatch", f"env >>{job_environment}; echo 7"), ("squeue", "true")):
         write_program(tmp_path / "bin" / program, body)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     allocation = ("SLURM_NTASKS", "SLURM_CPU_BIND", "PMIX_RANK", "PMI_SIZE", "CUDA_VISIBLE_DEVICES")
@@ -64,5 +64,5 @@ def test_submission_ignores_variables_of_an_allocation(
     for name in (*allocation, *ranks, *defaults):
         monkeypatch.setenv(name, "1")
     subprocess.run([planned.run_dir / "submit.sh"], check=True)
-    names = re.findall(r"^\w+(?==)", seen.read_text(), re.M)
+    names = re.findall(r"^\w+(?==)", job_environment.read_text(), re.M)
     assert {*allocation, *ranks, *defaults} & set(names) == {"SLURM_CONF", "SBATCH_ACCOUNT"}

@@ -17,7 +17,7 @@ from launch.run_status import read_statuses, time_left
 from recipes.core.metrics import METRICS, MetricsLog
 from recipes.core.run_state import begin_work, read_request
 from tests.support.manifests import edit_manifest, unfinished_manifest
-from tests.unit.conftest import record, stage_named
+from tests.unit.conftest import stage_named, write_last_plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,12 +28,14 @@ if TYPE_CHECKING:
 
 BEFORE = ("plan", "import_hf", "prepare_data", "score", "prune")
 """Stages before the distillation."""
-AFTER = 40 + 3 * OVERHEAD_SECONDS
-"""Planned seconds of evaluate, export_hf and report. Score takes 90 seconds, distill 390."""
+SCORE, DISTILL, EVALUATE = 90.0, 390.0, 40.0
+"""Planned seconds of these stages; the other stages take only ``OVERHEAD_SECONDS``."""
+AFTER = EVALUATE + 3 * OVERHEAD_SECONDS
+"""Expected seconds of evaluate, export_hf and report, which follow the distillation."""
 
 
-def steps(task: str, *done: int, total: int = 10, each: float = 7.0) -> list[Record]:
-    return [{"time": each * n, "task": task, "done": n, "total": total} for n in done]
+def steps(task: str, *done: int, total: int = 10, step_seconds: float = 7.0) -> list[Record]:
+    return [{"time": step_seconds * n, "task": task, "done": n, "total": total} for n in done]
 
 
 def test_a_task_continues_at_its_own_speed() -> None:
@@ -45,42 +47,45 @@ def test_a_task_continues_at_its_own_speed() -> None:
 
 
 def test_planned_seconds_are_scaled_by_the_pace_of_complete_stages() -> None:
-    planned = {"score": 90.0, "distill": 390.0}
-    ahead = {"distill": None, "report": None}  # without progress
-    assert remaining_run_seconds(planned, {}, ahead) == 390 + 2 * OVERHEAD_SECONDS
-    pace = 250 / (90 + OVERHEAD_SECONDS)
-    left = remaining_run_seconds(planned, {"score": 250.0}, ahead)
-    assert left == pytest.approx(pace * (390 + 2 * OVERHEAD_SECONDS))
+    planned = {"score": SCORE, "distill": DISTILL}
+    remaining = {"distill": None, "report": None}  # without progress
+    expected = DISTILL + 2 * OVERHEAD_SECONDS
+    assert remaining_run_seconds(planned, {}, remaining) == expected
+    pace = 250 / (SCORE + OVERHEAD_SECONDS)
+    left = remaining_run_seconds(planned, {"score": 250.0}, remaining)
+    assert left == pytest.approx(pace * expected)
     assert remaining_run_seconds(planned, {"score": 250.0}, {}) is None
-    assert remaining_run_seconds({}, {"score": 250.0}, ahead) is None
+    assert remaining_run_seconds({}, {"score": 250.0}, remaining) is None
 
 
 @pytest.fixture
-def pace(plan: Callable[..., Plan], complete: Callable[..., None]) -> float:
-    """Completes the stages before the distillation; returns their time, relative to the plan."""
+def completed_pace(plan: Callable[..., Plan], complete: Callable[..., None]) -> float:
+    """Completes the stages before the distillation; returns measured time / planned time."""
     planned = plan()
     complete(planned, *BEFORE)
     for stage in planned.stages[: len(BEFORE)]:
         edit_manifest(stage.directory, seconds=56.0)
-    return len(BEFORE) * 56 / (90 + len(BEFORE) * OVERHEAD_SECONDS)
+    return len(BEFORE) * 56 / (SCORE + len(BEFORE) * OVERHEAD_SECONDS)
 
 
-def test_later_stages_are_added(plan: Callable[..., Plan], pace: float) -> None:
+def test_later_stages_are_added(plan: Callable[..., Plan], completed_pace: float) -> None:
     planned = plan()
     distill = stage_named(planned, "distill")
-    assert run_estimate(planned, distill)(33) == pytest.approx(33 + pace * AFTER)
+    assert run_estimate(planned, distill)(33) == pytest.approx(33 + completed_pace * AFTER)
     assert run_estimate(planned, planned.stages[-1])(33) == 33
     (planned.run_dir / "plan" / "manifest.json").unlink()
     assert run_estimate(planned, distill)(33) is None
 
 
-def test_unfinished_work_counts_by_its_own_progress(plan: Callable[..., Plan], pace: float) -> None:
-    planned = plan()
-    record(planned)
+def test_progress_of_unfinished_work_replaces_its_planned_time(
+    plan: Callable[..., Plan], completed_pace: float
+) -> None:
+    planned, pace = plan(), completed_pace
+    write_last_plan(planned)
     distill = planned.run_dir / "distill"
-    expected = pace * (390 + OVERHEAD_SECONDS + AFTER)
+    expected = pace * (DISTILL + OVERHEAD_SECONDS + AFTER)
     assert time_left(planned.run_dir, read_statuses(planned.run_dir)) == pytest.approx(expected)
-    write_steps(distill)  # left by an earlier run; this one has not started the stage
+    write_steps(distill)  # steps of an earlier run; this run has not started the stage
     assert time_left(planned.run_dir, read_statuses(planned.run_dir)) == pytest.approx(expected)
     begin_work(distill, unfinished_manifest(read_request(distill)))
     write_steps(distill)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from launch.plan import Plan
     from tests.unit.conftest import Complete, Launch, MakePlan
 
-WHY = "(it resumes only with the settings, inputs and code that it was started with)."
+NOTE = "(it resumes only with the settings, inputs and code that it was started with)."
 
 
 def interrupt(plan: Plan, name: str, *, checkpoint: bool = True) -> None:
@@ -62,13 +62,14 @@ def test_progress_is_not_lost_to_a_changed_field(plan: MakePlan) -> None:
     interrupt(plan(), "distill")
     what, fix = refusal(plan, "stages.distill.global_batch_size=8")
     assert what == (
-        f"distill was interrupted at step 50, and since then global_batch_size changed 4 → 8 {WHY}"
+        f"distill was interrupted at step 50, and since then global_batch_size changed 4 → 8 {NOTE}"
     )
     assert fix == (
         "set stages.distill.global_batch_size=4 to resume, or force=[distill] to start over"
     )
-    back = fix.split()[1]
-    assert actions_of(plan("stages.distill.global_batch_size=8", back))["distill"][0] == "resume"
+    old_size = fix.split()[1]
+    resumed = plan("stages.distill.global_batch_size=8", old_size)
+    assert actions_of(resumed)["distill"][0] == "resume"
     forced = plan("stages.distill.global_batch_size=8", "force=[distill]")
     assert actions_of(forced)["distill"] == ("run", "forced")
 
@@ -113,7 +114,7 @@ def test_progress_is_not_lost_to_changed_inputs_or_code(
 ) -> None:
     interrupt(plan(), "distill")
     what, fix = refusal(plan, "stages.prune.target_hidden_size=448")
-    assert f"since then its input student changed {WHY}" in what
+    assert f"since then its input student changed {NOTE}" in what
     assert fix == "undo that to resume, or force=[distill] to start over"
     what, _ = refusal(plan, "stages.prune.target_hidden_size=448", "stages.distill.seed=1")
     assert "since then seed changed 1234 → 1, its input student changed (" in what
@@ -133,7 +134,7 @@ def test_layout_may_change_between_interruption_and_resumption(plan: MakePlan) -
 
 
 def test_work_is_compared_with_its_own_start_and_not_with_later_requests(plan: MakePlan) -> None:
-    """A dry run with ``force`` writes requests, as does a run that fails in an earlier stage."""
+    """A dry run with ``force``, or a run that fails before distill, overwrites its request."""
     interrupt(plan(), "distill")
     stage = stage_named(plan("stages.distill.seed=1", "force=[distill]"), "distill")
     stage.request().write(stage.directory)
@@ -155,7 +156,7 @@ def test_unfinished_reruns_of_complete_or_unselected_stages_are_ignored(
 def test_killed_forced_runs_are_resumed_by_the_same_command(
     plan: MakePlan, complete: Complete
 ) -> None:
-    """Without ``force`` a complete result is used."""
+    """The complete result is used if ``force`` is omitted."""
     interrupt(plan(), "distill")
     interrupt(plan("stages.distill.seed=1", "force=[distill]"), "distill")
     assert actions_of(plan("stages.distill.seed=1"))["distill"][0] == "resume"
