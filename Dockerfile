@@ -1,15 +1,16 @@
-# Images for cluster=docker and cluster=slurm. They hold dependencies: the code is in the
-# run directory, which is mounted.
+# Images for cluster=docker and cluster=slurm. They contain only dependencies. The code is in the
+# run directory, which containers mount.
 #   docker build --target recipes --tag nemo-recipes:0.1.0 .
 #   docker build --target engine --tag nemo-recipes-engine:0.1.0 .
 # For Pyxis: enroot import dockerd://nemo-recipes:0.1.0
 
 FROM ghcr.io/astral-sh/uv:0.9.5 AS uv
 
-# In both images, packages of NGC's image stay if they fit. The build prints the others, and fails if
-# torch or the library beside it were replaced or a library cannot be imported.
+# In both images, packages of the base image stay if they fit (requirements/install_missing.py). The
+# build prints packages whose version in the base image is not the pinned one. It fails if a package that
+# must stay, such as torch, was replaced (`kept` prints their versions), or if an import fails.
 
-# TensorRT-LLM keeps its own transformers, too. lm-eval is for evaluate_served.
+# In this image TensorRT-LLM's transformers must stay, too. The stage evaluate_served needs lm-eval.
 FROM nvcr.io/nvidia/tensorrt-llm/release:1.2.0 AS engine
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 COPY pyproject.toml /opt/nemo-recipes/
@@ -37,7 +38,7 @@ RUN --mount=from=uv,source=/uv,target=/usr/local/bin/uv \
       --require-hashes --requirement \
  && [ "$(kept)" = "$before" ] \
  && useradd --create-home --uid 10001 recipes
-# docker run --user replaces it by the caller's own, so that files belong to whoever starts a run.
+# docker run --user replaces this user by the caller, so that files belong to the person who starts a run.
 USER 10001
 RUN python -c 'import hydra, omegaconf, sys; assert sys.version_info[:2] == (3, 12)' \
  && python -c 'import megatron.core, modelopt.torch, nemo.collections.llm, transformer_engine.pytorch'

@@ -1,17 +1,17 @@
-# make demo   installs what is missing, then runs a recipe on the embedded model
-# make test   installs what is missing, then runs every test
-# make test-gpu   half an hour on one GPU, step by step (tests/gpu/plan.py); installs nothing
-# make lint   ruff, mypy and the quick tests, as pre-commit runs them
-# make docs   builds a website of the documents in docs/_site; a warning is an error
-# make lock   pins dependencies with hashes in requirements; ARGS="--upgrade-package PACKAGE" updates one
-# make sbom   writes sbom.json, a CycloneDX bill of materials of the virtual environment
+# make demo       installs missing packages, then runs a recipe on the included model
+# make test       installs missing packages, then runs every test
+# make test-gpu   tests one GPU, in half an hour (tests/gpu/plan.py); installs nothing
+# make lint       runs pre-commit: ruff, mypy and the quick tests
+# make docs       builds a website of the documents in docs/_site; a warning is an error
+# make lock       pins dependencies with hashes in requirements; ARGS="--upgrade-package PACKAGE" updates one
+# make sbom       writes sbom.json, a CycloneDX bill of materials of the virtual environment
 #
-# Variables: RECIPE, ARGS (overrides for demo, options for test), WORKERS (of the tests), PYTHON (3.11
-# or 3.12), VENV.
+# Variables: RECIPE, ARGS (overrides for demo, options for test), WORKERS (number of test processes),
+# PYTHON (an interpreter of version 3.11 or 3.12), VENV (folder of the virtual environment).
 
 RECIPE ?= llama_depth_prune
 VENV ?= .venv
-# One more than the cores, because tests also wait: for Slurm, for ranks, and for processes to end.
+# One more process than cores (at most 4), because tests also wait: for Slurm, for ranks, and for processes to end.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 4)))
 export VENV PYTHON
 
@@ -35,7 +35,7 @@ docs: install
 	$(VENV)/bin/python -m sphinx -q -W --keep-going -c docs . docs/_site
 	@echo "open docs/_site/docs/index.html"
 
-# Existing pins are kept unless ARGS upgrades them.
+# Existing pins stay unless ARGS upgrades them.
 COMPILE = $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
   --no-annotate --custom-compile-command 'make lock' $(ARGS)
 lock: install
@@ -48,7 +48,7 @@ lock: install
 	(grep -o 'torch>=[^"]*' pyproject.toml; echo torchvision) \
 	  | $(COMPILE) - --constraints requirements/dev.txt -o requirements/torch.txt
 
-# In its own environment, because it needs another version of chardet than the stack.
+# The tool runs in an environment of its own, because it needs another version of chardet than our packages.
 sbom: install
 	$(VENV)/bin/uv tool run --from cyclonedx-bom==7.5.0 \
 	  cyclonedx-py environment --output-file sbom.json $(VENV)/bin/python

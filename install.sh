@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-#   ./install.sh            stages, tests and tools
-#   ./install.sh launcher   only what plans, submits, follows and compares runs: for a login node
-# Makes the virtual environment once. A stamp holds the hashes of its inputs, so that a second call
-# does nothing. Every package must have a hash that is in requirements/, except torch: a build that
-# the machine has (in an NGC container) or that pip's index or folder provides (2.13.0+cpu) is used
-# as it is. In an NGC container, other packages of the image stay, too, if they fit.
+#   ./install.sh            installs everything: for stages, tests and development
+#   ./install.sh launcher   installs only the launcher, for a login node
+# Creates a virtual environment and installs the pinned packages. A stamp file holds the hashes of the
+# files that decide what is installed; if they are unchanged, a second call does nothing. Every package
+# must have a hash that is in requirements/, except torch: if the machine has a CUDA build of torch (in
+# an NGC container), or pip's index provides a build with a local version (2.13.0+cpu), this build is
+# used without a hash. In an NGC container, other packages of the image stay, too, if they fit.
 set -euo pipefail
 unset PIP_CONSTRAINT # NGC containers set it to the versions of the image
 cd "$(dirname "$0")"

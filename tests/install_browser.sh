@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The report's tests open it in Chromium. Where it is missing and may be installed, it is; elsewhere
-# those tests are skipped with a reason.
+# Installs Chromium, in which tests open the report, if it is missing and we are root on a system with
+# apt-get. Without Chromium these tests are skipped with a reason.
 set -uo pipefail
 if command -v chromium >/dev/null || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
   exit 0

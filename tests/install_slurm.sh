@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tests in tests/slurm start a Slurm of their own, and Open MPI in it. What is missing and may be
-# installed, is; elsewhere those tests are skipped with a reason.
+# Installs Slurm and Open MPI, which the tests in tests/slurm start, if they are missing and we are root on
+# a system with apt-get. Without them these tests are skipped with a reason.
 set -uo pipefail
 [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || exit 0
 
