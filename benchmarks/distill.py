@@ -108,7 +108,9 @@ class Result:
     """A method's speeds in tokens/s, of all steps after warm-up in all rounds."""
 
     tokens_per_second: float
+    """Median over rounds of each round's median step."""
     slowest: float
+    """Speed of the slowest step."""
     fastest: float
     peak_rss_bytes: int
     planned_tokens_per_second: float | None

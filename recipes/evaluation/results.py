@@ -302,14 +302,14 @@ def compare(metric: str, items: Mapping[str, Sequence[Item]]) -> TaskScores:
 def compare_answers(items: Mapping[str, Sequence[Item]]) -> TaskScores | None:
     """Compares models by the log-likelihoods of the right answers, in nats.
 
-    On the same number of items, they show smaller differences than accuracy does. The
-    log-likelihoods are not normalised over the choices, which would make them as noisy as accuracy.
+    On the same number of items, log-likelihoods reveal smaller differences than accuracy does. They
+    are not normalised over the choices, which would make them as noisy as accuracy.
 
     Returns:
         ``None`` if items have no log-likelihoods, because the model generates its answers.
     """
     values = {role: answer_values(items[role]) for role in ROLES}
-    scored = {role: numbers for role, numbers in values.items() if numbers is not None}
+    scored = {role: row for role, row in values.items() if row is not None}
     return _compare(ANSWER_METRIC, scored) if len(scored) == len(ROLES) else None
 
 

@@ -74,7 +74,7 @@ def _cache_key(cfg: EvaluateTasksConfig, model_hash: str, task: packed_lm.Task) 
 
 def require_same_items(task: str, items: dict[str, list[Item]]) -> None:
     """Raises ``RecipeError`` unless models answered the same items in the same order."""
-    hashes = {tuple((item.id, item.hash) for item in of_model) for of_model in items.values()}
+    hashes = {tuple((item.id, item.hash) for item in answers) for answers in items.values()}
     if len(hashes) != 1:
         raise RecipeError(
             f"the models answered different items of {task}: its data changed between evaluations",

@@ -260,7 +260,7 @@ class Reconstruction:
     def _fit_inputs(
         self, teacher_norm: str, student_norm: str
     ) -> tuple[list[Tensor], list[Tensor], LeastSquares]:
-        """Fits the teacher's normalised streams by the student's; returns both and the fit."""
+        """Returns both models' normalised streams, and the fit of their difference."""
         teacher_inputs = [self._teacher.normalise(teacher_norm, x) for x in self._teacher_streams]
         student_inputs = [self._student.normalise(student_norm, x) for x in self._student_streams]
         fit = LeastSquares(student_inputs[0].new_empty(self._width, len(self._channels)))

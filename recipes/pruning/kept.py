@@ -49,8 +49,8 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "up_proj.weight": (FFN, HIDDEN),
     "down_proj.weight": (HIDDEN, FFN),
 }
-"""For each dimension of a Hugging Face weight: the setting of its size, or ``None`` if it is never
-pruned. A key is the end of a weight's name. In an expert, ``ffn_hidden_size`` means
+"""For each dimension of a Hugging Face weight, Megatron's name of its size; ``None`` if it is never
+pruned. Keys are ends of weight names. In an expert, ``ffn_hidden_size`` means
 ``moe_ffn_hidden_size``."""
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 _LAYER_KEY = re.compile(r"layers\.(\d+)\.")
@@ -94,10 +94,7 @@ class Importance:
         return cls(
             teacher_loss=content["teacher_loss"],
             layers={method: with_int_keys(scores) for method, scores in content["layers"].items()},
-            blocks={
-                size: with_int_keys(scores)
-                for size, scores in with_int_keys(content["blocks"]).items()
-            },
+            blocks={int(n): with_int_keys(scores) for n, scores in content["blocks"].items()},
             widths=load_file(folder / WIDTHS_FILE),
         )
 
@@ -146,7 +143,7 @@ class KeptIndices:
     indices: dict[str, Tensor]
 
     def save(self, folder: Path) -> None:
-        """Writes all indices, as NumPy arrays, which have values even if tensors are fake."""
+        """Writes NumPy arrays: in a rehearsal, ``load`` could not read values of tensors."""
         widths = {name: indices.int().numpy() for name, indices in self.indices.items()}
         arrays = {"layers": np.array(self.layers, np.int32), **widths}
         safetensors.numpy.save_file(arrays, folder / KEPT_FILE)
@@ -187,8 +184,8 @@ def select_indices(
 def sort_indices(scores: Mapping[str, Tensor], teacher: Architecture) -> KeptIndices:
     """Returns all indices, the most important first, as if all were kept.
 
-    In a weight that is sorted in this order, a pruned weight is the first rows and columns. Groups
-    are sorted, and heads within their groups.
+    The first rows and columns of a weight that is sorted in this order are the pruned weight.
+    Groups are sorted, and heads within their groups.
     """
     layers = list(range(1, teacher.num_layers + 1))
     order = {name: score.argsort(descending=True, stable=True) for name, score in scores.items()}

@@ -102,15 +102,15 @@ def _loss_scores(
     """Returns how much the LM loss rises without each layer, and without each block of layers.
 
     Returns:
-        Two mappings, in nats: {score: {layer: change}} and {block size: {first layer: change}}.
+        Two mappings, in nats: {method: {layer: rise}} and {block size: {first layer: rise}}.
     """
 
-    def changes(size: int) -> dict[int, float]:
+    def rises(size: int) -> dict[int, float]:
         starts = range(1, ablation.num_layers - size + 2)
         losses = ablation.losses([tuple(range(start, start + size)) for start in starts])
         return {start: loss - teacher_loss for start, loss in zip(starts, losses, strict=True)}
 
-    return {"loss": changes(1)}, {size: changes(size) for size in cfg.block_sizes or ()}
+    return {"loss": rises(1)}, {size: rises(size) for size in cfg.block_sizes or ()}
 
 
 class LayerAblation:
@@ -166,7 +166,8 @@ class LayerAblation:
 
         Earlier ranks return 0. They send their output to the next rank if the block changes it.
         """
-        start = next((i for i, x in enumerate(layers) if x.layer_number in block), len(layers))
+        numbers = [layer.layer_number for layer in layers]
+        start = next((i for i, number in enumerate(numbers) if number in block), len(layers))
         hidden = states[start]
         # If an earlier rank omitted a layer, it sends this rank's input; ``states`` is not valid.
         if any(number < self._first for number in block):
@@ -198,8 +199,8 @@ def _run_layers(core: nn.Module, layers: Sequence[nn.Module], tokens: Tensor) ->
         states = [core.embedding(input_ids=tokens, position_ids=positions)]
     else:
         shape = (tokens.shape[1], tokens.shape[0], core.config.hidden_size)
-        like = torch.empty(shape, dtype=core.config.params_dtype, device=tokens.device)
-        states = [_receive(like)]
+        empty = torch.empty(shape, dtype=core.config.params_dtype, device=tokens.device)
+        states = [_receive(empty)]
     rotary = core.rotary_pos_emb(tokens.shape[1])
     for layer in layers:
         states.append(_run_layer(layer, states[-1], rotary))
@@ -234,9 +235,9 @@ class _Estimators(ImportanceEstimatorRegistry):  # type: ignore[misc]
     ) -> None:
         """Registers a hook that does nothing on empty inputs."""
 
-        def hook(module: nn.Module, inputs: tuple[Any, ...], *values: Any) -> None:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], *output: Any) -> None:
             if not inputs or inputs[0].numel():
-                hook_fn(module, inputs, *values)
+                hook_fn(module, inputs, *output)
 
         super().register_hook(module, hook, *args, **kwargs)
 
@@ -257,17 +258,17 @@ def _influence_and_widths(
     restore_fused_attention(core)
     registry = _Estimators(core)
     layers = list(core.decoder.layers)
-    influences = torch.zeros(len(layers), dtype=torch.float64)
+    sums = torch.zeros(len(layers), dtype=torch.float64)  # block influence, summed over sequences
     for done, batch in _batches(text, batch_size):
         states = _run_layers(core, layers, batch.tokens.to(device()))
         for number, (before, after) in enumerate(pairwise(states)):
             cosine = functional.cosine_similarity(before.float(), after.float(), dim=2)
-            influences[number] += (1 - cosine).mean(dim=0).sum().item()
+            sums[number] += (1 - cosine).mean(dim=0).sum().item()
         log.progress("calibrate", done, len(text))
-    influences = _sum_over_data_ranks(influences)
+    sums = _sum_over_data_ranks(sums)
     influence = {
-        layer.layer_number: float(score) / len(text)
-        for layer, score in zip(layers, influences, strict=True)
+        layer.layer_number: float(total) / len(text)
+        for layer, total in zip(layers, sums, strict=True)
     }
     by_rank = _gather_ranks((influence, _width_scores(core, layers)))
     registry.cleanup()
@@ -302,7 +303,7 @@ def _expert_scores(layer: str, experts: nn.Module) -> dict[str, Tensor]:
     scores = {f"{layer}.num_moe_experts": means}
     for number, expert in enumerate(experts.local_experts):
         squares = expert._activations
-        if squares is None:  # no token was routed to it
+        if squares is None:  # no token was routed to this expert
             squares = torch.zeros(expert.config.moe_ffn_hidden_size)
         squares = _sum_over_data_ranks(squares)
         scores[f"{layer}.experts.{number}.moe_ffn_hidden_size"] = squares.sqrt()

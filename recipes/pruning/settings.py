@@ -21,11 +21,11 @@ class PruneConfig(StageConfig):
     """Settings of ``prune``. An axis without a target is not pruned.
 
     A target is a number, or a fraction of the teacher's size: ``0.75`` keeps three quarters,
-    rounded to a multiple of the axis' divisor.
+    rounded to a multiple of the axis's divisor.
     """
 
     target_num_layers: Size | None = None
-    """Number of layers to keep, by ``layer_importance``."""
+    """Number of layers to keep; ``layer_importance`` selects them."""
     layer_importance: Annotated[str, one_of(*LAYER_METHODS)] = "loss"
     """Which layers are dropped. ``loss``: the layers whose removal, one at a time, raises the loss
     least. ``block``: the adjacent layers whose removal together raises the loss least.

@@ -112,28 +112,21 @@ def compare_runs(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """
     text = common_text(runs)
     evaluated = [run for run in runs if run.evaluation is not None]
-    comparable_runs = [run for run in evaluated if run.text_key() == text]
-    if len(comparable_runs) < 2:
+    same_text = [run for run in evaluated if run.text_key() == text]
+    if len(same_text) < 2:
         raise RecipeError(
             f"nothing to compare: of {len(runs)} run{'s' * (len(runs) != 1)}, {len(evaluated)} "
-            f"have an evaluation, and {len(comparable_runs)} of these used the same held-out text",
+            f"have an evaluation, and {len(same_text)} of these used the same held-out text",
             "name two or more complete runs with the same held-out text",
         )
     names = _names(runs)
-    best = min(comparable_runs, key=lambda run: _evaluation(run).distilled.loss)
+    best = min(same_text, key=lambda run: _evaluation(run).distilled.loss)
     tasks = common_tasks(evaluated)
     # All rows show the latency of one setting: the fastest setting of the first run with latencies.
-    latencies = next(filter(None, (dict(_latencies(run)) for run in comparable_runs)), {})
+    latencies = next(filter(None, (dict(_latencies(run)) for run in same_text)), {})
     latency = min(latencies, key=lambda setting: latencies[setting], default=None)
     rows = [
-        _row(
-            str(number),
-            names[run.path],
-            run,
-            best if run in comparable_runs else None,
-            tasks,
-            latency,
-        )
+        _row(str(number), names[run.path], run, best if run in same_text else None, tasks, latency)
         for number, run in enumerate(evaluated, 1)
     ]
     comparable = [row for row in rows if row.comparable]

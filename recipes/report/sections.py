@@ -179,7 +179,7 @@ def trade_offs(
         return
     note = f"batch {setting[0]}, prompt of {setting[1]} tokens"
     numbers = engine_numbers(rows)
-    for name, title, x_axis, cost_of in (
+    for name, title, dimension, cost_of in (
         ("plot-by-size", "Size on disk", DISK, lambda row: row.disk_bytes),
         ("plot-by-latency", "Decode latency per token", LATENCY, lambda row: row.decode_latency_ms),
     ):
@@ -190,7 +190,7 @@ def trade_offs(
             for role in [EVALUATED_ROLES[row.role]]
         ]
         if marks:
-            yield title, note, trade_off_plot(name, marks, x_axis, PERPLEXITY)
+            yield title, note, trade_off_plot(name, marks, dimension, PERPLEXITY)
 
 
 def engine_numbers(rows: Iterable[BenchmarkRow]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from recipes.evaluation.results import TokenQuality
 from recipes.pruning.settings import PruneConfig
 from recipes.search.results import Candidate
 from recipes.search.settings import SuccessiveHalvingConfig
-from recipes.search.space import axes_of, prune_settings
+from recipes.search.space import prune_settings, search_sizes
 
 POLL_SECONDS = 0.5
 """Seconds between two checks of whether another rank has finished."""
@@ -67,7 +67,7 @@ class HalvingRun:
         return self._directory / candidate.name / f"round-{round_number}"
 
     def _prune_candidate(self, candidate: Candidate) -> Path:
-        settings = prune_settings(axes_of(candidate.shape), self._layer_importance)
+        settings = prune_settings(search_sizes(candidate.shape), self._layer_importance)
         inputs = {name: self._inputs[name].directory for name in ("checkpoint", "importance")}
         directory = self._directory / candidate.name / "prune"
         run_child(PruneConfig(stage="prune", **settings), directory, inputs)

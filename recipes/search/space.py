@@ -113,7 +113,7 @@ class Service:
         return Storage(self.precision, group, self.bytes_per_cached_value)
 
 
-def axes_of(shape: Architecture) -> dict[str, int]:
+def search_sizes(shape: Architecture) -> dict[str, int]:
     """Returns the sizes of ``SEARCH_AXES``."""
     return {axis: getattr(shape, axis) for axis in SEARCH_AXES}
 
@@ -177,10 +177,10 @@ AT_LEAST = ("tokens_per_second",)
 """Quantities that must be at least their limit; all others must be at most their limit."""
 
 
-def limits(
+def absolute_limits(
     teacher: Architecture, budget: Mapping[str, float], service: Service
 ) -> dict[str, float]:
-    """Returns a budget in absolute numbers, with fractions multiplied by the teacher's cost."""
+    """Returns a budget's limits, with fractions multiplied by the teacher's cost."""
     return {
         name: limit * SHAPE_COSTS[name](teacher, service)
         if limit <= 1 and name not in AT_LEAST
@@ -193,7 +193,7 @@ def enumerate_shapes(
     teacher: Architecture, space: Space, budget: Mapping[str, float], service: Service
 ) -> list[Architecture]:
     """Lists the shapes that cannot grow within a budget of ``SHAPE_COSTS``, the largest first."""
-    allowed = limits(teacher, budget, service)
+    allowed = absolute_limits(teacher, budget, service)
     choices = {axis: _choices(teacher, space, axis) for axis in SEARCH_AXES}
 
     def fits(shape: Architecture) -> bool:
@@ -203,7 +203,7 @@ def enumerate_shapes(
             for name, limit in allowed.items()
         )
 
-    def larger(shape: Architecture) -> Iterator[Architecture]:
+    def one_step_larger(shape: Architecture) -> Iterator[Architecture]:
         for axis, values in choices.items():
             above = [value for value in values if value > getattr(shape, axis)]
             if above:
@@ -220,7 +220,7 @@ def enumerate_shapes(
         index = bisect(ffn_sizes, False, key=lambda ffn: fits(replace(base, ffn_hidden_size=ffn)))
         if index < len(ffn_sizes):
             shape = replace(base, ffn_hidden_size=ffn_sizes[index])
-            if not any(fits(other) for other in larger(shape)):
+            if not any(map(fits, one_step_larger(shape))):
                 shapes.append(shape)
     return sorted(shapes, key=lambda shape: -shape.parameters())
 

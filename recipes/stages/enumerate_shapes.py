@@ -20,7 +20,7 @@ from recipes.planning.chain import Chain
 from recipes.planning.results import PlanResult, Table
 from recipes.planning.rules import Problem
 from recipes.search.settings import SHAPES_FILE, EnumerateShapesConfig
-from recipes.search.space import SHAPE_COSTS, Service, limits, name_of
+from recipes.search.space import SHAPE_COSTS, Service, absolute_limits, name_of
 from recipes.stages.contract import Stage
 
 EMPTY_BUDGET_FIX = "raise the budget, or max_depth_pruning and max_width_pruning in space"
@@ -36,11 +36,8 @@ def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
         names = ", ".join(f"budget.{name}" for name in SHAPE_COSTS)
         yield Problem(rules.BUDGET, "a search needs a budget", f"set one of {names}")
     elif not (shapes := cfg.shapes(chain.teacher)):
-        yield Problem(
-            rules.BUDGET,
-            f"no architecture fits the budget {limits(chain.teacher, budget, cfg.service)}",
-            EMPTY_BUDGET_FIX,
-        )
+        limits = absolute_limits(chain.teacher, budget, cfg.service)
+        yield Problem(rules.BUDGET, f"no architecture fits the budget {limits}", EMPTY_BUDGET_FIX)
     elif shapes == [chain.teacher] and "latency" not in cfg.inputs:
         costs = ", ".join(
             f"{name}={SHAPE_COSTS[name](chain.teacher, cfg.service):.6g}" for name in budget
@@ -56,7 +53,7 @@ def run(cfg: EnumerateShapesConfig, inputs: Inputs, out: Path) -> Outcome:
     """Writes ``shapes.json`` and a table."""
     teacher = read_architecture(read_hf_config(cfg.hf_path), cfg.hf_path)
     cfg = cfg.with_measured_latency(inputs)
-    budget = limits(teacher, cfg.budget.limits(), cfg.service)
+    budget = absolute_limits(teacher, cfg.budget.limits(), cfg.service)
     shapes = cfg.shapes(teacher)
     if not shapes:
         raise RecipeError(

@@ -33,7 +33,7 @@ from recipes.planning.training_cost import peak_memory, token_compute
 from recipes.planning.transformer import Compute, largest
 from recipes.search.results import Candidate, SearchResult, write_candidates
 from recipes.search.settings import SuccessiveHalvingConfig
-from recipes.search.space import axes_of, name_of, prune_settings
+from recipes.search.space import name_of, prune_settings, search_sizes
 from recipes.stages.contract import Stage
 
 RECIPE = "recipe.yaml"
@@ -166,7 +166,7 @@ def _nan_last(score: float) -> tuple[bool, float]:
 def recipe(cfg: SuccessiveHalvingConfig, inputs: Inputs, winner: Candidate, method: str) -> str:
     """Returns the YAML of a recipe that prunes to the winner and distils it."""
     teacher = inputs["checkpoint"].manifest
-    shape, sizes = teacher.architecture or {}, axes_of(winner.shape)
+    shape, sizes = teacher.architecture or {}, search_sizes(winner.shape)
     changed = {axis: size for axis, size in sizes.items() if size != shape[axis]}
     score = inputs["importance"].manifest.config
     score_settings = ("num_loss_samples", "block_sizes")

@@ -1,4 +1,4 @@
-"""Scores, kept indices and pruned weights of a tiny model, compared with direct computations."""
+"""Scores, kept indices and pruned weights of a tiny model, also compared with ModelOpt."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def test_a_dead_head_and_dead_channels_have_the_lowest_scores(
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                 norm.weight[DEAD_CHANNELS] = 0
 
-            # Values get the mean 0, so the output of a head that averages is small.
+            # Values get the mean 0, so a head that averages has a small output.
             def remove_mean(_: Any, __: Any, out: torch.Tensor, module: Any = attention) -> None:
                 mean = out.mean(dim=(0, 1))
                 weight = module.v_proj.weight
@@ -314,11 +314,8 @@ def test_scores_do_not_depend_on_micro_batches_and_chunks_of_logits(
         scores = score(teacher, calibration, replace(cfg, micro_batch_size=3))
     assert watch.max_positions == 50
     assert_same_scores(scores, importance)
-    without_loss_scores = [
-        score(teacher, calibration, replace(cfg, num_loss_samples=0, micro_batch_size=size))
-        for size in (1, 8)
-    ]
-    losses = [scores.teacher_loss for scores in without_loss_scores]
+    configs = [replace(cfg, num_loss_samples=0, micro_batch_size=size) for size in (1, 8)]
+    losses = [score(teacher, calibration, config).teacher_loss for config in configs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
