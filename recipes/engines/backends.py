@@ -1,4 +1,4 @@
-"""Selects the checks, requirements and builder of an engine's backend. Torch-free."""
+"""Selects the checks, requirements and builder of an engine's backend, without importing torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KV_CACHE_DTYPES = {
 
 
 def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields invalid settings, which would otherwise fail only after the training."""
+    """Yields problems of settings, which would otherwise fail only after the training."""
     for name, choices in (("precision", PRECISIONS), ("kv_cache_dtype", KV_CACHE_DTYPES)):
         if (value := getattr(cfg, name)) not in choices[cfg.backend]:
             supporting = [backend for backend in choices if value in choices[backend]]
@@ -80,7 +80,10 @@ def require_backend(backend: str) -> None:
 
 
 def backend_of(source: str, chain: Chain) -> str | None:
-    """Returns the backend of an engine of this or another run; ``None`` if it is no engine."""
+    """Returns the backend of an engine: a stage of this run, or the directory of a stage.
+
+    Returns ``None`` if ``source`` is not an engine.
+    """
     stage, manifest = chain.stages.get(source), manifest_of(source)
     if isinstance(stage, BuildEngineConfig):
         return stage.backend

@@ -1,7 +1,7 @@
-"""Measures the speed of models, and the student's speed-up over the teacher. Torch-free.
+"""Measures the speed of models, and the student's speed-up over the teacher, without torch.
 
 Each model runs in its own process, so that its memory can be measured. The models take turns
-request by request (A B A B …), so that a change of the machine's speed affects all equally.
+request by request (A B A B …), so that a change of the machine's speed affects all models equally.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ class CpuWorker(Worker):
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.load_seconds = self._answer()["load_seconds"]
+        self.load_seconds = self._read_answer()["load_seconds"]
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Timing:
         """Continues one batch of prompts."""
         request = {"prompts": prompts, "new_tokens": new_tokens}
         assert self._process.stdin is not None
         print(json.dumps(request), file=self._process.stdin, flush=True)
-        answer = self._answer()
+        answer = self._read_answer()
         self.peak_memory_bytes = answer["peak_memory_bytes"]
         return Timing(**answer["timing"])
 
-    def _answer(self) -> dict[str, Any]:
+    def _read_answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -84,7 +84,7 @@ class CpuWorker(Worker):
 
 
 class TensorRtLlmWorker(Worker):
-    """Starts ``trtllm-bench`` for every batch, which loads the engine each time."""
+    """Starts ``trtllm-bench`` for every batch. Each start loads the engine again."""
 
     def __init__(self, model: TimedModel, scratch: Path) -> None:
         self._model, self._scratch = model, scratch / model.role
@@ -106,11 +106,11 @@ class TensorRtLlmWorker(Worker):
         start = time.monotonic()
         with gpu_memory_samples() as samples:
             argv = trtllm_command(self._model, shape, self._scratch)
-            done = subprocess.run(argv, check=False)
+            completed = subprocess.run(argv, check=False)
         seconds = time.monotonic() - start
-        if done.returncode or not report.is_file():
+        if completed.returncode or not report.is_file():
             raise RecipeError(
-                f"trtllm-bench ended with status {done.returncode} or without a report; its "
+                f"trtllm-bench ended with status {completed.returncode} or without a report; its "
                 "messages are in the stage's log",
                 "python launch/run.py logs run_dir=DIR shows them",
             )
@@ -130,7 +130,7 @@ def trtllm_dataset(prompts: list[list[int]], new_tokens: int) -> str:
 
 
 def trtllm_command(model: TimedModel, shape: RequestShape, scratch: Path) -> list[str]:
-    """Returns the command that times a batch. It streams, to measure the time to first token."""
+    """Returns the command that times a batch; ``--streaming`` measures the time to first token."""
     common = [
         *("trtllm-bench", "--model", model.folder.name, "--model_path", str(model.folder)),
         *("--workspace", str(scratch), "throughput"),
@@ -159,8 +159,8 @@ def parse_trtllm_report(text: str, shape: RequestShape) -> Timing:
     try:
         report: dict[str, Any] = json.loads(text)
         requests, performance = report["request_info"], report["performance"]
-        first = report["streaming_metrics"]["avg_ttft_ms"]
-        total = performance["total_latency_ms"]
+        first_ms = report["streaming_metrics"]["avg_ttft_ms"]
+        total_ms = performance["total_latency_ms"]
         measured = (
             requests["num_requests"],
             round(requests["avg_input_length"]),
@@ -178,7 +178,7 @@ def parse_trtllm_report(text: str, shape: RequestShape) -> Timing:
             f"{expected}",
             f"use release {VERSION}",
         )
-    return Timing(first / 1000, total / 1000)
+    return Timing(first_ms / 1000, total_ms / 1000)
 
 
 @contextmanager
@@ -214,7 +214,7 @@ def start_worker(scratch: Path, threads: int, model: TimedModel) -> Worker:
     """Starts a model's worker. ``trtllm-bench`` may write to ``scratch``."""
     if model.backend.startswith("tensorrt_llm"):
         return TensorRtLlmWorker(model, scratch)
-    from recipes.engines import bench_worker  # imported so that the fingerprint covers it
+    from recipes.engines import bench_worker  # the import puts the module into the fingerprint
 
     return CpuWorker(model, threads, bench_worker.__name__)
 
@@ -250,7 +250,7 @@ def measure(
                     timings.setdefault((shape, number), []).append(timing)
                 done += 1
                 log.progress("measure", done, total)
-    # A worker's peak memory is known only after its last request.
+    # A worker's peak memory is known only after its last request. The first timing is the warm-up.
     return [
         _row(*pairs[number], shape, measured[1:]) for (shape, number), measured in timings.items()
     ]
@@ -283,8 +283,8 @@ def speedups(
     """Returns the student's speed-ups over the teacher in each backend.
 
     ``prefill`` is the ratio of the median times to the first token. ``decode`` is the ratio of the
-    median tokens per second after it. If a measured ratio is below the roofline's, something other
-    than FLOPs and memory traffic takes time.
+    median tokens per second after the first token. If a measured ratio is below the roofline's,
+    something other than FLOPs and memory traffic takes time.
     """
     by_role = {(model.backend, model.role): model for model in models}
     teachers = {(row.backend, row.setting): row for row in rows if row.role == "teacher"}
@@ -301,17 +301,19 @@ def speedups(
             arch, storage, rates = model.architecture, model.storage, roofline(model)
             prefill.append(prefill_seconds(arch, batch, prompt, storage, rates))
             decode.append(decode_seconds(arch, batch, context, storage, rates))
-        first_token = teacher.time_to_first_token_ms.median, student.time_to_first_token_ms.median
-        rate = teacher.decode_tokens_per_second.median, student.decode_tokens_per_second.median
+        teacher_ms, student_ms = (row.time_to_first_token_ms.median for row in (teacher, student))
+        teacher_rate, student_rate = (
+            row.decode_tokens_per_second.median for row in (teacher, student)
+        )
         results.append(
             Speedup(
                 backend=student.backend,
                 precision=student.precision,
                 batch_size=batch,
                 prompt_tokens=prompt,
-                prefill=first_token[0] / first_token[1],
+                prefill=teacher_ms / student_ms,
                 prefill_roofline=prefill[0] / prefill[1],
-                decode=rate[1] / rate[0],
+                decode=student_rate / teacher_rate,
                 decode_roofline=decode[0] / decode[1],
             )
         )

@@ -1,8 +1,9 @@
-"""Loads one model and times requests to it, in its own process, so its memory can be measured.
+"""Loads one model and times requests to it, in a separate process, to measure its memory.
 
-``measure_speed`` starts it as ``python -m recipes.engines.bench_worker``. It writes the loading
-time to standard output. Then it reads requests, one per line, ``{"prompts": …, "new_tokens": …}``,
-and answers each with timing and peak memory. Only the baseline, transformers, needs torch.
+``measure_speed`` starts this module as ``python -m recipes.engines.bench_worker``. The process
+writes the loading time to standard output. Then it reads one request per line,
+``{"prompts": …, "new_tokens": …}``, and answers each request with its timing and the peak memory.
+Only the baseline, transformers, needs torch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TextIO
 
 from recipes.core.processes import die_with_parent, peak_memory_bytes
-from recipes.engines.openvino import Pipeline, without_telemetry
+from recipes.engines.openvino import Pipeline, disable_telemetry
 from recipes.engines.timing import Generation, Timing
 
 
@@ -41,21 +42,21 @@ class Transformers:
             prompts = torch.tensor(tokens)
             start = time.perf_counter()
             output = self._model(prompts, use_cache=True, logits_to_keep=1)
-            step = output.logits[:, -1:].argmax(-1)
-            first = time.perf_counter() - start
-            steps = [step]
+            last = output.logits[:, -1:].argmax(-1)
+            first_seconds = time.perf_counter() - start
+            generated = [last]
             for _ in range(new_tokens - 1):
-                output = self._model(step, past_key_values=output.past_key_values, use_cache=True)
-                step = output.logits[:, -1:].argmax(-1)
-                steps.append(step)
-            total = time.perf_counter() - start
-        return Generation(torch.cat(steps, dim=1).tolist(), Timing(first, total))
+                output = self._model(last, past_key_values=output.past_key_values, use_cache=True)
+                last = output.logits[:, -1:].argmax(-1)
+                generated.append(last)
+            timing = Timing(first_seconds, time.perf_counter() - start)
+        return Generation(torch.cat(generated, dim=1).tolist(), timing)
 
 
 def import_library(backend: str) -> None:
     """Imports a backend's libraries in advance, so that the loading time excludes imports."""
-    openvino = backend == "openvino"
-    for name in ("openvino_genai",) if openvino else ("torch", "transformers.models.auto"):
+    is_openvino = backend == "openvino"
+    for name in ("openvino_genai",) if is_openvino else ("torch", "transformers.models.auto"):
         importlib.import_module(name)
 
 
@@ -84,9 +85,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     args = parser.parse_args()
     die_with_parent()
-    without_telemetry()
-    # Answers go to a copy of standard output, the pipe to ``measure_speed``. What libraries print
-    # there goes to standard error, the log.
+    disable_telemetry()
+    # Answers go to a copy of standard output, which is a pipe to ``measure_speed``. Standard output
+    # itself becomes standard error, so that what libraries print goes to the log.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     import_library(args.backend)

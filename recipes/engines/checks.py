@@ -29,7 +29,7 @@ ENGINE_FIX = "install the tested version of openvino (make install), or set engi
 def compare_engine(
     cfg: BuildEngineConfig, folder: Path, engine: Path, data: Input | None, log: MetricsLog
 ) -> EngineComparison:
-    """Compares an engine with its model in float32.
+    """Compares an engine with the model that it was built from, run by transformers in float32.
 
     Args:
         cfg: The stage's config.
@@ -47,22 +47,23 @@ def compare_engine(
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     prompt = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :PROMPT_TOKENS]
     with torch.no_grad():
-        difference = (logits(prompt).logits - source(prompt).logits).abs().max().item()
+        max_difference = (logits(prompt).logits - source(prompt).logits).abs().max().item()
     tokens = Pipeline(engine).generate(prompt, NEW_TOKENS).tokens
     margin = greedy_margin(source, prompt, torch.tensor(tokens))
     if cfg.precision == "fp32":
-        require_same(engine, difference, margin)
+        require_same(engine, max_difference, margin)
     types = require_compressed(cfg, weight_types(engine))
     quality = None
     if data is not None:
         text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_sequences)
-        teacher = Predictor.of(source)
+        source_predictor = Predictor.of(source)
         # A ``Predictor`` has hidden states and a head. An engine gives only logits, so they replace
         # the hidden states, and the head changes nothing.
-        predictor = Predictor(
-            lambda tokens: logits(tokens).logits, lambda states: states, teacher.vocabulary
+        engine_predictor = Predictor(
+            lambda tokens: logits(tokens).logits, lambda states: states, source_predictor.vocabulary
         )
-        scores = score({TEACHER: teacher, "engine": predictor}, text, 1, log)
+        # ``score`` compares with the model of the key TEACHER: here the source model.
+        scores = score({TEACHER: source_predictor, "engine": engine_predictor}, text, 1, log)
         quality = EngineQuality(
             scores["engine"].quality(),
             scores[TEACHER].quality(),
@@ -71,15 +72,15 @@ def compare_engine(
             text.predictions,
             statistics.difference(scores["engine"].losses, scores[TEACHER].losses),
         )
-    return EngineComparison(difference, margin, types, quality)
+    return EngineComparison(max_difference, margin, types, quality)
 
 
 @torch.no_grad()
 def greedy_margin(source: torch.nn.Module, prompt: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Returns the largest difference between a model's best logit and that of a generated token.
+    """Returns by how much a generated token's logit is below the model's best logit, at the worst.
 
-    It is 0 if every token is the model's greedy choice. Logits are compared rather than tokens,
-    because either of two tokens with equal logits is right.
+    The result is 0 if every token is the model's greedy choice. Logits are compared instead of
+    tokens, because if two tokens have equal logits, both are correct.
 
     Args:
         source: The model.
@@ -93,9 +94,13 @@ def greedy_margin(source: torch.nn.Module, prompt: torch.Tensor, tokens: torch.T
 
 
 def require_compressed(cfg: BuildEngineConfig, types: dict[str, int]) -> dict[str, int]:
-    """Returns the number of weights by type, if at least one layer is compressed as configured.
+    """Requires that at least one layer is compressed as configured; returns ``types``.
 
-    NNCF does not report layers whose width does not fit the group size. They keep 8 bits.
+    NNCF silently keeps 8 bits in layers whose width is not a multiple of the group size.
+
+    Args:
+        cfg: The stage's config.
+        types: Number of weights by type.
 
     Raises:
         RecipeError: No layer has the configured type.

@@ -21,7 +21,7 @@ def main() -> None:
     params.model.path, params.hostnames, params.port = str(args.m), [args.host], args.port
     params.n_ctx, params.n_parallel, params.warmup = args.c, args.np, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = args.t
-    server = xllamacpp.Server(params)  # it stops when it is deleted
+    server = xllamacpp.Server(params)  # the server stops when this object is deleted
     print(f"llama.cpp serves {args.m} at {server.listening_address}", flush=True)
     signal.pause()
 

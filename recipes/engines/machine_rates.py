@@ -15,8 +15,8 @@ from recipes.planning.hardware import cpuinfo
 
 REPEATS, MIN_REPEATS = 5, 3
 MAX_TOTAL_SECONDS = 0.5
-"""Total time after which an operation runs only ``MIN_REPEATS`` times. GEMMs of an emulated type
-may take minutes."""
+"""Total time after which an operation runs only ``MIN_REPEATS`` times. GEMMs of a data type that
+the processor emulates may take minutes."""
 TOKENS = 1024
 """Rows of the GEMMs."""
 MIN_CPU_FRACTION = 0.8
@@ -25,30 +25,30 @@ remaining time other programs used the cores."""
 COPY_BYTES = 1 << 28
 """Much larger than any cache."""
 
-LAYERS, COPIES = 30, 2
-"""Layers of SmolLM2-135M, and the number of layers that are measured. Two layers with different
-weights alternate, so that no cache holds the weights."""
-LAYER = ((576, 960), (576, 576), (576, 3072), (1536, 576))
+LAYERS, MEASURED_LAYERS = 30, 2
+"""Layers of SmolLM2-135M, and the number of different layers that are measured in turn, so that no
+cache holds their weights."""
+LAYER_SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576))
 """Inputs and outputs of the four linear layers of a transformer layer."""
-HEAD, HEAD_SHARDS = (576, 6144), 8
+HEAD_SHARD_SHAPE, HEAD_SHARDS = (576, 6144), 8
 """Inputs and outputs of a shard of the head, and the number of shards."""
 
 
 def best_seconds(
-    work: Callable[[], object],
+    operation: Callable[[], object],
     device: str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
     repeats: int = REPEATS,
 ) -> float:
     """Returns the shortest time of several runs, after a warm-up.
 
-    The shortest is the best estimate, because other programs can only make a run longer. It stops
-    after ``repeats`` runs, or after ``MIN_REPEATS`` if they took ``MAX_TOTAL_SECONDS``.
+    The shortest is the best estimate, because other programs can only make a run longer. There are
+    ``repeats`` runs, or fewer (at least ``MIN_REPEATS``) if they take ``MAX_TOTAL_SECONDS``.
     """
 
     def run() -> float:
         start = clock()
-        work()
+        operation()
         if device == "cuda":
             torch.cuda.synchronize()
         return clock() - start
@@ -60,13 +60,13 @@ def best_seconds(
     return min(times)
 
 
-def best_cpu_seconds(work: Callable[[], object], device: str = "cpu") -> float:
+def best_cpu_seconds(operation: Callable[[], object], device: str = "cpu") -> float:
     """Returns the shortest CPU time of several runs, summed over threads."""
-    return best_seconds(work, device, time.process_time, 3 * REPEATS)
+    return best_seconds(operation, device, time.process_time, 3 * REPEATS)
 
 
 def copy_rate(device: str = "cpu", seconds: Callable[..., float] = best_seconds) -> float:
-    """Returns the bytes per second of a copy. Each byte counts twice: as read and as written."""
+    """Returns the bytes per second of a copy. A byte counts twice: it is read and written."""
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * COPY_BYTES / seconds(lambda: target.copy_(source), device)
@@ -114,23 +114,24 @@ def _training_rate(dtype: torch.dtype) -> float:
     """Returns the FLOP/s of a thread in a distillation's GEMMs while all threads are busy.
 
     Several layers alternate, because a training step reads matrices from memory. A single repeated
-    GEMM would read them from a cache. With AMX that is twice as fast as from memory. All threads
-    are busy, because they share caches and memory: two do not reach twice the rate of one.
+    GEMM would read its matrices from a cache, which is twice as fast with AMX. All threads are
+    busy, because they share caches and memory: two threads do not reach twice the rate of one.
     """
-    smallest, flops = _gemms([min(LAYER)], dtype)
+    smallest, flops = _gemms([min(LAYER_SHAPES)], dtype)
     if (seconds := best_cpu_seconds(smallest)) > MAX_TOTAL_SECONDS:
         return flops / seconds  # the processor emulates this type, so the rest would take minutes
-    layers, layers_flops = _gemms(LAYER * COPIES, dtype)
-    head, head_flops = _gemms([HEAD], dtype)
-    seconds = LAYERS / COPIES * best_cpu_seconds(layers) + HEAD_SHARDS * best_cpu_seconds(head)
-    return (LAYERS / COPIES * layers_flops + HEAD_SHARDS * head_flops) / seconds
+    layers, layers_flops = _gemms(LAYER_SHAPES * MEASURED_LAYERS, dtype)
+    head, head_flops = _gemms([HEAD_SHARD_SHAPE], dtype)
+    repeats = LAYERS / MEASURED_LAYERS
+    seconds = repeats * best_cpu_seconds(layers) + HEAD_SHARDS * best_cpu_seconds(head)
+    return (repeats * layers_flops + HEAD_SHARDS * head_flops) / seconds
 
 
 def training_rates(threads: int) -> tuple[TrainingRates, bool]:
     """Returns the rates for planning training runs, and whether the measurement was undisturbed.
 
-    It is disturbed if other programs used the threads' cores. Rates are measured in CPU time, which
-    other programs change little.
+    The measurement is disturbed if other programs used the threads' cores. Rates are measured in
+    CPU time, which other programs change little.
     """
     with _threads(threads):
         start, cpu_start = time.perf_counter(), time.process_time()

@@ -1,7 +1,7 @@
 """Builds OpenVINO engines from a Hugging Face folder, and runs them on a CPU.
 
-It was compared with ONNX Runtime GenAI, llama.cpp and AOTInductor. OpenVINO was the fastest,
-installs as wheels, and generates transformers' tokens in float32 for every pruned shape.
+Compared with ONNX Runtime GenAI, llama.cpp and AOTInductor, OpenVINO was the fastest. It installs
+as wheels, and generates the same tokens as transformers in float32 for every pruned shape.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DEVICE = "CPU"
 COMPRESSED_TYPES = {"int8": ("u8", "i8"), "int4": ("u4", "i4")}
 """OpenVINO's names of the types of compressed weights, by precision."""
 SETTINGS = "engine.json"
-"""File in the engine's folder with the properties that the engine is run with."""
+"""File in the engine's folder with OpenVINO's properties for running the engine."""
 
 
 def problems(cfg: BuildEngineConfig) -> Iterator[Problem]:
@@ -48,10 +48,10 @@ def problems(cfg: BuildEngineConfig) -> Iterator[Problem]:
 
 
 def properties(cfg: BuildEngineConfig) -> dict[str, str]:
-    """Returns the properties that an engine is run with.
+    """Returns OpenVINO's properties for running an engine.
 
     A float32 engine computes only in float32. By default, on CPUs with bfloat16 units, OpenVINO
-    would round activations and use an 8-bit KV cache; compressed engines do.
+    rounds activations and uses an 8-bit KV cache. Compressed engines have this default.
     """
     values = {}
     if cfg.precision == "fp32":
@@ -61,17 +61,14 @@ def properties(cfg: BuildEngineConfig) -> dict[str, str]:
     return values
 
 
-def without_telemetry() -> None:
-    """Sets the variable ``CI``, so that the import of OpenVINO does not write to the home folder.
-
-    It would write an identity for telemetry.
-    """
+def disable_telemetry() -> None:
+    """Sets the variable ``CI``: then importing OpenVINO writes no identity to the home folder."""
     os.environ["CI"] = "true"
 
 
 def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
     """Converts a Hugging Face folder to an engine with a tokenizer, in ``out``."""
-    without_telemetry()
+    disable_telemetry()
     import torch
     from optimum.intel import OVModelForCausalLM
 
@@ -90,9 +87,9 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
     write_json(out / SETTINGS, settings)
 
 
-def load_causal_lm(engine: Path) -> OVModelForCausalLM:
+def load_engine(engine: Path) -> OVModelForCausalLM:
     """Loads an engine as a model with the interface of transformers."""
-    without_telemetry()
+    disable_telemetry()
     from optimum.intel import OVModelForCausalLM
 
     return OVModelForCausalLM.from_pretrained(
@@ -104,7 +101,7 @@ def load_causal_lm(engine: Path) -> OVModelForCausalLM:
 def _full_disk_errors(out: Path) -> Iterator[None]:
     """Raises an ``OSError`` about a full disk instead of OpenVINO's ``iostream error``.
 
-    OpenVINO has then deleted its partial file, so the disk has space again.
+    Free space is not checked, because OpenVINO has already deleted its partial file.
     """
     try:
         yield
@@ -149,8 +146,8 @@ def _write_tokenizer(folder: Path, out: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    # If there are several templates, transformers 4.57 would write them to any path in their names
-    # (CVE-2026-9856).
+    # Several templates have names, which may contain paths. transformers 4.57 would write to these
+    # paths (CVE-2026-9856).
     several_templates = isinstance(tokenizer.chat_template, dict)
     tokenizer.save_pretrained(out, save_jinja_files=not several_templates)
     models = convert_tokenizer(tokenizer, with_detokenizer=True)
@@ -159,7 +156,7 @@ def _write_tokenizer(folder: Path, out: Path) -> None:
 
 
 def read_properties(engine: Path) -> dict[str, str]:
-    """Reads the properties that an engine is run with."""
+    """Reads OpenVINO's properties for running an engine."""
     stored: dict[str, str] = read_json(engine / SETTINGS)["properties"]
     return stored
 
@@ -179,12 +176,7 @@ class Logits:
     """Runs an engine for its logits, which the generation pipeline does not return."""
 
     def __init__(self, engine: Path) -> None:
-        without_telemetry()
-        from optimum.intel import OVModelForCausalLM
-
-        self._model = OVModelForCausalLM.from_pretrained(
-            engine, device=DEVICE, ov_config=read_properties(engine), trust_remote_code=False
-        )
+        self._model = load_engine(engine)
 
     def __call__(self, tokens: torch.Tensor) -> Any:
         """Returns an output with ``logits`` [batch, sequence, vocabulary]."""
@@ -194,10 +186,10 @@ class Logits:
 
 
 class Pipeline:
-    """Runs an engine as in deployment, by OpenVINO GenAI's pipeline, on token ids."""
+    """Runs an engine on token ids with OpenVINO GenAI's pipeline, as in deployment."""
 
     def __init__(self, engine: Path, threads: int | None = None) -> None:
-        without_telemetry()
+        disable_telemetry()
         import openvino_genai
 
         options: dict[str, Any] = {**read_properties(engine)}

@@ -31,7 +31,7 @@ QUANTIZATION_CONFIGS = {"fp8": mtq.FP8_DEFAULT_CFG, "int4_awq": mtq.INT4_AWQ_CFG
 def quantize_folder(
     cfg: QuantizeConfig, folder: Path, data: Input, out: Path, log: MetricsLog
 ) -> QuantizationResult:
-    """Quantizes a model and writes it to ``out``, with tokenizer and card.
+    """Quantizes a model and writes it to ``out``, with its tokenizer and model card.
 
     Args:
         cfg: The stage's config.
@@ -45,8 +45,8 @@ def quantize_folder(
     """
     enable("torch")
     calibration = read_sequences(data, "calibration", cfg.seq_length, cfg.num_sequences)
-    text = calibration.tokens.to(device())
-    # bfloat16, because weights that are not quantized are served in it.
+    tokens = calibration.tokens.to(device())
+    # Weights that are not quantized are served in bfloat16.
     model = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
         .to(device())
@@ -54,10 +54,10 @@ def quantize_folder(
     )
 
     def calibrate(model: torch.nn.Module) -> None:
-        # In batches of one sequence, because AWQ's scales depend on the batch size.
-        for number, sequence in enumerate(text.split(1), 1):
+        # A batch has one sequence, because AWQ's scales depend on the batch size.
+        for number, sequence in enumerate(tokens.split(1), 1):
             model(sequence)
-            log.progress("calibrate", number, len(text))
+            log.progress("calibrate", number, len(tokens))
 
     settings: dict[str, Any] = copy.deepcopy(QUANTIZATION_CONFIGS[cfg.format])
     if cfg.kv_cache_dtype == "fp8":
@@ -82,9 +82,10 @@ def quantize_folder(
 def _quality(
     cfg: QuantizeConfig, folder: Path, model: Any, data: Input, log: MetricsLog
 ) -> QuantizationQuality:
-    """Compares the quantized model, which ModelOpt simulates, with the original one."""
+    """Compares the quantized model, which ModelOpt simulates, with the original model."""
     text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_eval_sequences)
     source = load_causal_lm(folder).to(next(model.parameters()).device)
+    # ``score`` compares with the model of the key TEACHER: here the original model.
     models = {TEACHER: Predictor.of(source), "quantized": Predictor.of(model)}
     scores = score(models, text, 1, log)
     quality = QuantizationQuality(scores[TEACHER].quality(), scores["quantized"].quality())

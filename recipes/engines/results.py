@@ -54,7 +54,7 @@ class BenchmarkRow:
 
 @dataclass(frozen=True)
 class Speedup:
-    """Speed-up of the student over the teacher: measured, and the bound by the roofline model."""
+    """Speed-up of the student over the teacher: measured, and estimated by the roofline model."""
 
     backend: str
     precision: str
@@ -93,7 +93,7 @@ class MachineRates:
 
 @dataclass(frozen=True)
 class BenchmarkResults:
-    """Speed of teacher and student, measured in turn."""
+    """Speed of teacher and student. Their requests were measured alternately."""
 
     machine: MachineRates
     rows: list[BenchmarkRow]
@@ -126,7 +126,7 @@ class EngineComparison:
 
     max_logit_difference: float
     greedy_margin: float
-    """How far the logits of generated tokens are below the source model's best logits, at most."""
+    """Largest gap, in the source model's logits, between its best token and a generated token."""
     weight_types: dict[str, int]
     """Number of weights by stored data type."""
     quality: EngineQuality | None

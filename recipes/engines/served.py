@@ -1,8 +1,8 @@
-"""Evaluates an engine or a served model, and compares it with the student item by item.
+"""Evaluates an engine or a GGUF file as it is served, and compares it with the student by item.
 
-llama.cpp and TensorRT-LLM run as servers, which lm-eval's client for OpenAI-compatible completions
-asks. OpenVINO GenAI has no server, so lm-eval's class for transformers runs an OpenVINO engine in
-this process, through optimum-intel.
+llama.cpp and TensorRT-LLM run as servers. lm-eval's client for OpenAI-compatible completions sends
+them requests. OpenVINO GenAI has no server, so lm-eval's class for transformers runs an OpenVINO
+engine in this process, through optimum-intel.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ if TYPE_CHECKING:  # TensorRT-LLM's image does not have Megatron
 FORCING_BIAS = 1000
 """Added to a token's logit, so that the server generates it."""
 ALL_TOKENS = 10**7
-"""More than any vocabulary has."""
+"""Number of log-probabilities to request, larger than any vocabulary."""
 GENERATION = "generate_until"
-"""lm-eval's name of tasks whose answers are generated."""
+"""lm-eval's output type of tasks whose answers are generated."""
 
 
 class ServedLM(LocalCompletionsAPI):
-    """Asks a server's ``/v1/completions``, with the same tokens as the student gets."""
+    """Sends a server's ``/v1/completions`` the same tokens as the student gets."""
 
     def __init__(self, address: str, tokenizer: Path, max_length: int) -> None:
         super().__init__(
@@ -64,21 +64,21 @@ class ServedLM(LocalCompletionsAPI):
             max_length=max_length + 1,  # lm-eval subtracts 1
             max_retries=1,
         )
-        self.add_bos_token = None  # the tokenizer's default
+        self.add_bos_token = None  # use the tokenizer's default
 
     def tok_encode(self, string: Any, **kwargs: Any) -> Any:
-        """Encodes text as the student's class does; the client has another default for BOS."""
+        """Encodes text as the student's class does. The client's default for BOS differs."""
         if isinstance(string, str):
             return HFLM.tok_encode(self, string, kwargs.get("add_special_tokens"))
-        return [self.tok_encode(each) for each in string]
+        return [self.tok_encode(text) for text in string]
 
 
 class LlamaCppLM(ServedLM):
-    """Asks llama.cpp's server, which returns log-probabilities only of tokens that it generates.
+    """Evaluates with llama.cpp's server, which returns log-probabilities of generated tokens only.
 
-    So each token of a continuation is generated, one request for each, by adding ``FORCING_BIAS``
-    to its logit. The server reports log-probabilities before biases. It keeps the context's keys
-    and values, so a request costs one decoding step.
+    So there is a request for each token of a continuation, which adds ``FORCING_BIAS`` to its logit
+    to make the server generate it. Reported log-probabilities do not include the bias. The server
+    caches the context's keys and values, so a request costs one decoding step.
     """
 
     progress: ProgressCallback = staticmethod(lambda done, total: None)
@@ -86,29 +86,30 @@ class LlamaCppLM(ServedLM):
     def token_score(self, context: Sequence[int], token: int) -> tuple[float, bool]:
         """Returns a token's log-probability after a context, and whether it is the likeliest.
 
-        A token that ends within a UTF-8 character is withheld by the server. Then another token is
-        generated, and the server lists all.
+        The server withholds a token that ends within a UTF-8 character. A second request then
+        generates ``eos_token``, and lists the log-probabilities of all tokens.
         """
-        forced = self._generate(context, token, 1) or self._generate(
+        generated = self._generate(context, token, 1) or self._generate(
             context, self.tokenizer.eos_token_id, ALL_TOKENS
         )
-        listed = [forced, *forced["top_logprobs"]] if forced else []
-        for each in listed:
-            if each["id"] == token:
-                return each["logprob"], listed[1]["id"] == token
+        # The generated token, then the likeliest tokens in descending order.
+        entries = [generated, *generated["top_logprobs"]] if generated else []
+        for entry in entries:
+            if entry["id"] == token:
+                return entry["logprob"], entries[1]["id"] == token
         raise RecipeError(
             f"llama.cpp's server returned no log-probability of token {token}",
             "use a release whose server supports logit_bias and logprobs",
         )
 
     def _generate(self, context: Sequence[int], token: int, logprobs: int) -> dict[str, Any] | None:
-        """Generates a token; returns it with the likeliest ones, or ``None`` if it is withheld."""
+        """Generates a token; returns its entry and the likeliest ones, or ``None`` if withheld."""
         request: dict[str, Any] = {"prompt": list(context), "max_tokens": 1, "temperature": 0}
         request |= {"logprobs": logprobs, "logit_bias": {str(token): FORCING_BIAS}}
         response = requests.post(self.base_url, json=request, timeout=self.timeout)
         response.raise_for_status()
-        found = response.json()["choices"][0]["logprobs"]
-        return found["content"][0] if found and found["content"] else None
+        answer = response.json()["choices"][0]["logprobs"]
+        return answer["content"][0] if answer and answer["content"] else None
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], **_: Any
@@ -125,18 +126,18 @@ class LlamaCppLM(ServedLM):
         return results
 
     def losses(self, text: TextSequences) -> list[float]:
-        """Returns each sequence's mean loss over its predictions in the loss mask."""
+        """Returns each sequence's mean loss over the predictions that its mask selects."""
         means = []
-        for row, mask in zip(text.tokens.tolist(), text.prediction_mask.tolist(), strict=True):
-            numbers = [n for n, in_loss in enumerate(mask, 1) if in_loss]
-            scores = [self.token_score(row[:n], row[n])[0] for n in numbers]
+        for ids, mask in zip(text.tokens.tolist(), text.prediction_mask.tolist(), strict=True):
+            targets = [n for n, in_loss in enumerate(mask, 1) if in_loss]
+            scores = [self.token_score(ids[:n], ids[n])[0] for n in targets]
             means.append(-sum(scores) / len(scores))
             self.progress(len(means), len(text))
         return means
 
 
 def server_of(artifact: Input) -> tuple[str, str]:
-    """Returns the server of a built model, and the type of its weights."""
+    """Returns which server or library runs a built model, and the type of its weights."""
     if artifact.manifest.kind == "gguf":
         return "llama_cpp", artifact.manifest.result(GgufResult).type
     engine = artifact.manifest.result(EngineResult)
@@ -150,7 +151,8 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
     tasks = packed_lm.load_tasks(cfg.tasks, cfg.source, cfg.num_fewshot, cfg.revisions)
     if server.startswith("tensorrt_llm"):
         _require_generation(tasks)
-    text, losses = _text(cfg, inputs) if server == "llama_cpp" else None, list[float]()
+    text = _heldout_text(cfg, inputs) if server == "llama_cpp" else None
+    losses: list[float] = []
     # llama.cpp needs a free position after the prompt.
     positions = read_json(folder / "config.json")["max_position_embeddings"] - 1
     length = min(cfg.max_length, positions)
@@ -168,9 +170,9 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
     student = load_causal_lm(folder).to(device(), dtype_of(cfg.precision))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     progress = partial(log.progress, "requests, student")
-    packed = packed_lm.PackedLM(student, tokenizer, cfg.pack_tokens, progress, length)
+    student_lm = packed_lm.PackedLM(student, tokenizer, cfg.pack_tokens, progress, length)
     identity = f"{inputs['checkpoint'].manifest.content()} {cfg.precision} {length}"
-    answers, _ = answer_tasks(cfg, "student", packed, lambda: identity, tasks, log)
+    answers, _ = answer_tasks(cfg, "student", student_lm, lambda: identity, tasks, log)
     (out / "samples").mkdir()
     scores = {}
     for task in tasks:
@@ -182,7 +184,7 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
         server,
         precision,
         scores,
-        _quality(artifact) if text is None else _compare_text(student, text, losses, log),
+        _text_of_build(artifact) if text is None else _compare_text(student, text, losses, log),
         f"lm_eval {HARNESS}, student in {dtype_name(cfg.precision)}",
         ", ".join(dict.fromkeys(task.data for task in tasks)),
     )
@@ -198,12 +200,12 @@ def served_lm(
         cfg: The stage's config.
         artifact: The built model.
         folder: Hugging Face folder of the student, which has the tokenizer.
-        length: Most tokens of a prompt.
+        length: Maximum tokens of a prompt.
     """
     server, _ = server_of(artifact)
     if server == "openvino":
-        # Not OptimumLM: for a path, lm-eval starts torch.distributed if a launcher set LOCAL_RANK.
-        model = openvino.load_causal_lm(artifact.artifact)
+        # lm-eval's OptimumLM loads a path, but starts torch.distributed if LOCAL_RANK is set.
+        model = openvino.load_engine(artifact.artifact)
         yield HFLM(pretrained=model, tokenizer=str(folder), batch_size=1, max_length=length)
         return
     port = free_port(cfg.port)
@@ -233,7 +235,7 @@ def _require_generation(tasks: Sequence[packed_lm.Task]) -> None:
             )
 
 
-def _text(cfg: EvaluateServedConfig, inputs: Inputs) -> TextSequences | None:
+def _heldout_text(cfg: EvaluateServedConfig, inputs: Inputs) -> TextSequences | None:
     from recipes.data.token_sequences import read_sequences
 
     data = inputs.get("data")
@@ -250,8 +252,8 @@ def _compare_text(
     return ServedText.of(losses, reference, text.predictions)
 
 
-def _quality(artifact: Input) -> ServedText | None:
-    """Returns the comparison on text that ``build_engine`` made; servers of engines make none."""
+def _text_of_build(artifact: Input) -> ServedText | None:
+    """Returns the comparison on text that ``build_engine`` made; ``None`` without one."""
     if artifact.manifest.kind != "engine":
         return None
     quality = artifact.manifest.result(EngineResult).quality

@@ -1,4 +1,4 @@
-"""Starts a server of a built model on this machine, and stops it."""
+"""Starts and stops a server for a built model on this machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HOST = "127.0.0.1"
 LLAMA_SERVER = "llama-server"
 POLL_SECONDS = 0.2
 STOP_SECONDS = 15
-LOG = "its output is in the stage's log: python launch/run.py logs run_dir=DIR"
+SEE_LOG = "its output is in the stage's log: python launch/run.py logs run_dir=DIR"
 NO_LLAMA_SERVER = RecipeError(
     f"llama.cpp's server is missing: neither {LLAMA_SERVER} nor the package xllamacpp is installed",
     f"install this repository's dependencies again (make install), or put {LLAMA_SERVER} on PATH",
@@ -67,14 +67,14 @@ def trtllm_command(engine: str, backend: str, tokenizer: str, ranks: int = 1) ->
 
 
 def free_port(port: int) -> int:
-    """Returns ``port``, or an unused one for 0; raises ``RecipeError`` if it is in use."""
+    """Returns ``port``, or an unused port for 0; raises ``RecipeError`` if ``port`` is in use."""
     with socket.socket() as probe:
         try:
             probe.bind((HOST, port))
         except OSError as error:
             raise RecipeError(
                 f"port {port} of {HOST} cannot be used: {error.strerror}",
-                "set port to another one, or to 0, which chooses a free one",
+                "set another port, or port=0, which chooses a free port",
             ) from error
         chosen: int = probe.getsockname()[1]
     return chosen
@@ -82,7 +82,7 @@ def free_port(port: int) -> int:
 
 @contextmanager
 def serving(command: Sequence[str], port: int, start_seconds: float) -> Iterator[str]:
-    """Runs a server until the context ends; yields its address. It dies with this process.
+    """Runs a server until the context ends; yields its address. The server dies with this process.
 
     Raises:
         RecipeError: The server is missing, did not start in ``start_seconds``, ended, or refused a
@@ -97,14 +97,13 @@ def serving(command: Sequence[str], port: int, start_seconds: float) -> Iterator
         _wait_until_healthy(process, address, name, start_seconds)
         yield address
     except requests.RequestException as error:
-        ended = _ended(process, wait=1)
+        reason = _exit_reason(process, wait=1)
         answer = getattr(error.response, "text", "") or error
-        raise RecipeError(
-            f"{name} ended during a request: {ended}" if ended else f"{name} failed: {answer}", LOG
-        ) from error
+        what = f"{name} ended during a request: {reason}" if reason else f"{name} failed: {answer}"
+        raise RecipeError(what, SEE_LOG) from error
     finally:
         process.terminate()
-        if _ended(process, wait=STOP_SECONDS) is None:
+        if _exit_reason(process, wait=STOP_SECONDS) is None:
             process.kill()
             process.wait()
 
@@ -114,17 +113,17 @@ def _wait_until_healthy(
 ) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if ended := _ended(process, wait=POLL_SECONDS):
-            raise RecipeError(f"{name} did not start: {ended}", LOG)
+        if reason := _exit_reason(process, wait=POLL_SECONDS):
+            raise RecipeError(f"{name} did not start: {reason}", SEE_LOG)
         try:
             if requests.get(f"{address}/health", timeout=10).ok:
                 return
         except requests.RequestException:
-            continue  # it does not listen yet
-    raise RecipeError(f"{name} did not start within {seconds:.0f} seconds", LOG)
+            continue  # the server does not listen yet
+    raise RecipeError(f"{name} did not start within {seconds:.0f} seconds", SEE_LOG)
 
 
-def _ended(process: subprocess.Popen[bytes], wait: float) -> str | None:
+def _exit_reason(process: subprocess.Popen[bytes], wait: float) -> str | None:
     """Returns how a process ended; ``None`` if it still runs after ``wait`` seconds."""
     try:
         status = process.wait(wait)

@@ -1,6 +1,6 @@
 """Settings of ``build_engine``, ``quantize``, ``measure_speed`` and ``evaluate_served``.
 
-Torch-free.
+Does not import torch.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from recipes.evaluation.settings import EvaluateTasksConfig
 
 BACKENDS = ("openvino", "tensorrt_llm", "tensorrt_llm_pytorch")
 CALIBRATED_FORMATS = ("fp8", "int4_awq")
-"""Formats of ``quantize``. ``build_engine`` rounds to all others without calibration. SmoothQuant
-is missing, because no layer of TensorRT-LLM reads ModelOpt's tensors for it."""
+"""Formats of ``quantize``. For all others, ``build_engine`` rounds weights without calibration.
+SmoothQuant is missing, because no layer of TensorRT-LLM reads ModelOpt's tensors for it."""
 Grid = Annotated[list[Count], Field(min_length=1)]
 
 
@@ -36,7 +36,7 @@ class MeasureSpeedConfig(StageConfig):
     baseline: bool = True
     """Whether to measure transformers, too (eager, float32, on the CPU)."""
     threads: Threads | None = None
-    """CPU threads of each model; by default the launcher's number for a process."""
+    """CPU threads of each model; by default as many as the launcher assigns to a process."""
 
 
 @dataclass
@@ -97,13 +97,13 @@ class EvaluateServedConfig(EvaluateTasksConfig):
     seq_length: Count = 256
     """Tokens of a sequence of held-out text."""
     num_sequences: Count = 8
-    """Held-out sequences for perplexity by llama.cpp's server; ``build_engine`` compares
-    OpenVINO's."""
+    """Held-out sequences for the perplexity of llama.cpp's server. ``build_engine`` measures that
+    of an OpenVINO engine."""
     max_length: Count = 4096
-    """Most tokens of a prompt; longer ones lose their first tokens, for both models."""
+    """Maximum tokens of a prompt. Both models ignore the first tokens of longer prompts."""
     threads: Threads | None = field(default=None, metadata={"resource": True})
-    """CPU threads of llama.cpp; by default the launcher's number for a process."""
+    """CPU threads of llama.cpp; by default as many as the launcher assigns to a process."""
     port: CountOrZero = field(default=0, metadata={"resource": True})
     """Port of the server on 127.0.0.1; 0 chooses a free one."""
     start_seconds: Count = field(default=900, metadata={"resource": True})
-    """Longest time that the server may take to load the model."""
+    """Maximum time for the server to load the model."""

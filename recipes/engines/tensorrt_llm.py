@@ -1,8 +1,8 @@
-"""Checks settings for TensorRT-LLM and calls it as a subprocess in NVIDIA's image.
+"""Checks settings for TensorRT-LLM and runs it as a subprocess in NVIDIA's image.
 
-Nothing here imports it: it needs other versions of torch, transformers and ModelOpt than the pinned
-stack, and the package of this name on PyPI is a placeholder. Release 1.2 is the last that builds
-engines; 1.3 removed ``trtllm-build`` and the engine backend.
+This module does not import TensorRT-LLM, which needs other versions of torch, transformers and
+ModelOpt than the pinned stack. The PyPI package of this name is a placeholder. Release 1.2 is the
+last that builds engines; 1.3 removed ``trtllm-build`` and the engine backend.
 """
 
 from __future__ import annotations
@@ -223,10 +223,10 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
     file = out.parent / "tensorrt_llm_request.json"
     write_text_atomically(file, json.dumps(request, indent=1))
     command = [sys.executable, "-m", trtllm_build_worker.__name__, str(file)]
-    done = subprocess.run(command, check=False)
-    if done.returncode:
+    completed = subprocess.run(command, check=False)
+    if status := completed.returncode:
         raise RecipeError(
-            f"TensorRT-LLM ended with status {done.returncode}; its output is in the stage's log",
+            f"TensorRT-LLM ended with status {status}; its output is in the stage's log",
             "python launch/run.py logs run_dir=DIR shows it",
         )
     require_engine(out, request)
@@ -245,9 +245,14 @@ def require_engine(engine: Path, request: dict[str, Any]) -> None:
         ("tp_size=", pretrained["mapping"]["tp_size"], ranks),
         ("rank*.engine files: ", len(list(engine.glob("rank*.engine"))), ranks),
     )
-    if wrong := [f"{name}{actual} instead of {b}" for name, actual, b in values if actual != b]:
+    differences = [
+        f"{name}{actual} instead of {expected}"
+        for name, actual, expected in values
+        if actual != expected
+    ]
+    if differences:
         raise RecipeError(
-            f"the engine differs from the request: {', '.join(wrong)}", f"build it in {IMAGE}"
+            f"the engine differs from the request: {', '.join(differences)}", f"build it in {IMAGE}"
         )
 
 
@@ -261,8 +266,8 @@ def prepare_pytorch(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
 def llm_options(cfg: BuildEngineConfig, positions: int) -> str:
     """Returns the content of the file for ``--extra_llm_api_options``, as JSON, which is also YAML.
 
-    ``kv_cache_config`` replaces all of the settings that ``trtllm-bench`` has for the KV cache. It
-    disables block reuse, with which the warm-up would cache the prompts of the measurement.
+    ``kv_cache_config`` replaces all settings of ``trtllm-bench`` for the KV cache. It disables the
+    reuse of blocks, because otherwise the warm-up would cache the prompts of the measurement.
     """
     options: dict[str, Any] = {
         "dtype": "bfloat16",

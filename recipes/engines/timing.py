@@ -1,4 +1,4 @@
-"""Describes models, requests and timings of a speed measurement. Torch-free."""
+"""Describes models, requests and timings of a speed measurement. Does not import torch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class RequestShape:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds that a batch of requests takes. All start and end together."""
+    """Seconds that a batch of requests takes. All its requests start and end together."""
 
     first_seconds: float
     """Time to the first new token."""
@@ -73,7 +73,7 @@ class Timing:
         return tokens / (self.total_seconds - self.first_seconds)
 
     def throughput(self, shape: RequestShape) -> float:
-        """Returns the tokens per second of the whole batch, with those of the prompts."""
+        """Returns the tokens per second of the whole batch, including the prompts' tokens."""
         tokens = shape.batch_size * (shape.prompt_tokens + shape.new_tokens)
         return tokens / self.total_seconds
 

@@ -1,4 +1,4 @@
-"""Describes a whole chain before it runs, for the ``check`` of each stage. Torch-free."""
+"""Describes a run's stages before they run, for the ``check`` of each. Does not import torch."""
 
 from __future__ import annotations
 

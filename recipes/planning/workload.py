@@ -1,4 +1,4 @@
-"""Describes a training run, or a teacher's pass over a text, and its layout. Torch-free."""
+"""Describes a training run, or a teacher's pass over a text, and its layout. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines of tiny models: tokens in float32, quality when compressed, quantization; GEMM rates."""
+"""Tests engines of tiny models in float32 and compressed, quantization, and rates of GEMMs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Build = Callable[..., tuple[Path, Outcome]]
 
 
 def as_input(artifact: Path, kind: str, folder: Path) -> Input:
-    """Returns a folder as the artifact of a complete stage."""
+    """Returns a complete stage whose artifact is a given folder."""
     folder.mkdir()
     (folder / ARTIFACT).symlink_to(artifact)
     manifest = bare_manifest("test", kind, dataset_result(artifact) if kind == "dataset" else None)
@@ -62,14 +62,14 @@ def data(odd_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFact
     tokenizer = load_tokenizer(odd_llama)
     texts = [json.loads(line)["text"][:120] for line in text_file.read_text().splitlines()[:40]]
     with SplitWriter(artifact, ("heldout", "calibration")) as splits:
-        for number, each in enumerate(tokenizer.encode(texts)):
-            splits.add(("heldout", "calibration")[number % 2], each.ids)
+        for number, document in enumerate(tokenizer.encode(texts)):
+            splits.add(("heldout", "calibration")[number % 2], document.ids)
     return artifact
 
 
 @pytest.fixture
 def build(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
-    """Runs ``build_engine`` on a folder; asserts that no temporary files remain."""
+    """Returns a function that runs ``build_engine`` and asserts that no temporary files remain."""
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
@@ -95,7 +95,10 @@ def build(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
 
 @pytest.fixture(scope="module")
 def odd_qwen3(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Has norms of queries and keys, 14 heads in 7 groups, its own head size, tied embeddings."""
+    """A model with norms of queries and keys, 14 heads in 7 groups, and tied embeddings.
+
+    Its head size is not ``hidden_size`` divided by the number of heads.
+    """
     shape = {
         "hidden_size": 56,
         "intermediate_size": 100,
@@ -111,7 +114,7 @@ def odd_qwen3(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def seven_groups(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Has 7 heads in 7 groups and an untied output layer; no size is a multiple of 32."""
+    """A model with 7 heads in 7 groups and an untied head; no size is a multiple of 32."""
     shape = {
         **EVEN,
         "hidden_size": 56,
@@ -135,7 +138,7 @@ def test_float32_engines_generate_the_tokens_of_transformers(
     result = outcome.result
     assert result.max_logit_difference < 1e-4
     assert result.greedy_margin < 1e-4
-    # Also if the checkpoint has bfloat16: engines of teacher and student must have equal types.
+    # A bfloat16 checkpoint gives a float32 engine, too: teacher and student must have equal types.
     assert not {"bf16", "f16"} & result.weight_types.keys()
     assert result.quality.engine.kl_to_teacher < 1e-6
     assert read_properties(engine)["INFERENCE_PRECISION_HINT"] == "f32"
@@ -144,7 +147,7 @@ def test_float32_engines_generate_the_tokens_of_transformers(
     generation = Pipeline(engine).generate(prompts, 24)
     generated = torch.tensor(generation.tokens)
     assert generated.shape == (3, 24)
-    # Logits are compared, since processors choose differently of two equally likely tokens.
+    # Logits are compared, because of two equally likely tokens, processors choose different ones.
     assert greedy_margin(source, prompts, generated) < 1e-4
     assert 0 < generation.timing.first_seconds < generation.timing.total_seconds
     for pattern in TOKENIZER_FILES:
@@ -152,7 +155,7 @@ def test_float32_engines_generate_the_tokens_of_transformers(
             assert (engine / file.name).exists()
 
 
-def test_compressed_engines_report_their_loss(build: Build, odd_llama: Path) -> None:
+def test_compressed_engines_report_their_quality(build: Build, odd_llama: Path) -> None:
     """Attention's width of 70 is not a multiple of the group size of 8; the other widths are."""
     engines = {p: build(odd_llama, precision=p, group_size=8) for p in ("int8", "int4")}
     results = {precision: outcome.result for precision, (_, outcome) in engines.items()}
@@ -183,8 +186,9 @@ def test_a_chat_template_writes_no_file_outside_the_engine(odd_llama: Path, tmp_
     model, out = tmp_path / "model", tmp_path / "run" / "engine"
     shutil.copytree(odd_llama, model, ignore=shutil.ignore_patterns("*.safetensors", "*.jinja"))
     settings = json.loads((model / "tokenizer_config.json").read_text())
-    named = [{"name": name, "template": "x"} for name in ("default", "../../outside")]
-    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": named}))
+    templates = [{"name": name, "template": "x"} for name in ("default", "../../outside")]
+    settings["chat_template"] = templates
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
     out.mkdir(parents=True)
     openvino._write_tokenizer(model, out)
     assert (out / "openvino_tokenizer.xml").exists()
@@ -195,7 +199,7 @@ def test_a_chat_template_writes_no_file_outside_the_engine(odd_llama: Path, tmp_
 def test_a_full_disk_is_reported_and_temporary_files_are_deleted(
     megabytes: int, aligned: Path, tmp_path: Path
 ) -> None:
-    """The smaller disk is full during the export, the larger one while the engine is saved."""
+    """The smaller disk is full during the export, the larger disk while the engine is saved."""
     with small_disk(tmp_path / "disk", f"{megabytes}m") as disk:
         out = make_artifact_folder(disk.folder, "build_engine")
         with pytest.raises(OSError, match="No space left on device") as caught:
@@ -234,7 +238,7 @@ def test_greedy_margin_is_zero_only_for_the_likeliest_tokens(odd_llama: Path) ->
 
 @pytest.fixture(scope="module")
 def aligned(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Has widths that are multiples of 128, for groups of 128 weights."""
+    """A model whose widths are multiples of 128, for groups of 128 weights."""
     shape = {**EVEN, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
     folder = tmp_path_factory.mktemp("aligned") / "aligned"
     return write_tiny_model(folder, text_file, **shape, train=False, dtype=torch.bfloat16)
@@ -244,7 +248,7 @@ def aligned(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_quantized_checkpoints(
     name: str, algorithm: str, aligned: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Their format is ModelOpt's. Their weights are the model's within the format's step size."""
+    """The format is ModelOpt's. The weights differ from the model's by at most a rounding step."""
     out = tmp_path / "work" / ARTIFACT
     out.mkdir(parents=True)
     inputs = {
@@ -288,7 +292,7 @@ SMOLLM2 = Architecture(
 
 
 def test_measured_rates_are_plausible() -> None:
-    """The limits are below a core without vector units, and above any core."""
+    """The lower limits are below the rate of a core without vector units, the upper above any."""
     before = torch.get_num_threads()
     rates, _ = training_rates(1)
     assert 1e9 < rates.float32_flops_per_second < 1e12
@@ -296,23 +300,23 @@ def test_measured_rates_are_plausible() -> None:
     assert 5e8 < rates.bytes_per_second < 1e12
     assert torch.get_num_threads() == before
     # The CPU time of helper threads is counted late, so too short GEMMs would seem twice as fast.
-    both, _ = training_rates(2)
-    assert both.float32_flops_per_second < 3 * rates.float32_flops_per_second
-    assert both.flops_per_second < 3 * rates.flops_per_second
+    two_cores, _ = training_rates(2)
+    assert two_cores.float32_flops_per_second < 3 * rates.float32_flops_per_second
+    assert two_cores.flops_per_second < 3 * rates.flops_per_second
 
 
 @pytest.mark.parametrize("rate", [4e11, 4e8])
 def test_a_rate_is_the_mean_over_all_gemms_of_a_model(
     rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The head's GEMMs have half the rate. An emulated type is measured in one small GEMM only."""
-    counted = []
+    """The head has half the rate. An emulated type is measured in one small GEMM only."""
+    counted = []  # FLOPs of each measurement: smallest GEMM, layers, head, for each data type
 
-    def seconds(work: Callable[[], object], device: str = "cpu") -> float:
-        if "copy" in work.__qualname__:
+    def seconds(operation: Callable[[], object], device: str = "cpu") -> float:
+        if "copy" in operation.__qualname__:
             return 1.0
         with FlopCounterMode(display=False) as counter:
-            work()
+            operation()
         counted.append(flops := counter.get_total_flops())
         return flops / (rate / 2 if len(counted) % 3 == 0 else rate)
 
@@ -339,4 +343,4 @@ def test_slow_operations_are_repeated_fewer_times(seconds: float, runs: int) -> 
         now.append(now[-1] + seconds)
 
     assert best_seconds(work, clock=lambda: now[-1], repeats=9) == pytest.approx(seconds)
-    assert len(now) - 2 == runs  # without the start and the warm-up
+    assert len(now) - 2 == runs  # ``now`` also has the start and the warm-up

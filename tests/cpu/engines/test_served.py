@@ -1,4 +1,4 @@
-"""Built models are evaluated as they are served: OpenVINO here, llama.cpp by its own server."""
+"""Tests the evaluation of built models: OpenVINO in this process, llama.cpp in its server."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ from tests.support.manifests import bare_manifest
 from tests.support.runs import make_artifact_folder
 
 LENGTH = 255
-"""Most tokens of a prompt, one less than the tiny model has positions."""
+"""Maximum tokens of a prompt: the tiny model's positions minus 1."""
 LIMIT = 3
+"""Items of a task."""
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +66,10 @@ def student(odd_llama: Path) -> packed_lm.PackedLM:
 
 def children() -> set[int]:
     """Returns the process ids of this process's living children."""
-    # After the name in parentheses: state, parent, ...; the id is before it.
+    # A file holds: process id (name) state parent ...; the name may contain spaces.
     stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
-    rows = [[*text.rpartition(")")[2].split(), text.split()[0]] for text in stats]
-    return {int(row[-1]) for row in rows if int(row[1]) == os.getpid() and row[0] != "Z"}
+    rows = [(text.split()[0], *text.rpartition(")")[2].split()[:2]) for text in stats]
+    return {int(pid) for pid, state, ppid in rows if int(ppid) == os.getpid() and state != "Z"}
 
 
 def as_input(folder: Path, kind: str, result: Any = None, artifact: Path | None = None) -> Input:
@@ -77,20 +78,20 @@ def as_input(folder: Path, kind: str, result: Any = None, artifact: Path | None 
     manifest = bare_manifest("test", kind, result)
     if artifact is not None:
         (folder / ARTIFACT).symlink_to(artifact)
-        manifest.files = stamp_files(artifact)  # identify the student in the cache of answers
+        manifest.files = stamp_files(artifact)  # the cache of answers identifies students by these
     return Input(folder, manifest)
 
 
 def test_llama_cpp_gives_the_log_likelihoods_of_transformers(
     llama: served.LlamaCppLM, student: packed_lm.PackedLM
 ) -> None:
-    """Some contexts are truncated. Both also agree on which answers are greedy."""
+    """Some contexts are truncated. Responses also say which continuations are greedy."""
     for task in packed_lm.load_tasks(["sciq", "lambada_openai"], "pypi", {"sciq": 1}):
         expected, answers = (packed_lm.answer(lm, task, LIMIT, 1) for lm in (student, llama))
-        for item, other in zip(answers, expected, strict=True):
-            assert (item.id, item.hash) == (other.id, other.hash)
-            pair = (torch.tensor(each.response).double().flatten() for each in (item, other))
-            torch.testing.assert_close(*pair, rtol=1e-3, atol=0.02)
+        for pair in zip(answers, expected, strict=True):
+            assert len({(item.id, item.hash) for item in pair}) == 1
+            responses = (torch.tensor(item.response).double().flatten() for item in pair)
+            torch.testing.assert_close(*responses, rtol=1e-3, atol=0.02)
     context = llama.tok_encode("The history of the")
     likeliest = student.model(torch.tensor([context])).logits[0, -1].argmax().item()
     assert llama.token_score(context, likeliest)[1]
@@ -125,7 +126,7 @@ def test_llama_cpp_generates_the_text_of_transformers(
 
 def test_an_openvino_engine_is_paired_with_its_student(even_llama: Path, tmp_path: Path) -> None:
     checkpoint = as_input(tmp_path / "checkpoint", "checkpoint_hf", artifact=even_llama)
-    worst = {}
+    largest_gap = {}
     for precision in ("fp32", "int4"):
         engine = tmp_path / precision / ARTIFACT
         engine.mkdir(parents=True)
@@ -141,13 +142,13 @@ def test_an_openvino_engine_is_paired_with_its_student(even_llama: Path, tmp_pat
         samples = [json.loads(line) for line in lines]
         assert len(samples) == served_scores.tasks["piqa"].items == LIMIT
         gaps = [s["served"]["response"][0][0] - s["student"]["response"][0][0] for s in samples]
-        worst[precision] = max(map(abs, gaps))
+        largest_gap[precision] = max(map(abs, gaps))
         answers = served_scores.tasks["piqa"].answers
         assert answers.difference.value == pytest.approx(
             answers.served.value - answers.student.value
         )
-    assert worst["fp32"] < 1e-3
-    assert worst["int4"] > 0.05
+    assert largest_gap["fp32"] < 1e-3
+    assert largest_gap["int4"] > 0.05
 
 
 def config(**settings: Any) -> EvaluateServedConfig:
@@ -155,10 +156,10 @@ def config(**settings: Any) -> EvaluateServedConfig:
     return EvaluateServedConfig("evaluate_served", **defaults | settings)
 
 
-def gguf_inputs(root: Path, folder: Path, kind: str) -> dict[str, Input]:
+def gguf_inputs(root: Path, folder: Path, weight_type: str) -> dict[str, Input]:
     file = root / "file" / FILE
     file.parent.mkdir()
-    result = write(folder, file, kind)
+    result = write(folder, file, weight_type)
     checkpoint = as_input(root / "checkpoint", "checkpoint_hf", artifact=folder)
     return {
         "checkpoint": checkpoint,
@@ -182,19 +183,19 @@ def test_a_server_that_fails_ends_in_one_message(
     even_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str
 ) -> None:
     before, inputs, settings = children(), gguf_inputs(tmp_path, even_llama, "f16"), {}
-    words = {
+    messages = {
         "missing": "llama.cpp's server is missing",
         "port": "cannot be used",
         "damaged": "did not start",
         "killed": "ended during a request: killed by SIGKILL",
     }
-    with socket.socket() as other:
+    with socket.socket() as occupant:
         if problem == "missing":
             monkeypatch.setattr(server, "has_llama_server", lambda: False)
         elif problem == "port":
-            other.bind((server.HOST, 0))
-            other.listen()
-            settings["port"] = other.getsockname()[1]
+            occupant.bind((server.HOST, 0))
+            occupant.listen()
+            settings["port"] = occupant.getsockname()[1]
         elif problem == "damaged":
             (inputs["artifact"].artifact / FILE).write_bytes(b"GGUF" + bytes(100))
         else:
@@ -203,18 +204,18 @@ def test_a_server_that_fails_ends_in_one_message(
             def kill(self: Any, context: list[int], token: int) -> tuple[float, bool]:
                 calls.append(token)
                 if len(calls) == 5:
-                    for number in children() - before:
-                        os.kill(number, signal.SIGKILL)
+                    for pid in children() - before:
+                        os.kill(pid, signal.SIGKILL)
                 return score_token(self, context, token)
 
             monkeypatch.setattr(served.LlamaCppLM, "token_score", kill)
-        with pytest.raises(RecipeError, match=words[problem]):
+        with pytest.raises(RecipeError, match=messages[problem]):
             evaluate_served.run(config(**settings), inputs, make_artifact_folder(tmp_path, "stage"))
     assert children() <= before
 
 
 def test_a_server_dies_with_its_stage(gguf: Path) -> None:
-    """Even after ``kill -9`` of the stage."""
+    """The server also stops after ``kill -9`` of the stage."""
     port = free_port(0)
     code = (
         "from recipes.engines.server import llama_command, serving; import signal\n"

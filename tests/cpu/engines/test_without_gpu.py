@@ -19,13 +19,13 @@ def test_a_missing_gpu_is_reported_before_anything_runs(
         pytest.skip("there may be a GPU")
     run_dir = tmp_path / "run"
     command = overrides(odd_llama, text_file, run_dir, engine="tensorrt_llm")
-    second = [
+    settings = [
         f"stages.{s}.{setting}"
         for s in ("build_engine", "build_teacher_engine")
         for setting in ("backend=tensorrt_llm_pytorch", "max_seq_len=256", "max_input_len=200")
     ]
-    grid = ["stages.measure_speed.prompt_tokens=[64]", "stages.measure_speed.new_tokens=16"]
-    result = run_in_process(*command, *second, *grid, cwd=tmp_path)
+    settings += ["stages.measure_speed.prompt_tokens=[64]", "stages.measure_speed.new_tokens=16"]
+    result = run_in_process(*command, *settings, cwd=tmp_path)
     assert result.code == 1
     assert "needs an NVIDIA GPU and TensorRT-LLM" in result.output
     assert "nvcr.io/nvidia/tensorrt-llm/release:" in result.output

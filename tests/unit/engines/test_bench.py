@@ -1,4 +1,4 @@
-"""Rooflines, timings, the order of measurements, and checks of ``measure_speed``. No torch."""
+"""Tests rooflines, timings, the order of measurements, and the checks of ``measure_speed``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ FP32 = Storage("fp32")
 
 @pytest.fixture
 def untied(teacher: Architecture) -> Architecture:
-    """Has 4 layers, hidden 128, ffn 256, 8 heads of 16 in 4 groups, vocabulary 512."""
+    """The teacher with an untied head: 4 layers, hidden size 128, FFN width 256, vocabulary 512.
+
+    It has 8 heads of 16 channels in 4 groups.
+    """
     return replace(teacher, tied_embeddings=False)
 
 
@@ -60,12 +63,12 @@ def test_traffic_of_the_kv_cache_equals_a_hand_count(teacher: Architecture) -> N
 def test_flops_of_prefill_and_decoding_equal_a_hand_count(teacher: Architecture) -> None:
     per_layer = 128 * 16 * (2 * 8 + 2 * 4) + 3 * 128 * 256
     head = 2 * 512 * 128
-    attention = 4 * 2 * (8 * 16)  # layers, causal half of two GEMMs, width
+    attention = 4 * 2 * (8 * 16)  # 4 layers, 2 FLOPs for the causal half of two GEMMs, width
     assert prefill_flops(teacher, 1, 10) == 10 * (2 * 4 * per_layer + attention * 10) + head
     assert decode_flops(teacher, 2, 10) == 2 * (2 * 4 * per_layer + head + 2 * attention * 10)
 
 
-def test_a_roofline_is_the_longer_of_two_bounds(teacher: Architecture) -> None:
+def test_a_roofline_is_the_longer_of_two_times(teacher: Architecture) -> None:
     slow_memory, slow_compute = Roofline(1e15, 1e9), Roofline(1e9, 1e15)
     assert decode_seconds(teacher, 2, 105.5, FP32, slow_memory) == pytest.approx(
         decode_traffic(teacher, 2, 105.5, FP32) / 1e9
@@ -115,12 +118,12 @@ def test_models_take_turns_and_the_warm_up_is_not_counted(pair: list[TimedModel]
     ScriptedWorker.requests.clear()
     shapes = [RequestShape(1, 8, 3), RequestShape(2, 8, 3)]
     seconds = {"teacher": 0.4, "student": 0.1}
-    rows = measure(pair, shapes, 2, lambda c: ScriptedWorker(c, seconds[c.role]), MetricsLog(None))
+    rows = measure(pair, shapes, 2, lambda m: ScriptedWorker(m, seconds[m.role]), MetricsLog(None))
     order = [name for name, batch, _ in ScriptedWorker.requests if batch]
     assert order == ["teacher", "student"] * 6
     assert ScriptedWorker.requests[-2:] == [("student", 0, []), ("teacher", 0, [])]
     prompts = [str(tokens) for name, _, tokens in ScriptedWorker.requests if name == "teacher"][:-1]
-    assert len(set(prompts)) == 6  # an engine would answer a known prompt from a cache
+    assert len(set(prompts)) == 6  # an engine would answer a repeated prompt from a cache
     assert [(r.role, r.batch_size) for r in rows] == [
         ("teacher", 1),
         ("student", 1),
@@ -158,7 +161,7 @@ def config(**settings: Any) -> MeasureSpeedConfig:
 def test_requests_must_fit_the_model_and_its_engine(
     settings: dict[str, Any], rules: list[str], teacher: Architecture
 ) -> None:
-    """The model has 1024 positions. The engine accepts 32 requests of at most 200 + 80 tokens."""
+    """The model has 1024 positions. The engine accepts 32 requests with 200 + 80 tokens at most."""
     engine = EngineConfig(
         stage="build_engine",
         backend="tensorrt_llm",
@@ -166,10 +169,10 @@ def test_requests_must_fit_the_model_and_its_engine(
         max_input_len=200,
         max_seq_len=280,
     )
-    other = EngineConfig(stage="build_engine")
-    chain = Chain("teacher", teacher, {"student_engine": engine, "teacher_engine": other})
+    unlimited = EngineConfig(stage="build_engine")
+    chain = Chain("teacher", teacher, {"student_engine": engine, "teacher_engine": unlimited})
     broken = [p.rule.name for p in measure_speed.check(config(**settings), chain)]
-    if settings.get("prompt_tokens") == [1000]:
+    if settings.get("prompt_tokens") == [1000]:  # also breaks engine-limits
         broken = broken[:1]
     assert broken == rules
 

@@ -1,7 +1,7 @@
 """Tests the code that calls TensorRT-LLM, which is not installed.
 
-Every option, class and key that the code uses must be in ``tensorrt_llm_api.json``, which lists
-names of TensorRT-LLM's source.
+Every option, class and key that the code uses must be in ``tensorrt_llm_api.json``, a list of names
+in TensorRT-LLM's source.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def test_every_option_of_the_benchmark_exists(backend: str, teacher: Architectur
     argv = bench.trtllm_command(model, SHAPE, Path("/scratch"))
     assert argv[0] == "trtllm-bench"
     split = argv.index("throughput")
-    for words, command in (
+    for arguments, command in (
         (argv[1:split], "trtllm-bench"),
         (argv[split + 1 :], "trtllm-bench throughput"),
     ):
         options, flags = API[command]["options"], API[command].get("flags", [])
-        while words:
-            assert words[0] in options
-            words = words[1:] if words[0] in flags else words[2:]
+        while arguments:
+            assert arguments[0] in options
+            arguments = arguments[1:] if arguments[0] in flags else arguments[2:]
     assert "throughput" in API["trtllm-bench"]["commands"]
     chosen = argv[argv.index("--backend") + 1]
     assert chosen in API["trtllm-bench throughput"]["backends"]
@@ -115,7 +115,7 @@ def test_options_of_the_pytorch_backend_exist() -> None:
     cfg = config(backend="tensorrt_llm_pytorch", kv_cache_dtype="fp8")
     options = json.loads(tensorrt_llm.llm_options(cfg, 1024))
     assert options.keys() <= set(API["llm options"]["options"])
-    # trtllm-bench sets these itself, but a kv_cache_config in the options replaces all of them.
+    # trtllm-bench sets some of them, but a kv_cache_config in the options replaces all of these.
     set_by_benchmark = set(API["options of the benchmark itself"]["kv_cache_config"])
     known = set_by_benchmark | set(API["llm options"]["kv_cache_config"])
     assert set_by_benchmark <= options["kv_cache_config"].keys() <= known
@@ -148,7 +148,7 @@ def test_invalid_reports_are_refused(change: dict[str, Any], message: str) -> No
 
 
 def test_requests_have_the_requested_size_and_differ_by_seed() -> None:
-    lines, others = (
+    lines, lines_of_other_seed = (
         bench.trtllm_dataset(random_prompts(SHAPE, 512, seed), 32).splitlines() for seed in (1, 2)
     )
     requests = [json.loads(line) for line in lines]
@@ -156,7 +156,7 @@ def test_requests_have_the_requested_size_and_differ_by_seed() -> None:
     assert {len(r["input_ids"]) for r in requests} == {128}
     assert {r["output_tokens"] for r in requests} == {32}
     assert max(max(r["input_ids"]) for r in requests) < 512
-    assert others != lines
+    assert lines_of_other_seed != lines
 
 
 @pytest.mark.parametrize(("listing", "mebibytes"), [("1024\\n512", 1536), ("[N/A]", 0)])
@@ -179,26 +179,26 @@ def test_missing_requirements_of_a_machine_are_named() -> None:
     problem = tensorrt_llm.machine_problem
     assert problem("tensorrt_llm", "1.2.0", gpu=True) is None
     assert problem("tensorrt_llm_pytorch", "1.3.0rc20", gpu=True) is None
-    nothing = str(problem("tensorrt_llm", None, gpu=False))
-    assert "an NVIDIA GPU and TensorRT-LLM" in nothing
-    assert tensorrt_llm.IMAGE in nothing
+    both_missing = str(problem("tensorrt_llm", None, gpu=False))
+    assert "an NVIDIA GPU and TensorRT-LLM" in both_missing
+    assert tensorrt_llm.IMAGE in both_missing
     assert "GPU" not in str(problem("tensorrt_llm", None, gpu=True)).splitlines()[0]
     assert "1.3.0rc20" in str(problem("tensorrt_llm", "1.3.0rc20", gpu=True))
 
 
 def test_shapes_without_kernels_are_refused(teacher: Architecture) -> None:
-    fits = replace(teacher, kv_channels=64, num_attention_heads=8, num_query_groups=4)
-    chain = Chain("teacher", fits, {})
+    supported = replace(teacher, kv_channels=64, num_attention_heads=8, num_query_groups=4)
+    chain = Chain("teacher", supported, {})
     assert rules(config(), chain) == []
     pytorch = config(backend="tensorrt_llm_pytorch", precision="int4_awq")
     assert rules(pytorch, chain) == []
-    odd_head = Chain("teacher", replace(fits, kv_channels=10), {})
+    odd_head = Chain("teacher", replace(supported, kv_channels=10), {})
     assert rules(config(), odd_head) == ["head-size"]
     assert rules(config(backend="tensorrt_llm_pytorch"), odd_head) == []
-    narrow = Chain("teacher", replace(fits, hidden_size=120), {})
+    narrow = Chain("teacher", replace(supported, hidden_size=120), {})
     assert rules(config(), narrow) == []
     assert rules(config(precision="int8"), narrow) == ["alignment"]
-    seven = replace(fits, num_attention_heads=7, num_query_groups=7)
+    seven = replace(supported, num_attention_heads=7, num_query_groups=7)
     assert rules(config(tensor_parallel_size=2), Chain("teacher", seven, {})) == [
         "tensor-parallel",
         "tensor-parallel",
@@ -248,8 +248,8 @@ def test_a_format_of_another_backend_is_suggested(teacher: Architecture) -> None
         assert rules(cfg, replace(chain, stages={"quantize": source})) == broken
 
 
-def quantised(folder: Path, algorithm: str | None) -> Path:
-    """Makes a folder whose weights are quantised by an algorithm."""
+def checkpoint_folder(folder: Path, algorithm: str | None) -> Path:
+    """Makes a folder that declares quantization by an algorithm, or none."""
     folder.mkdir(exist_ok=True)
     if algorithm:
         text = json.dumps({"quantization": {"quant_algo": algorithm}})
@@ -259,7 +259,8 @@ def quantised(folder: Path, algorithm: str | None) -> Path:
 
 def test_a_checkpoint_must_have_the_configured_quantization(tmp_path: Path) -> None:
     require = tensorrt_llm.require_quantization
-    plain, awq = quantised(tmp_path / "plain", None), quantised(tmp_path / "awq", "W4A16_AWQ")
+    plain = checkpoint_folder(tmp_path / "plain", None)
+    awq = checkpoint_folder(tmp_path / "awq", "W4A16_AWQ")
     require(plain, "bf16")
     require(plain, "int8")
     require(awq, "int4_awq")
@@ -288,7 +289,7 @@ def test_an_engine_must_match_its_config(tmp_path: Path) -> None:
 
 
 def test_the_pytorch_backend_gets_the_checkpoint_and_its_options(tmp_path: Path) -> None:
-    folder = quantised(tmp_path / "hf", None)
+    folder = checkpoint_folder(tmp_path / "hf", None)
     (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 512}))
     (folder / "model.safetensors").write_bytes(b"weights")
     out = tmp_path / "out"
@@ -330,7 +331,7 @@ def fields(tree: ast.AST, cls: str) -> set[str]:
 
 
 def maps_tensors(tree: ast.AST, cls: str) -> bool:
-    """Returns whether a layer maps the names of a checkpoint's tensors."""
+    """Returns whether a class of a layer maps the names of a checkpoint's tensors."""
     return any(
         isinstance(node, ast.ClassDef)
         and node.name == cls
@@ -357,9 +358,9 @@ def parse(path: Path) -> ast.Module:
 
 
 def differences(root: Path) -> list[str]:
-    """Returns what the package's source does not have as recorded, without importing it.
+    """Returns how the package's source differs from the record, without importing the package.
 
-    Recorded are names, and classes that do not map the names of tensors.
+    The record has names, and classes that do not map the names of tensors.
     """
     missing = []
     for title, entry in API.items():
