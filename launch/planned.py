@@ -150,7 +150,12 @@ def choose_action(stage: PlannedStage, *, forced: bool, selected: bool) -> tuple
             accepted results is written again when the user's acceptances have changed.
     """
     reason = "forced" if forced else _reason_to_run(stage)
-    if reason is None and selected and stage.stage.cites_manifests and _acceptances_changed(stage):
+    if (
+        reason is None
+        and selected
+        and stage.stage.names_accepted_results
+        and _acceptances_changed(stage)
+    ):
         reason = "other results were accepted"
     if reason is None:
         return SKIP, "complete"

@@ -55,7 +55,7 @@ def prepare(plan: Plan, cluster: LocalConfig) -> Plan:
     """Refuses stages that need several machines, or a library that is missing here."""
     require_one_machine(plan, cluster)
     for stage in plan.todo():
-        stage.stage.require_here(stage.config)
+        stage.stage.check_machine(stage.config)
     return plan
 
 

@@ -1,6 +1,6 @@
-"""Builds an inference engine from a model, and compares it with the model.
+"""Builds an inference engine from a model, and compares the engine with the model.
 
-Reads a Hugging Face folder or a NeMo checkpoint, and held-out text if there is any. Writes the
+Reads a Hugging Face folder or a NeMo checkpoint, and held-out text if configured. Writes the
 engine. ``backend=openvino`` builds on any CPU. ``tensorrt_llm`` builds a TensorRT engine, and
 ``tensorrt_llm_pytorch`` prepares the checkpoint for TensorRT-LLM's PyTorch backend; both need a GPU
 and NVIDIA's image.
@@ -57,7 +57,7 @@ STAGE = Stage(
     optional_inputs={"data": ("dataset",)},
     needs_gpu=lambda config, chain: config.backend != "openvino",
     needs_tensorrt_llm=lambda config, chain: config.backend != "openvino",
-    # The engine, and the Hugging Face folder that a NeMo checkpoint is converted to.
+    # At most 4 bytes per parameter, for the engine and for the Hugging Face folder of its model.
     disk_bytes=lambda config, chain: 2 * 4 * chain.teacher.parameters(),
-    require_here=lambda config: require_backend(config.backend),
+    check_machine=lambda config: require_backend(config.backend),
 )

@@ -1,6 +1,7 @@
 """Stores the teacher's logits for the training text, so that distillation runs without a teacher.
 
-Reads the teacher and the prepared text. Writes shards of the largest log-probabilities per token.
+Reads the teacher and the prepared text. Writes the largest log-probabilities of each token, divided
+into files, the shards.
 """
 
 from __future__ import annotations
@@ -19,28 +20,24 @@ from recipes.planning.workload import Layout, Workload
 from recipes.stages.contract import Stage
 
 SHARDS = "shards"
-"""Folder in ``work/`` for complete shards. A resumed stage continues after the last one."""
+"""Folder in ``work/`` for complete shards. A resumed stage continues after the last shard."""
 
 
 def check(cfg: CacheLogitsConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields settings that do not fit the teacher."""
+    """Yields a problem for each setting that does not fit the teacher."""
     if cfg.top_k >= chain.teacher.vocab_size:
         yield Problem(
             rules.TOP_K,
             f"top_k={cfg.top_k} must be less than the vocabulary size, {chain.teacher.vocab_size}",
-            "set a small fraction of it, such as top_k=64",
+            "set a much smaller number, such as top_k=64",
         )
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
 
 
 def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
-    """Returns the teacher's forward passes, for plans: one step if ``num_sequences`` is not set."""
-    tensor, micro, resources = (
-        cfg.tensor_model_parallel_size,
-        cfg.micro_batch_size,
-        cfg.resources,
-    )
-    layout = Layout(resources.nodes, resources.devices, tensor, micro_batch_size=micro)
+    """Returns the teacher's forward passes for plans. Without ``num_sequences``, plans one step."""
+    tensor, micro = cfg.tensor_model_parallel_size, cfg.micro_batch_size
+    layout = Layout(cfg.resources.nodes, cfg.resources.devices, tensor, micro_batch_size=micro)
     batch = micro * max(1, layout.ranks // tensor)
     return Workload(
         trained=None,
@@ -54,15 +51,15 @@ def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
 
 
 def disk_bytes(cfg: CacheLogitsConfig, chain: Chain) -> int:
-    """Returns the size of the cache; 0 if it depends on the text's size, which is unknown."""
+    """Returns the cache's size; 0 without ``num_sequences``, when the text's size is unknown."""
     tokens = (cfg.num_sequences or 0) * cfg.seq_length
     return tokens * bytes_per_token(chain.teacher.vocab_size, cfg.top_k, cfg.tail_draws)
 
 
 def progress(work: Path) -> str | None:
     """Returns the number of complete shards of unfinished work."""
-    shards = len(list((work / SHARDS).glob("*.safetensors")))
-    return f"{shards} shard{'s' * (shards > 1)}" if shards else None
+    count = len(list((work / SHARDS).glob("*.safetensors")))
+    return f"{count} shard{'s' * (count > 1)}" if count else None
 
 
 def run(cfg: CacheLogitsConfig, inputs: Inputs, out: Path) -> Outcome:

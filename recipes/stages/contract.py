@@ -40,27 +40,28 @@ Kind = Literal[
     "search_results",
     "report",
 ]
-"""Type of a stage's result."""
+"""Types of the results of stages."""
 Kinds = tuple[Kind, ...]
 
 PIPELINE_SIZES = (2, 4, 8)
+"""Pipeline-parallel sizes that ``smaller_settings`` proposes."""
 
 
 def inherited_shapes(config: StageConfig, chain: Chain) -> Sequence[Architecture]:
     """Returns the shapes that a stage's input may have; empty if they are not known yet."""
-    for search in ("candidates", "shapes"):
-        if search in config.inputs:
-            return chain.shapes.get(config.inputs[search], ())
+    for name in ("candidates", "shapes"):  # inputs from a search, which have many shapes
+        if name in config.inputs:
+            return chain.shapes.get(config.inputs[name], ())
     return [chain.shape_of(config.inputs.get("checkpoint") or config.inputs.get("student"))]
 
 
 def smaller_settings(config: StageConfig) -> Iterator[dict[str, Any]]:
-    """Yields changed settings that take less memory. The change with the least effect is first."""
+    """Yields changes of settings that save memory, the change with the least side effects first."""
     batch: dict[str, Any] = {"micro_batch_size": 1}
-    precision = {"precision": "bf16-mixed"}
-    pipelines = [{"pipeline_model_parallel_size": ranks} for ranks in PIPELINE_SIZES]
-    both = {**precision, **batch}
-    for change in (batch, precision, both, *pipelines, *({**p, **batch} for p in pipelines)):
+    bf16 = {"precision": "bf16-mixed"}
+    pipelines = [{"pipeline_model_parallel_size": size} for size in PIPELINE_SIZES]
+    combined = [{**pipeline, **batch} for pipeline in pipelines]
+    for change in (batch, bf16, {**bf16, **batch}, *pipelines, *combined):
         if all(hasattr(config, name) for name in change):
             yield change
 
@@ -81,54 +82,54 @@ def checkpoint_outcome(result: DataclassInstance | None, checkpoint: Path) -> Ou
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(Generic[ConfigT]):
-    """A stage. Each module of this package has one as ``STAGE``, and defaults in ``conf/stage``."""
+    """A stage. Its module defines it as ``STAGE``; its default settings are in ``conf/stage``."""
 
     config: type[ConfigT]
     kind: Kind
-    """Type of its result."""
+    """Type of the stage's result."""
     run: Callable[[ConfigT, Inputs, Path], Outcome]
     """Runs the stage on every rank. The path is an empty directory for the artifact."""
     check: Callable[[ConfigT, Chain], Iterable[Problem]] = lambda config, chain: ()
-    """Yields problems of the settings. It takes less than a second and does not import torch."""
+    """Yields problems of the settings. Takes less than a second and does not import torch."""
     single_rank_reason: str = ""
-    """Why it needs exactly one rank; empty if it supports several."""
+    """Why the stage needs exactly one rank; empty if it supports several ranks."""
     inputs: Mapping[str, Kinds] = field(default_factory=dict)
-    """Required inputs, each with the types it may have."""
+    """Required inputs, each with the types that it may have."""
     optional_inputs: Mapping[str, Kinds] = field(default_factory=dict)
-    """Optional inputs, each with the types it may have."""
+    """Optional inputs, each with the types that it may have."""
     starts: tuple[str, ...] = ()
-    """Stages that it starts; their code counts as its code in the fingerprint."""
+    """Stages that this stage starts; their code is part of its code fingerprint."""
     devices: Callable[[ConfigT], int] = lambda config: config.resources.devices
-    """Devices per node that it needs, including the stages that it starts."""
+    """Devices per node that the stage needs, including those of the stages that it starts."""
     needs_torch: bool = True
-    """Whether it imports torch. If not, torchrun does not start it."""
+    """Whether the stage imports torch. If not, it starts without torchrun."""
     needs_gpu: Callable[[ConfigT, Chain], bool] = lambda config, chain: True
-    """Whether it uses GPUs. If not, its job and its container have none."""
+    """Whether the stage uses GPUs. If not, its job and its container get no GPUs."""
     needs_tensorrt_llm: Callable[[ConfigT, Chain], bool] = lambda config, chain: False
-    """Whether it runs TensorRT-LLM, which has its own image."""
+    """Whether the stage runs TensorRT-LLM, which has its own container image."""
     external: Callable[[ConfigT], Mapping[str, Path]] = lambda config: {}
     """Files outside the run that the result depends on."""
     disk_bytes: Callable[[ConfigT, Chain], int] = lambda config, chain: 0
-    """Bytes on disk of its artifact and its temporary files."""
+    """Disk space of the artifact and temporary files, in bytes."""
     shapes: Callable[[ConfigT, Chain], Sequence[Architecture]] = inherited_shapes
-    """Architectures that its model may have, the largest first; by default those of its input."""
+    """Architectures that the result may have, the largest first; by default those of the input."""
     workload: Callable[[ConfigT, Chain], Workload] | None = None
-    """Returns its training, or the forward passes of its teacher, for plans."""
+    """For plans: the training, or the teacher's forward passes over a text."""
     inference_cost: Callable[[ConfigT, Chain], InferenceCost] | None = None
-    """Returns its cost, for plans. A stage that has a ``workload`` or runs no model has none."""
+    """For plans: the cost of running models. ``None`` with a ``workload``, and without models."""
     plans_workloads: bool = False
-    """Whether it plans the whole chain: its settings then include all workloads."""
-    cites_manifests: bool = False
-    """Whether its result says which stale results the user accepted."""
+    """Whether the stage plans the chain of all stages: its settings then include all workloads."""
+    names_accepted_results: bool = False
+    """Whether the result is a document that says which stale results the user accepted."""
     resolve_from_chain: Callable[[ConfigT, Chain], ConfigT] = lambda config, chain: config
     """Copies settings of other stages that the result depends on."""
     progress: Callable[[Path], str | None] = lambda work: None
-    """Returns the progress of unfinished work, such as "step 50"; ``None`` without progress."""
-    require_here: Callable[[ConfigT], None] = lambda config: None
+    """Returns the progress of unfinished work in a folder, such as "step 50"; ``None`` if none."""
+    check_machine: Callable[[ConfigT], None] = lambda config: None
     """Raises ``RecipeError`` if this machine lacks what the stage needs."""
 
     def image(self, config: ConfigT, chain: Chain) -> str | None:
-        """Returns the container image that it runs in; ``None`` without a container."""
+        """Returns the stage's container image; ``None`` without a container."""
         return chain.image_of(config.stage, self.needs_tensorrt_llm(config, chain))
 
     def problems(self, config: ConfigT, chain: Chain) -> Iterator[Problem]:
@@ -155,8 +156,8 @@ class Stage(Generic[ConfigT]):
             return
         for settings in smaller_settings(config):
             if cost(replace(config, **settings), chain).memory.total <= available:
-                if ranks := settings.get("pipeline_model_parallel_size"):
-                    settings["resources.devices"] = ranks
+                if size := settings.get("pipeline_model_parallel_size"):
+                    settings["resources.devices"] = size  # one rank for each pipeline stage
                 fix = " ".join(f"stages.{name}.{key}={value}" for key, value in settings.items())
                 yield memory_problem(name, needed, available, hardware.name, f"set {fix}")
                 return

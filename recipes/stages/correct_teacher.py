@@ -1,7 +1,7 @@
 """Fine-tunes the teacher on the distillation data (teacher correction, arXiv:2408.11796).
 
-A teacher that was trained on other data is a worse target for distillation. A few steps of
-next-token prediction adapt it. Quality is still measured against the original teacher.
+A teacher that was trained on other data is a worse target for distillation. A few training steps on
+next-token prediction adapt the teacher. Quality is still measured against the original teacher.
 
 Reads the teacher and the prepared text. Writes the corrected teacher as a NeMo checkpoint.
 """

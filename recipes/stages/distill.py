@@ -46,11 +46,11 @@ from recipes.stages.contract import Stage, checkpoint_outcome
 
 
 def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of the settings that would stop the training later."""
+    """Yields problems of the settings that would otherwise stop the training later."""
     yield from training_problems(cfg, chain)
     yield from _loss_problems(cfg)
     yield from _pair_problems(cfg, chain)
-    yield from _hidden_range(cfg, chain)
+    yield from _hidden_range_notes(cfg, chain)
     if (cache := _cached_teacher(cfg, chain)) is not None:
         yield from _cache_problems(cfg, cache)
     if cfg.stop_at_recovered is not None:
@@ -79,9 +79,9 @@ def _loss_problems(cfg: DistillConfig) -> Iterator[Problem]:
         )
 
 
-def _stop_problems(cfg: DistillConfig, live: Architecture | None) -> Iterator[Problem]:
+def _stop_problems(cfg: DistillConfig, live_teacher: Architecture | None) -> Iterator[Problem]:
     """Checks that validations can measure the KL to the teacher."""
-    if live is None or not cfg.kd_weight:
+    if live_teacher is None or not cfg.kd_weight:
         yield Problem(
             rules.STOP,
             "stop_at_recovered needs a live teacher and a loss on its logits",
@@ -116,7 +116,7 @@ def _pair_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
     student = chain.shape_of(cfg.inputs.get("student"))
     for index, (role, shape) in enumerate((("student", student), ("teacher", chain.teacher))):
         if shape.num_layers < cfg.pipeline_model_parallel_size:
-            continue  # the layout rules report it
+            continue  # ``layout_problems`` reports this
         allowed = last_stage_layers(shape.num_layers, cfg.pipeline_model_parallel_size)
         wrong = [pair[index] for pair in cfg.intermediate_layer_pairs if pair[index] not in allowed]
         if wrong:
@@ -124,28 +124,29 @@ def _pair_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
                 rules.HIDDEN_PAIRS,
                 f"intermediate_layer_pairs has the {role}'s layers {wrong}; the last pipeline "
                 f"stage has {allowed.start} to {allowed.stop - 1}",
-                "choose layers of that range, or a smaller pipeline_model_parallel_size",
+                "choose layers in that range, or a smaller pipeline_model_parallel_size",
             )
 
 
-def _hidden_range(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
-    """Says which layers a loss on hidden states reaches, and what reaching all would cost."""
+def _hidden_range_notes(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
+    """Notes if a loss on hidden states omits layers, and what a comparison of all would cost."""
     stages = cfg.pipeline_model_parallel_size
     layers = chain.shape_of(cfg.inputs.get("student")).num_layers
     if not cfg.hidden_weight or not 1 < stages <= layers:
         return
     first = last_stage_layers(layers, stages).start
-    job, hardware = workload(cfg, chain), chain.hardware
-    unsplit = replace(job, layout=replace(job.layout, pipeline=1))
+    configured, hardware = workload(cfg, chain), chain.hardware
+    layout = configured.layout
+    unsplit = replace(configured, layout=replace(layout, pipeline=1))
     hours = [
-        training_cost(each, hardware).hours
-        for each in workloads_on_all_layouts(unsplit, job.layout.ranks, job.layout.devices)
-        if fits(each, hardware)
+        training_cost(candidate, hardware).hours
+        for candidate in workloads_on_all_layouts(unsplit, layout.ranks, layout.devices)
+        if fits(candidate, hardware)
     ]
-    now = training_cost(job, hardware).hours
+    hours_now = training_cost(configured, hardware).hours
     cost = "no such layout of these ranks fits into memory"
     if hours:
-        cost = f"the training then takes about {min(hours):.3g} hours instead of {now:.3g}"
+        cost = f"the training then takes about {min(hours):.3g} hours instead of {hours_now:.3g}"
     yield Problem(
         rules.HIDDEN_RANGE,
         f"the loss on hidden states compares only the student's layers {first} to {layers}, which "
@@ -155,7 +156,7 @@ def _hidden_range(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _cached_teacher(cfg: DistillConfig, chain: Chain) -> CacheLogitsConfig | None:
-    """Returns the settings of a cached teacher, of this run or another; ``None`` if it is live."""
+    """Returns the settings of a teacher that this or another run cached; ``None`` if it is live."""
     source = cfg.inputs.get("teacher")
     stage = chain.stages.get(source or "")
     if stage is not None:
@@ -167,13 +168,13 @@ def _cached_teacher(cfg: DistillConfig, chain: Chain) -> CacheLogitsConfig | Non
 
 
 def _cache_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[Problem]:
-    """Checks that a cached teacher has what the distillation needs."""
+    """Checks that the settings of a cached teacher fit the distillation."""
     for name in ("seq_length", "temperature", "top_k"):
-        ours, cached = getattr(cfg, name), getattr(cache, name)
-        if ours not in (None, cached):
+        value, cached = getattr(cfg, name), getattr(cache, name)
+        if value not in (None, cached):
             yield Problem(
                 rules.CACHED_TEACHER,
-                f"{name}={ours}, but the cached teacher has {name}={cached}",
+                f"{name}={value}, but the cached teacher has {name}={cached}",
                 f"set {name}={cached}, or cache the teacher again",
             )
     if cfg.context_parallel_size > 1:
@@ -197,13 +198,13 @@ def _cache_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[Pr
 
 
 def workload(cfg: DistillConfig, chain: Chain) -> Workload:
-    """Returns the training for plans; a cached or unused teacher costs nothing."""
+    """Returns the training for plans. A teacher that is cached or not used costs nothing."""
     cache = _cached_teacher(cfg, chain)
     uses_teacher = cache is None and (cfg.kd_weight > 0 or cfg.hidden_weight > 0)
     student = chain.shape_of(cfg.inputs.get("student"))
-    terms = (cfg.kd_weight > 0) + (cfg.lm_weight > 0)
+    logits_losses = (cfg.kd_weight > 0) + (cfg.lm_weight > 0)
     return replace(
-        training_workload(cfg, student, chain.teacher if uses_teacher else None, terms),
+        training_workload(cfg, student, chain.teacher if uses_teacher else None, logits_losses),
         compares_hidden_states=cfg.hidden_weight > 0,
         cached_sequences=cache.num_sequences if cache else None,
     )
@@ -226,7 +227,7 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
     if len(set(hashes.values())) > 1:
         raise RecipeError(
             f"teacher, student and data have different tokenizers: {hashes}.",
-            "distil between models of one vocabulary, on data tokenized with it",
+            "distil between models with the same tokenizer, on data tokenized with it",
         )
     objective = Objective.of(cfg, inputs, nemo.architecture_of(student))
     log = metrics_log(out)
@@ -234,7 +235,7 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
         log.progress("student", 1, 1, **{INITIAL_KL: healed.remaining_kl})
     train(cfg, student, objective, inputs["data"], out / student.name, log)
     kept = inputs["student"].manifest.result(KeptLayers).kept_layers
-    distilled = None
+    distilled = None  # on other ranks, which have no metrics
     if rank() == 0:
         trained = result(cfg, metrics_file(out))
         distilled = replace(

@@ -1,6 +1,6 @@
 """Lists the architectures within a budget.
 
-Reads the teacher's ``config.json``, and a latency model if there is one. Writes ``shapes.json``.
+Reads the teacher's ``config.json``, and a latency model if configured. Writes ``shapes.json``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EMPTY_BUDGET_FIX = "raise the budget, or max_depth_pruning and max_width_pruning
 
 
 def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields a problem if the budget is not set, fits no architecture, or fits the teacher."""
+    """Yields a problem if the budget is not set, or includes no architecture or the teacher."""
     if chain.teacher.num_moe_experts:
         yield Problem(rules.BUDGET, "a search does not support MoE models", "use a dense model")
         return
@@ -50,7 +50,7 @@ def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def run(cfg: EnumerateShapesConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Writes ``shapes.json`` and a table."""
+    """Writes ``shapes.json``; the result has a table of the shapes."""
     teacher = read_architecture(read_hf_config(cfg.hf_path), cfg.hf_path)
     cfg = cfg.with_measured_latency(inputs)
     budget = absolute_limits(teacher, cfg.budget.limits(), cfg.service)
@@ -82,7 +82,7 @@ STAGE = Stage(
     shapes=lambda cfg, chain: [] if "latency" in cfg.inputs else cfg.shapes(chain.teacher),
     run=run,
     check=check,
-    single_rank_reason="it takes a moment",
+    single_rank_reason="the stage takes only a moment",
     optional_inputs={"latency": ("latency_model",)},
     needs_torch=False,
     needs_gpu=lambda config, chain: False,

@@ -1,4 +1,4 @@
-"""Evaluates teacher, pruned and distilled model on the same held-out text.
+"""Evaluates the teacher, the pruned and the distilled model on the same held-out text.
 
 Reads the three models and the prepared text. Writes ``results.json`` with the losses of all
 sequences and generated text.
@@ -20,7 +20,7 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields lengths that do not fit the sequences or the teacher."""
+    """Yields a problem for each length or number of ranks that does not fit."""
     if cfg.prompt_tokens >= cfg.seq_length:
         yield Problem(
             rules.EVALUATE,
@@ -37,10 +37,10 @@ def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: EvaluateConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of all models in turn. Pruned and distilled model have the same shape."""
+    """Estimates the cost of all models in turn. Pruned and distilled models have the same shape."""
     pruned = chain.shape_of(cfg.inputs.get("pruned"))
-    own = cfg.num_sequences / cfg.resources.ranks
-    text = Sequences(own, cfg.seq_length, cfg.micro_batch_size)
+    sequences_per_rank = cfg.num_sequences / cfg.resources.ranks
+    text = Sequences(sequences_per_rank, cfg.seq_length, cfg.micro_batch_size)
     models = (chain.teacher, pruned, pruned)
     return comparison_cost(models, cfg.precision == "bf16-mixed", text, chain.hardware)
 

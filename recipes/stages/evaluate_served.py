@@ -1,7 +1,7 @@
-"""Evaluates an engine or a GGUF file, and compares it with the student it was built from.
+"""Evaluates an engine or a GGUF file, and compares it with the student that it was built from.
 
-Reads the built model, the student, and held-out text if there is any. Writes the answers of both to
-all items. OpenVINO runs in this process; llama.cpp and TensorRT-LLM run as servers.
+Reads the built model, the student, and held-out text if configured. Writes the answers of both
+models to all items. OpenVINO runs in this process; llama.cpp and TensorRT-LLM run as servers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GENERATED = ("gsm8k_cot",)
 
 
 def check(cfg: EvaluateServedConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of the tasks and the sequences, and a server that cannot answer."""
+    """Yields problems of tasks and sequences, and of a server that is missing or cannot answer."""
     yield from task_problems(cfg, chain)
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     if needs_tensorrt_llm(cfg, chain):
@@ -49,7 +49,7 @@ def needs_tensorrt_llm(cfg: EvaluateServedConfig, chain: Chain) -> bool:
 
 
 def inference_cost(cfg: EvaluateServedConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of both models over all items."""
+    """Estimates the cost of both models over all items. Both have the student's shape."""
     student = chain.shape_of(cfg.inputs.get("checkpoint"))
     bf16, models = cfg.precision == "bf16-mixed", (student, student)
     (tokens, generations), width = task_tokens(cfg), cfg.pack_tokens

@@ -1,7 +1,7 @@
-"""Evaluates teacher, pruned and distilled model on the same benchmark items with lm-eval.
+"""Evaluates the teacher, the pruned and the distilled model on benchmark items with lm-eval.
 
-Reads the three models, and the students of earlier steps. Writes the answers to all items. Ranks
-split the items.
+Reads the three models, and students that were saved before the end of the training. Writes the
+answers to all items. The items are divided among the ranks.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def check(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: EvaluateTasksConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of all models over a rank's items."""
+    """Estimates the cost of running all models on one rank's items."""
     pruned = chain.shape_of(cfg.inputs.get("pruned"))
     distill = chain.stages.get(cfg.inputs.get("distilled", ""))
     students = 1 + (len(distill.student_steps) if isinstance(distill, DistillConfig) else 0)
     models = (chain.teacher, pruned, *[pruned] * students)
     bf16 = cfg.precision == "bf16-mixed"
-    (own_tokens, generations), width = task_tokens(cfg), cfg.pack_tokens
-    return benchmark_cost(models, bf16, own_tokens, width, chain.hardware, generations)
+    (tokens, generations), width = task_tokens(cfg), cfg.pack_tokens
+    return benchmark_cost(models, bf16, tokens, width, chain.hardware, generations)
 
 
 def run(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path) -> Outcome:

@@ -1,12 +1,13 @@
 """Writes the exported model as a GGUF file for llama.cpp.
 
-Reads a Hugging Face folder. The file includes the tokenizer and chat template.
+Reads a Hugging Face folder. The GGUF file includes the tokenizer and chat template.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -40,9 +41,9 @@ def check(cfg: ExportGgufConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def run(cfg: ExportGgufConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Writes the file."""
+    """Writes the GGUF file."""
     source, log = inputs["checkpoint"], metrics_log(out)
-    result = write(source.artifact, out / FILE, cfg.type, lambda d, n: log.progress("gguf", d, n))
+    result = write(source.artifact, out / FILE, cfg.type, partial(log.progress, "gguf"))
     return Outcome.of(result, source.manifest)
 
 

@@ -43,7 +43,7 @@ def run(cfg: ExportConfig, inputs: Inputs, out: Path) -> Outcome:
     convert.to_hf(checkpoint, out)
     log.progress("export", 1, 2)
     comparison = parity.compare(out, checkpoint).require(f"{checkpoint.name} → {out}")
-    if "evaluation" in inputs:  # otherwise the model is the teacher, which keeps its own card
+    if "evaluation" in inputs:  # only students are evaluated; a teacher keeps its own card
         manifests = {name: item.manifest for name, item in inputs.items()}
         write_card(out, cfg.teacher, cfg.recipe, manifests)
     log.progress("export", 2, 2)
@@ -58,7 +58,7 @@ STAGE = Stage(
     run=run,
     single_rank_reason="a conversion is not split over ranks",
     inputs={"checkpoint": ("checkpoint_nemo",)},
-    # All are for the model card. Speed cannot be an input: it is measured on this stage's result.
+    # All are for the model card. ``measure_speed`` cannot be an input: it depends on this stage.
     optional_inputs={
         "evaluation": ("eval_results",),
         "teacher": ("checkpoint_nemo",),
@@ -68,7 +68,7 @@ STAGE = Stage(
         "tasks": ("task_results",),
     },
     external=lambda config: {"card": CARD_TEMPLATE},
-    cites_manifests=True,
+    names_accepted_results=True,
     disk_bytes=lambda config, chain: 4 * chain.teacher.parameters(),  # an upper bound
     inference_cost=inference_cost,
 )

@@ -1,4 +1,4 @@
-"""Reconstructs a pruned model by least squares, so that its layers match the teacher's outputs.
+"""Reconstructs a pruned model by least squares: its layers' outputs approximate the teacher's.
 
 Reads the pruned model, its teacher, and calibration and validation text. Writes the reconstructed
 checkpoint. Measures the KL to the teacher on validation text, before and after.
@@ -29,7 +29,7 @@ from recipes.stages.contract import Stage, checkpoint_outcome
 
 
 def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks that the model is dense, and that it was pruned from the teacher."""
+    """Checks the sequences, that the model is dense, and that it was pruned from the teacher."""
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     if chain.teacher.num_moe_experts:
         yield Problem(
@@ -56,7 +56,7 @@ def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: HealConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of healing, and of comparing both students with the teacher."""
+    """Estimates the cost of healing, and of comparing the old and new student with the teacher."""
     teacher, student = (chain.shape_of(cfg.inputs.get(name)) for name in ("teacher", "checkpoint"))
     calibration, validation = (
         Sequences(count, cfg.seq_length, cfg.micro_batch_size)
@@ -65,14 +65,14 @@ def inference_cost(cfg: HealConfig, chain: Chain) -> InferenceCost:
     bf16 = cfg.precision == "bf16-mixed"
     healing = healing_cost(teacher, student, calibration, chain.hardware)
     comparison = comparison_cost((teacher, student), bf16, validation, chain.hardware)
-    # ``comparison`` includes one student. The second student, of the same shape, is added.
+    # ``comparison`` includes one student; both students, before and after, have the same shape.
     compute = healing.compute + comparison.compute + validation.compute(student, bf16)
-    # All of it counts as float32, because healing takes most of the time.
+    # The whole cost counts as float32, because healing takes most of the time.
     return InferenceCost(largest(healing.memory, comparison.memory), compute, bf16=False)
 
 
 def run(cfg: HealConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Reconstructs and saves the model, and measures it before and after."""
+    """Reconstructs and saves the model, and measures the model before and after."""
     from nemo_convert import nemo
     from nemo_convert.convert import hf_weights
     from recipes.data.token_sequences import read_sequences
@@ -92,7 +92,7 @@ def run(cfg: HealConfig, inputs: Inputs, out: Path) -> Outcome:
     progress = partial(metrics_log(out).progress, "heal")
     heal_weights(teacher, student, kept, weights, batches, progress)
     save_weights(pruned, student, weights, out / pruned.name)
-    del weights
+    del weights  # frees memory for the comparison
     validation = read_sequences(data, "validation", length, cfg.num_samples)
     students = [pruned, out / pruned.name]
     before, after = measure_checkpoints(
@@ -113,7 +113,7 @@ STAGE = Stage(
     run=run,
     check=check,
     inference_cost=inference_cost,
-    single_rank_reason="it reconstructs one layer at a time",
+    single_rank_reason="layers are reconstructed one after another",
     inputs={
         "checkpoint": ("checkpoint_nemo",),
         "teacher": ("checkpoint_nemo",),

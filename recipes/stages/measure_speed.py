@@ -1,6 +1,6 @@
-"""Measures the speed of the teacher's and the student's engine, and the roofline bound.
+"""Measures the speed of the teacher's and the student's engine, and computes roofline bounds.
 
-Reads both models and their engines. Writes ``results.json``, whose fields are those of
+Reads both models and their engines. Writes ``results.json`` with the fields of
 ``BenchmarkResults``.
 """
 
@@ -36,7 +36,7 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: MeasureSpeedConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields requests that the models or their engines do not support."""
+    """Yields a problem for each request that the models or their engines do not support."""
     positions = chain.teacher.max_position_embeddings
     yield from _length_problems(cfg, "the model's number of positions", positions)
     for name in ("teacher_engine", "student_engine"):
@@ -58,14 +58,14 @@ def _length_problems(cfg: MeasureSpeedConfig, limit_name: str, limit: int) -> It
 def _engine_problems(
     cfg: MeasureSpeedConfig, name: str, engine: BuildEngineConfig
 ) -> Iterator[Problem]:
-    """Yields requests beyond the limits of an engine."""
+    """Yields a problem for each request that exceeds a limit of an engine."""
     if engine.max_seq_len:
         yield from _length_problems(cfg, f"max_seq_len of {name}", engine.max_seq_len)
-    largest = {
+    requested = {
         "max_batch_size": ("batch_sizes", max(cfg.batch_sizes)),
         "max_input_len": ("prompt_tokens", max(cfg.prompt_tokens)),
     }
-    for limit, (field_name, value) in largest.items():
+    for limit, (field_name, value) in requested.items():
         allowed = getattr(engine, limit)
         if allowed is not None and value > allowed:
             yield Problem(
@@ -76,13 +76,13 @@ def _engine_problems(
 
 
 def inference_cost(cfg: MeasureSpeedConfig, chain: Chain) -> InferenceCost:
-    """Returns the least time of all requests to both engines; transformers is not counted."""
-    measured = [(batch, prompt) for prompt in cfg.prompt_tokens for batch in cfg.batch_sizes]
-    requests = (1 + cfg.repetitions) * measured  # with a warm-up
+    """Estimates the minimum cost of all requests to both engines, without the baseline."""
+    shapes = [(batch, prompt) for prompt in cfg.prompt_tokens for batch in cfg.batch_sizes]
+    requests = (1 + cfg.repetitions) * shapes  # one warm-up run
     costs = []
     for role in ENGINE_ROLES:
         engine = chain.stages.get(cfg.inputs.get(f"{role}_engine", ""))
-        if not isinstance(engine, BuildEngineConfig):  # of another run
+        if not isinstance(engine, BuildEngineConfig):  # built by another run: assumes defaults
             engine = BuildEngineConfig()
         storage = Storage(engine.precision, kv_bytes=4 if engine.precision == "fp32" else 2)
         arch, devices = chain.shape_of(cfg.inputs.get(role)), engine.tensor_parallel_size
@@ -105,11 +105,11 @@ def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
     from recipes.engines import machine_rates
 
     models = _timed_models(cfg, inputs, out.parent)
-    for backend in {c.backend for c in models} - {BASELINE}:
+    for backend in {model.backend for model in models} - {BASELINE}:
         require_backend(backend)
-    device = "cuda" if any(c.backend.startswith("tensorrt_llm") for c in models) else "cpu"
+    on_gpu = any(model.backend.startswith("tensorrt_llm") for model in models)
     threads = cfg.threads or cpu_threads()
-    machine = machine_rates.measure(models[0].architecture, threads, device)
+    machine = machine_rates.measure(models[0].architecture, threads, "cuda" if on_gpu else "cpu")
     start = partial(start_worker, out.parent / "trtllm_bench", threads)
     shapes = [
         RequestShape(batch, prompt, cfg.new_tokens)
@@ -124,7 +124,7 @@ def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
 
 
 def _timed_models(cfg: MeasureSpeedConfig, inputs: Inputs, scratch: Path) -> list[TimedModel]:
-    """Returns teacher and student as engines, then as transformers models."""
+    """Returns teacher and student as engines; with the baseline, also as transformers models."""
     folders = {role: model_folder(inputs[role], scratch / f"{role}_hf") for role in ENGINE_ROLES}
     engines = [_engine(role, inputs[f"{role}_engine"], folders[role]) for role in ENGINE_ROLES]
     baselines = [
@@ -135,15 +135,15 @@ def _timed_models(cfg: MeasureSpeedConfig, inputs: Inputs, scratch: Path) -> lis
 
 
 def _engine(role: str, engine: Input, folder: Path) -> TimedModel:
-    built = engine.manifest.result(EngineResult)
+    result = engine.manifest.result(EngineResult)
     return TimedModel(
         role,
-        built.backend,
-        built.precision,
+        result.backend,
+        result.precision,
         engine.artifact,
         folder,
         Architecture(**(engine.manifest.architecture or {})),
-        built.group_size,
+        result.group_size,
         engine.manifest.config["tensor_parallel_size"],
     )
 
@@ -161,7 +161,7 @@ STAGE = Stage(
     run=run,
     check=check,
     inference_cost=inference_cost,
-    single_rank_reason="it starts a process for each model",
+    single_rank_reason="the stage starts a process for each model",
     inputs={
         "teacher": ("checkpoint_hf", "checkpoint_nemo"),
         "student": ("checkpoint_hf", "checkpoint_nemo"),

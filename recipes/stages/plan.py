@@ -1,4 +1,4 @@
-"""Estimates memory, time and money of the chain's stages, and lists cheaper layouts."""
+"""Estimates memory, time and money of all stages of a run, and lists cheaper parallel layouts."""
 
 from __future__ import annotations
 
@@ -43,19 +43,20 @@ from recipes.stages.contract import Stage
 FILE = "plan.json"
 RATES_FOLDER = "machines"
 RATES_FORMAT = 3
-"""Version of the cached rates; increase it if the measurement changes."""
+"""Version of the cached rates. Increase it if the measurement changes."""
 VARIABLE_INFO = (
     "processor", "cpu MHz", "core id", "apicid", "initial apicid", "bogomips", "BogoMIPS",
 )  # fmt: skip
-"""Starts of lines of ``/proc/cpuinfo`` that differ between cores or change over time."""
+"""First words of the lines of ``/proc/cpuinfo`` that differ between cores or change over time."""
 T = TypeVar("T")
 Row = dict[str, Cell]
 Costs = Mapping[str, tuple[Workload, TrainingCost]]
+"""Workload and cost by stage."""
 
 
 @dataclass
 class PlanConfig(StageConfig):
-    """Settings of ``plan``, which it copies from the chain. If the chain changes, it runs again."""
+    """Settings of ``plan``, copied from the other stages. If these change, ``plan`` runs again."""
 
     workloads: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Trainings, and teachers' passes over a text, by stage."""
@@ -83,13 +84,15 @@ def resolve_from_chain(cfg: PlanConfig, chain: Chain) -> PlanConfig:
 
 
 def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Computes the cost of every stage and searches for cheaper layouts."""
+    """Computes the cost of every stage, and lists cheaper layouts."""
     workloads = {name: _typed(Workload, plain) for name, plain in cfg.workloads.items()}
     inference = {name: _typed(InferenceCost, plain) for name, plain in cfg.inference_costs.items()}
     hardware = Hardware(**cfg.hardware)
-    if hardware.measure and (rates := _rates()) is not None:
+    if hardware.measure and (rates := _machine_rates()) is not None:
         hardware = replace(hardware, **asdict(rates))
-    costs = {name: (job, training_cost(job, hardware)) for name, job in workloads.items()}
+    costs = {
+        name: (workload, training_cost(workload, hardware)) for name, workload in workloads.items()
+    }
     hours = {name: cost.hours for name, (_, cost) in costs.items()}
     hours |= {name: cost.hours(hardware) for name, cost in inference.items()}
     hours |= {name: seconds / 3600 for name, seconds in cfg.preparation_seconds.items()}
@@ -107,7 +110,7 @@ def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
             ),
         ],
         {name: cost.tokens_per_second for name, (_, cost) in costs.items()},
-        {name: 3600 * spent for name, spent in hours.items()},
+        {name: 3600 * count for name, count in hours.items()},
     )
     write_json(out / FILE, asdict(result))
     metrics_log(out).progress("plan", 1, 1)
@@ -115,12 +118,12 @@ def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
 
 
 def _typed(cls: type[T], plain: dict[str, Any]) -> T:
-    """Returns a dataclass from its ``asdict``."""
+    """Restores a dataclass from the output of ``asdict``."""
     typed: T = TypeAdapter(cls).validate_python(plain)
     return typed
 
 
-def _rates() -> TrainingRates | None:
+def _machine_rates() -> TrainingRates | None:
     """Returns this machine's rates from the cache, or measures them, which takes seconds.
 
     Rates that were measured while other programs ran are not cached.
@@ -135,14 +138,14 @@ def _rates() -> TrainingRates | None:
         return None
     from recipes.engines.machine_rates import training_rates
 
-    rates, undisturbed = training_rates(threads)
-    if undisturbed:
+    rates, is_undisturbed = training_rates(threads)
+    if is_undisturbed:
         write_rates(threads, rates)
     return rates
 
 
 def read_rates(threads: int) -> TrainingRates | None:
-    """Reads the rates of this processor from the user's cache; ``None`` if there are none."""
+    """Reads this processor's rates from the user's cache; ``None`` if they are not cached."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         return TrainingRates(**json.loads(_rates_file(threads).read_text(encoding="utf-8")))
     return None
@@ -163,11 +166,10 @@ def _rates_file(threads: int) -> Path:
     return cache_dir() / RATES_FOLDER / f"{digest(key)[:32]}.json"
 
 
-def summary_of(
-    workloads: Costs, hardware: Hardware, from_published_config: bool
-) -> dict[str, Cell]:
+def summary_of(costs: Costs, hardware: Hardware, from_published_config: bool) -> dict[str, Cell]:
     """Returns the plan's summary: sums over all workloads, and the largest memory."""
-    costs = [cost for _, cost in workloads.values()]
+    training_costs = [cost for _, cost in costs.values()]
+    largest_memory = max((cost.memory.total for cost in training_costs), default=0)
     return {
         "hardware": hardware.name,
         "GFLOP/s in bfloat16": round(hardware.flops_per_second / 1e9),
@@ -178,34 +180,36 @@ def summary_of(
         "shape of the teacher": "from a bundled copy, since config.json cannot be read"
         if from_published_config
         else "from its config.json",
-        "tokens": sum(job.tokens for job, _ in workloads.values()),
-        "FLOPs": float(f"{sum(cost.flops for cost in costs):.3g}"),
-        "hours": _rounded(sum(cost.hours for cost in costs)),
-        "device-hours": _rounded(sum(cost.device_hours for cost in costs)),
-        "dollars": _rounded(sum(cost.dollars for cost in costs)),
-        "memory of a rank, GB": round(max((c.memory.total for c in costs), default=0) / 1e9, 1),
+        "tokens": sum(workload.tokens for workload, _ in costs.values()),
+        "FLOPs": float(f"{sum(cost.flops for cost in training_costs):.3g}"),
+        "hours": _rounded(sum(cost.hours for cost in training_costs)),
+        "device-hours": _rounded(sum(cost.device_hours for cost in training_costs)),
+        "dollars": _rounded(sum(cost.dollars for cost in training_costs)),
+        "memory of a rank, GB": round(largest_memory / 1e9, 1),
         "memory available, GB": round((hardware.memory_bytes or 0) / 1e9, 1),
     }
 
 
 def tables(costs: Costs, hardware: Hardware) -> list[Table]:
-    """Returns tables of all workloads, and on GPUs one of layouts of the last training."""
+    """Returns tables of all workloads, and on GPUs a table of layouts of the last training."""
     all_tables = [
-        *_table("Models", _models(costs)),
-        *_table("Memory of the rank that needs most, GB", _memory(costs, hardware)),
-        *_table("Seconds per step", _time(costs, hardware)),
-        *_table("Time and money", _cost(costs, hardware)),
+        *_table("Models", _model_rows(costs)),
+        *_table("Memory of the rank that needs most, GB", _memory_rows(costs, hardware)),
+        *_table("Seconds per step", _time_rows(costs, hardware)),
+        *_table("Time and money", _cost_rows(costs, hardware)),
     ]
-    trainings = [(name, job) for name, (job, _) in costs.items() if job.trained is not None]
+    trainings = [
+        (name, workload) for name, (workload, _) in costs.items() if workload.trained is not None
+    ]
     if trainings and hardware.on_gpu:
-        name, job = trainings[-1]
+        name, workload = trainings[-1]
         title = f"Layouts of {name} that fit into memory, the cheapest first"
-        all_tables += _table(title, _layouts(job, hardware))
+        all_tables += _table(title, _layout_rows(workload, hardware))
     return all_tables
 
 
 def inference_table(costs: Mapping[str, InferenceCost], hardware: Hardware) -> list[Table]:
-    """Returns a table of memory and time of the stages that do not train."""
+    """Returns a table, if any, of memory and time of the stages that do not train."""
     available = hardware.memory_of_rank(1)
     return _table(
         "Other stages",
@@ -222,15 +226,16 @@ def inference_table(costs: Mapping[str, InferenceCost], hardware: Hardware) -> l
 
 
 def _table(title: str, rows: Iterable[Row]) -> list[Table]:
-    """Returns a list with a table of rows with equal columns; an empty list without rows."""
+    """Returns a list with one table; an empty list without rows. All rows have the same columns."""
     listed = list(rows)
-    return [Table(title, list(listed[0]), [list(row.values()) for row in listed])] if listed else []
+    cells = [list(row.values()) for row in listed]
+    return [Table(title, list(listed[0]), cells)] if listed else []
 
 
-def _models(costs: Costs) -> Iterable[Row]:
+def _model_rows(costs: Costs) -> Iterable[Row]:
     seen: list[Architecture] = []
-    for name, (job, _) in costs.items():
-        for role, arch in (("trained", job.trained), ("teacher", job.teacher)):
+    for name, (workload, _) in costs.items():
+        for role, arch in (("trained", workload.trained), ("teacher", workload.teacher)):
             if arch is None or arch in seen:
                 continue
             seen.append(arch)
@@ -243,43 +248,44 @@ def _models(costs: Costs) -> Iterable[Row]:
                 "vocabulary": arch.vocab_size,
                 "parameters": _short(arch.parameters()),
                 "bf16 GB": f"{2 * arch.parameters() / 1e9:.2f}",
-                "FLOPs/token": _short(forward_flops(arch, job.seq_length)),
+                "FLOPs/token": _short(forward_flops(arch, workload.seq_length)),
             }
 
 
-def _memory(costs: Costs, hardware: Hardware) -> Iterable[Row]:
-    for name, (job, cost) in costs.items():
-        available = hardware.memory_of_rank(job.layout.devices)
+def _memory_rows(costs: Costs, hardware: Hardware) -> Iterable[Row]:
+    for name, (workload, cost) in costs.items():
+        available = hardware.memory_of_rank(workload.layout.devices)
         yield {
             "stage": name,
-            "layout": _layout(job),
+            "layout": _layout(workload),
             **{part: f"{size / 1e9:.2f}" for part, size in vars(cost.memory).items()},
             "total": f"{cost.memory.total / 1e9:.1f}",
             "available": f"{available / 1e9:.1f}",
-            "host, to save": f"{gathering_bytes(job) / 1e9:.1f}",
+            "host, to save": f"{gathering_bytes(workload) / 1e9:.1f}",
         }
 
 
-def _time(costs: Costs, hardware: Hardware) -> Iterable[Row]:
-    for name, (job, cost) in costs.items():
+def _time_rows(costs: Costs, hardware: Hardware) -> Iterable[Row]:
+    for name, (workload, cost) in costs.items():
         parts = {part.replace("_", " "): seconds for part, seconds in vars(cost.step).items()}
         yield {
             "stage": name,
             **{part: f"{seconds:.3g}" for part, seconds in parts.items()},
             "total": f"{cost.step.total:.3g}",
             "tokens/s": f"{cost.tokens_per_second:,.0f}",
-            "seconds to save": f"{gathering_seconds(job, hardware):.3g}",
-            "seconds to stop": f"{stopping_seconds(job, hardware):.3g}",
+            "seconds to save": f"{gathering_seconds(workload, hardware):.3g}",
+            "seconds to stop": f"{stopping_seconds(workload, hardware):.3g}",
         }
 
 
-def _cost(costs: Costs, hardware: Hardware) -> Iterable[Row]:
-    for name, (job, cost) in costs.items():
+def _cost_rows(costs: Costs, hardware: Hardware) -> Iterable[Row]:
+    for name, (workload, cost) in costs.items():
+        devices = workload.layout.ranks if hardware.on_gpu else workload.layout.nodes
         yield {
             "stage": name,
-            "on": f"{hardware.name} × {job.layout.ranks if hardware.on_gpu else job.layout.nodes}",
-            "tokens": _short(job.tokens),
-            "steps": f"{job.steps:,}",
+            "on": f"{hardware.name} × {devices}",
+            "tokens": _short(workload.tokens),
+            "steps": f"{workload.steps:,}",
             "FLOPs": f"{cost.flops:.3g}",
             "hours": f"{cost.hours:.2f}",
             "device-hours": f"{cost.device_hours:,.1f}",
@@ -287,8 +293,8 @@ def _cost(costs: Costs, hardware: Hardware) -> Iterable[Row]:
         }
 
 
-def _layouts(job: Workload, hardware: Hardware) -> Iterable[Row]:
-    for proposal in proposals(job, hardware):
+def _layout_rows(workload: Workload, hardware: Hardware) -> Iterable[Row]:
+    for proposal in proposals(workload, hardware):
         cost = proposal.cost
         yield {
             "devices": proposal.workload.layout.ranks,
@@ -301,9 +307,9 @@ def _layouts(job: Workload, hardware: Hardware) -> Iterable[Row]:
         }
 
 
-def _layout(job: Workload) -> str:
-    """Returns a layout in one line, such as ``TP=2 DP=4 micro 1 SP``."""
-    layout = job.layout
+def _layout(workload: Workload) -> str:
+    """Formats a layout, such as ``TP=2 DP=4 micro 1 SP``."""
+    layout = workload.layout
     sizes = {"TP": layout.tensor, "PP": layout.pipeline, "CP": layout.context, "EP": layout.expert}
     parts = [f"{name}={size}" for name, size in sizes.items() if size > 1]
     parts += [f"DP={layout.data}", f"micro {layout.micro_batch_size}"]
@@ -315,7 +321,7 @@ def _layout(job: Workload) -> str:
 
 
 def _rounded(number: float) -> float:
-    """Rounds a number below 100 to two decimals, and others to an integer."""
+    """Rounds a number below 100 to two decimals, and a larger number to an integer."""
     return round(number) if number >= 100 else round(number, 2)
 
 
@@ -331,7 +337,7 @@ STAGE = Stage(
     config=PlanConfig,
     kind="plan",
     run=run,
-    single_rank_reason="it takes a moment",
+    single_rank_reason="the stage takes only a moment",
     needs_torch=False,
     needs_gpu=lambda config, chain: False,
     plans_workloads=True,

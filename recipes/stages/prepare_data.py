@@ -50,22 +50,22 @@ if TYPE_CHECKING:
     from recipes.data.tokenizer import DocumentTokenizer
 
 SEED = 1234
-"""Default seed of conversations that the teacher writes."""
+"""Default seed for conversations that the teacher writes."""
+TOKEN_BYTES = 4
 SPLITS_FOLDER = "splits"
-"""Folder in ``work/`` of unfinished splits, from which a killed stage resumes."""
+"""Folder in ``work/`` with unfinished splits, from which a killed stage resumes."""
 
 
 def external(cfg: PrepareDataConfig) -> dict[str, Path]:
     """Returns the local files that the result depends on."""
-    sources = (parse_source(source).local_files() for source in cfg.all_sources())
-    external = {str(path): path for files in sources for path in files}
+    paths = [path for source in cfg.all_sources() for path in parse_source(source).local_files()]
     if cfg.prefix:
-        external |= {str(path): path for path in paths_of(Path(cfg.prefix)).values()}
-    return external
+        paths += paths_of(Path(cfg.prefix)).values()
+    return {str(path): path for path in paths}
 
 
 def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of sources and fractions, without reading whole files."""
+    """Yields problems of sources, splits and conversations, without reading whole files."""
     for what, fix in (*_source_problems(cfg), *_prefix_problems(cfg)):
         yield Problem(rules.DATA_SOURCES, what, fix)
     for source in cfg.sources:
@@ -73,7 +73,7 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
             what = f"the licence of '{source}', {licence}, forbids commercial use"
             yield Problem(rules.LICENCE, what, "train on other text for commercial use: data=GROUP")
     if cfg.resources.ranks > 1 and (cfg.teacher_sources() or cfg.prefix):
-        what = "several ranks only tokenize text: not a teacher's conversations or data.prefix"
+        what = "a teacher's conversations and data.prefix need one rank; only text can use several"
         yield Problem(rules.ONE_RANK, what, "set resources.nodes and resources.devices to 1")
     yield from _chat_problems(cfg, chain)
     if cfg.document_end and has_token(chain.hf_path, cfg.document_end) is False:
@@ -92,7 +92,7 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
-    """Yields what is wrong with a source, and a fix."""
+    """Yields what is wrong with the sources, each with a fix."""
     if not cfg.sources and not cfg.prefix:
         yield "data.sources is empty", "set data.sources"
     for source in cfg.all_sources():
@@ -109,7 +109,7 @@ def _source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
 
 
 def _prefix_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
-    """Yields what is wrong with ``data.prefix``, and a fix; compares the sizes of its files."""
+    """Yields what is wrong with ``data.prefix`` or the sizes of its files, each with a fix."""
     if not cfg.prefix:
         return
     if cfg.sources or cfg.chat_sources() or cfg.excluded_documents:
@@ -122,7 +122,7 @@ def _prefix_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
 
 
 def _weight_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
-    """Yields what is wrong with the sources' weights as a whole, and a fix."""
+    """Yields what is wrong with the sources' weights taken together, each with a fix."""
     weighted = [source for source in cfg.sources if parse_source(source).weight]
     for source in cfg.heldout_sources:
         if parse_source(source).weight:
@@ -130,13 +130,13 @@ def _weight_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
     for source in cfg.sources if weighted else []:
         if source not in weighted:
             yield (
-                f"'{source}' has no weight, but {len(weighted)} of {len(cfg.sources)} sources have",
-                "give every training source a weight, or none",
+                f"'{source}' has no weight, but {len(weighted)} of {len(cfg.sources)} sources do",
+                "give every training source a weight, or give none a weight",
             )
 
 
 def _chat_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of conversations, from the model's files and the first lines of sources."""
+    """Checks conversations, by the model's files and the first lines of the sources."""
     chats = cfg.chat_sources()
     if cfg.format == "chat" and not set(chats) & set(cfg.sources):
         yield Problem(
@@ -156,20 +156,21 @@ def _chat_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Tokenizes all sources; documents get the begin and end tokens of the tokenizer."""
+    """Tokenizes all sources. Documents start and end with the tokenizer's begin and end tokens."""
     from nemo_convert.nemo import find_checkpoint, side_folder
     from recipes.data.chat import ChatTokenizer
     from recipes.data.preparation import prepare
     from recipes.data.split_writer import LOSS_MASK
     from recipes.data.tokenizer import load_tokenizer, share
 
-    side = side_folder(find_checkpoint(inputs["tokenizer"].artifact))
-    tokenizer = load_tokenizer(side, cfg.document_end)
-    chat = ChatTokenizer(side, tokenizer.end, cfg.seq_length) if cfg.chat_sources() else None
+    side_files = side_folder(find_checkpoint(inputs["tokenizer"].artifact))
+    tokenizer = load_tokenizer(side_files, cfg.document_end)
+    chat = ChatTokenizer(side_files, tokenizer.end, cfg.seq_length) if cfg.chat_sources() else None
     if chat:
         chat.require_template()
     folder = out.parent / SPLITS_FOLDER
     folder.mkdir(exist_ok=True)
+    # Rank 0 resolves the sources and sends the result to the other ranks.
     origins: dict[str, Origin] = share(
         origins_of(cfg.all_sources(), folder / "origins.json") if rank() == 0 else None
     )
@@ -180,7 +181,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     prepared = prepare(cfg, tokenizer, folder, metrics_log(out), chat, paths)
     if rank() != 0:
         return Outcome()
-    tokens = {split: size // 4 for split, (size, _) in prepared.sizes.items()}
+    tokens = {split: size // TOKEN_BYTES for split, (size, _) in prepared.sizes.items()}
     if cfg.prefix:
         return _link_tokens(cfg, inputs["tokenizer"], tokenizer, prepared, out)
     _require_sequences(tokens, cfg.seq_length, prepared.conversations)
@@ -193,8 +194,8 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
             tokens=tokens,
             sources=cfg.sources,
             source_tokens={
-                split: [SourceTokens(name, n) for name, n in of_split.items()]
-                for split, of_split in prepared.sources.items()
+                split: [SourceTokens(name, count) for name, count in counts.items()]
+                for split, counts in prepared.sources.items()
             },
             document_end=tokenizer.end,
             document_begin=tokenizer.begin,
@@ -208,15 +209,15 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
 
 def _link_tokens(
     cfg: PrepareDataConfig,
-    teacher: Input,
+    model: Input,
     tokenizer: DocumentTokenizer,
     prepared: PreparationState,
     out: Path,
 ) -> Outcome:
-    """Divides the text of ``prefix`` into splits; links its tokens.
+    """Divides the tokens of ``prefix`` into splits, which link to the token file.
 
-    If there are ``heldout_sources``, they are the held-out split, and their tokens are in
-    ``prepared``.
+    If ``heldout_sources`` is set, these sources are the held-out split, and ``prepared`` has their
+    tokens.
     """
     files, log = open_token_files(Path(str(cfg.prefix))), metrics_log(out)
     require_valid(files, tokenizer.size, partial(log.progress, "check"))
@@ -229,17 +230,15 @@ def _link_tokens(
         fractions.pop("heldout")
     ranges = split_ranges(files, fractions, cfg.max_documents, cfg.max_tokens)
     name = Path(str(cfg.prefix)).name
-    tokens = {
-        split: write_split(files, documents, out / split) for split, documents in ranges.items()
-    }
-    sources = {split: [SourceTokens(name, number)] for split, number in tokens.items()}
-    documents = {split: len(each) for split, each in ranges.items()}
+    tokens = {split: write_split(files, indices, out / split) for split, indices in ranges.items()}
+    sources = {split: [SourceTokens(name, count)] for split, count in tokens.items()}
+    documents = {split: len(indices) for split, indices in ranges.items()}
     if cfg.heldout_sources:
         for suffix in (".bin", ".idx"):
             link_or_copy(out.parent / SPLITS_FOLDER / f"heldout{suffix}", out / f"heldout{suffix}")
         size, documents["heldout"] = prepared.sizes["heldout"]
-        tokens["heldout"] = size // 4
-        sources["heldout"] = [SourceTokens(*each) for each in prepared.sources["heldout"].items()]
+        tokens["heldout"] = size // TOKEN_BYTES
+        sources["heldout"] = [SourceTokens(*item) for item in prepared.sources["heldout"].items()]
     _require_sequences(tokens, cfg.seq_length, {})
     result = DatasetResult(
         documents=documents,
@@ -250,13 +249,13 @@ def _link_tokens(
         document_begin=tokenizer.begin,
         sample=sample,
     )
-    return Outcome(result, tokenizer_sha256=teacher.manifest.tokenizer_sha256)
+    return Outcome(result, tokenizer_sha256=model.manifest.tokenizer_sha256)
 
 
 def _write_chats(
     cfg: PrepareDataConfig, teacher: Input, out: Path
 ) -> dict[str, tuple[str, Origin]]:
-    """Lets the teacher write its sources; returns the file and origin of each."""
+    """Lets the teacher write conversations; returns file and origin of each ``teacher:`` source."""
     from transformers import AutoTokenizer
 
     from nemo_convert.nemo import find_checkpoint, side_folder
@@ -264,20 +263,20 @@ def _write_chats(
     from recipes.evaluation.text_quality import load_transformers, model_sha256
 
     checkpoint = find_checkpoint(teacher.artifact)
-    side = side_folder(checkpoint)
+    side_files = side_folder(checkpoint)
     model = load_transformers(checkpoint, dtype_of(cfg.precision))
     writer = ChatWriter(
         model,
-        AutoTokenizer.from_pretrained(side, trust_remote_code=False),
+        AutoTokenizer.from_pretrained(side_files, trust_remote_code=False),
         model_sha256(model, checkpoint),
     )
     imported = teacher.manifest.result_if("import_hf", ImportResult)
     licence = imported.licence if imported else "unknown"
     name = short_name(teacher.manifest.config.get("hf_path", teacher.directory.name))
-    note = f"written by {name}; its licence applies: {licence}"
+    licence_note = f"written by {name}; its licence applies: {licence}"
     files = {}
-    for text in cfg.teacher_sources():
-        source = parse_source(text)
+    for source_text in cfg.teacher_sources():
+        source = parse_source(source_text)
         request = ChatRequest(
             int(source.tokens or cfg.max_tokens or 0),
             int(source.seed or SEED),
@@ -285,14 +284,15 @@ def _write_chats(
             source.prompts,
         )
         file = write_chats(request, writer, metrics_log(out))
-        files[text] = (str(file), Origin(source.licence or note, sha256=sha256_of(file)))
+        origin = Origin(source.licence or licence_note, sha256=sha256_of(file))
+        files[source_text] = (str(file), origin)
     return files
 
 
 def _require_sequences(
     tokens: Mapping[str, int], seq_length: int, conversations: Mapping[str, Mapping[str, int]]
 ) -> None:
-    """Checks that each split has at least one sequence.
+    """Checks that each split has more tokens than one sequence.
 
     Raises:
         RecipeError: A split has too few tokens.

@@ -1,7 +1,7 @@
 """Prunes width and depth of a model by importance (Minitron, arXiv:2407.14679).
 
-Reads a NeMo checkpoint and its importance scores. Writes the pruned checkpoint and the indices that
-were kept.
+Reads a NeMo checkpoint and its importance scores. Writes the pruned checkpoint and the indices of
+the layers, channels and heads that were kept.
 """
 
 from __future__ import annotations
@@ -30,29 +30,30 @@ from recipes.stages.contract import Stage, checkpoint_outcome
 
 
 def student_of(cfg: PruneConfig, chain: Chain) -> Architecture:
-    """Returns the shape of the pruned model; the largest possible one before a search chose it."""
-    before = chain.shape_of(cfg.inputs.get("checkpoint"))
+    """Returns the pruned model's shape. Before a search has run: its largest possible choice."""
+    original = chain.shape_of(cfg.inputs.get("checkpoint"))
     if "shape" in cfg.inputs:
         return chain.shape_of(cfg.inputs["shape"])
-    return pruned_shape(before, cfg.targets(chain.teacher))
+    return pruned_shape(original, cfg.targets(chain.teacher))
 
 
 def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields invalid targets and missing importance scores."""
-    teacher, before = chain.teacher, chain.shape_of(cfg.inputs.get("checkpoint"))
+    """Yields a problem for each invalid target, and for missing importance scores."""
+    teacher, original = chain.teacher, chain.shape_of(cfg.inputs.get("checkpoint"))
     student = student_of(cfg, chain)
     if "shape" in cfg.inputs:
         yield from _search_problems(cfg, chain, student)
     else:
+        # Sizes can be computed only from valid fractions.
         wrong = list(fraction_problems(teacher, cfg.explicit_targets(), cfg.divisors()))
-        yield from wrong or target_problems(before, cfg.targets(teacher), cfg.divisors())
+        yield from wrong or target_problems(original, cfg.targets(teacher), cfg.divisors())
     if not cfg.drop_layers:
-        yield from _score_problems(cfg, chain, before.num_layers - student.num_layers)
-    yield from _large_reduction_problems(cfg, before, student)
+        yield from _score_problems(cfg, chain, original.num_layers - student.num_layers)
+    yield from _large_reduction_problems(cfg, original, student)
 
 
 def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> Iterator[Problem]:
-    """Checks that the input ``shape`` is a search, and warns if it has not run yet."""
+    """Checks that the input ``shape`` is a search, and warns if the search has not run yet."""
     source = cfg.inputs["shape"]
     if cfg.explicit_targets() or cfg.drop_layers:
         yield Problem(
@@ -74,15 +75,15 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
         yield Problem(
             rules.PRUNE_TARGET,
             f"{source} did not choose an architecture",
-            f"set stages.{cfg.stage}.inputs.shape to a successive_halving, or run that again",
+            f"set stages.{cfg.stage}.inputs.shape to a successive_halving stage, or run it again",
         )
 
 
 def _large_reduction_problems(
-    cfg: PruneConfig, before: Architecture, student: Architecture
+    cfg: PruneConfig, original: Architecture, student: Architecture
 ) -> Iterator[Problem]:
-    """Warns if a stage removes more parameters than one distillation recovers well."""
-    removed = 1 - student.parameters() / before.parameters()
+    """Warns if a stage removes more parameters than one distillation can recover well."""
+    removed = 1 - student.parameters() / original.parameters()
     if removed > MAX_FRACTION:
         yield Problem(
             rules.LARGE_REDUCTION,
@@ -92,61 +93,61 @@ def _large_reduction_problems(
         )
 
 
-def _score_problems(cfg: PruneConfig, chain: Chain, drop: int) -> Iterator[Problem]:
+def _score_problems(cfg: PruneConfig, chain: Chain, num_dropped: int) -> Iterator[Problem]:
     """Checks that the scoring stage of this run measures the scores of ``layer_importance``."""
     name = cfg.inputs.get("importance", "")
     score = chain.stages.get(name)
-    if not isinstance(score, ScoreConfig) or drop <= 0:
+    if not isinstance(score, ScoreConfig) or num_dropped <= 0:
         return
-    needs = {
+    requirements = {
         "loss": (score.num_loss_samples > 0, "num_loss_samples=8"),
         "block": (
-            score.block_sizes is None or drop in score.block_sizes,
-            f"block_sizes=[{drop}]",
+            score.block_sizes is None or num_dropped in score.block_sizes,
+            f"block_sizes=[{num_dropped}]",
         ),
     }
-    is_measured, setting = needs.get(cfg.layer_importance, (True, ""))
+    is_measured, setting = requirements.get(cfg.layer_importance, (True, ""))
     if not is_measured:
         yield Problem(
             rules.LAYER_IMPORTANCE,
-            f"{name} does not measure layer_importance={cfg.layer_importance} for {drop} dropped "
-            "layers",
+            f"{name} does not measure layer_importance={cfg.layer_importance} for {num_dropped} "
+            "dropped layers",
             f"set stages.{name}.{setting}",
         )
 
 
 def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Chooses layers, channels and heads, and saves the pruned model and their indices."""
+    """Chooses layers, channels and heads; saves the pruned model and the indices that it keeps."""
     from nemo_convert import nemo
     from recipes.pruning.kept import Importance, layers_to_keep, select_indices
     from recipes.pruning.pruned_checkpoint import prune_weights, save_weights
 
     teacher = nemo.find_checkpoint(inputs["checkpoint"].artifact)
     importance = Importance.load(inputs["importance"].artifact)
-    whole = nemo.architecture_of(teacher)
-    student = pruned_shape(whole, cfg.targets(whole))
+    original = nemo.architecture_of(teacher)
+    student = pruned_shape(original, cfg.targets(original))
     if "shape" in inputs:
         student = Architecture(**(inputs["shape"].manifest.architecture or {}))
     if cfg.drop_layers:
-        layers = sorted(set(range(1, whole.num_layers + 1)) - set(cfg.drop_layers))
+        layers = sorted(set(range(1, original.num_layers + 1)) - set(cfg.drop_layers))
     else:
         layers = layers_to_keep(importance, cfg.layer_importance, student.num_layers)
-    kept = select_indices(importance.widths, whole, student, layers)
+    kept = select_indices(importance.widths, original, student, layers)
 
     checkpoint = out / teacher.name
     save_weights(teacher, student, prune_weights(teacher, kept, student.kv_channels), checkpoint)
     kept.save(out)
-    scored = inputs["importance"].manifest.result(ScoreResult)
+    score = inputs["importance"].manifest.result(ScoreResult)
     measure, scores = importance.layer_scores(cfg.layer_importance)
-    # In the result, layers of an already pruned checkpoint keep their numbers in its teacher.
-    earlier = inputs["checkpoint"].manifest.result(KeptLayers).kept_layers
-    numbers = dict(enumerate(earlier or range(1, whole.num_layers + 1), start=1))
+    # If the input was itself pruned, the result numbers its layers as in the unpruned model.
+    kept_before = inputs["checkpoint"].manifest.result(KeptLayers).kept_layers
+    numbers = dict(enumerate(kept_before or range(1, original.num_layers + 1), start=1))
     result = PruneResult(
         kept_layers=[numbers[layer] for layer in kept.layers],
         layer_importance={numbers[layer]: score for layer, score in scores.items()},
         layer_measure=measure,
-        calibration_tokens=scored.calibration_tokens,
-        calibration_sequences=scored.calibration_sequences,
+        calibration_tokens=score.calibration_tokens,
+        calibration_sequences=score.calibration_sequences,
         teacher_parameters=inputs["checkpoint"].manifest.parameters,
     )
     return checkpoint_outcome(result, checkpoint)
@@ -157,7 +158,7 @@ STAGE = Stage(
     kind="checkpoint_nemo",
     run=run,
     check=check,
-    single_rank_reason="it only copies weights",
+    single_rank_reason="the stage only copies weights",
     inputs={"checkpoint": ("checkpoint_nemo",), "importance": ("importance",)},
     optional_inputs={"shape": ("search_results",)},
     shapes=lambda config, chain: [student_of(config, chain)],

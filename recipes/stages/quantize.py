@@ -21,22 +21,22 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: QuantizeConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields sizes that the format's kernels do not support."""
+    """Yields a problem for each size that the format's kernels do not support."""
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     arch = chain.shape_of(cfg.inputs.get("checkpoint"))
-    align = SIZE_MULTIPLES[cfg.format]
+    multiple = SIZE_MULTIPLES[cfg.format]
     for name in ("hidden_size", "ffn_hidden_size"):
-        if getattr(arch, name) % align:
+        if getattr(arch, name) % multiple:
             yield Problem(
                 rules.ALIGNMENT,
-                f"{name}={getattr(arch, name)} must be a multiple of {align} for "
+                f"{name}={getattr(arch, name)} must be a multiple of {multiple} for "
                 f"format={cfg.format}",
-                f"prune to a multiple of {align}, or use another format",
+                f"prune to a multiple of {multiple}, or use another format",
             )
 
 
 def run(cfg: QuantizeConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Quantizes the model with calibration, and compares it with the original one."""
+    """Quantizes the model with calibration, and compares the result with the original model."""
     from recipes.engines.quantization import quantize_folder
 
     source = inputs["checkpoint"]

@@ -1,7 +1,7 @@
-"""Ranks the architectures of a search without training, by the loss of the pruned teacher.
+"""Ranks the architectures of a search without training, by the loss of the teacher pruned to each.
 
 Reads the teacher, its importance scores, the listed architectures and text. Reconstructs the best
-ones by least squares before the final ranking. Writes ``candidates.json``, the best first.
+candidates by least squares before the final ranking. Writes ``candidates.json``, the best first.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from recipes.stages.contract import Stage
 def inference_cost(cfg: RankCandidatesConfig, chain: Chain) -> InferenceCost:
     """Estimates the cost of measuring the teacher and each shape, and of healing the largest ones.
 
-    With healing, all of it counts as float32, because healing takes most of the time.
+    With healing, the whole cost counts as float32, because healing takes most of the time.
     """
     text = Sequences(cfg.num_samples, cfg.seq_length, cfg.micro_batch_size)
     calibration = replace(text, number=cfg.num_calibration_samples)
     bf16 = cfg.precision == "bf16-mixed"
-    source = chain.stages.get(cfg.inputs.get("shapes", ""))
-    shapes = source.shapes(chain.teacher) if isinstance(source, EnumerateShapesConfig) else []
+    search = chain.stages.get(cfg.inputs.get("shapes", ""))
+    shapes = search.shapes(chain.teacher) if isinstance(search, EnumerateShapesConfig) else []
     costs = [
         ranking_cost(chain.teacher, bf16, text, chain.hardware, cfg.num_healed > 0),
         *(
@@ -44,15 +44,16 @@ def inference_cost(cfg: RankCandidatesConfig, chain: Chain) -> InferenceCost:
     compute = sum((cost.compute for cost in costs), Compute())
     compute = sum((text.compute(shape, bf16) for shape in shapes), compute)
     memory = largest(*(cost.memory for cost in costs))
-    return InferenceCost(memory, compute, bf16 and len(costs) == 1)
+    healing = len(costs) > 1
+    return InferenceCost(memory, compute, bf16 and not healing)
 
 
 def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:
     """Measures every architecture and writes the ranking."""
     from recipes.search.measure import measure_shapes
 
-    listed = (inputs["shapes"].artifact / SHAPES_FILE).read_text(encoding="utf-8")
-    shapes = [Architecture(**shape) for shape in json.loads(listed)]
+    text = (inputs["shapes"].artifact / SHAPES_FILE).read_text(encoding="utf-8")
+    shapes = [Architecture(**fields) for fields in json.loads(text)]
     candidates = measure_shapes(cfg, inputs, shapes, metrics_log(out))
     ranked = ranking(candidates)
     write_candidates(out, ranked)
@@ -61,9 +62,9 @@ def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:
 
 
 def ranking(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Returns the candidates, the best first, and marks the Pareto front of size and proxy.
+    """Returns the candidates, the best first, and marks the Pareto front of size and proxy (loss).
 
-    Healed candidates come first: their proxies cannot be compared with those of the others.
+    Healed candidates come first: the proxies of healed and other candidates cannot be compared.
     """
     front = pareto_front([(c.parameters, c.proxy) for c in candidates])
     marked = [replace(c, pareto=i in front) for i, c in enumerate(candidates)]

@@ -1,6 +1,6 @@
 """Writes the report of a run as one self-contained HTML file.
 
-Reads the manifests and metrics of its inputs, and of all stages that these depend on. Writes
+Reads the manifests and metrics of the inputs, and of all stages that the inputs depend on. Writes
 ``report.html``, which is about a distillation, a search, or both.
 """
 
@@ -18,7 +18,7 @@ from recipes.report.settings import REPORT_FILE, TEMPLATES, ReportConfig
 from recipes.stages.contract import Stage
 
 DISTILLATION = ("data", "pruned", "distilled", "evaluation", "exported")
-"""Inputs of a report about a distillation."""
+"""Inputs of a report about a distillation, in addition to the teacher."""
 
 
 def check(cfg: ReportConfig, chain: Chain) -> Iterator[Problem]:
@@ -34,7 +34,7 @@ def check(cfg: ReportConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def run(cfg: ReportConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Renders the page."""
+    """Renders ``report.html``."""
     from recipes.report.page import render
 
     render(cfg, inputs, out / REPORT_FILE)
@@ -47,7 +47,7 @@ STAGE = Stage(
     kind="report",
     run=run,
     check=check,
-    single_rank_reason="it writes one page",
+    single_rank_reason="the stage writes one page",
     inputs={"teacher": ("checkpoint_nemo",)},
     optional_inputs={
         "search": ("search_results",),
@@ -66,5 +66,5 @@ STAGE = Stage(
     needs_torch=False,
     needs_gpu=lambda config, chain: False,
     external=lambda config: {"templates": TEMPLATES},
-    cites_manifests=True,
+    names_accepted_results=True,
 )

@@ -22,15 +22,15 @@ from recipes.stages.contract import Stage
 
 
 def resolve_from_chain(cfg: ScoreConfig, chain: Chain) -> ScoreConfig:
-    """Sets ``block_sizes``, if it is not set, to the block sizes that this run's stages drop."""
+    """Sets ``block_sizes``, if not set, to the sizes of the blocks that this run's stages drop."""
     if cfg.block_sizes is not None:
         return cfg
-    own = [name for name, config in chain.stages.items() if config is cfg]
+    names = [name for name, config in chain.stages.items() if config is cfg]  # of this stage
     dropped = {
         chain.shape_of(prune.inputs.get("checkpoint")).num_layers - chain.shape_of(name).num_layers
         for name, prune in chain.stages.items()
         if isinstance(prune, PruneConfig)
-        and prune.inputs.get("importance") in own
+        and prune.inputs.get("importance") in names
         and prune.layer_importance == "block"
         and not prune.drop_layers
     }
@@ -38,7 +38,7 @@ def resolve_from_chain(cfg: ScoreConfig, chain: Chain) -> ScoreConfig:
 
 
 def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of the ablated layers and of the ranks."""
+    """Yields problems of the sequences, of the blocks to ablate and of the ranks."""
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
     layers = chain.shape_of(cfg.inputs.get("checkpoint")).num_layers
     blocks = resolve_from_chain(cfg, chain).block_sizes or []
@@ -55,8 +55,8 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
             rules.RANKS,
             f"{cfg.stage} has {ranks} rank(s), pipeline_model_parallel_size={stages} and {layers} "
             "layers",
-            "set resources.devices to a multiple of pipeline_model_parallel_size, and that to at "
-            "most the number of layers",
+            "set pipeline_model_parallel_size to at most the number of layers, and "
+            "resources.devices to a multiple of it",
         )
     elif (batches := cfg.num_calibration_samples // cfg.micro_batch_size) < ranks // stages:
         yield Problem(
@@ -69,10 +69,10 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: ScoreConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of the model's and its ablations' forward passes over calibration text."""
+    """Estimates the cost of forward passes over calibration text, with and without ablations."""
     model = chain.shape_of(cfg.inputs.get("checkpoint"))
-    sizes = [1, *(resolve_from_chain(cfg, chain).block_sizes or [])]
-    ablations = sum(model.num_layers - size + 1 for size in sizes)
+    sizes = [1, *(resolve_from_chain(cfg, chain).block_sizes or [])]  # 1: each single layer
+    ablations = sum(model.num_layers - size + 1 for size in sizes)  # by the block's first layer
     data_ranks = max(1, cfg.resources.ranks // cfg.pipeline_model_parallel_size)
     sequences = cfg.num_calibration_samples / data_ranks
     return scoring_cost(

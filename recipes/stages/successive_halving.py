@@ -1,9 +1,9 @@
 """Chooses an architecture by successive halving (arXiv:1502.07943).
 
 Each round distils all remaining candidates on an equal fraction of the tokens, and drops the worse
-half. There are two ways to use devices: the ranks train different candidates, or there is one rank
-and each training uses all devices. Every pruning and training is a stage below ``work/``, so a
-killed search resumes.
+half. There are two ways to use several devices: either the ranks train different candidates, or the
+search has one rank and each training uses all devices. Every pruning and every training is a stage
+below ``work/``, so a killed search resumes.
 
 Reads the teacher, its importance scores, text and the ranked candidates. Writes
 ``candidates.json``, and the chosen architecture as a recipe, ``recipe.yaml``.
@@ -54,27 +54,28 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
         for what in _unknown_candidates(cfg.also, [name_of(shape) for shape in shapes]):
             yield Problem(rules.SEARCH, what, LIST_CANDIDATES)
     rounds = cfg.rounds(cfg.max_candidates())
-    if not rounds:
+    if not rounds:  # a single candidate is chosen without training
         return
     if cfg.steps(rounds[0], len(rounds)) < 2:
-        need = 2 * len(rounds) * rounds[0] * cfg.distill.global_batch_size * cfg.distill.seq_length
+        step_tokens = cfg.distill.global_batch_size * cfg.distill.seq_length
         yield Problem(
             rules.SEARCH,
             f"max_tokens={cfg.max_tokens} is less than two steps for each candidate: {len(rounds)} "
-            f"rounds share it, and {rounds[0]} candidates share the first round",
-            f"set max_tokens to at least {need}, or use fewer candidates",
+            f"rounds share the tokens, and {rounds[0]} candidates share those of the first round",
+            f"set max_tokens to at least {2 * len(rounds) * rounds[0] * step_tokens}, or use fewer "
+            "candidates",
         )
     else:
         training = training_of(cfg, rounds, 0)
         yield from training_problems(training, chain)
-        job = training_workload(training, chain.teacher)
-        yield from layout_problems(job, chain.hardware)
+        workload = training_workload(training, chain.teacher)
+        yield from layout_problems(workload, chain.hardware)
 
 
 def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     """Estimates the cost of all training runs, and of the evaluations after each round.
 
-    It assumes that every candidate has the largest shape within the budget, or the teacher's shape
+    Every candidate is assumed to have the largest shape within the budget, or the teacher's shape
     if the shapes are not known yet.
     """
     shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
@@ -85,17 +86,17 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     evaluation = comparison_cost((chain.teacher, candidate), bf16, text, chain.hardware)
     if not rounds:
         return replace(evaluation, compute=Compute())
-    terms = (cfg.distill.kd_weight > 0) + (cfg.distill.lm_weight > 0)
-    job = training_workload(training_of(cfg, rounds, 0), candidate, chain.teacher, terms)
+    logits_losses = (cfg.distill.kd_weight > 0) + (cfg.distill.lm_weight > 0)
+    training = training_of(cfg, rounds, 0)
+    workload = training_workload(training, candidate, chain.teacher, logits_losses)
     steps = sum(training_of(cfg, rounds, n).max_steps * count for n, count in enumerate(rounds))
-    compute = token_compute(job) * (steps * job.global_batch_size * job.seq_length)
+    compute = token_compute(workload) * (steps * workload.global_batch_size * workload.seq_length)
     compute += text.compute(chain.teacher, bf16) * len(rounds)
     compute += text.compute(candidate, bf16) * sum(rounds)
-    training = peak_memory(job, chain.hardware)
-    # The search's own process keeps its CUDA context while a training runs in another.
-    training = replace(training, reserved=training.reserved + chain.hardware.reserved_bytes)
-    memory = largest(evaluation.memory, training)
-    return InferenceCost(memory, compute, job.bf16)
+    peak = peak_memory(workload, chain.hardware)
+    # The search's process keeps its CUDA context while another process trains.
+    peak = replace(peak, reserved=peak.reserved + chain.hardware.reserved_bytes)
+    return InferenceCost(largest(evaluation.memory, peak), compute, workload.bf16)
 
 
 def _unknown_candidates(names: Sequence[str], known: Collection[str]) -> list[str]:
@@ -108,7 +109,7 @@ def _unknown_candidates(names: Sequence[str], known: Collection[str]) -> list[st
 
 
 def training_of(cfg: SuccessiveHalvingConfig, rounds: Sequence[int], number: int) -> DistillConfig:
-    """Returns the settings of one round's distillation. Each round has its own seed."""
+    """Returns the settings of the distillation in one round. Each round has its own seed."""
     steps = cfg.steps(rounds[number], len(rounds))
     settings = {
         "stage": "distill",
@@ -130,11 +131,13 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
     ranked = {candidate.name: candidate for candidate in search.candidates}
     for what in _unknown_candidates(cfg.also, ranked):
         raise RecipeError(what, LIST_CANDIDATES)
-    remaining = [n for i, n in enumerate(ranked) if i < cfg.num_candidates or n in cfg.also]
+    remaining = [
+        name for i, name in enumerate(ranked) if i < cfg.num_candidates or name in cfg.also
+    ]
     method = inputs["candidates"].manifest.config["layer_importance"]
     halving = HalvingRun(cfg, inputs, out.parent / "candidates", method)
     log = metrics_log(out)
-    rounds = cfg.rounds(len(remaining))  # the number of candidates in each
+    rounds = cfg.rounds(len(remaining))
     for number in range(len(rounds)):
         training = training_of(cfg, rounds, number)
         candidates = [ranked[name] for name in remaining]
@@ -144,7 +147,7 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
             ranked[candidate.name] = replace(
                 candidate, **vars(quality), tokens=candidate.tokens + tokens
             )
-        # Lower is better for every ``select_by``.
+        # Lower is better for every metric that ``select_by`` allows.
         remaining.sort(key=lambda name: _nan_last(float(getattr(ranked[name], cfg.select_by))))
         log.progress("successive_halving", number + 1, len(rounds), leader=remaining[0])
         remaining = remaining[: math.ceil(len(remaining) / 2)]
@@ -164,7 +167,7 @@ def _nan_last(score: float) -> tuple[bool, float]:
 
 
 def recipe(cfg: SuccessiveHalvingConfig, inputs: Inputs, winner: Candidate, method: str) -> str:
-    """Returns the YAML of a recipe that prunes to the winner and distils it."""
+    """Returns the YAML of a recipe that prunes the teacher to the winner's shape and distils it."""
     teacher = inputs["checkpoint"].manifest
     shape, sizes = teacher.architecture or {}, search_sizes(winner.shape)
     changed = {axis: size for axis, size in sizes.items() if size != shape[axis]}
