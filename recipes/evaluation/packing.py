@@ -71,7 +71,7 @@ def share_prefixes(
 def packs_of_rank(
     requests: Iterable[Request], max_length: int, pass_tokens: int, rank: int, ranks: int
 ) -> Iterator[tuple[tuple[int, ...], list[list[Question]]]]:
-    """Splits the packs of all requests over ranks; yields each prefix with a rank's packs.
+    """Splits the packs of all requests over ranks; yields prefixes and the packs of ``rank``.
 
     Every rank forms the same packs, so a score does not depend on the number of ranks. A rank gets
     consecutive packs, so that few prefixes are processed on two ranks.

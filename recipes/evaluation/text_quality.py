@@ -125,7 +125,7 @@ def _write_details(
 ) -> None:
     """Writes each role's results and sequence losses, and each prompt with its continuations.
 
-    ``texts`` has the prompts, their continuations in the text, and those of each model.
+    ``texts`` has the prompts, their continuations in the text, and each model's continuations.
     """
     detail = {
         "results": {role: asdict(quality) for role, quality in results.items()},

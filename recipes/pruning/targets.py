@@ -78,7 +78,7 @@ def _problem(what: str, fix: str) -> Problem:
 def target_problems(
     teacher: Architecture, targets: PruneTargets, divisors: Mapping[str, int]
 ) -> Iterator[Problem]:
-    """Yields targets that the teacher cannot be pruned to."""
+    """Yields a problem for each target that the teacher cannot be pruned to."""
     if not targets.width() and targets.num_layers is None and not targets.drop_layers:
         yield _problem("no target is set", "set at least one target_* field or drop_layers")
     wrong = DENSE_AXES if teacher.num_moe_experts else EXPERT_AXES
@@ -104,7 +104,7 @@ def target_problems(
 def fraction_problems(
     teacher: Architecture, targets: Mapping[str, int | float], divisors: Mapping[str, int]
 ) -> Iterator[Problem]:
-    """Yields fractions that keep all of an axis, or nothing."""
+    """Yields a problem for each fraction that rounds to all of an axis, or to nothing."""
     sizes = absolute_sizes(teacher, targets, divisors)
     for axis, fraction in targets.items():
         full, size = getattr(teacher, axis), sizes[axis]

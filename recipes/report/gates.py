@@ -54,15 +54,15 @@ SERVED_METRICS: dict[str, Callable[[ServedTask], float]] = {
     "served_difference": lambda t: t.difference.value,
     "served_difference_low": lambda t: t.difference.low,
 }
-"""Metrics of the served model on one benchmark (kind ``served_results``). Differences are to the
-student."""
+"""Metrics of the served model on one benchmark (kind ``served_results``). Differences are served
+minus student."""
 SERVED_PERPLEXITY = "served_perplexity_ratio"
 """Perplexity of the served model divided by the student's (kind ``served_results``)."""
 SPEEDUP_METRICS: dict[str, Callable[[Speedup], float]] = {
     "prefill": lambda s: s.prefill,
     "decode": lambda s: s.decode,
 }
-"""Speed-ups of the student over the teacher (kind ``speed_results``). A gate uses the lowest one of
+"""Speed-ups of the student over the teacher (kind ``speed_results``). A gate uses the minimum over
 all engines, batch sizes and prompts."""
 
 

@@ -137,7 +137,7 @@ def paired_difference(
 ) -> tuple[float, float] | None:
     """Returns the mean of ``losses`` minus ``reference``, and its standard error.
 
-    Both are losses on the same sequences. Returns ``None`` if their numbers differ or are below 2.
+    Both are losses on the same sequences. Returns ``None`` if their lengths differ or are below 2.
     """
     if len(losses) != len(reference) or len(losses) < 2:
         return None

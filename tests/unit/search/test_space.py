@@ -112,11 +112,12 @@ def test_costs_of_serving() -> None:
     bytes_read = 2 * (LLAMA_70B.parameters() - 128256 * 8192) + cache_bytes(LLAMA_70B, service)
     assert latency_ms(LLAMA_70B, service) == pytest.approx(1e3 * bytes_read / 3.35e12, rel=1e-3)
     # In int4, 64 weights of a layer share a scale and a zero point. Embedding and head have 8 bits.
-    tables = 2 * 128256 * 8192
-    bits = 4 * (LLAMA_70B.parameters() - tables) * (1 + 5 / 64) + 8 * tables
+    embedding_and_head = 2 * 128256 * 8192
+    layers = LLAMA_70B.parameters() - embedding_and_head
+    bits = 4 * layers * (1 + 5 / 64) + 8 * embedding_and_head
     assert weight_bytes(LLAMA_70B, Service(precision="int4")) == pytest.approx(bits / 8)
-    fp8 = 8 * (LLAMA_70B.parameters() - tables) + 16 * tables
-    assert weight_bytes(LLAMA_70B, Service(precision="fp8")) == pytest.approx(fp8 / 8)
+    fp8_bits = 8 * layers + 16 * embedding_and_head
+    assert weight_bytes(LLAMA_70B, Service(precision="fp8")) == pytest.approx(fp8_bits / 8)
     # FLOPs limit a large batch with short contexts.
     large_batch = dataclasses.replace(service, batch_size=4096, context_length=1)
     flops = 4096 * 2 * (LLAMA_70B.parameters() - 128256 * 8192)
