@@ -1,9 +1,9 @@
 """AdamW for machines without TransformerEngine. It can also scale gradients.
 
 Megatron scales all gradients twice per step: by 1 / number of tokens, and by the clipping
-coefficient. Each time it reads and writes all of them. A gradient with the attribute
-``pending_scale`` stores the factor instead, and ``FusedAdamW`` applies it while it reads the
-gradient.
+coefficient. Each time it reads and writes all gradients. To save this, scaling can be deferred: a
+gradient with the attribute ``pending_scale`` only stores the product of the factors. ``FusedAdamW``
+applies it while it reads the gradient.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.optim.adamw import AdamW, adamw
 
 BLOCK = 1 << 22
-"""Elements of a deferred gradient that are converted to float32 at once: 16 MB."""
+"""Number of elements of a gradient that are converted to float32 at a time: 16 MB."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""PyTorch's names of Adam's moments in the state of a parameter."""
 
 
 def pending_scale(gradient: Any) -> float | None:
@@ -53,9 +54,9 @@ def clip_by_total_norm(original: object) -> Any:
 class FusedAdamW(AdamW):
     """PyTorch's fused AdamW kernel with one step count per parameter group.
 
-    TransformerEngine's ``FusedAdam`` keeps the step count in the group. Megatron's distributed
-    optimizer can save and load a reshardable state only in that form; PyTorch keeps one count per
-    parameter. ``params``, ``lr``, ``betas``, ``eps`` and ``weight_decay`` are those of AdamW.
+    PyTorch keeps a step count per parameter. TransformerEngine's ``FusedAdam`` keeps it in the
+    group. Megatron's distributed optimizer can save and load a reshardable state only in that form.
+    ``params``, ``lr``, ``betas``, ``eps`` and ``weight_decay`` are those of AdamW.
 
     Raises:
         ValueError: ``adam_w_mode`` is false; only decoupled weight decay is implemented.
@@ -67,12 +68,12 @@ class FusedAdamW(AdamW):
         super().__init__(params, **settings)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores the state. AdamW's method is skipped: it expects a step count per parameter."""
+        """Restores the state. Skips AdamW's method, which expects a step count per parameter."""
         torch.optim.Optimizer.__setstate__(self, state)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Updates every parameter that has a gradient, and drops deferred gradients."""
+        """Updates every parameter that has a gradient. Drops gradients with deferred scaling."""
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             weights = [weight for weight in group["params"] if weight.grad is not None]
@@ -83,9 +84,9 @@ class FusedAdamW(AdamW):
             for weight in deferred:
                 self._update_in_blocks(weight, group)
                 weight.grad = None
-            if others := [weight for weight in weights if weight.grad is not None]:
-                moments = [[self.state[weight][name] for weight in others] for name in MOMENTS]
-                _run_kernel(others, [weight.grad for weight in others], moments, group)
+            if scaled := [weight for weight in weights if weight.grad is not None]:
+                moments = [[self.state[weight][name] for weight in scaled] for name in MOMENTS]
+                _run_kernel(scaled, [weight.grad for weight in scaled], moments, group)
 
     def _update_in_blocks(self, weight: Tensor, group: dict[str, Any]) -> None:
         """Updates a parameter from a gradient that is not scaled yet and may be bfloat16.
@@ -95,7 +96,7 @@ class FusedAdamW(AdamW):
         """
         assert weight.grad is not None
         scale = pending_scale(weight.grad)
-        # The kernel divides by the inverse. Dividing by infinity gives 0, as a scale of 0 must.
+        # The kernel divides by this. For a scale of 0, division by infinity gives 0.
         inverse_scale = torch.tensor(1 / scale if scale else math.inf)
         tensors = (weight, weight.grad, *(self.state[weight][name] for name in MOMENTS))
         for block, gradient, *moments in zip(*(t.view(-1).split(BLOCK) for t in tensors)):
@@ -111,9 +112,10 @@ def _run_kernel(
 ) -> None:
     """Runs PyTorch's fused kernel, which writes into ``weights`` and ``moments``.
 
-    The kernel increments step counts in place, and on CUDA they must be on the GPU. So each call
-    gets new ones. ``inverse_scale`` divides the gradients.
+    Gradients are divided by ``inverse_scale``.
     """
+    # The kernel increments step counts in place, on the weights' device. So each call gets new
+    # tensors, with the number of the previous step.
     count, device = group["step"] - 1.0, weights[0].device
     adamw(
         weights,

@@ -1,9 +1,9 @@
 """Patches that reduce the time or memory of training on a CPU, without changing results.
 
-Results change by rounding at most. The patches never apply on CUDA. Those of gradients, gathers and
-optimizer state apply with one rank only. ``stages.distill.cpu_speed_patches=[]`` disables them all.
-``python -m benchmarks.distill --only nemo-cached-compiled without-NAME`` measured the gain of each;
-see benchmarks/README.md.
+Results change by rounding at most. The patches never apply on CUDA. The patches of gradients,
+gathers and optimizer state only apply with one rank. ``stages.distill.cpu_speed_patches=[]``
+disables all patches. ``python -m benchmarks.distill --only nemo-cached-compiled without-NAME``
+measured the gain of each set; see benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class _CompletedCollective:
 
 
 def _unshare_gradients(original: Any) -> Any:
-    """Frees the buffer of gradients if no other rank adds to it.
+    """Frees the buffer of gradients if no other rank adds gradients to it.
 
-    Megatron allocates one float32 buffer for all gradients, from the first step to the last. An
-    unshared gradient is the tensor that autograd makes, and lives until the optimizer has read it.
+    Megatron keeps one float32 buffer for all gradients from the first step to the last. An unshared
+    gradient is instead the tensor that autograd makes. It lives until the optimizer has read it.
     """
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
@@ -61,7 +61,7 @@ def _unshare_gradients(original: Any) -> Any:
 
 
 def _drop_gradients(original: Any) -> Any:
-    """Drops gradients when a step starts; Megatron fills their buffer with zeros."""
+    """Drops gradients when a step starts. Megatron would fill the buffer with zeros."""
 
     def reset(self: Any) -> None:
         if not self.unshared:
@@ -74,7 +74,7 @@ def _drop_gradients(original: Any) -> Any:
 
 
 def _keep_first_gradient(original: Any) -> Any:
-    """Keeps a step's first gradient of a parameter unchanged; Megatron adds it to zeros."""
+    """Keeps a step's first gradient of a parameter unchanged. Megatron would add it to zeros."""
 
     def _make_backward_post_hook(self: Any, weight: Any) -> Any:
         hook = original(self, weight)
@@ -100,7 +100,7 @@ def _keep_first_gradient(original: Any) -> Any:
 
 
 def _skip_reduction(original: Any) -> Any:
-    """Skips the reduction of unshared gradients; parameters without a gradient get zeros."""
+    """Skips the reduction of unshared gradients. Parameters without a gradient get zeros."""
 
     def start_grad_sync(self: Any) -> None:
         weights = [weight for bucket in self.buckets for weight in bucket.params_list]
@@ -117,7 +117,7 @@ def _skip_reduction(original: Any) -> Any:
 
 
 def _defer_scaling(original: Any) -> Any:
-    """Stores the factor of unshared gradients, which the optimizer applies."""
+    """Stores the scaling factor with unshared gradients; the optimizer applies it."""
 
     def scale_gradients(self: Any, factor: float) -> None:
         if not self.unshared:
@@ -143,12 +143,12 @@ def _hand_over_gradients(original: Any) -> Any:
             return
         weights = chain(*self.model_float16_groups, *self.model_fp32_groups)
         main_weights = chain(*self.shard_fp32_from_float16_groups, *self.shard_fp32_groups)
-        for weight, main in zip(weights, main_weights, strict=True):
-            if main.dtype != weight.dtype:
-                main.grad_dtype = None  # else PyTorch refuses a bfloat16 gradient here
-            main.grad = weight.main_grad.view(-1)
-            # Its presence tells FusedAdamW to convert the gradient block by block.
-            main.grad.pending_scale = _scale_of(weight.main_grad)
+        for weight, main_weight in zip(weights, main_weights, strict=True):
+            if main_weight.dtype != weight.dtype:
+                main_weight.grad_dtype = None  # else PyTorch refuses a bfloat16 gradient here
+            main_weight.grad = weight.main_grad.view(-1)
+            # The attribute tells FusedAdamW to convert the gradient block by block.
+            main_weight.grad.pending_scale = _scale_of(weight.main_grad)
             weight.main_grad = None
 
     return _copy_model_grads_to_main_grads
@@ -162,6 +162,7 @@ def _scale_of(gradient: Tensor) -> float:
 def _norm_with_pending_scales(original: Any) -> Any:
     """Computes the norm of gradients of any dtype, multiplied by their pending scales."""
 
+    # Has the signature of Apex's kernel. Callers ignore the second result.
     def l2_norm(size: int, buffer: Tensor, lists: Any, *args: Any) -> tuple[Tensor, None]:
         squares = [
             _scale_of(gradient) ** 2 * _sum_of_squares(gradient)
@@ -174,15 +175,15 @@ def _norm_with_pending_scales(original: Any) -> Any:
 
 
 def _sum_of_squares(gradient: Tensor) -> float:
-    """Sums squares in float32, block by block: PyTorch's norm of bfloat16 is slower and rounds."""
+    """Sums squares in float32, block by block. PyTorch's norm is slower and rounds in bfloat16."""
     blocks = (block.float() for block in gradient.view(-1).split(BLOCK))
     return math.fsum(torch.dot(block, block).item() for block in blocks)
 
 
 def _skip_single_rank_gather(original: Any) -> Any:
-    """Skips the all-gather of parameters in a group of one rank: input and output are one buffer.
+    """Skips the all-gather of parameters in a group of one rank.
 
-    gloo would copy the buffer onto itself.
+    There, input and output are the same buffer, which gloo would copy onto itself.
     """
 
     def all_gather(output: Tensor, shard: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -195,9 +196,9 @@ def _skip_single_rank_gather(original: Any) -> Any:
 
 
 class _Concatenation:
-    """Optimizer states of one type, indexed as if they were one flat tensor.
+    """The states with one name (such as ``exp_avg``), indexed as if they were one flat tensor.
 
-    A slice must be the range of one parameter. Megatron requests no others.
+    A slice must be the range of one parameter. Megatron requests no other slices.
     """
 
     def __init__(self, states: dict[int, dict[str, Tensor]], name: str) -> None:
@@ -208,34 +209,34 @@ class _Concatenation:
 
 
 def _share_optimizer_state(original: Any) -> Any:
-    """Gives a checkpoint the optimizer's own tensors; Megatron makes three copies of them.
+    """Gives a checkpoint the optimizer's own tensors. Megatron would copy them three times.
 
-    The process that writes the checkpoint is forked, so it sees the state as it is now.
+    A forked process writes the checkpoint, so it has the state at the time of the fork.
     """
 
     def get_parameter_state_dp_zero(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.data_parallel_group.size() > 1:
             return original(self, *args, **kwargs)
-        collected: dict[Any, Any] = {"buckets_coalesced": True}
-        for number, (buffer, ranges) in enumerate(zip(self.buffers, self.gbuf_ranges, strict=True)):
+        result: dict[Any, Any] = {"buckets_coalesced": True}
+        for index, (buffer, ranges) in enumerate(zip(self.buffers, self.gbuf_ranges, strict=True)):
             states = {
                 start: self._get_main_param_and_optimizer_states(weight)
                 for weight, (start, *_) in buffer.param_index_map.items()
             }
             names = ("param", "exp_avg", "exp_avg_sq")
             tensors = {name: _Concatenation(states, name) for name in names}
-            [dtype] = ranges  # a buffer has one pair of dtypes: of parameters, of gradients
-            collected[number] = {dtype: {**tensors, "numel_unpadded": buffer.numel_unpadded}}
-        return collected
+            [dtypes] = ranges  # a buffer has one type of parameters and one of gradients
+            result[index] = {dtypes: {**tensors, "numel_unpadded": buffer.numel_unpadded}}
+        return result
 
     return get_parameter_state_dp_zero
 
 
 def _release_buckets(original: Any) -> Any:
-    """Frees the copies of weights once the process that writes the checkpoint is forked.
+    """Frees the copies of weights once the process that writes them to a checkpoint is forked.
 
-    Megatron keeps the buckets that hold them until the checkpoint is written. By then it only needs
-    the number of buckets.
+    Megatron would keep the copies, in buckets, until the checkpoint is written. After the fork it
+    only needs the number of buckets.
     """
 
     def schedule_async_call(self: Any, request: Any) -> None:
@@ -299,7 +300,7 @@ SPEED_PATCHES: dict[str, tuple[Patch, ...]] = {
     "released_buckets": (  # saves 0.14 GB
         Patch(
             "megatron.core.dist_checkpointing.strategies.async_utils:TemporalAsyncCaller.schedule_async_call",
-            "copies of weights stay while another process writes them",
+            "copies of weights stay in memory while another process writes them",
             "7fe6223559f7",
             _release_buckets,
         ),

@@ -1,4 +1,4 @@
-"""The device that models run on, and the selection of a rank's own GPU and cores.
+"""Finds the device that models run on, and selects the GPU and the cores of a rank.
 
 Code that depends on the device calls ``device()``. All other code is the same on CPU and GPU.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""How long ranks wait for each other, for example for the one that writes a model."""
+"""How long ranks wait for each other, for example while one rank writes a model."""
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 QUERIES_AT_ONCE = 128
 """Number of queries in a block of the backward pass of ``attend_in_blocks``."""
@@ -48,7 +48,7 @@ def select_gpu() -> torch.device | None:
     torch.cuda.set_device(gpu)
     properties = torch.cuda.get_device_properties(gpu)
     domain, bus, slot = (
-        getattr(properties, f"pci_{part}_id") for part in ("domain", "bus", "device")
+        getattr(properties, f"pci_{name}_id") for name in ("domain", "bus", "device")
     )
     address = f"{domain:04x}:{bus:02x}:{slot:02x}.0"
     bind_to_near_cores(PCI_DEVICES / address, ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -60,13 +60,14 @@ def bind_to_near_cores(pci_device: Path, ranks: int) -> None:
 
     Args:
         pci_device: The device's folder in ``/sys``. If it lists no cores, nothing is changed.
-        ranks: Number of processes that share this process's cores. There are enough near cores if
-            they are at least one ``ranks``-th of all.
+        ranks: Number of processes that share this process's cores. The near cores are enough if
+            they are at least this process's fair share of the cores, 1 / ``ranks``.
     """
     try:
         cpu_list = (pci_device / "local_cpulist").read_text(encoding="ascii").strip()
     except OSError:
         return
+    # The file has a text such as "0-3,8,10-11".
     spans = [span.partition("-") for span in cpu_list.split(",") if span]
     cores = {c for first, _, last in spans for c in range(int(first), int(last or first) + 1)}
     allowed = os.sched_getaffinity(0)
@@ -79,7 +80,7 @@ def bind_to_near_cores(pci_device: Path, ranks: int) -> None:
 
 
 def release_cached_memory() -> None:
-    """Returns the memory that PyTorch's CUDA allocator caches to the GPU."""
+    """Frees GPU memory that PyTorch's allocator caches."""
     import torch
 
     gc.collect()

@@ -1,6 +1,6 @@
-"""Layers, configs and patches for Megatron-Core without TransformerEngine, on a CPU and on CUDA.
+"""Layer specs, configs and patches for Megatron-Core without TransformerEngine, on CPU and CUDA.
 
-``adapt_config`` changes a model's config in memory only: checkpoints keep the config for
+``adapt_config`` changes a model's config in memory only. The config in a checkpoint remains one for
 TransformerEngine.
 """
 
@@ -29,11 +29,11 @@ FUSIONS = (
     "moe_grouped_gemm",
     "moe_permute_fusion",
 )
-"""Settings of kernels that need TransformerEngine, Apex or CUDA."""
+"""Megatron's settings for fused kernels that need TransformerEngine, Apex or CUDA."""
 
 
 def needs_local_layers() -> bool:
-    """Returns whether models use Megatron's local layers: without CUDA or TransformerEngine.
+    """Returns whether CUDA or TransformerEngine is missing, so that models use local layers.
 
     Raises:
         RecipeError: TransformerEngine is installed, but cannot be imported. Megatron would use the
@@ -62,13 +62,13 @@ def adapt_config(config: Any, training: bool = False) -> Any:
         use_local_layers(config)
         if training:
             config.transformer_layer_spec = training_block_spec
-        config.use_te_activation_func = training  # its spec has a module for the activation
+        config.use_te_activation_func = training  # the training spec has an activation module
         config.use_cpu_initialization = device() == "cpu"
     return config
 
 
 def use_local_layers(config: Any) -> None:
-    """Selects Megatron's local layers in place, on CUDA too: scoring hooks their submodules."""
+    """Selects Megatron's local layers, in place. Scoring needs them on CUDA, too, for its hooks."""
     config.transformer_layer_spec = local_layer_spec
     for fusion in FUSIONS:
         setattr(config, fusion, False)
@@ -96,8 +96,8 @@ def training_block_spec(config: Any) -> Any:
     """Returns the local layer spec with the norms and the activation of ``training_layers``.
 
     They are used on every device without TransformerEngine. Megatron's own norm refuses sequence
-    parallelism. Its own activation saves one tensor more than TransformerEngine's does, and plans
-    and rehearsals count the memory of TransformerEngine's.
+    parallelism. Megatron's own activation saves one tensor more than TransformerEngine's, whose
+    memory plans and rehearsals assume.
     """
     from megatron.core.transformer.transformer_block import (
         TransformerBlockSubmodules,
@@ -120,7 +120,7 @@ def training_block_spec(config: Any) -> Any:
 def restore_fused_attention(core: nn.Module) -> None:
     """Restores the fused attention of a model that ModelOpt has converted, in place.
 
-    ModelOpt replaces it by Megatron's own attention, which stores the scores of all heads.
+    ModelOpt replaces fused attention by Megatron's own, which stores the scores of all heads.
     """
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
@@ -149,7 +149,7 @@ def register_rms_norm() -> None:
 
 
 def _skip_fusion_checks(original: Any) -> Any:
-    """Accepts configs with fusions; ``adapt_config`` disables them before a model is built."""
+    """Accepts configs with fusions, which ``adapt_config`` disables before a model is built."""
 
     def __post_init__(self: Any) -> None:  # noqa: N807
         fusions = ("apply_rope_fusion", "moe_permute_fusion")
@@ -186,7 +186,12 @@ WITHOUT_TRANSFORMER_ENGINE = (
         replace_with(FusedAdamW),
     ),
     *(
-        Patch(target, "FusedAdamW has the state of TransformerEngine's", "bool", replace_with(flag))
+        Patch(
+            target,
+            "FusedAdamW has the same state as TransformerEngine's optimizer",
+            "bool",
+            replace_with(flag),
+        )
         for target, flag in (
             ("megatron.core.optimizer:USING_PYTORCH_OPTIMIZER", False),
             ("megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE", True),

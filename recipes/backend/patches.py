@@ -1,4 +1,4 @@
-"""Replaces attributes of libraries, if the original is the one that the patch was written for."""
+"""Replaces attributes of libraries. Checks that a patch was written for the installed original."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Patch:
     reason: str
     """Why the original does not work here."""
     source_hash: str
-    """``fingerprint`` of the original: if it changes, the patch must be reviewed. Empty for our own
-    code."""
+    """``fingerprint`` of the original. If it has changed, the patch must be reviewed. Empty if the
+    original is code of this repository."""
     replace: Replacement
     """Receives the original and returns the replacement."""
 
@@ -55,7 +55,7 @@ def wrap(wrapper: Callable[..., Any]) -> Replacement:
 
 
 def patches(prefix: str, *rows: tuple[str, str, str, Replacement]) -> tuple[Patch, ...]:
-    """Returns a patch for each row: the target after ``prefix``, then the other fields."""
+    """Returns a patch for each row: its target without ``prefix``, then the other fields."""
     return tuple(
         Patch(f"{prefix}{name}", reason, source_hash, replace)
         for name, reason, source_hash, replace in rows
@@ -63,10 +63,10 @@ def patches(prefix: str, *rows: tuple[str, str, str, Replacement]) -> tuple[Patc
 
 
 def fingerprint(original: Any) -> str:
-    """Hashes the source of a function or class; a flag's fingerprint is its type.
+    """Hashes the source of a function or class. The fingerprint of a flag is the name of its type.
 
-    Functions in C have no source. Their signature is hashed, which PyTorch states in the first line
-    of the docstring.
+    Functions in C have no source. For them this hashes the signature, which PyTorch states in the
+    first line of the docstring.
     """
     if not callable(original):
         return type(original).__name__
@@ -81,7 +81,7 @@ def apply(patches: Iterable[Patch]) -> None:
     """Applies patches for the rest of this process.
 
     Raises:
-        RecipeError: A target is gone, or its source is not what the patch was written for.
+        RecipeError: A target does not exist, or has another fingerprint than its patch states.
     """
     for patch in patches:
         holder, name, original = _find(patch)
@@ -108,7 +108,7 @@ def applied(patches: Iterable[Patch]) -> Iterator[None]:
 
 
 def _find(patch: Patch) -> tuple[Any, str, Any]:
-    """Returns the holder of a target, the attribute's name, and the checked original."""
+    """Returns the module or class with the target, the attribute's name, and the original."""
     module, _, path = patch.target.partition(":")
     *parents, name = path.split(".")
     holder: Any = importlib.import_module(module)

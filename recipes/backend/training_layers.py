@@ -1,9 +1,9 @@
-"""Layers for models without TransformerEngine that replace Megatron's slow local ones.
+"""Layers that replace Megatron's slow local layers in models without TransformerEngine.
 
 PyTorch composes RMSNorm and SwiGLU of many small operations, each of which saves its input for the
-backward pass. Megatron's local norm refuses sequence parallelism. The functions here save the
-minimum, and return the dtype of the activations. Values and gradients equal those of the replaced
-layers up to the rounding of that dtype.
+backward pass. Megatron's local norm refuses sequence parallelism. The functions of this module save
+as few tensors as possible. Results have the dtype of the activations. Values and gradients equal
+those of the replaced layers up to the rounding of that dtype.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from recipes.core.compiled import compilable
 from recipes.core.precision import float32_matmul_of
 
 LONGEST_BLOCKWISE = 1024
-"""Longest sequence, in tokens, for the blockwise backward pass. That stores the scores of a block,
-which grow with the sequence; PyTorch's kernel stores no scores."""
+"""Longest sequence, in tokens, for the blockwise backward pass. This pass stores the scores of a
+block, which grow with the sequence; PyTorch's kernel stores no scores."""
 BLOCKWISE_BACKWARD = False
-"""Whether attention is ``attend_in_blocks``. A patch of ``cpu_speed`` sets it."""
+"""Whether attention uses ``attend_in_blocks``. A patch of ``cpu_speed`` sets this flag."""
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -45,7 +45,7 @@ class _RMSNorm(torch.autograd.Function):
 
 @compilable
 def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns the normalised input and 1 / rms(x); in-place writes are into new tensors."""
+    """Returns the normalised input and 1 / rms(x). In-place operations write into new tensors."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return (x * inverse).mul_(weight).to(x.dtype), inverse
@@ -58,7 +58,7 @@ def _normalise_backward(
     """Returns the gradients of x and weight.
 
     With n = x / rms(x) and g = grad * weight, the gradient of x is (g - n * mean(g * n)) / rms(x),
-    since rms depends on every channel. Each in-place operation writes into a tensor made here.
+    since rms depends on every channel. In-place operations write into new tensors.
     """
     normed = x * inverse
     weight_grad = (grad * normed).flatten(0, -2).sum(dim=0).to(weight.dtype)
@@ -85,7 +85,7 @@ class RMSNorm(nn.Module):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Computes silu(gate) * up of [..., gate and up]; saves only its input."""
+    """Computes silu(gate) * up, where x is [..., gate and up]; saves only x."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -106,7 +106,7 @@ def _gate(x: Tensor) -> Tensor:
 
 @compilable
 def _gate_backward(x: Tensor, grad: Tensor) -> Tensor:
-    """Returns the gradient of x: silu'(gate) * up * grad for the gate, silu(gate) * grad for up."""
+    """Returns the gradients silu'(gate) * up * grad of gate, and silu(gate) * grad of up."""
     gate, up = x.chunk(2, dim=-1)
     gate_grad = torch.ops.aten.silu_backward(grad * up, gate)
     return torch.cat([gate_grad, nn.functional.silu(gate).mul_(grad)], dim=-1)
@@ -147,8 +147,8 @@ class _BlockwiseAttention(torch.autograd.Function):
 
     Scores and softmax are in float32, all other matrix multiplications in the input's type. The
     heads of a query group are rows of one matrix, so keys and values are never repeated. A block of
-    queries is multiplied with the keys up to its last position, so little of the causal mask's
-    upper half is computed.
+    queries is multiplied only with the keys up to the block's last position, so few of the masked
+    scores are computed.
     """
 
     @staticmethod
@@ -156,7 +156,8 @@ class _BlockwiseAttention(torch.autograd.Function):
         ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
         context = attend(query, key, value, scale)
-        # ``value`` is a view of the projection's output. Saving a copy frees the rest of that.
+        # ``value`` is a view of the projection's output. To save the view would keep all of the
+        # output in memory, so this saves a copy.
         ctx.save_for_backward(query, key, value.contiguous(), context)
         ctx.scale = scale
         return context
@@ -176,7 +177,7 @@ def _attention_backward(
 
     With P = softmax(scale * Q K^T) and O = P V: dV = P^T dO, dP = dO V^T, and
     dS = P * (dP - rowsum(dO * O)), since rowsum(P * dP) = rowsum(dO * O). Then dQ = scale * dS K
-    and dK = scale * dS^T Q. All in-place writes are into tensors made here.
+    and dK = scale * dS^T Q. In-place operations write into new tensors.
     """
     length, batch, groups, size = key.shape
     k, v = (_groups_first(t) for t in (key, value))
@@ -190,11 +191,11 @@ def _attention_backward(
         q, shape = _rows_of_groups(query[start:stop], groups)
         block_grad, _ = _rows_of_groups(grad_heads[start:stop], groups)
         row_sum, _ = _rows_of_groups(row_sums[start:stop], groups)
-        # Recomputed, because saved probabilities of all layers would take most of the memory.
+        # P is recomputed, because saved probabilities of all layers would take most of the memory.
         probabilities = _probabilities(q, k_float32[:, :stop], start, scale)
         value_grad[:, :stop] += torch.bmm(probabilities.transpose(1, 2), block_grad)
         row_sum = row_sum.to(grad.dtype).expand(-1, -1, stop)
-        # dP - rowsum(dO * O), and after the multiplication dS.
+        # This is dP - rowsum(dO * O). The multiplication by P makes it dS.
         score_grads = torch.baddbmm(row_sum, block_grad, v[:, :stop].transpose(1, 2), beta=-1)
         score_grads.mul_(probabilities)
         query_grads.append(_tokens_first(torch.bmm(score_grads, k[:, :stop]), shape))
@@ -212,7 +213,7 @@ def _probabilities(q: Tensor, k: Tensor, start: int, scale: float) -> Tensor:
     Args:
         q: [batch * groups, rows, channels].
         k: [batch * groups, keys, channels], in float32.
-        start: Position of the block's first query. Keys from there on need the causal mask.
+        start: Position of the block's first query. Keys from this position on need the causal mask.
         scale: Factor of the scores.
 
     Returns:
@@ -221,8 +222,8 @@ def _probabilities(q: Tensor, k: Tensor, start: int, scale: float) -> Tensor:
     scores = torch.bmm(q.float() * scale, k.transpose(1, 2))
     block = k.shape[1] - start
     future = torch.full((block, block), float("-inf")).triu_(1)
-    # Rows are ordered head by head, so each run of ``block`` rows is the block's queries in order.
-    scores.unflatten(1, (-1, block))[..., start:].add_(future)  # a view: it writes into ``scores``
+    # Rows are ordered by head, so each run of ``block`` rows is the block's queries in order.
+    scores.unflatten(1, (-1, block))[..., start:].add_(future)  # a view, so this writes to scores
     return torch.softmax(scores, dim=-1).to(q.dtype)
 
 
@@ -243,7 +244,7 @@ def _tokens_first(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Computes ``attend``, with a blockwise backward pass up to ``LONGEST_BLOCKWISE``."""
+    """Computes ``attend``; up to ``LONGEST_BLOCKWISE`` tokens with a blockwise backward pass."""
     if len(query) > LONGEST_BLOCKWISE:
         return attend(query, key, value, scale)
     context: Tensor = _BlockwiseAttention.apply(query, key, value, scale)
@@ -253,8 +254,8 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
 class CausalAttention(DotProductAttention):  # type: ignore[misc]
     """Causal attention over whole, unpadded sequences.
 
-    Megatron's own class stores every score of every head. It is the base class because ModelOpt
-    recognises its subclasses.
+    Megatron's own class stores every score of every head. It is the base class here, because
+    ModelOpt recognises its subclasses.
     """
 
     def forward(

@@ -1,8 +1,8 @@
 """Patches that let Megatron-Core, NeMo and ModelOpt run without CUDA.
 
-``enable()`` applies the patches that this machine needs: those listed here without CUDA, and those
-of ``local_layers`` without TransformerEngine. Patches that only make a CPU faster are in
-``cpu_speed``.
+``enable()`` applies the patches that this machine needs. If it has no CUDA, these are the patches
+of this module. If it has no TransformerEngine, the patches of ``local_layers`` are added. Patches
+that only make a CPU faster are in ``cpu_speed``.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def enable(*groups: str) -> None:
     Raises:
         RecipeError: An installed library is not the one that the patches were written for.
     """
-    for group, required in REQUIRED.items():
+    for group, group_patches in REQUIRED.items():
         if group in _enabled or (groups and group not in groups):
             continue
         is_needed = needs_local_layers() if group == "layers" else device() == "cpu"
         if is_needed:
-            apply(required)
+            apply(group_patches)
             _enabled.add(group)
             if group == "torch":
                 limit_other_threads()
@@ -43,20 +43,22 @@ def enable(*groups: str) -> None:
 def limit_other_threads() -> None:
     """Lets this thread compute on all cores, and every later thread on one.
 
-    gloo's threads copy the tensors that they send. If each of them had OpenMP helpers, there would
-    be more threads than cores. OpenMP would then put all of them to sleep between operations, and a
-    step of distillation would take a quarter longer. This applies to every stage on a CPU, whatever
-    ``cpu_speed_patches`` says: it changes no result, and PyTorch cannot undo it for threads that
-    have started.
+    gloo's threads copy the tensors that they send. If each of these threads had OpenMP helpers,
+    there would be more threads than cores. OpenMP would then put all threads to sleep between
+    operations, and a step of distillation would take a quarter longer.
+
+    ``cpu_speed_patches`` cannot disable this: it changes no result, and PyTorch could not undo it
+    for threads that have started.
     """
-    torch.get_num_threads()  # the later call then does not change the number of this thread
-    other = threading.Thread(target=torch.set_num_threads, args=(1,))  # for later threads
-    other.start()
-    other.join()
+    # PyTorch fixes the number of this thread here. The next call sets it for later threads.
+    torch.get_num_threads()
+    setter = threading.Thread(target=torch.set_num_threads, args=(1,))
+    setter.start()
+    setter.join()
 
 
 class _Stream:
-    """Replaces CUDA streams and events; a CPU runs in order and never waits for one."""
+    """Replaces CUDA streams and events. A CPU runs operations in order, so nothing waits."""
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
 
@@ -73,7 +75,7 @@ class _Stream:
 
 
 def _stay(self: Any, *args: object, **kwargs: object) -> Any:
-    """Replaces ``cuda()`` of tensors and modules, which stay where they are."""
+    """Replaces ``cuda()`` of tensors and modules, which stay on the CPU."""
     return self
 
 
@@ -106,8 +108,8 @@ def _move_to_cpu(original: Any) -> Any:
 def _gather_scalar(original: Any) -> Any:
     """Reshapes a 0-dimensional input to one dimension, as NCCL does and gloo does not."""
 
-    # Megatron imports this function as dist_all_gather_func, which cpu_speed patches, too. That
-    # patch checks the source of the original, which inspect finds through wraps().
+    # Megatron imports this function as dist_all_gather_func, which cpu_speed patches, too. The
+    # fingerprint in cpu_speed is that of the original, whose source inspect finds through wraps().
     @functools.wraps(original)
     def all_gather_into_tensor(output: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         return original(output, tensor.reshape(1) if tensor.dim() == 0 else tensor, *args, **kwargs)
@@ -128,7 +130,7 @@ def _seed_all(original: Any) -> Any:
 
 
 def _name_cuda_types(original: Any) -> Any:
-    """Gives tensor types their CUDA names while the original runs, because it compares names."""
+    """Gives tensor types their CUDA names while the original runs, which compares the names."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         with applied([CUDA_NAMES]):
@@ -148,8 +150,8 @@ REQUIRED: dict[str, tuple[Patch, ...]] = {
     "torch": (
         *patches(
             "torch.cuda:",
-            ("current_device", "Megatron allocates on it", "6e9804168a5c", constant(CPU)),
-            ("empty_cache", "called after loading", "bce971e6854f", constant(None)),
+            ("current_device", "Megatron allocates tensors on it", "6e9804168a5c", constant(CPU)),
+            ("empty_cache", "called after a model is loaded", "bce971e6854f", constant(None)),
             ("synchronize", "called by the checkpoint writer", "7055e6143ffe", constant(None)),
             ("max_memory_reserved", "logged by NeMo each step", "60af9cdf5dca", constant(0)),
             ("max_memory_allocated", "logged by NeMo each step", "7d74e1261dc1", constant(0)),
@@ -250,4 +252,5 @@ REQUIRED: dict[str, tuple[Patch, ...]] = {
     ),
     "layers": WITHOUT_TRANSFORMER_ENGINE,
 }
-"""Groups of patches. ``layers`` is applied without TransformerEngine, all others without CUDA."""
+"""Groups of patches. ``layers`` is for machines without TransformerEngine, the other groups are for
+machines without CUDA."""

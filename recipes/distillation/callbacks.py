@@ -23,7 +23,7 @@ from recipes.distillation.settings import DistillConfig, TrainingConfig
 from recipes.distillation.training import VALIDATE, stop_reason
 
 PARTIAL = ".partial"
-"""Suffix of a student that is being saved."""
+"""Suffix of the path of a student while it is being saved."""
 COLLECT_EVERY = 100
 """Steps between garbage collections."""
 
@@ -42,11 +42,11 @@ class StepLogger(Callback):
         """Starts the timer, and wraps the optimizer's update."""
         self._last = time.monotonic()
         optimizer = trainer.optimizers[0].mcore_optimizer
-        norm, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+        compute_norm, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
 
         def get_grad_norm() -> float:
-            self._norm = float(norm())
-            # Read before the update, which replaces it by the next step's learning rate.
+            self._norm = float(compute_norm())
+            # The learning rate is read before the update, which sets that of the next step.
             self._lr = trainer.optimizers[0].param_groups[0]["lr"]
             return self._norm
 
@@ -54,7 +54,7 @@ class StepLogger(Callback):
         optimizer.step_with_ready_grads = lambda: self._update_if_finite(update, trainer, pl_module)
 
     def _update_if_finite(self, update: Callable[[], bool], trainer: Any, model: KDModel) -> bool:
-        """Updates if the gradient norm, which all ranks share, is finite.
+        """Updates the weights if the gradient norm, which is equal on all ranks, is finite.
 
         Raises:
             RecipeError: More than ``max_nonfinite_steps`` steps had a non-finite gradient.
@@ -65,14 +65,14 @@ class StepLogger(Callback):
         if self._skipped > self._cfg.max_nonfinite_steps:
             finish_saving(trainer)
             losses = ", ".join(f"{n} {value:.4g}" for n, value in model.share_losses().items())
-            skipped = self._cfg.max_nonfinite_steps
+            allowed = self._cfg.max_nonfinite_steps
             raise RecipeError(
                 f"step {trainer.global_step + 1}: the gradient is not finite ({losses})"
-                + (f", and {skipped} such step(s) were skipped before." if skipped else ".")
+                + (f", and {allowed} such step(s) were skipped before." if allowed else ".")
                 + " The weights were not updated; the last checkpoint is usable.",
                 f"lower stages.{self._cfg.stage}.lr, or look at the text of this step",
             )
-        return False
+        return False  # tells Megatron that the update was skipped
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: object) -> None:
         """Logs the step's losses, gradient norm, learning rate and speed."""
@@ -87,7 +87,7 @@ class StepLogger(Callback):
         self._log.progress(self._cfg.stage, trainer.global_step, self._cfg.max_steps, **values)
 
     def on_validation_batch_end(self, trainer: object, pl_module: KDModel, *args: object) -> None:
-        """Collects the batch's KL to the teacher, if the teacher runs in validation."""
+        """Stores the batch's KL to the teacher, if the teacher runs in validation."""
         self._validation_kds += pl_module.validation_kd()
 
     def on_validation_end(self, trainer: Any, pl_module: object) -> None:
@@ -108,22 +108,22 @@ def finish_saving(trainer: Any) -> None:
 class SaveStudents(Callback):
     """Saves the student after the configured steps.
 
-    It must run before the callback that saves a checkpoint of the same step. A run that resumes
-    from a checkpoint then has all students up to that step.
+    This callback must run before the one that saves a checkpoint of the same step. A run that
+    resumes from a checkpoint then has all students up to that step.
     """
 
     def __init__(self, steps: Sequence[int], folder: Path, save: Callable[[Path], None]) -> None:
         self._steps, self._folder, self._save = steps, folder, save
 
     def on_train_start(self, trainer: object, pl_module: object) -> None:
-        """Creates the folder, and deletes partly saved students of a killed run."""
+        """Creates the folder, and deletes students that a killed run saved only partly."""
         self._folder.mkdir(exist_ok=True)
         if rank() == 0:
             for path in self._folder.glob(f"*{PARTIAL}"):
                 shutil.rmtree(path)
 
     def on_train_batch_end(self, trainer: Any, pl_module: object, *args: object) -> None:
-        """Saves the student if the step is configured."""
+        """Saves the student if this is one of the configured steps."""
         step = trainer.global_step
         if step not in self._steps:
             return
@@ -139,15 +139,15 @@ class SaveStudents(Callback):
 class StopAtRecovered(Callback):
     """Stops once training has recovered ``stop_at_recovered`` of the KL added by pruning.
 
-    The decision depends only on the metrics file. A run that stopped early and was killed while it
-    saved its result therefore stops again when it restarts, without another step.
+    The decision depends only on the metrics file. A run may stop early and be killed while it saves
+    its result. When it restarts, it then stops again without another step.
     """
 
     def __init__(self, cfg: DistillConfig, metrics: Path) -> None:
         self._cfg, self._metrics = cfg, metrics
 
     def on_train_start(self, trainer: Any, pl_module: object) -> None:
-        """Stops before the first step of a restarted run, if the fraction was reached before."""
+        """Stops before the first step of a restarted run, if the fraction was already reached."""
         # Only rank 0 has the metrics file.
         reached = rank() == 0 and stop_reason(self._cfg, self._metrics, trainer.global_step) != ""
         trainer.should_stop |= trainer.strategy.reduce_boolean_decision(reached, all=False)
@@ -188,15 +188,15 @@ class StopAtDeadline(Callback):
 class CollectGarbage(Callback):
     """Collects garbage on all ranks in the same step, so that no rank waits for another.
 
-    It also returns free memory to the system before validations and checkpoints, which allocate
-    other sizes than training steps and could not reuse the free blocks.
+    Also returns free memory to the system before validations and checkpoints. Their allocations
+    have other sizes than those of training steps, so they could not reuse the free blocks.
     """
 
     def __init__(self, cfg: TrainingConfig) -> None:
         self._cfg = cfg
 
     def on_train_start(self, trainer: object, pl_module: object) -> None:
-        """Disables automatic collection."""
+        """Disables Python's automatic garbage collection."""
         gc.collect()
         gc.disable()
 
@@ -216,11 +216,11 @@ class CollectGarbage(Callback):
         return_free_memory()
 
     def teardown(self, trainer: object, pl_module: object, stage: str) -> None:
-        """Enables automatic collection."""
+        """Enables automatic collection again."""
         gc.enable()
 
     def on_exception(self, *args: object) -> None:
-        """Enables automatic collection."""
+        """Enables automatic collection again."""
         gc.enable()
 
 
@@ -233,13 +233,13 @@ class Profile(Callback):
         self._running = False
 
     def on_train_batch_start(self, trainer: Any, *args: object) -> None:
-        """Starts at the first step of the range, or at the first after a restart."""
+        """Starts the profiler at the first step of the range that this start of the run trains."""
         if not self._running and self._first <= trainer.global_step + 1 <= self._last:
             self._profiler.start()
             self._running = True
 
     def on_train_batch_end(self, trainer: Any, *args: object) -> None:
-        """Writes the trace after the last step."""
+        """Writes the trace after the last step of the range."""
         if self._running and trainer.global_step == self._last:
             self._profiler.stop()
             self._running = False

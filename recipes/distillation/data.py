@@ -42,8 +42,8 @@ class TrainingSequences(Dataset):
     """Dataset of training samples: any number of epochs over the n sequences of a split.
 
     Without ``weights`` sample i is the sequence at position i mod n of epoch i // n. With
-    ``weights``, ``blend`` assigns samples to sources, and each source has its own epochs; sequences
-    that span two sources are omitted.
+    ``weights``, ``blend`` assigns samples to sources, and each source has its own epochs. Sequences
+    that span two sources are then omitted.
     """
 
     tokens: np.ndarray
@@ -53,37 +53,38 @@ class TrainingSequences(Dataset):
     seed: int | None = None
     """Seed that shuffles every epoch; ``None`` keeps the order of the text."""
     document_end: int | None = None
-    """Id of the token that ends documents; the token after it is masked (``prediction_mask``)."""
+    """Id of the token that ends documents; the next prediction is masked. ``None`` masks none."""
     loss_mask: np.ndarray | None = None
-    """Which tokens are targets of the loss, see ``read_loss_mask``."""
+    """For each token, whether it is a target of the loss, see ``read_loss_mask``."""
     attention_mask: Tensor | None = None
-    """Mask that every sample gets; ``None`` omits it."""
+    """Attention mask of every sample; ``None`` omits it."""
     cache: TeacherCache | None = None
     """Cached teacher; only the sequences in the cache are used."""
     numbers: list[int] | None = None
-    """Numbers of the sequences to use, in this order; ``None`` for all."""
+    """Numbers of the sequences to use, in this order; ``None`` uses all sequences."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Weights by source; empty if the whole split counts as one source."""
+    """Weights by source. If empty, the whole split counts as one source."""
     sources: Sequence[SourceTokens] = ()
-    """Sources of the split, for ``weights``."""
-    ids: np.ndarray = field(init=False)
-    """Numbers of the sequences that are used."""
+    """Sources of the split; only read with ``weights``."""
+    used_numbers: np.ndarray = field(init=False)
+    """Numbers of all sequences that samples use."""
 
     def __post_init__(self) -> None:
         total = self._total = count_sequences(self.tokens, self.seq_length)
-        self.ids = np.arange(total) if self.cache is None else self.cache.sequences
+        used = np.arange(total) if self.cache is None else self.cache.sequences
         if self.numbers is not None:
-            self.ids = np.array([n for n in self.numbers if n < total])
-        self._source_ids = [self.ids]
+            used = np.array([n for n in self.numbers if n < total])
+        self._numbers_by_source = [used]
         if self.weights:
             by_source = weighted_sequences(self.weights, self.sources, self.seq_length, total)
-            self._source_ids = [np.intersect1d(numbers, self.ids) for numbers in by_source]
-            _require_sequences(self.weights, self._source_ids)
+            self._numbers_by_source = [np.intersect1d(numbers, used) for numbers in by_source]
+            _require_sequences(self.weights, self._numbers_by_source)
             self._blend = blend(list(self.weights.values()), self.num_samples)
-            self.ids = np.concatenate(self._source_ids)
-        # By source, the epoch of the last sample and that epoch's order. Samples are read in order,
-        # so no other epoch is needed again.
-        self._orders = [(-1, numbers) for numbers in self._source_ids]
+            used = np.concatenate(self._numbers_by_source)
+        self.used_numbers = used
+        # For each source, an epoch and the order of sequences in it. Samples are read in order, so
+        # the epoch of the last sample is enough.
+        self._orders = [(-1, numbers) for numbers in self._numbers_by_source]
         self._positions = torch.arange(self.seq_length)
 
     def __len__(self) -> int:
@@ -94,7 +95,7 @@ class TrainingSequences(Dataset):
 
         Returns:
             The tensors of ``sequence``, and ``attention_mask`` if it is set. With a cached teacher
-            also the tensors of ``TopK`` [S, …], named ``teacher_indices`` and so on.
+            also the tensors of ``TopK`` [S, …], with the names ``teacher_indices`` and so on.
         """
         number = self.number_of(sample)
         item = self.sequence(number)
@@ -120,8 +121,9 @@ class TrainingSequences(Dataset):
         """Returns the number of a sample's sequence."""
         source = 0
         if self.weights:
+            # ``_blend`` has the source of each sample, and the sample's position in the source.
             source, sample = (int(index[sample]) for index in self._blend)
-        numbers = self._source_ids[source]
+        numbers = self._numbers_by_source[source]
         epoch, position = divmod(sample, len(numbers))
         if self.seed is None:
             return int(numbers[position])
@@ -193,13 +195,13 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         """Opens the splits; called by the trainer.
 
         Raises:
-            RecipeError: The training split has less than one batch, or the validation split no
+            RecipeError: The training split has less than one batch, or the validation split has no
                 whole sequence.
         """
-        batch = self.data_sampler.global_batch_size
+        batch_size = self.data_sampler.global_batch_size
         # One batch more than training uses: a run that was killed after its last step resumes after
         # all batches, and NeMo's sampler fails if there is no data left.
-        samples = (self.trainer.max_steps + 1) * batch
+        samples = (self.trainer.max_steps + 1) * batch_size
         self._train_ds = self._sequences(
             "train",
             samples,
@@ -208,28 +210,29 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
             weights=self._weights,
             sources=self._sources["train"],
         )
-        self._require_batch(len(self._train_ds.ids), batch)
-        count = self.trainer.limit_val_batches * batch
+        self._require_batch(len(self._train_ds.used_numbers), batch_size)
+        count = self.trainer.limit_val_batches * batch_size
         by_source = sequences_by_source(
             self._sources["validation"], self.seq_length, count
         ).values()
         # Sources alternate, so that dropping an incomplete last batch drops no whole source.
-        alternating = [n for each in zip_longest(*by_source) for n in each if n is not None]
+        alternating = [n for turn in zip_longest(*by_source) for n in turn if n is not None]
         self._validation_ds = self._sequences("validation", 0, numbers=alternating)
-        if not len(self._validation_ds.ids):
+        if not len(self._validation_ds.used_numbers):
             raise RecipeError(
                 f"no source of the validation data has a sequence of {self.seq_length} tokens and "
                 "a next token.",
                 "add text, raise data.validation_fraction, or lower data.seq_length",
             )
-        whole = max(1, len(self._validation_ds.ids) // batch)
-        steps = max(1, min(self.trainer.limit_val_batches, whole))
-        self._validation_ds.num_samples = steps * batch
+        # If there is less than one batch, sequences are repeated to fill it.
+        whole_batches = max(1, len(self._validation_ds.used_numbers) // batch_size)
+        batches = max(1, min(self.trainer.limit_val_batches, whole_batches))
+        self._validation_ds.num_samples = batches * batch_size
         self._test_ds = self._validation_ds
 
     def _sequences(self, split: str, samples: int, **settings: Any) -> TrainingSequences:
-        # Without TransformerEngine NeMo's step requires an attention mask in the batch. The local
-        # attention does not read it.
+        # Without TransformerEngine, NeMo's step requires an attention mask in the batch, although
+        # the local attention does not read it.
         mask = torch.zeros(1, 1, 1, dtype=torch.bool) if self.create_attention_mask else None
         return TrainingSequences(
             read_tokens(self._artifact, split),
@@ -241,8 +244,8 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
             **settings,
         )
 
-    def _require_batch(self, sequences: int, batch: int) -> None:
-        if sequences >= batch:
+    def _require_batch(self, sequences: int, batch_size: int) -> None:
+        if sequences >= batch_size:
             return
         if self._cache is None:
             source, fix = "the training data has", "add text, or lower data.seq_length or"
@@ -250,6 +253,6 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
             source, fix = "the cached teacher has", "raise num_sequences of cache_logits, or lower"
         raise RecipeError(
             f"{source} {sequences} sequences of {self.seq_length} tokens, less than one batch of "
-            f"global_batch_size={batch}.",
+            f"global_batch_size={batch_size}.",
             f"{fix} global_batch_size",
         )

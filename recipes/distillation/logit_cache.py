@@ -1,11 +1,11 @@
 """Cache of a teacher's top-k logits: its likeliest next tokens at every position of a text.
 
-It is a directory with ``index.json`` and shards ``00000.safetensors`` … Each shard has
+The cache is a directory with ``index.json`` and shards ``00000.safetensors`` … Each shard has
 
 - ``sequences`` int32 [n]: numbers of the sequences, see ``data``;
 - ``indices`` uint16 or int32 [n, seq_length, k]: the k most likely tokens, the likeliest first;
-- ``log_probs`` float16 [n, seq_length, k + 1]: their log-probabilities, and that of the tail, which
-  is all other tokens together;
+- ``log_probs`` float16 [n, seq_length, k + 1]: the log-probabilities of these tokens, and of the
+  tail, which is all other tokens together;
 - if the tail was sampled, ``draws`` uint16 or int32 [n, seq_length, draws]: the sampled tokens;
 - if the tail was sampled, ``tail_entropy`` float16 [n, seq_length, 1]: -Σ p·log p over the tail.
 
@@ -47,9 +47,9 @@ class CacheIndex:
     @property
     def tensors(self) -> dict[str, tuple[torch.dtype, int]]:
         """Returns dtype and last dimension of each tensor of ``TopK`` that is stored."""
-        ids = torch.uint16 if self.vocabulary <= SMALL_VOCABULARY else torch.int32
-        likeliest = {"indices": (ids, self.top_k), "log_probs": (torch.float16, self.top_k + 1)}
-        samples = {"draws": (ids, self.tail_draws), "tail_entropy": (torch.float16, 1)}
+        id_type = torch.uint16 if self.vocabulary <= SMALL_VOCABULARY else torch.int32
+        likeliest = {"indices": (id_type, self.top_k), "log_probs": (torch.float16, self.top_k + 1)}
+        samples = {"draws": (id_type, self.tail_draws), "tail_entropy": (torch.float16, 1)}
         return likeliest | (samples if self.tail_draws else {})
 
 
@@ -75,8 +75,8 @@ def write_shard(
         name: getattr(top, name).to(dtype).contiguous()
         for name, (dtype, _) in index.tensors.items()
     }
-    tail = top.log_probs[..., -1].exp().mean().item()
-    metrics = {"teacher_loss": str(teacher_loss), "tail_mass": str(tail)}
+    tail_mass = top.log_probs[..., -1].exp().mean().item()
+    metrics = {"teacher_loss": str(teacher_loss), "tail_mass": str(tail_mass)}
     save_file(tensors, partial, metadata=metrics)
     partial.replace(path)
 
@@ -91,7 +91,7 @@ def is_complete(path: Path) -> bool:
 
 
 def cache_metrics(folder: Path, index: CacheIndex) -> dict[str, float]:
-    """Averages the metrics that each shard has in its metadata, weighted by its sequences."""
+    """Averages the metrics in the metadata of shards, weighted by the number of sequences."""
     sums: dict[str, float] = {"teacher_loss": 0.0, "tail_mass": 0.0}
     sequences = 0
     for shard in range(index.shards):
@@ -117,7 +117,7 @@ class TeacherCache:
             for row, number in enumerate(numbers)
         }
         self.sequences = np.concatenate(shards).astype(np.int64)
-        """Numbers of the cached sequences. A rehearsal has no data, so all of them are 0 there."""
+        """Numbers of the cached sequences. In a rehearsal, which has no data, all are 0."""
 
     def rows(self, sequence: int) -> dict[str, Tensor]:
         """Reads the tensors of ``TopK`` for one sequence, [seq_length, …]."""
@@ -131,6 +131,6 @@ class TeacherCache:
         }
 
     def _open(self, shard: int) -> Any:
-        if shard not in self._files:  # mapped, so an open file costs no memory
+        if shard not in self._files:  # files are memory-mapped, so open files take no memory
             self._files[shard] = safe_open(self._folder / SHARD.format(shard), framework="pt")
         return self._files[shard]

@@ -42,7 +42,7 @@ from recipes.evaluation.predictions import require_better_than_chance
 
 
 def cache_logits(
-    cfg: CacheLogitsConfig, teacher: Path, data: Input, shards: Path, out: Path, log: MetricsLog
+    cfg: CacheLogitsConfig, teacher: Path, data: Input, folder: Path, out: Path, log: MetricsLog
 ) -> CacheResult | None:
     """Caches the teacher's top-k for the first sequences that training will read.
 
@@ -50,7 +50,7 @@ def cache_logits(
         cfg: Settings.
         teacher: Checkpoint of the teacher.
         data: The tokenized text.
-        shards: Folder of unfinished work; complete shards in it are not computed again.
+        folder: Folder for shards while others are missing. Complete shards are not written again.
         out: Folder of the artifact.
         log: Receives progress.
 
@@ -70,34 +70,34 @@ def cache_logits(
     text = TrainingSequences(
         tokens,
         cfg.seq_length,
-        num_samples=0,  # sequences are read by number, not as samples
+        num_samples=0,  # sequences are read by number, not as samples of epochs
         document_end=result.document_end,
         loss_mask=read_loss_mask(data.artifact, "train"),
         numbers=_first_sequences(cfg, tokens, result.source_tokens["train"]),
     )
     vocabulary = nemo.architecture_of(teacher).vocab_size
-    count = math.ceil(len(text.ids) / cfg.sequences_per_shard)
+    shards = math.ceil(len(text.used_numbers) / cfg.sequences_per_shard)
     index = CacheIndex(
-        vocabulary, cfg.seq_length, cfg.top_k, cfg.temperature, count, cfg.tail_draws
+        vocabulary, cfg.seq_length, cfg.top_k, cfg.temperature, shards, cfg.tail_draws
     )
-    shards.mkdir(exist_ok=True)
-    complete = _write_shards(cfg, core, text, index, shards, log)
+    folder.mkdir(exist_ok=True)
+    complete = _write_shards(cfg, core, text, index, folder, log)
     torch.distributed.barrier()
     if _any_rank_stops(not complete, next(core.parameters()).device):
         raise StoppedByDeadlineError(
-            f"stopped at the deadline before all {count} shards were written; complete shards are "
+            f"stopped at the deadline before all {shards} shards were written; complete shards are "
             "kept.",
             "run the same command to resume",
         )
     if rank() != 0:
         return None
-    for shard in range(count):
-        link_or_copy(shards / SHARD.format(shard), out / SHARD.format(shard))
+    for shard in range(shards):
+        link_or_copy(folder / SHARD.format(shard), out / SHARD.format(shard))
     write_index(out, index)
     return CacheResult(
-        sequences=len(text.ids),
+        sequences=len(text.used_numbers),
         sequences_of_text=count_sequences(tokens, cfg.seq_length),
-        tokens=len(text.ids) * cfg.seq_length,
+        tokens=len(text.used_numbers) * cfg.seq_length,
         bytes_per_token=bytes_per_token(vocabulary, cfg.top_k, cfg.tail_draws),
         **cache_metrics(out, index),
     )
@@ -106,14 +106,14 @@ def cache_logits(
 def _first_sequences(
     cfg: CacheLogitsConfig, tokens: np.ndarray, sources: list[SourceTokens]
 ) -> list[int]:
-    """Returns the numbers of the sequences that training reads first, in order, without repeats."""
+    """Returns the numbers of the sequences that training reads first, in this order, each once."""
     samples = cfg.num_sequences or 0
     text = TrainingSequences(
         tokens, cfg.seq_length, samples, cfg.seed, weights=cfg.weights, sources=sources
     )
     if cfg.num_sequences is None:
         total = count_sequences(tokens, cfg.seq_length)
-        return sequence_order(text.ids, total, cfg.seed, 0).tolist()  # type: ignore[no-any-return]
+        return sequence_order(text.used_numbers, total, cfg.seed, 0).tolist()  # type: ignore[no-any-return]
     return list(dict.fromkeys(map(text.number_of, range(samples))))
 
 
@@ -128,16 +128,17 @@ def _write_shards(
     """Writes those shards of this data-parallel rank that are not complete yet.
 
     Returns:
-        ``True`` once all are written; ``False`` if the deadline was reached before.
+        ``True`` if all shards are complete; ``False`` if the deadline was reached before.
     """
     start, done = time.monotonic(), 0
-    first = parallel_state.get_data_parallel_rank()
-    step = parallel_state.get_data_parallel_world_size()
-    for shard in range(first, index.shards, step):
+    replica = parallel_state.get_data_parallel_rank()
+    replicas = parallel_state.get_data_parallel_world_size()
+    for shard in range(replica, index.shards, replicas):
         path = folder / SHARD.format(shard)
         if is_complete(path):
             continue
-        numbers = text.ids[shard * cfg.sequences_per_shard :][: cfg.sequences_per_shard].tolist()
+        first = shard * cfg.sequences_per_shard
+        numbers = text.used_numbers[first : first + cfg.sequences_per_shard].tolist()
         outputs = _evaluate_teacher(cfg, core, text, numbers)
         if outputs is None:
             return False
@@ -153,11 +154,11 @@ def _write_shards(
 
 
 def _quantiles(cfg: CacheLogitsConfig, number: int) -> Tensor:
-    """Returns the quantiles at which to sample a sequence's tails, [seq_length, draws].
+    """Returns the quantiles [seq_length, draws] at which to sample the tails of a sequence.
 
     This is systematic sampling: the first quantile is random, the others follow at equal distances.
-    Each token is drawn as often on average as by independent samples, with a lower variance. All
-    ranks compute the same quantiles.
+    The mean number of draws of a token is the same as with independent samples, and the variance is
+    lower. All ranks compute the same quantiles.
     """
     first = np.random.default_rng([cfg.seed, number]).random((cfg.seq_length, 1), np.float32)
     draws = np.arange(cfg.tail_draws, dtype=np.float32)
@@ -183,16 +184,17 @@ def _any_rank_stops(
 def _evaluate_teacher(
     cfg: CacheLogitsConfig, core: torch.nn.Module, text: TrainingSequences, numbers: list[int]
 ) -> tuple[TopK, float] | None:
-    """Runs the teacher on n sequences.
+    """Runs the teacher on the n sequences with these numbers.
 
-    Masked predictions are not in the loss, as in training. Samples of the tail depend on a
-    sequence's number, not on its shard.
+    As in training, the loss excludes masked predictions. Samples of the tail depend on a sequence's
+    number, not on the shard.
 
     Returns:
         The top-k [n, seq_length, …] and the mean LM loss; ``None`` if the deadline was reached.
     """
     device = next(core.parameters()).device
-    # ``group`` is ``None`` for one rank, which ``all_reduce`` would take for all ranks.
+    # With one tensor-parallel rank ``group`` is ``None``, which would mean all ranks to
+    # ``all_reduce``. So the check of the deadline uses ``tensor_ranks``.
     tensor_ranks, group = parallel_state.get_tensor_model_parallel_group(), nemo.tensor_group()
     tops, losses, masks = [], [], []
     for start in range(0, len(numbers), cfg.micro_batch_size):
@@ -211,8 +213,8 @@ def _evaluate_teacher(
         masks.append(batch["loss_mask"].flatten())
     top = TopK(
         *(
-            None if each[0] is None else torch.cat(each).view(len(numbers), cfg.seq_length, -1)
-            for each in zip(*tops, strict=True)
+            None if field[0] is None else torch.cat(field).view(len(numbers), cfg.seq_length, -1)
+            for field in zip(*tops, strict=True)
         )
     )
     mask = torch.cat(masks)

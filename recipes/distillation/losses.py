@@ -1,21 +1,22 @@
-"""Distillation losses on vocabulary-parallel logits: forward and reverse KL, JSD, whole or top-k.
+"""Distillation losses on vocabulary-parallel logits: forward KL, reverse KL and JSD.
 
-Value and gradient are computed together, a chunk of tokens at a time, so no float32 tensor of a
-whole batch's logits exists. ModelOpt's losses (``modelopt/torch/distill/plugins/megatron.py``)
-differ in three points. They hold several such tensors. They lack the factor T². They renormalise
-the top-k, which ignores the probability of all other tokens, the tail. Here the tail counts as one
-outcome with its whole probability, or a few samples represent it.
+A loss is over the whole vocabulary, or over the teacher's top-k tokens and the tail, which is all
+other tokens. The tail counts as one outcome, or a few samples represent it. Values and gradients
+are computed together, a chunk of tokens at a time, so no float32 tensor of a whole batch's logits
+exists. ModelOpt's losses (``modelopt/torch/distill/plugins/megatron.py``) differ in three points:
+they hold several such tensors, they lack the factor T², and they ignore the tail's probability,
+since they renormalise the top-k.
 
 The module ``vocabulary`` explains shapes and ``group``.
 
-Gradients. Let z be the student's logits, T the temperature and q = softmax(z / T). From
+Gradients: let z be the student's logits, T the temperature and q = softmax(z / T). From
 ∂q_i / ∂(z_j / T) = q_i·(δ_ij - q_j), a loss f(q) with the partial derivatives g_i = ∂f / ∂q_i has
 
     ∂f / ∂(z_j / T) = q_j·(g_j - Σ_i q_i·g_i),                                               (1)
 
-where a constant added to all g_i cancels. Each divergence below states its g and the result. The
-loss is T²·f, so that gradients keep their size at any T (Hinton et al., arXiv:1503.02531). Hence
-∂(T²·f) / ∂z_j is (1) times T.
+where a constant added to all g_i cancels. Comments in each divergence below state g, without index,
+and the gradient (1). The loss is T²·f, so that gradients have about the same size at any T (Hinton
+et al., arXiv:1503.02531). The inner derivative of z / T is 1 / T, so ∂(T²·f) / ∂z_j is (1) times T.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ from recipes.distillation.vocabulary import (
     log_softmax,
     select,
     split,
+    sum_columns,
     top_k,
-    total,
 )
 
 
@@ -61,12 +62,13 @@ class LogitsLoss:
     beta·KL(p ‖ m) + (1 - beta)·KL(q ‖ m), the generalised JSD of GKD (Agarwal et al.,
     arXiv:2306.13649)."""
     top_k: int | None = None
-    """Number of the teacher's likeliest tokens that stay outcomes; all others become one."""
+    """Number of the teacher's likeliest tokens that stay separate outcomes. All other tokens become
+    one outcome. ``None`` keeps all tokens separate."""
 
 
 Divergence = tuple[Tensor, Callable[[], Tensor]]
-"""A divergence f [n, 1] without T², and a function that computes its gradient (1) [n, outcomes].
-Both work in place on the log-probabilities, so the gradient can be computed once, after f."""
+"""A divergence f [n, 1] without T², and a function that computes the gradient (1) [n, outcomes].
+Both overwrite the log-probabilities, so the function can be called only once."""
 
 
 def _forward_kl(
@@ -74,33 +76,35 @@ def _forward_kl(
 ) -> Divergence:
     # f = Σ p·(log p - log q), g = -p / q, Σ q·g = -1: the gradient is q - p.
     p = log_p.exp()
-    value = total(log_p.sub_(log_q).mul_(p), group)
+    value = sum_columns(log_p.sub_(log_q).mul_(p), group)
     return value, lambda: log_q.exp_().sub_(p)
 
 
 def _reverse_kl(
     log_p: Tensor, log_q: Tensor, loss: LogitsLoss, group: ProcessGroup | None
 ) -> Divergence:
-    # f = Σ q·(log q - log p), g = log(q / p) + 1, Σ q·g = f + 1: q·(log(q / p) - f).
+    # f = Σ q·(log q - log p), g = log(q / p) + 1, Σ q·g = f + 1: the gradient is
+    # q·(log(q / p) - f).
     q = log_q.exp()
-    ratio = log_q.sub_(log_p)
-    value = total(q * ratio, group)
-    return value, lambda: ratio.sub_(value).mul_(q)
+    log_ratio = log_q.sub_(log_p)
+    value = sum_columns(q * log_ratio, group)
+    return value, lambda: log_ratio.sub_(value).mul_(q)
 
 
 def _jsd(log_p: Tensor, log_q: Tensor, loss: LogitsLoss, group: ProcessGroup | None) -> Divergence:
-    # f = β·Σ p·log(p / m) + (1 - β)·Σ q·log(q / m). With ∂m/∂q = 1 - β the terms of ∂m add up to a
-    # constant, because (β·p + (1 - β)·q) / m = 1. So g = (1 - β)·log(q / m), and the gradient is
-    # (1 - β)·q·(log(q / m) - KL(q ‖ m)).
+    # f = β·Σ p·log(p / m) + (1 - β)·Σ q·log(q / m) with m = β·p + (1 - β)·q. The derivatives by m
+    # add -(1 - β)·(β·p + (1 - β)·q) / m to g, which is a constant and cancels. What remains is
+    # g = (1 - β)·log(q / m), up to a constant. The gradient is (1 - β)·q·(log(q / m) - KL(q ‖ m)).
     q, p = log_q.exp(), log_p.exp()
-    ratio = log_p.sub_(log_q)
-    # log(m / q) = log(β·p/q + 1 - β) = softplus(log(p/q) + logit β) + log(1 - β), which neither
-    # overflows nor cancels.
-    logit, offset = math.log(loss.beta) - math.log1p(-loss.beta), math.log1p(-loss.beta)
-    log_m_q = softplus(ratio + logit).add_(offset)
-    student_kl = -total(q * log_m_q, group)  # KL(q ‖ m)
-    teacher_kl = total(ratio.sub_(log_m_q).mul_(p), group)  # KL(p ‖ m)
+    log_ratio = log_p.sub_(log_q)
+    # log(m / q) = log(β·p/q + 1 - β) = softplus(log(p/q) + logit β) + log(1 - β), where
+    # logit β = log(β / (1 - β)). This form neither overflows nor cancels.
+    log_1_beta = math.log1p(-loss.beta)
+    log_m_q = softplus(log_ratio + (math.log(loss.beta) - log_1_beta)).add_(log_1_beta)
+    student_kl = -sum_columns(q * log_m_q, group)  # KL(q ‖ m)
+    teacher_kl = sum_columns(log_ratio.sub_(log_m_q).mul_(p), group)  # KL(p ‖ m)
     value = loss.beta * teacher_kl + (1 - loss.beta) * student_kl
+    # log(q / m) is -log_m_q, so the signs of both factors are swapped.
     return value, lambda: log_m_q.add_(student_kl).mul_(q).mul_(loss.beta - 1)
 
 
@@ -113,12 +117,13 @@ def _top_k_divergence(
 ) -> Divergence:
     """Computes the divergence over the teacher's top-k and the tail as k + 1 outcomes.
 
-    The gradient is of all logits [n, vocabulary/tp]. The tail's logit is u = log Σ_tail exp(z / T),
-    so ∂u / ∂(z_j / T) = q_j / q_tail: a token of the tail gets q_j / q_tail of the tail's gradient.
+    The gradient is that of all logits [n, vocabulary/tp]. The logit of the tail's outcome is
+    u = log Σ_tail exp(z / T), so ∂u / ∂(z_j / T) = q_j / q_tail: a token of the tail gets
+    q_j / q_tail of the outcome's gradient.
     """
     student = split(log_q, teacher.indices, group)
     log_probs = student.log_probs.clamp(min=LOG_ZERO)
-    log_tail = log_probs[:, -1:].clone()
+    log_tail = log_probs[:, -1:].clone()  # the divergence overwrites ``log_probs``
     # Every rank has all k + 1 outcomes, so sums over them need no communication.
     teacher_log_probs = teacher.log_probs.clamp(min=LOG_ZERO)
     divergence = DIVERGENCES[loss.divergence]
@@ -126,8 +131,9 @@ def _top_k_divergence(
 
     def gradient() -> Tensor:
         outcomes = outcome_gradient()
-        whole = student.tail.sub_(log_tail).exp_().mul_(outcomes[:, -1:])
-        return whole.scatter_add_(1, student.columns, outcomes[:, :-1] * student.is_local)
+        # q_j / q_tail times the tail's gradient; 0 for selected tokens, whose ``tail`` is log 0.
+        all_tokens = student.tail.sub_(log_tail).exp_().mul_(outcomes[:, -1:])
+        return all_tokens.scatter_add_(1, student.columns, outcomes[:, :-1] * student.is_local)
 
     return value, gradient
 
@@ -146,23 +152,23 @@ def _sampled_forward_kl(
         [teacher.indices.shape[1], 1], dim=1
     )
     count = draws.shape[1]
-    p = torch.cat([log_p.exp(), (log_tail.exp() / count).expand(-1, count)], dim=1)
+    p = torch.cat([log_p.exp(), (log_tail.exp() / count).expand(-1, count)], dim=1)  # p̂
     tokens = torch.cat([teacher.indices, draws], 1)
     columns, is_local = local_columns(tokens, log_q.shape[-1], group)
     cross = (p * select(log_q, columns, is_local, group)).sum(dim=-1, keepdim=True)  # Σ p̂·log q
-    entropy = tail_entropy - (log_p.exp() * log_p).sum(dim=-1, keepdim=True)
+    entropy = tail_entropy - (log_p.exp() * log_p).sum(dim=-1, keepdim=True)  # -Σ p·log p
     return -entropy - cross, lambda: log_q.exp_().scatter_add_(1, columns, -p * is_local)
 
 
 class LossTargets(NamedTuple):
-    """Targets of the loss for rows of the student's logits."""
+    """Targets and weights of the loss for n rows of the student's logits."""
 
     teacher: Tensor | TopK
     """The teacher's logits [n, vocabulary/tp], or its top-k at the loss's temperature."""
     labels: Tensor | None = None
     """Ids [n] of the next tokens; ``None`` omits the LM loss."""
     weights: tuple[float, float] = (1.0, 0.0)
-    """Weights of the KD loss and of the LM (next-token) loss."""
+    """Weight of the KD loss, and weight of the LM (next-token) loss."""
 
     def at(self, rows: slice) -> LossTargets:
         """Returns the targets of some rows."""
@@ -177,7 +183,7 @@ class LossTargets(NamedTuple):
 def _lm_loss(
     log_q: Tensor, labels: Tensor, needs_gradient: bool, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes -log q of the labels [n, 1], and its gradient q - 1 at the label, q elsewhere."""
+    """Computes -log q of the labels [n, 1], and the gradient: q - 1 at the label, q elsewhere."""
     columns, is_local = local_columns(labels.unsqueeze(1), log_q.shape[-1], group)
     value = -select(log_q, columns, is_local, group)
     if not needs_gradient:
@@ -193,9 +199,9 @@ def _compute_chunk(
     group: ProcessGroup | None,
     needs_gradient: bool,
 ) -> None:
-    """Writes a chunk's losses [2, n, 1], and overwrites its logits with the gradient.
+    """Writes a chunk's KD and LM losses [2, n, 1], and overwrites its logits with the gradient.
 
-    A separate function, so that a chunk's buffers are freed before the next chunk.
+    This is a separate function, so that a chunk's buffers are freed before the next chunk.
     """
     # A compiled kernel cannot include collectives.
     chunk_losses = _compiled_chunk_losses if group is None else _chunk_losses
@@ -212,16 +218,16 @@ def _chunk_losses(
     group: ProcessGroup | None,
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes KD losses [n, 1] without T² and LM losses; overwrites the logits with the gradient.
+    """Computes KD losses [n, 1] without T², and LM losses [n, 1].
 
-    The gradient is that of the weighted sum. There is no separate argument for it, because the
-    compiler would have to check whether that argument shares memory with ``student``.
+    Overwrites ``student`` with the gradient of the weighted sum. The gradient has no argument of
+    its own, because the compiler would have to check whether that shares memory with ``student``.
     """
     teacher, temperature = targets.teacher, loss.temperature
     lm_loss = lm_gradient = None
     log_q = log_softmax(student, temperature, group)
     if targets.labels is not None:
-        # The LM loss has no temperature.
+        # The LM loss uses temperature 1.
         unscaled = log_q if temperature == 1 else log_softmax(student, 1.0, group)
         lm_loss, lm_gradient = _lm_loss(unscaled, targets.labels, needs_gradient, group)
         del unscaled
@@ -261,7 +267,7 @@ def _scale_rows(gradient: Tensor, weights: Tensor) -> Tensor:
 
 
 class _Distillation(torch.autograd.Function):
-    """Losses per token, with the gradient of their weighted sum computed in the forward pass."""
+    """Losses per token. The forward pass also computes the gradient of their weighted sum."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -274,8 +280,8 @@ class _Distillation(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         losses = torch.zeros(2, len(student), 1, dtype=torch.float32, device=student.device)
         needs_gradient = ctx.needs_input_grad[0]
-        copies = needs_gradient and not reuse_logits
-        logits = student.detach().clone() if copies else student.detach()
+        must_copy = needs_gradient and not reuse_logits
+        logits = student.detach().clone() if must_copy else student.detach()
         for rows in chunks(logits):
             chunk = losses[:, rows], logits[rows], targets.at(rows)
             _compute_chunk(*chunk, loss, group, needs_gradient)
@@ -288,8 +294,8 @@ class _Distillation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # In place, to hold the logits' gradient once. Autograd refuses a second backward pass,
-        # because the saved tensor has changed.
+        # Scaled in place, so that the logits' gradient is in memory only once. Autograd refuses a
+        # second backward pass, because the saved tensor has changed.
         (gradient,) = ctx.saved_tensors
         return _scale_rows(gradient, grads[0].unsqueeze(-1)), None, None, None, None
 
@@ -301,14 +307,16 @@ def distillation_loss(
     group: ProcessGroup | None = None,
     reuse_logits: bool = False,
 ) -> Tensor:
-    """Computes the KD loss per token [n], float32, equal on all ranks; differentiable once.
+    """Computes the KD loss per token [n] in float32, equal on all ranks.
+
+    Only one backward pass is possible.
 
     Args:
         student: Finite logits [n, vocabulary/tp] of any float type.
-        teacher: Its logits of the same shape, or its top-k at the loss's temperature.
+        teacher: The teacher's logits in the same shape, or its top-k at the loss's temperature.
         loss: The divergence.
         group: Tensor-parallel ranks.
-        reuse_logits: Overwrites the student's logits with the gradient, to hold one tensor less.
+        reuse_logits: Overwrites the student's logits with the gradient, which saves memory.
 
     Raises:
         RecipeError: The shapes differ.
@@ -328,8 +336,8 @@ def combined_loss(
     Arguments are those of ``distillation_loss``.
 
     Returns:
-        The weighted sum per token [n], which is differentiable, and both losses [2, n], which are
-        not. The LM loss is 0 without labels.
+        The weighted sum per token [n], which is differentiable; and the KD and LM losses [2, n],
+        which are not differentiable. The LM loss is 0 without labels.
     """
     teacher = targets.teacher
     if isinstance(teacher, TopK):
@@ -348,8 +356,8 @@ def combined_loss(
             f"{list(student_shape)}.",
             "teacher and student need the same tokens, vocabulary and padded vocabulary size",
         )
-    both: tuple[Tensor, Tensor] = _Distillation.apply(student, targets, loss, group, reuse_logits)
-    return both
+    result: tuple[Tensor, Tensor] = _Distillation.apply(student, targets, loss, group, reuse_logits)
+    return result
 
 
 def token_cross_entropy(
@@ -360,7 +368,7 @@ def token_cross_entropy(
 ) -> Tensor:
     """Computes the LM loss per token [n], float32, of logits [n, vocabulary/tp] for labels [n].
 
-    It is computed as the forward KL from a teacher with probability 1 for the label.
+    This is the forward KL from a teacher that gives the label a probability of 1.
     ``reuse_logits`` is that of ``distillation_loss``.
     """
     log_probs = torch.tensor([0.0, -math.inf], dtype=torch.float32, device=logits.device)

@@ -1,6 +1,6 @@
 """The NeMo model that is trained: a student, with or without a live teacher.
 
-The student's ``compute_language_model_loss`` is replaced: it computes the losses on logits.
+The student's ``compute_language_model_loss`` is replaced by one that computes the losses on logits.
 ModelOpt's ``DistillationModel`` computes losses on hidden states. The model's output is one row of
 per-token losses for each term, so no tensor as wide as the vocabulary outlives the forward pass.
 """
@@ -52,12 +52,12 @@ SHARED_SETTINGS = (
     "calculate_per_token_loss",
     "attention_backend",
 )
-"""Settings of the teacher's config that are copied from the student's. NeMo copies fewer, and would
+"""Settings that are copied from the student's config to the teacher's. NeMo copies fewer, and would
 run a float32 teacher with a bfloat16 student."""
 
 
 class KDModel(llm.GPTModel):  # type: ignore[misc]
-    """A NeMo model trained on an ``Objective``; saves and loads as the plain student."""
+    """A NeMo model trained on an ``Objective``. Checkpoints have only the student."""
 
     def __init__(self, student: nn.Module, objective: Objective) -> None:
         super().__init__(adapt_config(student.config, training=True), tokenizer=student.tokenizer)
@@ -82,34 +82,32 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
 
     @property
     def validation_loss_reduction(self) -> MegatronLossReduction:
-        """Returns the reduction of the validation loss.
-
-        It has the LM loss, and the KD loss if the teacher runs in validation.
-        """
+        """Returns the reduction of the LM loss, and of the KD loss if the teacher validates too."""
         if self._teacher.runs_in_validation:
             return self._validation
         return super().validation_loss_reduction
 
     def validation_kd(self) -> list[float]:
-        """Returns the KD loss of the last global batch of validation; empty if not measured."""
-        return [self._validation.last["kd"]] if self._teacher.runs_in_validation else []
+        """Returns a list with the last validation batch's KD loss; empty if it was not measured."""
+        return [self._validation.last_means["kd"]] if self._teacher.runs_in_validation else []
 
     def share_losses(self) -> dict[str, Any]:
-        """Broadcasts the last step's losses from the last pipeline stage; returns them."""
-        shared: list[Any] = [self._reduction.last, self._reduction.finite_means, self.teacher_loss]
+        """Broadcasts the last step's losses from the last pipeline stage. Returns the losses."""
+        reduction = self._reduction
+        shared: list[Any] = [reduction.last_means, reduction.finite_means, self.teacher_loss]
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             torch.distributed.broadcast_object_list(
                 shared,
                 src=parallel_state.get_pipeline_model_parallel_last_rank(),
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
-        # Rank 0 logs the losses and saves ``finite_means``; it can be on another pipeline stage.
-        losses, self._reduction.finite_means, self.teacher_loss = shared
+        # Rank 0 logs the losses and saves ``finite_means``, but may be on another pipeline stage.
+        losses, reduction.finite_means, self.teacher_loss = shared
         teacher_loss = {} if self.teacher_loss is None else {"teacher_loss": self.teacher_loss}
         return {**losses, **teacher_loss}
 
     def without_loss_modules(self) -> AbstractContextManager[None]:
-        """Excludes learned parameters of the loss from loading and saving."""
+        """Hides learned parameters of the loss in a ``with`` block that loads or saves weights."""
         core = self.core_module
         hide: AbstractContextManager[None] = (
             core.hide_loss_modules() if isinstance(core, mtd.DistillationModel) else nullcontext()
@@ -125,17 +123,17 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         if self._teacher.checkpoint:
             core = self._with_teacher(core, self._teacher.checkpoint)
 
-        def losses(core: nn.Module, labels: Tensor, logits: Tensor) -> Tensor:
+        def compute_losses(core: nn.Module, labels: Tensor, logits: Tensor) -> Tensor:
             if core.training:
                 return self._token_losses(core, labels, logits)
             lm_loss = _lm_loss(logits, labels)
             if not self._teacher.runs_in_validation:
                 return lm_loss
             kd_loss = self._kd_and_lm_losses(core, logits, None, (1.0, 0.0))[0]
-            # The rows of ``_token_losses``: the validation loss, and the terms "lm" and "kd".
+            # As in ``_token_losses``, first the loss (here the LM loss), then the terms "lm", "kd".
             return torch.stack([lm_loss, lm_loss, kd_loss])
 
-        core.compute_language_model_loss = MethodType(losses, core)
+        core.compute_language_model_loss = MethodType(compute_losses, core)
         self.module = core
 
     def _with_teacher(self, student: nn.Module, checkpoint: Path) -> Any:
@@ -151,9 +149,8 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         settings = {
             "teacher_model": (_load_teacher, [config, self.tokenizer, checkpoint], {}),
             "criterion": self._hidden_losses(student, config),
-            "loss_balancer": mtd.StaticLossBalancer(
-                1.0
-            ),  # required, but ``Objective`` sets the weights
+            # ModelOpt requires a balancer, but ``Objective`` sets the weights.
+            "loss_balancer": mtd.StaticLossBalancer(1.0),
         }
         core = mtd.convert(student, mode=[("kd_loss", settings)])
         adjust_distillation_model_for_mcore(core, distill_cfg=DistillationConfig())
@@ -166,9 +163,9 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
     def _hidden_losses(
         self, student: nn.Module, teacher: nn.Module
     ) -> dict[tuple[str, str], HiddenLoss]:
-        """Returns the hidden loss by pair of layer names: one module, which all pairs share.
+        """Returns the hidden loss by pair of layer names. All pairs share one module.
 
-        ModelOpt counts a layer's name from the first layer of this pipeline stage.
+        In ModelOpt's names, layers are counted from the first layer of this pipeline stage.
         """
         if not self._teacher.pairs or not parallel_state.is_pipeline_last_stage():
             return {}
@@ -179,16 +176,19 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
             sequence_parallel=self.config.sequence_parallel,
             dtype=self.config.params_dtype,
         )
-        first = self.config.num_layers - len(student.decoder.layers) + 1
+        student_first = self.config.num_layers - len(student.decoder.layers) + 1
         split = pipeline_split(teacher.num_layers, teacher.pipeline_model_parallel_size)
         teacher_first = teacher.num_layers - split[-1] + 1
         return {
-            (f"decoder.layers.{ours - first}", f"decoder.layers.{theirs - teacher_first}"): loss
-            for ours, theirs in self._teacher.pairs
+            (
+                f"decoder.layers.{student_layer - student_first}",
+                f"decoder.layers.{teacher_layer - teacher_first}",
+            ): loss
+            for student_layer, teacher_layer in self._teacher.pairs
         }
 
     def data_step(self, dataloader_iter: Any) -> dict[str, Any]:
-        """Returns a micro batch; the last pipeline stage also gets a cached teacher's top-k."""
+        """Returns a micro batch, on the last pipeline stage with a cached teacher's top-k."""
         loaded = next(dataloader_iter)
         batch: dict[str, Any] = super().data_step(iter([loaded]))
         if parallel_state.is_pipeline_last_stage():
@@ -199,7 +199,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         return batch
 
     def forward_step(self, batch: dict[str, Any]) -> Tensor:
-        """Runs the model on a batch. Before, stores the batch's cached top-k for the loss."""
+        """Stores the batch's cached top-k for the loss, then runs the model on the batch."""
         cached = {
             n.removeprefix(TEACHER_PREFIX): t
             for n, t in batch.items()
@@ -214,7 +214,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
     def _token_losses(self, core: nn.Module, labels: Tensor, logits: Tensor) -> Tensor:
         """Computes losses [1 + terms, batch, sequence] of logits [sequence, batch, vocabulary/tp].
 
-        The first row is minimised. The others are the terms, which are only logged.
+        The first row is minimised. The other rows are the terms, which are only logged.
         """
         if self.teacher_loss is None and self._teacher.checkpoint:
             self._check_teacher(core.teacher_logits, labels)
@@ -223,8 +223,8 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         if "kd" in weights:
             lm_labels = labels if "lm" in weights else None
             kd_lm_weights = weights["kd"], weights.get("lm", 0)
-            total, *rows = self._kd_and_lm_losses(core, logits, lm_labels, kd_lm_weights)
-            terms = dict(zip(("kd", "lm"), rows, strict=True))
+            total, *losses = self._kd_and_lm_losses(core, logits, lm_labels, kd_lm_weights)
+            terms = dict(zip(("kd", "lm"), losses, strict=True))
         elif "lm" in weights:
             terms["lm"] = _lm_loss(logits, labels, reuse_logits=True)
             total = weights["lm"] * terms["lm"]
@@ -237,10 +237,9 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
     def _kd_and_lm_losses(
         self, core: nn.Module, logits: Tensor, labels: Tensor | None, weights: tuple[float, float]
     ) -> tuple[Tensor, ...]:
-        """Computes the weighted sum of KD and LM loss, the KD loss and the LM loss.
+        """Computes three losses [batch, sequence]: the weighted sum of KD and LM, KD, and LM.
 
-        Each is [batch, sequence]; ``logits`` are [sequence, batch, vocabulary/tp], ``labels``
-        [batch, sequence].
+        ``logits`` are [sequence, batch, vocabulary/tp], ``labels`` [batch, sequence].
         """
         targets = LossTargets(
             self._cached or core.teacher_logits.flatten(0, 1),
@@ -259,9 +258,9 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         mean = torch.stack(list(losses.values())).mean(dim=0)
         if not self.config.sequence_parallel:
             return mean
-        # Each rank has a contiguous shard of the sequence. Padded to the whole sequence, the shards
-        # of all ranks add up to the whole loss, and the backward pass gives each rank the gradient
-        # of its own shard.
+        # Each rank has a contiguous shard of the sequence. Padded with zeros to the whole sequence,
+        # the shards of all ranks add up to the whole loss. In the backward pass each rank gets the
+        # gradient of the rank's own shard.
         rank, length = parallel_state.get_tensor_model_parallel_rank(), mean.shape[1]
         before, after = rank * length, labels.shape[1] - (rank + 1) * length
         padded = torch.nn.functional.pad(mean, (before, after))
@@ -272,7 +271,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         """Measures the teacher's LM loss.
 
         Raises:
-            RecipeError: It is no better than chance.
+            RecipeError: The loss is no better than chance.
         """
         loss = _lm_loss(logits, labels).mean().item()
         require_better_than_chance(loss, self.config.vocab_size)
@@ -288,8 +287,8 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Loads the student only; ``nn.Module`` would require the teacher's weights."""
-        names = {name.replace("module.", ""): value for name, value in state_dict.items()}
-        return self.core_module.load_state_dict(names, *args, **kwargs)
+        state = {name.replace("module.", ""): value for name, value in state_dict.items()}
+        return self.core_module.load_state_dict(state, *args, **kwargs)
 
 
 def _load_teacher(config: Any, tokenizer: Any, checkpoint: Path) -> nn.Module:
@@ -310,7 +309,7 @@ def _lm_loss(logits: Tensor, labels: Tensor, reuse_logits: bool = False) -> Tens
 def _forward_both(core: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """Runs teacher and student; replaces NeMo's forward pass, which drops the teacher's logits.
 
-    In training a pipeline stage sends the hidden states of both models as one tensor.
+    In training a pipeline stage sends the hidden states of both models to the next as one tensor.
     """
     if core.training or core.runs_in_validation:
         for pair in core._layers_to_loss:

@@ -1,4 +1,4 @@
-"""The objective of training: terms and weights of the loss, the teacher, the hidden loss."""
+"""The objective of training: terms and weights of the loss, the source of the teacher's outputs."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": lambda ours, theirs: 1 - cosine_similarity(ours, theirs, dim=-1),
     "mse": lambda ours, theirs: (ours - theirs).square().mean(dim=-1),
 }
-"""A function for each of ``HIDDEN_LOSSES``. It maps hidden states [s, b, h] to distances [s, b]."""
+"""Maps each of ``HIDDEN_LOSSES`` to a function of hidden states [s, b, h], which returns [s, b]."""
 PROJECTION_SEED = 0
-"""Seed of the projection, whose initial value must be the same on every rank."""
+"""Seed of the projection's initial weights, which must be the same on every rank."""
 Pairs = Sequence[tuple[int, int]]
-"""(student layer, teacher layer) pairs whose outputs are compared, counted from 1."""
+"""Pairs (student layer, teacher layer) whose outputs are compared. Layers are counted from 1."""
 
 
 def layer_pairs(
     cfg: DistillConfig, kept: Sequence[int] | None, student: int, teacher: int
 ) -> Pairs:
-    """Returns the pairs of layers to compare: as configured, or those that pruning kept.
+    """Returns the pairs of layers to compare: as configured, or each layer with its original.
 
     Args:
         cfg: Settings of the distillation.
@@ -53,10 +53,12 @@ def layer_pairs(
     if cfg.intermediate_layer_pairs:
         return [(pair[0], pair[1]) for pair in cfg.intermediate_layer_pairs]
     stages = cfg.pipeline_model_parallel_size
-    ours, theirs = last_stage_layers(student, stages), last_stage_layers(teacher, stages)
+    student_layers = last_stage_layers(student, stages)
+    teacher_layers = last_stage_layers(teacher, stages)
     if kept is None and student == teacher:
         kept = range(1, teacher + 1)
-    pairs = [p for p in zip(ours, (kept or [])[ours.start - 1 :], strict=False) if p[1] in theirs]
+    originals = (kept or [])[student_layers.start - 1 :]
+    pairs = [p for p in zip(student_layers, originals, strict=False) if p[1] in teacher_layers]
     if not pairs:
         raise RecipeError(
             "no pair of layers can be derived for the loss on hidden states: "
@@ -69,7 +71,7 @@ def layer_pairs(
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """Source of the teacher's logits: a checkpoint, or a cache."""
+    """Source of the teacher's logits: a checkpoint (a live teacher), a cache, or neither."""
 
     checkpoint: Path | None = None
     pairs: Pairs = ()
@@ -80,7 +82,7 @@ class TeacherSource:
 
     @classmethod
     def of(cls, cfg: DistillConfig, inputs: Inputs, student: Architecture) -> TeacherSource:
-        """Returns the teacher that a config requires; an empty source for the LM loss alone."""
+        """Returns the source that a config requires; an empty source for only an LM loss."""
         if cfg.kd_weight == cfg.hidden_weight == 0:
             return cls()
         source = inputs["teacher"]
@@ -100,7 +102,7 @@ class TeacherSource:
 def _require_same_text(cache: Input, data: Input) -> None:
     """Raises ``RecipeError`` if the teacher was cached for text other than the training text.
 
-    A plan checks that the settings match. This compares the content.
+    A plan only checks that the settings of the text match. This function compares the content.
     """
     if cache.manifest.input_content.get("data") != data.manifest.content():
         raise RecipeError(
@@ -111,9 +113,9 @@ def _require_same_text(cache: Input, data: Input) -> None:
 
 @dataclass(frozen=True)
 class Objective:
-    """Terms of the loss in the order of ``TERMS``, their weights, and the teacher.
+    """Terms of the loss in the order of ``TERMS``, with weights, and the source of the teacher.
 
-    With ``dynamic`` the weights are balanced anew in each step.
+    With ``dynamic`` each step has other weights, see ``weights_after``.
     """
 
     weights: Mapping[str, float]
@@ -137,11 +139,12 @@ class Objective:
     def weights_after(self, means: Mapping[str, float]) -> Mapping[str, float]:
         """Returns each term's weight, given the means of the terms in the previous step.
 
-        With ``dynamic`` the hidden loss is scaled to the size of the weighted KD loss, and their
-        sum to the size of the LM loss. The configured weights multiply the scaled terms. Before the
-        first step ``means`` is empty, and the weights are the configured ones. NeMo takes sizes
-        from each micro batch, so its result depends on the number of micro batches; the means here
-        are of a global batch.
+        With ``dynamic`` the hidden loss is scaled to the size of the weighted KD loss. The sum of
+        both is scaled to the size of the LM loss. The configured weights multiply the scaled terms.
+        Before the first step ``means`` is empty, and the weights are the configured weights.
+
+        NeMo would take sizes from each micro batch, so that the result depends on the number of
+        micro batches. The means here are of a global batch.
         """
         weights = dict(self.weights)
         if not (self.dynamic and means):
@@ -167,12 +170,14 @@ def _ratio(size: float, mean: float) -> float:
 class HiddenLoss(_Loss):
     """Distance of the student's hidden states from the teacher's, per token.
 
-    ``cosine`` is 1 - cos of the angle between them, ``mse`` the mean squared difference over the
-    teacher's hidden size. If the sizes differ, a learned projection maps the student's states to
-    the teacher's size. All pairs of layers share this module and its projection, because all layers
-    write to one residual stream with one basis. With ``sequence_parallel`` each tensor-parallel
-    rank has a shard of the sequence, so the projection is marked for Megatron to sum its gradient
-    over the ranks (``megatron/core/distributed/finalize_model_grads.py``).
+    ``cosine`` is 1 - the cosine of the angle between the states; ``mse`` is the mean of the squared
+    differences over the teacher's hidden size. If the hidden sizes differ, a learned projection
+    maps the student's states to the teacher's size. All pairs of layers share one module and one
+    projection, because all layers write to one residual stream with one basis.
+
+    With ``sequence_parallel`` each tensor-parallel rank has a shard of the sequence. The projection
+    is then marked, so that Megatron sums the projection's gradient over the ranks
+    (``megatron/core/distributed/finalize_model_grads.py``).
     """
 
     projection: nn.Linear | None
@@ -191,7 +196,7 @@ class HiddenLoss(_Loss):
         if student_size != teacher_size:
             self.projection = nn.Linear(student_size, teacher_size, bias=False, dtype=dtype)
             generator = torch.Generator().manual_seed(PROJECTION_SEED)
-            # Initialised on the CPU: a GPU's generator has other numbers for the same seed.
+            # Initialised on the CPU, since a GPU's generator has other numbers for the same seed.
             initial = torch.randn(teacher_size, student_size, generator=generator, device="cpu")
             self.projection.weight.data.copy_(initial * student_size**-0.5)
             if sequence_parallel:
@@ -200,10 +205,11 @@ class HiddenLoss(_Loss):
     def forward(
         self, student: Tensor | tuple[Tensor, ...], teacher: Tensor | tuple[Tensor, ...]
     ) -> Tensor:
-        """Computes the loss per token [b, s], float32, of hidden states [s, b, h] of any type.
+        """Computes the loss per token [b, s] in float32 of hidden states [s, b, h] of any type.
 
-        With sequence parallelism s is the length of this rank's shard. Megatron's TransformerLayer
-        returns (hidden states, context); the context is ignored. The teacher gets no gradient.
+        With sequence parallelism s is the length of this rank's shard. Arguments may be the tuples
+        (hidden states, context) that Megatron's TransformerLayer returns; the context is ignored.
+        The teacher gets no gradient.
         """
         ours = student[0] if isinstance(student, tuple) else student
         theirs = teacher[0] if isinstance(teacher, tuple) else teacher
@@ -224,11 +230,11 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
     def __init__(self, objective: Objective) -> None:
         super().__init__()
         self._objective = objective
-        self.last: dict[str, float] = {}
-        """Means of the last step over the tokens of the global batch, on the last pipeline
-        stage."""
+        self.last_means: dict[str, float] = {}
+        """Means of the losses over the tokens of the last global batch. Only the last pipeline
+        stage has them."""
         self.finite_means: dict[str, float] = {}
-        """Means of the last step whose means were all finite; they balance the terms."""
+        """``last_means`` of the last step with only finite means; they balance the next step."""
 
     def weights(self) -> Mapping[str, float]:
         """Returns the weights of this step's terms."""
@@ -243,11 +249,11 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
 
         Returns:
             The sum of the first row, the number of tokens, and a report for ``reduce``: one tensor
-            of the tokens and the sums of all rows.
+            with the number of tokens and the sums of all rows.
         """
         mask = batch["loss_mask"].float()
         sums = (forward_out * mask).flatten(1).sum(dim=1)
-        # A NaN loss must propagate to the gradients, where every rank sees it.
+        # A NaN or infinite loss must make the gradients NaN, so that every rank sees it.
         loss = sums[0] * torch.where(sums[0].detach().isfinite(), 1.0, math.nan)
         tokens = mask.sum()
         report = torch.cat([tokens.view(1), loss.detach().view(1), sums[1:].detach()])
@@ -257,11 +263,11 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
         """Computes means over the tokens of all micro batches and data-parallel ranks."""
         if not micro_batches:
             return torch.tensor(0.0, device=device())  # a pipeline stage without a loss
-        total = torch.stack([each["report"] for each in micro_batches]).sum(dim=0)
+        total = torch.stack([batch["report"] for batch in micro_batches]).sum(dim=0)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(total, group=group)
         means = total[1:] / total[0].clamp_min(1)
-        self.last = dict(zip(("loss", *self._objective.weights), means.tolist(), strict=True))
-        if all(math.isfinite(mean) for mean in self.last.values()):
-            self.finite_means = self.last
+        self.last_means = dict(zip(("loss", *self._objective.weights), means.tolist(), strict=True))
+        if all(math.isfinite(mean) for mean in self.last_means.values()):
+            self.finite_means = self.last_means
         return means[0]

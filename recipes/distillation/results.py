@@ -1,4 +1,4 @@
-"""Results of training and of caching a teacher, without torch. Losses are in nats."""
+"""Results of training and of caching a teacher. Losses are in nats. Does not import torch."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class KeptLayers:
-    """A result's layers, which pruned and distilled models have in common."""
+    """The field that results of pruning and of distillation have in common."""
 
     kept_layers: list[int] | None = None
-    """For each layer, its number in the teacher, from 1; ``None`` if unknown."""
+    """For each layer of the model, the number of the teacher's layer that it comes from, counted
+    from 1; ``None`` if unknown."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class DistillationResult(TrainingResult):
     stopped: str = ""
     """Reason and step of an early stop."""
     kept_layers: list[int] | None = None
-    """The student's ``KeptLayers``, passed on for a second round of pruning."""
+    """``KeptLayers`` of the student, which a second round of pruning reads."""
 
 
 @dataclass(frozen=True)

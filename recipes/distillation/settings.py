@@ -1,4 +1,7 @@
-"""Settings of the stages that train, or that cache a teacher's logits. Does not import torch."""
+"""Settings of the stages that train, and of the stage that caches a teacher's logits.
+
+Does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +31,17 @@ RECOMPUTE_GRANULARITIES = ("none", "selective", "full")
 FEED_FORWARD = ("mlp", "moe")
 """Megatron's names of a layer's feed-forward network: dense, or MoE."""
 FP8_RECIPES = {"tensorwise": 16, "blockwise": 16, "delayed": 16, "mxfp8": 32}
-"""FP8 scaling recipes, and the number that sizes must be multiples of
+"""Maps FP8 scaling recipes to the number of which matrix sizes must be multiples
 (``megatron/core/fp8_utils.py``)."""
 TERMS = ("kd", "hidden", "lm")
 """Terms of the loss; each is logged."""
 RESOURCE = {"resource": True}
+"""Metadata of settings that change speed and memory, but not the result."""
 RecomputeGranularity = Annotated[str, one_of(*RECOMPUTE_GRANULARITIES)]
 RecomputeModule = Annotated[str, one_of("core_attn", *FEED_FORWARD)]
 SpeedPatch = Annotated[str, one_of(*SPEED_PATCH_NAMES)]
 Temperature = Annotated[float, between(0.01, 1000)]
-"""Outside this range the teacher's distribution is one token, or uniform."""
+"""Below this range the teacher's distribution is a single token; above, it is uniform."""
 Weight = Annotated[float, between(0, 1e6)]
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 """Decay rate of a moment of Adam."""
@@ -69,7 +73,7 @@ class TrainingConfig(StageConfig):
     adam_beta2: Beta = 0.95
     """Decay rate of the gradient's mean square."""
     clip_grad: Positive = 1.0
-    """Gradient clipping: the largest norm."""
+    """Largest norm of the gradient; a larger gradient is scaled down to it."""
     mask_document_ends: bool = True
     """Excludes the first token of each document from the loss, because it cannot be predicted from
     the document before it. In conversations it is always excluded."""
@@ -116,7 +120,7 @@ class TrainingConfig(StageConfig):
     val_check_interval: Count = 100
     """Steps between validations."""
     limit_val_batches: Count = 4
-    """Global batches of a validation."""
+    """Number of global batches in a validation."""
     checkpoint_interval: Count = 100
     """Steps between checkpoints; a killed run resumes from the last one."""
     keep_checkpoints: Count = 2
@@ -152,7 +156,7 @@ class TrainingConfig(StageConfig):
 
 
 SMALL_VOCABULARY = 1 << 16
-"""Token ids of a vocabulary up to this size are stored in two bytes."""
+"""Largest vocabulary whose token ids are stored in two bytes."""
 
 
 @dataclass
@@ -192,7 +196,7 @@ class CacheLogitsConfig(StageConfig):
 
 
 def bytes_per_token(vocabulary: int, top_k: int, draws: int) -> int:
-    """Returns the bytes per token of a teacher's cache, see ``logit_cache``."""
+    """Returns the bytes per token in a teacher's cache. ``logit_cache`` explains the format."""
     id_bytes = 2 if vocabulary <= SMALL_VOCABULARY else 4
     return (top_k + draws) * id_bytes + (top_k + 1 + (draws > 0)) * 2
 
@@ -244,7 +248,7 @@ class DistillConfig(TrainingConfig):
     stop_at_recovered: Fraction | None = None
     """Stops training at the first validation that shows that this fraction of the KL added by
     pruning is recovered. The teacher then also runs in validation, and there is one validation
-    before the first step. The learning rate schedule remains that of ``max_steps``."""
+    before the first step. The learning rate still follows the schedule for ``max_steps``."""
     student_steps: list[Count] = field(default_factory=list)
     """Steps after which the student is also saved, in ``artifact/steps/STEP.nemo``. Benchmarks
     evaluate each of these students, and the report plots their scores."""

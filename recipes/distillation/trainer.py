@@ -50,9 +50,9 @@ from recipes.distillation.training import (
 def train(
     cfg: TrainingConfig, start: Path, objective: Objective, data: Input, out: Path, log: MetricsLog
 ) -> None:
-    """Trains from the weights of ``start``; resumes from the last complete checkpoint.
+    """Trains from the weights of ``start``, or resumes from the last complete checkpoint.
 
-    The trained model is written to ``out``, in ``work/artifact``.
+    Writes the trained model to ``out``, which is in ``work/artifact``.
     """
     _set_environment(cfg)
     select_gpu()
@@ -65,13 +65,13 @@ def train(
     model = KDModel(restored, objective)
     with nemo.outside_slurm():
         trainer = _trainer(cfg)
-    # Callbacks are added to the trainer, because NeMo would copy those passed to its constructor.
-    # ``CollectGarbage`` is first because it must return memory before the trainer's own callback
+    # Callbacks are added here, because NeMo would copy those that the trainer's constructor gets.
+    # ``CollectGarbage`` is first, because it must return memory before the trainer's own callback
     # saves a checkpoint.
     trainer.callbacks = [CollectGarbage(cfg), *trainer.callbacks, StepLogger(cfg, log)]
     save = partial(_save_trained, cfg, model, restored, nemo.side_folder(start))
     if isinstance(cfg, DistillConfig) and cfg.student_steps:
-        # Before the callback that saves checkpoints, so that every checkpoint's students exist.
+        # Before the callback that saves checkpoints, so that a checkpoint's students exist.
         trainer.callbacks.insert(1, SaveStudents(cfg.student_steps, work / nemo.STEPS, save))
     if objective.teacher.runs_in_validation and isinstance(cfg, DistillConfig):
         trainer.num_sanity_val_steps = cfg.limit_val_batches  # a validation before the first step
@@ -98,27 +98,27 @@ def train(
         )
     save(out)
     if rank() == 0 and (work / nemo.STEPS).is_dir():
-        # Links instead of a move: a restart before the manifest is written empties the artifact,
-        # and must find the students again.
+        # The files are linked, not moved: a restart before the manifest is written empties the
+        # artifact, and must find the students again.
         shutil.copytree(work / nemo.STEPS, out.parent / nemo.STEPS, copy_function=link_or_copy)
 
 
 def _set_environment(cfg: TrainingConfig) -> None:
     """Sets the variables that CUDA, NCCL and TransformerEngine read when they start.
 
-    Variables that are set already keep their values. ``CUDA_DEVICE_MAX_CONNECTIONS`` is not among
-    them: its best value depends on the GPU, which is unknown before CUDA starts, so the launcher
-    sets it from the hardware profile.
+    Variables that are set already keep their values. The launcher sets
+    ``CUDA_DEVICE_MAX_CONNECTIONS`` from the hardware profile: the best value depends on the GPU,
+    which is unknown before CUDA starts.
     """
     defaults = {
         # Less fragmentation when tensor sizes change.
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        # Otherwise collectives queue behind the kernels that they should overlap with.
+        # With a normal priority, collectives would wait for kernels that they should overlap with.
         "TORCH_NCCL_HIGH_PRIORITY": "1",
         # TransformerEngine's norms leave this many multiprocessors to NCCL.
         "NVTE_FWD_LAYERNORM_SM_MARGIN": "16",
         "NVTE_BWD_LAYERNORM_SM_MARGIN": "16",
-        # NeMo takes the timeout of collectives from it.
+        # NeMo uses this as the timeout of collectives.
         "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(int(COLLECTIVE_TIMEOUT.total_seconds())),
     }
     if cfg.compile:
@@ -135,27 +135,27 @@ def _save_trained(
     Args:
         cfg: Settings.
         model: The trained model.
-        restored: The plain model that it was built from, whose config the checkpoint gets.
+        restored: The plain model that ``model`` was built from. The checkpoint gets its config.
         side: Folder with tokenizer and config of the initial checkpoint.
         out: Path of the checkpoint.
     """
-    written = restored.__io__.config
-    written.params_dtype, written.bf16 = cfg.dtype, cfg.dtype == torch.bfloat16
-    written.fp8, written.first_last_layers_bf16 = None, False
+    saved = restored.__io__.config
+    saved.params_dtype, saved.bf16 = cfg.dtype, cfg.dtype == torch.bfloat16
+    saved.fp8, saved.first_last_layers_bf16 = None, False
     # The checkpoint has no parallel layout.
-    written.tensor_model_parallel_size = written.pipeline_model_parallel_size = 1
-    written.context_parallel_size = written.expert_model_parallel_size = 1
-    written.sequence_parallel = False
-    _set_recompute(written, "none")
-    # Each rank updates its shard of the weights. The shards are gathered when the next step starts;
-    # after the last step this gathers them.
+    saved.tensor_model_parallel_size = saved.pipeline_model_parallel_size = 1
+    saved.context_parallel_size = saved.expert_model_parallel_size = 1
+    saved.sequence_parallel = False
+    _set_recompute(saved, "none")
+    # Each rank has updated its shard of the weights. Training gathers the shards only when the next
+    # step starts, so they are gathered here.
     model.module.start_param_sync(force_sync=True)
     # The temporary folder is in the stage's work directory, where a restart removes it.
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary, model.without_loss_modules():
         staged = Path(temporary) / nemo.SIDE
         copy_side_files(side, staged)
         config = read_json(staged / "config.json")
-        config.pop("dtype", None)  # the newer name of torch_dtype
+        config.pop("dtype", None)  # newer versions of transformers use this name for torch_dtype
         config["torch_dtype"] = str(cfg.dtype).removeprefix("torch.")
         write_json(staged / "config.json", config, indent=2)
         nemo.save_checkpoint(out, restored, model.core_module, staged, rank())
@@ -164,15 +164,15 @@ def _save_trained(
 def _set_recompute(config: Any, granularity: str) -> None:
     """Sets activation recomputation in a Megatron config."""
     config.recompute_granularity = None if granularity == "none" else granularity
-    full = granularity == "full"
-    config.recompute_method = "uniform" if full else None
-    config.recompute_num_layers = 1 if full else None
+    is_full = granularity == "full"
+    config.recompute_method = "uniform" if is_full else None
+    config.recompute_num_layers = 1 if is_full else None
 
 
 class _Strategy(nl.MegatronStrategy):  # type: ignore[misc]
     """NeMo's strategy, except that it loads initial weights in their full precision.
 
-    It also excludes the parameters of loss modules, which the initial checkpoint does not have.
+    It does not load parameters of loss modules, which the initial checkpoint does not have.
     """
 
     def selective_restore(self) -> None:
@@ -187,15 +187,15 @@ class _Strategy(nl.MegatronStrategy):  # type: ignore[misc]
 
 @torch.no_grad()
 def _load_main_weights(core: Any, optimizer: Any, weights: Path) -> None:
-    """Loads the optimizer's float32 main weights from a checkpoint with more than bfloat16.
+    """Loads the optimizer's float32 main weights from a checkpoint more precise than bfloat16.
 
-    A main weight that is a copy of a bfloat16 weight needs an update of half a bfloat16 step before
-    the rounded weight changes, so the first small updates would not change the model. Megatron's
+    Otherwise main weights would be copies of bfloat16 weights. The first updates, if smaller than
+    half the distance of two bfloat16 numbers, would then not change the model. Megatron's
     ``reload_model_params(state)`` is not used: it matches names by substring, so it would also find
     the teacher's weights.
     """
     stored = load_tensors_metadata(str(weights))
-    rounded = {}
+    rounded = {}  # the weights that the model has in lower precision than the checkpoint
     for name, item in core.sharded_state_dict(prefix="module.").items():
         if item.key in stored and stored[item.key].dtype.itemsize > item.data.itemsize:
             item.data = torch.empty_like(item.data, dtype=torch.float32, device="cpu")
@@ -203,17 +203,19 @@ def _load_main_weights(core: Any, optimizer: Any, weights: Path) -> None:
                 item.dtype = torch.float32
             rounded[name] = item
     exact = nemo.read_sharded(rounded, weights) if rounded else {}
-    full_weights = {
-        parameter: full
-        for name, parameter in core.named_parameters()
-        if (full := exact.get(f"module.{name}")) is not None
+    exact_weights = {
+        weight: exact_weight
+        for name, weight in core.named_parameters()
+        if (exact_weight := exact.get(f"module.{name}")) is not None
     }
-    for each in optimizer.chained_optimizers:  # one for dense weights, one for experts
-        groups = zip(each.model_float16_groups, each.shard_fp32_from_float16_groups, strict=True)
-        for parameter, main in chain.from_iterable(zip(*group, strict=True) for group in groups):
-            if parameter in full_weights:
-                shard = each._get_model_param_range_map(parameter)["param"]
-                main.copy_(full_weights[parameter].flatten()[shard.start : shard.end])
+    for opt in optimizer.chained_optimizers:  # one for dense weights, one for experts
+        groups = zip(opt.model_float16_groups, opt.shard_fp32_from_float16_groups, strict=True)
+        for weight, main_weight in chain.from_iterable(
+            zip(*group, strict=True) for group in groups
+        ):
+            if weight in exact_weights:
+                shard = opt._get_model_param_range_map(weight)["param"]
+                main_weight.copy_(exact_weights[weight].flatten()[shard.start : shard.end])
 
 
 def _trainer(cfg: TrainingConfig) -> Any:
@@ -252,14 +254,14 @@ def _trainer(cfg: TrainingConfig) -> Any:
             grad_reduce_in_fp32=cfg.grad_reduce_in_fp32,
             fp8=cfg.fp8,
             fp8_recipe=cfg.fp8_recipe,
-            # Delayed scaling has one recipe for all layers.
+            # With delayed scaling all layers must have the same precision.
             first_last_layers_bf16=cfg.fp8 is not None and cfg.fp8_recipe != "delayed",
             num_layers_at_start_in_bf16=1,
             num_layers_at_end_in_bf16=1,
         ),
         max_steps=cfg.max_steps,
         val_check_interval=min(cfg.val_check_interval, cfg.max_steps),
-        check_val_every_n_epoch=None,  # counts steps from the start, after a restart too
+        check_val_every_n_epoch=None,  # so validations depend on the step, also after a restart
         limit_val_batches=cfg.limit_val_batches,
         limit_test_batches=0,
         num_sanity_val_steps=0,
@@ -315,8 +317,8 @@ def _checkpointing(cfg: TrainingConfig, directory: Path) -> Any:
 def _resume(checkpoints: Path, start: Path) -> Any:
     """Resumes from the newest complete checkpoint, else starts from the weights of ``start``.
 
-    NeMo would choose the newest checkpoint, and fail if a kill left it incomplete. Incomplete ones
-    are deleted here.
+    NeMo would choose the newest checkpoint, and fail if a kill left it incomplete. So this deletes
+    incomplete checkpoints.
     """
     complete = complete_checkpoints(checkpoints)
     if rank() == 0:

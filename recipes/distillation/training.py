@@ -1,4 +1,7 @@
-"""Functions that all training stages share: checks, the planned workload, results; no torch."""
+"""Functions that all training stages share: checks, the planned workload, results.
+
+Does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -30,19 +33,19 @@ from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 Config = TypeVar("Config", bound=TrainingConfig)
 Weighted = TypeVar("Weighted", bound=TrainingConfig | CacheLogitsConfig)
 COMPILED_STEPS = 100
-"""Training with this many steps or more is compiled by default; for fewer, it saves no time."""
+"""Training with this many steps or more is compiled by default. Below, compiling saves no time."""
 CHECKPOINTS = "checkpoints"
-"""Directory in a stage's work that holds the checkpoints it can resume from."""
+"""Name of the directory, in a stage's work directory, of the checkpoints that it resumes from."""
 VALIDATE = "validate"
 """Task name of validation in the metrics file."""
 INITIAL_KL = "initial_kl_fraction"
-"""Key in the metrics file: the fraction of the KL added by pruning that remained after healing."""
+"""Key in the metrics file. Pruning adds KL; the value is the fraction of it that healing left."""
 UNFINISHED = "-unfinished"
 """Suffix of the marker that NeMo keeps beside a checkpoint while it is being written."""
 
 
 def with_weights(cfg: Weighted, chain: Chain, data: str) -> Weighted:
-    """Sets ``weights``, unless they are set, to the source weights of the stage ``data``."""
+    """Sets ``weights`` to the source weights of the stage ``data``, unless they are already set."""
     text = chain.stages.get(data)
     if cfg.weights or not isinstance(text, PrepareDataConfig):
         return cfg
@@ -54,11 +57,11 @@ def resolve_from_chain(cfg: Config, chain: Chain) -> Config:
     cfg = with_weights(cfg, chain, cfg.inputs.get("data", ""))
     if cfg.compile is not None:
         return cfg
-    saves_time = cfg.max_steps >= COMPILED_STEPS and _on_cpu_here(chain)
+    saves_time = cfg.max_steps >= COMPILED_STEPS and _runs_on_this_cpu(chain)
     return replace(cfg, compile=saves_time and missing_compiler() is None)
 
 
-def _on_cpu_here(chain: Chain) -> bool:
+def _runs_on_this_cpu(chain: Chain) -> bool:
     return chain.runs_here and not chain.hardware.on_gpu
 
 
@@ -89,13 +92,13 @@ def _schedule_problems(cfg: TrainingConfig) -> Iterator[Problem]:
     if cfg.min_lr > cfg.lr:
         yield Problem(
             rules.SCHEDULE,
-            f"min_lr={cfg.min_lr} is above lr={cfg.lr}, the rate that it decays from",
+            f"min_lr={cfg.min_lr} is above the peak learning rate, lr={cfg.lr}",
             "set min_lr lower",
         )
 
 
 def _compiler_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
-    if cfg.compile and _on_cpu_here(chain) and (missing := missing_compiler()):
+    if cfg.compile and _runs_on_this_cpu(chain) and (missing := missing_compiler()):
         what, fix = missing
         yield Problem(
             rules.COMPILER, f"compile=true, but there is no {what}", f"{fix}; or do not set compile"
@@ -103,7 +106,7 @@ def _compiler_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _recompute_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
-    """Finds modules that the model does not have, which Megatron ignores silently."""
+    """Finds ``recompute_modules`` that the model does not have. Megatron ignores them silently."""
     dense, experts = FEED_FORWARD
     is_moe = _trained_shape(cfg, chain).num_moe_experts > 0
     present, absent = (experts, dense) if is_moe else (dense, experts)
@@ -128,12 +131,12 @@ def _fp8_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
             f"fp8={cfg.fp8} with hardware={chain.hardware.name} and precision={cfg.precision}",
             "do not set fp8; or set hardware to a GPU's profile and precision=bf16-mixed",
         )
-    unit = FP8_RECIPES[cfg.fp8_recipe]
+    divisor = FP8_RECIPES[cfg.fp8_recipe]
     for name, size in _fp8_sizes(cfg, _trained_shape(cfg, chain)).items():
-        if size % unit:
+        if size % divisor:
             yield Problem(
                 rules.FP8,
-                f"{name} is {size} on a rank, not a multiple of {unit}",
+                f"{name} is {size} on a rank, not a multiple of {divisor}",
                 "prune to another size, lower tensor_model_parallel_size, or do not set fp8",
             )
 
@@ -142,13 +145,13 @@ def _fp8_sizes(cfg: TrainingConfig, shape: Architecture) -> dict[str, int]:
     """Returns the dimensions of a rank's matrix multiplications, by name."""
     tensor = cfg.tensor_model_parallel_size
     ffn = shape.moe_ffn_hidden_size if shape.num_moe_experts else shape.ffn_hidden_size
-    heads = shape.num_attention_heads + 2 * shape.num_query_groups
-    split = cfg.context_parallel_size * (tensor if cfg.splits_sequence else 1)
+    heads = shape.num_attention_heads + 2 * shape.num_query_groups  # queries; keys and values
+    sequence_shards = cfg.context_parallel_size * (tensor if cfg.splits_sequence else 1)
     return {
         "hidden_size": shape.hidden_size,
         "the feed-forward size": ffn // tensor,
         "attention's size": heads * shape.kv_channels // tensor,
-        "a micro batch": cfg.micro_batch_size * cfg.seq_length // split,
+        "a micro batch": cfg.micro_batch_size * cfg.seq_length // sequence_shards,
     }
 
 
@@ -197,13 +200,13 @@ def training_workload(
 def training_bytes(cfg: TrainingConfig, parameters: int) -> int:
     """Returns the disk space of the trained model and its checkpoints.
 
-    While a checkpoint is written, the ones to keep are still there, so it counts in addition.
+    A new checkpoint is written before the oldest one is deleted.
     """
-    return parameters * (4 + CHECKPOINT_BYTES * (cfg.keep_checkpoints + 1))
+    return parameters * (4 + CHECKPOINT_BYTES * (cfg.keep_checkpoints + 1))  # the model: float32
 
 
 def training_progress(work: Path) -> str | None:
-    """Returns the progress that a new start would lose: the step of the last checkpoint."""
+    """Returns the step of the last checkpoint as a text, or ``None``. A new start would lose it."""
     steps = [steps_of_checkpoint(path) for path in complete_checkpoints(work / CHECKPOINTS)]
     return f"step {max(steps)}" if steps else None
 
@@ -215,15 +218,15 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 
 
 def steps_of_checkpoint(checkpoint: Path) -> int:
-    """Returns the number of steps before a checkpoint. N in ``step=N`` counts from 0."""
+    """Returns the number of steps before a checkpoint. Its name has ``step=N``; N counts from 0."""
     return int(checkpoint.name.rpartition("=")[2].split("-")[0]) + 1
 
 
 def training_result(cfg: TrainingConfig, file: Path) -> TrainingResult:
     """Reads the result of training from the metrics file, which has the steps of all starts.
 
-    A run that is killed after its last step resumes without a step to train, so it could not
-    return a result from memory.
+    A run that is killed after its last step resumes without a step to train. So the result cannot
+    come from the memory of the process.
     """
     steps, validations = steps_of(file, cfg.stage), steps_of(file, VALIDATE)
     last = steps[-1]
@@ -252,15 +255,16 @@ def trained_sources(
 def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:
     """Returns why a distillation stops after ``step``, or "" if it continues.
 
-    It stops once it has recovered enough of the KL added by pruning, including what healing
-    recovered. Validation measures the KL to the teacher on the same sequences before the first
-    step and later. Only records of the metrics ``file`` up to ``step`` are read, so a restarted
-    run decides as the first one did.
+    It stops once enough of the KL added by pruning is recovered, by healing and training together.
+    Validations measure the KL to the teacher on the same sequences, before the first step and
+    later. Only records of the metrics ``file`` up to ``step`` are read, so a restarted run decides
+    as the first start did.
     """
-    validations = [r for r in steps_of(file, VALIDATE) if r["done"] <= step and "val_kd" in r]
+    validations = [v for v in steps_of(file, VALIDATE) if v["done"] <= step and "val_kd" in v]
     if cfg.stop_at_recovered is None or len(validations) < 2 or step >= cfg.max_steps:
         return ""  # at least one step is trained, even if healing alone recovered enough
     first, last = validations[0], validations[-1]
+    # Of the KL after healing, this fraction is left.
     ratio = last["val_kd"] / first["val_kd"] if first["val_kd"] else 0.0
     recovered = 1 - initial_kl_fraction(file) * ratio
     if recovered < cfg.stop_at_recovered:

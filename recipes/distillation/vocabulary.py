@@ -1,7 +1,7 @@
-"""Vocabulary-parallel logits: log-softmax, sums, the top-k, and samples of the other tokens.
+"""Operations on vocabulary-parallel logits: log-softmax, sums, top-k, samples of other tokens.
 
 Logits have the shape [n, vocabulary/tp] for n tokens. Each tensor-parallel rank of ``group`` holds
-vocabulary/tp columns, in the order of ranks, as Megatron's output layer does. ``group=None`` means
+vocabulary/tp columns, in the order of ranks, as in Megatron's output layer. ``group=None`` means
 tp=1: this rank has the whole vocabulary.
 """
 
@@ -19,23 +19,23 @@ from recipes.core.errors import RecipeError
 from recipes.planning.transformer import LOSS_CHUNK_BYTES
 
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": LOSS_CHUNK_BYTES}
-"""Bytes of one float32 buffer of a chunk. On a CPU about its cache; on a GPU as in plans."""
+"""Bytes of one float32 buffer of a chunk. 4 MB fit in the cache of a CPU."""
 LOG_ZERO = -1e30
 """Replaces log 0 where it is multiplied by 0, because -inf·0 is NaN."""
 
 
 class TopK(NamedTuple):
-    """The teacher's likeliest tokens: what a cache of its logits stores."""
+    """The teacher's likeliest tokens and their probabilities, as in a cache of its logits."""
 
     indices: Tensor
     """Ids in the whole vocabulary [n, k], int64, the likeliest first."""
     log_probs: Tensor
-    """Log-probabilities [n, k + 1], float32; the last is that of all other tokens together."""
+    """Log-probabilities [n, k + 1], float32. The last column is for all other tokens together."""
     draws: Tensor | None = None
-    """Ids [n, draws] of samples of the other tokens, int64; each represents an equal fraction of
-    their probability. Without samples all other tokens are one outcome."""
+    """Ids [n, draws] of samples of the other tokens, int64. Each sample represents an equal
+    fraction of these tokens' probability. Without samples they are one outcome."""
     tail_entropy: Tensor | None = None
-    """-Σ p·log p over the other tokens, [n, 1], float32; only with samples."""
+    """-Σ p·log p over the other tokens [n, 1], float32; ``None`` without samples."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TopK:
         """Applies a function to every tensor."""
@@ -45,7 +45,7 @@ class TopK(NamedTuple):
 def chunks(logits: Tensor) -> Iterator[slice]:
     """Yields the rows of each chunk of logits [n, vocabulary/tp].
 
-    All ranks get the same chunks, because they communicate in each.
+    All ranks get the same chunks, because they communicate in each chunk.
     """
     step = max(1, CHUNK_BYTES[logits.device.type] // (4 * logits.shape[-1]))
     return (slice(start, start + step) for start in range(0, len(logits), step))
@@ -58,8 +58,8 @@ def gather(shard: Tensor, group: ProcessGroup) -> Tensor:
     return torch.cat(shards, dim=-1)
 
 
-def total(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Sums [n, columns] over the columns of all ranks, to [n, 1]."""
+def sum_columns(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Sums [n, columns] over the columns of all ranks; returns [n, 1]."""
     result = values.sum(dim=-1, keepdim=True)
     if group is not None:
         all_reduce(result, group=group)
@@ -67,7 +67,7 @@ def total(values: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def log_sum_exp(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Computes log Σ exp over the columns of all ranks, [n, 1]; -inf if all values are -inf."""
+    """Computes log Σ exp [n, 1] over the columns of all ranks; -inf if all values are -inf."""
     local = values.logsumexp(dim=-1, keepdim=True)
     return local if group is None else gather(local, group).logsumexp(dim=-1, keepdim=True)
 
@@ -83,9 +83,9 @@ def log_softmax(logits: Tensor, temperature: float, group: ProcessGroup | None) 
 
 
 class Split(NamedTuple):
-    """A distribution as k selected tokens and a tail; ``log_probs`` is equal on all ranks."""
+    """A distribution, split into k selected tokens and a tail of all others."""
 
-    log_probs: Tensor  # [n, k + 1], the tail last
+    log_probs: Tensor  # [n, k + 1], the tail last; equal on all ranks
     tail: Tensor  # [n, vocabulary/tp] log-probabilities of this rank, -inf for selected tokens
     columns: Tensor  # [n, k] columns of the selected tokens; arbitrary if not on this rank
     is_local: Tensor  # [n, k] whether a selected token is on this rank
@@ -101,7 +101,7 @@ def local_columns(indices: Tensor, width: int, group: ProcessGroup | None) -> tu
 
     Returns:
         The tokens' columns [n, k], arbitrary for tokens of other ranks; and whether each token is
-        on this rank.
+        on this rank [n, k].
     """
     columns = indices if group is None else indices - group.rank() * width
     is_local = (columns >= 0) & (columns < width)
@@ -109,9 +109,9 @@ def local_columns(indices: Tensor, width: int, group: ProcessGroup | None) -> tu
 
 
 def select(values: Tensor, columns: Tensor, is_local: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Gathers the values of tokens from the ranks that have them.
+    """Returns the values [n, k] of tokens, on every rank.
 
-    ``columns`` and ``is_local`` are those of ``local_columns``. Every rank gets all values [n, k].
+    ``columns`` and ``is_local`` are the results of ``local_columns``.
     """
     selected = values.gather(1, columns).masked_fill_(~is_local, 0)
     if group is not None:
@@ -123,8 +123,9 @@ def split(log_probs: Tensor, indices: Tensor, group: ProcessGroup | None) -> Spl
     """Splits log-probabilities [n, vocabulary/tp] into selected tokens and a tail, in place."""
     columns, is_local = local_columns(indices, log_probs.shape[-1], group)
     selected = select(log_probs, columns, is_local, group)
-    erase = torch.zeros_like(selected).masked_fill_(is_local, -math.inf)
-    tail = log_probs.scatter_add_(1, columns, erase)
+    # Adding -inf erases a selected token. Columns of other ranks' tokens get 0.
+    offsets = torch.zeros_like(selected).masked_fill_(is_local, -math.inf)
+    tail = log_probs.scatter_add_(1, columns, offsets)
     # The tail's probabilities are summed, because 1 - sum(selected) would round a small tail to 0.
     return Split(torch.cat([selected, log_sum_exp(tail, group)], 1), tail, columns, is_local)
 
@@ -139,8 +140,8 @@ def top_k(
 ) -> TopK:
     """Finds the k likeliest tokens of logits [n, vocabulary/tp]; the result is equal on all ranks.
 
-    With ``quantiles`` [n, draws] in [0, 1), equal on all ranks, it also samples the other tokens.
-    Each sample is the token at a quantile of their distribution, in the order of the vocabulary.
+    With ``quantiles`` [n, draws] in [0, 1), equal on all ranks, this also samples the other tokens.
+    A sample is the token at a quantile of the tail's distribution, in the order of the vocabulary.
     """
     width = logits.shape[-1]
     vocabulary = width if group is None else width * group.size()
@@ -154,13 +155,13 @@ def top_k(
     draws = None if quantiles is None else torch.empty_like(quantiles, dtype=torch.int64)
     entropy = None if quantiles is None else torch.empty_like(log_probs[:, :1])
     for rows in chunks(logits):
-        whole = log_softmax(logits[rows], temperature, group)
-        values, ids = whole.topk(min(k, width), dim=-1)
-        if group is not None:
+        all_log_probs = log_softmax(logits[rows], temperature, group)
+        values, ids = all_log_probs.topk(min(k, width), dim=-1)
+        if group is not None:  # the top-k of the ranks' top-k
             values, ids = gather(values, group), gather(ids + group.rank() * width, group)
             ids = ids.gather(1, values.topk(k, dim=-1).indices)
         indices[rows] = ids
-        distribution = split(whole, ids, group)
+        distribution = split(all_log_probs, ids, group)
         log_probs[rows] = distribution.log_probs
         if quantiles is not None and draws is not None and entropy is not None:
             draws[rows], entropy[rows] = _sample(distribution.tail, quantiles[rows], group)
@@ -170,26 +171,28 @@ def top_k(
 def _sample(tail: Tensor, quantiles: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Samples tokens from log-probabilities [n, vocabulary/tp] at quantiles [n, draws].
 
-    Each quantile is first mapped to a rank by the cumulative mass of the ranks, then to a column of
-    that rank.
+    A quantile belongs to the rank at which the cumulative probability of the ranks exceeds it. On
+    that rank, it belongs to the column at which the cumulative probability of the columns does.
 
     Returns:
         Ids [n, draws], and the entropy -Σ p·log p [n, 1].
     """
     probs = tail.exp()
-    entropy = -total(probs * tail.clamp(min=LOG_ZERO), group)
+    entropy = -sum_columns(probs * tail.clamp(min=LOG_ZERO), group)
     cumulative = probs.cumsum(dim=-1)
     local_mass = cumulative[:, -1:]
     masses = local_mass if group is None else gather(local_mass.contiguous(), group)
     ends = masses.cumsum(dim=-1)  # cumulative mass at the last column of each rank
     targets = quantiles.to(tail) * ends[:, -1:]
-    owners = torch.searchsorted(ends, targets, right=True).clamp_(max=ends.shape[-1] - 1)
+    target_ranks = torch.searchsorted(ends, targets, right=True).clamp_(max=ends.shape[-1] - 1)
     rank = 0 if group is None else group.rank()
+    start, mass = (ends - masses)[:, rank, None], masses[:, rank, None]
     # Slightly less than the rank's mass: otherwise rounding could select a column without mass.
-    local = (targets - (ends - masses)[:, rank, None]).minimum(masses[:, rank, None] * (1 - 1e-6))
-    ids = torch.searchsorted(cumulative, local.clamp_(min=0), right=True)
-    ids = ids.clamp_(max=tail.shape[-1] - 1)
-    ids = (ids + rank * tail.shape[-1]).masked_fill_(owners != rank, 0)
+    local_targets = (targets - start).minimum(mass * (1 - 1e-6)).clamp_(min=0)
+    columns = torch.searchsorted(cumulative, local_targets, right=True)
+    columns = columns.clamp_(max=tail.shape[-1] - 1)
+    # The ids of other ranks' samples are 0, so that the sum over ranks gives all ids to all ranks.
+    ids = (columns + rank * tail.shape[-1]).masked_fill_(target_ranks != rank, 0)
     if group is not None:
         all_reduce(ids, group=group)
     return ids, entropy

@@ -1,1 +1,1 @@
-"""Runs stages' own code at full size on a machine without a GPU, on tensors without values."""
+"""Runs the code of stages on tensors with full shapes but no values, on a machine without a GPU."""

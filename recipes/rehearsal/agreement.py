@@ -1,7 +1,7 @@
-"""Compares the communication of rehearsed ranks: where it differs, a real job would hang.
+"""Compares the communication of rehearsed ranks; if it differs, a real job would hang.
 
 Each rank records its calls by channel. A channel is a process group, or one direction between two
-ranks. All ranks of a channel must make the same calls in the same order. Torch-free.
+ranks. All ranks of a channel must make the same calls in the same order. Does not import torch.
 """
 
 from __future__ import annotations
@@ -19,42 +19,42 @@ class Call:
     """A collective, a message between two ranks, or the creation of a process group."""
 
     operation: str
-    """Name, shapes, types and root rank. All ranks of the channel must have the same."""
+    """Name, shapes, types and root rank; must be equal on all ranks of the channel."""
     site: str
-    """Where it was called: ``FILE:LINE`` of some callers, innermost first."""
+    """Call site: ``FILE:LINE`` of some callers, innermost first."""
 
 
 @dataclass(frozen=True)
 class Channel:
-    """Calls of one rank: in a process group, or in one direction between it and another rank."""
+    """Calls of one rank in a process group, or in one direction between this and another rank."""
 
     name: str
     ranks: list[int]
-    """Ranks that take part."""
+    """Members of the process group, or source and destination of the messages."""
     calls: list[Call] = field(default_factory=list)
 
 
 def distinct_ranks(world: int, tensor: int, context: int, pipeline: int, expert: int) -> list[int]:
-    """Returns the ranks that must be rehearsed, because all others do the same as one of them.
+    """Returns the ranks to rehearse; every other rank does the same as one of these.
 
     These are the ranks with each combination of tensor, context, expert and pipeline index in the
     first data-parallel replica, and one rank of the last replica. Ranks that differ only in their
-    data-parallel index run the same code on other text, except that rank 0 often does more.
+    data-parallel index run the same code on different text, except that rank 0 often does more.
 
     Megatron numbers ranks with the tensor index fastest, then context, data and pipeline. Expert
     groups span context and data indices.
 
     Args:
         world: Number of ranks.
-        tensor: Tensor-parallel size; the next three are the other sizes.
+        tensor: Tensor-parallel size.
         context: Context-parallel size.
         pipeline: Pipeline-parallel size.
         expert: Expert-parallel size.
     """
-    per_stage, per_replica = world // pipeline, tensor * math.lcm(context, expert)
-    stage_starts = [stage * per_stage for stage in range(pipeline)]
-    last_replica = {per_stage - per_replica} if per_stage > per_replica else set()
-    return sorted({s + rank for s in stage_starts for rank in range(per_replica)} | last_replica)
+    stage_size, replica_size = world // pipeline, tensor * math.lcm(context, expert)
+    starts = [stage * stage_size for stage in range(pipeline)]  # first ranks of pipeline stages
+    in_last_replica = {stage_size - replica_size} if stage_size > replica_size else set()
+    return sorted({s + rank for s in starts for rank in range(replica_size)} | in_last_replica)
 
 
 def differences(channels: Mapping[int, Sequence[Channel]]) -> Iterator[str]:
@@ -69,7 +69,7 @@ def differences(channels: Mapping[int, Sequence[Channel]]) -> Iterator[str]:
             by_name.setdefault(channel.name, {})[rank] = channel
     for name, by_rank in by_name.items():
         members = {rank for channel in by_rank.values() for rank in channel.ranks}
-        calls = {
+        calls = {  # a member that does not have the channel made no call
             rank: by_rank[rank].calls if rank in by_rank else []
             for rank in sorted(members & channels.keys())
         }
@@ -77,19 +77,21 @@ def differences(channels: Mapping[int, Sequence[Channel]]) -> Iterator[str]:
 
 
 def _first_difference(name: str, calls: Mapping[int, Sequence[Call]]) -> Iterator[str]:
-    first, *others = calls
-    for other in others:
-        one, two = calls[first], calls[other]
-        if [call.operation for call in one] == [call.operation for call in two]:
+    """Yields the first difference between the calls of the first rank and of any other rank."""
+    first_rank, *ranks = calls
+    expected = calls[first_rank]
+    for rank in ranks:
+        actual = calls[rank]
+        if [call.operation for call in expected] == [call.operation for call in actual]:
             continue
-        # Call sites are compared, too: if a rank makes only one of two equal calls in a row, they
-        # show which one is missing.
-        pairs = zip(one, two, strict=False)
-        position = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(two)))
+        # Also compares call sites: if a rank makes only one of two equal calls in a row, the sites
+        # show which call is missing.
+        pairs, shorter = zip(expected, actual, strict=False), min(len(expected), len(actual))
+        position = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
         yield (
             f"call {position + 1} in {_shorten(name)} differs:\n"
-            f"  rank {first}: {_describe(one, position)}\n"
-            f"  rank {other}: {_describe(two, position)}"
+            f"  rank {first_rank}: {_describe(expected, position)}\n"
+            f"  rank {rank}: {_describe(actual, position)}"
         )
         return
 

@@ -1,6 +1,7 @@
 """Replaces reading and writing of NeMo checkpoints, and checks the keys and shapes of tensors.
 
-A model's checkpoint has the shapes of its architecture. A training run's has those that were saved.
+The shapes in a model's checkpoint follow from its architecture. Those in a training run's
+checkpoint are remembered when it is saved.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ from recipes.backend.patches import Patch, apply, constant, patches, replace_wit
 
 Shape = tuple[int, ...]
 OUTPUT_WEIGHT = "output_layer.weight"
-"""Weight that is not stored if it is tied to the embedding."""
+"""Key of the output head. A head that is tied to the embedding is not stored."""
 
 
 class CheckpointError(Exception):
-    """A tensor that the checkpoint does not have, or not in this shape."""
+    """A tensor is not in the checkpoint, or has another shape there."""
 
 
 @dataclass(frozen=True)
-class _Saved:
-    """Checkpoint of a training run."""
+class _SavedRun:
+    """What a rehearsal keeps of a training run's checkpoint."""
 
     metadata: Any
     """Sharding of the optimizer's state."""
@@ -56,11 +57,11 @@ class _Saved:
     objects: Mapping[str, Any]
 
 
-_saved: dict[Path, _Saved] = {}
+_saved: dict[Path, _SavedRun] = {}
 
 
 def install() -> None:
-    """Replaces reading and writing for the rest of the process."""
+    """Replaces reading and writing of checkpoints for the rest of the process."""
     apply(PATCHES)
 
 
@@ -78,8 +79,8 @@ def _load(sharded_state_dict: Any, checkpoint_dir: str, *args: object, **kwargs:
     apply_factories(state)
     saved = _saved.get(Path(checkpoint_dir))
     if saved:  # like Megatron, ignores everything else in the state dict
-        read = ShardedBase, LocalNonpersistentObject
-        state, _ = extract_matching_values(state, lambda item: isinstance(item, read))
+        types = ShardedBase, LocalNonpersistentObject
+        state, _ = extract_matching_values(state, lambda item: isinstance(item, types))
     stored = saved.shapes if saved else _stored_shapes(Path(checkpoint_dir).parent)
 
     def load(item: Any) -> Any:
@@ -93,7 +94,8 @@ def _load(sharded_state_dict: Any, checkpoint_dir: str, *args: object, **kwargs:
         return item.unwrap() if isinstance(item, LocalNonpersistentObject) else item
 
     dict_list_map_inplace(load, state)
-    if saved:  # a copy, since the common state itself would keep all of the result alive
+    if saved:
+        # ``merge`` writes into its first argument. Without a copy, ``saved`` would keep the result.
         state = merge(dict_list_map_outplace(lambda item: item, saved.common), state)
     return apply_factory_merges(state, factories)
 
@@ -101,11 +103,10 @@ def _load(sharded_state_dict: Any, checkpoint_dir: str, *args: object, **kwargs:
 def _stored_shapes(checkpoint: Path) -> dict[str, Shape]:
     """Returns the global shapes in a model's checkpoint, by key."""
     arch = nemo.architecture_of(checkpoint)
-    rows = FAMILIES[arch.hf_architecture].weights
-    return {
-        f"module.{row.checkpoint_key}": (*row.counts(arch).values(), *row.shape(arch))
-        for row in rows
-        if not (arch.tied_embeddings and row.megatron == OUTPUT_WEIGHT)
+    return {  # the weights of all layers and experts are stacked under one key
+        f"module.{weight.checkpoint_key}": (*weight.counts(arch).values(), *weight.shape(arch))
+        for weight in FAMILIES[arch.hf_architecture].weights
+        if not (arch.tied_embeddings and weight.megatron == OUTPUT_WEIGHT)
     }
 
 
@@ -124,9 +125,9 @@ def _read_weights(
 ) -> Iterator[tuple[str, Shape, torch.Tensor]]:
     """Yields empty weights in the order of ``streaming.read_weights``."""
     for key, item in _metadata(str(weights)).items():
-        axes = leading[key]
-        for index in product(*(range(size) for size in item.global_shape[:axes])):
-            yield key, index, torch.empty(item.global_shape[axes:], dtype=item.dtype)
+        count = leading[key]  # number of leading axes
+        for index in product(*(range(size) for size in item.global_shape[:count])):
+            yield key, index, torch.empty(item.global_shape[count:], dtype=item.dtype)
 
 
 def _require_stored(item: ShardedTensor, stored: Mapping[str, Shape]) -> None:
@@ -146,7 +147,7 @@ def _save(
     content_metadata: Any = None,
     **kwargs: Any,
 ) -> AsyncRequest | None:
-    """Checks what would be written, and remembers a training run's state for its resumption."""
+    """Checks the tensors to save, and remembers the state of a training run, which may resume."""
     apply_factories(sharded_state_dict)
     items = [i for i in nested_values(sharded_state_dict) if isinstance(i, ShardedTensor)]
     for item in items:
@@ -159,7 +160,7 @@ def _save(
         sharded_state_dict, lambda item: isinstance(item, ShardedBase)
     )
     objects = (item for item in nested_values(sharded) if isinstance(item, ShardedObject))
-    _saved[Path(checkpoint_dir)] = _Saved(
+    _saved[Path(checkpoint_dir)] = _SavedRun(
         content_metadata,
         common,
         shapes={item.key: tuple(item.global_shape) for item in items},
@@ -171,18 +172,18 @@ def _save(
 
 def _require_source(item: ShardedTensor, save: streaming.StreamedSave) -> None:
     """Makes each weight of a shard as a conversion would, and checks its shape."""
-    axes = save.leading_axes.get(item.key)
-    if axes is None:
+    count = save.leading_axes.get(item.key)  # number of leading axes
+    if count is None:
         return
-    sizes = ((1,) * item.prepend_axis_num + tuple(item.local_shape))[:axes]
-    first, expected = item.global_offset[:axes], tuple(item.global_shape[axes:])
-    for index in product(*(range(f, f + n) for f, n in zip(first, sizes, strict=True))):
+    sizes = ((1,) * item.prepend_axis_num + tuple(item.local_shape))[:count]
+    starts, expected = item.global_offset[:count], tuple(item.global_shape[count:])
+    for index in product(*(range(s, s + n) for s, n in zip(starts, sizes, strict=True))):
         shape = tuple(save.source(item.key, index).shape)
         if shape != expected:
             raise CheckpointError(f"{item.key} at {index} is made {shape}, not {expected}")
 
 
-NO_VALUES, NO_FILES = "tensors have no values", "nothing is on the disk"
+NO_VALUES, NO_FILES = "tensors have no values", "nothing was written to the disk"
 PATCHES = (
     *patches(
         "megatron.core.dist_checkpointing:",

@@ -1,7 +1,7 @@
-"""Fake tensors on a device that replaces CUDA: shapes, types and devices, without memory.
+"""Replaces CUDA by a device whose tensors are fake: they have a shape and a type, but no memory.
 
-``FakeTensorMode`` and ``_require_one_device`` refuse to mix devices. Functions that need values, or
-that fake tensors do not support, are redirected here.
+``FakeTensorMode`` and ``_require_one_device`` refuse operations on tensors of different devices.
+This module replaces functions that need values, and those that fake tensors do not support.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ aten = torch.ops.aten
 
 
 @contextmanager
-def weightless() -> Iterator[None]:
+def fake_tensors() -> Iterator[None]:
     """Makes all tensors fake, and replaces the device CUDA by the fake device."""
     with ExitStack() as stack:
-        for mode in (FakeTensorMode(allow_non_fake_inputs=True), _Values(), _Redirect()):
+        for mode in (FakeTensorMode(allow_non_fake_inputs=True), _FakeCuda(), _Redirect()):
             stack.enter_context(mode)
         yield
 
@@ -38,7 +38,7 @@ def _is_cuda(device: object) -> bool:
 
 
 class _Redirect(TorchFunctionMode):
-    """Redirects functions to ``REDIRECTED``, and factories from CUDA to the fake device."""
+    """Calls the functions of ``REPLACED``; creates tensors on the fake device instead of CUDA."""
 
     def __torch_function__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -47,8 +47,8 @@ class _Redirect(TorchFunctionMode):
         kwargs.pop("pin_memory", None)  # needs a driver
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = DEVICE
-        if (other := REDIRECTED.get(func)) is not None:
-            return other(func, *args, **kwargs)
+        if (replacement := REPLACED.get(func)) is not None:
+            return replacement(func, *args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -63,7 +63,7 @@ def _to_device(func: object, tensor: Tensor, *args: object, **kwargs: object) ->
 
 
 def _tensor(func: Any, data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
-    """Makes a tensor of numbers on the CPU, and then moves it."""
+    """Makes a tensor on the CPU, and then moves it. Tensors in a list become numbers first."""
     if isinstance(data, (list, tuple)):
         data = tree_map_only(Tensor, Tensor.item, data)
     tensor: Tensor = func(data, *args, **kwargs)
@@ -71,21 +71,21 @@ def _tensor(func: Any, data: Any, *args: Any, device: Any = None, **kwargs: Any)
 
 
 def _copy(func: object, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-    """Copies a tensor but not its Python attributes, since some cannot be copied."""
+    """Copies a tensor but not its Python attributes, some of which cannot be copied."""
     copy = tensor.detach().clone().requires_grad_(tensor.requires_grad)
     memo[id(tensor)] = copy
     return copy
 
 
 def _split(func: Any, tensor: Tensor, sizes: Any, dim: int = 0) -> Any:
-    """Splits into equal chunks if the sizes were read from the device, which has no values."""
+    """Splits into equal chunks if the sizes are wrong because they come from a fake tensor."""
     if isinstance(sizes, (list, tuple)) and sum(sizes) != tensor.shape[dim]:
         return tensor.tensor_split(len(sizes), dim)
     return func(tensor, sizes, dim)
 
 
 def _set_item(func: Any, tensor: Tensor, index: Any, value: Any) -> None:
-    """Fills masked elements directly. PyTorch would make a scalar on a real CUDA device."""
+    """Fills masked elements directly. PyTorch would put the value on a real CUDA device."""
     if isinstance(value, (int, float)) and isinstance(index, Tensor) and index.dtype == torch.bool:
         while index.dim() < tensor.dim():
             index = index.unsqueeze(-1)
@@ -97,12 +97,12 @@ def _set_item(func: Any, tensor: Tensor, index: Any, value: Any) -> None:
 def _attention(
     func: object, query: Tensor, key: Tensor, value: Tensor, *args: object, **kw: object
 ) -> Any:
-    """Runs fused attention; on an unknown device, PyTorch would compose it of other operations."""
+    """Runs fused attention; on an unknown device, PyTorch would run a sequence of operations."""
     return _FusedAttention.apply(query, key, value)
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Stores the tensors of flash attention: inputs, output, and one number per query."""
+    """Stores the same tensors as flash attention: inputs, output, and one number per query."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
@@ -129,7 +129,7 @@ def _is_on_gpu(func: object, tensor: Tensor) -> bool:
     return bool(tensor.device == DEVICE)
 
 
-REDIRECTED: dict[Any, Callable[..., Any]] = {
+REPLACED: dict[Any, Callable[..., Any]] = {
     torch.tensor: _tensor,
     torch.as_tensor: _tensor,
     Tensor.to: _to,
@@ -144,6 +144,7 @@ REDIRECTED: dict[Any, Callable[..., Any]] = {
     Tensor.__setitem__: _set_item,
     torch.nn.functional.scaled_dot_product_attention: _attention,
 }
+"""Replacements of functions. Each gets the original as its first argument."""
 
 
 def _number(real: Tensor) -> Any:
@@ -152,7 +153,7 @@ def _number(real: Tensor) -> Any:
 
 
 def _all_indices(index: Tensor | None) -> list[Tensor | None]:
-    """Replaces a mask by indices of all its elements, the most that it could select."""
+    """Replaces a mask by indices of all its elements, as if it selected all of them."""
     if index is None or index.dtype != torch.bool:
         return [index]
     return [index.new_empty(index.numel(), dtype=torch.int64)] * index.dim()
@@ -163,12 +164,12 @@ INDEXING = {"index", "index_put", "_index_put_impl"}
 MIXING = {"copy", "_to_copy", "_foreach_copy", "slice_scatter", "select_scatter"} | {
     *("fill", "index_fill", "floor_divide"),  # PyTorch does not tag them as element-wise
 }
-"""Further operations that take tensors of two devices."""
+"""Further operations that accept tensors of two devices."""
 
 
 @cache
 def _is_elementwise(name: str) -> bool:
-    """Whether an operation takes 0-dimensional CPU tensors as numbers."""
+    """Whether an operation is element-wise, and so accepts 0-dimensional CPU tensors on CUDA."""
     packet = getattr(aten, name, None) or getattr(aten, f"{name}_")
     overloads = (getattr(packet, overload) for overload in packet.overloads())
     return any(torch.Tag.pointwise in overload.tags for overload in overloads)
@@ -177,13 +178,13 @@ def _is_elementwise(name: str) -> bool:
 def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
     """Refuses mixed devices that CUDA's kernels refuse and ``FakeTensor`` accepts.
 
-    ``FakeTensor`` accepts any 0-dimensional CPU tensor as a number. On CUDA, element-wise
-    operations and those of ``MIXING`` do; other kernels get a pointer (PyTorch's
-    ``native_functions.yaml`` checks their devices). An index on the GPU cannot select from a CPU
-    tensor.
+    ``FakeTensor`` accepts a 0-dimensional CPU tensor in any operation. On CUDA, only element-wise
+    operations and those of ``MIXING`` accept it. Other kernels would read it through a pointer, so
+    PyTorch checks its device (``native_functions.yaml``). An index on the GPU cannot select from a
+    CPU tensor.
 
     Raises:
-        RuntimeError: As PyTorch on CUDA.
+        RuntimeError: PyTorch would raise it on CUDA.
     """
     if func.namespace != "aten":
         return
@@ -203,10 +204,10 @@ def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
         raise RuntimeError(f"{name}: expected all tensors on one device, but {found}")
 
 
-class _Values(TorchDispatchMode):
-    """Returns a number where code reads one from a fake tensor.
+class _FakeCuda(TorchDispatchMode):
+    """Checks devices, and returns a number where code reads one from a fake tensor (``item``).
 
-    It is the number that was copied to the device, if known, also after collectives.
+    If a known number was copied to the device, code reads this number, also after collectives.
     """
 
     def __init__(self) -> None:
@@ -219,18 +220,20 @@ class _Values(TorchDispatchMode):
         kwargs = kwargs or {}
         _require_one_device(func, args, kwargs)
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return self._value(args[0])
-        if func is aten.equal.default:
+            return self._read_number(args[0])
+        if func is aten.equal.default:  # tensors without values count as equal
             return True
         if func is aten._to_copy.default and kwargs.get("device") == DEVICE:
             return self._move(func, args[0], kwargs)
         if func is aten.index.Tensor:
             args = (args[0], [i for index in args[1] for i in _all_indices(index)])
+        # After a write in place the number is unknown.
         if func._schema.is_mutable and func.namespace == "aten" and isinstance(args[0], Tensor):
             self._numbers.pop(args[0], None)
         return func(*args, **kwargs)
 
-    def _value(self, tensor: FakeTensor) -> Any:
+    def _read_number(self, tensor: FakeTensor) -> Any:
+        """Returns the tensor's number if it is known, otherwise 1 in the tensor's type."""
         if tensor.constant is not None:
             return _number(tensor.constant)
         if tensor in self._numbers:
@@ -238,7 +241,7 @@ class _Values(TorchDispatchMode):
         return True if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
 
     def _move(self, func: Any, tensor: FakeTensor, kwargs: Any) -> Tensor:
-        """Moves a tensor without its real constant, which PyTorch would move to a real device."""
+        """Moves a tensor without its real constant, which PyTorch would move to real CUDA."""
         constant, tensor.constant = tensor.constant, None
         moved: Tensor = func(tensor, **kwargs)
         if constant is not None and constant.numel() == 1:

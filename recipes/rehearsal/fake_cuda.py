@@ -1,4 +1,4 @@
-"""Replaces CUDA's functions: they describe idle GPUs, or do nothing."""
+"""Replaces the functions of ``torch.cuda``. The replacements describe idle GPUs, or do nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from recipes.backend.patches import Patch, apply, constant, replace_with
 
 NAME = "fakecuda"
 DEVICE = torch.device("privateuseone:0")
-"""Has the name ``NAME`` after ``install``."""
+"""After ``install`` its type has the name ``NAME``."""
 CAPABILITY = (9, 0)
 MEMORY_BYTES = 80 << 30
 PROPERTIES = SimpleNamespace(
@@ -31,7 +31,7 @@ PROPERTIES = SimpleNamespace(
     pci_device_id=0,
 )
 RNG_STATE = torch.zeros(8, dtype=torch.uint8)
-TYPES = {torch.bfloat16: "torch.cuda.BFloat16Tensor", torch.float32: "torch.cuda.FloatTensor"}
+TYPE_NAMES = {torch.bfloat16: "torch.cuda.BFloat16Tensor", torch.float32: "torch.cuda.FloatTensor"}
 
 
 def install() -> None:
@@ -47,7 +47,7 @@ def install() -> None:
 
 
 def patches() -> Iterator[Patch]:
-    """Yields all that is replaced in PyTorch."""
+    """Yields the patches of PyTorch."""
     for name, (original, replace) in FUNCTIONS.items():
         yield Patch(f"torch.cuda:{name}", "there is no GPU", original, replace)
     yield Patch(
@@ -57,8 +57,8 @@ def patches() -> Iterator[Patch]:
     yield Patch("torch:nn.Module._apply", reason, "e50d01ca9c5c", replace_with(_apply))
 
 
-class _Nothing:
-    """Replaces streams and events: fake tensors take no time."""
+class _Stream:
+    """Replaces streams and events. Operations on fake tensors take no time, so nothing waits."""
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
 
@@ -67,14 +67,14 @@ class _Nothing:
             raise AttributeError(name)
         return lambda *args, **kwargs: self
 
-    def __enter__(self) -> _Nothing:
+    def __enter__(self) -> _Stream:
         return self
 
     def __exit__(self, *error: object) -> None: ...
 
 
 class _Module(_DummyBackendModule):  # type: ignore[misc]
-    """The module that PyTorch requires of a device."""
+    """The module that PyTorch requires for each type of device."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         """Returns the types of automatic mixed precision."""
@@ -86,12 +86,12 @@ def _count_devices() -> int:
 
 
 def _name_types(original: Any) -> Any:
-    """Names the types of tensors on the device as CUDA would."""
+    """Returns a ``Tensor.type`` that names types on the fake device as on CUDA."""
 
     def type_of(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or tensor.device != DEVICE or tensor.dtype not in TYPES:
+        if args or kwargs or tensor.device != DEVICE or tensor.dtype not in TYPE_NAMES:
             return original(tensor, *args, **kwargs)
-        return TYPES[tensor.dtype]
+        return TYPE_NAMES[tensor.dtype]
 
     return type_of
 
@@ -110,7 +110,7 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
             if new is old or name in module._buffers:
                 values[name] = new
                 continue
-            # Replaces the content of the parameter, to which others have references.
+            # Replaces the content of the parameter, because other objects refer to the parameter.
             torch._C._swap_tensor_impl(old, nn.Parameter(new, old.requires_grad))
             old.fake_device = new.device  # type: ignore[attr-defined]
     return module
@@ -129,15 +129,15 @@ FUNCTIONS = {
     "max_memory_allocated": ("7d74e1261dc1", constant(0)),
     "max_memory_reserved": ("60af9cdf5dca", constant(0)),
     "mem_get_info": ("f9ea28f9e6d1", constant((MEMORY_BYTES, MEMORY_BYTES))),
-    "current_stream": ("ca5387f64ee1", constant(_Nothing())),
-    "default_stream": ("b0a2135268c6", constant(_Nothing())),
-    "stream": ("a701c622b6f5", constant(_Nothing())),
+    "current_stream": ("ca5387f64ee1", constant(_Stream())),
+    "default_stream": ("b0a2135268c6", constant(_Stream())),
+    "stream": ("a701c622b6f5", constant(_Stream())),
     "graph_pool_handle": ("884b90f16984", constant((0, 0))),
     "get_rng_state": ("1190f97901d7", constant(RNG_STATE)),
     "random.get_rng_state": ("1190f97901d7", constant(RNG_STATE)),
     "device_count": ("efd183354fc3", replace_with(_count_devices)),
-    "Stream": ("f5b9547b4660", replace_with(_Nothing)),
-    "Event": ("cc34c59c482f", replace_with(_Nothing)),
+    "Stream": ("f5b9547b4660", replace_with(_Stream)),
+    "Event": ("cc34c59c482f", replace_with(_Stream)),
     "init": ("85035f109983", constant(None)),
     "_lazy_init": ("f6316f9c5c9b", constant(None)),
     "_lazy_call": ("237e5407a66c", constant(None)),

@@ -1,4 +1,4 @@
-"""Replaces safetensors files in a rehearsal by sparse files of zeros."""
+"""Makes rehearsals write safetensors files as sparse files of zeros, and read real tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Shapes = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 
 
 class _RealFile:
-    """Wraps safetensors' open file or lazy slice. It returns real tensors, even in fake mode."""
+    """Wraps an open safetensors file or a lazy slice. Returns real tensors, even in fake mode."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -49,9 +49,9 @@ class _RealFile:
 
 
 def install() -> None:
-    """Replaces reading and writing for the rest of the process.
+    """Replaces safetensors' functions for the rest of the process.
 
-    Must run before the import of modules that import the functions by name.
+    Must run before other modules import the functions by name.
     """
     apply(PATCHES)
 
@@ -61,7 +61,7 @@ def _open(original: Any, *args: Any, **kwargs: Any) -> _RealFile:
 
 
 def write_zeros(file: Path, shapes: Shapes, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a sparse safetensors file of zeros, of which only the header takes disk space.
+    """Writes a safetensors file of zeros. It is sparse: only the header takes disk space.
 
     The library cannot do this: it writes every byte. The format is documented at
     https://huggingface.co/docs/safetensors.

@@ -30,7 +30,7 @@ from recipes.stages.import_hf import ImportConfig
 from recipes.stages.successive_halving import training_of
 
 STEPS = 2
-"""Steps of a training run; from the second on, the optimizer's states are allocated."""
+"""Steps of a training run. The second step shows the peak, since the optimizer has its states."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class JobInput:
     shape: dict[str, Any]
     """Architecture of the input's model; for a list of shapes, the teacher's."""
     config: dict[str, Any] = field(default_factory=dict)
-    """``CACHE_FIELDS`` of the settings of the stage that made the input."""
+    """Settings of the stage that made the input; only those in ``CACHE_FIELDS``."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class RankJob:
 
     name: str
     config: dict[str, Any]
-    """Settings of the stage, with fewer steps and less text at the same tensor shapes."""
+    """Settings of the stage, with fewer steps and less text but the same tensor shapes."""
     inputs: dict[str, JobInput]
     hf_config: dict[str, Any]
     """The teacher's ``config.json``."""
@@ -59,8 +59,8 @@ class RankJob:
     resumed: bool = False
     """Whether the training is stopped after its first step and then resumed."""
     search: dict[str, Any] | None = None
-    """Settings of the search that starts this training, if it evaluates candidates on this rank's
-    device."""
+    """Settings of the search that starts this training, if the search also evaluates candidates on
+    this rank's device."""
 
     @property
     def stage(self) -> str:
@@ -91,20 +91,19 @@ def jobs_of(
     hf_config: Mapping[str, Any],
     ranks: Sequence[int] | None = None,
 ) -> list[RankJob]:
-    """Returns the jobs of stages. Stages that do not compute on a device have none.
+    """Returns the jobs of stages. A stage that does not compute on a device has no job.
 
     Args:
         chain: The chain.
         stages: All stages of the chain, by name.
         names: Stages to rehearse.
         hf_config: The teacher's ``config.json``.
-        ranks: Ranks to rehearse; ranks that a stage does not have are skipped. The default is
-            ``distinct_ranks``.
+        ranks: Ranks to rehearse, if a stage has them. Default: ``distinct_ranks``.
     """
     jobs = []
     for name in names:
         config = _rehearsed_config(chain.stages[name])
-        settings = _short_settings(config)
+        settings = _reduced_settings(config)
         if settings is None:
             continue
         search_settings = None
@@ -114,12 +113,12 @@ def jobs_of(
             shapes = chain.shapes.get(search.inputs["candidates"], ())
             largest = next(iter(shapes), chain.teacher)
             inputs["student"] = JobInput("checkpoint_nemo", largest.as_dict())
-            search_settings = _short_search(search)
+            search_settings = _reduced_search(search)
         resumed = isinstance(config, TrainingConfig)
         jobs += [
             RankJob(
                 *(name, settings, inputs, dict(hf_config), rank, resumed),
-                # Evaluations use only the first device.
+                # Only rank 0 has a device that also evaluates.
                 search=search_settings if rank == 0 else None,
             )
             for rank in (_distinct_ranks(world, settings) if ranks is None else ranks)
@@ -147,12 +146,12 @@ def _rehearsed_config(config: StageConfig) -> StageConfig:
     return replace(training, inputs=inputs)
 
 
-def _short_settings(config: StageConfig) -> dict[str, Any] | None:
-    """Returns settings with fewer steps and samples; ``None`` for a stage without a device."""
+def _reduced_settings(config: StageConfig) -> dict[str, Any] | None:
+    """Returns settings with fewer steps and samples; ``None`` if the stage uses no device."""
     settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
     micro = settings.get("micro_batch_size", 1)
     if isinstance(config, TrainingConfig):
-        settings |= _short_training(config)
+        settings |= _reduced_training(config)
     elif isinstance(config, CacheLogitsConfig):
         replicas = config.resources.ranks // config.tensor_model_parallel_size
         settings |= {"num_sequences": replicas * micro, "sequences_per_shard": micro}
@@ -170,16 +169,20 @@ def _short_settings(config: StageConfig) -> dict[str, Any] | None:
     return settings
 
 
-def _short_search(config: SuccessiveHalvingConfig) -> dict[str, Any]:
+def _reduced_search(config: SuccessiveHalvingConfig) -> dict[str, Any]:
     settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
     return {**settings, "num_samples": config.distill.micro_batch_size}
 
 
-def _short_training(config: TrainingConfig) -> dict[str, Any]:
-    """Returns settings for two steps of at most one micro batch more than pipeline stages."""
+def _reduced_training(config: TrainingConfig) -> dict[str, Any]:
+    """Returns settings for ``STEPS`` short steps.
+
+    A step has one micro batch more than there are pipeline stages, or fewer if so configured. Then
+    the pipeline schedule reaches its steady state.
+    """
     pipeline = config.pipeline_model_parallel_size
-    model = config.tensor_model_parallel_size * pipeline * config.context_parallel_size
-    batch = config.resources.ranks // model * config.micro_batch_size
+    replica_ranks = config.tensor_model_parallel_size * pipeline * config.context_parallel_size
+    batch = config.resources.ranks // replica_ranks * config.micro_batch_size
     micro_batches = min(config.global_batch_size // batch, pipeline + 1)
     return {
         **({"stop_at_recovered": None} if isinstance(config, DistillConfig) else {}),
@@ -195,12 +198,12 @@ def _short_training(config: TrainingConfig) -> dict[str, Any]:
 
 
 def _input(chain: Chain, stages: Mapping[str, Stage[Any]], source: str) -> JobInput:
-    """Returns an input that a stage makes; ``source`` is its name, or a stage of another run."""
+    """Returns the input that ``source`` makes: a stage of the chain, or of another run."""
     manifest = manifest_of(source) if source not in stages else None
     kind = manifest.kind if manifest is not None else stages[source].kind
     settings = manifest.config if manifest is not None else vars(chain.stages[source])
     config = {name: settings[name] for name in CACHE_FIELDS if name in settings}
-    # A search is rehearsed with the teacher as its candidate: no candidate needs more memory.
+    # The teacher represents the candidates, none of which needs more memory.
     shape = chain.teacher if kind == "shapes" else chain.shape_of(source)
     return JobInput(kind, shape.as_dict(), config)
 
@@ -216,8 +219,8 @@ class RehearsalResult:
     error: str | None = None
     """End of the traceback, if the stage failed."""
     peak: dict[str, int] = field(default_factory=dict)
-    """Bytes by type of tensor at the peak of their total."""
+    """Bytes by label of ``MemoryTracker`` when their sum is largest."""
     host: int = 0
-    """Peak bytes of tensors in host memory; often reached when a checkpoint is saved."""
+    """Peak bytes of tensors in host memory; the peak is often in the save of a checkpoint."""
     channels: list[Channel] = field(default_factory=list)
     """The rank's collectives and point-to-point messages."""

@@ -1,4 +1,4 @@
-"""Makes the inputs of a rehearsed stage: the right shapes, without weights or text."""
+"""Makes the inputs of a rehearsed stage. They have the right shapes, but no weights or text."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def inputs(job: RankJob, run_dir: Path) -> dict[str, Input]:
     """Makes all inputs of a job below a run's directory."""
     items = {name: _input(job, source, run_dir / name) for name, source in job.inputs.items()}
     content = {name: item.manifest.content() for name, item in items.items()}
-    for item in items.values():  # a cached teacher must belong to the text
+    for item in items.values():  # training checks that a cached teacher was made from its text
         item.manifest.input_content = content
     return items
 
@@ -47,8 +47,8 @@ def inputs(job: RankJob, run_dir: Path) -> dict[str, Input]:
 def settings(job: RankJob, run_dir: Path) -> dict[str, Any]:
     """Returns a job's settings, changed for the generated inputs.
 
-    The model's path is that of the generated folder. With a cached teacher the text has no weights
-    by source, because all sequences of the generated cache have the number 0.
+    ``hf_path`` becomes the generated folder. With a cached teacher the sources of text get no
+    weights: all sequences of the generated cache have the number 0, which is in one source.
     """
     if any(source.kind == CACHE_KIND for source in job.inputs.values()):
         return {**job.config, "weights": {}}
@@ -58,16 +58,16 @@ def settings(job: RankJob, run_dir: Path) -> dict[str, Any]:
 
 
 def _hf_folder(config: Mapping[str, Any], folder: Path) -> Path:
-    """Makes a Hugging Face folder with sparse files of zeros."""
+    """Makes a Hugging Face folder whose weights are a sparse file of zeros."""
     _write_side_files(config, folder)
     arch = read_architecture(config, "a rehearsal")
     family = FAMILIES[arch.hf_architecture]
     shapes = {
         name: (torch.bfloat16, tensor.shape)
-        for weight, numbers in family.weights_of(arch)
+        for mapping, indices in family.weights_of(arch)
         for name, tensor in zip(
-            weight.hf_names(numbers),
-            weight.split(arch, torch.empty(weight.shape(arch), device="meta")),
+            mapping.hf_names(indices),
+            mapping.split(arch, torch.empty(mapping.shape(arch), device="meta")),
             strict=True,
         )
     }
@@ -75,30 +75,30 @@ def _hf_folder(config: Mapping[str, Any], folder: Path) -> Path:
     return folder
 
 
-def _input(job: RankJob, source: JobInput, stage: Path) -> Input:
-    """Makes one input in the directory of the stage that would have made it."""
-    artifact = stage / ARTIFACT
+def _input(job: RankJob, source: JobInput, directory: Path) -> Input:
+    """Makes one input in a directory like that of the stage that would make it."""
+    artifact = directory / ARTIFACT
     artifact.mkdir(parents=True)
     shape, teacher = Architecture(**source.shape), read_architecture(job.hf_config, "a rehearsal")
-    manifest = _bare_manifest(stage.name, source.kind)
+    manifest = _empty_manifest(directory.name, source.kind)
     if source.kind == "dataset":
         manifest.metrics = asdict(_write_dataset(job.config, artifact))
     elif source.kind == "importance":
         layers = dict.fromkeys(range(1, shape.num_layers + 1), 1.0)
         scores = Importance(1.0, dict.fromkeys(LAYER_METHODS, layers), widths=_equal_widths(shape))
         scores.save(artifact)
-    elif source.kind == "shapes":  # the teacher's, since no candidate needs more memory
+    elif source.kind == "shapes":  # only the teacher's shape; no candidate needs more memory
         write_json(artifact / SHAPES_FILE, [shape.as_dict()])
         manifest.config = {"budget": {"parameters": shape.parameters()}}
     elif source.kind == CACHE_KIND:
         _write_logit_cache(source, job.config["global_batch_size"], artifact)
     else:
         _write_checkpoint(with_shape(job.hf_config, shape), artifact / "model.nemo")
-        if shape != teacher:  # a pruned model comes with the indices that were kept
+        if shape != teacher:  # a pruned model has a file of the indices that were kept
             kept_layers = list(range(1, shape.num_layers + 1))
             select_indices(_equal_widths(teacher), teacher, shape, kept_layers).save(artifact)
         manifest.architecture, manifest.parameters = shape.as_dict(), shape.parameters()
-    return Input(stage, manifest)
+    return Input(directory, manifest)
 
 
 def _write_checkpoint(config: Mapping[str, Any], checkpoint: Path) -> None:
@@ -131,13 +131,14 @@ def _write_side_files(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def _write_dataset(config: Mapping[str, Any], artifact: Path) -> DatasetResult:
-    """Writes sparse files of zeros.
+    """Writes each split as a sparse file of zeros.
 
-    In each split, each source has as many sequences as the stage reads at most, or one batch.
+    Each source in a split has as many sequences as the stage can read, and at least one batch.
     """
     counts = ("global_batch_size", "num_sequences", "num_calibration_samples", "num_samples")
     sequences = max(config.get(name) or 1 for name in counts)
     names = list(config.get("weights") or ["rehearsal"])
+    # One sequence more, because a sequence that spans two sources is not used; and a next token.
     tokens = (sequences + 1) * config.get("seq_length", 1) + 1
     for split in SPLITS:
         builder = IndexedDatasetBuilder(f"{artifact / split}.bin", dtype=np.int32)
@@ -145,9 +146,10 @@ def _write_dataset(config: Mapping[str, Any], artifact: Path) -> DatasetResult:
         builder.document_indices.append(1)
         builder.data_file.truncate(4 * len(names) * tokens)
         builder.finalize(f"{artifact / split}.idx")
-    documents, sizes = dict.fromkeys(SPLITS, 1), dict.fromkeys(SPLITS, len(names) * tokens)
+    documents = dict.fromkeys(SPLITS, 1)
+    split_tokens = dict.fromkeys(SPLITS, len(names) * tokens)
     source_tokens = {split: [SourceTokens(name, tokens) for name in names] for split in SPLITS}
-    return DatasetResult(documents, sizes, names, source_tokens, document_end=0)
+    return DatasetResult(documents, split_tokens, names, source_tokens, document_end=0)
 
 
 def _write_logit_cache(source: JobInput, sequences: int, artifact: Path) -> None:
@@ -173,8 +175,8 @@ def _equal_widths(shape: Architecture) -> dict[str, torch.Tensor]:
     return {**widths, "hidden_size": torch.zeros(shape.hidden_size)}
 
 
-def _bare_manifest(stage: str, kind: str) -> Manifest:
-    """Returns a manifest without content."""
+def _empty_manifest(stage: str, kind: str) -> Manifest:
+    """Returns a manifest with placeholders, except for the stage and the type of the artifact."""
     return Manifest(
         stage=stage,
         kind=kind,

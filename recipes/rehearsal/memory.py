@@ -1,4 +1,4 @@
-"""Counts the bytes of live tensors on the fake device, by type, and on the host, at the peak."""
+"""Measures the peak memory of tensors: by label on the fake device, and in total on the host."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from recipes.evaluation import predictions
 from recipes.rehearsal.fake_cuda import DEVICE
 
 TEMPORARY = ("activations", "logits")
+"""Labels of tensors that get no other label."""
 PARENT = "parent"
-"""Type of all memory of a process that starts the rehearsed one."""
+"""Label of all memory of the parent of the rehearsed process, which uses the same GPU."""
 BLOCK = 512
-"""Bytes to which CUDA's allocator rounds up (``kMinBlockSize``)."""
+"""CUDA's allocator rounds sizes up to a multiple of this many bytes (``kMinBlockSize``)."""
 TEACHER_MODULE = "_teacher_model."
-"""Substring of the names of weights of ModelOpt's teacher."""
+"""ModelOpt gives the teacher's weights names that contain this."""
 
 
 @dataclass
 class _Allocation:
     size: int
-    type: str
+    label: str
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts what operations allocate on the device, until it is freed.
+    """Counts the memory that operations allocate, until it is freed.
 
-    A tensor counts as logits if its last dimension is the rank's shard of the vocabulary, otherwise
-    as activations, unless ``label`` or ``labeled`` gives it another type.
+    A tensor on the device has a label, which ``label`` or ``labeled`` sets. By default the label is
+    "logits" if the last dimension is the rank's shard of the vocabulary, otherwise "activations".
 
     Args:
         vocabulary: Size of the rank's shard of the vocabulary, padded.
@@ -50,7 +51,8 @@ class MemoryTracker(TorchDispatchMode):
         self._live: dict[int, _Allocation] = {}
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
-        self._total = self._highest = self._reserved = 0
+        # ``_reserved`` includes freed memory that CUDA's allocator would cache.
+        self._total = self._highest_total = self._reserved = 0
         self._host: dict[int, int] = {}
         self._host_total = self.host_peak = 0
 
@@ -84,61 +86,61 @@ class MemoryTracker(TorchDispatchMode):
         if key in self._live:
             return
         size = -(-storage.nbytes() // BLOCK) * BLOCK
-        is_wide = tensor.dim() > 0 and tensor.shape[-1] == self._vocabulary
-        label = self._label or ("logits" if is_wide else "activations")
+        has_vocabulary = tensor.dim() > 0 and tensor.shape[-1] == self._vocabulary
+        label = self._label or ("logits" if has_vocabulary else "activations")
         self._live[key] = _Allocation(size, label)
         weakref.finalize(storage, self._remove, key)
         self._count(label, size)
 
     def _remove(self, key: int) -> None:
         allocation = self._live.pop(key)
-        self._count(allocation.type, -allocation.size)
+        self._count(allocation.label, -allocation.size)
 
     def _count(self, label: str, size: int) -> None:
         self.now[label] += size
         self._total += size
         self._reserved = max(self._reserved, self._total)
-        if self._total > self._highest:
-            self._highest, self.peak = self._total, self.now.copy()
+        if self._total > self._highest_total:
+            self.reset_peak()
 
     def label(self, label: str, tensors: Iterable[Tensor]) -> None:
-        """Sets the type of live tensors that count as activations or logits so far."""
+        """Labels live tensors that still have a default label."""
         for tensor in tensors:
             allocation = self._live.get(tensor.untyped_storage()._cdata)
-            if allocation is not None and allocation.type in TEMPORARY:
-                self.now[allocation.type] -= allocation.size
+            if allocation is not None and allocation.label in TEMPORARY:
+                self.now[allocation.label] -= allocation.size
                 self.now[label] += allocation.size
-                allocation.type = label
+                allocation.label = label
 
     @contextmanager
     def labeled(self, label: str) -> Iterator[None]:
-        """Sets the type of all tensors that are allocated in the context."""
+        """Labels all tensors that are allocated in a ``with`` block."""
         self._label = label
         yield
         self._label = None
 
     def release_cache(self) -> None:
-        """Returns freed memory to the device, as ``torch.cuda.empty_cache``."""
+        """Stops counting freed memory as reserved; replaces ``torch.cuda.empty_cache``."""
         self._reserved = self._total
 
     def label_as_parent(self) -> None:
         """Labels all memory so far, live or cached, as that of a parent process.
 
-        The parent then starts a training in another process on the same device.
+        Memory from now on is that of a training process, which the parent starts on the same GPU.
         """
         for allocation in self._live.values():
-            allocation.type = PARENT
+            allocation.label = PARENT
         self.now = Counter({PARENT: self._total})
         self._count(PARENT, self._reserved - self._total)
         self.reset_peak()
 
     def reset_peak(self) -> None:
-        """Measures the peak anew from here."""
-        self._highest, self.peak = self._total, self.now.copy()
+        """Makes the present memory the peak."""
+        self._highest_total, self.peak = self._total, self.now.copy()
 
 
-def label_models(memory: MemoryTracker) -> None:
-    """Labels weights, gradients and optimizer states when they are first used."""
+def install_labels(memory: MemoryTracker) -> None:
+    """Installs hooks that label weights, gradients and optimizer states at their first use."""
     # Not a set of ids, because a new module may get the id of a freed one.
     seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
     has_stepped = False
@@ -152,7 +154,9 @@ def label_models(memory: MemoryTracker) -> None:
         nonlocal has_stepped
         _label_states(memory, optimizer)
         if not has_stepped:
-            memory.reset_peak()  # later steps are like the second one
+            # In the first step the optimizer allocates states, which have no label before its end.
+            # All later steps are alike.
+            memory.reset_peak()
         has_stepped = True
 
     def load_and_label(load: Any, optimizer: Optimizer, state: Any) -> None:
@@ -160,18 +164,21 @@ def label_models(memory: MemoryTracker) -> None:
         _label_states(memory, optimizer)
 
     release = replace_with(memory.release_cache)
-    target, reason = "torch.optim.optimizer:Optimizer.load_state_dict", "its states get a label"
+    target, reason = "torch.optim.optimizer:Optimizer.load_state_dict", "loaded states get a label"
     apply([Patch(target, reason, "7f8aa58e98c5", wrap(load_and_label))])
-    apply([Patch("torch.cuda:empty_cache", "the cache is counted", "", release)])
-    head = replace_with(_labeled_head(memory, predictions.float32_head))
+    apply([Patch("torch.cuda:empty_cache", "cached memory is counted", "", release)])
+    head = replace_with(_labeling_head(memory, predictions.float32_head))
     for module in ("recipes.evaluation.predictions", "recipes.pruning.scoring"):
-        apply([Patch(f"{module}:float32_head", "its weight gets a label", "", head)])
+        apply([Patch(f"{module}:float32_head", "the head's weight gets a label", "", head)])
     nn.modules.module.register_module_forward_pre_hook(before_forward)
     register_optimizer_step_post_hook(after_step)
 
 
-def _labeled_head(memory: MemoryTracker, make: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    """Labels the output head of evaluations, which is used without a module."""
+def _labeling_head(memory: MemoryTracker, make: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """Wraps ``float32_head``, so that it labels the weight of the output head and its copy.
+
+    Module hooks do not see this weight: evaluations multiply by it outside of any module.
+    """
 
     def float32_head(weight: Tensor) -> Any:
         memory.label("weights", [weight])
@@ -182,11 +189,11 @@ def _labeled_head(memory: MemoryTracker, make: Callable[[Tensor], Any]) -> Calla
 
 
 def _label_states(memory: MemoryTracker, optimizer: Optimizer) -> None:
-    for main in (weight for group in optimizer.param_groups for weight in group["params"]):
-        states = optimizer.state.get(main, {}).values()  # indexing would create an entry
+    for main_weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+        states = optimizer.state.get(main_weight, {}).values()  # indexing would create an entry
         memory.label("optimizer", (s for s in states if isinstance(s, Tensor)))
-        if not main._is_view():  # in float32, main weights are views of the model's weights
-            memory.label("optimizer", [main])
+        if not main_weight._is_view():  # in float32, it is a view of the model's weight
+            memory.label("optimizer", [main_weight])
 
 
 def _label_weights(memory: MemoryTracker, module: nn.Module) -> None:

@@ -1,8 +1,8 @@
 """Checks and records the collectives and messages of a rank without sending them.
 
-It checks what NCCL requires of tensors (torch's ``ProcessGroupNCCL.cpp``: ``_allgather_base``,
+Tensors must meet the requirements of NCCL (torch's ``ProcessGroupNCCL.cpp``: ``_allgather_base``,
 ``_reduce_scatter_base``, ``alltoall_base``, ``check_gpu_single_tensor``). Each rank is rehearsed in
-a process without the others; the module ``agreement`` compares their records afterwards.
+a process without the other ranks. The module ``agreement`` compares the ranks' records afterwards.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from recipes.rehearsal.fake_cuda import DEVICE, NAME
 FAKE = "fake"
 """torch's backend whose collectives do nothing."""
 MAX_CALLERS = 3
-"""Callers that the site of a call lists, each from another file."""
+"""Number of callers in a call site, each in another file."""
 SKIPPED_FILES = ("/torch/", "/recipes/rehearsal/", "/contextlib.py", "/typing_extensions.py")
 """Substrings of paths of files that are not listed as callers."""
 ROOTS = (f"{REPO_ROOT}/", *(f"{folder}/" for folder in site.getsitepackages()))
-"""Prefixes that are removed from paths."""
+"""Prefixes that are removed from the paths of callers."""
 Args = tuple[Any, ...]
 _channels: dict[str, Channel] = {}
 """Channels of this rank by name: its process groups, and its messages to and from other ranks."""
 _backends: dict[str, str | None] = {}
-"""The requested backend of each process group, by its name."""
+"""The requested backend of each process group, by the group's name."""
 
 
 class MessageError(Exception):
-    """A collective that would fail or hang on real ranks."""
+    """A collective or message that would fail or hang on real ranks."""
 
 
 def install() -> None:
@@ -88,7 +88,7 @@ def _channel(group: Any) -> Channel:
 
 
 def _describe_ranks(ranks: list[int]) -> str:
-    """Lists ranks; equally spaced ranks are given by the first, the last and the step."""
+    """Lists ranks. Describes equally spaced ranks by the first, the last and the step."""
     step = ranks[1] - ranks[0] if len(ranks) > 1 else 0
     if step > 0 and ranks == list(range(ranks[0], ranks[-1] + 1, step)):
         return f"ranks {ranks[0]} to {ranks[-1]}" + (f" by {step}" if step > 1 else "")
@@ -106,7 +106,7 @@ def _record_message(source: int, destination: int, operation: str) -> None:
 
 
 def _site() -> str:
-    """Returns the innermost callers, one per file, without files of torch and of rehearsals."""
+    """Returns the innermost callers, one per file, except files of torch and of rehearsals."""
     frame: FrameType | None = sys._getframe(1)
     callers: dict[str, int] = {}
     while frame is not None and len(callers) < MAX_CALLERS:
@@ -114,12 +114,11 @@ def _site() -> str:
         if not any(skipped in file for skipped in SKIPPED_FILES):
             callers.setdefault(file, frame.f_lineno)
         frame = frame.f_back
-    named = (f"{_short(file)}:{line}" for file, line in callers.items())
-    return " < ".join(named)
+    return " < ".join(f"{_short(file)}:{line}" for file, line in callers.items())
 
 
 def _short(file: str) -> str:
-    """Returns a path without the folder of the repository or of the packages."""
+    """Returns a path relative to the repository, or to the folder of installed packages."""
     for root in ROOTS:
         file = file.removeprefix(root)
     return file
@@ -155,8 +154,8 @@ class MessageChecker(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("c10d::")
         # Operators get their process group as a ScriptObject.
-        boxed = next(a for a in args if isinstance(a, torch.ScriptObject))
-        group = distributed.ProcessGroup.unbox(boxed)
+        boxed_group = next(a for a in args if isinstance(a, torch.ScriptObject))
+        group = distributed.ProcessGroup.unbox(boxed_group)
         if name != "barrier":
             _require_device(
                 name, _backends[group.group_name], [t for a in args for t in _tensors(a)]
@@ -178,8 +177,9 @@ def _record_call(name: str, func: Any, args: Args, group: Any) -> None:
         return
     if name == "alltoall_base_":
         _record_all_to_all(this_rank, args, group)
-    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
-    root = f" from {named['root_rank']}" if "root_rank" in named else ""
+    names = (argument.name for argument in func._schema.arguments)
+    arguments = dict(zip(names, args, strict=False))
+    root = f" from {arguments['root_rank']}" if "root_rank" in arguments else ""
     tensors = args[EQUAL_ARGUMENT.get(name, 0)] if name not in WITHOUT_EQUAL_SHAPES else ()
     _record(group, f"{name.strip('_')}{root} {_describe(tensors)}".rstrip())
 
@@ -187,19 +187,20 @@ def _record_call(name: str, func: Any, args: Args, group: Any) -> None:
 def _record_all_to_all(this_rank: int, args: Args, group: Any) -> None:
     """Records the rows sent to and received from each rank, as messages.
 
-    Their number may differ between pairs of ranks, so they cannot be compared within the group.
+    The number of rows may differ between pairs of ranks, so each pair is compared on its own.
     """
     ranks = distributed.get_process_group_ranks(group)
-    for tensor, splits, is_sent in ((args[1], args[4], True), (args[0], args[3], False)):
-        rows = splits or [len(tensor) // len(ranks)] * len(ranks)
-        for other, number in zip(ranks, rows, strict=True):
+    received, sent, _, received_splits, sent_splits = args[:5]
+    for tensor, splits, is_sent in ((sent, sent_splits, True), (received, received_splits, False)):
+        split_sizes = splits or [len(tensor) // len(ranks)] * len(ranks)
+        for other, rows in zip(ranks, split_sizes, strict=True):
             source, destination = (this_rank, other) if is_sent else (other, this_rank)
-            operation = f"all_to_all {[number, *tensor.shape[1:]]} {_dtype(tensor)}"
+            operation = f"all_to_all {[rows, *tensor.shape[1:]]} {_dtype(tensor)}"
             _record_message(source, destination, operation)
 
 
 def _describe(tensors: object) -> str:
-    """Describes tensors by shape and type; by strides, too, if they are not contiguous."""
+    """Describes tensors by shape and type; adds the strides of those that are not contiguous."""
     return " and ".join(
         f"{list(t.shape)} {_dtype(t)}" + ("" if t.is_contiguous() else f" strides {t.stride()}")
         for t in _tensors(tensors)
@@ -212,22 +213,22 @@ def _dtype(tensor: Tensor) -> str:
 
 MESSAGES = ("send", "recv_")
 EQUAL_ARGUMENT = {"allgather_": 1, "gather_": 1}
-"""Position of the argument whose shapes are equal on all ranks, where it is not the first."""
+"""Index of the argument whose shapes are equal on all ranks; 0 for collectives not listed."""
 WITHOUT_EQUAL_SHAPES = ("barrier", "monitored_barrier_", "alltoall_base_")
-"""Collectives without such an argument."""
+"""Collectives in which no argument has equal shapes on all ranks."""
 
 
 def _tensors(value: object) -> list[Tensor]:
     if isinstance(value, (list, tuple)):
-        return [t for each in value for t in _tensors(each)]
+        return [t for item in value for t in _tensors(item)]
     return [value] if isinstance(value, Tensor) else []
 
 
 def _require_device(name: str, backend: str | None, tensors: Sequence[Tensor]) -> None:
     """Checks that NCCL can send tensors from their device and in their layout.
 
-    Tensors on the CPU are allowed if the group's backend is not NCCL alone: gloo, both, or
-    ``None``, which means both.
+    Tensors may be on the CPU unless the group's backend is only NCCL. Without a backend (``None``)
+    a group has gloo and NCCL.
     """
     if backend == "gloo":
         return
@@ -244,7 +245,7 @@ def _require_device(name: str, backend: str | None, tensors: Sequence[Tensor]) -
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Returns whether a tensor has no gaps in memory, in whatever order its dimensions are."""
+    """Returns whether a tensor has no gaps in memory, in any order of its dimensions."""
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     is_dense: bool = tensor.permute(order).is_contiguous()
     return is_dense
@@ -269,25 +270,25 @@ def _check_scatter_base(name: str, args: Args, size: int) -> None:
 
 
 def _check_gather(name: str, args: Args, size: int) -> None:
-    for outputs, own in zip(*args[:2], strict=True):
-        fits = all(output.shape == own.shape and output.dtype == own.dtype for output in outputs)
+    for outputs, shard in zip(*args[:2], strict=True):
+        fits = all(o.shape == shard.shape and o.dtype == shard.dtype for o in outputs)
         what = (
-            f"needs {size} outputs of {list(own.shape)} {own.dtype}, got "
+            f"needs {size} outputs of {list(shard.shape)} {shard.dtype}, got "
             f"{[list(output.shape) for output in outputs]}"
         )
         _require(name, fits and len(outputs) == size, what)
 
 
 def _check_all_to_all(name: str, args: Args, size: int) -> None:
-    output, own, _, received, sent = args[:5]
-    for tensor, split in ((output, received), (own, sent)):
-        length = len(tensor)
-        fits = sum(split) == length and len(split) == size if split else length % size == 0
-        _require(name, fits, f"{list(tensor.shape)} split as {list(split)} over {size} ranks")
+    received, sent, _, received_splits, sent_splits = args[:5]
+    for tensor, splits in ((received, received_splits), (sent, sent_splits)):
+        rows = len(tensor)
+        fits = sum(splits) == rows and len(splits) == size if splits else rows % size == 0
+        _require(name, fits, f"{list(tensor.shape)} split as {list(splits)} over {size} ranks")
 
 
 def _check_pairs(check: Callable[..., None]) -> Callable[..., None]:
-    """Returns a check of a coalesced collective, which checks each pair of output and input."""
+    """Returns a check of a coalesced collective: ``check`` of each pair of output and input."""
 
     def check_each(name: str, args: Args, size: int) -> None:
         for pair in zip(*args[:2], strict=True):
@@ -307,7 +308,7 @@ CHECKS: dict[str, Callable[[str, Args, int], None]] = {
 
 
 def _separately(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a coalesced collective that runs ``collective`` for each pair of output and input."""
+    """Returns a coalesced collective: ``collective`` for each pair of output and input."""
 
     def run_each(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *args: Any) -> Any:
         results = [collective(*pair, *args) for pair in zip(outputs, inputs, strict=True)]
@@ -326,7 +327,7 @@ COALESCED: dict[str, Callable[..., Any]] = {
     "reduce_scatter_tensor_coalesced_": _separately(torch.ops.c10d._reduce_scatter_base_),
     "allreduce_coalesced_": _all_reduce,
 }
-"""Replacements of coalesced operators."""
+"""Replacements of coalesced operators, by name."""
 
 GROUPS = "groups have ranks that are not running"
 PICKLED = "objects are pickled into tensors, and fake tensors have no data"

@@ -32,9 +32,9 @@ def install() -> None:
 
 
 def _with_last_losses(original: Callable[..., None], self: Any, target: Any) -> None:
-    """Sets the losses that the first pipeline stage would receive from the last one."""
+    """Sets the losses that the last pipeline stage would send to the first one."""
     original(self, target)
-    self.last = dict.fromkeys(("loss", *target.weights), 1.0)
+    self.last_means = dict.fromkeys(("loss", *target.weights), 1.0)
 
 
 def _without_context_parallelism(
@@ -50,7 +50,7 @@ def _keep_object(value: Any, src: int = 0, group: Any = None) -> Any:
     return value
 
 
-def _skip_gate(original: object, parity: Any, what: str) -> Any:
+def _accept_parity(original: object, parity: Any, what: str) -> Any:
     return parity
 
 
@@ -64,10 +64,13 @@ def _load_causal_lm(folder: Path) -> PreTrainedModel:
 def _with_equal_experts(
     original: Callable[..., Tensor], self: Any, routing_map: Tensor
 ) -> np.ndarray:
-    """Returns tokens per local expert, and sets the splits between ranks, in the CPU's memory."""
+    """Routes equally many tokens to each expert; returns the tokens per local expert.
+
+    All numbers of tokens are NumPy arrays, because fake tensors have no values.
+    """
     original(self, routing_map)
-    tokens_each, remainder = divmod(self.num_out_tokens, self.num_experts)
-    tokens = tokens_each + (np.arange(self.num_experts) < remainder)
+    tokens_per_expert, remainder = divmod(self.num_out_tokens, self.num_experts)
+    tokens = tokens_per_expert + (np.arange(self.num_experts) < remainder)
     local: np.ndarray = tokens[self.local_expert_indices]
     ranks = self.tp_size * self.ep_size
     if ranks > 1:
@@ -82,7 +85,7 @@ def _with_equal_experts(
 def _permute(
     tokens: Tensor, routing_map: Tensor, probs: Tensor, num_out_tokens: int, **settings: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns a row per token and expert, its probability, and the index of its token.
+    """Returns a row per pair of token and expert, and each row's probability and token index.
 
     Megatron's function reads the number of rows from the mask, which has no values here.
     """
@@ -91,7 +94,7 @@ def _permute(
     return tokens.index_select(0, indices), row_probs, indices
 
 
-NO_MASK = "TransformerEngine needs no mask"
+NO_MASK = "with TransformerEngine, NeMo needs no attention mask"
 PATCHES = (
     *patches(
         "megatron.core.",
@@ -103,7 +106,7 @@ PATCHES = (
         ),
         (
             "transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher.preprocess",
-            "tokens of an expert depend on values; here all experts get equally many",
+            "the tokens of an expert depend on values; here all experts get equally many",
             "df692d802fdd",
             wrap(_with_equal_experts),
         ),
@@ -121,7 +124,7 @@ PATCHES = (
     ),
     Patch(
         "torch.distributed.device_mesh:DeviceMesh.from_group",
-        "a mesh needs rank numbers, which have no values",
+        "a mesh reads rank numbers from a tensor, which has no values",
         "4c1191ab40e9",
         constant(None),
     ),
@@ -133,13 +136,13 @@ PATCHES = (
     ),
     Patch(
         "recipes.distillation.objective:LossReduction.__init__",
-        "the last pipeline stage is not here",
+        "the last pipeline stage is another rank, which does not run",
         "",
         wrap(_with_last_losses),
     ),
     *patches(
         "nemo_convert.parity:",
         ("load_causal_lm", "transformers runs on the CPU", "", replace_with(_load_causal_lm)),
-        ("Parity.require", "without values there is no parity", "", wrap(_skip_gate)),
+        ("Parity.require", "parity compares values", "", wrap(_accept_parity)),
     ),
 )

@@ -25,14 +25,14 @@ from recipes.core.manifest import ARTIFACT, WORK
 from recipes.core.stage import DEADLINE, Input, StoppedByDeadlineError
 from recipes.rehearsal import device, materials, messages
 from recipes.rehearsal.job import RankJob, RehearsalResult
-from recipes.rehearsal.memory import MemoryTracker, label_models
+from recipes.rehearsal.memory import MemoryTracker, install_labels
 from recipes.search.halving import HalvingRun
 from recipes.search.results import Candidate
 from recipes.search.settings import SuccessiveHalvingConfig
 from recipes.stages.contract import Stage
 
 MAX_FRAMES = 5
-"""Frames of a traceback that are reported."""
+"""Number of a traceback's frames that are reported."""
 
 
 def rehearse(job: RankJob) -> RehearsalResult:
@@ -51,9 +51,10 @@ def rehearse(job: RankJob) -> RehearsalResult:
             schema = OmegaConf.structured(stage.config)
             cfg = OmegaConf.merge(schema, materials.settings(job, run_dir))
             run = partial(stage.run, OmegaConf.to_object(cfg), inputs, out)
-            label_models(memory)
-            with device.weightless(), memory, messages.MessageChecker():
+            install_labels(memory)
+            with device.fake_tensors(), memory, messages.MessageChecker():
                 if job.search is not None:
+                    # The search keeps the memory of this evaluation while the training runs.
                     _measure_candidate(job.search, inputs, run_dir)
                     memory.label_as_parent()
                 if job.resumed:
@@ -73,30 +74,30 @@ def rehearse(job: RankJob) -> RehearsalResult:
 def _measure_candidate(
     settings: Mapping[str, Any], inputs: Mapping[str, Input], run_dir: Path
 ) -> None:
-    """Evaluates a candidate as a search does after each round, before it starts the next round."""
+    """Evaluates a candidate. A search does this after a round of training runs."""
     config = OmegaConf.merge(OmegaConf.structured(SuccessiveHalvingConfig), settings)
     shape = Architecture(**inputs["student"].manifest.architecture or {})
     candidate = Candidate("candidate", 0, shape, proxy=0, perplexity=0, kl_to_teacher=0)
     directory = run_dir / "search"
     (directory / candidate.name).mkdir(parents=True)
     (directory / candidate.name / "round-0").symlink_to(inputs["student"].directory)
-    roles = {"checkpoint": inputs["teacher"], "data": inputs["data"]}
-    search = HalvingRun(OmegaConf.to_object(config), roles, directory, "")  # type: ignore[arg-type]
+    search_inputs = {"checkpoint": inputs["teacher"], "data": inputs["data"]}
+    search = HalvingRun(OmegaConf.to_object(config), search_inputs, directory, "")  # type: ignore[arg-type]
     search.measure([candidate], 0)
 
 
 def _stop_after_one_step(run: Callable[[], object]) -> None:
     """Runs a training whose deadline has passed: it stops after one step and saves.
 
-    Then frees all of its memory, as the end of its process would.
+    Then frees all memory of the training, as the end of a process would.
     """
     os.environ[DEADLINE] = "0"
     with suppress(StoppedByDeadlineError):
         run()
     del os.environ[DEADLINE]
-    RotaryEmbedding.forward.cache_clear()  # its cache holds the model
+    RotaryEmbedding.forward.cache_clear()  # the cache of this function refers to the model
     for callback in CallbackGroup.get_instance().callbacks:  # NeMo's global list
-        del callback.log, callback.log_dict  # bound methods, which hold the model
+        del callback.log, callback.log_dict  # bound methods, which refer to the model
     _clear_optimizers()
     gc.collect()
 
@@ -104,16 +105,18 @@ def _stop_after_one_step(run: Callable[[], object]) -> None:
 def _clear_optimizers() -> None:
     """Clears optimizers, because they keep models alive.
 
-    A float32 optimizer has views of weights, and hooks on their graph refer to the model. The loop
-    is in a function, because its variable would keep an object alive until the function returns.
+    A float32 optimizer holds views of weights. The autograd graph of these views has hooks, which
+    refer to the model. The loop has a function of its own, since the loop variable would keep the
+    last object alive in the caller.
     """
-    for item in gc.get_objects():
-        if issubclass(type(item), DistributedOptimizer):
-            vars(item).clear()
+    for instance in gc.get_objects():
+        # ``isinstance`` would raise an error at the proxy of a freed object.
+        if issubclass(type(instance), DistributedOptimizer):
+            vars(instance).clear()
 
 
 def _error_text() -> str:
-    """Returns the current error with its last frames, without those of torch and rehearsals."""
+    """Returns the current error and its last frames, except frames in torch and in rehearsals."""
     _, error, trace = sys.exc_info()
     frames = [
         frame

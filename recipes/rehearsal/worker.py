@@ -1,8 +1,8 @@
-"""Rehearses ranks of stages: ``python -m recipes.rehearsal.worker JOBS AT_ONCE``.
+"""Rehearses ranks of stages: ``python -m recipes.rehearsal.worker JOBS PROCESSES``.
 
-``JOBS`` is a JSON list of jobs. Prints a line of JSON per job, in their order. The libraries are
-imported once, and each rank runs in a fork, so that it does not see what another rank left in
-Megatron's globals.
+``JOBS`` is a JSON file with a list of jobs, of which ``PROCESSES`` run at a time. Prints a line of
+JSON per job, in the order of the list. The libraries are imported once. Each rank runs in a forked
+process, so that it does not see what another rank left in Megatron's globals.
 """
 
 from __future__ import annotations
@@ -38,26 +38,27 @@ Rehearse = Callable[[RankJob], RehearsalResult]
 Task = Callable[[], RehearsalResult]
 
 
-def main(file: Path, at_once: int) -> None:
-    """Rehearses the jobs of a file, several at a time."""
+def main(file: Path, processes: int) -> None:
+    """Rehearses the jobs of a file, ``processes`` at a time."""
     die_with_parent()
     prepare_imports()
     jobs: list[RankJob] = TypeAdapter(list[RankJob]).validate_json(file.read_bytes())
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # output of libraries goes to standard error
     rehearse = prepare()
-    for result in in_forks((partial(rehearse, job) for job in jobs), at_once):
+    for result in in_forks((partial(rehearse, job) for job in jobs), processes):
         print(json.dumps(asdict(result)), file=results, flush=True)
 
 
 def prepare() -> Rehearse:
-    """Replaces the device, and imports what stages need; the process can then only rehearse."""
+    """Replaces CUDA and imports the modules of stages. The process can then only rehearse."""
     from recipes.rehearsal import fake_cuda, files, messages
 
     fake_cuda.install()
     messages.install()
     files.install()
-    # Only now: some libraries look for a device, or keep references to torch functions, on import.
+    # Imported after the patches: on import, some libraries look for a device, or copy references
+    # to torch functions.
     from recipes.rehearsal import patches, rank
 
     patches.install()
@@ -67,11 +68,11 @@ def prepare() -> Rehearse:
     return rank.rehearse
 
 
-def in_forks(tasks: Iterable[Task], at_once: int) -> Iterator[RehearsalResult]:
-    """Runs each task in its own process; yields the results in the order of the tasks."""
+def in_forks(tasks: Iterable[Task], processes: int) -> Iterator[RehearsalResult]:
+    """Runs each task in a forked process; yields the results in the order of the tasks."""
     running: deque[tuple[BaseProcess, Connection]] = deque()
     for task in tasks:
-        if len(running) == at_once:
+        if len(running) == processes:
             yield _receive(*running.popleft())
         running.append(_start(task))
     while running:

@@ -1,4 +1,4 @@
-"""FusedAdamW is PyTorch's AdamW with TransformerEngine's state."""
+"""FusedAdamW has the updates of PyTorch's AdamW and the state of TransformerEngine's FusedAdam."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def test_updates_equal_adamw_and_continue_from_a_saved_state() -> None:
     shapes = ((5,), (3, 4), (2,))
     weights, expected = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
     fused, reference = FusedAdamW(weights, **SETTINGS), AdamW(expected, **SETTINGS)
-    for number in range(4):
+    for step in range(1, 5):
         # The last weight has no gradient.
-        for weight, other in zip(weights[:-1], expected[:-1], strict=True):
+        for weight, expected_weight in zip(weights[:-1], expected[:-1], strict=True):
             weight.grad = torch.randn(weight.shape)
-            other.grad = weight.grad.clone()
+            expected_weight.grad = weight.grad.clone()
         fused.step()
         reference.step()
         assert all("step" not in fused.state[weight] for weight in weights)
-        assert fused.param_groups[0]["step"] == number + 1
+        assert fused.param_groups[0]["step"] == step
         saved, fused = fused.state_dict(), FusedAdamW(weights, **SETTINGS)
         fused.load_state_dict(saved)
-    for weight, other in zip(weights, expected, strict=True):
-        torch.testing.assert_close(weight, other, rtol=1e-6, atol=1e-7)
+    for weight, expected_weight in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight, expected_weight, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("block", [2, 1 << 22])

@@ -23,7 +23,7 @@ needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="active onl
 
 
 class Tied(nn.Module):
-    """Has a weight that is used twice, as a tied embedding is, and one that may be unused."""
+    """Has a weight that is used twice, like a tied embedding, and a weight that may be unused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def expected_gradients(model: nn.Module, batches: list[Batch]) -> dict[str, torc
 def test_each_step_has_its_own_gradients(
     wrap: Wrap, micro_batches: list[bool], distributed: bool, overlap: bool
 ) -> None:
-    """Micro-batches are added in float32, then scaled. No gradient of an earlier step remains."""
+    """Adds gradients of micro-batches in float32, then scales them. Ignores earlier steps."""
     settings = {"use_distributed_optimizer": distributed, "overlap_grad_reduce": overlap}
     wrapped = wrap(grad_reduce_in_fp32=True, **settings)
     for _ in range(2):
@@ -127,15 +127,15 @@ def test_unshared_gradients_take_no_memory_before_the_backward_pass(wrap: Wrap) 
     )
     cpu_speed._hand_over_gradients(pytest.fail)(optimizer)
     assert {weight.main_grad for weight in weights} == {None}
-    for main, gradient in zip(main_weights, gradients, strict=True):
-        assert main.grad is not None
-        assert main.grad.data_ptr() == gradient.data_ptr()
-        assert main.grad.dtype == torch.bfloat16
-        assert pending_scale(main.grad) == 0.5
+    for main_weight, gradient in zip(main_weights, gradients, strict=True):
+        assert main_weight.grad is not None
+        assert main_weight.grad.data_ptr() == gradient.data_ptr()
+        assert main_weight.grad.dtype == torch.bfloat16
+        assert pending_scale(main_weight.grad) == 0.5
 
 
 @needs_no_cuda
-def test_a_forked_writer_still_has_released_buckets(wrap: Wrap) -> None:
+def test_a_forked_writer_has_the_buckets_that_its_parent_released(wrap: Wrap) -> None:
     from megatron.core.dist_checkpointing.strategies.async_utils import (
         AsyncRequest,
         TemporalAsyncCaller,
@@ -152,7 +152,7 @@ def test_a_forked_writer_still_has_released_buckets(wrap: Wrap) -> None:
     assert buckets == [None, None]
     assert receiver.recv() == [[0, 1, 2], [0, 1, 2, 3]]
     assert caller.is_current_async_call_done(blocking=True)
-    caller.schedule_async_call(AsyncRequest(None, (), []))  # a rank that has nothing to write
+    caller.schedule_async_call(AsyncRequest(None, (), []))  # as on a rank that has nothing to write
 
 
 @pytest.mark.parametrize(("ranks", "calls"), [(1, 0), (2, 1)])

@@ -67,13 +67,13 @@ def test_only_the_calling_thread_computes_on_all_cores() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     limit_other_threads()
-    numbers = list[int]()
-    other = threading.Thread(target=lambda: numbers.append(torch.get_num_threads()))
-    other.start()
-    other.join()
-    here = torch.get_num_threads()
+    in_later_thread = list[int]()
+    later = threading.Thread(target=lambda: in_later_thread.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    in_this_thread = torch.get_num_threads()
     torch.set_num_threads(before)
-    assert (here, numbers) == (2, [1])
+    assert (in_this_thread, in_later_thread) == (2, [1])
 
 
 @needs_no_cuda

@@ -41,7 +41,7 @@ def test_a_teacher_of_chance_level_is_refused() -> None:
     require_better_than_chance(4.0, 300)
 
 
-def training(model: Path, text_file: Path, run_dir: Path) -> list[str]:
+def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
     return [
         "recipe=llama_depth_prune",
         *tiny(model, text_file, run_dir),
@@ -53,7 +53,7 @@ def training(model: Path, text_file: Path, run_dir: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def pruned_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("untrained") / "run"
-    command = training(even_llama, text_file, run_dir)
+    command = overrides(even_llama, text_file, run_dir)
     only = "only=[import_hf,prepare_data,score,prune]"
     run_successfully(*command, only, cwd=run_dir.parent)
     return run_dir
@@ -65,7 +65,7 @@ def distill_command(
 ) -> list[str]:
     """The command that distils in a copy of the run."""
     run_dir = copy_without(pruned_run, tmp_path / "run")
-    return [*training(even_llama, text_file, run_dir), "only=[distill]"]
+    return [*overrides(even_llama, text_file, run_dir), "only=[distill]"]
 
 
 def test_nonfinite_steps_are_skipped_up_to_a_limit_and_the_same_command_resumes(
@@ -92,19 +92,19 @@ def test_nonfinite_steps_are_skipped_up_to_a_limit_and_the_same_command_resumes(
     assert steps[-1]["lr"] > 1.5e-5, "the logged lr must be that of the step, not of the next one"
 
 
-def interrupted(*args: object) -> None:
+def interrupt(*args: object) -> None:
     raise KeyboardInterrupt
 
 
 def test_a_run_that_recovered_enough_stops_and_is_complete(
     distill_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run is killed between its last step and its result, and stops again at that step."""
+    """The run is killed after its last step, before its result. It stops again at that step."""
     run_dir = tmp_path / "run"
     learning = settings("distill", lr=1e-3, lm_weight=0, val_check_interval=1)
     command = [*distill_command, *learning, "stages.distill.stop_at_recovered=0.7"]
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_save_trained", interrupted)
+        patch.setattr(trainer, "_save_trained", interrupt)
         assert run_in_process(*command, cwd=tmp_path).code == 130
     for action in ("resume", "skip"):
         again = run_successfully(*command, cwd=tmp_path)
@@ -132,7 +132,7 @@ def test_a_run_that_recovered_enough_stops_and_is_complete(
 def test_a_diverging_run_stops_before_its_weights_are_lost(
     distill_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first update overflows float32. One rank needs no port, so a used one is no error."""
+    """The first update overflows float32. One rank needs no port, so a port in use is no error."""
     with socket.create_server(("localhost", 0)) as taken:
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         result = run_recipe(*distill_command, "stages.distill.lr=1e38", cwd=tmp_path)

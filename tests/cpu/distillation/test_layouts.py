@@ -1,8 +1,8 @@
 """Every parallel layout of a distillation has the losses of one rank. Runs resume in other layouts.
 
-The case has everything that layouts could get wrong: all terms of the loss; different widths, so
-that a projection is learned; uneven pipeline stages; micro batches with different numbers of masked
-tokens.
+The tested distillation has everything that layouts could get wrong: all terms of the loss;
+different widths, so that a projection is learned; uneven pipeline stages; micro batches with
+different numbers of masked tokens.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from tests.support.rounding import ULP, perturb_by_one_ulp, running_max_differen
 from tests.support.runs import copy_without, manifest_of, settings, tiny
 
 MULTIPLE = 100
-"""The tolerance is this many times the effect of changing the logits by one ulp. Each operation of
+"""The tolerance is this multiple of the effect of changing the logits by one ulp. Each operation of
 another layout may round differently; the largest measured multiple was 12."""
 BFLOAT16_MULTIPLE = 5
-"""The same in bfloat16, on one rank; the largest measured multiple was 2.3, of a weight."""
+"""The multiple in bfloat16, on one rank. The largest measured multiple was 2.3, of a weight."""
 STEPS, CHECKPOINT_INTERVAL = 21, 4
 """The number of steps is odd, so that no validation follows the last step. A validation gathers the
-weights, which data-parallel ranks update in shards. It would hide a save that does not gather."""
+weights, which data-parallel ranks update in shards. So it would hide a save without a gather."""
 LAYOUTS = {
     "TP=2": (2, "tensor_model_parallel_size=2"),
     "TP=2, sequence, early stop": (
@@ -53,7 +53,7 @@ LAYOUTS = {
     "DP=2, no speed patches": (2, "cpu_speed_patches=[]"),
     "DP=1, no speed patches": (1, "cpu_speed_patches=[]"),
 }
-"""Number of ranks and settings of the stage, by layout."""
+"""Number of ranks, and settings of ``distill``, by name of the layout."""
 
 
 def overrides(model: Path, text_file: Path, run_dir: Path) -> list[str]:
@@ -122,7 +122,7 @@ def perturbed_logits() -> Iterator[None]:
 def require_same_training(
     expected: Path, perturbed: Path, found: Path, last: int = STEPS, multiple: int = MULTIPLE
 ) -> None:
-    """Compares loss terms of all steps, and final weights.
+    """Compares the loss terms of the steps up to ``last``, and final weights.
 
     Tolerances are ``multiple`` times the difference between ``perturbed`` and ``expected``.
     """
@@ -176,12 +176,13 @@ def test_every_layout_has_the_losses_of_one_rank(
     run_dir = copy_without(one_rank, tmp_path / "run", "distill")
     command = [*overrides(even_llama, text_file, run_dir), *layout(name)]
     run_successfully(*command, cwd=tmp_path)
-    stops = "stop_at_recovered=0.9" in LAYOUTS[name][1]  # at the one validation before the end
+    # Such a layout stops at the only validation before the end.
+    stops = "stop_at_recovered=0.9" in LAYOUTS[name][1]
     require_same_training(one_rank, perturbed, run_dir, STEPS - 1 if stops else STEPS)
     assert bool(manifest_of(run_dir, "distill").metrics["stopped"]) == stops
     # Early stopping also validates before the first step.
-    validated = steps_of(run_dir / "distill" / METRICS, "validate")
-    assert [one["done"] for one in validated] == ([0, STEPS - 1] if stops else [STEPS - 1])
+    validations = steps_of(run_dir / "distill" / METRICS, "validate")
+    assert [record["done"] for record in validations] == ([0, STEPS - 1] if stops else [STEPS - 1])
 
 
 def test_speed_patches_only_round_differently_in_bfloat16(
@@ -212,7 +213,7 @@ def test_a_killed_run_resumes_in_another_layout(
     first: str,
     second: str,
 ) -> None:
-    """The projection's optimizer state is resharded, too; with DP=2 each rank has half of it."""
+    """This reshards the projection's optimizer state, too. With DP=2 each rank has half of it."""
     run_dir = copy_without(one_rank, tmp_path / "run", "distill")
     command = overrides(even_llama, text_file, run_dir)
     metrics = run_dir / "distill" / METRICS

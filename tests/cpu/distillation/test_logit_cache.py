@@ -92,24 +92,23 @@ def test_cached_probabilities_equal_those_of_transformers(
         assert indices.shape == (LENGTH, TOP_K)
         assert log_probs.shape == (LENGTH, TOP_K + 1)
         assert len(set(indices[0].tolist())) == TOP_K
-        best = expected.topk(TOP_K, dim=-1).values
         # Compared by value, because the order of equally likely tokens is arbitrary.
-        found = expected.gather(-1, indices)
-        torch.testing.assert_close(found, best, rtol=0, atol=1e-4)
-        torch.testing.assert_close(log_probs[:, :TOP_K].double(), found, rtol=HALF, atol=1e-4)
-        rest = expected.exp().scatter(-1, indices, 0).sum(dim=-1).log()
-        torch.testing.assert_close(log_probs[:, TOP_K].double(), rest, rtol=HALF, atol=1e-4)
-        others = expected.scatter(-1, indices, -math.inf)
-        entropy = -(others.exp() * others.clamp(min=-1e9)).sum(dim=-1, keepdim=True)
+        best, selected = expected.topk(TOP_K, dim=-1).values, expected.gather(-1, indices)
+        torch.testing.assert_close(selected, best, rtol=0, atol=1e-4)
+        torch.testing.assert_close(log_probs[:, :TOP_K].double(), selected, rtol=HALF, atol=1e-4)
+        log_tail = expected.exp().scatter(-1, indices, 0).sum(dim=-1).log()
+        torch.testing.assert_close(log_probs[:, TOP_K].double(), log_tail, rtol=HALF, atol=1e-4)
+        tail = expected.scatter(-1, indices, -math.inf)
+        entropy = -(tail.exp() * tail.clamp(min=-1e9)).sum(dim=-1, keepdim=True)
         torch.testing.assert_close(rows["tail_entropy"].double(), entropy, rtol=2 * HALF, atol=1e-4)
-        # Each draw represents an equal fraction of the probability of the others.
-        mass, part = others.exp().cumsum(dim=-1), rest.exp()[:, None] / DRAWS
+        # Draws are at quantiles of the tail. Each represents an equal fraction of its probability.
         assert rows["draws"].shape == (LENGTH, DRAWS)
-        ends = mass.gather(-1, rows["draws"])
-        starts = ends - others.exp().gather(-1, rows["draws"])
-        quantiles = torch.arange(DRAWS) * part
-        assert (ends > quantiles - 1e-5).all()
-        assert (starts < quantiles + part + 1e-5).all()
+        fraction = log_tail.exp()[:, None] / DRAWS
+        first_quantiles = torch.arange(DRAWS) * fraction
+        ends = tail.exp().cumsum(dim=-1).gather(-1, rows["draws"])
+        starts = ends - tail.exp().gather(-1, rows["draws"])
+        assert (ends > first_quantiles - 1e-5).all()
+        assert (starts < first_quantiles + fraction + 1e-5).all()
 
 
 def test_the_manifest_has_the_teachers_loss_and_tail(
@@ -120,9 +119,9 @@ def test_the_manifest_has_the_teachers_loss_and_tail(
     counted = tokens[:, :-1] != stage_of(run, "prepare_data").manifest.metrics["document_end"]
     loss = torch.nn.functional.cross_entropy(logits[counted], tokens[:, 1:][counted])
     assert metrics["teacher_loss"] == pytest.approx(loss.item(), rel=1e-4)
-    soft = (logits / TEMPERATURE).softmax(dim=-1)
-    rest = 1 - soft.topk(TOP_K, dim=-1).values.sum(dim=-1)
-    assert metrics["tail_mass"] == pytest.approx(rest.mean().item(), rel=1e-4)
+    probabilities = (logits / TEMPERATURE).softmax(dim=-1)
+    tail = 1 - probabilities.topk(TOP_K, dim=-1).values.sum(dim=-1)
+    assert metrics["tail_mass"] == pytest.approx(tail.mean().item(), rel=1e-4)
     assert metrics["sequences"] == SEQUENCES < metrics["sequences_of_text"]
     assert metrics["tokens"] == SEQUENCES * LENGTH
     assert metrics["bytes_per_token"] == 2 * TOP_K + 2 * (TOP_K + 1) + 2 * (DRAWS + 1)
@@ -140,7 +139,7 @@ def test_a_killed_and_a_stopped_run_resume_to_the_same_cache(
     run: Path, even_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before: dict[str, int] = {}
-    for attempt in range(5):  # on a busy machine it may end before it is killed
+    for attempt in range(5):  # on a busy machine the run may end before it is killed
         if before:
             break
         copy = copy_without(run, tmp_path / f"run-{attempt}", "cache_logits")
@@ -159,11 +158,11 @@ def test_a_killed_and_a_stopped_run_resume_to_the_same_cache(
     del before[truncated.name]
 
     monkeypatch.setenv(DEADLINE, "1")
-    late = run_in_process(*arguments, cwd=tmp_path)
-    assert late.code == 1
-    assert f"stopped at the deadline before all {len(expected)} shards" in late.output
+    stopped = run_in_process(*arguments, cwd=tmp_path)
+    assert stopped.code == 1
+    assert f"stopped at the deadline before all {len(expected)} shards" in stopped.output
     remaining = list((stage / WORK / "shards").glob("*.safetensors"))
-    assert len(remaining) == len(before) + 1  # and the truncated one
+    assert len(remaining) == len(before) + 1  # the truncated shard is not deleted
     monkeypatch.delenv(DEADLINE)
 
     run_successfully(*arguments, cwd=tmp_path)
@@ -191,10 +190,10 @@ def test_two_ranks_write_the_same_cache(
         f"stages.cache_logits.tensor_model_parallel_size={tensor}",
         cwd=tmp_path,
     )
-    one, two = shards_of(run), shards_of(copy)
-    assert one.keys() == two.keys()
-    for name, (expected, metadata) in one.items():
-        found, other = two[name]
+    by_one_rank, by_two_ranks = shards_of(run), shards_of(copy)
+    assert by_one_rank.keys() == by_two_ranks.keys()
+    for name, (expected, metadata) in by_one_rank.items():
+        found, found_metadata = by_two_ranks[name]
         assert np.array_equal(found["sequences"], expected["sequences"])
         # The order of equally likely tokens is arbitrary, and sums over ranks round differently.
         for ids in ("indices", "draws"):
@@ -206,7 +205,7 @@ def test_two_ranks_write_the_same_cache(
             atol=1e-4,
         )
         for key, value in metadata.items():
-            assert float(other[key]) == pytest.approx(float(value), rel=1e-4)
+            assert float(found_metadata[key]) == pytest.approx(float(value), rel=1e-4)
 
 
 def test_a_cache_of_other_text_is_refused(run: Path) -> None:
@@ -232,7 +231,7 @@ def test_a_random_teacher_is_refused(run: Path, text_file: Path, tmp_path: Path)
 
 
 def test_single_sequences_with_a_high_loss_are_accepted(run: Path, tmp_path: Path) -> None:
-    """With one sequence per shard, some shards are above the limit of the mean."""
+    """With one sequence per shard, the loss of some shards is above the limit for a teacher."""
     cfg = CacheLogitsConfig(
         top_k=TOP_K,
         seq_length=LENGTH,

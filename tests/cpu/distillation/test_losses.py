@@ -25,7 +25,7 @@ from recipes.distillation.vocabulary import CHUNK_BYTES, TopK, top_k
 from tests.support.ranks import run_ranks
 
 TOKENS, VOCABULARY = 111, 101
-CHUNK = 4 * VOCABULARY * 16  # bytes of 16 rows; 111 rows leave the last chunk partly full
+CHUNK = 4 * VOCABULARY * 16  # bytes of 16 rows; of 111 rows, the last chunk has only 15
 TOP = (None, 7, VOCABULARY)
 EACH_LOSS = pytest.mark.parametrize("kind", LOGITS_LOSSES)
 EACH_TOP = pytest.mark.parametrize("top", TOP)
@@ -43,7 +43,7 @@ def make_logits(seed: int, scale: float = 3.0) -> Tensor:
 
 
 def make_weights() -> Tensor:
-    """Weights per token, about a third of them 0."""
+    """Returns weights per token, about a third of them 0."""
     values = torch.rand(2, TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     return values[0] * (values[1] > 0.3)
 
@@ -53,7 +53,7 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def reference(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> Tensor:
-    """The loss per token by its definition."""
+    """Computes the loss per token by its definition."""
     p, q = (teacher / loss.temperature).softmax(-1), (student / loss.temperature).softmax(-1)
     if loss.top_k not in (None, VOCABULARY):  # with the whole vocabulary the tail is empty
         ids = teacher.topk(loss.top_k).indices
@@ -73,7 +73,7 @@ def reference(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> Tensor:
 def with_reference(
     student: Tensor, teacher: Tensor, loss: LogitsLoss, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns loss, reference, gradient and reference's gradient, of logits in ``dtype``."""
+    """Returns the loss, the reference's loss, and the gradients of both, of logits in ``dtype``."""
     student, teacher = student.to(dtype), teacher.to(dtype)
     ours, exact = student.clone().requires_grad_(), student.double().requires_grad_()
     losses = distillation_loss(ours, teacher, loss)
@@ -147,7 +147,7 @@ def test_a_cached_top_k_equals_a_computed_one(kind: str) -> None:
 
 
 def test_samples_of_the_tail_are_unbiased() -> None:
-    """Draws are equally spaced. This averages over 20,000 positions of the first one."""
+    """Draws are equally spaced. This averages over 20,000 positions of the first draw."""
     draws, starts, loss = 3, 20_000, LogitsLoss(temperature=2.0)
     teacher, student = make_logits(1)[:1], make_logits(2)[:1]
     first = (torch.arange(starts) + 0.5) / starts
@@ -209,16 +209,16 @@ def test_the_combined_loss_is_the_weighted_sum(
 ) -> None:
     labels = torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(3))
     loss = LogitsLoss(kind, temperature, top_k=top)
-    teacher, counts = make_logits(1).float(), make_weights().float()
-    ours, theirs = (make_logits(2).float().requires_grad_() for _ in range(2))
-    total, parts = combined_loss(ours, LossTargets(teacher, labels, (0.5, 3.0)), loss)
-    kd_loss = distillation_loss(theirs, teacher, loss)
-    lm_loss = token_cross_entropy(theirs, labels)
-    (total * counts).sum().backward()
-    ((0.5 * kd_loss + 3 * lm_loss) * counts).sum().backward()
-    torch.testing.assert_close(parts, torch.stack([kd_loss, lm_loss]))
+    teacher, weights = make_logits(1).float(), make_weights().float()
+    student, reference_student = (make_logits(2).float().requires_grad_() for _ in range(2))
+    total, losses = combined_loss(student, LossTargets(teacher, labels, (0.5, 3.0)), loss)
+    kd_loss = distillation_loss(reference_student, teacher, loss)
+    lm_loss = token_cross_entropy(reference_student, labels)
+    (total * weights).sum().backward()
+    ((0.5 * kd_loss + 3 * lm_loss) * weights).sum().backward()
+    torch.testing.assert_close(losses, torch.stack([kd_loss, lm_loss]))
     torch.testing.assert_close(total, 0.5 * kd_loss + 3 * lm_loss)
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(student.grad, reference_student.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_a_second_backward_is_refused() -> None:
@@ -287,51 +287,52 @@ from tests.support.ranks import run_ranks
 dist.init_process_group("gloo")
 group, rank, width = dist.group.WORLD, dist.get_rank(), 61
 torch.manual_seed(0)
-whole_s, whole_t = 3 * torch.randn(37, 122), 3 * torch.randn(37, 122)
-whole_t[:5, 61:] -= 100  # tokens whose whole top-k is on the first rank
+student, teacher = 3 * torch.randn(37, 122), 3 * torch.randn(37, 122)
+teacher[:5, 61:] -= 100  # tokens whose whole top-k is on the first rank
 labels, weights = torch.randint(122, (37,)), torch.rand(37)
 columns = slice(rank * width, (rank + 1) * width)
 # a chunk has 10 rows of a rank's shard, or 5 whole rows; 37 is a multiple of neither
 CHUNK_BYTES["cpu"] = 4 * width * 10
 
 
-def alike(tensor):
-    parts = [torch.empty_like(tensor) for _ in range(2)]
-    dist.all_gather(parts, tensor.detach().contiguous())
-    return torch.equal(*parts)
+def equal_on_ranks(tensor):
+    tensors = [torch.empty_like(tensor) for _ in range(2)]
+    dist.all_gather(tensors, tensor.detach().contiguous())
+    return torch.equal(*tensors)
 
 
 def compare(loss):
-    part, full = whole_s[:, columns].clone().requires_grad_(), whole_s.clone().requires_grad_()
-    split, expected = loss(part, group), loss(full, None)
+    # Compares a loss of this rank's columns with the loss of whole rows.
+    shard, whole = student[:, columns].clone().requires_grad_(), student.clone().requires_grad_()
+    split, expected = loss(shard, group), loss(whole, None)
     for losses in (split, expected):
         (losses * weights).sum().backward()
-    assert alike(split)
+    assert equal_on_ranks(split)
     torch.testing.assert_close(split, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(part.grad, full.grad[:, columns], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(shard.grad, whole.grad[:, columns], rtol=1e-4, atol=1e-6)
 
 
 for kind in LOGITS_LOSSES:
     for top in (None, 7, 100, 122):  # 100 is more than a rank has
         loss = LogitsLoss(kind, 2.0, 0.3, top)
-        compare(lambda x, g: distillation_loss(x, whole_t[:, columns] if g else whole_t, loss, g))
+        compare(lambda x, g: distillation_loss(x, teacher[:, columns] if g else teacher, loss, g))
         if top:
-            split = top_k(whole_t[:, columns], top, 2.0, group)
-            expected = top_k(whole_t, top, 2.0)
-            assert alike(split.indices) and alike(split.log_probs)
+            split = top_k(teacher[:, columns], top, 2.0, group)
+            expected = top_k(teacher, top, 2.0)
+            assert equal_on_ranks(split.indices) and equal_on_ranks(split.log_probs)
             assert torch.equal(split.indices, expected.indices)
             torch.testing.assert_close(split.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5)
             compare(lambda x, g: distillation_loss(x, split if g else expected, loss, g))
 quantiles = (torch.rand(37, 1) + torch.arange(4)) / 4
-split = top_k(whole_t[:, columns], 7, 2.0, group, quantiles)
-expected = top_k(whole_t, 7, 2.0, quantiles=quantiles)
-assert torch.equal(split.draws, expected.draws) and alike(split.draws)
+split = top_k(teacher[:, columns], 7, 2.0, group, quantiles)
+expected = top_k(teacher, 7, 2.0, quantiles=quantiles)
+assert torch.equal(split.draws, expected.draws) and equal_on_ranks(split.draws)
 torch.testing.assert_close(split.tail_entropy, expected.tail_entropy, rtol=1e-5, atol=1e-6)
 loss = LogitsLoss(temperature=2.0)
 compare(lambda x, g: distillation_loss(x, split if g else expected, loss, g))
 compare(lambda x, g: token_cross_entropy(x, labels, g))
-both = LossTargets(expected, labels, (0.5, 3.0)), LossTargets(split, labels, (0.5, 3.0))
-compare(lambda x, g: combined_loss(x, both[g is not None], loss, g)[0])
+targets = {g: LossTargets(t, labels, (0.5, 3.0)) for g, t in ((None, expected), (group, split))}
+compare(lambda x, g: combined_loss(x, targets[g], loss, g)[0])
 dist.barrier()
 del group  # a group that outlives destroy_process_group may abort Python at exit
 dist.destroy_process_group()

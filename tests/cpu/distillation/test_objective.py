@@ -1,4 +1,4 @@
-"""Weights and sums of the terms of the loss, and the hidden loss by its definition in float64."""
+"""The loss: weights and sums of the terms. The hidden loss equals its definition in float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TERMS = {"kd": 2.0, "hidden": 8.0, "lm": 6.0}
 
 
 def weighted_terms(weights: dict[str, float], dynamic: bool) -> dict[str, float]:
-    """Returns each weighted term of a step, if its mean in the previous step was the same."""
+    """Returns each weighted term of a step; the means are ``TERMS``, also in the previous step."""
     after = Objective(weights, dynamic=dynamic).weights_after(TERMS)
     return {name: weight * TERMS[name] for name, weight in after.items()}
 
@@ -29,12 +29,12 @@ def test_fixed_weights() -> None:
         ({"kd": 1.0}, {"kd": 2}),
         ({"lm": 3.0}, {"lm": 18}),
         ({"hidden": 0.5}, {"hidden": 4}),
-        # hidden is as large as kd
+        # "hidden" is scaled to "kd", then weighted
         ({"kd": 1.0, "hidden": 1.0}, {"kd": 2, "hidden": 2}),
         ({"kd": 1.0, "hidden": 0.5}, {"kd": 2, "hidden": 1}),
-        # kd is as large as lm, then weighted
+        # "kd" is scaled to "lm", then weighted
         ({"kd": 0.5, "lm": 1.0}, {"kd": 3, "lm": 6}),
-        # both together are as large as lm
+        # the sum of "kd" and "hidden" is scaled to "lm"
         ({"kd": 1.0, "hidden": 1.0, "lm": 1.0}, {"kd": 3, "hidden": 3, "lm": 6}),
         ({"kd": 2.0, "hidden": 0.5, "lm": 1.0}, {"kd": 8, "hidden": 4, "lm": 6}),
         ({"hidden": 1.0, "lm": 2.0}, {"hidden": 6, "lm": 12}),
@@ -50,7 +50,7 @@ def test_a_term_of_zero_is_not_scaled() -> None:
 
 
 def test_gradients_do_not_depend_on_the_micro_batch() -> None:
-    """Compares one micro batch of four sequences with four of one."""
+    """Compares one micro batch of four sequences with four micro batches of one sequence."""
     outputs = torch.rand(4, 4, 7, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(4, 7)
     mask[1:3, 2:] = 0
@@ -78,14 +78,14 @@ def states(seed: int, size: int) -> Tensor:
 
 
 def make_weights() -> Tensor:
-    """Weights per token [b, s], about a third of them 0."""
+    """Returns weights per token [b, s], about a third of them 0."""
     generator = torch.Generator().manual_seed(9)
     values = torch.rand(2, BATCH, LENGTH, dtype=torch.float64, generator=generator)
     return values[0] * (values[1] > 0.3)
 
 
 def reference(kind: str, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
-    """The loss [b, s] by its definition."""
+    """Computes the loss [b, s] by its definition."""
     projected = student if weight is None else torch.einsum("sbi,oi->sbo", student, weight)
     if kind == "mse":
         loss = ((projected - teacher) ** 2).sum(-1) / SIZE
@@ -131,7 +131,7 @@ def test_values_and_gradients_equal_the_definition(
 
 
 def test_a_small_angle_survives_bfloat16() -> None:
-    """Computed in bfloat16, the loss of nearly parallel states would be 0 or a step of 1/256."""
+    """In bfloat16, the loss of nearly parallel states would be rounded to 0 or to 1/256."""
     teacher = states(2, SIZE)
     student, teacher = (x.bfloat16() for x in (teacher + 0.02 * states(1, SIZE), teacher))
     expected = reference("cosine", student.double(), teacher.double(), None)

@@ -1,4 +1,4 @@
-"""Students of the configured steps are saved, evaluated on benchmarks, exported and plotted."""
+"""Students are saved after configured steps, evaluated on benchmarks, exported and plotted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS = 4
 
 
 def overrides(model: Path, text_file: Path, run_dir: Path, **distill: Any) -> list[str]:
-    """Returns a run whose learning rate is constant, so that a step does not depend on the last."""
+    """Returns overrides with a constant learning rate, so that no step depends on ``max_steps``."""
     fields = {"precision": 32, "lr": 1e-3, "min_lr": 1e-3, "warmup_steps": 0, "max_steps": STEPS}
     return [
         "recipe=llama_depth_prune",
@@ -51,14 +51,14 @@ def require_same_weights(first: Path, second: Path) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
-def student(run_dir: Path, step: int) -> Path:
+def student_after(run_dir: Path, step: int) -> Path:
     return nemo.step_checkpoints(run_dir / "distill" / ARTIFACT)[step]
 
 
 def test_saved_students_equal_those_of_shorter_runs(
     pruned: Path, even_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    """On two data-parallel ranks, which gather updated weights only before the next step."""
+    """Uses two data-parallel ranks, which gather updated weights only before the next step."""
     losses = {}
     for name, fields in {
         "saved": {"student_steps": "[2,3]"},
@@ -74,7 +74,7 @@ def test_saved_students_equal_those_of_shorter_runs(
     final = [nemo.find_checkpoint(tmp_path / n / "distill" / ARTIFACT) for n in ("saved", "plain")]
     require_same_weights(*final)
     short = nemo.find_checkpoint(tmp_path / "short" / "distill" / ARTIFACT)
-    require_same_weights(student(tmp_path / "saved", 2), short)
+    require_same_weights(student_after(tmp_path / "saved", 2), short)
     assert [*nemo.step_checkpoints(tmp_path / "saved" / "distill" / ARTIFACT)] == [2, 3]
     assert not (tmp_path / "plain" / "distill" / ARTIFACT / nemo.STEPS).exists()
 
@@ -82,17 +82,17 @@ def test_saved_students_equal_those_of_shorter_runs(
 def test_a_killed_and_resumed_run_has_all_students(
     pruned: Path, even_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is killed while it saves the second student, and resumes after the first one."""
+    """The run is killed while it saves the second student, and resumes after the first student."""
     run_dir, save = copy_without(pruned, tmp_path / "run"), trainer._save_trained
 
-    def killed_at_step_2(*args: Any) -> None:
+    def save_and_fail_at_step_2(*args: Any) -> None:
         save(*args)
         if args[-1].name == f"2.nemo{PARTIAL}":
             raise RecipeError("killed", "run again")
 
     command = overrides(even_llama, text_file, run_dir, student_steps="[1,2]")
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_save_trained", killed_at_step_2)
+        patch.setattr(trainer, "_save_trained", save_and_fail_at_step_2)
         assert run_in_process(*command, "only=[distill]", cwd=tmp_path).code == 1
     folder = run_dir / "distill" / WORK / nemo.STEPS
     assert sorted(path.name for path in folder.iterdir()) == ["1.nemo", f"2.nemo{PARTIAL}"]
@@ -122,5 +122,5 @@ def test_students_are_evaluated_exported_and_plotted(
         for row in map(json.loads, (run_dir / "evaluate_tasks/artifact/samples/sciq.jsonl").open())
     ]
     assert all(len(set(map(str, row))) == 3 for row in likelihoods), "two models are the same"
-    assert convert_by_command("to-hf", student(run_dir, 1), tmp_path / "hf") == 0
+    assert convert_by_command("to-hf", student_after(run_dir, 1), tmp_path / "hf") == 0
     assert (tmp_path / "hf" / "model.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""Training samples: sequences, masks, epochs, weights, and the position of a resumed run."""
+"""Training samples: sequences, masks, epochs, weights, and where a resumed run continues."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def all_tokens(data: Path) -> list[int]:
 
 
 class Cache:
-    """A cached teacher whose values are the number of their sequence."""
+    """Replaces a cached teacher. All values of a sequence are the sequence's number."""
 
     def __init__(self, sequences: list[int]) -> None:
         self.sequences = np.array(sequences)
@@ -65,7 +65,7 @@ def test_sequences_are_those_of_the_concatenated_documents(
 ) -> None:
     total = (len(all_tokens) - 1) // LENGTH
     dataset = sequences_of(data, total)
-    assert len(dataset) == len(dataset.ids) == total > 2 * BATCH
+    assert len(dataset) == len(dataset.used_numbers) == total > 2 * BATCH
     for number in range(total):
         item, start = dataset[number], number * LENGTH
         assert item["tokens"].tolist() == all_tokens[start : start + LENGTH]
@@ -97,21 +97,21 @@ def test_the_loss_mask_of_the_data_is_used_with_both_teachers(data: Path, tmp_pa
             (tmp_path / f"{split}.{ending}").symlink_to(data / f"{split}.{ending}")
         loss_mask[split] = generator.random(len(read_tokens(data, split))) < 0.3
         (tmp_path / f"{split}.loss_mask").write_bytes(loss_mask[split].tobytes())
-    live = training(tmp_path, 2)
-    cached = training(tmp_path, 2, cache=Cache(list(range(len(live._train_ds.ids)))))
+    live = data_module(tmp_path, 2)
+    cached = data_module(tmp_path, 2, cache=Cache(list(range(len(live._train_ds.used_numbers)))))
     for split, dataset in (("train", live._train_ds), ("validation", live._validation_ds)):
         for sample in range(len(dataset)):
             start = dataset.number_of(sample) * LENGTH + 1
             expected = loss_mask[split][start : start + LENGTH]
             assert (dataset[sample]["loss_mask"].numpy() > 0).tolist() == expected.tolist()
             if split == "train":
-                same = cached._train_ds[sample]
-                assert torch.equal(same["loss_mask"], dataset[sample]["loss_mask"])
-                assert "teacher_indices" in same
+                with_teacher = cached._train_ds[sample]
+                assert torch.equal(with_teacher["loss_mask"], dataset[sample]["loss_mask"])
+                assert "teacher_indices" in with_teacher
 
 
 def test_every_epoch_has_every_sequence_once_in_another_order(data: Path) -> None:
-    count = len(sequences_of(data, 0).ids)
+    count = len(sequences_of(data, 0).used_numbers)
     dataset = sequences_of(data, 3 * count, seed=SEED)
     order = [dataset.number_of(i) for i in range(3 * count)]
     epochs = [order[e * count : (e + 1) * count] for e in range(3)]
@@ -137,7 +137,7 @@ def test_a_cache_of_the_first_sequences_gives_the_batches_of_a_live_teacher(data
         assert torch.equal(item["tokens"], sequences_of(data, 99)[sequence]["tokens"])
 
 
-def training(data: Path, steps: int, cache: Any = None, **settings: Any) -> TrainingData:
+def data_module(data: Path, steps: int, cache: Any = None, **settings: Any) -> TrainingData:
     """Returns the data module after ``setup``."""
     nemo.initialize(nemo.Parallelism())
     arguments = {
@@ -156,30 +156,31 @@ def training(data: Path, steps: int, cache: Any = None, **settings: Any) -> Trai
     return module
 
 
-def micro_batches(module: TrainingData, mode: str, consumed: int = 0) -> list[Any]:
-    """Returns the first token of every row of every micro batch, through NeMo's sampler."""
+def first_tokens(module: TrainingData, split: str, consumed: int = 0) -> list[Any]:
+    """Returns the first token of every sequence in every micro batch of NeMo's sampler."""
     module.data_sampler.init_consumed_samples = consumed
-    loader = module.train_dataloader() if mode == "train" else module.val_dataloader()
+    loader = module.train_dataloader() if split == "train" else module.val_dataloader()
     transformed = module.data_sampler.transform_dataloader(loader)
     return [batch["tokens"][:, 0].tolist() for batch in transformed]
 
 
 def test_a_resumed_run_continues_at_its_step(data: Path) -> None:
     steps = 40  # more than an epoch
-    module = training(data, steps)
-    assert steps * BATCH > len(module._train_ds.ids)
-    uninterrupted = micro_batches(module, "train")
+    module = data_module(data, steps)
+    assert steps * BATCH > len(module._train_ds.used_numbers)
+    uninterrupted = first_tokens(module, "train")
     assert len(uninterrupted) >= steps * 2
     for step in (1, 7, 33):
         assert (
-            micro_batches(training(data, steps), "train", step * BATCH) == uninterrupted[step * 2 :]
+            first_tokens(data_module(data, steps), "train", step * BATCH)
+            == uninterrupted[step * 2 :]
         )
-    # A run that is killed after its last step resumes without a step.
-    micro_batches(training(data, steps), "train", steps * BATCH)
+    # A run that is killed after its last step resumes without a step to train. This must not fail.
+    first_tokens(data_module(data, steps), "train", steps * BATCH)
 
 
-def weighted(data: Path) -> dict[str, Any]:
-    """Three sources of the training split, with weights far from their sizes."""
+def blend_settings(data: Path) -> dict[str, Any]:
+    """Returns three sources of the training split, with weights unlike the sources' sizes."""
     length = len(read_tokens(data, "train"))
     sizes = {"small": 3 * LENGTH + 2, "large": 9 * LENGTH, "rest": length - 12 * LENGTH - 2}
     sources = [SourceTokens(name, size) for name, size in sizes.items()]
@@ -187,40 +188,40 @@ def weighted(data: Path) -> dict[str, Any]:
 
 
 def test_weights_set_the_fraction_of_samples_and_sources_have_epochs(data: Path) -> None:
-    blend = weighted(data)
+    blend = blend_settings(data)
     dataset = sequences_of(data, 1000, seed=SEED, **blend)
     numbers = [dataset.number_of(i) for i in range(1000)]
-    spans = {"small": range(3), "large": range(4, 12), "rest": range(13, count_of(data))}
-    of_source = {name: [n for n in numbers if n in span] for name, span in spans.items()}
+    spans = {"small": range(3), "large": range(4, 12), "rest": range(13, number_of_sequences(data))}
+    by_source = {name: [n for n in numbers if n in span] for name, span in spans.items()}
     for name, weight in blend["weights"].items():
-        assert abs(len(of_source[name]) - 100 * weight) <= 1
+        assert abs(len(by_source[name]) - 100 * weight) <= 1
         size = len(spans[name])
-        for start in range(0, len(of_source[name]) - size, size):
-            assert sorted(of_source[name][start : start + size]) == list(spans[name])
-    for samples in range(1, 1000):  # the fraction is kept at any time during training
+        for start in range(0, len(by_source[name]) - size, size):
+            assert sorted(by_source[name][start : start + size]) == list(spans[name])
+    for samples in range(1, 1000):  # sources keep their fractions at any time during training
         small = sum(n in spans["small"] for n in numbers[:samples])
         assert abs(small - 0.3 * samples) <= 1
-    # A sample does not depend on earlier ones, nor on the length of the training.
+    # A sample does not depend on earlier ones, nor on the length of training.
     again = sequences_of(data, 800, seed=SEED, **blend)
     assert [again.number_of(i) for i in (799, 3, 431)] == [numbers[i] for i in (799, 3, 431)]
 
 
-def count_of(data: Path) -> int:
-    return len(sequences_of(data, 0).ids)
+def number_of_sequences(data: Path) -> int:
+    return len(sequences_of(data, 0).used_numbers)
 
 
 def test_a_resumed_run_with_weights_continues_at_its_step(data: Path) -> None:
-    blend = weighted(data)
+    blend = blend_settings(data)
     settings = {"weights": blend["weights"], "sources": {"train": blend["sources"]}}
     settings["sources"]["validation"] = [SourceTokens("all", 10 * LENGTH)]
-    whole = micro_batches(training(data, 40, **settings), "train")
+    whole = first_tokens(data_module(data, 40, **settings), "train")
     for step in (1, 33):
-        resumed = micro_batches(training(data, 40, **settings), "train", step * BATCH)
+        resumed = first_tokens(data_module(data, 40, **settings), "train", step * BATCH)
         assert resumed == whole[step * 2 :]
 
 
 def test_a_cache_gives_the_batches_of_a_live_teacher_with_weights(data: Path) -> None:
-    blend = weighted(data)
+    blend = blend_settings(data)
     live = sequences_of(data, 60, seed=SEED, **blend)
     first = [live.number_of(i) for i in range(12)]
     cached = sequences_of(data, 60, seed=SEED, cache=Cache(sorted(set(first))), **blend)
@@ -248,7 +249,7 @@ def test_a_weighted_source_needs_a_next_token_after_its_sequence(data: Path) -> 
 
 
 def test_weights_take_little_memory_for_100_billion_tokens(tmp_path: Path) -> None:
-    """Each sequence takes a few bytes. The tokens are a sparse file, which is not read."""
+    """Requires less than 64 bytes per sequence. The tokens are a sparse file, which is not read."""
     length, total = 4096, 10**11 // 4096
     with (tmp_path / "train.bin").open("wb") as file:
         file.truncate(4 * length * (total + 1))
@@ -264,23 +265,23 @@ def test_weights_take_little_memory_for_100_billion_tokens(tmp_path: Path) -> No
 
 
 def test_validation_always_has_the_same_whole_batches(data: Path) -> None:
-    module = training(data, 5)
+    module = data_module(data, 5)
     text = read_tokens(data, "validation")
     count = (len(text) - 1) // LENGTH
     expected = [int(text[number * LENGTH]) for number in range(min(3, count // BATCH) * BATCH)]
     for _ in range(2):
-        first = [token for batch in micro_batches(module, "validation") for token in batch]
+        first = [token for batch in first_tokens(module, "validation") for token in batch]
         assert first == expected
 
 
 def test_validation_sees_every_source(data: Path) -> None:
-    """Sources alternate, and no sequence is across two of them."""
+    """Sources alternate, and no sequence spans two sources."""
     text = read_tokens(data, "validation")
     first = 3 * LENGTH + 3
     sources = [SourceTokens("one", first), SourceTokens("two", len(text) - first)]
     splits = {"train": [], "validation": sources}
-    module = training(data, 5, sources=splits, micro_batch_size=1, global_batch_size=2)
-    tokens = [token for batch in micro_batches(module, "validation") for token in batch]
+    module = data_module(data, 5, sources=splits, micro_batch_size=1, global_batch_size=2)
+    tokens = [token for batch in first_tokens(module, "validation") for token in batch]
     assert tokens == [int(text[number * LENGTH]) for number in (0, 4, 1, 5, 2, 6)]
 
 
@@ -295,11 +296,11 @@ def test_validation_without_a_labelled_sequence_is_refused(
         writer.add("validation", list(range(one + two)))
     splits = {"train": [], "validation": [SourceTokens("one", one), SourceTokens("two", two)]}
     with pytest.raises(RecipeError, match=r"a sequence of 8 .*\n.*data.seq_length"):
-        training(tmp_path, 1, sources=splits)
+        data_module(tmp_path, 1, sources=splits)
 
 
 def test_less_than_a_batch_is_refused(data: Path) -> None:
     with pytest.raises(RecipeError, match=r"the training data has .* less than one batch"):
-        training(data, 1, global_batch_size=1000)
+        data_module(data, 1, global_batch_size=1000)
     with pytest.raises(RecipeError, match="raise num_sequences of cache_logits"):
-        training(data, 1, cache=Cache([1, 2, 3]))
+        data_module(data, 1, cache=Cache([1, 2, 3]))

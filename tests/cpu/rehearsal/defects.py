@@ -52,8 +52,8 @@ def prune_by_index_on_cpu(prune: Any, name: str, tensor: Any, *args: Any) -> Any
 
 def send_changed(change: Callable[[Any], Any]) -> Callable[..., Any]:
     def changed(forward: Any, core: Any, *args: Any, **kwargs: Any) -> Any:
-        both = forward(core, *args, **kwargs)
-        return change(both) if core.training and os.environ["RANK"] == "0" else both
+        states = forward(core, *args, **kwargs)
+        return change(states) if core.training and os.environ["RANK"] == "0" else states
 
     return wrap(changed)
 
@@ -123,12 +123,12 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     ),
     "gather_too_much": (
         "recipes.distillation.vocabulary:gather",
-        "Ranks gather one row more than each of them has.",
+        "Each rank expects one row more from the other ranks than they have.",
         replace_with(gather_too_much),
     ),
     "match_names": (
         "recipes.distillation.trainer:_load_main_weights",
-        "Main weights are restored by Megatron's function, which also finds the teacher's by name.",
+        "Main weights are restored by Megatron's function, which also finds the teacher's weights.",
         replace_with(load_as_megatron),
     ),
     "leave_on_cpu": (
@@ -149,16 +149,16 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "send_half": (
         "recipes.distillation.model:_forward_both",
         "A pipeline stage sends the student's hidden states without the teacher's.",
-        send_changed(lambda both: both[..., : both.shape[-1] // 2].contiguous()),
+        send_changed(lambda states: states[..., : states.shape[-1] // 2].contiguous()),
     ),
     "send_wide": (
         "recipes.distillation.model:_forward_both",
         "A pipeline stage sends hidden states in float32, but the next one expects bfloat16.",
-        send_changed(lambda both: both.float()),
+        send_changed(lambda states: states.float()),
     ),
     "skip_all_reduce": (
         "recipes.distillation.vocabulary:all_reduce",
-        "A rank skips one all-reduce of many.",
+        "A rank skips its second all-reduce.",
         in_second_call(lambda original, *args, **kwargs: None),
     ),
     "small_buckets": (
@@ -167,18 +167,18 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
         wrap(with_small_buckets),
     ),
     "total_two_columns": (
-        "recipes.distillation.losses:total",
+        "recipes.distillation.losses:sum_columns",
         "A rank of the last stage sums tensors of another shape.",
         wrap(total_of_two_columns),
     ),
     "wrong_root": (
         "torch.distributed:broadcast_object_list",
-        "Ranks of the first stage name themselves as the root of a broadcast of the last stage.",
+        "A rank of the first stage expects a broadcast from rank 0 instead of the last stage.",
         wrap(expect_from_the_first),
     ),
     "skip_receive": (
         "megatron.core.pipeline_parallel.p2p_communication:_batched_p2p_ops",
-        "A stage does not receive one message.",
+        "A pipeline stage receives nothing in its second exchange of messages.",
         in_second_call(lambda original, **kwargs: original(**{**kwargs, "tensor_recv_prev": None})),
     ),
     "reverse_groups": (

@@ -1,4 +1,4 @@
-"""Runs operations on tensors of two devices as a rehearsal does; prints their errors as JSON."""
+"""Runs operations on tensors of two devices in a rehearsal, and prints the errors as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Operation = Callable[["Operands"], object]
 
 
 class Operands:
-    """Tensors on the GPU and on the CPU (``c_``): a matrix, numbers, indices and masks."""
+    """A matrix, a number, indices and a mask, each on the GPU and (``c_``) on the CPU."""
 
     def __init__(self) -> None:
         self.matrix, self.c_matrix = (torch.ones(4, 4, device=d) for d in ("cuda", "cpu"))
@@ -27,18 +27,15 @@ class Operands:
             torch.ones(4, dtype=torch.bool, device=d) for d in ("cuda", "cpu")
         )
 
-    def adam(self, **others: Tensor) -> None:
-        """Updates one weight by the fused kernel."""
-        one = {
-            "state_steps": self.number,
-            "grad_scale": self.number,
-            "found_inf": self.number,
-        } | others
-        steps = [one.pop("state_steps")]
+    def adam(self, **replaced: Tensor) -> None:
+        """Updates one weight by the fused kernel. All numbers are on the GPU unless replaced."""
+        names = ("state_steps", "grad_scale", "found_inf")
+        numbers = dict.fromkeys(names, self.number) | replaced
+        steps = [numbers.pop("state_steps")]
         lists = [[self.matrix.clone()] for _ in range(4)]
         torch._fused_adamw_(
             *lists, [], steps, lr=1e-3, beta1=0.9, beta2=0.9, weight_decay=0.0, eps=1e-8,
-            amsgrad=False, maximize=False, **one,
+            amsgrad=False, maximize=False, **numbers,
         )  # fmt: skip
 
 
@@ -75,7 +72,7 @@ REFUSED: dict[str, Operation] = {
     "add_out": lambda t: torch.add(t.number, t.number, out=t.c_number),
     "where_out": lambda t: torch.where(t.number > 0, t.number, t.number, out=t.c_number),
 }
-"""Operations on mixed devices that CUDA refuses. Others accept 0-dim CPU tensors."""
+"""Operations on mixed devices that CUDA refuses, also if the CPU tensor has 0 dimensions."""
 ALLOWED: dict[str, Operation] = {
     "fused": lambda t: t.adam(),
     "foreach_list": lambda t: torch._foreach_add([t.matrix], [t.matrix]),
@@ -119,11 +116,11 @@ ALLOWED: dict[str, Operation] = {
 
 def main() -> None:
     from recipes.rehearsal import fake_cuda
-    from recipes.rehearsal.device import weightless
+    from recipes.rehearsal.device import fake_tensors
 
     fake_cuda.install()
     errors = {}
-    with weightless():
+    with fake_tensors():
         for kind, operations in (("refused", REFUSED), ("allowed", ALLOWED)):
             for name, operation in operations.items():
                 try:

@@ -1,4 +1,4 @@
-"""The device of rehearsals accepts and refuses the same mixes of devices as CUDA."""
+"""Rehearsals accept and refuse the same operations on mixed devices as CUDA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.cpu.rehearsal.operations import ALLOWED, REFUSED
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, str]:
-    """Errors by name, from a separate process, whose device stays fake."""
+    """Errors by name of the operation. They come from a separate process, which stays fake."""
     command = [sys.executable, "-m", "tests.cpu.rehearsal.operations"]
     env = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)

@@ -1,4 +1,4 @@
-"""Recipes are rehearsed at their own shapes and layouts, with few layers; defects are reported."""
+"""Recipes are rehearsed in their shapes and layouts, but with few layers. Defects are reported."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ MOE = (f"model.hf_path={MOE_MODEL}", f"{D}expert_model_parallel_size=8")
 FLOAT32, MIXED = (f"{D}precision='32'",), (f"{D}precision=bf16-mixed",)
 """Set explicitly, because the default of CPU recipes depends on this machine's processor."""
 LESS_MEMORY = ("hardware.memory_bytes=22e9",)
-"""Instead of 80 GB, because the model has only 8 of 32 layers."""
+"""22 GB instead of 80 GB, because the model has only 8 of 32 layers."""
 TEMPORARY = ("activations", "logits")
-"""Types of memory that the plan only estimates."""
+"""Labels of memory for which a plan has only an estimate."""
 
 
 class Case(NamedTuple):
@@ -65,23 +65,23 @@ class Case(NamedTuple):
         return job_with_layers(self.recipe, self.stage, self.rank, self.overrides, self.layers)
 
 
-SMALL, ALL = "llama_depth_prune", 30
+SMALL, ALL_LAYERS = "llama_depth_prune", 30
 RESUMED = Case("qwen3_8b_depth_2.5b", resumed=True)
 RECOMPUTED = Case("qwen3_8b_depth_2.5b", "distill", 0, RECOMPUTE_MLP, 8)
 PIPELINE_RANKS = [Case("qwen3_8b_depth", "distill", rank, PIPELINE, 6) for rank in (0, 256, 512)]
 SEARCH = Case("qwen3_8b_search", "successive_halving", 0, ("hardware.memory_bytes=28e9",))
 EVALUATE = Case("llama3_1_8b_width", "evaluate", 0, LESS_MEMORY, 8)
 SOUND = (
-    Case(SMALL, "import_hf", layers=ALL),
-    Case(SMALL, "score", layers=ALL),
-    Case(SMALL, "evaluate", layers=ALL),
-    Case(SMALL, "export_hf", layers=ALL),
-    Case(SMALL, "distill", 0, FLOAT32, ALL),
+    Case(SMALL, "import_hf", layers=ALL_LAYERS),
+    Case(SMALL, "score", layers=ALL_LAYERS),
+    Case(SMALL, "evaluate", layers=ALL_LAYERS),
+    Case(SMALL, "export_hf", layers=ALL_LAYERS),
+    Case(SMALL, "distill", 0, FLOAT32, ALL_LAYERS),
     Case(SMALL, "distill", 0, FLOAT32, resumed=True),
     Case(SMALL, "correct_teacher", 0, ("teacher=corrected",)),
     Case(SMALL, "cache_logits", 0, ("teacher=cached",)),
     Case(SMALL, "distill", 0, ("teacher=cached",)),
-    Case("llama_width_prune", "distill", 0, MIXED, ALL),
+    Case("llama_width_prune", "distill", 0, MIXED, ALL_LAYERS),
     Case("llama_search", "rank_candidates", 0, ("stages.rank_candidates.precision=bf16-mixed",)),
     Case("llama_search", "successive_halving"),
     Case("shrink", "rank_candidates", 0, ("stages.rank_candidates.precision='32'",)),
@@ -128,7 +128,7 @@ TWO_STAGES = (
     f"{D}sequence_parallel=true",
 )
 RANKS = [Case("qwen3_8b_depth", "distill", rank, TWO_STAGES, 4) for rank in (0, 1, 382, 384, 385)]
-"""All distinct ranks of the first stage, its last replica, and the ranks of the last stage."""
+"""Distinct ranks of the first pipeline stage (382 is in the last replica) and of the last stage."""
 DIFFERENCES = {
     (385, "skip_all_reduce"): ("TENSOR_MODEL_PARALLEL_GROUP", "recipes/distillation/losses.py:"),
     (382, "small_buckets"): ("DATA_PARALLEL_GROUP", "param_and_grad_buffer.py:"),
@@ -142,7 +142,7 @@ DIFFERENCES = {
     (0, "gather_objects"): ("the process group of all ranks", "all_gather_object, at "),
 }
 """Maps (rank with a defect, name of the defect) to (reported channel, words of the report)."""
-DIFFERENT = {key: RANKS[0]._replace(rank=key[0], defect=key[1]) for key in DIFFERENCES}
+CASES_WITH_DIFFERENCES = {key: RANKS[0]._replace(rank=key[0], defect=key[1]) for key in DIFFERENCES}
 TOO_LARGE = [
     EVALUATE._replace(defect="keep_all"),
     SEARCH._replace(defect="keep_all"),
@@ -153,8 +153,10 @@ Results = dict[Case, tuple[RankJob, RehearsalResult]]
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """All cases in one process, which imports the libraries once."""
-    cases = list(dict.fromkeys([*SOUND, *BROKEN, *RANKS, *DIFFERENT.values(), *TOO_LARGE]))
+    """Rehearses all cases in one process, which imports the libraries once."""
+    cases = list(
+        dict.fromkeys([*SOUND, *BROKEN, *RANKS, *CASES_WITH_DIFFERENCES.values(), *TOO_LARGE])
+    )
     jobs = [replace(case.job[1], resumed=case.resumed) for case in cases]
     file = tmp_path_factory.mktemp("rehearsal") / "jobs.json"
     pairs = [[asdict(job), case.defect] for job, case in zip(jobs, cases, strict=True)]
@@ -186,7 +188,7 @@ def test_sound_stages_complete_within_the_planned_memory(case: Case, rehearsed: 
 
 
 def test_host_memory_has_the_state_that_a_save_gathers(rehearsed: Results) -> None:
-    """A rank gathers 12 bytes a parameter, and its bfloat16 weights have 2."""
+    """A rank gathers ``STATE_BYTES`` per parameter. The bfloat16 weights take 2 bytes each."""
     job, result = rehearsed[RESUMED]
     plan = planned_memory(job, RESUMED.job[0])
     assert plan is not None
@@ -207,7 +209,7 @@ def test_defects_are_reported(case: Case, rehearsed: Results) -> None:
     "case", [EVALUATE, SEARCH, *TOO_LARGE], ids=lambda c: f"{c.stage}-{c.defect}"
 )
 def test_models_that_do_not_fit_together_are_reported(case: Case, rehearsed: Results) -> None:
-    """A search that keeps a model, live or cached, while it starts a training is reported too."""
+    """Includes a search that keeps a model, or cached memory, while it starts a training."""
     job, result = rehearsed[case]
     assert result.error is None
     chain = case.job[0]
@@ -230,9 +232,9 @@ def test_sound_ranks_make_the_same_calls(ranks: list[Case], rehearsed: Results) 
 @pytest.mark.parametrize("key", DIFFERENCES, ids=lambda key: key[1])
 def test_different_calls_of_ranks_are_reported(key: tuple[int, str], rehearsed: Results) -> None:
     rank, _ = key
-    assert rehearsed[DIFFERENT[key]][1].error is None
+    assert rehearsed[CASES_WITH_DIFFERENCES[key]][1].error is None
     others = [rehearsed[case] for case in RANKS if case.rank != rank]
-    mistakes = list(communication_mistakes([*others, rehearsed[DIFFERENT[key]]]))
+    mistakes = list(communication_mistakes([*others, rehearsed[CASES_WITH_DIFFERENCES[key]]]))
     channel, words = DIFFERENCES[key]
     reported = [text for text in mistakes if channel in text.splitlines()[0]]
     assert reported, mistakes

@@ -17,7 +17,7 @@ from recipes.backend.device import bind_to_near_cores
         ("0-3,4,5", 1, False),  # a single rank would lose half of its cores
         ("0-7", 2, False),
         ("64-127", 2, False),  # the job's cores are on the other socket
-        (None, 2, False),
+        (None, 2, False),  # the file does not exist
     ],
 )
 def test_a_rank_moves_to_the_cores_near_its_gpu(

@@ -1,4 +1,4 @@
-"""Checks, progress and early stop of a training run. Torch-free."""
+"""Checks, progress and early stop of a training run. Does not import torch."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def test_rules_of_fp8(chain: Chain, fields: dict[str, Any], messages: list[str])
 
 
 STEPS = 300
-HEALED = 0.5
-"""Fraction of the KL that healing leaves."""
+REMAINING = 0.5
+"""Fraction of the KL added by pruning that healing left."""
 
 
 @pytest.mark.parametrize(
-    ("fields", "healed", "step", "reason"),
+    ("fields", "remaining", "step", "reason"),
     [
         ({}, None, 200, ""),
         ({"stop_at_recovered": 0.8}, None, 0, ""),
@@ -79,17 +79,17 @@ HEALED = 0.5
         ({"stop_at_recovered": 0.7}, None, 199, "step 100 of 300: recovered 75%"),
         ({"stop_at_recovered": 0.8}, None, 200, "step 200 of 300: recovered 85%"),
         ({"stop_at_recovered": 0.8, "max_steps": 200}, None, 200, ""),  # it is complete
-        ({"stop_at_recovered": 0.8}, HEALED, 100, "step 100 of 300: recovered 88%"),
-        ({"stop_at_recovered": 0.9}, HEALED, 100, ""),
-        ({"stop_at_recovered": 0.4}, HEALED, 0, ""),  # a training run has at least one step
+        ({"stop_at_recovered": 0.8}, REMAINING, 100, "step 100 of 300: recovered 88%"),
+        ({"stop_at_recovered": 0.9}, REMAINING, 100, ""),
+        ({"stop_at_recovered": 0.4}, REMAINING, 0, ""),  # a training run has at least one step
     ],
 )
 def test_training_stops_at_the_recovered_fraction(
-    tmp_path: Path, fields: dict[str, Any], healed: float | None, step: int, reason: str
+    tmp_path: Path, fields: dict[str, Any], remaining: float | None, step: int, reason: str
 ) -> None:
     log = MetricsLog(tmp_path / METRICS)
-    if healed:
-        log.progress("student", 1, 1, **{INITIAL_KL: healed})
+    if remaining:
+        log.progress("student", 1, 1, **{INITIAL_KL: remaining})
     for done, kd in {0: 0.8, 100: 0.2, 200: 0.12}.items():
         log.progress("validate", done, STEPS, val_kd=kd)
     cfg = DistillConfig(stage="distill", **{"max_steps": STEPS, **fields})
