@@ -1,4 +1,4 @@
-"""Keeps stale results that the user accepts, and asks before it discards expensive ones."""
+"""Keeps stale results that the user accepts; asks before it replaces an expensive result."""
 
 from __future__ import annotations
 
@@ -78,10 +78,8 @@ def require_confirmed(
         result = read_manifest(stage.directory) if stage.action == RUN else None
         if result is None or stage.name in force or result.device_hours() <= confirm_above:
             continue
-        changed = ", ".join(stale_reasons(stage, result))
-        expensive[stage.name] = (
-            f"\n  {stage.name}, {result.device_hours():.3g} device-hours: {changed}"
-        )
+        why = ", ".join(stale_reasons(stage, result))
+        expensive[stage.name] = f"\n  {stage.name}, {result.device_hours():.3g} device-hours: {why}"
     if expensive:
         names = ",".join(expensive)
         raise RecipeError(

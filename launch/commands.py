@@ -103,8 +103,8 @@ def _stop(holder: lock.Holder, run_dir: Path) -> None:
 
 def logs(options: Options, console: Console) -> None:
     """Prints the end of a stage's newest log; by default of the stage that failed or runs."""
-    [run_dir, *others] = find_runs([_directory(options)])
-    if others:
+    [run_dir, *other_runs] = find_runs([_directory(options)])
+    if other_runs:
         raise RecipeError(f"{run_dir.parent} is a sweep.", f"choose one run: run_dir={run_dir}")
     statuses = read_statuses(run_dir)
     name = options.get("stage") or _default_stage(run_dir, statuses)
@@ -115,11 +115,11 @@ def logs(options: Options, console: Console) -> None:
             f"{name} has not been started: it has no log.",
             f"see what runs before it: python launch/run.py status run_dir={run_dir}",
         )
-    lines = options.get("lines", "50")
-    if not lines.isdigit():
-        raise RecipeError(f"lines={lines} is not a number.", "lines=50")
+    num_lines = options.get("lines", "50")
+    if not num_lines.isdigit():
+        raise RecipeError(f"lines={num_lines} is not a number.", "lines=50")
     console.print(f"{log}:")
-    for line in tail(log, int(lines)):
+    for line in tail(log, int(num_lines)):
         console.print(line, markup=False)
 
 

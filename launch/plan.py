@@ -274,7 +274,7 @@ def _resolve_inputs(
     for key, source in config.inputs.items():
         kinds = needed[key] if key in needed else optional[key]
         if (stage := planned.get(source)) is not None:
-            ref = InputRef(stage.directory, stage.stage.kind, stage.fingerprint)
+            ref = InputRef(stage.directory, stage.definition.kind, stage.fingerprint)
         else:
             directory = Path(source).resolve()
             manifest = check_artifact(directory, rehash=False)
@@ -291,7 +291,7 @@ def _resolve_inputs(
 
 def _disk_problems(plan: Plan) -> Iterator[Problem]:
     """Checks whether the disk has space for artifacts and for checkpoints of training runs."""
-    needed = sum(s.stage.disk_bytes(s.config, plan.chain) for s in plan.todo())
+    needed = sum(s.definition.disk_bytes(s.config, plan.chain) for s in plan.todo())
     existing_dir = next(p for p in (plan.run_dir, *plan.run_dir.resolve().parents) if p.exists())
     free = shutil.disk_usage(existing_dir).free
     if needed > free:

@@ -54,8 +54,8 @@ class PlannedStage:
     stages that it depends on."""
 
     @property
-    def stage(self) -> Stage[Any]:
-        """The stage's definition."""
+    def definition(self) -> Stage[Any]:
+        """The stage's inputs, checks and work, from its stage module."""
         return stage_of(self.config)
 
     @property
@@ -65,28 +65,28 @@ class PlannedStage:
 
     @property
     def workload(self) -> Workload | None:
-        """The stage's training, or the teacher's forward passes for cached logits, or ``None``."""
+        """The stage's training, or the teacher's forward passes if the stage caches logits."""
         return self.chain.workloads.get(self.name)
 
     @property
     def image(self) -> str | None:
         """The stage's container image; ``None`` without a container."""
-        return self.stage.image(self.config, self.chain)
+        return self.definition.image(self.config, self.chain)
 
     @property
     def needs_gpu(self) -> bool:
         """Whether the stage uses GPUs if the hardware has GPUs."""
-        return self.stage.needs_gpu(self.config, self.chain)
+        return self.definition.needs_gpu(self.config, self.chain)
 
     @property
     def needs_tensorrt_llm(self) -> bool:
         """Whether the stage runs TensorRT-LLM."""
-        return self.stage.needs_tensorrt_llm(self.config, self.chain)
+        return self.definition.needs_tensorrt_llm(self.config, self.chain)
 
     @property
     def devices(self) -> int:
         """Devices on a node that the stage, with the stages that it starts, needs."""
-        return self.stage.devices(self.config)
+        return self.definition.devices(self.config)
 
     @property
     def result(self) -> Manifest | None:
@@ -144,18 +144,13 @@ def choose_action(stage: PlannedStage, *, forced: bool, selected: bool) -> tuple
     command with ``force`` may have been killed before.
 
     Args:
-        stage: The stage; its field ``action`` is not used.
-        forced: Whether ``force`` names the stage.
+        stage: The stage; its field ``action`` is ignored.
+        forced: Whether the setting ``force`` lists the stage.
         selected: Whether ``only`` selects the stage. If so, a report or model card that names
             accepted results is written again when the user's acceptances have changed.
     """
     reason = "forced" if forced else _reason_to_run(stage)
-    if (
-        reason is None
-        and selected
-        and stage.stage.names_accepted_results
-        and _acceptances_changed(stage)
-    ):
+    if reason is None and selected and _names_old_acceptances(stage):
         reason = "other results were accepted"
     if reason is None:
         return SKIP, "complete"
@@ -168,7 +163,7 @@ def choose_action(stage: PlannedStage, *, forced: bool, selected: bool) -> tuple
 def require_no_lost_work(stage: PlannedStage) -> None:
     """Refuses to start a stage anew if that would delete the progress of an earlier start."""
     begun = stage.state().begun
-    progress = stage.stage.progress(stage.directory / WORK)
+    progress = stage.definition.progress(stage.directory / WORK)
     if stage.action != RUN or begun is None or progress is None:
         return
     fields, other_changes = _compare(stage, begun)
@@ -185,9 +180,9 @@ def require_no_lost_work(stage: PlannedStage) -> None:
     )
 
 
-def _acceptances_changed(stage: PlannedStage) -> bool:
-    """Returns whether acceptances changed since the stage's result was written."""
-    manifest = read_manifest(stage.directory)
+def _names_old_acceptances(stage: PlannedStage) -> bool:
+    """Returns whether the stage's result names acceptances that have changed since."""
+    manifest = read_manifest(stage.directory) if stage.definition.names_accepted_results else None
     return manifest is not None and manifest.kept != stage.kept
 
 
@@ -250,8 +245,9 @@ def _compare(
         for name, version in stage.libraries.items()
         if before.libraries.get(name) != version
     ]
-    # If no difference was found, only files from outside the run can have changed the fingerprint.
-    return fields, other_changes if fields or other_changes else ["files from outside the run"]
+    if not fields and not other_changes:  # the fingerprint also covers files from outside the run
+        other_changes = ["files from outside the run"]
+    return fields, other_changes
 
 
 def _differences(

@@ -50,21 +50,22 @@ def page() -> str:
 
 def _sections() -> Iterator[str]:
     yield "## Groups\n"
-    yield f"{', '.join(f'`{group}=null`' for group in OPTIONAL_GROUPS)} leave the group out.\n"
+    optional = ", ".join(f"`{group}=null`" for group in OPTIONAL_GROUPS)
+    yield f"Each of {optional} leaves out its group.\n"
     yield _table(("choice", "what it is"), _choices())
     yield "## The run\n"
-    yield "At the root.\n"
+    yield "These settings are at the root of the config.\n"
     yield _fields(RunSettings)
     yield "## Every stage\n"
-    yield "Below `stages.NAME`.\n"
+    yield "These settings are below `stages.NAME`.\n"
     yield _fields(StageConfig)
     yield "## Every training stage\n"
-    yield "`distill`, `correct_teacher`, and the training runs of `successive_halving`.\n"
+    yield "`distill`, `correct_teacher` and the trainings of `successive_halving` have them.\n"
     yield _fields(TrainingConfig, without=StageConfig)
     for name in stage_names():
         yield from _stage(name)
     yield "## hardware\n"
-    yield "A device's profile, such as `hardware=h100`; its file in `conf/hardware` sets most.\n"
+    yield "A device profile such as `hardware=h100`; a file in `conf/hardware` sets most fields.\n"
     yield _fields(Hardware)
     for kind in (LocalConfig, DockerConfig, SlurmConfig):
         yield f"## cluster={kind.executor}\n"
@@ -119,7 +120,7 @@ def _fields(
 def _rows(
     kind: type, values: Mapping[str, Any], prefix: str = "", without: type | None = None
 ) -> Iterator[tuple[str, ...]]:
-    """Yields name, type, default and meaning of each field, and of those of nested dataclasses."""
+    """Yields name, type, default and meaning of each field, also in nested dataclasses."""
     hints, meanings = typing.get_type_hints(kind, include_extras=True), _meanings(kind)
     skipped = {field.name for field in fields(without)} if without else set()
     for field in (field for field in fields(kind) if field.name not in skipped):

@@ -72,7 +72,7 @@ def compose(*words: str) -> DictConfig:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose("config", hydra_words(words), return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
-    OmegaConf.set_struct(cfg, False)
+    OmegaConf.set_struct(cfg, False)  # otherwise nothing can be deleted
     del cfg["hydra"]
     OmegaConf.set_struct(cfg, True)
     return cfg

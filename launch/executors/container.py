@@ -83,7 +83,7 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
     """
     writable = {Path.cwd(), stage.directory.parent, cache_dir().absolute()}
     writable |= {Path(folder) for folder in hub_folders().values()}
-    external = stage.stage.external(stage.config)
+    external = stage.definition.external(stage.config)
     readable = {ref.directory for ref in stage.inputs.values()} | {
         path.absolute() for path in external.values()
     }

@@ -55,7 +55,7 @@ def prepare(plan: Plan, cluster: LocalConfig) -> Plan:
     """Refuses stages that need several machines, or a library that is missing here."""
     require_one_machine(plan, cluster)
     for stage in plan.todo():
-        stage.stage.check_machine(stage.config)
+        stage.definition.check_machine(stage.config)
     return plan
 
 
@@ -132,7 +132,7 @@ def may_fork(stage: PlannedStage) -> bool:
     Libraries read environment variables when they are imported, so a stage with ``resources.env``
     needs a new process. A search whose training runs take several devices needs a new process, too.
     """
-    return stage.stage.needs_torch and stage.devices == 1 and not stage.config.resources.env
+    return stage.definition.needs_torch and stage.devices == 1 and not stage.config.resources.env
 
 
 def start(plan: Plan, cluster: LocalConfig, follow: Follow, console: Console) -> bool:

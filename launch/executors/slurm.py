@@ -205,7 +205,7 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         # image's values, if the image sets them.
         container_env=[*env, "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT"],
         home=container.home(stage),
-        local_caches=container.LOCAL_CACHES if stage.stage.needs_torch else (),
+        local_caches=container.LOCAL_CACHES if stage.definition.needs_torch else (),
         python=shlex.quote(cluster.python or ("python" if image else sys.executable)),
         mpi=cluster.mpi.get(stage.config.stage) if stage.needs_tensorrt_llm else None,
         margin_seconds=_margin_seconds(stage, cluster),
@@ -255,8 +255,8 @@ def submit_script(plan: Plan) -> str:
     for stage in pending:
         inputs = {ref.directory for ref in stage.inputs.values()}
         needed = sorted(job_variables[directory] for directory in inputs & job_variables.keys())
-        after = "afterok" + "".join(f":${name}" for name in needed) + "," if needed else ""
-        jobs.append((stage, job_variables[stage.directory], f"{after}singleton"))
+        afterok = "afterok" + "".join(f":${name}" for name in needed) + "," if needed else ""
+        jobs.append((stage, job_variables[stage.directory], f"{afterok}singleton"))
     return _render(
         "submit.sh.j2", run_dir=plan.run_dir, record=RECORD, test_only=TEST_ONLY, jobs=jobs
     )

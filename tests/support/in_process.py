@@ -69,7 +69,7 @@ def _start(plan: Plan, cluster: Cluster, follow: Follow, console: Console) -> bo
             if stage.config.resources.devices > 1:
                 local.run(stage, follower, stage_ranks)
             else:
-                _run(stage.stage, stage.directory / REQUEST)
+                _run(stage.definition, stage.directory / REQUEST)
     return True
 
 

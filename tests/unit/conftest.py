@@ -131,7 +131,7 @@ def write_complete(stage: PlannedStage, content: str = "result") -> None:
     artifact = stage.directory / ARTIFACT
     artifact.mkdir(parents=True, exist_ok=True)
     (artifact / "data.bin").write_text(f"{content} of {stage.name}")
-    kind = stage.stage.kind
+    kind = stage.definition.kind
     manifest = replace(
         bare_manifest(stage.config.stage, kind, RESULTS.get(stage.config.stage)),
         fingerprint=stage.fingerprint,

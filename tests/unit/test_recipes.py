@@ -57,8 +57,8 @@ def test_recipes_plan_every_stage(recipe: str, plan: MakePlan) -> None:
     assert {stage.action for stage in planned.stages} == {"run"}
     for stage in planned.stages:
         assert stage.module == f"recipes.stages.{stage.config.stage}"
-        needed = stage.stage.inputs
-        assert needed.keys() <= stage.inputs.keys() <= {*needed, *stage.stage.optional_inputs}
+        needed = stage.definition.inputs
+        assert needed.keys() <= stage.inputs.keys() <= {*needed, *stage.definition.optional_inputs}
 
 
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size")

@@ -151,27 +151,27 @@ def test_only_stages_on_gpus_get_gpus_and_mpi_and_torchrun(
             assert ("torch.distributed.run" in text) == (stage.name == "prune")
     assert "-m recipes.core.worker recipes.stages.plan" in slurm.job_script(plan.stages[0], cluster)
     plan, cluster = prepared(*DOCKER)
-    for name, words in (("report", []), ("prune", ["--gpus=all"])):
-        assert docker.command(stage_named(plan, name), cluster)[1] == words
+    for name, gpu_options in (("report", []), ("prune", ["--gpus=all"])):
+        assert docker.command(stage_named(plan, name), cluster)[1] == gpu_options
 
 
 def test_the_backend_of_an_existing_engine_decides_whether_speed_is_measured_on_a_gpu(
     prepared: Prepared, plan: MakePlan, complete: Complete, tmp_path: Path
 ) -> None:
     complete(plan("engine=openvino"))
-    other = (tmp_path / "run" / "build_teacher_engine").rename(tmp_path / "other")
-    inputs = f"stages.measure_speed.inputs.teacher_engine={other}"
+    engine = (tmp_path / "run" / "build_teacher_engine").rename(tmp_path / "other")
+    inputs = f"stages.measure_speed.inputs.teacher_engine={engine}"
     for backend, on_gpu in (("openvino", False), ("tensorrt_llm", True)):
-        manifest = json.loads((other / "manifest.json").read_text())
+        manifest = json.loads((engine / "manifest.json").read_text())
         manifest["config"]["backend"] = backend
-        (other / "manifest.json").write_text(json.dumps(manifest))
+        (engine / "manifest.json").write_text(json.dumps(manifest))
         words = (ENGINE_IMAGE, "engine=openvino", inputs, "~stages.build_teacher_engine")
         planned, _ = prepared(*SLURM, *words)
         assert stage_named(planned, "measure_speed").needs_gpu == on_gpu
 
 
 def test_training_stops_before_the_limit_and_may_take_whole_nodes(prepared: Prepared) -> None:
-    """The margin is the planned time of its last steps, a minimum, or a setting."""
+    """The margin is the planned time of the last steps, the minimum, or the setting."""
     for margin, flops in (("null", 9.89e14), ("null", 1e10), ("30", 1e10)):
         exclusive = "true" if margin == "30" else "null"
         plan, cluster = prepared(

@@ -27,12 +27,11 @@ if TYPE_CHECKING:
     from tests.unit.conftest import Complete, Compose, MakePlan
 
 GROUPS = ("model=", "heal=", "teacher=", "tasks=", "engine=")
-
-D = "stages.distill."
+"""Overrides that Hydra must compose; all others only set a field."""
+D, S, T = "stages.distill.", "stages.score.", "stages.evaluate_tasks."
+"""Prefixes of settings."""
 BFLOAT16 = "hardware.precision=bf16-mixed"
 """Sets the precision, whose default depends on this machine's processor."""
-S = "stages.score."
-T = "stages.evaluate_tasks."
 MOE = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "num_experts": 4,

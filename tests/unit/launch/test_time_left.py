@@ -90,7 +90,7 @@ def test_progress_of_unfinished_work_replaces_its_planned_time(
     begin_work(distill, unfinished_manifest(read_request(distill)))
     write_steps(distill)
     statuses = read_statuses(planned.run_dir)
-    assert time_left(planned.run_dir, statuses) == pytest.approx(49 + pace * AFTER)
+    assert time_left(planned.run_dir, statuses) == pytest.approx(49 + pace * AFTER)  # 7 steps
     complete = [stage for stage in statuses if stage.result]
     assert [stage.name for stage in complete] == list(BEFORE)
     assert time_left(planned.run_dir, complete) is None
