@@ -194,7 +194,7 @@ def test_only_answers_of_conversations_count(
     between user and assistant.
     """
     (tmp_path / "prose.txt").write_text("\n\n".join(f"a line, the {n}th" for n in range(99)))
-    chats = write_chats(tmp_path / "chats.jsonl", text_file, letters=4)
+    chats = write_chats(tmp_path / "chats.jsonl", text_file, length=4)
     data = prepare_text(models, tmp_path, [chats], heldout_sources=[str(tmp_path / "prose.txt")])
     result = data.manifest.result(DatasetResult)
     end, (prose, conversations) = result.document_end, result.source_tokens["heldout"]
