@@ -25,8 +25,8 @@ from tests.support.reports import (
     make_inputs,
     make_optional_inputs,
     render_page,
-    stage,
     with_result,
+    write_stage,
 )
 from tests.support.results import NASTY, RESULTS, STEPS, STUDENT, TEACHER
 
@@ -180,10 +180,10 @@ def test_flops_of_a_cached_teacher_are_those_of_cache_logits(tmp_path: Path) -> 
     run = tmp_path / "run"
     inputs = make_inputs(run)
     config = CacheLogitsConfig("cache_logits")
-    cache = stage(
+    cache = write_stage(
         run, config, "logit_cache", {"a": 5}, CacheResult(3036, 4000, 777_216, 258, 3.02, 0.01)
     )
-    stage(run, StageConfig("unrelated"), "plan", {"b": 6}, PlanResult({}, []))
+    write_stage(run, StageConfig("unrelated"), "plan", {"b": 6}, PlanResult({}, []))
     inputs["distilled"].manifest.inputs["teacher"] = cache.manifest.fingerprint
     page = Page(render_page(inputs, tmp_path))
     assert 777_216 * forward_flops(TEACHER, 256) in page.numbers()
