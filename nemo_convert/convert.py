@@ -38,7 +38,7 @@ class MergedWeights:
     def __call__(self, key: str, index: tuple[int, ...]) -> torch.Tensor:
         """Returns the weight of a checkpoint key at ``index`` (layer, expert)."""
         weight = self._by_key[key]
-        indices = dict(zip(weight.counts(self._arch), index, strict=True))
+        indices = dict(zip(weight.stack_sizes(self._arch), index, strict=True))
         return weight.merge(self._arch, [self._weights.read(n) for n in weight.hf_names(indices)])
 
 

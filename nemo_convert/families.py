@@ -19,8 +19,8 @@ class Weight:
     """One Megatron weight and the Hugging Face weights that it consists of.
 
     ``{i}`` in a name is the layer, ``{e}`` the expert. ``shape`` is the shape without parallelism.
-    ``merge`` builds the weight from the Hugging Face ones, ``split`` is its inverse. Both move
-    values without changing them.
+    ``merge`` builds the Megatron weight from the Hugging Face weights; ``split`` is the inverse.
+    Neither changes a value.
     """
 
     megatron: str
@@ -29,7 +29,7 @@ class Weight:
     merge: Callable[[Architecture, list[torch.Tensor]], torch.Tensor]
     split: Callable[[Architecture, torch.Tensor], list[torch.Tensor]]
     hf_rows: Callable[[Architecture], tuple[int, ...]] | None = None
-    """Returns the rows of each Hugging Face weight; ``None`` if all have the same number."""
+    """Returns the number of rows of each Hugging Face weight; ``None`` if the numbers are equal."""
 
     @property
     def checkpoint_key(self) -> str:
@@ -40,8 +40,8 @@ class Weight:
         key = self.megatron.replace(".{i}.", ".")
         return key.replace("experts.", "experts.experts.").replace("{e}", "")
 
-    def counts(self, architecture: Architecture) -> dict[str, int]:
-        """Returns the number of layers (``i``) and experts (``e``), if the name depends on them."""
+    def stack_sizes(self, architecture: Architecture) -> dict[str, int]:
+        """Returns the number of layers (``i``) and experts (``e``) whose weights have this name."""
         letters = {"i": architecture.num_layers, "e": architecture.num_moe_experts}
         return {x: count for x, count in letters.items() if f"{{{x}}}" in self.megatron}
 
@@ -86,9 +86,9 @@ class Family:
         for weight in self.weights:
             if weight.megatron == OUTPUT_LAYER and architecture.tied_embeddings:
                 continue
-            counts = weight.counts(architecture)
-            for indices in product(*map(range, counts.values())):
-                yield weight, dict(zip(counts, indices, strict=True))
+            stack_sizes = weight.stack_sizes(architecture)
+            for indices in product(*map(range, stack_sizes.values())):
+                yield weight, dict(zip(stack_sizes, indices, strict=True))
 
     def hf_shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of a model's Hugging Face weights by name."""

@@ -77,7 +77,7 @@ def write(
         file: The new file.
         matrix_type: One of ``MATRIX_TYPES``. ``q8_0`` has blocks of 32 values, so matrices whose
             row length is not a multiple of 32 become ``f16``.
-        progress: Called with the number of tensors written and their total.
+        progress: Called with the number of written tensors and the number of all tensors.
 
     Raises:
         RecipeError: llama.cpp has no name for the tokenizer's pre-tokenizer.
@@ -126,7 +126,7 @@ def architecture_name(architecture: Architecture) -> str:
 def _weights(
     weights: hf.Weights, architecture: Architecture, name: str, matrix_type: str
 ) -> Iterator[_Tensor]:
-    """Yields every weight of a folder by its name in the file."""
+    """Yields every weight of a folder, under its name in the GGUF file."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     arch = next(arch for arch, arch_name in MODEL_ARCH_NAMES.items() if arch_name == name)

@@ -28,11 +28,11 @@ LFS_POINTER = b"version https://git-lfs"
 PYTORCH_FORMATS = ("pt", "mlx")
 """Values of ``format`` in a file's metadata that transformers accepts for PyTorch models."""
 FIRST_BYTES = 100_000
-"""Bytes of a file that are read first. They contain the whole header of most files."""
+"""Number of bytes that are read first. They contain the whole header of most files."""
 MAX_HEADER_BYTES = 100_000_000
 """Longest header that safetensors reads."""
 CHUNK_BYTES = 4 << 20
-"""Bytes of a local tensor that are compared at a time."""
+"""Number of bytes of a local tensor that are compared at a time."""
 HEADER_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
 """Errors that parsing raises for bytes that are not a header."""
 SAMPLES, SAMPLE_BYTES = 8, 64 << 10
@@ -165,7 +165,7 @@ def _read_header(hf_path: str, file: str, label: str) -> dict[str, StoredTensor]
 
 
 def _require_contiguous(tensors: Iterable[StoredTensor], begin: int, length: int | None) -> None:
-    """Raises ``ValueError`` unless the tensors fill a file, as safetensors requires.
+    """Raises ``ValueError`` unless the tensors fill a file without gaps, as safetensors requires.
 
     safetensors' own check needs numpy or torch, which a login node may lack.
     """
@@ -231,7 +231,7 @@ def _file_size(hf_path: str, file: str) -> int | None:
 
 
 def _require_known_format(file: str, metadata: Mapping[str, str] | None) -> None:
-    """Refuses metadata with another format, which transformers would not read."""
+    """Refuses formats that are not in ``PYTORCH_FORMATS``; transformers would not read the file."""
     if metadata and metadata.get("format") not in PYTORCH_FORMATS:
         raise RecipeError(
             f"{file} has the format {metadata.get('format')} in its metadata, not pt.",

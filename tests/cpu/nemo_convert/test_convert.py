@@ -253,6 +253,7 @@ def test_a_call_in_an_object_named_paths_is_refused(odd_nemo: Path, tmp_path: Pa
     """Contexts also have harmless lists under the key ``paths``."""
 
     def plant(objects: dict[str, Any]) -> None:
+        # The object that names the tokenizer's class gets the key "paths", and another function.
         name = objects["auto_tokenizer_1"]["metadata"]["key"]
         objects["paths"] = objects.pop(name)
         objects["auto_tokenizer_1"]["metadata"]["key"] = "paths"
@@ -272,6 +273,7 @@ def test_remote_code_behind_another_label_is_refused(odd_nemo: Path, tmp_path: P
     def plant(objects: dict[str, Any]) -> None:
         metadata = objects[objects["auto_tokenizer_1"]["metadata"]["key"]]
         names = objects[metadata["items"][1][1]["key"]]
+        # The item's label is use_fast, but the metadata name the argument trust_remote_code.
         for owner, value in ((names, "trust_remote_code"), (objects["auto_tokenizer_1"], True)):
             item = {"type": "leaf", "value": value, "paths": []}
             owner["items"].append(["Attr(name='use_fast')", item])
