@@ -34,7 +34,7 @@ from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.limits import limit_problems
 from recipes.planning.rules import ERROR, Problem, require_none
-from recipes.report.gates import Gate, known_names, parse, problems
+from recipes.report.gates import Gate, gate_problems, metric_names, parse_gate
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,9 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
 
 def _gates(settings: RunSettings, configs: Mapping[str, StageConfig]) -> tuple[Gate, ...]:
     """Parses the recipe's gates; refuses gates on values that no stage measures."""
-    gates = tuple(map(parse, settings.gates))
+    gates = tuple(map(parse_gate, settings.gates))
     kinds = {name: stage_of(config).kind for name, config in configs.items()}
-    require_none(problems(gates, known_names(configs, kinds)))
+    require_none(gate_problems(gates, metric_names(configs, kinds)))
     return gates
 
 

@@ -108,7 +108,9 @@ class PredictionMetrics:
 
 
 @torch.no_grad()
-def compare(models: Mapping[str, FinalStates], text: TextSequences) -> dict[str, PredictionMetrics]:
+def compare_predictions(
+    models: Mapping[str, FinalStates], text: TextSequences
+) -> dict[str, PredictionMetrics]:
     """Compares each model with the teacher. ``models`` maps roles to models, teacher included."""
     chunks_of: dict[str, list[Tensor]] = {role: [] for role in models}
     teacher, all_targets = models[TEACHER], text.targets

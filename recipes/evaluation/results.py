@@ -294,9 +294,11 @@ def score_of(metric: str, items: Sequence[Item]) -> Score:
     return Score(fmean(values), standard_error(values))
 
 
-def compare(metric: str, items: Mapping[str, Sequence[Item]]) -> TaskScores:
+def compare_scores(metric: str, items: Mapping[str, Sequence[Item]]) -> TaskScores:
     """Compares models by a metric. Each role has the same items in the same order."""
-    return _compare(metric, {role: [i.metrics[metric] for i in items[role]] for role in ROLES})
+    return _compare_values(
+        metric, {role: [i.metrics[metric] for i in items[role]] for role in ROLES}
+    )
 
 
 def compare_answers(items: Mapping[str, Sequence[Item]]) -> TaskScores | None:
@@ -310,7 +312,7 @@ def compare_answers(items: Mapping[str, Sequence[Item]]) -> TaskScores | None:
     """
     values = {role: answer_values(items[role]) for role in ROLES}
     scored = {role: row for role, row in values.items() if row is not None}
-    return _compare(ANSWER_METRIC, scored) if len(scored) == len(ROLES) else None
+    return _compare_values(ANSWER_METRIC, scored) if len(scored) == len(ROLES) else None
 
 
 def answer_values(items: Sequence[Item]) -> list[float] | None:
@@ -326,7 +328,7 @@ def answer_values(items: Sequence[Item]) -> list[float] | None:
     return values
 
 
-def _compare(metric: str, values: Mapping[str, Sequence[float]]) -> TaskScores:
+def _compare_values(metric: str, values: Mapping[str, Sequence[float]]) -> TaskScores:
     teacher, pruned, distilled = (values[role] for role in ROLES)
     return TaskScores(
         metric,

@@ -18,8 +18,8 @@ from recipes.evaluation.results import (
     ROLES,
     TaskResult,
     TaskResults,
-    compare,
     compare_answers,
+    compare_scores,
     score_of,
 )
 from recipes.evaluation.settings import HARNESS, EvaluateTasksConfig
@@ -57,7 +57,7 @@ def score(
         require_same_items(task.name, items)
         write_samples(out / "samples" / f"{task.name}.jsonl", items)
         results[task.name] = TaskResult(
-            **vars(compare(task.metric, items)),
+            **vars(compare_scores(task.metric, items)),
             version=task.version,
             seconds={name: answers[name][task.name].seconds for name in paths},
             answers=compare_answers(items),

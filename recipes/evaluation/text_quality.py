@@ -38,7 +38,7 @@ from recipes.evaluation.predictions import (
     FinalStates,
     PredictionMetrics,
     Predictor,
-    compare,
+    compare_predictions,
     compute_states,
 )
 from recipes.evaluation.ranks import gather
@@ -97,7 +97,10 @@ def measure(
             generations[role] = _generate(cfg, model, prompts, tokenizer.eos_token_id)
         del model
     scores = _gather_scores(
-        {role: Scores.of(values, rank_text) for role, values in compare(states, rank_text).items()}
+        {
+            role: Scores.of(values, rank_text)
+            for role, values in compare_predictions(states, rank_text).items()
+        }
     )
     results = {
         role: ModelQuality(**vars(role_scores.quality()), parameters=parameters[role])
@@ -197,7 +200,7 @@ def score(
     for start in range(0, len(text), micro_batch_size):
         batch = text[start : start + micro_batch_size]
         states = {role: compute_states(model, batch, len(batch)) for role, model in models.items()}
-        for role, metrics in compare(states, batch).items():
+        for role, metrics in compare_predictions(states, batch).items():
             scores[role] += Scores.of(metrics, batch)
         log.progress("evaluate", start + len(batch), len(text))
     return scores
@@ -205,7 +208,7 @@ def score(
 
 def token_quality(teacher: FinalStates, student: FinalStates, text: TextSequences) -> TokenQuality:
     """Compares a student with its teacher."""
-    metrics = compare({TEACHER: teacher, "student": student}, text)["student"]
+    metrics = compare_predictions({TEACHER: teacher, "student": student}, text)["student"]
     loss, kl = (values.double().mean().item() for values in (metrics.losses, metrics.divergences))
     return TokenQuality(math.exp(loss), kl)
 

@@ -101,7 +101,7 @@ class Verdict:
         return f"{self.gate}: {text}"
 
 
-def parse(text: str) -> Gate:
+def parse_gate(text: str) -> Gate:
     """Parses ``NAME OP NUMBER``.
 
     Raises:
@@ -116,7 +116,7 @@ def parse(text: str) -> Gate:
     return Gate(match["name"], match["operator"], float(match["threshold"]))
 
 
-def known_names(stages: Mapping[str, StageConfig], kinds: Mapping[str, str]) -> list[str]:
+def metric_names(stages: Mapping[str, StageConfig], kinds: Mapping[str, str]) -> list[str]:
     """Returns the names of all values that a recipe measures.
 
     Args:
@@ -138,7 +138,7 @@ def known_names(stages: Mapping[str, StageConfig], kinds: Mapping[str, str]) -> 
     return names
 
 
-def problems(gates: Iterable[Gate], names: Collection[str]) -> Iterator[Problem]:
+def gate_problems(gates: Iterable[Gate], names: Collection[str]) -> Iterator[Problem]:
     """Yields a problem for each gate on a value that the recipe does not measure."""
     for gate in gates:
         if gate.name not in names:

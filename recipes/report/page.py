@@ -24,7 +24,7 @@ from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.results import HealResult, PruneResult
 from recipes.report.cost import cost_sections, model_flops, upstream, versions
 from recipes.report.format import render_template
-from recipes.report.gates import judge, parse
+from recipes.report.gates import judge, parse_gate
 from recipes.report.plots import (
     SMOOTHING,
     Point,
@@ -87,7 +87,7 @@ def render(cfg: ReportConfig, inputs: Inputs, path: Path) -> None:
         "time": datetime.now(UTC).isoformat(timespec="minutes"),
         "m": manifests,
         "versions": versions([*manifests.values(), *earlier.values()]),
-        "gates": judge(map(parse, cfg.gates), {m.kind: m for m in manifests.values()}),
+        "gates": judge(map(parse_gate, cfg.gates), {m.kind: m for m in manifests.values()}),
         **sections(manifests, earlier),
         **(_distillation(inputs, earlier) if "evaluation" in inputs else {}),
         **cost_sections(

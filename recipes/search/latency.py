@@ -63,7 +63,7 @@ def step_ms(row: BenchmarkRow) -> float:
     return 1e3 * row.batch_size / row.decode_tokens_per_second.median
 
 
-def fit(
+def fit_latency(
     shapes: Sequence[Architecture], step_times: Sequence[float], service: Service
 ) -> LatencyFit:
     """Fits a latency model by least squares of the relative errors; no coefficient is negative.

@@ -225,14 +225,14 @@ def enumerate_shapes(
     return sorted(shapes, key=lambda shape: -shape.parameters())
 
 
-def corners(teacher: Architecture, space: Space) -> list[Architecture]:
+def corner_shapes(teacher: Architecture, space: Space) -> list[Architecture]:
     """Returns the teacher, and shapes with one axis or all axes at their minimum."""
     smallest = {axis: min(_choices(teacher, space, axis)) for axis in SEARCH_AXES}
     one_axis_pruned = (_resize(teacher, {axis: size}) for axis, size in smallest.items())
     return list(dict.fromkeys([teacher, *one_axis_pruned, _resize(teacher, smallest)]))
 
 
-def middle(teacher: Architecture, space: Space) -> Architecture:
+def middle_shape(teacher: Architecture, space: Space) -> Architecture:
     """Returns a shape between the corners."""
     choices = {axis: _choices(teacher, space, axis) for axis in SEARCH_AXES}
     return _resize(teacher, {axis: sizes[len(sizes) // 2] for axis, sizes in choices.items()})

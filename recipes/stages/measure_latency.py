@@ -23,10 +23,10 @@ from recipes.engines.bench import cpu_threads, measure, start_worker
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.rules import Problem
-from recipes.search.latency import build_random_engine, fit, step_ms
+from recipes.search.latency import build_random_engine, fit_latency, step_ms
 from recipes.search.results import LatencyResult, TimedShape
 from recipes.search.settings import EnumerateShapesConfig, MeasureLatencyConfig
-from recipes.search.space import corners, latency_ms, middle, name_of
+from recipes.search.space import corner_shapes, latency_ms, middle_shape, name_of
 from recipes.stages.contract import Stage
 
 FILE = "latency.json"
@@ -62,7 +62,7 @@ def check(cfg: MeasureLatencyConfig, chain: Chain) -> Iterator[Problem]:
 
 def disk_bytes(cfg: MeasureLatencyConfig, chain: Chain) -> int:
     """Returns an upper bound: for each shape, the teacher's parameters in bfloat16 and float32."""
-    shapes = len(corners(chain.teacher, cfg.space)) + 1  # with the middle
+    shapes = len(corner_shapes(chain.teacher, cfg.space)) + 1  # with the middle
     return shapes * (2 + 4) * chain.teacher.parameters()
 
 
@@ -74,7 +74,7 @@ def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
     checkpoint = nemo.find_checkpoint(inputs["checkpoint"].artifact)
     side_files, config = nemo.side_folder(checkpoint), nemo.read_config(checkpoint)
     teacher = read_architecture(config, str(side_files))
-    fitted, unseen = corners(teacher, cfg.space), middle(teacher, cfg.space)
+    fitted, unseen = corner_shapes(teacher, cfg.space), middle_shape(teacher, cfg.space)
     shapes = [*fitted, *([] if unseen in fitted else [unseen])]
     scratch = out.parent / "engines"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -87,7 +87,7 @@ def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
     start = partial(start_worker, scratch / "trtllm_bench", threads)
     rows = measure(models, [cfg.request()], cfg.repetitions, start, log)
     step_times = [step_ms(row) for row in rows]
-    latency_model = fit(fitted, step_times[: len(fitted)], cfg.service)
+    latency_model = fit_latency(fitted, step_times[: len(fitted)], cfg.service)
     service = replace(cfg.service, measured=latency_model)
     result = LatencyResult(
         measured=latency_model,

@@ -8,7 +8,7 @@ from statistics import fmean
 import pytest
 
 from recipes.core.statistics import difference, standard_error
-from recipes.evaluation.results import Item, compare, compare_answers, recovered
+from recipes.evaluation.results import Item, compare_answers, compare_scores, recovered
 
 RIGHT, WRONG = [1.0], [0.0]
 
@@ -58,7 +58,7 @@ def test_models_are_compared_by_a_metric() -> None:
         role: [Item("", "", "", "", "", {"acc": value, "other": 7.0}) for value in row]
         for role, row in values.items()
     }
-    scores = compare("acc", items)
+    scores = compare_scores("acc", items)
     assert (scores.metric, scores.items) == ("acc", 5)
     assert scores.teacher.value == pytest.approx(0.8)
     assert scores.distilled.standard_error == pytest.approx(math.sqrt(0.3 / 5))

@@ -20,7 +20,7 @@ from recipes.evaluation.results import (
     ServedResult,
     TaskResults,
 )
-from recipes.report.gates import TASK_METRICS, TEXT_METRICS, Gate, judge, parse
+from recipes.report.gates import TASK_METRICS, TEXT_METRICS, Gate, judge, parse_gate
 from tests.support.manifests import bare_manifest
 from tests.support.results import RESULTS
 
@@ -79,8 +79,8 @@ MEASURED = manifests(EVALUATED, TASKS, replace(BENCHMARK, speedups=SPEEDUPS), SE
     ],
 )
 def test_valid_gates_are_parsed(text: str, gate: Gate) -> None:
-    assert parse(text) == gate
-    assert parse(str(gate)) == gate
+    assert parse_gate(text) == gate
+    assert parse_gate(str(gate)) == gate
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_valid_gates_are_parsed(text: str, gate: Gate) -> None:
 )
 def test_invalid_gates_are_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="NAME OP NUMBER"):
-        parse(text)
+        parse_gate(text)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_invalid_gates_are_refused(text: str) -> None:
 def test_a_gate_passes_if_its_value_is_in_range(
     text: str, measured: float | None, passed: bool
 ) -> None:
-    [verdict] = judge([parse(text)], MEASURED)
+    [verdict] = judge([parse_gate(text)], MEASURED)
     assert (verdict.measured, verdict.passed) == (measured, passed)
     assert str(verdict).startswith(text)
 
@@ -128,9 +128,11 @@ def test_a_gate_passes_if_its_value_is_in_range(
 def test_a_gate_on_an_undefined_value_fails() -> None:
     undefined = manifests(replace(BENCHMARK, speedups=[]), replace(EVALUATED, recovered=math.nan))
     gates = ["speedup.decode > 1", "recovered > 0", "recovered < 1"]
-    assert [v.passed for v in judge(map(parse, gates), undefined)] == [False, False, False]
-    assert judge([parse("score.sciq > 0")], undefined) == []
-    [verdict] = judge([parse("served_perplexity_ratio < 2")], manifests(replace(SERVED, text=None)))
+    assert [v.passed for v in judge(map(parse_gate, gates), undefined)] == [False, False, False]
+    assert judge([parse_gate("score.sciq > 0")], undefined) == []
+    [verdict] = judge(
+        [parse_gate("served_perplexity_ratio < 2")], manifests(replace(SERVED, text=None))
+    )
     assert (verdict.measured, verdict.passed) == (None, False)
 
 

@@ -10,17 +10,17 @@ import pytest
 
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
-from recipes.search.latency import fit
+from recipes.search.latency import fit_latency
 from recipes.search.space import (
     LatencyFit,
     Service,
     Space,
     cache_bytes,
-    corners,
+    corner_shapes,
     enumerate_shapes,
     latency_ms,
     memory_bytes,
-    middle,
+    middle_shape,
     name_of,
     read_gigabytes,
     weight_bytes,
@@ -127,11 +127,11 @@ def test_costs_of_serving() -> None:
 def test_a_latency_model_is_fitted_and_limits_shapes() -> None:
     """A step takes 2 ms, 0.1 ms per layer and 20 ms per 10⁹ bytes."""
     exact, service = LatencyFit(2.0, 0.1, 20.0), Service(precision="fp32", context_length=256)
-    shapes = corners(SMOLLM2, Space(prune_heads=True))
+    shapes = corner_shapes(SMOLLM2, Space(prune_heads=True))
     assert len(shapes) == 6
     steps = [latency_ms(s, dataclasses.replace(service, measured=exact)) for s in shapes]
     assert steps[0] == pytest.approx(2 + 3 + 20 * read_gigabytes(SMOLLM2, service))
-    latency = fit(shapes, steps, service)
+    latency = fit_latency(shapes, steps, service)
     assert dataclasses.astuple(latency) == pytest.approx(dataclasses.astuple(exact), rel=1e-3)
     measured = dataclasses.replace(service, measured=latency)
     fast = enumerate_shapes(SMOLLM2, Space(), {"latency_ms": 0.8}, measured)
@@ -151,20 +151,20 @@ def test_a_latency_model_is_fitted_and_limits_shapes() -> None:
 
 def test_fitted_times_are_not_negative() -> None:
     """Noise can make shapes with fewer layers look slower."""
-    shapes, service = corners(SMOLLM2, Space()), Service()
+    shapes, service = corner_shapes(SMOLLM2, Space()), Service()
     steps = [10 * read_gigabytes(s, service) - 0.01 * s.num_layers for s in shapes]
-    latency = fit(shapes, steps, service)
+    latency = fit_latency(shapes, steps, service)
     assert min(dataclasses.astuple(latency)) >= 0
     assert latency.gigabyte_ms > 0
 
 
 def test_latency_that_does_not_depend_on_size_is_refused() -> None:
-    shapes = corners(SMOLLM2, Space())
+    shapes = corner_shapes(SMOLLM2, Space())
     with pytest.raises(RecipeError, match="smaller engines were not faster"):
-        fit(shapes, [3.0 + 0.1 * n for n in range(len(shapes))], Service())
+        fit_latency(shapes, [3.0 + 0.1 * n for n in range(len(shapes))], Service())
 
 
 def test_the_middle_is_between_the_corners() -> None:
-    shape = middle(SMOLLM2, Space())
+    shape = middle_shape(SMOLLM2, Space())
     assert 18 < shape.num_layers < 30
     assert 384 < shape.hidden_size < 576
