@@ -22,12 +22,12 @@ from tests.support.gradients import random_tensors, value_and_gradients
 
 pytestmark = pytest.mark.skipif(missing_compiler() is not None, reason="needs a C++ compiler")
 TOKENS, VOCABULARY = 40, 101
-CHUNK = 4 * VOCABULARY * 16  # the last of its chunks is not full
+CHUNK = 4 * VOCABULARY * 16  # bytes of 16 tokens, so the last chunk of 40 tokens is not full
 LABELS = torch.arange(TOKENS) * 7 % VOCABULARY
 
 
 def loss_of(live: bool) -> Callable[[Tensor], Tensor]:
-    """Returns the KD and LM loss of a student, from a live teacher or from a cache with samples."""
+    """Returns the KD and LM loss as a function of logits. A cached teacher has tail samples."""
     generator, loss = torch.Generator().manual_seed(1), LogitsLoss()
     logits = 3 * torch.randn(TOKENS, VOCABULARY, generator=generator)
     quantiles = ((torch.arange(5) + 0.3) / 5).expand(TOKENS, -1)
@@ -50,28 +50,29 @@ def test_compiled_kernels_equal_eager(name: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(CHUNK_BYTES, "cpu", CHUNK)
     function, shapes = CASES[name]
     tensors = [tensor.float() for tensor in random_tensors(*shapes)]
-    eager, before = value_and_gradients(function, tensors), counters["stats"]["unique_graphs"]
+    eager = value_and_gradients(function, tensors)
+    graphs_before = counters["stats"]["unique_graphs"]
     with compilation():
         compiled = value_and_gradients(function, tensors)
-    assert counters["stats"]["unique_graphs"] > before
+    assert counters["stats"]["unique_graphs"] > graphs_before
     assert len(eager) > 1
-    for one, other in zip(compiled, eager, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    for actual, expected in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_is_compiled_when_disabled() -> None:
-    compiling: list[bool] = []
+    compiled_calls: list[bool] = []
 
     @compilable
     def doubled(x: Tensor) -> Tensor:
-        compiling.append(torch.compiler.is_compiling())
+        compiled_calls.append(torch.compiler.is_compiling())
         return 2 * x
 
     with compilation(False):
         assert doubled(torch.ones(2)).tolist() == [2, 2]
     with compilation(), compilation(False):
         doubled(torch.ones(2))
-    assert compiling == [False, False]
+    assert compiled_calls == [False, False]
 
 
 SOFTMAX_SCRIPT = """

@@ -1,4 +1,4 @@
-"""Forks from a server that has imported the real libraries."""
+"""Forks a stage from a server that has imported the real libraries."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from recipes.core.fork_server import fork_module, fork_server, watch_child
 
 STAGE = """
 import json, os, sys, tempfile
-there = {"torch", "transformers", "lightning", "megatron.core", "nemo.collections.llm"}
-missing = sorted(there - sys.modules.keys())
-threads = len(os.listdir(f"/proc/{os.getppid()}/task"))
+preloaded = {"torch", "transformers", "lightning", "megatron.core", "nemo.collections.llm"}
+missing = sorted(preloaded - sys.modules.keys())
+server_threads = len(os.listdir(f"/proc/{os.getppid()}/task"))
 import numpy, torch
 torch.ones(512, 512) @ torch.ones(512, 512)
-left = [n for n in os.listdir(tempfile.gettempdir()) if not n.startswith("torchinductor_")]
+names = os.listdir(tempfile.gettempdir())
+temporary_files = [name for name in names if not name.startswith("torchinductor_")]
 print(json.dumps({
-    "missing": missing, "threads_at_fork": threads, "threads": torch.get_num_threads(),
-    "own": len(os.listdir("/proc/self/task")), "numpy": numpy.random.random(),
-    "torch": torch.rand(1).item(), "left": left, "distributed": torch.distributed.is_initialized(),
+    "missing": missing, "server_threads": server_threads, "torch_threads": torch.get_num_threads(),
+    "threads": len(os.listdir("/proc/self/task")), "numpy": numpy.random.random(),
+    "torch": torch.rand(1).item(), "temporary_files": temporary_files,
+    "distributed": torch.distributed.is_initialized(),
 }))
 """
 
@@ -32,27 +34,27 @@ def test_stack_can_be_forked(tmp_path: Path) -> None:
     path = f"{REPO_ROOT}{os.pathsep}{tmp_path}"
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    given = {"PYTHONPATH": path, "OMP_NUM_THREADS": "2", "TMPDIR": str(temporary)}
-    environment = {**os.environ, **given}
-    found = []
+    variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "2", "TMPDIR": str(temporary)}
+    environment = {**os.environ, **variables}
+    reports = []
     with fork_server(PRELOADED, environment, tmp_path / "fork_server.log") as server:
         for number in range(2):
             log = tmp_path / f"{number}.txt"
             with log.open("wb") as output:
-                process = fork_module(server, "a_stage", [str(tmp_path / "config.yaml")], output)
-                assert process is not None, (tmp_path / "fork_server.log").read_text()
-                with watch_child(server, process, output) as ended:
-                    while not ended():
+                pidfd = fork_module(server, "a_stage", [str(tmp_path / "config.yaml")], output)
+                assert pidfd is not None, (tmp_path / "fork_server.log").read_text()
+                with watch_child(server, pidfd, output) as has_ended:
+                    while not has_ended():
                         time.sleep(0.01)
-            found.append(json.loads(log.read_text()))
+            reports.append(json.loads(log.read_text()))
     for generator in ("numpy", "torch"):
-        assert len({one.pop(generator) for one in found}) == 2
-    for one in found:
-        assert one.pop("own") >= 2  # its own pool
-        assert one == {
+        assert len({report.pop(generator) for report in reports}) == 2
+    for report in reports:
+        assert report.pop("threads") >= 2  # the fork has started its own pool
+        assert report == {
             "missing": [],
-            "threads_at_fork": 1,
-            "threads": 2,
+            "server_threads": 1,
+            "torch_threads": 2,
             "distributed": False,
-            "left": [],  # but for torch's cache: a kill would leave it
+            "temporary_files": [],  # a killed stage would leave them; torch's cache is excluded
         }

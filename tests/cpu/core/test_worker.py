@@ -1,4 +1,4 @@
-"""The ranks of a stage, as torchrun starts them."""
+"""Tests the ranks of a stage, which torchrun starts."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import StageConfig, rank
 
 
-def slow(hash_files):
-    def hashed(*args, **kwargs):
+def slow_on_rank_0(hash_files):
+    def sleep_and_hash(*args, **kwargs):
         time.sleep({HASH_SECONDS} if rank() == 0 else 0)
         return hash_files(*args, **kwargs)
 
-    return hashed
+    return sleep_and_hash
 
 
 def run(cfg, inputs, out):
@@ -44,7 +44,8 @@ def run(cfg, inputs, out):
 
 
 worker = sys.modules["__main__"]
-worker.check_artifact, worker.stamp_files = slow(worker.check_artifact), slow(worker.stamp_files)
+worker.check_artifact = slow_on_rank_0(worker.check_artifact)
+worker.stamp_files = slow_on_rank_0(worker.stamp_files)
 STAGE = SimpleNamespace(run=run, config=StageConfig, kind="dataset")
 """
 

@@ -1,4 +1,4 @@
-"""Constraints of settings: each type of constraint, and that every number has one."""
+"""Tests each type of constraint, and that every numeric setting has a constraint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAN, INFINITE, LARGE = float("nan"), float("inf"), 10**20
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("config", "expected"),
     [
         (DistillConfig(lr=0.0), "lr=0.0: must be greater than 0"),
         (DistillConfig(max_steps=0), "max_steps=0: must be 1 or more"),
@@ -67,11 +67,11 @@ NAN, INFINITE, LARGE = float("nan"), float("inf"), 10**20
     ],
     ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
 )
-def test_invalid_value_is_named_with_its_requirement(config: Any, message: str) -> None:
+def test_error_names_the_invalid_value_and_its_requirement(config: Any, expected: str) -> None:
     config.stage = "x"
-    [found] = violations(config, "where")
-    assert found.startswith("invalid where.")
-    assert message in found
+    [message] = violations(config, "where")
+    assert message.startswith("invalid where.")
+    assert expected in message
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_invalid_value_is_named_with_its_requirement(config: Any, message: str) 
         (DistillConfig, "precision", "must be a string"),
     ],
 )
-def test_value_of_another_type_is_named(config: Any, field: str, must: str) -> None:
+def test_error_names_a_value_of_another_type(config: Any, field: str, must: str) -> None:
     settings = config(stage="x")
     setattr(settings, field, 5)
     assert f"invalid {field}=5: {must}" in list(violations(settings))
@@ -93,19 +93,20 @@ def test_unknown_memory_is_infinite() -> None:
     assert not list(violations(Hardware(memory_bytes=INFINITE)))
 
 
-def numbers(declared: type) -> list[str]:
-    """Returns the numeric fields without a constraint, of a config and of nested configs."""
-    found = []
+def unconstrained_numbers(declared: type) -> list[str]:
+    """Returns the numeric fields of a config and of nested configs that have no constraint."""
+    names = []
     for name, hint in typing.get_type_hints(declared, include_extras=True).items():
-        parts = {hint} if typing.get_origin(hint) is Annotated else {hint, *typing.get_args(hint)}
-        found += [name] if parts & {int, float} else []
-        inner = [p for p in parts if isinstance(p, type) and dataclasses.is_dataclass(p)]
-        found += [f"{name}.{field}" for part in inner for field in numbers(part)]
-    return found
+        # A constraint is in ``Annotated``, so the types inside it are not examined.
+        types = {hint} if typing.get_origin(hint) is Annotated else {hint, *typing.get_args(hint)}
+        names += [name] if types & {int, float} else []
+        nested = [t for t in types if isinstance(t, type) and dataclasses.is_dataclass(t)]
+        names += [f"{name}.{field}" for config in nested for field in unconstrained_numbers(config)]
+    return names
 
 
 @pytest.mark.parametrize(
     "config", [*(load_stage(name).config for name in stage_names()), Hardware, SlurmConfig]
 )
-def test_no_number_is_without_a_constraint(config: type) -> None:
-    assert numbers(config) == []
+def test_every_number_has_a_constraint(config: type) -> None:
+    assert unconstrained_numbers(config) == []

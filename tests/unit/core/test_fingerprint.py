@@ -44,7 +44,7 @@ MODULES = {
 }
 
 
-def forget() -> None:
+def clear_caches() -> None:
     """Clears the caches of source code."""
     fingerprint.code_fingerprint.cache_clear()
     fingerprint._read_module.cache_clear()
@@ -53,18 +53,18 @@ def forget() -> None:
 
 @pytest.fixture
 def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A small repository that replaces this one."""
+    """A small repository that replaces this repository."""
     for name, source in MODULES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(source)
     monkeypatch.setattr(fingerprint, "REPO_ROOT", tmp_path)
-    forget()
+    clear_caches()
     yield tmp_path
-    forget()
+    clear_caches()
 
 
 def fingerprint_of(module: str) -> str:
-    forget()
+    clear_caches()
     return code_fingerprint(f"recipes.{module}")
 
 
@@ -79,7 +79,7 @@ def test_digest_does_not_depend_on_key_order() -> None:
     assert digest([1, 2]) != digest([2, 1])
 
 
-def test_resources_do_not_count_as_result_settings() -> None:
+def test_resources_are_no_result_settings() -> None:
     plain = DistillConfig(stage="distill")
     large = DistillConfig(stage="distill", resources=Resources(nodes=4, devices=8, env={"A": "b"}))
     assert "resources" not in result_settings(plain)
@@ -96,25 +96,25 @@ def test_stage_fingerprint_depends_on_each_part() -> None:
     parts = (settings, "code", {"torch": "2.9.0"}, {"x": "1"}, {"y": "2"})
     base = stage_fingerprint(*parts)
     changes = ({**settings, "seq_length": 1}, "other", {"torch": "2.9.1"}, {"x": "2"}, {"y": "3"})
-    others = {
-        stage_fingerprint(*(change if i == number else part for i, part in enumerate(parts)))
-        for number, change in enumerate(changes)
+    changed = {
+        stage_fingerprint(*(change if i == changed_index else part for i, part in enumerate(parts)))
+        for changed_index, change in enumerate(changes)
     }
-    assert len(others | {base}) == 6
+    assert len(changed | {base}) == 6
     assert base == stage_fingerprint(dict(reversed(settings.items())), *parts[1:])
 
 
-def test_installed_versions_count_without_build_tags_or_else_the_locked_ones(
+def test_fingerprints_use_installed_versions_without_build_tags_or_locked_versions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = {"torch": "2.9.0a0+nv25.9", "transformers": "4.57.1"}
-    monkeypatch.setattr(versions, "installed_version", found.get)
-    here = result_versions()
-    assert (here["torch"], here["transformers"]) == ("2.9.0", "4.57.1")
-    assert here.keys() == set(versions.RESULT_LIBRARIES)
+    installed = {"torch": "2.9.0a0+nv25.9", "transformers": "4.57.1"}
+    monkeypatch.setattr(versions, "installed_version", installed.get)
+    local = result_versions()
+    assert (local["torch"], local["transformers"]) == ("2.9.0", "4.57.1")
+    assert local.keys() == set(versions.RESULT_LIBRARIES)
     in_image = result_versions(in_image=True)
     locked = versions.locked_version
-    assert here["nemo_toolkit"] == in_image["nemo_toolkit"] == locked("nemo_toolkit")
+    assert local["nemo_toolkit"] == in_image["nemo_toolkit"] == locked("nemo_toolkit")
     assert in_image["torch"] == locked("torch") != "2.9.0"
 
 
@@ -126,7 +126,9 @@ def test_installed_versions_count_without_build_tags_or_else_the_locked_ones(
         ("nemo_convert/core.py", "return x", "return -x"),
     ],
 )
-def test_imported_code_counts(repo: Path, module: str, file: str, old: str, new: str) -> None:
+def test_imported_code_changes_the_fingerprint(
+    repo: Path, module: str, file: str, old: str, new: str
+) -> None:
     before = fingerprint_of(module)
     replace_in(repo / file, old, new)
     assert fingerprint_of(module) != before
@@ -143,7 +145,7 @@ def test_imported_code_counts(repo: Path, module: str, file: str, old: str, new:
         ("pyproject.toml", "torch==2", "torch==3"),
     ],
 )
-def test_comments_format_types_and_unrelated_code_do_not_count(
+def test_comments_format_types_and_unrelated_code_do_not_change_the_fingerprint(
     repo: Path, file: str, old: str, new: str
 ) -> None:
     before = fingerprint_of("stage")
@@ -153,7 +155,7 @@ def test_comments_format_types_and_unrelated_code_do_not_count(
 
 @pytest.mark.parametrize("statement", ["from . import shared", "from .shared import VALUE"])
 def test_relative_imports_are_refused(repo: Path, statement: str) -> None:
-    """They would hide what a result depends on."""
+    """Relative imports would hide code that a result depends on."""
     (repo / "recipes" / "relative.py").write_text(f"{statement}\ndef run(): pass\n")
     with pytest.raises(ValueError, match="relative imports"):
         fingerprint_of("relative")
@@ -166,7 +168,7 @@ def test_a_missing_module_is_refused(repo: Path, module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "needed"),
+    ("stage", "module"),
     [
         ("import_hf", "nemo_convert.convert"),
         ("prepare_data", "recipes.data.split_writer"),
@@ -179,11 +181,11 @@ def test_a_missing_module_is_refused(repo: Path, module: str) -> None:
         ("build_engine", "recipes.engines.trtllm_build_worker"),
     ],
 )
-def test_stages_import_the_code_that_makes_their_result(stage: str, needed: str) -> None:
-    assert needed in imported_code(REPO_ROOT, [f"recipes.stages.{stage}"])
+def test_a_stages_fingerprint_includes_the_code_of_its_work(stage: str, module: str) -> None:
+    assert module in imported_code(REPO_ROOT, [f"recipes.stages.{stage}"])
 
 
-def test_the_reports_templates_count(root: Path) -> None:
+def test_the_reports_fingerprint_includes_its_templates(root: Path) -> None:
     [folder] = report.STAGE.external(ReportConfig()).values()
     assert folder == root / "recipes" / "report" / "templates"
     assert {"report.html.j2", "style.css"} <= external_stamp(folder).keys()

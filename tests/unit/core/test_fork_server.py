@@ -29,7 +29,7 @@ memory = bytearray(300_000_000)
 del memory
 atexit.register(lambda: print("exit of the import", flush=True))
 """
-"""A library whose import has a high peak of memory and an exit function. Forks have neither."""
+"""A library whose import has a high peak memory and an exit function. Forks must have neither."""
 STAGE = """
 import ctypes, json, os, sys
 from recipes.core.processes import peak_memory_bytes
@@ -50,11 +50,11 @@ threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 CUDA = """
 import os, sys
 from types import SimpleNamespace
-cuda, ours = SimpleNamespace(is_available=lambda: {gpu}), os.getpid()
-cuda._is_in_bad_fork = lambda: os.getpid() != ours
+cuda, importer = SimpleNamespace(is_available=lambda: {gpu}), os.getpid()
+cuda._is_in_bad_fork = lambda: os.getpid() != importer
 sys.modules["torch"] = SimpleNamespace(cuda=cuda, default_generator=SimpleNamespace(seed=int))
 """
-"""A CUDA build of torch that has looked for a GPU."""
+"""Replaces torch with a stub of a CUDA build that has looked for a GPU in this process."""
 
 
 @pytest.fixture
@@ -69,10 +69,10 @@ def environment(tmp_path: Path, root: Path) -> dict[str, str]:
 
 def run(server: socket.socket, module: str, log: Path) -> None:
     with log.open("wb") as output:
-        process = fork_module(server, module, [str(log.parent / "config.yaml")], output)
-        assert process is not None
-        with watch_child(server, process, output) as ended:
-            while not ended():
+        pidfd = fork_module(server, module, [str(log.parent / "config.yaml")], output)
+        assert pidfd is not None
+        with watch_child(server, pidfd, output) as has_ended:
+            while not has_ended():
                 time.sleep(0.01)
 
 
@@ -89,10 +89,10 @@ def test_a_fork_equals_a_new_process(environment: dict[str, str], tmp_path: Path
         for log in logs:
             run(server, "a_stage", log)
     for log in logs:
-        # The line of JSON first; C and stderr have buffers of their own.
-        line, *others = sorted(log.read_text().splitlines(), key=lambda line: line[0] != "{")
-        assert sorted(others) == ["from C", "to stderr"]  # no "exit of the import"
-        report: dict[str, Any] = json.loads(line)
+        # The order of lines varies, since C and stderr have their own buffers. JSON comes first.
+        json_line, *lines = sorted(log.read_text().splitlines(), key=lambda line: line[0] != "{")
+        assert sorted(lines) == ["from C", "to stderr"]  # no "exit of the import"
+        report: dict[str, Any] = json.loads(json_line)
         assert report.pop("preloaded")
         assert report.pop("peak") < 200e6  # without the peak of the import
         arguments = [str(tmp_path / "config.yaml")]
@@ -107,8 +107,8 @@ def test_a_fork_equals_a_new_process(environment: dict[str, str], tmp_path: Path
     assert (tmp_path / "fork_server.log").read_text() == "exit of the import\n"
 
 
-@pytest.mark.parametrize("victim", ["server", "stage", "follower"])
-def test_processes_end_with_those_they_depend_on(
+@pytest.mark.parametrize("victim", ["server", "stage", "watcher"])
+def test_the_end_of_one_process_ends_server_and_stage(
     environment: dict[str, str], tmp_path: Path, victim: str
 ) -> None:
     log = tmp_path / "log.txt"
@@ -116,28 +116,28 @@ def test_processes_end_with_those_they_depend_on(
         fork_server(["heavy"], environment, tmp_path / "fork_server.log") as server,
         log.open("wb") as output,
     ):
-        process = fork_module(server, "slow", [str(tmp_path / "config.yaml")], output)
-        assert process is not None
+        pidfd = fork_module(server, "slow", [str(tmp_path / "config.yaml")], output)
+        assert pidfd is not None
         while not log.read_text().endswith("\n"):
             time.sleep(0.01)
-        stage, parent = map(int, log.read_text().split())
-        if victim == "follower":
-            with pytest.raises(KeyboardInterrupt), watch_child(server, process, output):
+        stage_pid, server_pid = map(int, log.read_text().split())
+        if victim == "watcher":
+            with pytest.raises(KeyboardInterrupt), watch_child(server, pidfd, output):
                 raise KeyboardInterrupt
-            assert not is_running(stage)
+            assert not is_running(stage_pid)
         else:
-            os.kill(parent if victim == "server" else stage, signal.SIGKILL)
-            with watch_child(server, process, output) as ended:
+            os.kill(server_pid if victim == "server" else stage_pid, signal.SIGKILL)
+            with watch_child(server, pidfd, output) as has_ended:
                 deadline = time.monotonic() + 120
-                while not ended():
+                while not has_ended():
                     assert time.monotonic() < deadline
                     time.sleep(0.01)
-    assert not is_running(stage)
-    assert not is_running(parent)
+    assert not is_running(stage_pid)
+    assert not is_running(server_pid)
     last_lines = {
         "server": "killed with the process that it was forked from",
         "stage": death_message(-signal.SIGKILL),
-        "follower": "ended by SIGTERM",
+        "watcher": "ended by SIGTERM",
     }
     assert log.read_text().splitlines()[1:] == [last_lines[victim]]
 
@@ -167,17 +167,17 @@ def test_without_a_gpu_a_cuda_build_can_be_forked(
     assert "from C" in (tmp_path / "log.txt").read_text()
 
 
-def test_stages_with_one_rank_and_no_variables_are_forked(
+def test_stages_with_one_rank_and_no_environment_variables_are_forked(
     plan: Callable[..., Plan],
 ) -> None:
     stages = {stage.name: stage for stage in plan().stages}
 
-    def forked(name: str, **resources: Any) -> bool:
+    def is_forked(name: str, **resources: Any) -> bool:
         stage = stages[name]
         config = replace(stage.config, resources=Resources(**resources))
         return may_fork(replace(stage, config=config))
 
-    assert forked("distill")
-    assert not forked("distill", env={"LD_PRELOAD": "a.so"})
-    assert not forked("distill", devices=2)
-    assert not forked("report")  # which needs no torch
+    assert is_forked("distill")
+    assert not is_forked("distill", env={"LD_PRELOAD": "a.so"})
+    assert not is_forked("distill", devices=2)
+    assert not is_forked("report")  # a report does not import torch

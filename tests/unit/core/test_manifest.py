@@ -66,7 +66,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Licence:
-    """One field of ``Result``: ``Manifest.result`` ignores the others."""
+    """Has one field of ``Result``. ``Manifest.result`` ignores the other fields."""
 
     licence: str | None = None
 
@@ -76,33 +76,33 @@ def test_a_result_is_read_back_as_it_was_written(stage_dir: Path) -> None:
     assert manifest is not None
     written = Result(0.5, {1: 0.25, 12: 2.0}, "mit")
     write_manifest(stage_dir, replace(manifest, metrics=asdict(written)))
-    found = read_manifest(stage_dir)
-    assert found is not None
-    assert found.result(Result) == written
-    assert found.result(Licence) == Licence("mit")
-    assert found.result_if("prune", Result) == written
-    assert found.result_if("distill", Result) is None
+    manifest = read_manifest(stage_dir)
+    assert manifest is not None
+    assert manifest.result(Result) == written
+    assert manifest.result(Licence) == Licence("mit")
+    assert manifest.result_if("prune", Result) == written
+    assert manifest.result_if("distill", Result) is None
 
 
 @pytest.mark.parametrize(
-    ("metrics", "named"),
+    ("metrics", "reason"),
     [
         ({"perplexity": 0.5}, "loss: Field required"),
         ({"loss": 0.5, "scores": {"1": "high"}}, "scores.1: Input should be a valid number"),
     ],
 )
-def test_a_result_of_another_form_is_refused(
-    stage_dir: Path, metrics: dict[str, Any], named: str
+def test_a_result_with_other_fields_is_refused(
+    stage_dir: Path, metrics: dict[str, Any], reason: str
 ) -> None:
     manifest = read_manifest(stage_dir)
     assert manifest is not None
     with pytest.raises(RecipeError) as caught:
         replace(manifest, metrics=metrics).result(Result)
-    for words in ("stage prune", named, "fix: delete the manifest.json of prune"):
+    for words in ("stage prune", reason, "fix: delete the manifest.json of prune"):
         assert words in str(caught.value)
 
 
-def test_text_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_a_write_replaces_the_text_and_leaves_no_other_file(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     write_text_atomically(file, "old")
     write_text_atomically(file, "new – ü")
@@ -141,7 +141,7 @@ def test_manifest_survives_a_round_trip(stage_dir: Path) -> None:
     "text",
     ["", "{", "[]", '{"format": 1, "files": {"a": {"size": 1}}}', '{"format": 1, "files": {}}'],
 )
-def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
+def test_the_error_names_a_damaged_manifest(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(RecipeError) as caught:
         read_manifest(tmp_path)
@@ -173,7 +173,7 @@ def test_missing_changed_and_added_files_are_listed(stage_dir: Path, rehash: boo
     ],
     ids=["untouched", "touched", "changed", "changed with the old time"],
 )
-def test_change_that_keeps_size_and_time_is_found_by_hash_only(
+def test_only_hashes_detect_a_change_that_keeps_size_and_time(
     stage_dir: Path,
     text: str,
     mtime_change: int,
@@ -212,7 +212,9 @@ def test_digest_depends_on_names_and_contents_but_not_on_order_or_folder(tmp_pat
     assert digest_files(files[:2]) == digest_files([files[3], files[2]])
     files[2].write_text("changed")
     assert digest_files(files[:2]) != digest_files(files[2:])
-    assert digest_files(files) == digest_files(reversed(files)), "two files have one name"
-    before = digest_files(files[:2])
+    assert digest_files(files) == digest_files(reversed(files)), (
+        "the order of two files with the same name must not matter"
+    )
+    old_digest = digest_files(files[:2])
     files[1].rename(tmp_path / "x" / "3.json")
-    assert digest_files([files[0], tmp_path / "x" / "3.json"]) != before
+    assert digest_files([files[0], tmp_path / "x" / "3.json"]) != old_digest

@@ -1,4 +1,4 @@
-"""Settings of processes: their end, their memory, and preparations for imports."""
+"""Tests the end of child processes, the return of free memory, and preparations for imports."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ print(before / resident())
 
 
 def test_free_memory_is_returned() -> None:
-    """The program frees 200 MB in the middle of the heap, which malloc would keep."""
-    keep = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+    """The program frees 200 MB in the middle of the heap, which malloc keeps by its settings."""
+    variables = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     done = subprocess.run(
-        [sys.executable, "-c", FREED], env=os.environ | keep, cwd=REPO_ROOT,
+        [sys.executable, "-c", FREED], env=os.environ | variables, cwd=REPO_ROOT,
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert float(done.stdout) > 3
@@ -56,15 +56,15 @@ def test_free_memory_is_returned() -> None:
     ids=["parent dies later", "parent dies during the fork"],
 )
 def test_children_die_with_their_parent(delay: float, lifetime: float) -> None:
-    """All processes hold the pipe's writing end, so it closes when the last one ends."""
+    """All processes hold the pipe's writing end, so the pipe closes when the last process ends."""
     reading, writing = os.pipe()
     program = PARENT.format(delay=delay, lifetime=lifetime)
-    began = time.monotonic()
+    start = time.monotonic()
     subprocess.run([sys.executable, "-c", program], check=True, pass_fds=[writing], cwd=REPO_ROOT)
     os.close(writing)
     with os.fdopen(reading) as pipe:
         assert pipe.read() == ""
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - start < 30
 
 
 IMPORTS = """
@@ -81,5 +81,5 @@ assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
 """
 
 
-def test_megatron_compiles_nothing_when_it_is_imported() -> None:
+def test_an_import_of_megatron_compiles_nothing() -> None:
     subprocess.run([sys.executable, "-c", IMPORTS], check=True, cwd=REPO_ROOT)

@@ -1,4 +1,4 @@
-"""States of stages and runs by their files, and the order in which the files are written."""
+"""Tests which state the files of a stage or run mean, and in which order the files are written."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def start_manifest(fingerprint: str = "f", at: str = "10:00") -> Manifest:
     return replace(manifest, fingerprint=fingerprint, started_at=started_at, seconds=0.0)
 
 
-def begin(stage: Path, fingerprint: str = "f", at: str = "10:00") -> Path:
-    """Leaves unfinished work of a failed start, and returns its checkpoint."""
+def fail(stage: Path, fingerprint: str = "f", at: str = "10:00") -> Path:
+    """Writes the unfinished work of a failed start, and returns its checkpoint."""
     begin_work(stage, start_manifest(fingerprint, at))
     (stage / WORK / ARTIFACT / "half").touch()
     record_failure(stage, "old")
@@ -63,7 +63,7 @@ def begin(stage: Path, fingerprint: str = "f", at: str = "10:00") -> Path:
     return checkpoint
 
 
-def finish(stage: Path, fingerprint: str = "f", at: str = "10:00") -> None:
+def complete(stage: Path, fingerprint: str = "f", at: str = "10:00") -> None:
     begin_work(stage, start_manifest(fingerprint, at))
     complete_stage(stage, start_manifest(fingerprint, at))
 
@@ -90,12 +90,12 @@ def test_the_files_determine_the_state(tmp_path: Path) -> None:
     complete_stage(stage, start_manifest())
     assert status() is Status.COMPLETE
     assert not work.exists()
-    other = stage_state(stage, "g")
-    assert (other.status, other.result) == (Status.NOT_STARTED, read_manifest(stage))
+    stale = stage_state(stage, "g")
+    assert (stale.status, stale.result) == (Status.NOT_STARTED, read_manifest(stage))
 
 
 def test_a_result_stays_complete_while_another_start_fails(tmp_path: Path) -> None:
-    finish(tmp_path)
+    complete(tmp_path)
     begin_work(tmp_path, start_manifest(at="11:00"))
     record_failure(tmp_path, "no memory")
     assert stage_state(tmp_path, "f").status is Status.COMPLETE
@@ -112,8 +112,8 @@ def test_the_first_rank_to_fail_gives_the_reason(tmp_path: Path) -> None:
     assert stage_state(tmp_path).error == "the text is bad"
 
 
-def test_work_of_the_same_fingerprint_stays_without_its_half_artifact(tmp_path: Path) -> None:
-    checkpoint = begin(tmp_path)
+def test_work_of_the_same_fingerprint_stays_without_its_partial_artifact(tmp_path: Path) -> None:
+    checkpoint = fail(tmp_path)
     begin_work(tmp_path, start_manifest())
     assert list((tmp_path / WORK / ARTIFACT).iterdir()) == []
     assert checkpoint.exists()
@@ -122,7 +122,7 @@ def test_work_of_the_same_fingerprint_stays_without_its_half_artifact(tmp_path: 
 
 
 def test_work_of_another_fingerprint_is_deleted(tmp_path: Path) -> None:
-    checkpoint = begin(tmp_path)
+    checkpoint = fail(tmp_path)
     begin_work(tmp_path, start_manifest("g"))
     assert not checkpoint.exists()
     assert not (tmp_path / METRICS).exists()
@@ -132,22 +132,22 @@ def test_work_of_another_fingerprint_is_deleted(tmp_path: Path) -> None:
 def test_seconds_of_continued_starts_are_summed(tmp_path: Path) -> None:
     """Each start counts until its last record; a start without records adds nothing."""
 
-    def record(at: str) -> None:
+    def write_record(at: str) -> None:
         with (tmp_path / METRICS).open("a") as file:
             file.write(json.dumps({"time": datetime.fromisoformat(at).timestamp()}) + "\n")
 
     assert begin_work(tmp_path, start_manifest()) == 0
-    record("2025-01-01T10:01:30Z")
+    write_record("2025-01-01T10:01:30Z")
     assert begin_work(tmp_path, start_manifest(at="10:05")) == 90
-    record("2025-01-01T10:05:30Z")
+    write_record("2025-01-01T10:05:30Z")
     assert begin_work(tmp_path, start_manifest(at="10:10")) == 120
     assert begin_work(tmp_path, start_manifest(at="10:20")) == 120
     assert begin_work(tmp_path, start_manifest("g", at="10:30")) == 0
 
 
 def test_work_of_an_existing_result_is_leftover(tmp_path: Path) -> None:
-    """A kill can follow the writing of the manifest. A forced start deletes the old work."""
-    checkpoint = begin(tmp_path)
+    """A kill after the manifest was written leaves work. A forced start deletes this work."""
+    checkpoint = fail(tmp_path)
     os.link(tmp_path / WORK / BEGUN, tmp_path / MANIFEST)
     state = stage_state(tmp_path, "f")
     assert (state.status, state.leftover, state.begun) == (Status.COMPLETE, True, None)
@@ -163,13 +163,13 @@ def test_work_of_an_existing_result_is_leftover(tmp_path: Path) -> None:
 def test_half_deleted_work_cannot_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = begin(tmp_path)
+    checkpoint = fail(tmp_path)
 
-    def killed(*_: Any, **__: Any) -> None:
+    def be_killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("recipes.core.run_state.shutil.rmtree", killed)
+        patch.setattr("recipes.core.run_state.shutil.rmtree", be_killed)
         with pytest.raises(KeyboardInterrupt):
             begin_work(tmp_path, start_manifest("g"))
     assert checkpoint.exists()
@@ -179,20 +179,20 @@ def test_half_deleted_work_cannot_be_resumed(
 
 
 def test_a_new_result_replaces_the_old_one(tmp_path: Path) -> None:
-    finish(tmp_path)
+    complete(tmp_path)
     (tmp_path / ARTIFACT / "old").touch()
     begin_work(tmp_path, start_manifest(at="11:00"))
     (tmp_path / WORK / ARTIFACT / "new").touch()
     complete_stage(tmp_path, start_manifest(at="11:00"))
     assert [file.name for file in (tmp_path / ARTIFACT).iterdir()] == ["new"]
-    with pytest.raises(FileNotFoundError):  # there is no work to make a result of
+    with pytest.raises(FileNotFoundError):  # there is no work/artifact to publish
         complete_stage(tmp_path, start_manifest())
     assert not (tmp_path / MANIFEST).exists()
 
 
 @pytest.mark.parametrize("name", [BEGUN, OUTCOME])
-def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
-    begin(tmp_path)
+def test_the_error_names_a_damaged_file(tmp_path: Path, name: str) -> None:
+    fail(tmp_path)
     (tmp_path / WORK / name).write_text('{"finger')
     with pytest.raises(RecipeError, match=str(tmp_path / WORK / name)):
         stage_state(tmp_path)
@@ -213,27 +213,27 @@ def test_stages_of_a_run_are_planned_or_started(tmp_path: Path) -> None:
     assert read_last_plan(tmp_path) is None
     for name in ("a", "b", "dropped", "started"):
         Request(name, "f", "c", {}, {}).write(tmp_path / name)
-    finish(tmp_path / "b")
-    finish(tmp_path / "started")
+    complete(tmp_path / "b")
+    complete(tmp_path / "started")
     # Stage "never" has no fingerprint and no directory; "dropped" is no longer planned.
     plan = LastPlan("r", {"b": "1e5", "a": "f", "never": None})
     plan.write(tmp_path)
     assert read_last_plan(tmp_path) == plan
-    found = {name: state.status for name, state in stage_states(tmp_path).items()}
+    statuses = {name: state.status for name, state in stage_states(tmp_path).items()}
     expected = {"b": Status.NOT_STARTED, "a": Status.NOT_STARTED, "started": Status.COMPLETE}
-    assert list(found.items()) == list(expected.items())
+    assert list(statuses.items()) == list(expected.items())  # in this order
     assert "dropped" in stage_states(tmp_path, include=["dropped"])
 
 
 def test_a_child_that_stops_at_the_deadline_stops_its_parent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def end(name: str, stage_dir: Path, *_: object) -> None:
+    def fail_child(name: str, stage_dir: Path, *_: object) -> None:
         (stage_dir / WORK).mkdir()
         record_failure(stage_dir, "at step 1", stopped=stopped)
         raise RecipeError(f"{name} failed", "see the log")
 
-    monkeypatch.setattr(stage_process, "run_to_end", end)
+    monkeypatch.setattr(stage_process, "run_to_end", fail_child)
     for stopped in (True, False):
         with pytest.raises(RecipeError) as caught:
             stage_process.run_child(

@@ -1,4 +1,4 @@
-"""The worker process of a stage, run with a small stage; deadlines."""
+"""Tests the process of a stage with a small stage, and deadlines."""
 
 from __future__ import annotations
 
@@ -63,22 +63,22 @@ def run(cfg, inputs, out):
     if cfg.fail == "large":
         (out / "large").write_bytes(bytes(300_000))
     if cfg.fail == "hang":
-        began = time.monotonic()
-        while time.monotonic() - began < 1.2 * cfg.resources.hang_timeout:
+        start = time.monotonic()
+        while time.monotonic() - start < 1.2 * cfg.resources.hang_timeout:
             time.sleep(0.1)
             metrics_log(out).log(step=1)
         wait_for_nothing()
     if cfg.fail == "kill":
-        ready, done = multiprocessing.Pipe()
-        write = lambda: (done.send("begun"), time.sleep(900))
+        receiver, sender = multiprocessing.Pipe()
+        write = lambda: (sender.send("started"), time.sleep(900))
         multiprocessing.get_context("fork").Process(target=write).start()
-        ready.recv()
+        receiver.recv()
         os.kill(os.getpid(), 9)
     read = {name: sorted(os.listdir(item.artifact)) for name, item in inputs.items()}
     return Outcome(Read(read), parameters=5, tokenizer_sha256="t")
 
 class CheckpointException(BaseException):
-    pass  # as torch.distributed.checkpoint has it
+    pass  # has the name and base class of torch.distributed.checkpoint's exception
 
 def wait_for_nothing():
     time.sleep(900)
@@ -135,7 +135,7 @@ def test_complete_stage(starter: StageStarter, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fail", "summary", "shown"),
+    ("fail", "summary", "printed"),
     [
         ("user", "the text is bad\n  fix: write better", "the text is bad"),
         ("bug", "ValueError: a bug", "Traceback"),
@@ -143,14 +143,14 @@ def test_complete_stage(starter: StageStarter, tmp_path: Path) -> None:
     ],
 )
 def test_a_failed_stage_says_why_and_keeps_the_old_result(
-    starter: StageStarter, tmp_path: Path, fail: str, summary: str, shown: str
+    starter: StageStarter, tmp_path: Path, fail: str, summary: str, printed: str
 ) -> None:
     stage = tmp_path / "stage"
     starter.start(stage)
     before = read_manifest(stage)
     done = starter.start(stage, text="other", fail=fail)
     assert done.returncode == 1
-    assert shown in done.stderr
+    assert printed in done.stderr
     status, error = last_end(stage) or (None, "")
     assert status is Status.FAILED
     assert error.startswith(summary)
@@ -164,7 +164,7 @@ def test_a_killed_stage_is_incomplete_and_keeps_its_work(
     starter: StageStarter, tmp_path: Path
 ) -> None:
     stage = tmp_path / "stage"
-    # Its child, such as a writer of checkpoints, dies too: it would hold the output open.
+    # ``start`` returns only because the stage's child dies, too: a child keeps the output open.
     assert starter.start(stage, fail="kill").returncode == -9
     assert not (stage / MANIFEST).exists()
     assert not (stage / ARTIFACT).exists()
@@ -180,20 +180,22 @@ def test_a_killed_stage_is_incomplete_and_keeps_its_work(
 def test_a_hanging_stage_ends_and_says_where_it_hangs(
     starter: StageStarter, tmp_path: Path
 ) -> None:
-    """A stage that records progress is not ended."""
+    """The stage first records progress for longer than the timeout, which does not end it."""
     stage = tmp_path / "stage"
     done = starter.start(stage, fail="hang", resources={"hang_timeout": 4})
     assert done.returncode == 1
     assert stage_state(stage).status is Status.HUNG
-    said = failure(stage, None)
-    assert "it made no progress for resources.hang_timeout seconds" in said
-    assert re.search(r"rank 0: .*small_stage\.py, line \d+, in wait_for_nothing\n", said)
+    message = failure(stage, None)
+    assert "it made no progress for resources.hang_timeout seconds" in message
+    assert re.search(r"rank 0: .*small_stage\.py, line \d+, in wait_for_nothing\n", message)
     assert (stage / WORK / "kept" / "state").read_text() == "step 1"
     assert starter.start(stage).returncode == 0
     assert not (stage / WORK).exists()
 
 
-def test_a_full_disk_is_named_and_work_resumes(starter: StageStarter, tmp_path: Path) -> None:
+def test_the_error_names_a_full_disk_and_work_resumes(
+    starter: StageStarter, tmp_path: Path
+) -> None:
     with small_disk(tmp_path / "small") as disk:
         stage = disk.folder / "stage"
         assert starter.start(stage, fail="bug").returncode == 1
@@ -211,20 +213,20 @@ def test_a_full_disk_is_named_and_work_resumes(starter: StageStarter, tmp_path: 
 def test_errors_of_a_disk_that_is_too_small_are_explained(
     tmp_path: Path, write: Callable[[np.ndarray, Path], None]
 ) -> None:
-    """The disk has space after the error: these libraries check first, or delete their file."""
+    """After the error the disk has space: libraries check before writing, or delete their file."""
     with small_disk(tmp_path / "small") as disk:
         with pytest.raises(Exception, match="space") as caught:
             write(np.zeros(32 << 20, np.uint8), disk.folder / "array")
         assert shutil.disk_usage(disk.folder).free > MIN_FREE_BYTES
-        said = str(storage_problem(caught.value, disk.folder))
-    assert said.startswith(f"{disk.folder}: No space left on device.")
+        message = str(storage_problem(caught.value, disk.folder))
+    assert message.startswith(f"{disk.folder}: No space left on device.")
 
 
 @pytest.fixture
 def without_privileges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Works in ``tmp_path`` as a user who is not root."""
     tmp_path.chmod(0o755)
-    monkeypatch.chdir(tmp_path)  # folders above it are root's alone
+    monkeypatch.chdir(tmp_path)  # only root may enter the parent folders
     user = os.geteuid()
     for name in ("folder/read", "closed/read"):
         file = tmp_path / name
@@ -253,14 +255,16 @@ def test_a_refused_access_is_explained(file: str, mode: str, fix: str) -> None:
     assert f"make it {fix}" in message
 
 
-@pytest.mark.parametrize(("ranks", "said"), [("2", "rank 1 lost its connection"), ("1", "Runtime")])
+@pytest.mark.parametrize(
+    ("ranks", "expected"), [("2", "rank 1 lost its connection"), ("1", "RuntimeError")]
+)
 def test_a_lost_connection_points_to_another_rank(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: str, said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: str, expected: str
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", ranks)
     monkeypatch.setenv("RANK", "1")
     error = RuntimeError("gloo/transport/tcp/pair.cc:537 Read error: Connection reset by peer")
-    assert _summary(error, tmp_path).startswith(said)
+    assert _summary(error, tmp_path).startswith(expected)
     assert str(error) in _summary(error, tmp_path)
 
 
@@ -272,7 +276,7 @@ def test_an_invalid_setting_is_explained(starter: StageStarter, tmp_path: Path) 
 
 @pytest.fixture
 def source(starter: StageStarter, tmp_path: Path) -> InputRef:
-    """A complete stage as the input of another."""
+    """A complete stage that is the input of another stage."""
     assert starter.start(tmp_path / "source").returncode == 0
     return InputRef.of(tmp_path / "source")
 

@@ -1,4 +1,4 @@
-"""Trackers get the records of a stage from its own job. Tests use the real libraries, offline."""
+"""Tests that trackers get the records of a stage. Uses the real libraries, offline."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from recipes.core.trackers import (
     write_tracker,
 )
 from tests.support.results import STUDENT
-from tests.unit.conftest import Compose, Launch, stage_named
+from tests.unit.conftest import Launch, stage_named
 
 SECRET = "hf_VerySecretToken"
 KEY = "0123456789" * 4
@@ -82,16 +82,16 @@ def track(
     """Sends the records of one start of a stage."""
     write_tracker(stage.directory.parent, "llama_width_prune", SETTINGS[tracker])
     # ``follow`` calls ``wait`` until it returns a status; the first call writes the records.
-    steps: Iterator[str | None] = iter([None, end])
+    statuses: Iterator[str | None] = iter([None, end])
 
     def wait() -> str | None:
-        status = next(steps)
+        status = next(statuses)
         if status is None:
             write_records(MetricsLog(stage.directory / METRICS))
         return status
 
     started = time.time()
-    time.sleep(0.002)  # records have milliseconds
+    time.sleep(0.002)  # the times of records are rounded to milliseconds
     follow(stage.directory, started, wait)
 
 
@@ -113,16 +113,16 @@ def test_tensorboard_has_every_term_of_every_step(stage: PlannedStage) -> None:
 
 
 def test_wandb_offline_and_resumed(stage: PlannedStage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real library; its runs are wrapped, so that their calls are recorded."""
+    """Wraps the runs of the real library to record their calls."""
     import wandb
 
     wandb_runs, init = [], wandb.init
 
-    def wrapped(**settings: Any) -> mock.Mock:
+    def init_and_record(**settings: Any) -> mock.Mock:
         wandb_runs.append(mock.Mock(wraps=init(**settings), settings=settings))
         return wandb_runs[-1]
 
-    monkeypatch.setattr(wandb, "init", wrapped)
+    monkeypatch.setattr(wandb, "init", init_and_record)
     track(stage, "wandb", first_steps, "KILLED")
     track(stage, "wandb", third_step)
     run_dir = stage.directory.parent
@@ -230,7 +230,7 @@ def test_wandb_is_offline_without_a_login(
     login: bool,
     mode: str | None,
 ) -> None:
-    """Without a mode, wandb itself reads ``WANDB_MODE``."""
+    """With ``mode=None``, wandb itself reads ``WANDB_MODE``."""
     import wandb
 
     init = mock.Mock()
@@ -250,7 +250,7 @@ def test_unusable_trackers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     with pytest.raises(RecipeError, match=r"needs wandb.*\n  fix: pip install '.\[wandb\]'"):
         require_tracker({"name": "wandb"})
-    require_tracker({"name": "wandb"}, own_python=False)  # an image's packages are not seen here
+    require_tracker({"name": "wandb"}, own_python=False)  # packages in an image cannot be checked
     require_tracker({})
 
 
@@ -308,8 +308,8 @@ def test_a_tracker_without_network_does_not_stop_the_stage(tmp_path: Path) -> No
     assert (tmp_path / "run" / "stage" / MANIFEST).exists()
 
 
-def test_a_tracker_that_does_not_answer_is_left_behind(tmp_path: Path) -> None:
-    """A server that accepts connections and never answers."""
+def test_a_tracker_that_does_not_answer_does_not_stop_the_stage(tmp_path: Path) -> None:
+    """The server accepts connections, but never answers."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -319,7 +319,7 @@ def test_a_tracker_that_does_not_answer_is_left_behind(tmp_path: Path) -> None:
 
 
 def test_jobs_and_runs_without_a_tracker(launch: Launch, tmp_path: Path) -> None:
-    """The launcher only writes which tracker the jobs feed; without one it writes nothing."""
+    """The launcher only writes which tracker the jobs use. Without a tracker it writes no file."""
     slurm = ("recipe=llama_width_prune", "cluster=slurm", "hardware=h100", "dry_run=true")
     assert launch(*slurm).returncode == 0
     file = tmp_path / "cwd" / "runs" / "llama_width_prune" / TRACKER
@@ -338,6 +338,6 @@ def test_public_text_of_a_manifest_has_no_secrets(stage: PlannedStage) -> None:
     assert SECRET not in public_text(stage.directory / MANIFEST)
 
 
-def test_trackers_need_no_torch(compose: Compose) -> None:
+def test_trackers_do_not_import_torch() -> None:
     code = "import sys, recipes.core.trackers\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=REPO_ROOT, check=True)

@@ -51,7 +51,7 @@ TRAINING_RESOURCES = {
     "cpu_speed_patches",
     "profile_steps",
 }
-"""Settings of computing stages that do not change their results."""
+"""Settings of stages that run models; they do not change results, so they may be resources."""
 OTHER_RESOURCES = {
     "report": {"gates"},  # the launcher checks gates
     "prepare_data": {"processes"},
@@ -72,7 +72,7 @@ def only_problem(problems: Any) -> Problem:
     return problem
 
 
-def rules(problems: Any) -> list[str]:
+def rule_names(problems: Any) -> list[str]:
     return [problem.rule.name for problem in problems]
 
 
@@ -91,7 +91,7 @@ def test_every_stage_is_consistent(name: str, chain: Chain) -> None:
         <= marked
         <= {"resources"} | TRAINING_RESOURCES | OTHER_RESOURCES.get(name, set())
     )
-    assert fields.get("micro_batch_size", True), "it must be a resource"
+    assert fields.get("micro_batch_size", True), "micro_batch_size must be a resource"
 
 
 @pytest.mark.parametrize("name", ["import_hf", "prune", "export_hf"])
@@ -100,7 +100,9 @@ def test_stages_without_parallelism_need_one_rank(
     name: str, resources: Resources, chain: Chain
 ) -> None:
     stage = load_stage(name)
-    assert "one-rank" in rules(stage.problems(stage.config(stage=name, resources=resources), chain))
+    assert "one-rank" in rule_names(
+        stage.problems(stage.config(stage=name, resources=resources), chain)
+    )
 
 
 def test_prepare_data_accepts_text(text: str, chain: Chain) -> None:
@@ -110,7 +112,7 @@ def test_prepare_data_accepts_text(text: str, chain: Chain) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "rule", "named"),
+    ("settings", "rule", "words"),
     [
         ({"sources": []}, "data-sources", "data.sources"),
         ({"sources": ["a.doc"]}, "data-sources", "a.doc"),
@@ -130,21 +132,21 @@ def test_prepare_data_accepts_text(text: str, chain: Chain) -> None:
     ],
 )
 def test_prepare_data_refuses_invalid_sources_and_splits(
-    text: str, chain: Chain, settings: dict[str, Any], rule: str, named: str
+    text: str, chain: Chain, settings: dict[str, Any], rule: str, words: str
 ) -> None:
     settings = {"sources": ["TEXT"], **settings}
     for name in settings.keys() & {"sources", "heldout_sources"}:
         other = str(Path(text).with_name("other.txt"))
         Path(other).write_text("other")
-        for word, path in (("TEXT", text), ("OTHER", other)):
-            settings[name] = [source.replace(word, path) for source in settings[name]]
-        named = named.replace("OTHER", other)
+        for placeholder, path in (("TEXT", text), ("OTHER", other)):
+            settings[name] = [source.replace(placeholder, path) for source in settings[name]]
+        words = words.replace("OTHER", other)
     problem = only_problem(prepare_data.check(PrepareDataConfig(**settings), chain))
     assert problem.rule.name == rule
-    assert named in problem.what
+    assert words in problem.what
 
 
-def test_prepare_data_names_splits_without_a_sequence() -> None:
+def test_the_error_names_splits_without_a_sequence() -> None:
     tokens = Counter(train=1000, validation=256, calibration=257)
     chats = {"chats": {"used": 3, "shortened": 0, "too long": 90}}
     with pytest.raises(RecipeError, match="validation: 256, heldout: 0") as caught:
@@ -156,7 +158,7 @@ def test_prepare_data_names_splits_without_a_sequence() -> None:
 @pytest.mark.parametrize("stage", [score, distill, evaluate, cache_logits])
 def test_sequences_must_fit_the_models_positions(stage: Any, chain: Chain) -> None:
     cfg = stage.STAGE.config(seq_length=1025)
-    assert "seq-length" in rules(stage.check(cfg, chain))
+    assert "seq-length" in rule_names(stage.check(cfg, chain))
 
 
 def prune_errors(cfg: PruneConfig, chain: Chain) -> list[Problem]:
@@ -193,13 +195,13 @@ def test_a_fraction_that_keeps_all_or_nothing_is_refused(
     assert fix in problem.fix
 
 
-def test_pruning_more_than_a_third_at_once_is_warned_of(chain: Chain) -> None:
+def test_pruning_more_than_a_third_at_once_gives_a_warning(chain: Chain) -> None:
     """The teacher has 4 layers of 147,712 parameters."""
     total = chain.teacher.parameters()
     assert list(prune.check(PruneConfig(target_num_layers=3), chain)) == []
-    half = only_problem(prune.check(PruneConfig(target_num_layers=2), chain))
-    assert f"{2 * 147_712 / total:.0%} " in half.what
-    assert "model.hf_path=" in half.fix
+    warning = only_problem(prune.check(PruneConfig(target_num_layers=2), chain))
+    assert f"{2 * 147_712 / total:.0%} " in warning.what
+    assert "model.hf_path=" in warning.fix
 
 
 @pytest.mark.parametrize(
@@ -257,7 +259,7 @@ def test_score_measures_the_block_that_is_pruned(
 def test_score_checks_ablations_and_ranks(
     chain: Chain, settings: dict[str, Any], rule: str | None
 ) -> None:
-    assert rules(score.check(ScoreConfig(**settings), chain)) == ([rule] if rule else [])
+    assert rule_names(score.check(ScoreConfig(**settings), chain)) == ([rule] if rule else [])
 
 
 def test_heal_needs_a_dense_model_and_the_teacher_it_was_pruned_from(chain: Chain) -> None:
@@ -267,20 +269,20 @@ def test_heal_needs_a_dense_model_and_the_teacher_it_was_pruned_from(chain: Chai
     cfg = HealConfig(stage="heal", inputs=inputs)
     assert list(heal.check(cfg, chain)) == []
     too_long = replace(cfg, seq_length=chain.teacher.max_position_embeddings + 1)
-    assert rules(heal.check(too_long, chain)) == ["seq-length"]
-    other = replace(cfg, inputs={**inputs, "teacher": "distill"})
-    assert only_problem(heal.check(other, chain)).fix == "set stages.heal.inputs.teacher=import_hf"
+    assert rule_names(heal.check(too_long, chain)) == ["seq-length"]
+    wrong = replace(cfg, inputs={**inputs, "teacher": "distill"})
+    assert only_problem(heal.check(wrong, chain)).fix == "set stages.heal.inputs.teacher=import_hf"
     unpruned = replace(cfg, inputs={**inputs, "checkpoint": "distill"})
     assert "inputs.checkpoint" in only_problem(heal.check(unpruned, chain)).fix
-    experts = replace(chain.teacher, num_moe_experts=4, moe_ffn_hidden_size=64)
-    assert "heal" in only_problem(heal.check(cfg, replace(chain, teacher=experts))).fix
+    moe = replace(chain.teacher, num_moe_experts=4, moe_ffn_hidden_size=64)
+    assert "heal" in only_problem(heal.check(cfg, replace(chain, teacher=moe))).fix
 
 
 def test_gguf_supports_some_families(chain: Chain) -> None:
     cfg = export_gguf.ExportGgufConfig(stage="export_gguf")
     assert list(export_gguf.check(cfg, chain)) == []
-    experts = replace(chain.teacher, hf_architecture="Qwen3MoeForCausalLM")
-    assert "gguf" in only_problem(export_gguf.check(cfg, replace(chain, teacher=experts))).fix
+    moe = replace(chain.teacher, hf_architecture="Qwen3MoeForCausalLM")
+    assert "gguf" in only_problem(export_gguf.check(cfg, replace(chain, teacher=moe))).fix
 
 
 @pytest.mark.parametrize(
@@ -318,31 +320,30 @@ def test_all_problems_are_listed(
         CacheLogitsConfig: cache_logits.STAGE,
         EvaluateConfig: evaluate.STAGE,
     }
-    # ``None`` accepts any problems.
-    broken = rules(stages[type(cfg)].problems(cfg, chain))
-    assert broken == expected if expected is not None else broken
+    names = rule_names(stages[type(cfg)].problems(cfg, chain))
+    assert names == expected if expected is not None else names  # ``None``: at least one problem
 
 
 @pytest.mark.parametrize(
-    ("target", "parallel"),
+    ("target", "parallel_size"),
     [
         ({"target_num_layers": 1}, "pipeline_model_parallel_size"),
         ({"target_ffn_hidden_size": 129}, "tensor_model_parallel_size"),
     ],
 )
 def test_distill_checks_the_students_shape(
-    chain: Chain, target: dict[str, int], parallel: str
+    chain: Chain, target: dict[str, int], parallel_size: str
 ) -> None:
     student = PruneConfig(stage="prune", ffn_hidden_size_divisor=1, **target)
     inputs = {"student": "prune"}
-    cfg = DistillConfig(stage="distill", inputs=inputs, resources=TWO_RANKS, **{parallel: 2})
+    cfg = DistillConfig(stage="distill", inputs=inputs, resources=TWO_RANKS, **{parallel_size: 2})
     stages = {"prune": student, "distill": cfg}
     planned = with_shapes(replace(chain, stages=stages), stages)
     assert list(distill.STAGE.problems(cfg, planned))
 
 
 @pytest.mark.parametrize(
-    ("inputs", "complete"),
+    ("inputs", "is_complete"),
     [
         (("search",), True),
         (report.DISTILLATION, True),
@@ -353,13 +354,13 @@ def test_distill_checks_the_students_shape(
     ],
 )
 def test_a_report_is_about_a_whole_distillation_or_a_search(
-    chain: Chain, inputs: tuple[str, ...], complete: bool
+    chain: Chain, inputs: tuple[str, ...], is_complete: bool
 ) -> None:
     cfg = ReportConfig(stage="report", inputs={name: name for name in ("teacher", *inputs)})
-    assert rules(report.check(cfg, chain)) == ([] if complete else ["report"])
+    assert rule_names(report.check(cfg, chain)) == ([] if is_complete else ["report"])
 
 
-def test_import_depends_on_a_local_folder_only(hf_folder: Path) -> None:
+def test_an_import_depends_on_local_files_only(hf_folder: Path) -> None:
     local, hub = (import_hf.ImportConfig(hf_path=path) for path in (str(hf_folder), "org/name"))
     assert import_hf.external(local) == {"hf_path": hf_folder}
     assert import_hf.external(hub) == {}

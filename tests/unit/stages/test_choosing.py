@@ -11,10 +11,10 @@ from launch.planned import load_stage, stage_names
 HELDOUT_READERS = {
     "engines/checks.py:compare_engine",
     "engines/quantization.py:_quality",
-    "engines/served.py:_text",
+    "engines/served.py:_heldout_text",
     "evaluation/text_quality.py:measure",
 }
-"""Functions that may read held-out text, to measure models."""
+"""Functions that may read held-out text; they measure models with it."""
 MEASURING_STAGES = {"build_engine", "evaluate", "quantize"}
 HELDOUT_RESULTS = {"eval_results", "task_results", "served_results"}
 """Types of results on held-out text and benchmarks."""
@@ -23,33 +23,35 @@ READERS = ("read_sequences", "read_tokens", "read_loss_mask", "document_end", "s
 """Functions that read a split of the text; the name of the split is their second argument."""
 
 
-def functions(root: Path) -> Iterator[tuple[str, str, ast.stmt]]:
-    """Yields file, name and syntax tree of each top-level statement below ``recipes``."""
+def top_level_statements(root: Path) -> Iterator[tuple[str, str, ast.stmt]]:
+    """Yields file, name (if any) and syntax tree of each top-level statement below ``recipes``."""
     for file in sorted((root / "recipes").rglob("*.py")):
         for statement in ast.parse(file.read_text()).body:
             yield str(file.relative_to(root / "recipes")), getattr(statement, "name", ""), statement
 
 
 def test_only_measuring_functions_read_held_out_text(root: Path) -> None:
-    """Splits are named by constants, except in functions that pass the name on to readers."""
-    readers = set()
-    for file, name, function in functions(root):
-        for node in ast.walk(function):
+    """Only two modules name the split by a variable: they pass the name on to ``READERS``."""
+    heldout_readers = set()
+    for file, name, statement in top_level_statements(root):
+        for node in ast.walk(statement):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in READERS:
                 split = node.args[1]
                 if isinstance(split, ast.Constant):
-                    readers |= {f"{file}:{name}"} if split.value == "heldout" else set()
+                    heldout_readers |= {f"{file}:{name}"} if split.value == "heldout" else set()
                 else:
                     assert isinstance(split, ast.Name), f"{file}:{node.lineno}"
-                    assert file.endswith(("token_sequences.py", "data.py")), f"{file}:{node.lineno}"
-    assert readers == HELDOUT_READERS
+                    assert file.endswith(("token_sequences.py", "distillation/data.py")), (
+                        f"{file}:{node.lineno}"
+                    )
+    assert heldout_readers == HELDOUT_READERS
 
 
 def test_only_measuring_stages_import_functions_that_read_held_out_text(root: Path) -> None:
     importers = {
         file
-        for file, _, function in functions(root)
-        for node in ast.walk(function)
+        for file, _, statement in top_level_statements(root)
+        for node in ast.walk(statement)
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
         if f"{str(node.module).removeprefix('recipes.').replace('.', '/')}.py:{alias.name}"

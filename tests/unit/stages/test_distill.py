@@ -1,4 +1,4 @@
-"""Rules of ``distill``: its loss, layer pairs, live or cached teacher, and its result."""
+"""Tests the rules of ``distill`` for loss, layer pairs and teacher, and the stage's result."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TEACHERS = {
 }
 
 
-def rules(cfg: DistillConfig, chain: Chain) -> list[str]:
+def rule_names(cfg: DistillConfig, chain: Chain) -> list[str]:
     return [problem.rule.name for problem in distill.check(cfg, chain)]
 
 
@@ -65,7 +65,7 @@ def rules(cfg: DistillConfig, chain: Chain) -> list[str]:
 def test_loss_and_early_stop(chain: Chain, fields: dict[str, Any], expected: list[str]) -> None:
     stages = {"cache_logits": CacheLogitsConfig(stage="cache_logits")}
     cfg = DistillConfig(stage="distill", **fields)
-    assert rules(cfg, replace(chain, stages=stages)) == expected
+    assert rule_names(cfg, replace(chain, stages=stages)) == expected
 
 
 @pytest.mark.parametrize(
@@ -87,15 +87,14 @@ def test_compiles_if_that_saves_time_and_a_compiler_is_installed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cfg, context_chain = DistillConfig(**fields), replace(chain, **context)
-    # Without a compiler only an explicit setting compiles.
-    installed, absent = None, ("g++", "install it")
-    for missing, compiles in ((installed, expected), (absent, fields.get("compile"))):
+    # If the compiler is missing, only an explicit setting compiles.
+    for missing, compiles in ((None, expected), (("g++", "install it"), fields.get("compile"))):
         monkeypatch.setattr("recipes.distillation.training.missing_compiler", lambda m=missing: m)
         assert distill.STAGE.resolve_from_chain(cfg, context_chain).compile is bool(compiles)
 
 
 @pytest.mark.parametrize(
-    ("pairs", "named"),
+    ("pairs", "words"),
     [
         ([[3, 4]], ""),
         ([[3, 3]], ""),
@@ -107,7 +106,7 @@ def test_compiles_if_that_saves_time_and_a_compiler_is_installed(
     ],
 )
 def test_layer_pairs_are_on_the_last_pipeline_stage(
-    chain: Chain, pairs: list[list[int]], named: str
+    chain: Chain, pairs: list[list[int]], words: str
 ) -> None:
     """The last of two pipeline stages has 1 of the student's 3 layers, and 2 of the teacher's 4."""
     student = PruneConfig(stage="prune", target_num_layers=3)
@@ -121,26 +120,26 @@ def test_layer_pairs_are_on_the_last_pipeline_stage(
     stages = {"prune": student, "distill": cfg}
     planned = with_shapes(replace(chain, stages=stages), stages)
     text = "\n".join(problem.what for problem in distill.check(cfg, planned))
-    assert named in text
-    assert bool(text) == bool(named)
+    assert words in text
+    assert bool(text) == bool(words)
 
 
 def test_default_pairs_are_the_layers_that_pruning_kept() -> None:
     assert layer_pairs(DistillConfig(), [1, 3, 6], 3, 6) == [(1, 1), (2, 3), (3, 6)]
     assert layer_pairs(DistillConfig(), None, 2, 2) == [(1, 1), (2, 2)]
-    # With two pipeline stages, only pairs whose layers are both on the last one.
-    two = DistillConfig(pipeline_model_parallel_size=2)
-    assert layer_pairs(two, [1, 3, 4, 6], 4, 6) == [(3, 4), (4, 6)]
-    assert layer_pairs(two, [1, 2, 3, 6], 4, 6) == [(4, 6)]
+    # With two pipeline stages, both layers of a pair must be on the last stage.
+    pipeline = DistillConfig(pipeline_model_parallel_size=2)
+    assert layer_pairs(pipeline, [1, 3, 4, 6], 4, 6) == [(3, 4), (4, 6)]
+    assert layer_pairs(pipeline, [1, 2, 3, 6], 4, 6) == [(4, 6)]
     explicit = DistillConfig(intermediate_layer_pairs=[[2, 5]])
     assert layer_pairs(explicit, [1, 3, 6], 3, 6) == [(2, 5)]
     for kept in (None, [1, 2, 3]):  # no pair is on the last stage of both models
         with pytest.raises(RecipeError, match="set intermediate_layer_pairs"):
-            layer_pairs(two, kept, 3, 6)
+            layer_pairs(pipeline, kept, 3, 6)
 
 
 @pytest.mark.parametrize(
-    ("ours", "cached", "named"),
+    ("settings", "cached", "words"),
     [
         ({}, {}, None),
         ({"top_k": 64}, {}, None),
@@ -155,20 +154,24 @@ def test_default_pairs_are_the_layers_that_pruning_kept() -> None:
     ],
 )
 def test_a_cached_teacher_must_match(
-    chain: Chain, tmp_path: Path, ours: dict[str, Any], cached: dict[str, Any], named: str | None
+    chain: Chain,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    cached: dict[str, Any],
+    words: str | None,
 ) -> None:
-    """A teacher cached by this run, and one cached by another run."""
+    """Tests a teacher that this run caches, and a teacher that another run has cached."""
     cache = CacheLogitsConfig(stage="cache_logits", **cached)
     config = {name: getattr(cache, name) for name in CACHE_FIELDS}
     write_manifest(
         tmp_path, replace(bare_manifest("cache_logits", "logit_cache", None), config=config)
     )
     for teacher in ("cache_logits", str(tmp_path)):
-        cfg = DistillConfig(stage="distill", inputs={"teacher": teacher}, **ours)
+        cfg = DistillConfig(stage="distill", inputs={"teacher": teacher}, **settings)
         planned = replace(chain, stages={"cache_logits": cache, "distill": cfg})
         problems = [p.what for p in distill.check(cfg, planned) if p.rule.name == "cached-teacher"]
-        assert len(problems) == (named is not None)
-        assert (named or "") in "".join(problems)
+        assert len(problems) == (words is not None)
+        assert (words or "") in "".join(problems)
         assert distill.workload(cfg, planned).teacher is None
 
 
@@ -192,8 +195,8 @@ def test_recomputed_modules_exist_in_the_model(
     assert [(p.rule.name, p.fix) for p in problems] == ([("recompute", fix)] if fix else [])
 
 
-def test_the_result_covers_all_attempts(tmp_path: Path) -> None:
-    """If a run was killed after its last step, the restart trains nothing; earlier steps count."""
+def test_the_result_covers_all_starts(tmp_path: Path) -> None:
+    """A restart after the last step trains nothing, so the records of earlier starts must count."""
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for step, kd in ((1, 4.0), (2, 3.0), (2, 2.5), (3, 2.0)):
         log.progress(
@@ -212,7 +215,7 @@ def test_the_result_covers_all_attempts(tmp_path: Path) -> None:
         steps=4,
         skipped_steps=1,
         tokens=64,
-        tokens_per_second=27.5,  # median of the last records of each step
+        tokens_per_second=27.5,  # median over the last record of each step
     )
 
 
@@ -225,7 +228,7 @@ def test_the_result_covers_all_attempts(tmp_path: Path) -> None:
     ],
 )
 def test_size_of_a_cache(chain: Chain, settings: dict[str, int], expected: int) -> None:
-    """A token has ``top_k`` ids and ``top_k`` + 1 log-probabilities, of two bytes each."""
+    """A token has ``top_k`` ids and ``top_k`` + 1 log-probabilities. Each takes two bytes."""
     assert cache_logits.disk_bytes(CacheLogitsConfig(**settings), chain) == expected
 
 

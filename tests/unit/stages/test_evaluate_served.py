@@ -1,4 +1,4 @@
-"""Which benchmarks a server can answer, and where the stage runs."""
+"""Tests which benchmarks are served, and which of them a server can answer."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ GENERATED = "stages.evaluate_served.tasks=[gsm8k_cot]"
 TRTLLM = ("engine=tensorrt_llm", "stages.build_engine.backend=tensorrt_llm_pytorch")
 
 
-def test_the_same_benchmarks_are_served(plan: Callable[..., Plan]) -> None:
+def test_served_models_answer_the_benchmarks_of_evaluate_tasks(plan: Callable[..., Plan]) -> None:
     for served, artifact in (("engine", "build_engine"), ("gguf", "export_gguf")):
         planned = plan("tasks=full", "gguf=q8_0", "engine=openvino", f"served={served}")
         configs = {stage.name: stage.config for stage in planned.stages}
-        tasks, evaluated = configs["evaluate_tasks"], configs["evaluate_served"]
+        tasks, served_tasks = configs["evaluate_tasks"], configs["evaluate_served"]
         for name in ("tasks", "limit", "num_fewshot", "source", "revisions"):
-            assert getattr(evaluated, name) == getattr(tasks, name)
-        assert evaluated.inputs["artifact"] == artifact
+            assert getattr(served_tasks, name) == getattr(tasks, name)
+        assert served_tasks.inputs["artifact"] == artifact
         assert configs["report"].inputs["served"] == "evaluate_served"
-    [alone] = (s for s in plan("engine=openvino", "served=engine").stages if "served" in s.name)
-    assert "sciq" in alone.config.tasks  # type: ignore[attr-defined]
+    stages = plan("engine=openvino", "served=engine").stages  # without ``tasks``
+    [stage] = (stage for stage in stages if "served" in stage.name)
+    assert "sciq" in stage.config.tasks  # type: ignore[attr-defined]
 
 
 def test_tensorrt_llm_serves_only_generated_answers(plan: Callable[..., Plan]) -> None:

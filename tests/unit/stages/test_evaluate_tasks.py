@@ -1,4 +1,4 @@
-"""Checks of ``evaluate_tasks``, the group ``tasks``, and the summary's headline."""
+"""Tests the checks of ``evaluate_tasks``, the config group ``tasks``, and the headline."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 GOOD = {"tasks": ["sciq", "mmlu"]}
 
 
-def rules(chain: Chain, **fields: Any) -> list[str]:
+def rule_names(chain: Chain, **fields: Any) -> list[str]:
     return [
         p.rule.name for p in evaluate_tasks.check(EvaluateTasksConfig(**{**GOOD, **fields}), chain)
     ]
@@ -48,7 +48,7 @@ def rules(chain: Chain, **fields: Any) -> list[str]:
 def test_invalid_tasks_break_a_rule(
     chain: Chain, fields: dict[str, Any], expected: list[str]
 ) -> None:
-    assert rules(chain, **fields) == expected
+    assert rule_names(chain, **fields) == expected
 
 
 def test_the_verified_version_of_the_harness_must_be_installed(
@@ -78,8 +78,8 @@ def test_tasks_are_chosen_on_the_command_line(
 ) -> None:
     stages = {s.name: s for s in plan(f"tasks={tasks}", recipe=f"recipe={recipe}").stages}
     assert ("evaluate_tasks" in stages) == (tasks != "null")
-    for reader in ("report", "export_hf"):
-        assert ("tasks" in stages[reader].inputs) == (tasks != "null")
+    for name in ("report", "export_hf"):
+        assert ("tasks" in stages[name].inputs) == (tasks != "null")
     if tasks != "null":
         config = stages["evaluate_tasks"].config
         assert isinstance(config, EvaluateTasksConfig)

@@ -1,4 +1,4 @@
-"""Tables of a plan, and the rates that it measures."""
+"""Tests the tables of a plan, and the machine's rates that a plan measures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RATES = TrainingRates(4.0e11, 2.0e11, 3.0e10)
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Sets an empty cache, and a processor without bfloat16."""
+    """Provides an empty cache, and a processor without bfloat16."""
     monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path))
     monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text("model name : One\ncpu MHz : 2000\nflags : avx2\n")
@@ -48,7 +48,7 @@ def test_tables_have_a_cell_for_each_column() -> None:
     assert tables({}, H100) == []
 
 
-def test_rates_are_cached_for_a_processor_and_its_threads(cache: Path) -> None:
+def test_rates_are_cached_by_processor_and_threads(cache: Path) -> None:
     assert read_rates(2) is None
     write_rates(2, RATES)
     assert read_rates(2) == RATES
@@ -80,7 +80,9 @@ def test_a_plan_uses_the_measured_rates(
 ) -> None:
     """The profile's rates, which are settings of the plan, are replaced by the measured ones."""
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    monkeypatch.setattr(hardware, "LAYER_PASS_SECONDS", 0.0)  # does not depend on the rates
+    monkeypatch.setattr(
+        hardware, "LAYER_PASS_SECONDS", 0.0
+    )  # this time does not depend on the rates
     [planned] = [s for s in plan().stages if s.name == "plan"]
     out = tmp_path / "work" / ARTIFACT
     out.mkdir(parents=True)
@@ -98,25 +100,26 @@ def test_a_plan_uses_the_measured_rates(
     assert slow.summary["GFLOP/s in bfloat16"] == 4
     for name in ("distill", "score"):
         assert slow.seconds[name] == pytest.approx(100 * fast.seconds[name])
-    speeds = [each.tokens_per_second["distill"] for each in (fast, slow)]
-    assert speeds[0] == pytest.approx(100 * speeds[1])
+    fast_speed, slow_speed = (r.tokens_per_second["distill"] for r in (fast, slow))
+    assert fast_speed == pytest.approx(100 * slow_speed)
     assert result(slow_rates, measure=False).summary != slow.summary
 
 
 def test_the_hours_of_tokenization(plan: MakePlan, tmp_path: Path) -> None:
-    """8.352 GB are 2.088 billion tokens of 4 bytes: an hour for 2 processes of 290,000 a second."""
+    """8.352 GB are 2.088 billion tokens of 4 bytes: an hour of 2 processes at 290,000 tokens/s."""
     with (tmp_path / "large.txt").open("wb") as file:
         file.truncate(8_352_000_000)
-    text = (
+    overrides = (
         "hardware.measure=false",
         "data.heldout_sources=[]",
         f"data.sources=[{tmp_path}/large.txt]",
     )
     prepare, limit = "stages.prepare_data.", "stages.prepare_data.resources.time=00:10:00"
-    layouts = {f"{prepare}processes=2": 3600, f"{prepare}processes=8": 900}
-    layouts |= {f"{prepare}resources.nodes=2 {prepare}processes=2": 1800}
-    for words, seconds in layouts.items():
-        [planned] = [s for s in plan(*text, *words.split()).stages if s.name == "plan"]
+    seconds_by_setting = {f"{prepare}processes=2": 3600, f"{prepare}processes=8": 900}
+    seconds_by_setting |= {f"{prepare}resources.nodes=2 {prepare}processes=2": 1800}
+    for settings, seconds in seconds_by_setting.items():
+        stages = plan(*overrides, *settings.split()).stages
+        [planned] = [stage for stage in stages if stage.name == "plan"]
         out = tmp_path / str(seconds) / ARTIFACT
         out.mkdir(parents=True)
         result = plan_stage.run(planned.config, {}, out).result  # type: ignore[arg-type]
@@ -125,8 +128,8 @@ def test_the_hours_of_tokenization(plan: MakePlan, tmp_path: Path) -> None:
         [table] = [table for table in result.tables if table.title == "Tokenization"]
         assert table.rows == [["prepare_data", f"{seconds / 3600:.2f}"]]
 
-    starts = (*text, f"{prepare}processes=2", limit)
-    [note] = [n for n in plan(*starts, "+cluster.max_requeues=5").notes if "prepare" in n.what]
+    limited = (*overrides, f"{prepare}processes=2", limit)  # an hour in jobs of ten minutes
+    [note] = [n for n in plan(*limited, "+cluster.max_requeues=5").notes if "prepare" in n.what]
     assert note.rule.name == "time-limit"
     with pytest.raises(RecipeError, match=r"started 5 times.*\n.*max_requeues=5 .*\[requeues\]"):
-        plan(*starts, "+cluster.max_requeues=4")
+        plan(*limited, "+cluster.max_requeues=4")
