@@ -26,7 +26,7 @@ OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 
 
 def speed_patches(names: Iterable[str]) -> AbstractContextManager[None]:
-    """Applies the named sets of patches in a ``with`` block; none of them on CUDA."""
+    """Applies the named sets of patches in a ``with`` block, but on CUDA no patch."""
     on_cpu = device() == "cpu"
     return applied(patch for name in names for patch in SPEED_PATCHES[name] if on_cpu)
 

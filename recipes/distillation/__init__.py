@@ -1,1 +1,1 @@
-"""Training a student on its teacher's outputs, with NeMo's trainer."""
+"""Trains a student on its teacher's outputs, with NeMo's trainer."""

@@ -148,14 +148,17 @@ class StopAtRecovered(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: object) -> None:
         """Stops before the first step of a restarted run, if the fraction was already reached."""
-        # Only rank 0 has the metrics file.
-        reached = rank() == 0 and stop_reason(self._cfg, self._metrics, trainer.global_step) != ""
-        trainer.should_stop |= trainer.strategy.reduce_boolean_decision(reached, all=False)
+        self._stop_if_reached(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: object) -> None:
         """Stops all ranks in the same step, if the fraction is reached."""
         if not trainer.sanity_checking:
-            self.on_train_start(trainer, pl_module)
+            self._stop_if_reached(trainer)
+
+    def _stop_if_reached(self, trainer: Any) -> None:
+        # Only rank 0 has the metrics file.
+        reached = rank() == 0 and stop_reason(self._cfg, self._metrics, trainer.global_step) != ""
+        trainer.should_stop |= trainer.strategy.reduce_boolean_decision(reached, all=False)
 
 
 class StopAtDeadline(Callback):

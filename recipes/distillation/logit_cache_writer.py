@@ -143,7 +143,7 @@ def _write_shards(
         if outputs is None:
             return False
         top, loss = outputs
-        if done == 0:
+        if done == 0:  # only for the first shard, since a few sequences may have a high loss
             require_better_than_chance(loss, index.vocabulary)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             write_shard(path, index, numbers, top, loss)

@@ -331,7 +331,7 @@ def combined_loss(
     group: ProcessGroup | None = None,
     reuse_logits: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the KD loss and the LM loss with one gradient of both.
+    """Computes the KD loss, the LM loss, and one gradient of their weighted sum.
 
     Arguments are those of ``distillation_loss``.
 

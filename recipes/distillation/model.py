@@ -142,9 +142,9 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         for name in SHARED_SETTINGS:
             setattr(config, name, getattr(self.config, name))
         nemo.split_pipeline(config)
-        # The teacher's weights are loaded, so they need no initialisation. The student keeps it:
-        # initialisation marks weights as tensor-parallel, and without these marks the gradient norm
-        # counts only one rank's shard of them.
+        # The teacher's weights are loaded, so they need no initialisation. The student is
+        # initialised, because this marks its weights as tensor-parallel. Without these marks, the
+        # gradient norm would count only one rank's shard of a weight.
         config.perform_initialization = False
         settings = {
             "teacher_model": (_load_teacher, [config, self.tokenizer, checkpoint], {}),

@@ -150,7 +150,7 @@ class Objective:
         if not (self.dynamic and means):
             return weights
         first, *rest = weights
-        soft_size = means[first]  # size of the sum of the KD and hidden terms
+        soft_size = means[first]  # size of the KD and hidden terms, before the first weight
         if first == "kd" and "hidden" in rest:
             weights["hidden"] *= weights["kd"] * _ratio(means["kd"], means["hidden"])
             soft_size += self.weights["hidden"] * means["kd"]

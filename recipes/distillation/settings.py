@@ -63,7 +63,7 @@ class TrainingConfig(StageConfig):
     warmup_steps: CountOrZero = 10
     """Steps of linear warm-up to ``lr``."""
     lr: Positive = 1e-4
-    """Peak learning rate; it then decays as a cosine."""
+    """Peak learning rate, after warm-up. Then the learning rate decays as a cosine."""
     min_lr: PositiveOrZero = 1e-5
     """Learning rate at ``max_steps``."""
     weight_decay: PositiveOrZero = 0.1
@@ -116,15 +116,15 @@ class TrainingConfig(StageConfig):
     )
     """Modules that ``selective`` recomputes: ``core_attn`` (attention scores, which flash attention
     never stores), ``mlp`` (the feed-forward network, most of a layer's activations) or ``moe`` (the
-    same for experts). All of them can be combined with a loss on hidden states."""
+    same for experts). All three can be combined with a loss on hidden states."""
     val_check_interval: Count = 100
     """Steps between validations."""
     limit_val_batches: Count = 4
     """Number of global batches in a validation."""
     checkpoint_interval: Count = 100
-    """Steps between checkpoints; a killed run resumes from the last one."""
+    """Steps between checkpoints. A killed run resumes from the last checkpoint."""
     keep_checkpoints: Count = 2
-    """Number of checkpoints on disk; older ones are deleted."""
+    """Number of checkpoints on disk; older checkpoints are deleted."""
     compile: bool | None = field(default=None, metadata=RESOURCE)
     """Compiles elementwise operations of the loss (at TP=1), and of layers that are not
     TransformerEngine's. Compilation takes up to a minute once; on a CPU it needs a C++ compiler.
@@ -170,14 +170,14 @@ class CacheLogitsConfig(StageConfig):
     are unbiased estimates of those over the whole vocabulary. With 0, all other tokens together
     count as one class."""
     temperature: Temperature = 1.0
-    """Temperature of the stored distribution; must equal that of ``distill``."""
+    """Temperature of the stored distribution; must equal ``temperature`` of ``distill``."""
     seq_length: Count = 256
-    """Tokens of a sequence; must equal that of ``distill``."""
+    """Tokens per sequence; must equal ``seq_length`` of ``distill``."""
     num_sequences: Count | None = None
     """Number of sequences, in the order in which training with this ``seed`` reads them. Default:
     all."""
     seed: Seed = 1234
-    """Seed of the order of sequences; must equal that of ``distill``."""
+    """Seed of the order of sequences; must equal ``seed`` of ``distill``."""
     weights: dict[str, Positive] = field(default_factory=dict)
     """Weights by source, as in ``distill``."""
     sequences_per_shard: Count = 64
@@ -185,7 +185,7 @@ class CacheLogitsConfig(StageConfig):
     precision: Precision = "bf16-mixed"
     """``bf16-mixed`` or ``32``, as in training."""
     micro_batch_size: Count = field(default=4, metadata=RESOURCE)
-    """Sequences of one forward pass on a rank."""
+    """Sequences in one forward pass on a rank."""
     tensor_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
     """Ranks that share each layer of the teacher."""
 
@@ -227,7 +227,7 @@ class DistillConfig(TrainingConfig):
     logits_loss: Annotated[str, one_of(*LOGITS_LOSSES)] = "forward_kl"
     """``forward_kl``, ``reverse_kl``, or ``jsd`` (arXiv:2306.13649)."""
     temperature: Temperature = 1.0
-    """Divides the logits of both models; the loss is multiplied by its square."""
+    """Divides the logits of both models. The loss is multiplied by the temperature's square."""
     jsd_beta: Fraction = 0.5
     """The teacher's weight in the mean distribution of ``jsd``, between 0 and 1."""
     top_k: Count | None = None

@@ -139,14 +139,14 @@ def _save_trained(
         side: Folder with tokenizer and config of the initial checkpoint.
         out: Path of the checkpoint.
     """
-    saved = restored.__io__.config
-    saved.params_dtype, saved.bf16 = cfg.dtype, cfg.dtype == torch.bfloat16
-    saved.fp8, saved.first_last_layers_bf16 = None, False
+    saved_config = restored.__io__.config
+    saved_config.params_dtype, saved_config.bf16 = cfg.dtype, cfg.dtype == torch.bfloat16
+    saved_config.fp8, saved_config.first_last_layers_bf16 = None, False
     # The checkpoint has no parallel layout.
-    saved.tensor_model_parallel_size = saved.pipeline_model_parallel_size = 1
-    saved.context_parallel_size = saved.expert_model_parallel_size = 1
-    saved.sequence_parallel = False
-    _set_recompute(saved, "none")
+    saved_config.tensor_model_parallel_size = saved_config.pipeline_model_parallel_size = 1
+    saved_config.context_parallel_size = saved_config.expert_model_parallel_size = 1
+    saved_config.sequence_parallel = False
+    _set_recompute(saved_config, "none")
     # Each rank has updated its shard of the weights. Training gathers the shards only when the next
     # step starts, so they are gathered here.
     model.module.start_param_sync(force_sync=True)

@@ -110,7 +110,7 @@ def _stored_shapes(checkpoint: Path) -> dict[str, Shape]:
     }
 
 
-def _metadata(checkpoint_dir: str, *args: object) -> dict[str, ShardedTensor]:
+def _load_tensors_metadata(checkpoint_dir: str, *args: object) -> dict[str, ShardedTensor]:
     """Returns tensors without storage, as ``load_tensors_metadata`` does."""
     checkpoint = Path(checkpoint_dir).parent
     dtype = getattr(torch, nemo.read_config(checkpoint)["torch_dtype"])
@@ -124,7 +124,7 @@ def _read_weights(
     weights: Path, leading: Mapping[str, int]
 ) -> Iterator[tuple[str, Shape, torch.Tensor]]:
     """Yields empty weights in the order of ``streaming.read_weights``."""
-    for key, item in _metadata(str(weights)).items():
+    for key, item in _load_tensors_metadata(str(weights)).items():
         count = leading[key]  # number of leading axes
         for index in product(*(range(size) for size in item.global_shape[:count])):
             yield key, index, torch.empty(item.global_shape[count:], dtype=item.dtype)
@@ -190,7 +190,7 @@ PATCHES = (
         ("load", NO_VALUES, "05ca3c94389b", replace_with(_load)),
         ("save", NO_VALUES, "977482f07f35", replace_with(_save)),
         ("load_content_metadata", NO_FILES, "06ea7b873631", replace_with(_load_content_metadata)),
-        ("load_tensors_metadata", NO_FILES, "3f26dd3969d3", replace_with(_metadata)),
+        ("load_tensors_metadata", NO_FILES, "3f26dd3969d3", replace_with(_load_tensors_metadata)),
         ("load_common_state_dict", NO_FILES, "6b40653e2673", constant({})),
     ),
     Patch("nemo_convert.streaming:read_weights", NO_VALUES, "", replace_with(_read_weights)),

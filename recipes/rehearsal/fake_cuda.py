@@ -48,8 +48,8 @@ def install() -> None:
 
 def patches() -> Iterator[Patch]:
     """Yields the patches of PyTorch."""
-    for name, (original, replace) in FUNCTIONS.items():
-        yield Patch(f"torch.cuda:{name}", "there is no GPU", original, replace)
+    for name, (source_hash, replace) in FUNCTIONS.items():
+        yield Patch(f"torch.cuda:{name}", "there is no GPU", source_hash, replace)
     yield Patch(
         "torch:Tensor.type", "Megatron compares CUDA's type names", "49d1168ec63d", _name_types
     )

@@ -90,7 +90,7 @@ def _load(original: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     return tensors
 
 
-NO_VALUES, FAKE_MODE = "tensors have no values", "real tensors are read in fake mode"
+NO_VALUES, FAKE_MODE = "tensors have no values", "fake mode is on, but real tensors are read"
 PATCHES = patches(
     "safetensors",
     (".torch:save_file", NO_VALUES, "650f051ef93f", replace_with(_save)),

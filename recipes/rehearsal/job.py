@@ -118,7 +118,7 @@ def jobs_of(
         jobs += [
             RankJob(
                 *(name, settings, inputs, dict(hf_config), rank, resumed),
-                # Only rank 0 has a device that also evaluates.
+                # A search evaluates candidates on the device of rank 0.
                 search=search_settings if rank == 0 else None,
             )
             for rank in (_distinct_ranks(world, settings) if ranks is None else ranks)

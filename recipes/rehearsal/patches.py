@@ -31,10 +31,10 @@ def install() -> None:
     apply(PATCHES)
 
 
-def _with_last_losses(original: Callable[..., None], self: Any, target: Any) -> None:
+def _with_last_losses(original: Callable[..., None], self: Any, objective: Any) -> None:
     """Sets the losses that the last pipeline stage would send to the first one."""
-    original(self, target)
-    self.last_means = dict.fromkeys(("loss", *target.weights), 1.0)
+    original(self, objective)
+    self.last_means = dict.fromkeys(("loss", *objective.weights), 1.0)
 
 
 def _without_context_parallelism(

@@ -1,4 +1,4 @@
-"""The losses on logits against their definitions in float64 with plain autograd."""
+"""The losses on logits equal their definitions in float64 with plain autograd."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ REMAINING = 0.5
         ({"stop_at_recovered": 0.8}, None, 100, ""),
         ({"stop_at_recovered": 0.7}, None, 199, "step 100 of 300: recovered 75%"),
         ({"stop_at_recovered": 0.8}, None, 200, "step 200 of 300: recovered 85%"),
-        ({"stop_at_recovered": 0.8, "max_steps": 200}, None, 200, ""),  # it is complete
+        ({"stop_at_recovered": 0.8, "max_steps": 200}, None, 200, ""),  # this was the last step
         ({"stop_at_recovered": 0.8}, REMAINING, 100, "step 100 of 300: recovered 88%"),
         ({"stop_at_recovered": 0.9}, REMAINING, 100, ""),
         ({"stop_at_recovered": 0.4}, REMAINING, 0, ""),  # a training run has at least one step
