@@ -137,13 +137,13 @@ def _default_stage(run_dir: Path, statuses: Sequence[StageStatus]) -> str:
     return started[-1]
 
 
-def compare(words: Sequence[str], console: Console) -> int:
+def compare(arguments: Sequence[str], console: Console) -> int:
     """Writes one page about several runs: ``compare RUN1 RUN2 [out=FILE]``."""
     from recipes.report.compare import describe_best, render_comparison
 
-    options = [word for word in words if word.startswith("out=")]
-    paths = [Path(word) for word in words if word not in options]
-    unknown = [word for word in words if word.startswith("-")]
+    options = [arg for arg in arguments if arg.startswith("out=")]
+    paths = [Path(arg) for arg in arguments if arg not in options]
+    unknown = [arg for arg in arguments if arg.startswith("-")]
     if not paths or len(options) > 1 or unknown:
         raise RecipeError(
             "compare needs the directories of runs.",
@@ -157,16 +157,16 @@ def compare(words: Sequence[str], console: Console) -> int:
     return 0
 
 
-def runs(words: Sequence[str], console: Console) -> int:
+def runs(arguments: Sequence[str], console: Console) -> int:
     """Lists the runs of a directory, or deletes the runs that follow ``clean``."""
-    if list(words[:1]) == ["clean"]:
-        _clean([word for word in words[1:] if word != YES], YES in words, console)
+    if list(arguments[:1]) == ["clean"]:
+        _clean([arg for arg in arguments[1:] if arg != YES], YES in arguments, console)
         return 0
-    if len(words) > 1 or any(word.startswith("-") for word in words):
+    if len(arguments) > 1 or any(arg.startswith("-") for arg in arguments):
         raise RecipeError(
-            f"runs does not know '{' '.join(words)}'.", "runs [DIR], or runs clean RUN"
+            f"runs does not know '{' '.join(arguments)}'.", "runs [DIR], or runs clean RUN"
         )
-    root = Path(*words) if words else ROOT
+    root = Path(*arguments) if arguments else ROOT
     paths = _runs_below(root)
     if not paths:
         raise RecipeError(f"there is no run in {root.resolve()}.", "runs DIR")
@@ -293,23 +293,23 @@ OTHER_COMMANDS: Mapping[str, Callable[[Sequence[str], Console], int]] = {
 """Commands that parse their own arguments and return the exit status."""
 
 
-def run(words: Sequence[str], console: Console) -> int | None:
+def run(arguments: Sequence[str], console: Console) -> int | None:
     """Runs a command such as ``status run_dir=DIR`` and returns the exit status.
 
-    Returns ``None`` if the words are not a command but overrides for Hydra.
+    Returns ``None`` if the arguments are not a command but overrides for Hydra.
     """
-    name = words[0] if words else ""
+    name = arguments[0] if arguments else ""
     if name in OTHER_COMMANDS:
-        return OTHER_COMMANDS[name](words[1:], console)
+        return OTHER_COMMANDS[name](arguments[1:], console)
     if name not in RUN_COMMANDS:
         return None
     command, option_names = RUN_COMMANDS[name]
     options = {}
-    for word in words[1:]:
-        key, equals, value = word.partition("=")
+    for arg in arguments[1:]:
+        key, equals, value = arg.partition("=")
         if not equals or key not in option_names:
             raise RecipeError(
-                f"{name} does not know '{word}'.{did_you_mean(key, option_names)}",
+                f"{name} does not know '{arg}'.{did_you_mean(key, option_names)}",
                 f"it takes {', '.join(f'{option}=…' for option in option_names)}",
             )
         options[key] = value

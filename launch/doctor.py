@@ -45,17 +45,17 @@ class Check:
     fix: str = ""
 
 
-def run(words: Sequence[str], console: Console) -> int:
+def run(arguments: Sequence[str], console: Console) -> int:
     """Prints all checks, or all ``rules``; returns 1 if recipes or the launcher cannot run."""
-    if list(words) == ["rules"]:
+    if list(arguments) == ["rules"]:
         table = plain_table("rules", "rule", "severity", "reason", "reference")
         for rule in RULES.values():
             table.add_row(rule.name, rule.severity, escape(rule.reason), escape(rule.reference))
         console.print(table)
         return 0
-    if words:
+    if arguments:
         raise RecipeError(
-            f"doctor does not know '{' '.join(words)}'.{did_you_mean(words[0], ['rules'])}",
+            f"doctor does not know '{' '.join(arguments)}'.{did_you_mean(arguments[0], ['rules'])}",
             "doctor, or doctor rules",
         )
     checks = list(examine())

@@ -46,7 +46,7 @@ def explain(error: Exception) -> str:
         return str(error)
     messages = [str(cause) for cause in _causes(error)]
     text = "\n".join(messages)
-    if message := _malformed_word(text) or _unknown_choice(text):
+    if message := _malformed_argument(text) or _unknown_choice(text):
         return message
     if key := re.search(r"Key '([^']+)' is not in struct|Key '([^']+)' not in '(\w+)'", text):
         name = key.group(1) or key.group(2)
@@ -75,12 +75,12 @@ def fix_of(message: str) -> str:
     return next((fix for part, fix in TYPE_FIXES.items() if part in message), SHOW_FIELDS)
 
 
-def _malformed_word(text: str) -> str | None:
-    """Explains a word of the command line that Hydra cannot parse; ``None`` for other errors."""
+def _malformed_argument(text: str) -> str | None:
+    """Explains a command-line argument that Hydra cannot parse; ``None`` for other errors."""
     if bare := re.search(r"Error parsing override '([^'=]+)'\nmissing EQUAL", text):
-        word = bare.group(1)
-        hint = did_you_mean(f"recipe={word}", [f"recipe={name}" for name in choices("recipe")])
-        return f"'{word}' is neither FIELD=VALUE nor a command.{hint}\n  fix: {SHOW_HELP}"
+        argument = bare.group(1)
+        hint = did_you_mean(f"recipe={argument}", [f"recipe={name}" for name in choices("recipe")])
+        return f"'{argument}' is neither FIELD=VALUE nor a command.{hint}\n  fix: {SHOW_HELP}"
     if value := re.search(r"LexerNoViableAltException: ([\w.]+)=(.*)", text):
         name, unparsed = value.groups()
         return (

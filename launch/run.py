@@ -221,19 +221,19 @@ def _write_requests(plan: Plan, last_plan: LastPlan) -> None:
 def cli() -> int:
     """Runs the command line and returns the exit status; shows expected errors as one message."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
-    words = sys.argv[1:]
+    arguments = sys.argv[1:]
     try:
         on_interrupt(signal.default_int_handler)  # raises KeyboardInterrupt, which stops the stages
-        if {"-h", "--help"} & set(words):
+        if {"-h", "--help"} & set(arguments):
             console.print(schema.help_text(), markup=False, soft_wrap=True)
-        elif (status := commands.run(words, console)) is not None:
+        elif (status := commands.run(arguments, console)) is not None:
             return status
-        elif any(word.startswith("-") for word in words):
-            sys.argv[1:] = schema.hydra_words(words)
+        elif any(arg.startswith("-") for arg in arguments):
+            sys.argv[1:] = schema.hydra_arguments(arguments)
             schema.register()
             main()  # with Hydra's flags, such as -m and --cfg
         else:
-            main(schema.compose(*words))  # faster: Hydra's main composes twice
+            main(schema.compose(*arguments))  # faster: Hydra's main composes twice
     except KeyboardInterrupt:
         console.print("interrupted; the same command resumes")
         return 130

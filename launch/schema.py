@@ -66,11 +66,11 @@ def _cpu(name: str, *, _root_: DictConfig) -> Any:
     return cpu_profile(name, here=OmegaConf.select(_root_, "cluster.executor") != "slurm")
 
 
-def compose(*words: str) -> DictConfig:
-    """Composes a config from the words of a command line."""
+def compose(*arguments: str) -> DictConfig:
+    """Composes a config from command-line arguments."""
     register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra.compose("config", hydra_words(words), return_hydra_config=True)
+        cfg = hydra.compose("config", hydra_arguments(arguments), return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
     OmegaConf.set_struct(cfg, False)  # otherwise nothing can be deleted
     del cfg["hydra"]
@@ -96,23 +96,23 @@ def help_text() -> str:
     return HELP + "\n".join(f"{group}: {', '.join(choices(group))}" for group in groups())
 
 
-def hydra_words(words: Iterable[str]) -> list[str]:
+def hydra_arguments(arguments: Iterable[str]) -> list[str]:
     """Translates a command line to Hydra's syntax; refuses values that cannot name a choice."""
     # Hydra cannot parse overrides on both sides of a flag, as in `recipe=R -m x=1,2`.
-    ordered = sorted(words, key=lambda word: word not in ("-m", "--multirun"))
-    return [_hydra_word(word) for word in ordered]
+    ordered = sorted(arguments, key=lambda arg: arg not in ("-m", "--multirun"))
+    return [_hydra_argument(arg) for arg in ordered]
 
 
-def _hydra_word(word: str) -> str:
-    group, equals, value = word.partition("=")
+def _hydra_argument(arg: str) -> str:
+    group, equals, value = arg.partition("=")
     if not equals or group not in groups():
-        return word
+        return arg
     names = value.split(",")  # a sweep has several names
     for name in names:
         allowed = name == "null" and group in OPTIONAL_GROUPS
         if not allowed and (name.lower() in VALUES or not CHOICE.fullmatch(name)):
             hint = f"model.hf_path={value} for a folder or a hub id; " if group == "model" else ""
-            raise RecipeError(f"{word} names no {group}.", f"{hint}--help lists all names")
+            raise RecipeError(f"{arg} names no {group}.", f"{hint}--help lists all names")
     # Hydra accepts null in files only; on the command line the empty list has the same effect.
     return f"{group}={','.join('[]' if name == 'null' else name for name in names)}"
 

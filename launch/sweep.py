@@ -22,17 +22,17 @@ UNIQUE_SETTINGS = {
 """Settings that must differ between the runs of a sweep, and the fix if they do not."""
 
 
-def require_separate_results(cfg: DictConfig, words: Sequence[str]) -> None:
+def require_separate_results(cfg: DictConfig, arguments: Sequence[str]) -> None:
     """Refuses a sweep whose runs would overwrite each other's results.
 
     Args:
         cfg: Config of one run.
-        words: Command line of the sweep.
+        arguments: Command line of the sweep.
     """
     for name, fix in UNIQUE_SETTINGS.items():
         group, _, key = name.rpartition(".")
         # Hydra sweeps over values that are separated by commas.
-        is_swept = any(word.startswith(f"{name}=") and "," in word for word in words)
+        is_swept = any(arg.startswith(f"{name}=") and "," in arg for arg in arguments)
         node = cfg[group] if group else cfg
         if node[key] is not None and not is_swept and not OmegaConf.is_interpolation(node, key):
             raise RecipeError(f"all runs of this sweep would have {name}={node[key]}.", fix)

@@ -39,8 +39,8 @@ def test_a_recipe_is_listed_and_planned(copy: Path, tmp_path: Path) -> None:
     [block] = blocks("A recipe")
     name = Path(block.file).stem
     assert name in run(copy, CLI).stdout
-    words = (f"recipe={name}", f"run_dir={tmp_path}/run", "skip_rules=[disk]")
-    done = run(copy, CLI, *words, "dry_run=true")
+    arguments = (f"recipe={name}", f"run_dir={tmp_path}/run", "skip_rules=[disk]")
+    done = run(copy, CLI, *arguments, "dry_run=true")
     assert done.returncode == 0, done.stderr
     assert f"recipe: {name}" in (tmp_path / "run" / "run.yaml").read_text()
 
@@ -116,8 +116,8 @@ def test_make_targets_exist(target: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "word"), re.findall(r"-m pytest .*?(tests/\w+)(?: -k (\w+))?", TEXT)
+    ("folder", "pattern"), re.findall(r"-m pytest .*?(tests/\w+)(?: -k (\w+))?", TEXT)
 )
-def test_commands_of_pytest_find_tests(folder: str, word: str) -> None:
+def test_commands_of_pytest_find_tests(folder: str, pattern: str) -> None:
     """Compares the names of files, because collecting tests imports the libraries."""
-    assert any(word in file.stem for file in (REPO_ROOT / folder).rglob("test_*.py"))
+    assert any(pattern in file.stem for file in (REPO_ROOT / folder).rglob("test_*.py"))

@@ -80,14 +80,14 @@ def test_recipes_prune_by_a_fraction_of_any_model(
     plan: MakePlan,
 ) -> None:
     """A fraction and the equivalent number give the same fingerprint."""
-    words = [f"model={model}", "skip_rules=[memory,bundled-config]"]
-    planned = plan(*words, recipe=f"recipe={recipe}")
+    overrides = [f"model={model}", "skip_rules=[memory,bundled-config]"]
+    planned = plan(*overrides, recipe=f"recipe={recipe}")
     student = planned.chain.shape_of("prune")
     assert tuple(getattr(student, axis) for axis in SIZES) == sizes
     teacher = planned.chain.teacher
     targets = {a: n for a, n in zip(SIZES, sizes, strict=True) if n != getattr(teacher, a)}
-    words += [f"stages.prune.target_{axis}={number}" for axis, number in targets.items()]
-    by_number = plan(*words, recipe=f"recipe={recipe}")
+    overrides += [f"stages.prune.target_{axis}={number}" for axis, number in targets.items()]
+    by_number = plan(*overrides, recipe=f"recipe={recipe}")
     assert [s.fingerprint for s in by_number.stages] == [s.fingerprint for s in planned.stages]
     [prune] = [stage.config for stage in planned.stages if stage.name == "prune"]
     assert {axis: getattr(prune, f"target_{axis}") for axis in targets} == targets

@@ -75,21 +75,21 @@ def test_accepted_result_feeds_later_stages_as_it_is(run: Path, plan: MakePlan) 
 def test_acceptance_is_recorded_until_the_stage_changes_again(
     run: Path, launch: Launch, plan: MakePlan, complete: Complete
 ) -> None:
-    words = (RECIPE, f"run_dir={run}", "tasks=null", "engine=null", "skip_rules=[disk]")
-    dry_run = launch(*words, OTHER_LR, "accept=[distill]", "dry_run=true")
+    arguments = (RECIPE, f"run_dir={run}", "tasks=null", "engine=null", "skip_rules=[disk]")
+    dry_run = launch(*arguments, OTHER_LR, "accept=[distill]", "dry_run=true")
     assert dry_run.returncode == 0, dry_run.stderr
     assert "accepted although lr changed" in dry_run.stdout
     assert manifest_of(run, "distill").accepted is None
     accepted = plan(OTHER_LR, "accept=[distill]")
     complete(accepted, "export_hf", "report")
-    done = launch(*words, OTHER_LR, "accept=[distill]")
+    done = launch(*arguments, OTHER_LR, "accept=[distill]")
     assert done.returncode == 0, done.stdout + done.stderr
     acceptance = manifest_of(run, "distill").accepted
     assert acceptance == stage_named(accepted, "distill").accepted
     assert acceptance is not None
     assert acceptance.reasons == [LR_CHANGED]
     for accept in ((), ("accept=[distill]",)):
-        again = launch(*words, OTHER_LR, *accept)
+        again = launch(*arguments, OTHER_LR, *accept)
         assert "everything was complete, nothing ran" in again.stdout, again.stdout + again.stderr
     assert {stage.status for stage in read_statuses(run)} == {"complete"}
     assert "lr changed 0.0003 → 0.0001" in refusal(plan, "stages.distill.lr=1e-4")
@@ -98,7 +98,7 @@ def test_acceptance_is_recorded_until_the_stage_changes_again(
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("override", "message"),
     [
         ("accept=[nonsense]", "accept: there is no stage 'nonsense'"),
         ("accept=[plan]", "accept=[plan], but plan has no complete result"),
@@ -108,9 +108,9 @@ def test_acceptance_is_recorded_until_the_stage_changes_again(
         ("accept={a: b}", "accept"),
     ],
 )
-def test_bad_values_are_refused(run: Path, launch: Launch, word: str, message: str) -> None:
+def test_bad_values_are_refused(run: Path, launch: Launch, override: str, message: str) -> None:
     (run / "plan" / "manifest.json").unlink()
-    done = launch(RECIPE, f"run_dir={run}", "tasks=null", "engine=null", word)
+    done = launch(RECIPE, f"run_dir={run}", "tasks=null", "engine=null", override)
     assert done.returncode == 1
     assert done.stderr.count("error:") == 1
     assert message in done.stderr

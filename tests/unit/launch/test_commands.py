@@ -165,7 +165,7 @@ def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launc
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["runs", "nowhere"], "there is no run in"),
         (["runs", "--all"], "runs does not know '--all'"),
@@ -182,9 +182,9 @@ def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launc
     ],
 )
 def test_invalid_commands_are_refused(
-    run_dir: Path, launch: Launch, words: list[str], message: str
+    run_dir: Path, launch: Launch, arguments: list[str], message: str
 ) -> None:
-    refused = launch(*(word.replace("RUN", str(run_dir)) for word in words))
+    refused = launch(*(argument.replace("RUN", str(run_dir)) for argument in arguments))
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: ")
     assert message in refused.stderr

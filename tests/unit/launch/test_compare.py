@@ -51,8 +51,8 @@ def page(sweep: Path) -> Page:
 def test_a_sweep_names_the_best_run_and_the_command_that_compares(sweep: Path) -> None:
     best, command = best_of(find_runs([sweep])).splitlines()
     assert best.startswith("best: sweep/1, ")
-    words = shlex.split(command.partition("python launch/run.py compare ")[2])
-    assert [Path(word).resolve() for word in words] == find_runs([sweep])
+    arguments = shlex.split(command.partition("python launch/run.py compare ")[2])
+    assert [Path(argument).resolve() for argument in arguments] == find_runs([sweep])
 
 
 def test_runs_of_a_sweep_are_found_in_the_order_of_their_numbers(sweep: Path) -> None:
@@ -165,9 +165,9 @@ def test_nothing_to_compare_is_refused(sweep: Path, tmp_path: Path) -> None:
         "needs the directories of runs": [],
         "cannot be written": [sweep, f"out={tmp_path}/no/compare.html"],
     }
-    for message, words in cases.items():
+    for message, arguments in cases.items():
         with pytest.raises(RecipeError, match=message):
-            compare([str(word) for word in words], Console())
+            compare([str(argument) for argument in arguments], Console())
 
 
 def test_compare_writes_a_page_or_fails_with_a_fix(

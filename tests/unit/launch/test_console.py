@@ -65,10 +65,10 @@ def test_tokenized_text_is_reported_as_not_compared(
     index = struct.pack("<9sQBQQ", b"MMIDIDX", 1, 8, 1, 2) + struct.pack("<iqqq", 900, 0, 0, 1)
     (tmp_path / "corpus.idx").write_bytes(index)
     (tmp_path / "corpus.bin").write_bytes(bytes(1800))
-    words = ("data.sources=[]", "data.heldout_sources=[]")
+    overrides = ("data.sources=[]", "data.heldout_sources=[]")
     print_sources(plan(), screen)
     assert "not compared" not in text_of(screen)
-    print_sources(plan(*words, f"data.prefix={tmp_path}/corpus", "skip_rules=[tokens]"), screen)
+    print_sources(plan(*overrides, f"data.prefix={tmp_path}/corpus", "skip_rules=[tokens]"), screen)
     assert re.search("corpus: .* benchmarks", lines_of(screen)[-1])
 
 
@@ -81,18 +81,18 @@ def test_summary_shows_the_results_of_stages(
     complete(planned)
     print_summary(plan("heal=least_squares", "engine=openvino"), 1.25, screen)
     shown = text_of(screen)
-    for words in (
+    for text in (
         *("897,123 tokens", "86.5 M parameters", "1.0 GB", "report.html", "openvino int8"),
         "KL 0.680 → 0.415 on validation text",
         "1.38 × prefill, 1.31 × decode (transformers, batch 1)",
         "everything was complete, nothing ran; 1.2 s",
     ):
-        assert words in shown
+        assert text in shown
     assert shown.count("skipped") == len(planned.stages)
 
 
 @pytest.mark.parametrize(
-    ("recovered", "words"),
+    ("recovered", "suffix"),
     [
         (0.75, ", recovered 75% of the loss added by pruning"),
         (0.0, ", recovered 0% of the loss added by pruning"),
@@ -100,13 +100,13 @@ def test_summary_shows_the_results_of_stages(
     ],
 )
 def test_headline_of_an_evaluation(
-    plan: MakePlan, complete: Complete, recovered: float | None, words: str
+    plan: MakePlan, complete: Complete, recovered: float | None, suffix: str
 ) -> None:
     complete(plan())
     evaluation = read_manifest(plan().run_dir / "evaluate")
     assert evaluation is not None
     evaluation.metrics["recovered"] = recovered
-    assert headline(evaluation) == f"perplexity 20.5 → 938.0 → 45.3{words}"
+    assert headline(evaluation) == f"perplexity 20.5 → 938.0 → 45.3{suffix}"
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ def test_images_are_chosen_by_what_a_stage_runs(plan: MakePlan, recipe: str) -> 
     """Stages that run TensorRT-LLM use its image; all others, also with OpenVINO, the default."""
     engines = {"build_engine", "build_teacher_engine", "measure_speed", "evaluate_served"}
     for engine in ENGINE_OVERRIDES:
-        words = (*DOCKER, f"engine={engine}", "served=engine", *ENGINE_OVERRIDES[engine])
-        planned = plan(*words, recipe=f"recipe={recipe}")
+        overrides = (*DOCKER, f"engine={engine}", "served=engine", *ENGINE_OVERRIDES[engine])
+        planned = plan(*overrides, recipe=f"recipe={recipe}")
         in_engine_image = {s.name for s in planned.stages if s.image == "nemo-recipes-engine:0.1.0"}
         assert in_engine_image == (engines if engine == "tensorrt_llm" else set())
         assert {s.image for s in planned.stages if s.name not in in_engine_image} == {
@@ -36,15 +36,15 @@ def test_a_missing_image_of_tensorrt_llm_is_refused(
     plan: MakePlan, cluster: str, unset: str
 ) -> None:
     """The default image lacks TensorRT-LLM; without a check, the run would fail after training."""
-    words = (f"cluster={cluster}", "hardware=h100", "cluster.images.default=nemo:1")
+    overrides = (f"cluster={cluster}", "hardware=h100", "cluster.images.default=nemo:1")
     unset = unset.format("cluster.images.tensorrt_llm")
     engine = ("engine=tensorrt_llm", PYTORCH)
     with pytest.raises(RecipeError, match="build_engine, measure_speed cannot run") as error:
-        plan(*words, unset, *engine)
+        plan(*overrides, unset, *engine)
     assert "cluster.images.tensorrt_llm is not set" in str(error.value)
     assert "engine=null" in str(error.value)
     with pytest.raises(RecipeError, match="does not exist") as error:
-        plan(*words, "cluster.images.tensorrt_llm=/no.sqsh", *engine)
+        plan(*overrides, "cluster.images.tensorrt_llm=/no.sqsh", *engine)
     assert "engine=null" in str(error.value)
-    assert plan(*words, unset, "engine=null")
-    assert plan(*words, "cluster.images.tensorrt_llm=engine:1", *engine)
+    assert plan(*overrides, unset, "engine=null")
+    assert plan(*overrides, "cluster.images.tensorrt_llm=engine:1", *engine)

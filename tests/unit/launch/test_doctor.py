@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from tests.unit.conftest import Launch
 
 
-def run_doctor(*words: str) -> tuple[int, str]:
+def run_doctor(*arguments: str) -> tuple[int, str]:
     """Returns the exit status and the output."""
     screen = StringIO()
-    status = doctor.run(words, Console(file=screen, width=200))
+    status = doctor.run(arguments, Console(file=screen, width=200))
     return status, screen.getvalue()
 
 

@@ -165,8 +165,8 @@ def test_the_backend_of_an_existing_engine_decides_whether_speed_is_measured_on_
         manifest = json.loads((engine / "manifest.json").read_text())
         manifest["config"]["backend"] = backend
         (engine / "manifest.json").write_text(json.dumps(manifest))
-        words = (ENGINE_IMAGE, "engine=openvino", inputs, "~stages.build_teacher_engine")
-        planned, _ = prepared(*SLURM, *words)
+        overrides = (ENGINE_IMAGE, "engine=openvino", inputs, "~stages.build_teacher_engine")
+        planned, _ = prepared(*SLURM, *overrides)
         assert stage_named(planned, "measure_speed").needs_gpu == on_gpu
 
 
@@ -235,7 +235,7 @@ def test_forced_stage_is_complete_only_with_a_new_result(
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "texts"),
     [
         ("cluster.time=4h", ["invalid cluster.time=4h:", "HH:MM:SS"]),
         ("cluster.time=43200", ["invalid cluster.time=43200:", "in quotes"]),
@@ -259,10 +259,10 @@ def test_forced_stage_is_complete_only_with_a_new_result(
         ("cluster.executor=slum", ["cluster.executor=slum is not known. Did you mean 'slurm'?"]),
     ],
 )
-def test_bad_settings_get_one_message(prepared: Prepared, override: str, words: list[str]) -> None:
+def test_bad_settings_get_one_message(prepared: Prepared, override: str, texts: list[str]) -> None:
     with pytest.raises(RecipeError) as caught:
         prepared(*SLURM, override)
-    for part in words:
+    for part in texts:
         assert part in str(caught.value)
 
 
@@ -287,11 +287,11 @@ def test_docker_command_is_exact(prepared: Prepared, tmp_path: Path) -> None:
         "+cluster.images.distill=special:1",
     )
     stage = stage_named(planned, "distill")
-    words = [word for group in docker.command(stage, cluster) for word in group]
+    arguments = [arg for group in docker.command(stage, cluster) for arg in group]
     cache = f"{tmp_path}/cache"
     options = {path: "" for path in (cache, f"{tmp_path}/home", f"{tmp_path}/run")}
     options["/usr/share"] = ":ro"
-    assert words == [
+    assert arguments == [
         *("docker", "run", "--rm", f"--name={docker.container_name(stage)}", "--gpus=all"),
         *("--ipc=host", "--ulimit=memlock=-1", "--ulimit=stack=67108864"),
         *(f"--user={os.getuid()}:{os.getgid()}", f"--workdir={tmp_path}/home"),
@@ -318,18 +318,18 @@ def test_docker_script_starts_the_command(prepared: Prepared, tmp_path: Path) ->
     write_program(tmp_path / "bin" / "docker", f'printf "%s\\n" "$@" >>{tmp_path}/arguments')
     docker.write_scripts(planned, cluster)
     subprocess.run([stage.directory / local.SCRIPT], check=True, cwd="/")
-    words = [word for group in docker.command(stage, cluster) for word in group]
+    arguments = [arg for group in docker.command(stage, cluster) for arg in group]
     removal = ["rm", "--force", docker.container_name(stage)]
-    assert (tmp_path / "arguments").read_text().splitlines() == [*removal, *words[1:]]
+    assert (tmp_path / "arguments").read_text().splitlines() == [*removal, *arguments[1:]]
 
 
 def test_docker_refuses_what_it_cannot_run(prepared: Prepared) -> None:
-    for override, words in (
+    for override, message in (
         ("stages.prune.resources.nodes=2", "resources.nodes|one rank"),
         ("cluster.images.default=null", "no image is set for stage"),
         ("cluster.options=[host]", "an option of docker run"),
     ):
-        with pytest.raises(RecipeError, match=words):
+        with pytest.raises(RecipeError, match=message):
             prepared(*DOCKER, override)
 
 

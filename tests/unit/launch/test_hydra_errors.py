@@ -8,7 +8,7 @@ import pytest
 from hydra.errors import HydraException
 
 from launch.hydra_errors import SHOW_FIELDS, SHOW_HELP, explain
-from launch.schema import hydra_words, recipes
+from launch.schema import hydra_arguments, recipes
 from recipes.core.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -42,24 +42,24 @@ def test_unknown_recipes_list_all_recipes(compose: Compose) -> None:
     ]
 
 
-@pytest.mark.parametrize("word", ["cluster=null", "recipe=null", "hardware=[]", "model=org/name"])
-def test_values_that_are_not_choices_are_refused(word: str) -> None:
+@pytest.mark.parametrize("arg", ["cluster=null", "recipe=null", "hardware=[]", "model=org/name"])
+def test_values_that_are_not_choices_are_refused(arg: str) -> None:
     with pytest.raises(RecipeError, match="names no ") as caught:
-        hydra_words([word])
+        hydra_arguments([arg])
     hint = "fix: model.hf_path=org/name for a folder or a hub id"
-    assert (hint in str(caught.value)) == word.startswith("model")
+    assert (hint in str(caught.value)) == arg.startswith("model")
 
 
 def test_null_omits_a_group_in_a_sweep_too(compose: Compose) -> None:
-    words = hydra_words([RECIPE, "heal=null,least_squares", "-m"])
-    assert words == ["-m", RECIPE, "heal=[],least_squares"]
+    arguments = hydra_arguments([RECIPE, "heal=null,least_squares", "-m"])
+    assert arguments == ["-m", RECIPE, "heal=[],least_squares"]
     stages = compose(RECIPE, "engine=null", "tracker=null").stages
     assert "build_engine" not in stages
     assert "export_hf" in stages
 
 
 @pytest.mark.parametrize(
-    ("override", "words", "option"),
+    ("override", "expected", "option"),
     [
         ("model=smollm", "there is no model 'smollm'.", "smollm2_135m"),
         ("data=wikpedia", "no data 'wikpedia'. Did you mean 'wikipedia'?", "wikipedia"),
@@ -68,10 +68,10 @@ def test_null_omits_a_group_in_a_sweep_too(compose: Compose) -> None:
     ],
 )
 def test_unknown_choices_list_the_choices(
-    compose: Compose, override: str, words: str, option: str
+    compose: Compose, override: str, expected: str, option: str
 ) -> None:
     message = error_message(compose, RECIPE, override)
-    assert words in message
+    assert expected in message
     choices = message.partition("use one of: ")[2].split(", ")
     assert option in choices
     assert "schema" not in choices
@@ -102,7 +102,7 @@ def test_unknown_fields_name_the_nearest(compose: Compose, override: str, messag
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "expected"),
     [
         ("stages.distill.max_steps=abc", ["'abc'", "Integer", "fix: use a whole number"]),
         ("stages.distill.lr=fast", ["'fast'", "Float", "fix: use a number"]),
@@ -111,10 +111,10 @@ def test_unknown_fields_name_the_nearest(compose: Compose, override: str, messag
     ],
 )
 def test_wrong_types_name_field_value_and_type(
-    compose: Compose, override: str, words: list[str]
+    compose: Compose, override: str, expected: list[str]
 ) -> None:
     message = error_message(compose, RECIPE, override)
-    for part in (override.partition("=")[0], *words):
+    for part in (override.partition("=")[0], *expected):
         assert part in message
     # This list lacks its closing bracket.
     assert "[a" in error_message(compose, RECIPE, "stages.prune.drop_layers=[a")

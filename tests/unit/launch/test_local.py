@@ -212,25 +212,25 @@ def test_failed_stage_is_explained_by_its_own_message(stage: PlannedStage, run: 
 
 
 @pytest.mark.parametrize(
-    ("signal", "words"),
+    ("signal", "expected"),
     [("KILL", "killed by SIGKILL: out of memory (the kernel's log"), ("TERM", "ended by SIGTERM")],
 )
-def test_signal_that_ended_a_stage_is_named(run: RunStage, signal: str, words: str) -> None:
-    assert words in run(f"kill -{signal} $$")
+def test_signal_that_ended_a_stage_is_named(run: RunStage, signal: str, expected: str) -> None:
+    assert expected in run(f"kill -{signal} $$")
 
 
 @pytest.mark.parametrize(
-    ("when", "words"),
+    ("when", "expected"),
     [
         ("06:00:01", "rank 1 was killed by SIGKILL: out of memory"),
         ("06:00:31", "lost its connection"),  # 30 s after rank 0 failed: torchrun killed rank 1
     ],
 )
-def test_killed_rank_is_named(stage: PlannedStage, run: RunStage, when: str, words: str) -> None:
+def test_killed_rank_is_named(stage: PlannedStage, run: RunStage, when: str, expected: str) -> None:
     """torchrun's report names the killed rank; other ranks only report lost connections."""
     report = TORCHRUN_REPORT.format(when=when)
     message = run(f"{fail_command(stage, 'lost its connection')}\ncat <<'END'\n{report}END\nexit 1")
-    assert message.startswith(f"stage distill failed: {words}")
+    assert message.startswith(f"stage distill failed: {expected}")
 
 
 def test_stage_that_does_not_stop_is_killed(

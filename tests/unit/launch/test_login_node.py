@@ -23,8 +23,8 @@ def test_the_installation_is_small_and_has_no_torch(launcher_python: Path) -> No
 
 
 def test_runs_are_planned_followed_and_compared(launcher_python: Path, tmp_path: Path) -> None:
-    words = ("recipe=qwen3_8b_depth", "engine=null", "cluster.python=/opt/python", "dry_run=true")
-    planned = run_on_login_node(launcher_python, tmp_path, *words, *SLURM)
+    args = ("recipe=qwen3_8b_depth", "engine=null", "cluster.python=/opt/python", "dry_run=true")
+    planned = run_on_login_node(launcher_python, tmp_path, *args, *SLURM)
     assert planned.returncode == 0, planned.stdout + planned.stderr
     run = tmp_path / "runs" / "qwen3_8b_depth"
     assert "/opt/python" in (run / "distill" / "job.sbatch").read_text()
@@ -39,8 +39,8 @@ def test_runs_are_planned_followed_and_compared(launcher_python: Path, tmp_path:
 def test_weights_of_a_folder_are_checked(
     launcher_python: Path, hf_folder: Path, tmp_path: Path
 ) -> None:
-    words = ("recipe=llama_depth_prune", "engine=null", "cluster.python=/opt/python", *SLURM)
-    command = (*words, "cluster.gpus=null", f"model.hf_path={hf_folder}", "dry_run=true")
+    args = ("recipe=llama_depth_prune", "engine=null", "cluster.python=/opt/python", *SLURM)
+    command = (*args, "cluster.gpus=null", f"model.hf_path={hf_folder}", "dry_run=true")
     planned = run_on_login_node(launcher_python, tmp_path, *command)
     assert planned.returncode == 0, planned.stdout + planned.stderr
     weights = hf_folder / WEIGHTS_FILE

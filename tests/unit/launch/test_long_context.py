@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from launch.schema import hydra_words
+from launch.schema import hydra_arguments
 from recipes.core.errors import RecipeError
 from recipes.planning.training_cost import training_cost
 from tests.unit.conftest import MakePlan
@@ -47,8 +47,8 @@ def test_later_stages_read_the_second_phase(plan: MakePlan) -> None:
         return {stages[stage].inputs[key] for stage, key in model_inputs.items()}
 
     recipe = "recipe=qwen3_8b_depth"
-    words = (LONG, "tasks=full", "teacher=corrected", "skip_rules=[memory]")
-    planned = plan(*words, *ON_GPUS, recipe=recipe)
+    overrides = (LONG, "tasks=full", "teacher=corrected", "skip_rules=[memory]")
+    planned = plan(*overrides, *ON_GPUS, recipe=recipe)
     assert evaluated_stages(planned) == {"distill_long"}
     assert evaluated_stages(plan("tasks=full", *ON_GPUS, recipe=recipe)) == {"distill"}
     assert planned.chain.stages["distill_long"].inputs == {
@@ -72,15 +72,15 @@ def test_what_the_second_phase_does_not_support_is_refused(
     plan: MakePlan, override: str, message: str
 ) -> None:
     # ``override`` replaces a default with the same key.
-    overrides = dict([word.partition("=")[::2] for word in (LONG, *ON_GPUS, override)])
+    overrides = dict([item.partition("=")[::2] for item in (LONG, *ON_GPUS, override)])
     with pytest.raises(RecipeError, match=message):
-        plan(*hydra_words(f"{k}={v}" for k, v in overrides.items()), recipe="recipe=qwen3_8b_depth")
+        plan(*hydra_arguments(map("=".join, overrides.items())), recipe="recipe=qwen3_8b_depth")
 
 
 def test_both_phases_accept_conversations(plan: MakePlan, tmp_path: Path) -> None:
     chats = tmp_path / "chats.jsonl"
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     chats.write_text(json.dumps({"messages": messages}) + "\n")
-    words = (LONG, f"data.sources=[{chats}]", "data.format=chat", "data.heldout_sources=[]")
+    overrides = (LONG, f"data.sources=[{chats}]", "data.format=chat", "data.heldout_sources=[]")
     skipped = "skip_rules=[tokens,data-splits,data-sources]"
-    plan(*words, *ON_GPUS, skipped, recipe="recipe=qwen3_8b_depth")
+    plan(*overrides, *ON_GPUS, skipped, recipe="recipe=qwen3_8b_depth")

@@ -44,7 +44,7 @@ def test_planning_writes_nothing_and_gives_equal_plans(plan: MakePlan, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "expected"),
     [
         ("force=[distil]", "force: there is no stage 'distil'. Did you mean 'distill'?"),
         ("only=[prun]", "only: there is no stage 'prun'. Did you mean 'prune'?"),
@@ -64,9 +64,9 @@ def test_planning_writes_nothing_and_gives_equal_plans(plan: MakePlan, tmp_path:
     ],
 )
 def test_problem_is_found_before_anything_runs(
-    plan: MakePlan, tmp_path: Path, override: str, words: str
+    plan: MakePlan, tmp_path: Path, override: str, expected: str
 ) -> None:
-    assert words in refusal(plan, override)
+    assert expected in refusal(plan, override)
     assert not (tmp_path / "run").exists()
 
 
@@ -74,8 +74,8 @@ def test_problems_of_several_stages_are_listed_together(plan: MakePlan) -> None:
     message = refusal(
         plan, "data.sources=[]", "stages.prune.target_hidden_size=640", "data.seq_length=9000"
     )
-    for words in ("data.sources is empty", "larger than the teacher", "9000"):
-        assert words in message
+    for expected in ("data.sources is empty", "larger than the teacher", "9000"):
+        assert expected in message
 
 
 def test_recipe_without_stages_is_refused(compose: Compose, tmp_path: Path) -> None:
@@ -85,19 +85,19 @@ def test_recipe_without_stages_is_refused(compose: Compose, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("broken", "words"),
+    ("broken", "expected"),
     [
         ("model.safetensors", "hf_model has neither model.safetensors nor"),
         ("config.json", "GPT2LMHeadModel is not supported"),
     ],
 )
 def test_unusable_models_are_refused(
-    plan: MakePlan, hf_folder: Path, broken: str, words: str
+    plan: MakePlan, hf_folder: Path, broken: str, expected: str
 ) -> None:
     (hf_folder / broken).unlink()
     if broken == "config.json":
         (hf_folder / broken).write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
-    assert words in refusal(plan, f"model.hf_path={hf_folder}")
+    assert expected in refusal(plan, f"model.hf_path={hf_folder}")
 
 
 @pytest.mark.parametrize("name", ["only", "force"])
@@ -107,8 +107,8 @@ def test_one_name_is_accepted_instead_of_a_list(plan: MakePlan, name: str) -> No
 
 def test_stages_in_only_need_complete_inputs(plan: MakePlan, complete: Complete) -> None:
     message = refusal(plan, "only=[prune]")
-    for words in ("excludes import_hf", "not run yet", "add import_hf to only"):
-        assert words in message
+    for expected in ("excludes import_hf", "not run yet", "add import_hf to only"):
+        assert expected in message
     complete(plan(), "import_hf", "prepare_data", "score")
     planned = plan("only=[prune]", "stages.prune.target_hidden_size=448")
     assert [(stage.name, stage.action) for stage in planned.stages] == [("prune", "run")]
@@ -161,7 +161,7 @@ def test_input_may_have_several_types(
 
 
 @pytest.mark.parametrize(
-    ("stage", "damage", "words"),
+    ("stage", "damage", "text"),
     [
         ("prepare_data", None, "is a dataset; a checkpoint_nemo is needed"),
         ("import_hf", "manifest", "has no manifest.json: it is not complete"),
@@ -171,7 +171,7 @@ def test_input_may_have_several_types(
     ],
 )
 def test_input_that_cannot_be_used(
-    plan: MakePlan, complete: Complete, tmp_path: Path, stage: str, damage: str | None, words: str
+    plan: MakePlan, complete: Complete, tmp_path: Path, stage: str, damage: str | None, text: str
 ) -> None:
     complete(plan(), "import_hf", "prepare_data")
     other = (tmp_path / "run").rename(tmp_path / "other")
@@ -181,7 +181,7 @@ def test_input_that_cannot_be_used(
         (other / stage / ARTIFACT / "data.bin").write_text("edited")
     with pytest.raises(RecipeError) as caught:
         plan_with_checkpoint(plan, other / stage)
-    assert words in str(caught.value)
+    assert text in str(caught.value)
     assert str((other / stage).resolve()) in str(caught.value)
 
 

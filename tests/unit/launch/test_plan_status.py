@@ -131,18 +131,18 @@ def test_changed_source_files_are_the_reason(
 ) -> None:
     file = tmp_path / "text.txt"
     file.write_text("one " * 1000)
-    words = (f"data.sources=[{file}]", f"model.hf_path={hf_folder}", *SMALL_STUDENT)
-    complete(plan(*words))
+    overrides = (f"data.sources=[{file}]", f"model.hf_path={hf_folder}", *SMALL_STUDENT)
+    complete(plan(*overrides))
     os.utime(file, ns=(0, 0))
-    assert reasons_to_run(plan(*words)) == {}
+    assert reasons_to_run(plan(*overrides)) == {}
     file.write_text("two " * 1000)
-    reasons = reasons_to_run(plan(*words))
+    reasons = reasons_to_run(plan(*overrides))
     assert reasons["prepare_data"] == "files from outside the run changed"
     assert reasons["score"] == "input calibration changed"
     assert "import_hf" not in reasons
     (hf_folder / "LICENSE").write_text("another")
-    assert list(reasons_to_run(plan(*words))) == STAGES[1:]
-    assert reasons_to_run(plan(*words))["import_hf"] == "files from outside the run changed"
+    assert list(reasons_to_run(plan(*overrides))) == STAGES[1:]
+    assert reasons_to_run(plan(*overrides))["import_hf"] == "files from outside the run changed"
 
 
 @pytest.mark.usefixtures("run")

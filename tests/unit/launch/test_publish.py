@@ -60,9 +60,9 @@ def run(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def push(launch: Launch, run: Path, hub: FakeHub, tmp_path: Path) -> Launch:
-    def push_run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def push_run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         settings = {**settings_for(hub, tmp_path / "hub"), "HF_TOKEN": TOKEN, **env}
-        return launch(*RUN, f"run_dir={run}", f"hub.push={NAME}", *words, **settings)
+        return launch(*RUN, f"run_dir={run}", f"hub.push={NAME}", *arguments, **settings)
 
     return push_run
 
@@ -100,7 +100,7 @@ def test_a_run_that_fails_its_gates_is_not_published(push: Launch, hub: FakeHub)
 
 
 @pytest.mark.parametrize(
-    ("words", "env", "message"),
+    ("arguments", "env", "message"),
     [
         ((), {"HF_TOKEN": ""}, "needs a token of the hub"),
         ((), {"HF_TOKEN": "hf_another"}, f"could not publish {NAME}"),
@@ -115,9 +115,9 @@ def test_a_run_that_fails_its_gates_is_not_published(push: Launch, hub: FakeHub)
     ids=["no token", "unknown token", "no hub", "no export", "slurm"],
 )
 def test_runs_that_cannot_be_published_are_refused_before_they_start(
-    push: Launch, hub: FakeHub, words: tuple[str, ...], env: dict[str, str], message: str
+    push: Launch, hub: FakeHub, arguments: tuple[str, ...], env: dict[str, str], message: str
 ) -> None:
-    done = push(*words, **env)
+    done = push(*arguments, **env)
     assert done.returncode == 1
     assert message in done.stderr
     assert "fix:" in done.stderr
@@ -157,7 +157,7 @@ def test_runs_of_a_sweep_are_not_pushed_to_one_repository(launch: Launch, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("word", "separate"),
+    ("arg", "separate"),
     [
         ("run_dir=both", False),
         ("run_dir=runs/${hydra:job.num}", True),
@@ -165,11 +165,11 @@ def test_runs_of_a_sweep_are_not_pushed_to_one_repository(launch: Launch, tmp_pa
         (f"hub.push={NAME}-1,{NAME}-2", True),
     ],
 )
-def test_runs_of_a_sweep_need_separate_results(compose: Compose, word: str, separate: bool) -> None:
-    cfg = compose(RUN[0], word.partition(",")[0])
+def test_runs_of_a_sweep_need_separate_results(compose: Compose, arg: str, separate: bool) -> None:
+    cfg = compose(RUN[0], arg.partition(",")[0])
     refusal = pytest.raises(RecipeError, match="all runs of")
     with contextlib.nullcontext() if separate else refusal:
-        require_separate_results(cfg, ["-m", *RUN, word])
+        require_separate_results(cfg, ["-m", *RUN, arg])
 
 
 def test_a_public_model_is_refused_unless_it_may_be_public(push: Launch, hub: FakeHub) -> None:

@@ -23,17 +23,17 @@ Prepared = tuple[Chain, list[RankJob]]
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "expected"),
     [
         ("rehearse=soon", "invalid rehearse=soon: must be true or a list"),
         ("rehearse=[0,-1]", "invalid rehearse=[0, -1]: must be true or a list"),
         ("rehearse=[4]", "no selected stage with rank 4"),
     ],
 )
-def test_invalid_rehearsals_are_refused(launch: Launch, override: str, words: str) -> None:
+def test_invalid_rehearsals_are_refused(launch: Launch, override: str, expected: str) -> None:
     done = launch("recipe=llama_depth_prune", override)
     assert done.returncode == 1
-    assert words in done.stderr
+    assert expected in done.stderr
     assert done.stderr.count("\n") <= 2
 
 
@@ -99,8 +99,8 @@ def test_successive_halving_is_rehearsed_by_training_its_largest_candidate(
 
 
 def test_a_cached_teacher_has_settings_of_cache_logits(compose: Compose, tmp_path: Path) -> None:
-    words = ("recipe=qwen3_8b_depth", "teacher=cached", "stages.cache_logits.top_k=8")
-    _, jobs = prepared(compose(*words), tmp_path)
+    overrides = ("recipe=qwen3_8b_depth", "teacher=cached", "stages.cache_logits.top_k=8")
+    _, jobs = prepared(compose(*overrides), tmp_path)
     job = next(job for job in jobs if job.name == "distill")
     teacher = job.inputs["teacher"]
     assert teacher.kind == "logit_cache"

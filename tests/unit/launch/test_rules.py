@@ -257,13 +257,13 @@ def test_each_rule_can_be_broken(
 def test_conversations_are_checked_before_anything_runs(
     overrides: str, message: str | None, plan: MakePlan, text: Path, chats: Path
 ) -> None:
-    words = overrides.replace("TEXT", str(text)).replace("CHAT", str(chats)).split()
+    arguments = overrides.replace("TEXT", str(text)).replace("CHAT", str(chats)).split()
     if message is None:
-        notes = plan("data.format=chat", *words).notes
+        notes = plan("data.format=chat", *arguments).notes
         assert "chat" not in {note.rule.name for note in notes}
     else:
         with pytest.raises(RecipeError, match=rf"{message}(?s:.*)\[chat\]"):
-            plan("data.format=chat", *words)
+            plan("data.format=chat", *arguments)
 
 
 def test_skipped_rules_are_still_shown(plan: MakePlan) -> None:

@@ -28,12 +28,12 @@ RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*_prune.yaml"))
 EXPORT_INDEX = STAGES.index("export_hf")
 STAGES_WITH_TASKS = [*STAGES[:EXPORT_INDEX], "evaluate_tasks", *STAGES[EXPORT_INDEX:]]
 SECRET = "hf_secret_that_nobody_may_see"
-WORDS = (RECIPE, "engine=null", "tasks=null", "run_dir=../run")
+ARGUMENTS = (RECIPE, "engine=null", "tasks=null", "run_dir=../run")
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """The run directory that ``WORDS`` sets. The common fixture ``plan`` also uses it."""
+    """The run directory that ``ARGUMENTS`` sets. The common fixture ``plan`` also uses it."""
     return tmp_path / "run"
 
 
@@ -75,7 +75,7 @@ def test_config_can_be_shown(launch: Launch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("args", "expected"),
     [
         (["recipe=llama_width_prun"], ["no recipe", "Did you mean 'llama_width_prune'?"]),
         ([RECIPE, "stages.distill.max_steps=x"], ["'x'", "Integer", "stages.distill.max_steps"]),
@@ -93,10 +93,10 @@ def test_config_can_be_shown(launch: Launch, tmp_path: Path) -> None:
     ids=["recipe", "type", "check", "only", "nodes", "file"],
 )
 def test_mistakes_get_one_message_and_leave_no_files(
-    launch: Launch, tmp_path: Path, args: list[str], words: list[str]
+    launch: Launch, tmp_path: Path, args: list[str], expected: list[str]
 ) -> None:
     message = refused(launch, *args)
-    for part in words:
+    for part in expected:
         assert part in message
     assert files_below(tmp_path) == set()
 
@@ -105,8 +105,8 @@ def test_mistakes_get_one_message_and_leave_no_files(
 def test_dry_run_writes_configs_and_scripts_and_starts_nothing(
     launch: Launch, tmp_path: Path, recipe: str
 ) -> None:
-    words = f"recipe={recipe}", "engine=null", "dry_run=true", "+cluster.env.WORD='a b'"
-    done = launch(*words, HF_TOKEN=SECRET)
+    arguments = f"recipe={recipe}", "engine=null", "dry_run=true", "+cluster.env.WORD='a b'"
+    done = launch(*arguments, HF_TOKEN=SECRET)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "nothing was started" in done.stdout
@@ -119,7 +119,7 @@ def test_dry_run_writes_configs_and_scripts_and_starts_nothing(
         ".lock",
         *requests,
     }
-    assert launch(*words).stdout.count("not run yet") == len(STAGES_WITH_TASKS)
+    assert launch(*arguments).stdout.count("not run yet") == len(STAGES_WITH_TASKS)
     for stage in STAGES_WITH_TASKS:
         subprocess.run(["bash", "-n", run / stage / "run.sh"], check=True)
         assert "export WORD='a b'" in (run / stage / "run.sh").read_text()
@@ -140,10 +140,10 @@ def test_sweep_gives_each_point_its_own_run(launch: Launch, tmp_path: Path) -> N
 def test_sweep_ends_with_the_command_that_compares_its_runs(
     launch: Launch, plan: MakePlan, complete: Complete, run: Path
 ) -> None:
-    assert launch(*WORDS, "dry_run=true").returncode == 0
+    assert launch(*ARGUMENTS, "dry_run=true").returncode == 0
     complete(plan())
     shutil.copytree(run, run.with_name("other"))
-    done = launch("-m", *WORDS[:-1], "skip_rules=[disk]", "run_dir=../run,../other")
+    done = launch("-m", *ARGUMENTS[:-1], "skip_rules=[disk]", "run_dir=../run,../other")
     assert done.returncode == 0, done.stderr
     command = "python launch/run.py compare ../run ../other"
     last_line = done.stdout.splitlines()[-1]
@@ -153,10 +153,10 @@ def test_sweep_ends_with_the_command_that_compares_its_runs(
 def test_complete_run_starts_nothing_and_keeps_its_recipe(
     launch: Launch, plan: MakePlan, complete: Complete, run: Path
 ) -> None:
-    assert launch(*WORDS, "dry_run=true").returncode == 0
+    assert launch(*ARGUMENTS, "dry_run=true").returncode == 0
     complete(plan())
     before = {file: (run / file).stat().st_mtime_ns for file in files_below(run)}
-    done = launch(*WORDS)
+    done = launch(*ARGUMENTS)
     assert done.returncode == 0, done.stderr
     assert "everything was complete, nothing ran" in done.stdout
     assert {file: (run / file).stat().st_mtime_ns for file in files_below(run)} == before
@@ -175,17 +175,17 @@ def test_status_shows_only_the_last_plan(
     def states() -> dict[str, str]:
         return {stage.name: stage.status for stage in read_statuses(run)}
 
-    assert launch(*WORDS, "gguf=f16", "dry_run=true").returncode == 0
+    assert launch(*ARGUMENTS, "gguf=f16", "dry_run=true").returncode == 0
     assert states()["export_gguf"] == "not started"
-    assert launch(*WORDS, "dry_run=true", "only=[plan]").returncode == 0
+    assert launch(*ARGUMENTS, "dry_run=true", "only=[plan]").returncode == 0
     assert states().keys() == set(STAGES)
-    assert launch(*WORDS, "gguf=f16", "dry_run=true").returncode == 0
+    assert launch(*ARGUMENTS, "gguf=f16", "dry_run=true").returncode == 0
     complete(plan())
-    assert launch(*WORDS, "dry_run=true", "stages.distill.lr=2e-4").returncode == 0
+    assert launch(*ARGUMENTS, "dry_run=true", "stages.distill.lr=2e-4").returncode == 0
     # The settings of distill changed, so its result and three later results do not fit the plan.
     shown = launch("status", f"run_dir={run}").stdout
     assert shown.count("its settings, inputs or code differ from those of the last plan") == 4
-    assert launch(*WORDS).returncode == 0  # nothing has to run
+    assert launch(*ARGUMENTS).returncode == 0  # nothing has to run
     assert states() == dict.fromkeys(STAGES, "complete")
     begin_work(run / "export_gguf", unfinished_manifest(read_request(run / "export_gguf")))
     assert states()["export_gguf"] == "interrupted"
@@ -193,12 +193,12 @@ def test_status_shows_only_the_last_plan(
 
 def test_second_launcher_of_a_run_is_refused(launch: Launch, run: Path) -> None:
     """A dry run is refused, too, because it would overwrite the requests of stages."""
-    launch(*WORDS, "dry_run=true")
+    launch(*ARGUMENTS, "dry_run=true")
     before = (run / "distill" / "config.yaml").read_text()
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for words in ((), ("dry_run=true", "stages.distill.max_steps=77")):
-            message = refused(launch, *WORDS, *words, planned=True)
+        for more in ((), ("dry_run=true", "stages.distill.max_steps=77")):
+            message = refused(launch, *ARGUMENTS, *more, planned=True)
             assert message.startswith(f"error: another process is running {run}.")
     assert (run / "distill" / "config.yaml").read_text() == before
 
@@ -234,17 +234,17 @@ def test_disk_that_is_too_small_is_refused(launch: Launch, tmp_path: Path) -> No
 def test_a_read_only_or_full_disk_is_named(launch: Launch, tmp_path: Path) -> None:
     """The disk is first read-only, then full. The same command succeeds when it has space."""
     with small_disk(tmp_path / "small") as disk:
-        words = (RECIPE, "engine=null", f"run_dir={disk.folder}/run", "dry_run=true")
-        words = (*words, "skip_rules=[disk]")
+        arguments = (RECIPE, "engine=null", f"run_dir={disk.folder}/run", "dry_run=true")
+        arguments = (*arguments, "skip_rules=[disk]")
         disk.remount("ro")
-        message = refused(launch, *words, planned=True)
+        message = refused(launch, *arguments, planned=True)
         assert f"{disk.folder}/run: Read-only file system." in message
         assert "set run_dir to another directory; the same command resumes" in message
         disk.remount("rw")
         disk.leave_free(8192)
-        message = refused(launch, *words, planned=True)
+        message = refused(launch, *arguments, planned=True)
         assert "No space left on device." in message
         assert "free some space; the same command resumes" in message
         disk.remount("size=2m")
-        assert launch(*words).returncode == 0
+        assert launch(*arguments).returncode == 0
         assert not list(disk.folder.rglob(".*.partial"))

@@ -110,8 +110,8 @@ def test_the_command_ends_with_a_plan_or_one_message(compose: Compose, tmp_path:
     overrides = [f"{draw.choice(names)}={draw.choice(values)}" for _ in range(40)]
     for number, override in enumerate(overrides):
         run_dir = tmp_path / str(number)
-        words = ("recipe=llama_depth_prune", "dry_run=true", f"run_dir={run_dir}", override)
-        done = fork_launcher(*words, cwd=tmp_path)
+        arguments = ("recipe=llama_depth_prune", "dry_run=true", f"run_dir={run_dir}", override)
+        done = fork_launcher(*arguments, cwd=tmp_path)
         assert "Traceback" not in done.stdout + done.stderr, override
         if done.returncode:
             assert "error: " in done.stderr, override

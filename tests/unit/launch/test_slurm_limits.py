@@ -32,8 +32,8 @@ def problems_of_jobs(
     """Plans a recipe for one node; returns the problems of its jobs, each with its rule."""
     monkeypatch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
     monkeypatch.setattr(slurm, "read_partitions", lambda: PARTITIONS)
-    words = ("cluster=slurm", "cluster.images.tensorrt_llm=engine:1", "hardware=h100", *overrides)
-    planned = plan(*words, recipe="recipe=qwen3_8b_depth_2.5b")
+    args = ("cluster=slurm", "cluster.images.tensorrt_llm=engine:1", "hardware=h100", *overrides)
+    planned = plan(*args, recipe="recipe=qwen3_8b_depth_2.5b")
     return "\n".join(map(str, slurm.problems(planned, slurm.SlurmConfig(**FITTING_CPUS | cluster))))  # type: ignore[arg-type]
 
 

@@ -22,9 +22,9 @@ def checkout(tmp_path: Path) -> Path:
     return copy_with(tmp_path / "checkout")
 
 
-def launch(checkout: Path, *words: str, status: int = 0) -> Path:
+def launch(checkout: Path, *arguments: str, status: int = 0) -> Path:
     """Runs the stage ``plan``; returns the run's directory."""
-    done = run(checkout, "launch/run.py", RECIPE, "only=[plan]", "skip_rules=[disk]", *words)
+    done = run(checkout, "launch/run.py", RECIPE, "only=[plan]", "skip_rules=[disk]", *arguments)
     assert done.returncode == status, done.stdout + done.stderr
     return checkout / "runs" / "llama_width_prune"
 

@@ -31,8 +31,8 @@ def test_a_search_gets_the_devices_of_its_training_runs(plan: MakePlan) -> None:
     search = plan(*SLURM, recipe="recipe=qwen3_8b_search")
     cluster = slurm.SlurmConfig(cpus_per_task=64)
     text = slurm.job_script(stage_named(search, "successive_halving"), cluster)
-    for words in ("--gpus-per-node=8\n", "--exclusive\n", "CPUS_ON_NODE / 8 :"):
-        assert words in text
+    for line in ("--gpus-per-node=8\n", "--exclusive\n", "CPUS_ON_NODE / 8 :"):
+        assert line in text
     assert "--nproc-per-node=1 " in text, "its training runs start their own ranks"
     assert "cpus-per-task" not in text, "a job on a whole node uses all its CPUs"
     assert "CUDA_DEVICE_MAX_CONNECTIONS=1\n" in text

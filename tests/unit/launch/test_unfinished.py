@@ -100,13 +100,13 @@ def test_every_changed_field_is_named_and_set_back(plan: MakePlan) -> None:
     assert "min_lr changed 3e-05 → 1e-06" in what
     assert "lr changed 0.0003 → 1e-05" in what
     assert "precision changed 32 → bf16-mixed" in what
-    words = shlex.split(fix.removeprefix("set ").partition(" to resume")[0])
-    assert sorted(words) == [
+    old_values = shlex.split(fix.removeprefix("set ").partition(" to resume")[0])
+    assert sorted(old_values) == [
         "stages.distill.lr=0.0003",
         "stages.distill.min_lr=3e-05",
         "stages.distill.precision=32",
     ]
-    assert actions_of(plan(*words))["distill"][0] == "resume"
+    assert actions_of(plan(*old_values))["distill"][0] == "resume"
 
 
 def test_progress_is_not_lost_to_changed_inputs_or_code(
