@@ -1,11 +1,12 @@
-"""Kills a tiny chain at random moments, repeats the command, and compares the results.
+"""Kills a run of a tiny model at random moments, resumes it, and compares the result.
 
     python -m tests.chaos --kills 100 --seed 1
 
-In a round, all stages of a tiny model run. They are killed a few times each, and then run to the
-end. The round must leave the weights, metrics, records, report and files of an undisturbed run. No
-process may remain, and no file may contain a secret of the environment. The first round with a
-problem ends the campaign, whose folder is then kept.
+A campaign first makes an uninterrupted run. Each of its rounds then repeats the stages of this run:
+it starts and kills the launcher a few times in each stage, and finally lets the run finish. The
+weights, metrics, records, report and files must be those of the uninterrupted run. No process may
+remain, and no file may contain a secret of the environment. The campaign ends after the first round
+with a problem, and then keeps its folder.
 """
 
 from __future__ import annotations
@@ -38,27 +39,29 @@ SETTINGS = (
 
 def run_campaign(folder: Path, arguments: argparse.Namespace) -> list[str]:
     """Runs rounds in an empty folder; returns the problems of the first round that has any."""
-    base, run_dir, temporary = folder / "base", folder / "work" / "run", folder / "tmp"
-    for new in (temporary, run_dir.parent):
-        new.mkdir()
+    expected_dir, run_dir = folder / "expected", folder / "work" / "run"
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    run_dir.parent.mkdir()
     text = write_text(folder / "text.jsonl")
     model = write_tiny_model(folder / "model", text, **ODD)
-    words = [*overrides(model, text, run_dir, engine="null"), *SETTINGS]
-    seconds: dict[str, float] = {}  # of each stage; set after the first run, for random moments
+    run_overrides = [*overrides(model, text, run_dir, engine="null"), *SETTINGS]
+    stage_seconds: dict[str, float] = {}  # filled after the uninterrupted run
     variables = {"TMPDIR": str(temporary), "HF_TOKEN": SECRET, "WANDB_API_KEY": SECRET}
-    command = RunCommand(words, run_dir, seconds, variables)
+    command = RunCommand(run_overrides, run_dir, stage_seconds, variables)
     exit_status, output = command.finish()
     if exit_status:
-        return [f"the undisturbed run failed: {output}"]
-    run_dir.rename(base)
-    seconds |= {stage: manifest_of(base, stage).seconds for stage in HEALING}
+        return [f"the uninterrupted run failed: {output}"]
+    run_dir.rename(expected_dir)
+    stage_seconds |= {stage: manifest_of(expected_dir, stage).seconds for stage in HEALING}
 
     rng, kills, problems = random.Random(arguments.seed), Counter[str](), list[str]()
     while kills.total() < arguments.kills and not problems:
         shutil.rmtree(run_dir, ignore_errors=True)
         shutil.rmtree(temporary)
         temporary.mkdir()
-        shutil.copytree(base, run_dir, ignore=shutil.ignore_patterns(".lock"))
+        shutil.copytree(expected_dir, run_dir, ignore=shutil.ignore_patterns(".lock"))
+        # Deletes the first stage to kill and all later stages, so that they run again.
         for stage in HEALING[HEALING.index(arguments.stages[0]) :]:
             shutil.rmtree(run_dir / stage)
         stages = [stage for stage in arguments.stages for _ in range(arguments.each)]
@@ -68,17 +71,17 @@ def run_campaign(folder: Path, arguments: argparse.Namespace) -> list[str]:
             kills[f"{killed.stage} {killed.victim}"] += 1
             problems += [f"{killed.stage}: {p}" for p in problems_of(killed, folder)]
         exit_status, output = command.finish()
-        problems += differences(base, run_dir) if exit_status == 0 else [output[-2000:]]
+        problems += differences(expected_dir, run_dir) if exit_status == 0 else [output[-2000:]]
         remaining = [path.name for path in temporary.iterdir() if not is_of_a_library(path)]
         problems += [f"{name} is left in TMPDIR" for name in remaining]
         print(f"{kills.total()} of {arguments.kills} kills", flush=True)
-    for what, count in sorted(kills.items()):
-        print(f"{count:4}  {what}")
+    for victim, count in sorted(kills.items()):
+        print(f"{count:4}  {victim}")
     return problems
 
 
 def problems_of(killed: Killed, folder: Path) -> Iterator[str]:
-    """Yields the problems that are found after a kill."""
+    """Yields problems in the launcher's output and in files after a kill."""
     if "Traceback" in killed.output:
         yield f"the launcher failed: {killed.output[-2000:]}"
     if killed.exit_status not in (0, 1, -signal.SIGKILL):
@@ -89,11 +92,11 @@ def problems_of(killed: Killed, folder: Path) -> Iterator[str]:
 
 
 def main() -> int:
-    """Runs a campaign; its folder stays only if there are problems."""
+    """Runs a campaign, and deletes its folder if there are no problems."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.chaos")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--each", type=int, default=2, help="kills of each stage in a round")
+    parser.add_argument("--each", type=int, default=2, help="kills per stage and round")
     parser.add_argument("--stages", nargs="*", choices=HEALING, default=HEALING)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="chaos"))

@@ -1,4 +1,4 @@
-"""A tiny chain that tests kill, and the comparison of two runs of it."""
+"""Overrides of a tiny run that tests kill, and the comparison of two such runs."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ TIMED = re.compile(
     r"(seconds|_per_second|_ms|^time|_at|rss_bytes|peak_memory_bytes"
     r"|^speedup|^(prefill|decode)(_roofline)?|^cached)$"
 )
-"""Matches metrics that differ between any two runs: times, memory, and the use of caches."""
-_FIGURE = r"<data[^>]*>[^<]*</data>"
-SPEED = re.compile(rf"{_FIGURE}(?= tokens per second|: the plan is)|(?<=: the plan is ){_FIGURE}")
+"""Matches names of metrics that differ between any two runs: times, memory, and use of caches."""
+_NUMBER = r"<data[^>]*>[^<]*</data>"
+SPEED = re.compile(rf"{_NUMBER}(?= tokens per second|: the plan is)|(?<=: the plan is ){_NUMBER}")
+"""Matches measured speeds in the report."""
 SECTION = re.compile(r'<section id="(\w+)">.*?</section>', re.DOTALL)
 
 
 def overrides(
     model: Path, text_file: Path, run_dir: Path, engine: str = "openvino", served: str = "gguf"
 ) -> list[str]:
-    """Returns the overrides of a chain that prunes width and depth to odd sizes."""
-    engines = [
+    """Returns the overrides of a run that prunes width and depth to odd sizes."""
+    engine_settings = [
         "gguf=q8_0",
         f"served={served}",
         *settings("evaluate_served", tasks="[piqa]", limit=4, num_sequences=2),
@@ -46,68 +47,74 @@ def overrides(
         *settings("prune", target_hidden_size=40, hidden_size_divisor=8),
         *settings("prune", target_ffn_hidden_size=72, ffn_hidden_size_divisor=8),
         *settings("prune", target_num_attention_heads=5, target_num_layers=4),
-        *settings("distill", precision="bf16-mixed"),  # by default it depends on the processor
+        *settings("distill", precision="bf16-mixed"),  # the default depends on the processor
         *settings("distill", max_steps=STEPS, warmup_steps=2, val_check_interval=12),
         *settings("distill", checkpoint_interval=CHECKPOINT_INTERVAL),
         *settings("evaluate", num_sequences=8, new_tokens=8),
-        *(engines if engine == "openvino" else []),
+        *(engine_settings if engine == "openvino" else []),
     ]
 
 
-def differences(expected: Path, found: Path) -> list[str]:
+def differences(expected: Path, actual: Path) -> list[str]:
     """Lists differences of two runs in results, records, files and reports, apart from times."""
-    stages = sorted(file.parent.name for file in expected.glob(f"*/{MANIFEST}"))
-    found_stages = sorted(file.parent.name for file in found.glob(f"*/{MANIFEST}"))
-    if stages != found_stages:
-        return [f"complete are {found_stages}, not {stages}"]
-    different = [f"{name}: only in one" for name in sorted(_paths(expected) ^ _paths(found))]
+    stages, actual_stages = (
+        sorted(file.parent.name for file in run_dir.glob(f"*/{MANIFEST}"))
+        for run_dir in (expected, actual)
+    )
+    if stages != actual_stages:
+        return [f"complete stages are {actual_stages}, not {stages}"]
+    found = [f"{name}: only in one run" for name in sorted(_paths(expected) ^ _paths(actual))]
     for stage in stages:
-        different += [f"{stage}: {what}" for what in _stage_differences(expected, found, stage)]
-    return different
+        found += [f"{stage}: {item}" for item in _stage_differences(expected, actual, stage)]
+    return found
 
 
 def _paths(run_dir: Path) -> set[str]:
-    every = (path.relative_to(run_dir) for path in run_dir.rglob("*"))
-    files = (path for path in every if "__pycache__" not in path.parts)  # of the snapshot
-    return {str(path) for path in files if path.parts[1:2] != ("logs",)}
+    """Returns the relative paths of a run, without logs and the snapshot's compiled files."""
+    paths = (path.relative_to(run_dir) for path in run_dir.rglob("*"))
+    compared = (path for path in paths if "__pycache__" not in path.parts)
+    return {str(path) for path in compared if path.parts[1:2] != ("logs",)}
 
 
-def _stage_differences(expected: Path, found: Path, stage: str) -> Iterator[str]:
-    one, two = manifest_of(expected, stage), manifest_of(found, stage)
+def _stage_differences(expected_run: Path, actual_run: Path, stage: str) -> Iterator[str]:
+    expected, actual = manifest_of(expected_run, stage), manifest_of(actual_run, stage)
     for name in ("fingerprint", "config", "architecture", "parameters", "tokenizer_sha256"):
-        if getattr(one, name) != getattr(two, name):
+        if getattr(expected, name) != getattr(actual, name):
             yield name
-    if timeless(one.metrics) != timeless(two.metrics):
-        yield f"metrics {timeless(one.metrics)} became {timeless(two.metrics)}"
-    steps = [_steps(run / stage / METRICS) for run in (expected, found)]
-    if steps[0] != steps[1]:
+    if timeless(expected.metrics) != timeless(actual.metrics):
+        yield f"metrics {timeless(expected.metrics)} became {timeless(actual.metrics)}"
+    expected_records, actual_records = (
+        _last_records(run / stage / METRICS) for run in (expected_run, actual_run)
+    )
+    if expected_records != actual_records:
         yield "records of progress"
-    for name in one.files.keys() & two.files.keys():
-        first, second = (run / stage / ARTIFACT / name for run in (expected, found))
-        if one.files[name].sha256 != two.files[name].sha256 and content(first) != content(second):
+    for name in expected.files.keys() & actual.files.keys():
+        files = [run / stage / ARTIFACT / name for run in (expected_run, actual_run)]
+        is_equal = expected.files[name].sha256 == actual.files[name].sha256
+        if not is_equal and content(files[0]) != content(files[1]):
             yield f"content of {name}"
 
 
-def _steps(file: Path) -> dict[tuple[str, int], Any]:
-    """Returns the last record of each unit of work, without times.
+def _last_records(file: Path) -> dict[tuple[str, int], Any]:
+    """Returns the last record of each unit of work, such as a step, without times.
 
-    Left out are the teacher's loss, which each start measures anew, and requests to a model, which
-    are not repeated.
+    Omits the teacher's loss, which each start measures again, and records of requests to a model,
+    which a resumed stage does not repeat.
     """
-    every = [{k: v for k, v in r.items() if k != "teacher_loss"} for r in read_records(file)]
-    units = [r for r in every if "task" in r and not r["task"].startswith("requests")]
+    records = [{k: v for k, v in r.items() if k != "teacher_loss"} for r in read_records(file)]
+    units = [r for r in records if "task" in r and not r["task"].startswith("requests")]
     return {(r["task"], r["done"]): timeless(r) for r in units}
 
 
 def timeless(value: Any) -> Any:
-    """Returns plain data without ``TIMED`` metrics."""
+    """Returns nested dicts and lists without the keys that ``TIMED`` matches."""
     if isinstance(value, dict):
         return {k: timeless(v) for k, v in value.items() if not TIMED.search(str(k))}
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
 def content(file: Path) -> object:
-    """Returns the content of a file, without times if it has any."""
+    """Returns the content of a file in a form that is equal in two equal runs."""
     if file.suffix == ".html":
         text = SPEED.sub("", file.read_text(encoding="utf-8"))
         sections = {m[1]: m[0] for m in SECTION.finditer(text)}
@@ -120,7 +127,7 @@ def content(file: Path) -> object:
 
 
 def _weights(checkpoint: Path) -> dict[str, str]:
-    """Returns a hash of each weight of a NeMo checkpoint, whose order in the files varies."""
+    """Returns a hash of each weight of a NeMo checkpoint. In its files their order varies."""
     import torch
 
     from nemo_convert.convert import hf_weights
@@ -132,9 +139,9 @@ def _weights(checkpoint: Path) -> dict[str, str]:
 
 
 def is_of_a_library(folder: Path) -> bool:
-    """Returns whether a temporary folder is torch's cache, or multiprocessing's with only sockets.
+    """Whether a temporary folder is torch's cache, or multiprocessing's folder with only sockets.
 
-    A killed process of Megatron's checkpoint writer leaves its socket.
+    Megatron's checkpoint writer leaves its socket if it is killed.
     """
     if folder.name.startswith("torchinductor_"):
         return True

@@ -27,27 +27,31 @@ from tests.chaos.chain import CHECKPOINT_INTERVAL, STEPS
 from tests.support.launcher import LAUNCHER, wait_until_none_works_in
 from tests.support.runs import HEALING
 
-VICTIMS = ("launcher", "stage", "server", "helper")
-"""The launcher, a stage, the fork server, and a process that a stage has started."""
+VICTIMS = ("launcher", "stage", "server", "child")
+"""Processes: the launcher, a stage, the fork server, and a process that a stage has started."""
 MOMENTS = ("work", "launch", "publish", "save")
-"""During a stage, before any stage, while a result is published, while a checkpoint is saved."""
+"""``work``: during a stage. ``launch``: before the first stage. ``publish``: while a result is
+published. ``save``: while a checkpoint is saved."""
 LAUNCH_SECONDS = 3
+"""Time in which a kill at ``launch`` happens."""
 HANG_SECONDS = 300
+"""Time after which a launcher counts as hung."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """A kill to be made."""
+    """Describes a kill before it is made."""
 
     stage: str
     victim: str = "launcher"
     moment: str = "work"
     fraction: float = 0.5
-    """Of the stage's undisturbed time, of ``LAUNCH_SECONDS``, or of the steps to save before."""
+    """When to kill: after this fraction of the stage's uninterrupted time (``work``), or of
+    ``LAUNCH_SECONDS`` (``launch``), or when this fraction of the steps is saved (``save``)."""
 
     @classmethod
     def draw(cls, stage: str, rng: random.Random) -> Kill:
-        """Draws a kill of a stage."""
+        """Draws a random kill in a stage."""
         [victim] = rng.choices(VICTIMS, (4, 4, 1, 3))
         [moment] = rng.choices(MOMENTS, (3, 1, 1, 5 * (stage == "distill")))
         return cls(stage, victim, moment, rng.random())
@@ -55,7 +59,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Killed:
-    """A kill that was made: the stage and victim at that moment, and what the launcher did."""
+    """A kill that was made: the stage that ran, the victim, and the launcher's end."""
 
     stage: str
     victim: str
@@ -65,15 +69,15 @@ class Killed:
 
 @dataclass(frozen=True)
 class RunCommand:
-    """The command of a run, which is started, killed and started again."""
+    """The command that starts a run, or resumes it after a kill."""
 
     overrides: list[str]
     run_dir: Path
-    """No other process may use its parent, which is the working directory."""
-    seconds: Mapping[str, float]
-    """Time that each stage takes undisturbed."""
+    """The run directory. Its parent is the working directory, which no other process may use."""
+    stage_seconds: Mapping[str, float]
+    """Time that each stage takes without kills."""
     environment: Mapping[str, str]
-    """Variables besides those of this process."""
+    """Environment variables in addition to those of this process."""
 
     def start(self) -> subprocess.Popen[bytes]:
         """Starts the launcher."""
@@ -95,7 +99,7 @@ class RunCommand:
         return (self.run_dir.parent / "output.txt").read_text()
 
     def kill(self, kill: Kill) -> Killed | None:
-        """Starts the command and kills the victim; ``None`` if the command ended before."""
+        """Starts the command and kills the victim; ``None`` if the command ended earlier."""
         launcher = self.start()
         self._wait_for(kill, launcher)
         stage = self._stage_of(launcher) or "launcher"
@@ -105,9 +109,11 @@ class RunCommand:
             processes = processes_of(launcher.pid)
             victim = kill.victim if processes[kill.victim] else "launcher"
             random.Random(kill.fraction).choice(processes[victim]).kill()
-        except psutil.NoSuchProcess:  # it has just ended
+        except psutil.NoSuchProcess:  # the victim has just ended
             victim = "none"
-        if victim != "launcher":  # which reports the failure, or goes on if the stage was complete
+        if victim != "launcher":
+            # The launcher reports the failure and exits, or starts the next stage if this stage was
+            # already complete. In the latter case it is killed, too.
             self._poll(launcher, lambda: self._stage_of(launcher) != stage)
             launcher.kill()
         exit_status = launcher.wait(timeout=HANG_SECONDS)
@@ -115,7 +121,7 @@ class RunCommand:
         return Killed(stage, victim, exit_status, self.output())
 
     def _stage_of(self, launcher: subprocess.Popen[bytes]) -> str | None:
-        """Returns the stage in the lock of this launcher, not of one that was killed before."""
+        """Returns the stage that this launcher runs; ignores the lock of an earlier launcher."""
         try:
             lock = json.loads((self.run_dir / LOCK).read_text())
         except (FileNotFoundError, ValueError):
@@ -129,25 +135,30 @@ class RunCommand:
             return
         work = self.run_dir / kill.stage / WORK
         artifact, checkpoints = work / ARTIFACT, work / CHECKPOINTS
-        before = _modified(work / BEGUN)
-        stages = [None, *HEALING]
+        earlier_start = _modified(work / BEGUN)
+        stages = [None, *HEALING]  # ``None``: before the first stage
 
         def is_later() -> bool:
             return stages.index(self._stage_of(launcher)) > stages.index(kill.stage)
 
         def is_saving() -> bool:
             saved = max(map(steps_of_checkpoint, complete_checkpoints(checkpoints)), default=0)
-            is_enough = saved >= kill.fraction * STEPS and any(checkpoints.glob(f"*{UNFINISHED}"))
-            return is_enough or saved >= STEPS - CHECKPOINT_INTERVAL  # saves were too quick
+            is_unfinished = any(checkpoints.glob(f"*{UNFINISHED}"))
+            # If all saves were too quick to be seen, kills before the last one.
+            is_last_chance = saved >= STEPS - CHECKPOINT_INTERVAL
+            return (saved >= kill.fraction * STEPS and is_unfinished) or is_last_chance
 
-        self._poll(launcher, lambda: is_later() or _modified(work / BEGUN) not in (None, before))
+        def has_started() -> bool:
+            return _modified(work / BEGUN) not in (None, earlier_start)
+
+        self._poll(launcher, lambda: is_later() or has_started())
         if kill.moment == "publish":
             self._poll(launcher, lambda: is_later() or artifact.exists(), pause=0)
             self._poll(launcher, lambda: not artifact.exists(), pause=0)
         elif kill.moment == "save":
             self._poll(launcher, lambda: is_later() or is_saving(), pause=0.001)
         elif not is_later():
-            time.sleep(kill.fraction * self.seconds[kill.stage])
+            time.sleep(kill.fraction * self.stage_seconds[kill.stage])
 
     def _poll(
         self, launcher: subprocess.Popen[bytes], condition: Callable[[], bool], pause: float = 0.005
@@ -163,12 +174,12 @@ def _modified(file: Path) -> int | None:
     return file.stat().st_mtime_ns if file.exists() else None
 
 
-def processes_of(launcher: int) -> dict[str, list[psutil.Process]]:
-    """Returns the processes below a launcher by victim."""
-    process = psutil.Process(launcher)
-    children = process.children()
-    servers = [child for child in children if "recipes.core.fork_server" in child.cmdline()]
-    stages = [child for child in children if child not in servers]
-    stages += [child for server in servers for child in server.children()]
-    helpers = [helper for stage in stages for helper in stage.children(recursive=True)]
-    return dict(zip(VICTIMS, ([process], stages, servers, helpers), strict=True))
+def processes_of(launcher_pid: int) -> dict[str, list[psutil.Process]]:
+    """Returns the processes of a run by their name in ``VICTIMS``."""
+    launcher = psutil.Process(launcher_pid)
+    started = launcher.children()
+    servers = [process for process in started if "recipes.core.fork_server" in process.cmdline()]
+    stages = [process for process in started if process not in servers]
+    stages += [stage for server in servers for stage in server.children()]
+    children = [child for stage in stages for child in stage.children(recursive=True)]
+    return dict(zip(VICTIMS, ([launcher], stages, servers, children), strict=True))

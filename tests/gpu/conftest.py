@@ -1,4 +1,4 @@
-"""Tests on a GPU: skipped without one, unless the plan asks for them."""
+"""Fixtures of the GPU tests. Without a GPU, tests run only if ``tests.gpu.plan`` starts them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.gpu.plan import RESULTS
-from tests.gpu.small import Small, reference
+from tests.gpu.small import Small, make_reference
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks GPU tests; without a GPU they are skipped, unless the plan runs them."""
+    """Marks the tests of this folder as GPU tests, and skips them where they cannot run."""
     import torch
 
     for item in items:
@@ -24,11 +24,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of results, traces and the small model."""
+    """Folder for results, traces, and the runs of the small model."""
     return Path(os.environ.get(RESULTS) or tmp_path_factory.mktemp("gpu"))
 
 
 @pytest.fixture(scope="session")
 def small(results: Path, text_file: Path) -> Small:
-    """A small model that went through the chain on the CPU."""
-    return reference(results, text_file)
+    """A small model that was pruned and distilled on the CPU."""
+    return make_reference(results, text_file)

@@ -1,6 +1,8 @@
-"""A rehearsal's job on this machine's device: ``measured.py JOB OUT`` (JSON files).
+"""Runs a rehearsal's training on this machine's device, and measures its peak memory and speed.
 
-As in a rehearsal, there are no checkpoints. Weights are random here.
+    python -m tests.gpu.measured JOB RESULT
+
+Both are JSON files. As in a rehearsal, no checkpoint is read; the weights are random.
 """
 
 from __future__ import annotations
@@ -26,46 +28,48 @@ from recipes.rehearsal.job import RankJob
 from recipes.rehearsal.rank import environment
 
 
-def load_teacher(original: Any) -> Any:
-    """Gives the teacher random weights, since its memory is not initialised."""
+def with_random_weights(load: Any) -> Any:
+    """Wraps a function that returns a model whose weights are uninitialised memory."""
 
-    def load(*args: Any) -> torch.nn.Module:
-        core: torch.nn.Module = original(*args)
+    def load_and_initialise(*args: Any) -> torch.nn.Module:
+        core: torch.nn.Module = load(*args)
         for weight in core.parameters():
             weight.data.normal_(0, 0.02)
         return core
 
-    return load
+    return load_and_initialise
 
 
 def main(job: RankJob) -> dict[str, Any]:
     """Trains, and returns peak memory and speed."""
     os.environ.update(environment(job))
     checkpoints.install()
-    setattr(model, "_load_teacher", load_teacher(model._load_teacher))
+    setattr(model, "_load_teacher", with_random_weights(model._load_teacher))
     setattr(model, "require_better_than_chance", lambda *args: None)
-    # Main weights would be read from a float32 checkpoint, which does not exist.
+    # Without metadata the trainer does not read main weights from the checkpoint, which is missing.
     trainer = importlib.import_module("recipes.distillation.trainer")
     setattr(trainer, "load_tensors_metadata", lambda weights: {})
     stage = importlib.import_module(f"recipes.stages.{job.stage}").STAGE
-    merged = OmegaConf.merge(OmegaConf.structured(stage.config), job.config)
+    config = OmegaConf.merge(OmegaConf.structured(stage.config), job.config)
     steps: list[Any] = []
 
     def after_step(*args: Any) -> None:
         if not steps and torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()  # the next step is like all that follow
+            # The first step allocates the optimizer state; all later steps are alike.
+            torch.cuda.reset_peak_memory_stats()
         steps.append(args)
 
     register_optimizer_step_post_hook(after_step)
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / job.name / WORK / ARTIFACT
         out.mkdir(parents=True)
-        stage.run(OmegaConf.to_object(merged), materials.inputs(job, Path(temporary)), out)
-        logged = steps_of(out.parent.parent / METRICS, job.name)
+        stage.run(OmegaConf.to_object(config), materials.inputs(job, Path(temporary)), out)
+        records = steps_of(out.parent.parent / METRICS, job.name)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return {"peak_bytes": peak, "tokens_per_second": [step["tokens_per_second"] for step in logged]}
+    return {"peak_bytes": peak, "tokens_per_second": [r["tokens_per_second"] for r in records]}
 
 
 if __name__ == "__main__":
-    file, result = map(Path, sys.argv[1:])
-    result.write_text(json.dumps(main(TypeAdapter(RankJob).validate_json(file.read_bytes()))))
+    job_file, result_file = map(Path, sys.argv[1:])
+    job = TypeAdapter(RankJob).validate_json(job_file.read_bytes())
+    result_file.write_text(json.dumps(main(job)))

@@ -1,8 +1,8 @@
-"""Half an hour of tests on one GPU, step by step: ``make test-gpu``.
+"""Runs the tests of this folder in half an hour on one GPU: ``make test-gpu``.
 
-The machine needs neither a network nor TransformerEngine. A step runs tests of this folder in its
-own process, with a time limit. After a failure, only the steps that depend on it are skipped.
-Outputs, results, traces and a table stay in a folder.
+The machine needs neither a network nor TransformerEngine. Each step runs some tests in a process of
+its own, with a time limit. If a step fails, only the steps that depend on it are skipped. Outputs,
+results, traces and a table are written to a folder.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 MINUTES = 30.0
-RESULTS, ON_CPU = "GPU_TESTS_RESULTS", "GPU_TESTS_ON_CPU"
-"""Environment variables. The first names the folder of results; if it is set, no test is skipped.
-The second is set if the tests run on a CPU."""
+RESULTS = "GPU_TESTS_RESULTS"
+"""Environment variable with the folder of results. If it is set, tests also run without a GPU."""
+ON_CPU = "GPU_TESTS_ON_CPU"
+"""Environment variable that is set if the tests run on a CPU."""
 PASSED, FAILED, TIMEOUT, SKIPPED = "passed", "failed", "timeout", "skipped"
 DEVICE = "device"
 
@@ -39,12 +40,13 @@ class Step:
 
     name: str
     tests: str
-    """``FILE::NAME`` without the prefixes ``test_``, separated by spaces."""
+    """``FILE::NAME`` of each test, without the prefixes ``test_``, separated by spaces."""
     minutes: float
     """Time limit."""
-    shows: str
+    checks: str
+    """What the step checks, for the table."""
     after: tuple[str, ...] = (DEVICE,)
-    """Steps that it depends on."""
+    """Names of the steps that this step depends on."""
 
     def nodes(self) -> list[str]:
         """Returns the tests as pytest's node ids below this folder."""
@@ -54,41 +56,45 @@ class Step:
 
 REFERENCE, TRAINING = (DEVICE, "reference"), (DEVICE, "reference", "training")
 STEPS = (
-    Step("imports", "device::every_module_imports", 2, "every module imports; versions", ()),
-    Step("reference", "chain::cpu_reference_learns", 4, "a small model's chain on the CPU",
-         ("imports",)),
+    Step("imports", "device::every_module_imports", 2,
+         "every module can be imported; writes the versions", ()),
+    Step("reference", "chain::cpu_reference_learns", 4,
+         "a small model is distilled on the CPU, as reference for other steps", ("imports",)),
     Step("rehearsal", "memory::rehearsed_memory_matches_the_plan", 2,
-         "8B's layers, on fake tensors", ("imports",)),
+         "layers of Llama 8B: fake tensors take the planned memory", ("imports",)),
     Step(DEVICE, "device::a_device_computes device::triton_compiles", 1,
-         "CUDA, and a kernel compiled with Triton", ("imports",)),
+         "CUDA computes; Triton compiles a kernel", ("imports",)),
     Step("float32", "kernels::float32_is_not_tensorfloat_32", 1, "float32 GEMMs are not TF32"),
-    Step("optimizers", "kernels::first_optimizer_step_is_that_of_adamw", 1,
-         "first steps of both fused Adam kernels; TransformerEngine's if installed"),
+    Step("optimizers", "kernels::first_optimizer_steps_equal_those_of_adamw", 1,
+         "fused Adam, ours and TransformerEngine's (if installed), computes AdamW's first steps"),
     Step("layers", "kernels::transformer_engine_is_used_and_has_the_logits_of_local_layers", 2,
-         "TransformerEngine's layers are used if installed, and have the local layers' logits",
+         "TransformerEngine's layers (if installed) are used and give the local layers' logits",
          REFERENCE),
     Step("loss", "loss::losses_and_gradients_match_their_definition "
          "loss::memory_is_below_that_of_nemos_loss", 3,
-         "losses are exact in bfloat16; time and memory, compared with NeMo's"),
-    Step("conversion", "conversion::an_import_passes_its_gates", 3,
-         "an import passes its gates; TF32 off and on", REFERENCE),
+         "losses are exact in bfloat16 and take less memory than NeMo's"),
+    Step("conversion", "conversion::an_imported_model_has_the_logits_of_transformers", 3,
+         "an imported model has the logits of transformers, with TF32 off", REFERENCE),
     Step("scores", "chain::importance_and_ranking_match_the_cpu", 3,
-         "importance and ranking match the CPU", REFERENCE),
-    Step("training", "chain::losses_match_the_cpu", 4, "20 steps, traced", REFERENCE),
+         "importance scores and ranked candidates match the CPU's", REFERENCE),
+    Step("training", "chain::losses_match_the_cpu", 4,
+         "losses of 20 training steps match the CPU's; writes a trace", REFERENCE),
     Step("killed", "chain::killed_training_resumes", 2, "a killed training resumes", TRAINING),
-    Step("clock", "chain::training_stopped_by_the_clock_resumes", 2,
-         "a training run at its time limit resumes", TRAINING),
-    Step("teachers", "chain::cached_teacher_gives_the_losses_of_a_live_one "
+    Step("clock", "chain::training_stopped_at_its_deadline_resumes", 2,
+         "a training stopped at its time limit resumes", TRAINING),
+    Step("teachers", "chain::cached_teacher_gives_the_losses_of_a_live_teacher "
          "chain::hidden_states_with_a_projection_match_the_cpu", 3,
-         "cached; hidden states, with a projection", REFERENCE),
+         "cached and live teacher give the same loss; the loss on hidden states matches the CPU's",
+         REFERENCE),
     Step("layouts", "chain::each_layout_has_the_losses_of_the_cpu", 4,
-         "recomputed activations; CP=2 on two GPUs", REFERENCE),
-    Step("search", "chain::search_of_two_rounds_trains_beside_its_measurements", 5,
+         "losses match the CPU's with recomputed activations, and with CP=2 on two GPUs",
+         REFERENCE),
+    Step("search", "chain::search_trains_while_it_holds_memory_for_measurements", 5,
          "a search trains, measures and trains again on one GPU", (*REFERENCE, "scores")),
     Step("memory", "memory::measured_memory_matches_the_rehearsal", 5,
-         "8B's layers: memory and time of a step", (DEVICE, "rehearsal")),
+         "layers of Llama 8B: a step takes the rehearsed memory", (DEVICE, "rehearsal")),
     Step("formats", "chain::a_distilled_model_is_evaluated_exported_and_quantized", 4,
-         "evaluate in bfloat16, export, FP8", TRAINING),
+         "a student is evaluated in bfloat16, exported and quantised to FP8", TRAINING),
 )  # fmt: skip
 
 
@@ -100,7 +106,7 @@ class StepResult:
     status: str
     seconds: float = 0.0
     reason: str = ""
-    """Reason why it did not pass, in a line."""
+    """One line that says why the step did not pass."""
 
 
 Command = Callable[[Step], Sequence[str]]
@@ -109,17 +115,18 @@ Command = Callable[[Step], Sequence[str]]
 def pytest_command(step: Step) -> list[str]:
     """Returns the command that runs a step."""
     options = ["-q", "-rs", "--tb=short", "-p", "no:cacheprovider"]
-    return [sys.executable, "-m", "pytest", *options, *(str(HERE / n) for n in step.nodes())]
+    return [sys.executable, "-m", "pytest", *options, *(str(HERE / node) for node in step.nodes())]
 
 
 def with_dependencies(names: Sequence[str], steps: Sequence[Step] = STEPS) -> list[Step]:
-    """Returns the named steps (all by default) and those that they depend on, in order."""
+    """Returns the named steps (all by default) and the steps that they depend on, in order."""
     by_name = {step.name: step for step in steps}
     selected = list(names or by_name)
     for name in selected:
         if name not in by_name:
             raise SystemExit(f"there is no step '{name}': {', '.join(by_name)}")
-        selected += [before for before in by_name[name].after if before not in selected]
+        # The loop also visits the dependencies that are appended here.
+        selected += [other for other in by_name[name].after if other not in selected]
     return [step for step in steps if step.name in selected]
 
 
@@ -133,19 +140,20 @@ def run(
     """Runs steps in order.
 
     Args:
-        steps: Steps to run. A step is skipped if one of its dependencies among them has not passed.
+        steps: Steps to run. A step is skipped if a step that it depends on failed or was skipped.
+            Dependencies that are not in ``steps`` are ignored.
         folder: Folder for the output of each step.
-        command: Returns the command of a step.
+        command: Function that returns the command of a step.
         minutes: Time limit of all steps together.
-        env: Variables in addition to this process's own.
+        env: Environment variables in addition to those of this process.
     """
     end = time.monotonic() + 60 * minutes
     statuses: dict[str, str] = {}
     for step in steps:
-        missing = [name for name in step.after if statuses.get(name, PASSED) != PASSED]
+        not_passed = [name for name in step.after if statuses.get(name, PASSED) != PASSED]
         limit = min(60 * step.minutes, end - time.monotonic())
-        if missing:
-            result = StepResult(step.name, SKIPPED, reason=f"depends on {missing[0]}")
+        if not_passed:
+            result = StepResult(step.name, SKIPPED, reason=f"depends on {not_passed[0]}")
         elif limit <= 0:
             result = StepResult(step.name, SKIPPED, reason=f"the {minutes:g} minutes were over")
         else:
@@ -172,33 +180,33 @@ def _run(
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            with suppress(ProcessLookupError):  # also kills its children
-                os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and the children of the process
             process.wait()
     duration = round(time.monotonic() - start, 1)
     if code == 0:
         return StepResult(step.name, PASSED, duration)
     if code is None:
-        return StepResult(step.name, TIMEOUT, duration, f"ended after {seconds:.0f} s")
+        return StepResult(step.name, TIMEOUT, duration, f"stopped after {seconds:.0f} s")
     reason = _reason(log.read_text(errors="replace"), code)
     return StepResult(step.name, FAILED, duration, reason)
 
 
 def _reason(text: str, code: int) -> str:
-    """Returns pytest's first error message, or else the last line."""
+    """Returns the first error message in pytest's output, or else the last line."""
     error = re.search(r"^E +(.+)|^(no CUDA device.*)", text, re.MULTILINE)
     if error:
         return error[1] or error[2]
-    *_, last = text.strip().splitlines() or ["no output"]
-    return f"exit status {code}: {last}"
+    *_, last_line = text.strip().splitlines() or ["no output"]
+    return f"exit status {code}: {last_line}"
 
 
 def table(steps: Sequence[Step], results: Sequence[StepResult]) -> Table:
     """Returns a table with a row for each step."""
-    rows = Table("step", "result", "seconds", "of", "shows, or why not", box=None)
+    rows = Table("step", "result", "seconds", "limit", "check, or why not passed", box=None)
     for step, result in zip(steps, results, strict=True):
         seconds = f"{result.seconds:.0f}" if result.seconds else ""
-        text = escape(result.reason or step.shows)
+        text = escape(result.reason or step.checks)
         rows.add_row(step.name, result.status, seconds, f"{60 * step.minutes:.0f}", text)
     return rows
 
@@ -206,10 +214,10 @@ def table(steps: Sequence[Step], results: Sequence[StepResult]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the plan; returns 0 if all steps passed."""
     parser = argparse.ArgumentParser(description=__doc__, prog="make test-gpu ARGS=")
-    parser.add_argument("steps", nargs="*", help="only these, and what they depend on")
+    parser.add_argument("steps", nargs="*", help="run only these, and what they depend on")
     parser.add_argument("--out", type=Path, default=Path("runs/test-gpu"))
     parser.add_argument("--minutes", type=float, default=MINUTES)
-    parser.add_argument("--on-cpu", action="store_true", help="tests the tests, with small sizes")
+    parser.add_argument("--on-cpu", action="store_true", help="test the tests, with small sizes")
     args = parser.parse_args(arguments)
     folder = args.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A small model's chain, which runs once on the CPU, and then stage by stage on the GPU."""
+"""Runs a recipe on a small model: all stages on the CPU, then single stages again on the GPU."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from tests.support.launcher import run_recipe
 from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import copy_without, settings, tiny
 
-CHAIN = "llama_depth_prune"
+RECIPE = "llama_depth_prune"
 STEPS = 20
 SHAPE = EVEN | {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
 """Every attention kernel supports this head size, and FP8 supports these sizes."""
 PRECISIONS = ("32", "bf16-mixed")
+PRUNE = {"target_num_layers": 3, "target_hidden_size": 192}
 REFERENCE_STAGES = "only=[import_hf,prepare_data,score,prune,distill]"
 DISTILL = {
     "global_batch_size": 8,
@@ -35,7 +36,7 @@ DISTILL = {
 
 
 def on_gpu() -> bool:
-    """Whether the tests run on a GPU. On a CPU they check only the tests' own code."""
+    """Whether the tests run on a GPU. With ``--on-cpu`` they only show that their code works."""
     return ON_CPU not in os.environ
 
 
@@ -47,7 +48,7 @@ def without_gpu() -> Iterator[None]:
 
 
 def record(results: Path, name: str, **values: object) -> None:
-    """Writes results to ``NAME.json``, and prints them."""
+    """Writes ``values`` to ``NAME.json`` in the folder of results, and prints them."""
     text = json.dumps(values, indent=1)
     (results / f"{name}.json").write_text(text)
     print(text)
@@ -61,47 +62,40 @@ class Small:
     model: Path
     text: Path
 
-    def reference(self, precision: str) -> Path:
+    def reference_dir(self, precision: str) -> Path:
         """Returns the directory of the run on the CPU."""
         return self.folder / f"cpu-{precision}"
 
-    def start(self, run_dir: Path, *more: str, **groups: str) -> str:
-        """Runs the launcher; returns what it printed.
-
-        Raises:
-            AssertionError: It failed.
-        """
-        done = run_recipe(*self.command(run_dir, *more, **groups), cwd=self.folder)
+    def run(self, run_dir: Path, *more: str, **groups: str) -> str:
+        """Runs the launcher, which must succeed; returns its output."""
+        done = run_recipe(*self.overrides(run_dir, *more, **groups), cwd=self.folder)
         assert done.code == 0, done.output
         return done.output
 
-    def command(
-        self, run_dir: Path, *more: str, recipe: str = CHAIN, engine: str = "null"
+    def overrides(
+        self, run_dir: Path, *more: str, recipe: str = RECIPE, engine: str = "null"
     ) -> list[str]:
-        """Overrides of a run of the model."""
-        of_chain = [f"engine={engine}", "tasks=null", *settings("prune", **PRUNE)]
-        of_chain += settings("distill", **DISTILL)
+        """Returns the overrides of a run of the model."""
+        recipe_settings = [f"engine={engine}", "tasks=null", *settings("prune", **PRUNE)]
+        recipe_settings += settings("distill", **DISTILL)
         return [
             f"recipe={recipe}",
             f"hardware={'h100' if on_gpu() else 'cpu'}",
-            "skip_rules=[stack-versions]",  # engines for CPUs may be missing
+            "skip_rules=[stack-versions]",  # OpenVINO and llama.cpp may be missing
             *tiny(self.model, self.text, run_dir),
-            *(of_chain if recipe == CHAIN else []),
+            *(recipe_settings if recipe == RECIPE else []),
             *more,
         ]
 
-    def copy_of_reference(self, name: str, precision: str, *stages: str) -> Path:
-        """Copies the CPU's run without some stages; returns the copy."""
+    def copy_reference(self, name: str, precision: str, *omitted: str) -> Path:
+        """Copies the CPU's run without the stages ``omitted``; returns the copy."""
         run_dir = self.folder / name
         shutil.rmtree(run_dir, ignore_errors=True)
-        return copy_without(self.reference(precision), run_dir, *stages)
+        return copy_without(self.reference_dir(precision), run_dir, *omitted)
 
 
-PRUNE = {"target_num_layers": 3, "target_hidden_size": 192}
-
-
-def reference(results: Path, text_file: Path) -> Small:
-    """Returns the small model; makes it and distils it on the CPU if that is not done yet."""
+def make_reference(results: Path, text_file: Path) -> Small:
+    """Returns the small model; creates and distils it on the CPU if that is not done yet."""
     folder = results / "small"
     small = Small(folder, folder / "model", folder / "text.jsonl")
     if not small.text.exists():
@@ -110,20 +104,20 @@ def reference(results: Path, text_file: Path) -> Small:
         shutil.copy(text_file, small.text)
     with without_gpu():
         for precision in PRECISIONS:
-            run_dir = small.reference(precision)
+            run_dir = small.reference_dir(precision)
             if precision != PRECISIONS[0] and not run_dir.exists():
-                small.copy_of_reference(run_dir.name, PRECISIONS[0], "distill")
-            small.start(run_dir, REFERENCE_STAGES, f"stages.distill.precision={precision}")
+                small.copy_reference(run_dir.name, PRECISIONS[0], "distill")
+            small.run(run_dir, REFERENCE_STAGES, f"stages.distill.precision={precision}")
     return small
 
 
-def steps(run_dir: Path) -> list[Record]:
+def step_records(run_dir: Path) -> list[Record]:
     """Returns the records of all steps of a distillation."""
     return steps_of(run_dir / "distill" / METRICS, "distill")
 
 
-def largest_difference(expected: Path, run_dir: Path, term: str = "loss") -> float:
+def largest_difference(expected_dir: Path, run_dir: Path, term: str = "loss") -> float:
     """Returns the largest relative difference of a term between two distillations at any step."""
-    pairs = list(zip(steps(expected), steps(run_dir), strict=True))
+    pairs = list(zip(step_records(expected_dir), step_records(run_dir), strict=True))
     assert len(pairs) == STEPS
-    return max(abs(two[term] / one[term] - 1) for one, two in pairs)
+    return max(abs(step[term] / expected[term] - 1) for expected, step in pairs)

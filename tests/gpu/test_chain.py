@@ -1,4 +1,4 @@
-"""The small model's chain on the GPU, compared with the CPU."""
+"""Runs stages of the small model on the GPU, and compares the results with the CPU's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.gpu.small import (
     largest_difference,
     on_gpu,
     record,
-    steps,
+    step_records,
     without_gpu,
 )
 from tests.support.launcher import run_and_kill, run_recipe
@@ -36,7 +36,7 @@ from tests.support.runs import copy_without, manifest_of
 
 LOSS_TOLERANCE = {"32": 1e-3, "bf16-mixed": 2e-2}
 SUM_TOLERANCE = 1e-3
-"""Relative difference of sums whose order changes between runs on a GPU."""
+"""Relative difference of losses between two runs on a GPU, which add numbers in another order."""
 ONLY = "only=[distill]"
 PRECISION = "stages.distill.precision="
 SEARCH = (
@@ -48,7 +48,7 @@ HALVING = (
     "stages.rank_candidates.precision=32",
     "stages.successive_halving.num_candidates=3",
     "stages.successive_halving.num_samples=4",
-    "stages.successive_halving.max_tokens=12288",  # 4 and 6 steps of a candidate
+    "stages.successive_halving.max_tokens=12288",  # 4 steps in the first round, 6 in the second
     *(
         f"stages.successive_halving.distill.{setting}"
         for setting in ("global_batch_size=8", "micro_batch_size=4", "limit_val_batches=1")
@@ -61,7 +61,7 @@ CACHED = (
     f"stages.cache_logits.num_sequences={DISTILL['global_batch_size'] * STEPS}",
 )
 HIDDEN = (ONLY, "stages.distill.hidden_weight=1", "stages.distill.loss_balancer=dynamic")
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "recompute selective": (
         1,
         ["recompute_granularity=selective", "recompute_modules=[core_attn,mlp]"],
@@ -70,23 +70,24 @@ LAYOUTS = {
     "CP=2": (2, ["context_parallel_size=2"]),
     "CP=2, recompute full": (2, ["context_parallel_size=2", "recompute_granularity=full"]),
 }
+"""Number of GPUs and settings of ``distill`` by name."""
 ENGINE = (
     "stages.build_engine.max_seq_len=256",
     "stages.build_engine.max_input_len=128",
     "stages.measure_speed.prompt_tokens=[64]",
     "stages.measure_speed.new_tokens=32",
 )
-"""Engines are planned, but not built; these sizes fit the small model."""
+"""Sizes that fit the small model. Engines are planned, but not built."""
 
 
-def gpu_run(small: Small, precision: str) -> Path:
-    """The undisturbed run on the GPU."""
+def gpu_run_dir(small: Small, precision: str) -> Path:
+    """Returns the directory of the uninterrupted run on the GPU."""
     return small.folder / f"gpu-{precision}"
 
 
 def test_cpu_reference_learns(small: Small) -> None:
     for precision in PRECISIONS:
-        records = steps(small.reference(precision))
+        records = step_records(small.reference_dir(precision))
         assert len(records) == STEPS
         assert records[-1]["kd"] < 0.8 * records[0]["kd"]
 
@@ -95,9 +96,9 @@ def test_importance_and_ranking_match_the_cpu(small: Small, results: Path) -> No
     cpu, gpu = small.folder / "search-cpu", small.folder / "search-gpu"
     shutil.rmtree(gpu, ignore_errors=True)
     with without_gpu():
-        small.start(cpu, *SEARCH, recipe="llama_search")
+        small.run(cpu, *SEARCH, recipe="llama_search")
     copy_without(cpu, gpu, "score", "rank_candidates")
-    small.start(gpu, *SEARCH, recipe="llama_search")
+    small.run(gpu, *SEARCH, recipe="llama_search")
     expected, scores = (manifest_of(run, "score").result(ScoreResult) for run in (cpu, gpu))
     assert scores.teacher_loss == pytest.approx(expected.teacher_loss, rel=1e-3)
     for method, layers in expected.layer_importance.items():
@@ -110,81 +111,81 @@ def test_importance_and_ranking_match_the_cpu(small: Small, results: Path) -> No
     record(results, "scores", cpu=expected_kl, gpu=kl)
 
 
-def test_search_of_two_rounds_trains_beside_its_measurements(small: Small, results: Path) -> None:
-    """The second round's trainings start on the GPU on which the first round was measured."""
+def test_search_trains_while_it_holds_memory_for_measurements(small: Small, results: Path) -> None:
+    """The search measures candidates of the first round, then trains again on the same GPU."""
     run_dir = small.folder / "search-rounds"
     shutil.rmtree(run_dir, ignore_errors=True)
     shutil.copytree(small.folder / "search-gpu", run_dir)
-    small.start(run_dir, *HALVING, recipe="llama_search")
+    small.run(run_dir, *HALVING, recipe="llama_search")
     candidates = json.loads(
         (run_dir / "successive_halving" / ARTIFACT / CANDIDATES_FILE).read_text()
     )
     tokens = sorted({c["tokens"] for c in candidates} - {0})
     record(results, "search", candidates=candidates)
-    assert len(tokens) == 2  # after one round, and after two
+    assert len(tokens) == 2  # of candidates trained in one round, and in both
     assert sum(c["chosen"] for c in candidates) == 1
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_losses_match_the_cpu(precision: str, small: Small, results: Path) -> None:
-    """Starts from a float32 checkpoint, whose values the main weights have, and writes a trace."""
-    run_dir = small.copy_of_reference(gpu_run(small, precision).name, precision, "distill")
-    small.start(run_dir, ONLY, PRECISION + precision, "stages.distill.profile_steps=[10,12]")
-    expected = small.reference(precision)
+    """Trains from a float32 checkpoint, which sets the main weights, and writes a trace."""
+    run_dir = small.copy_reference(gpu_run_dir(small, precision).name, precision, "distill")
+    small.run(run_dir, ONLY, PRECISION + precision, "stages.distill.profile_steps=[10,12]")
+    expected = small.reference_dir(precision)
     terms = ("loss", "kd", "lm", "grad_norm")
     differences = {term: largest_difference(expected, run_dir, term) for term in terms}
     [trace] = (run_dir / "distill" / "profile").iterdir()
     trace.replace(results / f"training-{precision}-{trace.name}")
-    speed = [step["tokens_per_second"] for step in steps(run_dir)]
+    speed = [step["tokens_per_second"] for step in step_records(run_dir)]
     record(results, f"training-{precision}", differences=differences, tokens_per_second=speed)
     assert differences["loss"] < LOSS_TOLERANCE[precision]
     assert differences["kd"] < 2 * LOSS_TOLERANCE[precision]
 
 
 def test_killed_training_resumes(small: Small) -> None:
-    """Frequent checkpoints slow the training down, so the kill comes before its end."""
-    run_dir, often = small.copy_of_reference("killed", "32", "distill"), "checkpoint_interval=2"
-    arguments = ONLY, PRECISION + "32", f"stages.distill.{often}"
+    """Writes checkpoints often, which slows training down so much that the kill comes in time."""
+    run_dir = small.copy_reference("killed", "32", "distill")
+    settings = ONLY, PRECISION + "32", "stages.distill.checkpoint_interval=2"
     stage = run_dir / "distill"
     run_and_kill(
-        *small.command(run_dir, *arguments),
+        *small.overrides(run_dir, *settings),
         cwd=small.folder,
         metrics=stage / METRICS,
         records=3,
         ready=lambda: complete_checkpoints(stage / WORK / CHECKPOINTS),
     )
-    assert "resume" in small.start(run_dir, *arguments)
-    assert largest_difference(gpu_run(small, "32"), run_dir) < SUM_TOLERANCE
+    assert "resume" in small.run(run_dir, *settings)
+    assert largest_difference(gpu_run_dir(small, "32"), run_dir) < SUM_TOLERANCE
 
 
-def test_training_stopped_by_the_clock_resumes(small: Small) -> None:
-    """The deadline has passed after the first step."""
-    run_dir = small.copy_of_reference("stopped", "32", "distill")
-    command = small.command(run_dir, ONLY, PRECISION + "32")
+def test_training_stopped_at_its_deadline_resumes(small: Small) -> None:
+    """The deadline has passed when the first step ends."""
+    run_dir = small.copy_reference("stopped", "32", "distill")
+    overrides = small.overrides(run_dir, ONLY, PRECISION + "32")
     with mock.patch.dict(os.environ, {DEADLINE: str(time.time())}):
-        stopped = run_recipe(*command, cwd=small.folder)
+        stopped = run_recipe(*overrides, cwd=small.folder)
     assert stopped.code != 0
     assert "stopped at the deadline; step 1 of" in stopped.output
-    assert "resume" in small.start(run_dir, ONLY, PRECISION + "32")
-    assert largest_difference(gpu_run(small, "32"), run_dir) < SUM_TOLERANCE
+    assert "resume" in small.run(run_dir, ONLY, PRECISION + "32")
+    assert largest_difference(gpu_run_dir(small, "32"), run_dir) < SUM_TOLERANCE
 
 
-def test_cached_teacher_gives_the_losses_of_a_live_one(small: Small, results: Path) -> None:
-    run_dir = small.copy_of_reference("cached", "32", "distill")
-    small.start(run_dir, *CACHED, PRECISION + "32")
-    difference = largest_difference(small.reference("32"), run_dir, "kd")
+def test_cached_teacher_gives_the_losses_of_a_live_teacher(small: Small, results: Path) -> None:
+    run_dir = small.copy_reference("cached", "32", "distill")
+    small.run(run_dir, *CACHED, PRECISION + "32")
+    difference = largest_difference(small.reference_dir("32"), run_dir, "kd")
     record(results, "cached", difference=difference)
     assert difference < 2e-2
 
 
 def test_hidden_states_with_a_projection_match_the_cpu(small: Small, results: Path) -> None:
-    """Widths differ, so a projection is learned."""
+    """Teacher and student have different widths, so a projection is learned."""
     cpu, gpu = (
-        small.copy_of_reference(f"hidden-{device}", "32", "distill") for device in ("cpu", "gpu")
+        small.copy_reference(f"hidden-{device}", "32", "distill") for device in ("cpu", "gpu")
     )
     with without_gpu():
-        small.start(cpu, *HIDDEN, PRECISION + "32")
-    small.start(gpu, *HIDDEN, PRECISION + "32")
+        small.run(cpu, *HIDDEN, PRECISION + "32")
+    small.run(gpu, *HIDDEN, PRECISION + "32")
     differences = {term: largest_difference(cpu, gpu, term) for term in ("loss", "kd", "hidden")}
     record(results, "hidden", differences=differences)
     assert differences["loss"] < 1e-2
@@ -193,18 +194,18 @@ def test_hidden_states_with_a_projection_match_the_cpu(small: Small, results: Pa
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_layout_has_the_losses_of_the_cpu(layout: str, small: Small, results: Path) -> None:
-    """Sequences that are split over ranks need TransformerEngine."""
+    """Context parallelism (CP) needs TransformerEngine."""
     devices, settings = LAYOUTS[layout]
     if devices > 1:
         pytest.importorskip("transformer_engine")
         if not on_gpu() or torch.cuda.device_count() < devices:
             pytest.skip(f"needs {devices} GPUs")
     name = f"layout-{list(LAYOUTS).index(layout)}"
-    run_dir = small.copy_of_reference(name, "bf16-mixed", "distill")
+    run_dir = small.copy_reference(name, "bf16-mixed", "distill")
     fields = f"resources.devices={devices}", *settings
     overrides = (f"stages.distill.{field}" for field in fields)
-    small.start(run_dir, ONLY, PRECISION + "bf16-mixed", *overrides)
-    difference = largest_difference(small.reference("bf16-mixed"), run_dir)
+    small.run(run_dir, ONLY, PRECISION + "bf16-mixed", *overrides)
+    difference = largest_difference(small.reference_dir("bf16-mixed"), run_dir)
     record(results, name, layout=layout, difference=difference)
     assert difference < 2e-2
 
@@ -212,8 +213,8 @@ def test_each_layout_has_the_losses_of_the_cpu(layout: str, small: Small, result
 def test_a_distilled_model_is_evaluated_exported_and_quantized(small: Small, results: Path) -> None:
     run_dir = small.folder / "formats"
     shutil.rmtree(run_dir, ignore_errors=True)
-    shutil.copytree(gpu_run(small, "bf16-mixed"), run_dir)
-    small.start(
+    shutil.copytree(gpu_run_dir(small, "bf16-mixed"), run_dir)
+    small.run(
         run_dir,
         "only=[evaluate,export_hf,quantize]",
         PRECISION + "bf16-mixed",
@@ -224,12 +225,13 @@ def test_a_distilled_model_is_evaluated_exported_and_quantized(small: Small, res
     )
     quality = manifest_of(run_dir, "evaluate").result(EvaluationResult)
     quantized = manifest_of(run_dir, "quantize").result(QuantizationResult)
-    # The tiny teacher knows little more than word frequencies, which its student learns as well.
+    # The student is not compared with the tiny teacher: it knows little more than word frequencies,
+    # which the student learns equally well.
     assert quality.distilled.perplexity < quality.pruned.perplexity
     assert quality.distilled.kl_to_teacher < quality.pruned.kl_to_teacher
     assert quantized.quant_algo == "FP8"
     assert quantized.quality.quantized.kl_to_teacher < 0.1
-    source = quantized.quality.source.perplexity
-    assert source == pytest.approx(quality.distilled.perplexity, rel=2e-2)
-    models = {role: model.perplexity for role, model in quality.models().items()}
-    record(results, "formats", **models, fp8=quantized.quality.quantized.perplexity)
+    unquantized = quantized.quality.source.perplexity
+    assert unquantized == pytest.approx(quality.distilled.perplexity, rel=2e-2)
+    perplexities = {role: model.perplexity for role, model in quality.models().items()}
+    record(results, "formats", **perplexities, fp8=quantized.quality.quantized.perplexity)

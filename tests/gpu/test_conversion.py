@@ -1,4 +1,4 @@
-"""A model is imported on the GPU. TensorFloat-32 would change its logits."""
+"""Imports a model on the GPU with TensorFloat-32 (TF32) off, which would change its logits."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ import sys, torch
 from pathlib import Path
 from nemo_convert.parity import compare
 from recipes.core.processes import prepare_imports
-folder, checkpoint, *tf32 = sys.argv[1:]
+folder, checkpoint, *keep_tf32 = sys.argv[1:]
 torch.backends.cuda.matmul.allow_tf32 = True  # as TransformerEngine sets it
-if not tf32:
+if not keep_tf32:
     prepare_imports()
 parity = compare(Path(folder), Path(checkpoint))
 print(parity.max_logit_difference / parity.logits_std)
 """
-"""Prints the relative difference of logits; in its own process, since cuBLAS reads TF32 once."""
+"""Prints the largest difference of logits, divided by their standard deviation.
+
+Runs in a process of its own, since cuBLAS reads the setting of TF32 only once.
+"""
 
 
-def difference(*arguments: str) -> float:
+def logit_difference(*arguments: str) -> float:
     command = [sys.executable, "-c", LOGIT_DIFFERENCE, *arguments]
     env = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
@@ -37,13 +40,13 @@ def difference(*arguments: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def test_an_import_passes_its_gates(small: Small, results: Path) -> None:
+def test_an_imported_model_has_the_logits_of_transformers(small: Small, results: Path) -> None:
     run_dir = small.folder / "import"
     shutil.rmtree(run_dir, ignore_errors=True)
-    small.start(run_dir, "only=[import_hf]")
-    pair = str(small.model), str(find_checkpoint(run_dir / "import_hf" / ARTIFACT))
-    exact, rounded = difference(*pair), difference(*pair, "tf32")
-    record(results, "conversion", difference=exact, with_tf32=rounded, tolerance=LOGITS_TOLERANCE)
-    assert exact < LOGITS_TOLERANCE
+    small.run(run_dir, "only=[import_hf]")
+    paths = str(small.model), str(find_checkpoint(run_dir / "import_hf" / ARTIFACT))
+    without, with_tf32 = logit_difference(*paths), logit_difference(*paths, "keep_tf32")
+    record(results, "conversion", difference=without, with_tf32=with_tf32, limit=LOGITS_TOLERANCE)
+    assert without < LOGITS_TOLERANCE
     if on_gpu():
-        assert rounded > exact
+        assert with_tf32 > without

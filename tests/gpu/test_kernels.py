@@ -1,4 +1,4 @@
-"""Kernels that replace ours or PyTorch's: float32 GEMMs, TransformerEngine's layers, fused Adam."""
+"""Tests kernels for GPUs: float32 GEMMs, TransformerEngine's layers, fused Adam."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ a, b = (torch.randn(1024, 1024, device=device) for _ in "ab")
 exact = a.double() @ b.double()
 print(((a @ b - exact).abs().max() / exact.std()).item())
 """
-"""Runs in its own process, because cuBLAS reads ``NVIDIA_TF32_OVERRIDE`` only once."""
+"""Prints the largest error of a float32 GEMM, divided by the standard deviation of its values.
+
+Runs in a process of its own, because cuBLAS reads ``NVIDIA_TF32_OVERRIDE`` only once.
+"""
 LAYERS = """
 import json, sys
 from pathlib import Path
@@ -38,18 +41,19 @@ from recipes.core.processes import prepare_imports
 prepare_imports()
 layers, folder, checkpoint = sys.argv[1:]
 if layers == "local":
-    sys.modules["transformer_engine"] = None  # as on a machine without it
+    sys.modules["transformer_engine"] = None  # importing it then fails
     from recipes.backend import local_layers
     local_layers.installed = lambda name: None
 from nemo_convert import parity
 core = parity.load_core(Path(checkpoint))
 modules = {type(module).__module__ for module in core.modules()}
-found = parity.compare(Path(folder), Path(checkpoint), core)
-uses = any("transformer_engine" in name for name in modules)
-print(json.dumps([uses, found.max_logit_difference / found.logits_std]))
+comparison = parity.compare(Path(folder), Path(checkpoint), core)
+has_te_layers = any("transformer_engine" in name for name in modules)
+print(json.dumps([has_te_layers, comparison.max_logit_difference / comparison.logits_std]))
 """
-"""Prints whether a model has TransformerEngine's layers, and the difference of its logits."""
-STEP = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+"""Prints whether a model has TransformerEngine's layers, and how much its logits differ from those
+of transformers."""
+ADAM_SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
 def output_of(code: str, *arguments: str) -> str:
@@ -61,15 +65,15 @@ def output_of(code: str, *arguments: str) -> str:
 
 
 def test_float32_is_not_tensorfloat_32(results: Path) -> None:
-    """TensorFloat-32 has an error of 1e-3 here."""
+    """With TensorFloat-32 the error would be 1e-3."""
     error = float(output_of(FLOAT32_ERROR))
     record(results, "float32", error=error)
     assert error < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["local", "transformer_engine"])
-def test_first_optimizer_step_is_that_of_adamw(kind: str, results: Path) -> None:
-    """Two steps: the first creates the moments, the second reads them."""
+def test_first_optimizer_steps_equal_those_of_adamw(kind: str, results: Path) -> None:
+    """Takes two steps: the first creates the moments, the second reads them."""
     if kind == "local":
         optimizer_class: Any = FusedAdamW
     else:
@@ -80,20 +84,18 @@ def test_first_optimizer_step_is_that_of_adamw(kind: str, results: Path) -> None
     gradients = [[torch.randn_like(weight) for weight in start] for _ in range(2)]
     device = "cuda" if on_gpu() else "cpu"
 
-    def updated(make: Any, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    def final_weights(make: Any, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
         weights = [torch.nn.Parameter(weight.to(device, dtype)) for weight in start]
-        optimizer = make(weights, **STEP)
-        for step in gradients:
-            for weight, gradient in zip(weights, step, strict=True):
+        optimizer = make(weights, **ADAM_SETTINGS)
+        for step_gradients in gradients:
+            for weight, gradient in zip(weights, step_gradients, strict=True):
                 weight.grad = gradient.to(device, dtype)
             optimizer.step()
         return [weight.detach().cpu().double() for weight in weights]
 
-    expected = updated(torch.optim.AdamW, torch.float64, "cpu")
-    difference = max(
-        (one - two).abs().max().item()
-        for one, two in zip(expected, updated(optimizer_class, torch.float32, device), strict=True)
-    )
+    expected = final_weights(torch.optim.AdamW, torch.float64, "cpu")
+    actual = final_weights(optimizer_class, torch.float32, device)
+    difference = max((a - b).abs().max().item() for a, b in zip(actual, expected, strict=True))
     record(results, f"optimizer-{kind}", difference=difference)
     assert difference < 1e-6
 
@@ -101,12 +103,12 @@ def test_first_optimizer_step_is_that_of_adamw(kind: str, results: Path) -> None
 def test_transformer_engine_is_used_and_has_the_logits_of_local_layers(
     small: Small, results: Path
 ) -> None:
-    has_engine = on_gpu() and installed_version(TRANSFORMER_ENGINE) is not None
-    checkpoint = find_checkpoint(small.reference("32") / "import_hf" / ARTIFACT)
-    pair = str(small.model), str(checkpoint)
-    found = {
-        layers: json.loads(output_of(LAYERS, layers, *pair)) for layers in ("installed", "local")
+    is_installed = on_gpu() and installed_version(TRANSFORMER_ENGINE) is not None
+    checkpoint = find_checkpoint(small.reference_dir("32") / "import_hf" / ARTIFACT)
+    paths = str(small.model), str(checkpoint)
+    outcomes = {
+        layers: json.loads(output_of(LAYERS, layers, *paths)) for layers in ("installed", "local")
     }
-    record(results, "layers", has_engine=has_engine, uses_engine_and_difference=found)
-    assert [uses for uses, _ in found.values()] == [has_engine, False]
-    assert max(difference for _, difference in found.values()) < LOGITS_TOLERANCE
+    record(results, "layers", te_is_installed=is_installed, te_is_used_and_difference=outcomes)
+    assert [has_te_layers for has_te_layers, _ in outcomes.values()] == [is_installed, False]
+    assert max(difference for _, difference in outcomes.values()) < LOGITS_TOLERANCE

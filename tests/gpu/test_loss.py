@@ -1,4 +1,4 @@
-"""The distillation loss at full sequence length and vocabulary size equals its definition."""
+"""Compares the distillation loss at full length and vocabulary size with its definition."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.gpu.small import on_gpu, record
 
 TOKENS, VOCABULARIES = (8192, (64_128, 128_256)) if on_gpu() else (64, (1000, 2000))
 ROWS = 512
-"""Rows that the reference computes at a time, since it holds several float64 tensors of them."""
+"""Tokens that ``reference`` computes at a time, to limit the size of its float64 tensors."""
 LOSSES = {
     "T=1": LogitsLoss(),
     "T=2": LogitsLoss(temperature=2.0),
@@ -28,7 +28,10 @@ LOSSES = {
 
 
 def logits(vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Returns logits of student and teacher in bfloat16; the teacher's 64 largest are distinct."""
+    """Returns logits of student and teacher in bfloat16.
+
+    The teacher's 64 largest logits of a token are distinct, so that ``top_k=64`` is well-defined.
+    """
     generator = torch.Generator(device()).manual_seed(vocabulary)
     shape = (TOKENS, vocabulary)
     student = 3 * torch.randn(shape, device=device(), generator=generator)
@@ -41,7 +44,7 @@ def logits(vocabulary: int) -> tuple[Tensor, Tensor]:
 
 
 def reference(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> tuple[Tensor, Tensor]:
-    """Computes losses and gradients in float64 by their definition, some rows at a time."""
+    """Computes losses and gradients in float64 by their definition, ``ROWS`` tokens at a time."""
     values, gradients = [], []
     for start in range(0, TOKENS, ROWS):
         q_logits = student[start : start + ROWS].double().requires_grad_()
@@ -80,13 +83,13 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_and_gradients_match_their_definition(name: str, vocabulary: int) -> None:
     student, teacher = logits(vocabulary)
-    ours = student.clone().requires_grad_()
-    found = distillation_loss(ours, teacher.clone(), LOSSES[name])
-    found.sum().backward()
-    value, gradient = reference(student, teacher, LOSSES[name])
-    torch.testing.assert_close(found.double(), value, rtol=1e-4, atol=1e-5)
-    assert ours.grad is not None
-    torch.testing.assert_close(ours.grad.float(), gradient, rtol=1.5e-2, atol=1e-6)
+    leaf = student.clone().requires_grad_()
+    losses = distillation_loss(leaf, teacher.clone(), LOSSES[name])
+    losses.sum().backward()
+    expected, expected_gradient = reference(student, teacher, LOSSES[name])
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=1e-5)
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad.float(), expected_gradient, rtol=1.5e-2, atol=1e-6)
 
 
 @pytest.mark.skipif(not on_gpu(), reason="memory is measured only on a GPU")
@@ -95,32 +98,32 @@ def test_memory_is_below_that_of_nemos_loss(vocabulary: int, results: Path) -> N
     from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
 
     student, teacher = logits(vocabulary)
-    theirs = LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=1))
+    nemo_loss = LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=1))
+
+    def ours(student: Tensor) -> Tensor:
+        return distillation_loss(student, teacher.clone(), LogitsLoss())
 
     def nemo(student: Tensor) -> Tensor:
-        loss: Tensor = theirs(student[:, None], teacher[:, None])[0]
+        loss: Tensor = nemo_loss(student[:, None], teacher[:, None])[0]
         return loss
 
-    metrics = {
-        "ours": measured(lambda s: distillation_loss(s, teacher.clone(), LogitsLoss()), student),
-        "nemo": measured(nemo, student),
-    }
+    metrics = {"ours": measure(ours, student), "nemo": measure(nemo, student)}
     record(results, f"loss-{vocabulary}", tokens=TOKENS, vocabulary=vocabulary, **metrics)
     assert metrics["ours"]["bytes"] < metrics["nemo"]["bytes"]
 
 
-def measured(loss: Callable[[Tensor], Tensor], student: Tensor) -> dict[str, float]:
-    """Returns seconds of forward and backward pass, and their peak of additional bytes."""
+def measure(loss: Callable[[Tensor], Tensor], student: Tensor) -> dict[str, float]:
+    """Returns the time of a forward and a backward pass, and the peak of their own memory."""
     seconds = []
     for _ in range(4):
-        given = student.detach().requires_grad_()
+        leaf = student.detach().requires_grad_()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before, began = torch.cuda.memory_allocated(), time.monotonic()
-        loss(given).sum().backward()
+        bytes_before, start = torch.cuda.memory_allocated(), time.monotonic()
+        loss(leaf).sum().backward()
         torch.cuda.synchronize()
-        seconds.append(time.monotonic() - began)
+        seconds.append(time.monotonic() - start)
     return {
-        "seconds": min(seconds[1:]),
-        "bytes": torch.cuda.max_memory_allocated() - before,
+        "seconds": min(seconds[1:]),  # without the first, which is a warm-up
+        "bytes": torch.cuda.max_memory_allocated() - bytes_before,
     }

@@ -1,4 +1,4 @@
-"""Planned, rehearsed and measured peak memory agree for layers of Llama 3.1 8B at full length."""
+"""Compares planned, rehearsed and measured peak memory of some layers of Llama 3.1 8B."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tests.gpu.small import on_gpu, record
 from tests.support.rehearsals import job_with_layers
 
 LAYERS = (4, 8)
+"""Numbers of the teacher's layers; the student has half as many."""
 ONE_GPU = (
     "stages.distill.tensor_model_parallel_size=1",
     "stages.distill.sequence_parallel=false",
@@ -30,14 +31,14 @@ ONE_GPU = (
 STEPS = 6
 
 
-def job_of(layers: int) -> tuple[Any, RankJob]:
-    """Returns a run's stages and its distillation; the student has half of the layers."""
+def distill_job(layers: int) -> tuple[Any, RankJob]:
+    """Returns the chain of a run, and the rehearsal job of its distillation."""
     recipe = "llama3_1_8b_depth" if on_gpu() else "llama_depth_prune"
     return job_with_layers(recipe, "distill", 0, ONE_GPU if on_gpu() else (), layers)
 
 
-def start(module: str, job: Any, *arguments: str, folder: Path) -> str:
-    """Runs a module on a job; returns its output."""
+def run_module(module: str, job: Any, *arguments: str, folder: Path) -> str:
+    """Runs a module with a job, or a list of jobs, as input file; returns its output."""
     file = folder / "jobs.json"
     file.write_text(json.dumps(job))
     done = subprocess.run(
@@ -49,51 +50,51 @@ def start(module: str, job: Any, *arguments: str, folder: Path) -> str:
     return done.stdout
 
 
-def rehearsed(results: Path, tmp_path: Path) -> dict[int, float]:
-    """Returns the peak bytes by number of layers; later calls read the stored rehearsal."""
+def rehearsed_peaks(results: Path, tmp_path: Path) -> dict[int, float]:
+    """Returns the peak bytes by number of layers. Rehearses only if no result is stored."""
     file = results / "rehearsal.json"
     if not file.exists():
-        jobs = [asdict(job_of(layers)[1]) for layers in LAYERS]
-        lines = start("recipes.rehearsal.worker", jobs, "1", folder=tmp_path).splitlines()
+        jobs = [asdict(distill_job(layers)[1]) for layers in LAYERS]
+        lines = run_module("recipes.rehearsal.worker", jobs, "1", folder=tmp_path).splitlines()
         rehearsals = [TypeAdapter(RehearsalResult).validate_json(line) for line in lines]
-        for layers, one in zip(LAYERS, rehearsals, strict=True):
-            assert one.error is None, one.error
-        record(
-            results,
-            "rehearsal",
-            **{f"{n}": one.peak for n, one in zip(LAYERS, rehearsals, strict=True)},
-        )
+        for rehearsal in rehearsals:
+            assert rehearsal.error is None, rehearsal.error
+        peak_by_layers = {str(n): r.peak for n, r in zip(LAYERS, rehearsals, strict=True)}
+        record(results, "rehearsal", **peak_by_layers)
     peaks = json.loads(file.read_text())
-    return {layers: sum(peaks[f"{layers}"].values()) for layers in LAYERS}
+    return {layers: sum(peaks[str(layers)].values()) for layers in LAYERS}
 
 
 def test_rehearsed_memory_matches_the_plan(results: Path, tmp_path: Path) -> None:
-    for layers, peak in rehearsed(results, tmp_path).items():
-        chain, job = job_of(layers)
+    for layers, peak in rehearsed_peaks(results, tmp_path).items():
+        chain, job = distill_job(layers)
         plan = planned_memory(job, chain)
         assert peak == pytest.approx(sum(getattr(plan, kind) for kind in KINDS), rel=0.1)
 
 
 def test_measured_memory_matches_the_rehearsal(results: Path, tmp_path: Path) -> None:
-    peaks, values = rehearsed(results, tmp_path), {}
+    peaks, comparison = rehearsed_peaks(results, tmp_path), {}
+    result_file = tmp_path / "measured.json"
     for layers in LAYERS:
-        chain, job = job_of(layers)
-        # All tokens are 0, the end of a document. Masking document ends would mask all of them.
-        longer = {"max_steps": STEPS, "val_check_interval": STEPS, "checkpoint_interval": STEPS,
-                  "mask_document_ends": False}  # fmt: skip
-        job = replace(job, config={**job.config, **longer})
-        start("tests.gpu.measured", asdict(job), str(tmp_path / "found.json"), folder=tmp_path)
-        measured = json.loads((tmp_path / "found.json").read_text())
+        chain, job = distill_job(layers)
+        changes = {
+            **dict.fromkeys(("max_steps", "val_check_interval", "checkpoint_interval"), STEPS),
+            # All tokens are 0, the end of a document. Masking document ends would mask all tokens.
+            "mask_document_ends": False,
+        }
+        job = replace(job, config={**job.config, **changes})
+        run_module("tests.gpu.measured", asdict(job), str(result_file), folder=tmp_path)
+        measured = json.loads(result_file.read_text())
         config = replace(chain.stages["distill"], global_batch_size=job.config["global_batch_size"])
-        step = step_time(distill.workload(config, chain), chain.hardware)
+        planned_step = step_time(distill.workload(config, chain), chain.hardware)
         tokens = config.global_batch_size * config.seq_length
-        values[f"{layers}"] = {
+        comparison[str(layers)] = {
             "rehearsed_bytes": peaks[layers],
-            "planned_seconds": step.total,
+            "planned_seconds": planned_step.total,
             "seconds": [tokens / speed for speed in measured["tokens_per_second"]],
             **measured,
         }
-    record(results, "memory", **values)
+    record(results, "memory", **comparison)
     if on_gpu():
         for layers in LAYERS:
-            assert values[f"{layers}"]["peak_bytes"] == pytest.approx(peaks[layers], rel=0.1)
+            assert comparison[str(layers)]["peak_bytes"] == pytest.approx(peaks[layers], rel=0.1)

@@ -1,4 +1,4 @@
-"""A real Slurm for the tests: a controller and nodes on loopback, without systemd.
+"""Starts a real Slurm for the tests: a controller and simulated nodes, all on this machine.
 
 Each node is configured as a DGX H100: 8 GPUs, 224 CPUs and 2 TB of memory. Its daemon takes 9 MB.
 """
@@ -20,7 +20,7 @@ from typing import Self
 
 FIRST_PORT = 10000
 NODES = 96
-"""Number of nodes, which is that of the largest recipe."""
+"""Number of simulated nodes: as many as the largest recipe needs."""
 CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -63,7 +63,7 @@ DefMemPerCPU=8900 State=UP
 
 
 class SlurmCluster:
-    """A Slurm with all files in one directory. Its path must be short, as paths of sockets are."""
+    """A Slurm with all files in one directory, whose path must be short: sockets are in it."""
 
     def __init__(self, directory: Path, nodes: int = NODES) -> None:
         self.directory = directory
@@ -102,16 +102,16 @@ class SlurmCluster:
         run("slurmctld")
         for node in self._nodes:
             run("slurmd", "-N", node)
-        every = ["idle"] * len(self._nodes)
-        wait_for(lambda: run("sinfo", "-hN", "-o", "%T").split() == every, 300)
+        all_idle = ["idle"] * len(self._nodes)
+        wait_for(lambda: run("sinfo", "-hN", "-o", "%T").split() == all_idle, 300)
 
     def stop(self) -> None:
-        """Ends the jobs and daemons of this cluster."""
+        """Stops the jobs and daemons of this cluster."""
         with contextlib.suppress(Exception):
             run("scancel", "--me")
             wait_for(lambda: not run("squeue", "-h"), 120)
-        pids = [*self.directory.glob("slurmd.*.pid"), self.directory / "slurmctld.pid"]
-        for file in [*pids, self.directory / "munged.pid"]:
+        pid_files = [*self.directory.glob("slurmd.*.pid"), self.directory / "slurmctld.pid"]
+        for file in [*pid_files, self.directory / "munged.pid"]:
             with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
                 os.kill(int(file.read_text()), signal.SIGTERM)
         time.sleep(0.5)
@@ -128,13 +128,14 @@ class SlurmCluster:
         (d / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
         devices = [d / f"gpu{number}" for number in range(8)]
         for device in devices:
-            os.mknod(device, 0o20666, os.makedev(1, 3))  # a character device, as a GPU is
+            # A character device, as a GPU is; its numbers are those of /dev/null.
+            os.mknod(device, 0o20666, os.makedev(1, 3))
         (d / "gres.conf").write_text(f"NodeName=n[1-{nodes}] Name=gpu File={d}/gpu[0-7]\n")
 
     def _make_pyxis(self) -> bool:
-        """Builds a test double of Pyxis; returns whether it can run here.
+        """Builds a replacement of Pyxis; returns whether it can run on this machine.
 
-        It needs a compiler and the right to mount.
+        The replacement needs a compiler and the right to mount.
         """
         source, plugin = Path(__file__).with_name("fakepyxis.c"), self.directory / "fakepyxis.so"
         build = ["gcc", "-Wall", "-shared", "-fPIC", "-o", str(plugin), str(source)]
@@ -162,10 +163,10 @@ def without_slurm() -> str | None:
 
 
 def free_port(daemons: int) -> int:
-    """Returns the first port of a block of 500, in which the daemons' ports are free.
+    """Returns the first port of a block of 500 ports, of which the first ``daemons`` are free.
 
-    It also serves as the first job id: the port at which ranks meet is derived from the job id, so
-    clusters at the same time use different ones.
+    The port also serves as the first job id. The launcher derives the rendezvous port of ranks from
+    the job id, so the ranks of simultaneous clusters use different ports.
     """
     for number in range(18):
         port = FIRST_PORT + (os.getpid() + number) % 18 * 500
@@ -184,7 +185,7 @@ def run(*command: str) -> str:
 
 
 def wait_for(condition: Callable[[], object], seconds: float, pause: float = 0.1) -> None:
-    """Waits until a condition is true; fails after ``seconds``."""
+    """Waits until a condition is true, and fails after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s in vain"

@@ -1,4 +1,4 @@
-"""Fixtures: a Slurm cluster, and a tiny chain that ran on it."""
+"""Fixtures: a Slurm cluster, and a run of a tiny model on this cluster."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DISTILL = {
     "val_check_interval": STEPS,
     "checkpoint_interval": STEPS,
     "limit_val_batches": 1,
-    # Large, so that the tiny teacher passes the check that it predicts the first batch.
+    # The check that the teacher predicts the first batch needs many tokens with a tiny teacher.
     "global_batch_size": 16,
     "micro_batch_size": 8,
     "tensor_model_parallel_size": 2,
@@ -52,7 +52,7 @@ def slurm() -> Iterator[SlurmCluster]:
 def probe_settings(
     slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, ...]:
-    """The settings that the documents recommend, with the probe as interpreter in a container."""
+    """The settings that the documents recommend, with ``probe.py`` as interpreter of the jobs."""
     folder = tmp_path_factory.mktemp("probe")
     start = f'{probe.PROBE}="$0" exec {sys.executable} {probe.__file__} "$@"'
     python, image = write_program(folder / "python", start), folder / "image.sqsh"
@@ -70,21 +70,21 @@ def probe_settings(
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory, and the overrides of all its command lines."""
+    """A run directory, and the overrides with which it is submitted."""
 
     directory: Path
     overrides: tuple[str, ...]
 
     def submit(self, *more: str) -> CommandResult:
-        """Runs the launcher."""
-        return run_in_process(*self.words(*more), cwd=self.directory.parent)
+        """Submits the run, with ``more`` overrides."""
+        return run_in_process(*self.arguments(*more), cwd=self.directory.parent)
 
-    def words(self, *more: str) -> tuple[str, ...]:
-        """Returns the words of a command line."""
+    def arguments(self, *more: str) -> tuple[str, ...]:
+        """Returns the launcher's arguments that submit the run."""
         return (*self.overrides, f"run_dir={self.directory}", *more)
 
     def command(self, name: str, *more: str) -> CommandResult:
-        """Runs a command about the run, such as ``status``."""
+        """Runs a command of the launcher about the run, such as ``status``."""
         return run_in_process(name, f"run_dir={self.directory}", *more, cwd=self.directory.parent)
 
     def wait(self, seconds: float = 600) -> None:
@@ -92,7 +92,7 @@ class Run:
         wait_for(lambda: not active_jobs(self.directory), seconds)
 
     def copy_without(self, directory: Path, *stages: str) -> Run:
-        """Copies the run without some stages. File times stay, so files are not hashed again."""
+        """Copies the run without some stages. Files keep their times and are not hashed again."""
         copy = directory / "copy"
         shutil.copytree(self.directory, copy)
         (copy / "jobs.txt").unlink()
@@ -105,7 +105,10 @@ class Run:
 def tiny_chain(
     slurm: SlurmCluster, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Run, CommandResult]:
-    """A chain that distilled on two nodes with two ranks each, in containers if possible."""
+    """A complete run and the launcher's output. It distilled on two nodes with two ranks each.
+
+    Stages ran in containers if this machine can start them.
+    """
     folder = tmp_path_factory.mktemp("slurm")
     model = write_tiny_model(folder / "teacher", text_file, **EVEN)
     image = folder / "image.sqsh"
@@ -118,7 +121,7 @@ def tiny_chain(
         "engine=null",
         "tracker=tensorboard",
         "cluster=slurm",
-        "skip_rules=[cluster-hardware]",  # the nodes have files in place of GPUs
+        "skip_rules=[cluster-hardware]",  # the nodes request GPUs, but stages run on the CPU
         f"cluster.images.default={image if slurm.has_containers else 'null'}",
         f"cluster.python={sys.executable}",
         "cluster.time=00:20:00",
@@ -138,6 +141,6 @@ def tiny_chain(
     run = Run(folder / "run", overrides)
     os.environ["HF_TOKEN"] = SECRET
     try:
-        return run, run_recipe(*run.words("cluster.follow=true"), cwd=folder, timeout=1500)
+        return run, run_recipe(*run.arguments("cluster.follow=true"), cwd=folder, timeout=1500)
     finally:
         del os.environ["HF_TOKEN"]

@@ -1,12 +1,12 @@
 """Replaces the interpreter of Slurm jobs: ranks record their environment instead of computing.
 
 ``cluster.python`` names a script that starts this file, so the launcher's job scripts run
-unchanged. All ranks of a stage sum their rank numbers, and rank 0 completes the stage with the
-real worker.
+unchanged. All ranks of a stage compute the sum of their rank numbers. Then the real worker
+completes the stage.
 
-- Without ``PROBE_TORCH`` in the environment, forks replace torchrun's processes, and ranks
-  communicate through sockets. 768 ranks that import torch would take 150 GB.
-- With ``PROBE_TORCH`` the real torchrun starts the ranks. Each runs the real worker, and they
+- Without ``PROBE_TORCH`` in the environment, forks replace torchrun's processes. Ranks communicate
+  through sockets, and only rank 0 runs the worker: 768 ranks that import torch would take 150 GB.
+- With ``PROBE_TORCH`` the real torchrun starts the ranks. Each rank runs the worker, and ranks
   communicate by gloo.
 """
 
@@ -29,32 +29,32 @@ TORCH = "PROBE_TORCH"
 HOLD = "PROBE_HOLD"
 """Environment variable with a step: training reports this step, then waits to be killed."""
 PROBE = "PROBE"
-"""Environment variable with the script that starts this file."""
+"""Environment variable with the path of the script that starts this file."""
 RECORDS = "probe"
 """Folder in a stage's directory with a file for each rank."""
 TRAINING = "training"
-"""Folder in a search's directory with a training run that it starts."""
-TRAINED = "recipes.stages.distill"
+"""Folder in a search's directory with a training run that the search starts."""
+DISTILL = "recipes.stages.distill"
 SEARCH = "recipes.stages.successive_halving"
-SECONDS = 120
+TIMEOUT_SECONDS = 120
 DEBIAN_PYTHON = "/usr/bin/python3"
 """The interpreter that has mpi4py."""
 
 
-def main(words: list[str]) -> None:
-    """Runs ``[-u] -m MODULE WORD...``."""
-    words = words[words.index("-m") + 1 :]
-    if words[0] == "recipes.core.worker":
-        run_rank(*words[1:])
+def main(arguments: list[str]) -> None:
+    """Interprets a job's command line: ``[-u] -m MODULE ARGUMENT...``."""
+    module, *rest = arguments[arguments.index("-m") + 1 :]
+    if module == "recipes.core.worker":
+        run_rank(*rest)
         return
-    assert words[0] == "torch.distributed.run"
+    assert module == "torch.distributed.run"
     if TORCH not in os.environ:
-        fork_ranks(words[1:])
-    os.environ["PYTHON_EXEC"] = os.environ[PROBE]  # torchrun starts the ranks with it
-    os.execv(sys.executable, [sys.executable, "-m", *words])
+        fork_ranks(rest)
+    os.environ["PYTHON_EXEC"] = os.environ[PROBE]  # torchrun's interpreter of the ranks
+    os.execv(sys.executable, [sys.executable, "-m", module, *rest])
 
 
-def fork_ranks(words: list[str]) -> NoReturn:
+def fork_ranks(torchrun_arguments: list[str]) -> NoReturn:
     """Runs the ranks of a node with the variables that torchrun sets, and exits."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for option in ("--nnodes", "--nproc-per-node", "--node-rank", "--master-port"):
@@ -62,7 +62,7 @@ def fork_ranks(words: list[str]) -> NoReturn:
     for option in ("--master-addr", "--rdzv-conf"):
         parser.add_argument(option, required=True)
     parser.add_argument("-m", dest="module", required=True)
-    options, arguments = parser.parse_known_args(words)
+    options, arguments = parser.parse_known_args(torchrun_arguments)
     for local in range(options.nproc_per_node):
         if os.fork() == 0:
             os.environ |= {
@@ -76,12 +76,12 @@ def fork_ranks(words: list[str]) -> NoReturn:
             }
             run_rank(*arguments)
             os._exit(0)
-    failed = [os.wait()[1] for _ in range(options.nproc_per_node)]
-    sys.exit(any(failed))
+    exit_statuses = [os.wait()[1] for _ in range(options.nproc_per_node)]
+    sys.exit(any(exit_statuses))
 
 
 def run_rank(module: str, request: str) -> None:
-    """Sums the numbers of all ranks, records this rank, and completes the stage."""
+    """Sums the rank numbers, records this rank, and completes the stage."""
     stage_dir = Path(request).parent
     records = stage_dir / RECORDS
     records.mkdir(exist_ok=True)
@@ -96,11 +96,11 @@ def run_rank(module: str, request: str) -> None:
 
 
 def complete(module: str, work: Callable[[], None]) -> None:
-    """Runs the real worker, but with ``work`` instead of the stage's own function.
+    """Runs the real worker, with ``work`` in place of the stage's own function.
 
     A search also starts one of its training runs as a child process.
     """
-    # For ``tests.support``. The stages' code still comes from the snapshot, which is earlier.
+    # For ``tests.support``. The stages' code still comes from the snapshot, earlier in this list.
     sys.path.insert(2, str(Path(__file__).parents[2]))
     from recipes.core import worker
     from recipes.core.manifest import Outcome
@@ -112,9 +112,9 @@ def complete(module: str, work: Callable[[], None]) -> None:
 
     def run(config: Any, inputs: object, out: Path) -> Outcome:
         work()
-        if module == TRAINED and HOLD in os.environ:
+        if module == DISTILL and HOLD in os.environ:
             metrics_log(out).progress("distill", int(os.environ[HOLD]), config.max_steps)
-            time.sleep(SECONDS)
+            time.sleep(TIMEOUT_SECONDS)
         if module == SEARCH:
             from recipes.core.stage_process import run_child
             from recipes.stages.successive_halving import training_of
@@ -122,9 +122,9 @@ def complete(module: str, work: Callable[[], None]) -> None:
             sys.executable = os.environ[PROBE]
             training = training_of(config, config.rounds(config.max_candidates()), 0)
             run_child(training, out.parent.parent / TRAINING, {})
-        return Outcome(RESULTS.get(config.stage))  # which later plans read
+        return Outcome(RESULTS.get(config.stage))  # later plans read the result
 
-    object.__setattr__(stage, "run", run)
+    object.__setattr__(stage, "run", run)  # the dataclass is frozen
     worker.main()
 
 
@@ -134,21 +134,23 @@ def rank() -> int:
 
 
 def record(records: Path, total: int) -> None:
-    """Writes the environment of this rank; rank 0 adds its job step as Slurm describes it."""
-    facts = {**os.environ, "total": str(total)}
-    if "OMPI_COMM_WORLD_SIZE" in os.environ:  # mpirun started it
-        spawn = [DEBIAN_PYTHON, str(Path(__file__).with_name("spawn.py"))]
-        facts["spawned"] = subprocess.run(spawn, check=True, capture_output=True, text=True).stdout
+    """Writes this rank's environment and ``total``; rank 0 adds Slurm's description of its step."""
+
+    def output_of(*command: str) -> str:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    values = {**os.environ, "total": str(total)}
+    if "OMPI_COMM_WORLD_SIZE" in os.environ:  # mpirun started this process
+        values["spawned"] = output_of(DEBIAN_PYTHON, str(Path(__file__).with_name("spawn.py")))
     job = os.environ.get("SLURM_JOB_ID")
     if rank() == 0 and job:
         step = f"{job}.{os.environ['SLURM_STEP_ID']}"
-        command = ["scontrol", "--oneliner", "show", "step", step]
-        facts["step"] = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    (records / f"{rank()}.json").write_text(json.dumps(facts))
+        values["step"] = output_of("scontrol", "--oneliner", "show", "step", step)
+    (records / f"{rank()}.json").write_text(json.dumps(values))
 
 
 def sum_by_gloo() -> int:
-    """Returns the sum of all rank numbers."""
+    """Returns the sum of all rank numbers; ranks communicate by torch's gloo backend."""
     import torch
 
     torch.distributed.init_process_group("gloo")
@@ -159,26 +161,27 @@ def sum_by_gloo() -> int:
 
 def sum_by_socket(records: Path) -> int:
     """Returns the sum of all rank numbers; ranks connect to rank 0 at ``MASTER_ADDR``."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
         return 0
-    address, file = os.environ["MASTER_ADDR"], records / f"port-{os.environ['SLURM_JOB_ID']}"
+    address, port_file = os.environ["MASTER_ADDR"], records / f"port-{os.environ['SLURM_JOB_ID']}"
     if rank() == 0:
-        with socket.create_server((address, 0), backlog=world) as server:
-            server.settimeout(SECONDS)
-            part = file.with_suffix(".part")
-            part.write_text(str(server.getsockname()[1]))
-            part.rename(file)
-            others = [server.accept()[0] for _ in range(world - 1)]
-            total = sum(int(other.recv(16)) for other in others)
-            for other in others:
-                other.sendall(str(total).encode())
+        with socket.create_server((address, 0), backlog=world_size) as server:
+            server.settimeout(TIMEOUT_SECONDS)
+            unfinished = port_file.with_suffix(".part")
+            unfinished.write_text(str(server.getsockname()[1]))
+            unfinished.rename(port_file)  # so that no rank reads an empty file
+            connections = [server.accept()[0] for _ in range(world_size - 1)]
+            total = sum(int(connection.recv(16)) for connection in connections)
+            for connection in connections:
+                connection.sendall(str(total).encode())
         return total
-    deadline = time.monotonic() + SECONDS
-    while not file.exists():
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not port_file.exists():
         assert time.monotonic() < deadline, "rank 0 did not start"
         time.sleep(0.2)
-    with socket.create_connection((address, int(file.read_text())), SECONDS) as connection:
+    port = int(port_file.read_text())
+    with socket.create_connection((address, port), TIMEOUT_SECONDS) as connection:
         connection.sendall(str(rank()).encode())
         return int(connection.recv(16))
 

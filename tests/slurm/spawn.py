@@ -1,6 +1,6 @@
 """Spawns two processes by MPI, as TensorRT-LLM's executor does, and prints their ranks.
 
-Runs with Debian's Python, for which ``tests/install_slurm.sh`` installs mpi4py and Open MPI.
+Debian's Python runs this file. ``tests/install_slurm.sh`` installs mpi4py and Open MPI for it.
 """
 
 from mpi4py import MPI
@@ -8,7 +8,7 @@ from mpi4py.futures import MPIPoolExecutor
 
 
 def rank(_: int) -> int:
-    """Returns the rank among the spawned processes."""
+    """Returns this process's rank among the spawned processes."""
     return int(MPI.COMM_WORLD.Get_rank())
 
 

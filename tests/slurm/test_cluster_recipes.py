@@ -1,6 +1,6 @@
-"""Resources of every rank in the jobs of each recipe for a cluster, on simulated DGX nodes.
+"""Checks the resources of every rank in the jobs of each large recipe, on simulated DGX nodes.
 
-The launcher submits each chain as users do. ``probe.py`` replaces the interpreter of the jobs.
+The launcher submits each recipe as users do. ``probe.py`` replaces the interpreter of the jobs.
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ NODES = {
     **dict.fromkeys(("llama3_1_8b_depth_2.5b", "llama3_1_8b_width_2.5b"), 1),
     **dict.fromkeys(("mistral_nemo_12b_width_2.5b", "qwen3_8b_depth_2.5b", "qwen3_8b_nas_2.5b"), 1),
 }
-"""Nodes of the distillation, which takes 8 ranks of each."""
+"""Number of nodes of the distillation, which has 8 ranks per node."""
 SEARCH = "qwen3_8b_search"
 HAS_MPI = shutil.which("mpirun") is not None
 ENGINE = "llama3_1_8b_depth"
-"""Recipe whose engines of TensorRT-LLM are built and timed here, by MPI."""
+"""Recipe whose stages for TensorRT-LLM engines run in these tests; mpirun starts them."""
 SETTINGS = {
     "qwen3_8b_depth_2.5b": (f"+cluster.env.{probe.TORCH}='1'",),
     SEARCH: (f"+stages.successive_halving.resources.env.{probe.TORCH}='1'",),
-    # Open MPI does not use the loopback interface unless it is named.
+    # Open MPI uses the loopback interface only if it is told to.
     ENGINE: ("+cluster.env.OMPI_MCA_btl_tcp_if_include=lo",) if HAS_MPI else ("engine=null",),
 }
-MEASURED = ("score", "evaluate", "evaluate_tasks")
+EVALUATION_STAGES = ("score", "evaluate", "evaluate_tasks")
 """Stages that take a whole node in recipes that train."""
 ENGINE_STAGES = {"build_engine", "build_teacher_engine", "measure_speed"}
 WITHOUT_GPU = {"plan", "prepare_data", "report", "enumerate_shapes"}
 NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB = 224, 8, 2_000_000
 DATA_CPUS = 16
+"""CPUs of ``prepare_data`` in these recipes."""
 MEMORY_PER_CPU_MB = 8900
 
 
@@ -61,7 +62,7 @@ class NodeResources:
     gpus: int
     memory_mb: int
     threads: int | None = None
-    """Threads of a rank; by default the CPUs divided by the ranks."""
+    """Threads per rank; by default the CPUs divided by the ranks."""
 
 
 def whole_nodes(nodes: int, ranks: int = NODE_GPUS) -> NodeResources:
@@ -77,7 +78,7 @@ def one_rank(stage: str) -> NodeResources:
 def chains(
     probe_settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Run]:
-    """A run of every recipe; all jobs have ended."""
+    """A run of every large recipe, by name; all jobs have ended."""
     folder = tmp_path_factory.mktemp("recipes")
     runs = {
         recipe: Run(folder / recipe, (f"recipe={recipe}", *probe_settings, *settings_of(recipe)))
@@ -91,9 +92,9 @@ def chains(
 
 
 def settings_of(recipe: str) -> tuple[str, ...]:
-    """Returns a recipe's own overrides; a search has no engines."""
-    own = SETTINGS.get(recipe, ())
-    return own if recipe in (ENGINE, SEARCH) else (*own, "engine=null")
+    """Returns a recipe's overrides in these tests."""
+    settings = SETTINGS.get(recipe, ())
+    return settings if recipe in (ENGINE, SEARCH) else (*settings, "engine=null")
 
 
 def submit(chain: Run, *more: str) -> None:
@@ -113,13 +114,13 @@ def records(stage_dir: Path) -> list[dict[str, str]]:
 def require(stage_dir: Path, expected: NodeResources) -> None:
     """Requires that a stage's ranks got exactly the expected resources, and reached each other."""
     ranks = records(stage_dir)
-    world = expected.nodes * expected.ranks
-    assert [int(r.get("RANK", 0)) for r in ranks] == list(range(world))
-    assert {int(r["total"]) for r in ranks} == {world * (world - 1) // 2}
-    local = Counter((r["SLURMD_NODENAME"], int(r.get("LOCAL_RANK", 0))) for r in ranks)
-    assert set(local.values()) == {1}
-    assert len({node for node, _ in local}) == expected.nodes
-    assert {rank for _, rank in local} == set(range(expected.ranks))
+    world_size = expected.nodes * expected.ranks
+    assert [int(r.get("RANK", 0)) for r in ranks] == list(range(world_size))
+    assert {int(r["total"]) for r in ranks} == {world_size * (world_size - 1) // 2}
+    places = Counter((r["SLURMD_NODENAME"], int(r.get("LOCAL_RANK", 0))) for r in ranks)
+    assert set(places.values()) == {1}
+    assert len({node for node, _ in places}) == expected.nodes
+    assert {local_rank for _, local_rank in places} == set(range(expected.ranks))
     visible = ",".join(map(str, range(expected.gpus))) or None
     if expected.gpus == 1:  # the job gets any of the node's GPUs
         [visible] = {r["CUDA_VISIBLE_DEVICES"] for r in ranks}
@@ -129,9 +130,9 @@ def require(stage_dir: Path, expected: NodeResources) -> None:
     assert {int(r["OMP_NUM_THREADS"]) for r in ranks} == {
         expected.threads or expected.cpus // expected.ranks
     }
-    # Each node has its own folder for compiled extensions; some stages have none.
+    # Each node has its own folder for compiled extensions. Some stages on one node have none.
     assert len({r.get("TORCH_EXTENSIONS_DIR") for r in ranks}) == expected.nodes
-    assert {r["LOCAL_WORLD_SIZE"] for r in ranks if world > 1} <= {str(expected.ranks)}
+    assert {r["LOCAL_WORLD_SIZE"] for r in ranks if world_size > 1} <= {str(expected.ranks)}
     step = ranks[0]["step"]
     [(cpus, memory, unit)] = re.findall(r"TRES=cpu=(\d+),mem=([\d.]+)([MG])", step)
     assert int(cpus) == expected.nodes * expected.cpus
@@ -152,8 +153,8 @@ def test_ranks_get_the_planned_resources(chains: dict[str, Run], recipe: str) ->
     assert set(statuses.values()) == {"complete"}, statuses
     expected = {"distill": whole_nodes(NODES.get(recipe, 1))}
     if recipe != SEARCH:
-        expected |= dict.fromkeys(MEASURED, whole_nodes(1))
-    # A search has one rank, with the threads of one of the 8 ranks of its training runs.
+        expected |= dict.fromkeys(EVALUATION_STAGES, whole_nodes(1))
+    # A search has one rank. Its training runs have 8, so it gets an eighth of the node's threads.
     expected["successive_halving"] = NodeResources(
         1, 1, NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB, threads=28
     )
@@ -178,7 +179,7 @@ def test_engine_stage_spawns_processes_by_mpi(chains: dict[str, Run], stage: str
 def distill_again(original: Run, folder: Path, *overrides: str) -> Path:
     """Repeats the distillation of a run with other settings; returns its directory."""
     chain = original.copy_without(folder, "distill")
-    # These rules would refuse the probe's little text, and so many hours on few devices.
+    # These rules refuse too little text, and a training that takes too many hours.
     submit(chain, "only=[distill]", "skip_rules=[tokens,requeues]", *overrides)
     chain.wait()
     assert states(chain)["distill"] == "complete"
@@ -197,7 +198,7 @@ def test_submission_from_an_allocation_gets_the_same_resources(
 ) -> None:
     for name, value in allocation().items():
         monkeypatch.setenv(name, value)
-    # A setting wins over SBATCH_PARTITION. Without a request for GPUs none are hidden.
+    # A setting wins over SBATCH_PARTITION. Without a request for GPUs, Slurm hides no GPUs.
     settings = ("cluster.partition=batch", "cluster.gpus=null")
     distill = distill_again(chains["qwen3_8b_nas_2.5b"], tmp_path, *settings)
     require(distill, replace(whole_nodes(1), gpus=0))
@@ -205,14 +206,14 @@ def test_submission_from_an_allocation_gets_the_same_resources(
 
 
 def allocation() -> dict[str, str]:
-    """Returns the variables of an allocation, and some that a user or a rank may have."""
+    """Returns the variables of a process in an allocation, and some of a user and of torchrun."""
     size = ("-N2", "-n4", "-c2", "--mem=1000", "--gpus-per-node=2")
     text = run("salloc", *size, "srun", "--mpi=pmix", "-n1", "env", "-0")
     variables = dict(line.partition("=")[::2] for line in text.split("\0") if line)
-    ours = {n: v for n, v in variables.items() if re.match("SLURM|PMI|OMPI|CUDA", n)}
-    assert {"SLURM_CPU_BIND", "PMIX_RANK", "CUDA_VISIBLE_DEVICES"} <= ours.keys()
+    slurms = {n: v for n, v in variables.items() if re.match("SLURM|PMI|OMPI|CUDA", n)}
+    assert {"SLURM_CPU_BIND", "PMIX_RANK", "CUDA_VISIBLE_DEVICES"} <= slurms.keys()
     users = {"SBATCH_TIMELIMIT": "1", "SBATCH_GPUS_PER_NODE": "1", "SBATCH_PARTITION": "elsewhere"}
-    return {**ours, **users, "RANK": "5", "WORLD_SIZE": "6"}
+    return {**slurms, **users, "RANK": "5", "WORLD_SIZE": "6"}
 
 
 def test_ranks_that_share_a_node_get_a_fraction_of_it(
@@ -229,9 +230,9 @@ def test_ranks_that_share_a_node_get_a_fraction_of_it(
 
 def test_dry_run_asks_slurm(probe_settings: tuple[str, ...], tmp_path: Path) -> None:
     chain = Run(tmp_path / "run", ("recipe=qwen3_8b_depth", *probe_settings, "dry_run=true"))
-    shown = chain.submit()
-    assert shown.code == 0, shown.output
-    assert re.search(r"distill +\d{4}-\S+ +21504 +n\[1-96\]", shown.output), shown.output
+    accepted = chain.submit()
+    assert accepted.code == 0, accepted.output
+    assert re.search(r"distill +\d{4}-\S+ +21504 +n\[1-96\]", accepted.output), accepted.output
     refused = chain.submit("cluster.sbatch=['--reservation=none']")
     assert refused.code == 1
     assert "report: allocation failure: Requested reservation is invalid" in refused.output

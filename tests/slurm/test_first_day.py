@@ -1,6 +1,6 @@
-"""The commands of docs/first_day_on_slurm.md, one after the other, on Slurm with the probe.
+"""Runs the commands of docs/first_day_on_slurm.md in order, on Slurm with ``probe.py``.
 
-The rehearsal's command is run by other tests. Commands for docker, enroot and GPUs are not run.
+Other tests run the command of the rehearsal. Commands for docker, enroot and GPUs are not run.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.spl
 RUN = "runs/first"
 
 
-def words(command: str) -> list[str]:
-    start, program, *arguments = shlex.split(command)
-    assert (start, program) == ("python", "launch/run.py")
+def arguments_of(command: str) -> list[str]:
+    python, program, *arguments = shlex.split(command)
+    assert (python, program) == ("python", "launch/run.py")
     return arguments
 
 
 def test_commands_of_the_first_day(probe_settings: tuple[str, ...], tmp_path: Path) -> None:
-    plan, rehearse, large, small, first, second, third = map(words, COMMANDS)
+    plan, rehearse, one_node, all_nodes, first, second, third = map(arguments_of, COMMANDS)
     assert rehearse == ["recipe=qwen3_8b_depth", "rehearse=true"]
     assert "device-hours on h100" in run_successfully(*plan, cwd=tmp_path).output
     settings = probe_settings[2:]  # the commands have the first two
-    assert set(probe_settings[:2]) <= set(large)
-    for dry in (large, small):
-        shown = run_successfully(*dry, *settings, cwd=tmp_path).output
-        assert re.search(r"distill +\d{4}-\d\d-\d\dT", shown), "Slurm says when it could start"
+    assert set(probe_settings[:2]) <= set(one_node)
+    for dry_run in (one_node, all_nodes):
+        output = run_successfully(*dry_run, *settings, cwd=tmp_path).output
+        assert re.search(r"distill +\d{4}-\d\d-\d\dT", output), "Slurm says when it could start"
     assert "`'only=[plan,import_hf,prepare_data]'`" in PAGE
-    short = [word for word in small if word != "dry_run=true"]
-    run_successfully(*short, "only=[plan,import_hf,prepare_data]", *settings, cwd=tmp_path)
+    started = [word for word in one_node if word != "dry_run=true"]
+    run_successfully(*started, "only=[plan,import_hf,prepare_data]", *settings, cwd=tmp_path)
     Run(tmp_path / "runs" / "qwen3_8b_depth_2.5b", ()).wait()
 
     chain = Run(tmp_path / RUN, ())
@@ -58,8 +58,8 @@ def test_commands_of_the_first_day(probe_settings: tuple[str, ...], tmp_path: Pa
     run_successfully("cancel", f"run_dir={RUN}", cwd=tmp_path)
     chain.wait()
 
-    shown = run_successfully(*third, *settings, cwd=tmp_path).output
-    assert re.search(r"distill +resume +was interrupted", shown), shown
+    output = run_successfully(*third, *settings, cwd=tmp_path).output
+    assert re.search(r"distill +resume +was interrupted", output), output
     chain.wait()
     assert set(states(chain).values()) == {"complete"}, status()
     require(chain.directory / "distill", whole_nodes(1, ranks=4))

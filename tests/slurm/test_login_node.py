@@ -23,18 +23,18 @@ def test_a_login_node_submits_shows_and_cancels_jobs(
     """The jobs' interpreter has all libraries; the last job waits until it is cancelled."""
     chain = Run(tmp_path / "run", ("recipe=llama3_1_8b_depth_2.5b", *probe_settings))
 
-    def launch(*words: str) -> str:
-        done = run_on_login_node(launcher_python, tmp_path, *words)
+    def launch(*arguments: str) -> str:
+        done = run_on_login_node(launcher_python, tmp_path, *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    words = (
+    overrides = (
         "engine=null",
         "skip_rules=[disk]",
         "only=[plan,import_hf,prepare_data,score,prune,distill]",
         f"+cluster.env.{probe.HOLD}='1'",
     )
-    launch(*chain.words(*words))
+    launch(*chain.arguments(*overrides))
     jobs = read_jobs(chain.directory)
     assert {"plan", "import_hf", "distill"} <= jobs.keys()
     assert str(launcher_python) not in (chain.directory / "distill" / "job.sbatch").read_text()
@@ -45,11 +45,11 @@ def test_a_login_node_submits_shows_and_cancels_jobs(
     wait_for(
         lambda: re.search(rf"distill +running +{jobs['distill'].id}.* 1/", status()), 300, pause=1
     )
-    before = states(chain)
-    assert {name for name in jobs if before[name] != "complete"} == {"distill"}
+    statuses = states(chain)
+    assert {name for name in jobs if statuses[name] != "complete"} == {"distill"}
     require(chain.directory / "distill", whole_nodes(1))
 
-    cancelled = launch("cancel", f"run_dir={chain.directory}")
-    assert f"distill: job {jobs['distill'].id}" in cancelled
+    output = launch("cancel", f"run_dir={chain.directory}")
+    assert f"distill: job {jobs['distill'].id}" in output
     wait_for(lambda: not active_jobs(chain.directory), 120)
     assert re.search(r"distill +cancelled", status())

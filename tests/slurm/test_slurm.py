@@ -1,4 +1,4 @@
-"""Chains on a real Slurm with two nodes: scheduler, dependencies and requeues."""
+"""Runs all stages on a real Slurm: dependencies, requeues, cancelled jobs and failed nodes."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ from tests.support.in_process import run_in_process, run_successfully
 from tests.support.launcher import CommandResult
 from tests.support.runs import STAGES as ALL
 
-pytestmark = pytest.mark.timeout(1800)  # the first test waits for a whole chain
+pytestmark = pytest.mark.timeout(1800)  # the first test waits for a whole run
 STAGES = ALL[ALL.index("import_hf") :]
-UNTRAINED = STAGES[STAGES.index("distill") :]
+FROM_DISTILL = STAGES[STAGES.index("distill") :]
+"""``distill`` and all later stages."""
 
 
 def states(chain: Run) -> dict[str, str]:
@@ -56,29 +57,31 @@ def test_chain_runs_on_two_nodes(
         assert f"{stage}: complete" in result.output
     assert len(steps_of(chain.directory / "distill" / METRICS, "distill")) == STEPS
     tracked = {file.parent.name for file in chain.directory.glob("tensorboard/*/events.*")}
-    assert tracked == set(STAGES), "each job feeds the tracker"
+    assert tracked == set(STAGES), "each job writes records for the tracker"
     if not slurm.has_containers:
         pytest.skip("containers need gcc, libslurm-dev and the right to mount")
-    started = re.findall(r"job=(\d+) .*node=(\w+) image=(\S+)", slurm.pyxis_log.read_text())
+    containers = re.findall(r"job=(\d+) .*node=(\w+) image=\S+", slurm.pyxis_log.read_text())
     jobs = read_jobs(chain.directory)
-    nodes = {stage: sorted(n for j, n, _ in started if j == jobs[stage].id) for stage in STAGES}
+    nodes = {
+        stage: sorted(node for job, node in containers if job == jobs[stage].id) for stage in STAGES
+    }
     assert nodes.pop("distill") == ["n1", "n2"]
-    assert all(len(used) == 1 for used in nodes.values())
+    assert all(len(stage_nodes) == 1 for stage_nodes in nodes.values())
 
 
 def test_secrets_are_in_no_file(tiny_chain: tuple[Run, CommandResult]) -> None:
     chain, result = tiny_chain
     assert result.code == 0
     assert "HF_TOKEN" in (chain.directory / "distill" / "job.sbatch").read_text()
-    found = subprocess.run(["grep", "-rl", SECRET, chain.directory], check=False)
-    assert found.returncode == 1
+    grep = subprocess.run(["grep", "-rl", SECRET, chain.directory], check=False)
+    assert grep.returncode == 1  # no file contains it
 
 
 def test_status_and_logs_of_a_complete_run(tiny_chain: tuple[Run, CommandResult]) -> None:
     chain, _ = tiny_chain
-    shown = chain.command("status")
-    assert shown.code == 0, shown.output
-    rows = [line.split()[:3] for line in shown.output.splitlines()[2:]]
+    status = chain.command("status")
+    assert status.code == 0, status.output
+    rows = [line.split()[:3] for line in status.output.splitlines()[2:]]
     jobs = read_jobs(chain.directory)
     assert rows == [[stage, "complete", jobs[stage].id] for stage in STAGES]
     log = chain.command("logs", "stage=distill", "lines=3")
@@ -88,13 +91,12 @@ def test_status_and_logs_of_a_complete_run(tiny_chain: tuple[Run, CommandResult]
     assert read_jobs(chain.directory) == jobs
 
 
-def test_text_that_two_nodes_tokenized_has_the_bytes_of_one(
+def test_two_nodes_tokenize_to_the_same_bytes_as_one(
     tiny_chain: tuple[Run, CommandResult], tmp_path: Path
 ) -> None:
     original, _ = tiny_chain
     chain = original.copy_without(tmp_path, *STAGES[1:])
-    two = "stages.prepare_data.resources.nodes=2"
-    assert chain.submit(two, "only=[prepare_data]").code == 0
+    assert chain.submit("stages.prepare_data.resources.nodes=2", "only=[prepare_data]").code == 0
     chain.wait()
     assert states(chain)["prepare_data"] == "complete", job_log(chain, "prepare_data")
     job = read_jobs(chain.directory)["prepare_data"]
@@ -102,9 +104,9 @@ def test_text_that_two_nodes_tokenized_has_the_bytes_of_one(
     one_node, two_nodes = (
         {
             file.name: file.read_bytes()
-            for file in (each.directory / "prepare_data" / ARTIFACT).iterdir()
+            for file in (tokenized.directory / "prepare_data" / ARTIFACT).iterdir()
         }
-        for each in (original, chain)
+        for tokenized in (original, chain)
     )
     assert one_node == two_nodes
     assert len(one_node["train.bin"]) > 100_000
@@ -113,13 +115,13 @@ def test_text_that_two_nodes_tokenized_has_the_bytes_of_one(
 def test_training_that_reached_its_limit_twice_has_the_same_weights(
     tiny_chain: tuple[Run, CommandResult], tmp_path: Path
 ) -> None:
-    """Each start has time for one step: one requeue, then a stop, then another submission."""
+    """Each start has time for one step. The job is requeued once, stops, and is submitted again."""
     original, _ = tiny_chain
-    chain = original.copy_without(tmp_path, "distill", "evaluate", "export_hf", "report")
-    undisturbed = trained_locally(original, tmp_path)
-    clock = ("cluster.time=00:10:00", "cluster.margin_seconds=599", "only=[distill]")
-    clock += ("stages.distill.resources.devices=1",)
-    assert chain.submit(*clock, "cluster.max_requeues=1").code == 0
+    chain = original.copy_without(tmp_path, *FROM_DISTILL)
+    uninterrupted = train_locally(original, tmp_path)
+    overrides = ("cluster.time=00:10:00", "cluster.margin_seconds=599", "only=[distill]")
+    overrides += ("stages.distill.resources.devices=1",)
+    assert chain.submit(*overrides, "cluster.max_requeues=1").code == 0
     chain.wait()
     log = job_log(chain, "distill")
     assert log.count("requeue 1 of 1") == 1
@@ -129,27 +131,32 @@ def test_training_that_reached_its_limit_twice_has_the_same_weights(
     assert distill.detail.startswith(f"stopped at the deadline; step 2 of {STEPS}")
     assert not (chain.directory / "distill" / MANIFEST).exists()
 
-    assert chain.submit(*clock).code == 0
+    assert chain.submit(*overrides).code == 0
     chain.wait()
     assert states(chain)["distill"] == "complete", job_log(chain, "distill")
-    done = [line for line in (chain.directory / "distill" / METRICS).read_text().splitlines()]
-    assert len([line for line in done if '"task": "distill"' in line]) == STEPS
-    expected, found = weights(undisturbed), weights(chain.directory)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    metrics = (chain.directory / "distill" / METRICS).read_text()
+    assert metrics.count('"task": "distill"') == STEPS, "no step ran twice"
+    expected, actual = weights(uninterrupted), weights(chain.directory)
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
 def test_edits_after_submission_and_between_requeues_change_nothing(
     tiny_chain: tuple[Run, CommandResult], tmp_path: Path
 ) -> None:
-    """Each start of the job has time for one step, and the checkout is edited before each."""
+    """Each start of the job has time for one step. The checkout is edited before each start."""
     original, _ = tiny_chain
-    chain = original.copy_without(tmp_path, *UNTRAINED)
+    chain = original.copy_without(tmp_path, *FROM_DISTILL)
     checkout = copy_with(tmp_path / "checkout")
-    clock = ("cluster.time=00:10:00", "cluster.margin_seconds=599", "only=[distill]")
-    words = (*chain.words(), *clock, "stages.distill.resources.devices=1")
-    held = "cluster.sbatch=[--hold]"
-    submitted = run_copy(checkout, "launch/run.py", *words, held, "skip_rules=[cluster-hardware]")
+    arguments = chain.arguments(
+        "cluster.time=00:10:00",
+        "cluster.margin_seconds=599",
+        "only=[distill]",
+        "stages.distill.resources.devices=1",
+        "cluster.sbatch=[--hold]",
+        "skip_rules=[cluster-hardware]",
+    )
+    submitted = run_copy(checkout, "launch/run.py", *arguments)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     [snapshot] = (chain.directory / CODE).iterdir()
     job = read_jobs(chain.directory)["distill"]
@@ -169,13 +176,13 @@ def test_edits_after_submission_and_between_requeues_change_nothing(
     assert job_log(chain, "distill").count("stopped at the deadline; requeue") == STEPS - 1
 
 
-def trained_locally(original: Run, folder: Path) -> Path:
+def train_locally(original: Run, folder: Path) -> Path:
     """Distils in a copy of the run, on two ranks of this machine; returns its directory."""
-    copy = original.copy_without(folder / "here", *UNTRAINED).directory
-    words = [word for word in original.overrides if not word.startswith("cluster")]
+    copy = original.copy_without(folder / "local", *FROM_DISTILL).directory
+    overrides = [word for word in original.overrides if not word.startswith("cluster")]
     # On Slurm a CPU trains in float32, because the nodes' processors are not known.
-    layout = ("stages.distill.resources.nodes=1", "hardware.precision='32'")
-    run_successfully(*words, *layout, "only=[distill]", f"run_dir={copy}", cwd=folder)
+    changes = ("stages.distill.resources.nodes=1", "hardware.precision='32'")
+    run_successfully(*overrides, *changes, "only=[distill]", f"run_dir={copy}", cwd=folder)
     return copy
 
 
@@ -189,7 +196,7 @@ def test_failing_stage_cancels_later_jobs(
     original, _ = tiny_chain
     chain = original.copy_without(tmp_path, *STAGES[1:])
     short = tmp_path / "short.jsonl"
-    # By its size, the file has enough text for the plan. But the field that is read is short.
+    # The plan sees only the file's size, which suggests enough text. But the field "text" is short.
     documents = [{"text": text, "other": "x" * 200_000} for text in ("one", "two")]
     short.write_text("".join(json.dumps(document) + "\n" for document in documents))
     submitted = chain.submit(f"data.sources=[{short}]")
@@ -201,17 +208,15 @@ def test_failing_stage_cancels_later_jobs(
     assert "stage prepare_data, job" in followed.output
     assert "too little text for seq_length=64" in followed.output
     chain.wait()
-    found = states(chain)
-    assert found == {"import_hf": "complete", "prepare_data": "failed"} | dict.fromkeys(
-        STAGES[2:], "cancelled"
-    )
-    shown = chain.command("status")
-    assert shown.code == 0
-    assert "too little text for seq_length=64" in shown.output
+    expected = {"import_hf": "complete", "prepare_data": "failed"}
+    assert states(chain) == expected | dict.fromkeys(STAGES[2:], "cancelled")
+    status = chain.command("status")
+    assert status.code == 0
+    assert "too little text for seq_length=64" in status.output
     assert "too little text" in chain.command("logs").output
 
 
-def test_node_that_goes_down_and_cancel(
+def test_a_job_survives_a_failed_node_and_cancel_keeps_the_result(
     tiny_chain: tuple[Run, CommandResult], tmp_path: Path
 ) -> None:
     original, _ = tiny_chain
@@ -219,23 +224,22 @@ def test_node_that_goes_down_and_cancel(
     assert chain.submit("only=[prepare_data]").code == 0
     node = running_on(chain)
     run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-    # Not by ``chain.wait``: for a moment the job is neither active nor back in the queue.
+    # ``chain.wait`` could return early: for a moment the job is neither active nor in the queue.
     wait_for(lambda: states(chain)["prepare_data"] == "complete", 600)
     job = read_jobs(chain.directory)["prepare_data"]
     assert "Restarts=1 " in run("scontrol", "show", "job", job.id)
     chain.wait()
     wait_for(lambda: run("sinfo", "-hN", "-o", "%T").split() == ["idle"] * NODES, 300)
 
-    again = ("only=[prepare_data]", "force=[prepare_data]")
-    before = read_manifest(chain.directory / "prepare_data")
-    assert chain.submit(*again).code == 0
+    manifest = read_manifest(chain.directory / "prepare_data")
+    assert chain.submit("only=[prepare_data]", "force=[prepare_data]").code == 0
     running_on(chain)
     assert states(chain)["prepare_data"] == "running"
     cancelled = chain.command("cancel")
     assert cancelled.code == 0
     assert "prepare_data: job" in cancelled.output
     chain.wait()
-    assert read_manifest(chain.directory / "prepare_data") == before
+    assert read_manifest(chain.directory / "prepare_data") == manifest
 
 
 def running_on(chain: Run) -> str:
@@ -253,40 +257,44 @@ def test_second_submission_keeps_jobs_and_cancel_cancels_all(
     tiny_chain: tuple[Run, CommandResult], tmp_path: Path
 ) -> None:
     original, _ = tiny_chain
-    chain = original.copy_without(tmp_path, *UNTRAINED)
-    held = ("cluster.sbatch=[--hold]",)
-    assert chain.submit(*held).code == 0
-    jobs = read_jobs(chain.directory)
-    assert list(jobs) == UNTRAINED
-    record = (chain.directory / RECORD).read_text()
-    configs = {s: (chain.directory / s / "config.yaml").stat().st_mtime_ns for s in jobs}
+    chain = original.copy_without(tmp_path, *FROM_DISTILL)
+    hold = "cluster.sbatch=[--hold]"
 
-    again = chain.submit(*held)
+    def config_times() -> dict[str, int]:
+        files = {stage: chain.directory / stage / "config.yaml" for stage in FROM_DISTILL}
+        return {stage: file.stat().st_mtime_ns for stage, file in files.items()}
+
+    assert chain.submit(hold).code == 0
+    jobs = read_jobs(chain.directory)
+    assert list(jobs) == FROM_DISTILL
+    record, times = (chain.directory / RECORD).read_text(), config_times()
+
+    again = chain.submit(hold)
     assert again.code == 0, again.output
     assert again.output.count("is pending") == len(jobs)
     assert (chain.directory / RECORD).read_text() == record
     run("scancel", jobs["report"].id)
-    assert chain.submit(*held).code == 0
-    newer = read_jobs(chain.directory)
-    assert [stage for stage in jobs if newer[stage] != jobs[stage]] == ["report"]
-    waits = run("scontrol", "show", "job", newer["report"].id)
-    assert f"afterok:{jobs['export_hf'].id}" in waits
-    found = {s: (chain.directory / s / "config.yaml").stat().st_mtime_ns for s in jobs}
-    assert [s for s in jobs if found[s] != configs[s]] == ["report"]
+    assert chain.submit(hold).code == 0
+    new_jobs = read_jobs(chain.directory)
+    assert [stage for stage in jobs if new_jobs[stage] != jobs[stage]] == ["report"]
+    report_job = run("scontrol", "show", "job", new_jobs["report"].id)
+    assert f"afterok:{jobs['export_hf'].id}" in report_job
+    new_times = config_times()
+    assert [stage for stage in jobs if new_times[stage] != times[stage]] == ["report"]
 
-    other = chain.submit(*held, "stages.distill.lr=5e-4")
-    assert other.code == 1
-    assert f"job {jobs['distill'].id} is pending for distill with other settings" in other.output
-    here = [word for word in chain.overrides if not word.startswith("cluster")]
+    changed = chain.submit(hold, "stages.distill.lr=5e-4")
+    assert changed.code == 1
+    assert f"job {jobs['distill'].id} is pending for distill with other settings" in changed.output
+    overrides = [word for word in chain.overrides if not word.startswith("cluster")]
     local = run_in_process(
-        *here, f"run_dir={chain.directory}", "stages.distill.resources.nodes=1", cwd=tmp_path
+        *overrides, f"run_dir={chain.directory}", "stages.distill.resources.nodes=1", cwd=tmp_path
     )
     assert local.code == 1
     assert f"job {jobs['distill'].id} is pending for distill of this run" in local.output
 
     assert chain.command("cancel").code == 0
     wait_for(lambda: not active_jobs(chain.directory), 120)
-    assert {states(chain)[stage] for stage in UNTRAINED} == {"cancelled"}
+    assert {states(chain)[stage] for stage in FROM_DISTILL} == {"cancelled"}
     assert "nothing runs" in chain.command("cancel").output
 
 
@@ -294,35 +302,35 @@ def test_refused_job_is_named_and_earlier_jobs_stay(
     tiny_chain: tuple[Run, CommandResult], tmp_path: Path
 ) -> None:
     original, _ = tiny_chain
-    chain = original.copy_without(tmp_path, *UNTRAINED)
-    held = "cluster.sbatch=[--hold]"
-    refused = chain.submit(held, "stages.export_hf.resources.sbatch=['--constraint=elsewhere']")
+    chain = original.copy_without(tmp_path, *FROM_DISTILL)
+    hold = "cluster.sbatch=[--hold]"
+    refused = chain.submit(hold, "stages.export_hf.resources.sbatch=['--constraint=elsewhere']")
     assert refused.code == 1
     assert "Slurm refused the job of export_hf" in refused.output
     assert "Invalid feature specification" in refused.output
-    taken = read_jobs(chain.directory)
-    assert list(taken) == ["distill", "evaluate"]
+    accepted = read_jobs(chain.directory)
+    assert list(accepted) == ["distill", "evaluate"]
     by_hand = subprocess.run([chain.directory / SUBMIT], capture_output=True, text=True)
     assert "Invalid feature specification" in by_hand.stderr
-    assert read_jobs(chain.directory) == taken
-    again = chain.submit(held)
+    assert read_jobs(chain.directory) == accepted
+    again = chain.submit(hold)
     assert again.code == 0, again.output
-    submitted = (chain.directory / RECORD).read_text()
-    assert list(read_jobs(chain.directory)) == UNTRAINED
-    assert taken.items() <= read_jobs(chain.directory).items()
-    shown = run(str(chain.directory / SUBMIT))
-    assert shown.count(taken["distill"].id) == 1
-    assert (chain.directory / RECORD).read_text() == submitted
+    record = (chain.directory / RECORD).read_text()
+    assert list(read_jobs(chain.directory)) == FROM_DISTILL
+    assert accepted.items() <= read_jobs(chain.directory).items()
+    output = run(str(chain.directory / SUBMIT))
+    assert output.count(accepted["distill"].id) == 1
+    assert (chain.directory / RECORD).read_text() == record
 
     def cancel_followed_job() -> None:
-        # Only while it is followed: the launcher would replace a job that was cancelled earlier.
-        wait_for(lambda: (seen := read_holder(chain.directory)) and seen.stage == "distill", 300)
-        run("scancel", taken["distill"].id)
+        # Waits until the launcher follows the job: it would replace a job cancelled earlier.
+        wait_for(lambda: (lock := read_holder(chain.directory)) and lock.stage == "distill", 300)
+        run("scancel", accepted["distill"].id)
 
     threading.Thread(target=cancel_followed_job).start()
-    followed = chain.submit(held, "cluster.follow=true")
+    followed = chain.submit(hold, "cluster.follow=true")
     assert followed.code == 1
-    assert f"job {taken['distill'].id}, failed (CANCELLED): it was cancelled" in followed.output
+    assert f"job {accepted['distill'].id}, failed (CANCELLED): it was cancelled" in followed.output
     assert chain.command("cancel").code == 0
 
 
@@ -332,14 +340,14 @@ def test_runs_of_a_sweep_share_their_inputs(
     original, _ = tiny_chain
     inputs = OmegaConf.load(original.directory / "report" / "config.yaml").config.inputs
     shared = [f"stages.report.inputs.{k}={original.directory / v}" for k, v in inputs.items()]
-    words = ("only=[report]", *shared, "stages.report.title=one,two,three")
-    run_successfully("-m", *original.overrides, *words, cwd=tmp_path)
+    sweep_overrides = ("only=[report]", *shared, "stages.report.title=one,two,three")
+    run_successfully("-m", *original.overrides, *sweep_overrides, cwd=tmp_path)
     [sweep] = (tmp_path / "runs" / "sweeps").iterdir()
     runs = sorted(path for path in sweep.iterdir() if path.is_dir())
     assert len(runs) == 3
     wait_for(lambda: not any(active_jobs(directory) for directory in runs), 300)
-    shown = run_in_process("status", f"run_dir={sweep}", cwd=tmp_path)
-    assert shown.output.count("complete") == 3, shown.output
+    status = run_in_process("status", f"run_dir={sweep}", cwd=tmp_path)
+    assert status.output.count("complete") == 3, status.output
     titles = [read_manifest(directory / "report").config["title"] for directory in runs]  # type: ignore[union-attr]
     assert titles == ["one", "two", "three"]
 

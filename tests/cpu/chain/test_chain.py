@@ -1,4 +1,4 @@
-"""The whole chain as a user runs it, on a tiny model with odd shapes."""
+"""Runs all stages as a user does, on a tiny model with odd shapes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ENGINES = (
     "export_gguf",
     "evaluate_served",
 )
-SERVE = (REPO_ROOT / "docs" / "serve.md").read_text()
+SERVE_PAGE = (REPO_ROOT / "docs" / "serve.md").read_text()
 SECRET = "a_token_that_no_file_may_hold"
 
 
@@ -60,13 +60,13 @@ def teacher(odd_llama: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny_run(teacher: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete run, with variables of a Slurm job of two tasks, which stages must ignore."""
+    """A complete run. Stages must ignore the variables of a Slurm job that surround it."""
     run_dir = tmp_path_factory.mktemp("chain") / "run"
     home = run_dir.with_name("home")
     home.mkdir()
     variables = {"HOME": str(home), "HF_TOKEN": SECRET, "NEMO_RECIPES_CACHE": str(cache_dir())}
-    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "batch"}
-    with mock.patch.dict(os.environ, variables | slurm):
+    slurm_variables = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "batch"}
+    with mock.patch.dict(os.environ, variables | slurm_variables):
         result = run_recipe(*overrides(teacher, text_file, run_dir), cwd=run_dir.parent)
     assert result.code == 0, result.output
     for stage in (*HEALING, *ENGINES):
@@ -82,40 +82,39 @@ def test_the_tutorial_runs_unchanged(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Runs all cells in order, with a complete run and its settings as parameters."""
-    before = {file: file.stat().st_mtime_ns for file in tiny_run.glob(f"*/{MANIFEST}")}
+    """Runs all cells in order, with the run directory and the settings of ``tiny_run``."""
+    times = {file: file.stat().st_mtime_ns for file in tiny_run.glob(f"*/{MANIFEST}")}
     monkeypatch.setattr(sys, "path", list(sys.path))
     recipe, *words = overrides(teacher, text_file, tiny_run)
-    given = {"RECIPE": recipe.partition("=")[2], "RUN_DIR": str(tiny_run), "SETTINGS": words}
-    shown, names = run_notebook(REPO_ROOT / "docs/tutorial.ipynb", given)
-    html = [one for one in shown if hasattr(one, "_repr_html_")]
-    assert [str(one).count("&lt;svg") > 0 for one in html].count(True) == 2
+    replaced = {"RECIPE": recipe.partition("=")[2], "RUN_DIR": str(tiny_run), "SETTINGS": words}
+    outputs, names = run_notebook(REPO_ROOT / "docs/tutorial.ipynb", replaced)
+    html = [output for output in outputs if hasattr(output, "_repr_html_")]
+    assert ["&lt;svg" in str(output) for output in html].count(True) == 2
     text = re.sub(r"(<[^>]*>)+", " ", "".join(html)) + capsys.readouterr().out
     assert " num_layers 5 4 " in text
     assert re.search(r" FLOPs [\d.]+ GFLOP ", text)
     assert " distilled " in text
-    assert re.findall(r".*\b\d{1,3}\.0*[1-9]\d{4}.*", text) == [], "unrounded"
+    assert re.findall(r".*\b\d{1,3}\.0*[1-9]\d{4}.*", text) == [], "a number is not rounded"
     assert names["quality"] == manifest_of(tiny_run, "evaluate").result(EvaluationResult)
-    after = {file: file.stat().st_mtime_ns for file in tiny_run.glob(f"*/{MANIFEST}")}
-    assert after == before, "a stage ran again"
+    assert {file: file.stat().st_mtime_ns for file in times} == times, "a stage ran again"
 
 
 def test_manifests_are_complete(tiny_run: Path) -> None:
     for stage in HEALING:
         manifest = manifest_of(tiny_run, stage)
         assert manifest.seconds > 0
-        light = stage in ("plan", "report")
-        assert manifest.peak_rss_bytes > (10e6 if light else 100e6)
+        is_light = stage in ("plan", "report")
+        assert manifest.peak_rss_bytes > (10e6 if is_light else 100e6)
         assert manifest.files
         assert {"torch", "megatron-core", "nvidia-modelopt"} <= manifest.versions.keys()
         assert not (tiny_run / stage / "work").exists()
-        [code] = (tiny_run / CODE).iterdir()
-        assert manifest.snapshot == code.name
+        [snapshot] = (tiny_run / CODE).iterdir()
+        assert manifest.snapshot == snapshot.name
 
 
 def test_secrets_reach_no_file(tiny_run: Path) -> None:
-    found = subprocess.run(["grep", "-rl", SECRET, tiny_run.parent], check=False)
-    assert found.returncode == 1
+    grep = subprocess.run(["grep", "-rl", SECRET, tiny_run.parent], check=False)
+    assert grep.returncode == 1  # no file contains it
 
 
 def test_the_student_has_the_requested_shape(tiny_run: Path) -> None:
@@ -149,16 +148,16 @@ def test_exported_folder_chats_and_stops_as_the_teacher(tiny_run: Path, odd_llam
     assert student.chat == teacher.chat
     assert student.generation_config == teacher.generation_config
     assert student.generation_config["temperature"] == 0.7
-    for one in (teacher, student):
-        assert one.stopped == [FIRST_TOKEN, one.generation_config["eos_token_id"]]
-        assert len(one.greedy) == NEW_TOKENS
+    for output in (teacher, student):
+        assert output.stopped == [FIRST_TOKEN, output.generation_config["eos_token_id"]]
+        assert len(output.greedy) == NEW_TOKENS
 
 
 def test_exported_folder_is_the_same_in_transformers_5(tiny_run: Path, odd_llama: Path) -> None:
     folders = (tiny_run / "export_hf" / ARTIFACT, odd_llama)
     installed, newer = require_same_outputs(transformers_5(), *folders)
     assert newer.startswith("5.")
-    assert f"transformers {installed} and {newer}" in SERVE
+    assert f"transformers {installed} and {newer}" in SERVE_PAGE
 
 
 def test_model_card_has_the_metrics_of_the_manifests(tiny_run: Path, odd_llama: Path) -> None:
@@ -198,7 +197,7 @@ def run_offline(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
-def test_openvino_serves_the_model_by_the_lines_of_its_card(tiny_run: Path, tmp_path: Path) -> None:
+def test_openvino_commands_of_the_model_card_work(tiny_run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_run / "export_hf" / ARTIFACT, tmp_path / "model")
     lines = (folder / "README.md").read_text().splitlines()
     build_line, serve_line = (
@@ -215,7 +214,7 @@ def test_metrics_are_consistent(tiny_run: Path) -> None:
     metrics = manifest_of(tiny_run, "evaluate").metrics
     assert metrics["teacher"]["kl_to_teacher"] == 0
     assert metrics["teacher"]["top1_agreement"] == 1
-    # The small student is so near its teacher that training lowers the loss, but not the KL.
+    # The student is so similar to its teacher that training lowers the loss, but not the KL.
     assert min(metrics[role]["kl_to_teacher"] for role in ("pruned", "distilled")) > 0
     assert metrics["distilled"]["loss"] < metrics["pruned"]["loss"]
     assert metrics["pruned"]["parameters"] == manifest_of(tiny_run, "prune").parameters
@@ -226,21 +225,20 @@ def test_metrics_are_consistent(tiny_run: Path) -> None:
 
 
 def test_the_kl_that_healing_removed_is_reported(tiny_run: Path) -> None:
-    healed = manifest_of(tiny_run, "heal").result(HealResult)
-    assert 0 < healed.kl_healed < healed.kl_pruned
-    assert initial_kl_fraction(tiny_run / "distill" / METRICS) == healed.remaining_kl
+    result = manifest_of(tiny_run, "heal").result(HealResult)
+    assert 0 < result.kl_healed < result.kl_pruned
+    assert initial_kl_fraction(tiny_run / "distill" / METRICS) == result.remaining_kl
     page = (tiny_run / "report" / ARTIFACT / "report.html").read_text()
-    assert f"removed {1 - healed.remaining_kl:.1%} of" in " ".join(
-        re.sub("<[^>]*>", "", page).split()
-    )
+    text = " ".join(re.sub("<[^>]*>", "", page).split())
+    assert f"removed {1 - result.remaining_kl:.1%} of" in text
 
 
 def test_second_run_does_nothing(tiny_run: Path, teacher: Path, text_file: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file()}
+    times = {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file()}
     result = run_recipe(*overrides(teacher, text_file, tiny_run), cwd=tiny_run.parent)
     assert result.code == 0, result.output
     assert "everything was complete, nothing ran" in result.output
-    assert {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file()} == before
+    assert {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file()} == times
 
 
 def test_engines_of_teacher_and_student_are_built_and_timed(tiny_run: Path) -> None:
@@ -257,7 +255,8 @@ def test_engines_of_teacher_and_student_are_built_and_timed(tiny_run: Path) -> N
     for row in rows:
         for name in ("time_to_first_token_ms", "decode_tokens_per_second"):
             assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
-    # Each process's own peak: an engine takes less than transformers.
+    # Each model is timed in a process of its own, so rows 0 (an engine) and 2 (the same model in
+    # transformers) have different peaks.
     assert 100e6 < rows[0]["peak_memory_bytes"] < rows[2]["peak_memory_bytes"]
     assert rows[0]["disk_bytes"] == manifest_of(tiny_run, "build_teacher_engine").total_bytes()
     speedups = results["speedups"]
@@ -266,7 +265,7 @@ def test_engines_of_teacher_and_student_are_built_and_timed(tiny_run: Path) -> N
 
 
 def test_llama_cpp_reads_the_gguf_file(tiny_run: Path) -> None:
-    """All weights have 16 bits, because no row is as long as a block of 8-bit weights."""
+    """With q8_0, all weights still have 16 bits: rows are shorter than a block of 8-bit weights."""
     exported = manifest_of(tiny_run, "export_gguf")
     assert (exported.metrics["type"], exported.metrics["architecture"]) == ("q8_0", "llama")
     assert exported.parameters == manifest_of(tiny_run, "export_hf").parameters
@@ -278,7 +277,7 @@ def test_llama_cpp_reads_the_gguf_file(tiny_run: Path) -> None:
     )
 
 
-def test_the_served_file_is_paired_with_its_student(tiny_run: Path) -> None:
+def test_the_served_file_is_compared_with_the_student(tiny_run: Path) -> None:
     served = manifest_of(tiny_run, "evaluate_served").result(ServedResult)
     assert (served.server, served.tasks["piqa"].items) == ("llama_cpp", 4)
     assert served.text is not None
@@ -293,7 +292,7 @@ def served_section(run_dir: Path) -> str:
     return " ".join(re.sub("<[^>]*>", " ", section).split())
 
 
-def test_an_int8_engine_is_paired_with_its_student_and_fails_a_strict_gate(
+def test_an_int8_engine_is_compared_with_the_student_and_fails_a_strict_gate(
     tiny_run: Path, teacher: Path, text_file: Path, tmp_path: Path
 ) -> None:
     run_dir = copy_without(tiny_run, tmp_path / "run")
@@ -315,25 +314,25 @@ def test_an_int8_engine_is_paired_with_its_student_and_fails_a_strict_gate(
 
 
 def test_a_partly_converted_model_is_converted_again(tiny_run: Path, tmp_path: Path) -> None:
-    """A kill of a stage that builds or times engines leaves such a model."""
+    """A stage that builds or times engines leaves such a model if it is killed."""
     teacher = Input(tiny_run / "import_hf", manifest_of(tiny_run, "import_hf"))
     (tmp_path / "teacher_hf").mkdir()
-    (tmp_path / "teacher_hf" / "model.safetensors").write_text("cut sh")
+    (tmp_path / "teacher_hf" / "model.safetensors").write_text("truncat")
     assert Weights(model_folder(teacher, tmp_path / "teacher_hf")).names()
 
 
 def test_the_teacher_is_exported_for_images_without_nemo(
     tiny_run: Path, odd_llama: Path, teacher: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    """Without an evaluation there is no model card, unless the teacher has one."""
+    """No model card is written for a teacher; a card of its own would be copied."""
     run_dir = copy_without(tiny_run, tmp_path / "run")
-    command = overrides(teacher, text_file, run_dir, engine="tensorrt_llm")
-    run_successfully(*command, "only=[export_teacher]", cwd=tmp_path)
+    words = overrides(teacher, text_file, run_dir, engine="tensorrt_llm")
+    run_successfully(*words, "only=[export_teacher]", cwd=tmp_path)
     folder = run_dir / "export_teacher" / ARTIFACT
     assert not (folder / "README.md").exists()
-    before, after = Weights(odd_llama), Weights(folder)
-    assert all(torch.equal(before.read(n), after.read(n)) for n in after.names())
-    refused = run_in_process(*command, "only=[build_teacher_engine]", cwd=tmp_path)
+    original, exported = Weights(odd_llama), Weights(folder)
+    assert all(torch.equal(original.read(n), exported.read(n)) for n in exported.names())
+    refused = run_in_process(*words, "only=[build_teacher_engine]", cwd=tmp_path)
     assert refused.code == 1
     assert "head size of 10" in refused.output
 
@@ -342,16 +341,15 @@ def test_a_changed_field_and_force_rerun_later_stages(
     tiny_run: Path, teacher: Path, text_file: Path, tmp_path: Path
 ) -> None:
     run_dir = copy_without(tiny_run, tmp_path / "run")
-    base = overrides(teacher, text_file, run_dir)
-    kept = manifest_of(run_dir, "prune").started_at
+    prune_started_at = manifest_of(run_dir, "prune").started_at
     first = manifest_of(run_dir, "distill")
-    changed = [*base, "stages.distill.lr=5e-4"]
+    changed = [*overrides(teacher, text_file, run_dir), "stages.distill.lr=5e-4"]
     result = run_successfully(*changed, "only=[distill]", cwd=tmp_path)
     assert "lr 0.0003 → 0.0005" in result.output
     changed.append("only=[distill,evaluate]")
-    followed = run_successfully(*changed, cwd=tmp_path)
-    assert "1 stage ran" in followed.output
-    assert manifest_of(run_dir, "prune").started_at == kept
+    next_result = run_successfully(*changed, cwd=tmp_path)
+    assert "1 stage ran" in next_result.output
+    assert manifest_of(run_dir, "prune").started_at == prune_started_at
     assert manifest_of(run_dir, "distill").fingerprint != first.fingerprint
     assert manifest_of(run_dir, "evaluate").metrics != manifest_of(tiny_run, "evaluate").metrics
     forced = run_successfully(*changed, "force=[evaluate]", cwd=tmp_path)
@@ -361,23 +359,23 @@ def test_a_changed_field_and_force_rerun_later_stages(
 def test_kill_9_then_the_same_command_changes_nothing(
     tiny_run: Path, teacher: Path, text_file: Path, tmp_path: Path, temporary: Path
 ) -> None:
-    """Kills as ``python -m tests.chaos`` does: during scoring, and while training saves."""
+    """Kills as ``python -m tests.chaos`` does: during scoring, and during a save of training."""
     run_dir = copy_without(tiny_run, tmp_path / "run", "score", "distill")
     words = [*overrides(teacher, text_file, run_dir), "only=[score,prune,heal,distill]"]
     seconds = {stage: manifest_of(tiny_run, stage).seconds for stage in ("score", "distill")}
     command = RunCommand(words, run_dir, seconds, {"TMPDIR": str(temporary)})
-    # Kills immediately: scoring may take a tenth of the time that it took in the other run.
-    hit = command.kill(Kill("score", "stage", fraction=0.0))
-    assert hit is not None
-    assert (hit.stage, hit.victim, hit.exit_status) == ("score", "stage", 1)
-    assert "Traceback" not in hit.output
-    assert "score failed: it ended without a message" in hit.output
-    assert "killed by SIGKILL: out of memory" in hit.output
+    # Kills immediately: scoring may take a tenth of the time that it took in ``tiny_run``.
+    killed = command.kill(Kill("score", "stage", fraction=0.0))
+    assert killed is not None
+    assert (killed.stage, killed.victim, killed.exit_status) == ("score", "stage", 1)
+    assert "Traceback" not in killed.output
+    assert "score failed: it ended without a message" in killed.output
+    assert "killed by SIGKILL: out of memory" in killed.output
 
-    hit = command.kill(Kill("distill", "launcher", "save", 0.3))
-    assert hit is not None
-    assert hit.stage == "distill"
-    assert re.search(r"score +resume", hit.output), hit.output
+    killed = command.kill(Kill("distill", "launcher", "save", 0.3))
+    assert killed is not None
+    assert killed.stage == "distill"
+    assert re.search(r"score +resume", killed.output), killed.output
 
     code, output = command.finish()
     assert code == 0, output
@@ -392,9 +390,9 @@ def test_leftover_work_of_a_complete_stage_is_removed(
     tiny_run: Path, teacher: Path, text_file: Path, tmp_path: Path
 ) -> None:
     run_dir = copy_without(tiny_run, tmp_path / "run")
-    left = run_dir / "distill" / WORK
-    left.mkdir()
-    shutil.copy(run_dir / "distill" / MANIFEST, left / BEGUN)
+    work = run_dir / "distill" / WORK
+    work.mkdir()
+    shutil.copy(run_dir / "distill" / MANIFEST, work / BEGUN)
     result = run_in_process(*overrides(teacher, text_file, run_dir), cwd=tmp_path)
     assert "everything was complete, nothing ran" in result.output
-    assert not left.exists()
+    assert not work.exists()

@@ -1,4 +1,4 @@
-"""Folders that transformers 5 wrote become students that transformers 4 and 5 read equally.
+"""Prunes teachers that transformers 5 saved; transformers 4 and 5 must give equal student outputs.
 
 ``test_chain`` does the same for Llama.
 """
@@ -26,7 +26,7 @@ TARGETS = {
 
 
 def test_students_are_the_same_in_transformers_5(tmp_path: Path, text_file: Path) -> None:
-    """Embeddings are tied, and queries and keys are normalized."""
+    """The models have tied embeddings, and normalized queries and keys."""
     shape = {**ODD, "eos_token_id": 0}
     models = [write_tiny_model(tmp_path / name, text_file, name, **shape) for name in TARGETS]
     students = []

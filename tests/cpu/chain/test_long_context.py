@@ -1,4 +1,4 @@
-"""The second phase of a distillation, with longer sequences: a large recipe on a tiny model."""
+"""Runs a large recipe with ``long_context=32k`` on a tiny model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.runs import DISTILL, manifest_of, settings, tiny
 
 
 def test_distill_long_continues_from_the_student(tmp_path: Path, text_file: Path) -> None:
-    """On two ranks with TP and sequence parallelism. A CPU has no context parallelism."""
+    """Trains on two ranks with TP and sequence parallelism. A CPU has no context parallelism."""
     model = write_tiny_model(tmp_path / "model", text_file, "mistral", **EVEN)
     layout = {
         "tensor_model_parallel_size": 2,

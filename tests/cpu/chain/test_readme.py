@@ -1,4 +1,4 @@
-"""Runs the documents' commands, with smaller budgets and in temporary directories."""
+"""Runs the commands of the documents, with fewer steps and in temporary directories."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BLOCKS = [
     for block in FENCED.findall(file.read_text())
 ]
 CONTRIBUTING = FENCED.findall((REPO_ROOT / "CONTRIBUTING.md").read_text())
-"""Blocks of CONTRIBUTING.md. Its Python blocks are files, which other tests run."""
+"""Blocks of CONTRIBUTING.md. Its Python blocks are files, which test_contributing.py tests."""
 COMMANDS = list(
     dict.fromkeys(
         command
@@ -39,12 +39,12 @@ COMMANDS = list(
     )
 )
 ADDED_RECIPE = "recipe=llama_third_prune"
-"""Recipe of an example, which test_contributing.py runs in a copy of the repository."""
+"""Recipe of an example in CONTRIBUTING.md, which test_contributing.py tests."""
 NEEDS_RUN = {
     "only=[distill]": "its result is needed",
     "accept=[distill]": "has no complete result",
 }
-"""Words that are refused in a new run directory, with the message."""
+"""Error messages of arguments that need complete stages, in a new run directory."""
 pytestmark = pytest.mark.timeout(1800)  # the demo builds engines of the real model
 
 MY_MODEL = {
@@ -58,7 +58,7 @@ MY_MODEL = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
 }
-SMALL = (
+SHORT_DEMO = (
     "data.seq_length=128 stages.distill.max_steps=4 stages.distill.warmup_steps=1 "
     "stages.distill.val_check_interval=4 stages.distill.limit_val_batches=1 "
     "stages.score.num_calibration_samples=8 stages.score.num_loss_samples=1 "
@@ -75,11 +75,11 @@ def commands(start: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``make demo`` on the real embedded model and text, with a short distillation."""
+    """A run of ``make demo`` on the real included model and text, with a short distillation."""
     run_dir = tmp_path_factory.mktemp("demo") / "run"
     assert commands("make demo")
     done = subprocess.run(
-        ["make", "demo", f"VENV={sys.prefix}", f"ARGS=run_dir={run_dir} {SMALL}"],
+        ["make", "demo", f"VENV={sys.prefix}", f"ARGS=run_dir={run_dir} {SHORT_DEMO}"],
         cwd=REPO_ROOT,
         env={**os.environ, "COLUMNS": "160"},
         capture_output=True,
@@ -112,32 +112,33 @@ def test_demo_recovers_something_on_the_real_model(demo_run: Path) -> None:
     "command", [c for c in commands("python launch/run.py") if ADDED_RECIPE not in c]
 )
 def test_launcher_commands_plan(command: str, tmp_path: Path) -> None:
-    """Commands are only planned: other tests run the chain, and a distillation takes minutes."""
+    """Commands are only planned: other tests run all stages, and a distillation takes minutes."""
     arguments = shlex.split(command)[2:]
-    planned = any(argument.startswith("recipe=") for argument in arguments)
-    extra = ["dry_run=true"] if planned and "--help" not in arguments else []
+    has_recipe = any(argument.startswith("recipe=") for argument in arguments)
+    extra = ["dry_run=true"] if has_recipe and "--help" not in arguments else []
     for model in ("my_model", "runs/llama_depth_prune/export_hf/artifact"):
         if model in command:
             (tmp_path / model).parent.mkdir(parents=True, exist_ok=True)
             write_folder(tmp_path / model, MY_MODEL)
     (tmp_path / "my.jsonl").write_text('{"text": "one document of a few words"}\n' * 200_000)
-    said = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So it is."}]
-    (tmp_path / "my_chats.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 20_000)
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So it is."}]
+    (tmp_path / "my_chats.jsonl").write_text(f"{json.dumps({'messages': messages})}\n" * 20_000)
     result = run_in_process(*extra, *arguments, cwd=tmp_path)
-    if refusal := next((NEEDS_RUN[a] for a in arguments if a in NEEDS_RUN), None):
-        assert refusal in result.output
-    else:
+    if error := next((NEEDS_RUN[a] for a in arguments if a in NEEDS_RUN), None):
+        assert error in result.output
+    else:  # without arguments the launcher lists the recipes and exits with status 1
         assert result.code == (0 if arguments else 1), result.output
 
 
 def test_conversion_commands_run(
     demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = sorted(commands("python -m nemo_convert"), key=lambda command: "check" in command)
-    assert len(found) == 4
+    # "check" comes last. The other commands depend on each other and keep their order.
+    conversions = sorted(commands("python -m nemo_convert"), key=lambda command: "check" in command)
+    assert len(conversions) == 4
     first, *others = [
         shlex.split(command.replace("runs/llama_depth_prune", str(demo_run)))[1:]
-        for command in found
+        for command in conversions
     ]
     done = subprocess.run(
         [sys.executable, *first],
@@ -168,12 +169,12 @@ def test_code_runs(demo_run: Path, tmp_path: Path) -> None:
     assert len(done.stdout.split()) > 3
 
 
-def test_the_report_has_a_line_that_serves_the_engine(demo_run: Path) -> None:
+def test_the_command_of_the_report_serves_the_engine(demo_run: Path) -> None:
     report = (demo_run / "report" / "artifact" / "report.html").read_text()
-    [line] = re.findall(r"<code>python (-c .*?)</code>", report)
-    words = [sys.executable, *shlex.split(html.unescape(line))]
+    [arguments] = re.findall(r"<code>python (-c .*?)</code>", report)
+    command = [sys.executable, *shlex.split(html.unescape(arguments))]
     done = subprocess.run(
-        words, cwd=demo_run, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=demo_run, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(done.stdout.split()) > 3
@@ -190,7 +191,7 @@ def test_every_command_is_tested() -> None:
         "python -m benchmarks.",  # test_benchmarks.py
         "python -m tests.chaos",  # test_chaos
         "make docs",  # test_docs.py makes the site
-        "make lock",  # test_requirements.py, as the next two
+        "make lock",  # test_requirements.py, also for the next two
         "make sbom",
         ".venv/bin/pip-licenses",
         "./install.sh && source .venv/bin/activate",  # test_install.py

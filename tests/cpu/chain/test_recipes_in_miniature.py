@@ -1,7 +1,7 @@
-"""Runs every large recipe on a tiny model of its family, with other targets, budgets and paths.
+"""Runs every large recipe on a tiny model of its family, with other pruning targets and few tokens.
 
-Recipes with a small budget are not run. They differ from the large ones only in settings that are
-replaced here, as tests/unit/test_recipes.py shows.
+Their ``_2.5b`` variants are not run: as tests/unit/test_recipes.py shows, they differ from the
+recipes only in settings that are replaced here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.support.runs import DISTILL, manifest_of, settings, tiny
 RECIPES = sorted(
     p.stem
     for p in (CONF / "recipe").glob("*.yaml")
-    # test_chain and test_search run the small recipes
+    # test_chain and test_search run the recipes for small models; "_2.5b": see above.
     if not p.stem.endswith(("_prune", "_search", "_2.5b", "shrink"))
 )
 FAMILIES = {
@@ -81,18 +81,18 @@ def test_recipe_runs_on_a_tiny_model(recipe: str, tmp_path: Path, text_file: Pat
 def test_a_budget_becomes_a_model(tmp_path: Path, text_file: Path) -> None:
     """A search chooses a shape within the budget. Another budget reuses scores and data."""
     model = write_tiny_model(tmp_path / "model", text_file, family_of("qwen3_8b_search"), **EVEN)
-    smaller = {"hidden_size_divisor": 16, "ffn_hidden_size_divisor": 32, "max_depth_pruning": 0.5}
-    budgets = {"num_candidates": 2, "max_tokens": 4096, "num_samples": 4}
+    space = {"hidden_size_divisor": 16, "ffn_hidden_size_divisor": 32, "max_depth_pruning": 0.5}
+    halving = {"num_candidates": 2, "max_tokens": 4096, "num_samples": 4}
     words = [
         "recipe=shrink",
         "budget.parameters=0.55",
         "tasks=null",
-        "engine=null",  # test_chain builds and times them
+        "engine=null",  # test_chain builds and times engines
         *tiny(model, text_file, tmp_path / "run"),
-        *settings("enumerate_shapes.space", **smaller),
+        *settings("enumerate_shapes.space", **space),
         *settings("score", num_calibration_samples=8, num_loss_samples=4),
         *settings("rank_candidates", num_samples=4),
-        *settings("successive_halving", **budgets),
+        *settings("successive_halving", **halving),
         *settings("distill", **DISTILL),
         *settings("evaluate", num_sequences=8, new_tokens=8),
     ]
@@ -103,11 +103,11 @@ def test_a_budget_becomes_a_model(tmp_path: Path, text_file: Path) -> None:
     winner = search_result.chosen()
     assert winner is not None
     assert winner.shape == Architecture(**exported.architecture or {})
-    assert sum(bool(one.tokens) for one in search_result.candidates) == 2
+    assert sum(bool(candidate.tokens) for candidate in search_result.candidates) == 2
     recipe = OmegaConf.load(run / "successive_halving" / "artifact" / "recipe.yaml")
     assert winner.name in recipe.description
     page = (run / "report" / "artifact" / "report.html").read_text()
-    assert all(one.name in page for one in search_result.candidates)
+    assert all(candidate.name in page for candidate in search_result.candidates)
     assert 'id="plot-search"' in page
     assert "chosen by the search" in page
     done = run_successfully(*words, "budget.parameters=0.5", "dry_run=true", cwd=tmp_path)

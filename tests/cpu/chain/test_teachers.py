@@ -1,4 +1,4 @@
-"""Distilling from a live, a cached and a corrected teacher."""
+"""Distils from a live, a cached and a corrected teacher."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tests.support.runs import copy_without, manifest_of, settings, tiny
 from tests.support.text import write_chats
 
 STEPS, BATCH = 12, 4
-WRITTEN = "teacher://chat#tokens=600"
+TEACHER_CHAT = "teacher://chat#tokens=600"
 
 
-def run_teacher(model: Path, texts: str, run_dir: Path, *more: str) -> CommandResult:
+def run_distillation(model: Path, texts: str, run_dir: Path, *more: str) -> CommandResult:
     distill = {
         "precision": 32,
         "top_k": "null",
@@ -34,7 +34,7 @@ def run_teacher(model: Path, texts: str, run_dir: Path, *more: str) -> CommandRe
     return run_in_process(
         "recipe=llama_depth_prune",
         *tiny(model, texts, run_dir),
-        "stages.prune.target_num_layers=2",  # its loss exceeds rounding of float16 by far
+        "stages.prune.target_num_layers=2",  # so few layers that losses far exceed rounding errors
         *settings("distill", **distill),
         *more,
         cwd=run_dir.parent,
@@ -43,7 +43,7 @@ def run_teacher(model: Path, texts: str, run_dir: Path, *more: str) -> CommandRe
 
 @pytest.fixture(scope="module")
 def teacher(even_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that ends a turn as often as it writes a space."""
+    """A model that ends a turn as often as it generates a space, so that its answers are short."""
     folder = tmp_path_factory.mktemp("teacher") / "even"
     shutil.copytree(even_llama, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -58,27 +58,28 @@ def teacher(even_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def texts(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Returns three weighted sources: prose, conversations, and the teacher's conversations."""
     chats = write_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl", text_file)
-    return f"'{text_file}#weight=2','{chats}#weight=1','{WRITTEN}&weight=1'"
+    return f"'{text_file}#weight=2','{chats}#weight=1','{TEACHER_CHAT}&weight=1'"
 
 
 @pytest.fixture(scope="module")
 def live(teacher: Path, texts: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a run with a live teacher."""
     run_dir = tmp_path_factory.mktemp("live") / "run"
     only = "only=[import_hf,prepare_data,score,prune,distill]"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NEMO_RECIPES_CACHE", str(run_dir.parent / "cache"))
-        result = run_teacher(teacher, texts, run_dir, only)
+        result = run_distillation(teacher, texts, run_dir, only)
     assert result.code == 0, result.output
     return run_dir
 
 
-def test_the_teacher_wrote_one_of_the_sources(live: Path) -> None:
+def test_the_teacher_generated_one_of_the_sources(live: Path) -> None:
     text = manifest_of(live, "prepare_data").result(DatasetResult)
     train = {entry.source: entry.tokens for entry in text.source_tokens["train"]}
     assert list(train) == ["topics", "chats", "teacher-chat"]
     # About the 600 tokens that the source requests, in whole sequences of 64.
     assert 300 < train["teacher-chat"] < 64 * 40
-    origin = text.origins[WRITTEN]
+    origin = text.origins[TEACHER_CHAT]
     [file] = (live.parent / "cache" / "teacher_chats").glob("*/chats.jsonl")
     assert origin.licence == "written by even; its licence applies: unknown"
     assert origin.sha256 == sha256_of(file)
@@ -95,11 +96,11 @@ def test_weights_set_the_tokens_of_each_source(live: Path) -> None:
     assert all(source.epochs > 0 for source in result.sources)
 
 
-def test_a_cached_teacher_gives_the_losses_of_a_live_one(
+def test_a_cached_teacher_gives_the_losses_of_a_live_teacher(
     live: Path, teacher: Path, texts: str, tmp_path: Path
 ) -> None:
-    """The cache has nearly the whole vocabulary. The last steps repeat cached sequences."""
-    result = run_teacher(
+    """The cache has nearly the whole vocabulary, but too few sequences for the last four steps."""
+    result = run_distillation(
         teacher,
         texts,
         copy_without(live, tmp_path / "run", "distill"),
@@ -111,18 +112,18 @@ def test_a_cached_teacher_gives_the_losses_of_a_live_one(
     )
     assert result.code == 0, result.output
     expected = steps_of(live / "distill" / METRICS, "distill")
-    found = steps_of(tmp_path / "run" / "distill" / METRICS, "distill")
-    assert len(found) == STEPS
-    assert "teacher_loss" not in found[0]
-    for one, two in zip(expected[: STEPS - 4], found, strict=False):
-        assert two["kd"] == pytest.approx(one["kd"], rel=1e-2), one["done"]
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2), one["done"]
+    cached = steps_of(tmp_path / "run" / "distill" / METRICS, "distill")
+    assert len(cached) == STEPS
+    assert "teacher_loss" not in cached[0]
+    for live_step, step in zip(expected[: STEPS - 4], cached, strict=False):
+        assert step["kd"] == pytest.approx(live_step["kd"], rel=1e-2), step["done"]
+        assert step["grad_norm"] == pytest.approx(live_step["grad_norm"], rel=1e-2), step["done"]
 
 
 def test_a_corrected_teacher_predicts_the_text_better(
     live: Path, teacher: Path, texts: str, tmp_path: Path
 ) -> None:
-    result = run_teacher(
+    result = run_distillation(
         teacher,
         texts,
         copy_without(live, tmp_path / "run", "distill"),
@@ -134,9 +135,9 @@ def test_a_corrected_teacher_predicts_the_text_better(
     )
     assert result.code == 0, result.output
     steps = steps_of(tmp_path / "run" / "correct_teacher" / METRICS, "correct_teacher")
-    losses = steps_of(tmp_path / "run" / "correct_teacher" / METRICS, "validate")
-    assert [loss["done"] for loss in losses] == [10, 20]
-    assert losses[1]["val_loss"] < losses[0]["val_loss"]
+    validations = steps_of(tmp_path / "run" / "correct_teacher" / METRICS, "validate")
+    assert [validation["done"] for validation in validations] == [10, 20]
+    assert validations[1]["val_loss"] < validations[0]["val_loss"]
     assert {"loss", "lm"} <= steps[0].keys()
     assert "kd" not in steps[0]
     original, corrected = (
