@@ -206,7 +206,7 @@ def _reason_to_run(stage: PlannedStage) -> str | None:
         name
         for name, ref in stage.inputs.items()
         if (new := read_manifest(ref.directory)) is not None
-        and manifest.input_content.get(name) not in (None, new.content())
+        and manifest.input_content.get(name) not in (None, new.content_hash())
     ]
     return f"input {', '.join(replaced)} was replaced" if replaced else None
 

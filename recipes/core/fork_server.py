@@ -152,7 +152,7 @@ def main() -> None:
         if not request:
             return
         _flush_c_streams()
-        # multiprocessing, because its children skip the exit functions that imports registered.
+        # Children of multiprocessing skip the exit functions that imports registered.
         child = multiprocessing.get_context("fork").Process(
             target=run_request, args=(request, *log_fds)
         )

@@ -135,10 +135,10 @@ class Manifest:
         resources: dict[str, int] = self.config.get("resources", {})
         return self.seconds / 3600 * resources.get("nodes", 1) * resources.get("devices", 1)
 
-    def content(self) -> str:
+    def content_hash(self) -> str:
         """Returns one hash of all files of the artifact."""
-        names = "".join(f"{name} {stamp.sha256}\n" for name, stamp in sorted(self.files.items()))
-        return hashlib.sha256(names.encode()).hexdigest()
+        lines = "".join(f"{name} {stamp.sha256}\n" for name, stamp in sorted(self.files.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
 
     def total_bytes(self) -> int:
         """Returns the artifact's size in bytes."""

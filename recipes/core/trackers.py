@@ -28,6 +28,7 @@ from recipes.core.metrics import METRICS, flatten, new_records
 from recipes.core.run_state import TRACKER, Request, read_request
 
 SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|key)$", re.IGNORECASE)
+"""Matches the names of settings whose values are secrets."""
 USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
 """Matches user and password in an address."""
 BOOKKEEPING = ("time", "task", "done", "total")

@@ -126,7 +126,7 @@ def _summary(error: BaseException, stage_dir: Path) -> str:
     if world_size() > 1 and "by peer" in str(error):
         lost = RecipeError(
             f"rank {rank()} lost its connection to a rank that was killed or whose node failed.",
-            "read the log of the other rank; the same command resumes",
+            "read the log of that rank; the same command resumes",
         )
         return f"{lost}\n  {what}"
     return what
@@ -180,7 +180,7 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
                 tokenizer_sha256=outcome.tokenizer_sha256,
                 seconds=round(earlier_seconds + time.monotonic() - started, 3),
                 peak_rss_bytes=peak_rss,
-                input_content={name: item.manifest.content() for name, item in inputs.items()},
+                input_content={name: item.manifest.content_hash() for name, item in inputs.items()},
             )
             complete_stage(stage_dir, complete)
 
@@ -194,7 +194,7 @@ def _checked_input(ref: InputRef) -> Input:
 
 
 def _shared_store() -> Store | None:
-    """Returns torchrun's key-value store, or ``None`` for one rank. It needs no process group."""
+    """Returns torchrun's key-value store, which needs no process group; ``None`` for one rank."""
     if world_size() == 1:
         return None
     from torch.distributed.rendezvous import rendezvous

@@ -104,7 +104,7 @@ def _require_same_text(cache: Input, data: Input) -> None:
 
     A plan only checks that the settings of the text match. This function compares the content.
     """
-    if cache.manifest.input_content.get("data") != data.manifest.content():
+    if cache.manifest.input_content.get("data") != data.manifest.content_hash():
         raise RecipeError(
             f"the teacher in {cache.directory} was cached for other text.",
             "give both stages the same data, and cache the teacher again",

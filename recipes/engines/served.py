@@ -171,7 +171,7 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     progress = partial(log.progress, "requests, student")
     student_lm = packed_lm.PackedLM(student, tokenizer, cfg.pack_tokens, progress, length)
-    identity = f"{inputs['checkpoint'].manifest.content()} {cfg.precision} {length}"
+    identity = f"{inputs['checkpoint'].manifest.content_hash()} {cfg.precision} {length}"
     answers, _ = answer_tasks(cfg, "student", student_lm, lambda: identity, tasks, log)
     (out / "samples").mkdir()
     scores = {}

@@ -59,7 +59,7 @@ class RunRecord:
         # Only held-out files are hashed, so that runs with other training text can be compared.
         content = evaluation.input_content.get("data", "")
         data = self.find("dataset")
-        files = data.files if data and data.content() == content else {}
+        files = data.files if data and data.content_hash() == content else {}
         heldout = [files[name].sha256 for name in ("heldout.bin", "heldout.idx") if name in files]
         return (
             " ".join(heldout) or content,

@@ -174,11 +174,11 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     origins: dict[str, Origin] = share(
         origins_of(cfg.all_sources(), folder / "origins.json") if rank() == 0 else None
     )
-    paths = {source: pin_commit(source, origin) for source, origin in origins.items()}
+    pinned_sources = {source: pin_commit(source, origin) for source, origin in origins.items()}
     if cfg.teacher_sources():
         for source, (file, origin) in _write_chats(cfg, inputs["tokenizer"], out).items():
-            paths[source], origins[source] = file, origin
-    prepared = prepare(cfg, tokenizer, folder, metrics_log(out), chat, paths)
+            pinned_sources[source], origins[source] = file, origin
+    prepared = prepare(cfg, tokenizer, folder, metrics_log(out), chat, pinned_sources)
     if rank() != 0:
         return Outcome()
     tokens = {split: size // TOKEN_BYTES for split, (size, _) in prepared.sizes.items()}

@@ -30,26 +30,26 @@ from recipes.stages.contract import Stage, checkpoint_outcome
 
 
 def student_of(cfg: PruneConfig, chain: Chain) -> Architecture:
-    """Returns the pruned model's shape. Before a search has run: its largest possible choice."""
-    original = chain.shape_of(cfg.inputs.get("checkpoint"))
+    """Returns the student's shape; before a search has run, the largest that it may choose."""
+    input_shape = chain.shape_of(cfg.inputs.get("checkpoint"))
     if "shape" in cfg.inputs:
         return chain.shape_of(cfg.inputs["shape"])
-    return pruned_shape(original, cfg.targets(chain.teacher))
+    return pruned_shape(input_shape, cfg.targets(chain.teacher))
 
 
 def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
     """Yields a problem for each invalid target, and for missing importance scores."""
-    teacher, original = chain.teacher, chain.shape_of(cfg.inputs.get("checkpoint"))
+    teacher, input_shape = chain.teacher, chain.shape_of(cfg.inputs.get("checkpoint"))
     student = student_of(cfg, chain)
     if "shape" in cfg.inputs:
         yield from _search_problems(cfg, chain, student)
     else:
         # Sizes can be computed only from valid fractions.
         wrong = list(fraction_problems(teacher, cfg.explicit_targets(), cfg.divisors()))
-        yield from wrong or target_problems(original, cfg.targets(teacher), cfg.divisors())
+        yield from wrong or target_problems(input_shape, cfg.targets(teacher), cfg.divisors())
     if not cfg.drop_layers:
-        yield from _score_problems(cfg, chain, original.num_layers - student.num_layers)
-    yield from _large_reduction_problems(cfg, original, student)
+        yield from _score_problems(cfg, chain, input_shape.num_layers - student.num_layers)
+    yield from _large_reduction_problems(cfg, input_shape, student)
 
 
 def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> Iterator[Problem]:
@@ -80,10 +80,10 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
 
 
 def _large_reduction_problems(
-    cfg: PruneConfig, original: Architecture, student: Architecture
+    cfg: PruneConfig, input_shape: Architecture, student: Architecture
 ) -> Iterator[Problem]:
     """Warns if a stage removes more parameters than one distillation can recover well."""
-    removed = 1 - student.parameters() / original.parameters()
+    removed = 1 - student.parameters() / input_shape.parameters()
     if removed > MAX_FRACTION:
         yield Problem(
             rules.LARGE_REDUCTION,
@@ -122,29 +122,29 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     from recipes.pruning.kept import Importance, layers_to_keep, select_indices
     from recipes.pruning.pruned_checkpoint import prune_weights, save_weights
 
-    teacher = nemo.find_checkpoint(inputs["checkpoint"].artifact)
+    source = nemo.find_checkpoint(inputs["checkpoint"].artifact)
     importance = Importance.load(inputs["importance"].artifact)
-    original = nemo.architecture_of(teacher)
-    student = pruned_shape(original, cfg.targets(original))
+    input_shape = nemo.architecture_of(source)
+    student = pruned_shape(input_shape, cfg.targets(input_shape))
     if "shape" in inputs:
         student = Architecture(**(inputs["shape"].manifest.architecture or {}))
     if cfg.drop_layers:
-        layers = sorted(set(range(1, original.num_layers + 1)) - set(cfg.drop_layers))
+        layers = sorted(set(range(1, input_shape.num_layers + 1)) - set(cfg.drop_layers))
     else:
         layers = layers_to_keep(importance, cfg.layer_importance, student.num_layers)
-    kept = select_indices(importance.widths, original, student, layers)
+    kept = select_indices(importance.widths, input_shape, student, layers)
 
-    checkpoint = out / teacher.name
-    save_weights(teacher, student, prune_weights(teacher, kept, student.kv_channels), checkpoint)
+    checkpoint = out / source.name
+    save_weights(source, student, prune_weights(source, kept, student.kv_channels), checkpoint)
     kept.save(out)
     score = inputs["importance"].manifest.result(ScoreResult)
     measure, scores = importance.layer_scores(cfg.layer_importance)
-    # If the input was itself pruned, the result numbers its layers as in the unpruned model.
+    # If the input was itself pruned, the result numbers layers as in the model before all pruning.
     kept_before = inputs["checkpoint"].manifest.result(KeptLayers).kept_layers
-    numbers = dict(enumerate(kept_before or range(1, original.num_layers + 1), start=1))
+    numbers = dict(enumerate(kept_before or range(1, input_shape.num_layers + 1), start=1))
     result = PruneResult(
         kept_layers=[numbers[layer] for layer in kept.layers],
-        layer_importance={numbers[layer]: score for layer, score in scores.items()},
+        layer_importance={numbers[layer]: value for layer, value in scores.items()},
         layer_measure=measure,
         calibration_tokens=score.calibration_tokens,
         calibration_sequences=score.calibration_sequences,

@@ -108,12 +108,14 @@ def _unknown_candidates(names: Sequence[str], known: Collection[str]) -> list[st
     ]
 
 
-def training_of(cfg: SuccessiveHalvingConfig, rounds: Sequence[int], number: int) -> DistillConfig:
+def training_of(
+    cfg: SuccessiveHalvingConfig, rounds: Sequence[int], round_number: int
+) -> DistillConfig:
     """Returns the settings of the distillation in one round. Each round has its own seed."""
-    steps = cfg.steps(rounds[number], len(rounds))
+    steps = cfg.steps(rounds[round_number], len(rounds))
     settings = {
         "stage": "distill",
-        "seed": cfg.distill.seed + number,
+        "seed": cfg.distill.seed + round_number,
         "max_steps": steps,
         "warmup_steps": min(cfg.distill.warmup_steps, steps // 5),
         "val_check_interval": steps,
@@ -137,24 +139,25 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
     method = inputs["candidates"].manifest.config["layer_importance"]
     halving = HalvingRun(cfg, inputs, out.parent / "candidates", method)
     log = metrics_log(out)
-    rounds = cfg.rounds(len(remaining))
-    for number in range(len(rounds)):
-        training = training_of(cfg, rounds, number)
+    rounds = cfg.rounds(len(remaining))  # the number of candidates in each round
+    for round_number in range(len(rounds)):
+        training = training_of(cfg, rounds, round_number)
         candidates = [ranked[name] for name in remaining]
-        halving.train(candidates, number, training)
+        halving.train(candidates, round_number, training)
         tokens = training.max_steps * training.global_batch_size * training.seq_length
-        for candidate, quality in zip(candidates, halving.measure(candidates, number), strict=True):
+        qualities = halving.measure(candidates, round_number)
+        for candidate, quality in zip(candidates, qualities, strict=True):
             ranked[candidate.name] = replace(
                 candidate, **vars(quality), tokens=candidate.tokens + tokens
             )
         # Lower is better for every metric that ``select_by`` allows.
         remaining.sort(key=lambda name: _nan_last(float(getattr(ranked[name], cfg.select_by))))
-        log.progress("successive_halving", number + 1, len(rounds), leader=remaining[0])
+        log.progress("successive_halving", round_number + 1, len(rounds), leader=remaining[0])
         remaining = remaining[: math.ceil(len(remaining) / 2)]
     winner = ranked[remaining[0]] = replace(ranked[remaining[0]], chosen=True)
     if rank() == 0:
         write_candidates(out, list(ranked.values()))
-        write_text_atomically(out / RECIPE, recipe(cfg, inputs, winner, method))
+        write_text_atomically(out / RECIPE, recipe_yaml(cfg, inputs, winner, method))
     return Outcome(
         SearchResult(list(ranked.values()), search.budget),
         architecture=winner.shape.as_dict(),
@@ -166,7 +169,9 @@ def _nan_last(score: float) -> tuple[bool, float]:
     return math.isnan(score), score
 
 
-def recipe(cfg: SuccessiveHalvingConfig, inputs: Inputs, winner: Candidate, method: str) -> str:
+def recipe_yaml(
+    cfg: SuccessiveHalvingConfig, inputs: Inputs, winner: Candidate, method: str
+) -> str:
     """Returns the YAML of a recipe that prunes the teacher to the winner's shape and distils it."""
     teacher = inputs["checkpoint"].manifest
     shape, sizes = teacher.architecture or {}, search_sizes(winner.shape)

@@ -208,7 +208,7 @@ def make_run(
     evaluation, distilled = inputs["evaluation"].manifest, inputs["distilled"].manifest
     shift = loss - evaluation.metrics["distilled"]["loss"]
     evaluation.metrics["distilled"] |= {"loss": loss, "perplexity": math.exp(loss)}
-    evaluation.input_content["data"] = data.content()
+    evaluation.input_content["data"] = data.content_hash()
     inputs["exported"].manifest.inputs["evaluation"] = evaluation.fingerprint
     inputs["speed"].manifest.metrics |= asdict(speed_results(speed))
     distilled.config.update(settings)

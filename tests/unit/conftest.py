@@ -143,7 +143,7 @@ def write_complete(stage: PlannedStage, content: str = "result") -> None:
         files=stamp_files(artifact),
         parameters=STUDENT.parameters() if kind.startswith("checkpoint") else None,
         input_content={
-            name: result.content()
+            name: result.content_hash()
             for name, ref in stage.inputs.items()
             if (result := read_manifest(ref.directory))
         },

@@ -53,7 +53,9 @@ def run(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
             stage.directory,
             config=config,
             files=stamp_files(stage.directory / ARTIFACT),
-            input_content={name: result.content() for name, result in manifests.items() if result},
+            input_content={
+                name: result.content_hash() for name, result in manifests.items() if result
+            },
         )
     return tmp_path / "run"
 

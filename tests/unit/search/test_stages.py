@@ -290,7 +290,7 @@ def test_the_chosen_architecture_is_a_recipe(chain: Chain, tmp_path: Path) -> No
     cfg = SuccessiveHalvingConfig(distill=DistillConfig(lr=2e-4))
     (tmp_path / "recipe").mkdir()
     file = tmp_path / "recipe" / "chosen.yaml"
-    file.write_text(successive_halving.recipe(cfg, inputs, winner, "block"))
+    file.write_text(successive_halving.recipe_yaml(cfg, inputs, winner, "block"))
     stages = compose("recipe=chosen", f"hydra.searchpath=[file://{tmp_path}]").stages
     assert (stages.prune.target_num_layers, stages.prune.target_hidden_size) == (3, 64)
     assert stages.prune.target_ffn_hidden_size is None
