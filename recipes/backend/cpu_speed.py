@@ -183,7 +183,7 @@ def _sum_of_squares(gradient: Tensor) -> float:
 def _skip_single_rank_gather(original: Any) -> Any:
     """Skips the all-gather of parameters in a group of one rank.
 
-    There, input and output are the same buffer, which gloo would copy onto itself.
+    In such a group, input and output are the same buffer, which gloo would copy onto itself.
     """
 
     def all_gather(output: Tensor, shard: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -145,7 +145,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 class _BlockwiseAttention(torch.autograd.Function):
     """PyTorch's fused attention, with a backward pass over blocks of queries.
 
-    Scores and softmax are in float32, all other matrix multiplications in the input's type. The
+    Scores and softmax are in float32, other matrix multiplications in the type of the inputs. The
     heads of a query group are rows of one matrix, so keys and values are never repeated. A block of
     queries is multiplied only with the keys up to the block's last position, so few of the masked
     scores are computed.
@@ -175,9 +175,10 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key and value.
 
-    With P = softmax(scale * Q K^T) and O = P V: dV = P^T dO, dP = dO V^T, and
-    dS = P * (dP - rowsum(dO * O)), since rowsum(P * dP) = rowsum(dO * O). Then dQ = scale * dS K
-    and dK = scale * dS^T Q. In-place operations write into new tensors.
+    Let P = softmax(scale * Q K^T), O = P V (``context``), and dO the gradient of O (``grad``).
+    Then dV = P^T dO, dP = dO V^T, and dS = P * (dP - rowsum(dO * O)), since rowsum(P * dP) =
+    rowsum(dO * O). Finally dQ = scale * dS K and dK = scale * dS^T Q. In-place operations write
+    into new tensors.
     """
     length, batch, groups, size = key.shape
     k, v = (_groups_first(t) for t in (key, value))
@@ -208,7 +209,7 @@ def _attention_backward(
 
 
 def _probabilities(q: Tensor, k: Tensor, start: int, scale: float) -> Tensor:
-    """Returns the attention of a block's rows to all keys up to its end.
+    """Returns the softmax of the scores between a block's rows and the keys up to the block's end.
 
     Args:
         q: [batch * groups, rows, channels].

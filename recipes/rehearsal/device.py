@@ -97,7 +97,7 @@ def _set_item(func: Any, tensor: Tensor, index: Any, value: Any) -> None:
 def _attention(
     func: object, query: Tensor, key: Tensor, value: Tensor, *args: object, **kw: object
 ) -> Any:
-    """Runs fused attention; on an unknown device, PyTorch would run a sequence of operations."""
+    """Runs fused attention. On an unknown device, PyTorch would run several unfused operations."""
     return _FusedAttention.apply(query, key, value)
 
 
