@@ -57,10 +57,8 @@ def overrides(
 
 def differences(expected: Path, actual: Path) -> list[str]:
     """Lists differences of two runs in results, records, files and reports, apart from times."""
-    stages, actual_stages = (
-        sorted(file.parent.name for file in run_dir.glob(f"*/{MANIFEST}"))
-        for run_dir in (expected, actual)
-    )
+    stages = sorted(file.parent.name for file in expected.glob(f"*/{MANIFEST}"))
+    actual_stages = sorted(file.parent.name for file in actual.glob(f"*/{MANIFEST}"))
     if stages != actual_stages:
         return [f"complete stages are {actual_stages}, not {stages}"]
     found = [f"{name}: only in one run" for name in sorted(_paths(expected) ^ _paths(actual))]
@@ -83,10 +81,8 @@ def _stage_differences(expected_run: Path, actual_run: Path, stage: str) -> Iter
             yield name
     if timeless(expected.metrics) != timeless(actual.metrics):
         yield f"metrics {timeless(expected.metrics)} became {timeless(actual.metrics)}"
-    expected_records, actual_records = (
-        _last_records(run / stage / METRICS) for run in (expected_run, actual_run)
-    )
-    if expected_records != actual_records:
+    records = [_last_records(run / stage / METRICS) for run in (expected_run, actual_run)]
+    if records[0] != records[1]:
         yield "records of progress"
     for name in expected.files.keys() & actual.files.keys():
         files = [run / stage / ARTIFACT / name for run in (expected_run, actual_run)]

@@ -32,10 +32,8 @@ VICTIMS = ("launcher", "stage", "server", "child")
 MOMENTS = ("work", "launch", "publish", "save")
 """``work``: during a stage. ``launch``: before the first stage. ``publish``: while a result is
 published. ``save``: while a checkpoint is saved."""
-LAUNCH_SECONDS = 3
-"""Time in which a kill at ``launch`` happens."""
-HANG_SECONDS = 300
-"""Time after which a launcher counts as hung."""
+LAUNCH_SECONDS = 3  # a kill at ``launch`` comes within this time
+HANG_SECONDS = 300  # after this time a launcher counts as hung
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ class RunCommand:
             return
         work = self.run_dir / kill.stage / WORK
         artifact, checkpoints = work / ARTIFACT, work / CHECKPOINTS
-        earlier_start = _modified(work / BEGUN)
+        old_start = _modified(work / BEGUN)
         stages = [None, *HEALING]  # ``None``: before the first stage
 
         def is_later() -> bool:
@@ -143,15 +141,13 @@ class RunCommand:
 
         def is_saving() -> bool:
             saved = max(map(steps_of_checkpoint, complete_checkpoints(checkpoints)), default=0)
-            is_unfinished = any(checkpoints.glob(f"*{UNFINISHED}"))
+            is_enough = saved >= kill.fraction * STEPS and any(checkpoints.glob(f"*{UNFINISHED}"))
             # If all saves were too quick to be seen, kills before the last one.
-            is_last_chance = saved >= STEPS - CHECKPOINT_INTERVAL
-            return (saved >= kill.fraction * STEPS and is_unfinished) or is_last_chance
+            return is_enough or saved >= STEPS - CHECKPOINT_INTERVAL
 
-        def has_started() -> bool:
-            return _modified(work / BEGUN) not in (None, earlier_start)
-
-        self._poll(launcher, lambda: is_later() or has_started())
+        self._poll(
+            launcher, lambda: is_later() or _modified(work / BEGUN) not in (None, old_start)
+        )
         if kill.moment == "publish":
             self._poll(launcher, lambda: is_later() or artifact.exists(), pause=0)
             self._poll(launcher, lambda: not artifact.exists(), pause=0)

@@ -1,6 +1,4 @@
-"""Runs a rehearsal's training on this machine's device, and measures its peak memory and speed.
-
-    python -m tests.gpu.measured JOB RESULT
+"""Measures memory and speed of a rehearsal's training on this machine: ``measured.py JOB RESULT``.
 
 Both are JSON files. As in a rehearsal, no checkpoint is read; the weights are random.
 """
@@ -55,8 +53,7 @@ def main(job: RankJob) -> dict[str, Any]:
 
     def after_step(*args: Any) -> None:
         if not steps and torch.cuda.is_available():
-            # The first step allocates the optimizer state; all later steps are alike.
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats()  # only later steps are alike
         steps.append(args)
 
     register_optimizer_step_post_hook(after_step)

@@ -26,10 +26,9 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 MINUTES = 30.0
-RESULTS = "GPU_TESTS_RESULTS"
-"""Environment variable with the folder of results. If it is set, tests also run without a GPU."""
-ON_CPU = "GPU_TESTS_ON_CPU"
-"""Environment variable that is set if the tests run on a CPU."""
+RESULTS, ON_CPU = "GPU_TESTS_RESULTS", "GPU_TESTS_ON_CPU"
+"""Environment variables. ``RESULTS`` names the folder of results; if it is set, tests also run
+without a GPU. ``ON_CPU`` is set if the tests run on a CPU."""
 PASSED, FAILED, TIMEOUT, SKIPPED = "passed", "failed", "timeout", "skipped"
 DEVICE = "device"
 
@@ -44,7 +43,6 @@ class Step:
     minutes: float
     """Time limit."""
     checks: str
-    """What the step checks, for the table."""
     after: tuple[str, ...] = (DEVICE,)
     """Names of the steps that this step depends on."""
 
@@ -56,8 +54,7 @@ class Step:
 
 REFERENCE, TRAINING = (DEVICE, "reference"), (DEVICE, "reference", "training")
 STEPS = (
-    Step("imports", "device::every_module_imports", 2,
-         "every module can be imported; writes the versions", ()),
+    Step("imports", "device::every_module_imports", 2, "every module can be imported", ()),
     Step("reference", "chain::cpu_reference_learns", 4,
          "a small model is distilled on the CPU, as reference for other steps", ("imports",)),
     Step("rehearsal", "memory::rehearsed_memory_matches_the_plan", 2,
@@ -77,15 +74,13 @@ STEPS = (
          "an imported model has the logits of transformers, with TF32 off", REFERENCE),
     Step("scores", "chain::importance_and_ranking_match_the_cpu", 3,
          "importance scores and ranked candidates match the CPU's", REFERENCE),
-    Step("training", "chain::losses_match_the_cpu", 4,
-         "losses of 20 training steps match the CPU's; writes a trace", REFERENCE),
+    Step("training", "chain::losses_match_the_cpu", 4, "20 losses match the CPU's", REFERENCE),
     Step("killed", "chain::killed_training_resumes", 2, "a killed training resumes", TRAINING),
     Step("clock", "chain::training_stopped_at_its_deadline_resumes", 2,
          "a training stopped at its time limit resumes", TRAINING),
     Step("teachers", "chain::cached_teacher_gives_the_losses_of_a_live_teacher "
          "chain::hidden_states_with_a_projection_match_the_cpu", 3,
-         "cached and live teacher give the same loss; the loss on hidden states matches the CPU's",
-         REFERENCE),
+         "a cached teacher's loss matches a live one's, a hidden-state loss the CPU's", REFERENCE),
     Step("layouts", "chain::each_layout_has_the_losses_of_the_cpu", 4,
          "losses match the CPU's with recomputed activations, and with CP=2 on two GPUs",
          REFERENCE),

@@ -26,10 +26,8 @@ if not keep_tf32:
 parity = compare(Path(folder), Path(checkpoint))
 print(parity.max_logit_difference / parity.logits_std)
 """
-"""Prints the largest difference of logits, divided by their standard deviation.
-
-Runs in a process of its own, since cuBLAS reads the setting of TF32 only once.
-"""
+"""Prints the largest difference of logits, divided by their standard deviation. Runs in a separate
+process, since cuBLAS reads the setting of TF32 only once."""
 
 
 def logit_difference(*arguments: str) -> float:

@@ -30,10 +30,8 @@ a, b = (torch.randn(1024, 1024, device=device) for _ in "ab")
 exact = a.double() @ b.double()
 print(((a @ b - exact).abs().max() / exact.std()).item())
 """
-"""Prints the largest error of a float32 GEMM, divided by the standard deviation of its values.
-
-Runs in a process of its own, because cuBLAS reads ``NVIDIA_TF32_OVERRIDE`` only once.
-"""
+"""Prints the largest error of a float32 GEMM, divided by the standard deviation of its values. Runs
+in a separate process, because cuBLAS reads ``NVIDIA_TF32_OVERRIDE`` only once."""
 LAYERS = """
 import json, sys
 from pathlib import Path

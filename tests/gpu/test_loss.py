@@ -28,10 +28,7 @@ LOSSES = {
 
 
 def logits(vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Returns logits of student and teacher in bfloat16.
-
-    The teacher's 64 largest logits of a token are distinct, so that ``top_k=64`` is well-defined.
-    """
+    """Returns bfloat16 logits of student and teacher. The teacher's top 64 logits are distinct."""
     generator = torch.Generator(device()).manual_seed(vocabulary)
     shape = (TOKENS, vocabulary)
     student = 3 * torch.randn(shape, device=device(), generator=generator)
