@@ -145,9 +145,7 @@ class RunCommand:
             # If all saves were too quick to be seen, kills before the last one.
             return is_enough or saved >= STEPS - CHECKPOINT_INTERVAL
 
-        self._poll(
-            launcher, lambda: is_later() or _modified(work / BEGUN) not in (None, old_start)
-        )
+        self._poll(launcher, lambda: is_later() or _modified(work / BEGUN) not in (None, old_start))
         if kill.moment == "publish":
             self._poll(launcher, lambda: is_later() or artifact.exists(), pause=0)
             self._poll(launcher, lambda: not artifact.exists(), pause=0)
