@@ -51,9 +51,9 @@ def start_manifest(fingerprint: str = "f", at: str = "10:00") -> Manifest:
     return replace(manifest, fingerprint=fingerprint, started_at=started_at, seconds=0.0)
 
 
-def fail(stage: Path, fingerprint: str = "f", at: str = "10:00") -> Path:
+def fail(stage: Path) -> Path:
     """Writes the unfinished work of a failed start, and returns its checkpoint."""
-    begin_work(stage, start_manifest(fingerprint, at))
+    begin_work(stage, start_manifest())
     (stage / WORK / ARTIFACT / "half").touch()
     record_failure(stage, "old")
     MetricsLog(stage / METRICS).progress("train", 1, 2)
@@ -63,9 +63,9 @@ def fail(stage: Path, fingerprint: str = "f", at: str = "10:00") -> Path:
     return checkpoint
 
 
-def complete(stage: Path, fingerprint: str = "f", at: str = "10:00") -> None:
-    begin_work(stage, start_manifest(fingerprint, at))
-    complete_stage(stage, start_manifest(fingerprint, at))
+def complete(stage: Path) -> None:
+    begin_work(stage, start_manifest())
+    complete_stage(stage, start_manifest())
 
 
 def test_the_files_determine_the_state(tmp_path: Path) -> None:

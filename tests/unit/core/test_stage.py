@@ -231,8 +231,8 @@ def without_privileges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     for name in ("folder/read", "closed/read"):
         file = tmp_path / name
         file.parent.mkdir()
-        file.touch(0o200)
-        file.parent.chmod(0o200 if "closed" in name else 0o555)
+        file.touch(0o200)  # not readable
+        file.parent.chmod(0o200 if "closed" in name else 0o555)  # 0o555: not writable
     os.seteuid(user or 65534)
     yield
     os.seteuid(user)
