@@ -19,20 +19,20 @@ ASSISTANT = "assistant"
 """Role of the messages whose tokens are in the loss."""
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """Jinja tag that starts an answer, in templates that mark answers."""
-NO_ANSWER, TEMPLATE, NO_PREFIX, SPECIAL_TOKEN, TOO_LONG = (
+NO_ANSWER, TEMPLATE_ERROR, ANSWERS_NOT_FOUND, SPECIAL_TOKEN, TOO_LONG = (
     "no answer",
     "refused by the template",
     "answers not found",
     "contains a special token",
     "too long",
 )
-"""Reasons to leave a conversation out. ``NO_PREFIX``: the template renders the turns before an
-answer differently once the answer is there, so the answer's tokens cannot be identified."""
+"""Reasons to leave a conversation out. ``ANSWERS_NOT_FOUND``: the template renders the turns before
+an answer differently once the answer is there, so the answer's tokens cannot be identified."""
 
 
 @dataclass(frozen=True)
 class ChatTokenizer:
-    """A tokenizer with a chat template, and the length that conversations must fit in."""
+    """A tokenizer with a chat template, and the maximum length of conversations."""
 
     folder: Path
     """Folder of a Hugging Face model or a NeMo checkpoint."""
@@ -56,36 +56,38 @@ class ChatTokenizer:
 
     def encode(self, texts: list[str]) -> list[Encoded]:
         """Tokenizes conversations; each text is the JSON of a conversation's messages."""
-        return [self._encoded(json.loads(text)) for text in texts]
+        return [self._encode_conversation(json.loads(text)) for text in texts]
 
-    def _encoded(self, messages: list[dict[str, Any]]) -> Encoded:
+    def _encode_conversation(self, messages: list[dict[str, Any]]) -> Encoded:
         from jinja2 import TemplateError
 
         if not any(message["role"] == ASSISTANT for message in messages):
-            return Encoded.without(NO_ANSWER)
+            return Encoded.left_out_because(NO_ANSWER)
         special = self._tokenizer.all_special_tokens
         if any(token in message["content"] for message in messages for token in special):
-            return Encoded.without(SPECIAL_TOKEN)
+            return Encoded.left_out_because(SPECIAL_TOKEN)
         try:
-            marked = self._tokens_and_mask(messages)
+            tokens_and_mask = self._tokens_and_mask(messages)
         except TemplateError:
-            return Encoded.without(TEMPLATE)
-        if marked is None:
-            return Encoded.without(NO_PREFIX)
-        ids, loss_mask = np.append(marked[0], self.end), np.append(marked[1], False)
+            return Encoded.left_out_because(TEMPLATE_ERROR)
+        if tokens_and_mask is None:
+            return Encoded.left_out_because(ANSWERS_NOT_FOUND)
+        ids = np.append(tokens_and_mask[0], self.end)
+        loss_mask = np.append(tokens_and_mask[1], False)
         loss_mask[0] = False  # the first token has no context
         if not loss_mask.any():
-            return Encoded.without(NO_ANSWER)
-        return self._cut_to_fit(ids.astype(np.int32), loss_mask)
+            return Encoded.left_out_because(NO_ANSWER)
+        return self._truncate(ids.astype(np.int32), loss_mask)
 
-    def _cut_to_fit(self, ids: np.ndarray, loss_mask: np.ndarray) -> Encoded:
-        """Cuts a conversation that is too long after the last answer that fits."""
+    def _truncate(self, ids: np.ndarray, loss_mask: np.ndarray) -> Encoded:
+        """Truncates a conversation that is too long to its last answer that fits."""
         if len(ids) <= self.seq_length:
             return Encoded(ids, loss_mask)
-        last_of_answer = loss_mask[:-1] & ~loss_mask[1:]
-        stops = np.flatnonzero(last_of_answer[: self.seq_length - 1]) + 1
+        is_last_of_answer = loss_mask[:-1] & ~loss_mask[1:]
+        # One position of the sequence is for ``end``.
+        stops = np.flatnonzero(is_last_of_answer[: self.seq_length - 1]) + 1
         if not len(stops):
-            return Encoded.without(TOO_LONG)
+            return Encoded.left_out_because(TOO_LONG)
         ids = np.append(ids[: stops[-1]], np.int32(self.end))
         return Encoded(ids, np.append(loss_mask[: stops[-1]], False), shortened=True)
 
@@ -109,7 +111,7 @@ class ChatTokenizer:
             start, stop = len(before), len(after)
             if start > stop or ids[:start] != before or ids[:stop] != after:
                 return None
-            # Text after the end-of-turn token, such as a line break, is not part of the answer.
+            # Text after the last end-of-turn token, such as a line break, is not in the answer.
             ends = [n for n in range(start, stop) if ids[n] == self._tokenizer.eos_token_id]
             stop = ends[-1] + 1 if ends else stop
             loss_mask[start:stop] = [True] * (stop - start)
@@ -121,7 +123,8 @@ def pack(
 ) -> Iterator[Encoded]:
     """Orders and pads conversations so that each lies within one sequence (first-fit decreasing).
 
-    The padding of a sequence is put before the first conversation of the next one.
+    The padding at the end of a sequence is part of the next sequence's first conversation. So the
+    last sequence is not padded, and later conversations may fill it.
 
     Args:
         conversations: Tokenized conversations, each of at most ``seq_length`` tokens.
@@ -130,20 +133,21 @@ def pack(
         end: Padding token, excluded from the loss.
     """
     sequences: list[list[Encoded]] = [[]]
-    free = [-position % seq_length]
-    for each in sorted(conversations, key=lambda one: -len(one.ids)):
-        target = next((n for n, tokens in enumerate(free) if len(each.ids) <= tokens), len(free))
+    free = [-position % seq_length]  # free tokens of each sequence
+    for conversation in sorted(conversations, key=lambda item: -len(item.ids)):
+        size = len(conversation.ids)
+        target = next((n for n, tokens in enumerate(free) if size <= tokens), len(free))
         if target == len(free):
             sequences.append([])
             free.append(seq_length)
-        sequences[target].append(each)
-        free[target] -= len(each.ids)
+        sequences[target].append(conversation)
+        free[target] -= size
     padding = 0
     for sequence, remainder in zip(sequences, free, strict=True):
-        for each in sequence:
-            assert each.loss_mask is not None
-            ids = np.concatenate([np.full(padding, end, np.int32), each.ids])
-            loss_mask = np.concatenate([np.zeros(padding, bool), each.loss_mask])
-            yield replace(each, ids=ids, loss_mask=loss_mask)
+        for conversation in sequence:
+            assert conversation.loss_mask is not None
+            ids = np.concatenate([np.full(padding, end, np.int32), conversation.ids])
+            loss_mask = np.concatenate([np.zeros(padding, bool), conversation.loss_mask])
+            yield replace(conversation, ids=ids, loss_mask=loss_mask)
             padding = 0
         padding += remainder

@@ -1,4 +1,4 @@
-"""Streams the documents of a source, and assigns each to a split of the text."""
+"""Streams the documents of a source, and assigns each document to a split."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from recipes.data.sources import DIALOGUE, HubDataset, Source, TextFile, files_o
 SPLITS = ("train", "validation", "calibration", "heldout")
 RECORD_TYPES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 CHECKED_CONVERSATIONS = 100
-"""Conversations that a check reads."""
+"""Number of conversations that a check reads."""
 STRETCH = 4 << 20
-"""Approximate bytes of a stretch: consecutive text in which each split gets one run."""
+"""Approximate bytes of a stretch: consecutive text in which each split gets one run of paragraphs.
+"""
 TextOf = Callable[[Any, str], str]
-"""Extracts a document's text from a record, given the record's location for messages."""
+"""A function of a record and its location (for error messages) that returns a document's text."""
 _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, csv.Error, ijson.JSONError)
 
 
@@ -44,10 +45,10 @@ class Reader(Protocol):
     """Iterates over the documents of a source; a new reader can resume from its state."""
 
     def __iter__(self) -> Iterator[Document]:
-        """Yields the documents after the state that the reader was opened at."""
+        """Yields the documents after the state with which the reader was opened."""
 
     def state(self) -> Any:
-        """Returns the position after the last document, for a new reader, as JSON."""
+        """Returns the position after the last document as JSON values, for a new reader."""
 
     def fraction(self) -> float:
         """Returns the fraction of the source that was read; 0 if its size is unknown."""
@@ -56,10 +57,10 @@ class Reader(Protocol):
 def read_source(source: str, text_field: str, state: Any = None, *, chat: bool = False) -> Reader:
     """Opens a source of ``data.sources``, at the ``state`` of an earlier reader if given.
 
-    Text files hold documents separated by blank lines; JSON files a list of records or a mapping to
-    records; JSONL one record per line; tables one per row. Markdown, reStructuredText and Python
-    files are one document each. A record is a string, a conversation, or has its text in
-    ``text_field`` or in the source's own fields (see ``text_of_fields``).
+    In text files, blank lines separate documents. JSON files hold a list of records, or a mapping
+    to records. JSONL files have one record per line, tables one per row. A Markdown,
+    reStructuredText or Python file is one document. A record is a string or a conversation, or has
+    its text in ``text_field`` or in the fields of the option ``text`` (see ``text_of_fields``).
     """
     parsed = parse_source(source)
     field_text = partial(_column if parsed.hub else _text, parsed.text or text_field)
@@ -119,6 +120,7 @@ class _FileReader:
             ) from error
 
     def _position(self, offset: int | None) -> float | None:
+        """Returns the ``Document.position`` of a paragraph of the open file."""
         if offset is None:
             return None
         stretches = max(1, round(self._total_bytes / STRETCH))
@@ -128,8 +130,8 @@ class _FileReader:
         return self._records
 
     def fraction(self) -> float:
-        here = self._opened.tell() if self._opened and not self._opened.closed else 0
-        return (self._bytes_before + here) / self._total_bytes
+        offset = self._opened.tell() if self._opened and not self._opened.closed else 0
+        return (self._bytes_before + offset) / self._total_bytes
 
 
 def _conversation(record: object, where: str) -> str:
@@ -200,25 +202,25 @@ def digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:16]
 
 
-def draw_of(document: Document, document_digest: bytes) -> float:
+def split_number(document: Document, document_digest: bytes) -> float:
     """Returns a number in [0, 1) that decides a document's split.
 
-    For a paragraph it is the position in its stretch. So each split has long runs of text, and
-    evaluation text is not scattered among training text. For a record it is the hash of the text,
-    which does not depend on order or a seed.
+    For a paragraph, the number is its position in its stretch. So each split has long runs of text,
+    and evaluation text is not scattered among training text. For a record, the number is a hash of
+    the text, which does not depend on order or a seed.
     """
     if document.position is not None:
         return document.position
     return int.from_bytes(document_digest[:8], "big") / 2**64
 
 
-def split_of(draw: float, fractions: Mapping[str, float]) -> str:
-    """Returns the split of a document from its random number in [0, 1).
+def split_of(number: float, fractions: Mapping[str, float]) -> str:
+    """Returns the split of a document with a given ``split_number``.
 
     The splits of ``fractions`` take consecutive ranges from 0. ``train`` has the rest.
     """
     for split, fraction in fractions.items():
-        if draw < fraction:
+        if number < fraction:
             return split
-        draw -= fraction
+        number -= fraction
     return "train"

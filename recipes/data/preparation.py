@@ -19,16 +19,24 @@ from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import StoppedByDeadlineError, rank, time_is_up
 from recipes.data.chat import ChatTokenizer, pack
-from recipes.data.corpus import SPLITS, Document, Reader, digest, draw_of, read_source, split_of
+from recipes.data.corpus import (
+    SPLITS,
+    Document,
+    Reader,
+    digest,
+    read_source,
+    split_number,
+    split_of,
+)
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import source_names
 from recipes.data.split_writer import SplitWriter
-from recipes.data.tokenizer import DocumentTokenizer, Encoded, encode_on_ranks, share
+from recipes.data.tokenizer import DocumentTokenizer, Encoded, broadcast, encode_on_ranks
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 18
 """Limits of a batch for the tokenizer, whichever is reached first."""
 SAVE_SECONDS = 10.0
-"""Time between two saves: the work that a killed process may lose."""
+"""Time between two saves. A killed process loses the work since the last save."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ EncodedBatches = closing[Generator[tuple[list[Encoded], _Batch], None, None]]
 class Ledger:
     """Stores the digests of all documents and the state of the work, in one transaction.
 
-    It is on disk because a Python set of 10^8 digests takes gigabytes.
+    The digests are on disk, because a Python set of 10^8 digests takes gigabytes.
 
     Args:
         path: SQLite file. SQLite does not lock it, because some file systems have no locks. The
@@ -75,7 +83,7 @@ class Ledger:
         )
         self._database.execute("BEGIN")
 
-    def is_new(self, digest: bytes) -> bool:
+    def add_if_new(self, digest: bytes) -> bool:
         """Stores a document's digest; returns whether the document is new."""
         cursor = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,))
         return cursor.rowcount == 1
@@ -83,7 +91,7 @@ class Ledger:
     def exclude(self, digests: Iterable[str]) -> None:
         """Stores digests in hexadecimal, so that their documents count as duplicates."""
         for text in digests:
-            self.is_new(bytes.fromhex(text))
+            self.add_if_new(bytes.fromhex(text))
 
     def progress(self) -> dict[str, Any] | None:
         """Returns the last saved state, if any."""
@@ -133,7 +141,7 @@ def prepare(
 ) -> PreparationState:
     """Writes ``.bin`` and ``.idx`` of all splits; continues the work of a killed process.
 
-    Held-out sources come first, so a document that a training source repeats stays held out. Only
+    Held-out sources come first, so a document stays held out if a training source repeats it. Only
     rank 0 drops duplicates and assigns splits, in the order of the text. So the number of ranks and
     processes does not affect the result. Other ranks only tokenize and return an empty state.
 
@@ -143,12 +151,12 @@ def prepare(
         folder: Folder of the files.
         log: Metrics file.
         chat: Tokenizes conversations.
-        paths: Where to read a source, if not at the path in the config.
+        paths: Where to read a source, by source in the config; by default the source itself.
     """
-    names = list(source_names(cfg.all_sources()).items())
+    named_sources = list(source_names(cfg.all_sources()).items())
 
     def encode(source: str, reader_state: Any, documents: int) -> EncodedBatches:
-        """Encodes a source after its first ``documents`` documents, which were read before."""
+        """Encodes a source from ``reader_state``, which is after ``documents`` documents."""
         path = (paths or {}).get(source, source)
         reader = read_source(path, cfg.text_field, reader_state, chat=encoder_of(source) is chat)
         limit = cfg.max_documents if source in cfg.sources else None
@@ -159,7 +167,7 @@ def prepare(
         return chat if chat and cfg.is_chat(source) else tokenizer
 
     if rank() != 0:
-        _encode_for_rank_0([source for _, source in names], encode)
+        _encode_for_rank_0([source for _, source in named_sources], encode)
         return PreparationState()
     with Ledger(folder / "ledger.sqlite") as ledger:
         state = PreparationState(**(ledger.progress() or {}))
@@ -168,19 +176,20 @@ def prepare(
             state.sizes = writer.sizes
             store = _Store(ledger, writer, state)
             try:
-                for name, source in names[state.finished_sources :]:
-                    position = share((state.finished_sources, state.reader_state, state.documents))
+                for name, source in named_sources[state.finished_sources :]:
+                    # Tells the other ranks what to encode.
+                    broadcast((state.finished_sources, state.reader_state, state.documents))
                     # After an error, closing the generator tells the other ranks to stop.
-                    with encode(source, *position[1:]) as encoded:
+                    with encode(source, state.reader_state, state.documents) as encoded:
                         packer = chat if encoder_of(source) is chat else None
                         for fraction in _write_source(cfg, name, source, encoded, packer, store):
-                            percent = round(100 * (state.finished_sources + fraction) / len(names))
-                            log.progress("tokenize", percent, 100, source=source)
+                            finished = (state.finished_sources + fraction) / len(named_sources)
+                            log.progress("tokenize", round(100 * finished), 100, source=source)
                     store.finish_source()
             except StoppedByDeadlineError as error:
-                share(error)
+                broadcast(error)
                 raise
-            share(None)  # no more sources
+            broadcast(None)  # no more sources
     return state
 
 
@@ -192,11 +201,11 @@ def _encode_for_rank_0(
     Raises:
         StoppedByDeadlineError: Rank 0 stopped.
     """
-    while (message := share(None)) is not None:
+    while (message := broadcast(None)) is not None:
         if isinstance(message, StoppedByDeadlineError):
             raise message
-        number, reader_state, documents = message
-        with encode(sources[number], reader_state, documents) as encoded:
+        source_number, reader_state, documents = message
+        with encode(sources[source_number], reader_state, documents) as encoded:
             for _ in encoded:
                 pass
 
@@ -209,6 +218,7 @@ class _Store:
     writer: SplitWriter
     state: PreparationState
     saved_at: float = field(default_factory=time.monotonic)
+    """Monotonic time of the last save."""
 
     def add(self, source: str, documents: Iterable[tuple[str, Encoded]]) -> None:
         """Appends documents to their splits, in order."""
@@ -252,23 +262,23 @@ def _write_source(
     chat: ChatTokenizer | None,
     store: _Store,
 ) -> Iterator[float]:
-    """Writes a source's documents up to its limits; yields the fraction that is done."""
+    """Writes a source's documents up to its limits; yields the finished fraction of the source."""
     state, only_heldout = store.state, source in cfg.heldout_sources
     fractions = {"heldout": 1.0} if only_heldout else cfg.fractions()
     max_documents, max_tokens = (
         (None, None) if only_heldout else (cfg.max_documents, cfg.max_tokens)
     )
-    for encoded, batch in batches:
-        new: list[tuple[str, Encoded]] = []
-        for document, each in zip(batch.documents, encoded, strict=True):
+    for encoded_documents, batch in batches:
+        new: list[tuple[str, Encoded]] = []  # splits and documents
+        for document, encoded in zip(batch.documents, encoded_documents, strict=True):
             document_digest = digest(document.text)
-            if store.ledger.is_new(document_digest):
-                new.append((split_of(draw_of(document, document_digest), fractions), each))
-                state.tokens += len(each.ids)
+            if store.ledger.add_if_new(document_digest):
+                new.append((split_of(split_number(document, document_digest), fractions), encoded))
+                state.tokens += len(encoded.ids)
             if max_tokens is not None and state.tokens >= max_tokens:
                 break
         if chat is not None:
-            new = list(_packed(chat, new, name, store))
+            new = list(_pack_splits(chat, new, name, store))
         store.add(name, new)
         if max_tokens is not None and state.tokens >= max_tokens:
             return
@@ -282,32 +292,33 @@ def _write_source(
         )
 
 
-def _packed(
+def _pack_splits(
     chat: ChatTokenizer, conversations: list[tuple[str, Encoded]], source: str, store: _Store
 ) -> Iterator[tuple[str, Encoded]]:
     """Yields the usable conversations of each split, packed into whole sequences."""
-    count = Counter(store.state.conversations.get(source, {}))
+    counts = Counter(store.state.conversations.get(source, {}))
     for split in SPLITS:
         usable = [
-            each
-            for document_split, each in conversations
-            if document_split == split and not each.left_out
+            encoded
+            for document_split, encoded in conversations
+            if document_split == split and not encoded.left_out_reason
         ]
-        tokens = sum(len(each.ids) for each in usable)
-        position = store.writer.sizes[split][0] // 4  # bytes of int32 tokens
+        tokens = sum(len(encoded.ids) for encoded in usable)
+        position = store.writer.sizes[split][0] // 4  # an int32 token has 4 bytes
         packed = list(pack(usable, position, chat.seq_length, chat.end))
-        count["used"] += len(usable)
-        count["shortened"] += sum(each.shortened for each in usable)
-        count["tokens"] += tokens
-        count["padding tokens"] += sum(len(each.ids) for each in packed) - tokens
-        count["answer tokens"] += sum(int(np.sum(each.loss_mask)) for each in usable)
-        yield from ((split, each) for each in packed)
-    count.update(each.left_out for _, each in conversations if each.left_out)
-    store.state.conversations[source] = dict(count)
+        counts["used"] += len(usable)
+        counts["shortened"] += sum(encoded.shortened for encoded in usable)
+        counts["tokens"] += tokens
+        counts["padding tokens"] += sum(len(encoded.ids) for encoded in packed) - tokens
+        counts["answer tokens"] += sum(int(np.sum(encoded.loss_mask)) for encoded in usable)
+        yield from ((split, encoded) for encoded in packed)
+    reasons = (encoded.left_out_reason for _, encoded in conversations)
+    counts.update(reason for reason in reasons if reason)
+    store.state.conversations[source] = dict(counts)
 
 
 def _batches(reader: Reader, limit: int | None) -> Iterator[tuple[list[str], _Batch]]:
-    """Yields batches of up to ``limit`` documents in all, each as texts and ``_Batch``."""
+    """Yields batches, each as a list of texts and a ``_Batch``; ``limit`` documents in total."""
     remaining = islice(reader, limit)
     while True:
         documents, size = list[Document](), 0

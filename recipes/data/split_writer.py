@@ -19,7 +19,7 @@ SplitSize = tuple[int, int]
 LOSS_MASK = "loss_mask"
 """Suffix of a file with one byte per token: whether the token's prediction is in the loss."""
 LENGTHS = "lengths"
-"""Suffix of a file with the number of tokens of each document (int32), the source of the index."""
+"""Suffix of a file with the number of tokens of each document (int32), to write the index from."""
 BLOCK = 1 << 16
 """Documents per block while an index is written."""
 
@@ -46,7 +46,8 @@ class SplitWriter:
         masked: bool = False,
     ) -> None:
         self._folder = folder
-        self.sizes: dict[str, SplitSize] = {p: (*(sizes or {}).get(p, (0, 0)),) for p in splits}
+        # Sizes that were stored as JSON are lists.
+        self.sizes: dict[str, SplitSize] = {s: (*(sizes or {}).get(s, (0, 0)),) for s in splits}
         """Bytes and documents of each split."""
         self._files: dict[tuple[str, str], BinaryIO] = {}
         """Open files by split and suffix."""
@@ -54,7 +55,7 @@ class SplitWriter:
             ends = {"bin": size, LENGTHS: 4 * documents, LOSS_MASK: size // 4}
             for suffix, end in ends.items():
                 if masked or suffix != LOSS_MASK:
-                    self._files[split, suffix] = _opened(folder / f"{split}.{suffix}", end)
+                    self._files[split, suffix] = _open_to_append(folder / f"{split}.{suffix}", end)
 
     def add(
         self, split: str, ids: Sequence[int] | np.ndarray, loss_mask: np.ndarray | None = None
@@ -78,20 +79,20 @@ class SplitWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+        self, exception: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
         for file in self._files.values():
             file.close()
-        if kind is None:
+        if exception is None:
             for split, (_, documents) in self.sizes.items():
                 _write_index(self._folder / f"{split}.idx", documents)
 
 
-def _opened(path: Path, size: int) -> BinaryIO:
+def _open_to_append(path: Path, size: int) -> BinaryIO:
     """Truncates a file to ``size`` bytes and opens it to append.
 
     Raises:
-        RecipeError: The file is shorter.
+        RecipeError: The file is shorter than ``size``.
     """
     path.touch()
     if path.stat().st_size < size:
@@ -112,11 +113,11 @@ def _write_index(path: Path, documents: int) -> None:
         with lengths.open("rb") as source:
             shutil.copyfileobj(source, file)
         end = 0
-        for start in range(0, documents, BLOCK):
+        for start in range(0, documents, BLOCK):  # the first byte of each document in ``.bin``
             sizes = 4 * np.fromfile(lengths, np.int32, BLOCK, offset=4 * start).astype(np.int64)
             ends = end + np.cumsum(sizes)
             file.write((ends - sizes).tobytes())
             end = int(ends[-1])
-        for start in range(0, documents + 1, BLOCK):
+        for start in range(0, documents + 1, BLOCK):  # a document is one sequence
             stop = min(start + BLOCK, documents + 1)
             file.write(np.arange(start, stop, dtype=np.int64).tobytes())

@@ -1,4 +1,4 @@
-"""Conversations that a teacher writes: once per request, and stored in the cache."""
+"""Lets a teacher write conversations, once per request, and stores them in the cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from recipes.data.chat import ASSISTANT
 from recipes.data.corpus import read_source
 
 BATCH, BATCH_TOKENS = 32, 1 << 15
-"""A batch has at least ``BATCH`` conversations, and more of them up to ``BATCH_TOKENS`` tokens: a
+"""A batch has ``BATCH`` conversations, or more if they have at most ``BATCH_TOKENS`` tokens: a
 generation step costs nearly the same for one sequence as for many. Both affect the result."""
 MAX_EMPTY_BATCHES = 5
 """Batches without a finished conversation after which the stage fails."""
@@ -35,7 +35,7 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A request for conversations. The request and the teacher determine every token."""
+    """A request for conversations. It determines every token, together with the teacher."""
 
     tokens: int
     """Tokens to generate: answers, and users' turns that the teacher invents."""
@@ -43,11 +43,11 @@ class ChatRequest:
     seq_length: int
     """Maximum tokens of a conversation, all special tokens included."""
     prompts: str | None = None
-    """Source of conversations. The teacher answers the turns before each first answer. By default
-    it invents the user's turn, too."""
+    """Source of conversations. The teacher answers the turns before a conversation's first answer.
+    Without a source, the teacher also invents the user's turn."""
 
     def batch_size(self) -> int:
-        """Returns the number of conversations per batch. A batch has one random state."""
+        """Returns the number of conversations per batch; each batch has its own random seed."""
         return max(BATCH, min(self.tokens, BATCH_TOKENS) // self.seq_length)
 
 
@@ -58,17 +58,17 @@ class ChatWriter:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     sha256: str
-    """SHA-256 of its weights, config and tokenizer."""
+    """SHA-256 of the teacher's weights, config and tokenizer."""
 
 
 def write_chats(request: ChatRequest, writer: ChatWriter, log: MetricsLog) -> Path:
     """Writes a request's conversations, one a line, and returns the file.
 
-    Finished batches are stored in the cache. So the same request generates nothing again, and a
-    killed process resumes after the last finished batch.
+    Finished batches are stored in the cache. So a repeated request generates nothing, and a killed
+    process resumes after the last finished batch.
 
     Raises:
-        RecipeError: The teacher finishes no turn.
+        RecipeError: The teacher finishes no turn in ``MAX_EMPTY_BATCHES`` batches.
     """
     prompts = [document.text for document in _documents(request)] if request.prompts else None
     libraries = [f"{name} {installed_version(name)}" for name in ("torch", "transformers")]
@@ -102,17 +102,17 @@ def _documents(request: ChatRequest) -> Iterator[Any]:
 
 
 def _batches(request: ChatRequest, writer: ChatWriter, folder: Path) -> Iterator[Mapping[str, Any]]:
-    """Yields batches; reads those that are in the folder, and writes the others."""
-    openings = _openings(request) if request.prompts else None
+    """Yields batches; reads finished batches from the folder, and writes the others."""
+    all_openings, size = _openings(request) if request.prompts else None, request.batch_size()
     for number in count():
-        prompts = None if openings is None else list(islice(openings, request.batch_size()))
-        if prompts == []:
+        openings = None if all_openings is None else list(islice(all_openings, size))
+        if openings == []:
             return
         file = folder / f"{number:05d}.json"
         if not file.exists():
             with torch.random.fork_rng():
                 torch.manual_seed(int(digest([request.seed, number])[:15], 16))
-                write_json(file, _write_batch(request, writer, prompts))
+                write_json(file, _write_batch(request, writer, openings))
         yield read_json(file)
 
 
@@ -139,6 +139,7 @@ def _write_batch(
         unfinished = len(turns) - len(openings)
     render = writer.tokenizer.apply_chat_template
     prompts = [list(render(turns, add_generation_prompt=True)) for turns in openings]  # type: ignore[arg-type]
+    # 1 is for the token that ``ChatTokenizer`` adds after a conversation.
     new_tokens = request.seq_length - max(map(len, prompts), default=0) - 1
     answers = _write_turns(writer, prompts, new_tokens)
     conversations = [
@@ -164,7 +165,10 @@ def _user_prefix(writer: ChatWriter) -> list[int]:
 def _write_turns(
     writer: ChatWriter, prompts: list[list[int]], new_tokens: int
 ) -> list[tuple[str, int]]:
-    """Returns text and tokens of a turn after each prompt; ``("", 0)`` if it does not end."""
+    """Generates a turn after each prompt; returns its text and its number of tokens.
+
+    A turn that does not end, or has no text, is ``("", 0)``.
+    """
     if not prompts or new_tokens < 1:
         return [("", 0)] * len(prompts)
     end = int(writer.tokenizer.eos_token_id)
@@ -182,9 +186,9 @@ def _write_turns(
 @torch.no_grad()
 def _generate(writer: ChatWriter, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     """Samples a continuation of each prompt at temperature 1: at most ``new_tokens`` tokens."""
-    longest, last = max(map(len, prompts)), {prompt[-1] for prompt in prompts}
-    # Padding is masked, so any token will do, but transformers warns of one that ends a prompt.
-    pad = next(token for token in range(len(last) + 1) if token not in last)
+    longest, last_tokens = max(map(len, prompts)), {prompt[-1] for prompt in prompts}
+    # Padding is masked, so it can be any token. But transformers warns if it ends a prompt.
+    pad = next(token for token in range(len(last_tokens) + 1) if token not in last_tokens)
     rows = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[int(n >= longest - len(p)) for n in range(longest)] for p in prompts]
     device = writer.model.device
@@ -198,5 +202,5 @@ def _generate(writer: ChatWriter, prompts: list[list[int]], new_tokens: int) -> 
         generation_config=settings,
         use_model_defaults=False,
     )
-    continued: list[list[int]] = output[:, longest:].tolist()
-    return continued
+    continuations: list[list[int]] = output[:, longest:].tolist()
+    return continuations

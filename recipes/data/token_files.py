@@ -1,8 +1,8 @@
-"""Text that is tokenized already: an existing pair of Megatron's ``.bin`` and ``.idx`` files.
+"""Divides text that is already tokenized: a pair of Megatron's ``.bin`` and ``.idx`` files.
 
-Each split is a range of documents, as with Megatron's own setting ``split``. A split has its own
-index, and a link to the whole ``.bin``: no token is copied. Planning calls ``require_token_files``
-and must start fast, so NumPy is imported inside functions.
+Each split is a range of documents, as with Megatron's setting ``split``. For a split, an index is
+written. Its ``.bin`` is a link to the whole ``.bin``, so no token is copied. Planning calls
+``require_token_files`` and must start fast, so NumPy is imported inside functions.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from recipes.core.errors import RecipeError
 if TYPE_CHECKING:
     import numpy as np
 
-HEADER = b"MMIDIDX\x00\x00"
-_SIZES = struct.Struct("<9sQBQQ")
-"""Header, version, code of the data type, numbers of sequences and of document boundaries."""
+MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+"""Magic number, version, code of the data type, numbers of sequences and of document boundaries."""
 DTYPES = {4: ("int32", 4), 5: ("int64", 8), 8: ("uint16", 2)}
 """Names and bytes of the data types of tokens, by Megatron's codes."""
 BLOCK = 1 << 24
@@ -33,10 +33,10 @@ CHECKED_ENDS = 1000
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """Memory-mapped arrays: those of the index, and the tokens."""
+    """Memory-mapped arrays of the index, and the memory-mapped tokens."""
 
     prefix: Path
-    code: int
+    dtype_code: int
     lengths: np.ndarray
     """Tokens of each sequence, int32 [sequences]."""
     pointers: np.ndarray
@@ -73,27 +73,28 @@ def require_token_files(prefix: Path) -> tuple[int, int, int, int]:
         if not path.is_file() or not path.stat().st_size:
             raise _problem(f"{path} is missing or empty", "give the path without .bin and .idx")
     with index.open("rb") as file:
-        start = file.read(_SIZES.size)
-        if len(start) < _SIZES.size or not start.startswith(HEADER):
+        start = file.read(_HEADER.size)
+        if len(start) < _HEADER.size or not start.startswith(MAGIC):
             raise _problem(f"{index} is not an index of Megatron")
-        _, version, code, sequences, boundaries = _SIZES.unpack(start)
+        _, version, code, sequences, boundaries = _HEADER.unpack(start)
         if version != 1 or code not in DTYPES:
             raise _problem(
                 f"{index} has version {version} and data type {code}; supported are version 1 and "
                 f"data types {', '.join(map(str, DTYPES))}"
             )
-        expected = _SIZES.size + 12 * sequences + 8 * boundaries
+        # Sequences have an int32 length and an int64 pointer, document boundaries are int64.
+        expected = _HEADER.size + 12 * sequences + 8 * boundaries
         if index.stat().st_size != expected or not sequences or boundaries < 2:
             raise _problem(
                 f"{index} has {index.stat().st_size:,} bytes, but {sequences:,} sequences in "
                 f"{boundaries - 1:,} documents take {expected:,}"
             )
-        file.seek(_SIZES.size + 4 * (sequences - 1))
-        [length] = struct.unpack("<i", file.read(4))
-        file.seek(_SIZES.size + 12 * sequences - 8)
-        [pointer] = struct.unpack("<q", file.read(8))
+        file.seek(_HEADER.size + 4 * (sequences - 1))
+        [last_length] = struct.unpack("<i", file.read(4))
+        file.seek(_HEADER.size + 12 * sequences - 8)
+        [last_pointer] = struct.unpack("<q", file.read(8))
     itemsize = DTYPES[code][1]
-    size = pointer + length * itemsize
+    size = last_pointer + last_length * itemsize
     if data.stat().st_size != size:
         raise _problem(f"{data} has {data.stat().st_size:,} bytes, but its index says {size:,}")
     return code, sequences, boundaries, size // itemsize
@@ -105,7 +106,7 @@ def open_token_files(prefix: Path) -> TokenFiles:
 
     code, sequences, boundaries, _ = require_token_files(prefix)
     index, data = paths_of(prefix).values()
-    offset = _SIZES.size
+    offset = _HEADER.size
     lengths: np.ndarray = np.memmap(index, np.int32, "r", offset, (sequences,))
     offset += 4 * sequences
     pointers: np.ndarray = np.memmap(index, np.int64, "r", offset, (sequences,))
@@ -135,7 +136,7 @@ def require_valid(files: TokenFiles, vocabulary: int, progress: Callable[[int, i
     import numpy as np
 
     ends = np.cumsum(files.lengths, dtype=np.int64) * files.tokens.itemsize
-    is_whole = (
+    is_consistent = (
         int(files.lengths.min()) >= 0
         and int(files.pointers[0]) == 0
         and np.array_equal(files.pointers[1:], ends[:-1])
@@ -143,7 +144,7 @@ def require_valid(files: TokenFiles, vocabulary: int, progress: Callable[[int, i
         and int(files.documents[-1]) == len(files.lengths)
         and bool(np.all(np.diff(files.documents) >= 0))
     )
-    if not is_whole:
+    if not is_consistent:
         raise _problem(f"{files.prefix}.idx is damaged: its positions have gaps")
     for start in range(0, len(files.tokens), BLOCK):
         block = files.tokens[start : start + BLOCK]
@@ -157,21 +158,21 @@ def require_valid(files: TokenFiles, vocabulary: int, progress: Callable[[int, i
         progress(min(start + BLOCK, len(files.tokens)), len(files.tokens))
 
 
-def require_document_end(files: TokenFiles, end: int, name: Callable[[int], str]) -> bool:
+def require_document_end(files: TokenFiles, end: int, name_of: Callable[[int], str]) -> bool:
     """Returns whether the first documents end with the tokenizer's end of text.
 
     Raises:
-        RecipeError: They all end with another token.
+        RecipeError: These documents all end with one other token.
     """
     stops = [files.start(n) for n in range(1, min(CHECKED_ENDS + 1, len(files.documents)))]
-    last = {int(files.tokens[stop - 1]) for stop in stops if stop}
-    if len(last) == 1 and end not in last and len(stops) > 1:
-        [other] = last
+    last_tokens = {int(files.tokens[stop - 1]) for stop in stops if stop}
+    if len(last_tokens) == 1 and end not in last_tokens and len(stops) > 1:
+        [last] = last_tokens
         raise _problem(
-            f"documents end with token {other} ({name(other)}), not with {end} ({name(end)})",
-            f"data.document_end='{name(other)}'",
+            f"documents end with token {last} ({name_of(last)}), not with {end} ({name_of(end)})",
+            f"data.document_end='{name_of(last)}'",
         )
-    return last == {end}
+    return last_tokens == {end}
 
 
 def split_ranges(
@@ -182,17 +183,18 @@ def split_ranges(
 ) -> dict[str, range]:
     """Returns a range of documents for each split: training first, then ``fractions`` in order.
 
-    Fractions are of tokens.
+    A split's fraction is its fraction of the tokens.
     """
     limit = min(len(files.documents) - 1, max_documents or len(files.documents))
     if max_tokens is not None:
         limit = min(limit, max(1, _document_at(files, max_tokens)))
-    total, done = files.start(limit), 1 - sum(fractions.values())
-    ranges = {"train": range(min(limit, _document_at(files, total * done)))}
+    total, end = files.start(limit), 1 - sum(fractions.values())  # ``end`` is a fraction
+    ranges = {"train": range(min(limit, _document_at(files, total * end)))}
     for split, fraction in fractions.items():
-        done += fraction
-        stop = limit if done > 1 - 1e-9 else min(limit, _document_at(files, total * done))
-        first = max(each.stop for each in ranges.values())
+        end += fraction
+        is_last = end > 1 - 1e-9  # sums of fractions have rounding errors
+        stop = limit if is_last else min(limit, _document_at(files, total * end))
+        first = max(documents.stop for documents in ranges.values())
         ranges[split] = range(first, max(first, stop))
     return ranges
 
@@ -206,12 +208,12 @@ def _document_at(files: TokenFiles, token: float) -> int:
 
 
 def write_split(files: TokenFiles, documents: range, target: Path) -> int:
-    """Writes the index of a range of documents and a link to ``.bin``; returns how many tokens."""
+    """Writes an index of a range of documents, and a link to ``.bin``; returns the token count."""
     first, stop = (int(files.documents[n]) for n in (documents.start, documents.stop))
     boundaries = files.documents[documents.start : documents.stop + 1] - first
     index, data = paths_of(target).values()
     with index.open("wb") as file:
-        file.write(_SIZES.pack(HEADER, 1, files.code, stop - first, len(boundaries)))
+        file.write(_HEADER.pack(MAGIC, 1, files.dtype_code, stop - first, len(boundaries)))
         for array in (files.lengths[first:stop], files.pointers[first:stop], boundaries):
             array.tofile(file)
     data.symlink_to(paths_of(files.prefix)[".bin"].resolve())

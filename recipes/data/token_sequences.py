@@ -40,8 +40,8 @@ class TextSequences:
     def first(self, count: int) -> TextSequences:
         """Selects about ``count`` sequences, the first of each source."""
         spans = list(self.sources.values()) or [slice(0, len(self))]
-        each = math.ceil(count / len(spans))
-        return self[[n for span in spans for n in range(span.start, span.stop)[:each]]]
+        per_source = math.ceil(count / len(spans))
+        return self[[n for span in spans for n in range(span.start, span.stop)[:per_source]]]
 
     @property
     def predictions(self) -> int:
@@ -64,9 +64,9 @@ class TextSequences:
 def prediction_mask(tokens: Tensor, end: int | None, loss_mask: Tensor | None = None) -> Tensor:
     """Returns which predictions are in the loss: all but those of the token after ``end``.
 
-    That token starts another document and cannot be predicted (``eod_mask_loss`` in
-    ``megatron/core/datasets/gpt_dataset.py``). In a conversation, only the assistant's tokens
-    are in it. Training, evaluation, scores and the search use this mask.
+    The token after ``end`` starts another document and cannot be predicted (``eod_mask_loss`` in
+    ``megatron/core/datasets/gpt_dataset.py``). In a conversation, only predictions of the
+    assistant's tokens are in the loss. Training, evaluation, scores and the search use this mask.
 
     Args:
         tokens: int64 [..., n].
@@ -88,17 +88,17 @@ def sequences_by_source(
     """Returns which sequences of a split to take from each source.
 
     A split holds its sources one after the other, and sequence n starts at token n · seq_length.
-    Sequences across two sources, and sources without a whole sequence, are left out. ``count``
-    limits the total: each source gives its first sequences, an equal number of them, rounded up.
+    Sequences across two sources, and sources without a whole sequence, are left out. With
+    ``count``, each source gives its first ``count / sources`` sequences, rounded up.
     """
     spans, start = {}, 0
     for entry in sources:
         stop = start + entry.tokens
-        if numbers := range(-(-start // seq_length), stop // seq_length):
-            spans[entry.source] = numbers
+        if span := range(-(-start // seq_length), stop // seq_length):
+            spans[entry.source] = span
         start = stop
-    each = None if count is None or not spans else math.ceil(count / len(spans))
-    return {name: numbers[:each] for name, numbers in spans.items()}
+    per_source = None if count is None or not spans else math.ceil(count / len(spans))
+    return {name: span[:per_source] for name, span in spans.items()}
 
 
 def read_sequences(
@@ -141,8 +141,9 @@ def first_sequences(
 ) -> Tensor:
     """Returns a split's first sequences, int64 [sequences, seq_length]. They may span documents."""
     ids = read_tokens(artifact, split)
-    fit = min(len(ids) // seq_length, len(ids) if count is None else count)
-    return torch.from_numpy(ids[: fit * seq_length].astype(np.int64)).view(fit, seq_length)
+    available = len(ids) // seq_length
+    number = available if count is None else min(available, count)
+    return torch.from_numpy(ids[: number * seq_length].astype(np.int64)).view(number, seq_length)
 
 
 def read_tokens(artifact: Path, split: str) -> np.ndarray:
@@ -168,7 +169,7 @@ def read_loss_mask(artifact: Path, split: str) -> np.ndarray | None:
 
 
 def count_sequences(tokens: np.ndarray, seq_length: int) -> int:
-    """Returns the number of training sequences: each needs one more token, its last label."""
+    """Returns the number of training sequences. Each needs one more token as its last label."""
     return (len(tokens) - 1) // seq_length
 
 
@@ -193,11 +194,11 @@ def sequence_prediction_mask(
 def sequence_order(ids: np.ndarray, total: int, seed: int, epoch: int) -> np.ndarray:
     """Returns the sequences ``ids``, int64 [n], in the random order of an epoch.
 
-    Any subset of sequences has the order that it has among all ``total`` sequences. So training on
+    Sequences of a subset have the same order as among all ``total`` sequences. So training on
     cached logits of an epoch's first sequences has the same batches as without a cache.
     """
-    ranks = np.random.default_rng([seed, epoch]).random(total)
-    ordered: np.ndarray = ids[np.argsort(ranks[ids], kind="stable")]
+    sort_keys = np.random.default_rng([seed, epoch]).random(total)
+    ordered: np.ndarray = ids[np.argsort(sort_keys[ids], kind="stable")]
     return ordered
 
 
@@ -216,9 +217,9 @@ def weighted_sequences(
         RecipeError: A source has no whole sequence with a next token.
     """
     spans = {
-        name: np.arange(numbers.start, min(numbers.stop, total))
-        for name, numbers in sequences_by_source(sources, seq_length).items()
-        if numbers.start < total
+        name: np.arange(span.start, min(span.stop, total))
+        for name, span in sequences_by_source(sources, seq_length).items()
+        if span.start < total
     }
     for name in weights:
         if name not in spans:
@@ -237,7 +238,7 @@ def blend(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np.ndarra
 
     Returns:
         The source of each sample, int16 [samples], and the sample's number within its source, int64
-        [samples]. At every point, a source exceeds its fraction by less than one sample.
+        [samples]. After any number of samples, a source has less than one sample too many.
     """
     sources, numbers = np.zeros(samples, np.int16), np.zeros(samples, np.int64)
     fractions = np.array(weights, dtype=np.float64) / math.fsum(weights)

@@ -1,4 +1,4 @@
-"""Tokenizes documents, each with the tokens that begin and end it."""
+"""Tokenizes documents, in processes and on ranks, and adds the tokens around each document."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from recipes.core.watchdog import report_progress
 
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 """Names of the token between documents in pretraining. ``eos_token`` of an instruct model is often
-another one, which ends a turn."""
+another token, which ends a turn."""
 AHEAD = 4
 """Batches queued per process, so that no process waits for text."""
 LONGEST_WAIT = timedelta(days=1)
@@ -42,13 +42,13 @@ class Encoded:
     loss_mask: np.ndarray | None = None
     """bool [n]: tokens whose prediction is in the loss. ``None``: all but the first."""
     shortened: bool = False
-    left_out: str = ""
-    """The reason why the document is left out and has no tokens; else empty."""
+    left_out_reason: str = ""
+    """Why the document is left out and has no tokens; empty if it is used."""
 
     @classmethod
-    def without(cls, reason: str) -> Encoded:
-        """Makes a document that is left out."""
-        return cls(np.empty(0, np.int32), left_out=reason)
+    def left_out_because(cls, reason: str) -> Encoded:
+        """Makes a document without tokens, which is left out for a reason."""
+        return cls(np.empty(0, np.int32), left_out_reason=reason)
 
 
 class Encoder(Protocol):
@@ -110,13 +110,15 @@ def encode_all(
         yield from ((encoder.encode(texts), item) for texts, item in batches)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _start, (encoder, os.getpid())) as pool:
+    with ProcessPoolExecutor(
+        processes, context, _initialize_worker, (encoder, os.getpid())
+    ) as pool:
         waiting: deque[tuple[Future[list[Encoded]], ItemT]] = deque()
         source = iter(batches)
         try:
             while True:
                 for texts, item in islice(source, AHEAD * processes - len(waiting)):
-                    waiting.append((pool.submit(_encode, texts), item))
+                    waiting.append((pool.submit(_encode_in_worker, texts), item))
                 if not waiting:
                     return
                 encoded, item = waiting.popleft()
@@ -136,21 +138,21 @@ def encode_on_ranks(
     """Encodes batches in order on all ranks; only rank 0 yields them.
 
     All ranks read all text. Batches form groups of one batch per rank, and each rank encodes its
-    batch. After each group, rank 0 tells the others whether to continue.
+    batch. After each group, rank 0 tells the other ranks whether to continue.
     """
     if world_size() == 1:
         yield from encode_all(encoder, batches, processes)
         return
-    for own, items in encode_all(encoder, _groups(batches), processes):
-        encoded: list[Any] | None = [None] * world_size() if rank() == 0 else None
-        torch_distributed().gather_object(own, encoded)
+    for encoded, items in encode_all(encoder, _groups(batches), processes):
+        encoded_by_rank: list[Any] | None = [None] * world_size() if rank() == 0 else None
+        torch_distributed().gather_object(encoded, encoded_by_rank)
         try:
-            yield from zip(encoded or [], items, strict=False)
-        except GeneratorExit:
-            share(False)
+            yield from zip(encoded_by_rank or [], items, strict=False)
+        except GeneratorExit:  # the caller on rank 0 stops early
+            broadcast(False)
             raise
         report_progress()
-        if not share(True):
+        if not broadcast(True):
             return
 
 
@@ -165,7 +167,7 @@ def _groups(
         yield group[rank()][0] if rank() < len(group) else [], [item for _, item in group]
 
 
-def share(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """Returns rank 0's value on every rank."""
     if world_size() == 1:
         return value
@@ -187,7 +189,7 @@ _worker_encoder: list[Encoder] = []
 """The encoder of this worker process, set when the process starts."""
 
 
-def _start(encoder: Encoder, parent: int) -> None:
+def _initialize_worker(encoder: Encoder, parent: int) -> None:
     die_with_parent()
     if os.getppid() != parent:  # the parent died before die_with_parent()
         os._exit(1)
@@ -195,7 +197,7 @@ def _start(encoder: Encoder, parent: int) -> None:
     _worker_encoder.append(encoder)
 
 
-def _encode(texts: list[str]) -> list[Encoded]:
+def _encode_in_worker(texts: list[str]) -> list[Encoded]:
     return _worker_encoder[0].encode(texts)
 
 
@@ -203,8 +205,8 @@ def load_tokenizer(folder: Path, document_end: str | None = None) -> DocumentTok
     """Reads the tokenizer in the folder of a Hugging Face model or a NeMo checkpoint.
 
     Documents end with ``document_end``. The default is the first token of ``ENDS_OF_TEXT`` that the
-    vocabulary has, or else ``eos_token``, which in an instruct model often ends a turn, after which
-    the model expects the next role.
+    vocabulary has, or else ``eos_token``. In an instruct model ``eos_token`` often ends a turn, and
+    the model then expects the next role.
 
     Raises:
         RecipeError: There is no such token, or no ``tokenizer.json``.

@@ -30,7 +30,7 @@ def read(text_file: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def cfg(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> PrepareDataConfig:
-    """Records, paragraphs and a held-out source, with documents that are in several of them."""
+    """Sources of records, paragraphs and held-out text, which have some documents in common."""
     folder = tmp_path_factory.mktemp("sources")
     texts = read(text_file)
     (folder / "prose.txt").write_text("\n\n".join(texts[300:560]))
@@ -43,5 +43,6 @@ def cfg(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> PrepareDat
 
 
 def content(folder: Path) -> dict[str, str]:
+    """Returns the hash of each file of the splits, by name."""
     files = [file for split in SPLITS for file in folder.glob(f"{split}.*")]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

@@ -1,4 +1,4 @@
-"""Text through Hugging Face datasets, from a local folder and from a fake hub."""
+"""Tests reading of Hugging Face datasets, from a local folder and from a fake hub."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def test_reading_a_hugging_face_dataset_resumes(tmp_path: Path) -> None:
     source = f"hf://{tmp_path}:train"
     whole = list(read_source(source, "text"))
     assert len(whole) == 30
-    first = read_source(source, "text")
-    begun = list(islice(first, 17))
-    state = json.loads(json.dumps(first.state()))
-    assert begun + list(read_source(source, "text", state)) == whole
+    reader = read_source(source, "text")
+    start = list(islice(reader, 17))
+    state = json.loads(json.dumps(reader.state()))
+    assert start + list(read_source(source, "text", state)) == whole
 
 
 def test_a_dataset_on_a_hub_is_read_at_its_revision_or_newest_commit(tmp_path: Path) -> None:

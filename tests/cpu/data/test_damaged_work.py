@@ -1,4 +1,4 @@
-"""Work of a killed preparation whose files are damaged."""
+"""Tests damaged files in the work folder of a killed preparation."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from recipes.data.corpus import digest
 from recipes.data.split_writer import SplitWriter
 
 
-@pytest.mark.parametrize("damage", ["cut short", "overwritten"])
+@pytest.mark.parametrize("damage", ["truncated", "overwritten"])
 def test_a_damaged_ledger_is_named(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "ledger.sqlite"
     with preparation.Ledger(path) as ledger:
         for number in range(2000):
-            ledger.is_new(digest(str(number)))
+            ledger.add_if_new(digest(str(number)))
         ledger.save({})
-    if damage == "cut short":
+    if damage == "truncated":
         os.truncate(path, path.stat().st_size // 2)
     else:
         path.write_bytes(b"x" * path.stat().st_size)

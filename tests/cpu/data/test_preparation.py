@@ -1,4 +1,4 @@
-"""Text to splits: the same bytes from any number of processes, and after any ``kill -9``."""
+"""Tests the preparation of text: any number of processes, and ``kill -9``, give the same bytes."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from tests.cpu.data.conftest import LOG, content, read
 from tests.support.text import write_chats
 
 LENGTH = 64
+"""Tokens of a sequence."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def documents(folder: Path, split: str) -> list[tuple[int, ...]]:
     return [tuple(dataset[i].tolist()) for i in range(len(dataset))]
 
 
-def test_every_document_is_in_one_split_and_held_out_sources_in_theirs(
+def test_every_document_is_in_one_split_and_held_out_sources_are_in_heldout(
     cfg: PrepareDataConfig,
     undisturbed: tuple[Path, PreparationState],
     tokenizer: DocumentTokenizer,
@@ -62,10 +63,10 @@ def test_every_document_is_in_one_split_and_held_out_sources_in_theirs(
     for split, (size, count) in done.sizes.items():
         assert count == len(documents(folder, split)) > 0
         assert size == 4 * sum(map(len, documents(folder, split)))
-    for split, of_split in done.sources.items():
-        assert 4 * sum(of_split.values()) == done.sizes[split][0]
-        assert list(of_split) == [n for n in ("apart", "records", "prose") if n in of_split]
-        assert ("apart" in of_split) == (split == "heldout")
+    for split, tokens in done.sources.items():
+        assert 4 * sum(tokens.values()) == done.sizes[split][0]
+        assert list(tokens) == [n for n in ("apart", "records", "prose") if n in tokens]
+        assert ("apart" in tokens) == (split == "heldout")
     assert list(done.sources["train"]) == ["records", "prose"]
     lines = Path(cfg.heldout_sources[0]).read_text().splitlines()
     encoded = tokenizer.encode([json.loads(line).strip() for line in lines])
@@ -77,21 +78,21 @@ def test_every_document_is_in_one_split_and_held_out_sources_in_theirs(
 def test_excluded_documents_are_in_no_split(
     cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, text_file: Path, tmp_path: Path
 ) -> None:
-    texts, others = set(read(text_file)[:40]), set(read(text_file)[40:600])
-    excluding = replace(cfg, excluded_documents=[digest(text).hex() for text in texts])
+    excluded, others = set(read(text_file)[:40]), set(read(text_file)[40:600])
+    excluding = replace(cfg, excluded_documents=[digest(text).hex() for text in excluded])
     done = prepare(excluding, tokenizer, tmp_path, LOG)
     written = {document for split in SPLITS for document in documents(tmp_path, split)}
-    assert not written & {tuple(one.ids.tolist()) for one in tokenizer.encode([*texts])}
-    assert sum(count for _, count in done.sizes.values()) == len(others - texts)
+    assert not written & {tuple(one.ids.tolist()) for one in tokenizer.encode([*excluded])}
+    assert sum(count for _, count in done.sizes.values()) == len(others - excluded)
 
 
 def test_ten_times_the_text_takes_the_same_memory(
     tokenizer: DocumentTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counts all memory of Python and NumPy: texts, digests, tokens and lengths of documents."""
+    """The traced memory is that of Python and NumPy: texts, digests, tokens and lengths."""
     monkeypatch.setattr(split_writer, "BLOCK", 512)
     peaks = []
-    for number in (2_000, 2_000, 20_000):  # the first also allocates what later ones reuse
+    for number in (2_000, 2_000, 20_000):  # the first run also allocates what later runs reuse
         texts = (
             f"{n} of {number} documents, each with words of its own " * 4 for n in range(number)
         )
@@ -113,7 +114,7 @@ def test_more_processes_write_the_same_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(preparation, "BATCH_DOCUMENTS", 16)  # so that both have much to do
+    monkeypatch.setattr(preparation, "BATCH_DOCUMENTS", 16)  # both processes get many batches
     done = prepare(replace(cfg, processes=2), tokenizer, tmp_path, LOG)
     assert done == undisturbed[1]
     assert content(tmp_path) == content(undisturbed[0])
@@ -143,7 +144,7 @@ def chat(odd_llama: Path, tokenizer: DocumentTokenizer) -> ChatTokenizer:
 def mixed(
     text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[PrepareDataConfig, list[str]]:
-    """Settings with conversations between texts, and the text of each conversation."""
+    """Settings with a source of conversations between two of text, and the conversations' texts."""
     folder = tmp_path_factory.mktemp("mixed")
     (folder / "texts.jsonl").write_text("".join(text_file.read_text().splitlines(True)[:100]))
     chats = write_chats(folder / "chats.jsonl", text_file, 700)
@@ -162,7 +163,7 @@ def undisturbed_mixed(
     chat: ChatTokenizer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, PreparationState]:
-    """The result in batches of 16, the size in the test that kills the process."""
+    """The result in batches of 16, as in the test that kills the process."""
     folder = tmp_path_factory.mktemp("mixed_result")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparation, "BATCH_DOCUMENTS", 16)
@@ -175,27 +176,28 @@ def test_conversations_lie_whole_in_sequences_with_masked_answers(
     tokenizer: DocumentTokenizer,
     odd_llama: Path,
 ) -> None:
-    """Each lies in one sequence, after the padding of the sequence before."""
-    known, (folder, done) = AutoTokenizer.from_pretrained(odd_llama), undisturbed_mixed
-    remaining = Counter(tuple(known(text)["input_ids"]) for text in dict.fromkeys(mixed[1]))
+    """The text before the conversations has the mask of plain text."""
+    hf_tokenizer, (folder, done) = AutoTokenizer.from_pretrained(odd_llama), undisturbed_mixed
+    chat_ids = (tuple(hf_tokenizer(text)["input_ids"]) for text in dict.fromkeys(mixed[1]))
+    remaining = Counter(chat_ids)
     used = shortened = packed_tokens = answers = 0
     for split in SPLITS:
         tokens, loss_mask = read_tokens(folder, split), read_loss_mask(folder, split)
         assert loss_mask is not None
         assert len(loss_mask) == len(tokens)
-        of_split = done.sources[split]
-        start = of_split.get("texts", 0)
-        stop = start + of_split["chats"]
-        assert 4 * sum(of_split.values()) == done.sizes[split][0] == 4 * len(tokens)
+        source_tokens = done.sources[split]
+        start = source_tokens.get("texts", 0)
+        stop = start + source_tokens["chats"]
+        assert 4 * sum(source_tokens.values()) == done.sizes[split][0] == 4 * len(tokens)
         before = np.concatenate([[tokenizer.end], tokens[:-1]])[:start]
         assert (loss_mask[:start] == (before != tokenizer.end)).all()
         for ids, marks in _documents(tokens, loss_mask, start, stop, tokenizer.end):
             if remaining[ids] > 0:
                 remaining[ids] -= 1
             else:  # the start of a conversation that was shortened because it is too long
-                assert any(one[: len(ids)] == ids for one in remaining if len(one) >= LENGTH)
+                assert any(chat[: len(ids)] == ids for chat in remaining if len(chat) >= LENGTH)
                 shortened += 1
-            turn, expected = 0, []
+            turn, expected = 0, []  # every second turn is an answer
             for token in ids:
                 expected.append(turn % 2 == 1)
                 turn += token == tokenizer.end
@@ -216,7 +218,7 @@ def test_conversations_lie_whole_in_sequences_with_masked_answers(
 def _documents(
     tokens: np.ndarray, loss_mask: np.ndarray, start: int, stop: int, end: int
 ) -> Iterator[tuple[tuple[int, ...], list[bool]]]:
-    """Splits each sequence at the two end tokens that follow a conversation."""
+    """Yields ids and masks of conversations. Two end tokens follow each: its own and ``end``."""
     for sequence in range(start // LENGTH, -(-stop // LENGTH)):
         position = max(start, sequence * LENGTH)
         last = min(stop, (sequence + 1) * LENGTH)
@@ -227,20 +229,20 @@ def _documents(
                 continue
             ends = tokens[position:last] == end
             size = int(np.flatnonzero(ends[:-1] & ends[1:])[0]) + 1
-            inside = slice(position, position + size)
-            yield tuple(tokens[inside].tolist()), loss_mask[inside].tolist()
+            span = slice(position, position + size)
+            yield tuple(tokens[span].tolist()), loss_mask[span].tolist()
             position += size + 1
 
 
 def prepare_until_killed(
     cfg: PrepareDataConfig,
     tokenizer: DocumentTokenizer,
-    to: Path,
+    folder: Path,
     lines: int,
     chat: ChatTokenizer | None,
 ) -> None:
     """Prepares in small batches, and waits when the log is a few lines longer than ``lines``."""
-    metrics = to / "metrics.jsonl"
+    metrics = folder / "metrics.jsonl"
 
     class WaitingLog(MetricsLog):
         def log(self, **values: object) -> None:
@@ -249,7 +251,7 @@ def prepare_until_killed(
                 time.sleep(600)
 
     preparation.BATCH_DOCUMENTS, preparation.SAVE_SECONDS = 16, 0.01
-    prepare(cfg, tokenizer, to, WaitingLog(metrics), chat)
+    prepare(cfg, tokenizer, folder, WaitingLog(metrics), chat)
 
 
 @pytest.mark.parametrize(("chats", "processes"), [(False, 1), (False, 2), (True, 1)])
@@ -264,10 +266,10 @@ def test_killed_work_resumes_to_the_same_bytes(
     cfg = request.getfixturevalue("mixed")[0] if chats else request.getfixturevalue("cfg")
     expected = request.getfixturevalue("undisturbed_mixed" if chats else "undisturbed")
     chat = request.getfixturevalue("chat") if chats else None
-    metrics, several = tmp_path / "metrics.jsonl", replace(cfg, processes=processes)
+    metrics, killed_cfg = tmp_path / "metrics.jsonl", replace(cfg, processes=processes)
     for lines in (30,) if chats else (20, 50):
         process = multiprocessing.get_context("fork").Process(
-            target=prepare_until_killed, args=(several, tokenizer, tmp_path, lines, chat)
+            target=prepare_until_killed, args=(killed_cfg, tokenizer, tmp_path, lines, chat)
         )
         process.start()
         while process.is_alive() and _lines(metrics) < lines:
@@ -275,10 +277,10 @@ def test_killed_work_resumes_to_the_same_bytes(
         children, deadline = _children(process.pid), time.monotonic() + 300
         process.kill()
         process.join()
-        while any(map(_runs, children)):
+        while any(map(_is_running, children)):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert process.exitcode == -signal.SIGKILL, "it was done before it could be killed"
+        assert process.exitcode == -signal.SIGKILL, "the process ended before it could be killed"
     with preparation.Ledger(tmp_path / "ledger.sqlite") as ledger:
         saved = ledger.progress()
     assert saved is not None
@@ -306,11 +308,12 @@ def test_the_deadline_stops_and_the_next_start_resumes(
 
 
 def _children(pid: int | None) -> list[Path]:
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [Path(f"/proc/{child}/stat") for child in found]
+    """Returns the ``stat`` files of a process's children."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [Path(f"/proc/{child}/stat") for child in children]
 
 
-def _runs(stat: Path) -> bool:
+def _is_running(stat: Path) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 

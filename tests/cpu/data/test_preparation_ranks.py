@@ -1,4 +1,4 @@
-"""Preparation on several ranks, and the index that it writes."""
+"""Tests preparation on several ranks, and the index that it writes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ preparation.BATCH_DOCUMENTS = 64
 cfg = PrepareDataConfig(**json.loads(Path(sys.argv[1]).read_text()))
 folder = Path(sys.argv[3])
 for deadline in (True, True, False):
-    os.environ["STAGE_DEADLINE"] = "1" if deadline else ""  # 1 is in 1970
+    os.environ["STAGE_DEADLINE"] = "1" if deadline else ""  # 1 second after 1970 has passed
     try:
         prepare(cfg, load_tokenizer(Path(sys.argv[2])), folder, MetricsLog(None))
         stopped = False
@@ -54,7 +54,7 @@ def test_two_ranks_write_the_same_bytes(
     limits: dict[str, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two real ranks, which stop at a deadline twice and resume."""
+    """The two ranks stop at a deadline twice and resume."""
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         folder.mkdir()
@@ -72,10 +72,10 @@ def test_files_equal_those_of_megatron(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(split_writer, "BLOCK", 7)  # several blocks, the last one not full
     generator = np.random.default_rng(0)
     texts = [generator.integers(0, 99, n) for n in generator.integers(1, 30, 50)]
-    for split, chosen in (("some", texts), ("none", [])):
+    for split, documents in (("some", texts), ("none", [])):
         theirs = IndexedDatasetBuilder(str(tmp_path / f"theirs-{split}.bin"), dtype=np.int32)
         with SplitWriter(tmp_path, [split]) as writer:
-            for ids in chosen:
+            for ids in documents:
                 writer.add(split, ids)
                 theirs.add_document(torch.tensor(ids), [len(ids)])
         theirs.finalize(str(tmp_path / f"theirs-{split}.idx"))

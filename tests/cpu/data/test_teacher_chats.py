@@ -1,4 +1,4 @@
-"""A teacher writes conversations once per request; unfinished turns are dropped."""
+"""Tests that a teacher writes conversations once per request, without unfinished turns."""
 
 from __future__ import annotations
 
@@ -54,13 +54,11 @@ def random_model() -> Any:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        teacher_chats, "BATCH_TOKENS", 0
-    )  # smallest batches, so that there are several
+    monkeypatch.setattr(teacher_chats, "BATCH_TOKENS", 0)  # small batches, so there are several
 
 
 def test_short_conversations_come_in_larger_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch has ``BATCH_TOKENS``, but at least 32 conversations and no more than requested."""
+    """A batch has ``BATCH_TOKENS`` or the requested tokens, but at least 32 conversations."""
     monkeypatch.undo()  # the real ``BATCH_TOKENS``
     large = replace(REQUEST, tokens=200_000)
     sizes = [replace(large, seq_length=n).batch_size() for n in (256, 512, 1024, 8192)]
@@ -111,7 +109,7 @@ def test_conversations_are_invented_and_fit_a_sequence(teacher: ChatWriter) -> N
     encoded = encoder.encode(
         [json.dumps(conversation["messages"]) for conversation in conversations]
     )
-    assert not any(one.shortened or one.left_out for one in encoded)
+    assert not any(chat.shortened or chat.left_out_reason for chat in encoded)
     assert sum(json.loads(b.read_text())["unfinished"] for b in file.parent.glob("0*.json")) > 0
     with pytest.raises(RecipeError, match="finished none of"):
         write_and_read(teacher, replace(REQUEST, seq_length=20))
@@ -126,16 +124,16 @@ def test_questions_of_a_file_are_answered_once_each(teacher: ChatWriter, tmp_pat
         for n in range(REQUEST.batch_size() + 5)
     ]
     answer = {"role": "assistant", "content": "no"}
-    lines = [json.dumps({"messages": [*one, answer, one[1], answer]}) for one in questions]
+    lines = [json.dumps({"messages": [*turns, answer, turns[1], answer]}) for turns in questions]
     (tmp_path / "questions.jsonl").write_text("\n".join(lines))
     prompts = replace(REQUEST, tokens=10**6, prompts=str(tmp_path / "questions.jsonl"))
     conversations, file = write_and_read(teacher, prompts)
     answered = [conversation["messages"][:-1] for conversation in conversations]
-    positions = [questions.index(question) for question in answered]
+    positions = [questions.index(turns) for turns in answered]
     assert 5 < len(conversations) < len(questions)  # answers that do not end are left out
     assert positions == sorted(set(positions))
     assert all(len(conversation["messages"]) == 3 for conversation in conversations)
-    # If the content of the file changes, the request is another one.
+    # If the content of the file changes, the request and its folder are new.
     (tmp_path / "questions.jsonl").write_text("\n".join(lines[:3]))
     assert write_and_read(teacher, prompts)[1] != file
 

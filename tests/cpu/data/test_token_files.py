@@ -1,4 +1,4 @@
-"""Text in an existing pair of Megatron's files: checked, divided and linked."""
+"""Tests text in an existing pair of Megatron's files, which is checked, divided and linked."""
 
 from __future__ import annotations
 
@@ -37,9 +37,11 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes documents with Megatron's own builder; each has two sequences."""
+    """Returns a function that writes documents of two sequences with Megatron's own builder."""
 
-    def written(dtype: type[np.number] = np.uint16, documents: int = 100, end: int = END) -> Path:
+    def write_documents(
+        dtype: type[np.number] = np.uint16, documents: int = 100, end: int = END
+    ) -> Path:
         prefix = tmp_path / "corpus_text_document"
         builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
         generator = np.random.default_rng(0)
@@ -51,7 +53,7 @@ def write(tmp_path: Path) -> Write:
         builder.finalize(f"{prefix}.idx")
         return prefix
 
-    return written
+    return write_documents
 
 
 def ignore(done: int, total: int) -> None:
@@ -70,7 +72,7 @@ def test_splits_are_links_to_ranges_without_overlap(
     assert [n for split in SPLITS for n in ranges[split]] == [*range(100)]
     out = tmp_path / "out"
     out.mkdir()
-    found = []
+    ids_of_splits = []
     for split, documents in ranges.items():
         tokens = write_split(files, documents, out / split)
         assert (out / f"{split}.bin").is_symlink()
@@ -80,8 +82,8 @@ def test_splits_are_links_to_ranges_without_overlap(
         ids = read_tokens(out, split)
         assert np.array_equal(ids, np.concatenate([written[n] for n in range(len(written))]))
         assert len(ids) == tokens
-        found.append(ids)
-    assert np.array_equal(np.concatenate(found), files.tokens)
+        ids_of_splits.append(ids)
+    assert np.array_equal(np.concatenate(ids_of_splits), files.tokens)
     assert len(ranges["train"]) == 90
     links = [out / f"{split}.bin" for split in SPLITS]
     assert sha256_of_each(links) == [sha256_of(Path(f"{prefix}.bin"))] * len(SPLITS)
@@ -89,8 +91,8 @@ def test_splits_are_links_to_ranges_without_overlap(
 
 def test_limits_shorten_the_text(write: Write) -> None:
     files = open_token_files(write())
-    for documents, tokens in ((50, None), (None, 50 * 102)):
-        ranges = split_ranges(files, FRACTIONS, documents, tokens)
+    for max_documents, max_tokens in ((50, None), (None, 50 * 102)):
+        ranges = split_ranges(files, FRACTIONS, max_documents, max_tokens)
         assert ranges["heldout"].stop == 50
         assert len(ranges["train"]) == 45
 
@@ -130,7 +132,7 @@ def test_damaged_or_foreign_files_are_refused(write: Write) -> None:
 def test_the_stage_links_tokens_and_tokenizes_held_out_text(
     write: Write, tmp_path: Path, odd_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stage itself; only the teacher's checkpoint is a Hugging Face folder."""
+    """Runs the stage. Only the teacher's checkpoint is replaced, by a Hugging Face folder."""
     monkeypatch.setattr(nemo, "find_checkpoint", lambda artifact: odd_llama)
     monkeypatch.setattr(nemo, "side_folder", lambda checkpoint: checkpoint)
     tokenizer = load_tokenizer(odd_llama)

@@ -1,4 +1,4 @@
-"""Tokens of documents and conversations: special tokens, loss masks, and packing."""
+"""Tests tokens of documents and conversations: special tokens, loss masks, and packing."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def encode(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> Encoded:
     return conversation
 
 
-def trained_text(tokenizer: ChatTokenizer, conversation: Encoded) -> list[str]:
+def texts_in_loss(tokenizer: ChatTokenizer, conversation: Encoded) -> list[str]:
     """Returns the text of each run of tokens that are in the loss."""
     assert conversation.loss_mask is not None
     edges = np.flatnonzero(np.diff(np.concatenate([[0], conversation.loss_mask, [0]])))
@@ -69,17 +69,18 @@ def trained_text(tokenizer: ChatTokenizer, conversation: Encoded) -> list[str]:
 @pytest.mark.parametrize("template", [PLAIN, WITH_GENERATION_TAGS])
 def test_only_the_words_of_the_assistant_count_in_the_loss(tmp_path: Path, template: str) -> None:
     tokenizer = make_tokenizer(tmp_path, template)
-    again = {"role": "assistant", "content": "Thus, since ü."}
-    conversation = encode(
-        tokenizer, [*QUESTION, ANSWER, {"role": "user", "content": "And?"}, again]
-    )
+    second_turn = [
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "Thus, since ü."},
+    ]
+    conversation = encode(tokenizer, [*QUESTION, ANSWER, *second_turn])
     expected = (
         "<start>system\nBe brief.<stop>\n<start>user\nWhy?<stop>\n<start>assistant\nSo.<stop>\n"
         "<start>user\nAnd?<stop>\n<start>assistant\nThus, since ü.<stop>\n<end>"
     )
     assert tokenizer._tokenizer.decode(conversation.ids) == expected
-    assert trained_text(tokenizer, conversation) == ["So.<stop>", "Thus, since ü.<stop>"]
-    assert (conversation.shortened, conversation.left_out) == (False, "")
+    assert texts_in_loss(tokenizer, conversation) == ["So.<stop>", "Thus, since ü.<stop>"]
+    assert (conversation.shortened, conversation.left_out_reason) == (False, "")
     copy = pickle.loads(pickle.dumps(tokenizer))  # as when it is sent to another process
     first = encode(copy, [*QUESTION, ANSWER]).ids.tolist()
     assert first == [*conversation.ids.tolist()[: len(first) - 1], END]
@@ -89,9 +90,9 @@ def test_only_the_words_of_the_assistant_count_in_the_loss(tmp_path: Path, templ
     ("template", "messages", "reason"),
     [
         (PLAIN, QUESTION, chat.NO_ANSWER),
-        (ALTERNATES, [*QUESTION, ANSWER], chat.TEMPLATE),
-        (THINK_IN_LAST_TURN, [*QUESTION, ANSWER, *QUESTION, ANSWER], chat.NO_PREFIX),
-        (PLAIN, [ANSWER], chat.NO_PREFIX),
+        (ALTERNATES, [*QUESTION, ANSWER], chat.TEMPLATE_ERROR),
+        (THINK_IN_LAST_TURN, [*QUESTION, ANSWER, *QUESTION, ANSWER], chat.ANSWERS_NOT_FOUND),
+        (PLAIN, [ANSWER], chat.ANSWERS_NOT_FOUND),
         (PLAIN, [*QUESTION, {"role": "assistant", "content": "a <stop> b"}], chat.SPECIAL_TOKEN),
         (PLAIN, [*QUESTION, {"role": "assistant", "content": "x" * LONG}], chat.TOO_LONG),
     ],
@@ -100,9 +101,9 @@ def test_unusable_conversations_are_left_out(
     tmp_path: Path, template: str, messages: list[dict[str, str]], reason: str
 ) -> None:
     conversation = encode(make_tokenizer(tmp_path, template), messages)
-    assert (conversation.left_out, len(conversation.ids)) == (reason, 0)
+    assert (conversation.left_out_reason, len(conversation.ids)) == (reason, 0)
     if template == THINK_IN_LAST_TURN:  # a conversation of one turn is usable
-        assert trained_text(
+        assert texts_in_loss(
             make_tokenizer(tmp_path, template),
             encode(make_tokenizer(tmp_path, template), messages[:3]),
         )
@@ -111,18 +112,20 @@ def test_unusable_conversations_are_left_out(
 def test_a_long_conversation_is_shortened_to_its_last_whole_answer(tmp_path: Path) -> None:
     turns = [*QUESTION, ANSWER, {"role": "user", "content": "And?"}, ANSWER]
     unshortened = encode(make_tokenizer(tmp_path, PLAIN), turns)
-    # The first length cuts off the line break after the last answer, the next the last two turns.
+    # The first length cuts off the line break after the last answer, other lengths two turns.
     for length in range(len(unshortened.ids) - 1, 63, -1):
         tokenizer = make_tokenizer(tmp_path, PLAIN, length)
         conversation = encode(tokenizer, turns)
         answers = 2 if length >= len(unshortened.ids) - 1 else 1
-        assert trained_text(tokenizer, conversation) == ["So.<stop>"] * answers, length
+        assert texts_in_loss(tokenizer, conversation) == ["So.<stop>"] * answers, length
         assert conversation.shortened
         assert len(conversation.ids) <= length
         assert conversation.ids[-2:].tolist() == [STOP, END]
     first = len(conversation.ids)
     assert encode(make_tokenizer(tmp_path, PLAIN, first), turns).shortened
-    assert encode(make_tokenizer(tmp_path, PLAIN, first - 1), turns).left_out == chat.TOO_LONG
+    assert (
+        encode(make_tokenizer(tmp_path, PLAIN, first - 1), turns).left_out_reason == chat.TOO_LONG
+    )
 
 
 def test_each_conversation_lies_in_one_sequence() -> None:
@@ -132,14 +135,15 @@ def test_each_conversation_lies_in_one_sequence() -> None:
         conversations = [Encoded(np.full(n, 5 + i), np.arange(n) > 0) for i, n in enumerate(sizes)]
         position = int(generator.integers(0, 100))
         packed = list(pack(conversations, position, length, END))
-        ids = np.concatenate([each.ids for each in packed])
-        loss_mask = np.concatenate([each.loss_mask for each in packed])  # type: ignore[misc]
+        ids = np.concatenate([encoded.ids for encoded in packed])
+        loss_mask = np.concatenate([encoded.loss_mask for encoded in packed])  # type: ignore[misc]
         positions = position + np.arange(len(ids))
         for i, n in enumerate(sizes):
-            own = positions[ids == 5 + i]
-            assert len(own) == n
-            assert own[0] // length == own[-1] // length
-            assert own[-1] - own[0] == n - 1
+            of_conversation = positions[ids == 5 + i]
+            first, last = of_conversation[0], of_conversation[-1]
+            assert len(of_conversation) == n
+            assert first // length == last // length
+            assert last - first == n - 1
         assert not loss_mask[ids == END].any()
         sequences = -(-(position % length + len(ids)) // length)
         assert sequences <= len(_pack_in_order(sizes, position % length, length))
@@ -148,7 +152,7 @@ def test_each_conversation_lies_in_one_sequence() -> None:
 def _pack_in_order(sizes: np.ndarray, first: int, length: int) -> list[int]:
     """Returns the tokens in each sequence if conversations are packed in order.
 
-    The first sequence has ``first`` tokens already.
+    The first sequence already has ``first`` tokens.
     """
     sequences = [first]
     for size in sizes:
@@ -180,13 +184,13 @@ def test_records_without_messages_are_refused(record: object, message: str) -> N
         messages_of(record)
 
 
-def saved_tokenizer(folder: Path, *marks: str, begins: bool = False, **names: str) -> Path:
-    """Saves a tokenizer of letters and special tokens; ``begins`` puts ``<s>`` before texts."""
-    vocabulary = {token: i for i, token in enumerate([*"abc", *marks])}
+def save_tokenizer(folder: Path, *special: str, adds_bos: bool = False, **names: str) -> Path:
+    """Saves a tokenizer of letters and special tokens; ``adds_bos`` puts ``<s>`` before texts."""
+    vocabulary = {token: i for i, token in enumerate([*"abc", *special])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(list(marks))
-    if begins:
+    tokenizer.add_special_tokens(list(special))
+    if adds_bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             "<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
         )
@@ -195,37 +199,37 @@ def saved_tokenizer(folder: Path, *marks: str, begins: bool = False, **names: st
 
 
 def token_ids(tokenizer: DocumentTokenizer, texts: list[str]) -> list[list[int]]:
-    return [one.ids.tolist() for one in tokenizer.encode(texts)]
+    return [document.ids.tolist() for document in tokenizer.encode(texts)]
 
 
 @pytest.mark.parametrize(
-    ("marks", "eos", "end"),
+    ("special", "eos", "end"),
     [
         (["<|endoftext|>"], "<|endoftext|>", "<|endoftext|>"),  # SmolLM2, Qwen: base
         (["<|im_end|>", "<|endoftext|>"], "<|im_end|>", "<|endoftext|>"),  # instruct
         (["<|im_end|>", "<|end_of_text|>"], "<|im_end|>", "<|end_of_text|>"),  # Llama 3 instruct
-        (["<s>", "</s>"], "</s>", "</s>"),  # Mistral: one end for all
+        (["<s>", "</s>"], "</s>", "</s>"),  # Mistral: documents and turns end alike
     ],
 )
 def test_a_document_ends_with_the_end_of_text(
-    tmp_path: Path, marks: list[str], eos: str, end: str
+    tmp_path: Path, special: list[str], eos: str, end: str
 ) -> None:
-    documents = load_tokenizer(saved_tokenizer(tmp_path, *marks, eos_token=eos))
+    documents = load_tokenizer(save_tokenizer(tmp_path, *special, eos_token=eos))
     assert documents.begin is None
-    assert documents.end == 3 + marks.index(end)
+    assert documents.end == 3 + special.index(end)
     assert token_ids(documents, ["ab", "c"]) == [[0, 1, documents.end], [2, documents.end]]
 
 
 def test_documents_begin_with_the_tokenizers_bos_token(tmp_path: Path) -> None:
     names: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>"}
-    documents = load_tokenizer(saved_tokenizer(tmp_path / "a", "<s>", "</s>", begins=True, **names))
-    assert token_ids(documents, ["ab", "c"]) == [[3, 0, 1, 4], [3, 2, 4]]
-    documents = load_tokenizer(saved_tokenizer(tmp_path / "without", "<s>", "</s>", **names))
-    assert token_ids(documents, ["ab"]) == [[0, 1, 4]]
+    folder = save_tokenizer(tmp_path / "with", "<s>", "</s>", adds_bos=True, **names)
+    assert token_ids(load_tokenizer(folder), ["ab", "c"]) == [[3, 0, 1, 4], [3, 2, 4]]
+    folder = save_tokenizer(tmp_path / "without", "<s>", "</s>", **names)
+    assert token_ids(load_tokenizer(folder), ["ab"]) == [[0, 1, 4]]
 
 
 def test_the_token_between_documents_can_be_chosen(tmp_path: Path) -> None:
-    folder = saved_tokenizer(tmp_path, "<|im_end|>", "<|endoftext|>", eos_token="<|im_end|>")
+    folder = save_tokenizer(tmp_path, "<|im_end|>", "<|endoftext|>", eos_token="<|im_end|>")
     assert token_ids(load_tokenizer(folder, "<|im_end|>"), ["a"]) == [[0, 3]]
     with pytest.raises(RecipeError, match="has no token </s>") as caught:
         load_tokenizer(folder, "</s>")
@@ -233,11 +237,11 @@ def test_the_token_between_documents_can_be_chosen(tmp_path: Path) -> None:
 
 
 def test_the_name_of_a_special_token_in_a_text_is_text(tmp_path: Path) -> None:
-    folder = saved_tokenizer(tmp_path, "<|endoftext|>", eos_token="<|endoftext|>")
+    folder = save_tokenizer(tmp_path, "<|endoftext|>", eos_token="<|endoftext|>")
     [ids] = token_ids(load_tokenizer(folder), ["a<|endoftext|>b"])
     assert ids.index(3) == len(ids) - 1
 
 
 def test_a_tokenizer_without_any_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="has no token eos_token"):
-        load_tokenizer(saved_tokenizer(tmp_path, "<s>"))
+        load_tokenizer(save_tokenizer(tmp_path, "<s>"))

@@ -1,4 +1,4 @@
-"""Documents, splits, problems, licences and commits of sources."""
+"""Tests documents, splits, problems, licences and commits of sources."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from recipes.data.corpus import (
     Document,
     chat_problem,
     digest,
-    draw_of,
     read_source,
+    split_number,
     split_of,
 )
 from recipes.data.results import DatasetResult, Origin, SourceTokens, TrainedSource
@@ -47,9 +47,9 @@ def write(folder: Path, name: str, content: str) -> str:
     return str(file)
 
 
-def conversation(*said: str) -> dict[str, Any]:
-    roles = ("user", "assistant") * len(said)
-    return {"messages": [{"role": r, "content": t} for r, t in zip(roles, said, strict=False)]}
+def conversation(*texts: str) -> dict[str, Any]:
+    roles = ("user", "assistant") * len(texts)
+    return {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]}
 
 
 def documents(source: str, field: str = "text") -> list[str]:
@@ -57,8 +57,8 @@ def documents(source: str, field: str = "text") -> list[str]:
 
 
 def split(text: str, fractions: dict[str, float] = FRACTIONS) -> str:
-    """The split of a record."""
-    return split_of(draw_of(Document(text), digest(text)), fractions)
+    """Returns the split of a record."""
+    return split_of(split_number(Document(text), digest(text)), fractions)
 
 
 @pytest.mark.parametrize(
@@ -85,33 +85,31 @@ def test_every_file_type_gives_its_documents(
 
 def test_each_conversation_is_one_document(tmp_path: Path) -> None:
     conversations = [conversation("Why?", "So."), conversation("ü")]
-    lines = "\n\n".join(json.dumps({**one, "id": 3}) for one in conversations)
+    lines = "\n\n".join(json.dumps({**chat, "id": 3}) for chat in conversations)
     for name, content in (("a.jsonl", lines), ("a.json", json.dumps(conversations))):
-        found = list(read_source(write(tmp_path, name, content), "text", chat=True))
-        assert [json.loads(document.text) for document in found] == [
-            s["messages"] for s in conversations
-        ]
-        assert {document.position for document in found} == {None}
+        read = list(read_source(write(tmp_path, name, content), "text", chat=True))
+        messages = [chat["messages"] for chat in conversations]
+        assert [json.loads(document.text) for document in read] == messages
+        assert {document.position for document in read} == {None}
 
 
 def test_the_first_conversations_of_a_file_are_checked(tmp_path: Path) -> None:
     good = json.dumps(conversation("Why?", "So."))
     assert chat_problem(write(tmp_path, "a.jsonl", f"{good}\n" * 200 + "{oops")) is None
-    for line, what in (
+    for line, expected in (
         ('{"text": "a"}', "line 3: there is no list of messages in 'messages'"),
         ('{"messages": [{"role": "user"}]}', "line 3: message 1 has no text as its 'content'"),
         ("{oops", "line 3: Expecting property name"),
     ):
-        found = chat_problem(write(tmp_path, "a.jsonl", f"{good}\n\n{line}\n"))
-        assert found is not None
-        assert what in found[0]
-        assert "a.jsonl" in found[0]
-        assert (
-            "correct the file" if line == "{oops" else '{"messages": [{"role": "user"'
-        ) in found[1]
-    found = chat_problem(write(tmp_path, "a.txt", "text"))
-    assert found is not None
-    assert found[0] == f"'{tmp_path}/a.txt' has no conversations"
+        problem = chat_problem(write(tmp_path, "a.jsonl", f"{good}\n\n{line}\n"))
+        assert problem is not None
+        what, fix = problem
+        assert expected in what
+        assert "a.jsonl" in what
+        assert ("correct the file" if line == "{oops" else '{"messages": [{"role": "user"') in fix
+    problem = chat_problem(write(tmp_path, "a.txt", "text"))
+    assert problem is not None
+    assert problem[0] == f"'{tmp_path}/a.txt' has no conversations"
 
 
 @pytest.mark.parametrize("record", ['{"body": "x"}', '{"text": 3}', "7", "null", '["x"]'])
@@ -217,7 +215,7 @@ def test_each_split_has_long_runs_of_paragraphs(
     source = write(tmp_path, "a.txt", "\n\n".join(paragraphs))
     monkeypatch.setattr(corpus, "STRETCH", Path(source).stat().st_size / stretches)
     read = list(read_source(source, "text"))
-    splits = [split_of(draw_of(d, digest(d.text)), FRACTIONS) for d in read]
+    splits = [split_of(split_number(d, digest(d.text)), FRACTIONS) for d in read]
     assert [name for name, _ in groupby(splits)] == [*FRACTIONS, "train"] * stretches
     for name, fraction in FRACTIONS.items():
         assert splits.count(name) == pytest.approx(3000 * fraction, abs=2 * stretches)
@@ -280,11 +278,11 @@ def test_a_new_reader_resumes(tmp_path: Path, name: str) -> None:
     lines = "\n".join(map(json.dumps, texts))
     source = write(tmp_path, name, content.get(name, lines))
     whole = list(read_source(source, "text"))
-    for taken in (0, 1, 5, len(whole)):
-        first = read_source(source, "text")
-        begun = list(islice(first, taken))
-        state = json.loads(json.dumps(first.state()))
-        assert begun + list(read_source(source, "text", state)) == whole
+    for count in (0, 1, 5, len(whole)):
+        reader = read_source(source, "text")
+        start = list(islice(reader, count))
+        state = json.loads(json.dumps(reader.state()))
+        assert start + list(read_source(source, "text", state)) == whole
 
 
 def test_a_dataset_is_read_at_the_recorded_commit(
@@ -299,6 +297,7 @@ def test_a_dataset_is_read_at_the_recorded_commit(
         return SimpleNamespace(card_data=card, sha=revision or newest)
 
     monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    # ``bare`` has no revision.
     bare, older = "hf://org/data@en:train", f"hf://org/data:train#revision={OLDER}"
     assert origin_of(bare) == Origin("mit, cc0-1.0", NEWEST)
     assert origin_of(older) == Origin("cc-by-4.0", OLDER)
@@ -324,19 +323,19 @@ def test_local_sources_have_the_licence_of_their_options(tmp_path: Path) -> None
 
 
 def test_a_weight_does_not_change_the_text() -> None:
-    for with_it, without in (
+    for source, expected in (
         ("a.txt#weight=0.3", "a.txt"),
         ("a.txt#weight=0.3&name=x", "a.txt#name=x"),
         ("a.txt#name=x&weight=1e-3&licence=MIT", "a.txt#name=x&licence=MIT"),
         (f"pypi://a/1/b.txt#sha256={SHA}&weight=2", f"pypi://a/1/b.txt#sha256={SHA}"),
         ("a.txt#name=weight", "a.txt#name=weight"),
     ):
-        assert without_weight(with_it) == without
+        assert without_weight(source) == expected
 
 
 def test_tokens_and_epochs_of_a_training() -> None:
-    of_split = {"train": [SourceTokens("a", 100), SourceTokens("b", 300), SourceTokens("c", 0)]}
-    result = DatasetResult({}, {}, [], of_split, document_end=0)
+    train = [SourceTokens("a", 100), SourceTokens("b", 300), SourceTokens("c", 0)]
+    result = DatasetResult({}, {}, [], {"train": train}, document_end=0)
     unweighted = result.trained_sources(800, {})
     assert unweighted == [TrainedSource("a", 200, 2.0), TrainedSource("b", 600, 2.0)]
     assert result.trained_sources(800, {"b": 1, "a": 3}) == [

@@ -1,4 +1,4 @@
-"""Documents are read from files of text, tables, records with several fields, and dialogues."""
+"""Tests reading of text files, tables, records with several fields, and dialogues."""
 
 from __future__ import annotations
 
@@ -56,13 +56,14 @@ def test_a_dialogue_is_read_as_text_or_as_chat(tmp_path: Path) -> None:
     source = write(tmp_path, "a.json", json.dumps({"1": {"messages": turns}}))
     assert documents(f"{source}#format=dialogue") == ["A: Hi. How are you?\nB: Fine.\nA: Ok."]
     [chat] = read_source(source, "text", chat=True)
-    assert [one["role"] for one in json.loads(chat.text)] == ["user", "assistant", "user"]
+    assert [turn["role"] for turn in json.loads(chat.text)] == ["user", "assistant", "user"]
     assert json.loads(chat.text)[0]["content"] == "Hi.\nHow\nare you?"
-    alone = write(tmp_path, "b.json", json.dumps([{"messages": turns[:1]}]))
-    assert documents(f"{alone}#format=dialogue") == []
-    crowd = write(tmp_path, "c.json", json.dumps([{"messages": [*turns, message("z", "Me too.")]}]))
+    one_turn = write(tmp_path, "b.json", json.dumps([{"messages": turns[:1]}]))
+    assert documents(f"{one_turn}#format=dialogue") == []
+    three = [*turns, message("z", "Me too.")]
+    three_people = write(tmp_path, "c.json", json.dumps([{"messages": three}]))
     with pytest.raises(RecipeError, match="record 1: 3 people speak, not two"):
-        documents(f"{crowd}#format=dialogue")
+        documents(f"{three_people}#format=dialogue")
 
 
 def test_zstandard_and_parquet_files_are_read(tmp_path: Path) -> None:

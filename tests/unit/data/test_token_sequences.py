@@ -1,4 +1,4 @@
-"""The order of training sequences, and which predictions are in the loss."""
+"""Tests the order of training sequences, and which predictions are in the loss."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from recipes.data.token_sequences import (
 
 
 def test_each_epoch_and_seed_has_its_own_order_of_all_sequences() -> None:
-    keys = [(seed, epoch) for seed in (1, 2) for epoch in (0, 1, 7)]
-    orders = {key: tuple(sequence_order(np.arange(50), 50, *key)) for key in keys}
-    assert len({*orders.values(), tuple(range(50))}) == len(keys) + 1
+    pairs = [(seed, epoch) for seed in (1, 2) for epoch in (0, 1, 7)]
+    orders = {pair: tuple(sequence_order(np.arange(50), 50, *pair)) for pair in pairs}
+    assert len({*orders.values(), tuple(range(50))}) == len(pairs) + 1
     assert all(sorted(order) == list(range(50)) for order in orders.values())
     assert tuple(sequence_order(np.arange(50), 50, 1, 0)) == orders[1, 0]
 
@@ -43,7 +43,7 @@ def test_a_sequence_needs_the_label_of_its_last_token(tokens: int, sequences: in
 
 
 def test_predictions_from_the_end_of_a_document_do_not_count() -> None:
-    """The end itself is predicted. A sequence's first token is not."""
+    """The end token itself is predicted. A sequence's first token is not predicted."""
     text = TextSequences.of(torch.tensor([[5, 0, 6, 7], [0, 8, 9, 0]]), end=0)
     assert text.prediction_mask.tolist() == [[True, False, True], [False, True, True]]
     assert (text.predictions, text.targets.tolist()) == (4, [0, 7, 9, 0])
