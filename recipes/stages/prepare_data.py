@@ -161,7 +161,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     from recipes.data.chat import ChatTokenizer
     from recipes.data.preparation import prepare
     from recipes.data.split_writer import LOSS_MASK
-    from recipes.data.tokenizer import load_tokenizer, share
+    from recipes.data.tokenizer import broadcast, load_tokenizer
 
     side_files = side_folder(find_checkpoint(inputs["tokenizer"].artifact))
     tokenizer = load_tokenizer(side_files, cfg.document_end)
@@ -171,7 +171,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     folder = out.parent / SPLITS_FOLDER
     folder.mkdir(exist_ok=True)
     # Rank 0 resolves the sources and sends the result to the other ranks.
-    origins: dict[str, Origin] = share(
+    origins: dict[str, Origin] = broadcast(
         origins_of(cfg.all_sources(), folder / "origins.json") if rank() == 0 else None
     )
     pinned_sources = {source: pin_commit(source, origin) for source, origin in origins.items()}
