@@ -91,7 +91,7 @@ def write_chats(request: ChatRequest, writer: ChatWriter, log: MetricsLog) -> Pa
                 "tokens.",
                 "raise data.seq_length, or use an instruct model",
             )
-    lines = (json.dumps({"messages": one}, ensure_ascii=False) for one in conversations)
+    lines = (json.dumps({"messages": turns}, ensure_ascii=False) for turns in conversations)
     write_text_atomically(folder / FILE, "".join(f"{line}\n" for line in lines))
     return folder / FILE
 
@@ -102,7 +102,7 @@ def _documents(request: ChatRequest) -> Iterator[Any]:
 
 
 def _batches(request: ChatRequest, writer: ChatWriter, folder: Path) -> Iterator[Mapping[str, Any]]:
-    """Yields batches; reads finished batches from the folder, and writes the others."""
+    """Yields batches; reads finished batches from the folder, and generates further batches."""
     all_openings, size = _openings(request) if request.prompts else None, request.batch_size()
     for number in count():
         openings = None if all_openings is None else list(islice(all_openings, size))

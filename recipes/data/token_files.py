@@ -60,7 +60,7 @@ def paths_of(prefix: Path) -> dict[str, Path]:
 
 
 def require_token_files(prefix: Path) -> tuple[int, int, int, int]:
-    """Compares the header of an index with the sizes of both files, without reading them whole.
+    """Compares the header of an index with the sizes of both files; reads few bytes of the index.
 
     Returns:
         Code of the data type, and numbers of sequences, document boundaries and tokens.

@@ -174,7 +174,7 @@ def count_sequences(tokens: np.ndarray, seq_length: int) -> int:
 
 
 def sequence_tokens(tokens: np.ndarray, seq_length: int, number: int) -> np.ndarray:
-    """Returns the tokens of a sequence and the one after it, int64 [seq_length + 1]."""
+    """Returns the tokens of a sequence and the next token, int64 [seq_length + 1]."""
     start = number * seq_length
     ids: np.ndarray = tokens[start : start + seq_length + 1].astype(np.int64)
     return ids

@@ -52,7 +52,7 @@ class Encoded:
 
 
 class Encoder(Protocol):
-    """Tokenizes documents; it is pickled for worker processes."""
+    """Tokenizes documents. An encoder is pickled for worker processes."""
 
     def encode(self, texts: list[str]) -> list[Encoded]:
         """Tokenizes documents."""

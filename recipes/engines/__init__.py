@@ -1,1 +1,1 @@
-"""Engines: building, checking, quantising and timing them."""
+"""Builds, checks, quantises, times and serves engines."""

@@ -137,7 +137,7 @@ class EngineComparison:
 class EngineResult:
     """A built engine, compared with its source model if the backend returns logits.
 
-    The last four fields are those of ``EngineComparison``, or ``None``.
+    The last four fields are those of the ``EngineComparison``; ``None`` if there is none.
     """
 
     backend: str

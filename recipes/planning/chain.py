@@ -53,7 +53,7 @@ class Chain:
     time_limit: str = ""
     """Time limit of a Slurm job, in Slurm's format; empty if there is no limit."""
     max_requeues: int | None = None
-    """How often a job that reached its limit is started again; ``None`` for any number."""
+    """How often a job that reached its time limit is started again; ``None`` for any number."""
     from_published_config: bool = False
     """Whether the teacher's shape comes from ``CONFIGS``, because config.json cannot be read."""
     shapes: Mapping[str, Sequence[Architecture]] = field(default_factory=dict)

@@ -312,7 +312,7 @@ def _all_passes(models: Sequence[Architecture], bf16: bool, text: Sequences) -> 
 
 
 def _state_bytes(arch: Architecture, size: int, text: Sequences, hardware: Hardware) -> float:
-    """Returns the bytes of a text's last hidden states; a GPU does not store them."""
+    """Returns the device's bytes for a text's last hidden states; a GPU moves them to the host."""
     return 0 if hardware.on_gpu else size * text.tokens * arch.hidden_size
 
 

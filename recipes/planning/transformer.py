@@ -231,7 +231,7 @@ def expert_parameters(arch: Architecture) -> int:
 
 
 def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> tuple[float, float]:
-    """Returns the parameters of one rank of a pipeline stage: dense ones, and those of experts.
+    """Returns the numbers of dense parameters and of expert parameters on a rank of a stage.
 
     Megatron holds tied embeddings on both the first and the last stage.
     """

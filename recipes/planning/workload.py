@@ -76,7 +76,7 @@ class Workload:
     validation_batches: int = 0
     """Global batches of one validation."""
     terms: int = 1
-    """Terms of the loss on logits. Each has its own gradient for all logits."""
+    """Number of terms of the loss on logits. Each term has a gradient for all logits."""
     compares_hidden_states: bool = False
     """Whether the loss also compares hidden states."""
     cached_sequences: int | None = None

@@ -59,7 +59,7 @@ def test_every_document_is_in_one_split_and_held_out_sources_are_in_heldout(
     written = [document for split in SPLITS for document in documents(folder, split)]
     texts = set(read(text_file)[:600])
     assert len(written) == len(set(written))
-    assert set(written) == {tuple(one.ids.tolist()) for one in tokenizer.encode(sorted(texts))}
+    assert set(written) == {tuple(d.ids.tolist()) for d in tokenizer.encode(sorted(texts))}
     for split, (size, count) in done.sizes.items():
         assert count == len(documents(folder, split)) > 0
         assert size == 4 * sum(map(len, documents(folder, split)))
@@ -70,7 +70,7 @@ def test_every_document_is_in_one_split_and_held_out_sources_are_in_heldout(
     assert list(done.sources["train"]) == ["records", "prose"]
     lines = Path(cfg.heldout_sources[0]).read_text().splitlines()
     encoded = tokenizer.encode([json.loads(line).strip() for line in lines])
-    apart = list(dict.fromkeys(tuple(one.ids.tolist()) for one in encoded))
+    apart = list(dict.fromkeys(tuple(d.ids.tolist()) for d in encoded))
     assert documents(folder, "heldout")[: len(apart)] == apart
     assert done.sources["heldout"]["apart"] == sum(map(len, apart))
 
@@ -82,7 +82,7 @@ def test_excluded_documents_are_in_no_split(
     excluding = replace(cfg, excluded_documents=[digest(text).hex() for text in excluded])
     done = prepare(excluding, tokenizer, tmp_path, LOG)
     written = {document for split in SPLITS for document in documents(tmp_path, split)}
-    assert not written & {tuple(one.ids.tolist()) for one in tokenizer.encode([*excluded])}
+    assert not written & {tuple(d.ids.tolist()) for d in tokenizer.encode([*excluded])}
     assert sum(count for _, count in done.sizes.values()) == len(others - excluded)
 
 
@@ -121,12 +121,12 @@ def test_more_processes_write_the_same_bytes(
 
 
 def test_a_killed_process_is_named(tokenizer: DocumentTokenizer) -> None:
-    others = set(_children(os.getpid()))
+    children_before = set(_children(os.getpid()))
     encoded = encode_all(tokenizer, (([f"text {n} " * 100], n) for n in range(10_000)), 2)
     next(encoded)
     victims = [
         stat.parent
-        for stat in set(_children(os.getpid())) - others
+        for stat in set(_children(os.getpid())) - children_before
         if b"spawn_main" in (stat.parent / "cmdline").read_bytes()
     ]
     os.kill(int(victims[0].name), signal.SIGKILL)
@@ -331,7 +331,7 @@ def test_max_tokens_limits_each_source(
 ) -> None:
     budget = 9000
     limited = replace(cfg, heldout_sources=[], max_tokens=budget, processes=processes)
-    longest = max(len(one.ids) for one in tokenizer.encode(read(text_file)))
+    longest = max(len(d.ids) for d in tokenizer.encode(read(text_file)))
     for number in (1, 2):
         (folder := tmp_path / str(number)).mkdir()
         done = prepare(replace(limited, sources=cfg.sources[:number]), tokenizer, folder, LOG)
@@ -346,5 +346,5 @@ def test_max_documents_takes_the_first_of_each_source(
     done = prepare(limited, tokenizer, tmp_path, LOG)
     assert sum(count for _, count in done.sizes.values()) == 80
     texts = read(text_file)
-    first = [tuple(one.ids.tolist()) for one in tokenizer.encode(texts[:40] + texts[300:340])]
+    first = [tuple(d.ids.tolist()) for d in tokenizer.encode(texts[:40] + texts[300:340])]
     assert {ids for split in SPLITS for ids in documents(tmp_path, split)} == set(first)

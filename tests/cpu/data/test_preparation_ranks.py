@@ -73,12 +73,12 @@ def test_files_equal_those_of_megatron(tmp_path: Path, monkeypatch: pytest.Monke
     generator = np.random.default_rng(0)
     texts = [generator.integers(0, 99, n) for n in generator.integers(1, 30, 50)]
     for split, documents in (("some", texts), ("none", [])):
-        theirs = IndexedDatasetBuilder(str(tmp_path / f"theirs-{split}.bin"), dtype=np.int32)
+        megatron = IndexedDatasetBuilder(str(tmp_path / f"megatron-{split}.bin"), dtype=np.int32)
         with SplitWriter(tmp_path, [split]) as writer:
             for ids in documents:
                 writer.add(split, ids)
-                theirs.add_document(torch.tensor(ids), [len(ids)])
-        theirs.finalize(str(tmp_path / f"theirs-{split}.idx"))
+                megatron.add_document(torch.tensor(ids), [len(ids)])
+        megatron.finalize(str(tmp_path / f"megatron-{split}.idx"))
         for ending in ("bin", "idx"):
             ours = (tmp_path / f"{split}.{ending}").read_bytes()
-            assert ours == (tmp_path / f"theirs-{split}.{ending}").read_bytes()
+            assert ours == (tmp_path / f"megatron-{split}.{ending}").read_bytes()
