@@ -73,9 +73,8 @@ def measure(
         nemo.initialize(nemo.Parallelism())
     text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_sequences)
     rank_text = text[rank() :: world_size()]
-    tokenizer = AutoTokenizer.from_pretrained(
-        nemo.side_folder(checkpoints[TEACHER]), trust_remote_code=False
-    )
+    tokenizer_folder = nemo.side_folder(checkpoints[TEACHER])
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
     step = max(1, len(text) // max(1, cfg.num_generations))
     examples = text.tokens[::step][: cfg.num_generations]
     end = cfg.prompt_tokens + cfg.new_tokens
@@ -96,12 +95,8 @@ def measure(
         if rank() == 0 and len(prompts):
             generations[role] = _generate(cfg, model, prompts, tokenizer.eos_token_id)
         del model
-    scores = _gather_scores(
-        {
-            role: Scores.of(values, rank_text)
-            for role, values in compare_predictions(states, rank_text).items()
-        }
-    )
+    compared = compare_predictions(states, rank_text).items()
+    scores = _gather_scores({role: Scores.of(values, rank_text) for role, values in compared})
     results = {
         role: ModelQuality(**vars(role_scores.quality()), parameters=parameters[role])
         for role, role_scores in scores.items()
