@@ -63,7 +63,7 @@ def read_source(source: str, text_field: str, state: Any = None, *, chat: bool =
     its text in ``text_field`` or in the fields of the option ``text`` (see ``text_of_fields``).
     """
     parsed = parse_source(source)
-    field_text = partial(_column if parsed.hub else _text, parsed.text or text_field)
+    field_text = partial(_text, parsed.text or text_field)
     plain_text = _dialogue if parsed.format == DIALOGUE else field_text
     text_of = _conversation if chat else plain_text
     if parsed.hub:
@@ -159,19 +159,12 @@ def _dialogue(record: object, where: str) -> str:
 def _text(fields: str, record: object, where: str) -> str:
     text = text_of_fields(fields, record)
     if text is None:
+        names = f"; it has {', '.join(record)}" if isinstance(record, dict) else ""
         raise RecipeError(
-            f"{where}: no text in field '{fields}'.",
+            f"{where}: no text in field '{fields}'{names}.",
             "set data.text_field to the field that holds the text, or #text=FIELD of this source",
         )
     return text
-
-
-def _column(field: str, row: dict[str, Any], where: str) -> str:
-    if field not in row:
-        raise RecipeError(
-            f"{where} has no field '{field}'; it has {', '.join(row)}.", "set data.text_field"
-        )
-    return row[field] or ""
 
 
 class _HubReader:

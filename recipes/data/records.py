@@ -130,7 +130,10 @@ READERS: dict[str, Callable[[IO[bytes]], Iterator[Record]]] = {
 
 
 def text_of_fields(fields: str, record: object) -> str | None:
-    """Returns the text in fields of a record, joined by line breaks; ``None`` if there is none.
+    """Returns the text in fields of a record, joined by line breaks.
+
+    Returns ``None`` if the record has none of the fields, or if the value of one is not text. A
+    null value is an empty text.
 
     Args:
         fields: Names, joined by commas; ``a.b`` is the field ``b`` of the field ``a``. The strings
@@ -139,16 +142,20 @@ def text_of_fields(fields: str, record: object) -> str | None:
     """
     if not isinstance(record, dict):
         return record if isinstance(record, str) else None
-    texts = [_lines(_field(name, record)) for name in fields.split(",")]
-    present = [text for text in texts if text is not None]
-    return "\n".join(present) if present else None
+    values = [value for name in fields.split(",") for value in _values(name, record)]
+    texts = [_lines(value) for value in values if value is not None]
+    valid = [text for text in texts if text is not None]
+    return "\n".join(valid) if values and len(valid) == len(texts) else None
 
 
-def _field(name: str, record: Any) -> Any:
+def _values(name: str, record: Any) -> list[Any]:
+    """Returns a list with the value of a field, which is empty if the record lacks the field."""
     # The name of one field may contain a dot.
     for key in [name] if name in record else name.split("."):
-        record = record.get(key) if isinstance(record, dict) else None
-    return record
+        if not isinstance(record, dict) or key not in record:
+            return []
+        record = record[key]
+    return [record]
 
 
 def _lines(value: Any) -> str | None:

@@ -14,12 +14,15 @@ from tests.support.hub import fake_hub, run_with_hub
 
 
 def test_hugging_face_dataset(tmp_path: Path) -> None:
-    lines = ['{"body": " one "}', '{"body": null}', '{"body": "two"}']
-    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    rows = [{"body": text, "n": {"title": "t"}, "year": 1} for text in (" one ", None, "two")]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = f"hf://{tmp_path}:train"
     assert [document.text for document in read_source(source, "body")] == ["one", "two"]
-    with pytest.raises(RecipeError, match="no field 'text'; it has body"):
-        list(read_source(source, "text"))
+    joined = [document.text for document in read_source(f"{source}#text=n.title,body", "body")]
+    assert joined == ["t\n one", "t", "t\ntwo"]
+    for field in ("text", "year", "body,year"):
+        with pytest.raises(RecipeError, match=f"no text in field '{field}'; it has body, n, year"):
+            list(read_source(source, field))
 
 
 def test_reading_a_hugging_face_dataset_resumes(tmp_path: Path) -> None:
