@@ -3,7 +3,7 @@
 Megatron scales all gradients twice per step: by 1 / number of tokens, and by the clipping
 coefficient. Each time it reads and writes all gradients. To save this, scaling can be deferred: a
 gradient with the attribute ``pending_scale`` only stores the product of the factors. ``FusedAdamW``
-applies it while it reads the gradient.
+multiplies by this product while it reads the gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.adamw import AdamW, adamw
 
 BLOCK = 1 << 22
-"""Number of elements of a gradient that are converted to float32 at a time: 16 MB."""
+"""Number of elements of a gradient that are converted to float32 at a time, which takes 16 MB."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """PyTorch's names of Adam's moments in the state of a parameter."""
 
@@ -54,8 +54,8 @@ def clip_by_total_norm(original: object) -> Any:
 class FusedAdamW(AdamW):
     """PyTorch's fused AdamW kernel with one step count per parameter group.
 
-    PyTorch keeps a step count per parameter. TransformerEngine's ``FusedAdam`` keeps it in the
-    group. Megatron's distributed optimizer can save and load a reshardable state only in that form.
+    PyTorch keeps a step count per parameter, TransformerEngine's ``FusedAdam`` one per group. Only
+    with one per group can Megatron's distributed optimizer save and load a reshardable state.
     ``params``, ``lr``, ``betas``, ``eps`` and ``weight_decay`` are those of AdamW.
 
     Raises:
@@ -73,20 +73,20 @@ class FusedAdamW(AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Updates every parameter that has a gradient. Drops gradients with deferred scaling."""
+        """Updates every parameter that has a gradient. Frees gradients with deferred scaling."""
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             weights = [weight for weight in group["params"] if weight.grad is not None]
             for weight in weights:
                 if not self.state[weight]:
                     self.state[weight].update({name: torch.zeros_like(weight) for name in MOMENTS})
-            deferred = [w for w in weights if pending_scale(w.grad) is not None]
-            for weight in deferred:
-                self._update_in_blocks(weight, group)
-                weight.grad = None
-            if scaled := [weight for weight in weights if weight.grad is not None]:
-                moments = [[self.state[weight][name] for weight in scaled] for name in MOMENTS]
-                _run_kernel(scaled, [weight.grad for weight in scaled], moments, group)
+            for weight in weights:
+                if pending_scale(weight.grad) is not None:
+                    self._update_in_blocks(weight, group)
+                    weight.grad = None
+            if others := [weight for weight in weights if weight.grad is not None]:
+                moments = [[self.state[weight][name] for weight in others] for name in MOMENTS]
+                _run_kernel(others, [weight.grad for weight in others], moments, group)
 
     def _update_in_blocks(self, weight: Tensor, group: dict[str, Any]) -> None:
         """Updates a parameter from a gradient that is not scaled yet and may be bfloat16.
@@ -115,7 +115,7 @@ def _run_kernel(
     Gradients are divided by ``inverse_scale``.
     """
     # The kernel increments step counts in place, on the weights' device. So each call gets new
-    # tensors, with the number of the previous step.
+    # tensors, with the number of steps before this one.
     count, device = group["step"] - 1.0, weights[0].device
     adamw(
         weights,

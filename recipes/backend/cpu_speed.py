@@ -1,9 +1,9 @@
-"""Patches that reduce the time or memory of training on a CPU, without changing results.
+"""Patches that reduce the time or memory of training on a CPU. Results change by rounding at most.
 
-Results change by rounding at most. The patches never apply on CUDA. The patches of gradients,
-gathers and optimizer state only apply with one rank. ``stages.distill.cpu_speed_patches=[]``
-disables all patches. ``python -m benchmarks.distill --only nemo-cached-compiled without-NAME``
-measured the gain of each set; see benchmarks/README.md.
+The patches never apply on CUDA. The patches of gradients, gathers and optimizer state only apply
+with one rank. ``stages.distill.cpu_speed_patches=[]`` disables all patches. The command
+``python -m benchmarks.distill --only nemo-cached-compiled without-NAME`` measured the gain of the
+set ``NAME``; see benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 
 
 def speed_patches(names: Iterable[str]) -> AbstractContextManager[None]:
-    """Applies the named sets of patches in a ``with`` block, but on CUDA no patch."""
+    """Applies the sets of patches with these names in a ``with`` block. On CUDA applies none."""
     on_cpu = device() == "cpu"
     return applied(patch for name in names for patch in SPEED_PATCHES[name] if on_cpu)
 
@@ -39,10 +39,10 @@ class _CompletedCollective:
 
 
 def _unshare_gradients(original: Any) -> Any:
-    """Frees the buffer of gradients if no other rank adds gradients to it.
+    """Frees Megatron's float32 buffer of all gradients if the gradients are unshared.
 
-    Megatron keeps one float32 buffer for all gradients from the first step to the last. An unshared
-    gradient is instead the tensor that autograd makes. It lives until the optimizer has read it.
+    Unshared means that no other rank adds to a gradient. The gradient then is the tensor that
+    autograd makes, and is freed once the optimizer has read it. The buffer would never be freed.
     """
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
@@ -61,7 +61,7 @@ def _unshare_gradients(original: Any) -> Any:
 
 
 def _drop_gradients(original: Any) -> Any:
-    """Drops gradients when a step starts. Megatron would fill the buffer with zeros."""
+    """Drops unshared gradients when a step starts. Megatron would fill the buffer with zeros."""
 
     def reset(self: Any) -> None:
         if not self.unshared:
@@ -74,7 +74,7 @@ def _drop_gradients(original: Any) -> Any:
 
 
 def _keep_first_gradient(original: Any) -> Any:
-    """Keeps a step's first gradient of a parameter unchanged. Megatron would add it to zeros."""
+    """Uses a step's first gradient of a parameter as it is. Megatron would add it to zeros."""
 
     def _make_backward_post_hook(self: Any, weight: Any) -> Any:
         hook = original(self, weight)
@@ -89,7 +89,7 @@ def _keep_first_gradient(original: Any) -> Any:
                 else:
                     if self.ddp_config.grad_reduce_in_fp32:
                         weight.main_grad = weight.main_grad.float()
-                    # In place is safe: no other tensor shares the storage of ``main_grad``.
+                    # Adding in place is safe: no other tensor shares the storage of ``main_grad``.
                     weight.main_grad.add_(weight.grad)
                 weight.grad_added_to_main_grad = True
             hook(*unused)
@@ -100,7 +100,11 @@ def _keep_first_gradient(original: Any) -> Any:
 
 
 def _skip_reduction(original: Any) -> Any:
-    """Skips the reduction of unshared gradients. Parameters without a gradient get zeros."""
+    """Skips the reduction of unshared gradients. Parameters without a gradient get zeros.
+
+    Megatron's buffer also has zeros for these parameters, and the functions that scale gradients
+    and hand them to the optimizer read every parameter's gradient.
+    """
 
     def start_grad_sync(self: Any) -> None:
         weights = [weight for bucket in self.buckets for weight in bucket.params_list]
@@ -117,7 +121,7 @@ def _skip_reduction(original: Any) -> Any:
 
 
 def _defer_scaling(original: Any) -> Any:
-    """Stores the scaling factor with unshared gradients; the optimizer applies it."""
+    """Stores the scaling factor with unshared gradients; ``FusedAdamW`` multiplies by it."""
 
     def scale_gradients(self: Any, factor: float) -> None:
         if not self.unshared:
@@ -162,7 +166,7 @@ def _scale_of(gradient: Tensor) -> float:
 def _norm_with_pending_scales(original: Any) -> Any:
     """Computes the norm of gradients of any dtype, multiplied by their pending scales."""
 
-    # Has the signature of Apex's kernel. Callers ignore the second result.
+    # This function has the signature of Apex's kernel. Callers ignore the second result.
     def l2_norm(size: int, buffer: Tensor, lists: Any, *args: Any) -> tuple[Tensor, None]:
         squares = [
             _scale_of(gradient) ** 2 * _sum_of_squares(gradient)
@@ -196,7 +200,7 @@ def _skip_single_rank_gather(original: Any) -> Any:
 
 
 class _Concatenation:
-    """The states with one name (such as ``exp_avg``), indexed as if they were one flat tensor.
+    """The states of all parameters with one name (such as ``exp_avg``), indexed like a flat tensor.
 
     A slice must be the range of one parameter. Megatron requests no other slices.
     """
@@ -211,7 +215,7 @@ class _Concatenation:
 def _share_optimizer_state(original: Any) -> Any:
     """Gives a checkpoint the optimizer's own tensors. Megatron would copy them three times.
 
-    A forked process writes the checkpoint, so it has the state at the time of the fork.
+    No copy is needed: a forked process writes the checkpoint, and sees the state as of the fork.
     """
 
     def get_parameter_state_dp_zero(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -233,10 +237,10 @@ def _share_optimizer_state(original: Any) -> Any:
 
 
 def _release_buckets(original: Any) -> Any:
-    """Frees the copies of weights once the process that writes them to a checkpoint is forked.
+    """Frees this process's copies of weights once a process is forked that writes a checkpoint.
 
-    Megatron would keep the copies, in buckets, until the checkpoint is written. After the fork it
-    only needs the number of buckets.
+    Megatron would keep the copies, in lists called buckets, until the checkpoint is written. After
+    the fork, only the number of buckets is needed in this process.
     """
 
     def schedule_async_call(self: Any, request: Any) -> None:

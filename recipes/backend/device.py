@@ -19,7 +19,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for each other, for example while one rank writes a model."""
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 QUERIES_AT_ONCE = 128
-"""Number of queries in a block of the backward pass of ``attend_in_blocks``."""
+"""Number of queries in a block of the backward pass of ``training_layers.attend_in_blocks``. It is
+defined here for plans, which must not import torch."""
 
 
 def device() -> str:
@@ -59,7 +60,7 @@ def bind_to_near_cores(pci_device: Path, ranks: int) -> None:
     """Binds this process to the cores near a device, if there are enough of them.
 
     Args:
-        pci_device: The device's folder in ``/sys``. If it lists no cores, nothing is changed.
+        pci_device: The device's folder in ``/sys``. If it lists no cores, the binding stays.
         ranks: Number of processes that share this process's cores. The near cores are enough if
             they are at least this process's fair share of the cores, 1 / ``ranks``.
     """

@@ -1,7 +1,7 @@
 """Layer specs, configs and patches for Megatron-Core without TransformerEngine, on CPU and CUDA.
 
-``adapt_config`` changes a model's config in memory only. The config in a checkpoint remains one for
-TransformerEngine.
+Megatron calls its layers in plain PyTorch local. ``adapt_config`` selects these layers in memory
+only. The config in a checkpoint remains one for TransformerEngine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FUSIONS = (
 
 
 def needs_local_layers() -> bool:
-    """Returns whether CUDA or TransformerEngine is missing, so that models use local layers.
+    """Returns whether models must use local layers, because CUDA or TransformerEngine is missing.
 
     Raises:
         RecipeError: TransformerEngine is installed, but cannot be imported. Megatron would use the
@@ -54,9 +54,9 @@ def needs_local_layers() -> bool:
 def adapt_config(config: Any, training: bool = False) -> Any:
     """Makes a NeMo model config buildable on this machine, in place, and returns it.
 
-    The local layer spec has the checkpoint keys of TransformerEngine's spec, so either can load the
-    other's checkpoints. With ``training``, the model has the layers of ``training_layers``, which
-    ModelOpt cannot prune.
+    The local layer spec has the checkpoint keys of TransformerEngine's spec, so a model of either
+    spec can load checkpoints of the other. With ``training``, the model has the layers of
+    ``training_layers``, which ModelOpt cannot prune.
     """
     if needs_local_layers():
         use_local_layers(config)
@@ -68,7 +68,7 @@ def adapt_config(config: Any, training: bool = False) -> Any:
 
 
 def use_local_layers(config: Any) -> None:
-    """Selects Megatron's local layers, in place. Scoring needs them on CUDA, too, for its hooks."""
+    """Selects Megatron's local layers, in place. Scoring for pruning hooks them, also on CUDA."""
     config.transformer_layer_spec = local_layer_spec
     for fusion in FUSIONS:
         setattr(config, fusion, False)
@@ -86,7 +86,8 @@ def local_layer_spec(config: Any) -> Any:
         qk_layernorm=config.qk_layernorm,
     )
     if config.num_moe_experts:
-        # TransformerEngine does not fuse this norm with experts, so the norm keeps its own key.
+        # The map renames norms that TransformerEngine fuses with a linear layer. It does not fuse
+        # this norm with experts, so the norm keeps its own key.
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     spec.submodules.self_attention.submodules.core_attention = CausalAttention
     return spec
@@ -95,9 +96,9 @@ def local_layer_spec(config: Any) -> Any:
 def training_block_spec(config: Any) -> Any:
     """Returns the local layer spec with the norms and the activation of ``training_layers``.
 
-    They are used on every device without TransformerEngine. Megatron's own norm refuses sequence
-    parallelism. Megatron's own activation saves one tensor more than TransformerEngine's, whose
-    memory plans and rehearsals assume.
+    Both are used on every device without TransformerEngine. Megatron's own norm refuses sequence
+    parallelism. Megatron's own activation saves one tensor more than TransformerEngine's. The
+    estimates of memory assume TransformerEngine's number of tensors.
     """
     from megatron.core.transformer.transformer_block import (
         TransformerBlockSubmodules,
@@ -120,7 +121,7 @@ def training_block_spec(config: Any) -> Any:
 def restore_fused_attention(core: nn.Module) -> None:
     """Restores the fused attention of a model that ModelOpt has converted, in place.
 
-    ModelOpt replaces fused attention by Megatron's own, which stores the scores of all heads.
+    ModelOpt replaces fused attention by Megatron's own, which stores all heads' attention scores.
     """
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 

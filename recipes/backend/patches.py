@@ -1,4 +1,4 @@
-"""Replaces attributes of libraries. Checks that a patch was written for the installed original."""
+"""Replaces attributes of libraries. Refuses an original that its patch was not written for."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from typing import Any
 
 from recipes.core.errors import RecipeError
 
-Replacement = Callable[[Any], Any]
+MakeReplacement = Callable[[Any], Any]
+"""Receives the original and returns what replaces it."""
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One replaced attribute of a library."""
+    """One replaced attribute of a library or of this repository."""
 
     target: str
     """``module:attribute`` or ``module:Class.attribute``."""
     reason: str
-    """Why the original does not work here."""
+    """Why the original is replaced."""
     source_hash: str
-    """``fingerprint`` of the original. If it has changed, the patch must be reviewed. Empty if the
-    original is code of this repository."""
-    replace: Replacement
-    """Receives the original and returns the replacement."""
+    """``fingerprint`` of the original for which the patch was written. An original with another
+    fingerprint is refused, because the patch must be reviewed. Empty omits this check."""
+    replace: MakeReplacement
 
 
-def constant(value: Any) -> Replacement:
-    """Returns a replacement: a function that returns ``value`` for any arguments."""
+def constant(value: Any) -> MakeReplacement:
+    """Returns a factory. Its replacement is a function that returns ``value`` for any arguments."""
     return lambda original: lambda *args, **kwargs: value
 
 
-def replace_with(new: Any) -> Replacement:
-    """Returns a replacement that is ``new`` itself, such as a function, a class or a flag."""
+def replace_with(new: Any) -> MakeReplacement:
+    """Returns a factory whose replacement is ``new``, such as a function, a class or a flag."""
     return lambda original: new
 
 
-def wrap(wrapper: Callable[..., Any]) -> Replacement:
-    """Returns a replacement that calls ``wrapper`` with the original as its first argument."""
+def wrap(wrapper: Callable[..., Any]) -> MakeReplacement:
+    """Returns a factory whose replacement calls ``wrapper`` with the original as first argument."""
 
     def replace(original: Any) -> Any:
         @functools.wraps(original)
@@ -54,8 +54,8 @@ def wrap(wrapper: Callable[..., Any]) -> Replacement:
     return replace
 
 
-def patches(prefix: str, *rows: tuple[str, str, str, Replacement]) -> tuple[Patch, ...]:
-    """Returns a patch for each row: its target without ``prefix``, then the other fields."""
+def patches(prefix: str, *rows: tuple[str, str, str, MakeReplacement]) -> tuple[Patch, ...]:
+    """Returns a patch for each row of its fields. ``prefix`` is added to each row's target."""
     return tuple(
         Patch(f"{prefix}{name}", reason, source_hash, replace)
         for name, reason, source_hash, replace in rows
@@ -63,7 +63,7 @@ def patches(prefix: str, *rows: tuple[str, str, str, Replacement]) -> tuple[Patc
 
 
 def fingerprint(original: Any) -> str:
-    """Hashes the source of a function or class. The fingerprint of a flag is the name of its type.
+    """Hashes the source of a function or class. For a flag, returns the name of the flag's type.
 
     Functions in C have no source. For them this hashes the signature, which PyTorch states in the
     first line of the docstring.
@@ -81,7 +81,7 @@ def apply(patches: Iterable[Patch]) -> None:
     """Applies patches for the rest of this process.
 
     Raises:
-        RecipeError: A target does not exist, or has another fingerprint than its patch states.
+        RecipeError: A target does not exist, or its fingerprint is not the patch's ``source_hash``.
     """
     for patch in patches:
         holder, name, original = _find(patch)

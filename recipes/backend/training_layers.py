@@ -22,8 +22,8 @@ from recipes.core.compiled import compilable
 from recipes.core.precision import float32_matmul_of
 
 LONGEST_BLOCKWISE = 1024
-"""Longest sequence, in tokens, for the blockwise backward pass. This pass stores the scores of a
-block, which grow with the sequence; PyTorch's kernel stores no scores."""
+"""Longest sequence, in tokens, for which ``attend_in_blocks`` has a blockwise backward pass. This
+pass stores a block's scores, which grow with the sequence; PyTorch's kernel stores no scores."""
 BLOCKWISE_BACKWARD = False
 """Whether attention uses ``attend_in_blocks``. A patch of ``cpu_speed`` sets this flag."""
 
@@ -45,7 +45,7 @@ class _RMSNorm(torch.autograd.Function):
 
 @compilable
 def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns the normalised input and 1 / rms(x). In-place operations write into new tensors."""
+    """Returns the normalised input and 1 / rms(x). In-place operations change new tensors only."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return (x * inverse).mul_(weight).to(x.dtype), inverse
@@ -58,7 +58,7 @@ def _normalise_backward(
     """Returns the gradients of x and weight.
 
     With n = x / rms(x) and g = grad * weight, the gradient of x is (g - n * mean(g * n)) / rms(x),
-    since rms depends on every channel. In-place operations write into new tensors.
+    since rms depends on every channel. In-place operations change new tensors only, not arguments.
     """
     normed = x * inverse
     weight_grad = (grad * normed).flatten(0, -2).sum(dim=0).to(weight.dtype)
@@ -85,7 +85,7 @@ class RMSNorm(nn.Module):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Computes silu(gate) * up, where x is [..., gate and up]; saves only x."""
+    """Computes silu(gate) * up, where x is gate and up, concatenated. Saves only x."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -106,7 +106,7 @@ def _gate(x: Tensor) -> Tensor:
 
 @compilable
 def _gate_backward(x: Tensor, grad: Tensor) -> Tensor:
-    """Returns the gradients silu'(gate) * up * grad of gate, and silu(gate) * grad of up."""
+    """Returns the gradient of x: silu'(gate) * up * grad for gate, and silu(gate) * grad for up."""
     gate, up = x.chunk(2, dim=-1)
     gate_grad = torch.ops.aten.silu_backward(grad * up, gate)
     return torch.cat([gate_grad, nn.functional.silu(gate).mul_(grad)], dim=-1)
@@ -165,7 +165,7 @@ class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, context = ctx.saved_tensors
-        with float32_matmul_of(query.dtype):  # for the scores, which are multiplied in float32
+        with float32_matmul_of(query.dtype):  # the scores are a float32 matrix multiplication
             gradients = _attention_backward(query, key, value, context, grads[0], ctx.scale)
         return *gradients, None
 
@@ -177,8 +177,8 @@ def _attention_backward(
 
     Let P = softmax(scale * Q K^T), O = P V (``context``), and dO the gradient of O (``grad``).
     Then dV = P^T dO, dP = dO V^T, and dS = P * (dP - rowsum(dO * O)), since rowsum(P * dP) =
-    rowsum(dO * O). Finally dQ = scale * dS K and dK = scale * dS^T Q. In-place operations write
-    into new tensors.
+    rowsum(dO * O). Finally dQ = scale * dS K and dK = scale * dS^T Q. In-place operations change
+    new tensors only, not arguments.
     """
     length, batch, groups, size = key.shape
     k, v = (_groups_first(t) for t in (key, value))
@@ -223,8 +223,8 @@ def _probabilities(q: Tensor, k: Tensor, start: int, scale: float) -> Tensor:
     scores = torch.bmm(q.float() * scale, k.transpose(1, 2))
     block = k.shape[1] - start
     future = torch.full((block, block), float("-inf")).triu_(1)
-    # Rows are ordered by head, so each run of ``block`` rows is the block's queries in order.
-    scores.unflatten(1, (-1, block))[..., start:].add_(future)  # a view, so this writes to scores
+    # Rows are ordered by head, so every ``block`` consecutive rows are one head's queries in order.
+    scores.unflatten(1, (-1, block))[..., start:].add_(future)  # a view, so this changes scores
     return torch.softmax(scores, dim=-1).to(q.dtype)
 
 
@@ -234,7 +234,10 @@ def _groups_first(x: Tensor) -> Tensor:
 
 
 def _rows_of_groups(x: Tensor, groups: int) -> tuple[Tensor, tuple[int, ...]]:
-    """Returns [s, b, heads, d] as [b * groups, heads / groups * s, d], and its split shape."""
+    """Returns [s, b, heads, d] as [b * groups, heads / groups * s, d], and the shape between both.
+
+    ``_tokens_first`` needs this shape, [b, groups, heads / groups, s, d].
+    """
     split = x.unflatten(2, (groups, -1)).permute(1, 2, 3, 0, 4)
     return split.flatten(2, 3).flatten(0, 1), split.shape
 
@@ -245,7 +248,7 @@ def _tokens_first(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Computes ``attend``; up to ``LONGEST_BLOCKWISE`` tokens with a blockwise backward pass."""
+    """Computes ``attend``. Up to ``LONGEST_BLOCKWISE`` tokens, the backward pass is blockwise."""
     if len(query) > LONGEST_BLOCKWISE:
         return attend(query, key, value, scale)
     context: Tensor = _BlockwiseAttention.apply(query, key, value, scale)
@@ -255,8 +258,8 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
 class CausalAttention(DotProductAttention):  # type: ignore[misc]
     """Causal attention over whole, unpadded sequences.
 
-    Megatron's own class stores every score of every head. It is the base class here, because
-    ModelOpt recognises its subclasses.
+    The base class is Megatron's, which stores every score of every head, only because ModelOpt
+    recognises its subclasses.
     """
 
     def forward(

@@ -47,10 +47,11 @@ def limit_other_threads() -> None:
     there would be more threads than cores. OpenMP would then put all threads to sleep between
     operations, and a step of distillation would take a quarter longer.
 
-    ``cpu_speed_patches`` cannot disable this: it changes no result, and PyTorch could not undo it
-    for threads that have started.
+    The setting ``cpu_speed_patches`` does not disable this limit, because the limit changes no
+    result, and PyTorch could not undo it for threads that have started.
     """
-    # PyTorch fixes the number of this thread here. The next call sets it for later threads.
+    # The first call makes PyTorch fix how many OpenMP threads this thread uses. The call in another
+    # thread then only sets the number for later threads.
     torch.get_num_threads()
     setter = threading.Thread(target=torch.set_num_threads, args=(1,))
     setter.start()
@@ -58,7 +59,7 @@ def limit_other_threads() -> None:
 
 
 class _Stream:
-    """Replaces CUDA streams and events. A CPU runs operations in order, so nothing waits."""
+    """Replaces CUDA streams and events. A CPU runs operations in order, so no method waits."""
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
 
@@ -130,7 +131,7 @@ def _seed_all(original: Any) -> Any:
 
 
 def _name_cuda_types(original: Any) -> Any:
-    """Gives tensor types their CUDA names while the original runs, which compares the names."""
+    """Gives tensor types their CUDA names while the original runs, since it compares the names."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         with applied([CUDA_NAMES]):

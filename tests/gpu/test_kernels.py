@@ -41,7 +41,7 @@ layers, folder, checkpoint = sys.argv[1:]
 if layers == "local":
     sys.modules["transformer_engine"] = None  # importing it then fails
     from recipes.backend import local_layers
-    local_layers.installed = lambda name: None
+    local_layers.installed_version = lambda name: None
 from nemo_convert import parity
 core = parity.load_core(Path(checkpoint))
 modules = {type(module).__module__ for module in core.modules()}

@@ -20,26 +20,26 @@ SETTINGS = {"lr": 0.1, "betas": (0.8, 0.95), "weight_decay": 0.2, "eps": 1e-3}
 def test_updates_equal_adamw_and_continue_from_a_saved_state() -> None:
     torch.manual_seed(0)
     shapes = ((5,), (3, 4), (2,))
-    weights, expected = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
-    fused, reference = FusedAdamW(weights, **SETTINGS), AdamW(expected, **SETTINGS)
+    weights, copies = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    fused, reference = FusedAdamW(weights, **SETTINGS), AdamW(copies, **SETTINGS)
     for step in range(1, 5):
         # The last weight has no gradient.
-        for weight, expected_weight in zip(weights[:-1], expected[:-1], strict=True):
+        for weight, copy in zip(weights[:-1], copies[:-1], strict=True):
             weight.grad = torch.randn(weight.shape)
-            expected_weight.grad = weight.grad.clone()
+            copy.grad = weight.grad.clone()
         fused.step()
         reference.step()
         assert all("step" not in fused.state[weight] for weight in weights)
         assert fused.param_groups[0]["step"] == step
         saved, fused = fused.state_dict(), FusedAdamW(weights, **SETTINGS)
         fused.load_state_dict(saved)
-    for weight, expected_weight in zip(weights, expected, strict=True):
-        torch.testing.assert_close(weight, expected_weight, rtol=1e-6, atol=1e-7)
+    for weight, copy in zip(weights, copies, strict=True):
+        torch.testing.assert_close(weight, copy, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("block", [2, 1 << 22])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_deferred_gradients_are_scaled_and_dropped(
+def test_pending_scales_are_applied_and_the_gradients_freed(
     dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adamw, "BLOCK", block)
@@ -66,7 +66,7 @@ def test_coupled_weight_decay_is_refused() -> None:
 
 
 def test_megatron_uses_fused_adamw(odd_llama: Path, tmp_path: Path) -> None:
-    """Megatron's fallback would be PyTorch's unfused AdamW, which takes five times as long."""
+    """Without the patch Megatron would use PyTorch's unfused AdamW, which takes 5 times as long."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 

@@ -23,7 +23,7 @@ needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="active onl
 
 
 class Tied(nn.Module):
-    """Has a weight that is used twice, like a tied embedding, and a weight that may be unused."""
+    """Has a weight that is used twice, like a tied embedding, and a weight that is optional."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,17 +42,17 @@ Batch = tuple[torch.Tensor, bool]
 
 @pytest.fixture
 def wrap() -> Iterator[Wrap]:
-    """Wraps the weights as Megatron does, with all speed patches."""
+    """Returns a function that wraps a ``Tied`` in Megatron's DDP, and applies all speed patches."""
     enable()
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer import TransformerConfig
 
     nemo.initialize(nemo.Parallelism())
     torch.manual_seed(1)
-    shape = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
 
     def wrap_model(**settings: bool) -> Any:
-        return DistributedDataParallel(shape, DistributedDataParallelConfig(**settings), Tied())
+        return DistributedDataParallel(config, DistributedDataParallelConfig(**settings), Tied())
 
     with speed_patches(SPEED_PATCHES):
         yield wrap_model
@@ -63,7 +63,7 @@ def apply_pending_scale(gradient: Any) -> torch.Tensor:
 
 
 def expected_gradients(model: nn.Module, batches: list[Batch]) -> dict[str, torch.Tensor]:
-    """Sums the gradients of micro-batches in float32, as plain PyTorch computes them."""
+    """Returns float32 sums of the gradients that plain PyTorch computes for the micro-batches."""
     sums = {name: torch.zeros(weight.shape) for name, weight in model.named_parameters()}
     for x, all_weights in batches:
         plain = Tied()
@@ -80,17 +80,21 @@ def expected_gradients(model: nn.Module, batches: list[Batch]) -> dict[str, torc
     [
         *product([[True], [True, True], [False, True], [False], []], [True, False], [False]),
         ([True], True, True),
-        ([False, True], True, True),  # the last micro-batch must have every gradient
+        # With overlap, Megatron requires that the last micro-batch uses all weights.
+        ([False, True], True, True),
     ],
 )
 def test_each_step_has_its_own_gradients(
     wrap: Wrap, micro_batches: list[bool], distributed: bool, overlap: bool
 ) -> None:
-    """Adds gradients of micro-batches in float32, then scales them. Ignores earlier steps."""
+    """A step's gradients are the scaled float32 sum over its micro-batches only.
+
+    ``micro_batches`` says of each micro-batch whether it uses the optional weight.
+    """
     settings = {"use_distributed_optimizer": distributed, "overlap_grad_reduce": overlap}
     wrapped = wrap(grad_reduce_in_fp32=True, **settings)
     for _ in range(2):
-        batches = [(torch.randn(3, 5, dtype=torch.bfloat16), used) for used in micro_batches]
+        batches = [(torch.randn(3, 5, dtype=torch.bfloat16), uses) for uses in micro_batches]
         expected = expected_gradients(wrapped.module, batches)
         wrapped.zero_grad_buffer()
         for number, (x, all_weights) in enumerate(batches):
@@ -105,7 +109,8 @@ def test_each_step_has_its_own_gradients(
 
 
 @needs_no_cuda
-def test_unshared_gradients_take_no_memory_before_the_backward_pass(wrap: Wrap) -> None:
+def test_one_ranks_gradients_are_made_by_autograd_and_given_to_the_optimizer(wrap: Wrap) -> None:
+    """They have no buffer, and the optimizer gets the same memory without a copy."""
     wrapped = wrap(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
     [buffer] = wrapped.buffers
     assert buffer.grad_data.untyped_storage().nbytes() == 0
@@ -135,7 +140,7 @@ def test_unshared_gradients_take_no_memory_before_the_backward_pass(wrap: Wrap) 
 
 
 @needs_no_cuda
-def test_a_forked_writer_has_the_buckets_that_its_parent_released(wrap: Wrap) -> None:
+def test_a_forked_checkpoint_writer_has_the_tensors_that_its_parent_freed(wrap: Wrap) -> None:
     from megatron.core.dist_checkpointing.strategies.async_utils import (
         AsyncRequest,
         TemporalAsyncCaller,
@@ -157,7 +162,7 @@ def test_a_forked_writer_has_the_buckets_that_its_parent_released(wrap: Wrap) ->
 
 @pytest.mark.parametrize(("ranks", "calls"), [(1, 0), (2, 1)])
 def test_a_gather_in_a_group_of_one_rank_is_skipped(ranks: int, calls: int) -> None:
-    """With one rank, the buffer is the rank's own shard."""
+    """With one rank, the shard is the whole buffer. Other shards are an error."""
     outputs, buffer = list[torch.Tensor](), torch.arange(4.0)
     group = SimpleNamespace(size=lambda: ranks)
     gather = cpu_speed._skip_single_rank_gather(lambda output, *_, **__: outputs.append(output))
@@ -169,9 +174,9 @@ def test_a_gather_in_a_group_of_one_rank_is_skipped(ranks: int, calls: int) -> N
 
 
 @needs_no_cuda
-@pytest.mark.parametrize("deferred", [True, False])
+@pytest.mark.parametrize("has_pending_scale", [True, False])
 def test_gradients_are_clipped_to_the_norm(
-    deferred: bool, wrap: Wrap, monkeypatch: pytest.MonkeyPatch
+    has_pending_scale: bool, wrap: Wrap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron.core.optimizer import optimizer
 
@@ -179,8 +184,8 @@ def test_gradients_are_clipped_to_the_norm(
     parameters = [nn.Parameter(torch.zeros(4)) for _ in range(3)]
     for parameter, dtype in zip(parameters[1:], (torch.bfloat16, torch.float32), strict=True):
         parameter.grad_dtype = None
-        parameter.grad = torch.full((4,), 3.0 if deferred else 1.5, dtype=dtype)
-        if deferred:
+        parameter.grad = torch.full((4,), 3.0 if has_pending_scale else 1.5, dtype=dtype)
+        if has_pending_scale:
             parameter.grad.pending_scale = 0.5  # type: ignore[attr-defined]
 
     def norm() -> float:
@@ -190,7 +195,8 @@ def test_gradients_are_clipped_to_the_norm(
 
     assert norm() == pytest.approx(math.sqrt(18))
     optimizer.clip_grad_by_total_norm_fp32(parameters, max_norm=1.5, total_norm=norm())
-    tolerance = 1e-4 if deferred else 5e-3  # without a pending scale, bfloat16 is rounded again
+    # Without a pending scale, clipping rounds the bfloat16 gradient once more.
+    tolerance = 1e-4 if has_pending_scale else 5e-3
     assert norm() == pytest.approx(1.5, rel=tolerance)
     optimizer.clip_grad_by_total_norm_fp32(parameters, max_norm=9.0, total_norm=norm())
     assert norm() == pytest.approx(1.5, rel=tolerance)

@@ -17,7 +17,7 @@ from recipes.backend.patches import Patch, applied, apply, constant, fingerprint
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 
-CHECK = """
+CHECK_ALL_PATCHES = """
 from recipes.backend.patches import _find
 from recipes.backend.cpu_speed import SPEED_PATCHES
 from recipes.backend.without_cuda import CUDA_NAMES, REQUIRED
@@ -44,15 +44,15 @@ def patch_of(library: Any, name: str, **fields: Any) -> Patch:
 
 
 def test_originals_have_the_fingerprints_of_their_patches() -> None:
-    """In a new process; importing the patches must not replace anything."""
-    subprocess.run([sys.executable, "-c", CHECK], cwd=REPO_ROOT, check=True)
+    """Checks all patches in a new process, where none has replaced its original."""
+    subprocess.run([sys.executable, "-c", CHECK_ALL_PATCHES], cwd=REPO_ROOT, check=True)
 
 
 def test_functions_in_c_are_distinguished_by_signature() -> None:
     assert fingerprint(torch.mm) != fingerprint(torch.bmm)
 
 
-def test_apply_replaces_for_the_rest_of_the_process(library: Any) -> None:
+def test_apply_replaces_attributes(library: Any) -> None:
     apply([patch_of(library, "rate"), patch_of(library, "FAST", replace=replace_with(True))])
     assert library.rate("x") == 7
     assert library.FAST is True
@@ -66,14 +66,14 @@ def test_applied_restores_the_original_after_its_block(library: Any) -> None:
     assert library.rate is before
 
 
-def test_a_missing_target_is_named(library: Any) -> None:
+def test_a_target_that_does_not_exist_is_an_error(library: Any) -> None:
     patch = patch_of(library, "rate", target="library_to_patch:gone")
     with pytest.raises(RecipeError, match=r"library_to_patch:gone does not exist"):
         apply([patch])
 
 
 @pytest.mark.parametrize("name", ["rate", "FAST"])
-def test_a_changed_original_is_named(library: Any, name: str) -> None:
+def test_an_original_with_another_fingerprint_is_an_error(library: Any, name: str) -> None:
     patch = patch_of(library, name, source_hash="0123456789ab")
     with pytest.raises(RecipeError, match=f"library_to_patch:{name} has the fingerprint"):
         apply([patch])
@@ -81,7 +81,7 @@ def test_a_changed_original_is_named(library: Any, name: str) -> None:
 
 def test_a_block_that_cannot_start_restores_the_originals(library: Any) -> None:
     before = library.rate
-    # The fingerprint of a flag is its type: this one does not match.
+    # The fingerprint of a flag is its type, here bool, so the second patch is refused.
     patches = [patch_of(library, "rate"), patch_of(library, "FAST", source_hash="str")]
     with pytest.raises(RecipeError), applied(patches):
         pytest.fail("the block must not start")

@@ -87,7 +87,7 @@ def test_a_model_of_training_layers_has_the_same_logits_and_gradients(
 
 
 def test_long_sequences_keep_pytorchs_backward_pass() -> None:
-    """The memory of the scores in a block grows with the length."""
+    """A blockwise pass stores a block's scores, whose memory grows with the sequence."""
     query, key, value = random_tensors(*[(LONGEST_BLOCKWISE + 1, 1, 2, 4)] * 3)
     context = attend_in_blocks(query.requires_grad_(), key, value, SCALE)
     assert "BlockwiseAttention" not in type(context.grad_fn).__name__

@@ -35,7 +35,7 @@ def test_no_effect_with_cuda_and_transformer_engine(monkeypatch: pytest.MonkeyPa
     assert adapt_config(config) is config
 
 
-def test_cuda_without_transformer_engine_has_only_local_layers(
+def test_cuda_without_transformer_engine_only_needs_local_layers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     enable()
@@ -58,7 +58,7 @@ def test_transformer_engine_that_cannot_be_imported_is_an_error(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert needs_local_layers()
-    monkeypatch.setattr("recipes.backend.local_layers.installed", lambda _: "2.9.0")
+    monkeypatch.setattr("recipes.backend.local_layers.installed_version", lambda _: "2.9.0")
     with pytest.raises(RecipeError, match=r"TransformerEngine 2\.9\.0 is installed but cannot"):
         needs_local_layers()
 
@@ -94,15 +94,15 @@ def test_cuda_tensors_are_created_on_the_cpu() -> None:
 @needs_no_cuda
 def test_random_state_is_saved_and_restored() -> None:
     enable("torch", "megatron")
-    from megatron.core.tensor_parallel import random as tracker
+    from megatron.core.tensor_parallel import random as megatron_random
 
     state = torch.cuda.get_rng_state()
     first = torch.rand(3)
     torch.cuda.set_rng_state(state)
     assert torch.equal(torch.rand(3), first)
-    tracker._set_cuda_rng_state(state)
+    megatron_random._set_cuda_rng_state(state)
     assert torch.equal(torch.rand(3), first)
-    assert torch.equal(tracker._get_cuda_rng_state(), torch.get_rng_state())
+    assert torch.equal(megatron_random._get_cuda_rng_state(), torch.get_rng_state())
     torch.cuda.manual_seed(5)
     assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(5)))
 

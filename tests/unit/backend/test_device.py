@@ -1,4 +1,4 @@
-"""A rank moves to the cores near its GPU."""
+"""A rank is bound to the cores near its GPU."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from recipes.backend.device import bind_to_near_cores
 
 
 @pytest.mark.parametrize(
-    ("listed", "ranks", "moved"),
+    ("near_cores", "ranks", "is_bound"),
     [
         ("0-3,4,5", 2, True),
         ("0-3,4,5", 1, False),  # a single rank would lose half of its cores
-        ("0-7", 2, False),
+        ("0-7", 2, False),  # all of the job's cores are near
         ("64-127", 2, False),  # the job's cores are on the other socket
         (None, 2, False),  # the file does not exist
     ],
 )
-def test_a_rank_moves_to_the_cores_near_its_gpu(
-    listed: str | None, ranks: int, moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_rank_is_bound_to_the_cores_near_its_gpu(
+    near_cores: str | None,
+    ranks: int,
+    is_bound: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if listed is not None:
-        (tmp_path / "local_cpulist").write_text(f"{listed}\n")
+    if near_cores is not None:
+        (tmp_path / "local_cpulist").write_text(f"{near_cores}\n")
     bound: dict[int, set[int]] = {}
     threads = {int(thread.name) for thread in Path("/proc/self/task").iterdir()}
 
@@ -36,4 +40,4 @@ def test_a_rank_moves_to_the_cores_near_its_gpu(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 5, 6, 7})
     monkeypatch.setattr(os, "sched_setaffinity", bind)
     bind_to_near_cores(tmp_path, ranks)
-    assert bound == ({thread: {4, 5} for thread in threads} if moved else {})
+    assert bound == ({thread: {4, 5} for thread in threads} if is_bound else {})
