@@ -18,7 +18,7 @@ HF_EXPERT_SIZE_KEYS = {
     "num_moe_experts": "num_experts",
     "moe_ffn_hidden_size": "moe_intermediate_size",
 }
-"""Such keys of sizes that only an MoE has, by Megatron's name."""
+"""The same for the sizes that only an MoE has."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Architecture:
         return self.num_layers * layer + vocabulary + self.hidden_size
 
     def active_weights(self) -> int:
-        """Counts the weights in the matrices that one token uses: of an MoE, only top-k experts."""
+        """Counts the matrix weights that one token uses; of an MoE's experts, only the top k."""
         layer = self._layer_matrices(self.moe_router_topk)
         return self.num_layers * layer + self.vocab_size * self.hidden_size
 

@@ -22,14 +22,14 @@ from recipes.core.files import read_json, write_json
 
 
 class WeightReader(Protocol):
-    """Weights by their Hugging Face names."""
+    """Reads weights by their Hugging Face names."""
 
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor."""
 
 
 class MergedWeights:
-    """Makes each Megatron weight from Hugging Face weights when it is requested."""
+    """Builds a Megatron weight from Hugging Face weights only when the weight is requested."""
 
     def __init__(self, weights: WeightReader, arch: Architecture, family: Family) -> None:
         self._weights, self._arch = weights, arch
@@ -44,7 +44,7 @@ class MergedWeights:
 
 @dataclass(frozen=True)
 class FiniteWeights:
-    """Wraps weights: reading one with NaN or infinite values raises an error."""
+    """Wraps a reader of weights; refuses weights with NaN or infinite values."""
 
     weights: WeightReader
 
@@ -62,7 +62,7 @@ class FiniteWeights:
 def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
     """Converts a Hugging Face folder to a NeMo 2 checkpoint directory.
 
-    If the weights have several types, all become float32, which holds their values exactly.
+    If the weights have several dtypes, all become float32, which holds their values exactly.
 
     Two weights are in memory at a time: the one being written and the next. Megatron's model is
     built only for its sharded state dict. Its weights stay uninitialised, so they take no physical

@@ -66,7 +66,7 @@ class Family:
     """Key ``model_type`` of ``config.json``, by which transformers chooses the class."""
     importer: str
     """NeMo's importer class (module:name). Only its NeMo config is used: NeMo's own conversion of
-    weights loads the model twice and drops the chat template."""
+    weights would load the model twice and drop the chat template."""
     model: str
     """NeMo's model class (module:name)."""
     weights: tuple[Weight, ...]
@@ -82,7 +82,7 @@ class Family:
         return set(weights) <= set(self.weights)
 
     def weights_of(self, architecture: Architecture) -> Iterator[tuple[Weight, dict[str, int]]]:
-        """Yields each weight once per layer and expert of the shape, with these indices."""
+        """Yields (weight, layer and expert indices) for every weight of a model of this shape."""
         for weight in self.weights:
             if weight.megatron == OUTPUT_LAYER and architecture.tied_embeddings:
                 continue
@@ -103,12 +103,12 @@ class Family:
     def by_megatron_name(
         self, architecture: Architecture
     ) -> dict[str, tuple[Weight, dict[str, int]]]:
-        """Returns each weight of the shape, with its layer and expert indices, by Megatron name."""
+        """Returns what ``weights_of`` yields, by the Megatron name of each weight."""
         weights = self.weights_of(architecture)
         return {w.megatron.format(**indices): (w, indices) for w, indices in weights}
 
     def canonical_name(self, name: str) -> str:
-        """Returns a parameter's name in TransformerEngine's layer spec (``Weight.megatron``)."""
+        """Translates a parameter's name in any layer spec to TransformerEngine's layer spec."""
         if self.has(EXPERTS) and name.endswith("pre_mlp_layernorm.weight"):
             return name  # TransformerEngine fuses this norm into a dense layer, not into experts
         for local, canonical in LOCAL_SPEC_NAMES.items():
@@ -122,11 +122,11 @@ LOCAL_SPEC_NAMES = {
     r"pre_mlp_layernorm\.weight$": "mlp.linear_fc1.layer_norm_weight",
     r"local_experts\.(\d+)\.(linear_fc[12]\.weight)$": r"\2\1",
 }
-"""Names in TransformerEngine's layer spec, by regular expression for the local spec's names."""
+"""Names in Megatron's local layer spec (regular expressions), and in TransformerEngine's spec."""
 
 
 def _renamed(name: str, hf: str, shape: Callable[[Architecture], tuple[int, ...]]) -> Weight:
-    """Describes a weight that has another name in Hugging Face, but the same values."""
+    """Describes a Megatron weight that equals one Hugging Face weight, except for the name."""
     return Weight(name, (hf,), shape, lambda _, tensors: tensors[0], lambda _, tensor: [tensor])
 
 
@@ -274,7 +274,7 @@ _QWEN_DEFAULTS = {
 
 
 def _no_window(_: Mapping[str, Any]) -> dict[str, Any]:
-    """Removes the sliding window of NeMo's Mistral config. Models with a window are refused."""
+    """Removes the sliding window of NeMo's Mistral config. Models that use one are refused."""
     return {"window_size": None, "cp_comm_type": None}
 
 

@@ -36,7 +36,7 @@ ARCHITECTURES = {
 }
 """llama.cpp's names of the families; see ``architecture_name`` for the exception."""
 MATRIX_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-"""Types of matrices, and llama.cpp's name of a file with them. Vectors are always float32."""
+"""Types of matrices, and gguf's name of a file with such matrices. Vectors are always float32."""
 # Parts of the regular expressions in PRE_TOKENIZERS. _PREFIX is the character that may be part of
 # the word that follows it, such as a space. _OTHER matches punctuation, line ends and other spaces.
 _PREFIX = r"[^\r\n\p{L}\p{N}]?"
@@ -150,7 +150,7 @@ def _weights(
 
 
 def _read(weights: hf.Weights, source: str, heads: int | None) -> np.ndarray:
-    """Reads a weight in float32; with ``heads``, its rows are in the order of llama.cpp's Llama."""
+    """Reads a weight in float32. If ``heads`` is set, orders its rows for llama.cpp's Llama."""
     data: np.ndarray = weights.read(source).float().numpy()
     return data if heads is None else half_rotation_to_interleaved(data, heads)
 
@@ -168,7 +168,7 @@ def half_rotation_to_interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _add_shape(writer: GGUFWriter, shape: Architecture, config: Mapping[str, Any]) -> None:
-    """Adds sizes and constants; head sizes are explicit, since pruning makes defaults wrong."""
+    """Adds sizes and constants. Head sizes are explicit: pruning makes the defaults wrong."""
     writer.add_vocab_size(shape.vocab_size)
     writer.add_context_length(shape.max_position_embeddings)
     writer.add_embedding_length(shape.hidden_size)
@@ -214,7 +214,7 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     tokens, types = _vocabulary(tokenizer, vocab_size)
     if tokenizer["model"].get("byte_fallback"):
         writer.add_tokenizer_model("llama")
-        # llama.cpp merges the highest score first. Training merged lower ids first.
+        # llama.cpp merges the highest score first. Lower ids must merge first, as in training.
         writer.add_token_scores([-float(number) for number in range(vocab_size)])
         # Encoding a text shows whether the tokenizer puts a space before it.
         [first, *_] = Tokenizer.from_file(path).encode("a", add_special_tokens=False).tokens
@@ -225,10 +225,10 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
-    # SpecialVocab guesses from settings whether text gets BOS and EOS; encoding a text shows it.
+    # SpecialVocab guesses from settings whether text gets BOS and EOS. Encoding a text proves it.
     ids = Tokenizer.from_file(path).encode("a").ids
-    for role, outer_id in (("bos", ids[0]), ("eos", ids[-1])):
-        special.add_special_token[role] = special.special_token_ids.get(role) == outer_id
+    for role, end_id in (("bos", ids[0]), ("eos", ids[-1])):
+        special.add_special_token[role] = special.special_token_ids.get(role) == end_id
     special.add_to_gguf(writer, quiet=True)
 
 

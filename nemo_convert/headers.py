@@ -28,13 +28,13 @@ LFS_POINTER = b"version https://git-lfs"
 PYTORCH_FORMATS = ("pt", "mlx")
 """Values of ``format`` in a file's metadata that transformers accepts for PyTorch models."""
 FIRST_BYTES = 100_000
-"""Number of bytes that are read first. They contain the whole header of most files."""
+"""Number of bytes that are read first: most headers are shorter."""
 MAX_HEADER_BYTES = 100_000_000
 """Longest header that safetensors reads."""
 CHUNK_BYTES = 4 << 20
 """Number of bytes of a local tensor that are compared at a time."""
 HEADER_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
-"""Errors that parsing raises for bytes that are not a header."""
+"""Errors that parsing a header raises if the bytes are not a header."""
 SAMPLES, SAMPLE_BYTES = 8, 64 << 10
 """Number of evenly spread samples of a tensor on the hub that are compared, and their size."""
 
@@ -205,7 +205,7 @@ def _request_range(hf_path: str, file: str, begin: int, end: int) -> bytes:
                     f"the hub sends {file} of {hf_path} only as a whole.",
                     "use a hub that answers range requests, or download the model first",
                 )
-            # A hub without range requests sends the whole file. Only its beginning is read.
+            # A hub without range requests sends the whole file. This reads only the beginning.
             data: bytes = response.raw.read(end - begin)
             if begin and len(data) < end - begin:
                 raise OSError("the connection ended early")

@@ -49,7 +49,7 @@ def resolve(hf_path: str) -> Path:
 
 
 def require_loadable_tokenizer(hf_path: str) -> None:
-    """Loads the tokenizer of a folder or hub model as a conversion would, from small files.
+    """Loads the tokenizer of a folder or hub model as a conversion does; downloads no weights.
 
     Raises:
         RecipeError: transformers cannot load the tokenizer.
@@ -111,10 +111,10 @@ class Weights:
 def write_weights(
     tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes shards; a thread writes one shard while the caller's thread reads the next.
+    """Writes tensors in shards; a thread writes one shard while the caller's thread reads the next.
 
     At most two shards are in memory. The caller's thread reads ``tensors``, because the fake tensor
-    mode of a rehearsal applies to that thread only.
+    mode in which rehearsals run stages applies to that thread only.
     """
     from safetensors.torch import save_file
 
@@ -145,7 +145,7 @@ def write_weights(
 def _shards(
     tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Groups tensors into shards, in their order."""
+    """Groups tensors into shards of at most ``shard_bytes``, without reordering them."""
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in tensors:

@@ -1,4 +1,4 @@
-"""Reads a model's shape from ``config.json``, and writes a changed one back. Torch-free."""
+"""Reads a model's shape from ``config.json``, and puts another shape into it. Torch-free."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     transformers 5 writes ``rope_parameters: {rope_theta, rope_type, ...}``, ``dtype``, and for some
     models ``num_local_experts``. transformers 4, with which NeMo imports, ignores the RoPE
     parameters and the number of experts, so it would use a ``rope_theta`` of 10,000. A RoPE scaling
-    that changes nothing becomes null.
+    that leaves RoPE unchanged becomes null.
 
     Raises:
         RecipeError: ``rope_parameters`` are incomplete, differ from layer type to layer type, or
@@ -92,8 +92,8 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _unset_keys(config: Mapping[str, Any]) -> set[str]:
     """Returns the keys that are null and mean the same when they are absent.
 
-    Some classes of transformers 4 or 5 do not accept the null. Qwen3's ``head_dim`` is not among
-    the keys, because it would be 128 if it were absent.
+    Some classes of transformers 4 or 5 do not accept null. Qwen3's ``head_dim`` is not among the
+    keys: if it is absent, it is 128.
     """
     names = (config.get("model_type"), _first_name(config.get("architectures")))
     has_head_dim_default = any(
@@ -123,7 +123,7 @@ def _split_rope_parameters(rope: object, where: str) -> dict[str, Any]:
 
 
 def _normalize_scaling(scaling: object, where: str) -> dict[str, Any] | None:
-    """Returns a RoPE scaling in its newest spelling; ``None`` for one that changes nothing."""
+    """Returns a RoPE scaling in its newest spelling; ``None`` if it leaves RoPE unchanged."""
     if not isinstance(scaling, Mapping):
         raise RecipeError(f"{where}: rope_scaling={scaling} is not an object.", "use null")
     plain = {key: value for key, value in scaling.items() if key != "type"}
@@ -227,7 +227,7 @@ def _require_numbers(config: Mapping[str, Any], where: str) -> None:
     if "factor" in scaling or scaling.get("rope_type") == "llama3":
         constants["rope_scaling.factor"] = scaling.get("factor")
     for key, value in constants.items():
-        # The comparison is false for NaN, infinity, and integers too large for a float.
+        # The comparison is also false for NaN, infinity, and integers too large for a float.
         if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise RecipeError(
                 f"{where}: invalid {key}={value!r} in config.json: must be a positive number.",
@@ -244,7 +244,7 @@ def _require_switches_and_padding(config: Mapping[str, Any], where: str) -> None
                 "correct it: in JSON, true and false have no quotes",
             )
     padding, size = config.get("pad_token_id"), config.get("vocab_size", sys.maxsize)
-    # transformers builds the embedding with this row as padding. A negative id counts from the end.
+    # transformers passes the id to nn.Embedding as padding_idx. A negative id counts from the end.
     if padding is not None and not (type(padding) is int and -size <= padding < size):
         raise RecipeError(
             f"{where}: invalid pad_token_id={padding!r} in config.json: must be less than "
@@ -315,11 +315,13 @@ def _unsupported_features(family: Family, config: Mapping[str, Any]) -> Iterator
             "remove it from config.json if it cannot change what the model computes, and add it to "
             "nemo_convert/config_keys.py if it never does",
         )
-    yield from _unsupported_layers_or_types(config)
+    yield from _unsupported_layer_types_or_quantization(config)
     yield from _unsupported_positions(family, config)
 
 
-def _unsupported_layers_or_types(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _unsupported_layer_types_or_quantization(
+    config: Mapping[str, Any],
+) -> Iterator[tuple[str, str]]:
     types, layers = config.get("layer_types"), config.get("num_hidden_layers", 0)
     if types is not None and types != ["full_attention"] * layers:
         yield f"layer_types={types}", f"use a model with full_attention in all {layers} layers"

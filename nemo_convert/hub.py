@@ -28,9 +28,9 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
 )
 SIDE_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "LICENSE*", "README.md")
-"""Side files of a model: all files except weights that a conversion copies."""
+"""Side files of a model: the files that a conversion copies. They do not include weights."""
 ADAPTER = "adapter_config.json"
-"""In a folder with this file, transformers loads an adapter and the model that it names."""
+"""In a folder with this file, transformers loads an adapter, on the model that the file names."""
 HUB_SECONDS = 2.0
 """Seconds that ``is_config_available`` waits for the hub."""
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>\w[\w./-]*))?")
@@ -150,7 +150,7 @@ def _download(hf_path: str, patterns: Sequence[str], revision: str | None = None
     model = hub_arguments(hf_path)
     if revision:
         model["revision"] = revision
-    # Here * also matches a slash: tokenizer* would match all files of a folder ``tokenizer``.
+    # In these patterns * also matches a slash: tokenizer* also matches files in tokenizer/.
     folders = [f"{pattern}/*" for pattern in patterns if pattern.endswith("*")]
     try:
         return Path(snapshot_download(allow_patterns=[*patterns], ignore_patterns=folders, **model))
@@ -161,7 +161,7 @@ def _download(hf_path: str, patterns: Sequence[str], revision: str | None = None
 def is_config_available(hf_path: str) -> bool:
     """Returns whether a hub model's config is cached, or the hub answers within ``HUB_SECONDS``.
 
-    The hub's own client would try for half a minute.
+    ``huggingface_hub`` is not used here, because it retries for half a minute.
     """
     from huggingface_hub import hf_hub_url, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 NONCOMMERCIAL = re.compile(r"\bnc\b|non-?\s?commercial|research[- ]only", re.IGNORECASE)
-"""Matches names of licences such as CC-BY-NC-4.0, and the usual words."""
+"""Matches names such as CC-BY-NC-4.0, and phrases such as "non-commercial"."""
 
 
 def model_licence(folder: Path) -> str:

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 WEIGHTS, CONTEXT, SIDE = "weights", "context", "hf"
 """Directories of a checkpoint: weights; context; in the context, the Hugging Face files."""
 STEPS = "steps"
-"""Directory, in the artifact of a training run, of the checkpoints of earlier steps."""
+"""Directory in a training run's artifact that has the checkpoints of earlier steps."""
 EXTRA_STATE = "_extra_state"
-"""End of the names of FP8 states that TransformerEngine's modules store."""
+"""Suffix of the names under which TransformerEngine's modules store FP8 state."""
 SEED = 1234
 CHAT_TEMPLATES = "additional_chat_templates"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -160,8 +160,8 @@ def architecture_of(checkpoint: Path) -> Architecture:
 def new_model(hf_folder: Path) -> Any:
     """Makes a NeMo model (config and tokenizer, no weights) for a Hugging Face folder.
 
-    ``hf_folder`` must be named ``hf`` and hold side files only: NeMo copies the whole directory
-    into the context as the tokenizer's files.
+    ``hf_folder`` must be named ``hf`` and have side files only, no weights: NeMo copies the whole
+    directory into the context as the tokenizer's files.
     """
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
     from nemo.lightning import io
@@ -171,7 +171,7 @@ def new_model(hf_folder: Path) -> Any:
     family = FAMILIES[arch.hf_architecture]
     _record_arguments()
     importer = resolve_name(family.importer)(str(hf_folder))
-    # The Qwen importers read this attribute, but only their conversion of weights sets it.
+    # The Qwen importers read this attribute. NeMo sets it only when it converts weights.
     importer.trust_remote_code = False
     with _readable_generation_config(hf_folder):
         config = importer.config
@@ -183,7 +183,7 @@ def new_model(hf_folder: Path) -> Any:
 
 
 def _record_arguments() -> None:
-    """Makes NeMo record the arguments of every config class, which it writes to the context.
+    """Makes NeMo record the arguments of every config class. The context has these records.
 
     NeMo sets ``__wrapped_init__`` on a class whose arguments it records. A subclass inherits the
     attribute, so NeMo would not record its arguments: a Qwen3Config that is made after a
@@ -200,7 +200,7 @@ def _record_arguments() -> None:
 
 @contextmanager
 def _readable_generation_config(hf_folder: Path) -> Iterator[None]:
-    """Replaces the generation config, while the block runs, by one that NeMo can read and write.
+    """Temporarily replaces the generation config with one that NeMo can read and write.
 
     Most importers need the file, but base models do not have it. transformers reads more than it
     writes: it refuses to write sampling settings without ``do_sample``, as Llama 2 has them, or a
@@ -224,7 +224,7 @@ def _readable_generation_config(hf_folder: Path) -> Iterator[None]:
 
 
 def _fields_that_importers_omit(arch: Architecture) -> dict[str, Any]:
-    """Returns the fields of NeMo's config that at least one importer does not set."""
+    """Returns values for the fields of NeMo's config that at least one importer does not set."""
     settings = {
         "kv_channels": arch.kv_channels,
         "vocab_size": arch.vocab_size,
@@ -317,7 +317,7 @@ def read_sharded(state: dict[str, Any], weights: Path) -> dict[str, Any]:
 def save_checkpoint(
     checkpoint: Path, model: Any, core: torch.nn.Module, side: Path, rank: int, strategy: Any = None
 ) -> None:
-    """Writes weights from all ranks and, on rank 0, the context.
+    """Writes a checkpoint: each rank writes its weights, and rank 0 also writes the context.
 
     The context has the ``__io__`` config of ``model`` and the ``side`` files. The weights are those
     of ``core``, this rank's Megatron model, unless Megatron's save ``strategy`` has another source.
@@ -338,7 +338,7 @@ def _with_norm_states(state: dict[str, Any]) -> dict[str, Any]:
 
     norms = {}
     for name, item in state.items():
-        if item.key.endswith("norm.weight"):  # a norm in a linear layer is …_norm_weight
+        if item.key.endswith("norm.weight"):  # not …_norm_weight, a norm fused into a linear layer
             axes = item.prepend_axis_num  # 1 if all layers are stacked in one tensor, else 0
             norms[name.replace("weight", EXTRA_STATE)] = ShardedObject(
                 item.key.replace("weight", EXTRA_STATE),
@@ -373,7 +373,7 @@ def write_context(checkpoint: Path, model: Any, side: Path) -> None:
 
 @contextmanager
 def outside_slurm() -> Iterator[None]:
-    """Hides a Slurm job from a new trainer, which would take the job's tasks for its ranks."""
+    """Hides a Slurm job from a new trainer, which would treat the job's tasks as its ranks."""
     tasks = os.environ.pop("SLURM_NTASKS", None)
     try:
         yield

@@ -53,7 +53,7 @@ every part of a tokenizer is used.
 
 @dataclass(frozen=True)
 class Parity:
-    """Comparison of two models with the reference on the same tokens."""
+    """Comparison of NeMo's and transformers' models with the reference on the same tokens."""
 
     nemo_difference: float
     """Largest difference of a logit between NeMo and the reference."""
@@ -67,14 +67,14 @@ class Parity:
 
     @property
     def max_logit_difference(self) -> float:
-        """The larger of both differences; NaN if one of them is."""
+        """The larger of the two differences; NaN if one of them is NaN."""
         return float(np.maximum(self.nemo_difference, self.transformers_difference))
 
     def require(self, what: str) -> Parity:
-        """Returns itself; raises ``RecipeError`` unless the models are equal.
+        """Returns this comparison; raises ``RecipeError`` unless the models are equal.
 
         Args:
-            what: Names the comparison in the message.
+            what: Name of the comparison, for the message.
         """
         if self.different_weight is not None:
             raise RecipeError(
@@ -105,7 +105,7 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
     Args:
         hf_folder: Hugging Face folder.
         checkpoint: NeMo checkpoint directory.
-        core: Megatron model that computes NeMo's logits; by default, the checkpoint's.
+        core: Megatron model that computes NeMo's logits; by default, the model of the checkpoint.
     """
     import torch
     from transformers import AutoTokenizer
@@ -154,7 +154,7 @@ def core_logits(
     """Computes logits [batch, sequence, vocabulary] of a Megatron model at TP=PP=1, in float32.
 
     Args:
-        core: Megatron's ``GPTModel``; it is converted to float32 and stays so.
+        core: Megatron's ``GPTModel``, which is left in float32.
         tokens: Token ids [batch, sequence].
         positions: RoPE position of each token [sequence]; by default 0, 1, 2, …
     """
@@ -172,7 +172,7 @@ def core_logits(
 
 @contextmanager
 def _rope_at(core: Any, positions: torch.Tensor) -> Iterator[None]:
-    """Applies RoPE at given positions while the block runs.
+    """Temporarily makes a model apply RoPE at these positions.
 
     Megatron ignores ``position_ids`` for RoPE. Its angles [sequence, 1, 1, dim] are always those of
     positions 0, 1, 2, …

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def pipeline_split(num_layers: int, stages: int) -> list[int]:
-    """Returns the number of layers on each pipeline stage, as even as Megatron allows.
+    """Returns the number of layers on each pipeline stage, split as evenly as Megatron allows.
 
     In Megatron-Core, all stages but the first and the last must have the same number of layers
     (``num_layers_in_first_pipeline_stage``, ``num_layers_in_last_pipeline_stage`` in

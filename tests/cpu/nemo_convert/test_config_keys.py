@@ -1,4 +1,4 @@
-"""Every key that transformers 4 or 5 writes for a supported family is known."""
+"""``config_keys`` lists every key that transformers 4 or 5 writes for a supported family."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def configs(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_key_of_a_config_is_known(configs: dict[str, dict[str, Any]], family: str) -> None:
+def test_every_key_of_a_config_is_listed(configs: dict[str, dict[str, Any]], family: str) -> None:
     written = {**configs[family], "architectures": [ARCHITECTURES[family]]}
     config = as_transformers_4(written, family)
     assert list(unknown_keys(config)) == []

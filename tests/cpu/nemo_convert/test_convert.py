@@ -1,4 +1,4 @@
-"""Conversion keeps weights bit for bit, logits, and side files."""
+"""Conversion keeps side files and logits. It keeps the bits of every weight."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def test_written_shards_have_an_index_that_transformers_reads(
     assert torch.equal(loaded["model.norm.weight"], read_tensors(odd_llama)["model.norm.weight"])
 
 
-def test_rope_of_transformers_5_is_read(odd_llama: Path, tmp_path: Path) -> None:
-    """transformers 4 ignores ``rope_parameters`` and would take a theta of 10,000."""
+def test_rope_parameters_of_transformers_5_are_read(odd_llama: Path, tmp_path: Path) -> None:
+    """transformers 4 ignores ``rope_parameters``, and then uses a theta of 10,000."""
     folder, checkpoint, back = (tmp_path / name for name in ("hf", "m.nemo", "back"))
     shutil.copytree(odd_llama, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -105,7 +105,7 @@ def test_a_check_loads_the_tokenizer_without_torch(odd_llama: Path) -> None:
 def test_only_the_files_that_transformers_reads_are_converted(
     odd_llama: Path, tmp_path: Path
 ) -> None:
-    """A repository may have other safetensors files, whose names sort before or after."""
+    """A model's repository may have other safetensors files, whatever their place in the list."""
     folder = tmp_path / "hf"
     shutil.copytree(odd_llama, folder)
     changed = {name: tensor + 1 for name, tensor in read_tensors(odd_llama).items()}
@@ -123,7 +123,7 @@ def test_only_the_files_that_transformers_reads_are_converted(
         ("v_head.summary.weight", "v_head.summary.weight, which LlamaForCausalLM does not have"),
     ],
 )
-def test_a_weight_that_would_be_lost_is_named(
+def test_the_error_names_a_weight_that_conversion_would_drop(
     odd_llama: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -148,7 +148,7 @@ def test_a_copy_of_a_tied_head_is_accepted(odd_llama: Path, tmp_path: Path) -> N
     assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 0
 
 
-def test_a_missing_shard_is_named(
+def test_the_error_names_a_missing_shard_or_index(
     odd_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "hf"
@@ -167,7 +167,7 @@ def test_a_missing_shard_is_named(
 def test_code_of_a_tokenizer_does_not_run(
     odd_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By default, transformers asks the user whether to run the code."""
+    """By default, transformers asks the user whether to run the code. Here, the user says yes."""
     folder, created_by_code = tmp_path / "hf", tmp_path / "ran"
     shutil.copytree(odd_llama, folder)
     (folder / "custom.py").write_text(f"open({str(created_by_code)!r}, 'w')\n")
@@ -195,7 +195,7 @@ def test_verify_accepts_an_equal_model_and_refuses_a_changed_one(
     assert convert_by_command("verify", odd_llama, odd_llama) == 1
 
 
-def test_packed_file_reads_back(odd_llama: Path, odd_nemo: Path, tmp_path: Path) -> None:
+def test_packed_file_has_the_same_model(odd_llama: Path, odd_nemo: Path, tmp_path: Path) -> None:
     nemo.pack(odd_nemo, tmp_path / "odd.packed.nemo")
     assert convert_by_command("verify", tmp_path / "odd.packed.nemo", odd_llama) == 0
 
@@ -214,7 +214,7 @@ def test_archive_with_a_path_outside_its_directory_is_refused(tmp_path: Path) ->
 def test_context_that_would_run_code_is_refused(
     odd_llama: Path, odd_nemo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """NeMo would make the planted call. ``to-hf`` works, because it does not read the context."""
+    """NeMo makes the planted call if it opens the context. ``to-hf`` does not open the context."""
     hostile, created_by_call = tmp_path / "hostile.nemo", tmp_path / "ran"
     shutil.copytree(odd_nemo, hostile)
     file = hostile / nemo.CONTEXT / "io.json"
@@ -250,7 +250,7 @@ def change_context(checkpoint: Path, change: Callable[[dict[str, Any]], object])
 
 
 def test_a_call_in_an_object_named_paths_is_refused(odd_nemo: Path, tmp_path: Path) -> None:
-    """Contexts also have harmless lists under the key ``paths``."""
+    """Contexts have harmless lists under the key ``paths``, but other values must be checked."""
 
     def plant(objects: dict[str, Any]) -> None:
         # The object that names the tokenizer's class gets the key "paths", and another function.
@@ -314,7 +314,7 @@ def test_tokenizer_larger_than_the_vocabulary_is_refused(odd_llama: Path, tmp_pa
     assert not (tmp_path / "x.nemo").exists()
 
 
-def test_missing_weight_is_named(odd_llama: Path, tmp_path: Path) -> None:
+def test_the_error_names_a_missing_weight(odd_llama: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(odd_llama, broken)
     weights = read_tensors(broken)
@@ -363,7 +363,7 @@ DENSE = {
 
 
 def test_stock_nemo_loads_checkpoints_without_our_code(text_file: Path, tmp_path: Path) -> None:
-    """Runs NeMo's own loader, without its fused kernels and the assertion that need a GPU."""
+    """Runs NeMo's own loader, without the parts that need a GPU: fused kernels and one check."""
     script = tmp_path / "stock.py"
     script.write_text(STOCK_NEMO_SCRIPT)
     expected = []
@@ -386,7 +386,7 @@ def test_stock_nemo_loads_checkpoints_without_our_code(text_file: Path, tmp_path
     assert [[float(total), model, int(size)] for _, total, model, size in lines] == expected
 
 
-def test_context_has_the_settings_for_a_gpu(odd_nemo: Path) -> None:
+def test_context_keeps_the_settings_for_a_gpu(odd_nemo: Path) -> None:
     """A checkpoint that was written on a CPU must not slow a GPU down."""
     text = (odd_nemo / "context" / "model.yaml").read_text()
     assert "sdpa" not in text

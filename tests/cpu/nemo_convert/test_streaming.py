@@ -1,4 +1,4 @@
-"""Streamed writing and reading of weights: order, reading ahead, and errors."""
+"""Weights are read ahead and in order while others are written; errors are raised."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def test_one_weight_is_read_ahead() -> None:
         assert not any(started[later].is_set() for later in KEYS[number + 2 :])
 
 
-def test_error_of_the_source_is_raised_at_its_weight() -> None:
+def test_error_of_the_source_is_raised_when_its_weight_is_requested() -> None:
     def source(key: str, index: Index) -> Tensor:
         if (key, index) == KEYS[1]:
-            raise RecipeError("missing make_weight", "")
+            raise RecipeError("missing weight", "")
         return make_weight(key, index)
 
     weights = _prefetch(source, KEYS)
     assert next(weights)[0] == KEYS[0]
-    with pytest.raises(RecipeError, match="missing make_weight"):
+    with pytest.raises(RecipeError, match="missing weight"):
         next(weights)
 
 
-def test_planner_refuses_an_order_other_than_the_plan() -> None:
+def test_planner_refuses_an_order_other_than_the_plans() -> None:
     planner = _SourcePlanner(make_weight, {"a": 1, "b": 1})
     planner._weights = _prefetch(make_weight, KEYS)
 
@@ -82,9 +82,9 @@ def test_checksums_are_off_only_within_the_context() -> None:
     assert torch.serialization.get_crc32_options()
 
 
-@pytest.mark.parametrize("failing", [0, 1, 2])
-def test_shard_that_cannot_be_written_raises(tmp_path: Path, failing: int) -> None:
-    (tmp_path / f"shard-{failing}").mkdir()  # a folder where a file must be written
+@pytest.mark.parametrize("failing_shard", [0, 1, 2])
+def test_failed_write_of_a_shard_raises(tmp_path: Path, failing_shard: int) -> None:
+    (tmp_path / f"shard-{failing_shard}").mkdir()  # a folder where a file must be written
     tensors = {name: torch.zeros(4) for name in "abc"}
     with pytest.raises(SafetensorError):
         hf.write_weights(iter(tensors.items()), tmp_path, shard_bytes=16)
