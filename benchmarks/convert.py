@@ -6,7 +6,8 @@
 Each compared program, called a side, runs in its own process, one after the other. The shortest
 time and the lowest peak of all repeats count. Times exclude imports. Memory is the peak minus the
 memory after imports. ``resident`` is all memory. ``anonymous`` excludes pages of mapped files,
-which the system can drop at any time. ``verify`` compares logits and weights of both models.
+which the system can drop at any time. ``verify`` compares logits and weights of the Hugging Face
+model with those of the NeMo checkpoint.
 
 With ``--billions``, the model is a random Llama with that number of parameters in bfloat16, and the
 baseline is a plain copy of its files. Files are not in the page cache when a side starts, and time
@@ -127,7 +128,7 @@ def flush(folder: Path, drop_cache: bool = False) -> None:
 
 
 def run_sides(folder: Path, repeats: int, cold: bool = False) -> dict[str, list[dict[str, float]]]:
-    """Measures every side in its own process, once per repeat."""
+    """Measures every side in its own process, once per repeat. ``cold``: as with ``--billions``."""
     baseline, *others = COLD_SIDES if cold else SIDES
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in (baseline, *others)}
     for number in range(repeats):
@@ -182,7 +183,7 @@ def require_same_weights(folder: Path, back: Path) -> None:
 
 
 def table(runs: dict[str, list[dict[str, float]]], size: int) -> str:
-    """Formats each side's lowest measurements, and their ratios to the baseline and the size."""
+    """Formats each side's lowest measurements, also relative to the baseline and the size."""
     lowest = {
         side: {name: min(run[name] for run in side_runs) for name in side_runs[0]}
         for side, side_runs in runs.items()

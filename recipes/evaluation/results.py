@@ -233,7 +233,7 @@ PROGRAMS = {
 
 @dataclass(frozen=True)
 class ServedResult:
-    """Quality of the model that is served, compared with the student it was built from."""
+    """Quality of the model that is served, compared with the student that it was built from."""
 
     server: str
     """``llama_cpp``, or the engine's backend."""

@@ -9,10 +9,10 @@ residual streams of both models, so memory does not depend on depth.
 The algebra. A weight W [outputs, inputs] reads x_t at token t, and m_t is missing from its output.
 The change D minimises Σ_t ‖m_t - D·x_t‖² + λ·‖D‖². Setting the derivative to 0 gives the normal
 equations D·(G + λ·I) = C with the Gram matrix G = Σ x·xᵀ and C = Σ m·xᵀ. G is symmetric and, with
-λ > 0, positive definite, so Cholesky solves (G + λ·I)·Dᵀ = Cᵀ. λ is stated in tokens: n tokens mean
-λ = n·q, where q is the mean square of all channels. The ridge thus acts like n more tokens whose
-channels are independent and whose output misses nothing: they would add n·q to the diagonal of G,
-and 0 to C.
+λ > 0, positive definite, so Cholesky solves (G + λ·I)·Dᵀ = Cᵀ. The ridge λ is stated in tokens: n
+tokens mean λ = n·q, where q is the mean square of all channels. The ridge thus acts like n more
+tokens whose channels are independent and whose output misses nothing: they would add n·q to the
+diagonal of G, and 0 to C.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class Reconstruction:
                 self._teacher_streams[i] = self._teacher_streams[i] + outputs @ weight.T
 
     def reconstruct(self, half: HalfLayer, teacher_layer: str, student_layer: str) -> None:
-        """Changes the weights of half a layer, and runs both streams through it.
+        """Changes the weights of half a layer, and runs both models' streams through it.
 
         Let x be the teacher's inputs, y the student's, and E·y the student's with zeros in the
         pruned channels. The fit D predicts the difference: x - E·y ≈ D·y. So W·x ≈ (W·E + W·D)·y
@@ -234,7 +234,7 @@ class Reconstruction:
             self._student_streams[i] = self._student_streams[i] + batch @ change.T
 
     def reconstruct_head(self) -> None:
-        """Changes the head or, if the head is tied, the final norm.
+        """Changes the head or, if the head is tied, the weight of the final RMSNorm.
 
         A tied head is also the embedding, so only the final norm's weight can change: channel i is
         scaled by 1 + d_i. Let H be the head, H_r its kept columns, y the student's inputs, and m

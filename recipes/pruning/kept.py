@@ -143,7 +143,7 @@ class KeptIndices:
     indices: dict[str, Tensor]
 
     def save(self, folder: Path) -> None:
-        """Writes NumPy arrays: in a rehearsal, ``load`` could not read values of tensors."""
+        """Writes NumPy arrays: torch tensors would be fake, without values, in a rehearsal."""
         widths = {name: indices.int().numpy() for name, indices in self.indices.items()}
         arrays = {"layers": np.array(self.layers, np.int32), **widths}
         safetensors.numpy.save_file(arrays, folder / KEPT_FILE)

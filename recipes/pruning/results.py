@@ -21,7 +21,10 @@ class ScoreResult:
 
 @dataclass(frozen=True)
 class PruneResult:
-    """Layers that pruning kept. They are numbered as in the original, unpruned model."""
+    """Layers that pruning kept, and scores of all layers by the method ``layer_measure``.
+
+    Layers are numbered as in the original, unpruned model.
+    """
 
     kept_layers: list[int]
     layer_importance: dict[int, float]

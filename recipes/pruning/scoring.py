@@ -2,8 +2,8 @@
 
 ModelOpt computes the scores of widths from activations (arXiv:2407.14679). Layers have two scores:
 block influence, 1 - cos of the angle between their input and output (arXiv:2403.03853), and the
-rise of the loss without the layer. The hidden states before a layer do not depend on its removal,
-so they are computed once.
+rise of the loss if the layer is left out. The hidden states before this layer stay the same, so
+they are computed once for all layers.
 Layers may be split over pipeline ranks, and micro batches over data-parallel ranks.
 """
 

@@ -30,8 +30,8 @@ class PruneConfig(StageConfig):
     """Which layers are dropped. ``loss``: the layers whose removal, one at a time, raises the loss
     least. ``block``: the adjacent layers whose removal together raises the loss least.
     ``block_influence`` (arXiv:2403.03853): the layers that change their input least; this score
-    needs no further forward passes. After distillation, ``block`` was best for 24 of SmolLM2's 30
-    layers, and ``loss`` for 20 (docs/results.md)."""
+    needs no further forward passes. For SmolLM2 with 30 layers, ``block`` gave the best distilled
+    student of 24 layers, and ``loss`` the best of 20 (docs/results.md)."""
     drop_layers: list[Count] = field(default_factory=list)
     """Drops exactly these layers, counted from 1, instead of ``target_num_layers``."""
     target_hidden_size: Size | None = None
@@ -39,7 +39,7 @@ class PruneConfig(StageConfig):
     target_ffn_hidden_size: Size | None = None
     """Channels of each feed-forward network to keep."""
     target_num_attention_heads: Size | None = None
-    """Query heads to keep, the same number in each group."""
+    """Total number of query heads to keep. All groups keep the same number."""
     target_num_query_groups: Size | None = None
     """Query groups to keep, with all of their heads unless ``target_num_attention_heads`` is
     set."""
@@ -58,12 +58,12 @@ class PruneConfig(StageConfig):
         return {name.removeprefix(TARGET): value for name, value in named.items()}
 
     def targets(self, teacher: Architecture) -> PruneTargets:
-        """Returns the targets as numbers."""
+        """Returns the targets as absolute sizes."""
         sizes = absolute_sizes(teacher, self.explicit_targets(), self.divisors())
         return PruneTargets(**sizes, drop_layers=tuple(sorted(self.drop_layers)))
 
     def with_absolute_targets(self, teacher: Architecture) -> PruneConfig:
-        """Returns these settings with all targets as numbers."""
+        """Returns these settings with all targets as absolute sizes."""
         sizes = absolute_sizes(teacher, self.explicit_targets(), self.divisors())
         numbers: dict[str, Any] = {f"{TARGET}{axis}": size for axis, size in sizes.items()}
         return replace(self, **numbers)
@@ -79,10 +79,10 @@ class PruneConfig(StageConfig):
 
 @dataclass
 class HealConfig(StageConfig):
-    """Settings of ``heal``. The stage takes two forward passes and solves normal equations."""
+    """Settings of ``heal``, which fits a pruned model's weights to its teacher by least squares."""
 
     num_calibration_samples: Count = 64
-    """Calibration sequences for the reconstruction."""
+    """Calibration sequences on which the weights are fitted."""
     num_samples: Count = 16
     """Validation sequences on which the KL is measured before and after healing."""
     precision: Precision = "32"
@@ -100,20 +100,20 @@ BASE_LOSS_SEQUENCES = 4
 
 @dataclass
 class ScoreConfig(StageConfig):
-    """Settings of ``score``. ``loss`` scores cost most; all other scores take one forward pass."""
+    """Settings of ``score``. ``loss`` and ``block`` scores cost most; one pass gives all others."""
 
     calibration: Annotated[str, one_of(*CALIBRATIONS)] = "text"
     """Calibrate on the ``text`` of the input, or on ``random`` tokens for a trial without text."""
     num_calibration_samples: Count = 64
     """Sequences from the calibration split."""
     num_loss_samples: CountOrZero = 8
-    """Number of calibration sequences on which the loss is measured without each layer, from the
-    first of each source on; 0 omits these scores. A layer costs about 0.6 of a forward pass."""
+    """Number of calibration sequences, the first of each source, on which the loss is measured with
+    each layer left out; 0 omits these scores. A layer costs about 0.6 of a forward pass."""
     block_sizes: list[Count] | None = None
-    """Sizes of blocks of adjacent layers to measure, for ``layer_importance=block``. By default,
-    the numbers of layers that this run's stages with ``layer_importance=block`` drop."""
+    """Sizes of blocks of adjacent layers to measure, for ``layer_importance=block``. Default:
+    for each ``prune`` stage of this run with that setting, the number of layers that it drops."""
     precision: Precision = "32"
-    """Precision of the model without its head, which is in float32."""
+    """Precision of all layers except the output head, which is always in float32."""
     seq_length: Count = 256
     """Tokens of a sequence."""
     micro_batch_size: Count = field(default=4, metadata={"resource": True})

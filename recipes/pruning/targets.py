@@ -42,7 +42,7 @@ def absolute_sizes(
 ) -> dict[str, int]:
     """Returns targets as sizes: fractions are multiplied by the teacher's size and rounded.
 
-    A size is rounded to a multiple of the axis's divisor, and heads to a multiple of query groups.
+    They are rounded to a multiple of the axis's divisor or, for heads, of the number of groups.
     """
     sizes: dict[str, int] = {}
     # Groups come first, because heads depend on them.

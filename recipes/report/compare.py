@@ -156,7 +156,7 @@ def _evaluation(run: RunRecord) -> EvaluationResult:
 
 
 def _names(runs: Sequence[RunRecord]) -> dict[Path, str]:
-    """Returns the shortest unique end of each run's path. A plain number gets its parent, too."""
+    """Returns the shortest unique ends of the runs' paths, with parents if a name is a number."""
     depth = 2 if any(run.path.name.isdigit() for run in runs) else 1
     longest = max(len(run.path.parts) for run in runs)
     while depth < longest and len({run.path.parts[-depth:] for run in runs}) < len(runs):

@@ -44,7 +44,7 @@ def conversion_servers(folder: str, shape: Architecture) -> Iterator[ServerComma
     yield ServerCommand("OpenVINO GenAI", export, tested=True)
     yield _genai("openvino")
     usual_name = ARCHITECTURES.get(shape.hf_architecture)
-    # llama.cpp's converter always writes the family's usual name, which may not fit this shape.
+    # llama.cpp's converter writes the family's usual architecture, even if the shape needs another.
     if usual_name is None or usual_name == architecture_name(shape):
         convert = f"python llama.cpp/convert_hf_to_gguf.py {path} --outfile {FILE}"
         yield ServerCommand("llama.cpp", convert)

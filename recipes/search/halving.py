@@ -1,4 +1,4 @@
-"""Successive halving: prunes, trains and measures candidates, in stages below ``work``."""
+"""Successive halving: prunes, trains and measures candidates, in directories below ``work``."""
 
 from __future__ import annotations
 

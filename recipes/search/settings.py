@@ -57,7 +57,7 @@ class MeasureLatencyConfig(StageConfig):
     )
     """How engines are built."""
     space: Space = field(default_factory=Space)
-    """The search's space, whose corners are timed."""
+    """The search's space. Its corners are timed: the teacher; one or all axes at the minimum."""
     service: Service = field(default_factory=Service)
     """The search's service; a timed step has its batch size and context length."""
     new_tokens: Annotated[int, integer(2)] = 32
@@ -135,7 +135,7 @@ class SuccessiveHalvingConfig(StageConfig):
     def steps(self, candidates: int, rounds: int) -> int:
         """Returns a candidate's training steps in a round of ``candidates``.
 
-        All ``rounds`` have the same number of tokens, which their candidates share.
+        The rounds share ``max_tokens`` equally, and the candidates of a round share its tokens.
         """
         tokens = self.max_tokens / rounds / candidates
         return int(tokens / (self.distill.global_batch_size * self.distill.seq_length))

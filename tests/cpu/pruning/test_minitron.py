@@ -44,6 +44,7 @@ from tests.support.ranks import run_ranks
 from tests.support.rounding import ROUNDINGS, measure_ulp_noise
 
 LAYERS = 4
+VOCABULARY = 294
 DOCUMENT_END = 83
 """A frequent token, which the tests treat as the end of a document."""
 WeightChange = Callable[[Any], None]
@@ -52,7 +53,7 @@ SCORE = ScoreConfig(num_loss_samples=8, block_sizes=[2])
 
 @pytest.fixture(scope="module")
 def calibration(even_llama: Path, text_file: Path) -> torch.Tensor:
-    """Returns text that the model was trained on, because scoring refuses noise."""
+    """Returns text that the model was trained on: a loss near chance would be refused."""
     tokenizer = AutoTokenizer.from_pretrained(even_llama)
     ids = tokenizer(text_file.read_text()[: 1 << 16])["input_ids"]
     return torch.tensor(ids[: 16 * 32]).view(16, 32)
@@ -205,8 +206,8 @@ def test_loss_scores_equal_the_loss_of_a_model_without_the_layers(
 
     def loss(*dropped: int) -> float:
         """Returns the mean loss of the predictions that are not masked."""
-        scores = logits_without(even_llama, list(dropped), tokens)[:, :-1][mask]
-        return torch.nn.functional.cross_entropy(scores, tokens[:, 1:][mask]).item()
+        kept = logits_without(even_llama, list(dropped), tokens)[:, :-1][mask]
+        return torch.nn.functional.cross_entropy(kept, tokens[:, 1:][mask]).item()
 
     assert importance.teacher_loss == pytest.approx(loss(), abs=1e-4)
     for layer, change in importance.layers["loss"].items():
@@ -233,7 +234,7 @@ DEAD_NEURONS, DEAD_GROUP, DEAD_LAYER, DEAD_CHANNELS = [3, 50, 127], 1, 2, [5, 40
 
 
 def make_dead(model: Any) -> None:
-    """Removes the effect of neurons, a query group and a layer, but not all of their weights."""
+    """Sets weights of neurons, a query group and a layer to 0, so that these have no effect."""
     layers = model.model.layers
     for layer in layers:
         layer.mlp.up_proj.weight[DEAD_NEURONS] = 0
@@ -262,12 +263,12 @@ def test_dead_neurons_groups_and_layers_are_pruned_without_effect(
 def test_a_dead_head_and_dead_channels_have_the_lowest_scores(
     even_llama: Path, calibration: torch.Tensor, tmp_path: Path
 ) -> None:
-    """The dead head averages over all tokens; the other head attends to single tokens."""
+    """The dead head has query weights of 0. So its output is a mean of values, which is near 0."""
 
     def make_head_and_channels_dead(model: Any) -> None:
         for layer in model.model.layers:
             attention = layer.self_attn
-            attention.q_proj.weight *= 50
+            attention.q_proj.weight *= 50  # so that the other head attends to single tokens
             attention.q_proj.weight[16:32] = 0
             attention.o_proj.weight[:, 16:32] = 0
             for projection in (attention.o_proj, layer.mlp.down_proj):
@@ -275,14 +276,14 @@ def test_a_dead_head_and_dead_channels_have_the_lowest_scores(
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                 norm.weight[DEAD_CHANNELS] = 0
 
-            # Values get the mean 0, so a head that averages has a small output.
+            # Changes v_proj before the layer uses it, so that values have the mean 0.
             def remove_mean(_: Any, __: Any, out: torch.Tensor, module: Any = attention) -> None:
                 mean = out.mean(dim=(0, 1))
                 weight = module.v_proj.weight
                 weight -= torch.outer(weight @ mean, mean) / mean.square().sum()
 
             layer.input_layernorm.register_forward_hook(remove_mean)
-        model(calibration)  # runs the hooks
+        model(calibration)  # one forward pass runs all hooks
 
     checkpoint = convert_changed(tmp_path / "teacher", even_llama, make_head_and_channels_dead)
     scores = score(checkpoint, calibration).widths
@@ -309,8 +310,9 @@ def test_scores_do_not_depend_on_micro_batches_and_chunks_of_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cfg = replace(SCORE, block_sizes=[])
-    monkeypatch.setattr("recipes.evaluation.predictions.LOGITS_BYTES", 4 * 294 * 50)
-    with LogitsWatch(294) as watch:
+    limit = 4 * VOCABULARY * 50  # bytes of the float32 logits of 50 positions
+    monkeypatch.setattr("recipes.evaluation.predictions.LOGITS_BYTES", limit)
+    with LogitsWatch(VOCABULARY) as watch:
         scores = score(teacher, calibration, replace(cfg, micro_batch_size=3))
     assert watch.max_positions == 50
     assert_same_scores(scores, importance)
@@ -319,7 +321,7 @@ def test_scores_do_not_depend_on_micro_batches_and_chunks_of_logits(
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_noise_and_padding_are_refused_unless_configured(
+def test_padding_is_refused_and_noise_unless_it_is_configured(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noise = replace(SCORE, calibration="random", num_calibration_samples=4, seq_length=32)
@@ -345,7 +347,7 @@ def test_weights_that_do_not_match_the_shape_are_refused(teacher: Path, tmp_path
     assert not (tmp_path / "even.nemo").exists()
 
 
-def test_unknown_weights_are_refused() -> None:
+def test_unknown_weights_are_refused_and_those_of_dropped_layers_skipped() -> None:
     with pytest.raises(RecipeError, match="add its axes to AXES"):
         prune_weight("model.layers.0.mlp.router.weight", torch.ones(2, 2), KeptIndices([1], {}), 16)
     assert student_name("model.layers.3.mlp.up_proj.weight", KeptIndices([1, 2], {})) is None

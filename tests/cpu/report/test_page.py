@@ -89,7 +89,7 @@ def test_page_is_self_contained(text: str, inputs: dict[str, Input]) -> None:
     assert str(inputs["teacher"].directory) not in text
 
 
-def test_provenance_names_every_stage_and_file(text: str, inputs: dict[str, Input]) -> None:
+def test_provenance_lists_every_stage_and_file(text: str, inputs: dict[str, Input]) -> None:
     page = Page(text)
     titles = set(page.values("title"))
     for item in inputs.values():
@@ -100,7 +100,7 @@ def test_provenance_names_every_stage_and_file(text: str, inputs: dict[str, Inpu
         assert all(name in page.text for name in names)
 
 
-def test_accepted_results_are_named(inputs: dict[str, Input], tmp_path: Path) -> None:
+def test_results_kept_despite_changes_are_listed(inputs: dict[str, Input], tmp_path: Path) -> None:
     distilled = inputs["distilled"]
     acceptance = Acceptance("f", ["lr changed 1 → 2", "its code changed"])
     accepted = replace(distilled, manifest=replace(distilled.manifest, accepted=acceptance))
@@ -125,7 +125,7 @@ def test_dropped_layers_are_marked(text: str) -> None:
 
 @pytest.mark.parametrize(("lm_weight", "curves"), [(0.0, 1), (0.5, 3)])
 def test_only_loss_terms_in_use_are_drawn(tmp_path: Path, lm_weight: float, curves: int) -> None:
-    """Each of two terms has a curve, and so does their sum."""
+    """Two terms have three curves: one for each term, and one for their sum."""
     text = render_page(make_inputs(tmp_path / "run", lm_weight=lm_weight), tmp_path)
     assert section(text, "distillation").count('class="key"') == curves
 

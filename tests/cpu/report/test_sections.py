@@ -49,7 +49,7 @@ def text(inputs: dict[str, Input], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_names_are_escaped(inputs: dict[str, Input], tmp_path: Path) -> None:
-    """Checks names of documents, tasks, models, files, processors and libraries."""
+    """Checks names of text sources, tasks, models, files, processors and libraries."""
     hostile = deepcopy(inputs)
     metrics = {name: item.manifest.metrics for name, item in hostile.items()}
     metrics["data"]["sources"] = [NASTY]
@@ -149,7 +149,7 @@ def test_quality_by_data_source(inputs: dict[str, Input], tmp_path: Path) -> Non
     assert "a web crawl" in page.text
 
 
-def test_only_the_best_of_many_candidates_are_named_in_the_plot(
+def test_only_the_best_of_many_candidates_have_labels_in_the_plot(
     inputs: dict[str, Input], tmp_path: Path
 ) -> None:
     search = inputs["search"].manifest.result(SearchResult)
@@ -176,7 +176,7 @@ def test_flops_of_training_and_evaluation(text: str) -> None:
 
 
 def test_flops_of_a_cached_teacher_are_those_of_cache_logits(tmp_path: Path) -> None:
-    """``cache_logits`` is not an input of the report; its manifest is read from the run."""
+    """``cache_logits`` is not an input of the report; the run directory has its manifest."""
     run = tmp_path / "run"
     inputs = make_inputs(run)
     config = CacheLogitsConfig("cache_logits")

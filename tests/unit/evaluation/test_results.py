@@ -36,14 +36,14 @@ def test_paired_difference_of_100_items() -> None:
         difference([1.0, 0.0], [1.0])
 
 
-def test_recovered_is_a_fraction_of_the_loss_by_pruning() -> None:
+def test_recovered_is_the_restored_fraction_of_what_pruning_lost() -> None:
     teacher, pruned, distilled = (RIGHT * n + WRONG * (100 - n) for n in (80, 40, 70))
     assert recovered(teacher, pruned, distilled) == pytest.approx(0.75)
     assert recovered(teacher, pruned, WRONG * 100) == pytest.approx(-1)
 
 
 @pytest.mark.parametrize("gained", [0, 20, 21, 40])
-def test_recovered_is_none_if_the_loss_by_pruning_is_not_significant(gained: int) -> None:
+def test_recovered_is_none_if_pruning_lost_nothing_significant(gained: int) -> None:
     """The pruned model loses 30 of the teacher's right answers, and gains ``gained`` others."""
     teacher = RIGHT * 40 + WRONG * 60
     pruned = WRONG * 30 + RIGHT * 10 + RIGHT * gained + WRONG * (60 - gained)
@@ -68,7 +68,7 @@ def test_models_are_compared_by_a_metric() -> None:
 
 
 def test_right_answers_are_compared_by_their_log_likelihoods() -> None:
-    """The answer is the right choice, or the only continuation."""
+    """The right answer is the choice at index ``target``, or the only continuation."""
 
     def item(target: object, *likelihoods: float) -> Item:
         response = [[value, False] for value in likelihoods]

@@ -1,4 +1,4 @@
-"""Pruning targets: the shapes that they give, and the targets that are refused."""
+"""Pruning targets: the student's shape for valid targets, and errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_valid_targets_have_no_problem(targets: dict[str, Any]) -> None:
         ({"drop_layers": (2,), "num_layers": 24}, "are both set", "one of them"),
     ],
 )
-def test_problems_name_the_target_and_the_fix(targets: dict[str, Any], what: str, fix: str) -> None:
+def test_problems_state_the_target_and_a_fix(targets: dict[str, Any], what: str, fix: str) -> None:
     [(actual_what, actual_fix)] = problems(**targets)
     assert what in actual_what
     assert fix in actual_fix

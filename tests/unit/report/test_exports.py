@@ -88,7 +88,9 @@ def test_licences_of_weights_and_text_are_stated_separately(
     assert "The licence of the training\ntext forbids commercial use: CC-BY-NC-4.0. Made" in text
 
 
-def test_accepted_results_are_named(inputs: dict[str, Manifest], tmp_path: Path) -> None:
+def test_results_kept_despite_changes_are_listed(
+    inputs: dict[str, Manifest], tmp_path: Path
+) -> None:
     assert "was kept" not in render_card(tmp_path, inputs)
     inputs["checkpoint"].accepted = Acceptance("f", ["its code changed"])
     assert "- The result of `distill` was kept although settings" in render_card(tmp_path, inputs)
@@ -104,7 +106,7 @@ def test_folders_of_local_files_stay_private(inputs: dict[str, Manifest], tmp_pa
 
 
 def test_names_cannot_add_markup_to_the_card(inputs: dict[str, Manifest], tmp_path: Path) -> None:
-    """Names are those of models, recipes, documents, tasks and licences."""
+    """Tries names of models, recipes, sources, tasks, metrics and licences."""
     nasty = "x`|<script>alert(1)</script>\n---\n# Title\n[a](javascript:b)![c](d)"
     inputs["data"].metrics["sources"] = [f"hf://{nasty}:train", nasty]
     tasks = inputs["tasks"].metrics["tasks"]
@@ -146,7 +148,7 @@ def run_inputs(tmp_path: Path) -> dict[str, Input]:
     return {**make_inputs(tmp_path / "run"), **make_optional_inputs(tmp_path / "run")}
 
 
-def test_each_artifact_adds_its_server(run_inputs: dict[str, Input]) -> None:
+def test_each_artifact_has_commands_that_serve_it(run_inputs: dict[str, Input]) -> None:
     hf_servers = list(run_servers({"exported": run_inputs["exported"]}))
     assert [server.command for server in hf_servers] == HF_SERVERS
     assert not any(server.tested for server in hf_servers)
@@ -167,7 +169,7 @@ def test_each_artifact_adds_its_server(run_inputs: dict[str, Input]) -> None:
         ),
     ],
 )
-def test_tensorrt_llm_serves_its_engines(
+def test_tensorrt_llm_engines_are_served_by_trtllm_serve(
     run_inputs: dict[str, Input], backend: str, options: str
 ) -> None:
     engine = with_result(run_inputs["engine"], replace(RESULTS["build_engine"], backend=backend))
@@ -176,7 +178,7 @@ def test_tensorrt_llm_serves_its_engines(
     assert first.command == f"trtllm-serve engine/artifact{options}"
 
 
-def test_an_artifact_of_another_run_has_its_full_path(
+def test_commands_have_the_full_path_of_an_artifact_of_another_run(
     run_inputs: dict[str, Input], tmp_path: Path
 ) -> None:
     other = replace(run_inputs["engine"], directory=tmp_path / "an other" / "engine")

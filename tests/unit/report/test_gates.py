@@ -160,7 +160,7 @@ def test_every_metric_of_a_recipe_can_have_a_gate(plan: Callable[..., Plan]) -> 
     planned = plan(f"gates=[{gates}]", "tasks=quick")
     assert [gate.name for gate in planned.gates] == names
     assert len(judge(planned.gates, MEASURED)) == len(names)
-    # Gates change no stage's fingerprint.
+    # No stage's fingerprint depends on the gates.
     assert [s.fingerprint for s in planned.stages] == [
         s.fingerprint for s in plan("tasks=quick").stages
     ]

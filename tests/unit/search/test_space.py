@@ -1,4 +1,4 @@
-"""Compares listed shapes with all combinations and a published shape; tests the latency model."""
+"""Compares listed shapes with all combinations of sizes and a published shape; fits latency."""
 
 from __future__ import annotations
 
@@ -125,19 +125,19 @@ def test_costs_of_serving() -> None:
 
 
 def test_a_latency_model_is_fitted_and_limits_shapes() -> None:
-    """A step takes 2 ms, 0.1 ms per layer and 20 ms per 10⁹ bytes."""
+    """A step takes 2 ms, plus 0.1 ms per layer and 20 ms per 10⁹ bytes."""
     exact, service = LatencyFit(2.0, 0.1, 20.0), Service(precision="fp32", context_length=256)
     shapes = corner_shapes(SMOLLM2, Space(prune_heads=True))
     assert len(shapes) == 6
-    steps = [latency_ms(s, dataclasses.replace(service, measured=exact)) for s in shapes]
-    assert steps[0] == pytest.approx(2 + 3 + 20 * read_gigabytes(SMOLLM2, service))
-    latency = fit_latency(shapes, steps, service)
+    step_times = [latency_ms(s, dataclasses.replace(service, measured=exact)) for s in shapes]
+    assert step_times[0] == pytest.approx(2 + 3 + 20 * read_gigabytes(SMOLLM2, service))
+    latency = fit_latency(shapes, step_times, service)
     assert dataclasses.astuple(latency) == pytest.approx(dataclasses.astuple(exact), rel=1e-3)
     measured = dataclasses.replace(service, measured=latency)
     fast = enumerate_shapes(SMOLLM2, Space(), {"latency_ms": 0.8}, measured)
     # The fixed time of a step does not fall, so bytes must fall by more than the latency.
     assert max(s.parameters() for s in fast) < 0.8 * SMOLLM2.parameters()
-    assert all(latency_ms(s, measured) <= 0.8 * steps[0] for s in fast)
+    assert all(latency_ms(s, measured) <= 0.8 * step_times[0] for s in fast)
     assert fast != enumerate_shapes(SMOLLM2, Space(), {"latency_ms": 0.8}, service)
     # In each step, each of two simultaneous requests gets a token.
     two_requests = dataclasses.replace(measured, batch_size=2)
@@ -152,8 +152,8 @@ def test_a_latency_model_is_fitted_and_limits_shapes() -> None:
 def test_fitted_times_are_not_negative() -> None:
     """Noise can make shapes with fewer layers look slower."""
     shapes, service = corner_shapes(SMOLLM2, Space()), Service()
-    steps = [10 * read_gigabytes(s, service) - 0.01 * s.num_layers for s in shapes]
-    latency = fit_latency(shapes, steps, service)
+    step_times = [10 * read_gigabytes(s, service) - 0.01 * s.num_layers for s in shapes]
+    latency = fit_latency(shapes, step_times, service)
     assert min(dataclasses.astuple(latency)) >= 0
     assert latency.gigabyte_ms > 0
 

@@ -73,7 +73,7 @@ def other_search(tmp_path: Path) -> Path:
 def test_the_plan_assumes_the_largest_shape_within_the_budget(
     plan: MakePlan, monkeypatch: pytest.MonkeyPatch, budget: str, least: float, most: float
 ) -> None:
-    """Planning does not import torch, which a login node may not have."""
+    """Plans without torch, as a login node may not have it."""
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
     planned = plan(*LARGE, *f"budget.{budget}".split(), recipe=RECIPE)
@@ -220,10 +220,10 @@ def test_a_search_of_an_moe_is_refused(chain: Chain) -> None:
 
 def test_rounds_halve_the_candidates_within_the_token_budget(chain: Chain) -> None:
     cfg = SuccessiveHalvingConfig(num_candidates=4, also=["x"], max_tokens=120_000)
-    rounds = cfg.rounds(cfg.max_candidates())
-    assert rounds == [5, 3, 2]
-    trainings = [successive_halving.training_of(cfg, rounds, number) for number in range(3)]
-    used = sum(n * t.max_steps * 4 * 256 for n, t in zip(rounds, trainings, strict=True))
+    counts = cfg.rounds(cfg.max_candidates())  # candidates in each round
+    assert counts == [5, 3, 2]
+    trainings = [successive_halving.training_of(cfg, counts, number) for number in range(3)]
+    used = sum(n * t.max_steps * 4 * 256 for n, t in zip(counts, trainings, strict=True))
     assert 0.9 * cfg.max_tokens < used <= cfg.max_tokens
     assert len({training.seed for training in trainings}) == 3, "a round repeats sequences"
     assert list(successive_halving.check(cfg, chain)) == []
@@ -256,7 +256,7 @@ def test_unknown_names_of_candidates_are_refused(chain: Chain) -> None:
     assert list(successive_halving.check(cfg, chain)) == []
 
 
-def test_a_candidate_is_on_the_front_unless_another_is_smaller_and_better(chain: Chain) -> None:
+def test_the_pareto_front_omits_candidates_that_are_larger_and_no_better(chain: Chain) -> None:
     sizes = {
         "a": (10, 1.0),
         "b": (9, 2.0),
@@ -274,7 +274,7 @@ def test_a_candidate_is_on_the_front_unless_another_is_smaller_and_better(chain:
     assert [c.name for c in ranked if c.pareto] == ["a", "b", "e", "f"]
 
 
-def test_the_chosen_architecture_is_a_recipe(chain: Chain, tmp_path: Path) -> None:
+def test_the_chosen_shape_is_written_as_a_recipe(chain: Chain, tmp_path: Path) -> None:
     teacher = dataclasses.replace(
         bare_manifest("import_hf", "checkpoint_nemo", None),
         config={"hf_path": "org/model"},
