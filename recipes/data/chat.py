@@ -18,7 +18,7 @@ from recipes.data.tokenizer import Encoded
 ASSISTANT = "assistant"
 """Role of the messages whose tokens are in the loss."""
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""Jinja tag that starts an answer, in templates that mark answers."""
+"""Jinja tag with which some templates mark the start of an answer."""
 NO_ANSWER, TEMPLATE_ERROR, ANSWERS_NOT_FOUND, SPECIAL_TOKEN, TOO_LONG = (
     "no answer",
     "refused by the template",
@@ -106,10 +106,10 @@ class ChatTokenizer:
                 continue
             if number == 0:  # templates cannot render an empty prompt
                 return None
-            before = render(messages[:number], add_generation_prompt=True)
-            after = render(messages[: number + 1])
-            start, stop = len(before), len(after)
-            if start > stop or ids[:start] != before or ids[:stop] != after:
+            prompt_ids = render(messages[:number], add_generation_prompt=True)
+            answered_ids = render(messages[: number + 1])
+            start, stop = len(prompt_ids), len(answered_ids)
+            if start > stop or ids[:start] != prompt_ids or ids[:stop] != answered_ids:
                 return None
             # Text after the last end-of-turn token, such as a line break, is not in the answer.
             ends = [n for n in range(start, stop) if ids[n] == self._tokenizer.eos_token_id]
@@ -119,21 +119,21 @@ class ChatTokenizer:
 
 
 def pack(
-    conversations: Sequence[Encoded], position: int, seq_length: int, end: int
+    conversations: Sequence[Encoded], written_tokens: int, seq_length: int, end: int
 ) -> Iterator[Encoded]:
     """Orders and pads conversations so that each lies within one sequence (first-fit decreasing).
 
-    The padding at the end of a sequence is part of the next sequence's first conversation. So the
-    last sequence is not padded, and later conversations may fill it.
+    The padding of a sequence is added to the start of the next sequence's first conversation. So
+    the last sequence is not padded, and the conversations of a later call may fill it.
 
     Args:
         conversations: Tokenized conversations, each of at most ``seq_length`` tokens.
-        position: Tokens already written; sequences start at multiples of ``seq_length``.
+        written_tokens: Tokens already in the split; sequences start at multiples of ``seq_length``.
         seq_length: Tokens of a sequence.
         end: Padding token, excluded from the loss.
     """
     sequences: list[list[Encoded]] = [[]]
-    free = [-position % seq_length]  # free tokens of each sequence
+    free = [-written_tokens % seq_length]  # free tokens of each sequence
     for conversation in sorted(conversations, key=lambda item: -len(item.ids)):
         size = len(conversation.ids)
         target = next((n for n, tokens in enumerate(free) if size <= tokens), len(free))

@@ -21,10 +21,10 @@ from recipes.data.sources import DIALOGUE, HubDataset, Source, TextFile, files_o
 SPLITS = ("train", "validation", "calibration", "heldout")
 RECORD_TYPES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 CHECKED_CONVERSATIONS = 100
-"""Number of conversations that a check reads."""
+"""Number of conversations of a source that ``chat_problem`` reads."""
 STRETCH = 4 << 20
-"""Approximate bytes of a stretch: consecutive text in which each split gets one run of paragraphs.
-"""
+"""Approximate bytes of a stretch. A text is cut into stretches, so that each split is spread over
+the text. The paragraphs of a stretch are divided into one contiguous part for each split."""
 TextOf = Callable[[Any, str], str]
 """A function of a record and its location (for error messages) that returns a document's text."""
 _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, csv.Error, ijson.JSONError)
@@ -32,23 +32,23 @@ _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, csv.Error, ijson.JSONE
 
 @dataclass(frozen=True)
 class Document:
-    """A text and its position in the source."""
+    """A text and, for a paragraph, where it starts in its stretch (see ``STRETCH``)."""
 
     text: str
     """The text, or the JSON of a conversation's messages."""
-    position: float | None = None
-    """Start of a paragraph as a fraction of its stretch (see ``STRETCH``), in [0, 1). ``None`` for
-    records, because their neighbours may be unrelated."""
+    position_in_stretch: float | None = None
+    """Start of a paragraph as a fraction of its stretch, in [0, 1). ``None`` for other records,
+    because consecutive records may be unrelated."""
 
 
 class Reader(Protocol):
-    """Iterates over the documents of a source; a new reader can resume from its state."""
+    """Iterates over the documents of a source. A later reader can resume at the saved state."""
 
     def __iter__(self) -> Iterator[Document]:
-        """Yields the documents after the state with which the reader was opened."""
+        """Yields the documents after the state with which the reader was opened, or all."""
 
     def state(self) -> Any:
-        """Returns the position after the last document as JSON values, for a new reader."""
+        """Returns, as JSON values, where a later reader resumes: after the last document yielded."""
 
     def fraction(self) -> float:
         """Returns the fraction of the source that was read; 0 if its size is unknown."""
@@ -59,8 +59,8 @@ def read_source(source: str, text_field: str, state: Any = None, *, chat: bool =
 
     In text files, blank lines separate documents. JSON files hold a list of records, or a mapping
     to records. JSONL files have one record per line, tables one per row. A Markdown,
-    reStructuredText or Python file is one document. A record is a string or a conversation, or has
-    its text in ``text_field`` or in the fields of the option ``text`` (see ``text_of_fields``).
+    reStructuredText or Python file is one document. A record is a string, a conversation, or a
+    mapping. The text of a mapping is in ``text_field``, or in the fields of the option ``text``.
     """
     parsed = parse_source(source)
     field_text = partial(_text, parsed.text or text_field)
@@ -106,7 +106,7 @@ class _FileReader:
                     if self._records <= self._skip:
                         continue
                     if text := self._text_of(record.value, f"{file.name}, {record.where}").strip():
-                        yield Document(text, self._position(record.offset))
+                        yield Document(text, self._position_in_stretch(record.offset))
             self._bytes_before, self._opened = self._bytes_before + file.size, None
 
     def _read(self, file: TextFile, opened: IO[bytes]) -> Iterator[Record]:
@@ -119,8 +119,8 @@ class _FileReader:
                 "correct the file, or leave it out",
             ) from error
 
-    def _position(self, offset: int | None) -> float | None:
-        """Returns the ``Document.position`` of a paragraph of the open file."""
+    def _position_in_stretch(self, offset: int | None) -> float | None:
+        """Returns the position of a paragraph of the open file; ``None`` for other records."""
         if offset is None:
             return None
         stretches = max(1, round(self._total_bytes / STRETCH))
@@ -198,12 +198,12 @@ def digest(text: str) -> bytes:
 def split_number(document: Document, document_digest: bytes) -> float:
     """Returns a number in [0, 1) that decides a document's split.
 
-    For a paragraph, the number is its position in its stretch. So each split has long runs of text,
-    and evaluation text is not scattered among training text. For a record, the number is a hash of
-    the text, which does not depend on order or a seed.
+    For a paragraph, the number is its position in its stretch. So consecutive paragraphs are mostly
+    in the same split, and evaluation text is not scattered among training text. For other records,
+    the number is a hash of the text, which does not depend on order or a seed.
     """
-    if document.position is not None:
-        return document.position
+    if document.position_in_stretch is not None:
+        return document.position_in_stretch
     return int.from_bytes(document_digest[:8], "big") / 2**64
 
 

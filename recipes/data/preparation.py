@@ -34,7 +34,7 @@ from recipes.data.split_writer import SplitWriter
 from recipes.data.tokenizer import DocumentTokenizer, Encoded, broadcast, encode_on_ranks
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 18
-"""Limits of a batch for the tokenizer, whichever is reached first."""
+"""A batch for the tokenizer is complete when it reaches one of these limits."""
 SAVE_SECONDS = 10.0
 """Time between two saves. A killed process loses the work since the last save."""
 
@@ -53,7 +53,7 @@ EncodedBatches = closing[Generator[tuple[list[Encoded], _Batch], None, None]]
 
 
 class Ledger:
-    """Stores the digests of all documents and the state of the work, in one transaction.
+    """Stores the digests of all documents, and in the same transaction the state of the work.
 
     The digests are on disk, because a Python set of 10^8 digests takes gigabytes.
 
@@ -114,7 +114,7 @@ class Ledger:
 
 @dataclass
 class PreparationState:
-    """Written tokens and documents, and the position of the next document."""
+    """What is written so far, and where the next document is read."""
 
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Bytes and documents of each split."""
@@ -128,7 +128,7 @@ class PreparationState:
     tokens: int = 0
     """Tokens written from the current source."""
     conversations: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Counters by source: conversations used, shortened and left out, for each reason; tokens."""
+    """Counters by source: conversations used, shortened, and left out for each reason; tokens."""
 
 
 def prepare(
@@ -151,12 +151,12 @@ def prepare(
         folder: Folder of the files.
         log: Metrics file.
         chat: Tokenizes conversations.
-        paths: Where to read a source, by source in the config; by default the source itself.
+        paths: Paths that are read instead of sources, by source as written in the config.
     """
     named_sources = list(source_names(cfg.all_sources()).items())
 
     def encode(source: str, reader_state: Any, documents: int) -> EncodedBatches:
-        """Encodes a source from ``reader_state``, which is after ``documents`` documents."""
+        """Encodes what follows a source's first ``documents`` documents, at ``reader_state``."""
         path = (paths or {}).get(source, source)
         reader = read_source(path, cfg.text_field, reader_state, chat=encoder_of(source) is chat)
         limit = cfg.max_documents if source in cfg.sources else None
@@ -269,7 +269,7 @@ def _write_source(
         (None, None) if only_heldout else (cfg.max_documents, cfg.max_tokens)
     )
     for encoded_documents, batch in batches:
-        new: list[tuple[str, Encoded]] = []  # splits and documents
+        new: list[tuple[str, Encoded]] = []  # the split and tokens of each new document
         for document, encoded in zip(batch.documents, encoded_documents, strict=True):
             document_digest = digest(document.text)
             if store.ledger.add_if_new(document_digest):
@@ -295,7 +295,7 @@ def _write_source(
 def _pack_splits(
     chat: ChatTokenizer, conversations: list[tuple[str, Encoded]], source: str, store: _Store
 ) -> Iterator[tuple[str, Encoded]]:
-    """Yields the usable conversations of each split, packed into whole sequences."""
+    """Yields the usable conversations of each split, packed so that each is within a sequence."""
     counts = Counter(store.state.conversations.get(source, {}))
     for split in SPLITS:
         usable = [
@@ -304,8 +304,8 @@ def _pack_splits(
             if document_split == split and not encoded.left_out_reason
         ]
         tokens = sum(len(encoded.ids) for encoded in usable)
-        position = store.writer.sizes[split][0] // 4  # an int32 token has 4 bytes
-        packed = list(pack(usable, position, chat.seq_length, chat.end))
+        written_tokens = store.writer.sizes[split][0] // 4  # an int32 token has 4 bytes
+        packed = list(pack(usable, written_tokens, chat.seq_length, chat.end))
         counts["used"] += len(usable)
         counts["shortened"] += sum(encoded.shortened for encoded in usable)
         counts["tokens"] += tokens

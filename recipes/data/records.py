@@ -104,7 +104,7 @@ def _parquet_rows(file: IO[bytes]) -> Iterator[Record]:
         yield Record(row, f"row {number}")
 
 
-def _rows(delimiter: str, file: IO[bytes]) -> Iterator[Record]:
+def _table_rows(delimiter: str, file: IO[bytes]) -> Iterator[Record]:
     """Yields the rows of a table whose first line names the columns."""
     csv.field_size_limit(LONGEST_FIELD)
     lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
@@ -119,9 +119,9 @@ READERS: dict[str, Callable[[IO[bytes]], Iterator[Record]]] = {
     ".jsonl.gz": _gzipped_lines,
     ".jsonl.zst": _zstd_lines,
     ".parquet": _parquet_rows,
-    ".csv": partial(_rows, ","),
-    ".tab": partial(_rows, "\t"),
-    ".tsv": partial(_rows, "\t"),
+    ".csv": partial(_table_rows, ","),
+    ".tab": partial(_table_rows, "\t"),
+    ".tsv": partial(_table_rows, "\t"),
     ".md": _whole_file,
     ".rst": _whole_file,
     ".py": _whole_file,
@@ -132,25 +132,24 @@ READERS: dict[str, Callable[[IO[bytes]], Iterator[Record]]] = {
 def text_of_fields(fields: str, record: object) -> str | None:
     """Returns the text in fields of a record, joined by line breaks.
 
-    Returns ``None`` if the record has none of the fields, or if the value of one is not text. A
-    null value is an empty text.
+    Returns ``None`` if the record has none of the fields, or if the value of one is not text. Text
+    is a string, a list of strings (joined by line breaks), or null (an empty text).
 
     Args:
-        fields: Names, joined by commas; ``a.b`` is the field ``b`` of the field ``a``. The strings
-            of a list are joined by line breaks.
+        fields: Names, joined by commas; ``a.b`` is the field ``b`` of the field ``a``.
         record: A string, which is returned as it is; or a mapping.
     """
     if not isinstance(record, dict):
         return record if isinstance(record, str) else None
     values = [value for name in fields.split(",") for value in _values(name, record)]
-    texts = [_lines(value) for value in values if value is not None]
+    texts = [_text(value) for value in values if value is not None]
     valid = [text for text in texts if text is not None]
     return "\n".join(valid) if values and len(valid) == len(texts) else None
 
 
 def _values(name: str, record: Any) -> list[Any]:
-    """Returns a list with the value of a field, which is empty if the record lacks the field."""
-    # The name of one field may contain a dot.
+    """Returns a list with a field's value, or an empty list if the record lacks the field."""
+    # A dot may also be part of a field's own name.
     for key in [name] if name in record else name.split("."):
         if not isinstance(record, dict) or key not in record:
             return []
@@ -158,7 +157,7 @@ def _values(name: str, record: Any) -> list[Any]:
     return [record]
 
 
-def _lines(value: Any) -> str | None:
+def _text(value: Any) -> str | None:
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
         return "\n".join(value)
     return value if isinstance(value, str) else None

@@ -65,14 +65,14 @@ class DatasetResult:
     sample: str = ""
     """First tokens of ``data.prefix``, decoded. Readable text shows that the tokenizer fits."""
     origins: dict[str, Origin] = field(default_factory=dict)
-    """Origins by source, as written in the settings."""
+    """Origins by source. The keys are the sources as written in the settings."""
 
     def trained_sources(self, tokens: int, weights: Mapping[str, float]) -> list[TrainedSource]:
         """Returns how a training run on ``tokens`` tokens uses each source.
 
         Args:
             tokens: Number of tokens of the run.
-            weights: Weights by source; if empty, the sources' numbers of tokens.
+            weights: Weights by source; if empty, a source's weight is its number of tokens.
         """
         available = {entry.source: entry.tokens for entry in self.source_tokens["train"]}
         weights = weights or available

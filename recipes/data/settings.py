@@ -93,7 +93,7 @@ class PrepareDataConfig(StageConfig):
         }
 
     def without_weights(self) -> PrepareDataConfig:
-        """Returns the config without weights, which only training uses: they change no token."""
+        """Returns the config without the sources' weights, which do not affect prepared text."""
         return replace(self, sources=[without_weight(source) for source in self.sources])
 
     def fractions(self) -> dict[str, float]:

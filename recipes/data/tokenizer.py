@@ -1,4 +1,4 @@
-"""Tokenizes documents, in processes and on ranks, and adds the tokens around each document."""
+"""Tokenizes documents in worker processes on all ranks, and adds tokens around each document."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Encoded:
     ids: np.ndarray
     """int32 [n]."""
     loss_mask: np.ndarray | None = None
-    """bool [n]: tokens whose prediction is in the loss. ``None``: all but the first."""
+    """bool [n]: which tokens are targets of the loss. ``None``: all but the first."""
     shortened: bool = False
     left_out_reason: str = ""
     """Why the document is left out and has no tokens; empty if it is used."""
@@ -67,7 +67,7 @@ class DocumentTokenizer:
     begin: int | None
     """Token before every document, if the tokenizer adds one to a text."""
     end: int
-    """Token after every document; the prediction after it is not in the loss."""
+    """Token after every document; the prediction of the token after it is not in the loss."""
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -76,7 +76,7 @@ class DocumentTokenizer:
         tokenizer = Tokenizer.from_str(self.definition)
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True  # the name of a special token in a text is text
+        tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a document is ordinary text
         return tokenizer
 
     @property
@@ -161,7 +161,7 @@ def _groups(
 ) -> Iterator[tuple[list[str], list[ItemT]]]:
     """Yields this rank's texts of each group, and the items of all batches of the group.
 
-    A rank has no texts in the last group if there are fewer batches than ranks.
+    The last group may have fewer batches than there are ranks; then the last ranks have no texts.
     """
     while group := list(islice(batches, world_size())):
         yield group[rank()][0] if rank() < len(group) else [], [item for _, item in group]

@@ -90,7 +90,7 @@ def test_each_conversation_is_one_document(tmp_path: Path) -> None:
         read = list(read_source(write(tmp_path, name, content), "text", chat=True))
         messages = [chat["messages"] for chat in conversations]
         assert [json.loads(document.text) for document in read] == messages
-        assert {document.position for document in read} == {None}
+        assert {document.position_in_stretch for document in read} == {None}
 
 
 def test_the_first_conversations_of_a_file_are_checked(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_files_of_a_pattern_are_one_source(tmp_path: Path) -> None:
     source = f"{tmp_path}/*.txt"
     assert source_problem(source) is None
     assert documents(source) == ["one", "two", "three", "four"]
-    positions = [document.position for document in read_source(source, "text")]
+    positions = [document.position_in_stretch for document in read_source(source, "text")]
     assert positions == [0, 5 / 19, 8 / 19, 15 / 19]
     assert source_bytes(source) == 19
     assert source_problem(f"{tmp_path}/*.jsonl") == f"there is no file '{tmp_path}/*.jsonl'"

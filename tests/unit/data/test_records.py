@@ -19,7 +19,7 @@ def test_files_of_text_are_one_document_each(tmp_path: Path) -> None:
         source = write(tmp_path, name, "first = 1\r\n\n\nsecond = 2\n")
         assert documents(source) == ["first = 1\n\n\nsecond = 2"]
         [document] = read_source(source, "text")
-        assert document.position is None
+        assert document.position_in_stretch is None
 
 
 @pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tab", "\t"), ("tsv", "\t")])
