@@ -48,7 +48,7 @@ class Reader(Protocol):
         """Yields the documents after the state with which the reader was opened, or all."""
 
     def state(self) -> Any:
-        """Returns, as JSON values, where a later reader resumes: after the last document yielded."""
+        """Returns where a later reader resumes, as JSON values: after the last yielded document."""
 
     def fraction(self) -> float:
         """Returns the fraction of the source that was read; 0 if its size is unknown."""

@@ -29,7 +29,7 @@ KV_CACHE_DTYPES = {
 
 
 def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of settings, which would otherwise fail only after the training."""
+    """Yields problems of settings with which the build would fail, only after the training."""
     for name, choices in (("precision", PRECISIONS), ("kv_cache_dtype", KV_CACHE_DTYPES)):
         if (value := getattr(cfg, name)) not in choices[cfg.backend]:
             supporting = [backend for backend in choices if value in choices[backend]]
@@ -80,9 +80,9 @@ def require_backend(backend: str) -> None:
 
 
 def backend_of(source: str, chain: Chain) -> str | None:
-    """Returns the backend of an engine: a stage of this run, or the directory of a stage.
+    """Returns an engine's backend; ``None`` if ``source`` is not an engine.
 
-    Returns ``None`` if ``source`` is not an engine.
+    ``source`` is a stage of this run, or the directory of a stage.
     """
     stage, manifest = chain.stages.get(source), manifest_of(source)
     if isinstance(stage, BuildEngineConfig):

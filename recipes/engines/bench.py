@@ -1,4 +1,4 @@
-"""Measures the speed of models, and the student's speed-up over the teacher, without torch.
+"""Measures models' speed, and the student's speed-up over the teacher. Does not import torch.
 
 Each model runs in its own process, so that its memory can be measured. The models take turns
 request by request (A B A B …), so that a change of the machine's speed affects all models equally.
@@ -214,7 +214,7 @@ def start_worker(scratch: Path, threads: int, model: TimedModel) -> Worker:
     """Starts a model's worker. ``trtllm-bench`` may write to ``scratch``."""
     if model.backend.startswith("tensorrt_llm"):
         return TensorRtLlmWorker(model, scratch)
-    from recipes.engines import bench_worker  # the import puts the module into the fingerprint
+    from recipes.engines import bench_worker  # imported, so that the stage's fingerprint covers it
 
     return CpuWorker(model, threads, bench_worker.__name__)
 

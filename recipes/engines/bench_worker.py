@@ -1,4 +1,4 @@
-"""Loads one model and times requests to it, in a separate process, to measure its memory.
+"""Loads one model and times requests to it, in its own process, so that its memory is measured.
 
 ``measure_speed`` starts this module as ``python -m recipes.engines.bench_worker``. The process
 writes the loading time to standard output. Then it reads one request per line,

@@ -22,7 +22,7 @@ from recipes.evaluation.text_quality import score
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 32
 LOGITS_TOLERANCE = 1e-3
-"""Largest difference between the logits of a float32 engine and of transformers."""
+"""Largest allowed difference between the logits of a float32 engine and of transformers."""
 ENGINE_FIX = "install the tested version of openvino (make install), or set engine=null"
 
 
@@ -58,7 +58,7 @@ def compare_engine(
         text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_sequences)
         source_predictor = Predictor.of(source)
         # A ``Predictor`` has hidden states and a head. An engine gives only logits, so they replace
-        # the hidden states, and the head changes nothing.
+        # the hidden states, and the head is the identity function.
         engine_predictor = Predictor(
             lambda tokens: logits(tokens).logits, lambda states: states, source_predictor.vocabulary
         )
@@ -77,7 +77,7 @@ def compare_engine(
 
 @torch.no_grad()
 def greedy_margin(source: torch.nn.Module, prompt: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Returns by how much a generated token's logit is below the model's best logit, at the worst.
+    """Returns the largest gap between the model's best logit and the logit of a generated token.
 
     The result is 0 if every token is the model's greedy choice. Logits are compared instead of
     tokens, because if two tokens have equal logits, both are correct.
@@ -87,9 +87,9 @@ def greedy_margin(source: torch.nn.Module, prompt: torch.Tensor, tokens: torch.T
         prompt: Tokens [batch, prompt].
         tokens: Generated tokens [batch, new].
     """
-    scores = source(torch.cat([prompt, tokens], dim=1)).logits[:, prompt.shape[1] - 1 : -1]
-    generated = scores.gather(-1, tokens[..., None]).squeeze(-1)
-    margin: float = (scores.max(-1).values - generated).max().item()
+    logits = source(torch.cat([prompt, tokens], dim=1)).logits[:, prompt.shape[1] - 1 : -1]
+    generated = logits.gather(-1, tokens[..., None]).squeeze(-1)
+    margin: float = (logits.max(-1).values - generated).max().item()
     return margin
 
 

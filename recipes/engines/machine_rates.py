@@ -15,8 +15,8 @@ from recipes.planning.hardware import cpuinfo
 
 REPEATS, MIN_REPEATS = 5, 3
 MAX_TOTAL_SECONDS = 0.5
-"""Total time after which an operation runs only ``MIN_REPEATS`` times. GEMMs of a data type that
-the processor emulates may take minutes."""
+"""An operation whose runs took this long in total is not repeated more than ``MIN_REPEATS`` times:
+GEMMs of a data type that the processor emulates may take minutes."""
 TOKENS = 1024
 """Rows of the GEMMs."""
 MIN_CPU_FRACTION = 0.8
@@ -29,9 +29,9 @@ LAYERS, MEASURED_LAYERS = 30, 2
 """Layers of SmolLM2-135M, and the number of different layers that are measured in turn, so that no
 cache holds their weights."""
 LAYER_SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576))
-"""Inputs and outputs of the four linear layers of a transformer layer."""
+"""Numbers of inputs and outputs of the four linear layers of a transformer layer."""
 HEAD_SHARD_SHAPE, HEAD_SHARDS = (576, 6144), 8
-"""Inputs and outputs of a shard of the head, and the number of shards."""
+"""Numbers of inputs and outputs of a shard of the output head, and the number of shards."""
 
 
 def best_seconds(

@@ -50,8 +50,8 @@ def problems(cfg: BuildEngineConfig) -> Iterator[Problem]:
 def properties(cfg: BuildEngineConfig) -> dict[str, str]:
     """Returns OpenVINO's properties for running an engine.
 
-    A float32 engine computes only in float32. By default, on CPUs with bfloat16 units, OpenVINO
-    rounds activations and uses an 8-bit KV cache. Compressed engines have this default.
+    A float32 engine computes only in float32. By default, OpenVINO has an 8-bit KV cache, and
+    computes in bfloat16 on CPUs that support it. Compressed engines keep these defaults.
     """
     values = {}
     if cfg.precision == "fp32":
@@ -62,7 +62,7 @@ def properties(cfg: BuildEngineConfig) -> dict[str, str]:
 
 
 def disable_telemetry() -> None:
-    """Sets the variable ``CI``: then importing OpenVINO writes no identity to the home folder."""
+    """Sets the variable ``CI``, so that importing OpenVINO writes no user id to the home folder."""
     os.environ["CI"] = "true"
 
 
@@ -101,7 +101,7 @@ def load_engine(engine: Path) -> OVModelForCausalLM:
 def _full_disk_errors(out: Path) -> Iterator[None]:
     """Raises an ``OSError`` about a full disk instead of OpenVINO's ``iostream error``.
 
-    Free space is not checked, because OpenVINO has already deleted its partial file.
+    Free space is not checked: there is some again, because OpenVINO deleted its partial file.
     """
     try:
         yield
@@ -113,10 +113,10 @@ def _full_disk_errors(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _temporary_files(parent: Path) -> Iterator[None]:
-    """Creates temporary files below ``parent``, and deletes them at the end of the context.
+    """Makes ``tempfile`` create files below ``parent``, and deletes them after the context.
 
     optimum writes the whole engine to a temporary file. It deletes the file only when the
-    interpreter exits, which a forked or killed process never does.
+    interpreter exits normally, which a forked or killed process does not.
     """
     before = tempfile.tempdir
     with tempfile.TemporaryDirectory(dir=parent) as tempfile.tempdir:
@@ -146,10 +146,10 @@ def _write_tokenizer(folder: Path, out: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    # Several templates have names, which may contain paths. transformers 4.57 would write to these
-    # paths (CVE-2026-9856).
-    several_templates = isinstance(tokenizer.chat_template, dict)
-    tokenizer.save_pretrained(out, save_jinja_files=not several_templates)
+    # If there are several templates, each has a name, which may contain a path. transformers 4.57
+    # would write to this path (CVE-2026-9856).
+    has_several_templates = isinstance(tokenizer.chat_template, dict)
+    tokenizer.save_pretrained(out, save_jinja_files=not has_several_templates)
     models = convert_tokenizer(tokenizer, with_detokenizer=True)
     for model, name in zip(models, ("tokenizer", "detokenizer"), strict=True):
         openvino.save_model(model, out / f"openvino_{name}.xml")

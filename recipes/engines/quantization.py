@@ -46,7 +46,7 @@ def quantize_folder(
     enable("torch")
     calibration = read_sequences(data, "calibration", cfg.seq_length, cfg.num_sequences)
     tokens = calibration.tokens.to(device())
-    # Weights that are not quantized are served in bfloat16.
+    # In bfloat16, because weights that are not quantized are served in bfloat16.
     model = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
         .to(device())
@@ -54,7 +54,7 @@ def quantize_folder(
     )
 
     def calibrate(model: torch.nn.Module) -> None:
-        # A batch has one sequence, because AWQ's scales depend on the batch size.
+        # AWQ's scales depend on the batch size. So every batch has one sequence.
         for number, sequence in enumerate(tokens.split(1), 1):
             model(sequence)
             log.progress("calibrate", number, len(tokens))

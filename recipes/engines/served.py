@@ -1,4 +1,4 @@
-"""Evaluates an engine or a GGUF file as it is served, and compares it with the student by item.
+"""Evaluates an engine or a GGUF file as it is served, and compares its answers with the student's.
 
 llama.cpp and TensorRT-LLM run as servers. lm-eval's client for OpenAI-compatible completions sends
 them requests. OpenVINO GenAI has no server, so lm-eval's class for transformers runs an OpenVINO
@@ -76,9 +76,9 @@ class ServedLM(LocalCompletionsAPI):
 class LlamaCppLM(ServedLM):
     """Evaluates with llama.cpp's server, which returns log-probabilities of generated tokens only.
 
-    So there is a request for each token of a continuation, which adds ``FORCING_BIAS`` to its logit
-    to make the server generate it. Reported log-probabilities do not include the bias. The server
-    caches the context's keys and values, so a request costs one decoding step.
+    So each token of a continuation takes one request. The request adds ``FORCING_BIAS`` to the
+    token's logit, so that the server generates it. Reported log-probabilities exclude the bias. The
+    server caches the context's keys and values, so a request costs one decoding step.
     """
 
     progress: ProgressCallback = staticmethod(lambda done, total: None)
@@ -204,24 +204,24 @@ def served_lm(
     """
     server, _ = server_of(artifact)
     if server == "openvino":
-        # lm-eval's OptimumLM loads a path, but starts torch.distributed if LOCAL_RANK is set.
+        # lm-eval's OptimumLM is not used: it starts torch.distributed if LOCAL_RANK is set.
         model = openvino.load_engine(artifact.artifact)
         yield HFLM(pretrained=model, tokenizer=str(folder), batch_size=1, max_length=length)
         return
     port = free_port(cfg.port)
-    lm: type[ServedLM] = LlamaCppLM
+    lm_class: type[ServedLM] = LlamaCppLM
     if server == "llama_cpp":
         threads = cfg.threads or cpu_threads()
-        # The prompt must be shorter than the context.
+        # The context has one more position, because the prompt must be shorter.
         command = llama_command(artifact.artifact / FILE, port, length + 1, threads)
     else:
         require_backend(server)
         ranks = artifact.manifest.config["tensor_parallel_size"]
         command = trtllm_command(str(artifact.artifact), server, str(folder), ranks)
         command += ["--host", HOST, "--port", str(port)]
-        lm = ServedLM
+        lm_class = ServedLM
     with serving(command, port, cfg.start_seconds) as address:
-        yield lm(address, folder, length)
+        yield lm_class(address, folder, length)
 
 
 def _require_generation(tasks: Sequence[packed_lm.Task]) -> None:

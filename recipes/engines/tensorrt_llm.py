@@ -1,8 +1,8 @@
 """Checks settings for TensorRT-LLM and runs it as a subprocess in NVIDIA's image.
 
 This module does not import TensorRT-LLM, which needs other versions of torch, transformers and
-ModelOpt than the pinned stack. The PyPI package of this name is a placeholder. Release 1.2 is the
-last that builds engines; 1.3 removed ``trtllm-build`` and the engine backend.
+ModelOpt than the pinned stack. Its package on PyPI is only a placeholder. Release 1.2 is the last
+that builds engines; 1.3 removed ``trtllm-build`` and the engine backend.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ QUANTIZATION = "hf_quant_config.json"
 def problems(
     cfg: BuildEngineConfig, arch: Architecture, source: StageConfig | None
 ) -> Iterator[Problem]:
-    """Yields shapes and settings that the builder or its kernels do not support.
+    """Yields a problem for each shape and setting that the builder or its kernels do not support.
 
     Args:
         cfg: The stage's config.
@@ -180,7 +180,7 @@ def build_request(
     """Returns the arguments of ``trtllm_build_worker``.
 
     They are for TensorRT-LLM's LLM class, which also reads ModelOpt's checkpoints. The conversion
-    scripts of TensorRT-LLM's examples are not part of its package.
+    scripts of TensorRT-LLM's examples are not used, because its package does not have them.
 
     Args:
         cfg: The stage's config.

@@ -14,7 +14,7 @@ from recipes.engines.results import Spread
 from recipes.planning.transformer import Storage
 
 FIRST_ORDINARY_TOKEN = 3
-"""The lowest ids are special tokens in most vocabularies."""
+"""Lowest id in random prompts. Lower ids are special tokens in most vocabularies."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Describes a run's stages before they run, for the ``check`` of each. Does not import torch."""
+"""Describes a run's stages before they run, for each stage's ``check``. Does not import torch."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Chain:
     """Shapes that a stage's model may have, by stage, the largest first. Empty for a search that
     must measure latency before it can list shapes."""
     workloads: Mapping[str, Workload] = field(default_factory=dict)
-    """Training runs, and a teacher's forward passes over a text, by stage. Empty until all checks
-    have passed."""
+    """Training runs, and passes in which a teacher caches its logits, by stage. Empty until all
+    checks have passed."""
     inference_costs: Mapping[str, InferenceCost] = field(default_factory=dict)
     """Costs of the other stages that run models, by stage. Empty until all checks have passed."""
 
@@ -90,7 +90,7 @@ class Chain:
 def sequence_problems(
     seq_length: int, inputs: Mapping[str, str], chain: Chain
 ) -> Iterator[Problem]:
-    """Checks that the teacher has enough positions, and that conversations are packed to fit."""
+    """Checks that the teacher has enough positions, and the length of packed conversations."""
     limit = chain.teacher.max_position_embeddings
     if not 1 <= seq_length <= limit:
         yield Problem(

@@ -41,12 +41,12 @@ COMPARISON_BUFFERS, LOSS_BUFFERS = 4, 2
 """Number of tensors of ``LOGITS_BYTES`` bytes that are alive at once: in a comparison of two
 models, and in one model's loss."""
 PARITY_TOKENS = 128
-"""Tokens that verify a conversion (``nemo_convert.parity``)."""
+"""Tokens of the text with which a conversion is verified (``nemo_convert.parity``)."""
 SCORED_FRACTION = 0.24
 """Fraction of a benchmark's tokens that are scored; the mean of four benchmarks."""
 BENCHMARK_BUFFERS = 3
-"""Number of tensors of the logits' size that are alive at once: logits, log-probabilities, a
-temporary."""
+"""Number of tensors of the logits' size that are alive at once: logits, log-probabilities and a
+temporary tensor."""
 HEALING_BUFFERS = 5
 """Number of tensors of the teacher's feed-forward width that are alive at once while a layer is
 fitted by least squares."""
@@ -312,7 +312,7 @@ def _all_passes(models: Sequence[Architecture], bf16: bool, text: Sequences) -> 
 
 
 def _state_bytes(arch: Architecture, size: int, text: Sequences, hardware: Hardware) -> float:
-    """Returns the device's bytes for a text's last hidden states; a GPU moves them to the host."""
+    """Returns the device bytes of a text's last hidden states. A GPU moves them to the host."""
     return 0 if hardware.on_gpu else size * text.tokens * arch.hidden_size
 
 

@@ -225,9 +225,9 @@ def cheapest_proposal(
 def proposals(workload: Workload, hardware: Hardware, node_size: int = 8) -> list[Proposal]:
     """Returns the cheapest layout of each number of devices, the lowest price first.
 
-    Numbers of devices are powers of 2 up to the workload's ranks or one node, and this maximum.
+    The largest number is the workload's ranks, or one node if larger; the others are powers of 2.
     """
-    most = max(workload.layout.ranks, node_size)
-    numbers = sorted({most, *(2**n for n in range(most.bit_length()))})
+    maximum = max(workload.layout.ranks, node_size)
+    numbers = sorted({maximum, *(2**n for n in range(maximum.bit_length()))})
     cheapest = [cheapest_proposal(workload, hardware, devices, node_size) for devices in numbers]
     return sorted((p for p in cheapest if p is not None), key=lambda p: p.cost.dollars)

@@ -21,9 +21,10 @@ from recipes.planning.training_cost import peak_memory, training_cost
 from recipes.planning.workload import Layout, Workload
 
 BYTES_PER_TOKEN = 4.0
-"""For English text and a vocabulary of at least 50,000; only estimates the number of epochs."""
+"""Of English text with a vocabulary of at least 50,000. Used only in estimates."""
 TOKENIZED_PER_SECOND = 290_000
-"""Tokens per second of a tokenizer process; measured with two (``benchmarks/README.md``)."""
+"""Tokens per second of one tokenizer process, measured with two processes
+(``benchmarks/README.md``)."""
 MAX_EPOCHS = 4
 """Passes over a source after which its text teaches little (arXiv:2305.16264)."""
 NO_TIME_LIMIT = "999999-00:00:00"
@@ -149,17 +150,18 @@ def _text_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Prob
     if workload.trained is None:
         return
     data = chain.stages[name].inputs.get("data", "")
-    tokens_by_source, most = _training_tokens(chain, data)
+    tokens_by_source, max_tokens = _training_tokens(chain, data)
     expected = math.fsum(tokens_by_source.values())
     weights = _weights(chain, name, data)
     if workload.cached_sequences is not None:
         cached = workload.cached_sequences * workload.seq_length
-        expected, most = min(expected, cached), min(most, cached)
+        expected, max_tokens = min(expected, cached), min(max_tokens, cached)
     batch = workload.global_batch_size * workload.seq_length
-    if most < batch:
+    if max_tokens < batch:
         yield Problem(
             rules.TOKENS,
-            f"{name} trains on batches of {batch:,} tokens, but the text has {most:,.0f} at most",
+            f"{name} trains on batches of {batch:,} tokens, but the text has {max_tokens:,.0f} "
+            "at most",
             "add text or cached sequences, or lower global_batch_size or data.seq_length",
         )
     elif weights:

@@ -24,6 +24,6 @@ class PlanResult:
     summary: dict[str, Cell]
     tables: list[Table]
     tokens_per_second: dict[str, float] = field(default_factory=dict)
-    """Speed of each training, by stage."""
+    """Speed of each training run, by stage."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Estimated computing time of each stage that runs models."""

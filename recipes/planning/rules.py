@@ -16,7 +16,7 @@ ERROR, WARNING = "error", "warning"
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of a plan. An error stops a run before anything starts; a plan shows warnings."""
+    """A rule that a plan checks. Breaking it is an error, which stops the run, or a warning."""
 
     name: str
     reason: str

@@ -1,12 +1,13 @@
 """Cost of a training run on a hardware profile: memory of a rank, time, device-hours and money.
 
-If a teacher only caches its logits for a text, this is a training run without a student.
+A pass over a text in which a teacher caches its logits counts as a training run without a student.
 
 - Adam keeps float32 main weights and two moments: 12 bytes per parameter. Megatron's distributed
   optimizer splits these 12 bytes over the replicas.
 - Tensor parallelism needs two all-reduces per layer and pass. With sequence parallelism these are
   all-gathers and reduce-scatters of the same volume (arXiv:2205.05198, section 4.2.2).
-- A pipeline of p stages idles (p - 1) / m of a step of m micro batches (arXiv:2104.04473, 2.2.1).
+- A pipeline of p stages idles for (p - 1) / m of the time in which it computes m micro batches
+  (arXiv:2104.04473, 2.2.1).
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from recipes.planning.workload import CHECKPOINT_BYTES, Workload
 OPTIMIZER_TRAFFIC = 30
 """Bytes that an Adam step on a GPU reads and writes for a parameter."""
 STATE_BYTES = 12
-"""Bytes of a parameter's state when it is gathered: a float32 weight and Adam's two moments."""
+"""Bytes per parameter that are gathered for a checkpoint: a float32 weight and Adam's two moments.
+"""
 HOST_BYTES_PER_SECOND = 2e9
 """Rate at which a rank receives gathered state, concatenates it and copies it to the host's memory;
 an assumption."""
@@ -112,7 +114,7 @@ def stage_memory(workload: Workload, hardware: Hardware, stage: int) -> Memory:
             "weights": size * (dense + experts),
             "gradients": _gradient_bytes(workload, hardware) * (dense + experts),
             "optimizer": states * (dense / layout.optimizer_shards + experts / expert_shards),
-            # The formula counts the 2 bytes of bfloat16.
+            # ``peak_activation_bytes`` counts 2 bytes for each value, as in bfloat16.
             "activations": size / 2 * peak_activation_bytes(workload, stage, tokens),
         }
     if workload.teacher is not None:
@@ -157,8 +159,9 @@ def token_compute(workload: Workload) -> Compute:
     for arch, passes in models:
         total += pass_compute(arch, workload.seq_length, size, passes)
     if workload.trained is not None:
-        live = workload.teacher is not None
-        total += Compute(bytes=loss_bytes(workload.trained.vocab_size, size, workload.terms, live))
+        live_teacher = workload.teacher is not None
+        loss = loss_bytes(workload.trained.vocab_size, size, workload.terms, live_teacher)
+        total += Compute(bytes=loss)
         if workload.layout.recompute_feed_forward:
             total += feed_forward_recompute(workload.trained, size)
     elif workload.teacher is not None:

@@ -68,7 +68,7 @@ def pass_compute(arch: Architecture, seq_length: int, dtype_bytes: int, passes: 
 
     Args:
         arch: The model.
-        seq_length: Tokens of the token's sequence.
+        seq_length: Length of the sequence that has the token.
         dtype_bytes: Bytes of an activation.
         passes: 1 for a forward pass; 3 with a backward pass, which counts twice; 4 if full
             recomputation also repeats the forward pass.
@@ -144,25 +144,25 @@ def _forward_bytes(arch: Architecture, dtype_bytes: int) -> float:
     Attention does not store its scores. Norms compute in float32.
     """
     queries, keys = _attention_widths(arch)
-    norm, rotation = (22 if dtype_bytes == 2 else 20), 12 * dtype_bytes
+    norm, rope = (22 if dtype_bytes == 2 else 20), 12 * dtype_bytes
     return (
         arch.hidden_size * 2 * (norm + 3 * dtype_bytes)
-        + queries * (rotation + 6 * dtype_bytes)  # keys and values are repeated for each head
-        + keys * (rotation + 2 * dtype_bytes)
+        + queries * (rope + 6 * dtype_bytes)  # keys and values are repeated for each head
+        + keys * (rope + 2 * dtype_bytes)
         + feed_forward_width(arch) * 5 * dtype_bytes
     )
 
 
 def _backward_bytes(arch: Architecture, seq_length: int, dtype_bytes: int) -> float:
-    """Returns a token's memory traffic in a layer's backward pass, whose scores are in float32."""
+    """Returns a token's memory traffic in a layer's backward pass. Scores are in float32."""
     queries, keys = _attention_widths(arch)
     scores = arch.num_attention_heads * seq_length * _computed_score_fraction(seq_length)
     cast = 6 if dtype_bytes == 2 else 0  # a conversion between bfloat16 and float32
-    norm, rotation = 60 + 4 * dtype_bytes, 14 * dtype_bytes
+    norm, rope = 60 + 4 * dtype_bytes, 14 * dtype_bytes
     return (
         arch.hidden_size * 2 * (norm + 3 * dtype_bytes)
-        + queries * (rotation + 6 * dtype_bytes + 16 + cast)
-        + keys * (rotation + 4 * dtype_bytes + cast)
+        + queries * (rope + 6 * dtype_bytes + 16 + cast)
+        + keys * (rope + 4 * dtype_bytes + cast)
         + scores * (12 + 9 * dtype_bytes + cast)
         + feed_forward_width(arch) * 11 * dtype_bytes
     )
@@ -178,8 +178,8 @@ def loss_bytes(vocabulary: int, dtype_bytes: int, terms: int, live_teacher: bool
 
     Further terms share the log-softmax of the first, and add their gradients to its gradient.
     """
-    first = 52 + 4 * dtype_bytes  # the student's log-softmax, sums, exponentials and the gradient
-    return vocabulary * (first + (32 if live_teacher else 0) + 20 * (terms - 1))
+    student = 52 + 4 * dtype_bytes  # log-softmax, sums, exponentials and the gradient
+    return vocabulary * (student + (32 if live_teacher else 0) + 20 * (terms - 1))
 
 
 def scoring_bytes(vocabulary: int) -> float:
@@ -193,8 +193,8 @@ def update_bytes(micro_batches: int, dtype_bytes: int) -> float:
     The first micro batch's gradient is not copied. Further ones are added to it in float32.
     """
     gradient_sums = (dtype_bytes + 8) * (micro_batches - 1)
-    norm, adam, new_weight = dtype_bytes, dtype_bytes + 24, 4 + dtype_bytes
-    return gradient_sums + norm + adam + new_weight
+    gradient_norm, adam, new_weight = dtype_bytes, dtype_bytes + 24, 4 + dtype_bytes
+    return gradient_sums + gradient_norm + adam + new_weight
 
 
 # Memory of a rank
@@ -231,7 +231,7 @@ def expert_parameters(arch: Architecture) -> int:
 
 
 def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> tuple[float, float]:
-    """Returns the numbers of dense parameters and of expert parameters on a rank of a stage.
+    """Returns how many dense parameters and expert parameters a rank of a pipeline stage has.
 
     Megatron holds tied embeddings on both the first and the last stage.
     """
@@ -383,7 +383,7 @@ def kv_cache_bytes(arch: Architecture, tokens: int, storage: Storage) -> int:
 
 
 def prefill_flops(arch: Architecture, batch_size: int, prompt_tokens: int) -> float:
-    """Returns the FLOPs of a batch of prompts. Only the last token of each passes the head."""
+    """Returns the FLOPs of a batch of prompts. Only a prompt's last token passes the head."""
     head = head_flops(arch)
     layers = forward_flops(arch, prompt_tokens) - head
     return batch_size * float(prompt_tokens * layers + head)

@@ -1,4 +1,4 @@
-"""Describes a training run, or a teacher's pass over a text, and its layout. Imports no torch."""
+"""Describes a training run, or the caching of a teacher's logits, without importing torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Layout:
 
     @property
     def replica_ranks(self) -> int:
-        """Ranks that work on the same sequences."""
+        """Ranks of one replica of the model, which work on the same sequences."""
         return self.tensor * self.pipeline * self.context
 
     @property
@@ -61,7 +61,7 @@ Adam's two float32 moments."""
 
 @dataclass(frozen=True)
 class Workload:
-    """A training run, or a teacher's pass over a text."""
+    """A training run, or a teacher's forward pass over a text to cache its logits."""
 
     trained: Architecture | None
     """Shape of the model that is trained; ``None`` for a teacher's pass."""
