@@ -1,7 +1,7 @@
 """Optional torch.compile for elementwise kernels.
 
-Eager PyTorch reads and writes all data of a norm or a loss once per operation. Inductor compiles
-such a function into one kernel: C++ on a CPU, Triton on a GPU.
+Eager PyTorch reads and writes all data of RMSNorm or of a loss once per operation. Inductor
+compiles such a function into one kernel: C++ on a CPU, Triton on a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 VECTOR_BITS = {"AVX2": 256, "AVX512": 512}
-"""Vector width in bits by the x86 instruction set that PyTorch reports."""
+"""Vector width in bits of each x86 instruction set, by the name that PyTorch reports."""
 P = ParamSpec("P")
 R = TypeVar("R")
 _enabled = False
@@ -34,17 +34,20 @@ def missing_compiler() -> tuple[str, str] | None:
 
 @contextmanager
 def compilation(enabled: bool = True) -> Iterator[None]:
-    """Enables or disables compilation of ``compilable`` functions, which happens on first call."""
+    """Sets whether ``compilable`` functions that are called in the block run compiled."""
     global _enabled
-    before, _enabled = _enabled, enabled
+    previous, _enabled = _enabled, enabled
     try:
         yield
     finally:
-        _enabled = before
+        _enabled = previous
 
 
 def compilable(function: Callable[P, R]) -> Callable[P, R]:
-    """Marks a function for ``compilation``. The function may write only into its arguments."""
+    """Lets ``compilation`` compile a function at its first call.
+
+    The function must have no side effects, except that it may write into its arguments.
+    """
 
     @functools.cache
     def compiled() -> Callable[..., R]:
@@ -59,7 +62,7 @@ def compilable(function: Callable[P, R]) -> Callable[P, R]:
 
         def run_kernel(*args: Any, **kwargs: Any) -> R:
             if not torch.is_grad_enabled():
-                # Otherwise a different ``requires_grad`` would compile the kernel again.
+                # If an argument changed its ``requires_grad``, the kernel would be compiled again.
                 args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
             return kernel(*args, **kwargs)
 

@@ -44,7 +44,7 @@ class Requirement:
     description: str
     """Describes the accepted values in errors and in the table of all settings."""
     names: tuple[str, ...] = ()
-    """All accepted values, if these are names."""
+    """All accepted values, if they are strings; an error suggests the most similar one."""
 
     def __call__(self, value: Any) -> Any:
         """Returns the value if it is accepted, as pydantic requires of validators."""
@@ -61,7 +61,7 @@ def one_of(*names: str) -> AfterValidator:
 
 
 def matching(pattern: str, description: str) -> AfterValidator:
-    """Declares a string that matches a regular expression; errors show the description instead."""
+    """Declares a string that matches a regular expression. Errors show only the description."""
     regex = re.compile(pattern)
     return AfterValidator(Requirement(lambda text: bool(regex.fullmatch(text)), description))
 

@@ -29,9 +29,9 @@ STORAGE_FIXES = {
     errno.EACCES: "make it writable for you, or set run_dir to another directory",
     errno.EIO: "check the disk; the kernel's log (dmesg) says more",
 }
-"""Fixes of disk errors, by ``errno``."""
+"""How to fix a disk error of a path, by ``errno``."""
 UNREADABLE_FIX = "make it readable for you, and its folders"
-"""Fix of ``EACCES`` if the path cannot be read; otherwise it cannot be written."""
+"""Fix of ``EACCES`` if the path cannot be read. If it can be read, it cannot be written."""
 JSON_FIX = "it was truncated or edited: write it or download it again"
 
 
@@ -49,7 +49,7 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes partial files of killed writers. No other process may write to the folder now."""
+    """Removes partial files that killed processes left. No process may be writing to the folder."""
     for partial in folder.glob(".*.partial"):
         partial.unlink(missing_ok=True)
 
@@ -78,7 +78,7 @@ def storage_problem(error: BaseException | None, folder: Path) -> RecipeError | 
 
 
 def _errno(error: BaseException) -> int:
-    """Returns an error's ``errno`` or 0. Errors of Rust and NumPy state it only in the message."""
+    """Returns an error's ``errno`` or 0. For Rust and NumPy it is found by the error's message."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     if match := re.search(r"\(os error (\d+)\)", str(error)):
@@ -92,14 +92,14 @@ def _storage_error(path: str | Path, code: int) -> RecipeError:
 
 
 def _is_unreadable(path: str | Path) -> bool:
-    """Returns whether a file is unreadable, or its folder if the folder hides the file."""
+    """Returns whether a file cannot be read. If its folder hides the file, checks the folder."""
     existing = path if os.path.exists(path) else Path(path).parent
     return not os.access(existing, os.R_OK, effective_ids=True)
 
 
 @contextmanager
 def explain_storage_errors(folder: Path) -> Iterator[None]:
-    """Replaces an ``OSError`` that the folder's disk caused with a ``RecipeError``."""
+    """Raises a ``RecipeError`` instead of an ``OSError`` that the folder's disk caused."""
     try:
         yield
     except OSError as error:
@@ -130,7 +130,7 @@ def sha256_of(path: Path) -> str:
 def sha256_of_each(paths: Sequence[Path]) -> list[str]:
     """Returns the SHA-256 of each file. Threads share the work, since hashing releases the GIL.
 
-    A file to which several symbolic links point is read once. Splits may share a file of tokens.
+    A file to which several symbolic links point is read once: splits may link to one token file.
     """
     files = [path.resolve() for path in paths]
     unique = list(dict.fromkeys(files))

@@ -46,7 +46,7 @@ def result_settings(config: Any) -> dict[str, object]:
 def external_stamp(path: Path) -> dict[str, object]:
     """Returns a stamp of each file: a small file's hash, or a large file's size and time of change.
 
-    To hash 140 GB of weights for every plan would take minutes.
+    Hashing 140 GB of weights for every plan would take minutes.
 
     Args:
         path: A file or folder from outside the run.
@@ -124,9 +124,9 @@ def _imports(path: str, tree: ast.Module) -> Iterator[str]:
 
 
 def _strip_ignored(tree: ast.Module) -> Iterator[ast.AST]:
-    """Removes ignored statements from a tree in place, and yields all other statements.
+    """Removes docstrings and ``if TYPE_CHECKING`` from a tree in place; yields other statements.
 
-    Expressions are not visited, because that would take most of the time.
+    Expressions are not visited: they have no imports, and a visit would take most of the time.
     """
     nodes: list[ast.AST] = [tree]
     while nodes:

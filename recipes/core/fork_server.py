@@ -1,7 +1,7 @@
 """Server that imports the libraries once and forks stages, which saves each stage 10 s of imports.
 
-The children of multiprocessing's forkserver would import the caller's ``__main__``, inherit the
-environment of the server instead of the caller's, and outlive the server.
+multiprocessing's forkserver is not used, because its children would import the caller's
+``__main__``, inherit the server's environment instead of the caller's, and outlive the server.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ IMPORT_ENVIRONMENT = {
 """Variables that are set only while the server imports. They keep imports from starting threads or
 CUDA, which a fork would lose. Children get the caller's environment."""
 STOP_SECONDS = 30
+"""Time for a child to end after SIGTERM."""
 
 
 @contextmanager
@@ -88,7 +89,7 @@ def fork_module(
     try:
         socket.send_fds(server, [request], [log.fileno()])
         message = ENDED
-        while message == ENDED:  # skips an earlier child's end that nobody waited for
+        while message == ENDED:  # skips the message of an earlier child, if nobody has read it
             message, pidfds, _, _ = socket.recv_fds(server, 1, 1)
     except ConnectionError:
         return None
@@ -132,7 +133,7 @@ def main() -> None:
     server.set_inheritable(False)
     environment = dict(os.environ)
     os.environ |= IMPORT_ENVIRONMENT
-    # Only the child handles Ctrl-C; the client ends this process.
+    # Only the child handles Ctrl-C. This process ends when the client closes the socket.
     previous_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     prepare_imports()
     for module in sys.argv[2:]:
@@ -152,7 +153,7 @@ def main() -> None:
         if not request:
             return
         _flush_c_streams()
-        # Children of multiprocessing skip the exit functions that imports registered.
+        # Children of multiprocessing skip the atexit handlers that imports registered.
         child = multiprocessing.get_context("fork").Process(
             target=run_request, args=(request, *log_fds)
         )
@@ -170,9 +171,9 @@ def main() -> None:
 def _require_forkable() -> None:
     """Ends this process with a message if children would lose threads or CUDA.
 
-    A trial fork shows whether torch has initialised CUDA. Without a GPU its answer is ignored: a
-    CUDA build of torch then also answers yes, although children lose nothing. The fork also makes
-    OpenBLAS end its threads, so that they are not counted; OpenBLAS restarts them when needed.
+    A trial fork asks torch whether CUDA was initialised before the fork. On a machine without a
+    GPU, a CUDA build of torch always says yes, so the answer is ignored there. OpenBLAS ends its
+    threads at a fork and restarts them when needed, so the count below does not include them.
     """
     torch: Any = sys.modules.get("torch")
     pid = os.fork()

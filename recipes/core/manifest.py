@@ -78,7 +78,7 @@ class Manifest:
     inputs: dict[str, str]
     """Fingerprints of the inputs."""
     started_at: str
-    """Time of the start in microseconds, which also identifies the start."""
+    """Time of the start in ISO format with microseconds, which also identifies the start."""
     libraries: dict[str, str] = field(default_factory=dict)
     """Versions in the fingerprint. ``versions`` has what was installed when the stage ran."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -93,14 +93,15 @@ class Manifest:
     parameters: int | None = None
     tokenizer_sha256: str | None = None
     seconds: float = 0.0
-    """Time of this start, and of the interrupted starts that it continued."""
+    """Seconds of the start that completed the stage, and of the earlier starts that it resumed."""
     peak_rss_bytes: int = 0
     input_content: dict[str, str] = field(default_factory=dict)
-    """A hash of each input's files. A forced rerun changes the hash, but not the fingerprint."""
+    """A hash of each input's files. A forced rerun of an input may change this hash, but it does
+    not change the input's fingerprint."""
     accepted: Acceptance | None = None
-    """Why the user kept this result although it is stale."""
+    """The user's decision to keep this result although it is stale; ``None`` without one."""
     kept: dict[str, list[str]] = field(default_factory=dict)
-    """Why results are stale that this result depends on and that the user kept, by stage."""
+    """Stale results that the user kept and this result depends on: why each is stale, by stage."""
 
     def result(self, of: type[ResultT]) -> ResultT:
         """Returns the stage's result.
@@ -167,7 +168,7 @@ def write_manifest(stage_dir: Path, manifest: Manifest, name: str = MANIFEST) ->
 
 
 def read_manifest(stage_dir: Path, name: str = MANIFEST) -> Manifest | None:
-    """Returns the manifest of a stage, or ``None`` if it is not complete.
+    """Returns a manifest of a stage; ``None`` if the file is missing, so the stage is incomplete.
 
     Raises:
         RecipeError: The file is damaged.
@@ -211,7 +212,7 @@ def changed_files(root: Path, stamps: Mapping[str, FileStamp], *, rehash: bool) 
         root: Folder of the files.
         stamps: Expected files by relative path.
         rehash: Whether to hash every file. Otherwise a file with the same size and time counts as
-            unchanged, so that to plan a complete chain takes a fraction of a second.
+            unchanged, so that planning a complete chain takes a fraction of a second.
     """
     changed, to_hash = [], []
     present = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}

@@ -35,7 +35,7 @@ class MetricsLog:
             self._file.write("\n")  # a kill truncated the last line
 
     def log(self, **values: object) -> None:
-        """Appends a record of the values and the time."""
+        """Appends a record of the values and the time, and restarts the watchdog's timeout."""
         report_progress()
         if self._file:
             self._file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
@@ -46,9 +46,9 @@ class MetricsLog:
 
 
 def new_records(path: Path, position: int) -> tuple[list[Record], int]:
-    """Returns the progress records after a byte position in a metrics file, and the next position.
+    """Returns the progress records after a byte position of a file, and the next call's position.
 
-    Only progress records have a task.
+    A record is a progress record if it has a task.
     """
     size = path.stat().st_size if path.exists() else 0
     if size < position:  # the stage has started anew and deleted its old records

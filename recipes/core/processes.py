@@ -14,7 +14,7 @@ MANAGED_MEMORY = "megatron.core.inference.unified_memory"
 
 
 def death_message(exit_status: int | None) -> str | None:
-    """Returns which signal killed a process; ``None`` if none did. Such a status is negative."""
+    """Returns which signal killed a process (negative status); ``None`` if no signal did."""
     if exit_status is None or exit_status >= 0:
         return None
     name = signal.Signals(-exit_status).name
@@ -60,8 +60,8 @@ def prepare_imports() -> None:
       killed process leaves behind.
     - Megatron must not import its module for CUDA managed memory, which no stage uses. That import
       compiles a helper in the home directory, under a lock file. A killed process leaves the lock,
-      for which every later import then waits without limit. The import also initialises CUDA,
-      which a fork does not survive.
+      for which every later import then waits without limit. The import also initialises CUDA, which
+      does not work in a forked process.
     - float32 GEMMs must not use TensorFloat-32, which has 10 bits of mantissa. NGC images and
       TransformerEngine enable it, whatever PyTorch's settings are. ``NVIDIA_TF32_OVERRIDE``
       disables it. cuBLAS reads this variable only once, so it is set here.

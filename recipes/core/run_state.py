@@ -79,11 +79,11 @@ class Request:
     inputs: Mapping[str, InputRef]
     config: Mapping[str, Any]
     libraries: Mapping[str, str] = field(default_factory=dict)
-    """Versions in the fingerprint."""
+    """Versions of the libraries that are in the fingerprint."""
     kept: Mapping[str, list[str]] = field(default_factory=dict)
-    """Why results are stale that this stage depends on and that the user kept, by stage."""
+    """Stale results that the user kept and this stage depends on: why each is stale, by stage."""
     snapshot: str | None = None
-    """Hash of the code that the stage's process runs; ``None`` if another stage starts it."""
+    """Hash of the code that the process runs; ``None`` for a stage that another stage starts."""
     git_sha: str | None = None
     """Commit of the checkout from which the snapshot was copied."""
 
@@ -142,7 +142,7 @@ class LastPlan:
 
     recipe: str
     stages: Mapping[str, str | None]
-    """Fingerprints by stage, in order; ``None`` if a stage has never been planned to run."""
+    """Fingerprints by stage, in the recipe's order; ``None`` if a stage was never planned to run."""
 
     def write(self, run_dir: Path) -> None:
         """Writes the plan to ``run.yaml``."""
@@ -187,7 +187,7 @@ class StageState:
     directory: Path
     status: Status
     result: Manifest | None
-    """Manifest of the last complete result, which may have another fingerprint."""
+    """Manifest of the last complete result, which may be stale: have another fingerprint."""
     begun: Manifest | None
     """Manifest of the start that wrote the unfinished work; ``None`` without unfinished work."""
     error: str = ""
@@ -214,7 +214,7 @@ def stage_state(stage_dir: Path, fingerprint: str | None = None) -> StageState:
     """
     work = stage_dir / WORK
     result, begun = read_manifest(stage_dir), read_manifest(work, BEGUN)
-    # Work without a manifest, or of the start that wrote the result, belongs to the result.
+    # Work belongs to the result if the same start wrote both, or if the work has no manifest.
     same_start = begun is None or (result is not None and result.started_at == begun.started_at)
     leftover = result is not None and work.exists() and same_start
     if leftover:
@@ -222,8 +222,8 @@ def stage_state(stage_dir: Path, fingerprint: str | None = None) -> StageState:
     state = StageState(stage_dir, Status.NOT_STARTED, result, begun, leftover=leftover)
     if result is not None and fingerprint in (None, result.fingerprint):
         return replace(state, status=Status.COMPLETE)
-    if (end := last_end(stage_dir)) is not None:
-        status, reason = end
+    if (status_and_reason := last_end(stage_dir)) is not None:
+        status, reason = status_and_reason
         return replace(state, status=status, error=reason)
     return replace(state, status=Status.INTERRUPTED) if begun else state
 
@@ -257,7 +257,7 @@ def stage_states(run_dir: Path, include: Collection[str] = ()) -> dict[str, Stag
 def remove_unused_snapshots(run_dir: Path) -> None:
     """Deletes snapshots that no request, result or unfinished work of a run refers to.
 
-    The caller holds the run's lock.
+    The caller must hold the run's lock.
     """
     snapshots = list((run_dir / CODE).glob("*"))
     if len(snapshots) < 2:
@@ -286,7 +286,7 @@ def begin_work(stage_dir: Path, begun: Manifest) -> float:
     Work with the same fingerprint stays, so that training can resume. Other work is deleted.
 
     Returns:
-        Seconds that earlier starts spent on this work. Each counts until its last progress record.
+        Seconds that earlier starts spent on this work. Each counts until its last metrics record.
     """
     work, earlier = stage_dir / WORK, stage_state(stage_dir).begun
     seconds = earlier.seconds + _recorded_seconds(stage_dir, earlier) if earlier else 0.0

@@ -1,7 +1,7 @@
 """Copies this repository's code into a run, so that stages run the code that was fingerprinted.
 
 The launcher reads the code once and uses the same bytes for fingerprints and for the copy, so an
-edit in between has no effect. This module does not import torch.
+edit between the two has no effect. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CODE = "code"
 PACKAGES = ("recipes", "nemo_convert")
 """Packages of this repository that stages import."""
 LOCKS = ("requirements/stack.txt", "requirements/torch.txt")
-"""Files outside the packages that stages read."""
+"""Lock files with library versions. Stages read them, and they are in none of the packages."""
 
 
 def read_source(root: Path) -> Mapping[str, bytes]:
@@ -59,11 +59,11 @@ def snapshot_dir(run_dir: Path) -> Path:
 
 
 def write_snapshot(run_dir: Path) -> None:
-    """Stores this process's code in a run, if it is missing. The caller holds the run's lock."""
+    """Stores this process's code in a run, unless it is there. The caller must hold the lock."""
     target = snapshot_dir(run_dir)
     if target.is_dir() and hash_source(read_source(target)) == target.name:
         return
-    partial = target.with_suffix(".partial")  # the next launch deletes it after a kill
+    partial = target.with_suffix(".partial")  # after a kill, the next launch deletes this folder
     for folder in (partial, target):
         shutil.rmtree(folder, ignore_errors=True)
     for name, content in source_files(REPO_ROOT).items():

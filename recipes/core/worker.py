@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 POLL_SECONDS = 0.05
-TRACKERS = "recipes.core.trackers"
-"""Module that sends records to a tracker. It is not imported, so that it is in no fingerprint."""
+TRACKER_MODULE = "recipes.core.trackers"
+"""Runs in its own process and is never imported, so it is in no stage's code fingerprint."""
 TRACKER_SECONDS = 60
 """Maximum wait for a tracker after the stage's end, for example if there is no network."""
 Run = Callable[[Any, Inputs, Path], Outcome]
@@ -66,7 +66,7 @@ def main() -> None:
     stage_dir = Path(request_file).parent
     die_with_parent()
     prepare_imports()
-    make_forks_die_with_parent()  # for example, the processes that write checkpoints
+    make_forks_die_with_parent()  # forks are, for example, the processes that write checkpoints
     tracker = _start_tracker(stage_dir)
     try:
         stage = importlib.import_module(module).STAGE
@@ -82,24 +82,26 @@ def main() -> None:
             print(message, file=sys.stderr, flush=True)
         summary = message if is_explained else _summary(error, stage_dir)
         stopped = isinstance(error, StoppedByDeadlineError)
-        with contextlib.suppress(OSError):  # on a full disk the launcher reads the log
-            # When a rank fails, other ranks lose their connection. Such an unexplained error must
-            # not replace the first rank's error.
+        # If the disk is full, nothing can be recorded, and the launcher quotes the log instead.
+        with contextlib.suppress(OSError):
+            # When a rank fails, the other ranks fail with connection errors. These are not
+            # RecipeErrors, and must not replace the error of the rank that failed first.
             record_failure(stage_dir, summary, stopped=stopped, overwrite=is_explained)
             if stopped:
                 _leave_together()  # torchrun kills the other ranks when one rank ends
         _finish_tracker(tracker, "KILLED" if stopped else "FAILED")
-        # Skips the exit functions, which would wait in a collective for the other ranks.
+        # Skips the atexit handlers, which would wait in a collective for the other ranks.
         os._exit(1)
 
 
 def _start_tracker(stage_dir: Path) -> subprocess.Popen[bytes] | None:
-    """Starts the process that sends records to a tracker, if this is rank 0 and the run has one."""
+    """Starts the process that sends records to a tracker, on rank 0 of a run with a tracker."""
     if rank() != 0 or not (stage_dir.parent / TRACKER).exists():
         return None
     arguments = [str(stage_dir), str(int(time.time())), str(TRACKER_SECONDS)]
     with contextlib.suppress(OSError):
-        return subprocess.Popen([sys.executable, "-m", TRACKERS, *arguments], stdin=subprocess.PIPE)
+        command = [sys.executable, "-m", TRACKER_MODULE, *arguments]
+        return subprocess.Popen(command, stdin=subprocess.PIPE)
     return None
 
 
@@ -186,7 +188,7 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
 
 
 def _checked_input(ref: InputRef) -> Input:
-    """Returns an input that is the same as in the plan. Only rank 0 hashes the input's files."""
+    """Returns an input with the planned fingerprint and unchanged files. Only rank 0 hashes them."""
     manifest = check_artifact(ref.directory, ref.kind, rehash=rank() == 0)
     if manifest.fingerprint != ref.fingerprint:
         raise RecipeError(f"{ref.directory} changed after this stage was planned.", "run again")
@@ -232,7 +234,8 @@ def _total_peak_memory() -> int:
 def _leave_together() -> None:
     """Waits until all ranks have arrived, then destroys the process groups.
 
-    A rank that ends while gloo's threads still run may abort, and torchrun would then kill rank 0.
+    A rank that exits while its gloo threads still run may abort. torchrun then kills all other
+    ranks, even if rank 0 is still publishing the result.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
