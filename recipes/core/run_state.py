@@ -142,7 +142,7 @@ class LastPlan:
 
     recipe: str
     stages: Mapping[str, str | None]
-    """Fingerprints by stage, in the recipe's order; ``None`` if a stage was never planned to run."""
+    """Fingerprints by stage, in the recipe's order; ``None`` for a stage that was never planned."""
 
     def write(self, run_dir: Path) -> None:
         """Writes the plan to ``run.yaml``."""

@@ -188,7 +188,7 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
 
 
 def _checked_input(ref: InputRef) -> Input:
-    """Returns an input with the planned fingerprint and unchanged files. Only rank 0 hashes them."""
+    """Returns an input after a check of its fingerprint and files. Only rank 0 hashes the files."""
     manifest = check_artifact(ref.directory, ref.kind, rehash=rank() == 0)
     if manifest.fingerprint != ref.fingerprint:
         raise RecipeError(f"{ref.directory} changed after this stage was planned.", "run again")

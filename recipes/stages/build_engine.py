@@ -57,7 +57,7 @@ STAGE = Stage(
     optional_inputs={"data": ("dataset",)},
     needs_gpu=lambda config, chain: config.backend != "openvino",
     needs_tensorrt_llm=lambda config, chain: config.backend != "openvino",
-    # At most 4 bytes per parameter, for the engine and for the Hugging Face folder of its model.
+    # The engine and the Hugging Face folder of its model, each with at most 4 bytes per parameter.
     disk_bytes=lambda config, chain: 2 * 4 * chain.teacher.parameters(),
     check_machine=lambda config: require_backend(config.backend),
 )

@@ -1,7 +1,7 @@
 """Stores the teacher's logits for the training text, so that distillation runs without a teacher.
 
-Reads the teacher and the prepared text. Writes the largest log-probabilities of each token, divided
-into files, the shards.
+Reads the teacher and the prepared text. Writes the teacher's largest log-probabilities for each
+token of the text, in several files (shards).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
 
 
 def disk_bytes(cfg: CacheLogitsConfig, chain: Chain) -> int:
-    """Returns the cache's size; 0 without ``num_sequences``, when the text's size is unknown."""
+    """Returns the cache's size; 0 without ``num_sequences``, because the text's size is unknown."""
     tokens = (cfg.num_sequences or 0) * cfg.seq_length
     return tokens * bytes_per_token(chain.teacher.vocab_size, cfg.top_k, cfg.tail_draws)
 

@@ -48,7 +48,7 @@ PIPELINE_SIZES = (2, 4, 8)
 
 
 def inherited_shapes(config: StageConfig, chain: Chain) -> Sequence[Architecture]:
-    """Returns the shapes that a stage's input may have; empty if they are not known yet."""
+    """Returns the architectures that a stage's input may have; empty if they are not known yet."""
     for name in ("candidates", "shapes"):  # inputs from a search, which have many shapes
         if name in config.inputs:
             return chain.shapes.get(config.inputs[name], ())
@@ -116,7 +116,8 @@ class Stage(Generic[ConfigT]):
     workload: Callable[[ConfigT, Chain], Workload] | None = None
     """For plans: the training, or the teacher's forward passes over a text."""
     inference_cost: Callable[[ConfigT, Chain], InferenceCost] | None = None
-    """For plans: the cost of running models. ``None`` with a ``workload``, and without models."""
+    """For plans: the cost of a stage that runs models and has no ``workload``. For a search it
+    includes the training of candidates."""
     plans_workloads: bool = False
     """Whether the stage plans the chain of all stages: its settings then include all workloads."""
     names_accepted_results: bool = False

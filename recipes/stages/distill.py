@@ -129,7 +129,7 @@ def _pair_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _hidden_range_notes(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
-    """Notes if a loss on hidden states omits layers, and what a comparison of all would cost."""
+    """Yields a note if a loss on hidden states omits layers, with the cost of comparing all."""
     stages = cfg.pipeline_model_parallel_size
     layers = chain.shape_of(cfg.inputs.get("student")).num_layers
     if not cfg.hidden_weight or not 1 < stages <= layers:
@@ -156,7 +156,10 @@ def _hidden_range_notes(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _cached_teacher(cfg: DistillConfig, chain: Chain) -> CacheLogitsConfig | None:
-    """Returns the settings of a teacher that this or another run cached; ``None`` if it is live."""
+    """Returns the settings of the teacher's logit cache, of this or another run.
+
+    Returns ``None`` for a live teacher, which computes its logits during the training.
+    """
     source = cfg.inputs.get("teacher")
     stage = chain.stages.get(source or "")
     if stage is not None:
@@ -168,7 +171,7 @@ def _cached_teacher(cfg: DistillConfig, chain: Chain) -> CacheLogitsConfig | Non
 
 
 def _cache_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[Problem]:
-    """Checks that the settings of a cached teacher fit the distillation."""
+    """Checks that the settings of a logit cache fit the distillation."""
     for name in ("seq_length", "temperature", "top_k"):
         value, cached = getattr(cfg, name), getattr(cache, name)
         if value not in (None, cached):
@@ -198,13 +201,13 @@ def _cache_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[Pr
 
 
 def workload(cfg: DistillConfig, chain: Chain) -> Workload:
-    """Returns the training for plans. A teacher that is cached or not used costs nothing."""
+    """Returns the training for plans. A teacher whose logits are cached or unused costs nothing."""
     cache = _cached_teacher(cfg, chain)
     uses_teacher = cache is None and (cfg.kd_weight > 0 or cfg.hidden_weight > 0)
     student = chain.shape_of(cfg.inputs.get("student"))
-    logits_losses = (cfg.kd_weight > 0) + (cfg.lm_weight > 0)
+    num_logits_losses = (cfg.kd_weight > 0) + (cfg.lm_weight > 0)
     return replace(
-        training_workload(cfg, student, chain.teacher if uses_teacher else None, logits_losses),
+        training_workload(cfg, student, chain.teacher if uses_teacher else None, num_logits_losses),
         compares_hidden_states=cfg.hidden_weight > 0,
         cached_sequences=cache.num_sequences if cache else None,
     )
@@ -217,7 +220,7 @@ def disk_bytes(cfg: DistillConfig, chain: Chain) -> int:
 
 
 def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Trains the student and saves it in the format of its input."""
+    """Trains the student and saves it as a checkpoint of the same format as the input."""
     from nemo_convert import nemo
     from recipes.distillation.objective import Objective
     from recipes.distillation.trainer import train
@@ -235,8 +238,8 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
         log.progress("student", 1, 1, **{INITIAL_KL: healed.remaining_kl})
     train(cfg, student, objective, inputs["data"], out / student.name, log)
     kept = inputs["student"].manifest.result(KeptLayers).kept_layers
-    distilled = None  # on other ranks, which have no metrics
-    if rank() == 0:
+    distilled = None
+    if rank() == 0:  # only rank 0 writes metrics
         trained = result(cfg, metrics_file(out))
         distilled = replace(
             trained, kept_layers=kept, sources=trained_sources(cfg, trained, inputs)

@@ -27,7 +27,7 @@ EMPTY_BUDGET_FIX = "raise the budget, or max_depth_pruning and max_width_pruning
 
 
 def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields a problem if the budget is not set, or includes no architecture or the teacher."""
+    """Yields a problem if the budget is missing, fits no architecture, or fits the teacher."""
     if chain.teacher.num_moe_experts:
         yield Problem(rules.BUDGET, "a search does not support MoE models", "use a dense model")
         return

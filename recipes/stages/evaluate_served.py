@@ -23,7 +23,8 @@ from recipes.planning.rules import Problem
 from recipes.stages.contract import Stage
 
 GENERATED = ("gsm8k_cot",)
-"""Tasks of ``offline_tasks`` whose answers are generated."""
+"""Tasks of ``offline_tasks`` in which the model generates text. The other tasks compare the
+log-probabilities of given answers."""
 
 
 def check(cfg: EvaluateServedConfig, chain: Chain) -> Iterator[Problem]:

@@ -21,7 +21,7 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of the installed harness and of the tasks."""
+    """Yields problems of the installed lm-eval and of the tasks."""
     yield from task_problems(cfg, chain)
 
 

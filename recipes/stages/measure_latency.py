@@ -2,8 +2,8 @@
 
 Reads the teacher's config and tokenizer. Builds and times engines for the corners of the search
 space, and fits the latency model to their times. An engine in the middle of the space is not part
-of the fit and shows its error. The engines have random weights, which do not affect the time.
-Writes ``latency.json``.
+of the fit and shows the model's error. The engines have random weights, which do not affect the
+time. Writes ``latency.json``.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def check(cfg: MeasureLatencyConfig, chain: Chain) -> Iterator[Problem]:
 
 def disk_bytes(cfg: MeasureLatencyConfig, chain: Chain) -> int:
     """Returns an upper bound: for each shape, the teacher's parameters in bfloat16 and float32."""
-    shapes = len(corner_shapes(chain.teacher, cfg.space)) + 1  # with the middle
-    return shapes * (2 + 4) * chain.teacher.parameters()
+    num_shapes = len(corner_shapes(chain.teacher, cfg.space)) + 1  # the corners and the middle
+    return num_shapes * (2 + 4) * chain.teacher.parameters()
 
 
 def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -74,8 +74,8 @@ def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
     checkpoint = nemo.find_checkpoint(inputs["checkpoint"].artifact)
     side_files, config = nemo.side_folder(checkpoint), nemo.read_config(checkpoint)
     teacher = read_architecture(config, str(side_files))
-    fitted, unseen = corner_shapes(teacher, cfg.space), middle_shape(teacher, cfg.space)
-    shapes = [*fitted, *([] if unseen in fitted else [unseen])]
+    corners, middle = corner_shapes(teacher, cfg.space), middle_shape(teacher, cfg.space)
+    shapes = [*corners, *([] if middle in corners else [middle])]
     scratch = out.parent / "engines"
     shutil.rmtree(scratch, ignore_errors=True)
     models = []
@@ -87,7 +87,7 @@ def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
     start = partial(start_worker, scratch / "trtllm_bench", threads)
     rows = measure(models, [cfg.request()], cfg.repetitions, start, log)
     step_times = [step_ms(row) for row in rows]
-    latency_model = fit_latency(fitted, step_times[: len(fitted)], cfg.service)
+    latency_model = fit_latency(corners, step_times[: len(corners)], cfg.service)
     service = replace(cfg.service, measured=latency_model)
     result = LatencyResult(
         measured=latency_model,
@@ -95,7 +95,7 @@ def run(cfg: MeasureLatencyConfig, inputs: Inputs, out: Path) -> Outcome:
         backend=cfg.engine.backend,
         precision=cfg.engine.precision,
         shapes=[
-            TimedShape(name_of(shape), milliseconds, latency_ms(shape, service), shape in fitted)
+            TimedShape(name_of(shape), milliseconds, latency_ms(shape, service), shape in corners)
             for shape, milliseconds in zip(shapes, step_times, strict=True)
         ],
     )

@@ -78,11 +78,11 @@ def _engine_problems(
 def inference_cost(cfg: MeasureSpeedConfig, chain: Chain) -> InferenceCost:
     """Estimates the minimum cost of all requests to both engines, without the baseline."""
     shapes = [(batch, prompt) for prompt in cfg.prompt_tokens for batch in cfg.batch_sizes]
-    requests = (1 + cfg.repetitions) * shapes  # one warm-up run
+    requests = (1 + cfg.repetitions) * shapes  # one more for the warm-up run
     costs = []
     for role in ENGINE_ROLES:
         engine = chain.stages.get(cfg.inputs.get(f"{role}_engine", ""))
-        if not isinstance(engine, BuildEngineConfig):  # built by another run: assumes defaults
+        if not isinstance(engine, BuildEngineConfig):  # another run built it; assumes the defaults
             engine = BuildEngineConfig()
         storage = Storage(engine.precision, kv_bytes=4 if engine.precision == "fp32" else 2)
         arch, devices = chain.shape_of(cfg.inputs.get(role)), engine.tensor_parallel_size

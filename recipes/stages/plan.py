@@ -124,12 +124,12 @@ def _typed(cls: type[T], plain: dict[str, Any]) -> T:
 
 
 def _machine_rates() -> TrainingRates | None:
-    """Returns this machine's rates from the cache, or measures them, which takes seconds.
+    """Returns this machine's rates (FLOPs and bytes per second), from the cache or measured.
 
     Rates that were measured while other programs ran are not cached.
 
     Returns:
-        The rates; ``None`` if they are not cached and torch is not installed.
+        The rates; ``None`` if they are not cached and torch, which measures them, is not installed.
     """
     threads = int(os.environ.get("OMP_NUM_THREADS") or cores())
     if (rates := read_rates(threads)) is not None:

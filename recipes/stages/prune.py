@@ -30,7 +30,7 @@ from recipes.stages.contract import Stage, checkpoint_outcome
 
 
 def student_of(cfg: PruneConfig, chain: Chain) -> Architecture:
-    """Returns the student's shape; before a search has run, the largest that it may choose."""
+    """Returns the student's shape; before a search has run, the largest that the search allows."""
     input_shape = chain.shape_of(cfg.inputs.get("checkpoint"))
     if "shape" in cfg.inputs:
         return chain.shape_of(cfg.inputs["shape"])
@@ -45,8 +45,8 @@ def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
         yield from _search_problems(cfg, chain, student)
     else:
         # Sizes can be computed only from valid fractions.
-        wrong = list(fraction_problems(teacher, cfg.explicit_targets(), cfg.divisors()))
-        yield from wrong or target_problems(input_shape, cfg.targets(teacher), cfg.divisors())
+        invalid = list(fraction_problems(teacher, cfg.explicit_targets(), cfg.divisors()))
+        yield from invalid or target_problems(input_shape, cfg.targets(teacher), cfg.divisors())
     if not cfg.drop_layers:
         yield from _score_problems(cfg, chain, input_shape.num_layers - student.num_layers)
     yield from _large_reduction_problems(cfg, input_shape, student)

@@ -1,4 +1,4 @@
-"""Ranks the architectures of a search without training, by the loss of the teacher pruned to each.
+"""Ranks the architectures of a search: prunes the teacher to each and measures it, untrained.
 
 Reads the teacher, its importance scores, the listed architectures and text. Reconstructs the best
 candidates by least squares before the final ranking. Writes ``candidates.json``, the best first.
@@ -25,9 +25,10 @@ from recipes.stages.contract import Stage
 
 
 def inference_cost(cfg: RankCandidatesConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of measuring the teacher and each shape, and of healing the largest ones.
+    """Estimates the cost of measuring the teacher and each shape, and of healing ``num_healed``.
 
-    With healing, the whole cost counts as float32, because healing takes most of the time.
+    Healing (reconstruction by least squares) is estimated for the largest shapes. With healing, the
+    whole cost counts as float32, because healing takes most of the time.
     """
     text = Sequences(cfg.num_samples, cfg.seq_length, cfg.micro_batch_size)
     calibration = replace(text, number=cfg.num_calibration_samples)
@@ -62,9 +63,10 @@ def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:
 
 
 def ranking(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Returns the candidates, the best first, and marks the Pareto front of size and proxy (loss).
+    """Returns the candidates, the best first, and marks the Pareto front of size and proxy.
 
-    Healed candidates come first: the proxies of healed and other candidates cannot be compared.
+    The proxy is the metric of the untrained candidate. Healed candidates come first, because the
+    proxies of healed and other candidates cannot be compared.
     """
     front = pareto_front([(c.parameters, c.proxy) for c in candidates])
     marked = [replace(c, pareto=i in front) for i, c in enumerate(candidates)]

@@ -22,15 +22,15 @@ from recipes.stages.contract import Stage
 
 
 def resolve_from_chain(cfg: ScoreConfig, chain: Chain) -> ScoreConfig:
-    """Sets ``block_sizes``, if not set, to the sizes of the blocks that this run's stages drop."""
+    """Sets ``block_sizes``, if not set, to the sizes of the layer blocks that this run prunes."""
     if cfg.block_sizes is not None:
         return cfg
-    names = [name for name, config in chain.stages.items() if config is cfg]  # of this stage
+    own_names = [name for name, config in chain.stages.items() if config is cfg]
     dropped = {
         chain.shape_of(prune.inputs.get("checkpoint")).num_layers - chain.shape_of(name).num_layers
         for name, prune in chain.stages.items()
         if isinstance(prune, PruneConfig)
-        and prune.inputs.get("importance") in names
+        and prune.inputs.get("importance") in own_names
         and prune.layer_importance == "block"
         and not prune.drop_layers
     }
@@ -71,8 +71,8 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
 def inference_cost(cfg: ScoreConfig, chain: Chain) -> InferenceCost:
     """Estimates the cost of forward passes over calibration text, with and without ablations."""
     model = chain.shape_of(cfg.inputs.get("checkpoint"))
-    sizes = [1, *(resolve_from_chain(cfg, chain).block_sizes or [])]  # 1: each single layer
-    ablations = sum(model.num_layers - size + 1 for size in sizes)  # by the block's first layer
+    sizes = [1, *(resolve_from_chain(cfg, chain).block_sizes or [])]  # size 1: each single layer
+    ablations = sum(model.num_layers - size + 1 for size in sizes)  # a block may start anywhere
     data_ranks = max(1, cfg.resources.ranks // cfg.pipeline_model_parallel_size)
     sequences = cfg.num_calibration_samples / data_ranks
     return scoring_cost(

@@ -1,9 +1,9 @@
 """Chooses an architecture by successive halving (arXiv:1502.07943).
 
-Each round distils all remaining candidates on an equal fraction of the tokens, and drops the worse
-half. There are two ways to use several devices: either the ranks train different candidates, or the
-search has one rank and each training uses all devices. Every pruning and every training is a stage
-below ``work/``, so a killed search resumes.
+Each round distils all remaining candidates, then drops the worse half. The rounds share the tokens
+equally, and so do the candidates of a round. There are two ways to use several devices: either the
+ranks train different candidates, or the search has one rank and each training uses all devices.
+Every pruning and every training is a stage below ``work/``, so a killed search resumes.
 
 Reads the teacher, its importance scores, text and the ranked candidates. Writes
 ``candidates.json``, and the chosen architecture as a recipe, ``recipe.yaml``.
@@ -41,7 +41,7 @@ LIST_CANDIDATES = "run with only=[enumerate_shapes] to list the candidates"
 
 
 def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks devices, the candidates named by ``also``, the tokens, and the first training."""
+    """Checks devices, the candidates that ``also`` adds, the tokens, and the first training."""
     if cfg.distill.resources.devices > 1 and cfg.resources.ranks > 1:
         yield Problem(
             rules.SEARCH,
@@ -53,46 +53,47 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
     if shapes:
         for what in _unknown_candidates(cfg.also, [name_of(shape) for shape in shapes]):
             yield Problem(rules.SEARCH, what, LIST_CANDIDATES)
-    rounds = cfg.rounds(cfg.max_candidates())
-    if not rounds:  # a single candidate is chosen without training
+    round_sizes = cfg.rounds(cfg.max_candidates())  # number of candidates in each round
+    if not round_sizes:  # a single candidate is chosen without training
         return
-    if cfg.steps(rounds[0], len(rounds)) < 2:
+    num_rounds, first_size = len(round_sizes), round_sizes[0]
+    if cfg.steps(first_size, num_rounds) < 2:
         step_tokens = cfg.distill.global_batch_size * cfg.distill.seq_length
         yield Problem(
             rules.SEARCH,
-            f"max_tokens={cfg.max_tokens} is less than two steps for each candidate: {len(rounds)} "
-            f"rounds share the tokens, and {rounds[0]} candidates share those of the first round",
-            f"set max_tokens to at least {2 * len(rounds) * rounds[0] * step_tokens}, or use fewer "
+            f"max_tokens={cfg.max_tokens} is less than two steps for each candidate: {num_rounds} "
+            f"rounds share the tokens, and {first_size} candidates share those of the first round",
+            f"set max_tokens to at least {2 * num_rounds * first_size * step_tokens}, or use fewer "
             "candidates",
         )
     else:
-        training = training_of(cfg, rounds, 0)
+        training = training_of(cfg, round_sizes, 0)
         yield from training_problems(training, chain)
         workload = training_workload(training, chain.teacher)
         yield from layout_problems(workload, chain.hardware)
 
 
 def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of all training runs, and of the evaluations after each round.
+    """Estimates the cost of the search: mostly training, and the evaluations after each round.
 
     Every candidate is assumed to have the largest shape within the budget, or the teacher's shape
     if the shapes are not known yet.
     """
     shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
     candidate = next(iter(shapes), chain.teacher)
-    rounds = cfg.rounds(cfg.max_candidates())
+    round_sizes = cfg.rounds(cfg.max_candidates())
     text = Sequences(cfg.num_samples, cfg.distill.seq_length, cfg.distill.micro_batch_size)
     bf16 = cfg.precision == "bf16-mixed"
     evaluation = comparison_cost((chain.teacher, candidate), bf16, text, chain.hardware)
-    if not rounds:
+    if not round_sizes:
         return replace(evaluation, compute=Compute())
-    logits_losses = (cfg.distill.kd_weight > 0) + (cfg.distill.lm_weight > 0)
-    training = training_of(cfg, rounds, 0)
-    workload = training_workload(training, candidate, chain.teacher, logits_losses)
-    steps = sum(training_of(cfg, rounds, n).max_steps * count for n, count in enumerate(rounds))
+    num_logits_losses = (cfg.distill.kd_weight > 0) + (cfg.distill.lm_weight > 0)
+    trainings = [training_of(cfg, round_sizes, n) for n in range(len(round_sizes))]
+    workload = training_workload(trainings[0], candidate, chain.teacher, num_logits_losses)
+    steps = sum(t.max_steps * size for t, size in zip(trainings, round_sizes, strict=True))
     compute = token_compute(workload) * (steps * workload.global_batch_size * workload.seq_length)
-    compute += text.compute(chain.teacher, bf16) * len(rounds)
-    compute += text.compute(candidate, bf16) * sum(rounds)
+    compute += text.compute(chain.teacher, bf16) * len(round_sizes)
+    compute += text.compute(candidate, bf16) * sum(round_sizes)
     peak = peak_memory(workload, chain.hardware)
     # The search's process keeps its CUDA context while another process trains.
     peak = replace(peak, reserved=peak.reserved + chain.hardware.reserved_bytes)
@@ -100,7 +101,7 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
 
 
 def _unknown_candidates(names: Sequence[str], known: Collection[str]) -> list[str]:
-    """Returns an error message for each name of ``also`` that is not a candidate."""
+    """Returns an error message for each entry of the setting ``also`` that is not a candidate."""
     return [
         f"invalid also={name}: must be a candidate.{did_you_mean(name, known)}"
         for name in names
@@ -109,10 +110,10 @@ def _unknown_candidates(names: Sequence[str], known: Collection[str]) -> list[st
 
 
 def training_of(
-    cfg: SuccessiveHalvingConfig, rounds: Sequence[int], round_number: int
+    cfg: SuccessiveHalvingConfig, round_sizes: Sequence[int], round_number: int
 ) -> DistillConfig:
     """Returns the settings of the distillation in one round. Each round has its own seed."""
-    steps = cfg.steps(rounds[round_number], len(rounds))
+    steps = cfg.steps(round_sizes[round_number], len(round_sizes))
     settings = {
         "stage": "distill",
         "seed": cfg.distill.seed + round_number,
@@ -139,9 +140,9 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
     method = inputs["candidates"].manifest.config["layer_importance"]
     halving = HalvingRun(cfg, inputs, out.parent / "candidates", method)
     log = metrics_log(out)
-    rounds = cfg.rounds(len(remaining))  # the number of candidates in each round
-    for round_number in range(len(rounds)):
-        training = training_of(cfg, rounds, round_number)
+    round_sizes = cfg.rounds(len(remaining))
+    for round_number in range(len(round_sizes)):
+        training = training_of(cfg, round_sizes, round_number)
         candidates = [ranked[name] for name in remaining]
         halving.train(candidates, round_number, training)
         tokens = training.max_steps * training.global_batch_size * training.seq_length
@@ -152,7 +153,7 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
             )
         # Lower is better for every metric that ``select_by`` allows.
         remaining.sort(key=lambda name: _nan_last(float(getattr(ranked[name], cfg.select_by))))
-        log.progress("successive_halving", round_number + 1, len(rounds), leader=remaining[0])
+        log.progress("successive_halving", round_number + 1, len(round_sizes), leader=remaining[0])
         remaining = remaining[: math.ceil(len(remaining) / 2)]
     winner = ranked[remaining[0]] = replace(ranked[remaining[0]], chosen=True)
     if rank() == 0:
