@@ -1,4 +1,4 @@
-"""Real text, the interpreter of a login node, and the order of test files."""
+"""Fixtures for all tests (text, a login node's interpreter), and the order of test files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LONGEST = (
     "test_settings",
     "test_eight_kinds",
 )
-"""Test files that take minutes. They start first, so that no worker runs one alone at the end."""
+"""Test files that take minutes. They start first, so that no worker runs long after the others."""
 
 
 def pytest_configure() -> None:
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def large_disk() -> Iterator[None]:
-    """Lets plans of any size fit on this machine's disk."""
+    """Makes this machine's disk look large, so that plans of any size fit."""
     with large_disks():
         yield
 
@@ -59,7 +59,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def launcher_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of ``./install.sh launcher``, as on a login node."""
+    """Python without torch, as on a login node: what ``./install.sh launcher`` installs."""
     venv = tmp_path_factory.mktemp("login_node") / "venv"
     env = {**os.environ, "VENV": str(venv), "PYTHON": sys.executable}
     done = subprocess.run(

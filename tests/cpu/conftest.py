@@ -1,4 +1,4 @@
-"""Tiny models for all tests, which must not change them."""
+"""Tiny models that all tests share. Tests must not change them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes the files of CONTRIBUTING.md into a copy of the repository."""
+"""Writes the example files that CONTRIBUTING.md shows into a copy of the repository."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def blocks(heading: str) -> list[Block]:
 
 
 def hide_comments(text: str) -> str:
-    """Replaces "#" in blocks by NUL, because comments look like headings."""
+    """Replaces "#" in fenced blocks with NUL, because comments look like headings."""
     return re.sub(r"```.*?```", lambda match: match[0].replace("#", "\0"), text, flags=re.S)
 
 
 def copy_with(root: Path, *headings: str) -> Path:
-    """Copies the repository's packages, and adds CONTRIBUTING.md's files below the headings."""
+    """Copies the repository's packages, and adds the files that are below the headings."""
     for name in PACKAGES:
         shutil.copytree(REPO_ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPO_ROOT / "pyproject.toml", root)

@@ -24,10 +24,10 @@ def large_disks() -> mock._patch[Callable[[Path], object]]:
 
     For tests that only plan: a recipe may need more space than this machine has.
     """
-    measure = shutil.disk_usage
+    real_disk_usage = shutil.disk_usage
 
     def disk_usage(path: Path) -> object:
-        usage = measure(path)
+        usage = real_disk_usage(path)
         return usage if usage.total <= SMALL_DISK else usage._replace(free=FREE_BYTES)
 
     return mock.patch.object(shutil, "disk_usage", disk_usage)

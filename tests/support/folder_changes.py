@@ -1,6 +1,6 @@
 """Changes of Hugging Face folders, from which ``variants`` makes test cases.
 
-A function that returns a ``Change`` changes nothing yet: the change is called later, on a folder.
+A function that returns a ``Change`` does not change a folder: a test calls the ``Change`` on it.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def remove_files(*files: str) -> Change:
 
 
 def all_of(*changes: Change) -> Change:
-    """Makes several changes, in order."""
+    """Combines several changes, which are made in order."""
 
     def apply(folder: Path) -> None:
         for change in changes:
@@ -160,7 +160,7 @@ def set_last_embedding(value: float) -> Change:
 
 
 def use_sentencepiece(folder: Path) -> None:
-    """Replaces the tokenizer by a sentencepiece model."""
+    """Replaces the tokenizer with a sentencepiece model."""
     from sentencepiece import SentencePieceTrainer
 
     for file in folder.glob("tokenizer*"):
@@ -181,7 +181,7 @@ def use_sentencepiece(folder: Path) -> None:
 
 
 def use_vocabulary_and_merges(folder: Path) -> None:
-    """Replaces the tokenizer by ``vocab.json`` and ``merges.txt``, the files of GPT-2."""
+    """Replaces the tokenizer with ``vocab.json`` and ``merges.txt``, the files of GPT-2."""
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
@@ -201,7 +201,7 @@ def add_tokens(folder: Path) -> None:
 
 
 def link_weights(folder: Path) -> None:
-    """Replaces the weights by a link, as a hub's cache does."""
+    """Replaces the weights with a link to them, as in the cache of ``huggingface_hub``."""
     blob = folder.with_name(folder.name + ".blob")
     shutil.move(folder / WEIGHTS, blob)
     (folder / WEIGHTS).symlink_to(blob)

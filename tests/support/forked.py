@@ -1,7 +1,7 @@
 """Runs Python programs in forks of one process that has imported their modules.
 
 Each program has its own arguments, environment, directory, output and exit status, like a
-program that a shell starts. But it does not spend seconds on imports.
+program that a shell starts. But a fork does not spend seconds on imports.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TIMEOUT_SECONDS = 600
 
 @cache
 def _server(*modules: str) -> tuple[socket.socket, Path]:
-    """Starts a fork server for the rest of this process; returns its socket and log."""
+    """Starts a fork server that ends with this process; returns the server's socket and log."""
     stack = contextlib.ExitStack()
     atexit.register(stack.close)
     log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "fork_server.log"

@@ -91,13 +91,13 @@ def outputs_in(packages: Path, *folders: Path) -> list[ModelOutput]:
 
 
 def require_same_outputs(packages: Path, *folders: Path) -> tuple[str, str]:
-    """Requires equal outputs of the versions here and in ``packages``; returns both versions."""
-    for folder, in_packages in zip(folders, outputs_in(packages, *folders), strict=True):
-        installed = output_of(folder)
-        assert in_packages.chat == installed.chat
-        assert np.allclose(in_packages.scores, installed.scores, rtol=0, atol=1e-4)
-        assert (in_packages.greedy, in_packages.stopped) == (installed.greedy, installed.stopped)
-    return installed.version, in_packages.version
+    """Requires equal outputs of the installed version and that in ``packages``; returns both."""
+    for folder, output in zip(folders, outputs_in(packages, *folders), strict=True):
+        expected = output_of(folder)
+        assert output.chat == expected.chat
+        assert np.allclose(output.scores, expected.scores, rtol=0, atol=1e-4)
+        assert (output.greedy, output.stopped) == (expected.greedy, expected.stopped)
+    return expected.version, output.version
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A local server that replaces the Hugging Face hub, for models and datasets.
 
 The endpoints and their fields are those that ``huggingface_hub`` calls (``hf_api.py``,
-``_commit_api.py``, ``lfs.py``, ``file_download.py``). For models: whoami, page, file or a range of
-its bytes, create, preupload, LFS, commit. For datasets, which need no token: page, list of a
+``_commit_api.py``, ``lfs.py``, ``file_download.py``). For models: whoami, info, file or a range of
+its bytes, create, preupload, LFS, commit. For datasets, which need no token: info, list of a
 commit's files, file.
 """
 
@@ -233,8 +233,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._commit([json.loads(line) for line in body.splitlines()])
 
     def _preupload(self, file: dict[str, Any]) -> dict[str, Any]:
-        large = file["path"].endswith(".safetensors")
-        mode = "lfs" if large else "regular"
+        is_large = file["path"].endswith(".safetensors")
+        mode = "lfs" if is_large else "regular"
         return {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
 
     def _lfs_object(self, blob: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Runs the launcher and its stages in the test's process, which imports the libraries once.
 
-The launcher composes, plans, prints and returns its exit status as usual. But stages of one rank
-run in this process, several ranks are forked, and the disk seems large. Tests of processes,
-signals, logs or memory use ``run_recipe`` instead.
+The launcher composes, plans, prints and returns its exit status as usual. But a stage of one rank
+runs in this process, the ranks of other stages are forked, and the disk seems large. Tests of
+processes, signals, logs or memory use ``run_recipe`` instead.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.support.ranks import stage_ranks
 
 
 def run_in_process(*overrides: str, cwd: Path) -> CommandResult:
-    """Runs the launcher in a directory with ``large_disks``, and its stages in this process."""
+    """Runs the launcher in the directory ``cwd``, and its stages in this process."""
     output = io.StringIO()
     with (
         mock.patch.object(local, "start", _start),
@@ -81,16 +81,16 @@ def run_here(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> N
 
 def _run(stage: Stage[Any], request: Path) -> None:
     if stage.needs_torch:
-        _import_stack()
+        _import_libraries()
         from megatron.core import num_microbatches_calculator as batches
 
-        batches.unset_num_microbatches_calculator()  # else the batch sizes of an earlier stage stay
+        batches.unset_num_microbatches_calculator()  # removes an earlier stage's batch sizes
     run_stage(stage.run, stage.config, stage.kind, request.parent)
 
 
 @cache
-def _import_stack() -> None:
-    """Imports modules and excludes them from garbage collection, as the fork server does."""
+def _import_libraries() -> None:
+    """Imports the modules of stages and freezes the garbage collector, as the fork server does."""
     for module in local.PRELOADED:
         importlib.import_module(module)
     gc.freeze()

@@ -43,7 +43,7 @@ def run_recipe(*overrides: str, cwd: Path, timeout: float = 600) -> CommandResul
 
 
 def run_on_login_node(python: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs the launcher with the interpreter of ``launcher_python``, without ``PYTHONPATH``."""
+    """Runs the launcher as on a login node: ``python`` is the fixture ``launcher_python``."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
         [python, LAUNCHER, *arguments],
@@ -56,7 +56,7 @@ def run_on_login_node(python: Path, cwd: Path, *arguments: str) -> subprocess.Co
 
 
 def fork_launcher(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs the launcher in a fork, after its imports, with ``large_disks``; takes half the time."""
+    """Runs the launcher in a fork of a process that has imported it, which halves the time."""
     environment = {**os.environ, "COLUMNS": "200", **env}
     imports = ["tests.support.launcher_imports"]
     return run_forked(imports, [LAUNCHER, *arguments], environment, cwd)
@@ -101,7 +101,7 @@ def run_and_kill(
 
 
 def wait_until_none_works_in(directory: Path) -> None:
-    """Waits until no process has this working directory: all must end with the launcher."""
+    """Waits until no process has this working directory: the launcher's processes must end."""
     deadline = time.monotonic() + 120
     while running := [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(directory)]:
         if time.monotonic() > deadline:

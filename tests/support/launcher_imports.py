@@ -1,4 +1,4 @@
-"""Imports the launcher and fills its caches, once, before it is forked."""
+"""Imports the launcher and fills its caches in a process that is then forked for each test."""
 
 from __future__ import annotations
 

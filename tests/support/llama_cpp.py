@@ -47,7 +47,7 @@ def generate_greedily(file: Path, prompts: Sequence[str], tokens: int) -> list[C
 def require_similar_generation(
     folder: Path, file: Path, tolerance: float, length: int = 12
 ) -> None:
-    """Asserts that transformers finds the tokens of llama.cpp most likely, or nearly so.
+    """Asserts that transformers gives llama.cpp's tokens the largest probability, or almost.
 
     Args:
         folder: Hugging Face folder of the model.

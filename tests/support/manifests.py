@@ -1,4 +1,4 @@
-"""Makes manifests of stages that have not run."""
+"""Makes and edits manifests without running stages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recipes.data.results import DatasetResult, SourceTokens
 
 
 def bare_manifest(stage: str, kind: str, result: Any) -> Manifest:
-    """Returns a manifest without files; ``result`` may be ``None``."""
+    """Returns a manifest that lists no files; ``result`` may be ``None``."""
     return Manifest(
         stage=stage,
         kind=kind,

@@ -44,28 +44,31 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def write_tiny_model(
-    folder: Path, text_file: Path, model_type: str = "llama", **shape: Any
+    folder: Path, text_file: Path, model_type: str = "llama", **fields: Any
 ) -> Path:
-    """Saves a model, and a tokenizer with a chat template, both trained on the text."""
+    """Saves a model, and a tokenizer with a chat template, both trained on the text.
+
+    ``fields`` are fields of the config, and ``dtype``, ``max_shard_size`` and ``train``.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = _tokenizer(text_file)
     torch.manual_seed(0)
-    dtype, train = shape.pop("dtype", torch.float32), shape.pop("train", True)
-    shard = shape.pop("max_shard_size", "5GB")
+    dtype, train = fields.pop("dtype", torch.float32), fields.pop("train", True)
+    shard = fields.pop("max_shard_size", "5GB")
     config = AutoConfig.for_model(
         model_type,
-        vocab_size=shape.pop("vocab_size", 293),
+        vocab_size=fields.pop("vocab_size", 293),
         max_position_embeddings=256,
         rope_theta=5000.0,
         initializer_range=0.05,
         **FAMILIES[model_type],
-        **shape,
+        **fields,
     )
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:  # swapped biases of 0, or norms of 1, would stay hidden
+        if parameter.dim() == 1:  # biases of 0 and norms of 1 would hide swaps
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     if train:
         _train(model, text_file)

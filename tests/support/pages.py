@@ -54,7 +54,7 @@ class Page(HTMLParser):
         self.text += data
 
     def values(self, name: str) -> list[str]:
-        """Returns the values of an attribute, of all tags that have it."""
+        """Returns the attribute's value in each tag that has the attribute."""
         return [attrs[name] for _, attrs in self.tags if name in attrs]
 
     def numbers(self) -> set[float]:

@@ -1,4 +1,4 @@
-"""Runs several ranks like torchrun, but forked after one import of the stack.
+"""Runs several ranks as torchrun does, but in forks of a process that has imported NeMo.
 
 Tests that kill ranks, ``tests/cpu/core`` and ``tests/slurm`` use torchrun itself.
 """
@@ -34,8 +34,8 @@ def stage_ranks(stage: PlannedStage, log: IO[bytes]) -> Iterator[Callable[[], bo
 def fork_command(
     command: list[str], environment: Mapping[str, str], log: IO[Any]
 ) -> Iterator[Callable[[], bool]]:
-    """Runs a command in forks: of as many ranks as it gives to torchrun, or of one process."""
-    module = len(command) - command[::-1].index("-m") - 1  # the last -m: torchrun has another -m
+    """Runs a command in one fork, or if it starts torchrun, in one fork for each rank."""
+    module = len(command) - command[::-1].index("-m") - 1  # index of the last -m
     nproc = [word.partition("=")[2] for word in command if word.startswith("--nproc-per-node=")]
     start = partial(_ranks, int(nproc[0])) if nproc else partial(forked, PRELOADED)
     with start(command[module:], environment, log) as has_ended:

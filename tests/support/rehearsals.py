@@ -1,4 +1,4 @@
-"""Makes rehearsal jobs of recipes, for models with few layers to save time."""
+"""Makes jobs of rehearsals (stages on fake tensors). Models have few layers, to save time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CONFIGS[MOE_MODEL] = {
 def job_with_layers(
     recipe: str, stage: str, rank: int = 0, overrides: tuple[str, ...] = (), layers: int = 4
 ) -> tuple[Chain, RankJob]:
-    """Returns the chain of a recipe, and a rank's job; the teacher has this number of layers."""
+    """Returns a recipe's chain, whose teacher has ``layers`` layers, and the job of one rank."""
     cfg = compose(f"recipe={recipe}", *overrides)
     prune = OmegaConf.select(cfg, "stages.prune") or {}
     if prune.get("target_num_layers") is not None:

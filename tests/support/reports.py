@@ -57,7 +57,7 @@ def write_stage(
         root: Directory of the run.
         config: Settings. The stage's name is also the name of its directory.
         kind: Type of the artifact.
-        files: Sizes of the files, which are not written.
+        files: Sizes of the artifact's files, by path. The files are not written.
         result: The result.
         shape: Architecture of the model in the artifact.
     """
@@ -197,7 +197,7 @@ def make_run(
     Args:
         root: Directory of the run.
         loss: The student's loss.
-        speed: Factor that multiplies all measured speeds.
+        speed: Factor that multiplies the measured decoding speeds.
         heldout: SHA-256 of the held-out text.
         settings: Settings of the distillation.
     """

@@ -43,6 +43,7 @@ STEPS = 400
 SOURCE = "hf://some/corpus@en:train"
 TOKENS = {"train": 812_345, "validation": 17_001, "calibration": 34_567, "heldout": 33_210}
 NASTY = "<script>document.title = 'owned'</script> & <b>bold</b>"
+"""Text that a report must escape."""
 
 
 def wobble(step: int) -> float:
@@ -72,7 +73,7 @@ def task(metric: str, values: tuple[float, float, float], items: int) -> TaskRes
     def score(value: float) -> Score:
         return Score(value, math.sqrt(value * (1 - value) / items))
 
-    def against(value: float) -> Difference:
+    def from_teacher(value: float) -> Difference:
         gap, half = value - teacher, 1.2 / math.sqrt(items)
         return Difference(gap, gap - half, gap + half)
 
@@ -82,7 +83,7 @@ def task(metric: str, values: tuple[float, float, float], items: int) -> TaskRes
         teacher=score(teacher),
         pruned=score(pruned),
         distilled=score(distilled),
-        differences=Differences(against(distilled), against(pruned)),
+        differences=Differences(from_teacher(distilled), from_teacher(pruned)),
         recovered=(distilled - pruned) / (teacher - pruned),
         version="1.0",
         seconds={},
@@ -109,7 +110,7 @@ def task_results() -> TaskResults:
 
 
 def speed_results(speed: float = 1.0) -> BenchmarkResults:
-    def about(value: float) -> Spread:
+    def spread_around(value: float) -> Spread:
         return Spread(value, 0.93 * value, 1.05 * value)
 
     rows = [
@@ -120,9 +121,9 @@ def speed_results(speed: float = 1.0) -> BenchmarkResults:
             batch_size=batch,
             prompt_tokens=512,
             new_tokens=128,
-            time_to_first_token_ms=about(812.5 * batch / role_speed / backend_speed),
-            decode_tokens_per_second=about(21.75 * role_speed * backend_speed * speed),
-            throughput_tokens_per_second=about(17.25 * role_speed * backend_speed * batch),
+            time_to_first_token_ms=spread_around(812.5 * batch / role_speed / backend_speed),
+            decode_tokens_per_second=spread_around(21.75 * role_speed * backend_speed * speed),
+            throughput_tokens_per_second=spread_around(17.25 * role_speed * backend_speed * batch),
             peak_memory_bytes=901_234_567 + int(1e8 * role_speed),
             load_seconds=1.75 * role_speed,
             disk_bytes=int(size * shape.parameters()),

@@ -57,6 +57,6 @@ def run_with_transformers_5(code: str, *arguments: str | Path) -> None:
 
 
 def save_by_transformers_5(*folders: Path) -> list[Path]:
-    """Loads and saves models and their tokenizers. The new folder is beside the old, as NAME-5."""
+    """Loads each folder's model and tokenizer, and saves them beside the folder, as NAME-5."""
     run_with_transformers_5(SAVE_SCRIPT, *folders)
     return [folder.with_name(f"{folder.name}-5") for folder in folders]

@@ -43,9 +43,9 @@ LLAMA3 = {**LLAMA3_ROPE, "factor": 8.0}
 
 
 def variants() -> Iterator[Variant]:
-    """Yields all variants. Functions named ``_exact`` yield those that are converted exactly."""
+    """Yields all variants. Those of ``_exact_…`` are converted exactly."""
     for family in ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"):
-        for base in (family, f"{family}-5"):  # as transformers 4 and 5 save it
+        for base in (family, f"{family}-5"):  # as transformers 4 and 5 save the model
             yield Variant("as written", change_nothing, base=base)
     yield from _exact_types_and_rope()
     yield from _exact_keys()
@@ -193,7 +193,7 @@ def _exact_settings() -> Iterator[Variant]:
     )
     yield Variant("vocab.json and merges.txt", use_vocabulary_and_merges)
     yield Variant(
-        "shards shards", split_weights(("model-1-of-2.safetensors", "model-2-of-2.safetensors"))
+        "two shards", split_weights(("model-1-of-2.safetensors", "model-2-of-2.safetensors"))
     )
     yield Variant("shards with odd names", split_weights(("b.safetensors", "a.safetensors")))
     buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -249,7 +249,7 @@ def _unsupported_configs() -> Iterator[Variant]:
         ),
         "rope_scaling=.* is not supported",
     )
-    yield Variant("shards thetas", edit_config(rope_parameters={"rope_theta": 1e6}), "contradicts")
+    yield Variant("two thetas", edit_config(rope_parameters={"rope_theta": 1e6}), "contradicts")
     nested = {"full_attention": {"rope_theta": 1e4, "rope_type": "default"}}
     yield Variant("rope of layer types", edit_config(rope_parameters=nested), "is not supported")
     yield Variant(
@@ -276,8 +276,8 @@ def _invalid_configs() -> Iterator[Variant]:
         ("max_position_embeddings", None, "must be a positive integer"),
     ):
         yield Variant(f"{key} {value}", edit_config(**{key: value}), refusal)
-    many = edit_config(num_experts_per_tok=9)
-    yield Variant("too few experts", many, "is more than num_experts=6", base="qwen3_moe")
+    too_many = edit_config(num_experts_per_tok=9)
+    yield Variant("too few experts", too_many, "is more than num_experts=6", base="qwen3_moe")
     yield Variant("no head size", edit_config(head_dim=None), "head_dim is null", base="qwen3")
     missing = {k: v for k, v in LLAMA3.items() if k != "factor"}
     for scaling in (
@@ -352,7 +352,7 @@ def _refused_weights() -> Iterator[Variant]:
     yield Variant("more layers", edit_config(num_hidden_layers=3), "has no model.layers.2")
     tied = edit_config(tie_word_embeddings=True)
     yield Variant("tied with another head", tied, "differs from model.embed_tokens")
-    yield Variant("tied but one row", all_of(tied, edit_weights(untie)), "differs from model.embed")
+    yield Variant("one row untied", all_of(tied, edit_weights(untie)), "differs from model.embed")
     for dtype in (torch.float8_e4m3fn, torch.int8, torch.float64):
         yield Variant(f"weights in {dtype}", cast_weights(dtype, "q_proj"), "has weights of type")
     for value in (float("nan"), float("inf")):

@@ -1,4 +1,4 @@
-"""Lists variants of folders that other programs write, or that a user has edited.
+"""Lists variants of Hugging Face folders that other programs write, or that users edit.
 
 A ``Variant`` is a name, a change of the folder, and the message that refuses the changed folder.
 Without a message, the folder must be converted without a change of its logits.
@@ -122,8 +122,8 @@ def _refused_configs() -> Iterator[Variant]:
         yield Variant(
             f"invalid {key} {str(value)[:9]!r}", edit_config(**{key: value}), f"invalid {key}"
         )
-    text = edit_config(norm_topk_prob="false")
-    yield Variant("norm_topk_prob as text", text, "invalid norm_topk_prob", base="qwen3_moe")
+    as_text = edit_config(norm_topk_prob="false")
+    yield Variant("norm_topk_prob as text", as_text, "invalid norm_topk_prob", base="qwen3_moe")
     no_theta = edit_config(rope_theta=ABSENT, rope_parameters={"rope_theta": None})
     yield Variant("theta null", no_theta, "invalid rope_theta")
     for types in (5, [], ["full_attention"], "full_attention", [["full_attention"]]):
@@ -143,11 +143,11 @@ def _refused_configs() -> Iterator[Variant]:
             f"other {key} {value}", edit_config(**{key: value}), f"{key}=.* is not supported"
         )
     scaling = {**LLAMA3_ROPE, "factor": 8.0}
-    old = edit_config(
+    contradiction = edit_config(
         rope_parameters={"rope_theta": 5000.0, **scaling},
         rope_scaling={"type": "linear", "factor": 2.0},
     )
-    yield Variant("old and new scaling differ", old, "rope_scaling=.* contradicts")
+    yield Variant("old and new scaling differ", contradiction, "rope_scaling=.* contradicts")
     for rope_type in ("longrope", "su", "ntk", "mrope"):
         change = edit_config(rope_scaling={"type": rope_type, "factor": 2.0})
         yield Variant(f"scaling {rope_type}", change, "rope_scaling=.* is not supported")
@@ -169,8 +169,8 @@ def _refused_windows_and_heads() -> Iterator[Variant]:
         )
     by_default = edit_config(sliding_window=ABSENT, **LONG_CONTEXT)
     yield Variant("window by default", by_default, "sliding_window=4096", base="mistral")
-    odd = all_of(edit_config(head_dim=15), edit_weights(_remove_a_channel))
-    yield Variant("odd head size", odd, "head_dim=15 is odd")
+    odd_size = all_of(edit_config(head_dim=15), edit_weights(_remove_a_channel))
+    yield Variant("odd head size", odd_size, "head_dim=15 is odd")
     for groups in (None, 4):
         change = edit_config(num_key_value_heads=groups)
         yield Variant(f"{groups} groups", change, "k_proj.* according to config.json")
@@ -184,7 +184,7 @@ def _refused_files() -> Iterator[Variant]:
     for value in (None, []):
         change = all_of(split_weights(SHARDS), edit_json(INDEX, metadata=value))
         yield Variant(f"index with metadata {value}", change, "has no metadata")
-    yield Variant("dangling link", _dangle, "is a link to .* does not exist")
+    yield Variant("dangling link", _replace_by_dangling_link, "is a link to .* does not exist")
     adapter = all_of(remove_files("config.json", WEIGHTS), write_file("adapter_config.json", "{}"))
     yield Variant("only an adapter", adapter, "it is an adapter.*\n  fix: merge")
     for file in ("pytorch_model.bin", "model.fp16.safetensors", "hf_model_0001_0.pt"):
@@ -245,9 +245,9 @@ def _refused_tokenizers() -> Iterator[Variant]:
     for settings in ({"extra_special_tokens": TOKENS}, {"additional_special_tokens": TOKENS}):
         change = edit_json(TOKENIZER, **settings)
         yield Variant(f"many {[*settings]}", change, "tokens without an embedding")
-    legacy = edit_json(TOKENIZER, added_tokens_decoder=ABSENT)
+    no_decoder = edit_json(TOKENIZER, added_tokens_decoder=ABSENT)
     tokens = edit_json("special_tokens_map.json", additional_special_tokens=TOKENS)
-    yield Variant("many in the map", all_of(legacy, tokens), "tokens without an embedding")
+    yield Variant("many in the map", all_of(no_decoder, tokens), "tokens without an embedding")
     broken = write_file("special_tokens_map.json", "{")
     yield Variant("damaged map of tokens", broken, "is not valid JSON")
     yield Variant("id as text", write_file("added_tokens.json", '{"<a>": "1"}'), "is not a number")
@@ -255,12 +255,12 @@ def _refused_tokenizers() -> Iterator[Variant]:
     for name in ("BertTokenizer", "OwnTokenizer"):
         change = all_of(no_class, edit_config(tokenizer_class=name))
         yield Variant(f"class {name} in the config", change, f"names the class {name}")
-    for files, name, word in (
+    for replace_tokenizer, name, word in (
         (use_sentencepiece, "Qwen2Tokenizer", "tokenizer.model"),
         (use_vocabulary_and_merges, "LlamaTokenizer", "merges.txt"),
         (use_vocabulary_and_merges, ABSENT, "merges.txt"),
     ):
-        change = all_of(files, edit_json(TOKENIZER, tokenizer_class=name))
+        change = all_of(replace_tokenizer, edit_json(TOKENIZER, tokenizer_class=name))
         yield Variant(f"{name} with {word}", change, f"does not read {word}")
     merges = all_of(use_vocabulary_and_merges, write_file("merges.txt", "#version: 1\na b c\n"))
     yield Variant("damaged merges", merges, "are not a tokenizer")
@@ -268,7 +268,7 @@ def _refused_tokenizers() -> Iterator[Variant]:
 
 
 def _metadata(metadata: dict[str, str] | None) -> Change:
-    """Replaces the metadata of the file of weights."""
+    """Replaces the metadata in the header of the weights file."""
     return lambda folder: save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata)
 
 
@@ -279,7 +279,7 @@ def _rename_weights(file: str) -> Change:
     return change
 
 
-def _dangle(folder: Path) -> None:
+def _replace_by_dangling_link(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     (folder / WEIGHTS).symlink_to("../../blobs/absent")
 

@@ -107,7 +107,7 @@ def test_parameters_equal_the_published_number(model: str) -> None:
 @pytest.mark.parametrize(
     "config", [HF_CONFIG, *(config for config, _ in PUBLISHED.values())], ids=["tied", *PUBLISHED]
 )
-def test_parameters_equal_the_conversion_table(config: dict[str, Any]) -> None:
+def test_parameters_equal_the_sizes_of_the_converted_weights(config: dict[str, Any]) -> None:
     architecture = read_architecture(config, "x")
     family = FAMILIES[architecture.hf_architecture]
     weights = [weight.shape(architecture) for weight, _ in family.weights_of(architecture)]
@@ -116,13 +116,13 @@ def test_parameters_equal_the_conversion_table(config: dict[str, Any]) -> None:
 
 def test_active_weights_include_only_the_top_k_experts() -> None:
     moe = read_architecture(QWEN3_30B_A3B, "x")
-    active = dataclasses.replace(moe, num_moe_experts=8)
+    only_active = dataclasses.replace(moe, num_moe_experts=8)
     router = 48 * 2048 * (128 - 8)  # the router still scores all 128 experts
-    assert moe.active_weights() == active.active_weights() + router
+    assert moe.active_weights() == only_active.active_weights() + router
     # Norms and the input embedding are in no matrix multiplication, so they are not active weights.
     norms = 48 * (2 * 2048 + 2 * 128) + 2048
     embedding = 151936 * 2048
-    assert active.active_weights() == active.parameters() - norms - embedding
+    assert only_active.active_weights() == only_active.parameters() - norms - embedding
 
 
 @pytest.mark.parametrize(
@@ -141,21 +141,21 @@ def test_active_weights_include_only_the_top_k_experts() -> None:
         (LLAMA_8B, {"quantization_config": {"quant_method": "fp8"}}),
     ],
 )
-def test_unsupported_key_is_named(config: dict[str, Any], changed: dict[str, Any]) -> None:
-    field = next(iter(changed)) if len(changed) == 1 else "sliding_window"
-    with pytest.raises(RecipeError, match=rf"x: {field}=.* is not supported for \w+\."):
+def test_error_names_an_unsupported_key(config: dict[str, Any], changed: dict[str, Any]) -> None:
+    named_key = next(iter(changed)) if len(changed) == 1 else "sliding_window"
+    with pytest.raises(RecipeError, match=rf"x: {named_key}=.* is not supported for \w+\."):
         read_architecture({**config, **changed}, "x")
 
 
 def test_window_as_long_as_the_context_is_accepted() -> None:
-    whole = {**MISTRAL_7B, "sliding_window": 4096, "max_position_embeddings": 4096}
-    assert read_architecture(whole, "x").max_position_embeddings == 4096
+    config = {**MISTRAL_7B, "sliding_window": 4096, "max_position_embeddings": 4096}
+    assert read_architecture(config, "x").max_position_embeddings == 4096
 
 
 def test_absent_window_means_the_default_of_transformers() -> None:
-    absent = {key: value for key, value in MISTRAL_7B.items() if key != "sliding_window"}
+    config = {key: value for key, value in MISTRAL_7B.items() if key != "sliding_window"}
     with pytest.raises(RecipeError, match="sliding_window=4096"):
-        read_architecture(absent, "x")
+        read_architecture(config, "x")
 
 
 def test_active_weights_include_each_matrix_once() -> None:
@@ -196,7 +196,7 @@ def test_unsupported_architecture_names_the_supported_ones(
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "num_attention_heads", "vocab_size"])
-def test_missing_size_is_named(field: str) -> None:
+def test_the_error_names_a_missing_size(field: str) -> None:
     config = {key: value for key, value in LLAMA_8B.items() if key != field}
     with pytest.raises(RecipeError, match=field):
         read_architecture(config, "x")
@@ -242,7 +242,7 @@ def test_rope_parameters_that_cannot_be_read_are_refused(
         read_architecture({**LLAMA_8B, **settings}, "8B")
 
 
-def test_experts_of_transformers_5_are_read() -> None:
+def test_the_number_of_experts_of_transformers_5_is_read() -> None:
     """Version 5 names the number of experts ``num_local_experts``."""
     config = {k: v for k, v in QWEN3_30B_A3B.items() if k != "num_experts"}
     expected = read_architecture(QWEN3_30B_A3B, "MoE")

@@ -52,7 +52,7 @@ def test_other_sources_are_no_wheels(source: str) -> None:
         WHEEL.replace("1.2.3/", "/"),
     ],
 )
-def test_malformed_wheel_source_is_quoted(source: str) -> None:
+def test_the_error_quotes_a_malformed_wheel_source(source: str) -> None:
     with pytest.raises(RecipeError, match="must be pypi://NAME/VERSION/PATH") as caught:
         parse_wheel_file(source)
     assert f"'{source}'" in str(caught.value)
@@ -101,18 +101,18 @@ def test_relative_paths_that_do_not_exist_are_not_hub_ids(
 
 
 def test_commit_in_a_hub_id_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache has the layout of ``huggingface_hub``, and two commits of one model."""
+    """The cache has two commits of one model, in the layout of ``huggingface_hub``'s cache."""
     newest, older = "a" * 40, "b" * 40
     model = tmp_path / "models--org--name"
     for commit in (newest, older):
         (model / "snapshots" / commit).mkdir(parents=True)
-        (model / "snapshots" / commit / "config.json").write_text(json.dumps({"is": commit}))
+        (model / "snapshots" / commit / "config.json").write_text(json.dumps({"commit": commit}))
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text(newest)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert read_hf_config("org/name") == {"is": newest}
-    assert read_hf_config(f"org/name@{older}") == {"is": older}
+    assert read_hf_config("org/name") == {"commit": newest}
+    assert read_hf_config(f"org/name@{older}") == {"commit": older}
     assert is_config_available(f"org/name@{older}")
     assert not is_config_available(f"org/name@{'c' * 40}")
     assert hub_commit(download(f"org/name@{older}")) == older
@@ -156,7 +156,7 @@ def test_file_in_place_of_a_folder(hf_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"not json", b"\xff\xfe"])
-def test_invalid_config_names_the_file(hf_folder: Path, content: bytes) -> None:
+def test_the_error_names_the_file_of_an_invalid_config(hf_folder: Path, content: bytes) -> None:
     (hf_folder / "config.json").write_bytes(content)
     with pytest.raises(RecipeError, match="is not valid JSON") as caught:
         read_hf_config(str(hf_folder))
@@ -164,7 +164,7 @@ def test_invalid_config_names_the_file(hf_folder: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "null", '"text"'])
-def test_config_that_is_no_object_names_the_file(hf_folder: Path, content: str) -> None:
+def test_error_names_the_file_of_a_config_that_is_no_object(hf_folder: Path, content: str) -> None:
     (hf_folder / "config.json").write_text(content)
     with pytest.raises(RecipeError, match=r"config\.json"):
         read_hf_config(str(hf_folder))
@@ -216,7 +216,7 @@ def test_a_cached_file_that_was_changed_is_not_used(local_wheel: Path) -> None:
     assert fetch_wheel_file(file).read_text() == "hello"
 
 
-def test_link_in_a_wheel_is_written_as_a_file(local_wheel: Path) -> None:
+def test_link_in_a_wheel_is_written_as_a_plain_file(local_wheel: Path) -> None:
     with zipfile.ZipFile(local_wheel, "a") as archive:
         link = zipfile.ZipInfo("tinydata/link")
         link.external_attr = 0o120777 << 16  # the mode of a symbolic link
@@ -249,20 +249,20 @@ def test_a_cached_wheel_that_was_changed_is_downloaded_again(local_wheel: Path) 
         fetch_wheel_file(file)
 
 
-def test_wheel_of_another_hash_is_not_used(local_wheel: Path, tmp_path: Path) -> None:
+def test_wheel_with_another_hash_is_not_used(local_wheel: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=f"expected {SHA}"):
         fetch_wheel_file(WheelFile("tinydata", "1.0", "tinydata/a.txt", SHA))
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
 
 
-def test_failed_download_says_what_to_do(local_wheel: Path) -> None:
+def test_the_error_of_a_failed_download_says_what_to_do(local_wheel: Path) -> None:
     local_wheel.unlink()
     with pytest.raises(RecipeError, match=r"could not download tinydata==1\.0") as caught:
         fetch_wheel_file(WheelFile("tinydata", "1.0", "tinydata/a.txt", SHA))
     assert "check the network" in str(caught.value)
 
 
-def test_file_that_the_wheel_lacks_is_named(local_wheel: Path) -> None:
+def test_the_error_names_a_file_that_the_wheel_does_not_have(local_wheel: Path) -> None:
     with pytest.raises(RecipeError, match=r"tinydata 1\.0 has no file tinydata/b\.txt"):
         fetch_wheel_file(WheelFile("tinydata", "1.0", "tinydata/b.txt", sha256_of(local_wheel)))
 

@@ -1,4 +1,4 @@
-"""Checks and downloads request only files that are read. A local server replaces the hub."""
+"""Checks and downloads request only the files that are needed. A local server is the hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.folders import expected_shapes, write_sparse_weights
 from tests.support.hub import FakeHub, fake_hub, run_with_hub, settings_for
 from tests.unit.conftest import LLAMA_CONFIG, SMALL_STUDENT, Launch
 
-TOKEN = "hf_a_token_of_the_stand_in"
+TOKEN = "hf_token_of_the_fake_hub"
 NAME = "me/tiny"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
@@ -56,7 +56,7 @@ def hub(hf_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 def split_weights(hub: FakeHub, folder: Path) -> None:
-    """Replaces the weights of the hub's model by two shards and their index."""
+    """Replaces the weights of the hub's model with two shards and their index."""
     names = sorted(expected_shapes(LLAMA_CONFIG))
     weight_map = {name: SHARDS[number % 2] for number, name in enumerate(names)}
     for shard in SHARDS:
@@ -74,7 +74,7 @@ def write_index(hub: FakeHub, weight_map: object) -> None:
 
 
 def store_head(hub: FakeHub, folder: Path) -> None:
-    """Gives the hub's tied model a large vocabulary and a head; both weights are zeros."""
+    """Gives the hub's tied model a large embedding and a head, which are equal: both are zeros."""
     config = {**LLAMA_CONFIG, "vocab_size": 20_000}
     shapes = expected_shapes(config)
     write_sparse_weights(folder / WEIGHTS, {**shapes, HEAD: shapes[EMBEDDING]})
@@ -148,12 +148,12 @@ def test_samples_of_a_tied_head_are_compared(hub: FakeHub, tmp_path: Path) -> No
     assert samples == pytest.approx(2 * SAMPLES * SAMPLE_BYTES, rel=0.2)
     weights = hub.models[NAME][WEIGHTS]
     assert samples < len(weights) / 5
-    hub.models[NAME][WEIGHTS] = weights[: -10_000 * 256] + b"\1" * 10_000 * 256
+    hub.models[NAME][WEIGHTS] = weights[: -10_000 * 256] + b"\1" * 10_000 * 256  # 256-byte rows
     assert f"error: {HEAD} differs from" in run_with_hub(hub, tmp_path, CHECK)
 
 
-def test_a_hub_without_ranges_is_named(hub: FakeHub, tmp_path: Path) -> None:
-    """Headers are read even so, but the head is compared only after the download."""
+def test_a_note_says_that_a_hub_does_not_serve_ranges(hub: FakeHub, tmp_path: Path) -> None:
+    """Such a hub lets a check read headers. The head is compared only after the download."""
     hub.serves_ranges = False
     store_head(hub, tmp_path)
     output = run_with_hub(hub, tmp_path, CHECK)

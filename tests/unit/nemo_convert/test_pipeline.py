@@ -1,4 +1,4 @@
-"""Layers are split over pipeline stages as Megatron can build them."""
+"""Layers are split over pipeline stages so that Megatron can build the stages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_pipeline_splits(layers: int, stages: int, split: list[int]) -> None:
     assert pipeline_split(layers, stages) == split
 
 
-def test_every_pipeline_split_can_be_built_and_is_lightest_at_the_end() -> None:
+def test_every_split_can_be_built_and_has_the_fewest_layers_at_the_end() -> None:
     for layers, stages in product(range(1, 130), range(1, 130)):
         if stages > layers:
             with pytest.raises(ValueError, match="cannot fill"):
@@ -36,9 +36,9 @@ def test_every_pipeline_split_can_be_built_and_is_lightest_at_the_end() -> None:
         assert 1 <= split[-1] == min(split)
         assert len(set(split[1:-1])) <= 1
         assert len(set(split)) == 1 or layers % stages
-        most = -(-layers // stages)  # rounded up
-        if layers - most * (stages - 2) >= 2:  # else the middle stages have fewer
-            assert max(split) == most
+        most_layers = -(-layers // stages)  # rounded up
+        if layers - most_layers * (stages - 2) >= 2:  # else the middle stages have fewer layers
+            assert max(split) == most_layers
 
 
 def test_layers_of_the_last_stage_end_with_the_last_layer() -> None:

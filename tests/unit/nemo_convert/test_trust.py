@@ -11,7 +11,7 @@ from recipes.core.files import REPO_ROOT
 LOADERS = ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM", "OVModelForCausalLM")
 
 
-def calls(file: Path) -> Iterator[ast.Call]:
+def loader_calls(file: Path) -> Iterator[ast.Call]:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             owner = node.func.value
@@ -23,8 +23,8 @@ def test_every_loader_refuses_remote_code() -> None:
     """Without ``trust_remote_code=False``, transformers asks the user whether to run the code."""
     folders = ("recipes", "nemo_convert", "benchmarks")
     files = [file for folder in folders for file in (REPO_ROOT / folder).rglob("*.py")]
-    loads = {f"{file}:{call.lineno}": call for file in files for call in calls(file)}
-    assert loads
-    for location, call in loads.items():
-        trust = {k.arg: ast.unparse(k.value) for k in call.keywords}.get("trust_remote_code")
-        assert trust == "False", location
+    calls = {f"{file}:{call.lineno}": call for file in files for call in loader_calls(file)}
+    assert calls
+    for location, call in calls.items():
+        value = {k.arg: ast.unparse(k.value) for k in call.keywords}.get("trust_remote_code")
+        assert value == "False", location
