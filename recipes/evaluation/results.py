@@ -20,7 +20,7 @@ ANSWER_METRIC = "log-likelihood of the right answer"
 
 @dataclass(frozen=True)
 class TextQuality:
-    """Metrics of a model on sequences of text; loss and KL in nats."""
+    """Metrics of a model, as means over sequences of text; loss and KL in nats."""
 
     loss: float
     loss_standard_error: float

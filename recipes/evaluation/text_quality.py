@@ -249,7 +249,7 @@ def _by_source(scores: Mapping[str, Scores], text: TextSequences) -> dict[str, S
 
 
 def _recovered(scores: Mapping[str, Scores], chosen: slice = slice(None)) -> float | None:
-    """Pruning adds loss; returns the fraction of this loss that distillation removed."""
+    """Pruning raises the loss; returns the fraction of this rise that distillation undid."""
     # Losses are negated, because ``recovered`` expects values where higher is better.
     return recovered(*([-loss for loss in scores[role].losses[chosen]] for role in ROLES))
 

@@ -70,7 +70,8 @@ class Importance:
     """``blocks[n][i]`` is the rise of the loss without the ``n`` layers from layer ``i`` on."""
     widths: dict[str, Tensor] = field(default_factory=dict)
     """Scores of channels and heads. Keys, with the tensors' shapes: ``hidden_size`` [hidden],
-    ``layers.{i}.ffn_hidden_size`` [ffn] and ``layers.{i}.num_attention_heads`` [heads]."""
+    ``layers.{i}.ffn_hidden_size`` [ffn] and ``layers.{i}.num_attention_heads`` [heads]. An MoE has
+    scores of experts and of their channels instead of [ffn], with the keys of ``KeptIndices``."""
 
     def layer_scores(self, method: str) -> tuple[str, dict[int, float]]:
         """Returns ``method`` and its scores, or block influence if ``method`` was not measured."""

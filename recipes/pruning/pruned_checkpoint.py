@@ -26,7 +26,7 @@ def save_weights(
     """Writes weights as a NeMo checkpoint.
 
     Args:
-        like: A checkpoint of the same family, whose config and side files are copied.
+        like: A checkpoint of the same family, whose config, tokenizer and similar files are copied.
         shape: The shape of the new model.
         weights: All weights by their Hugging Face names.
         out: The new checkpoint.

@@ -85,7 +85,7 @@ def score_checkpoint(
     core.eval()
     loss_text = text.first(cfg.loss_sequences)
     ablation = LayerAblation(core, loss_text, cfg.micro_batch_size, log)
-    [teacher_loss] = ablation.losses([()])
+    [teacher_loss] = ablation.losses([()])  # with no layer left out
     if cfg.calibration == "text":
         require_better_than_chance(
             teacher_loss, core.vocab_size, ", or measure on noise: stages.score.calibration=random"

@@ -1,4 +1,4 @@
-"""Writes the exported model's card: origin, measured quality, and code that runs the model."""
+"""Writes the exported model's card: origin, measured quality, and commands that serve the model."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def calibration(even_llama: Path, text_file: Path) -> torch.Tensor:
 
 
 def convert_changed(folder: Path, even_llama: Path, change: WeightChange = lambda _: None) -> Path:
-    """Changes the tiny model's weights with ``change``, and converts it."""
+    """Changes the tiny model's weights with ``change``, and converts the model to NeMo."""
     model = load_causal_lm(even_llama)
     with torch.no_grad():
         change(model)

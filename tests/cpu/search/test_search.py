@@ -53,7 +53,7 @@ from tests.support.ranks import fork_command
 from tests.support.rounding import ROUNDINGS, measure_ulp_noise
 from tests.support.runs import make_artifact_folder, manifest_of
 
-SHAPES: list[dict[str, Any]] = [
+TARGETS: list[dict[str, Any]] = [
     {"num_layers": 3},
     {"hidden_size": 48, "ffn_hidden_size": 72},
     {"num_attention_heads": 2, "num_layers": 2},
@@ -76,12 +76,12 @@ RANK_SETTINGS = {"num_samples": 4, "num_healed": 2, "num_calibration_samples": 8
 def ranked_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs a search up to its ranking."""
     run, length = tmp_path_factory.mktemp("search"), {"seq_length": 64}
-    model, steps = {"hf_path": str(even_llama)}, Space(1, 8, 8)
+    model, space = {"hf_path": str(even_llama)}, Space(1, 8, 8)
     run_stage(import_hf, run, {}, **model)
     source = {"sources": [str(text_file)], "text_field": "text"}
     run_stage(prepare_data, run, {"tokenizer": "import_hf"}, **source, **length)
     budget = Budget(parameters=0.75)
-    run_stage(enumerate_shapes, run, {}, **model, space=steps, budget=budget)
+    run_stage(enumerate_shapes, run, {}, **model, space=space, budget=budget)
     inputs = {"checkpoint": "import_hf", "calibration": "prepare_data"}
     run_stage(score, run, inputs, num_calibration_samples=8, num_loss_samples=4, **length)
     inputs = {**TEACHER_INPUTS, "data": "prepare_data", "shapes": "enumerate_shapes"}
@@ -89,7 +89,7 @@ def ranked_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempP
     return run
 
 
-@pytest.mark.parametrize("targets", SHAPES)
+@pytest.mark.parametrize("targets", TARGETS)
 def test_views_of_sorted_weights_have_the_logits_of_pruned_models(
     ranked_run: Path, targets: dict[str, Any]
 ) -> None:
@@ -103,7 +103,7 @@ def test_views_of_sorted_weights_have_the_logits_of_pruned_models(
     sorted_model = SortedModel(load_transformers(teacher), teacher_shape, scores)
     memory = {p.untyped_storage().data_ptr() for p in sorted_model._model.parameters()}
     actual = predicted_log_probs(sorted_model.predictor(shape, kept.layers), tokens)
-    if "num_attention_heads" not in targets:
+    if "num_attention_heads" not in targets:  # pruning heads within groups copies weights
         assert {p.untyped_storage().data_ptr() for p in sorted_model._model.parameters()} <= memory
     pruned = as_transformers(
         teacher, shape, prune_weights(teacher, kept, teacher_shape.kv_channels)

@@ -109,6 +109,7 @@ def test_costs_of_serving() -> None:
     assert memory_bytes(LLAMA_70B, service) == weight_bytes(LLAMA_70B, service) + cache_bytes(
         LLAMA_70B, service
     )
+    # A decoding step reads the cache and all weights except the embedding.
     bytes_read = 2 * (LLAMA_70B.parameters() - 128256 * 8192) + cache_bytes(LLAMA_70B, service)
     assert latency_ms(LLAMA_70B, service) == pytest.approx(1e3 * bytes_read / 3.35e12, rel=1e-3)
     # In int4, 64 weights of a layer share a scale and a zero point. Embedding and head have 8 bits.
