@@ -1,4 +1,7 @@
-"""Keeps stale results that the user accepts; asks before it replaces an expensive result."""
+"""Keeps stale results that the user accepts; refuses to replace expensive ones without ``force``.
+
+A stale result was computed with other settings, inputs, code or libraries than those of the plan.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
     """Plans to keep a stage's stale result, if this command or an earlier one accepts it.
 
     An earlier acceptance counts until settings, inputs, code or versions change again.
-    The returned stage has the fingerprint of the kept result, because later stages use that result.
+    The returned stage has the kept result's fingerprint, because later stages use that result.
 
     Args:
         stage: The stage, as planned without acceptance.

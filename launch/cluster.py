@@ -12,7 +12,7 @@ from launch.progress import Follower
 from recipes.core.constraints import Environment, VariableName
 
 Follow = Callable[[PlannedStage], AbstractContextManager[Follower]]
-"""Shows the progress of a stage while it runs."""
+"""Returns a context manager that shows the progress of a stage while the stage runs."""
 
 
 @dataclass
@@ -40,9 +40,9 @@ def stage_variables(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
     """
     connections = stage.chain.hardware.cuda_device_max_connections
     # A search trains its candidates with the settings in its field ``distill``.
-    training = getattr(stage.config, "distill", stage.config)
+    training_config = getattr(stage.config, "distill", stage.config)
     sizes = ("tensor_model_parallel_size", "context_parallel_size")
-    is_split = max(getattr(training, size, 1) for size in sizes) > 1
+    is_split = max(getattr(training_config, size, 1) for size in sizes) > 1
     kernel_order = {}
     if is_split and connections is not None:
         # Communication overlaps only if kernels start in the order of their calls.

@@ -46,7 +46,7 @@ INCOMPLETE = (
     *(Status.RUNNING, Status.FAILED, Status.HUNG),
     *(Status.STOPPED, Status.INTERRUPTED, Status.PENDING),
 )
-"""Statuses of a stage that become the state of its run in ``runs``, the most important first."""
+"""Statuses of stages. The command ``runs`` shows the first of these that a stage of a run has."""
 Options = Mapping[str, str]
 
 
@@ -102,14 +102,14 @@ def _stop(holder: lock.Holder, run_dir: Path) -> None:
 
 
 def logs(options: Options, console: Console) -> None:
-    """Prints the end of a stage's newest log; by default of the stage that failed or runs."""
+    """Prints the end of a stage's newest log. The default is the stage that failed or runs."""
     [run_dir, *other_runs] = find_runs([_directory(options)])
     if other_runs:
         raise RecipeError(f"{run_dir.parent} is a sweep.", f"choose one run: run_dir={run_dir}")
     statuses = read_statuses(run_dir)
     name = options.get("stage") or _default_stage(run_dir, statuses)
-    known = [stage.name for stage in statuses]
-    require_known(name, known, f"{run_dir} has no stage '{name}'")
+    stage_names = [stage.name for stage in statuses]
+    require_known(name, stage_names, f"{run_dir} has no stage '{name}'")
     if (log := newest_log(run_dir / name)) is None:
         raise RecipeError(
             f"{name} has not been started: it has no log.",
@@ -128,13 +128,13 @@ def _default_stage(run_dir: Path, statuses: Sequence[StageStatus]) -> str:
         for stage in statuses:
             if stage.status is status:
                 return stage.name
-    started = [stage.name for stage in statuses if newest_log(run_dir / stage.name)]
-    if not started:
+    started_stages = [stage.name for stage in statuses if newest_log(run_dir / stage.name)]
+    if not started_stages:
         raise RecipeError(
             f"no stage of {run_dir} has been started.",
             "repeat the command that planned it, without dry_run=true",
         )
-    return started[-1]
+    return started_stages[-1]
 
 
 def compare(arguments: Sequence[str], console: Console) -> int:
@@ -143,8 +143,8 @@ def compare(arguments: Sequence[str], console: Console) -> int:
 
     options = [arg for arg in arguments if arg.startswith("out=")]
     paths = [Path(arg) for arg in arguments if arg not in options]
-    unknown = [arg for arg in arguments if arg.startswith("-")]
-    if not paths or len(options) > 1 or unknown:
+    flags = [arg for arg in arguments if arg.startswith("-")]  # compare has no flags
+    if not paths or len(options) > 1 or flags:
         raise RecipeError(
             "compare needs the directories of runs.",
             "python launch/run.py compare RUN1 RUN2 [out=FILE], or one directory of a sweep",
@@ -158,7 +158,7 @@ def compare(arguments: Sequence[str], console: Console) -> int:
 
 
 def runs(arguments: Sequence[str], console: Console) -> int:
-    """Lists the runs of a directory, or deletes the runs that follow ``clean``."""
+    """Lists the runs in a directory, or deletes the runs whose names follow the word ``clean``."""
     if list(arguments[:1]) == ["clean"]:
         _clean([arg for arg in arguments[1:] if arg != YES], YES in arguments, console)
         return 0
@@ -207,7 +207,7 @@ def _run_state(stages: Sequence[StageStatus]) -> str:
 
 
 def _age(path: Path) -> str:
-    """Returns the time since the run was planned, or since its last stage was completed."""
+    """Returns the time since a run was last planned or completed a stage, whichever is later."""
     newest = max(file.stat().st_mtime for file in (path / RUN_FILE, *path.glob(f"*/{MANIFEST}")))
     age = time.time() - newest
     return next(
@@ -226,7 +226,7 @@ def _size(path: Path) -> int:
 
 
 def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
-    """Deletes runs, but not stages that other runs need; without ``--yes`` only lists folders."""
+    """Deletes runs, except for stages that other runs need. Without ``--yes``, only lists them."""
     if not names:
         raise RecipeError(
             "runs clean needs the names of runs.",

@@ -1,4 +1,4 @@
-"""Prints the plan, the tables, the summary and the gates of a run."""
+"""Prints the plan, the tables, the summary and the gates (required results) of a run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def print_sources(plan: Plan, console: Console) -> None:
-    """Shows the sources of text that will be tokenised.
+    """Shows the sources of text that stages of this plan will tokenize.
 
     The size of a source is known only if its text is on this machine.
     """
@@ -55,10 +55,10 @@ def print_sources(plan: Plan, console: Console) -> None:
             continue
         table = plain_table("text", "source", "used for", "at most", "licence")
         for name, source in source_names(config.all_sources()).items():
-            size, parsed = source_bytes(source), parse_source(source)
+            size, licence = source_bytes(source), parse_source(source).licence
             use = "training" if source in config.sources else "evaluation only"
-            most = f"about {size / BYTES_PER_TOKEN:,.0f} tokens" if size else "unknown"
-            table.add_row(escape(name), use, most, escape(parsed.licence or "not stated"))
+            at_most = f"about {size / BYTES_PER_TOKEN:,.0f} tokens" if size else "unknown"
+            table.add_row(escape(name), use, at_most, escape(licence or "not stated"))
         if table.rows:
             console.print(table)
         if config.prefix:
@@ -74,7 +74,7 @@ def print_notes(plan: Plan, skip_rules: Collection[str], console: Console) -> No
 
 
 def print_tables(plan: Plan, console: Console) -> None:
-    """Shows the tables of planning stages that ran, or that are the only stage of the plan."""
+    """Shows the tables of each planning stage that ran, or that is the plan's only stage."""
     for stage in plan.stages:
         manifest = read_manifest(stage.directory)
         is_shown = stage in plan.todo() or len(plan.stages) == 1
@@ -94,8 +94,8 @@ def _cell_text(cell: Cell) -> str:
 
 
 def print_summary(plan: Plan, seconds: float, console: Console) -> None:
-    """Shows the cost and the main result of every stage."""
-    ran = {stage.name for stage in plan.todo()}
+    """Shows the time, memory, size and main result of every stage."""
+    stages_run = {stage.name for stage in plan.todo()}
     table = plain_table("summary", "stage", "", "time", "peak memory", "size", "result")
     for stage in plan.stages:
         manifest = read_manifest(stage.directory)
@@ -104,15 +104,17 @@ def print_summary(plan: Plan, seconds: float, console: Console) -> None:
             continue
         table.add_row(
             stage.name,
-            "ran" if stage.name in ran else "skipped",
+            "ran" if stage.name in stages_run else "skipped",
             f"{manifest.seconds:.0f} s",
             f"{manifest.peak_rss_bytes / 1e9:.1f} GB",
             f"{manifest.total_bytes() / 1e6:.1f} MB",
             headline(manifest),
         )
     console.print(table)
-    ran_text = f"{len(ran)} stage{'s' * (len(ran) != 1)} ran"
-    console.print(f"{ran_text if ran else 'everything was complete, nothing ran'}; {seconds:.1f} s")
+    outcome = f"{len(stages_run)} stage{'s' * (len(stages_run) != 1)} ran"
+    if not stages_run:
+        outcome = "everything was complete, nothing ran"
+    console.print(f"{outcome}; {seconds:.1f} s")
 
 
 def headline(manifest: Manifest) -> str:
@@ -172,10 +174,10 @@ def _best_candidate(manifest: Manifest) -> str:
 
 
 def _latency(manifest: Manifest) -> str:
-    """States the largest error on shapes that were not fitted, or on all shapes if all were."""
+    """States the fit's largest error on held-out shapes, or on all shapes if none was held out."""
     shapes = manifest.result(LatencyResult).shapes
-    unseen = [shape for shape in shapes if not shape.is_fitted]
-    error = max(abs(shape.error) for shape in unseen or shapes)
+    held_out = [shape for shape in shapes if not shape.is_fitted]
+    error = max(abs(shape.error) for shape in held_out or shapes)
     return f"teacher {shapes[0].step_ms:.3g} ms a step, fitted within {error:.0%}"
 
 
@@ -206,8 +208,8 @@ HEADLINES: Mapping[str, Callable[[Manifest], str]] = {
 def require_gates(plan: Plan, console: Console) -> None:
     """Shows the measured value of each gate; raises ``RecipeError`` if a gate failed.
 
-    Gates are checked after the run, not by a stage. So all results are kept, and a changed
-    threshold runs no stage again. A gate is skipped if its stage is incomplete or not in ``only``.
+    Gates are checked after the run, not by a stage. So all results are kept, and a new threshold
+    makes no stage run again. A gate is not checked if no complete stage of the plan measures it.
     """
     if not plan.gates:
         return

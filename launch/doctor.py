@@ -80,7 +80,7 @@ def run(arguments: Sequence[str], console: Console) -> int:
 
 
 def examine() -> Iterator[Check]:
-    """Yields all checks; if only the launcher is installed, yields only its checks."""
+    """Yields all checks, or only the launcher's checks if only the launcher is installed."""
     if _has_only_launcher():
         yield from _pins(["launcher"], "./install.sh launcher")
         yield _cache()
@@ -97,7 +97,7 @@ def examine() -> Iterator[Check]:
 
 
 def _has_only_launcher() -> bool:
-    """Whether no library that stages compute with is installed, as on a login node."""
+    """Whether all libraries that stages compute with are absent, as on a login node."""
     return not any(map(installed_version, RESULT_LIBRARIES))
 
 

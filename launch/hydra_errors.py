@@ -1,4 +1,4 @@
-"""Turns errors of Hydra and OmegaConf into one message with a fix."""
+"""Turns an error of Hydra or OmegaConf, with its causes, into one message with a fix."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _unknown_group(group: str) -> str:
 
 
 def _nearest(where: str, name: str, error: Exception) -> str:
-    """Suggests the field that the user may have meant."""
+    """Returns a suggestion for the unknown field at ``where``, whose last key is ``name``."""
     if where in stage_names():
         return f" Did you mean 'stages.{where}'?"
     parents = [

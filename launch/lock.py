@@ -32,7 +32,7 @@ class Holder:
 
 @contextmanager
 def acquire(run_dir: Path) -> Iterator[SetStage]:
-    """Locks a run; yields ``SetStage``. The kernel frees the lock however this process ends.
+    """Locks a run; yields ``SetStage``. The kernel frees the lock, even if this process is killed.
 
     Raises:
         RecipeError: Another process holds the lock.

@@ -24,7 +24,7 @@ from recipes.planning.rules import Problem
 def chain_of(
     cfg: DictConfig, hf_path: str, configs: Mapping[str, StageConfig], run_dir: Path
 ) -> Chain:
-    """Returns the teacher, stages and hardware; refuses an unusable teacher or hardware profile."""
+    """Returns a run's ``Chain``; refuses an unusable teacher or hardware profile."""
     chain = read_chain(hf_path, configs)
     # Resolve within the whole config, because a CPU's profile refers to the cluster's settings.
     profile = OmegaConf.create(OmegaConf.to_container(cfg.hardware, resolve=True))
@@ -147,7 +147,7 @@ def mpi_problems(cluster: DictConfig, chain: Chain, selected: Iterable[str]) -> 
 
 
 def _image_exists(image: str, executor: str) -> bool:
-    """Returns whether an image exists as a file or in docker; ``True`` if nothing can check it."""
+    """Returns whether an image is a file or in docker; ``True`` if this machine cannot check it."""
     if image.startswith("/") or image.endswith(".sqsh"):
         return Path(image).is_file()
     if executor != "docker" or shutil.which("docker") is None:

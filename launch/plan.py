@@ -70,9 +70,9 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     chain = _with_costs(chain)
     if not any(note.rule.severity == ERROR for note in notes):  # estimates need valid settings
         notes += require_none(_limit_problems(chain, selected), settings.skip_rules)
-    # ``chain.stages`` keeps the configured settings. No stage sees resolved settings of another.
+    # ``chain.stages`` keeps the configured settings, so no stage sees another's resolved settings.
     configs |= {n: stage_of(c).resolve_from_chain(c, chain) for n, c in configs.items()}
-    needed = {*selected, *(s for name in selected for s in configs[name].inputs.values())}
+    needed_stages = {*selected, *(s for name in selected for s in configs[name].inputs.values())}
     planned: dict[str, PlannedStage] = {}
     for name in order:
         stage = _plan_stage(run_dir / name, configs[name], planned, chain)
@@ -80,11 +80,11 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
         stage = replace(stage, action=action, reason=reason)
         if name not in force:
             stage = accept_result(stage, named=name in accept)
-        if name in needed and stage.action == SKIP:
+        if name in needed_stages and stage.action == SKIP:
             check_artifact(stage.directory, rehash=False)  # refuses edited files
         if name in selected and name not in force:
             require_no_lost_work(stage)
-        if name in needed and name not in selected and stage.action != SKIP:
+        if name in needed_stages and name not in selected and stage.action != SKIP:
             raise RecipeError(
                 f"only=[…] excludes {name}, but its result is needed, and missing or stale "
                 f"({stage.reason}).",
@@ -124,7 +124,7 @@ def _limit_problems(chain: Chain, selected: list[str]) -> Iterator[Problem]:
 
 
 def with_shapes(chain: Chain, order: Iterable[str]) -> Chain:
-    """Adds the shapes of the models that stages produce; in ``order``, inputs come first."""
+    """Adds the shapes of the stages' models. ``order`` has each stage after its inputs."""
     for name in order:
         config = chain.stages[name]
         shapes = stage_of(config).shapes(config, chain)
@@ -215,13 +215,13 @@ def stage_order(configs: Mapping[str, StageConfig]) -> list[str]:
                 )
         graph[name] = {source for source in config.inputs.values() if source in configs}
     try:
-        graphlib.TopologicalSorter(graph).prepare()  # finds cycles; the loop below keeps the order
+        graphlib.TopologicalSorter(graph).prepare()  # finds cycles; its order is not used
     except graphlib.CycleError as error:
         raise RecipeError(
             f"stages feed each other in a circle: {' → '.join(error.args[1])}.",
             "give one of them another input: stages.NAME.inputs",
         ) from error
-    order: list[str] = []
+    order: list[str] = []  # as in the config, except that inputs come first
     while len(order) < len(graph):
         order += [name for name in graph if name not in order and graph[name] <= set(order)]
     return order
@@ -261,18 +261,18 @@ def _plan_stage(
 def _resolve_inputs(
     name: str, config: StageConfig, planned: Mapping[str, PlannedStage]
 ) -> dict[str, InputRef]:
-    needed, optional = stage_of(config).inputs, stage_of(config).optional_inputs
+    required, optional = stage_of(config).inputs, stage_of(config).optional_inputs
     names = config.inputs.keys()
-    if not needed.keys() <= names <= needed.keys() | optional.keys():
-        also = f" and may have {', '.join(optional)}" if optional else ""
+    if not required.keys() <= names <= required.keys() | optional.keys():
+        optional_text = f" and may have {', '.join(optional)}" if optional else ""
         raise RecipeError(
             f"stages.{name}.inputs has {', '.join(names) or 'nothing'}; "
-            f"{config.stage} needs {', '.join(needed) or 'nothing'}{also}.",
+            f"{config.stage} needs {', '.join(required) or 'nothing'}{optional_text}.",
             "set all inputs that it needs, and no unknown inputs",
         )
     inputs = {}
     for key, source in config.inputs.items():
-        kinds = needed[key] if key in needed else optional[key]
+        kinds = required[key] if key in required else optional[key]
         if (stage := planned.get(source)) is not None:
             ref = InputRef(stage.directory, stage.definition.kind, stage.fingerprint)
         else:

@@ -27,7 +27,7 @@ RUN, RESUME, SKIP = "run", "resume", "skip"
 ADOPT = "adopt"
 """A Slurm job that an earlier command submitted runs the stage, now or later."""
 REASON_CHARACTERS = 80
-"""If a reason has more characters, only the setting's name is shown, without its values."""
+"""Maximum length of a reason that shows a setting's values; a longer one shows only its name."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class PlannedStage:
     code: str
     libraries: Mapping[str, str]
     fingerprint: str
+    """Hash of all that the result depends on: settings, inputs, code, libraries, other files."""
     action: str
     """``RUN``, ``RESUME``, ``SKIP`` or ``ADOPT``."""
     reason: str
@@ -50,8 +51,8 @@ class PlannedStage:
     accepted: Acceptance | None = None
     """The user's decision to keep the stage's stale result."""
     kept: Mapping[str, list[str]] = field(default_factory=dict)
-    """Why each stale result that the user keeps is stale, by stage. Includes this stage and all
-    stages that it depends on."""
+    """The stale results that the user keeps, of this stage and of all stages that it depends on:
+    why each is stale, by stage."""
 
     @property
     def definition(self) -> Stage[Any]:
@@ -85,7 +86,7 @@ class PlannedStage:
 
     @property
     def devices(self) -> int:
-        """Devices on a node that the stage, with the stages that it starts, needs."""
+        """Devices per node that the stage needs, including those of the stages that it starts."""
         return self.definition.devices(self.config)
 
     @property
@@ -104,7 +105,10 @@ class PlannedStage:
         return snapshot_dir(self.directory.parent)
 
     def request(self) -> Request:
-        """Returns the request of the process that will compute the result, or has computed it."""
+        """Returns the content of the stage's ``config.yaml``, from which its process starts.
+
+        For a skipped stage, it names the code snapshot of the complete result, not the current one.
+        """
         result = self.result if self.action == SKIP else None
         return Request(
             name=self.name,
@@ -146,11 +150,11 @@ def choose_action(stage: PlannedStage, *, forced: bool, selected: bool) -> tuple
     Args:
         stage: The stage; its field ``action`` is ignored.
         forced: Whether the setting ``force`` lists the stage.
-        selected: Whether ``only`` selects the stage. If so, a report or model card that names
-            accepted results is written again when the user's acceptances have changed.
+        selected: Whether the plan includes the stage (see ``only``). A selected report or model
+            card is written again if it lists other accepted results than the user accepts now.
     """
     reason = "forced" if forced else _reason_to_run(stage)
-    if reason is None and selected and _names_old_acceptances(stage):
+    if reason is None and selected and _lists_old_acceptances(stage):
         reason = "other results were accepted"
     if reason is None:
         return SKIP, "complete"
@@ -180,8 +184,8 @@ def require_no_lost_work(stage: PlannedStage) -> None:
     )
 
 
-def _names_old_acceptances(stage: PlannedStage) -> bool:
-    """Returns whether the stage's result names acceptances that have changed since."""
+def _lists_old_acceptances(stage: PlannedStage) -> bool:
+    """Returns whether the result lists other accepted results than the user accepts now."""
     manifest = read_manifest(stage.directory) if stage.definition.names_accepted_results else None
     return manifest is not None and manifest.kept != stage.kept
 
@@ -212,7 +216,7 @@ def _reason_to_run(stage: PlannedStage) -> str | None:
 
 
 def describe_changes(stage: PlannedStage, before: Manifest) -> list[str]:
-    """Returns sentences about what has changed since an earlier start of a stage."""
+    """Returns what has changed since an earlier start of a stage, such as "its code changed"."""
     fields, other_changes = _compare(stage, before)
     changed = [f"{key} changed {old} → {new}" for key, (old, new) in fields.items()]
     return changed + [f"its {what} changed" for what in other_changes]

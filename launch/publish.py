@@ -29,7 +29,7 @@ from recipes.data.sources import parse_source
 from recipes.report.settings import REPORT_FILE
 
 EXPORT_STAGE, REPORT_STAGE = "export_hf", "report"
-"""``config.stage`` of the stages whose files are published."""
+"""Stage modules (``config.stage``) whose files are published."""
 
 
 def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> None:
@@ -59,7 +59,7 @@ def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> Non
 
 
 def show_files(plan: Plan, hub: Hub, console: Console) -> None:
-    """Lists the files that would be uploaded, as far as they exist."""
+    """Lists the files to upload; if the export is incomplete, names only the export stage."""
     export = _export_stage(plan)
     if hub.push is None or export is None:
         return
@@ -73,7 +73,7 @@ def show_files(plan: Plan, hub: Hub, console: Console) -> None:
 
 
 def publish(plan: Plan, hub: Hub, console: Console) -> None:
-    """Uploads a complete run; files that the hub already has are not sent again."""
+    """Uploads the student of a complete run; files that the hub already has are not sent again."""
     export = _export_stage(plan)
     if hub.push is None or export is None:
         return
@@ -127,9 +127,9 @@ def _files(plan: Plan, export: PlannedStage) -> dict[str, Path]:
 
 
 def _require_licence(plan: Plan, hub: Hub) -> None:
-    """Refuses a student whose text or teacher has a licence that forbids commercial use.
+    """Refuses to publish if a licence of the training text or teacher forbids commercial use.
 
-    ``hub.allow_noncommercial`` allows it.
+    With ``hub.allow_noncommercial``, the student is published all the same.
     """
     restricted = sorted({text for text in _licences(plan) if forbids_commercial_use(text)})
     if restricted and not hub.allow_noncommercial:

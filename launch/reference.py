@@ -79,8 +79,8 @@ def _choices() -> Iterator[tuple[str, str]]:
         # Comments such as "# @package stages" are for Hydra.
         comments = re.findall(r"^# (?!@)(.+)", file.read_text(encoding="utf-8"), re.M)
         values = ", ".join(f"{k}: {v}" for k, v in _yaml(f"{file.parent.name}/{file.name}").items())
-        about = re.split(r"(?<=[\w)])\.(?= |$)", " ".join(comments) or f"`{values}`")[0]
-        yield f"`{file.parent.name}={file.stem}`", about
+        sentence = re.split(r"(?<=[\w)])\.(?= |$)", " ".join(comments) or f"`{values}`")[0]
+        yield f"`{file.parent.name}={file.stem}`", sentence
 
 
 def _yaml(name: str) -> dict[str, Any]:
@@ -89,10 +89,10 @@ def _yaml(name: str) -> dict[str, Any]:
 
 def _stage(name: str) -> Iterator[str]:
     stage = load_stage(name)
-    about = (import_module(f"recipes.stages.{name}").__doc__ or "").strip().splitlines()[0]
+    summary = (import_module(f"recipes.stages.{name}").__doc__ or "").strip().splitlines()[0]
     inputs = [*stage.inputs, *(f"{key} (optional)" for key in stage.optional_inputs)]
     yield f"## {name}\n"
-    yield f"{about} Artifact: `{stage.kind}`; inputs: {', '.join(inputs) or 'none'}.\n"
+    yield f"{summary} Artifact: `{stage.kind}`; inputs: {', '.join(inputs) or 'none'}.\n"
     # If there are several files, default.yaml is the first in the order of their names.
     [file, *_] = sorted((CONF / "stage" / name).glob("*.yaml"))
     values = _yaml(f"stage/{name}/{file.name}")
@@ -131,7 +131,7 @@ def _rows(
         default = field.default
         if default is MISSING and field.default_factory is not MISSING:
             default = field.default_factory()
-        dagger = " †" if field.metadata.get("resource") else ""
+        dagger = " †" if field.metadata.get("resource") else ""  # explained on the page
         value = _value(values.get(field.name, default))
         yield f"`{name}`{dagger}", _type(hint), f"`{value}`", meanings[field.name]
 

@@ -1,4 +1,4 @@
-"""``rehearse=true`` runs a recipe's stages here at full size on fake tensors, without a GPU."""
+"""Rehearses a recipe: runs its stages at full size on fake tensors, on this machine's CPU."""
 
 from __future__ import annotations
 
@@ -84,24 +84,24 @@ def _rehearse_all(jobs: Sequence[RankJob], console: Console) -> Results:
     num_processes = min(cores(), len(jobs))
     console.print(f"{len(jobs)} ranks, {num_processes} at once", highlight=False)
     results: Results = []
-    errors: dict[str, int] = {}
+    first_ranks: dict[str, int] = {}  # the first rank with each error
     for job, result in zip(jobs, _run(jobs, num_processes), strict=True):
         results.append((job, result))
         label = f"{len(results)}/{len(jobs)} {job.name}, rank {job.rank} of {job.world}"
         outcome = f"{'failed' if result.error else 'done'} in {result.seconds:.0f} s"
         if result.host and not result.error:
             outcome += f", {result.host / 1e9:.1f} GB of the host's memory"
-        if result.error in errors:
-            outcome += f", with the same error as rank {errors[result.error]}"
+        if result.error in first_ranks:
+            outcome += f", with the same error as rank {first_ranks[result.error]}"
         console.print(f"{label}: {outcome}")
-        if result.error and result.error not in errors:
+        if result.error and result.error not in first_ranks:
             console.print(result.error, markup=False, style="red")
-            errors[result.error] = job.rank
+            first_ranks[result.error] = job.rank
     return results
 
 
 def _parse_ranks(value: object) -> list[int] | None:
-    """Parses ``rehearse``: a list of ranks, or ``None`` for all distinct ranks."""
+    """Returns the ranks that ``rehearse`` lists; ``None`` for ``true``, which chooses the ranks."""
     if value is True:
         return None
     ranks = list(value) if isinstance(value, (list, ListConfig)) else [value]
@@ -165,10 +165,10 @@ def memory_mistakes(results: Results, chain: Chain) -> Iterator[str]:
             needed += hardware.reserved_bytes
         available = hardware.memory_of_rank(job.devices)
         parent = result.peak.get("parent", 0)
-        share = f" ({parent / 1e9:.1f} GB of this in the search that starts it)" if parent else ""
+        detail = f" ({parent / 1e9:.1f} GB of this in the search that starts it)" if parent else ""
         if hardware.on_gpu and needed > available:
             yield (
-                f"{job.name}: rank {job.rank} takes {needed / 1e9:.1f} GB at its peak{share}, but "
+                f"{job.name}: rank {job.rank} takes {needed / 1e9:.1f} GB at its peak{detail}, but "
                 f"a {hardware.name} has {available / 1e9:.1f} GB"
             )
 
@@ -197,7 +197,7 @@ def peak_by_kind(result: RehearsalResult, planned: Memory | None) -> dict[str, i
     """Returns the bytes at the peak for each of ``KINDS``."""
     peak = {kind: result.peak.get(kind, 0) for kind in KINDS}
     if planned and planned.teacher and not planned.weights:
-        # The plan counts a model that is not trained as a teacher.
+        # In the plan, a model that is only run counts as ``teacher``, not as ``weights``.
         peak["teacher"], peak["weights"] = peak["weights"], 0
     return peak
 

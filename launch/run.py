@@ -90,12 +90,12 @@ def main(cfg: DictConfig) -> Path | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             require_separate_results(cfg, sys.argv[1:])
         return run(cfg, recipe)
-    except RecipeError as error:  # Hydra would print the overrides before the message
+    except RecipeError as error:  # handled here, because Hydra also prints the overrides
         raise SystemExit(_fail(error)) from error
 
 
 def run(cfg: DictConfig, recipe: str) -> Path | None:
-    """Plans and runs a composed config; returns the run's directory unless it is a dry run."""
+    """Plans and runs a config; returns the run's directory, but not for dry runs and rehearsals."""
     start_time = time.monotonic()
     settings = settings_of(cfg)
     run_dir = _run_dir(settings, recipe)
@@ -168,9 +168,9 @@ def _last_plan(run_dir: Path, recipe: str) -> LastPlan:
 def _written_plan(plan: Plan, last_plan: LastPlan, dry_run: bool) -> Iterator[lock.SetStage | None]:
     """Locks a run's directory and writes a plan to it; the caller's block runs under the lock.
 
-    Writes the code, the user's acceptances, and the requests of stages that will run or whose
-    fingerprint changed since the last plan. Deletes unfinished work beside complete results. If
-    nothing would change, neither locks nor writes.
+    Writes a snapshot of the code, the user's acceptances of stale results, and ``config.yaml`` of
+    each stage that will run or whose fingerprint changed since the last plan. Deletes unfinished
+    work beside complete results. If all of this is up to date, neither locks nor writes.
 
     Args:
         plan: The plan.
@@ -213,7 +213,7 @@ def _written_plan(plan: Plan, last_plan: LastPlan, dry_run: bool) -> Iterator[lo
 def _write_requests(plan: Plan, last_plan: LastPlan) -> None:
     for stage in plan.stages:
         is_changed = last_plan.stages.get(stage.name) != stage.fingerprint
-        # An accepted result keeps the request that it was made from.
+        # An accepted result keeps the ``config.yaml`` from which it was computed.
         if stage in plan.todo() or (is_changed and not stage.accepted):
             stage.request().write(stage.directory)
 

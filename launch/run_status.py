@@ -53,16 +53,18 @@ def read_statuses(run_dir: Path) -> list[StageStatus]:
     planned = plan.stages if plan is not None else {}
     states = stage_states(run_dir, include=jobs)
     # Jobs of an earlier plan are ignored: their end says nothing about the stage's present status.
-    current = {name: job for name, job in jobs.items() if job.fingerprint == planned.get(name)}
+    jobs_of_plan = {n: job for n, job in jobs.items() if job.fingerprint == planned.get(n)}
     incomplete = {n for n, state in states.items() if state.status is not Status.COMPLETE}
-    ended = [j for n, j in current.items() if n in incomplete and j.id not in slurm_states]
-    slurm_states |= final_states(ended)
+    ended_jobs = [
+        j for n, j in jobs_of_plan.items() if n in incomplete and j.id not in slurm_states
+    ]
+    slurm_states |= final_states(ended_jobs)
     statuses = []
     for name, state in states.items():
         job = jobs.get(name)
         slurm_state = slurm_states.get(job.id) if job else None
         active = _active_status(state, job, slurm_state, holder)
-        statuses.append(active or _ended_status(state, current.get(name), slurm_state))
+        statuses.append(active or _ended_status(state, jobs_of_plan.get(name), slurm_state))
     return statuses
 
 

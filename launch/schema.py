@@ -97,7 +97,7 @@ def help_text() -> str:
 
 
 def hydra_arguments(arguments: Iterable[str]) -> list[str]:
-    """Translates a command line to Hydra's syntax; refuses values that cannot name a choice."""
+    """Translates a command line to Hydra's syntax; refuses group values that are not names."""
     # Hydra cannot parse overrides on both sides of a flag, as in `recipe=R -m x=1,2`.
     ordered = sorted(arguments, key=lambda arg: arg not in ("-m", "--multirun"))
     return [_hydra_argument(arg) for arg in ordered]

@@ -1,4 +1,4 @@
-"""Sweeps (``-m``): checks that runs do not overwrite each other, and names the best run."""
+"""Sweeps (``-m``): checks that runs do not overwrite each other, and prints the best run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Best(Callback):
 
 
 def best_of(run_dirs: Sequence[Path]) -> str:
-    """Names the best run if two or more are evaluated, and the command that compares all runs."""
+    """Describes the best run if two or more are evaluated; adds the command that compares them."""
     from recipes.report.compare import compare_runs, describe_best
     from recipes.report.runs import read_run
 

@@ -1,9 +1,9 @@
 """Executors start stages. Each executor is a module with these names.
 
 ``CONFIG`` is the dataclass of its ``cluster`` settings.
-``prepare(plan, cluster)`` refuses a plan that cannot run there; it writes nothing.
-``problems(plan, cluster)`` yields the rules that the plan breaks there; rules can be skipped.
-``write_scripts(plan, cluster)`` writes scripts with which the launcher or a user starts stages.
+``prepare(plan, cluster)`` returns the plan, or refuses it if it cannot run; it writes nothing.
+``problems(plan, cluster)`` yields broken rules about the scheduler's jobs. Rules can be skipped.
+``write_scripts(plan, cluster)`` writes the scripts that the launcher or a user starts stages with.
 ``dry_run(plan, console)`` prints what the scheduler says about the scripts of a dry run.
 ``start(plan, cluster, follow, console)`` starts the stages; returns whether it waited for them.
 """

@@ -68,7 +68,7 @@ def require_usable(plan: Plan, cluster: Containers) -> None:
 
 
 def require_stages(setting: str, names: Iterable[str], *other_keys: str) -> None:
-    """Refuses keys of a setting that are neither stages nor ``other_keys``."""
+    """Refuses keys of a setting that are neither stage modules nor ``other_keys``."""
     for name in names:
         where = f"cluster.{setting}.{name}"
         require_known(name, [*other_keys, *stage_names()], f"{where} is for no stage")
@@ -87,7 +87,7 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
     readable = {ref.directory for ref in stage.inputs.values()} | {
         path.absolute() for path in external.values()
     }
-    for config in stage.chain.stages.values():  # prepared text links to tokenized files
+    for config in stage.chain.stages.values():  # the prepared text may be links to the user's files
         if isinstance(config, PrepareDataConfig) and config.prefix:
             readable |= {path.resolve() for path in paths_of(Path(config.prefix)).values()}
     for text in cluster.mounts:

@@ -52,7 +52,7 @@ def prepare(plan: Plan, cluster: DockerConfig) -> Plan:
 
 
 def container_name(stage: PlannedStage) -> str:
-    """Returns the name of a stage's container. As it is fixed, docker starts a stage only once."""
+    """Returns the name of a stage's container. Docker refuses a second container of this name."""
     run = hashlib.sha256(str(stage.directory.parent).encode()).hexdigest()[:8]
     return f"nemo-recipes-{run}-{stage.name}"
 
@@ -89,7 +89,7 @@ def write_scripts(plan: Plan, cluster: DockerConfig) -> None:
 
 
 def start(plan: Plan, cluster: DockerConfig, follow: Follow, console: Console) -> bool:
-    """Runs the stages to their end."""
+    """Runs the stages and waits for them."""
     if shutil.which("docker") is None:
         raise RecipeError("there is no docker on this machine.", "install it, or use cluster=local")
     cache_dir().mkdir(parents=True, exist_ok=True)  # otherwise docker creates it as root

@@ -36,7 +36,7 @@ PRELOADED = (
     "recipes.pruning.scoring",
     "recipes.stages.contract",
 )
-"""Modules that the fork server imports. They import torch, transformers, NeMo and ModelOpt."""
+"""Modules that the fork server imports once for all stages: with torch, NeMo and ModelOpt."""
 Start = Callable[[PlannedStage, IO[bytes]], RunningStage]
 """Starts a stage and writes its output to a log."""
 
@@ -164,7 +164,7 @@ def run_all(plan: Plan, follow: Follow, start: Start = start_script) -> bool:
     """Runs all stages that must run, in order, until one fails.
 
     Returns:
-        Always ``True``, as ``start`` of an executor that waits for its stages.
+        Always ``True``: the ``start`` of an executor returns whether it waited for the stages.
     """
     for stage in plan.todo():
         forget_job(plan.run_dir, stage.name)

@@ -50,11 +50,11 @@ TEST_ONLY = "--test-only"
 START_ESTIMATE = re.compile(r"to start at (\S+) using (\d+) processors on nodes (\S+)")
 POLL_SECONDS = 2.0
 RESTART_SECONDS = 900.0
-"""How long Slurm's controller may take to restart; it does not answer in this time."""
+"""How long Slurm's controller may take to restart; meanwhile it does not answer."""
 PLAIN = re.compile(r"[\w./@+=-]+")
 """Text that needs no quotes in sbatch options and in scripts."""
 MIN_MARGIN_SECONDS = 300
-"""Minimum of the default of ``margin_seconds``, whose estimate does not include all costs."""
+"""Lower limit of the default of ``margin_seconds``, because its estimate omits some costs."""
 Name = Annotated[str, matching(r"[\w.,@+=-]+", "a name without spaces")]
 Program = Annotated[str, matching(PLAIN.pattern, "one program, without spaces")]
 

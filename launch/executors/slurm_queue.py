@@ -98,9 +98,9 @@ def forget_job(run_dir: Path, stage: str) -> None:
 def job_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
     """Returns the states of jobs that Slurm remembers, by job id; raises if squeue fails."""
     ids = [job.id for job in jobs]
-    if not ids or shutil.which("squeue") is None:  # a run copied to a machine without Slurm
+    if not ids or shutil.which("squeue") is None:  # such as a run copied to a machine without Slurm
         return {}
-    # Slurm forgets a job minutes after its end. If all of ``ids`` is one such job, squeue fails.
+    # Slurm forgets a job minutes after its end. If ``ids`` has only such a job, squeue fails.
     columns = "--format=%i|%T|%r|%L|%N"
     done = query("squeue", "--noheader", "--states=all", columns, f"--jobs={','.join(ids)}")
     if done.returncode and "Invalid job id" not in done.stderr:
