@@ -53,7 +53,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def versions_read_once() -> Iterator[None]:
-    """Caches the versions of installed packages, which take half the time of a plan."""
+    """Caches the versions of installed packages: reading them takes half of the planning time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(versions, "installed_version", cache(versions.installed_version))
         yield
@@ -83,7 +83,7 @@ SMALL_STUDENT = ("stages.prune.target_hidden_size=64", "stages.prune.target_ffn_
 
 @pytest.fixture
 def hf_folder(tmp_path: Path) -> Path:
-    """A Hugging Face folder with the files that a plan reads, without weights."""
+    """A Hugging Face folder with the files that a plan reads; the weights file is sparse."""
     return write_folder(tmp_path / "hf_model", LLAMA_CONFIG)
 
 
@@ -103,7 +103,7 @@ def compose() -> Compose:
 
 @pytest.fixture
 def plan(compose: Compose, tmp_path: Path, large_disk: None, versions_read_once: None) -> MakePlan:
-    """Plans the width recipe for a large disk, by default without benchmarks and engines."""
+    """Plans a recipe, by default the width recipe, as if the disk were large."""
 
     def planned(*overrides: str, recipe: str = RECIPE) -> Plan:
         cfg = compose(*complete_overrides(recipe, overrides))
@@ -113,13 +113,13 @@ def plan(compose: Compose, tmp_path: Path, large_disk: None, versions_read_once:
 
 
 def complete_overrides(recipe: str, overrides: tuple[str, ...]) -> list[str]:
-    """Returns overrides to compose; by default, small recipes have no benchmarks and no engines."""
-    chosen_groups = {override.partition("=")[0] for override in overrides}
+    """Adds ``tasks=null engine=null`` for small recipes, unless ``overrides`` set these groups."""
+    unchanged_groups = {override.partition("=")[0] for override in overrides}
     if not recipe.endswith(("_prune", "shrink")):
-        # Searches never have these groups. Large recipes need them.
-        chosen_groups |= {"tasks", "engine"}
-    absent = [f"{group}=null" for group in ("tasks", "engine") if group not in chosen_groups]
-    return [recipe, *absent, *overrides]
+        # Searches do not have these groups, and large recipes need them.
+        unchanged_groups |= {"tasks", "engine"}
+    nulls = [f"{group}=null" for group in ("tasks", "engine") if group not in unchanged_groups]
+    return [recipe, *nulls, *overrides]
 
 
 def stage_named(plan: Plan, name: str) -> PlannedStage:
@@ -152,7 +152,7 @@ def write_complete(stage: PlannedStage, content: str = "result") -> None:
 
 
 def write_last_plan(plan: Plan) -> None:
-    """Writes the files of a plan that the launcher writes before it starts anything."""
+    """Writes the files that the launcher writes for a plan before it starts a stage."""
     for stage in plan.stages:
         stage.request().write(stage.directory)
     stages = {stage.name: stage.fingerprint for stage in plan.stages}

@@ -1,4 +1,4 @@
-"""``python -m tests.chaos`` with fake rounds instead of kills."""
+"""``python -m tests.chaos``, which kills runs at random, with a fake result instead of kills."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from tests.gpu import plan
 from tests.gpu.plan import DEVICE, FAILED, PASSED, SKIPPED, STEPS, TIMEOUT, Step, StepResult
 
-CODES = {
+CODES = {  # programs that run in place of a step's tests
     "good": "print('fine')",
     "bad": "print('E   assert 1 == 2'); raise SystemExit(1)",
     "dead": "import os; os.abort()",
@@ -22,7 +22,9 @@ CODES = {
 
 
 def step(name: str, *after: str, seconds: float = 300) -> Step:
-    return Step(name, CODES[name.rstrip("0123456789")], seconds / 60, "something", after)
+    """Returns a step that runs code of ``CODES``, whose key is the name without digits."""
+    code = CODES[name.rstrip("0123456789")]
+    return Step(name, tests=code, minutes=seconds / 60, checks="something", after=after)
 
 
 def run(folder: Path, *steps: Step, minutes: float = 10) -> list[StepResult]:
@@ -80,6 +82,6 @@ def test_every_test_on_a_gpu_is_in_the_plan() -> None:
     assert sorted(tests) == sorted(node for step in STEPS for node in step.nodes())
 
 
-def test_a_missing_device_is_the_reason() -> None:
+def test_the_line_about_a_missing_device_is_the_reason_of_a_failure() -> None:
     log = "F\nno CUDA device: PyTorch 2.13.0+cpu was built without CUDA\nFAILED x.py - no\n"
     assert plan._reason(log, 1) == "no CUDA device: PyTorch 2.13.0+cpu was built without CUDA"

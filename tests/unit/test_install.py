@@ -15,7 +15,7 @@ from recipes.core.files import REPO_ROOT
 from tests.support.installing import require_package_index
 
 INSTALLED = ("packaging", "setuptools", "einops")
-"""Packages that these tests install; installing all packages of the lock takes gigabytes."""
+"""Packages that these tests install. All packages of the lock file would take gigabytes."""
 
 IMPORTED = ("megatron.core", "modelopt.torch", "nemo.collections.llm", "transformer_engine.pytorch")
 
@@ -31,7 +31,7 @@ def add_metadata(image: Path, name: str, version: str, requires: str = "") -> No
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """Makes a checkout with a short lock, and beside it the site-packages of an image.
+    """Makes a checkout with a short lock file, and beside it the site-packages of an image.
 
     The image has torch, the modules in ``IMPORTED``, and a package with a missing requirement.
     """
@@ -91,7 +91,7 @@ def test_torch_of_the_image_is_kept_and_broken_packages_are_ignored(checkout: Pa
 
 
 def test_packages_of_the_image_within_the_range_are_kept(checkout: Path) -> None:
-    """The image has einops 0.1, and the project's range is einops<1."""
+    """The image has einops 0.1, and the project requires einops<1."""
     image = checkout.parent / "image"
     add_metadata(image, "einops", "0.1")
     done = install(checkout)
@@ -111,7 +111,7 @@ def test_a_version_out_of_range_that_cannot_be_replaced_is_named(checkout: Path)
 
 
 @pytest.mark.parametrize("module", IMPORTED)
-def test_a_library_that_cannot_be_imported_fails(checkout: Path, module: str) -> None:
+def test_installation_fails_if_a_library_cannot_be_imported(checkout: Path, module: str) -> None:
     shutil.rmtree(checkout.parent.joinpath("image", *module.split(".")))
     done = install(checkout)
     assert done.returncode != 0

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 ALL_RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 RECIPES = [name for name in ALL_RECIPES if name.endswith("_prune")]
-"""Recipes for the model that the repository contains, and one CPU."""
+"""Recipes that prune and distil the demo's small model on one CPU."""
 SMALL = [*RECIPES, "shrink"]
-"""``RECIPES``, and the recipe that first searches for a shape."""
+"""``RECIPES``, and the small recipe that first searches for a shape."""
 SEARCHES = [name for name in ALL_RECIPES if name.endswith("_search")]
 LARGE = [name for name in ALL_RECIPES if name not in (*SMALL, *SEARCHES)]
 """Recipes of published models, for GPUs."""
@@ -118,7 +118,7 @@ def test_a_recipe_overrides_the_groups_of_its_chain(compose: Compose, tmp_path: 
         ("tensorrt_llm_quantized", "quantize"),
     ],
 )
-def test_the_engine_is_chosen(
+def test_the_group_engine_chooses_what_is_built_and_reported(
     recipe: str, engine: str, student: str | None, plan: MakePlan
 ) -> None:
     """The engine is built from the last student of the chain, and the report shows it."""
@@ -155,7 +155,9 @@ def test_the_engine_is_chosen(
         ("corrected_cached", ["import_hf", "correct_teacher", "cache_logits", "distill"]),
     ],
 )
-def test_the_teacher_is_chosen(recipe: str, teacher: str, order: list[str], plan: MakePlan) -> None:
+def test_the_group_teacher_chooses_the_teacher_of_the_distillation(
+    recipe: str, teacher: str, order: list[str], plan: MakePlan
+) -> None:
     """Each stage in ``order`` has the previous one as its teacher; evaluation uses the original."""
     planned = {s.name: s for s in plan(f"teacher={teacher}", recipe=f"recipe={recipe}").stages}
     for before, after in pairwise(order):
@@ -194,7 +196,9 @@ def plan_large(recipe: str, plan: MakePlan, *overrides: str) -> Plan:
 
 
 @pytest.mark.parametrize("recipe", LARGE)
-def test_large_recipes_pass_preflight_on_their_hardware(recipe: str, plan: MakePlan) -> None:
+def test_large_recipes_pass_all_checks_of_a_plan_on_their_hardware(
+    recipe: str, plan: MakePlan
+) -> None:
     """The only warnings are about the bundled config, and about published large reductions."""
     planned = plan_large(recipe, plan)
     expected = {"large-reduction"} if recipe.startswith("llama3_1_8b") else set()
@@ -216,8 +220,8 @@ def test_large_recipes_pass_preflight_on_their_hardware(recipe: str, plan: MakeP
 
 
 @pytest.mark.parametrize("recipe", LARGE)
-def test_large_recipes_measure_on_a_node_and_end_with_gates(recipe: str, plan: MakePlan) -> None:
-    """Eight ranks take an eighth of the time. Benchmarks, gates and engines can be left out."""
+def test_large_recipes_evaluate_on_eight_ranks_and_have_gates(recipe: str, plan: MakePlan) -> None:
+    """Eight ranks take an eighth of one rank's time. Benchmarks, gates and engines are optional."""
     planned = plan_large(recipe, plan)
     measured = ("score", "evaluate", "evaluate_tasks")
     assert {planned.chain.stages[name].resources.ranks for name in measured} == {8}
@@ -238,7 +242,7 @@ def test_large_recipes_measure_on_a_node_and_end_with_gates(recipe: str, plan: M
 
 
 def test_depth_pruned_llama_keeps_the_published_layers(plan: MakePlan) -> None:
-    """It keeps layers 1 to 15 and the last layer."""
+    """The published model keeps layers 1 to 15 and the last layer."""
     prune: Any = plan_large("llama3_1_8b_depth", plan).chain.stages["prune"]
     assert set(range(1, 33)) - set(prune.drop_layers) == {*range(1, 16), 32}
 
@@ -268,7 +272,7 @@ def test_large_recipes_take_other_text(data: str, plan: MakePlan) -> None:
         ("mistral_nemo_12b_width", 8.41e9, 380e9),
     ],
 )
-def test_large_recipes_are_the_published_ones(
+def test_large_recipes_have_the_published_sizes_and_token_budgets(
     recipe: str,
     parameters: float,
     tokens: float,
@@ -282,7 +286,7 @@ def test_large_recipes_are_the_published_ones(
 
 
 @pytest.mark.parametrize("recipe", [name for name in LARGE if name.startswith("qwen3")])
-def test_qwen3_has_the_cheapest_layout_and_the_published_one_fits_too(
+def test_qwen3_has_the_cheapest_layout_and_the_published_layout_fits_too(
     recipe: str, plan: MakePlan
 ) -> None:
     costs = []
@@ -314,11 +318,11 @@ def test_every_large_recipe_has_a_small_budget() -> None:
 
 
 @pytest.mark.parametrize("recipe", [name for name in LARGE if not name.endswith("_2.5b")])
-def test_a_small_budget_changes_only_replaced_settings(recipe: str, compose: Compose) -> None:
-    # The miniature run replaces these settings.
-    replaced = [*settings("distill", **DISTILL), "stages.prepare_data.max_tokens=1"]
+def test_a_small_budget_changes_only_these_settings(recipe: str, compose: Compose) -> None:
+    # With the same values of these settings, and without texts and gates, both recipes are equal.
+    same_values = [*settings("distill", **DISTILL), "stages.prepare_data.max_tokens=1"]
     full_budget, small_budget = (
-        OmegaConf.to_container(compose(f"recipe={name}", *replaced).stages, resolve=True)
+        OmegaConf.to_container(compose(f"recipe={name}", *same_values).stages, resolve=True)
         for name in (recipe, f"{recipe}_2.5b")
     )
     for stages in (full_budget, small_budget):
@@ -328,7 +332,7 @@ def test_a_small_budget_changes_only_replaced_settings(recipe: str, compose: Com
 
 
 @pytest.mark.parametrize("file", STAGE_FILES, ids=lambda f: f"{f.parent.name}/{f.stem}")
-def test_stage_configs_name_their_stage_and_inputs(file: Path) -> None:
+def test_stage_configs_have_their_stage_and_its_inputs(file: Path) -> None:
     cfg: Any = OmegaConf.to_container(OmegaConf.load(file))
     assert cfg["defaults"] == ["schema", "_self_"]
     assert cfg["stage"] == file.parent.name

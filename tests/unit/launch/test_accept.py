@@ -1,4 +1,4 @@
-"""Expensive stale results are replaced or kept only if the user says so."""
+"""A stale result that was expensive is replaced or kept only if the user says so."""
 
 from __future__ import annotations
 

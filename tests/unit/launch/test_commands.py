@@ -138,7 +138,7 @@ def test_runs_are_listed_with_their_state_and_results(
 
 
 def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launch) -> None:
-    """The command deletes nothing without ``--yes``, or while a launcher runs the run."""
+    """The command deletes nothing without ``--yes``, or while a launcher holds the run's lock."""
     (run_dir / CODE / "hash").mkdir(parents=True)
     other = run_dir.with_name("other")
     shutil.copytree(run_dir, other)
@@ -214,7 +214,7 @@ def test_cancel_stops_a_launcher_like_ctrl_c(
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_imports(root: Path, tmp_path: Path, sent: signal.Signals) -> None:
-    """Importing Hydra takes time, and hides exceptions that are raised during the import."""
+    """Importing Hydra takes time, and swallows exceptions such as ``KeyboardInterrupt``."""
     (tmp_path / "hydra.py").write_text(SLOW_IMPORT)
     launcher = subprocess.Popen(
         [sys.executable, str(root / "launch" / "run.py")],

@@ -38,6 +38,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(sweep: Path) -> Page:
+    """The page that ``compare`` writes about the runs of ``sweep``."""
     out = sweep.parent / "compare.html"
     console = Console(file=StringIO(), soft_wrap=True)
     compare([str(sweep), f"out={out}"], console)
@@ -82,7 +83,7 @@ def test_pareto_fronts_have_the_runs_that_no_other_run_beats(sweep: Path) -> Non
     assert pareto_front([(1, 1), (1, 1), (2, 1), (2, 2)]) == {0, 1}, "equal runs both count"
 
 
-def test_runs_that_are_not_significantly_worse_are_named(tmp_path: Path) -> None:
+def test_runs_that_are_not_significantly_worse_are_listed_beside_the_best(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, loss=loss) for name, loss in (("a", 3.65), ("b", 3.652))]
     rows = compare_runs([read_run(run) for run in runs])["rows"]
     assert describe_best(rows).endswith("at 95%: b")
@@ -102,7 +103,7 @@ def test_mean_scores_are_of_the_tasks_that_all_runs_have_in_common(tmp_path: Pat
     assert [row.tasks for row in compare_runs(runs)["rows"]] == [{}] * 3
 
 
-def test_a_run_on_other_text_is_flagged_and_not_in_plots(page: Page, sweep: Path) -> None:
+def test_a_run_evaluated_on_other_text_is_flagged_and_not_in_plots(page: Page, sweep: Path) -> None:
     text = " ".join(page.text.split())
     assert "sweep/10: evaluated on other held-out text" in text
     content = compare_runs([read_run(run) for run in find_runs([sweep])])
@@ -110,7 +111,7 @@ def test_a_run_on_other_text_is_flagged_and_not_in_plots(page: Page, sweep: Path
     assert all(">4<" not in plot["plot"] for plot in content["plots"]), "sweep/10 is the fourth run"
 
 
-def test_a_run_on_other_sequences_of_the_same_text_is_flagged(tmp_path: Path) -> None:
+def test_a_run_evaluated_on_other_sequences_of_the_same_text_is_flagged(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / name)) for name in ("a", "b", "c")]
     runs[2].stages["evaluate"].metrics["sequences"] = 20
     assert [row.comparable for row in compare_runs(runs)["rows"]] == [True, True, False]
@@ -122,8 +123,8 @@ def test_incomplete_runs_are_listed(page: Page) -> None:
 
 
 def test_stages_of_the_last_plan_must_be_complete(tmp_path: Path) -> None:
-    """A result with another fingerprint is not read. Stages of earlier plans are incomplete if they
-    have been started."""
+    """A result with another fingerprint is not read. A stage of an earlier plan is incomplete if it
+    has been started."""
     run = make_run(tmp_path / "run")
     plan = read_last_plan(run)
     assert plan is not None

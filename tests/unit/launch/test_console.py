@@ -58,7 +58,7 @@ def test_plan_shows_action_and_reason(screen: Console, plan: MakePlan, complete:
     assert "a [draft]" in text_of(screen)
 
 
-def test_tokenized_text_is_reported_as_not_compared(
+def test_tokenized_text_is_reported_as_not_compared_with_benchmarks(
     screen: Console, plan: MakePlan, tmp_path: Path
 ) -> None:
     # Megatron's index of one document with 900 tokens of two bytes.
@@ -194,7 +194,7 @@ def test_follower_waits_for_the_rest_of_a_line(screen: Console, stage: PlannedSt
 def test_follower_skips_records_of_an_earlier_start(
     screen: Console, stage: PlannedStage, log: MetricsLog, before: str
 ) -> None:
-    """It also skips a record that a kill truncated: the log starts a new line after it."""
+    """A kill may truncate the last old record. The log then starts a new line for a new record."""
     (stage.directory / METRICS).write_text(before)
     with Follower(stage, screen) as follower:
         log.progress("train", 2, 2)

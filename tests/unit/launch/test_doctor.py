@@ -59,7 +59,7 @@ def test_doctor_imports_no_torch(root: Path) -> None:
     subprocess.run([sys.executable, "-c", program], cwd=root, check=True)
 
 
-def test_a_wrong_or_missing_library_makes_recipes_impossible(
+def test_recipes_cannot_run_with_a_wrong_or_missing_library(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fakes = {"megatron-core": "0.16.0", "omegaconf": None}
@@ -71,7 +71,7 @@ def test_a_wrong_or_missing_library_makes_recipes_impossible(
 
 
 def test_a_launcher_that_lacks_a_library_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Without RESULT_LIBRARIES this is an installation of the launcher, which misses omegaconf.
+    # Without RESULT_LIBRARIES, only the launcher seems to be installed. It also lacks omegaconf.
     absent = (*RESULT_LIBRARIES, "omegaconf")
     for module in (versions, doctor):
         monkeypatch.setattr(

@@ -50,7 +50,7 @@ TWO_NODES = (
     "stages.distill.global_batch_size=64",
 )
 SHORT = ("~stages.plan", "~stages.report.inputs.plan", "tasks=null", "engine=null")
-Prepared = Callable[..., tuple["Plan", Any]]
+Prepare = Callable[..., tuple["Plan", Any]]
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def prepared(compose: Compose, plan: MakePlan) -> Prepared:
+def prepare(compose: Compose, plan: MakePlan) -> Prepare:
     """Plans a run, and lets the executor check it."""
 
     def prepare(*overrides: str) -> tuple[Plan, Any]:
@@ -95,15 +95,15 @@ def require_golden(text: str, name: str, tmp_path: Path) -> None:
     assert text == golden.read_text(), f"if this change is intended: rm {golden}, and run it again"
 
 
-def test_scripts_equal_the_golden_files(prepared: Prepared, tmp_path: Path) -> None:
-    """Compares a job on two nodes in containers, a job without a container, and a submission."""
-    plan, cluster = prepared(*TWO_NODES)
+def test_scripts_equal_the_golden_files(prepare: Prepare, tmp_path: Path) -> None:
+    """Compares a job on two nodes in containers, a job without a container, and ``submit.sh``."""
+    plan, cluster = prepare(*TWO_NODES)
     text = slurm.job_script(stage_named(plan, "distill"), cluster)
     require_golden(text, "distill.sbatch", tmp_path)
-    plan, cluster = prepared("cluster=slurm", "cluster.gpus=null", "cluster.python=python3.11")
+    plan, cluster = prepare("cluster=slurm", "cluster.gpus=null", "cluster.python=python3.11")
     text = slurm.job_script(stage_named(plan, "prune"), cluster)
     require_golden(text, "prune.sbatch", tmp_path)
-    plan, _ = prepared(*SLURM, "teacher=cached", *SHORT)
+    plan, _ = prepare(*SLURM, "teacher=cached", *SHORT)
     text = slurm.submit_script(plan)
     require_golden(text, "submit.sh", tmp_path)
     [cache_line] = [line for line in text.splitlines() if "submit cache_logits" in line]
@@ -112,11 +112,9 @@ def test_scripts_equal_the_golden_files(prepared: Prepared, tmp_path: Path) -> N
     assert "job_cache_logits" not in prune_line
 
 
-def test_each_start_has_new_folders_for_compiled_kernels(
-    prepared: Prepared, tmp_path: Path
-) -> None:
+def test_each_start_has_new_folders_for_compiled_kernels(prepare: Prepare, tmp_path: Path) -> None:
     python = write_program(tmp_path / "python", f"env >>{tmp_path}/environment")
-    plan, cluster = prepared(*SLURM, f"cluster.python={python}", "+cluster.env.TRITON_CACHE_DIR=/t")
+    plan, cluster = prepare(*SLURM, f"cluster.python={python}", "+cluster.env.TRITON_CACHE_DIR=/t")
     script = slurm.job_script(stage_named(plan, "prune"), cluster)
     for _ in range(2):
         subprocess.run(re.findall(r"(?s)  (bash -c '.*') \|\|", script)[0], check=True, shell=True)
@@ -131,13 +129,13 @@ def test_each_start_has_new_folders_for_compiled_kernels(
     ("engine", "gpus", "option"),
     [("openvino", "gres", "gres=gpu:1"), ("tensorrt_llm", "gpus-per-node", "gpus-per-node=1")],
 )
-def test_only_stages_on_gpus_get_gpus_and_mpi_and_torchrun(
-    prepared: Prepared, engine: str, gpus: str, option: str
+def test_jobs_get_gpus_mpi_and_torchrun_only_if_their_stage_needs_them(
+    prepare: Prepare, engine: str, gpus: str, option: str
 ) -> None:
     """Engines of TensorRT-LLM are built and timed on a GPU, with MPI; OpenVINO's are not."""
     site = (*SLURM, "cluster.partition=gpu", "cluster.cpu_partition=cpu", f"cluster.gpus={gpus}")
     served = ("served=engine", "stages.evaluate_served.tasks=[gsm8k_cot]")
-    plan, cluster = prepared(*site, f"engine={engine}", ENGINE_IMAGE, *served)
+    plan, cluster = prepare(*site, f"engine={engine}", ENGINE_IMAGE, *served)
     engine_stages = {"build_engine", "build_teacher_engine", "measure_speed"}
     on_cpu = {"plan", "prepare_data", "report", *(engine_stages if engine == "openvino" else ())}
     for stage in plan.stages:
@@ -150,13 +148,13 @@ def test_only_stages_on_gpus_get_gpus_and_mpi_and_torchrun(
         if stage.name in ("plan", "prune", "report"):
             assert ("torch.distributed.run" in text) == (stage.name == "prune")
     assert "-m recipes.core.worker recipes.stages.plan" in slurm.job_script(plan.stages[0], cluster)
-    plan, cluster = prepared(*DOCKER)
+    plan, cluster = prepare(*DOCKER)
     for name, gpu_options in (("report", []), ("prune", ["--gpus=all"])):
         assert docker.command(stage_named(plan, name), cluster)[1] == gpu_options
 
 
 def test_the_backend_of_an_existing_engine_decides_whether_speed_is_measured_on_a_gpu(
-    prepared: Prepared, plan: MakePlan, complete: Complete, tmp_path: Path
+    prepare: Prepare, plan: MakePlan, complete: Complete, tmp_path: Path
 ) -> None:
     complete(plan("engine=openvino"))
     engine = (tmp_path / "run" / "build_teacher_engine").rename(tmp_path / "other")
@@ -166,15 +164,15 @@ def test_the_backend_of_an_existing_engine_decides_whether_speed_is_measured_on_
         manifest["config"]["backend"] = backend
         (engine / "manifest.json").write_text(json.dumps(manifest))
         overrides = (ENGINE_IMAGE, "engine=openvino", inputs, "~stages.build_teacher_engine")
-        planned, _ = prepared(*SLURM, *overrides)
+        planned, _ = prepare(*SLURM, *overrides)
         assert stage_named(planned, "measure_speed").needs_gpu == on_gpu
 
 
-def test_training_stops_before_the_limit_and_may_take_whole_nodes(prepared: Prepared) -> None:
-    """The margin is the planned time of the last steps, the minimum, or the setting."""
+def test_training_stops_before_the_limit_and_may_take_whole_nodes(prepare: Prepare) -> None:
+    """The margin is the planned time of the last steps, but at least a minimum; or it is set."""
     for margin, flops in (("null", 9.89e14), ("null", 1e10), ("30", 1e10)):
         exclusive = "true" if margin == "30" else "null"
-        plan, cluster = prepared(
+        plan, cluster = prepare(
             *("cluster=slurm", f"cluster.margin_seconds={margin}", "cluster.time=9-00:00:00"),
             f"cluster.exclusive={exclusive}",
             *("hardware=h100", f"hardware.flops_per_second={flops}"),
@@ -197,26 +195,26 @@ def test_training_stops_before_the_limit_and_may_take_whole_nodes(prepared: Prep
 
 @pytest.mark.parametrize(("hardware", "connections"), [("h100", "1"), ("b200", "32")])
 def test_split_layouts_limit_the_connections_of_cuda(
-    prepared: Prepared, hardware: str, connections: str
+    prepare: Prepare, hardware: str, connections: str
 ) -> None:
     """GPUs before Blackwell need one connection, so that kernels start in order."""
-    plan, cluster = prepared("cluster=docker", f"hardware={hardware}")
+    plan, cluster = prepare("cluster=docker", f"hardware={hardware}")
     stage = stage_named(plan, "distill")
     for tensor, context, expected in ((1, 1, None), (2, 1, connections), (1, 2, connections)):
         layout = {"tensor_model_parallel_size": tensor, "context_parallel_size": context}
         split = replace(stage, config=replace(stage.config, **layout))  # type: ignore[arg-type]
         for env in (local.environment(split, cluster), container.environment(cluster, split)):
             assert env.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
-        user_set = replace(cluster, env={"CUDA_DEVICE_MAX_CONNECTIONS": "8"})
-        assert local.environment(split, user_set)["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+        with_env = replace(cluster, env={"CUDA_DEVICE_MAX_CONNECTIONS": "8"})
+        assert local.environment(split, with_env)["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
 
 
 def test_forced_stage_is_complete_only_with_a_new_result(
-    prepared: Prepared, plan: MakePlan, complete: Complete
+    prepare: Prepare, plan: MakePlan, complete: Complete
 ) -> None:
     """A real shell runs the check that is part of the job script."""
     complete(plan(*SLURM))
-    planned, cluster = prepared(*SLURM, "force=[report]")
+    planned, cluster = prepare(*SLURM, "force=[report]")
     stage = stage_named(planned, "report")
     script = slurm.job_script(stage, cluster)
     check = script[script.index("stage=") : script.index("if complete")] + "complete"
@@ -259,24 +257,24 @@ def test_forced_stage_is_complete_only_with_a_new_result(
         ("cluster.executor=slum", ["cluster.executor=slum is not known. Did you mean 'slurm'?"]),
     ],
 )
-def test_bad_settings_get_one_message(prepared: Prepared, override: str, texts: list[str]) -> None:
+def test_invalid_settings_are_refused(prepare: Prepare, override: str, texts: list[str]) -> None:
     with pytest.raises(RecipeError) as caught:
-        prepared(*SLURM, override)
+        prepare(*SLURM, override)
     for part in texts:
         assert part in str(caught.value)
 
 
 def test_paths_with_spaces_are_refused(
-    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my work").mkdir()
     monkeypatch.chdir(tmp_path / "my work")
     with pytest.raises(RecipeError, match="my work cannot be mounted"):
-        prepared(*SLURM)
+        prepare(*SLURM)
 
 
-def test_docker_command_is_exact(prepared: Prepared, tmp_path: Path) -> None:
-    planned, cluster = prepared(
+def test_docker_command_has_exactly_these_options(prepare: Prepare, tmp_path: Path) -> None:
+    planned, cluster = prepare(
         *DOCKER,
         'cluster.options=["--network=host"]',
         f"cluster.mounts=[{tmp_path}/cache:ro,/usr/share:ro]",
@@ -311,9 +309,9 @@ def test_docker_command_is_exact(prepared: Prepared, tmp_path: Path) -> None:
     assert ["nemo-recipes:0.1.0"] in docker.command(stage_named(planned, "prune"), cluster)
 
 
-def test_docker_script_starts_the_command(prepared: Prepared, tmp_path: Path) -> None:
+def test_docker_script_starts_the_command(prepare: Prepare, tmp_path: Path) -> None:
     """Runs the real script with a fake docker that only records its arguments."""
-    planned, cluster = prepared(*DOCKER, "+cluster.env.AWKWARD='it is \"$HOME\"'")
+    planned, cluster = prepare(*DOCKER, "+cluster.env.AWKWARD='it is \"$HOME\"'")
     stage = stage_named(planned, "prune")
     write_program(tmp_path / "bin" / "docker", f'printf "%s\\n" "$@" >>{tmp_path}/arguments')
     docker.write_scripts(planned, cluster)
@@ -323,23 +321,23 @@ def test_docker_script_starts_the_command(prepared: Prepared, tmp_path: Path) ->
     assert (tmp_path / "arguments").read_text().splitlines() == [*removal, *arguments[1:]]
 
 
-def test_docker_refuses_what_it_cannot_run(prepared: Prepared) -> None:
+def test_docker_refuses_what_it_cannot_run(prepare: Prepare) -> None:
     for override, message in (
         ("stages.prune.resources.nodes=2", "resources.nodes|one rank"),
         ("cluster.images.default=null", "no image is set for stage"),
         ("cluster.options=[host]", "an option of docker run"),
     ):
         with pytest.raises(RecipeError, match=message):
-            prepared(*DOCKER, override)
+            prepare(*DOCKER, override)
 
 
 def test_inputs_and_models_are_mounted_once_and_read_only(
-    prepared: Prepared, plan: MakePlan, complete: Complete, tmp_path: Path, hf_folder: Path
+    prepare: Prepare, plan: MakePlan, complete: Complete, tmp_path: Path, hf_folder: Path
 ) -> None:
     model = (f"model.hf_path={hf_folder}", *SMALL_STUDENT)
     complete(plan(*model))
     shared = (tmp_path / "run" / "import_hf").rename(tmp_path / "shared")
-    planned, cluster = prepared(
+    planned, cluster = prepare(
         *(*DOCKER, *model, "only=[import_hf,prepare_data,score,prune]"),
         f"stages.prune.inputs.checkpoint={shared}",
         f"cluster.mounts=[{tmp_path}/run]",
@@ -354,15 +352,15 @@ def test_inputs_and_models_are_mounted_once_and_read_only(
 
 
 def test_downloads_go_to_the_hub_folder_of_the_site(
-    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (site := tmp_path / "site").mkdir()
     monkeypatch.setenv("HF_HOME", str(site))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "missing"))
-    planned, cluster = prepared(*DOCKER)
+    planned, cluster = prepare(*DOCKER)
     imported = stage_named(planned, "import_hf")
     assert f"{site}:{site}" in map(str, container.mounts_of(imported, cluster))
-    planned, cluster = prepared(*SLURM, 'cluster.images.default="registry#nemo:1"')
+    planned, cluster = prepare(*SLURM, 'cluster.images.default="registry#nemo:1"')
     script = slurm.job_script(stage_named(planned, "import_hf"), cluster)
     assert f"export HF_HOME={site}\n" in script
     [names] = re.findall("^names=.*", script, re.M)
@@ -371,7 +369,7 @@ def test_downloads_go_to_the_hub_folder_of_the_site(
 
 
 @pytest.mark.parametrize("cluster", ["local", "docker", "slurm"])
-def test_scripts_of_a_dry_run_are_clean_and_without_secrets(
+def test_scripts_of_a_dry_run_pass_shellcheck_and_hold_no_secrets(
     launch: Launch, tmp_path: Path, cluster: str
 ) -> None:
     secrets = {"HF_TOKEN": "hf_seen", "WANDB_API_KEY": "wandb_seen", "MY_TOKEN": "my_seen"}

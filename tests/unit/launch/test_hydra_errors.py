@@ -26,9 +26,9 @@ def error_message(compose: Compose, *overrides: str) -> str:
 
 def test_unknown_recipes_list_all_recipes(compose: Compose) -> None:
     all_recipes = f"  fix: use one of: {', '.join(recipes())}"
-    near = "Did you mean 'llama_width_prune'?"
+    suggestion = "Did you mean 'llama_width_prune'?"
     assert error_message(compose, "recipe=llama_width_prun").splitlines() == [
-        f"there is no recipe 'llama_width_prun'. {near}",
+        f"there is no recipe 'llama_width_prun'. {suggestion}",
         all_recipes,
     ]
     assert error_message(compose, "recipe=zzz").splitlines() == [
@@ -97,7 +97,7 @@ def test_unknown_choices_list_the_choices(
         ),
     ],
 )
-def test_unknown_fields_name_the_nearest(compose: Compose, override: str, message: str) -> None:
+def test_unknown_fields_get_a_hint(compose: Compose, override: str, message: str) -> None:
     assert error_message(compose, RECIPE, override).endswith(message)
 
 
@@ -110,13 +110,13 @@ def test_unknown_fields_name_the_nearest(compose: Compose, override: str, messag
         ("stages.import_hf.pack=maybe", ["'maybe'", "valid bool", "fix: use true or false"]),
     ],
 )
-def test_wrong_types_name_field_value_and_type(
+def test_message_about_a_wrong_type_has_field_value_and_type(
     compose: Compose, override: str, expected: list[str]
 ) -> None:
     message = error_message(compose, RECIPE, override)
     for part in (override.partition("=")[0], *expected):
         assert part in message
-    # This list lacks its closing bracket.
+    # Hydra cannot parse a list without its closing bracket. The message has the list.
     assert "[a" in error_message(compose, RECIPE, "stages.prune.drop_layers=[a")
 
 

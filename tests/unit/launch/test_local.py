@@ -110,7 +110,7 @@ def run(stage: PlannedStage, monkeypatch: pytest.MonkeyPatch) -> RunStage:
 
 
 def fail_command(stage: PlannedStage, error: str) -> str:
-    """Returns a shell command that writes the error message of a fail_command stage."""
+    """Returns a shell command that writes the error message of a failed stage."""
     work, outcome = stage.directory / WORK, json.dumps({"stopped": False, "error": error})
     return f"mkdir '{work}'; printf '{outcome}' > '{work}/outcome.json'"
 
@@ -236,7 +236,7 @@ def test_killed_rank_is_named(stage: PlannedStage, run: RunStage, when: str, exp
 def test_stage_that_does_not_stop_is_killed(
     stage: PlannedStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is killed after ``STOP_SECONDS``, a time in which training can finish its step."""
+    """A stage has ``STOP_SECONDS`` to stop: enough time for training to finish its step."""
     monkeypatch.setattr(stage_process, "STOP_SECONDS", 0.1)
     write_script(stage, "trap '' TERM; echo $$; while :; do sleep 0.05; done", monkeypatch)
     log = tmp_path / "log"

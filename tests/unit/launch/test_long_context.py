@@ -39,8 +39,8 @@ def test_the_second_phase_fits_and_costs_little(plan: MakePlan, recipe: str) -> 
     assert cost.device_hours < 100
 
 
-def test_later_stages_read_the_second_phase(plan: MakePlan) -> None:
-    def evaluated_stages(planned: Plan) -> set[str]:
+def test_later_stages_use_the_model_of_the_second_phase(plan: MakePlan) -> None:
+    def sources_of_models(planned: Plan) -> set[str]:
         stages = planned.chain.stages
         model_inputs = dict.fromkeys(("evaluate", "evaluate_tasks", "report"), "distilled")
         model_inputs["export_hf"] = "checkpoint"
@@ -49,8 +49,8 @@ def test_later_stages_read_the_second_phase(plan: MakePlan) -> None:
     recipe = "recipe=qwen3_8b_depth"
     overrides = (LONG, "tasks=full", "teacher=corrected", "skip_rules=[memory]")
     planned = plan(*overrides, *ON_GPUS, recipe=recipe)
-    assert evaluated_stages(planned) == {"distill_long"}
-    assert evaluated_stages(plan("tasks=full", *ON_GPUS, recipe=recipe)) == {"distill"}
+    assert sources_of_models(planned) == {"distill_long"}
+    assert sources_of_models(plan("tasks=full", *ON_GPUS, recipe=recipe)) == {"distill"}
     assert planned.chain.stages["distill_long"].inputs == {
         "teacher": "correct_teacher",
         "student": "distill",
@@ -68,7 +68,7 @@ def test_later_stages_read_the_second_phase(plan: MakePlan) -> None:
         ("long_context=nan", "long_context"),
     ],
 )
-def test_what_the_second_phase_does_not_support_is_refused(
+def test_settings_that_the_second_phase_does_not_support_are_refused(
     plan: MakePlan, override: str, message: str
 ) -> None:
     # ``override`` replaces a default with the same key.

@@ -105,7 +105,7 @@ def test_one_name_is_accepted_instead_of_a_list(plan: MakePlan, name: str) -> No
     assert plan(f"{name}=import_hf") == plan(f"{name}=[import_hf]")
 
 
-def test_stages_in_only_need_complete_inputs(plan: MakePlan, complete: Complete) -> None:
+def test_selected_stages_need_complete_inputs(plan: MakePlan, complete: Complete) -> None:
     message = refusal(plan, "only=[prune]")
     for expected in ("excludes import_hf", "not run yet", "add import_hf to only"):
         assert expected in message
@@ -118,7 +118,7 @@ def test_stages_in_only_need_complete_inputs(plan: MakePlan, complete: Complete)
     assert "target_hidden_size 512 → 448" in message
 
 
-def test_stages_not_in_only_are_ignored(plan: MakePlan, complete: Complete, tmp_path: Path) -> None:
+def test_unselected_stages_are_ignored(plan: MakePlan, complete: Complete, tmp_path: Path) -> None:
     planned = plan("only=[import_hf]", "stages.prune.target_hidden_size=640")
     assert [stage.name for stage in planned.stages] == ["import_hf"]
     complete(plan())
@@ -130,7 +130,9 @@ def plan_with_checkpoint(plan: MakePlan, directory: Path) -> Plan:
     return plan(f"stages.prune.inputs.checkpoint={directory}")
 
 
-def test_input_from_another_run(plan: MakePlan, complete: Complete, tmp_path: Path) -> None:
+def test_input_may_come_from_another_run(
+    plan: MakePlan, complete: Complete, tmp_path: Path
+) -> None:
     complete(plan())
     other = (tmp_path / "run").rename(tmp_path / "other")
     planned = plan_with_checkpoint(plan, other / "import_hf")
@@ -138,8 +140,8 @@ def test_input_from_another_run(plan: MakePlan, complete: Complete, tmp_path: Pa
     manifest = json.loads((other / "import_hf" / MANIFEST).read_text())
     assert reference.directory == other / "import_hf"
     assert reference.fingerprint == manifest["fingerprint"]
-    healed = plan(f"stages.prune.inputs.checkpoint={other}/import_hf", "heal=least_squares")
-    assert stage_named(healed, "heal").inputs["teacher"] == reference  # the unpruned model
+    with_heal = plan(f"stages.prune.inputs.checkpoint={other}/import_hf", "heal=least_squares")
+    assert stage_named(with_heal, "heal").inputs["teacher"] == reference  # the unpruned model
 
 
 def test_input_may_have_several_types(
@@ -170,7 +172,7 @@ def test_input_may_have_several_types(
         (".", None, "has no manifest.json"),
     ],
 )
-def test_input_that_cannot_be_used(
+def test_input_that_cannot_be_used_is_refused(
     plan: MakePlan, complete: Complete, tmp_path: Path, stage: str, damage: str | None, text: str
 ) -> None:
     complete(plan(), "import_hf", "prepare_data")
@@ -185,7 +187,7 @@ def test_input_that_cannot_be_used(
     assert str((other / stage).resolve()) in str(caught.value)
 
 
-def test_models_of_another_run_are_planned_with_their_shapes(
+def test_workload_has_the_shapes_of_models_from_another_run(
     plan: MakePlan, complete: Complete, tmp_path: Path
 ) -> None:
     complete(plan())
@@ -203,4 +205,4 @@ def test_models_of_another_run_are_planned_with_their_shapes(
     assert teacher is not None
     edit_manifest(other / "import_hf", kind="logit_cache", config=teacher.config | cache)
     cached = plan(student, f"stages.distill.inputs.teacher={other}/import_hf")
-    assert cached.chain.workloads["distill"].teacher is None
+    assert cached.chain.workloads["distill"].teacher is None, "cached logits replace the teacher"

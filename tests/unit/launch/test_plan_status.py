@@ -73,7 +73,9 @@ def test_a_changed_field_reruns_its_stage_and_all_later_ones(
     ],
 )
 @pytest.mark.usefixtures("run")
-def test_resources_rerun_nothing(plan: MakePlan, complete: Complete, override: str) -> None:
+def test_resources_rerun_only_plan_and_report(
+    plan: MakePlan, complete: Complete, override: str
+) -> None:
     overrides = override.split()
     if "devices" in override:  # a batch size that both layouts support
         complete(plan("stages.distill.global_batch_size=16"))
@@ -84,7 +86,7 @@ def test_resources_rerun_nothing(plan: MakePlan, complete: Complete, override: s
 
 
 @pytest.mark.usefixtures("run")
-def test_reasons_name_the_change(plan: MakePlan) -> None:
+def test_reasons_say_what_changed(plan: MakePlan) -> None:
     assert reasons_to_run(plan("stages.distill.weight_decay=0.25")) == {
         "distill": "weight_decay 0.1 → 0.25",
         "evaluate": "input distilled changed",
@@ -100,7 +102,7 @@ def test_reasons_name_the_change(plan: MakePlan) -> None:
     assert reasons_to_run(many_sources)["prepare_data"] == "sources changed"
 
 
-def test_changed_code_or_a_deleted_manifest_is_the_reason(plan: MakePlan, run: Path) -> None:
+def test_changed_code_or_a_deleted_manifest_is_a_reason_to_run(plan: MakePlan, run: Path) -> None:
     edit_manifest(run / "prune", code="old", fingerprint="old")
     assert reasons_to_run(plan()) == {
         "prune": "code changed",
@@ -114,7 +116,7 @@ def test_changed_code_or_a_deleted_manifest_is_the_reason(plan: MakePlan, run: P
 
 
 @pytest.mark.usefixtures("run")
-def test_another_version_of_a_library_is_the_reason(
+def test_another_version_of_a_library_is_a_reason_to_run(
     plan: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = result_versions()
@@ -126,7 +128,7 @@ def test_another_version_of_a_library_is_the_reason(
     assert reasons_to_run(plan("skip_rules=[stack-versions]")) == {}
 
 
-def test_changed_source_files_are_the_reason(
+def test_changed_source_files_are_a_reason_to_run(
     plan: MakePlan, complete: Complete, tmp_path: Path, hf_folder: Path
 ) -> None:
     file = tmp_path / "text.txt"
@@ -161,7 +163,9 @@ def test_forced_stages_run_with_all_later_ones(plan: MakePlan) -> None:
 
 
 @pytest.mark.parametrize("change", ["edit", "delete", "add"])
-def test_changed_artifact_is_refused_by_name(plan: MakePlan, run: Path, change: str) -> None:
+def test_changed_artifact_is_refused_with_the_names_of_its_files(
+    plan: MakePlan, run: Path, change: str
+) -> None:
     artifact = run / "prune" / ARTIFACT
     os.utime(artifact / "data.bin", ns=(0, 0))
     assert reasons_to_run(plan()) == {}, "a new modification time is not a change"
@@ -178,7 +182,7 @@ def test_changed_artifact_is_refused_by_name(plan: MakePlan, run: Path, change: 
     assert reasons_to_run(plan("force=[prune]"))["prune"] == "forced"
 
 
-def test_broken_manifest_is_refused_by_name(plan: MakePlan, run: Path) -> None:
+def test_broken_manifest_is_refused_with_its_path(plan: MakePlan, run: Path) -> None:
     (run / "distill" / MANIFEST).write_text("{")
     with pytest.raises(RecipeError, match=r"distill/manifest\.json is not a readable manifest"):
         plan()
@@ -188,7 +192,7 @@ def test_broken_manifest_is_refused_by_name(plan: MakePlan, run: Path) -> None:
 def test_other_content_with_the_same_fingerprint_reruns_later_stages(
     plan: MakePlan, complete: Complete
 ) -> None:
-    """As after ``only=[distill] force=[distill]``, or after a forced run was killed."""
+    """This happens after ``only=[distill] force=[distill]``, or if a forced run is killed."""
     complete(plan(), "distill", content="another result")
     reasons = reasons_to_run(plan())
     assert list(reasons) == ["evaluate", "export_hf", "report"]

@@ -1,4 +1,4 @@
-"""Publishing a student to a fake hub on loopback."""
+"""Publishes a student on a fake hub, which is a server on this machine."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_runs_that_cannot_be_published_are_refused_before_they_start(
 def test_noncommercial_student_is_published_only_if_allowed(
     push: Launch, run: Path, hub: FakeHub, where: str
 ) -> None:
-    """The licence of the text or of the teacher forbids commercial use."""
+    """The licence of the training text or of the teacher forbids commercial use."""
     stage, key, value = {
         "text": ("prepare_data", "origins", {"a": {"licence": "cc-by-nc-4.0"}}),
         "teacher": ("import_hf", "licence", "cc-by-nc-4.0"),

@@ -1,4 +1,4 @@
-"""Which ranks are rehearsed with which settings; ``tests/cpu/rehearsal`` rehearses them."""
+"""Ranks and settings of a rehearsal, a run on fake tensors. ``tests/cpu/rehearsal`` rehearses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from recipes.rehearsal.agreement import distinct_ranks
 from recipes.rehearsal.job import RankJob, RehearsalResult, jobs_of
 from tests.unit.conftest import Compose, Launch
 
-Prepared = tuple[Chain, list[RankJob]]
+ChainAndJobs = tuple[Chain, list[RankJob]]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_invalid_rehearsals_are_refused(launch: Launch, override: str, expected:
     assert done.stderr.count("\n") <= 2
 
 
-def prepared(cfg: DictConfig, run_dir: Path, ranks: list[int] | None = None) -> Prepared:
+def chain_and_jobs(cfg: DictConfig, run_dir: Path, ranks: list[int] | None = None) -> ChainAndJobs:
     """Returns a recipe's chain and the jobs of its rehearsal."""
     configs = typed_stages(cfg)
     chain = chain_of(cfg, cfg.model.hf_path, configs, run_dir)
@@ -47,7 +47,7 @@ def prepared(cfg: DictConfig, run_dir: Path, ranks: list[int] | None = None) -> 
     return chain, jobs_of(chain, stages, list(stages), hf_config, ranks)
 
 
-def test_data_parallel_replicas_are_rehearsed_once() -> None:
+def test_one_data_parallel_replica_and_one_rank_of_the_last_are_rehearsed() -> None:
     # The sizes are: all ranks, tensor, context, pipeline and expert parallel.
     assert distinct_ranks(1, 1, 1, 1, 1) == [0]
     assert distinct_ranks(8, 1, 1, 1, 1) == [0, 7]
@@ -59,7 +59,7 @@ def test_data_parallel_replicas_are_rehearsed_once() -> None:
 
 def test_a_rehearsal_runs_few_steps_at_full_shapes(compose: Compose, tmp_path: Path) -> None:
     overrides = ("recipe=qwen3_8b_depth", "stages.distill.profile_steps=[1,2]")
-    chain, jobs = prepared(compose(*overrides), tmp_path, [0, 767])
+    chain, jobs = chain_and_jobs(compose(*overrides), tmp_path, [0, 767])
     assert [(job.name, job.rank) for job in jobs] == [
         ("import_hf", 0),
         ("score", 0),
@@ -85,22 +85,23 @@ def test_a_rehearsal_runs_few_steps_at_full_shapes(compose: Compose, tmp_path: P
 def test_successive_halving_is_rehearsed_by_training_its_largest_candidate(
     compose: Compose, tmp_path: Path
 ) -> None:
-    chain, jobs = prepared(compose("recipe=qwen3_8b_search"), tmp_path)
+    chain, jobs = chain_and_jobs(compose("recipe=qwen3_8b_search"), tmp_path)
     job, *others = (job for job in jobs if job.name == "successive_halving")
-    assert [other.rank for other in others] == [1, 6]  # tensor parallel, and the last replica
+    # Rank 1 has the other tensor-parallel index. Rank 6 is the first rank of the last replica.
+    assert [other.rank for other in others] == [1, 6]
     assert (job.stage, job.world) == ("distill", 8)
     assert job.inputs["teacher"].shape == chain.teacher.as_dict()
     largest = chain.shapes["enumerate_shapes"][0]
     assert job.inputs["student"].shape == largest.as_dict()
-    plan = planned_memory(job, chain)
-    assert plan is not None
-    assert plan.weights == largest.parameters()  # 2 bytes per parameter, split over 2 ranks
+    memory = planned_memory(job, chain)
+    assert memory is not None
+    assert memory.weights == largest.parameters()  # 2 bytes per parameter, split over 2 ranks
     assert job.config["global_batch_size"] == 16  # 4 replicas × 2 sequences × 2 micro batches
 
 
 def test_a_cached_teacher_has_settings_of_cache_logits(compose: Compose, tmp_path: Path) -> None:
     overrides = ("recipe=qwen3_8b_depth", "teacher=cached", "stages.cache_logits.top_k=8")
-    _, jobs = prepared(compose(*overrides), tmp_path)
+    _, jobs = chain_and_jobs(compose(*overrides), tmp_path)
     job = next(job for job in jobs if job.name == "distill")
     teacher = job.inputs["teacher"]
     assert teacher.kind == "logit_cache"
@@ -109,7 +110,7 @@ def test_a_cached_teacher_has_settings_of_cache_logits(compose: Compose, tmp_pat
 
 
 def test_a_peak_above_the_devices_memory_is_a_mistake(compose: Compose, tmp_path: Path) -> None:
-    chain, jobs = prepared(compose("recipe=qwen3_8b_depth"), tmp_path)
+    chain, jobs = chain_and_jobs(compose("recipe=qwen3_8b_depth"), tmp_path)
     job = next(job for job in jobs if job.name == "evaluate")
     three_float32_models = RehearsalResult(peak={"weights": 81_000_000_000})
     one_bf16_model = RehearsalResult(peak={"weights": 16_000_000_000})

@@ -81,7 +81,7 @@ def config_says_float32(_: Patch, folder: Path) -> None:
 
 
 class Case(NamedTuple):
-    """Overrides of the width recipe, a teacher's config and a preparation that break a rule."""
+    """How to break a rule: overrides of the width recipe, a teacher's config, a preparation."""
 
     overrides: tuple[str, ...]
     config: dict[str, Any] | None = None
@@ -189,7 +189,7 @@ def plan(compose: Compose, tmp_path: Path, large_disk: None, versions_read_once:
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    """About 80,000 tokens: less than the recipe trains on, and more than a batch."""
+    """A file of about 80,000 tokens: less than the recipe trains on, and more than a batch."""
     (tmp_path / "text.txt").write_text("A line of text that says little.\n\n" * 10_000)
     return tmp_path / "text.txt"
 
@@ -317,16 +317,17 @@ def test_the_processor_of_the_login_node_does_not_affect_jobs(
     with pytest.raises(RecipeError, match=r"\[memory"):
         plan(large)
     assert plan(large, slurm).chain.hardware.memory_of_rank(1) == float("inf")
-    local, jobs = plan().chain, plan(slurm).chain
-    assert local.hardware.precision == {"avx2": "32", "avx512_bf16": "bf16-mixed"}[flags]
-    assert local.workloads["distill"].bf16 == (local.hardware.precision == "bf16-mixed")
-    assert jobs.hardware.precision == "32"
-    assert not jobs.workloads["distill"].bf16
-    assert jobs.hardware.flops_per_second == hardware.cpu_profile("flops_per_second", here=False)
-    chosen = plan(slurm, BFLOAT16)
-    assert chosen.chain.workloads["distill"].bf16
-    assert "cpu-precision" not in {note.rule.name for note in chosen.notes}
-    assert chosen.chain.hardware.flops_per_second > 1e11  # the speed of bfloat16 instructions
+    here, on_slurm = plan().chain, plan(slurm).chain
+    assert here.hardware.precision == {"avx2": "32", "avx512_bf16": "bf16-mixed"}[flags]
+    assert here.workloads["distill"].bf16 == (here.hardware.precision == "bf16-mixed")
+    assert on_slurm.hardware.precision == "32"
+    assert not on_slurm.workloads["distill"].bf16
+    any_cpu_flops = hardware.cpu_profile("flops_per_second", here=False)
+    assert on_slurm.hardware.flops_per_second == any_cpu_flops
+    with_bf16 = plan(slurm, BFLOAT16)
+    assert with_bf16.chain.workloads["distill"].bf16
+    assert "cpu-precision" not in {note.rule.name for note in with_bf16.notes}
+    assert with_bf16.chain.hardware.flops_per_second > 1e11  # the speed of bfloat16 instructions
 
 
 def test_memory_is_shared_by_the_ranks_of_a_cpu(plan: MakePlan) -> None:
@@ -347,7 +348,10 @@ def test_prepared_text_is_counted_exactly(plan: MakePlan, complete: Complete, te
 
 
 def weighted_sources(text: Path, tmp_path: Path, small: str, large: str) -> str:
-    """Returns an override with two weighted sources; ``small`` has a tenth of the text."""
+    """Returns an override with two sources, of weights ``small`` and ``large``.
+
+    The source of weight ``small`` has a tenth of the other one's text.
+    """
     (tmp_path / "small.txt").write_text(text.read_text()[: text.stat().st_size // 10])
     return f"data.sources=['{tmp_path}/small.txt#weight={small}','{text}#weight={large}']"
 

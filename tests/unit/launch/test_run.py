@@ -128,7 +128,7 @@ def test_dry_run_writes_configs_and_scripts_and_starts_nothing(
         assert SECRET not in (tmp_path / file).read_text()
 
 
-def test_sweep_gives_each_point_its_own_run(launch: Launch, tmp_path: Path) -> None:
+def test_sweep_gives_each_value_its_own_run_directory(launch: Launch, tmp_path: Path) -> None:
     done = launch("-m", RECIPE, "dry_run=true", "stages.prune.target_hidden_size=448,512")
     assert done.returncode == 0, done.stderr
     configs = (tmp_path / "cwd" / "runs" / "sweeps").glob("*/*/prune/config.yaml")
@@ -231,8 +231,10 @@ def test_disk_that_is_too_small_is_refused(launch: Launch, tmp_path: Path) -> No
         assert not (disk.folder / "run").exists()
 
 
-def test_a_read_only_or_full_disk_is_named(launch: Launch, tmp_path: Path) -> None:
-    """The disk is first read-only, then full. The same command succeeds when it has space."""
+def test_message_about_a_read_only_or_full_disk_has_path_and_reason(
+    launch: Launch, tmp_path: Path
+) -> None:
+    """The disk is first read-only, then full. The command succeeds once the disk has space."""
     with small_disk(tmp_path / "small") as disk:
         arguments = (RECIPE, "engine=null", f"run_dir={disk.folder}/run", "dry_run=true")
         arguments = (*arguments, "skip_rules=[disk]")

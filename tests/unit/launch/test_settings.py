@@ -82,7 +82,7 @@ def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     suppress_health_check=list(HealthCheck),
 )
 @given(overrides=st.sampled_from(BASE_OVERRIDES), data=st.data(), value=st.sampled_from(BAD))
-def test_a_setting_is_refused_with_a_fix_or_legal(
+def test_a_random_value_is_valid_or_refused_with_a_fix(
     compose: Compose, tmp_path: Path, overrides: tuple[str, ...], data: st.DataObject, value: Any
 ) -> None:
     """Runs all checks that the launcher makes before it writes or starts anything."""

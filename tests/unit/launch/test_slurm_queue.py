@@ -29,7 +29,7 @@ def test_only_the_newest_job_of_a_stage_is_read(tmp_path: Path) -> None:
     assert read_jobs(tmp_path / "elsewhere") == {}
 
 
-def test_slurm_that_does_not_answer_is_not_an_empty_queue(
+def test_no_answer_of_slurm_is_an_error_and_not_an_empty_queue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)

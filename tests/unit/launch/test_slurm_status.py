@@ -40,7 +40,7 @@ def planned(plan: MakePlan) -> Plan:
 
 @pytest.fixture
 def status(planned: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Status:
-    """Returns status and detail of the first stage, given what squeue and sacct print."""
+    """Reads status and detail of the first stage, with given outputs of squeue and sacct."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
 
     def status_of(squeue: str = "", sacct: str = "") -> tuple[str, str]:

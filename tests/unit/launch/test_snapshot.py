@@ -44,7 +44,7 @@ def result(run_dir: Path) -> Manifest:
     return manifest_of(run_dir, "plan")
 
 
-def test_edit_after_the_plan_changes_nothing(checkout: Path) -> None:
+def test_edit_after_the_plan_does_not_affect_the_stage(checkout: Path) -> None:
     """Python finds the snapshot before the working directory and the user's PYTHONPATH."""
     run_dir = launch(checkout, "dry_run=true")
     [planned] = snapshots(run_dir)

@@ -38,7 +38,7 @@ def steps(task: str, *done: int, total: int = 10, step_seconds: float = 7.0) -> 
     return [{"time": step_seconds * n, "task": task, "done": n, "total": total} for n in done]
 
 
-def test_a_task_continues_at_its_own_speed() -> None:
+def test_remaining_time_follows_from_the_speed_of_the_current_task() -> None:
     assert remaining_seconds(steps("train", 2)) is None
     assert remaining_seconds(steps("train", 2, 3)) == 49
     assert remaining_seconds([*steps("train", 2, 3), *steps("validate", 1)]) is None
@@ -60,7 +60,7 @@ def test_planned_seconds_are_scaled_by_the_pace_of_complete_stages() -> None:
 
 @pytest.fixture
 def completed_pace(plan: Callable[..., Plan], complete: Callable[..., None]) -> float:
-    """Completes the stages before the distillation; returns measured time / planned time."""
+    """Completes the stages before the distillation; returns their measured / expected time."""
     planned = plan()
     complete(planned, *BEFORE)
     for stage in planned.stages[: len(BEFORE)]:
@@ -68,7 +68,9 @@ def completed_pace(plan: Callable[..., Plan], complete: Callable[..., None]) -> 
     return len(BEFORE) * 56 / (SCORE + len(BEFORE) * OVERHEAD_SECONDS)
 
 
-def test_later_stages_are_added(plan: Callable[..., Plan], completed_pace: float) -> None:
+def test_estimate_of_a_run_includes_its_later_stages(
+    plan: Callable[..., Plan], completed_pace: float
+) -> None:
     planned = plan()
     distill = stage_named(planned, "distill")
     assert run_estimate(planned, distill)(33) == pytest.approx(33 + completed_pace * AFTER)

@@ -51,7 +51,7 @@ def test_interrupted_stage_is_resumed(plan: MakePlan, complete: Complete, tmp_pa
 
 
 def test_interrupted_stages_without_progress_start_anew(plan: MakePlan) -> None:
-    """One is a training run without a checkpoint, the other records no progress."""
+    """The training run has no checkpoint yet, and the evaluation never records progress."""
     interrupt(plan(), "distill", checkpoint=False)
     interrupt(plan(), "evaluate")
     actions = actions_of(plan("stages.distill.seed=1", "stages.evaluate.num_sequences=2"))
@@ -74,7 +74,7 @@ def test_progress_is_not_lost_to_a_changed_field(plan: MakePlan) -> None:
     assert actions_of(forced)["distill"] == ("run", "forced")
 
 
-def test_dry_run_is_refused_as_the_run_would_be(
+def test_dry_run_is_refused_like_the_real_run(
     plan: MakePlan, launch: Launch, tmp_path: Path
 ) -> None:
     interrupt(plan(), "distill")
@@ -124,7 +124,7 @@ def test_progress_is_not_lost_to_changed_inputs_or_code(
     assert "its code changed" in what
 
 
-def test_layout_may_change_between_interruption_and_resumption(plan: MakePlan) -> None:
+def test_parallel_layout_may_change_between_interruption_and_resumption(plan: MakePlan) -> None:
     interrupt(plan(), "distill")
     layout = "stages.distill.resources.devices=2", "stages.distill.micro_batch_size=2"
     assert actions_of(plan(*layout))["distill"] == ("resume", "was interrupted")
@@ -133,8 +133,10 @@ def test_layout_may_change_between_interruption_and_resumption(plan: MakePlan) -
     assert fix.startswith("set stages.distill.seed=1234 to resume")
 
 
-def test_work_is_compared_with_its_own_start_and_not_with_later_requests(plan: MakePlan) -> None:
-    """A dry run with ``force``, or a run that fails before distill, overwrites its request."""
+def test_unfinished_work_is_compared_with_its_own_start_and_not_with_a_later_config_file(
+    plan: MakePlan,
+) -> None:
+    """A dry run with ``force``, or a run that fails before distill, overwrites ``config.yaml``."""
     interrupt(plan(), "distill")
     stage = stage_named(plan("stages.distill.seed=1", "force=[distill]"), "distill")
     stage.request().write(stage.directory)
@@ -156,7 +158,7 @@ def test_unfinished_reruns_of_complete_or_unselected_stages_are_ignored(
 def test_killed_forced_runs_are_resumed_by_the_same_command(
     plan: MakePlan, complete: Complete
 ) -> None:
-    """The complete result is used if ``force`` is omitted."""
+    """Without ``force``, a complete result is used instead of the unfinished work."""
     interrupt(plan(), "distill")
     interrupt(plan("stages.distill.seed=1", "force=[distill]"), "distill")
     assert actions_of(plan("stages.distill.seed=1"))["distill"][0] == "resume"
