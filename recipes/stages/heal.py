@@ -1,4 +1,4 @@
-"""Reconstructs a pruned model by least squares: its layers' outputs approximate the teacher's.
+"""Reconstructs (heals) a pruned model by least squares, so that it approximates the teacher.
 
 Reads the pruned model, its teacher, and calibration and validation text. Writes the reconstructed
 checkpoint. Measures the KL to the teacher on validation text, before and after.
@@ -56,7 +56,10 @@ def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: HealConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of healing, and of comparing the old and new student with the teacher."""
+    """Estimates the cost of healing, and of comparing the teacher with both students.
+
+    The students are the pruned model before and after healing.
+    """
     teacher, student = (chain.shape_of(cfg.inputs.get(name)) for name in ("teacher", "checkpoint"))
     calibration, validation = (
         Sequences(count, cfg.seq_length, cfg.micro_batch_size)
@@ -65,7 +68,7 @@ def inference_cost(cfg: HealConfig, chain: Chain) -> InferenceCost:
     bf16 = cfg.precision == "bf16-mixed"
     healing = healing_cost(teacher, student, calibration, chain.hardware)
     comparison = comparison_cost((teacher, student), bf16, validation, chain.hardware)
-    # ``comparison`` includes one student; both students, before and after, have the same shape.
+    # ``comparison`` includes only one of the students, which have the same shape.
     compute = healing.compute + comparison.compute + validation.compute(student, bf16)
     # The whole cost counts as float32, because healing takes most of the time.
     return InferenceCost(largest(healing.memory, comparison.memory), compute, bf16=False)

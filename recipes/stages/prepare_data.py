@@ -136,7 +136,7 @@ def _weight_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
 
 
 def _chat_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks conversations, by the model's files and the first lines of the sources."""
+    """Checks conversations. Reads only the model's files and the first lines of the sources."""
     chats = cfg.chat_sources()
     if cfg.format == "chat" and not set(chats) & set(cfg.sources):
         yield Problem(
@@ -214,7 +214,7 @@ def _link_tokens(
     prepared: PreparationState,
     out: Path,
 ) -> Outcome:
-    """Divides the tokens of ``prefix`` into splits, which link to the token file.
+    """Divides the tokens of the files ``data.prefix`` into splits that link to these files.
 
     If ``heldout_sources`` is set, these sources are the held-out split, and ``prepared`` has their
     tokens.

@@ -1,4 +1,4 @@
-"""Compiled kernels have the values and gradients of eager execution."""
+"""Tests that compiled kernels have the values and gradients of eager execution."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ LABELS = torch.arange(TOKENS) * 7 % VOCABULARY
 
 
 def loss_of(live: bool) -> Callable[[Tensor], Tensor]:
-    """Returns the KD and LM loss as a function of logits. A cached teacher has tail samples."""
+    """Returns the KD and LM loss as a function of the student's logits.
+
+    A live teacher has all logits; a cached teacher has the 7 largest and samples of the others.
+    """
     generator, loss = torch.Generator().manual_seed(1), LogitsLoss()
     logits = 3 * torch.randn(TOKENS, VOCABULARY, generator=generator)
     quantiles = ((torch.arange(5) + 0.3) / 5).expand(TOKENS, -1)
@@ -38,7 +41,7 @@ def loss_of(live: bool) -> Callable[[Tensor], Tensor]:
 
 
 CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
-    "norm": (lambda x, w: _RMSNorm.apply(x, w, 1e-5), [(9, 2, 24), (24,)]),
+    "RMSNorm": (lambda x, w: _RMSNorm.apply(x, w, 1e-5), [(9, 2, 24), (24,)]),
     "swiglu": (lambda x: SwiGLU(None)(x), [(9, 2, 24)]),
     "loss, live": (loss_of(live=True), [(TOKENS, VOCABULARY)]),
     "loss, cached": (loss_of(live=False), [(TOKENS, VOCABULARY)]),

@@ -29,7 +29,7 @@ print(json.dumps({
 """
 
 
-def test_stack_can_be_forked(tmp_path: Path) -> None:
+def test_a_server_with_the_real_libraries_can_be_forked(tmp_path: Path) -> None:
     (tmp_path / "a_stage.py").write_text(STAGE)
     path = f"{REPO_ROOT}{os.pathsep}{tmp_path}"
     temporary = tmp_path / "temporary"
@@ -50,7 +50,7 @@ def test_stack_can_be_forked(tmp_path: Path) -> None:
     for generator in ("numpy", "torch"):
         assert len({report.pop(generator) for report in reports}) == 2
     for report in reports:
-        assert report.pop("threads") >= 2  # the fork has started its own pool
+        assert report.pop("threads") >= 2  # the fork has started its own pool of threads
         assert report == {
             "missing": [],
             "server_threads": 1,

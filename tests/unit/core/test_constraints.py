@@ -67,7 +67,7 @@ NAN, INFINITE, LARGE = float("nan"), float("inf"), 10**20
     ],
     ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
 )
-def test_error_names_the_invalid_value_and_its_requirement(config: Any, expected: str) -> None:
+def test_error_shows_the_invalid_value_and_its_requirement(config: Any, expected: str) -> None:
     config.stage = "x"
     [message] = violations(config, "where")
     assert message.startswith("invalid where.")
@@ -75,21 +75,21 @@ def test_error_names_the_invalid_value_and_its_requirement(config: Any, expected
 
 
 @pytest.mark.parametrize(
-    ("config", "field", "must"),
+    ("config", "field", "requirement"),
     [
         (DistillConfig, "intermediate_layer_pairs", "must be a list, such as [a,b]"),
         (EvaluateTasksConfig, "num_fewshot", "must be a mapping, such as {a: 1}"),
         (DistillConfig, "precision", "must be a string"),
     ],
 )
-def test_error_names_a_value_of_another_type(config: Any, field: str, must: str) -> None:
+def test_error_shows_a_value_of_the_wrong_type(config: Any, field: str, requirement: str) -> None:
     settings = config(stage="x")
     setattr(settings, field, 5)
-    assert f"invalid {field}=5: {must}" in list(violations(settings))
+    assert f"invalid {field}=5: {requirement}" in list(violations(settings))
 
 
-def test_unknown_memory_is_infinite() -> None:
-    """A login node does not know the memory of the nodes on which jobs run."""
+def test_infinite_memory_is_valid() -> None:
+    """It means unknown: a login node does not know the memory of the nodes on which jobs run."""
     assert not list(violations(Hardware(memory_bytes=INFINITE)))
 
 

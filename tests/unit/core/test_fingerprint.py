@@ -42,6 +42,7 @@ MODULES = {
     "nemo_convert/core.py": "from recipes import stage\ndef f(x):\n    return x\n",
     "pyproject.toml": '[project]\ndependencies = ["torch==2"]\n[tool.x]\ny = 1\n',
 }
+"""Files of a small repository. The modules stage, lazy and plain import shared in three ways."""
 
 
 def clear_caches() -> None:
@@ -79,7 +80,7 @@ def test_digest_does_not_depend_on_key_order() -> None:
     assert digest([1, 2]) != digest([2, 1])
 
 
-def test_resources_are_no_result_settings() -> None:
+def test_resources_are_not_result_settings() -> None:
     plain = DistillConfig(stage="distill")
     large = DistillConfig(stage="distill", resources=Resources(nodes=4, devices=8, env={"A": "b"}))
     assert "resources" not in result_settings(plain)
@@ -104,7 +105,7 @@ def test_stage_fingerprint_depends_on_each_part() -> None:
     assert base == stage_fingerprint(dict(reversed(settings.items())), *parts[1:])
 
 
-def test_fingerprints_use_installed_versions_without_build_tags_or_locked_versions(
+def test_fingerprints_use_installed_versions_or_else_locked_versions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     installed = {"torch": "2.9.0a0+nv25.9", "transformers": "4.57.1"}
@@ -126,7 +127,7 @@ def test_fingerprints_use_installed_versions_without_build_tags_or_locked_versio
         ("nemo_convert/core.py", "return x", "return -x"),
     ],
 )
-def test_imported_code_changes_the_fingerprint(
+def test_a_change_of_imported_code_changes_the_fingerprint(
     repo: Path, module: str, file: str, old: str, new: str
 ) -> None:
     before = fingerprint_of(module)
@@ -155,14 +156,14 @@ def test_comments_format_types_and_unrelated_code_do_not_change_the_fingerprint(
 
 @pytest.mark.parametrize("statement", ["from . import shared", "from .shared import VALUE"])
 def test_relative_imports_are_refused(repo: Path, statement: str) -> None:
-    """Relative imports would hide code that a result depends on."""
+    """They are not followed, so the fingerprint would lack the code of the imported module."""
     (repo / "recipes" / "relative.py").write_text(f"{statement}\ndef run(): pass\n")
     with pytest.raises(ValueError, match="relative imports"):
         fingerprint_of("relative")
 
 
 @pytest.mark.parametrize("module", ["recipes.nothing", "os"])
-def test_a_missing_module_is_refused(repo: Path, module: str) -> None:
+def test_a_module_outside_the_repository_is_refused(repo: Path, module: str) -> None:
     with pytest.raises(ValueError, match=f"there is no module {module}"):
         code_fingerprint(module)
 
@@ -181,7 +182,7 @@ def test_a_missing_module_is_refused(repo: Path, module: str) -> None:
         ("build_engine", "recipes.engines.trtllm_build_worker"),
     ],
 )
-def test_a_stages_fingerprint_includes_the_code_of_its_work(stage: str, module: str) -> None:
+def test_a_stages_fingerprint_includes_modules_that_run_imports(stage: str, module: str) -> None:
     assert module in imported_code(REPO_ROOT, [f"recipes.stages.{stage}"])
 
 

@@ -1,4 +1,4 @@
-"""Stages are forked from a server that has imported their libraries."""
+"""Tests that stages are forked from a server that has imported their libraries."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ memory = bytearray(300_000_000)
 del memory
 atexit.register(lambda: print("exit of the import", flush=True))
 """
-"""A library whose import has a high peak memory and an exit function. Forks must have neither."""
+"""A library whose import has a high peak memory and an atexit handler. Forks must have neither."""
 STAGE = """
 import ctypes, json, os, sys
 from recipes.core.processes import peak_memory_bytes
@@ -54,7 +54,7 @@ cuda, importer = SimpleNamespace(is_available=lambda: {gpu}), os.getpid()
 cuda._is_in_bad_fork = lambda: os.getpid() != importer
 sys.modules["torch"] = SimpleNamespace(cuda=cuda, default_generator=SimpleNamespace(seed=int))
 """
-"""Replaces torch with a stub of a CUDA build that has looked for a GPU in this process."""
+"""Replaces torch with a stub of a CUDA build: forks are told that CUDA was initialised before."""
 
 
 @pytest.fixture
@@ -89,12 +89,12 @@ def test_a_fork_equals_a_new_process(environment: dict[str, str], tmp_path: Path
         for log in logs:
             run(server, "a_stage", log)
     for log in logs:
-        # The order of lines varies, since C and stderr have their own buffers. JSON comes first.
+        # The order of lines varies, since C and stderr have their own buffers. Sorts JSON first.
         json_line, *lines = sorted(log.read_text().splitlines(), key=lambda line: line[0] != "{")
         assert sorted(lines) == ["from C", "to stderr"]  # no "exit of the import"
         report: dict[str, Any] = json.loads(json_line)
         assert report.pop("preloaded")
-        assert report.pop("peak") < 200e6  # without the peak of the import
+        assert report.pop("peak") < 200e6  # the import of ``heavy`` takes 300 MB, in the server
         arguments = [str(tmp_path / "config.yaml")]
         assert report == {
             "argv": arguments,
@@ -167,7 +167,7 @@ def test_without_a_gpu_a_cuda_build_can_be_forked(
     assert "from C" in (tmp_path / "log.txt").read_text()
 
 
-def test_stages_with_one_rank_and_no_environment_variables_are_forked(
+def test_only_stages_with_one_rank_and_no_variables_of_their_own_are_forked(
     plan: Callable[..., Plan],
 ) -> None:
     stages = {stage.name: stage for stage in plan().stages}

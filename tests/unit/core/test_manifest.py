@@ -91,7 +91,7 @@ def test_a_result_is_read_back_as_it_was_written(stage_dir: Path) -> None:
         ({"loss": 0.5, "scores": {"1": "high"}}, "scores.1: Input should be a valid number"),
     ],
 )
-def test_a_result_with_other_fields_is_refused(
+def test_a_result_with_a_missing_field_or_a_wrong_type_is_refused(
     stage_dir: Path, metrics: dict[str, Any], reason: str
 ) -> None:
     manifest = read_manifest(stage_dir)
@@ -141,7 +141,7 @@ def test_manifest_survives_a_round_trip(stage_dir: Path) -> None:
     "text",
     ["", "{", "[]", '{"format": 1, "files": {"a": {"size": 1}}}', '{"format": 1, "files": {}}'],
 )
-def test_the_error_names_a_damaged_manifest(tmp_path: Path, text: str) -> None:
+def test_the_error_about_a_damaged_manifest_has_its_path(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(RecipeError) as caught:
         read_manifest(tmp_path)
@@ -189,7 +189,7 @@ def test_only_hashes_detect_a_change_that_keeps_size_and_time(
     assert changed_files(artifact, stamps, rehash=True) == changed_by_hash
 
 
-def test_an_artifact_is_checked(stage_dir: Path) -> None:
+def test_another_type_changed_files_and_a_missing_manifest_are_refused(stage_dir: Path) -> None:
     assert check_artifact(stage_dir) == check_artifact(stage_dir, "checkpoint_nemo")
     with pytest.raises(RecipeError, match="a checkpoint_nemo, but the input must be a dataset"):
         check_artifact(stage_dir, "dataset")

@@ -38,7 +38,7 @@ def test_a_log_continues_after_a_truncated_line(tmp_path: Path) -> None:
     assert [r["done"] for r in read_records(file)] == [1, 2]
 
 
-def test_steps_keep_the_last_record_of_a_step_in_order(tmp_path: Path) -> None:
+def test_steps_are_sorted_and_have_only_their_last_record(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "m.jsonl")
     for step, loss in ((1, 5.0), (3, 3.0), (2, 2.0), (3, 1.0)):
         log.progress("train", step, 3, loss=loss)

@@ -1,4 +1,4 @@
-"""Tests the end of child processes, the return of free memory, and preparations for imports."""
+"""Tests that children die with their parent, the return of free memory, and prepared imports."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ print(before / resident())
 
 
 def test_free_memory_is_returned() -> None:
-    """The program frees 200 MB in the middle of the heap, which malloc keeps by its settings."""
+    """The program frees 200 MB in the middle of the heap. Its settings make malloc keep them."""
     variables = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     done = subprocess.run(
         [sys.executable, "-c", FREED], env=os.environ | variables, cwd=REPO_ROOT,
@@ -72,7 +72,7 @@ import os, sys
 from recipes.core.processes import prepare_imports
 prepare_imports()
 import torch.utils.cpp_extension as extension
-# A compilation could wait for a stale lock.
+# Nothing may be compiled, because a compilation could wait for the lock of a killed process.
 extension.load_inline = lambda **_: sys.exit("compiles")
 import megatron.core.inference.contexts.dynamic_context as context
 assert not context.has_unified_memory

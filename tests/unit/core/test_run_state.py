@@ -1,4 +1,4 @@
-"""Tests which state the files of a stage or run mean, and in which order the files are written."""
+"""Tests how the files of a run determine states, and in which order the files are written."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_a_new_result_replaces_the_old_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [BEGUN, OUTCOME])
-def test_the_error_names_a_damaged_file(tmp_path: Path, name: str) -> None:
+def test_the_error_about_a_damaged_file_has_its_path(tmp_path: Path, name: str) -> None:
     fail(tmp_path)
     (tmp_path / WORK / name).write_text('{"finger')
     with pytest.raises(RecipeError, match=str(tmp_path / WORK / name)):

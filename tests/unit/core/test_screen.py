@@ -1,4 +1,4 @@
-"""Tables on a terminal and in a file."""
+"""Tests the width of tables on a terminal and in a pipe."""
 
 from __future__ import annotations
 
@@ -22,16 +22,22 @@ screen().print(table)
 """
 
 
-@pytest.mark.parametrize(("width", "is_whole"), [({}, True), ({"COLUMNS": "80"}, False)])
-def test_a_piped_table_is_truncated_only_by_columns(width: dict[str, str], is_whole: bool) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | width
+@pytest.mark.parametrize(("variables", "is_whole"), [({}, True), ({"COLUMNS": "80"}, False)])
+def test_a_piped_table_is_truncated_only_if_the_variable_columns_is_set(
+    variables: dict[str, str], is_whole: bool
+) -> None:
+    inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     done = subprocess.run(
-        [sys.executable, "-c", SHOW], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", SHOW],
+        env=inherited | variables,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert (CELL.strip() in done.stdout) == is_whole
 
 
-def test_a_narrow_table_truncates_nothing_and_does_not_fold_names() -> None:
+def test_on_a_narrow_console_cells_are_folded_but_names_are_not() -> None:
     name, state, path = "sweeps/2026-11-26_16-00-58/0", "failed at evaluate", "/a/long/path/" * 4
     table = plain_table("runs", "run", "state", "folder")
     table.add_row(name, state, path)

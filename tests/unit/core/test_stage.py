@@ -40,8 +40,8 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import StageConfig, metrics_log
 
 @dataclass
-class Read:
-    read: dict[str, list[str]]
+class Result:
+    input_files: dict[str, list[str]]
 
 @dataclass
 class Config(StageConfig):
@@ -74,8 +74,8 @@ def run(cfg, inputs, out):
         multiprocessing.get_context("fork").Process(target=write).start()
         receiver.recv()
         os.kill(os.getpid(), 9)
-    read = {name: sorted(os.listdir(item.artifact)) for name, item in inputs.items()}
-    return Outcome(Read(read), parameters=5, tokenizer_sha256="t")
+    input_files = {name: sorted(os.listdir(item.artifact)) for name, item in inputs.items()}
+    return Outcome(Result(input_files), parameters=5, tokenizer_sha256="t")
 
 class CheckpointException(BaseException):
     pass  # has the name and base class of torch.distributed.checkpoint's exception
@@ -87,7 +87,7 @@ STAGE = SimpleNamespace(run=run, config=Config, kind="dataset")
 """
 
 
-UNWRITTEN = "a checkpoint was not written"
+CHECKPOINT_ERROR = "a checkpoint was not written"
 
 
 class StageStarter:
@@ -118,7 +118,7 @@ def starter(root: Path, tmp_path: Path) -> StageStarter:
     return StageStarter(root, tmp_path)
 
 
-def test_complete_stage(starter: StageStarter, tmp_path: Path) -> None:
+def test_a_complete_stage_has_a_manifest_and_no_work(starter: StageStarter, tmp_path: Path) -> None:
     stage = tmp_path / "stage"
     done = starter.start(stage, text="some words")
     assert done.returncode == 0, done.stderr
@@ -139,7 +139,7 @@ def test_complete_stage(starter: StageStarter, tmp_path: Path) -> None:
     [
         ("user", "the text is bad\n  fix: write better", "the text is bad"),
         ("bug", "ValueError: a bug", "Traceback"),
-        ("writer", UNWRITTEN, "results_queue should not be empty"),
+        ("writer", CHECKPOINT_ERROR, "results_queue should not be empty"),
     ],
 )
 def test_a_failed_stage_says_why_and_keeps_the_old_result(
@@ -164,7 +164,7 @@ def test_a_killed_stage_is_incomplete_and_keeps_its_work(
     starter: StageStarter, tmp_path: Path
 ) -> None:
     stage = tmp_path / "stage"
-    # ``start`` returns only because the stage's child dies, too: a child keeps the output open.
+    # ``start`` returns only if the stage's child dies, too: a living child keeps the output open.
     assert starter.start(stage, fail="kill").returncode == -9
     assert not (stage / MANIFEST).exists()
     assert not (stage / ARTIFACT).exists()
@@ -180,7 +180,7 @@ def test_a_killed_stage_is_incomplete_and_keeps_its_work(
 def test_a_hanging_stage_ends_and_says_where_it_hangs(
     starter: StageStarter, tmp_path: Path
 ) -> None:
-    """The stage first records progress for longer than the timeout, which does not end it."""
+    """The stage first records progress for longer than the timeout. This must not end the stage."""
     stage = tmp_path / "stage"
     done = starter.start(stage, fail="hang", resources={"hang_timeout": 4})
     assert done.returncode == 1
@@ -193,7 +193,7 @@ def test_a_hanging_stage_ends_and_says_where_it_hangs(
     assert not (stage / WORK).exists()
 
 
-def test_the_error_names_a_full_disk_and_work_resumes(
+def test_a_full_disk_is_explained_and_a_larger_disk_completes_the_stage(
     starter: StageStarter, tmp_path: Path
 ) -> None:
     with small_disk(tmp_path / "small") as disk:
@@ -213,7 +213,10 @@ def test_the_error_names_a_full_disk_and_work_resumes(
 def test_errors_of_a_disk_that_is_too_small_are_explained(
     tmp_path: Path, write: Callable[[np.ndarray, Path], None]
 ) -> None:
-    """After the error the disk has space: libraries check before writing, or delete their file."""
+    """After the error the disk has space again, so only the error itself tells the reason.
+
+    NumPy and safetensors check the space before they write, or delete the file that did not fit.
+    """
     with small_disk(tmp_path / "small") as disk:
         with pytest.raises(Exception, match="space") as caught:
             write(np.zeros(32 << 20, np.uint8), disk.folder / "array")
@@ -289,7 +292,7 @@ def test_inputs_are_read_recorded_and_hashed(
     manifest = read_manifest(stage)
     assert manifest is not None
     assert manifest.inputs == {"data": "fingerprint of hello"}
-    assert manifest.metrics == {"read": {"data": ["sub"]}}
+    assert manifest.metrics == {"input_files": {"data": ["sub"]}}
     stat = file.stat()
     file.write_text("jello")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))

@@ -77,12 +77,12 @@ def third_step(log: MetricsLog) -> None:
 
 
 def track(
-    stage: PlannedStage, tracker: str, write_records: WriteRecords, end: str = FINISHED
+    stage: PlannedStage, tracker: str, write_records: WriteRecords, last_status: str = FINISHED
 ) -> None:
     """Sends the records of one start of a stage."""
     write_tracker(stage.directory.parent, "llama_width_prune", SETTINGS[tracker])
     # ``follow`` calls ``wait`` until it returns a status; the first call writes the records.
-    statuses: Iterator[str | None] = iter([None, end])
+    statuses: Iterator[str | None] = iter([None, last_status])
 
     def wait() -> str | None:
         status = next(statuses)
@@ -178,7 +178,7 @@ def test_mlflow_in_a_file_and_resumed(stage: PlannedStage) -> None:
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "mlflow", "tensorboard"])
-def test_secrets_stay_out(
+def test_trackers_write_no_secrets(
     stage: PlannedStage, monkeypatch: pytest.MonkeyPatch, tracker: str
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRET)
@@ -207,14 +207,14 @@ def test_secret_values_are_replaced() -> None:
     assert shown == ["https://example.com/a.txt", *addresses[1:]]
 
 
-def test_errors_of_a_tracker_are_one_warning(
+def test_errors_of_a_tracker_give_one_warning(
     stage: PlannedStage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fails(*_: Any) -> None:
+    def raise_error(*_: Any) -> None:
         raise OSError("no space left")
 
     writer = "tensorboard.summary.writer.event_file_writer.EventFileWriter.add_event"
-    monkeypatch.setattr(writer, fails)
+    monkeypatch.setattr(writer, raise_error)
     track(stage, "tensorboard", first_steps)
     assert capsys.readouterr().err.count("tensorboard failed (OSError: no space left)") == 1
 
@@ -290,7 +290,7 @@ def run_worker(tmp_path: Path, settings: dict[str, str | None], **env: str) -> s
     return done.stderr
 
 
-def test_a_requeued_job_continues_its_run(tmp_path: Path) -> None:
+def test_a_requeued_job_continues_its_wandb_run(tmp_path: Path) -> None:
     """The first job stops at its deadline and the second one completes the stage."""
     for env in ({DEADLINE: "1"}, {}):
         log = run_worker(tmp_path, SETTINGS["wandb"], WANDB_MODE="offline", **env)
@@ -318,7 +318,7 @@ def test_a_tracker_that_does_not_answer_does_not_stop_the_stage(tmp_path: Path) 
     assert (tmp_path / "run" / "stage" / MANIFEST).exists()
 
 
-def test_jobs_and_runs_without_a_tracker(launch: Launch, tmp_path: Path) -> None:
+def test_the_launcher_writes_which_tracker_the_jobs_use(launch: Launch, tmp_path: Path) -> None:
     """The launcher only writes which tracker the jobs use. Without a tracker it writes no file."""
     slurm = ("recipe=llama_width_prune", "cluster=slurm", "hardware=h100", "dry_run=true")
     assert launch(*slurm).returncode == 0

@@ -85,10 +85,10 @@ def test_every_stage_is_consistent(name: str, chain: Chain) -> None:
         assert {stage.kind, *kinds} <= set(get_args(Kind))
     assert isinstance(list(stage.problems(stage.config(stage=name), chain)), list)
     fields = {f.name: bool(f.metadata.get("resource")) for f in dataclasses.fields(stage.config)}
-    marked = {field for field, resource in fields.items() if resource}
+    resource_fields = {field for field, is_resource in fields.items() if is_resource}
     assert (
         {"resources"}
-        <= marked
+        <= resource_fields
         <= {"resources"} | TRAINING_RESOURCES | OTHER_RESOURCES.get(name, set())
     )
     assert fields.get("micro_batch_size", True), "micro_batch_size must be a resource"
@@ -146,7 +146,7 @@ def test_prepare_data_refuses_invalid_sources_and_splits(
     assert words in problem.what
 
 
-def test_the_error_names_splits_without_a_sequence() -> None:
+def test_the_error_lists_splits_with_too_few_tokens() -> None:
     tokens = Counter(train=1000, validation=256, calibration=257)
     chats = {"chats": {"used": 3, "shortened": 0, "too long": 90}}
     with pytest.raises(RecipeError, match="validation: 256, heldout: 0") as caught:
@@ -196,7 +196,7 @@ def test_a_fraction_that_keeps_all_or_nothing_is_refused(
 
 
 def test_pruning_more_than_a_third_at_once_gives_a_warning(chain: Chain) -> None:
-    """The teacher has 4 layers of 147,712 parameters."""
+    """Each of the teacher's 4 layers has 147,712 parameters."""
     total = chain.teacher.parameters()
     assert list(prune.check(PruneConfig(target_num_layers=3), chain)) == []
     warning = only_problem(prune.check(PruneConfig(target_num_layers=2), chain))
@@ -211,7 +211,7 @@ def test_pruning_more_than_a_third_at_once_gives_a_warning(chain: Chain) -> None
         ("block", {"block_sizes": [1]}, "stages.score.block_sizes=[2]"),
     ],
 )
-def test_layers_need_the_scores_of_their_method(
+def test_prune_requires_that_score_measures_its_layer_importance(
     chain: Chain, method: str, setting: dict[str, Any], fix: str
 ) -> None:
     cfg = PruneConfig(target_num_layers=2, layer_importance=method, inputs={"importance": "score"})
@@ -233,7 +233,7 @@ def test_layers_need_the_scores_of_their_method(
         ({}, []),
     ],
 )
-def test_score_measures_the_block_that_is_pruned(
+def test_score_measures_the_block_sizes_that_prune_drops(
     chain: Chain, settings: dict[str, Any], expected: list[int]
 ) -> None:
     settings = {"target_num_layers": 2, "inputs": {"importance": "score"}, **settings}
@@ -262,7 +262,7 @@ def test_score_checks_ablations_and_ranks(
     assert rule_names(score.check(ScoreConfig(**settings), chain)) == ([rule] if rule else [])
 
 
-def test_heal_needs_a_dense_model_and_the_teacher_it_was_pruned_from(chain: Chain) -> None:
+def test_heal_needs_a_dense_model_that_was_pruned_from_its_teacher(chain: Chain) -> None:
     pruned = PruneConfig(stage="prune", target_num_layers=3, inputs={"checkpoint": "import_hf"})
     chain = replace(chain, stages={"prune": pruned, "distill": DistillConfig()})
     inputs = {"checkpoint": "prune", "teacher": "import_hf", "data": "prepare_data"}
@@ -270,8 +270,9 @@ def test_heal_needs_a_dense_model_and_the_teacher_it_was_pruned_from(chain: Chai
     assert list(heal.check(cfg, chain)) == []
     too_long = replace(cfg, seq_length=chain.teacher.max_position_embeddings + 1)
     assert rule_names(heal.check(too_long, chain)) == ["seq-length"]
-    wrong = replace(cfg, inputs={**inputs, "teacher": "distill"})
-    assert only_problem(heal.check(wrong, chain)).fix == "set stages.heal.inputs.teacher=import_hf"
+    other_teacher = replace(cfg, inputs={**inputs, "teacher": "distill"})
+    problem = only_problem(heal.check(other_teacher, chain))
+    assert problem.fix == "set stages.heal.inputs.teacher=import_hf"
     unpruned = replace(cfg, inputs={**inputs, "checkpoint": "distill"})
     assert "inputs.checkpoint" in only_problem(heal.check(unpruned, chain)).fix
     moe = replace(chain.teacher, num_moe_experts=4, moe_ffn_hidden_size=64)

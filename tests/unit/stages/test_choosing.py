@@ -31,7 +31,7 @@ def top_level_statements(root: Path) -> Iterator[tuple[str, str, ast.stmt]]:
 
 
 def test_only_measuring_functions_read_held_out_text(root: Path) -> None:
-    """Only two modules name the split by a variable: they pass the name on to ``READERS``."""
+    """The split's name must be a literal, except in two modules that get it as an argument."""
     heldout_readers = set()
     for file, name, statement in top_level_statements(root):
         for node in ast.walk(statement):

@@ -36,6 +36,7 @@ TEACHERS = {
     "corrected": ["correct_teacher"],
     "corrected_cached": ["correct_teacher", "cache_logits"],
 }
+"""For each choice of ``teacher=``: the stages that it adds to a recipe."""
 
 
 def rule_names(cfg: DistillConfig, chain: Chain) -> list[str]:
@@ -69,7 +70,7 @@ def test_loss_and_early_stop(chain: Chain, fields: dict[str, Any], expected: lis
 
 
 @pytest.mark.parametrize(
-    ("fields", "context", "expected"),
+    ("fields", "chain_fields", "expected"),
     [
         ({"max_steps": 100}, {"runs_here": True}, True),
         ({"max_steps": 99}, {"runs_here": True}, False),
@@ -79,18 +80,18 @@ def test_loss_and_early_stop(chain: Chain, fields: dict[str, Any], expected: lis
         ({"max_steps": 100}, {"runs_here": True, "hardware": Hardware(kind="gpu")}, False),
     ],
 )
-def test_compiles_if_that_saves_time_and_a_compiler_is_installed(
+def test_distill_compiles_if_that_saves_time_and_a_compiler_is_installed(
     chain: Chain,
     fields: dict[str, Any],
-    context: dict[str, Any],
+    chain_fields: dict[str, Any],
     expected: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cfg, context_chain = DistillConfig(**fields), replace(chain, **context)
+    cfg, chain = DistillConfig(**fields), replace(chain, **chain_fields)
     # If the compiler is missing, only an explicit setting compiles.
     for missing, compiles in ((None, expected), (("g++", "install it"), fields.get("compile"))):
         monkeypatch.setattr("recipes.distillation.training.missing_compiler", lambda m=missing: m)
-        assert distill.STAGE.resolve_from_chain(cfg, context_chain).compile is bool(compiles)
+        assert distill.STAGE.resolve_from_chain(cfg, chain).compile is bool(compiles)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_default_pairs_are_the_layers_that_pruning_kept() -> None:
         ({"context_parallel_size": 2}, {}, "context_parallel_size=2"),
     ],
 )
-def test_a_cached_teacher_must_match(
+def test_a_cached_teacher_must_match_the_distillation(
     chain: Chain,
     tmp_path: Path,
     settings: dict[str, Any],

@@ -1,4 +1,4 @@
-"""Tests the checks of ``evaluate_tasks``, the config group ``tasks``, and the headline."""
+"""Tests the checks of ``evaluate_tasks``, the group ``tasks``, and the result in one line."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_invalid_tasks_break_a_rule(
     assert rule_names(chain, **fields) == expected
 
 
-def test_the_verified_version_of_the_harness_must_be_installed(
+def test_the_verified_version_of_lm_eval_must_be_installed(
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(task_checks.metadata, "version", lambda name: "0.3.0")
@@ -63,7 +63,7 @@ def test_the_verified_version_of_the_harness_must_be_installed(
     assert "./install.sh" in problem.fix
 
 
-def test_the_harness_is_pinned_to_the_verified_version(root: Path) -> None:
+def test_lm_eval_is_pinned_to_the_verified_version(root: Path) -> None:
     extras = tomllib.loads((root / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
@@ -90,7 +90,7 @@ def test_tasks_are_chosen_on_the_command_line(
     ("names", "scores"),
     [(("sciq", "piqa", "lambada"), "0.762 → 0.483 → 0.718"), (("lambada",), "lambada")],
 )
-def test_headline_is_the_mean_of_scores_that_are_fractions(
+def test_headline_is_the_mean_of_only_those_scores_that_are_fractions(
     names: tuple[str, ...], scores: str
 ) -> None:
     """A mean of accuracies and a perplexity would have no meaning."""

@@ -82,7 +82,7 @@ def test_a_plan_uses_the_measured_rates(
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setattr(
         hardware, "LAYER_PASS_SECONDS", 0.0
-    )  # this time does not depend on the rates
+    )  # this time does not depend on the rates, so it would hide their effect
     [planned] = [s for s in plan().stages if s.name == "plan"]
     out = tmp_path / "work" / ARTIFACT
     out.mkdir(parents=True)
@@ -106,7 +106,8 @@ def test_a_plan_uses_the_measured_rates(
 
 
 def test_the_hours_of_tokenization(plan: MakePlan, tmp_path: Path) -> None:
-    """8.352 GB are 2.088 billion tokens of 4 bytes: an hour of 2 processes at 290,000 tokens/s."""
+    """8.352 GB are 2.088 billion tokens of 4 bytes. Two processes need an hour for them, each at
+    290,000 tokens/s."""
     with (tmp_path / "large.txt").open("wb") as file:
         file.truncate(8_352_000_000)
     overrides = (
