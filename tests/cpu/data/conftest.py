@@ -23,7 +23,7 @@ def tokenizer(odd_llama: Path) -> DocumentTokenizer:
 
 
 def read(text_file: Path) -> list[str]:
-    """Reads the texts of a file, without blank lines in them."""
+    """Reads the texts of a file, and removes blank lines from them."""
     texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
     return [re.sub(r"\s*\n\s*", "\n", text).strip() for text in texts]
 
@@ -34,11 +34,11 @@ def cfg(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> PrepareDat
     folder = tmp_path_factory.mktemp("sources")
     texts = read(text_file)
     (folder / "prose.txt").write_text("\n\n".join(texts[300:560]))
-    (folder / "apart.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts[550:600]))
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts[550:600]))
     (folder / "records.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts[:310] * 2))
     return PrepareDataConfig(
         sources=[str(folder / "records.jsonl"), str(folder / "prose.txt")],
-        heldout_sources=[str(folder / "apart.jsonl")],
+        heldout_sources=[str(folder / "held_out.jsonl")],
     )
 
 

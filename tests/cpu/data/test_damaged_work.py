@@ -14,7 +14,7 @@ from recipes.data.split_writer import SplitWriter
 
 
 @pytest.mark.parametrize("damage", ["truncated", "overwritten"])
-def test_a_damaged_ledger_is_named(tmp_path: Path, damage: str) -> None:
+def test_the_error_names_a_damaged_ledger(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "ledger.sqlite"
     with preparation.Ledger(path) as ledger:
         for number in range(2000):
@@ -29,7 +29,7 @@ def test_a_damaged_ledger_is_named(tmp_path: Path, damage: str) -> None:
     assert f"delete {tmp_path} " in str(e.value)
 
 
-def test_a_file_shorter_than_its_record_is_refused(tmp_path: Path) -> None:
+def test_a_file_shorter_than_its_recorded_size_is_refused(tmp_path: Path) -> None:
     with SplitWriter(tmp_path, ["train"]) as writer:
         writer.add("train", [1, 2, 3])
     (tmp_path / "train.bin").write_bytes(b"")

@@ -34,7 +34,8 @@ _word_numbers: dict[str, int] = {}
 def ngrams(text: str) -> np.ndarray:
     """Returns a hash of every n-gram of words, without case and punctuation: uint64 [n-grams].
 
-    A word's number is mixed to 64 random bits. A hash is the sum of these times ``FACTORS``.
+    Each word's number is mixed into 64 pseudo-random bits. An n-gram's hash is the sum of the mixed
+    numbers of its words, each times its factor of ``FACTORS``.
     """
     words = re.findall(r"\w+", text.lower())
     numbers = [_word_numbers.setdefault(word, len(_word_numbers)) + 1 for word in words]
@@ -97,7 +98,7 @@ def overlaps_in(sources: Iterable[str]) -> Iterator[tuple[str, str]]:
                 yield digest(document.text).hex(), " ".join(words)
 
 
-def test_no_training_document_overlaps_with_evaluation_text() -> None:
+def test_exactly_the_documents_that_overlap_with_evaluation_text_are_excluded() -> None:
     overlaps = dict(overlaps_in(GROUP.sources))
     excluded = set(GROUP.excluded_documents)
     assert overlaps.keys() == excluded, {
@@ -117,7 +118,7 @@ def test_eight_kinds_have_small_downloads_licences_and_equal_weights() -> None:
 
 
 def test_a_run_prepares_the_eight_kinds(even_llama: Path, tmp_path: Path) -> None:
-    """A stage reads the run's copy of the code, which has none of this repository's configs."""
+    """Stages run from a copy of the code without configs, so settings must name all sources."""
     run = tmp_path / "run"
     done = run_recipe(
         "recipe=llama_depth_prune",

@@ -1,4 +1,4 @@
-"""Tests the preparation of text: any number of processes, and ``kill -9``, give the same bytes."""
+"""Tests that preparation gives the same bytes with more processes, and after ``kill -9``."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def test_every_document_is_in_one_split_and_held_out_sources_are_in_heldout(
         assert size == 4 * sum(map(len, documents(folder, split)))
     for split, tokens in done.sources.items():
         assert 4 * sum(tokens.values()) == done.sizes[split][0]
-        assert list(tokens) == [n for n in ("apart", "records", "prose") if n in tokens]
-        assert ("apart" in tokens) == (split == "heldout")
+        assert list(tokens) == [n for n in ("held_out", "records", "prose") if n in tokens]
+        assert ("held_out" in tokens) == (split == "heldout")
     assert list(done.sources["train"]) == ["records", "prose"]
     lines = Path(cfg.heldout_sources[0]).read_text().splitlines()
     encoded = tokenizer.encode([json.loads(line).strip() for line in lines])
-    apart = list(dict.fromkeys(tuple(d.ids.tolist()) for d in encoded))
-    assert documents(folder, "heldout")[: len(apart)] == apart
-    assert done.sources["heldout"]["apart"] == sum(map(len, apart))
+    held_out = list(dict.fromkeys(tuple(d.ids.tolist()) for d in encoded))
+    assert documents(folder, "heldout")[: len(held_out)] == held_out
+    assert done.sources["heldout"]["held_out"] == sum(map(len, held_out))
 
 
 def test_excluded_documents_are_in_no_split(
@@ -120,16 +120,16 @@ def test_more_processes_write_the_same_bytes(
     assert content(tmp_path) == content(undisturbed[0])
 
 
-def test_a_killed_process_is_named(tokenizer: DocumentTokenizer) -> None:
+def test_a_killed_tokenizer_process_is_reported(tokenizer: DocumentTokenizer) -> None:
     children_before = set(_children(os.getpid()))
     encoded = encode_all(tokenizer, (([f"text {n} " * 100], n) for n in range(10_000)), 2)
     next(encoded)
-    victims = [
+    workers = [
         stat.parent
         for stat in set(_children(os.getpid())) - children_before
         if b"spawn_main" in (stat.parent / "cmdline").read_bytes()
     ]
-    os.kill(int(victims[0].name), signal.SIGKILL)
+    os.kill(int(workers[0].name), signal.SIGKILL)
     with pytest.raises(RecipeError, match="a tokenizer process was killed by SIGKILL") as e:
         list(encoded)
     assert "fewer processes take less memory" in str(e.value)
@@ -170,13 +170,13 @@ def undisturbed_mixed(
         return folder, prepare(mixed[0], tokenizer, folder, LOG, chat)
 
 
-def test_conversations_lie_whole_in_sequences_with_masked_answers(
+def test_conversations_lie_whole_in_sequences_with_only_answers_in_the_loss(
     mixed: tuple[PrepareDataConfig, list[str]],
     undisturbed_mixed: tuple[Path, PreparationState],
     tokenizer: DocumentTokenizer,
     odd_llama: Path,
 ) -> None:
-    """The text before the conversations has the mask of plain text."""
+    """Of plain text, all tokens except the first of each document are targets of the loss."""
     hf_tokenizer, (folder, done) = AutoTokenizer.from_pretrained(odd_llama), undisturbed_mixed
     chat_ids = (tuple(hf_tokenizer(text)["input_ids"]) for text in dict.fromkeys(mixed[1]))
     remaining = Counter(chat_ids)
@@ -191,7 +191,7 @@ def test_conversations_lie_whole_in_sequences_with_masked_answers(
         assert 4 * sum(source_tokens.values()) == done.sizes[split][0] == 4 * len(tokens)
         before = np.concatenate([[tokenizer.end], tokens[:-1]])[:start]
         assert (loss_mask[:start] == (before != tokenizer.end)).all()
-        for ids, marks in _documents(tokens, loss_mask, start, stop, tokenizer.end):
+        for ids, mask in _conversations(tokens, loss_mask, start, stop, tokenizer.end):
             if remaining[ids] > 0:
                 remaining[ids] -= 1
             else:  # the start of a conversation that was shortened because it is too long
@@ -201,8 +201,8 @@ def test_conversations_lie_whole_in_sequences_with_masked_answers(
             for token in ids:
                 expected.append(turn % 2 == 1)
                 turn += token == tokenizer.end
-            assert marks == expected
-            used, answers = used + 1, answers + sum(marks)
+            assert mask == expected
+            used, answers = used + 1, answers + sum(mask)
         packed_tokens += stop - start
     counts = done.conversations["chats"]
     assert (counts["used"], counts["answer tokens"]) == (used, answers)
@@ -215,10 +215,10 @@ def test_conversations_lie_whole_in_sequences_with_masked_answers(
     assert min(remaining.values()) == 0
 
 
-def _documents(
+def _conversations(
     tokens: np.ndarray, loss_mask: np.ndarray, start: int, stop: int, end: int
 ) -> Iterator[tuple[tuple[int, ...], list[bool]]]:
-    """Yields ids and masks of conversations. Two end tokens follow each: its own and ``end``."""
+    """Yields ids and masks of conversations, without the second end token, which follows each."""
     for sequence in range(start // LENGTH, -(-stop // LENGTH)):
         position = max(start, sequence * LENGTH)
         last = min(stop, (sequence + 1) * LENGTH)
@@ -241,7 +241,7 @@ def prepare_until_killed(
     lines: int,
     chat: ChatTokenizer | None,
 ) -> None:
-    """Prepares in small batches, and waits when the log is a few lines longer than ``lines``."""
+    """Prepares in small batches, and waits to be killed a few log lines after ``lines`` lines."""
     metrics = folder / "metrics.jsonl"
 
     class WaitingLog(MetricsLog):
@@ -255,7 +255,7 @@ def prepare_until_killed(
 
 
 @pytest.mark.parametrize(("chats", "processes"), [(False, 1), (False, 2), (True, 1)])
-def test_killed_work_resumes_to_the_same_bytes(
+def test_a_killed_preparation_resumes_and_writes_the_same_bytes(
     chats: bool,
     processes: int,
     tokenizer: DocumentTokenizer,
@@ -339,7 +339,7 @@ def test_max_tokens_limits_each_source(
         assert number * budget <= tokens < number * (budget + longest)
 
 
-def test_max_documents_takes_the_first_of_each_source(
+def test_max_documents_takes_the_first_documents_of_each_source(
     cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, text_file: Path, tmp_path: Path
 ) -> None:
     limited = replace(cfg, heldout_sources=[], max_documents=40)

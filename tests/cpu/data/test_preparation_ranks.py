@@ -34,7 +34,7 @@ preparation.BATCH_DOCUMENTS = 64
 cfg = PrepareDataConfig(**json.loads(Path(sys.argv[1]).read_text()))
 folder = Path(sys.argv[3])
 for deadline in (True, True, False):
-    os.environ["STAGE_DEADLINE"] = "1" if deadline else ""  # 1 second after 1970 has passed
+    os.environ["STAGE_DEADLINE"] = "1" if deadline else ""  # Unix time 1 has passed long ago
     try:
         prepare(cfg, load_tokenizer(Path(sys.argv[2])), folder, MetricsLog(None))
         stopped = False

@@ -58,7 +58,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_short_conversations_come_in_larger_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch has ``BATCH_TOKENS`` or the requested tokens, but at least 32 conversations."""
+    """A batch has the requested tokens, up to ``BATCH_TOKENS``, but at least 32 conversations."""
     monkeypatch.undo()  # the real ``BATCH_TOKENS``
     large = replace(REQUEST, tokens=200_000)
     sizes = [replace(large, seq_length=n).batch_size() for n in (256, 512, 1024, 8192)]
@@ -83,7 +83,7 @@ def test_each_request_is_written_once(teacher: ChatWriter, monkeypatch: pytest.M
     assert other_file != file
     assert conversations[:9] != other[:9]
     assert write_and_read(replace(teacher, sha256="u"), REQUEST)[1] not in (file, other_file)
-    # A second run generates nothing, and a damaged file is assembled again from its batches.
+    # A second run generates nothing: it assembles the damaged file again from stored batches.
     file.write_text("{}\n")
     monkeypatch.setattr(teacher_chats, "_generate", no_generation)
     assert write_and_read(teacher, REQUEST)[0] == conversations
@@ -126,8 +126,8 @@ def test_questions_of_a_file_are_answered_once_each(teacher: ChatWriter, tmp_pat
     answer = {"role": "assistant", "content": "no"}
     lines = [json.dumps({"messages": [*turns, answer, turns[1], answer]}) for turns in questions]
     (tmp_path / "questions.jsonl").write_text("\n".join(lines))
-    prompts = replace(REQUEST, tokens=10**6, prompts=str(tmp_path / "questions.jsonl"))
-    conversations, file = write_and_read(teacher, prompts)
+    request = replace(REQUEST, tokens=10**6, prompts=str(tmp_path / "questions.jsonl"))
+    conversations, file = write_and_read(teacher, request)
     answered = [conversation["messages"][:-1] for conversation in conversations]
     positions = [questions.index(turns) for turns in answered]
     assert 5 < len(conversations) < len(questions)  # answers that do not end are left out
@@ -135,7 +135,7 @@ def test_questions_of_a_file_are_answered_once_each(teacher: ChatWriter, tmp_pat
     assert all(len(conversation["messages"]) == 3 for conversation in conversations)
     # If the content of the file changes, the request and its folder are new.
     (tmp_path / "questions.jsonl").write_text("\n".join(lines[:3]))
-    assert write_and_read(teacher, prompts)[1] != file
+    assert write_and_read(teacher, request)[1] != file
 
 
 def test_padding_of_prompts_does_not_change_their_continuations(teacher: ChatWriter) -> None:

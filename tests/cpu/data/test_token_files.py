@@ -61,7 +61,7 @@ def ignore(done: int, total: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_splits_are_links_to_ranges_without_overlap(
+def test_splits_are_ranges_without_overlap_and_link_to_the_tokens(
     write: Write, tmp_path: Path, dtype: type[np.number]
 ) -> None:
     prefix = write(dtype)
@@ -138,14 +138,14 @@ def test_the_stage_links_tokens_and_tokenizes_held_out_text(
     tokenizer = load_tokenizer(odd_llama)
     prefix, out = write(np.int32, end=tokenizer.end), tmp_path / "stage" / "work" / "artifact"
     out.mkdir(parents=True)
-    (tmp_path / "apart.txt").write_text("A text that only evaluations read. " * 20)
+    (tmp_path / "held_out.txt").write_text("A text that only evaluations read. " * 20)
     cfg = PrepareDataConfig(
         stage="prepare_data",
         prefix=str(prefix),
-        heldout_sources=[str(tmp_path / "apart.txt")],
+        heldout_sources=[str(tmp_path / "held_out.txt")],
         seq_length=32,
     )
-    assert [path.suffix for path in STAGE.external(cfg).values() if path.stem != "apart"] == [
+    assert [path.suffix for path in STAGE.external(cfg).values() if path.stem != "held_out"] == [
         ".idx",
         ".bin",
     ]

@@ -59,7 +59,7 @@ def encode(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> Encoded:
 
 
 def texts_in_loss(tokenizer: ChatTokenizer, conversation: Encoded) -> list[str]:
-    """Returns the text of each run of tokens that are in the loss."""
+    """Returns the text of each contiguous run of tokens that are targets of the loss."""
     assert conversation.loss_mask is not None
     edges = np.flatnonzero(np.diff(np.concatenate([[0], conversation.loss_mask, [0]])))
     runs = zip(edges[::2], edges[1::2], strict=True)
@@ -205,13 +205,13 @@ def token_ids(tokenizer: DocumentTokenizer, texts: list[str]) -> list[list[int]]
 @pytest.mark.parametrize(
     ("special", "eos", "end"),
     [
-        (["<|endoftext|>"], "<|endoftext|>", "<|endoftext|>"),  # SmolLM2, Qwen: base
-        (["<|im_end|>", "<|endoftext|>"], "<|im_end|>", "<|endoftext|>"),  # instruct
+        (["<|endoftext|>"], "<|endoftext|>", "<|endoftext|>"),  # base models of SmolLM2, Qwen
+        (["<|im_end|>", "<|endoftext|>"], "<|im_end|>", "<|endoftext|>"),  # instruct models
         (["<|im_end|>", "<|end_of_text|>"], "<|im_end|>", "<|end_of_text|>"),  # Llama 3 instruct
         (["<s>", "</s>"], "</s>", "</s>"),  # Mistral: documents and turns end alike
     ],
 )
-def test_a_document_ends_with_the_end_of_text(
+def test_a_document_ends_with_the_end_of_text_token(
     tmp_path: Path, special: list[str], eos: str, end: str
 ) -> None:
     documents = load_tokenizer(save_tokenizer(tmp_path, *special, eos_token=eos))
@@ -236,12 +236,12 @@ def test_the_token_between_documents_can_be_chosen(tmp_path: Path) -> None:
     assert "data.document_end" in str(caught.value)
 
 
-def test_the_name_of_a_special_token_in_a_text_is_text(tmp_path: Path) -> None:
+def test_a_special_token_written_in_a_document_is_encoded_as_text(tmp_path: Path) -> None:
     folder = save_tokenizer(tmp_path, "<|endoftext|>", eos_token="<|endoftext|>")
     [ids] = token_ids(load_tokenizer(folder), ["a<|endoftext|>b"])
     assert ids.index(3) == len(ids) - 1
 
 
-def test_a_tokenizer_without_any_end_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_without_any_end_token_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="has no token eos_token"):
         load_tokenizer(save_tokenizer(tmp_path, "<s>"))

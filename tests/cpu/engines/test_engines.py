@@ -1,4 +1,4 @@
-"""Tests engines of tiny models in float32 and compressed, quantization, and rates of GEMMs."""
+"""Tests float32 and compressed engines of tiny models, quantization, and measured GEMM rates."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_float32_engines_generate_the_tokens_of_transformers(
     generation = Pipeline(engine).generate(prompts, 24)
     generated = torch.tensor(generation.tokens)
     assert generated.shape == (3, 24)
-    # Logits are compared, because of two equally likely tokens, processors choose different ones.
+    # Logits are compared, because processors choose different ones of two equally likely tokens.
     assert greedy_margin(source, prompts, generated) < 1e-4
     assert 0 < generation.timing.first_seconds < generation.timing.total_seconds
     for pattern in TOKENIZER_FILES:
@@ -273,17 +273,18 @@ def test_quantized_checkpoints(
     assert json.loads((out / "config.json").read_text())["quantization_config"]
     assert (out / "tokenizer.json").read_bytes() == (aligned / "tokenizer.json").read_bytes()
     layer = "model.layers.1.mlp.gate_proj"
-    before, after = Weights(aligned).read(f"{layer}.weight").float(), Weights(out)
-    weight, scale = after.read(f"{layer}.weight"), after.read(f"{layer}.weight_scale").float()
+    original, files = Weights(aligned).read(f"{layer}.weight").float(), Weights(out)
+    weight, scale = files.read(f"{layer}.weight"), files.read(f"{layer}.weight_scale").float()
     if name == "fp8":
         assert weight.dtype == torch.float8_e4m3fn
         # FP8 has three bits of mantissa, so the relative error is at most a sixteenth.
-        assert ((weight.float() * scale - before).abs() <= before.abs() / 16 + scale / 512).all()
+        error = (weight.float() * scale - original).abs()
+        assert (error <= original.abs() / 16 + scale / 512).all()
     if name == "int4_awq":
         # TensorRT-LLM's engine builder does not read this name, so a rule refuses AWQ engines.
-        assert {n.split(".")[-1] for n in after.names() if "quant" in n} == {"pre_quant_scale"}
-        assert weight.numel() * 2 == before.numel()
-        assert scale.numel() * 128 == before.numel()
+        assert {n.split(".")[-1] for n in files.names() if "quant" in n} == {"pre_quant_scale"}
+        assert weight.numel() * 2 == original.numel()
+        assert scale.numel() * 128 == original.numel()
 
 
 SMOLLM2 = Architecture(
@@ -292,14 +293,14 @@ SMOLLM2 = Architecture(
 
 
 def test_measured_rates_are_plausible() -> None:
-    """The lower limits are below the rate of a core without vector units, the upper above any."""
+    """The limits are below the rate of a core without vector units, and above that of any core."""
     before = torch.get_num_threads()
     rates, _ = training_rates(1)
     assert 1e9 < rates.float32_flops_per_second < 1e12
     assert 1e8 < rates.flops_per_second < 1e13
     assert 5e8 < rates.bytes_per_second < 1e12
     assert torch.get_num_threads() == before
-    # The CPU time of helper threads is counted late, so too short GEMMs would seem twice as fast.
+    # The CPU time of helper threads is counted late: GEMMs that are too short seem twice as fast.
     two_cores, _ = training_rates(2)
     assert two_cores.float32_flops_per_second < 3 * rates.float32_flops_per_second
     assert two_cores.flops_per_second < 3 * rates.flops_per_second
@@ -309,7 +310,7 @@ def test_measured_rates_are_plausible() -> None:
 def test_a_rate_is_the_mean_over_all_gemms_of_a_model(
     rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The head has half the rate. An emulated type is measured in one small GEMM only."""
+    """The head has half the rate. The lower rate is of an emulated type: one GEMM is measured."""
     counted = []  # FLOPs of each measurement: smallest GEMM, layers, head, for each data type
 
     def seconds(operation: Callable[[], object], device: str = "cpu") -> float:

@@ -73,12 +73,12 @@ def children() -> set[int]:
 
 
 def as_input(folder: Path, kind: str, result: Any = None, artifact: Path | None = None) -> Input:
-    """Returns a complete stage; ``artifact`` is linked as its result."""
+    """Returns a complete stage in ``folder``. Its artifact is a link to ``artifact``."""
     folder.mkdir()
     manifest = bare_manifest("test", kind, result)
     if artifact is not None:
         (folder / ARTIFACT).symlink_to(artifact)
-        manifest.files = stamp_files(artifact)  # the cache of answers identifies students by these
+        manifest.files = stamp_files(artifact)  # the cache of answers identifies a student by them
     return Input(folder, manifest)
 
 
@@ -124,7 +124,7 @@ def test_llama_cpp_generates_the_text_of_transformers(
     assert all(expected)
 
 
-def test_an_openvino_engine_is_paired_with_its_student(even_llama: Path, tmp_path: Path) -> None:
+def test_an_openvino_engine_is_compared_with_its_student(even_llama: Path, tmp_path: Path) -> None:
     checkpoint = as_input(tmp_path / "checkpoint", "checkpoint_hf", artifact=even_llama)
     largest_gap = {}
     for precision in ("fp32", "int4"):
@@ -167,7 +167,7 @@ def gguf_inputs(root: Path, folder: Path, weight_type: str) -> dict[str, Input]:
     }
 
 
-def test_a_gguf_file_is_paired_with_its_student(even_llama: Path, tmp_path: Path) -> None:
+def test_a_gguf_file_is_compared_with_its_student(even_llama: Path, tmp_path: Path) -> None:
     before = children()
     inputs = gguf_inputs(tmp_path, even_llama, "q8_0")
     result = evaluate_served.run(config(), inputs, make_artifact_folder(tmp_path, "stage")).result
@@ -179,7 +179,7 @@ def test_a_gguf_file_is_paired_with_its_student(even_llama: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("problem", ["missing", "port", "damaged", "killed"])
-def test_a_server_that_fails_ends_in_one_message(
+def test_a_failing_server_gives_one_message(
     even_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str
 ) -> None:
     before, inputs, settings = children(), gguf_inputs(tmp_path, even_llama, "f16"), {}

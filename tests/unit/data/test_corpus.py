@@ -113,7 +113,7 @@ def test_the_first_conversations_of_a_file_are_checked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("record", ['{"body": "x"}', '{"text": 3}', "7", "null", '["x"]'])
-def test_record_without_text_is_numbered(tmp_path: Path, record: str) -> None:
+def test_the_error_names_the_line_of_a_record_without_text(tmp_path: Path, record: str) -> None:
     source = write(tmp_path, "a.jsonl", f'{{"text": "one"}}\n{record}\n')
     with pytest.raises(RecipeError, match="line 2: no text in field 'text'") as caught:
         documents(source)
@@ -137,7 +137,7 @@ BINARY, UNREADABLE = b"\xff\xfe\x00", "cannot be read as"
         *(("a.json", content, UNREADABLE) for content in (b"3", b"null", b"true", b'"a text"')),
     ],
 )
-def test_an_unreadable_file_is_named(
+def test_the_error_names_an_unreadable_file(
     tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
     if content is not None:
@@ -207,10 +207,10 @@ def test_split_of_extreme_fractions(fraction: float, name: str) -> None:
 
 
 @pytest.mark.parametrize("stretches", [1, 3])
-def test_each_split_has_long_runs_of_paragraphs(
+def test_each_split_has_one_run_of_paragraphs_in_each_stretch(
     tmp_path: Path, stretches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Runs of paragraphs for training and evaluation alternate only once per stretch of text."""
+    """A stretch is a section of a text (see ``STRETCH``), which is divided among the splits."""
     paragraphs = [f"paragraph {i:4}" for i in range(3000)]
     source = write(tmp_path, "a.txt", "\n\n".join(paragraphs))
     monkeypatch.setattr(corpus, "STRETCH", Path(source).stat().st_size / stretches)
@@ -272,7 +272,7 @@ def test_options_of_sources(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.json", "a.jsonl"])
-def test_a_new_reader_resumes(tmp_path: Path, name: str) -> None:
+def test_a_new_reader_resumes_at_a_saved_state(tmp_path: Path, name: str) -> None:
     texts = [f"document {i}" if i % 3 else "" for i in range(1, 20)]
     content = {"a.txt": "\n\n".join(texts), "a.json": json.dumps(texts)}
     lines = "\n".join(map(json.dumps, texts))
@@ -297,7 +297,7 @@ def test_a_dataset_is_read_at_the_recorded_commit(
         return SimpleNamespace(card_data=card, sha=revision or newest)
 
     monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
-    # ``bare`` has no revision.
+    # ``bare`` has no revision, so its commit is the newest.
     bare, older = "hf://org/data@en:train", f"hf://org/data:train#revision={OLDER}"
     assert origin_of(bare) == Origin("mit, cc0-1.0", NEWEST)
     assert origin_of(older) == Origin("cc-by-4.0", OLDER)
@@ -333,7 +333,7 @@ def test_a_weight_does_not_change_the_text() -> None:
         assert without_weight(source) == expected
 
 
-def test_tokens_and_epochs_of_a_training() -> None:
+def test_tokens_and_epochs_of_a_training_run() -> None:
     train = [SourceTokens("a", 100), SourceTokens("b", 300), SourceTokens("c", 0)]
     result = DatasetResult({}, {}, [], {"train": train}, document_end=0)
     unweighted = result.trained_sources(800, {})
@@ -344,7 +344,7 @@ def test_tokens_and_epochs_of_a_training() -> None:
     ]
 
 
-def test_a_renamed_member_of_a_wheel_is_named(
+def test_the_error_names_a_file_that_a_wheel_does_not_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path))

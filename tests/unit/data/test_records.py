@@ -14,7 +14,7 @@ from recipes.data.corpus import read_source
 from tests.unit.data.test_corpus import documents, write
 
 
-def test_files_of_text_are_one_document_each(tmp_path: Path) -> None:
+def test_python_and_markup_files_are_one_document_each(tmp_path: Path) -> None:
     for name in ("a.py", "b.rst", "c.md"):
         source = write(tmp_path, name, "first = 1\r\n\n\nsecond = 2\n")
         assert documents(source) == ["first = 1\n\n\nsecond = 2"]

@@ -29,9 +29,9 @@ def test_each_epoch_and_seed_has_its_own_order_of_all_sequences() -> None:
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_a_subset_keeps_the_order_of_the_whole(epoch: int) -> None:
     whole = sequence_order(np.arange(200), 200, seed=5, epoch=epoch)
-    ids = np.random.default_rng(0).choice(200, size=37, replace=False)
-    expected = [number for number in whole if number in set(ids)]
-    assert list(sequence_order(ids, 200, seed=5, epoch=epoch)) == expected
+    subset = np.random.default_rng(0).choice(200, size=37, replace=False)
+    expected = [number for number in whole if number in set(subset)]
+    assert list(sequence_order(subset, 200, seed=5, epoch=epoch)) == expected
 
 
 @pytest.mark.parametrize(("tokens", "sequences"), [(9, 2), (8, 1), (5, 1), (4, 0)])
@@ -42,7 +42,7 @@ def test_a_sequence_needs_the_label_of_its_last_token(tokens: int, sequences: in
         assert list(sequence_tokens(text, 4, number)) == list(range(number * 4, number * 4 + 5))
 
 
-def test_predictions_from_the_end_of_a_document_do_not_count() -> None:
+def test_predictions_of_the_token_after_an_end_token_are_not_in_the_loss() -> None:
     """The end token itself is predicted. A sequence's first token is not predicted."""
     text = TextSequences.of(torch.tensor([[5, 0, 6, 7], [0, 8, 9, 0]]), end=0)
     assert text.prediction_mask.tolist() == [[True, False, True], [False, True, True]]
@@ -51,8 +51,8 @@ def test_predictions_from_the_end_of_a_document_do_not_count() -> None:
     assert TextSequences.of(text.tokens).predictions == 6
 
 
-def test_a_loss_mask_decides_which_predictions_count() -> None:
-    """A turn of a conversation may end with the token that ends a document."""
+def test_a_loss_mask_decides_which_predictions_are_in_the_loss() -> None:
+    """End tokens have no effect then, because a turn may end with the token that ends documents."""
     loss_mask = torch.tensor([[True, False, True, True], [True, True, False, False]])
     text = TextSequences.of(torch.tensor([[5, 0, 6, 7], [0, 8, 9, 0]]), 0, loss_mask)
     assert text.prediction_mask.tolist() == [[False, True, True], [True, False, False]]
@@ -69,7 +69,7 @@ def test_sequences_are_spread_over_the_sources() -> None:
     assert sequences_by_source(sources[1:2], 4, 2) == {}
 
 
-def test_the_first_sequences_are_those_of_each_source() -> None:
+def test_first_selects_the_first_sequences_of_each_source() -> None:
     tokens = torch.arange(10)[:, None].expand(10, 4)
     text = replace(TextSequences.of(tokens), sources={"a": slice(0, 6), "b": slice(6, 10)})
     assert text.first(3).tokens[:, 0].tolist() == [0, 1, 6, 7]

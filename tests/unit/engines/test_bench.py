@@ -87,7 +87,7 @@ def test_rates_are_computed_from_seconds() -> None:
 
 
 class ScriptedWorker(Worker):
-    """Returns fixed timings and records its requests."""
+    """Returns fixed timings, ten times as long in a warm-up, and records its requests."""
 
     requests: ClassVar[list[tuple[str, int, list[list[int]]]]] = []
 
@@ -95,9 +95,9 @@ class ScriptedWorker(Worker):
         self.name, self.seconds = model.role, seconds
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Timing:
-        first = not any(r[:2] == (self.name, len(prompts)) for r in self.requests)
+        is_warm_up = not any(r[:2] == (self.name, len(prompts)) for r in self.requests)
         self.requests.append((self.name, len(prompts), prompts))
-        seconds = self.seconds * (10 if first else 1)
+        seconds = self.seconds * (10 if is_warm_up else 1)
         return Timing(seconds, 3 * seconds)
 
     def __exit__(self, *_: object) -> None:

@@ -47,7 +47,7 @@ def config(**settings: Any) -> BuildEngineConfig:
 
 
 def rules(cfg: BuildEngineConfig, chain: Chain) -> list[str]:
-    """Returns the broken rules on this machine, where no image is needed."""
+    """Returns the broken rules if stages run on this machine, which needs no container image."""
     return [p.rule.name for p in engine_problems(cfg, replace(chain, runs_here=True))]
 
 
@@ -115,7 +115,7 @@ def test_options_of_the_pytorch_backend_exist() -> None:
     cfg = config(backend="tensorrt_llm_pytorch", kv_cache_dtype="fp8")
     options = json.loads(tensorrt_llm.llm_options(cfg, 1024))
     assert options.keys() <= set(API["llm options"]["options"])
-    # trtllm-bench sets some of them, but a kv_cache_config in the options replaces all of these.
+    # trtllm-bench has its own KV cache options. kv_cache_config replaces all, so it needs each one.
     set_by_benchmark = set(API["options of the benchmark itself"]["kv_cache_config"])
     known = set_by_benchmark | set(API["llm options"]["kv_cache_config"])
     assert set_by_benchmark <= options["kv_cache_config"].keys() <= known
@@ -249,7 +249,7 @@ def test_a_format_of_another_backend_is_suggested(teacher: Architecture) -> None
 
 
 def checkpoint_folder(folder: Path, algorithm: str | None) -> Path:
-    """Makes a folder that declares quantization by an algorithm, or none."""
+    """Makes a folder that declares quantization by ``algorithm``, or no quantization."""
     folder.mkdir(exist_ok=True)
     if algorithm:
         text = json.dumps({"quantization": {"quant_algo": algorithm}})
@@ -282,7 +282,7 @@ def test_an_engine_must_match_its_config(tmp_path: Path) -> None:
         tensorrt_llm.require_engine(tmp_path, request)
     (tmp_path / "rank0.engine").write_bytes(b"engine")
     tensorrt_llm.require_engine(tmp_path, request)
-    engine["pretrained_config"]["quantization"]["quant_algo"] = None  # silently not quantised
+    engine["pretrained_config"]["quantization"]["quant_algo"] = None  # silently not quantized
     (tmp_path / "config.json").write_text(json.dumps(engine))
     with pytest.raises(RecipeError, match="quant_algo=None instead of W8A16"):
         tensorrt_llm.require_engine(tmp_path, request)
@@ -360,7 +360,7 @@ def parse(path: Path) -> ast.Module:
 def differences(root: Path) -> list[str]:
     """Returns how the package's source differs from the record, without importing the package.
 
-    The record has names, and classes that do not map the names of tensors.
+    The record lists names that must exist, and classes that must not map the names of tensors.
     """
     missing = []
     for title, entry in API.items():

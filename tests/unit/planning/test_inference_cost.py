@@ -96,20 +96,20 @@ def test_scoring_keeps_the_input_of_every_layer() -> None:
     )
 
 
-def test_healing_holds_a_layer_at_a_time_on_a_gpu() -> None:
+def test_least_squares_reconstruction_holds_one_layer_at_a_time_on_a_gpu() -> None:
     student = replace(LLAMA, hidden_size=3072, ffn_hidden_size=9216)
     gpu, cpu = (healing_cost(LLAMA, student, TEXT, profile) for profile in (H100, CPU))
-    both = LLAMA.parameters() + student.parameters()
-    assert gpu.memory.weights == 4 * both / 32
-    assert cpu.memory.weights == gpu.memory.weights + 2 * both
+    parameters = LLAMA.parameters() + student.parameters()
+    assert gpu.memory.weights == 4 * parameters / 32
+    assert cpu.memory.weights == gpu.memory.weights + 2 * parameters
     tokens = 40 * 8192
     streams = tokens * (2 * (4096 + 3072) + 9216)
     assert gpu.memory.activations == 4 * (streams + PASS_TOKENS * 5 * 14336)
     # Four least-squares fits per layer: QKV and the first FFN weight have the student's hidden size
     # as inputs; the output projections have the heads' channels and the FFN width.
     fits = 2 * 3072 * (3072 + 4096) + sum(n * (n + 3072) for n in (32 * 128, 9216))
-    headless = replace(TEXT, scored_fraction=0)
-    forward = sum(headless.compute(arch, False).gemm_flops for arch in (LLAMA, student))
+    unscored = replace(TEXT, scored_fraction=0)  # without the FLOPs of the heads
+    forward = sum(unscored.compute(arch, False).gemm_flops for arch in (LLAMA, student))
     assert gpu.compute.gemm_flops - forward == pytest.approx(tokens * 32 * 2 * fits)
 
 
@@ -139,7 +139,7 @@ def test_estimated_memory_is_within_10_percent_of_measurements_on_a_cpu() -> Non
     assert scored.memory.total == pytest.approx(1.40e9, rel=0.10)
 
 
-def test_settings_that_change_a_stage_least_are_suggested_first() -> None:
+def test_the_first_memory_saving_suggestions_change_a_stage_least() -> None:
     first, second, *_ = smaller_settings(EvaluateConfig())
     assert (first, second) == ({"micro_batch_size": 1}, {"precision": "bf16-mixed"})
     assert list(smaller_settings(ScoreConfig()))[3] == {"pipeline_model_parallel_size": 2}
@@ -153,7 +153,7 @@ def cost_of(chain: Chain, stage: str, **changes: object) -> InferenceCost:
     return cost(config, chain)
 
 
-def test_cost_of_benchmarks_and_of_the_export(plan: MakePlan) -> None:
+def test_cost_of_benchmarks_and_of_an_export(plan: MakePlan) -> None:
     """Each of three models evaluates the first 100 items of four benchmarks.
 
     24% of the tokens are scored, so the head is not computed for 76% of them.
@@ -171,8 +171,8 @@ def test_cost_of_benchmarks_and_of_the_export(plan: MakePlan) -> None:
     assert cost.memory.weights == size * chain.teacher.parameters() + head
     all_items = cost_of(chain, "evaluate_tasks", limit=None, tasks=["sciq"])
     assert all_items.compute.flops == pytest.approx(1000 * 112 * per_token)
-    steps = "stages.distill.student_steps=[20,40]"
-    with_steps = plan("tasks=quick", steps).chain.inference_costs["evaluate_tasks"]
+    student_steps = "stages.distill.student_steps=[20,40]"  # the students of two more steps
+    with_steps = plan("tasks=quick", student_steps).chain.inference_costs["evaluate_tasks"]
     student_flops = (
         forward_flops(student, 512) - 0.76 * 2 * student.vocab_size * student.hidden_size
     )
@@ -211,7 +211,7 @@ def test_generated_text_takes_memory_traffic(plan: MakePlan) -> None:
 
 
 def test_a_halving_trains_and_evaluates_its_candidates(plan: MakePlan) -> None:
-    """Each round has half of all tokens: the first for four candidates, the second for two."""
+    """Each of two rounds trains on half of the tokens: first four candidates, then two."""
     chain = plan(recipe="recipe=llama_search").chain
     cost = chain.inference_costs["successive_halving"]
     more = cost_of(chain, "successive_halving", num_samples=32)

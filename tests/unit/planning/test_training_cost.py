@@ -96,8 +96,8 @@ NARROW = replace(SMOLLM2, hidden_size=512, ffn_hidden_size=1152)
 
 def cpu_training(student: Architecture, teacher: Architecture | None, **fields: Any) -> Workload:
     """Returns a training run of ten steps of 4 sequences of 256 tokens."""
-    shape = {"seq_length": 256, "global_batch_size": 4, "steps": 10}
-    return distillation(student, teacher, layout=Layout(micro_batch_size=4), **shape, **fields)
+    size = {"seq_length": 256, "global_batch_size": 4, "steps": 10}
+    return distillation(student, teacher, layout=Layout(micro_batch_size=4), **size, **fields)
 
 
 @pytest.mark.parametrize(
@@ -149,9 +149,9 @@ def test_estimated_memory_is_within_5_percent_of_measurements_on_a_cpu(
 
 def test_float32_takes_longer_than_bfloat16_on_any_device() -> None:
     workload = distillation(SMOLLM2, SMOLLM2, layout=Layout(), seq_length=256, global_batch_size=4)
-    for hardware, least in ((replace(CPU, **CPU_PROFILES[True]), 1.5), (H100, 10)):
-        full = training_cost(replace(workload, bf16=False), hardware).hours
-        assert full > least * training_cost(workload, hardware).hours
+    for hardware, least_ratio in ((replace(CPU, **CPU_PROFILES[True]), 1.5), (H100, 10)):
+        float32_hours = training_cost(replace(workload, bf16=False), hardware).hours
+        assert float32_hours > least_ratio * training_cost(workload, hardware).hours
 
 
 def test_time_of_a_step_on_a_cpu_equals_a_hand_count() -> None:
@@ -269,11 +269,11 @@ def test_a_pipeline_holds_several_micro_batches_and_idles() -> None:
     # A stage keeps the hidden states that it received for each micro batch, and one more buffer.
     with_teacher = replace(workload, teacher=LLAMA)
     state = 2 * 4096 * 4096
-    for stage, messages in enumerate((1, 1 + 3, 1 + 2, 1 + 1)):
+    for stage, kept_states in enumerate((1, 1 + 3, 1 + 2, 1 + 1)):
         with_states, without_states = (
             stage_memory(run, H100, stage).activations for run in (with_teacher, workload)
         )
-        assert with_states - without_states == pytest.approx(messages * state)
+        assert with_states - without_states == pytest.approx(kept_states * state)
 
 
 def test_a_pipeline_is_as_fast_as_its_busiest_stage() -> None:
@@ -292,11 +292,12 @@ def test_a_pipeline_is_as_fast_as_its_busiest_stage() -> None:
 def test_logits_of_teacher_and_student_are_counted() -> None:
     workload = distillation(SMOLLM2, SMOLLM2, layout=Layout(micro_batch_size=4), seq_length=256)
     logits = 4 * 256 * 49152 * 2
-    assert peak_memory(workload, CPU).logits == 2 * logits  # the gradient replaces the student's
+    # The student's logits and the teacher's. The gradient overwrites the student's logits.
+    assert peak_memory(workload, CPU).logits == 2 * logits
     assert peak_memory(replace(workload, terms=2), CPU).logits == 2 * logits
     assert peak_memory(replace(workload, teacher=None), CPU).logits == logits
     chunk = peak_memory(replace(workload, teacher=None), H100).logits - logits
     assert peak_memory(workload, H100).logits == 2 * logits + 3 * chunk / 2
     assert peak_memory(replace(workload, terms=2), H100).logits == 2 * logits + 4 * chunk / 2
     cache = replace(workload, trained=None)
-    assert peak_memory(cache, CPU).logits == 2 * logits  # and a transposed copy
+    assert peak_memory(cache, CPU).logits == 2 * logits  # logits and a transposed copy

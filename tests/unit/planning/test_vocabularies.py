@@ -33,7 +33,7 @@ def test_different_tokenizers_are_refused(
     assert RULES["tokenizer"].reference in str(e.value)
 
 
-def test_vocabularies_of_different_padding_are_refused(
+def test_vocabularies_with_different_padding_are_refused(
     plan: MakePlan, complete: Complete, tmp_path: Path
 ) -> None:
     complete(plan())
