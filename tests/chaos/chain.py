@@ -94,8 +94,8 @@ def _stage_differences(expected_run: Path, actual_run: Path, stage: str) -> Iter
 def _last_records(file: Path) -> dict[tuple[str, int], Any]:
     """Returns the last record of each unit of work, such as a step, without times.
 
-    Omits the teacher's loss, which each start measures again, and records of requests to a model,
-    which a resumed stage does not repeat.
+    Omits the teacher's loss, which every start of a stage measures again, and records of requests
+    to a model, which a resumed stage does not repeat.
     """
     records = [{k: v for k, v in r.items() if k != "teacher_loss"} for r in read_records(file)]
     units = [r for r in records if "task" in r and not r["task"].startswith("requests")]
@@ -123,7 +123,7 @@ def content(file: Path) -> object:
 
 
 def _weights(checkpoint: Path) -> dict[str, str]:
-    """Returns a hash of each weight of a NeMo checkpoint. In its files their order varies."""
+    """Returns a hash of each weight of a NeMo checkpoint, whose files have weights in any order."""
     import torch
 
     from nemo_convert.convert import hf_weights

@@ -57,7 +57,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Killed:
-    """A kill that was made: the stage that ran, the victim, and the launcher's end."""
+    """A kill that was made: the stage that ran, the victim, and how the launcher ended."""
 
     stage: str
     victim: str
@@ -110,8 +110,8 @@ class RunCommand:
         except psutil.NoSuchProcess:  # the victim has just ended
             victim = "none"
         if victim != "launcher":
-            # The launcher reports the failure and exits, or starts the next stage if this stage was
-            # already complete. In the latter case it is killed, too.
+            # The launcher reports the failure and exits. But if this stage was already complete, it
+            # starts the next stage, and is then killed, too.
             self._poll(launcher, lambda: self._stage_of(launcher) != stage)
             launcher.kill()
         exit_status = launcher.wait(timeout=HANG_SECONDS)

@@ -1,6 +1,6 @@
-"""Measures memory and speed of a rehearsal's training on this machine: ``measured.py JOB RESULT``.
+"""Runs a training that a rehearsal runs on fake tensors; measures its real memory and speed.
 
-Both are JSON files. As in a rehearsal, no checkpoint is read; the weights are random.
+Usage: ``measured.py JOB RESULT``, with two JSON files. Weights are random, not from a checkpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from recipes.rehearsal.rank import environment
 
 
 def with_random_weights(load: Any) -> Any:
-    """Wraps a function that returns a model whose weights are uninitialised memory."""
+    """Wraps ``load``, which returns a model without initial weights; makes the weights random."""
 
     def load_and_initialise(*args: Any) -> torch.nn.Module:
         core: torch.nn.Module = load(*args)
@@ -43,7 +43,7 @@ def main(job: RankJob) -> dict[str, Any]:
     os.environ.update(environment(job))
     checkpoints.install()
     setattr(model, "_load_teacher", with_random_weights(model._load_teacher))
-    setattr(model, "require_better_than_chance", lambda *args: None)
+    setattr(model, "require_better_than_chance", lambda *args: None)  # random weights are not
     # Without metadata the trainer does not read main weights from the checkpoint, which is missing.
     trainer = importlib.import_module("recipes.distillation.trainer")
     setattr(trainer, "load_tensors_metadata", lambda weights: {})
@@ -53,7 +53,7 @@ def main(job: RankJob) -> dict[str, Any]:
 
     def after_step(*args: Any) -> None:
         if not steps and torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()  # only later steps are alike
+            torch.cuda.reset_peak_memory_stats()  # ignores setup and the first step
         steps.append(args)
 
     register_optimizer_step_post_hook(after_step)

@@ -58,7 +58,7 @@ STEPS = (
     Step("reference", "chain::cpu_reference_learns", 4,
          "a small model is distilled on the CPU, as reference for other steps", ("imports",)),
     Step("rehearsal", "memory::rehearsed_memory_matches_the_plan", 2,
-         "layers of Llama 8B: fake tensors take the planned memory", ("imports",)),
+         "training layers of Llama 8B on fake tensors takes the planned memory", ("imports",)),
     Step(DEVICE, "device::a_device_computes device::triton_compiles", 1,
          "CUDA computes; Triton compiles a kernel", ("imports",)),
     Step("float32", "kernels::float32_is_not_tensorfloat_32", 1, "float32 GEMMs are not TF32"),
@@ -87,7 +87,7 @@ STEPS = (
     Step("search", "chain::search_trains_while_it_holds_memory_for_measurements", 5,
          "a search trains, measures and trains again on one GPU", (*REFERENCE, "scores")),
     Step("memory", "memory::measured_memory_matches_the_rehearsal", 5,
-         "layers of Llama 8B: a step takes the rehearsed memory", (DEVICE, "rehearsal")),
+         "training layers of Llama 8B takes the rehearsed memory", (DEVICE, "rehearsal")),
     Step("formats", "chain::a_distilled_model_is_evaluated_exported_and_quantized", 4,
          "a student is evaluated in bfloat16, exported and quantised to FP8", TRAINING),
 )  # fmt: skip

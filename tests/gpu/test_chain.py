@@ -36,7 +36,7 @@ from tests.support.runs import copy_without, manifest_of
 
 LOSS_TOLERANCE = {"32": 1e-3, "bf16-mixed": 2e-2}
 SUM_TOLERANCE = 1e-3
-"""Relative difference of losses between two runs on a GPU, which add numbers in another order."""
+"""Relative tolerance for losses of two runs on a GPU, which may add numbers in different orders."""
 ONLY = "only=[distill]"
 PRECISION = "stages.distill.precision="
 SEARCH = (
@@ -122,7 +122,7 @@ def test_search_trains_while_it_holds_memory_for_measurements(small: Small, resu
     )
     tokens = sorted({c["tokens"] for c in candidates} - {0})
     record(results, "search", candidates=candidates)
-    assert len(tokens) == 2  # of candidates trained in one round, and in both
+    assert len(tokens) == 2  # those of candidates trained in one round, and in two rounds
     assert sum(c["chosen"] for c in candidates) == 1
 
 
@@ -225,8 +225,8 @@ def test_a_distilled_model_is_evaluated_exported_and_quantized(small: Small, res
     )
     quality = manifest_of(run_dir, "evaluate").result(EvaluationResult)
     quantized = manifest_of(run_dir, "quantize").result(QuantizationResult)
-    # The student is not compared with the tiny teacher: it knows little more than word frequencies,
-    # which the student learns equally well.
+    # The student is not compared with the tiny teacher: the teacher knows little more than word
+    # frequencies, which the student learns equally well.
     assert quality.distilled.perplexity < quality.pruned.perplexity
     assert quality.distilled.kl_to_teacher < quality.pruned.kl_to_teacher
     assert quantized.quant_algo == "FP8"

@@ -1,4 +1,4 @@
-"""Imports a model on the GPU with TensorFloat-32 (TF32) off, which would change its logits."""
+"""Imports a model on the GPU, with TensorFloat-32 (TF32) off because TF32 changes the logits."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if not keep_tf32:
 parity = compare(Path(folder), Path(checkpoint))
 print(parity.max_logit_difference / parity.logits_std)
 """
-"""Prints the largest difference of logits, divided by their standard deviation. Runs in a separate
-process, since cuBLAS reads the setting of TF32 only once."""
+"""Code that prints the largest difference of logits, divided by their standard deviation. It runs
+in a separate process, since cuBLAS reads the setting of TF32 only once."""
 
 
 def logit_difference(*arguments: str) -> float:
@@ -43,8 +43,8 @@ def test_an_imported_model_has_the_logits_of_transformers(small: Small, results:
     shutil.rmtree(run_dir, ignore_errors=True)
     small.run(run_dir, "only=[import_hf]")
     paths = str(small.model), str(find_checkpoint(run_dir / "import_hf" / ARTIFACT))
-    without, with_tf32 = logit_difference(*paths), logit_difference(*paths, "keep_tf32")
-    record(results, "conversion", difference=without, with_tf32=with_tf32, limit=LOGITS_TOLERANCE)
-    assert without < LOGITS_TOLERANCE
+    exact, with_tf32 = logit_difference(*paths), logit_difference(*paths, "keep_tf32")
+    record(results, "conversion", difference=exact, with_tf32=with_tf32, limit=LOGITS_TOLERANCE)
+    assert exact < LOGITS_TOLERANCE
     if on_gpu():
-        assert with_tf32 > without
+        assert with_tf32 > exact

@@ -30,9 +30,9 @@ a, b = (torch.randn(1024, 1024, device=device) for _ in "ab")
 exact = a.double() @ b.double()
 print(((a @ b - exact).abs().max() / exact.std()).item())
 """
-"""Prints the largest error of a float32 GEMM, divided by the standard deviation of its values. Runs
-in a separate process, because cuBLAS reads ``NVIDIA_TF32_OVERRIDE`` only once."""
-LAYERS = """
+"""Code that prints the largest error of a float32 GEMM, relative to the values' standard deviation.
+It runs in a separate process, because cuBLAS reads ``NVIDIA_TF32_OVERRIDE`` only once."""
+TE_CHECK = """
 import json, sys
 from pathlib import Path
 from recipes.core.processes import prepare_imports
@@ -49,8 +49,8 @@ comparison = parity.compare(Path(folder), Path(checkpoint), core)
 has_te_layers = any("transformer_engine" in name for name in modules)
 print(json.dumps([has_te_layers, comparison.max_logit_difference / comparison.logits_std]))
 """
-"""Prints whether a model has TransformerEngine's layers, and how much its logits differ from those
-of transformers."""
+"""Code that prints whether a model has TransformerEngine's layers, and how much its logits differ
+from those of transformers."""
 ADAM_SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -105,7 +105,7 @@ def test_transformer_engine_is_used_and_has_the_logits_of_local_layers(
     checkpoint = find_checkpoint(small.reference_dir("32") / "import_hf" / ARTIFACT)
     paths = str(small.model), str(checkpoint)
     outcomes = {
-        layers: json.loads(output_of(LAYERS, layers, *paths)) for layers in ("installed", "local")
+        layers: json.loads(output_of(TE_CHECK, layers, *paths)) for layers in ("installed", "local")
     }
     record(results, "layers", te_is_installed=is_installed, te_is_used_and_difference=outcomes)
     assert [has_te_layers for has_te_layers, _ in outcomes.values()] == [is_installed, False]

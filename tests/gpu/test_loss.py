@@ -28,7 +28,7 @@ LOSSES = {
 
 
 def logits(vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Returns bfloat16 logits of student and teacher. The teacher's top 64 logits are distinct."""
+    """Returns bfloat16 logits of student and teacher. The teacher's top 64 are unambiguous."""
     generator = torch.Generator(device()).manual_seed(vocabulary)
     shape = (TOKENS, vocabulary)
     student = 3 * torch.randn(shape, device=device(), generator=generator)
@@ -110,7 +110,7 @@ def test_memory_is_below_that_of_nemos_loss(vocabulary: int, results: Path) -> N
 
 
 def measure(loss: Callable[[Tensor], Tensor], student: Tensor) -> dict[str, float]:
-    """Returns the time of a forward and a backward pass, and the peak of their own memory."""
+    """Returns the time of a forward and a backward pass, and the memory that they add at most."""
     seconds = []
     for _ in range(4):
         leaf = student.detach().requires_grad_()

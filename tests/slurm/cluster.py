@@ -1,6 +1,6 @@
 """Starts a real Slurm for the tests: a controller and simulated nodes, all on this machine.
 
-Each node is configured as a DGX H100: 8 GPUs, 224 CPUs and 2 TB of memory. Its daemon takes 9 MB.
+Each node is configured as a DGX H100: 8 GPUs, 224 CPUs and 2 TB of memory. Its daemon needs 9 MB.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ DefMemPerCPU=8900 State=UP
 
 
 class SlurmCluster:
-    """A Slurm with all files in one directory, whose path must be short: sockets are in it."""
+    """A Slurm with all files in one directory. Unix sockets in it limit the length of its path."""
 
     def __init__(self, directory: Path, nodes: int = NODES) -> None:
         self.directory = directory
@@ -133,7 +133,7 @@ class SlurmCluster:
         (d / "gres.conf").write_text(f"NodeName=n[1-{nodes}] Name=gpu File={d}/gpu[0-7]\n")
 
     def _make_pyxis(self) -> bool:
-        """Builds a replacement of Pyxis; returns whether it can run on this machine.
+        """Builds a replacement of Pyxis, Slurm's container plugin; returns whether it can run here.
 
         The replacement needs a compiler and the right to mount.
         """

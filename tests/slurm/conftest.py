@@ -92,7 +92,7 @@ class Run:
         wait_for(lambda: not active_jobs(self.directory), seconds)
 
     def copy_without(self, directory: Path, *stages: str) -> Run:
-        """Copies the run without some stages. Files keep their times and are not hashed again."""
+        """Copies the run without some stages. Files keep their times, so none is hashed again."""
         copy = directory / "copy"
         shutil.copytree(self.directory, copy)
         (copy / "jobs.txt").unlink()
@@ -105,7 +105,7 @@ class Run:
 def tiny_chain(
     slurm: SlurmCluster, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Run, CommandResult]:
-    """A complete run and the launcher's output. It distilled on two nodes with two ranks each.
+    """A complete run, which distilled on two nodes with two ranks each, and the launcher's output.
 
     Stages ran in containers if this machine can start them.
     """

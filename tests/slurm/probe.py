@@ -100,7 +100,7 @@ def complete(module: str, work: Callable[[], None]) -> None:
 
     A search also starts one of its training runs as a child process.
     """
-    # For ``tests.support``. The stages' code still comes from the snapshot, earlier in this list.
+    # Makes ``tests.support`` importable. The snapshot with the stages' code is earlier in the list.
     sys.path.insert(2, str(Path(__file__).parents[2]))
     from recipes.core import worker
     from recipes.core.manifest import Outcome
@@ -134,7 +134,7 @@ def rank() -> int:
 
 
 def record(records: Path, total: int) -> None:
-    """Writes this rank's environment and ``total``; rank 0 adds Slurm's description of its step."""
+    """Writes this rank's environment and ``total``; rank 0 adds Slurm's data about the job step."""
 
     def output_of(*command: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout

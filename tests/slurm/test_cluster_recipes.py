@@ -34,13 +34,13 @@ NODES = {
 """Number of nodes of the distillation, which has 8 ranks per node."""
 SEARCH = "qwen3_8b_search"
 HAS_MPI = shutil.which("mpirun") is not None
-ENGINE = "llama3_1_8b_depth"
-"""Recipe whose stages for TensorRT-LLM engines run in these tests; mpirun starts them."""
+ENGINE_RECIPE = "llama3_1_8b_depth"
+"""The only recipe whose engine stages run in these tests. mpirun starts these stages."""
 SETTINGS = {
     "qwen3_8b_depth_2.5b": (f"+cluster.env.{probe.TORCH}='1'",),
     SEARCH: (f"+stages.successive_halving.resources.env.{probe.TORCH}='1'",),
     # Open MPI uses the loopback interface only if it is told to.
-    ENGINE: ("+cluster.env.OMPI_MCA_btl_tcp_if_include=lo",) if HAS_MPI else ("engine=null",),
+    ENGINE_RECIPE: ("+cluster.env.OMPI_MCA_btl_tcp_if_include=lo" if HAS_MPI else "engine=null",),
 }
 EVALUATION_STAGES = ("score", "evaluate", "evaluate_tasks")
 """Stages that take a whole node in recipes that train."""
@@ -54,7 +54,7 @@ MEMORY_PER_CPU_MB = 8900
 
 @dataclass(frozen=True)
 class NodeResources:
-    """Resources of a job's ranks on each of its nodes."""
+    """Number of nodes of a job, and what the job has on each node."""
 
     nodes: int
     ranks: int
@@ -94,7 +94,7 @@ def chains(
 def settings_of(recipe: str) -> tuple[str, ...]:
     """Returns a recipe's overrides in these tests."""
     settings = SETTINGS.get(recipe, ())
-    return settings if recipe in (ENGINE, SEARCH) else (*settings, "engine=null")
+    return settings if recipe in (ENGINE_RECIPE, SEARCH) else (*settings, "engine=null")
 
 
 def submit(chain: Run, *more: str) -> None:
@@ -112,7 +112,7 @@ def records(stage_dir: Path) -> list[dict[str, str]]:
 
 
 def require(stage_dir: Path, expected: NodeResources) -> None:
-    """Requires that a stage's ranks got exactly the expected resources, and reached each other."""
+    """Requires that ranks got exactly the expected resources, and that they summed their ranks."""
     ranks = records(stage_dir)
     world_size = expected.nodes * expected.ranks
     assert [int(r.get("RANK", 0)) for r in ranks] == list(range(world_size))
@@ -130,7 +130,7 @@ def require(stage_dir: Path, expected: NodeResources) -> None:
     assert {int(r["OMP_NUM_THREADS"]) for r in ranks} == {
         expected.threads or expected.cpus // expected.ranks
     }
-    # Each node has its own folder for compiled extensions. Some stages on one node have none.
+    # One folder per node. On one node the variable may be unset, which counts as one value, too.
     assert len({r.get("TORCH_EXTENSIONS_DIR") for r in ranks}) == expected.nodes
     assert {r["LOCAL_WORLD_SIZE"] for r in ranks if world_size > 1} <= {str(expected.ranks)}
     step = ranks[0]["step"]
@@ -154,7 +154,7 @@ def test_ranks_get_the_planned_resources(chains: dict[str, Run], recipe: str) ->
     expected = {"distill": whole_nodes(NODES.get(recipe, 1))}
     if recipe != SEARCH:
         expected |= dict.fromkeys(EVALUATION_STAGES, whole_nodes(1))
-    # A search has one rank. Its training runs have 8, so it gets an eighth of the node's threads.
+    # A search is one rank, but its training runs have 8. Each gets an eighth of the node's threads.
     expected["successive_halving"] = NodeResources(
         1, 1, NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB, threads=28
     )
@@ -169,7 +169,7 @@ def test_training_runs_of_a_search_get_all_devices(chains: dict[str, Run]) -> No
 @pytest.mark.skipif(not HAS_MPI, reason="needs Open MPI and mpi4py (tests/install_slurm.sh)")
 @pytest.mark.parametrize("stage", sorted(ENGINE_STAGES))
 def test_engine_stage_spawns_processes_by_mpi(chains: dict[str, Run], stage: str) -> None:
-    [record] = records(chains[ENGINE].directory / stage)
+    [record] = records(chains[ENGINE_RECIPE].directory / stage)
     assert record["spawned"].strip() == "[0, 1]"
     assert re.fullmatch(r"\d", record["CUDA_VISIBLE_DEVICES"])
     assert int(record["OMP_NUM_THREADS"]) == CPUS
@@ -198,7 +198,7 @@ def test_submission_from_an_allocation_gets_the_same_resources(
 ) -> None:
     for name, value in allocation().items():
         monkeypatch.setenv(name, value)
-    # A setting wins over SBATCH_PARTITION. Without a request for GPUs, Slurm hides no GPUs.
+    # A setting wins over SBATCH_PARTITION. With gpus=null Slurm does not set CUDA_VISIBLE_DEVICES.
     settings = ("cluster.partition=batch", "cluster.gpus=null")
     distill = distill_again(chains["qwen3_8b_nas_2.5b"], tmp_path, *settings)
     require(distill, replace(whole_nodes(1), gpus=0))
@@ -206,14 +206,14 @@ def test_submission_from_an_allocation_gets_the_same_resources(
 
 
 def allocation() -> dict[str, str]:
-    """Returns the variables of a process in an allocation, and some of a user and of torchrun."""
+    """Returns variables that Slurm sets in an allocation, and others of a user and of torchrun."""
     size = ("-N2", "-n4", "-c2", "--mem=1000", "--gpus-per-node=2")
     text = run("salloc", *size, "srun", "--mpi=pmix", "-n1", "env", "-0")
     variables = dict(line.partition("=")[::2] for line in text.split("\0") if line)
-    slurms = {n: v for n, v in variables.items() if re.match("SLURM|PMI|OMPI|CUDA", n)}
-    assert {"SLURM_CPU_BIND", "PMIX_RANK", "CUDA_VISIBLE_DEVICES"} <= slurms.keys()
-    users = {"SBATCH_TIMELIMIT": "1", "SBATCH_GPUS_PER_NODE": "1", "SBATCH_PARTITION": "elsewhere"}
-    return {**slurms, **users, "RANK": "5", "WORLD_SIZE": "6"}
+    slurm = {n: v for n, v in variables.items() if re.match("SLURM|PMI|OMPI|CUDA", n)}
+    assert {"SLURM_CPU_BIND", "PMIX_RANK", "CUDA_VISIBLE_DEVICES"} <= slurm.keys()
+    user = {"SBATCH_TIMELIMIT": "1", "SBATCH_GPUS_PER_NODE": "1", "SBATCH_PARTITION": "elsewhere"}
+    return {**slurm, **user, "RANK": "5", "WORLD_SIZE": "6"}
 
 
 def test_ranks_that_share_a_node_get_a_fraction_of_it(

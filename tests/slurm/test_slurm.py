@@ -141,7 +141,7 @@ def test_training_that_reached_its_limit_twice_has_the_same_weights(
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
-def test_edits_after_submission_and_between_requeues_change_nothing(
+def test_edits_after_submission_and_between_requeues_do_not_affect_the_job(
     tiny_chain: tuple[Run, CommandResult], tmp_path: Path
 ) -> None:
     """Each start of the job has time for one step. The checkout is edited before each start."""
@@ -323,7 +323,7 @@ def test_refused_job_is_named_and_earlier_jobs_stay(
     assert (chain.directory / RECORD).read_text() == record
 
     def cancel_followed_job() -> None:
-        # Waits until the launcher follows the job: it would replace a job cancelled earlier.
+        # Waits until the launcher follows the job: a job cancelled earlier is submitted again.
         wait_for(lambda: (lock := read_holder(chain.directory)) and lock.stage == "distill", 300)
         run("scancel", accepted["distill"].id)
 

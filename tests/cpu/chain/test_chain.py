@@ -87,7 +87,7 @@ def test_the_tutorial_runs_unchanged(
     monkeypatch.setattr(sys, "path", list(sys.path))
     recipe, *words = overrides(teacher, text_file, tiny_run)
     replaced = {"RECIPE": recipe.partition("=")[2], "RUN_DIR": str(tiny_run), "SETTINGS": words}
-    outputs, names = run_notebook(REPO_ROOT / "docs/tutorial.ipynb", replaced)
+    outputs, variables = run_notebook(REPO_ROOT / "docs/tutorial.ipynb", replaced)
     html = [output for output in outputs if hasattr(output, "_repr_html_")]
     assert ["&lt;svg" in str(output) for output in html].count(True) == 2
     text = re.sub(r"(<[^>]*>)+", " ", "".join(html)) + capsys.readouterr().out
@@ -95,7 +95,7 @@ def test_the_tutorial_runs_unchanged(
     assert re.search(r" FLOPs [\d.]+ GFLOP ", text)
     assert " distilled " in text
     assert re.findall(r".*\b\d{1,3}\.0*[1-9]\d{4}.*", text) == [], "a number is not rounded"
-    assert names["quality"] == manifest_of(tiny_run, "evaluate").result(EvaluationResult)
+    assert variables["quality"] == manifest_of(tiny_run, "evaluate").result(EvaluationResult)
     assert {file: file.stat().st_mtime_ns for file in times} == times, "a stage ran again"
 
 
@@ -324,7 +324,7 @@ def test_a_partly_converted_model_is_converted_again(tiny_run: Path, tmp_path: P
 def test_the_teacher_is_exported_for_images_without_nemo(
     tiny_run: Path, odd_llama: Path, teacher: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    """No model card is written for a teacher; a card of its own would be copied."""
+    """No model card is written for a teacher, but a card that comes with it would be copied."""
     run_dir = copy_without(tiny_run, tmp_path / "run")
     words = overrides(teacher, text_file, run_dir, engine="tensorrt_llm")
     run_successfully(*words, "only=[export_teacher]", cwd=tmp_path)
@@ -356,10 +356,10 @@ def test_a_changed_field_and_force_rerun_later_stages(
     assert "1 stage ran" in forced.output
 
 
-def test_kill_9_then_the_same_command_changes_nothing(
+def test_kill_9_then_the_same_command_gives_the_same_result(
     tiny_run: Path, teacher: Path, text_file: Path, tmp_path: Path, temporary: Path
 ) -> None:
-    """Kills as ``python -m tests.chaos`` does: during scoring, and during a save of training."""
+    """Kills as ``python -m tests.chaos`` does: during scoring, and while a checkpoint is saved."""
     run_dir = copy_without(tiny_run, tmp_path / "run", "score", "distill")
     words = [*overrides(teacher, text_file, run_dir), "only=[score,prune,heal,distill]"]
     seconds = {stage: manifest_of(tiny_run, stage).seconds for stage in ("score", "distill")}

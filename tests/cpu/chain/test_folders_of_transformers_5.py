@@ -1,4 +1,4 @@
-"""Prunes teachers that transformers 5 saved; transformers 4 and 5 must give equal student outputs.
+"""Prunes teachers that transformers 5 saved. Students must be equal in transformers 4 and 5.
 
 ``test_chain`` does the same for Llama.
 """

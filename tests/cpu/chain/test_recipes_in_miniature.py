@@ -78,7 +78,7 @@ def test_recipe_runs_on_a_tiny_model(recipe: str, tmp_path: Path, text_file: Pat
     assert plan.metrics["summary"]["tokens"] == 4 * 4 * 64
 
 
-def test_a_budget_becomes_a_model(tmp_path: Path, text_file: Path) -> None:
+def test_shrink_trains_a_model_within_its_budget(tmp_path: Path, text_file: Path) -> None:
     """A search chooses a shape within the budget. Another budget reuses scores and data."""
     model = write_tiny_model(tmp_path / "model", text_file, family_of("qwen3_8b_search"), **EVEN)
     space = {"hidden_size_divisor": 16, "ffn_hidden_size_divisor": 32, "max_depth_pruning": 0.5}
