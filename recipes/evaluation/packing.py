@@ -51,7 +51,7 @@ def share_prefixes(
     A prefix is shared only if that saves a forward pass of ``pass_tokens`` tokens.
 
     Yields:
-        A prefix and its questions, without the prefix; finally ``()`` and all other questions.
+        A prefix and its questions, with the rest of their contexts; last, ``()`` and all others.
     """
     groups: list[list[Question]] = []
     for question in questions:

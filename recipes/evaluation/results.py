@@ -252,7 +252,7 @@ class ServedResult:
 
 
 def compare_served(metric: str, items: Mapping[str, Sequence[Item]]) -> ServedTask:
-    """Compares the served model with the student by a metric. ``items`` has both, by role."""
+    """Compares the served model with the student by a metric. ``items`` has both models' items."""
     scores = {role: [i.metrics[metric] for i in items[role]] for role in ("student", "served")}
     answers = {role: answer_values(items[role]) for role in scores}
     scored = [values for values in answers.values() if values is not None]

@@ -78,7 +78,7 @@ def task_tokens(cfg: EvaluateTasksConfig) -> tuple[float, list[Generation]]:
         items, size = ITEM_SIZES.get(name, DEFAULT_SIZES)
         if cfg.limit is not None:
             items = min(items, cfg.limit * SUBJECTS.get(name, 1))
-        # MMLU's few-shot examples of a subject are processed once; other tasks' for each item.
+        # MMLU's few-shot examples are processed once per subject; those of other tasks, per item.
         examples = cfg.num_fewshot.get(name, 0) * min(items, SUBJECTS.get(name, items))
         tokens += (items + examples) * size
         if new_tokens := GENERATED_TOKENS.get(name):

@@ -114,7 +114,7 @@ def speed_section(results: BenchmarkResults) -> dict[str, object]:
     bars = [1.0]
     for speedup in results.speedups:
         bars += [speedup.prefill, speedup.prefill_roofline, speedup.decode, speedup.decode_roofline]
-    # transformers, the baseline, is left out if there is an engine that would be deployed.
+    # Nobody deploys the baseline, transformers, so it counts only if there is no other engine.
     engines = [s for s in results.speedups if s.backend != BASELINE] or results.speedups
     return {
         "speed": results,
@@ -153,7 +153,7 @@ def search_section(search: SearchResult, earlier: Mapping[str, Manifest]) -> dic
 
 def quality_mark(role: str, label: str, quality: TextQuality, cost: float) -> Mark:
     """Returns a mark at a model's perplexity, with the 95% interval."""
-    # The interval of the loss is symmetric, so the interval of its exponential is a factor.
+    # A loss of l ± d means a perplexity between exp(l) / exp(d) and exp(l) * exp(d).
     value, factor = quality.perplexity, math.exp(Z95 * quality.loss_standard_error)
     interval = value / factor, value * factor
     return Mark(label, role, cost, value, interval, reference=role == "teacher")

@@ -1,1 +1,1 @@
-"""Shapes within a budget: listed, ranked, timed, and trained against each other."""
+"""Finds the best shape within a budget: lists, times, ranks and trains candidates."""

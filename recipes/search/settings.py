@@ -135,7 +135,7 @@ class SuccessiveHalvingConfig(StageConfig):
     def steps(self, candidates: int, rounds: int) -> int:
         """Returns a candidate's training steps in a round of ``candidates``.
 
-        The rounds share ``max_tokens`` equally, and the candidates of a round share its tokens.
+        The rounds share ``max_tokens`` equally. A round's candidates share the round's tokens.
         """
         tokens = self.max_tokens / rounds / candidates
         return int(tokens / (self.distill.global_batch_size * self.distill.seq_length))

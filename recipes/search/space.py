@@ -119,7 +119,7 @@ def search_sizes(shape: Architecture) -> dict[str, int]:
 
 
 def prune_settings(sizes: Mapping[str, int], layer_importance: str) -> dict[str, Any]:
-    """Returns settings of ``prune`` for sizes of ``SEARCH_AXES``, with divisors of these sizes."""
+    """Returns settings of ``prune`` for sizes of ``SEARCH_AXES``; the divisors fit these sizes."""
     divisors = {axis: math.gcd(size, 64) for axis, size in sizes.items() if "hidden" in axis}
     return {
         "layer_importance": layer_importance,

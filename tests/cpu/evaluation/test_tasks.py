@@ -182,7 +182,7 @@ def test_a_second_run_uses_cached_answers(
 
 
 def test_several_ranks_split_the_packs_of_one_rank() -> None:
-    """In each of the first two groups, questions share 81 tokens; in the others, only 6."""
+    """Questions of each of the first two groups share 81 tokens; of the others, too few (6)."""
     requests = [
         (None, [group] * (80 if group < 2 else 5) + [group, item], [choice] * (1 + item % 3))
         for group in range(20)
