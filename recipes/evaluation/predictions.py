@@ -56,7 +56,7 @@ class Predictor:
 def float32_head(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """Returns a head that maps states [n, width] to logits [n, vocabulary] in float32.
 
-    In bfloat16, logits of about 20 are rounded to multiples of 0.125, so likely tokens would get equal logits.
+    In bfloat16, logits of about 20 are multiples of 0.125, so likely tokens would get equal logits.
     """
     # The function keeps only the float32 copy, so that the model's own weight can be freed.
     dtype, float32_weight = weight.dtype, weight.float()

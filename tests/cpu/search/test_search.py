@@ -204,7 +204,7 @@ def timed_manifest(ranked_run: Path) -> Manifest:
     return manifest_of(ranked_run, "measure_latency")
 
 
-def test_measured_latency_changes_the_shapes_of_a_budget(
+def test_measured_latency_changes_the_shapes_within_a_budget(
     ranked_run: Path, timed_manifest: Manifest
 ) -> None:
     latency = timed_manifest.result(LatencyResult)
@@ -220,7 +220,7 @@ def test_measured_latency_changes_the_shapes_of_a_budget(
     assert measured.shapes(shape) != cfg.shapes(shape) != []
 
 
-def test_a_killed_halving_resumes_and_writes_the_winner_as_a_recipe(
+def test_a_killed_search_resumes_and_writes_the_winner_as_a_recipe(
     ranked_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranked = manifest_of(ranked_run, "rank_candidates").result(SearchResult).candidates
