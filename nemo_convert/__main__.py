@@ -40,7 +40,7 @@ def main() -> int:
     verify.add_argument("second", type=Path)
     for command in (to_hf, verify):
         command.add_argument(
-            "--trust", action="store_true", help="open a checkpoint even if that runs its code"
+            "--trust", action="store_true", help="open a checkpoint even if it then runs code"
         )
     arguments = parser.parse_args()
     if "trust" in arguments and arguments.trust:
@@ -117,6 +117,6 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["check"]:  # the check loads a tokenizer, without torch
+    if sys.argv[1:2] == ["check"]:  # to load a tokenizer without torch
         os.environ |= {"USE_TORCH": "0", "TRANSFORMERS_VERBOSITY": "error"}
     sys.exit(main())

@@ -98,7 +98,7 @@ def write(
     ]
     types = [gguf.GGMLQuantizationType[tensor.type] for tensor in tensors]
     for tensor, stored_type in zip(tensors, types, strict=True):
-        # With type uint8, gguf expects the shape in bytes and derives the tensor's shape from it.
+        # With dtype uint8, gguf takes a shape in bytes, and derives the tensor's shape from it.
         shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, stored_type)
         writer.add_tensor_info(tensor.name, shape, np.dtype("uint8"), math.prod(shape), stored_type)
     writer.write_header_to_file()

@@ -170,7 +170,7 @@ def _require_contiguous(tensors: Iterable[StoredTensor], begin: int, length: int
     safetensors' own check needs numpy or torch, which a login node may lack.
     """
     for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
-        digits = re.search(r"\d+", tensor.dtype)  # BOOL has no digits, and 8 bits
+        digits = re.search(r"\d+", tensor.dtype)  # BOOL has no digits; it has 8 bits
         bits = math.prod(tensor.shape) * (int(digits[0]) if digits else 8)
         if tensor.begin != begin or 8 * (tensor.end - begin) != bits:
             raise ValueError(f"{tensor.dtype} {[*tensor.shape]} is not {bits / 8:.0f} bytes long")

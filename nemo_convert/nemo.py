@@ -175,9 +175,9 @@ def new_model(hf_folder: Path) -> Any:
     importer.trust_remote_code = False
     with _readable_generation_config(hf_folder):
         config = importer.config
-    # __io__ is the recorded config, which the context stores. reinit builds the object from it.
-    explicit = {**_fields_that_importers_omit(arch), "rotary_base": rope_theta(hf_config)}
-    for name, value in {**explicit, **family.corrections(hf_config)}.items():
+    # The context stores __io__, the record of the config. reinit builds the config from __io__.
+    fields = {**_fields_that_importers_omit(arch), "rotary_base": rope_theta(hf_config)}
+    for name, value in {**fields, **family.corrections(hf_config)}.items():
         setattr(config.__io__, name, value)
     return resolve_name(family.model)(io.reinit(config), tokenizer=AutoTokenizer(str(hf_folder)))
 

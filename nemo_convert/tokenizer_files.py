@@ -39,7 +39,7 @@ LISTS_OF_TOKENS: Mapping[str, tuple[type, ...]] = {
 DOWNLOAD_FIX = "download it again; if it is a Git LFS pointer, with git lfs pull"
 ONLY_TRANSFORMERS_5 = ("backend", "extra_special_tokens", "is_local", "local_files_only")
 """Settings that transformers 5 writes. Version 4 does not have them, or expects another type:
-``extra_special_tokens`` is a dict there."""
+its ``extra_special_tokens`` is a dict."""
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
@@ -94,9 +94,9 @@ def _class_name(folder: Path, config: Mapping[str, Any]) -> str:
     if config.get("tokenizer_class"):
         return str(config["tokenizer_class"])
     file = folder / "config.json"
-    model = read_json(file) if file.is_file() else {}
-    family = FAMILY_CLASSES.get(str(model.get("model_type", "llama")), "Qwen2Tokenizer")
-    return str(model.get("tokenizer_class") or family)
+    model_config = read_json(file) if file.is_file() else {}
+    family = FAMILY_CLASSES.get(str(model_config.get("model_type", "llama")), "Qwen2Tokenizer")
+    return str(model_config.get("tokenizer_class") or family)
 
 
 def _invalid_settings(

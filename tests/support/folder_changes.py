@@ -155,7 +155,7 @@ def untie(tensors: dict[str, Tensor]) -> None:
 
 
 def set_last_embedding(value: float) -> Change:
-    """Sets the last row of the embedding, whose token is not in the text of the parity gate."""
+    """Sets the embedding's last row, which no token of ``parity.TEXT`` uses."""
     return edit_weights(lambda tensors: tensors[EMBEDDING][-1].fill_(value))
 
 

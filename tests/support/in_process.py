@@ -74,7 +74,7 @@ def _start(plan: Plan, cluster: Cluster, follow: Follow, console: Console) -> bo
 
 
 def run_here(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> None:
-    """Runs one stage in this process, in place of ``run_child``."""
+    """Replaces ``run_child``: runs one stage in this process."""
     refs = {name: InputRef.of(source) for name, source in inputs.items()}
     _run(load_stage(config.stage), request_of(config.stage, config, refs).write(directory))
 

@@ -56,7 +56,7 @@ def run_on_login_node(python: Path, cwd: Path, *arguments: str) -> subprocess.Co
 
 
 def fork_launcher(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs the launcher in a fork of a process that has imported it, which halves the time."""
+    """Runs the launcher faster: forks a process that has imported it. Disks look large."""
     environment = {**os.environ, "COLUMNS": "200", **env}
     imports = ["tests.support.launcher_imports"]
     return run_forked(imports, [LAUNCHER, *arguments], environment, cwd)

@@ -105,7 +105,7 @@ def test_a_check_loads_the_tokenizer_without_torch(odd_llama: Path) -> None:
 def test_only_the_files_that_transformers_reads_are_converted(
     odd_llama: Path, tmp_path: Path
 ) -> None:
-    """A model's repository may have other safetensors files, whatever their place in the list."""
+    """Other safetensors files may sort before or after ``model.safetensors``."""
     folder = tmp_path / "hf"
     shutil.copytree(odd_llama, folder)
     changed = {name: tensor + 1 for name, tensor in read_tensors(odd_llama).items()}

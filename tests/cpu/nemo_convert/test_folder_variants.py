@@ -95,7 +95,7 @@ def test_a_variant_is_converted_exactly_or_refused(name: str, bases: Path, tmp_p
 
 
 def test_transformers_5_agrees_about_every_convertible_variant(bases: Path, tmp_path: Path) -> None:
-    """Compares its logits with the reference, and its token ids of exports with version 4."""
+    """Compares logits with the reference, and for exported folders, token ids with version 4."""
     folders = [
         make_folder(variant, bases, tmp_path / f"{n}")
         for n, variant in enumerate(CONVERTIBLE.values())
