@@ -145,7 +145,7 @@ def write_weights(
 def _shards(
     tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Groups tensors into shards of at most ``shard_bytes``, without reordering them."""
+    """Groups tensors, in their order, into shards. Only a single tensor may be over the limit."""
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in tensors:

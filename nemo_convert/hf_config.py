@@ -53,8 +53,8 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns a ``config.json`` in a spelling that transformers 4 and 5 both read.
 
     transformers 5 writes ``rope_parameters: {rope_theta, rope_type, ...}``, ``dtype``, and for some
-    models ``num_local_experts``. transformers 4, with which NeMo imports, ignores the RoPE
-    parameters and the number of experts, so it would use a ``rope_theta`` of 10,000. A RoPE scaling
+    models ``num_local_experts``. transformers 4, with which NeMo imports, ignores these keys
+    and then uses its defaults, such as a ``rope_theta`` of 10,000. A RoPE scaling
     that leaves RoPE unchanged becomes null.
 
     Raises:
@@ -83,8 +83,8 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         and (name := _first_name(config.get("architectures"))) in FAMILIES
     ):
         renamed["model_type"] = FAMILIES[name].model_type
-    # transformers 4 multiplies by partial_rotary_factor even if it is null. The kernel that
-    # _attn_implementation names may not be installed.
+    # transformers 4 multiplies even by a partial_rotary_factor of null. The kernel that
+    # _attn_implementation names may not be installed. So both keys are dropped.
     dropped = {*TRANSFORMERS_5, *_unset_keys(config), "torch_dtype", "_attn_implementation"}
     return {**{key: value for key, value in config.items() if key not in dropped}, **renamed}
 

@@ -98,7 +98,7 @@ def side_folder(hf_path: str) -> Path:
 
 
 def cached_model(hf_path: str) -> Path | None:
-    """Returns the snapshot of a hub model in the local cache, complete or not."""
+    """Returns the snapshot of a hub model in the local cache, even if it is incomplete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

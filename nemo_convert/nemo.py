@@ -79,7 +79,7 @@ def initialize(parallel: Parallelism) -> None:
 
 
 def tensor_group() -> Any:
-    """Returns the tensor-parallel group, or ``None`` at size 1."""
+    """Returns the tensor-parallel group, or ``None`` if its size is 1."""
     from megatron.core import parallel_state
 
     if parallel_state.get_tensor_model_parallel_world_size() == 1:

@@ -208,7 +208,7 @@ def find_different_weight(source: Weights, checkpoint: Path) -> str | None:
         wider = torch.promote_types(original.dtype, tensor.dtype)
         if not torch.equal(original.to(wider), tensor.to(wider)):
             return name
-    return min(names - {HEAD}, default=None)  # a folder may store a head that is tied
+    return min(names - {HEAD}, default=None)  # only a folder may store a tied head
 
 
 def verify(first: Path, second: Path) -> Parity:

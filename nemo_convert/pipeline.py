@@ -28,5 +28,5 @@ def pipeline_split(num_layers: int, stages: int) -> list[int]:
 
 
 def last_stage_layers(num_layers: int, stages: int) -> range:
-    """Returns the layers on the last pipeline stage, counted from 1."""
+    """Returns the layers on the last pipeline stage. The model's first layer is layer 1."""
     return range(num_layers - pipeline_split(num_layers, stages)[-1] + 1, num_layers + 1)

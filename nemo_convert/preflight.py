@@ -64,7 +64,7 @@ class Finding:
 
 
 def check_model(hf_path: str) -> Iterator[Finding]:
-    """Yields the faults of a model folder or hub model.
+    """Yields the faults of a model folder or hub model, and notes about it.
 
     Only headers and small files are read, with one exception: if a model stores a head although it
     has tied embeddings, head and embedding are compared (for a hub model, only samples of them).

@@ -94,7 +94,7 @@ def write_hf_folder(gguf_file: Path, folder: Path) -> Path:
             folder.rename(Path(temporary) / "damaged")
         try:
             partial.rename(folder)
-        except OSError:  # another run was faster
+        except OSError:  # another run has made the folder
             if not _is_intact(folder):
                 raise
     return folder

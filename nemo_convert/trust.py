@@ -99,9 +99,9 @@ def require_no_remote_code(config: Any, checkpoint: Path) -> None:
     """Refuses a context in which a call has the argument ``trust_remote_code``.
 
     Args:
-        config: Fiddle's config of the model, not built yet. The names of arguments in ``io.json``
-            cannot be checked instead, because Fiddle ignores them.
-        checkpoint: For the message.
+        config: Fiddle's config of the model, not built yet. The labels of arguments in ``io.json``
+            cannot be checked instead: Fiddle takes the names from elsewhere in the file.
+        checkpoint: Path of the checkpoint, for the message.
 
     Raises:
         RecipeError: A call has ``trust_remote_code``, and ``TRUST_CHECKPOINTS`` is not 1.

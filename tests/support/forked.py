@@ -64,7 +64,7 @@ def forked(
         cwd: Working directory; by default that of this process.
         errors: File for standard error.
         status: File for the exit status.
-        ranks: Number of processes with the ranks of torchrun; 0 for one process without a rank.
+        ranks: Number of ranks, one process each, as with torchrun; 0 for a process without a rank.
     """
     server, log = _server(*imports)
     request = {

@@ -1,4 +1,4 @@
-"""Imports the launcher and fills its caches in a process that is then forked for each test."""
+"""Imports the launcher and fills its caches, once, in a process that tests then fork."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def _refused_files() -> Iterator[Variant]:
     for value in (None, []):
         change = all_of(split_weights(SHARDS), edit_json(INDEX, metadata=value))
         yield Variant(f"index with metadata {value}", change, "has no metadata")
-    yield Variant("dangling link", _replace_by_dangling_link, "is a link to .* does not exist")
+    yield Variant("dangling link", _replace_with_dangling_link, "is a link to .* does not exist")
     adapter = all_of(remove_files("config.json", WEIGHTS), write_file("adapter_config.json", "{}"))
     yield Variant("only an adapter", adapter, "it is an adapter.*\n  fix: merge")
     for file in ("pytorch_model.bin", "model.fp16.safetensors", "hf_model_0001_0.pt"):
@@ -279,7 +279,7 @@ def _rename_weights(file: str) -> Change:
     return change
 
 
-def _replace_by_dangling_link(folder: Path) -> None:
+def _replace_with_dangling_link(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     (folder / WEIGHTS).symlink_to("../../blobs/absent")
 

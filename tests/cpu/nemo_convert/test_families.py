@@ -221,7 +221,7 @@ def test_training_layers_compute_the_same_model(family: str, root: Path) -> None
 
 @pytest.fixture(scope="module", params=[TP, PP])
 def layout(request: pytest.FixtureRequest, root: Path) -> str:
-    # Two processes compute all families, because importing the libraries takes longest.
+    # The same two processes handle all families, because most of the time goes into imports.
     run_ranks("-m", "tests.cpu.nemo_convert.family_ranks", request.param, str(root))
     return str(request.param)
 

@@ -66,7 +66,9 @@ def require_same_generation(folder: Path, file: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_llama_cpp_generates_as_transformers(variant: str, text_file: Path, tmp_path: Path) -> None:
+def test_llama_cpp_generates_what_transformers_does(
+    variant: str, text_file: Path, tmp_path: Path
+) -> None:
     family, shape = variant.partition(",")[0], NARROW | VARIANTS[variant]
     folder = write_tiny_model(tmp_path / "hf", text_file, family, **shape)
     sharpen_attention(folder)
@@ -142,7 +144,7 @@ def write_byte_fallback_tokenizer(text_file: Path, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
 
-def test_byte_fallback_tokenizer_gives_as_many_tokens_as_transformers(
+def test_llama_cpp_counts_the_tokens_of_a_byte_fallback_tokenizer_as_transformers_does(
     text_file: Path, tmp_path: Path
 ) -> None:
     shape = {**NARROW, "vocab_size": 440}

@@ -37,21 +37,21 @@ def core_with(source: Path, **settings: Any) -> Any:
     return parity.load_core(source / "m.nemo", model)
 
 
-def swapped_gate_and_up(source: Path) -> Any:
+def core_with_swapped_gate_and_up(source: Path) -> Any:
     core = core_with(source)
     weight = core.decoder.layers[1].mlp.linear_fc1.weight.data
     weight.copy_(torch.cat([*reversed(weight.chunk(2))]))
     return core
 
 
-def rolled_queries(source: Path) -> Any:
+def core_with_rolled_queries(source: Path) -> Any:
     core = core_with(source)
     weight = core.decoder.layers[1].self_attention.linear_qkv.weight.data
     weight.copy_(weight.roll(EVEN["head_dim"], 0))
     return core
 
 
-def tied_head(source: Path) -> Any:
+def core_with_tied_head(source: Path) -> Any:
     core = core_with(source)
     core.output_layer.weight.data.copy_(core.embedding.word_embeddings.weight)
     return core
@@ -61,9 +61,9 @@ FAULTY_MODELS: dict[str, Callable[[Path], Any]] = {
     "theta": lambda source: core_with(source, rotary_base=10_000),
     "scaling factor": lambda source: core_with(source, scale_factor=32.0),
     "norm eps": lambda source: core_with(source, layernorm_epsilon=1e-3),
-    "gate and up": swapped_gate_and_up,
-    "queries": rolled_queries,
-    "tied head": tied_head,
+    "gate and up": core_with_swapped_gate_and_up,
+    "queries": core_with_rolled_queries,
+    "tied head": core_with_tied_head,
 }
 
 

@@ -215,7 +215,7 @@ LLAMA3_SCALING = {"factor": 8.0, **LLAMA3_ROPE}
 def test_rope_parameters_become_theta_and_scaling(
     parameters: dict[str, Any], rope: dict[str, Any]
 ) -> None:
-    """Transformers 5 writes ``rope_parameters``; 4 has ``rope_theta`` and ``rope_scaling``."""
+    """transformers 5 has ``rope_parameters``; version 4, ``rope_theta`` and ``rope_scaling``."""
     config = {**LLAMA_8B, "rope_parameters": {"rope_theta": 5e5, **parameters}}
     expected = {**LLAMA_8B, "model_type": "llama", **rope}
     assert as_transformers_4(config, "8B") == expected
