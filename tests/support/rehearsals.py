@@ -41,7 +41,7 @@ CONFIGS[MOE_MODEL] = {
 def job_with_layers(
     recipe: str, stage: str, rank: int = 0, overrides: tuple[str, ...] = (), layers: int = 4
 ) -> tuple[Chain, RankJob]:
-    """Returns a recipe's chain (all stages), whose teacher has ``layers`` layers, and a rank's job."""
+    """Returns a recipe's chain (all stages), with ``layers`` teacher layers, and one rank's job."""
     cfg = compose(f"recipe={recipe}", *overrides)
     prune = OmegaConf.select(cfg, "stages.prune") or {}
     if prune.get("target_num_layers") is not None:
