@@ -95,7 +95,7 @@ def render_comparison(paths: Iterable[Path], out: Path) -> list[RunRow]:
 
 
 def describe_best(rows: Iterable[RunRow]) -> str:
-    """Names the best run, the criterion, and the runs that are not significantly worse."""
+    """Says which run is best, by which criterion, and which runs are not significantly worse."""
     [best] = [row for row in rows if row.is_best]
     close = [r.name for r in rows if r.gap is not None and r.gap[0] < Z95 * r.gap[1]]
     perplexity = best.evaluation.distilled.perplexity

@@ -112,7 +112,7 @@ def test_costs_of_serving() -> None:
     # A decoding step reads the cache and all weights except the embedding.
     bytes_read = 2 * (LLAMA_70B.parameters() - 128256 * 8192) + cache_bytes(LLAMA_70B, service)
     assert latency_ms(LLAMA_70B, service) == pytest.approx(1e3 * bytes_read / 3.35e12, rel=1e-3)
-    # In int4, 64 weights of a layer share a scale and a zero point. Embedding and head have 8 bits.
+    # In int4, 64 weights share a scale and a zero point (20 bits); embedding and head have 8 bits.
     embedding_and_head = 2 * 128256 * 8192
     layers = LLAMA_70B.parameters() - embedding_and_head
     bits = 4 * layers * (1 + 5 / 64) + 8 * embedding_and_head
