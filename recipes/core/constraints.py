@@ -44,7 +44,7 @@ class Requirement:
     description: str
     """Describes the accepted values in errors and in the table of all settings."""
     names: tuple[str, ...] = ()
-    """All accepted values, if they are strings; an error suggests the most similar one."""
+    """All accepted values, if they can be listed; an error suggests the most similar one."""
 
     def __call__(self, value: Any) -> Any:
         """Returns the value if it is accepted, as pydantic requires of validators."""

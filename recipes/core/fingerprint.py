@@ -1,6 +1,6 @@
 """Fingerprint of a stage: one SHA-256 of everything that its result depends on.
 
-It covers the settings without resources, the fingerprints of the inputs, files from outside the
+It covers the settings except resources, the fingerprints of the inputs, files from outside the
 run, the versions of five libraries, and the code of the worker and the stage, with all modules of
 this repository that they import.
 """

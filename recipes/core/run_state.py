@@ -111,7 +111,7 @@ def request_of(
         name: The stage's name in its run.
         config: The stage's settings.
         inputs: The stage's inputs.
-        starts: Stages that this stage starts; their code is part of its code fingerprint.
+        starts: Stages that this stage starts. Their code is part of this stage's code fingerprint.
         external: Stamps of the stage's files from outside the run.
         in_image: Whether the stage runs in a container image, with the image's libraries.
     """

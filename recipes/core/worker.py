@@ -82,7 +82,7 @@ def main() -> None:
             print(message, file=sys.stderr, flush=True)
         summary = message if is_explained else _summary(error, stage_dir)
         stopped = isinstance(error, StoppedByDeadlineError)
-        # If the disk is full, nothing can be recorded, and the launcher quotes the log instead.
+        # If the disk is full, nothing can be recorded; ``stage_process.failure`` then says why.
         with contextlib.suppress(OSError):
             # When a rank fails, the other ranks fail with connection errors. These are not
             # RecipeErrors, and must not replace the error of the rank that failed first.

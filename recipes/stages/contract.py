@@ -98,7 +98,7 @@ class Stage(Generic[ConfigT]):
     optional_inputs: Mapping[str, Kinds] = field(default_factory=dict)
     """Optional inputs, each with the types that it may have."""
     starts: tuple[str, ...] = ()
-    """Stages that this stage starts; their code is part of its code fingerprint."""
+    """Stages that this stage starts. Their code is part of this stage's code fingerprint."""
     devices: Callable[[ConfigT], int] = lambda config: config.resources.devices
     """Devices per node that the stage needs, including those of the stages that it starts."""
     needs_torch: bool = True
@@ -119,7 +119,7 @@ class Stage(Generic[ConfigT]):
     """For plans: the cost of a stage that runs models and has no ``workload``. For a search it
     includes the training of candidates."""
     plans_workloads: bool = False
-    """Whether the stage plans the chain of all stages: its settings then include all workloads."""
+    """Whether the stage makes the plan of the run, so that its settings include all workloads."""
     names_accepted_results: bool = False
     """Whether the result is a document that says which stale results the user accepted."""
     resolve_from_chain: Callable[[ConfigT, Chain], ConfigT] = lambda config, chain: config

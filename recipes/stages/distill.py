@@ -80,7 +80,7 @@ def _loss_problems(cfg: DistillConfig) -> Iterator[Problem]:
 
 
 def _stop_problems(cfg: DistillConfig, live_teacher: Architecture | None) -> Iterator[Problem]:
-    """Checks that validations can measure the KL to the teacher."""
+    """Checks that validations measure the KL to the teacher, which ``stop_at_recovered`` needs."""
     if live_teacher is None or not cfg.kd_weight:
         yield Problem(
             rules.STOP,
@@ -104,7 +104,7 @@ def _stop_problems(cfg: DistillConfig, live_teacher: Architecture | None) -> Ite
 
 
 def _pair_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks that pairs of layers exist on the last pipeline stage, which computes the loss."""
+    """Checks that all layers in pairs are on the last pipeline stage, which computes the loss."""
     if any(len(pair) != 2 for pair in cfg.intermediate_layer_pairs):
         yield Problem(
             rules.HIDDEN_PAIRS,
@@ -118,11 +118,11 @@ def _pair_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
         if shape.num_layers < cfg.pipeline_model_parallel_size:
             continue  # ``layout_problems`` reports this
         allowed = last_stage_layers(shape.num_layers, cfg.pipeline_model_parallel_size)
-        wrong = [pair[index] for pair in cfg.intermediate_layer_pairs if pair[index] not in allowed]
-        if wrong:
+        layers = [pair[index] for pair in cfg.intermediate_layer_pairs]
+        if misplaced := [layer for layer in layers if layer not in allowed]:
             yield Problem(
                 rules.HIDDEN_PAIRS,
-                f"intermediate_layer_pairs has the {role}'s layers {wrong}; the last pipeline "
+                f"intermediate_layer_pairs has the {role}'s layers {misplaced}; the last pipeline "
                 f"stage has {allowed.start} to {allowed.stop - 1}",
                 "choose layers in that range, or a smaller pipeline_model_parallel_size",
             )
@@ -234,8 +234,8 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
         )
     objective = Objective.of(cfg, inputs, nemo.architecture_of(student))
     log = metrics_log(out)
-    if healed := inputs["student"].manifest.result_if("heal", HealResult):
-        log.progress("student", 1, 1, **{INITIAL_KL: healed.remaining_kl})
+    if heal_result := inputs["student"].manifest.result_if("heal", HealResult):
+        log.progress("student", 1, 1, **{INITIAL_KL: heal_result.remaining_kl})
     train(cfg, student, objective, inputs["data"], out / student.name, log)
     kept = inputs["student"].manifest.result(KeptLayers).kept_layers
     distilled = None

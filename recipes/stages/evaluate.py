@@ -37,7 +37,7 @@ def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: EvaluateConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of all models in turn. Pruned and distilled models have the same shape."""
+    """Estimates the cost of evaluating all models. The pruned and distilled shapes are equal."""
     pruned = chain.shape_of(cfg.inputs.get("pruned"))
     sequences_per_rank = cfg.num_sequences / cfg.resources.ranks
     text = Sequences(sequences_per_rank, cfg.seq_length, cfg.micro_batch_size)

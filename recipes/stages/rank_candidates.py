@@ -45,8 +45,8 @@ def inference_cost(cfg: RankCandidatesConfig, chain: Chain) -> InferenceCost:
     compute = sum((cost.compute for cost in costs), Compute())
     compute = sum((text.compute(shape, bf16) for shape in shapes), compute)
     memory = largest(*(cost.memory for cost in costs))
-    healing = len(costs) > 1
-    return InferenceCost(memory, compute, bf16 and not healing)
+    includes_healing = len(costs) > 1
+    return InferenceCost(memory, compute, bf16 and not includes_healing)
 
 
 def run(cfg: RankCandidatesConfig, inputs: Inputs, out: Path) -> Outcome:

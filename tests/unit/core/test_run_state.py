@@ -103,7 +103,7 @@ def test_a_result_stays_complete_while_another_start_fails(tmp_path: Path) -> No
     assert stage_state(tmp_path, "g").status is Status.FAILED
 
 
-def test_the_first_rank_to_fail_gives_the_reason(tmp_path: Path) -> None:
+def test_the_first_error_stays_unless_a_later_error_may_overwrite_it(tmp_path: Path) -> None:
     begin_work(tmp_path, start_manifest())
     record_failure(tmp_path, "a bug", overwrite=False)
     record_failure(tmp_path, "lost its connection", overwrite=False)
