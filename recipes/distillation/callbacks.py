@@ -46,7 +46,7 @@ class StepLogger(Callback):
 
         def get_grad_norm() -> float:
             self._norm = float(compute_norm())
-            # The learning rate is read before the update, which sets that of the next step.
+            # Read before the update, because the update sets the next step's learning rate.
             self._lr = trainer.optimizers[0].param_groups[0]["lr"]
             return self._norm
 
@@ -191,8 +191,8 @@ class StopAtDeadline(Callback):
 class CollectGarbage(Callback):
     """Collects garbage on all ranks in the same step, so that no rank waits for another.
 
-    Also returns free memory to the system before validations and checkpoints. Their allocations
-    have other sizes than those of training steps, so they could not reuse the free blocks.
+    Also returns free memory to the system before validations and checkpoints. These allocate blocks
+    of other sizes than training steps do, so they could not reuse the free blocks.
     """
 
     def __init__(self, cfg: TrainingConfig) -> None:
@@ -236,7 +236,7 @@ class Profile(Callback):
         self._running = False
 
     def on_train_batch_start(self, trainer: Any, *args: object) -> None:
-        """Starts the profiler at the first step of the range that this start of the run trains."""
+        """Starts the profiler at the first step of the range that this process trains."""
         if not self._running and self._first <= trainer.global_step + 1 <= self._last:
             self._profiler.start()
             self._running = True

@@ -1,4 +1,4 @@
-"""Training data: sequences of text, with a cached teacher's top-k if there is one."""
+"""Training data: sequences of text, and the teacher's top-k logits if they are cached."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ TEACHER_PREFIX = "teacher_"
 class TrainingSequences(Dataset):
     """Dataset of training samples: any number of epochs over the n sequences of a split.
 
-    Without ``weights`` sample i is the sequence at position i mod n of epoch i // n. With
+    The number of a sequence is its position in the split, counted from 0. Without ``weights``
+    sample i is the sequence at position i mod n of epoch i // n. With
     ``weights``, ``blend`` assigns samples to sources, and each source has its own epochs. Sequences
     that span two sources are then omitted.
     """
@@ -53,13 +54,14 @@ class TrainingSequences(Dataset):
     seed: int | None = None
     """Seed that shuffles every epoch; ``None`` keeps the order of the text."""
     document_end: int | None = None
-    """Id of the token that ends documents; the next prediction is masked. ``None`` masks none."""
+    """Id of the token that ends documents. The prediction of the token after it is masked. ``None``
+    masks no prediction."""
     loss_mask: np.ndarray | None = None
     """For each token, whether it is a target of the loss, see ``read_loss_mask``."""
     attention_mask: Tensor | None = None
     """Attention mask of every sample; ``None`` omits it."""
     cache: TeacherCache | None = None
-    """Cached teacher; only the sequences in the cache are used."""
+    """Cached teacher. If it is set, only the sequences in the cache are used."""
     numbers: list[int] | None = None
     """Numbers of the sequences to use, in this order; ``None`` uses all sequences."""
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -82,8 +84,8 @@ class TrainingSequences(Dataset):
             self._blend = blend(list(self.weights.values()), self.num_samples)
             used = np.concatenate(self._numbers_by_source)
         self.used_numbers = used
-        # For each source, an epoch and the order of sequences in it. Samples are read in order, so
-        # the epoch of the last sample is enough.
+        # For each source, one epoch and the order of the sequences in this epoch. Samples are read
+        # in order, so the epoch that was read last is enough.
         self._orders = [(-1, numbers) for numbers in self._numbers_by_source]
         self._positions = torch.arange(self.seq_length)
 

@@ -2,7 +2,7 @@
 
 The cache is a directory with ``index.json`` and shards ``00000.safetensors`` … Each shard has
 
-- ``sequences`` int32 [n]: numbers of the sequences, see ``data``;
+- ``sequences`` int32 [n]: numbers of the sequences, see ``data.TrainingSequences``;
 - ``indices`` uint16 or int32 [n, seq_length, k]: the k most likely tokens, the likeliest first;
 - ``log_probs`` float16 [n, seq_length, k + 1]: the log-probabilities of these tokens, and of the
   tail, which is all other tokens together;
@@ -117,7 +117,7 @@ class TeacherCache:
             for row, number in enumerate(numbers)
         }
         self.sequences = np.concatenate(shards).astype(np.int64)
-        """Numbers of the cached sequences. In a rehearsal, which has no data, all are 0."""
+        """Numbers of the cached sequences. All are 0 in a rehearsal, a run on fake tensors."""
 
     def rows(self, sequence: int) -> dict[str, Tensor]:
         """Reads the tensors of ``TopK`` for one sequence, [seq_length, …]."""

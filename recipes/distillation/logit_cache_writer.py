@@ -50,7 +50,7 @@ def cache_logits(
         cfg: Settings.
         teacher: Checkpoint of the teacher.
         data: The tokenized text.
-        folder: Folder for shards while others are missing. Complete shards are not written again.
+        folder: Folder of the shards until all are complete. A restart keeps complete shards.
         out: Folder of the artifact.
         log: Receives progress.
 
@@ -58,7 +58,7 @@ def cache_logits(
         The metrics over all shards, on rank 0; ``None`` on other ranks.
 
     Raises:
-        StoppedByDeadlineError: The deadline was reached before the last shard; on all ranks.
+        StoppedByDeadlineError: The deadline was reached before the last shard. All ranks raise it.
     """
     parallel = nemo.Parallelism(tensor=cfg.tensor_model_parallel_size)
     nemo.initialize(parallel)
@@ -128,7 +128,7 @@ def _write_shards(
     """Writes those shards of this data-parallel rank that are not complete yet.
 
     Returns:
-        ``True`` if all shards are complete; ``False`` if the deadline was reached before.
+        ``True`` if these shards are complete; ``False`` if the deadline was reached first.
     """
     start, done = time.monotonic(), 0
     replica = parallel_state.get_data_parallel_rank()
@@ -143,7 +143,7 @@ def _write_shards(
         if outputs is None:
             return False
         top, loss = outputs
-        if done == 0:  # only for the first shard, since a few sequences may have a high loss
+        if done == 0:  # only one shard is checked: a few sequences may well have a high loss
             require_better_than_chance(loss, index.vocabulary)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             write_shard(path, index, numbers, top, loss)

@@ -67,8 +67,8 @@ class LogitsLoss:
 
 
 Divergence = tuple[Tensor, Callable[[], Tensor]]
-"""A divergence f [n, 1] without T², and a function that computes the gradient (1) [n, outcomes].
-Both overwrite the log-probabilities, so the function can be called only once."""
+"""A divergence f [n, 1] without T², and a function for the gradient (1) [n, outcomes]. Computing
+either overwrites the log-probabilities, so the function can be called only once."""
 
 
 def _forward_kl(
@@ -220,8 +220,8 @@ def _chunk_losses(
 ) -> tuple[Tensor, Tensor | None]:
     """Computes KD losses [n, 1] without T², and LM losses [n, 1].
 
-    Overwrites ``student`` with the gradient of the weighted sum. The gradient has no argument of
-    its own, because the compiler would have to check whether that shares memory with ``student``.
+    Overwrites ``student`` with the gradient of the weighted sum. The gradient is not written to
+    another argument, because the compiler would have to check whether both share memory.
     """
     teacher, temperature = targets.teacher, loss.temperature
     lm_loss = lm_gradient = None
@@ -294,8 +294,8 @@ class _Distillation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # Scaled in place, so that the logits' gradient is in memory only once. Autograd refuses a
-        # second backward pass, because the saved tensor has changed.
+        # The logits' gradient is scaled in place, so that it is in memory only once. Autograd then
+        # refuses a second backward pass, because the saved tensor has changed.
         (gradient,) = ctx.saved_tensors
         return _scale_rows(gradient, grads[0].unsqueeze(-1)), None, None, None, None
 

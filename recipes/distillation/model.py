@@ -1,4 +1,4 @@
-"""The NeMo model that is trained: a student, with or without a live teacher.
+"""The NeMo model that is trained: a student, maybe with a live teacher (one that is not cached).
 
 The student's ``compute_language_model_loss`` is replaced by one that computes the losses on logits.
 ModelOpt's ``DistillationModel`` computes losses on hidden states. The model's output is one row of
@@ -148,7 +148,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         config.perform_initialization = False
         settings = {
             "teacher_model": (_load_teacher, [config, self.tokenizer, checkpoint], {}),
-            "criterion": self._hidden_losses(student, config),
+            "criterion": self._hidden_losses(student, teacher_config=config),
             # ModelOpt requires a balancer, but ``Objective`` sets the weights.
             "loss_balancer": mtd.StaticLossBalancer(1.0),
         }
@@ -161,9 +161,9 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         return core
 
     def _hidden_losses(
-        self, student: nn.Module, teacher: nn.Module
+        self, student: nn.Module, teacher_config: Any
     ) -> dict[tuple[str, str], HiddenLoss]:
-        """Returns the hidden loss by pair of layer names. All pairs share one module.
+        """Returns the loss on hidden states by pair of layer names. All pairs share one module.
 
         In ModelOpt's names, layers are counted from the first layer of this pipeline stage.
         """
@@ -172,13 +172,14 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         loss = HiddenLoss(
             self._objective.hidden_loss,
             self.config.hidden_size,
-            teacher.hidden_size,
+            teacher_config.hidden_size,
             sequence_parallel=self.config.sequence_parallel,
             dtype=self.config.params_dtype,
         )
         student_first = self.config.num_layers - len(student.decoder.layers) + 1
-        split = pipeline_split(teacher.num_layers, teacher.pipeline_model_parallel_size)
-        teacher_first = teacher.num_layers - split[-1] + 1
+        teacher_layers = teacher_config.num_layers
+        split = pipeline_split(teacher_layers, teacher_config.pipeline_model_parallel_size)
+        teacher_first = teacher_layers - split[-1] + 1
         return {
             (
                 f"decoder.layers.{student_layer - student_first}",
@@ -188,7 +189,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         }
 
     def data_step(self, dataloader_iter: Any) -> dict[str, Any]:
-        """Returns a micro batch, on the last pipeline stage with a cached teacher's top-k."""
+        """Returns a micro batch. The last pipeline stage also gets a cached teacher's top-k."""
         loaded = next(dataloader_iter)
         batch: dict[str, Any] = super().data_step(iter([loaded]))
         if parallel_state.is_pipeline_last_stage():
@@ -247,7 +248,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
             weights,
         )
         loss, group = self._objective.logits, nemo.tensor_group()
-        # In training the gradient overwrites the logits, which nothing reads after the loss.
+        # In training the gradient overwrites the logits, since nothing reads them after the loss.
         flat = logits.flatten(0, 1)
         total, kd_and_lm = combined_loss(flat, targets, loss, group, reuse_logits=True)
         return tuple(row.view(logits.shape[:2]).t() for row in (total, *kd_and_lm))
@@ -309,12 +310,12 @@ def _lm_loss(logits: Tensor, labels: Tensor, reuse_logits: bool = False) -> Tens
 def _forward_both(core: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """Runs teacher and student; replaces NeMo's forward pass, which drops the teacher's logits.
 
-    In training a pipeline stage sends the hidden states of both models to the next as one tensor.
+    In training a pipeline stage sends both models' hidden states to the next stage as one tensor.
     """
     if core.training or core.runs_in_validation:
         for pair in core._layers_to_loss:
             for layer in pair:
-                layer._intermediate_output = None  # from the student-only pass of a validation
+                layer._intermediate_output = None  # a validation of the student alone sets it
         with torch.no_grad():
             core.teacher_model.eval()
             teacher_output = core.teacher_model(*args, **kwargs)

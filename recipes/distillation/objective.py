@@ -26,8 +26,8 @@ from recipes.distillation.results import KeptLayers
 from recipes.distillation.settings import CACHE_KIND, TERMS, DistillConfig
 
 DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cosine": lambda ours, theirs: 1 - cosine_similarity(ours, theirs, dim=-1),
-    "mse": lambda ours, theirs: (ours - theirs).square().mean(dim=-1),
+    "cosine": lambda student, teacher: 1 - cosine_similarity(student, teacher, dim=-1),
+    "mse": lambda student, teacher: (student - teacher).square().mean(dim=-1),
 }
 """Maps each of ``HIDDEN_LOSSES`` to a function of hidden states [s, b, h], which returns [s, b]."""
 PROJECTION_SEED = 0
@@ -82,7 +82,7 @@ class TeacherSource:
 
     @classmethod
     def of(cls, cfg: DistillConfig, inputs: Inputs, student: Architecture) -> TeacherSource:
-        """Returns the source that a config requires; an empty source for only an LM loss."""
+        """Returns the source that a config requires. An LM loss alone has an empty source."""
         if cfg.kd_weight == cfg.hidden_weight == 0:
             return cls()
         source = inputs["teacher"]
@@ -143,14 +143,14 @@ class Objective:
         both is scaled to the size of the LM loss. The configured weights multiply the scaled terms.
         Before the first step ``means`` is empty, and the weights are the configured weights.
 
-        NeMo would take sizes from each micro batch, so that the result depends on the number of
-        micro batches. The means here are of a global batch.
+        NeMo would take the means from each micro batch. The result would then depend on the number
+        of micro batches, so these means are of a global batch.
         """
         weights = dict(self.weights)
         if not (self.dynamic and means):
             return weights
         first, *rest = weights
-        soft_size = means[first]  # size of the KD and hidden terms, before the first weight
+        soft_size = means[first]  # sum of the KD and hidden terms, without the weight of ``first``
         if first == "kd" and "hidden" in rest:
             weights["hidden"] *= weights["kd"] * _ratio(means["kd"], means["hidden"])
             soft_size += self.weights["hidden"] * means["kd"]
@@ -211,13 +211,13 @@ class HiddenLoss(_Loss):
         (hidden states, context) that Megatron's TransformerLayer returns; the context is ignored.
         The teacher gets no gradient.
         """
-        ours = student[0] if isinstance(student, tuple) else student
-        theirs = teacher[0] if isinstance(teacher, tuple) else teacher
+        states = student[0] if isinstance(student, tuple) else student
+        targets = teacher[0] if isinstance(teacher, tuple) else teacher
         if self.projection is not None:
-            ours = self.projection(ours.to(self.projection.weight.dtype))
+            states = self.projection(states.to(self.projection.weight.dtype))
         # Just below 1, bfloat16 numbers are 1/256 apart, so a cosine of 0.999 would round to 1.
-        ours, theirs = ours.float(), theirs.detach().float()
-        return DISTANCES[self._kind](ours, theirs).t()
+        states, targets = states.float(), targets.detach().float()
+        return DISTANCES[self._kind](states, targets).t()
 
 
 class LossReduction(MegatronLossReduction):  # type: ignore[misc]
@@ -234,7 +234,8 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
         """Means of the losses over the tokens of the last global batch. Only the last pipeline
         stage has them."""
         self.finite_means: dict[str, float] = {}
-        """``last_means`` of the last step with only finite means; they balance the next step."""
+        """``last_means`` of the last step whose means were all finite. The next step's weights
+        depend on these means if the weights are dynamic."""
 
     def weights(self) -> Mapping[str, float]:
         """Returns the weights of this step's terms."""

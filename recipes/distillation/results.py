@@ -39,7 +39,7 @@ class DistillationResult(TrainingResult):
 
     teacher_loss: float | None
     stopped: str = ""
-    """Reason and step of an early stop."""
+    """Reason and step of an early stop; empty if there was none."""
     kept_layers: list[int] | None = None
     """``KeptLayers`` of the student, which a second round of pruning reads."""
 

@@ -31,7 +31,7 @@ RECOMPUTE_GRANULARITIES = ("none", "selective", "full")
 FEED_FORWARD = ("mlp", "moe")
 """Megatron's names of a layer's feed-forward network: dense, or MoE."""
 FP8_RECIPES = {"tensorwise": 16, "blockwise": 16, "delayed": 16, "mxfp8": 32}
-"""Maps FP8 scaling recipes to the number of which matrix sizes must be multiples
+"""Maps each FP8 scaling recipe to a number. The sizes of matrices must be multiples of this number
 (``megatron/core/fp8_utils.py``)."""
 TERMS = ("kd", "hidden", "lm")
 """Terms of the loss; each is logged."""
@@ -243,8 +243,9 @@ class DistillConfig(TrainingConfig):
     lm_weight: Weight = 0.0
     """Weight of the next-token (LM) loss; 0 omits it."""
     loss_balancer: Annotated[str, one_of(*LOSS_BALANCERS)] = "fixed"
-    """``fixed`` weights, or ``dynamic``: terms are first scaled to equal size, by their means in
-    the previous step."""
+    """``fixed`` weights, or ``dynamic``: by the means of the previous step, the loss on hidden
+    states is first scaled to the size of the KD loss, and the sum of both to the size of the LM
+    loss."""
     stop_at_recovered: Fraction | None = None
     """Stops training at the first validation that shows that this fraction of the KL added by
     pruning is recovered. The teacher then also runs in validation, and there is one validation

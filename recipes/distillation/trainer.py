@@ -71,7 +71,7 @@ def train(
     trainer.callbacks = [CollectGarbage(cfg), *trainer.callbacks, StepLogger(cfg, log)]
     save = partial(_save_trained, cfg, model, restored, nemo.side_folder(start))
     if isinstance(cfg, DistillConfig) and cfg.student_steps:
-        # Before the callback that saves checkpoints, so that a checkpoint's students exist.
+        # Before the callback that saves checkpoints, so that a run that resumes has all students.
         trainer.callbacks.insert(1, SaveStudents(cfg.student_steps, work / nemo.STEPS, save))
     if objective.teacher.runs_in_validation and isinstance(cfg, DistillConfig):
         trainer.num_sanity_val_steps = cfg.limit_val_batches  # a validation before the first step
@@ -99,7 +99,7 @@ def train(
     save(out)
     if rank() == 0 and (work / nemo.STEPS).is_dir():
         # The files are linked, not moved: a restart before the manifest is written empties the
-        # artifact, and must find the students again.
+        # artifact's folder, and must find the students in the work folder.
         shutil.copytree(work / nemo.STEPS, out.parent / nemo.STEPS, copy_function=link_or_copy)
 
 
@@ -170,9 +170,9 @@ def _set_recompute(config: Any, granularity: str) -> None:
 
 
 class _Strategy(nl.MegatronStrategy):  # type: ignore[misc]
-    """NeMo's strategy, except that it loads initial weights in their full precision.
+    """NeMo's strategy, except that initial weights are loaded in their full precision.
 
-    It does not load parameters of loss modules, which the initial checkpoint does not have.
+    Parameters of loss modules are not loaded, because the initial checkpoint does not have them.
     """
 
     def selective_restore(self) -> None:

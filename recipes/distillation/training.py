@@ -39,7 +39,8 @@ CHECKPOINTS = "checkpoints"
 VALIDATE = "validate"
 """Task name of validation in the metrics file."""
 INITIAL_KL = "initial_kl_fraction"
-"""Key in the metrics file. Pruning adds KL; the value is the fraction of it that healing left."""
+"""Key, in the metrics file, of the fraction of the KL added by pruning that remains after healing,
+which fits the pruned weights by least squares."""
 UNFINISHED = "-unfinished"
 """Suffix of the marker that NeMo keeps beside a checkpoint while it is being written."""
 
@@ -202,11 +203,12 @@ def training_bytes(cfg: TrainingConfig, parameters: int) -> int:
 
     A new checkpoint is written before the oldest one is deleted.
     """
-    return parameters * (4 + CHECKPOINT_BYTES * (cfg.keep_checkpoints + 1))  # the model: float32
+    model_bytes = 4  # per parameter, in float32
+    return parameters * (model_bytes + CHECKPOINT_BYTES * (cfg.keep_checkpoints + 1))
 
 
 def training_progress(work: Path) -> str | None:
-    """Returns the step of the last checkpoint as a text, or ``None``. A new start would lose it."""
+    """Returns the step that a new start would lose, as text; ``None`` without a checkpoint."""
     steps = [steps_of_checkpoint(path) for path in complete_checkpoints(work / CHECKPOINTS)]
     return f"step {max(steps)}" if steps else None
 
@@ -255,7 +257,7 @@ def trained_sources(
 def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:
     """Returns why a distillation stops after ``step``, or "" if it continues.
 
-    It stops once enough of the KL added by pruning is recovered, by healing and training together.
+    Training stops once it and healing have recovered enough of the KL added by pruning.
     Validations measure the KL to the teacher on the same sequences, before the first step and
     later. Only records of the metrics ``file`` up to ``step`` are read, so a restarted run decides
     as the first start did.

@@ -123,7 +123,7 @@ def split(log_probs: Tensor, indices: Tensor, group: ProcessGroup | None) -> Spl
     """Splits log-probabilities [n, vocabulary/tp] into selected tokens and a tail, in place."""
     columns, is_local = local_columns(indices, log_probs.shape[-1], group)
     selected = select(log_probs, columns, is_local, group)
-    # Adding -inf erases a selected token. Columns of other ranks' tokens get 0.
+    # Adding -inf removes a selected token from the tail. For tokens of other ranks, 0 is added.
     offsets = torch.zeros_like(selected).masked_fill_(is_local, -math.inf)
     tail = log_probs.scatter_add_(1, columns, offsets)
     # The tail's probabilities are summed, because 1 - sum(selected) would round a small tail to 0.
@@ -171,8 +171,8 @@ def top_k(
 def _sample(tail: Tensor, quantiles: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Samples tokens from log-probabilities [n, vocabulary/tp] at quantiles [n, draws].
 
-    A quantile belongs to the rank at which the cumulative probability of the ranks exceeds it. On
-    that rank, it belongs to the column at which the cumulative probability of the columns does.
+    First each quantile selects a rank: the first one at which the cumulative probability of the
+    ranks exceeds the quantile. Then it selects a column of this rank in the same way.
 
     Returns:
         Ids [n, draws], and the entropy -Σ p·log p [n, 1].

@@ -99,14 +99,14 @@ def interrupt(*args: object) -> None:
 def test_a_run_that_recovered_enough_stops_and_is_complete(
     distill_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run is killed after its last step, before its result. It stops again at that step."""
+    """The run is killed before it saves its result. A restart stops at the same step again."""
     run_dir = tmp_path / "run"
     learning = settings("distill", lr=1e-3, lm_weight=0, val_check_interval=1)
     command = [*distill_command, *learning, "stages.distill.stop_at_recovered=0.7"]
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "_save_trained", interrupt)
         assert run_in_process(*command, cwd=tmp_path).code == 130
-    for action in ("resume", "skip"):
+    for action in ("resume", "skip"):  # the second command finds a complete stage
         again = run_successfully(*command, cwd=tmp_path)
         assert re.search(rf"distill +{action}", again.output)
     records = list(read_records(run_dir / "distill" / METRICS))
@@ -132,7 +132,7 @@ def test_a_run_that_recovered_enough_stops_and_is_complete(
 def test_a_diverging_run_stops_before_its_weights_are_lost(
     distill_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first update overflows float32. One rank needs no port, so a port in use is no error."""
+    """The first update overflows float32. ``MASTER_PORT`` is in use, but one rank needs no port."""
     with socket.create_server(("localhost", 0)) as taken:
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         result = run_recipe(*distill_command, "stages.distill.lr=1e38", cwd=tmp_path)

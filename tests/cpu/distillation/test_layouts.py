@@ -120,16 +120,16 @@ def perturbed_logits() -> Iterator[None]:
 
 
 def require_same_training(
-    expected: Path, perturbed: Path, found: Path, last: int = STEPS, multiple: int = MULTIPLE
+    expected: Path, perturbed: Path, actual: Path, last: int = STEPS, multiple: int = MULTIPLE
 ) -> None:
-    """Compares the loss terms of the steps up to ``last``, and final weights.
+    """Compares the loss terms of the steps up to ``last``, and the final weights of two runs.
 
     Tolerances are ``multiple`` times the difference between ``perturbed`` and ``expected``.
     """
-    expected_steps, perturbed_steps, found_steps = (
-        steps_of(d / "distill" / METRICS, "distill") for d in (expected, perturbed, found)
+    expected_steps, perturbed_steps, actual_steps = (
+        steps_of(d / "distill" / METRICS, "distill") for d in (expected, perturbed, actual)
     )
-    assert [step["done"] for step in found_steps] == [*range(1, last + 1)]
+    assert [step["done"] for step in actual_steps] == [*range(1, last + 1)]
     terms = ("loss", "kd", "hidden", "lm", "grad_norm")
     effects = []
     for term in terms:
@@ -140,20 +140,20 @@ def require_same_training(
         effects.append([difference / abs(value) for value, difference in differences])
     # In the first steps, changed logits affect only some terms, but the rounding of another layout
     # affects all. So the largest effect of a step is the tolerance of all its terms.
-    for step, found_step, *relative in zip(expected_steps, found_steps, *effects, strict=False):
+    for step, actual_step, *relative in zip(expected_steps, actual_steps, *effects, strict=False):
         for term in terms:
             tolerance = multiple * max(relative)
-            assert found_step[term] == pytest.approx(step[term], rel=tolerance), step["done"]
+            assert actual_step[term] == pytest.approx(step[term], rel=tolerance), step["done"]
     if last < STEPS:
         return  # the weights of ``expected`` are of a later step
-    weights, perturbed_weights, found_weights = (
+    weights, perturbed_weights, actual_weights = (
         dict(hf_weights(find_checkpoint(d / "distill" / ARTIFACT)))
-        for d in (expected, perturbed, found)
+        for d in (expected, perturbed, actual)
     )
-    assert weights.keys() == found_weights.keys()
+    assert weights.keys() == actual_weights.keys()
     for name, tensor in weights.items():
         effect = max((perturbed_weights[name] - tensor).abs().max().item(), ULP)
-        assert (found_weights[name] - tensor).abs().max() <= multiple * effect, name
+        assert (actual_weights[name] - tensor).abs().max() <= multiple * effect, name
 
 
 def test_losses_against_the_teacher_fall(one_rank: Path) -> None:
@@ -176,7 +176,7 @@ def test_every_layout_has_the_losses_of_one_rank(
     run_dir = copy_without(one_rank, tmp_path / "run", "distill")
     command = [*overrides(even_llama, text_file, run_dir), *layout(name)]
     run_successfully(*command, cwd=tmp_path)
-    # Such a layout stops at the only validation before the end.
+    # With early stopping the run ends at the only validation before the last step.
     stops = "stop_at_recovered=0.9" in LAYOUTS[name][1]
     require_same_training(one_rank, perturbed, run_dir, STEPS - 1 if stops else STEPS)
     assert bool(manifest_of(run_dir, "distill").metrics["stopped"]) == stops
@@ -213,7 +213,7 @@ def test_a_killed_run_resumes_in_another_layout(
     first: str,
     second: str,
 ) -> None:
-    """This reshards the projection's optimizer state, too. With DP=2 each rank has half of it."""
+    """Resuming reshards the optimizer's state, also the projection's. At DP=2 a rank has half."""
     run_dir = copy_without(one_rank, tmp_path / "run", "distill")
     command = overrides(even_llama, text_file, run_dir)
     metrics = run_dir / "distill" / METRICS

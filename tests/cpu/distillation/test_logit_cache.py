@@ -31,7 +31,7 @@ from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import copy_without, manifest_of, tiny
 
 LENGTH, TOP_K, DRAWS, TEMPERATURE, SEQUENCES, PER_SHARD = 48, 16, 5, 1.5, 130, 12
-HALF = 2.0**-11
+ROUNDING = 2.0**-11
 """Relative rounding error of float16, which has 11 significant bits."""
 
 
@@ -69,7 +69,7 @@ def run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def truth(run: Path, even_llama: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [n, S + 1] and logits [n, S, vocabulary] by transformers."""
+    """Tokens [n, S + 1] of the cached sequences, and transformers' logits [n, S, vocabulary]."""
     documents = IndexedDataset(str(run / "prepare_data" / ARTIFACT / "train"))
     text = np.concatenate([documents[i] for i in range(len(documents))]).astype(np.int64)
     rows = [text[n * LENGTH : (n + 1) * LENGTH + 1] for n in open_cache(run).sequences]
@@ -95,12 +95,16 @@ def test_cached_probabilities_equal_those_of_transformers(
         # Compared by value, because the order of equally likely tokens is arbitrary.
         best, selected = expected.topk(TOP_K, dim=-1).values, expected.gather(-1, indices)
         torch.testing.assert_close(selected, best, rtol=0, atol=1e-4)
-        torch.testing.assert_close(log_probs[:, :TOP_K].double(), selected, rtol=HALF, atol=1e-4)
+        torch.testing.assert_close(
+            log_probs[:, :TOP_K].double(), selected, rtol=ROUNDING, atol=1e-4
+        )
         log_tail = expected.exp().scatter(-1, indices, 0).sum(dim=-1).log()
-        torch.testing.assert_close(log_probs[:, TOP_K].double(), log_tail, rtol=HALF, atol=1e-4)
+        torch.testing.assert_close(log_probs[:, TOP_K].double(), log_tail, rtol=ROUNDING, atol=1e-4)
         tail = expected.scatter(-1, indices, -math.inf)
         entropy = -(tail.exp() * tail.clamp(min=-1e9)).sum(dim=-1, keepdim=True)
-        torch.testing.assert_close(rows["tail_entropy"].double(), entropy, rtol=2 * HALF, atol=1e-4)
+        torch.testing.assert_close(
+            rows["tail_entropy"].double(), entropy, rtol=2 * ROUNDING, atol=1e-4
+        )
         # Draws are at quantiles of the tail. Each represents an equal fraction of its probability.
         assert rows["draws"].shape == (LENGTH, DRAWS)
         fraction = log_tail.exp()[:, None] / DRAWS
@@ -162,18 +166,18 @@ def test_a_killed_and_a_stopped_run_resume_to_the_same_cache(
     assert stopped.code == 1
     assert f"stopped at the deadline before all {len(expected)} shards" in stopped.output
     remaining = list((stage / WORK / "shards").glob("*.safetensors"))
-    assert len(remaining) == len(before) + 1  # the truncated shard is not deleted
+    assert len(remaining) == len(before) + 1  # the truncated shard remains, too
     monkeypatch.delenv(DEADLINE)
 
     run_successfully(*arguments, cwd=tmp_path)
     for name, time in before.items():
         assert (stage / ARTIFACT / name).stat().st_mtime_ns == time, f"{name} was written again"
-    found = shards_of(copy)
-    assert found.keys() == expected.keys()
+    resumed = shards_of(copy)
+    assert resumed.keys() == expected.keys()
     for name, (tensors, metadata) in expected.items():
-        assert found[name][1] == metadata, name
+        assert resumed[name][1] == metadata, name
         for key, tensor in tensors.items():
-            assert np.array_equal(found[name][0][key], tensor), (name, key)
+            assert np.array_equal(resumed[name][0][key], tensor), (name, key)
     done = [step["done"] for step in steps_of(stage / METRICS, "cache")]
     assert done[-1] == len(expected)
     assert not (stage / WORK).exists()
@@ -193,19 +197,19 @@ def test_two_ranks_write_the_same_cache(
     by_one_rank, by_two_ranks = shards_of(run), shards_of(copy)
     assert by_one_rank.keys() == by_two_ranks.keys()
     for name, (expected, metadata) in by_one_rank.items():
-        found, found_metadata = by_two_ranks[name]
-        assert np.array_equal(found["sequences"], expected["sequences"])
+        actual, actual_metadata = by_two_ranks[name]
+        assert np.array_equal(actual["sequences"], expected["sequences"])
         # The order of equally likely tokens is arbitrary, and sums over ranks round differently.
         for ids in ("indices", "draws"):
-            assert (found[ids] == expected[ids]).mean() > 0.99, (name, ids)
+            assert (actual[ids] == expected[ids]).mean() > 0.99, (name, ids)
         np.testing.assert_allclose(
-            found["log_probs"].astype(np.float64),
+            actual["log_probs"].astype(np.float64),
             expected["log_probs"].astype(np.float64),
-            rtol=4 * HALF,
+            rtol=4 * ROUNDING,
             atol=1e-4,
         )
         for key, value in metadata.items():
-            assert float(found_metadata[key]) == pytest.approx(float(value), rel=1e-4)
+            assert float(actual_metadata[key]) == pytest.approx(float(value), rel=1e-4)
 
 
 def test_a_cache_of_other_text_is_refused(run: Path) -> None:

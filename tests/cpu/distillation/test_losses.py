@@ -105,12 +105,13 @@ def test_values_and_gradients_equal_the_definition(
 @EACH_LOSS
 @EACH_TOP
 def test_bfloat16_logits_round_gradients_but_not_losses(kind: str, top: int | None) -> None:
-    # Rounded random logits would have ties, so the top-k would not be unique.
-    steps = torch.arange(VOCABULARY, dtype=torch.float64) / 8 - 6
+    # Random logits would have ties after rounding, so the top-k would not be unique. These levels
+    # are distinct in bfloat16, too.
+    levels = torch.arange(VOCABULARY, dtype=torch.float64) / 8 - 6
     order = torch.rand(TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(1)).argsort(1)
     loss = LogitsLoss(kind, 2.0, top_k=top)
     losses, expected, gradient, expected_gradient = with_reference(
-        make_logits(2), steps[order], loss, torch.bfloat16
+        make_logits(2), levels[order], loss, torch.bfloat16
     )
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1.5e-2, atol=1e-6)
@@ -147,13 +148,13 @@ def test_a_cached_top_k_equals_a_computed_one(kind: str) -> None:
 
 
 def test_samples_of_the_tail_are_unbiased() -> None:
-    """Draws are equally spaced. This averages over 20,000 positions of the first draw."""
-    draws, starts, loss = 3, 20_000, LogitsLoss(temperature=2.0)
+    """The quantiles of a token's draws are equally spaced. Averages over 20,000 first quantiles."""
+    draws, rows, loss = 3, 20_000, LogitsLoss(temperature=2.0)
     teacher, student = make_logits(1)[:1], make_logits(2)[:1]
-    first = (torch.arange(starts) + 0.5) / starts
+    first = (torch.arange(rows) + 0.5) / rows
     quantiles = (first[:, None] + torch.arange(draws)) / draws
-    many = teacher.float().expand(starts, -1)
-    cached = top_k(many, 7, loss.temperature, quantiles=quantiles)
+    repeated = teacher.float().expand(rows, -1)
+    cached = top_k(repeated, 7, loss.temperature, quantiles=quantiles)
     assert cached.draws is not None
     assert not (cached.draws[:, :, None] == cached.indices[:, None]).any()
     exact = student.clone().requires_grad_()
@@ -162,7 +163,7 @@ def test_samples_of_the_tail_are_unbiased() -> None:
     assert exact.grad is not None
     means = []
     for source in (cached, TopK(cached.indices, cached.log_probs)):
-        ours = student.float().expand(starts, -1).clone().requires_grad_()
+        ours = student.float().expand(rows, -1).clone().requires_grad_()
         losses = distillation_loss(ours, source, loss)
         losses.sum().backward()
         assert ours.grad is not None
@@ -241,7 +242,7 @@ class Allocations(TorchDispatchMode):
         existing = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
         outputs = func(*args, **kwargs)
         for tensor in tensors(outputs):
-            if tensor.untyped_storage().data_ptr() not in existing:  # neither a view nor in place
+            if tensor.untyped_storage().data_ptr() not in existing:  # the memory is new
                 self.largest[tensor.dtype] = max(self.largest.get(tensor.dtype, 0), tensor.numel())
         return outputs
 
@@ -349,7 +350,7 @@ def test_vocabulary_split_over_two_ranks(tmp_path: Path) -> None:
 def test_reused_logits_give_the_same_gradient(compiled: bool) -> None:
     results = []
     for reuse in (False, True):
-        torch.compiler.reset()  # kernels of other tests count towards Dynamo's limit
+        torch.compiler.reset()  # kernels of other tests count towards Dynamo's recompile limit
         student, teacher = (make_logits(seed)[:64, :64].contiguous().bfloat16() for seed in (2, 1))
         before = student.clone()
         student.requires_grad_()

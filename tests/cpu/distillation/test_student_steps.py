@@ -58,7 +58,9 @@ def student_after(run_dir: Path, step: int) -> Path:
 def test_saved_students_equal_those_of_shorter_runs(
     pruned: Path, even_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    """Uses two data-parallel ranks, which gather updated weights only before the next step."""
+    """Uses two data-parallel ranks. They gather updated weights only before the next step, so a
+    save must gather the weights, too.
+    """
     losses = {}
     for name, fields in {
         "saved": {"student_steps": "[2,3]"},
@@ -79,16 +81,16 @@ def test_saved_students_equal_those_of_shorter_runs(
     assert not (tmp_path / "plain" / "distill" / ARTIFACT / nemo.STEPS).exists()
 
 
-def test_a_killed_and_resumed_run_has_all_students(
+def test_a_failed_and_resumed_run_has_all_students(
     pruned: Path, even_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run is killed while it saves the second student, and resumes after the first student."""
+    """The run fails while it saves the second student, and resumes after the first student."""
     run_dir, save = copy_without(pruned, tmp_path / "run"), trainer._save_trained
 
     def save_and_fail_at_step_2(*args: Any) -> None:
         save(*args)
         if args[-1].name == f"2.nemo{PARTIAL}":
-            raise RecipeError("killed", "run again")
+            raise RecipeError("failed", "run again")
 
     command = overrides(even_llama, text_file, run_dir, student_steps="[1,2]")
     with monkeypatch.context() as patch:

@@ -24,7 +24,7 @@ LENGTH, END, SEED, BATCH = 8, 0, 7, 4
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents of 1 to 30 tokens that end with ``END``; every token is used once."""
+    """Documents of 1 to 29 tokens and ``END``. In a split, all other tokens are different."""
     folder = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
     with SplitWriter(folder, ("train", "validation")) as writer:
@@ -89,7 +89,7 @@ def test_predictions_after_the_end_of_a_document_are_masked(data: Path) -> None:
 
 
 def test_the_loss_mask_of_the_data_is_used_with_both_teachers(data: Path, tmp_path: Path) -> None:
-    """Conversations have a loss mask. The data module finds its file beside the tokens."""
+    """Only conversations have a loss mask. The data module finds its file beside the tokens."""
     generator = np.random.default_rng(1)
     loss_mask = {}
     for split in ("train", "validation"):
@@ -169,7 +169,7 @@ def test_a_resumed_run_continues_at_its_step(data: Path) -> None:
     module = data_module(data, steps)
     assert steps * BATCH > len(module._train_ds.used_numbers)
     uninterrupted = first_tokens(module, "train")
-    assert len(uninterrupted) >= steps * 2
+    assert len(uninterrupted) >= steps * 2  # two micro batches per step
     for step in (1, 7, 33):
         assert (
             first_tokens(data_module(data, steps), "train", step * BATCH)
@@ -237,7 +237,7 @@ def test_a_weighted_source_needs_a_whole_sequence(data: Path) -> None:
 
 
 def test_a_weighted_source_needs_a_next_token_after_its_sequence(data: Path) -> None:
-    """The last sequence of the split ends with its last token, so nothing follows it."""
+    """The last sequence ends with the split's last token, so it has no next token to predict."""
     whole = read_tokens(data, "train")
     last = len(whole) // LENGTH * LENGTH
     sources = [SourceTokens("large", last - LENGTH), SourceTokens("last", LENGTH)]
@@ -289,7 +289,7 @@ def test_validation_sees_every_source(data: Path) -> None:
 def test_validation_without_a_labelled_sequence_is_refused(
     data: Path, tmp_path: Path, one: int, two: int
 ) -> None:
-    """The split is longer than a sequence, but none lies in one source and has a next token."""
+    """The split is longer than a sequence, but no sequence is in one source with a next token."""
     for ending in ("bin", "idx"):
         (tmp_path / f"train.{ending}").symlink_to(data / f"train.{ending}")
     with SplitWriter(tmp_path, ("validation",)) as writer:

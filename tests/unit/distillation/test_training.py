@@ -1,4 +1,4 @@
-"""Checks, progress and early stop of a training run. Does not import torch."""
+"""Checks before training, progress of a killed run, and early stops. Does not import torch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_progress_is_the_last_complete_checkpoint(tmp_path: Path) -> None:
         ({"sequence_parallel": True, "tensor_model_parallel_size": 2}, "ranks"),
     ],
 )
-def test_rules_of_every_training(chain: Chain, fields: dict[str, Any], rule: str | None) -> None:
+def test_problems_of_any_training(chain: Chain, fields: dict[str, Any], rule: str | None) -> None:
     problems = STAGE.problems(CorrectTeacherConfig(**fields), chain)
     assert [problem.rule.name for problem in problems] == ([rule] if rule else [])
 
@@ -58,9 +58,9 @@ def test_rules_of_every_training(chain: Chain, fields: dict[str, Any], rule: str
         ({"micro_batch_size": 1, "seq_length": 40}, ["a micro batch is 40"]),
     ],
 )
-def test_rules_of_fp8(chain: Chain, fields: dict[str, Any], messages: list[str]) -> None:
-    on_gpu = replace(chain, hardware=Hardware("h100", "gpu", memory_bytes=80e9))
-    problems = list(STAGE.problems(CorrectTeacherConfig(fp8="hybrid", **fields), on_gpu))
+def test_problems_of_fp8(chain: Chain, fields: dict[str, Any], messages: list[str]) -> None:
+    gpu_chain = replace(chain, hardware=Hardware("h100", "gpu", memory_bytes=80e9))
+    problems = list(STAGE.problems(CorrectTeacherConfig(fp8="hybrid", **fields), gpu_chain))
     assert {problem.rule.name for problem in problems} == ({"fp8"} if messages else set())
     assert all(message in p.what for message, p in zip(messages, problems, strict=True))
 
