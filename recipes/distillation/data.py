@@ -42,9 +42,9 @@ class TrainingSequences(Dataset):
     """Dataset of training samples: any number of epochs over the n sequences of a split.
 
     The number of a sequence is its position in the split, counted from 0. Without ``weights``
-    sample i is the sequence at position i mod n of epoch i // n. With
-    ``weights``, ``blend`` assigns samples to sources, and each source has its own epochs. Sequences
-    that span two sources are then omitted.
+    sample i is the sequence at position i mod n of epoch i // n. With ``weights``, ``blend`` assigns
+    samples to sources, and each source has its own epochs. Sequences that span two sources are then
+    omitted.
     """
 
     tokens: np.ndarray

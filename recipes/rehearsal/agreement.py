@@ -1,7 +1,8 @@
-"""Compares the communication of rehearsed ranks; if it differs, a real job would hang.
+"""Compares the communication of ranks that were rehearsed, that is, run alone on fake tensors.
 
 Each rank records its calls by channel. A channel is a process group, or one direction between two
-ranks. All ranks of a channel must make the same calls in the same order. Does not import torch.
+ranks. All ranks of a channel must make the same calls in the same order, or a real job would hang.
+Does not import torch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Call:
     operation: str
     """Name, shapes, types and root rank; must be equal on all ranks of the channel."""
     site: str
-    """Call site: ``FILE:LINE`` of some callers, innermost first."""
+    """The innermost callers, as ``FILE:LINE < FILE:LINE``."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def distinct_ranks(world: int, tensor: int, context: int, pipeline: int, expert:
 
 
 def differences(channels: Mapping[int, Sequence[Channel]]) -> Iterator[str]:
-    """Yields the first difference of each channel between the ranks that take part in it.
+    """Yields, for each channel, the first difference between the calls of the channel's ranks.
 
     Args:
         channels: The channels of each rehearsed rank.

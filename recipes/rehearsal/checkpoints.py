@@ -1,7 +1,7 @@
-"""Replaces reading and writing of NeMo checkpoints, and checks the keys and shapes of tensors.
+"""Replaces reading and writing of NeMo checkpoints by checks of the tensors' keys and shapes.
 
-The shapes in a model's checkpoint follow from its architecture. Those in a training run's
-checkpoint are remembered when it is saved.
+The shapes in a model's checkpoint follow from the model's architecture. The shapes in a training
+run's checkpoint are kept in memory when the run saves the checkpoint.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True)
 class _SavedRun:
-    """What a rehearsal keeps of a training run's checkpoint."""
+    """The part of a training run's checkpoint that is kept in memory."""
 
     metadata: Any
     """Sharding of the optimizer's state."""
@@ -71,14 +71,14 @@ def _load_content_metadata(folder: str, **kwargs: object) -> Any:
 
 
 def _load(sharded_state_dict: Any, checkpoint_dir: str, *args: object, **kwargs: object) -> Any:
-    """Returns the tensors of the state dict; checks that the checkpoint has all of them."""
+    """Returns the tensors of the state dict; checks their keys and shapes in the checkpoint."""
     state = sharded_state_dict
     factories, _ = extract_matching_values(
         state, lambda item: isinstance(item, ShardedTensorFactory), return_lists_as_dicts=True
     )
     apply_factories(state)
     saved = _saved.get(Path(checkpoint_dir))
-    if saved:  # like Megatron, ignores everything else in the state dict
+    if saved:  # like Megatron, ignores items of all other types in the state dict
         types = ShardedBase, LocalNonpersistentObject
         state, _ = extract_matching_values(state, lambda item: isinstance(item, types))
     stored = saved.shapes if saved else _stored_shapes(Path(checkpoint_dir).parent)
@@ -133,7 +133,7 @@ def _read_weights(
 def _require_stored(item: ShardedTensor, stored: Mapping[str, Shape]) -> None:
     if item.key not in stored:
         raise CheckpointError(f"{item.key} is not in a checkpoint of this model")
-    # Each layout pads the vocabulary to another length, which Megatron allows.
+    # Megatron lets the first axis differ if it is the vocabulary, which each layout pads otherwise.
     axes = slice(1 if item.allow_shape_mismatch else 0, None)
     shape, stored_shape = tuple(item.global_shape), stored[item.key]
     if shape[axes] != stored_shape[axes]:
@@ -147,7 +147,7 @@ def _save(
     content_metadata: Any = None,
     **kwargs: Any,
 ) -> AsyncRequest | None:
-    """Checks the tensors to save, and remembers the state of a training run, which may resume."""
+    """Checks the tensors to save, and keeps the state of a training run, so that it can resume."""
     apply_factories(sharded_state_dict)
     items = [i for i in nested_values(sharded_state_dict) if isinstance(i, ShardedTensor)]
     for item in items:

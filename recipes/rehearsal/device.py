@@ -63,7 +63,7 @@ def _to_device(func: object, tensor: Tensor, *args: object, **kwargs: object) ->
 
 
 def _tensor(func: Any, data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
-    """Makes a tensor on the CPU, and then moves it. Tensors in a list become numbers first."""
+    """Makes a tensor on the CPU, then moves it. First converts tensors in a list to numbers."""
     if isinstance(data, (list, tuple)):
         data = tree_map_only(Tensor, Tensor.item, data)
     tensor: Tensor = func(data, *args, **kwargs)
@@ -78,7 +78,7 @@ def _copy(func: object, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
 
 
 def _split(func: Any, tensor: Tensor, sizes: Any, dim: int = 0) -> Any:
-    """Splits into equal chunks if the sizes are wrong because they come from a fake tensor."""
+    """Splits into equal chunks if the sizes do not fit: they were then read from a fake tensor."""
     if isinstance(sizes, (list, tuple)) and sum(sizes) != tensor.shape[dim]:
         return tensor.tensor_split(len(sizes), dim)
     return func(tensor, sizes, dim)
@@ -207,7 +207,7 @@ def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
 class _FakeCuda(TorchDispatchMode):
     """Checks devices, and returns a number where code reads one from a fake tensor (``item``).
 
-    If a known number was copied to the device, code reads this number, also after collectives.
+    A number that code copies to the device is kept, so that it can be read, also after collectives.
     """
 
     def __init__(self) -> None:

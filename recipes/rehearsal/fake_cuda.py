@@ -18,8 +18,8 @@ from recipes.backend.patches import Patch, apply, constant, replace_with
 
 NAME = "fakecuda"
 DEVICE = torch.device("privateuseone:0")
-"""After ``install`` its type has the name ``NAME``."""
-CAPABILITY = (9, 0)
+"""The fake device. ``install`` gives the name ``NAME`` to its type."""
+CAPABILITY = (9, 0)  # of Hopper
 MEMORY_BYTES = 80 << 30
 PROPERTIES = SimpleNamespace(
     name="rehearsal",
@@ -58,7 +58,7 @@ def patches() -> Iterator[Patch]:
 
 
 class _Stream:
-    """Replaces streams and events. Operations on fake tensors take no time, so nothing waits."""
+    """Replaces streams and events. Fake operations are done at once, so no method waits."""
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Makes rehearsals write safetensors files as sparse files of zeros, and read real tensors."""
+"""Makes code on fake tensors write safetensors as sparse files of zeros, and read real tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Shapes = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 
 
 class _RealFile:
-    """Wraps an open safetensors file or a lazy slice. Returns real tensors, even in fake mode."""
+    """Wraps an open safetensors file or a lazy slice. Reads real tensors, even in fake mode."""
 
     def __init__(self, file: Any) -> None:
         self._file = file

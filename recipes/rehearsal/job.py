@@ -30,7 +30,8 @@ from recipes.stages.import_hf import ImportConfig
 from recipes.stages.successive_halving import training_of
 
 STEPS = 2
-"""Steps of a training run. The second step shows the peak, since the optimizer has its states."""
+"""Steps of a rehearsed training run. The second step has the peak memory, since the optimizer then
+has its states."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class JobInput:
 
 @dataclass(frozen=True)
 class RankJob:
-    """One rank of one stage."""
+    """One rank of one stage, to be rehearsed."""
 
     name: str
     config: dict[str, Any]
@@ -98,7 +99,8 @@ def jobs_of(
         stages: All stages of the chain, by name.
         names: Stages to rehearse.
         hf_config: The teacher's ``config.json``.
-        ranks: Ranks to rehearse, if a stage has them. Default: ``distinct_ranks``.
+        ranks: Ranks to rehearse; ranks that a stage does not have are ignored. Default:
+            ``distinct_ranks``.
     """
     jobs = []
     for name in names:
@@ -177,8 +179,8 @@ def _reduced_search(config: SuccessiveHalvingConfig) -> dict[str, Any]:
 def _reduced_training(config: TrainingConfig) -> dict[str, Any]:
     """Returns settings for ``STEPS`` short steps.
 
-    A step has one micro batch more than there are pipeline stages, or fewer if so configured. Then
-    the pipeline schedule reaches its steady state.
+    A step has one micro batch more than there are pipeline stages, so that the pipeline schedule
+    reaches its steady state; or fewer, if a global batch has fewer.
     """
     pipeline = config.pipeline_model_parallel_size
     replica_ranks = config.tensor_model_parallel_size * pipeline * config.context_parallel_size
@@ -198,12 +200,12 @@ def _reduced_training(config: TrainingConfig) -> dict[str, Any]:
 
 
 def _input(chain: Chain, stages: Mapping[str, Stage[Any]], source: str) -> JobInput:
-    """Returns the input that ``source`` makes: a stage of the chain, or of another run."""
+    """Returns the input that ``source`` makes: a stage of the chain, or another run's directory."""
     manifest = manifest_of(source) if source not in stages else None
     kind = manifest.kind if manifest is not None else stages[source].kind
     settings = manifest.config if manifest is not None else vars(chain.stages[source])
     config = {name: settings[name] for name in CACHE_FIELDS if name in settings}
-    # The teacher represents the candidates, none of which needs more memory.
+    # The teacher represents the candidates, since no candidate needs more memory.
     shape = chain.teacher if kind == "shapes" else chain.shape_of(source)
     return JobInput(kind, shape.as_dict(), config)
 

@@ -1,4 +1,4 @@
-"""Makes the inputs of a rehearsed stage. They have the right shapes, but no weights or text."""
+"""Makes the inputs of a rehearsed stage. These have the right shapes, but no weights or text."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _write_side_files(config: Mapping[str, Any], folder: Path) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     folder.mkdir(parents=True)
-    # A bundled config only has the model's shape.
+    # The ``config.json`` files of this repository have only the model's shape.
     types = {name: model_type for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
     defaults = {"torch_dtype": "bfloat16", "model_type": types[config["architectures"][0]]}
     write_json(folder / "config.json", {**defaults, **config})

@@ -21,7 +21,7 @@ from recipes.rehearsal.fake_cuda import DEVICE
 TEMPORARY = ("activations", "logits")
 """Labels of tensors that get no other label."""
 PARENT = "parent"
-"""Label of all memory of the parent of the rehearsed process, which uses the same GPU."""
+"""Label of all memory of a parent process, which uses the same GPU as the rehearsed process."""
 BLOCK = 512
 """CUDA's allocator rounds sizes up to a multiple of this many bytes (``kMinBlockSize``)."""
 TEACHER_MODULE = "_teacher_model."
@@ -154,8 +154,8 @@ def install_labels(memory: MemoryTracker) -> None:
         nonlocal has_stepped
         _label_states(memory, optimizer)
         if not has_stepped:
-            # In the first step the optimizer allocates states, which have no label before its end.
-            # All later steps are alike.
+            # The optimizer allocates its states in the first step, and they have no label before
+            # the step's end. So the peak is measured from here on: all later steps are alike.
             memory.reset_peak()
         has_stepped = True
 
@@ -164,7 +164,7 @@ def install_labels(memory: MemoryTracker) -> None:
         _label_states(memory, optimizer)
 
     release = replace_with(memory.release_cache)
-    target, reason = "torch.optim.optimizer:Optimizer.load_state_dict", "loaded states get a label"
+    target, reason = "torch.optim.optimizer:Optimizer.load_state_dict", "loaded states need a label"
     apply([Patch(target, reason, "7f8aa58e98c5", wrap(load_and_label))])
     apply([Patch("torch.cuda:empty_cache", "cached memory is counted", "", release)])
     head = replace_with(_labeling_head(memory, predictions.float32_head))

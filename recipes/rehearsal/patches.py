@@ -40,7 +40,7 @@ def _with_last_losses(original: Callable[..., None], self: Any, objective: Any) 
 def _without_context_parallelism(
     original: Callable[..., None], self: Any, config: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """Makes each rank attend only to its own shard of the sequence."""
+    """Makes each rank attend only to its own shard of the sequence, which has the same shapes."""
     context, config.context_parallel_size = config.context_parallel_size, 1
     original(self, config, *args, **kwargs)
     config.context_parallel_size = context

@@ -36,7 +36,7 @@ MAX_FRAMES = 5
 
 
 def rehearse(job: RankJob) -> RehearsalResult:
-    """Runs the stage once; an error of the stage is part of the result."""
+    """Runs the job's stage. If the stage raises an error, the error is part of the result."""
     os.environ.update(environment(job))
     stage: Stage[Any] = importlib.import_module(f"recipes.stages.{job.stage}").STAGE
     memory = MemoryTracker(job.vocabulary)

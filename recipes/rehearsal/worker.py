@@ -1,8 +1,8 @@
 """Rehearses ranks of stages: ``python -m recipes.rehearsal.worker JOBS PROCESSES``.
 
-``JOBS`` is a JSON file with a list of jobs, of which ``PROCESSES`` run at a time. Prints a line of
-JSON per job, in the order of the list. The libraries are imported once. Each rank runs in a forked
-process, so that it does not see what another rank left in Megatron's globals.
+A rehearsal runs a stage on fake tensors. ``JOBS`` is a JSON file with a list of jobs; ``PROCESSES``
+jobs run at a time. Prints a line of JSON per job, in the order of the list. The libraries are
+imported once. Each rank runs in a forked process, so that no rank changes another's globals.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Rehearses jobs with defects: ``defects.py JOBS`` (JSON: a list of [job, defect or null])."""
+"""Rehearses jobs, in which a function may be replaced by one with a defect: ``defects.py JOBS``.
+
+``JOBS`` is a JSON file with a list of [job, name of the defect or null].
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,10 @@ Operation = Callable[["Operands"], object]
 
 
 class Operands:
-    """A matrix, a number, indices and a mask, each on the GPU and (``c_``) on the CPU."""
+    """A matrix, a number, indices and a mask, each on the GPU and (``c_``) on the CPU.
+
+    ``first`` is a single index, which has 0 dimensions, as ``number`` has.
+    """
 
     def __init__(self) -> None:
         self.matrix, self.c_matrix = (torch.ones(4, 4, device=d) for d in ("cuda", "cpu"))

@@ -15,7 +15,7 @@ from tests.cpu.rehearsal.operations import ALLOWED, REFUSED
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, str]:
-    """Errors by name of the operation. They come from a separate process, which stays fake."""
+    """Errors by name of the operation, from a new process, because real CUDA is lost in it."""
     command = [sys.executable, "-m", "tests.cpu.rehearsal.operations"]
     env = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
@@ -28,5 +28,5 @@ def test_mixed_devices_are_refused(name: str, errors: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("name", ALLOWED)
-def test_legal_mixes_of_devices_are_taken(name: str, errors: dict[str, str]) -> None:
+def test_legal_mixes_of_devices_are_accepted(name: str, errors: dict[str, str]) -> None:
     assert f"allowed {name}" not in errors

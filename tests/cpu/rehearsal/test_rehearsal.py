@@ -1,4 +1,7 @@
-"""Recipes are rehearsed in their shapes and layouts, but with few layers. Defects are reported."""
+"""Recipes run on fake tensors, in their shapes and layouts, but with few layers.
+
+Such a rehearsal must report defects of the code, and the memory that was planned.
+"""
 
 from __future__ import annotations
 
@@ -107,6 +110,7 @@ SOUND = (
     *(Case(recipe, "distill_long", 9, LONG) for recipe in LONG_RECIPES),
     EVALUATE,
 )
+"""Cases without a defect."""
 QWEN = ("qwen3_8b_depth", "distill", 0)
 BROKEN = {
     Case(*QWEN, defect="mix_devices"): "at least two devices, fakecuda:0 and cpu",
@@ -122,6 +126,7 @@ BROKEN = {
     Case(SMALL, "import_hf", defect="lose_a_row"): "is made (49151, 576), not (49152, 576)",
     Case(*QWEN, (f"{D}tensor_model_parallel_size=3",)): "must be a multiple of tensor_model_par",
 }
+"""Maps each case with a defect to words of the error that must be reported."""
 TWO_STAGES = (
     f"{D}pipeline_model_parallel_size=2",
     f"{D}tensor_model_parallel_size=2",
@@ -148,6 +153,7 @@ TOO_LARGE = [
     SEARCH._replace(defect="keep_all"),
     SEARCH._replace(defect="keep_cache"),
 ]
+"""Cases that need more memory than the GPU has, because a defect keeps too much."""
 Results = dict[Case, tuple[RankJob, RehearsalResult]]
 
 
@@ -188,7 +194,7 @@ def test_sound_stages_complete_within_the_planned_memory(case: Case, rehearsed: 
 
 
 def test_host_memory_has_the_state_that_a_save_gathers(rehearsed: Results) -> None:
-    """A rank gathers ``STATE_BYTES`` per parameter. The bfloat16 weights take 2 bytes each."""
+    """A rank gathers ``STATE_BYTES`` per parameter, whose bfloat16 weight takes 2 bytes."""
     job, result = rehearsed[RESUMED]
     plan = planned_memory(job, RESUMED.job[0])
     assert plan is not None
@@ -209,7 +215,7 @@ def test_defects_are_reported(case: Case, rehearsed: Results) -> None:
     "case", [EVALUATE, SEARCH, *TOO_LARGE], ids=lambda c: f"{c.stage}-{c.defect}"
 )
 def test_models_that_do_not_fit_together_are_reported(case: Case, rehearsed: Results) -> None:
-    """Includes a search that keeps a model, or cached memory, while it starts a training."""
+    """Two cases are a search that keeps a model, or cached memory, while it starts a training."""
     job, result = rehearsed[case]
     assert result.error is None
     chain = case.job[0]
