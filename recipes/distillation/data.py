@@ -41,10 +41,9 @@ TEACHER_PREFIX = "teacher_"
 class TrainingSequences(Dataset):
     """Dataset of training samples: any number of epochs over the n sequences of a split.
 
-    The number of a sequence is its position in the split, counted from 0. Without ``weights``
-    sample i is the sequence at position i mod n of epoch i // n. With ``weights``, ``blend`` assigns
-    samples to sources, and each source has its own epochs. Sequences that span two sources are then
-    omitted.
+    Sequences are numbered in the order of the split. Without ``weights`` sample i is the sequence
+    at position i mod n of epoch i // n. With ``weights``, ``blend`` assigns samples to sources, and
+    each source has its own epochs. Sequences that span two sources are then omitted.
     """
 
     tokens: np.ndarray
@@ -54,8 +53,7 @@ class TrainingSequences(Dataset):
     seed: int | None = None
     """Seed that shuffles every epoch; ``None`` keeps the order of the text."""
     document_end: int | None = None
-    """Id of the token that ends documents. The prediction of the token after it is masked. ``None``
-    masks no prediction."""
+    """Id of the token that ends documents. Predictions made at this token are masked."""
     loss_mask: np.ndarray | None = None
     """For each token, whether it is a target of the loss, see ``read_loss_mask``."""
     attention_mask: Tensor | None = None

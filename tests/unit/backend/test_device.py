@@ -11,7 +11,7 @@ from recipes.backend.device import bind_to_near_cores
 
 
 @pytest.mark.parametrize(
-    ("near_cores", "ranks", "is_bound"),
+    ("near_cores", "ranks", "bound"),
     [
         ("0-3,4,5", 2, True),
         ("0-3,4,5", 1, False),  # a single rank would lose half of its cores
@@ -21,23 +21,19 @@ from recipes.backend.device import bind_to_near_cores
     ],
 )
 def test_a_rank_is_bound_to_the_cores_near_its_gpu(
-    near_cores: str | None,
-    ranks: int,
-    is_bound: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    near_cores: str | None, ranks: int, bound: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if near_cores is not None:
         (tmp_path / "local_cpulist").write_text(f"{near_cores}\n")
-    bound: dict[int, set[int]] = {}
+    bindings: dict[int, set[int]] = {}
     threads = {int(thread.name) for thread in Path("/proc/self/task").iterdir()}
 
     def bind(thread: int, cores: set[int]) -> None:
-        bound[thread] = cores
+        bindings[thread] = cores
         if thread == min(threads):
             raise ProcessLookupError  # a thread that has ended since it was listed
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 5, 6, 7})
     monkeypatch.setattr(os, "sched_setaffinity", bind)
     bind_to_near_cores(tmp_path, ranks)
-    assert bound == ({thread: {4, 5} for thread in threads} if is_bound else {})
+    assert bindings == ({thread: {4, 5} for thread in threads} if bound else {})
