@@ -48,6 +48,7 @@ INCOMPLETE = (
 )
 """Statuses of stages. The command ``runs`` shows the first of these that a stage of a run has."""
 Options = Mapping[str, str]
+"""Arguments ``NAME=VALUE`` of a command, such as ``run_dir=DIR``, by name."""
 
 
 def status(options: Options, console: Console) -> None:
@@ -232,16 +233,18 @@ def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
             "runs clean needs the names of runs.",
             f"runs clean RUN1 RUN2, with names from the list of runs; {YES} deletes them",
         )
-    chosen = find_runs(ROOT / name if (ROOT / name).is_dir() else Path(name) for name in names)
-    for path in chosen:
+    chosen_runs = find_runs(ROOT / name if (ROOT / name).is_dir() else Path(name) for name in names)
+    for path in chosen_runs:
         if lock.read_holder(path) or active_jobs(path):
             fix = f"python launch/run.py cancel run_dir={path}"
             raise RecipeError(f"{path} is being run.", fix)
-    roots = {ROOT.resolve(), *(path.parent for path in chosen)}
-    other_runs = {run.resolve() for root in roots for run in _runs_below(root)} - set(chosen)
-    needed = {stage: run for run in other_runs for stage in _inputs(run)}
-    notes = {stage: f"needed by {run}" for stage, run in needed.items() if stage.parent in chosen}
-    deletable = [folder for run in chosen for folder in _deletable(run, needed)]
+    roots = {ROOT.resolve(), *(path.parent for path in chosen_runs)}
+    other_runs = {run.resolve() for root in roots for run in _runs_below(root)} - set(chosen_runs)
+    needed_by = {stage: run for run in other_runs for stage in _inputs(run)}
+    notes = {
+        stage: f"needed by {run}" for stage, run in needed_by.items() if stage.parent in chosen_runs
+    }
+    deletable = [folder for run in chosen_runs for folder in _deletable(run, needed_by)]
     notes |= dict.fromkeys(deletable, "deleted" if confirmed else "")
     table = plain_table("clean", "folder", "disk", "")
     for folder, note in notes.items():
@@ -251,7 +254,7 @@ def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
         console.print(f"nothing was deleted; {YES} deletes the folders that no run needs")
         return
     with ExitStack() as locks:
-        for path in chosen:
+        for path in chosen_runs:
             locks.enter_context(lock.acquire(path))
         for folder in deletable:
             _delete(folder)
@@ -274,7 +277,7 @@ def _deletable(run: Path, needed: Collection[Path]) -> list[Path]:
 
 
 def _inputs(run: Path) -> Iterator[Path]:
-    """Yields the directories of all inputs of a run's stages."""
+    """Yields the stage directories that the stages of a run have as inputs."""
     for file in run.glob(f"*/{REQUEST}"):
         yield from (ref.directory for ref in read_request(file.parent).inputs.values())
 

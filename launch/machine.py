@@ -44,7 +44,7 @@ def chain_of(
 
 
 def has_own_python(cluster: DictConfig) -> bool:
-    """Whether stages run with the launcher's interpreter, not in an image or ``cluster.python``."""
+    """Whether stages run with the launcher's Python, not an image's and not ``cluster.python``."""
     has_image = bool((cluster.get("images") or {}).get("default"))
     return cluster.executor == "local" or not (has_image or cluster.get("python"))
 

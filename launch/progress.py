@@ -19,7 +19,7 @@ from recipes.core.metrics import METRICS, Record, new_records
 from recipes.planning.results import PlanResult
 
 SPEED_RECORDS = 50
-"""Number of records over which the speed is measured."""
+"""Number of records (lines of ``metrics.jsonl``) over which a task's speed is measured."""
 OVERHEAD_SECONDS = 10.0
 """Assumed time of a stage for imports and files, in addition to its planned time."""
 LINE_SECONDS = 15.0

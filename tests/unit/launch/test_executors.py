@@ -49,7 +49,7 @@ TWO_NODES = (
     'stages.distill.resources.sbatch=["--comment=night"]',
     "stages.distill.global_batch_size=64",
 )
-SHORT = ("~stages.plan", "~stages.report.inputs.plan", "tasks=null", "engine=null")
+FEW_STAGES = ("~stages.plan", "~stages.report.inputs.plan", "tasks=null", "engine=null")
 Prepare = Callable[..., tuple["Plan", Any]]
 
 
@@ -103,7 +103,7 @@ def test_scripts_equal_the_golden_files(prepare: Prepare, tmp_path: Path) -> Non
     plan, cluster = prepare("cluster=slurm", "cluster.gpus=null", "cluster.python=python3.11")
     text = slurm.job_script(stage_named(plan, "prune"), cluster)
     require_golden(text, "prune.sbatch", tmp_path)
-    plan, _ = prepare(*SLURM, "teacher=cached", *SHORT)
+    plan, _ = prepare(*SLURM, "teacher=cached", *FEW_STAGES)
     text = slurm.submit_script(plan)
     require_golden(text, "submit.sh", tmp_path)
     [cache_line] = [line for line in text.splitlines() if "submit cache_logits" in line]

@@ -195,14 +195,15 @@ def test_workload_has_the_shapes_of_models_from_another_run(
     shape = plan().chain.workloads["distill"].trained
     assert shape is not None
     edit_manifest(other / "prune", architecture={**shape.as_dict(), "num_layers": 7})
-    student = f"stages.distill.inputs.student={other}/prune"
-    workload = plan(student).chain.workloads["distill"]
+    student_input = f"stages.distill.inputs.student={other}/prune"
+    workload = plan(student_input).chain.workloads["distill"]
     assert workload.trained is not None
     assert workload.trained.num_layers == 7
     assert workload.teacher is not None
-    cache = {"seq_length": 256, "temperature": 1.0, "top_k": 64, "tail_draws": 0}
+    cache_config = {"seq_length": 256, "temperature": 1.0, "top_k": 64, "tail_draws": 0}
     teacher = read_manifest(other / "import_hf")
     assert teacher is not None
-    edit_manifest(other / "import_hf", kind="logit_cache", config=teacher.config | cache)
-    cached = plan(student, f"stages.distill.inputs.teacher={other}/import_hf")
+    # The result of import_hf now looks like a cache of the teacher's logits.
+    edit_manifest(other / "import_hf", kind="logit_cache", config=teacher.config | cache_config)
+    cached = plan(student_input, f"stages.distill.inputs.teacher={other}/import_hf")
     assert cached.chain.workloads["distill"].teacher is None, "cached logits replace the teacher"

@@ -27,7 +27,7 @@ from tests.support.launcher import fork_launcher
 
 Compose = Callable[..., DictConfig]
 
-BAD = (
+BAD_VALUES = (
     *(None, True, "", "nope", "a b\nc", "../../etc", "-1"),
     *(0, -1, -5, 0.5, 1e-300, 10**20, float("nan"), float("inf"), float("-inf")),
     *([], [-1], [[]], ["x", None], {}, {"a": 1}),
@@ -81,7 +81,7 @@ def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
-@given(overrides=st.sampled_from(BASE_OVERRIDES), data=st.data(), value=st.sampled_from(BAD))
+@given(overrides=st.sampled_from(BASE_OVERRIDES), data=st.data(), value=st.sampled_from(BAD_VALUES))
 def test_a_random_value_is_valid_or_refused_with_a_fix(
     compose: Compose, tmp_path: Path, overrides: tuple[str, ...], data: st.DataObject, value: Any
 ) -> None:

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from launch.plan import Plan
     from recipes.core.metrics import Record
 
-BEFORE = ("plan", "import_hf", "prepare_data", "score", "prune")
+STAGES_BEFORE = ("plan", "import_hf", "prepare_data", "score", "prune")
 """Stages before the distillation."""
 SCORE, DISTILL, EVALUATE = 90.0, 390.0, 40.0
 """Planned seconds of these stages; the other stages take only ``OVERHEAD_SECONDS``."""
-AFTER = EVALUATE + 3 * OVERHEAD_SECONDS
+AFTER_SECONDS = EVALUATE + 3 * OVERHEAD_SECONDS
 """Expected seconds of evaluate, export_hf and report, which follow the distillation."""
 
 
@@ -62,10 +62,10 @@ def test_planned_seconds_are_scaled_by_the_pace_of_complete_stages() -> None:
 def completed_pace(plan: Callable[..., Plan], complete: Callable[..., None]) -> float:
     """Completes the stages before the distillation; returns their measured / expected time."""
     planned = plan()
-    complete(planned, *BEFORE)
-    for stage in planned.stages[: len(BEFORE)]:
+    complete(planned, *STAGES_BEFORE)
+    for stage in planned.stages[: len(STAGES_BEFORE)]:
         edit_manifest(stage.directory, seconds=56.0)
-    return len(BEFORE) * 56 / (SCORE + len(BEFORE) * OVERHEAD_SECONDS)
+    return len(STAGES_BEFORE) * 56 / (SCORE + len(STAGES_BEFORE) * OVERHEAD_SECONDS)
 
 
 def test_estimate_of_a_run_includes_its_later_stages(
@@ -73,7 +73,7 @@ def test_estimate_of_a_run_includes_its_later_stages(
 ) -> None:
     planned = plan()
     distill = stage_named(planned, "distill")
-    assert run_estimate(planned, distill)(33) == pytest.approx(33 + completed_pace * AFTER)
+    assert run_estimate(planned, distill)(33) == pytest.approx(33 + completed_pace * AFTER_SECONDS)
     assert run_estimate(planned, planned.stages[-1])(33) == 33
     (planned.run_dir / "plan" / "manifest.json").unlink()
     assert run_estimate(planned, distill)(33) is None
@@ -85,16 +85,18 @@ def test_progress_of_unfinished_work_replaces_its_planned_time(
     planned, pace = plan(), completed_pace
     write_last_plan(planned)
     distill = planned.run_dir / "distill"
-    expected = pace * (DISTILL + OVERHEAD_SECONDS + AFTER)
+    expected = pace * (DISTILL + OVERHEAD_SECONDS + AFTER_SECONDS)
     assert time_left(planned.run_dir, read_statuses(planned.run_dir)) == pytest.approx(expected)
     write_steps(distill)  # steps of an earlier run; this run has not started the stage
     assert time_left(planned.run_dir, read_statuses(planned.run_dir)) == pytest.approx(expected)
     begin_work(distill, unfinished_manifest(read_request(distill)))
     write_steps(distill)
     statuses = read_statuses(planned.run_dir)
-    assert time_left(planned.run_dir, statuses) == pytest.approx(49 + pace * AFTER)  # 7 steps
+    assert time_left(planned.run_dir, statuses) == pytest.approx(
+        49 + pace * AFTER_SECONDS
+    )  # 7 steps
     complete = [stage for stage in statuses if stage.result]
-    assert [stage.name for stage in complete] == list(BEFORE)
+    assert [stage.name for stage in complete] == list(STAGES_BEFORE)
     assert time_left(planned.run_dir, complete) is None
 
 
