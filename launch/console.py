@@ -48,7 +48,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 def print_sources(plan: Plan, console: Console) -> None:
     """Shows the sources of text that stages of this plan will tokenize.
 
-    The size of a source is known only if its text is on this machine.
+    The size of a source is known only if the text is on this machine.
     """
     for config in (stage.config for stage in plan.todo()):
         if not isinstance(config, PrepareDataConfig):

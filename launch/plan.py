@@ -1,4 +1,4 @@
-"""Plans a run from its composed config: checks it, orders its stages, decides what must run."""
+"""Plans a run: checks its composed config, orders the stages, and decides which must run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Plan:
 
 
 def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
-    """Decides which stages must run; refuses a run with an error, unless its rule is skipped."""
+    """Decides which stages must run. An error refuses the run, unless ``skip_rules`` has its rule."""
     hf_path = settings.hf_path  # first, because its error is clearer than those of stages
     configs = typed_stages(cfg)
     only = None if settings.only is None else known_stages(settings.only, configs, "only")

@@ -51,8 +51,8 @@ class PlannedStage:
     accepted: Acceptance | None = None
     """The user's decision to keep the stage's stale result."""
     kept: Mapping[str, list[str]] = field(default_factory=dict)
-    """The stale results that the user keeps, of this stage and of all stages that it depends on:
-    why each is stale, by stage."""
+    """For each stale result that the user keeps, why it is stale, by stage. Has this stage and all
+    stages that it depends on."""
 
     @property
     def definition(self) -> Stage[Any]:

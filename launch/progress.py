@@ -28,7 +28,7 @@ SHOWN_METRICS = ("loss", "val_loss", "val_kd", "tokens_per_second")
 
 
 def remaining_seconds(records: Sequence[Record]) -> int | None:
-    """Returns the remaining time of the last record's task; ``None`` if its speed is unknown."""
+    """Returns the remaining seconds of the last record's task; ``None`` if the speed is unknown."""
     last = records[-1]
     recent: list[Record] = []
     for record in records:
@@ -54,7 +54,7 @@ def planned_seconds(run_dir: Path) -> Mapping[str, float]:
 def remaining_run_seconds(
     planned: Mapping[str, float], spent: Mapping[str, float], remaining: Mapping[str, float | None]
 ) -> float | None:
-    """Returns how long a run will still take; ``None`` if it is complete or has no planned times.
+    """Returns a run's remaining seconds; ``None`` for complete runs and without planned times.
 
     Args:
         planned: Planned seconds of each stage.

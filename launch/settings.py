@@ -84,7 +84,7 @@ def settings_of(cfg: DictConfig) -> RunSettings:
     root: dict[str, Any] = {}
     try:
         for name in (item.name for item in fields(RunSettings) if item.name in cfg):
-            value = cfg[name]  # here interpolations can refer to the whole config
+            value = cfg[name]  # read from cfg, because interpolations refer to the whole config
             is_container = OmegaConf.is_config(value)
             root[name] = OmegaConf.to_container(value, resolve=True) if is_container else value
         root["tracker"] = root.get("tracker") or {}

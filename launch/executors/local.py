@@ -52,7 +52,7 @@ CONFIG = LocalConfig
 
 
 def prepare(plan: Plan, cluster: LocalConfig) -> Plan:
-    """Refuses stages that need several machines, or a library that is missing here."""
+    """Refuses stages that need several machines, or a library that this machine lacks."""
     require_one_machine(plan, cluster)
     for stage in plan.todo():
         stage.definition.check_machine(stage.config)
@@ -174,6 +174,6 @@ def run_all(plan: Plan, follow: Follow, start: Start = start_script) -> bool:
 
 
 def run(stage: PlannedStage, follower: Follower, start: Start = start_script) -> None:
-    """Runs one stage to its end; raises ``RecipeError`` if it leaves no new result."""
+    """Runs one stage to its end; raises ``RecipeError`` if the stage leaves no new result."""
     start_with_log = partial(start, stage)
     run_to_end(stage.name, stage.directory, stage.fingerprint, start_with_log, follower.update)

@@ -183,7 +183,7 @@ def _request_problems(job: Job, user_options: Iterable[str]) -> Iterator[Problem
 
 
 def _partition_problems(job: Job, partitions: Partitions) -> Sequence[Problem]:
-    """Compares a job with its partition; of several, takes the partition with fewest problems."""
+    """Compares a job with its partition, or with the partition of several that fits it best."""
     default = [name for name, item in partitions.items() if item.fields["Default"] == "YES"]
     names = job.partition.split(",") if job.partition else default
     fix = f"set cluster.partition to one of: {', '.join(partitions)}"
@@ -214,7 +214,7 @@ def _limit_problems(job: Job, partition: Partition) -> Iterator[Problem]:
 
 
 def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
-    """Compares a job's memory on a node with the model's size and the memory to save it."""
+    """Compares a job's memory on a node with the memory for weights and for saving a checkpoint."""
     workload = job.stage.workload
     if not (job.stage.needs_gpu or workload):
         return
@@ -239,7 +239,7 @@ def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
 
 
 def read_partitions() -> Partitions:
-    """Returns the partitions that the user may use; empty if Slurm does not answer here."""
+    """Returns the partitions that the user may use; empty if this machine cannot ask Slurm."""
     if shutil.which("sinfo") is None:
         return {}
     partitions = query("scontrol", "--oneliner", "show", "partition")

@@ -148,7 +148,7 @@ def cancel_jobs(jobs: Iterable[SlurmJob]) -> None:
 
 
 def query(*command: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command of Slurm. If it is missing or does not answer, the exit status is not 0."""
+    """Runs a Slurm program. If the program is missing or hangs, the exit status is not 0."""
     try:
         return subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False

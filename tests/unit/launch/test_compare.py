@@ -25,7 +25,7 @@ from tests.unit.conftest import Launch
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five runs: three on the same text, one on other text, one without an evaluation."""
+    """Five runs: three evaluated on the same text, one on other text, and one not evaluated."""
     root = tmp_path_factory.mktemp("sweeps") / "sweep"
     root.mkdir()
     make_run(root / "0", loss=3.8125)

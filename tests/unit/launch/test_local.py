@@ -255,7 +255,7 @@ def test_stage_that_does_not_stop_is_killed(
 def test_every_start_has_its_own_log(
     stage: PlannedStage, run: RunStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All starts have the same time here, as can happen when the clock is set back."""
+    """In this test all starts have the same time, as can happen when the clock is set back."""
     monkeypatch.setattr(stage_process.time, "strftime", lambda form: "now")
     for number in range(3):
         run(f"echo {number}; exit 1")

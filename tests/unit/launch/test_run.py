@@ -192,7 +192,7 @@ def test_status_shows_only_the_last_plan(
 
 
 def test_second_launcher_of_a_run_is_refused(launch: Launch, run: Path) -> None:
-    """A dry run is refused, too, because it would overwrite the requests of stages."""
+    """A dry run is refused, too, because it would overwrite ``config.yaml`` of stages."""
     launch(*ARGUMENTS, "dry_run=true")
     before = (run / "distill" / "config.yaml").read_text()
     with (run / ".lock").open("w") as lock:
