@@ -56,7 +56,7 @@ class Plan:
 
 
 def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
-    """Decides which stages must run. An error refuses the run, unless ``skip_rules`` has its rule."""
+    """Decides which stages must run. Refuses errors whose rules are not in ``skip_rules``."""
     hf_path = settings.hf_path  # first, because its error is clearer than those of stages
     configs = typed_stages(cfg)
     only = None if settings.only is None else known_stages(settings.only, configs, "only")
