@@ -165,8 +165,8 @@ def run_child(config: StageConfig, stage_dir: Path, inputs: Mapping[str, Path]) 
                 lambda log: start_process(command, log, _child_environment(devices)),
             )
     except RecipeError as error:
-        end = last_end(stage_dir)
-        if end is None or end[0] is not Status.STOPPED:
+        status_and_reason = last_end(stage_dir)
+        if status_and_reason is None or status_and_reason[0] is not Status.STOPPED:
             raise
         raise StoppedByDeadlineError(f"{name} stopped at the deadline.", error.fix) from error
 
@@ -217,8 +217,8 @@ def failure(stage_dir: Path, log: Path | None) -> str:
     """Explains why the last start of a stage failed. Quotes the log if no reason is known."""
     if log is not None and (killed := _killed_rank(log)) is not None:
         return killed
-    if (end := last_end(stage_dir)) is not None:
-        _, reason = end
+    if (status_and_reason := last_end(stage_dir)) is not None:
+        _, reason = status_and_reason
         return reason.strip()
     if (problem := storage_problem(None, stage_dir)) is not None:
         return str(problem)
