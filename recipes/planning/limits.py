@@ -1,4 +1,4 @@
-"""Compares a chain with its limits: memory of a rank, time limit of a job, and amount of text."""
+"""Compares the stages of a run with limits: memory of a rank, time of a job, amount of text."""
 
 from __future__ import annotations
 
@@ -127,11 +127,11 @@ def slurm_seconds(limit: str) -> int:
 
 
 def _time_problems(name: str, hours: float, chain: Chain) -> Iterator[Problem]:
-    text = chain.stages[name].resources.time or chain.time_limit or NO_TIME_LIMIT
-    jobs = math.ceil(hours * 3600 / slurm_seconds(text))
+    limit = chain.stages[name].resources.time or chain.time_limit or NO_TIME_LIMIT
+    jobs = math.ceil(hours * 3600 / slurm_seconds(limit))
     if jobs <= 1:
         return
-    what = f"{name} takes about {hours:.1f} hours, but a job may take {text}"
+    what = f"{name} takes about {hours:.1f} hours, but a job may take {limit}"
     fix = "raise the limit, or use more devices or processes"
     if chain.max_requeues is not None and jobs > chain.max_requeues + 1:
         what = f"{what} and is started {chain.max_requeues + 1} times"

@@ -149,9 +149,9 @@ HEALING = Rule(
     "healing", "least squares need text, and each expert of an MoE sees too little of it"
 )
 CALIBRATION = Rule("calibration", "importance that is measured on padding or noise is random")
-BUDGET = Rule("budget", "a search needs a budget that some shape fits")
-REPORT = Rule("report", "a report needs a whole distillation, a search, or both")
-SEARCH = Rule("search", "a ranking or a halving needs candidates, text and steps")
+BUDGET = Rule("budget", "a search needs a budget, and a shape that is within the budget")
+REPORT = Rule("report", "a report needs all inputs of a distillation, a search, or both")
+SEARCH = Rule("search", "ranking and successive halving need candidates, text and steps")
 SLOW_SIZES = _warning(
     "slow-sizes",
     "GEMMs are slow if a dimension on a rank is not a multiple of 16, and impossible in FP8",
@@ -186,7 +186,7 @@ FP8 = Rule("fp8", "FP8 needs TransformerEngine, a GPU that has it, and aligned s
 COMPILER = Rule("compiler", "kernels for a CPU need a C++ compiler and Python's headers")
 PROFILE = Rule("profile", "the profiler can only trace steps of the training")
 SCHEDULE = Rule("schedule", "NeMo stops if the learning rate cannot reach its peak or minimum")
-LOSS = Rule("loss", "a training run needs at least one term with a weight")
+LOSS = Rule("loss", "the loss needs at least one term with a weight above 0")
 STOP = Rule("stop", "a training run can only stop early by a metric that its validations measure")
 STUDENT_STEPS = Rule("student-steps", "a student can only be saved at a step before the last")
 HIDDEN_PAIRS = Rule(
