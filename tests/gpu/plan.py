@@ -132,7 +132,7 @@ def run(
     minutes: float = MINUTES,
     env: Mapping[str, str] | None = None,
 ) -> Iterator[StepResult]:
-    """Runs steps in order.
+    """Runs steps in order; yields the result of each.
 
     Args:
         steps: Steps to run. A step is skipped if a step that it depends on failed or was skipped.
@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("steps", nargs="*", help="run only these, and what they depend on")
     parser.add_argument("--out", type=Path, default=Path("runs/test-gpu"))
     parser.add_argument("--minutes", type=float, default=MINUTES)
-    parser.add_argument("--on-cpu", action="store_true", help="test the tests, with small sizes")
+    parser.add_argument("--on-cpu", action="store_true", help="run small versions on the CPU")
     args = parser.parse_args(arguments)
     folder = args.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)

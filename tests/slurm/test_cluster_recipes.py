@@ -42,7 +42,7 @@ SETTINGS = {
     # Open MPI uses the loopback interface only if it is told to.
     ENGINE_RECIPE: ("+cluster.env.OMPI_MCA_btl_tcp_if_include=lo" if HAS_MPI else "engine=null",),
 }
-EVALUATION_STAGES = ("score", "evaluate", "evaluate_tasks")
+WHOLE_NODE_STAGES = ("score", "evaluate", "evaluate_tasks")
 """Stages that take a whole node in recipes that train."""
 ENGINE_STAGES = {"build_engine", "build_teacher_engine", "measure_speed"}
 WITHOUT_GPU = {"plan", "prepare_data", "report", "enumerate_shapes"}
@@ -153,7 +153,7 @@ def test_ranks_get_the_planned_resources(chains: dict[str, Run], recipe: str) ->
     assert set(statuses.values()) == {"complete"}, statuses
     expected = {"distill": whole_nodes(NODES.get(recipe, 1))}
     if recipe != SEARCH:
-        expected |= dict.fromkeys(EVALUATION_STAGES, whole_nodes(1))
+        expected |= dict.fromkeys(WHOLE_NODE_STAGES, whole_nodes(1))
     # A search is one rank, but its training runs have 8. Each gets an eighth of the node's threads.
     expected["successive_halving"] = NodeResources(
         1, 1, NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB, threads=28

@@ -1,4 +1,4 @@
-"""Runs the commands of docs/first_day_on_slurm.md in order, on Slurm with ``probe.py``.
+"""Runs the commands of docs/first_day_on_slurm.md in order; jobs run ``probe.py``.
 
 Other tests run the command of the rehearsal. Commands for docker, enroot and GPUs are not run.
 """

@@ -85,8 +85,8 @@ def test_the_tutorial_runs_unchanged(
     """Runs all cells in order, with the run directory and the settings of ``tiny_run``."""
     times = {file: file.stat().st_mtime_ns for file in tiny_run.glob(f"*/{MANIFEST}")}
     monkeypatch.setattr(sys, "path", list(sys.path))
-    recipe, *words = overrides(teacher, text_file, tiny_run)
-    replaced = {"RECIPE": recipe.partition("=")[2], "RUN_DIR": str(tiny_run), "SETTINGS": words}
+    recipe, *arguments = overrides(teacher, text_file, tiny_run)
+    replaced = {"RECIPE": recipe.partition("=")[2], "RUN_DIR": str(tiny_run), "SETTINGS": arguments}
     outputs, variables = run_notebook(REPO_ROOT / "docs/tutorial.ipynb", replaced)
     html = [output for output in outputs if hasattr(output, "_repr_html_")]
     assert ["&lt;svg" in str(output) for output in html].count(True) == 2
@@ -203,8 +203,8 @@ def test_openvino_commands_of_the_model_card_work(tiny_run: Path, tmp_path: Path
     build_line, serve_line = (
         line for line in lines if line.startswith(("optimum-cli ", "python -c "))
     )
-    for program, *words in map(shlex.split, (build_line, serve_line)):
-        output = run_offline(Path(sys.executable).with_name(program), *words, cwd=folder)
+    for program, *arguments in map(shlex.split, (build_line, serve_line)):
+        output = run_offline(Path(sys.executable).with_name(program), *arguments, cwd=folder)
     assert len(output.split()) > 1
 
 
@@ -296,13 +296,13 @@ def test_an_int8_engine_is_compared_with_the_student_and_fails_a_strict_gate(
     tiny_run: Path, teacher: Path, text_file: Path, tmp_path: Path
 ) -> None:
     run_dir = copy_without(tiny_run, tmp_path / "run")
-    words = [
+    arguments = [
         *overrides(teacher, text_file, run_dir, served="engine"),
         "stages.build_engine.precision=int8",
         *("~stages.measure_speed", "~stages.build_teacher_engine", "~stages.report.inputs.speed"),
     ]
     gates = ["served_perplexity_ratio < 1.5", "served_score.piqa > 1"]
-    result = run_recipe(*words, f"gates={json.dumps(gates)}", cwd=tmp_path)
+    result = run_recipe(*arguments, f"gates={json.dumps(gates)}", cwd=tmp_path)
     assert result.code == 1, result.output
     assert "evaluate_served: complete" in result.output
     assert re.search(r"served_perplexity_ratio < 1.5 +[\d.]+ +passed", result.output)
@@ -326,13 +326,13 @@ def test_the_teacher_is_exported_for_images_without_nemo(
 ) -> None:
     """No model card is written for a teacher, but a card that comes with it would be copied."""
     run_dir = copy_without(tiny_run, tmp_path / "run")
-    words = overrides(teacher, text_file, run_dir, engine="tensorrt_llm")
-    run_successfully(*words, "only=[export_teacher]", cwd=tmp_path)
+    arguments = overrides(teacher, text_file, run_dir, engine="tensorrt_llm")
+    run_successfully(*arguments, "only=[export_teacher]", cwd=tmp_path)
     folder = run_dir / "export_teacher" / ARTIFACT
     assert not (folder / "README.md").exists()
     original, exported = Weights(odd_llama), Weights(folder)
     assert all(torch.equal(original.read(n), exported.read(n)) for n in exported.names())
-    refused = run_in_process(*words, "only=[build_teacher_engine]", cwd=tmp_path)
+    refused = run_in_process(*arguments, "only=[build_teacher_engine]", cwd=tmp_path)
     assert refused.code == 1
     assert "head size of 10" in refused.output
 
@@ -361,9 +361,9 @@ def test_kill_9_then_the_same_command_gives_the_same_result(
 ) -> None:
     """Kills as ``python -m tests.chaos`` does: during scoring, and while a checkpoint is saved."""
     run_dir = copy_without(tiny_run, tmp_path / "run", "score", "distill")
-    words = [*overrides(teacher, text_file, run_dir), "only=[score,prune,heal,distill]"]
+    arguments = [*overrides(teacher, text_file, run_dir), "only=[score,prune,heal,distill]"]
     seconds = {stage: manifest_of(tiny_run, stage).seconds for stage in ("score", "distill")}
-    command = RunCommand(words, run_dir, seconds, {"TMPDIR": str(temporary)})
+    command = RunCommand(arguments, run_dir, seconds, {"TMPDIR": str(temporary)})
     # Kills immediately: scoring may take a tenth of the time that it took in ``tiny_run``.
     killed = command.kill(Kill("score", "stage", fraction=0.0))
     assert killed is not None

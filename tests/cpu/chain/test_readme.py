@@ -44,7 +44,7 @@ NEEDS_RUN = {
     "only=[distill]": "its result is needed",
     "accept=[distill]": "has no complete result",
 }
-"""Error messages of arguments that need complete stages, in a new run directory."""
+"""Arguments that need complete stages, and their error message in a new run directory."""
 pytestmark = pytest.mark.timeout(1800)  # the demo builds engines of the real model
 
 MY_MODEL = {

@@ -83,7 +83,7 @@ def test_shrink_trains_a_model_within_its_budget(tmp_path: Path, text_file: Path
     model = write_tiny_model(tmp_path / "model", text_file, family_of("qwen3_8b_search"), **EVEN)
     space = {"hidden_size_divisor": 16, "ffn_hidden_size_divisor": 32, "max_depth_pruning": 0.5}
     halving = {"num_candidates": 2, "max_tokens": 4096, "num_samples": 4}
-    words = [
+    arguments = [
         "recipe=shrink",
         "budget.parameters=0.55",
         "tasks=null",
@@ -96,7 +96,7 @@ def test_shrink_trains_a_model_within_its_budget(tmp_path: Path, text_file: Path
         *settings("distill", **DISTILL),
         *settings("evaluate", num_sequences=8, new_tokens=8),
     ]
-    done = run_successfully(*words, cwd=tmp_path)
+    done = run_successfully(*arguments, cwd=tmp_path)
     run = tmp_path / "run"
     search, exported = (manifest_of(run, name) for name in ("successive_halving", "export_hf"))
     search_result = search.result(SearchResult)
@@ -110,6 +110,6 @@ def test_shrink_trains_a_model_within_its_budget(tmp_path: Path, text_file: Path
     assert all(candidate.name in page for candidate in search_result.candidates)
     assert 'id="plot-search"' in page
     assert "chosen by the search" in page
-    done = run_successfully(*words, "budget.parameters=0.5", "dry_run=true", cwd=tmp_path)
+    done = run_successfully(*arguments, "budget.parameters=0.5", "dry_run=true", cwd=tmp_path)
     for stage, action in (("score", "skip"), ("prepare_data", "skip"), ("prune", "run")):
         assert re.search(rf"{stage} +{action}", done.output), done.output
