@@ -52,7 +52,7 @@ def explain(error: Exception) -> str:
         name = key.group(1) or key.group(2)
         full_key = re.search(r"full_key: (\S+)", text)
         where = full_key.group(1) if full_key else name
-        return f"there is no field {where}.{_nearest(where, name, error)}"
+        return f"there is no field {where}.{_suggestion(where, name, error)}"
     message = "\n  ".join(messages[:2])
     return f"{message}\n  fix: {fix_of(message)}"
 
@@ -113,7 +113,7 @@ def _unknown_group(group: str) -> str:
     return f"there is no config group '{group}'.{hint}\n  fix: {SHOW_FIELDS}"
 
 
-def _nearest(where: str, name: str, error: Exception) -> str:
+def _suggestion(where: str, name: str, error: Exception) -> str:
     """Returns a suggestion for the unknown field at ``where``, whose last key is ``name``."""
     if where in stage_names():
         return f" Did you mean 'stages.{where}'?"

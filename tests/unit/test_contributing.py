@@ -99,10 +99,10 @@ def test_names_in_documents_exist(document: str) -> None:
     paths = re.findall(r"\b(?:recipes|nemo_convert|launch|conf|benchmarks|tests)/[\w/.]*\w", text)
     modules = re.findall(r"-m ((?:recipes|nemo_convert|benchmarks)[.\w]*\w)", text)
     names = {*paths, *(module.replace(".", "/") for module in modules)}
-    added = {block.file for heading in EXAMPLES_WITH_FILES for block in blocks(heading)}
+    added_files = {block.file for heading in EXAMPLES_WITH_FILES for block in blocks(heading)}
     missing = [
         name
-        for name in names - added
+        for name in names - added_files
         if "NAME" not in name  # a placeholder
         and not any((REPO_ROOT / f"{name}{end}").exists() for end in ("", ".py"))
     ]

@@ -33,7 +33,8 @@ def add_metadata(image: Path, name: str, version: str, requires: str = "") -> No
 def checkout(tmp_path: Path) -> Path:
     """Makes a checkout with a short lock file, and beside it the site-packages of an image.
 
-    The image has torch, the modules in ``IMPORTED``, and a package with a missing requirement.
+    The image has torch, the modules in ``IMPORTED``, and a package with a missing requirement. As in
+    an NGC container, a constraint file pins versions that the lock file does not have.
     """
     checkout = tmp_path / "checkout"
     (checkout / "requirements").mkdir(parents=True)
@@ -87,7 +88,7 @@ def test_torch_of_the_image_is_kept_and_broken_packages_are_ignored(checkout: Pa
     assert done.returncode == 0, done.stderr
     assert "include-system-site-packages = true" in (checkout / "venv" / "pyvenv.cfg").read_text()
     assert not list((checkout / "venv").rglob("torch"))
-    assert install(checkout).stdout == ""
+    assert install(checkout).stdout == "", "a second installation has nothing to do"
 
 
 def test_packages_of_the_image_within_the_range_are_kept(checkout: Path) -> None:

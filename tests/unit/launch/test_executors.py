@@ -113,6 +113,7 @@ def test_scripts_equal_the_golden_files(prepare: Prepare, tmp_path: Path) -> Non
 
 
 def test_each_start_has_new_folders_for_compiled_kernels(prepare: Prepare, tmp_path: Path) -> None:
+    """Runs the command that srun starts on a node, with a program that only records variables."""
     python = write_program(tmp_path / "python", f"env >>{tmp_path}/environment")
     plan, cluster = prepare(*SLURM, f"cluster.python={python}", "+cluster.env.TRITON_CACHE_DIR=/t")
     script = slurm.job_script(stage_named(plan, "prune"), cluster)

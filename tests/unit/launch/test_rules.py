@@ -39,43 +39,43 @@ MOE = {
     "moe_intermediate_size": 64,
 }
 TP2 = (f"{D}tensor_model_parallel_size=2", f"{D}resources.devices=2", f"{D}global_batch_size=8")
-Patch = pytest.MonkeyPatch
+MonkeyPatch = pytest.MonkeyPatch
 
 
-def gpu_is_here(patch: Patch, _: Path) -> None:
+def gpu_is_here(patch: MonkeyPatch, _: Path) -> None:
     patch.setattr(limits, "gpus_here", lambda: 8)
 
 
-def torch_is_old(patch: Patch, _: Path) -> None:
+def torch_is_old(patch: MonkeyPatch, _: Path) -> None:
     original = versions.installed_version
     patch.setattr(versions, "installed_version", lambda n: "2.1.0" if n == "torch" else original(n))
 
 
-def harness_is_missing(patch: Patch, _: Path) -> None:
+def harness_is_missing(patch: MonkeyPatch, _: Path) -> None:
     patch.setattr("recipes.evaluation.task_checks.HARNESS", "0.0.0")
 
 
-def disk_is_full(patch: Patch, _: Path) -> None:
+def disk_is_full(patch: MonkeyPatch, _: Path) -> None:
     usage = namedtuple("usage", "total used free")
     patch.setattr("launch.plan.shutil.disk_usage", lambda _: usage(10**9, 10**9, 0))
 
 
-def hub_is_unreachable(patch: Patch, _: Path) -> None:
+def hub_is_unreachable(patch: MonkeyPatch, _: Path) -> None:
     patch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
 
 
-def compiler_is_missing(patch: Patch, _: Path) -> None:
+def compiler_is_missing(patch: MonkeyPatch, _: Path) -> None:
     patch.setenv("CXX", "no-such-compiler")
 
 
-def output_layer_is_missing(_: Patch, folder: Path) -> None:
+def output_layer_is_missing(_: MonkeyPatch, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     shapes = expected_shapes(config)
     del shapes["lm_head.weight"]
     write_sparse_weights(folder / "model.safetensors", shapes)
 
 
-def config_says_float32(_: Patch, folder: Path) -> None:
+def config_says_float32(_: MonkeyPatch, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
 
@@ -85,14 +85,14 @@ class Case(NamedTuple):
 
     overrides: tuple[str, ...]
     config: dict[str, Any] | None = None
-    prepare: Callable[[Patch, Path], None] | None = None
+    prepare: Callable[[MonkeyPatch, Path], None] | None = None
 
 
 def case(*overrides: str, **fields: Any) -> Case:
     return Case(overrides, **fields)
 
 
-CASES = {
+CASES = {  # what breaks each rule
     "stack-versions": case(prepare=torch_is_old),
     "disk": case(prepare=disk_is_full),
     "memory": case("hardware.memory_bytes=1e9"),

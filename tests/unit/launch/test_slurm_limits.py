@@ -13,15 +13,16 @@ if TYPE_CHECKING:
     from tests.unit.conftest import MakePlan
 
 DGX = NodeGroup(count=4, cpus=224, memory_mb=2_000_000, gpus=8)
-LIMITS = {"Default": "NO", "State": "UP", "MaxTime": "1-00:00:00", "MaxNodes": "UNLIMITED"}
+COMMON_FIELDS = {"Default": "NO", "State": "UP", "MaxTime": "1-00:00:00", "MaxNodes": "UNLIMITED"}
 PARTITIONS = {
     "batch": Partition(
-        LIMITS | {"PartitionName": "batch", "Default": "YES", "DefMemPerCPU": "8900"}, [DGX]
+        COMMON_FIELDS | {"PartitionName": "batch", "Default": "YES", "DefMemPerCPU": "8900"}, [DGX]
     ),
     "short": Partition(
-        LIMITS | {"PartitionName": "short", "MaxTime": "00:30:00", "MaxCPUsPerNode": "32"}, [DGX]
+        COMMON_FIELDS | {"PartitionName": "short", "MaxTime": "00:30:00", "MaxCPUsPerNode": "32"},
+        [DGX],
     ),
-    "down": Partition(LIMITS | {"PartitionName": "down", "State": "DOWN"}, [DGX]),
+    "down": Partition(COMMON_FIELDS | {"PartitionName": "down", "State": "DOWN"}, [DGX]),
 }
 FITTING_CPUS = {"cpus_per_task": 64}
 

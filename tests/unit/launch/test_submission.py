@@ -65,4 +65,5 @@ def test_submission_ignores_variables_of_an_allocation(
         monkeypatch.setenv(name, "1")
     subprocess.run([planned.run_dir / "submit.sh"], check=True)
     names = re.findall(r"^\w+(?==)", job_environment.read_text(), re.M)
+    # The scripts set a partition but no account, so the user's default account stays.
     assert {*allocation, *ranks, *defaults} & set(names) == {"SLURM_CONF", "SBATCH_ACCOUNT"}
