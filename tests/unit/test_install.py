@@ -33,8 +33,8 @@ def add_metadata(image: Path, name: str, version: str, requires: str = "") -> No
 def checkout(tmp_path: Path) -> Path:
     """Makes a checkout with a short lock file, and beside it the site-packages of an image.
 
-    The image has torch, the modules in ``IMPORTED``, and a package with a missing requirement. As in
-    an NGC container, a constraint file pins versions that the lock file does not have.
+    The image has torch, the modules in ``IMPORTED``, and a package with a missing requirement. A
+    constraint file, as in an NGC container, pins versions that the lock file does not have.
     """
     checkout = tmp_path / "checkout"
     (checkout / "requirements").mkdir(parents=True)
