@@ -237,7 +237,7 @@ def _share_optimizer_state(original: Any) -> Any:
 
 
 def _release_buckets(original: Any) -> Any:
-    """Frees this process's copies of weights once a process is forked that writes a checkpoint.
+    """Frees this process's copies of weights after it has forked the writer of a checkpoint.
 
     Megatron would keep the copies, in lists called buckets, until the checkpoint is written. After
     the fork, only the number of buckets is needed in this process.

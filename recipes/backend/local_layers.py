@@ -1,7 +1,7 @@
 """Layer specs, configs and patches for Megatron-Core without TransformerEngine, on CPU and CUDA.
 
-Megatron calls its layers in plain PyTorch local. ``adapt_config`` selects these layers in memory
-only. The config in a checkpoint remains one for TransformerEngine.
+Local layers are Megatron's layers in plain PyTorch. ``adapt_config`` selects them in memory only.
+The config in a checkpoint remains one for TransformerEngine.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def adapt_config(config: Any, training: bool = False) -> Any:
 
 
 def use_local_layers(config: Any) -> None:
-    """Selects Megatron's local layers, in place. Scoring for pruning hooks them, also on CUDA."""
+    """Selects Megatron's local layers, in place. Scoring registers hooks on them, also on CUDA."""
     config.transformer_layer_spec = local_layer_spec
     for fusion in FUSIONS:
         setattr(config, fusion, False)

@@ -234,7 +234,7 @@ def _groups_first(x: Tensor) -> Tensor:
 
 
 def _rows_of_groups(x: Tensor, groups: int) -> tuple[Tensor, tuple[int, ...]]:
-    """Returns [s, b, heads, d] as [b * groups, heads / groups * s, d], and the shape between both.
+    """Returns [s, b, heads, d] as [b * groups, heads / groups * s, d], and the shape in between.
 
     ``_tokens_first`` needs this shape, [b, groups, heads / groups, s, d].
     """
@@ -258,8 +258,8 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
 class CausalAttention(DotProductAttention):  # type: ignore[misc]
     """Causal attention over whole, unpadded sequences.
 
-    The base class is Megatron's, which stores every score of every head, only because ModelOpt
-    recognises its subclasses.
+    Megatron's own ``forward`` stores every score of every head. Its class is the base class here
+    only because ModelOpt recognises subclasses of it.
     """
 
     def forward(

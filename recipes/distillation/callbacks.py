@@ -46,7 +46,7 @@ class StepLogger(Callback):
 
         def get_grad_norm() -> float:
             self._norm = float(compute_norm())
-            # Read before the update, because the update sets the next step's learning rate.
+            # The update sets the next step's learning rate, so this step's is read before.
             self._lr = trainer.optimizers[0].param_groups[0]["lr"]
             return self._norm
 

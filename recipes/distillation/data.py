@@ -53,7 +53,7 @@ class TrainingSequences(Dataset):
     seed: int | None = None
     """Seed that shuffles every epoch; ``None`` keeps the order of the text."""
     document_end: int | None = None
-    """Id of the token that ends documents. Predictions made at this token are masked."""
+    """Id of the token that ends documents; predictions at it are masked. ``None`` masks none."""
     loss_mask: np.ndarray | None = None
     """For each token, whether it is a target of the loss, see ``read_loss_mask``."""
     attention_mask: Tensor | None = None

@@ -1,4 +1,4 @@
-"""The NeMo model that is trained: a student, maybe with a live teacher (one that is not cached).
+"""The NeMo model that is trained: a student, and optionally a live teacher (one without a cache).
 
 The student's ``compute_language_model_loss`` is replaced by one that computes the losses on logits.
 ModelOpt's ``DistillationModel`` computes losses on hidden states. The model's output is one row of

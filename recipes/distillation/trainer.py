@@ -52,7 +52,7 @@ def train(
 ) -> None:
     """Trains from the weights of ``start``, or resumes from the last complete checkpoint.
 
-    Writes the trained model to ``out``, which is in ``work/artifact``.
+    Writes the trained model to ``out``, a path in ``artifact`` of the stage's work folder.
     """
     _set_environment(cfg)
     select_gpu()
@@ -135,7 +135,7 @@ def _save_trained(
     Args:
         cfg: Settings.
         model: The trained model.
-        restored: The plain model that ``model`` was built from. The checkpoint gets its config.
+        restored: The plain model that ``model`` was built from. Its config goes to the checkpoint.
         side: Folder with tokenizer and config of the initial checkpoint.
         out: Path of the checkpoint.
     """

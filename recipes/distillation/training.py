@@ -39,8 +39,8 @@ CHECKPOINTS = "checkpoints"
 VALIDATE = "validate"
 """Task name of validation in the metrics file."""
 INITIAL_KL = "initial_kl_fraction"
-"""Key, in the metrics file, of the fraction of the KL added by pruning that remains after healing,
-which fits the pruned weights by least squares."""
+"""Key, in the metrics file, of the fraction of the KL added by pruning that remains after healing
+(a least-squares fit of the pruned model's weights)."""
 UNFINISHED = "-unfinished"
 """Suffix of the marker that NeMo keeps beside a checkpoint while it is being written."""
 
@@ -257,7 +257,7 @@ def trained_sources(
 def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:
     """Returns why a distillation stops after ``step``, or "" if it continues.
 
-    Training stops once it and healing have recovered enough of the KL added by pruning.
+    It stops once healing and training together have recovered enough of the KL added by pruning.
     Validations measure the KL to the teacher on the same sequences, before the first step and
     later. Only records of the metrics ``file`` up to ``step`` are read, so a restarted run decides
     as the first start did.

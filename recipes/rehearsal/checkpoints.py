@@ -133,7 +133,7 @@ def _read_weights(
 def _require_stored(item: ShardedTensor, stored: Mapping[str, Shape]) -> None:
     if item.key not in stored:
         raise CheckpointError(f"{item.key} is not in a checkpoint of this model")
-    # Megatron lets the first axis differ if it is the vocabulary, which each layout pads otherwise.
+    # Layouts pad the vocabulary differently, so Megatron lets the length of this first axis differ.
     axes = slice(1 if item.allow_shape_mismatch else 0, None)
     shape, stored_shape = tuple(item.global_shape), stored[item.key]
     if shape[axes] != stored_shape[axes]:

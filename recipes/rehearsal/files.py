@@ -1,4 +1,4 @@
-"""Makes code on fake tensors write safetensors as sparse files of zeros, and read real tensors."""
+"""Replaces safetensors in rehearsals: writes sparse files of zeros, and reads real tensors."""
 
 from __future__ import annotations
 

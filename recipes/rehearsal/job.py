@@ -95,8 +95,8 @@ def jobs_of(
     """Returns the jobs of stages. A stage that does not compute on a device has no job.
 
     Args:
-        chain: The chain.
-        stages: All stages of the chain, by name.
+        chain: Settings of all stages of a run.
+        stages: All stages of the run, by name.
         names: Stages to rehearse.
         hf_config: The teacher's ``config.json``.
         ranks: Ranks to rehearse; ranks that a stage does not have are ignored. Default:

@@ -1,4 +1,4 @@
-"""Makes the inputs of a rehearsed stage. These have the right shapes, but no weights or text."""
+"""Makes the inputs of a rehearsed stage, with the right shapes, but without weights or text."""
 
 from __future__ import annotations
 

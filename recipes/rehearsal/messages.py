@@ -1,8 +1,8 @@
-"""Checks and records the collectives and messages of a rank without sending them.
+"""Checks and records a rank's collectives and point-to-point messages without sending them.
 
 Tensors must meet the requirements of NCCL (torch's ``ProcessGroupNCCL.cpp``: ``_allgather_base``,
-``_reduce_scatter_base``, ``alltoall_base``, ``check_gpu_single_tensor``). Each rank is rehearsed in
-a process without the other ranks. The module ``agreement`` compares the ranks' records afterwards.
+``_reduce_scatter_base``, ``alltoall_base``, ``check_gpu_single_tensor``). In a rehearsal each rank
+runs without the other ranks. The module ``agreement`` compares the ranks' records afterwards.
 """
 
 from __future__ import annotations
@@ -288,7 +288,7 @@ def _check_all_to_all(name: str, args: Args, size: int) -> None:
 
 
 def _check_pairs(check: Callable[..., None]) -> Callable[..., None]:
-    """Returns a check of a coalesced collective: ``check`` of each pair of output and input."""
+    """Returns a check of a coalesced collective, which checks each pair of output and input."""
 
     def check_each(name: str, args: Args, size: int) -> None:
         for pair in zip(*args[:2], strict=True):
@@ -308,7 +308,7 @@ CHECKS: dict[str, Callable[[str, Args, int], None]] = {
 
 
 def _separately(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a coalesced collective: ``collective`` for each pair of output and input."""
+    """Returns a coalesced collective, which runs ``collective`` for each output and input."""
 
     def run_each(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *args: Any) -> Any:
         results = [collective(*pair, *args) for pair in zip(outputs, inputs, strict=True)]

@@ -14,8 +14,8 @@ TERMS = {"kd": 2.0, "hidden": 8.0, "lm": 6.0}
 
 def weighted_terms(weights: dict[str, float], dynamic: bool) -> dict[str, float]:
     """Returns each weighted term of a step; the means are ``TERMS``, also in the previous step."""
-    after = Objective(weights, dynamic=dynamic).weights_after(TERMS)
-    return {name: weight * TERMS[name] for name, weight in after.items()}
+    next_weights = Objective(weights, dynamic=dynamic).weights_after(TERMS)
+    return {name: weight * TERMS[name] for name, weight in next_weights.items()}
 
 
 def test_fixed_weights() -> None:

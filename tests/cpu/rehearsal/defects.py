@@ -1,6 +1,6 @@
 """Rehearses jobs, in which a function may be replaced by one with a defect: ``defects.py JOBS``.
 
-``JOBS`` is a JSON file with a list of [job, name of the defect or null].
+``JOBS`` is a JSON file with a list of [job, name of the defect or null]. ``DEFECTS`` describes all.
 """
 
 from __future__ import annotations
