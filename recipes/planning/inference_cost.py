@@ -113,14 +113,14 @@ def comparison_cost(
 
     The last hidden states and the head of each model stay in memory until the comparison.
     """
-    size, reserved, peaks = _bytes(bf16), hardware.reserved_bytes, []
+    value_bytes, reserved, peaks = _value_bytes(bf16), hardware.reserved_bytes, []
     heads = states = 0.0
     for arch in models:
-        states += _state_bytes(arch, size, text, hardware)
-        activations = inference_activation_bytes(arch, size, text.micro_batch_tokens)
+        states += _state_bytes(arch, value_bytes, text, hardware)
+        activations = inference_activation_bytes(arch, value_bytes, text.micro_batch_tokens)
         peaks.append(
             Memory(
-                weights=size * arch.parameters() + heads + _head_bytes(arch, bf16),
+                weights=value_bytes * arch.parameters() + heads + _head_bytes(arch, bf16),
                 activations=activations + states,
                 reserved=reserved,
             )
@@ -138,19 +138,19 @@ def ranking_cost(
 
     A pruned candidate takes no memory, because its weights are views of the teacher's. If it is
     ``healed`` (reconstructed by least squares), it has its own weights, which are counted as large
-    as the teacher's. During its comparison, only the teacher's float32 head is in memory.
+    as the teacher's. While it is compared, memory holds only the float32 head of the teacher.
     """
-    size = _bytes(bf16)
-    states = 2 * _state_bytes(teacher, size, text, hardware)
+    value_bytes = _value_bytes(bf16)
+    states = 2 * _state_bytes(teacher, value_bytes, text, hardware)
     # In bfloat16, both models need a float32 copy of their head. In float32, no copy is needed, but
     # the teacher's head stays in memory in addition to a healed model.
     heads = (2 if bf16 else int(healed)) * _float32_head_bytes(teacher)
     resident = Memory(
-        weights=size * teacher.parameters() + heads,
+        weights=value_bytes * teacher.parameters() + heads,
         activations=states,
         reserved=hardware.reserved_bytes,
     )
-    layer = inference_activation_bytes(teacher, size, text.micro_batch_tokens)
+    layer = inference_activation_bytes(teacher, value_bytes, text.micro_batch_tokens)
     memory = largest(
         replace(resident, activations=states + layer),
         replace(resident, logits=_logits_bytes(teacher, text.tokens, COMPARISON_BUFFERS)),
@@ -163,17 +163,17 @@ def healing_cost(
 ) -> InferenceCost:
     """Returns the cost of the stage ``heal``: least squares in float32, layer by layer.
 
-    For all of the text, memory holds the residual streams and normed inputs of both models, and the
-    inputs of the student's last projection. A CPU's memory also holds both models in bfloat16.
+    For all of the text, memory holds both models' residual streams, raw and normalised, and the
+    inputs of the student's down projection. A CPU also holds both models in bfloat16.
     """
     models = (teacher, student)
     streams = sum(2 * arch.hidden_size for arch in models) + feed_forward_width(student)
-    current = HEALING_BUFFERS * feed_forward_width(teacher)
+    buffers = HEALING_BUFFERS * feed_forward_width(teacher)
     layers = sum(arch.parameters() / arch.num_layers for arch in models)
-    stored = 0 if hardware.on_gpu else 2 * sum(arch.parameters() for arch in models)
+    host_bytes = 0 if hardware.on_gpu else 2 * sum(arch.parameters() for arch in models)
     memory = Memory(
-        weights=4 * layers + stored,
-        activations=4 * (text.tokens * streams + text.micro_batch_tokens * current),
+        weights=4 * layers + host_bytes,
+        activations=4 * (text.tokens * streams + text.micro_batch_tokens * buffers),
         reserved=hardware.reserved_bytes,
     )
     fit = Compute(gemm_flops=least_squares_flops(teacher, student)) * text.tokens
@@ -199,21 +199,21 @@ def scoring_cost(
         pipeline: Number of pipeline stages, each on one rank.
         ablation_passes: Forward passes of one sequence without a layer or a block of layers.
     """
-    size, tokens = _bytes(bf16), text.micro_batch_tokens
+    value_bytes, tokens = _value_bytes(bf16), text.micro_batch_tokens
     layout = Layout(devices=pipeline, pipeline=pipeline)
     parameters = max(sum(rank_parameters(arch, layout, stage)) for stage in range(pipeline))
-    states = (-(-arch.num_layers // pipeline) + 1) * size * tokens * arch.hidden_size
-    hook_bytes = tokens * 2 * size * arch.hidden_size
+    states = (-(-arch.num_layers // pipeline) + 1) * value_bytes * tokens * arch.hidden_size
+    hook_bytes = tokens * 2 * value_bytes * arch.hidden_size
     if arch.num_moe_experts:
-        hook_bytes += tokens * arch.moe_router_topk * (3 * size + 4) * arch.hidden_size
+        hook_bytes += tokens * arch.moe_router_topk * (3 * value_bytes + 4) * arch.hidden_size
     else:
-        hook_bytes += tokens * (size + 8) * arch.ffn_hidden_size
+        hook_bytes += tokens * (value_bytes + 8) * arch.ffn_hidden_size
     resident = Memory(
-        weights=size * parameters + _head_bytes(arch, bf16),
+        weights=value_bytes * parameters + _head_bytes(arch, bf16),
         activations=states,
         reserved=hardware.reserved_bytes,
     )
-    layer = inference_activation_bytes(arch, size, tokens)
+    layer = inference_activation_bytes(arch, value_bytes, tokens)
     memory = largest(
         replace(resident, activations=states + max(layer, hook_bytes)),
         replace(resident, logits=_logits_bytes(arch, tokens, LOSS_BUFFERS)),
@@ -276,15 +276,15 @@ def benchmark_cost(
     Memory is enough for the logits of all ``pass_tokens`` tokens of a forward pass.
     """
     largest_model = max(models, key=lambda arch: arch.parameters())
-    size = _bytes(bf16)
+    value_bytes = _value_bytes(bf16)
     memory = Memory(
-        weights=size * largest_model.parameters() + _head_bytes(largest_model, bf16),
-        activations=inference_activation_bytes(largest_model, size, pass_tokens),
+        weights=value_bytes * largest_model.parameters() + _head_bytes(largest_model, bf16),
+        activations=inference_activation_bytes(largest_model, value_bytes, pass_tokens),
         logits=BENCHMARK_BUFFERS * 4 * pass_tokens * largest_model.vocab_size,
         reserved=hardware.reserved_bytes,
     )
     prompts = Sequences(tokens / pass_tokens, pass_tokens, 1, SCORED_FRACTION)
-    storage = Storage("bf16" if bf16 else "fp32", kv_bytes=size)
+    storage = Storage("bf16" if bf16 else "fp32", kv_bytes=value_bytes)
     generated = sum(
         text.steps * decode_traffic(arch, text.batch_size, text.context, storage)
         for text in generations
@@ -303,7 +303,7 @@ def conversion_cost(arch: Architecture, hardware: Hardware) -> InferenceCost:
     return InferenceCost(memory, Compute(), bf16=False)
 
 
-def _bytes(bf16: bool) -> int:
+def _value_bytes(bf16: bool) -> int:
     return 2 if bf16 else 4
 
 
@@ -311,9 +311,11 @@ def _all_passes(models: Sequence[Architecture], bf16: bool, text: Sequences) -> 
     return sum((text.compute(arch, bf16) for arch in models), Compute())
 
 
-def _state_bytes(arch: Architecture, size: int, text: Sequences, hardware: Hardware) -> float:
+def _state_bytes(
+    arch: Architecture, value_bytes: int, text: Sequences, hardware: Hardware
+) -> float:
     """Returns the device bytes of a text's last hidden states. A GPU moves them to the host."""
-    return 0 if hardware.on_gpu else size * text.tokens * arch.hidden_size
+    return 0 if hardware.on_gpu else value_bytes * text.tokens * arch.hidden_size
 
 
 def _head_bytes(arch: Architecture, bf16: bool) -> int:
