@@ -80,7 +80,7 @@ class ChatTokenizer:
         return self._truncate(ids.astype(np.int32), loss_mask)
 
     def _truncate(self, ids: np.ndarray, loss_mask: np.ndarray) -> Encoded:
-        """Truncates a conversation after the last answer that fits, if it is too long."""
+        """Truncates a conversation that is too long, after the last answer that fits."""
         if len(ids) <= self.seq_length:
             return Encoded(ids, loss_mask)
         is_last_of_answer = loss_mask[:-1] & ~loss_mask[1:]

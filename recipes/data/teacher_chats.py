@@ -23,7 +23,7 @@ from recipes.data.chat import ASSISTANT
 from recipes.data.corpus import read_source
 
 BATCH, BATCH_TOKENS = 32, 1 << 15
-"""A batch has ``BATCH`` conversations, or more if these have at most ``BATCH_TOKENS`` tokens: a
+"""A batch has as many conversations as ``BATCH_TOKENS`` tokens allow, but at least ``BATCH``: a
 generation step costs nearly the same for many sequences as for one. Both affect the result."""
 MAX_EMPTY_BATCHES = 5
 """Batches without a finished conversation after which the stage fails."""

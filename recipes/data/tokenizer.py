@@ -65,7 +65,7 @@ class DocumentTokenizer:
     definition: str
     """Content of ``tokenizer.json``."""
     begin: int | None
-    """Token before every document, if the tokenizer adds one to a text."""
+    """Token before every document; ``None`` if the tokenizer does not add one."""
     end: int
     """Token after every document; the prediction of the token after it is not in the loss."""
 

@@ -101,7 +101,7 @@ def load_engine(engine: Path) -> OVModelForCausalLM:
 def _full_disk_errors(out: Path) -> Iterator[None]:
     """Raises an ``OSError`` about a full disk instead of OpenVINO's ``iostream error``.
 
-    Free space is not checked: there is some again, because OpenVINO deleted its partial file.
+    The free space does not show the cause, because OpenVINO has already deleted its partial file.
     """
     try:
         yield

@@ -221,7 +221,7 @@ def _training_tokens(chain: Chain, data: str) -> tuple[dict[str, float], float]:
         name: math.inf if size is None else min(size / BYTES_PER_TOKEN, limit) * train_fraction
         for name, size in sizes.items()
     }
-    # A token has at least one byte. Splits are random, so all text may be for training.
+    # A token has at least one byte. Documents have random splits, so all may be for training.
     known = [size for size in sizes.values() if size is not None]
     return expected, float(sum(known)) if len(known) == len(sizes) else math.inf
 

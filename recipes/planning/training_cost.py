@@ -102,7 +102,7 @@ def peak_memory(workload: Workload, hardware: Hardware) -> Memory:
 
 
 def stage_memory(workload: Workload, hardware: Hardware, stage: int) -> Memory:
-    """Returns the memory of a rank of one pipeline stage, counted from 0."""
+    """Returns the memory of a rank of one pipeline stage; ``stage`` counts from 0."""
     layout, size = workload.layout, workload.dtype_bytes
     tokens = layout.micro_batch_size * workload.seq_length / layout.context
     memory: dict[str, float] = {"reserved": hardware.reserved_bytes}
@@ -135,7 +135,7 @@ def stage_memory(workload: Workload, hardware: Hardware, stage: int) -> Memory:
 def _gradient_bytes(workload: Workload, hardware: Hardware) -> int:
     """Returns the bytes of a parameter's gradient.
 
-    On a CPU, a gradient that is not summed over micro batches or ranks stays in its own type.
+    On a CPU, a gradient that is not summed over micro batches or ranks has the type of the weights.
     """
     if not hardware.on_gpu and workload.layout.ranks == workload.micro_batches == 1:
         return workload.dtype_bytes
