@@ -33,7 +33,7 @@ from recipes.core.stage import StageConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.limits import limit_problems
-from recipes.planning.rules import ERROR, Problem, require_none
+from recipes.planning.rules import ERROR, Problem, refuse_errors
 from recipes.report.gates import Gate, gate_problems, metric_names, parse_gate
 
 
@@ -66,10 +66,10 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     chain = with_shapes(chain_of(cfg, hf_path, configs, run_dir), order)
     gates = _gates(settings, configs)
     selected = [name for name in order if only is None or name in only]
-    notes = require_none(_problems(cfg, chain, selected), settings.skip_rules)
+    notes = refuse_errors(_problems(cfg, chain, selected), settings.skip_rules)
     chain = _with_costs(chain)
     if not any(note.rule.severity == ERROR for note in notes):  # estimates need valid settings
-        notes += require_none(_limit_problems(chain, selected), settings.skip_rules)
+        notes += refuse_errors(_limit_problems(chain, selected), settings.skip_rules)
     # ``chain.stages`` keeps the configured settings, so no stage sees another's resolved settings.
     configs |= {n: stage_of(c).resolve_from_chain(c, chain) for n, c in configs.items()}
     needed_stages = {*selected, *(s for name in selected for s in configs[name].inputs.values())}
@@ -94,7 +94,7 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     stages = tuple(planned[name] for name in selected)
     require_confirmed(stages, force, settings.confirm_above)
     plan = Plan(run_dir, chain, stages, notes, gates, new_acceptances(planned.values()))
-    return replace(plan, notes=notes + require_none(_disk_problems(plan), settings.skip_rules))
+    return replace(plan, notes=notes + refuse_errors(_disk_problems(plan), settings.skip_rules))
 
 
 def _problems(cfg: DictConfig, chain: Chain, selected: list[str]) -> Iterator[Problem]:
@@ -179,7 +179,7 @@ def _gates(settings: RunSettings, configs: Mapping[str, StageConfig]) -> tuple[G
     """Parses the recipe's gates; refuses gates on values that no stage measures."""
     gates = tuple(map(parse_gate, settings.gates))
     kinds = {name: stage_of(config).kind for name, config in configs.items()}
-    require_none(gate_problems(gates, metric_names(configs, kinds)))
+    refuse_errors(gate_problems(gates, metric_names(configs, kinds)))
     return gates
 
 

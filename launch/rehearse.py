@@ -27,7 +27,7 @@ from recipes.core.processes import cores
 from recipes.core.screen import plain_table
 from recipes.core.stage_process import tail
 from recipes.planning.chain import Chain, read_config_or_published
-from recipes.planning.rules import require_none
+from recipes.planning.rules import refuse_errors
 from recipes.planning.training_cost import stage_memory
 from recipes.planning.transformer import FRAGMENTATION, Memory
 from recipes.rehearsal.agreement import differences
@@ -52,7 +52,7 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
     chain = with_shapes(chain, stage_order(configs))
     stages = {name: stage_of(config) for name, config in configs.items()}
     problems = (p for name in selected for p in stages[name].problems(configs[name], chain))
-    require_none(problems, settings.skip_rules)
+    refuse_errors(problems, settings.skip_rules)
     hf_config, _ = read_config_or_published(chain.hf_path)
     jobs = jobs_of(chain, stages, selected, hf_config, ranks)
     if not jobs:

@@ -74,7 +74,7 @@ from recipes.core.run_state import (
 from recipes.core.screen import screen
 from recipes.core.snapshot import write_snapshot
 from recipes.core.trackers import require_tracker, write_tracker
-from recipes.planning.rules import require_none
+from recipes.planning.rules import refuse_errors
 
 console = screen()
 
@@ -106,7 +106,7 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
     require_tracker(settings.tracker, has_own_python(cfg.cluster))
     executor, cluster = executor_of(cfg.cluster)
     plan = executor.prepare(make_plan(cfg, settings, run_dir), cluster)
-    notes = require_none(executor.problems(plan, cluster), settings.skip_rules)
+    notes = refuse_errors(executor.problems(plan, cluster), settings.skip_rules)
     plan = replace(plan, notes=plan.notes + notes)
     view.print_plan(plan, console)
     view.print_sources(plan, console)

@@ -52,17 +52,17 @@ RunningStage = AbstractContextManager[Callable[[], bool]]
 """Yields a function that tells whether the stage has ended. Stops the stage if the block fails."""
 
 
-def start_command(module: str, config: Path, devices: int, python: str) -> list[str]:
+def start_command(module: str, request_file: Path, devices: int, python: str) -> list[str]:
     """Returns the command of a stage on one machine.
 
     Args:
         module: Module of the stage.
-        config: File with the stage's request.
+        request_file: File with the stage's request.
         devices: Number of ranks. One rank starts without torchrun, which would take seconds.
         python: The Python interpreter.
     """
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={devices}", "-m"]
-    return [python, "-m", *(torchrun if devices > 1 else []), WORKER, module, str(config)]
+    return [python, "-m", *(torchrun if devices > 1 else []), WORKER, module, str(request_file)]
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from recipes.engines import openvino
 from recipes.engines.backends import require_backend
 from recipes.engines.bench import cpu_threads
 from recipes.engines.results import EngineResult
-from recipes.engines.server import HOST, free_port, llama_command, serving, trtllm_command
+from recipes.engines.server import HOST, choose_port, llama_command, serving, trtllm_command
 from recipes.engines.settings import EvaluateServedConfig
 from recipes.evaluation import packed_lm
 from recipes.evaluation.packing import Request
@@ -208,7 +208,7 @@ def served_lm(
         model = openvino.load_engine(artifact.artifact)
         yield HFLM(pretrained=model, tokenizer=str(folder), batch_size=1, max_length=length)
         return
-    port = free_port(cfg.port)
+    port = choose_port(cfg.port)
     lm_class: type[ServedLM] = LlamaCppLM
     if server == "llama_cpp":
         threads = cfg.threads or cpu_threads()

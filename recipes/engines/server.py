@@ -66,7 +66,7 @@ def trtllm_command(engine: str, backend: str, tokenizer: str, ranks: int = 1) ->
     return [*command, *parallel, "--extra_llm_api_options", f"{engine}/{LLM_OPTIONS}"]
 
 
-def free_port(port: int) -> int:
+def choose_port(port: int) -> int:
     """Returns ``port``, or an unused port for 0; raises ``RecipeError`` if ``port`` is in use."""
     with socket.socket() as probe:
         try:

@@ -38,11 +38,13 @@ class Problem:
         return f"{self.what}\n  fix: {self.fix}   [{self.rule.name}]{see}"
 
 
-def require_none(problems: Iterable[Problem], skipped: Collection[str] = ()) -> tuple[Problem, ...]:
-    """Returns the problems without duplicates.
+def refuse_errors(
+    problems: Iterable[Problem], skipped: Collection[str] = ()
+) -> tuple[Problem, ...]:
+    """Returns the warnings and the skipped errors, without duplicates.
 
     Raises:
-        RecipeError: One of them is an error whose rule is not ``skipped``.
+        RecipeError: A problem is an error whose rule is not ``skipped``.
     """
     unique = tuple(dict.fromkeys(problems))
     errors = [str(p) for p in unique if p.rule.severity == ERROR and p.rule.name not in skipped]

@@ -153,7 +153,7 @@ def _save(
     for item in items:
         item.validate_metadata_integrity()
         if isinstance(sharded_strategy, streaming.StreamedSave):
-            _require_source(item, sharded_strategy)
+            _require_converted_shapes(item, sharded_strategy)
     if not kwargs.get("async_sharded_save"):
         return None
     sharded, common = extract_matching_values(
@@ -170,7 +170,7 @@ def _save(
     return AsyncRequest(None, (), [])
 
 
-def _require_source(item: ShardedTensor, save: streaming.StreamedSave) -> None:
+def _require_converted_shapes(item: ShardedTensor, save: streaming.StreamedSave) -> None:
     """Makes each weight of a shard as a conversion would, and checks its shape."""
     count = save.leading_axes.get(item.key)  # number of leading axes
     if count is None:

@@ -120,7 +120,7 @@ class SlurmCluster:
 
     def _write_config(self) -> None:
         d, nodes = self.directory, len(self._nodes)
-        port = free_port(nodes + 1)
+        port = first_port_of_block(nodes + 1)
         values = {"nodes": nodes, "node_first": port + 1, "node_last": port + nodes}
         values |= {"srun_first": port + 100, "srun_last": port + 400}
         text = CONF.format(dir=d, host=socket.gethostname().split(".")[0], port=port, **values)
@@ -162,7 +162,7 @@ def without_slurm() -> str | None:
     return None if os.geteuid() == 0 else "starting a Slurm needs root"
 
 
-def free_port(daemons: int) -> int:
+def first_port_of_block(daemons: int) -> int:
     """Returns the first port of a block of 500 ports, of which the first ``daemons`` are free.
 
     The port also serves as the first job id. The launcher derives the rendezvous port of ranks from

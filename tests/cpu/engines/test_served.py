@@ -27,7 +27,7 @@ from recipes.core.stage import Input
 from recipes.data.token_sequences import TextSequences
 from recipes.engines import served, server
 from recipes.engines.results import EngineResult
-from recipes.engines.server import free_port, llama_command, serving
+from recipes.engines.server import choose_port, llama_command, serving
 from recipes.engines.settings import BuildEngineConfig, EvaluateServedConfig
 from recipes.evaluation import packed_lm
 from recipes.evaluation.predictions import TEACHER, Predictor
@@ -52,7 +52,7 @@ def gguf(odd_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llama(odd_llama: Path, gguf: Path) -> Iterator[served.LlamaCppLM]:
-    port = free_port(0)
+    port = choose_port(0)
     with serving(llama_command(gguf, port, LENGTH + 1, 1), port, 120) as address:
         yield served.LlamaCppLM(address, odd_llama, LENGTH)
 
@@ -216,7 +216,7 @@ def test_a_failing_server_gives_one_message(
 
 def test_a_server_dies_with_its_stage(gguf: Path) -> None:
     """The server also stops after ``kill -9`` of the stage."""
-    port = free_port(0)
+    port = choose_port(0)
     code = (
         "from recipes.engines.server import llama_command, serving; import signal\n"
         f"with serving(llama_command({str(gguf)!r}, {port}, 64, 1), {port}, 120):\n"

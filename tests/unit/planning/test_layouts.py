@@ -14,7 +14,7 @@ from recipes.core.stage import Resources
 from recipes.distillation.settings import DistillConfig
 from recipes.planning.chain import Chain, read_chain
 from recipes.planning.layouts import cheapest_proposal, fits, layout_problems, proposals
-from recipes.planning.rules import Problem, Rule, require_none
+from recipes.planning.rules import Problem, Rule, refuse_errors
 from recipes.planning.workload import Layout
 from recipes.pruning.settings import PruneConfig
 from recipes.stages import distill
@@ -129,9 +129,9 @@ def test_all_problems_are_in_one_error() -> None:
         Problem(Rule("r1", ""), "first is wrong", "mend it"),
         Problem(Rule("r2", ""), "second", "drop it"),
     ]
-    assert require_none(iter(())) == ()
+    assert refuse_errors(iter(())) == ()
     with pytest.raises(RecipeError) as caught:
-        require_none(iter(problems))
+        refuse_errors(iter(problems))
     assert str(caught.value).splitlines() == [
         "first is wrong",
         "  fix: mend it   [r1]",
