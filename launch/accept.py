@@ -53,7 +53,7 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
 
 
 def stale_reasons(stage: PlannedStage, result: Manifest) -> list[str]:
-    """Returns why a complete result is stale."""
+    """Returns why a complete result is stale: changes and rerun inputs, else why it runs."""
     changed = describe_changes(stage, result) if result.fingerprint != stage.fingerprint else []
     return [*changed, *(f"{name} runs again" for name in stage.rerun_inputs)] or [stage.reason]
 
@@ -78,6 +78,7 @@ def require_confirmed(
     """
     expensive: dict[str, str] = {}
     for stage in stages:
+        # A stage that is resumed was confirmed when it was started.
         result = read_manifest(stage.directory) if stage.action == RUN else None
         if result is None or stage.name in force or result.device_hours() <= confirm_above:
             continue

@@ -24,7 +24,8 @@ class Cluster:
     env: Environment = field(default_factory=dict)
     """Environment variables of every stage; ``resources.env`` adds variables of one stage."""
     pass_env: list[VariableName] = field(default_factory=list)
-    """Names of environment variables to pass on. Use this for secrets: no file has the values."""
+    """Names of environment variables that stages get from the launcher. Use this for secrets: their
+    values are written to no file."""
 
     @property
     def follow(self) -> bool:
@@ -35,8 +36,8 @@ class Cluster:
 def stage_variables(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
     """Returns the environment variables that a stage gets on every cluster.
 
-    The variables make Python import the snapshot of the code, and fix the order of CUDA kernels
-    under tensor or context parallelism. The user's ``env`` is included.
+    The variables make Python import the snapshot of the code. Under tensor or context parallelism
+    they keep CUDA kernels in the order of their calls. The user's ``env`` is included.
     """
     connections = stage.chain.hardware.cuda_device_max_connections
     # A search trains its candidates with the settings in its field ``distill``.

@@ -38,7 +38,7 @@ STOP_SECONDS, SIGNAL_SECONDS = 60.0, 10.0
 """Time limit for a launcher to stop, and time between two signals to the launcher."""
 ROOT = Path("runs")
 RUN_PATTERNS = ("*", "sweeps/*/*")
-"""Patterns of run directories in ``ROOT``."""
+"""Patterns of run directories in ``ROOT``, or in another folder that contains runs."""
 YES = "--yes"
 AGE_UNITS = (("days", 86400), ("h", 3600), ("min", 60))
 """Units of an age, and the seconds of each."""
@@ -103,7 +103,10 @@ def _stop(holder: lock.Holder, run_dir: Path) -> None:
 
 
 def logs(options: Options, console: Console) -> None:
-    """Prints the end of a stage's newest log. The default is the stage that failed or runs."""
+    """Prints the end of a stage's newest log.
+
+    By default, the stage that failed or runs, or else the last one that was started.
+    """
     [run_dir, *other_runs] = find_runs([_directory(options)])
     if other_runs:
         raise RecipeError(f"{run_dir.parent} is a sweep.", f"choose one run: run_dir={run_dir}")
@@ -159,7 +162,7 @@ def compare(arguments: Sequence[str], console: Console) -> int:
 
 
 def runs(arguments: Sequence[str], console: Console) -> int:
-    """Lists the runs in a directory, or deletes the runs whose names follow the word ``clean``."""
+    """Lists the runs in a directory. After the word ``clean``, deletes runs (see ``_clean``)."""
     if list(arguments[:1]) == ["clean"]:
         _clean([arg for arg in arguments[1:] if arg != YES], YES in arguments, console)
         return 0
@@ -227,7 +230,10 @@ def _size(path: Path) -> int:
 
 
 def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
-    """Deletes runs, except for stages that other runs need. Without ``--yes``, only lists them."""
+    """Deletes runs, except for stages that other runs need.
+
+    Without ``--yes``, only lists folders. Other runs are those in ``runs`` and beside these runs.
+    """
     if not names:
         raise RecipeError(
             "runs clean needs the names of runs.",
@@ -261,7 +267,7 @@ def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Deletes manifests first, so that no stage looks complete if the deletion is interrupted."""
+    """Deletes a run or a stage, manifests first: after a kill, no partial stage looks complete."""
     for manifest in (*folder.glob(MANIFEST), *folder.glob(f"*/{MANIFEST}")):
         manifest.unlink()
     shutil.rmtree(folder)

@@ -48,7 +48,8 @@ def print_plan(plan: Plan, console: Console) -> None:
 def print_sources(plan: Plan, console: Console) -> None:
     """Shows the sources of text that stages of this plan will tokenize.
 
-    The size of a source is known only if the text is on this machine.
+    The size of a source is known only if the text is on this machine. With ``prefix`` there are no
+    sources: the text is already tokenized, so it cannot be compared with benchmarks.
     """
     for config in (stage.config for stage in plan.todo()):
         if not isinstance(config, PrepareDataConfig):
@@ -167,7 +168,7 @@ def _planned_cost(manifest: Manifest) -> str:
 
 
 def _best_candidate(manifest: Manifest) -> str:
-    """Describes the candidate that successive halving chose, or the best one of the ranking."""
+    """Describes the candidate that successive halving chose, or else the first of the ranking."""
     result = manifest.result(SearchResult)
     best = result.chosen() or result.candidates[0]
     return f"{best.name}, KL {best.kl_to_teacher:.3f}, {len(result.candidates)} shapes"

@@ -16,9 +16,10 @@ from recipes.core.errors import RecipeError
 
 LOCK = ".lock"
 WAIT_SECONDS = 0.5
-"""How long to wait for the lock, because ``read_holder`` may hold it for a moment."""
+"""How long to try to get the lock. ``read_holder`` takes the lock for a moment, so one failed try
+does not mean that another launcher runs."""
 SetStage = Callable[[str | None], None]
-"""Writes to the lock file which stage runs; the command ``status`` reads it."""
+"""Writes the name of the running stage to the lock file, where the command ``status`` reads it."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def read_holder(run_dir: Path) -> Holder | None:
     try:
         with (run_dir / LOCK).open(encoding="utf-8") as file:
             try:
-                # The lock is shared, so that two readers do not take each other for a launcher.
+                # A shared lock, so that two readers do not take each other for a launcher.
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 text = file.read()  # empty while the launcher writes it

@@ -30,7 +30,7 @@ def chain_of(
     profile = OmegaConf.create(OmegaConf.to_container(cfg.hardware, resolve=True))
     hardware = as_typed(Hardware, profile, "hardware")  # type: ignore[arg-type]
     if hardware.memory_bytes is None and cfg.cluster.executor == "slurm":
-        hardware.memory_bytes = math.inf  # jobs do not run in the login node's memory
+        hardware.memory_bytes = math.inf  # ``None`` would mean the login node's memory
     return replace(
         chain,
         hardware=hardware,

@@ -47,12 +47,12 @@ class PlannedStage:
     reason: str
     chain: Chain = field(repr=False, compare=False)
     rerun_inputs: tuple[str, ...] = ()
-    """Stages in ``inputs`` that will run in this plan."""
+    """Names of the stages in ``inputs`` that will run in this plan."""
     accepted: Acceptance | None = None
     """The user's decision to keep the stage's stale result."""
     kept: Mapping[str, list[str]] = field(default_factory=dict)
-    """For each stale result that the user keeps, why it is stale, by stage. Has this stage and all
-    stages that it depends on."""
+    """Why each accepted stale result is stale, by stage: for this stage and for all stages of the
+    plan on which this stage depends."""
 
     @property
     def definition(self) -> Stage[Any]:
@@ -107,7 +107,7 @@ class PlannedStage:
     def request(self) -> Request:
         """Returns the content of the stage's ``config.yaml``, from which its process starts.
 
-        For a skipped stage, it names the code snapshot of the complete result, not the current one.
+        For a skipped stage, the request names the code that made the result, not the current code.
         """
         result = self.result if self.action == SKIP else None
         return Request(

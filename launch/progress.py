@@ -98,6 +98,7 @@ class Follower:
     ) -> None:
         self._name, self._path = stage.name, stage.directory / METRICS
         self._console, self._run_estimate = console, run_estimate
+        # Twice ``SPEED_RECORDS``, because records of other tasks, such as validation, intervene.
         self._recent = deque[Record](maxlen=2 * SPEED_RECORDS)
         # Skip the old records of a resumed stage, which appends to its file.
         self._position = self._path.stat().st_size if self._path.exists() else 0

@@ -73,7 +73,10 @@ def _sections() -> Iterator[str]:
 
 
 def _choices() -> Iterator[tuple[str, str]]:
-    """Yields the choices of all groups, each with the first sentence of its file's comment."""
+    """Yields the choices of all groups, each with the first sentence of its file's comment.
+
+    A file without a comment is described by its values.
+    """
     names = (group for group in groups() if group != "recipe")
     for file in sorted(file for group in names for file in (CONF / group).glob("*.yaml")):
         # Comments such as "# @package stages" are for Hydra.
@@ -93,7 +96,7 @@ def _stage(name: str) -> Iterator[str]:
     inputs = [*stage.inputs, *(f"{key} (optional)" for key in stage.optional_inputs)]
     yield f"## {name}\n"
     yield f"{summary} Artifact: `{stage.kind}`; inputs: {', '.join(inputs) or 'none'}.\n"
-    # If there are several files, default.yaml is the first in the order of their names.
+    # If a stage has several files, default.yaml is the first in the order of their names.
     [file, *_] = sorted((CONF / "stage" / name).glob("*.yaml"))
     values = _yaml(f"stage/{name}/{file.name}")
     if not issubclass(stage.config, TrainingConfig):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def on_interrupt(handler: Callable[..., object]) -> None:
-    """Sets the handler of Ctrl-C and SIGTERM, except where ``nohup`` or a shell ignores them."""
+    """Sets the handler of SIGINT (Ctrl-C) and SIGTERM, unless the calling shell ignores them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
@@ -181,6 +181,7 @@ def _written_plan(plan: Plan, last_plan: LastPlan, dry_run: bool) -> Iterator[lo
         A function that records the running stage in the lock; ``None`` if no stage must run.
     """
     fingerprints = dict(last_plan.stages) | {s.name: s.fingerprint for s in plan.stages}
+    # Stages that ``only`` excludes keep their fingerprints of the last plan.
     stages = {name: fingerprints.get(name) for name in plan.chain.stages}
     new_plan = LastPlan(last_plan.recipe, stages)
     skipped = [stage.state() for stage in plan.stages if stage.action == SKIP and not dry_run]

@@ -20,7 +20,7 @@ from recipes.planning.hardware import cpu_profile
 CONF = REPO_ROOT / "conf"
 OPTIONAL_GROUPS = ("engine", "gguf", "heal", "long_context", "served", "tasks", "tracker")
 """Config groups that ``GROUP=null`` leaves out."""
-CHOICE = re.compile(r"\d+k|[a-z][\w.]*", re.IGNORECASE)
+CHOICE = re.compile(r"\d+k|[a-z][\w.]*", re.IGNORECASE)  # such as 32k, or qwen3_8b
 VALUES = ("null", "true", "false", "nan", "inf")
 """Words that Hydra parses as values, not as names."""
 
@@ -53,7 +53,7 @@ Groups; GROUP=NAME chooses:
 
 @cache
 def register() -> None:
-    """Registers each stage's config as ``stage/<stage>/schema``, and resolves ``${cpu:NAME}``."""
+    """Registers ``stage/<stage>/schema`` for each stage, and a resolver for ``${cpu:NAME}``."""
     OmegaConf.register_new_resolver("cpu", _cpu)
     for name in stage_names():
         ConfigStore.instance().store(

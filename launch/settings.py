@@ -58,7 +58,7 @@ class RunSettings:
     """Device-hours. If a stale result cost more, the launcher stops until ``accept`` or ``force``
     lists the stage."""
     only: list[str] | None = None
-    """Runs only these stages; their inputs must be complete."""
+    """Runs only these stages; those of their inputs that are not listed must be complete."""
     hub: Hub = field(default_factory=Hub)
     """Where the student is published."""
     gates: list[str] = field(default_factory=list)

@@ -31,7 +31,8 @@ def require_separate_results(cfg: DictConfig, arguments: Sequence[str]) -> None:
     """
     for name, fix in UNIQUE_SETTINGS.items():
         group, _, key = name.rpartition(".")
-        # Hydra sweeps over values that are separated by commas.
+        # Hydra sweeps over values that are separated by commas. An interpolation is assumed to have
+        # a different value in each run, like ${hydra:job.num}.
         is_swept = any(arg.startswith(f"{name}=") and "," in arg for arg in arguments)
         node = cfg[group] if group else cfg
         if node[key] is not None and not is_swept and not OmegaConf.is_interpolation(node, key):
@@ -45,7 +46,7 @@ class Best(Callback):
         self._runs: list[Path] = []
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **more: Any) -> None:
-        """Collects the directory that ``main`` returned; a dry run returns none."""
+        """Collects the directory that ``main`` returned; dry runs and rehearsals return none."""
         if job_return.status is JobStatus.COMPLETED and job_return.return_value is not None:
             self._runs.append(job_return.return_value)
 
@@ -56,7 +57,7 @@ class Best(Callback):
 
 
 def best_of(run_dirs: Sequence[Path]) -> str:
-    """Describes the best run if two or more are evaluated; adds the command that compares them."""
+    """Describes the best run if two or more are evaluated; adds the command that compares all."""
     from recipes.report.compare import compare_runs, describe_best
     from recipes.report.runs import read_run
 

@@ -87,7 +87,8 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
     readable = {ref.directory for ref in stage.inputs.values()} | {
         path.absolute() for path in external.values()
     }
-    for config in stage.chain.stages.values():  # the prepared text may be links to the user's files
+    # With ``prefix``, the result of ``prepare_data`` has links to the user's files.
+    for config in stage.chain.stages.values():
         if isinstance(config, PrepareDataConfig) and config.prefix:
             readable |= {path.resolve() for path in paths_of(Path(config.prefix)).values()}
     for text in cluster.mounts:

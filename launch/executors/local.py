@@ -36,7 +36,7 @@ PRELOADED = (
     "recipes.pruning.scoring",
     "recipes.stages.contract",
 )
-"""Modules that the fork server imports once for all stages: with torch, NeMo and ModelOpt."""
+"""Modules that the fork server imports once for all stages. They import torch, NeMo, ModelOpt."""
 Start = Callable[[PlannedStage, IO[bytes]], RunningStage]
 """Starts a stage and writes its output to a log."""
 
@@ -93,7 +93,7 @@ def command(stage: PlannedStage, python: str) -> list[str]:
 def environment(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
     """Returns the variables that a stage gets in addition to those of the launcher."""
     devices = stage.config.resources.devices
-    # The launcher may itself run as a rank of a job. Its stages must not inherit that rank.
+    # The launcher may itself run as a rank of a job. A stage without torchrun would inherit it.
     single_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} if devices == 1 else {}
     variables = stage_variables(stage, cluster)
     paths = filter(None, [variables["PYTHONPATH"], os.environ.get("PYTHONPATH")])
@@ -130,7 +130,8 @@ def may_fork(stage: PlannedStage) -> bool:
     """Whether the fork server can start the stage.
 
     Libraries read environment variables when they are imported, so a stage with ``resources.env``
-    needs a new process. A search whose training runs take several devices needs a new process, too.
+    needs a new process. So does a stage on several devices (torchrun starts it), and a search whose
+    training runs take several devices, which ``stage.devices`` includes.
     """
     return stage.definition.needs_torch and stage.devices == 1 and not stage.config.resources.env
 
@@ -140,6 +141,7 @@ def start(plan: Plan, cluster: LocalConfig, follow: Follow, console: Console) ->
     forkable = [stage for stage in plan.todo() if may_fork(stage)]
     if len(forkable) < 2:
         return run_all(plan, follow)
+    # All forkable stages have the same variables: one device, and no ``resources.env``.
     shared_env = {**os.environ, **environment(forkable[0], cluster)}
     with fork_server(PRELOADED, shared_env, plan.run_dir / "fork_server.log") as server:
 
@@ -161,10 +163,10 @@ def start_script(stage: PlannedStage, log: IO[bytes]) -> RunningStage:
 
 
 def run_all(plan: Plan, follow: Follow, start: Start = start_script) -> bool:
-    """Runs all stages that must run, in order, until one fails.
+    """Runs all stages that must run, in order, until one fails. ``start`` starts one stage.
 
     Returns:
-        Always ``True``: the ``start`` of an executor returns whether it waited for the stages.
+        Always ``True``: the stages were waited for. The functions ``start`` of executors return it.
     """
     for stage in plan.todo():
         forget_job(plan.run_dir, stage.name)

@@ -54,7 +54,7 @@ RESTART_SECONDS = 900.0
 PLAIN = re.compile(r"[\w./@+=-]+")
 """Text that needs no quotes in sbatch options and in scripts."""
 MIN_MARGIN_SECONDS = 300
-"""Lower limit of the default of ``margin_seconds``, because its estimate omits some costs."""
+"""Minimum of the default of ``margin_seconds``, because the planned time omits some costs."""
 Name = Annotated[str, matching(r"[\w.,@+=-]+", "a name without spaces")]
 Program = Annotated[str, matching(PLAIN.pattern, "one program, without spaces")]
 
@@ -76,7 +76,7 @@ class SlurmConfig(container.Containers):
     """Partition of stages that use no GPU; ``partition`` by default."""
     margin_seconds: Count | None = None
     """Training stops and saves this many seconds before the time limit. The default is the planned
-    time of two steps, a validation and a checkpoint, but at least ``MIN_MARGIN_SECONDS``."""
+    time of two steps, a validation and a checkpoint, but at least 300."""
     max_requeues: CountOrZero = 40
     """How often a stage is started again after it stopped at its time limit."""
     gpus: Annotated[str, one_of("gpus-per-node", "gres")] | None = "gpus-per-node"
@@ -225,7 +225,8 @@ def _sbatch_options(stage: PlannedStage, cluster: SlurmConfig) -> Iterator[str]:
         yield f"--cpus-per-task={cpus}"
     if _takes_whole_nodes(stage, cluster):
         yield "--exclusive"
-        yield "--mem=0"
+        yield "--mem=0"  # all memory of each node
+    # Last, because sbatch uses the last value of a repeated option.
     yield from cluster.sbatch
     yield from stage.config.resources.sbatch
 
@@ -338,7 +339,8 @@ def _follow(stage: PlannedStage, job: SlurmJob, follow: Follow) -> None:
             follower.update()
             state = _state(job)
         follower.update()
-        # A forced stage may still have its old result, whose fingerprint is the same.
+        # The job's state counts, too: a forced stage may still have its old result, with the same
+        # fingerprint.
         if stage.result is None or (state is not None and state.state != "COMPLETED"):
             end_state = f" ({state.state})" if state else ""
             log = newest_log(stage.directory)

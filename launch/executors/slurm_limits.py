@@ -243,6 +243,7 @@ def read_partitions() -> Partitions:
     if shutil.which("sinfo") is None:
         return {}
     partitions = query("scontrol", "--oneliner", "show", "partition")
+    # A line: partition, number of equal nodes, CPUs, memory in MB, GRES such as gpu:h100:8(S:0-1).
     nodes = query("sinfo", "--noheader", "--exact", "--format=%R|%D|%c|%m|%G")
     if partitions.returncode or nodes.returncode:
         return {}

@@ -19,7 +19,7 @@ ENDED = frozenset(
 RUNNING = frozenset(
     ("COMPLETING", "RESIZING", "RUNNING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED")
 )
-"""States of jobs that have started and not ended. A job in neither set waits."""
+"""States of jobs that have started and not ended. A job neither ``ENDED`` nor ``RUNNING`` waits."""
 WAIT_REASONS = {
     "CONFIGURING": "its nodes are being prepared",
     "REQUEUE_HOLD": "held after a requeue, until scontrol release",

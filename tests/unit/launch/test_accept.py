@@ -94,6 +94,7 @@ def test_acceptance_is_recorded_until_the_stage_changes_again(
     assert {stage.status for stage in read_statuses(run)} == {"complete"}
     assert "lr changed 0.0003 → 0.0001" in refusal(plan, "stages.distill.lr=1e-4")
     assert f"{LR_CHANGED}, prune runs again" in refusal(plan, OTHER_LR, "force=[prune]")
+    # With the settings of the result, the acceptance is not needed and is removed.
     assert plan(SAME_LR).acceptances == {run / "distill": None}
 
 

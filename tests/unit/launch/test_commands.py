@@ -142,10 +142,11 @@ def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launc
     (run_dir / CODE / "hash").mkdir(parents=True)
     other = run_dir.with_name("other")
     shutil.copytree(run_dir, other)
+    # The stages of ``other`` read each other's results, but import_hf of the run to clean.
     for request in other.glob("*/config.yaml"):
         text = request.read_text().replace(f"{run_dir}/", f"{other}/")
         request.write_text(text.replace(f"{other}/import_hf", f"{run_dir}/import_hf"))
-    before = sorted(run_dir.rglob("[!.]*"))
+    before = sorted(run_dir.rglob("[!.]*"))  # all but the lock file
     listed = launch("runs", "clean", str(run_dir))
     assert "nothing was deleted" in listed.stdout
     assert re.search(rf"{run_dir}/import_hf .* needed by {other}", listed.stdout)

@@ -61,7 +61,8 @@ def test_plan_shows_action_and_reason(screen: Console, plan: MakePlan, complete:
 def test_tokenized_text_is_reported_as_not_compared_with_benchmarks(
     screen: Console, plan: MakePlan, tmp_path: Path
 ) -> None:
-    # Megatron's index of one document with 900 tokens of two bytes.
+    # Benchmark items are found in text, not in tokens. Here tokenized text is one document with 900
+    # tokens of two bytes, in Megatron's format.
     index = struct.pack("<9sQBQQ", b"MMIDIDX", 1, 8, 1, 2) + struct.pack("<iqqq", 900, 0, 0, 1)
     (tmp_path / "corpus.idx").write_bytes(index)
     (tmp_path / "corpus.bin").write_bytes(bytes(1800))
@@ -207,6 +208,7 @@ def test_follower_reads_a_new_file_from_its_start(
     screen: Console, stage: PlannedStage, steps: tuple[int, ...]
 ) -> None:
     file: Path = stage.directory / METRICS
+    # The old file is longer than one new record, and shorter than three new records.
     file.write_text('{"note": "longer than one of the new records"}\n' + "{}\n" * 33)
     with Follower(stage, screen) as follower:
         file.unlink()

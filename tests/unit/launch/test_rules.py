@@ -180,7 +180,7 @@ def plan(compose: Compose, tmp_path: Path, large_disk: None, versions_read_once:
         for override in overrides:
             key, _, value = override.partition("=")
             if override not in groups:
-                added = key.startswith("+")
+                added = key.startswith("+")  # as an index, True is 1 and drops the "+"
                 OmegaConf.update(cfg, key[added:], yaml.safe_load(value), force_add=added)
         return make_plan(cfg, settings_of(cfg), tmp_path / "run")
 

@@ -23,6 +23,7 @@ def test_times_are_parsed_as_slurm_parses_them() -> None:
 
 
 def test_only_the_newest_job_of_a_stage_is_read(tmp_path: Path) -> None:
+    # The last line is not complete, as after a kill.
     (tmp_path / "jobs.txt").write_text("prune 7 a\ndistill 8 b\nprune 9 c\ndistill 1")
     jobs = (SlurmJob("prune", "9", "c"), SlurmJob("distill", "8", "b"))
     assert read_jobs(tmp_path) == {job.stage: job for job in jobs}

@@ -57,7 +57,7 @@ def test_edit_after_the_plan_does_not_affect_the_stage(checkout: Path) -> None:
 def test_changed_code_takes_a_new_snapshot_and_the_old_one_is_removed(checkout: Path) -> None:
     run_dir = launch(checkout)
     before = result(run_dir)
-    (run_dir / CODE / "killed.partial" / "recipes").mkdir(parents=True)
+    (run_dir / CODE / "killed.partial" / "recipes").mkdir(parents=True)  # of a killed launcher
     edit(checkout, HARMLESS, "report/plots")  # the stage does not import it
     launch(checkout)
     assert result(run_dir) == before

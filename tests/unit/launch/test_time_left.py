@@ -94,7 +94,7 @@ def test_progress_of_unfinished_work_replaces_its_planned_time(
     statuses = read_statuses(planned.run_dir)
     assert time_left(planned.run_dir, statuses) == pytest.approx(
         49 + pace * AFTER_SECONDS
-    )  # 7 steps
+    )  # 7 steps of 7 seconds remain
     complete = [stage for stage in statuses if stage.result]
     assert [stage.name for stage in complete] == list(STAGES_BEFORE)
     assert time_left(planned.run_dir, complete) is None
