@@ -3,16 +3,16 @@
     python -m benchmarks.convert [--model FOLDER_OR_SOURCE] [--repeats N]
     python -m benchmarks.convert --billions 7
 
-Each compared program, called a side, runs in its own process, one after the other. The shortest
-time and the lowest peak of all repeats count. Times exclude imports. Memory is the peak minus the
-memory after imports. ``resident`` is all memory. ``anonymous`` excludes pages of mapped files,
-which the system can drop at any time. ``verify`` compares logits and weights of the Hugging Face
-model with those of the NeMo checkpoint.
+Each compared program, called a side, runs in its own process, one after the other. The baseline
+runs first in one repeat and last in the next. The shortest time and the lowest peak of all repeats
+count. Times exclude imports. Memory is the peak minus the memory after imports. ``resident`` is all
+memory. ``anonymous`` excludes pages of mapped files, which the system can drop at any time.
+``verify`` compares logits and weights of the Hugging Face model with those of the NeMo checkpoint.
 
 With ``--billions``, the model is a random Llama with that number of parameters in bfloat16, and the
 baseline is a plain copy of its files. Files are not in the page cache when a side starts, and time
-stops when all output is on the disk. The baseline runs first in one repeat and last in the next.
-The weights are compared after the round trip. The disk must have space for three such models.
+stops when all output is on the disk. After the conversion to NeMo and back, the weights are
+compared with the original ones. The disk must have space for three such models.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LAYER = {
     "head_dim": 128,
     "tie_word_embeddings": False,
 }
-"""Sizes of Llama 3.1 8B."""
+"""Sizes of a layer of Llama 3.1 8B."""
 LAYER_BILLIONS = 0.218
 """Parameters of a layer of these sizes, in billions."""
 
@@ -128,7 +128,7 @@ def flush(folder: Path, drop_cache: bool = False) -> None:
 
 
 def run_sides(folder: Path, repeats: int, cold: bool = False) -> dict[str, list[dict[str, float]]]:
-    """Measures every side in its own process, once per repeat. ``cold``: as with ``--billions``."""
+    """Measures every side in its own process, once per repeat. ``--billions`` sets ``cold``."""
     baseline, *others = COLD_SIDES if cold else SIDES
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in (baseline, *others)}
     for number in range(repeats):
@@ -144,7 +144,7 @@ def run_sides(folder: Path, repeats: int, cold: bool = False) -> dict[str, list[
                 runs[side].append(measurement)
                 os.sync()  # unwritten data of one side must not slow down the next
                 shutil.rmtree(scratch / "copy", ignore_errors=True)
-                if cold and side == "to-hf":  # makes space for a copy that runs last
+                if cold and side == "to-hf":  # makes space for the baseline's copy, if it runs last
                     shutil.rmtree(scratch / "model.nemo")
             if cold:
                 require_same_weights(folder, scratch / "back")

@@ -42,7 +42,7 @@ from recipes.planning.results import PlanResult
 WARM_UP_STEPS = 2
 BASELINES = ("loop-fp32", "loop-bf16", "modelopt-bf16")
 LOSS_TOLERANCE = 0.02
-"""Largest relative difference of first losses on the same batch, from rounding to bfloat16."""
+"""Largest relative difference of first losses that rounding to bfloat16 may cause."""
 console = screen()
 
 
@@ -136,7 +136,7 @@ def run_method(name: str, shape: Shape, run_dir: Path) -> Record:
 
 def _run_stages(method: DistillMethod, shape: Shape, run_dir: Path, scratch: Path) -> Record:
     """Runs the launcher in ``scratch``, on the model and text of ``run_dir``."""
-    _, teacher_stage, *_ = method.stages  # the first stage after plan reads the teacher
+    _, teacher_stage, *_ = method.stages  # the stage after plan reads the teacher
     settings = {
         "distill.inputs.student": run_dir / "prune",
         "distill.inputs.data": run_dir / "prepare_data",
@@ -167,7 +167,10 @@ def _run_stages(method: DistillMethod, shape: Shape, run_dir: Path, scratch: Pat
 
 
 def speeds(record: Record, shape: Shape) -> list[float]:
-    """Returns the tokens/s of the steps after warm-up. The first step has no start time."""
+    """Returns the tokens/s of the steps after warm-up, or of the last step if there are only two.
+
+    Step 1 has no start time, because only the ends of steps are recorded.
+    """
     tokens = shape.micro_batch * shape.seq_length
     last_warm_up = min(WARM_UP_STEPS, shape.steps - 1) - 1
     ends = record.ends[last_warm_up:]

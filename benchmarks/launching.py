@@ -48,6 +48,7 @@ def execute(command: list[str]) -> None:
     )
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines() or ["it ended without a message"]
+        # The message starts at the first line with ``error: ``, and is else the last line.
         errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
         first = errors[0] if errors else len(lines) - 1
         raise RecipeError("\n".join(lines[first:]).removeprefix("error: "), fix="")
@@ -75,7 +76,7 @@ def launch(
     """Runs stages with the launcher.
 
     Args:
-        base: Run directory whose teacher is used.
+        base: Run directory whose teacher the new run uses.
         out: Run directory to write.
         stages: Names of the stages.
         settings: Fields below ``stages``, for example inputs from ``base``.

@@ -92,7 +92,7 @@ def modelopt(inputs: LoopInputs, record: Record) -> None:
 
     class UnshuffledTrainer(KDTrainer):
         def _get_train_sampler(self, *_: Any) -> None:
-            """Returns ``None``, so that sequences keep their order, as in the loops."""
+            """Returns ``None``, so that sequences keep their order, as in ``loop``."""
 
     _, micro_batch, _ = inputs.batches.shape
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +119,7 @@ def modelopt(inputs: LoopInputs, record: Record) -> None:
             settings,
             distill_config={
                 "teacher_model": inputs.teacher,
-                "criterion": {("", ""): LMLogitsLoss()},
+                "criterion": {("", ""): LMLogitsLoss()},  # "" is the output of the whole model
             },
             train_dataset=[{"input_ids": s, "labels": s} for s in inputs.batches.flatten(0, 1)],
             callbacks=[RecordSteps()],

@@ -61,7 +61,7 @@ def cases(sizes: Sizes) -> dict[str, tuple[Callable[..., Tensor], list[tuple[int
     labels = torch.randint(sizes.vocabulary, (rows,))
 
     def loss(student: Tensor) -> Tensor:
-        targets = LossTargets(logits, labels, (1.0, 0.2))
+        targets = LossTargets(logits, labels, (1.0, 0.2))  # weights of KD and next-token loss
         return combined_loss(student, targets, LogitsLoss())[0]
 
     return {
@@ -81,7 +81,7 @@ def measure(
 ) -> Times:
     """Times an operation. Kernels are compiled during the warm-up, which does not count."""
     inputs = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
-    upstream = torch.randn_like(function(*inputs))
+    upstream = torch.randn_like(function(*inputs))  # the gradient of the output
 
     def best_ms(run: Callable[[], object]) -> float:
         return 1000 * best_seconds(run, repeats=repeats)

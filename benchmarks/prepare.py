@@ -2,10 +2,11 @@
 
     python -m benchmarks.prepare [--model FOLDER_OR_SOURCE] [--megabytes N] [--processes 1 2]
 
-Two texts are prepared: N megabytes of Wikipedia summaries, and ten times as much. Summaries are
-repeated, with a number in front, so that all documents differ. Every measurement runs in its own
-process. Times exclude imports. The main process's memory is its peak minus its memory after
-imports. A tokenizer process's memory is its peak resident memory, including libraries.
+Two texts are prepared: N megabytes of Wikipedia summaries, and ten times as many. Each summary is
+used several times, with a different number in front, so that all documents differ. Every
+measurement runs in its own process. Times exclude imports. The main process's memory is its peak
+minus its memory after imports. A tokenizer process's memory is its peak resident memory, including
+libraries.
 """
 
 from __future__ import annotations

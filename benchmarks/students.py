@@ -1,4 +1,4 @@
-"""Trains a student with different losses or data, and evaluates all of them on the same text.
+"""Trains students with different losses or data, and evaluates them on the same text.
 
     python -m benchmarks.students --steps 40 --seeds 1234 1 2 \
         --variant "recipe" \
@@ -7,8 +7,8 @@
 
 A variant is a name, followed by overrides of the launcher. Each variant trains once per seed, in a
 run of the launcher in ``OUT/NAME-SEED``. All variants start from the same student and have the same
-schedule. An interrupted benchmark resumes. A variant that overrides ``data`` prepares its own text
-to train on. All variants are evaluated on the held-out text of ``--run-dir``.
+schedule. An interrupted benchmark resumes. A variant that overrides ``data`` prepares its own
+training text. All variants are evaluated on the held-out text of ``--run-dir``.
 
 Choose a variant by its validation loss. This loss is measured on the validation text of the
 variant's data, so compare only variants with the same data. Held-out text is for reporting.
@@ -87,7 +87,7 @@ def train(
         seed: Seed of the training.
         steps: Optimizer steps.
         base: Run with the teacher and the text.
-        student: Directory of the stage that made the student.
+        student: Directory of the stage that made the student to start from.
         out: Run directory to write.
     """
     teacher, data = base / "import_hf", base / "prepare_data"

@@ -4,8 +4,9 @@
 
 A side is a model class with a precision: ``PackedLM`` or lm-eval's own, in float32 or bfloat16. All
 sides answer the same items. Each side runs in its own process, one after the other. Time is the CPU
-time of all threads without loading, the shortest of the repeats. ``equal`` is the number of items
-with the same score as the baseline's. ``nats apart`` is the largest difference of a log-likelihood.
+time of all threads in the fastest repeat, without loading the model. ``equal`` is the number of
+items with the baseline's score. ``nats apart`` is the largest difference of a log-likelihood from
+the baseline's.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Settings:
     limit: int = 40
     """Number of items of each subtask."""
     parts: int = 3
-    """Number of subtasks to answer of a task that has several (mmlu)."""
+    """Number of mmlu's subtasks to answer; other tasks have only one."""
     pack_tokens: int = 512
     """Tokens of a forward pass with packed questions."""
     repeats: int = 1
@@ -75,7 +76,7 @@ class Answers:
         return sum(a == b for a, b in zip(self.scores, other.scores, strict=True))
 
     def largest_difference(self, other: Answers) -> float:
-        """Returns the largest difference of a continuation's log-likelihood, in nats."""
+        """Returns the largest difference of log-likelihoods of the same continuation, in nats."""
         pairs = zip(self.items, other.items, strict=True)
         return max(float(np.abs(_log_likelihoods(a) - _log_likelihoods(b)).max()) for a, b in pairs)
 

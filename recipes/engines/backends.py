@@ -29,7 +29,7 @@ KV_CACHE_DTYPES = {
 
 
 def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of settings with which the build would fail, only after the training."""
+    """Yields problems of settings that would make the build fail after hours of training."""
     for name, choices in (("precision", PRECISIONS), ("kv_cache_dtype", KV_CACHE_DTYPES)):
         if (value := getattr(cfg, name)) not in choices[cfg.backend]:
             supporting = [backend for backend in choices if value in choices[backend]]

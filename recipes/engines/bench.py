@@ -282,9 +282,9 @@ def speedups(
 ) -> list[Speedup]:
     """Returns the student's speed-ups over the teacher in each backend.
 
-    ``prefill`` is the ratio of the median times to the first token. ``decode`` is the ratio of the
-    median tokens per second after the first token. If a measured ratio is below the roofline's,
-    something other than FLOPs and memory traffic takes time.
+    ``prefill`` is the teacher's median time to the first token, divided by the student's.
+    ``decode`` is the student's median rate after the first token, divided by the teacher's. If a
+    measured speed-up is below the roofline's, other things than FLOPs and memory traffic take time.
     """
     by_role = {(model.backend, model.role): model for model in models}
     teachers = {(row.backend, row.setting): row for row in rows if row.role == "teacher"}

@@ -96,7 +96,8 @@ def greedy_margin(source: torch.nn.Module, prompt: torch.Tensor, tokens: torch.T
 def require_compressed(cfg: BuildEngineConfig, types: dict[str, int]) -> dict[str, int]:
     """Requires that at least one layer is compressed as configured; returns ``types``.
 
-    NNCF silently keeps 8 bits in layers whose width is not a multiple of the group size.
+    NNCF, which compresses the weights, silently keeps 8 bits in a layer if the number of its inputs
+    is a multiple of neither the group size nor 32.
 
     Args:
         cfg: The stage's config.

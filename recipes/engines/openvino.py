@@ -78,7 +78,7 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
             export=True,
             compile=False,
             trust_remote_code=False,
-            torch_dtype=torch.float32,  # optimum ignores "dtype", which would keep bfloat16
+            torch_dtype=torch.float32,  # not "dtype": optimum ignores it and keeps bfloat16
             **_compression(cfg),
         )
         model.save_pretrained(out)
@@ -133,7 +133,7 @@ def _compression(cfg: BuildEngineConfig) -> dict[str, Any]:
         return {"load_in_8bit": False}  # optimum's default for large models is 8 bits
     settings: dict[str, Any] = {"bits": 8}
     if cfg.precision == "int4":
-        # A pruned width may not be a multiple of the group size, which is then adjusted.
+        # For a width that is not a multiple of the group size, NNCF tries others, of at least 32.
         settings = {"bits": 4, "ratio": 1.0, "group_size_fallback": "adjust"}
         settings["group_size"] = cfg.group_size
     return {"quantization_config": OVWeightQuantizationConfig(**settings)}

@@ -46,7 +46,7 @@ def quantize_folder(
     enable("torch")
     calibration = read_sequences(data, "calibration", cfg.seq_length, cfg.num_sequences)
     tokens = calibration.tokens.to(device())
-    # In bfloat16, because weights that are not quantized are served in bfloat16.
+    # Loaded in bfloat16, the type in which weights that are not quantized are served.
     model = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
         .to(device())
@@ -54,7 +54,7 @@ def quantize_folder(
     )
 
     def calibrate(model: torch.nn.Module) -> None:
-        # AWQ's scales depend on the batch size. So every batch has one sequence.
+        # One sequence per batch, because AWQ's scales depend on the batch size.
         for number, sequence in enumerate(tokens.split(1), 1):
             model(sequence)
             log.progress("calibrate", number, len(tokens))
@@ -82,7 +82,7 @@ def quantize_folder(
 def _quality(
     cfg: QuantizeConfig, folder: Path, model: Any, data: Input, log: MetricsLog
 ) -> QuantizationQuality:
-    """Compares the quantized model, which ModelOpt simulates, with the original model."""
+    """Compares the model with simulated quantization, in ModelOpt, with the original model."""
     text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_eval_sequences)
     source = load_causal_lm(folder).to(next(model.parameters()).device)
     # ``score`` compares with the model of the key TEACHER: here the original model.

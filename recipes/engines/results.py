@@ -93,7 +93,7 @@ class MachineRates:
 
 @dataclass(frozen=True)
 class BenchmarkResults:
-    """Speed of teacher and student. Their requests were measured alternately."""
+    """Speed of teacher and student, which took turns request by request."""
 
     machine: MachineRates
     rows: list[BenchmarkRow]
@@ -115,7 +115,7 @@ class EngineQuality:
     """Engine minus source, paired by sequence."""
 
     def served_text(self) -> ServedText:
-        """Returns the perplexities and their paired difference."""
+        """Returns both perplexities and the paired loss difference. The source is the student."""
         perplexities = self.source.perplexity, self.engine.perplexity
         return ServedText(*perplexities, self.loss_difference, self.sequences, self.predictions)
 
@@ -143,7 +143,7 @@ class EngineResult:
     backend: str
     precision: str
     group_size: int | None
-    """Weights that share a scale; ``None`` for types without groups."""
+    """Weights that share a scale; ``None`` unless ``precision`` is ``int4``."""
     build_seconds: float
     bytes: int
     """Size on disk."""

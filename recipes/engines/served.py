@@ -45,7 +45,7 @@ if TYPE_CHECKING:  # TensorRT-LLM's image does not have Megatron
     from recipes.data.token_sequences import TextSequences
 
 FORCING_BIAS = 1000
-"""Added to a token's logit, so that the server generates it."""
+"""Added to a token's logit, so that the server generates this token."""
 ALL_TOKENS = 10**7
 """Number of log-probabilities to request, larger than any vocabulary."""
 GENERATION = "generate_until"
@@ -67,7 +67,7 @@ class ServedLM(LocalCompletionsAPI):
         self.add_bos_token = None  # use the tokenizer's default
 
     def tok_encode(self, string: Any, **kwargs: Any) -> Any:
-        """Encodes text as the student's class does. The client's default for BOS differs."""
+        """Encodes text as ``HFLM`` does for the student. The base class adds BOS in other cases."""
         if isinstance(string, str):
             return HFLM.tok_encode(self, string, kwargs.get("add_special_tokens"))
         return [self.tok_encode(text) for text in string]
@@ -86,7 +86,7 @@ class LlamaCppLM(ServedLM):
     def token_score(self, context: Sequence[int], token: int) -> tuple[float, bool]:
         """Returns a token's log-probability after a context, and whether it is the likeliest.
 
-        The server withholds a token that ends within a UTF-8 character. A second request then
+        The server withholds a token that ends inside a UTF-8 character. A second request then
         generates ``eos_token``, and lists the log-probabilities of all tokens.
         """
         generated = self._generate(context, token, 1) or self._generate(
@@ -103,7 +103,11 @@ class LlamaCppLM(ServedLM):
         )
 
     def _generate(self, context: Sequence[int], token: int, logprobs: int) -> dict[str, Any] | None:
-        """Generates a token; returns its entry and the likeliest ones, or ``None`` if withheld."""
+        """Makes the server generate ``token``; returns ``None`` if the server withholds the token.
+
+        The result has the token's log-probability, and the ``logprobs`` likeliest tokens with
+        theirs.
+        """
         request: dict[str, Any] = {"prompt": list(context), "max_tokens": 1, "temperature": 0}
         request |= {"logprobs": logprobs, "logit_bias": {str(token): FORCING_BIAS}}
         response = requests.post(self.base_url, json=request, timeout=self.timeout)
@@ -212,7 +216,7 @@ def served_lm(
     lm_class: type[ServedLM] = LlamaCppLM
     if server == "llama_cpp":
         threads = cfg.threads or cpu_threads()
-        # The context has one more position, because the prompt must be shorter.
+        # A prompt must be shorter than llama.cpp's context, which has one more position.
         command = llama_command(artifact.artifact / FILE, port, length + 1, threads)
     else:
         require_backend(server)
@@ -253,7 +257,7 @@ def _compare_text(
 
 
 def _text_of_build(artifact: Input) -> ServedText | None:
-    """Returns the comparison on text that ``build_engine`` made; ``None`` without one."""
+    """Returns ``build_engine``'s comparison on held-out text; ``None`` if there is none."""
     if artifact.manifest.kind != "engine":
         return None
     quality = artifact.manifest.result(EngineResult).quality

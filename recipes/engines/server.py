@@ -56,8 +56,8 @@ def trtllm_command(engine: str, backend: str, tokenizer: str, ranks: int = 1) ->
     Args:
         engine: The engine's folder.
         backend: The engine's backend.
-        tokenizer: Hugging Face folder, which a TensorRT engine does not contain.
-        ranks: GPUs that share the engine.
+        tokenizer: Hugging Face folder with the tokenizer, which a TensorRT engine does not contain.
+        ranks: GPUs that share the engine. A TensorRT engine has this number in its config.
     """
     command = ["trtllm-serve", engine]
     if backend == "tensorrt_llm":
@@ -67,7 +67,11 @@ def trtllm_command(engine: str, backend: str, tokenizer: str, ranks: int = 1) ->
 
 
 def choose_port(port: int) -> int:
-    """Returns ``port``, or an unused port for 0; raises ``RecipeError`` if ``port`` is in use."""
+    """Returns ``port``; chooses an unused port if it is 0.
+
+    Raises:
+        RecipeError: The port is in use, or this user may not open it.
+    """
     with socket.socket() as probe:
         try:
             probe.bind((HOST, port))
@@ -91,7 +95,7 @@ def serving(command: Sequence[str], port: int, start_seconds: float) -> Iterator
     name, address = Path(command[0]).name, f"http://{HOST}:{port}"
     if shutil.which(command[0]) is None:
         raise RecipeError(f"{command[0]} is not installed", "run this stage where it is installed")
-    # A server may be a program that cannot call die_with_parent itself.
+    # preexec_fn calls die_with_parent for the server, which may be a program in C++.
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
     try:
         _wait_until_healthy(process, address, name, start_seconds)

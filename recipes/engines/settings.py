@@ -16,7 +16,7 @@ from recipes.evaluation.settings import EvaluateTasksConfig
 
 BACKENDS = ("openvino", "tensorrt_llm", "tensorrt_llm_pytorch")
 CALIBRATED_FORMATS = ("fp8", "int4_awq")
-"""Formats of ``quantize``. For all others, ``build_engine`` rounds weights without calibration.
+"""Formats of ``quantize``. In all other precisions, ``build_engine`` needs no calibration text.
 SmoothQuant is missing, because no layer of TensorRT-LLM reads ModelOpt's tensors for it."""
 Grid = Annotated[list[Count], Field(min_length=1)]
 
@@ -62,7 +62,7 @@ class BuildEngineConfig(StageConfig):
     max_seq_len: Annotated[int, integer(2)] | None = None
     """Longest prompt together with its new tokens; by default all positions of the model."""
     max_num_tokens: Count = 8192
-    """Tokens of all requests in one step."""
+    """Maximum tokens of all requests together in one step of the engine."""
     seq_length: Count = 256
     """Tokens of a sequence."""
     num_sequences: Count = 8
@@ -70,7 +70,7 @@ class BuildEngineConfig(StageConfig):
 
     @property
     def scale_group(self) -> int | None:
-        """Weights that share a scale; ``None`` if the precision has no groups."""
+        """Weights that share a scale; ``None`` unless ``precision`` is ``int4``."""
         return self.group_size if self.precision == "int4" else None
 
 
@@ -92,13 +92,16 @@ class QuantizeConfig(StageConfig):
 
 @dataclass
 class EvaluateServedConfig(EvaluateTasksConfig):
-    """Settings of ``evaluate_served``; ``precision`` and ``pack_tokens`` are for the student."""
+    """Settings of ``evaluate_served``.
+
+    ``precision`` and ``pack_tokens`` apply to the student, and not to the served model.
+    """
 
     seq_length: Count = 256
     """Tokens of a sequence of held-out text."""
     num_sequences: Count = 8
-    """Held-out sequences for the perplexity of llama.cpp's server. ``build_engine`` measures that
-    of an OpenVINO engine."""
+    """Held-out sequences on which the perplexity of a GGUF file is measured, in llama.cpp. The
+    perplexity of an OpenVINO engine is measured by ``build_engine``."""
     max_length: Count = 4096
     """Maximum tokens of a prompt. Both models ignore the first tokens of longer prompts."""
     threads: Threads | None = field(default=None, metadata={"resource": True})

@@ -31,8 +31,8 @@ IMAGE = f"nvcr.io/nvidia/tensorrt-llm/release:{VERSION}"
 FIRST_RELEASE_WITHOUT_ENGINES = (1, 3)
 
 DTYPES = {"fp16": "float16"}
-"""Type of activations and unquantized weights by precision; bfloat16 for all others. TensorRT-LLM's
-default would convert float32 to float16."""
+"""Type of activations and unquantized weights, by precision; bfloat16 in all other precisions. By
+default, TensorRT-LLM would convert float32 to float16."""
 QUANT_ALGOS = {"int8": "W8A16", "int4": "W4A16", "fp8": "FP8", "int4_awq": "W4A16_AWQ"}
 """TensorRT-LLM's names of precisions. ``hf_quant_config.json`` of a checkpoint has the same names.
 """
@@ -59,7 +59,7 @@ def problems(
     Args:
         cfg: The stage's config.
         arch: Shape of the model.
-        source: Config of the checkpoint's stage; ``None`` if it is not in the same chain.
+        source: Config of the stage that made the checkpoint; ``None`` if it is not in this run.
     """
     if cfg.backend == "tensorrt_llm" and cfg.kv_cache_dtype == "fp8":
         yield from _scale_problems(cfg.precision, source)
@@ -266,8 +266,9 @@ def prepare_pytorch(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
 def llm_options(cfg: BuildEngineConfig, positions: int) -> str:
     """Returns the content of the file for ``--extra_llm_api_options``, as JSON, which is also YAML.
 
-    ``kv_cache_config`` replaces all settings of ``trtllm-bench`` for the KV cache. It disables the
-    reuse of blocks, because otherwise the warm-up would cache the prompts of the measurement.
+    ``kv_cache_config`` replaces all settings of ``trtllm-bench`` for the KV cache, so it sets the
+    memory fraction, too. It disables the reuse of blocks, because otherwise the warm-up would cache
+    the prompts of the measurement.
     """
     options: dict[str, Any] = {
         "dtype": "bfloat16",

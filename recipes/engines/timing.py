@@ -34,7 +34,7 @@ class TimedModel:
 
     @property
     def storage(self) -> Storage:
-        """Types of weights and KV cache, by the backend's defaults."""
+        """Types of weights and KV cache. The KV cache is assumed to have its default type."""
         default_kv_bytes = 1 if self.backend == "openvino" else 2
         kv_bytes = 4 if self.precision == "fp32" else default_kv_bytes
         return Storage(self.precision, self.group_size, kv_bytes)
@@ -46,7 +46,7 @@ class TimedModel:
 
 @dataclass(frozen=True)
 class RequestShape:
-    """A batch of equal requests."""
+    """The size of a batch of requests, which all have the same lengths."""
 
     batch_size: int
     prompt_tokens: int
@@ -54,7 +54,7 @@ class RequestShape:
 
     @property
     def context(self) -> float:
-        """Mean number of tokens before a decoding step."""
+        """Length of a sequence while it is decoded: the mean over the decoding steps."""
         return self.prompt_tokens + self.new_tokens / 2
 
 
@@ -68,7 +68,7 @@ class Timing:
     """Time to the last new token."""
 
     def decode_rate(self, shape: RequestShape) -> float:
-        """Returns new tokens per second of the whole batch, not counting each sequence's first."""
+        """Returns the batch's new tokens per second, after the first new token of each sequence."""
         tokens = shape.batch_size * (shape.new_tokens - 1)
         return tokens / (self.total_seconds - self.first_seconds)
 
@@ -101,19 +101,19 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stops nothing by default."""
+        """Does nothing: this class has no processes."""
 
 
 def random_prompts(shape: RequestShape, vocabulary: int, seed: int) -> list[list[int]]:
     """Returns random tokens [batch, prompt].
 
-    Each batch needs another seed, because engines cache prompts.
+    Each batch needs a different seed, because engines cache the keys and values of prompts.
     """
     generator, ordinary = random.Random(seed), range(FIRST_ORDINARY_TOKEN, vocabulary)
     return [generator.choices(ordinary, k=shape.prompt_tokens) for _ in range(shape.batch_size)]
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Returns median, lowest and highest."""
+    """Returns the median, the lowest and the highest value."""
     ordered = sorted(values)
     return Spread(median(ordered), ordered[0], ordered[-1])

@@ -85,7 +85,7 @@ def load_tasks(
     revisions = revisions or {}
     root = Path(lm_eval.tasks.__file__).parent
     folders = [TASKS[name].folder if name in TASKS else "" for name in names]
-    # Only the folders of these tasks are indexed: an index of all tasks takes 10 seconds.
+    # An index of all tasks takes 10 seconds. It is made only for a name that is not in ``TASKS``.
     manager = TaskManager(include_path=[root / f for f in folders], include_defaults=False)
     tasks = []
     for name in names:
@@ -179,7 +179,7 @@ def answer(model: LM, task: Task, limit: int | None, seed: int) -> list[Item]:
         seed: Seed for the examples before each question.
     """
     for subtask in task.subtasks.values():
-        # The seed is set for each model, since all models must see the same examples.
+        # Set again for each model, so that all models see the same examples.
         subtask.set_fewshot_seed(seed=seed)
     results = lm_eval.evaluate(
         model, {"tasks": task.subtasks}, limit=limit, bootstrap_iters=0, log_samples=True

@@ -1,4 +1,4 @@
-"""Packs questions with their choices into shared sequences, and splits these over ranks."""
+"""Packs several questions with their choices into a sequence, and splits packs over ranks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def share_prefixes(
 ) -> Iterator[tuple[tuple[int, ...], list[Question]]]:
     """Finds prefixes that consecutive questions share, such as few-shot examples.
 
-    A prefix is shared only if that saves a forward pass of ``pass_tokens`` tokens.
+    A prefix takes a forward pass of its own, so it is shared only if that saves at least
+    ``pass_tokens`` tokens.
 
     Yields:
         A prefix and its questions, with the rest of their contexts; last, ``()`` and all others.

@@ -145,7 +145,7 @@ class TaskResult(TaskScores):
 
     version: str
     seconds: dict[str, float]
-    """Time of each model's answers, by role."""
+    """Time of each model's answers, by role or ``step N``."""
     answers: TaskScores | None = None
     """Log-likelihoods of the right answers; see ``compare_answers``."""
     steps: dict[int, Score] = field(default_factory=dict)
@@ -158,7 +158,7 @@ class TaskResults:
 
     tasks: dict[str, TaskResult]
     cached: dict[str, list[str]]
-    """Tasks whose answers were in the cache, by role."""
+    """Tasks whose answers were in the cache, by role or ``step N``."""
     harness: str
     """Name and version of lm-eval, and the dtype of the models."""
     data: str

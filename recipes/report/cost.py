@@ -118,7 +118,7 @@ def model_flops(
 
     Args:
         manifests: Manifests of the report's inputs, by name.
-        earlier: Manifests of the stages before the inputs, by stage.
+        earlier: Manifests of all stages upstream of these inputs, by the stage's name.
     """
     teacher, student = (_shape(manifests[name]) for name in ("teacher", "distilled"))
     if teacher is None or student is None:
@@ -153,6 +153,7 @@ def _earlier_flops(
     healed, student = manifest.result_if("heal", HealResult), _shape(manifest)
     if healed and student:
         tokens = healed.calibration_tokens
+        # The reconstruction computes no logits.
         student_flops, teacher_flops = (
             tokens * (_forward_flops(arch, manifest) - head_flops(arch))
             for arch in (student, teacher)

@@ -67,13 +67,14 @@ LOSS_TERMS = {
     "lm": ("next token", "teacher"),
     "loss": ("total", "total"),
 }
-"""Label and CSS class of each term of the training loss, by its name in the log."""
+"""Label and CSS class of each term of the training loss, by its name in the log. Classes of models
+are used for their colours."""
 CURVES = {
     "val_loss": ("Validation loss (next token)", "teacher"),
     "lr": ("Learning rate", "quiet"),
     "grad_norm": ("Gradient norm", "quiet"),
 }
-"""Title and CSS class of each further training curve, by its name in the log."""
+"""Title and CSS class (colour) of each further training curve, by its name in the log."""
 
 
 def render(cfg: ReportConfig, inputs: Inputs, path: Path) -> None:
@@ -170,7 +171,7 @@ def _training_plots(distilled: Input) -> dict[str, Any]:
 def _phases(
     distilled: Input, earlier: Mapping[str, Manifest]
 ) -> Iterator[tuple[str, Manifest, DistillationResult]]:
-    """Yields the distillations of the student in order, if there were several."""
+    """Yields all distillations of the student in order; nothing if there was only one."""
     stages = {**earlier, distilled.directory.name: distilled.manifest}
     results = [(n, m, m.result_if("distill", DistillationResult)) for n, m in stages.items()]
     phases = [(name, manifest, result) for name, manifest, result in results if result]

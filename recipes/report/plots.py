@@ -27,7 +27,7 @@ SKEW = 8
 ROW_PIXELS = 46
 """Height of a row of three intervals."""
 LABEL_DISTANCE = 4
-"""Points closer than this, in percent of the plot, share a label: two labels would overlap."""
+"""Points closer than this, in percent of the plot, share a label: their labels would overlap."""
 
 _FRAME = Markup(
     '<svg id="{name}" class="plot" role="img" aria-label="{title}" style="height:{height}px">'
@@ -95,6 +95,7 @@ class Axis:
         """Returns about ``count`` round values within the axis."""
         if self.logarithmic:
             values = self._decade_ticks()
+            # A range with less than two of these ticks has evenly spaced ones.
             return values if len(values) > 1 else Axis(10**self.low, 10**self.high).ticks(count)
         rough = (self.high - self.low) / count
         power = 10.0 ** math.floor(math.log10(rough))
@@ -189,7 +190,7 @@ def line_plot(
     zero: bool = False,
     x_dimension: Dimension = STEPS,
 ) -> Markup:
-    """Draws lines over steps. A noisy line is pale, with its moving mean on top."""
+    """Draws lines over ``x_dimension``. A noisy line is pale, with its moving mean on top."""
     x_axis = Axis(0.0, max((x for s in series for x, _ in s.points), default=0.0) or 1.0)
     y_axis = axis_over((y for s in series for _, y in s.points), zero=zero)
     elements = [y_grid(y_axis), x_grid(x_axis, 4, x_dimension.text_of)]
@@ -223,7 +224,7 @@ def _moving_mean(points: Sequence[Point]) -> list[Point]:
 def _line(points: Sequence[Point], style: str, x_axis: Axis, y_axis: Axis) -> Markup:
     """Draws at most about ``MAX_POINTS`` evenly spaced points, and always the last point."""
     stride = max(1, math.ceil(len(points) / MAX_POINTS))
-    pairs = (
+    pairs = (  # percentages, times 10 for the view box of 1000 by 1000
         f"{10 * x_axis.at(x):.1f},{1000 - 10 * y_axis.at(y):.1f}"
         for x, y in [*points[:-1:stride], *points[-1:]]
         if math.isfinite(y)
@@ -237,6 +238,7 @@ def layer_plot(name: str, title: str, scores: Mapping[int, float], kept: set[int
     lowest = min(scores.values()) / 2 if skewed else 0.0
     y_axis = axis_over([lowest, *scores.values()], logarithmic=skewed)
     y_axis = replace(y_axis, low=math.log10(lowest) if skewed else 0.0)  # bars have no margin below
+    # ``scores`` is by layer, so its largest key is the last layer. At most 12 layers have a label.
     slot, last = 100 / max(scores), max(scores)
     label_step = next(n for n in (1, 2, 5, 10, 20, last) if last / n <= 12)
     elements = [y_grid(y_axis)]
@@ -263,12 +265,12 @@ def interval_plot(
     rows: Mapping[str, Sequence[tuple[str, float, float]]],
     text_of: Callable[[float], str] = "{:.4g}".format,
 ) -> Markup:
-    """Draws a row per metric, with the value and 95% interval of each model.
+    """Draws a row per metric or model, each with one or more values and their 95% intervals.
 
     Args:
         name: HTML id of the plot.
         title: Description for screen readers.
-        rows: For each row's label, the CSS class, value and standard error of each model.
+        rows: By the row's label, the CSS class, value and standard error of each model in it.
         text_of: Formats a value.
     """
     ends = (v + sign * Z95 * e for row in rows.values() for _, v, e in row for sign in (-1, 1))

@@ -36,12 +36,12 @@ class RunRecord:
     """The distilled model's loss on each held-out sequence, in nats."""
 
     def find(self, kind: str) -> Manifest | None:
-        """Returns the first stage with this kind of result."""
+        """Returns the manifest of the first stage with this kind of result."""
         return next((m for m in self.stages.values() if m.kind == kind), None)
 
     @property
     def exported(self) -> Manifest | None:
-        """The export of the student; a run may also have an export of the teacher."""
+        """The student's export, which has the input ``evaluation``; a teacher's export has not."""
         exports = (m for m in self.stages.values() if m.stage == "export_hf")
         return next((m for m in exports if "evaluation" in m.inputs), None)
 

@@ -37,7 +37,7 @@ PERPLEXITY = Dimension("perplexity", lambda v: f"{v:,.4g}")
 DIVERGENCE = Dimension("KL to the teacher", lambda v: f"{v:,.3g}")
 ACCURACY = Dimension("mean task score", lambda v: f"{v:.1%}", higher_is_better=True)
 EVALUATED_ROLES = {"teacher": "teacher", "student": "distilled"}
-"""Role in an evaluation, by role in a speed measurement."""
+"""Maps a model's role in the measurement of speed to its role in the evaluation."""
 MAX_LABELS = 8
 """If a search has more candidates, its plot labels only the chosen one and the Pareto front."""
 
@@ -49,7 +49,7 @@ def sections(
 
     Args:
         manifests: Manifests of the report's inputs, by name.
-        earlier: Manifests of the stages before the inputs, by stage.
+        earlier: Manifests of all stages upstream of these inputs, by the stage's name.
     """
     rows: list[BenchmarkRow] = []
     # Templates use these results as they are.
@@ -110,7 +110,7 @@ def task_curves(results: TaskResults, training: DistillationResult) -> Iterator[
 
 
 def speed_section(results: BenchmarkResults) -> dict[str, object]:
-    """Returns the measurements, the scale of the bars, and the engine with the best speed-up."""
+    """Returns the measurements, the scale of the bars, and the best speed-up in decoding."""
     bars = [1.0]
     for speedup in results.speedups:
         bars += [speedup.prefill, speedup.prefill_roofline, speedup.decode, speedup.decode_roofline]
@@ -131,6 +131,7 @@ def search_section(search: SearchResult, earlier: Mapping[str, Manifest]) -> dic
             candidate.name
             if len(candidates) <= MAX_LABELS or candidate.chosen or candidate.pareto
             else "",
+            # The CSS class: the chosen candidate has the colour of distilled models.
             "distilled" if candidate.chosen else "quiet",
             float(candidate.parameters),
             candidate.perplexity,
@@ -200,5 +201,5 @@ def engine_numbers(rows: Iterable[BenchmarkRow]) -> dict[str, str]:
 
 
 def smallest_setting(rows: Iterable[BenchmarkRow]) -> tuple[int, int] | None:
-    """Returns the smallest measured batch size and prompt, which show latency best."""
+    """Returns the smallest batch size and its shortest prompt, which show latency best."""
     return min((row.setting for row in rows), default=None)

@@ -201,7 +201,7 @@ def test_students_are_trained_with_other_losses_and_data(
 
 
 def test_operations_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fake timer returns the number of its call instead of a time."""
+    """A fake timer returns the number of its call, times ``repeats``, instead of milliseconds."""
     calls = count(1)
 
     def count_calls(run: Callable[[], object], repeats: int) -> float:

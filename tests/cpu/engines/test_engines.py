@@ -209,7 +209,7 @@ def test_a_full_disk_is_reported_and_temporary_files_are_deleted(
 
 
 def test_ineffective_compression_is_refused(build: Build, odd_llama: Path) -> None:
-    """No width is a multiple of 64, so NNCF silently keeps 8 bits everywhere."""
+    """No width is a multiple of 64, or of 32, NNCF's smallest fallback, so all keep 8 bits."""
     with pytest.raises(RecipeError, match="set a group_size"):
         build(odd_llama, precision="int4", group_size=64)
 
@@ -310,7 +310,7 @@ def test_measured_rates_are_plausible() -> None:
 def test_a_rate_is_the_mean_over_all_gemms_of_a_model(
     rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The head has half the rate. The lower rate is of an emulated type: one GEMM is measured."""
+    """The head has half the rate. The lower rate, as of an emulated type, is that of one GEMM."""
     counted = []  # FLOPs of each measurement: smallest GEMM, layers, head, for each data type
 
     def seconds(operation: Callable[[], object], device: str = "cpu") -> float:
@@ -330,6 +330,7 @@ def test_a_rate_is_the_mean_over_all_gemms_of_a_model(
     head = 2 * SMOLLM2.vocab_size * SMOLLM2.hidden_size
     layers = 2 * SMOLLM2.active_weights() - head
     assert rates.flops_per_second == pytest.approx((layers + head) / (layers + 2 * head) * rate)
+    # Whole layers are measured: four passes of ``TOKENS`` tokens through each.
     assert counted[1] % (4 * TOKENS * layers / SMOLLM2.num_layers) == 0
 
 

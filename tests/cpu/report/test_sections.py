@@ -108,6 +108,7 @@ def test_a_search_has_a_report(inputs: dict[str, Input], tmp_path: Path) -> None
 
 
 def test_the_plan_is_compared_with_the_run(text: str) -> None:
+    # The measured tokens/s, and by how many percent the planned tokens/s exceed them.
     assert {1210.4, 100 * (1331.44 / 1210.4 - 1)} <= Page(section(text, "plan")).numbers()
 
 
@@ -172,6 +173,7 @@ def test_flops_of_training_and_evaluation(text: str) -> None:
     total = tokens * (teacher + 3 * student)
     numbers = Page(text).numbers()
     assert {tokens * teacher, 3 * tokens * student, total, total / (tokens / 1210.4)} <= numbers
+    # Layer importance, and the evaluation of the teacher and of two models of the student's shape.
     assert {16384 * teacher, 10240 * (teacher + 2 * student)} <= numbers
 
 

@@ -51,6 +51,7 @@ def test_traffic_of_weights_equals_a_hand_count(
     # A step reads only a few rows of an untied embedding, which are not counted.
     assert weight_traffic(untied, FP32) == 4 * (untied.parameters() - 512 * 128)
     layers = teacher.parameters() - 512 * 128
+    # 64 weights of 4 bits share 20 bits: a scale and a zero point. The embedding has 8 bits.
     assert weight_traffic(teacher, Storage("int4", 64)) == layers * 4.3125 / 8 + 512 * 128
 
 
@@ -118,6 +119,7 @@ def test_models_take_turns_and_the_warm_up_is_not_counted(pair: list[TimedModel]
     ScriptedWorker.requests.clear()
     shapes = [RequestShape(1, 8, 3), RequestShape(2, 8, 3)]
     seconds = {"teacher": 0.4, "student": 0.1}
+    # 2 shapes, each with a warm-up and 2 repetitions, so each model gets 6 requests
     rows = measure(pair, shapes, 2, lambda m: ScriptedWorker(m, seconds[m.role]), MetricsLog(None))
     order = [name for name, batch, _ in ScriptedWorker.requests if batch]
     assert order == ["teacher", "student"] * 6
