@@ -117,6 +117,6 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["check"]:  # to load a tokenizer without torch
+    if sys.argv[1:2] == ["check"]:  # transformers then loads a tokenizer without torch
         os.environ |= {"USE_TORCH": "0", "TRANSFORMERS_VERBOSITY": "error"}
     sys.exit(main())

@@ -13,12 +13,12 @@ HF_SIZE_KEYS = {
     "num_query_groups": "num_key_value_heads",
     "kv_channels": "head_dim",
 }
-"""Key in ``config.json`` of each size that pruning may change, by Megatron's name of the size."""
+"""Maps Megatron's name of each size that pruning may change to its key in ``config.json``."""
 HF_EXPERT_SIZE_KEYS = {
     "num_moe_experts": "num_experts",
     "moe_ffn_hidden_size": "moe_intermediate_size",
 }
-"""The same for the sizes that only an MoE has."""
+"""Like ``HF_SIZE_KEYS``, for the sizes that only an MoE has."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,18 @@ class Architecture:
         return self.num_layers * layer + vocabulary + self.hidden_size
 
     def active_weights(self) -> int:
-        """Counts the matrix weights that one token uses; of an MoE's experts, only the top k."""
+        """Counts the weights in one token's matrix multiplications; of experts, only the top k.
+
+        The input embedding does not count, because it is a lookup. The output layer does.
+        """
         layer = self._layer_matrices(self.moe_router_topk)
         return self.num_layers * layer + self.vocab_size * self.hidden_size
 
     def _layer_matrices(self, experts: int) -> int:
         """Counts the parameters of a layer's matrices, with ``experts`` experts."""
         heads, groups = self.num_attention_heads, self.num_query_groups
-        # One axis of every matrix is hidden_size. ``rows`` is the sum of the other axes.
+        # One axis of every matrix is hidden_size. ``rows`` is the sum of the other axes: of q and o
+        # (heads), of k and v (groups), of gate, up and down (3), and of the router (experts).
         rows = self.kv_channels * (2 * heads + 2 * groups)
         if self.num_moe_experts:
             shared = self.moe_shared_expert_intermediate_size

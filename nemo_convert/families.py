@@ -75,7 +75,7 @@ class Family:
     rope_scaling: Mapping[str, Any] = field(default_factory=dict)
     """The only RoPE scaling that NeMo's config supports, with any ``factor``; empty if none."""
     corrections: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
-    """Returns the correct values of fields that the importer sets wrongly for a config."""
+    """Returns, for a ``config.json``, the right values of fields that the importer sets wrongly."""
 
     def has(self, weights: tuple[Weight, ...]) -> bool:
         """Returns whether the family has these weights, such as ``QKV_BIAS``."""
@@ -110,7 +110,7 @@ class Family:
     def canonical_name(self, name: str) -> str:
         """Translates a parameter's name in any layer spec to TransformerEngine's layer spec."""
         if self.has(EXPERTS) and name.endswith("pre_mlp_layernorm.weight"):
-            return name  # TransformerEngine fuses this norm into a dense layer, not into experts
+            return name  # TransformerEngine fuses this norm into the MLP of dense models only
         for local, canonical in LOCAL_SPEC_NAMES.items():
             name = re.sub(local, canonical, name)
         return name
@@ -264,7 +264,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""RoPE scaling of NeMo's Llama 3.1 config, which reads only the factor from the model."""
+"""RoPE scaling of NeMo's Llama 3.1 config. NeMo's importer takes only the factor from the model."""
 _NEMO_MODELS = "nemo.collections.llm.gpt.model"
 _QWEN_DEFAULTS = {
     "max_position_embeddings": 32_768,

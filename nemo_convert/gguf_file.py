@@ -50,7 +50,7 @@ PRE_TOKENIZERS = {
     rf"{_PREFIX}{_UPPER}*{_LOWER}+|{_PREFIX}{_UPPER}+{_LOWER}*|\p{{N}}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
 }
-"""llama.cpp's names of pre-tokenizers, by the regular expression with which they split text."""
+"""Maps the regular expression with which a pre-tokenizer splits text to llama.cpp's name for it."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ def write(
 def architecture_name(architecture: Architecture) -> str:
     """Returns llama.cpp's architecture for a model.
 
-    llama.cpp's Qwen2 requires a head size of hidden size / heads, which width pruning breaks. Its
-    Llama does not, and it supports biases of queries, keys and values. So a width-pruned Qwen2 is
-    written as a Llama.
+    llama.cpp's Qwen2 requires a head size of hidden size / heads, which width pruning breaks.
+    llama.cpp's Llama allows any head size, and supports biases of queries, keys and values. So a
+    width-pruned Qwen2 is written as a Llama.
     """
     name = ARCHITECTURES[architecture.hf_architecture]
     width = architecture.num_attention_heads * architecture.kv_channels
@@ -194,8 +194,8 @@ def _rope_factors(config: Mapping[str, Any], dim: int) -> Iterator[_Tensor]:
     if scaling.get("rope_type") != "llama3":
         return
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    # Rotations of each pair within the original context. With many rotations, the frequency stays
-    # unscaled (1). With few rotations, it is divided by the factor (0).
+    # Rotations of each pair within the original context. With many of them, ``unscaled`` is 1, and
+    # the frequency stays the same. With few, it is 0, and the factor divides the frequency.
     turns = scaling["original_max_position_embeddings"] / (
         2 * math.pi * rope_theta(config) ** (np.arange(0, dim, 2) / dim)
     )

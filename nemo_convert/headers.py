@@ -36,7 +36,7 @@ CHUNK_BYTES = 4 << 20
 HEADER_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
 """Errors that parsing a header raises if the bytes are not a header."""
 SAMPLES, SAMPLE_BYTES = 8, 64 << 10
-"""Number of evenly spread samples of a tensor on the hub that are compared, and their size."""
+"""Number and bytes of the evenly spread samples by which two tensors on the hub are compared."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _read_header(hf_path: str, file: str, label: str) -> dict[str, StoredTensor]
 
     Raises:
         AttributeError, KeyError, TypeError, ValueError: The file has no header, or its header
-            does not describe it.
+            does not describe the file.
     """
     start = _read_range(hf_path, file, 0, FIRST_BYTES)
     end = 8 + int.from_bytes(start[:8], "little")
@@ -195,7 +195,7 @@ def _request_range(hf_path: str, file: str, begin: int, end: int) -> bytes:
 
     url = hf_hub_url(filename=file, **hub_arguments(hf_path))
     headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}"}
-    headers["Accept-Encoding"] = "identity"
+    headers["Accept-Encoding"] = "identity"  # response.raw below does not decompress
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     try:
         with get_session().get(url, headers=headers, stream=True, timeout=timeout) as response:
@@ -207,6 +207,7 @@ def _request_range(hf_path: str, file: str, begin: int, end: int) -> bytes:
                 )
             # A hub without range requests sends the whole file. This reads only the beginning.
             data: bytes = response.raw.read(end - begin)
+            # A range from 0 is for a header, and may be longer than the file.
             if begin and len(data) < end - begin:
                 raise OSError("the connection ended early")
             return data

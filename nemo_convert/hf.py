@@ -113,8 +113,8 @@ def write_weights(
 ) -> None:
     """Writes tensors in shards; a thread writes one shard while the caller's thread reads the next.
 
-    At most two shards are in memory. The caller's thread reads ``tensors``, because the fake tensor
-    mode in which rehearsals run stages applies to that thread only.
+    At most two shards are in memory. The caller's thread must read ``tensors``: a rehearsal (a
+    stage on fake tensors) puts only that thread into fake tensor mode.
     """
     from safetensors.torch import save_file
 
@@ -145,7 +145,7 @@ def write_weights(
 def _shards(
     tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Groups tensors, in their order, into shards. Only a single tensor may be over the limit."""
+    """Groups tensors into shards, in order. A shard over the limit has only one tensor."""
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in tensors:

@@ -14,7 +14,7 @@ from recipes.core.errors import RecipeError
 SUPPORTED = tuple(FAMILIES)
 """Hugging Face architectures that can be converted."""
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""PyTorch's names of the weight types that can be converted, by safetensors' names."""
+"""Maps safetensors' name of each weight type that can be converted to PyTorch's name."""
 DEFAULT_ROPE = {"rope_type": "default"}
 DEFAULT_ROPE_THETA, DEFAULT_RMS_NORM_EPS = 10_000.0, 1e-6
 """transformers' defaults of ``rope_theta`` and ``rms_norm_eps``, which all families share."""
@@ -53,13 +53,13 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns a ``config.json`` in a spelling that transformers 4 and 5 both read.
 
     transformers 5 writes ``rope_parameters: {rope_theta, rope_type, ...}``, ``dtype``, and for some
-    models ``num_local_experts``. transformers 4, with which NeMo imports, ignores these keys
-    and then uses its defaults, such as a ``rope_theta`` of 10,000. A RoPE scaling
-    that leaves RoPE unchanged becomes null.
+    models ``num_local_experts``. NeMo's importers use transformers 4, which ignores these keys and
+    falls back on its own defaults, such as a ``rope_theta`` of 10,000. A RoPE scaling that leaves
+    RoPE unchanged becomes null.
 
     Raises:
-        RecipeError: ``rope_parameters`` are incomplete, differ from layer type to layer type, or
-            contradict another key.
+        RecipeError: ``rope_parameters`` are incomplete or differ from layer type to layer type,
+            ``rope_scaling`` is not an object, or a key of transformers 5 contradicts one of 4.
     """
     renamed: dict[str, Any] = {}
     if (experts := config.get("num_local_experts")) is not None:
@@ -83,8 +83,8 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         and (name := _first_name(config.get("architectures"))) in FAMILIES
     ):
         renamed["model_type"] = FAMILIES[name].model_type
-    # transformers 4 multiplies even by a partial_rotary_factor of null. The kernel that
-    # _attn_implementation names may not be installed. So both keys are dropped.
+    # A null partial_rotary_factor (one of _unset_keys) makes transformers 4 fail, because it
+    # multiplies by this factor. _attn_implementation may name a kernel that is not installed.
     dropped = {*TRANSFORMERS_5, *_unset_keys(config), "torch_dtype", "_attn_implementation"}
     return {**{key: value for key, value in config.items() if key not in dropped}, **renamed}
 
@@ -92,8 +92,8 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _unset_keys(config: Mapping[str, Any]) -> set[str]:
     """Returns the keys that are null and mean the same when they are absent.
 
-    Some classes of transformers 4 or 5 do not accept null. Qwen3's ``head_dim`` is not among the
-    keys: if it is absent, it is 128.
+    Some classes of transformers 4 or 5 do not accept null. For Qwen3, ``head_dim`` is not returned:
+    an absent ``head_dim`` means 128, but a null one is an error.
     """
     names = (config.get("model_type"), _first_name(config.get("architectures")))
     has_head_dim_default = any(
@@ -254,7 +254,8 @@ def _require_switches_and_padding(config: Mapping[str, Any], where: str) -> None
 
 
 def _require_consistent_sizes(family: Family, config: Mapping[str, Any], where: str) -> None:
-    """Refuses sizes that contradict each other."""
+    """Refuses sizes that contradict each other, odd head sizes, and for Qwen3 a null head size."""
+    # A missing size is None here, and passes; ``read_architecture`` then refuses it.
     sizes = {key: config.get(key) for key in SIZES}
     heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     experts, selected = sizes["num_experts"], sizes["num_experts_per_tok"]

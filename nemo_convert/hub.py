@@ -161,7 +161,7 @@ def _download(hf_path: str, patterns: Sequence[str], revision: str | None = None
 def is_config_available(hf_path: str) -> bool:
     """Returns whether a hub model's config is cached, or the hub answers within ``HUB_SECONDS``.
 
-    ``huggingface_hub`` is not used here, because it retries for half a minute.
+    The request is not sent by ``huggingface_hub``, which would retry for half a minute.
     """
     from huggingface_hub import hf_hub_url, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS, CONTEXT, SIDE = "weights", "context", "hf"
-"""Directories of a checkpoint: weights; context; in the context, the Hugging Face files."""
+"""Directories of a checkpoint. ``SIDE`` is in ``CONTEXT``, and has the Hugging Face files."""
 STEPS = "steps"
-"""Directory in a training run's artifact that has the checkpoints of earlier steps."""
+"""Directory in a training run's artifact with the checkpoints of steps before the last."""
 EXTRA_STATE = "_extra_state"
 """Suffix of the names under which TransformerEngine's modules store FP8 state."""
 SEED = 1234
@@ -60,11 +60,11 @@ def initialize(parallel: Parallelism) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    enable()
+    enable()  # patches for a machine without CUDA or TransformerEngine
     if not torch.distributed.is_initialized():
         is_single_process = not torch.distributed.is_torchelastic_launched()
         world: dict[str, Any] = {"timeout": COLLECTIVE_TIMEOUT}
-        if is_single_process:
+        if is_single_process:  # needs no store that other processes can reach
             world |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
         if (gpu := select_gpu()) is not None:
             world["device_id"] = gpu
@@ -211,7 +211,7 @@ def _readable_generation_config(hf_folder: Path) -> Iterator[None]:
     settings = read_json(file) if original else {}
     names = (*TOKEN_IDS, "do_sample", *SAMPLING) if settings.get("do_sample") else TOKEN_IDS
     settings = {key: value for key, value in settings.items() if key in names}
-    if (settings.get("pad_token_id") or 0) < 0:
+    if (settings.get("pad_token_id") or 0) < 0:  # transformers refuses to write a negative id
         del settings["pad_token_id"]
     write_json(file, settings)
     try:
@@ -273,7 +273,7 @@ def build_core(
 
 
 def split_pipeline(config: Any) -> None:
-    """Sets the number of layers of the first and last pipeline stage where stages differ."""
+    """Sets the sizes of the first and last pipeline stage, unless all stages are equally large."""
     split = pipeline_split(config.num_layers, config.pipeline_model_parallel_size)
     if len(set(split)) > 1:
         config.num_layers_in_first_pipeline_stage = split[0]
@@ -289,7 +289,7 @@ def load_weights(core: torch.nn.Module, checkpoint: Path) -> None:
     state = core.sharded_state_dict(prefix="module.")
     weights = {name: item for name, item in state.items() if not name.endswith(EXTRA_STATE)}
     state = read_sharded(weights, checkpoint / WEIGHTS)
-    # strict=False for the FP8 state: read_sharded refuses missing weights.
+    # strict=False, because the FP8 state is missing. read_sharded has refused missing weights.
     core.load_state_dict({n.removeprefix("module."): v for n, v in state.items()}, strict=False)
 
 
@@ -383,7 +383,7 @@ def outside_slurm() -> Iterator[None]:
 
 
 def leading_axes(arch: Architecture) -> dict[str, int]:
-    """Returns the number of leading axes (layer, expert) of each key in a checkpoint."""
+    """Returns how many leading axes (layer, expert; 0 to 2) the tensor of each key has."""
     weights = FAMILIES[arch.hf_architecture].weights
     return {f"module.{weight.checkpoint_key}": len(weight.stack_sizes(arch)) for weight in weights}
 

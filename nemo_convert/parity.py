@@ -71,7 +71,7 @@ class Parity:
         return float(np.maximum(self.nemo_difference, self.transformers_difference))
 
     def require(self, what: str) -> Parity:
-        """Returns this comparison; raises ``RecipeError`` unless the models are equal.
+        """Returns this comparison; raises ``RecipeError`` if a weight or the logits differ.
 
         Args:
             what: Name of the comparison, for the message.
@@ -208,7 +208,7 @@ def find_different_weight(source: Weights, checkpoint: Path) -> str | None:
         wider = torch.promote_types(original.dtype, tensor.dtype)
         if not torch.equal(original.to(wider), tensor.to(wider)):
             return name
-    return min(names - {HEAD}, default=None)  # only a folder may store a tied head
+    return min(names - {HEAD}, default=None)  # a checkpoint never stores a tied head
 
 
 def verify(first: Path, second: Path) -> Parity:

@@ -45,7 +45,7 @@ GENERATION_SETTINGS: Mapping[str, Callable[[Any], bool]] = {
     "pad_token_id": lambda value: type(value) is int,
     "watermarking_config": lambda value: isinstance(value, dict),
 }
-"""Check of each generation setting with which transformers may refuse to load a model. null is
+"""Checks of generation settings. If a value fails, transformers refuses to load the model. null is
 always valid."""
 MAX_NAMED = 3
 """Largest number of weights that a message names."""

@@ -75,8 +75,8 @@ def inverse_frequencies(config: Mapping[str, Any], dim: int) -> Tensor:
     if scaling["rope_type"] != "llama3":
         raise ValueError(f"the reference does not support the RoPE scaling {scaling}")
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    # Rotations of each pair within the original context. With many rotations, the frequency stays
-    # unscaled (1). With few rotations, it is divided by the factor (0).
+    # Rotations of each pair within the original context. With many of them, ``unscaled`` is 1, and
+    # the frequency stays the same. With few, it is 0, and the factor divides the frequency.
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     unscaled = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * (unscaled + (1 - unscaled) / scaling["factor"])

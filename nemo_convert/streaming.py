@@ -60,7 +60,7 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
             _without_checksums(),
             closing(_SourcePlanner(self.source, self.leading_axes)) as planner,
         ):
-            # Copying ahead, for GPUs, would change the order in which weights are requested.
+            # By default, a writer on a GPU machine copies ahead, in another order than the plan's.
             writer = FileSystemWriter(checkpoint_dir, per_thread_copy_ahead=0)
             tensors = mcore_to_pyt_state_dict(by_key, False)
             try:
@@ -179,7 +179,8 @@ def _read_slice(
 def _read_item(reader: FileSystemReader, item: ReadItem) -> Tensor:
     """Reads a block of a shard without reading the rest of the shard.
 
-    A shard is an uncompressed archive of torch.save within a file, so a block is a range of bytes.
+    A shard is an uncompressed archive of torch.save within a file, so one range of bytes in the
+    file has all values of the block.
     """
     location = reader.storage_data[item.storage_index]
     path = Path(reader.path) / location.relative_path

@@ -52,8 +52,8 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
     """Returns the id of every token, added tokens included, without transformers.
 
     Raises:
-        RecipeError: There is no tokenizer, or none that transformers 4 can load without running
-            code of the model.
+        RecipeError: There is no tokenizer, a file or setting of it is invalid, or its class is
+            unknown, so that loading it might run code of the model.
     """
     config = read_tokenizer_config(folder)
     name, file = _class_name(folder, config), TOKENIZER
@@ -175,9 +175,9 @@ def needs_conversion(folder: Path) -> bool:
 def convert_tokenizer(folder: Path) -> None:
     """Rewrites a folder's files so that transformers 4 and 5 load the same tokenizer.
 
-    transformers 4 cannot read the settings of version 5, and its classes may add other special
-    tokens. The versions also convert ``tokenizer.model`` differently: version 5 adds BOS only if
-    the settings say so.
+    transformers 4 cannot read the settings of version 5, and its tokenizer classes may add special
+    tokens that version 5 does not add. The versions also convert ``tokenizer.model`` differently:
+    version 5 adds BOS only if the settings say so.
 
     Raises:
         RecipeError: transformers cannot load the tokenizer, before or after the change.

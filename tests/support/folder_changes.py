@@ -1,6 +1,7 @@
 """Changes of Hugging Face folders, from which ``variants`` makes test cases.
 
-A function that returns a ``Change`` does not change a folder: a test calls the ``Change`` on it.
+Functions such as ``add_weight`` only return a ``Change``. Calling the ``Change`` with a folder then
+changes this folder.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def split_weights(names: tuple[str, str], extra: Mapping[str, str] | None = None
 
 
 def add_weights_file(file: str) -> Change:
-    """Adds a file of weights with other values."""
+    """Adds a file with weights of the same names but other values."""
 
     def change(folder: Path) -> None:
         (folder / file).parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Writes Hugging Face folders whose weights have the right names and shapes, but are zeros."""
+"""Writes Hugging Face folders. The weights have the right names and shapes, but all are 0."""
 
 from __future__ import annotations
 

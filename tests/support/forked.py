@@ -124,7 +124,7 @@ def main() -> None:
 def _run(command: list[str]) -> int:
     """Runs a command in this process and returns its exit status."""
     is_module = command[0] == "-m"
-    sys.argv = command[is_module:]
+    sys.argv = command[is_module:]  # without -m
     try:
         if is_module:
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -79,6 +79,7 @@ def output_of(folder: Path) -> ModelOutput:
 def outputs_in(packages: Path, *folders: Path) -> list[ModelOutput]:
     """Runs models with the version of transformers that is in the folder ``packages``."""
     done = subprocess.run(
+        # With -P, this file's folder is not on sys.path.
         [sys.executable, "-P", __file__, *folders],
         env={**os.environ, "PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1"},
         capture_output=True,

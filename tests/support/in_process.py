@@ -74,7 +74,7 @@ def _start(plan: Plan, cluster: Cluster, follow: Follow, console: Console) -> bo
 
 
 def run_here(config: StageConfig, directory: Path, inputs: dict[str, Path]) -> None:
-    """Replaces ``run_child``: runs one stage in this process."""
+    """Replaces ``run_child`` of a search: runs a candidate's stage in this process."""
     refs = {name: InputRef.of(source) for name, source in inputs.items()}
     _run(load_stage(config.stage), request_of(config.stage, config, refs).write(directory))
 
@@ -90,7 +90,7 @@ def _run(stage: Stage[Any], request: Path) -> None:
 
 @cache
 def _import_libraries() -> None:
-    """Imports the modules of stages and freezes the garbage collector, as the fork server does."""
+    """Imports the modules of stages as the fork server does; garbage collection skips them."""
     for module in local.PRELOADED:
         importlib.import_module(module)
     gc.freeze()

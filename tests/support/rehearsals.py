@@ -41,7 +41,10 @@ CONFIGS[MOE_MODEL] = {
 def job_with_layers(
     recipe: str, stage: str, rank: int = 0, overrides: tuple[str, ...] = (), layers: int = 4
 ) -> tuple[Chain, RankJob]:
-    """Returns a recipe's chain (all stages), with ``layers`` teacher layers, and one rank's job."""
+    """Returns a recipe's chain, and the job of one rank of a stage of it.
+
+    The teacher gets ``layers`` layers. If the recipe prunes layers, half of them are pruned.
+    """
     cfg = compose(f"recipe={recipe}", *overrides)
     prune = OmegaConf.select(cfg, "stages.prune") or {}
     if prune.get("target_num_layers") is not None:

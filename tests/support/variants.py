@@ -43,7 +43,7 @@ LLAMA3 = {**LLAMA3_ROPE, "factor": 8.0}
 
 
 def variants() -> Iterator[Variant]:
-    """Yields all variants. Those of ``_exact_…`` are converted exactly."""
+    """Yields all variants. Those without a ``refusal`` must be converted exactly."""
     for family in ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"):
         for base in (family, f"{family}-5"):  # as transformers 4 and 5 save the model
             yield Variant("as written", change_nothing, base=base)

@@ -123,7 +123,7 @@ def test_the_group_engine_chooses_what_is_built_and_reported(
 ) -> None:
     """The engine is built from the last student of the chain, and the report shows it."""
     sizes = ["stages.prune.target_hidden_size=128", "stages.prune.target_ffn_hidden_size=128"]
-    backend = "stages.build_engine.backend=tensorrt_llm_pytorch"  # no kernel for this head size
+    backend = "stages.build_engine.backend=tensorrt_llm_pytorch"  # the teacher must get it, too
     options = [backend] if engine.startswith("tensorrt_llm") else []
     planned = {
         s.name: s
@@ -163,7 +163,7 @@ def test_the_group_teacher_chooses_the_teacher_of_the_distillation(
     for before, after in pairwise(order):
         assert planned[after].config.inputs["teacher"] == before
     assert planned["evaluate"].config.inputs["teacher"] == "import_hf"
-    assert len(planned) == 7 + len(order)
+    assert len(planned) == 7 + len(order)  # seven stages do not depend on the group
 
 
 @pytest.mark.parametrize("recipe", SMALL)

@@ -83,7 +83,7 @@ def test_an_image_keeps_the_packages_of_its_base_image(name: str, pattern: str) 
 
 
 def test_libraries_in_fingerprints_have_one_version() -> None:
-    """An image may keep another version in range, but fingerprints have the locked version."""
+    """Fingerprints have the locked version, but an image may keep another version in a range."""
     exact = {item.name for item in ranges("train") if str(item.specifier).startswith("==")}
     assert set(RESULT_LIBRARIES) - exact == {"torch"}
 

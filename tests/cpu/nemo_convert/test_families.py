@@ -80,7 +80,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
         folder = root / family
         write_tiny_model(folder / "hf", text_file, family, **EVEN)
         convert.to_nemo(folder / "hf", folder / "teacher.nemo")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")  # the same in all families
     texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
     ids = [i for text in texts for i in tokenizer(text)["input_ids"]]
     sequences = torch.tensor(ids[: len(ids) // SEQ_LENGTH * SEQ_LENGTH]).view(-1, SEQ_LENGTH)
@@ -240,7 +240,7 @@ def test_two_ranks_give_the_logits_of_transformers_and_train(layout: str, root: 
 def require_trained(folder: Path) -> None:
     """Asserts that one step with positive losses changed every weight of the student."""
     [step] = steps_of(folder / METRICS, "distill")
-    assert step["teacher_loss"] < 5.0
+    assert step["teacher_loss"] < 5.0  # chance is ln(294) = 5.7
     assert min(step[name] for name in ("kd", "hidden", "lm", "grad_norm")) > 0, step
     start = folder.parent / "pruned.nemo"
     before = dict(convert.hf_weights(start))

@@ -69,7 +69,7 @@ def make_folder(variant: Variant, bases: Path, folder: Path) -> Path:
 
 
 def dry_run(folder: Path, _: Path) -> None:
-    """Checks the config, then the files, as a dry run does."""
+    """Checks config and files as a dry run does. Takes the arguments of ``convert.to_nemo``."""
     read_hf_config(str(folder))
     require_convertible(str(folder))
 

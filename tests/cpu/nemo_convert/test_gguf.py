@@ -94,6 +94,7 @@ def test_rope_factors_are_those_of_transformers() -> None:
 
 def test_matrices_are_rounded_and_vectors_are_exact(even_llama: Path, tmp_path: Path) -> None:
     weights = load_file(even_llama / "model.safetensors")
+    # Bounds of the rounding error, relative to the largest value of a matrix.
     for matrix_type, bound in (("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 1 / 127)):
         write(even_llama, tmp_path / matrix_type, matrix_type)
         stored = {t.name: t for t in GGUFReader(tmp_path / matrix_type).tensors}

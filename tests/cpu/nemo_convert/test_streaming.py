@@ -85,13 +85,13 @@ def test_checksums_are_off_only_within_the_context() -> None:
 @pytest.mark.parametrize("failing_shard", [0, 1, 2])
 def test_failed_write_of_a_shard_raises(tmp_path: Path, failing_shard: int) -> None:
     (tmp_path / f"shard-{failing_shard}").mkdir()  # a folder where a file must be written
-    tensors = {name: torch.zeros(4) for name in "abc"}
+    tensors = {name: torch.zeros(4) for name in "abc"}  # 16 bytes each, one shard
     with pytest.raises(SafetensorError):
         hf.write_weights(iter(tensors.items()), tmp_path, shard_bytes=16)
 
 
 def test_weights_are_read_as_written(tmp_path: Path) -> None:
-    """The weights have every dtype. Some are not contiguous, share a storage or are empty."""
+    """The weights have several dtypes. Some are not contiguous, share a storage or are empty."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8)
     tensors = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in dtypes}
     first, second = torch.arange(8.0).reshape(4, 2).split(2)

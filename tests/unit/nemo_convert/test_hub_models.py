@@ -153,7 +153,7 @@ def test_samples_of_a_tied_head_are_compared(hub: FakeHub, tmp_path: Path) -> No
 
 
 def test_a_note_says_that_a_hub_does_not_serve_ranges(hub: FakeHub, tmp_path: Path) -> None:
-    """Such a hub lets a check read headers. The head is compared only after the download."""
+    """A check reads the headers even so, but the head is compared only after the download."""
     hub.serves_ranges = False
     store_head(hub, tmp_path)
     output = run_with_hub(hub, tmp_path, CHECK)
