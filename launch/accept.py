@@ -17,7 +17,7 @@ from recipes.core.manifest import Acceptance, Manifest, read_manifest
 def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
     """Plans to keep a stage's stale result, if this command or an earlier one accepts it.
 
-    An earlier acceptance counts until settings, inputs, code or versions change again.
+    An earlier acceptance counts until settings, inputs, code or libraries change again.
     The returned stage has the kept result's fingerprint, because later stages use that result.
 
     Args:

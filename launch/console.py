@@ -125,6 +125,7 @@ def headline(manifest: Manifest) -> str:
     if result := manifest.result_if("heal", HealResult):
         return f"KL {result.kl_pruned:.3f} → {result.kl_healed:.3f} on validation text"
     size = f"{manifest.parameters / 1e6:.1f} M parameters" if manifest.parameters else ""
+    # ``stopped`` says why a distillation ended before its last step.
     return ", ".join(filter(None, (size, manifest.metrics.get("stopped"))))
 
 
@@ -135,6 +136,7 @@ def _tokens(manifest: Manifest) -> str:
 
 
 def _perplexities(manifest: Manifest) -> str:
+    """States the perplexities of the teacher, the pruned and the distilled model."""
     result = manifest.result(EvaluationResult)
     text = " → ".join(f"{quality.perplexity:.1f}" for quality in result.models().values())
     if result.recovered is not None:
@@ -153,6 +155,7 @@ def _mean_score(manifest: Manifest) -> str:
 
 
 def _served(manifest: Manifest) -> str:
+    """States how the served model's perplexity and mean score differ from the student's."""
     result = manifest.result(ServedResult)
     text = f"{result.program} {result.precision}"
     if result.text:

@@ -61,7 +61,7 @@ def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
     """Returns the stage's command line; each inner list is a line of the script."""
     env = local.environment(stage, cluster) | container.home(stage)
     env |= {name: f"/tmp/{name.lower()}" for name in container.LOCAL_CACHES}  # --rm deletes them
-    # Last, to set a PYTHONPATH without the launcher's, and to prefer the user's variables.
+    # Last, so that the user's variables win, and PYTHONPATH lacks the launcher's own paths.
     env |= container.environment(cluster, stage)
     return [
         ["docker", "run", "--rm", f"--name={container_name(stage)}"],

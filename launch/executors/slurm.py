@@ -331,7 +331,7 @@ def _submit(plan: Plan) -> None:
 
 
 def _follow(stage: PlannedStage, job: SlurmJob, follow: Follow) -> None:
-    """Shows a stage's progress until its job has ended."""
+    """Shows a stage's progress until its job has ended; raises ``RecipeError`` if it failed."""
     with follow(stage) as follower:
         state = _state(job)
         while state is not None and state.active:

@@ -228,7 +228,7 @@ def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
         ranks = workload.layout.devices
         needs[f"saving a checkpoint from {ranks} ranks"] = ranks * gathering_bytes(workload)
     what, needed_bytes = max(needs.items(), key=itemgetter(1))
-    if 0 < memory_mb < needed_bytes / MEGABYTE:
+    if 0 < memory_mb < needed_bytes / MEGABYTE:  # 0: all memory of nodes of unknown size
         yield Problem(
             rules.JOB_MEMORY,
             f"the job gets {memory_mb / 1024:.0f} GB of memory on a node, but {what} takes "

@@ -116,6 +116,7 @@ def final_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
     ids = ",".join(job.id for job in jobs)
     if not ids:
         return {}
+    # With -X, sacct omits the steps of jobs.
     done = query(
         "sacct", "--noheader", "--parsable2", "-X", "--format=JobID,State", f"--jobs={ids}"
     )

@@ -235,7 +235,7 @@ def test_a_signal_stops_the_imports(root: Path, tmp_path: Path, sent: signal.Sig
 
 def test_remaining_time_counts_from_the_last_restart(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
-    times = [(0, 1), (1, 2), (2, 3), (1000, 3), (1010, 4), (1020, 5)]
+    times = [(0, 1), (1, 2), (2, 3), (1000, 3), (1010, 4), (1020, 5)]  # time, step
     records = [{"time": t, "task": "distill", "done": d, "total": 10} for t, d in times]
     assert progress_text(stage_state(tmp_path)) == ""
     metrics.write_text("".join(json.dumps(r) + "\n" for r in records))

@@ -31,7 +31,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_run(root / "0", loss=3.8125)
     make_run(root / "1", loss=3.65, speed=0.8, lr=3e-4, max_steps=800)
     make_run(root / "2", loss=3.9, speed=1.2, lr=1e-3)
-    make_run(root / "10", loss=3.1, heldout="ab" * 32)
+    make_run(root / "10", loss=3.1, heldout="ab" * 32)  # the hash of other text
     (make_run(root / "11", loss=3.2) / "evaluate" / "manifest.json").unlink()
     return root
 

@@ -177,6 +177,7 @@ def test_follower_prints_a_line_every_few_seconds(
             clock[0] += LINE_SECONDS / 20
             log.progress("train", step, 50)
             follower.update()
+    # Every 21 steps, and the last step.
     assert steps_shown(screen) == ["1/50", "22/50", "43/50", "50/50"]
 
 

@@ -68,7 +68,7 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def prepare(compose: Compose, plan: MakePlan) -> Prepare:
-    """Plans a run, and lets the executor check it."""
+    """Returns a function that plans a run and lets the executor check the plan."""
 
     def prepare(*overrides: str) -> tuple[Plan, Any]:
         executor, cluster = executor_of(compose(*complete_overrides(RECIPE, overrides)).cluster)

@@ -95,7 +95,7 @@ def write_script(stage: PlannedStage, commands: str, patch: pytest.MonkeyPatch, 
 
 @pytest.fixture
 def run(stage: PlannedStage, monkeypatch: pytest.MonkeyPatch) -> RunStage:
-    """Runs the stage with shell commands in place of its process; returns its error or ``""``."""
+    """Returns a function that runs shell commands as the stage; it returns the stage's error."""
 
     def run(commands: str) -> str:
         write_script(stage, commands, monkeypatch, GREETING="hello")

@@ -45,7 +45,7 @@ def test_only_incomplete_stages_run(plan: MakePlan, complete: Complete) -> None:
 
 @pytest.mark.parametrize(
     ("override", "expected"),
-    [
+    [  # STAGES[2:] starts with prepare_data, STAGES[4:] with prune
         ("model.hf_path=HF", STAGES),
         ("stages.prepare_data.max_documents=5", STAGES[2:]),
         ("stages.prune.target_hidden_size=448", ["plan", *STAGES[4:]]),

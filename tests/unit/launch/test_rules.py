@@ -172,7 +172,7 @@ ELSEWHERE = {
 
 @pytest.fixture
 def plan(compose: Compose, tmp_path: Path, large_disk: None, versions_read_once: None) -> MakePlan:
-    """Plans like the common fixture, but is faster: composes a recipe once and sets its fields."""
+    """Like the common fixture, but faster: composes a recipe once and sets fields of its copies."""
 
     def planned(*overrides: str, recipe: str = "recipe=llama_width_prune") -> Plan:
         groups = [o for o in overrides if o.startswith(GROUPS)]

@@ -40,7 +40,7 @@ def planned(plan: MakePlan) -> Plan:
 
 @pytest.fixture
 def status(planned: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Status:
-    """Reads status and detail of the first stage, with given outputs of squeue and sacct."""
+    """Returns a function that reads status and detail of the first stage from fake outputs."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
 
     def status_of(squeue: str = "", sacct: str = "") -> tuple[str, str]:

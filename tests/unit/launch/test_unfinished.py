@@ -27,7 +27,7 @@ def interrupt(plan: Plan, name: str, *, checkpoint: bool = True) -> None:
     stage = stage_named(plan, name)
     begin_work(stage.directory, unfinished_manifest(stage.request()))
     if checkpoint:
-        (stage.directory / WORK / "checkpoints" / "step=49-last").mkdir(parents=True)
+        (stage.directory / WORK / "checkpoints" / "step=49-last").mkdir(parents=True)  # step 50
 
 
 def actions_of(plan: Plan) -> dict[str, tuple[str, str]]:
