@@ -43,7 +43,7 @@ def quantize_folder(
     Raises:
         RecipeError: ModelOpt wrote another format, or the quantized model's loss is not finite.
     """
-    enable("torch")
+    enable("torch")  # patches for machines without a GPU
     calibration = read_sequences(data, "calibration", cfg.seq_length, cfg.num_sequences)
     tokens = calibration.tokens.to(device())
     # Loaded in bfloat16, the type in which weights that are not quantized are served.

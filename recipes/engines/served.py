@@ -133,6 +133,7 @@ class LlamaCppLM(ServedLM):
         """Returns each sequence's mean loss over the predictions that its mask selects."""
         means = []
         for ids, mask in zip(text.tokens.tolist(), text.prediction_mask.tolist(), strict=True):
+            # The mask's first value is for the prediction of token 1.
             targets = [n for n, in_loss in enumerate(mask, 1) if in_loss]
             scores = [self.token_score(ids[:n], ids[n])[0] for n in targets]
             means.append(-sum(scores) / len(scores))

@@ -106,7 +106,7 @@ def load_tasks(
             subtask.set_config(key="num_fewshot", value=examples or 0)
         tasks.append(_task(name, source, subtasks))
     datasets = {subtask.DATASET_PATH for task in tasks for subtask in task.subtasks.values()}
-    for dataset in sorted(revisions.keys() - datasets):
+    for dataset in sorted(revisions.keys() - datasets):  # reports only the first
         raise RecipeError(
             f"invalid stages.evaluate_tasks.revisions: no task uses '{dataset}'."
             f"{did_you_mean(dataset, datasets)}",
@@ -175,7 +175,7 @@ def answer(model: LM, task: Task, limit: int | None, seed: int) -> list[Item]:
     Args:
         model: The model.
         task: The task.
-        limit: Number of items of each subtask, from the first on; ``None`` for all.
+        limit: Number of items of each subtask, starting with the first; ``None`` for all.
         seed: Seed for the examples before each question.
     """
     for subtask in task.subtasks.values():

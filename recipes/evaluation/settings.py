@@ -54,8 +54,8 @@ class EvaluateTasksConfig(StageConfig):
     """Commits of hub datasets, by their names in lm-eval's tasks, such as ``allenai/sciq``. Other
     datasets are read at their newest commit. The results name all commits."""
     limit: Annotated[int, integer(2)] | None = 100
-    """Number of items of each task (for ``mmlu``, of each subject), from the first on; ``null`` for
-    all."""
+    """Number of items of each task (for ``mmlu``, of each subject), starting with the first;
+    ``null`` for all."""
     num_fewshot: dict[str, CountOrZero] = field(default_factory=dict)
     """Number of examples before each question, by task. Tasks that are not named here have
     lm-eval's number."""

@@ -75,7 +75,7 @@ def measure(
     rank_text = text[rank() :: world_size()]
     tokenizer_folder = nemo.side_folder(checkpoints[TEACHER])
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
-    step = max(1, len(text) // max(1, cfg.num_generations))
+    step = max(1, len(text) // max(1, cfg.num_generations))  # evenly spaced over the text
     examples = text.tokens[::step][: cfg.num_generations]
     end = cfg.prompt_tokens + cfg.new_tokens
     prompts = examples[:, : cfg.prompt_tokens]
@@ -257,6 +257,7 @@ def _recovered(scores: Mapping[str, Scores], chosen: slice = slice(None)) -> flo
 def load_transformers(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Loads a NeMo checkpoint as a transformers model, on the GPU if there is one."""
     config = AutoConfig.from_pretrained(nemo.side_folder(checkpoint), trust_remote_code=False)
+    # By default, transformers computes hidden_size / heads, which is wrong after pruning.
     config.head_dim = nemo.architecture_of(checkpoint).kv_channels
     return with_weights(config, convert.hf_weights(checkpoint), dtype)
 

@@ -61,6 +61,7 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
         "trained": model.result_if("distill", DistillationResult),
         "sources": (sources := list(_sources(inputs))),
         "restricted": [terms for _, terms in sources if forbids_commercial_use(terms)],
+        # Stages whose results the user kept although settings or code changed.
         "accepted": [manifest.stage for manifest in inputs.values() if manifest.accepted],
         "evaluation": evaluation,
         "measured_on": f"{evaluation.predictions:,} next-token predictions on held-out text",

@@ -109,7 +109,7 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
     pruned = manifests["pruned"].result_if("prune", PruneResult)
     teacher_size, student_size = manifests["teacher"].parameters, manifests["distilled"].parameters
     distilled = inputs["distilled"]
-    student_fingerprint = distilled.manifest.inputs.get("student")
+    student_fingerprint = distilled.manifest.inputs.get("student")  # before distillation
     student = next((m for m in earlier.values() if m.fingerprint == student_fingerprint), None)
     losses = {
         role: [(role, quality.loss, quality.loss_standard_error)]

@@ -348,7 +348,7 @@ def _mark(
         high=round(100 - y_axis.at(high), 3),
         radius=6 if on_front else 4.5,
         label=label,
-        dx=4 if point[0] < 75 else -4,
+        dx=4 if point[0] < 75 else -4,  # near the right end, the label is on the left
         anchor="start" if point[0] < 75 else "end",
         hint=hint + (", on the Pareto front" if on_front else ""),
     )

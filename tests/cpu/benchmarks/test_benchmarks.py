@@ -55,7 +55,7 @@ real_execute = launching.execute
 
 
 def execute(command: list[str]) -> None:
-    """Runs the launcher in this process, and children in forks."""
+    """Replaces ``launching.execute``: runs the launcher in this process, all else in forks."""
     if tuple(command[: len(launching.LAUNCHER)]) == launching.LAUNCHER:
         run_successfully(*command[len(launching.LAUNCHER) :], cwd=REPO_ROOT)
     else:
@@ -130,6 +130,7 @@ def test_warm_up_steps_do_not_count() -> None:
     assert speeds(record, shape) == [100.0, 50.0]
     assert speeds(Record([50.0, 60.0]), Shape(2, 1, 100)) == [10.0]
     results = summarise({"loop-fp32": [record, slower], "loop-bf16": [slower]}, shape)
+    # Speeds of steps are 100 and 50 in one round, 50 and 25 in the other: medians 75 and 37.5.
     fp32 = results["loop-fp32"]
     assert (fp32.slowest, fp32.tokens_per_second, fp32.fastest) == (25.0, 56.25, 100.0)
     assert fp32.peak_rss_bytes == 7

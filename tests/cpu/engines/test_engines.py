@@ -277,14 +277,15 @@ def test_quantized_checkpoints(
     weight, scale = files.read(f"{layer}.weight"), files.read(f"{layer}.weight_scale").float()
     if name == "fp8":
         assert weight.dtype == torch.float8_e4m3fn
-        # FP8 has three bits of mantissa, so the relative error is at most a sixteenth.
+        # FP8 has three bits of mantissa, so the relative error is at most a sixteenth. Near 0, the
+        # error is less than the smallest FP8 number, 1/512.
         error = (weight.float() * scale - original).abs()
         assert (error <= original.abs() / 16 + scale / 512).all()
     if name == "int4_awq":
         # TensorRT-LLM's engine builder does not read this name, so a rule refuses AWQ engines.
         assert {n.split(".")[-1] for n in files.names() if "quant" in n} == {"pre_quant_scale"}
-        assert weight.numel() * 2 == original.numel()
-        assert scale.numel() * 128 == original.numel()
+        assert weight.numel() * 2 == original.numel()  # two weights in a byte
+        assert scale.numel() * 128 == original.numel()  # groups of 128 weights
 
 
 SMOLLM2 = Architecture(

@@ -95,7 +95,7 @@ def test_llama_cpp_gives_the_log_likelihoods_of_transformers(
     context = llama.tok_encode("The history of the")
     likeliest = student.model(torch.tensor([context])).logits[0, -1].argmax().item()
     assert llama.token_score(context, likeliest)[1]
-    assert not llama.token_score(context, (likeliest + 1) % 293)[1]
+    assert not llama.token_score(context, (likeliest + 1) % 293)[1]  # of 293 tokens
 
 
 def test_llama_cpp_gives_the_losses_of_transformers(

@@ -200,4 +200,4 @@ def test_machine_hours_count_nodes(inputs: dict[str, Input], tmp_path: Path) -> 
     config = {**manifest.config, "resources": {"nodes": 4, "devices": 8, "env": {}}}
     wide = replace(inputs["distilled"], manifest=replace(manifest, config=config))
     page = Page(render_page({**inputs, "distilled": wide}, tmp_path))
-    assert {4 * manifest.seconds / 3600, 32} <= page.numbers()
+    assert {4 * manifest.seconds / 3600, 32} <= page.numbers()  # 4 nodes with 8 processes each
