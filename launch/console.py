@@ -206,7 +206,7 @@ HEADLINES: Mapping[str, Callable[[Manifest], str]] = {
     "speed_results": _speedup,
     "report": lambda m: REPORT_FILE,
 }
-"""Functions that format a stage's main result, by type of artifact."""
+"""For each type of artifact, a function that formats the main result."""
 
 
 def require_gates(plan: Plan, console: Console) -> None:

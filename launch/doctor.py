@@ -108,6 +108,7 @@ def _pins(extras: Sequence[str], fix: str) -> Iterator[Check]:
 
 
 def _check(name: str, value: str, passed: object, fix: str, otherwise: str = FAIL) -> Check:
+    """Returns a check whose result is ``OK`` if ``passed`` is true, and else ``otherwise``."""
     return Check(name, value, OK, "") if passed else Check(name, value, otherwise, fix)
 
 

@@ -67,7 +67,7 @@ TYPE_FIXES = {
     "ListConfig": "give a list, such as [a,b]",
     "Dict": "give names with values, such as {a: 1}",
 }
-"""Fixes for wrong types, by words of OmegaConf's message."""
+"""Fixes for wrong types. A key is a part of OmegaConf's message."""
 
 
 def fix_of(message: str) -> str:

@@ -34,7 +34,7 @@ from recipes.rehearsal.agreement import differences
 from recipes.rehearsal.job import RankJob, RehearsalResult, jobs_of
 
 KINDS = tuple(field.name for field in fields(Memory) if field.name != "reserved")
-"""Types of tensors in memory. ``reserved``, such as the CUDA context, is not tensors."""
+"""Types of tensors in memory. ``reserved`` is other memory, such as that of the CUDA context."""
 Results = list[tuple[RankJob, RehearsalResult]]
 
 

@@ -90,7 +90,7 @@ def main(cfg: DictConfig) -> Path | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             require_separate_results(cfg, sys.argv[1:])
         return run(cfg, recipe)
-    except RecipeError as error:  # handled here, because Hydra also prints the overrides
+    except RecipeError as error:  # handled here: Hydra would also print the overrides
         raise SystemExit(_fail(error)) from error
 
 

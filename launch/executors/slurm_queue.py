@@ -26,7 +26,7 @@ WAIT_REASONS = {
     "REQUEUED": "about to start again",
     "SPECIAL_EXIT": "held after an error, until scontrol release",
 }
-"""Why a job waits, by its state. For PENDING jobs, Slurm itself gives a reason."""
+"""For each state, why the job waits. For PENDING jobs, Slurm itself gives a reason."""
 STATE_REASONS = {
     "CANCELLED": "it was cancelled; repeat the command of the run to submit it again",
     "NODE_FAIL": "one of its nodes failed; repeat the command of the run to submit it again",
@@ -34,7 +34,7 @@ STATE_REASONS = {
     "PREEMPTED": "another job took its nodes; repeat the command of the run to submit it again",
     "TIMEOUT": "it reached its time limit; repeat the command of the run to resume it",
 }
-"""Why Slurm ended a job, by its state. Logs do not say why; they show only lost connections."""
+"""For each state, why Slurm ended the job. Logs do not say why; they show lost connections."""
 TIMEOUT_SECONDS = 60
 
 
