@@ -68,7 +68,10 @@ def adapt_config(config: Any, training: bool = False) -> Any:
 
 
 def use_local_layers(config: Any) -> None:
-    """Selects Megatron's local layers, in place. Scoring registers hooks on them, also on CUDA."""
+    """Selects Megatron's local layers, in place.
+
+    Importance scores for pruning need local layers on CUDA too: hooks on the layers compute them.
+    """
     config.transformer_layer_spec = local_layer_spec
     for fusion in FUSIONS:
         setattr(config, fusion, False)
@@ -86,8 +89,8 @@ def local_layer_spec(config: Any) -> Any:
         qk_layernorm=config.qk_layernorm,
     )
     if config.num_moe_experts:
-        # The map renames norms that TransformerEngine fuses with a linear layer. It does not fuse
-        # this norm with experts, so the norm keeps its own key.
+        # The map renames norms that TransformerEngine fuses with a linear layer. TransformerEngine
+        # does not fuse this norm with experts, so the norm keeps its own key.
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     spec.submodules.self_attention.submodules.core_attention = CausalAttention
     return spec

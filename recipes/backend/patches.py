@@ -27,7 +27,8 @@ class Patch:
     """Why the original is replaced."""
     source_hash: str
     """``fingerprint`` of the original for which the patch was written. An original with another
-    fingerprint is refused, because the patch must be reviewed. Empty omits this check."""
+    fingerprint is refused, because the patch must be reviewed. Empty omits this check, for example
+    if the original is code of this repository."""
     replace: MakeReplacement
 
 

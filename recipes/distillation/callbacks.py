@@ -63,7 +63,7 @@ class StepLogger(Callback):
             return update()
         self._skipped += 1
         if self._skipped > self._cfg.max_nonfinite_steps:
-            finish_saving(trainer)
+            finish_saving(trainer)  # the error below ends the process
             losses = ", ".join(f"{n} {value:.4g}" for n, value in model.share_losses().items())
             allowed = self._cfg.max_nonfinite_steps
             raise RecipeError(
@@ -132,6 +132,7 @@ class SaveStudents(Callback):
         partial = student.with_name(student.name + PARTIAL)
         self._save(partial)
         if rank() == 0:
+            # A run that resumed from an earlier checkpoint saves this student once more.
             shutil.rmtree(student, ignore_errors=True)
             partial.rename(student)
 
@@ -176,7 +177,7 @@ class StopAtDeadline(Callback):
         """Stops all ranks if the deadline has passed on the clock of any rank."""
         step = trainer.global_step
         if step >= self._cfg.max_steps:
-            return
+            return  # training ends after this step anyway
         if not trainer.strategy.reduce_boolean_decision(time_is_up(), all=False):
             return
         checkpoint = trainer.checkpoint_callback

@@ -82,8 +82,8 @@ class TrainingSequences(Dataset):
             self._blend = blend(list(self.weights.values()), self.num_samples)
             used = np.concatenate(self._numbers_by_source)
         self.used_numbers = used
-        # For each source, one epoch and the order of the sequences in this epoch. Samples are read
-        # in order, so the epoch that was read last is enough.
+        # For each source, the epoch that was read last (-1 before the first) and the order of its
+        # sequences. Samples are read in order, so no other epoch's order is needed.
         self._orders = [(-1, numbers) for numbers in self._numbers_by_source]
         self._positions = torch.arange(self.seq_length)
 

@@ -50,8 +50,8 @@ def cache_logits(
         cfg: Settings.
         teacher: Checkpoint of the teacher.
         data: The tokenized text.
-        folder: Folder of the shards until all are complete. A restart keeps complete shards.
-        out: Folder of the artifact.
+        folder: Folder in which shards are written. A restart keeps complete shards.
+        out: Folder of the artifact. When all shards are complete, they are linked into it.
         log: Receives progress.
 
     Returns:
@@ -106,7 +106,10 @@ def cache_logits(
 def _first_sequences(
     cfg: CacheLogitsConfig, tokens: np.ndarray, sources: list[SourceTokens]
 ) -> list[int]:
-    """Returns the numbers of the sequences that training reads first, in this order, each once."""
+    """Returns the numbers of the first sequences that training reads, in the order of reading.
+
+    A sequence that training reads again in a later epoch is listed once.
+    """
     samples = cfg.num_sequences or 0
     text = TrainingSequences(
         tokens, cfg.seq_length, samples, cfg.seed, weights=cfg.weights, sources=sources
@@ -143,7 +146,9 @@ def _write_shards(
         if outputs is None:
             return False
         top, loss = outputs
-        if done == 0:  # only one shard is checked: a few sequences may well have a high loss
+        # Only one shard is checked. Of many shards, one with few and hard sequences may have a loss
+        # near chance, although the teacher is good.
+        if done == 0:
             require_better_than_chance(loss, index.vocabulary)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             write_shard(path, index, numbers, top, loss)
@@ -154,7 +159,7 @@ def _write_shards(
 
 
 def _quantiles(cfg: CacheLogitsConfig, number: int) -> Tensor:
-    """Returns the quantiles [seq_length, draws] at which to sample the tails of a sequence.
+    """Returns the quantiles [seq_length, draws] at which to sample each position's tail.
 
     This is systematic sampling: the first quantile is random, the others follow at equal distances.
     The mean number of draws of a token is the same as with independent samples, and the variance is
@@ -193,8 +198,8 @@ def _evaluate_teacher(
         The top-k [n, seq_length, …] and the mean LM loss; ``None`` if the deadline was reached.
     """
     device = next(core.parameters()).device
-    # With one tensor-parallel rank ``group`` is ``None``, which would mean all ranks to
-    # ``all_reduce``. So the check of the deadline uses ``tensor_ranks``.
+    # With one tensor-parallel rank ``group`` is ``None``, for which ``all_reduce`` would use all
+    # ranks. So the check of the deadline uses ``tensor_ranks``.
     tensor_ranks, group = parallel_state.get_tensor_model_parallel_group(), nemo.tensor_group()
     tops, losses, masks = [], [], []
     for start in range(0, len(numbers), cfg.micro_batch_size):

@@ -67,8 +67,8 @@ class LogitsLoss:
 
 
 Divergence = tuple[Tensor, Callable[[], Tensor]]
-"""A divergence f [n, 1] without T², and a function for the gradient (1) [n, outcomes]. Computing
-either overwrites the log-probabilities, so the function can be called only once."""
+"""A divergence f [n, 1] without T², and a function that returns the gradient (1) [n, outcomes]. The
+function overwrites tensors that it needs, so it can be called only once."""
 
 
 def _forward_kl(
@@ -131,7 +131,7 @@ def _top_k_divergence(
 
     def gradient() -> Tensor:
         outcomes = outcome_gradient()
-        # q_j / q_tail times the tail's gradient; 0 for selected tokens, whose ``tail`` is log 0.
+        # q_j / q_tail times the tail's gradient; 0 for top-k tokens, as their ``tail`` is log 0.
         all_tokens = student.tail.sub_(log_tail).exp_().mul_(outcomes[:, -1:])
         return all_tokens.scatter_add_(1, student.columns, outcomes[:, :-1] * student.is_local)
 

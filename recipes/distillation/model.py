@@ -1,8 +1,9 @@
 """The NeMo model that is trained: a student, and optionally a live teacher (one without a cache).
 
 The student's ``compute_language_model_loss`` is replaced by one that computes the losses on logits.
-ModelOpt's ``DistillationModel`` computes losses on hidden states. The model's output is one row of
-per-token losses for each term, so no tensor as wide as the vocabulary outlives the forward pass.
+A loss on hidden states is computed by ModelOpt's ``DistillationModel``. The model's output is
+one row of per-token losses for each term, so no tensor as wide as the vocabulary outlives the
+forward pass.
 """
 
 from __future__ import annotations
@@ -155,6 +156,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         core = mtd.convert(student, mode=[("kd_loss", settings)])
         adjust_distillation_model_for_mcore(core, distill_cfg=DistillationConfig())
         teacher = core.teacher_model
+        # The teacher returns its logits instead of a loss.
         teacher.compute_language_model_loss = MethodType(lambda _, labels, logits: logits, teacher)
         core.runs_in_validation = self._teacher.runs_in_validation
         core.forward = MethodType(_forward_both, core)
@@ -215,7 +217,8 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
     def _token_losses(self, core: nn.Module, labels: Tensor, logits: Tensor) -> Tensor:
         """Computes losses [1 + terms, batch, sequence] of logits [sequence, batch, vocabulary/tp].
 
-        The first row is minimised. The other rows are the terms, which are only logged.
+        The first row is minimised. The other rows are the terms, without gradients; their means are
+        logged, and set dynamic weights.
         """
         if self.teacher_loss is None and self._teacher.checkpoint:
             self._check_teacher(core.teacher_logits, labels)
@@ -315,7 +318,8 @@ def _forward_both(core: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     if core.training or core.runs_in_validation:
         for pair in core._layers_to_loss:
             for layer in pair:
-                layer._intermediate_output = None  # a validation of the student alone sets it
+                # A validation of the student alone sets this. Then ModelOpt's hooks would warn.
+                layer._intermediate_output = None
         with torch.no_grad():
             core.teacher_model.eval()
             teacher_output = core.teacher_model(*args, **kwargs)

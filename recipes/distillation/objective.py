@@ -41,6 +41,8 @@ def layer_pairs(
 ) -> Pairs:
     """Returns the pairs of layers to compare: as configured, or each layer with its original.
 
+    Pairs are only derived for layers on the last pipeline stage of both models: the loss is there.
+
     Args:
         cfg: Settings of the distillation.
         kept: For each layer of the student, the teacher's layer that it was copied from, if known.

@@ -199,7 +199,8 @@ def _load_main_weights(core: Any, optimizer: Any, weights: Path) -> None:
     for name, item in core.sharded_state_dict(prefix="module.").items():
         if item.key in stored and stored[item.key].dtype.itemsize > item.data.itemsize:
             item.data = torch.empty_like(item.data, dtype=torch.float32, device="cpu")
-            if isinstance(item, ShardedTensor):  # a ``ShardedTensorFactory`` derives its dtype
+            # A ``ShardedTensorFactory`` has no dtype; it makes its tensors from ``data``.
+            if isinstance(item, ShardedTensor):
                 item.dtype = torch.float32
             rounded[name] = item
     exact = nemo.read_sharded(rounded, weights) if rounded else {}
@@ -315,10 +316,10 @@ def _checkpointing(cfg: TrainingConfig, directory: Path) -> Any:
 
 
 def _resume(checkpoints: Path, start: Path) -> Any:
-    """Resumes from the newest complete checkpoint, else starts from the weights of ``start``.
+    """Returns NeMo's settings: resume from the newest complete checkpoint, else load ``start``.
 
-    NeMo would choose the newest checkpoint, and fail if a kill left it incomplete. So this deletes
-    incomplete checkpoints.
+    NeMo would choose the newest checkpoint, and fail if a kill left it incomplete. So this also
+    deletes incomplete checkpoints.
     """
     complete = complete_checkpoints(checkpoints)
     if rank() == 0:

@@ -264,7 +264,9 @@ def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:
     """
     validations = [v for v in steps_of(file, VALIDATE) if v["done"] <= step and "val_kd" in v]
     if cfg.stop_at_recovered is None or len(validations) < 2 or step >= cfg.max_steps:
-        return ""  # at least one step is trained, even if healing alone recovered enough
+        # Needs two validations, so that at least one step is trained even if healing recovered
+        # enough. A stop at ``max_steps`` is not early.
+        return ""
     first, last = validations[0], validations[-1]
     # Of the KL after healing, this fraction is left.
     ratio = last["val_kd"] / first["val_kd"] if first["val_kd"] else 0.0

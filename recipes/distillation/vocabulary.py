@@ -1,5 +1,6 @@
-"""Operations on vocabulary-parallel logits: log-softmax, sums, top-k, samples of other tokens.
+"""Operations on vocabulary-parallel logits: log-softmax, sums, top-k, samples of the tail.
 
+The tail is all tokens outside the top-k.
 Logits have the shape [n, vocabulary/tp] for n tokens. Each tensor-parallel rank of ``group`` holds
 vocabulary/tp columns, in the order of ranks, as in Megatron's output layer. ``group=None`` means
 tp=1: this rank has the whole vocabulary.
@@ -25,17 +26,17 @@ LOG_ZERO = -1e30
 
 
 class TopK(NamedTuple):
-    """The teacher's likeliest tokens and their probabilities, as in a cache of its logits."""
+    """The teacher's likeliest tokens and their log-probabilities. A cached teacher stores these."""
 
     indices: Tensor
     """Ids in the whole vocabulary [n, k], int64, the likeliest first."""
     log_probs: Tensor
-    """Log-probabilities [n, k + 1], float32. The last column is for all other tokens together."""
+    """Log-probabilities [n, k + 1], float32. The last column is for the tail as a whole."""
     draws: Tensor | None = None
-    """Ids [n, draws] of samples of the other tokens, int64. Each sample represents an equal
-    fraction of these tokens' probability. Without samples they are one outcome."""
+    """Ids [n, draws] of samples of the tail, int64. Each sample represents an equal fraction of the
+    tail's probability. Without samples the whole tail counts as one token."""
     tail_entropy: Tensor | None = None
-    """-Σ p·log p over the other tokens [n, 1], float32; ``None`` without samples."""
+    """-Σ p·log p over the tail [n, 1], float32; ``None`` without samples."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TopK:
         """Applies a function to every tensor."""
@@ -140,8 +141,8 @@ def top_k(
 ) -> TopK:
     """Finds the k likeliest tokens of logits [n, vocabulary/tp]; the result is equal on all ranks.
 
-    With ``quantiles`` [n, draws] in [0, 1), equal on all ranks, this also samples the other tokens.
-    A sample is the token at a quantile of the tail's distribution, in the order of the vocabulary.
+    With ``quantiles`` [n, draws] in [0, 1), equal on all ranks, this also samples the tail. Each
+    sample is the token at a quantile of the tail's distribution, in the order of the vocabulary.
     """
     width = logits.shape[-1]
     vocabulary = width if group is None else width * group.size()
@@ -169,10 +170,10 @@ def top_k(
 
 
 def _sample(tail: Tensor, quantiles: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Samples tokens from log-probabilities [n, vocabulary/tp] at quantiles [n, draws].
+    """Samples tokens from a tail [n, vocabulary/tp] at quantiles [n, draws] of the tail's mass.
 
-    First each quantile selects a rank: the first one at which the cumulative probability of the
-    ranks exceeds the quantile. Then it selects a column of this rank in the same way.
+    First each quantile selects a rank: the first rank at which the cumulative mass of the ranks
+    exceeds the quantile. Then it selects, in the same way, a column of the selected rank.
 
     Returns:
         Ids [n, draws], and the entropy -Σ p·log p [n, 1].

@@ -247,7 +247,7 @@ def prune_weight(name: str, weight: Tensor, kept: KeptIndices, head_size: int) -
 
 
 def _rows_of_heads(heads: Tensor, size: int) -> Tensor:
-    """Returns the indices of the weight's rows that belong to the heads."""
+    """Returns the indices of the rows, or columns, that belong to heads of ``size`` channels."""
     return (heads[:, None] * size + torch.arange(size)).flatten()
 
 

@@ -71,14 +71,15 @@ def _load_content_metadata(folder: str, **kwargs: object) -> Any:
 
 
 def _load(sharded_state_dict: Any, checkpoint_dir: str, *args: object, **kwargs: object) -> Any:
-    """Returns the tensors of the state dict; checks their keys and shapes in the checkpoint."""
+    """Returns the state dict's tensors, after comparing keys and shapes with the checkpoint's."""
     state = sharded_state_dict
     factories, _ = extract_matching_values(
         state, lambda item: isinstance(item, ShardedTensorFactory), return_lists_as_dicts=True
     )
     apply_factories(state)
     saved = _saved.get(Path(checkpoint_dir))
-    if saved:  # like Megatron, ignores items of all other types in the state dict
+    if saved:
+        # As in Megatron, all items of other types come from the ``common`` state of the checkpoint.
         types = ShardedBase, LocalNonpersistentObject
         state, _ = extract_matching_values(state, lambda item: isinstance(item, types))
     stored = saved.shapes if saved else _stored_shapes(Path(checkpoint_dir).parent)
@@ -125,7 +126,7 @@ def _read_weights(
 ) -> Iterator[tuple[str, Shape, torch.Tensor]]:
     """Yields empty weights in the order of ``streaming.read_weights``."""
     for key, item in _load_tensors_metadata(str(weights)).items():
-        count = leading[key]  # number of leading axes
+        count = leading[key]  # number of axes that stack layers and experts
         for index in product(*(range(size) for size in item.global_shape[:count])):
             yield key, index, torch.empty(item.global_shape[count:], dtype=item.dtype)
 
@@ -133,7 +134,8 @@ def _read_weights(
 def _require_stored(item: ShardedTensor, stored: Mapping[str, Shape]) -> None:
     if item.key not in stored:
         raise CheckpointError(f"{item.key} is not in a checkpoint of this model")
-    # Layouts pad the vocabulary differently, so Megatron lets the length of this first axis differ.
+    # The padded size of the vocabulary, axis 0, depends on the tensor-parallel size. So Megatron
+    # lets it differ, in tensors with ``allow_shape_mismatch``.
     axes = slice(1 if item.allow_shape_mismatch else 0, None)
     shape, stored_shape = tuple(item.global_shape), stored[item.key]
     if shape[axes] != stored_shape[axes]:
@@ -154,6 +156,7 @@ def _save(
         item.validate_metadata_integrity()
         if isinstance(sharded_strategy, streaming.StreamedSave):
             _require_converted_shapes(item, sharded_strategy)
+    # Only training saves asynchronously. Other checkpoints' shapes follow from the architecture.
     if not kwargs.get("async_sharded_save"):
         return None
     sharded, common = extract_matching_values(
@@ -166,13 +169,14 @@ def _save(
         shapes={item.key: tuple(item.global_shape) for item in items},
         objects={item.unique_key: item.data for item in objects},
     )
+    # Writes ``metadata.json``, by which Megatron recognises a checkpoint.
     save_config(CheckpointingConfig("torch_dist"), str(checkpoint_dir))
     return AsyncRequest(None, (), [])
 
 
 def _require_converted_shapes(item: ShardedTensor, save: streaming.StreamedSave) -> None:
-    """Makes each weight of a shard as a conversion would, and checks its shape."""
-    count = save.leading_axes.get(item.key)  # number of leading axes
+    """Converts each weight of a shard, and compares the weight's shape with the shard's."""
+    count = save.leading_axes.get(item.key)  # number of axes that stack layers and experts
     if count is None:
         return
     sizes = ((1,) * item.prepend_axis_num + tuple(item.local_shape))[:count]

@@ -144,7 +144,8 @@ REPLACED: dict[Any, Callable[..., Any]] = {
     Tensor.__setitem__: _set_item,
     torch.nn.functional.scaled_dot_product_attention: _attention,
 }
-"""Replacements of functions. Each gets the original as its first argument."""
+"""Replacements of functions. Each gets the original as its first argument. The length of a
+``bincount`` depends on values, so it is 1 here."""
 
 
 def _number(real: Tensor) -> Any:

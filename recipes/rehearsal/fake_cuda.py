@@ -112,6 +112,7 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
                 continue
             # Replaces the content of the parameter, because other objects refer to the parameter.
             torch._C._swap_tensor_impl(old, nn.Parameter(new, old.requires_grad))
+            # ``FakeTensor`` keeps its device in this Python attribute, which was not swapped.
             old.fake_device = new.device  # type: ignore[attr-defined]
     return module
 

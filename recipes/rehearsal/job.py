@@ -200,7 +200,7 @@ def _reduced_training(config: TrainingConfig) -> dict[str, Any]:
 
 
 def _input(chain: Chain, stages: Mapping[str, Stage[Any]], source: str) -> JobInput:
-    """Returns the input that ``source`` makes: a stage of the chain, or another run's directory."""
+    """Returns the input from ``source``: a stage of the chain, or a complete stage's directory."""
     manifest = manifest_of(source) if source not in stages else None
     kind = manifest.kind if manifest is not None else stages[source].kind
     settings = manifest.config if manifest is not None else vars(chain.stages[source])

@@ -39,7 +39,8 @@ def inputs(job: RankJob, run_dir: Path) -> dict[str, Input]:
     """Makes all inputs of a job below a run's directory."""
     items = {name: _input(job, source, run_dir / name) for name, source in job.inputs.items()}
     content = {name: item.manifest.content_hash() for name, item in items.items()}
-    for item in items.values():  # training checks that a cached teacher was made from its text
+    # Training checks that the cached teacher and the training read the same text.
+    for item in items.values():
         item.manifest.input_content = content
     return items
 

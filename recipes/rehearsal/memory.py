@@ -155,7 +155,7 @@ def install_labels(memory: MemoryTracker) -> None:
         _label_states(memory, optimizer)
         if not has_stepped:
             # The optimizer allocates its states in the first step, and they have no label before
-            # the step's end. So the peak is measured from here on: all later steps are alike.
+            # the step's end. So the peak is measured from here on, in steps that have all states.
             memory.reset_peak()
         has_stepped = True
 

@@ -171,7 +171,7 @@ class MessageChecker(TorchDispatchMode):
 def _record_call(name: str, func: Any, args: Args, group: Any) -> None:
     this_rank = distributed.get_rank()
     if name in MESSAGES:
-        other = distributed.get_global_rank(group, args[2])
+        other = distributed.get_global_rank(group, args[2])  # arguments: tensors, group, rank, tag
         source, destination = (this_rank, other) if name == "send" else (other, this_rank)
         _record_message(source, destination, _describe(args[0]))
         return

@@ -1,6 +1,7 @@
-"""Replaces library functions that need values, other ranks, or TransformerEngine.
+"""Replaces library functions that read tensor values, or need other ranks or TransformerEngine.
 
-A process that has called ``install`` can only rehearse.
+A rehearsal runs a stage on fake tensors, which have no values. A process that has called
+``install`` can only rehearse.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ def _with_last_losses(original: Callable[..., None], self: Any, objective: Any) 
 def _without_context_parallelism(
     original: Callable[..., None], self: Any, config: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """Makes each rank attend only to its own shard of the sequence, which has the same shapes."""
+    """Makes each rank attend only to its own shard of the sequence.
+
+    The shapes of all tensors are those of context parallelism.
+    """
     context, config.context_parallel_size = config.context_parallel_size, 1
     original(self, config, *args, **kwargs)
     config.context_parallel_size = context
@@ -55,6 +59,7 @@ def _accept_parity(original: object, parity: Any, what: str) -> Any:
 
 
 def _load_causal_lm(folder: Path) -> PreTrainedModel:
+    """Builds a model from its config, on the CPU, without loading weights."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

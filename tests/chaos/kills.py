@@ -51,6 +51,7 @@ class Kill:
     def draw(cls, stage: str, rng: random.Random) -> Kill:
         """Draws a random kill in a stage."""
         [victim] = rng.choices(VICTIMS, (4, 4, 1, 3))
+        # Only ``distill`` saves checkpoints.
         [moment] = rng.choices(MOMENTS, (3, 1, 1, 5 * (stage == "distill")))
         return cls(stage, victim, moment, rng.random())
 
@@ -146,6 +147,7 @@ class RunCommand:
             return is_enough or saved >= STEPS - CHECKPOINT_INTERVAL
 
         self._poll(launcher, lambda: is_later() or _modified(work / BEGUN) not in (None, old_start))
+        # A result is published by moving ``artifact`` out of ``work``.
         if kill.moment == "publish":
             self._poll(launcher, lambda: is_later() or artifact.exists(), pause=0)
             self._poll(launcher, lambda: not artifact.exists(), pause=0)

@@ -43,8 +43,8 @@ def main(job: RankJob) -> dict[str, Any]:
     os.environ.update(environment(job))
     checkpoints.install()
     setattr(model, "_load_teacher", with_random_weights(model._load_teacher))
-    setattr(model, "require_better_than_chance", lambda *args: None)  # random weights are not
-    # Without metadata the trainer does not read main weights from the checkpoint, which is missing.
+    setattr(model, "require_better_than_chance", lambda *args: None)  # random weights are at chance
+    # Without metadata the trainer reads no main weights from the checkpoint, which has no weights.
     trainer = importlib.import_module("recipes.distillation.trainer")
     setattr(trainer, "load_tensors_metadata", lambda weights: {})
     stage = importlib.import_module(f"recipes.stages.{job.stage}").STAGE

@@ -105,6 +105,7 @@ def make_reference(results: Path, text_file: Path) -> Small:
     with without_gpu():
         for precision in PRECISIONS:
             run_dir = small.reference_dir(precision)
+            # Only ``distill`` depends on the precision, so the second run copies the other stages.
             if precision != PRECISIONS[0] and not run_dir.exists():
                 small.copy_reference(run_dir.name, PRECISIONS[0], "distill")
             small.run(run_dir, REFERENCE_STAGES, f"stages.distill.precision={precision}")

@@ -32,6 +32,7 @@ def logits(vocabulary: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator(device()).manual_seed(vocabulary)
     shape = (TOKENS, vocabulary)
     student = 3 * torch.randn(shape, device=device(), generator=generator)
+    # Each row of the teacher has 64 distinct values, in equally spaced columns; the rest is 0.
     spacing = vocabulary // 64
     rows, columns = (torch.arange(n, device=device()) for n in (TOKENS, 64))
     largest = (1 + columns / 8).to(torch.bfloat16).expand(TOKENS, 64)

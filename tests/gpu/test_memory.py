@@ -22,7 +22,7 @@ from tests.gpu.small import on_gpu, record
 from tests.support.rehearsals import job_with_layers
 
 LAYERS = (4, 8)
-"""Numbers of the teacher's layers; the student has half as many."""
+"""How many layers the teacher has in each case; the student has half as many."""
 ONE_GPU = (
     "stages.distill.tensor_model_parallel_size=1",
     "stages.distill.sequence_parallel=false",

@@ -63,7 +63,10 @@ DefMemPerCPU=8900 State=UP
 
 
 class SlurmCluster:
-    """A Slurm with all files in one directory. Unix sockets in it limit the length of its path."""
+    """A Slurm with all files in one directory.
+
+    The directory's path must be short, since the directory contains Unix sockets.
+    """
 
     def __init__(self, directory: Path, nodes: int = NODES) -> None:
         self.directory = directory
@@ -120,6 +123,7 @@ class SlurmCluster:
 
     def _write_config(self) -> None:
         d, nodes = self.directory, len(self._nodes)
+        # Of a block of 500 ports, the first are for the daemons, those from 100 to 400 for srun.
         port = first_port_of_block(nodes + 1)
         values = {"nodes": nodes, "node_first": port + 1, "node_last": port + nodes}
         values |= {"srun_first": port + 100, "srun_last": port + 400}
@@ -146,6 +150,7 @@ class SlurmCluster:
         except (OSError, subprocess.CalledProcessError):
             return False
         root = self.directory / "container"
+        # Folders to mount in a container, so that it has this Python. It has /usr anyway.
         interpreter = {Path(p).resolve() for p in (sys.prefix, sys.base_prefix)} - {Path("/usr")}
         expose = ",".join(map(str, sorted(interpreter)))
         (self.directory / "plugstack.conf").write_text(
@@ -165,6 +170,7 @@ def without_slurm() -> str | None:
 def first_port_of_block(daemons: int) -> int:
     """Returns the first port of a block of 500 ports, of which the first ``daemons`` are free.
 
+    Tries 18 blocks, starting at one that depends on the process, as other processes may search too.
     The port also serves as the first job id. The launcher derives the rendezvous port of ranks from
     the job id, so the ranks of simultaneous clusters use different ports.
     """

@@ -154,7 +154,8 @@ def test_ranks_get_the_planned_resources(chains: dict[str, Run], recipe: str) ->
     expected = {"distill": whole_nodes(NODES.get(recipe, 1))}
     if recipe != SEARCH:
         expected |= dict.fromkeys(WHOLE_NODE_STAGES, whole_nodes(1))
-    # A search is one rank, but its training runs have 8. Each gets an eighth of the node's threads.
+    # A search is one rank, but starts training runs of 8 ranks. OMP_NUM_THREADS is set for these:
+    # an eighth of the node's CPUs.
     expected["successive_halving"] = NodeResources(
         1, 1, NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB, threads=28
     )

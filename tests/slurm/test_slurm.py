@@ -180,7 +180,8 @@ def train_locally(original: Run, folder: Path) -> Path:
     """Distils in a copy of the run, on two ranks of this machine; returns its directory."""
     copy = original.copy_without(folder / "local", *FROM_DISTILL).directory
     overrides = [word for word in original.overrides if not word.startswith("cluster")]
-    # On Slurm a CPU trains in float32, because the nodes' processors are not known.
+    # On Slurm a CPU trains in float32, because the launcher does not know the nodes' processors. So
+    # this run must train in float32, too.
     changes = ("stages.distill.resources.nodes=1", "hardware.precision='32'")
     run_successfully(*overrides, *changes, "only=[distill]", f"run_dir={copy}", cwd=folder)
     return copy

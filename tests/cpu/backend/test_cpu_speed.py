@@ -193,7 +193,7 @@ def test_gradients_are_clipped_to_the_norm(
         group = torch.distributed.group.WORLD
         return float(optimizer.get_grad_norm_fp32(gradients, grad_stats_parallel_group=group))
 
-    assert norm() == pytest.approx(math.sqrt(18))
+    assert norm() == pytest.approx(math.sqrt(18))  # of 8 elements of 1.5
     optimizer.clip_grad_by_total_norm_fp32(parameters, max_norm=1.5, total_norm=norm())
     # Without a pending scale, clipping rounds the bfloat16 gradient once more.
     tolerance = 1e-4 if has_pending_scale else 5e-3

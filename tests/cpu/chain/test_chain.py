@@ -60,7 +60,7 @@ def teacher(odd_llama: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny_run(teacher: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete run. Stages must ignore the variables of a Slurm job that surround it."""
+    """A complete run, started with variables of a Slurm job, which stages must ignore."""
     run_dir = tmp_path_factory.mktemp("chain") / "run"
     home = run_dir.with_name("home")
     home.mkdir()

@@ -50,6 +50,7 @@ def test_distill_long_continues_from_the_student(tmp_path: Path, text_file: Path
         Architecture(**(m.architecture or {})) for m in (exported, manifest_of(run, "import_hf"))
     )
     assert shape.max_position_embeddings == teacher.max_position_embeddings
+    # Steps · sequences per step · tokens per sequence.
     assert [m.result(DistillationResult).tokens for m in (first, second)] == [
         4 * 4 * 64,
         3 * 4 * 256,

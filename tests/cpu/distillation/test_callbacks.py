@@ -34,6 +34,7 @@ from tests.support.runs import copy_without, manifest_of, settings, tiny
 
 
 def test_a_teacher_of_chance_level_is_refused() -> None:
+    # With 300 tokens, chance level is a loss of log 300 = 5.704.
     with pytest.raises(RecipeError, match=r"5\.70"):
         require_better_than_chance(5.70, 300)
     with pytest.raises(RecipeError):
@@ -63,7 +64,7 @@ def pruned_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempP
 def distill_command(
     pruned_run: Path, even_llama: Path, text_file: Path, tmp_path: Path
 ) -> list[str]:
-    """The command that distils in a copy of the run."""
+    """The command that distils in a copy of ``pruned_run``."""
     run_dir = copy_without(pruned_run, tmp_path / "run")
     return [*overrides(even_llama, text_file, run_dir), "only=[distill]"]
 
@@ -143,6 +144,7 @@ def test_a_diverging_run_stops_before_its_weights_are_lost(
     assert f"step {done[-1] + 1}: the gradient is not finite" in result.output
     assert "lower stages.distill.lr" in result.output
     assert "Traceback" not in result.output
+    # Names of checkpoints count steps from 0.
     assert (stage / WORK / CHECKPOINTS / f"step={done[-1] - 1}").is_dir()
 
 
@@ -184,6 +186,7 @@ def test_free_memory_is_returned_before_a_checkpoint(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(("start", "traces"), [(0, 1), (2, 1), (3, 0)])
 def test_steps_are_traced_after_a_restart_too(tmp_path: Path, start: int, traces: int) -> None:
+    """``start`` steps are done before the restart. Steps 2 and 3 are to be traced."""
     profile, trainer = Profile((2, 3), tmp_path), SimpleNamespace(global_step=start)
     for _ in range(start, 5):
         profile.on_train_batch_start(trainer)

@@ -105,7 +105,8 @@ def test_cached_probabilities_equal_those_of_transformers(
         torch.testing.assert_close(
             rows["tail_entropy"].double(), entropy, rtol=2 * ROUNDING, atol=1e-4
         )
-        # Draws are at quantiles of the tail. Each represents an equal fraction of its probability.
+        # The tail's probability is divided into DRAWS equal intervals. Draw i is the token at some
+        # point of interval i. So the token's range, ``starts`` to ``ends``, overlaps the interval.
         assert rows["draws"].shape == (LENGTH, DRAWS)
         fraction = log_tail.exp()[:, None] / DRAWS
         first_quantiles = torch.arange(DRAWS) * fraction
@@ -161,7 +162,7 @@ def test_a_killed_and_a_stopped_run_resume_to_the_same_cache(
     os.truncate(truncated, truncated.stat().st_size - 1)
     del before[truncated.name]
 
-    monkeypatch.setenv(DEADLINE, "1")
+    monkeypatch.setenv(DEADLINE, "1")  # seconds since 1970, so the deadline has passed
     stopped = run_in_process(*arguments, cwd=tmp_path)
     assert stopped.code == 1
     assert f"stopped at the deadline before all {len(expected)} shards" in stopped.output
@@ -216,6 +217,7 @@ def test_a_cache_of_other_text_is_refused(run: Path) -> None:
     cache = stage_of(run, "cache_logits")
     _require_same_text(cache, stage_of(run, "prepare_data"))
     with pytest.raises(RecipeError, match="was cached for other text"):
+        # The manifest of any other stage has other content than the text.
         _require_same_text(cache, stage_of(run, "import_hf"))
 
 

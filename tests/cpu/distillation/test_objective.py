@@ -51,6 +51,7 @@ def test_a_term_of_zero_is_not_scaled() -> None:
 
 def test_gradients_do_not_depend_on_the_micro_batch() -> None:
     """Compares one micro batch of four sequences with four micro batches of one sequence."""
+    # [1 + terms, sequences, tokens]
     outputs = torch.rand(4, 4, 7, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(4, 7)
     mask[1:3, 2:] = 0

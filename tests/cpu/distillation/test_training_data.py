@@ -191,6 +191,7 @@ def test_weights_set_the_fraction_of_samples_and_sources_have_epochs(data: Path)
     blend = blend_settings(data)
     dataset = sequences_of(data, 1000, seed=SEED, **blend)
     numbers = [dataset.number_of(i) for i in range(1000)]
+    # Sequences 3 and 12 span two sources, so no source has them.
     spans = {"small": range(3), "large": range(4, 12), "rest": range(13, number_of_sequences(data))}
     by_source = {name: [n for n in numbers if n in span] for name, span in spans.items()}
     for name, weight in blend["weights"].items():

@@ -82,7 +82,8 @@ def make_half_redundant(model: Any) -> tuple[KeptIndices, dict[str, int]]:
     rotation = torch.linalg.qr(torch.randn(KEPT_CHANNELS, KEPT_CHANNELS)).Q
     norm, embedding = model.model.norm.weight, model.model.embed_tokens.weight
     embedding[:, KEPT_CHANNELS:] = embedding[:, :KEPT_CHANNELS] @ rotation.T
-    if model.config.tie_word_embeddings:  # a tied head cannot absorb a different scale per channel
+    # Healing cannot move norm weights that differ between channels into a tied head.
+    if model.config.tie_word_embeddings:
         norm.fill_(1.5)
     indices: Weights = {"hidden_size": torch.arange(KEPT_CHANNELS)}
     for number, layer in enumerate(model.model.layers, 1):

@@ -1,6 +1,7 @@
 """Rehearses jobs, in which a function may be replaced by one with a defect: ``defects.py JOBS``.
 
-``JOBS`` is a JSON file with a list of [job, name of the defect or null]. ``DEFECTS`` describes all.
+``JOBS`` is a JSON file with a list of [job, name of the defect or null]. ``DEFECTS`` describes each
+defect.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def prune_by_index_on_cpu(prune: Any, name: str, tensor: Any, *args: Any) -> Any
 
 
 def send_changed(change: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Changes the hidden states that rank 0 sends to the next pipeline stage in training."""
+
     def changed(forward: Any, core: Any, *args: Any, **kwargs: Any) -> Any:
         states = forward(core, *args, **kwargs)
         return change(states) if core.training and os.environ["RANK"] == "0" else states
@@ -62,6 +65,8 @@ def send_changed(change: Callable[[Any], Any]) -> Callable[..., Any]:
 
 
 def restore_with(change: Callable[[Any], None]) -> Callable[..., Any]:
+    """Changes the config of a model that is restored from a checkpoint."""
+
     def restored(restore: Any, checkpoint: Path) -> Any:
         model = restore(checkpoint)
         change(model.config)
@@ -82,6 +87,7 @@ def in_second_call(change: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def total_of_two_columns(original: Any, values: Any, group: Any) -> Any:
+    """Returns the right sums [n, 1], but reduces a tensor [n, 2, 1], in which each sum is twice."""
     return original(values.repeat(1, 2).unflatten(-1, (2, -1)), group)[:, :1, 0]
 
 

@@ -75,7 +75,7 @@ REFUSED: dict[str, Operation] = {
     "add_out": lambda t: torch.add(t.number, t.number, out=t.c_number),
     "where_out": lambda t: torch.where(t.number > 0, t.number, t.number, out=t.c_number),
 }
-"""Operations on mixed devices that CUDA refuses, also if the CPU tensor has 0 dimensions."""
+"""Operations on mixed devices that CUDA refuses, even if the CPU tensor has 0 dimensions."""
 ALLOWED: dict[str, Operation] = {
     "fused": lambda t: t.adam(),
     "foreach_list": lambda t: torch._foreach_add([t.matrix], [t.matrix]),
@@ -114,7 +114,7 @@ ALLOWED: dict[str, Operation] = {
     "copy": lambda t: t.matrix.copy_(t.c_matrix),
     "copy_back": lambda t: t.c_matrix.copy_(t.matrix),
 }
-"""Operations on mixed devices that CUDA accepts."""
+"""Operations that CUDA accepts: on mixed devices, or on the GPU alone if mixed ones are refused."""
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from recipes.backend.device import bind_to_near_cores
 
 @pytest.mark.parametrize(
     ("near_cores", "ranks", "bound"),
-    [
+    [  # the job's cores are 4 to 7
         ("0-3,4,5", 2, True),
         ("0-3,4,5", 1, False),  # a single rank would lose half of its cores
         ("0-7", 2, False),  # all of the job's cores are near
