@@ -44,7 +44,7 @@ def compilation(enabled: bool = True) -> Iterator[None]:
 
 
 def compilable(function: Callable[P, R]) -> Callable[P, R]:
-    """Lets ``compilation`` compile a function at its first call.
+    """Decorates a function that runs compiled inside ``compilation``, and eagerly elsewhere.
 
     The function must have no side effects, except that it may write into its arguments.
     """
@@ -62,7 +62,8 @@ def compilable(function: Callable[P, R]) -> Callable[P, R]:
 
         def run_kernel(*args: Any, **kwargs: Any) -> R:
             if not torch.is_grad_enabled():
-                # If an argument changed its ``requires_grad``, the kernel would be compiled again.
+                # ``requires_grad`` has no effect here, but the kernel would be compiled once for
+                # each of its values. Detached tensors all have ``requires_grad=False``.
                 args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
             return kernel(*args, **kwargs)
 

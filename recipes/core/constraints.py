@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 INT32 = 2**31 - 1
 """Largest 32-bit integer, the limit of many kernels and file formats."""
 REQUIREMENT = "requirement"
-"""Type of the errors that ``Requirement`` raises."""
+"""pydantic's error type for a value that a ``Requirement`` does not accept."""
 
 
 def integer(least: int, most: int = INT32) -> Any:
@@ -85,7 +85,8 @@ Size = Annotated[
         Requirement(_is_size, "an integer, 1 or more, or a fraction below 1, such as 0.75")
     ),
 ]
-"""One size of a pruned model, such as its width, or the fraction of the teacher's size."""
+"""A size of a pruned model, such as its width: the size itself (an integer), or a fraction of the
+teacher's size."""
 Rate = Annotated[float, between(1e6, 1e24)]
 """FLOPs or bytes per second."""
 Bytes = Annotated[float, Field(ge=1e6)]

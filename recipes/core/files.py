@@ -31,7 +31,7 @@ STORAGE_FIXES = {
 }
 """How to fix a disk error of a path, by ``errno``."""
 UNREADABLE_FIX = "make it readable for you, and its folders"
-"""Fix of ``EACCES`` if the path cannot be read. If it can be read, it cannot be written."""
+"""Fix of ``EACCES`` if reading was refused. ``STORAGE_FIXES`` has the fix for a refused write."""
 JSON_FIX = "it was truncated or edited: write it or download it again"
 
 
@@ -78,7 +78,7 @@ def storage_problem(error: BaseException | None, folder: Path) -> RecipeError | 
 
 
 def _errno(error: BaseException) -> int:
-    """Returns an error's ``errno`` or 0. For Rust and NumPy it is found by the error's message."""
+    """Returns an error's ``errno`` or 0. Errors of Rust and NumPy have it only in their message."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     if match := re.search(r"\(os error (\d+)\)", str(error)):
@@ -92,7 +92,7 @@ def _storage_error(path: str | Path, code: int) -> RecipeError:
 
 
 def _is_unreadable(path: str | Path) -> bool:
-    """Returns whether a file cannot be read. If its folder hides the file, checks the folder."""
+    """Returns whether a file cannot be read. If it is new or cannot be seen, checks its folder."""
     existing = path if os.path.exists(path) else Path(path).parent
     return not os.access(existing, os.R_OK, effective_ids=True)
 

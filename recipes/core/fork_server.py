@@ -34,8 +34,8 @@ IMPORT_ENVIRONMENT = {
     # Otherwise torch.cuda.is_available() initialises CUDA, which does not survive a fork.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
-"""Variables that are set only while the server imports. They keep imports from starting threads or
-CUDA, which a fork would lose. Children get the caller's environment."""
+"""Variables of the server alone; children get the caller's environment. They keep imports from
+starting threads or CUDA, which a fork would lose."""
 STOP_SECONDS = 30
 """Time for a child to end after SIGTERM."""
 
@@ -46,7 +46,8 @@ def fork_server(
 ) -> Iterator[socket.socket]:
     """Starts a server and yields a socket to it, without waiting for the server's imports.
 
-    The server and its child end when the block or this process ends.
+    At its end, the block waits until the server and its child have ended. If the block fails or
+    this process dies, both are killed.
 
     Args:
         modules: Modules to import.
@@ -78,9 +79,9 @@ def fork_server(
 def fork_module(
     server: socket.socket, module: str, arguments: Sequence[str], log: IO[bytes]
 ) -> int | None:
-    """Runs ``python -m MODULE ARGUMENTS`` in a child of the server, after the server's imports.
+    """Starts ``python -m MODULE ARGUMENTS`` in a child of the server, after the server's imports.
 
-    A server has one child at a time. The child's output goes to ``log``.
+    Does not wait for the child's end. A server has one child at a time. Its output goes to ``log``.
 
     Returns:
         A pidfd of the child; ``None`` if the server cannot fork.
@@ -110,7 +111,7 @@ def watch_child(server: socket.socket, pidfd: int, log: IO[bytes]) -> Iterator[C
             return ended
         ended = True
         with contextlib.suppress(ConnectionError):
-            if server.recv(1):  # ENDED: the server has already written to the log
+            if server.recv(1):  # ENDED: if the child was killed, the server has logged it
                 return True
         log.write(b"killed with the process that it was forked from\n")
         log.flush()
@@ -162,6 +163,7 @@ def main() -> None:
         socket.send_fds(server, [STARTED], [pidfd])
         os.close(pidfd)
         child.join()
+        # Opening a descriptor does not truncate the file. Closing it closes this copy of it.
         with open(log_fds[0], "w", encoding="utf-8") as log:
             if message := death_message(child.exitcode):
                 log.write(f"{message}\n")
@@ -207,7 +209,7 @@ def _run_module(command: list[str], log: int) -> None:
 
 
 def _flush_c_streams() -> None:
-    """Flushes the output of C code, which a fork would otherwise lose or write twice."""
+    """Flushes C's output buffers, which a fork would copy and a child's end would discard."""
     ctypes.CDLL(None).fflush(None)
 
 

@@ -93,11 +93,11 @@ class Manifest:
     parameters: int | None = None
     tokenizer_sha256: str | None = None
     seconds: float = 0.0
-    """Seconds of the start that completed the stage, and of the earlier starts that it resumed."""
+    """Seconds of the start that completed the stage, plus those of the starts that it resumed."""
     peak_rss_bytes: int = 0
     input_content: dict[str, str] = field(default_factory=dict)
-    """A hash of each input's files. A forced rerun of an input may change this hash, but it does
-    not change the input's fingerprint."""
+    """A hash of each input's files. A forced rerun of an input may change this hash, but not
+    the input's fingerprint."""
     accepted: Acceptance | None = None
     """The user's decision to keep this result although it is stale; ``None`` without one."""
     kept: dict[str, list[str]] = field(default_factory=dict)
@@ -168,7 +168,7 @@ def write_manifest(stage_dir: Path, manifest: Manifest, name: str = MANIFEST) ->
 
 
 def read_manifest(stage_dir: Path, name: str = MANIFEST) -> Manifest | None:
-    """Returns a manifest of a stage; ``None`` if the file is missing, so the stage is incomplete.
+    """Returns a manifest of a stage; ``None`` if the file is missing.
 
     Raises:
         RecipeError: The file is damaged.

@@ -14,7 +14,7 @@ MANAGED_MEMORY = "megatron.core.inference.unified_memory"
 
 
 def death_message(exit_status: int | None) -> str | None:
-    """Returns which signal killed a process (negative status); ``None`` if no signal did."""
+    """Returns which signal killed a process (status -9: signal 9); ``None`` if no signal did."""
     if exit_status is None or exit_status >= 0:
         return None
     name = signal.Signals(-exit_status).name
@@ -49,7 +49,7 @@ def make_forks_die_with_parent() -> None:
 
 
 def cores() -> int:
-    """Returns the number of cores that a container, a job or ``taskset`` leaves this process."""
+    """Returns the number of cores to which this process is bound. Ignores limits of CPU time."""
     return len(os.sched_getaffinity(0))
 
 
@@ -66,6 +66,7 @@ def prepare_imports() -> None:
       TransformerEngine enable it, whatever PyTorch's settings are. ``NVIDIA_TF32_OVERRIDE``
       disables it. cuBLAS reads this variable only once, so it is set here.
     """
+    # ``import wandb`` now raises ImportError.
     sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]
     stub = ModuleType(MANAGED_MEMORY)
     stub.has_unified_memory = False  # type: ignore[attr-defined]
@@ -95,7 +96,7 @@ def peak_memory_bytes() -> int:
 
 
 # Megatron's checkpoint writer spawns processes that import the main module, and thereby this one.
-# These processes must die with their parent, too.
+# These processes must die with their parent, too. Python starts spawned processes with this option.
 if "--multiprocessing-fork" in sys.orig_argv:
     die_with_parent()
     prepare_imports()

@@ -240,7 +240,9 @@ def last_end(stage_dir: Path) -> tuple[Status, str] | None:
 
 
 def stage_states(run_dir: Path, include: Collection[str] = ()) -> dict[str, StageState]:
-    """Returns the states of a run's stages, in the order of its last plan.
+    """Returns the states of the stages that have a request and were planned or started.
+
+    Stages of the last plan come first, in the plan's order.
 
     Args:
         run_dir: The run.
@@ -260,7 +262,7 @@ def remove_unused_snapshots(run_dir: Path) -> None:
     The caller must hold the run's lock.
     """
     snapshots = list((run_dir / CODE).glob("*"))
-    if len(snapshots) < 2:
+    if len(snapshots) < 2:  # a single snapshot is in use
         return
     folders = [file.parent for file in run_dir.glob(f"*/{REQUEST}")]
     used = {read_request(folder).snapshot for folder in folders}

@@ -20,7 +20,7 @@ CODE = "code"
 PACKAGES = ("recipes", "nemo_convert")
 """Packages of this repository that stages import."""
 LOCKS = ("requirements/stack.txt", "requirements/torch.txt")
-"""Lock files with library versions. Stages read them, and they are in none of the packages."""
+"""Lock files with library versions. Stages read them, and they are outside ``PACKAGES``."""
 
 
 def read_source(root: Path) -> Mapping[str, bytes]:
@@ -59,7 +59,7 @@ def snapshot_dir(run_dir: Path) -> Path:
 
 
 def write_snapshot(run_dir: Path) -> None:
-    """Stores this process's code in a run, unless it is there. The caller must hold the lock."""
+    """Stores this process's code in a run, unless it is there. The caller holds the run's lock."""
     target = snapshot_dir(run_dir)
     if target.is_dir() and hash_source(read_source(target)) == target.name:
         return

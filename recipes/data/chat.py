@@ -26,13 +26,14 @@ NO_ANSWER, TEMPLATE_ERROR, ANSWERS_NOT_FOUND, SPECIAL_TOKEN, TOO_LONG = (
     "contains a special token",
     "too long",
 )
-"""Reasons to leave a conversation out. ``ANSWERS_NOT_FOUND``: the template renders the turns before
-an answer differently once the answer is there, so the answer's tokens cannot be identified."""
+"""Reasons to leave a conversation out. ``ANSWERS_NOT_FOUND``: an answer's tokens cannot be
+identified. Its conversation starts with an answer, or the template renders the turns before an
+answer differently once the answer is there."""
 
 
 @dataclass(frozen=True)
 class ChatTokenizer:
-    """A tokenizer with a chat template, and the maximum length of conversations."""
+    """A tokenizer with a chat template, for conversations of at most ``seq_length`` tokens."""
 
     folder: Path
     """Folder of a Hugging Face model or a NeMo checkpoint."""

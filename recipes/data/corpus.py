@@ -61,6 +61,7 @@ def read_source(source: str, text_field: str, state: Any = None, *, chat: bool =
     to records. JSONL files have one record per line, tables one per row. A Markdown,
     reStructuredText or Python file is one document. A record is a string, a conversation, or a
     mapping. The text of a mapping is in ``text_field``, or in the fields of the option ``text``.
+    With ``chat``, all records must be conversations.
     """
     parsed = parse_source(source)
     field_text = partial(_text, parsed.text or text_field)
@@ -72,7 +73,7 @@ def read_source(source: str, text_field: str, state: Any = None, *, chat: bool =
 
 
 def chat_problem(source: str) -> tuple[str, str] | None:
-    """Checks the first conversations of a local file; returns what is wrong, and the fix."""
+    """Checks the first conversations of a local file; returns what is wrong and the fix, if any."""
     parsed = parse_source(source)
     if parsed.prompts:
         return chat_problem(parsed.prompts)
@@ -168,6 +169,8 @@ def _text(fields: str, record: object, where: str) -> str:
 
 
 class _HubReader:
+    """Reads a dataset of the Hugging Face hub. Its state is that of the library ``datasets``."""
+
     def __init__(self, hub: HubDataset, revision: str | None, text_of: TextOf, state: Any) -> None:
         from datasets import load_dataset
 

@@ -117,9 +117,9 @@ class PreparationState:
     """What is written so far, and where the next document is read."""
 
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Bytes and documents of each split."""
+    """Bytes of tokens, and number of documents, of each split."""
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Tokens by split and source, in the order of writing."""
+    """Number of tokens by split and source. The sources of a split are in the order of its text."""
     finished_sources: int = 0
     reader_state: Any = None
     """State of the current source's reader."""

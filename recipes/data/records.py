@@ -133,7 +133,7 @@ def text_of_fields(fields: str, record: object) -> str | None:
     """Returns the text in fields of a record, joined by line breaks.
 
     Returns ``None`` if the record has none of the fields, or if the value of one is not text. Text
-    is a string, a list of strings (joined by line breaks), or null (an empty text).
+    is a string or a list of strings (joined by line breaks). Null values are skipped.
 
     Args:
         fields: Names, joined by commas; ``a.b`` is the field ``b`` of the field ``a``.

@@ -52,7 +52,7 @@ class DatasetResult:
     """Number of tokens by split."""
     sources: list[str]
     source_tokens: dict[str, list[SourceTokens]]
-    """Sources by split, in the order of the text."""
+    """Sources of each split with their tokens, in the order of the split's text."""
     document_end: int
     """Token after every document. The prediction of the next document's start is not in the loss.
     """

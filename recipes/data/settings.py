@@ -50,7 +50,7 @@ class PrepareDataConfig(StageConfig):
     heldout_fraction: Fraction = 0.04
     """Fraction of the documents for evaluation only."""
     excluded_documents: list[Digest] = field(default_factory=list)
-    """Digests of documents to leave out, in hexadecimal (``recipes/data/corpus.py``)."""
+    """Digests of documents to leave out, in hexadecimal: see ``recipes.data.corpus.digest``."""
     max_documents: Count | None = None
     """Number of documents to read from each source; all by default. Held-out sources are read
     completely."""

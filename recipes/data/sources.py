@@ -32,6 +32,7 @@ _HUB = re.compile(r"hf://(?P<name>[^:@]+)(?:@(?P<config>[^:]+))?:(?P<split>.+)")
 _OPTION = re.compile(
     r"[#&](?P<key>text|format|name|licence|revision|tokens|seed|prompts|weight)=(?P<value>[^#&]+)$"
 )
+"""Matches the last option of a source."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Source:
         return next((suffix for suffix in FILE_TYPES if path.endswith(suffix)), None)
 
     def local_files(self) -> list[Path]:
-        """Returns the source's files on this machine, in order; none for a wheel."""
+        """Returns the local files, in order; none for a wheel, the prompts for ``teacher://``."""
         if self.by_teacher:
             return parse_source(self.prompts).local_files() if self.prompts else []
         if self.hub or self.wheel:
@@ -195,7 +196,7 @@ def _option_problem(entry: str, source: Source) -> str | None:
 
 
 def source_names(sources: Sequence[str]) -> dict[str, str]:
-    """Maps short unique names to sources, in order: ``my_text`` for ``data/my_text.jsonl``."""
+    """Maps unique names to sources, in order: ``a`` to ``x/a.txt``, then ``a-2`` to ``y/a.txt``."""
     names: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for source in sources:
@@ -277,6 +278,7 @@ def origin_of(entry: str) -> Origin:
         RecipeError: The hub does not have the dataset, or cannot be reached.
     """
     source = parse_source(entry)
+    # The library ``datasets`` also takes a local folder as the name of a dataset.
     if source.hub is None or Path(source.hub.name).exists():
         return Origin(source.licence)
     from huggingface_hub import HfApi

@@ -15,11 +15,11 @@ from megatron.core.datasets.indexed_dataset import _IndexWriter
 from recipes.core.errors import RecipeError
 
 SplitSize = tuple[int, int]
-"""Bytes and documents."""
+"""Bytes of tokens, and number of documents."""
 LOSS_MASK = "loss_mask"
 """Suffix of a file with one byte per token: 1 if the token is a target of the loss."""
 LENGTHS = "lengths"
-"""Suffix of a file with the number of tokens of each document (int32); the index is made of it."""
+"""Suffix of a file with the tokens of each document (int32 counts). The index is made from it."""
 BLOCK = 1 << 16
 """Documents per block while an index is written."""
 
@@ -46,12 +46,13 @@ class SplitWriter:
         masked: bool = False,
     ) -> None:
         self._folder = folder
-        # Sizes that were stored as JSON are lists.
+        # JSON has turned the tuples of stored sizes into lists.
         self.sizes: dict[str, SplitSize] = {s: (*(sizes or {}).get(s, (0, 0)),) for s in splits}
-        """Bytes and documents of each split."""
+        """Size of each split."""
         self._files: dict[tuple[str, str], BinaryIO] = {}
         """Open files by split and suffix."""
         for split, (size, documents) in self.sizes.items():
+            # A token and a length take 4 bytes, an entry of the mask 1 byte.
             byte_counts = {"bin": size, LENGTHS: 4 * documents, LOSS_MASK: size // 4}
             for suffix, count in byte_counts.items():
                 if masked or suffix != LOSS_MASK:

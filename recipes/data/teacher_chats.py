@@ -24,9 +24,10 @@ from recipes.data.corpus import read_source
 
 BATCH, BATCH_TOKENS = 32, 1 << 15
 """A batch has as many conversations as ``BATCH_TOKENS`` tokens allow, but at least ``BATCH``: a
-generation step costs nearly the same for many sequences as for one. Both affect the result."""
+generation step costs nearly the same for many sequences as for one. Both constants affect the text
+that is generated."""
 MAX_EMPTY_BATCHES = 5
-"""Batches without a finished conversation after which the stage fails."""
+"""Number of first batches: if none of them has a finished conversation, the stage fails."""
 BLANK = "\0"
 """Placeholder for a user's words, which marks where the template puts them."""
 FILE = "chats.jsonl"
@@ -111,6 +112,7 @@ def _batches(request: ChatRequest, writer: ChatWriter, folder: Path) -> Iterator
         file = folder / f"{number:05d}.json"
         if not file.exists():
             with torch.random.fork_rng():
+                # 15 hexadecimal digits are the most that fit in a signed 64-bit seed.
                 torch.manual_seed(int(digest([request.seed, number])[:15], 16))
                 write_json(file, _write_batch(request, writer, openings))
         yield read_json(file)
@@ -133,6 +135,7 @@ def _write_batch(
     tokens = unfinished = 0
     if openings is None:
         prefixes = [_user_prefix(writer)] * request.batch_size()
+        # Half of the sequence is for the user's turn at most, the remainder for the answer.
         turns = _write_turns(writer, prefixes, request.seq_length // 2)
         openings = [[{"role": "user", "content": text}] for text, _ in turns if text]
         tokens = sum(length for _, length in turns)
@@ -155,7 +158,10 @@ def _write_batch(
 
 
 def _user_prefix(writer: ChatWriter) -> list[int]:
-    """Returns the template's tokens before a user's words (arXiv:2406.08464)."""
+    """Returns the template's tokens before a user's words, so that the teacher writes these words.
+
+    The method is Magpie, arXiv:2406.08464.
+    """
     turn = [{"role": "user", "content": BLANK}]
     rendered = str(writer.tokenizer.apply_chat_template(turn, tokenize=False))
     encoded = writer.tokenizer(rendered.partition(BLANK)[0], add_special_tokens=False)
@@ -200,6 +206,7 @@ def _generate(writer: ChatWriter, prompts: list[list[int]], new_tokens: int) -> 
         torch.tensor(rows, device=device),
         attention_mask=torch.tensor(mask, device=device),
         generation_config=settings,
+        # The settings above must not be completed from the model's generation_config.json.
         use_model_defaults=False,
     )
     continuations: list[list[int]] = output[:, longest:].tolist()

@@ -88,7 +88,7 @@ def sequences_by_source(
     """Returns which sequences of a split to take from each source.
 
     A split holds its sources one after the other, and sequence n starts at token n · seq_length.
-    Sequences across two sources, and sources without a whole sequence, are left out. With
+    Sequences that span two sources, and sources without a whole sequence, are left out. With
     ``count``, each source gives its first ``count / sources`` sequences, rounded up.
     """
     spans, start = {}, 0
@@ -120,7 +120,7 @@ def read_sequences(
 
 
 def _select(values: np.ndarray, seq_length: int, numbers: list[int]) -> Tensor:
-    """Returns sequences by number, [sequences, seq_length]. ``values`` has one entry per token."""
+    """Returns sequences by index, [sequences, seq_length]. ``values`` has one entry per token."""
     sequences = values[: len(values) // seq_length * seq_length].reshape(-1, seq_length)
     return torch.from_numpy(sequences[numbers])
 
@@ -149,8 +149,9 @@ def first_sequences(
 def read_tokens(artifact: Path, split: str) -> np.ndarray:
     """Returns all tokens of a split as a memory-mapped array [tokens].
 
-    Megatron's ``.bin`` holds documents without gaps (``_IndexWriter._sequence_pointers``). Splits
-    of text that was already tokenized share one file (``token_files.py``).
+    Megatron's ``.bin`` holds documents without gaps (``_IndexWriter._sequence_pointers``), so a
+    split is one range of it. Splits of text that was already tokenized are ranges of the same file
+    (``token_files.py``).
     """
     path = str(artifact / split)
     index = IndexedDataset(path).index
@@ -192,7 +193,7 @@ def sequence_prediction_mask(
 
 
 def sequence_order(numbers: np.ndarray, total: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns the sequence numbers ``numbers``, int64 [n], in the random order of an epoch.
+    """Returns the sequence indices ``numbers``, int64 [n], in the random order of an epoch.
 
     Sequences of a subset have the same order as among all ``total`` sequences. So training on
     cached logits of an epoch's first sequences has the same batches as without a cache.
@@ -205,7 +206,7 @@ def sequence_order(numbers: np.ndarray, total: int, seed: int, epoch: int) -> np
 def weighted_sequences(
     weights: Mapping[str, float], sources: Sequence[SourceTokens], seq_length: int, total: int
 ) -> list[np.ndarray]:
-    """Returns for each source of ``weights``, in order, the numbers of its sequences, int64 [n].
+    """Returns for each source of ``weights``, in order, the indices of its sequences, int64 [n].
 
     Args:
         weights: Weights by source.
@@ -216,6 +217,7 @@ def weighted_sequences(
     Raises:
         RecipeError: A source has no whole sequence with a next token.
     """
+    # The split's last sequence is no training sequence if no token follows it.
     spans = {
         name: np.arange(span.start, min(span.stop, total))
         for name, span in sequences_by_source(sources, seq_length).items()
@@ -237,8 +239,8 @@ def blend(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np.ndarra
     Each sample goes to the source whose number of samples is furthest below its share by weight.
 
     Returns:
-        The source of each sample, int16 [samples], and the sample's number within its source, int64
-        [samples]. After any number of samples, a source has less than one sample too many.
+        The source of each sample, int16 [samples], and the sample's index within its source, int64
+        [samples]. Among the first n samples, for any n, no source exceeds its share by a sample.
     """
     sources, numbers = np.zeros(samples, np.int16), np.zeros(samples, np.int64)
     fractions = np.array(weights, dtype=np.float64) / math.fsum(weights)

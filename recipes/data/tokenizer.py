@@ -42,6 +42,7 @@ class Encoded:
     loss_mask: np.ndarray | None = None
     """bool [n]: which tokens are targets of the loss. ``None``: all but the first."""
     shortened: bool = False
+    """Whether a conversation was truncated to fit a sequence."""
     left_out_reason: str = ""
     """Why the document is left out and has no tokens; empty if it is used."""
 
@@ -227,6 +228,7 @@ def load_tokenizer(folder: Path, document_end: str | None = None) -> DocumentTok
             f"the tokenizer in {folder} has no token {candidates[-1] or 'eos_token'}.",
             "set data.document_end to a token of its vocabulary",
         )
+    # Having a ``bos_token`` does not mean that a tokenizer adds it, so a text is tokenized.
     first = tokenizer("a")["input_ids"][0]
     begin = first if first == tokenizer.bos_token_id else None
     return DocumentTokenizer(tokenizer.backend_tokenizer.to_str(), begin, ends[0])
