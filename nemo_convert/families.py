@@ -122,7 +122,7 @@ LOCAL_SPEC_NAMES = {
     r"pre_mlp_layernorm\.weight$": "mlp.linear_fc1.layer_norm_weight",
     r"local_experts\.(\d+)\.(linear_fc[12]\.weight)$": r"\2\1",
 }
-"""Names in Megatron's local layer spec (regular expressions), and in TransformerEngine's spec."""
+"""Maps names in Megatron's local layer spec (regular expressions) to TransformerEngine's spec."""
 
 
 def _renamed(name: str, hf: str, shape: Callable[[Architecture], tuple[int, ...]]) -> Weight:

@@ -112,6 +112,7 @@ def _first_name(names: Any) -> str | None:
 
 def _split_rope_parameters(rope: object, where: str) -> dict[str, Any]:
     """Returns ``rope_theta`` and ``rope_scaling`` of the ``rope_parameters`` of transformers 5."""
+    # If layer types have different RoPE, transformers 5 nests: one mapping for each layer type.
     is_flat = isinstance(rope, Mapping) and not any(isinstance(v, Mapping) for v in rope.values())
     if not isinstance(rope, Mapping) or not is_flat or "rope_theta" not in rope:
         raise RecipeError(

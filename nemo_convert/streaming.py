@@ -55,6 +55,7 @@ class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
         """Writes the shards of a sharded state dict."""
+        # True: keep one replica of each tensor. False below: the state dict is saved, not loaded.
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         with (
             _without_checksums(),

@@ -64,6 +64,7 @@ def run_successfully(*overrides: str, cwd: Path) -> CommandResult:
 
 
 def _start(plan: Plan, cluster: Cluster, follow: Follow, console: Console) -> bool:
+    """Replaces ``local.start``; returns ``True``, because the stages have ended."""
     for stage in plan.todo():
         with follow(stage) as follower:
             if stage.config.resources.devices > 1:

@@ -59,7 +59,7 @@ def write_tiny_model(
     shard = fields.pop("max_shard_size", "5GB")
     config = AutoConfig.for_model(
         model_type,
-        vocab_size=fields.pop("vocab_size", 293),
+        vocab_size=fields.pop("vocab_size", 293),  # the tokenizer has 288 tokens
         max_position_embeddings=256,
         rope_theta=5000.0,
         initializer_range=0.05,

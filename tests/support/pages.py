@@ -24,6 +24,7 @@ OPTIONAL_PLOTS = (
     "plot-by-latency",
     "plot-search",
 )
+"""Plots that a report has only with optional inputs, such as ``search``."""
 
 
 class Page(HTMLParser):

@@ -18,6 +18,7 @@ INSTALLED = ("packaging", "setuptools", "einops")
 """Packages that these tests install. All packages of the lock file would take gigabytes."""
 
 IMPORTED = ("megatron.core", "modelopt.torch", "nemo.collections.llm", "transformer_engine.pytorch")
+"""Modules that ``install.sh`` imports at its end, if the image has torch with CUDA."""
 
 
 def add_metadata(image: Path, name: str, version: str, requires: str = "") -> None:

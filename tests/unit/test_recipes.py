@@ -297,7 +297,7 @@ def test_qwen3_has_the_cheapest_layout_and_the_published_layout_fits_too(
     cheapest = cheapest_proposal(workload, hardware, workload.layout.ranks, workload.layout.devices)
     assert cheapest is not None
     assert cheapest.cost.device_hours == pytest.approx(costs[0], rel=1e-3)
-    assert costs[0] < 0.97 * costs[1]
+    assert costs[0] < 0.97 * costs[1]  # the published layout has a tensor-parallel size of 8
 
 
 def test_the_search_of_a_large_model_lists_the_published_shape(plan: MakePlan) -> None:

@@ -26,6 +26,7 @@ PIN = re.compile(
     r"^([\w.-]+)==(\S+) ; (.+?) \\$((?:\n    --hash=sha256:[0-9a-f]{64}(?: \\)?)+)\n", re.M
 )
 PYTHONS = ("3.11.0", "3.11.99", "3.12.0", "3.12.99")
+"""The first release of each supported version of Python, and a number above its last release."""
 NO_NETWORK = re.compile(r"Failed to fetch|error sending request|Network connectivity is disabled")
 
 
