@@ -76,7 +76,11 @@ class Chain:
         return next((self.images[name] for name in names if name in self.images), None)
 
     def shape_of(self, stage: str | None) -> Architecture:
-        """Returns the largest shape that a stage's model may have; the teacher's if unknown."""
+        """Returns the largest shape that a stage's model may have; the teacher's if unknown.
+
+        Args:
+            stage: The stage's name, or the directory of a stage of another run.
+        """
         if stage is None:
             return self.teacher
         if stage in self.stages:
@@ -90,7 +94,7 @@ class Chain:
 def sequence_problems(
     seq_length: int, inputs: Mapping[str, str], chain: Chain
 ) -> Iterator[Problem]:
-    """Checks that the teacher has enough positions, and the length of packed conversations."""
+    """Compares ``seq_length`` with the teacher's positions and with packs of conversations."""
     limit = chain.teacher.max_position_embeddings
     if not 1 <= seq_length <= limit:
         yield Problem(

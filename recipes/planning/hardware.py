@@ -115,8 +115,8 @@ def physical_memory() -> int:
 def cpu_profile(name: str, here: bool = True) -> Any:
     """Returns the ``precision`` or a rate of this machine's type of processor.
 
-    A processor without bfloat16 GEMMs emulates them a hundred times as slowly, so it trains in
-    float32. Another machine (``here=False``) also trains in float32: its processor is unknown.
+    A processor without bfloat16 GEMMs emulates them, almost a hundred times slower than GEMMs in
+    float32. So it trains in float32, and so does another, unknown machine (``here=False``).
     """
     if not here:
         return UNKNOWN_CPU[name]

@@ -51,12 +51,12 @@ HEALING_BUFFERS = 5
 """Number of tensors of the teacher's feed-forward width that are alive at once while a layer is
 fitted by least squares."""
 ABLATED_FRACTION = 0.6
-"""Mean fraction of a forward pass that must be recomputed when a layer is removed."""
+"""Mean fraction of a forward pass that must be recomputed without a layer: all that follows it."""
 
 
 @dataclass(frozen=True)
 class InferenceCost:
-    """Cost of a stage that does not train."""
+    """Cost of a stage that runs models and has no ``Workload``; of a search, with its trainings."""
 
     memory: Memory
     """Memory of the rank that needs the most."""
@@ -66,7 +66,7 @@ class InferenceCost:
     bf16: bool
     """Whether models compute in bfloat16 instead of float32."""
     generated_bytes: float = 0
-    """Memory traffic of text generation, which reads all weights for each token of a batch."""
+    """Memory traffic of text generation: all weights and the KV cache, at each decoding step."""
 
     def hours(self, hardware: Hardware) -> float:
         """Returns the hours on a hardware profile. The time of generation is a lower bound."""
@@ -138,7 +138,7 @@ def ranking_cost(
 
     A pruned candidate takes no memory, because its weights are views of the teacher's. If it is
     ``healed`` (reconstructed by least squares), it has its own weights, which are counted as large
-    as the teacher's. While it is compared, memory holds only the float32 head of the teacher.
+    as the teacher's. These replace the teacher's weights in memory, except the teacher's head.
     """
     value_bytes = _value_bytes(bf16)
     states = 2 * _state_bytes(teacher, value_bytes, text, hardware)
@@ -240,6 +240,7 @@ def serving_cost(
     """
     flops = sum(prefill_flops(arch, batch, prompt) for batch, prompt in requests)
     traffic = sum(
+        # A decoding step's mean context is the prompt and half of the new tokens.
         new_tokens * decode_traffic(arch, batch, prompt + new_tokens / 2, storage)
         for batch, prompt in requests
     )
@@ -294,7 +295,7 @@ def benchmark_cost(
 
 
 def conversion_cost(arch: Architecture, hardware: Hardware) -> InferenceCost:
-    """Returns the cost of a conversion, which is verified in float32."""
+    """Returns the memory of a conversion, which is verified in float32. Its time is not counted."""
     memory = Memory(
         weights=4 * arch.parameters(),
         logits=4 * PARITY_TOKENS * arch.vocab_size,
@@ -314,7 +315,7 @@ def _all_passes(models: Sequence[Architecture], bf16: bool, text: Sequences) -> 
 def _state_bytes(
     arch: Architecture, value_bytes: int, text: Sequences, hardware: Hardware
 ) -> float:
-    """Returns the device bytes of a text's last hidden states. A GPU moves them to the host."""
+    """Returns the device bytes of a text's last hidden states; 0 on a GPU: the host holds them."""
     return 0 if hardware.on_gpu else value_bytes * text.tokens * arch.hidden_size
 
 

@@ -143,7 +143,7 @@ def _shape_problems(layout: Layout, role: str, shape: Architecture) -> Iterator[
 
 
 def _alignment_problems(layout: Layout, student: Architecture) -> Iterator[Problem]:
-    """Checks the dimensions of the GEMMs on each rank."""
+    """Checks the sizes of the GEMMs on each rank. ``_shape_problems`` reports indivisible sizes."""
     for axis, ranks in (("hidden_size", 1), (split_axes(student)[-1], layout.tensor)):
         size = getattr(student, axis)
         if size % ranks == 0 and size // ranks % GEMM_MULTIPLE:
@@ -171,7 +171,7 @@ def fits(workload: Workload, hardware: Hardware) -> bool:
     layout = workload.layout
     if any(problem.rule.severity == rules.ERROR for problem in layout_problems(workload, hardware)):
         return False
-    # A context-parallel rank holds two chunks of a sequence, which sequence parallelism splits.
+    # A context-parallel rank holds two chunks of a sequence. Sequence parallelism splits each.
     if workload.seq_length % (2 * layout.tensor * layout.context):
         return False
     available = USABLE_MEMORY_FRACTION * hardware.memory_of_rank(layout.devices)
@@ -186,7 +186,8 @@ def workloads_on_all_layouts(
     contexts = PARALLEL_SIZES if workload.seq_length >= LONG_SEQUENCE else (1,)
     moe = workload.trained is not None and workload.trained.num_moe_experts
     tensors = [size for size in PARALLEL_SIZES if size <= per_node]
-    # A loss on hidden states was checked for this pipeline size only, and forbids recomputation.
+    # A loss on hidden states forbids recomputation. Its layers were checked for the configured
+    # pipeline size only.
     pipelines = (workload.layout.pipeline,) if workload.compares_hidden_states else PARALLEL_SIZES
     recomputed = ("none",) if workload.compares_hidden_states else ("none", "full")
     for tensor, pipeline, context, expert, micro, recompute_granularity in product(
@@ -225,7 +226,8 @@ def cheapest_proposal(
 def proposals(workload: Workload, hardware: Hardware, node_size: int = 8) -> list[Proposal]:
     """Returns the cheapest layout of each number of devices, the lowest price first.
 
-    The largest number is the workload's ranks, or one node if larger; the others are powers of 2.
+    The numbers are all powers of 2 up to the workload's ranks, or up to ``node_size`` if that is
+    more, and this maximum itself.
     """
     maximum = max(workload.layout.ranks, node_size)
     numbers = sorted({maximum, *(2**n for n in range(maximum.bit_length()))})

@@ -89,14 +89,14 @@ def memory_problem(name: str, needed: float, available: float, device: str, fix:
 
 
 def _training_memory_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Problem]:
-    """Suggests the cheapest layout that fits, if possible on the same number of ranks."""
+    """Checks the memory. Suggests the cheapest layout that fits, if possible on as many ranks."""
     hardware = chain.hardware
     needed = peak_memory(workload, hardware).total
     available = hardware.memory_of_rank(workload.layout.devices)
     if needed <= available:
         return
     fix = "use devices with more memory, or more of them"
-    fitting = proposals(workload, hardware, max(8, workload.layout.devices))
+    fitting = proposals(workload, hardware, max(8, workload.layout.devices))  # nodes of 8 or more
     same_ranks = [p for p in fitting if p.workload.layout.ranks == workload.layout.ranks]
     for proposal in (same_ranks or fitting)[:1]:
         fix = f"for example {' '.join(layout_overrides(name, proposal.workload.layout))}"

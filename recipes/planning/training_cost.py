@@ -270,8 +270,8 @@ def stopping_seconds(workload: Workload, hardware: Hardware) -> float:
 def gathering_bytes(workload: Workload) -> float:
     """Returns the bytes of host memory that each rank takes to save a checkpoint.
 
-    A checkpoint can be resumed in another layout. So Megatron (``fully_reshardable``) gathers the
-    optimizer's state of a rank's shard of the model on each of its data-parallel ranks.
+    A checkpoint can be resumed in another layout. So Megatron (``fully_reshardable``) gathers, on
+    each data-parallel rank, the whole optimizer state of the rank's shard of the model.
     """
     return STATE_BYTES * _largest_shard(workload) if workload.trained is not None else 0.0
 

@@ -83,7 +83,7 @@ def pass_compute(arch: Architecture, seq_length: int, dtype_bytes: int, passes: 
         traffic += _backward_bytes(arch, seq_length, dtype_bytes)
     return Compute(
         gemm_flops=passes * 2 * arch.active_weights(),
-        attention_flops=passes * 2 * seq_length * channels,  # 4 FLOPs for each causal score
+        attention_flops=passes * 2 * seq_length * channels,  # 4 FLOPs a score, half are causal
         blocked_attention_flops=flops_per_score * (seq_length * channels) * computed,
         bytes=arch.num_layers * traffic,
     )
@@ -309,7 +309,7 @@ def training_logits_bytes(workload: Workload, on_gpu: bool, tokens: float) -> fl
     arch = workload.trained or workload.teacher
     assert arch is not None
     values = tokens * arch.vocab_size / workload.layout.tensor
-    chunk = min(LOSS_CHUNK_BYTES, 4 * values) if on_gpu else 0
+    chunk = min(LOSS_CHUNK_BYTES, 4 * values) if on_gpu else 0  # a CPU's chunks are small
     logits = values * workload.dtype_bytes
     if workload.trained is None:
         return max(2 * logits, logits + ONE_MODEL_BUFFERS * chunk)
@@ -319,7 +319,7 @@ def training_logits_bytes(workload: Workload, on_gpu: bool, tokens: float) -> fl
 
 
 def inference_activation_bytes(arch: Architecture, dtype_bytes: int, tokens: int) -> float:
-    """Returns the peak bytes of a forward pass that keeps only one layer's widest tensors."""
+    """Returns the peak bytes of a forward pass that keeps tensors of only one layer at a time."""
     return dtype_bytes * tokens * 3 * (feed_forward_width(arch) + arch.hidden_size)
 
 

@@ -49,7 +49,7 @@ class Layout:
 
 
 def split_axes(arch: Architecture) -> tuple[str, str, str]:
-    """Returns the axes of a layer that tensor parallelism splits; the feed-forward axis is last."""
+    """Returns the names of the sizes that tensor parallelism splits; the feed-forward's is last."""
     feed_forward = "moe_ffn_hidden_size" if arch.num_moe_experts else "ffn_hidden_size"
     return "num_attention_heads", "num_query_groups", feed_forward
 

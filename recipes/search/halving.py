@@ -81,7 +81,7 @@ class HalvingRun:
         from recipes.evaluation.text_quality import measure_checkpoints
 
         results = self._directory / f"round-{round_number}.json"
-        if rank() == 0 and not results.exists():
+        if rank() == 0 and not results.exists():  # a killed search may have measured this round
             length, size = self._cfg.distill.seq_length, self._cfg.distill.micro_batch_size
             text = read_sequences(self._inputs["data"], "validation", length, self._cfg.num_samples)
             teacher = nemo.find_checkpoint(self._inputs["checkpoint"].artifact)

@@ -136,6 +136,7 @@ class SortedModel:
         self._weights: list[tuple[str, torch.nn.Parameter, Tensor]] = []
         order = sort_indices(scores, teacher_shape)
         for name, parameter in model.named_parameters():
+            # Only sorts rows and columns: ``order`` has all indices.
             parameter.data = prune_weight(name, parameter.data, order, teacher_shape.kv_channels)
             self._weights.append((name, parameter, parameter.data))
 

@@ -21,28 +21,29 @@ class Candidate:
     parameters: int
     shape: Architecture
     proxy: float
-    """Value of the metric that ranks candidates; lower is better."""
+    """Value of the ranking's metric, before any training; lower is better."""
     perplexity: float
     kl_to_teacher: float
     healed: bool = False
     """Whether the pruned model was reconstructed by least squares before the measurement."""
     tokens: int = 0
-    """Number of tokens of training before the measurement."""
+    """Number of tokens that the candidate was trained on before the measurement."""
     chosen: bool = False
-    """Whether this candidate was the best after training."""
+    """Whether ``successive_halving`` chose this candidate: the best after the last round."""
     pareto: bool = False
-    """Whether no other candidate is both smaller and better."""
+    """Whether no other candidate dominates this one in size and ``proxy`` (``pareto_front``)."""
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Candidates, the best first, and the budget that they fit."""
+    """Candidates of a search, and the budget that they fit."""
 
     candidates: list[Candidate]
+    """In the order of ``rank_candidates``. The chosen candidate need not be the first."""
     budget: dict[str, float]
 
     def chosen(self) -> Candidate | None:
-        """Returns the candidate that training chose, or ``None`` before any training."""
+        """Returns the candidate that ``successive_halving`` chose; ``None`` before that stage."""
         return next((candidate for candidate in self.candidates if candidate.chosen), None)
 
 

@@ -57,7 +57,8 @@ class MeasureLatencyConfig(StageConfig):
     )
     """How engines are built."""
     space: Space = field(default_factory=Space)
-    """The search's space. Its corners are timed: the teacher; one or all axes at the minimum."""
+    """The search's space. Shapes at its corners are timed: the teacher, and shapes with one axis or
+    all axes at the minimum."""
     service: Service = field(default_factory=Service)
     """The search's service; a timed step has its batch size and context length."""
     new_tokens: Annotated[int, integer(2)] = 32

@@ -137,6 +137,7 @@ def _hidden_range_notes(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
     first = last_stage_layers(layers, stages).start
     configured, hardware = workload(cfg, chain), chain.hardware
     layout = configured.layout
+    # With a loss on hidden states, all candidate layouts have the pipeline size of this layout.
     unsplit = replace(configured, layout=replace(layout, pipeline=1))
     hours = [
         training_cost(candidate, hardware).hours
@@ -234,6 +235,7 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
         )
     objective = Objective.of(cfg, inputs, nemo.architecture_of(student))
     log = metrics_log(out)
+    # ``stop_at_recovered`` also counts the KL that healing has removed (``stop_reason``).
     if heal_result := inputs["student"].manifest.result_if("heal", HealResult):
         log.progress("student", 1, 1, **{INITIAL_KL: heal_result.remaining_kl})
     train(cfg, student, objective, inputs["data"], out / student.name, log)

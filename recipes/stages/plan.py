@@ -71,7 +71,7 @@ class PlanConfig(StageConfig):
 
 
 def resolve_from_chain(cfg: PlanConfig, chain: Chain) -> PlanConfig:
-    """Copies workloads, costs and hardware from the chain."""
+    """Copies workloads, costs and hardware from the chain; sets the memory if it is unset."""
     hardware = replace(chain.hardware, memory_bytes=chain.hardware.memory_of_rank(1))
     return replace(
         cfg,

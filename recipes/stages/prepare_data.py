@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 SEED = 1234
 """Default seed for conversations that the teacher writes."""
 TOKEN_BYTES = 4
+"""Bytes of a token in the ``.bin`` files that this stage tokenizes."""
 SPLITS_FOLDER = "splits"
 """Folder in ``work/`` with unfinished splits, from which a killed stage resumes."""
 
@@ -221,6 +222,7 @@ def _link_tokens(
     """
     files, log = open_token_files(Path(str(cfg.prefix))), metrics_log(out)
     require_valid(files, tokenizer.size, partial(log.progress, "check"))
+    # A person can see from the sample whether the files were written with this tokenizer.
     sample = tokenizer.decode(files.tokens[:SAMPLED_TOKENS].tolist())
     print(f"{cfg.prefix} starts with: {sample!r}", flush=True)
     if not require_document_end(files, tokenizer.end, lambda token: tokenizer.decode([token])):

@@ -125,6 +125,7 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     source = nemo.find_checkpoint(inputs["checkpoint"].artifact)
     importance = Importance.load(inputs["importance"].artifact)
     input_shape = nemo.architecture_of(source)
+    # ``resolve_from_chain`` has replaced fractions of the teacher's sizes by numbers.
     student = pruned_shape(input_shape, cfg.targets(input_shape))
     if "shape" in inputs:
         student = Architecture(**(inputs["shape"].manifest.architecture or {}))

@@ -1,4 +1,4 @@
-"""Ranks the architectures of a search: prunes the teacher to each and measures it, untrained.
+"""Ranks the architectures of a search by the quality of the pruned teacher, before any training.
 
 Reads the teacher, its importance scores, the listed architectures and text. Reconstructs the best
 candidates by least squares before the final ranking. Writes ``candidates.json``, the best first.

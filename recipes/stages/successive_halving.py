@@ -69,6 +69,7 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
     else:
         training = training_of(cfg, round_sizes, 0)
         yield from training_problems(training, chain)
+        # The layout is checked for the teacher's shape: the candidates may not be known yet.
         workload = training_workload(training, chain.teacher)
         yield from layout_problems(workload, chain.hardware)
 
@@ -85,7 +86,7 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     text = Sequences(cfg.num_samples, cfg.distill.seq_length, cfg.distill.micro_batch_size)
     bf16 = cfg.precision == "bf16-mixed"
     evaluation = comparison_cost((chain.teacher, candidate), bf16, text, chain.hardware)
-    if not round_sizes:
+    if not round_sizes:  # a single candidate is chosen without training and evaluation
         return replace(evaluation, compute=Compute())
     num_logits_losses = (cfg.distill.kd_weight > 0) + (cfg.distill.lm_weight > 0)
     trainings = [training_of(cfg, round_sizes, n) for n in range(len(round_sizes))]
@@ -112,11 +113,11 @@ def _unknown_candidates(names: Sequence[str], known: Collection[str]) -> list[st
 def training_of(
     cfg: SuccessiveHalvingConfig, round_sizes: Sequence[int], round_number: int
 ) -> DistillConfig:
-    """Returns the settings of the distillation in one round. Each round has its own seed."""
+    """Returns the settings of the distillation in one round."""
     steps = cfg.steps(round_sizes[round_number], len(round_sizes))
     settings = {
         "stage": "distill",
-        "seed": cfg.distill.seed + round_number,
+        "seed": cfg.distill.seed + round_number,  # else, all rounds would read the same sequences
         "max_steps": steps,
         "warmup_steps": min(cfg.distill.warmup_steps, steps // 5),
         "val_check_interval": steps,

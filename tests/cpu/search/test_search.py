@@ -76,6 +76,7 @@ RANK_SETTINGS = {"num_samples": 4, "num_healed": 2, "num_calibration_samples": 8
 def ranked_run(even_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs a search up to its ranking."""
     run, length = tmp_path_factory.mktemp("search"), {"seq_length": 64}
+    # Every number of layers is allowed; hidden and feed-forward sizes are multiples of 8.
     model, space = {"hf_path": str(even_llama)}, Space(1, 8, 8)
     run_stage(import_hf, run, {}, **model)
     source = {"sources": [str(text_file)], "text_field": "text"}
@@ -98,7 +99,7 @@ def test_views_of_sorted_weights_have_the_logits_of_pruned_models(
     teacher_shape = nemo.architecture_of(teacher)
     shape = pruned_shape(teacher_shape, PruneTargets(**targets))
     tokens = torch.randint(280, (2, 32), generator=torch.Generator().manual_seed(0))
-    layers = [1, 3, 4, 2][: shape.num_layers]
+    layers = [1, 3, 4, 2][: shape.num_layers]  # any choice of the four
     kept = select_indices(scores, teacher_shape, shape, sorted(layers))
     sorted_model = SortedModel(load_transformers(teacher), teacher_shape, scores)
     memory = {p.untyped_storage().data_ptr() for p in sorted_model._model.parameters()}
@@ -167,6 +168,7 @@ def test_candidates_have_the_metrics_of_pruned_models(ranked_run: Path, healed: 
         heal_weights(teacher, candidate.shape, kept, weights, text.split(4), lambda *done: None)
     tokens = first_sequences(ranked_run / "prepare_data" / ARTIFACT, "validation", 64, 4)
     document_end = manifest_of(ranked_run, "prepare_data").result(DatasetResult).document_end
+    # The first token of a document cannot be predicted from the document before it.
     mask = (tokens[:, :-1] != document_end).flatten()
     assert (~mask).sum() > 0
     expected = reference_log_probs(load_transformers(teacher), tokens)[mask]
@@ -208,6 +210,7 @@ def test_measured_latency_changes_the_shapes_within_a_budget(
     ranked_run: Path, timed_manifest: Manifest
 ) -> None:
     latency = timed_manifest.result(LatencyResult)
+    # The teacher, shapes with one of three axes at the minimum, and with all; the middle shape.
     assert [shape.is_fitted for shape in latency.shapes] == [True] * 5 + [False]
     teacher, smallest = latency.shapes[0], latency.shapes[4]
     assert smallest.step_ms < teacher.step_ms
@@ -264,6 +267,7 @@ def test_a_killed_search_resumes_and_writes_the_winner_as_a_recipe(
     trained = [c for c in result.candidates if c.tokens]
     assert [c.name for c in trained] == [c.name for c in ranked[:2]]
     assert {c.tokens for c in trained} == {2048}
+    # Both trained candidates were healed before the ranking, but trained without healing.
     pruned_kl = min(c.kl_to_teacher for c in ranked if not c.healed)
     for candidate, untrained in zip(trained, ranked, strict=False):
         assert candidate.kl_to_teacher < pruned_kl

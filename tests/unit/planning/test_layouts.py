@@ -112,7 +112,7 @@ def test_student_and_teacher_are_both_checked(chain: Chain) -> None:
 
 
 def test_experts_are_trained_with_sequence_parallelism(chain: Chain) -> None:
-    """The width of an expert must be divisible, not the config's width of dense layers."""
+    """At TP=2, the width of each expert must also be even."""
     experts = replace(chain.teacher, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=66)
     moe = replace(chain, teacher=experts)
     [problem] = problems(config(devices=2, tp=2), moe)

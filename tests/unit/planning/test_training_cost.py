@@ -57,6 +57,7 @@ def on_96_nodes(
 
 
 HYBRIDS = hybrid_as_dense(24, 4352, 7.00e9), hybrid_as_dense(28, 4480, 8.89e9)
+"""The student, and its teacher Nemotron-Nano-9B-v2."""
 
 
 @pytest.mark.parametrize(
@@ -149,13 +150,15 @@ def test_estimated_memory_is_within_5_percent_of_measurements_on_a_cpu(
 
 def test_float32_takes_longer_than_bfloat16_on_any_device() -> None:
     workload = distillation(SMOLLM2, SMOLLM2, layout=Layout(), seq_length=256, global_batch_size=4)
+    # An H100 computes float32 without tensor cores.
     for hardware, least_ratio in ((replace(CPU, **CPU_PROFILES[True]), 1.5), (H100, 10)):
         float32_hours = training_cost(replace(workload, bf16=False), hardware).hours
         assert float32_hours > least_ratio * training_cost(workload, hardware).hours
 
 
 def test_time_of_a_step_on_a_cpu_equals_a_hand_count() -> None:
-    """The model has one layer with one head of two channels; one token; bfloat16."""
+    """The model has one layer with one head of two channels; one token; bfloat16. Operations
+    between GEMMs reach half of the bandwidth: 2 bytes per second."""
     tiny = Architecture("", 1, 2, 3, 1, 1, 2, 5, 8, tied_embeddings=True)
     workload = distillation(tiny, None, layout=Layout(), seq_length=1, global_batch_size=1)
     rates = {"flops_per_second": 10.0, "float32_flops_per_second": 5.0, "bytes_per_second": 4.0}
@@ -220,7 +223,8 @@ def test_a_cpu_holds_unsummed_gradients_in_bfloat16(batches: int, ranks: int, si
 
 
 def test_copies_of_the_optimizer_take_memory_and_reduce_network_traffic() -> None:
-    """With a copy on each of two nodes, a rank sends an eighth of the gradients between nodes."""
+    """With a copy on each of two nodes, a rank sends an eighth of the gradients between nodes.
+    A parameter's 6 bytes are its gradient (4 bytes) and its weight (2 bytes)."""
     layout = Layout(nodes=2, devices=8)
     workload = distillation(LLAMA, None, layout=layout)
     with_copies = replace(workload, layout=replace(layout, optimizer_instances=2))
@@ -265,8 +269,10 @@ def test_a_pipeline_holds_several_micro_batches_and_idles() -> None:
     assert step.bubble == pytest.approx(step.compute * 3 / 8)
     layer = layer_activation_bytes(LLAMA, layout, 4096)
     many_batches = replace(workload, global_batch_size=64)
+    # The first stage has 8 layers, and 4 micro batches in flight.
     assert stage_memory(many_batches, H100, 0).activations > 4 * 8 * layer
-    # A stage keeps the hidden states that it received for each micro batch, and one more buffer.
+    # A stage keeps the teacher's hidden states that it received for each micro batch in flight (the
+    # first stage: none), and one more buffer.
     with_teacher = replace(workload, teacher=LLAMA)
     state = 2 * 4096 * 4096
     for stage, kept_states in enumerate((1, 1 + 3, 1 + 2, 1 + 1)):
@@ -296,7 +302,8 @@ def test_logits_of_teacher_and_student_are_counted() -> None:
     assert peak_memory(workload, CPU).logits == 2 * logits
     assert peak_memory(replace(workload, terms=2), CPU).logits == 2 * logits
     assert peak_memory(replace(workload, teacher=None), CPU).logits == logits
-    chunk = peak_memory(replace(workload, teacher=None), H100).logits - logits
+    # On a GPU, the loss has two buffers, three with a live teacher, and one more per further term.
+    chunk = peak_memory(replace(workload, teacher=None), H100).logits - logits  # two of these
     assert peak_memory(workload, H100).logits == 2 * logits + 3 * chunk / 2
     assert peak_memory(replace(workload, terms=2), H100).logits == 2 * logits + 4 * chunk / 2
     cache = replace(workload, trained=None)

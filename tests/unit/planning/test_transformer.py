@@ -147,7 +147,7 @@ def test_only_processors_with_bfloat16_instructions_train_in_it(
     if flags is not None:
         (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
     assert hardware.cpu_profile("precision") == precision
-    defaults = hardware.Hardware()
+    defaults = hardware.Hardware()  # the rates of a processor with bfloat16 instructions
     rates = [hardware.cpu_profile(n) for n in ("flops_per_second", "bytes_per_second")]
     default_rates = [defaults.flops_per_second, defaults.bytes_per_second]
     assert (rates == default_rates) == (precision == defaults.precision)

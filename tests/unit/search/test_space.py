@@ -102,7 +102,7 @@ def test_sizes_are_multiples_of_the_tensor_parallel_size() -> None:
 
 
 def test_costs_of_serving() -> None:
-    """Llama 3 70B at bfloat16: 141 GB of weights, 1.34 GB of cache at 4096 tokens."""
+    """Llama 3 70B in bfloat16 has 141 GB of weights, and 1.34 GB of KV cache for 4096 tokens."""
     service = Service(batch_size=2)
     assert weight_bytes(LLAMA_70B, service) == pytest.approx(141.1e9, rel=1e-3)
     assert cache_bytes(LLAMA_70B, service) == 2 * 2 * 80 * 8 * 128 * 4096 * 2

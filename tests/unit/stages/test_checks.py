@@ -147,7 +147,7 @@ def test_prepare_data_refuses_invalid_sources_and_splits(
 
 
 def test_the_error_lists_splits_with_too_few_tokens() -> None:
-    tokens = Counter(train=1000, validation=256, calibration=257)
+    tokens = Counter(train=1000, validation=256, calibration=257)  # and heldout=0
     chats = {"chats": {"used": 3, "shortened": 0, "too long": 90}}
     with pytest.raises(RecipeError, match="validation: 256, heldout: 0") as caught:
         prepare_data._require_sequences(tokens, 256, chats)
@@ -167,6 +167,7 @@ def prune_errors(cfg: PruneConfig, chain: Chain) -> list[Problem]:
 
 
 def test_prune_reports_each_invalid_target(chain: Chain) -> None:
+    """The teacher has hidden size 128 and feed-forward size 256; the divisors are 64."""
     good = PruneConfig(target_hidden_size=64, target_ffn_hidden_size=192, target_num_layers=2)
     assert prune_errors(good, chain) == []
     bad = replace(good, target_hidden_size=100, target_ffn_hidden_size=512)
@@ -189,6 +190,7 @@ def test_prune_reports_each_invalid_target(chain: Chain) -> None:
 def test_a_fraction_that_keeps_all_or_nothing_is_refused(
     chain: Chain, targets: dict[str, Any], fix: str
 ) -> None:
+    """The teacher has 4 layers, 8 heads in 4 groups, and hidden size 128; the divisor is 64."""
     problem = only_problem(prune_errors(PruneConfig(**targets), chain))
     assert problem.rule.name == "prune-target"
     assert str(next(iter(targets.values()))) in problem.what
@@ -251,7 +253,7 @@ def test_score_measures_the_block_sizes_that_prune_drops(
         ({"block_sizes": [1], "num_loss_samples": 0}, "calibration"),
         ({"pipeline_model_parallel_size": 2}, "ranks"),
         ({"resources": TWO_RANKS}, None),
-        ({"resources": TWO_RANKS, "num_calibration_samples": 7}, "ranks"),
+        ({"resources": TWO_RANKS, "num_calibration_samples": 7}, "ranks"),  # micro batches of 4
         ({"resources": Resources(devices=5), "pipeline_model_parallel_size": 5}, "ranks"),
         ({"resources": Resources(devices=4), "pipeline_model_parallel_size": 4}, None),
     ],
@@ -301,6 +303,7 @@ def test_gguf_supports_some_families(chain: Chain) -> None:
         (CacheLogitsConfig(), []),
         (CacheLogitsConfig(top_k=512), ["top-k"]),
         (CacheLogitsConfig(tensor_model_parallel_size=2), ["ranks"]),
+        # The expectation ``None`` is at least one problem.
         (CacheLogitsConfig(tensor_model_parallel_size=3, resources=Resources(devices=3)), None),
         (
             CacheLogitsConfig(
@@ -322,7 +325,7 @@ def test_all_problems_are_listed(
         EvaluateConfig: evaluate.STAGE,
     }
     names = rule_names(stages[type(cfg)].problems(cfg, chain))
-    assert names == expected if expected is not None else names  # ``None``: at least one problem
+    assert names == expected if expected is not None else names
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def test_loss_and_early_stop(chain: Chain, fields: dict[str, Any], expected: lis
 @pytest.mark.parametrize(
     ("fields", "chain_fields", "expected"),
     [
+        # By default, trainings of at least 100 steps on this machine's CPU are compiled.
         ({"max_steps": 100}, {"runs_here": True}, True),
         ({"max_steps": 99}, {"runs_here": True}, False),
         ({"max_steps": 99, "compile": True}, {}, True),

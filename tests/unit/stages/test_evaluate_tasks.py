@@ -1,4 +1,4 @@
-"""Tests the checks of ``evaluate_tasks``, the group ``tasks``, and the result in one line."""
+"""Tests the checks of ``evaluate_tasks``, the config group ``tasks``, and the result's headline."""
 
 from __future__ import annotations
 

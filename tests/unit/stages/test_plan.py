@@ -43,8 +43,8 @@ def test_tables_have_a_cell_for_each_column() -> None:
         assert table.rows
         assert {len(row) for row in table.rows} == {len(table.columns)}
     totals = summary_of(costs, H100, from_published_config=True)
-    assert totals["device-hours"] == pytest.approx(5826, abs=2)
-    assert totals["dollars"] == pytest.approx(3 * totals["device-hours"], rel=0.001)
+    assert totals["device-hours"] == pytest.approx(5826, abs=2)  # NVIDIA published about 6,000
+    assert totals["dollars"] == pytest.approx(3 * totals["device-hours"], rel=0.001)  # $3 per hour
     assert tables({}, H100) == []
 
 
@@ -70,7 +70,7 @@ def test_an_invalid_cache_is_ignored(cache: Path, content: str) -> None:
 
 
 def test_a_cache_that_cannot_be_written_is_ignored(cache: Path) -> None:
-    (cache / RATES_FOLDER).touch()
+    (cache / RATES_FOLDER).touch()  # a file, where the folder of the rates would be
     write_rates(2, RATES)
     assert read_rates(2) is None
 
