@@ -68,7 +68,7 @@ class EvaluationResult:
     tokens: int
     predictions: int
     """Number of next-token predictions in the loss. The first tokens of sequences and documents are
-    not predicted."""
+    not predicted, and of conversations only the assistant's answers are."""
     recovered: float | None
     """(pruned loss - distilled loss) / (pruned loss - teacher's loss); see ``recovered``."""
     sources: dict[str, SourceQuality] = field(default_factory=dict)

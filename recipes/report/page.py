@@ -1,7 +1,8 @@
 """Renders a run's report from manifests and logged metrics.
 
-Every number comes from a manifest, or from a file whose hash is in a manifest. The page shows
-rounded numbers, and has the exact value of each as a tooltip.
+Every number comes from a manifest, or from a file whose hash is in a manifest. Only training curves
+come from a file without a hash, the metrics log. The page shows rounded numbers, and has the exact
+value of each as a tooltip.
 """
 
 from __future__ import annotations

@@ -111,6 +111,7 @@ def test_results_kept_despite_changes_are_listed(inputs: dict[str, Input], tmp_p
 def test_text_of_models_and_users_is_escaped(inputs: dict[str, Input], tmp_path: Path) -> None:
     text = render_page(inputs, tmp_path, replace(CONFIG, title=NASTY, description=NASTY))
     assert "<script" not in text
+    # The title is in the head and in the body; the description and a generated text occur once.
     assert text.count(html.escape(NASTY).replace("&#x27;", "&#39;")) == 4
     assert NASTY in Page(text).text
 

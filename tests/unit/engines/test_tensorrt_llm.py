@@ -47,7 +47,7 @@ def config(**settings: Any) -> BuildEngineConfig:
 
 
 def rules(cfg: BuildEngineConfig, chain: Chain) -> list[str]:
-    """Returns the broken rules if stages run on this machine, which needs no container image."""
+    """Returns the broken rules if stages run on this machine, so that no image is required."""
     return [p.rule.name for p in engine_problems(cfg, replace(chain, runs_here=True))]
 
 
@@ -304,7 +304,7 @@ def test_the_pytorch_backend_gets_the_checkpoint_and_its_options(tmp_path: Path)
 
 
 def package_folder() -> Path | None:
-    """Returns the folder of TensorRT-LLM: ``TENSORRT_LLM_SOURCE``, or the installed package."""
+    """Returns the folder with ``tensorrt_llm`` in it: ``TENSORRT_LLM_SOURCE`` or site-packages."""
     if named := os.environ.get("TENSORRT_LLM_SOURCE"):
         return Path(named)
     spec = importlib.util.find_spec("tensorrt_llm")
@@ -312,7 +312,7 @@ def package_folder() -> Path | None:
 
 
 def names_in(tree: ast.AST) -> Iterator[str]:
-    """Yields all names of a module: options, keys, fields, parameters, attributes."""
+    """Yields all names and strings of a module, such as options, keys, fields and parameters."""
     for node in ast.walk(tree):
         for field in ("id", "attr", "arg", "name", "value"):
             if isinstance(value := getattr(node, field, None), str):
@@ -331,7 +331,7 @@ def fields(tree: ast.AST, cls: str) -> set[str]:
 
 
 def maps_tensors(tree: ast.AST, cls: str) -> bool:
-    """Returns whether a class of a layer maps the names of a checkpoint's tensors."""
+    """Returns whether a layer's class maps names of a checkpoint's tensors to its own."""
     return any(
         isinstance(node, ast.ClassDef)
         and node.name == cls
@@ -341,7 +341,7 @@ def maps_tensors(tree: ast.AST, cls: str) -> bool:
 
 
 def leaves(entry: Any) -> Iterator[str]:
-    """Yields the recorded names."""
+    """Yields the names that an entry of the record lists, without its imports."""
     if isinstance(entry, str):
         yield entry
     elif isinstance(entry, list):
