@@ -118,7 +118,7 @@ def test_eight_kinds_have_small_downloads_licences_and_equal_weights() -> None:
 
 
 def test_a_run_prepares_the_eight_kinds(even_llama: Path, tmp_path: Path) -> None:
-    """Stages run from a copy of the code without configs, so settings must name all sources."""
+    """Stages run from a copy of the code without ``conf/``, so settings must name all sources."""
     run = tmp_path / "run"
     done = run_recipe(
         "recipe=llama_depth_prune",

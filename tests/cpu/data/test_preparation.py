@@ -1,4 +1,4 @@
-"""Tests that preparation gives the same bytes with more processes, and after ``kill -9``."""
+"""Tests the splits of prepared text, also with several processes and after ``kill -9``."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ def test_ten_times_the_text_takes_the_same_memory(
     tokenizer: DocumentTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The traced memory is that of Python and NumPy: texts, digests, tokens and lengths."""
-    monkeypatch.setattr(split_writer, "BLOCK", 512)
+    monkeypatch.setattr(
+        split_writer, "BLOCK", 512
+    )  # small, so that all three texts have full blocks
     peaks = []
     for number in (2_000, 2_000, 20_000):  # the first run also allocates what later runs reuse
         texts = (
@@ -144,7 +146,10 @@ def chat(odd_llama: Path, tokenizer: DocumentTokenizer) -> ChatTokenizer:
 def mixed(
     text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[PrepareDataConfig, list[str]]:
-    """Settings with a source of conversations between two of text, and the conversations' texts."""
+    """Settings with a source of conversations between two of text, and the conversations' texts.
+
+    The second source of text repeats the first, so all its documents are dropped as duplicates.
+    """
     folder = tmp_path_factory.mktemp("mixed")
     (folder / "texts.jsonl").write_text("".join(text_file.read_text().splitlines(True)[:100]))
     chats = write_chats(folder / "chats.jsonl", text_file, 700)
@@ -218,7 +223,10 @@ def test_conversations_lie_whole_in_sequences_with_only_answers_in_the_loss(
 def _conversations(
     tokens: np.ndarray, loss_mask: np.ndarray, start: int, stop: int, end: int
 ) -> Iterator[tuple[tuple[int, ...], list[bool]]]:
-    """Yields ids and masks of conversations, without the second end token, which follows each."""
+    """Yields ids and masks of conversations, up to the end token of the last answer.
+
+    Another end token follows each conversation, because ``eos_token`` also ends documents here.
+    """
     for sequence in range(start // LENGTH, -(-stop // LENGTH)):
         position = max(start, sequence * LENGTH)
         last = min(stop, (sequence + 1) * LENGTH)
@@ -298,7 +306,7 @@ def test_the_deadline_stops_and_the_next_start_resumes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(DEADLINE, "1")
+    monkeypatch.setenv(DEADLINE, "1")  # in 1970, so each start stops after one batch
     for _ in range(3):
         with pytest.raises(StoppedByDeadlineError, match="the same command resumes"):
             prepare(cfg, tokenizer, tmp_path, LOG)
@@ -344,7 +352,7 @@ def test_max_documents_takes_the_first_documents_of_each_source(
 ) -> None:
     limited = replace(cfg, heldout_sources=[], max_documents=40)
     done = prepare(limited, tokenizer, tmp_path, LOG)
-    assert sum(count for _, count in done.sizes.values()) == 80
+    assert sum(count for _, count in done.sizes.values()) == 80  # two sources, no shared documents
     texts = read(text_file)
     first = [tuple(d.ids.tolist()) for d in tokenizer.encode(texts[:40] + texts[300:340])]
     assert {ids for split in SPLITS for ids in documents(tmp_path, split)} == set(first)

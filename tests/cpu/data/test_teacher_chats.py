@@ -83,7 +83,7 @@ def test_each_request_is_written_once(teacher: ChatWriter, monkeypatch: pytest.M
     assert other_file != file
     assert conversations[:9] != other[:9]
     assert write_and_read(replace(teacher, sha256="u"), REQUEST)[1] not in (file, other_file)
-    # A second run generates nothing: it assembles the damaged file again from stored batches.
+    # A repeated request generates nothing: it assembles the damaged file again from stored batches.
     file.write_text("{}\n")
     monkeypatch.setattr(teacher_chats, "_generate", no_generation)
     assert write_and_read(teacher, REQUEST)[0] == conversations
@@ -111,7 +111,7 @@ def test_conversations_are_invented_and_fit_a_sequence(teacher: ChatWriter) -> N
     )
     assert not any(chat.shortened or chat.left_out_reason for chat in encoded)
     assert sum(json.loads(b.read_text())["unfinished"] for b in file.parent.glob("0*.json")) > 0
-    with pytest.raises(RecipeError, match="finished none of"):
+    with pytest.raises(RecipeError, match="finished none of"):  # the template alone takes 19
         write_and_read(teacher, replace(REQUEST, seq_length=20))
 
 

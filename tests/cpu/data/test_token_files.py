@@ -1,4 +1,4 @@
-"""Tests text in an existing pair of Megatron's files, which is checked, divided and linked."""
+"""Tests how tokens in Megatron's ``.bin`` and ``.idx`` files are checked, split and linked."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Returns a function that writes documents of two sequences with Megatron's own builder."""
+    """Returns a function that writes documents, each of two sequences of 51 tokens."""
 
     def write_documents(
         dtype: type[np.number] = np.uint16, documents: int = 100, end: int = END
@@ -91,7 +91,7 @@ def test_splits_are_ranges_without_overlap_and_link_to_the_tokens(
 
 def test_limits_shorten_the_text(write: Write) -> None:
     files = open_token_files(write())
-    for max_documents, max_tokens in ((50, None), (None, 50 * 102)):
+    for max_documents, max_tokens in ((50, None), (None, 50 * 102)):  # 2 * 51 tokens a document
         ranges = split_ranges(files, FRACTIONS, max_documents, max_tokens)
         assert ranges["heldout"].stop == 50
         assert len(ranges["train"]) == 45
@@ -108,7 +108,7 @@ def test_damaged_or_foreign_files_are_refused(write: Write) -> None:
     assert error.value.fix == "data.document_end='<7>'"
     original, tokens = index.read_bytes(), data.read_bytes()
     damaged = bytearray(original)
-    struct.pack_into("<q", damaged, 34 + 4 * 200 + 8 * 5, 3)  # the pointer of a sequence
+    struct.pack_into("<q", damaged, 34 + 4 * 200 + 8 * 5, 3)  # after header, lengths, 5 pointers
     index.write_bytes(damaged)
     with pytest.raises(RecipeError, match="damaged"):
         require_valid(open_token_files(prefix), 512, ignore)
@@ -152,7 +152,7 @@ def test_the_stage_links_tokens_and_tokenizes_held_out_text(
     teacher = Input(tmp_path, bare_manifest("import_hf", "checkpoint_nemo", None))
     result = STAGE.run(cfg, {"tokenizer": teacher}, out).result
     assert isinstance(result, DatasetResult)
-    assert sum(result.documents[split] for split in SPLITS[:3]) == 100
+    assert sum(result.documents[split] for split in SPLITS[:3]) == 100  # all of ``prefix``
     assert result.documents["heldout"] == 1
     for split in SPLITS:
         assert (out / f"{split}.bin").is_symlink() == (split != "heldout")
@@ -164,4 +164,4 @@ def test_plans_check_the_files(write: Write) -> None:
     prefix = write()
     assert not [*_prefix_problems(PrepareDataConfig(prefix=str(prefix)))]
     both = PrepareDataConfig(prefix=f"{prefix}_typo", sources=["a.txt"])
-    assert len([*_prefix_problems(both)]) == 2
+    assert len([*_prefix_problems(both)]) == 2  # sources are set, too, and the files do not exist

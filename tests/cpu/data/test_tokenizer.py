@@ -112,7 +112,8 @@ def test_unusable_conversations_are_left_out(
 def test_a_long_conversation_is_shortened_to_its_last_whole_answer(tmp_path: Path) -> None:
     turns = [*QUESTION, ANSWER, {"role": "user", "content": "And?"}, ANSWER]
     unshortened = encode(make_tokenizer(tmp_path, PLAIN), turns)
-    # The first length cuts off the line break after the last answer, other lengths two turns.
+    # With the first length, only the last line break does not fit. With the other lengths, the last
+    # question and answer do not fit.
     for length in range(len(unshortened.ids) - 1, 63, -1):
         tokenizer = make_tokenizer(tmp_path, PLAIN, length)
         conversation = encode(tokenizer, turns)

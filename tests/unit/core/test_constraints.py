@@ -89,7 +89,7 @@ def test_error_shows_a_value_of_the_wrong_type(config: Any, field: str, requirem
 
 
 def test_infinite_memory_is_valid() -> None:
-    """It means unknown: a login node does not know the memory of the nodes on which jobs run."""
+    """Infinite means unknown: a login node does not know the memory of the jobs' nodes."""
     assert not list(violations(Hardware(memory_bytes=INFINITE)))
 
 

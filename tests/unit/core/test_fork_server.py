@@ -29,7 +29,8 @@ memory = bytearray(300_000_000)
 del memory
 atexit.register(lambda: print("exit of the import", flush=True))
 """
-"""A library whose import has a high peak memory and an atexit handler. Forks must have neither."""
+"""A library whose import has a high peak of memory and an atexit handler. A fork must not report
+this peak, and must not call the handler."""
 STAGE = """
 import ctypes, json, os, sys
 from recipes.core.processes import peak_memory_bytes
@@ -59,10 +60,12 @@ sys.modules["torch"] = SimpleNamespace(cuda=cuda, default_generator=SimpleNamesp
 
 @pytest.fixture
 def environment(tmp_path: Path, root: Path) -> dict[str, str]:
+    """Writes the modules above; returns variables with which processes can import them."""
     modules = {"heavy": HEAVY, "a_stage": STAGE, "slow": SLOW, "threaded": THREADED}
     modules |= {"cuda": CUDA.format(gpu=True), "cuda_without_gpu": CUDA.format(gpu=False)}
     for name, text in modules.items():
         (tmp_path / f"{name}.py").write_text(text)
+    # Unbuffered output would hide that a fork does not flush its buffers.
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return {**variables, "PYTHONPATH": f"{root}{os.pathsep}{tmp_path}"}
 

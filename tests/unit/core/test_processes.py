@@ -1,4 +1,4 @@
-"""Tests that children die with their parent, the return of free memory, and prepared imports."""
+"""Tests the end of children with their parent, the return of free memory, and prepared imports."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ if os.fork() == 0:
 time.sleep({lifetime})
 os._exit(0)
 """
+"""Its fork forks, too. Each fork waits before ``make_forks_die_with_parent`` takes effect in it."""
 
 
 FREED = """
@@ -41,7 +42,7 @@ print(before / resident())
 
 
 def test_free_memory_is_returned() -> None:
-    """The program frees 200 MB in the middle of the heap. Its settings make malloc keep them."""
+    """The program frees 200 MB below a block in use. Its settings make malloc keep them."""
     variables = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     done = subprocess.run(
         [sys.executable, "-c", FREED], env=os.environ | variables, cwd=REPO_ROOT,
@@ -64,7 +65,7 @@ def test_children_die_with_their_parent(delay: float, lifetime: float) -> None:
     os.close(writing)
     with os.fdopen(reading) as pipe:
         assert pipe.read() == ""
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 30  # without their parent's death, they live for 60 seconds
 
 
 IMPORTS = """

@@ -46,4 +46,5 @@ def test_on_a_narrow_console_cells_are_folded_but_names_are_not() -> None:
     rows = [line.rstrip() for line in output.getvalue().splitlines()]
     assert max(map(len, rows)) <= 60
     assert any(row.startswith(f" {name} ") for row in rows)
+    # The first two rows are the title and the header. The last column has the folded path.
     assert "".join(row.split()[-1] for row in rows[2:]) == path

@@ -227,7 +227,7 @@ def test_errors_of_a_disk_that_is_too_small_are_explained(
 
 @pytest.fixture
 def without_privileges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Works in ``tmp_path`` as a user who is not root."""
+    """Changes to ``tmp_path`` and, if the tests run as root, to another user."""
     tmp_path.chmod(0o755)
     monkeypatch.chdir(tmp_path)  # only root may enter the parent folders
     user = os.geteuid()
@@ -236,7 +236,7 @@ def without_privileges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         file.parent.mkdir()
         file.touch(0o200)  # not readable
         file.parent.chmod(0o200 if "closed" in name else 0o555)  # 0o555: not writable
-    os.seteuid(user or 65534)
+    os.seteuid(user or 65534)  # if root, as nobody
     yield
     os.seteuid(user)
 

@@ -91,7 +91,8 @@ def track(
         return status
 
     started = time.time()
-    time.sleep(0.002)  # the times of records are rounded to milliseconds
+    # Times of records are rounded to milliseconds. No new record may seem older than ``started``.
+    time.sleep(0.002)
     follow(stage.directory, started, wait)
 
 
@@ -319,7 +320,7 @@ def test_a_tracker_that_does_not_answer_does_not_stop_the_stage(tmp_path: Path) 
 
 
 def test_the_launcher_writes_which_tracker_the_jobs_use(launch: Launch, tmp_path: Path) -> None:
-    """The launcher only writes which tracker the jobs use. Without a tracker it writes no file."""
+    """If no tracker is configured, there is no file, or the old file's settings are emptied."""
     slurm = ("recipe=llama_width_prune", "cluster=slurm", "hardware=h100", "dry_run=true")
     assert launch(*slurm).returncode == 0
     file = tmp_path / "cwd" / "runs" / "llama_width_prune" / TRACKER

@@ -227,6 +227,7 @@ def test_files_of_a_pattern_are_one_source(tmp_path: Path) -> None:
     source = f"{tmp_path}/*.txt"
     assert source_problem(source) is None
     assert documents(source) == ["one", "two", "three", "four"]
+    # The files have 8 and 11 bytes. Their second paragraphs start at bytes 5 and 7 of the file.
     positions = [document.position_in_stretch for document in read_source(source, "text")]
     assert positions == [0, 5 / 19, 8 / 19, 15 / 19]
     assert source_bytes(source) == 19

@@ -21,6 +21,7 @@ from recipes.data.token_sequences import (
 def test_each_epoch_and_seed_has_its_own_order_of_all_sequences() -> None:
     pairs = [(seed, epoch) for seed in (1, 2) for epoch in (0, 1, 7)]
     orders = {pair: tuple(sequence_order(np.arange(50), 50, *pair)) for pair in pairs}
+    # All orders differ from each other and from the order of the text.
     assert len({*orders.values(), tuple(range(50))}) == len(pairs) + 1
     assert all(sorted(order) == list(range(50)) for order in orders.values())
     assert tuple(sequence_order(np.arange(50), 50, 1, 0)) == orders[1, 0]
