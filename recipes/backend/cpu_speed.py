@@ -1,7 +1,8 @@
 """Patches that reduce the time or memory of training on a CPU. Results change by rounding at most.
 
-The patches never apply on CUDA. The patches of gradients, gathers and optimizer state only apply
-with one rank. ``stages.distill.cpu_speed_patches=[]`` disables all patches. The command
+The patches never apply on CUDA. The patches of gradients only apply with one rank, those of gathers
+and optimizer state with one data-parallel rank. ``stages.distill.cpu_speed_patches=[]`` disables
+all patches. The command
 ``python -m benchmarks.distill --only nemo-cached-compiled without-NAME`` measured the gain of the
 set ``NAME``; see benchmarks/README.md.
 """
@@ -108,14 +109,14 @@ def _skip_reduction(original: Any) -> Any:
 
     def start_grad_sync(self: Any) -> None:
         weights = [weight for bucket in self.buckets for weight in bucket.params_list]
-        if not weights[0].has_unshared_gradient:
+        if not weights[0].has_unshared_gradient:  # equal in all weights
             original(self)
             return
         for weight in weights:
             if weight.main_grad is None:
                 weight.main_grad = torch.zeros_like(weight)
         if self.ddp_config.overlap_grad_reduce:
-            self.grad_reduce_handle = _CompletedCollective()
+            self.grad_reduce_handle = _CompletedCollective()  # Megatron waits for the handle
 
     return start_grad_sync
 

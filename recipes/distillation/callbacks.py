@@ -39,7 +39,7 @@ class StepLogger(Callback):
         self._skipped = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Starts the timer, and wraps the optimizer's update."""
+        """Starts the timer, and wraps the optimizer's gradient norm and update."""
         self._last = time.monotonic()
         optimizer = trainer.optimizers[0].mcore_optimizer
         compute_norm, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
@@ -97,7 +97,7 @@ class StepLogger(Callback):
             values["val_kd"] = fmean(self._validation_kds)
         self._validation_kds.clear()
         self._log.progress(VALIDATE, trainer.global_step, self._cfg.max_steps, **values)
-        self._last = time.monotonic()
+        self._last = time.monotonic()  # the next step's speed excludes the validation
 
 
 def finish_saving(trainer: Any) -> None:
@@ -190,7 +190,7 @@ class StopAtDeadline(Callback):
 
 
 class CollectGarbage(Callback):
-    """Collects garbage on all ranks in the same step, so that no rank waits for another.
+    """Collects garbage on all ranks in the same step: a rank that collects alone delays all others.
 
     Also returns free memory to the system before validations and checkpoints. These allocate blocks
     of other sizes than training steps do, so they could not reuse the free blocks.

@@ -144,9 +144,9 @@ def _sampled_forward_kl(
     """Computes the forward KL from a teacher whose tail is represented by samples.
 
     p is replaced by an estimate p̂, which is exact for the top-k and gives each sample an equal
-    fraction of the tail's mass. E[p̂] = p, and -Σ p̂·log q and its gradient q - p̂ are linear in p̂,
-    so both are unbiased. The entropy of p is stored, not estimated. Sparse Logit Sampling
-    (arXiv:2503.16870) samples all tokens; with an exact top-k the variance is lower.
+    fraction of the tail's mass. E[p̂] = p. The cross-entropy -Σ p̂·log q and its gradient q - p̂ are
+    linear in p̂, so they are unbiased. The entropy of p is stored, not estimated. Sparse Logit
+    Sampling (arXiv:2503.16870) samples all tokens; with an exact top-k the variance is lower.
     """
     log_p, log_tail = teacher.log_probs.clamp(min=LOG_ZERO).split(
         [teacher.indices.shape[1], 1], dim=1

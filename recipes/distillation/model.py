@@ -83,7 +83,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
 
     @property
     def validation_loss_reduction(self) -> MegatronLossReduction:
-        """Returns the reduction of the LM loss, and of the KD loss if the teacher validates too."""
+        """Returns the reduction of the LM loss, and of the KD loss if the teacher also runs."""
         if self._teacher.runs_in_validation:
             return self._validation
         return super().validation_loss_reduction

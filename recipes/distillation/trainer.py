@@ -104,7 +104,7 @@ def train(
 
 
 def _set_environment(cfg: TrainingConfig) -> None:
-    """Sets the variables that CUDA, NCCL and TransformerEngine read when they start.
+    """Sets the variables that PyTorch, NCCL, TransformerEngine and NeMo read when they start.
 
     Variables that are set already keep their values. The launcher sets
     ``CUDA_DEVICE_MAX_CONNECTIONS`` from the hardware profile: the best value depends on the GPU,

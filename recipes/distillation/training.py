@@ -208,7 +208,7 @@ def training_bytes(cfg: TrainingConfig, parameters: int) -> int:
 
 
 def training_progress(work: Path) -> str | None:
-    """Returns the step that a new start would lose, as text; ``None`` without a checkpoint."""
+    """Returns the last saved step, as text; ``None`` without a checkpoint."""
     steps = [steps_of_checkpoint(path) for path in complete_checkpoints(work / CHECKPOINTS)]
     return f"step {max(steps)}" if steps else None
 

@@ -142,6 +142,7 @@ def _rehearsed_config(config: StageConfig) -> StageConfig:
         return replace(config, inputs={"checkpoint": config.inputs["checkpoint"]})
     if not isinstance(config, SuccessiveHalvingConfig):
         return config
+    # A search of one candidate has no rounds.
     training = training_of(config, config.rounds(config.max_candidates()) or [1], 0)
     model = config.inputs["checkpoint"]
     inputs = {"teacher": model, "student": model, "data": config.inputs["data"]}

@@ -101,13 +101,13 @@ class RunCommand:
         """Starts the command and kills the victim; ``None`` if the command ended earlier."""
         launcher = self.start()
         self._wait_for(kill, launcher)
-        stage = self._stage_of(launcher) or "launcher"
+        stage = self._stage_of(launcher) or "launcher"  # before the first stage
         if launcher.poll() is not None:
             return None
         try:
             processes = processes_of(launcher.pid)
             victim = kill.victim if processes[kill.victim] else "launcher"
-            random.Random(kill.fraction).choice(processes[victim]).kill()
+            random.Random(kill.fraction).choice(processes[victim]).kill()  # reproducible
         except psutil.NoSuchProcess:  # the victim has just ended
             victim = "none"
         if victim != "launcher":
