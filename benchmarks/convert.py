@@ -46,7 +46,7 @@ LAYER_BILLIONS = 0.218
 
 
 def work_of(side: str, folder: Path, scratch: Path) -> Callable[[], object]:
-    """Imports a side's libraries, and returns a function that does its work."""
+    """Imports a side's libraries in advance, and returns the function to measure."""
     if side == "copy":
         return lambda: shutil.copytree(folder, scratch / "copy")
     if side == "transformers":

@@ -108,7 +108,7 @@ class Result:
     """A method's speeds in tokens/s, of all steps after warm-up in all rounds."""
 
     tokens_per_second: float
-    """Median over rounds of each round's median step."""
+    """Median over rounds of the median speed of a round's steps."""
     slowest: float
     """Speed of the slowest step."""
     fastest: float

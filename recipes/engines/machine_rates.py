@@ -18,7 +18,7 @@ MAX_TOTAL_SECONDS = 0.5
 """An operation whose runs took this long in total is not repeated more than ``MIN_REPEATS`` times:
 GEMMs of a data type that the processor emulates may take minutes."""
 TOKENS = 1024
-"""Rows of the GEMMs."""
+"""Tokens of a batch: the rows of each linear layer's input."""
 MIN_CPU_FRACTION = 0.8
 """A measurement is valid if its threads ran for at least this fraction of the time. In the
 remaining time other programs used the cores."""

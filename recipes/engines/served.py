@@ -158,7 +158,7 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
         _require_generation(tasks)
     text = _heldout_text(cfg, inputs) if server == "llama_cpp" else None
     losses: list[float] = []
-    # llama.cpp needs a free position after the prompt.
+    # llama.cpp needs a free position after the prompt; all servers get the same limit.
     positions = read_json(folder / "config.json")["max_position_embeddings"] - 1
     length = min(cfg.max_length, positions)
     served: dict[str, list[Item]] = {}
@@ -217,7 +217,7 @@ def served_lm(
     lm_class: type[ServedLM] = LlamaCppLM
     if server == "llama_cpp":
         threads = cfg.threads or cpu_threads()
-        # A prompt must be shorter than llama.cpp's context, which has one more position.
+        # A prompt must be shorter than llama.cpp's context, so the context is longer by one.
         command = llama_command(artifact.artifact / FILE, port, length + 1, threads)
     else:
         require_backend(server)

@@ -87,7 +87,7 @@ class QuantizeConfig(StageConfig):
     num_sequences: Count = 128
     """Calibration sequences of ``seq_length`` tokens; fewer if the calibration text is shorter."""
     num_eval_sequences: Count = 8
-    """Held-out sequences on which the quality before and after is compared."""
+    """Held-out sequences on which the quality before and after quantization is compared."""
 
 
 @dataclass
@@ -103,7 +103,7 @@ class EvaluateServedConfig(EvaluateTasksConfig):
     """Held-out sequences on which the perplexity of a GGUF file is measured, in llama.cpp. The
     perplexity of an OpenVINO engine is measured by ``build_engine``."""
     max_length: Count = 4096
-    """Maximum tokens of a prompt. Both models ignore the first tokens of longer prompts."""
+    """Maximum tokens of a prompt. Longer prompts lose their first tokens, for both models."""
     threads: Threads | None = field(default=None, metadata={"resource": True})
     """CPU threads of llama.cpp; by default as many as the launcher assigns to a process."""
     port: CountOrZero = field(default=0, metadata={"resource": True})
