@@ -141,6 +141,8 @@ def _read_local_header(path: Path) -> dict[str, StoredTensor]:
 def _read_header(hf_path: str, file: str, label: str) -> dict[str, StoredTensor]:
     """Reads the header of a safetensors file: an 8-byte length, then JSON. The data follows.
 
+    ``label`` names the file in an error message.
+
     Raises:
         AttributeError, KeyError, TypeError, ValueError: The file has no header, or its header
             does not describe the file.

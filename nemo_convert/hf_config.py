@@ -169,7 +169,7 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
     _require_numbers(config, where)
     _require_switches_and_padding(config, where)
     _require_consistent_sizes(family, config, where)
-    for what, fix in _unsupported_features(family, config):
+    for what, fix in _unsupported_features(family, config):  # names only the first one
         raise RecipeError(f"{where}: {what} is not supported for {name}.", fix)
     try:
         heads = config["num_attention_heads"]

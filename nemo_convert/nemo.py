@@ -257,7 +257,7 @@ def build_core(
     model: Any,
     parallel: Parallelism,
     params_dtype: torch.dtype | None = None,
-    training: bool = False,
+    training: bool = False,  # see ``adapt_config``
 ) -> Any:
     """Builds this rank's Megatron ``GPTModel`` for a NeMo model, with uninitialised weights."""
     config = adapt_config(model.config, training)

@@ -166,7 +166,7 @@ def _tensor_findings(hf_path: str, headers: Headers, shape: Architecture) -> Ite
                 f"{[*expected[name]]} according to config.json.",
                 "use config.json and weights of one model, or correct the sizes in config.json",
             )
-            return
+            return  # one wrong size usually makes many shapes differ
     extra = headers.keys() - expected.keys()
     if extra := extra - ({HEAD} if shape.tied_embeddings else set()):
         yield Finding(

@@ -53,7 +53,7 @@ def large_disk() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JSON lines with 1,200 paragraphs of English prose."""
+    """JSON lines with up to 1,200 paragraphs of English prose."""
     return write_text(tmp_path_factory.mktemp("text") / "topics.jsonl")
 
 

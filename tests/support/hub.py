@@ -116,6 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _is_authorized(self) -> bool:
+        """Returns whether the request has the hub's token. If not, answers with status 401."""
         if self.headers.get("Authorization") == f"Bearer {self.hub.token}":
             return True
         self._body()

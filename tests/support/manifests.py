@@ -38,6 +38,7 @@ def dataset_result(artifact: Path) -> DatasetResult:
         tokens={split: len(ids) for split, ids in tokens.items()},
         sources=["text"],
         source_tokens={split: [SourceTokens("text", len(ids))] for split, ids in tokens.items()},
+        # The last token of a split is taken as the end of a document.
         document_end=int(next(iter(tokens.values()))[-1]),
     )
 

@@ -214,6 +214,7 @@ def make_run(
     distilled.config.update(settings)
     results = inputs["evaluation"].artifact / "results.json"
     evaluation_details = json.loads(results.read_text())
+    # Runs with different losses also get different noise.
     losses = evaluation_details["sequence_losses"]["distilled"]
     evaluation_details["sequence_losses"]["distilled"] = [
         value + shift + 0.05 * wobble(n + round(1000 * loss)) for n, value in enumerate(losses)

@@ -359,11 +359,12 @@ DENSE = {
     "qwen2": "Qwen2Model",
     "qwen3": "Qwen3Model",
 }
-"""NeMo's model classes. No MoE: without TransformerEngine, Megatron has other keys for experts."""
+"""NeMo's model class of each dense family. The MoE family is left out: without TransformerEngine,
+stock Megatron's checkpoint keys of experts differ."""
 
 
 def test_stock_nemo_loads_checkpoints_without_our_code(text_file: Path, tmp_path: Path) -> None:
-    """Runs NeMo's own loader, without the parts that need a GPU: fused kernels and one check."""
+    """Runs NeMo's own loader without what needs a GPU: fused kernels, and moves between GPUs."""
     script = tmp_path / "stock.py"
     script.write_text(STOCK_NEMO_SCRIPT)
     expected = []

@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama, Llama 3's RoPE": {"rope_scaling": LLAMA3},
     "llama, tied": {"tie_word_embeddings": True},
 }
+"""Changes of ``NARROW``. The first word of a name is the family."""
 
 
 def sharpen_attention(folder: Path) -> None:
