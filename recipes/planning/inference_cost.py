@@ -169,7 +169,7 @@ def healing_cost(
     models = (teacher, student)
     streams = sum(2 * arch.hidden_size for arch in models) + feed_forward_width(student)
     buffers = HEALING_BUFFERS * feed_forward_width(teacher)
-    layers = sum(arch.parameters() / arch.num_layers for arch in models)
+    layers = sum(arch.parameters() / arch.num_layers for arch in models)  # parameters of one each
     host_bytes = 0 if hardware.on_gpu else 2 * sum(arch.parameters() for arch in models)
     memory = Memory(
         weights=4 * layers + host_bytes,
@@ -202,6 +202,7 @@ def scoring_cost(
     value_bytes, tokens = _value_bytes(bf16), text.micro_batch_tokens
     layout = Layout(devices=pipeline, pipeline=pipeline)
     parameters = max(sum(rank_parameters(arch, layout, stage)) for stage in range(pipeline))
+    # The input of each layer of the longest pipeline stage, and the last layer's output.
     states = (-(-arch.num_layers // pipeline) + 1) * value_bytes * tokens * arch.hidden_size
     hook_bytes = tokens * 2 * value_bytes * arch.hidden_size
     if arch.num_moe_experts:

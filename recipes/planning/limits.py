@@ -21,7 +21,7 @@ from recipes.planning.training_cost import peak_memory, training_cost
 from recipes.planning.workload import Layout, Workload
 
 BYTES_PER_TOKEN = 4.0
-"""Of English text with a vocabulary of at least 50,000. Used only in estimates."""
+"""Estimate for English text and a vocabulary of at least 50,000."""
 TOKENIZED_PER_SECOND = 290_000
 """Tokens per second of one tokenizer process, measured with two processes
 (``benchmarks/README.md``)."""
@@ -73,6 +73,7 @@ def _expected_tokens(config: PrepareDataConfig) -> float:
     for source in config.all_sources():
         size = source_bytes(source)
         tokens = math.inf if size is None else size / BYTES_PER_TOKEN
+        # Held-out sources are not limited.
         is_limited = source in config.sources and config.max_tokens is not None
         total += min(tokens, config.max_tokens or tokens) if is_limited else tokens
     return total

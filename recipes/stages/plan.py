@@ -47,7 +47,7 @@ RATES_FORMAT = 3
 VARIABLE_INFO = (
     "processor", "cpu MHz", "core id", "apicid", "initial apicid", "bogomips", "BogoMIPS",
 )  # fmt: skip
-"""First words of the lines of ``/proc/cpuinfo`` that differ between cores or change over time."""
+"""Beginnings of lines of ``/proc/cpuinfo`` that differ between cores or change over time."""
 T = TypeVar("T")
 Row = dict[str, Cell]
 Costs = Mapping[str, tuple[Workload, TrainingCost]]

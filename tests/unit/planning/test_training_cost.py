@@ -203,7 +203,7 @@ def test_a_parameter_takes_18_bytes_on_one_gpu() -> None:
     assert one_gpu.weights + one_gpu.gradients + one_gpu.optimizer == 18 * LLAMA.parameters()
     sixteen_gpus = peak_memory(replace(workload, layout=Layout(nodes=2, devices=8)), H100)
     assert sixteen_gpus.optimizer == 12 * LLAMA.parameters() / 16
-    float32 = peak_memory(replace(workload, bf16=False), CPU)
+    float32 = peak_memory(replace(workload, bf16=False), CPU)  # no separate main weight
     assert float32.weights + float32.gradients + float32.optimizer == 16 * LLAMA.parameters()
     with_teacher = replace(workload, teacher=LLAMA, layout=Layout(devices=4, tensor=4))
     four_gpus = peak_memory(with_teacher, H100)

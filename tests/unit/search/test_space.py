@@ -131,6 +131,7 @@ def test_a_latency_model_is_fitted_and_limits_shapes() -> None:
     shapes = corner_shapes(SMOLLM2, Space(prune_heads=True))
     assert len(shapes) == 6
     step_times = [latency_ms(s, dataclasses.replace(service, measured=exact)) for s in shapes]
+    # The first corner is the teacher, which has 30 layers.
     assert step_times[0] == pytest.approx(2 + 3 + 20 * read_gigabytes(SMOLLM2, service))
     latency = fit_latency(shapes, step_times, service)
     assert dataclasses.astuple(latency) == pytest.approx(dataclasses.astuple(exact), rel=1e-3)

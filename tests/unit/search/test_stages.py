@@ -222,7 +222,7 @@ def test_a_search_of_an_moe_is_refused(chain: Chain) -> None:
 def test_rounds_halve_the_candidates_within_the_token_budget(chain: Chain) -> None:
     cfg = SuccessiveHalvingConfig(num_candidates=4, also=["x"], max_tokens=120_000)
     counts = cfg.rounds(cfg.max_candidates())  # candidates in each round
-    assert counts == [5, 3, 2]
+    assert counts == [5, 3, 2]  # at first, the four best-ranked candidates and x
     trainings = [successive_halving.training_of(cfg, counts, number) for number in range(3)]
     used = sum(n * t.max_steps * 4 * 256 for n, t in zip(counts, trainings, strict=True))
     assert 0.9 * cfg.max_tokens < used <= cfg.max_tokens

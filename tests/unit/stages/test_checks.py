@@ -51,7 +51,7 @@ TRAINING_RESOURCES = {
     "cpu_speed_patches",
     "profile_steps",
 }
-"""Settings of stages that run models; they do not change results, so they may be resources."""
+"""Settings that may be marked as resources, because they do not change results."""
 OTHER_RESOURCES = {
     "report": {"gates"},  # the launcher checks gates
     "prepare_data": {"processes"},
