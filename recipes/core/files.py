@@ -114,7 +114,7 @@ def write_json(path: Path, value: object, indent: int = 1) -> None:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Makes a hard link to a file, or a copy if the file system has no hard links."""
+    """Makes a hard link to a file, or a copy if a link is impossible, as between file systems."""
     try:
         os.link(source, target)
     except OSError:

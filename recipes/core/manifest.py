@@ -72,9 +72,11 @@ class Manifest:
 
     stage: str
     kind: str
+    """Type of the artifact, such as ``dataset``."""
     fingerprint: str
     config: dict[str, Any]
     code: str
+    """Fingerprint of the stage's code, which is part of ``fingerprint``."""
     inputs: dict[str, str]
     """Fingerprints of the inputs."""
     started_at: str

@@ -76,6 +76,7 @@ class Request:
     name: str
     fingerprint: str
     code: str
+    """Fingerprint of the stage's code, which is part of ``fingerprint``."""
     inputs: Mapping[str, InputRef]
     config: Mapping[str, Any]
     libraries: Mapping[str, str] = field(default_factory=dict)

@@ -63,13 +63,13 @@ class ChatWriter:
 
 
 def write_chats(request: ChatRequest, writer: ChatWriter, log: MetricsLog) -> Path:
-    """Writes a request's conversations, one a line, and returns the file.
+    """Writes a request's conversations, one per line, and returns the file.
 
     Finished batches are stored in the cache. So a repeated request generates nothing, and a killed
     process resumes after the last finished batch.
 
     Raises:
-        RecipeError: The teacher finishes no turn in ``MAX_EMPTY_BATCHES`` batches.
+        RecipeError: The first ``MAX_EMPTY_BATCHES`` batches have no finished conversation.
     """
     prompts = [document.text for document in _documents(request)] if request.prompts else None
     libraries = [f"{name} {installed_version(name)}" for name in ("torch", "transformers")]
@@ -131,7 +131,7 @@ def _openings(request: ChatRequest) -> Iterator[Messages]:
 def _write_batch(
     request: ChatRequest, writer: ChatWriter, openings: list[Messages] | None
 ) -> Mapping[str, Any]:
-    """Writes one answer to each opening; without openings, the teacher invents users' turns."""
+    """Writes one answer to each opening; without openings, the teacher invents them."""
     tokens = unfinished = 0
     if openings is None:
         prefixes = [_user_prefix(writer)] * request.batch_size()

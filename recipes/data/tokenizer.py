@@ -103,6 +103,8 @@ def encode_all(
 ) -> Iterator[tuple[list[Encoded], ItemT]]:
     """Encodes batches in order, in worker processes if there are several.
 
+    A batch is a list of texts and any item, which is yielded with the encoded texts.
+
     Raises:
         RecipeError: A process was killed.
     """

@@ -146,13 +146,11 @@ def chat(odd_llama: Path, tokenizer: DocumentTokenizer) -> ChatTokenizer:
 def mixed(
     text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[PrepareDataConfig, list[str]]:
-    """Settings with a source of conversations between two of text, and the conversations' texts.
-
-    The second source of text repeats the first, so all its documents are dropped as duplicates.
-    """
+    """Settings with a source of conversations between two of text, and the conversations' texts."""
     folder = tmp_path_factory.mktemp("mixed")
     (folder / "texts.jsonl").write_text("".join(text_file.read_text().splitlines(True)[:100]))
     chats = write_chats(folder / "chats.jsonl", text_file, 700)
+    # The last source repeats the first, so all its documents are dropped as duplicates.
     sources = [str(folder / "texts.jsonl"), chats, f"{folder}/texts.jsonl#text=text&name=again"]
     lines = (folder / "chats.jsonl").read_text().splitlines()
     chat_texts = [
@@ -223,10 +221,7 @@ def test_conversations_lie_whole_in_sequences_with_only_answers_in_the_loss(
 def _conversations(
     tokens: np.ndarray, loss_mask: np.ndarray, start: int, stop: int, end: int
 ) -> Iterator[tuple[tuple[int, ...], list[bool]]]:
-    """Yields ids and masks of conversations, up to the end token of the last answer.
-
-    Another end token follows each conversation, because ``eos_token`` also ends documents here.
-    """
+    """Yields ids and masks of conversations, each with the first of the two end tokens after it."""
     for sequence in range(start // LENGTH, -(-stop // LENGTH)):
         position = max(start, sequence * LENGTH)
         last = min(stop, (sequence + 1) * LENGTH)

@@ -65,7 +65,7 @@ def test_children_die_with_their_parent(delay: float, lifetime: float) -> None:
     os.close(writing)
     with os.fdopen(reading) as pipe:
         assert pipe.read() == ""
-    assert time.monotonic() - start < 30  # without their parent's death, they live for 60 seconds
+    assert time.monotonic() - start < 30  # orphans would live for 60 seconds
 
 
 IMPORTS = """
