@@ -61,8 +61,8 @@ class InferenceCost:
     memory: Memory
     """Memory of the rank that needs the most."""
     compute: Compute
-    """FLOPs and memory traffic of all ranks together. Ranks of a pipeline compute in turn, so their
-    times add up."""
+    """FLOPs and memory traffic of all ranks of one pipeline, which compute in turn, so their times
+    add up. Data-parallel ranks work at the same time on other text, which is not counted."""
     bf16: bool
     """Whether models compute in bfloat16 instead of float32."""
     generated_bytes: float = 0
@@ -245,7 +245,7 @@ def serving_cost(
         new_tokens * decode_traffic(arch, batch, prompt + new_tokens / 2, storage)
         for batch, prompt in requests
     )
-    tokens = max(batch * (prompt + new_tokens) for batch, prompt in requests)
+    tokens = max(batch * (prompt + new_tokens) for batch, prompt in requests)  # the largest batch
     memory = Memory(
         weights=stored_bytes(arch, storage) / devices,
         activations=kv_cache_bytes(arch, tokens, storage) / devices,

@@ -172,6 +172,7 @@ def fits(workload: Workload, hardware: Hardware) -> bool:
     if any(problem.rule.severity == rules.ERROR for problem in layout_problems(workload, hardware)):
         return False
     # A context-parallel rank holds two chunks of a sequence. Sequence parallelism splits each.
+    # Without context parallelism, the factor 2 is stricter than necessary.
     if workload.seq_length % (2 * layout.tensor * layout.context):
         return False
     available = USABLE_MEMORY_FRACTION * hardware.memory_of_rank(layout.devices)

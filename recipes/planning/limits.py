@@ -214,7 +214,7 @@ def _training_tokens(chain: Chain, data: str) -> tuple[dict[str, float], float]:
     train_fraction = 1 - sum(config.fractions().values())
     limit = config.max_tokens or math.inf
     if config.prefix:
-        total = min(require_token_files(Path(config.prefix))[-1], limit)
+        total = min(require_token_files(Path(config.prefix))[-1], limit)  # number of tokens
         return {Path(config.prefix).name: total * train_fraction}, total
     names = source_names(config.all_sources()).items()
     sizes = {name: source_bytes(source) for name, source in names if source in config.sources}

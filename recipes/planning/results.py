@@ -26,4 +26,4 @@ class PlanResult:
     tokens_per_second: dict[str, float] = field(default_factory=dict)
     """Speed of each training run, by stage."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Estimated computing time of each stage that runs models."""
+    """Estimated computing time of each stage that runs models or tokenizes text."""

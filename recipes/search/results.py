@@ -25,9 +25,9 @@ class Candidate:
     perplexity: float
     kl_to_teacher: float
     healed: bool = False
-    """Whether the pruned model was reconstructed by least squares before the measurement."""
+    """Whether the pruned model was reconstructed by least squares before ``proxy`` was measured."""
     tokens: int = 0
-    """Number of tokens that the candidate was trained on before the measurement."""
+    """Number of training tokens before ``perplexity`` and ``kl_to_teacher`` were measured."""
     chosen: bool = False
     """Whether ``successive_halving`` chose this candidate: the best after the last round."""
     pareto: bool = False
@@ -54,7 +54,7 @@ def write_candidates(out: Path, candidates: Sequence[Candidate]) -> None:
 
 @dataclass(frozen=True)
 class TimedShape:
-    """Milliseconds of a decoding step of one shape."""
+    """Milliseconds of a decoding step of one shape: measured, and by the latency model (fitted)."""
 
     name: str
     step_ms: float

@@ -85,7 +85,7 @@ class RankCandidatesConfig(StageConfig):
     num_healed: CountOrZero = 8
     """Number of the best shapes that are also reconstructed by least squares. They rank before
     all others, by their metrics after reconstruction. These metrics predict the order after
-    training better (docs/results.md)."""
+    training better than metrics of shapes that are only pruned (docs/results.md)."""
     num_calibration_samples: Count = 16
     """Calibration sequences for the reconstruction."""
     layer_importance: Annotated[str, one_of(*LAYER_METHODS)] = "loss"

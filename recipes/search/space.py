@@ -57,7 +57,7 @@ class Budget:
     """Number of parameters, with embeddings. A value of at most 1, here and in the next three
     settings, is a fraction of the teacher's."""
     weight_bytes: Positive | None = None
-    """Bytes of the weights in an engine; see ``service``."""
+    """Bytes of the weights in an engine with ``service.precision``."""
     memory_bytes: Positive | None = None
     """Bytes of weights and KV cache."""
     latency_ms: Positive | None = None
@@ -215,8 +215,8 @@ def enumerate_shapes(
         *(choices[axis] for axis in SEARCH_AXES if "ffn" not in axis)
     ):
         base = replace(teacher, num_layers=layers, hidden_size=hidden, num_attention_heads=heads)
-        # Sizes are in descending order, and if one fits, all smaller ones fit. So bisection finds
-        # the largest size that fits.
+        # Feed-forward sizes are in descending order, and if one fits, all smaller ones fit. So
+        # bisection finds the largest that fits.
         index = bisect(ffn_sizes, False, key=lambda ffn: fits(replace(base, ffn_hidden_size=ffn)))
         if index < len(ffn_sizes):
             shape = replace(base, ffn_hidden_size=ffn_sizes[index])
@@ -233,7 +233,7 @@ def corner_shapes(teacher: Architecture, space: Space) -> list[Architecture]:
 
 
 def middle_shape(teacher: Architecture, space: Space) -> Architecture:
-    """Returns a shape between the corners."""
+    """Returns the shape with the middle one of the allowed sizes on each axis."""
     choices = {axis: _choices(teacher, space, axis) for axis in SEARCH_AXES}
     return _resize(teacher, {axis: sizes[len(sizes) // 2] for axis, sizes in choices.items()})
 
@@ -243,7 +243,7 @@ def _resize(shape: Architecture, sizes: Mapping[str, Any]) -> Architecture:
 
 
 def _choices(teacher: Architecture, space: Space, axis: str) -> list[int]:
-    """Returns the sizes of an axis, including the teacher's."""
+    """Returns the allowed sizes of an axis, with the teacher's if tensor parallelism divides it."""
     full: int = getattr(teacher, axis)
     is_depth = axis == "num_layers"
     least = full * (1 - (space.max_depth_pruning if is_depth else space.max_width_pruning))

@@ -147,7 +147,7 @@ class Stage(Generic[ConfigT]):
             yield from layout_problems(self.workload(config, chain), chain.hardware)
 
     def memory_problems(self, name: str, config: ConfigT, chain: Chain) -> Iterator[Problem]:
-        """Yields a problem if a stage that does not train needs more memory than a rank has."""
+        """Yields a problem if the ``inference_cost`` has more memory than a rank."""
         if self.inference_cost is None:
             return
         hardware, cost = chain.hardware, self.inference_cost

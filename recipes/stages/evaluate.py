@@ -20,7 +20,7 @@ from recipes.stages.contract import Stage
 
 
 def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields a problem for each length or number of ranks that does not fit."""
+    """Checks the lengths of prompts and sequences, and that each rank gets a sequence."""
     if cfg.prompt_tokens >= cfg.seq_length:
         yield Problem(
             rules.EVALUATE,

@@ -71,7 +71,7 @@ class PlanConfig(StageConfig):
 
 
 def resolve_from_chain(cfg: PlanConfig, chain: Chain) -> PlanConfig:
-    """Copies workloads, costs and hardware from the chain; sets the memory if it is unset."""
+    """Copies workloads, costs and hardware from the chain; unset memory becomes this machine's."""
     hardware = replace(chain.hardware, memory_bytes=chain.hardware.memory_of_rank(1))
     return replace(
         cfg,
@@ -209,7 +209,7 @@ def tables(costs: Costs, hardware: Hardware) -> list[Table]:
 
 
 def inference_table(costs: Mapping[str, InferenceCost], hardware: Hardware) -> list[Table]:
-    """Returns a table, if any, of memory and time of the stages that do not train."""
+    """Returns at most one table: memory and time of the stages with an ``InferenceCost``."""
     available = hardware.memory_of_rank(1)
     return _table(
         "Other stages",
