@@ -1,7 +1,7 @@
 """AdamW for machines without TransformerEngine. It can also scale gradients.
 
 Megatron scales all gradients twice per step: by 1 / number of tokens, and by the clipping
-coefficient. Each time it reads and writes all gradients. To save this, scaling can be deferred: a
+coefficient. Each time it reads and writes all gradients. To avoid that, scaling can be deferred: a
 gradient with the attribute ``pending_scale`` only stores the product of the factors. ``FusedAdamW``
 multiplies by this product while it reads the gradient.
 """

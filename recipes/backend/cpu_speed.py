@@ -43,7 +43,7 @@ def _unshare_gradients(original: Any) -> Any:
     """Frees Megatron's float32 buffer of all gradients if the gradients are unshared.
 
     Unshared means that no other rank adds to a gradient. The gradient then is the tensor that
-    autograd makes, and is freed once the optimizer has read it. The buffer would never be freed.
+    autograd makes, and is freed once the optimizer has read it. Megatron never frees the buffer.
     """
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807

@@ -1,4 +1,4 @@
-"""Replaces attributes of libraries. Refuses an original that its patch was not written for."""
+"""Replaces attributes of libraries. Refuses an original that differs from the one of the patch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def wrap(wrapper: Callable[..., Any]) -> MakeReplacement:
 
 
 def patches(prefix: str, *rows: tuple[str, str, str, MakeReplacement]) -> tuple[Patch, ...]:
-    """Returns a patch for each row of its fields. ``prefix`` is added to each row's target."""
+    """Returns a patch for each row. A row has the patch's fields, the target without ``prefix``."""
     return tuple(
         Patch(f"{prefix}{name}", reason, source_hash, replace)
         for name, reason, source_hash, replace in rows

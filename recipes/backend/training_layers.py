@@ -258,8 +258,8 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
 class CausalAttention(DotProductAttention):  # type: ignore[misc]
     """Causal attention over whole, unpadded sequences.
 
-    Megatron's own ``forward`` stores every score of every head. Its class is the base class here
-    only because ModelOpt recognises subclasses of it.
+    Megatron's own ``forward`` stores every score of every head, and is not called. The base class
+    is ``DotProductAttention`` only because ModelOpt recognises subclasses of it.
     """
 
     def forward(

@@ -237,7 +237,7 @@ class Profile(Callback):
         self._running = False
 
     def on_train_batch_start(self, trainer: Any, *args: object) -> None:
-        """Starts the profiler at the first step of the range that this process trains."""
+        """Starts the profiler at the range's first step that is trained in this process."""
         if not self._running and self._first <= trainer.global_step + 1 <= self._last:
             self._profiler.start()
             self._running = True

@@ -221,7 +221,7 @@ def _chunk_losses(
     """Computes KD losses [n, 1] without T², and LM losses [n, 1].
 
     Overwrites ``student`` with the gradient of the weighted sum. The gradient is not written to
-    another argument, because the compiler would have to check whether both share memory.
+    another argument, because the compiler would have to check whether the two share memory.
     """
     teacher, temperature = targets.teacher, loss.temperature
     lm_loss = lm_gradient = None

@@ -31,7 +31,7 @@ DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 """Maps each of ``HIDDEN_LOSSES`` to a function of hidden states [s, b, h], which returns [s, b]."""
 PROJECTION_SEED = 0
-"""Seed of the projection's initial weights, which must be the same on every rank."""
+"""Seed of the initial weights of ``HiddenLoss.projection``, which must be equal on all ranks."""
 Pairs = Sequence[tuple[int, int]]
 """Pairs (student layer, teacher layer) whose outputs are compared. Layers are counted from 1."""
 
@@ -84,7 +84,7 @@ class TeacherSource:
 
     @classmethod
     def of(cls, cfg: DistillConfig, inputs: Inputs, student: Architecture) -> TeacherSource:
-        """Returns the source that a config requires. An LM loss alone has an empty source."""
+        """Returns the source that a config requires; empty if the LM loss is the only term."""
         if cfg.kd_weight == cfg.hidden_weight == 0:
             return cls()
         source = inputs["teacher"]
@@ -115,7 +115,7 @@ def _require_same_text(cache: Input, data: Input) -> None:
 
 @dataclass(frozen=True)
 class Objective:
-    """Terms of the loss in the order of ``TERMS``, with weights, and the source of the teacher.
+    """Terms of the loss in the order of ``TERMS``, with weights; source of the teacher's logits.
 
     With ``dynamic`` each step has other weights, see ``weights_after``.
     """

@@ -133,7 +133,7 @@ class TrainingConfig(StageConfig):
     cpu_speed_patches: list[SpeedPatch] = field(
         default_factory=lambda: list(SPEED_PATCH_NAMES), metadata=RESOURCE
     )
-    """Patches of Megatron that make a CPU faster (``recipes/backend/cpu_speed.py``). They change
+    """Patches that make training on a CPU faster (``recipes/backend/cpu_speed.py``). They change
     results only by rounding, and have no effect on CUDA. ``[]`` uses none."""
     profile_steps: list[Count] = field(default_factory=list, metadata=RESOURCE)
     """``[first, last]`` step of a profiler trace in ``<stage>/profile/``, counted from 1."""

@@ -35,7 +35,7 @@ Weighted = TypeVar("Weighted", bound=TrainingConfig | CacheLogitsConfig)
 COMPILED_STEPS = 100
 """Training with this many steps or more is compiled by default. Below, compiling saves no time."""
 CHECKPOINTS = "checkpoints"
-"""Name of the directory, in a stage's work directory, of the checkpoints that it resumes from."""
+"""Name of the directory with checkpoints of training, in the stage's work directory."""
 VALIDATE = "validate"
 """Task name of validation in the metrics file."""
 INITIAL_KL = "initial_kl_fraction"

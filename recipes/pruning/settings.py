@@ -100,7 +100,7 @@ BASE_LOSS_SEQUENCES = 4
 
 @dataclass
 class ScoreConfig(StageConfig):
-    """Settings of ``score``. ``loss`` and ``block`` scores cost most; others, a forward pass."""
+    """Settings of ``score``. ``loss`` and ``block`` cost most; one pass gives all other scores."""
 
     calibration: Annotated[str, one_of(*CALIBRATIONS)] = "text"
     """Calibrate on the ``text`` of the input, or on ``random`` tokens for a trial without text."""

@@ -59,7 +59,7 @@ def absolute_sizes(
 def pruned_shape(teacher: Architecture, targets: PruneTargets) -> Architecture:
     """Returns the student's shape, with the teacher's ``kv_channels``.
 
-    A pruned query group's heads are pruned too, unless the number of heads has its own target.
+    A query group that is kept keeps all of its heads, unless the number of heads has a target.
     """
     layers = targets.num_layers
     if targets.drop_layers:

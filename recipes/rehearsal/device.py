@@ -208,7 +208,8 @@ def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
 class _FakeCuda(TorchDispatchMode):
     """Checks devices, and returns a number where code reads one from a fake tensor (``item``).
 
-    A number that code copies to the device is kept, so that it can be read, also after collectives.
+    A number that code copies to the device is stored, so that it can be read back, even after a
+    collective.
     """
 
     def __init__(self) -> None:

@@ -49,7 +49,7 @@ def settings(job: RankJob, run_dir: Path) -> dict[str, Any]:
     """Returns a job's settings, changed for the generated inputs.
 
     ``hf_path`` becomes the generated folder. With a cached teacher the sources of text get no
-    weights: all sequences of the generated cache have the number 0, which is in one source.
+    weights: all sequences of the generated cache have the number 0, which is in one source only.
     """
     if any(source.kind == CACHE_KIND for source in job.inputs.values()):
         return {**job.config, "weights": {}}

@@ -150,7 +150,7 @@ class SlurmCluster:
         except (OSError, subprocess.CalledProcessError):
             return False
         root = self.directory / "container"
-        # Folders to mount in a container, so that it has this Python. It has /usr anyway.
+        # Folders to mount, so that a container has this Python. Containers have /usr anyway.
         interpreter = {Path(p).resolve() for p in (sys.prefix, sys.base_prefix)} - {Path("/usr")}
         expose = ",".join(map(str, sorted(interpreter)))
         (self.directory / "plugstack.conf").write_text(

@@ -1,7 +1,7 @@
 """Runs every large recipe on a tiny model of its family, with other pruning targets and few tokens.
 
-Their ``_2.5b`` variants are not run: as tests/unit/test_recipes.py shows, they differ from the
-recipes only in settings that are replaced here.
+The ``_2.5b`` variants of recipes are not run: as tests/unit/test_recipes.py shows, they differ from
+the recipes only in settings that are replaced here.
 """
 
 from __future__ import annotations

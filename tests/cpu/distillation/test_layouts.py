@@ -33,7 +33,7 @@ MULTIPLE = 100
 """The tolerance is this multiple of the effect of changing the logits by one ulp. Each operation of
 another layout may round differently; the largest measured multiple was 12."""
 BFLOAT16_MULTIPLE = 5
-"""The multiple in bfloat16, on one rank. The largest measured multiple was 2.3, of a weight."""
+"""The multiple in bfloat16, on one rank. The largest measured multiple was 2.3, for a weight."""
 STEPS, CHECKPOINT_INTERVAL = 21, 4
 """The number of steps is odd, so that no validation follows the last step. A validation gathers the
 weights, which data-parallel ranks update in shards. So it would hide a save without a gather."""
@@ -213,7 +213,7 @@ def test_a_killed_run_resumes_in_another_layout(
     first: str,
     second: str,
 ) -> None:
-    """Resuming reshards the optimizer's state, also the projection's. At DP=2 a rank has half."""
+    """Resuming reshards the optimizer's state. At DP=2, each rank has half of the state."""
     run_dir = copy_without(one_rank, tmp_path / "run", "distill")
     command = overrides(even_llama, text_file, run_dir)
     metrics = run_dir / "distill" / METRICS

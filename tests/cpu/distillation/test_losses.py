@@ -73,7 +73,7 @@ def reference(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> Tensor:
 def with_reference(
     student: Tensor, teacher: Tensor, loss: LogitsLoss, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the loss, the reference's loss, and the gradients of both, of logits in ``dtype``."""
+    """Returns loss, expected loss, gradient and expected gradient of logits in ``dtype``."""
     student, teacher = student.to(dtype), teacher.to(dtype)
     ours, exact = student.clone().requires_grad_(), student.double().requires_grad_()
     losses = distillation_loss(ours, teacher, loss)
