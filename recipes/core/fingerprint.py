@@ -34,7 +34,7 @@ def digest(value: object) -> str:
 
 
 def result_settings(config: Any) -> dict[str, object]:
-    """Returns a config as plain data, without the fields that are marked as a ``resource``."""
+    """Returns a config as plain data, without fields whose metadata marks them as ``resource``."""
     plain: dict[str, object] = {}
     for spec in fields(config):
         value = getattr(config, spec.name)

@@ -139,11 +139,11 @@ def read_request(stage_dir: Path) -> Request:
 
 @dataclass(frozen=True)
 class LastPlan:
-    """The last plan of a run."""
+    """All stages of a run's recipe, as they were last planned. A plan may leave out stages."""
 
     recipe: str
     stages: Mapping[str, str | None]
-    """Fingerprints by stage, in the recipe's order; ``None`` for a stage that was never planned."""
+    """Fingerprints by stage, in the recipe's order; ``None`` for a stage that no plan included."""
 
     def write(self, run_dir: Path) -> None:
         """Writes the plan to ``run.yaml``."""

@@ -2,7 +2,7 @@
 
 Rank 0 of the stage starts this module as a process, which follows the stage's ``metrics.jsonl``. A
 tracker that fails or waits for a network does not slow the work. It may delay the end of the
-stage's process by ``TRACKER_SECONDS``, after the result is published.
+stage's process by ``worker.TRACKER_SECONDS``, after the result is published.
 """
 
 from __future__ import annotations

@@ -44,9 +44,9 @@ class PrepareDataConfig(StageConfig):
     """Token between documents. Default: the end-of-text token; ``eos_token`` if there is none.
     In an instruct model, ``eos_token`` often ends a turn instead."""
     validation_fraction: Fraction = 0.02
-    """Fraction of the documents for validation while training, and for ranking candidates."""
+    """Fraction of the documents for validation in training and healing, and ranking candidates."""
     calibration_fraction: Fraction = 0.04
-    """Fraction of the documents for calibration, that is, for measuring importance."""
+    """Fraction of the documents for calibration: importance scores, healing and quantization."""
     heldout_fraction: Fraction = 0.04
     """Fraction of the documents for evaluation only."""
     excluded_documents: list[Digest] = field(default_factory=list)

@@ -272,7 +272,7 @@ def pin_commit(source: str, origin: Origin) -> str:
 
 
 def origin_of(entry: str) -> Origin:
-    """Returns a source's licence and, from the hub, its current commit.
+    """Returns a source's licence and, for a hub dataset, the commit of its revision or the newest.
 
     Raises:
         RecipeError: The hub does not have the dataset, or cannot be reached.

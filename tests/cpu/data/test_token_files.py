@@ -47,7 +47,7 @@ def write(tmp_path: Path) -> Write:
         generator = np.random.default_rng(0)
         for _ in range(documents):
             for last in (1, end):
-                ids = np.append(generator.integers(8, 280, 50), last)
+                ids = np.append(generator.integers(8, 280, 50), last)  # the largest is 279
                 builder.add_item(torch.from_numpy(ids))
             builder.end_document()
         builder.finalize(f"{prefix}.idx")

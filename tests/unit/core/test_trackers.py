@@ -38,7 +38,7 @@ from tests.support.results import STUDENT
 from tests.unit.conftest import Launch, stage_named
 
 SECRET = "hf_VerySecretToken"
-KEY = "0123456789" * 4
+KEY = "0123456789" * 4  # as long as a key of wandb
 STAGE = "distill"
 SETTINGS: dict[str, dict[str, str | None]] = {
     "tensorboard": {"name": "tensorboard"},
