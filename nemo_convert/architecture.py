@@ -42,7 +42,7 @@ class Architecture:
     moe_ffn_hidden_size: int = 0
     """Width of one expert. In an MoE, no weight has the size ``ffn_hidden_size``."""
     moe_shared_expert_intermediate_size: int = 0
-    """Width of the expert that every token uses; 0 without one."""
+    """Width of the shared expert, which every token uses; 0 if there is none."""
     qkv_bias: bool = False
     qk_layernorm: bool = False
 

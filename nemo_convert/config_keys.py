@@ -92,7 +92,7 @@ HARMLESS_KEYS: Mapping[str, str] = {
 
 
 def unknown_keys(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yields ``key=value`` for each key that nothing reads although it may change a logit."""
+    """Yields ``key=value`` for each key that may change a logit but that nothing reads."""
     for key, value in config.items():
         if key in READ_KEYS or key in HARMLESS_KEYS or value in NEUTRAL_VALUES.get(key, ()):
             continue

@@ -29,7 +29,7 @@ class WeightReader(Protocol):
 
 
 class MergedWeights:
-    """Builds a Megatron weight from Hugging Face weights only when the weight is requested."""
+    """Reads and merges the Hugging Face weights of a Megatron weight when it is requested."""
 
     def __init__(self, weights: WeightReader, arch: Architecture, family: Family) -> None:
         self._weights, self._arch = weights, arch
@@ -69,7 +69,8 @@ def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
     memory.
 
     Raises:
-        RecipeError: ``check_model`` finds an error, or a weight is NaN or infinite.
+        RecipeError: ``check_model`` finds an error, transformers cannot load the tokenizer, or a
+            weight is NaN or infinite.
     """
     from nemo_convert.streaming import StreamedSave
 

@@ -20,7 +20,7 @@ class Weight:
 
     ``{i}`` in a name is the layer, ``{e}`` the expert. ``shape`` is the shape without parallelism.
     ``merge`` builds the Megatron weight from the Hugging Face weights; ``split`` is the inverse.
-    Neither changes a value.
+    They only move values, and change none.
     """
 
     megatron: str
@@ -91,7 +91,7 @@ class Family:
                 yield weight, dict(zip(stack_sizes, indices, strict=True))
 
     def hf_shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of a model's Hugging Face weights by name."""
+        """Maps the name of each Hugging Face weight of a model to the weight's shape."""
         return {
             name: shape
             for weight, indices in self.weights_of(architecture)
@@ -103,7 +103,7 @@ class Family:
     def by_megatron_name(
         self, architecture: Architecture
     ) -> dict[str, tuple[Weight, dict[str, int]]]:
-        """Returns what ``weights_of`` yields, by the Megatron name of each weight."""
+        """Maps the Megatron name of each weight to what ``weights_of`` yields for the weight."""
         weights = self.weights_of(architecture)
         return {w.megatron.format(**indices): (w, indices) for w, indices in weights}
 
@@ -274,7 +274,7 @@ _QWEN_DEFAULTS = {
 
 
 def _no_window(_: Mapping[str, Any]) -> dict[str, Any]:
-    """Removes the sliding window of NeMo's Mistral config. Models that use one are refused."""
+    """Removes the sliding window of NeMo's Mistral config. Models that need a window are refused."""
     return {"window_size": None, "cp_comm_type": None}
 
 

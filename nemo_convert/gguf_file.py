@@ -80,7 +80,7 @@ def write(
         progress: Called with the number of written tensors and the number of all tensors.
 
     Raises:
-        RecipeError: llama.cpp has no name for the tokenizer's pre-tokenizer.
+        RecipeError: llama.cpp has no name for the tokenizer's pre-tokenizer or for a weight.
     """
     import gguf
     import numpy as np

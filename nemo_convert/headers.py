@@ -207,7 +207,7 @@ def _request_range(hf_path: str, file: str, begin: int, end: int) -> bytes:
                     f"the hub sends {file} of {hf_path} only as a whole.",
                     "use a hub that answers range requests, or download the model first",
                 )
-            # A hub without range requests sends the whole file. This reads only the beginning.
+            # A hub without range requests sends the whole file; only its beginning is read.
             data: bytes = response.raw.read(end - begin)
             # A range from 0 is for a header, and may be longer than the file.
             if begin and len(data) < end - begin:

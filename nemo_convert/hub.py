@@ -52,7 +52,7 @@ def read_hf_config(hf_path: str) -> dict[str, Any]:
     """Returns a model's ``config.json`` as transformers 4 spells it, without reading weights.
 
     Raises:
-        RecipeError: ``hf_path`` is not a model, or its RoPE cannot be read.
+        RecipeError: ``hf_path`` is not a model, or ``as_transformers_4`` refuses its config.
     """
     return as_transformers_4(_read_hf_config(hf_path), hf_path)
 
@@ -131,7 +131,7 @@ def is_offline() -> bool:
 
 
 def download(hf_path: str) -> Path:
-    """Downloads exactly the files of a hub model that transformers reads; returns their folder.
+    """Downloads a hub model's side files and the weights that transformers reads; returns a folder.
 
     Raises:
         RecipeError: The hub does not have the model, or cannot be reached.

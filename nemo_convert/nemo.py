@@ -91,7 +91,7 @@ def open_checkpoint(path: Path, scratch: Path) -> Path:
     """Returns a checkpoint's directory; unpacks a ``.nemo`` file into ``scratch``.
 
     Raises:
-        RecipeError: ``path`` is not a NeMo 2 checkpoint, or the archive has a path outside itself.
+        RecipeError: ``path`` is no NeMo 2 checkpoint, is damaged, or has a path outside itself.
     """
     if path.is_file():
         try:
@@ -117,7 +117,7 @@ def find_checkpoint(artifact: Path) -> Path:
 
 
 def step_checkpoints(artifact: Path) -> dict[int, Path]:
-    """Returns the checkpoints of earlier steps in a training run's artifact, by step."""
+    """Maps each step before the last to its checkpoint, if a training run's artifact has it."""
     checkpoints = {int(path.stem): path for path in (artifact / STEPS).glob("*.nemo")}
     return dict(sorted(checkpoints.items()))
 
@@ -202,9 +202,9 @@ def _record_arguments() -> None:
 def _readable_generation_config(hf_folder: Path) -> Iterator[None]:
     """Temporarily replaces the generation config with one that NeMo can read and write.
 
-    Most importers need the file, but base models do not have it. transformers reads more than it
-    writes: it refuses to write sampling settings without ``do_sample``, as Llama 2 has them, or a
-    length penalty without beams. So NeMo gets token ids, and ``SAMPLING`` only with ``do_sample``.
+    Most importers need the file, but base models do not have it. transformers reads files that it
+    then refuses to write: with sampling settings but no ``do_sample``, as Llama 2's, or a length
+    penalty but no beams. So NeMo gets token ids, and ``SAMPLING`` only with ``do_sample``.
     """
     file = hf_folder / "generation_config.json"
     original = file.read_bytes() if file.exists() else None

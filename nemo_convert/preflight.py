@@ -70,7 +70,7 @@ def check_model(hf_path: str) -> Iterator[Finding]:
     has tied embeddings, head and embedding are compared (for a hub model, only samples of them).
 
     Raises:
-        RecipeError: The config cannot be read, or the hub cannot be reached.
+        RecipeError: The config cannot be read or is not supported, or the hub cannot be reached.
     """
     if parse_wheel_file(hf_path):  # a wheel has no safetensors, so only its config is checked
         read_architecture(read_hf_config(hf_path), hf_path)
@@ -130,7 +130,7 @@ def model_dtype(headers: Headers) -> str:
 
 
 def _index_findings(folder: Path, headers: Headers) -> Iterator[Finding]:
-    """Compares the index of the shards, if there is one, with the shards."""
+    """Compares the index of the shards with the shards, if there is an index."""
     files = {tensor.file for tensor in headers.values()}
     if not (folder / INDEX_FILE).is_file() or files == {WEIGHTS_FILE}:
         return

@@ -136,9 +136,10 @@ def _gated_mlp(hidden: Tensor, read: ReadWeight, prefix: str) -> Tensor:
 def _experts(
     hidden: Tensor, shape: Architecture, read: ReadWeight, prefix: str, normalize: bool
 ) -> Tensor:
-    """Sums the outputs of each token's ``moe_router_topk`` most probable experts, weighted.
+    """Sums the outputs of each token's ``moe_router_topk`` most probable experts.
 
-    With ``normalize``, the weights of a token's experts sum to 1.
+    Each output is multiplied by the expert's probability. With ``normalize``, these factors of a
+    token sum to 1.
     """
     flat = hidden.flatten(0, -2)
     probabilities = softmax(linear(flat, read(f"{prefix}gate.weight").float()), dim=-1)

@@ -22,7 +22,7 @@ FREE_BYTES = 10**15
 def large_disks() -> mock._patch[Callable[[Path], object]]:
     """Patches ``shutil.disk_usage``, so that plans of any size fit, except on a ``small_disk``.
 
-    For tests that only plan: a recipe may need more space than this machine has.
+    A test may plan a recipe that needs more space than this machine has.
     """
     real_disk_usage = shutil.disk_usage
 

@@ -92,7 +92,7 @@ def outputs_in(packages: Path, *folders: Path) -> list[ModelOutput]:
 
 
 def require_same_outputs(packages: Path, *folders: Path) -> tuple[str, str]:
-    """Requires equal outputs of the installed version and that in ``packages``; returns both."""
+    """Requires that the installed version and that in ``packages`` agree; returns both versions."""
     for folder, output in zip(folders, outputs_in(packages, *folders), strict=True):
         expected = output_of(folder)
         assert output.chat == expected.chat

@@ -35,7 +35,7 @@ from tests.support.results import (
 )
 
 SECONDS = (41.302, 12.877, 208.55, 4123.019, 377.4, 25.2, 3.1, 96.4, 61.7, 18.9, 240.2, 7.5, 33.4)
-"""Time that each stage took, in the order in which ``write_stage`` writes them."""
+"""Time that each stage took, in the order in which the stages are written."""
 CONFIG = ReportConfig(
     "report",
     title="llama_width_prune",

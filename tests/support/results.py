@@ -268,4 +268,4 @@ RESULTS = {
     "plan": plan_result(),
     "successive_halving": search_result(),
 }
-"""Results by stage."""
+"""Maps the name of a stage's module to a result."""

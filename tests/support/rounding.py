@@ -30,7 +30,7 @@ def perturb_by_one_ulp(tensor: Tensor, seed: int = 0) -> Tensor:
 def measure_ulp_noise(model: nn.Module, output: Callable[[], Tensor]) -> float:
     """Changes each weight of a model by one ulp, and returns the largest change of the output.
 
-    The result is at least one ulp of the largest output.
+    The result is at least one ulp of the largest output. The weights stay changed.
     """
     before = output()
     for seed, weight in enumerate(model.parameters()):

@@ -20,7 +20,7 @@ STAGES = [
 ]
 """Stages of a pruning recipe with ``tasks=null engine=null``, in the order in which they run."""
 HEALING = [*STAGES[:5], "heal", *STAGES[5:]]
-"""The same stages, and ``heal``, which ``heal=least_squares`` adds."""
+"""``STAGES`` with the stage ``heal``, which ``heal=least_squares`` adds."""
 DISTILL = {
     "max_steps": 4,
     "warmup_steps": 1,

@@ -1,4 +1,4 @@
-"""``python -m tests.chaos``, which kills runs at random, with a fake result instead of kills."""
+"""``python -m tests.chaos``. A fake result replaces the campaign, which kills runs at random."""
 
 from __future__ import annotations
 
