@@ -274,7 +274,7 @@ _QWEN_DEFAULTS = {
 
 
 def _no_window(_: Mapping[str, Any]) -> dict[str, Any]:
-    """Removes the sliding window of NeMo's Mistral config. Models that need a window are refused."""
+    """Removes the sliding window of NeMo's Mistral config. A model that needs one is refused."""
     return {"window_size": None, "cp_comm_type": None}
 
 
