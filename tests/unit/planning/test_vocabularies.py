@@ -24,7 +24,7 @@ def test_different_tokenizers_are_refused(
     plan: MakePlan, complete: Complete, tmp_path: Path
 ) -> None:
     complete(plan())
-    other = (tmp_path / "run").rename(tmp_path / "other")
+    other = (tmp_path / "run").rename(tmp_path / "other")  # now the results of another run
     inputs = f"{D}inputs.teacher={other}/import_hf", f"{D}inputs.data={other}/prepare_data"
     plan(*inputs)
     edit_manifest(other / "prepare_data", tokenizer_sha256="another")
@@ -37,7 +37,7 @@ def test_vocabularies_with_different_padding_are_refused(
     plan: MakePlan, complete: Complete, tmp_path: Path
 ) -> None:
     complete(plan())
-    other = (tmp_path / "run").rename(tmp_path / "other")
+    other = (tmp_path / "run").rename(tmp_path / "other")  # now the results of another run
     padded = replace(read_architecture(HF_CONFIG, "SmolLM2"), vocab_size=49280)
     edit_manifest(other / "import_hf", architecture=padded.as_dict())
     with pytest.raises(RecipeError, match=r"different sizes: teacher 49280, student 49152"):
