@@ -66,7 +66,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         self.config.calculate_per_token_loss = True
         self._objective, self._teacher = objective, objective.teacher
         self._reduction = LossReduction(objective)
-        self._validation = LossReduction(Objective({"lm": 1.0, "kd": 0.0}))
+        self._validation = LossReduction(Objective({"lm": 1.0, "kd": 0.0}))  # KD is only logged
         self._cached: TopK | None = None
         self.teacher_loss: float | None = None
         """The teacher's LM loss on the first micro batch, before the first update."""

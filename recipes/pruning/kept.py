@@ -185,8 +185,8 @@ def select_indices(
 def sort_indices(scores: Mapping[str, Tensor], teacher: Architecture) -> KeptIndices:
     """Returns all indices, the most important first, as if all were kept.
 
-    The first rows and columns of a weight that is sorted in this order are the pruned weight.
-    Groups are sorted, and heads within their groups.
+    If a weight is sorted in this order, its first rows and columns are the pruned weight.
+    Groups are sorted by the scores of their heads together, and heads within their groups.
     """
     layers = list(range(1, teacher.num_layers + 1))
     order = {name: score.argsort(descending=True, stable=True) for name, score in scores.items()}

@@ -40,7 +40,7 @@ def save_weights(
     config = with_shape(nemo.read_config(like), shape)
     for name in shape.megatron_to_hf():
         setattr(model.config, name, getattr(shape, name))
-        setattr(model.__io__.config, name, getattr(shape, name))
+        setattr(model.__io__.config, name, getattr(shape, name))  # the checkpoint stores this one
     core = nemo.build_core(model, nemo.Parallelism())
     _require_shapes(weights, shape)
     source = MergedWeights(NamedWeights(weights), shape, FAMILIES[shape.hf_architecture])

@@ -169,7 +169,7 @@ class LayerAblation:
         numbers = [layer.layer_number for layer in layers]
         start = next((i for i, number in enumerate(numbers) if number in block), len(layers))
         hidden = states[start]
-        # If an earlier rank omitted a layer, it sends this rank's input; ``states`` is not valid.
+        # If an earlier rank omitted a layer, it sends a new input, since ``states`` has all layers.
         if any(number < self._first for number in block):
             start, hidden = 0, _receive(states[0])
         rotary = self._core.rotary_pos_emb(tokens.shape[1])

@@ -233,6 +233,7 @@ def test_dry_run_asks_slurm(probe_settings: tuple[str, ...], tmp_path: Path) -> 
     chain = Run(tmp_path / "run", ("recipe=qwen3_8b_depth", *probe_settings, "dry_run=true"))
     accepted = chain.submit()
     assert accepted.code == 0, accepted.output
+    # 96 nodes have 21504 CPUs.
     assert re.search(r"distill +\d{4}-\S+ +21504 +n\[1-96\]", accepted.output), accepted.output
     refused = chain.submit("cluster.sbatch=['--reservation=none']")
     assert refused.code == 1

@@ -119,6 +119,7 @@ def test_training_that_reached_its_limit_twice_has_the_same_weights(
     original, _ = tiny_chain
     chain = original.copy_without(tmp_path, *FROM_DISTILL)
     uninterrupted = train_locally(original, tmp_path)
+    # The deadline is a second after the start: 10 minutes less the margin.
     overrides = ("cluster.time=00:10:00", "cluster.margin_seconds=599", "only=[distill]")
     overrides += ("stages.distill.resources.devices=1",)
     assert chain.submit(*overrides, "cluster.max_requeues=1").code == 0

@@ -167,7 +167,7 @@ def test_model_card_has_the_metrics_of_the_manifests(tiny_run: Path, odd_llama: 
         metrics = evaluation[role]
         assert f"| {metrics['perplexity']:.1f} | {metrics['kl_to_teacher']:.3f} |" in card
         assert f"{metrics['loss']:.3f} ± {metrics['loss_standard_error']:.3f}" in card
-    shape = "| 40 | 72 | 5 | 1 | 10 | 293 |"
+    shape = "| 40 | 72 | 5 | 1 | 10 | 293 |"  # hidden, ffn, heads, groups, head size, vocabulary
     assert f"| this model | 4 {shape} {manifest_of(tiny_run, 'distill').parameters:,} |" in card
     (dropped,) = set(range(1, 6)) - set(manifest_of(tiny_run, "prune").metrics["kept_layers"])
     assert f"Layers dropped, counted from 1: {dropped}." in card

@@ -34,7 +34,7 @@ def test_fixed_weights() -> None:
         ({"kd": 1.0, "hidden": 0.5}, {"kd": 2, "hidden": 1}),
         # "kd" is scaled to "lm", then weighted
         ({"kd": 0.5, "lm": 1.0}, {"kd": 3, "lm": 6}),
-        # the sum of "kd" and "hidden" is scaled to "lm"
+        # the sum of "kd" and "hidden" is scaled to "lm", then multiplied by the weight of "kd"
         ({"kd": 1.0, "hidden": 1.0, "lm": 1.0}, {"kd": 3, "hidden": 3, "lm": 6}),
         ({"kd": 2.0, "hidden": 0.5, "lm": 1.0}, {"kd": 8, "hidden": 4, "lm": 6}),
         ({"hidden": 1.0, "lm": 2.0}, {"hidden": 6, "lm": 12}),

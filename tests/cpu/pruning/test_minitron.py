@@ -249,7 +249,7 @@ def test_dead_neurons_groups_and_layers_are_pruned_without_effect(
     checkpoint = convert_changed(tmp_path / "teacher", even_llama, make_dead)
     importance = score(checkpoint, calibration)
     assert importance.layers["loss"][DEAD_LAYER] == pytest.approx(0, abs=1e-6)
-    shape = {"num_layers": 3, "ffn_hidden_size": 125, "num_query_groups": 1}
+    shape = {"num_layers": 3, "ffn_hidden_size": 125, "num_query_groups": 1}  # without the dead
     student, _, kept = prune(checkpoint, importance, tmp_path, "block_influence", **shape)
     assert DEAD_LAYER not in kept.layers
     for layer in kept.layers:
