@@ -163,7 +163,7 @@ def main() -> None:
         socket.send_fds(server, [STARTED], [pidfd])
         os.close(pidfd)
         child.join()
-        # Opening a descriptor does not truncate the file. Closing it closes this copy of it.
+        # With a descriptor, ``open`` does not truncate the file. The block's end closes it.
         with open(log_fds[0], "w", encoding="utf-8") as log:
             if message := death_message(child.exitcode):
                 log.write(f"{message}\n")

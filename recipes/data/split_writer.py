@@ -19,7 +19,7 @@ SplitSize = tuple[int, int]
 LOSS_MASK = "loss_mask"
 """Suffix of a file with one byte per token: 1 if the token is a target of the loss."""
 LENGTHS = "lengths"
-"""Suffix of a file with the tokens of each document (int32 counts). The index is made from it."""
+"""Suffix of a file with the token count of each document (int32). The index is made from it."""
 BLOCK = 1 << 16
 """Documents per block while an index is written."""
 

@@ -135,7 +135,7 @@ def _write_batch(
     tokens = unfinished = 0
     if openings is None:
         prefixes = [_user_prefix(writer)] * request.batch_size()
-        # Half of the sequence is for the user's turn at most, the remainder for the answer.
+        # At most half of the sequence is for the user's turn, the remainder for the answer.
         turns = _write_turns(writer, prefixes, request.seq_length // 2)
         openings = [[{"role": "user", "content": text}] for text, _ in turns if text]
         tokens = sum(length for _, length in turns)

@@ -187,7 +187,7 @@ def split_ranges(
     """
     limit = min(len(files.documents) - 1, max_documents or len(files.documents))
     if max_tokens is not None:
-        limit = min(limit, max(1, _document_at(files, max_tokens)))
+        limit = min(limit, max(1, _document_at(files, max_tokens)))  # at least one document
     total, end_fraction = files.start(limit), 1 - sum(fractions.values())
     ranges = {"train": range(min(limit, _document_at(files, total * end_fraction)))}
     for split, fraction in fractions.items():

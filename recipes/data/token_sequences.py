@@ -240,7 +240,7 @@ def blend(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np.ndarra
 
     Returns:
         The source of each sample, int16 [samples], and the sample's index within its source, int64
-        [samples]. Among the first n samples, for any n, no source exceeds its share by a sample.
+        [samples]. Among the first n samples, for any n, no source exceeds its share by 1 or more.
     """
     sources, numbers = np.zeros(samples, np.int16), np.zeros(samples, np.int64)
     fractions = np.array(weights, dtype=np.float64) / math.fsum(weights)

@@ -270,7 +270,7 @@ def test_a_killed_preparation_resumes_and_writes_the_same_bytes(
     expected = request.getfixturevalue("undisturbed_mixed" if chats else "undisturbed")
     chat = request.getfixturevalue("chat") if chats else None
     metrics, killed_cfg = tmp_path / "metrics.jsonl", replace(cfg, processes=processes)
-    for lines in (30,) if chats else (20, 50):
+    for lines in (30,) if chats else (20, 50):  # kills once or twice
         process = multiprocessing.get_context("fork").Process(
             target=prepare_until_killed, args=(killed_cfg, tokenizer, tmp_path, lines, chat)
         )

@@ -78,7 +78,7 @@ def no_generation(*_: object) -> None:
 
 def test_each_request_is_written_once(teacher: ChatWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     conversations, file = write_and_read(teacher, REQUEST)
-    assert len(conversations) > REQUEST.batch_size()
+    assert len(conversations) > REQUEST.batch_size()  # there are several batches
     other, other_file = write_and_read(teacher, replace(REQUEST, seed=2))
     assert other_file != file
     assert conversations[:9] != other[:9]

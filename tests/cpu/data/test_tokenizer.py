@@ -122,7 +122,7 @@ def test_a_long_conversation_is_shortened_to_its_last_whole_answer(tmp_path: Pat
         assert conversation.shortened
         assert len(conversation.ids) <= length
         assert conversation.ids[-2:].tolist() == [STOP, END]
-    first = len(conversation.ids)
+    first = len(conversation.ids)  # length with the first answer alone
     assert encode(make_tokenizer(tmp_path, PLAIN, first), turns).shortened
     assert (
         encode(make_tokenizer(tmp_path, PLAIN, first - 1), turns).left_out_reason == chat.TOO_LONG

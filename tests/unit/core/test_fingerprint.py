@@ -101,7 +101,7 @@ def test_stage_fingerprint_depends_on_each_part() -> None:
         stage_fingerprint(*(change if i == changed_index else part for i, part in enumerate(parts)))
         for changed_index, change in enumerate(changes)
     }
-    assert len(changed | {base}) == 6
+    assert len(changed | {base}) == 6  # each of the five changes has its own fingerprint
     assert base == stage_fingerprint(dict(reversed(settings.items())), *parts[1:])
 
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from recipes.core.manifest import Manifest
 
 HUNG = 'Thread 0x1 (most recent call first):\n  File "a.py", line 7 in wait\n'
+"""What the watchdog writes about a rank that hangs."""
 
 
 def start_manifest(fingerprint: str = "f", at: str = "10:00") -> Manifest:

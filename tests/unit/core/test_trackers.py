@@ -140,7 +140,7 @@ def test_wandb_offline_and_resumed(stage: PlannedStage, monkeypatch: pytest.Monk
     assert first.settings["config"]["lr"] == 3e-4
     assert first.settings["config"]["run_dir"] == str(run_dir)
     assert first.settings["job_type"] == STAGE
-    first.finish.assert_called_once_with(1)
+    first.finish.assert_called_once_with(1)  # an exit code: the first start was killed
     second.finish.assert_called_once_with(0)
     assert not first.log_artifact.called
     assert second.summary.update.call_args.args[0]["final/parameters"] == STUDENT.parameters()

@@ -177,7 +177,7 @@ def test_problems_of_sources_are_found_without_reading_them(
         write(tmp_path, name, "x")
     write(tmp_path, "empty.txt", "")
     (tmp_path / "folder.txt").mkdir()
-    assert (problem or "None") in str(source_problem(source))
+    assert (problem or "None") in str(source_problem(source))  # "None" is str(None)
 
 
 def test_splits_have_their_fractions_and_are_disjoint() -> None:
