@@ -109,6 +109,7 @@ def have_same_bytes(hf_path: str, first: StoredTensor, second: StoredTensor) -> 
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     size, on_hub = first.end - first.begin, is_hub_id(hf_path)
+    # Of local files, all bytes are compared: each chunk starts where the last one ends.
     chunk = SAMPLE_BYTES if on_hub else CHUNK_BYTES
     step = max(chunk, size // SAMPLES) if on_hub else chunk
 
@@ -151,6 +152,7 @@ def _read_header(hf_path: str, file: str, label: str) -> dict[str, StoredTensor]
     end = 8 + int.from_bytes(start[:8], "little")
     if end > MAX_HEADER_BYTES:
         raise ValueError(f"a header of {end} bytes")
+    # A header longer than FIRST_BYTES is read again, in full.
     header = json.loads((start if end <= len(start) else _read_range(hf_path, file, 0, end))[8:end])
     _require_known_format(label, header.pop("__metadata__", None))
     tensors = {

@@ -78,6 +78,7 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     dtype = str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch.")
     if dtype in DTYPES.values():
         renamed["torch_dtype"] = dtype
+    # transformers chooses the model's class by ``model_type``.
     if (
         config.get("model_type") is None
         and (name := _first_name(config.get("architectures"))) in FAMILIES

@@ -144,6 +144,7 @@ def spread_positions(tokens: int, last: int) -> torch.Tensor:
     if tokens > last:
         return torch.arange(tokens)
     near = min(ADJACENT, tokens)
+    # linspace starts at the last near position, which [1:] drops.
     far = torch.linspace(near - 1, last, tokens - near + 1)[1:].round().long()
     return torch.cat([torch.arange(near), far])
 

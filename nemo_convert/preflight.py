@@ -135,6 +135,7 @@ def _index_findings(folder: Path, headers: Headers) -> Iterator[Finding]:
     if not (folder / INDEX_FILE).is_file() or files == {WEIGHTS_FILE}:
         return
     index = read_index(folder)
+    # Tensors in another shard than the index says, and tensors that only one side has.
     wrong = [name for name, file in index.items() if name in headers and headers[name].file != file]
     wrong += sorted(index.keys() ^ headers.keys())
     if wrong:

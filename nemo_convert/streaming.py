@@ -92,6 +92,7 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
         super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
         self._source, self._leading_axes = source, leading_axes
         self._weights = _prefetch(source, [])  # empty until ``finish_plan``
+        # The weight that is being written, after its key and index.
         self._current: tuple[tuple[str, Index] | None, Tensor] = (None, torch.empty(0))
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
@@ -118,7 +119,7 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
         return block.reshape(target.chunk.sizes).to(target.properties.dtype)
 
     def close(self) -> None:
-        """Stops the reading thread and releases the weight that it has read."""
+        """Stops the thread that reads ahead, and releases the weight that the thread has read."""
         self._weights.close()
 
     def _key(self, item: WriteItem) -> tuple[str, Index] | None:
@@ -132,7 +133,7 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
 def _prefetch(
     source: Source, keys: Sequence[tuple[str, Index]]
 ) -> Generator[tuple[tuple[str, Index], Tensor], None, None]:
-    """Yields weights in order, while a thread gets the next one from the source."""
+    """Yields ((key, index), weight) in order, while a thread gets the next from the source."""
     if not keys:
         return
     with ThreadPoolExecutor(1) as thread:
@@ -159,7 +160,7 @@ def read_weights(folder: Path, leading_axes: dict[str, int]) -> Iterator[tuple[s
 def _read_slice(
     reader: FileSystemReader, key: str, stored: TensorStorageMetadata, index: Index
 ) -> Tensor:
-    """Reads the tensor of one layer and expert from all shards that have a block of it."""
+    """Reads the weight at ``index`` from all shards that have a block of this weight."""
     inner_shape = stored.size[len(index) :]
     sizes = torch.Size([1] * len(index) + list(inner_shape))
     chunk = ChunkStorageMetadata(torch.Size([*index, *[0] * len(inner_shape)]), sizes)

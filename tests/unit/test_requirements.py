@@ -50,6 +50,7 @@ def ranges(*extras: str) -> list[Requirement]:
     project = tomllib.loads((REPO_ROOT / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
     lines = [line for name in extras for line in optional[name]]
+    # An extra may include another extra of this project, which is not a package to pin.
     return [Requirement(line) for line in lines if not line.startswith(project["name"])]
 
 

@@ -94,6 +94,7 @@ SMOLLM2 = read_architecture(HF_CONFIG, "smollm2")
 
 
 def test_parameters_of_smollm2() -> None:
+    # q and o; k and v; gate, up and down; two norms.
     layer = 576 * 9 * 64 * 2 + 576 * 3 * 64 * 2 + 3 * 576 * 1536 + 2 * 576
     assert SMOLLM2.parameters() == 30 * layer + 49152 * 576 + 576 == 134_515_008
 
