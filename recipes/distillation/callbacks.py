@@ -33,7 +33,7 @@ class StepLogger(Callback):
 
     def __init__(self, cfg: TrainingConfig, log: MetricsLog) -> None:
         self._cfg, self._log = cfg, log
-        self._last = time.monotonic()
+        self._last = time.monotonic()  # end of the last step or validation
         self._norm = self._lr = 0.0
         self._validation_kds: list[float] = []
         self._skipped = 0

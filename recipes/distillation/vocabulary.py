@@ -187,7 +187,7 @@ def _sample(tail: Tensor, quantiles: Tensor, group: ProcessGroup | None) -> tupl
     targets = quantiles.to(tail) * ends[:, -1:]
     target_ranks = torch.searchsorted(ends, targets, right=True).clamp_(max=ends.shape[-1] - 1)
     rank = 0 if group is None else group.rank()
-    start, mass = (ends - masses)[:, rank, None], masses[:, rank, None]
+    start, mass = (ends - masses)[:, rank, None], masses[:, rank, None]  # of this rank
     # Slightly less than the rank's mass: otherwise rounding could select a column without mass.
     local_targets = (targets - start).minimum(mass * (1 - 1e-6)).clamp_(min=0)
     columns = torch.searchsorted(cumulative, local_targets, right=True)

@@ -52,8 +52,8 @@ AXES: dict[str, tuple[str | None, ...]] = {
 """For each dimension of a Hugging Face weight, Megatron's name of its size; ``None`` if it is never
 pruned. Keys are ends of weight names. In an expert, ``ffn_hidden_size`` means
 ``moe_ffn_hidden_size``."""
-_LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
-_LAYER_KEY = re.compile(r"layers\.(\d+)\.")
+_LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")  # in names of weights, counted from 0
+_LAYER_KEY = re.compile(r"layers\.(\d+)\.")  # in keys of scores and indices, counted from 1
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 

@@ -122,7 +122,7 @@ class LayerAblation:
         self._core, self._text, self._log = core, text, log
         self._micro_batch_size = micro_batch_size
         numbers = [layer.layer_number for layer in core.decoder.layers]
-        self._first, self._last = numbers[0], numbers[-1]
+        self._first, self._last = numbers[0], numbers[-1]  # layers of this rank
         self.num_layers = core.config.num_layers
         if core.post_process:
             tied = core.share_embeddings_and_output_weights

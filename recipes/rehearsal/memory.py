@@ -48,12 +48,12 @@ class MemoryTracker(TorchDispatchMode):
         super().__init__()
         self._vocabulary = vocabulary
         self._label: str | None = None
-        self._live: dict[int, _Allocation] = {}
+        self._live: dict[int, _Allocation] = {}  # by storage, on the device
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         # ``_reserved`` includes freed memory that CUDA's allocator would cache.
         self._total = self._highest_total = self._reserved = 0
-        self._host: dict[int, int] = {}
+        self._host: dict[int, int] = {}  # bytes by storage
         self._host_total = self.host_peak = 0
 
     def __torch_dispatch__(

@@ -83,7 +83,7 @@ def _with_equal_experts(
         self.output_splits = np.full(self.ep_size, local.sum())
         self.output_splits_tp = np.full(self.tp_size, self.ep_size * local.sum())
     self.num_global_tokens_per_local_expert = np.tile(local, (ranks, 1))
-    local *= ranks
+    local *= ranks  # every rank sends equally many
     return local
 
 

@@ -25,12 +25,12 @@ from rich.markup import escape
 from rich.table import Table
 
 HERE = Path(__file__).parent
-MINUTES = 30.0
+MINUTES = 30.0  # time limit of all steps together
 RESULTS, ON_CPU = "GPU_TESTS_RESULTS", "GPU_TESTS_ON_CPU"
 """Environment variables. ``RESULTS`` names the folder of results; if it is set, tests also run
 without a GPU. ``ON_CPU`` is set if the tests run on a CPU."""
 PASSED, FAILED, TIMEOUT, SKIPPED = "passed", "failed", "timeout", "skipped"
-DEVICE = "device"
+DEVICE = "device"  # name of the step that most steps depend on
 
 
 @dataclass(frozen=True)

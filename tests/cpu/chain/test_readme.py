@@ -113,7 +113,7 @@ def test_demo_recovers_something_on_the_real_model(demo_run: Path) -> None:
 )
 def test_launcher_commands_plan(command: str, tmp_path: Path) -> None:
     """Commands are only planned: other tests run all stages, and a distillation takes minutes."""
-    arguments = shlex.split(command)[2:]
+    arguments = shlex.split(command)[2:]  # without ``python launch/run.py``
     has_recipe = any(argument.startswith("recipe=") for argument in arguments)
     extra = ["dry_run=true"] if has_recipe and "--help" not in arguments else []
     for model in ("my_model", "runs/llama_depth_prune/export_hf/artifact"):

@@ -95,7 +95,7 @@ SOUND = (
     Case("qwen3_8b_depth", "distill", 0, RECOMPUTE_ALL, 6),
     Case("qwen3_8b_depth", "distill", 1, CONTEXT),
     Case("qwen3_8b_depth", "distill", 2, MOE),
-    Case("qwen3_8b_depth", "score", 0, MOE[:1]),
+    Case("qwen3_8b_depth", "score", 0, MOE[:1]),  # without expert parallelism
     RESUMED,
     RECOMPUTED,
     Case("qwen3_8b_nas", "distill", 5),
