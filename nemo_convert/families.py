@@ -107,7 +107,7 @@ class Family:
         weights = self.weights_of(architecture)
         return {w.megatron.format(**indices): (w, indices) for w, indices in weights}
 
-    def canonical_name(self, name: str) -> str:
+    def transformer_engine_name(self, name: str) -> str:
         """Translates a parameter's name in any layer spec to TransformerEngine's layer spec."""
         if self.has(EXPERTS) and name.endswith("pre_mlp_layernorm.weight"):
             return name  # TransformerEngine fuses this norm into the MLP of dense models only

@@ -37,7 +37,7 @@ SIZES = (
 """Keys whose value must be a positive integer."""
 NULLABLE_SIZES = ("head_dim", "num_key_value_heads", "sliding_window")
 """Sizes that may be null: they then follow from another key, or there is no sliding window."""
-SWITCHES = (
+BOOLEANS = (
     "attention_bias",
     "mlp_bias",
     "norm_topk_prob",
@@ -73,7 +73,7 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise RecipeError(
                 f"{where}: {key}={config[key]} contradicts {value}, which config.json has under a "
                 "key of transformers 5.",
-                f"remove the wrong one: {key}, or the key among {', '.join(TRANSFORMERS_5)}",
+                f"remove {key}, or the key that contradicts it: one of {', '.join(TRANSFORMERS_5)}",
             )
     dtype = str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch.")
     if dtype in DTYPES.values():
@@ -103,7 +103,7 @@ def _unset_keys(config: Mapping[str, Any]) -> set[str]:
         if family.model_type in names or family.hf_architecture in names
     )
     head_dim = () if has_head_dim_default else ("head_dim",)
-    keys = (*NEUTRAL_VALUES, *QUANTIZATION, *SWITCHES, *head_dim)
+    keys = (*NEUTRAL_VALUES, *QUANTIZATION, *BOOLEANS, *head_dim)
     return {key for key in keys if config.get(key) is None}
 
 
@@ -239,7 +239,7 @@ def _require_numbers(config: Mapping[str, Any], where: str) -> None:
 
 def _require_switches_and_padding(config: Mapping[str, Any], where: str) -> None:
     """Refuses switches that are not true, false or null, and padding tokens without embedding."""
-    for key in SWITCHES:
+    for key in BOOLEANS:
         if config.get(key) not in (None, True, False):
             raise RecipeError(
                 f"{where}: invalid {key}={config[key]!r} in config.json: must be true or false.",
@@ -315,8 +315,8 @@ def _unsupported_features(family: Family, config: Mapping[str, Any]) -> Iterator
     for key in unknown_keys(config):
         yield (
             key,
-            "remove it from config.json if it cannot change what the model computes, and add it to "
-            "nemo_convert/config_keys.py if it never does",
+            "if it does not affect this model's output, remove it from config.json; if it affects "
+            "no model's output, add it to nemo_convert/config_keys.py",
         )
     yield from _unsupported_layer_types_or_quantization(config)
     yield from _unsupported_positions(family, config)

@@ -240,7 +240,7 @@ def load_core(checkpoint: Path, model: Any = None) -> torch.nn.Module:
     model = nemo.restore_model(checkpoint) if model is None else model
     core = nemo.build_core(model, nemo.Parallelism(), torch.float32)
     family = FAMILIES[nemo.architecture_of(checkpoint).hf_architecture]
-    parameters = {family.canonical_name(name): p for name, p in core.named_parameters()}
+    parameters = {family.transformer_engine_name(name): p for name, p in core.named_parameters()}
     for name, tensor in nemo.read_weights(checkpoint):
         parameters.pop(name).data.copy_(tensor)
     if parameters:

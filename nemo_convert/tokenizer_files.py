@@ -31,7 +31,7 @@ WITHOUT_JSON = {
 """Files that can replace ``tokenizer.json``, and the classes that can read them."""
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
-LISTS_OF_TOKENS: Mapping[str, tuple[type, ...]] = {
+TOKEN_LIST_TYPES: Mapping[str, tuple[type, ...]] = {
     "additional_special_tokens": (list,),
     "extra_special_tokens": (list, dict),
 }
@@ -130,7 +130,7 @@ def _invalid_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         is_text_or_added_token = not isinstance(token, dict) or token.get("__type") == "AddedToken"
         if token is not None and not (is_text_or_added_token and _token_text(token) is not None):
             yield f"{key}={token!r}", 'set it to the text of the token, such as "</s>"'
-    for key, types in LISTS_OF_TOKENS.items():
+    for key, types in TOKEN_LIST_TYPES.items():
         tokens = config.get(key) or []
         if not isinstance(tokens, types) or not all(map(_token_text, _as_list(tokens))):
             yield f"{key}={tokens!r}", "set it to a list of tokens"
@@ -162,7 +162,7 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
     # transformers 4 ignores the file if tokenizer_config.json lists the added tokens.
     for settings in (config, {} if "added_tokens_decoder" in config else settings_in_file):
         tokens = [settings.get(key) for key in SPECIAL_TOKENS]
-        for key, types in LISTS_OF_TOKENS.items():
+        for key, types in TOKEN_LIST_TYPES.items():
             tokens += _as_list(settings[key]) if isinstance(settings.get(key), types) else []
         yield from filter(None, map(_token_text, tokens))
 

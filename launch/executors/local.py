@@ -162,8 +162,8 @@ def start_script(stage: PlannedStage, log: IO[bytes]) -> RunningStage:
     return start_process([stage.directory / SCRIPT], log)
 
 
-def run_all(plan: Plan, follow: Follow, start: Start = start_script) -> bool:
-    """Runs all stages that must run, in order, until one fails. ``start`` starts one stage.
+def run_all(plan: Plan, follow: Follow, start_stage: Start = start_script) -> bool:
+    """Runs all stages that must run, in order, until one fails.
 
     Returns:
         Always ``True``: the stages were waited for. The functions ``start`` of executors return it.
@@ -171,11 +171,11 @@ def run_all(plan: Plan, follow: Follow, start: Start = start_script) -> bool:
     for stage in plan.todo():
         forget_job(plan.run_dir, stage.name)
         with follow(stage) as follower:
-            run(stage, follower, start)
+            run(stage, follower, start_stage)
     return True
 
 
-def run(stage: PlannedStage, follower: Follower, start: Start = start_script) -> None:
+def run(stage: PlannedStage, follower: Follower, start_stage: Start = start_script) -> None:
     """Runs one stage to its end; raises ``RecipeError`` if the stage leaves no new result."""
-    start_with_log = partial(start, stage)
+    start_with_log = partial(start_stage, stage)
     run_to_end(stage.name, stage.directory, stage.fingerprint, start_with_log, follower.update)

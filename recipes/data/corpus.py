@@ -22,7 +22,7 @@ SPLITS = ("train", "validation", "calibration", "heldout")
 RECORD_TYPES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 CHECKED_CONVERSATIONS = 100
 """Number of conversations of a source that ``chat_problem`` reads."""
-STRETCH = 4 << 20
+STRETCH_BYTES = 4 << 20
 """Approximate bytes of a stretch. A text is cut into stretches, so that each split is spread over
 the text. The paragraphs of a stretch are divided into one contiguous part for each split."""
 TextOf = Callable[[Any, str], str]
@@ -32,7 +32,7 @@ _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, csv.Error, ijson.JSONE
 
 @dataclass(frozen=True)
 class Document:
-    """A text and, for a paragraph, where it starts in its stretch (see ``STRETCH``)."""
+    """A text and, for a paragraph, where it starts in its stretch (see ``STRETCH_BYTES``)."""
 
     text: str
     """The text, or the JSON of a conversation's messages."""
@@ -124,7 +124,7 @@ class _FileReader:
         """Returns the position of a paragraph of the open file; ``None`` for other records."""
         if offset is None:
             return None
-        stretches = max(1, round(self._total_bytes / STRETCH))
+        stretches = max(1, round(self._total_bytes / STRETCH_BYTES))
         return (self._bytes_before + offset) * stretches / self._total_bytes % 1
 
     def state(self) -> int:

@@ -22,8 +22,8 @@ from recipes.core.wheels import cache_dir
 from recipes.data.chat import ASSISTANT
 from recipes.data.corpus import read_source
 
-BATCH, BATCH_TOKENS = 32, 1 << 15
-"""A batch has as many conversations as ``BATCH_TOKENS`` tokens allow, but at least ``BATCH``: a
+MIN_BATCH, BATCH_TOKENS = 32, 1 << 15
+"""A batch has as many conversations as ``BATCH_TOKENS`` tokens allow, but at least ``MIN_BATCH``: a
 generation step costs nearly the same for many sequences as for one. Both constants affect the text
 that is generated."""
 MAX_EMPTY_BATCHES = 5
@@ -49,7 +49,7 @@ class ChatRequest:
 
     def batch_size(self) -> int:
         """Returns the number of conversations per batch; each batch has its own random seed."""
-        return max(BATCH, min(self.tokens, BATCH_TOKENS) // self.seq_length)
+        return max(MIN_BATCH, min(self.tokens, BATCH_TOKENS) // self.seq_length)
 
 
 @dataclass(frozen=True)

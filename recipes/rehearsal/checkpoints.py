@@ -122,11 +122,11 @@ def _load_tensors_metadata(checkpoint_dir: str, *args: object) -> dict[str, Shar
 
 
 def _read_weights(
-    weights: Path, leading: Mapping[str, int]
+    weights: Path, stack_axes: Mapping[str, int]
 ) -> Iterator[tuple[str, Shape, torch.Tensor]]:
     """Yields empty weights in the order of ``streaming.read_weights``."""
     for key, item in _load_tensors_metadata(str(weights)).items():
-        count = leading[key]  # number of axes that stack layers and experts
+        count = stack_axes[key]  # number of leading axes that stack layers and experts
         for index in product(*(range(size) for size in item.global_shape[:count])):
             yield key, index, torch.empty(item.global_shape[count:], dtype=item.dtype)
 

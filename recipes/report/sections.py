@@ -36,7 +36,7 @@ LATENCY = Dimension("decode latency", lambda v: f"{v:,.4g} ms")
 PERPLEXITY = Dimension("perplexity", lambda v: f"{v:,.4g}")
 DIVERGENCE = Dimension("KL to the teacher", lambda v: f"{v:,.3g}")
 ACCURACY = Dimension("mean task score", lambda v: f"{v:.1%}", higher_is_better=True)
-EVALUATED_ROLES = {"teacher": "teacher", "student": "distilled"}
+EVALUATION_ROLES = {"teacher": "teacher", "student": "distilled"}
 """Maps a model's role in the measurement of speed to its role in the evaluation."""
 MAX_LABELS = 8
 """If a search has more candidates, its plot labels only the chosen one and the Pareto front."""
@@ -188,7 +188,7 @@ def trade_offs(
             quality_mark(role, numbers[row.engine], quality[role], cost)
             for row in rows
             if row.setting == setting and (cost := cost_of(row)) is not None
-            for role in [EVALUATED_ROLES[row.role]]
+            for role in [EVALUATION_ROLES[row.role]]
         ]
         if marks:
             yield title, note, trade_off_plot(name, marks, dimension, PERPLEXITY)

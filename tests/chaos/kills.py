@@ -24,7 +24,7 @@ from recipes.distillation.training import (
     steps_of_checkpoint,
 )
 from tests.chaos.chain import CHECKPOINT_INTERVAL, STEPS
-from tests.support.launcher import LAUNCHER, wait_until_none_works_in
+from tests.support.launcher import LAUNCHER, wait_until_unused
 from tests.support.runs import HEALING
 
 VICTIMS = ("launcher", "stage", "server", "child")
@@ -116,7 +116,7 @@ class RunCommand:
             self._poll(launcher, lambda: self._stage_of(launcher) != stage)
             launcher.kill()
         exit_status = launcher.wait(timeout=HANG_SECONDS)
-        wait_until_none_works_in(self.run_dir.parent)
+        wait_until_unused(self.run_dir.parent)
         return Killed(stage, victim, exit_status, self.output())
 
     def _stage_of(self, launcher: subprocess.Popen[bytes]) -> str | None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
-FIRST_PORT = 10000
+FIRST_PORT, BLOCKS = 10000, 18
 NODES = 96
 """Number of simulated nodes: as many as the largest recipe needs."""
 CONF = """\
@@ -151,8 +151,8 @@ class SlurmCluster:
             return False
         root = self.directory / "container"
         # Folders to mount, so that a container has this Python. Containers have /usr anyway.
-        interpreter = {Path(p).resolve() for p in (sys.prefix, sys.base_prefix)} - {Path("/usr")}
-        expose = ",".join(map(str, sorted(interpreter)))
+        python_folders = {Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()}
+        expose = ",".join(map(str, sorted(python_folders - {Path("/usr")})))
         (self.directory / "plugstack.conf").write_text(
             f"required {plugin} root={root} log={self.pyxis_log} expose={expose}\n"
         )
@@ -167,18 +167,18 @@ def without_slurm() -> str | None:
     return None if os.geteuid() == 0 else "starting a Slurm needs root"
 
 
-def first_port_of_block(daemons: int) -> int:
-    """Returns the first port of a block of 500 ports, of which the first ``daemons`` are free.
+def first_port_of_block(count: int) -> int:
+    """Returns the first port of a block of 500 ports, of which the first ``count`` are free.
 
     Tries 18 blocks, starting at one that depends on the process, as other processes may search too.
     The port also serves as the first job id. The launcher derives the rendezvous port of ranks from
     the job id, so the ranks of simultaneous clusters use different ports.
     """
-    for number in range(18):
-        port = FIRST_PORT + (os.getpid() + number) % 18 * 500
+    for number in range(BLOCKS):
+        port = FIRST_PORT + (os.getpid() + number) % BLOCKS * 500
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for daemon in range(daemons):
-                stack.enter_context(socket.create_server(("127.0.0.1", port + daemon)))
+            for offset in range(count):
+                stack.enter_context(socket.create_server(("127.0.0.1", port + offset)))
             return port
     raise AssertionError(f"no port is free from {FIRST_PORT} on")
 

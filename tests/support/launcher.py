@@ -96,11 +96,11 @@ def run_and_kill(
         time.sleep(0.02)
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
-    wait_until_none_works_in(cwd)
+    wait_until_unused(cwd)
     return file.read_text()
 
 
-def wait_until_none_works_in(directory: Path) -> None:
+def wait_until_unused(directory: Path) -> None:
     """Waits until no process has this working directory: the launcher's processes must end."""
     deadline = time.monotonic() + 120
     while running := [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(directory)]:

@@ -210,10 +210,10 @@ def test_split_of_extreme_fractions(fraction: float, name: str) -> None:
 def test_each_split_has_one_run_of_paragraphs_in_each_stretch(
     tmp_path: Path, stretches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stretch is a section of a text (see ``STRETCH``), which is divided among the splits."""
+    """A stretch is a section of a text (``STRETCH_BYTES``), which is divided among the splits."""
     paragraphs = [f"paragraph {i:4}" for i in range(3000)]
     source = write(tmp_path, "a.txt", "\n\n".join(paragraphs))
-    monkeypatch.setattr(corpus, "STRETCH", Path(source).stat().st_size / stretches)
+    monkeypatch.setattr(corpus, "STRETCH_BYTES", Path(source).stat().st_size / stretches)
     read = list(read_source(source, "text"))
     splits = [split_of(split_number(d, digest(d.text)), FRACTIONS) for d in read]
     assert [name for name, _ in groupby(splits)] == [*FRACTIONS, "train"] * stretches
