@@ -29,7 +29,7 @@ class WeightReader(Protocol):
 
 
 class MergedWeights:
-    """Reads and merges the Hugging Face weights of a Megatron weight when it is requested."""
+    """Builds a Megatron weight on request: reads and merges its Hugging Face weights."""
 
     def __init__(self, weights: WeightReader, arch: Architecture, family: Family) -> None:
         self._weights, self._arch = weights, arch
@@ -38,7 +38,8 @@ class MergedWeights:
     def __call__(self, key: str, index: tuple[int, ...]) -> torch.Tensor:
         """Returns the weight of a checkpoint key at ``index`` (layer, expert)."""
         weight = self._by_key[key]
-        indices = dict(zip(weight.stack_sizes(self._arch), index, strict=True))
+        axes = weight.stack_sizes(self._arch)  # {name of the axis: its size}
+        indices = dict(zip(axes, index, strict=True))
         return weight.merge(self._arch, [self._weights.read(n) for n in weight.hf_names(indices)])
 
 
@@ -69,8 +70,8 @@ def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
     memory.
 
     Raises:
-        RecipeError: ``check_model`` finds an error, transformers cannot load the tokenizer, or a
-            weight is NaN or infinite.
+        RecipeError: ``require_convertible`` refuses the folder, transformers cannot load the
+            tokenizer, or a weight is NaN or infinite.
     """
     from nemo_convert.streaming import StreamedSave
 
@@ -84,7 +85,7 @@ def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
     nemo.initialize(nemo.Parallelism())
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=checkpoint.parent) as temporary:
-        side = Path(temporary) / nemo.SIDE
+        side = Path(temporary) / nemo.SIDE  # config, tokenizer and licence
         copy_side_files(hf_folder, side)
         convert_tokenizer(side)
         if config != hf_config:

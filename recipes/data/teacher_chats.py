@@ -27,7 +27,7 @@ MIN_BATCH, BATCH_TOKENS = 32, 1 << 15
 generation step costs nearly the same for many sequences as for one. Both constants affect the text
 that is generated."""
 MAX_EMPTY_BATCHES = 5
-"""Number of first batches: if none of them has a finished conversation, the stage fails."""
+"""The stage fails if so many batches at the start have no finished conversation."""
 BLANK = "\0"
 """Placeholder for a user's words, which marks where the template puts them."""
 FILE = "chats.jsonl"
@@ -44,8 +44,8 @@ class ChatRequest:
     seq_length: int
     """Maximum tokens of a conversation, all special tokens included."""
     prompts: str | None = None
-    """Source of conversations. The teacher answers the turns before a conversation's first answer.
-    Without a source, the teacher also invents the user's turn."""
+    """Source of conversations. Only the turns before the first assistant turn are used; the teacher
+    answers them. Without a source, the teacher also invents the user's turn."""
 
     def batch_size(self) -> int:
         """Returns the number of conversations per batch; each batch has its own random seed."""
@@ -104,7 +104,8 @@ def _documents(request: ChatRequest) -> Iterator[Any]:
 
 def _batches(request: ChatRequest, writer: ChatWriter, folder: Path) -> Iterator[Mapping[str, Any]]:
     """Yields batches; reads finished batches from the folder, and generates further batches."""
-    all_openings, size = _openings(request) if request.prompts else None, request.batch_size()
+    all_openings = _openings(request) if request.prompts else None
+    size = request.batch_size()
     for number in count():
         openings = None if all_openings is None else list(islice(all_openings, size))
         if openings == []:
@@ -141,7 +142,7 @@ def _write_batch(
         tokens = sum(length for _, length in turns)
         unfinished = len(turns) - len(openings)
     render = writer.tokenizer.apply_chat_template
-    prompts = [list(render(turns, add_generation_prompt=True)) for turns in openings]  # type: ignore[arg-type]
+    prompts = [list(render(each, add_generation_prompt=True)) for each in openings]  # type: ignore[arg-type]
     # 1 is for the token that ``ChatTokenizer`` adds after a conversation.
     new_tokens = request.seq_length - max(map(len, prompts), default=0) - 1
     answers = _write_turns(writer, prompts, new_tokens)

@@ -130,8 +130,8 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
             lm_loss = _lm_loss(logits, labels)
             if not self._teacher.runs_in_validation:
                 return lm_loss
-            kd_loss = self._kd_and_lm_losses(core, logits, None, (1.0, 0.0))[0]
-            # As in ``_token_losses``, first the loss (here the LM loss), then the terms "lm", "kd".
+            _, kd_loss, _ = self._kd_and_lm_losses(core, logits, None, (1.0, 0.0))
+            # Rows as in ``_token_losses``: first the loss, which is LM here, then LM and KD.
             return torch.stack([lm_loss, lm_loss, kd_loss])
 
         core.compute_language_model_loss = MethodType(compute_losses, core)
@@ -217,8 +217,8 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
     def _token_losses(self, core: nn.Module, labels: Tensor, logits: Tensor) -> Tensor:
         """Computes losses [1 + terms, batch, sequence] of logits [sequence, batch, vocabulary/tp].
 
-        The first row is minimised. The other rows are the terms, without gradients; their means are
-        logged, and set dynamic weights.
+        The first row is minimised. The other rows are the terms, without gradients. Their means are
+        logged. A dynamic balancer computes the next step's weights from the means.
         """
         if self.teacher_loss is None and self._teacher.checkpoint:
             self._check_teacher(core.teacher_logits, labels)
@@ -241,7 +241,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
     def _kd_and_lm_losses(
         self, core: nn.Module, logits: Tensor, labels: Tensor | None, weights: tuple[float, float]
     ) -> tuple[Tensor, ...]:
-        """Computes three losses [batch, sequence]: the weighted sum of KD and LM, KD, and LM.
+        """Returns three losses [batch, sequence]: KD and LM weighted and added, KD alone, LM alone.
 
         ``logits`` are [sequence, batch, vocabulary/tp], ``labels`` [batch, sequence].
         """
@@ -318,7 +318,8 @@ def _forward_both(core: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     if core.training or core.runs_in_validation:
         for pair in core._layers_to_loss:
             for layer in pair:
-                # A validation of the student alone sets this. Then ModelOpt's hooks would warn.
+                # A validation of the student alone leaves its outputs here, and ModelOpt's hooks
+                # would warn about them.
                 layer._intermediate_output = None
         with torch.no_grad():
             core.teacher_model.eval()

@@ -2,8 +2,8 @@
 
 ModelOpt computes the scores of widths from activations (arXiv:2407.14679). Layers have two scores:
 block influence, 1 - cos of the angle between their input and output (arXiv:2403.03853), and the
-rise of the loss if the layer is left out. The hidden states before this layer stay the same, so
-they are computed once for all layers.
+rise of the loss if the layer is left out. Leaving out a layer does not change the hidden states
+before it. So these are computed once, and used for every layer that is left out.
 Layers may be split over pipeline ranks, and micro batches over data-parallel ranks.
 """
 
@@ -169,7 +169,8 @@ class LayerAblation:
         numbers = [layer.layer_number for layer in layers]
         start = next((i for i, number in enumerate(numbers) if number in block), len(layers))
         hidden = states[start]
-        # If an earlier rank omitted a layer, it sends a new input, since ``states`` has all layers.
+        # ``states`` was computed with all layers. If the block has a layer of an earlier rank, that
+        # rank sends the changed input.
         if any(number < self._first for number in block):
             start, hidden = 0, _receive(states[0])
         rotary = self._core.rotary_pos_emb(tokens.shape[1])

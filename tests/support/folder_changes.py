@@ -150,7 +150,7 @@ def add_weights_file(file: str) -> Change:
 
 
 def untie(tensors: dict[str, Tensor]) -> None:
-    """Stores a head that differs from the embedding in one row."""
+    """Adds a head that differs from the embedding in one row. For ``edit_weights``."""
     tensors[HEAD] = tensors[EMBEDDING].clone()
     tensors[HEAD][7] += 0.01
 

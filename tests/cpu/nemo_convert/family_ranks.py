@@ -18,10 +18,11 @@ LOGITS = "logits.safetensors"
 
 
 def main(layout: str, root: Path) -> None:
-    """Writes ``root/<family>/<layout>/``: logits, and a student after one training step.
+    """Writes logits, and students after one training step, to ``root/<family>/``.
 
-    The run for TP=2 trains students of all families at TP=2. The run for PP=2 trains those of
-    ``DATA_PARALLEL`` at DP=2, where each rank has half of the optimizer's weights.
+    The run for TP=2 writes logits and students of all families to ``TP=2/``. The run for PP=2
+    writes logits of all families to ``PP=2/``, and students of ``DATA_PARALLEL`` to ``DP=2/``: at
+    DP=2 each rank has half of the optimizer's weights.
     """
     from megatron.core import parallel_state
 
@@ -41,14 +42,14 @@ def main(layout: str, root: Path) -> None:
             )
     if training_layout == DP:  # the logits are computed at PP=2
         parallel_state.destroy_model_parallel()
-    parallel = nemo.Parallelism(*((2, 1) if layout == TP else (1, 2)))
+    parallel = nemo.Parallelism(tensor=2) if layout == TP else nemo.Parallelism(pipeline=2)
     nemo.initialize(parallel)
     for folder in folders:
         write_logits(folder, layout, parallel)
 
 
 def write_logits(folder: Path, layout: str, parallel: Any) -> None:
-    """Writes the teacher's logits [batch, sequence, vocabulary], with our layers, in float32."""
+    """Writes the teacher's logits [batch, sequence, vocabulary], in float32, with our layers."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region

@@ -65,7 +65,7 @@ def chromium(profile: Path, page: Path, *options: str) -> str:
             *options, page.as_uri(),
         ]  # fmt: skip
         output = profile.with_name(f"{profile.name}-{attempt}.txt")
-        # The output is a file: Chromium's child processes may outlive it and keep a pipe open.
+        # Not a pipe: Chromium's child processes may outlive Chromium and keep the pipe open.
         with output.open("w") as file, suppress(subprocess.TimeoutExpired):
             browser = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True

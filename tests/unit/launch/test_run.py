@@ -134,7 +134,7 @@ def test_sweep_gives_each_value_its_own_run_directory(launch: Launch, tmp_path: 
     configs = (tmp_path / "cwd" / "runs" / "sweeps").glob("*/*/prune/config.yaml")
     sizes = [OmegaConf.load(file).config.target_hidden_size for file in configs]
     assert sorted(sizes) == [448, 512]
-    assert "no best run" not in done.stdout
+    assert "no best run" not in done.stdout  # a sweep says this only after real runs
 
 
 def test_sweep_ends_with_the_command_that_compares_its_runs(
@@ -178,7 +178,7 @@ def test_status_shows_only_the_last_plan(
     assert launch(*ARGUMENTS, "gguf=f16", "dry_run=true").returncode == 0
     assert states()["export_gguf"] == "not started"
     assert launch(*ARGUMENTS, "dry_run=true", "only=[plan]").returncode == 0
-    assert states().keys() == set(STAGES)
+    assert states().keys() == set(STAGES)  # without export_gguf
     assert launch(*ARGUMENTS, "gguf=f16", "dry_run=true").returncode == 0
     complete(plan())
     assert launch(*ARGUMENTS, "dry_run=true", "stages.distill.lr=2e-4").returncode == 0
