@@ -151,9 +151,9 @@ def _download(hf_path: str, patterns: Sequence[str], revision: str | None = None
     if revision:
         model["revision"] = revision
     # In these patterns * also matches a slash: tokenizer* also matches files in tokenizer/.
-    folders = [f"{pattern}/*" for pattern in patterns if pattern.endswith("*")]
+    ignored = [f"{pattern}/*" for pattern in patterns if pattern.endswith("*")]
     try:
-        return Path(snapshot_download(allow_patterns=[*patterns], ignore_patterns=folders, **model))
+        return Path(snapshot_download(allow_patterns=[*patterns], ignore_patterns=ignored, **model))
     except Exception as error:
         raise unreachable_error(hf_path, "files", error) from error
 

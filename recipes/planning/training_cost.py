@@ -18,7 +18,7 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.pipeline import pipeline_split
 from recipes.planning.hardware import Hardware
 from recipes.planning.transformer import (
-    BACKWARD_PASSES,
+    FORWARDS_PER_BACKWARD,
     Compute,
     Memory,
     feed_forward_recompute,
@@ -145,7 +145,7 @@ def _gradient_bytes(workload: Workload, hardware: Hardware) -> int:
 def _passes(workload: Workload, backward: int = 1) -> list[tuple[Architecture, int]]:
     """Returns each model with its passes per token; a backward pass counts ``backward`` times.
 
-    FLOPs need ``backward=BACKWARD_PASSES``. For communication both passes count the same.
+    FLOPs need ``backward=FORWARDS_PER_BACKWARD``. For communication both passes count the same.
     """
     recomputed = workload.layout.recompute_granularity == "full"
     passes = [(workload.trained, 1 + backward + recomputed), (workload.teacher, 1)]
@@ -154,7 +154,7 @@ def _passes(workload: Workload, backward: int = 1) -> list[tuple[Architecture, i
 
 def token_compute(workload: Workload) -> Compute:
     """Returns FLOPs and traffic per token: both models' passes, recomputation, and the loss."""
-    size, models = workload.dtype_bytes, _passes(workload, BACKWARD_PASSES)
+    size, models = workload.dtype_bytes, _passes(workload, FORWARDS_PER_BACKWARD)
     total = Compute()
     for arch, passes in models:
         total += pass_compute(arch, workload.seq_length, size, passes)
@@ -177,7 +177,7 @@ def pipeline_imbalance(workload: Workload) -> float:
     The last stage has the heads. With a large vocabulary, a head costs as much as several layers.
     """
     stage_flops = [0.0] * workload.layout.pipeline
-    for arch, passes in _passes(workload, BACKWARD_PASSES):
+    for arch, passes in _passes(workload, FORWARDS_PER_BACKWARD):
         head = head_flops(arch)
         layer = (forward_flops(arch, workload.seq_length) - head) / arch.num_layers
         for stage, layers in enumerate(pipeline_split(arch.num_layers, workload.layout.pipeline)):

@@ -22,8 +22,8 @@ LOSS_CHUNK_BYTES = 512 << 20
 """Size of a float32 buffer of the loss on a GPU: large enough to keep the GPU busy."""
 LOGITS_BYTES = 128 << 20
 """Size of the float32 logits that exist at once in an evaluation pass."""
-BACKWARD_PASSES = 2
-"""Forward passes that take as many FLOPs as one backward pass."""
+FORWARDS_PER_BACKWARD = 2
+"""FLOPs of a backward pass, in forward passes."""
 ATTENTION_FORWARD_FLOPS, ATTENTION_BACKWARD_FLOPS = 4, 10
 """FLOPs of attention per channel and key. The forward pass has two GEMMs. The backward pass has
 four, and recomputes the scores."""
@@ -74,7 +74,7 @@ def pass_compute(arch: Architecture, seq_length: int, dtype_bytes: int, passes: 
             recomputation also repeats the forward pass.
     """
     backward = passes > 1
-    forwards = passes - BACKWARD_PASSES if backward else passes
+    forwards = passes - FORWARDS_PER_BACKWARD if backward else passes
     flops_per_score = ATTENTION_FORWARD_FLOPS * forwards + ATTENTION_BACKWARD_FLOPS * backward
     channels = arch.num_attention_heads * arch.kv_channels * arch.num_layers
     computed = _computed_score_fraction(seq_length)
@@ -114,9 +114,9 @@ def least_squares_flops(teacher: Architecture, student: Architecture) -> float:
     """
     teacher_width, width = teacher.hidden_size, student.hidden_size
     heads = student.num_attention_heads * student.kv_channels
-    norms = 2 * width * (width + teacher_width)  # inputs of attention and of the feed-forward layer
+    inputs = 2 * width * (width + teacher_width)  # of attention and of the feed-forward layer
     projections = sum(size * (size + width) for size in (heads, student.ffn_hidden_size))
-    return 2.0 * student.num_layers * (norms + projections)
+    return 2.0 * student.num_layers * (inputs + projections)
 
 
 def feed_forward_width(arch: Architecture) -> int:

@@ -12,7 +12,7 @@ from recipes.core.stage import Inputs
 from recipes.distillation.results import CacheResult, DistillationResult, TrainingResult
 from recipes.evaluation.results import EvaluationResult
 from recipes.planning.transformer import (
-    BACKWARD_PASSES,
+    FORWARDS_PER_BACKWARD,
     forward_flops,
     head_flops,
     least_squares_flops,
@@ -21,7 +21,7 @@ from recipes.pruning.results import HealResult, PruneResult
 
 MAX_FILES = 200
 """Maximum number of files that the report lists per stage. A large checkpoint has thousands."""
-TRAINING_FACTOR = 1 + BACKWARD_PASSES
+TRAINING_FACTOR = 1 + FORWARDS_PER_BACKWARD
 """FLOPs of a training step, divided by the FLOPs of its forward pass."""
 
 
