@@ -100,7 +100,7 @@ def _to_hf(arguments: argparse.Namespace) -> None:
         checkpoint = nemo.open_checkpoint(arguments.source, scratch / "unpacked")
         folder, side = scratch / target.name, scratch / "side" / nemo.SIDE
         convert.to_hf(checkpoint, folder)
-        # The model is built from config.json. The context's io.json is not read: it could run code.
+        # NeMo's model is built from config.json, because reading the context could run code.
         hf.copy_side_files(nemo.side_folder(checkpoint), side)
         core = parity.load_core(checkpoint, nemo.new_model(side))
         parity.compare(folder, checkpoint, core).require(f"{arguments.source} → {target}")
@@ -117,6 +117,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["check"]:  # transformers then loads a tokenizer without torch
+    # A check loads only a tokenizer. With USE_TORCH=0, transformers does not import torch for it.
+    if sys.argv[1:2] == ["check"]:
         os.environ |= {"USE_TORCH": "0", "TRANSFORMERS_VERBOSITY": "error"}
     sys.exit(main())

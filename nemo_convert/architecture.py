@@ -13,7 +13,7 @@ HF_SIZE_KEYS = {
     "num_query_groups": "num_key_value_heads",
     "kv_channels": "head_dim",
 }
-"""Maps Megatron's name of each size that pruning may change to its key in ``config.json``."""
+"""Maps Megatron's names of the sizes that pruning may change to the keys of ``config.json``."""
 HF_EXPERT_SIZE_KEYS = {
     "num_moe_experts": "num_experts",
     "moe_ffn_hidden_size": "moe_intermediate_size",
@@ -51,7 +51,7 @@ class Architecture:
         return asdict(self)
 
     def megatron_to_hf(self) -> dict[str, str]:
-        """Maps Megatron's name of each size that pruning may change to its ``config.json`` key."""
+        """Maps Megatron's names of this model's prunable sizes to the keys of ``config.json``."""
         return HF_SIZE_KEYS | (HF_EXPERT_SIZE_KEYS if self.num_moe_experts else {})
 
     def parameters(self) -> int:

@@ -29,19 +29,21 @@ class Weight:
     merge: Callable[[Architecture, list[torch.Tensor]], torch.Tensor]
     split: Callable[[Architecture, torch.Tensor], list[torch.Tensor]]
     hf_rows: Callable[[Architecture], tuple[int, ...]] | None = None
-    """Returns the number of rows of each Hugging Face weight; ``None`` if the numbers are equal."""
+    """Function that returns the number of rows of each Hugging Face weight. The field is ``None``
+    if all have the same number."""
 
     @property
     def checkpoint_key(self) -> str:
-        """Returns the key in a checkpoint, which stores all layers and experts as one tensor.
+        """Returns the key under which a checkpoint stacks this weight of all layers and experts.
 
-        The tensor's axes are [i, e, …]. Megatron stores experts under ``experts.experts``.
+        The stack's first axes are the letters of the name: [i, e, …], [i, …] or none. Megatron
+        stores experts under ``experts.experts``.
         """
         key = self.megatron.replace(".{i}.", ".")
         return key.replace("experts.", "experts.experts.").replace("{e}", "")
 
     def stack_sizes(self, architecture: Architecture) -> dict[str, int]:
-        """Returns the number of layers (``i``) and experts (``e``) whose weights have this name."""
+        """Maps ``i`` to the number of layers and ``e`` to that of experts, if the name has them."""
         letters = {"i": architecture.num_layers, "e": architecture.num_moe_experts}
         return {x: count for x, count in letters.items() if f"{{{x}}}" in self.megatron}
 
@@ -108,7 +110,7 @@ class Family:
         return {w.megatron.format(**indices): (w, indices) for w, indices in weights}
 
     def transformer_engine_name(self, name: str) -> str:
-        """Translates a parameter's name in any layer spec to TransformerEngine's layer spec."""
+        """Translates a parameter's name in any layer spec to that in TransformerEngine's spec."""
         if self.has(EXPERTS) and name.endswith("pre_mlp_layernorm.weight"):
             return name  # TransformerEngine fuses this norm into the MLP of dense models only
         for local, canonical in LOCAL_SPEC_NAMES.items():
@@ -274,7 +276,10 @@ _QWEN_DEFAULTS = {
 
 
 def _no_window(_: Mapping[str, Any]) -> dict[str, Any]:
-    """Removes the sliding window of NeMo's Mistral config. A model that needs one is refused."""
+    """Removes the sliding window of NeMo's Mistral config, and the context parallelism for windows.
+
+    A model that needs a window has been refused before.
+    """
     return {"window_size": None, "cp_comm_type": None}
 
 

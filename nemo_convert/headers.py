@@ -36,7 +36,7 @@ CHUNK_BYTES = 4 << 20
 HEADER_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
 """Errors that parsing a header raises if the bytes are not a header."""
 SAMPLES, SAMPLE_BYTES = 8, 64 << 10
-"""Number and bytes of the evenly spread samples by which two tensors on the hub are compared."""
+"""Two tensors on the hub are compared by this many evenly spread samples of this many bytes."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ TOKENIZER_FILES = (
 SIDE_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "LICENSE*", "README.md")
 """Side files of a model: the files that a conversion copies. They do not include weights."""
 ADAPTER = "adapter_config.json"
-"""In a folder with this file, transformers loads an adapter, on the model that the file names."""
+"""File of an adapter. If a folder has this file, transformers loads the base model that the file
+names, then the adapter."""
 HUB_SECONDS = 2.0
 """Seconds that ``is_config_available`` waits for the hub."""
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>\w[\w./-]*))?")
@@ -150,7 +151,7 @@ def _download(hf_path: str, patterns: Sequence[str], revision: str | None = None
     model = hub_arguments(hf_path)
     if revision:
         model["revision"] = revision
-    # In these patterns * also matches a slash: tokenizer* also matches files in tokenizer/.
+    # * matches slashes, too: the pattern tokenizer* would download files of a folder tokenizer/.
     ignored = [f"{pattern}/*" for pattern in patterns if pattern.endswith("*")]
     try:
         return Path(snapshot_download(allow_patterns=[*patterns], ignore_patterns=ignored, **model))

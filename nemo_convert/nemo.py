@@ -91,7 +91,8 @@ def open_checkpoint(path: Path, scratch: Path) -> Path:
     """Returns a checkpoint's directory; unpacks a ``.nemo`` file into ``scratch``.
 
     Raises:
-        RecipeError: ``path`` is no NeMo 2 checkpoint, is damaged, or has a path outside itself.
+        RecipeError: ``path`` is no NeMo 2 checkpoint, or is an archive that is damaged or has a
+            path that leads outside.
     """
     if path.is_file():
         try:
@@ -183,7 +184,7 @@ def new_model(hf_folder: Path) -> Any:
 
 
 def _record_arguments() -> None:
-    """Makes NeMo record the arguments of every config class. The context has these records.
+    """Makes NeMo record the arguments of every config class: the context stores these records.
 
     NeMo sets ``__wrapped_init__`` on a class whose arguments it records. A subclass inherits the
     attribute, so NeMo would not record its arguments: a Qwen3Config that is made after a

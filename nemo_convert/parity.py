@@ -155,7 +155,7 @@ def core_logits(
     """Computes logits [batch, sequence, vocabulary] of a Megatron model at TP=PP=1, in float32.
 
     Args:
-        core: Megatron's ``GPTModel``, which is left in float32.
+        core: Megatron's ``GPTModel``. Its weights stay in float32 afterwards.
         tokens: Token ids [batch, sequence].
         positions: RoPE position of each token [sequence]; by default 0, 1, 2, …
     """

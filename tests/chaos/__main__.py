@@ -61,7 +61,7 @@ def run_campaign(folder: Path, arguments: argparse.Namespace) -> list[str]:
         shutil.rmtree(temporary)
         temporary.mkdir()
         shutil.copytree(expected_dir, run_dir, ignore=shutil.ignore_patterns(".lock"))
-        # Deletes the first stage to kill and all later stages, so that they run again.
+        # The first stage of ``--stages`` and all later stages run again.
         for stage in HEALING[HEALING.index(arguments.stages[0]) :]:
             shutil.rmtree(run_dir / stage)
         stages = [stage for stage in arguments.stages for _ in range(arguments.each)]

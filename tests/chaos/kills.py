@@ -134,7 +134,7 @@ class RunCommand:
             return
         work = self.run_dir / kill.stage / WORK
         artifact, checkpoints = work / ARTIFACT, work / CHECKPOINTS
-        old_start = _modified(work / BEGUN)
+        old_start = _modified(work / BEGUN)  # a file that a stage writes when it starts
         stages = [None, *HEALING]  # ``None``: before the first stage
 
         def is_later() -> bool:

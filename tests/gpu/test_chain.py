@@ -128,7 +128,7 @@ def test_search_trains_while_it_holds_memory_for_measurements(small: Small, resu
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_losses_match_the_cpu(precision: str, small: Small, results: Path) -> None:
-    """Trains from a float32 checkpoint, which sets the main weights, and writes a trace."""
+    """The float32 checkpoint sets the optimizer's main weights. The training writes a trace."""
     run_dir = small.copy_reference(gpu_run_dir(small, precision).name, precision, "distill")
     small.run(run_dir, ONLY, PRECISION + precision, "stages.distill.profile_steps=[10,12]")
     expected = small.reference_dir(precision)

@@ -180,7 +180,7 @@ def test_engine_stage_spawns_processes_by_mpi(chains: dict[str, Run], stage: str
 def distill_again(original: Run, folder: Path, *overrides: str) -> Path:
     """Repeats the distillation of a run with other settings; returns its directory."""
     chain = original.copy_without(folder, "distill")
-    # These rules refuse too little text, and a training that takes too many hours.
+    # With other settings, the plan may have too little text, or too many hours for its requeues.
     submit(chain, "only=[distill]", "skip_rules=[tokens,requeues]", *overrides)
     chain.wait()
     assert states(chain)["distill"] == "complete"

@@ -1,4 +1,4 @@
-"""Tests that install packages are skipped where no package index can be reached."""
+"""Skips tests that install packages where no package index can be reached."""
 
 from __future__ import annotations
 

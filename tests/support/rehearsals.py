@@ -41,7 +41,7 @@ CONFIGS[MOE_MODEL] = {
 def job_with_layers(
     recipe: str, stage: str, rank: int = 0, overrides: tuple[str, ...] = (), layers: int = 4
 ) -> tuple[Chain, RankJob]:
-    """Returns a recipe's chain, and the job of one rank of a stage of it.
+    """Returns a recipe's chain, and the job that rehearses one rank of a stage.
 
     The teacher gets ``layers`` layers. If the recipe prunes layers, half of them are pruned.
     """

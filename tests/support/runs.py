@@ -36,7 +36,7 @@ DISTILL = {
 
 
 def tiny(model: Path, text_file: Path | str, run_dir: Path, seq_length: int = 64) -> list[str]:
-    """Returns overrides of a run with a tiny model; ``text_file`` may be several sources."""
+    """Returns overrides of a tiny run; ``text_file`` may be several sources, joined by commas."""
     return [
         f"model.hf_path={model}",
         f"data.sources=[{text_file}]",

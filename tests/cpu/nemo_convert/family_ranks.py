@@ -49,7 +49,7 @@ def main(layout: str, root: Path) -> None:
 
 
 def write_logits(folder: Path, layout: str, parallel: Any) -> None:
-    """Writes the teacher's logits [batch, sequence, vocabulary], in float32, with our layers."""
+    """Writes the teacher's float32 logits [batch, sequence, vocabulary] by our training layers."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -100,7 +100,7 @@ def distil(folder: Path, data: Path, out: Path, tensor_parallel_size: int) -> No
         sequence_parallel=tensor_parallel_size > 1,
     )
     cfg.resources.devices = 2
-    # The student has no layer 2, so its layer 3 is compared with layer 4 of the teacher.
+    # The teacher's layer 2 was pruned, so the student's layer 3 is compared with the teacher's 4.
     objective = Objective(
         {"kd": 1.0, "hidden": 0.5, "lm": 0.5}, TeacherSource(folder / "teacher.nemo", [(3, 4)])
     )

@@ -1,4 +1,4 @@
-"""Conversion keeps side files and logits. It keeps the bits of every weight."""
+"""Conversion keeps side files, logits, and the exact bits of every weight."""
 
 from __future__ import annotations
 

@@ -247,6 +247,7 @@ def require_trained(folder: Path) -> None:
     after = dict(convert.hf_weights(folder / "work" / "artifact" / "s.nemo"))
     assert before.keys() == after.keys()
     assert [n for n, tensor in before.items() if torch.equal(tensor, after[n])] == []
+    # Names of checkpoints count steps from 0: this is the checkpoint after the only step.
     require_exact_start(folder / "work" / CHECKPOINTS / "step=0", start)
 
 

@@ -1,4 +1,4 @@
-"""Variants of Hugging Face folders are converted exactly, or refused, nearly all by a dry run."""
+"""Variants of Hugging Face folders are converted exactly or refused, usually by a dry run."""
 
 from __future__ import annotations
 
