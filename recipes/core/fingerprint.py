@@ -1,8 +1,8 @@
 """Fingerprint of a stage: one SHA-256 of everything that its result depends on.
 
 It covers the settings except resources, the fingerprints of the inputs, files from outside the
-run, the versions of five libraries, and the code of the worker and the stage, with all modules of
-this repository that they import.
+run, the versions of ``versions.RESULT_LIBRARIES``, and the code of the worker and the stage, with
+all modules of this repository that the two import.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def result_settings(config: Any) -> dict[str, object]:
 
 
 def external_stamp(path: Path) -> dict[str, object]:
-    """Returns a stamp of each file: a small file's hash, or a large file's size and time of change.
+    """Returns a stamp of each file: a small file's hash, or a large file's size and ``mtime``.
 
     Hashing 140 GB of weights for every plan would take minutes.
 

@@ -34,8 +34,8 @@ IMPORT_ENVIRONMENT = {
     # Otherwise torch.cuda.is_available() initialises CUDA, which does not survive a fork.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
-"""Variables of the server alone; children get the caller's environment. They keep imports from
-starting threads or CUDA, which a fork would lose."""
+"""Variables that keep imports from starting threads or CUDA, which a fork would lose. Only the
+server has these variables; children get the caller's environment."""
 STOP_SECONDS = 30
 """Time for a child to end after SIGTERM."""
 
@@ -46,8 +46,8 @@ def fork_server(
 ) -> Iterator[socket.socket]:
     """Starts a server and yields a socket to it, without waiting for the server's imports.
 
-    At its end, the block waits until the server and its child have ended. If the block fails or
-    this process dies, both are killed.
+    The end of the block waits until the server and its child have ended. If the block fails or this
+    process dies, server and child are killed.
 
     Args:
         modules: Modules to import.
@@ -81,7 +81,8 @@ def fork_module(
 ) -> int | None:
     """Starts ``python -m MODULE ARGUMENTS`` in a child of the server, after the server's imports.
 
-    Does not wait for the child's end. A server has one child at a time. Its output goes to ``log``.
+    Does not wait for the child's end. The child's output goes to ``log``. A server has one child at
+    a time.
 
     Returns:
         A pidfd of the child; ``None`` if the server cannot fork.

@@ -42,7 +42,7 @@ def difference(values: Sequence[float], reference: Sequence[float]) -> Differenc
 def pareto_front(points: Sequence[tuple[float, float]]) -> set[int]:
     """Returns the indices of points that no other point dominates; lower is better on both axes.
 
-    A point dominates another if it is at least as good on both axes and better on one axis.
+    A point dominates another if it is at least as good on both axes and better on at least one.
     """
     return {
         i

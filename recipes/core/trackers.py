@@ -1,7 +1,7 @@
 """Sends a stage's settings, progress records and results to an experiment tracker.
 
 Rank 0 of the stage starts this module as a process, which follows the stage's ``metrics.jsonl``. A
-tracker that fails or waits for a network does not slow the work. It may delay the end of the
+tracker that fails or waits for a network does not slow the stage. It may delay the end of the
 stage's process by ``worker.TRACKER_SECONDS``, after the result is published.
 """
 

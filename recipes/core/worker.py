@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 POLL_SECONDS = 0.05
+"""Seconds between two checks of whether rank 0 has finished."""
 TRACKER_MODULE = "recipes.core.trackers"
 """Runs in its own process and is never imported, so it is in no stage's code fingerprint."""
 TRACKER_SECONDS = 60
@@ -106,7 +107,10 @@ def _start_tracker(stage_dir: Path) -> subprocess.Popen[bytes] | None:
 
 
 def _finish_tracker(tracker: subprocess.Popen[bytes] | None, status: str) -> None:
-    """Waits until the last records are sent, but at most ``TRACKER_SECONDS``."""
+    """Tells the tracker's process how the stage ended, and waits until it has sent all records.
+
+    Kills the process if it takes longer than ``TRACKER_SECONDS``.
+    """
     if tracker is not None:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             tracker.communicate(status.encode(), TRACKER_SECONDS)

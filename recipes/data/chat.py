@@ -27,8 +27,8 @@ NO_ANSWER, TEMPLATE_ERROR, ANSWERS_NOT_FOUND, SPECIAL_TOKEN, TOO_LONG = (
     "too long",
 )
 """Reasons to leave a conversation out. ``ANSWERS_NOT_FOUND``: an answer's tokens cannot be
-identified. Its conversation starts with an answer, or the template renders the turns before an
-answer differently once the answer is there."""
+identified, because the conversation starts with an answer, or because the template renders the
+turns before an answer differently once the answer is there."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ def pack(
         seq_length: Tokens of a sequence.
         end: Padding token, excluded from the loss.
     """
+    # The first sequence is the last one of the split, which may have free tokens.
     sequences: list[list[Encoded]] = [[]]
     free = [-written_tokens % seq_length]  # free tokens of each sequence
     for conversation in sorted(conversations, key=lambda item: -len(item.ids)):

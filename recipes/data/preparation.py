@@ -151,12 +151,12 @@ def prepare(
         folder: Folder of the files.
         log: Metrics file.
         chat: Tokenizes conversations.
-        paths: Paths that are read instead of sources, by source as written in the config.
+        paths: What to read instead of a source; the keys are sources as written in the config.
     """
     named_sources = list(source_names(cfg.all_sources()).items())
 
     def encode(source: str, reader_state: Any, documents: int) -> EncodedBatches:
-        """Encodes what follows a source's first ``documents`` documents, at ``reader_state``."""
+        """Encodes a source from ``reader_state`` on, which follows its first ``documents``."""
         path = (paths or {}).get(source, source)
         reader = read_source(path, cfg.text_field, reader_state, chat=encoder_of(source) is chat)
         limit = cfg.max_documents if source in cfg.sources else None
@@ -206,7 +206,7 @@ def _encode_for_rank_0(
             raise message
         source_number, reader_state, documents = message
         with encode(sources[source_number], reader_state, documents) as encoded:
-            for _ in encoded:
+            for _ in encoded:  # encodes, but yields nothing: only rank 0 gets the batches
                 pass
 
 
@@ -281,7 +281,7 @@ def _write_source(
             new = list(_pack_splits(chat, new, name, store))
         store.add(name, new)
         if max_tokens is not None and state.tokens >= max_tokens:
-            return
+            return  # the caller saves: ``finish_source``
         state.documents += len(batch.documents)
         state.reader_state = batch.reader_state
         store.save_if_due()

@@ -44,7 +44,7 @@ class PrepareDataConfig(StageConfig):
     """Token between documents. Default: the end-of-text token; ``eos_token`` if there is none.
     In an instruct model, ``eos_token`` often ends a turn instead."""
     validation_fraction: Fraction = 0.02
-    """Fraction of the documents for validation in training and healing, and ranking candidates."""
+    """Fraction of the documents for validation in training and healing, and to rank candidates."""
     calibration_fraction: Fraction = 0.04
     """Fraction of the documents for calibration: importance scores, healing and quantization."""
     heldout_fraction: Fraction = 0.04

@@ -96,7 +96,7 @@ class Source:
         return next((suffix for suffix in FILE_TYPES if path.endswith(suffix)), None)
 
     def local_files(self) -> list[Path]:
-        """Returns the local files, in order; none for a wheel, the prompts for ``teacher://``."""
+        """Returns local files in order: none for a wheel or hub, for ``teacher://`` the prompts."""
         if self.by_teacher:
             return parse_source(self.prompts).local_files() if self.prompts else []
         if self.hub or self.wheel:

@@ -101,14 +101,15 @@ class DocumentTokenizer:
 def encode_all(
     encoder: Encoder, batches: Iterable[tuple[list[str], ItemT]], processes: int
 ) -> Iterator[tuple[list[Encoded], ItemT]]:
-    """Encodes batches in order, in worker processes if there are several.
+    """Encodes batches in order, in worker processes if ``processes`` is above 1.
 
     A batch is a list of texts and any item, which is yielded with the encoded texts.
 
     Raises:
         RecipeError: A process was killed.
     """
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would compete for the cores
+    # The threads of the library ``tokenizers`` would compete for the cores.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if processes == 1:
         yield from ((encoder.encode(texts), item) for texts, item in batches)
         return

@@ -26,12 +26,13 @@ POLL_SECONDS = 0.5
 
 
 class HalvingRun:
-    """Prunes and trains candidates in ``NAME/prune``, ``NAME/round-0``, … below a directory.
+    """Prunes and trains candidates in ``CANDIDATE/prune``, ``CANDIDATE/round-0`` and so on.
 
     Args:
         cfg: The stage's config.
         inputs: The stage's inputs.
-        directory: A directory that exists until the stage is complete, so a killed search resumes.
+        directory: Parent of these directories. It exists until the stage is complete, so that a
+            killed search can resume.
         layer_importance: Setting of ``prune``.
     """
 

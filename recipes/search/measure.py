@@ -1,4 +1,8 @@
-"""Measures candidate shapes, as views of one model whose weights are sorted by importance."""
+"""Measures the quality of candidate shapes.
+
+The weights of one model are sorted by importance. A candidate's weights are slices of them, which
+need no copy.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,7 @@ from recipes.search.space import name_of
 def measure_shapes(
     cfg: RankCandidatesConfig, inputs: Inputs, shapes: list[Architecture], log: MetricsLog
 ) -> list[Candidate]:
-    """Measures every pruned shape, then the best shapes again after reconstruction."""
+    """Measures every pruned shape; heals the best ones by least squares and measures them again."""
     teacher = nemo.find_checkpoint(inputs["checkpoint"].artifact)
     importance = Importance.load(inputs["importance"].artifact)
     text = read_sequences(inputs["data"], "validation", cfg.seq_length, cfg.num_samples)
@@ -50,7 +54,8 @@ def measure_shapes(
     for number, candidate in enumerate(best):
         shape = candidate.shape
 
-        # The default binds this iteration's number.
+        # ``healed`` is the number of shapes healed before this one. A closure over ``number`` would
+        # use the loop's current value.
         def progress(done: int, total: int, healed: int = number) -> None:
             log.progress("heal", healed * total + done, len(best) * total)
 
@@ -94,7 +99,7 @@ def _heal(
     batches: Sequence[Tensor],
     progress: ProgressCallback,
 ) -> PreTrainedModel:
-    """Prunes the teacher to a shape and reconstructs it, as stages ``prune`` and ``heal`` do."""
+    """Prunes the teacher to a shape and heals the result, as stages ``prune`` and ``heal`` do."""
     layers = layers_to_keep(importance, cfg.layer_importance, shape.num_layers)
     kept = select_indices(importance.widths, nemo.architecture_of(teacher), shape, layers)
     weights = prune_weights(teacher, kept, shape.kv_channels)
@@ -136,7 +141,7 @@ class SortedModel:
         self._weights: list[tuple[str, torch.nn.Parameter, Tensor]] = []
         order = sort_indices(scores, teacher_shape)
         for name, parameter in model.named_parameters():
-            # Only sorts rows and columns: ``order`` has all indices.
+            # ``order`` has all indices, so ``prune_weight`` removes nothing and only sorts.
             parameter.data = prune_weight(name, parameter.data, order, teacher_shape.kv_channels)
             self._weights.append((name, parameter, parameter.data))
 

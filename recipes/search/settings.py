@@ -50,15 +50,15 @@ class EnumerateShapesConfig(StageConfig):
 
 @dataclass
 class MeasureLatencyConfig(StageConfig):
-    """Settings of ``measure_latency``; ``space`` and ``service`` are copied from the search."""
+    """Settings of ``measure_latency``; ``space`` and ``service`` come from ``enumerate_shapes``."""
 
     engine: BuildEngineConfig = field(
         default_factory=lambda: BuildEngineConfig(stage="build_engine")
     )
     """How engines are built."""
     space: Space = field(default_factory=Space)
-    """The search's space. Shapes at its corners are timed: the teacher, and shapes with one axis or
-    all axes at the minimum."""
+    """The search's space. The latency model is fitted to its corners: the teacher, and shapes with
+    one axis or all axes at the minimum. A shape in its middle is timed to check the model."""
     service: Service = field(default_factory=Service)
     """The search's service; a timed step has its batch size and context length."""
     new_tokens: Annotated[int, integer(2)] = 32

@@ -119,7 +119,10 @@ def search_sizes(shape: Architecture) -> dict[str, int]:
 
 
 def prune_settings(sizes: Mapping[str, int], layer_importance: str) -> dict[str, Any]:
-    """Returns settings of ``prune`` for sizes of ``SEARCH_AXES``; the divisors fit these sizes."""
+    """Returns settings of ``prune`` for sizes of ``SEARCH_AXES``.
+
+    ``prune`` requires that each size is a multiple of its divisor, so divisors fit these sizes.
+    """
     divisors = {axis: math.gcd(size, 64) for axis, size in sizes.items() if "hidden" in axis}
     return {
         "layer_importance": layer_importance,
@@ -145,7 +148,7 @@ def memory_bytes(shape: Architecture, service: Service) -> int:
 
 
 def latency_ms(shape: Architecture, service: Service) -> float:
-    """Returns the time of a step at ``context_length``, by ``measured`` or by roofline."""
+    """Returns the time of a decoding step, by the fit ``measured`` or else by roofline."""
     if service.measured is None:
         roofline = Roofline(service.flops_per_second, service.bytes_per_second)
         batch, context = service.batch_size, service.context_length
@@ -248,6 +251,7 @@ def _choices(teacher: Architecture, space: Space, axis: str) -> list[int]:
     is_depth = axis == "num_layers"
     least = full * (1 - (space.max_depth_pruning if is_depth else space.max_width_pruning))
     if axis == "num_attention_heads":
+        # A step is a head of each query group. With step ``full``, only ``full`` is allowed.
         step = teacher.num_query_groups if space.prune_heads else full
     else:
         step = getattr(space, f"{axis}_divisor")

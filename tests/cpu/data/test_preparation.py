@@ -166,7 +166,10 @@ def undisturbed_mixed(
     chat: ChatTokenizer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, PreparationState]:
-    """The result in batches of 16, as in the test that kills the process."""
+    """The result in batches of 16, as in the test that kills the process.
+
+    Each batch is packed separately, so its size changes the result.
+    """
     folder = tmp_path_factory.mktemp("mixed_result")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparation, "BATCH_DOCUMENTS", 16)
@@ -221,7 +224,11 @@ def test_conversations_lie_whole_in_sequences_with_only_answers_in_the_loss(
 def _conversations(
     tokens: np.ndarray, loss_mask: np.ndarray, start: int, stop: int, end: int
 ) -> Iterator[tuple[tuple[int, ...], list[bool]]]:
-    """Yields ids and masks of conversations, each with the first of the two end tokens after it."""
+    """Yields ids and masks of conversations.
+
+    A conversation ends with two end tokens: one ends the last turn, and the other, which is not
+    yielded, ends the document.
+    """
     for sequence in range(start // LENGTH, -(-stop // LENGTH)):
         position = max(start, sequence * LENGTH)
         last = min(stop, (sequence + 1) * LENGTH)

@@ -1,4 +1,4 @@
-"""Tests preparation on several ranks, and the index that it writes."""
+"""Tests preparation on several ranks, and the files that ``SplitWriter`` writes."""
 
 from __future__ import annotations
 

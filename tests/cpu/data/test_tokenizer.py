@@ -112,8 +112,8 @@ def test_unusable_conversations_are_left_out(
 def test_a_long_conversation_is_shortened_to_its_last_whole_answer(tmp_path: Path) -> None:
     turns = [*QUESTION, ANSWER, {"role": "user", "content": "And?"}, ANSWER]
     unshortened = encode(make_tokenizer(tmp_path, PLAIN), turns)
-    # With the first length, only the last line break does not fit. With the other lengths, the last
-    # question and answer do not fit.
+    # With the first length, only the last line break does not fit. With the other lengths, down to
+    # 64, the last question and answer do not fit.
     for length in range(len(unshortened.ids) - 1, 63, -1):
         tokenizer = make_tokenizer(tmp_path, PLAIN, length)
         conversation = encode(tokenizer, turns)
@@ -217,7 +217,7 @@ def test_a_document_ends_with_the_end_of_text_token(
 ) -> None:
     documents = load_tokenizer(save_tokenizer(tmp_path, *special, eos_token=eos))
     assert documents.begin is None
-    assert documents.end == 3 + special.index(end)
+    assert documents.end == 3 + special.index(end)  # after the ids of a, b and c
     assert token_ids(documents, ["ab", "c"]) == [[0, 1, documents.end], [2, documents.end]]
 
 

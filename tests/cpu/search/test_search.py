@@ -267,7 +267,8 @@ def test_a_killed_search_resumes_and_writes_the_winner_as_a_recipe(
     trained = [c for c in result.candidates if c.tokens]
     assert [c.name for c in trained] == [c.name for c in ranked[:2]]
     assert {c.tokens for c in trained} == {2048}
-    # Both trained candidates were healed before the ranking, but trained without healing.
+    # Both trained candidates were healed before the ranking, but trained without healing. So they
+    # are compared with candidates that were only pruned.
     pruned_kl = min(c.kl_to_teacher for c in ranked if not c.healed)
     for candidate, untrained in zip(trained, ranked, strict=False):
         assert candidate.kl_to_teacher < pruned_kl

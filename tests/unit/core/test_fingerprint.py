@@ -156,7 +156,7 @@ def test_comments_format_types_and_unrelated_code_do_not_change_the_fingerprint(
 
 @pytest.mark.parametrize("statement", ["from . import shared", "from .shared import VALUE"])
 def test_relative_imports_are_refused(repo: Path, statement: str) -> None:
-    """They are not followed, so the fingerprint would lack the code of the imported module."""
+    """Fingerprints do not follow relative imports, so the imported code would be missing."""
     (repo / "recipes" / "relative.py").write_text(f"{statement}\ndef run(): pass\n")
     with pytest.raises(ValueError, match="relative imports"):
         fingerprint_of("relative")

@@ -23,7 +23,8 @@ if os.fork() == 0:
 time.sleep({lifetime})
 os._exit(0)
 """
-"""Its fork forks, too. Each fork waits before ``make_forks_die_with_parent`` takes effect in it."""
+"""A process that forks a child, which forks another one. Each fork sleeps for ``delay`` seconds
+before it calls ``die_with_parent``."""
 
 
 FREED = """
@@ -42,7 +43,7 @@ print(before / resident())
 
 
 def test_free_memory_is_returned() -> None:
-    """The program frees 200 MB below a block in use. Its settings make malloc keep them."""
+    """The program frees 200 MB below a block in use. The variables make malloc keep the 200 MB."""
     variables = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     done = subprocess.run(
         [sys.executable, "-c", FREED], env=os.environ | variables, cwd=REPO_ROOT,

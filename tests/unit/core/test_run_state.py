@@ -149,6 +149,7 @@ def test_seconds_of_continued_starts_are_summed(tmp_path: Path) -> None:
 def test_work_of_an_existing_result_is_leftover(tmp_path: Path) -> None:
     """A kill after the manifest was written leaves work. A forced start deletes this work."""
     checkpoint = fail(tmp_path)
+    # As if the start of this work had also written the result.
     os.link(tmp_path / WORK / BEGUN, tmp_path / MANIFEST)
     state = stage_state(tmp_path, "f")
     assert (state.status, state.leftover, state.begun) == (Status.COMPLETE, True, None)
@@ -164,6 +165,7 @@ def test_work_of_an_existing_result_is_leftover(tmp_path: Path) -> None:
 def test_half_deleted_work_cannot_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The kill comes after the work's manifest is deleted, and before its other files are."""
     checkpoint = fail(tmp_path)
 
     def be_killed(*_: Any, **__: Any) -> None:
@@ -216,7 +218,8 @@ def test_stages_of_a_run_are_planned_or_started(tmp_path: Path) -> None:
         Request(name, "f", "c", {}, {}).write(tmp_path / name)
     complete(tmp_path / "b")
     complete(tmp_path / "started")
-    # Stage "never" has no fingerprint and no directory; "dropped" is no longer planned.
+    # Stage "never" has no fingerprint and no directory; "dropped" is no longer planned. The result
+    # of "b" is stale, because it has the fingerprint "f".
     plan = LastPlan("r", {"b": "1e5", "a": "f", "never": None})
     plan.write(tmp_path)
     assert read_last_plan(tmp_path) == plan

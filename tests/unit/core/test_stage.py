@@ -293,6 +293,7 @@ def test_inputs_are_read_recorded_and_hashed(
     assert manifest is not None
     assert manifest.inputs == {"data": "fingerprint of hello"}
     assert manifest.metrics == {"input_files": {"data": ["sub"]}}
+    # The changed file has the same size and time, so only its hash differs.
     stat = file.stat()
     file.write_text("jello")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))

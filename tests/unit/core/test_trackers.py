@@ -66,6 +66,7 @@ def stage(plan: Callable[..., Any], complete: Callable[..., None]) -> PlannedSta
 
 
 def first_steps(log: MetricsLog) -> None:
+    """Writes records. Trackers do not get their ``None`` and text, and get ``True`` as 1."""
     log.progress(STAGE, 1, 2, loss=2.0, kd=1.5, lm=0.5)
     log.progress(STAGE, 2, 2, loss=None, kd=0.5, skipped=True, note="x")
     log.progress("validate", 2, 2, val_loss=1.25)
@@ -79,7 +80,7 @@ def third_step(log: MetricsLog) -> None:
 def track(
     stage: PlannedStage, tracker: str, write_records: WriteRecords, last_status: str = FINISHED
 ) -> None:
-    """Sends the records of one start of a stage."""
+    """Sends the records of one start of a stage, which ends with ``last_status``."""
     write_tracker(stage.directory.parent, "llama_width_prune", SETTINGS[tracker])
     # ``follow`` calls ``wait`` until it returns a status; the first call writes the records.
     statuses: Iterator[str | None] = iter([None, last_status])
@@ -302,7 +303,7 @@ def test_a_requeued_job_continues_its_wandb_run(tmp_path: Path) -> None:
 
 
 def test_a_tracker_without_network_does_not_stop_the_stage(tmp_path: Path) -> None:
-    uri = "http://127.0.0.1:9"
+    uri = "http://127.0.0.1:9"  # refuses connections
     settings = {**SETTINGS["mlflow"], "uri": uri}
     log = run_worker(tmp_path, settings, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
     assert log.count("warning: tracker mlflow failed") == 1

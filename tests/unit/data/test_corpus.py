@@ -122,6 +122,7 @@ def test_the_error_names_the_line_of_a_record_without_text(tmp_path: Path, recor
 
 
 BINARY, UNREADABLE = b"\xff\xfe\x00", "cannot be read as"
+"""A file's content, and a message. In the test below, content ``None`` means a missing file."""
 
 
 @pytest.mark.parametrize(
@@ -253,6 +254,7 @@ def test_compressed_lines(tmp_path: Path) -> None:
 
 def test_options_of_sources(tmp_path: Path) -> None:
     nested = write(tmp_path, "a.jsonl", '{"doc": {"body": "one"}, "doc.body": "two"}\n')
+    # A field whose name is ``doc.body`` precedes the field ``body`` of ``doc``.
     assert documents(f"{nested}#text=doc.body") == ["two"]
     nested = write(tmp_path, "b.jsonl", '{"doc": {"body": "one"}}\n')
     assert documents(f"{nested}#name=some&text=doc.body", "text") == ["one"]

@@ -105,6 +105,7 @@ def test_costs_of_serving() -> None:
     """Llama 3 70B in bfloat16 has 141 GB of weights, and 1.34 GB of KV cache for 4096 tokens."""
     service = Service(batch_size=2)
     assert weight_bytes(LLAMA_70B, service) == pytest.approx(141.1e9, rel=1e-3)
+    # Requests, keys and values, layers, query groups, channels, tokens, and bytes of a value.
     assert cache_bytes(LLAMA_70B, service) == 2 * 2 * 80 * 8 * 128 * 4096 * 2
     assert memory_bytes(LLAMA_70B, service) == weight_bytes(LLAMA_70B, service) + cache_bytes(
         LLAMA_70B, service

@@ -1,4 +1,4 @@
-"""Plans and checks of the stages of a search, and the recipe that it writes."""
+"""Tests plans and settings of a search's stages, and the recipe that a search writes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def tiny(hf_folder: Path) -> list[str]:
 
 @pytest.fixture
 def other_search(tmp_path: Path) -> Path:
-    """Returns the stage directory of a search in another run, which chose no shape."""
+    """Returns the stage directory of another run's search. The search chose no shape."""
     stage_dir = tmp_path / "other"
     (stage_dir / "artifact").mkdir(parents=True)
     write_manifest(stage_dir, bare_manifest("successive_halving", "search_results", None))
@@ -224,6 +224,7 @@ def test_rounds_halve_the_candidates_within_the_token_budget(chain: Chain) -> No
     counts = cfg.rounds(cfg.max_candidates())  # candidates in each round
     assert counts == [5, 3, 2]  # at first, the four best-ranked candidates and x
     trainings = [successive_halving.training_of(cfg, counts, number) for number in range(3)]
+    # A step trains on 4 sequences of 256 tokens.
     used = sum(n * t.max_steps * 4 * 256 for n, t in zip(counts, trainings, strict=True))
     assert 0.9 * cfg.max_tokens < used <= cfg.max_tokens
     assert len({training.seed for training in trainings}) == 3, "a round repeats sequences"
