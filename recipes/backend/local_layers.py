@@ -70,7 +70,8 @@ def adapt_config(config: Any, training: bool = False) -> Any:
 def use_local_layers(config: Any) -> None:
     """Selects Megatron's local layers, in place.
 
-    Importance scores for pruning need local layers on CUDA too: hooks on the layers compute them.
+    Importance scores for pruning need local layers on CUDA too: ModelOpt computes the scores by
+    hooks on the norms, which TransformerEngine fuses with linear layers.
     """
     config.transformer_layer_spec = local_layer_spec
     for fusion in FUSIONS:

@@ -1,4 +1,4 @@
-"""Replaces attributes of libraries. Refuses an original that differs from the one of the patch."""
+"""Replaces attributes of libraries, but only if they are those that the patch was written for."""
 
 from __future__ import annotations
 

@@ -73,6 +73,7 @@ class TrainingSequences(Dataset):
         total = self._total = count_sequences(self.tokens, self.seq_length)
         used = np.arange(total) if self.cache is None else self.cache.sequences
         if self.numbers is not None:
+            # ``total`` excludes a last sequence that has no next token to predict.
             used = np.array([n for n in self.numbers if n < total])
         self._numbers_by_source = [used]
         if self.weights:

@@ -113,7 +113,8 @@ def _first_sequences(
 ) -> list[int]:
     """Returns the numbers of the first sequences that training reads, in the order of reading.
 
-    A sequence that training reads again in a later epoch is listed once.
+    A sequence's number is its index in the text. A sequence that training reads again in a later
+    epoch is listed once.
     """
     samples = cfg.num_sequences or 0
     text = TrainingSequences(
@@ -151,8 +152,8 @@ def _write_shards(
         if outputs is None:
             return False
         top, loss = outputs
-        # Only one shard is checked. Of many shards, one with few and hard sequences may have a loss
-        # near chance, although the teacher is good.
+        # Only a rank's first shard is checked. Of many shards, one with few and hard sequences may
+        # have a loss near chance, although the teacher is good.
         if done == 0:
             require_better_than_chance(loss, index.vocabulary)
         if parallel_state.get_tensor_model_parallel_rank() == 0:

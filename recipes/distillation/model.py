@@ -1,5 +1,6 @@
-"""The NeMo model that is trained: a student, and optionally a live teacher (one without a cache).
+"""The NeMo model that is trained: a student, and optionally a live teacher.
 
+A live teacher runs in every step. A cached teacher's logits are read from files instead.
 The student's ``compute_language_model_loss`` is replaced by one that computes the losses on logits.
 A loss on hidden states is computed by ModelOpt's ``DistillationModel``. The model's output is
 one row of per-token losses for each term, so no tensor as wide as the vocabulary outlives the
@@ -250,6 +251,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
             None if labels is None else labels.t().flatten(),
             weights,
         )
+        # Here ``loss`` is only the settings of the KD loss.
         loss, group = self._objective.logits, nemo.tensor_group()
         # In training the gradient overwrites the logits, since nothing reads them after the loss.
         flat = logits.flatten(0, 1)

@@ -123,6 +123,7 @@ class Objective:
     weights: Mapping[str, float]
     teacher: TeacherSource = TeacherSource()
     logits: LogitsLoss = field(default_factory=LogitsLoss)
+    """Settings of the KD loss, which is on logits."""
     hidden_loss: str = "cosine"
     dynamic: bool = False
 
@@ -152,7 +153,7 @@ class Objective:
         if not (self.dynamic and means):
             return weights
         first, *rest = weights
-        soft_size = means[first]  # sum of the KD and hidden terms, without the weight of ``first``
+        soft_size = means[first]  # sum of KD and hidden terms, divided by the weight of ``first``
         if first == "kd" and "hidden" in rest:
             weights["hidden"] *= weights["kd"] * _ratio(means["kd"], means["hidden"])
             soft_size += self.weights["hidden"] * means["kd"]

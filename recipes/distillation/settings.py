@@ -76,7 +76,7 @@ class TrainingConfig(StageConfig):
     """Largest norm of the gradient; a larger gradient is scaled down to it."""
     mask_document_ends: bool = True
     """Excludes the first token of each document from the loss, because it cannot be predicted from
-    the document before it. In conversations it is always excluded."""
+    the document before it. The first token of a conversation is always excluded."""
     precision: Precision = "bf16-mixed"
     """``bf16-mixed`` (float32 main weights in the optimizer) or ``32``."""
     grad_reduce_in_fp32: bool = True
@@ -164,11 +164,11 @@ class CacheLogitsConfig(StageConfig):
     """Settings of ``cache_logits``."""
 
     top_k: Count = 64
-    """Number of likeliest tokens that are stored with their probabilities."""
+    """Number of likeliest tokens, per position, that are stored with their probabilities."""
     tail_draws: CountOrZero = 0
-    """Number of samples of the other tokens. With samples, losses and gradients of ``forward_kl``
-    are unbiased estimates of those over the whole vocabulary. With 0, all other tokens together
-    count as one class."""
+    """Number of samples, per position, of the tokens outside the top-k. With samples, losses and
+    gradients of ``forward_kl`` are unbiased estimates of those over the whole vocabulary. With 0,
+    all tokens outside the top-k together count as one class."""
     temperature: Temperature = 1.0
     """Temperature of the stored distribution; must equal ``temperature`` of ``distill``."""
     seq_length: Count = 256
@@ -243,9 +243,9 @@ class DistillConfig(TrainingConfig):
     lm_weight: Weight = 0.0
     """Weight of the next-token (LM) loss; 0 omits it."""
     loss_balancer: Annotated[str, one_of(*LOSS_BALANCERS)] = "fixed"
-    """``fixed`` weights, or ``dynamic``: by the means of the previous step, the loss on hidden
-    states is first scaled to the size of the KD loss, and the sum of both to the size of the LM
-    loss."""
+    """``fixed`` weights, or ``dynamic``: the loss on hidden states is scaled to the size of the KD
+    loss, then the sum of these two to the size of the LM loss. Sizes are means of the previous
+    step."""
     stop_at_recovered: Fraction | None = None
     """Stops training at the first validation that shows that this fraction of the KL added by
     pruning is recovered. The teacher then also runs in validation, and there is one validation

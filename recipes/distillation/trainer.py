@@ -139,7 +139,7 @@ def _save_trained(
         side: Folder with tokenizer and config of the initial checkpoint.
         out: Path of the checkpoint.
     """
-    saved_config = restored.__io__.config
+    saved_config = restored.__io__.config  # NeMo's record of the config, which checkpoints store
     saved_config.params_dtype, saved_config.bf16 = cfg.dtype, cfg.dtype == torch.bfloat16
     saved_config.fp8, saved_config.first_last_layers_bf16 = None, False
     # The checkpoint has no parallel layout.

@@ -40,8 +40,8 @@ def distinct_ranks(world: int, tensor: int, context: int, pipeline: int, expert:
 
     These are the ranks with each combination of tensor, context, expert and pipeline index in the
     first data-parallel replica, and one rank of the last replica. Ranks that differ only in their
-    data-parallel index run the same code on different text. Only rank 0 often does more, so it is
-    compared with a rank of another replica.
+    data-parallel index run the same code on different text, except that rank 0 often does more. So
+    rank 0 is compared with a rank of another replica.
 
     Megatron numbers ranks with the tensor index fastest, then context, data and pipeline. Expert
     groups span context and data indices.

@@ -79,7 +79,7 @@ def _load(sharded_state_dict: Any, checkpoint_dir: str, *args: object, **kwargs:
     apply_factories(state)
     saved = _saved.get(Path(checkpoint_dir))
     if saved:
-        # As in Megatron, all items of other types come from the ``common`` state of the checkpoint.
+        # Keeps items of these types. As in Megatron, all others come from the ``common`` state.
         types = ShardedBase, LocalNonpersistentObject
         state, _ = extract_matching_values(state, lambda item: isinstance(item, types))
     stored = saved.shapes if saved else _stored_shapes(Path(checkpoint_dir).parent)

@@ -78,7 +78,10 @@ def _copy(func: object, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
 
 
 def _split(func: Any, tensor: Tensor, sizes: Any, dim: int = 0) -> Any:
-    """Splits into equal chunks if the sizes do not fit: they were then read from a fake tensor."""
+    """Splits a tensor; into equal chunks if the sizes do not add up.
+
+    Such sizes were read from a fake tensor, so they mean nothing.
+    """
     if isinstance(sizes, (list, tuple)) and sum(sizes) != tensor.shape[dim]:
         return tensor.tensor_split(len(sizes), dim)
     return func(tensor, sizes, dim)
@@ -208,8 +211,8 @@ def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
 class _FakeCuda(TorchDispatchMode):
     """Checks devices, and returns a number where code reads one from a fake tensor (``item``).
 
-    A number that code copies to the device is stored, so that it can be read back, even after a
-    collective.
+    Stores each number that code copies to the device, so that ``item`` can return it. A write in
+    place removes the stored number; only a collective keeps it.
     """
 
     def __init__(self) -> None:
@@ -229,7 +232,7 @@ class _FakeCuda(TorchDispatchMode):
             return self._move(func, args[0], kwargs)
         if func is aten.index.Tensor:
             args = (args[0], [i for index in args[1] for i in _all_indices(index)])
-        # After a write in place the number is unknown.
+        # A write in place makes the number unknown. Collectives keep it, and are not in ``aten``.
         if func._schema.is_mutable and func.namespace == "aten" and isinstance(args[0], Tensor):
             self._numbers.pop(args[0], None)
         return func(*args, **kwargs)

@@ -156,7 +156,7 @@ class MessageChecker(TorchDispatchMode):
         # Operators get their process group as a ScriptObject.
         boxed_group = next(a for a in args if isinstance(a, torch.ScriptObject))
         group = distributed.ProcessGroup.unbox(boxed_group)
-        if name != "barrier":
+        if name != "barrier":  # a barrier's tensor is a placeholder, which may be on any device
             _require_device(
                 name, _backends[group.group_name], [t for a in args for t in _tensors(a)]
             )

@@ -28,6 +28,7 @@ class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tied = nn.Parameter(torch.randn(5, 5, dtype=torch.bfloat16))
+        # Megatron sets this on tied embeddings.
         self.tied.zero_out_wgrad = True  # type: ignore[attr-defined]
         self.optional = nn.Parameter(torch.randn(5, dtype=torch.bfloat16))
 
@@ -110,7 +111,7 @@ def test_each_step_has_its_own_gradients(
 
 @needs_no_cuda
 def test_one_ranks_gradients_are_made_by_autograd_and_given_to_the_optimizer(wrap: Wrap) -> None:
-    """They have no buffer, and the optimizer gets the same memory without a copy."""
+    """With one rank, gradients have no buffer. The optimizer gets their memory without a copy."""
     wrapped = wrap(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
     [buffer] = wrapped.buffers
     assert buffer.grad_data.untyped_storage().nbytes() == 0
@@ -183,7 +184,7 @@ def test_gradients_are_clipped_to_the_norm(
     monkeypatch.setattr(cpu_speed, "BLOCK", 3)
     parameters = [nn.Parameter(torch.zeros(4)) for _ in range(3)]
     for parameter, dtype in zip(parameters[1:], (torch.bfloat16, torch.float32), strict=True):
-        parameter.grad_dtype = None
+        parameter.grad_dtype = None  # else PyTorch refuses a bfloat16 gradient here
         parameter.grad = torch.full((4,), 3.0 if has_pending_scale else 1.5, dtype=dtype)
         if has_pending_scale:
             parameter.grad.pending_scale = 0.5  # type: ignore[attr-defined]

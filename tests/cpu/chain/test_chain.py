@@ -314,7 +314,7 @@ def test_an_int8_engine_is_compared_with_the_student_and_fails_a_strict_gate(
 
 
 def test_a_partly_converted_model_is_converted_again(tiny_run: Path, tmp_path: Path) -> None:
-    """A stage that builds or times engines leaves such a model if it is killed."""
+    """A stage that builds or times engines leaves a partly converted model if it is killed."""
     teacher = Input(tiny_run / "import_hf", manifest_of(tiny_run, "import_hf"))
     (tmp_path / "teacher_hf").mkdir()
     (tmp_path / "teacher_hf" / "model.safetensors").write_text("truncat")
@@ -324,7 +324,7 @@ def test_a_partly_converted_model_is_converted_again(tiny_run: Path, tmp_path: P
 def test_the_teacher_is_exported_for_images_without_nemo(
     tiny_run: Path, odd_llama: Path, teacher: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    """No model card is written for a teacher, but a card that comes with it would be copied."""
+    """A teacher gets no new model card; a card in the teacher's folder would be copied."""
     run_dir = copy_without(tiny_run, tmp_path / "run")
     arguments = overrides(teacher, text_file, run_dir, engine="tensorrt_llm")
     run_successfully(*arguments, "only=[export_teacher]", cwd=tmp_path)

@@ -227,6 +227,7 @@ def test_a_killed_run_resumes_in_another_layout(
     )
     result = run_successfully(*command, *layout(second), cwd=tmp_path)
     assert "resume" in result.output
+    # Step 1 is recorded once, so the second command did not start again.
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert sum(r["task"] == "distill" and r["done"] == 1 for r in records) == 1
     require_same_training(one_rank, perturbed, run_dir)

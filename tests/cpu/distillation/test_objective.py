@@ -13,7 +13,7 @@ TERMS = {"kd": 2.0, "hidden": 8.0, "lm": 6.0}
 
 
 def weighted_terms(weights: dict[str, float], dynamic: bool) -> dict[str, float]:
-    """Returns each weighted term of a step; the means are ``TERMS``, also in the previous step."""
+    """Returns the weighted terms of a step. Unweighted, they are ``TERMS``, as in the last step."""
     next_weights = Objective(weights, dynamic=dynamic).weights_after(TERMS)
     return {name: weight * TERMS[name] for name, weight in next_weights.items()}
 

@@ -89,7 +89,10 @@ def test_predictions_after_the_end_of_a_document_are_masked(data: Path) -> None:
 
 
 def test_the_loss_mask_of_the_data_is_used_with_both_teachers(data: Path, tmp_path: Path) -> None:
-    """Only conversations have a loss mask. The data module finds its file beside the tokens."""
+    """Only conversations have a loss mask. The data module finds the mask's file beside the tokens.
+
+    The teachers are a live and a cached one.
+    """
     generator = np.random.default_rng(1)
     loss_mask = {}
     for split in ("train", "validation"):
@@ -269,6 +272,7 @@ def test_validation_always_has_the_same_whole_batches(data: Path) -> None:
     module = data_module(data, 5)
     text = read_tokens(data, "validation")
     count = (len(text) - 1) // LENGTH
+    # 3 is the ``limit_val_batches`` of ``data_module``.
     expected = [int(text[number * LENGTH]) for number in range(min(3, count // BATCH) * BATCH)]
     for _ in range(2):
         first = [token for batch in first_tokens(module, "validation") for token in batch]
@@ -290,7 +294,7 @@ def test_validation_sees_every_source(data: Path) -> None:
 def test_validation_without_a_labelled_sequence_is_refused(
     data: Path, tmp_path: Path, one: int, two: int
 ) -> None:
-    """The split is longer than a sequence, but no sequence is in one source with a next token."""
+    """The split is longer than a sequence, but no sequence in one source has a next token."""
     for ending in ("bin", "idx"):
         (tmp_path / f"train.{ending}").symlink_to(data / f"train.{ending}")
     with SplitWriter(tmp_path, ("validation",)) as writer:

@@ -15,7 +15,7 @@ from tests.cpu.rehearsal.operations import ALLOWED, REFUSED
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, str]:
-    """Errors by name of the operation. A new process runs them, since fake CUDA stays installed."""
+    """Errors by operation. A new process runs the operations, since fake CUDA stays installed."""
     command = [sys.executable, "-m", "tests.cpu.rehearsal.operations"]
     env = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)

@@ -1,6 +1,6 @@
 """Recipes run on fake tensors, in their shapes and layouts, but with few layers.
 
-Such a rehearsal must report defects of the code, and the memory that was planned.
+Such a rehearsal must report defects of the code, and must need the memory that was planned.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class Case(NamedTuple):
 SMALL, ALL_LAYERS = "llama_depth_prune", 30
 RESUMED = Case("qwen3_8b_depth_2.5b", resumed=True)
 RECOMPUTED = Case("qwen3_8b_depth_2.5b", "distill", 0, RECOMPUTE_MLP, 8)
+# The first rank of each pipeline stage.
 PIPELINE_RANKS = [Case("qwen3_8b_depth", "distill", rank, PIPELINE, 6) for rank in (0, 256, 512)]
 SEARCH = Case("qwen3_8b_search", "successive_halving", 0, ("hardware.memory_bytes=28e9",))
 EVALUATE = Case("llama3_1_8b_width", "evaluate", 0, LESS_MEMORY, 8)
@@ -153,7 +154,8 @@ TOO_LARGE = [
     SEARCH._replace(defect="keep_all"),
     SEARCH._replace(defect="keep_cache"),
 ]
-"""Cases that need more memory than the GPU has, because a defect keeps too much."""
+"""Cases that need more memory than the GPU has, because a defect keeps too much. ``EVALUATE`` and
+``SEARCH`` set the GPU's memory, which suffices without the defect."""
 Results = dict[Case, tuple[RankJob, RehearsalResult]]
 
 
