@@ -162,7 +162,7 @@ def write_random_model(folder: Path, like: Path, shape: Mapping[str, int | bool]
     config = AutoConfig.from_pretrained(like, **shape, trust_remote_code=False)
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
-    with torch.device("meta"):
+    with torch.device("meta"):  # only the names and shapes of the weights are needed
         model = AutoModelForCausalLM.from_config(config)
     weights = ((name, torch.randn(p.shape).bfloat16()) for name, p in model.named_parameters())
     write_weights(weights, folder)

@@ -172,6 +172,7 @@ def speeds(record: Record, shape: Shape) -> list[float]:
     Step 1 has no start time, because only the ends of steps are recorded.
     """
     tokens = shape.micro_batch * shape.seq_length
+    # The index of the step at whose end the first counted step starts.
     last_warm_up = min(WARM_UP_STEPS, shape.steps - 1) - 1
     ends = record.ends[last_warm_up:]
     return [tokens / (end - start) for start, end in pairwise(ends)]

@@ -48,7 +48,7 @@ def execute(command: list[str]) -> None:
     )
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines() or ["it ended without a message"]
-        # The message starts at the first line with ``error: ``, and is else the last line.
+        # The message starts at the first line with ``error: ``. Without one, it is the last line.
         errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
         first = errors[0] if errors else len(lines) - 1
         raise RecipeError("\n".join(lines[first:]).removeprefix("error: "), fix="")

@@ -206,7 +206,7 @@ def gpu_memory_samples() -> Iterator[list[int]]:
 
 
 def cpu_threads() -> int:
-    """Returns the number of threads that the launcher assigned to this process."""
+    """Returns the number of threads that the launcher assigned to this process, or of all cores."""
     return int(os.environ.get("OMP_NUM_THREADS") or cores())
 
 
@@ -245,12 +245,14 @@ def measure(
         for shape in shapes:
             for _ in range(repetitions + 1):
                 for number, (model, worker) in enumerate(pairs):
+                    # ``done`` is the number of the turn, in which all models get the same prompts.
                     prompts = random_prompts(shape, model.architecture.vocab_size, seed=done)
                     timing = worker.generate(prompts, shape.new_tokens)
                     timings.setdefault((shape, number), []).append(timing)
                 done += 1
                 log.progress("measure", done, total)
-    # A worker's peak memory is known only after its last request. The first timing is the warm-up.
+    # Rows are made last, because a worker's peak memory is known only after its last request. The
+    # first timing is the warm-up.
     return [
         _row(*pairs[number], shape, measured[1:]) for (shape, number), measured in timings.items()
     ]

@@ -1,4 +1,7 @@
-"""Runs llama.cpp's server from the package xllamacpp, with the options of ``llama-server``."""
+"""Runs llama.cpp's server from the package xllamacpp.
+
+Accepts the options of the program ``llama-server`` that ``server.llama_command`` sets.
+"""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from recipes.planning.hardware import cpuinfo
 
 REPEATS, MIN_REPEATS = 5, 3
 MAX_TOTAL_SECONDS = 0.5
-"""An operation whose runs took this long in total is not repeated more than ``MIN_REPEATS`` times:
-GEMMs of a data type that the processor emulates may take minutes."""
+"""Once the runs of an operation took this long in total, it is repeated only if it has less than
+``MIN_REPEATS`` runs: GEMMs of a data type that the processor emulates may take minutes."""
 TOKENS = 1024
 """Tokens of a batch: the rows of each linear layer's input."""
 MIN_CPU_FRACTION = 0.8
@@ -119,6 +119,7 @@ def _training_rate(dtype: torch.dtype) -> float:
     GEMM would read its matrices from a cache, which is twice as fast with AMX. All threads are
     busy, because they share caches and memory: two threads do not reach twice the rate of one.
     """
+    # CPU time is summed over threads, so FLOPs divided by it are the rate of one thread.
     smallest, flops = _gemms([min(LAYER_SHAPES)], dtype)
     if (seconds := best_cpu_seconds(smallest)) > MAX_TOTAL_SECONDS:
         return flops / seconds  # the processor emulates this type, so the rest would take minutes

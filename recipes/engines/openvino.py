@@ -133,7 +133,8 @@ def _compression(cfg: BuildEngineConfig) -> dict[str, Any]:
         return {"load_in_8bit": False}  # optimum's default for large models is 8 bits
     settings: dict[str, Any] = {"bits": 8}
     if cfg.precision == "int4":
-        # For a width that is not a multiple of the group size, NNCF tries others, of at least 32.
+        # A ratio of 1.0 means all layers. "adjust": if the group size does not divide a layer's
+        # width, it is replaced by the largest power of 2 that does, which must be at least 32.
         settings = {"bits": 4, "ratio": 1.0, "group_size_fallback": "adjust"}
         settings["group_size"] = cfg.group_size
     return {"quantization_config": OVWeightQuantizationConfig(**settings)}

@@ -82,7 +82,7 @@ def quantize_folder(
 def _quality(
     cfg: QuantizeConfig, folder: Path, model: Any, data: Input, log: MetricsLog
 ) -> QuantizationQuality:
-    """Compares the model with simulated quantization, in ModelOpt, with the original model."""
+    """Compares the quantized model with the original. ModelOpt simulates the quantization."""
     text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_eval_sequences)
     source = load_causal_lm(folder).to(next(model.parameters()).device)
     # ``score`` compares with the model of the key TEACHER: here the original model.

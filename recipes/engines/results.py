@@ -115,7 +115,7 @@ class EngineQuality:
     """Engine minus source, paired by sequence."""
 
     def served_text(self) -> ServedText:
-        """Returns both perplexities and the paired loss difference. The source is the student."""
+        """Returns the comparison as a ``ServedText``, in which the source is the student."""
         perplexities = self.source.perplexity, self.engine.perplexity
         return ServedText(*perplexities, self.loss_difference, self.sequences, self.predictions)
 

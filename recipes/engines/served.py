@@ -67,7 +67,7 @@ class ServedLM(LocalCompletionsAPI):
         self.add_bos_token = None  # use the tokenizer's default
 
     def tok_encode(self, string: Any, **kwargs: Any) -> Any:
-        """Encodes text as ``HFLM`` does for the student. The base class adds BOS in other cases."""
+        """Encodes text as ``HFLM`` does for the student. The base class has other rules for BOS."""
         if isinstance(string, str):
             return HFLM.tok_encode(self, string, kwargs.get("add_special_tokens"))
         return [self.tok_encode(text) for text in string]
@@ -253,6 +253,7 @@ def _compare_text(
     from recipes.evaluation.predictions import TEACHER, Predictor
     from recipes.evaluation.text_quality import score
 
+    # ``score`` needs a model with the key TEACHER. Only losses are used, which need no teacher.
     reference = score({TEACHER: Predictor.of(student)}, text, 1, log)[TEACHER].losses
     return ServedText.of(losses, reference, text.predictions)
 

@@ -16,8 +16,9 @@ from recipes.evaluation.settings import EvaluateTasksConfig
 
 BACKENDS = ("openvino", "tensorrt_llm", "tensorrt_llm_pytorch")
 CALIBRATED_FORMATS = ("fp8", "int4_awq")
-"""Formats of ``quantize``. In all other precisions, ``build_engine`` needs no calibration text.
-SmoothQuant is missing, because no layer of TensorRT-LLM reads ModelOpt's tensors for it."""
+"""Formats of ``quantize``, which needs calibration text. ``build_engine`` converts to all other
+precisions without such text. SmoothQuant is missing, because no layer of TensorRT-LLM reads the
+tensors that ModelOpt writes for it."""
 Grid = Annotated[list[Count], Field(min_length=1)]
 
 
@@ -64,7 +65,7 @@ class BuildEngineConfig(StageConfig):
     max_num_tokens: Count = 8192
     """Maximum tokens of all requests together in one step of the engine."""
     seq_length: Count = 256
-    """Tokens of a sequence."""
+    """Tokens of a held-out sequence."""
     num_sequences: Count = 8
     """Held-out sequences of ``seq_length`` tokens on which quality is measured."""
 
@@ -103,7 +104,8 @@ class EvaluateServedConfig(EvaluateTasksConfig):
     """Held-out sequences on which the perplexity of a GGUF file is measured, in llama.cpp. The
     perplexity of an OpenVINO engine is measured by ``build_engine``."""
     max_length: Count = 4096
-    """Maximum tokens of a prompt. Longer prompts lose their first tokens, for both models."""
+    """Maximum tokens of a prompt, for served model and student. A longer prompt loses its first
+    tokens."""
     threads: Threads | None = field(default=None, metadata={"resource": True})
     """CPU threads of llama.cpp; by default as many as the launcher assigns to a process."""
     port: CountOrZero = field(default=0, metadata={"resource": True})

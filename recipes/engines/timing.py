@@ -34,7 +34,7 @@ class TimedModel:
 
     @property
     def storage(self) -> Storage:
-        """Types of weights and KV cache; assumes the backend's default type of the KV cache."""
+        """Types of weights and KV cache. Assumes ``kv_cache_dtype=auto``."""
         default_kv_bytes = 1 if self.backend == "openvino" else 2
         kv_bytes = 4 if self.precision == "fp32" else default_kv_bytes
         return Storage(self.precision, self.group_size, kv_bytes)

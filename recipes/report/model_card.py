@@ -52,7 +52,7 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
         "recipe": recipe,
         "licence": licence,
         "model": model,
-        "shapes": {
+        "shapes": {  # manifests; the card shows the shapes in them
             **({"teacher": inputs["teacher"]} if "teacher" in inputs else {}),
             "this model": model,
         },

@@ -25,7 +25,7 @@ SMOOTHING = 30
 SKEW = 8
 """A scale is logarithmic if the largest value exceeds this many times the median."""
 ROW_PIXELS = 46
-"""Height of a row of three intervals."""
+"""Height of a row in a plot of intervals; a row has up to three."""
 LABEL_DISTANCE = 4
 """Points closer than this, in percent of the plot, share a label: their labels would overlap."""
 
@@ -95,7 +95,7 @@ class Axis:
         """Returns about ``count`` round values within the axis."""
         if self.logarithmic:
             values = self._decade_ticks()
-            # A range with less than two of these ticks has evenly spaced ones.
+            # With less than two of these ticks, uses evenly spaced values, as on a linear axis.
             return values if len(values) > 1 else Axis(10**self.low, 10**self.high).ticks(count)
         rough = (self.high - self.low) / count
         power = 10.0 ** math.floor(math.log10(rough))

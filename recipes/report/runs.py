@@ -41,7 +41,7 @@ class RunRecord:
 
     @property
     def exported(self) -> Manifest | None:
-        """The student's export, which has the input ``evaluation``; a teacher's export has not."""
+        """The student's export: it has the input ``evaluation``, unlike the export of a teacher."""
         exports = (m for m in self.stages.values() if m.stage == "export_hf")
         return next((m for m in exports if "evaluation" in m.inputs), None)
 

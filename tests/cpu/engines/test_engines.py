@@ -311,8 +311,8 @@ def test_measured_rates_are_plausible() -> None:
 def test_a_rate_is_the_mean_over_all_gemms_of_a_model(
     rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The head has half the rate. The lower rate, as of an emulated type, is that of one GEMM."""
-    counted = []  # FLOPs of each measurement: smallest GEMM, layers, head, for each data type
+    """The head has half the rate. At the lower rate, only the smallest linear layer is measured."""
+    counted = []  # FLOPs of each measurement: smallest, all layers, head, for each data type
 
     def seconds(operation: Callable[[], object], device: str = "cpu") -> float:
         if "copy" in operation.__qualname__:

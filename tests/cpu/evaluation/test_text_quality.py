@@ -149,7 +149,7 @@ def test_predictions_across_documents_do_not_count(
     """Compares with metrics from all logits, masked at the last position of each document."""
     result = data.manifest.result(DatasetResult)
     tokens = torch.from_numpy(read_tokens(data.artifact, "heldout").astype("int64"))
-    end = tokens[-1]
+    end = tokens[-1]  # the token that ends each document
     # The second source starts at the first whole sequence after the first source.
     second = -(-result.source_tokens["heldout"][0].tokens // LENGTH)
     starts = [LENGTH * (first + n) for first in (0, second) for n in range(5)]

@@ -56,13 +56,14 @@ def test_traffic_of_weights_equals_a_hand_count(
 
 
 def test_traffic_of_the_kv_cache_equals_a_hand_count(teacher: Architecture) -> None:
+    # tokens, layers, keys and values, groups, channels, bytes
     assert kv_cache_bytes(teacher, 10, Storage("fp32", kv_bytes=2)) == 10 * 4 * 2 * 4 * 16 * 2
     plain = weight_traffic(teacher, FP32)
     assert decode_traffic(teacher, 3, 10, FP32) == plain + 3 * kv_cache_bytes(teacher, 10, FP32)
 
 
 def test_flops_of_prefill_and_decoding_equal_a_hand_count(teacher: Architecture) -> None:
-    per_layer = 128 * 16 * (2 * 8 + 2 * 4) + 3 * 128 * 256
+    per_layer = 128 * 16 * (2 * 8 + 2 * 4) + 3 * 128 * 256  # weights of attention and of the FFN
     head = 2 * 512 * 128
     attention = 4 * 2 * (8 * 16)  # 4 layers, 2 FLOPs for the causal half of two GEMMs, width
     assert prefill_flops(teacher, 1, 10) == 10 * (2 * 4 * per_layer + attention * 10) + head
@@ -88,7 +89,7 @@ def test_rates_are_computed_from_seconds() -> None:
 
 
 class ScriptedWorker(Worker):
-    """Returns fixed timings, ten times as long in a warm-up, and records its requests."""
+    """Returns fixed timings, ten times as long in a warm-up; records its requests and its exit."""
 
     requests: ClassVar[list[tuple[str, int, list[list[int]]]]] = []
 
@@ -123,7 +124,7 @@ def test_models_take_turns_and_the_warm_up_is_not_counted(pair: list[TimedModel]
     rows = measure(pair, shapes, 2, lambda m: ScriptedWorker(m, seconds[m.role]), MetricsLog(None))
     order = [name for name, batch, _ in ScriptedWorker.requests if batch]
     assert order == ["teacher", "student"] * 6
-    assert ScriptedWorker.requests[-2:] == [("student", 0, []), ("teacher", 0, [])]
+    assert ScriptedWorker.requests[-2:] == [("student", 0, []), ("teacher", 0, [])]  # the exits
     prompts = [str(tokens) for name, _, tokens in ScriptedWorker.requests if name == "teacher"][:-1]
     assert len(set(prompts)) == 6  # an engine would answer a repeated prompt from a cache
     assert [(r.role, r.batch_size) for r in rows] == [

@@ -187,7 +187,7 @@ def test_a_failing_gate_ends_a_complete_run_with_status_1(
     assert passing.returncode == 0, passing.stderr
     assert passing.stdout.count("passed") == 2
     before = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.is_file()}
-    for _ in range(2):  # the second run computes nothing, and fails again
+    for _ in range(2):  # neither run computes anything, and both fail
         failing = launch(*base, "gates=['recovered >= 0.5', 'recovered.sciq >= 0.95']")
         assert failing.returncode == 1
         assert "recovered.sciq >= 0.95: measured 0.8721" in failing.stderr
@@ -213,5 +213,5 @@ def test_a_gate_is_not_checked_before_its_value_is_measured(
     assert partial_run.returncode == 0, partial_run.stderr
     assert "not checked" in partial_run.stdout
     (tmp_path / "run" / "report" / MANIFEST).unlink()
-    dry = launch(*base, "dry_run=true")
+    dry = launch(*base, "dry_run=true")  # a dry run checks no gates
     assert dry.returncode == 0, dry.stderr
