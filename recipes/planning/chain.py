@@ -69,7 +69,7 @@ class Chain:
         """Returns the image that a stage runs in; ``None`` outside of containers.
 
         Args:
-            module: The stage's module. If ``images`` has an image for it, this image is used.
+            module: The stage's module. An image of ``images`` for this module is preferred.
             tensorrt_llm: Whether the stage runs TensorRT-LLM.
         """
         names = (module, TENSORRT_LLM if tensorrt_llm else "default")
@@ -94,7 +94,7 @@ class Chain:
 def sequence_problems(
     seq_length: int, inputs: Mapping[str, str], chain: Chain
 ) -> Iterator[Problem]:
-    """Compares ``seq_length`` with the teacher's positions and with packs of conversations."""
+    """Checks that ``seq_length`` is valid for the teacher, and equal to that of packed chats."""
     limit = chain.teacher.max_position_embeddings
     if not 1 <= seq_length <= limit:
         yield Problem(

@@ -116,7 +116,7 @@ def cpu_profile(name: str, here: bool = True) -> Any:
     """Returns the ``precision`` or a rate of this machine's type of processor.
 
     A processor without bfloat16 GEMMs emulates them, almost a hundred times slower than GEMMs in
-    float32. So it trains in float32, and so does another, unknown machine (``here=False``).
+    float32. So it trains in float32. So does another machine (``here=False``), which may lack them.
     """
     if not here:
         return UNKNOWN_CPU[name]

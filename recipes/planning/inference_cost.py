@@ -51,12 +51,13 @@ HEALING_BUFFERS = 5
 """Number of tensors of the teacher's feed-forward width that are alive at once while a layer is
 fitted by least squares."""
 ABLATED_FRACTION = 0.6
-"""Mean fraction of a forward pass that must be recomputed without a layer: all that follows it."""
+"""Mean fraction of a forward pass that leaving out a layer repeats: all later layers, and the head.
+"""
 
 
 @dataclass(frozen=True)
 class InferenceCost:
-    """Cost of a stage that runs models and has no ``Workload``; of a search, with its trainings."""
+    """Cost of a stage that runs models and has no ``Workload``. A search includes its trainings."""
 
     memory: Memory
     """Memory of the rank that needs the most."""
@@ -134,11 +135,12 @@ def comparison_cost(
 def ranking_cost(
     teacher: Architecture, bf16: bool, text: Sequences, hardware: Hardware, healed: bool
 ) -> InferenceCost:
-    """Returns the cost of comparing one candidate with the teacher, to rank it.
+    """Returns the memory of comparing a candidate with the teacher, and the teacher's FLOPs.
 
-    A pruned candidate takes no memory, because its weights are views of the teacher's. If it is
-    ``healed`` (reconstructed by least squares), it has its own weights, which are counted as large
-    as the teacher's. These replace the teacher's weights in memory, except the teacher's head.
+    The caller adds the FLOPs of the candidates, which are compared one after the other. A pruned
+    candidate takes no memory, because its weights are views of the teacher's. If it is ``healed``
+    (reconstructed by least squares), it has its own weights, which are counted as large as the
+    teacher's. These replace the teacher's weights in memory, except the teacher's head.
     """
     value_bytes = _value_bytes(bf16)
     states = 2 * _state_bytes(teacher, value_bytes, text, hardware)
@@ -169,7 +171,8 @@ def healing_cost(
     models = (teacher, student)
     streams = sum(2 * arch.hidden_size for arch in models) + feed_forward_width(student)
     buffers = HEALING_BUFFERS * feed_forward_width(teacher)
-    layers = sum(arch.parameters() / arch.num_layers for arch in models)  # parameters of one each
+    # Parameters of one layer of each model. The embeddings are divided among the layers.
+    layers = sum(arch.parameters() / arch.num_layers for arch in models)
     host_bytes = 0 if hardware.on_gpu else 2 * sum(arch.parameters() for arch in models)
     memory = Memory(
         weights=4 * layers + host_bytes,

@@ -34,6 +34,7 @@ def layout_problems(workload: Workload, hardware: Hardware) -> Iterator[Problem]
             f"seq_length={workload.seq_length} is not divisible by TP={layout.tensor}",
             "set sequence_parallel=false, or another seq_length",
         )
+    # If the teacher itself is trained, its problems are reported once.
     models = {"teacher": workload.teacher, "student": workload.trained}
     if workload.trained == workload.teacher:
         del models["student"]

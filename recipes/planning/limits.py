@@ -31,7 +31,10 @@ NO_TIME_LIMIT = "999999-00:00:00"
 
 
 def limit_problems(chain: Chain, stages: Collection[str]) -> Iterator[Problem]:
-    """Yields the limits that the named stages exceed. All checks of the chain must have passed."""
+    """Yields the limits that the named stages exceed, and warnings about the whole plan.
+
+    All checks of the chain must have passed.
+    """
     if chain.from_published_config:
         yield Problem(
             rules.BUNDLED_CONFIG,
@@ -73,7 +76,7 @@ def _expected_tokens(config: PrepareDataConfig) -> float:
     for source in config.all_sources():
         size = source_bytes(source)
         tokens = math.inf if size is None else size / BYTES_PER_TOKEN
-        # Held-out sources are not limited.
+        # ``max_tokens`` does not limit held-out sources.
         is_limited = source in config.sources and config.max_tokens is not None
         total += min(tokens, config.max_tokens or tokens) if is_limited else tokens
     return total
@@ -90,7 +93,7 @@ def memory_problem(name: str, needed: float, available: float, device: str, fix:
 
 
 def _training_memory_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Problem]:
-    """Checks the memory. Suggests the cheapest layout that fits, if possible on as many ranks."""
+    """Checks memory. Suggests the cheapest fitting layout, preferably of equally many ranks."""
     hardware = chain.hardware
     needed = peak_memory(workload, hardware).total
     available = hardware.memory_of_rank(workload.layout.devices)

@@ -215,7 +215,7 @@ def _all_reduce_bytes(workload: Workload) -> float:
 
 
 def _all_to_all_bytes(workload: Workload) -> float:
-    """Returns the bytes per token that a rank exchanges with experts of other ranks."""
+    """Returns the bytes per token that a rank sends to experts of other ranks and gets back."""
     layout = workload.layout
     routed = sum(
         2

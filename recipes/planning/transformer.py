@@ -6,7 +6,7 @@
   arXiv:2205.05198), with gated feed-forward layers, RMSNorm and attention that stores no scores.
 - Memory traffic is the bytes that operations between GEMMs read and write. It is counted by hand
   from ``recipes.backend.local_layers``, Megatron's layers and ``recipes.distillation.losses``.
-  Only the time of a CPU includes it; a GPU's kernels fuse most of these operations.
+  Only time estimates for CPUs include it: on GPUs, kernels fuse most of these operations.
 """
 
 from __future__ import annotations
@@ -25,26 +25,25 @@ LOGITS_BYTES = 128 << 20
 FORWARDS_PER_BACKWARD = 2
 """FLOPs of a backward pass, in forward passes."""
 ATTENTION_FORWARD_FLOPS, ATTENTION_BACKWARD_FLOPS = 4, 10
-"""FLOPs of attention per channel and key. The forward pass has two GEMMs. The backward pass has
-four, and recomputes the scores."""
+"""FLOPs per score and channel, 2 per GEMM. The backward pass has 5 GEMMs: one recomputes scores."""
 FRAGMENTATION = 1.05
-"""Memory that the allocator holds, divided by the memory in use; an assumption."""
+"""Memory that the allocator holds, divided by the memory of tensors; an assumption."""
 TWO_MODEL_BUFFERS, ONE_MODEL_BUFFERS = 3, 2
-"""Buffers of the loss that are alive at once: with a live teacher, and without."""
+"""Buffers of the loss that are alive at once: with a live teacher, and without one."""
 
 
 @dataclass(frozen=True)
 class Compute:
-    """FLOPs and memory traffic of a device, for one token or summed over tokens."""
+    """Work that a device does: FLOPs and memory traffic, for one token or summed over tokens."""
 
     gemm_flops: float = 0
     """FLOPs of linear layers."""
     attention_flops: float = 0
-    """FLOPs of causal attention."""
+    """FLOPs of causal attention, without masked scores."""
     blocked_attention_flops: float = 0
-    """FLOPs of causal attention on a CPU, whose blocks also compute some masked scores."""
+    """FLOPs of causal attention on a CPU, which works on blocks, so also on some masked scores."""
     bytes: float = 0
-    """Memory traffic between GEMMs."""
+    """Memory traffic of the operations between GEMMs."""
     layer_passes: float = 0
     """Passes of a micro batch through a layer; a backward pass counts twice."""
 
@@ -69,7 +68,7 @@ def pass_compute(arch: Architecture, seq_length: int, dtype_bytes: int, passes: 
     Args:
         arch: The model.
         seq_length: Length of the sequence that has the token.
-        dtype_bytes: Bytes of an activation.
+        dtype_bytes: Bytes of one value of an activation.
         passes: 1 for a forward pass; 3 with a backward pass, which counts twice; 4 if full
             recomputation also repeats the forward pass.
     """
@@ -83,7 +82,7 @@ def pass_compute(arch: Architecture, seq_length: int, dtype_bytes: int, passes: 
         traffic += _backward_bytes(arch, seq_length, dtype_bytes)
     return Compute(
         gemm_flops=passes * 2 * arch.active_weights(),
-        attention_flops=passes * 2 * seq_length * channels,  # 4 FLOPs a score, half are causal
+        attention_flops=passes * 2 * seq_length * channels,  # 4 FLOPs a score; half are masked
         blocked_attention_flops=flops_per_score * (seq_length * channels) * computed,
         bytes=arch.num_layers * traffic,
     )
@@ -114,7 +113,9 @@ def least_squares_flops(teacher: Architecture, student: Architecture) -> float:
     """
     teacher_width, width = teacher.hidden_size, student.hidden_size
     heads = student.num_attention_heads * student.kv_channels
-    inputs = 2 * width * (width + teacher_width)  # of attention and of the feed-forward layer
+    # Inputs of attention and of the feed-forward layer, after norms: n = width, m = teacher_width.
+    inputs = 2 * width * (width + teacher_width)
+    # Output and down projection: n = heads or the feed-forward width, m = width.
     projections = sum(size * (size + width) for size in (heads, student.ffn_hidden_size))
     return 2.0 * student.num_layers * (inputs + projections)
 
@@ -128,14 +129,14 @@ def feed_forward_width(arch: Architecture) -> int:
 
 
 def _computed_score_fraction(seq_length: int) -> float:
-    """Returns the fraction of the attention matrix that a CPU computes.
+    """Returns the fraction of the attention matrix that a CPU computes, by blocks of queries.
 
-    It computes the half below the diagonal, and the other half of each block on the diagonal.
+    That is the half below the diagonal, and the masked half of each block on the diagonal.
     """
     return (1 + min(1, QUERIES_AT_ONCE / seq_length)) / 2
 
 
-# Below, a number is the bytes that operations read or write per channel, counted by hand.
+# Up to ``update_bytes``, each number counts bytes that operations read or write per channel.
 
 
 def _forward_bytes(arch: Architecture, dtype_bytes: int) -> float:
@@ -202,7 +203,7 @@ def update_bytes(micro_batches: int, dtype_bytes: int) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the rank that needs the most, by use."""
+    """Memory of a rank in bytes, one field for each use."""
 
     weights: float = 0
     gradients: float = 0
@@ -214,7 +215,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Sum of all fields, with the allocator's fragmentation."""
+        """Sum of all fields, with fragmentation. The allocator does not manage ``reserved``."""
         used: float = sum(vars(self).values()) - self.reserved
         return used * FRAGMENTATION + self.reserved
 
@@ -251,8 +252,9 @@ def layer_activation_bytes(arch: Architecture, layout: Layout, tokens: float) ->
     - Both norms keep inputs and outputs. Only sequence parallelism splits them over ranks.
     - Attention keeps queries, keys, values and its output; queries and keys also before their norm.
     - The feed-forward layer keeps gate, up projection and their product.
-    - Experts also keep their tokens, gathered from all shards of a sequence, and the product scaled
-      by the router's probability.
+    - Experts also keep their inputs, which are gathered and so not split over ranks, and a copy
+      of the product, scaled by the router's probability.
+    - A feed-forward layer or expert that is recomputed keeps nothing.
     """
     norms = 4 * arch.hidden_size
     heads = 2 * (arch.num_attention_heads + arch.num_query_groups) * arch.kv_channels
@@ -267,12 +269,12 @@ def layer_activation_bytes(arch: Architecture, layout: Layout, tokens: float) ->
 
 
 def peak_activation_bytes(workload: Workload, stage: int, tokens: float) -> float:
-    """Returns the bfloat16 bytes that a pipeline stage keeps of all micro batches in flight (1F1B).
+    """Returns the bytes of a pipeline stage's activations at their peak (bfloat16, 1F1B schedule).
 
-    The last stage reaches its peak in the loss, when it also holds input and output of the last
-    norm. Other stages reach their peak inside a layer of the teacher or of a backward pass. A stage
-    also keeps the hidden states of student and teacher that it received for each micro batch in
-    flight, and a buffer for those of the next micro batch.
+    It is a sum over the micro batches in flight and the current operation: on the last stage the
+    loss, with input and output of the last norm; on others a layer of the teacher or of a backward
+    pass. With several stages, each also holds both models' hidden states that it received for the
+    micro batches in flight, and a buffer for the next ones.
 
     Args:
         workload: A training run.
@@ -303,8 +305,8 @@ def peak_activation_bytes(workload: Workload, stage: int, tokens: float) -> floa
 def training_logits_bytes(workload: Workload, on_gpu: bool, tokens: float) -> float:
     """Returns the bytes of the student's and a live teacher's logits, and of the loss's buffers.
 
-    The gradient overwrites the student's logits. If a teacher only caches its logits, two copies
-    are in memory for a short time, because Megatron transposes them.
+    The gradient overwrites the student's logits. A run that only caches the teacher's logits holds
+    them twice for a short time, because Megatron transposes them.
     """
     arch = workload.trained or workload.teacher
     assert arch is not None
@@ -352,7 +354,7 @@ class Storage:
     """Bytes of a value in the KV cache."""
 
     def embedding_bits(self) -> float:
-        """Returns the bits of a weight in embedding and head: at least 8."""
+        """Returns the bits of a weight in embedding and head, which have at least 8."""
         if self.precision in BF16_EMBEDDING_FORMATS:
             return 16.0
         return max(8.0, WEIGHT_BITS[self.precision])
@@ -368,10 +370,8 @@ def stored_bytes(arch: Architecture, storage: Storage) -> float:
 
 
 def weight_traffic(arch: Architecture, storage: Storage) -> float:
-    """Returns the bytes of weights that a forward pass reads.
-
-    It reads only a few rows of an untied embedding, which are not counted.
-    """
+    """Returns the bytes of weights that a forward pass reads, without an untied embedding's."""
+    # A forward pass reads only a few rows of the embedding.
     unread = 0 if arch.tied_embeddings else arch.vocab_size * arch.hidden_size
     return stored_bytes(arch, storage) - unread * storage.embedding_bits() / 8
 
@@ -383,7 +383,7 @@ def kv_cache_bytes(arch: Architecture, tokens: int, storage: Storage) -> int:
 
 
 def prefill_flops(arch: Architecture, batch_size: int, prompt_tokens: int) -> float:
-    """Returns the FLOPs of a batch of prompts. Only a prompt's last token passes the head."""
+    """Returns the FLOPs of a batch of prompts. Only a prompt's last token needs logits."""
     head = head_flops(arch)
     layers = forward_flops(arch, prompt_tokens) - head
     return batch_size * float(prompt_tokens * layers + head)

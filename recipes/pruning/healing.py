@@ -10,7 +10,7 @@ The algebra. A weight W [outputs, inputs] reads x_t at token t, and m_t is missi
 The change D minimises Σ_t ‖m_t - D·x_t‖² + λ·‖D‖². Setting the derivative to 0 gives the normal
 equations D·(G + λ·I) = C with the Gram matrix G = Σ x·xᵀ and C = Σ m·xᵀ. G is symmetric and, with
 λ > 0, positive definite, so Cholesky solves (G + λ·I)·Dᵀ = Cᵀ. The ridge λ is stated in tokens: n
-tokens mean λ = n·q, where q is the mean square of all channels. The ridge thus acts like n more
+tokens mean λ = n·q, where q is the mean square of the inputs. The ridge thus acts like n more
 tokens whose channels are independent and whose output misses nothing: they would add n·q to the
 diagonal of G, and 0 to C.
 """
@@ -74,7 +74,10 @@ def solve(gram: Tensor, right_side: Tensor, ridge: float) -> Tensor:
 
 
 class Decoder:
-    """Runs a model, whose weights are in host memory, one layer at a time on the device."""
+    """Runs a model, whose weights are in host memory, one layer at a time on the device.
+
+    Its items are the weights, by Hugging Face name without the end ``.weight``.
+    """
 
     def __init__(self, config: Mapping[str, object], weights: dict[str, Tensor]) -> None:
         hf_config = AutoConfig.for_model(**config)
@@ -119,6 +122,7 @@ class Decoder:
         self._attention.load_state_dict(layer_weights, assign=True)
         for batch in inputs:
             rotary = self._rotary(batch, torch.arange(batch.shape[1], device=batch.device)[None])
+            # Without a mask, transformers computes causal attention.
             yield self._attention(batch, position_embeddings=rotary, attention_mask=None)[0]
 
     def activate(self, layer: str, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -241,10 +245,10 @@ class Reconstruction:
         """Changes the head or, if the head is tied, the weight of the final RMSNorm.
 
         A tied head is also the embedding, so only the final norm's weight can change: channel i is
-        scaled by 1 + d_i. Let H be the head, H_r its kept columns, y the student's inputs, and m
-        the difference of the teacher's inputs from y. The error of the logits is then
-        H·m - H_r·diag(y)·d. With P = H_rᵀ·H, the normal equations of d
-        are (P_r ∘ G)·d = rowsum(P ∘ Cᵀ), where ∘ is the elementwise product, P_r are the kept
+        scaled by 1 + d_i. Let H be the head, H_r its kept columns, y the student's normalised
+        stream, and m = x - E·y (see ``reconstruct``). The error of the logits is then
+        H·m - H_r·diag(y)·d. With P = H_rᵀ·H, the normal equations of d are
+        (P_r ∘ G)·d = rowsum(P ∘ Cᵀ), where ∘ is the elementwise product, P_r are the kept
         columns of P, and G = Σ y·yᵀ and C = Σ m·yᵀ are those of the fit.
         """
         _, _, fit = self._fit_inputs("model.norm", "model.norm")
@@ -253,7 +257,7 @@ class Reconstruction:
             self._student["lm_head"] = self._student["lm_head"] + added
             return
         head = self._teacher["model.embed_tokens"]
-        # A constant added to all logits changes no probability, so each column is centred.
+        # A constant added to all logits changes no probability, so columns have their mean removed.
         head = (head - head.mean(dim=0)).double()
         product = head[:, self._channels].T @ head
         gram = product[:, self._channels] * fit.gram

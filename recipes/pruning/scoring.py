@@ -249,6 +249,7 @@ def _influence_and_widths(
 ) -> tuple[dict[int, float], dict[str, Tensor]]:
     """Computes block influence by layer, and scores of all widths, in one pass over the text."""
     register_rms_norm()
+    # ModelOpt scores only converted models. The divisors matter only for its own pruning.
     divisors = get_mcore_minitron_config(
         hidden_size_divisor=1,
         ffn_hidden_size_divisor=1,

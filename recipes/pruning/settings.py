@@ -30,8 +30,8 @@ class PruneConfig(StageConfig):
     """Which layers are dropped. ``loss``: the layers whose removal, one at a time, raises the loss
     least. ``block``: the adjacent layers whose removal together raises the loss least.
     ``block_influence`` (arXiv:2403.03853): the layers that change their input least; this score
-    needs no further forward passes. For SmolLM2 with 30 layers, ``block`` gave the best distilled
-    student of 24 layers, and ``loss`` the best of 20 (docs/results.md)."""
+    comes from the forward passes that score widths. For SmolLM2 with 30 layers, ``block`` gave the
+    best distilled student of 24 layers, and ``loss`` the best of 20 (docs/results.md)."""
     drop_layers: list[Count] = field(default_factory=list)
     """Drops exactly these layers, counted from 1, instead of ``target_num_layers``."""
     target_hidden_size: Size | None = None

@@ -63,7 +63,7 @@ def progress(work: Path) -> str | None:
 
 
 def run(cfg: CacheLogitsConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Runs the teacher on all sequences that are not stored yet, and publishes all shards."""
+    """Runs the teacher on sequences that no shard has yet, and links all shards into ``out``."""
     from nemo_convert import hf, nemo
     from recipes.distillation.logit_cache_writer import cache_logits
 

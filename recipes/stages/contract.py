@@ -147,7 +147,7 @@ class Stage(Generic[ConfigT]):
             yield from layout_problems(self.workload(config, chain), chain.hardware)
 
     def memory_problems(self, name: str, config: ConfigT, chain: Chain) -> Iterator[Problem]:
-        """Yields a problem if the ``inference_cost`` has more memory than a rank."""
+        """Yields a problem if ``inference_cost`` needs more memory than a rank has."""
         if self.inference_cost is None:
             return
         hardware, cost = chain.hardware, self.inference_cost

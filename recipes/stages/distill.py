@@ -137,7 +137,7 @@ def _hidden_range_notes(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
     first = last_stage_layers(layers, stages).start
     configured, hardware = workload(cfg, chain), chain.hardware
     layout = configured.layout
-    # With a loss on hidden states, all candidate layouts have the pipeline size of this layout.
+    # With a loss on hidden states, all candidate layouts keep this pipeline size, 1.
     unsplit = replace(configured, layout=replace(layout, pipeline=1))
     hours = [
         training_cost(candidate, hardware).hours
@@ -174,6 +174,7 @@ def _cached_teacher(cfg: DistillConfig, chain: Chain) -> CacheLogitsConfig | Non
 def _cache_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[Problem]:
     """Checks that the settings of a logit cache fit the distillation."""
     for name in ("seq_length", "temperature", "top_k"):
+        # ``top_k=None`` takes the value of the cache.
         value, cached = getattr(cfg, name), getattr(cache, name)
         if value not in (None, cached):
             yield Problem(

@@ -53,6 +53,7 @@ def inference_cost(cfg: EvaluateServedConfig, chain: Chain) -> InferenceCost:
     """Estimates the cost of both models over all items. Both have the student's shape."""
     student = chain.shape_of(cfg.inputs.get("checkpoint"))
     bf16, models = cfg.precision == "bf16-mixed", (student, student)
+    # ``width``: tokens of a forward pass.
     (tokens, generations), width = task_tokens(cfg), cfg.pack_tokens
     return benchmark_cost(models, bf16, tokens, width, chain.hardware, generations)
 

@@ -32,6 +32,7 @@ def inference_cost(cfg: EvaluateTasksConfig, chain: Chain) -> InferenceCost:
     students = 1 + (len(distill.student_steps) if isinstance(distill, DistillConfig) else 0)
     models = (chain.teacher, pruned, *[pruned] * students)
     bf16 = cfg.precision == "bf16-mixed"
+    # ``width``: tokens of a forward pass.
     (tokens, generations), width = task_tokens(cfg), cfg.pack_tokens
     return benchmark_cost(models, bf16, tokens, width, chain.hardware, generations)
 

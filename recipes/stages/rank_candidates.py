@@ -25,9 +25,10 @@ from recipes.stages.contract import Stage
 
 
 def inference_cost(cfg: RankCandidatesConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of measuring the teacher and each shape, and of healing ``num_healed``.
+    """Estimates the cost of measuring the teacher and all shapes, and of healing the best of them.
 
-    Healing (reconstruction by least squares) is estimated for the largest shapes. With healing, the
+    Healing (reconstruction by least squares) is estimated for the ``num_healed`` largest shapes,
+    because the best are not known yet. With healing, the
     whole cost counts as float32, because healing takes most of the time.
     """
     text = Sequences(cfg.num_samples, cfg.seq_length, cfg.micro_batch_size)

@@ -49,7 +49,7 @@ def test_a_comparison_holds_one_model_and_the_heads_of_all() -> None:
     cost = comparison_cost([LLAMA, pruned, pruned], True, TEXT, H100)
     assert cost.memory.weights == 2 * LLAMA.parameters() + HEAD
     assert cost.memory.activations == 2 * PASS_TOKENS * 3 * (14336 + 4096)
-    # With equal models, memory peaks while the last one runs: it also holds both other heads.
+    # With equal models, memory peaks while the last one runs: the heads of both others remain.
     last = comparison_cost([LLAMA, LLAMA, LLAMA], True, TEXT, H100)
     assert last.memory.weights == 2 * LLAMA.parameters() + 3 * HEAD
     # If all models are small, memory peaks when logits are compared, with only heads in memory.
@@ -83,8 +83,8 @@ def test_a_comparison_holds_one_model_and_the_heads_of_all() -> None:
 def test_scoring_keeps_the_input_of_every_layer() -> None:
     one_rank = scoring_cost(LLAMA, True, TEXT, H100)
     states = 2 * PASS_TOKENS * 4096
-    layer = PASS_TOKENS * ((2 + 8) * 14336 + 2 * 2 * 4096)
     # Per FFN channel: the activation in bfloat16, and two float32 copies by ModelOpt.
+    layer = PASS_TOKENS * ((2 + 8) * 14336 + 2 * 2 * 4096)
     assert one_rank.memory.activations == 33 * states + layer
     two_ranks = scoring_cost(LLAMA, True, TEXT, H100, pipeline=2)
     assert two_ranks.memory.activations == 17 * states + layer
@@ -106,8 +106,9 @@ def test_least_squares_reconstruction_holds_one_layer_at_a_time_on_a_gpu() -> No
     tokens = 40 * 8192
     streams = tokens * (2 * (4096 + 3072) + 9216)
     assert gpu.memory.activations == 4 * (streams + PASS_TOKENS * 5 * 14336)
-    # Four least-squares fits per layer: QKV and the first FFN weight have the student's hidden size
-    # as inputs; the output projections have the heads' channels and the FFN width.
+    # Four least-squares fits per layer. Two have the student's hidden size as inputs and the
+    # teacher's as targets. Two have the heads' channels or the FFN width as inputs, and the
+    # student's hidden size as targets.
     fits = 2 * 3072 * (3072 + 4096) + sum(n * (n + 3072) for n in (32 * 128, 9216))
     unscored = replace(TEXT, scored_fraction=0)  # without the FLOPs of the heads
     forward = sum(unscored.compute(arch, False).gemm_flops for arch in (LLAMA, student))
@@ -192,8 +193,8 @@ def test_cost_of_benchmarks_and_of_an_export(plan: MakePlan) -> None:
 
 
 def test_generated_text_takes_memory_traffic(plan: MakePlan) -> None:
-    """There are 165 batches of 8 prompts of 1,200 tokens. Each of 256 steps reads the weights and
-    the KV cache; the mean step follows 128 new tokens. Of 8 ranks, the busiest has 21 batches."""
+    """There are 165 batches of 8 prompts of 1,200 tokens. Each of a batch's 256 steps reads weights
+    and KV cache; the mean step follows 128 new tokens. Of 8 ranks, the busiest has 21 batches."""
     chain = plan("tasks=quick").chain
     tasks = {"tasks": ["gsm8k_cot"], "limit": None}
     cost = cost_of(chain, "evaluate_tasks", **tasks)
@@ -226,5 +227,5 @@ def test_a_halving_trains_and_evaluates_its_candidates(plan: MakePlan) -> None:
     assert training_flops == pytest.approx(200_000 * token_compute(workload).flops, rel=0.02)
     bf16 = chain.hardware.precision == "bf16-mixed"
     training = peak_memory(replace(workload, terms=2, bf16=bf16), chain.hardware)
-    # Each of two processes has reserved memory.
+    # The process of the search and that of the training each have reserved memory.
     assert cost.memory == replace(training, reserved=2 * training.reserved)

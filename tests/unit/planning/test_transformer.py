@@ -51,7 +51,8 @@ def test_bundled_shapes_have_the_published_parameters(
 def test_memory_traffic_of_a_token_equals_a_hand_count() -> None:
     """The model has one layer with one head of two channels; one token; bfloat16.
 
-    Terms are channels times bytes: norms and residuals, queries, keys, feed-forward.
+    Terms are channels times bytes: norms and residuals, queries, keys, scores (in the backward
+    pass only), feed-forward.
     """
     tiny = Architecture("", 1, 2, 3, 1, 1, 2, 5, 8, tied_embeddings=True)
     heads = keys = 2

@@ -303,7 +303,7 @@ def test_gguf_supports_some_families(chain: Chain) -> None:
         (CacheLogitsConfig(), []),
         (CacheLogitsConfig(top_k=512), ["top-k"]),
         (CacheLogitsConfig(tensor_model_parallel_size=2), ["ranks"]),
-        # The expectation ``None`` is at least one problem.
+        # ``None`` expects at least one problem, of any rule.
         (CacheLogitsConfig(tensor_model_parallel_size=3, resources=Resources(devices=3)), None),
         (
             CacheLogitsConfig(
