@@ -58,7 +58,7 @@ class Architecture:
         """Counts the parameters of the built model; tied weights count once."""
         vocabulary = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         layer = self._layer_matrices(self.num_moe_experts) + self._layer_vectors()
-        return self.num_layers * layer + vocabulary + self.hidden_size
+        return self.num_layers * layer + vocabulary + self.hidden_size  # with the final norm
 
     def active_weights(self) -> int:
         """Counts the weights in one token's matrix multiplications; of experts, only the top k.

@@ -80,10 +80,11 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
             f"{folder}: the class {name} does not read {file}, and there is no {TOKENIZER}.",
             f"set tokenizer_class in {CONFIG} to {' or '.join(WITHOUT_JSON[file])}",
         )
-    for setting, fix in _invalid_settings(folder, config, name):
+    for setting, fix in _invalid_settings(folder, config, name):  # names only the first one
         raise RecipeError(f"{folder / CONFIG}: invalid {setting}.", fix)
     _require_utf8(folder)
     vocabulary |= _added_tokens(folder, config)
+    # transformers gives these tokens the next ids. Only their number matters here, not the order.
     missing = set(_special_tokens(folder, config)) - vocabulary.keys()
     next_id = max(vocabulary.values(), default=-1) + 1
     return vocabulary | {token: next_id + n for n, token in enumerate(sorted(missing))}

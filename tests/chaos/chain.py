@@ -114,6 +114,7 @@ def content(file: Path) -> object:
     if file.suffix == ".html":
         text = SPEED.sub("", file.read_text(encoding="utf-8"))
         sections = {m[1]: m[0] for m in SECTION.finditer(text)}
+        # Both omitted sections have times.
         return {n: s for n, s in sections.items() if n not in ("cost", "provenance")}
     if file.suffix == ".json":
         return timeless(json.loads(file.read_text(encoding="utf-8")))

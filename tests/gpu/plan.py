@@ -43,6 +43,7 @@ class Step:
     minutes: float
     """Time limit."""
     checks: str
+    """What the tests check, for the table of results."""
     after: tuple[str, ...] = (DEVICE,)
     """Names of the steps that this step depends on."""
 

@@ -1,4 +1,4 @@
-"""Runs a recipe on a small model: all stages on the CPU, then single stages again on the GPU."""
+"""Runs a recipe on a small model: up to ``distill`` on the CPU, then single stages on the GPU."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def complete(module: str, work: Callable[[], None]) -> None:
             from recipes.core.stage_process import run_child
             from recipes.stages.successive_halving import training_of
 
-            sys.executable = os.environ[PROBE]
+            sys.executable = os.environ[PROBE]  # so that this file also runs the training's ranks
             training = training_of(config, config.rounds(config.max_candidates()), 0)
             run_child(training, out.parent.parent / TRAINING, {})
         return Outcome(RESULTS.get(config.stage))  # later plans read the result

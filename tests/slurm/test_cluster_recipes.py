@@ -43,7 +43,7 @@ SETTINGS = {
     ENGINE_RECIPE: ("+cluster.env.OMPI_MCA_btl_tcp_if_include=lo" if HAS_MPI else "engine=null",),
 }
 WHOLE_NODE_STAGES = ("score", "evaluate", "evaluate_tasks")
-"""Stages that take a whole node in recipes that train."""
+"""Stages besides ``distill`` that take a whole node in recipes that train."""
 ENGINE_STAGES = {"build_engine", "build_teacher_engine", "measure_speed"}
 WITHOUT_GPU = {"plan", "prepare_data", "report", "enumerate_shapes"}
 NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB = 224, 8, 2_000_000

@@ -1,6 +1,6 @@
 """Runs several ranks as torchrun does, but in forks of a process that has imported NeMo.
 
-Tests that kill ranks, ``tests/cpu/core`` and ``tests/slurm`` use torchrun itself.
+torchrun itself starts ranks in ``tests/cpu/core``, ``tests/slurm``, and tests that kill ranks.
 """
 
 from __future__ import annotations
