@@ -42,7 +42,7 @@ STOP_SECONDS = 40
 TAIL_BYTES = 1 << 16
 """Bytes that ``tail`` reads, in addition to 256 for each line."""
 RANK_VARIABLE = re.compile(r"(RANK|WORLD_SIZE)$|(TORCHELASTIC|GROUP|ROLE|LOCAL|MASTER)_")
-"""Matches the variables that torchrun sets in a rank."""
+"""Matches the names of the variables that torchrun sets in a rank."""
 _FAILED_RANK = re.compile(
     r"time +: (?P<time>\d{4}-\d\d-\d\d_[\d:]{8})(?:.*\n)+?.*rank +: (?P<rank>\d+) "
     r"(?:.*\n)+?.*exitcode +: (?P<code>-?\d+)"

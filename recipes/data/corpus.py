@@ -90,7 +90,7 @@ def chat_problem(source: str) -> tuple[str, str] | None:
 
 
 class _FileReader:
-    """Reads files. Its state is the number of records read; a resumed reader skips them."""
+    """Reads files. The state is the number of records read; a resumed reader skips so many."""
 
     def __init__(self, source: Source, text_of: TextOf, state: int | None) -> None:
         self._source, self._text_of, self._skip = source, text_of, state or 0
@@ -169,7 +169,7 @@ def _text(fields: str, record: object, where: str) -> str:
 
 
 class _HubReader:
-    """Reads a dataset of the Hugging Face hub. Its state is that of the library ``datasets``."""
+    """Reads a dataset of the Hugging Face hub. The state is that of the library ``datasets``."""
 
     def __init__(self, hub: HubDataset, revision: str | None, text_of: TextOf, state: Any) -> None:
         from datasets import load_dataset

@@ -200,7 +200,7 @@ def _messages_of_dialogue(messages: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def dialogue_text(record: object) -> str:
-    """Returns a conversation as plain text, one line per message; empty if it has one message.
+    """Returns a conversation as plain text, one line per message; empty for a single message.
 
     Raises:
         ValueError: The record is not a conversation, see ``messages_of``.

@@ -34,7 +34,7 @@ class TextSequences:
         return len(self.tokens)
 
     def __getitem__(self, chosen: slice | list[int]) -> TextSequences:
-        """Selects sequences."""
+        """Selects sequences. The result has no ``sources``."""
         return TextSequences(self.tokens[chosen], self.prediction_mask[chosen])
 
     def first(self, count: int) -> TextSequences:

@@ -29,7 +29,7 @@ another token, which ends a turn."""
 AHEAD = 4
 """Batches queued per process, so that no process waits for text."""
 LONGEST_WAIT = timedelta(days=1)
-"""Time limit of a collective; the watchdog (``resources.hang_timeout``) usually stops earlier."""
+"""Time limit of a collective. The watchdog (``resources.hang_timeout``) usually acts earlier."""
 ItemT = TypeVar("ItemT")
 
 
@@ -151,6 +151,7 @@ def encode_on_ranks(
         encoded_by_rank: list[Any] | None = [None] * world_size() if rank() == 0 else None
         torch_distributed().gather_object(encoded, encoded_by_rank)
         try:
+            # Other ranks have no lists, and the last group may have fewer batches than ranks.
             yield from zip(encoded_by_rank or [], items, strict=False)
         except GeneratorExit:  # the caller on rank 0 stops early
             broadcast(False)

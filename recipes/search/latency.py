@@ -66,7 +66,7 @@ def step_ms(row: BenchmarkRow) -> float:
 def fit_latency(
     shapes: Sequence[Architecture], step_times: Sequence[float], service: Service
 ) -> LatencyFit:
-    """Fits a latency model by least squares of the relative errors; no coefficient is negative.
+    """Fits a latency model by least squares of relative errors, with coefficients of at least 0.
 
     Args:
         shapes: Timed shapes of at least two sizes.

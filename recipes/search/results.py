@@ -21,7 +21,7 @@ class Candidate:
     parameters: int
     shape: Architecture
     proxy: float
-    """Value of the ranking's metric, before any training; lower is better."""
+    """Value of the metric that ranks candidates, before any training; lower is better."""
     perplexity: float
     kl_to_teacher: float
     healed: bool = False

@@ -26,7 +26,7 @@ REQUEST = ChatRequest(tokens=700, seed=1, seq_length=100)
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> ChatWriter:
     """Makes a random model that generates all letters with about the same probability.
 
-    It ends a turn after about ten letters.
+    The model ends a turn after about ten letters.
     """
     folder = tmp_path_factory.mktemp("teacher")
     make_tokenizer(folder, PLAIN)
@@ -41,7 +41,10 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> ChatWriter:
 
 
 def random_model() -> Any:
-    """Makes a Llama of one layer whose output layer has a bias, to set token probabilities."""
+    """Makes a Llama of one layer whose output layer has a bias, to set token probabilities.
+
+    The vocabulary has 256 bytes and three special tokens.
+    """
     config = LlamaConfig(
         vocab_size=259, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, initializer_range=0.1,

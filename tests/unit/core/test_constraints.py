@@ -68,7 +68,7 @@ NAN, INFINITE, LARGE = float("nan"), float("inf"), 10**20
     ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
 )
 def test_error_shows_the_invalid_value_and_its_requirement(config: Any, expected: str) -> None:
-    config.stage = "x"
+    config.stage = "x"  # required in a stage's config, ignored in others
     [message] = violations(config, "where")
     assert message.startswith("invalid where.")
     assert expected in message
