@@ -53,7 +53,8 @@ class TrainingSequences(Dataset):
     seed: int | None = None
     """Seed that shuffles every epoch; ``None`` keeps the order of the text."""
     document_end: int | None = None
-    """Id of the token that ends documents; predictions at it are masked. ``None`` masks none."""
+    """Id of the token that ends documents; predictions at it are masked. ``None`` masks none. With
+    a ``loss_mask`` it is not read."""
     loss_mask: np.ndarray | None = None
     """For each token, whether it is a target of the loss, see ``read_loss_mask``."""
     attention_mask: Tensor | None = None

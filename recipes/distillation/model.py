@@ -2,9 +2,8 @@
 
 A live teacher runs in every step. A cached teacher's logits are read from files instead.
 The student's ``compute_language_model_loss`` is replaced by one that computes the losses on logits.
-A loss on hidden states is computed by ModelOpt's ``DistillationModel``. The model's output is
-one row of per-token losses for each term, so no tensor as wide as the vocabulary outlives the
-forward pass.
+A loss on hidden states is computed by ModelOpt's ``DistillationModel``. The model's output is one
+row of per-token losses for each term, instead of logits.
 """
 
 from __future__ import annotations
@@ -284,11 +283,11 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         self.teacher_loss = loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Saves the means that balance the next step's terms."""
+        """Saves ``finite_means``, on which dynamic weights of the next step depend."""
         checkpoint["loss_sizes"] = self._reduction.finite_means
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Loads the means that balance the next step's terms."""
+        """Loads ``finite_means``."""
         self._reduction.finite_means = checkpoint.get("loss_sizes", {})
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -120,7 +120,7 @@ class TrainingConfig(StageConfig):
     val_check_interval: Count = 100
     """Steps between validations."""
     limit_val_batches: Count = 4
-    """Number of global batches in a validation."""
+    """Number of global batches in a validation, or fewer if there is less text."""
     checkpoint_interval: Count = 100
     """Steps between checkpoints. A killed run resumes from the last checkpoint."""
     keep_checkpoints: Count = 2
@@ -174,8 +174,8 @@ class CacheLogitsConfig(StageConfig):
     seq_length: Count = 256
     """Tokens per sequence; must equal ``seq_length`` of ``distill``."""
     num_sequences: Count | None = None
-    """Number of sequences, in the order in which training with this ``seed`` reads them. Default:
-    all."""
+    """Number of cached sequences: the first that training with this ``seed`` reads. Default: all
+    sequences."""
     seed: Seed = 1234
     """Seed of the order of sequences; must equal ``seed`` of ``distill``."""
     weights: dict[str, Positive] = field(default_factory=dict)

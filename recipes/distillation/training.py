@@ -225,10 +225,10 @@ def steps_of_checkpoint(checkpoint: Path) -> int:
 
 
 def training_result(cfg: TrainingConfig, file: Path) -> TrainingResult:
-    """Reads the result of training from the metrics file, which has the steps of all starts.
+    """Reads the result of training from the metrics file.
 
-    A run that is killed after its last step resumes without a step to train. So the result cannot
-    come from the memory of the process.
+    The file also has the steps before a restart. A run that is killed after its last step resumes
+    without a step to train. So the result cannot come from the memory of the process.
     """
     steps, validations = steps_of(file, cfg.stage), steps_of(file, VALIDATE)
     last = steps[-1]

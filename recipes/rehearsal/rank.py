@@ -74,7 +74,7 @@ def rehearse(job: RankJob) -> RehearsalResult:
 def _measure_candidate(
     settings: Mapping[str, Any], inputs: Mapping[str, Input], run_dir: Path
 ) -> None:
-    """Evaluates a candidate. A search does this after a round of training runs."""
+    """Evaluates a candidate, as a search does between two rounds of training runs."""
     config = OmegaConf.merge(OmegaConf.structured(SuccessiveHalvingConfig), settings)
     shape = Architecture(**inputs["student"].manifest.architecture or {})
     candidate = Candidate("candidate", 0, shape, proxy=0, perplexity=0, kl_to_teacher=0)

@@ -75,7 +75,7 @@ def test_recipe_runs_on_a_tiny_model(recipe: str, tmp_path: Path, text_file: Pat
             assert shape[name.removeprefix("target_")] == value
     [planned] = [workload["trained"] for workload in plan.config["workloads"].values()]
     assert planned == shape
-    assert plan.metrics["summary"]["tokens"] == 4 * 4 * 64
+    assert plan.metrics["summary"]["tokens"] == 4 * 4 * 64  # steps · batch size · sequence length
 
 
 def test_shrink_trains_a_model_within_its_budget(tmp_path: Path, text_file: Path) -> None:

@@ -117,7 +117,7 @@ def test_students_are_evaluated_exported_and_plotted(
     for name, task in results.items():
         assert [*task.steps] == [1, 3]
         for step, score in task.steps.items():
-            tokens = step * 4 * 64
+            tokens = step * 4 * 64  # 4 sequences of 64 tokens per step
             assert f"tokens {tokens}: student {score.value:.4g}" in text, (name, step)
     likelihoods = [
         [row["pruned"]["response"], *(row[f"step {n}"]["response"] for n in (1, 3))]

@@ -137,6 +137,7 @@ def test_a_cache_of_the_first_sequences_gives_the_batches_of_a_live_teacher(data
         item, sequence = cached[sample], cached.number_of(sample)
         assert torch.equal(item["teacher_indices"], torch.full((LENGTH, 2), sequence))
         assert torch.equal(item["teacher_log_probs"], torch.full((LENGTH, 3), float(-sequence)))
+        # Without a seed, sample n is sequence n.
         assert torch.equal(item["tokens"], sequences_of(data, 99)[sequence]["tokens"])
 
 

@@ -186,6 +186,7 @@ def test_sound_stages_complete_within_the_planned_memory(case: Case, rehearsed: 
     assert plan is not None
     peak, total = peak_by_kind(result, plan), sum(getattr(plan, kind) for kind in KINDS)
     # Recomputed modules, and the checkpoint that training resumes from, must not stay in memory.
+    # The usual tolerance of activations would hide them.
     is_tight = case in (RESUMED, RECOMPUTED)
     for kind in KINDS:
         tolerance = {"abs": 0.1 * total} if kind in TEMPORARY else {"rel": 0.01}

@@ -40,7 +40,7 @@ def test_progress_is_the_last_complete_checkpoint(tmp_path: Path) -> None:
     [
         ({}, None),
         ({"max_steps": 5}, "schedule"),  # fewer than ``warmup_steps``
-        ({"seq_length": 4096}, "seq-length"),
+        ({"seq_length": 4096}, "seq-length"),  # more than ``max_position_embeddings``
         # there is only one rank
         ({"sequence_parallel": True, "tensor_model_parallel_size": 2}, "ranks"),
     ],
