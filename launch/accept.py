@@ -53,7 +53,10 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
 
 
 def stale_reasons(stage: PlannedStage, result: Manifest) -> list[str]:
-    """Returns why a complete result is stale: changes and rerun inputs, else why it runs."""
+    """Returns why a complete result is stale: what changed and which inputs run again.
+
+    If there is neither, returns the reason why the stage runs, such as a replaced input.
+    """
     changed = describe_changes(stage, result) if result.fingerprint != stage.fingerprint else []
     return [*changed, *(f"{name} runs again" for name in stage.rerun_inputs)] or [stage.reason]
 

@@ -46,7 +46,7 @@ def stage_variables(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
     is_split = max(getattr(training_config, size, 1) for size in sizes) > 1
     kernel_order = {}
     if is_split and connections is not None:
-        # Communication overlaps only if kernels start in the order of their calls.
+        # Communication overlaps with computation only if kernels start in the order of their calls.
         kernel_order = {"CUDA_DEVICE_MAX_CONNECTIONS": str(connections)}
     variables = {**kernel_order, **cluster.env, **stage.config.resources.env}
     paths = filter(None, [str(stage.code_dir), variables.get("PYTHONPATH")])

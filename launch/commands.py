@@ -46,13 +46,13 @@ INCOMPLETE = (
     *(Status.RUNNING, Status.FAILED, Status.HUNG),
     *(Status.STOPPED, Status.INTERRUPTED, Status.PENDING),
 )
-"""Statuses of stages. The command ``runs`` shows the first of these that a stage of a run has."""
+"""Statuses by importance: for a run, the command ``runs`` shows the first that any stage has."""
 Options = Mapping[str, str]
 """Arguments ``NAME=VALUE`` of a command, such as ``run_dir=DIR``, by name."""
 
 
 def status(options: Options, console: Console) -> None:
-    """Shows the status of each stage."""
+    """Shows the status of each stage of a run, or of all runs of a sweep."""
     for run_dir in find_runs([_directory(options)]):
         table = plain_table(str(run_dir), "stage", "status", "job", "")
         statuses = read_statuses(run_dir)
@@ -105,7 +105,8 @@ def _stop(holder: lock.Holder, run_dir: Path) -> None:
 def logs(options: Options, console: Console) -> None:
     """Prints the end of a stage's newest log.
 
-    By default, the stage that failed or runs, or else the last one that was started.
+    The default is the first stage that failed, or else hung, or else runs. If there is none, it is
+    the last stage that was started.
     """
     [run_dir, *other_runs] = find_runs([_directory(options)])
     if other_runs:
@@ -232,7 +233,8 @@ def _size(path: Path) -> int:
 def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
     """Deletes runs, except for stages that other runs need.
 
-    Without ``--yes``, only lists folders. Other runs are those in ``runs`` and beside these runs.
+    Without ``--yes``, only lists folders. The other runs are those in ``runs``, and those that are
+    beside the runs to delete.
     """
     if not names:
         raise RecipeError(

@@ -48,8 +48,9 @@ def print_plan(plan: Plan, console: Console) -> None:
 def print_sources(plan: Plan, console: Console) -> None:
     """Shows the sources of text that stages of this plan will tokenize.
 
-    The size of a source is known only if the text is on this machine. With ``prefix`` there are no
-    sources: the text is already tokenized, so it cannot be compared with benchmarks.
+    The size of a source is known only if the text is on this machine. With the setting ``prefix``
+    there are no sources: the text is already tokenized, so ``prepare_data`` cannot search it for
+    duplicates and for items of benchmarks.
     """
     for config in (stage.config for stage in plan.todo()):
         if not isinstance(config, PrepareDataConfig):
@@ -119,7 +120,7 @@ def print_summary(plan: Plan, seconds: float, console: Console) -> None:
 
 
 def headline(manifest: Manifest) -> str:
-    """Returns the most important result of a stage."""
+    """Returns the most important result of a stage, as text for a table."""
     if manifest.kind in HEADLINES:
         return HEADLINES[manifest.kind](manifest)
     if result := manifest.result_if("heal", HealResult):
@@ -178,7 +179,7 @@ def _best_candidate(manifest: Manifest) -> str:
 
 
 def _latency(manifest: Manifest) -> str:
-    """States the fit's largest error on held-out shapes, or on all shapes if none was held out."""
+    """States the latency model's largest error on held-out shapes, or on all if none is."""
     shapes = manifest.result(LatencyResult).shapes
     held_out = [shape for shape in shapes if not shape.is_fitted]
     error = max(abs(shape.error) for shape in held_out or shapes)

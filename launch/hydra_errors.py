@@ -53,7 +53,7 @@ def explain(error: Exception) -> str:
         full_key = re.search(r"full_key: (\S+)", text)
         where = full_key.group(1) if full_key else name
         return f"there is no field {where}.{_suggestion(where, name, error)}"
-    message = "\n  ".join(messages[:2])
+    message = "\n  ".join(messages[:2])  # the error and its direct cause
     return f"{message}\n  fix: {fix_of(message)}"
 
 
@@ -122,7 +122,7 @@ def _suggestion(where: str, name: str, error: Exception) -> str:
         for cause in _causes(error)
         if isinstance(parent := getattr(cause, "parent_node", None), DictConfig)
     ]
-    # The user wrote a field of the config's root with a prefix, such as stages.only.
+    # The field is at the config's root, but the user gave it a prefix, as in stages.only.
     if any(name in parent._get_root() for parent in parents):
         return f" Did you mean '{name}'?"
     new_key = DICT_KEY.fullmatch(where)

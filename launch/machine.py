@@ -24,7 +24,7 @@ from recipes.planning.rules import Problem
 def chain_of(
     cfg: DictConfig, hf_path: str, configs: Mapping[str, StageConfig], run_dir: Path
 ) -> Chain:
-    """Returns a run's ``Chain``; refuses an unusable teacher or hardware profile."""
+    """Returns a run's stages as a ``Chain``; refuses an unusable teacher or hardware profile."""
     chain = read_chain(hf_path, configs)
     # Resolve within the whole config, because a CPU's profile refers to the cluster's settings.
     profile = OmegaConf.create(OmegaConf.to_container(cfg.hardware, resolve=True))
@@ -133,7 +133,7 @@ def _cpu_problems(cluster: DictConfig, hardware: Hardware) -> Iterator[Problem]:
 
 
 def mpi_problems(cluster: DictConfig, chain: Chain, selected: Iterable[str]) -> Iterator[Problem]:
-    """Checks that ``cluster.mpi`` is set for stages that start TensorRT-LLM on Slurm."""
+    """Refuses a ``null`` in ``cluster.mpi`` for a stage that starts TensorRT-LLM on Slurm."""
     mpi = cluster.get("mpi", {}) if cluster.executor == "slurm" else {}
     for name in selected:
         config = chain.stages[name]

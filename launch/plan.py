@@ -48,7 +48,7 @@ class Plan:
     """Warnings, and errors of skipped rules."""
     gates: tuple[Gate, ...] = ()
     acceptances: Mapping[Path, Acceptance | None] = field(default_factory=dict)
-    """Acceptances of stale results to record, by stage directory."""
+    """Acceptances of stale results to record, by stage directory; ``None`` removes one."""
 
     def todo(self) -> list[PlannedStage]:
         """Returns the stages that will be started, in order."""

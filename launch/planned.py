@@ -191,6 +191,7 @@ def _lists_old_acceptances(stage: PlannedStage) -> bool:
 
 
 def _reason_to_run(stage: PlannedStage) -> str | None:
+    """Returns why a stage without ``force`` must run; ``None`` if its result is up to date."""
     manifest = read_manifest(stage.directory)
     if manifest is None:
         return "not run yet"

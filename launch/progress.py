@@ -34,7 +34,7 @@ def remaining_seconds(records: Sequence[Record]) -> int | None:
     for record in records:
         if record["task"] == last["task"]:
             if recent and record["done"] <= recent[-1]["done"]:
-                recent.clear()  # after a restart only the new records show the speed
+                recent.clear()  # restarted at an earlier step: only newer records show the speed
             recent.append(record)
     recent = recent[-SPEED_RECORDS:]
     if len(recent) < 2:

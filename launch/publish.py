@@ -87,6 +87,7 @@ def publish(plan: Plan, hub: Hub, console: Console) -> None:
     with _explained_errors(hub.push):
         api = HfApi()
         api.create_repo(hub.push, private=hub.private, exist_ok=True)
+        # ``public_text`` removes secrets from the settings in the manifest.
         operations = [
             CommitOperationAdd(name, public_text(path).encode() if name == MANIFEST else path)
             for name, path in files.items()
@@ -96,9 +97,9 @@ def publish(plan: Plan, hub: Hub, console: Console) -> None:
 
 
 def public_file(stage: PlannedStage) -> Path | None:
-    """Returns the file of a stage that is uploaded beside the model: manifest or report page.
+    """Returns a stage's file that is uploaded with the model: the export's manifest, or the report.
 
-    Returns ``None`` for stages other than export and report.
+    Returns ``None`` for all other stages.
     """
     if _exports_student(stage):
         return stage.directory / MANIFEST
@@ -147,6 +148,7 @@ def _licences(plan: Plan) -> Iterator[str]:
     for name, config in plan.chain.stages.items():
         if isinstance(config, PrepareDataConfig):
             yield from (parse_source(source).licence or "" for source in config.sources)
+        # Stages that ``only`` excludes are not in ``plan.stages``, but may have results.
         result = results[name] if name in results else read_manifest(plan.run_dir / name)
         if result and (dataset := result.result_if("prepare_data", DatasetResult)):
             yield from map(dataset.licence, dataset.sources)

@@ -128,6 +128,7 @@ def _rows(
     skipped = {field.name for field in fields(without)} if without else set()
     for field in (field for field in fields(kind) if field.name not in skipped):
         hint, name = hints[field.name], prefix + field.name
+        # A field that holds the settings of a stage is not expanded: that stage has its own table.
         if isinstance(hint, type) and is_dataclass(hint) and not issubclass(hint, StageConfig):
             yield from _rows(hint, values.get(field.name, {}), f"{name}.")
             continue

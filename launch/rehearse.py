@@ -105,7 +105,7 @@ def _parse_ranks(value: object) -> list[int] | None:
     if value is True:
         return None
     ranks = list(value) if isinstance(value, (list, ListConfig)) else [value]
-    if not all(type(rank) is int and rank >= 0 for rank in ranks):
+    if not all(type(rank) is int and rank >= 0 for rank in ranks):  # a bool is not a rank
         raise RecipeError(
             f"invalid rehearse={value}: must be true or a list of ranks.",
             "rehearse=true, or 'rehearse=[0,767]'",
@@ -194,7 +194,7 @@ def _table(results: Results, chain: Chain) -> Table:
 
 
 def peak_by_kind(result: RehearsalResult, planned: Memory | None) -> dict[str, int]:
-    """Returns the bytes at the peak for each of ``KINDS``."""
+    """Returns the bytes at the peak for each of ``KINDS``, without those of a parent search."""
     peak = {kind: result.peak.get(kind, 0) for kind in KINDS}
     if planned and planned.teacher and not planned.weights:
         # In the plan, a model that is only run counts as ``teacher``, not as ``weights``.
@@ -214,7 +214,8 @@ def planned_memory(job: RankJob, chain: Chain) -> Memory | None:
         return None
     workload = stage.workload(config, chain)
     if (student := job.inputs.get("student")) is not None:
-        # A search trains the largest candidate, which the chain does not contain.
+        # The config of a search's training names the teacher as student. The job has the shape that
+        # is rehearsed, that of the largest candidate.
         workload = replace(workload, trained=Architecture(**student.shape))
     # In Megatron's order of ranks, the pipeline index changes slowest.
     pipeline_stage = job.rank // (job.world // workload.layout.pipeline)

@@ -25,7 +25,7 @@ def on_interrupt(handler: Callable[..., object]) -> None:
 def exit_now(*_: object) -> None:
     """Exits without an exception, which an import could swallow or show as a traceback."""
     os.write(1, b"interrupted\n")
-    os._exit(130)
+    os._exit(130)  # as a shell reports a command that Ctrl-C ended
 
 
 if __name__ == "__main__":

@@ -138,6 +138,7 @@ def time_left(run_dir: Path, statuses: Sequence[StageStatus]) -> float | None:
     remaining: dict[str, float | None] = {}
     for stage in statuses:
         if not stage.result:
+            # Without unfinished work, the records are of an earlier start.
             records = stage.state.progress() if stage.state.begun else []
             remaining[stage.name] = remaining_seconds(records) if records else None
     return remaining_run_seconds(planned_seconds(run_dir), spent, remaining)

@@ -29,7 +29,7 @@ then every process with the same cache waits forever.
 """
 HUB_FOLDERS = ("HF_HOME", "HF_HUB_CACHE")
 """Variables of huggingface_hub. A site sets them to share downloaded models."""
-MOUNTABLE = re.compile(r"/[\w./@+=-]+")
+MOUNTABLE = re.compile(r"/[\w./@+=-]+")  # without spaces, colons and commas; not the root
 
 
 @dataclass
@@ -120,8 +120,8 @@ def environment(cluster: Containers, stage: PlannedStage) -> dict[str, str]:
 def home(stage: PlannedStage) -> dict[str, str]:
     """Returns the variables of a container's user: a writable home in the cache directory.
 
-    They must be set only inside the container. Outside, ``HOME`` would also tell Enroot where to
-    look for credentials and images.
+    Empty for a stage without an image. Set them only inside the container: outside, ``HOME`` would
+    also tell Enroot where to look for credentials and images.
     """
     cache = str(cache_dir().absolute())
     variables = {

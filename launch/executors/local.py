@@ -93,7 +93,8 @@ def command(stage: PlannedStage, python: str) -> list[str]:
 def environment(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
     """Returns the variables that a stage gets in addition to those of the launcher."""
     devices = stage.config.resources.devices
-    # The launcher may itself run as a rank of a job. A stage without torchrun would inherit it.
+    # The launcher may itself run as a rank of a job. A stage without torchrun would inherit the
+    # variables of this rank.
     single_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} if devices == 1 else {}
     variables = stage_variables(stage, cluster)
     paths = filter(None, [variables["PYTHONPATH"], os.environ.get("PYTHONPATH")])
@@ -139,9 +140,10 @@ def may_fork(stage: PlannedStage) -> bool:
 def start(plan: Plan, cluster: LocalConfig, follow: Follow, console: Console) -> bool:
     """Runs the stages. Stages that can be forked share one import of the libraries."""
     forkable = [stage for stage in plan.todo() if may_fork(stage)]
-    if len(forkable) < 2:
+    if len(forkable) < 2:  # with one stage there is no import to share
         return run_all(plan, follow)
-    # All forkable stages have the same variables: one device, and no ``resources.env``.
+    # All forkable stages have the same variables, because each has one device and no
+    # ``resources.env``.
     shared_env = {**os.environ, **environment(forkable[0], cluster)}
     with fork_server(PRELOADED, shared_env, plan.run_dir / "fork_server.log") as server:
 

@@ -48,6 +48,7 @@ SUBMIT = "submit.sh"
 TEST_ONLY = "--test-only"
 """Option of ``submit.sh``: asks Slurm about the jobs and submits none."""
 START_ESTIMATE = re.compile(r"to start at (\S+) using (\d+) processors on nodes (\S+)")
+"""Matches what ``sbatch --test-only`` prints about a job that Slurm would accept."""
 POLL_SECONDS = 2.0
 RESTART_SECONDS = 900.0
 """How long Slurm's controller may take to restart; meanwhile it does not answer."""

@@ -183,7 +183,7 @@ def _request_problems(job: Job, user_options: Iterable[str]) -> Iterator[Problem
 
 
 def _partition_problems(job: Job, partitions: Partitions) -> Sequence[Problem]:
-    """Compares a job with its partition, or with the partition of several that fits it best."""
+    """Compares a job with its partition, or, of several partitions, with the one that fits best."""
     default = [name for name, item in partitions.items() if item.fields["Default"] == "YES"]
     names = job.partition.split(",") if job.partition else default
     fix = f"set cluster.partition to one of: {', '.join(partitions)}"
@@ -214,7 +214,7 @@ def _limit_problems(job: Job, partition: Partition) -> Iterator[Problem]:
 
 
 def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
-    """Compares a job's memory on a node with the memory for weights and for saving a checkpoint."""
+    """Compares a job's memory on a node with the needs of weights and of saving a checkpoint."""
     workload = job.stage.workload
     if not (job.stage.needs_gpu or workload):
         return

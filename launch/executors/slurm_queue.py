@@ -34,7 +34,7 @@ STATE_REASONS = {
     "PREEMPTED": "another job took its nodes; repeat the command of the run to submit it again",
     "TIMEOUT": "it reached its time limit; repeat the command of the run to resume it",
 }
-"""For each state, why Slurm ended the job. Logs do not say why; they show lost connections."""
+"""For each state, why Slurm ended the job. Logs show only that ranks lost their connections."""
 TIMEOUT_SECONDS = 60
 
 
@@ -49,7 +49,7 @@ class SlurmJob:
 
 @dataclass(frozen=True)
 class JobState:
-    """The state of a job in Slurm, why the job waits, and the time until its time limit."""
+    """A job's state in Slurm, why the job waits, the time until its time limit, and its nodes."""
 
     state: str
     reason: str = ""

@@ -123,7 +123,7 @@ def test_the_group_engine_chooses_what_is_built_and_reported(
 ) -> None:
     """The engine is built from the last student of the chain, and the report shows it."""
     sizes = ["stages.prune.target_hidden_size=128", "stages.prune.target_ffn_hidden_size=128"]
-    backend = "stages.build_engine.backend=tensorrt_llm_pytorch"  # the teacher must get it, too
+    backend = "stages.build_engine.backend=tensorrt_llm_pytorch"  # the teacher's engine gets it
     options = [backend] if engine.startswith("tensorrt_llm") else []
     planned = {
         s.name: s

@@ -85,7 +85,8 @@ def test_an_image_keeps_the_packages_of_its_base_image(name: str, pattern: str) 
 
 
 def test_libraries_in_fingerprints_have_one_version() -> None:
-    """Fingerprints have the locked version, but an image may keep another version in a range."""
+    """With a range, an image could keep its own version of a library, but the fingerprints of the
+    stages in this image would name the locked version."""
     exact = {item.name for item in ranges("train") if str(item.specifier).startswith("==")}
     assert set(RESULT_LIBRARIES) - exact == {"torch"}
 

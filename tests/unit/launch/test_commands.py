@@ -73,6 +73,7 @@ def test_status_of_an_interrupted_run(run_dir: Path, launch: Launch) -> None:
     shown = launch("status", f"run_dir={run_dir}")
     assert shown.returncode == 0, shown.stderr
     assert re.search(r"distill +interrupted +distill 3/60, 0:01:54 left *$", shown.stdout, re.M)
+    # 57 steps of 2 seconds remain. Later stages add little: the complete ones were fast.
     assert re.search(r"^about 0:01:5[67] left of the run$", shown.stdout, re.M)
     assert "86.5 M parameters" in shown.stdout
 
@@ -83,6 +84,7 @@ def test_failed_stage_says_why_and_its_log_is_shown(run_dir: Path, launch: Launc
     assert "no memory" in launch("status", f"run_dir={run_dir}").stdout
     shown = launch("logs", f"run_dir={run_dir}", "lines=2")
     assert shown.stdout.splitlines()[1:] == ["line 198", "line 199"]
+    # The log's path, and 50 lines by default.
     assert len(launch("logs", f"run_dir={run_dir}", "stage=distill").stdout.splitlines()) == 51
     record_failure(run_dir / "distill", "at step 3", stopped=True)
     assert states(run_dir)["distill"] == "stopped"
@@ -116,7 +118,7 @@ def test_reading_the_holder_does_not_keep_a_launcher_from_starting(
 def listed_run(launch: Launch, run_dir: Path) -> str:
     shown = launch("runs", str(run_dir.parent))
     assert shown.returncode == 0, shown.stderr
-    return shown.stdout.splitlines()[2]
+    return shown.stdout.splitlines()[2]  # after the table's title and headings
 
 
 def test_runs_are_listed_with_their_state_and_results(
@@ -142,7 +144,7 @@ def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launc
     (run_dir / CODE / "hash").mkdir(parents=True)
     other = run_dir.with_name("other")
     shutil.copytree(run_dir, other)
-    # The stages of ``other`` read each other's results, but import_hf of the run to clean.
+    # Of the run to clean, the stages of ``other`` need only the result of import_hf.
     for request in other.glob("*/config.yaml"):
         text = request.read_text().replace(f"{run_dir}/", f"{other}/")
         request.write_text(text.replace(f"{other}/import_hf", f"{run_dir}/import_hf"))
@@ -215,7 +217,7 @@ def test_cancel_stops_a_launcher_like_ctrl_c(
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_imports(root: Path, tmp_path: Path, sent: signal.Signals) -> None:
-    """Importing Hydra takes time, and swallows exceptions such as ``KeyboardInterrupt``."""
+    """A fake hydra imports slowly, and swallows exceptions such as ``KeyboardInterrupt``."""
     (tmp_path / "hydra.py").write_text(SLOW_IMPORT)
     launcher = subprocess.Popen(
         [sys.executable, str(root / "launch" / "run.py")],

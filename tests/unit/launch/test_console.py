@@ -160,7 +160,7 @@ def test_follower_shows_the_time_left_of_stage_and_run(
             log.log(time=10.0 * step, task="train", done=step, total=5, loss=2.5)
             follower.update()
     if terminal:
-        assert "about 1:00:00 for the run loss 2.5" in text_of(screen)  # in its last frame
+        assert "about 1:00:00 for the run loss 2.5" in text_of(screen)  # in the bar's last frame
     else:
         assert lines_of(screen)[1:-1] == [
             "distill: train 1/5  loss 2.5",
@@ -177,7 +177,7 @@ def test_follower_prints_a_line_every_few_seconds(
             clock[0] += LINE_SECONDS / 20
             log.progress("train", step, 50)
             follower.update()
-    # Every 21 steps, and the last step.
+    # More than LINE_SECONDS have passed after each 21 steps. The last step is always shown.
     assert steps_shown(screen) == ["1/50", "22/50", "43/50", "50/50"]
 
 

@@ -19,7 +19,7 @@ ENGINE_OVERRIDES = {"openvino": (), "tensorrt_llm": (PYTORCH, GENERATIVE_TASK)}
 
 @pytest.mark.parametrize("recipe", ["llama_width_prune", "shrink"])
 def test_images_are_chosen_by_what_a_stage_runs(plan: MakePlan, recipe: str) -> None:
-    """Stages that run TensorRT-LLM use its image. All others, also OpenVINO's, use the default."""
+    """Stages that run TensorRT-LLM use its image; all others, also OpenVINO's, the default one."""
     engines = {"build_engine", "build_teacher_engine", "measure_speed", "evaluate_served"}
     for engine in ENGINE_OVERRIDES:
         overrides = (*DOCKER, f"engine={engine}", "served=engine", *ENGINE_OVERRIDES[engine])

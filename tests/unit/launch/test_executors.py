@@ -113,7 +113,7 @@ def test_scripts_equal_the_golden_files(prepare: Prepare, tmp_path: Path) -> Non
 
 
 def test_each_start_has_new_folders_for_compiled_kernels(prepare: Prepare, tmp_path: Path) -> None:
-    """Runs the command that srun starts on a node, with a program that only records variables."""
+    """Runs the command that srun starts on a node. A fake Python only records its variables."""
     python = write_program(tmp_path / "python", f"env >>{tmp_path}/environment")
     plan, cluster = prepare(*SLURM, f"cluster.python={python}", "+cluster.env.TRITON_CACHE_DIR=/t")
     script = slurm.job_script(stage_named(plan, "prune"), cluster)
@@ -184,7 +184,7 @@ def test_training_stops_before_the_limit_and_may_take_whole_nodes(prepare: Prepa
         assert workload.validation_batches == 3
         planned = math.ceil(stopping_seconds(workload, plan.chain.hardware))
         minimum = slurm.MIN_MARGIN_SECONDS
-        assert (planned > minimum) == (flops < 1e14)
+        assert (planned > minimum) == (flops < 1e14)  # true for the slow device
         for name, seconds in (("distill", max(minimum, planned)), ("prune", minimum)):
             text = slurm.job_script(stage_named(plan, name), cluster)
             expected = seconds if margin == "null" else 30
@@ -225,7 +225,7 @@ def test_forced_stage_is_complete_only_with_a_new_result(
         return subprocess.run(["bash", "-c", check], check=False).returncode == 0
 
     assert not is_complete()
-    manifest.write_text(manifest.read_text().replace("2025-01-01", "2025-01-02"))
+    manifest.write_text(manifest.read_text().replace("2025-01-01", "2025-01-02"))  # started later
     assert is_complete()
     manifest.write_text(manifest.read_text().replace(stage.fingerprint, "other"))
     assert not is_complete()

@@ -116,7 +116,7 @@ def test_message_about_a_wrong_type_has_field_value_and_type(
     message = error_message(compose, RECIPE, override)
     for part in (override.partition("=")[0], *expected):
         assert part in message
-    # Hydra cannot parse a list without its closing bracket. The message has the list.
+    # Hydra cannot parse a list without its closing bracket. The message quotes what the user typed.
     assert "[a" in error_message(compose, RECIPE, "stages.prune.drop_layers=[a")
 
 

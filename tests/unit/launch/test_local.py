@@ -153,7 +153,7 @@ def test_environment_has_the_users_variables_and_divides_the_cores(
         "OMP_NUM_THREADS": "1",
     }
     allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(allowed)})
+    os.sched_setaffinity(0, {min(allowed)})  # as on a machine with one core
     try:
         assert environment(with_resources(stage))["OMP_NUM_THREADS"] == "1"
     finally:
@@ -194,7 +194,7 @@ def test_stage_without_a_manifest_has_failed(
     assert message.startswith("stage distill failed: it ended without a message")
     shown = [line.strip() for line in message.splitlines()]
     [log] = (stage.directory / "logs").iterdir()
-    assert shown[1:] == ["6", "7", "8", "9", "boom", f"log: {log}"]
+    assert shown[1:] == ["6", "7", "8", "9", "boom", f"log: {log}"]  # the last five lines
 
 
 @pytest.mark.parametrize("forced", [False, True])

@@ -124,6 +124,7 @@ def test_another_version_of_a_library_is_a_reason_to_run(
     monkeypatch.setattr(versions, "installed_version", changed.get)
     reason = f"version of transformers ({before['transformers']} → 9.0) changed"
     assert reasons_to_run(plan("skip_rules=[stack-versions]"))["import_hf"] == reason
+    # numpy is not in RESULT_LIBRARIES, so its version is not part of fingerprints.
     monkeypatch.setattr(versions, "installed_version", {**before, "numpy": "9.0"}.get)
     assert reasons_to_run(plan("skip_rules=[stack-versions]")) == {}
 

@@ -106,7 +106,7 @@ def test_a_run_that_fails_its_gates_is_not_published(push: Launch, hub: FakeHub)
     [
         ((), {"HF_TOKEN": ""}, "needs a token of the hub"),
         ((), {"HF_TOKEN": "hf_another"}, f"could not publish {NAME}"),
-        ((), {"HF_ENDPOINT": "http://127.0.0.1:9"}, f"could not publish {NAME}"),
+        ((), {"HF_ENDPOINT": "http://127.0.0.1:9"}, f"could not publish {NAME}"),  # no server
         (("only=[prune]",), {}, "exports no student"),
         (
             ("cluster=slurm", "cluster.gpus=null", "cluster.account=a", "force=[report]"),
@@ -168,7 +168,7 @@ def test_runs_of_a_sweep_are_not_pushed_to_one_repository(launch: Launch, tmp_pa
     ],
 )
 def test_runs_of_a_sweep_need_separate_results(compose: Compose, arg: str, separate: bool) -> None:
-    cfg = compose(RUN[0], arg.partition(",")[0])
+    cfg = compose(RUN[0], arg.partition(",")[0])  # of the first run
     refusal = pytest.raises(RecipeError, match="all runs of")
     with contextlib.nullcontext() if separate else refusal:
         require_separate_results(cfg, ["-m", *RUN, arg])

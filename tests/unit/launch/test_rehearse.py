@@ -48,7 +48,7 @@ def chain_and_jobs(cfg: DictConfig, run_dir: Path, ranks: list[int] | None = Non
 
 
 def test_one_data_parallel_replica_and_one_rank_of_the_last_are_rehearsed() -> None:
-    # The sizes are: all ranks, tensor, context, pipeline and expert parallel.
+    # The arguments are the number of ranks, then the tensor, context, pipeline and expert sizes.
     assert distinct_ranks(1, 1, 1, 1, 1) == [0]
     assert distinct_ranks(8, 1, 1, 1, 1) == [0, 7]
     assert distinct_ranks(768, 4, 1, 1, 1) == [0, 1, 2, 3, 764]
@@ -112,6 +112,7 @@ def test_a_cached_teacher_has_settings_of_cache_logits(compose: Compose, tmp_pat
 def test_a_peak_above_the_devices_memory_is_a_mistake(compose: Compose, tmp_path: Path) -> None:
     chain, jobs = chain_and_jobs(compose("recipe=qwen3_8b_depth"), tmp_path)
     job = next(job for job in jobs if job.name == "evaluate")
+    # To the bytes of tensors, the check adds 5% for fragmentation and 4 GB for the CUDA context.
     three_float32_models = RehearsalResult(peak={"weights": 81_000_000_000})
     one_bf16_model = RehearsalResult(peak={"weights": 16_000_000_000})
     assert list(memory_mistakes([(job, one_bf16_model)], chain)) == []

@@ -310,7 +310,7 @@ def test_the_shipped_defaults_break_no_rule(plan: MakePlan) -> None:
 def test_the_processor_of_the_login_node_does_not_affect_jobs(
     plan: MakePlan, flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So fingerprints do not depend on the machine from which jobs are submitted."""
+    """Otherwise fingerprints would depend on the machine from which jobs are submitted."""
     large, slurm = "model.hf_path=meta-llama/Llama-3.1-8B", "cluster.executor=slurm"
     monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
@@ -360,12 +360,12 @@ def test_warns_of_sources_that_weights_repeat_too_often(
     plan: MakePlan, text: Path, tmp_path: Path
 ) -> None:
     tokens = text.stat().st_size / limits.BYTES_PER_TOKEN
-    steps = f"{D}max_steps={round(tokens / 1024)}"
+    steps = f"{D}max_steps={round(tokens / 1024)}"  # a step trains on 4 × 256 tokens
     repeated = plan(weighted_sources(text, tmp_path, "6", "4"), steps)
     [note] = [n for n in repeated.notes if n.rule.name == "epochs"]
     assert note.what.startswith("distill trains on ")
     assert "tokens of 'small'" in note.what
-    assert "it sees each 6.7 times" in note.what
+    assert "it sees each 6.7 times" in note.what  # 0.6 / (0.1 × 0.9): 90% of text is for training
     balanced = plan(weighted_sources(text, tmp_path, "3", "7"), steps)
     assert "epochs" not in {n.rule.name for n in balanced.notes}
 
