@@ -74,7 +74,7 @@ def main() -> None:
         run_stage(stage.run, stage.config, stage.kind, stage_dir)
         _leave_together()
         _finish_tracker(tracker, "FINISHED")
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit):  # without a reason, the stage counts as interrupted
         raise
     except BaseException as error:  # torch's CheckpointException is not an Exception
         is_explained = isinstance(error, RecipeError)

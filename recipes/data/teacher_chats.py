@@ -23,9 +23,9 @@ from recipes.data.chat import ASSISTANT
 from recipes.data.corpus import read_source
 
 MIN_BATCH, BATCH_TOKENS = 32, 1 << 15
-"""A batch has as many conversations as ``BATCH_TOKENS`` tokens allow, but at least ``MIN_BATCH``: a
-generation step costs nearly the same for many sequences as for one. Both constants affect the text
-that is generated."""
+"""A batch has as many conversations as fit in the requested tokens and in ``BATCH_TOKENS``, but at
+least ``MIN_BATCH``, because a generation step costs nearly the same for many sequences as for one.
+Both constants affect the text that is generated."""
 MAX_EMPTY_BATCHES = 5
 """The stage fails if so many batches at the start have no finished conversation."""
 BLANK = "\0"

@@ -76,7 +76,7 @@ class LatencyFit:
     """Time of a decoding step, fitted to timed engines by ``measure_latency``."""
 
     step_ms: PositiveOrZero = 0.0
-    """Milliseconds of every step, whatever the shape."""
+    """Fixed milliseconds of a step, which do not depend on the shape."""
     layer_ms: PositiveOrZero = 0.0
     """Milliseconds per layer."""
     gigabyte_ms: PositiveOrZero = 0.0
