@@ -142,7 +142,7 @@ def _run_stages(method: DistillMethod, shape: Shape, run_dir: Path, scratch: Pat
         "distill.inputs.data": run_dir / "prepare_data",
         f"{teacher_stage}.inputs.data": run_dir / "prepare_data",
         f"{teacher_stage}.inputs.teacher": run_dir / "import_hf",
-        "distill.lm_weight": 0,
+        "distill.lm_weight": 0,  # as in the loops: no next-token loss, a constant learning rate
         "distill.max_steps": shape.steps,
         "distill.micro_batch_size": shape.micro_batch,
         "distill.global_batch_size": shape.micro_batch,

@@ -37,6 +37,7 @@ BASELINE = "transformers"
 DATASET, REPORT = "dataset.jsonl", "report.json"
 """Input and output of ``trtllm-bench``."""
 SAMPLE_SECONDS = 0.2
+"""Time between two samples of GPU memory."""
 MEBIBYTE = 1 << 20
 
 
@@ -239,7 +240,7 @@ def measure(
         A row for each shape and model.
     """
     total, done = len(shapes) * (repetitions + 1), 0
-    timings: dict[tuple[RequestShape, int], list[Timing]] = {}
+    timings: dict[tuple[RequestShape, int], list[Timing]] = {}  # by shape and the model's index
     with ExitStack() as stack:
         pairs = [(model, stack.enter_context(start(model))) for model in models]
         for shape in shapes:
@@ -284,6 +285,7 @@ def speedups(
 ) -> list[Speedup]:
     """Returns the student's speed-ups over the teacher in each backend.
 
+    ``roofline`` returns the rates of the machine that bound a model's speed.
     ``prefill`` is the teacher's median time to the first token, divided by the student's.
     ``decode`` is the student's median rate after the first token, divided by the teacher's. If a
     measured speed-up is below the roofline's, other things than FLOPs and memory traffic take time.

@@ -54,7 +54,7 @@ class BenchmarkRow:
 
 @dataclass(frozen=True)
 class Speedup:
-    """Speed-up of the student over the teacher: measured, and estimated by the roofline model."""
+    """Speed-up of the student over the teacher, measured and by the roofline; see ``speedups``."""
 
     backend: str
     precision: str

@@ -164,6 +164,7 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
     served: dict[str, list[Item]] = {}
     with served_lm(cfg, artifact, folder, length) as lm:
         for number, task in enumerate(tasks, 1):
+            # Only ``LlamaCppLM`` reports progress within a task; other classes ignore this.
             lm.progress = partial(log.progress, f"requests, {task.name}")
             served[task.name] = packed_lm.answer(lm, task, cfg.limit, cfg.seed)
             log.progress("tasks, served", number, len(tasks))

@@ -31,7 +31,7 @@ class MeasureSpeedConfig(StageConfig):
     prompt_tokens: Grid = field(default_factory=lambda: [128])
     """Lengths of prompts."""
     new_tokens: Annotated[int, integer(2)] = 32
-    """Tokens generated after each prompt."""
+    """Tokens generated after each prompt. The decoding rate does not count the first one."""
     repetitions: Count = 3
     """Measurements of each batch size and prompt length, after a warm-up."""
     baseline: bool = True

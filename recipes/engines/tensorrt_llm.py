@@ -207,7 +207,7 @@ def build_request(
             "max_seq_len": longest,
             "max_num_tokens": cfg.max_num_tokens,
         },
-        "plugin_config": {
+        "plugin_config": {  # as ``trtllm-bench build`` sets it
             "multiple_profiles": True,
             "use_paged_context_fmha": True,
             **({"use_fp8_context_fmha": True} if cfg.precision == "fp8" else {}),

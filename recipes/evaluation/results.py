@@ -96,7 +96,7 @@ class Item:
     doc: object
     target: object
     response: object
-    """Log-likelihoods, or text."""
+    """For each choice, its log-likelihood and whether it is the greedy one; or generated text."""
     metrics: dict[str, float]
 
 

@@ -32,7 +32,7 @@ class ModelFlops:
     label: str
     tokens: int
     student: float
-    """FLOPs of the student."""
+    """FLOPs of the student, and of fitting the student's weights by least squares."""
     teacher: float
     """FLOPs of the teacher."""
     seconds: float | None = None
@@ -158,7 +158,7 @@ def _earlier_flops(
             tokens * (_forward_flops(arch, manifest) - head_flops(arch))
             for arch in (student, teacher)
         )
-        fit = tokens * least_squares_flops(teacher, student)
+        fit = tokens * least_squares_flops(teacher, student)  # counted as the student's
         return [ModelFlops(name, tokens, student_flops + fit, teacher_flops)]
     return _distillation_flops(name, manifest, earlier, teacher)
 

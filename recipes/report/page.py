@@ -83,7 +83,7 @@ def render(cfg: ReportConfig, inputs: Inputs, path: Path) -> None:
     manifests = {name: item.manifest for name, item in inputs.items()}
     earlier = upstream(inputs)
     content: dict[str, object] = {
-        **dict.fromkeys(CONTENTS),
+        **dict.fromkeys(CONTENTS),  # no section is shown unless it gets a value below
         "title": cfg.title or "Report",
         "description": cfg.description,
         "time": datetime.now(UTC).isoformat(timespec="minutes"),

@@ -256,7 +256,7 @@ def test_conversion_is_compared_with_transformers(
     assert order == [first, *others, *others, first]
     assert "checkpoint: 1 MB" in text
     assert [line.split()[0] for line in text.splitlines()[2:]] == list(convert.SIDES)
-    assert f"{1:.2f}" in text.splitlines()[2]
+    assert f"{1:.2f}" in text.splitlines()[2]  # the baseline, relative to itself
 
 
 def test_weights_survive_a_cold_round_trip(odd_llama: Path, tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_gates_are_shown_with_the_measured_values(inputs: dict[str, Input], tmp_
     without_speed = {name: item for name, item in inputs.items() if name != "speed"}
     text = render_page(without_speed, tmp_path, replace(CONFIG, gates=gates))
     table = text[text.index('id="table-gates"') :].partition("</table>")[0]
-    rows = [re.sub(r"<[^>]*>", " ", row).split() for row in table.split("<tr>")[2:]]
+    rows = [re.sub(r"<[^>]*>", " ", row).split() for row in table.split("<tr>")[2:]]  # no head
     assert [(row[0], row[-1]) for row in rows] == [
         ("recovered.sciq", "passed"),
         ("recovered.piqa", "failed"),
