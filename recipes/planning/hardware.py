@@ -17,7 +17,7 @@ CPUINFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """Flags that Linux lists for x86 and Arm processors with instructions for bfloat16 GEMMs."""
 ATTENTION_RATE = 0.6
-"""FLOP/s of blocked attention on a CPU, divided by the FLOP/s of a float32 linear layer."""
+"""FLOP/s of attention on a CPU in any precision, divided by those of a float32 linear layer."""
 LAYER_PASS_SECONDS = 4.5e-3
 """Time to start the operations of a pass through a layer on a CPU. More threads do not lower it."""
 CPU_PROFILES: dict[bool, dict[str, Any]] = {

@@ -115,6 +115,7 @@ def comparison_cost(
     The last hidden states and the head of each model stay in memory until the comparison.
     """
     value_bytes, reserved, peaks = _value_bytes(bf16), hardware.reserved_bytes, []
+    # Bytes of output heads and of last hidden states that stay in memory.
     heads = states = 0.0
     for arch in models:
         states += _state_bytes(arch, value_bytes, text, hardware)
@@ -207,6 +208,7 @@ def scoring_cost(
     parameters = max(sum(rank_parameters(arch, layout, stage)) for stage in range(pipeline))
     # The input of each layer of the longest pipeline stage, and the last layer's output.
     states = (-(-arch.num_layers // pipeline) + 1) * value_bytes * tokens * arch.hidden_size
+    # While a hook runs, the residual stream and the feed-forward layer's input are also in memory.
     hook_bytes = tokens * 2 * value_bytes * arch.hidden_size
     if arch.num_moe_experts:
         hook_bytes += tokens * arch.moe_router_topk * (3 * value_bytes + 4) * arch.hidden_size

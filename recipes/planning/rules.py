@@ -49,7 +49,7 @@ def refuse_errors(
     unique = tuple(dict.fromkeys(problems))
     errors = [str(p) for p in unique if p.rule.severity == ERROR and p.rule.name not in skipped]
     if errors:
-        raise RecipeError("\n".join(errors), fix="")
+        raise RecipeError("\n".join(errors), fix="")  # each error includes its own fix
     return unique
 
 

@@ -321,7 +321,7 @@ def training_logits_bytes(workload: Workload, on_gpu: bool, tokens: float) -> fl
 
 
 def inference_activation_bytes(arch: Architecture, dtype_bytes: int, tokens: int) -> float:
-    """Returns the peak bytes of a forward pass that keeps tensors of only one layer at a time."""
+    """Returns the peak bytes of a forward pass: in one layer, three tensors of each width."""
     return dtype_bytes * tokens * 3 * (feed_forward_width(arch) + arch.hidden_size)
 
 

@@ -227,6 +227,7 @@ class Reconstruction:
         teacher_weight = self._teacher[teacher_layer + half.output_weight]
         weight = self._student[student_layer + half.output_weight]
         fit = LeastSquares(weight)
+        # The student already has the input weights that ``reconstruct`` changed.
         inputs = list(half.compute(self._student, student_layer, student_inputs))
         for i, outputs in enumerate(half.compute(self._teacher, teacher_layer, teacher_inputs)):
             self._teacher_streams[i] = self._teacher_streams[i] + outputs @ teacher_weight.T

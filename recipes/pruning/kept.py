@@ -173,6 +173,7 @@ def select_indices(
         if (layer and int(layer[1]) not in layers) or count == getattr(teacher, axis):
             continue
         if axis == HEADS:
+            # Heads are ranked group by group: keep the first heads of each of the first groups.
             per_group = count // student.num_query_groups
             grouped = ranking.view(teacher.num_query_groups, -1)
             kept[name] = grouped[: student.num_query_groups, :per_group].flatten()

@@ -43,7 +43,7 @@ class HealResult:
     """KL to the teacher before and after healing, without training."""
 
     kept_layers: list[int] | None
-    """Layers of the teacher that the pruned model has."""
+    """Layers of the teacher that the pruned model has; ``None`` if unknown."""
     calibration_tokens: int
     kl_pruned: float
     """KL of the pruned model to the teacher on validation text, in nats."""

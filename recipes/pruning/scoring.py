@@ -83,6 +83,7 @@ def score_checkpoint(
     core = nemo.build_core(model, parallel, dtype_of(cfg.precision))
     nemo.load_weights(core, teacher)
     core.eval()
+    # At least a few sequences, for the teacher's loss, even if ``num_loss_samples`` is 0.
     loss_text = text.first(cfg.loss_sequences)
     ablation = LayerAblation(core, loss_text, cfg.micro_batch_size, log)
     [teacher_loss] = ablation.losses([()])  # with no layer left out

@@ -25,6 +25,7 @@ def resolve_from_chain(cfg: ScoreConfig, chain: Chain) -> ScoreConfig:
     """Sets ``block_sizes``, if not set, to the sizes of the layer blocks that this run prunes."""
     if cfg.block_sizes is not None:
         return cfg
+    # The settings do not include the stage's own name. A run may have several ``score`` stages.
     own_names = [name for name, config in chain.stages.items() if config is cfg]
     dropped = {
         chain.shape_of(prune.inputs.get("checkpoint")).num_layers - chain.shape_of(name).num_layers

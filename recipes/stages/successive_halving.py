@@ -120,7 +120,7 @@ def training_of(
         "seed": cfg.distill.seed + round_number,  # else, all rounds would read the same sequences
         "max_steps": steps,
         "warmup_steps": min(cfg.distill.warmup_steps, steps // 5),
-        "val_check_interval": steps,
+        "val_check_interval": steps,  # one validation and one checkpoint, at the end
         "checkpoint_interval": max(steps, 1),
         "stop_at_recovered": None,  # all candidates must train on the same number of tokens
     }

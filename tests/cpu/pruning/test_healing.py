@@ -52,7 +52,7 @@ def prune_and_heal(
 ) -> Any:
     """Prunes a model; heals it unless the ridge strength ``ridge_tokens`` is ``None``."""
     config = {**model.config.to_dict(), **shape, "num_hidden_layers": len(kept.layers)}
-    config.pop("layer_types", None)
+    config.pop("layer_types", None)  # has an entry for each layer of the teacher
     teacher_weights = {
         n: w for n, w in model.state_dict().items() if n in dict(model.named_parameters())
     }
@@ -66,7 +66,7 @@ def prune_and_heal(
         batches = (tokens() if text is None else text).split(4)
         heal(teacher, Decoder(config, weights), kept, batches, ridge_tokens=ridge_tokens)
     student = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
-    student.load_state_dict(weights, strict=False)
+    student.load_state_dict(weights, strict=False)  # a tied head is not among the weights
     student.tie_weights()
     return student
 
@@ -90,6 +90,7 @@ def make_half_redundant(model: Any) -> tuple[KeptIndices, dict[str, int]]:
         attention, mlp = layer.self_attn, layer.mlp
         mix = torch.randn(HEAD_SIZE, HEAD_SIZE)
         queries, keys, values = attention.q_proj, attention.k_proj, attention.v_proj
+        # The first half of the heads is kept: 2 of 4 for queries, 1 of 2 for keys and values.
         for projection, size in ((queries, 2), (keys, 1), (values, 1)):
             for tensor in projection.parameters():
                 first = tensor[: size * HEAD_SIZE]

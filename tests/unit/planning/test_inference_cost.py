@@ -85,6 +85,7 @@ def test_scoring_keeps_the_input_of_every_layer() -> None:
     states = 2 * PASS_TOKENS * 4096
     # Per FFN channel: the activation in bfloat16, and two float32 copies by ModelOpt.
     layer = PASS_TOKENS * ((2 + 8) * 14336 + 2 * 2 * 4096)
+    # The inputs of 32 layers, and the output of the last.
     assert one_rank.memory.activations == 33 * states + layer
     two_ranks = scoring_cost(LLAMA, True, TEXT, H100, pipeline=2)
     assert two_ranks.memory.activations == 17 * states + layer

@@ -304,7 +304,7 @@ def test_logits_of_teacher_and_student_are_counted() -> None:
     assert peak_memory(replace(workload, terms=2), CPU).logits == 2 * logits
     assert peak_memory(replace(workload, teacher=None), CPU).logits == logits
     # On a GPU, the loss has two buffers, three with a live teacher, and one more per further term.
-    chunk = peak_memory(replace(workload, teacher=None), H100).logits - logits  # two of these
+    chunk = peak_memory(replace(workload, teacher=None), H100).logits - logits  # of two buffers
     assert peak_memory(workload, H100).logits == 2 * logits + 3 * chunk / 2
     assert peak_memory(replace(workload, terms=2), H100).logits == 2 * logits + 4 * chunk / 2
     cache = replace(workload, trained=None)

@@ -53,7 +53,7 @@ TRAINING_RESOURCES = {
 }
 """Settings that may be marked as resources, because they do not change results."""
 OTHER_RESOURCES = {
-    "report": {"gates"},  # the launcher checks gates
+    "report": {"gates"},  # does not change the report: the launcher checks gates
     "prepare_data": {"processes"},
     "evaluate_served": {"port", "threads", "start_seconds"},
 }
@@ -134,6 +134,7 @@ def test_prepare_data_accepts_text(text: str, chain: Chain) -> None:
 def test_prepare_data_refuses_invalid_sources_and_splits(
     text: str, chain: Chain, settings: dict[str, Any], rule: str, words: str
 ) -> None:
+    # ``TEXT`` and ``OTHER`` are placeholders for the paths of two files.
     settings = {"sources": ["TEXT"], **settings}
     for name in settings.keys() & {"sources", "heldout_sources"}:
         other = str(Path(text).with_name("other.txt"))
