@@ -1,7 +1,7 @@
 """Lists the keys of a ``config.json`` that are read, and those that cannot change a logit.
 
-Any other key may change what a model computes. transformers and ``reference`` ignore keys that they
-do not know, so comparing their logits does not detect the change. ``unknown_keys`` finds such keys.
+Any other key may change what a model computes. transformers and ``reference`` both ignore keys that
+they do not know, so their logits agree, and both may be wrong. ``unknown_keys`` finds such keys.
 """
 
 from __future__ import annotations

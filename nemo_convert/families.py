@@ -34,10 +34,10 @@ class Weight:
 
     @property
     def checkpoint_key(self) -> str:
-        """Returns the key under which a checkpoint stacks this weight of all layers and experts.
+        """Returns the key of the weight in a checkpoint, without the prefix ``module.``.
 
-        The stack's first axes are the letters of the name: [i, e, …], [i, …] or none. Megatron
-        stores experts under ``experts.experts``.
+        A checkpoint stacks the weights of all layers and experts. The stack's first axes are the
+        letters of the name: [i, e, …], [i, …] or none. The key of experts has experts.experts.
         """
         key = self.megatron.replace(".{i}.", ".")
         return key.replace("experts.", "experts.experts.").replace("{e}", "")

@@ -225,7 +225,7 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
-    # SpecialVocab guesses from settings whether text gets BOS and EOS. Encoding a text proves it.
+    # SpecialVocab guesses from settings whether a text gets BOS and EOS. Encoding one shows it.
     ids = Tokenizer.from_file(path).encode("a").ids
     for role, end_id in (("bos", ids[0]), ("eos", ids[-1])):
         special.add_special_token[role] = special.special_token_ids.get(role) == end_id

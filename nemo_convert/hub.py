@@ -110,7 +110,7 @@ def cached_model(hf_path: str) -> Path | None:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Returns the shard of each tensor: ``weight_map`` in the index.
+    """Maps the name of each tensor to the file name of its shard: ``weight_map`` in the index.
 
     Raises:
         RecipeError: The index is damaged.

@@ -118,7 +118,7 @@ def find_checkpoint(artifact: Path) -> Path:
 
 
 def step_checkpoints(artifact: Path) -> dict[int, Path]:
-    """Maps each step before the last to its checkpoint, if a training run's artifact has it."""
+    """Returns a training artifact's checkpoints of steps before the last, in order, by step."""
     checkpoints = {int(path.stem): path for path in (artifact / STEPS).glob("*.nemo")}
     return dict(sorted(checkpoints.items()))
 

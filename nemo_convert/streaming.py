@@ -92,7 +92,7 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
         super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
         self._source, self._leading_axes = source, leading_axes
         self._weights = _prefetch(source, [])  # empty until ``finish_plan``
-        # The weight that is being written, after its key and index.
+        # ((key, index), weight) of the weight that is being written.
         self._current: tuple[tuple[str, Index] | None, Tensor] = (None, torch.empty(0))
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:

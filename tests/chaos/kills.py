@@ -72,7 +72,7 @@ class RunCommand:
 
     overrides: list[str]
     run_dir: Path
-    """The run directory. Its parent is the working directory, which no other process may use."""
+    """The run directory. Its parent is the working directory, by which a kill finds processes."""
     stage_seconds: Mapping[str, float]
     """Time that each stage takes without kills."""
     environment: Mapping[str, str]
@@ -171,7 +171,7 @@ def _modified(file: Path) -> int | None:
 
 
 def processes_of(launcher_pid: int) -> dict[str, list[psutil.Process]]:
-    """Returns the processes of a run by their name in ``VICTIMS``."""
+    """Returns the processes of a run, by the names in ``VICTIMS``; several or none for a name."""
     launcher = psutil.Process(launcher_pid)
     started = launcher.children()
     servers = [process for process in started if "recipes.core.fork_server" in process.cmdline()]

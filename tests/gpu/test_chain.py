@@ -70,7 +70,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "CP=2": (2, ["context_parallel_size=2"]),
     "CP=2, recompute full": (2, ["context_parallel_size=2", "recompute_granularity=full"]),
 }
-"""Number of GPUs and settings of ``distill`` by name."""
+"""For each layout, its number of GPUs and its settings of ``distill``."""
 ENGINE = (
     "stages.build_engine.max_seq_len=256",
     "stages.build_engine.max_input_len=128",

@@ -111,7 +111,7 @@ def test_memory_is_below_that_of_nemos_loss(vocabulary: int, results: Path) -> N
 
 
 def measure(loss: Callable[[Tensor], Tensor], student: Tensor) -> dict[str, float]:
-    """Returns the time of a forward and a backward pass, and the memory that they add at most."""
+    """Returns the time of a forward and a backward pass, and the peak of the memory they add."""
     seconds = []
     for _ in range(4):
         leaf = student.detach().requires_grad_()

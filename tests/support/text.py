@@ -22,7 +22,7 @@ def write_chats(file: Path, text_file: Path, count: int = 300, length: int = 12)
         file: The file to write.
         text_file: JSON lines whose last texts are used.
         count: Number of conversations.
-        length: Length of the user's messages. The assistant's messages are twice as long.
+        length: Characters of a user's message. The assistant's messages are twice as long.
     """
     texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()[-count:]]
     with file.open("w") as output:
