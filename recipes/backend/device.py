@@ -38,8 +38,8 @@ def collective_backend() -> str:
 def select_gpu() -> torch.device | None:
     """Selects this rank's GPU and the cores near it; returns ``None`` on a machine without a GPU.
 
-    PyTorch selects the first GPU on every rank. torchrun's ``--numa-binding`` would select cores,
-    but it needs numactl in the image and fails if a job may not use the cores near a GPU.
+    By default, PyTorch uses the first GPU on every rank. torchrun's ``--numa-binding`` would select
+    cores, but it needs numactl in the image and fails if a job may not use the cores near a GPU.
     """
     import torch
 

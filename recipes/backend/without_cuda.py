@@ -131,7 +131,7 @@ def _seed_all(original: Any) -> Any:
 
 
 def _name_cuda_types(original: Any) -> Any:
-    """Gives tensor types their CUDA names while the original runs, since it compares the names."""
+    """Gives tensor types their CUDA names while the original, which compares names, runs."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         with applied([CUDA_NAMES]):

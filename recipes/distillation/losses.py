@@ -199,7 +199,7 @@ def _compute_chunk(
     group: ProcessGroup | None,
     needs_gradient: bool,
 ) -> None:
-    """Writes a chunk's KD and LM losses [2, n, 1], and overwrites its logits with the gradient.
+    """Writes a chunk's KD and LM losses to ``losses`` [2, n, 1], and the gradient to ``student``.
 
     This is a separate function, so that a chunk's buffers are freed before the next chunk.
     """

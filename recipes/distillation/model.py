@@ -319,8 +319,8 @@ def _forward_both(core: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     if core.training or core.runs_in_validation:
         for pair in core._layers_to_loss:
             for layer in pair:
-                # A validation of the student alone leaves its outputs here, and ModelOpt's hooks
-                # would warn about them.
+                # A validation of the student alone leaves the student's outputs here, and
+                # ModelOpt's hooks would warn about them.
                 layer._intermediate_output = None
         with torch.no_grad():
             core.teacher_model.eval()

@@ -33,7 +33,8 @@ from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 Config = TypeVar("Config", bound=TrainingConfig)
 Weighted = TypeVar("Weighted", bound=TrainingConfig | CacheLogitsConfig)
 COMPILED_STEPS = 100
-"""Training with this many steps or more is compiled by default. Below, compiling saves no time."""
+"""Training on a CPU with this many steps or more is compiled by default. With fewer, compiling
+saves no time."""
 CHECKPOINTS = "checkpoints"
 """Name of the directory with checkpoints of training, in the stage's work directory."""
 VALIDATE = "validate"

@@ -13,7 +13,7 @@ TERMS = {"kd": 2.0, "hidden": 8.0, "lm": 6.0}
 
 
 def weighted_terms(weights: dict[str, float], dynamic: bool) -> dict[str, float]:
-    """Returns the weighted terms of a step. Unweighted, they are ``TERMS``, as in the last step."""
+    """Returns a step's weighted terms. Unweighted, they are ``TERMS``, as in the step before."""
     next_weights = Objective(weights, dynamic=dynamic).weights_after(TERMS)
     return {name: weight * TERMS[name] for name, weight in next_weights.items()}
 

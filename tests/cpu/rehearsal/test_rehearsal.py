@@ -40,7 +40,7 @@ RECOMPUTE_ALL = (f"{D}recompute_granularity=full", f"{D}micro_batch_size=4")
 CONTEXT = (f"{D}context_parallel_size=2", f"{D}fp8=hybrid")
 LONG = ("long_context=32k",)
 LONG_RECIPES = ("llama3_1_8b_width", "mistral_nemo_12b_width", "qwen3_8b_depth")
-INSTANCES = (f"{D}num_distributed_optimizer_instances=96",)
+INSTANCES = (f"{D}num_distributed_optimizer_instances=96",)  # one per node
 RECOMPUTE_MLP = (f"{D}recompute_granularity=selective", f"{D}recompute_modules=[mlp]")
 MOE = (f"model.hf_path={MOE_MODEL}", f"{D}expert_model_parallel_size=8")
 FLOAT32, MIXED = (f"{D}precision='32'",), (f"{D}precision=bf16-mixed",)
