@@ -33,7 +33,7 @@ class Patch:
 
 
 def constant(value: Any) -> MakeReplacement:
-    """Returns a factory. Its replacement is a function that returns ``value`` for any arguments."""
+    """Returns a factory whose replacement is a function that always returns ``value``."""
     return lambda original: lambda *args, **kwargs: value
 
 

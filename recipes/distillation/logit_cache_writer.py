@@ -167,9 +167,9 @@ def _write_shards(
 def _quantiles(cfg: CacheLogitsConfig, number: int) -> Tensor:
     """Returns the quantiles [seq_length, draws] at which to sample each position's tail.
 
-    This is systematic sampling: the first quantile is random, the others follow at equal distances.
-    The mean number of draws of a token is the same as with independent samples, and the variance is
-    lower. All ranks compute the same quantiles.
+    The tail is all tokens outside the top-k. Sampling is systematic: the first quantile is random,
+    and the others follow at equal distances. The mean number of draws of a token is the same as
+    with independent samples, and the variance is lower. All ranks compute the same quantiles.
     """
     first = np.random.default_rng([cfg.seed, number]).random((cfg.seq_length, 1), np.float32)
     draws = np.arange(cfg.tail_draws, dtype=np.float32)

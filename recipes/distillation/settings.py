@@ -83,7 +83,8 @@ class TrainingConfig(StageConfig):
     """Accumulates gradients in float32; ``false`` saves two bytes per parameter."""
     fp8: Annotated[str, one_of("hybrid")] | None = None
     """``hybrid``: matrix multiplications in FP8 (E4M3 forward, E5M2 backward) with
-    TransformerEngine, on GPUs from Hopper on. Weights and a live teacher stay in bfloat16."""
+    TransformerEngine, on GPUs from Hopper on. Weights, and a teacher that runs in training, stay
+    in bfloat16."""
     fp8_recipe: Annotated[str, one_of(*FP8_RECIPES)] = "tensorwise"
     """FP8 scaling: ``tensorwise``, ``blockwise``, ``delayed`` or ``mxfp8`` (Blackwell). The first
     and the last layer are computed in bfloat16, except with ``delayed``."""

@@ -392,6 +392,7 @@ def test_leftover_work_of_a_complete_stage_is_removed(
     run_dir = copy_without(tiny_run, tmp_path / "run")
     work = run_dir / "distill" / WORK
     work.mkdir()
+    # The manifest in ``work`` shows that the start which made the result also made this work.
     shutil.copy(run_dir / "distill" / MANIFEST, work / BEGUN)
     result = run_in_process(*overrides(teacher, text_file, run_dir), cwd=tmp_path)
     assert "everything was complete, nothing ran" in result.output

@@ -77,7 +77,7 @@ def test_the_teacher_generated_one_of_the_sources(live: Path) -> None:
     text = manifest_of(live, "prepare_data").result(DatasetResult)
     train = {entry.source: entry.tokens for entry in text.source_tokens["train"]}
     assert list(train) == ["topics", "chats", "teacher-chat"]
-    # About the 600 tokens that the source requests, in whole sequences of 64.
+    # The source requests 600 tokens. One batch has 32 conversations of at most 64 tokens.
     assert 300 < train["teacher-chat"] < 64 * 40
     origin = text.origins[TEACHER_CHAT]
     [file] = (live.parent / "cache" / "teacher_chats").glob("*/chats.jsonl")
