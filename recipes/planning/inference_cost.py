@@ -51,8 +51,8 @@ HEALING_BUFFERS = 5
 """Number of tensors of the teacher's feed-forward width that are alive at once while a layer is
 fitted by least squares."""
 ABLATED_FRACTION = 0.6
-"""Mean fraction of a forward pass that leaving out a layer repeats: all later layers, and the head.
-"""
+"""Mean fraction of a forward pass that is repeated to measure the loss without a layer: the layers
+after it, and the head."""
 
 
 @dataclass(frozen=True)

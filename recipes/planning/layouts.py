@@ -188,8 +188,8 @@ def workloads_on_all_layouts(
     contexts = PARALLEL_SIZES if workload.seq_length >= LONG_SEQUENCE else (1,)
     moe = workload.trained is not None and workload.trained.num_moe_experts
     tensors = [size for size in PARALLEL_SIZES if size <= per_node]
-    # A loss on hidden states forbids recomputation. Its layers were checked for the configured
-    # pipeline size only.
+    # A loss on hidden states forbids recomputation. The layers that it compares were checked only
+    # for the configured pipeline size.
     pipelines = (workload.layout.pipeline,) if workload.compares_hidden_states else PARALLEL_SIZES
     recomputed = ("none",) if workload.compares_hidden_states else ("none", "full")
     for tensor, pipeline, context, expert, micro, recompute_granularity in product(

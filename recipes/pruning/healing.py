@@ -202,7 +202,7 @@ class Reconstruction:
         teacher_inputs, student_inputs, fit = self._fit_inputs(
             teacher_layer + half.norm, student_layer + half.norm
         )
-        # D has a column for each of the teacher's channels, since ``prune_weight`` selects columns.
+        # D, with columns of 0 for pruned channels: ``prune_weight`` selects the kept columns.
         change = self._channels.new_zeros(self._width, self._width, dtype=torch.float32)
         change[:, self._channels] = fit.change(self._ridge_tokens)
         for name in half.input_weights:

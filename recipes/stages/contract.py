@@ -123,7 +123,7 @@ class Stage(Generic[ConfigT]):
     names_accepted_results: bool = False
     """Whether the result is a document that says which stale results the user accepted."""
     resolve_from_chain: Callable[[ConfigT, Chain], ConfigT] = lambda config, chain: config
-    """Copies settings of other stages that the result depends on."""
+    """Returns the settings, with those of other stages that the result depends on."""
     progress: Callable[[Path], str | None] = lambda work: None
     """Returns the progress of unfinished work in a folder, such as "step 50"; ``None`` if none."""
     check_machine: Callable[[ConfigT], None] = lambda config: None

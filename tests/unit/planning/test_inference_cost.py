@@ -90,7 +90,7 @@ def test_scoring_keeps_the_input_of_every_layer() -> None:
     two_ranks = scoring_cost(LLAMA, True, TEXT, H100, pipeline=2)
     assert two_ranks.memory.activations == 17 * states + layer
     assert two_ranks.memory.weights == pytest.approx(LLAMA.parameters() + HEAD, rel=0.01)
-    # The text has 40 sequences. 40 more passes recompute 0.6 of the layers on average.
+    # The text has 40 sequences. 40 passes without a layer cost 0.6 of a forward pass each.
     with_ablations = scoring_cost(LLAMA, True, TEXT, H100, ablation_passes=40)
     assert with_ablations.compute.flops == pytest.approx(1.6 * one_rank.compute.flops)
     assert 3600 * with_ablations.hours(H100) == pytest.approx(

@@ -61,6 +61,7 @@ HYBRIDS = hybrid_as_dense(24, 4352, 7.00e9), hybrid_as_dense(28, 4480, 8.89e9)
 
 
 @pytest.mark.parametrize(
+    # ``error`` is the signed relative error of the estimate. It is fixed, to notice changes.
     ("workload", "published", "error", "tolerance"),
     [
         # NVIDIA's blog of 7 October 2025, "about 6,000"; the utilisation was fitted to it.
@@ -165,7 +166,7 @@ def test_time_of_a_step_on_a_cpu_equals_a_hand_count() -> None:
     rates = {"flops_per_second": 10.0, "float32_flops_per_second": 5.0, "bytes_per_second": 4.0}
     cpu = replace(CPU, **rates, bandwidth_fraction=0.5)
     step = step_time(workload, cpu)
-    gemms = 3 * 2 * tiny.active_weights() / 10 + 14 * 2 / (0.6 * 5)  # attention is in float32
+    gemms = 3 * 2 * tiny.active_weights() / 10 + 14 * 2 / (0.6 * 5)  # attention: 0.6 of float32
     traffic = token_compute(workload).bytes
     assert traffic > loss_bytes(5, 2, 1, live_teacher=False)
     assert step.compute == pytest.approx(gemms + traffic / 2 + 3 * LAYER_PASS_SECONDS)
