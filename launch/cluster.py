@@ -37,7 +37,7 @@ def stage_variables(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
     """Returns the environment variables that a stage gets on every cluster.
 
     The variables make Python import the snapshot of the code. Under tensor or context parallelism
-    they keep CUDA kernels in the order of their calls. The user's ``env`` is included.
+    they set the number of CUDA's connections. The user's ``env`` is included.
     """
     connections = stage.chain.hardware.cuda_device_max_connections
     # A search trains its candidates with the settings in its field ``distill``.
@@ -46,7 +46,8 @@ def stage_variables(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
     is_split = max(getattr(training_config, size, 1) for size in sizes) > 1
     kernel_order = {}
     if is_split and connections is not None:
-        # Communication overlaps with computation only if kernels start in the order of their calls.
+        # On GPUs before Blackwell, communication overlaps with computation only if kernels start in
+        # the order of their calls. One connection ensures this order.
         kernel_order = {"CUDA_DEVICE_MAX_CONNECTIONS": str(connections)}
     variables = {**kernel_order, **cluster.env, **stage.config.resources.env}
     paths = filter(None, [str(stage.code_dir), variables.get("PYTHONPATH")])

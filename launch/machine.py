@@ -52,7 +52,7 @@ def has_own_python(cluster: DictConfig) -> bool:
 def cluster_problems(
     cluster: DictConfig, chain: Chain, selected: Iterable[str]
 ) -> Iterator[Problem]:
-    """Checks what this machine can know about the cluster that runs the selected stages."""
+    """Checks the cluster that runs the selected stages, as far as this machine knows it."""
     if not chain.hardware.on_gpu:
         yield from _cpu_problems(cluster, chain.hardware)
     if chain.own_python and any(stage_of(chain.stages[name]).needs_torch for name in selected):

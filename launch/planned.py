@@ -27,7 +27,7 @@ RUN, RESUME, SKIP = "run", "resume", "skip"
 ADOPT = "adopt"
 """A Slurm job that an earlier command submitted runs the stage, now or later."""
 REASON_CHARACTERS = 80
-"""Maximum length of a reason that shows a setting's values; a longer one shows only its name."""
+"""Maximum length of a reason with a setting's values; a longer reason has only the setting."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def planned_seconds(run_dir: Path) -> Mapping[str, float]:
 def remaining_run_seconds(
     planned: Mapping[str, float], spent: Mapping[str, float], remaining: Mapping[str, float | None]
 ) -> float | None:
-    """Returns a run's remaining seconds; ``None`` for complete runs and without planned times.
+    """Returns a run's remaining seconds; ``None`` if it is complete or has no planned times.
 
     Args:
         planned: Planned seconds of each stage.

@@ -80,7 +80,7 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
 
 
 def _rehearse_all(jobs: Sequence[RankJob], console: Console) -> Results:
-    """Rehearses jobs of one rank each; prints a line for each, and each different error once."""
+    """Rehearses jobs, one rank each; prints a line for each job, and each different error once."""
     num_processes = min(cores(), len(jobs))
     console.print(f"{len(jobs)} ranks, {num_processes} at once", highlight=False)
     results: Results = []

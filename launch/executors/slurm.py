@@ -251,6 +251,7 @@ def _cpus_per_task(stage: PlannedStage, cluster: SlurmConfig) -> int | None:
 
 def submit_script(plan: Plan) -> str:
     """Returns the text of ``submit.sh``, where each job depends on the jobs of its inputs."""
+    # Also adopted stages: ``submit.sh`` looks up the ids of their jobs, for dependencies.
     pending = [stage for stage in plan.stages if stage.action != SKIP]
     job_variables = {stage.directory: "job_" + re.sub(r"\W", "_", stage.name) for stage in pending}
     jobs = []

@@ -123,7 +123,7 @@ def test_the_group_engine_chooses_what_is_built_and_reported(
 ) -> None:
     """The engine is built from the last student of the chain, and the report shows it."""
     sizes = ["stages.prune.target_hidden_size=128", "stages.prune.target_ffn_hidden_size=128"]
-    backend = "stages.build_engine.backend=tensorrt_llm_pytorch"  # the teacher's engine gets it
+    backend = "stages.build_engine.backend=tensorrt_llm_pytorch"  # also for the teacher's engine
     options = [backend] if engine.startswith("tensorrt_llm") else []
     planned = {
         s.name: s
@@ -199,7 +199,7 @@ def plan_large(recipe: str, plan: MakePlan, *overrides: str) -> Plan:
 def test_large_recipes_pass_all_checks_of_a_plan_on_their_hardware(
     recipe: str, plan: MakePlan
 ) -> None:
-    """The only warnings are about the bundled config, and about published large reductions."""
+    """The only warnings are about the bundled config, and about Llama's reduction, as published."""
     planned = plan_large(recipe, plan)
     expected = {"large-reduction"} if recipe.startswith("llama3_1_8b") else set()
     assert {note.rule.name for note in planned.notes} - {"bundled-config"} == expected
@@ -319,7 +319,7 @@ def test_every_large_recipe_has_a_small_budget() -> None:
 
 @pytest.mark.parametrize("recipe", [name for name in LARGE if not name.endswith("_2.5b")])
 def test_a_small_budget_changes_only_these_settings(recipe: str, compose: Compose) -> None:
-    # With the same values of these settings, and without texts and gates, both recipes are equal.
+    # With equal settings of DISTILL and max_tokens, and without texts and gates, the two are equal.
     same_values = [*settings("distill", **DISTILL), "stages.prepare_data.max_tokens=1"]
     full_budget, small_budget = (
         OmegaConf.to_container(compose(f"recipe={name}", *same_values).stages, resolve=True)

@@ -61,8 +61,8 @@ def test_plan_shows_action_and_reason(screen: Console, plan: MakePlan, complete:
 def test_tokenized_text_is_reported_as_not_compared_with_benchmarks(
     screen: Console, plan: MakePlan, tmp_path: Path
 ) -> None:
-    # Benchmark items are found in text, not in tokens. Here tokenized text is one document with 900
-    # tokens of two bytes, in Megatron's format.
+    # Benchmark items are found in text, not in tokens. Here, the tokenized text is one document of
+    # 900 tokens, two bytes each, in Megatron's format.
     index = struct.pack("<9sQBQQ", b"MMIDIDX", 1, 8, 1, 2) + struct.pack("<iqqq", 900, 0, 0, 1)
     (tmp_path / "corpus.idx").write_bytes(index)
     (tmp_path / "corpus.bin").write_bytes(bytes(1800))

@@ -71,7 +71,7 @@ def test_recipes_cannot_run_with_a_wrong_or_missing_library(
 
 
 def test_a_launcher_that_lacks_a_library_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Without RESULT_LIBRARIES, only the launcher seems to be installed. It also lacks omegaconf.
+    # Without RESULT_LIBRARIES, only the launcher seems to be installed. It needs omegaconf.
     absent = (*RESULT_LIBRARIES, "omegaconf")
     for module in (versions, doctor):
         monkeypatch.setattr(

@@ -170,7 +170,7 @@ def test_the_backend_of_an_existing_engine_decides_whether_speed_is_measured_on_
 
 
 def test_training_stops_before_the_limit_and_may_take_whole_nodes(prepare: Prepare) -> None:
-    """The margin is the planned time of the last steps, but at least a minimum; or it is set."""
+    """The margin is the setting, or else the planned time of the last steps, at least a minimum."""
     for margin, flops in (("null", 9.89e14), ("null", 1e10), ("30", 1e10)):
         exclusive = "true" if margin == "30" else "null"
         plan, cluster = prepare(

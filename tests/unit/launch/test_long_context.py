@@ -71,7 +71,7 @@ def test_later_stages_use_the_model_of_the_second_phase(plan: MakePlan) -> None:
 def test_settings_that_the_second_phase_does_not_support_are_refused(
     plan: MakePlan, override: str, message: str
 ) -> None:
-    # ``override`` replaces a default with the same key.
+    # ``override`` replaces one of the common overrides if it has the same key.
     overrides = dict([item.partition("=")[::2] for item in (LONG, *ON_GPUS, override)])
     with pytest.raises(RecipeError, match=message):
         plan(*hydra_arguments(map("=".join, overrides.items())), recipe="recipe=qwen3_8b_depth")

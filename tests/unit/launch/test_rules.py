@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tests.unit.conftest import Complete, Compose, MakePlan
 
 GROUPS = ("model=", "heal=", "teacher=", "tasks=", "engine=")
-"""Overrides that Hydra must compose; all others only set a field."""
+"""Prefixes of overrides that Hydra must compose; all other overrides only set a field."""
 D, S, T = "stages.distill.", "stages.score.", "stages.evaluate_tasks."
 """Prefixes of settings."""
 BFLOAT16 = "hardware.precision=bf16-mixed"

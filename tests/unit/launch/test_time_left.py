@@ -87,7 +87,7 @@ def test_progress_of_unfinished_work_replaces_its_planned_time(
     distill = planned.run_dir / "distill"
     expected = pace * (DISTILL + OVERHEAD_SECONDS + AFTER_SECONDS)
     assert time_left(planned.run_dir, read_statuses(planned.run_dir)) == pytest.approx(expected)
-    write_steps(distill)  # steps of an earlier run; this run has not started the stage
+    write_steps(distill)  # without unfinished work, steps do not count
     assert time_left(planned.run_dir, read_statuses(planned.run_dir)) == pytest.approx(expected)
     begin_work(distill, unfinished_manifest(read_request(distill)))
     write_steps(distill)
