@@ -71,7 +71,8 @@ class DistillMethod:
     """A method to distil.
 
     Attributes:
-        reference: Method with the same batches, whose first loss it must reproduce.
+        reference: Method with the same batches, whose first loss it must reproduce. A method with a
+            cached teacher has none, because the cache does not have all probabilities.
         stages: Stages of the launcher; empty for a loop.
         overrides: Further overrides of the launcher.
     """

@@ -101,7 +101,7 @@ def serving(command: Sequence[str], port: int, start_seconds: float) -> Iterator
         _wait_until_healthy(process, address, name, start_seconds)
         yield address
     except requests.RequestException as error:
-        reason = _exit_reason(process, wait=1)
+        reason = _exit_reason(process, wait=1)  # a request may fail just before the process ends
         answer = getattr(error.response, "text", "") or error
         what = f"{name} ended during a request: {reason}" if reason else f"{name} failed: {answer}"
         raise RecipeError(what, SEE_LOG) from error

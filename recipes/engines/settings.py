@@ -84,7 +84,7 @@ class QuantizeConfig(StageConfig):
     kv_cache_dtype: Annotated[str, one_of("auto", "fp8")] = "auto"
     """``fp8`` also calibrates scales of the KV cache."""
     seq_length: Count = 256
-    """Tokens of a sequence."""
+    """Tokens of a calibration or held-out sequence."""
     num_sequences: Count = 128
     """Calibration sequences of ``seq_length`` tokens; fewer if the calibration text is shorter."""
     num_eval_sequences: Count = 8

@@ -52,7 +52,8 @@ def share_prefixes(
     ``pass_tokens`` tokens.
 
     Yields:
-        A prefix and its questions, with the rest of their contexts; last, ``()`` and all others.
+        Each prefix and its questions, whose contexts then start after it; last, an empty prefix and
+        all other questions.
     """
     groups: list[list[Question]] = []
     for question in questions:

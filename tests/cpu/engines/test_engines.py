@@ -311,7 +311,7 @@ def test_measured_rates_are_plausible() -> None:
 def test_a_rate_is_the_mean_over_all_gemms_of_a_model(
     rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The head has half the rate. At the lower rate, only the smallest linear layer is measured."""
+    """A fake timer gives the head half of ``rate``. If this is low, only one layer is measured."""
     counted = []  # FLOPs of each measurement: smallest, all layers, head, for each data type
 
     def seconds(operation: Callable[[], object], device: str = "cpu") -> float:

@@ -64,7 +64,7 @@ def ignore_progress(done: int, total: int) -> None:
 def packed_and_stock(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pack_tokens: int = 600
 ) -> tuple[packed_lm.PackedLM, HFLM]:
-    """Returns the model class that packs questions, and lm-eval's own model class."""
+    """Wraps a model in the class that packs questions, and in lm-eval's own class."""
     packed = packed_lm.PackedLM(model, tokenizer, pack_tokens, ignore_progress)
     return packed, HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
 

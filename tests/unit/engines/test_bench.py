@@ -164,7 +164,9 @@ def config(**settings: Any) -> MeasureSpeedConfig:
 def test_requests_must_fit_the_model_and_its_engine(
     settings: dict[str, Any], rules: list[str], teacher: Architecture
 ) -> None:
-    """The model has 1024 positions. The engine accepts 32 requests with 200 + 80 tokens at most."""
+    """The model has 1024 positions. The engine accepts 32 prompts of up to 200 tokens, or 280 with
+    the new tokens, of which there are 32.
+    """
     engine = EngineConfig(
         stage="build_engine",
         backend="tensorrt_llm",
