@@ -89,7 +89,7 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
     """Planner of ``dcp.save`` that takes the data of each tensor from a source."""
 
     def __init__(self, source: Source, leading_axes: dict[str, int]) -> None:
-        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
+        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)  # as Megatron
         self._source, self._leading_axes = source, leading_axes
         self._weights = _prefetch(source, [])  # empty until ``finish_plan``
         # ((key, index), weight) of the weight that is being written.

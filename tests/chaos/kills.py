@@ -72,7 +72,7 @@ class RunCommand:
 
     overrides: list[str]
     run_dir: Path
-    """The run directory. Its parent is the working directory, by which a kill finds processes."""
+    """The run directory. Its parent is the working directory of the run's processes only."""
     stage_seconds: Mapping[str, float]
     """Time that each stage takes without kills."""
     environment: Mapping[str, str]

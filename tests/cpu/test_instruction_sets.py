@@ -38,7 +38,7 @@ INSTRUCTION_SETS = {
 """Names of each set in PyTorch, oneDNN and MKL."""
 REQUIRED_CAPABILITIES = {"AVX2": "avx2", "AVX512": "avx512_f", "AVX512 with bfloat16": "amx_bf16"}
 """PyTorch's name of the capability that a processor must have. For the last set, this is AMX, a
-newer set: without AMX, the last set is the processor's newest, and all tests run with it anyway."""
+newer set: without AMX, the last set is at best the newest, with which all tests run anyway."""
 VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 

@@ -55,6 +55,7 @@ def rehearsed_peaks(results: Path, tmp_path: Path) -> dict[int, float]:
     file = results / "rehearsal.json"
     if not file.exists():
         jobs = [asdict(distill_job(layers)[1]) for layers in LAYERS]
+        # "1" is the number of processes.
         lines = run_module("recipes.rehearsal.worker", jobs, "1", folder=tmp_path).splitlines()
         rehearsals = [TypeAdapter(RehearsalResult).validate_json(line) for line in lines]
         for rehearsal in rehearsals:

@@ -61,7 +61,7 @@ def write_stage(
         result: The result.
         shape: Architecture of the model in the artifact.
     """
-    number = len(list(root.iterdir()))
+    number = len(list(root.iterdir()))  # of stages that were written before
     directory = root / config.stage
     (directory / ARTIFACT).mkdir(parents=True)
     manifest = Manifest(

@@ -37,6 +37,7 @@ from tests.support.folder_changes import (
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 LONG_CONTEXT = {"max_position_embeddings": 32_768, "layer_types": ABSENT}
+"""More positions than a default sliding window."""
 TOKENS = [f"<token{n}>" for n in range(8)]
 """Eight special tokens. The embedding has fewer unused rows."""
 EOS = {
