@@ -121,7 +121,7 @@ def _run_kernel(
         weights,
         gradients,
         *moments,
-        [],
+        [],  # state of amsgrad, which is off
         list(torch.full((len(weights),), count, device=device).unbind()),
         fused=True,
         grad_scale=inverse_scale,

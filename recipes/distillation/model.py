@@ -62,7 +62,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
 
     def __init__(self, student: nn.Module, objective: Objective) -> None:
         super().__init__(adapt_config(student.config, training=True), tokenizer=student.tokenizer)
-        self.__io__ = student.__io__
+        self.__io__ = student.__io__  # NeMo's record of how to build the model, without the losses
         self.config.calculate_per_token_loss = True
         self._objective, self._teacher = objective, objective.teacher
         self._reduction = LossReduction(objective)

@@ -61,7 +61,7 @@ def test_recipe_runs_on_a_tiny_model(recipe: str, tmp_path: Path, text_file: Pat
         "tasks=null",  # test_chain and test_tasks run benchmarks
         "engine=null",  # TensorRT-LLM needs a GPU
         *settings("score", num_calibration_samples=64, **{"resources.devices": 2}),
-        "stages.prune.drop_layers=[]",
+        "stages.prune.drop_layers=[]",  # a recipe drops layers that the tiny model does not have
         *settings("prune", **TARGETS[kind]),
         *settings("distill", **DISTILL),
         *settings("evaluate", num_sequences=8, new_tokens=8, **{"resources.devices": 2}),
