@@ -97,6 +97,8 @@ METHODS = {
     "loop-bf16": DistillMethod("loop-fp32"),
     "modelopt-bf16": DistillMethod("loop-fp32"),
 }
+"""``cached``: with a cached teacher. ``compiled``: with ``compile``. ``megatron``: with no
+``cpu_speed_patches``."""
 for patch in SPEED_PATCH_NAMES:  # nemo-cached-compiled, without this patch
     others = ",".join(name for name in SPEED_PATCH_NAMES if name != patch)
     overrides = ("teacher=cached", COMPILED, f"stages.distill.cpu_speed_patches=[{others}]")

@@ -156,6 +156,7 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
     tasks = packed_lm.load_tasks(cfg.tasks, cfg.source, cfg.num_fewshot, cfg.revisions)
     if server.startswith("tensorrt_llm"):
         _require_generation(tasks)
+    # ``build_engine`` measured OpenVINO's losses; trtllm-serve returns none for a prompt.
     text = _heldout_text(cfg, inputs) if server == "llama_cpp" else None
     losses: list[float] = []
     # llama.cpp needs a free position after the prompt; all servers get the same limit.

@@ -88,6 +88,7 @@ def packs_of_rank(
     for prefix, packs in groups:
         rank_packs = []
         for pack in packs:
+            # Ranks have equal ranges of all tokens. A pack is in the range in which it starts.
             if tokens_before * ranks // total == rank:
                 rank_packs.append(pack)
             tokens_before += pack_tokens(pack)
