@@ -203,6 +203,7 @@ def _table_row(path: Path, root: Path) -> tuple[str, ...]:
 
 
 def _run_state(stages: Sequence[StageStatus]) -> str:
+    """Names the first of ``INCOMPLETE`` that a stage has; else says how many are complete."""
     for status in INCOMPLETE:
         for stage in stages:
             if stage.status is status:
@@ -241,6 +242,7 @@ def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
             "runs clean needs the names of runs.",
             f"runs clean RUN1 RUN2, with names from the list of runs; {YES} deletes them",
         )
+    # A name is one that ``runs`` lists, or the path of a run.
     chosen_runs = find_runs(ROOT / name if (ROOT / name).is_dir() else Path(name) for name in names)
     for path in chosen_runs:
         if lock.read_holder(path) or active_jobs(path):

@@ -187,6 +187,7 @@ def _latency(manifest: Manifest) -> str:
 
 
 def _speedup(manifest: Manifest) -> str:
+    """States the first of the measured speed-ups, with its backend and batch size."""
     speedup = manifest.result(BenchmarkResults).speedups[0]
     return (
         f"{speedup.prefill:.2f} × prefill, {speedup.decode:.2f} × decode "

@@ -221,7 +221,8 @@ def stage_order(configs: Mapping[str, StageConfig]) -> list[str]:
             f"stages feed each other in a circle: {' → '.join(error.args[1])}.",
             "give one of them another input: stages.NAME.inputs",
         ) from error
-    order: list[str] = []  # as in the config, except that inputs come first
+    # Each iteration adds all stages whose inputs are already in ``order``, in the config's order.
+    order: list[str] = []
     while len(order) < len(graph):
         order += [name for name in graph if name not in order and graph[name] <= set(order)]
     return order
@@ -261,6 +262,7 @@ def _plan_stage(
 def _resolve_inputs(
     name: str, config: StageConfig, planned: Mapping[str, PlannedStage]
 ) -> dict[str, InputRef]:
+    """Returns a stage's inputs, from this plan or other runs; refuses missing and wrong inputs."""
     required, optional = stage_of(config).inputs, stage_of(config).optional_inputs
     names = config.inputs.keys()
     if not required.keys() <= names <= required.keys() | optional.keys():

@@ -36,7 +36,7 @@ class DockerConfig(container.Containers):
 
 
 CONFIG = DockerConfig
-problems, dry_run = local.problems, local.dry_run
+problems, dry_run = local.problems, local.dry_run  # there is no scheduler
 
 
 def prepare(plan: Plan, cluster: DockerConfig) -> Plan:

@@ -30,7 +30,7 @@ SIZES = {"": 1, "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 MEGABYTE = 1024**2
 WEIGHT_BYTES = 2
 """Bytes of a parameter in bfloat16."""
-RESOURCES = "stages.NAME.resources"
+RESOURCES = "stages.NAME.resources"  # in fixes
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ def _with_unit(number: int, unit: str) -> str:
 
 
 def _parse_option(option: str) -> tuple[str, str]:
+    """Returns name and value of an option such as ``--time=9``, ``--time 9`` or ``--exclusive``."""
     name, _, value = option.removeprefix("--").replace(" ", "=", 1).partition("=")
     return name, value.strip()
 

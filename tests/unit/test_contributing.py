@@ -19,7 +19,7 @@ DOCUMENTS = sorted(
     for pattern in ("*.md", "benchmarks/*.md", "docs/*.md")
     for file in REPO_ROOT.glob(pattern)
 )
-EXAMPLES_WITH_FILES = ("A recipe", "A stage")
+EXAMPLES_WITH_FILES = ("A recipe", "A stage")  # headings of examples that add files
 CLI = "launch/run.py"
 
 

@@ -32,6 +32,7 @@ def run_doctor(*arguments: str) -> tuple[int, str]:
 
 
 def results() -> dict[str, str]:
+    """Returns the result of each check, by the first word of the check's name."""
     return {check.name.split()[0]: check.result for check in doctor.examine()}
 
 

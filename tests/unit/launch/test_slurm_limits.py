@@ -24,7 +24,7 @@ PARTITIONS = {
     ),
     "down": Partition(COMMON_FIELDS | {"PartitionName": "down", "State": "DOWN"}, [DGX]),
 }
-FITTING_CPUS = {"cpus_per_task": 64}
+FITTING_CPUS = {"cpus_per_task": 64}  # enough for every job of the recipe
 
 
 def problems_of_jobs(

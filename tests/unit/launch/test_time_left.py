@@ -35,6 +35,7 @@ AFTER_SECONDS = EVALUATE + 3 * OVERHEAD_SECONDS
 
 
 def steps(task: str, *done: int, total: int = 10, step_seconds: float = 7.0) -> list[Record]:
+    """Returns a progress record for each number in ``done``."""
     return [{"time": step_seconds * n, "task": task, "done": n, "total": total} for n in done]
 
 
