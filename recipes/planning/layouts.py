@@ -145,6 +145,7 @@ def _shape_problems(layout: Layout, role: str, shape: Architecture) -> Iterator[
 
 def _alignment_problems(layout: Layout, student: Architecture) -> Iterator[Problem]:
     """Checks the sizes of the GEMMs on each rank. ``_shape_problems`` reports indivisible sizes."""
+    # Each axis, with the number of ranks that it is split over.
     for axis, ranks in (("hidden_size", 1), (split_axes(student)[-1], layout.tensor)):
         size = getattr(student, axis)
         if size % ranks == 0 and size // ranks % GEMM_MULTIPLE:

@@ -34,7 +34,7 @@ def save_weights(
     Raises:
         RecipeError: The weights do not fit the shape.
     """
-    enable()
+    enable()  # without a GPU, Megatron needs patches
     nemo.initialize(nemo.Parallelism())
     model = nemo.restore_model(like)
     config = with_shape(nemo.read_config(like), shape)

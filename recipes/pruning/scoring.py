@@ -75,7 +75,7 @@ def score_checkpoint(
         RecipeError: The model's loss on text is near chance.
     """
     parallel = nemo.Parallelism(pipeline=cfg.pipeline_model_parallel_size)
-    enable()
+    enable()  # without a GPU, Megatron needs patches
     nemo.initialize(parallel)
     model = nemo.restore_model(teacher)
     # ModelOpt hooks the norms, which TransformerEngine fuses into the linear layers after them.

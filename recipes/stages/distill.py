@@ -46,7 +46,7 @@ from recipes.stages.contract import Stage, checkpoint_outcome
 
 
 def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of the settings that would otherwise stop the training later."""
+    """Yields problems that would stop the training later, and a note on omitted hidden states."""
     yield from training_problems(cfg, chain)
     yield from _loss_problems(cfg)
     yield from _pair_problems(cfg, chain)

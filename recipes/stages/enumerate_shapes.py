@@ -1,4 +1,4 @@
-"""Lists the architectures within a budget.
+"""Lists the architectures within a budget that cannot grow on any axis.
 
 Reads the teacher's ``config.json``, and a latency model if configured. Writes ``shapes.json``.
 """
@@ -38,6 +38,7 @@ def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
     elif not (shapes := cfg.shapes(chain.teacher)):
         limits = absolute_limits(chain.teacher, budget, cfg.service)
         yield Problem(rules.BUDGET, f"no architecture fits the budget {limits}", EMPTY_BUDGET_FIX)
+    # A teacher within the budget is the only shape listed. A measured latency may exclude it later.
     elif shapes == [chain.teacher] and "latency" not in cfg.inputs:
         costs = ", ".join(
             f"{name}={SHAPE_COSTS[name](chain.teacher, cfg.service):.6g}" for name in budget

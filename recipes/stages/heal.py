@@ -38,7 +38,7 @@ def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
             "set heal=null",
         )
     pruned = chain.stages.get(cfg.inputs.get("checkpoint", ""))
-    if pruned is None:
+    if pruned is None:  # a stage of another run
         return
     source, teacher = pruned.inputs.get("checkpoint"), cfg.inputs.get("teacher")
     if not isinstance(pruned, PruneConfig):

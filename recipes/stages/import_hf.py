@@ -42,7 +42,7 @@ def external(cfg: ImportConfig) -> dict[str, Path]:
 
 
 def check(cfg: ImportConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of the model's files, if the files can be read."""
+    """Yields problems of the model's licence and files, if they can be read on this machine."""
     readable = (
         is_config_available(cfg.hf_path) if is_hub_id(cfg.hf_path) else Path(cfg.hf_path).is_dir()
     )

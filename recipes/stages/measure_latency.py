@@ -61,7 +61,7 @@ def check(cfg: MeasureLatencyConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def disk_bytes(cfg: MeasureLatencyConfig, chain: Chain) -> int:
-    """Returns an upper bound: for each shape, the teacher's parameters in bfloat16 and float32."""
+    """Returns an upper bound: for each shape, a bfloat16 model and a float32 engine."""
     num_shapes = len(corner_shapes(chain.teacher, cfg.space)) + 1  # the corners and the middle
     return num_shapes * (2 + 4) * chain.teacher.parameters()
 

@@ -176,6 +176,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
         origins_of(cfg.all_sources(), folder / "origins.json") if rank() == 0 else None
     )
     pinned_sources = {source: pin_commit(source, origin) for source, origin in origins.items()}
+    # The teacher's conversations are read from the files that it has written.
     if cfg.teacher_sources():
         for source, (file, origin) in _write_chats(cfg, inputs["tokenizer"], out).items():
             pinned_sources[source], origins[source] = file, origin

@@ -38,7 +38,7 @@ def student_of(cfg: PruneConfig, chain: Chain) -> Architecture:
 
 
 def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields a problem for each invalid target, and for missing importance scores."""
+    """Yields problems of the targets or the search, of missing scores and of a large reduction."""
     teacher, input_shape = chain.teacher, chain.shape_of(cfg.inputs.get("checkpoint"))
     student = student_of(cfg, chain)
     if "shape" in cfg.inputs:

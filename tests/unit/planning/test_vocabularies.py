@@ -26,7 +26,7 @@ def test_different_tokenizers_are_refused(
     complete(plan())
     other = (tmp_path / "run").rename(tmp_path / "other")  # now the results of another run
     inputs = f"{D}inputs.teacher={other}/import_hf", f"{D}inputs.data={other}/prepare_data"
-    plan(*inputs)
+    plan(*inputs)  # is accepted: the other run has the same tokenizer
     edit_manifest(other / "prepare_data", tokenizer_sha256="another")
     with pytest.raises(RecipeError, match=r"different tokenizers: teacher t, data another") as e:
         plan(*inputs)

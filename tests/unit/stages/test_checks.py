@@ -83,6 +83,7 @@ def test_every_stage_is_consistent(name: str, chain: Chain) -> None:
     assert not stage.optional_inputs.keys() & stage.inputs.keys()
     for kinds in [*stage.inputs.values(), *stage.optional_inputs.values()]:
         assert {stage.kind, *kinds} <= set(get_args(Kind))
+    # The check of default settings may find problems, but raises no error.
     assert isinstance(list(stage.problems(stage.config(stage=name), chain)), list)
     fields = {f.name: bool(f.metadata.get("resource")) for f in dataclasses.fields(stage.config)}
     resource_fields = {field for field, is_resource in fields.items() if is_resource}
