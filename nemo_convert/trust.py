@@ -84,7 +84,7 @@ def require_known_context(io_json: Path) -> None:
 
 
 def _named_objects(value: Any) -> Iterator[str]:
-    """Yields the objects that a context names."""
+    """Yields the objects that a context names; in ``io.json``, their type is ``pyref``."""
     if isinstance(value, dict):
         if value.get("type") == "pyref":
             yield f"{value['module']}.{value['name']}"

@@ -130,7 +130,8 @@ def require(stage_dir: Path, expected: NodeResources) -> None:
     assert {int(r["OMP_NUM_THREADS"]) for r in ranks} == {
         expected.threads or expected.cpus // expected.ranks
     }
-    # One folder per node. On one node the variable may be unset, which counts as one value, too.
+    # One folder of compiled extensions per node. On one node the variable may be unset: then the
+    # only value is None.
     assert len({r.get("TORCH_EXTENSIONS_DIR") for r in ranks}) == expected.nodes
     assert {r["LOCAL_WORLD_SIZE"] for r in ranks if world_size > 1} <= {str(expected.ranks)}
     step = ranks[0]["step"]
@@ -199,7 +200,8 @@ def test_submission_from_an_allocation_gets_the_same_resources(
 ) -> None:
     for name, value in allocation().items():
         monkeypatch.setenv(name, value)
-    # A setting wins over SBATCH_PARTITION. With gpus=null Slurm does not set CUDA_VISIBLE_DEVICES.
+    # cluster.partition wins over SBATCH_PARTITION. With cluster.gpus=null, Slurm does not set
+    # CUDA_VISIBLE_DEVICES, which ``require`` expects for 0 GPUs.
     settings = ("cluster.partition=batch", "cluster.gpus=null")
     distill = distill_again(chains["qwen3_8b_nas_2.5b"], tmp_path, *settings)
     require(distill, replace(whole_nodes(1), gpus=0))

@@ -43,7 +43,7 @@ def run_recipe(*overrides: str, cwd: Path, timeout: float = 600) -> CommandResul
 
 
 def run_on_login_node(python: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs the launcher as on a login node: ``python`` is the fixture ``launcher_python``."""
+    """Runs the launcher by an interpreter without torch: ``python`` is from ``launcher_python``."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
         [python, LAUNCHER, *arguments],

@@ -67,8 +67,10 @@ def write_tiny_model(
         **fields,
     )
     model = AutoModelForCausalLM.from_config(config)
+    # If a conversion swapped two biases that are all 0, or two norms that are all 1, no test would
+    # notice it. So they become random.
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:  # biases of 0 and norms of 1 would hide swaps
+        if parameter.dim() == 1:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     if train:
         _train(model, text_file)

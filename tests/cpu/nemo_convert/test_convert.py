@@ -80,6 +80,7 @@ def test_a_tokenizer_that_transformers_cannot_load_is_refused_before_weights_are
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = shutil.copytree(odd_llama, tmp_path / "hf")
+    # LlamaTokenizer fails if it must add a BOS token and has none.
     no_token = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": None}
     edit_json("tokenizer_config.json", **no_token)(folder)
     assert convert_by_command("check", folder) == 1

@@ -144,6 +144,7 @@ def test_samples_of_a_tied_head_are_compared(hub: FakeHub, tmp_path: Path) -> No
     """A head that equals the embedding passes. A head whose second half differs does not."""
     store_head(hub, tmp_path)
     assert run_with_hub(hub, tmp_path, CHECK).strip() == ""
+    # Bytes of the samples of both tensors, head and embedding.
     samples = hub.downloaded_bytes(WEIGHTS) - FIRST_BYTES
     assert samples == pytest.approx(2 * SAMPLES * SAMPLE_BYTES, rel=0.2)
     weights = hub.models[NAME][WEIGHTS]
