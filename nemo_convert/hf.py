@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHARD_BYTES = 2 << 30
+"""Largest size of a shard that has several tensors."""
 
 
 def resolve(hf_path: str) -> Path:

@@ -37,6 +37,7 @@ NUM_TOKENS = 128
 ADJACENT = 64
 """Number of tokens at positions 0, 1, 2, …. Later tokens are spread up to ``LAST_POSITION``."""
 LAST_POSITION = 2047
+"""Largest position, unless the model has fewer positions."""
 TEXT = """\
 A lighthouse keeper wrote down the weather every evening for forty-one years. On most nights the
 entry was a single word, and the word was "wind". In 1893, however, a visiting surveyor found that

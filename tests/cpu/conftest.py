@@ -1,4 +1,4 @@
-"""Tiny models that all tests share. Tests must not change them."""
+"""Fixtures: tiny models, which tests share and must not change, and a folder with a short path."""
 
 from __future__ import annotations
 
