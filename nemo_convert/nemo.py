@@ -203,8 +203,8 @@ def _record_arguments() -> None:
 def _readable_generation_config(hf_folder: Path) -> Iterator[None]:
     """Temporarily replaces the generation config with one that NeMo can read and write.
 
-    Most importers need the file, but base models do not have it. transformers reads files that it
-    then refuses to write: with sampling settings but no ``do_sample``, as Llama 2's, or a length
+    Most importers need the file, but base models do not have it. transformers refuses to write some
+    files that it reads: those with sampling settings but no ``do_sample`` (Llama 2's), or a length
     penalty but no beams. So NeMo gets token ids, and ``SAMPLING`` only with ``do_sample``.
     """
     file = hf_folder / "generation_config.json"
