@@ -86,7 +86,7 @@ class PlannedStage:
 
     @property
     def devices(self) -> int:
-        """Devices per node that the stage needs, including those of the stages that it starts."""
+        """Devices per node that the stage needs, or a stage that it starts, whichever is more."""
         return self.definition.devices(self.config)
 
     @property

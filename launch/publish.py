@@ -38,7 +38,8 @@ def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> Non
     Args:
         plan: The run.
         settings: The run's settings. A dry run does not contact the hub.
-        follows: Whether the launcher waits for the last stage; otherwise it cannot publish.
+        follows: Whether all stages are complete or the launcher waits for them; otherwise it cannot
+            publish.
     """
     hub = settings.hub
     if hub.push is None:

@@ -52,7 +52,8 @@ def read_statuses(run_dir: Path) -> list[StageStatus]:
     slurm_states, plan = job_states(jobs.values()), read_last_plan(run_dir)
     planned = plan.stages if plan is not None else {}
     states = stage_states(run_dir, include=jobs)
-    # Jobs of an earlier plan are ignored: their end says nothing about the stage's present status.
+    # Jobs of an earlier plan count only while they are active: their end says nothing about the
+    # stage's present status.
     jobs_of_plan = {n: job for n, job in jobs.items() if job.fingerprint == planned.get(n)}
     incomplete = {n for n, state in states.items() if state.status is not Status.COMPLETE}
     ended_jobs = [

@@ -1,7 +1,8 @@
 """Executors start stages. Each executor is a module with these names.
 
 ``CONFIG`` is the dataclass of its ``cluster`` settings.
-``prepare(plan, cluster)`` returns the plan, or refuses it if it cannot run; it writes nothing.
+``prepare(plan, cluster)`` returns the plan, or refuses it if it cannot run; it writes nothing. In
+the returned plan, stages that already have a Slurm job have the action ``ADOPT``.
 ``problems(plan, cluster)`` yields broken rules about the scheduler's jobs. Rules can be skipped.
 ``write_scripts(plan, cluster)`` writes the scripts that the launcher or a user starts stages with.
 ``dry_run(plan, console)`` prints what the scheduler says about the scripts of a dry run.

@@ -35,7 +35,7 @@ RESOURCES = "stages.NAME.resources"  # in fixes
 
 @dataclass(frozen=True)
 class Job:
-    """What a stage's job requests, per node; ``None`` means Slurm's default."""
+    """What a stage's job requests; CPUs, GPUs and memory per node. ``None``: Slurm's default."""
 
     stage: PlannedStage
     seconds: int

@@ -17,7 +17,7 @@ CODES = {  # programs that run in place of a step's tests
     "good": "print('fine')",
     "bad": "print('E   assert 1 == 2'); raise SystemExit(1)",
     "dead": "import os; os.abort()",
-    "slow": "import os; os.system('sleep 600')",
+    "slow": "import os; os.system('sleep 600')",  # its child process must be killed, too
 }
 
 
