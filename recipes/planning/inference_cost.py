@@ -4,7 +4,7 @@
   from a float32 copy of the head (``recipes.evaluation.predictions``).
 - Importance scores keep the input of every layer. ModelOpt's hooks (``mcore_minitron.py``) hold
   float32 copies of the feed-forward activations and of their absolute values. For an MoE, the
-  hooks hold the outputs of experts, and Megatron holds two copies of their inputs.
+  hooks hold the experts' outputs, also in float32, and Megatron holds two copies of their inputs.
 - The roofline model bounds the speed of serving (Williams et al. 2009).
 """
 
@@ -335,6 +335,7 @@ def _float32_head_bytes(arch: Architecture) -> int:
 
 
 def _logits_bytes(arch: Architecture, tokens: float, buffers: int) -> float:
+    """Returns the bytes of ``buffers`` tensors of float32 logits, of limited size each."""
     return buffers * min(LOGITS_BYTES, 4 * tokens * arch.vocab_size)
 
 

@@ -76,7 +76,7 @@ def _expected_tokens(config: PrepareDataConfig) -> float:
     for source in config.all_sources():
         size = source_bytes(source)
         tokens = math.inf if size is None else size / BYTES_PER_TOKEN
-        # ``max_tokens`` does not limit held-out sources.
+        # ``max_tokens`` limits each source, except held-out sources.
         is_limited = source in config.sources and config.max_tokens is not None
         total += min(tokens, config.max_tokens or tokens) if is_limited else tokens
     return total

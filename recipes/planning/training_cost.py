@@ -108,6 +108,7 @@ def stage_memory(workload: Workload, hardware: Hardware, stage: int) -> Memory:
     memory: dict[str, float] = {"reserved": hardware.reserved_bytes}
     if workload.trained is not None:
         dense, experts = rank_parameters(workload.trained, layout, stage)
+        # Expert parallelism has already split the experts over replicas.
         expert_shards = max(1, layout.optimizer_shards // layout.expert)
         states = 12 if workload.bf16 else 8  # two moments; with bfloat16, also main weights
         memory |= {

@@ -183,6 +183,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     prepared = prepare(cfg, tokenizer, folder, metrics_log(out), chat, pinned_sources)
     if rank() != 0:
         return Outcome()
+    # ``sizes`` has the bytes and the documents of each split.
     tokens = {split: size // TOKEN_BYTES for split, (size, _) in prepared.sizes.items()}
     if cfg.prefix:
         return _link_tokens(cfg, inputs["tokenizer"], tokenizer, prepared, out)

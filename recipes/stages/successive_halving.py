@@ -132,7 +132,7 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
     from recipes.search.halving import HalvingRun
 
     search = inputs["candidates"].manifest.result(SearchResult)
-    ranked = {candidate.name: candidate for candidate in search.candidates}
+    ranked = {candidate.name: candidate for candidate in search.candidates}  # the best first
     for what in _unknown_candidates(cfg.also, ranked):
         raise RecipeError(what, LIST_CANDIDATES)
     remaining = [

@@ -49,7 +49,7 @@ def problems(cfg: DistillConfig, chain: Chain) -> list[Problem]:
         config(devices=4, nodes=2, global_batch_size=32),
         config(devices=3, pp=3),
         config(devices=2, tp=2, sequence_parallel=True),
-        config(devices=2, tp=2, seq_length=255),
+        config(devices=2, tp=2, seq_length=255),  # without sequence parallelism
     ],
 )
 def test_a_valid_layout_has_no_problems(cfg: DistillConfig, chain: Chain) -> None:
