@@ -133,7 +133,7 @@ def with_shapes(chain: Chain, order: Iterable[str]) -> Chain:
 
 
 def _with_costs(chain: Chain) -> Chain:
-    """Adds the workloads of stages that train, and the costs of stages that only run models."""
+    """Adds workloads of stages that train or cache logits, and costs of others that run models."""
     stages = {name: (config, stage_of(config)) for name, config in chain.stages.items()}
     return replace(
         chain,

@@ -185,7 +185,7 @@ def _table(results: Results, chain: Chain) -> Table:
         total, difference = sum(peak.values()), ""
         cells["total"] = f"{total / 1e9:.2f}"
         if planned is not None:
-            plan = {kind: getattr(planned, kind) for kind in KINDS}
+            plan = {kind: getattr(planned, kind) for kind in KINDS}  # bytes
             plan["total"] = sum(plan.values())
             cells = {kind: f"{cell} / {plan[kind] / 1e9:.2f}" for kind, cell in cells.items()}
             difference = f"{total / plan['total'] - 1:+.0%}"

@@ -62,6 +62,8 @@ def run(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def push(launch: Launch, run: Path, hub: FakeHub, tmp_path: Path) -> Launch:
+    """Returns a function that repeats the command of the complete run with ``hub.push``."""
+
     def push_run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         settings = {**settings_for(hub, tmp_path / "hub"), "HF_TOKEN": TOKEN, **env}
         return launch(*RUN, f"run_dir={run}", f"hub.push={NAME}", *arguments, **settings)
