@@ -42,12 +42,7 @@ from recipes.evaluation.predictions import require_better_than_chance
 
 
 def cache_logits(
-    cfg: CacheLogitsConfig,
-    teacher: Path,
-    data: Input,
-    shard_folder: Path,
-    out: Path,
-    log: MetricsLog,
+    cfg: CacheLogitsConfig, teacher: Path, data: Input, work: Path, out: Path, log: MetricsLog
 ) -> CacheResult | None:
     """Caches the teacher's top-k for the first sequences that training will read.
 
@@ -55,7 +50,7 @@ def cache_logits(
         cfg: Settings.
         teacher: Checkpoint of the teacher.
         data: The tokenized text.
-        shard_folder: Folder in which shards are written. A restart keeps complete shards.
+        work: Folder in which shards are written. A restart keeps complete shards.
         out: Folder of the artifact. When all shards are complete, they are linked into it.
         log: Receives progress.
 
@@ -85,8 +80,8 @@ def cache_logits(
     index = CacheIndex(
         vocabulary, cfg.seq_length, cfg.top_k, cfg.temperature, shards, cfg.tail_draws
     )
-    shard_folder.mkdir(exist_ok=True)
-    complete = _write_shards(cfg, core, text, index, shard_folder, log)
+    work.mkdir(exist_ok=True)
+    complete = _write_shards(cfg, core, text, index, work, log)
     torch.distributed.barrier()
     if _any_rank_stops(not complete, next(core.parameters()).device):
         raise StoppedByDeadlineError(
@@ -97,7 +92,7 @@ def cache_logits(
     if rank() != 0:
         return None
     for shard in range(shards):
-        link_or_copy(shard_folder / SHARD.format(shard), out / SHARD.format(shard))
+        link_or_copy(work / SHARD.format(shard), out / SHARD.format(shard))
     write_index(out, index)
     return CacheResult(
         sequences=len(text.used_numbers),
@@ -131,7 +126,7 @@ def _write_shards(
     core: torch.nn.Module,
     text: TrainingSequences,
     index: CacheIndex,
-    shard_folder: Path,
+    work: Path,
     log: MetricsLog,
 ) -> bool:
     """Writes those shards of this data-parallel rank that are not complete yet.
@@ -143,7 +138,7 @@ def _write_shards(
     replica = parallel_state.get_data_parallel_rank()
     replicas = parallel_state.get_data_parallel_world_size()
     for shard in range(replica, index.shards, replicas):
-        path = shard_folder / SHARD.format(shard)
+        path = work / SHARD.format(shard)
         if is_complete(path):
             continue
         first = shard * cfg.sequences_per_shard

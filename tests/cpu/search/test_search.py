@@ -276,15 +276,10 @@ def test_a_killed_search_resumes_and_writes_the_winner_as_a_recipe(
     [winner] = [c for c in result.candidates if c.chosen]
     assert winner.kl_to_teacher == min(c.kl_to_teacher for c in trained)
     recipe = OmegaConf.load(out / "recipe.yaml")
-    targets = PruneTargets(
-        **{
-            name.removeprefix("target_"): size
-            for name, size in recipe.stages.prune.items()
-            if name.startswith("target_")
-        }
-    )
+    settings = recipe.stages.prune.items()
+    sizes = {n.removeprefix("target_"): size for n, size in settings if n.startswith("target_")}
     teacher = nemo.architecture_of(nemo.find_checkpoint(ranked_run / "import_hf" / ARTIFACT))
-    assert pruned_shape(teacher, targets) == winner.shape
+    assert pruned_shape(teacher, PruneTargets(**sizes)) == winner.shape
 
 
 def test_the_report_shows_timed_shapes(
