@@ -48,6 +48,7 @@ def explain(error: Exception) -> str:
     text = "\n".join(messages)
     if message := _malformed_argument(text) or _unknown_choice(text):
         return message
+    # OmegaConf has two messages for an unknown key.
     if key := re.search(r"Key '([^']+)' is not in struct|Key '([^']+)' not in '(\w+)'", text):
         name = key.group(1) or key.group(2)
         full_key = re.search(r"full_key: (\S+)", text)

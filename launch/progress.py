@@ -64,6 +64,7 @@ def remaining_run_seconds(
     if not planned or not remaining:
         return None
     expected = {s: OVERHEAD_SECONDS + planned.get(s, 0.0) for s in (*spent, *remaining)}
+    # How many times longer than expected the complete stages took.
     pace = sum(spent.values()) / sum(expected[s] for s in spent) if spent else 1.0
     return sum(pace * expected[s] if left is None else left for s, left in remaining.items())
 

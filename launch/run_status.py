@@ -102,7 +102,7 @@ def _ended_status(
     if reason := STATE_REASONS.get(job_state):
         return StageStatus(state, Status.FAILED, f"{job_state}: {reason}", job)
     log = newest_log(state.directory)
-    # The newest log may belong to an earlier job.
+    # The newest log may belong to an earlier job. Slurm names a log by the id of its job.
     job_log = log if job is None or (log and log.stem == job.id) else None
     # The stage failed: it recorded an error, or its job left a log or a final state.
     if state.error or (job and (job_log or job_state)):
