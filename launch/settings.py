@@ -55,10 +55,10 @@ class RunSettings:
     accept: list[str] = field(default_factory=list)
     """Stages whose result is kept although settings, inputs, code or libraries have changed."""
     confirm_above: PositiveOrZero = 0.5
-    """Device-hours. If a stale result cost more, the launcher stops until ``accept`` or ``force``
-    lists the stage."""
+    """Limit in device-hours: if a stale result took more, the launcher stops until ``accept`` or
+    ``force`` lists the stage."""
     only: list[str] | None = None
-    """Runs only these stages; those of their inputs that are not listed must be complete."""
+    """Runs only these stages. Other stages that they take input from must be complete."""
     hub: Hub = field(default_factory=Hub)
     """Where the student is published."""
     gates: list[str] = field(default_factory=list)

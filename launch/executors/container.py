@@ -77,9 +77,9 @@ def require_stages(setting: str, names: Iterable[str], *other_keys: str) -> None
 def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
     """Returns the mounts of all paths that a stage reads or writes, parents first.
 
-    The current directory (where relative paths start), the run (which contains the code) and the
-    cache are writable. The hub's folders are writable, too. Inputs from other runs and the user's
-    files are read-only.
+    Writable are the current directory (where relative paths start), the run directory (which
+    contains the code), the cache and the hub's folders. Inputs from other runs and the user's files
+    are read-only.
     """
     writable = {Path.cwd(), stage.directory.parent, cache_dir().absolute()}
     writable |= {Path(folder) for folder in hub_folders().values()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 NOT_COMPARED = (
     "Its duplicates are not removed, and it is not compared with held-out text and benchmarks."
 )
-"""What plans and reports say about text that was tokenized elsewhere: only its ids are known."""
+"""Note in plans and reports on text that was tokenized elsewhere, whose words are not known."""
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
             ),
         ],
         {name: cost.tokens_per_second for name, (_, cost) in costs.items()},
-        {name: 3600 * count for name, count in hours.items()},
+        {name: 3600 * stage_hours for name, stage_hours in hours.items()},
     )
     write_json(out / FILE, asdict(result))
     metrics_log(out).progress("plan", 1, 1)
@@ -129,7 +129,7 @@ def _machine_rates() -> TrainingRates | None:
     Rates that were measured while other programs ran are not cached.
 
     Returns:
-        The rates; ``None`` if they are not cached and torch, which measures them, is not installed.
+        The rates; ``None`` if they are neither cached nor measurable, because torch is missing.
     """
     threads = int(os.environ.get("OMP_NUM_THREADS") or cores())
     if (rates := read_rates(threads)) is not None:
@@ -261,7 +261,7 @@ def _memory_rows(costs: Costs, hardware: Hardware) -> Iterable[Row]:
             **{part: f"{size / 1e9:.2f}" for part, size in vars(cost.memory).items()},
             "total": f"{cost.memory.total / 1e9:.1f}",
             "available": f"{available / 1e9:.1f}",
-            "host, to save": f"{gathering_bytes(workload) / 1e9:.1f}",
+            "host memory to save": f"{gathering_bytes(workload) / 1e9:.1f}",
         }
 
 

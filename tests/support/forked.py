@@ -110,7 +110,7 @@ def main() -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
-    sys.modules.pop("wandb", None)  # the fork server blocks wandb, but a launcher needs it
+    sys.modules.pop("wandb", None)  # None in the fork server; a launcher imports it
     if request["errors"]:
         file = os.open(request["errors"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, sys.stderr.fileno())

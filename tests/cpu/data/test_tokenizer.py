@@ -122,10 +122,11 @@ def test_a_long_conversation_is_shortened_to_its_last_whole_answer(tmp_path: Pat
         assert conversation.shortened
         assert len(conversation.ids) <= length
         assert conversation.ids[-2:].tolist() == [STOP, END]
-    first = len(conversation.ids)  # length with the first answer alone
-    assert encode(make_tokenizer(tmp_path, PLAIN, first), turns).shortened
+    one_answer = len(conversation.ids)  # length with the first answer alone
+    assert encode(make_tokenizer(tmp_path, PLAIN, one_answer), turns).shortened
     assert (
-        encode(make_tokenizer(tmp_path, PLAIN, first - 1), turns).left_out_reason == chat.TOO_LONG
+        encode(make_tokenizer(tmp_path, PLAIN, one_answer - 1), turns).left_out_reason
+        == chat.TOO_LONG
     )
 
 

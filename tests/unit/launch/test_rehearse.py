@@ -112,10 +112,10 @@ def test_a_cached_teacher_has_settings_of_cache_logits(compose: Compose, tmp_pat
 def test_a_peak_above_the_devices_memory_is_a_mistake(compose: Compose, tmp_path: Path) -> None:
     chain, jobs = chain_and_jobs(compose("recipe=qwen3_8b_depth"), tmp_path)
     job = next(job for job in jobs if job.name == "evaluate")
-    # To the bytes of tensors, the check adds 5% for fragmentation and 4 GB for the CUDA context.
-    three_float32_models = RehearsalResult(peak={"weights": 81_000_000_000})
+    # The check adds 5% for fragmentation and 4 GB for the CUDA context: 81 GB become 89 GB.
+    too_many_bytes = RehearsalResult(peak={"weights": 81_000_000_000})
     one_bf16_model = RehearsalResult(peak={"weights": 16_000_000_000})
     assert list(memory_mistakes([(job, one_bf16_model)], chain)) == []
-    assert list(memory_mistakes([(job, three_float32_models)], chain)) == [
+    assert list(memory_mistakes([(job, too_many_bytes)], chain)) == [
         "evaluate: rank 0 takes 89.0 GB at its peak, but a h100 has 80.0 GB"
     ]
