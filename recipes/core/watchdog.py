@@ -74,8 +74,8 @@ def hang_error(work: Path) -> RecipeError | None:
         return None
     return RecipeError(
         f"it made no progress for resources.hang_timeout seconds; it was at{positions}",
-        f"read {work}/{STACKS.format('*')}; the same command resumes. If the stage was only slow, set "
-        "a higher hang_timeout",
+        f"read {work}/{STACKS.format('*')}; the same command resumes. If the stage was only slow, "
+        "set a higher hang_timeout",
     )
 
 
