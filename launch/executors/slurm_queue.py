@@ -144,7 +144,7 @@ def cancel_jobs(jobs: Iterable[SlurmJob]) -> None:
     if done.returncode:
         raise RecipeError(
             f"scancel failed: {done.stderr.strip()}",
-            f"as the user who submitted them: scancel {' '.join(ids)}",
+            f"as the user who submitted the jobs, run scancel {' '.join(ids)}",
         )
 
 

@@ -113,7 +113,7 @@ def _gate_backward(x: Tensor, grad: Tensor) -> Tensor:
 
 
 class SwiGLU(MegatronModule):  # type: ignore[misc]
-    """The gated activation of Llama's feed-forward layer, as Megatron's layer specs build it."""
+    """The activation of Llama's feed-forward layer, as a module for Megatron's layer specs."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., 2·ffn] to [..., ffn]."""

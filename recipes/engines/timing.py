@@ -88,7 +88,7 @@ class Generation:
 
 
 class Worker:
-    """Runs one model. As a context manager, it stops the model's processes at the end."""
+    """Base class: runs one model in a ``with`` block, at whose end its processes are stopped."""
 
     load_seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -101,7 +101,7 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Does nothing: this class has no processes."""
+        """Does nothing. Workers with processes override this."""
 
 
 def random_prompts(shape: RequestShape, vocabulary: int, seed: int) -> list[list[int]]:

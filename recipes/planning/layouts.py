@@ -47,7 +47,7 @@ def layout_problems(workload: Workload, hardware: Hardware) -> Iterator[Problem]
 
 def _rank_problems(workload: Workload) -> Iterator[Problem]:
     layout, batch = workload.layout, workload.global_batch_size
-    if layout.data == 0:
+    if layout.data == 0:  # one replica needs more ranks, or does not divide them
         sizes = f"TP={layout.tensor} x PP={layout.pipeline}"
         sizes += f" x CP={layout.context}" if layout.context > 1 else ""
         yield Problem(
@@ -63,14 +63,14 @@ def _rank_problems(workload: Workload) -> Iterator[Problem]:
             f"use a multiple of {step}",
         )
     # Megatron splits the optimizer's state over data- and context-parallel ranks.
-    replicas, copies = layout.data * layout.context, layout.optimizer_instances
-    if replicas % (copies * layout.expert) and copies > 1:
+    dp_cp_ranks, instances = layout.data * layout.context, layout.optimizer_instances
+    if dp_cp_ranks % (instances * layout.expert) and instances > 1:
         experts = f" with EP={layout.expert}" if layout.expert > 1 else ""
-        max_copies = max(1, replicas // layout.expert)
+        max_instances = max(1, dp_cp_ranks // layout.expert)
         yield Problem(
             rules.OPTIMIZER_INSTANCES,
-            f"{replicas} replica(s){experts} cannot be split into {copies} equal groups",
-            f"set num_distributed_optimizer_instances to a divisor of {max_copies}",
+            f"{dp_cp_ranks} data-parallel rank(s){experts} cannot be split into {instances} groups",
+            f"set num_distributed_optimizer_instances to a divisor of {max_instances}",
         )
 
 
@@ -108,7 +108,7 @@ def _expert_problems(layout: Layout, role: str, shape: Architecture) -> Iterator
     elif replicas % expert:
         yield Problem(
             rules.EXPERT_PARALLEL,
-            f"experts are split over {replicas} replicas, which is not divisible by EP={expert}",
+            f"experts are split over DP x CP = {replicas} ranks, not a multiple of EP={expert}",
             "lower expert_model_parallel_size",
         )
 

@@ -200,7 +200,7 @@ def test_other_content_with_the_same_fingerprint_reruns_later_stages(
     assert reasons["evaluate"] == "input distilled was replaced"
 
 
-def test_fingerprints_do_not_depend_on_the_directory(
+def test_a_run_that_is_moved_away_and_back_is_still_complete(
     plan: MakePlan, run: Path, tmp_path: Path
 ) -> None:
     before = {stage.name: stage.fingerprint for stage in plan().stages}
