@@ -28,7 +28,7 @@ NUMERICAL = (
     "pruning/test_healing.py",
     "pruning/test_minitron.py::test_loss_scores_equal_the_loss_of_a_model_without_the_layers",
     "pruning/test_minitron.py::test_pruning_gives_the_logits_of_modelopts_own_pruning",
-    "search/test_search.py::test_candidates_have_the_metrics_of_real_prunings",
+    "search/test_search.py::test_candidates_have_the_metrics_of_pruned_models",
 )
 INSTRUCTION_SETS = {
     "AVX2": ("avx2", "AVX2", "AVX2"),
