@@ -100,7 +100,7 @@ class Stage(Generic[ConfigT]):
     starts: tuple[str, ...] = ()
     """Stages that this stage starts. Their code is part of this stage's code fingerprint."""
     devices: Callable[[ConfigT], int] = lambda config: config.resources.devices
-    """Devices per node that the stage needs, including those of the stages that it starts."""
+    """Devices per node that the stage needs. A stage that starts others needs the most of any."""
     needs_torch: bool = True
     """Whether the stage imports torch. If not, it starts without torchrun."""
     needs_gpu: Callable[[ConfigT, Chain], bool] = lambda config, chain: True
