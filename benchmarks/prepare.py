@@ -58,6 +58,7 @@ def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Prepa
     """Prepares text in this process and measures it."""
     from recipes.core.metrics import MetricsLog
     from recipes.data import preparation
+    from recipes.data.corpus import TOKEN_BYTES
     from recipes.data.settings import PrepareDataConfig
     from recipes.data.tokenizer import load_tokenizer
 
@@ -68,7 +69,7 @@ def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Prepa
     main_process = run_and_measure(
         lambda: states.append(preparation.prepare(cfg, tokenizer, folder, MetricsLog(None)))
     )
-    tokens = sum(size for size, _ in states[0].sizes.values()) // 4  # bytes of int32 tokens
+    tokens = sum(size for size, _ in states[0].sizes.values()) // TOKEN_BYTES
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     tokenizer_memory = children.ru_maxrss * 1024.0 if processes > 1 else 0.0
     return PreparationRun(

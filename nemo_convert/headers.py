@@ -25,7 +25,7 @@ from nemo_convert.hub import (
 from recipes.core.errors import RecipeError
 
 LFS_POINTER = b"version https://git-lfs"
-"""First bytes of the file that Git LFS leaves in place of one that it has not downloaded."""
+"""First bytes of a pointer file, with which Git LFS represents a file that is not downloaded."""
 PYTORCH_FORMATS = ("pt", "mlx")
 """Values of ``format`` in a file's metadata that transformers accepts for PyTorch models."""
 FIRST_BYTES = 100_000

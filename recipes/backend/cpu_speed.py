@@ -75,7 +75,7 @@ def _drop_gradients(original: Any) -> Any:
 
 
 def _keep_first_gradient(original: Any) -> Any:
-    """Uses a step's first gradient of a parameter as it is. Megatron would add it to zeros."""
+    """Keeps the first gradient of a parameter in a step. Megatron would add it to zeros."""
 
     def _make_backward_post_hook(self: Any, weight: Any) -> Any:
         hook = original(self, weight)

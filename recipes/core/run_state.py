@@ -139,7 +139,7 @@ def read_request(stage_dir: Path) -> Request:
 
 @dataclass(frozen=True)
 class LastPlan:
-    """All stages of a run's recipe, as they were last planned. A plan may leave out stages."""
+    """Last planned fingerprint of each stage of a run's recipe. One plan may leave out stages."""
 
     recipe: str
     stages: Mapping[str, str | None]

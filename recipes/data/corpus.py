@@ -19,6 +19,8 @@ from recipes.data.records import READERS, Record, dialogue_text, messages_of, te
 from recipes.data.sources import DIALOGUE, HubDataset, Source, TextFile, files_of, parse_source
 
 SPLITS = ("train", "validation", "calibration", "heldout")
+TOKEN_BYTES = 4
+"""Bytes of a token in the ``.bin`` files of splits that ``prepare_data`` tokenizes."""
 RECORD_TYPES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 CHECKED_CONVERSATIONS = 100
 """Number of conversations of a source that ``chat_problem`` reads."""

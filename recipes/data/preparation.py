@@ -21,6 +21,7 @@ from recipes.core.stage import StoppedByDeadlineError, rank, time_is_up
 from recipes.data.chat import ChatTokenizer, pack
 from recipes.data.corpus import (
     SPLITS,
+    TOKEN_BYTES,
     Document,
     Reader,
     digest,
@@ -304,7 +305,7 @@ def _pack_splits(
             if document_split == split and not encoded.left_out_reason
         ]
         tokens = sum(len(encoded.ids) for encoded in usable)
-        written_tokens = store.writer.sizes[split][0] // 4  # an int32 token has 4 bytes
+        written_tokens = store.writer.sizes[split][0] // TOKEN_BYTES
         packed = list(pack(usable, written_tokens, chat.seq_length, chat.end))
         counts["used"] += len(usable)
         counts["shortened"] += sum(encoded.shortened for encoded in usable)

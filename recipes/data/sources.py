@@ -254,7 +254,7 @@ def origins_of(sources: Iterable[str], file: Path) -> dict[str, Origin]:
     """Returns the origin of each source.
 
     Args:
-        sources: Sources as they are written in the settings.
+        sources: Sources, spelled as in the settings.
         file: JSON file that stores the origins, so that a resumed process reads the same commits.
     """
     if file.exists():

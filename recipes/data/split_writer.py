@@ -13,6 +13,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import _IndexWriter
 
 from recipes.core.errors import RecipeError
+from recipes.data.corpus import TOKEN_BYTES
 
 SplitSize = tuple[int, int]
 """Bytes of tokens, and number of documents."""
@@ -53,7 +54,7 @@ class SplitWriter:
         """Open files by split and suffix."""
         for split, (size, documents) in self.sizes.items():
             # A token and a length take 4 bytes, an entry of the mask 1 byte.
-            byte_counts = {"bin": size, LENGTHS: 4 * documents, LOSS_MASK: size // 4}
+            byte_counts = {"bin": size, LENGTHS: 4 * documents, LOSS_MASK: size // TOKEN_BYTES}
             for suffix, count in byte_counts.items():
                 if masked or suffix != LOSS_MASK:
                     path = folder / f"{split}.{suffix}"

@@ -1,8 +1,8 @@
 """Divides text that is already tokenized: a pair of Megatron's ``.bin`` and ``.idx`` files.
 
-Each split is a range of documents, as with Megatron's setting ``split``. Each split gets an index
-of its own. Its ``.bin`` is a link to the whole ``.bin``, so no token is copied. Planning calls
-``require_token_files`` and must start fast, so NumPy is imported inside functions.
+Each split is a range of documents, as with Megatron's setting ``split``. Each split gets its own
+index. The ``.bin`` of a split is a link to the whole ``.bin``, so no token is copied. Planning
+calls ``require_token_files`` and must start fast, so NumPy is imported inside functions.
 """
 
 from __future__ import annotations

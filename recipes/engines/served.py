@@ -1,4 +1,4 @@
-"""Evaluates an engine or a GGUF file as it is served, and compares its answers with the student's.
+"""Compares the answers of a served engine or GGUF file with the answers of the student.
 
 llama.cpp and TensorRT-LLM run as servers. lm-eval's client for OpenAI-compatible completions sends
 them requests. OpenVINO GenAI has no server, so lm-eval's class for transformers runs an OpenVINO

@@ -208,7 +208,7 @@ def _item(subtask: str, sample: Mapping[str, Any]) -> Item:
 class PackedLM(HFLM):
     """Scores a question and all its choices in one forward pass.
 
-    A pass has up to ``pack_tokens`` tokens. A longer question has a pass of its own. A prefix that
+    A pass has up to ``pack_tokens`` tokens. A longer question has its own pass. A prefix that
     several questions share is processed first, in a separate pass. ``progress`` receives the
     number of requests that this rank has answered, and the number that it must answer. Call every
     rank with the full list of requests; each rank returns all answers. ``max_length`` is by default

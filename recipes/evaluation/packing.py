@@ -48,7 +48,7 @@ def share_prefixes(
 ) -> Iterator[tuple[tuple[int, ...], list[Question]]]:
     """Finds prefixes that consecutive questions share, such as few-shot examples.
 
-    A prefix takes a forward pass of its own, so it is shared only if that saves at least
+    A prefix takes an additional forward pass, so it is shared only if that saves at least
     ``pass_tokens`` tokens.
 
     Yields:

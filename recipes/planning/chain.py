@@ -36,7 +36,7 @@ TOKENIZER_INPUTS = ("tokenizer", "checkpoint", "student", "teacher")
 
 @dataclass(frozen=True)
 class Chain:
-    """All stages of a run (the chain), as far as they are known before anything runs."""
+    """The stages of a run (the chain), with what is known of them before the run starts."""
 
     hf_path: str
     teacher: Architecture

@@ -106,8 +106,8 @@ def _clear_optimizers() -> None:
     """Clears optimizers, because they keep models alive.
 
     A float32 optimizer holds views of weights. The autograd graph of these views has hooks, which
-    refer to the model. The loop has a function of its own, since the loop variable would keep the
-    last object alive in the caller.
+    refer to the model. The loop is in this function, since the loop variable would otherwise keep
+    the last object alive in the caller.
     """
     for instance in gc.get_objects():
         # ``isinstance`` would raise an error at the proxy of a freed object.

@@ -20,7 +20,7 @@ from recipes.core.manifest import Outcome
 from recipes.core.precision import dtype_of
 from recipes.core.stage import Input, Inputs, metrics_log, rank
 from recipes.core.wheels import short_name
-from recipes.data.corpus import SPLITS, chat_problem
+from recipes.data.corpus import SPLITS, TOKEN_BYTES, chat_problem
 from recipes.data.results import DatasetResult, Origin, SourceTokens, describe_counts
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import (
@@ -51,8 +51,6 @@ if TYPE_CHECKING:
 
 SEED = 1234
 """Default seed for conversations that the teacher writes."""
-TOKEN_BYTES = 4
-"""Bytes of a token in the ``.bin`` files that this stage tokenizes."""
 SPLITS_FOLDER = "splits"
 """Folder in ``work/`` with unfinished splits, from which a killed stage resumes."""
 

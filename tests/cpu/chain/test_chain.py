@@ -255,7 +255,7 @@ def test_engines_of_teacher_and_student_are_built_and_timed(tiny_run: Path) -> N
     for row in rows:
         for name in ("time_to_first_token_ms", "decode_tokens_per_second"):
             assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
-    # Each model is timed in a process of its own, so rows 0 (an engine) and 2 (the same model in
+    # Each model is timed in a separate process, so rows 0 (an engine) and 2 (the same model in
     # transformers) have different peaks.
     assert 100e6 < rows[0]["peak_memory_bytes"] < rows[2]["peak_memory_bytes"]
     assert rows[0]["disk_bytes"] == manifest_of(tiny_run, "build_teacher_engine").total_bytes()

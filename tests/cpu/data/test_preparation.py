@@ -96,7 +96,7 @@ def test_ten_times_the_text_takes_the_same_memory(
     peaks = []
     for number in (2_000, 2_000, 20_000):  # the first run also allocates what later runs reuse
         texts = (
-            f"{n} of {number} documents, each with words of its own " * 4 for n in range(number)
+            f"{n} of {number} documents, each with different words " * 4 for n in range(number)
         )
         file = tmp_path / f"{len(peaks)}.jsonl"
         file.write_text("".join(f"{json.dumps(text)}\n" for text in texts))
