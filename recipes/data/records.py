@@ -208,6 +208,7 @@ def dialogue_text(record: object) -> str:
     messages = messages_of(record)
     if len(messages) == 1:
         return ""
-    labels = SPEAKERS | {"system": "Topic"}
-    turns = ((labels.get(m["role"], m["role"]), m["content"].split()) for m in messages)
+    turns = (
+        (SPEAKERS.get(m["role"], m["role"].capitalize()), m["content"].split()) for m in messages
+    )
     return "\n".join(f"{label}: {' '.join(words)}" for label, words in turns)

@@ -71,8 +71,13 @@ class BuildEngineConfig(StageConfig):
 
     @property
     def scale_group(self) -> int | None:
-        """Weights that share a scale; ``None`` unless ``precision`` is ``int4``."""
-        return self.group_size if self.precision == "int4" else None
+        """Weights that share a scale; ``None`` for precisions without groups.
+
+        Only OpenVINO's ``int4`` has groups of this size. TensorRT-LLM's ``int4`` (``W4A16``) has
+        one scale per output channel.
+        """
+        has_groups = self.backend == "openvino" and self.precision == "int4"
+        return self.group_size if has_groups else None
 
 
 @dataclass

@@ -55,6 +55,13 @@ def test_traffic_of_weights_equals_a_hand_count(
     assert weight_traffic(teacher, Storage("int4", 64)) == layers * 4.3125 / 8 + 512 * 128
 
 
+def test_only_engines_of_openvino_have_groups_of_int4_weights() -> None:
+    engine = EngineConfig("build_engine", precision="int4", group_size=32)
+    assert engine.scale_group == 32
+    assert replace(engine, precision="int8").scale_group is None
+    assert replace(engine, backend="tensorrt_llm").scale_group is None
+
+
 def test_traffic_of_the_kv_cache_equals_a_hand_count(teacher: Architecture) -> None:
     # tokens, layers, keys and values, groups, channels, bytes
     assert kv_cache_bytes(teacher, 10, Storage("fp32", kv_bytes=2)) == 10 * 4 * 2 * 4 * 16 * 2
