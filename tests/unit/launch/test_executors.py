@@ -18,9 +18,11 @@ import pytest
 from launch.executors import container, docker, executor_of, local, slurm
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
+from recipes.core.manifest import Acceptance
 from recipes.core.wheels import cache_dir
 from recipes.planning.training_cost import stopping_seconds
 from tests.support.launcher import write_program
+from tests.support.manifests import edit_manifest
 from tests.unit.conftest import SMALL_STUDENT, complete_overrides, stage_named
 
 if TYPE_CHECKING:
@@ -227,7 +229,9 @@ def test_forced_stage_is_complete_only_with_a_new_result(
     assert not is_complete()
     manifest.write_text(manifest.read_text().replace("2025-01-01", "2025-01-02"))  # started later
     assert is_complete()
-    manifest.write_text(manifest.read_text().replace(stage.fingerprint, "other"))
+    # An earlier acceptance of the result has the planned fingerprint, too.
+    acceptance = Acceptance(stage.fingerprint, ["its code changed"])
+    edit_manifest(stage.directory, fingerprint="other", accepted=acceptance)
     assert not is_complete()
     manifest.unlink()
     assert not is_complete()
