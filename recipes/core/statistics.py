@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 
 Z95 = NormalDist().inv_cdf(0.975)
-"""Half the width of a 95% interval, in standard errors (normal approximation)."""
+"""Half the width of a 95% interval, in standard errors, of many values."""
 Z80 = NormalDist().inv_cdf(0.8)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference with its 95% interval."""
+    """A mean difference with its 95% interval.
+
+    The interval assumes independent values. Adjacent sequences of a text may come from the same
+    document, so the true interval can then be wider.
+    """
 
     value: float
     low: float
@@ -22,20 +26,30 @@ class Difference:
 
     @property
     def detectable(self) -> float:
-        """The smallest true difference whose interval excludes 0 with a probability of 80%."""
+        """The smallest true difference whose interval excludes 0 with a probability of 80%.
+
+        Computed for many values; somewhat too large for a few.
+        """
         # A power of 80% needs Z95 + Z80 standard errors; half of the interval is Z95 of them.
         return (self.high - self.low) / 2 * (Z95 + Z80) / Z95
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Returns the standard error of the mean, from the standard deviation; 0 for one value."""
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    """Returns the standard error of the mean, from the standard deviation; infinite for one value.
+
+    Values are assumed to be independent, see ``Difference``.
+    """
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
 
 
 def difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
     """Returns the mean of the paired differences ``values[i] - reference[i]``."""
+    from scipy.special import stdtrit  # only stages need it, and a login node does not have it
+
     differences = [x - y for x, y in zip(values, reference, strict=True)]
-    mean, margin = fmean(differences), Z95 * standard_error(differences)
+    # The quantile of Student's t, of which Z95 is the limit; with one value the error is infinite.
+    quantile = float(stdtrit(max(1, len(differences) - 1), 0.975))
+    mean, margin = fmean(differences), quantile * standard_error(differences)
     return Difference(mean, mean - margin, mean + margin)
 
 

@@ -273,8 +273,8 @@ def interval_plot(
         rows: By the row's label, the CSS class, value and standard error of each model in it.
         text_of: Formats a value.
     """
-    ends = (v + sign * Z95 * e for row in rows.values() for _, v, e in row for sign in (-1, 1))
-    x_axis = axis_over(ends, pad=0.04)
+    margins = ((v, Z95 * error) for row in rows.values() for _, v, error in row)
+    x_axis = axis_over((end for v, m in margins for end in (v - m, v, v + m)), pad=0.04)
     elements = [x_grid(x_axis, 5, text_of)]
     row_height = 100 / len(rows)
     for index, (label, row) in enumerate(rows.items()):
@@ -285,8 +285,8 @@ def interval_plot(
                 _INTERVAL.format(
                     style=style,
                     at=x_axis.at(value),
-                    low=x_axis.at(value - Z95 * error),
-                    high=x_axis.at(value + Z95 * error),
+                    low=x_axis.at(max(value - Z95 * error, x_axis.low)),
+                    high=x_axis.at(min(value + Z95 * error, x_axis.high)),
                     y=round(middle + (position - (len(row) - 1) / 2) * row_height / 4, 2),
                     hint=f"{label}, {style}: {text_of(value)} ± {text_of(Z95 * error)}",
                 )

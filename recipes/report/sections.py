@@ -156,7 +156,7 @@ def quality_mark(role: str, label: str, quality: TextQuality, cost: float) -> Ma
     """Returns a mark at a model's perplexity, with the 95% interval."""
     # A loss of l ± d means a perplexity between exp(l) / exp(d) and exp(l) * exp(d).
     value, factor = quality.perplexity, math.exp(Z95 * quality.loss_standard_error)
-    interval = value / factor, value * factor
+    interval = (value / factor, value * factor) if math.isfinite(factor) else None
     return Mark(label, role, cost, value, interval, reference=role == "teacher")
 
 

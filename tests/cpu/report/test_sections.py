@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from copy import deepcopy
 from dataclasses import replace
@@ -148,6 +149,20 @@ def test_quality_by_data_source(inputs: dict[str, Input], tmp_path: Path) -> Non
     page = Page(render_page({**inputs, "evaluation": evaluation}, tmp_path))
     assert {20.625, 0.375} <= page.numbers()
     assert "a web crawl" in page.text
+
+
+def test_models_evaluated_on_one_sequence_have_no_finite_interval(
+    inputs: dict[str, Input], tmp_path: Path
+) -> None:
+    changed = deepcopy(inputs)
+    for role in ("teacher", "pruned", "distilled"):
+        changed["evaluation"].manifest.metrics[role]["loss_standard_error"] = math.inf
+    text = render_page(changed, tmp_path)
+    assert len(re.findall(r"±[^±]*>inf<", text)) == 3
+    plot = text[text.index('id="plot-quality"') :].partition("</svg>")[0]
+    positions = re.findall(r' (?:x1|x2|cx)="(.*?)%?"', plot)
+    assert positions
+    assert all(0 <= float(position) <= 100 for position in positions)
 
 
 def test_only_the_best_of_many_candidates_have_labels_in_the_plot(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from statistics import fmean
 
 import pytest
@@ -17,7 +18,7 @@ def test_standard_error_of_a_mean() -> None:
     values = [2.0, 4, 4, 4, 5, 5, 7, 9]  # with a sample variance of 32/7
     assert fmean(values) == 5
     assert standard_error(values) == pytest.approx(math.sqrt(32 / 7 / 8))
-    assert standard_error([3.0]) == 0
+    assert standard_error([3.0]) == math.inf
     assert standard_error(RIGHT * 70 + WRONG * 30) == pytest.approx(math.sqrt(0.7 * 0.3 / 99))
 
 
@@ -28,12 +29,27 @@ def test_paired_difference_of_100_items() -> None:
     student = RIGHT * 60 + WRONG * 10 + RIGHT * 10 + WRONG * 20
     teacher = RIGHT * 60 + WRONG * 10 + WRONG * 10 + RIGHT * 20
     paired, error = difference(student, teacher), math.sqrt(29 / 99 / 100)
-    interval = (-0.1, -0.1 - 1.959964 * error, -0.1 + 1.959964 * error)
+    # 1.984 is the quantile of Student's t with 99 degrees of freedom.
+    interval = (-0.1, -0.1 - 1.984217 * error, -0.1 + 1.984217 * error)
     assert (paired.value, paired.low, paired.high) == pytest.approx(interval, abs=1e-6)
     # 2.80 standard errors: 1.96 for significance, and 0.84 for a power of 80%.
-    assert paired.detectable == pytest.approx(2.801585 * error, rel=1e-6)
+    assert paired.detectable == pytest.approx(2.801585 * error, rel=0.02)
     with pytest.raises(ValueError, match="shorter"):
         difference([1.0, 0.0], [1.0])
+
+
+@pytest.mark.parametrize("items", [2, 4, 10])
+def test_intervals_of_a_few_items_contain_the_true_difference_in_95_percent(items: int) -> None:
+    draws, zeros = random.Random(0), [0.0] * items
+    samples = ([draws.gauss(0, 1) for _ in zeros] for _ in range(4000))
+    intervals = [difference(sample, zeros) for sample in samples]
+    assert fmean(i.low <= 0 <= i.high for i in intervals) == pytest.approx(0.95, abs=0.012)
+
+
+def test_one_item_is_not_significant() -> None:
+    change = difference([2.0], [1.0])
+    assert (change.value, change.low, change.high) == (1, -math.inf, math.inf)
+    assert recovered([2.0], [1.0], [1.5]) is None
 
 
 def test_recovered_is_the_restored_fraction_of_what_pruning_lost() -> None:
