@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -14,9 +14,15 @@ from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
 from nemo_convert.families import FAMILIES, Family
 from nemo_convert.hf import Weights, copy_side_files, write_weights
-from nemo_convert.hf_config import as_transformers_4, read_architecture
+from nemo_convert.hf_config import (
+    as_transformers_4,
+    read_architecture,
+    rms_norm_eps,
+    rope_theta,
+)
 from nemo_convert.preflight import model_dtype, require_convertible
 from nemo_convert.tokenizer_files import convert_tokenizer
+from nemo_convert.trust import read_metadata
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
 
@@ -105,8 +111,53 @@ def hf_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
         yield from zip(weight.hf_names(indices), weight.split(arch, tensor), strict=True)
 
 
+def require_matching_config(checkpoint: Path) -> None:
+    """Refuses a NeMo checkpoint whose ``config.json`` describes another model than its files.
+
+    Raises:
+        RecipeError: The family of ``config.json`` does not have one of the stored weights, or
+            NeMo's config in the context has another value.
+    """
+    arch, config = nemo.architecture_of(checkpoint), nemo.read_config(checkpoint)
+    family = FAMILIES[arch.hf_architecture]
+    known = {f"module.{weight.checkpoint_key}" for weight, _ in family.weights_of(arch)}
+    stored = read_metadata(checkpoint / nemo.WEIGHTS).state_dict_metadata
+    names = (key for key in stored if key.startswith("module.") and nemo.EXTRA_STATE not in key)
+    wrong = [f"the weight {name}" for name in sorted(set(names) - known)]
+    expected = {name: getattr(arch, name) for name in arch.megatron_to_hf()}
+    expected |= {"rotary_base": rope_theta(config), "layernorm_epsilon": rms_norm_eps(config)}
+    settings = _context_settings(checkpoint)
+    wrong += [
+        f"{name}={settings[name]} in {nemo.CONTEXT}/io.json instead of {value}"
+        for name, value in expected.items()
+        if settings.get(name) not in (None, value)  # NeMo computes a value that is null
+    ]
+    if wrong:
+        raise RecipeError(
+            f"{checkpoint} is not the {arch.hf_architecture} model that its config.json describes: "
+            f"it has {', '.join(wrong)}.",
+            f"copy the config.json of this model to {nemo.side_folder(checkpoint)}",
+        )
+
+
+def _context_settings(checkpoint: Path) -> dict[str, Any]:
+    """Reads plain values of NeMo's model config as JSON, since to open a context may run code."""
+    objects = read_json(checkpoint / nemo.CONTEXT / "io.json")["objects"].values()
+    return {
+        label.removeprefix("Attr(name='").removesuffix("')"): value.get("value")
+        for item in objects
+        if "<root>.model.config" in item.get("paths", ())
+        for label, value in item["items"]
+        if isinstance(value, dict)
+    }
+
+
 def to_hf(checkpoint: Path, hf_folder: Path) -> None:
-    """Converts a NeMo 2 checkpoint directory to a new Hugging Face folder, atomically."""
+    """Converts a NeMo 2 checkpoint directory to a new Hugging Face folder, atomically.
+
+    Raises:
+        RecipeError: The folder is not empty, or ``require_matching_config`` refuses the checkpoint.
+    """
     require_new(hf_folder)
     hf_folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=hf_folder.parent) as temporary:
@@ -122,6 +173,7 @@ def require_new(folder: Path) -> None:
 
 
 def _write_hf(checkpoint: Path, folder: Path) -> None:
+    require_matching_config(checkpoint)
     copy_side_files(nemo.side_folder(checkpoint), folder)
     config = nemo.read_config(checkpoint)
     # Without head_dim, transformers computes hidden_size / heads, which is wrong after pruning.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nemo_convert import nemo
-from nemo_convert.convert import hf_weights
+from nemo_convert.convert import hf_weights, require_matching_config
 from nemo_convert.families import FAMILIES
 from nemo_convert.hf import Weights, load_causal_lm
 from nemo_convert.hf_config import as_transformers_4, read_architecture
@@ -111,6 +111,7 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
     import torch
     from transformers import AutoTokenizer
 
+    require_matching_config(checkpoint)
     config = as_transformers_4(read_json(hf_folder / "config.json"), str(hf_folder))
     tokenizer = AutoTokenizer.from_pretrained(nemo.side_folder(checkpoint), trust_remote_code=False)
     tokens = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :NUM_TOKENS]

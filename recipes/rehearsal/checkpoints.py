@@ -31,6 +31,7 @@ from megatron.core.dist_checkpointing.mapping import (
     apply_factory_merges,
 )
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from torch.distributed.checkpoint.metadata import Metadata
 
 from nemo_convert import nemo, streaming
 from nemo_convert.families import FAMILIES
@@ -199,4 +200,5 @@ PATCHES = (
     ),
     Patch("nemo_convert.streaming:read_weights", NO_VALUES, "", replace_with(_read_weights)),
     Patch("nemo_convert.nemo:read_metadata", NO_FILES, "", constant(None)),
+    Patch("nemo_convert.convert:read_metadata", NO_FILES, "", constant(Metadata({}))),
 )
