@@ -37,7 +37,11 @@ Pairs = Sequence[tuple[int, int]]
 
 
 def layer_pairs(
-    cfg: DistillConfig, kept: Sequence[int] | None, student: int, teacher: int
+    cfg: DistillConfig,
+    kept: Sequence[int] | None,
+    student: int,
+    teacher: int,
+    teacher_kept: Sequence[int] | None = None,
 ) -> Pairs:
     """Returns the pairs of layers to compare: as configured, or each layer with its original.
 
@@ -45,9 +49,10 @@ def layer_pairs(
 
     Args:
         cfg: Settings of the distillation.
-        kept: For each layer of the student, the teacher's layer that it was copied from, if known.
+        kept: The student's ``KeptLayers``, if known.
         student: Number of the student's layers.
         teacher: Number of the teacher's layers.
+        teacher_kept: The teacher's ``KeptLayers``; ``None`` if the teacher was not pruned.
 
     Raises:
         RecipeError: No pairs are configured, and none can be derived.
@@ -58,8 +63,16 @@ def layer_pairs(
     student_layers = last_stage_layers(student, stages)
     teacher_layers = last_stage_layers(teacher, stages)
     if kept is None and student == teacher:
-        kept = range(1, teacher + 1)
-    originals = (kept or [])[student_layers.start - 1 :]
+        kept = teacher_kept or range(1, teacher + 1)
+    # Both models number the layers of the model before all pruning.
+    numbers = {n: layer for layer, n in enumerate(teacher_kept or range(1, teacher + 1), start=1)}
+    if missing := [layer for layer in kept or () if layer not in numbers]:
+        raise RecipeError(
+            f"the student has the layers {missing} of the model before pruning, but the teacher "
+            "does not have them.",
+            "set intermediate_layer_pairs, for example [[24,30]]",
+        )
+    originals = [numbers[layer] for layer in kept or ()][student_layers.start - 1 :]
     pairs = [p for p in zip(student_layers, originals, strict=False) if p[1] in teacher_layers]
     if not pairs:
         raise RecipeError(
@@ -96,7 +109,8 @@ class TeacherSource:
         if cfg.hidden_weight:
             kept = inputs["student"].manifest.result(KeptLayers).kept_layers
             layers = nemo.architecture_of(checkpoint).num_layers
-            pairs = layer_pairs(cfg, kept, student.num_layers, layers)
+            teacher_kept = source.manifest.result(KeptLayers).kept_layers
+            pairs = layer_pairs(cfg, kept, student.num_layers, layers, teacher_kept)
         runs_in_validation = cfg.stop_at_recovered is not None
         return cls(checkpoint, pairs, runs_in_validation=runs_in_validation)
 

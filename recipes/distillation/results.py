@@ -22,15 +22,17 @@ class TrainingResult:
     tokens_per_second: float
     sources: list[TrainedSource] = field(default_factory=list, kw_only=True)
     """Tokens and epochs of each source of text."""
+    kept_layers: list[int] | None = field(default=None, kw_only=True)
+    """``KeptLayers`` of the trained model, which a second round of pruning reads."""
 
 
 @dataclass(frozen=True)
 class KeptLayers:
-    """The field that results of pruning and of distillation have in common."""
+    """The field that results of pruning and of training have in common."""
 
     kept_layers: list[int] | None = None
-    """For each layer of the model, the number of the teacher's layer that it comes from, counted
-    from 1; ``None`` if unknown."""
+    """For each layer of the model, its number in the model before all pruning, counted from 1;
+    ``None`` if the model was not pruned, or if unknown."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,6 @@ class DistillationResult(TrainingResult):
     teacher_loss: float | None
     stopped: str = ""
     """Reason and step of an early stop; empty if there was none."""
-    kept_layers: list[int] | None = None
-    """``KeptLayers`` of the student, which a second round of pruning reads."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_file, metrics_log, rank
+from recipes.distillation.results import KeptLayers
 from recipes.distillation.settings import CorrectTeacherConfig
 from recipes.distillation.training import (
     resolve_from_chain,
@@ -38,7 +39,11 @@ def run(cfg: CorrectTeacherConfig, inputs: Inputs, out: Path) -> Outcome:
     result = None
     if rank() == 0:
         result = training_result(cfg, metrics_file(out))
-        result = replace(result, sources=trained_sources(cfg, result, inputs))
+        result = replace(
+            result,
+            sources=trained_sources(cfg, result, inputs),
+            kept_layers=inputs["teacher"].manifest.result(KeptLayers).kept_layers,
+        )
     return checkpoint_outcome(result, teacher)
 
 

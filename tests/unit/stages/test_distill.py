@@ -133,6 +133,12 @@ def test_default_pairs_are_the_layers_that_pruning_kept() -> None:
     pipeline = DistillConfig(pipeline_model_parallel_size=2)
     assert layer_pairs(pipeline, [1, 3, 4, 6], 4, 6) == [(3, 4), (4, 6)]
     assert layer_pairs(pipeline, [1, 2, 3, 6], 4, 6) == [(4, 6)]
+    # A teacher that was itself pruned: its sixth layer is the original layer 9.
+    teacher = [1, 2, 3, 4, 5, 9, 10, 11, 12]
+    assert layer_pairs(pipeline, [1, 2, 3, 9, 10], 5, 9, teacher) == [(4, 6), (5, 7)]
+    for lacking in (teacher[:5], None):  # a teacher without the student's layer 9
+        with pytest.raises(RecipeError, match=r"layers \[9\]"):
+            layer_pairs(DistillConfig(), [1, 9], 2, 5, lacking)
     explicit = DistillConfig(intermediate_layer_pairs=[[2, 5]])
     assert layer_pairs(explicit, [1, 3, 6], 3, 6) == [(2, 5)]
     for kept in (None, [1, 2, 3]):  # no pair is on the last stage of both models
