@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 NOT_COMPARED = (
     "Its duplicates are not removed, and it is not compared with held-out text and benchmarks."
@@ -66,6 +69,17 @@ class DatasetResult:
     """First tokens of ``data.prefix``, decoded. Readable text shows that the tokenizer fits."""
     origins: dict[str, Origin] = field(default_factory=dict)
     """Origins by source. The keys are the sources as written in the settings."""
+
+    def with_sequences(self, numbers: Iterable[int], seq_length: int) -> DatasetResult:
+        """Returns the result of a text with only these training sequences of the text.
+
+        A sequence counts for the source of its first token.
+        """
+        train = self.source_tokens["train"]
+        ends = list(accumulate(entry.tokens for entry in train))
+        counts = Counter(bisect_right(ends, int(number) * seq_length) for number in numbers)
+        chosen = [SourceTokens(e.source, counts[n] * seq_length) for n, e in enumerate(train)]
+        return replace(self, source_tokens=self.source_tokens | {"train": chosen})
 
     def trained_sources(self, tokens: int, weights: Mapping[str, float]) -> list[TrainedSource]:
         """Returns how a training run on ``tokens`` tokens uses each source.

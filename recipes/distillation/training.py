@@ -5,7 +5,7 @@ Does not import torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -247,12 +247,19 @@ def training_result(cfg: TrainingConfig, file: Path) -> TrainingResult:
 
 
 def trained_sources(
-    cfg: TrainingConfig, training: TrainingResult, inputs: Inputs
+    cfg: TrainingConfig,
+    training: TrainingResult,
+    inputs: Inputs,
+    cached: Iterable[int] | None = None,
 ) -> list[TrainedSource]:
-    """Returns the tokens and epochs of each source that training read."""
-    return (
-        inputs["data"].manifest.result(DatasetResult).trained_sources(training.tokens, cfg.weights)
-    )
+    """Returns the tokens and epochs of each source that training read.
+
+    ``cached`` has the numbers of the sequences of a cached teacher, the only ones that are read.
+    """
+    data = inputs["data"].manifest.result(DatasetResult)
+    if cached is not None:
+        data = data.with_sequences(cached, cfg.seq_length)
+    return data.trained_sources(training.tokens, cfg.weights)
 
 
 def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:

@@ -244,9 +244,9 @@ def run(cfg: DistillConfig, inputs: Inputs, out: Path) -> Outcome:
     distilled = None
     if rank() == 0:  # only rank 0 writes metrics
         trained = result(cfg, metrics_file(out))
-        distilled = replace(
-            trained, kept_layers=kept, sources=trained_sources(cfg, trained, inputs)
-        )
+        cache = objective.teacher.cache
+        sources = trained_sources(cfg, trained, inputs, cache.sequences if cache else None)
+        distilled = replace(trained, kept_layers=kept, sources=sources)
     return checkpoint_outcome(distilled, student)
 
 

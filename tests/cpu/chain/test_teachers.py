@@ -118,6 +118,9 @@ def test_a_cached_teacher_gives_the_losses_of_a_live_teacher(
     for live_step, step in zip(expected[: STEPS - 4], cached, strict=False):
         assert step["kd"] == pytest.approx(live_step["kd"], rel=1e-2), step["done"]
         assert step["grad_norm"] == pytest.approx(live_step["grad_norm"], rel=1e-2), step["done"]
+    sources = manifest_of(tmp_path / "run", "distill").result(DistillationResult).sources
+    cached_tokens = sum(source.tokens / source.epochs for source in sources)
+    assert cached_tokens == pytest.approx(BATCH * (STEPS - 4) * 64)
 
 
 def test_a_corrected_teacher_predicts_the_text_better(

@@ -341,6 +341,9 @@ def test_tokens_and_epochs_of_a_training_run() -> None:
     result = DatasetResult({}, {}, [], {"train": train}, document_end=0)
     unweighted = result.trained_sources(800, {})
     assert unweighted == [TrainedSource("a", 200, 2.0), TrainedSource("b", 600, 2.0)]
+    # Of a cached teacher's four sequences of 10 tokens, three start in "a" and one starts in "b".
+    cached = result.with_sequences([0, 1, 9, 10], 10).trained_sources(800, {})
+    assert cached == [TrainedSource("a", 600, 20), TrainedSource("b", 200, 20)]
     assert result.trained_sources(800, {"b": 1, "a": 3}) == [
         TrainedSource("b", 200, 200 / 300),
         TrainedSource("a", 600, 6.0),
