@@ -21,17 +21,18 @@ from launch.cluster import Follow
 from launch.executors import container
 from launch.executors.slurm_limits import job_of, job_problems, read_partitions
 from launch.executors.slurm_queue import (
+    POLL_SECONDS,
     RECORD,
     STATE_REASONS,
     JobState,
     SlurmJob,
-    active_jobs,
     job_states,
+    lasting_jobs,
     query,
     read_jobs,
 )
 from launch.plan import Plan
-from launch.planned import ADOPT, SKIP, PlannedStage
+from launch.planned import ADOPT, RUN, SKIP, PlannedStage
 from recipes.core.constraints import Count, CountOrZero, Duration, matching, one_of
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
@@ -49,7 +50,6 @@ TEST_ONLY = "--test-only"
 """Option of ``submit.sh``: asks Slurm about the jobs and submits none."""
 START_ESTIMATE = re.compile(r"to start at (\S+) using (\d+) processors on nodes (\S+)")
 """Matches what ``sbatch --test-only`` prints about a job that Slurm would accept."""
-POLL_SECONDS = 2.0
 RESTART_SECONDS = 900.0
 """How long Slurm's controller may take to restart; meanwhile it does not answer."""
 PLAIN = re.compile(r"[\w./@+=-]+")
@@ -109,21 +109,34 @@ def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
     container.require_stages("mpi", cluster.mpi)
     if problems := list(_settings_problems(plan.todo(), cluster)):
         raise RecipeError("\n".join(problems), fix="")
-    active = active_jobs(plan.run_dir)
-    stages = []
-    for stage in plan.stages:
-        if stage.name not in active:
-            stages.append(stage)
-            continue
-        job, state = active[stage.name]
+    active = lasting_jobs(plan.run_dir)
+    new_jobs = {stage.name for stage in plan.todo() if stage.name not in active}
+    stages = {stage.name: stage for stage in plan.stages}
+    for name, (job, state) in active.items():
         reason = f"job {job.id} is {state.state.lower()}"
-        if job.fingerprint != stage.fingerprint:
-            raise RecipeError(
-                f"{reason} for {stage.name} with other settings, inputs or code.",
-                f"wait for it, or: python launch/run.py cancel run_dir={plan.run_dir}",
-            )
-        stages.append(replace(stage, action=ADOPT, reason=reason))
-    return replace(plan, stages=tuple(stages))
+        # ``only`` may exclude the stage. Even then its job needs the inputs that it started with.
+        config, stage = plan.chain.stages.get(name), stages.get(name)
+        if config and (rerun := sorted(new_jobs & set(config.inputs.values()))):
+            conflict = f", but {', '.join(rerun)} must run again before it"
+        elif stage and job.fingerprint != stage.fingerprint:
+            conflict = " with other settings, inputs or code"
+        elif stage and not _replaces_result(stage):
+            conflict = ", but will not replace its result"
+        else:
+            if stage:
+                stages[name] = replace(stage, action=ADOPT, reason=reason)
+            continue
+        raise RecipeError(
+            f"{reason} for {name}{conflict}.",
+            f"wait for it, or: python launch/run.py cancel run_dir={plan.run_dir}",
+        )
+    return replace(plan, stages=tuple(stages.values()))
+
+
+def _replaces_result(stage: PlannedStage) -> bool:
+    """Whether the submitted job of a stage replaces the result that the plan replaces, if any."""
+    old = stage.result if stage.action == RUN else None
+    return old is None or old.started_at in (stage.directory / SCRIPT).read_text(encoding="utf-8")
 
 
 def problems(plan: Plan, cluster: SlurmConfig) -> Iterator[Problem]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
+from recipes.core.screen import screen
 
 RECORD = "jobs.txt"
 """File in the run directory with a line ``STAGE JOB FINGERPRINT`` for every submitted job."""
@@ -36,6 +38,9 @@ STATE_REASONS = {
 }
 """For each state, why Slurm ended the job. Logs show only that ranks lost their connections."""
 TIMEOUT_SECONDS = 60
+POLL_SECONDS = 2.0
+ENDING_SECONDS = 300.0
+"""How long to wait for jobs that are ending. Slurm kills their processes and cleans their nodes."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,27 @@ def active_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
         for name, job in jobs.items()
         if (state := states.get(job.id)) is not None and state.active
     }
+
+
+def lasting_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
+    """Returns ``active_jobs`` once none of them is ending, as after its cancellation.
+
+    Raises:
+        RecipeError: A job does not end in time.
+    """
+    active, deadline = active_jobs(run_dir), None
+    while ending := [job.id for job, state in active.values() if state.state == "COMPLETING"]:
+        if deadline is None:
+            screen().print(f"waiting until Slurm has ended job {', '.join(ending)}")
+            deadline = time.monotonic() + ENDING_SECONDS
+        elif time.monotonic() > deadline:
+            raise RecipeError(
+                f"Slurm does not end job {', '.join(ending)}, which is completing.",
+                f"repeat the command when scontrol show job {ending[0]} says that it has ended",
+            )
+        time.sleep(POLL_SECONDS)
+        active = active_jobs(run_dir)
+    return active
 
 
 def cancel_jobs(jobs: Iterable[SlurmJob]) -> None:

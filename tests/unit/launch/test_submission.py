@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from launch.executors import slurm
+from launch.executors import slurm, slurm_queue
+from launch.executors.slurm_queue import RECORD
+from recipes.core.errors import RecipeError
 from tests.support.launcher import write_program
 from tests.unit.conftest import stage_named
 
 if TYPE_CHECKING:
-    from tests.unit.conftest import MakePlan
+    from tests.unit.conftest import Complete, MakePlan
 
 SLURM = ("cluster=slurm", "hardware=h100", "cluster.images.tensorrt_llm=engine:1")
 
@@ -67,3 +70,60 @@ def test_submission_ignores_variables_of_an_allocation(
     names = re.findall(r"^\w+(?==)", job_environment.read_text(), re.M)
     # The scripts set a partition but no account, so the user's default account stays.
     assert {*allocation, *ranks, *defaults} & set(names) == {"SLURM_CONF", "SBATCH_ACCOUNT"}
+
+
+@pytest.fixture
+def queued(
+    plan: MakePlan, complete: Complete, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose distillation is job 7; a fake squeue prints the file ``queue``."""
+    planned = plan(*SLURM)
+    for stage in planned.stages:
+        stage.directory.mkdir(parents=True, exist_ok=True)
+    slurm.write_scripts(planned, slurm.SlurmConfig())
+    names = [stage.name for stage in planned.stages]
+    complete(planned, *names[: names.index("distill")])
+    fingerprint = stage_named(planned, "distill").fingerprint
+    (planned.run_dir / RECORD).write_text(f"distill 7 {fingerprint}\n")
+    (tmp_path / "queue").write_text("7|PENDING|Dependency|1:00|\n")
+    write_program(tmp_path / "bin" / "squeue", f"cat {tmp_path}/queue")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+
+
+@pytest.mark.usefixtures("queued")
+def test_a_job_is_kept_only_if_it_does_what_the_plan_wants(
+    plan: MakePlan, complete: Complete
+) -> None:
+    cluster = slurm.SlurmConfig()
+
+    def action(*overrides: str) -> str:
+        prepared = slurm.prepare(plan(*SLURM, *overrides), cluster)
+        return stage_named(prepared, "distill").action
+
+    assert action() == action("force=[distill]") == "adopt", "the job makes the first result"
+    for only in ("only=null", "only=[prune]"):
+        with pytest.raises(RecipeError, match=r"job 7 .* but prune must run again"):
+            action("force=[prune]", only)
+    complete(plan(*SLURM))  # the job is about to end
+    assert action() == "adopt"
+    with pytest.raises(RecipeError, match=r"job 7 .* not replace"):
+        action("force=[distill]")
+    forced = plan(*SLURM, "force=[distill]")
+    slurm.write_scripts(forced, cluster)
+    assert action("force=[distill]") == "adopt", "the command can be repeated"
+
+
+@pytest.mark.usefixtures("queued")
+def test_a_job_that_is_ending_is_not_kept(
+    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm_queue, "POLL_SECONDS", 0.01)
+    queue = tmp_path / "queue"
+    queue.write_text("7|COMPLETING|None|1:00|n1\n")
+    threading.Timer(1, lambda: queue.write_text("7|CANCELLED|None|1:00|n1\n")).start()
+    prepared = slurm.prepare(plan(*SLURM), slurm.SlurmConfig())
+    assert stage_named(prepared, "distill").action == "run"
+    queue.write_text("7|COMPLETING|None|1:00|n1\n")
+    monkeypatch.setattr(slurm_queue, "ENDING_SECONDS", 0)
+    with pytest.raises(RecipeError, match="does not end job 7"):
+        slurm.prepare(plan(*SLURM), slurm.SlurmConfig())
