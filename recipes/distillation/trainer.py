@@ -66,9 +66,9 @@ def train(
     with nemo.outside_slurm():
         trainer = _trainer(cfg)
     # Callbacks are added here, because NeMo would copy those that the trainer's constructor gets.
-    # ``CollectGarbage`` is first, because it must return memory before the trainer's own callback
-    # saves a checkpoint.
-    trainer.callbacks = [CollectGarbage(cfg), *trainer.callbacks, StepLogger(cfg, log)]
+    # ``CollectGarbage`` and ``StepLogger`` are first. Before the trainer's own callback saves a
+    # checkpoint, they return memory and share the losses that the checkpoint contains.
+    trainer.callbacks = [CollectGarbage(cfg), StepLogger(cfg, log), *trainer.callbacks]
     save = partial(_save_trained, cfg, model, restored, nemo.side_folder(start))
     if isinstance(cfg, DistillConfig) and cfg.student_steps:
         # Before the callback that saves checkpoints, so that a run that resumes has all students.

@@ -203,7 +203,7 @@ def test_speed_patches_only_round_differently_in_bfloat16(
     require_same_training(*runs.values(), multiple=BFLOAT16_MULTIPLE)
 
 
-@pytest.mark.parametrize(("first", "second"), [("TP=2", "PP=2"), ("DP=2", "DP=2, two optimizers")])
+@pytest.mark.parametrize(("first", "second"), [("PP=2", "TP=2"), ("DP=2", "DP=2, two optimizers")])
 def test_a_killed_run_resumes_in_another_layout(
     one_rank: Path,
     perturbed: Path,
