@@ -6,8 +6,11 @@ import hashlib
 import os
 import shlex
 import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import IO, Annotated
 
 from rich.console import Console
 
@@ -66,8 +69,9 @@ def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
     return [
         ["docker", "run", "--rm", f"--name={container_name(stage)}"],
         [f"--gpus={cluster.gpus}"] if cluster.gpus and stage.needs_gpu else [],
-        # Data loaders and NCCL share memory; NCCL pins memory, and CUDA needs a large stack.
-        ["--ipc=host", "--ulimit=memlock=-1", "--ulimit=stack=67108864"],
+        # Without --init, Python would be the container's process 1, which ignores SIGTERM. Data
+        # loaders and NCCL share memory; NCCL pins memory, and CUDA needs a large stack.
+        ["--init", "--ipc=host", "--ulimit=memlock=-1", "--ulimit=stack=67108864"],
         [f"--user={os.getuid()}:{os.getgid()}", f"--workdir={os.getcwd()}"],
         *([f"--volume={mount}"] for mount in container.mounts_of(stage, cluster)),
         *([f"--env={name}={value}"] for name, value in env.items()),
@@ -94,4 +98,19 @@ def start(plan: Plan, cluster: DockerConfig, follow: Follow, console: Console) -
     if shutil.which("docker") is None:
         raise RecipeError("there is no docker on this machine.", "install it, or use cluster=local")
     cache_dir().mkdir(parents=True, exist_ok=True)  # otherwise docker creates it as root
-    return local.run_all(plan, follow)
+    return local.run_all(plan, follow, start_container)
+
+
+@contextmanager
+def start_container(stage: PlannedStage, log: IO[bytes]) -> Iterator[Callable[[], bool]]:
+    """Starts a stage by its ``run.sh``. Afterwards no container of the stage is left.
+
+    ``--rm`` removes a container that ends. A container does not end with docker's client, which is
+    killed if the stage does not stop in time.
+    """
+    try:
+        with local.start_script(stage, log) as has_ended:
+            yield has_ended
+    finally:
+        remove = ["docker", "rm", "--force", container_name(stage)]
+        subprocess.run(remove, capture_output=True, check=False)

@@ -1,12 +1,18 @@
-"""The container image of each stage."""
+"""The container image of each stage, and the end of a container."""
 
 from __future__ import annotations
 
+import os
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from launch.executors import docker
+from recipes.core import stage_process
 from recipes.core.errors import RecipeError
+from tests.support.launcher import write_program
 
 if TYPE_CHECKING:
     from tests.unit.conftest import MakePlan
@@ -48,3 +54,33 @@ def test_a_missing_image_of_tensorrt_llm_is_refused(
     assert "engine=null" in str(error.value)
     assert plan(*overrides, unset, "engine=null")
     assert plan(*overrides, "cluster.images.tensorrt_llm=engine:1", *engine)
+
+
+def test_a_stopped_stage_leaves_no_container(
+    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fake docker starts a process that outlives its client, as a container does."""
+    monkeypatch.setattr(stage_process, "STOP_SECONDS", 0.1)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
+    pid = tmp_path / "pid"
+    run = f"setsid sleep 600 & echo $! >{pid}.new; mv {pid}.new {pid}; trap '' TERM; wait"
+    remove = f"if [ -e {pid} ]; then kill $(cat {pid}); fi"
+    commands = f'if [ "$1" = rm ]; then {remove}; elif [ "$1" = run ]; then {run}; fi'
+    write_program(tmp_path / "bin" / "docker", commands)
+    planned = plan(*DOCKER, "only=[plan]")
+    [stage] = planned.stages
+    stage.directory.mkdir(parents=True)
+    docker.write_scripts(planned, docker.DockerConfig())
+
+    def start_and_interrupt() -> None:
+        with (tmp_path / "log").open("wb") as log, docker.start_container(stage, log):
+            while not pid.exists():
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start_and_interrupt()
+    deadline = time.monotonic() + 10
+    while (process := Path("/proc", pid.read_text().strip())).exists():
+        assert time.monotonic() < deadline, f"{process} still runs"
+        time.sleep(0.01)

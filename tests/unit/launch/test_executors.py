@@ -296,7 +296,7 @@ def test_docker_command_has_exactly_these_options(prepare: Prepare, tmp_path: Pa
     options["/usr/share"] = ":ro"
     assert arguments == [
         *("docker", "run", "--rm", f"--name={docker.container_name(stage)}", "--gpus=all"),
-        *("--ipc=host", "--ulimit=memlock=-1", "--ulimit=stack=67108864"),
+        *("--init", "--ipc=host", "--ulimit=memlock=-1", "--ulimit=stack=67108864"),
         *(f"--user={os.getuid()}:{os.getgid()}", f"--workdir={tmp_path}/home"),
         *(f"--volume={path}:{path}{options[path]}" for path in sorted(options)),
         *("--env=OMP_NUM_THREADS=8", "--env=TOKENIZERS_PARALLELISM=false", "--env=NCCL_DEBUG=INFO"),
