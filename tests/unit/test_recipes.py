@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from launch.plan import Plan, typed_stages
 from launch.planned import load_stage
 from launch.schema import CONF
 from nemo_convert.hf_config import SUPPORTED
+from recipes.core.files import REPO_ROOT
 from recipes.planning.chain import CONFIGS
 from recipes.planning.layouts import USABLE_MEMORY_FRACTION, cheapest_proposal
 from recipes.planning.training_cost import training_cost
@@ -217,6 +219,14 @@ def test_large_recipes_pass_all_checks_of_a_plan_on_their_hardware(
         config = planned.chain.stages[name]
         assert cost.memory.total < 80e9 * USABLE_MEMORY_FRACTION
         assert getattr(config, "precision", "bf16-mixed") == "bf16-mixed"
+
+
+@pytest.mark.parametrize("recipe", LARGE)
+def test_large_recipes_start_with_the_steps_of_the_first_day(recipe: str, plan: MakePlan) -> None:
+    page = (REPO_ROOT / "docs" / "first_day_on_slurm.md").read_text()
+    [setting] = re.findall(r"Start with `'?(stages\.distill.+?)'?`", page)
+    distill: Any = plan_large(recipe, plan, setting).chain.stages["distill"]
+    assert distill.max_steps == 20
 
 
 @pytest.mark.parametrize("recipe", LARGE)
