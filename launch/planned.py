@@ -15,7 +15,7 @@ from recipes.core.errors import RecipeError, require_known
 from recipes.core.files import REPO_ROOT
 from recipes.core.fingerprint import module_of, result_settings
 from recipes.core.manifest import WORK, Acceptance, Manifest, read_manifest
-from recipes.core.run_state import InputRef, Request, StageState, Status, stage_state
+from recipes.core.run_state import InputRef, Request, StageState, Status, content_of, stage_state
 from recipes.core.snapshot import code_hash, snapshot_dir
 from recipes.core.stage import StageConfig
 from recipes.core.versions import git_sha
@@ -144,8 +144,8 @@ def load_stage(name: str) -> Stage[Any]:
 def choose_action(stage: PlannedStage, *, forced: bool, selected: bool) -> tuple[str, str]:
     """Returns what to do with a stage, and why.
 
-    Unfinished work with the stage's fingerprint is resumed even if the stage is forced: the same
-    command with ``force`` may have been killed before.
+    Unfinished work with the stage's fingerprint and inputs is resumed even if the stage is forced:
+    the same command with ``force`` may have been killed before.
 
     Args:
         stage: The stage; its field ``action`` is ignored.
@@ -159,9 +159,12 @@ def choose_action(stage: PlannedStage, *, forced: bool, selected: bool) -> tuple
     if reason is None:
         return SKIP, "complete"
     begun = stage.state().begun
-    if begun is not None and begun.fingerprint == stage.fingerprint:
-        return RESUME, "was interrupted"
-    return RUN, reason
+    if begun is None or begun.fingerprint != stage.fingerprint or _replaced_inputs(stage, begun):
+        return RUN, reason
+    if stage.rerun_inputs:
+        names = ", ".join(stage.rerun_inputs)
+        return RESUME, f"was interrupted; starts over if {names} gives another result"
+    return RESUME, "was interrupted"
 
 
 def require_no_lost_work(stage: PlannedStage) -> None:
@@ -206,14 +209,16 @@ def _reason_to_run(stage: PlannedStage) -> str | None:
         return reason if len(fields) == 1 else f"{reason} and {len(fields) - 1} more"
     if stage.rerun_inputs:
         return f"after {', '.join(stage.rerun_inputs)}"
-    # An input may have been computed again with the same fingerprint, but other content.
-    replaced = [
-        name
-        for name, ref in stage.inputs.items()
-        if (new := read_manifest(ref.directory)) is not None
-        and manifest.input_content.get(name) not in (None, new.content_hash())
-    ]
+    replaced = _replaced_inputs(stage, manifest)
     return f"input {', '.join(replaced)} was replaced" if replaced else None
+
+
+def _replaced_inputs(stage: PlannedStage, before: Manifest) -> list[str]:
+    """Returns the inputs that were computed again with other content since an earlier start.
+
+    The content of inputs that this plan computes again is not known yet.
+    """
+    return [] if stage.rerun_inputs else before.replaced_inputs(content_of(stage.inputs))
 
 
 def describe_changes(stage: PlannedStage, before: Manifest) -> list[str]:
@@ -238,10 +243,11 @@ def _compare(
         if key in before.config
         for name, values in _differences(key, before.config[key], now)
     }
+    replaced = _replaced_inputs(stage, before)
     other_changes = [
         f"input {name}"
         for name, ref in stage.inputs.items()
-        if before.inputs.get(name) != ref.fingerprint
+        if name in replaced or before.inputs.get(name) != ref.fingerprint
     ]
     if stage.code != before.code:
         other_changes.append("code")

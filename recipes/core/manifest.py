@@ -6,8 +6,11 @@ module does not import torch, so a login node can read and check a run.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -98,8 +101,8 @@ class Manifest:
     """Seconds of the start that completed the stage, plus those of the starts that it resumed."""
     peak_rss_bytes: int = 0
     input_content: dict[str, str] = field(default_factory=dict)
-    """A hash of each input's files. A forced rerun of an input may change this hash, but not
-    the input's fingerprint."""
+    """A hash of each input's files. A rerun of an input may change this hash, but not the input's
+    fingerprint. ``begun.json`` has a hash only after a start has compared the files with it."""
     accepted: Acceptance | None = None
     """The user's decision to keep this result although it is stale; ``None`` without one."""
     kept: dict[str, list[str]] = field(default_factory=dict)
@@ -137,6 +140,10 @@ class Manifest:
         """Returns the device-hours that the result took."""
         resources: dict[str, int] = self.config.get("resources", {})
         return self.seconds / 3600 * resources.get("nodes", 1) * resources.get("devices", 1)
+
+    def replaced_inputs(self, content: Mapping[str, str]) -> list[str]:
+        """Returns the inputs whose content differs from the content that this stage read."""
+        return [n for n, now in content.items() if self.input_content.get(n) not in (None, now)]
 
     def content_hash(self) -> str:
         """Returns one hash of all files of the artifact."""
@@ -214,7 +221,8 @@ def changed_files(root: Path, stamps: Mapping[str, FileStamp], *, rehash: bool) 
         root: Folder of the files.
         stamps: Expected files by relative path.
         rehash: Whether to hash every file. Otherwise a file with the same size and time counts as
-            unchanged, so that planning a complete chain takes a fraction of a second.
+            unchanged, so that planning a complete chain takes a fraction of a second. A file
+            with another time, as in a copied run, is hashed once: then it gets the recorded time.
     """
     changed, to_hash = [], []
     present = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
@@ -228,11 +236,12 @@ def changed_files(root: Path, stamps: Mapping[str, FileStamp], *, rehash: bool) 
         elif rehash or stat.st_mtime_ns != stamp.mtime_ns:
             to_hash.append(name)
     digests = sha256_of_each([root / name for name in to_hash])
-    changed += [
-        f"{name} (changed)"
-        for name, digest in zip(to_hash, digests, strict=True)
-        if digest != stamps[name].sha256
-    ]
+    for name, digest in zip(to_hash, digests, strict=True):
+        if digest != stamps[name].sha256:
+            changed.append(f"{name} (changed)")
+        else:  # restores the time, so that the next check need not hash the file
+            with contextlib.suppress(OSError):
+                os.utime(root / name, ns=(time.time_ns(), stamps[name].mtime_ns))
     changed += [f"{name} (added)" for name in sorted(present - stamps.keys())]
     return changed
 

@@ -69,6 +69,12 @@ class InputRef:
         return cls(stage_dir, manifest.kind, manifest.fingerprint)
 
 
+def content_of(inputs: Mapping[str, InputRef]) -> dict[str, str]:
+    """Returns a hash of each complete input's files, which the input's manifest lists."""
+    manifests = {name: read_manifest(ref.directory) for name, ref in inputs.items()}
+    return {name: m.content_hash() for name, m in manifests.items() if m is not None}
+
+
 @dataclass(frozen=True)
 class Request:
     """Everything that a stage's process needs to start: the content of ``config.yaml``."""
@@ -283,25 +289,34 @@ def record_acceptance(stage_dir: Path, acceptance: Acceptance | None) -> None:
         write_manifest(stage_dir, replace(manifest, accepted=acceptance))
 
 
-def begin_work(stage_dir: Path, begun: Manifest) -> float:
+def begin_work(stage_dir: Path, begun: Manifest) -> Manifest:
     """Prepares ``work/`` for a start, with an empty ``work/artifact/``.
 
-    Work with the same fingerprint stays, so that training can resume. Other work is deleted.
+    Work with the same fingerprint and inputs stays, so that training can resume. Other work is
+    deleted.
 
     Returns:
-        Seconds that earlier starts spent on this work. Each counts until its last metrics record.
+        The manifest in ``begun.json``. ``seconds`` is the time that earlier starts spent on this
+        work: each counts until its last metrics record. ``input_content`` has only the inputs
+        that an earlier start has hashed.
     """
     work, earlier = stage_dir / WORK, stage_state(stage_dir).begun
-    seconds = earlier.seconds + _recorded_seconds(stage_dir, earlier) if earlier else 0.0
+    if earlier is not None and (replaced := earlier.replaced_inputs(begun.input_content)):
+        names = ", ".join(replaced)
+        print(f"input {names} was replaced, so this stage starts over", flush=True)
+        earlier = None
     if earlier is None or earlier.fingerprint != begun.fingerprint:
         discard_work(stage_dir)
         (stage_dir / METRICS).unlink(missing_ok=True)
-        seconds = 0.0
+        begun = replace(begun, input_content={})
+    else:
+        seconds = earlier.seconds + _recorded_seconds(stage_dir, earlier)
+        begun = replace(begun, seconds=seconds, input_content=earlier.input_content)
     shutil.rmtree(work / ARTIFACT, ignore_errors=True)
     (work / ARTIFACT).mkdir(parents=True)
-    write_manifest(work, replace(begun, seconds=seconds), BEGUN)
+    write_manifest(work, begun, BEGUN)
     forget_outcome(stage_dir)
-    return seconds
+    return begun
 
 
 def _recorded_seconds(stage_dir: Path, begun: Manifest) -> float:

@@ -22,7 +22,16 @@ from omegaconf import OmegaConf
 
 from recipes.core.errors import RecipeError
 from recipes.core.files import storage_problem
-from recipes.core.manifest import ARTIFACT, WORK, Manifest, Outcome, check_artifact, stamp_files
+from recipes.core.manifest import (
+    ARTIFACT,
+    WORK,
+    Manifest,
+    Outcome,
+    check_artifact,
+    read_manifest,
+    stamp_files,
+    write_manifest,
+)
 from recipes.core.processes import (
     die_with_parent,
     make_forks_die_with_parent,
@@ -30,10 +39,12 @@ from recipes.core.processes import (
     prepare_imports,
 )
 from recipes.core.run_state import (
+    BEGUN,
     TRACKER,
     InputRef,
     begin_work,
     complete_stage,
+    content_of,
     read_request,
     record_failure,
 )
@@ -165,13 +176,18 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
         started_at=datetime.now(UTC).isoformat(timespec="microseconds"),
     )
     out, store = stage_dir / WORK / ARTIFACT, _shared_store()
-    earlier_seconds = 0.0
     with _rank_0_first(store, "work and inputs"):
         if rank() == 0:
             require_snapshot(request.snapshot)
-            manifest = replace(manifest, versions=installed_versions())
-            earlier_seconds = begin_work(stage_dir, manifest)
-        inputs = {name: _checked_input(ref) for name, ref in request.inputs.items()}
+            content = content_of(request.inputs)
+            manifest = replace(manifest, versions=installed_versions(), input_content=content)
+            manifest = begin_work(stage_dir, manifest)
+        hashed = manifest.input_content.keys()
+        inputs = {n: _checked_input(r, rehash=n not in hashed) for n, r in request.inputs.items()}
+        content = {name: item.manifest.content_hash() for name, item in inputs.items()}
+        manifest = replace(manifest, input_content=content)
+        if rank() == 0:
+            write_manifest(out.parent, manifest, BEGUN)
     with watch_for_hangs(cfg.resources.hang_timeout, out.parent, rank()):
         outcome = run(cfg, inputs, out)
         peak_rss = _total_peak_memory()
@@ -184,17 +200,18 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
                 architecture=outcome.architecture,
                 parameters=outcome.parameters,
                 tokenizer_sha256=outcome.tokenizer_sha256,
-                seconds=round(earlier_seconds + time.monotonic() - started, 3),
+                seconds=round(manifest.seconds + time.monotonic() - started, 3),
                 peak_rss_bytes=peak_rss,
-                input_content={name: item.manifest.content_hash() for name, item in inputs.items()},
             )
             complete_stage(stage_dir, complete)
 
 
-def _checked_input(ref: InputRef) -> Input:
-    """Returns an input after a check of its fingerprint and files. Only rank 0 hashes the files."""
-    manifest = check_artifact(ref.directory, ref.kind, rehash=rank() == 0)
-    if manifest.fingerprint != ref.fingerprint:
+def _checked_input(ref: InputRef, *, rehash: bool) -> Input:
+    """Returns an input after a check of its fingerprint. Rank 0 also checks the input's files."""
+    if rank() == 0:
+        check_artifact(ref.directory, ref.kind, rehash=rehash)
+    manifest = read_manifest(ref.directory)
+    if manifest is None or manifest.fingerprint != ref.fingerprint:
         raise RecipeError(f"{ref.directory} changed after this stage was planned.", "run again")
     return Input(ref.directory, manifest)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.core.manifest import Manifest, read_manifest, write_manifest
-from recipes.core.run_state import Request
+from recipes.core.run_state import Request, content_of
 from recipes.data.results import DatasetResult, SourceTokens
 
 
@@ -61,5 +61,6 @@ def unfinished_manifest(request: Request) -> Manifest:
         code=request.code,
         libraries=dict(request.libraries),
         inputs=inputs,
+        input_content=content_of(request.inputs),
         started_at="2025-01-02T00:00:00+00:00",
     )

@@ -21,8 +21,8 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
 from recipes.core import versions
 from recipes.core.files import REPO_ROOT
-from recipes.core.manifest import ARTIFACT, read_manifest, stamp_files, write_manifest
-from recipes.core.run_state import LastPlan
+from recipes.core.manifest import ARTIFACT, stamp_files, write_manifest
+from recipes.core.run_state import LastPlan, content_of
 from recipes.planning.chain import Chain
 from tests.support.folders import write_folder
 from tests.support.launcher import fork_launcher
@@ -142,11 +142,7 @@ def write_complete(stage: PlannedStage, content: str = "result") -> None:
         inputs={name: ref.fingerprint for name, ref in stage.inputs.items()},
         files=stamp_files(artifact),
         parameters=STUDENT.parameters() if kind.startswith("checkpoint") else None,
-        input_content={
-            name: result.content_hash()
-            for name, ref in stage.inputs.items()
-            if (result := read_manifest(ref.directory))
-        },
+        input_content=content_of(stage.inputs),
     )
     write_manifest(stage.directory, manifest)
 

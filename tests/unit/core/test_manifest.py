@@ -184,8 +184,12 @@ def test_only_hashes_detect_a_change_that_keeps_size_and_time(
     stamps = stamp_files(artifact)
     assert list(stamps) == ["a.txt", "sub/b.txt"]
     (artifact / "a.txt").write_text(text)
-    os.utime(artifact / "a.txt", ns=(0, stamps["a.txt"].mtime_ns + mtime_change))
+    old_time = stamps["a.txt"].mtime_ns
+    os.utime(artifact / "a.txt", ns=(0, old_time + mtime_change))
     assert changed_files(artifact, stamps, rehash=False) == changed_by_stamp
+    # An unchanged file gets the recorded time, so that it is hashed only once.
+    time = old_time + (mtime_change if changed_by_stamp else 0)
+    assert (artifact / "a.txt").stat().st_mtime_ns == time
     assert changed_files(artifact, stamps, rehash=True) == changed_by_hash
 
 

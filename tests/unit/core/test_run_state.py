@@ -137,13 +137,13 @@ def test_seconds_of_continued_starts_are_summed(tmp_path: Path) -> None:
         with (tmp_path / METRICS).open("a") as file:
             file.write(json.dumps({"time": datetime.fromisoformat(at).timestamp()}) + "\n")
 
-    assert begin_work(tmp_path, start_manifest()) == 0
+    assert begin_work(tmp_path, start_manifest()).seconds == 0
     write_record("2025-01-01T10:01:30Z")
-    assert begin_work(tmp_path, start_manifest(at="10:05")) == 90
+    assert begin_work(tmp_path, start_manifest(at="10:05")).seconds == 90
     write_record("2025-01-01T10:05:30Z")
-    assert begin_work(tmp_path, start_manifest(at="10:10")) == 120
-    assert begin_work(tmp_path, start_manifest(at="10:20")) == 120
-    assert begin_work(tmp_path, start_manifest("g", at="10:30")) == 0
+    assert begin_work(tmp_path, start_manifest(at="10:10")).seconds == 120
+    assert begin_work(tmp_path, start_manifest(at="10:20")).seconds == 120
+    assert begin_work(tmp_path, start_manifest("g", at="10:30")).seconds == 0
 
 
 def test_work_of_an_existing_result_is_leftover(tmp_path: Path) -> None:

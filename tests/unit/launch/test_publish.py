@@ -12,7 +12,8 @@ import pytest
 
 from launch.sweep import require_separate_results
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest, stamp_files
+from recipes.core.manifest import ARTIFACT, MANIFEST, stamp_files
+from recipes.core.run_state import content_of
 from recipes.core.trackers import public_text
 from tests.support.hub import FakeHub, fake_hub, settings_for
 from tests.support.manifests import edit_manifest
@@ -47,15 +48,12 @@ def run(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
     for stage in (stage for stage in planned.stages if stage.name in files):
         for name, content in files[stage.name].items():
             (stage.directory / ARTIFACT / name).write_bytes(content)
-        manifests = {name: read_manifest(ref.directory) for name, ref in stage.inputs.items()}
         config = {**stage.request().config, "resources": {"env": {"PROXY": SECRET}}}
         edit_manifest(
             stage.directory,
             config=config,
             files=stamp_files(stage.directory / ARTIFACT),
-            input_content={
-                name: result.content_hash() for name, result in manifests.items() if result
-            },
+            input_content=content_of(stage.inputs),
         )
     return tmp_path / "run"
 
