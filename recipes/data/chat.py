@@ -26,9 +26,9 @@ NO_ANSWER, TEMPLATE_ERROR, ANSWERS_NOT_FOUND, SPECIAL_TOKEN, TOO_LONG = (
     "contains a special token",
     "too long",
 )
-"""Reasons to leave a conversation out. ``ANSWERS_NOT_FOUND``: an answer's tokens cannot be
-identified, because the conversation starts with an answer, or because the template renders the
-turns before an answer differently once the answer is there."""
+"""Reasons to leave a conversation out. ``ANSWERS_NOT_FOUND``: no answer's tokens can be identified,
+because the conversation starts with an answer, or because the template renders the turns before an
+answer differently once the answer is there."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,13 @@ class ChatTokenizer:
 
         return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
 
+    @cached_property
+    def _special_tokens(self) -> set[str]:
+        # ``all_special_tokens`` lacks tokens that are special, but are not named in the config.
+        added = self._tokenizer.added_tokens_decoder.values()
+        named: list[str] = self._tokenizer.all_special_tokens
+        return {*named, *(token.content for token in added if token.special)}
+
     def require_template(self) -> None:
         """Raises ``RecipeError`` if the tokenizer has no chat template."""
         if self._tokenizer.chat_template is None:
@@ -64,8 +71,8 @@ class ChatTokenizer:
 
         if not any(message["role"] == ASSISTANT for message in messages):
             return Encoded.left_out_because(NO_ANSWER)
-        special = self._tokenizer.all_special_tokens
-        if any(token in message["content"] for message in messages for token in special):
+        contents = [message["content"] for message in messages]
+        if any(token in content for content in contents for token in self._special_tokens):
             return Encoded.left_out_because(SPECIAL_TOKEN)
         try:
             tokens_and_mask = self._tokens_and_mask(messages)
@@ -111,12 +118,14 @@ class ChatTokenizer:
             answered_ids = render(messages[: number + 1])
             start, stop = len(prompt_ids), len(answered_ids)
             if start > stop or ids[:start] != prompt_ids or ids[:stop] != answered_ids:
-                return None
+                # The model never writes this answer like this. For example, Qwen3's template
+                # leaves the reasoning out of earlier answers.
+                continue
             # Text after the last end-of-turn token, such as a line break, is not in the answer.
             ends = [n for n in range(start, stop) if ids[n] == self._tokenizer.eos_token_id]
             stop = ends[-1] + 1 if ends else stop
             loss_mask[start:stop] = [True] * (stop - start)
-        return ids, loss_mask
+        return (ids, loss_mask) if any(loss_mask) else None
 
 
 def pack(

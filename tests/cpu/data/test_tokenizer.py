@@ -45,9 +45,8 @@ def make_tokenizer(folder: Path, template: str | None, seq_length: int = LONG) -
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<stop>", additional_special_tokens=SPECIAL_TOKENS[:2]
-    )
+    # As in SmolLM2's files, only the list of added tokens says that the others are special.
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<stop>")
     fast.chat_template = template
     fast.save_pretrained(folder)
     return ChatTokenizer(folder, END, seq_length)
@@ -91,9 +90,11 @@ def test_only_the_words_of_the_assistant_count_in_the_loss(tmp_path: Path, templ
     [
         (PLAIN, QUESTION, chat.NO_ANSWER),
         (ALTERNATES, [*QUESTION, ANSWER], chat.TEMPLATE_ERROR),
-        (THINK_IN_LAST_TURN, [*QUESTION, ANSWER, *QUESTION, ANSWER], chat.ANSWERS_NOT_FOUND),
         (PLAIN, [ANSWER], chat.ANSWERS_NOT_FOUND),
-        (PLAIN, [*QUESTION, {"role": "assistant", "content": "a <stop> b"}], chat.SPECIAL_TOKEN),
+        *(
+            (PLAIN, [*QUESTION, {"role": "assistant", "content": f"a {t} b"}], chat.SPECIAL_TOKEN)
+            for t in SPECIAL_TOKENS
+        ),
         (PLAIN, [*QUESTION, {"role": "assistant", "content": "x" * LONG}], chat.TOO_LONG),
     ],
 )
@@ -102,11 +103,14 @@ def test_unusable_conversations_are_left_out(
 ) -> None:
     conversation = encode(make_tokenizer(tmp_path, template), messages)
     assert (conversation.left_out_reason, len(conversation.ids)) == (reason, 0)
-    if template == THINK_IN_LAST_TURN:  # a conversation of one turn is usable
-        assert texts_in_loss(
-            make_tokenizer(tmp_path, template),
-            encode(make_tokenizer(tmp_path, template), messages[:3]),
-        )
+
+
+def test_answers_that_the_template_renders_without_their_reasoning_are_not_in_the_loss(
+    tmp_path: Path,
+) -> None:
+    tokenizer = make_tokenizer(tmp_path, THINK_IN_LAST_TURN)
+    for messages in ([*QUESTION, ANSWER], [*QUESTION, ANSWER, *QUESTION, ANSWER]):
+        assert texts_in_loss(tokenizer, encode(tokenizer, messages)) == ["<think>So.<stop>"]
 
 
 def test_a_long_conversation_is_shortened_to_its_last_whole_answer(tmp_path: Path) -> None:
