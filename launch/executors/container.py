@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,9 +84,9 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
     writable = {Path.cwd(), stage.directory.parent, cache_dir().absolute()}
     writable |= {Path(folder) for folder in hub_folders().values()}
     external = stage.definition.external(stage.config)
-    readable = {ref.directory for ref in stage.inputs.values()} | {
-        path.absolute() for path in external.values()
-    }
+    readable = {ref.directory for ref in stage.inputs.values()}
+    for path in external.values():
+        readable |= {path.absolute(), *_link_folders(path.absolute())}
     # With ``prefix``, the result of ``prepare_data`` has links to the user's files.
     for config in stage.chain.stages.values():
         if isinstance(config, PrepareDataConfig) and config.prefix:
@@ -100,6 +100,25 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
         if not parents or (path in writable and all(m.read_only for m in parents)):
             mounts.append(Mount(path, path not in writable))
     return mounts
+
+
+def _link_folders(path: Path) -> Iterator[Path]:
+    """Yields the paths that a container needs to follow a link and the links in a folder.
+
+    Links are not resolved, because a mounted path has no links in a container.
+    """
+    while path.is_symlink() and path.exists():
+        yield path.parent  # so that the container has the link, from whose target others start
+        path = _link_target(path)
+        yield path
+    for file in path.rglob("*"):
+        while file.is_symlink() and file.exists():
+            file = _link_target(file)
+            yield file.parent
+
+
+def _link_target(link: Path) -> Path:
+    return Path(os.path.normpath(link.parent / link.readlink()))
 
 
 def hub_folders() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The container image of each stage, and the end of a container."""
+"""The container image of each stage, its mounts of links, and the end of a container."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from launch.executors import docker
+from launch.executors import container, docker
 from recipes.core import stage_process
 from recipes.core.errors import RecipeError
 from tests.support.launcher import write_program
+from tests.unit.conftest import SMALL_STUDENT
 
 if TYPE_CHECKING:
     from tests.unit.conftest import MakePlan
@@ -54,6 +55,25 @@ def test_a_missing_image_of_tensorrt_llm_is_refused(
     assert "engine=null" in str(error.value)
     assert plan(*overrides, unset, "engine=null")
     assert plan(*overrides, "cluster.images.tensorrt_llm=engine:1", *engine)
+
+
+def test_folders_to_which_links_of_a_model_lead_are_mounted(
+    plan: MakePlan, tmp_path: Path, hf_folder: Path
+) -> None:
+    """A hub's cache has links to ``blobs``; the user may have made a link to the model's folder."""
+    blobs, snapshot, link = (tmp_path / name for name in ("blobs", "snapshots/a", "links/model"))
+    for folder in (blobs, snapshot, link.parent):
+        folder.mkdir(parents=True)
+    for number, file in enumerate(hf_folder.iterdir()):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    (snapshot / "loop").symlink_to("loop")
+    link.symlink_to(snapshot)
+    for path, own_mount in ((snapshot, set()), (link, {link.parent})):
+        model = (f"model.hf_path={path}", *SMALL_STUDENT)
+        [stage] = plan(*DOCKER, *model, "only=[import_hf]").stages
+        mounts = container.mounts_of(stage, docker.DockerConfig())
+        assert {m.path for m in mounts if m.read_only} == {snapshot, blobs, *own_mount}
 
 
 def test_a_stopped_stage_leaves_no_container(
