@@ -48,6 +48,18 @@ def write_text_atomically(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def sync(path: Path) -> None:
+    """Waits until a file's content, or the names of the files in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def remove_partial(folder: Path) -> None:
     """Removes partial files that killed processes left. No process may be writing to the folder."""
     for partial in folder.glob(".*.partial"):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from recipes.core.errors import RecipeError
-from recipes.core.files import sha256_of_each, write_text_atomically
+from recipes.core.files import sha256_of_each, sync, write_text_atomically
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -205,7 +205,14 @@ def manifest_of(source: str | None) -> Manifest | None:
 
 
 def stamp_files(root: Path) -> dict[str, FileStamp]:
-    """Hashes every file below ``root``, keyed by its relative POSIX path."""
+    """Hashes every file below ``root``, keyed by its relative POSIX path.
+
+    Libraries do not sync the files that they write. So this function does, before the manifest with
+    the stamps is written.
+    """
+    for path in (root, *root.rglob("*")):
+        if not path.is_symlink():
+            sync(path)
     paths = sorted(p for p in root.rglob("*") if p.is_file())
     stats = [path.stat() for path in paths]
     return {

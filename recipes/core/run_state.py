@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from recipes.core.errors import RecipeError
-from recipes.core.files import read_json, write_json, write_text_atomically
+from recipes.core.files import read_json, sync, write_json, write_text_atomically
 from recipes.core.fingerprint import result_settings, stage_code, stage_fingerprint
 from recipes.core.manifest import (
     ARTIFACT,
@@ -330,7 +330,8 @@ def complete_stage(stage_dir: Path, manifest: Manifest) -> None:
     """Makes ``work/artifact/`` the stage's result.
 
     The old manifest is deleted first and the new manifest is written last, so that the stage is
-    incomplete if a kill comes in between.
+    incomplete if a kill comes in between. Work is deleted once the result is on the disk, where
+    ``stamp_files`` has already synced its files.
     """
     (stage_dir / MANIFEST).unlink(missing_ok=True)
     target = stage_dir / ARTIFACT
@@ -338,6 +339,7 @@ def complete_stage(stage_dir: Path, manifest: Manifest) -> None:
         shutil.rmtree(target)
     (stage_dir / WORK / ARTIFACT).rename(target)
     write_manifest(stage_dir, manifest)
+    sync(stage_dir)
     discard_work(stage_dir)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from recipes.core import stage_process
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import ARTIFACT, MANIFEST, WORK, read_manifest
+from recipes.core.manifest import ARTIFACT, MANIFEST, WORK, read_manifest, stamp_files
 from recipes.core.metrics import METRICS, MetricsLog
 from recipes.core.run_state import (
     BEGUN,
@@ -191,6 +191,32 @@ def test_a_new_result_replaces_the_old_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):  # there is no work/artifact to publish
         complete_stage(tmp_path, start_manifest())
     assert not (tmp_path / MANIFEST).exists()
+
+
+def test_a_result_is_on_the_disk_before_the_work_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a power cut could leave a manifest, truncated files and no checkpoints."""
+    checkpoint = fail(tmp_path)
+    artifact = tmp_path / WORK / ARTIFACT
+    (artifact / "sub").mkdir()
+    (artifact / "sub" / "weights").write_text("weights")
+    (artifact / "outside").symlink_to("/proc/version")  # a disk that cannot be synced
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        assert checkpoint.exists()
+        fsync(descriptor)
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", record)
+    files = stamp_files(artifact)
+    names = "", "half", "sub", "sub/weights"
+    assert set(synced) == {str(artifact / name) for name in names}
+    complete_stage(tmp_path, replace(start_manifest(), files=files))
+    assert synced[-1] == str(tmp_path)  # has the new names of the artifact and the manifest
+    assert not checkpoint.exists()
 
 
 @pytest.mark.parametrize("name", [BEGUN, OUTCOME])
