@@ -39,6 +39,7 @@ def chain_of(
         own_python=has_own_python(cfg.cluster),
         images=cfg.cluster.get("images") or {},
         time_limit=str(cfg.cluster.get("time", "")),
+        margin_seconds=cfg.cluster.get("margin_seconds"),
         max_requeues=cfg.cluster.get("max_requeues"),
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 import shlex
@@ -40,9 +39,8 @@ from recipes.core.screen import plain_table
 from recipes.core.stage import SbatchOption
 from recipes.core.stage_process import LOGS, failure, newest_log
 from recipes.core.wheels import cache_dir
-from recipes.planning.limits import slurm_seconds
+from recipes.planning.limits import margin_seconds, slurm_seconds
 from recipes.planning.rules import Problem
-from recipes.planning.training_cost import stopping_seconds
 
 SCRIPT = "job.sbatch"
 SUBMIT = "submit.sh"
@@ -54,8 +52,6 @@ RESTART_SECONDS = 900.0
 """How long Slurm's controller may take to restart; meanwhile it does not answer."""
 PLAIN = re.compile(r"[\w./@+=-]+")
 """Text that needs no quotes in sbatch options and in scripts."""
-MIN_MARGIN_SECONDS = 300
-"""Minimum of the default of ``margin_seconds``, because the planned time omits some costs."""
 Name = Annotated[str, matching(r"[\w.,@+=-]+", "a name without spaces")]
 Program = Annotated[str, matching(PLAIN.pattern, "one program, without spaces")]
 
@@ -77,7 +73,8 @@ class SlurmConfig(container.Containers):
     """Partition of stages that use no GPU; ``partition`` by default."""
     margin_seconds: Count | None = None
     """Training stops and saves this many seconds before the time limit. The default is the planned
-    time of two steps, a validation and a checkpoint, but at least 300."""
+    time of two steps, a validation and a checkpoint, for a search also that of loading the models,
+    but at least 300."""
     max_requeues: CountOrZero = 40
     """How often a stage is started again after it stopped at its time limit."""
     gpus: Annotated[str, one_of("gpus-per-node", "gres")] | None = "gpus-per-node"
@@ -159,7 +156,8 @@ def _settings_problems(stages: Iterable[PlannedStage], cluster: SlurmConfig) -> 
     for stage in stages:
         stage_limit = stage.config.resources.time
         key = f"stages.{stage.name}.resources.time" if stage_limit else "cluster.time"
-        limit, margin = stage_limit or cluster.time, _margin_seconds(stage, cluster)
+        limit = stage_limit or cluster.time
+        margin = margin_seconds(stage.name, stage.chain)
         if slurm_seconds(limit) <= margin:
             yield (
                 f"{key}={limit} is too short: {stage.name} stops {margin} s before the limit\n"
@@ -170,15 +168,6 @@ def _settings_problems(stages: Iterable[PlannedStage], cluster: SlurmConfig) -> 
                 f"{stage.directory} has a character that job options cannot hold\n"
                 "  fix: set run_dir to a path of letters, digits and ./@+=_-"
             )
-
-
-def _margin_seconds(stage: PlannedStage, cluster: SlurmConfig) -> int:
-    """Returns the seconds before a job's time limit at which its stage stops and saves."""
-    if cluster.margin_seconds is not None:
-        return cluster.margin_seconds
-    workload = stage.workload
-    seconds = stopping_seconds(workload, stage.chain.hardware) if workload is not None else 0
-    return max(MIN_MARGIN_SECONDS, math.ceil(seconds))
 
 
 def write_scripts(plan: Plan, cluster: SlurmConfig) -> None:
@@ -222,7 +211,7 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         local_caches=container.LOCAL_CACHES if stage.definition.needs_torch else (),
         python=shlex.quote(cluster.python or ("python" if image else sys.executable)),
         mpi=cluster.mpi.get(stage.config.stage) if stage.needs_tensorrt_llm else None,
-        margin_seconds=_margin_seconds(stage, cluster),
+        margin_seconds=margin_seconds(stage.name, stage.chain),
     )
 
 

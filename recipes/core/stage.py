@@ -115,6 +115,18 @@ def time_is_up() -> bool:
     return limit is not None and time.time() >= limit
 
 
+def require_time_left(next_step: str) -> None:
+    """Raises ``StoppedByDeadlineError`` if the deadline has passed.
+
+    Args:
+        next_step: Name of the step that would be next. All earlier steps must be saved.
+    """
+    if time_is_up():
+        raise StoppedByDeadlineError(
+            f"stopped at the deadline before {next_step}.", "run the same command to resume"
+        )
+
+
 def metrics_file(out: Path) -> Path:
     """Returns the metrics file of the stage that writes its artifact to ``out``."""
     return out.parent.parent / METRICS  # ``out`` is work/artifact in the stage's directory

@@ -31,7 +31,7 @@ from recipes.core.run_state import (
     request_of,
     stage_state,
 )
-from recipes.core.stage import StageConfig, StoppedByDeadlineError
+from recipes.core.stage import StageConfig, StoppedByDeadlineError, require_time_left
 from recipes.core.watchdog import pause_watchdog
 
 LOGS = "logs"
@@ -147,15 +147,17 @@ def run_child(config: StageConfig, stage_dir: Path, inputs: Mapping[str, Path]) 
 
     Raises:
         RecipeError: The child failed, or an input is not complete.
-        StoppedByDeadlineError: The child stopped at the deadline, and so must this stage.
+        StoppedByDeadlineError: The deadline passed before the child started, or the child stopped
+            at the deadline. So this stage must stop, too.
     """
     request = request_of(config.stage, config, {n: InputRef.of(d) for n, d in inputs.items()})
     if stage_state(stage_dir, request.fingerprint).status is Status.COMPLETE:
         return
+    name = f"{stage_dir.name} of {stage_dir.parent.name}"
+    require_time_left(name)
     devices = config.resources.devices
     file = request.write(stage_dir)
     command = start_command(module_of(config.stage), file, devices, sys.executable)
-    name = f"{stage_dir.name} of {stage_dir.parent.name}"
     try:
         with pause_watchdog():
             run_to_end(

@@ -210,7 +210,7 @@ def token_quality(teacher: FinalStates, student: FinalStates, text: TextSequence
 
 def measure_checkpoints(
     teacher: Path,
-    students: Sequence[Path],
+    students: Iterable[Path],
     text: TextSequences,
     precision: str,
     micro_batch_size: int,

@@ -52,6 +52,8 @@ class Chain:
     """Container images. A key is a stage's module, ``tensorrt_llm``, or ``default``."""
     time_limit: str = ""
     """Time limit of a Slurm job, in Slurm's format; empty if there is no limit."""
+    margin_seconds: int | None = None
+    """Seconds before the time limit at which a stage stops; ``None``: a stage's own estimate."""
     max_requeues: int | None = None
     """How often a job that reached its time limit is started again; ``None`` for any number."""
     from_published_config: bool = False

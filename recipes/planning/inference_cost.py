@@ -68,6 +68,8 @@ class InferenceCost:
     """Whether models compute in bfloat16 instead of float32."""
     generated_bytes: float = 0
     """Memory traffic of text generation: all weights and the KV cache, at each decoding step."""
+    stopping_seconds: float | None = None
+    """Seconds that the stage may need to stop at a deadline; ``None`` if it cannot stop there."""
 
     def hours(self, hardware: Hardware) -> float:
         """Returns the hours on a hardware profile. The time of generation is a lower bound."""

@@ -17,7 +17,7 @@ from recipes.planning.chain import Chain
 from recipes.planning.hardware import gpus_here
 from recipes.planning.layouts import proposals
 from recipes.planning.rules import Problem
-from recipes.planning.training_cost import peak_memory, training_cost
+from recipes.planning.training_cost import peak_memory, stopping_seconds, training_cost
 from recipes.planning.workload import Layout, Workload
 
 BYTES_PER_TOKEN = 4.0
@@ -28,6 +28,8 @@ TOKENIZED_PER_SECOND = 290_000
 MAX_EPOCHS = 4
 """Passes over a source after which its text teaches little (arXiv:2305.16264)."""
 NO_TIME_LIMIT = "999999-00:00:00"
+MIN_MARGIN_SECONDS = 300
+"""Minimum of the default margin, because the planned time omits some costs."""
 
 
 def limit_problems(chain: Chain, stages: Collection[str]) -> Iterator[Problem]:
@@ -51,12 +53,17 @@ def limit_problems(chain: Chain, stages: Collection[str]) -> Iterator[Problem]:
     for name, workload in chain.workloads.items():
         if name in stages:
             yield from _training_memory_problems(name, workload, chain)
-            hours = training_cost(workload, chain.hardware).hours
-            yield from _time_problems(name, hours, chain)
             yield from _text_problems(name, workload, chain)
-    for name, seconds in preparation_seconds(chain).items():
+    for name, hours in _expected_hours(chain).items():
         if name in stages:
-            yield from _time_problems(name, seconds / 3600, chain)
+            yield from _time_problems(name, hours, chain)
+
+
+def _expected_hours(chain: Chain) -> dict[str, float]:
+    """Returns the expected hours of each stage, if they are known."""
+    hours = {name: seconds / 3600 for name, seconds in preparation_seconds(chain).items()}
+    hours |= {n: training_cost(w, chain.hardware).hours for n, w in chain.workloads.items()}
+    return hours | {n: cost.hours(chain.hardware) for n, cost in chain.inference_costs.items()}
 
 
 def preparation_seconds(chain: Chain) -> dict[str, float]:
@@ -130,14 +137,35 @@ def slurm_seconds(limit: str) -> int:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
+def margin_seconds(name: str, chain: Chain) -> int:
+    """Returns the seconds before a job's time limit at which its stage stops and saves."""
+    if chain.margin_seconds is not None:
+        return chain.margin_seconds
+    workload, cost = chain.workloads.get(name), chain.inference_costs.get(name)
+    seconds = stopping_seconds(workload, chain.hardware) if workload else 0.0
+    if cost is not None:
+        seconds = cost.stopping_seconds or 0.0
+    return max(MIN_MARGIN_SECONDS, math.ceil(seconds))
+
+
 def _time_problems(name: str, hours: float, chain: Chain) -> Iterator[Problem]:
+    """Compares a stage's time with its job's time limit.
+
+    A stage that can stop stops a margin before the limit, and its next job resumes.
+    """
     limit = chain.stages[name].resources.time or chain.time_limit or NO_TIME_LIMIT
-    jobs = math.ceil(hours * 3600 / slurm_seconds(limit))
+    cost = chain.inference_costs.get(name)
+    can_stop = cost is None or cost.stopping_seconds is not None
+    margin = margin_seconds(name, chain) if can_stop else 0
+    jobs = math.ceil(hours * 3600 / max(1, slurm_seconds(limit) - margin))
     if jobs <= 1:
         return
-    what = f"{name} takes about {hours:.1f} hours, but a job may take {limit}"
+    what = f"{name} takes about {hours:.3g} hours, but a job may take {limit}"
     fix = "raise the limit, or use more devices or processes"
-    if chain.max_requeues is not None and jobs > chain.max_requeues + 1:
+    if not can_stop:
+        what = f"{what}, and this stage cannot resume"
+        yield Problem(rules.REQUEUES, what, f"raise stages.{name}.resources.time")
+    elif chain.max_requeues is not None and jobs > chain.max_requeues + 1:
         what = f"{what} and is started {chain.max_requeues + 1} times"
         yield Problem(rules.REQUEUES, what, f"{fix}, or cluster.max_requeues={jobs - 1}")
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from recipes.core.files import write_text_atomically
 from recipes.core.manifest import ARTIFACT, read_manifest
-from recipes.core.stage import Inputs, rank, world_size
+from recipes.core.stage import Inputs, rank, require_time_left, world_size
 from recipes.core.stage_process import run_child
 from recipes.core.watchdog import pause_watchdog
 from recipes.distillation.settings import DistillConfig
@@ -75,21 +75,29 @@ class HalvingRun:
         return directory
 
     def measure(self, candidates: Sequence[Candidate], round_number: int) -> list[TokenQuality]:
-        """Measures every candidate on validation text after a round, on rank 0."""
+        """Measures every candidate on validation text after a round, on rank 0.
+
+        Raises:
+            StoppedByDeadlineError: The deadline passed before the last model was loaded.
+        """
         from nemo_convert import nemo
         from recipes.backend.device import release_cached_memory
         from recipes.data.token_sequences import read_sequences
         from recipes.evaluation.text_quality import measure_checkpoints
 
+        def find_in_time(artifact: Path) -> Path:
+            require_time_left(f"measuring round {round_number}")
+            return nemo.find_checkpoint(artifact)
+
         results = self._directory / f"round-{round_number}.json"
         if rank() == 0 and not results.exists():  # a killed search may have measured this round
             length, size = self._cfg.distill.seq_length, self._cfg.distill.micro_batch_size
             text = read_sequences(self._inputs["data"], "validation", length, self._cfg.num_samples)
-            teacher = nemo.find_checkpoint(self._inputs["checkpoint"].artifact)
-            students = [
-                nemo.find_checkpoint(self._round_dir(candidate, round_number) / ARTIFACT)
+            teacher = find_in_time(self._inputs["checkpoint"].artifact)
+            students = (  # a generator, so that each is looked up just before it is loaded
+                find_in_time(self._round_dir(candidate, round_number) / ARTIFACT)
                 for candidate in candidates
-            ]
+            )
             qualities = measure_checkpoints(teacher, students, text, self._cfg.precision, size)
             write_text_atomically(results, json.dumps([asdict(quality) for quality in qualities]))
             release_cached_memory()  # the next round's training is another process on this GPU

@@ -29,7 +29,12 @@ from recipes.planning.chain import Chain
 from recipes.planning.inference_cost import InferenceCost, Sequences, comparison_cost
 from recipes.planning.layouts import layout_problems
 from recipes.planning.rules import Problem
-from recipes.planning.training_cost import peak_memory, token_compute
+from recipes.planning.training_cost import (
+    STORAGE_BYTES_PER_SECOND,
+    peak_memory,
+    stopping_seconds,
+    token_compute,
+)
 from recipes.planning.transformer import Compute, largest
 from recipes.search.results import Candidate, SearchResult, write_candidates
 from recipes.search.settings import SuccessiveHalvingConfig
@@ -98,7 +103,15 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     peak = peak_memory(workload, chain.hardware)
     # The search's process keeps its CUDA context while another process trains.
     peak = replace(peak, reserved=peak.reserved + chain.hardware.reserved_bytes)
-    return InferenceCost(largest(evaluation.memory, peak), compute, workload.bf16)
+    # A training that has just started first loads both models, in bfloat16. A pruning that has just
+    # started reads one and writes the other.
+    load = 2 * (chain.teacher.parameters() + candidate.parameters()) / STORAGE_BYTES_PER_SECOND
+    return InferenceCost(
+        largest(evaluation.memory, peak),
+        compute,
+        workload.bf16,
+        stopping_seconds=load + stopping_seconds(workload, chain.hardware),
+    )
 
 
 def _unknown_candidates(names: Sequence[str], known: Collection[str]) -> list[str]:

@@ -20,11 +20,12 @@ from nemo_convert.hf_config import with_shape
 from recipes.core import stage_process
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, Manifest
-from recipes.core.stage import Input, Resources
+from recipes.core.stage import DEADLINE, Input, Resources, StoppedByDeadlineError
 from recipes.data.results import DatasetResult
 from recipes.data.token_sequences import TextSequences, first_sequences
 from recipes.distillation.settings import DistillConfig
 from recipes.engines.results import BenchmarkRow
+from recipes.evaluation import text_quality
 from recipes.evaluation.predictions import Predictor, compute_states, log_probabilities
 from recipes.evaluation.text_quality import load_transformers
 from recipes.planning.results import PlanResult
@@ -223,6 +224,19 @@ def test_measured_latency_changes_the_shapes_within_a_budget(
     assert measured.shapes(shape) != cfg.shapes(shape) != []
 
 
+def pass_deadline_during_load(patch: pytest.MonkeyPatch) -> list[Path]:
+    """Lets the deadline pass when a checkpoint is loaded; returns a list of the loaded ones."""
+    loaded: list[Path] = []
+
+    def load_slowly(checkpoint: Path, *arguments: Any) -> Any:
+        loaded.append(checkpoint)
+        patch.setenv(DEADLINE, "1")  # seconds since 1970, so the deadline has passed
+        return load_transformers(checkpoint, *arguments)
+
+    patch.setattr(text_quality, "load_transformers", load_slowly)
+    return loaded
+
+
 def test_a_killed_search_resumes_and_writes_the_winner_as_a_recipe(
     ranked_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +273,15 @@ def test_a_killed_search_resumes_and_writes_the_winner_as_a_recipe(
         successive_halving.run(replace(cfg, also=["l9-h9"]), inputs, out)
     with pytest.raises(KeyboardInterrupt):
         successive_halving.run(cfg, inputs, out)
+    with monkeypatch.context() as patch:
+        patch.setenv(DEADLINE, "1")
+        with pytest.raises(StoppedByDeadlineError, match="before round-0 of"):
+            successive_halving.run(cfg, inputs, out)
+    with monkeypatch.context() as patch:
+        loaded = pass_deadline_during_load(patch)
+        with pytest.raises(StoppedByDeadlineError, match="before measuring"):
+            successive_halving.run(cfg, inputs, out)
+        assert len(loaded) == 1  # the teacher
     result = successive_halving.run(cfg, inputs, out).result
     assert isinstance(result, SearchResult)
     prune, train = "recipes.stages.prune", "recipes.stages.distill"

@@ -31,7 +31,7 @@ from recipes.core.run_state import (
     stage_state,
     stage_states,
 )
-from recipes.core.stage import StoppedByDeadlineError
+from recipes.core.stage import DEADLINE, StoppedByDeadlineError
 from recipes.core.watchdog import STACKS
 from recipes.pruning.settings import PruneConfig
 from tests.support.manifests import bare_manifest
@@ -270,3 +270,7 @@ def test_a_child_that_stops_at_the_deadline_stops_its_parent(
                 PruneConfig(stage="prune"), tmp_path / str(stopped) / "prune", {}
             )
         assert isinstance(caught.value, StoppedByDeadlineError) == stopped
+    monkeypatch.setenv(DEADLINE, "1")  # seconds since 1970, so the deadline has passed
+    with pytest.raises(StoppedByDeadlineError):
+        stage_process.run_child(PruneConfig(stage="prune"), tmp_path / "late" / "prune", {})
+    assert not (tmp_path / "late").exists()

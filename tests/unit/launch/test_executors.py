@@ -20,6 +20,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import Acceptance
 from recipes.core.wheels import cache_dir
+from recipes.planning.limits import MIN_MARGIN_SECONDS
 from recipes.planning.training_cost import stopping_seconds
 from tests.support.launcher import write_program
 from tests.support.manifests import edit_manifest
@@ -185,7 +186,7 @@ def test_training_stops_before_the_limit_and_may_take_whole_nodes(prepare: Prepa
         assert workload is not None
         assert workload.validation_batches == 3
         planned = math.ceil(stopping_seconds(workload, plan.chain.hardware))
-        minimum = slurm.MIN_MARGIN_SECONDS
+        minimum = MIN_MARGIN_SECONDS
         assert (planned > minimum) == (flops < 1e14)  # true for the slow device
         for name, seconds in (("distill", max(minimum, planned)), ("prune", minimum)):
             text = slurm.job_script(stage_named(plan, name), cluster)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from tests.unit.planning.models import H100, QWEN, distillation
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from launch.plan import Plan
     from tests.unit.conftest import MakePlan
 
 RATES = TrainingRates(4.0e11, 2.0e11, 3.0e10)
@@ -115,7 +117,7 @@ def test_the_hours_of_tokenization(plan: MakePlan, tmp_path: Path) -> None:
         "data.heldout_sources=[]",
         f"data.sources=[{tmp_path}/large.txt]",
     )
-    prepare, limit = "stages.prepare_data.", "stages.prepare_data.resources.time=00:10:00"
+    prepare, limit = "stages.prepare_data.", "stages.prepare_data.resources.time=00:15:00"
     seconds_by_setting = {f"{prepare}processes=2": 3600, f"{prepare}processes=8": 900}
     seconds_by_setting |= {f"{prepare}resources.nodes=2 {prepare}processes=2": 1800}
     for settings, seconds in seconds_by_setting.items():
@@ -129,8 +131,27 @@ def test_the_hours_of_tokenization(plan: MakePlan, tmp_path: Path) -> None:
         [table] = [table for table in result.tables if table.title == "Tokenization"]
         assert table.rows == [["prepare_data", f"{seconds / 3600:.2f}"]]
 
-    limited = (*overrides, f"{prepare}processes=2", limit)  # an hour in jobs of ten minutes
+    # An hour in jobs of 15 minutes, each of which stops 5 minutes early.
+    limited = (*overrides, f"{prepare}processes=2", limit)
     [note] = [n for n in plan(*limited, "+cluster.max_requeues=5").notes if "prepare" in n.what]
     assert note.rule.name == "time-limit"
     with pytest.raises(RecipeError, match=r"started 5 times.*\n.*max_requeues=5 .*\[requeues\]"):
         plan(*limited, "+cluster.max_requeues=4")
+
+
+def test_the_hours_of_a_search_are_compared_with_the_time_limit(plan: MakePlan) -> None:
+    """A search stops a margin before the limit. Its ranking cannot stop."""
+
+    def plan_search(*overrides: str) -> Plan:
+        return plan("+cluster.time=04:00:00", *overrides, recipe="recipe=qwen3_8b_search")
+
+    for overrides, margin in ((), 300), (("+cluster.margin_seconds=7200",), 7200):
+        planned = plan_search(*overrides)
+        [note] = [n for n in planned.notes if n.rule.name == "time-limit"]
+        cost = planned.chain.inference_costs["successive_halving"]
+        assert 1 < (cost.stopping_seconds or 0) < 300
+        jobs = math.ceil(cost.hours(planned.chain.hardware) * 3600 / (4 * 3600 - margin))
+        assert "successive_halving" in note.what
+        assert f" {jobs} times" in note.what
+    with pytest.raises(RecipeError, match=r"rank_candidates .*cannot resume(?s:.*)\[requeues\]"):
+        plan_search("stages.rank_candidates.resources.time=00:30:00")
