@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -11,10 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from recipes.core.errors import RecipeError
 
 LOCK = ".lock"
+NO_LOCKS = frozenset((errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK))
+"""Error numbers of ``flock`` on a file system that has no locks."""
 WAIT_SECONDS = 0.5
 """How long to try to get the lock. ``read_holder`` takes the lock for a moment, so one failed try
 does not mean that another launcher runs."""
@@ -36,13 +40,13 @@ def acquire(run_dir: Path) -> Iterator[SetStage]:
     """Locks a run; yields ``SetStage``. The kernel frees the lock, even if this process is killed.
 
     Raises:
-        RecipeError: Another process holds the lock.
+        RecipeError: Another process holds the lock, or the file system has no locks.
     """
     with (run_dir / LOCK).open("a", encoding="utf-8") as file:
         deadline = time.monotonic() + WAIT_SECONDS
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _flock(file, fcntl.LOCK_EX)
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
@@ -68,10 +72,24 @@ def read_holder(run_dir: Path) -> Holder | None:
         with (run_dir / LOCK).open(encoding="utf-8") as file:
             try:
                 # A shared lock, so that two readers do not take each other for a launcher.
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                _flock(file, fcntl.LOCK_SH)
             except BlockingIOError:
                 text = file.read()  # empty while the launcher writes it
                 return Holder(**json.loads(text)) if text else Holder("?", 0, None)
     except FileNotFoundError:
         pass
     return None
+
+
+def _flock(file: IO[str], operation: int) -> None:
+    """Locks a file; raises ``BlockingIOError`` if another process holds a conflicting lock."""
+    try:
+        fcntl.flock(file, operation | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise RecipeError(
+            f"{file.name} cannot be locked: {error.strerror}.",
+            "mount its file system with locks (Lustre: mount option flock or localflock), "
+            "or set run_dir to another file system",
+        ) from error

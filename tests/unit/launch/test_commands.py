@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -113,6 +114,22 @@ def test_reading_the_holder_does_not_keep_a_launcher_from_starting(
         threading.Timer(0.1, lambda: fcntl.flock(reader, fcntl.LOCK_UN)).start()
         with lock.acquire(run_dir):
             assert lock.read_holder(run_dir) is not None
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Lustre without the mount option ``flock`` does not implement ``flock``."""
+
+    def flock(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(RecipeError, match="localflock"), lock.acquire(tmp_path):
+        pass
+    with pytest.raises(RecipeError, match="localflock"):
+        lock.read_holder(tmp_path)
 
 
 def listed_run(launch: Launch, run_dir: Path) -> str:
