@@ -28,8 +28,8 @@ SETTINGS = {
 SIZES = {"": 1, "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 """Slurm's units of memory, in megabytes."""
 MEGABYTE = 1024**2
-WEIGHT_BYTES = 2
-"""Bytes of a parameter in bfloat16."""
+CONVERSIONS = ("import_hf", "export_hf")
+"""Modules of the stages that load their model with transformers, in float32 on the CPU."""
 RESOURCES = "stages.NAME.resources"  # in fixes
 
 
@@ -224,7 +224,11 @@ def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
         memory_mb = memory_mb or min((group.memory_mb for group in partition.groups), default=0)
     elif job.memory_mb is None:
         memory_mb = partition.default_memory_mb(job.cpus or 1)
-    needs: dict[str, float] = {"the model": WEIGHT_BYTES * job.stage.chain.teacher.parameters()}
+    config, chain = job.stage.config, job.stage.chain
+    needs: dict[str, float] = {"the model in bfloat16": 2 * chain.teacher.parameters()}
+    if config.stage in CONVERSIONS:
+        model = chain.shape_of(config.inputs.get("checkpoint"))
+        needs = {"the model in float32": 4 * model.parameters()}
     if workload is not None:
         ranks = workload.layout.devices
         needs[f"saving a checkpoint from {ranks} ranks"] = ranks * gathering_bytes(workload)

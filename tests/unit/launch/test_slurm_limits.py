@@ -68,6 +68,12 @@ def test_jobs_that_fit_have_no_problem(plan: MakePlan, monkeypatch: pytest.Monke
             "build_engine, measure_speed: the job gets 9 GB",
             "job-memory",
         ),
+        (
+            (),
+            {"sbatch": ["--mem=20G"]},
+            "import_hf, export_teacher: the job gets 20 GB",
+            "job-memory",
+        ),
         ((), {"sbatch": ["--mem=9G"]}, "the job gets 9 GB of memory", "job-memory"),
         ((), {"sbatch": ["--mem=200G"]}, "distill: the job gets 200 GB", "job-memory"),
         ((), {"partition": "bach"}, "no partition bach. Did you mean 'batch'?", "partition"),
