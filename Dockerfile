@@ -16,15 +16,15 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 COPY pyproject.toml /opt/nemo-recipes/
 COPY requirements/engine.txt requirements/install_missing.py /opt/nemo-recipes/requirements/
 RUN --mount=from=uv,source=/uv,target=/usr/local/bin/uv \
-    kept() { python3 -c 'from importlib.metadata import version as v; print(*map(v, ["torch", "tensorrt-llm", "transformers"]))'; } \
+    kept() { python -c 'from importlib.metadata import version as v; print(*map(v, ["torch", "tensorrt-llm", "transformers"]))'; } \
  && before=$(kept) \
- && python3 /opt/nemo-recipes/requirements/install_missing.py /opt/nemo-recipes/requirements/engine.txt \
-      uv pip install --no-cache --no-deps --break-system-packages --python "$(command -v python3)" \
+ && python /opt/nemo-recipes/requirements/install_missing.py /opt/nemo-recipes/requirements/engine.txt \
+      uv pip install --no-cache --no-deps --break-system-packages --python "$(command -v python)" \
       --require-hashes --requirement \
  && [ "$(kept)" = "$before" ] \
  && useradd --create-home --uid 10001 recipes
 USER 10001
-RUN python3 -c 'import omegaconf, lm_eval.models.huggingface, lm_eval.models.openai_completions'
+RUN python -c 'import omegaconf, lm_eval.models.huggingface, lm_eval.models.openai_completions'
 
 FROM nvcr.io/nvidia/nemo:25.11 AS recipes
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from launch.executors.docker import DockerConfig
 from recipes.core.files import REPO_ROOT
 
 DOCKERFILE = REPO_ROOT / "Dockerfile"
@@ -14,6 +15,11 @@ DOCKERFILE = REPO_ROOT / "Dockerfile"
 
 def test_dockerfile_is_clean() -> None:
     subprocess.run([Path(sys.executable).with_name("hadolint"), DOCKERFILE], check=True)
+
+
+def test_builds_check_the_interpreter_that_jobs_call() -> None:
+    assert "python3" not in DOCKERFILE.read_text()
+    assert DockerConfig().python == "python"
 
 
 def test_image_does_not_run_as_root_and_holds_no_secret() -> None:
