@@ -68,8 +68,9 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         self._reduction = LossReduction(objective)
         self._validation = LossReduction(Objective({"lm": 1.0, "kd": 0.0}))  # KD is only logged
         self._cached: TopK | None = None
+        self._loss_mask: Any = None
         self.teacher_loss: float | None = None
-        """The teacher's LM loss on the first micro batch, before the first update."""
+        """The teacher's LM loss on the first micro batch with unmasked tokens."""
 
     @property
     def core_module(self) -> Any:
@@ -202,7 +203,8 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         return batch
 
     def forward_step(self, batch: dict[str, Any]) -> Tensor:
-        """Stores the batch's cached top-k for the loss, then runs the model on the batch."""
+        """Stores the batch's mask and cached top-k for the loss, then runs the model."""
+        self._loss_mask = batch.get("loss_mask")  # only the last pipeline stage has it
         cached = {
             n.removeprefix(TEACHER_PREFIX): t
             for n, t in batch.items()
@@ -273,12 +275,15 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         return whole
 
     def _check_teacher(self, logits: Tensor, labels: Tensor) -> None:
-        """Measures the teacher's LM loss.
+        """Measures the teacher's LM loss on the unmasked tokens, if the micro batch has any.
 
         Raises:
             RecipeError: The loss is no better than chance.
         """
-        loss = _lm_loss(logits, labels).mean().item()
+        tokens = self._loss_mask.sum().item()
+        if not tokens:
+            return
+        loss = (_lm_loss(logits, labels) * self._loss_mask).sum().item() / tokens
         require_better_than_chance(loss, self.config.vocab_size)
         self.teacher_loss = loss
 

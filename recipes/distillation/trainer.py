@@ -60,6 +60,9 @@ def train(
     work = out.parent.parent
     restored = nemo.restore_model(start)
     restored.config.seq_length = cfg.seq_length
+    # Megatron would add a loss that balances the load of experts. It is computed for each micro
+    # batch, also on masked tokens, so results would depend on the size of micro batches.
+    restored.config.moe_aux_loss_coeff = 0.0
     _set_recompute(restored.config, cfg.recompute_granularity)
     restored.config.recompute_modules = cfg.recompute_modules
     model = KDModel(restored, objective)

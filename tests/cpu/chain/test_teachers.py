@@ -13,8 +13,9 @@ from recipes.core.files import sha256_of
 from recipes.core.metrics import METRICS, steps_of
 from recipes.data.results import DatasetResult
 from recipes.distillation.results import DistillationResult
-from tests.support.in_process import run_in_process
+from tests.support.in_process import run_in_process, run_successfully
 from tests.support.launcher import CommandResult
+from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import copy_without, manifest_of, settings, tiny
 from tests.support.text import write_chats
 
@@ -150,3 +151,26 @@ def test_a_corrected_teacher_predicts_the_text_better(
     assert corrected < original
     manifest = manifest_of(tmp_path / "run", "correct_teacher")
     assert manifest.parameters == manifest_of(live, "import_hf").parameters
+
+
+def test_an_moe_student_that_equals_its_teacher_has_no_gradient(
+    text_file: Path, tmp_path: Path
+) -> None:
+    """The loss has no other terms, such as Megatron's balancing of experts."""
+    model = write_tiny_model(tmp_path / "moe", text_file, "qwen3_moe", **EVEN)
+    chats = write_chats(tmp_path / "chats.jsonl", text_file)
+    run_dir = tmp_path / "run"
+    run_successfully(
+        "recipe=llama_depth_prune",
+        *tiny(model, f"'{chats}'", run_dir),
+        "only=[import_hf,prepare_data,distill]",
+        "stages.distill.inputs.student=import_hf",
+        *settings("distill", precision=32, top_k="null", lm_weight=1e-9, micro_batch_size=BATCH),
+        *settings("distill", max_steps=1, warmup_steps=0, val_check_interval=1),
+        cwd=tmp_path,
+    )
+    [step] = steps_of(run_dir / "distill" / METRICS, "distill")
+    assert step["kd"] == pytest.approx(0, abs=1e-6)
+    assert step["grad_norm"] < 1e-5
+    # The teacher's loss is measured on the same unmasked tokens.
+    assert step["teacher_loss"] == pytest.approx(step["lm"], rel=1e-5)
