@@ -108,7 +108,9 @@ class _FileReader:
                     self._records += 1
                     if self._records <= self._skip:
                         continue
-                    if text := self._text_of(record.value, f"{file.name}, {record.where}").strip():
+                    text = self._text_of(record.value, f"{file.name}, {record.where}").strip()
+                    # JSON may contain half of a surrogate pair, which tokenizers refuse.
+                    if text := text.encode("utf-8", "replace").decode():
                         yield Document(text, self._position_in_stretch(record.offset))
             self._bytes_before, self._opened = self._bytes_before + file.size, None
 
@@ -195,8 +197,11 @@ class _HubReader:
         return 0.0
 
 
-def digest(text: str) -> bytes:
-    """Returns 16 bytes that identify a document."""
+def digest(text: str, *, chat: bool = False) -> bytes:
+    """Returns 16 bytes that identify a document; in a chat, only roles and contents count."""
+    if chat:
+        messages = [{key: m[key] for key in ("role", "content")} for m in json.loads(text)]
+        text = json.dumps(messages, ensure_ascii=False)
     return hashlib.sha256(text.encode()).digest()[:16]
 
 

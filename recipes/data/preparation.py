@@ -272,7 +272,7 @@ def _write_source(
     for encoded_documents, batch in batches:
         new: list[tuple[str, Encoded]] = []  # the split and tokens of each new document
         for document, encoded in zip(batch.documents, encoded_documents, strict=True):
-            document_digest = digest(document.text)
+            document_digest = digest(document.text, chat=chat is not None)
             if store.ledger.add_if_new(document_digest):
                 new.append((split_of(split_number(document, document_digest), fractions), encoded))
                 state.tokens += len(encoded.ids)

@@ -153,6 +153,10 @@ def mixed(
     # The last source repeats the first, so all its documents are dropped as duplicates.
     sources = [str(folder / "texts.jsonl"), chats, f"{folder}/texts.jsonl#text=text&name=again"]
     lines = (folder / "chats.jsonl").read_text().splitlines()
+    # Another order of keys, and another field, do not make another conversation.
+    reordered = [{"id": 1, **dict(reversed(m.items()))} for m in json.loads(lines[0])["messages"]]
+    with (folder / "chats.jsonl").open("a") as file:
+        file.write(json.dumps({"messages": reordered}) + "\n")
     chat_texts = [
         "".join(m["content"] + "<eos>" for m in json.loads(li)["messages"]) for li in lines
     ]

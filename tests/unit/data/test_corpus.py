@@ -93,6 +93,15 @@ def test_each_conversation_is_one_document(tmp_path: Path) -> None:
         assert {document.position_in_stretch for document in read} == {None}
 
 
+def test_half_of_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
+    source = write(tmp_path, "a.jsonl", '"a \\ud83d"\n"\\ud83d\\ude00"\n')
+    assert documents(source) == ["a ?", "\U0001f600"]
+    source = write(tmp_path, "b.jsonl", json.dumps(conversation("Why\ud83d", "So.")))
+    [document] = read_source(source, "", chat=True)
+    assert json.loads(document.text) == conversation("Why?", "So.")["messages"]
+    assert digest(document.text, chat=True) == digest(document.text)
+
+
 def test_the_first_conversations_of_a_file_are_checked(tmp_path: Path) -> None:
     good = json.dumps(conversation("Why?", "So."))
     assert chat_problem(write(tmp_path, "a.jsonl", f"{good}\n" * 200 + "{oops")) is None
