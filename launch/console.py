@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from statistics import fmean
 
@@ -16,10 +17,10 @@ from recipes.core.manifest import Manifest, read_manifest
 from recipes.core.screen import plain_table
 from recipes.data.results import NOT_COMPARED, DatasetResult, describe_counts
 from recipes.data.settings import PrepareDataConfig
-from recipes.data.sources import parse_source, source_bytes, source_names
+from recipes.data.sources import parse_source, source_names
 from recipes.engines.results import BenchmarkResults, EngineResult
 from recipes.evaluation.results import EvaluationResult, ServedResult, TaskResults
-from recipes.planning.limits import BYTES_PER_TOKEN
+from recipes.planning.limits import source_tokens
 from recipes.planning.results import Cell, PlanResult
 from recipes.pruning.results import HealResult
 from recipes.report.gates import judge
@@ -48,18 +49,20 @@ def print_plan(plan: Plan, console: Console) -> None:
 def print_sources(plan: Plan, console: Console) -> None:
     """Shows the sources of text that stages of this plan will tokenize.
 
-    The size of a source is known only if the text is on this machine. With the setting ``prefix``
-    there are no sources: the text is already tokenized, so ``prepare_data`` cannot search it for
-    duplicates and for items of benchmarks.
+    The size of a source is known if the text is on this machine or has a limit. With the setting
+    ``prefix`` there are no sources: the text is already tokenized, so ``prepare_data`` cannot
+    search it for duplicates and for items of benchmarks.
     """
     for config in (stage.config for stage in plan.todo()):
         if not isinstance(config, PrepareDataConfig):
             continue
+        all_tokens = source_tokens(config)
         table = plain_table("text", "source", "used for", "at most", "licence")
         for name, source in source_names(config.all_sources()).items():
-            size, licence = source_bytes(source), parse_source(source).licence
+            licence = parse_source(source).licence
             use = "training" if source in config.sources else "evaluation only"
-            at_most = f"about {size / BYTES_PER_TOKEN:,.0f} tokens" if size else "unknown"
+            tokens = all_tokens[name]
+            at_most = f"about {tokens:,.0f} tokens" if tokens < math.inf else "unknown"
             table.add_row(escape(name), use, at_most, escape(licence or "not stated"))
         if table.rows:
             console.print(table)

@@ -300,5 +300,6 @@ def _disk_problems(plan: Plan) -> Iterator[Problem]:
         yield Problem(
             rules.DISK,
             f"{plan.run_dir} needs about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free.",
-            "free some space, set run_dir to another disk, or lower keep_checkpoints",
+            "free some space, set run_dir to another disk, or lower keep_checkpoints or the text's "
+            "max_tokens",
         )

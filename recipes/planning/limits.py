@@ -10,7 +10,7 @@ from recipes.core.manifest import Manifest, manifest_of
 from recipes.core.stage import StageConfig
 from recipes.data.results import DatasetResult
 from recipes.data.settings import PrepareDataConfig
-from recipes.data.sources import source_bytes, source_names
+from recipes.data.sources import parse_source, source_bytes, source_names
 from recipes.data.token_files import require_token_files
 from recipes.planning import rules
 from recipes.planning.chain import Chain
@@ -72,21 +72,25 @@ def preparation_seconds(chain: Chain) -> dict[str, float]:
     for name, config in chain.stages.items():
         if isinstance(config, PrepareDataConfig):
             processes = config.processes * config.resources.ranks
-            if (tokens := _expected_tokens(config)) < math.inf:
+            if (tokens := math.fsum(source_tokens(config).values())) < math.inf:
                 seconds[name] = tokens / (TOKENIZED_PER_SECOND * processes)
     return seconds
 
 
-def _expected_tokens(config: PrepareDataConfig) -> float:
-    """Returns the expected tokens of all sources; infinite if a size is unknown."""
-    total = 0.0
-    for source in config.all_sources():
-        size = source_bytes(source)
-        tokens = math.inf if size is None else size / BYTES_PER_TOKEN
-        # ``max_tokens`` limits each source, except held-out sources.
-        is_limited = source in config.sources and config.max_tokens is not None
-        total += min(tokens, config.max_tokens or tokens) if is_limited else tokens
-    return total
+def source_tokens(config: PrepareDataConfig) -> dict[str, float]:
+    """Returns the expected tokens of each source, by name; infinite if they are not known."""
+    names = source_names(config.all_sources()).items()
+    return {name: _expected_tokens(config, source) for name, source in names}
+
+
+def _expected_tokens(config: PrepareDataConfig, source: str) -> float:
+    parsed, size = parse_source(source), source_bytes(source)
+    tokens = math.inf if size is None else size / BYTES_PER_TOKEN
+    if parsed.by_teacher and parsed.tokens:
+        tokens = float(parsed.tokens)
+    if source not in config.sources:  # held-out sources have no limits
+        return tokens
+    return math.inf if config.max_documents else min(tokens, config.max_tokens or math.inf)
 
 
 def memory_problem(name: str, needed: float, available: float, device: str, fix: str) -> Problem:
@@ -181,29 +185,33 @@ def _text_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Prob
     """
     if workload.trained is None:
         return
-    data = chain.stages[name].inputs.get("data", "")
+    inputs = chain.stages[name].inputs
+    data = inputs.get("data", "")
     tokens_by_source, max_tokens = _training_tokens(chain, data)
     expected = math.fsum(tokens_by_source.values())
     weights = _weights(chain, name, data)
+    text, fix = "the text", "add text"
     if workload.cached_sequences is not None:
         cached = workload.cached_sequences * workload.seq_length
+        if cached < expected:
+            text, fix = "the teacher's cache", f"raise stages.{inputs['teacher']}.num_sequences"
         expected, max_tokens = min(expected, cached), min(max_tokens, cached)
     batch = workload.global_batch_size * workload.seq_length
     if max_tokens < batch:
         yield Problem(
             rules.TOKENS,
-            f"{name} trains on batches of {batch:,} tokens, but the text has {max_tokens:,.0f} "
-            "at most",
-            "add text or cached sequences, or lower global_batch_size or data.seq_length",
+            f"{name} trains on batches of {batch:,} tokens, but {text} has {max_tokens:,.0f} at "
+            "most",
+            f"{fix}, or lower global_batch_size or data.seq_length",
         )
     elif weights:
         yield from _repeated_sources(name, workload.tokens, weights, tokens_by_source)
-    elif workload.tokens > expected:
+    elif workload.tokens > MAX_EPOCHS * expected:
         yield Problem(
             rules.EPOCHS,
-            f"{name} trains on {workload.tokens:,} tokens, but the text has about {expected:,.0f}: "
+            f"{name} trains on {workload.tokens:,} tokens, but {text} has about {expected:,.0f}: "
             f"{workload.tokens / expected:.1f} epochs",
-            "add text or cached sequences, or lower max_steps",
+            f"{fix}, or lower max_steps",
         )
 
 
@@ -240,22 +248,18 @@ def _training_tokens(chain: Chain, data: str) -> tuple[dict[str, float], float]:
         result = manifest.result(DatasetResult)
         sources = {entry.source: float(entry.tokens) for entry in result.source_tokens["train"]}
         return sources, float(result.tokens["train"])
-    if not isinstance(config, PrepareDataConfig) or config.max_documents is not None:
+    if not isinstance(config, PrepareDataConfig):
         return {"": math.inf}, math.inf
     train_fraction = 1 - sum(config.fractions().values())
-    limit = config.max_tokens or math.inf
     if config.prefix:
-        total = min(require_token_files(Path(config.prefix))[-1], limit)  # number of tokens
+        total = require_token_files(Path(config.prefix))[-1]  # number of tokens
+        total = min(total, config.max_tokens or total)
         return {Path(config.prefix).name: total * train_fraction}, total
-    names = source_names(config.all_sources()).items()
-    sizes = {name: source_bytes(source) for name, source in names if source in config.sources}
-    expected = {
-        name: math.inf if size is None else min(size / BYTES_PER_TOKEN, limit) * train_fraction
-        for name, size in sizes.items()
-    }
+    names, tokens = source_names(config.all_sources()), source_tokens(config)
+    expected = {n: tokens[n] * train_fraction for n, s in names.items() if s in config.sources}
     # A token has at least one byte. Documents have random splits, so all may be for training.
-    known = [size for size in sizes.values() if size is not None]
-    return expected, float(sum(known)) if len(known) == len(sizes) else math.inf
+    sizes = [source_bytes(source) for source in config.sources]
+    return expected, float(sum(size or math.inf for size in sizes))
 
 
 def _prepared_text(chain: Chain, data: str, config: StageConfig | None) -> Manifest | None:

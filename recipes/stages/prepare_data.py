@@ -6,6 +6,7 @@ calibration, heldout) that share no document.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ from recipes.data.token_files import (
 )
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
+from recipes.planning.limits import source_tokens
 from recipes.planning.rules import Problem
 from recipes.stages.contract import Stage
 
@@ -152,6 +154,12 @@ def _chat_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
     for source in chats:
         if problem := chat_problem(source):
             yield Problem(rules.CHAT, *problem)
+
+
+def disk_bytes(cfg: PrepareDataConfig, chain: Chain) -> int:
+    """Returns the size of the tokens and the loss mask, without sources of unknown size."""
+    tokens = sum(number for number in source_tokens(cfg).values() if number < math.inf)
+    return int(tokens) * (TOKEN_BYTES + bool(cfg.chat_sources()))
 
 
 def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -316,5 +324,6 @@ STAGE = Stage(
     inputs={"tokenizer": ("checkpoint_nemo",)},
     needs_gpu=lambda config, chain: bool(config.teacher_sources()),
     external=external,
+    disk_bytes=disk_bytes,
     resolve_from_chain=lambda config, chain: config.without_weights(),
 )

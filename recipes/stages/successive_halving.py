@@ -36,6 +36,7 @@ from recipes.planning.training_cost import (
     token_compute,
 )
 from recipes.planning.transformer import Compute, largest
+from recipes.planning.workload import CHECKPOINT_BYTES
 from recipes.search.results import Candidate, SearchResult, write_candidates
 from recipes.search.settings import SuccessiveHalvingConfig
 from recipes.search.space import name_of, prune_settings, search_sizes
@@ -85,8 +86,7 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     Every candidate is assumed to have the largest shape within the budget, or the teacher's shape
     if the shapes are not known yet.
     """
-    shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
-    candidate = next(iter(shapes), chain.teacher)
+    candidate = chain.shape_of(cfg.inputs.get("candidates"))
     round_sizes = cfg.rounds(cfg.max_candidates())
     text = Sequences(cfg.num_samples, cfg.distill.seq_length, cfg.distill.micro_batch_size)
     bf16 = cfg.precision == "bf16-mixed"
@@ -112,6 +112,20 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
         workload.bf16,
         stopping_seconds=load + stopping_seconds(workload, chain.hardware),
     )
+
+
+def disk_bytes(cfg: SuccessiveHalvingConfig, chain: Chain) -> int:
+    """Returns the size of all pruned and trained candidates, and of each rank's checkpoint.
+
+    A training has one checkpoint, at its end, which is deleted when the training is complete.
+    """
+    round_sizes = cfg.rounds(cfg.max_candidates())
+    if not round_sizes:  # a single candidate is chosen without training
+        return 0
+    models = round_sizes[0] + sum(round_sizes)
+    trainings = min(cfg.resources.ranks, round_sizes[0])  # at the same time
+    parameters = chain.shape_of(cfg.inputs.get("candidates")).parameters()
+    return parameters * (4 * models + CHECKPOINT_BYTES * trainings)
 
 
 def _unknown_candidates(names: Sequence[str], known: Collection[str]) -> list[str]:
@@ -212,6 +226,7 @@ STAGE = Stage(
     run=run,
     check=check,
     inference_cost=inference_cost,
+    disk_bytes=disk_bytes,
     starts=("prune", "distill"),
     resolve_from_chain=lambda config, chain: replace(
         config, distill=with_weights(config.distill, chain, config.inputs.get("data", ""))

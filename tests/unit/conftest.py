@@ -88,6 +88,13 @@ def hf_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A file of about 80,000 tokens: less than the recipe trains on, and more than a batch."""
+    (tmp_path / "text.txt").write_text("A line of text that says little.\n\n" * 10_000)
+    return tmp_path / "text.txt"
+
+
+@pytest.fixture
 def compose() -> Compose:
     """Composes a config as the command line does."""
 

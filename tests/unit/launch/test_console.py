@@ -67,7 +67,9 @@ def test_tokenized_text_is_reported_as_not_compared_with_benchmarks(
     (tmp_path / "corpus.idx").write_bytes(index)
     (tmp_path / "corpus.bin").write_bytes(bytes(1800))
     overrides = ("data.sources=[]", "data.heldout_sources=[]")
-    print_sources(plan(), screen)
+    chats = "data.sources=['teacher://chat#tokens=1000']"
+    print_sources(plan(chats, "stages.distill.max_steps=50"), screen)
+    assert "about 1,000 tokens" in text_of(screen)
     assert "not compared" not in text_of(screen)
     print_sources(plan(*overrides, f"data.prefix={tmp_path}/corpus", "skip_rules=[tokens]"), screen)
     assert re.search("corpus: .* benchmarks", lines_of(screen)[-1])

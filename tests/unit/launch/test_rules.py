@@ -24,7 +24,7 @@ from tests.support.folders import expected_shapes, write_folder, write_sparse_we
 from tests.unit.conftest import LLAMA_CONFIG, SMALL_STUDENT
 
 if TYPE_CHECKING:
-    from tests.unit.conftest import Complete, Compose, MakePlan
+    from tests.unit.conftest import Compose, MakePlan
 
 GROUPS = ("model=", "heal=", "teacher=", "tasks=", "engine=")
 """Prefixes of overrides that Hydra must compose; all other overrides only set a field."""
@@ -119,7 +119,7 @@ CASES = {  # what breaks each rule
     "chat": case("data.format=chat", "data.sources=[CHAT]", *SMALL_STUDENT, config={}),
     "seq-length": case("data.seq_length=10000"),
     "tokens": case("data.sources=[TEXT]", f"{D}global_batch_size=4000"),
-    "epochs": case("data.sources=[TEXT]"),
+    "epochs": case("data.sources=[TEXT]", f"{D}max_steps=400"),
     "prune-target": case("stages.prune.target_hidden_size=100"),
     "large-reduction": case("stages.prune.target_hidden_size=0.6"),
     "slow-sizes": case("stages.prune.target_ffn_hidden_size=1160",
@@ -185,13 +185,6 @@ def plan(compose: Compose, tmp_path: Path, large_disk: None, versions_read_once:
         return make_plan(cfg, settings_of(cfg), tmp_path / "run")
 
     return planned
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    """A file of about 80,000 tokens: less than the recipe trains on, and more than a batch."""
-    (tmp_path / "text.txt").write_text("A line of text that says little.\n\n" * 10_000)
-    return tmp_path / "text.txt"
 
 
 @pytest.fixture
@@ -337,63 +330,3 @@ def test_memory_is_shared_by_the_ranks_of_a_cpu(plan: MakePlan) -> None:
     plan(*memory, **depth)
     with pytest.raises(RecipeError, match="needs about 3 GB on a rank, but cpu has 2 GB"):
         plan(*four_ranks, **depth)
-
-
-def test_prepared_text_is_counted_exactly(plan: MakePlan, complete: Complete, text: Path) -> None:
-    overrides = (f"data.sources=[{text}]", f"{D}max_steps=200")
-    first: Plan = plan(*overrides)
-    assert "epochs" in {n.rule.name for n in first.notes}
-    complete(first)  # with a result of 1,000,000 tokens
-    assert "epochs" not in {n.rule.name for n in plan(*overrides).notes}
-
-
-def weighted_sources(text: Path, tmp_path: Path, small: str, large: str) -> str:
-    """Returns an override with two sources, of weights ``small`` and ``large``.
-
-    The source of weight ``small`` has a tenth of the other one's text.
-    """
-    (tmp_path / "small.txt").write_text(text.read_text()[: text.stat().st_size // 10])
-    return f"data.sources=['{tmp_path}/small.txt#weight={small}','{text}#weight={large}']"
-
-
-def test_warns_of_sources_that_weights_repeat_too_often(
-    plan: MakePlan, text: Path, tmp_path: Path
-) -> None:
-    tokens = text.stat().st_size / limits.BYTES_PER_TOKEN
-    steps = f"{D}max_steps={round(tokens / 1024)}"  # a step trains on 4 × 256 tokens
-    repeated = plan(weighted_sources(text, tmp_path, "6", "4"), steps)
-    [note] = [n for n in repeated.notes if n.rule.name == "epochs"]
-    assert note.what.startswith("distill trains on ")
-    assert "tokens of 'small'" in note.what
-    assert "it sees each 6.7 times" in note.what  # 0.6 / (0.1 × 0.9): 90% of text is for training
-    balanced = plan(weighted_sources(text, tmp_path, "3", "7"), steps)
-    assert "epochs" not in {n.rule.name for n in balanced.notes}
-
-
-def test_changed_weights_rerun_only_training(
-    plan: MakePlan, complete: Complete, text: Path, tmp_path: Path
-) -> None:
-    first = plan(weighted_sources(text, tmp_path, "0.1", "0.9"))
-    configs = {stage.name: stage.config for stage in first.stages}
-    assert vars(configs["distill"])["weights"] == {"small": 0.1, text.stem: 0.9}
-    complete(first)
-    todo = {stage.name for stage in plan(weighted_sources(text, tmp_path, "0.2", "0.8")).todo()}
-    assert "distill" in todo
-    assert not {"prepare_data", "score", "prune"} & todo
-    cached = plan("teacher=cached", weighted_sources(text, tmp_path, "1", "3"))
-    [cache] = [stage.config for stage in cached.stages if stage.name == "cache_logits"]
-    assert vars(cache)["weights"] == {"small": 1, text.stem: 3}
-
-
-def test_training_cannot_exceed_the_sequences_of_a_cached_teacher(plan: MakePlan) -> None:
-    """The recipe trains on 400 sequences in batches of 4; its text has thousands of sequences."""
-
-    def plan_with_cache(sequences: int) -> Plan:
-        return plan("teacher=cached", f"stages.cache_logits.num_sequences={sequences}")
-
-    with pytest.raises(RecipeError, match=r"1,024 tokens.* 512 at most"):
-        plan_with_cache(2)
-    [note] = [n for n in plan_with_cache(100).notes if n.rule.name == "epochs"]
-    assert "25,600" in note.what
-    assert "4.0" in note.what
-    assert "epochs" not in {n.rule.name for n in plan_with_cache(400).notes}

@@ -1,0 +1,124 @@
+"""Compares the text of a run with what its stages train on, and their files with the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from recipes.core.errors import RecipeError
+from recipes.planning import limits
+
+if TYPE_CHECKING:
+    from launch.plan import Plan
+    from tests.unit.conftest import Complete, MakePlan
+
+D, H = "stages.distill.", "stages.successive_halving."
+"""Prefixes of settings."""
+
+
+SMALL, LARGE = "recipe=llama_width_prune", "recipe=qwen3_8b_depth_2.5b"
+CHATS, MAX = "data.sources=['teacher://chat#tokens=1000']", "stages.prepare_data.max_tokens"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "epochs"),
+    [
+        (SMALL, f"data.sources=[TEXT] {D}max_steps=200", None),
+        (SMALL, f"data.sources=[TEXT] {D}max_steps=400", "5.4 epochs"),
+        (SMALL, f"data.sources=[TEXT] {D}max_steps=200 {MAX}=40000", "5.7 epochs"),
+        (SMALL, f"data.sources=[TEXT] {D}max_steps=400 stages.prepare_data.max_documents=9", None),
+        (SMALL, f"{CHATS} {D}max_steps=12 {D}warmup_steps=1", "13.7 epochs"),
+        (LARGE, f"{MAX}=20000000 skip_rules=[tokens]", "138.9 epochs"),
+        (LARGE, f"{MAX}=1000000000", None),
+    ],
+)
+def test_warns_of_more_than_four_epochs(
+    plan: MakePlan, text: Path, recipe: str, overrides: str, epochs: str | None
+) -> None:
+    planned = plan(*overrides.replace("TEXT", str(text)).split(), recipe=recipe)
+    notes = [note.what for note in planned.notes if note.rule.name == "epochs"]
+    assert len(notes) == (epochs is not None)
+    assert all(str(epochs) in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stage", "overrides", "gigabytes"),
+    [
+        ("recipe=qwen3_8b_depth", "prepare_data", "", 400),
+        ("recipe=qwen3_8b_depth", "prepare_data", "stages.prepare_data.max_documents=9", 0),
+        ("recipe=qwen3_8b_depth", "prepare_data", f"{MAX}=null", 0),
+        # 1000 tokens of conversations, each with a byte for the loss mask.
+        ("recipe=qwen3_8b_depth", "prepare_data", f"data.heldout_sources=[] {CHATS}", 5e-6),
+        # Four pruned candidates, then four and two trained ones of 6 B, and one checkpoint.
+        ("recipe=qwen3_8b_search", "successive_halving", "", 6 * (4 * 10 + 14)),
+        ("recipe=qwen3_8b_search", "successive_halving", f"{H}num_candidates=1", 0),
+    ],
+)
+def test_disk_space_includes_text_and_candidates(
+    plan: MakePlan, recipe: str, stage: str, overrides: str, gigabytes: float
+) -> None:
+    [planned] = [s for s in plan(*overrides.split(), recipe=recipe).stages if s.name == stage]
+    needed = planned.definition.disk_bytes(planned.config, planned.chain)
+    assert needed / 1e9 == pytest.approx(gigabytes, rel=0.01)
+
+
+def test_prepared_text_is_counted_exactly(plan: MakePlan, complete: Complete, text: Path) -> None:
+    overrides = (f"data.sources=[{text}]", f"{D}max_steps=400")
+    first: Plan = plan(*overrides)
+    assert "epochs" in {n.rule.name for n in first.notes}
+    complete(first)  # with a result of 1,000,000 tokens
+    assert "epochs" not in {n.rule.name for n in plan(*overrides).notes}
+
+
+def weighted_sources(text: Path, tmp_path: Path, small: str, large: str) -> str:
+    """Returns an override with two sources, of weights ``small`` and ``large``.
+
+    The source of weight ``small`` has a tenth of the other one's text.
+    """
+    (tmp_path / "small.txt").write_text(text.read_text()[: text.stat().st_size // 10])
+    return f"data.sources=['{tmp_path}/small.txt#weight={small}','{text}#weight={large}']"
+
+
+def test_warns_of_sources_that_weights_repeat_too_often(
+    plan: MakePlan, text: Path, tmp_path: Path
+) -> None:
+    tokens = text.stat().st_size / limits.BYTES_PER_TOKEN
+    steps = f"{D}max_steps={round(tokens / 1024)}"  # a step trains on 4 × 256 tokens
+    repeated = plan(weighted_sources(text, tmp_path, "6", "4"), steps)
+    [note] = [n for n in repeated.notes if n.rule.name == "epochs"]
+    assert note.what.startswith("distill trains on ")
+    assert "tokens of 'small'" in note.what
+    assert "it sees each 6.7 times" in note.what  # 0.6 / (0.1 × 0.9): 90% of text is for training
+    balanced = plan(weighted_sources(text, tmp_path, "3", "7"), steps)
+    assert "epochs" not in {n.rule.name for n in balanced.notes}
+
+
+def test_changed_weights_rerun_only_training(
+    plan: MakePlan, complete: Complete, text: Path, tmp_path: Path
+) -> None:
+    first = plan(weighted_sources(text, tmp_path, "0.1", "0.9"))
+    configs = {stage.name: stage.config for stage in first.stages}
+    assert vars(configs["distill"])["weights"] == {"small": 0.1, text.stem: 0.9}
+    complete(first)
+    todo = {stage.name for stage in plan(weighted_sources(text, tmp_path, "0.2", "0.8")).todo()}
+    assert "distill" in todo
+    assert not {"prepare_data", "score", "prune"} & todo
+    cached = plan("teacher=cached", weighted_sources(text, tmp_path, "1", "3"))
+    [cache] = [stage.config for stage in cached.stages if stage.name == "cache_logits"]
+    assert vars(cache)["weights"] == {"small": 1, text.stem: 3}
+
+
+def test_training_cannot_exceed_the_sequences_of_a_cached_teacher(plan: MakePlan) -> None:
+    """The recipe trains on 400 sequences in batches of 4; its text has thousands of sequences."""
+
+    def plan_with_cache(sequences: int) -> Plan:
+        return plan("teacher=cached", f"stages.cache_logits.num_sequences={sequences}")
+
+    with pytest.raises(RecipeError, match=r"1,024 .* 512 at most(?s:.*)cache_logits\.num_seq"):
+        plan_with_cache(2)
+    [note] = [n for n in plan_with_cache(50).notes if n.rule.name == "epochs"]
+    assert "12,800" in note.what
+    assert "8.0" in note.what
+    assert "epochs" not in {n.rule.name for n in plan_with_cache(100).notes}  # 4 epochs
