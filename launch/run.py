@@ -142,15 +142,19 @@ def _follow(set_stage: lock.SetStage, plan: Plan, stage: PlannedStage) -> Iterat
 
 
 def _run_dir(settings: RunSettings, recipe: str) -> Path:
-    if settings.run_dir is not None:
-        path = Path(settings.run_dir).resolve()
-        if path.exists() and not path.is_dir():
-            raise RecipeError(f"run_dir={path} is a file.", "give a directory")
-        return path
     hydra_cfg = HydraConfig.get()
+    default = os.path.join("runs", recipe)
     if hydra_cfg.mode == RunMode.MULTIRUN:
-        return Path(hydra_cfg.sweep.dir, hydra_cfg.sweep.subdir).resolve()
-    return Path("runs", recipe).resolve()
+        default = os.path.join(hydra_cfg.sweep.dir, hydra_cfg.sweep.subdir)
+    path = Path(default if settings.run_dir is None else settings.run_dir).resolve()
+    if path.exists() and not path.is_dir():
+        raise RecipeError(f"run_dir={path} is a file.", "give a directory")
+    if os.pathsep in str(path):  # PYTHONPATH has the run's copy of the code
+        raise RecipeError(
+            f"run_dir={path} has a colon, which separates the paths of PYTHONPATH.",
+            "give a directory without colons",
+        )
+    return path
 
 
 def _last_plan(run_dir: Path, recipe: str) -> LastPlan:
