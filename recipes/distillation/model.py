@@ -32,7 +32,13 @@ from nemo_convert.pipeline import pipeline_split
 from recipes.backend.device import device
 from recipes.backend.local_layers import adapt_config
 from recipes.distillation.data import TEACHER_PREFIX
-from recipes.distillation.losses import LossTargets, combined_loss, token_cross_entropy
+from recipes.distillation.losses import (
+    LogitsLoss,
+    LossTargets,
+    combined_loss,
+    distillation_loss,
+    token_cross_entropy,
+)
 from recipes.distillation.objective import HiddenLoss, LossReduction, Objective
 from recipes.distillation.vocabulary import TopK
 from recipes.evaluation.predictions import require_better_than_chance
@@ -66,7 +72,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         self.config.calculate_per_token_loss = True
         self._objective, self._teacher = objective, objective.teacher
         self._reduction = LossReduction(objective)
-        self._validation = LossReduction(Objective({"lm": 1.0, "kd": 0.0}))  # KD is only logged
+        self._validation = LossReduction(Objective({"lm": 1.0, "kd": 0.0}))  # KL is only logged
         self._cached: TopK | None = None
         self._loss_mask: Any = None
         self.teacher_loss: float | None = None
@@ -84,13 +90,13 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
 
     @property
     def validation_loss_reduction(self) -> MegatronLossReduction:
-        """Returns the reduction of the LM loss, and of the KD loss if the teacher also runs."""
+        """Returns the reduction of the LM loss, and of the KL if the teacher also runs."""
         if self._teacher.runs_in_validation:
             return self._validation
         return super().validation_loss_reduction
 
     def validation_kd(self) -> list[float]:
-        """Returns a list with the last validation batch's KD loss; empty if it was not measured."""
+        """Returns a list with the last validation batch's KL; empty if it was not measured."""
         return [self._validation.last_means["kd"]] if self._teacher.runs_in_validation else []
 
     def share_losses(self) -> dict[str, Any]:
@@ -131,9 +137,11 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
             lm_loss = _lm_loss(logits, labels)
             if not self._teacher.runs_in_validation:
                 return lm_loss
-            _, kd_loss, _ = self._kd_and_lm_losses(core, logits, None, (1.0, 0.0))
-            # Rows as in ``_token_losses``: first the loss, which is LM here, then LM and KD.
-            return torch.stack([lm_loss, lm_loss, kd_loss])
+            # The KL, whatever the KD loss of training is, as evaluation and healing measure it.
+            flat, teacher = logits.flatten(0, 1), core.teacher_logits.flatten(0, 1)
+            kl = distillation_loss(flat, teacher, LogitsLoss(), nemo.tensor_group())
+            # Rows as in ``_token_losses``: first the loss, which is LM here, then LM and KL.
+            return torch.stack([lm_loss, lm_loss, kl.view(logits.shape[:2]).t()])
 
         core.compute_language_model_loss = MethodType(compute_losses, core)
         self.module = core

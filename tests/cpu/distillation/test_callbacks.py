@@ -6,6 +6,7 @@ import gc
 import math
 import os
 import re
+import shutil
 import socket
 import weakref
 from itertools import count
@@ -128,6 +129,18 @@ def test_a_run_that_recovered_enough_stops_and_is_complete(
     console = Console(record=True, width=200)
     status({"run_dir": str(run_dir)}, console)
     assert result.stopped in console.export_text()
+
+
+def test_validation_measures_the_kl_whatever_the_loss_of_training_is(
+    distill_command: list[str], tmp_path: Path
+) -> None:
+    first = []
+    for loss in ({}, {"logits_loss": "reverse_kl", "temperature": 2, "top_k": 8}):
+        shutil.rmtree(tmp_path / "run" / "distill", ignore_errors=True)
+        stop = settings("distill", max_steps=2, val_check_interval=1, stop_at_recovered=0.9)
+        run_successfully(*distill_command, *settings("distill", **loss), *stop, cwd=tmp_path)
+        first.append(steps_of(tmp_path / "run" / "distill" / METRICS, "validate")[0]["val_kd"])
+    assert first[0] == pytest.approx(first[1])
 
 
 def test_a_diverging_run_stops_before_its_weights_are_lost(
