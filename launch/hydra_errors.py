@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 SHOW_HELP = "recipe=NAME runs a recipe; --help shows recipes, fields and commands"
 SHOW_FIELDS = "--cfg job shows every field and what it is set to"
-DICT_KEY = re.compile(r"(?P<field>.*\.(env|images|mpi|inputs|num_fewshot|revisions))\.(?P<key>.+)")
+DICT_KEY = re.compile(
+    r"(?P<field>.*\.(env|images|mpi|inputs|num_fewshot|revisions|weights))\.(?P<key>.+)"
+)
 """Matches a new key of a dict field, which Hydra refuses without ``+``."""
 ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 

@@ -75,14 +75,20 @@ def read_source(source: str, text_field: str, state: Any = None, *, chat: bool =
 
 
 def chat_problem(source: str) -> tuple[str, str] | None:
-    """Checks the first conversations of a local file; returns what is wrong and the fix, if any."""
+    """Checks a source's file type, and the first conversations of a local file.
+
+    Returns what is wrong and the fix, if any.
+    """
     parsed = parse_source(source)
     if parsed.prompts:
         return chat_problem(parsed.prompts)
-    if parsed.hub or parsed.wheel or not parsed.local_files():
+    if parsed.hub or parsed.by_teacher:
         return None
     if parsed.file_type not in RECORD_TYPES:
-        return f"'{parsed.path}' has no conversations", f"give {' or '.join(RECORD_TYPES)}"
+        types = " or ".join(RECORD_TYPES)
+        return f"'{parsed.path}' has no conversations", f"give {types}, or set data.format=text"
+    if parsed.wheel or not parsed.local_files():
+        return None
     try:
         for _ in islice(read_source(source, "", chat=True), CHECKED_CONVERSATIONS):
             pass

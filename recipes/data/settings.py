@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated
 
 from recipes.core.constraints import Count, Fraction, Tokens, matching, one_of
@@ -83,6 +84,13 @@ class PrepareDataConfig(StageConfig):
     def chat_sources(self) -> list[str]:
         """Returns the sources that hold conversations."""
         return [source for source in self.all_sources() if self.is_chat(source)]
+
+    def training_names(self) -> list[str]:
+        """Returns the names of training sources in results."""
+        if self.prefix:
+            return [Path(self.prefix).name]
+        names = source_names(self.all_sources()).items()
+        return [name for name, source in names if source in self.sources]
 
     def weights(self) -> dict[str, float]:
         """Returns the weights of training sources, by the sources' names in results."""

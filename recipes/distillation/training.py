@@ -5,7 +5,7 @@ Does not import torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -13,6 +13,8 @@ from typing import TypeVar
 
 from nemo_convert.architecture import Architecture
 from recipes.core.compiled import missing_compiler
+from recipes.core.errors import did_you_mean
+from recipes.core.manifest import manifest_of
 from recipes.core.metrics import read_records, steps_of
 from recipes.core.stage import Inputs
 from recipes.data.results import DatasetResult, TrainedSource
@@ -70,6 +72,7 @@ def _runs_on_this_cpu(chain: Chain) -> bool:
 def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
     """Finds settings that would fail once training has started."""
     yield from _schedule_problems(cfg)
+    yield from weight_problems(cfg.weights, cfg.inputs.get("data", ""), chain)
     if cfg.fp8 is not None:
         yield from _fp8_problems(cfg, chain)
     yield from _compiler_problems(cfg, chain)
@@ -82,6 +85,31 @@ def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
             "for example [10,12]",
         )
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
+
+
+def weight_problems(weights: Collection[str], data: str, chain: Chain) -> Iterator[Problem]:
+    """Finds weights of sources that the text ``data`` does not have.
+
+    Args:
+        weights: Names of the weighted sources.
+        data: The stage that prepares the text, or its directory.
+        chain: The stages of the run.
+    """
+    text, manifest = chain.stages.get(data), manifest_of(data)
+    if isinstance(text, PrepareDataConfig):
+        known = text.training_names()
+    elif manifest is not None:
+        known = [source.source for source in manifest.result(DatasetResult).source_tokens["train"]]
+    else:
+        return
+    for name in weights:
+        if name not in known:
+            yield Problem(
+                rules.DATA_SOURCES,
+                f"weights has '{name}', which is not a training source of {data}."
+                f"{did_you_mean(name, known)}",
+                f"use one of: {', '.join(known)}",
+            )
 
 
 def _schedule_problems(cfg: TrainingConfig) -> Iterator[Problem]:

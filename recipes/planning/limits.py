@@ -255,8 +255,8 @@ def _training_tokens(chain: Chain, data: str) -> tuple[dict[str, float], float]:
         total = require_token_files(Path(config.prefix))[-1]  # number of tokens
         total = min(total, config.max_tokens or total)
         return {Path(config.prefix).name: total * train_fraction}, total
-    names, tokens = source_names(config.all_sources()), source_tokens(config)
-    expected = {n: tokens[n] * train_fraction for n, s in names.items() if s in config.sources}
+    tokens = source_tokens(config)
+    expected = {name: tokens[name] * train_fraction for name in config.training_names()}
     # A token has at least one byte. Documents have random splits, so all may be for training.
     sizes = [source_bytes(source) for source in config.sources]
     return expected, float(sum(size or math.inf for size in sizes))

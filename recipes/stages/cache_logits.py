@@ -12,7 +12,7 @@ from pathlib import Path
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.distillation.settings import CacheLogitsConfig, bytes_per_token
-from recipes.distillation.training import with_weights
+from recipes.distillation.training import weight_problems, with_weights
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.rules import Problem
@@ -31,6 +31,7 @@ def check(cfg: CacheLogitsConfig, chain: Chain) -> Iterator[Problem]:
             f"top_k={cfg.top_k} must be less than the vocabulary size, {chain.teacher.vocab_size}",
             "set a much smaller number, such as top_k=64",
         )
+    yield from weight_problems(cfg.weights, cfg.inputs.get("data", ""), chain)
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
 
 

@@ -23,7 +23,12 @@ from recipes.core.files import write_text_atomically
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log, rank
 from recipes.distillation.settings import DistillConfig
-from recipes.distillation.training import training_problems, training_workload, with_weights
+from recipes.distillation.training import (
+    training_problems,
+    training_workload,
+    weight_problems,
+    with_weights,
+)
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.inference_cost import InferenceCost, Sequences, comparison_cost
@@ -75,6 +80,7 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
     else:
         training = training_of(cfg, round_sizes, 0)
         yield from training_problems(training, chain)
+        yield from weight_problems(training.weights, cfg.inputs.get("data", ""), chain)
         # The layout is checked for the teacher's shape: the candidates may not be known yet.
         workload = training_workload(training, chain.teacher)
         yield from layout_problems(workload, chain.hardware)

@@ -92,6 +92,10 @@ def test_unknown_choices_list_the_choices(
         ("stages.prune.qqq=1", f"stages.prune.qqq.\n  fix: {SHOW_FIELDS}"),
         ("cluster.env.NCCL_DEBUG=INFO", "fix: '+cluster.env={NCCL_DEBUG: …}' adds it"),
         (
+            "stages.distill.weights={wikipedia: 0.9}",
+            "fix: '+stages.distill.weights={wikipedia: …}' adds it",
+        ),
+        (
             "stages.evaluate_tasks.revisions={allenai/sciq: a1}",
             "fix: '+stages.evaluate_tasks.revisions={allenai/sciq: …}' adds it",
         ),

@@ -241,6 +241,7 @@ def test_each_rule_can_be_broken(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        ("", r"\.txt#sha256=\w+' has no conversations"),  # speeches in a wheel
         ("data.sources=[CHAT#text=body]", "every training source plain text"),
         (f"data.sources=[CHAT] {D}seq_length=128", "seq_length=128.* 256"),
         ("data.sources=[CHAT]", None),

@@ -110,6 +110,24 @@ def test_changed_weights_rerun_only_training(
     assert vars(cache)["weights"] == {"small": 1, text.stem: 3}
 
 
+@pytest.mark.parametrize(
+    ("recipe", "stage", "weights"),
+    [
+        ("recipe=llama_width_prune", "distill", "{wikipedia: 1, speech: 2}"),
+        ("recipe=llama3_1_8b_depth", "cache_logits", "{novels: 1}"),
+        ("recipe=llama_search", "successive_halving.distill", "{novels: 1}"),
+    ],
+)
+def test_weights_need_the_name_of_a_training_source(
+    plan: MakePlan, recipe: str, stage: str, weights: str
+) -> None:
+    """Evaluation text, such as the novels, is not for training."""
+    cached = ["teacher=cached", "skip_rules=[tokens]"] if stage == "cache_logits" else []
+    plan(*cached, f"+stages.{stage}.weights={{}}", recipe=recipe)
+    with pytest.raises(RecipeError, match=r"weights has '(speech|novels)', (?s:.*)use one of"):
+        plan(*cached, f"+stages.{stage}.weights={weights}", recipe=recipe)
+
+
 def test_training_cannot_exceed_the_sequences_of_a_cached_teacher(plan: MakePlan) -> None:
     """The recipe trains on 400 sequences in batches of 4; its text has thousands of sequences."""
 
