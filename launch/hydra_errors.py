@@ -131,6 +131,8 @@ def _suggestion(where: str, name: str, error: Exception) -> str:
     new_key = DICT_KEY.fullmatch(where)
     fix = f"'+{new_key['field']}={{{new_key['key']}: …}}' adds it" if new_key else SHOW_FIELDS
     siblings = [str(key) for parent in parents for key in parent]
+    if where.startswith(("cluster.images.", "cluster.mpi.")) and name not in stage_names():
+        siblings, fix = [*siblings, *stage_names()], SHOW_FIELDS
     # If ``where`` has only one key, it may also be a misspelled config group.
     hint = did_you_mean(name, [*siblings, *(groups() if where == name else ())])
     return hint or f"\n  fix: {fix}"

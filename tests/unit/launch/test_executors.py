@@ -290,6 +290,7 @@ def test_docker_command_has_exactly_these_options(prepare: Prepare, tmp_path: Pa
         "+cluster.env.OMP_NUM_THREADS='8'",
         "+cluster.images.distill=special:1",
     )
+    assert {"HF_HUB_OFFLINE", "TRUST_CHECKPOINTS"} <= set(cluster.pass_env)
     stage = stage_named(planned, "distill")
     arguments = [arg for group in docker.command(stage, cluster) for arg in group]
     cache = f"{tmp_path}/cache"

@@ -105,6 +105,13 @@ def test_unknown_fields_get_a_hint(compose: Compose, override: str, message: str
     assert error_message(compose, RECIPE, override).endswith(message)
 
 
+def test_an_image_of_a_misspelled_stage_gets_a_hint(compose: Compose) -> None:
+    message = error_message(compose, RECIPE, "cluster=docker", "cluster.images.distil=x")
+    assert message.endswith("cluster.images.distil. Did you mean 'distill'?")
+    message = error_message(compose, RECIPE, "cluster=docker", "cluster.images.distill=x")
+    assert message.endswith("'+cluster.images={distill: …}' adds it")
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
