@@ -187,17 +187,19 @@ def answer(model: LM, task: Task, limit: int | None, seed: int) -> list[Item]:
     items: list[Item] = []
     for name, samples in results["samples"].items():
         # A task can have several filters, which extract answers from text; the first one counts.
-        items += [_item(name, s) for s in samples if s["filter"] == samples[0]["filter"]]
+        subtask = task.subtasks[name]
+        items += [_item(name, subtask, s) for s in samples if s["filter"] == samples[0]["filter"]]
     return items
 
 
-def _item(subtask: str, sample: Mapping[str, Any]) -> Item:
+def _item(name: str, subtask: ConfigurableTask, sample: Mapping[str, Any]) -> Item:
     metrics = {name: sample[name] for name in sample["metrics"]}
     item = Item(
-        id=f"{subtask}/{sample['doc_id']}",
+        id=f"{name}/{sample['doc_id']}",
         hash=f"{sample['doc_hash']} {sample['prompt_hash']} {sample['target_hash']}",
         doc=sample["doc"],
-        target=sample["target"],
+        # If choices are contexts, lm-eval's ``target`` is their continuation.
+        target=subtask.doc_to_text(sample["doc"]) if subtask.multiple_input else sample["target"],
         response=sample["filtered_resps"],
         metrics={n: float(v) for n, v in metrics.items() if isinstance(v, int | float)},
     )

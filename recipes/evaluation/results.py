@@ -308,7 +308,7 @@ def compare_answers(items: Mapping[str, Sequence[Item]]) -> TaskScores | None:
     are not normalised over the choices, which would make them as noisy as accuracy.
 
     Returns:
-        ``None`` if items have no log-likelihoods, because the model generates its answers.
+        ``None`` if the log-likelihoods of the right answers are not known, see ``answer_values``.
     """
     values = {role: answer_values(items[role]) for role in ROLES}
     scored = {role: row for role, row in values.items() if row is not None}
@@ -316,12 +316,18 @@ def compare_answers(items: Mapping[str, Sequence[Item]]) -> TaskScores | None:
 
 
 def answer_values(items: Sequence[Item]) -> list[float] | None:
-    """Returns log-likelihoods of the right answers; ``None`` if the model generates its answers."""
+    """Returns log-likelihoods of the right answers.
+
+    Returns:
+        ``None`` if the model generates its answers, or if an item does not have one right choice.
+    """
     values = []
     for item in items:
-        # If the target is not the index of a choice, only the right answer was scored.
-        choice = item.target if isinstance(item.target, int) else 0
-        response = item.response[choice] if isinstance(item.response, list) else None
+        responses = item.response if isinstance(item.response, list) else []
+        if isinstance(item.target, int):
+            response = responses[item.target] if responses else None
+        else:  # the target is text, and only the right answer was scored
+            response = responses[0] if len(responses) == 1 else None
         if not isinstance(response, list):
             return None
         values.append(float(response[0]))  # the second value says whether it is the greedy choice

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import lm_eval
 import pytest
 import torch
 import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from omegaconf import OmegaConf
 from transformers import (
     AutoConfig,
@@ -140,6 +142,32 @@ def test_examples_that_questions_share_are_processed_once(models: dict[str, Any]
     hook.remove()
     assert 2 * total_tokens[0] < total_tokens[1]
     assert_same_answers(*answers)
+
+
+def test_the_right_answer_of_a_task_with_several_contexts_is_known(
+    models: dict[str, Any], tmp_path: Path
+) -> None:
+    """In lm-eval, each choice of WinoGrande is a context, and all have the same continuation."""
+    sentence, animals = "The cat chased the dog because the _ was angry.", ("cat", "dog")
+    options = dict(zip(("option1", "option2"), animals, strict=True))
+    lines = (json.dumps({"sentence": sentence, **options, "answer": a}) for a in "1221")
+    (tmp_path / "items.jsonl").write_text("\n".join(lines))
+    definition = {
+        "task": "winogrande",
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"validation": str(tmp_path / "items.jsonl")}},
+        "training_split": None,
+    }
+    manager = TaskManager(Path(lm_eval.tasks.__file__).parent / "winogrande", False)
+    subtasks = manager.load([{"group": "local", "task": [definition]}])["tasks"]
+    packed_model, _ = packed_and_stock(*load_float32(models["teacher"].hf))
+    task = packed_lm.Task("winogrande", "acc", "1", "", subtasks)
+    items = packed_lm.answer(packed_model, task, None, 1)
+    assert [item.target for item in items] == [0, 1, 1, 0]
+    for item in items:
+        first, second = (likelihood for likelihood, _ in item.response)
+        assert item.metrics["acc"] == (item.target == (second > first))
 
 
 def test_a_second_run_uses_cached_answers(

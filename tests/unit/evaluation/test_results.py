@@ -100,5 +100,7 @@ def test_right_answers_are_compared_by_their_log_likelihoods() -> None:
     assert [score.value for score in scores.models().values()] == [-2.5, -6.5, -3.5]
     assert scores.differences.distilled.value == -1
     assert scores.recovered == pytest.approx(0.75)
+    several = [item(" word", -1, -2)]  # whose right choice is not known
+    assert compare_answers(dict.fromkeys(items, several)) is None
     generated = Item("task/0", "hash", {}, "18", ["The answer is 18."], {"exact_match": 1.0})
     assert compare_answers({role: [generated] for role in items}) is None
