@@ -33,6 +33,8 @@ FEED_FORWARD = ("mlp", "moe")
 FP8_RECIPES = {"tensorwise": 16, "blockwise": 16, "delayed": 16, "mxfp8": 32}
 """Maps each FP8 scaling recipe to a number. The sizes of matrices must be multiples of this number
 (``megatron/core/fp8_utils.py``)."""
+FP8_CAPABILITIES = {"tensorwise": 8.9, "blockwise": 9.0, "delayed": 8.9, "mxfp8": 10.0}
+"""The lowest compute capability with which TransformerEngine supports a recipe."""
 TERMS = ("kd", "hidden", "lm")
 """Terms of the loss; each is logged."""
 RESOURCE = {"resource": True}
@@ -83,11 +85,11 @@ class TrainingConfig(StageConfig):
     """Accumulates gradients in float32; ``false`` saves two bytes per parameter."""
     fp8: Annotated[str, one_of("hybrid")] | None = None
     """``hybrid``: matrix multiplications in FP8 (E4M3 forward, E5M2 backward) with
-    TransformerEngine, on GPUs from Hopper on. Weights, and a teacher that runs in training, stay
-    in bfloat16."""
+    TransformerEngine, on GPUs from Ada on. Weights, and a teacher that runs in training, stay in
+    bfloat16."""
     fp8_recipe: Annotated[str, one_of(*FP8_RECIPES)] = "tensorwise"
-    """FP8 scaling: ``tensorwise``, ``blockwise``, ``delayed`` or ``mxfp8`` (Blackwell). The first
-    and the last layer are computed in bfloat16, except with ``delayed``."""
+    """FP8 scaling: ``tensorwise``, ``blockwise`` (from Hopper on), ``delayed`` or ``mxfp8`` (from
+    Blackwell on). The first and the last layer are in bfloat16, except with ``delayed``."""
     max_nonfinite_steps: CountOrZero = 0
     """Steps with a NaN or infinite gradient that are skipped before the run stops."""
     seed: Seed = 1234

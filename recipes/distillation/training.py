@@ -22,6 +22,7 @@ from recipes.data.settings import PrepareDataConfig
 from recipes.distillation.results import TrainingResult
 from recipes.distillation.settings import (
     FEED_FORWARD,
+    FP8_CAPABILITIES,
     FP8_RECIPES,
     CacheLogitsConfig,
     DistillConfig,
@@ -29,6 +30,7 @@ from recipes.distillation.settings import (
 )
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
+from recipes.planning.limits import fp8_problems
 from recipes.planning.rules import Problem
 from recipes.planning.workload import CHECKPOINT_BYTES, Layout, Workload
 
@@ -161,6 +163,10 @@ def _fp8_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
             f"fp8={cfg.fp8} with hardware={chain.hardware.name} and precision={cfg.precision}",
             "do not set fp8; or set hardware to a GPU's profile and precision=bf16-mixed",
         )
+    available = chain.hardware.compute_capability or 0
+    recipes = [name for name, needed in FP8_CAPABILITIES.items() if needed <= available]
+    fix = f"set fp8_recipe={recipes[0]}" if recipes else "do not set fp8"
+    yield from fp8_problems(chain.hardware, FP8_CAPABILITIES[cfg.fp8_recipe], fix)
     divisor = FP8_RECIPES[cfg.fp8_recipe]
     for name, size in _fp8_sizes(cfg, _trained_shape(cfg, chain)).items():
         if size % divisor:

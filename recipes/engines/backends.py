@@ -14,6 +14,7 @@ from recipes.engines import openvino, tensorrt_llm
 from recipes.engines.settings import BuildEngineConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
+from recipes.planning.limits import fp8_problems
 from recipes.planning.rules import Problem
 
 PRECISIONS = {
@@ -44,6 +45,8 @@ def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
         yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
         yield from openvino.problems(cfg)
     else:
+        if cfg.precision == "fp8":
+            yield from fp8_problems(chain.hardware, *tensorrt_llm.FP8_REQUIREMENT)
         arch = chain.shape_of(cfg.inputs.get("checkpoint"))
         yield from tensorrt_llm.problems(
             cfg, arch, chain.stages.get(cfg.inputs.get("checkpoint", ""))

@@ -47,6 +47,12 @@ HEAD_SIZES = (32, 48, 64, 80, 96, 104, 112, 128, 144, 160, 192, 224, 256)
 """Head sizes of the compiled attention kernels."""
 SIZE_MULTIPLES = {"int8": 64, "int4": 64, "int4_awq": 128, "fp8": 16}
 """Rows and columns of a rank's quantized matrices must be multiples of these."""
+FP8_REQUIREMENT = (
+    8.9,
+    "use engine=tensorrt_llm; or stages.quantize.format=int4_awq with "
+    "stages.build_engine.backend=tensorrt_llm_pytorch",
+)
+"""The lowest compute capability of GPUs with FP8, and what to do on older GPUs."""
 LLM_OPTIONS = "llm_options.yaml"
 QUANTIZATION = "hf_quant_config.json"
 

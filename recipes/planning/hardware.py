@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from recipes.core.constraints import Bytes, Count, PositiveOrZero, Rate, between, one_of
+from recipes.core.constraints import Bytes, Count, Positive, PositiveOrZero, Rate, between, one_of
 from recipes.core.precision import Precision
 from recipes.planning.transformer import Compute
 
@@ -77,6 +77,8 @@ class Hardware:
     cuda_device_max_connections: Count | None = None
     """Value of ``CUDA_DEVICE_MAX_CONNECTIONS`` under tensor or context parallelism: 1 before
     Blackwell, to overlap communication, and 32 from Blackwell on, as in NeMo."""
+    compute_capability: Positive | None = None
+    """Version of a GPU's instructions, such as 9.0 for Hopper; without it, FP8 is not checked."""
     reserved_bytes: PositiveOrZero = 0.75e9
     """Memory of a process without a model: libraries, CUDA context, NCCL buffers."""
 

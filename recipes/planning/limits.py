@@ -14,7 +14,7 @@ from recipes.data.sources import parse_source, source_bytes, source_names
 from recipes.data.token_files import require_token_files
 from recipes.planning import rules
 from recipes.planning.chain import Chain
-from recipes.planning.hardware import gpus_here
+from recipes.planning.hardware import Hardware, gpus_here
 from recipes.planning.layouts import proposals
 from recipes.planning.rules import Problem
 from recipes.planning.training_cost import peak_memory, stopping_seconds, training_cost
@@ -101,6 +101,15 @@ def memory_problem(name: str, needed: float, available: float, device: str, fix:
         f"{available / 1e9:.0f} GB",
         fix,
     )
+
+
+def fp8_problems(hardware: Hardware, needed: float, fix: str) -> Iterator[Problem]:
+    """Yields a problem if GPUs of the profile have a lower compute capability than FP8 needs."""
+    if (available := hardware.compute_capability) is not None and available < needed:
+        what = (
+            f"FP8 needs a compute capability of {needed} here, but {hardware.name} has {available}"
+        )
+        yield Problem(rules.FP8, what, fix)
 
 
 def _training_memory_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Problem]:

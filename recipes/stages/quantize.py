@@ -13,9 +13,10 @@ from pathlib import Path
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.engines.settings import QuantizeConfig
-from recipes.engines.tensorrt_llm import SIZE_MULTIPLES
+from recipes.engines.tensorrt_llm import FP8_REQUIREMENT, SIZE_MULTIPLES
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
+from recipes.planning.limits import fp8_problems
 from recipes.planning.rules import Problem
 from recipes.stages.contract import Stage
 
@@ -23,6 +24,8 @@ from recipes.stages.contract import Stage
 def check(cfg: QuantizeConfig, chain: Chain) -> Iterator[Problem]:
     """Yields a problem for each size that the format's kernels do not support."""
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
+    if cfg.format == "fp8":
+        yield from fp8_problems(chain.hardware, *FP8_REQUIREMENT)
     arch = chain.shape_of(cfg.inputs.get("checkpoint"))
     multiple = SIZE_MULTIPLES[cfg.format]
     for name in ("hidden_size", "ffn_hidden_size"):

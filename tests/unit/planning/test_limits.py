@@ -128,6 +128,24 @@ def test_weights_need_the_name_of_a_training_source(
         plan(*cached, f"+stages.{stage}.weights={weights}", recipe=recipe)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "fix"),
+    [
+        (f"hardware=a100 {D}fp8=hybrid", "do not set fp8"),
+        (f"hardware=l40s {D}fp8=hybrid", None),
+        (f"hardware=l40s {D}fp8=hybrid {D}fp8_recipe=blockwise", "fp8_recipe=tensorwise"),
+        (f"hardware=h100 {D}fp8=hybrid {D}fp8_recipe=mxfp8", "fp8_recipe=tensorwise"),
+        (f"hardware=b200 {D}fp8=hybrid {D}fp8_recipe=mxfp8", None),
+        ("hardware=a100 engine=tensorrt_llm_quantized", "format=int4_awq"),
+        ("hardware=l40s engine=tensorrt_llm_quantized", None),
+    ],
+)
+def test_fp8_needs_gpus_that_have_it(plan: MakePlan, overrides: str, fix: str | None) -> None:
+    arguments = [*overrides.split(), "skip_rules=[memory,engine-image,fp8]"]
+    notes = plan(*arguments, recipe="recipe=llama3_1_8b_depth_2.5b").notes
+    assert [fix in note.fix for note in notes if note.rule.name == "fp8"] == [True] * bool(fix)
+
+
 def test_training_cannot_exceed_the_sequences_of_a_cached_teacher(plan: MakePlan) -> None:
     """The recipe trains on 400 sequences in batches of 4; its text has thousands of sequences."""
 
