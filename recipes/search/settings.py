@@ -120,6 +120,8 @@ class SuccessiveHalvingConfig(StageConfig):
     """Precision of these measurements, as in ``evaluate``."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     """How candidates are trained; the number of steps follows from ``max_tokens``."""
+    hardware: str = field(default="cpu", metadata={"resource": True})
+    """Hardware profile of the chosen recipe."""
 
     def rounds(self, candidates: int) -> list[int]:
         """Returns the number of candidates in each round."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -48,6 +48,16 @@ from recipes.search.space import name_of, prune_settings, search_sizes
 from recipes.stages.contract import Stage
 
 RECIPE = "recipe.yaml"
+DATA_SETTINGS = (
+    *("sources", "heldout_sources", "format", "text_field", "prefix", "document_end"),
+    *("max_tokens", "excluded_documents", "seq_length"),
+)
+"""Settings of ``prepare_data`` that the chosen recipe has in its group ``data``."""
+NOT_COPIED = {
+    *("stage", "inputs", "resources", "precision", "seq_length", "weights", "compile"),
+    *("max_steps", "warmup_steps", "val_check_interval", "checkpoint_interval"),
+}
+"""Settings of the search's training runs that the chosen recipe does not have."""
 LIST_CANDIDATES = "run with only=[enumerate_shapes] to list the candidates"
 
 
@@ -213,13 +223,22 @@ def recipe_yaml(
     changed = {axis: size for axis, size in sizes.items() if size != shape[axis]}
     score = inputs["importance"].manifest.config
     score_settings = ("num_loss_samples", "block_sizes")
+    data = inputs["data"].manifest.config
+    distill, defaults = asdict(cfg.distill), asdict(DistillConfig())
+    chain: list[object] = [{"/chain@_global_": "prune_distill"}]
     content = {
-        "defaults": [{"/chain@_global_": "prune_distill"}, "_self_"],
+        "defaults": [*chain, {"override /hardware": cfg.hardware}, "_self_"],
         "description": f"{winner.name}, {winner.parameters / 1e6:,.1f} M parameters",
+        "model": {"hf_path": teacher.config["hf_path"]},
+        "data": {name: data[name] for name in DATA_SETTINGS},
         "stages": {
             "score": {name: score[name] for name in score_settings},
             "prune": prune_settings(changed, method),
-            "distill": {"lr": cfg.distill.lr, "min_lr": cfg.distill.min_lr},
+            "distill": {
+                **{name: distill[name] for name in ("lr", "min_lr", "lm_weight")},
+                **{n: v for n, v in distill.items() if v != defaults[n] and n not in NOT_COPIED},
+                "resources": {"devices": cfg.distill.resources.devices},
+            },
         },
     }
     header = f"# @package _global_\n# Chosen by a search for {teacher.config['hf_path']}\n"

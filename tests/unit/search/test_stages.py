@@ -6,15 +6,16 @@ import dataclasses
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from launch.plan import with_shapes
-from launch.schema import compose
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import write_manifest
 from recipes.core.stage import Input, Resources
+from recipes.data.settings import PrepareDataConfig
 from recipes.distillation.settings import DistillConfig
 from recipes.engines.settings import BuildEngineConfig
 from recipes.planning.chain import Chain
@@ -276,24 +277,40 @@ def test_the_pareto_front_omits_candidates_that_are_larger_and_no_better(chain: 
     assert [c.name for c in ranked if c.pareto] == ["a", "b", "e", "f"]
 
 
-def test_the_chosen_shape_is_written_as_a_recipe(chain: Chain, tmp_path: Path) -> None:
+def test_the_chosen_recipe_has_the_models_text_and_hardware_of_the_search(
+    chain: Chain, plan: MakePlan, hf_folder: Path, text: Path, tmp_path: Path
+) -> None:
     teacher = dataclasses.replace(
         bare_manifest("import_hf", "checkpoint_nemo", None),
-        config={"hf_path": "org/model"},
+        config={"hf_path": str(hf_folder)},
         architecture=chain.teacher.as_dict(),
     )
     scores = dataclasses.replace(
         bare_manifest("score", "importance", None),
         config={"num_loss_samples": 8, "block_sizes": [1]},
     )
-    inputs = {"checkpoint": Input(tmp_path, teacher), "importance": Input(tmp_path, scores)}
+    corpus = dataclasses.replace(
+        bare_manifest("prepare_data", "dataset", None),
+        config=dataclasses.asdict(PrepareDataConfig(sources=[str(text)], seq_length=64)),
+    )
+    manifests = {"checkpoint": teacher, "importance": scores, "data": corpus}
+    inputs = {name: Input(tmp_path, manifest) for name, manifest in manifests.items()}
     shape = dataclasses.replace(chain.teacher, num_layers=3, hidden_size=64)
     winner = Candidate("name", 10**6, shape, 1.0, 9.0, 0.1, tokens=10, chosen=True)
-    cfg = SuccessiveHalvingConfig(distill=DistillConfig(lr=2e-4))
+    distill = DistillConfig(lr=2e-4, global_batch_size=8, tensor_model_parallel_size=2)
+    distill.resources.devices = 4
+    cfg = SuccessiveHalvingConfig(distill=distill, hardware="h100")
     (tmp_path / "recipe").mkdir()
     file = tmp_path / "recipe" / "chosen.yaml"
     file.write_text(successive_halving.recipe_yaml(cfg, inputs, winner, "block"))
-    stages = compose("recipe=chosen", f"hydra.searchpath=[file://{tmp_path}]").stages
+    planned = plan(f"hydra.searchpath=[file://{tmp_path}]", recipe="recipe=chosen").chain
+    assert (planned.hf_path, planned.hardware.name) == (str(hf_folder), "h100")
+    assert planned.shape_of("prune") == shape
+    stages: Any = SimpleNamespace(**planned.stages)
+    assert stages.prepare_data.sources == [str(text)]
+    assert (stages.distill.seq_length, stages.distill.lm_weight) == (64, 0.0)
+    assert (stages.distill.global_batch_size, stages.distill.resources.devices) == (8, 4)
+    assert stages.distill.tensor_model_parallel_size == 2
     assert (stages.prune.target_num_layers, stages.prune.target_hidden_size) == (3, 64)
     assert stages.prune.target_ffn_hidden_size is None
     assert stages.prune.layer_importance == "block"
