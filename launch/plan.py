@@ -23,6 +23,7 @@ from launch.planned import (
     require_no_lost_work,
     stage_of,
 )
+from launch.schema import choices_with
 from launch.settings import RunSettings
 from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError, did_you_mean, require_known
@@ -208,10 +209,12 @@ def stage_order(configs: Mapping[str, StageConfig]) -> list[str]:
     for name, config in configs.items():
         for key, source in config.inputs.items():
             if source not in configs and not Path(source).is_dir():
+                fix = f"use one of: {', '.join(configs)}, or a stage directory (runs/other/distill)"
+                adding = choices_with(source)
                 raise RecipeError(
                     f"stages.{name}.inputs.{key}={source} is neither a stage of this recipe nor a "
-                    f"stage directory.{did_you_mean(source, configs)}",
-                    f"use one of: {', '.join(configs)}, or a stage directory (runs/other/distill)",
+                    f"stage directory.{'' if adding else did_you_mean(source, configs)}",
+                    f"set {' or '.join(adding)}" if adding else fix,
                 )
         graph[name] = {source for source in config.inputs.values() if source in configs}
     try:

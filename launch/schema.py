@@ -91,6 +91,13 @@ def choices(group: str) -> list[str]:
     return [*names, "null"] if group in OPTIONAL_GROUPS else names
 
 
+def choices_with(stage: str) -> list[str]:
+    """Returns the choices of groups that add a stage, such as ``gguf=f16``."""
+    files = sorted(file for group in groups() for file in (CONF / group).glob("*.yaml"))
+    adding = (file for file in files if f"@stages.{stage}:" in file.read_text(encoding="utf-8"))
+    return [f"{file.parent.name}={file.stem}" for file in adding]
+
+
 def help_text() -> str:
     """Returns the text of ``--help``: commands, and every choice of every group."""
     return HELP + "\n".join(f"{group}: {', '.join(choices(group))}" for group in groups())

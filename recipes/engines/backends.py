@@ -11,7 +11,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import manifest_of
 from recipes.core.stage import Input
 from recipes.engines import openvino, tensorrt_llm
-from recipes.engines.settings import BuildEngineConfig
+from recipes.engines.settings import CALIBRATED_FORMATS, BuildEngineConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.limits import fp8_problems
@@ -38,7 +38,7 @@ def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
                 rules.FORMAT,
                 f"backend={cfg.backend} does not support {name}={value}",
                 f"use one of: {', '.join(choices[cfg.backend])}"
-                + "".join(f", or backend={backend}" for backend in supporting),
+                + "".join(f", or {_switch(cfg.backend, b, value)}" for b in supporting),
             )
     yield from _length_problems(cfg, chain)
     if cfg.backend == "openvino":
@@ -51,6 +51,15 @@ def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
         yield from tensorrt_llm.problems(
             cfg, arch, chain.stages.get(cfg.inputs.get("checkpoint", ""))
         )
+
+
+def _switch(current: str, backend: str, value: str) -> str:
+    """Returns the setting that changes the backend. A change from or to OpenVINO changes stages."""
+    if "openvino" not in (current, backend):
+        return f"backend={backend}"
+    suffix = "_quantized" if value in CALIBRATED_FORMATS else ""
+    engine = backend if backend == "openvino" else f"tensorrt_llm{suffix}"
+    return f"engine={engine} (backend={backend})"
 
 
 def _length_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:

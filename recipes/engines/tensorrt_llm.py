@@ -82,14 +82,14 @@ def problems(
     sizes = {
         "hidden_size": arch.hidden_size,
         "ffn_hidden_size": arch.ffn_hidden_size // tensor,
-        "attention width": arch.num_attention_heads * arch.kv_channels // tensor,
+        "attention's size": arch.num_attention_heads * arch.kv_channels // tensor,
     }
     for name, size in sizes.items():
         if size % align:
             yield Problem(
                 rules.ALIGNMENT,
-                f"precision={cfg.precision} needs multiples of {align}, but each rank has a {name} "
-                f"of {size}",
+                f"precision={cfg.precision} needs multiples of {align}, but {name} is {size} on "
+                "each rank",
                 f"prune to a multiple of {align * tensor}, or use precision=bf16",
             )
 

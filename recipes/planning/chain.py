@@ -30,6 +30,8 @@ resulting numbers of parameters with the published ones.
 """
 TENSORRT_LLM = "tensorrt_llm"
 """Key of ``Chain.images``: the container image of stages that run TensorRT-LLM."""
+LONG_DATA = "prepare_long_data"
+"""Stage that ``long_context`` adds, with its own ``seq_length``."""
 TOKENIZER_INPUTS = ("tokenizer", "checkpoint", "student", "teacher")
 """Inputs that a stage copies its tokenizer from, in order of precedence."""
 
@@ -99,10 +101,12 @@ def sequence_problems(
     """Checks that ``seq_length`` is valid for the teacher, and equal to that of packed chats."""
     limit = chain.teacher.max_position_embeddings
     if not 1 <= seq_length <= limit:
+        long_data = chain.stages.get(LONG_DATA)
+        is_long = long_data is not None and vars(long_data)["seq_length"] == seq_length
         yield Problem(
             rules.SEQ_LENGTH,
             f"seq_length={seq_length} is not between 1 and the teacher's {limit} positions",
-            f"set data.seq_length to at most {limit}; or leave long_context out",
+            "leave long_context out" if is_long else f"set data.seq_length to at most {limit}",
         )
     for name in inputs.values():
         config = chain.stages.get(name)

@@ -23,7 +23,10 @@ from recipes.search.settings import SHAPES_FILE, EnumerateShapesConfig
 from recipes.search.space import SHAPE_COSTS, Service, absolute_limits, name_of
 from recipes.stages.contract import Stage
 
-EMPTY_BUDGET_FIX = "raise the budget, or max_depth_pruning and max_width_pruning in space"
+EMPTY_BUDGET_FIX = (
+    "raise the budget (but lower tokens_per_second), or raise max_depth_pruning and "
+    "max_width_pruning in space"
+)
 
 
 def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
@@ -46,7 +49,7 @@ def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
         yield Problem(
             rules.BUDGET,
             f"the teacher is within the budget: {costs}",
-            "lower the budget; tokens_per_second is absolute, not a fraction",
+            "lower the budget (but raise tokens_per_second, which is absolute, not a fraction)",
         )
 
 

@@ -113,9 +113,14 @@ def _prefix_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
     """Yields what is wrong with ``data.prefix`` or the sizes of its files, each with a fix."""
     if not cfg.prefix:
         return
-    if cfg.sources or cfg.chat_sources() or cfg.excluded_documents:
+    unsupported = {
+        "data.sources=[]": cfg.sources,
+        "data.format=text": cfg.chat_sources(),
+        "data.excluded_documents=[]": cfg.excluded_documents,
+    }
+    if any(unsupported.values()):
         what = "data.prefix cannot be combined with sources, conversations or excluded documents"
-        yield what, "data.sources=[] data.format=text data.excluded_documents=[]"
+        yield what, " ".join(fix for fix, value in unsupported.items() if value)
     try:
         require_token_files(Path(cfg.prefix))
     except RecipeError as error:

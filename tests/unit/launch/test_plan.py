@@ -163,6 +163,23 @@ def test_input_may_have_several_types(
 
 
 @pytest.mark.parametrize(
+    ("overrides", "fix"),
+    [
+        ("served=gguf", "set gguf=f16 or gguf=q8_0"),
+        ("served=engine", "set engine=openvino or engine=tensorrt_llm"),
+        ("engine=openvino stages.build_engine.precision=bf16", "int4, or engine=tensorrt_llm ("),
+        ("engine=openvino stages.build_engine.precision=int4_awq", "engine=tensorrt_llm_quantized"),
+        ("long_context=32k", "fix: leave long_context out"),
+        ("data.seq_length=16384", "data.seq_length to at most 8192   [seq-length]"),
+        ("data.prefix=x", "fix: data.sources=[]   [data-sources]"),
+        ("data=eight_kinds data.prefix=x", "data.sources=[] data.excluded_documents=[]"),
+    ],
+)
+def test_a_fix_names_settings_that_help(plan: MakePlan, overrides: str, fix: str) -> None:
+    assert fix in refusal(plan, *overrides.split())
+
+
+@pytest.mark.parametrize(
     ("stage", "damage", "text"),
     [
         ("prepare_data", None, "is a dataset; a checkpoint_nemo is needed"),

@@ -184,6 +184,12 @@ INT3_ENGINE = BuildEngineConfig(precision="int3")
         (enumerate_shapes, {"budget": Budget(parameters=10.0)}, "budget", "no architecture fits"),
         (
             enumerate_shapes,
+            {"budget": Budget(tokens_per_second=1e12)},
+            "budget",
+            "lower tokens_per_second",
+        ),
+        (
+            enumerate_shapes,
             {"budget": Budget(tokens_per_second=0.7)},
             "budget",
             "the teacher is within the budget",
