@@ -97,8 +97,8 @@ class Service:
     """Precision of weights, as in ``build_engine``."""
     group_size: Count = 64
     """Number of weights that share a scale, for ``int4``."""
-    bytes_per_cached_value: Count = 2
-    """Bytes of a value in the KV cache."""
+    bytes_per_cached_value: Count | None = None
+    """Bytes of a value in the KV cache; by default 4 with ``precision=fp32``, otherwise 2."""
     batch_size: Count = 1
     """Number of simultaneous requests."""
     context_length: Count = 4096
@@ -110,7 +110,8 @@ class Service:
     def storage(self) -> Storage:
         """How the engine stores weights and KV cache."""
         group = self.group_size if self.precision == "int4" else None
-        return Storage(self.precision, group, self.bytes_per_cached_value)
+        cached_bytes = self.bytes_per_cached_value or (4 if self.precision == "fp32" else 2)
+        return Storage(self.precision, group, cached_bytes)
 
 
 def search_sizes(shape: Architecture) -> dict[str, int]:

@@ -20,6 +20,7 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.engines.backends import engine_problems, require_backend
 from recipes.engines.bench import cpu_threads, measure, start_worker
+from recipes.engines.settings import CALIBRATED_FORMATS, BuildEngineConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.rules import Problem
@@ -41,7 +42,29 @@ def resolve_from_chain(cfg: MeasureLatencyConfig, chain: Chain) -> MeasureLatenc
 
 
 def check(cfg: MeasureLatencyConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of the engine's settings and of the requests' lengths."""
+    """Yields problems of the budget, of the engine's settings and of the requests' lengths."""
+    searches = (s for s in chain.stages.values() if isinstance(s, EnumerateShapesConfig))
+    if any(s.budget.latency_ms is s.budget.tokens_per_second is None for s in searches):
+        yield Problem(
+            rules.BUDGET,
+            "measure_latency would build and time engines, but the budget does not limit latency",
+            "set budget.latency_ms or tokens_per_second, or leave out latency_model=measured",
+        )
+    setting = "stages.measure_latency.engine"
+    if cfg.engine.precision in CALIBRATED_FORMATS:
+        yield Problem(
+            rules.FORMAT,
+            f"engines in {cfg.engine.precision} need calibrated weights, and measure_latency has "
+            "random weights",
+            f"set {setting}.precision=bf16, or use latency_model=roofline",
+        )
+    builds = any(isinstance(stage, BuildEngineConfig) for stage in chain.stages.values())
+    if chain.hardware.on_gpu and cfg.engine.backend == "openvino" and not builds:
+        yield Problem(
+            rules.FORMAT,
+            f"OpenVINO engines run on the CPU, but the search is for {chain.hardware.name}",
+            f"set {setting}.backend=tensorrt_llm {setting}.precision=bf16",
+        )
     yield from engine_problems(cfg.engine, chain)
     request = cfg.request()
     if request.prompt_tokens < 1:

@@ -19,6 +19,7 @@ from recipes.data.settings import PrepareDataConfig
 from recipes.distillation.settings import DistillConfig
 from recipes.engines.settings import BuildEngineConfig
 from recipes.planning.chain import Chain
+from recipes.planning.transformer import Storage
 from recipes.search.results import Candidate
 from recipes.search.settings import (
     EnumerateShapesConfig,
@@ -162,7 +163,11 @@ def test_the_launcher_prints_the_shapes(launch: Launch, hf_folder: Path) -> None
 def test_latency_is_measured_in_the_search_space(plan: MakePlan, recipe: str) -> None:
     space = "stages.enumerate_shapes.space.hidden_size_divisor=32"
     service = "stages.enumerate_shapes.service.batch_size=4"
-    planned = plan("latency_model=measured", space, service, recipe=f"recipe={recipe}")
+    measured_model = ("latency_model=measured", space, service)
+    with pytest.raises(RecipeError, match="does not limit latency"):
+        plan(*measured_model, recipe=f"recipe={recipe}")
+    budget = "stages.enumerate_shapes.budget={parameters: null, latency_ms: 0.7}"
+    planned = plan(*measured_model, budget, recipe=f"recipe={recipe}")
     stages = {stage.name: stage for stage in planned.stages}
     measured: Any = stages["measure_latency"].config
     search: Any = stages["enumerate_shapes"].config
@@ -170,6 +175,23 @@ def test_latency_is_measured_in_the_search_space(plan: MakePlan, recipe: str) ->
     assert (search.space.hidden_size_divisor, search.service.batch_size) == (32, 4)
     assert search.service.precision == measured.engine.precision == "fp32"
     assert stages["enumerate_shapes"].inputs["latency"].kind == "latency_model"
+
+
+def test_latency_is_measured_with_the_engine_of_the_recipe(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.planning.chain.is_config_available", lambda _: False)
+    budget = ("budget.parameters=null", "budget.latency_ms=0.7")
+    large = (*LARGE, "latency_model=measured", *budget)
+    stages: Any = SimpleNamespace(**plan(*large, "engine=tensorrt_llm", recipe=RECIPE).chain.stages)
+    engine, service = stages.measure_latency.engine, stages.enumerate_shapes.service
+    assert (engine.backend, engine.precision) == ("tensorrt_llm", "bf16")
+    assert engine.max_batch_size == stages.build_engine.max_batch_size
+    assert (service.precision, service.storage) == ("bf16", Storage("bf16", None, 2))
+    with pytest.raises(RecipeError, match="fp8 need calibrated weights"):
+        plan(*large, "engine=tensorrt_llm_quantized", recipe=RECIPE)
+    with pytest.raises(RecipeError, match="the search is for h100"):
+        plan(*large, "engine=null", recipe=RECIPE)
 
 
 TWO_DEVICES = Resources(devices=2)
