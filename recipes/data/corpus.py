@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ CHECKED_CONVERSATIONS = 100
 STRETCH_BYTES = 4 << 20
 """Approximate bytes of a stretch. A text is cut into stretches, so that each split is spread over
 the text. The paragraphs of a stretch are divided into one contiguous part for each split."""
+LIMITED_STRETCHES = 8
+"""If a limit truncates a text, about so many stretches are read, or more. With one stretch, the
+training text, which is last in a stretch, could be missing."""
 TextOf = Callable[[Any, str], str]
 """A function of a record and its location (for error messages) that returns a document's text."""
 _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, csv.Error, ijson.JSONError)
@@ -56,14 +60,22 @@ class Reader(Protocol):
         """Returns the fraction of the source that was read; 0 if its size is unknown."""
 
 
-def read_source(source: str, text_field: str, state: Any = None, *, chat: bool = False) -> Reader:
+def read_source(
+    source: str,
+    text_field: str,
+    state: Any = None,
+    *,
+    chat: bool = False,
+    limit_bytes: float = math.inf,
+) -> Reader:
     """Opens a source of ``data.sources``, at the ``state`` of an earlier reader if given.
 
     In text files, blank lines separate documents. JSON files hold a list of records, or a mapping
     to records. JSONL files have one record per line, tables one per row. A Markdown,
     reStructuredText or Python file is one document. A record is a string, a conversation, or a
     mapping. The text of a mapping is in ``text_field``, or in the fields of the option ``text``.
-    With ``chat``, all records must be conversations.
+    With ``chat``, all records must be conversations. If about ``limit_bytes`` of a longer text are
+    read, they have ``LIMITED_STRETCHES`` stretches.
     """
     parsed = parse_source(source)
     field_text = partial(_text, parsed.text or text_field)
@@ -71,7 +83,7 @@ def read_source(source: str, text_field: str, state: Any = None, *, chat: bool =
     text_of = _conversation if chat else plain_text
     if parsed.hub:
         return _HubReader(parsed.hub, parsed.revision, text_of, state)
-    return _FileReader(parsed, text_of, state)
+    return _FileReader(parsed, text_of, state, limit_bytes)
 
 
 def chat_problem(source: str) -> tuple[str, str] | None:
@@ -100,10 +112,15 @@ def chat_problem(source: str) -> tuple[str, str] | None:
 class _FileReader:
     """Reads files. The state is the number of records read; a resumed reader skips so many."""
 
-    def __init__(self, source: Source, text_of: TextOf, state: int | None) -> None:
+    def __init__(
+        self, source: Source, text_of: TextOf, state: int | None, limit_bytes: float
+    ) -> None:
         self._source, self._text_of, self._skip = source, text_of, state or 0
         self._files = files_of(source)
         self._total_bytes = max(1, sum(file.size for file in self._files))
+        limited = limit_bytes if limit_bytes < self._total_bytes else math.inf
+        stretch_bytes = min(STRETCH_BYTES, limited / LIMITED_STRETCHES)
+        self._stretches = max(1, round(self._total_bytes / stretch_bytes))
         self._bytes_before, self._records = 0, 0
         self._opened: IO[bytes] | None = None
 
@@ -134,8 +151,7 @@ class _FileReader:
         """Returns the position of a paragraph of the open file; ``None`` for other records."""
         if offset is None:
             return None
-        stretches = max(1, round(self._total_bytes / STRETCH_BYTES))
-        return (self._bytes_before + offset) * stretches / self._total_bytes % 1
+        return (self._bytes_before + offset) * self._stretches / self._total_bytes % 1
 
     def state(self) -> int:
         return self._records

@@ -159,7 +159,13 @@ def prepare(
     def encode(source: str, reader_state: Any, documents: int) -> EncodedBatches:
         """Encodes a source from ``reader_state`` on, which follows its first ``documents``."""
         path = (paths or {}).get(source, source)
-        reader = read_source(path, cfg.text_field, reader_state, chat=encoder_of(source) is chat)
+        reader = read_source(
+            path,
+            cfg.text_field,
+            reader_state,
+            chat=encoder_of(source) is chat,
+            limit_bytes=cfg.limit_bytes(),
+        )
         limit = cfg.max_documents if source in cfg.sources else None
         batches = _batches(reader, None if limit is None else limit - documents)
         return closing(encode_on_ranks(encoder_of(source), batches, cfg.processes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,9 @@ from recipes.data.sources import (
 )
 
 SpecialToken = Annotated[str, matching(r"[<\[].+[>\]]", "a special token such as <|endoftext|>")]
+
+BYTES_PER_TOKEN, BYTES_PER_PARAGRAPH = 4.0, 400.0
+"""Estimates for English text, and for a vocabulary of at least 50,000."""
 
 Digest = Annotated[str, matching(r"[0-9a-f]{32}", "a digest: 32 digits and letters from a to f")]
 
@@ -65,6 +69,11 @@ class PrepareDataConfig(StageConfig):
     """Precision of the teacher while it writes conversations."""
     processes: Count = field(default=1, metadata={"resource": True})
     """Tokenizer worker processes; does not affect the result."""
+
+    def limit_bytes(self) -> float:
+        """Estimates how many bytes of a text the limits allow; infinite without limits."""
+        tokens, paragraphs = self.max_tokens or math.inf, self.max_documents or math.inf
+        return min(BYTES_PER_TOKEN * tokens, BYTES_PER_PARAGRAPH * paragraphs)
 
     def all_sources(self) -> list[str]:
         """Returns held-out sources, then the sources for training."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from recipes.core.manifest import Manifest, manifest_of
 from recipes.core.stage import StageConfig
 from recipes.data.results import DatasetResult
-from recipes.data.settings import PrepareDataConfig
+from recipes.data.settings import BYTES_PER_TOKEN, PrepareDataConfig
 from recipes.data.sources import parse_source, source_bytes, source_names
 from recipes.data.token_files import require_token_files
 from recipes.planning import rules
@@ -20,8 +20,6 @@ from recipes.planning.rules import Problem
 from recipes.planning.training_cost import peak_memory, stopping_seconds, training_cost
 from recipes.planning.workload import Layout, Workload
 
-BYTES_PER_TOKEN = 4.0
-"""Estimate for English text and a vocabulary of at least 50,000."""
 TOKENIZED_PER_SECOND = 290_000
 """Tokens per second of one tokenizer process, measured with two processes
 (``benchmarks/README.md``)."""

@@ -353,6 +353,19 @@ def test_max_tokens_limits_each_source(
         assert number * budget <= tokens < number * (budget + longest)
 
 
+@pytest.mark.parametrize("limits", [{"max_tokens": 20_000}, {"max_documents": 500}])
+def test_a_limit_on_a_text_file_keeps_the_fractions_of_the_splits(
+    tokenizer: DocumentTokenizer, tmp_path: Path, limits: dict[str, int]
+) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("\n\n".join(f"{number} {'Some words. ' * 12}" for number in range(8000)))
+    cfg = PrepareDataConfig(sources=[str(file)], **limits)  # type: ignore[arg-type]
+    sizes = prepare(cfg, tokenizer, tmp_path, LOG).sizes
+    total = sum(size for size, _ in sizes.values())
+    for split, fraction in cfg.fractions().items():
+        assert fraction / 2 < sizes[split][0] / total < 2 * fraction, split
+
+
 def test_max_documents_takes_the_first_documents_of_each_source(
     cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, text_file: Path, tmp_path: Path
 ) -> None:
@@ -361,4 +374,5 @@ def test_max_documents_takes_the_first_documents_of_each_source(
     assert sum(count for _, count in done.sizes.values()) == 80  # two sources, no shared documents
     texts = read(text_file)
     first = [tuple(d.ids.tolist()) for d in tokenizer.encode(texts[:40] + texts[300:340])]
-    assert {ids for split in SPLITS for ids in documents(tmp_path, split)} == set(first)
+    filled = [split for split, (_, count) in done.sizes.items() if count]
+    assert {ids for split in filled for ids in documents(tmp_path, split)} == set(first)

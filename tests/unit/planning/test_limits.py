@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from recipes.core.errors import RecipeError
-from recipes.planning import limits
+from recipes.data.settings import BYTES_PER_TOKEN
 
 if TYPE_CHECKING:
     from launch.plan import Plan
@@ -84,7 +84,7 @@ def weighted_sources(text: Path, tmp_path: Path, small: str, large: str) -> str:
 def test_warns_of_sources_that_weights_repeat_too_often(
     plan: MakePlan, text: Path, tmp_path: Path
 ) -> None:
-    tokens = text.stat().st_size / limits.BYTES_PER_TOKEN
+    tokens = text.stat().st_size / BYTES_PER_TOKEN
     steps = f"{D}max_steps={round(tokens / 1024)}"  # a step trains on 4 × 256 tokens
     repeated = plan(weighted_sources(text, tmp_path, "6", "4"), steps)
     [note] = [n for n in repeated.notes if n.rule.name == "epochs"]
