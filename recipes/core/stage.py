@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from omegaconf import MISSING
 
@@ -15,6 +15,9 @@ from recipes.core.constraints import Count, Duration, Environment, matching
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, Manifest
 from recipes.core.metrics import METRICS, MetricsLog
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 DEADLINE = "STAGE_DEADLINE"
 """Environment variable: the time, in seconds since 1970, when a stage must save its work and stop.
@@ -91,6 +94,16 @@ def rank() -> int:
 def world_size() -> int:
     """Returns the number of ranks of this job; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def shared_store() -> Store | None:
+    """Returns torchrun's key-value store, which needs no process group; ``None`` without it."""
+    if "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:  # one rank, or a rehearsal
+        return None
+    from torch.distributed.rendezvous import rendezvous
+
+    store: Store = next(rendezvous("env://"))[0]
+    return store
 
 
 def deadline() -> float | None:

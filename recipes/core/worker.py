@@ -55,6 +55,7 @@ from recipes.core.stage import (
     StageConfig,
     StoppedByDeadlineError,
     rank,
+    shared_store,
     world_size,
 )
 from recipes.core.versions import installed_versions
@@ -175,7 +176,7 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
         inputs={name: ref.fingerprint for name, ref in request.inputs.items()},
         started_at=datetime.now(UTC).isoformat(timespec="microseconds"),
     )
-    out, store = stage_dir / WORK / ARTIFACT, _shared_store()
+    out, store = stage_dir / WORK / ARTIFACT, shared_store()
     with _rank_0_first(store, "work and inputs"):
         if rank() == 0:
             require_snapshot(request.snapshot)
@@ -214,16 +215,6 @@ def _checked_input(ref: InputRef, *, rehash: bool) -> Input:
     if manifest is None or manifest.fingerprint != ref.fingerprint:
         raise RecipeError(f"{ref.directory} changed after this stage was planned.", "run again")
     return Input(ref.directory, manifest)
-
-
-def _shared_store() -> Store | None:
-    """Returns torchrun's key-value store, which needs no process group; ``None`` for one rank."""
-    if world_size() == 1:
-        return None
-    from torch.distributed.rendezvous import rendezvous
-
-    store: Store = next(rendezvous("env://"))[0]
-    return store
 
 
 @contextlib.contextmanager

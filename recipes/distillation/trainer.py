@@ -25,7 +25,7 @@ from recipes.backend.without_cuda import enable
 from recipes.core.compiled import compilation
 from recipes.core.files import link_or_copy, read_json, write_json
 from recipes.core.metrics import MetricsLog
-from recipes.core.stage import Input, deadline, metrics_file, rank, world_size
+from recipes.core.stage import Input, deadline, metrics_file, rank, shared_store, world_size
 from recipes.core.wheels import cache_dir
 from recipes.distillation.callbacks import (
     CollectGarbage,
@@ -322,16 +322,19 @@ def _resume(checkpoints: Path, start: Path) -> Any:
     """Returns NeMo's settings: resume from the newest complete checkpoint, else load ``start``.
 
     NeMo would choose the newest checkpoint, and fail if a kill left it incomplete. So this also
-    deletes incomplete checkpoints.
+    deletes incomplete checkpoints. Rank 0 chooses for all ranks: on a network file system, nodes
+    may list different checkpoints for some seconds.
     """
-    complete = complete_checkpoints(checkpoints)
-    if rank() == 0:
+    store = shared_store()
+    if store is not None and rank() != 0:
+        newest = store.get(CHECKPOINTS).decode()
+    else:
+        complete = complete_checkpoints(checkpoints)
+        newest = str(max(complete, key=steps_of_checkpoint)) if complete else ""
         for marker in checkpoints.glob(f"*{UNFINISHED}"):
             shutil.rmtree(checkpoints / marker.name.removesuffix(UNFINISHED), ignore_errors=True)
             marker.unlink()
+        if store is not None:
+            store.set(CHECKPOINTS, newest)
     restore = nl.RestoreConfig(path=str(start), load_artifacts=False)
-    if not complete:
-        return nl.AutoResume(restore_config=restore)
-    latest = max(complete, key=steps_of_checkpoint)
-
-    return nl.AutoResume(restore_config=restore, resume_from_path=str(latest))
+    return nl.AutoResume(restore_config=restore, resume_from_path=newest or None)

@@ -26,6 +26,7 @@ from recipes.distillation import model
 from recipes.distillation.training import CHECKPOINTS, complete_checkpoints
 from tests.support.in_process import run_successfully
 from tests.support.launcher import run_and_kill
+from tests.support.ranks import run_ranks
 from tests.support.rounding import ULP, perturb_by_one_ulp, running_max_difference
 from tests.support.runs import copy_without, manifest_of, settings, tiny
 
@@ -231,3 +232,27 @@ def test_a_killed_run_resumes_in_another_layout(
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert sum(r["task"] == "distill" and r["done"] == 1 for r in records) == 1
     require_same_training(one_rank, perturbed, run_dir)
+
+
+STALE_LISTING = """
+import sys
+from pathlib import Path
+
+from recipes.core.stage import rank
+from recipes.distillation import trainer
+
+checkpoints = Path(sys.argv[1])
+if rank() == 1:
+    trainer.complete_checkpoints = lambda folder: [folder / "step=49-last"]
+settings = trainer._resume(checkpoints, checkpoints)
+assert settings.resume_from_path == str(checkpoints / "step=99-last"), settings.resume_from_path
+"""
+
+
+def test_all_ranks_resume_from_the_checkpoint_that_rank_0_chooses(tmp_path: Path) -> None:
+    """Nodes may list a folder of a network file system differently for seconds."""
+    for name in ("step=49-last", "step=99-last"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    script = tmp_path / "ranks.py"
+    script.write_text(STALE_LISTING)
+    run_ranks(str(script), str(tmp_path / "checkpoints"))
