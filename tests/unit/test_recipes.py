@@ -230,6 +230,14 @@ def test_large_recipes_start_with_the_steps_of_the_first_day(recipe: str, plan: 
 
 
 @pytest.mark.parametrize("recipe", LARGE)
+def test_large_recipes_correct_the_teacher_in_the_layout_of_the_distillation(
+    recipe: str, plan: MakePlan
+) -> None:
+    workloads = plan_large(recipe, plan, "teacher=corrected").chain.workloads
+    assert workloads["correct_teacher"].layout == workloads["distill"].layout
+
+
+@pytest.mark.parametrize("recipe", LARGE)
 def test_large_recipes_evaluate_on_eight_ranks_and_have_gates(recipe: str, plan: MakePlan) -> None:
     """Eight ranks take an eighth of one rank's time. Benchmarks, gates and engines are optional."""
     planned = plan_large(recipe, plan)
