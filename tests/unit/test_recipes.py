@@ -229,6 +229,14 @@ def test_large_recipes_start_with_the_steps_of_the_first_day(recipe: str, plan: 
     assert distill.max_steps == 20
 
 
+@pytest.mark.parametrize("recipe", [*LARGE, "qwen3_8b_search"])
+def test_large_recipes_keep_their_sequence_length_with_other_text(
+    recipe: str, compose: Compose
+) -> None:
+    lengths = {compose(f"recipe={recipe}", *data).data.seq_length for data in ([], ["data=chat"])}
+    assert len(lengths) == 1
+
+
 @pytest.mark.parametrize("recipe", LARGE)
 def test_large_recipes_correct_the_teacher_in_the_layout_of_the_distillation(
     recipe: str, plan: MakePlan
