@@ -43,6 +43,18 @@ except BaseException:
     pass
 """
 
+SLOW_STAGE = """\
+import sys, time
+from launch.run import on_interrupt, stop_stages
+from recipes.core.stage_process import start_process
+
+on_interrupt(stop_stages)
+stage = "trap 'sleep 2; echo ended; exit' TERM; echo started; while :; do sleep 0.1; done"
+with start_process(["sh", "-c", stage], sys.stdout.buffer):
+    while True:  # a signal just before a sleep is handled only after the sleep
+        time.sleep(0.1)
+"""
+
 
 @pytest.fixture
 def run_dir(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
@@ -250,6 +262,18 @@ def test_a_signal_stops_the_imports(root: Path, tmp_path: Path, sent: signal.Sig
     launcher.send_signal(sent)
     output, _ = launcher.communicate(timeout=120)
     assert (launcher.returncode, output) == (130, "interrupted\n")
+
+
+def test_a_repeated_sigterm_does_not_end_the_wait_for_a_stage(root: Path) -> None:
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", SLOW_STAGE], cwd=root, stdout=subprocess.PIPE, text=True
+    )
+    assert launcher.stdout
+    assert launcher.stdout.readline() == "started\n"
+    for _ in range(2):
+        launcher.send_signal(signal.SIGTERM)
+        time.sleep(1)
+    assert launcher.communicate(timeout=60)[0] == "ended\n"
 
 
 def test_remaining_time_counts_from_the_last_restart(tmp_path: Path) -> None:
