@@ -28,16 +28,6 @@ def exit_now(*_: object) -> None:
     os._exit(130)  # as a shell reports a command that Ctrl-C ended
 
 
-def stop_stages(*_: object) -> None:
-    """Raises an exception that stops the stages.
-
-    ``cancel`` repeats SIGTERM. From now on the signal is ignored, because a second exception would
-    end the wait for a stage that finishes its step.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
     on_interrupt(exit_now)
 # `python launch/run.py` puts launch/ on the path, but the packages are in its parent.
@@ -238,7 +228,7 @@ def cli() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
     arguments = sys.argv[1:]
     try:
-        on_interrupt(stop_stages)
+        on_interrupt(signal.default_int_handler)  # raises KeyboardInterrupt, which stops the stages
         if {"-h", "--help"} & set(arguments):
             console.print(schema.help_text(), markup=False, soft_wrap=True)
         elif (status := commands.run(arguments, console)) is not None:

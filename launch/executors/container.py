@@ -105,8 +105,11 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
 def _link_folders(path: Path) -> Iterator[Path]:
     """Yields the paths that a container needs to follow a link and the links in a folder.
 
-    Links are not resolved, because a mounted path has no links in a container.
+    Links are not resolved, because a mounted path has no links in a container. A link to a folder
+    without links needs nothing else: its own mount has the files of the folder.
     """
+    if not any(file.is_symlink() for file in path.rglob("*")):
+        return
     while path.is_symlink() and path.exists():
         yield path.parent  # so that the container has the link, from whose target others start
         path = _link_target(path)

@@ -113,4 +113,5 @@ def start_container(stage: PlannedStage, log: IO[bytes]) -> Iterator[Callable[[]
             yield has_ended
     finally:
         remove = ["docker", "rm", "--force", container_name(stage)]
-        subprocess.run(remove, capture_output=True, check=False)
+        # In its own session, so that a second Ctrl-C does not end the removal.
+        subprocess.run(remove, capture_output=True, check=False, start_new_session=True)

@@ -24,7 +24,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from recipes.core.processes import death_message, die_with_parent, prepare_imports
+from recipes.core.processes import (
+    death_message,
+    die_with_parent,
+    prepare_imports,
+    sigterm_ignored,
+)
 
 STARTED, ENDED = b"s", b"e"
 """Messages of the server: a child has started (the message carries its pidfd), or has ended."""
@@ -123,7 +128,8 @@ def watch_child(server: socket.socket, pidfd: int, log: IO[bytes]) -> Iterator[C
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-        has_ended(STOP_SECONDS)
+        with sigterm_ignored():
+            has_ended(STOP_SECONDS)
         raise
     finally:
         os.close(pidfd)

@@ -246,7 +246,8 @@ def changed_files(root: Path, stamps: Mapping[str, FileStamp], *, rehash: bool) 
     for name, digest in zip(to_hash, digests, strict=True):
         if digest != stamps[name].sha256:
             changed.append(f"{name} (changed)")
-        else:  # restores the time, so that the next check need not hash the file
+        elif not (root / name).is_symlink():  # a link is to a file of the user
+            # Restores the time, so that the next check need not hash the file.
             with contextlib.suppress(OSError):
                 os.utime(root / name, ns=(time.time_ns(), stamps[name].mtime_ns))
     changed += [f"{name} (added)" for name in sorted(present - stamps.keys())]

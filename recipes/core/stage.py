@@ -98,7 +98,8 @@ def world_size() -> int:
 
 def shared_store() -> Store | None:
     """Returns torchrun's key-value store, which needs no process group; ``None`` without it."""
-    if "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:  # one rank, or a rehearsal
+    # A rehearsal has no agent. A stage of one rank may have inherited the variable.
+    if world_size() == 1 or "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
         return None
     from torch.distributed.rendezvous import rendezvous
 

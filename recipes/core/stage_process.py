@@ -22,7 +22,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT, storage_problem
 from recipes.core.fingerprint import WORKER, module_of
 from recipes.core.manifest import read_manifest
-from recipes.core.processes import death_message, die_with_parent
+from recipes.core.processes import death_message, die_with_parent, sigterm_ignored
 from recipes.core.run_state import (
     InputRef,
     Status,
@@ -91,7 +91,7 @@ def start_process(
     except BaseException:
         process.terminate()
         # Waits, because after SIGTERM a training run first finishes its step or its validation.
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with sigterm_ignored(), contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=STOP_SECONDS)
         process.kill()
         process.wait()

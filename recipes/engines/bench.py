@@ -33,7 +33,6 @@ from recipes.engines.timing import (
 from recipes.planning.inference_cost import Roofline, decode_seconds, prefill_seconds
 
 ENGINE_ROLES = ("teacher", "student")
-BASELINE = "transformers"
 DATASET, REPORT = "dataset.jsonl", "report.json"
 """Input and output of ``trtllm-bench``."""
 SAMPLE_SECONDS = 0.2

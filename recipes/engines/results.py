@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from recipes.core.statistics import Difference
 from recipes.evaluation.results import ServedText, TextQuality
 
+BASELINE = "transformers"
+"""Backend that is measured for comparison."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -98,6 +101,10 @@ class BenchmarkResults:
     machine: MachineRates
     rows: list[BenchmarkRow]
     speedups: list[Speedup]
+
+    def engine_speedups(self) -> list[Speedup]:
+        """Returns speed-ups of engines. Nobody deploys the baseline: it counts only if alone."""
+        return [s for s in self.speedups if s.backend != BASELINE] or self.speedups
 
 
 @dataclass(frozen=True)

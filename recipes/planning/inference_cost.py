@@ -70,6 +70,8 @@ class InferenceCost:
     """Memory traffic of text generation: all weights and the KV cache, at each decoding step."""
     stopping_seconds: float | None = None
     """Seconds that the stage may need to stop at a deadline; ``None`` if it cannot stop there."""
+    keeps_answers: bool = False
+    """Whether a repeated start continues after the last complete task."""
 
     def hours(self, hardware: Hardware) -> float:
         """Returns the hours on a hardware profile. The time of generation is a lower bound."""

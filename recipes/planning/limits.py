@@ -173,7 +173,9 @@ def _time_problems(name: str, hours: float, chain: Chain) -> Iterator[Problem]:
         return
     what = f"{name} takes about {hours:.3g} hours, but a job may take {limit}"
     fix = "raise the limit, or use more devices or processes"
-    if not can_stop:
+    if cost is not None and cost.keeps_answers:
+        yield Problem(rules.TIME_LIMIT, what, "raise the limit, or repeat the command to continue")
+    elif not can_stop:
         what = f"{what}, and this stage cannot resume"
         yield Problem(rules.REQUEUES, what, f"raise stages.{name}.resources.time")
     elif chain.max_requeues is not None and jobs > chain.max_requeues + 1:

@@ -84,6 +84,7 @@ class Decoder:
         self.device = device()
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+        model.eval()  # without dropout of attention
         self._attention: nn.Module = model.model.layers[0].self_attn
         self._attention.o_proj = nn.Identity()  # ``attend`` returns the inputs of o_proj
         self._rotary = type(model.model.rotary_emb)(config=hf_config).to(self.device)

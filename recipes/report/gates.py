@@ -179,6 +179,6 @@ def _values(manifest: Manifest) -> Iterator[tuple[str, float | None]]:
         ratio = text.served_perplexity / text.student_perplexity if text else None
         yield SERVED_PERPLEXITY, ratio
     if manifest.kind == "speed_results":
-        speedups = manifest.result(BenchmarkResults).speedups
+        speedups = manifest.result(BenchmarkResults).engine_speedups()
         for name, metric in SPEEDUP_METRICS.items():
             yield f"speedup.{name}", min(map(metric, speedups), default=None)

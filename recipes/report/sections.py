@@ -14,7 +14,6 @@ from recipes.core.manifest import Manifest
 from recipes.core.metrics import flatten
 from recipes.core.statistics import Z95
 from recipes.distillation.results import DistillationResult
-from recipes.engines.bench import BASELINE
 from recipes.engines.results import BenchmarkResults, BenchmarkRow, EngineResult
 from recipes.evaluation.results import EvaluationResult, ServedResult, TaskResults, TextQuality
 from recipes.planning.results import PlanResult
@@ -114,12 +113,10 @@ def speed_section(results: BenchmarkResults) -> dict[str, object]:
     bars = [1.0]  # each bar has a mark at a speed-up of 1
     for speedup in results.speedups:
         bars += [speedup.prefill, speedup.prefill_roofline, speedup.decode, speedup.decode_roofline]
-    # Nobody deploys the baseline, transformers, so it counts only if there is no other engine.
-    engines = [s for s in results.speedups if s.backend != BASELINE] or results.speedups
     return {
         "speed": results,
         "bar_scale": 1.08 * max(bars),  # the longest bar leaves a margin of 8%
-        "fastest": max(engines, key=lambda speedup: speedup.decode, default=None),
+        "fastest": max(results.engine_speedups(), key=lambda speedup: speedup.decode, default=None),
     }
 
 

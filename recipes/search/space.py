@@ -251,6 +251,7 @@ def _choices(teacher: Architecture, space: Space, axis: str) -> list[int]:
     full: int = getattr(teacher, axis)
     is_depth = axis == "num_layers"
     least = full * (1 - (space.max_depth_pruning if is_depth else space.max_width_pruning))
+    least -= 1e-9  # 30 * (1 - 0.7) is slightly more than 9
     if axis == "num_attention_heads":
         # A step is a head of each query group. With step ``full``, only ``full`` is allowed.
         step = teacher.num_query_groups if space.prune_heads else full

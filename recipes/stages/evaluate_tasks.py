@@ -7,6 +7,7 @@ answers to all items. The items are divided among the ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from recipes.core.manifest import Outcome
@@ -34,7 +35,8 @@ def inference_cost(cfg: EvaluateTasksConfig, chain: Chain) -> InferenceCost:
     bf16 = cfg.precision == "bf16-mixed"
     # ``width``: tokens of a forward pass.
     (tokens, generations), width = task_tokens(cfg), cfg.pack_tokens
-    return benchmark_cost(models, bf16, tokens, width, chain.hardware, generations)
+    cost = benchmark_cost(models, bf16, tokens, width, chain.hardware, generations)
+    return replace(cost, keeps_answers=True)
 
 
 def run(cfg: EvaluateTasksConfig, inputs: Inputs, out: Path) -> Outcome:

@@ -17,14 +17,13 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Input, Inputs, metrics_log
 from recipes.engines.backends import any_tensorrt_llm, model_folder, require_backend
 from recipes.engines.bench import (
-    BASELINE,
     ENGINE_ROLES,
     cpu_threads,
     measure,
     speedups,
     start_worker,
 )
-from recipes.engines.results import BenchmarkResults, EngineResult, MachineRates
+from recipes.engines.results import BASELINE, BenchmarkResults, EngineResult, MachineRates
 from recipes.engines.settings import BuildEngineConfig, MeasureSpeedConfig
 from recipes.engines.timing import RequestShape, TimedModel
 from recipes.planning import rules

@@ -54,7 +54,7 @@ DATA_SETTINGS = (
 )
 """Settings of ``prepare_data`` that the chosen recipe has in its group ``data``."""
 NOT_COPIED = {
-    *("stage", "inputs", "resources", "precision", "seq_length", "weights", "compile"),
+    *("stage", "inputs", "resources", "precision", "seq_length", "compile"),
     *("max_steps", "warmup_steps", "val_check_interval", "checkpoint_interval"),
 }
 """Settings of the search's training runs that the chosen recipe does not have."""

@@ -44,11 +44,11 @@ except BaseException:
 """
 
 SLOW_STAGE = """\
-import sys, time
-from launch.run import on_interrupt, stop_stages
+import signal, sys, time
+from launch.run import on_interrupt
 from recipes.core.stage_process import start_process
 
-on_interrupt(stop_stages)
+on_interrupt(signal.default_int_handler)
 stage = "trap 'sleep 2; echo ended; exit' TERM; echo started; while :; do sleep 0.1; done"
 with start_process(["sh", "-c", stage], sys.stdout.buffer):
     while True:  # a signal just before a sleep is handled only after the sleep

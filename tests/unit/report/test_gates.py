@@ -12,7 +12,7 @@ import pytest
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST, Manifest
 from recipes.core.statistics import Difference
-from recipes.engines.results import BenchmarkResults
+from recipes.engines.results import BASELINE, BenchmarkResults
 from recipes.evaluation.results import (
     Differences,
     EvaluationResult,
@@ -46,9 +46,10 @@ SCIQ = replace(
 TASKS = replace(RESULTS["evaluate_tasks"], tasks={"sciq": SCIQ})
 BENCHMARK: BenchmarkResults = RESULTS["measure_speed"]
 SPEEDUPS = [
-    replace(BENCHMARK.speedups[0], prefill=prefill, decode=decode)
+    replace(BENCHMARK.speedups[0], backend="openvino", prefill=prefill, decode=decode)
     for prefill, decode in ((1.4, 1.3), (1.2, 1.25))
 ]
+SPEEDUPS.append(replace(SPEEDUPS[0], backend=BASELINE, prefill=0.9, decode=0.9))  # does not count
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

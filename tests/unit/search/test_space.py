@@ -167,6 +167,11 @@ def test_latency_that_does_not_depend_on_size_is_refused() -> None:
         fit_latency(shapes, [3.0 + 0.1 * n for n in range(len(shapes))], Service())
 
 
+def test_the_smallest_allowed_size_is_listed() -> None:
+    shapes = corner_shapes(SMOLLM2, Space(max_depth_pruning=0.7))
+    assert min(shape.num_layers for shape in shapes) == 9
+
+
 def test_the_middle_is_between_the_corners() -> None:
     shape = middle_shape(SMOLLM2, Space())
     assert 18 < shape.num_layers < 30

@@ -327,6 +327,7 @@ def test_the_chosen_recipe_has_the_models_text_and_hardware_of_the_search(
     winner = Candidate("name", 10**6, shape, 1.0, 9.0, 0.1, tokens=10, chosen=True)
     distill = DistillConfig(lr=2e-4, global_batch_size=8, tensor_model_parallel_size=2)
     distill.resources.devices = 4
+    distill.weights = dict.fromkeys(PrepareDataConfig(sources=[str(text)]).training_names(), 2.0)
     cfg = SuccessiveHalvingConfig(distill=distill, hardware="h100")
     (tmp_path / "recipe").mkdir()
     file = tmp_path / "recipe" / "chosen.yaml"
@@ -339,6 +340,7 @@ def test_the_chosen_recipe_has_the_models_text_and_hardware_of_the_search(
     assert (stages.distill.seq_length, stages.distill.lm_weight) == (64, 0.0)
     assert (stages.distill.global_batch_size, stages.distill.resources.devices) == (8, 4)
     assert stages.distill.tensor_model_parallel_size == 2
+    assert stages.distill.weights == distill.weights
     assert (stages.prune.target_num_layers, stages.prune.target_hidden_size) == (3, 64)
     assert stages.prune.target_ffn_hidden_size is None
     assert stages.prune.layer_importance == "block"

@@ -155,3 +155,13 @@ def test_the_hours_of_a_search_are_compared_with_the_time_limit(plan: MakePlan) 
         assert f" {jobs} times" in note.what
     with pytest.raises(RecipeError, match=r"rank_candidates .*cannot resume(?s:.*)\[requeues\]"):
         plan_search("stages.rank_candidates.resources.time=00:30:00")
+
+
+def test_benchmarks_that_exceed_the_time_limit_are_not_refused(plan: MakePlan) -> None:
+    """A repeated command continues after the last complete task."""
+    limit = "stages.evaluate_tasks.resources.time=00:05:00"
+    planned = plan(
+        "+cluster.time=30-00:00:00", limit, "engine=null", recipe="recipe=qwen3_8b_depth_2.5b"
+    )
+    [note] = [n for n in planned.notes if n.rule.name == "time-limit"]
+    assert "evaluate_tasks" in note.what
