@@ -159,7 +159,7 @@ def test_the_hours_of_a_search_are_compared_with_the_time_limit(plan: MakePlan) 
 
 def test_benchmarks_that_exceed_the_time_limit_are_not_refused(plan: MakePlan) -> None:
     """A repeated command continues after the last complete task."""
-    limit = "stages.evaluate_tasks.resources.time=00:05:00"
+    limit = "stages.evaluate_tasks.resources.time=00:01:00"
     planned = plan(
         "+cluster.time=30-00:00:00", limit, "engine=null", recipe="recipe=qwen3_8b_depth_2.5b"
     )
