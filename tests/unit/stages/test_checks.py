@@ -56,6 +56,7 @@ OTHER_RESOURCES = {
     "report": {"gates"},  # does not change the report: the launcher checks gates
     "prepare_data": {"processes"},
     "evaluate_served": {"port", "threads", "start_seconds"},
+    "successive_halving": {"hardware"},  # only names the profile in the chosen recipe
 }
 TWO_RANKS = Resources(devices=2)
 
