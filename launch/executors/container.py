@@ -111,7 +111,7 @@ def _link_folders(path: Path) -> Iterator[Path]:
     if not any(file.is_symlink() for file in path.rglob("*")):
         return
     while path.is_symlink() and path.exists():
-        yield path.parent  # so that the container has the link, from whose target others start
+        yield path.parent  # so that the container has the link: links in its target are relative
         path = _link_target(path)
         yield path
     for file in path.rglob("*"):

@@ -73,8 +73,8 @@ class SlurmConfig(container.Containers):
     """Partition of stages that use no GPU; ``partition`` by default."""
     margin_seconds: Count | None = None
     """Training stops and saves this many seconds before the time limit. The default is the planned
-    time of two steps, a validation and a checkpoint, for a search also that of loading the models,
-    but at least 300."""
+    time of two steps, a validation and a checkpoint (in a search, also of loading the models), but
+    at least 300."""
     max_requeues: CountOrZero = 40
     """How often a stage is started again after it stopped at its time limit."""
     gpus: Annotated[str, one_of("gpus-per-node", "gres")] | None = "gpus-per-node"
@@ -113,27 +113,29 @@ def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
         reason = f"job {job.id} is {state.state.lower()}"
         # ``only`` may exclude the stage. Even then its job needs the inputs that it started with.
         config, stage = plan.chain.stages.get(name), stages.get(name)
-        if config and (rerun := sorted(new_jobs & set(config.inputs.values()))):
+        rerun = sorted(new_jobs & set(config.inputs.values())) if config else []
+        conflict = _conflict(stage, job) if stage else None
+        if rerun:
             conflict = f", but {', '.join(rerun)} must run again before it"
-        elif stage and job.fingerprint != stage.fingerprint:
-            conflict = " with other settings, inputs or code"
-        elif stage and not _replaces_result(stage):
-            conflict = ", but will not replace its result"
-        else:
-            if stage:
-                stages[name] = replace(stage, action=ADOPT, reason=reason)
-            continue
-        raise RecipeError(
-            f"{reason} for {name}{conflict}.",
-            f"wait for it, or: python launch/run.py cancel run_dir={plan.run_dir}",
-        )
+        if conflict is not None:
+            raise RecipeError(
+                f"{reason} for {name}{conflict}.",
+                f"wait for it, or: python launch/run.py cancel run_dir={plan.run_dir}",
+            )
+        if stage is not None:
+            stages[name] = replace(stage, action=ADOPT, reason=reason)
     return replace(plan, stages=tuple(stages.values()))
 
 
-def _replaces_result(stage: PlannedStage) -> bool:
-    """Whether the submitted job of a stage replaces the result that the plan replaces, if any."""
+def _conflict(stage: PlannedStage, job: SlurmJob) -> str | None:
+    """Returns why a stage needs another job than its active one; ``None`` if it does not."""
+    if job.fingerprint != stage.fingerprint:
+        return " with other settings, inputs or code"
     old = stage.result if stage.action == RUN else None
-    return old is None or old.started_at in (stage.directory / SCRIPT).read_text(encoding="utf-8")
+    script = stage.directory / SCRIPT  # has the start of the result that the job replaces
+    if old is not None and old.started_at not in script.read_text(encoding="utf-8"):
+        return ", but will not replace its result"
+    return None
 
 
 def problems(plan: Plan, cluster: SlurmConfig) -> Iterator[Problem]:

@@ -47,7 +47,8 @@ def difference(values: Sequence[float], reference: Sequence[float]) -> Differenc
     from scipy.special import stdtrit  # only stages need it, and a login node does not have it
 
     differences = [x - y for x, y in zip(values, reference, strict=True)]
-    # The quantile of Student's t, of which Z95 is the limit; with one value the error is infinite.
+    # Student's t has wider intervals than ``Z95`` for few values. For one value, the error is
+    # infinite, so any quantile will do.
     quantile = float(stdtrit(max(1, len(differences) - 1), 0.975))
     mean, margin = fmean(differences), quantile * standard_error(differences)
     return Difference(mean, mean - margin, mean + margin)

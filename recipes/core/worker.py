@@ -210,8 +210,9 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
 def _checked_input(ref: InputRef, *, rehash: bool) -> Input:
     """Returns an input after a check of its fingerprint. Rank 0 also checks the input's files."""
     if rank() == 0:
-        check_artifact(ref.directory, ref.kind, rehash=rehash)
-    manifest = read_manifest(ref.directory)
+        manifest: Manifest | None = check_artifact(ref.directory, ref.kind, rehash=rehash)
+    else:
+        manifest = read_manifest(ref.directory)
     if manifest is None or manifest.fingerprint != ref.fingerprint:
         raise RecipeError(f"{ref.directory} changed after this stage was planned.", "run again")
     return Input(ref.directory, manifest)

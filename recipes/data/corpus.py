@@ -29,8 +29,8 @@ STRETCH_BYTES = 4 << 20
 """Approximate bytes of a stretch. A text is cut into stretches, so that each split is spread over
 the text. The paragraphs of a stretch are divided into one contiguous part for each split."""
 LIMITED_STRETCHES = 8
-"""If a limit truncates a text, about so many stretches are read, or more. With one stretch, the
-training text, which is last in a stretch, could be missing."""
+"""Approximate minimum of stretches to read of a text that a limit truncates. The training text is
+last in a stretch, so a part of a single stretch might not have any."""
 TextOf = Callable[[Any, str], str]
 """A function of a record and its location (for error messages) that returns a document's text."""
 _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, csv.Error, ijson.JSONError)
@@ -74,8 +74,8 @@ def read_source(
     to records. JSONL files have one record per line, tables one per row. A Markdown,
     reStructuredText or Python file is one document. A record is a string, a conversation, or a
     mapping. The text of a mapping is in ``text_field``, or in the fields of the option ``text``.
-    With ``chat``, all records must be conversations. If about ``limit_bytes`` of a longer text are
-    read, they have ``LIMITED_STRETCHES`` stretches.
+    With ``chat``, all records must be conversations. ``limit_bytes`` is about how many bytes the
+    caller will read; see ``LIMITED_STRETCHES``.
     """
     parsed = parse_source(source)
     field_text = partial(_text, parsed.text or text_field)

@@ -159,13 +159,7 @@ def prepare(
     def encode(source: str, reader_state: Any, documents: int) -> EncodedBatches:
         """Encodes a source from ``reader_state`` on, which follows its first ``documents``."""
         path = (paths or {}).get(source, source)
-        reader = read_source(
-            path,
-            cfg.text_field,
-            reader_state,
-            chat=encoder_of(source) is chat,
-            limit_bytes=cfg.limit_bytes(),
-        )
+        reader = _open(cfg, path, reader_state, chat=encoder_of(source) is chat)
         limit = cfg.max_documents if source in cfg.sources else None
         batches = _batches(reader, None if limit is None else limit - documents)
         return closing(encode_on_ranks(encoder_of(source), batches, cfg.processes))
@@ -198,6 +192,11 @@ def prepare(
                 raise
             broadcast(None)  # no more sources
     return state
+
+
+def _open(cfg: PrepareDataConfig, path: str, state: Any, *, chat: bool) -> Reader:
+    limit = cfg.limit_bytes()
+    return read_source(path, cfg.text_field, state, chat=chat, limit_bytes=limit)
 
 
 def _encode_for_rank_0(

@@ -103,7 +103,7 @@ class BenchmarkResults:
     speedups: list[Speedup]
 
     def engine_speedups(self) -> list[Speedup]:
-        """Returns speed-ups of engines. Nobody deploys the baseline: it counts only if alone."""
+        """Returns the speed-ups of engines; those of the baseline if there is no engine."""
         return [s for s in self.speedups if s.backend != BASELINE] or self.speedups
 
 

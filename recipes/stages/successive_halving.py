@@ -225,9 +225,9 @@ def recipe_yaml(
     score_settings = ("num_loss_samples", "block_sizes")
     data = inputs["data"].manifest.config
     distill, defaults = asdict(cfg.distill), asdict(DistillConfig())
-    chain: list[object] = [{"/chain@_global_": "prune_distill"}]
+    chain, hardware = {"/chain@_global_": "prune_distill"}, {"override /hardware": cfg.hardware}
     content = {
-        "defaults": [*chain, {"override /hardware": cfg.hardware}, "_self_"],
+        "defaults": [chain, hardware, "_self_"],
         "description": f"{winner.name}, {winner.parameters / 1e6:,.1f} M parameters",
         "model": {"hf_path": teacher.config["hf_path"]},
         "data": {name: data[name] for name in DATA_SETTINGS},

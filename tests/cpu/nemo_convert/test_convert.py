@@ -196,31 +196,6 @@ def test_verify_accepts_an_equal_model_and_refuses_a_changed_one(
     assert convert_by_command("verify", odd_llama, odd_llama) == 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "found"),
-    [
-        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "linear_qkv.bias"),
-        ({"rope_theta": 10_000.0}, "rotary_base=5000.0"),
-        ({"rms_norm_eps": 1e-3}, "layernorm_epsilon=1e-06"),
-    ],
-)
-def test_config_json_of_another_model_is_refused(
-    changes: dict[str, Any],
-    found: str,
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    source = write_tiny_model(tmp_path / "hf", text_file, "qwen2", train=False, **ODD)
-    checkpoint = tmp_path / "m.nemo"
-    convert.to_nemo(source, checkpoint)
-    edit_json("config.json", **changes)(nemo.side_folder(checkpoint))
-    for arguments in (("to-hf", checkpoint, tmp_path / "back"), ("verify", source, checkpoint)):
-        assert convert_by_command(*arguments) == 1
-        assert found in capsys.readouterr().err
-    assert not (tmp_path / "back").exists()
-
-
 def test_packed_file_has_the_same_model(odd_llama: Path, odd_nemo: Path, tmp_path: Path) -> None:
     nemo.pack(odd_nemo, tmp_path / "odd.packed.nemo")
     assert convert_by_command("verify", tmp_path / "odd.packed.nemo", odd_llama) == 0

@@ -13,9 +13,9 @@ import torch
 from nemo_convert import convert, hf, nemo, parity
 from nemo_convert.families import LLAMA3_ROPE
 from recipes.core.errors import RecipeError
-from tests.support.conversion import read_tensors
-from tests.support.folder_changes import EMBEDDING, edit_weights, untie
-from tests.support.models import EVEN, write_tiny_model
+from tests.support.conversion import convert_by_command, read_tensors
+from tests.support.folder_changes import EMBEDDING, edit_json, edit_weights, untie
+from tests.support.models import EVEN, ODD, write_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +139,28 @@ def test_positions_increase_up_to_the_last(tokens: int, last: int) -> None:
     assert (positions.diff() > 0).all()
     if tokens > parity.ADJACENT:  # a shorter text has adjacent positions only
         assert positions[-1] == max(last, tokens - 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "linear_qkv.bias"),
+        ({"rope_theta": 10_000.0}, "rotary_base=5000.0"),
+        ({"rms_norm_eps": 1e-3}, "layernorm_epsilon=1e-06"),
+    ],
+)
+def test_config_json_of_another_model_is_refused(
+    changes: dict[str, Any],
+    found: str,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = write_tiny_model(tmp_path / "hf", text_file, "qwen2", train=False, **ODD)
+    checkpoint = tmp_path / "m.nemo"
+    convert.to_nemo(source, checkpoint)
+    edit_json("config.json", **changes)(nemo.side_folder(checkpoint))
+    for arguments in (("to-hf", checkpoint, tmp_path / "back"), ("verify", source, checkpoint)):
+        assert convert_by_command(*arguments) == 1
+        assert found in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()

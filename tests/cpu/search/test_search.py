@@ -224,6 +224,22 @@ def test_measured_latency_changes_the_shapes_within_a_budget(
     assert measured.shapes(shape) != cfg.shapes(shape) != []
 
 
+def two_rank_search(also: list[str]) -> SuccessiveHalvingConfig:
+    """Returns a search that trains two candidates, each on two ranks."""
+    training = DistillConfig(
+        seq_length=64, limit_val_batches=1, lr=1e-3, tensor_model_parallel_size=2,
+        resources=Resources(devices=2),
+    )  # fmt: skip
+    return SuccessiveHalvingConfig(
+        num_candidates=2,
+        also=also,
+        num_samples=4,
+        max_tokens=4096,
+        distill=training,
+        stage="successive_halving",
+    )
+
+
 def pass_deadline_during_load(patch: pytest.MonkeyPatch) -> list[Path]:
     """Lets the deadline pass when a checkpoint is loaded; returns a list of the loaded ones."""
     loaded: list[Path] = []
@@ -241,18 +257,7 @@ def test_a_killed_search_resumes_and_writes_the_winner_as_a_recipe(
     ranked_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranked = manifest_of(ranked_run, "rank_candidates").result(SearchResult).candidates
-    training = DistillConfig(
-        seq_length=64, limit_val_batches=1, lr=1e-3, tensor_model_parallel_size=2,
-        resources=Resources(devices=2),
-    )  # fmt: skip
-    cfg = SuccessiveHalvingConfig(
-        num_candidates=2,
-        also=[ranked[1].name],  # already among the best-ranked two
-        num_samples=4,
-        max_tokens=4096,
-        distill=training,
-        stage="successive_halving",
-    )
+    cfg = two_rank_search(also=[ranked[1].name])  # already among the best-ranked two
     names = {**TEACHER_INPUTS, "data": "prepare_data", "candidates": "rank_candidates"}
     inputs = {n: Input(ranked_run / s, manifest_of(ranked_run, s)) for n, s in names.items()}
     out = tmp_path / "successive_halving" / "work" / ARTIFACT

@@ -297,7 +297,7 @@ def test_inputs_are_read_recorded_and_hashed(
     stat = file.stat()
     file.write_text("jello")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    # A start that fails has not verified its input, so the next start hashes, too.
+    # The next start hashes the input again if this start failed before it verified the input.
     for done in (starter.start(stage, {"data": source}) for _ in range(2)):
         assert done.returncode == 1
         assert "sub/a.txt (changed)" in done.stderr

@@ -131,7 +131,7 @@ def test_the_hours_of_tokenization(plan: MakePlan, tmp_path: Path) -> None:
         [table] = [table for table in result.tables if table.title == "Tokenization"]
         assert table.rows == [["prepare_data", f"{seconds / 3600:.2f}"]]
 
-    # An hour in jobs of 15 minutes, each of which stops 5 minutes early.
+    # An hour takes 6 jobs of 15 minutes, because each job stops 5 minutes before its limit.
     limited = (*overrides, f"{prepare}processes=2", limit)
     [note] = [n for n in plan(*limited, "+cluster.max_requeues=5").notes if "prepare" in n.what]
     assert note.rule.name == "time-limit"
