@@ -18,6 +18,7 @@ from nemo_convert import hf
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import as_transformers_4, read_architecture, rms_norm_eps, rope_theta
 from nemo_convert.results import GgufResult
+from nemo_convert.tokenizer_files import load_tokenizer
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
 
@@ -207,17 +208,17 @@ def _rope_factors(config: Mapping[str, Any], dim: int) -> Iterator[_Tensor]:
 def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     """Adds vocabulary, merges, special tokens and chat template."""
     from gguf import SpecialVocab
-    from tokenizers import Tokenizer
 
-    path = str(folder / "tokenizer.json")
+    # A class such as LlamaTokenizerFast replaces the post-processor of tokenizer.json. Encoding a
+    # text with the loaded tokenizer shows whether the text gets a space before it, BOS and EOS.
+    loaded = load_tokenizer(folder)
     tokenizer = read_json(folder / "tokenizer.json")
     tokens, types = _vocabulary(tokenizer, vocab_size)
     if tokenizer["model"].get("byte_fallback"):
         writer.add_tokenizer_model("llama")
         # llama.cpp merges the highest score first. Lower ids must merge first, as in training.
         writer.add_token_scores([-float(number) for number in range(vocab_size)])
-        # Encoding a text shows whether the tokenizer puts a space before it.
-        [first, *_] = Tokenizer.from_file(path).encode("a", add_special_tokens=False).tokens
+        [first, *_] = loaded.tokenize("a")
         writer.add_add_space_prefix(first.startswith(SPACE))
     else:
         writer.add_tokenizer_model("gpt2")
@@ -225,10 +226,12 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
-    # SpecialVocab guesses from settings whether a text gets BOS and EOS. Encoding one shows it.
-    ids = Tokenizer.from_file(path).encode("a").ids
+    ids = loaded("a").input_ids
     for role, end_id in (("bos", ids[0]), ("eos", ids[-1])):
-        special.add_special_token[role] = special.special_token_ids.get(role) == end_id
+        is_added = getattr(loaded, f"{role}_token_id") == end_id
+        special.add_special_token[role] = is_added
+        if is_added:  # a class may also define the token itself
+            special.special_token_ids[role] = end_id
     special.add_to_gguf(writer, quiet=True)
 
 

@@ -185,13 +185,13 @@ def convert_tokenizer(folder: Path) -> None:
     """
     if needs_conversion(folder):
         _rewrite(folder)
-    _load(folder)
+    load_tokenizer(folder)
 
 
 def _rewrite(folder: Path) -> None:
     config = read_tokenizer_config(folder)
     if not (folder / TOKENIZER).is_file():
-        _load(folder).backend_tokenizer.save(str(folder / TOKENIZER))
+        load_tokenizer(folder).backend_tokenizer.save(str(folder / TOKENIZER))
     special = config.get("extra_special_tokens")
     converted = {key: value for key, value in config.items() if key not in ONLY_TRANSFORMERS_5}
     if isinstance(special, dict):  # the type that transformers 4 expects
@@ -209,7 +209,12 @@ def _is_version_5(config: Mapping[str, Any]) -> bool:
     )
 
 
-def _load(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """Loads a folder's fast tokenizer with transformers, without code of the model.
+
+    Raises:
+        RecipeError: transformers cannot load it, or has no fast tokenizer for it.
+    """
     from transformers import AutoTokenizer
 
     try:

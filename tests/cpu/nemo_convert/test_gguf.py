@@ -12,7 +12,15 @@ import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -146,12 +154,28 @@ def write_byte_fallback_tokenizer(text_file: Path, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("settings", "bos_in_file"),
+    [
+        ({}, False),
+        # This class replaces the post-processor of tokenizer.json.
+        ({"tokenizer_class": "LlamaTokenizerFast"}, False),
+        ({"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": False}, True),
+    ],
+)
 def test_llama_cpp_counts_the_tokens_of_a_byte_fallback_tokenizer_as_transformers_does(
-    text_file: Path, tmp_path: Path
+    text_file: Path, tmp_path: Path, settings: dict[str, Any], bos_in_file: bool
 ) -> None:
     shape = {**NARROW, "vocab_size": 440}
     folder = write_tiny_model(tmp_path / "hf", text_file, "llama", train=False, **shape)
     write_byte_fallback_tokenizer(text_file, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | settings))
+    if bos_in_file:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        template = processors.TemplateProcessing("<s> $A", "<s> $A $B:1", [("<s>", 1)])
+        tokenizer.post_processor = template
+        tokenizer.save(str(folder / "tokenizer.json"))
     write(folder, tmp_path / "model.gguf", "f32")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     completions = generate_greedily(tmp_path / "model.gguf", PROMPTS, 1)
