@@ -23,7 +23,6 @@ from recipes.evaluation.results import EvaluationResult, ServedResult, TaskResul
 from recipes.planning.limits import source_tokens
 from recipes.planning.results import Cell, PlanResult
 from recipes.pruning.results import HealResult
-from recipes.report.gates import judge
 from recipes.report.settings import REPORT_FILE
 from recipes.search.results import LatencyResult, SearchResult
 
@@ -218,21 +217,17 @@ def require_gates(plan: Plan, console: Console) -> None:
     """Shows the measured value of each gate; raises ``RecipeError`` if a gate failed.
 
     Gates are checked after the run, not by a stage. So all results are kept, and a new threshold
-    makes no stage run again. A gate is not checked if no complete stage of the plan measures it.
+    makes no stage run again. A gate is not checked before all stages that measure it are complete.
     """
     if not plan.gates:
         return
-    # The last evaluation of a run, which measures the final model, replaces earlier ones.
-    results = {result.kind: result for stage in plan.stages if (result := stage.result)}
-    verdicts = judge(plan.gates, results)
+    verdicts, unjudged = plan.judge_gates()
     table = plain_table("gates", "gate", "measured", "")
     for verdict in verdicts:
         value = "undefined" if verdict.measured is None else f"{verdict.measured:.4g}"
         table.add_row(str(verdict.gate), value, "passed" if verdict.passed else "[bold]FAILED")
-    judged = [verdict.gate for verdict in verdicts]
-    for gate in plan.gates:
-        if gate not in judged:
-            table.add_row(str(gate), "not measured in this run", "not checked")
+    for gate in unjudged:
+        table.add_row(str(gate), "not measured", "not checked")
     console.print(table)
     if failed := [verdict for verdict in verdicts if not verdict.passed]:
         raise RecipeError(

@@ -35,7 +35,7 @@ from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.limits import limit_problems
 from recipes.planning.rules import ERROR, Problem, refuse_errors
-from recipes.report.gates import Gate, gate_problems, metric_names, parse_gate
+from recipes.report.gates import Gate, Verdict, gate_problems, judge, metric_names, parse_gate
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Plan:
     run_dir: Path
     chain: Chain
     stages: tuple[PlannedStage, ...]
+    excluded: tuple[PlannedStage, ...] = ()
+    """Stages of the recipe that ``only`` excludes."""
     notes: tuple[Problem, ...] = ()
     """Warnings, and errors of skipped rules."""
     gates: tuple[Gate, ...] = ()
@@ -54,6 +56,22 @@ class Plan:
     def todo(self) -> list[PlannedStage]:
         """Returns the stages that will be started, in order."""
         return [stage for stage in self.stages if stage.action not in (SKIP, ADOPT)]
+
+    def judge_gates(self) -> tuple[list[Verdict], list[Gate]]:
+        """Judges the gates by the results of all stages, also of those that ``only`` excludes.
+
+        If several stages measure the same value, the last one counts, which has the final model.
+
+        Returns:
+            The verdicts, and the gates that have none because a stage has no result yet.
+        """
+        stages = {stage.name: stage for stage in (*self.stages, *self.excluded)}
+        results = {name: stages[name].result for name in self.chain.stages}
+        missing = metrics_of(stages[name].config for name, result in results.items() if not result)
+        measured = [gate for gate in self.gates if gate.name not in missing]
+        verdicts = judge(measured, {name: result for name, result in results.items() if result})
+        judged = [verdict.gate for verdict in verdicts]
+        return verdicts, [gate for gate in self.gates if gate not in judged]
 
 
 def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
@@ -93,8 +111,10 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
             )
         planned[name] = stage
     stages = tuple(planned[name] for name in selected)
+    excluded = tuple(planned[name] for name in order if name not in selected)
     require_confirmed(stages, force, settings.confirm_above)
-    plan = Plan(run_dir, chain, stages, notes, gates, new_acceptances(planned.values()))
+    acceptances = new_acceptances(planned.values())
+    plan = Plan(run_dir, chain, stages, excluded, notes, gates, acceptances)
     return replace(plan, notes=notes + refuse_errors(_disk_problems(plan), settings.skip_rules))
 
 
@@ -179,9 +199,13 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
 def _gates(settings: RunSettings, configs: Mapping[str, StageConfig]) -> tuple[Gate, ...]:
     """Parses the recipe's gates; refuses gates on values that no stage measures."""
     gates = tuple(map(parse_gate, settings.gates))
-    kinds = {name: stage_of(config).kind for name, config in configs.items()}
-    refuse_errors(gate_problems(gates, metric_names(configs, kinds)))
+    refuse_errors(gate_problems(gates, metrics_of(configs.values())))
     return gates
+
+
+def metrics_of(configs: Iterable[StageConfig]) -> list[str]:
+    """Returns the names of all values that stages measure."""
+    return metric_names((config, stage_of(config).kind) for config in configs)
 
 
 def known_stages(names: Iterable[str], configs: Mapping[str, StageConfig], where: str) -> set[str]:

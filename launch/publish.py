@@ -7,15 +7,15 @@ login``; no file gets the token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
-from launch.plan import Plan
-from launch.planned import PlannedStage
+from launch.plan import Plan, metrics_of
+from launch.planned import SKIP, PlannedStage
 from launch.settings import Hub, RunSettings
 from nemo_convert.licences import forbids_commercial_use, model_licence
 from nemo_convert.results import ImportResult
@@ -54,6 +54,7 @@ def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> Non
             f"hub.push={hub.push}, but the launcher exits once the jobs are submitted.",
             "add cluster.follow=true, or repeat the command with hub.push when all is complete",
         )
+    _require_measured_gates(plan, hub, [s for s in plan.stages if s.action != SKIP])
     _require_licence(plan, hub)
     if not settings.dry_run:
         _require_access(hub.push, hub.private)
@@ -80,6 +81,7 @@ def publish(plan: Plan, hub: Hub, console: Console) -> None:
         return
     from huggingface_hub import CommitOperationAdd, HfApi
 
+    _require_measured_gates(plan, hub)
     files = _files(plan, export)
     # Licence and access were also checked before the run. Since then, results may have added
     # licences, and access may have changed.
@@ -126,6 +128,18 @@ def _files(plan: Plan, export: PlannedStage) -> dict[str, Path]:
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     public_files = (public_file(stage) for stage in plan.stages if stage.result is not None)
     return files | {file.name: file for file in public_files if file is not None}
+
+
+def _require_measured_gates(plan: Plan, hub: Hub, coming: Iterable[PlannedStage] = ()) -> None:
+    """Refuses to publish if a gate has no result yet and no stage of ``coming`` measures it."""
+    _, unjudged = plan.judge_gates()
+    measured = metrics_of(stage.config for stage in coming)
+    if unmeasured := [str(gate) for gate in unjudged if gate.name not in measured]:
+        raise RecipeError(
+            f"hub.push={hub.push}, but no current result shows whether these gates pass: "
+            f"{', '.join(unmeasured)}.",
+            "add the stages that measure them to only=, or leave only= out",
+        )
 
 
 def _require_licence(plan: Plan, hub: Hub) -> None:

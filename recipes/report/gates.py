@@ -116,24 +116,23 @@ def parse_gate(text: str) -> Gate:
     return Gate(match["name"], match["operator"], float(match["threshold"]))
 
 
-def metric_names(stages: Mapping[str, StageConfig], kinds: Mapping[str, str]) -> list[str]:
-    """Returns the names of all values that a recipe measures.
+def metric_names(stages: Iterable[tuple[StageConfig, str]]) -> list[str]:
+    """Returns the names of all values that stages measure.
 
     Args:
-        stages: Settings by stage.
-        kinds: Kind of each stage's result, such as ``eval_results``.
+        stages: The settings of each stage, and the kind of its result, such as ``eval_results``.
     """
     names: list[str] = []
-    for stage, config in stages.items():
-        if kinds[stage] == "eval_results":
+    for config, kind in stages:
+        if kind == "eval_results":
             names += TEXT_METRICS
         tasks: list[str] = getattr(config, "tasks", [])
-        if kinds[stage] == "task_results":
+        if kind == "task_results":
             names += [f"{metric}.{task}" for task in tasks for metric in TASK_METRICS]
-        if kinds[stage] == "served_results":
+        if kind == "served_results":
             names += [f"{metric}.{task}" for task in tasks for metric in SERVED_METRICS]
             names.append(SERVED_PERPLEXITY)
-        if kinds[stage] == "speed_results":
+        if kind == "speed_results":
             names += [f"speedup.{metric}" for metric in SPEEDUP_METRICS]
     return names
 
@@ -157,7 +156,7 @@ def judge(gates: Iterable[Gate], results: Mapping[str, Manifest]) -> list[Verdic
 
     Args:
         gates: The gates.
-        results: Manifests by kind of result.
+        results: Manifests by stage, in order: a later stage's value replaces an earlier one's.
     """
     values = {name: value for manifest in results.values() for name, value in _values(manifest)}
     return [Verdict(gate, values[gate.name]) for gate in gates if gate.name in values]

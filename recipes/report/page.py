@@ -89,7 +89,7 @@ def render(cfg: ReportConfig, inputs: Inputs, path: Path) -> None:
         "time": datetime.now(UTC).isoformat(timespec="minutes"),
         "m": manifests,
         "versions": versions([*manifests.values(), *earlier.values()]),
-        "gates": judge(map(parse_gate, cfg.gates), {m.kind: m for m in manifests.values()}),
+        "gates": judge(map(parse_gate, cfg.gates), manifests),
         **sections(manifests, earlier),
         **(_distillation(inputs, earlier) if "evaluation" in inputs else {}),
         **cost_sections(

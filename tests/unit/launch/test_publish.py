@@ -101,6 +101,23 @@ def test_a_run_that_fails_its_gates_is_not_published(push: Launch, hub: FakeHub)
     assert hub.models == {}
 
 
+def test_gates_of_stages_that_only_excludes_must_pass(
+    push: Launch, run: Path, hub: FakeHub
+) -> None:
+    excluding = ("only=[export_hf]", 'gates=["perplexity < 50"]')
+    failed = push(excluding[0], 'gates=["perplexity < 0.5"]')
+    assert "1 of 1 gates failed" in failed.stderr
+    speed = ("engine=openvino", 'gates=["speedup.decode > 0.1"]')  # no stage has measured it
+    for arguments in (speed, (*speed, "dry_run=true")):
+        unmeasured = push(excluding[0], *arguments)
+        assert unmeasured.returncode == 1
+        assert "hub.push=me/small" in unmeasured.stderr
+        assert "speedup.decode > 0.1" in unmeasured.stderr
+    assert hub.models == {}
+    assert push(*excluding).returncode == 0
+    assert NAME in hub.models
+
+
 @pytest.mark.parametrize(
     ("arguments", "env", "message"),
     [

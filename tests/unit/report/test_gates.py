@@ -198,6 +198,33 @@ def test_a_failing_gate_ends_a_complete_run_with_status_1(
     assert {p: p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.is_file()} == before
 
 
+def test_every_evaluation_of_a_recipe_has_gates(
+    plan: Callable[..., Plan], complete: Callable[..., None]
+) -> None:
+    """A recipe may run benchmarks twice. A gate on both counts only when both have run."""
+    second = "+stage/evaluate_tasks@stages.more_tasks=default"
+    tasks = ("stages.evaluate_tasks.tasks=[sciq]", "stages.more_tasks.tasks=[piqa]")
+    planned = plan("tasks=quick", second, *tasks, "gates=['score.sciq > 0', 'score.piqa > 1']")
+    complete(planned, "evaluate_tasks")
+    verdicts, unjudged = planned.judge_gates()
+    assert [str(gate) for gate in unjudged] == ["score.piqa > 1"]
+    complete(planned)
+    verdicts, unjudged = planned.judge_gates()
+    assert [(v.gate.name, v.passed) for v in verdicts] == [
+        ("score.sciq", True),
+        ("score.piqa", False),
+    ]
+    assert not unjudged
+    both = plan(
+        "tasks=quick",
+        second,
+        tasks[0],
+        "stages.more_tasks.tasks=[sciq]",
+        "gates=['score.sciq > 0']",
+    )
+    assert both.judge_gates()[1], "the later stage has not run"
+
+
 def test_the_fix_for_an_unquoted_gate_is_to_quote_it(launch: Launch) -> None:
     done = launch("recipe=llama_width_prune", "gates=[recovered >= 0.75]")
     assert done.returncode == 1
@@ -210,9 +237,13 @@ def test_a_gate_is_not_checked_before_its_value_is_measured(
     complete(plan("tasks=quick"))
     run = ["engine=null", f"run_dir={tmp_path / 'run'}"]
     base = ["recipe=llama_width_prune", *run, "gates=['recovered >= 2']"]
+    failed = launch(*base, "only=[prune]")
+    assert failed.returncode == 1
+    assert "recovered >= 2: measured 0.7931" in failed.stderr
+    for stage in ("evaluate", "report"):
+        (tmp_path / "run" / stage / MANIFEST).unlink()
     partial_run = launch(*base, "only=[prune]")
     assert partial_run.returncode == 0, partial_run.stderr
     assert "not checked" in partial_run.stdout
-    (tmp_path / "run" / "report" / MANIFEST).unlink()
     dry = launch(*base, "dry_run=true")  # a dry run checks no gates
     assert dry.returncode == 0, dry.stderr
