@@ -191,7 +191,9 @@ def convert_tokenizer(folder: Path) -> None:
 def _rewrite(folder: Path) -> None:
     config = read_tokenizer_config(folder)
     if not (folder / TOKENIZER).is_file():
-        load_tokenizer(folder).backend_tokenizer.save(str(folder / TOKENIZER))
+        tokenizer = load_tokenizer(folder)
+        tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
+        config = tokenizer.special_tokens_map | config  # the class defines those that no file names
     special = config.get("extra_special_tokens")
     converted = {key: value for key, value in config.items() if key not in ONLY_TRANSFORMERS_5}
     if isinstance(special, dict):  # the type that transformers 4 expects

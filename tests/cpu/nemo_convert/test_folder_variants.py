@@ -17,8 +17,14 @@ from nemo_convert.hf_config import as_transformers_4
 from nemo_convert.hub import read_hf_config
 from nemo_convert.preflight import check_model, require_convertible
 from nemo_convert.reference import reference_logits
+from nemo_convert.tokenizer_files import convert_tokenizer
 from recipes.core.errors import RecipeError
-from tests.support.folder_changes import Variant
+from tests.support.folder_changes import (
+    Change,
+    Variant,
+    use_sentencepiece,
+    use_vocabulary_and_merges,
+)
 from tests.support.models import EVEN, FAMILIES, write_tiny_model
 from tests.support.transformers_5 import run_with_transformers_5, save_by_transformers_5
 from tests.support.variants import variants
@@ -92,6 +98,21 @@ def test_a_variant_is_converted_exactly_or_refused(name: str, bases: Path, tmp_p
         (convert.to_nemo if variant.reads_weights else dry_run)(folder, checkpoint)
     assert re.search(variant.refusal, str(error.value))
     assert "  fix: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("base", "change"), [("qwen2", use_vocabulary_and_merges), ("llama", use_sentencepiece)]
+)
+def test_special_tokens_of_the_class_are_kept(
+    bases: Path, tmp_path: Path, base: str, change: Change
+) -> None:
+    folder = make_folder(Variant("", change, base=base), bases, tmp_path / "hf")
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "special_tokens_map.json").unlink()
+    expected = AutoTokenizer.from_pretrained(folder).special_tokens_map
+    convert_tokenizer(folder)
+    assert "eos_token" in expected
+    assert AutoTokenizer.from_pretrained(folder).special_tokens_map == expected
 
 
 def test_transformers_5_agrees_about_every_convertible_variant(bases: Path, tmp_path: Path) -> None:
