@@ -18,10 +18,11 @@ import requests
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from nemo_convert.gguf_file import FILE
 from nemo_convert.hf import load_causal_lm
+from nemo_convert.preflight import GENERATION_CONFIG
 from nemo_convert.results import GgufResult
 from recipes.backend.device import device
 from recipes.core.errors import RecipeError
@@ -50,6 +51,13 @@ ALL_TOKENS = 10**7
 """Number of log-probabilities to request, larger than any vocabulary."""
 GENERATION = "generate_until"
 """lm-eval's output type of tasks whose answers are generated."""
+NOT_SERVED = {
+    *("num_beams", "penalty_alpha", "guidance_scale", "min_length", "min_new_tokens"),
+    *("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
+    *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
+    *("sequence_bias", "watermarking_config"),
+}
+"""Generation settings that change greedy decoding in transformers, and that servers do not get."""
 
 
 class ServedLM(LocalCompletionsAPI):
@@ -65,6 +73,18 @@ class ServedLM(LocalCompletionsAPI):
             max_retries=1,
         )
         self.add_bos_token = None  # use the tokenizer's default
+        penalty = _generation_settings(tokenizer).get("repetition_penalty")
+        self.penalty = self.penalty_request(penalty) if penalty else {}
+
+    def penalty_request(self, penalty: float) -> dict[str, Any]:
+        """Returns the fields of a request with the student's repetition penalty."""
+        return {"repetition_penalty": penalty}
+
+    def _create_payload(
+        self, messages: Any, generate: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        payload: dict[str, Any] = super()._create_payload(messages, generate=generate, **kwargs)
+        return payload | self.penalty if generate else payload
 
     def tok_encode(self, string: Any, **kwargs: Any) -> Any:
         """Encodes text as ``HFLM`` does for the student. The base class has other rules for BOS."""
@@ -82,6 +102,10 @@ class LlamaCppLM(ServedLM):
     """
 
     progress: ProgressCallback = staticmethod(lambda done, total: None)
+
+    def penalty_request(self, penalty: float) -> dict[str, Any]:
+        """Returns the fields of a request. As in transformers, all earlier tokens count."""
+        return {"repeat_penalty": penalty, "repeat_last_n": self.max_length + 1}
 
     def token_score(self, context: Sequence[int], token: int) -> tuple[float, bool]:
         """Returns a token's log-probability after a context, and whether it is the likeliest.
@@ -156,6 +180,8 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
     tasks = packed_lm.load_tasks(cfg.tasks, cfg.source, cfg.num_fewshot, cfg.revisions)
     if server.startswith("tensorrt_llm"):
         _require_generation(tasks)
+    if server != "openvino":  # whose engine has the student's settings
+        _require_served_settings(folder, tasks)
     # ``build_engine`` measured OpenVINO's losses; trtllm-serve returns none for a prompt.
     text = _heldout_text(cfg, inputs) if server == "llama_cpp" else None
     losses: list[float] = []
@@ -229,6 +255,25 @@ def served_lm(
         lm_class = ServedLM
     with serving(command, port, cfg.start_seconds) as address:
         yield lm_class(address, folder, length)
+
+
+def _generation_settings(folder: Path) -> dict[str, Any]:
+    """Returns the generation settings of a Hugging Face folder that differ from the defaults."""
+    if not (folder / GENERATION_CONFIG).exists():
+        return {}
+    settings: dict[str, Any] = GenerationConfig.from_pretrained(folder).to_diff_dict()
+    return settings
+
+
+def _require_served_settings(folder: Path, tasks: Sequence[packed_lm.Task]) -> None:
+    """Refuses settings with which only the student would generate text."""
+    outputs = {subtask.OUTPUT_TYPE for task in tasks for subtask in task.subtasks.values()}
+    if GENERATION in outputs and (names := NOT_SERVED & _generation_settings(folder).keys()):
+        raise RecipeError(
+            f"{folder / GENERATION_CONFIG} has {', '.join(sorted(names))}, which the server does "
+            "not get: the student would generate text in another way",
+            "remove the setting from the teacher, or the tasks whose answers are generated",
+        )
 
 
 def _require_generation(tasks: Sequence[packed_lm.Task]) -> None:

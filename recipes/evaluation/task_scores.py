@@ -6,9 +6,11 @@ import gc
 from functools import partial
 from pathlib import Path
 
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from nemo_convert import nemo
+from nemo_convert.preflight import GENERATION_CONFIG
 from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_name, dtype_of
 from recipes.core.stage import Inputs, rank, world_size
@@ -75,9 +77,21 @@ def _answers(
     log: MetricsLog,
 ) -> tuple[dict[str, TaskAnswers], list[str]]:
     """Loads one model; returns its answers by task, and the names of cached tasks."""
-    model = load_transformers(path, dtype_of(cfg.precision))
+    model = load_model(path, dtype_of(cfg.precision))
     tokenizer = AutoTokenizer.from_pretrained(nemo.side_folder(path), trust_remote_code=False)
     packed = packed_lm.PackedLM(
         model, tokenizer, cfg.pack_tokens, partial(log.progress, f"requests, {name}")
     )
     return answer_tasks(cfg, name, packed, lambda: model_sha256(model, path), tasks, log)
+
+
+def load_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Loads a NeMo checkpoint with its generation settings, such as a repetition penalty.
+
+    lm-eval generates with these settings, because ``from_pretrained`` reads them. It only disables
+    sampling.
+    """
+    model = load_transformers(checkpoint, dtype)
+    if (nemo.side_folder(checkpoint) / GENERATION_CONFIG).exists():
+        model.generation_config = GenerationConfig.from_pretrained(nemo.side_folder(checkpoint))
+    return model

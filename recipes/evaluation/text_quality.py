@@ -25,8 +25,9 @@ from transformers.modeling_utils import no_init_weights
 
 from nemo_convert import convert, nemo
 from nemo_convert.hf import tokenizer_sha256
+from nemo_convert.preflight import GENERATION_CONFIG
 from recipes.backend.device import device
-from recipes.core.files import write_text_atomically
+from recipes.core.files import read_json, write_text_atomically
 from recipes.core.fingerprint import digest
 from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_of
@@ -282,15 +283,17 @@ def with_weights(
 
 
 def model_sha256(model: torch.nn.Module, checkpoint: Path) -> str:
-    """Returns a hash of a model's weights, tokenizer and config.json (with RoPE's settings)."""
+    """Returns a hash of a model's weights, tokenizer, config.json and generation settings."""
     weights = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         weights.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
+    generation = nemo.side_folder(checkpoint) / GENERATION_CONFIG
     return digest(
         {
             "weights": weights.hexdigest(),
             "config": nemo.read_config(checkpoint),
+            "generation": read_json(generation) if generation.exists() else None,
             "tokenizer": tokenizer_sha256(nemo.side_folder(checkpoint)),
         }
     )

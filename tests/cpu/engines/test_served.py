@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -114,14 +115,38 @@ def test_llama_cpp_gives_the_losses_of_transformers(
 
 
 def test_llama_cpp_generates_the_text_of_transformers(
-    llama: served.LlamaCppLM, student: packed_lm.PackedLM
+    llama: served.LlamaCppLM, student: packed_lm.PackedLM, odd_llama: Path, tmp_path: Path
 ) -> None:
+    """The second student's folder has a repetition penalty, which changes the text."""
     settings = {"until": ["."], "max_gen_toks": 12, "do_sample": False}
     prompts = ("The history of the", "A river is a")
     requests = [Instance("generate_until", {}, (p, settings), n) for n, p in enumerate(prompts)]
     expected = student.generate_until(requests)
     assert llama.generate_until(requests) == expected
     assert all(expected)
+    folder = shutil.copytree(odd_llama, tmp_path / "penalty")
+    add_generation_settings(folder, repetition_penalty=1.9)
+    penalised = packed_lm.PackedLM(
+        load_causal_lm(folder), student.tokenizer, 600, lambda done, total: None, LENGTH
+    )
+    address = llama.base_url.removesuffix("/v1/completions")
+    answers = served.LlamaCppLM(address, folder, LENGTH).generate_until(requests)
+    assert answers == penalised.generate_until(requests) != expected
+
+
+def add_generation_settings(folder: Path, **settings: Any) -> None:
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+def test_generation_settings_that_a_server_lacks_are_refused(
+    even_llama: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(even_llama, tmp_path / "student")
+    add_generation_settings(folder, no_repeat_ngram_size=3)
+    inputs, out = gguf_inputs(tmp_path, folder, "f16"), make_artifact_folder(tmp_path, "stage")
+    with pytest.raises(RecipeError, match="no_repeat_ngram_size"):
+        evaluate_served.run(config(tasks=["gsm8k_cot"]), inputs, out)
 
 
 def test_an_openvino_engine_is_compared_with_its_student(even_llama: Path, tmp_path: Path) -> None:

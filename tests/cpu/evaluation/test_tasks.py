@@ -332,6 +332,32 @@ def test_generated_answers_are_scored(models: dict[str, Any], empty_cache: Path)
     assert "#### 18" in items[0].doc["answer"]
 
 
+def test_text_is_generated_with_the_settings_of_the_checkpoint(
+    models: dict[str, Any], tmp_path: Path
+) -> None:
+    """A repetition penalty changes the generated text, and the key of cached answers."""
+    checkpoint = shutil.copytree(models["teacher"].artifact / "model.nemo", tmp_path / "model.nemo")
+    hf, side = shutil.copytree(models["teacher"].hf, tmp_path / "hf"), nemo.side_folder(checkpoint)
+    settings = {"until": ["</s>"], "max_gen_toks": 12}
+    requests = [Instance("generate_until", {}, (p, settings), n) for n, p in enumerate(PROMPTS[:2])]
+    texts, hashes = [], set()
+    for penalty in (1.0, 1.9):
+        for folder in (hf, side):
+            file = folder / "generation_config.json"
+            file.write_text(
+                json.dumps({**json.loads(file.read_text()), "repetition_penalty": penalty})
+            )
+        stock_model, tokenizer = load_float32(hf)
+        model = task_scores.load_model(checkpoint, torch.float32)
+        packed = packed_lm.PackedLM(model, tokenizer, 512, ignore_progress)
+        texts.append(packed.generate_until(requests))
+        stock = HFLM(pretrained=stock_model, tokenizer=tokenizer, batch_size=2)
+        assert texts[-1] == stock.generate_until(requests)
+        hashes.add(task_scores.model_sha256(model, checkpoint))
+    assert texts[0] != texts[1]
+    assert len(hashes) == 2
+
+
 def test_the_hash_of_a_model_covers_weights_and_config(
     models: dict[str, Any], tmp_path: Path
 ) -> None:
