@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -9,6 +10,9 @@ from nemo_convert.architecture import Architecture
 from recipes.core.constraints import Count, CountOrZero, Seed, Size, one_of
 from recipes.core.precision import Precision
 from recipes.core.stage import StageConfig
+from recipes.planning import rules
+from recipes.planning.chain import Chain
+from recipes.planning.rules import Problem
 from recipes.pruning.targets import PruneTargets, absolute_sizes
 
 LAYER_METHODS = ("block_influence", "loss", "block")
@@ -128,3 +132,35 @@ class ScoreConfig(StageConfig):
     def loss_sequences(self) -> int:
         """Returns the number of sequences for losses. The teacher's loss is always measured."""
         return self.num_loss_samples or BASE_LOSS_SEQUENCES
+
+
+def layer_score_problems(
+    config: StageConfig, layer_importance: str, dropped: Collection[int], chain: Chain
+) -> Iterator[Problem]:
+    """Checks that this run's scores can choose the layers to drop.
+
+    Args:
+        config: The stage that drops layers.
+        layer_importance: Its method to choose layers.
+        dropped: Numbers of layers that it drops, each at least 1.
+        chain: The run.
+    """
+    name = config.inputs.get("importance", "")
+    score = chain.stages.get(name)
+    if not isinstance(score, ScoreConfig) or not dropped:
+        return
+    sizes = score.block_sizes or []
+    needed = ",".join(map(str, sorted({*sizes, *dropped})))
+    requirements = {
+        "loss": (score.num_loss_samples > 0, "num_loss_samples=8"),
+        "block": (set(dropped) <= set(sizes), f"block_sizes=[{needed}]"),
+    }
+    is_measured, setting = requirements.get(layer_importance, (True, ""))
+    if not is_measured:
+        numbers = ", ".join(map(str, sorted(dropped)))
+        yield Problem(
+            rules.LAYER_IMPORTANCE,
+            f"{name} does not measure layer_importance={layer_importance} for {numbers} dropped "
+            f"layers, which {config.stage} needs",
+            f"set stages.{name}.{setting}",
+        )

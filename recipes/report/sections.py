@@ -123,6 +123,8 @@ def speed_section(results: BenchmarkResults) -> dict[str, object]:
 def search_section(search: SearchResult, earlier: Mapping[str, Manifest]) -> dict[str, object]:
     """Returns the candidates, their plot, the axes in which they differ, and the latency model."""
     candidates = search.candidates
+    # Perplexities are comparable after the same training. Training starts without reconstruction.
+    states = [(c.tokens, c.healed and not c.tokens) for c in candidates]
     marks = [
         Mark(
             candidate.name
@@ -132,8 +134,9 @@ def search_section(search: SearchResult, earlier: Mapping[str, Manifest]) -> dic
             "distilled" if candidate.chosen else "quiet",
             float(candidate.parameters),
             candidate.perplexity,
+            reference=state != max(states),
         )
-        for candidate in candidates
+        for candidate, state in zip(candidates, states, strict=True)
     ]
     axes = [axis.name for axis in fields(Architecture)]
     latency_models = (

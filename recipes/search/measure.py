@@ -6,6 +6,7 @@ need no copy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import with_shape
+from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog, ProgressCallback
 from recipes.core.precision import dtype_of
 from recipes.core.stage import Inputs
@@ -76,14 +78,15 @@ def _measure_pruned(
 ) -> tuple[FinalStates, list[Candidate]]:
     """Returns the teacher's hidden states on the text, and every pruned shape as a candidate."""
     teacher_shape = nemo.architecture_of(teacher)
+    # Before the first measurement, so that missing scores of one shape are found at once.
+    kept = [layers_to_keep(importance, cfg.layer_importance, s.num_layers) for s in shapes]
     model = load_transformers(teacher, dtype_of(cfg.precision))
     sorted_model = SortedModel(model, teacher_shape, importance.widths)
     all_layers = range(1, teacher_shape.num_layers + 1)
     unpruned = sorted_model.predictor(teacher_shape, all_layers)
     teacher_states = compute_states(unpruned, text, cfg.micro_batch_size)
     candidates = []
-    for number, shape in enumerate(shapes, 1):
-        layers = layers_to_keep(importance, cfg.layer_importance, shape.num_layers)
+    for number, (shape, layers) in enumerate(zip(shapes, kept, strict=True), 1):
         states = compute_states(sorted_model.predictor(shape, layers), text, cfg.micro_batch_size)
         quality = token_quality(teacher_states, states, text)
         candidates.append(_candidate(cfg, shape, quality, healed=False))
@@ -111,11 +114,19 @@ def _heal(
 def _candidate(
     cfg: RankCandidatesConfig, shape: Architecture, quality: TokenQuality, healed: bool
 ) -> Candidate:
+    """Returns a measured shape; raises if its ``proxy`` is NaN, which cannot be ranked."""
+    proxy = float(getattr(quality, cfg.proxy))
+    if math.isnan(proxy):
+        how, setting = ("reconstructed", "num_healed=0") if healed else ("pruned", "precision=32")
+        raise RecipeError(
+            f"{cfg.proxy} of the {how} candidate {name_of(shape)} is not a number.",
+            f"set stages.rank_candidates.{setting}",
+        )
     return Candidate(
         name=name_of(shape),
         parameters=shape.parameters(),
         shape=shape,
-        proxy=getattr(quality, cfg.proxy),
+        proxy=proxy,
         **vars(quality),
         healed=healed,
     )

@@ -31,7 +31,8 @@ class Candidate:
     chosen: bool = False
     """Whether ``successive_halving`` chose this candidate: the best after the last round."""
     pareto: bool = False
-    """Whether no other candidate dominates this one in size and ``proxy`` (``pareto_front``)."""
+    """Whether no other candidate dominates this one in size and ``proxy`` (``pareto_front``). If
+    any candidates were reconstructed, only these are compared."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.rules import Problem
 from recipes.pruning.results import PruneResult, ScoreResult
-from recipes.pruning.settings import PruneConfig, ScoreConfig
+from recipes.pruning.settings import PruneConfig, ScoreConfig, layer_score_problems
 from recipes.pruning.targets import (
     MAX_FRACTION,
     fraction_problems,
@@ -94,26 +94,11 @@ def _large_reduction_problems(
 
 
 def _score_problems(cfg: PruneConfig, chain: Chain, num_dropped: int) -> Iterator[Problem]:
-    """Checks that the scoring stage of this run measures the scores of ``layer_importance``."""
-    name = cfg.inputs.get("importance", "")
-    score = chain.stages.get(name)
-    if not isinstance(score, ScoreConfig) or num_dropped <= 0:
-        return
-    requirements = {
-        "loss": (score.num_loss_samples > 0, "num_loss_samples=8"),
-        "block": (
-            score.block_sizes is None or num_dropped in score.block_sizes,
-            f"block_sizes=[{num_dropped}]",
-        ),
-    }
-    is_measured, setting = requirements.get(cfg.layer_importance, (True, ""))
-    if not is_measured:
-        yield Problem(
-            rules.LAYER_IMPORTANCE,
-            f"{name} does not measure layer_importance={cfg.layer_importance} for {num_dropped} "
-            "dropped layers",
-            f"set stages.{name}.{setting}",
-        )
+    """Checks the scores. Without ``block_sizes``, ``score`` measures what this stage needs."""
+    score = chain.stages.get(cfg.inputs.get("importance", ""))
+    is_automatic = isinstance(score, ScoreConfig) and score.block_sizes is None
+    if num_dropped > 0 and not (cfg.layer_importance == "block" and is_automatic):
+        yield from layer_score_problems(cfg, cfg.layer_importance, [num_dropped], chain)
 
 
 def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:

@@ -7,7 +7,7 @@ candidates by least squares before the final ranking. Writes ``candidates.json``
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +17,21 @@ from recipes.core.stage import Inputs, metrics_log
 from recipes.core.statistics import pareto_front
 from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.inference_cost import InferenceCost, Sequences, healing_cost, ranking_cost
+from recipes.planning.rules import Problem
 from recipes.planning.transformer import Compute, largest
+from recipes.pruning.settings import layer_score_problems
 from recipes.search.results import Candidate, SearchResult, write_candidates
 from recipes.search.settings import SHAPES_FILE, EnumerateShapesConfig, RankCandidatesConfig
 from recipes.search.space import Budget
 from recipes.stages.contract import Stage
+
+
+def check(cfg: RankCandidatesConfig, chain: Chain) -> Iterator[Problem]:
+    """Yields problems of the sequences, and of scores that cannot rank a candidate's layers."""
+    yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
+    shapes = chain.shapes.get(cfg.inputs.get("shapes", ""), ())
+    dropped = {chain.teacher.num_layers - shape.num_layers for shape in shapes} - {0}
+    yield from layer_score_problems(cfg, cfg.layer_importance, dropped, chain)
 
 
 def inference_cost(cfg: RankCandidatesConfig, chain: Chain) -> InferenceCost:
@@ -67,18 +77,20 @@ def ranking(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Returns the candidates, the best first, and marks the Pareto front of size and proxy.
 
     The proxy is the metric of the untrained candidate. Healed candidates come first, because the
-    proxies of healed and other candidates cannot be compared.
+    proxies of healed and other candidates cannot be compared. If any are healed, only these are
+    compared for the Pareto front.
     """
-    front = pareto_front([(c.parameters, c.proxy) for c in candidates])
-    marked = [replace(c, pareto=i in front) for i, c in enumerate(candidates)]
-    return sorted(marked, key=lambda c: (not c.healed, c.proxy))
+    ranked = sorted(candidates, key=lambda c: (not c.healed, c.proxy))
+    compared = [c for c in ranked if c.healed] or ranked
+    front = pareto_front([(c.parameters, c.proxy) for c in compared])
+    return [replace(c, pareto=i in front) for i, c in enumerate(ranked)]
 
 
 STAGE = Stage(
     config=RankCandidatesConfig,
     kind="search_results",
     run=run,
-    check=lambda config, chain: sequence_problems(config.seq_length, config.inputs, chain),
+    check=check,
     inference_cost=inference_cost,
     single_rank_reason="the text is not split over ranks",
     inputs={

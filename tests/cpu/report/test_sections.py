@@ -180,6 +180,8 @@ def test_only_the_best_of_many_candidates_have_labels_in_the_plot(
     assert "candidate 0" in labels
     assert "beaten" not in labels
     assert plot.count("<circle") == len(search.candidates) + len(more)
+    # Candidates 0 and 2. Candidate 3 is the smallest, but the only one that was not trained.
+    assert plot.count("on the Pareto front") == 2
 
 
 def test_flops_of_training_and_evaluation(text: str) -> None:

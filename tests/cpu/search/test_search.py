@@ -27,6 +27,7 @@ from recipes.distillation.settings import DistillConfig
 from recipes.engines.results import BenchmarkRow
 from recipes.evaluation import text_quality
 from recipes.evaluation.predictions import Predictor, compute_states, log_probabilities
+from recipes.evaluation.results import TokenQuality
 from recipes.evaluation.text_quality import load_transformers
 from recipes.planning.results import PlanResult
 from recipes.pruning.healing import heal_weights
@@ -35,9 +36,13 @@ from recipes.pruning.pruned_checkpoint import prune_weights
 from recipes.pruning.targets import PruneTargets, pruned_shape
 from recipes.report.settings import REPORT_FILE, ReportConfig
 from recipes.search.latency import step_ms
-from recipes.search.measure import SortedModel
+from recipes.search.measure import SortedModel, _candidate
 from recipes.search.results import LatencyResult, SearchResult
-from recipes.search.settings import EnumerateShapesConfig, SuccessiveHalvingConfig
+from recipes.search.settings import (
+    EnumerateShapesConfig,
+    RankCandidatesConfig,
+    SuccessiveHalvingConfig,
+)
 from recipes.search.space import Budget, Service, Space
 from recipes.stages import (
     enumerate_shapes,
@@ -151,6 +156,13 @@ def test_candidates_are_ranked_and_counted(ranked_run: Path) -> None:
     assert all(c.proxy == c.kl_to_teacher > 0 for c in candidates)
     assert all(0.4 * teacher < c.parameters <= 0.75 * teacher for c in candidates)
     assert any(c.pareto for c in candidates)
+
+
+@pytest.mark.parametrize(("healed", "fix"), [(True, "num_healed=0"), (False, "precision=32")])
+def test_a_proxy_that_is_nan_is_refused(ranked_run: Path, healed: bool, fix: str) -> None:
+    shape = nemo.architecture_of(nemo.find_checkpoint(ranked_run / "import_hf" / ARTIFACT))
+    with pytest.raises(RecipeError, match=f"not a number(?s:.*){fix}"):
+        _candidate(RankCandidatesConfig(), shape, TokenQuality(9.0, math.nan), healed)
 
 
 @pytest.mark.parametrize("healed", [True, False])

@@ -287,6 +287,33 @@ def test_unknown_names_of_candidates_are_refused(chain: Chain) -> None:
     assert list(successive_halving.check(cfg, chain)) == []
 
 
+@pytest.mark.parametrize(
+    ("method", "score", "fix"),
+    [
+        ("block", "block_sizes=[1]", "block_sizes=[1,2]"),
+        ("block", "block_sizes=null", "block_sizes=[1,2]"),
+        ("block", "block_sizes=[1,2]", None),
+        ("loss", "num_loss_samples=0", "num_loss_samples=8"),
+        ("block_influence", "num_loss_samples=0", None),
+    ],
+)
+def test_the_scores_must_rank_the_layers_of_every_candidate(
+    plan: MakePlan, tiny: list[str], method: str, score: str, fix: str | None
+) -> None:
+    """The space allows 4 or 3 layers, or 2 with the last override."""
+    depth = "stages.enumerate_shapes.space.max_depth_pruning=0.5"
+    overrides = [
+        *(*tiny, depth, "budget.parameters=0.6", "tasks=null", "engine=null"),
+        *(f"stages.score.{score}", f"stages.rank_candidates.layer_importance={method}"),
+    ]
+    if fix is None:
+        plan(*overrides, recipe=RECIPE)
+        return
+    with pytest.raises(RecipeError, match=r"rank_candidates(?s:.*)\[layer-importance\]") as caught:
+        plan(*overrides, recipe=RECIPE)
+    assert f"stages.score.{fix}" in str(caught.value)
+
+
 def test_the_pareto_front_omits_candidates_that_are_larger_and_no_better(chain: Chain) -> None:
     sizes = {
         "a": (10, 1.0),
@@ -302,7 +329,10 @@ def test_the_pareto_front_omits_candidates_that_are_larger_and_no_better(chain: 
         candidates.append(Candidate(name, parameters, shape, proxy, 9.0, proxy, healed=healed))
     ranked = rank_candidates.ranking(candidates)
     assert [c.name for c in ranked] == ["a", "d", "b", "e", "c", "f"]
-    assert [c.name for c in ranked if c.pareto] == ["a", "b", "e", "f"]
+    assert [c.name for c in ranked if c.pareto] == ["a", "b", "e"]
+    pruned = [dataclasses.replace(c, healed=False, pareto=False) for c in candidates]
+    front = [c.name for c in rank_candidates.ranking(pruned) if c.pareto]
+    assert front == ["f", "a", "b", "e"], "without healing, all proxies can be compared"
 
 
 def test_the_chosen_recipe_has_the_models_text_and_hardware_of_the_search(

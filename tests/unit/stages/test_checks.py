@@ -213,7 +213,7 @@ def test_pruning_more_than_a_third_at_once_gives_a_warning(chain: Chain) -> None
     ("method", "setting", "fix"),
     [
         ("loss", {"num_loss_samples": 0}, "stages.score.num_loss_samples=8"),
-        ("block", {"block_sizes": [1]}, "stages.score.block_sizes=[2]"),
+        ("block", {"block_sizes": [1]}, "stages.score.block_sizes=[1,2]"),
     ],
 )
 def test_prune_requires_that_score_measures_its_layer_importance(
