@@ -39,6 +39,7 @@ from recipes.core.screen import plain_table
 from recipes.core.stage import SbatchOption
 from recipes.core.stage_process import LOGS, failure, newest_log
 from recipes.core.wheels import cache_dir
+from recipes.engines.tensorrt_llm import LAUNCHER
 from recipes.planning.limits import margin_seconds, slurm_seconds
 from recipes.planning.rules import Problem
 
@@ -87,8 +88,8 @@ class SlurmConfig(container.Containers):
     """Whether jobs take whole nodes with all of their memory; by default only jobs of several ranks
     do."""
     mpi: dict[str, str | None] = field(default_factory=dict)
-    """Commands that start TensorRT-LLM's process, by stage module. TensorRT-LLM spawns further
-    processes by MPI, even for one GPU, and Slurm's PMIx does not support that."""
+    """Commands that start TensorRT-LLM's programs, by stage module. These programs spawn processes
+    by MPI, even for one GPU, and Slurm's PMIx does not support that."""
     sbatch: list[SbatchOption] = field(default_factory=list)
     """Further options of sbatch; ``resources.sbatch`` adds options of one stage."""
     python: Program | None = None
@@ -185,7 +186,8 @@ def write_scripts(plan: Plan, cluster: SlurmConfig) -> None:
 def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
     """Returns the text of a stage's ``job.sbatch``."""
     image, run_dir = stage.image, stage.directory.parent
-    env = container.environment(cluster, stage)
+    mpi = cluster.mpi.get(stage.config.stage) if stage.needs_tensorrt_llm else None
+    env = container.environment(cluster, stage) | ({LAUNCHER: mpi} if mpi else {})
     return _render(
         "job.sbatch.j2",
         stage=stage,
@@ -212,7 +214,7 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         home=container.home(stage),
         local_caches=container.LOCAL_CACHES if stage.definition.needs_torch else (),
         python=shlex.quote(cluster.python or ("python" if image else sys.executable)),
-        mpi=cluster.mpi.get(stage.config.stage) if stage.needs_tensorrt_llm else None,
+        mpi=mpi,
         margin_seconds=margin_seconds(stage.name, stage.chain),
     )
 

@@ -21,7 +21,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.processes import cores
 from recipes.engines.results import BenchmarkRow, Speedup
-from recipes.engines.tensorrt_llm import LLM_OPTIONS, VERSION
+from recipes.engines.tensorrt_llm import LLM_OPTIONS, VERSION, launcher
 from recipes.engines.timing import (
     RequestShape,
     TimedModel,
@@ -106,7 +106,7 @@ class TensorRtLlmWorker(Worker):
         start = time.monotonic()
         with gpu_memory_samples() as samples:
             argv = trtllm_command(self._model, shape, self._scratch)
-            completed = subprocess.run(argv, check=False)
+            completed = subprocess.run([*launcher(), *argv], check=False)
         seconds = time.monotonic() - start
         if completed.returncode or not report.is_file():
             raise RecipeError(

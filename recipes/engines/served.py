@@ -30,7 +30,7 @@ from recipes.core.files import read_json
 from recipes.core.metrics import MetricsLog, ProgressCallback
 from recipes.core.precision import dtype_name, dtype_of
 from recipes.core.stage import Input, Inputs
-from recipes.engines import openvino
+from recipes.engines import openvino, tensorrt_llm
 from recipes.engines.backends import require_backend
 from recipes.engines.bench import cpu_threads
 from recipes.engines.results import EngineResult
@@ -243,6 +243,7 @@ def served_lm(
         return
     port = choose_port(cfg.port)
     lm_class: type[ServedLM] = LlamaCppLM
+    launcher: list[str] = []
     if server == "llama_cpp":
         threads = cfg.threads or cpu_threads()
         # A prompt must be shorter than llama.cpp's context, so the context is longer by one.
@@ -252,8 +253,8 @@ def served_lm(
         ranks = artifact.manifest.config["tensor_parallel_size"]
         command = trtllm_command(str(artifact.artifact), server, str(folder), ranks)
         command += ["--host", HOST, "--port", str(port)]
-        lm_class = ServedLM
-    with serving(command, port, cfg.start_seconds) as address:
+        lm_class, launcher = ServedLM, tensorrt_llm.launcher()
+    with serving(command, port, cfg.start_seconds, launcher) as address:
         yield lm_class(address, folder, length)
 
 

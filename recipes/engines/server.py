@@ -85,8 +85,12 @@ def choose_port(port: int) -> int:
 
 
 @contextmanager
-def serving(command: Sequence[str], port: int, start_seconds: float) -> Iterator[str]:
+def serving(
+    command: Sequence[str], port: int, start_seconds: float, launcher: Sequence[str] = ()
+) -> Iterator[str]:
     """Runs a server until the context ends; yields its address. The server dies with this process.
+
+    ``launcher`` has the words before the command, such as those of mpirun.
 
     Raises:
         RecipeError: The server is missing, did not start in ``start_seconds``, ended, or refused a
@@ -96,7 +100,9 @@ def serving(command: Sequence[str], port: int, start_seconds: float) -> Iterator
     if shutil.which(command[0]) is None:
         raise RecipeError(f"{command[0]} is not installed", "run this stage where it is installed")
     # preexec_fn calls die_with_parent for the server, which may be a program in C++.
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
+    process = subprocess.Popen(
+        [*launcher, *command], stdin=subprocess.DEVNULL, preexec_fn=die_with_parent
+    )
     try:
         _wait_until_healthy(process, address, name, start_seconds)
         yield address

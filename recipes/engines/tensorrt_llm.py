@@ -8,6 +8,8 @@ that builds engines; 1.3 removed ``trtllm-build`` and the engine backend.
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -53,6 +55,8 @@ FP8_REQUIREMENT = (
     "stages.build_engine.backend=tensorrt_llm_pytorch",
 )
 """The lowest compute capability of GPUs with FP8, and what to do on older GPUs."""
+LAUNCHER = "TENSORRT_LLM_LAUNCHER"
+"""Environment variable with the command that starts TensorRT-LLM's programs, such as mpirun."""
 LLM_OPTIONS = "llm_options.yaml"
 QUANTIZATION = "hf_quant_config.json"
 
@@ -154,6 +158,11 @@ def machine_problem(backend: str, version: str | None, gpu: bool) -> RecipeError
     return None
 
 
+def launcher() -> list[str]:
+    """Returns the words before TensorRT-LLM's commands. Each command is an MPI job of its own."""
+    return shlex.split(os.environ.get(LAUNCHER, ""))
+
+
 def require(backend: str) -> None:
     """Raises ``RecipeError`` unless this machine can run the backend."""
     if problem := machine_problem(backend, installed_version("tensorrt_llm"), gpus_here() > 0):
@@ -228,7 +237,7 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
     request = build_request(cfg, folder, out, _positions(folder))
     file = out.parent / "tensorrt_llm_request.json"
     write_text_atomically(file, json.dumps(request, indent=1))
-    command = [sys.executable, "-m", trtllm_build_worker.__name__, str(file)]
+    command = [*launcher(), sys.executable, "-m", trtllm_build_worker.__name__, str(file)]
     completed = subprocess.run(command, check=False)
     if status := completed.returncode:
         raise RecipeError(

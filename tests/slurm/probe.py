@@ -140,8 +140,9 @@ def record(records: Path, total: int) -> None:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     values = {**os.environ, "total": str(total)}
-    if "OMPI_COMM_WORLD_SIZE" in os.environ:  # mpirun started this process
-        values["spawned"] = output_of(DEBIAN_PYTHON, str(Path(__file__).with_name("spawn.py")))
+    if mpirun := os.environ.get("TENSORRT_LLM_LAUNCHER", "").split():
+        spawn = (DEBIAN_PYTHON, str(Path(__file__).with_name("spawn.py")))
+        values["spawned"] = output_of(*mpirun, *spawn) + output_of(*mpirun, *spawn)
     job = os.environ.get("SLURM_JOB_ID")
     if rank() == 0 and job:
         step = f"{job}.{os.environ['SLURM_STEP_ID']}"

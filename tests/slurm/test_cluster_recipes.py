@@ -35,7 +35,7 @@ NODES = {
 SEARCH = "qwen3_8b_search"
 HAS_MPI = shutil.which("mpirun") is not None
 ENGINE_RECIPE = "llama3_1_8b_depth"
-"""The only recipe whose engine stages run in these tests. mpirun starts these stages."""
+"""The only recipe whose engine stages run in these tests. They start programs with mpirun."""
 SETTINGS = {
     "qwen3_8b_depth_2.5b": (f"+cluster.env.{probe.TORCH}='1'",),
     SEARCH: (f"+stages.successive_halving.resources.env.{probe.TORCH}='1'",),
@@ -172,7 +172,7 @@ def test_training_runs_of_a_search_get_all_devices(chains: dict[str, Run]) -> No
 @pytest.mark.parametrize("stage", sorted(ENGINE_STAGES))
 def test_engine_stage_spawns_processes_by_mpi(chains: dict[str, Run], stage: str) -> None:
     [record] = records(chains[ENGINE_RECIPE].directory / stage)
-    assert record["spawned"].strip() == "[0, 1]"
+    assert record["spawned"].splitlines() == ["[0, 1]"] * 2
     assert re.fullmatch(r"\d", record["CUDA_VISIBLE_DEVICES"])
     assert int(record["OMP_NUM_THREADS"]) == CPUS
     assert not [name for name in record if name.startswith("SLURM_")]

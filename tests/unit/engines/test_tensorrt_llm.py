@@ -10,6 +10,7 @@ import ast
 import importlib.util
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
+from recipes.core.files import REPO_ROOT
 from recipes.engines import bench, tensorrt_llm, trtllm_build_worker
 from recipes.engines.backends import engine_problems
 from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
@@ -145,6 +148,26 @@ def test_invalid_reports_are_refused(change: dict[str, Any], message: str) -> No
         bench.parse_trtllm_report(json.dumps({**REPORT, **change}), SHAPE)
     with pytest.raises(RecipeError, match="unknown format"):
         bench.parse_trtllm_report("Traceback", SHAPE)
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs Open MPI")
+def test_each_start_of_the_benchmark_is_an_mpi_job(
+    tmp_path: Path, teacher: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one job, Open MPI 4 would refuse the second start. The benchmark is a fake."""
+    (tmp_path / "report").write_text(json.dumps(REPORT))
+    program = tmp_path / "trtllm-bench"
+    copy = f"cp {tmp_path}/report {tmp_path}/student/{bench.REPORT}"
+    program.write_text(f"#!/bin/sh\necho $PMIX_NAMESPACE >>{tmp_path}/jobs\n{copy}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    slurm = OmegaConf.load(REPO_ROOT / "conf" / "cluster" / "slurm.yaml")
+    monkeypatch.setenv(tensorrt_llm.LAUNCHER, slurm.mpi.measure_speed)
+    model = TimedModel("student", "tensorrt_llm", "bf16", tmp_path, tmp_path, teacher)
+    worker = bench.TensorRtLlmWorker(model, tmp_path)
+    for seed in (0, 1):
+        worker.generate(random_prompts(SHAPE, 512, seed), SHAPE.new_tokens)
+    assert len(set((tmp_path / "jobs").read_text().split())) == 2
 
 
 def test_requests_have_the_requested_size_and_differ_by_seed() -> None:
