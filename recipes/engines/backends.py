@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import manifest_of
+from recipes.core.manifest import Manifest, manifest_of
 from recipes.core.stage import Input
 from recipes.engines import openvino, tensorrt_llm
 from recipes.engines.settings import CALIBRATED_FORMATS, BuildEngineConfig
+from recipes.engines.timing import RequestShape
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
 from recipes.planning.limits import fp8_problems
@@ -91,20 +93,56 @@ def require_backend(backend: str) -> None:
         )
 
 
-def backend_of(source: str, chain: Chain) -> str | None:
-    """Returns an engine's backend; ``None`` if ``source`` is not an engine.
+def request_problems(
+    shape: RequestShape, engine: BuildEngineConfig, name: str, smaller: str
+) -> Iterator[Problem]:
+    """Yields a problem for each limit of an engine that timed requests exceed.
+
+    OpenVINO has no limits. If the prompts of a batch do not fit into one step, TensorRT-LLM
+    computes them in several steps, and the measured decoding rate is too low.
+
+    Args:
+        shape: The largest batch of requests.
+        engine: The engine's settings.
+        name: The engine's name in messages.
+        smaller: How to make the requests smaller.
+    """
+    needed = {
+        "max_batch_size": shape.batch_size,
+        "max_input_len": shape.prompt_tokens,
+        "max_seq_len": shape.prompt_tokens + shape.new_tokens,
+        "max_num_tokens": shape.batch_size * shape.prompt_tokens,
+    }
+    for limit, value in needed.items() if engine.backend != "openvino" else ():
+        if (allowed := getattr(engine, limit)) is not None and value > allowed:
+            yield Problem(
+                rules.ENGINE_LIMITS,
+                f"{name} has {limit}={allowed}, but the timed requests need {value}",
+                f"raise {limit}, or {smaller}",
+            )
+
+
+def engine_of(source: str, chain: Chain) -> BuildEngineConfig | None:
+    """Returns an engine's settings; ``None`` if ``source`` is not an engine.
 
     ``source`` is a stage of this run, or the directory of a stage.
     """
     stage, manifest = chain.stages.get(source), manifest_of(source)
     if isinstance(stage, BuildEngineConfig):
-        return stage.backend
-    return manifest.config.get("backend") if manifest else None
+        return stage
+    return built_engine(manifest) if manifest and manifest.kind == "engine" else None
+
+
+def built_engine(manifest: Manifest) -> BuildEngineConfig:
+    """Returns the settings of an engine that was built."""
+    names = [item.name for item in fields(BuildEngineConfig)]
+    return BuildEngineConfig(**{n: manifest.config[n] for n in names if n in manifest.config})
 
 
 def any_tensorrt_llm(names: Iterable[str], inputs: Mapping[str, str], chain: Chain) -> bool:
     """Returns whether one of the named inputs is an engine of TensorRT-LLM."""
-    return any("tensorrt" in (backend_of(inputs.get(n, ""), chain) or "") for n in names)
+    engines = (engine_of(inputs.get(name, ""), chain) for name in names)
+    return any(engine and engine.backend != "openvino" for engine in engines)
 
 
 BUILDERS: dict[str, Callable[[BuildEngineConfig, Path, Path], None]] = {

@@ -211,7 +211,10 @@ MAX_INPUT_LEN = Rule("max-input-len", "a prompt must leave room for a token")
 HEAD_SIZE = Rule("head-size", "attention kernels exist for few head sizes")
 ALIGNMENT = Rule("alignment", "kernels of a precision need aligned sizes")
 LENGTH = Rule("length", "prompt and new tokens must fit the model's positions")
-ENGINE_LIMITS = Rule("engine-limits", "an engine refuses larger requests than it was built for")
+ENGINE_LIMITS = Rule(
+    "engine-limits", "an engine refuses larger requests, or does not compute all prompts at once"
+)
+ENGINE_PAIR = Rule("engine-pair", "a speed-up compares two engines of the same type")
 TASKS_HARNESS = Rule("tasks-harness", "the benchmarks were verified with one version of lm-eval")
 TASKS_NAMES = Rule("tasks-names", "an unknown benchmark would fail after the training")
 TASKS_FEWSHOT = Rule("tasks-fewshot", "only benchmarks that run can have few-shot examples")

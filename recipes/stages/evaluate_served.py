@@ -11,7 +11,7 @@ from pathlib import Path
 
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
-from recipes.engines.backends import any_tensorrt_llm, backend_of
+from recipes.engines.backends import any_tensorrt_llm, engine_of
 from recipes.engines.server import NO_LLAMA_SERVER, has_llama_server
 from recipes.engines.settings import EvaluateServedConfig
 from recipes.evaluation.offline_tasks import TASKS
@@ -39,7 +39,7 @@ def check(cfg: EvaluateServedConfig, chain: Chain) -> Iterator[Problem]:
                 "return",
                 f"set stages.{cfg.stage}.tasks=[{','.join(GENERATED)}]",
             )
-    is_gguf = backend_of(cfg.inputs.get("artifact", ""), chain) is None
+    is_gguf = engine_of(cfg.inputs.get("artifact", ""), chain) is None
     if is_gguf and chain.runs_here and not has_llama_server():
         yield Problem(rules.SERVED, NO_LLAMA_SERVER.what, NO_LLAMA_SERVER.fix)
 

@@ -18,7 +18,7 @@ from nemo_convert.hf_config import read_architecture, with_shape
 from recipes.core.files import write_json
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
-from recipes.engines.backends import engine_problems, require_backend
+from recipes.engines.backends import engine_problems, request_problems, require_backend
 from recipes.engines.bench import cpu_threads, measure, start_worker
 from recipes.engines.settings import CALIBRATED_FORMATS, BuildEngineConfig
 from recipes.planning import rules
@@ -43,6 +43,7 @@ def resolve_from_chain(cfg: MeasureLatencyConfig, chain: Chain) -> MeasureLatenc
 
 def check(cfg: MeasureLatencyConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of the budget, of the engine's settings and of the requests' lengths."""
+    cfg = resolve_from_chain(cfg, chain)
     searches = (s for s in chain.stages.values() if isinstance(s, EnumerateShapesConfig))
     if any(s.budget.latency_ms is s.budget.tokens_per_second is None for s in searches):
         yield Problem(
@@ -74,6 +75,8 @@ def check(cfg: MeasureLatencyConfig, chain: Chain) -> Iterator[Problem]:
             f"service.context_length={cfg.service.context_length}",
             "lower new_tokens, or raise service.context_length",
         )
+    smaller = "lower service.batch_size, service.context_length or new_tokens"
+    yield from request_problems(request, cfg.engine, setting, smaller)
     limit = chain.teacher.max_position_embeddings
     if (length := request.prompt_tokens + request.new_tokens) > limit:
         yield Problem(

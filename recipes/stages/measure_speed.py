@@ -15,7 +15,13 @@ from nemo_convert.architecture import Architecture
 from recipes.core.files import write_json
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Input, Inputs, metrics_log
-from recipes.engines.backends import any_tensorrt_llm, model_folder, require_backend
+from recipes.engines.backends import (
+    any_tensorrt_llm,
+    engine_of,
+    model_folder,
+    request_problems,
+    require_backend,
+)
 from recipes.engines.bench import (
     ENGINE_ROLES,
     cpu_threads,
@@ -37,40 +43,36 @@ from recipes.stages.contract import Stage
 def check(cfg: MeasureSpeedConfig, chain: Chain) -> Iterator[Problem]:
     """Yields a problem for each request that the models or their engines do not support."""
     positions = chain.teacher.max_position_embeddings
-    yield from _length_problems(cfg, "the model's number of positions", positions)
-    for name in ("teacher_engine", "student_engine"):
-        engine = chain.stages.get(cfg.inputs.get(name, ""))
-        if isinstance(engine, BuildEngineConfig) and engine.backend != "openvino":
-            yield from _engine_problems(cfg, cfg.inputs[name], engine)
-
-
-def _length_problems(cfg: MeasureSpeedConfig, limit_name: str, limit: int) -> Iterator[Problem]:
-    longest = max(cfg.prompt_tokens) + cfg.new_tokens
-    if longest > limit:
+    largest = RequestShape(max(cfg.batch_sizes), max(cfg.prompt_tokens), cfg.new_tokens)
+    if (length := largest.prompt_tokens + largest.new_tokens) > positions:
         yield Problem(
             rules.LENGTH,
-            f"prompt_tokens + new_tokens is {longest}, but {limit_name} is {limit}",
+            f"prompt_tokens + new_tokens is {length}, but the model has {positions} positions",
             "lower prompt_tokens or new_tokens",
         )
+    engines = {}
+    for name in (f"{role}_engine" for role in ENGINE_ROLES):
+        if engine := engine_of(cfg.inputs.get(name, ""), chain):
+            engines[name] = engine
+            smaller = "lower batch_sizes, prompt_tokens or new_tokens"
+            yield from request_problems(largest, engine, cfg.inputs[name], smaller)
+    if len(engines) == len(ENGINE_ROLES):
+        yield from _pair_problems(*engines.values())
 
 
-def _engine_problems(
-    cfg: MeasureSpeedConfig, name: str, engine: BuildEngineConfig
-) -> Iterator[Problem]:
-    """Yields a problem for each request that exceeds a limit of an engine."""
-    if engine.max_seq_len:
-        yield from _length_problems(cfg, f"max_seq_len of {name}", engine.max_seq_len)
-    requested = {
-        "max_batch_size": ("batch_sizes", max(cfg.batch_sizes)),
-        "max_input_len": ("prompt_tokens", max(cfg.prompt_tokens)),
-    }
-    for limit, (field_name, value) in requested.items():
-        allowed = getattr(engine, limit)
-        if allowed is not None and value > allowed:
+def _pair_problems(teacher: BuildEngineConfig, student: BuildEngineConfig) -> Iterator[Problem]:
+    """Yields a problem for each setting in which the engines must agree.
+
+    The types of weights may differ, to measure a quantized student. Its KV cache may differ, too.
+    """
+    names = ["backend", *(["kv_cache_dtype"] if teacher.precision == student.precision else [])]
+    for name in names:
+        of_teacher, of_student = getattr(teacher, name), getattr(student, name)
+        if of_teacher != of_student:
             yield Problem(
-                rules.ENGINE_LIMITS,
-                f"{field_name} has {value}, but {name} has {limit}={allowed}",
-                f"lower {field_name}, or raise {limit}",
+                rules.ENGINE_PAIR,
+                f"the teacher's engine has {name}={of_teacher}, the student's {of_student}",
+                f"build both engines with the same {name}",
             )
 
 
@@ -80,9 +82,8 @@ def inference_cost(cfg: MeasureSpeedConfig, chain: Chain) -> InferenceCost:
     requests = (1 + cfg.repetitions) * shapes  # one more for the warm-up run
     costs = []
     for role in ENGINE_ROLES:
-        engine = chain.stages.get(cfg.inputs.get(f"{role}_engine", ""))
-        if not isinstance(engine, BuildEngineConfig):  # another run built it; assumes the defaults
-            engine = BuildEngineConfig()
+        # If the engine's settings are not known, this assumes the defaults.
+        engine = engine_of(cfg.inputs.get(f"{role}_engine", ""), chain) or BuildEngineConfig()
         storage = Storage(engine.precision, kv_bytes=4 if engine.precision == "fp32" else 2)
         arch, devices = chain.shape_of(cfg.inputs.get(role)), engine.tensor_parallel_size
         costs.append(serving_cost(arch, requests, cfg.new_tokens, storage, devices))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ import pytest
 from launch.plan import with_shapes
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
+from recipes.core.manifest import write_manifest
 from recipes.core.metrics import MetricsLog
 from recipes.distillation.settings import DistillConfig
 from recipes.engines.bench import measure, speedups
@@ -30,6 +31,7 @@ from recipes.planning.transformer import (
 )
 from recipes.pruning.settings import PruneConfig
 from recipes.stages import measure_speed, quantize
+from tests.support.manifests import bare_manifest
 
 SHAPE = RequestShape(batch_size=2, prompt_tokens=100, new_tokens=11)
 FP32 = Storage("fp32")
@@ -164,8 +166,10 @@ def config(**settings: Any) -> MeasureSpeedConfig:
     [
         ({}, []),
         ({"prompt_tokens": [1000]}, ["length"]),
-        ({"batch_sizes": [1, 64]}, ["engine-limits"]),
-        ({"prompt_tokens": [256]}, ["length", "engine-limits"]),
+        ({"batch_sizes": [1, 64], "prompt_tokens": [16]}, ["engine-limits"]),
+        ({"prompt_tokens": [256]}, ["engine-limits", "engine-limits"]),
+        # 21 prompts of 128 tokens are computed in two steps, as one step has at most 2560 tokens.
+        ({"batch_sizes": [1, 21]}, ["engine-limits"]),
     ],
 )
 def test_requests_must_fit_the_model_and_its_engine(
@@ -180,13 +184,40 @@ def test_requests_must_fit_the_model_and_its_engine(
         max_batch_size=32,
         max_input_len=200,
         max_seq_len=280,
+        max_num_tokens=2560,
     )
-    unlimited = EngineConfig(stage="build_engine")
+    unlimited = replace(engine, max_batch_size=99, max_input_len=None, max_seq_len=None)
+    unlimited.max_num_tokens = 99999
     chain = Chain("teacher", teacher, {"student_engine": engine, "teacher_engine": unlimited})
     broken = [p.rule.name for p in measure_speed.check(config(**settings), chain)]
     if settings.get("prompt_tokens") == [1000]:  # also breaks engine-limits
         broken = broken[:1]
     assert broken == rules
+
+
+@pytest.mark.parametrize(
+    ("changes", "rules"),
+    [
+        ({}, []),
+        ({"backend": "openvino"}, ["engine-pair"]),
+        ({"kv_cache_dtype": "fp8"}, ["engine-pair"]),
+        ({"kv_cache_dtype": "fp8", "precision": "fp8"}, []),  # a quantized student
+    ],
+)
+def test_engines_that_are_compared_are_of_one_kind(
+    changes: dict[str, Any], rules: list[str], teacher: Architecture, tmp_path: Path
+) -> None:
+    """The teacher's engine is a stage of this run, or the directory of a stage of another run."""
+    engine = EngineConfig("build_engine", backend="tensorrt_llm_pytorch", precision="bf16")
+    student = replace(engine, **changes)
+    chain = Chain("teacher", teacher, {"student_engine": student, "teacher_engine": engine})
+    assert [p.rule.name for p in measure_speed.check(config(), chain)] == rules
+    manifest = replace(bare_manifest("build_engine", "engine", None), config=asdict(engine))
+    write_manifest(tmp_path, manifest)
+    cfg = config()
+    cfg.inputs["teacher_engine"] = str(tmp_path)
+    chain = Chain("teacher", teacher, {"student_engine": student})
+    assert [p.rule.name for p in measure_speed.check(cfg, chain)] == rules
 
 
 def test_quantize_checks_the_pruned_shape() -> None:

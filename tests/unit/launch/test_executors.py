@@ -162,12 +162,13 @@ def test_the_backend_of_an_existing_engine_decides_whether_speed_is_measured_on_
 ) -> None:
     complete(plan("engine=openvino"))
     engine = (tmp_path / "run" / "build_teacher_engine").rename(tmp_path / "other")
-    inputs = f"stages.measure_speed.inputs.teacher_engine={engine}"
+    roles = ("teacher_engine", "student_engine")
+    inputs = [f"stages.measure_speed.inputs.{role}={engine}" for role in roles]
     for backend, on_gpu in (("openvino", False), ("tensorrt_llm", True)):
         manifest = json.loads((engine / "manifest.json").read_text())
         manifest["config"]["backend"] = backend
         (engine / "manifest.json").write_text(json.dumps(manifest))
-        overrides = (ENGINE_IMAGE, "engine=openvino", inputs, "~stages.build_teacher_engine")
+        overrides = (ENGINE_IMAGE, "engine=openvino", *inputs, "~stages.build_teacher_engine")
         planned, _ = prepare(*SLURM, *overrides)
         assert stage_named(planned, "measure_speed").needs_gpu == on_gpu
 

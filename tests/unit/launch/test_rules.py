@@ -164,7 +164,9 @@ ELSEWHERE = {
     "tokenizer": "planning/test_vocabularies.py",
     **dict.fromkeys(("max-seq-len", "max-input-len", "head-size"), "engines/test_tensorrt_llm.py"),
     **dict.fromkeys(("format", "kv-cache"), "engines/test_tensorrt_llm.py"),
-    **dict.fromkeys(("alignment", "length", "engine-limits"), "engines/test_bench.py"),
+    **dict.fromkeys(
+        ("alignment", "length", "engine-limits", "engine-pair"), "engines/test_bench.py"
+    ),
     **dict.fromkeys(("job", "job-memory", "partition"), "launch/test_slurm_limits.py"),
 }
 """Rules that the width recipe cannot break, and the tests in ``tests/unit`` that break them."""

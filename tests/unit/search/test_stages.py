@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tests.unit.conftest import Complete, Launch, MakePlan
 
 RECIPE = "recipe=shrink"
+SERVICE = "stages.enumerate_shapes.service"
 LARGE = [
     "model=llama3_1_8b",
     "hardware=h100",
@@ -162,7 +163,7 @@ def test_the_launcher_prints_the_shapes(launch: Launch, hf_folder: Path) -> None
 @pytest.mark.parametrize("recipe", ["llama_search", "shrink"])
 def test_latency_is_measured_in_the_search_space(plan: MakePlan, recipe: str) -> None:
     space = "stages.enumerate_shapes.space.hidden_size_divisor=32"
-    service = "stages.enumerate_shapes.service.batch_size=4"
+    service = f"{SERVICE}.batch_size=4"
     measured_model = ("latency_model=measured", space, service)
     with pytest.raises(RecipeError, match="does not limit latency"):
         plan(*measured_model, recipe=f"recipe={recipe}")
@@ -186,8 +187,11 @@ def test_latency_is_measured_with_the_engine_of_the_recipe(
     stages: Any = SimpleNamespace(**plan(*large, "engine=tensorrt_llm", recipe=RECIPE).chain.stages)
     engine, service = stages.measure_latency.engine, stages.enumerate_shapes.service
     assert (engine.backend, engine.precision) == ("tensorrt_llm", "bf16")
-    assert engine.max_batch_size == stages.build_engine.max_batch_size
+    limits = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
+    assert all(getattr(engine, n) == getattr(stages.build_engine, n) for n in limits)
     assert (service.precision, service.storage) == ("bf16", Storage("bf16", None, 2))
+    with pytest.raises(RecipeError, match="max_batch_size=32, but the timed requests need 64"):
+        plan(*large, "engine=tensorrt_llm", f"{SERVICE}.batch_size=64", recipe=RECIPE)
     with pytest.raises(RecipeError, match="fp8 need calibrated weights"):
         plan(*large, "engine=tensorrt_llm_quantized", recipe=RECIPE)
     with pytest.raises(RecipeError, match="the search is for h100"):
@@ -196,7 +200,10 @@ def test_latency_is_measured_with_the_engine_of_the_recipe(
 
 TWO_DEVICES = Resources(devices=2)
 SHORT_CONTEXT = Service(context_length=256)
+LARGE_BATCH = Service(context_length=256, batch_size=16)
 INT3_ENGINE = BuildEngineConfig(precision="int3")
+TRTLLM_ENGINE = BuildEngineConfig(backend="tensorrt_llm_pytorch", precision="bf16")
+SHORT_ENGINE = dataclasses.replace(TRTLLM_ENGINE, max_seq_len=250)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +226,13 @@ INT3_ENGINE = BuildEngineConfig(precision="int3")
         (measure_latency, {"service": Service(context_length=8)}, "length", "new_tokens"),
         (measure_latency, {"service": Service(context_length=2000)}, "length", "more than the"),
         (measure_latency, {"service": SHORT_CONTEXT, "engine": INT3_ENGINE}, "format", "int3"),
+        (
+            measure_latency,
+            {"service": SHORT_CONTEXT, "engine": SHORT_ENGINE},
+            "engine-limits",
+            "250",
+        ),
+        (measure_latency, {"service": LARGE_BATCH, "engine": TRTLLM_ENGINE}, "engine-limits", "16"),
         (rank_candidates, {"seq_length": 2000}, "seq-length", "2000"),
         (successive_halving, {"max_tokens": 9000}, "search", "max_tokens=9000"),
         (
