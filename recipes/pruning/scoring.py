@@ -35,7 +35,7 @@ from recipes.backend.without_cuda import enable
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_of
-from recipes.core.stage import Input
+from recipes.core.stage import Input, world_size
 from recipes.data.token_sequences import TextSequences, read_sequences
 from recipes.evaluation.predictions import chunks, float32_head, require_better_than_chance
 from recipes.pruning.kept import Importance
@@ -49,7 +49,7 @@ def calibration_text(cfg: ScoreConfig, data: Input, teacher: Path) -> TextSequen
     """Returns calibration text, or random tokens if so configured.
 
     Raises:
-        RecipeError: The text is mostly one token.
+        RecipeError: The text is mostly one token, or has no micro batch for some rank.
     """
     if cfg.calibration == "random":
         vocabulary = nemo.architecture_of(teacher).vocab_size
@@ -57,6 +57,14 @@ def calibration_text(cfg: ScoreConfig, data: Input, teacher: Path) -> TextSequen
         generator = torch.Generator().manual_seed(cfg.seed)
         return TextSequences.of(torch.randint(vocabulary, shape, generator=generator))
     text = read_sequences(data, "calibration", cfg.seq_length, cfg.num_calibration_samples)
+    data_ranks = world_size() // cfg.pipeline_model_parallel_size
+    if (batches := -(-len(text) // cfg.micro_batch_size)) < data_ranks:
+        raise RecipeError(
+            f"the calibration text has only {len(text)} sequence(s), which are {batches} micro "
+            f"batch(es) for {data_ranks} data-parallel ranks.",
+            "use fewer ranks, a smaller micro_batch_size, or more calibration text (data.sources, "
+            "stages.prepare_data.calibration_fraction)",
+        )
     fraction = text.tokens.flatten().bincount().max().item() / text.tokens.numel()
     if fraction > MAX_TOKEN_FRACTION:
         raise RecipeError(

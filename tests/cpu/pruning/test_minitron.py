@@ -321,7 +321,7 @@ def test_scores_do_not_depend_on_micro_batches_and_chunks_of_logits(
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_padding_and_noise_that_is_not_configured_are_refused(
+def test_padding_short_text_and_noise_that_is_not_configured_are_refused(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noise = replace(SCORE, calibration="random", num_calibration_samples=4, seq_length=32)
@@ -331,12 +331,12 @@ def test_padding_and_noise_that_is_not_configured_are_refused(
     with pytest.raises(RecipeError, match="hardly below chance"):
         score(teacher, tokens, replace(noise, calibration="text"))
     assert score(teacher, tokens, replace(noise, block_sizes=[])).widths
-    padded = torch.cat([tokens[:1], torch.zeros(3, 32, dtype=torch.int64)])
-    monkeypatch.setattr(
-        "recipes.pruning.scoring.read_sequences", lambda *_: TextSequences.of(padded)
-    )
-    with pytest.raises(RecipeError, match="is one token"):
-        calibration_text(replace(noise, calibration="text"), data, teacher)
+    padded = TextSequences.of(torch.cat([tokens[:1], torch.zeros(3, 32, dtype=torch.int64)]))
+    monkeypatch.setattr("recipes.pruning.scoring.read_sequences", lambda *_: padded)
+    for ranks, message in (("1", "is one token"), ("2", "1 micro batch.* 2 data-parallel ranks")):
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        with pytest.raises(RecipeError, match=message):
+            calibration_text(replace(noise, calibration="text"), data, teacher)
 
 
 def test_weights_that_do_not_match_the_shape_are_refused(teacher: Path, tmp_path: Path) -> None:
