@@ -37,7 +37,7 @@ from recipes.engines.results import EngineResult
 from recipes.engines.server import HOST, choose_port, llama_command, serving, trtllm_command
 from recipes.engines.settings import EvaluateServedConfig
 from recipes.evaluation import packed_lm
-from recipes.evaluation.packing import Request
+from recipes.evaluation.packing import Request, truncated_context
 from recipes.evaluation.results import Item, ServedResult, ServedText, compare_served
 from recipes.evaluation.settings import HARNESS
 from recipes.evaluation.task_answers import answer_tasks, require_same_items, write_samples
@@ -145,10 +145,9 @@ class LlamaCppLM(ServedLM):
         """Returns each continuation's log-likelihood, and whether it is the greedy one."""
         results = []
         for _id, context, continuation in requests:
-            # As in HFLM: the last token is never an input, so one more token fits.
-            ids = [*context, *continuation][-self.max_length - 1 :]
-            first = len(ids) - len(continuation)
-            scores = [self.token_score(ids[:n], ids[n]) for n in range(first, len(ids))]
+            prompt = truncated_context(context, continuation, self.max_length)
+            ids = [*prompt, *continuation]
+            scores = [self.token_score(ids[:n], ids[n]) for n in range(len(prompt), len(ids))]
             results.append((sum(s for s, _ in scores), all(greedy for _, greedy in scores)))
             self.progress(len(results), len(requests))
         return results

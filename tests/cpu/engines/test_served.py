@@ -93,6 +93,8 @@ def test_llama_cpp_gives_the_log_likelihoods_of_transformers(
             assert len({(item.id, item.hash) for item in pair}) == 1
             responses = (torch.tensor(item.response).double().flatten() for item in pair)
             torch.testing.assert_close(*responses, rtol=1e-3, atol=0.02)
+    with pytest.raises(RecipeError, match="256 tokens"):
+        llama._loglikelihood_tokens([(None, [1], [2] * (LENGTH + 1))])
     context = llama.tok_encode("The history of the")
     likeliest = student.model(torch.tensor([context])).logits[0, -1].argmax().item()
     assert llama.token_score(context, likeliest)[1]

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from omegaconf import OmegaConf
@@ -31,7 +32,7 @@ from nemo_convert import nemo
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import METRICS, steps_of
 from recipes.evaluation import offline_tasks, packed_lm, task_scores
-from recipes.evaluation.packing import packs_of_rank
+from recipes.evaluation.packing import group_by_context, packs_of_rank
 from recipes.evaluation.results import ROLES, Item
 from recipes.evaluation.settings import EvaluateTasksConfig
 from recipes.stages import evaluate_tasks
@@ -142,6 +143,46 @@ def test_examples_that_questions_share_are_processed_once(models: dict[str, Any]
     hook.remove()
     assert 2 * total_tokens[0] < total_tokens[1]
     assert_same_answers(*answers)
+
+
+class RecordingLM(LM):  # type: ignore[misc]
+    """Records the contexts of questions instead of answering them."""
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        self.contexts = [request.args[0] for request in requests]
+        return [(0.0, False)] * len(requests)
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        raise NotImplementedError
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError
+
+
+def test_evaluated_items_are_not_examples_of_others() -> None:
+    """Examples come from the items after the limit; without a limit, from all other items."""
+    model = RecordingLM()
+    piqa, lambada = packed_lm.load_tasks(
+        ["piqa", "lambada_openai"], "pypi", {"piqa": 5, "lambada_openai": 5}
+    )
+    for _ in range(2):  # as for two models
+        items = packed_lm.answer(model, piqa, 1800, 1)
+        docs: list[Any] = [item.doc for item in items]
+        evaluated = {f"{d['goal']}\nAnswer: {(d['sol1'], d['sol2'])[d['label']]}" for d in docs}
+        examples = [c.split("Question: ")[1:-1] for c in model.contexts]
+        assert {len(questions) for questions in examples} == {5}
+        assert not evaluated & {q.strip() for questions in examples for q in questions}
+    items = packed_lm.answer(model, lambada, None, 1)
+    texts = [item.doc["text"] for item in items]  # type: ignore[index]
+    assert not any(text in context for text, context in zip(texts, model.contexts, strict=True))
+
+
+def test_an_answer_must_fit_into_the_model() -> None:
+    """As in HFLM, the context keeps at least one token."""
+    [question] = group_by_context([(None, [1, 2, 3], [4] * 8)], 8)
+    assert question.context == (3,)
+    with pytest.raises(RecipeError, match="9 tokens"):
+        group_by_context([(None, [1, 2, 3], [4] * 9)], 8)
 
 
 def test_the_right_answer_of_a_task_with_several_contexts_is_known(
