@@ -264,7 +264,7 @@ def _row(
     return BenchmarkRow(
         role=model.role,
         backend=model.backend,
-        precision=model.precision,
+        precision=model.storage.precision,
         batch_size=shape.batch_size,
         prompt_tokens=shape.prompt_tokens,
         new_tokens=shape.new_tokens,

@@ -149,8 +149,6 @@ class EngineResult:
 
     backend: str
     precision: str
-    group_size: int | None
-    """Weights that share a scale, see ``BuildEngineConfig.scale_group``."""
     build_seconds: float
     bytes: int
     """Size on disk."""

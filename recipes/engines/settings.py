@@ -13,12 +13,15 @@ from pydantic import Field
 from recipes.core.constraints import Count, CountOrZero, Threads, integer, one_of
 from recipes.core.stage import StageConfig
 from recipes.evaluation.settings import EvaluateTasksConfig
+from recipes.planning.transformer import Storage
 
 BACKENDS = ("openvino", "tensorrt_llm", "tensorrt_llm_pytorch")
 CALIBRATED_FORMATS = ("fp8", "int4_awq")
 """Formats of ``quantize``, which needs calibration text. ``build_engine`` converts to all other
 precisions without such text. SmoothQuant is missing, because no layer of TensorRT-LLM reads the
 tensors that ModelOpt writes for it."""
+KV_CACHE_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "u8": 1, "fp8": 1}
+"""Bytes of a value in the KV cache, by ``kv_cache_dtype``."""
 Grid = Annotated[list[Count], Field(min_length=1)]
 
 
@@ -78,6 +81,13 @@ class BuildEngineConfig(StageConfig):
         """
         has_groups = self.backend == "openvino" and self.precision == "int4"
         return self.group_size if has_groups else None
+
+    @property
+    def storage(self) -> Storage:
+        """Types of weights and KV cache. The default of OpenVINO's KV cache has 8 bits."""
+        default = 4 if self.precision == "fp32" else 1 if self.backend == "openvino" else 2
+        kv_bytes = KV_CACHE_BYTES.get(self.kv_cache_dtype, default)
+        return Storage(self.precision, self.scale_group, kv_bytes)
 
 
 @dataclass

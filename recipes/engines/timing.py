@@ -23,21 +23,14 @@ class TimedModel:
 
     role: str
     backend: str
-    precision: str
+    storage: Storage
+    """Types of weights and KV cache."""
     path: Path
     """Engine or Hugging Face folder that the backend loads."""
     folder: Path
     """Hugging Face folder of the same model."""
     architecture: Architecture
-    group_size: int | None = None
     tensor_parallel_size: int = 1
-
-    @property
-    def storage(self) -> Storage:
-        """Types of weights and KV cache. Assumes ``kv_cache_dtype=auto``."""
-        default_kv_bytes = 1 if self.backend == "openvino" else 2
-        kv_bytes = 4 if self.precision == "fp32" else default_kv_bytes
-        return Storage(self.precision, self.group_size, kv_bytes)
 
     def disk_bytes(self) -> int:
         """Returns the size of the loaded files."""

@@ -49,11 +49,10 @@ def build_random_engine(
     return TimedModel(
         role=name_of(shape),
         backend=cfg.engine.backend,
-        precision=cfg.engine.precision,
+        storage=cfg.engine.storage,
         path=engine,
         folder=folder,
         architecture=shape,
-        group_size=cfg.engine.scale_group,
         tensor_parallel_size=cfg.engine.tensor_parallel_size,
     )
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from nemo_convert.architecture import Architecture
 from recipes.core.constraints import Count, Positive, PositiveOrZero, Rate, between, one_of
+from recipes.engines.settings import BACKENDS, KV_CACHE_BYTES, BuildEngineConfig
 from recipes.planning.inference_cost import Roofline, decode_seconds
 from recipes.planning.transformer import (
     WEIGHT_BITS,
@@ -93,12 +94,14 @@ class Service:
     """Speed of GEMMs in bfloat16."""
     bytes_per_second: Rate = 3.35e12
     """Memory bandwidth."""
+    backend: Annotated[str, one_of(*BACKENDS)] = "tensorrt_llm"
+    """Backend of the engine, as the next three settings in ``build_engine``."""
     precision: Annotated[str, one_of(*WEIGHT_BITS)] = "bf16"
-    """Precision of weights, as in ``build_engine``."""
+    """Type of the weights."""
     group_size: Count = 64
-    """Number of weights that share a scale, for ``int4``."""
-    bytes_per_cached_value: Count | None = None
-    """Bytes of a value in the KV cache; by default 4 with ``precision=fp32``, otherwise 2."""
+    """Weights that share a scale, for OpenVINO's ``int4``."""
+    kv_cache_dtype: Annotated[str, one_of("auto", *KV_CACHE_BYTES)] = "auto"
+    """Type of keys and values."""
     batch_size: Count = 1
     """Number of simultaneous requests."""
     context_length: Count = 4096
@@ -109,9 +112,12 @@ class Service:
     @property
     def storage(self) -> Storage:
         """How the engine stores weights and KV cache."""
-        group = self.group_size if self.precision == "int4" else None
-        cached_bytes = self.bytes_per_cached_value or (4 if self.precision == "fp32" else 2)
-        return Storage(self.precision, group, cached_bytes)
+        return BuildEngineConfig(
+            backend=self.backend,
+            precision=self.precision,
+            group_size=self.group_size,
+            kv_cache_dtype=self.kv_cache_dtype,
+        ).storage
 
 
 def search_sizes(shape: Architecture) -> dict[str, int]:

@@ -39,7 +39,6 @@ def run(cfg: BuildEngineConfig, inputs: Inputs, out: Path) -> Outcome:
     result = EngineResult(
         backend=cfg.backend,
         precision=cfg.precision,
-        group_size=cfg.scale_group,
         build_seconds=round(seconds, 3),
         bytes=sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
         **(vars(comparison) if comparison else {}),

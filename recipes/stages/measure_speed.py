@@ -17,6 +17,7 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Input, Inputs, metrics_log
 from recipes.engines.backends import (
     any_tensorrt_llm,
+    built_engine,
     engine_of,
     model_folder,
     request_problems,
@@ -29,7 +30,7 @@ from recipes.engines.bench import (
     speedups,
     start_worker,
 )
-from recipes.engines.results import BASELINE, BenchmarkResults, EngineResult, MachineRates
+from recipes.engines.results import BASELINE, BenchmarkResults, MachineRates
 from recipes.engines.settings import BuildEngineConfig, MeasureSpeedConfig
 from recipes.engines.timing import RequestShape, TimedModel
 from recipes.planning import rules
@@ -84,9 +85,8 @@ def inference_cost(cfg: MeasureSpeedConfig, chain: Chain) -> InferenceCost:
     for role in ENGINE_ROLES:
         # If the engine's settings are not known, this assumes the defaults.
         engine = engine_of(cfg.inputs.get(f"{role}_engine", ""), chain) or BuildEngineConfig()
-        storage = Storage(engine.precision, kv_bytes=4 if engine.precision == "fp32" else 2)
         arch, devices = chain.shape_of(cfg.inputs.get(role)), engine.tensor_parallel_size
-        costs.append(serving_cost(arch, requests, cfg.new_tokens, storage, devices))
+        costs.append(serving_cost(arch, requests, cfg.new_tokens, engine.storage, devices))
     return InferenceCost(
         largest(*(cost.memory for cost in costs)),
         sum((cost.compute for cost in costs), Compute()),
@@ -126,32 +126,32 @@ def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
 def _timed_models(cfg: MeasureSpeedConfig, inputs: Inputs, scratch: Path) -> list[TimedModel]:
     """Returns teacher and student as engines; with the baseline, also as transformers models."""
     folders = {role: model_folder(inputs[role], scratch / f"{role}_hf") for role in ENGINE_ROLES}
-    engines = [_engine(role, inputs[f"{role}_engine"], folders[role]) for role in ENGINE_ROLES]
+    engines = [timed_engine(role, inputs[f"{role}_engine"], folders[role]) for role in ENGINE_ROLES]
     baselines = [
-        TimedModel(engine.role, BASELINE, "fp32", engine.folder, engine.folder, engine.architecture)
-        for engine in engines
+        TimedModel(e.role, BASELINE, Storage("fp32"), e.folder, e.folder, e.architecture)
+        for e in engines
     ]
     return [*engines, *(baselines if cfg.baseline else ())]
 
 
-def _engine(role: str, engine: Input, folder: Path) -> TimedModel:
-    result = engine.manifest.result(EngineResult)
+def timed_engine(role: str, engine: Input, folder: Path) -> TimedModel:
+    """Returns the engine of a model in ``folder``."""
+    built = built_engine(engine.manifest)
     return TimedModel(
         role,
-        result.backend,
-        result.precision,
+        built.backend,
+        built.storage,
         engine.artifact,
         folder,
         Architecture(**(engine.manifest.architecture or {})),
-        result.group_size,
-        engine.manifest.config["tensor_parallel_size"],
+        built.tensor_parallel_size,
     )
 
 
 def _roofline(machine: MachineRates, model: TimedModel) -> Roofline:
     """Returns the rates that bound a model's speed. Only ``fp32`` engines compute in float32."""
     rates = machine.flops_per_second
-    fastest = rates["float32"] if model.precision == "fp32" else max(rates.values())
+    fastest = rates["float32"] if model.storage.precision == "fp32" else max(rates.values())
     return Roofline(fastest, machine.bytes_per_second)
 
 

@@ -189,7 +189,6 @@ def engine_result() -> EngineResult:
     return EngineResult(
         backend="openvino",
         precision="int8",
-        group_size=None,
         build_seconds=47.25,
         bytes=101_222_333,
         max_logit_difference=0.03125,

@@ -162,7 +162,9 @@ def test_compressed_engines_report_their_quality(build: Build, odd_llama: Path) 
     shape = read_architecture(json.loads((odd_llama / "config.json").read_text()), "odd")
     for precision, (engine, _) in engines.items():
         # The estimate counts norms as compressed, and leaves out the scales of rows.
-        estimate = weight_bytes(shape, Service(precision=precision, group_size=8))
+        estimate = weight_bytes(
+            shape, Service(backend="openvino", precision=precision, group_size=8)
+        )
         size = (engine / "openvino_model.bin").stat().st_size
         assert size == pytest.approx(estimate, rel=0.1)
     for precision, result in results.items():

@@ -198,7 +198,7 @@ def test_candidates_have_the_metrics_of_pruned_models(ranked_run: Path, healed: 
 
 
 SPACE = Space(1, 8, 8, max_depth_pruning=0.75)
-SERVICE = Service(precision="fp32", bytes_per_cached_value=4, context_length=64)
+SERVICE = Service(precision="fp32", context_length=64)
 
 
 @pytest.fixture(scope="module")

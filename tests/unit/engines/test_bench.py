@@ -13,6 +13,7 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
 from recipes.core.manifest import write_manifest
 from recipes.core.metrics import MetricsLog
+from recipes.core.stage import Input
 from recipes.distillation.settings import DistillConfig
 from recipes.engines.bench import measure, speedups
 from recipes.engines.results import Spread
@@ -30,6 +31,7 @@ from recipes.planning.transformer import (
     weight_traffic,
 )
 from recipes.pruning.settings import PruneConfig
+from recipes.search.space import Service
 from recipes.stages import measure_speed, quantize
 from tests.support.manifests import bare_manifest
 
@@ -62,6 +64,32 @@ def test_only_engines_of_openvino_have_groups_of_int4_weights() -> None:
     assert engine.scale_group == 32
     assert replace(engine, precision="int8").scale_group is None
     assert replace(engine, backend="tensorrt_llm").scale_group is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "kv_bytes"),
+    [
+        ({}, 4),
+        ({"precision": "int8"}, 1),  # OpenVINO's default
+        ({"precision": "int8", "kv_cache_dtype": "f16"}, 2),
+        ({"precision": "bf16", "backend": "tensorrt_llm"}, 2),
+        ({"precision": "fp8", "backend": "tensorrt_llm", "kv_cache_dtype": "fp8"}, 1),
+    ],
+)
+def test_rooflines_assume_the_kv_cache_of_the_engine(
+    settings: dict[str, Any], kv_bytes: int, teacher: Architecture, tmp_path: Path
+) -> None:
+    engine = EngineConfig("build_engine", **settings)
+    manifest = bare_manifest("build_engine", "engine", None)
+    manifest = replace(manifest, config=asdict(engine), architecture=teacher.as_dict())
+    model = measure_speed.timed_engine("teacher", Input(tmp_path, manifest), tmp_path)
+    service = Service(**{"backend": "openvino", "precision": "fp32"} | settings)
+    assert model.storage == service.storage
+    assert model.storage.kv_bytes == kv_bytes
+    # A plan counts the same bytes: all prompts and new tokens of the largest batch.
+    chain = Chain("teacher", teacher, {"teacher_engine": engine, "student_engine": engine})
+    memory = measure_speed.inference_cost(config(), chain).memory
+    assert memory.activations == kv_cache_bytes(teacher, 4 * (128 + 32), model.storage)
 
 
 def test_traffic_of_the_kv_cache_equals_a_hand_count(teacher: Architecture) -> None:
@@ -120,7 +148,7 @@ def pair(teacher: Architecture, tmp_path: Path) -> list[TimedModel]:
     student = replace(teacher, num_layers=2)
     (tmp_path / "engine.bin").write_bytes(b"12345")
     return [
-        TimedModel(role, "openvino", "fp32", tmp_path, tmp_path, arch)
+        TimedModel(role, "openvino", FP32, tmp_path, tmp_path, arch)
         for role, arch in (("teacher", teacher), ("student", student))
     ]
 

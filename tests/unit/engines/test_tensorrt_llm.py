@@ -28,6 +28,7 @@ from recipes.engines.backends import engine_problems
 from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
 from recipes.engines.timing import RequestShape, TimedModel, Timing, random_prompts
 from recipes.planning.chain import Chain
+from recipes.planning.transformer import Storage
 
 API: dict[str, Any] = json.loads(Path(__file__).with_name("tensorrt_llm_api.json").read_text())
 SHAPE = RequestShape(batch_size=4, prompt_tokens=128, new_tokens=32)
@@ -57,7 +58,7 @@ def rules(cfg: BuildEngineConfig, chain: Chain) -> list[str]:
 @pytest.mark.parametrize("backend", ["tensorrt_llm", "tensorrt_llm_pytorch"])
 def test_every_option_of_the_benchmark_exists(backend: str, teacher: Architecture) -> None:
     engine, folder = Path("/engine"), Path("/hf/model")
-    model = TimedModel("student", backend, "bf16", engine, folder, teacher, None, 2)
+    model = TimedModel("student", backend, Storage("bf16"), engine, folder, teacher, 2)
     argv = bench.trtllm_command(model, SHAPE, Path("/scratch"))
     assert argv[0] == "trtllm-bench"
     split = argv.index("throughput")
@@ -159,11 +160,13 @@ def test_each_start_of_the_benchmark_is_an_mpi_job(
     program = tmp_path / "trtllm-bench"
     copy = f"cp {tmp_path}/report {tmp_path}/student/{bench.REPORT}"
     program.write_text(f"#!/bin/sh\necho $PMIX_NAMESPACE >>{tmp_path}/jobs\n{copy}\n")
-    program.chmod(0o755)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    for file in (program, tmp_path / "nvidia-smi"):
+        file.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     slurm = OmegaConf.load(REPO_ROOT / "conf" / "cluster" / "slurm.yaml")
     monkeypatch.setenv(tensorrt_llm.LAUNCHER, slurm.mpi.measure_speed)
-    model = TimedModel("student", "tensorrt_llm", "bf16", tmp_path, tmp_path, teacher)
+    model = TimedModel("student", "tensorrt_llm", Storage("bf16"), tmp_path, tmp_path, teacher)
     worker = bench.TensorRtLlmWorker(model, tmp_path)
     for seed in (0, 1):
         worker.generate(random_prompts(SHAPE, 512, seed), SHAPE.new_tokens)

@@ -117,7 +117,8 @@ def test_costs_of_serving() -> None:
     embedding_and_head = 2 * 128256 * 8192
     layers = LLAMA_70B.parameters() - embedding_and_head
     bits = 4 * layers * (1 + 5 / 64) + 8 * embedding_and_head
-    assert weight_bytes(LLAMA_70B, Service(precision="int4")) == pytest.approx(bits / 8)
+    int4 = Service(backend="openvino", precision="int4")
+    assert weight_bytes(LLAMA_70B, int4) == pytest.approx(bits / 8)
     fp8_bits = 8 * layers + 16 * embedding_and_head
     assert weight_bytes(LLAMA_70B, Service(precision="fp8")) == pytest.approx(fp8_bits / 8)
     # FLOPs limit a large batch with short contexts.
