@@ -72,7 +72,10 @@ def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
         # Without --init, Python would be the container's process 1, which ignores SIGTERM. Data
         # loaders and NCCL share memory; NCCL pins memory, and CUDA needs a large stack.
         ["--init", "--ipc=host", "--ulimit=memlock=-1", "--ulimit=stack=67108864"],
-        [f"--user={os.getuid()}:{os.getgid()}", f"--workdir={os.getcwd()}"],
+        [f"--user={os.getuid()}:{os.getgid()}"],
+        # With --user, a container has no other groups of the user, such as that of a shared folder.
+        [f"--group-add={group}" for group in sorted({*os.getgroups()} - {os.getgid()})],
+        [f"--workdir={os.getcwd()}"],
         *([f"--volume={mount}"] for mount in container.mounts_of(stage, cluster)),
         *([f"--env={name}={value}"] for name, value in env.items()),
         [f"--env={name}" for name in cluster.pass_env],  # docker reads the values itself

@@ -279,7 +279,10 @@ def test_paths_with_spaces_are_refused(
         prepare(*SLURM)
 
 
-def test_docker_command_has_exactly_these_options(prepare: Prepare, tmp_path: Path) -> None:
+def test_docker_command_has_exactly_these_options(
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getgroups", lambda: [os.getgid(), 4300])
     planned, cluster = prepare(
         *DOCKER,
         'cluster.options=["--network=host"]',
@@ -299,7 +302,7 @@ def test_docker_command_has_exactly_these_options(prepare: Prepare, tmp_path: Pa
     assert arguments == [
         *("docker", "run", "--rm", f"--name={docker.container_name(stage)}", "--gpus=all"),
         *("--init", "--ipc=host", "--ulimit=memlock=-1", "--ulimit=stack=67108864"),
-        *(f"--user={os.getuid()}:{os.getgid()}", f"--workdir={tmp_path}/home"),
+        *(f"--user={os.getuid()}:{os.getgid()}", "--group-add=4300", f"--workdir={tmp_path}/home"),
         *(f"--volume={path}:{path}{options[path]}" for path in sorted(options)),
         *("--env=OMP_NUM_THREADS=8", "--env=TOKENIZERS_PARALLELISM=false", "--env=NCCL_DEBUG=INFO"),
         *(f"--env=PYTHONPATH={stage.code_dir}", "--env=PYTHONSAFEPATH=1"),
