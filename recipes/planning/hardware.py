@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,8 @@ from recipes.planning.transformer import Compute
 
 DRIVER = Path("/proc/driver/nvidia/gpus")
 """Folder with an entry for each GPU; listing it is fast, while ``nvidia-smi`` takes seconds."""
+WSL_DEVICE = Path("/dev/dxg")
+"""GPUs of any vendor on WSL2, which does not have the folder ``DRIVER``."""
 CPUINFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """Flags that Linux lists for x86 and Arm processors with instructions for bfloat16 GEMMs."""
@@ -131,5 +134,7 @@ def cpuinfo() -> str:
 
 
 def gpus_here() -> int:
-    """Returns the number of this machine's GPUs, according to NVIDIA's driver."""
-    return len(list(DRIVER.iterdir())) if DRIVER.is_dir() else 0
+    """Returns the number of this machine's NVIDIA GPUs; 1 for any number on WSL2."""
+    if DRIVER.is_dir():
+        return len(list(DRIVER.iterdir()))
+    return int(WSL_DEVICE.exists() and shutil.which("nvidia-smi") is not None)
