@@ -170,7 +170,8 @@ def _served(manifest: Manifest) -> str:
 
 def _planned_cost(manifest: Manifest) -> str:
     cost = manifest.result(PlanResult).summary
-    return f"{cost['device-hours']:,} device-hours on {cost['hardware']}, ${cost['dollars']:,}"
+    hours = f"{cost['device-hours']:,} device-hours of training"
+    return f"{hours} on {cost['hardware']}, ${cost['dollars']:,}"
 
 
 def _best_candidate(manifest: Manifest) -> str:

@@ -185,6 +185,8 @@ def summary_of(costs: Costs, hardware: Hardware, from_published_config: bool) ->
         "hours": _rounded(sum(cost.hours for cost in training_costs)),
         "device-hours": _rounded(sum(cost.device_hours for cost in training_costs)),
         "dollars": _rounded(sum(cost.dollars for cost in training_costs)),
+        "not in these totals": "stages of the tables 'Other stages' and 'Tokenization'; "
+        "conversions and builds of engines, which are not estimated",
         "memory of a rank, GB": round(largest_memory / 1e9, 1),
         "memory available, GB": round((hardware.memory_bytes or 0) / 1e9, 1),
     }

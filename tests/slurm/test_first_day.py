@@ -31,7 +31,7 @@ def arguments_of(command: str) -> list[str]:
 def test_commands_of_the_first_day(probe_settings: tuple[str, ...], tmp_path: Path) -> None:
     plan, rehearse, one_node, all_nodes, first, second, third = map(arguments_of, COMMANDS)
     assert rehearse == ["recipe=qwen3_8b_depth", "rehearse=true"]
-    assert "device-hours on h100" in run_successfully(*plan, cwd=tmp_path).output
+    assert "device-hours of training on h100" in run_successfully(*plan, cwd=tmp_path).output
     settings = probe_settings[2:]  # the page's commands have the first two themselves
     assert set(probe_settings[:2]) <= set(one_node)
     for dry_run in (one_node, all_nodes):

@@ -47,6 +47,7 @@ def test_tables_have_a_cell_for_each_column() -> None:
     totals = summary_of(costs, H100, from_published_config=True)
     assert totals["device-hours"] == pytest.approx(5826, abs=2)  # NVIDIA published about 6,000
     assert totals["dollars"] == pytest.approx(3 * totals["device-hours"], rel=0.001)  # $3 per hour
+    assert "engine" in str(totals["not in these totals"])
     assert tables({}, H100) == []
 
 
