@@ -12,16 +12,18 @@ Reads the teacher, its importance scores, text and the ranked candidates. Writes
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.files import write_text_atomically
 from recipes.core.manifest import Outcome
-from recipes.core.stage import Inputs, metrics_log, rank
+from recipes.core.stage import Inputs, StageConfig, metrics_log, rank
+from recipes.data.settings import PrepareDataConfig
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.training import (
     training_problems,
@@ -42,6 +44,7 @@ from recipes.planning.training_cost import (
 )
 from recipes.planning.transformer import Compute, largest
 from recipes.planning.workload import CHECKPOINT_BYTES
+from recipes.pruning.settings import ScoreConfig
 from recipes.search.results import Candidate, SearchResult, write_candidates
 from recipes.search.settings import SuccessiveHalvingConfig
 from recipes.search.space import name_of, prune_settings, search_sizes
@@ -57,7 +60,8 @@ NOT_COPIED = {
     *("stage", "inputs", "resources", "precision", "seq_length", "compile"),
     *("max_steps", "warmup_steps", "val_check_interval", "checkpoint_interval"),
 }
-"""Settings of the search's training runs that the chosen recipe does not have."""
+"""Settings of the search's stages that the chosen recipe does not have: it has its own inputs and
+number of steps, and the hardware profile sets the precision."""
 LIST_CANDIDATES = "run with only=[enumerate_shapes] to list the candidates"
 
 
@@ -222,9 +226,8 @@ def recipe_yaml(
     shape, sizes = teacher.architecture or {}, search_sizes(winner.shape)
     changed = {axis: size for axis, size in sizes.items() if size != shape[axis]}
     score = inputs["importance"].manifest.config
-    score_settings = ("num_loss_samples", "block_sizes")
     data = inputs["data"].manifest.config
-    distill, defaults = asdict(cfg.distill), asdict(DistillConfig())
+    distill = asdict(cfg.distill)
     chain, hardware = {"/chain@_global_": "prune_distill"}, {"override /hardware": cfg.hardware}
     content = {
         "defaults": [chain, hardware, "_self_"],
@@ -232,17 +235,35 @@ def recipe_yaml(
         "model": {"hf_path": teacher.config["hf_path"]},
         "data": {name: data[name] for name in DATA_SETTINGS},
         "stages": {
-            "score": {name: score[name] for name in score_settings},
+            "prepare_data": _changed(data, PrepareDataConfig(), DATA_SETTINGS),
+            "score": {
+                **_changed(score, ScoreConfig()),
+                "resources": {name: score["resources"][name] for name in ("nodes", "devices")},
+            },
             "prune": prune_settings(changed, method),
             "distill": {
                 **{name: distill[name] for name in ("lr", "min_lr", "lm_weight")},
-                **{n: v for n, v in distill.items() if v != defaults[n] and n not in NOT_COPIED},
+                **_changed(distill, DistillConfig()),
                 "resources": {"devices": cfg.distill.resources.devices},
             },
         },
     }
     header = f"# @package _global_\n# Chosen by a search for {teacher.config['hf_path']}\n"
+    if data["max_tokens"]:
+        header += "# To train longer, also raise data.max_tokens, which the search had.\n"
     return header + OmegaConf.to_yaml(content)
+
+
+def _changed(
+    settings: Mapping[str, Any], default: StageConfig, excluded: Collection[str] = ()
+) -> dict[str, Any]:
+    """Returns the settings that are not the default, without those that are not copied."""
+    defaults = asdict(default)
+    return {
+        name: value
+        for name, value in settings.items()
+        if value != defaults[name] and name not in NOT_COPIED and name not in excluded
+    }
 
 
 STAGE = Stage(
