@@ -12,6 +12,7 @@ from pathlib import Path
 from launch.planned import RUN, SKIP, PlannedStage, describe_changes
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import Acceptance, Manifest, read_manifest
+from recipes.planning.training_cost import hours_text
 
 
 def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
@@ -86,7 +87,8 @@ def require_confirmed(
         if result is None or stage.name in force or result.device_hours() <= confirm_above:
             continue
         why = ", ".join(stale_reasons(stage, result))
-        expensive[stage.name] = f"\n  {stage.name}, {result.device_hours():.3g} device-hours: {why}"
+        hours = hours_text(result.device_hours())
+        expensive[stage.name] = f"\n  {stage.name}, {hours} device-hours: {why}"
     if expensive:
         names = ",".join(expensive)
         raise RecipeError(

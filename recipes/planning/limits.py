@@ -17,7 +17,12 @@ from recipes.planning.chain import Chain
 from recipes.planning.hardware import Hardware, gpus_here
 from recipes.planning.layouts import proposals
 from recipes.planning.rules import Problem
-from recipes.planning.training_cost import peak_memory, stopping_seconds, training_cost
+from recipes.planning.training_cost import (
+    hours_text,
+    peak_memory,
+    stopping_seconds,
+    training_cost,
+)
 from recipes.planning.workload import Layout, Workload
 
 TOKENIZED_PER_SECOND = 290_000
@@ -171,7 +176,7 @@ def _time_problems(name: str, hours: float, chain: Chain) -> Iterator[Problem]:
     jobs = math.ceil(hours * 3600 / max(1, slurm_seconds(limit) - margin))
     if jobs <= 1:
         return
-    what = f"{name} takes about {hours:.3g} hours, but a job may take {limit}"
+    what = f"{name} takes about {hours_text(hours)} hours, but a job may take {limit}"
     fix = "raise the limit, or use more devices or processes"
     if cost is not None and cost.keeps_answers:
         yield Problem(rules.TIME_LIMIT, what, "raise the limit, or repeat the command to continue")

@@ -80,6 +80,11 @@ class TrainingCost:
     """FLOPs of the whole workload."""
 
 
+def hours_text(hours: float) -> str:
+    """Formats hours with three digits: 1,230 and 0.0123."""
+    return f"{float(f'{hours:.3g}'):,.15g}"
+
+
 def training_cost(workload: Workload, hardware: Hardware) -> TrainingCost:
     """Returns memory, time and money of a workload."""
     step = step_time(workload, hardware)

@@ -39,7 +39,7 @@ from recipes.planning import rules
 from recipes.planning.chain import Chain, tokenizer_problems
 from recipes.planning.layouts import fits, workloads_on_all_layouts
 from recipes.planning.rules import Problem
-from recipes.planning.training_cost import training_cost
+from recipes.planning.training_cost import hours_text, training_cost
 from recipes.planning.workload import Workload
 from recipes.pruning.results import HealResult
 from recipes.stages.contract import Stage, checkpoint_outcome
@@ -147,7 +147,8 @@ def _hidden_range_notes(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
     hours_now = training_cost(configured, hardware).hours
     cost = "no such layout of these ranks fits into memory"
     if hours:
-        cost = f"the training then takes about {min(hours):.3g} hours instead of {hours_now:.3g}"
+        now = hours_text(hours_now)
+        cost = f"the training then takes about {hours_text(min(hours))} hours instead of {now}"
     yield Problem(
         rules.HIDDEN_RANGE,
         f"the loss on hidden states compares only the student's layers {first} to {layers}, which "
