@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.core.errors import RecipeError
+from recipes.core.manifest import Manifest
 from recipes.core.statistics import Z95
 from recipes.distillation.results import DistillationResult
 from recipes.engines.results import BenchmarkResults
@@ -120,8 +122,8 @@ def compare_runs(runs: Sequence[RunRecord]) -> dict[str, Any]:
             "name two or more complete runs with the same held-out text",
         )
     names = _names(runs)
-    best = min(same_text, key=lambda run: _evaluation(run).distilled.loss)
-    tasks = common_tasks(evaluated)
+    best = min(same_text, key=_loss_order)
+    tasks, other_tasks = split_tasks(evaluated)
     # All rows show the latency of one setting: the fastest setting of the first run with latencies.
     latencies = next(filter(None, (dict(_latencies(run)) for run in same_text)), {})
     latency = min(latencies, key=lambda setting: latencies[setting], default=None)
@@ -137,6 +139,7 @@ def compare_runs(runs: Sequence[RunRecord]) -> dict[str, Any]:
         "best": names[best.path],
         "teacher": _evaluation(best).teacher,
         "tasks": tasks,
+        "other_tasks": other_tasks,
         "teacher_tasks": next((r.tasks["teacher"] for r in comparable if r.tasks), None),
         "plots": list(_plots(comparable)),
         "latency": latency,
@@ -167,19 +170,30 @@ def _names(runs: Sequence[RunRecord]) -> dict[Path, str]:
     return {run.path: "/".join(run.path.parts[-depth:]) for run in runs}
 
 
-def common_tasks(runs: Iterable[RunRecord]) -> list[str]:
-    """Returns the tasks that all runs with tasks share, with equal metrics and numbers of items."""
+def _loss_order(run: RunRecord) -> tuple[bool, float]:
+    """Sorts runs by loss; a loss that is not a number is last."""
+    loss = _evaluation(run).distilled.loss
+    return math.isnan(loss), loss
+
+
+def split_tasks(runs: Iterable[RunRecord]) -> tuple[list[str], list[str]]:
+    """Returns the tasks that all runs with tasks measured in the same way, and all other tasks."""
     manifests = filter(None, (run.find("task_results") for run in runs))
-    results = [manifest.result(TaskResults).tasks for manifest in manifests]
-    first, *others = results or [{}]
-    return [
-        name
-        for name, task in first.items()
-        if all(
-            name in other and (other[name].metric, other[name].items) == (task.metric, task.items)
-            for other in others
-        )
-    ]
+    keys = [_task_keys(manifest) for manifest in manifests]
+    names = list(dict.fromkeys(name for run_keys in keys for name in run_keys))
+    common = [name for name in names if len({run_keys.get(name) for run_keys in keys}) == 1]
+    return common, [name for name in names if name not in common]
+
+
+def _task_keys(manifest: Manifest) -> dict[str, tuple[object, ...]]:
+    """Identifies items and prompts of each task. Scores with equal keys can be compared."""
+    results, config = manifest.result(TaskResults), manifest.config
+    shots = config.get("num_fewshot", {})
+    settings = results.data, config.get("limit"), config.get("seed")
+    return {
+        name: (task.metric, task.items, task.version, shots.get(name), *settings)
+        for name, task in results.tasks.items()
+    }
 
 
 def _row(
@@ -232,7 +246,7 @@ def _plots(rows: Sequence[RunRow]) -> Iterator[dict[str, str]]:
                 if quality == "perplexity"
                 else Mark(row.number, "distilled", x, y)
                 for row, x, y in values
-                if x is not None and y is not None
+                if x is not None and y is not None and math.isfinite(y)
             ]
             if len(marks) > 1:
                 marks += _teacher_mark(rows, quality) if cost == "parameters" else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from io import StringIO
@@ -101,6 +102,38 @@ def test_mean_scores_are_of_the_tasks_that_all_runs_have_in_common(tmp_path: Pat
     assert [row.tasks["distilled"] for row in content["rows"]] == [score] * 3
     runs[1].stages["tasks"].metrics["tasks"] = {}
     assert [row.tasks for row in compare_runs(runs)["rows"]] == [{}] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("limit", 50),
+        ("seed", 1),
+        ("num_fewshot", {"piqa": 5}),
+        ("data", "hub a@b"),
+        ("version", "2"),
+    ],
+)
+def test_scores_of_other_items_or_examples_do_not_count(
+    tmp_path: Path, name: str, value: object
+) -> None:
+    runs = [read_run(make_run(tmp_path / run)) for run in ("a", "b")]
+    tasks = runs[1].stages["tasks"]
+    piqa = tasks.metrics["tasks"]["piqa"]
+    {"data": tasks.metrics, "version": piqa}.get(name, tasks.config)[name] = value
+    content = compare_runs(runs)
+    assert "piqa" not in content["tasks"]
+    assert "piqa" in content["other_tasks"]
+
+
+def test_a_diverged_run_is_not_the_best(tmp_path: Path) -> None:
+    losses = (("a", 3.8), ("b", 3.7), ("c", 3.6))
+    runs = [read_run(make_run(tmp_path / name, loss=loss)) for name, loss in losses]
+    metrics = runs[0].stages["evaluate"].metrics["distilled"]
+    metrics["loss"] = metrics["perplexity"] = math.nan
+    content = compare_runs(runs)
+    assert content["best"] == "c"
+    assert all("nan" not in plot["plot"] for plot in content["plots"])
 
 
 def test_a_run_evaluated_on_other_text_is_flagged_and_not_in_plots(page: Page, sweep: Path) -> None:
