@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import NormalDist, fmean, stdev
 
 Z95 = NormalDist().inv_cdf(0.975)
@@ -21,36 +22,81 @@ class Difference:
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+    """Ends of the interval; ``None`` for a single value, which has none."""
 
     @property
-    def detectable(self) -> float:
+    def is_negative(self) -> bool:
+        """Whether the interval is below 0."""
+        return self.high is not None and self.high < 0
+
+    @property
+    def is_positive(self) -> bool:
+        """Whether the interval is above 0."""
+        return self.low is not None and self.low > 0
+
+    @property
+    def detectable(self) -> float | None:
         """The smallest true difference whose interval excludes 0 with a probability of 80%.
 
         Computed for many values; somewhat too large for a few.
         """
+        if self.low is None or self.high is None:
+            return None
         # A power of 80% needs Z95 + Z80 standard errors; half of the interval is Z95 of them.
         return (self.high - self.low) / 2 * (Z95 + Z80) / Z95
 
 
-def standard_error(values: Sequence[float]) -> float:
-    """Returns the standard error of the mean, from the standard deviation; infinite for one value.
+def standard_error(values: Sequence[float]) -> float | None:
+    """Returns the standard error of the mean, from the standard deviation; ``None`` for one value.
 
     Values are assumed to be independent, see ``Difference``.
     """
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def margin95(error: float | None, values: int) -> float | None:
+    """Returns half the width of the 95% interval of a mean.
+
+    Args:
+        error: Standard error of the mean.
+        values: Number of values; few values have wide intervals, by Student's t.
+    """
+    return None if error is None or values < 2 else _t95(values - 1) * error
+
+
+@cache
+def _t95(freedom: int) -> float:
+    """Returns the 97.5% quantile of Student's t, by bisection; a login node does not have scipy."""
+    low, high = Z95, 12.8  # the quantiles of infinitely many degrees of freedom, and of one
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_probability(middle, freedom) < 0.95 else (low, middle)
+    return high
+
+
+def _t_probability(t: float, freedom: int) -> float:
+    """Returns the probability that Student's t is between -t and t.
+
+    From Abramowitz and Stegun, formulas 26.7.3 and 26.7.4: a sum of powers of a cosine, with odd
+    exponents for odd degrees of freedom.
+    """
+    angle, odd = math.atan(t / math.sqrt(freedom)), freedom % 2
+    term, total = math.cos(angle) ** odd, 0.0
+    for exponent in range(odd, freedom - 1, 2):
+        total += term
+        term *= (exponent + 1) / (exponent + 2) * math.cos(angle) ** 2
+    total *= math.sin(angle)
+    return (angle + total) * 2 / math.pi if odd else total
 
 
 def difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
     """Returns the mean of the paired differences ``values[i] - reference[i]``."""
-    from scipy.special import stdtrit  # only stages need it, and a login node does not have it
-
     differences = [x - y for x, y in zip(values, reference, strict=True)]
-    # Student's t has wider intervals than ``Z95`` for few values. For one value, the error is
-    # infinite, so any quantile will do.
-    quantile = float(stdtrit(max(1, len(differences) - 1), 0.975))
-    mean, margin = fmean(differences), quantile * standard_error(differences)
+    mean, margin = fmean(differences), margin95(standard_error(differences), len(differences))
+    if margin is None:
+        return Difference(mean, None, None)
     return Difference(mean, mean - margin, mean + margin)
 
 

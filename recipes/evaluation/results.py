@@ -23,7 +23,8 @@ class TextQuality:
     """Metrics of a model, as means over sequences of text; loss and KL in nats."""
 
     loss: float
-    loss_standard_error: float
+    loss_standard_error: float | None
+    """``None`` for a single sequence."""
     perplexity: float
     kl_to_teacher: float
     top1_agreement: float
@@ -105,7 +106,8 @@ class Score:
     """A model's mean metric over a task's items."""
 
     value: float
-    standard_error: float
+    standard_error: float | None
+    """``None`` for a single item."""
 
 
 @dataclass(frozen=True)
@@ -283,7 +285,7 @@ def recovered(
         if pruning lost nothing significant: the 95% interval of the paired difference includes 0.
     """
     change = difference(pruned, teacher)
-    if change.high >= 0:
+    if not change.is_negative:
         return None
     return (fmean(distilled) - fmean(pruned)) / -change.value  # ``change`` is negative
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import Manifest
-from recipes.core.statistics import Z95
+from recipes.core.statistics import margin95
 from recipes.distillation.results import DistillationResult
 from recipes.engines.results import BenchmarkResults
 from recipes.evaluation.results import EvaluationResult, TaskResults
@@ -99,7 +99,11 @@ def render_comparison(paths: Iterable[Path], out: Path) -> list[RunRow]:
 def describe_best(rows: Iterable[RunRow]) -> str:
     """Says which run is best, by which criterion, and which runs are not significantly worse."""
     [best] = [row for row in rows if row.is_best]
-    close = [r.name for r in rows if r.gap is not None and r.gap[0] < Z95 * r.gap[1]]
+    close = [
+        row.name
+        for row in rows
+        if row.gap and row.gap[0] < (margin95(row.gap[1], row.evaluation.sequences) or 0)
+    ]
     perplexity = best.evaluation.distilled.perplexity
     criterion = f"the lowest loss on the same held-out text, perplexity {perplexity:.2f}"
     noise = f"; no significant difference to it at 95%: {', '.join(close)}" if close else ""
@@ -242,7 +246,7 @@ def _plots(rows: Sequence[RunRow]) -> Iterator[dict[str, str]]:
         for cost, (cost_dimension, cost_of) in COSTS.items():
             values = [(row, cost_of(row), quality_of(row)) for row in rows]
             marks = [
-                quality_mark("distilled", row.number, row.evaluation.distilled, x)
+                quality_mark("distilled", row.number, row.evaluation, x)
                 if quality == "perplexity"
                 else Mark(row.number, "distilled", x, y)
                 for row, x, y in values

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from nemo_convert.licences import with_restriction
 from recipes.core.files import write_text_atomically
+from recipes.core.statistics import margin95
 from recipes.evaluation.results import ROLES
 from recipes.report.plots import number
 from recipes.report.settings import TEMPLATES
@@ -47,7 +48,7 @@ def _environment() -> Environment:
     )
     environment.filters.update(FORMATS, any_value=any_value, label=label_of, plain=plain)
     environment.filters["licence"] = with_restriction
-    environment.globals["roles"] = ROLES
+    environment.globals |= {"roles": ROLES, "margin95": margin95}
     macros = environment.get_template("macros.html.j2").make_module()
     environment.globals |= {n: v for n, v in vars(macros).items() if not n.startswith("_")}
     return environment

@@ -49,7 +49,7 @@ TASK_METRICS: dict[str, Callable[[TaskScores], float | None]] = {
     "difference_low": lambda t: t.differences.distilled.low,
 }
 """Metrics of one benchmark (kind ``task_results``). Differences are distilled minus teacher."""
-SERVED_METRICS: dict[str, Callable[[ServedTask], float]] = {
+SERVED_METRICS: dict[str, Callable[[ServedTask], float | None]] = {
     "served_score": lambda t: t.served.value,
     "served_difference": lambda t: t.difference.value,
     "served_difference_low": lambda t: t.difference.low,

@@ -19,6 +19,7 @@ from recipes.core.files import read_json
 from recipes.core.manifest import Manifest
 from recipes.core.metrics import METRICS, Record, steps_of
 from recipes.core.stage import Input, Inputs
+from recipes.core.statistics import margin95
 from recipes.data.results import NOT_COMPARED, DatasetResult, describe_counts
 from recipes.distillation.results import DistillationResult
 from recipes.evaluation.results import EvaluationResult
@@ -113,7 +114,7 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
     student_fingerprint = distilled.manifest.inputs.get("student")  # before distillation
     student = next((m for m in earlier.values() if m.fingerprint == student_fingerprint), None)
     losses = {
-        role: [(role, quality.loss, quality.loss_standard_error)]
+        role: [(role, quality.loss, margin95(quality.loss_standard_error, evaluation.sequences))]
         for role, quality in evaluation.models().items()
     }
     return {

@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 
 from markupsafe import Markup
 
-from recipes.core.statistics import Z95, pareto_front
+from recipes.core.statistics import pareto_front
 
 Point = tuple[float, float]
 MAX_POINTS = 500
@@ -262,7 +262,7 @@ def layer_plot(name: str, title: str, scores: Mapping[int, float], kept: set[int
 def interval_plot(
     name: str,
     title: str,
-    rows: Mapping[str, Sequence[tuple[str, float, float]]],
+    rows: Mapping[str, Sequence[tuple[str, float, float | None]]],
     text_of: Callable[[float], str] = "{:.4g}".format,
 ) -> Markup:
     """Draws a row per metric or model, each with one or more values and their 95% intervals.
@@ -270,25 +270,27 @@ def interval_plot(
     Args:
         name: HTML id of the plot.
         title: Description for screen readers.
-        rows: By the row's label, the CSS class, value and standard error of each model in it.
+        rows: By the row's label, the CSS class and value of each model in it, and half the width of
+            its interval, if it has one.
         text_of: Formats a value.
     """
-    margins = ((v, Z95 * error) for row in rows.values() for _, v, error in row)
+    margins = ((v, margin or 0) for row in rows.values() for _, v, margin in row)
     x_axis = axis_over((end for v, m in margins for end in (v - m, v, v + m)), pad=0.04)
     elements = [x_grid(x_axis, 5, text_of)]
     row_height = 100 / len(rows)
     for index, (label, row) in enumerate(rows.items()):
         middle = (index + 0.5) * row_height
         elements.append(_ROW.format(label=label, y=round(middle, 2)))
-        for position, (style, value, error) in enumerate(row):
+        for position, (style, value, margin) in enumerate(row):
+            hint = f"{label}, {style}: {text_of(value)}"
             elements.append(
                 _INTERVAL.format(
                     style=style,
                     at=x_axis.at(value),
-                    low=x_axis.at(max(value - Z95 * error, x_axis.low)),
-                    high=x_axis.at(min(value + Z95 * error, x_axis.high)),
+                    low=x_axis.at(value - (margin or 0)),
+                    high=x_axis.at(value + (margin or 0)),
                     y=round(middle + (position - (len(row) - 1) / 2) * row_height / 4, 2),
-                    hint=f"{label}, {style}: {text_of(value)} ± {text_of(Z95 * error)}",
+                    hint=hint if margin is None else f"{hint} ± {text_of(margin)}",
                 )
             )
     return frame(name, title, ROW_PIXELS * len(rows), *elements)

@@ -139,10 +139,11 @@ def paired_difference(
 
     Both are losses on the same sequences. Returns ``None`` if their lengths differ or are below 2.
     """
-    if len(losses) != len(reference) or len(losses) < 2:
+    if len(losses) != len(reference):
         return None
     gaps = [a - b for a, b in zip(losses, reference, strict=True)]
-    return fmean(gaps), standard_error(gaps)
+    error = standard_error(gaps)
+    return None if error is None else (fmean(gaps), error)
 
 
 def differing_settings(runs: Sequence[RunRecord]) -> list[tuple[str, list[object]]]:

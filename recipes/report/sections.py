@@ -12,10 +12,10 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.results import GgufResult
 from recipes.core.manifest import Manifest
 from recipes.core.metrics import flatten
-from recipes.core.statistics import Z95
+from recipes.core.statistics import margin95
 from recipes.distillation.results import DistillationResult
 from recipes.engines.results import BenchmarkResults, BenchmarkRow, EngineResult
-from recipes.evaluation.results import EvaluationResult, ServedResult, TaskResults, TextQuality
+from recipes.evaluation.results import EvaluationResult, ServedResult, TaskResults
 from recipes.planning.results import PlanResult
 from recipes.report.format import with_prefix
 from recipes.report.plots import (
@@ -81,7 +81,10 @@ def sections(
 def tasks_section(results: TaskResults, distilled: Manifest | None) -> dict[str, object]:
     """Returns the tasks, a plot of their scores, and plots of scores during the training."""
     rows = {
-        name: [(role, score.value, score.standard_error) for role, score in task.models().items()]
+        name: [
+            (role, score.value, margin95(score.standard_error, task.items))
+            for role, score in task.models().items()
+        ]
         for name, task in results.tasks.items()
         if task.is_fraction  # other metrics have other scales
     }
@@ -152,11 +155,13 @@ def search_section(search: SearchResult, earlier: Mapping[str, Manifest]) -> dic
     }
 
 
-def quality_mark(role: str, label: str, quality: TextQuality, cost: float) -> Mark:
+def quality_mark(role: str, label: str, evaluation: EvaluationResult, cost: float) -> Mark:
     """Returns a mark at a model's perplexity, with the 95% interval."""
+    quality = evaluation.models()[role]
+    margin = margin95(quality.loss_standard_error, evaluation.sequences)
     # A loss of l ± d means a perplexity between exp(l) / exp(d) and exp(l) * exp(d).
-    value, factor = quality.perplexity, math.exp(Z95 * quality.loss_standard_error)
-    interval = (value / factor, value * factor) if math.isfinite(factor) else None
+    value, factor = quality.perplexity, math.exp(margin or 0)
+    interval = (value / factor, value * factor) if margin is not None else None
     return Mark(label, role, cost, value, interval, reference=role == "teacher")
 
 
@@ -173,7 +178,7 @@ def trade_offs(
         Title, note and plot.
     """
     quality = evaluation.models()
-    sized = [quality_mark(role, role, q, q.parameters) for role, q in quality.items()]
+    sized = [quality_mark(role, role, evaluation, q.parameters) for role, q in quality.items()]
     yield "Parameters", "", trade_off_plot("plot-by-parameters", sized, PARAMETERS, PERPLEXITY)
     setting = smallest_setting(rows)
     if setting is None:
@@ -185,7 +190,7 @@ def trade_offs(
         ("plot-by-latency", "Decode latency per token", LATENCY, lambda row: row.decode_latency_ms),
     ):
         marks = [
-            quality_mark(role, numbers[row.engine], quality[role], cost)
+            quality_mark(role, numbers[row.engine], evaluation, cost)
             for row in rows
             if row.setting == setting and (cost := cost_of(row)) is not None
             for role in [EVALUATION_ROLES[row.role]]

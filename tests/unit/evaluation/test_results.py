@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+from dataclasses import asdict
 from statistics import fmean
 
 import pytest
+from scipy.special import stdtrit
 
-from recipes.core.statistics import difference, standard_error
-from recipes.evaluation.results import Item, compare_answers, compare_scores, recovered
+from recipes.core.statistics import difference, margin95, standard_error
+from recipes.evaluation.results import ROLES, Item, compare_answers, compare_scores, recovered
 
 RIGHT, WRONG = [1.0], [0.0]
 
@@ -18,7 +21,7 @@ def test_standard_error_of_a_mean() -> None:
     values = [2.0, 4, 4, 4, 5, 5, 7, 9]  # with a sample variance of 32/7
     assert fmean(values) == 5
     assert standard_error(values) == pytest.approx(math.sqrt(32 / 7 / 8))
-    assert standard_error([3.0]) == math.inf
+    assert standard_error([3.0]) is None
     assert standard_error(RIGHT * 70 + WRONG * 30) == pytest.approx(math.sqrt(0.7 * 0.3 / 99))
 
 
@@ -43,13 +46,23 @@ def test_intervals_of_a_few_items_contain_the_true_difference_in_95_percent(item
     draws, zeros = random.Random(0), [0.0] * items
     samples = ([draws.gauss(0, 1) for _ in zeros] for _ in range(4000))
     intervals = [difference(sample, zeros) for sample in samples]
-    assert fmean(i.low <= 0 <= i.high for i in intervals) == pytest.approx(0.95, abs=0.012)
+    assert fmean(not (i.is_negative or i.is_positive) for i in intervals) == pytest.approx(
+        0.95, abs=0.012
+    )
 
 
 def test_one_item_is_not_significant() -> None:
     change = difference([2.0], [1.0])
-    assert (change.value, change.low, change.high) == (1, -math.inf, math.inf)
+    assert (change.value, change.low, change.high, change.detectable) == (1, None, None, None)
+    assert not change.is_positive
     assert recovered([2.0], [1.0], [1.5]) is None
+    items = {role: [Item("", "", "", "", "", {"acc": 1.0})] for role in ROLES}
+    json.dumps(asdict(compare_scores("acc", items)), allow_nan=False)  # JSON has no infinity
+
+
+@pytest.mark.parametrize("values", [2, 3, 4, 9, 10, 40, 1000, 14042])
+def test_few_values_have_wide_intervals(values: int) -> None:
+    assert margin95(1.0, values) == pytest.approx(stdtrit(values - 1, 0.975), abs=1e-6)
 
 
 def test_recovered_is_the_restored_fraction_of_what_pruning_lost() -> None:
@@ -64,8 +77,8 @@ def test_recovered_is_none_if_pruning_lost_nothing_significant(gained: int) -> N
     teacher = RIGHT * 40 + WRONG * 60
     pruned = WRONG * 30 + RIGHT * 10 + RIGHT * gained + WRONG * (60 - gained)
     change = difference(pruned, teacher)
-    assert (recovered(teacher, pruned, teacher) is None) == (change.high >= 0)
-    assert (change.high >= 0) == (gained >= 20)
+    assert (recovered(teacher, pruned, teacher) is None) == (not change.is_negative)
+    assert change.is_negative == (gained < 20)
 
 
 def test_models_are_compared_by_a_metric() -> None:
