@@ -46,6 +46,7 @@ def layer_pairs(
     """Returns the pairs of layers to compare: as configured, or each layer with its original.
 
     Pairs are only derived for layers on the last pipeline stage of both models: the loss is there.
+    ``hidden_pipeline_stages`` is the number of stages.
 
     Args:
         cfg: Settings of the distillation.
@@ -59,9 +60,9 @@ def layer_pairs(
     """
     if cfg.intermediate_layer_pairs:
         return [(pair[0], pair[1]) for pair in cfg.intermediate_layer_pairs]
-    stages = cfg.pipeline_model_parallel_size
-    student_layers = last_stage_layers(student, stages)
-    teacher_layers = last_stage_layers(teacher, stages)
+    stages = cfg.hidden_pipeline_stages or cfg.pipeline_model_parallel_size
+    student_layers = last_stage_layers(student, min(stages, student))
+    teacher_layers = last_stage_layers(teacher, min(stages, teacher))
     if kept is None and student == teacher:
         kept = teacher_kept or range(1, teacher + 1)
     # Both models number the layers of the model before all pruning.

@@ -243,6 +243,10 @@ class DistillConfig(TrainingConfig):
     intermediate_layer_pairs: list[list[Count]] = field(default_factory=list)
     """``[student layer, teacher layer]`` pairs, counted from 1. Default: each layer of the student
     with the teacher's layer that it comes from, if both are on the last pipeline stage."""
+    hidden_pipeline_stages: Count | None = None
+    """The default pairs are those on the last of this number of pipeline stages. Default:
+    ``pipeline_model_parallel_size``. A higher number than that gives the same loss in a layout with
+    fewer stages."""
     lm_weight: Weight = 0.0
     """Weight of the next-token (LM) loss; 0 omits it."""
     loss_balancer: Annotated[str, one_of(*LOSS_BALANCERS)] = "fixed"

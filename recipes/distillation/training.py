@@ -58,6 +58,16 @@ def with_weights(cfg: Weighted, chain: Chain, data: str) -> Weighted:
     return replace(cfg, weights=text.weights())
 
 
+def with_hidden_stages(cfg: DistillConfig) -> DistillConfig:
+    """Sets ``hidden_pipeline_stages`` if the loss depends on the number of pipeline stages.
+
+    The number of pipeline stages itself is a resource, so it is not part of a fingerprint.
+    """
+    if not cfg.hidden_weight or cfg.intermediate_layer_pairs or cfg.hidden_pipeline_stages:
+        return cfg
+    return replace(cfg, hidden_pipeline_stages=cfg.pipeline_model_parallel_size)
+
+
 def resolve_from_chain(cfg: Config, chain: Chain) -> Config:
     """Sets the defaults of ``weights`` and ``compile``, which depend on data and machine."""
     cfg = with_weights(cfg, chain, cfg.inputs.get("data", ""))

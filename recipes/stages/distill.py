@@ -34,6 +34,7 @@ from recipes.distillation.training import (
     training_progress,
     training_result,
     training_workload,
+    with_hidden_stages,
 )
 from recipes.planning import rules
 from recipes.planning.chain import Chain, tokenizer_problems
@@ -114,17 +115,22 @@ def _pair_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
         )
         return
     student = chain.shape_of(cfg.inputs.get("student"))
+    stages = cfg.pipeline_model_parallel_size
+    name, hidden_stages = "hidden_pipeline_stages", cfg.hidden_pipeline_stages or stages
+    if cfg.intermediate_layer_pairs:
+        name = "intermediate_layer_pairs"
     for index, (role, shape) in enumerate((("student", student), ("teacher", chain.teacher))):
-        if shape.num_layers < cfg.pipeline_model_parallel_size:
+        if shape.num_layers < stages:
             continue  # ``layout_problems`` reports this
-        allowed = last_stage_layers(shape.num_layers, cfg.pipeline_model_parallel_size)
-        layers = [pair[index] for pair in cfg.intermediate_layer_pairs]
+        allowed = last_stage_layers(shape.num_layers, stages)
+        compared = last_stage_layers(shape.num_layers, min(hidden_stages, shape.num_layers))
+        layers = [pair[index] for pair in cfg.intermediate_layer_pairs] or compared
         if misplaced := [layer for layer in layers if layer not in allowed]:
             yield Problem(
                 rules.HIDDEN_PAIRS,
-                f"intermediate_layer_pairs has the {role}'s layers {misplaced}; the last pipeline "
+                f"{name} has the {role}'s layers {misplaced}; the last pipeline "
                 f"stage has {allowed.start} to {allowed.stop - 1}",
-                "choose layers in that range, or a smaller pipeline_model_parallel_size",
+                f"change {name}, or set a smaller pipeline_model_parallel_size",
             )
 
 
@@ -132,7 +138,7 @@ def _hidden_range_notes(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
     """Yields a note if a loss on hidden states omits layers, with the cost of comparing all."""
     stages = cfg.pipeline_model_parallel_size
     layers = chain.shape_of(cfg.inputs.get("student")).num_layers
-    if not cfg.hidden_weight or not 1 < stages <= layers:
+    if not cfg.hidden_weight or cfg.hidden_pipeline_stages or not 1 < stages <= layers:
         return
     first = last_stage_layers(layers, stages).start
     configured, hardware = workload(cfg, chain), chain.hardware
@@ -271,7 +277,7 @@ STAGE = Stage(
         "student": ("checkpoint_nemo",),
         "data": ("dataset",),
     },
-    resolve_from_chain=resolve_from_chain,
+    resolve_from_chain=lambda config, chain: with_hidden_stages(resolve_from_chain(config, chain)),
     disk_bytes=disk_bytes,
     workload=workload,
     progress=training_progress,

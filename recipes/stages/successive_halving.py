@@ -29,6 +29,7 @@ from recipes.distillation.training import (
     training_problems,
     training_workload,
     weight_problems,
+    with_hidden_stages,
     with_weights,
 )
 from recipes.planning import rules
@@ -275,7 +276,10 @@ STAGE = Stage(
     disk_bytes=disk_bytes,
     starts=("prune", "distill"),
     resolve_from_chain=lambda config, chain: replace(
-        config, distill=with_weights(config.distill, chain, config.inputs.get("data", ""))
+        config,
+        distill=with_hidden_stages(
+            with_weights(config.distill, chain, config.inputs.get("data", ""))
+        ),
     ),
     devices=lambda config: max(config.resources.devices, config.distill.resources.devices),
     inputs={

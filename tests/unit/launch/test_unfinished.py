@@ -75,6 +75,21 @@ def test_progress_is_not_lost_to_a_changed_field(plan: MakePlan) -> None:
     assert actions_of(forced)["distill"] == ("run", "forced")
 
 
+def test_pipeline_stages_that_change_the_hidden_loss_are_not_a_resource(plan: MakePlan) -> None:
+    hidden, two = "stages.distill.hidden_weight=1", [
+        "stages.distill.pipeline_model_parallel_size=2",
+        "stages.distill.resources.devices=2",
+    ]  # fmt: skip
+    interrupt(plan(hidden), "distill")
+    assert "hidden_pipeline_stages changed 1 → 2" in refusal(plan, hidden, *two)[0]
+    # The loss of one stage compares all layers, which two stages cannot do.
+    explicit = "stages.distill.hidden_pipeline_stages"
+    assert "student's layers [1, 2" in refusal(plan, hidden, *two, f"{explicit}=1")[0]
+    interrupt(plan(hidden, *two, "force=[distill]"), "distill")
+    assert "changed 2 → 1" in refusal(plan, hidden)[0]
+    assert actions_of(plan(hidden, f"{explicit}=2"))["distill"][0] == "resume"
+
+
 def test_dry_run_is_refused_like_the_real_run(
     plan: MakePlan, launch: Launch, tmp_path: Path
 ) -> None:

@@ -133,6 +133,7 @@ def test_default_pairs_are_the_layers_that_pruning_kept() -> None:
     pipeline = DistillConfig(pipeline_model_parallel_size=2)
     assert layer_pairs(pipeline, [1, 3, 4, 6], 4, 6) == [(3, 4), (4, 6)]
     assert layer_pairs(pipeline, [1, 2, 3, 6], 4, 6) == [(4, 6)]
+    assert layer_pairs(DistillConfig(hidden_pipeline_stages=2), [1, 2, 3, 6], 4, 6) == [(4, 6)]
     # A teacher that was itself pruned: its sixth layer is the original layer 9.
     teacher = [1, 2, 3, 4, 5, 9, 10, 11, 12]
     assert layer_pairs(pipeline, [1, 2, 3, 9, 10], 5, 9, teacher) == [(4, 6), (5, 7)]
