@@ -65,11 +65,13 @@ from launch.sweep import require_separate_results
 from recipes.core.errors import RecipeError
 from recipes.core.files import explain_storage_errors, remove_partial
 from recipes.core.run_state import (
+    RUN_FILE,
     LastPlan,
     discard_work,
     read_last_plan,
     record_acceptance,
     remove_unused_snapshots,
+    stage_states,
 )
 from recipes.core.screen import screen
 from recipes.core.snapshot import write_snapshot
@@ -103,6 +105,7 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
         rehearse(cfg, settings, run_dir, console)
         return None
     last_plan = _last_plan(run_dir, recipe)
+    state = _state(run_dir)
     require_tracker(settings.tracker, has_own_python(cfg.cluster))
     executor, cluster = executor_of(cfg.cluster)
     plan = executor.prepare(make_plan(cfg, settings, run_dir), cluster)
@@ -113,7 +116,7 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
     view.print_notes(plan, set(settings.skip_rules), console)
     complete = all(stage.action == SKIP for stage in plan.stages)
     require_publishable(plan, settings, complete or cluster.follow)
-    with _written_plan(plan, last_plan, settings.dry_run) as set_stage:
+    with _written_plan(plan, last_plan, state, settings.dry_run) as set_stage:
         if set_stage is not None:
             executor.write_scripts(plan, cluster)
             write_tracker(run_dir, recipe, settings.tracker)
@@ -168,8 +171,16 @@ def _last_plan(run_dir: Path, recipe: str) -> LastPlan:
     return last_plan or LastPlan(recipe, {})
 
 
+def _state(run_dir: Path) -> object:
+    """Returns what another launcher changes: it writes ``run.yaml`` before it starts stages."""
+    file = run_dir / RUN_FILE
+    return file.stat().st_mtime_ns if file.exists() else None, stage_states(run_dir)
+
+
 @contextmanager
-def _written_plan(plan: Plan, last_plan: LastPlan, dry_run: bool) -> Iterator[lock.SetStage | None]:
+def _written_plan(
+    plan: Plan, last_plan: LastPlan, state: object, dry_run: bool
+) -> Iterator[lock.SetStage | None]:
     """Locks a run's directory and writes a plan to it; the caller's block runs under the lock.
 
     Writes a snapshot of the code, the user's acceptances of stale results, and ``config.yaml`` of
@@ -179,10 +190,14 @@ def _written_plan(plan: Plan, last_plan: LastPlan, dry_run: bool) -> Iterator[lo
     Args:
         plan: The plan.
         last_plan: The last plan of the run.
+        state: The state of the run before it was planned.
         dry_run: If true, changes no acceptance and deletes no work.
 
     Yields:
         A function that records the running stage in the lock; ``None`` if no stage must run.
+
+    Raises:
+        RecipeError: The run has another state now, so the plan is out of date.
     """
     fingerprints = dict(last_plan.stages) | {s.name: s.fingerprint for s in plan.stages}
     # Stages that ``only`` excludes keep their fingerprints of the last plan.
@@ -198,6 +213,10 @@ def _written_plan(plan: Plan, last_plan: LastPlan, dry_run: bool) -> Iterator[lo
     with explain_storage_errors(plan.run_dir):
         plan.run_dir.mkdir(parents=True, exist_ok=True)
         with lock.acquire(plan.run_dir) as set_stage:
+            if _state(plan.run_dir) != state:
+                raise RecipeError(
+                    f"{plan.run_dir} changed while this command was planning.", "repeat the command"
+                )
             if must_run:
                 write_snapshot(plan.run_dir)
             _write_requests(plan, last_plan)

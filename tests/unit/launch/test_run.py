@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING
 import pytest
 from omegaconf import OmegaConf
 
+from launch.run import run as start_run
 from launch.run_status import read_statuses
 from launch.schema import CONF
+from recipes.core.errors import RecipeError
 from recipes.core.manifest import FORMAT
 from recipes.core.run_state import RUN_FILE, begin_work, read_request
 from tests.support.disks import small_disk
 from tests.support.manifests import unfinished_manifest
 from tests.support.runs import STAGES
+from tests.unit.conftest import write_last_plan
 
 if TYPE_CHECKING:
-    from tests.unit.conftest import Complete, Launch, MakePlan
+    from tests.unit.conftest import Complete, Compose, Launch, MakePlan
 
 RECIPE = "recipe=llama_width_prune"
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*_prune.yaml"))
@@ -202,6 +205,25 @@ def test_second_launcher_of_a_run_is_refused(launch: Launch, run: Path) -> None:
             message = refused(launch, *ARGUMENTS, *more, planned=True)
             assert message.startswith(f"error: another process is running {run}.")
     assert (run / "distill" / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_plan_is_refused_if_another_command_changed_the_run_meanwhile(
+    compose: Compose,
+    plan: MakePlan,
+    complete: Complete,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dry_run: bool,
+) -> None:
+    """The other command completes a stage, or only submits jobs, and so writes the plan again."""
+    write_last_plan(plan())
+    cfg = compose(*ARGUMENTS[:-1], f"run_dir={run}", "skip_rules=[disk]", f"dry_run={dry_run}")
+    monkeypatch.setattr("launch.executors.local.start", lambda *args: pytest.fail("started"))
+    for interfere in (lambda *_: complete(plan(), "plan"), lambda *_: write_last_plan(plan())):
+        monkeypatch.setattr("launch.run.require_publishable", interfere)
+        with pytest.raises(RecipeError, match="changed while this command was planning"):
+            start_run(cfg, "llama_width_prune")
 
 
 def test_run_dir_may_be_a_number(launch: Launch, tmp_path: Path) -> None:
