@@ -201,6 +201,7 @@ def _text_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Prob
         return
     inputs = chain.stages[name].inputs
     data = inputs.get("data", "")
+    config = chain.stages.get(data)
     tokens_by_source, max_tokens = _training_tokens(chain, data)
     expected = math.fsum(tokens_by_source.values())
     weights = _weights(chain, name, data)
@@ -217,6 +218,13 @@ def _text_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Prob
             f"{name} trains on batches of {batch:,} tokens, but {text} has {max_tokens:,.0f} at "
             "most",
             f"{fix}, or lower global_batch_size or data.seq_length",
+        )
+    elif expected == math.inf and isinstance(config, PrepareDataConfig) and config.max_documents:
+        yield Problem(
+            rules.EPOCHS,
+            f"{data} has max_documents={config.max_documents}, so the plan does not know how many "
+            f"tokens and epochs {name} has",
+            "set max_tokens instead",
         )
     elif weights:
         yield from _repeated_sources(name, workload.tokens, weights, tokens_by_source)
@@ -266,9 +274,11 @@ def _training_tokens(chain: Chain, data: str) -> tuple[dict[str, float], float]:
         return {"": math.inf}, math.inf
     train_fraction = 1 - sum(config.fractions().values())
     if config.prefix:
-        total = require_token_files(Path(config.prefix))[-1]  # number of tokens
-        total = min(total, config.max_tokens or total)
-        return {Path(config.prefix).name: total * train_fraction}, total
+        _, _, boundaries, total = require_token_files(Path(config.prefix))
+        at_most = min(total, config.max_tokens or total)
+        mean_document = total / (boundaries - 1)
+        limited = min(at_most, mean_document * (config.max_documents or math.inf))
+        return {Path(config.prefix).name: limited * train_fraction}, at_most
     tokens = source_tokens(config)
     expected = {name: tokens[name] * train_fraction for name in config.training_names()}
     # A token has at least one byte. Documents have random splits, so all may be for training.

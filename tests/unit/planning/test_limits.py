@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ D, H = "stages.distill.", "stages.successive_halving."
 
 SMALL, LARGE = "recipe=llama_width_prune", "recipe=qwen3_8b_depth_2.5b"
 CHATS, MAX = "data.sources=['teacher://chat#tokens=1000']", "stages.prepare_data.max_tokens"
+DOCUMENTS = "stages.prepare_data.max_documents"
 
 
 @pytest.mark.parametrize(
@@ -28,7 +30,8 @@ CHATS, MAX = "data.sources=['teacher://chat#tokens=1000']", "stages.prepare_data
         (SMALL, f"data.sources=[TEXT] {D}max_steps=200", None),
         (SMALL, f"data.sources=[TEXT] {D}max_steps=400", "5.4 epochs"),
         (SMALL, f"data.sources=[TEXT] {D}max_steps=200 {MAX}=40000", "5.7 epochs"),
-        (SMALL, f"data.sources=[TEXT] {D}max_steps=400 stages.prepare_data.max_documents=9", None),
+        (SMALL, f"data.sources=[TEXT] {D}max_steps=400 {DOCUMENTS}=9", "does not know"),
+        (SMALL, f"data.sources=['TEXT#weight=1'] {DOCUMENTS}=9", "does not know"),
         (SMALL, f"{CHATS} {D}max_steps=12 {D}warmup_steps=1", "13.7 epochs"),
         (LARGE, f"{MAX}=20000000 skip_rules=[tokens]", "138.9 epochs"),
         (LARGE, f"{MAX}=1000000000", None),
@@ -41,6 +44,20 @@ def test_warns_of_more_than_four_epochs(
     notes = [note.what for note in planned.notes if note.rule.name == "epochs"]
     assert len(notes) == (epochs is not None)
     assert all(str(epochs) in note for note in notes)
+
+
+def test_the_mean_document_of_tokenized_text_limits_its_epochs(
+    plan: MakePlan, tmp_path: Path
+) -> None:
+    """The recipe trains on 102,400 tokens. 90% of the text, 100 × 1000 tokens, is for training."""
+    index = struct.pack("<9sQBQQ", b"MMIDIDX", 1, 8, 100, 101)
+    index += struct.pack("<100i100q101q", *[1000] * 100, *range(0, 200_000, 2000), *range(101))
+    (tmp_path / "corpus.idx").write_bytes(index)
+    (tmp_path / "corpus.bin").write_bytes(bytes(200_000))
+    text = ("data.sources=[]", f"data.prefix={tmp_path}/corpus")
+    assert "epochs" not in {note.rule.name for note in plan(*text).notes}
+    [note] = [n for n in plan(*text, f"{DOCUMENTS}=20").notes if n.rule.name == "epochs"]
+    assert "5.7 epochs" in note.what
 
 
 @pytest.mark.parametrize(
