@@ -7,8 +7,9 @@ login``; no file gets the token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.markup import escape
 from launch.plan import Plan, metrics_of
 from launch.planned import SKIP, PlannedStage
 from launch.settings import Hub, RunSettings
+from nemo_convert.hub import HUB_SECONDS, INDEX_FILE, TOKENIZER_FILES, WEIGHTS_FILE
 from nemo_convert.licences import forbids_commercial_use, model_licence
 from nemo_convert.results import ImportResult
 from recipes.core.errors import RecipeError
@@ -30,6 +32,9 @@ from recipes.report.settings import REPORT_FILE
 
 EXPORT_STAGE, REPORT_STAGE = "export_hf", "report"
 """Stage modules (``config.stage``) whose files are published."""
+SHARDS = "model-*-of-*.safetensors"
+MODEL_FILES = (WEIGHTS_FILE, SHARDS, INDEX_FILE, "generation_config.json", *TOKENIZER_FILES)
+"""Files that transformers loads if they exist. Those of an earlier push are deleted."""
 
 
 def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> None:
@@ -61,16 +66,25 @@ def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> Non
 
 
 def show_files(plan: Plan, hub: Hub, console: Console) -> None:
-    """Lists the files to upload; if the export is incomplete, names only the export stage."""
+    """Lists the files to upload; if the export is incomplete, names only the export stage.
+
+    Also lists the files to delete if the hub answers soon.
+    """
     export = _export_stage(plan)
     if hub.push is None or export is None:
         return
+    from huggingface_hub import constants, get_token
+
     table = plain_table(f"hub.push={hub.push}", "file", "size")
     files = _files(plan, export)
     for name, path in files.items():
         table.add_row(escape(name), f"{path.stat().st_size / 1e6:.1f} MB")
     if not files:
         table.add_row(f"the result of {export.name}", "")
+    elif get_token() and not constants.HF_HUB_OFFLINE:
+        with suppress(RecipeError):
+            for name in _obsolete_files(hub.push, files, timeout=HUB_SECONDS):
+                table.add_row(escape(name), "deleted")
     console.print(table)
 
 
@@ -79,7 +93,7 @@ def publish(plan: Plan, hub: Hub, console: Console) -> None:
     export = _export_stage(plan)
     if hub.push is None or export is None:
         return
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     _require_measured_gates(plan, hub)
     files = _files(plan, export)
@@ -95,7 +109,10 @@ def publish(plan: Plan, hub: Hub, console: Console) -> None:
             CommitOperationAdd(name, public_text(path).encode() if name == MANIFEST else path)
             for name, path in files.items()
         ]
-        commit = api.create_commit(hub.push, operations, commit_message=plan.run_dir.name)
+        deletions = map(CommitOperationDelete, _obsolete_files(hub.push, files))
+        commit = api.create_commit(
+            hub.push, [*operations, *deletions], commit_message=plan.run_dir.name
+        )
     console.print(f"published: {commit.commit_url}", highlight=False, soft_wrap=True)
 
 
@@ -128,6 +145,33 @@ def _files(plan: Plan, export: PlannedStage) -> dict[str, Path]:
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     public_files = (public_file(stage) for stage in plan.stages if stage.result is not None)
     return files | {file.name: file for file in public_files if file is not None}
+
+
+def _obsolete_files(
+    repository: str, files: Collection[str], timeout: float | None = None
+) -> list[str]:
+    """Returns the ``MODEL_FILES`` of a repository that are not in ``files``.
+
+    transformers would load a ``model.safetensors`` of an earlier push instead of the new shards.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    with _explained_errors(repository):
+        try:
+            siblings = HfApi().model_info(repository, timeout=timeout).siblings or ()
+        except RepositoryNotFoundError:
+            return []
+    return sorted(
+        file.rfilename
+        for file in siblings
+        if file.rfilename not in files
+        # * of a pattern matches slashes, too.
+        and any(
+            fnmatch(file.rfilename, pattern) and file.rfilename.count("/") == pattern.count("/")
+            for pattern in MODEL_FILES
+        )
+    )
 
 
 def _require_measured_gates(plan: Plan, hub: Hub, coming: Iterable[PlannedStage] = ()) -> None:

@@ -253,4 +253,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.models[name][value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 self.hub.models[name][value["path"]] = self.hub.blobs[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del self.hub.models[name][value["path"]]
         self._answer({"commitUrl": f"{self.hub.url}/{name}/commit/1", "commitOid": "1"})

@@ -94,6 +94,20 @@ def test_a_dry_run_lists_the_files(push: Launch, hub: FakeHub) -> None:
     assert hub.models == {}
 
 
+def test_model_files_of_an_earlier_push_are_deleted(push: Launch, hub: FakeHub) -> None:
+    """The earlier student was sharded. Without the deletion, transformers might load its shards."""
+    old = {"model.safetensors.index.json", "model-00001-of-00002.safetensors", "vocab.json"}
+    kept = {"notes.md", "onnx/model.safetensors", "tokenizer/notes.md"}  # of the user
+    hub.models[NAME], hub.private[NAME] = dict.fromkeys(old | kept, b"earlier"), True
+    dry = push("dry_run=true")
+    assert {name for name in old | kept if re.search(rf"{name} +deleted", dry.stdout)} == old
+    done = push()
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = hub.models[NAME].keys()
+    assert (names & old, names & kept) == (set(), kept)
+    assert "model.safetensors" in names
+
+
 def test_a_run_that_fails_its_gates_is_not_published(push: Launch, hub: FakeHub) -> None:
     done = push('gates=["perplexity < 0.5"]')
     assert done.returncode == 1
