@@ -209,7 +209,11 @@ def _text_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Prob
     if workload.cached_sequences is not None:
         cached = workload.cached_sequences * workload.seq_length
         if cached < expected:
-            text, fix = "the teacher's cache", f"raise stages.{inputs['teacher']}.num_sequences"
+            teacher = inputs["teacher"]
+            setting = f"stages.{teacher}.num_sequences"
+            if_elsewhere = f"num_sequences in the run of {teacher}"
+            text = "the teacher's cache"
+            fix = f"raise {setting if teacher in chain.stages else if_elsewhere}"
         expected, max_tokens = min(expected, cached), min(max_tokens, cached)
     batch = workload.global_batch_size * workload.seq_length
     if max_tokens < batch:

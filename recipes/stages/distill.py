@@ -16,7 +16,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import Outcome, manifest_of
 from recipes.core.metrics import steps_of
 from recipes.core.stage import Inputs, metrics_file, metrics_log, rank
-from recipes.distillation.results import DistillationResult, KeptLayers
+from recipes.distillation.results import CacheResult, DistillationResult, KeptLayers
 from recipes.distillation.settings import (
     CACHE_FIELDS,
     CACHE_KIND,
@@ -175,7 +175,8 @@ def _cached_teacher(cfg: DistillConfig, chain: Chain) -> CacheLogitsConfig | Non
     manifest = manifest_of(source)
     if manifest is None or manifest.kind != CACHE_KIND:
         return None
-    return CacheLogitsConfig(**{name: manifest.config[name] for name in CACHE_FIELDS})
+    settings = {name: manifest.config[name] for name in CACHE_FIELDS}
+    return CacheLogitsConfig(**settings, num_sequences=manifest.result(CacheResult).sequences)
 
 
 def _cache_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[Problem]:

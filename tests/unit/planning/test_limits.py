@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from recipes.core.errors import RecipeError
+from recipes.core.manifest import write_manifest
 from recipes.data.settings import BYTES_PER_TOKEN
+from recipes.distillation.results import CacheResult
+from recipes.distillation.settings import CacheLogitsConfig
+from tests.support.manifests import bare_manifest
 
 if TYPE_CHECKING:
     from launch.plan import Plan
@@ -163,7 +168,9 @@ def test_fp8_needs_gpus_that_have_it(plan: MakePlan, overrides: str, fix: str | 
     assert [fix in note.fix for note in notes if note.rule.name == "fp8"] == [True] * bool(fix)
 
 
-def test_training_cannot_exceed_the_sequences_of_a_cached_teacher(plan: MakePlan) -> None:
+def test_training_cannot_exceed_the_sequences_of_a_cached_teacher(
+    plan: MakePlan, tmp_path: Path
+) -> None:
     """The recipe trains on 400 sequences in batches of 4; its text has thousands of sequences."""
 
     def plan_with_cache(sequences: int) -> Plan:
@@ -175,3 +182,11 @@ def test_training_cannot_exceed_the_sequences_of_a_cached_teacher(plan: MakePlan
     assert "12,800" in note.what
     assert "8.0" in note.what
     assert "epochs" not in {n.rule.name for n in plan_with_cache(100).notes}  # 4 epochs
+    # The same cache of 50 sequences, from another run.
+    cache = bare_manifest("cache_logits", "logit_cache", CacheResult(50, 4000, 0, 0, 0.0, 0.0))
+    settings = asdict(CacheLogitsConfig("cache_logits"))
+    write_manifest(tmp_path, replace(cache, config=settings))
+    [note] = [n for n in plan(f"{D}inputs.teacher={tmp_path}").notes if n.rule.name == "epochs"]
+    assert "12,800" in note.what
+    assert "num_sequences" in note.fix
+    assert f"stages.{tmp_path}" not in note.fix

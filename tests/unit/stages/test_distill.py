@@ -15,7 +15,7 @@ from recipes.core.manifest import write_manifest
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Resources
 from recipes.distillation.objective import layer_pairs
-from recipes.distillation.results import DistillationResult
+from recipes.distillation.results import CacheResult, DistillationResult
 from recipes.distillation.settings import CACHE_FIELDS, CacheLogitsConfig, DistillConfig
 from recipes.planning.chain import Chain
 from recipes.planning.hardware import Hardware
@@ -172,8 +172,9 @@ def test_a_cached_teacher_must_match_the_distillation(
     """Tests a teacher that this run caches, and a teacher that another run has cached."""
     cache = CacheLogitsConfig(stage="cache_logits", **cached)
     config = {name: getattr(cache, name) for name in CACHE_FIELDS}
+    result = CacheResult(4000, 4000, 0, 0, 0.0, 0.0)
     write_manifest(
-        tmp_path, replace(bare_manifest("cache_logits", "logit_cache", None), config=config)
+        tmp_path, replace(bare_manifest("cache_logits", "logit_cache", result), config=config)
     )
     for teacher in ("cache_logits", str(tmp_path)):
         cfg = DistillConfig(stage="distill", inputs={"teacher": teacher}, **settings)
