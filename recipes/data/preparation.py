@@ -36,6 +36,12 @@ from recipes.data.tokenizer import DocumentTokenizer, Encoded, broadcast, encode
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 18
 """A batch for the tokenizer is complete when it reaches one of these limits."""
+HELD_OUT = "heldout.digests"
+"""File with the digests of all held-out documents, sorted."""
+EARLIER = "earlier.digests"
+"""``HELD_OUT`` of an earlier preparation, if there is one. Its documents are held out here, too."""
+DIGEST_BYTES = 16
+"""Bytes of a digest."""
 SAVE_SECONDS = 10.0
 """Time between two saves. A killed process loses the work since the last save."""
 
@@ -82,6 +88,9 @@ class Ledger:
         self._database.execute(
             "CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY) WITHOUT ROWID"
         )
+        self._database.execute(
+            "CREATE TABLE IF NOT EXISTS held_out (digest BLOB PRIMARY KEY) WITHOUT ROWID"
+        )
         self._database.execute("BEGIN")
 
     def add_if_new(self, digest: bytes) -> bool:
@@ -93,6 +102,29 @@ class Ledger:
         """Stores digests, given in hexadecimal, so that their documents count as duplicates."""
         for text in digests:
             self.add_if_new(bytes.fromhex(text))
+
+    def hold_out(self, digest: bytes) -> None:
+        """Stores that a document is held out."""
+        self._database.execute("INSERT OR IGNORE INTO held_out VALUES (?)", (digest,))
+
+    def is_held_out(self, digest: bytes) -> bool:
+        """Returns whether a document is held out."""
+        rows = self._database.execute("SELECT 1 FROM held_out WHERE digest = ?", (digest,))
+        return rows.fetchone() is not None
+
+    def read_held_out(self, file: Path) -> None:
+        """Stores the held-out documents of a file that ``write_held_out`` wrote, if it exists."""
+        if not file.exists():
+            return
+        with file.open("rb") as digests:
+            while digest := digests.read(DIGEST_BYTES):
+                self.hold_out(digest)
+
+    def write_held_out(self, file: Path) -> None:
+        """Writes the digests of all held-out documents."""
+        with file.open("wb") as digests:
+            rows = self._database.execute("SELECT digest FROM held_out ORDER BY digest")
+            digests.writelines(digest for (digest,) in rows)
 
     def progress(self) -> dict[str, Any] | None:
         """Returns the last saved state, if any."""
@@ -142,7 +174,8 @@ def prepare(
 ) -> PreparationState:
     """Writes ``.bin`` and ``.idx`` of all splits; continues the work of a killed process.
 
-    Held-out sources come first, so a document stays held out if a training source repeats it. Only
+    Held-out sources come first, so a document stays held out if a training source repeats it. So do
+    documents of ``EARLIER`` in ``folder``. Writes ``HELD_OUT`` for later preparations. Only
     rank 0 drops duplicates and assigns splits, in the order of the text. So the number of ranks and
     processes does not affect the result. Other ranks only tokenize and return an empty state.
 
@@ -173,6 +206,7 @@ def prepare(
     with Ledger(folder / "ledger.sqlite") as ledger:
         state = PreparationState(**(ledger.progress() or {}))
         ledger.exclude(cfg.excluded_documents)
+        ledger.read_held_out(folder / EARLIER)
         with SplitWriter(folder, SPLITS, state.sizes, masked=chat is not None) as writer:
             state.sizes = writer.sizes
             store = _Store(ledger, writer, state)
@@ -191,6 +225,7 @@ def prepare(
                 broadcast(error)
                 raise
             broadcast(None)  # no more sources
+            ledger.write_held_out(folder / HELD_OUT)
     return state
 
 
@@ -225,6 +260,17 @@ class _Store:
     state: PreparationState
     saved_at: float = field(default_factory=time.monotonic)
     """Monotonic time of the last save."""
+
+    def split_of(
+        self, document: Document, document_digest: bytes, fractions: Mapping[str, float]
+    ) -> str:
+        """Returns the split of a document, which is held out if an earlier text holds it out."""
+        split = split_of(split_number(document, document_digest), fractions)
+        if self.ledger.is_held_out(document_digest):
+            return "heldout"
+        if split == "heldout":
+            self.ledger.hold_out(document_digest)
+        return split
 
     def add(self, source: str, documents: Iterable[tuple[str, Encoded]]) -> None:
         """Appends documents to their splits, in order."""
@@ -279,7 +325,7 @@ def _write_source(
         for document, encoded in zip(batch.documents, encoded_documents, strict=True):
             document_digest = digest(document.text, chat=chat is not None)
             if store.ledger.add_if_new(document_digest):
-                new.append((split_of(split_number(document, document_digest), fractions), encoded))
+                new.append((store.split_of(document, document_digest, fractions), encoded))
                 state.tokens += len(encoded.ids)
             if max_tokens is not None and state.tokens >= max_tokens:
                 break

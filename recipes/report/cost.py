@@ -9,6 +9,7 @@ from typing import Any
 from nemo_convert.architecture import Architecture
 from recipes.core.manifest import Manifest, read_manifest
 from recipes.core.stage import Inputs
+from recipes.data.results import DatasetResult
 from recipes.distillation.results import CacheResult, DistillationResult, TrainingResult
 from recipes.evaluation.results import EvaluationResult
 from recipes.planning.transformer import (
@@ -100,6 +101,21 @@ def upstream(inputs: Inputs) -> dict[str, Manifest]:
             queue += manifest.inputs.values()
         visited.add(fingerprint)
     return stages
+
+
+def distillations(
+    stages: Mapping[str, Manifest],
+) -> list[tuple[str, Manifest, DistillationResult]]:
+    """Returns name, manifest and result of all distillations, in the order of time."""
+    results = [(n, m, m.result_if("distill", DistillationResult)) for n, m in stages.items()]
+    phases = [(name, manifest, result) for name, manifest, result in results if result]
+    return sorted(phases, key=lambda item: item[1].started_at)
+
+
+def datasets(stages: Iterable[Manifest]) -> list[DatasetResult]:
+    """Returns the prepared texts, in the order of time."""
+    results = [(m.started_at, m.result_if("prepare_data", DatasetResult)) for m in stages]
+    return [result for _, result in sorted(results, key=lambda item: item[0]) if result]
 
 
 def machine_hours(manifest: Manifest) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -13,15 +13,21 @@ from nemo_convert.licences import forbids_commercial_use, model_licence
 from recipes.core.manifest import Manifest
 from recipes.data.results import DatasetResult
 from recipes.data.sources import parse_source
-from recipes.distillation.results import DistillationResult
 from recipes.evaluation.results import EvaluationResult, TaskResults
 from recipes.pruning.results import HealResult, PruneResult
+from recipes.report.cost import datasets, distillations
 from recipes.report.format import plain, render_template
 from recipes.report.serving import conversion_servers, folder_servers
 from recipes.report.settings import CARD_TEMPLATE
 
 
-def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Manifest]) -> None:
+def write_card(
+    folder: Path,
+    teacher: str,
+    recipe: str,
+    inputs: Mapping[str, Manifest],
+    earlier: Mapping[str, Manifest],
+) -> None:
     """Writes the card as ``README.md`` of the exported folder, in place of the teacher's card.
 
     Args:
@@ -30,6 +36,8 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
         recipe: Name of the recipe.
         inputs: Manifests of the inputs of ``export_hf``. ``checkpoint`` and ``evaluation`` are
             required; each optional input adds lines to the card.
+        earlier: Manifests of all stages that the inputs depend on, such as a first phase of the
+            distillation and its text, by stage.
     """
     model, evaluation = inputs["checkpoint"], inputs["evaluation"].result(EvaluationResult)
     tasks = inputs["tasks"].result(TaskResults) if "tasks" in inputs else None
@@ -58,8 +66,8 @@ def write_card(folder: Path, teacher: str, recipe: str, inputs: Mapping[str, Man
         },
         "dropped": _dropped_layers(inputs),
         "healed": inputs["healed"].result_if("heal", HealResult) if "healed" in inputs else None,
-        "trained": model.result_if("distill", DistillationResult),
-        "sources": (sources := list(_sources(inputs))),
+        "phases": [phase for _, _, phase in distillations({**earlier, "this model": model})],
+        "sources": (sources := _sources(datasets([*earlier.values(), *inputs.values()]))),
         "restricted": [terms for _, terms in sources if forbids_commercial_use(terms)],
         # Stages whose results the user kept although settings or code changed.
         "accepted": [manifest.stage for manifest in inputs.values() if manifest.accepted],
@@ -81,13 +89,13 @@ def _dropped_layers(inputs: Mapping[str, Manifest]) -> list[int]:
     return sorted({*range(1, shape["num_layers"] + 1)} - {*pruned.kept_layers})
 
 
-def _sources(inputs: Mapping[str, Manifest]) -> Iterator[tuple[str, str]]:
-    """Yields the name and licence of each text source. The path of a local file stays private."""
-    if "data" in inputs:
-        dataset = inputs["data"].result(DatasetResult)
-        for source in dataset.sources:
-            path = parse_source(source).path
-            yield plain(path if "://" in path else Path(path).name), dataset.licence(source)
+def _sources(texts: Iterable[DatasetResult]) -> list[tuple[str, str]]:
+    """Returns the name and licence of each text source. The path of a local file stays private."""
+    sources = [
+        (parse_source(entry).path, text.licence(entry)) for text in texts for entry in text.sources
+    ]
+    names = [(path if "://" in path else Path(path).name, licence) for path, licence in sources]
+    return list(dict.fromkeys((plain(name), licence) for name, licence in names))
 
 
 def _one_line(text: str) -> str:

@@ -24,7 +24,14 @@ from recipes.data.results import NOT_COMPARED, DatasetResult, describe_counts
 from recipes.distillation.results import DistillationResult
 from recipes.evaluation.results import EvaluationResult
 from recipes.pruning.results import HealResult, PruneResult
-from recipes.report.cost import cost_sections, model_flops, upstream, versions
+from recipes.report.cost import (
+    cost_sections,
+    datasets,
+    distillations,
+    model_flops,
+    upstream,
+    versions,
+)
 from recipes.report.format import render_template
 from recipes.report.gates import judge, parse_gate
 from recipes.report.plots import (
@@ -113,13 +120,19 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
     distilled = inputs["distilled"]
     student_fingerprint = distilled.manifest.inputs.get("student")  # before distillation
     student = next((m for m in earlier.values() if m.fingerprint == student_fingerprint), None)
+    phases = distillations({**earlier, distilled.directory.name: distilled.manifest})
+    texts = datasets([*earlier.values(), manifests["data"]])
     losses = {
         role: [(role, quality.loss, margin95(quality.loss_standard_error, evaluation.sequences))]
         for role, quality in evaluation.models().items()
     }
     return {
         "prepared": prepared,
-        "not_compared": NOT_COMPARED if prepared.sample else "",
+        "sources": {  # licence and note, by source; of all phases of the training
+            source: (text.licence(source), NOT_COMPARED if text.sample else "")
+            for text in texts
+            for source in text.sources
+        },
         "conversations": {name: describe_counts(n) for name, n in prepared.conversations.items()},
         "removed": 1 - student_size / teacher_size if teacher_size and student_size else None,
         "quality": evaluation.models(),
@@ -128,7 +141,7 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
         "architecture": True,
         "generations": _generations(inputs["evaluation"]),
         "distillation": _training_plots(distilled),
-        "phases": list(_phases(distilled, earlier)),
+        "phases": phases if len(phases) > 1 else [],
         "healed": student.result_if("heal", HealResult) if student else None,
         **(_layers(pruned) if pruned else {}),
         "serve": list(run_servers(inputs)),
@@ -168,17 +181,6 @@ def _training_plots(distilled: Input) -> dict[str, Any]:
         "loss": line_plot("plot-loss", "Training loss by step", terms) if terms else None,
         "curves": curves,
     }
-
-
-def _phases(
-    distilled: Input, earlier: Mapping[str, Manifest]
-) -> Iterator[tuple[str, Manifest, DistillationResult]]:
-    """Yields all distillations of the student in order; nothing if there was only one."""
-    stages = {**earlier, distilled.directory.name: distilled.manifest}
-    results = [(n, m, m.result_if("distill", DistillationResult)) for n, m in stages.items()]
-    phases = [(name, manifest, result) for name, manifest, result in results if result]
-    if len(phases) > 1:
-        yield from sorted(phases, key=lambda item: item[1].started_at)
 
 
 def _loss_terms(steps: list[Record]) -> Iterator[Series]:

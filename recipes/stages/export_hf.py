@@ -35,6 +35,7 @@ def inference_cost(cfg: ExportConfig, chain: Chain) -> InferenceCost:
 def run(cfg: ExportConfig, inputs: Inputs, out: Path) -> Outcome:
     """Converts the model, compares the logits before and after, and writes the model card."""
     from nemo_convert import convert, hf, nemo, parity
+    from recipes.report.cost import upstream
     from recipes.report.model_card import write_card
 
     log = metrics_log(out)
@@ -45,7 +46,7 @@ def run(cfg: ExportConfig, inputs: Inputs, out: Path) -> Outcome:
     comparison = parity.compare(out, checkpoint).require(f"{checkpoint.name} → {out}")
     if "evaluation" in inputs:  # only students are evaluated; a teacher keeps its own card
         manifests = {name: item.manifest for name, item in inputs.items()}
-        write_card(out, cfg.teacher, cfg.recipe, manifests)
+        write_card(out, cfg.teacher, cfg.recipe, manifests, upstream(inputs))
     log.progress("export", 2, 2)
     result = ParityResult(comparison.max_logit_difference, comparison.tokens)
     outcome = Outcome.of(result, inputs["checkpoint"].manifest)

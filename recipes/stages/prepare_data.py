@@ -7,6 +7,7 @@ calibration, heldout) that share no document.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -67,7 +68,7 @@ def external(cfg: PrepareDataConfig) -> dict[str, Path]:
 
 def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of sources, splits and conversations, without reading whole files."""
-    for what, fix in (*_source_problems(cfg), *_prefix_problems(cfg)):
+    for what, fix in (*_source_problems(cfg), *_prefix_problems(cfg), *_range_problems(cfg, chain)):
         yield Problem(rules.DATA_SOURCES, what, fix)
     for source in cfg.sources:
         if forbids_commercial_use(licence := parse_source(source).licence):
@@ -89,7 +90,7 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
             f"the fractions of validation, calibration and heldout sum to {total:g}",
             "keep the sum well below 1",
         )
-    yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
+    yield from sequence_problems(cfg.seq_length, {}, chain)
 
 
 def _source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
@@ -125,6 +126,21 @@ def _prefix_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
         require_token_files(Path(cfg.prefix))
     except RecipeError as error:
         yield error.what, error.fix
+
+
+def _range_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[tuple[str, str]]:
+    """Yields a problem if tokenized text that the input ``held_out`` holds out would be used."""
+    name = cfg.inputs.get("held_out", "")
+    first = chain.stages.get(name)
+    if not isinstance(first, PrepareDataConfig) or not first.prefix or first.heldout_sources:
+        return
+    names = ("max_tokens", "max_documents", *(f"{split}_fraction" for split in cfg.fractions()))
+    different = [key for key in names if vars(cfg)[key] != vars(first)[key]]
+    different += ["heldout_sources"] if cfg.heldout_sources else []
+    if cfg.prefix == first.prefix and different:
+        what = f"{name} and a later phase divide data.prefix={cfg.prefix} at different documents"
+        values = ", ".join(f"{key}=${{stages.{name}.{key}}}" for key in different)
+        yield what, f"in the later phase set {values}, or use other text"
 
 
 def _weight_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
@@ -171,7 +187,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     """Tokenizes all sources. Documents start and end with the tokenizer's begin and end tokens."""
     from nemo_convert.nemo import find_checkpoint, side_folder
     from recipes.data.chat import ChatTokenizer
-    from recipes.data.preparation import prepare
+    from recipes.data.preparation import EARLIER, HELD_OUT, prepare
     from recipes.data.split_writer import LOSS_MASK
     from recipes.data.tokenizer import broadcast, load_tokenizer
 
@@ -191,9 +207,13 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     if cfg.teacher_sources():
         for source, (file, origin) in _write_chats(cfg, inputs["tokenizer"], out).items():
             pinned_sources[source], origins[source] = file, origin
+    if "held_out" in inputs and rank() == 0:
+        # A second phase must not train on text that the first phase holds out.
+        shutil.copyfile(inputs["held_out"].artifact / HELD_OUT, folder / EARLIER)
     prepared = prepare(cfg, tokenizer, folder, metrics_log(out), chat, pinned_sources)
     if rank() != 0:
         return Outcome()
+    link_or_copy(folder / HELD_OUT, out / HELD_OUT)
     # ``sizes`` has the bytes and the documents of each split.
     tokens = {split: size // TOKEN_BYTES for split, (size, _) in prepared.sizes.items()}
     if cfg.prefix:
@@ -327,6 +347,7 @@ STAGE = Stage(
     run=run,
     check=check,
     inputs={"tokenizer": ("checkpoint_nemo",)},
+    optional_inputs={"held_out": ("dataset",)},  # its held-out documents are held out here, too
     needs_gpu=lambda config, chain: bool(config.teacher_sources()),
     external=external,
     disk_bytes=disk_bytes,

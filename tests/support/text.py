@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 
@@ -33,3 +34,11 @@ def write_chats(file: Path, text_file: Path, count: int = 300, length: int = 12)
             messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
             output.write(json.dumps({"messages": messages[: 2 + 2 * (number % 2)]}) + "\n")
     return f"{file}#format=chat"
+
+
+def write_token_files(prefix: Path) -> Path:
+    """Writes one document of 900 tokens, two bytes each, in Megatron's format."""
+    index = struct.pack("<9sQBQQ", b"MMIDIDX", 1, 8, 1, 2) + struct.pack("<iqqq", 900, 0, 0, 1)
+    prefix.with_suffix(".idx").write_bytes(index)
+    prefix.with_suffix(".bin").write_bytes(bytes(1800))
+    return prefix

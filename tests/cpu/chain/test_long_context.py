@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nemo_convert.architecture import Architecture
 from nemo_convert.convert import hf_weights
@@ -18,6 +21,10 @@ from tests.support.runs import DISTILL, manifest_of, settings, tiny
 def test_distill_long_continues_from_the_student(tmp_path: Path, text_file: Path) -> None:
     """Trains on two ranks with TP and sequence parallelism. A CPU has no context parallelism."""
     model = write_tiny_model(tmp_path / "model", text_file, "mistral", **EVEN)
+    texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
+    prose, novel = tmp_path / "prose.txt", tmp_path / "novel.txt"
+    prose.write_text("\n\n".join(texts[:-200]))
+    novel.write_text("\n\n".join(texts[-200:]))
     layout = {
         "tensor_model_parallel_size": 2,
         "context_parallel_size": 1,
@@ -26,13 +33,14 @@ def test_distill_long_continues_from_the_student(tmp_path: Path, text_file: Path
     run_successfully(
         "recipe=mistral_nemo_12b_width",
         "long_context=32k",
-        *tiny(model, text_file, tmp_path / "run"),
+        *tiny(model, prose, tmp_path / "run"),
         "hardware=cpu",
         "tasks=null",  # test_chain and test_tasks run benchmarks
         "engine=null",  # TensorRT-LLM needs a GPU
         *settings("score", num_calibration_samples=8, **{"resources.devices": 1}),
-        *settings("prepare_data", processes=1),
+        *settings("prepare_data", processes=1, max_tokens=40_000),
         *settings("prepare_long_data", seq_length=256),
+        f"stages.prepare_long_data.sources=[{prose},'{novel}#licence=CC-BY-4.0']",
         *settings("prune", target_hidden_size=48, hidden_size_divisor=8),
         *settings("prune", target_ffn_hidden_size=96, ffn_hidden_size_divisor=8),
         *settings("distill", **DISTILL),
@@ -65,3 +73,18 @@ def test_distill_long_continues_from_the_student(tmp_path: Path, text_file: Path
     page = (run / "report" / ARTIFACT / "report.html").read_text()
     phases = page[page.index('id="table-phases"') :].partition("</table>")[0]
     assert phases.index(">distill<") < phases.index(">distill_long<")
+    assert "novel.txt" in page
+    card = (run / "export_hf" / ARTIFACT / "README.md").read_text()
+    for line in (
+        "- Distilled on 1,024 tokens in 4 steps.\n",
+        "- Distilled on 3,072 tokens in 3 steps.\n",
+        "- Text: `prose.txt`. Licence: not recorded.\n",
+        "- Text: `novel.txt`. Licence: CC-BY-4.0.\n",
+    ):
+        assert line in card
+    held_out, trained = (
+        {tuple(ids.tolist()) for ids in IndexedDataset(str(run / stage / ARTIFACT / split))}
+        for stage, split in (("prepare_data", "heldout"), ("prepare_long_data", "train"))
+    )
+    assert held_out
+    assert not held_out & trained

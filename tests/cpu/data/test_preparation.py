@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 import tracemalloc
@@ -24,7 +25,7 @@ from recipes.core.stage import DEADLINE, StoppedByDeadlineError
 from recipes.data import preparation, split_writer
 from recipes.data.chat import TOO_LONG, ChatTokenizer
 from recipes.data.corpus import SPLITS, digest
-from recipes.data.preparation import PreparationState, prepare
+from recipes.data.preparation import EARLIER, HELD_OUT, PreparationState, prepare
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.token_sequences import read_loss_mask, read_tokens
 from recipes.data.tokenizer import DocumentTokenizer, encode_all
@@ -376,3 +377,19 @@ def test_max_documents_takes_the_first_documents_of_each_source(
     first = [tuple(d.ids.tolist()) for d in tokenizer.encode(texts[:40] + texts[300:340])]
     filled = [split for split, (_, count) in done.sizes.items() if count]
     assert {ids for split in filled for ids in documents(tmp_path, split)} == set(first)
+
+
+def test_text_that_an_earlier_phase_holds_out_is_held_out_in_a_later_one(
+    cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, tmp_path: Path
+) -> None:
+    """The parts of a text file depend on ``max_tokens``, so the splits of both phases differ."""
+    first, alone, second = (tmp_path / name for name in ("first", "alone", "second"))
+    for folder in (first, alone, second):
+        folder.mkdir()
+    prepare(replace(cfg, max_tokens=2000), tokenizer, first, LOG)
+    shutil.copyfile(first / HELD_OUT, second / EARLIER)
+    for folder in (alone, second):
+        prepare(cfg, tokenizer, folder, LOG)
+    held_out = set(documents(first, "heldout"))
+    assert held_out & set(documents(alone, "train"))
+    assert held_out <= set(documents(second, "heldout"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from io import StringIO
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from launch.console import headline, print_plan, print_recipes, print_sources, p
 from launch.progress import LINE_SECONDS, Follower
 from recipes.core.manifest import read_manifest
 from recipes.core.metrics import METRICS, MetricsLog
+from tests.support.text import write_token_files
 from tests.unit.conftest import stage_named
 
 if TYPE_CHECKING:
@@ -61,17 +61,14 @@ def test_plan_shows_action_and_reason(screen: Console, plan: MakePlan, complete:
 def test_tokenized_text_is_reported_as_not_compared_with_benchmarks(
     screen: Console, plan: MakePlan, tmp_path: Path
 ) -> None:
-    # Benchmark items are found in text, not in tokens. Here, the tokenized text is one document of
-    # 900 tokens, two bytes each, in Megatron's format.
-    index = struct.pack("<9sQBQQ", b"MMIDIDX", 1, 8, 1, 2) + struct.pack("<iqqq", 900, 0, 0, 1)
-    (tmp_path / "corpus.idx").write_bytes(index)
-    (tmp_path / "corpus.bin").write_bytes(bytes(1800))
+    # Benchmark items are found in text, not in tokens.
+    prefix = write_token_files(tmp_path / "corpus")
     overrides = ("data.sources=[]", "data.heldout_sources=[]")
     chats = "data.sources=['teacher://chat#tokens=1000']"
     print_sources(plan(chats, "stages.distill.max_steps=50"), screen)
     assert "about 1,000 tokens" in text_of(screen)
     assert "not compared" not in text_of(screen)
-    print_sources(plan(*overrides, f"data.prefix={tmp_path}/corpus", "skip_rules=[tokens]"), screen)
+    print_sources(plan(*overrides, f"data.prefix={prefix}", "skip_rules=[tokens]"), screen)
     assert re.search("corpus: .* benchmarks", lines_of(screen)[-1])
 
 

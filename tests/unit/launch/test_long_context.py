@@ -11,6 +11,7 @@ import pytest
 from launch.schema import hydra_arguments
 from recipes.core.errors import RecipeError
 from recipes.planning.training_cost import training_cost
+from tests.support.text import write_token_files
 from tests.unit.conftest import MakePlan
 
 if TYPE_CHECKING:
@@ -84,3 +85,16 @@ def test_both_phases_accept_conversations(plan: MakePlan, tmp_path: Path) -> Non
     overrides = (LONG, f"data.sources=[{chats}]", "data.format=chat", "data.heldout_sources=[]")
     skipped = "skip_rules=[tokens,data-splits,data-sources]"
     plan(*overrides, *ON_GPUS, skipped, recipe="recipe=qwen3_8b_depth")
+
+
+def test_tokenized_text_must_be_divided_in_the_same_way_in_both_phases(
+    plan: MakePlan, tmp_path: Path
+) -> None:
+    """Otherwise, the second phase would train on documents that the first phase holds out."""
+    prefix = write_token_files(tmp_path / "corpus")
+    overrides = (LONG, f"data.prefix={prefix}", "data.sources=[]", "data.heldout_sources=[]")
+    recipe = "recipe=qwen3_8b_depth"
+    with pytest.raises(RecipeError, match=r"max_tokens=\$\{stages\.prepare_data"):
+        plan(*overrides, *ON_GPUS, "skip_rules=[tokens]", recipe=recipe)
+    same = "stages.prepare_long_data.max_tokens=${stages.prepare_data.max_tokens}"
+    plan(*overrides, *ON_GPUS, "skip_rules=[tokens]", same, recipe=recipe)

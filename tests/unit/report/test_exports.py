@@ -32,7 +32,7 @@ def inputs(tmp_path: Path) -> dict[str, Manifest]:
 
 def render_card(folder: Path, inputs: dict[str, Manifest], teacher_card: str = "") -> str:
     (folder / "README.md").write_text(teacher_card)
-    write_card(folder, TEACHER, RECIPE, inputs)
+    write_card(folder, TEACHER, RECIPE, inputs, {})
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
@@ -112,7 +112,7 @@ def test_names_cannot_add_markup_to_the_card(inputs: dict[str, Manifest], tmp_pa
     tasks = inputs["tasks"].metrics["tasks"]
     inputs["tasks"].metrics["tasks"] = {nasty: {**tasks["sciq"], "metric": nasty}}
     (tmp_path / "README.md").write_text("---\nlicense: '\"a\":b'\n---\n")
-    write_card(tmp_path, nasty, nasty, inputs)
+    write_card(tmp_path, nasty, nasty, inputs, {})
     _, header, body = (tmp_path / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     fields = yaml.safe_load(header)
     assert (fields["base_model"], fields["license"]) == (" ".join(nasty.split()), '"a":b')
@@ -136,7 +136,7 @@ def test_names_cannot_add_markup_to_the_card(inputs: dict[str, Manifest], tmp_pa
 def test_a_card_is_named_after_teacher_and_recipe(
     inputs: dict[str, Manifest], tmp_path: Path, teacher: str, name: str
 ) -> None:
-    write_card(tmp_path, teacher, RECIPE, inputs)
+    write_card(tmp_path, teacher, RECIPE, inputs, {})
     assert f"# {name}-llama_width_prune\n" in (tmp_path / "README.md").read_text()
 
 
