@@ -20,8 +20,10 @@ from launch.planned import (
     PlannedStage,
     choose_action,
     load_stage,
+    replaced_results,
     require_no_lost_work,
     stage_of,
+    start_of,
 )
 from launch.schema import choices_with
 from launch.settings import RunSettings
@@ -52,6 +54,8 @@ class Plan:
     gates: tuple[Gate, ...] = ()
     acceptances: Mapping[Path, Acceptance | None] = field(default_factory=dict)
     """Acceptances of stale results to record, by stage directory; ``None`` removes one."""
+    replaces: Mapping[str, str | None] = field(default_factory=dict)
+    """``LastPlan.replaces`` of this plan."""
 
     def todo(self) -> list[PlannedStage]:
         """Returns the stages that will be started, in order."""
@@ -93,8 +97,11 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     configs |= {n: stage_of(c).resolve_from_chain(c, chain) for n, c in configs.items()}
     needed_stages = {*selected, *(s for name in selected for s in configs[name].inputs.values())}
     planned: dict[str, PlannedStage] = {}
+    replaced = replaced_results(run_dir)
     for name in order:
         stage = _plan_stage(run_dir / name, configs[name], planned, chain)
+        if name in replaced and stage.result is not None:
+            force.discard(name)  # an earlier start of this command has replaced the result
         action, reason = choose_action(stage, forced=name in force, selected=name in selected)
         stage = replace(stage, action=action, reason=reason)
         if name not in force:
@@ -114,7 +121,9 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     excluded = tuple(planned[name] for name in order if name not in selected)
     require_confirmed(stages, force, settings.confirm_above)
     acceptances = new_acceptances(planned.values())
-    plan = Plan(run_dir, chain, stages, excluded, notes, gates, acceptances)
+    must_run = {s.name: start_of(s.directory) for s in stages if s.action != SKIP}
+    replaces = replaced | must_run if settings.force else {}
+    plan = Plan(run_dir, chain, stages, excluded, notes, gates, acceptances, replaces)
     return replace(plan, notes=notes + refuse_errors(_disk_problems(plan), settings.skip_rules))
 
 

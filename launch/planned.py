@@ -15,7 +15,15 @@ from recipes.core.errors import RecipeError, require_known
 from recipes.core.files import REPO_ROOT
 from recipes.core.fingerprint import module_of, result_settings
 from recipes.core.manifest import WORK, Acceptance, Manifest, read_manifest
-from recipes.core.run_state import InputRef, Request, StageState, Status, content_of, stage_state
+from recipes.core.run_state import (
+    InputRef,
+    Request,
+    StageState,
+    Status,
+    content_of,
+    read_last_plan,
+    stage_state,
+)
 from recipes.core.snapshot import code_hash, snapshot_dir
 from recipes.core.stage import StageConfig
 from recipes.core.versions import git_sha
@@ -165,6 +173,20 @@ def choose_action(stage: PlannedStage, *, forced: bool, selected: bool) -> tuple
         names = ", ".join(stage.rerun_inputs)
         return RESUME, f"was interrupted; starts over if {names} gives another result"
     return RESUME, "was interrupted"
+
+
+def replaced_results(run_dir: Path) -> dict[str, str | None]:
+    """Returns the part of ``LastPlan.replaces`` that is done; nothing if all of it is done."""
+    last_plan = read_last_plan(run_dir)
+    replaces = last_plan.replaces if last_plan else {}
+    done = {n: old for n, old in replaces.items() if start_of(run_dir / n) not in (None, old)}
+    return done if len(done) < len(replaces) else {}
+
+
+def start_of(stage_dir: Path) -> str | None:
+    """Returns the start that made a stage's result; ``None`` without a result."""
+    result = read_manifest(stage_dir)
+    return result.started_at if result else None
 
 
 def require_no_lost_work(stage: PlannedStage) -> None:

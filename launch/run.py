@@ -202,7 +202,8 @@ def _written_plan(
     fingerprints = dict(last_plan.stages) | {s.name: s.fingerprint for s in plan.stages}
     # Stages that ``only`` excludes keep their fingerprints of the last plan.
     stages = {name: fingerprints.get(name) for name in plan.chain.stages}
-    new_plan = LastPlan(last_plan.recipe, stages)
+    replaces = last_plan.replaces if dry_run else plan.replaces
+    new_plan = LastPlan(last_plan.recipe, stages, replaces)
     skipped = [stage.state() for stage in plan.stages if stage.action == SKIP and not dry_run]
     leftover_dirs = [state.directory for state in skipped if state.leftover]
     must_run = any(stage.action != SKIP for stage in plan.stages)

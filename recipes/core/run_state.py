@@ -150,6 +150,9 @@ class LastPlan:
     recipe: str
     stages: Mapping[str, str | None]
     """Fingerprints by stage, in the recipe's order; ``None`` for a stage that no plan included."""
+    replaces: Mapping[str, str | None] = field(default_factory=dict)
+    """If the plan has ``force``: the start of the old result (``None`` without one) of each stage
+    that this plan runs, or that an unfinished earlier plan has run."""
 
     def write(self, run_dir: Path) -> None:
         """Writes the plan to ``run.yaml``."""
@@ -168,7 +171,7 @@ def read_last_plan(run_dir: Path) -> LastPlan | None:
         return None
     plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(file))  # type: ignore[assignment]
     require_format(plain.get("format"), file)
-    return LastPlan(str(plain["recipe"]), plain["stages"])
+    return LastPlan(str(plain["recipe"]), plain["stages"], plain.get("replaces", {}))
 
 
 class Status(StrEnum):

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
 
+from launch.run import run as start_run
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import MANIFEST, WORK, write_manifest
+from recipes.core.manifest import MANIFEST, WORK, read_manifest, write_manifest
 from recipes.core.run_state import BEGUN, begin_work
 from tests.support.manifests import unfinished_manifest
-from tests.unit.conftest import stage_named
+from tests.unit.conftest import RECIPE, complete_overrides, stage_named
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from launch.plan import Plan
-    from tests.unit.conftest import Complete, Launch, MakePlan
+    from tests.unit.conftest import Complete, Compose, Launch, MakePlan
 
 NOTE = "(it resumes only with the settings, inputs and code that it was started with)."
 
@@ -202,3 +205,44 @@ def test_killed_forced_runs_are_resumed_by_the_same_command(
     interrupt(plan("force=[distill]"), "distill")
     assert actions_of(plan("force=[distill]"))["distill"] == ("resume", "was interrupted")
     assert actions_of(plan()) == {}
+
+
+@pytest.mark.parametrize("content", ["result", "another result"])
+def test_repeated_command_forces_a_stage_only_once(
+    plan: MakePlan,
+    compose: Compose,
+    complete: Complete,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    content: str,
+) -> None:
+    """A stage after the forced stage failed. Once the chain is complete, ``force`` counts again."""
+    run_dir = tmp_path / "run"
+    complete(plan())
+    completed = ["distill"]
+
+    def start(*_: object) -> None:
+        for name in completed:
+            complete(plan(), name, content=content)
+            manifest = read_manifest(run_dir / name)
+            assert manifest is not None
+            started_at = datetime.now(UTC).isoformat(timespec="microseconds")
+            write_manifest(run_dir / name, replace(manifest, started_at=started_at))
+        raise RecipeError("the next stage failed", "")
+
+    def run_forced() -> None:
+        cfg = compose(*complete_overrides(RECIPE, ("force=[distill]", f"run_dir={run_dir}")))
+        start_run(cfg, "llama_width_prune")
+
+    monkeypatch.setattr("launch.executors.local.start", start)
+    with pytest.raises(RecipeError, match="next stage failed"):
+        run_forced()
+    later = [] if content == "result" else ["evaluate", "export_hf", "report"]
+    assert list(actions_of(plan("force=[distill]"))) == later
+    completed[:] = later
+    if later:
+        with pytest.raises(RecipeError, match="next stage failed"):
+            run_forced()
+    else:
+        run_forced()
+    assert actions_of(plan("force=[distill]"))["distill"] == ("run", "forced")
