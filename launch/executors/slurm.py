@@ -20,6 +20,7 @@ from launch.cluster import Follow
 from launch.executors import container
 from launch.executors.slurm_limits import job_of, job_problems, read_partitions
 from launch.executors.slurm_queue import (
+    ENDING_SECONDS,
     POLL_SECONDS,
     RECORD,
     STATE_REASONS,
@@ -267,7 +268,12 @@ def submit_script(plan: Plan) -> str:
         afterok = "afterok" + "".join(f":${name}" for name in needed) + "," if needed else ""
         jobs.append((stage, job_variables[stage.directory], f"{afterok}singleton"))
     return _render(
-        "submit.sh.j2", run_dir=plan.run_dir, record=RECORD, test_only=TEST_ONLY, jobs=jobs
+        "submit.sh.j2",
+        run_dir=plan.run_dir,
+        record=RECORD,
+        test_only=TEST_ONLY,
+        ending_seconds=round(ENDING_SECONDS),
+        jobs=jobs,
     )
 
 

@@ -127,3 +127,19 @@ def test_a_job_that_is_ending_is_not_kept(
     monkeypatch.setattr(slurm_queue, "ENDING_SECONDS", 0)
     with pytest.raises(RecipeError, match="does not end job 7"):
         slurm.prepare(plan(*SLURM), slurm.SlurmConfig())
+
+
+@pytest.mark.usefixtures("queued")
+def test_submission_by_hand_waits_for_a_job_that_is_ending(plan: MakePlan, tmp_path: Path) -> None:
+    run_dir, queue = plan(*SLURM).run_dir, tmp_path / "queue"
+    write_program(tmp_path / "bin" / "sbatch", "echo 8")
+
+    def job_of_distill() -> str:
+        done = subprocess.run([run_dir / "submit.sh"], check=True, capture_output=True, text=True)
+        return re.findall(r"distill (\d+)", done.stdout)[-1]
+
+    queue.write_text("PENDING\n")
+    assert job_of_distill() == "7"
+    queue.write_text("COMPLETING\n")
+    threading.Timer(1, lambda: queue.write_text("")).start()
+    assert job_of_distill() == "8"

@@ -24,10 +24,21 @@ if [ "${1:-}" = --test-only ]; then # prints when Slurm could start each job; su
   exit
 fi
 
+state() { # JOB: prints the state of a job in the queue
+  squeue --noheader --format=%T --jobs="$1" 2>/dev/null || true
+}
+
 submit() { # STAGE FINGERPRINT DEPENDENCY: prints the job's id and records it for `launch/run.py status`
-  local job
+  local job deadline=$((SECONDS + 300))
   job=$(grep -s "^$1 .* $2\$" jobs.txt | tail -n 1 | cut -d " " -f 2) || true
-  if [ -n "$job" ] && [ -n "$(squeue --noheader --jobs="$job" 2>/dev/null)" ]; then
+  while [ -n "$job" ] && [ "$(state "$job")" = COMPLETING ]; do # ends soon, such as after scancel
+    if [ "$SECONDS" -ge "$deadline" ]; then
+      echo "Slurm does not end job $job of $1, which is completing; repeat this later" >&2
+      return 1
+    fi
+    sleep 2
+  done
+  if [ -n "$job" ] && [ -n "$(state "$job")" ]; then
     echo "$job" # submitted before
     return
   fi
