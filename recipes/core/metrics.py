@@ -16,6 +16,8 @@ from typing import Any
 from recipes.core.watchdog import report_progress
 
 METRICS = "metrics.jsonl"
+RESULT_METRICS = "result_metrics.jsonl"
+"""Metrics of a complete result while a newer start of the stage, which may fail, writes its own."""
 ProgressCallback = Callable[[int, int], None]
 """Takes the number of finished units of work, and the total number."""
 Record = dict[str, Any]
@@ -65,6 +67,12 @@ def new_records(path: Path, position: int) -> tuple[list[Record], int]:
             with contextlib.suppress(ValueError):  # a kill or a full disk truncated the record
                 records.append(json.loads(line))
     return [record for record in records if "task" in record], position
+
+
+def result_metrics(stage_dir: Path) -> Path:
+    """Returns the metrics file of the start that made the stage's result."""
+    path = stage_dir / RESULT_METRICS
+    return path if path.exists() else stage_dir / METRICS
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -30,7 +30,7 @@ from recipes.core.manifest import (
     require_format,
     write_manifest,
 )
-from recipes.core.metrics import METRICS, Record, read_records
+from recipes.core.metrics import METRICS, RESULT_METRICS, Record, read_records, result_metrics
 from recipes.core.snapshot import CODE
 from recipes.core.stage import StageConfig
 from recipes.core.versions import result_versions
@@ -310,7 +310,11 @@ def begin_work(stage_dir: Path, begun: Manifest) -> Manifest:
         earlier = None
     if earlier is None or earlier.fingerprint != begun.fingerprint:
         discard_work(stage_dir)
-        (stage_dir / METRICS).unlink(missing_ok=True)
+        metrics = stage_dir / METRICS
+        has_result = (stage_dir / MANIFEST).exists()
+        if has_result and metrics.exists() and metrics == result_metrics(stage_dir):
+            metrics.rename(stage_dir / RESULT_METRICS)
+        metrics.unlink(missing_ok=True)
         begun = replace(begun, input_content={})
     else:
         seconds = earlier.seconds + _recorded_seconds(stage_dir, earlier)
@@ -337,6 +341,7 @@ def complete_stage(stage_dir: Path, manifest: Manifest) -> None:
     ``stamp_files`` has already synced its files.
     """
     (stage_dir / MANIFEST).unlink(missing_ok=True)
+    (stage_dir / RESULT_METRICS).unlink(missing_ok=True)
     target = stage_dir / ARTIFACT
     if target.exists():
         shutil.rmtree(target)

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from nemo_convert.results import ImportResult, ParityResult
 from recipes.core.files import read_json
 from recipes.core.manifest import Manifest
-from recipes.core.metrics import METRICS, Record, steps_of
+from recipes.core.metrics import Record, result_metrics, steps_of
 from recipes.core.stage import Input, Inputs
 from recipes.core.statistics import margin95
 from recipes.data.results import NOT_COMPARED, DatasetResult, describe_counts
@@ -164,7 +164,7 @@ def _generations(evaluation: Input) -> list[dict[str, str]]:
 
 def _training_plots(distilled: Input) -> dict[str, Any]:
     """Returns the plots of the training curves that were logged."""
-    log = distilled.directory / METRICS
+    log = result_metrics(distilled.directory)
     steps = steps_of(log, "distill")
     terms = list(_loss_terms(steps))
     curves: list[tuple[str, Markup]] = []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from recipes.core.manifest import Acceptance
+from recipes.core.metrics import METRICS, RESULT_METRICS
 from recipes.core.stage import Input
 from recipes.data.results import DatasetResult
 from recipes.distillation.results import DistillationResult
@@ -18,7 +19,7 @@ from recipes.pruning.settings import PruneConfig
 from recipes.report.plots import Axis, Series, layer_plot, line_plot
 from recipes.report.settings import ReportConfig
 from tests.support.pages import PLOTS, Page, all_numbers, section
-from tests.support.reports import CONFIG, make_inputs, render_page, with_result
+from tests.support.reports import CONFIG, make_inputs, render_page, with_result, write_training_log
 from tests.support.results import DROPPED, LAYERS, NASTY, RESULTS, STUDENT, TEACHER, wobble
 
 if TYPE_CHECKING:
@@ -126,8 +127,15 @@ def test_dropped_layers_are_marked(text: str) -> None:
 
 @pytest.mark.parametrize(("lm_weight", "curves"), [(0.0, 1), (0.5, 3)])
 def test_only_loss_terms_in_use_are_drawn(tmp_path: Path, lm_weight: float, curves: int) -> None:
-    """Two terms have three curves: one for each term, and one for their sum."""
-    text = render_page(make_inputs(tmp_path / "run", lm_weight=lm_weight), tmp_path)
+    """Two terms have three curves: one for each term, and one for their sum.
+
+    An unfinished start with another loss does not replace the curves of the result.
+    """
+    inputs = make_inputs(tmp_path / "run", lm_weight=lm_weight)
+    distilled = inputs["distilled"].directory
+    (distilled / METRICS).rename(distilled / RESULT_METRICS)
+    write_training_log(distilled, 0.5 - lm_weight)
+    text = render_page(inputs, tmp_path)
     assert section(text, "distillation").count('class="key"') == curves
 
 

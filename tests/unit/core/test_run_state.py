@@ -13,7 +13,7 @@ import pytest
 from recipes.core import stage_process
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST, WORK, read_manifest, stamp_files
-from recipes.core.metrics import METRICS, MetricsLog
+from recipes.core.metrics import METRICS, MetricsLog, read_records, result_metrics
 from recipes.core.run_state import (
     BEGUN,
     OUTCOME,
@@ -102,6 +102,24 @@ def test_a_result_stays_complete_while_another_start_fails(tmp_path: Path) -> No
     assert stage_state(tmp_path, "f").status is Status.COMPLETE
     assert last_end(tmp_path) == (Status.FAILED, "no memory")
     assert stage_state(tmp_path, "g").status is Status.FAILED
+
+
+def test_a_result_keeps_its_metrics_until_another_result_replaces_it(tmp_path: Path) -> None:
+    def train(at: str, step: int) -> None:
+        begin_work(tmp_path, start_manifest(at, at))
+        MetricsLog(tmp_path / METRICS).progress("train", step, 9)
+
+    def steps() -> list[int]:
+        return [record["done"] for record in read_records(result_metrics(tmp_path))]
+
+    train("10:00", 1)
+    complete_stage(tmp_path, start_manifest("10:00", "10:00"))
+    train("11:00", 2)
+    assert steps() == [1]
+    train("12:00", 3)
+    assert steps() == [1]
+    complete_stage(tmp_path, start_manifest("12:00", "12:00"))
+    assert steps() == [3]
 
 
 def test_the_first_error_stays_unless_a_later_error_may_overwrite_it(tmp_path: Path) -> None:
