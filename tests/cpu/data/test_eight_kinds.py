@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from omegaconf import OmegaConf
 
 from recipes.core.files import REPO_ROOT
@@ -107,6 +108,15 @@ def test_exactly_the_documents_that_overlap_with_evaluation_text_are_excluded() 
     assert overlaps.keys() == excluded, {
         key: overlaps.get(key) for key in overlaps.keys() ^ excluded
     }
+
+
+@pytest.mark.parametrize("page", ["conf/data/mixture.yaml", "docs/your_model.md"])
+def test_pages_count_the_documents_of_the_mixture_that_overlap(page: str) -> None:
+    sources = OmegaConf.load(REPO_ROOT / "conf/data/mixture.yaml").sources
+    digests = [digest(d.text).hex() for source in sources for d in read_source(source, "text")]
+    overlaps = sum(value in GROUP.excluded_documents for value in digests)
+    assert overlaps
+    assert f"{overlaps} of its {len(digests):,} documents" in (REPO_ROOT / page).read_text()
 
 
 def test_eight_kinds_have_small_downloads_licences_and_equal_weights() -> None:
