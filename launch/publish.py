@@ -19,7 +19,7 @@ from launch.plan import Plan, metrics_of
 from launch.planned import SKIP, PlannedStage
 from launch.settings import Hub, RunSettings
 from nemo_convert.hub import HUB_SECONDS, INDEX_FILE, TOKENIZER_FILES, WEIGHTS_FILE
-from nemo_convert.licences import forbids_commercial_use, model_licence
+from nemo_convert.licences import forbids_commercial_use, known_licence
 from nemo_convert.results import ImportResult
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest
@@ -203,7 +203,7 @@ def _require_licence(plan: Plan, hub: Hub) -> None:
 def _licences(plan: Plan) -> Iterator[str]:
     """Yields the licences named in the settings, the teacher's folder and the stages' results."""
     results = {stage.name: stage.result for stage in plan.stages}
-    yield model_licence(Path(plan.chain.hf_path))
+    yield known_licence(plan.chain.hf_path)
     for name, config in plan.chain.stages.items():
         if isinstance(config, PrepareDataConfig):
             yield from (parse_source(source).licence or "" for source in config.sources)

@@ -4,24 +4,46 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-NONCOMMERCIAL = re.compile(r"\bnc\b|non-?\s?commercial|research[- ]only", re.IGNORECASE)
-"""Matches names such as CC-BY-NC-4.0, and phrases such as "non-commercial"."""
+from nemo_convert.hub import cached_model, is_hub_id
+
+NONCOMMERCIAL = re.compile(
+    r"\b(nc|mrl|mnpl|amlr|research)\b|non-?\s?(commercial|production)", re.IGNORECASE
+)
+"""Matches names such as CC-BY-NC-4.0 and qwen-research, and phrases such as "non-commercial"."""
 
 
-def model_licence(folder: Path) -> str:
-    """Returns the licence in a model card's header, or ``unknown``."""
+def card_fields(folder: Path) -> dict[str, Any]:
+    """Returns the header of a model card; empty if there is none."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     try:
         fields = yaml.safe_load(header.group(1)) if header else {}
     except yaml.YAMLError:
-        return "unknown"
-    names = fields.get("license") if isinstance(fields, dict) else None
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def model_licence(folder: Path) -> str:
+    """Returns the licence in a model card's header, or ``unknown``.
+
+    A licence that the hub does not list is ``license: other``, and its name is ``license_name``.
+    """
+    fields = card_fields(folder)
+    names = fields.get("license")
+    if names in (None, "other"):
+        names = fields.get("license_name") or names
     return ", ".join(map(str, names)) if isinstance(names, list) else str(names or "unknown")
+
+
+def known_licence(hf_path: str) -> str:
+    """Returns the licence of a folder, or of a hub model whose card is in the local cache."""
+    folder = cached_model(hf_path) if is_hub_id(hf_path) else Path(hf_path)
+    return model_licence(folder) if folder else "unknown"
 
 
 def forbids_commercial_use(licence: str | None) -> bool:

@@ -290,6 +290,8 @@ def origin_of(entry: str) -> Origin:
             f"could not read dataset '{source.hub.name}' from the Hugging Face hub: {error}",
             "check its name and revision, the network, and HF_TOKEN for a gated dataset",
         ) from error
-    licence = info.card_data.license if info.card_data else None
+    card = info.card_data.to_dict() if info.card_data else {}
+    licence = card.get("license")
+    licence = card.get("license_name", licence) if licence == "other" else licence
     licence = ", ".join(licence) if isinstance(licence, list) else licence
     return Origin(source.licence or licence, info.sha)

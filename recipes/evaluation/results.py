@@ -146,6 +146,10 @@ class TaskResult(TaskScores):
     """Scores of all models in one benchmark."""
 
     version: str
+    split: str
+    """Split of the benchmark with the items."""
+    num_fewshot: int
+    """Number of examples before each question."""
     seconds: dict[str, float]
     """Time of each model's answers, by role or ``step N``."""
     answers: TaskScores | None = None

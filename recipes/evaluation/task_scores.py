@@ -61,6 +61,8 @@ def score(
         results[task.name] = TaskResult(
             **vars(compare_scores(task.metric, items)),
             version=task.version,
+            split=task.split,
+            num_fewshot=task.num_fewshot,
             seconds={name: answers[name][task.name].seconds for name in paths},
             answers=compare_answers(items),
             steps={step: score_of(task.metric, items[f"step {step}"]) for step in students},

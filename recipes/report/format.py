@@ -22,6 +22,8 @@ from recipes.report.settings import TEMPLATES
 LABELS = {
     "num_layers": "Layers",
     "ffn_hidden_size": "FFN size",
+    "num_moe_experts": "Experts",
+    "moe_ffn_hidden_size": "Expert FFN size",
     "num_attention_heads": "Attention heads",
     "num_query_groups": "Query groups",
     "kv_channels": "Head size",

@@ -9,9 +9,10 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from nemo_convert.architecture import Architecture
-from nemo_convert.licences import forbids_commercial_use, model_licence
+from nemo_convert.hub import hub_arguments, is_hub_id
+from nemo_convert.licences import card_fields, forbids_commercial_use, model_licence
 from recipes.core.manifest import Manifest
-from recipes.data.results import DatasetResult
+from recipes.data.results import NOT_COMPARED, DatasetResult
 from recipes.data.sources import parse_source
 from recipes.evaluation.results import EvaluationResult, TaskResults
 from recipes.pruning.results import HealResult, PruneResult
@@ -44,19 +45,22 @@ def write_card(
     shape = Architecture(**model.architecture) if model.architecture else None
     teacher_name = teacher.partition("#")[0].rstrip("/").split("/")[-1].removesuffix(".gguf")
     name, licence = plain(f"{teacher_name}-{recipe}"), model_licence(folder)
+    is_public = is_hub_id(teacher) or "://" in teacher
+    texts = datasets([*earlier.values(), *inputs.values()])
     header = ModelCardData(
-        license=_one_line(licence),
-        base_model=_one_line(teacher),
+        **_licence_fields(folder, licence),
+        # The hub refuses a card whose ``base_model`` is not the id of a model.
+        base_model=hub_arguments(teacher)["repo_id"] if is_hub_id(teacher) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["pruned", "distilled"],
         model_name=name,
-        eval_results=list(_hub_results(evaluation, tasks)),
+        eval_results=list(_hub_results(evaluation, inputs.get("tasks"))),
     )
     content = {
         "header": header.to_yaml(),
         "name": name,
-        "teacher": teacher,
+        "teacher": teacher if is_public else teacher_name,  # a local path stays private
         "recipe": recipe,
         "licence": licence,
         "model": model,
@@ -64,11 +68,13 @@ def write_card(
             **({"teacher": inputs["teacher"]} if "teacher" in inputs else {}),
             "this model": model,
         },
+        "experts": shape.num_moe_experts if shape else 0,
         "dropped": _dropped_layers(inputs),
         "healed": inputs["healed"].result_if("heal", HealResult) if "healed" in inputs else None,
         "phases": [phase for _, _, phase in distillations({**earlier, "this model": model})],
-        "sources": (sources := _sources(datasets([*earlier.values(), *inputs.values()]))),
-        "restricted": [terms for _, terms in sources if forbids_commercial_use(terms)],
+        "sources": (sources := _sources(texts)),
+        "compared": bool(texts) and not any(text.sample for text in texts),
+        "restricted": [terms for _, terms, _ in sources if forbids_commercial_use(terms)],
         # Stages whose results the user kept although settings or code changed.
         "accepted": [manifest.stage for manifest in inputs.values() if manifest.accepted],
         "evaluation": evaluation,
@@ -89,13 +95,27 @@ def _dropped_layers(inputs: Mapping[str, Manifest]) -> list[int]:
     return sorted({*range(1, shape["num_layers"] + 1)} - {*pruned.kept_layers})
 
 
-def _sources(texts: Iterable[DatasetResult]) -> list[tuple[str, str]]:
-    """Returns the name and licence of each text source. The path of a local file stays private."""
-    sources = [
-        (parse_source(entry).path, text.licence(entry)) for text in texts for entry in text.sources
-    ]
-    names = [(path if "://" in path else Path(path).name, licence) for path, licence in sources]
-    return list(dict.fromkeys((plain(name), licence) for name, licence in names))
+def _sources(texts: Iterable[DatasetResult]) -> list[tuple[str, str, str]]:
+    """Returns the name, licence and note of each text source.
+
+    The path of a local file stays private.
+    """
+    sources: dict[tuple[str, str, str], None] = {}
+    for text in texts:
+        for entry in text.sources:
+            path = parse_source(entry).path
+            name = plain(path if "://" in path else Path(path).name)
+            sources[name, text.licence(entry), NOT_COMPARED if text.sample else ""] = None
+    return list(sources)
+
+
+def _licence_fields(folder: Path, licence: str) -> dict[str, str]:
+    """Returns the header's fields on the licence, which are those of the teacher's card."""
+    fields = card_fields(folder)
+    if fields.get("license") != "other":
+        return {"license": _one_line(licence)}
+    keys = [key for key in ("license", "license_name", "license_link") if key in fields]
+    return {key: _one_line(str(fields[key])) for key in keys}
 
 
 def _one_line(text: str) -> str:
@@ -103,7 +123,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _hub_results(evaluation: EvaluationResult, tasks: TaskResults | None) -> Iterator[EvalResult]:
+def _hub_results(evaluation: EvaluationResult, tasks: Manifest | None) -> Iterator[EvalResult]:
     """Yields the student's results for ``model-index``, the hub's list of results in a card."""
     result = partial(EvalResult, task_type="text-generation")
     qualities = {name: source.distilled for name, source in evaluation.sources.items()}
@@ -112,7 +132,15 @@ def _hub_results(evaluation: EvaluationResult, tasks: TaskResults | None) -> Ite
         perplexity, kl = round(quality.perplexity, 4), round(quality.kl_to_teacher, 5)
         yield result(**dataset, metric_type="perplexity", metric_value=perplexity)
         yield result(**dataset, metric_type="kl_to_teacher", metric_value=kl)
-    for name, task in (tasks.tasks if tasks else {}).items():
+    if tasks is None:
+        return
+    limit = tasks.config.get("limit")
+    for name, task in tasks.result(TaskResults).tasks.items():
         score = round(task.distilled.value, 4)
-        benchmark = {"dataset_type": _one_line(name), "dataset_name": _one_line(name)}
+        benchmark = {
+            "dataset_type": _one_line(name),
+            "dataset_name": _one_line(name),
+            "dataset_split": task.split,
+            "dataset_args": {"num_fewshot": task.num_fewshot, "limit": limit},
+        }
         yield result(**benchmark, metric_type=_one_line(task.metric), metric_value=score)

@@ -12,7 +12,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from nemo_convert.hub import is_config_available, is_hub_id
-from nemo_convert.licences import forbids_commercial_use, model_licence
+from nemo_convert.licences import forbids_commercial_use, known_licence, model_licence
 from nemo_convert.preflight import check_model
 from nemo_convert.results import ImportResult
 from recipes.core.manifest import Outcome
@@ -48,14 +48,15 @@ def check(cfg: ImportConfig, chain: Chain) -> Iterator[Problem]:
     )
     if not readable:
         return
-    if forbids_commercial_use(licence := model_licence(Path(cfg.hf_path))):
-        what = f"the licence of {cfg.hf_path}, {licence}, forbids commercial use of the student"
-        yield Problem(rules.LICENCE, what, "choose another teacher for commercial use")
     for finding in check_model(cfg.hf_path):
         if finding.is_error:
             yield Problem(rules.CHECKPOINT, finding.what, finding.fix)
         else:
             yield Problem(rules.CHECKPOINT_NOTE, finding.what, finding.fix)
+    # ``check_model`` has downloaded the card of a hub model.
+    if forbids_commercial_use(licence := known_licence(cfg.hf_path)):
+        what = f"the licence of {cfg.hf_path}, {licence}, forbids commercial use of the student"
+        yield Problem(rules.LICENCE, what, "choose another teacher for commercial use")
 
 
 def run(cfg: ImportConfig, inputs: Inputs, out: Path) -> Outcome:

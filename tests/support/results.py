@@ -86,6 +86,8 @@ def task(metric: str, values: tuple[float, float, float], items: int) -> TaskRes
         differences=Differences(from_teacher(distilled), from_teacher(pruned)),
         recovered=(distilled - pruned) / (teacher - pruned),
         version="1.0",
+        split="validation",
+        num_fewshot=0,
         seconds={},
     )
 

@@ -354,6 +354,13 @@ def test_all_tasks_are_loaded_and_answered(models: dict[str, Any], empty_cache: 
     assert len(tasks["mmlu"].subtasks) == 57
     subjects = dict(list(tasks["mmlu"].subtasks.items())[:2])
     assert {subject.config.num_fewshot for subject in subjects.values()} == {5}
+    assert [
+        (tasks[name].split, tasks[name].num_fewshot) for name in ("mmlu", "sciq", "arc_easy")
+    ] == [
+        ("test", 5),
+        ("validation", 0),
+        ("test", 0),
+    ]
     packed = packed_lm.PackedLM(*load_float32(models["teacher"].hf), 512, ignore_progress)
     for task in (tasks["hellaswag"], tasks["arc_easy"], replace(tasks["mmlu"], subtasks=subjects)):
         items = packed_lm.answer(packed, task, 2, 1)

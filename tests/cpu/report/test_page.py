@@ -54,6 +54,23 @@ def test_page_has_the_numbers_of_all_manifests(text: str, inputs: dict[str, Inpu
     assert expected <= Page(text).numbers()
 
 
+def test_sizes_of_experts_are_listed(text: str, inputs: dict[str, Input], tmp_path: Path) -> None:
+    shape = {**STUDENT.as_dict(), "moe_ffn_hidden_size": 96}
+    moe = {
+        role: replace(
+            inputs[role],
+            manifest=replace(
+                inputs[role].manifest, architecture={**shape, "num_moe_experts": experts}
+            ),
+        )
+        for role, experts in (("teacher", 8), ("distilled", 6))
+    }
+    rows = render_page({**inputs, **moe}, tmp_path).partition('id="table-architecture"')[2]
+    assert re.search(r">Experts</th>.*>8<.*>6<.*−25.0%", rows.partition("</table>")[0])
+    assert "Expert FFN size" in rows
+    assert "Expert" not in text, "of a dense model"
+
+
 def test_numbers_are_rounded(text: str) -> None:
     shown = Page(text).text
     for number in ("86.5 M", "3.021", "409.6 K", "79.3%", "938.0", "540.2 MB", "1 h 08 min"):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import DatasetCardData, HfApi
 
 from recipes.core.errors import RecipeError
 from recipes.data import corpus, records
@@ -305,14 +305,15 @@ def test_a_dataset_is_read_at_the_recorded_commit(
     def dataset_info(_: HfApi, name: str, revision: str | None) -> Any:
         if name != "org/data":
             raise OSError("404")
-        card = SimpleNamespace(license="cc-by-4.0" if revision else ["mit", "cc0-1.0"])
+        named = {"license": "other", "license_name": "a-research-licence"}
+        card = DatasetCardData(**(named if revision else {"license": ["mit", "cc0-1.0"]}))
         return SimpleNamespace(card_data=card, sha=revision or newest)
 
     monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
     # ``bare`` has no revision, so its commit is the newest.
     bare, older = "hf://org/data@en:train", f"hf://org/data:train#revision={OLDER}"
     assert origin_of(bare) == Origin("mit, cc0-1.0", NEWEST)
-    assert origin_of(older) == Origin("cc-by-4.0", OLDER)
+    assert origin_of(older) == Origin("a-research-licence", OLDER)
     assert origin_of(f"{bare}#licence=of my own") == Origin("of my own", NEWEST)
     assert pin_commit(bare, origin_of(bare)) == f"{bare}#revision={NEWEST}"
     assert pin_commit(f"{bare}#name=x", origin_of(bare)) == f"{bare}#name=x&revision={NEWEST}"

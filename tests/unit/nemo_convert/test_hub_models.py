@@ -117,6 +117,23 @@ def test_a_dry_run_checks_the_headers(hub: FakeHub, tmp_path: Path, launch: Laun
     assert hub.downloaded_bytes(WEIGHTS) == FIRST_BYTES
 
 
+def test_a_plan_warns_of_the_licence_of_a_hub_model(
+    hub: FakeHub, tmp_path: Path, launch: Launch
+) -> None:
+    card = b"---\nlicense: other\nlicense_name: qwen-research\n---\n"
+    hub.models[NAME]["README.md"] = card
+    overrides = (
+        "recipe=llama_width_prune",
+        "dry_run=true",
+        f"model.hf_path={NAME}",
+        *SMALL_STUDENT,
+    )
+    done = launch(*overrides, **settings_for(hub, tmp_path / "home"))
+    assert f"the licence of {NAME}, qwen-research, forbids commercial use" in done.stdout, (
+        done.stderr
+    )
+
+
 def test_a_download_has_only_files_that_are_read(hub: FakeHub, tmp_path: Path) -> None:
     size = len(hub.models[NAME][WEIGHTS])
     assert set(run_with_hub(hub, tmp_path, DOWNLOAD).split()) == {*SMALL_FILES, WEIGHTS}

