@@ -18,7 +18,7 @@ from nemo_convert import hf
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import as_transformers_4, read_architecture, rms_norm_eps, rope_theta
 from nemo_convert.results import GgufResult
-from nemo_convert.tokenizer_files import load_tokenizer
+from nemo_convert.tokenizer_files import TOKENIZER, load_tokenizer
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
 
@@ -212,9 +212,10 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     # A class such as LlamaTokenizerFast replaces the post-processor of tokenizer.json. Encoding a
     # text with the loaded tokenizer shows whether the text gets a space before it, BOS and EOS.
     loaded = load_tokenizer(folder)
-    tokenizer = read_json(folder / "tokenizer.json")
+    tokenizer = read_json(folder / TOKENIZER)
+    pre_tokenizer = pre_tokenizer_name(tokenizer)
     tokens, types = _vocabulary(tokenizer, vocab_size)
-    if tokenizer["model"].get("byte_fallback"):
+    if pre_tokenizer is None:
         writer.add_tokenizer_model("llama")
         # llama.cpp merges the highest score first. Lower ids must merge first, as in training.
         writer.add_token_scores([-float(number) for number in range(vocab_size)])
@@ -222,7 +223,7 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
         writer.add_add_space_prefix(first.startswith(SPACE))
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_pre_tokenizer(tokenizer.get("pre_tokenizer") or {}))
+        writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
@@ -254,12 +255,24 @@ def _vocabulary(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], lis
     )
 
 
-def _pre_tokenizer(pre_tokenizer: Mapping[str, Any]) -> str:
-    """Returns llama.cpp's name of a pre-tokenizer.
+def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:
+    """Returns llama.cpp's name of the pre-tokenizer of a ``tokenizer.json``.
+
+    ``None`` for BPE with byte fallback, which has no pre-tokenizer in llama.cpp.
 
     Raises:
-        RecipeError: Neither ``PRE_TOKENIZERS`` nor this function has a name for it.
+        RecipeError: The tokenizer is not BPE, or neither ``PRE_TOKENIZERS`` nor this function has
+            a name for its pre-tokenizer.
     """
+    model = tokenizer.get("model") or {}
+    if "merges" not in model:  # old files have no type
+        raise RecipeError(
+            f"{TOKENIZER} has the type {model.get('type')}; only BPE can be written as GGUF.",
+            "leave export_gguf out (gguf=null)",
+        )
+    if model.get("byte_fallback"):
+        return None
+    pre_tokenizer = tokenizer.get("pre_tokenizer") or {}
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     for step in steps:
         pattern = step.get("pattern", {}).get("Regex")

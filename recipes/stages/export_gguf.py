@@ -11,8 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from nemo_convert.gguf_file import ARCHITECTURES, FILE, MATRIX_TYPES, write
+from nemo_convert.gguf_file import ARCHITECTURES, FILE, MATRIX_TYPES, pre_tokenizer_name, write
+from nemo_convert.tokenizer_files import TOKENIZER
 from recipes.core.constraints import one_of
+from recipes.core.errors import RecipeError
+from recipes.core.files import read_json
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log
 from recipes.planning import rules
@@ -30,7 +33,7 @@ class ExportGgufConfig(StageConfig):
 
 
 def check(cfg: ExportGgufConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields a problem if the writer does not support the model's family."""
+    """Yields a problem if the writer does not support the model's family or tokenizer."""
     family = chain.teacher.hf_architecture
     if family not in ARCHITECTURES:
         yield Problem(
@@ -38,6 +41,12 @@ def check(cfg: ExportGgufConfig, chain: Chain) -> Iterator[Problem]:
             f"{cfg.stage} does not support {family}, only {', '.join(ARCHITECTURES)}",
             "set gguf=null",
         )
+    try:
+        # A hub model may not be downloaded yet. A folder without this file has another tokenizer.
+        if (tokenizer := Path(chain.hf_path) / TOKENIZER).is_file():
+            pre_tokenizer_name(read_json(tokenizer))
+    except RecipeError as error:
+        yield Problem(rules.FORMAT, error.what, error.fix)
 
 
 def run(cfg: ExportGgufConfig, inputs: Inputs, out: Path) -> Outcome:

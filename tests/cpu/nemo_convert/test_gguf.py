@@ -24,7 +24,7 @@ from tokenizers import (
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nemo_convert.gguf_file import PRE_TOKENIZERS, _pre_tokenizer, _rope_factors, write
+from nemo_convert.gguf_file import PRE_TOKENIZERS, _rope_factors, pre_tokenizer_name, write
 from recipes.core.errors import RecipeError
 from tests.support.llama_cpp import PROMPTS, generate_greedily, require_similar_generation
 from tests.support.models import EVEN, FAMILIES, write_tiny_model
@@ -183,7 +183,13 @@ def test_llama_cpp_counts_the_tokens_of_a_byte_fallback_tokenizer_as_transformer
         assert completion.prompt_tokens == len(tokenizer(prompt).input_ids)
 
 
-def test_unknown_pre_tokenizer_is_refused() -> None:
+def test_tokenizers_that_llama_cpp_cannot_have_are_refused(
+    even_llama: Path, tmp_path: Path
+) -> None:
     assert set(PRE_TOKENIZERS.values()) == {"llama-bpe", "qwen2", "tekken"}
     with pytest.raises(RecipeError, match="pre_tokenizer="):
-        _pre_tokenizer({"type": "Whitespace"})
+        pre_tokenizer_name({"model": {"merges": []}, "pre_tokenizer": {"type": "Whitespace"}})
+    folder = shutil.copytree(even_llama, tmp_path / "hf")
+    Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0)).save(str(folder / "tokenizer.json"))
+    with pytest.raises(RecipeError, match="Unigram"):
+        write(folder, tmp_path / "model.gguf", "f16")

@@ -14,6 +14,7 @@ from launch.plan import with_shapes
 from launch.planned import load_stage
 from launch.schema import CONF
 from recipes.core.errors import RecipeError
+from recipes.core.files import write_json
 from recipes.core.stage import Resources, StageConfig
 from recipes.data.settings import PrepareDataConfig
 from recipes.distillation.settings import CacheLogitsConfig, DistillConfig
@@ -284,11 +285,20 @@ def test_heal_needs_a_dense_model_that_was_pruned_from_its_teacher(chain: Chain)
     assert "heal" in only_problem(heal.check(cfg, replace(chain, teacher=moe))).fix
 
 
-def test_gguf_supports_some_families(chain: Chain) -> None:
+def test_gguf_supports_some_families_and_tokenizers(chain: Chain, tmp_path: Path) -> None:
     cfg = export_gguf.ExportGgufConfig(stage="export_gguf")
     assert list(export_gguf.check(cfg, chain)) == []
     moe = replace(chain.teacher, hf_architecture="Qwen3MoeForCausalLM")
     assert "gguf" in only_problem(export_gguf.check(cfg, replace(chain, teacher=moe))).fix
+    bpe = {"type": "BPE", "merges": []}
+    for model, pre_tokenizer, what in (
+        (bpe, {"type": "ByteLevel"}, ""),
+        (bpe, {"type": "Whitespace"}, "pre_tokenizer"),
+        ({"type": "Unigram", "vocab": []}, None, "Unigram"),
+    ):
+        write_json(tmp_path / "tokenizer.json", {"model": model, "pre_tokenizer": pre_tokenizer})
+        problems = list(export_gguf.check(cfg, replace(chain, hf_path=str(tmp_path))))
+        assert [what in problem.what for problem in problems] == [True] * bool(what)
 
 
 @pytest.mark.parametrize(
