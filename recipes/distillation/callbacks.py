@@ -35,8 +35,7 @@ class StepLogger(Callback):
         self._cfg, self._log = cfg, log
         self._last = time.monotonic()  # end of the last step or validation
         self._norm = self._lr = 0.0
-        self._validation_kds: list[float] = []
-        self._skipped = 0
+        self._validation: list[tuple[float, dict[str, float]]] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Starts the timer, and wraps the optimizer's gradient norm and update."""
@@ -61,8 +60,8 @@ class StepLogger(Callback):
         """
         if math.isfinite(self._norm):
             return update()
-        self._skipped += 1
-        if self._skipped > self._cfg.max_nonfinite_steps:
+        model.skipped_steps += 1
+        if model.skipped_steps > self._cfg.max_nonfinite_steps:
             finish_saving(trainer)  # the error below ends the process
             losses = ", ".join(f"{n} {value:.4g}" for n, value in model.share_losses().items())
             allowed = self._cfg.max_nonfinite_steps
@@ -87,15 +86,22 @@ class StepLogger(Callback):
         self._log.progress(self._cfg.stage, trainer.global_step, self._cfg.max_steps, **values)
 
     def on_validation_batch_end(self, trainer: object, pl_module: KDModel, *args: object) -> None:
-        """Stores the batch's KL to the teacher, if the teacher runs in validation."""
-        self._validation_kds += pl_module.validation_kd()
+        """Stores the batch's number of tokens and losses."""
+        self._validation.append(pl_module.validation_batch())
 
     def on_validation_end(self, trainer: Any, pl_module: object) -> None:
-        """Logs the validation loss, and the KL to the teacher if it was measured."""
-        values = {"val_loss": float(trainer.callback_metrics["val_loss"])}
-        if self._validation_kds:
-            values["val_kd"] = fmean(self._validation_kds)
-        self._validation_kds.clear()
+        """Logs the validation loss, and the KL to the teacher if it was measured.
+
+        They are means over the tokens of all batches, whose numbers of tokens may differ.
+        """
+        tokens, losses = zip(*self._validation, strict=True)
+        weights = tokens if any(tokens) else None  # without tokens, all losses are 0
+        values = {
+            f"val_{name}": fmean((batch[name] for batch in losses), weights)
+            for name in ("loss", "kd")
+            if name in losses[0]
+        }
+        self._validation.clear()
         self._log.progress(VALIDATE, trainer.global_step, self._cfg.max_steps, **values)
         self._last = time.monotonic()  # the next step's speed excludes the validation
 

@@ -23,7 +23,6 @@ from nemo.collections.llm.modelopt.distill.utils import (
     DistillationConfig,
     adjust_distillation_model_for_mcore,
 )
-from nemo.lightning.megatron_parallel import MegatronLossReduction
 from nemo.utils.model_utils import unwrap_model
 from torch import Tensor, nn
 
@@ -72,11 +71,14 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         self.config.calculate_per_token_loss = True
         self._objective, self._teacher = objective, objective.teacher
         self._reduction = LossReduction(objective)
-        self._validation = LossReduction(Objective({"lm": 1.0, "kd": 0.0}))  # KL is only logged
+        kd = {"kd": 0.0} if self._teacher.runs_in_validation else {}  # KL is only logged
+        self._validation = LossReduction(Objective({"lm": 1.0, **kd}))
         self._cached: TopK | None = None
         self._loss_mask: Any = None
         self.teacher_loss: float | None = None
         """The teacher's LM loss on the first micro batch with unmasked tokens."""
+        self.skipped_steps = 0
+        """Number of steps that were skipped because of a gradient that is not finite."""
 
     @property
     def core_module(self) -> Any:
@@ -89,28 +91,23 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         return self._reduction
 
     @property
-    def validation_loss_reduction(self) -> MegatronLossReduction:
+    def validation_loss_reduction(self) -> LossReduction:
         """Returns the reduction of the LM loss, and of the KL if the teacher also runs."""
-        if self._teacher.runs_in_validation:
-            return self._validation
-        return super().validation_loss_reduction
+        return self._validation
 
-    def validation_kd(self) -> list[float]:
-        """Returns a list with the last validation batch's KL; empty if it was not measured."""
-        return [self._validation.last_means["kd"]] if self._teacher.runs_in_validation else []
+    def validation_batch(self) -> tuple[float, dict[str, float]]:
+        """Returns the number of tokens in the last validation batch's losses, and their means."""
+        reduction = self._validation
+        tokens, means = _from_last_stage([reduction.last_tokens, reduction.last_means])
+        return tokens, means
 
     def share_losses(self) -> dict[str, Any]:
         """Broadcasts the last step's losses from the last pipeline stage. Returns the losses."""
         reduction = self._reduction
-        shared: list[Any] = [reduction.last_means, reduction.finite_means, self.teacher_loss]
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            torch.distributed.broadcast_object_list(
-                shared,
-                src=parallel_state.get_pipeline_model_parallel_last_rank(),
-                group=parallel_state.get_pipeline_model_parallel_group(),
-            )
         # Rank 0 logs the losses and saves ``finite_means``, but may be on another pipeline stage.
-        losses, reduction.finite_means, self.teacher_loss = shared
+        losses, reduction.finite_means, self.teacher_loss = _from_last_stage(
+            [reduction.last_means, reduction.finite_means, self.teacher_loss]
+        )
         teacher_loss = {} if self.teacher_loss is None else {"teacher_loss": self.teacher_loss}
         return {**losses, **teacher_loss}
 
@@ -136,7 +133,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
                 return self._token_losses(core, labels, logits)
             lm_loss = _lm_loss(logits, labels)
             if not self._teacher.runs_in_validation:
-                return lm_loss
+                return torch.stack([lm_loss, lm_loss])
             # The KL, whatever the KD loss of training is, as evaluation and healing measure it.
             flat, teacher = logits.flatten(0, 1), core.teacher_logits.flatten(0, 1)
             kl = distillation_loss(flat, teacher, LogitsLoss(), nemo.tensor_group())
@@ -296,17 +293,30 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         self.teacher_loss = loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Saves ``finite_means``, on which dynamic weights of the next step depend."""
+        """Saves the skipped steps, and ``finite_means``: dynamic weights depend on them."""
         checkpoint["loss_sizes"] = self._reduction.finite_means
+        checkpoint["skipped_steps"] = self.skipped_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Loads ``finite_means``."""
+        """Loads what ``on_save_checkpoint`` saved."""
         self._reduction.finite_means = checkpoint.get("loss_sizes", {})
+        self.skipped_steps = checkpoint.get("skipped_steps", 0)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Loads the student only; ``nn.Module`` would require the teacher's weights."""
         state = {name.replace("module.", ""): value for name, value in state_dict.items()}
         return self.core_module.load_state_dict(state, *args, **kwargs)
+
+
+def _from_last_stage(values: list[Any]) -> list[Any]:
+    """Returns the values of the last pipeline stage, which has the losses, on all stages."""
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        torch.distributed.broadcast_object_list(
+            values,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    return values
 
 
 def _load_teacher(config: Any, tokenizer: Any, checkpoint: Path) -> nn.Module:

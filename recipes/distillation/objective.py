@@ -251,6 +251,8 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
         self.last_means: dict[str, float] = {}
         """Means of the losses over the tokens of the last global batch. Only the last pipeline
         stage has them."""
+        self.last_tokens = 0.0
+        """Number of these tokens."""
         self.finite_means: dict[str, float] = {}
         """``last_means`` of the last step whose means were all finite. The next step's weights
         depend on these means if the weights are dynamic."""
@@ -286,7 +288,8 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(total, group=group)
         means = total[1:] / total[0].clamp_min(1)
-        self.last_means = dict(zip(("loss", *self._objective.weights), means.tolist(), strict=True))
+        self.last_tokens, *values = torch.cat([total[:1], means]).tolist()
+        self.last_means = dict(zip(("loss", *self._objective.weights), values, strict=True))
         if all(math.isfinite(mean) for mean in self.last_means.values()):
             self.finite_means = self.last_means
         return means[0]

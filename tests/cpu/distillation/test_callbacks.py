@@ -15,6 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from nemo.lightning.megatron_parallel import MegatronParallel
 from rich.console import Console
 
 from launch.commands import status
@@ -23,6 +25,7 @@ from recipes.core.manifest import WORK
 from recipes.core.metrics import METRICS, read_records, steps_of
 from recipes.distillation import callbacks, trainer
 from recipes.distillation.callbacks import COLLECT_EVERY, CollectGarbage, Profile
+from recipes.distillation.model import KDModel
 from recipes.distillation.objective import LossReduction
 from recipes.distillation.results import DistillationResult
 from recipes.distillation.settings import DistillConfig
@@ -73,25 +76,54 @@ def distill_command(
 def test_nonfinite_steps_are_skipped_up_to_a_limit_and_the_same_command_resumes(
     distill_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The skipped step also counts after a restart, in which the first step is not finite again."""
     forward, calls = LossReduction.forward, count(1)
 
-    def nan_in_steps_4_and_5(*args: Any) -> tuple[Any, ...]:
+    def nan_after_step_3(*args: Any) -> tuple[Any, ...]:
         loss, *others = forward(*args)
-        return (loss * math.nan if next(calls) in (4, 5) else loss, *others)
+        return (loss * math.nan if next(calls) in (4, 5, 6) else loss, *others)
 
     fields = settings("distill", max_nonfinite_steps=1, lr=1e-4, min_lr=1e-5)
     command = [*distill_command, *fields]
     with monkeypatch.context() as patch:
-        patch.setattr(LossReduction, "forward", nan_in_steps_4_and_5)
-        stopped = run_in_process(*command, cwd=tmp_path)
-    assert stopped.code == 1
-    assert re.search(r"step 5: .* not finite .* 1 such step", stopped.output)
-    assert "the last checkpoint is usable" in stopped.output
+        patch.setattr(LossReduction, "forward", nan_after_step_3)
+        for _ in range(2):
+            stopped = run_in_process(*command, cwd=tmp_path)
+            assert stopped.code == 1
+            assert re.search(r"step 5: .* not finite .* 1 such step", stopped.output)
+            assert "the last checkpoint is usable" in stopped.output
     run_successfully(*command, cwd=tmp_path)
     steps = steps_of(tmp_path / "run" / "distill" / METRICS, "distill")
     assert [step["done"] for step in steps] == [1, 2, 3, 4, 5, 6]
     assert [bool(step.get("skipped")) for step in steps] == [False] * 3 + [True] + [False] * 2
     assert steps[-1]["lr"] > 1.5e-5, "the logged lr must be that of the step, not of the next one"
+
+
+def test_validation_losses_are_means_over_tokens(
+    distill_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second batch has only one token per sequence."""
+    masked, batches = KDModel.forward_step, []
+    reduce = MegatronParallel.validation_step
+
+    def mask_second_batch(self: KDModel, batch: dict[str, Any]) -> torch.Tensor:
+        if not self.training and len(batches) % 2:
+            batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
+            batch["loss_mask"][:, 0] = 1
+        return masked(self, batch)
+
+    def record(self: MegatronParallel, *args: Any, **kwargs: Any) -> torch.Tensor:
+        batches.append(float(loss := reduce(self, *args, **kwargs)))
+        return loss
+
+    monkeypatch.setattr(KDModel, "forward_step", mask_second_batch)
+    monkeypatch.setattr(MegatronParallel, "validation_step", record)
+    shorter = settings("distill", max_steps=1, warmup_steps=0, limit_val_batches=2)
+    run_successfully(*distill_command, *shorter, cwd=tmp_path)
+    [validation] = steps_of(tmp_path / "run" / "distill" / METRICS, "validate")
+    first, second = batches
+    assert abs(second - first) > 0.01
+    assert validation["val_loss"] == pytest.approx(first, abs=0.05 * abs(second - first))
 
 
 def interrupt(*args: object) -> None:

@@ -184,6 +184,8 @@ def test_every_layout_has_the_losses_of_one_rank(
     # Early stopping also validates before the first step.
     validations = steps_of(run_dir / "distill" / METRICS, "validate")
     assert [record["done"] for record in validations] == ([0, STEPS - 1] if stops else [STEPS - 1])
+    [expected] = steps_of(one_rank / "distill" / METRICS, "validate")
+    assert validations[-1]["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-3)
 
 
 def test_speed_patches_only_round_differently_in_bfloat16(
