@@ -248,6 +248,11 @@ def middle_shape(teacher: Architecture, space: Space) -> Architecture:
     return _resize(teacher, {axis: sizes[len(sizes) // 2] for axis, sizes in choices.items()})
 
 
+def layer_choices(teacher: Architecture, space: Space) -> list[int]:
+    """Returns the numbers of layers that shapes may have."""
+    return _choices(teacher, space, "num_layers")
+
+
 def _resize(shape: Architecture, sizes: Mapping[str, Any]) -> Architecture:
     return replace(shape, **sizes)
 

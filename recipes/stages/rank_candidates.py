@@ -22,15 +22,22 @@ from recipes.planning.transformer import Compute, largest
 from recipes.pruning.settings import layer_score_problems
 from recipes.search.results import Candidate, SearchResult, write_candidates
 from recipes.search.settings import SHAPES_FILE, EnumerateShapesConfig, RankCandidatesConfig
-from recipes.search.space import Budget
+from recipes.search.space import Budget, layer_choices
 from recipes.stages.contract import Stage
 
 
 def check(cfg: RankCandidatesConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of the sequences, and of scores that cannot rank a candidate's layers."""
+    """Yields problems of the sequences, and of scores that cannot rank a candidate's layers.
+
+    If the shapes are not known before latency is measured, the scores must suffice for all depths.
+    """
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
-    shapes = chain.shapes.get(cfg.inputs.get("shapes", ""), ())
-    dropped = {chain.teacher.num_layers - shape.num_layers for shape in shapes} - {0}
+    name = cfg.inputs.get("shapes", "")
+    depths = [shape.num_layers for shape in chain.shapes.get(name, ())]
+    search = chain.stages.get(name)
+    if not depths and isinstance(search, EnumerateShapesConfig):
+        depths = layer_choices(chain.teacher, search.space)
+    dropped = {chain.teacher.num_layers - depth for depth in depths} - {0}
     yield from layer_score_problems(cfg, cfg.layer_importance, dropped, chain)
 
 

@@ -302,6 +302,7 @@ def test_unknown_names_of_candidates_are_refused(chain: Chain) -> None:
     assert list(successive_halving.check(cfg, chain)) == []
 
 
+@pytest.mark.parametrize("budget", ["parameters: 0.6", "parameters: null, latency_ms: 0.6"])
 @pytest.mark.parametrize(
     ("method", "score", "fix"),
     [
@@ -313,12 +314,13 @@ def test_unknown_names_of_candidates_are_refused(chain: Chain) -> None:
     ],
 )
 def test_the_scores_must_rank_the_layers_of_every_candidate(
-    plan: MakePlan, tiny: list[str], method: str, score: str, fix: str | None
+    plan: MakePlan, tiny: list[str], budget: str, method: str, score: str, fix: str | None
 ) -> None:
-    """The space allows 4 or 3 layers, or 2 with the last override."""
+    """The space allows 2 to 4 layers. Shapes within a measured latency are not known yet."""
     depth = "stages.enumerate_shapes.space.max_depth_pruning=0.5"
+    measured = ["latency_model=measured"] * ("latency" in budget)
     overrides = [
-        *(*tiny, depth, "budget.parameters=0.6", "tasks=null", "engine=null"),
+        *(*tiny, depth, *measured, f"stages.enumerate_shapes.budget={{{budget}}}", "tasks=null"),
         *(f"stages.score.{score}", f"stages.rank_candidates.layer_importance={method}"),
     ]
     if fix is None:
