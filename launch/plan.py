@@ -30,7 +30,7 @@ from launch.settings import RunSettings
 from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError, did_you_mean, require_known
 from recipes.core.fingerprint import external_stamp
-from recipes.core.manifest import Acceptance, check_artifact
+from recipes.core.manifest import WORK, Acceptance, check_artifact
 from recipes.core.run_state import InputRef, request_of
 from recipes.core.stage import StageConfig
 from recipes.planning import rules
@@ -329,7 +329,11 @@ def _resolve_inputs(
 
 def _disk_problems(plan: Plan) -> Iterator[Problem]:
     """Checks whether the disk has space for artifacts and for checkpoints of training runs."""
-    needed = sum(s.definition.disk_bytes(s.config, plan.chain) for s in plan.todo())
+    needed = 0
+    for stage in plan.todo():
+        work = stage.directory / WORK  # is continued, or deleted before a new start
+        existing = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+        needed += max(0, stage.definition.disk_bytes(stage.config, plan.chain) - existing)
     existing_dir = next(p for p in (plan.run_dir, *plan.run_dir.resolve().parents) if p.exists())
     free = shutil.disk_usage(existing_dir).free
     if needed > free:

@@ -69,7 +69,8 @@ class StepLogger(Callback):
                 f"step {trainer.global_step + 1}: the gradient is not finite ({losses})"
                 + (f", and {allowed} such step(s) were skipped before." if allowed else ".")
                 + " The weights were not updated; the last checkpoint is usable.",
-                f"lower stages.{self._cfg.stage}.lr, or look at the text of this step",
+                f"set stages.{self._cfg.stage}.max_nonfinite_steps={allowed + 1} to resume from it "
+                "and skip this step; if that does not help, train anew with a lower lr",
             )
         return False  # tells Megatron that the update was skipped
 

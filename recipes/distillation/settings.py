@@ -38,7 +38,8 @@ FP8_CAPABILITIES = {"tensorwise": 8.9, "blockwise": 9.0, "delayed": 8.9, "mxfp8"
 TERMS = ("kd", "hidden", "lm")
 """Terms of the loss; each is logged."""
 RESOURCE = {"resource": True}
-"""Metadata of settings that change speed and memory, but not the result."""
+"""Metadata of settings that change speed, memory, disk space, or whether a stage ends, but not its
+result."""
 RecomputeGranularity = Annotated[str, one_of(*RECOMPUTE_GRANULARITIES)]
 RecomputeModule = Annotated[str, one_of("core_attn", *FEED_FORWARD)]
 SpeedPatch = Annotated[str, one_of(*SPEED_PATCH_NAMES)]
@@ -90,7 +91,7 @@ class TrainingConfig(StageConfig):
     fp8_recipe: Annotated[str, one_of(*FP8_RECIPES)] = "tensorwise"
     """FP8 scaling: ``tensorwise``, ``blockwise`` (from Hopper on), ``delayed`` or ``mxfp8`` (from
     Blackwell on). The first and the last layer are in bfloat16, except with ``delayed``."""
-    max_nonfinite_steps: CountOrZero = 0
+    max_nonfinite_steps: CountOrZero = field(default=0, metadata=RESOURCE)
     """Steps with a NaN or infinite gradient that are skipped before the run stops."""
     seed: Seed = 1234
     """Seed of the order of sequences."""
@@ -124,9 +125,9 @@ class TrainingConfig(StageConfig):
     """Steps between validations."""
     limit_val_batches: Count = 4
     """Number of global batches in a validation, or fewer if there is less text."""
-    checkpoint_interval: Count = 100
+    checkpoint_interval: Count = field(default=100, metadata=RESOURCE)
     """Steps between checkpoints. A killed run resumes from the last checkpoint."""
-    keep_checkpoints: Count = 2
+    keep_checkpoints: Count = field(default=2, metadata=RESOURCE)
     """Number of checkpoints on disk; older checkpoints are deleted."""
     compile: bool | None = field(default=None, metadata=RESOURCE)
     """Compiles elementwise operations of the loss (at TP=1), and of layers that are not

@@ -96,7 +96,7 @@ def train(
                 update_logger_directory=False,
                 ckpt=_checkpointing(cfg, work / CHECKPOINTS),
             ),
-            resume=_resume(work / CHECKPOINTS, start),
+            resume=_resume(work / CHECKPOINTS, start, cfg.keep_checkpoints),
             tokenizer=None,
         )
     save(out)
@@ -318,19 +318,22 @@ def _checkpointing(cfg: TrainingConfig, directory: Path) -> Any:
     )
 
 
-def _resume(checkpoints: Path, start: Path) -> Any:
+def _resume(checkpoints: Path, start: Path, keep: int) -> Any:
     """Returns NeMo's settings: resume from the newest complete checkpoint, else load ``start``.
 
     NeMo would choose the newest checkpoint, and fail if a kill left it incomplete. So this also
-    deletes incomplete checkpoints. Rank 0 chooses for all ranks: on a network file system, nodes
-    may list different checkpoints for some seconds.
+    deletes incomplete checkpoints. It also deletes old ones beyond ``keep``, which may be lower
+    now. Rank 0 chooses for all ranks: on a network file system, nodes may list different
+    checkpoints for some seconds.
     """
     store = shared_store()
     if store is not None and rank() != 0:
         newest = store.get(CHECKPOINTS).decode()
     else:
-        complete = complete_checkpoints(checkpoints)
-        newest = str(max(complete, key=steps_of_checkpoint)) if complete else ""
+        complete = sorted(complete_checkpoints(checkpoints), key=steps_of_checkpoint)
+        newest = str(complete[-1]) if complete else ""
+        for old in complete[:-keep]:
+            shutil.rmtree(old)
         for marker in checkpoints.glob(f"*{UNFINISHED}"):
             shutil.rmtree(checkpoints / marker.name.removesuffix(UNFINISHED), ignore_errors=True)
             marker.unlink()

@@ -92,7 +92,11 @@ def test_nonfinite_steps_are_skipped_up_to_a_limit_and_the_same_command_resumes(
             assert stopped.code == 1
             assert re.search(r"step 5: .* not finite .* 1 such step", stopped.output)
             assert "the last checkpoint is usable" in stopped.output
-    run_successfully(*command, cwd=tmp_path)
+    advised = re.search(r"stages\.distill\.max_nonfinite_steps=\d", stopped.output)
+    assert advised is not None
+    fewer = settings("distill", keep_checkpoints=1, checkpoint_interval=2)
+    resumed = run_successfully(*command, advised.group(), *fewer, cwd=tmp_path)
+    assert re.search(r"distill +resume", resumed.output)
     steps = steps_of(tmp_path / "run" / "distill" / METRICS, "distill")
     assert [step["done"] for step in steps] == [1, 2, 3, 4, 5, 6]
     assert [bool(step.get("skipped")) for step in steps] == [False] * 3 + [True] + [False] * 2

@@ -246,7 +246,7 @@ from recipes.distillation import trainer
 checkpoints = Path(sys.argv[1])
 if rank() == 1:
     trainer.complete_checkpoints = lambda folder: [folder / "step=49-last"]
-settings = trainer._resume(checkpoints, checkpoints)
+settings = trainer._resume(checkpoints, checkpoints, 1)
 assert settings.resume_from_path == str(checkpoints / "step=99-last"), settings.resume_from_path
 """
 
@@ -258,3 +258,4 @@ def test_all_ranks_resume_from_the_checkpoint_that_rank_0_chooses(tmp_path: Path
     script = tmp_path / "ranks.py"
     script.write_text(STALE_LISTING)
     run_ranks(str(script), str(tmp_path / "checkpoints"))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step=99-last"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -168,6 +169,28 @@ def test_parallel_layout_may_change_between_interruption_and_resumption(plan: Ma
     what, fix = refusal(plan, *layout, "stages.distill.seed=1")
     assert what.count("changed") == 1
     assert fix.startswith("set stages.distill.seed=1234 to resume")
+
+
+def test_training_resumes_with_settings_that_keep_it_running(plan: MakePlan) -> None:
+    """A message about a non-finite gradient, and one about a full disk, advise to change them."""
+    interrupt(plan(), "distill")
+    settings = ("max_nonfinite_steps=1", "keep_checkpoints=1", "checkpoint_interval=10")
+    assert actions_of(plan(*(f"stages.distill.{s}" for s in settings)))["distill"][0] == "resume"
+
+
+def test_needed_disk_space_excludes_what_unfinished_work_has(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan()
+    needed = {s.name: s.definition.disk_bytes(s.config, planned.chain) for s in planned.todo()}
+    usage = SimpleNamespace(free=sum(needed.values()) - needed["distill"] // 2)
+    monkeypatch.setattr("launch.plan.shutil.disk_usage", lambda path: usage)
+    assert "are free" in refusal(plan)[0]
+    interrupt(planned, "distill")
+    folder = stage_named(planned, "distill").directory / WORK / "checkpoints" / "step=49-last"
+    with (folder / "weights").open("wb") as file:
+        file.truncate(needed["distill"] * 2 // 3)  # a sparse file
+    assert actions_of(plan())["distill"][0] == "resume"
 
 
 def test_unfinished_work_is_compared_with_its_own_start_and_not_with_a_later_config_file(
