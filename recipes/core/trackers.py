@@ -7,6 +7,7 @@ stage's process by ``worker.TRACKER_SECONDS``, after the result is published.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -137,12 +138,12 @@ def public_text(file: Path) -> str:
 
 
 def tensorboard(stage: TrackedStage) -> Tracker:
-    """Writes scalars to ``<run>/tensorboard/<stage>``."""
+    """Writes scalars to ``<run>/tensorboard/<stage>/<id>``."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-    folder = stage.directory.parent / "tensorboard" / stage.request.name
+    folder = stage.directory.parent / "tensorboard" / stage.request.name / stage.id
     writer = EventFileWriter(str(folder), flush_secs=10)
 
     def log(task: str, values: Mapping[str, float], step: int, seconds: float) -> None:
@@ -207,8 +208,13 @@ def mlflow(stage: TrackedStage) -> Tracker:
     server = stage.settings["uri"] or os.environ.get("MLFLOW_TRACKING_URI")
     library.set_tracking_uri(server or f"sqlite:///{run_dir / 'mlflow.db'}")
     name = str(stage.settings["experiment"])
-    if not server and library.get_experiment_by_name(name) is None:
-        library.create_experiment(name, (run_dir / "mlflow").as_uri())
+    if not server:
+        # Several stages may start at the same time, and MLflow does not lock the file that it
+        # creates. SQLite needs the same type of lock, so the file system has it.
+        with (run_dir / "mlflow.lock").open("w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            if library.get_experiment_by_name(name) is None:
+                library.create_experiment(name, (run_dir / "mlflow").as_uri())
     experiment = library.set_experiment(name).experiment_id
     has_id = f"tags.{MLFLOW_ID} = '{stage.id}'"
     earlier = library.search_runs([experiment], has_id, max_results=1, output_format="list")

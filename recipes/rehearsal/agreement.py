@@ -39,9 +39,9 @@ def distinct_ranks(world: int, tensor: int, context: int, pipeline: int, expert:
     """Returns the ranks to rehearse; every other rank does the same as one of these.
 
     These are the ranks with each combination of tensor, context, expert and pipeline index in the
-    first data-parallel replica, and one rank of the last replica. Ranks that differ only in their
-    data-parallel index run the same code on different text, except that rank 0 often does more. So
-    rank 0 is compared with a rank of another replica.
+    first data-parallel replica, one rank of the last replica, and the last rank. Ranks that differ
+    only in their data-parallel index run the same code on different text, except that the first and
+    the last rank often do more. So they are compared with ranks of other replicas.
 
     Megatron numbers ranks with the tensor index fastest, then context, data and pipeline. Expert
     groups span context and data indices.
@@ -55,8 +55,8 @@ def distinct_ranks(world: int, tensor: int, context: int, pipeline: int, expert:
     """
     stage_size, replica_size = world // pipeline, tensor * math.lcm(context, expert)
     starts = [stage * stage_size for stage in range(pipeline)]  # first ranks of pipeline stages
-    in_last_replica = {stage_size - replica_size} if stage_size > replica_size else set()
-    return sorted({s + rank for s in starts for rank in range(replica_size)} | in_last_replica)
+    in_last = {stage_size - replica_size, world - 1} if stage_size > replica_size else set()
+    return sorted({s + rank for s in starts for rank in range(replica_size)} | in_last)
 
 
 def differences(channels: Mapping[int, Sequence[Channel]]) -> Iterator[str]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -99,7 +100,8 @@ def track(
 
 def test_tensorboard_has_every_term_of_every_step(stage: PlannedStage) -> None:
     track(stage, "tensorboard", first_steps)
-    board = EventAccumulator(str(stage.directory.parent / "tensorboard" / STAGE)).Reload()
+    [folder] = (stage.directory.parent / "tensorboard" / STAGE).iterdir()
+    board = EventAccumulator(str(folder)).Reload()
     tags = board.Tags()["scalars"]
     scalars = {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in tags}
     final = {tag: scalars.pop(tag) for tag in tags if tag.startswith("final/")}
@@ -112,6 +114,15 @@ def test_tensorboard_has_every_term_of_every_step(stage: PlannedStage) -> None:
     }
     assert final["final/parameters"] == [(0, STUDENT.parameters())]
     assert not math.isnan(board.Scalars("distill/loss")[0].wall_time)
+
+
+def test_tensorboard_has_a_curve_for_each_training(stage: PlannedStage) -> None:
+    """A resumed training continues its curve; a training with other settings has its own."""
+    for fingerprint in ("first", "first", "second"):
+        replace(stage.request(), fingerprint=fingerprint).write(stage.directory)
+        track(stage, "tensorboard", third_step)
+    folders = [*(stage.directory.parent / "tensorboard" / STAGE).iterdir()]
+    assert sorted(len([*folder.iterdir()]) for folder in folders) == [1, 2]
 
 
 def test_wandb_offline_and_resumed(stage: PlannedStage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +188,43 @@ def test_mlflow_in_a_file_and_resumed(stage: PlannedStage) -> None:
     stored = json.loads(Path(client.download_artifacts(run_id, MANIFEST)).read_text())
     manifest = json.loads((stage.directory / MANIFEST).read_text())
     assert {**stored, "config": {}} == {**manifest, "config": {}}
+
+
+MLFLOW_START = """
+import sys
+from pathlib import Path
+from recipes.core.run_state import Request
+from recipes.core.trackers import TrackedStage, mlflow
+import mlflow as library
+directory, request = Path(sys.argv[1]), Request("stage", "f", "c", {}, {})
+library.tracking.MlflowClient  # imported before the start
+print("ready", flush=True)
+input()
+stage = TrackedStage(directory, request, "id", "recipe", {"uri": None, "experiment": "e"})
+mlflow(stage).close("FINISHED")
+"""
+
+
+def test_stages_that_start_together_share_one_mlflow_database(tmp_path: Path) -> None:
+    processes = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        command = [sys.executable, "-c", MLFLOW_START, str(tmp_path / name)]
+        pipe = subprocess.PIPE
+        processes.append(
+            subprocess.Popen(
+                command, cwd=REPO_ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+            )
+        )
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "mlflow", "tensorboard"])
