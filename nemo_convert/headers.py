@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,7 @@ MAX_HEADER_BYTES = 100_000_000
 """Longest header that safetensors reads."""
 CHUNK_BYTES = 4 << 20
 """Number of bytes of a local tensor that are compared at a time."""
-HEADER_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
+HEADER_ERRORS = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
 """Errors that parsing a header raises if the bytes are not a header."""
 SAMPLES, SAMPLE_BYTES = 8, 64 << 10
 """Two tensors on the hub are compared by this many evenly spread samples of this many bytes."""
@@ -58,8 +59,8 @@ Headers = Mapping[str, StoredTensor]
 """Tensors by name."""
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Lists the weight files that transformers would load, without reading them.
+def weight_files(folder: Path) -> list[str]:
+    """Lists the weight files in a folder that transformers would load, without reading them.
 
     Other safetensors files, such as ``consolidated.safetensors`` or an adapter, are left out.
 
@@ -67,7 +68,7 @@ def weight_files(folder: Path) -> list[Path]:
         RecipeError: There are no weights, or a shard of the index is missing.
     """
     if (single_file := folder / WEIGHTS_FILE).is_file():
-        return [single_file]
+        return [WEIGHTS_FILE]
     if single_file.is_symlink():
         raise RecipeError(
             f"{single_file} is a link to {single_file.readlink()}, which does not exist.",
@@ -78,8 +79,9 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}.",
             "save the model with save_pretrained(..., safe_serialization=True)",
         )
-    files = [folder / name for name in sorted(set(read_index(folder).values()))]
-    if missing := [file.name for file in files if not file.is_file()]:
+    files = sorted(set(read_index(folder).values()))
+    # Path.is_file raises an error for a name that is too long.
+    if missing := [file for file in files if not os.path.isfile(folder / file)]:
         raise RecipeError(
             f"{folder} does not have {', '.join(missing)}, which {INDEX_FILE} lists.",
             "download the model again, or copy all of its shards",
@@ -95,20 +97,18 @@ def read_headers(hf_path: str) -> dict[str, StoredTensor]:
     """
     if is_hub_id(hf_path):
         return _read_hub_headers(hf_path)
-    headers = (_read_local_header(path) for path in weight_files(Path(hf_path)))
+    headers = (_read_local_header(hf_path, file) for file in weight_files(Path(hf_path)))
     return {name: tensor for header in headers for name, tensor in header.items()}
 
 
 def have_same_bytes(hf_path: str, first: StoredTensor, second: StoredTensor) -> bool:
-    """Returns whether two tensors of a model have the same type, shape and bytes.
+    """Returns whether two tensors of a model, of one type and shape, have the same bytes.
 
     Tensors on the hub are not downloaded: only evenly spread samples of their bytes are compared.
 
     Raises:
         RecipeError: The hub does not send the samples.
     """
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
     size, on_hub = first.end - first.begin, is_hub_id(hf_path)
     # Of local files, all bytes are compared: each chunk starts where the last one ends.
     chunk = SAMPLE_BYTES if on_hub else CHUNK_BYTES
@@ -125,9 +125,10 @@ def have_same_bytes(hf_path: str, first: StoredTensor, second: StoredTensor) -> 
         return all(threads.map(is_same, range(0, size, step)))
 
 
-def _read_local_header(path: Path) -> dict[str, StoredTensor]:
-    with path.open("rb") as file:
-        start = file.read(len(LFS_POINTER))
+def _read_local_header(hf_path: str, file: str) -> dict[str, StoredTensor]:
+    path = Path(hf_path) / file
+    with path.open("rb") as stream:
+        start = stream.read(len(LFS_POINTER))
     if not start:
         raise RecipeError(f"{path} is empty.", "download it again")
     if start == LFS_POINTER:
@@ -135,7 +136,7 @@ def _read_local_header(path: Path) -> dict[str, StoredTensor]:
             f"{path} is a Git LFS pointer, not the weights.", f"git -C {path.parent} lfs pull"
         )
     try:
-        return _read_header(str(path.parent), path.name, str(path))
+        return _read_header(hf_path, file, str(path))
     except HEADER_ERRORS as error:
         raise RecipeError(f"{path} is damaged: {error}.", "download it again") from error
 
@@ -146,8 +147,8 @@ def _read_header(hf_path: str, file: str, label: str) -> dict[str, StoredTensor]
     ``label`` names the file in an error message.
 
     Raises:
-        AttributeError, KeyError, TypeError, ValueError: The file has no header, or its header
-            does not describe the file.
+        AttributeError, KeyError, RecursionError, TypeError, ValueError: The file has no header, or
+            its header does not describe the file.
     """
     start = _read_range(hf_path, file, 0, FIRST_BYTES)
     end = 8 + int.from_bytes(start[:8], "little")
@@ -175,6 +176,8 @@ def _require_contiguous(tensors: Iterable[StoredTensor], begin: int, length: int
     safetensors' own check needs numpy or torch, which a login node may lack.
     """
     for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
+        if any(type(size) is not int or size < 0 for size in tensor.shape):
+            raise ValueError(f"a shape of {[*tensor.shape]}")
         digits = re.search(r"\d+", tensor.dtype)  # BOOL has no digits; it has 8 bits
         bits = math.prod(tensor.shape) * (int(digits[0]) if digits else 8)
         if tensor.begin != begin or 8 * (tensor.end - begin) != bits:
@@ -238,7 +241,11 @@ def _file_size(hf_path: str, file: str) -> int | None:
 
 def _require_known_format(file: str, metadata: Mapping[str, str] | None) -> None:
     """Refuses formats that are not in ``PYTORCH_FORMATS``; transformers would not read the file."""
-    if metadata and metadata.get("format") not in PYTORCH_FORMATS:
+    if metadata is None:
+        return
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata has a value that is not text")
+    if metadata.get("format") not in PYTORCH_FORMATS:
         raise RecipeError(
             f"{file} has the format {metadata.get('format')} in its metadata, not pt.",
             "save the model with save_pretrained, or the file with safetensors.torch.save_file("

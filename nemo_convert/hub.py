@@ -110,10 +110,10 @@ def cached_model(hf_path: str) -> Path | None:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Maps the name of each tensor to the file name of its shard: ``weight_map`` in the index.
+    """Maps the name of each tensor to its shard, relative to the folder: the index's weight_map.
 
     Raises:
-        RecipeError: The index is damaged.
+        RecipeError: The index is damaged, or lists a file that is not a shard in the folder.
     """
     index = read_json(folder / INDEX_FILE)
     if not isinstance(index.get("metadata"), dict):  # transformers 4 fails without it
@@ -121,7 +121,13 @@ def read_index(folder: Path) -> dict[str, str]:
     files = index.get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise RecipeError(f"{folder / INDEX_FILE} has no weight_map.", "download the model again")
-    return {name: file for name, file in files.items() if not name.endswith(ROTARY_BUFFER)}
+    for file in files.values():
+        if not file.endswith(".safetensors") or file.startswith("/") or ".." in file.split("/"):
+            raise RecipeError(
+                f"{folder / INDEX_FILE} lists {file!r}: not a safetensors file in {folder}.",
+                "download the model again, or correct the index",
+            )
+    return files
 
 
 def is_offline() -> bool:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from nemo_convert.hf_config import DTYPES, read_architecture
 from nemo_convert.hub import (
     ADAPTER,
     INDEX_FILE,
+    ROTARY_BUFFER,
     WEIGHTS_FILE,
     cached_model,
     is_hub_id,
@@ -134,14 +135,16 @@ def _index_findings(folder: Path, headers: Headers) -> Iterator[Finding]:
     files = {tensor.file for tensor in headers.values()}
     if not (folder / INDEX_FILE).is_file() or files == {WEIGHTS_FILE}:
         return
-    index = read_index(folder)
+    index = {
+        name: file for name, file in read_index(folder).items() if not name.endswith(ROTARY_BUFFER)
+    }
     # Tensors in another shard than the index says, and tensors that only one side has.
     wrong = [name for name, file in index.items() if name in headers and headers[name].file != file]
     wrong += sorted(index.keys() ^ headers.keys())
     if wrong:
         yield Finding(
             f"{INDEX_FILE} and the shards disagree about {_list_names(wrong)}.",
-            "download the model again, or save it with save_pretrained",
+            "download the model again, or correct the index",
         )
 
 
@@ -149,17 +152,19 @@ def _tensor_findings(hf_path: str, headers: Headers, shape: Architecture) -> Ite
     """Compares the tensors' names and shapes with those that follow from the config."""
     expected = FAMILIES[shape.hf_architecture].hf_shapes(shape)
     missing = expected.keys() - headers.keys()
+    extra = headers.keys() - expected.keys() - ({HEAD} if shape.tied_embeddings else set())
     if missing == {HEAD}:
         yield Finding(
             f"{hf_path} has no {HEAD}, but tie_word_embeddings is false in config.json.",
             "set tie_word_embeddings to true, or save the model with its output layer",
         )
     elif missing:
+        others = f", but has {_list_names(extra)}" if extra else ""
         yield Finding(
-            f"{hf_path} has no {_list_names(missing)}, which config.json implies.",
-            "download the weights again, if they are incomplete; or load them with transformers' "
-            f"{shape.hf_architecture} and save them with save_pretrained, which uses these names",
+            f"{hf_path} has no {_list_names(missing)}, which config.json implies{others}.",
+            _names_fix(missing, extra, shape.hf_architecture),
         )
+        extra = set()
     for name in sorted(expected.keys() & headers.keys()):
         if headers[name].shape != expected[name]:
             yield Finding(
@@ -168,12 +173,36 @@ def _tensor_findings(hf_path: str, headers: Headers, shape: Architecture) -> Ite
                 "use config.json and weights of one model, or correct the sizes in config.json",
             )
             return  # one wrong size usually makes many shapes differ
-    extra = headers.keys() - expected.keys()
-    if extra := extra - ({HEAD} if shape.tied_embeddings else set()):
+    if extra:
         yield Finding(
             f"{hf_path} has {_list_names(extra)}, which {shape.hf_architecture} does not have.",
             "save the model without these weights: a conversion would drop them",
         )
+
+
+def _names_fix(missing: Set[str], extra: Set[str], hf_architecture: str) -> str:
+    """Returns how to correct weights that lack some names and have others.
+
+    Loading and saving the model with transformers is no fix: transformers would load random values
+    for the missing weights.
+    """
+    first = min(missing)
+    for prefix in sorted(name.removesuffix(first) for name in extra if name.endswith(first)):
+        if {prefix + name for name in missing} <= extra:
+            return f"rename the weights: remove {prefix!r} from the start of their names"
+    if {name.removeprefix("model.") for name in missing - {HEAD}} <= extra:
+        return f"rename the weights except {HEAD}: add 'model.' to the start of their names"
+    if any(name.endswith("experts.gate_up_proj") for name in extra):
+        return (
+            "split the experts: N.gate_proj.weight and N.up_proj.weight are the halves of "
+            "gate_up_proj[N], and N.down_proj.weight is down_proj[N]"
+        )
+    if any(name.endswith((".qweight", ".weight_packed")) for name in extra):
+        return "use the model before quantization"
+    return (
+        f"download the weights again, or use weights with the names of {hf_architecture}; do not "
+        "save them with transformers, which loads random values for missing weights"
+    )
 
 
 def _tied_head_findings(hf_path: str, headers: Headers, shape: Architecture) -> Iterator[Finding]:
@@ -183,8 +212,17 @@ def _tied_head_findings(hf_path: str, headers: Headers, shape: Architecture) -> 
     """
     if not shape.tied_embeddings or not {HEAD, EMBEDDING} <= headers.keys():
         return
+    head, embedding = headers[HEAD], headers[EMBEDDING]
+    if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+        is_untied = ", or set tie_word_embeddings to false if its values differ"
+        yield Finding(
+            f"{HEAD} is {head.dtype} {[*head.shape]}, but {EMBEDDING}, which is tied to it in "
+            f"config.json, is {embedding.dtype} {[*embedding.shape]}.",
+            f"remove {HEAD}{is_untied if head.shape == embedding.shape else ''}",
+        )
+        return
     try:
-        is_tied = have_same_bytes(hf_path, headers[HEAD], headers[EMBEDDING])
+        is_tied = have_same_bytes(hf_path, head, embedding)
     except RecipeError as error:
         yield Finding(
             f"{HEAD} and the tied {EMBEDDING} are not compared before the download: {error.what}",

@@ -130,6 +130,7 @@ def split_weights(names: tuple[str, str], extra: Mapping[str, str] | None = None
         index = {}
         for number, file in enumerate(names):
             shard = dict(list(tensors.items())[number::2])
+            (folder / file).parent.mkdir(exist_ok=True)
             save_file(shard, folder / file, {"format": "pt"})
             index |= dict.fromkeys(shard, file)
         (folder / INDEX).write_text(

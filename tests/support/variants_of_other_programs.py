@@ -6,10 +6,12 @@ Without a message, the folder must be converted without a change of its logits.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,6 +36,8 @@ from tests.support.folder_changes import (
     write_file,
 )
 
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+QWEIGHT = "model.layers.0.self_attn.q_proj.qweight"
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 LONG_CONTEXT = {"max_position_embeddings": 32_768, "layer_types": ABSENT}
@@ -57,6 +61,7 @@ def variants_of_other_programs() -> Iterator[Variant]:
     yield from _refused_configs()
     yield from _refused_windows_and_heads()
     yield from _refused_files()
+    yield from _refused_names_and_indexes()
     yield from _refused_generation()
     yield from _refused_tokenizers()
 
@@ -88,6 +93,9 @@ def _exact_configs() -> Iterator[Variant]:
 def _exact_files() -> Iterator[Variant]:
     yield Variant("format mlx", _metadata({"format": "mlx"}))
     yield Variant("no metadata", _metadata(None))
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": SHARDS[0]}
+    yield Variant("index with a rotary buffer", split_weights(SHARDS, buffer))
+    yield Variant("shards in a folder", split_weights(("sub/a.safetensors", "./a.safetensors")))
     yield Variant("index of .bin", write_file("pytorch_model.bin.index.json", "{}"))
     yield Variant("adapter weights", write_file("adapter_model.safetensors", "x"))
     for values in (
@@ -182,6 +190,13 @@ def _refused_windows_and_heads() -> Iterator[Variant]:
 def _refused_files() -> Iterator[Variant]:
     for metadata in ({"format": "np"}, {"format": "tf"}, {"total_size": "9"}):
         yield Variant(f"metadata {metadata}", _metadata(metadata), "in its metadata, not pt")
+    yield Variant("empty metadata", _metadata({}), "in its metadata, not pt")
+    for name, entry, values in (
+        ("a list", "__metadata__", []),
+        ("a number", "__metadata__", {"format": "pt", "step": 5}),
+        ("a float", "model.norm.weight", {"shape": [64.0]}),
+    ):
+        yield Variant(f"{name} in the header", _edit_header(entry, values), "is damaged")
     for value in (None, []):
         change = all_of(split_weights(SHARDS), edit_json(INDEX, metadata=value))
         yield Variant(f"index with metadata {value}", change, "has no metadata")
@@ -190,9 +205,6 @@ def _refused_files() -> Iterator[Variant]:
     yield Variant("only an adapter", adapter, "it is an adapter.*\n  fix: merge")
     for file in ("pytorch_model.bin", "model.fp16.safetensors", "hf_model_0001_0.pt"):
         yield Variant(f"only {file}", _rename_weights(file), "has neither")
-    for prefix in ("_orig_mod.", "base_model.model.", "language_model."):
-        change = edit_weights(lambda tensors, prefix=prefix: _add_prefix(tensors, prefix))
-        yield Variant(f"prefix {prefix}", change, f"(?s)has {prefix}.*save_pretrained")
     tied = all_of(
         edit_config(tie_word_embeddings=True), edit_weights(lambda tensors: tensors.pop(EMBEDDING))
     )
@@ -200,8 +212,31 @@ def _refused_files() -> Iterator[Variant]:
     lora = "model.layers.0.self_attn.q_proj.lora_A.weight"
     yield Variant("adapter in the weights", add_weight(lora, 4, 64), f"has {lora}")
     yield Variant("bias of the head", add_weight("lm_head.bias", 294), "has lm_head.bias")
+
+
+def _refused_names_and_indexes() -> Iterator[Variant]:
+    for prefix in ("_orig_mod.", "base_model.model.", "language_model.", "module."):
+        change = edit_weights(lambda tensors, prefix=prefix: _add_prefix(tensors, prefix))
+        yield Variant(f"prefix {prefix}", change, f"fix: .*remove '{prefix}'")
+    no_prefix = edit_weights(_remove_prefix)
+    yield Variant("no prefix", no_prefix, "fix: .*add 'model.'")
+    quantized = edit_weights(lambda tensors: tensors.update({QWEIGHT: tensors.pop(QUERY)}))
+    yield Variant("GPTQ", quantized, "fix: .*before quantization")
+    yield Variant("fused experts", edit_weights(_fuse_experts), r"gate_up_proj\[N\]", "qwen3_moe")
     no_map = all_of(split_weights(SHARDS), edit_json(INDEX, weight_map={}))
     yield Variant("no map", no_map, f"has no {HEAD}")
+    for name in ("a.bin", "../a.safetensors", "/a.safetensors"):
+        other = split_weights(SHARDS, {"model.extra": name})
+        yield Variant(f"index with {name}", other, f"lists {name!r}")
+    for name in ("absent.safetensors", "x" * 300 + ".safetensors"):
+        buffer = split_weights(SHARDS, {"model.layers.0.self_attn.rotary_emb.inv_freq": name})
+        yield Variant(f"index with {name[:9]}", buffer, f"does not have {name}")
+    tied = edit_config(tie_word_embeddings=True)
+    for name, change in (
+        ("rows", add_weight(HEAD, 300, 64)),
+        ("type", edit_weights(lambda t: t.update({HEAD: t[EMBEDDING].bfloat16()}))),
+    ):
+        yield Variant(f"head with other {name}", all_of(tied, change), f"remove {HEAD}")
 
 
 def _refused_generation() -> Iterator[Variant]:
@@ -288,6 +323,36 @@ def _replace_with_dangling_link(folder: Path) -> None:
 def _add_prefix(tensors: dict[str, Tensor], prefix: str) -> None:
     for name in list(tensors):
         tensors[prefix + name] = tensors.pop(name)
+
+
+def _edit_header(name: str, values: Any) -> Change:
+    """Changes values of an entry in the header of the weights file, or replaces it with a list."""
+
+    def change(folder: Path) -> None:
+        data = (folder / WEIGHTS).read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:end])
+        header[name] = values if isinstance(values, list) else header[name] | values
+        text = json.dumps(header).encode()
+        (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+    return change
+
+
+def _remove_prefix(tensors: dict[str, Tensor]) -> None:
+    for name in list(tensors):
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
+def _fuse_experts(tensors: dict[str, Tensor]) -> None:
+    """Stacks the experts of each layer, as transformers 5 does in memory."""
+    for name in [name for name in tensors if "experts.0.gate_proj" in name]:
+        experts = name.partition("0.gate_proj")[0]
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{experts}{n}.{part}_proj.weight") for n in range(6)])
+            for part in ("gate", "up", "down")
+        )
+        tensors |= {f"{experts}gate_up_proj": torch.cat([gate, up], 1), f"{experts}down_proj": down}
 
 
 def _remove_a_channel(tensors: dict[str, Tensor]) -> None:
