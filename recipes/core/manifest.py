@@ -139,7 +139,10 @@ class Manifest:
     def device_hours(self) -> float:
         """Returns the device-hours that the result took."""
         resources: dict[str, int] = self.config.get("resources", {})
-        return self.seconds / 3600 * resources.get("nodes", 1) * resources.get("devices", 1)
+        # A search has its own devices, or its trainings have more.
+        trainings: dict[str, int] = self.config.get("distill", {}).get("resources", {})
+        devices = max(resources.get("devices", 1), trainings.get("devices", 1))
+        return self.seconds / 3600 * resources.get("nodes", 1) * devices
 
     def replaced_inputs(self, content: Mapping[str, str]) -> list[str]:
         """Returns the inputs whose content differs from the content that this stage read."""

@@ -183,6 +183,12 @@ def disk_bytes(cfg: PrepareDataConfig, chain: Chain) -> int:
     return int(tokens) * (TOKEN_BYTES + bool(cfg.chat_sources()))
 
 
+def progress(work: Path) -> str | None:
+    """Returns the number of tokens that unfinished work has, in all splits."""
+    size = sum(file.stat().st_size for file in (work / SPLITS_FOLDER).glob("*.bin"))
+    return f"{size // TOKEN_BYTES:,} tokens" if size else None
+
+
 def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     """Tokenizes all sources. Documents start and end with the tokenizer's begin and end tokens."""
     from nemo_convert.nemo import find_checkpoint, side_folder
@@ -351,5 +357,6 @@ STAGE = Stage(
     needs_gpu=lambda config, chain: bool(config.teacher_sources()),
     external=external,
     disk_bytes=disk_bytes,
+    progress=progress,
     resolve_from_chain=lambda config, chain: config.without_weights(),
 )

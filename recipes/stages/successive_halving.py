@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.files import write_text_atomically
-from recipes.core.manifest import Outcome
+from recipes.core.manifest import MANIFEST, Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log, rank
 from recipes.data.settings import PrepareDataConfig
 from recipes.distillation.settings import DistillConfig
@@ -52,6 +52,8 @@ from recipes.search.space import name_of, prune_settings, search_sizes
 from recipes.stages.contract import Stage
 
 RECIPE = "recipe.yaml"
+CANDIDATES = "candidates"
+"""Folder in ``work/`` with the stages that prune and train each candidate."""
 DATA_SETTINGS = (
     *("sources", "heldout_sources", "format", "text_field", "prefix", "document_end"),
     *("max_tokens", "excluded_documents", "seq_length"),
@@ -149,6 +151,12 @@ def disk_bytes(cfg: SuccessiveHalvingConfig, chain: Chain) -> int:
     return parameters * (4 * models + CHECKPOINT_BYTES * trainings)
 
 
+def progress(work: Path) -> str | None:
+    """Returns the number of complete trainings of unfinished work."""
+    count = len(list((work / CANDIDATES).glob(f"*/round-*/{MANIFEST}")))
+    return f"{count} training{'s' * (count > 1)}" if count else None
+
+
 def _unknown_candidates(names: Sequence[str], known: Collection[str]) -> list[str]:
     """Returns an error message for each entry of the setting ``also`` that is not a candidate."""
     return [
@@ -187,7 +195,7 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
         name for i, name in enumerate(ranked) if i < cfg.num_candidates or name in cfg.also
     ]
     method = inputs["candidates"].manifest.config["layer_importance"]
-    halving = HalvingRun(cfg, inputs, out.parent / "candidates", method)
+    halving = HalvingRun(cfg, inputs, out.parent / CANDIDATES, method)
     log = metrics_log(out)
     round_sizes = cfg.rounds(len(remaining))
     for round_number in range(len(round_sizes)):
@@ -274,6 +282,7 @@ STAGE = Stage(
     check=check,
     inference_cost=inference_cost,
     disk_bytes=disk_bytes,
+    progress=progress,
     starts=("prune", "distill"),
     resolve_from_chain=lambda config, chain: replace(
         config,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from launch.plan import Plan
     from tests.unit.conftest import Complete, Compose, Launch, MakePlan
 
+SEARCH = "recipe=llama_search"
 NOTE = "(it resumes only with the settings, inputs and code that it was started with)."
 
 
@@ -169,6 +170,30 @@ def test_parallel_layout_may_change_between_interruption_and_resumption(plan: Ma
     what, fix = refusal(plan, *layout, "stages.distill.seed=1")
     assert what.count("changed") == 1
     assert fix.startswith("set stages.distill.seed=1234 to resume")
+
+
+@pytest.mark.parametrize(
+    ("stage", "file", "setting", "progress"),
+    [
+        ("prepare_data", "splits/train.bin", "max_documents=7", "1 tokens"),
+        ("successive_halving", "candidates/a/round-0/manifest.json", "num_samples=3", "1 training"),
+    ],
+)
+def test_progress_of_text_and_of_searches_is_not_lost(
+    plan: MakePlan, stage: str, file: str, setting: str, progress: str
+) -> None:
+    def planned(*overrides: str) -> Plan:
+        return plan("stages.enumerate_shapes.budget.parameters=0.9", *overrides, recipe=SEARCH)
+
+    interrupt(planned(), stage, checkpoint=False)
+    changed = f"stages.{stage}.{setting}"
+    assert actions_of(planned(changed))[stage] == ("run", "not run yet")
+    path = stage_named(planned(), stage).directory / WORK / file
+    path.parent.mkdir(parents=True)
+    path.write_text("four")
+    with pytest.raises(RecipeError, match=f"{stage} was interrupted at {progress}"):
+        planned(changed)
+    assert actions_of(planned())[stage][0] == "resume"
 
 
 def test_training_resumes_with_settings_that_keep_it_running(plan: MakePlan) -> None:
