@@ -61,7 +61,7 @@ from launch.progress import Follower, run_estimate
 from launch.publish import publish, require_publishable, show_files
 from launch.rehearse import rehearse
 from launch.settings import RunSettings, settings_of
-from launch.sweep import require_separate_results
+from launch.sweep import require_separate_results, resuming_argument
 from recipes.core.errors import RecipeError
 from recipes.core.files import explain_storage_errors, remove_partial
 from recipes.core.run_state import (
@@ -92,8 +92,13 @@ def main(cfg: DictConfig) -> Path | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             require_separate_results(cfg, sys.argv[1:])
         return run(cfg, recipe)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(resuming_argument(sys.argv[1:])) from interrupt
     except RecipeError as error:  # handled here: Hydra would also print the overrides
-        raise SystemExit(_fail(error)) from error
+        status = _fail(error)
+        if argument := resuming_argument(sys.argv[1:]):
+            screen(stderr=True).print(f"to resume this sweep, add {argument}", markup=False)
+        raise SystemExit(status) from error
 
 
 def run(cfg: DictConfig, recipe: str) -> Path | None:
@@ -259,8 +264,9 @@ def cli() -> int:
             main()  # with Hydra's flags, such as -m and --cfg
         else:
             main(schema.compose(*arguments))  # faster: Hydra's main composes twice
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command resumes")
+    except KeyboardInterrupt as interrupt:
+        added = f" with {interrupt}" if str(interrupt) else ""
+        console.print(f"interrupted; the same command{added} resumes", markup=False)
         return 130
     except (HydraException, OmegaConfBaseException, RecipeError) as error:
         return _fail(error)

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from recipes.core.errors import RecipeError
+from recipes.core.run_state import RUN_FILE
 from recipes.core.screen import screen
 
 UNIQUE_SETTINGS = {
@@ -37,6 +40,19 @@ def require_separate_results(cfg: DictConfig, arguments: Sequence[str]) -> None:
         node = cfg[group] if group else cfg
         if node[key] is not None and not is_swept and not OmegaConf.is_interpolation(node, key):
             raise RecipeError(f"all runs of this sweep would have {name}={node[key]}.", fix)
+
+
+def resuming_argument(arguments: Sequence[str]) -> str:
+    """Returns what must be added to a sweep's command line, so that its runs are resumed.
+
+    Without it, a repeated sweep gets a new directory. Empty if this is not a sweep, if the argument
+    is there, or if no run of the sweep has been started.
+    """
+    hydra_cfg = HydraConfig.get()
+    argument = f"hydra.sweep.dir={hydra_cfg.sweep.dir}"
+    is_started = any(Path(hydra_cfg.sweep.dir).glob(f"*/{RUN_FILE}"))
+    is_sweep = hydra_cfg.mode == RunMode.MULTIRUN
+    return argument if is_sweep and is_started and argument not in arguments else ""
 
 
 class Best(Callback):

@@ -224,7 +224,7 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
             raise RecipeError(
                 f"no source of the validation data has a sequence of {self.seq_length} tokens and "
                 "a next token.",
-                "add text, raise data.validation_fraction, or lower data.seq_length",
+                "add text, raise stages.prepare_data.validation_fraction, or lower data.seq_length",
             )
         # If there is less than one batch, sequences are repeated to fill it.
         whole_batches = max(1, len(self._validation_ds.used_numbers) // batch_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import FORMAT
 from recipes.core.run_state import RUN_FILE, begin_work, read_request
 from tests.support.disks import small_disk
+from tests.support.in_process import run_in_process
 from tests.support.manifests import unfinished_manifest
 from tests.support.runs import STAGES
 from tests.unit.conftest import write_last_plan
@@ -139,6 +141,26 @@ def test_sweep_gives_each_value_its_own_run_directory(launch: Launch, tmp_path: 
     sizes = [OmegaConf.load(file).config.target_hidden_size for file in configs]
     assert sorted(sizes) == [448, 512]
     assert "no best run" not in done.stdout  # a sweep says this only after real runs
+
+
+def test_stopped_sweep_names_the_argument_with_which_it_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def be_interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def sweep(*more: str, sizes: str = "448,512") -> str:
+        swept = f"stages.prune.target_hidden_size={sizes}"
+        return run_in_process("-m", *ARGUMENTS[:-1], swept, *more, cwd=tmp_path).output
+
+    monkeypatch.setattr("tests.support.in_process._run", be_interrupted)
+    interrupted = re.search(r"same command with (hydra.sweep.dir=\S+) resumes", sweep())
+    assert interrupted is not None
+    assert "the same command resumes" in sweep(interrupted[1])
+    # The second run is refused.
+    assert "add hydra.sweep.dir=" in sweep("dry_run=true", sizes="448,5120")
+    assert "hydra.sweep.dir" not in sweep("dry_run=true", sizes="5120,448")
+    assert "hydra.sweep.dir" not in run_in_process(*ARGUMENTS, cwd=tmp_path).output
 
 
 def test_sweep_ends_with_the_command_that_compares_its_runs(
