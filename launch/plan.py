@@ -33,6 +33,7 @@ from recipes.core.fingerprint import external_stamp
 from recipes.core.manifest import WORK, Acceptance, check_artifact
 from recipes.core.run_state import InputRef, request_of
 from recipes.core.stage import StageConfig
+from recipes.core.versions import result_versions
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.limits import limit_problems
@@ -276,8 +277,13 @@ def _plan_stage(
         config,
         _resolve_inputs(name, config, planned),
         starts=definition.starts,
-        external={key: external_stamp(path) for key, path in definition.external(config).items()},
-        in_image=bool(definition.image(config, chain)),
+        external={
+            key: external_stamp(path, definition.external_files)
+            for key, path in definition.external(config).items()
+        },
+        versions=result_versions(
+            definition.image(config, chain), definition.libraries, definition.programs
+        ),
     )
     return PlannedStage(
         name=name,

@@ -266,17 +266,18 @@ def _compare(
         for name, values in _differences(key, before.config[key], now)
     }
     replaced = _replaced_inputs(stage, before)
+    fingerprints = {name: ref.fingerprint for name, ref in stage.inputs.items()}
     other_changes = [
         f"input {name}"
-        for name, ref in stage.inputs.items()
-        if name in replaced or before.inputs.get(name) != ref.fingerprint
+        for name in {**fingerprints, **before.inputs}
+        if name in replaced or before.inputs.get(name) != fingerprints.get(name)
     ]
     if stage.code != before.code:
         other_changes.append("code")
     other_changes += [
-        f"version of {name} ({before.libraries.get(name, 'unknown')} → {version})"
-        for name, version in stage.libraries.items()
-        if before.libraries.get(name) != version
+        f"version of {name} ({before.libraries.get(name)} → {stage.libraries.get(name)})"
+        for name in {**stage.libraries, **before.libraries}
+        if before.libraries.get(name) != stage.libraries.get(name)
     ]
     if not fields and not other_changes:  # the fingerprint also covers files from outside the run
         other_changes = ["files from outside the run"]

@@ -1,8 +1,8 @@
 """Fingerprint of a stage: one SHA-256 of everything that its result depends on.
 
 It covers the settings except resources, the fingerprints of the inputs, files from outside the
-run, the versions of ``versions.RESULT_LIBRARIES``, and the code of the worker and the stage, with
-all modules of this repository that the two import.
+run, ``versions.result_versions``, and the code of the worker and the stage, with all modules of
+this repository that the two import.
 """
 
 from __future__ import annotations
@@ -43,15 +43,17 @@ def result_settings(config: Any) -> dict[str, object]:
     return plain
 
 
-def external_stamp(path: Path) -> dict[str, object]:
+def external_stamp(path: Path, patterns: Iterable[str] = ("**/*",)) -> dict[str, object]:
     """Returns a stamp of each file: a small file's hash, or a large file's size and ``mtime``.
 
     Hashing 140 GB of weights for every plan would take minutes.
 
     Args:
         path: A file or folder from outside the run.
+        patterns: Patterns of the files of a folder.
     """
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    matches = {file for pattern in patterns for file in path.glob(pattern) if file.is_file()}
+    files = [path] if path.is_file() else sorted(matches)
     stamp: dict[str, object] = {}
     for file in files:
         stat = file.stat()

@@ -110,7 +110,7 @@ def request_of(
     *,
     starts: Collection[str] = (),
     external: Mapping[str, object] | None = None,
-    in_image: bool = False,
+    versions: Mapping[str, str] | None = None,
 ) -> Request:
     """Builds the request of a stage.
 
@@ -120,9 +120,9 @@ def request_of(
         inputs: The stage's inputs.
         starts: Stages that this stage starts. Their code is part of this stage's code fingerprint.
         external: Stamps of the stage's files from outside the run.
-        in_image: Whether the stage runs in a container image, with the image's libraries.
+        versions: ``result_versions`` of the stage; by default those without further libraries.
     """
-    code, libraries = stage_code([config.stage, *starts]), result_versions(in_image)
+    code, libraries = stage_code([config.stage, *starts]), versions or result_versions()
     input_fingerprints = {key: ref.fingerprint for key, ref in inputs.items()}
     settings = result_settings(config)
     fingerprint = stage_fingerprint(settings, code, libraries, input_fingerprints, external or {})

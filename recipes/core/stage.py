@@ -60,7 +60,8 @@ class StageConfig:
 
     stage: str = MISSING
     """The module in ``recipes/stages`` that implements the stage."""
-    inputs: dict[str, str] = field(default_factory=dict)
+    # Fingerprints contain the inputs' fingerprints, not the spelling of their directories.
+    inputs: dict[str, str] = field(default_factory=dict, metadata={"resource": True})
     """For each input, a stage of this run or the directory of another run's stage."""
     resources: Resources = field(default_factory=Resources, metadata={"resource": True})
     """Where the stage runs and on how many devices."""

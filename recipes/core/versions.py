@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -18,8 +19,14 @@ from packaging.version import Version
 from recipes.core.files import REPO_ROOT
 
 RESULT_LIBRARIES = ("torch", "megatron-core", "nemo_toolkit", "nvidia-modelopt", "transformers")
-"""Libraries whose versions are part of a fingerprint."""
+"""Libraries that stages compute with. Their versions are part of every fingerprint."""
 TRANSFORMER_ENGINE = "transformer-engine"
+OPENVINO_LIBRARIES = (
+    *("openvino", "openvino-genai", "openvino-tokenizers"),
+    *("nncf", "optimum", "optimum-intel"),
+)
+"""Libraries that build and run OpenVINO engines."""
+IMAGE = "container image"
 STAGE_EXTRAS = ("launcher", "train", "cpu")
 """Extras of pyproject.toml that stages need. A launcher alone needs only the first one."""
 
@@ -66,21 +73,41 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def result_versions(in_image: bool = False) -> dict[str, str]:
+@cache
+def program_version(name: str) -> str | None:
+    """Returns what a program on ``PATH`` prints for ``--version``; ``None`` without the program."""
+    if shutil.which(name) is None:
+        return None
+    done = subprocess.run([name, "--version"], capture_output=True, text=True, check=False)
+    return (done.stdout + done.stderr).strip()
+
+
+def result_versions(
+    image: str | None = None, libraries: Iterable[str] = (), programs: Iterable[str] = ()
+) -> dict[str, str]:
     """Returns the versions that are part of a fingerprint, by library.
 
     A build tag such as ``+cpu`` is left out: builds of one version have the same source, and a
     login node must compute the same fingerprint as a node with GPUs.
 
     Args:
-        in_image: Whether the stage runs in an image, for which the locked versions count. They
-            also count for libraries that are not installed here, for example on a login node.
+        image: The image that the stage runs in. For its libraries the locked versions count, and
+            for the rest its name. Locked versions also count for libraries that are not installed
+            here, for example on a login node.
+        libraries: Libraries that only some stages compute with.
+        programs: Programs that the stage runs if they are on ``PATH``.
     """
-    versions = {name: None if in_image else installed_version(name) for name in RESULT_LIBRARIES}
-    return {
+    names = (*RESULT_LIBRARIES, "tokenizers", *libraries)
+    installed = {name: None if image else installed_version(name) for name in names}
+    versions = {
         name: Version(version).base_version if version else locked_version(name)
-        for name, version in versions.items()
+        for name, version in installed.items()
     }
+    if image:
+        return {**versions, IMAGE: image}
+    optional = {name: program_version(name) for name in programs}
+    optional[TRANSFORMER_ENGINE] = installed_version(TRANSFORMER_ENGINE)  # never locked
+    return versions | {name: version for name, version in optional.items() if version}
 
 
 @cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Annotated, Any
 
@@ -88,11 +88,11 @@ class LatencyFit:
 class Service:
     """How and on which device the student is served; by default in bfloat16 on one H100."""
 
-    device: str = "h100"
+    device: str = field(default="h100", metadata={"resource": True})
     """Name of the device, for tables."""
-    flops_per_second: Rate = 9.89e14
+    flops_per_second: Rate = field(default=9.89e14, metadata={"resource": True})
     """Speed of GEMMs in bfloat16."""
-    bytes_per_second: Rate = 3.35e12
+    bytes_per_second: Rate = field(default=3.35e12, metadata={"resource": True})
     """Memory bandwidth."""
     backend: Annotated[str, one_of(*BACKENDS)] = "tensorrt_llm"
     """Backend of the engine, as the next three settings in ``build_engine``."""
@@ -108,6 +108,14 @@ class Service:
     """Mean number of tokens of a request that precede a decoding step."""
     measured: LatencyFit | None = None
     """Result of ``measure_latency``, if the recipe has that stage; set automatically."""
+    speed: str | None = None
+    """Device and its rates, if the result depends on them; set automatically. With a budget that
+    does not limit speed, they change only a table, so they are not in the fingerprint."""
+
+    def with_speed(self) -> Service:
+        """Returns these settings with ``speed``."""
+        rates = f"{self.flops_per_second:g} FLOP/s, {self.bytes_per_second:g} bytes/s"
+        return replace(self, speed=f"{self.device}, {rates}")
 
     @property
     def storage(self) -> Storage:

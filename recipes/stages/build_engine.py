@@ -13,6 +13,7 @@ from pathlib import Path
 
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
+from recipes.core.versions import OPENVINO_LIBRARIES
 from recipes.engines.backends import BUILDERS, engine_problems, model_folder, require_backend
 from recipes.engines.results import EngineResult
 from recipes.engines.settings import BuildEngineConfig
@@ -52,6 +53,7 @@ STAGE = Stage(
     run=run,
     check=engine_problems,
     single_rank_reason="the builder starts its own processes",
+    libraries=OPENVINO_LIBRARIES,
     inputs={"checkpoint": ("checkpoint_hf", "checkpoint_nemo")},
     optional_inputs={"data": ("dataset",)},
     needs_gpu=lambda config, chain: config.backend != "openvino",

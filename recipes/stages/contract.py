@@ -108,7 +108,14 @@ class Stage(Generic[ConfigT]):
     needs_tensorrt_llm: Callable[[ConfigT, Chain], bool] = lambda config, chain: False
     """Whether the stage runs TensorRT-LLM, which has its own container image."""
     external: Callable[[ConfigT], Mapping[str, Path]] = lambda config: {}
-    """Files outside the run that the result depends on."""
+    """Files and folders outside the run that the result depends on."""
+    external_files: tuple[str, ...] = ("**/*",)
+    """Patterns of the files in these folders that the result depends on."""
+    libraries: tuple[str, ...] = ()
+    """Libraries that only some stages compute with. Their versions are in the fingerprint."""
+    programs: tuple[str, ...] = ()
+    """Programs that the stage runs if they are on ``PATH``. Their versions are in the
+    fingerprint."""
     disk_bytes: Callable[[ConfigT, Chain], int] = lambda config, chain: 0
     """Disk space of the artifact and temporary files, in bytes."""
     shapes: Callable[[ConfigT, Chain], Sequence[Architecture]] = inherited_shapes

@@ -6,6 +6,7 @@ Reads the teacher's ``config.json``, and a latency model if configured. Writes `
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from nemo_convert.architecture import Architecture
@@ -53,6 +54,13 @@ def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
         )
 
 
+def resolve_from_chain(cfg: EnumerateShapesConfig, chain: Chain) -> EnumerateShapesConfig:
+    """Adds the device to the settings that the result depends on, if the budget limits speed."""
+    if cfg.budget.latency_ms is cfg.budget.tokens_per_second is None:
+        return cfg
+    return replace(cfg, service=cfg.service.with_speed())
+
+
 def run(cfg: EnumerateShapesConfig, inputs: Inputs, out: Path) -> Outcome:
     """Writes ``shapes.json``; the result has a table of the shapes."""
     teacher = read_architecture(read_hf_config(cfg.hf_path), cfg.hf_path)
@@ -87,6 +95,9 @@ STAGE = Stage(
     run=run,
     check=check,
     single_rank_reason="the stage takes only a moment",
+    resolve_from_chain=resolve_from_chain,
+    external=lambda config: {"config": p} if (p := Path(config.hf_path)).is_dir() else {},
+    external_files=("config.json",),
     optional_inputs={"latency": ("latency_model",)},
     needs_torch=False,
     needs_gpu=lambda config, chain: False,

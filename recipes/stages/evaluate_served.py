@@ -11,8 +11,9 @@ from pathlib import Path
 
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
+from recipes.core.versions import OPENVINO_LIBRARIES
 from recipes.engines.backends import any_tensorrt_llm, engine_of
-from recipes.engines.server import NO_LLAMA_SERVER, has_llama_server
+from recipes.engines.server import LLAMA_SERVER, NO_LLAMA_SERVER, has_llama_server
 from recipes.engines.settings import EvaluateServedConfig
 from recipes.evaluation.offline_tasks import TASKS
 from recipes.evaluation.task_checks import task_problems, task_tokens
@@ -72,6 +73,8 @@ STAGE = Stage(
     check=check,
     inference_cost=inference_cost,
     single_rank_reason="the items are not split over ranks",
+    libraries=(*OPENVINO_LIBRARIES, "xllamacpp"),
+    programs=(LLAMA_SERVER,),
     inputs={"checkpoint": ("checkpoint_hf",), "artifact": ("engine", "gguf")},
     optional_inputs={"data": ("dataset",)},
     needs_tensorrt_llm=needs_tensorrt_llm,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from nemo_convert.hub import is_config_available, is_hub_id
+from nemo_convert.hub import ADAPTER, INDEX_FILE, SIDE_FILES, is_config_available, is_hub_id
 from nemo_convert.licences import forbids_commercial_use, known_licence, model_licence
 from nemo_convert.preflight import check_model
 from nemo_convert.results import ImportResult
@@ -87,5 +87,6 @@ STAGE = Stage(
     inference_cost=lambda config, chain: conversion_cost(chain.teacher, chain.hardware),
     single_rank_reason="a conversion is not split over ranks",
     external=external,
+    external_files=(*SIDE_FILES, ADAPTER, "*.safetensors", INDEX_FILE),
     disk_bytes=lambda config, chain: 4 * chain.teacher.parameters() * (2 if config.pack else 1),
 )

@@ -18,6 +18,7 @@ from nemo_convert.hf_config import read_architecture, with_shape
 from recipes.core.files import write_json
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
+from recipes.core.versions import OPENVINO_LIBRARIES
 from recipes.engines.backends import engine_problems, request_problems, require_backend
 from recipes.engines.bench import cpu_threads, measure, start_worker
 from recipes.engines.settings import CALIBRATED_FORMATS, BuildEngineConfig
@@ -34,10 +35,10 @@ FILE = "latency.json"
 
 
 def resolve_from_chain(cfg: MeasureLatencyConfig, chain: Chain) -> MeasureLatencyConfig:
-    """Copies the search space and the serving settings from ``enumerate_shapes``."""
+    """Copies the search space and the serving settings, with the device, from the search."""
     for stage in chain.stages.values():
         if isinstance(stage, EnumerateShapesConfig):
-            return replace(cfg, space=stage.space, service=stage.service)
+            return replace(cfg, space=stage.space, service=stage.service.with_speed())
     return cfg
 
 
@@ -135,6 +136,7 @@ STAGE = Stage(
     run=run,
     check=check,
     single_rank_reason="the stage starts a process for each engine",
+    libraries=OPENVINO_LIBRARIES,
     inputs={"checkpoint": ("checkpoint_nemo",)},
     needs_gpu=lambda config, chain: config.engine.backend != "openvino",
     needs_tensorrt_llm=lambda config, chain: config.engine.backend != "openvino",

@@ -15,6 +15,7 @@ from nemo_convert.architecture import Architecture
 from recipes.core.files import write_json
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Input, Inputs, metrics_log
+from recipes.core.versions import OPENVINO_LIBRARIES
 from recipes.engines.backends import (
     any_tensorrt_llm,
     built_engine,
@@ -162,6 +163,7 @@ STAGE = Stage(
     check=check,
     inference_cost=inference_cost,
     single_rank_reason="the stage starts a process for each model",
+    libraries=OPENVINO_LIBRARIES,
     inputs={
         "teacher": ("checkpoint_hf", "checkpoint_nemo"),
         "student": ("checkpoint_hf", "checkpoint_nemo"),

@@ -86,10 +86,8 @@ def test_resources_are_not_result_settings() -> None:
     assert "resources" not in result_settings(plain)
     assert result_settings(plain) == result_settings(large)
     other = result_settings(replace(plain, lr=1.0, inputs={"a": "b"}))
-    assert {key for key, value in result_settings(plain).items() if value != other[key]} == {
-        "lr",
-        "inputs",
-    }
+    # Fingerprints have the inputs' fingerprints instead of their names.
+    assert {key for key, value in result_settings(plain).items() if value != other[key]} == {"lr"}
 
 
 def test_stage_fingerprint_depends_on_each_part() -> None:
@@ -112,9 +110,14 @@ def test_fingerprints_use_installed_versions_or_else_locked_versions(
     monkeypatch.setattr(versions, "installed_version", installed.get)
     local = result_versions()
     assert (local["torch"], local["transformers"]) == ("2.9.0", "4.57.1")
-    assert local.keys() == set(versions.RESULT_LIBRARIES)
-    in_image = result_versions(in_image=True)
+    assert local.keys() == {*versions.RESULT_LIBRARIES, "tokenizers"}
+    in_image = result_versions("an/image:1", ["nncf"], ["sh"])
     locked = versions.locked_version
+    assert in_image[versions.IMAGE] == "an/image:1"
+    assert in_image["nncf"] == locked("nncf")
+    installed["transformer-engine"] = "2.8.0"  # an image has its own
+    assert result_versions() == {**local, "transformer-engine": "2.8.0"}
+    assert result_versions("an/image:1", ["nncf"], ["sh"]) == in_image
     assert local["nemo_toolkit"] == in_image["nemo_toolkit"] == locked("nemo_toolkit")
     assert in_image["torch"] == locked("torch") != "2.9.0"
 
@@ -207,3 +210,4 @@ def test_external_stamp_covers_every_file_but_not_the_folders_path(tmp_path: Pat
     assert external_stamp(folder.rename(tmp_path / "moved")) == before
     (tmp_path / "moved" / "sub" / "vocab.txt").write_text("b")
     assert external_stamp(tmp_path / "moved") != before
+    assert list(external_stamp(tmp_path / "moved", ["*.json", "sub/*.md"])) == ["config.json"]

@@ -59,7 +59,7 @@ def test_stale_expensive_result_stops_the_plan_with_reasons_and_cost(
     assert "4 device-hours: prune runs again" in refusal(plan, SAME_LR, "force=[prune]")
     edit_manifest(run / "distill", seconds=3600.0 * 308.4)
     assert "distill, 1,230 device-hours" in refusal(plan, OTHER_LR)
-    monkeypatch.setattr("recipes.core.run_state.result_versions", lambda _: {"torch": "1.0"})
+    monkeypatch.setattr("launch.plan.result_versions", lambda *_: {"torch": "1.0"})
     assert re.search(r"its version of torch \(\S+ → 1.0\) changed", refusal(plan, SAME_LR))
 
 

@@ -124,9 +124,58 @@ def test_another_version_of_a_library_is_a_reason_to_run(
     monkeypatch.setattr(versions, "installed_version", changed.get)
     reason = f"version of transformers ({before['transformers']} → 9.0) changed"
     assert reasons_to_run(plan("skip_rules=[stack-versions]"))["import_hf"] == reason
-    # numpy is not in RESULT_LIBRARIES, so its version is not part of fingerprints.
+    # The version of numpy is not part of fingerprints.
     monkeypatch.setattr(versions, "installed_version", {**before, "numpy": "9.0"}.get)
     assert reasons_to_run(plan("skip_rules=[stack-versions]")) == {}
+
+
+def test_versions_of_engines_are_part_of_the_fingerprints_of_stages_that_use_them(
+    plan: MakePlan, complete: Complete, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("engine=openvino", "gguf=q8_0", "served=gguf", "skip_rules=[stack-versions]")
+    complete(plan(*options))
+    installed = versions.installed_version
+    monkeypatch.setattr(versions, "installed_version", lambda n: {"nncf": "9"}.get(n, installed(n)))
+    reasons = reasons_to_run(plan(*options))
+    assert "version of nncf" in reasons["build_engine"]
+    assert {"distill", "evaluate", "export_gguf"}.isdisjoint(reasons)
+    monkeypatch.setattr(versions, "installed_version", installed)
+    assert reasons_to_run(plan(*options)) == {}
+    program = tmp_path / "llama-server"
+    program.write_text("#!/bin/sh\necho version: 1 >&2")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    versions.program_version.cache_clear()
+    reasons = reasons_to_run(plan(*options))
+    versions.program_version.cache_clear()
+    assert "version of llama-server (None → version: 1)" in reasons["evaluate_served"]
+    assert "build_engine" not in reasons
+
+
+def test_another_image_is_a_reason_to_run(plan: MakePlan, complete: Complete) -> None:
+    docker = ("cluster=docker", "cluster.gpus=null", "skip_rules=[image]")
+    complete(plan(*docker))
+    assert reasons_to_run(plan(*docker)) == {}
+    reasons = reasons_to_run(plan(*docker, "+cluster.images.distill=other:1"))
+    assert reasons["distill"].startswith("version of container image (nemo-recipes")
+    assert "prune" not in reasons
+
+
+def test_the_spelling_of_paths_and_unread_files_are_no_reason_to_run(
+    plan: MakePlan, complete: Complete, tmp_path: Path, hf_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    model = (f"model.hf_path={hf_folder}", *SMALL_STUDENT)
+    complete(plan(*model))
+    (tmp_path / "run").rename(tmp_path / "other")
+    data = "stages.score.inputs.calibration"
+    complete(plan(*model, f"{data}={tmp_path}/other/prepare_data"))
+    monkeypatch.chdir(tmp_path)
+    (hf_folder / ".cache" / "huggingface").mkdir(parents=True)
+    (hf_folder / ".cache" / "huggingface" / "etag").write_text("as hf download writes")
+    for hf_path in ("hf_model", f"{hf_folder}/"):
+        spelling = (f"model.hf_path={hf_path}", *SMALL_STUDENT, f"{data}=other/prepare_data/")
+        assert reasons_to_run(plan(*spelling)) == {}
 
 
 def test_changed_source_files_are_a_reason_to_run(

@@ -161,6 +161,16 @@ def test_the_launcher_prints_the_shapes(launch: Launch, hf_folder: Path) -> None
     assert re.search(r"enumerate_shapes +ran .* \d+ shapes", done.stdout)
 
 
+@pytest.mark.parametrize(("budget", "reruns"), [("parameters", False), ("latency_ms", True)])
+def test_another_device_is_a_reason_to_search_again_only_if_the_budget_limits_speed(
+    plan: MakePlan, complete: Complete, budget: str, reruns: bool
+) -> None:
+    search = ("only=[enumerate_shapes]", f"budget={{parameters: null, {budget}: 0.7}}")
+    complete(plan(*search, "model=llama3_1_8b", "hardware=h100", recipe=RECIPE))
+    other = plan(*search, "model=llama3_1_8b", "hardware=h200", recipe=RECIPE)
+    assert bool(other.todo()) is reruns
+
+
 @pytest.mark.parametrize("recipe", ["llama_search", "shrink"])
 def test_latency_is_measured_in_the_search_space(plan: MakePlan, recipe: str) -> None:
     space = "stages.enumerate_shapes.space.hidden_size_divisor=32"
@@ -174,6 +184,7 @@ def test_latency_is_measured_in_the_search_space(plan: MakePlan, recipe: str) ->
     measured: Any = stages["measure_latency"].config
     search: Any = stages["enumerate_shapes"].config
     assert (measured.space, measured.service) == (search.space, search.service)
+    assert str(search.service.speed).startswith("cpu")
     assert (search.space.hidden_size_divisor, search.service.batch_size) == (32, 4)
     assert search.service.precision == measured.engine.precision == "fp32"
     assert stages["enumerate_shapes"].inputs["latency"].kind == "latency_model"
