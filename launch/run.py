@@ -63,7 +63,7 @@ from launch.rehearse import rehearse
 from launch.settings import RunSettings, settings_of
 from launch.sweep import require_separate_results, resuming_argument
 from recipes.core.errors import RecipeError
-from recipes.core.files import explain_storage_errors, remove_partial
+from recipes.core.files import explain_storage_errors, remove_partial, storage_problem
 from recipes.core.run_state import (
     RUN_FILE,
     LastPlan,
@@ -270,6 +270,10 @@ def cli() -> int:
         return 130
     except (HydraException, OmegaConfBaseException, RecipeError) as error:
         return _fail(error)
+    except OSError as error:
+        if (problem := storage_problem(error, Path())) is None:
+            raise
+        return _fail(problem)
     return 0
 
 

@@ -15,6 +15,7 @@ from nemo_convert.hub import is_hub_id, is_offline
 from nemo_convert.preflight import check_model, complete_cached_model
 from nemo_convert.trust import TRUST
 from recipes.core.errors import RecipeError
+from recipes.core.files import storage_problem
 from recipes.core.processes import prepare_imports
 from recipes.core.wheels import parse_wheel_file
 
@@ -50,6 +51,11 @@ def main() -> int:
         run[arguments.command](arguments)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if (problem := storage_problem(error, Path())) is None:
+            raise
+        print(f"error: {problem}", file=sys.stderr)
         return 1
     return 0
 

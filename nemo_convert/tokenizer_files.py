@@ -29,6 +29,7 @@ WITHOUT_JSON = {
     MERGES: ("GPT2Tokenizer", "Qwen2Tokenizer"),
 }
 """Files that can replace ``tokenizer.json``, and the classes that can read them."""
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 TOKEN_LIST_TYPES: Mapping[str, tuple[type, ...]] = {
@@ -82,6 +83,8 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
         )
     for setting, fix in _invalid_settings(folder, config, name):  # names only the first one
         raise RecipeError(f"{folder / CONFIG}: invalid {setting}.", fix)
+    for setting, fix in _invalid_tokens(_special_tokens_map(folder, config)):
+        raise RecipeError(f"{folder / SPECIAL_TOKENS_MAP}: invalid {setting}.", fix)
     _require_utf8(folder)
     vocabulary |= _added_tokens(folder, config)
     # transformers gives these tokens the next ids. Only their number matters here, not the order.
@@ -138,7 +141,8 @@ def _invalid_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _require_utf8(folder: Path) -> None:
-    for file in folder.glob("chat_template*.jinja"):
+    files = ("chat_template*.jinja", "additional_chat_templates/*.jinja")
+    for file in (file for pattern in files for file in folder.glob(pattern)):
         try:
             if file.is_file():
                 file.read_text(encoding="utf-8")
@@ -158,14 +162,26 @@ def _as_list(tokens: Any) -> list[Any]:
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
     """Yields the special tokens. transformers gives new ids to those without an id."""
-    file = folder / "special_tokens_map.json"
-    settings_in_file = read_json(file) if file.is_file() else {}
-    # transformers 4 ignores the file if tokenizer_config.json lists the added tokens.
-    for settings in (config, {} if "added_tokens_decoder" in config else settings_in_file):
+    for settings in (config, _special_tokens_map(folder, config)):
         tokens = [settings.get(key) for key in SPECIAL_TOKENS]
         for key, types in TOKEN_LIST_TYPES.items():
             tokens += _as_list(settings[key]) if isinstance(settings.get(key), types) else []
         yield from filter(None, map(_token_text, tokens))
+
+
+def _special_tokens_map(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that transformers 4 reads from ``special_tokens_map.json``.
+
+    Tokens have the form that they have in ``tokenizer_config.json``.
+    """
+    file = folder / SPECIAL_TOKENS_MAP
+    settings = read_json(file) if file.is_file() else {}
+    if "added_tokens_decoder" in config:  # transformers 4 then ignores the file
+        return {}
+    return {
+        key: {"__type": "AddedToken", **value} if isinstance(value, dict) else value
+        for key, value in settings.items()
+    }
 
 
 def needs_conversion(folder: Path) -> bool:

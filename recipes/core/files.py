@@ -25,8 +25,9 @@ MIN_FREE_BYTES = 1 << 20
 STORAGE_FIXES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
-    errno.EROFS: "make it writable, or set run_dir to another directory",
-    errno.EACCES: "make it writable for you, or set run_dir to another directory",
+    errno.EROFS: "make it writable, or choose another directory (run_dir of a run)",
+    errno.EACCES: "make it writable for you, or choose another directory (run_dir of a run)",
+    errno.ENAMETOOLONG: "use a shorter name",
     errno.EIO: "check the disk; the kernel's log (dmesg) says more",
 }
 """How to fix a disk error of a path, by ``errno``."""
@@ -100,7 +101,7 @@ def _errno(error: BaseException) -> int:
 
 def _storage_error(path: str | Path, code: int) -> RecipeError:
     fix = UNREADABLE_FIX if code == errno.EACCES and _is_unreadable(path) else STORAGE_FIXES[code]
-    return RecipeError(f"{path}: {os.strerror(code)}.", f"{fix}; the same command resumes")
+    return RecipeError(f"{path}: {os.strerror(code)}.", f"{fix}, then repeat the command")
 
 
 def _is_unreadable(path: str | Path) -> bool:
@@ -169,7 +170,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is not valid JSON: {error}", JSON_FIX) from error
     if not isinstance(data, dict):
         raise RecipeError(f"{path} does not contain a JSON object.", JSON_FIX)

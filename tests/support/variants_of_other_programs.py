@@ -300,7 +300,15 @@ def _refused_tokenizers() -> Iterator[Variant]:
         yield Variant(f"{name} with {word}", change, f"does not read {word}")
     merges = all_of(use_vocabulary_and_merges, write_file("merges.txt", "#version: 1\na b c\n"))
     yield Variant("damaged merges", merges, "are not a tokenizer")
-    yield Variant("template in Latin-1", write_file("chat_template.jinja", b"\xe9"), "not in UTF-8")
+    for file in ("chat_template.jinja", "additional_chat_templates/rag.jinja"):
+        yield Variant(f"{file} in Latin-1", write_file(file, b"\xe9"), f"{file} is not in UTF-8")
+    for key, value in (("eos_token", 5), ("additional_special_tokens", "x")):
+        change = edit_json("special_tokens_map.json", **{key: value})
+        refusal = f"special_tokens_map.json: invalid {key}"
+        yield Variant(f"map with {key}={value}", all_of(no_decoder, change), refusal)
+    for file in ("config.json", "special_tokens_map.json"):
+        nested = write_file(file, '{"a":' * 100_000 + "1" + "}" * 100_000)
+        yield Variant(f"nested {file}", nested, f"{file} is not valid JSON")
 
 
 def _metadata(metadata: dict[str, str] | None) -> Change:

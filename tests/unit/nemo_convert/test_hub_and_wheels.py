@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -287,3 +288,16 @@ def test_check_of_a_model_that_is_not_local(
     assert main() == status
     output = capsys.readouterr()
     assert message in (output.err if status else output.out)
+
+
+def test_a_folder_without_permission_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "closed").mkdir(0o000)
+    monkeypatch.setattr("sys.argv", ["nemo_convert", "check", str(tmp_path / "closed" / "model")])
+    user = os.geteuid()
+    os.seteuid(user or 65534)  # if root, as nobody
+    status = main()
+    os.seteuid(user)
+    assert status == 1
+    assert "Permission denied" in capsys.readouterr().err
