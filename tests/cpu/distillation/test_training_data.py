@@ -301,7 +301,7 @@ def test_validation_without_a_labelled_sequence_is_refused(
     with SplitWriter(tmp_path, ("validation",)) as writer:
         writer.add("validation", list(range(one + two)))
     splits = {"train": [], "validation": [SourceTokens("one", one), SourceTokens("two", two)]}
-    with pytest.raises(RecipeError, match=r"a sequence of 8 .*\n.*data.seq_length"):
+    with pytest.raises(RecipeError, match=r"of 8 .*\n.*prepare_data.validation_fraction"):
         data_module(tmp_path, 1, sources=splits)
 
 
