@@ -155,7 +155,8 @@ def _read_header(hf_path: str, file: str, label: str) -> dict[str, StoredTensor]
     if end > MAX_HEADER_BYTES:
         raise ValueError(f"a header of {end} bytes")
     # A header longer than FIRST_BYTES is read again, in full.
-    header = json.loads((start if end <= len(start) else _read_range(hf_path, file, 0, end))[8:end])
+    data = start if end <= len(start) else _read_range(hf_path, file, 0, end)
+    header = json.loads(data[8:end].decode())  # of bytes, json.loads also accepts UTF-16
     _require_known_format(label, header.pop("__metadata__", None))
     tensors = {
         name: StoredTensor(
@@ -176,8 +177,9 @@ def _require_contiguous(tensors: Iterable[StoredTensor], begin: int, length: int
     safetensors' own check needs numpy or torch, which a login node may lack.
     """
     for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
-        if any(type(size) is not int or size < 0 for size in tensor.shape):
-            raise ValueError(f"a shape of {[*tensor.shape]}")
+        numbers = [*tensor.shape, tensor.begin, tensor.end]
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise ValueError(f"a tensor's shape and offsets are {numbers}")
         digits = re.search(r"\d+", tensor.dtype)  # BOOL has no digits; it has 8 bits
         bits = math.prod(tensor.shape) * (int(digits[0]) if digits else 8)
         if tensor.begin != begin or 8 * (tensor.end - begin) != bits:

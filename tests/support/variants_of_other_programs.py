@@ -195,6 +195,7 @@ def _refused_files() -> Iterator[Variant]:
         ("a list", "__metadata__", []),
         ("a number", "__metadata__", {"format": "pt", "step": 5}),
         ("a float", "model.norm.weight", {"shape": [64.0]}),
+        ("a float offset", "lm_head.weight", {"data_offsets": [0, 75264.0]}),
     ):
         yield Variant(f"{name} in the header", _edit_header(entry, values), "is damaged")
     for value in (None, []):
