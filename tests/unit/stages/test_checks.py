@@ -92,11 +92,9 @@ def test_every_stage_is_consistent(name: str, chain: Chain) -> None:
     assert isinstance(list(stage.problems(stage.config(stage=name), chain)), list)
     fields = {f.name: bool(f.metadata.get("resource")) for f in dataclasses.fields(stage.config)}
     resource_fields = {field for field, is_resource in fields.items() if is_resource}
-    assert (
-        {"resources"}
-        <= resource_fields
-        <= {"resources"} | TRAINING_RESOURCES | OTHER_RESOURCES.get(name, set())
-    )
+    common = {"inputs", "resources"}
+    allowed = common | TRAINING_RESOURCES | OTHER_RESOURCES.get(name, set())
+    assert common <= resource_fields <= allowed
     assert fields.get("micro_batch_size", True), "micro_batch_size must be a resource"
 
 
