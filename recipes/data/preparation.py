@@ -174,10 +174,9 @@ def prepare(
 ) -> PreparationState:
     """Writes ``.bin`` and ``.idx`` of all splits; continues the work of a killed process.
 
-    Held-out sources come first, so a document stays held out if a training source repeats it. So do
-    documents of ``EARLIER`` in ``folder``. Writes ``HELD_OUT`` for later preparations. Only
-    rank 0 drops duplicates and assigns splits, in the order of the text. So the number of ranks and
-    processes does not affect the result. Other ranks only tokenize and return an empty state.
+    Held-out sources and ``EARLIER`` come first, so a document that they repeat stays held out. Only
+    rank 0 drops duplicates and assigns splits, in the order of the text. So the result is the same
+    for any number of ranks and processes. Other ranks return an empty state.
 
     Args:
         cfg: The stage's config.
@@ -188,21 +187,20 @@ def prepare(
         paths: What to read instead of a source; the keys are sources as written in the config.
     """
     named_sources = list(source_names(cfg.all_sources()).items())
+    encoders: dict[str, DocumentTokenizer | ChatTokenizer] = {
+        source: chat if chat and cfg.is_chat(source) else tokenizer for _, source in named_sources
+    }
 
-    def encode(source: str, reader_state: Any, documents: int) -> EncodedBatches:
-        """Encodes a source from ``reader_state`` on, which follows its first ``documents``."""
-        path = (paths or {}).get(source, source)
-        reader = _open(cfg, path, reader_state, chat=encoder_of(source) is chat)
+    def encode(source: str, start: Any, documents: int) -> EncodedBatches:
+        """Encodes a source from the reader's state ``start`` on, after its first ``documents``."""
+        path, encoder = (paths or {}).get(source, source), encoders[source]
+        reader = _open(cfg, path, start, chat=encoder is chat)
         limit = cfg.max_documents if source in cfg.sources else None
-        batches = _batches(reader, None if limit is None else limit - documents)
-        return closing(encode_on_ranks(encoder_of(source), batches, cfg.processes))
-
-    def encoder_of(source: str) -> DocumentTokenizer | ChatTokenizer:
-        return chat if chat and cfg.is_chat(source) else tokenizer
+        batches = _batches(reader, limit - documents if limit is not None else None)
+        return closing(encode_on_ranks(encoder, batches, cfg.processes))
 
     if rank() != 0:
-        _encode_for_rank_0([source for _, source in named_sources], encode)
-        return PreparationState()
+        return _encode_for_rank_0([source for _, source in named_sources], encode)
     with Ledger(folder / "ledger.sqlite") as ledger:
         state = PreparationState(**(ledger.progress() or {}))
         ledger.exclude(cfg.excluded_documents)
@@ -211,12 +209,13 @@ def prepare(
             state.sizes = writer.sizes
             store = _Store(ledger, writer, state)
             try:
-                for name, source in named_sources[state.finished_sources :]:
-                    # Tells the other ranks what to encode.
+                for name, source in named_sources[
+                    state.finished_sources :
+                ]:  # other ranks encode, too
                     broadcast((state.finished_sources, state.reader_state, state.documents))
                     # After an error, closing the generator tells the other ranks to stop.
                     with encode(source, state.reader_state, state.documents) as encoded:
-                        packer = chat if encoder_of(source) is chat else None
+                        packer = chat if encoders[source] is chat else None
                         for fraction in _write_source(cfg, name, source, encoded, packer, store):
                             finished = (state.finished_sources + fraction) / len(named_sources)
                             log.progress("tokenize", round(100 * finished), 100, source=source)
@@ -236,8 +235,8 @@ def _open(cfg: PrepareDataConfig, path: str, state: Any, *, chat: bool) -> Reade
 
 def _encode_for_rank_0(
     sources: list[str], encode: Callable[[str, Any, int], EncodedBatches]
-) -> None:
-    """Encodes this rank's batches of the sources that rank 0 writes.
+) -> PreparationState:
+    """Encodes this rank's batches of the sources that rank 0 writes. Returns an empty state.
 
     Raises:
         StoppedByDeadlineError: Rank 0 stopped.
@@ -249,6 +248,7 @@ def _encode_for_rank_0(
         with encode(sources[source_number], reader_state, documents) as encoded:
             for _ in encoded:  # encodes, but yields nothing: only rank 0 gets the batches
                 pass
+    return PreparationState()
 
 
 @dataclass

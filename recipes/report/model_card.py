@@ -37,15 +37,12 @@ def write_card(
         recipe: Name of the recipe.
         inputs: Manifests of the inputs of ``export_hf``. ``checkpoint`` and ``evaluation`` are
             required; each optional input adds lines to the card.
-        earlier: Manifests of all stages that the inputs depend on, such as a first phase of the
-            distillation and its text, by stage.
+        earlier: Manifests of all earlier stages by name, such as a first phase of the distillation.
     """
     model, evaluation = inputs["checkpoint"], inputs["evaluation"].result(EvaluationResult)
-    tasks = inputs["tasks"].result(TaskResults) if "tasks" in inputs else None
     shape = Architecture(**model.architecture) if model.architecture else None
     teacher_name = teacher.partition("#")[0].rstrip("/").split("/")[-1].removesuffix(".gguf")
     name, licence = plain(f"{teacher_name}-{recipe}"), model_licence(folder)
-    is_public = is_hub_id(teacher) or "://" in teacher
     texts = datasets([*earlier.values(), *inputs.values()])
     header = ModelCardData(
         **_licence_fields(folder, licence),
@@ -60,7 +57,8 @@ def write_card(
     content = {
         "header": header.to_yaml(),
         "name": name,
-        "teacher": teacher if is_public else teacher_name,  # a local path stays private
+        # A local path stays private.
+        "teacher": teacher if is_hub_id(teacher) or "://" in teacher else teacher_name,
         "recipe": recipe,
         "licence": licence,
         "model": model,
@@ -79,7 +77,7 @@ def write_card(
         "accepted": [manifest.stage for manifest in inputs.values() if manifest.accepted],
         "evaluation": evaluation,
         "measured_on": f"{evaluation.predictions:,} next-token predictions on held-out text",
-        "tasks": tasks,
+        "tasks": inputs["tasks"].result(TaskResults) if "tasks" in inputs else None,
         "servers": list(folder_servers(".")),
         "conversions": list(conversion_servers(".", shape)) if shape else [],
     }

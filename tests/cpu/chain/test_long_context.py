@@ -18,8 +18,11 @@ from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import DISTILL, manifest_of, settings, tiny
 
 
-def test_distill_long_continues_from_the_student(tmp_path: Path, text_file: Path) -> None:
-    """Trains on two ranks with TP and sequence parallelism. A CPU has no context parallelism."""
+def run_in_two_phases(tmp_path: Path, text_file: Path) -> Path:
+    """Trains on two ranks with TP and sequence parallelism. A CPU has no context parallelism.
+
+    Returns the run's directory.
+    """
     model = write_tiny_model(tmp_path / "model", text_file, "mistral", **EVEN)
     texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
     prose, novel = tmp_path / "prose.txt", tmp_path / "novel.txt"
@@ -48,7 +51,11 @@ def test_distill_long_continues_from_the_student(tmp_path: Path, text_file: Path
         *settings("evaluate", num_sequences=8, new_tokens=8, **{"resources.devices": 1}),
         cwd=tmp_path,
     )
-    run = tmp_path / "run"
+    return tmp_path / "run"
+
+
+def test_distill_long_continues_from_the_student(tmp_path: Path, text_file: Path) -> None:
+    run = run_in_two_phases(tmp_path, text_file)
     first, second, exported = (
         manifest_of(run, n) for n in ("distill", "distill_long", "export_hf")
     )
