@@ -67,6 +67,7 @@ from recipes.core.files import explain_storage_errors, remove_partial, storage_p
 from recipes.core.run_state import (
     RUN_FILE,
     LastPlan,
+    StageState,
     discard_work,
     read_last_plan,
     record_acceptance,
@@ -176,15 +177,28 @@ def _last_plan(run_dir: Path, recipe: str) -> LastPlan:
     return last_plan or LastPlan(recipe, {})
 
 
-def _state(run_dir: Path) -> object:
-    """Returns what another launcher changes: it writes ``run.yaml`` before it starts stages."""
+RunState = tuple[int | None, dict[str, StageState]]
+"""When a launcher last wrote ``run.yaml``, which it does before it starts stages; their states."""
+
+
+def _state(run_dir: Path) -> RunState:
     file = run_dir / RUN_FILE
     return file.stat().st_mtime_ns if file.exists() else None, stage_states(run_dir)
 
 
+def _require_state(plan: Plan, state: RunState) -> None:
+    """Refuses an outdated plan. Slurm's jobs may have changed the stages that it does not start."""
+    (time_now, states_now), (time_before, states_before) = _state(plan.run_dir), state
+    changed = [s for s in plan.todo() if states_now.get(s.name) != states_before.get(s.name)]
+    if changed or time_now != time_before:
+        raise RecipeError(
+            f"{plan.run_dir} changed while this command was planning.", "repeat the command"
+        )
+
+
 @contextmanager
 def _written_plan(
-    plan: Plan, last_plan: LastPlan, state: object, dry_run: bool
+    plan: Plan, last_plan: LastPlan, state: RunState, dry_run: bool
 ) -> Iterator[lock.SetStage | None]:
     """Locks a run's directory and writes a plan to it; the caller's block runs under the lock.
 
@@ -219,10 +233,7 @@ def _written_plan(
     with explain_storage_errors(plan.run_dir):
         plan.run_dir.mkdir(parents=True, exist_ok=True)
         with lock.acquire(plan.run_dir) as set_stage:
-            if _state(plan.run_dir) != state:
-                raise RecipeError(
-                    f"{plan.run_dir} changed while this command was planning.", "repeat the command"
-                )
+            _require_state(plan, state)
             if must_run:
                 write_snapshot(plan.run_dir)
             _write_requests(plan, last_plan)
