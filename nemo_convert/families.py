@@ -270,6 +270,7 @@ LLAMA3_ROPE = {
 _NEMO_MODELS = "nemo.collections.llm.gpt.model"
 _QWEN_DEFAULTS = {
     "max_position_embeddings": 32_768,
+    "max_window_layers": 28,
     "sliding_window": 4096,
     "use_sliding_window": False,
 }

@@ -23,7 +23,7 @@ from nemo_convert.hub import (
     side_folder,
 )
 from nemo_convert.tokenizer_files import convert_tokenizer
-from recipes.core.files import digest_files, read_json, write_text_atomically
+from recipes.core.files import digest_files, read_json, write_json, write_text_atomically
 from recipes.core.wheels import cache_dir, fetch_wheel_file, parse_wheel_file
 
 if TYPE_CHECKING:
@@ -164,10 +164,10 @@ def load_causal_lm(folder: Path) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     converted = as_transformers_4(read_json(folder / "config.json"), str(folder))
+    with tempfile.TemporaryDirectory() as temporary:  # from_pretrained may choose another class
+        write_json(Path(temporary) / "config.json", converted)
+        config = AutoConfig.from_pretrained(temporary, trust_remote_code=False)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=AutoConfig.for_model(**converted),
-        dtype=torch.float32,
-        trust_remote_code=False,
+        folder, config=config, dtype=torch.float32, trust_remote_code=False
     )
     return model.eval()

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_convert.architecture import Architecture
 from nemo_convert.config_keys import NEUTRAL_VALUES, unknown_keys
-from nemo_convert.families import EXPERTS, FAMILIES, QK_NORM, QKV_BIAS, Family
+from nemo_convert.families import EXPERTS, FAMILIES, LLAMA3_ROPE, QK_NORM, QKV_BIAS, Family
 from recipes.core.errors import RecipeError
 
 SUPPORTED = tuple(FAMILIES)
@@ -59,22 +59,17 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     Raises:
         RecipeError: ``rope_parameters`` are incomplete or differ from layer type to layer type,
-            ``rope_scaling`` is not an object, or a key of transformers 5 contradicts one of 4.
+            ``rope_scaling`` is not an object or contradicts itself, or a key of transformers 5
+            contradicts one of 4.
     """
     renamed: dict[str, Any] = {}
     if (experts := config.get("num_local_experts")) is not None:
         renamed["num_experts"] = experts
-    if (rope := config.get("rope_parameters")) is not None:
-        renamed |= _split_rope_parameters(rope, where)
+    if config.get("rope_parameters") is not None:
+        renamed |= _split_rope_parameters(config, where)
+    _require_no_contradiction(config, renamed, where)
     if (scaling := config.get("rope_scaling")) is not None:
         config = {**config, "rope_scaling": _normalize_scaling(scaling, where)}
-    for key, value in renamed.items():
-        if config.get(key) not in (None, value):
-            raise RecipeError(
-                f"{where}: {key}={config[key]} contradicts {value}, which config.json has under a "
-                "key of transformers 5.",
-                f"remove {key}, or the key that contradicts it: one of {', '.join(TRANSFORMERS_5)}",
-            )
     dtype = str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch.")
     if dtype in DTYPES.values():
         renamed["torch_dtype"] = dtype
@@ -90,11 +85,28 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {**{key: value for key, value in config.items() if key not in dropped}, **renamed}
 
 
-def _unset_keys(config: Mapping[str, Any]) -> set[str]:
-    """Returns the keys that are null and mean the same when they are absent.
+def _require_no_contradiction(
+    config: Mapping[str, Any], renamed: Mapping[str, Any], where: str
+) -> None:
+    for key, value in renamed.items():
+        old, name = config.get(key), "rope_parameters"
+        if key == "num_experts":
+            name = "num_local_experts"
+        # With rope_scaling, transformers 5 ignores rope_parameters, including their rope_theta.
+        loses_theta = key == "rope_scaling" and old and config.get("rope_theta") is None
+        if loses_theta or old not in (None, {}, value):
+            raise RecipeError(
+                f"{where}: {key}={old} contradicts {name}={config[name]}.",
+                f"remove {key} or {name}, whichever is wrong",
+            )
 
-    Some classes of transformers 4 or 5 do not accept null. For Qwen3, ``head_dim`` is not returned:
-    an absent ``head_dim`` means 128, but a null one is an error.
+
+def _unset_keys(config: Mapping[str, Any]) -> set[str]:
+    """Returns the keys that are null or a default, and mean the same when they are absent.
+
+    Some classes of transformers 4 or 5 do not accept null. transformers takes a Mistral model with
+    ``layer_types`` for a Ministral model, which fails without a window. For Qwen3, ``head_dim`` is
+    not returned: an absent ``head_dim`` means 128, but a null one is an error.
     """
     names = (config.get("model_type"), _first_name(config.get("architectures")))
     has_head_dim_default = any(
@@ -104,24 +116,35 @@ def _unset_keys(config: Mapping[str, Any]) -> set[str]:
     )
     head_dim = () if has_head_dim_default else ("head_dim",)
     keys = (*NEUTRAL_VALUES, *QUANTIZATION, *BOOLEANS, *head_dim)
-    return {key for key in keys if config.get(key) is None}
+    unset = {key for key in (*keys, "layer_types", "mlp_only_layers") if config.get(key) is None}
+    is_mistral = "mistral" in names or "MistralForCausalLM" in names
+    return unset | ({"layer_types"} if is_mistral and _has_full_attention(config) else set())
+
+
+def _has_full_attention(config: Mapping[str, Any]) -> bool:
+    """Returns whether ``layer_types`` is a list with full attention in each layer."""
+    types: Any = config.get("layer_types")
+    is_full = isinstance(types, list) and {*map(str, types)} == {"full_attention"}
+    return is_full and len(types) == config.get("num_hidden_layers")
 
 
 def _first_name(names: Any) -> str | None:
     return str(names[0]) if isinstance(names, list) and names else None
 
 
-def _split_rope_parameters(rope: object, where: str) -> dict[str, Any]:
+def _split_rope_parameters(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns ``rope_theta`` and ``rope_scaling`` of the ``rope_parameters`` of transformers 5."""
+    rope, theta = config["rope_parameters"], config.get("rope_theta")
     # If layer types have different RoPE, transformers 5 nests: one mapping for each layer type.
     is_flat = isinstance(rope, Mapping) and not any(isinstance(v, Mapping) for v in rope.values())
-    if not isinstance(rope, Mapping) or not is_flat or "rope_theta" not in rope:
+    if not is_flat or (theta is None and "rope_theta" not in rope):
         raise RecipeError(
             f"{where}: rope_parameters={rope} is not supported.",
-            "use a model whose rope_parameters have one rope_theta for all layers",
+            "use a model with one rope_theta for all layers",
         )
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return {"rope_theta": rope["rope_theta"], "rope_scaling": _normalize_scaling(scaling, where)}
+    theta = rope.get("rope_theta", theta)
+    return {"rope_theta": theta, "rope_scaling": _normalize_scaling(scaling, where)}
 
 
 def _normalize_scaling(scaling: object, where: str) -> dict[str, Any] | None:
@@ -130,10 +153,15 @@ def _normalize_scaling(scaling: object, where: str) -> dict[str, Any] | None:
         raise RecipeError(f"{where}: rope_scaling={scaling} is not an object.", "use null")
     plain = {key: value for key, value in scaling.items() if key != "type"}
     plain.setdefault("rope_type", scaling.get("type", "default"))
-    if plain.get("partial_rotary_factor") == 1:
-        del plain["partial_rotary_factor"]
-    is_unscaled = plain == {"rope_type": "linear", "factor": 1}
-    return None if is_unscaled or plain == DEFAULT_ROPE else plain
+    if scaling.get("type", plain["rope_type"]) != plain["rope_type"]:
+        raise RecipeError(
+            f"{where}: rope_scaling has type={scaling['type']} and rope_type={plain['rope_type']}.",
+            "remove the wrong one",
+        )
+    if plain.get("partial_rotary_factor") in (None, 1):
+        plain.pop("partial_rotary_factor", None)
+    linear = {"rope_type": "linear", "factor": 1}
+    return None if plain in (DEFAULT_ROPE, {**DEFAULT_ROPE, "factor": 1}, linear) else plain
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:
@@ -226,8 +254,10 @@ def _require_numbers(config: Mapping[str, Any], where: str) -> None:
     scaling = config.get("rope_scaling") or {}
     names = ("rope_theta", "rms_norm_eps", "initializer_range")
     constants: dict[str, Any] = {key: config[key] for key in names if key in config}
-    if "factor" in scaling or scaling.get("rope_type") == "llama3":
-        constants["rope_scaling.factor"] = scaling.get("factor")
+    is_llama3 = scaling.get("rope_type") == "llama3"
+    for key in ("factor", *LLAMA3_ROPE) if is_llama3 else {"factor"} & scaling.keys():
+        if key != "rope_type":
+            constants[f"rope_scaling.{key}"] = scaling.get(key)
     for key, value in constants.items():
         # The comparison is also false for NaN, infinity, and integers too large for a float.
         if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
@@ -268,6 +298,8 @@ def _require_consistent_sizes(family: Family, config: Mapping[str, Any], where: 
         what = f"num_experts_per_tok={selected} is more than num_experts={experts}"
     elif family.defaults.get("head_dim") and config["head_dim"] is None:
         what = "head_dim is null, which transformers does not accept for this family"
+    elif family.has(EXPERTS) and groups is None:
+        what = "num_key_value_heads is null, which transformers does not accept for this family"
     elif dim % 2:
         what = f"head_dim={dim} is odd, but RoPE rotates pairs of channels"
     else:
@@ -296,12 +328,18 @@ def _expert_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
 
 def _unsupported_features(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields (what, how to fix it) for features that a family's NeMo model does not have."""
-    for name in ("attention_bias", "mlp_bias", "mlp_only_layers"):
+    readers = {"attention_bias": ("llama", "qwen3", "qwen3_moe"), "mlp_bias": ("llama",)}
+    for name, families in readers.items():
         if config.get(name):
-            yield f"{name}={config[name]}", "use a model without it"
-    for name, supported in (("hidden_act", "silu"), ("decoder_sparse_step", 1)):
+            is_read = family.model_type in families
+            fix = "use a model without it" if is_read else "remove it: transformers ignores it"
+            yield f"{name}={config[name]}", fix
+    supported_values = {"hidden_act": "silu", "decoder_sparse_step": 1, "mlp_only_layers": []}
+    for name, supported in supported_values.items():
         if config.get(name, supported) != supported:
-            yield f"{name}={config[name]}", f"use a model with {name}={supported}"
+            is_silu = config[name] == "swish"
+            fix = "set it to silu" if is_silu else f"use a model with {name}={supported}"
+            yield f"{name}={config[name]}", fix
     if (
         family.has(EXPERTS)
         and config.get("norm_topk_prob")
@@ -326,7 +364,7 @@ def _unsupported_layer_types_or_quantization(
     config: Mapping[str, Any],
 ) -> Iterator[tuple[str, str]]:
     types, layers = config.get("layer_types"), config.get("num_hidden_layers", 0)
-    if types is not None and types != ["full_attention"] * layers:
+    if types is not None and not _has_full_attention(config):
         yield f"layer_types={types}", f"use a model with full_attention in all {layers} layers"
     for name in QUANTIZATION:
         if config.get(name) is not None:
@@ -338,10 +376,18 @@ def _unsupported_positions(family: Family, config: Mapping[str, Any]) -> Iterato
     # Any factor is supported, so it is left out of the comparison.
     if scaling and {**scaling, "factor": None} != {**supported, "factor": None}:
         allowed = f"rope_scaling={supported} and any factor" if supported else "no rope_scaling"
-        yield f"rope_scaling={scaling}", f"use a model with {allowed}"
+        is_theta = "rope_theta" in scaling
+        fix = "move rope_theta out of it" if is_theta else f"use a model with {allowed}"
+        yield f"rope_scaling={scaling}", fix
     positions, window = config.get("max_position_embeddings", 2048), config.get("sliding_window")
     # Mistral uses the window even if use_sliding_window is false.
     uses_window = family.model_type == "mistral" or config.get("use_sliding_window", True)
+    if uses_window and family.model_type in ("qwen2", "qwen3"):
+        first = config["max_window_layers"]  # the first layer with a window
+        if type(first) is not int or first < 0:
+            yield f"max_window_layers={first!r}", "set it to the number of layers without a window"
+        elif _has_full_attention(config) or first >= config.get("num_hidden_layers", 0):
+            uses_window = False
     if uses_window and window is not None and window < positions:
         yield (
             f"sliding_window={window}",

@@ -33,7 +33,7 @@ LOGITS_TOLERANCE = 1e-3
 """Largest logit difference in float32, as a fraction of the logits' standard deviation. Rounding
 gives about 1e-5, a wrong conversion 0.1 or more."""
 NUM_TOKENS = 128
-"""Number of tokens of ``TEXT`` that are compared."""
+"""Number of tokens of ``TEXT`` that are compared, unless the model has fewer positions."""
 ADJACENT = 64
 """Number of tokens at positions 0, 1, 2, …. Later tokens are spread up to ``LAST_POSITION``."""
 LAST_POSITION = 2047
@@ -114,9 +114,10 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
     require_matching_config(checkpoint)
     config = as_transformers_4(read_json(hf_folder / "config.json"), str(hf_folder))
     tokenizer = AutoTokenizer.from_pretrained(nemo.side_folder(checkpoint), trust_remote_code=False)
-    tokens = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :NUM_TOKENS]
-    last = min(LAST_POSITION, read_architecture(config, str(hf_folder)).max_position_embeddings - 1)
-    positions, weights = spread_positions(tokens.shape[1], last), Weights(hf_folder)
+    limit = read_architecture(config, str(hf_folder)).max_position_embeddings
+    tokens = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, : min(NUM_TOKENS, limit)]
+    positions = spread_positions(tokens.shape[1], min(LAST_POSITION, limit - 1))
+    weights = Weights(hf_folder)
     with torch.no_grad():
         expected = reference_logits(config, weights.read, tokens, positions)
         transformers = load_causal_lm(hf_folder)(

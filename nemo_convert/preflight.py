@@ -31,7 +31,7 @@ from nemo_convert.hub import (
     read_index,
     side_folder,
 )
-from nemo_convert.tokenizer_files import read_vocabulary
+from nemo_convert.tokenizer_files import is_qwen2_tokenizer, read_vocabulary
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
 from recipes.core.wheels import parse_wheel_file
@@ -46,8 +46,8 @@ GENERATION_SETTINGS: Mapping[str, Callable[[Any], bool]] = {
     "pad_token_id": lambda value: type(value) is int,
     "watermarking_config": lambda value: isinstance(value, dict),
 }
-"""Checks of generation settings. If a value fails, transformers refuses to load the model. null is
-always valid."""
+"""Checks of generation settings. If a value fails, transformers refuses to load the model. For the
+other settings than ``early_stopping``, null is valid."""
 MAX_NAMED = 3
 """Largest number of weights that a message names."""
 
@@ -265,7 +265,8 @@ def _generation_findings(folder: Path, shape: Architecture) -> Iterator[Finding]
         yield Finding(error.what, error.fix)
         return
     for key, is_valid in GENERATION_SETTINGS.items():
-        if config.get(key) is not None and not is_valid(config[key]):
+        is_set = key in config and (config[key] is not None or key == "early_stopping")
+        if is_set and not is_valid(config[key]):
             yield Finding(
                 f"{GENERATION_CONFIG} has {key}={config[key]!r}, which transformers refuses.",
                 f"remove or correct {key}",
@@ -296,6 +297,14 @@ def _tokenizer_findings(folder: Path, hf_path: str, shape: Architecture) -> Iter
     except RecipeError as error:
         yield Finding(error.what, error.fix)
         return
+    if shape.hf_architecture == "Qwen2ForCausalLM" and not is_qwen2_tokenizer(folder):
+        yield Finding(
+            f"transformers 5 splits text for {hf_path} as Qwen2's tokenizer does, not as the "
+            "model's tokenizer does; token ids can differ.",
+            "none needed for a run, which uses transformers 4; with version 5, load the exported "
+            "tokenizer with PreTrainedTokenizerFast instead of AutoTokenizer",
+            is_error=False,
+        )
     if too_large := {token: i for token, i in vocabulary.items() if i >= shape.vocab_size}:
         token = min(too_large, key=lambda name: too_large[name])
         yield Finding(

@@ -19,8 +19,10 @@ KNOWN_CLASSES = {
     "LlamaTokenizer",
     "PreTrainedTokenizer",
     "Qwen2Tokenizer",
+    "TokenizersBackend",
 }
-"""Tokenizer classes of transformers 4 for the supported families, without the suffix ``Fast``."""
+"""Tokenizer classes for the supported families, without the suffix ``Fast``. ``TokenizersBackend``
+is the name of ``GENERIC_CLASS`` in transformers 5."""
 FAMILY_CLASSES = {"llama": "LlamaTokenizer", "mistral": "LlamaTokenizer"}
 """Tokenizer classes by ``model_type``, for folders that name no class. Other types have the
 class ``Qwen2Tokenizer``."""
@@ -38,6 +40,11 @@ TOKEN_LIST_TYPES: Mapping[str, tuple[type, ...]] = {
 }
 """Settings with several special tokens, and their types."""
 DOWNLOAD_FIX = "download it again; if it is a Git LFS pointer, with git lfs pull"
+QWEN2_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Regular expression by which Qwen2's tokenizer splits text into words."""
 ONLY_TRANSFORMERS_5 = ("backend", "extra_special_tokens", "is_local", "local_files_only")
 """Settings that transformers 5 writes. Version 4 does not have them, or expects another type:
 its ``extra_special_tokens`` is a dict."""
@@ -70,7 +77,7 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
             "save the tokenizer beside the model (tokenizer.save_pretrained). If there is only "
             "tekken.json, use the version of the model for transformers, which has tokenizer.json",
         )
-    if not _is_version_5(config) and name.removesuffix("Fast") not in KNOWN_CLASSES:
+    if name.removesuffix("Fast") not in KNOWN_CLASSES:
         raise RecipeError(
             f"{folder / CONFIG} names the class {name}, which is unknown here or would run code of "
             "the model.",
@@ -184,6 +191,20 @@ def _special_tokens_map(folder: Path, config: Mapping[str, Any]) -> dict[str, An
     }
 
 
+def is_qwen2_tokenizer(folder: Path) -> bool:
+    """Returns whether a tokenizer normalises and splits text as Qwen2's class does.
+
+    transformers 5 uses Qwen2's class for every Qwen2 model, which takes only the vocabulary and the
+    post-processor from ``tokenizer.json``.
+    """
+    if not (folder / TOKENIZER).is_file():
+        return _class_name(folder, read_tokenizer_config(folder)).startswith("Qwen2Tokenizer")
+    tokenizer = read_json(folder / TOKENIZER)
+    steps = (tokenizer.get("pre_tokenizer") or {}).get("pretokenizers") or [{}]
+    is_split_alike = steps[0].get("pattern") == {"Regex": QWEN2_REGEX}
+    return is_split_alike and tokenizer.get("normalizer") == {"type": "NFC"}
+
+
 def needs_conversion(folder: Path) -> bool:
     """Returns whether ``convert_tokenizer`` would change the files."""
     return _is_version_5(read_tokenizer_config(folder)) or not (folder / TOKENIZER).exists()
@@ -206,6 +227,10 @@ def convert_tokenizer(folder: Path) -> None:
 
 def _rewrite(folder: Path) -> None:
     config = read_tokenizer_config(folder)
+    # Defaults of all known classes that differ from those of GENERIC_CLASS in transformers 4.
+    config = {"model_input_names": ["input_ids", "attention_mask"], **config}
+    if _class_name(folder, config).removesuffix("Fast") in WITHOUT_JSON[SENTENCEPIECE]:
+        config = {"padding_side": "left", **config}
     if not (folder / TOKENIZER).is_file():
         tokenizer = load_tokenizer(folder)
         tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))

@@ -37,6 +37,7 @@ from tests.support.folder_changes import (
     write_file,
 )
 from tests.support.variants_of_other_programs import variants_of_other_programs
+from tests.support.variants_of_rope import variants_of_rope
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 LLAMA3 = {**LLAMA3_ROPE, "factor": 8.0}
@@ -59,6 +60,7 @@ def variants() -> Iterator[Variant]:
     yield from _refused_weights()
     yield from _refused_settings()
     yield from variants_of_other_programs()
+    yield from variants_of_rope()
 
 
 def _exact_types_and_rope() -> Iterator[Variant]:
@@ -252,12 +254,12 @@ def _unsupported_configs() -> Iterator[Variant]:
         ),
         "rope_scaling=.* is not supported",
     )
-    yield Variant("two thetas", edit_config(rope_parameters={"rope_theta": 1e6}), "contradicts")
+    two_thetas = edit_config(rope_parameters={"rope_theta": 1e6})
+    yield Variant("two thetas", two_thetas, "contradicts rope_parameters")
     nested = {"full_attention": {"rope_theta": 1e4, "rope_type": "default"}}
     yield Variant("rope of layer types", edit_config(rope_parameters=nested), "is not supported")
-    yield Variant(
-        "no theta", edit_config(rope_parameters={"rope_type": "default"}), "not supported"
-    )
+    no_theta = edit_config(rope_theta=ABSENT, rope_parameters={"rope_type": "default"})
+    yield Variant("no theta", no_theta, "not supported")
     yield Variant("window", edit_config(sliding_window=16), "sliding_window=16", base="mistral")
     for values in ({"decoder_sparse_step": 2}, {"mlp_only_layers": [0]}):
         [key] = values

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nemo_convert.families import LLAMA3_ROPE
 from tests.support.folder_changes import (
     ABSENT,
     EMBEDDING,
@@ -151,23 +150,26 @@ def _refused_configs() -> Iterator[Variant]:
         yield Variant(
             f"other {key} {value}", edit_config(**{key: value}), f"{key}=.* is not supported"
         )
-    scaling = {**LLAMA3_ROPE, "factor": 8.0}
-    contradiction = edit_config(
-        rope_parameters={"rope_theta": 5000.0, **scaling},
-        rope_scaling={"type": "linear", "factor": 2.0},
-    )
-    yield Variant("old and new scaling differ", contradiction, "rope_scaling=.* contradicts")
-    for rope_type in ("longrope", "su", "ntk", "mrope"):
-        change = edit_config(rope_scaling={"type": rope_type, "factor": 2.0})
-        yield Variant(f"scaling {rope_type}", change, "rope_scaling=.* is not supported")
     bom = write_file("config.json", b"\xef\xbb\xbf{}")
     yield Variant("config with a byte order mark", bom, "is not valid JSON")
+    for key, value, base, refusal in (
+        ("attention_bias", True, "qwen2", "attention_bias=True .*\n  fix: remove it"),
+        ("hidden_act", "swish", "llama", "hidden_act=swish .*\n  fix: set it to silu"),
+        ("num_key_value_heads", None, "qwen3_moe", "num_key_value_heads is null"),
+        ("mlp_only_layers", "", "qwen3_moe", "mlp_only_layers= is not supported"),
+    ):
+        yield Variant(f"{key} {value!r}", edit_config(**{key: value}), refusal, base)
 
 
 def _refused_windows_and_heads() -> Iterator[Variant]:
     for base in ("qwen2", "qwen3", "qwen3_moe"):
-        switched_on = edit_config(use_sliding_window=True, sliding_window=ABSENT, **LONG_CONTEXT)
+        switched_on = edit_config(
+            use_sliding_window=True, sliding_window=ABSENT, max_window_layers=1, **LONG_CONTEXT
+        )
         yield Variant("window by default", switched_on, "sliding_window=4096", base=base)
+    for layers in (None, "28", -1):
+        change = edit_config(use_sliding_window=True, sliding_window=4096, max_window_layers=layers)
+        yield Variant(f"window from layer {layers!r}", change, "max_window_layers=", base="qwen2")
     for window in (16, 4096):
         # Mistral's class ignores ``use_sliding_window``.
         mistral_window = edit_config(
@@ -244,6 +246,7 @@ def _refused_generation() -> Iterator[Variant]:
     for key, value in (
         ("max_new_tokens", 0),
         ("early_stopping", "x"),
+        ("early_stopping", None),
         ("cache_implementation", "x"),
         ("compile_config", {}),
         ("watermarking_config", 5),
@@ -292,6 +295,8 @@ def _refused_tokenizers() -> Iterator[Variant]:
     for name in ("BertTokenizer", "OwnTokenizer"):
         change = all_of(no_class, edit_config(tokenizer_class=name))
         yield Variant(f"class {name} in the config", change, f"names the class {name}")
+        change = edit_json(TOKENIZER, tokenizer_class=name, backend="tokenizers")
+        yield Variant(f"class {name} with a backend", change, f"names the class {name}")
     for replace_tokenizer, name, word in (
         (use_sentencepiece, "Qwen2Tokenizer", "tokenizer.model"),
         (use_vocabulary_and_merges, "LlamaTokenizer", "merges.txt"),

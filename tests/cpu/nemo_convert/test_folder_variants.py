@@ -22,6 +22,10 @@ from recipes.core.errors import RecipeError
 from tests.support.folder_changes import (
     Change,
     Variant,
+    all_of,
+    change_nothing,
+    edit_json,
+    remove_files,
     use_sentencepiece,
     use_vocabulary_and_merges,
 )
@@ -38,6 +42,9 @@ REFUSED_BY_TRANSFORMERS_5 = {
     "qwen2: head_dim None",
     "qwen3_moe: head_dim None",
     "llama: harmless _attn_implementation",  # flash_attention_2, which is not installed
+    # transformers takes a Mistral model with layer_types for Ministral, which needs a window.
+    "mistral: layer_types None",
+    "mistral: layer_types ['full_attention', 'full_attention']",
 }
 """Convertible variants that transformers 5 cannot load."""
 TEXT = "A quick brown fox, 3.14 lazy dogs, and 東京."
@@ -50,10 +57,10 @@ for folder in sys.argv[3:]:
     try:
         ids = AutoTokenizer.from_pretrained(folder)(sys.argv[2], return_tensors="pt")["input_ids"]
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            results[folder + " logits"] = model(ids, return_dict=True).logits.contiguous()
     except Exception:
         continue
-    with torch.no_grad():
-        results[folder + " logits"] = model(ids, return_dict=True).logits.contiguous()
     results[folder + " ids"] = ids
 save_file(results, sys.argv[1])
 """
@@ -100,19 +107,47 @@ def test_a_variant_is_converted_exactly_or_refused(name: str, bases: Path, tmp_p
     assert "  fix: " in str(error.value)
 
 
+NO_SETTINGS = remove_files("tokenizer_config.json", "special_tokens_map.json")
+BY_TRANSFORMERS_5 = {"backend": "tokenizers", "tokenizer_class": "LlamaTokenizer"}
+BY_TRANSFORMERS_5 |= {"bos_token": "<s>", "unk_token": "<unk>"}
+
+
 @pytest.mark.parametrize(
-    ("base", "change"), [("qwen2", use_vocabulary_and_merges), ("llama", use_sentencepiece)]
+    ("base", "change"),
+    [
+        ("qwen2", all_of(use_vocabulary_and_merges, NO_SETTINGS)),
+        ("llama", all_of(use_sentencepiece, NO_SETTINGS)),
+        ("llama", edit_json("tokenizer_config.json", **BY_TRANSFORMERS_5)),
+    ],
 )
-def test_special_tokens_of_the_class_are_kept(
+def test_defaults_of_the_class_are_kept(
     bases: Path, tmp_path: Path, base: str, change: Change
 ) -> None:
+    """``generate`` refuses ``token_type_ids``, which the class does not return."""
     folder = make_folder(Variant("", change, base=base), bases, tmp_path / "hf")
-    (folder / "tokenizer_config.json").unlink()
-    (folder / "special_tokens_map.json").unlink()
-    expected = AutoTokenizer.from_pretrained(folder).special_tokens_map
+    expected = AutoTokenizer.from_pretrained(folder)
     convert_tokenizer(folder)
-    assert "eos_token" in expected
-    assert AutoTokenizer.from_pretrained(folder).special_tokens_map == expected
+    converted = AutoTokenizer.from_pretrained(folder)
+    assert expected.eos_token
+    assert converted.special_tokens_map == expected.special_tokens_map
+    assert converted.model_input_names == expected.model_input_names
+    assert converted.padding_side == expected.padding_side
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "notes"),
+    [
+        ("qwen2", change_nothing, 1),
+        ("qwen2", all_of(use_vocabulary_and_merges, NO_SETTINGS), 0),
+        ("llama", change_nothing, 0),
+    ],
+)
+def test_a_tokenizer_that_transformers_5_replaces_is_noted(
+    bases: Path, tmp_path: Path, base: str, change: Change, notes: int
+) -> None:
+    """transformers 5 always uses Qwen2's class for a Qwen2 model."""
+    folder = make_folder(Variant("", change, base=base), bases, tmp_path / "hf")
+    assert len([*check_model(str(folder))]) == notes
 
 
 def test_transformers_5_agrees_about_every_convertible_variant(bases: Path, tmp_path: Path) -> None:

@@ -130,7 +130,10 @@ def test_active_weights_include_only_the_top_k_experts() -> None:
     ("config", "changed"),
     [
         (MISTRAL_7B, {"sliding_window": 4096}),
-        (QWEN3_0_6B, {"use_sliding_window": True, "sliding_window": 4096}),
+        (
+            QWEN3_0_6B,
+            {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 21},
+        ),
         (QWEN2_5_0_5B, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
         (QWEN3_0_6B, {"attention_bias": True}),
         (LLAMA_8B, {"mlp_bias": True}),
@@ -248,7 +251,7 @@ def test_the_number_of_experts_of_transformers_5_is_read() -> None:
     config = {k: v for k, v in QWEN3_30B_A3B.items() if k != "num_experts"}
     expected = read_architecture(QWEN3_30B_A3B, "MoE")
     assert read_architecture({**config, "num_local_experts": 128}, "MoE") == expected
-    with pytest.raises(RecipeError, match="num_experts=128 contradicts 64"):
+    with pytest.raises(RecipeError, match="num_experts=128 contradicts num_local_experts=64"):
         read_architecture({**QWEN3_30B_A3B, "num_local_experts": 64}, "MoE")
 
 
