@@ -209,9 +209,7 @@ def prepare(
             state.sizes = writer.sizes
             store = _Store(ledger, writer, state)
             try:
-                for name, source in named_sources[
-                    state.finished_sources :
-                ]:  # other ranks encode, too
+                for name, source in named_sources[state.finished_sources :]:  # others encode, too
                     broadcast((state.finished_sources, state.reader_state, state.documents))
                     # After an error, closing the generator tells the other ranks to stop.
                     with encode(source, state.reader_state, state.documents) as encoded:
