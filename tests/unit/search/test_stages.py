@@ -1,4 +1,4 @@
-"""Tests plans and settings of a search's stages, and the recipe that a search writes."""
+"""Tests plans and settings of a search's stages."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ import pytest
 from launch.plan import with_shapes
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import write_manifest
-from recipes.core.stage import Input, Resources
-from recipes.data.settings import PrepareDataConfig
+from recipes.core.stage import Resources
 from recipes.distillation.settings import DistillConfig
 from recipes.engines.settings import BuildEngineConfig
 from recipes.planning.chain import Chain
 from recipes.planning.transformer import Storage
-from recipes.pruning.settings import ScoreConfig
 from recipes.search.results import Candidate
 from recipes.search.settings import (
     EnumerateShapesConfig,
@@ -361,60 +359,3 @@ def test_the_pareto_front_omits_candidates_that_are_larger_and_no_better(chain: 
     pruned = [dataclasses.replace(c, healed=False, pareto=False) for c in candidates]
     front = [c.name for c in rank_candidates.ranking(pruned) if c.pareto]
     assert front == ["f", "a", "b", "e"], "without healing, all proxies can be compared"
-
-
-def test_the_chosen_recipe_has_the_models_text_and_hardware_of_the_search(
-    chain: Chain, plan: MakePlan, hf_folder: Path, text: Path, tmp_path: Path
-) -> None:
-    teacher = dataclasses.replace(
-        bare_manifest("import_hf", "checkpoint_nemo", None),
-        config={"hf_path": str(hf_folder)},
-        architecture=chain.teacher.as_dict(),
-    )
-    scoring = ScoreConfig(
-        "score",
-        num_calibration_samples=16,
-        num_loss_samples=0,
-        block_sizes=[],
-        micro_batch_size=2,
-        seed=7,
-        resources=TWO_DEVICES,
-    )
-    text_settings = PrepareDataConfig(
-        sources=[str(text)], seq_length=64, calibration_fraction=0.1, max_tokens=50_000
-    )
-    scores = dataclasses.replace(
-        bare_manifest("score", "importance", None),
-        config=dataclasses.asdict(scoring),
-    )
-    corpus = dataclasses.replace(
-        bare_manifest("prepare_data", "dataset", None),
-        config=dataclasses.asdict(text_settings),
-    )
-    manifests = {"checkpoint": teacher, "importance": scores, "data": corpus}
-    inputs = {name: Input(tmp_path, manifest) for name, manifest in manifests.items()}
-    shape = dataclasses.replace(chain.teacher, num_layers=3, hidden_size=64)
-    winner = Candidate("name", 10**6, shape, 1.0, 9.0, 0.1, tokens=10, chosen=True)
-    distill = DistillConfig(lr=2e-4, global_batch_size=8, tensor_model_parallel_size=2)
-    distill.resources.devices = 4
-    distill.weights = dict.fromkeys(text_settings.training_names(), 2.0)
-    cfg = SuccessiveHalvingConfig(distill=distill, hardware="h100")
-    (tmp_path / "recipe").mkdir()
-    file = tmp_path / "recipe" / "chosen.yaml"
-    file.write_text(successive_halving.recipe_yaml(cfg, inputs, winner, "block_influence"))
-    planned = plan(f"hydra.searchpath=[file://{tmp_path}]", recipe="recipe=chosen").chain
-    assert (planned.hf_path, planned.hardware.name) == (str(hf_folder), "h100")
-    assert planned.shape_of("prune") == shape
-    stages: Any = SimpleNamespace(**planned.stages)
-    prepared = dataclasses.replace(stages.prepare_data, stage="???", inputs={})
-    assert prepared == dataclasses.replace(text_settings, precision=prepared.precision)
-    measured = dataclasses.replace(scoring, seq_length=64, precision=stages.score.precision)
-    assert dataclasses.replace(stages.score, inputs={}) == measured
-    assert (stages.distill.seq_length, stages.distill.lm_weight) == (64, 0.0)
-    assert (stages.distill.global_batch_size, stages.distill.resources.devices) == (8, 4)
-    assert stages.distill.tensor_model_parallel_size == 2
-    assert stages.distill.weights == distill.weights
-    assert (stages.prune.target_num_layers, stages.prune.target_hidden_size) == (3, 64)
-    assert stages.prune.target_ffn_hidden_size is None
-    assert stages.prune.layer_importance == "block_influence"
-    assert stages.distill.lr == 2e-4

@@ -1,0 +1,78 @@
+"""Tests the recipe that a search writes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from recipes.core.stage import Input, Resources
+from recipes.data.settings import PrepareDataConfig
+from recipes.distillation.settings import DistillConfig
+from recipes.planning.chain import Chain
+from recipes.pruning.settings import ScoreConfig
+from recipes.search.results import Candidate
+from recipes.search.settings import SuccessiveHalvingConfig
+from recipes.stages import successive_halving
+from tests.support.manifests import bare_manifest
+
+if TYPE_CHECKING:
+    from tests.unit.conftest import MakePlan
+
+
+def test_the_chosen_recipe_has_the_models_text_and_hardware_of_the_search(
+    chain: Chain, plan: MakePlan, hf_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    teacher = dataclasses.replace(
+        bare_manifest("import_hf", "checkpoint_nemo", None),
+        config={"hf_path": str(hf_folder)},
+        architecture=chain.teacher.as_dict(),
+    )
+    scoring = ScoreConfig(
+        "score",
+        num_calibration_samples=16,
+        num_loss_samples=0,
+        block_sizes=[],
+        micro_batch_size=2,
+        seed=7,
+        resources=Resources(devices=2),
+    )
+    text_settings = PrepareDataConfig(
+        sources=[str(text)], seq_length=64, calibration_fraction=0.1, max_tokens=50_000
+    )
+    scores = dataclasses.replace(
+        bare_manifest("score", "importance", None),
+        config=dataclasses.asdict(scoring),
+    )
+    corpus = dataclasses.replace(
+        bare_manifest("prepare_data", "dataset", None),
+        config=dataclasses.asdict(text_settings),
+    )
+    manifests = {"checkpoint": teacher, "importance": scores, "data": corpus}
+    inputs = {name: Input(tmp_path, manifest) for name, manifest in manifests.items()}
+    shape = dataclasses.replace(chain.teacher, num_layers=3, hidden_size=64)
+    winner = Candidate("name", 10**6, shape, 1.0, 9.0, 0.1, tokens=10, chosen=True)
+    distill = DistillConfig(lr=2e-4, global_batch_size=8, tensor_model_parallel_size=2)
+    distill.resources.devices = 4
+    distill.weights = dict.fromkeys(text_settings.training_names(), 2.0)
+    cfg = SuccessiveHalvingConfig(distill=distill, hardware="h100")
+    (tmp_path / "recipe").mkdir()
+    file = tmp_path / "recipe" / "chosen.yaml"
+    file.write_text(successive_halving.recipe_yaml(cfg, inputs, winner, "block_influence"))
+    planned = plan(f"hydra.searchpath=[file://{tmp_path}]", recipe="recipe=chosen").chain
+    assert (planned.hf_path, planned.hardware.name) == (str(hf_folder), "h100")
+    assert planned.shape_of("prune") == shape
+    stages: Any = SimpleNamespace(**planned.stages)
+    prepared = dataclasses.replace(stages.prepare_data, stage="???", inputs={})
+    assert prepared == dataclasses.replace(text_settings, precision=prepared.precision)
+    measured = dataclasses.replace(scoring, seq_length=64, precision=stages.score.precision)
+    assert dataclasses.replace(stages.score, inputs={}) == measured
+    assert (stages.distill.seq_length, stages.distill.lm_weight) == (64, 0.0)
+    assert (stages.distill.global_batch_size, stages.distill.resources.devices) == (8, 4)
+    assert stages.distill.tensor_model_parallel_size == 2
+    assert stages.distill.weights == distill.weights
+    assert (stages.prune.target_num_layers, stages.prune.target_hidden_size) == (3, 64)
+    assert stages.prune.target_ffn_hidden_size is None
+    assert stages.prune.layer_importance == "block_influence"
+    assert stages.distill.lr == 2e-4
