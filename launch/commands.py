@@ -21,6 +21,7 @@ from launch.executors.slurm_queue import active_jobs, cancel_jobs
 from launch.progress import format_seconds
 from launch.run_status import StageStatus, read_statuses, time_left
 from recipes.core.errors import RecipeError, did_you_mean, require_known
+from recipes.core.files import folder_bytes
 from recipes.core.manifest import MANIFEST
 from recipes.core.run_state import REQUEST, RUN_FILE, Status, read_request
 from recipes.core.screen import plain_table
@@ -189,7 +190,8 @@ def _runs_below(root: Path) -> list[Path]:
 
 
 def _table_row(path: Path, root: Path) -> tuple[str, ...]:
-    name, disk, age = str(path.relative_to(root)), f"{_size(path) / 1e9:.2f} GB", _age(path)
+    name, age = str(path.relative_to(root)), _age(path)
+    disk = f"{folder_bytes(path) / 1e9:.2f} GB"
     try:
         record, state = read_run(path), _run_state(read_statuses(path.resolve()))
     except RecipeError:  # the other runs are still listed
@@ -221,16 +223,6 @@ def _age(path: Path) -> str:
     )
 
 
-def _size(path: Path) -> int:
-    """Returns the bytes of a folder's files; hard links to one file count once."""
-    sizes = {}
-    for folder, _, names in os.walk(path):
-        for name in names:
-            stat = os.lstat(os.path.join(folder, name))
-            sizes[stat.st_dev, stat.st_ino] = stat.st_size
-    return sum(sizes.values())
-
-
 def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
     """Deletes runs, except for stages that other runs need.
 
@@ -258,7 +250,7 @@ def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
     notes |= dict.fromkeys(deletable, "deleted" if confirmed else "")
     table = plain_table("clean", "folder", "disk", "")
     for folder, note in notes.items():
-        table.add_row(str(folder), f"{_size(folder) / 1e9:.2f} GB", note)
+        table.add_row(str(folder), f"{folder_bytes(folder) / 1e9:.2f} GB", note)
     console.print(table)
     if not confirmed:
         console.print(f"nothing was deleted; {YES} deletes the folders that no run needs")

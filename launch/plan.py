@@ -29,6 +29,7 @@ from launch.schema import choices_with
 from launch.settings import RunSettings
 from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError, did_you_mean, require_known
+from recipes.core.files import folder_bytes
 from recipes.core.fingerprint import external_stamp
 from recipes.core.manifest import WORK, Acceptance, check_artifact
 from recipes.core.run_state import InputRef, request_of
@@ -98,12 +99,14 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     configs |= {n: stage_of(c).resolve_from_chain(c, chain) for n, c in configs.items()}
     needed_stages = {*selected, *(s for name in selected for s in configs[name].inputs.values())}
     planned: dict[str, PlannedStage] = {}
-    replaced = replaced_results(run_dir)
+    replaced, unfinished = replaced_results(run_dir)
     for name in order:
         stage = _plan_stage(run_dir / name, configs[name], planned, chain)
-        if name in replaced and stage.result is not None:
-            force.discard(name)  # an earlier start of this command has replaced the result
-        action, reason = choose_action(stage, forced=name in force, selected=name in selected)
+        is_replaced = name in force and name in replaced and stage.result is not None
+        forced = name in force and not is_replaced
+        action, reason = choose_action(stage, forced=forced, selected=name in selected)
+        if is_replaced and action == SKIP:
+            reason = "already replaced by force"
         stage = replace(stage, action=action, reason=reason)
         if name not in force:
             stage = accept_result(stage, named=name in accept)
@@ -123,7 +126,8 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     require_confirmed(stages, force, settings.confirm_above)
     acceptances = new_acceptances(planned.values())
     must_run = {s.name: start_of(s.directory) for s in stages if s.action != SKIP}
-    replaces = replaced | must_run if settings.force else {}
+    later = {s.name: unfinished[s.name] for s in excluded if s.name in unfinished}
+    replaces = replaced | later | must_run if settings.force else {}
     plan = Plan(run_dir, chain, stages, excluded, notes, gates, acceptances, replaces)
     return replace(plan, notes=notes + refuse_errors(_disk_problems(plan), settings.skip_rules))
 
@@ -338,7 +342,7 @@ def _disk_problems(plan: Plan) -> Iterator[Problem]:
     needed = 0
     for stage in plan.todo():
         work = stage.directory / WORK  # is continued, or deleted before a new start
-        existing = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+        existing = folder_bytes(work)  # a job may be writing and deleting checkpoints
         needed += max(0, stage.definition.disk_bytes(stage.config, plan.chain) - existing)
     existing_dir = next(p for p in (plan.run_dir, *plan.run_dir.resolve().parents) if p.exists())
     free = shutil.disk_usage(existing_dir).free

@@ -6,14 +6,14 @@ import importlib
 import json
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from recipes.core.errors import RecipeError, require_known
 from recipes.core.files import REPO_ROOT
-from recipes.core.fingerprint import module_of, result_settings
+from recipes.core.fingerprint import module_of, with_absolute_path
 from recipes.core.manifest import WORK, Acceptance, Manifest, read_manifest
 from recipes.core.run_state import (
     InputRef,
@@ -175,12 +175,13 @@ def choose_action(stage: PlannedStage, *, forced: bool, selected: bool) -> tuple
     return RESUME, "was interrupted"
 
 
-def replaced_results(run_dir: Path) -> dict[str, str | None]:
-    """Returns the part of ``LastPlan.replaces`` that is done; nothing if all of it is done."""
+def replaced_results(run_dir: Path) -> tuple[dict[str, str | None], dict[str, str | None]]:
+    """Returns the done and the unfinished part of ``LastPlan.replaces``; nothing if all is done."""
     last_plan = read_last_plan(run_dir)
     replaces = last_plan.replaces if last_plan else {}
     done = {n: old for n, old in replaces.items() if start_of(run_dir / n) not in (None, old)}
-    return done if len(done) < len(replaces) else {}
+    unfinished = {n: old for n, old in replaces.items() if n not in done}
+    return (done, unfinished) if unfinished else ({}, {})
 
 
 def start_of(stage_dir: Path) -> str | None:
@@ -258,13 +259,7 @@ def _compare(
     Returns:
         The old and the new value of each changed setting, and the names of other changes.
     """
-    # Skip settings that the earlier start did not record. They are new, so the code changed, too.
-    fields = {
-        name: values
-        for key, now in result_settings(stage.config).items()
-        if key in before.config
-        for name, values in _differences(key, before.config[key], now)
-    }
+    settings = dict(_differences("", before.config, stage.config))
     replaced = _replaced_inputs(stage, before)
     fingerprints = {name: ref.fingerprint for name, ref in stage.inputs.items()}
     other_changes = [
@@ -274,22 +269,31 @@ def _compare(
     ]
     if stage.code != before.code:
         other_changes.append("code")
+    old, new = before.libraries, stage.libraries
     other_changes += [
-        f"version of {name} ({before.libraries.get(name)} → {stage.libraries.get(name)})"
-        for name in {**stage.libraries, **before.libraries}
-        if before.libraries.get(name) != stage.libraries.get(name)
+        f"version of {name} ({old.get(name, 'unknown')} → {new.get(name, 'unknown')})"
+        for name in {**new, **old}
+        if old.get(name) != new.get(name)
     ]
-    if not fields and not other_changes:  # the fingerprint also covers files from outside the run
+    if not settings and not other_changes:  # the fingerprint also covers files from outside the run
         other_changes = ["files from outside the run"]
-    return fields, other_changes
+    return settings, other_changes
 
 
 def _differences(
     name: str, old: object, new: object
 ) -> Iterator[tuple[str, tuple[object, object]]]:
-    """Yields each setting that differs; mappings with equal keys are compared key by key."""
+    """Yields each setting that differs; mappings with equal keys are compared key by key.
+
+    Resources are not compared, nor are settings that an earlier start did not record: they are new,
+    so the code changed, too.
+    """
+    if is_dataclass(new) and isinstance(old, Mapping):
+        names = [spec.name for spec in fields(new) if not spec.metadata.get("resource")]
+        new = {key: getattr(new, key) for key in names if key in old}
+        old = {key: old[key] for key in new}
     if isinstance(old, Mapping) and isinstance(new, Mapping) and old.keys() == new.keys():
         for key in new:
-            yield from _differences(f"{name}.{key}", old[key], new[key])
-    elif old != new:
+            yield from _differences(f"{name}.{key}" if name else key, old[key], new[key])
+    elif with_absolute_path(old) != with_absolute_path(new):
         yield name, (old, new)

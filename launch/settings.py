@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -85,10 +83,6 @@ def settings_of(cfg: DictConfig) -> RunSettings:
             raise RecipeError(f"{group}={cfg.get(group)} is not a group.", f"leave out {group}")
     root: dict[str, Any] = {}
     try:
-        hf_path = cfg.model.get("hf_path")
-        if hf_path and isinstance(hf_path, str) and Path(hf_path).is_dir():
-            # One spelling of a folder, so that another spelling does not change fingerprints.
-            cfg.model.hf_path = os.path.abspath(hf_path)
         for name in (item.name for item in fields(RunSettings) if item.name in cfg):
             value = cfg[name]  # read from cfg, because interpolations refer to the whole config
             is_container = OmegaConf.is_config(value)

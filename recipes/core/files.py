@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,20 @@ def sha256_of_each(paths: Sequence[Path]) -> list[str]:
     with ThreadPoolExecutor(min(MAX_HASHING_THREADS, cores())) as pool:
         hashes = dict(zip(unique, pool.map(sha256_of, unique), strict=True))
     return [hashes[file] for file in files]
+
+
+def folder_bytes(folder: Path) -> int:
+    """Returns the bytes of a folder's files; hard links to one file count once.
+
+    Files that another process deletes meanwhile do not count.
+    """
+    sizes = {}
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                stat = os.lstat(os.path.join(path, name))
+                sizes[stat.st_dev, stat.st_ino] = stat.st_size
+    return sum(sizes.values())
 
 
 def digest_files(files: Iterable[Path]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -34,13 +35,23 @@ def digest(value: object) -> str:
 
 
 def result_settings(config: Any) -> dict[str, object]:
-    """Returns a config as plain data, without fields whose metadata marks them as ``resource``."""
+    """Returns a config as plain data, without fields whose metadata marks them as ``resource``.
+
+    Fields that are marked as ``path`` have a folder's absolute path.
+    """
     plain: dict[str, object] = {}
     for spec in fields(config):
         value = getattr(config, spec.name)
+        if spec.metadata.get("path"):
+            value = with_absolute_path(value)
         if not spec.metadata.get("resource"):
             plain[spec.name] = result_settings(value) if is_dataclass(value) else value
     return plain
+
+
+def with_absolute_path(value: object) -> object:
+    """Returns a folder's absolute path, so that its spelling does not count; or another value."""
+    return os.path.abspath(value) if isinstance(value, str) and os.path.isdir(value) else value
 
 
 def external_stamp(path: Path, patterns: Iterable[str] = ("**/*",)) -> dict[str, object]:

@@ -139,7 +139,7 @@ class Manifest:
     def device_hours(self) -> float:
         """Returns the device-hours that the result took."""
         resources: dict[str, int] = self.config.get("resources", {})
-        # A search has its own devices, or its trainings have more.
+        # The trainings of a search may have more devices than the search.
         trainings: dict[str, int] = self.config.get("distill", {}).get("resources", {})
         devices = max(resources.get("devices", 1), trainings.get("devices", 1))
         return self.seconds / 3600 * resources.get("nodes", 1) * devices

@@ -151,8 +151,8 @@ class LastPlan:
     stages: Mapping[str, str | None]
     """Fingerprints by stage, in the recipe's order; ``None`` for a stage that no plan included."""
     replaces: Mapping[str, str | None] = field(default_factory=dict)
-    """If the plan has ``force``: the start of the old result (``None`` without one) of each stage
-    that this plan runs, or that an unfinished earlier plan has run."""
+    """If the plan has ``force``: each stage that it, or an unfinished earlier plan, runs. The value
+    is the start of the old result; ``None`` without one."""
 
     def write(self, run_dir: Path) -> None:
         """Writes the plan to ``run.yaml``."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -75,11 +74,18 @@ def installed_version(name: str) -> str | None:
 
 @cache
 def program_version(name: str) -> str | None:
-    """Returns what a program on ``PATH`` prints for ``--version``; ``None`` without the program."""
-    if shutil.which(name) is None:
+    """Returns the version that a program on ``PATH`` prints; ``None`` if it prints none.
+
+    Other lines of the output, such as the list of GPUs, differ between machines.
+    """
+    try:
+        done = subprocess.run(
+            [name, "--version"], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    done = subprocess.run([name, "--version"], capture_output=True, text=True, check=False)
-    return (done.stdout + done.stderr).strip()
+    match = re.search(r"version: (.+)", done.stdout + done.stderr)
+    return match[1].strip() if match else None
 
 
 def result_versions(
@@ -88,7 +94,8 @@ def result_versions(
     """Returns the versions that are part of a fingerprint, by library.
 
     A build tag such as ``+cpu`` is left out: builds of one version have the same source, and a
-    login node must compute the same fingerprint as a node with GPUs.
+    login node must compute the same fingerprint as a node with GPUs. TransformerEngine is left out,
+    too, because a login node does not have it; in an image, the image's name stands for it.
 
     Args:
         image: The image that the stage runs in. For its libraries the locked versions count, and
@@ -106,7 +113,6 @@ def result_versions(
     if image:
         return {**versions, IMAGE: image}
     optional = {name: program_version(name) for name in programs}
-    optional[TRANSFORMER_ENGINE] = installed_version(TRANSFORMER_ENGINE)  # never locked
     return versions | {name: version for name, version in optional.items() if version}
 
 

@@ -27,7 +27,7 @@ SHAPES_FILE = "shapes.json"
 class EnumerateShapesConfig(StageConfig):
     """Settings of ``enumerate_shapes``."""
 
-    hf_path: str = MISSING
+    hf_path: str = field(default=MISSING, metadata={"path": True})
     """Folder, hub id, or ``pypi://`` source of the teacher."""
     budget: Budget = field(default_factory=Budget)
     """Limits of a shape's costs."""

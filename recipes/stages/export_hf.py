@@ -5,7 +5,7 @@ Reads the checkpoint, and results of other stages for the model card. Writes the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nemo_convert.results import ParityResult
@@ -21,7 +21,7 @@ from recipes.stages.contract import Stage
 class ExportConfig(StageConfig):
     """Settings of ``export_hf``."""
 
-    teacher: str = ""
+    teacher: str = field(default="", metadata={"path": True})
     """Path or hub id of the teacher, for the model card."""
     recipe: str = ""
     """Name of the recipe, for the model card."""

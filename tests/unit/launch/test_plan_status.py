@@ -15,7 +15,7 @@ from recipes.core.manifest import ARTIFACT, MANIFEST
 from recipes.core.versions import result_versions
 from tests.support.manifests import edit_manifest
 from tests.support.runs import STAGES
-from tests.unit.conftest import SMALL_STUDENT
+from tests.unit.conftest import SMALL_STUDENT, stage_named
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -142,13 +142,13 @@ def test_versions_of_engines_are_part_of_the_fingerprints_of_stages_that_use_the
     monkeypatch.setattr(versions, "installed_version", installed)
     assert reasons_to_run(plan(*options)) == {}
     program = tmp_path / "llama-server"
-    program.write_text("#!/bin/sh\necho version: 1 >&2")
+    program.write_text("#!/bin/sh\necho found 2 GPUs\necho 'version: 1 (abc)' >&2\necho built")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     versions.program_version.cache_clear()
     reasons = reasons_to_run(plan(*options))
     versions.program_version.cache_clear()
-    assert "version of llama-server (None → version: 1)" in reasons["evaluate_served"]
+    assert "version of llama-server (unknown → 1 (abc))" in reasons["evaluate_served"]
     assert "build_engine" not in reasons
 
 
@@ -175,7 +175,10 @@ def test_the_spelling_of_paths_and_unread_files_are_no_reason_to_run(
     (hf_folder / ".cache" / "huggingface" / "etag").write_text("as hf download writes")
     for hf_path in ("hf_model", f"{hf_folder}/"):
         spelling = (f"model.hf_path={hf_path}", *SMALL_STUDENT, f"{data}=other/prepare_data/")
-        assert reasons_to_run(plan(*spelling)) == {}
+        planned = plan(*spelling)
+        assert reasons_to_run(planned) == {}
+        # ``hub.push`` publishes the settings of the export, so they have no absolute path.
+        assert stage_named(planned, "export_hf").request().config["teacher"] == hf_path
 
 
 def test_changed_source_files_are_a_reason_to_run(
@@ -192,6 +195,10 @@ def test_changed_source_files_are_a_reason_to_run(
     assert reasons["prepare_data"] == "files from outside the run changed"
     assert reasons["score"] == "input calibration changed"
     assert "import_hf" not in reasons
+    (hf_folder / "weights").mkdir()
+    (hf_folder / "weights" / "shard.safetensors").touch()
+    assert "import_hf" in reasons_to_run(plan(*overrides))
+    complete(plan(*overrides))
     (hf_folder / "LICENSE").write_text("another")
     assert list(reasons_to_run(plan(*overrides))) == STAGES[1:]
     assert reasons_to_run(plan(*overrides))["import_hf"] == "files from outside the run changed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -14,6 +15,8 @@ from launch.run import run as start_run
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST, WORK, read_manifest, write_manifest
 from recipes.core.run_state import BEGUN, begin_work
+from recipes.data.corpus import TOKEN_BYTES
+from recipes.stages.prepare_data import MIN_PROGRESS_TOKENS
 from tests.support.manifests import unfinished_manifest
 from tests.unit.conftest import RECIPE, complete_overrides, stage_named
 
@@ -175,8 +178,8 @@ def test_parallel_layout_may_change_between_interruption_and_resumption(plan: Ma
 @pytest.mark.parametrize(
     ("stage", "file", "setting", "progress"),
     [
-        ("prepare_data", "splits/train.bin", "max_documents=7", "1 tokens"),
-        ("successive_halving", "candidates/a/round-0/manifest.json", "num_samples=3", "1 training"),
+        ("prepare_data", "splits/train.bin", "max_documents=7", "10,000,000 tokens"),
+        ("successive_halving", "candidates/a/round-0/manifest.json", "distill.lr=1", "1 training"),
     ],
 )
 def test_progress_of_text_and_of_searches_is_not_lost(
@@ -190,8 +193,14 @@ def test_progress_of_text_and_of_searches_is_not_lost(
     assert actions_of(planned(changed))[stage] == ("run", "not run yet")
     path = stage_named(planned(), stage).directory / WORK / file
     path.parent.mkdir(parents=True)
-    path.write_text("four")
-    with pytest.raises(RecipeError, match=f"{stage} was interrupted at {progress}"):
+    path.touch()
+    os.truncate(path, TOKEN_BYTES * MIN_PROGRESS_TOKENS - 1)
+    if stage == "prepare_data":
+        assert actions_of(planned(changed))[stage] == ("run", "not run yet")
+    os.truncate(path, TOKEN_BYTES * MIN_PROGRESS_TOKENS)
+    name, value = setting.split("=")
+    pattern = rf"{stage} was interrupted at {progress}.* since then {name} changed \S+ → {value}"
+    with pytest.raises(RecipeError, match=rf"{pattern}\S* \(it"):
         planned(changed)
     assert actions_of(planned())[stage][0] == "resume"
 
@@ -215,7 +224,9 @@ def test_needed_disk_space_excludes_what_unfinished_work_has(
     folder = stage_named(planned, "distill").directory / WORK / "checkpoints" / "step=49-last"
     with (folder / "weights").open("wb") as file:
         file.truncate(needed["distill"] * 2 // 3)  # a sparse file
-    assert actions_of(plan())["distill"][0] == "resume"
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda path: ((p, d, [*f, "gone"]) for p, d, f in walk(path)))
+    assert actions_of(plan())["distill"][0] == "resume", "a job may delete files meanwhile"
 
 
 def test_unfinished_work_is_compared_with_its_own_start_and_not_with_a_later_config_file(
@@ -275,18 +286,24 @@ def test_repeated_command_forces_a_stage_only_once(
             manifest = read_manifest(run_dir / name)
             assert manifest is not None
             started_at = datetime.now(UTC).isoformat(timespec="microseconds")
-            write_manifest(run_dir / name, replace(manifest, started_at=started_at))
+            write_manifest(run_dir / name, replace(manifest, started_at=started_at, seconds=2.0))
         raise RecipeError("the next stage failed", "")
 
-    def run_forced() -> None:
-        cfg = compose(*complete_overrides(RECIPE, ("force=[distill]", f"run_dir={run_dir}")))
+    def run_forced(*only: str) -> None:
+        overrides = ("force=[distill]", f"run_dir={run_dir}", *only)
+        cfg = compose(*complete_overrides(RECIPE, overrides))
         start_run(cfg, "llama_width_prune")
 
     monkeypatch.setattr("launch.executors.local.start", start)
     with pytest.raises(RecipeError, match="next stage failed"):
         run_forced()
     later = [] if content == "result" else ["evaluate", "export_hf", "report"]
+    (skipped,) = plan("force=[distill]", "only=[distill]").stages
+    assert (skipped.action, skipped.reason) == ("skip", "already replaced by force")
+    run_forced("only=[distill]")
     assert list(actions_of(plan("force=[distill]"))) == later
+    both = plan("force=[prune,distill]", "confirm_above=4e-4")  # 1.4 seconds
+    assert actions_of(both)["distill"] == ("run", "after prune")
     completed[:] = later
     if later:
         with pytest.raises(RecipeError, match="next stage failed"):
