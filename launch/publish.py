@@ -18,7 +18,7 @@ from rich.markup import escape
 from launch.plan import Plan, metrics_of
 from launch.planned import SKIP, PlannedStage
 from launch.settings import Hub, RunSettings
-from nemo_convert.hub import HUB_SECONDS, INDEX_FILE, TOKENIZER_FILES, WEIGHTS_FILE
+from nemo_convert.hub import HUB_SECONDS, INDEX_FILE, WEIGHTS_FILE
 from nemo_convert.licences import forbids_commercial_use, known_licence
 from nemo_convert.results import ImportResult
 from recipes.core.errors import RecipeError
@@ -33,8 +33,13 @@ from recipes.report.settings import REPORT_FILE
 EXPORT_STAGE, REPORT_STAGE = "export_hf", "report"
 """Stage modules (``config.stage``) whose files are published."""
 SHARDS = "model-*-of-*.safetensors"
-MODEL_FILES = (WEIGHTS_FILE, SHARDS, INDEX_FILE, "generation_config.json", *TOKENIZER_FILES)
-"""Files that transformers loads if they exist. Those of an earlier push are deleted."""
+MODEL_FILES = (
+    *(WEIGHTS_FILE, SHARDS, INDEX_FILE, "generation_config.json"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
+    "additional_chat_templates/*.jinja",
+)
+"""Files that transformers writes, and loads if they exist. Those of an earlier push are deleted."""
 
 
 def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> None:
@@ -42,7 +47,7 @@ def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> Non
 
     Args:
         plan: The run.
-        settings: The run's settings. A dry run does not contact the hub.
+        settings: The run's settings. A dry run does not check the access to the hub.
         follows: Whether all stages are complete or the launcher waits for them; otherwise it cannot
             publish.
     """

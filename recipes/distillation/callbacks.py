@@ -64,12 +64,12 @@ class StepLogger(Callback):
         if model.skipped_steps > self._cfg.max_nonfinite_steps:
             finish_saving(trainer)  # the error below ends the process
             losses = ", ".join(f"{n} {value:.4g}" for n, value in model.share_losses().items())
-            allowed = self._cfg.max_nonfinite_steps
+            steps = model.skipped_steps  # also those before a resumption with a lower limit
             raise RecipeError(
                 f"step {trainer.global_step + 1}: the gradient is not finite ({losses})"
-                + (f", and {allowed} such step(s) were skipped before." if allowed else ".")
+                + (f", and {steps - 1} such step(s) were skipped before." if steps > 1 else ".")
                 + " The weights were not updated; the last checkpoint is usable.",
-                f"set stages.{self._cfg.stage}.max_nonfinite_steps={allowed + 1} to resume from it "
+                f"set stages.{self._cfg.stage}.max_nonfinite_steps={steps} to resume from it "
                 "and skip this step; if that does not help, train anew with a lower lr",
             )
         return False  # tells Megatron that the update was skipped

@@ -38,7 +38,7 @@ FP8_CAPABILITIES = {"tensorwise": 8.9, "blockwise": 9.0, "delayed": 8.9, "mxfp8"
 TERMS = ("kd", "hidden", "lm")
 """Terms of the loss; each is logged."""
 RESOURCE = {"resource": True}
-"""Metadata of settings that change speed, memory, disk space, or whether a stage ends, but not its
+"""Metadata of settings that change speed, memory, disk space, or when a stage fails, but not its
 result."""
 RecomputeGranularity = Annotated[str, one_of(*RECOMPUTE_GRANULARITIES)]
 RecomputeModule = Annotated[str, one_of("core_attn", *FEED_FORWARD)]
@@ -246,8 +246,8 @@ class DistillConfig(TrainingConfig):
     with the teacher's layer that it comes from, if both are on the last pipeline stage."""
     hidden_pipeline_stages: Count | None = None
     """The default pairs are those on the last of this number of pipeline stages. Default:
-    ``pipeline_model_parallel_size``. A higher number than that gives the same loss in a layout with
-    fewer stages."""
+    ``pipeline_model_parallel_size``. Set it to the old number of stages to keep the loss in a
+    layout with fewer stages."""
     lm_weight: Weight = 0.0
     """Weight of the next-token (LM) loss; 0 omits it."""
     loss_balancer: Annotated[str, one_of(*LOSS_BALANCERS)] = "fixed"

@@ -83,17 +83,19 @@ def test_nonfinite_steps_are_skipped_up_to_a_limit_and_the_same_command_resumes(
         loss, *others = forward(*args)
         return (loss * math.nan if next(calls) in (4, 5, 6) else loss, *others)
 
-    fields = settings("distill", max_nonfinite_steps=1, lr=1e-4, min_lr=1e-5)
+    fields = settings("distill", lr=1e-4, min_lr=1e-5)
     command = [*distill_command, *fields]
     with monkeypatch.context() as patch:
         patch.setattr(LossReduction, "forward", nan_after_step_3)
-        for _ in range(2):
-            stopped = run_in_process(*command, cwd=tmp_path)
+        for limit in (1, 0):  # the lower limit allows fewer steps than the first start has skipped
+            allowed = settings("distill", max_nonfinite_steps=limit)
+            stopped = run_in_process(*command, *allowed, cwd=tmp_path)
             assert stopped.code == 1
             assert re.search(r"step 5: .* not finite .* 1 such step", stopped.output)
             assert "the last checkpoint is usable" in stopped.output
     advised = re.search(r"stages\.distill\.max_nonfinite_steps=\d", stopped.output)
     assert advised is not None
+    assert advised.group().endswith("=2")
     fewer = settings("distill", keep_checkpoints=1, checkpoint_interval=2)
     resumed = run_successfully(*command, advised.group(), *fewer, cwd=tmp_path)
     assert re.search(r"distill +resume", resumed.output)

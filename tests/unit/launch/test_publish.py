@@ -97,7 +97,8 @@ def test_a_dry_run_lists_the_files(push: Launch, hub: FakeHub) -> None:
 def test_model_files_of_an_earlier_push_are_deleted(push: Launch, hub: FakeHub) -> None:
     """The earlier student was sharded. Without the deletion, transformers might load its shards."""
     old = {"model.safetensors.index.json", "model-00001-of-00002.safetensors", "vocab.json"}
-    kept = {"notes.md", "onnx/model.safetensors", "tokenizer/notes.md"}  # of the user
+    # Files of the user.
+    kept = {"notes.md", "tokenizer_notes.md", "onnx/model.safetensors", "tokenizer/notes.md"}
     hub.models[NAME], hub.private[NAME] = dict.fromkeys(old | kept, b"earlier"), True
     dry = push("dry_run=true")
     assert {name for name in old | kept if re.search(rf"{name} +deleted", dry.stdout)} == old
