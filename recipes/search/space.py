@@ -95,7 +95,7 @@ class Service:
     bytes_per_second: Rate = field(default=3.35e12, metadata={"resource": True})
     """Memory bandwidth."""
     backend: Annotated[str, one_of(*BACKENDS)] = "tensorrt_llm"
-    """Backend of the engine, as the next three settings in ``build_engine``."""
+    """Backend of the engine. This and the next three settings are as in ``build_engine``."""
     precision: Annotated[str, one_of(*WEIGHT_BITS)] = "bf16"
     """Type of the weights."""
     group_size: Count = 64

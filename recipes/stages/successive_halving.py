@@ -237,6 +237,8 @@ def recipe_yaml(
     score = inputs["importance"].manifest.config
     data = inputs["data"].manifest.config
     distill = asdict(cfg.distill)
+    if cfg.distill.hidden_pipeline_stages == cfg.distill.pipeline_model_parallel_size:
+        del distill["hidden_pipeline_stages"]  # the default
     chain, hardware = {"/chain@_global_": "prune_distill"}, {"override /hardware": cfg.hardware}
     content = {
         "defaults": [chain, hardware, "_self_"],

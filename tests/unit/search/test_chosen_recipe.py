@@ -54,12 +54,14 @@ def test_the_chosen_recipe_has_the_models_text_and_hardware_of_the_search(
     shape = dataclasses.replace(chain.teacher, num_layers=3, hidden_size=64)
     winner = Candidate("name", 10**6, shape, 1.0, 9.0, 0.1, tokens=10, chosen=True)
     distill = DistillConfig(lr=2e-4, global_batch_size=8, tensor_model_parallel_size=2)
+    distill.hidden_pipeline_stages = 1  # as the search sets it if the loss has hidden states
     distill.resources.devices = 4
     distill.weights = dict.fromkeys(text_settings.training_names(), 2.0)
     cfg = SuccessiveHalvingConfig(distill=distill, hardware="h100")
     (tmp_path / "recipe").mkdir()
     file = tmp_path / "recipe" / "chosen.yaml"
     file.write_text(successive_halving.recipe_yaml(cfg, inputs, winner, "block_influence"))
+    assert "hidden_pipeline_stages" not in file.read_text()
     planned = plan(f"hydra.searchpath=[file://{tmp_path}]", recipe="recipe=chosen").chain
     assert (planned.hf_path, planned.hardware.name) == (str(hf_folder), "h100")
     assert planned.shape_of("prune") == shape

@@ -200,6 +200,9 @@ def test_latency_is_measured_with_the_engine_of_the_recipe(
     limits = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
     assert all(getattr(engine, n) == getattr(stages.build_engine, n) for n in limits)
     assert (service.precision, service.storage) == ("bf16", Storage("bf16", None, 2))
+    quantized: Any = plan(*LARGE, *budget, "engine=tensorrt_llm_quantized", recipe=RECIPE).chain
+    engine, service = (quantized.stages[n] for n in ("build_engine", "enumerate_shapes"))
+    assert service.service.storage == engine.storage, "also by roofline"
     with pytest.raises(RecipeError, match="max_batch_size=32, but the timed requests need 64"):
         plan(*large, "engine=tensorrt_llm", f"{SERVICE}.batch_size=64", recipe=RECIPE)
     with pytest.raises(RecipeError, match="fp8 need calibrated weights"):
