@@ -94,7 +94,8 @@ def _require_no_contradiction(
             name = "num_local_experts"
         # With rope_scaling, transformers 5 ignores rope_parameters, including their rope_theta.
         loses_theta = key == "rope_scaling" and old and config.get("rope_theta") is None
-        if loses_theta or old not in (None, {}, value):
+        plain = _normalize_scaling(old, where) if key == "rope_scaling" and old else old
+        if loses_theta or (old not in (None, {}) and plain != value):
             raise RecipeError(
                 f"{where}: {key}={old} contradicts {name}={config[name]}.",
                 f"remove {key} or {name}, whichever is wrong",

@@ -21,6 +21,13 @@ def _exact_rope_and_windows() -> Iterator[Variant]:
         {"rope_theta": 5000.0, "rope_type": "default", "partial_rotary_factor": None},
     ):
         yield Variant(f"new rope {rope}", edit_config(rope_parameters=rope, rope_scaling=ABSENT))
+    for scaling in ({"rope_type": "default"}, {**LLAMA3_ROPE, "factor": 8.0}):
+        both = edit_config(
+            rope_theta=5000.0,
+            rope_parameters={"rope_theta": 5000.0, **scaling},
+            rope_scaling={"type": scaling["rope_type"], **scaling},
+        )
+        yield Variant(f"old and new rope {scaling['rope_type']}", both)
     window = {"use_sliding_window": True, "sliding_window": 16}
     for base in ("qwen2", "qwen3"):
         few_layers = edit_config(max_window_layers=2, layer_types=ABSENT, **window)

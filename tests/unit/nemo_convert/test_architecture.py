@@ -210,20 +210,33 @@ LLAMA3_SCALING = {"factor": 8.0, **LLAMA3_ROPE}
 
 
 @pytest.mark.parametrize(
-    ("parameters", "rope"),
+    ("parameters", "rope", "old_scalings"),
     [
-        ({"rope_type": "default"}, {"rope_theta": 5e5, "rope_scaling": None}),
-        (LLAMA3_SCALING, {"rope_theta": 5e5, "rope_scaling": LLAMA3_SCALING}),
+        (
+            {"rope_type": "default"},
+            {"rope_theta": 5e5, "rope_scaling": None},
+            [None, {}, {"rope_type": "default"}, {"type": "default"}],
+        ),
+        (
+            LLAMA3_SCALING,
+            {"rope_theta": 5e5, "rope_scaling": LLAMA3_SCALING},
+            [LLAMA3_SCALING, {"type": "llama3", **LLAMA3_SCALING}],
+        ),
     ],
 )
 def test_rope_parameters_become_theta_and_scaling(
-    parameters: dict[str, Any], rope: dict[str, Any]
+    parameters: dict[str, Any], rope: dict[str, Any], old_scalings: list[dict[str, Any] | None]
 ) -> None:
-    """transformers 5 has ``rope_parameters``; version 4, ``rope_theta`` and ``rope_scaling``."""
+    """transformers 5 has ``rope_parameters``; version 4, ``rope_theta`` and ``rope_scaling``.
+
+    A config may have both if they are equal, however the old scaling is spelled.
+    """
     config = {**LLAMA_8B, "rope_parameters": {"rope_theta": 5e5, **parameters}}
     expected = {**LLAMA_8B, "model_type": "llama", **rope}
     assert as_transformers_4(config, "8B") == expected
-    assert as_transformers_4({**config, **rope}, "8B") == expected
+    for scaling in old_scalings:
+        both = {**config, **rope, "rope_scaling": scaling}
+        assert as_transformers_4(both, "8B") == expected
     assert rope_theta(as_transformers_4(config, "8B")) == 5e5
     assert read_architecture(config, "8B") == read_architecture(LLAMA_8B, "8B")
 
