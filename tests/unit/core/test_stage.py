@@ -237,8 +237,10 @@ def without_privileges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         file.touch(0o200)  # not readable
         file.parent.chmod(0o200 if "closed" in name else 0o555)  # 0o555: not writable
     os.seteuid(user or 65534)  # if root, as nobody
-    yield
-    os.seteuid(user)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
 @pytest.mark.usefixtures("without_privileges")

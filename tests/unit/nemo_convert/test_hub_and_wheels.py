@@ -297,7 +297,9 @@ def test_a_folder_without_permission_is_explained(
     monkeypatch.setattr("sys.argv", ["nemo_convert", "check", str(tmp_path / "closed" / "model")])
     user = os.geteuid()
     os.seteuid(user or 65534)  # if root, as nobody
-    status = main()
-    os.seteuid(user)
+    try:
+        status = main()
+    finally:
+        os.seteuid(user)
     assert status == 1
     assert "Permission denied" in capsys.readouterr().err
