@@ -133,18 +133,34 @@ def _prefix_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
 
 
 def _range_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[tuple[str, str]]:
-    """Yields a problem if tokenized text that the input ``held_out`` holds out would be used."""
+    """Yields a problem if text that the input ``held_out`` holds out could be trained on.
+
+    Documents of a prefix have no digests, so they cannot be compared with other documents. Held-out
+    sources have digests.
+    """
     name = cfg.inputs.get("held_out", "")
     first = chain.stages.get(name)
-    if not isinstance(first, PrepareDataConfig) or not first.prefix or first.heldout_sources:
+    if not isinstance(first, PrepareDataConfig) or not (cfg.prefix or first.prefix):
+        return
+    if first.prefix and first.heldout_sources:
+        return
+    later = next((key for key, config in chain.stages.items() if config is cfg), cfg.stage)
+    if not cfg.prefix or not first.prefix:
+        yield (
+            f"only one of {name} and {later} has tokenized text (prefix), so {later} cannot leave "
+            f"out the documents that {name} holds out",
+            "set the prefix for both or for neither; or if their texts share no documents, remove "
+            f"the input: '~stages.{later}.inputs.held_out'",
+        )
         return
     names = ("max_tokens", "max_documents", *(f"{split}_fraction" for split in cfg.fractions()))
     different = [key for key in names if vars(cfg)[key] != vars(first)[key]]
     different += ["heldout_sources"] if cfg.heldout_sources else []
-    if cfg.prefix == first.prefix and different:
-        what = f"{name} and a later phase divide data.prefix={cfg.prefix} at different documents"
-        values = ", ".join(f"{key}=${{stages.{name}.{key}}}" for key in different)
-        yield what, f"in the later phase set {values}, or use other text"
+    data, first_data = (paths_of(Path(prefix))[".bin"] for prefix in (cfg.prefix, first.prefix))
+    if data.resolve() == first_data.resolve() and different:
+        what = f"{name} and {later} divide data.prefix={cfg.prefix} at different documents"
+        values = " ".join(f"'stages.{later}.{key}=${{stages.{name}.{key}}}'" for key in different)
+        yield what, f"set {values}, or use other text"
 
 
 def _weight_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
@@ -198,7 +214,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     """Tokenizes all sources. Documents start and end with the tokenizer's begin and end tokens."""
     from nemo_convert.nemo import find_checkpoint, side_folder
     from recipes.data.chat import ChatTokenizer
-    from recipes.data.preparation import EARLIER, HELD_OUT, prepare
+    from recipes.data.preparation import HELD_OUT, prepare
     from recipes.data.split_writer import LOSS_MASK
     from recipes.data.tokenizer import broadcast, load_tokenizer
 
@@ -209,6 +225,8 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
         chat.require_template()
     folder = out.parent / SPLITS_FOLDER
     folder.mkdir(exist_ok=True)
+    if "held_out" in inputs and rank() == 0:
+        _copy_held_out(inputs["held_out"], folder)
     # Rank 0 resolves the sources and sends the result to the other ranks.
     origins: dict[str, Origin] = broadcast(
         origins_of(cfg.all_sources(), folder / "origins.json") if rank() == 0 else None
@@ -218,9 +236,6 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     if cfg.teacher_sources():
         for source, (file, origin) in _write_chats(cfg, inputs["tokenizer"], out).items():
             pinned_sources[source], origins[source] = file, origin
-    if "held_out" in inputs and rank() == 0:
-        # A second phase must not train on text that the first phase holds out.
-        shutil.copyfile(inputs["held_out"].artifact / HELD_OUT, folder / EARLIER)
     prepared = prepare(cfg, tokenizer, folder, metrics_log(out), chat, pinned_sources)
     if rank() != 0:
         return Outcome()
@@ -250,6 +265,23 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
         ),
         tokenizer_sha256=inputs["tokenizer"].manifest.tokenizer_sha256,
     )
+
+
+def _copy_held_out(first: Input, folder: Path) -> None:
+    """Copies the digests of the documents that the first phase holds out: no later phase uses them.
+
+    Raises:
+        RecipeError: There are no digests, because an earlier version prepared the first phase.
+    """
+    from recipes.data.preparation import EARLIER, HELD_OUT
+
+    if not (first.artifact / HELD_OUT).is_file():
+        name = first.directory.name
+        raise RecipeError(
+            f"{first.artifact} has no {HELD_OUT}: an earlier version of {name} made this result.",
+            f"prepare the text again: force=[{name}]",
+        )
+    shutil.copyfile(first.artifact / HELD_OUT, folder / EARLIER)
 
 
 def _link_tokens(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,9 +93,21 @@ def test_tokenized_text_must_be_divided_in_the_same_way_in_both_phases(
 ) -> None:
     """Otherwise, the second phase would train on documents that the first phase holds out."""
     prefix = write_token_files(tmp_path / "corpus")
+    (tmp_path / "link").symlink_to(tmp_path)
     overrides = (LONG, f"data.prefix={prefix}", "data.sources=[]", "data.heldout_sources=[]")
-    recipe = "recipe=qwen3_8b_depth"
-    with pytest.raises(RecipeError, match=r"max_tokens=\$\{stages\.prepare_data"):
-        plan(*overrides, *ON_GPUS, "skip_rules=[tokens]", recipe=recipe)
-    same = "stages.prepare_long_data.max_tokens=${stages.prepare_data.max_tokens}"
-    plan(*overrides, *ON_GPUS, "skip_rules=[tokens]", same, recipe=recipe)
+    overrides += (*ON_GPUS, "skip_rules=[tokens]")
+    recipe, second = "recipe=qwen3_8b_depth", "stages.prepare_long_data"
+    same = f"{second}.max_tokens=${{stages.prepare_data.max_tokens}}"
+    for link in ((), (f"{second}.prefix={tmp_path}/link/corpus",)):
+        with pytest.raises(RecipeError, match=re.escape(f"'{same}'")):
+            plan(*overrides, *link, recipe=recipe)
+        plan(*overrides, *link, same, recipe=recipe)
+    text = (f"{second}.prefix=null", f"{second}.sources=[{tmp_path}/*.txt]")
+    (tmp_path / "text.txt").write_text("A text.")
+    fix = f"~{second}.inputs.held_out"
+    with pytest.raises(RecipeError, match=re.escape(f"'{fix}'")):
+        plan(*overrides, *text, recipe=recipe)
+    plan(*overrides, *text, fix, recipe=recipe)
+    plan(
+        *overrides, *text, f"stages.prepare_data.heldout_sources=[{tmp_path}/*.txt]", recipe=recipe
+    )
