@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from huggingface_hub import constants
 
 from launch.plan import with_shapes
 from launch.planned import load_stage
@@ -286,7 +287,15 @@ def test_heal_needs_a_dense_model_that_was_pruned_from_its_teacher(chain: Chain)
     assert "heal" in only_problem(heal.check(cfg, replace(chain, teacher=moe))).fix
 
 
-def test_gguf_supports_some_families_and_tokenizers(chain: Chain, tmp_path: Path) -> None:
+def test_gguf_supports_some_families_and_tokenizers(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer is in a folder, which is also the snapshot of a hub model in the cache."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--org--name" / "snapshots" / ("a" * 40)
+    folder.mkdir(parents=True)
+    (tmp_path / "models--org--name" / "refs").mkdir()
+    (tmp_path / "models--org--name" / "refs" / "main").write_text("a" * 40)
     cfg = export_gguf.ExportGgufConfig(stage="export_gguf")
     assert list(export_gguf.check(cfg, chain)) == []
     moe = replace(chain.teacher, hf_architecture="Qwen3MoeForCausalLM")
@@ -298,9 +307,11 @@ def test_gguf_supports_some_families_and_tokenizers(chain: Chain, tmp_path: Path
         ({"type": "Unigram", "vocab": []}, None, "Unigram"),
         ("damaged", None, ""),  # import_hf reports it
     ):
-        write_json(tmp_path / "tokenizer.json", {"model": model, "pre_tokenizer": pre_tokenizer})
-        problems = list(export_gguf.check(cfg, replace(chain, hf_path=str(tmp_path))))
-        assert [what in problem.what for problem in problems] == [True] * bool(what)
+        write_json(folder / "tokenizer.json", {"model": model, "pre_tokenizer": pre_tokenizer})
+        for hf_path in (str(folder), "org/name"):
+            problems = list(export_gguf.check(cfg, replace(chain, hf_path=hf_path)))
+            assert [what in problem.what for problem in problems] == [True] * bool(what)
+    assert list(export_gguf.check(cfg, replace(chain, hf_path="org/not-in-the-cache"))) == []
 
 
 @pytest.mark.parametrize(
