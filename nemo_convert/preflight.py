@@ -31,7 +31,7 @@ from nemo_convert.hub import (
     read_index,
     side_folder,
 )
-from nemo_convert.tokenizer_files import is_qwen2_tokenizer, read_vocabulary
+from nemo_convert.tokenizer_files import is_replaced_by_transformers_5, read_vocabulary
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
 from recipes.core.wheels import parse_wheel_file
@@ -46,8 +46,8 @@ GENERATION_SETTINGS: Mapping[str, Callable[[Any], bool]] = {
     "pad_token_id": lambda value: type(value) is int,
     "watermarking_config": lambda value: isinstance(value, dict),
 }
-"""Checks of generation settings. If a value fails, transformers refuses to load the model. For the
-other settings than ``early_stopping``, null is valid."""
+"""Checks of generation settings. If a value fails, transformers refuses to load the model. Null is
+valid, except for ``early_stopping``."""
 MAX_NAMED = 3
 """Largest number of weights that a message names."""
 
@@ -194,8 +194,8 @@ def _names_fix(missing: Set[str], extra: Set[str], hf_architecture: str) -> str:
         return f"rename the weights except {HEAD}: add 'model.' to the start of their names"
     if any(name.endswith("experts.gate_up_proj") for name in extra):
         return (
-            "split the experts: N.gate_proj.weight and N.up_proj.weight are the halves of "
-            "gate_up_proj[N], and N.down_proj.weight is down_proj[N]"
+            "split the experts: N.gate_proj.weight and N.up_proj.weight are the first and the "
+            "second half of gate_up_proj[N] in dimension 0, and N.down_proj.weight is down_proj[N]"
         )
     if any(name.endswith((".qweight", ".weight_packed")) for name in extra):
         return "use the model before quantization"
@@ -297,7 +297,7 @@ def _tokenizer_findings(folder: Path, hf_path: str, shape: Architecture) -> Iter
     except RecipeError as error:
         yield Finding(error.what, error.fix)
         return
-    if shape.hf_architecture == "Qwen2ForCausalLM" and not is_qwen2_tokenizer(folder):
+    if is_replaced_by_transformers_5(folder, shape.hf_architecture):
         yield Finding(
             f"transformers 5 splits text for {hf_path} as Qwen2's tokenizer does, not as the "
             "model's tokenizer does; token ids can differ.",

@@ -191,18 +191,24 @@ def _special_tokens_map(folder: Path, config: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def is_qwen2_tokenizer(folder: Path) -> bool:
-    """Returns whether a tokenizer normalises and splits text as Qwen2's class does.
+def is_replaced_by_transformers_5(folder: Path, hf_architecture: str) -> bool:
+    """Returns whether transformers 5 normalises or splits text in another way than a tokenizer.
 
-    transformers 5 uses Qwen2's class for every Qwen2 model, which takes only the vocabulary and the
-    post-processor from ``tokenizer.json``.
+    Version 5 uses Qwen2's class for every Qwen2 model, and for other models whose tokenizer has
+    this class, except Mistral models. The class takes only the vocabulary and the post-processor
+    from ``tokenizer.json``.
     """
+    has_class = _class_name(folder, read_tokenizer_config(folder)).startswith("Qwen2Tokenizer")
+    if hf_architecture != "Qwen2ForCausalLM" and (
+        not has_class or hf_architecture == "MistralForCausalLM"
+    ):
+        return False
     if not (folder / TOKENIZER).is_file():
-        return _class_name(folder, read_tokenizer_config(folder)).startswith("Qwen2Tokenizer")
+        return not has_class
     tokenizer = read_json(folder / TOKENIZER)
     steps = (tokenizer.get("pre_tokenizer") or {}).get("pretokenizers") or [{}]
     is_split_alike = steps[0].get("pattern") == {"Regex": QWEN2_REGEX}
-    return is_split_alike and tokenizer.get("normalizer") == {"type": "NFC"}
+    return not is_split_alike or tokenizer.get("normalizer") != {"type": "NFC"}
 
 
 def needs_conversion(folder: Path) -> bool:

@@ -109,6 +109,7 @@ def test_a_variant_is_converted_exactly_or_refused(name: str, bases: Path, tmp_p
 
 NO_SETTINGS = remove_files("tokenizer_config.json", "special_tokens_map.json")
 BY_TRANSFORMERS_5 = {"backend": "tokenizers", "tokenizer_class": "LlamaTokenizer"}
+QWEN2_CLASS = edit_json("tokenizer_config.json", tokenizer_class="Qwen2TokenizerFast")
 BY_TRANSFORMERS_5 |= {"bos_token": "<s>", "unk_token": "<unk>"}
 
 
@@ -140,12 +141,16 @@ def test_defaults_of_the_class_are_kept(
         ("qwen2", change_nothing, 1),
         ("qwen2", all_of(use_vocabulary_and_merges, NO_SETTINGS), 0),
         ("llama", change_nothing, 0),
+        ("llama", QWEN2_CLASS, 1),
+        ("mistral", QWEN2_CLASS, 0),
+        ("qwen3", change_nothing, 0),
+        ("qwen3_moe", QWEN2_CLASS, 1),
     ],
 )
 def test_a_tokenizer_that_transformers_5_replaces_is_noted(
     bases: Path, tmp_path: Path, base: str, change: Change, notes: int
 ) -> None:
-    """transformers 5 always uses Qwen2's class for a Qwen2 model."""
+    """transformers 5 uses Qwen2's class for a Qwen2 model, and for others that name this class."""
     folder = make_folder(Variant("", change, base=base), bases, tmp_path / "hf")
     assert len([*check_model(str(folder))]) == notes
 
