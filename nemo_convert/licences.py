@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import yaml
 from nemo_convert.hub import cached_model, is_hub_id
 
 NONCOMMERCIAL = re.compile(
-    r"\b(nc|mrl|mnpl|amlr|research)\b|non-?\s?(commercial|production)", re.IGNORECASE
+    r"\b(nc|mrl|mnpl|amlr)\b|non-?\s?(commercial|production)"
+    r"|-research\b|\bresearch[- ](only|licen[cs]e)",
+    re.IGNORECASE,
 )
 """Matches names such as CC-BY-NC-4.0 and qwen-research, and phrases such as "non-commercial"."""
 
@@ -28,16 +31,20 @@ def card_fields(folder: Path) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def model_licence(folder: Path) -> str:
-    """Returns the licence in a model card's header, or ``unknown``.
+def licence_of(fields: Mapping[str, Any]) -> str | None:
+    """Returns the licence in the header of a card, if there is one.
 
     A licence that the hub does not list is ``license: other``, and its name is ``license_name``.
     """
-    fields = card_fields(folder)
     names = fields.get("license")
     if names in (None, "other"):
         names = fields.get("license_name") or names
-    return ", ".join(map(str, names)) if isinstance(names, list) else str(names or "unknown")
+    return ", ".join(map(str, names)) if isinstance(names, list) else names and str(names)
+
+
+def model_licence(folder: Path) -> str:
+    """Returns the licence in a model card's header, or ``unknown``."""
+    return licence_of(card_fields(folder)) or "unknown"
 
 
 def known_licence(hf_path: str) -> str:

@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 ARTIFACT = "artifact"
 WORK = "work"
 """Folder in a stage's directory with unfinished work."""
-FORMAT = 1
+FORMAT = 2
 """Format version of a run directory. Increase it when the code cannot read older directories."""
 ResultT = TypeVar("ResultT", bound="DataclassInstance")
 

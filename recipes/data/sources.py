@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from nemo_convert.licences import licence_of
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
 from recipes.core.wheels import WheelFile, cached_wheel, fetch_wheel, members, parse_wheel_file
@@ -291,7 +292,4 @@ def origin_of(entry: str) -> Origin:
             "check its name and revision, the network, and HF_TOKEN for a gated dataset",
         ) from error
     card = info.card_data.to_dict() if info.card_data else {}
-    licence = card.get("license")
-    licence = card.get("license_name", licence) if licence == "other" else licence
-    licence = ", ".join(licence) if isinstance(licence, list) else licence
-    return Origin(source.licence or licence, info.sha)
+    return Origin(source.licence or licence_of(card), info.sha)

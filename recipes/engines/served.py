@@ -238,6 +238,7 @@ def served_lm(
     if server == "openvino":
         # lm-eval's OptimumLM is not used: it starts torch.distributed if LOCAL_RANK is set.
         model = openvino.load_engine(artifact.artifact)
+        packed_lm.leave_length_to_tasks(model.generation_config)
         yield HFLM(pretrained=model, tokenizer=str(folder), batch_size=1, max_length=length)
         return
     port = choose_port(cfg.port)
@@ -268,7 +269,10 @@ def _generation_settings(folder: Path) -> dict[str, Any]:
 def _require_served_settings(folder: Path, tasks: Sequence[packed_lm.Task]) -> None:
     """Refuses settings with which only the student would generate text."""
     outputs = {subtask.OUTPUT_TYPE for task in tasks for subtask in task.subtasks.values()}
-    if GENERATION in outputs and (names := NOT_SERVED & _generation_settings(folder).keys()):
+    settings = _generation_settings(folder)
+    if settings.get("guidance_scale") == 1:  # the value without effect is not the default
+        del settings["guidance_scale"]
+    if GENERATION in outputs and (names := NOT_SERVED & settings.keys()):
         raise RecipeError(
             f"{folder / GENERATION_CONFIG} has {', '.join(sorted(names))}, which the server does "
             "not get: the student would generate text in another way",

@@ -2,7 +2,8 @@
 
 Prompts, metrics and versions are those of lm-eval, so that scores are comparable. ``TASKS`` lists
 the splits in the wheel. A task without a test split is scored on its validation split. The wheel
-has no training splits, so few-shot examples come from other items.
+has no training splits. So few-shot examples of some tasks are not those of lm-eval: they come from
+the evaluated split, with a limit from the items after it.
 """
 
 from __future__ import annotations

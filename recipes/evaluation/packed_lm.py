@@ -28,7 +28,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.core.errors import RecipeError, did_you_mean
 from recipes.core.metrics import ProgressCallback
@@ -232,6 +232,15 @@ def _item(name: str, subtask: ConfigurableTask, sample: Mapping[str, Any]) -> It
     return Item(**json.loads(json.dumps(asdict(item))))
 
 
+def leave_length_to_tasks(settings: GenerationConfig) -> None:
+    """Resets generation settings of a checkpoint that the tasks choose, or that ``HFLM`` lacks.
+
+    Changes ``settings``, which belong to the evaluated model.
+    """
+    settings.update(max_new_tokens=None, stop_strings=None)
+    settings.update(num_return_sequences=1, return_dict_in_generate=False)
+
+
 class PackedLM(HFLM):
     """Scores a question and all its choices in one forward pass.
 
@@ -256,6 +265,7 @@ class PackedLM(HFLM):
             batch_size=GENERATION_BATCH,
             max_length=max_length,
         )
+        leave_length_to_tasks(model.generation_config)
         self._pack_tokens, self._progress = pack_tokens, progress
         self._head = float32_head(model.lm_head.weight.detach())
 

@@ -150,6 +150,8 @@ class TaskResult(TaskScores):
     """Split of the benchmark with the items."""
     num_fewshot: int
     """Number of examples before each question."""
+    data: str
+    """Source of the items."""
     seconds: dict[str, float]
     """Time of each model's answers, by role or ``step N``."""
     answers: TaskScores | None = None
@@ -167,8 +169,11 @@ class TaskResults:
     """Tasks whose answers were in the cache, by role or ``step N``."""
     harness: str
     """Name and version of lm-eval, and the dtype of the models."""
-    data: str
-    """Sources of the items."""
+
+    @property
+    def data(self) -> str:
+        """Sources of the items."""
+        return ", ".join(dict.fromkeys(task.data for task in self.tasks.values()))
 
     def fractions(self) -> list[str]:
         """Returns the names of the tasks whose scores are fractions, such as accuracy."""

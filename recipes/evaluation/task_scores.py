@@ -63,12 +63,12 @@ def score(
             version=task.version,
             split=task.split,
             num_fewshot=task.num_fewshot,
+            data=task.data,
             seconds={name: answers[name][task.name].seconds for name in paths},
             answers=compare_answers(items),
             steps={step: score_of(task.metric, items[f"step {step}"]) for step in students},
         )
-    data = ", ".join(dict.fromkeys(task.data for task in tasks))
-    return TaskResults(results, cached, f"lm_eval {HARNESS}, {dtype_name(cfg.precision)}", data)
+    return TaskResults(results, cached, f"lm_eval {HARNESS}, {dtype_name(cfg.precision)}")
 
 
 def _answers(

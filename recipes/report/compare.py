@@ -191,12 +191,14 @@ def split_tasks(runs: Iterable[RunRecord]) -> tuple[list[str], list[str]]:
 
 def _task_keys(manifest: Manifest) -> dict[str, tuple[object, ...]]:
     """Identifies items and prompts of each task. Scores with equal keys can be compared."""
-    results, config = manifest.result(TaskResults), manifest.config
-    shots = config.get("num_fewshot", {})
-    settings = results.data, config.get("limit"), config.get("seed")
+    # These settings choose the examples before a question.
+    settings = manifest.config.get("limit"), manifest.config.get("seed")
     return {
-        name: (task.metric, task.items, task.version, shots.get(name), *settings)
-        for name, task in results.tasks.items()
+        name: (
+            *(task.metric, task.items, task.version, task.data, task.split, task.num_fewshot),
+            settings if task.num_fewshot else None,
+        )
+        for name, task in manifest.result(TaskResults).tasks.items()
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -45,7 +46,7 @@ def write_card(
     name, licence = plain(f"{teacher_name}-{recipe}"), model_licence(folder)
     texts = datasets([*earlier.values(), *inputs.values()])
     header = ModelCardData(
-        **_licence_fields(folder, licence),
+        **_licence_fields(folder),
         # The hub refuses a card whose ``base_model`` is not the id of a model.
         base_model=hub_arguments(teacher)["repo_id"] if is_hub_id(teacher) else None,
         library_name="transformers",
@@ -107,13 +108,17 @@ def _sources(texts: Iterable[DatasetResult]) -> list[tuple[str, str, str]]:
     return list(sources)
 
 
-def _licence_fields(folder: Path, licence: str) -> dict[str, str]:
+def _licence_fields(folder: Path) -> dict[str, Any]:
     """Returns the header's fields on the licence, which are those of the teacher's card."""
-    fields = card_fields(folder)
-    if fields.get("license") != "other":
-        return {"license": _one_line(licence)}
-    keys = [key for key in ("license", "license_name", "license_link") if key in fields]
-    return {key: _one_line(str(fields[key])) for key in keys}
+    keys = ("license", "license_name", "license_link")
+    fields: dict[str, Any] = {}
+    for key, value in card_fields(folder).items():
+        if key in keys and value:
+            names = [_one_line(str(v)) for v in (value if isinstance(value, list) else [value])]
+            fields[key] = names if isinstance(value, list) else names[0]
+    if "license_name" in fields:  # a name without ``license: other`` is not valid on the hub
+        fields.setdefault("license", "other")
+    return {"license": "unknown", **fields}
 
 
 def _one_line(text: str) -> str:

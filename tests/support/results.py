@@ -88,6 +88,7 @@ def task(metric: str, values: tuple[float, float, float], items: int) -> TaskRes
         version="1.0",
         split="validation",
         num_fewshot=0,
+        data="hub",
         seconds={},
     )
 
@@ -108,7 +109,7 @@ def task_results() -> TaskResults:
         "piqa": task("acc", (0.68, 0.55, 0.645), 200),
         "lambada": lambada,
     }
-    return TaskResults(tasks, {}, "lm_eval 0.4.13", "hub")
+    return TaskResults(tasks, {}, "lm_eval 0.4.13")
 
 
 def speed_results(speed: float = 1.0) -> BenchmarkResults:

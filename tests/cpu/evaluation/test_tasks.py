@@ -352,13 +352,16 @@ def test_text_is_generated_with_the_settings_of_the_checkpoint(
     checkpoint = shutil.copytree(models["teacher"].artifact / "model.nemo", tmp_path / "model.nemo")
     hf, side = shutil.copytree(models["teacher"].hf, tmp_path / "hf"), nemo.side_folder(checkpoint)
     settings = {"until": ["</s>"], "max_gen_toks": 12}
+    length = {"max_new_tokens": 3, "return_dict_in_generate": True}  # the task chooses the length
     requests = [Instance("generate_until", {}, (p, settings), n) for n, p in enumerate(PROMPTS[:2])]
     texts, hashes = [], set()
     for penalty in (1.0, 1.9):
         for folder in (hf, side):
             file = folder / "generation_config.json"
             file.write_text(
-                json.dumps({**json.loads(file.read_text()), "repetition_penalty": penalty})
+                json.dumps(
+                    {**json.loads(file.read_text()), "repetition_penalty": penalty, **length}
+                )
             )
         stock_model, tokenizer = load_float32(hf)
         model = task_scores.load_model(checkpoint, torch.float32)
@@ -368,6 +371,7 @@ def test_text_is_generated_with_the_settings_of_the_checkpoint(
         assert texts[-1] == stock.generate_until(requests)
         hashes.add(task_scores.model_sha256(model, checkpoint))
     assert texts[0] != texts[1]
+    assert min(len(tokenizer.encode(text)) for text in texts[0]) > 3
     assert len(hashes) == 2
 
 

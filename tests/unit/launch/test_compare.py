@@ -109,7 +109,7 @@ def test_mean_scores_are_of_the_tasks_that_all_runs_have_in_common(tmp_path: Pat
     [
         ("limit", 50),
         ("seed", 1),
-        ("num_fewshot", {"piqa": 5}),
+        ("num_fewshot", 5),
         ("data", "hub a@b"),
         ("version", "2"),
     ],
@@ -118,12 +118,16 @@ def test_scores_of_other_items_or_examples_do_not_count(
     tmp_path: Path, name: str, value: object
 ) -> None:
     runs = [read_run(make_run(tmp_path / run)) for run in ("a", "b")]
+    for run in runs:
+        run.stages["tasks"].metrics["tasks"]["piqa"]["num_fewshot"] = 1
     tasks = runs[1].stages["tasks"]
     piqa = tasks.metrics["tasks"]["piqa"]
-    {"data": tasks.metrics, "version": piqa}.get(name, tasks.config)[name] = value
+    (piqa if name in piqa else tasks.config)[name] = value
     content = compare_runs(runs)
     assert "piqa" not in content["tasks"]
     assert "piqa" in content["other_tasks"]
+    # Without examples, neither the seed nor a limit above the number of items changes a score.
+    assert ("sciq" in content["tasks"]) == (name in ("limit", "seed", *piqa))
 
 
 def test_a_diverged_run_is_not_the_best(tmp_path: Path) -> None:

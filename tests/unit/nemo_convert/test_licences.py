@@ -19,6 +19,8 @@ from nemo_convert.licences import forbids_commercial_use, model_licence
         ("Research only", True),
         ("qwen-research", True),
         ("mrl", True),
+        ("Mistral AI Research License", True),
+        ("open for research and commercial use", False),
         ("CC-BY-4.0", False),
         ("ODC-By-1.0", False),
         ("llama3.1", False),
