@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +30,16 @@ def card_fields(folder: Path) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def licence_of(fields: Mapping[str, Any]) -> str | None:
-    """Returns the licence in the header of a card, if there is one.
+def model_licence(folder: Path) -> str:
+    """Returns the licence in a model card's header, or ``unknown``.
 
     A licence that the hub does not list is ``license: other``, and its name is ``license_name``.
     """
+    fields = card_fields(folder)
     names = fields.get("license")
     if names in (None, "other"):
         names = fields.get("license_name") or names
-    return ", ".join(map(str, names)) if isinstance(names, list) else names and str(names)
-
-
-def model_licence(folder: Path) -> str:
-    """Returns the licence in a model card's header, or ``unknown``."""
-    return licence_of(card_fields(folder)) or "unknown"
+    return ", ".join(map(str, names)) if isinstance(names, list) else str(names or "unknown")
 
 
 def known_licence(hf_path: str) -> str:

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from nemo_convert.licences import licence_of
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
 from recipes.core.wheels import WheelFile, cached_wheel, fetch_wheel, members, parse_wheel_file
@@ -292,4 +291,8 @@ def origin_of(entry: str) -> Origin:
             "check its name and revision, the network, and HF_TOKEN for a gated dataset",
         ) from error
     card = info.card_data.to_dict() if info.card_data else {}
-    return Origin(source.licence or licence_of(card), info.sha)
+    licence = card.get("license")
+    if licence in (None, "other"):  # the hub's field for other licences is license_name
+        licence = card.get("license_name") or licence
+    licence = ", ".join(licence) if isinstance(licence, list) else licence
+    return Origin(source.licence or licence, info.sha)
