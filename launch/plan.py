@@ -286,7 +286,7 @@ def _plan_stage(
             for key, path in definition.external(config).items()
         },
         versions=result_versions(
-            definition.image(config, chain), definition.libraries, definition.programs
+            bool(definition.image(config, chain)), definition.libraries, definition.programs
         ),
     )
     return PlannedStage(

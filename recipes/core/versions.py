@@ -25,7 +25,6 @@ OPENVINO_LIBRARIES = (
     *("nncf", "optimum", "optimum-intel"),
 )
 """Libraries that build and run OpenVINO engines."""
-IMAGE = "container image"
 STAGE_EXTRAS = ("launcher", "train", "cpu")
 """Extras of pyproject.toml that stages need. A launcher alone needs only the first one."""
 
@@ -89,30 +88,28 @@ def program_version(name: str) -> str | None:
 
 
 def result_versions(
-    image: str | None = None, libraries: Iterable[str] = (), programs: Iterable[str] = ()
+    in_image: bool = False, libraries: Iterable[str] = (), programs: Iterable[str] = ()
 ) -> dict[str, str]:
     """Returns the versions that are part of a fingerprint, by library.
 
     A build tag such as ``+cpu`` is left out: builds of one version have the same source, and a
     login node must compute the same fingerprint as a node with GPUs. TransformerEngine is left out,
-    too, because a login node does not have it; in an image, the image's name stands for it.
+    too, because a login node does not have it. So is the image's name, so that a run can go on with
+    another image or without one.
 
     Args:
-        image: The image that the stage runs in. For its libraries the locked versions count, and
-            for the rest its name. Locked versions also count for libraries that are not installed
-            here, for example on a login node.
+        in_image: Whether the stage runs in an image, for which the locked versions count. They
+            also count for libraries that are not installed here, for example on a login node.
         libraries: Libraries that only some stages compute with.
         programs: Programs that the stage runs if they are on ``PATH``.
     """
     names = (*RESULT_LIBRARIES, "tokenizers", *libraries)
-    installed = {name: None if image else installed_version(name) for name in names}
+    installed = {name: None if in_image else installed_version(name) for name in names}
     versions = {
         name: Version(version).base_version if version else locked_version(name)
         for name, version in installed.items()
     }
-    if image:
-        return {**versions, IMAGE: image}
-    optional = {name: program_version(name) for name in programs}
+    optional = {name: None if in_image else program_version(name) for name in programs}
     return versions | {name: version for name, version in optional.items() if version}
 
 

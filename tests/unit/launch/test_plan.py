@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +13,7 @@ from launch.plan import Plan, make_plan
 from launch.settings import settings_of
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest
+from recipes.distillation.results import CacheResult
 from recipes.stages import score
 from tests.support.manifests import edit_manifest
 from tests.support.runs import STAGES
@@ -221,6 +223,8 @@ def test_workload_has_the_shapes_of_models_from_another_run(
     teacher = read_manifest(other / "import_hf")
     assert teacher is not None
     # The result of import_hf now looks like a cache of the teacher's logits.
-    edit_manifest(other / "import_hf", kind="logit_cache", config=teacher.config | cache_config)
+    result = asdict(CacheResult(4000, 4000, 0, 0, 0.0, 0.0))
+    config = teacher.config | cache_config
+    edit_manifest(other / "import_hf", kind="logit_cache", config=config, metrics=result)
     cached = plan(student_input, f"stages.distill.inputs.teacher={other}/import_hf")
     assert cached.chain.workloads["distill"].teacher is None, "cached logits replace the teacher"

@@ -87,8 +87,9 @@ def test_successive_halving_is_rehearsed_by_training_its_largest_candidate(
 ) -> None:
     chain, jobs = chain_and_jobs(compose("recipe=qwen3_8b_search"), tmp_path)
     job, *others = (job for job in jobs if job.name == "successive_halving")
-    # Rank 1 has the other tensor-parallel index. Rank 6 is the first rank of the last replica.
-    assert [other.rank for other in others] == [1, 6]
+    # Rank 1 has the other tensor-parallel index. Rank 6 is the first rank of the last replica, and
+    # rank 7 the last rank.
+    assert [other.rank for other in others] == [1, 6, 7]
     assert (job.stage, job.world) == ("distill", 8)
     assert job.inputs["teacher"].shape == chain.teacher.as_dict()
     largest = chain.shapes["enumerate_shapes"][0]
