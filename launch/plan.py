@@ -99,7 +99,7 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     configs |= {n: stage_of(c).resolve_from_chain(c, chain) for n, c in configs.items()}
     needed_stages = {*selected, *(s for name in selected for s in configs[name].inputs.values())}
     planned: dict[str, PlannedStage] = {}
-    replaced, unfinished = replaced_results(run_dir)
+    replaced, unfinished = replaced_results(run_dir) if force else ({}, {})
     for name in order:
         stage = _plan_stage(run_dir / name, configs[name], planned, chain)
         is_replaced = name in force and name in replaced and stage.result is not None
@@ -125,9 +125,8 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     excluded = tuple(planned[name] for name in order if name not in selected)
     require_confirmed(stages, force, settings.confirm_above)
     acceptances = new_acceptances(planned.values())
-    must_run = {s.name: start_of(s.directory) for s in stages if s.action != SKIP}
     later = {s.name: unfinished[s.name] for s in excluded if s.name in unfinished}
-    replaces = replaced | later | must_run if settings.force else {}
+    replaces = {**replaced, **later, **_old_starts(stages)} if force else {}
     plan = Plan(run_dir, chain, stages, excluded, notes, gates, acceptances, replaces)
     return replace(plan, notes=notes + refuse_errors(_disk_problems(plan), settings.skip_rules))
 
@@ -227,6 +226,11 @@ def known_stages(names: Iterable[str], configs: Mapping[str, StageConfig], where
     for name in names:
         require_known(name, configs, f"{where}: there is no stage '{name}'")
     return set(names)
+
+
+def _old_starts(stages: Iterable[PlannedStage]) -> dict[str, str | None]:
+    """Returns the starts of the results that the stages to run replace."""
+    return {stage.name: start_of(stage.directory) for stage in stages if stage.action != SKIP}
 
 
 def _forced_and_accepted(

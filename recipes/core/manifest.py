@@ -213,11 +213,11 @@ def stamp_files(root: Path) -> dict[str, FileStamp]:
     Libraries do not sync the files that they write. So this function does, before the manifest with
     the stamps is written.
     """
-    found = sorted(root.rglob("*"))
-    for path in (root, *found):
+    entries = sorted(root.rglob("*"))
+    for path in (root, *entries):
         if not path.is_symlink():
             sync(path)
-    paths = [path for path in found if path.is_file()]
+    paths = [path for path in entries if path.is_file()]
     stats = [path.stat() for path in paths]
     return {
         path.relative_to(root).as_posix(): FileStamp(stat.st_size, digest, stat.st_mtime_ns)

@@ -171,7 +171,7 @@ def read_last_plan(run_dir: Path) -> LastPlan | None:
         return None
     plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(file))  # type: ignore[assignment]
     require_format(plain.get("format"), file)
-    return LastPlan(str(plain["recipe"]), plain["stages"], plain.get("replaces", {}))
+    return LastPlan(str(plain["recipe"]), plain["stages"], plain["replaces"])
 
 
 class Status(StrEnum):

@@ -90,7 +90,7 @@ def serving(
 ) -> Iterator[str]:
     """Runs a server until the context ends; yields its address. The server dies with this process.
 
-    ``launcher`` has the words before the command, such as those of mpirun.
+    ``launcher`` is a command, such as mpirun with its options, that starts the server.
 
     Raises:
         RecipeError: The server is missing, did not start in ``start_seconds``, ended, or refused a

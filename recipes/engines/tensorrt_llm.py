@@ -159,7 +159,7 @@ def machine_problem(backend: str, version: str | None, gpu: bool) -> RecipeError
 
 
 def launcher() -> list[str]:
-    """Returns the words before TensorRT-LLM's commands. Each command is an MPI job of its own."""
+    """Returns the command, such as mpirun with options, that starts a program of TensorRT-LLM."""
     return shlex.split(os.environ.get(LAUNCHER, ""))
 
 

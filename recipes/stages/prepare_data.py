@@ -214,7 +214,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     """Tokenizes all sources. Documents start and end with the tokenizer's begin and end tokens."""
     from nemo_convert.nemo import find_checkpoint, side_folder
     from recipes.data.chat import ChatTokenizer
-    from recipes.data.preparation import HELD_OUT, prepare
+    from recipes.data.preparation import EARLIER, HELD_OUT, prepare
     from recipes.data.split_writer import LOSS_MASK
     from recipes.data.tokenizer import broadcast, load_tokenizer
 
@@ -226,7 +226,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     folder = out.parent / SPLITS_FOLDER
     folder.mkdir(exist_ok=True)
     if "held_out" in inputs and rank() == 0:
-        _copy_held_out(inputs["held_out"], folder)
+        shutil.copyfile(inputs["held_out"].artifact / HELD_OUT, folder / EARLIER)
     # Rank 0 resolves the sources and sends the result to the other ranks.
     origins: dict[str, Origin] = broadcast(
         origins_of(cfg.all_sources(), folder / "origins.json") if rank() == 0 else None
@@ -265,23 +265,6 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
         ),
         tokenizer_sha256=inputs["tokenizer"].manifest.tokenizer_sha256,
     )
-
-
-def _copy_held_out(first: Input, folder: Path) -> None:
-    """Copies the digests of the documents that the first phase holds out: no later phase uses them.
-
-    Raises:
-        RecipeError: There are no digests, because an earlier version prepared the first phase.
-    """
-    from recipes.data.preparation import EARLIER, HELD_OUT
-
-    if not (first.artifact / HELD_OUT).is_file():
-        name = first.directory.name
-        raise RecipeError(
-            f"{first.artifact} has no {HELD_OUT}: an earlier version of {name} made this result.",
-            f"prepare the text again: force=[{name}]",
-        )
-    shutil.copyfile(first.artifact / HELD_OUT, folder / EARLIER)
 
 
 def _link_tokens(
