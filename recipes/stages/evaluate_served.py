@@ -38,7 +38,7 @@ def check(cfg: EvaluateServedConfig, chain: Chain) -> Iterator[Problem]:
                 rules.SERVED,
                 f"task {name} needs log-probabilities of prompts, which trtllm-serve does not "
                 "return",
-                f"set stages.{cfg.stage}.tasks=[{','.join(GENERATED)}]",
+                f"set stages.{cfg.name}.tasks=[{','.join(GENERATED)}]",
             )
     is_gguf = engine_of(cfg.inputs.get("artifact", ""), chain) is None
     if is_gguf and chain.runs_here and not has_llama_server():

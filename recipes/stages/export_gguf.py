@@ -39,7 +39,7 @@ def check(cfg: ExportGgufConfig, chain: Chain) -> Iterator[Problem]:
     if family not in ARCHITECTURES:
         yield Problem(
             rules.FORMAT,
-            f"{cfg.stage} does not support {family}, only {', '.join(ARCHITECTURES)}",
+            f"{cfg.name} does not support {family}, only {', '.join(ARCHITECTURES)}",
             "set gguf=null",
         )
     try:

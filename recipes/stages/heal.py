@@ -34,7 +34,7 @@ def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
     if chain.teacher.num_moe_experts:
         yield Problem(
             rules.HEALING,
-            f"{cfg.stage} does not support MoE models",
+            f"{cfg.name} does not support MoE models",
             "set heal=null",
         )
     pruned = chain.stages.get(cfg.inputs.get("checkpoint", ""))
@@ -44,14 +44,14 @@ def check(cfg: HealConfig, chain: Chain) -> Iterator[Problem]:
     if not isinstance(pruned, PruneConfig):
         yield Problem(
             rules.HEALING,
-            f"the checkpoint of {cfg.stage} is {cfg.inputs['checkpoint']}, which does not prune",
-            f"set stages.{cfg.stage}.inputs.checkpoint to a stage that prunes",
+            f"the checkpoint of {cfg.name} is {cfg.inputs['checkpoint']}, which does not prune",
+            f"set stages.{cfg.name}.inputs.checkpoint to a stage that prunes",
         )
     elif source != teacher:
         yield Problem(
             rules.HEALING,
-            f"the teacher of {cfg.stage} is {teacher}, but its student was pruned from {source}",
-            f"set stages.{cfg.stage}.inputs.teacher={source}",
+            f"the teacher of {cfg.name} is {teacher}, but its student was pruned from {source}",
+            f"set stages.{cfg.name}.inputs.teacher={source}",
         )
 
 

@@ -144,7 +144,7 @@ def _range_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[tuple[str,
         return
     if first.prefix and first.heldout_sources:
         return
-    later = next((key for key, config in chain.stages.items() if config is cfg), cfg.stage)
+    later = cfg.name
     if not cfg.prefix or not first.prefix:
         yield (
             f"only one of {name} and {later} has tokenized text (prefix), so {later} cannot leave "

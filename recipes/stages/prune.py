@@ -58,8 +58,8 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
     if cfg.explicit_targets() or cfg.drop_layers:
         yield Problem(
             rules.PRUNE_TARGET,
-            f"{cfg.stage} has both targets and the result of a search ({source})",
-            f"remove the targets, or the input with '~stages.{cfg.stage}.inputs.shape'",
+            f"{cfg.name} has both targets and the result of a search ({source})",
+            f"remove the targets, or the input with '~stages.{cfg.name}.inputs.shape'",
         )
     search, manifest = chain.stages.get(source), manifest_of(source)
     if isinstance(search, SuccessiveHalvingConfig):
@@ -75,7 +75,7 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
         yield Problem(
             rules.PRUNE_TARGET,
             f"{source} did not choose an architecture",
-            f"set stages.{cfg.stage}.inputs.shape to a successive_halving stage, or run it again",
+            f"set stages.{cfg.name}.inputs.shape to a successive_halving stage, or run it again",
         )
 
 
@@ -87,7 +87,7 @@ def _large_reduction_problems(
     if removed > MAX_FRACTION:
         yield Problem(
             rules.LARGE_REDUCTION,
-            f"{cfg.stage} removes {removed:.0%} of the parameters at once",
+            f"{cfg.name} removes {removed:.0%} of the parameters at once",
             "prune less, or distil a larger student and prune it again in a second run: "
             "model.hf_path=FIRST_RUN/export_hf/artifact",
         )

@@ -29,7 +29,7 @@ def check(cfg: ReportConfig, chain: Chain) -> Iterator[Problem]:
         yield Problem(
             rules.REPORT,
             f"a report about a distillation needs the inputs {', '.join(missing)}",
-            f"set stages.{cfg.stage}.inputs.{missing[0]} to a stage",
+            f"set stages.{cfg.name}.inputs.{missing[0]} to a stage",
         )
 
 

@@ -25,13 +25,11 @@ def resolve_from_chain(cfg: ScoreConfig, chain: Chain) -> ScoreConfig:
     """Sets ``block_sizes``, if not set, to the sizes of the layer blocks that this run prunes."""
     if cfg.block_sizes is not None:
         return cfg
-    # The settings do not include the stage's own name. A run may have several ``score`` stages.
-    own_names = [name for name, config in chain.stages.items() if config is cfg]
     dropped = {
         chain.shape_of(prune.inputs.get("checkpoint")).num_layers - chain.shape_of(name).num_layers
         for name, prune in chain.stages.items()
         if isinstance(prune, PruneConfig)
-        and prune.inputs.get("importance") in own_names
+        and prune.inputs.get("importance") == cfg.name
         and prune.layer_importance == "block"
         and not prune.drop_layers
     }
@@ -54,7 +52,7 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
     if ranks % stages or stages > layers:
         yield Problem(
             rules.RANKS,
-            f"{cfg.stage} has {ranks} rank(s), pipeline_model_parallel_size={stages} and {layers} "
+            f"{cfg.name} has {ranks} rank(s), pipeline_model_parallel_size={stages} and {layers} "
             "layers",
             "set pipeline_model_parallel_size to at most the number of layers, and "
             "resources.devices to a multiple of it",
@@ -62,7 +60,7 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
     elif (batches := cfg.num_calibration_samples // cfg.micro_batch_size) < ranks // stages:
         yield Problem(
             rules.RANKS,
-            f"{cfg.stage} splits {batches} micro batch(es) over {ranks // stages} data-parallel "
+            f"{cfg.name} splits {batches} micro batch(es) over {ranks // stages} data-parallel "
             "ranks",
             f"use at most {batches * stages} ranks, a smaller micro_batch_size, or more "
             "num_calibration_samples",

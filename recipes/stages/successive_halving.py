@@ -171,7 +171,7 @@ def training_of(
 ) -> DistillConfig:
     """Returns the settings of the distillation in one round."""
     steps = cfg.steps(round_sizes[round_number], len(round_sizes))
-    settings = {
+    settings: dict[str, Any] = {
         "stage": "distill",
         "seed": cfg.distill.seed + round_number,  # else, all rounds would read the same sequences
         "max_steps": steps,
@@ -180,7 +180,9 @@ def training_of(
         "checkpoint_interval": max(steps, 1),
         "stop_at_recovered": None,  # all candidates must train on the same number of tokens
     }
-    return DistillConfig(**{**vars(cfg.distill), **settings})
+    training = replace(cfg.distill, **settings)
+    training.name = f"{cfg.name}.distill"
+    return training
 
 
 def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:

@@ -322,6 +322,24 @@ def test_a_killed_search_resumes_and_writes_the_winner_as_a_recipe(
     assert pruned_shape(teacher, PruneTargets(**sizes)) == winner.shape
 
 
+def test_a_diverging_training_names_settings_of_the_search(
+    ranked_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(command: list[str], log: IO[bytes], env: dict[str, str]) -> Any:
+        return fork_command(command, env, log)
+
+    monkeypatch.setattr(stage_process, "start_process", start)
+    names = {**TEACHER_INPUTS, "data": "prepare_data", "candidates": "rank_candidates"}
+    inputs = {n: Input(ranked_run / s, manifest_of(ranked_run, s)) for n, s in names.items()}
+    cfg = two_rank_search(also=[])
+    cfg = replace(cfg, distill=replace(cfg.distill, lr=1e38))
+    cfg.name = "second_search"
+    out = tmp_path / "work" / ARTIFACT
+    out.mkdir(parents=True)
+    with pytest.raises(RecipeError, match=r"stages\.second_search\.distill\.lr"):
+        successive_halving.run(cfg, inputs, out)
+
+
 def test_the_report_shows_timed_shapes(
     ranked_run: Path, timed_manifest: Manifest, tmp_path: Path
 ) -> None:

@@ -262,6 +262,12 @@ def test_conversations_are_checked_before_anything_runs(
             plan("data.format=chat", *arguments)
 
 
+def test_messages_name_the_stage_of_the_recipe(plan: MakePlan) -> None:
+    """``build_engine`` is the module of both ``build_engine`` and ``build_teacher_engine``."""
+    with pytest.raises(RecipeError, match="build_teacher_engine has 2 ranks"):
+        plan("engine=openvino", "stages.build_teacher_engine.resources.devices=2")
+
+
 def test_skipped_rules_are_still_shown(plan: MakePlan) -> None:
     overrides = ("hardware.memory_bytes=1e9", BFLOAT16)
     with pytest.raises(RecipeError, match="needs about 3 GB on a rank, but cpu has 1 GB"):
