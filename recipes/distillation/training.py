@@ -12,6 +12,7 @@ from statistics import median
 from typing import TypeVar
 
 from nemo_convert.architecture import Architecture
+from nemo_convert.pipeline import last_stage_layers
 from recipes.core.compiled import missing_compiler
 from recipes.core.errors import did_you_mean
 from recipes.core.manifest import manifest_of
@@ -97,6 +98,51 @@ def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
             "for example [10,12]",
         )
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
+
+
+def loss_problems(cfg: DistillConfig) -> Iterator[Problem]:
+    """Finds a loss without terms, and recomputation without the gradients that it needs."""
+    if not any((cfg.kd_weight, cfg.hidden_weight, cfg.lm_weight)):
+        yield Problem(
+            rules.LOSS, "kd_weight, hidden_weight and lm_weight are all 0", "set one above 0"
+        )
+    if cfg.hidden_weight and cfg.recompute_granularity == "full":
+        yield Problem(
+            rules.RECOMPUTE,
+            "hidden_weight with recompute_granularity=full, which has no gradients between layers",
+            "use recompute_granularity=none or selective, or hidden_weight=0",
+        )
+
+
+def pair_problems(
+    cfg: DistillConfig, student: Architecture, teacher: Architecture
+) -> Iterator[Problem]:
+    """Checks that all layers in pairs are on the last pipeline stage, which computes the loss."""
+    if any(len(pair) != 2 for pair in cfg.intermediate_layer_pairs):
+        yield Problem(
+            rules.HIDDEN_PAIRS,
+            f"invalid intermediate_layer_pairs={cfg.intermediate_layer_pairs}: each must be "
+            "[student layer, teacher layer]",
+            "for example [[12,15],[24,30]]",
+        )
+        return
+    stages = cfg.pipeline_model_parallel_size
+    name, hidden_stages = "hidden_pipeline_stages", cfg.hidden_pipeline_stages or stages
+    if cfg.intermediate_layer_pairs:
+        name = "intermediate_layer_pairs"
+    for index, (role, shape) in enumerate((("student", student), ("teacher", teacher))):
+        if shape.num_layers < stages:
+            continue  # ``layout_problems`` reports this
+        allowed = last_stage_layers(shape.num_layers, stages)
+        compared = last_stage_layers(shape.num_layers, min(hidden_stages, shape.num_layers))
+        layers = [pair[index] for pair in cfg.intermediate_layer_pairs] or compared
+        if misplaced := [layer for layer in layers if layer not in allowed]:
+            yield Problem(
+                rules.HIDDEN_PAIRS,
+                f"{name} has the {role}'s layers {misplaced}; the last pipeline "
+                f"stage has {allowed.start} to {allowed.stop - 1}",
+                f"change {name}, or set a smaller pipeline_model_parallel_size",
+            )
 
 
 def weight_problems(weights: Collection[str], data: str, chain: Chain) -> Iterator[Problem]:

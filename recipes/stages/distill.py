@@ -26,6 +26,8 @@ from recipes.distillation.settings import (
 )
 from recipes.distillation.training import (
     INITIAL_KL,
+    loss_problems,
+    pair_problems,
     resolve_from_chain,
     stop_reason,
     trained_sources,
@@ -49,8 +51,8 @@ from recipes.stages.contract import Stage, checkpoint_outcome
 def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems that would stop the training later, and a note on omitted hidden states."""
     yield from training_problems(cfg, chain)
-    yield from _loss_problems(cfg)
-    yield from _pair_problems(cfg, chain)
+    yield from loss_problems(cfg)
+    yield from pair_problems(cfg, chain.shape_of(cfg.inputs.get("student")), chain.teacher)
     yield from _hidden_range_notes(cfg, chain)
     if (cache := _cached_teacher(cfg, chain)) is not None:
         yield from _cache_problems(cfg, cache)
@@ -65,19 +67,6 @@ def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
             f"for example [{max(1, cfg.max_steps // 2)}]",
         )
     yield from tokenizer_problems(cfg, chain)
-
-
-def _loss_problems(cfg: DistillConfig) -> Iterator[Problem]:
-    if not any((cfg.kd_weight, cfg.hidden_weight, cfg.lm_weight)):
-        yield Problem(
-            rules.LOSS, "kd_weight, hidden_weight and lm_weight are all 0", "set one above 0"
-        )
-    if cfg.hidden_weight and cfg.recompute_granularity == "full":
-        yield Problem(
-            rules.RECOMPUTE,
-            "hidden_weight with recompute_granularity=full, which has no gradients between layers",
-            "use recompute_granularity=none or selective, or hidden_weight=0",
-        )
 
 
 def _stop_problems(cfg: DistillConfig, live_teacher: Architecture | None) -> Iterator[Problem]:
@@ -102,36 +91,6 @@ def _stop_problems(cfg: DistillConfig, live_teacher: Architecture | None) -> Ite
             f"validation is then at the end (max_steps={cfg.max_steps})",
             "set val_check_interval lower",
         )
-
-
-def _pair_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks that all layers in pairs are on the last pipeline stage, which computes the loss."""
-    if any(len(pair) != 2 for pair in cfg.intermediate_layer_pairs):
-        yield Problem(
-            rules.HIDDEN_PAIRS,
-            f"invalid intermediate_layer_pairs={cfg.intermediate_layer_pairs}: each must be "
-            "[student layer, teacher layer]",
-            "for example [[12,15],[24,30]]",
-        )
-        return
-    student = chain.shape_of(cfg.inputs.get("student"))
-    stages = cfg.pipeline_model_parallel_size
-    name, hidden_stages = "hidden_pipeline_stages", cfg.hidden_pipeline_stages or stages
-    if cfg.intermediate_layer_pairs:
-        name = "intermediate_layer_pairs"
-    for index, (role, shape) in enumerate((("student", student), ("teacher", chain.teacher))):
-        if shape.num_layers < stages:
-            continue  # ``layout_problems`` reports this
-        allowed = last_stage_layers(shape.num_layers, stages)
-        compared = last_stage_layers(shape.num_layers, min(hidden_stages, shape.num_layers))
-        layers = [pair[index] for pair in cfg.intermediate_layer_pairs] or compared
-        if misplaced := [layer for layer in layers if layer not in allowed]:
-            yield Problem(
-                rules.HIDDEN_PAIRS,
-                f"{name} has the {role}'s layers {misplaced}; the last pipeline "
-                f"stage has {allowed.start} to {allowed.stop - 1}",
-                f"change {name}, or set a smaller pipeline_model_parallel_size",
-            )
 
 
 def _hidden_range_notes(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:

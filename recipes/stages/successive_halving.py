@@ -26,6 +26,8 @@ from recipes.core.stage import Inputs, StageConfig, metrics_log, rank
 from recipes.data.settings import PrepareDataConfig
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.training import (
+    loss_problems,
+    pair_problems,
     training_problems,
     training_workload,
     weight_problems,
@@ -97,6 +99,9 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
     else:
         training = training_of(cfg, round_sizes, 0)
         yield from training_problems(training, chain)
+        yield from loss_problems(training)
+        pairs = (list(pair_problems(training, s, chain.teacher)) for s in shapes or [chain.teacher])
+        yield from next(filter(None, pairs), [])  # of the largest candidate that has problems
         yield from weight_problems(training.weights, cfg.inputs.get("data", ""), chain)
         # The layout is checked for the teacher's shape: the candidates may not be known yet.
         workload = training_workload(training, chain.teacher)

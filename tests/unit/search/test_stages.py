@@ -343,6 +343,25 @@ def test_the_scores_must_rank_the_layers_of_every_candidate(
     assert f"stages.score.{fix}" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("intermediate_layer_pairs=[[4,4]]", r"student's layers \[4\].*1 to 3"),
+        ("pipeline_model_parallel_size=2 hidden_pipeline_stages=1", "hidden_pipeline_stages has"),
+        ("recompute_granularity=full", "recompute_granularity=full"),
+    ],
+)
+def test_losses_on_hidden_states_must_be_possible_for_every_candidate(
+    plan: MakePlan, tiny: list[str], settings: str, message: str
+) -> None:
+    training = ["hidden_weight=1", *settings.split()]
+    if "pipeline" in settings:
+        training.append("resources.devices=2")
+    overrides = [f"stages.successive_halving.distill.{setting}" for setting in training]
+    with pytest.raises(RecipeError, match=message):
+        plan(*tiny, *overrides, recipe=RECIPE)
+
+
 def test_the_pareto_front_omits_candidates_that_are_larger_and_no_better(chain: Chain) -> None:
     sizes = {
         "a": (10, 1.0),
