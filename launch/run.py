@@ -93,8 +93,6 @@ def main(cfg: DictConfig) -> Path | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             require_separate_results(cfg, sys.argv[1:])
         return run(cfg, recipe)
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(resuming_argument(sys.argv[1:])) from interrupt
     except RecipeError as error:  # handled here: Hydra would also print the overrides
         status = _fail(error)
         if argument := resuming_argument(sys.argv[1:]):
@@ -275,8 +273,9 @@ def cli() -> int:
             main()  # with Hydra's flags, such as -m and --cfg
         else:
             main(schema.compose(*arguments))  # faster: Hydra's main composes twice
-    except KeyboardInterrupt as interrupt:
-        added = f" with {interrupt}" if str(interrupt) else ""
+    except KeyboardInterrupt:
+        argument = resuming_argument(arguments)
+        added = f" with {argument}" if argument else ""
         console.print(f"interrupted; the same command{added} resumes", markup=False)
         return 130
     except (HydraException, OmegaConfBaseException, RecipeError) as error:

@@ -48,6 +48,8 @@ def resuming_argument(arguments: Sequence[str]) -> str:
     Without it, a repeated sweep gets a new directory. Empty if this is not a sweep, if the argument
     is there, or if no run of the sweep has been started.
     """
+    if not HydraConfig.initialized():  # for example, the command ``status``
+        return ""
     hydra_cfg = HydraConfig.get()
     argument = f"hydra.sweep.dir={hydra_cfg.sweep.dir}"
     is_started = any(Path(hydra_cfg.sweep.dir).glob(f"*/{RUN_FILE}"))
@@ -60,6 +62,10 @@ class Best(Callback):
 
     def __init__(self) -> None:
         self._runs: list[Path] = []
+
+    def on_multirun_start(self, config: DictConfig, **more: Any) -> None:
+        """Sets the sweep's config, which Hydra sets only during a run, for an interrupt."""
+        HydraConfig.instance().set_config(config)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **more: Any) -> None:
         """Collects the directory that ``main`` returned; dry runs and rehearsals return none."""

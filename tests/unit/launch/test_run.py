@@ -146,13 +146,16 @@ def test_sweep_gives_each_value_its_own_run_directory(launch: Launch, tmp_path: 
 def test_stopped_sweep_names_the_argument_with_which_it_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def be_interrupted(*_: object) -> None:
+    def be_interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     def sweep(*more: str, sizes: str = "448,512") -> str:
         swept = f"stages.prune.target_hidden_size={sizes}"
         return run_in_process("-m", *ARGUMENTS[:-1], swept, *more, cwd=tmp_path).output
 
+    with monkeypatch.context() as patch:
+        patch.setattr("launch.sweep.Best.on_job_end", be_interrupted)  # between two runs
+        assert re.search(r"same command with hydra.sweep.dir=\S+ resumes", sweep("dry_run=true"))
     monkeypatch.setattr("tests.support.in_process._run", be_interrupted)
     interrupted = re.search(r"same command with (hydra.sweep.dir=\S+) resumes", sweep())
     assert interrupted is not None
