@@ -222,10 +222,12 @@ def build_request(
             "max_seq_len": longest,
             "max_num_tokens": cfg.max_num_tokens,
         },
-        "plugin_config": {  # as ``trtllm-bench build`` sets it
+        # As ``trtllm-bench build`` sets it, except that this command always uses an FP8 KV cache in
+        # an FP8 engine. Attention in FP8 would read a bfloat16 cache as FP8.
+        "plugin_config": {
             "multiple_profiles": True,
             "use_paged_context_fmha": True,
-            **({"use_fp8_context_fmha": True} if cfg.precision == "fp8" else {}),
+            **({"use_fp8_context_fmha": True} if cfg.kv_cache_dtype == "fp8" else {}),
         },
         "quant_config": quantization,
     }

@@ -93,6 +93,14 @@ def test_every_keyword_of_the_builder_exists(precision: str) -> None:
     assert request["build_config"]["max_input_len"] == 2047
 
 
+@pytest.mark.parametrize("kv_cache_dtype", tensorrt_llm.KV_CACHE_DTYPES)
+def test_attention_in_fp8_is_built_only_with_an_fp8_kv_cache(kv_cache_dtype: str) -> None:
+    cfg = config(precision="fp8", kv_cache_dtype=kv_cache_dtype)
+    request = tensorrt_llm.build_request(cfg, Path("/hf"), Path("/out"), 2048)
+    cached_in_fp8 = "kv_cache_quant_algo" in request["quant_config"]
+    assert ("use_fp8_context_fmha" in request["plugin_config"]) == cached_in_fp8
+
+
 def test_every_import_and_call_of_the_builder_exists() -> None:
     tree = ast.parse(Path(trtllm_build_worker.__file__).read_text())
     imports = {
