@@ -147,6 +147,8 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
         "serve": list(run_servers(inputs)),
         "settings": distilled.manifest.config,
         "trained": distilled.manifest.result_if("distill", DistillationResult),
+        "trained_stage": distilled.directory.name,
+        "trained_tokens": sum(result.tokens for _, _, result in phases),
         "parity": {
             "Import into NeMo": manifests["teacher"].result_if("import_hf", ImportResult),
             "Export to Hugging Face": manifests["exported"].result_if("export_hf", ParityResult),

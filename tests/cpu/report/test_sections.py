@@ -11,7 +11,7 @@ import pytest
 
 from recipes.core.stage import Input, StageConfig
 from recipes.core.statistics import Difference, margin95
-from recipes.distillation.results import CacheResult
+from recipes.distillation.results import CacheResult, DistillationResult
 from recipes.distillation.settings import CacheLogitsConfig
 from recipes.evaluation.results import Differences, SourceQuality, TaskResults, TextQuality
 from recipes.planning.results import PlanResult
@@ -112,6 +112,24 @@ def test_a_search_has_a_report(inputs: dict[str, Input], tmp_path: Path) -> None
 def test_the_plan_is_compared_with_the_run(text: str) -> None:
     # The measured tokens/s, and by how many percent the planned tokens/s exceed them.
     assert {1210.4, 100 * (1331.44 / 1210.4 - 1)} <= Page(section(text, "plan")).numbers()
+
+
+def test_a_second_phase_has_its_own_plan_and_adds_its_tokens(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    inputs = {**make_inputs(run), **make_optional_inputs(run)}
+    first = inputs["distilled"]
+    result = first.manifest.result(DistillationResult)
+    second = with_result(first, replace(result, tokens=500_000_000, tokens_per_second=150.0))
+    manifest = replace(
+        second.manifest, fingerprint="2" * 64, inputs={"student": first.manifest.fingerprint}
+    )
+    long = Input(run / "distill_long", manifest)
+    plan = replace(RESULTS["plan"], tokens_per_second={"distill": 1650.0, "distill_long": 160.0})
+    changed = {"distilled": long, "plan": with_result(inputs["plan"], plan)}
+    text = render_page({**inputs, **changed}, tmp_path)
+    assert {160.0, 150.0} <= Page(section(text, "plan")).numbers()
+    summary = text.partition('<p class="summary">')[2].partition("</p>")[0]
+    assert result.tokens + 500_000_000 in Page(summary).numbers()
 
 
 def test_significant_difference_is_marked(inputs: dict[str, Input], tmp_path: Path) -> None:
