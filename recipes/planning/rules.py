@@ -219,6 +219,7 @@ TASKS_HARNESS = Rule("tasks-harness", "the benchmarks were verified with one ver
 TASKS_NAMES = Rule("tasks-names", "an unknown benchmark would fail after the training")
 TASKS_FEWSHOT = Rule("tasks-fewshot", "only benchmarks that run can have few-shot examples")
 SERVED = Rule("served", "a server must be installed, and return what the benchmarks need")
+SERVED_TIME = _warning("served-time", "on a CPU, a served model needs longer than planned")
 GATES = Rule("gates", "a gate needs a metric that a stage measures")
 
 RULES = {rule.name: rule for rule in list(vars().values()) if isinstance(rule, Rule)}

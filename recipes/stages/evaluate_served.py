@@ -40,6 +40,13 @@ def check(cfg: EvaluateServedConfig, chain: Chain) -> Iterator[Problem]:
                 "return",
                 f"set stages.{cfg.name}.tasks=[{','.join(GENERATED)}]",
             )
+    elif cfg.limit is None:
+        yield Problem(
+            rules.SERVED_TIME,
+            f"{cfg.name} answers all items on a CPU, in llama.cpp one token at a time: it takes "
+            "longer than the plan says, for a large model many hours, and it cannot resume",
+            f"set stages.{cfg.name}.limit=100, which is the number of items of each task",
+        )
     is_gguf = engine_of(cfg.inputs.get("artifact", ""), chain) is None
     if is_gguf and chain.runs_here and not has_llama_server():
         yield Problem(rules.SERVED, NO_LLAMA_SERVER.what, NO_LLAMA_SERVER.fix)

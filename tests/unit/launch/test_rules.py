@@ -158,7 +158,7 @@ CASES = {  # what breaks each rule
     "gates": case("gates=['recovered.nothing >= 0.5']"),
 }  # fmt: skip
 ELSEWHERE = {
-    "served": "stages/test_evaluate_served.py",
+    **dict.fromkeys(("served", "served-time"), "stages/test_evaluate_served.py"),
     "report": "stages/test_checks.py",
     **dict.fromkeys(("budget", "search", "searched-shape"), "search/test_stages.py"),
     "tokenizer": "planning/test_vocabularies.py",

@@ -22,9 +22,11 @@ def test_served_models_answer_the_benchmarks_of_evaluate_tasks(plan: Callable[..
             assert getattr(served_tasks, name) == getattr(tasks, name)
         assert served_tasks.inputs["artifact"] == artifact
         assert configs["report"].inputs["served"] == "evaluate_served"
-    stages = plan("engine=openvino", "served=engine").stages  # without ``tasks``
-    [stage] = (stage for stage in stages if "served" in stage.name)
+        assert "served-time" in {note.rule.name for note in planned.notes}  # all items
+    planned = plan("engine=openvino", "served=engine")  # without ``tasks``
+    [stage] = (stage for stage in planned.stages if "served" in stage.name)
     assert "sciq" in stage.config.tasks  # type: ignore[attr-defined]
+    assert "served-time" not in {note.rule.name for note in planned.notes}
 
 
 def test_tensorrt_llm_serves_only_generated_answers(plan: Callable[..., Plan]) -> None:
