@@ -184,7 +184,8 @@ def messages_of(record: object) -> list[dict[str, Any]]:
         for key in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(key), str):
                 raise ValueError(f"message {number} has no text as its '{key}'")
-    return messages
+    # Rows of a table have every column; templates fail on a null or an empty list of tool calls.
+    return [{k: v for k, v in m.items() if v not in (None, [], {})} for m in messages]
 
 
 def _messages_of_dialogue(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -82,8 +82,11 @@ def test_zstandard_and_parquet_files_are_read(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"cannot be read as .jsonl.zst"):
         documents(str(compressed))
     table = tmp_path / "a.parquet"
-    chats = [[{"role": "user", "content": text}] for text in ("x", "y")]
-    parquet.write_table(pyarrow.table({"body": ["one", "two"], "messages": chats}), table)
+    chats = [[{"role": "user", "content": text}] for text in ("", "y")]
+    # Each row has every column; Llama's and Mistral's templates fail on these values.
+    columns: dict[str, object] = {"name": None, "tool_calls": []}
+    rows = [[message | columns for message in chat] for chat in chats]
+    parquet.write_table(pyarrow.table({"body": ["one", "two"], "messages": rows}), table)
     assert documents(f"{table}#text=body") == ["one", "two"]
     [first, _] = read_source(str(table), "text", chat=True)
     assert json.loads(first.text) == chats[0]
