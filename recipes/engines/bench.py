@@ -315,7 +315,7 @@ def speedups(
                 batch_size=batch,
                 prompt_tokens=prompt,
                 prefill=teacher_ms / student_ms,
-                prefill_roofline=prefill[0] / prefill[1],
+                prefill_roofline=None if student.precision == "fp8" else prefill[0] / prefill[1],
                 decode=student_rate / teacher_rate,
                 decode_roofline=decode[0] / decode[1],
             )

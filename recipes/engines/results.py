@@ -64,7 +64,8 @@ class Speedup:
     batch_size: int
     prompt_tokens: int
     prefill: float
-    prefill_roofline: float
+    prefill_roofline: float | None
+    """``None`` in FP8, because the rate of FP8 GEMMs is not measured."""
     decode: float
     decode_roofline: float
 
@@ -105,6 +106,11 @@ class BenchmarkResults:
     def engine_speedups(self) -> list[Speedup]:
         """Returns the speed-ups of engines; those of the baseline if there is no engine."""
         return [s for s in self.speedups if s.backend != BASELINE] or self.speedups
+
+    def teacher_precision(self, backend: str) -> str:
+        """Returns the teacher's precision, from which that of a quantized student differs."""
+        teachers = (row for row in self.rows if row.role == "teacher" and row.backend == backend)
+        return next(teachers).precision
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from recipes.core.stage import Input, StageConfig
 from recipes.core.statistics import Difference, margin95
 from recipes.distillation.results import CacheResult, DistillationResult
 from recipes.distillation.settings import CacheLogitsConfig
+from recipes.engines.results import BenchmarkResults
 from recipes.evaluation.results import Differences, SourceQuality, TaskResults, TextQuality
 from recipes.planning.results import PlanResult
 from recipes.planning.transformer import forward_flops
@@ -130,6 +131,23 @@ def test_a_second_phase_has_its_own_plan_and_adds_its_tokens(tmp_path: Path) -> 
     assert {160.0, 150.0} <= Page(section(text, "plan")).numbers()
     summary = text.partition('<p class="summary">')[2].partition("</p>")[0]
     assert result.tokens + 500_000_000 in Page(summary).numbers()
+
+
+def test_the_precision_of_the_teacher_is_named_if_the_student_is_quantized(
+    inputs: dict[str, Input], text: str, tmp_path: Path
+) -> None:
+    results = inputs["speed"].manifest.result(BenchmarkResults)
+    rows = [
+        replace(row, backend="tensorrt_llm", precision="bf16" if row.role == "teacher" else "fp8")
+        for row in results.rows
+    ]
+    speedup = replace(results.speedups[-1], backend="tensorrt_llm", precision="fp8")
+    changed = replace(results, rows=rows, speedups=[replace(speedup, prefill_roofline=None)])
+    page = render_page({**inputs, "speed": with_result(inputs["speed"], changed)}, tmp_path)
+    for place in ('id="kpi-speed"', 'id="plot-speedups"'):
+        assert "bf16" in page.partition(place)[2].partition("</td>")[0].partition("</div>")[0]
+    assert "same engine" in text
+    assert "same engine" not in page
 
 
 def test_significant_difference_is_marked(inputs: dict[str, Input], tmp_path: Path) -> None:

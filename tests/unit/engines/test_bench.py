@@ -183,6 +183,10 @@ def test_models_take_turns_and_the_warm_up_is_not_counted(pair: list[TimedModel]
     assert results[0].decode_roofline == pytest.approx(ratio)
     assert 1 < ratio < 2  # half of the layers, but all of the vocabulary
 
+    rows[1] = replace(rows[1], precision="fp8")  # the rate of its GEMMs is not measured
+    results = speedups(rows, pair, lambda _: Roofline(1e15, 1e9))
+    assert [r.prefill_roofline is None for r in results] == [True, False]
+
 
 def config(**settings: Any) -> MeasureSpeedConfig:
     inputs = {name: name for name in measure_speed.STAGE.inputs}
