@@ -48,7 +48,8 @@ def task_problems(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of the installed lm-eval and of the tasks, without importing lm-eval."""
     if chain.own_python:
         yield from _harness_problems()
-    for name in cfg.num_fewshot.keys() - set(cfg.tasks):
+    # ``evaluate_served`` may run fewer tasks with the same ``num_fewshot``.
+    for name in cfg.num_fewshot.keys() - {*cfg.tasks, *TASKS}:
         yield Problem(
             rules.TASKS_FEWSHOT,
             f"num_fewshot.{name}: there is no task {name}",

@@ -42,7 +42,8 @@ def rule_names(chain: Chain, **fields: Any) -> list[str]:
         ({"tasks": ["sciqq"]}, ["tasks-names"]),
         ({"tasks": ["sciq", "sciq"]}, ["tasks-names"]),
         ({"revisions": {"sciq": "abc"}}, ["tasks-names"]),
-        ({"num_fewshot": {"piqa": 5}}, ["tasks-fewshot"]),
+        ({"num_fewshot": {"piqa": 5}}, []),
+        ({"num_fewshot": {"piqaa": 5}}, ["tasks-fewshot"]),
     ],
 )
 def test_invalid_tasks_break_a_rule(
