@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -119,6 +120,22 @@ def explain_storage_errors(folder: Path) -> Iterator[None]:
         if (problem := storage_problem(error, folder)) is None:
             raise
         raise problem from error
+
+
+def json_text(value: Any, non_finite: Callable[[float], str | None] = str, **options: Any) -> str:
+    """Returns JSON, which lacks NaN and infinity: ``non_finite`` returns their replacement.
+
+    Pydantic reads the default, strings such as "nan", as numbers.
+    """
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, float) and not math.isfinite(item):
+            return non_finite(item)
+        if isinstance(item, dict):
+            return {key: plain(entry) for key, entry in item.items()}
+        return [plain(entry) for entry in item] if isinstance(item, list | tuple) else item
+
+    return json.dumps(plain(value), **options)
 
 
 def write_json(path: Path, value: object, indent: int = 1) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from recipes.core.errors import RecipeError
-from recipes.core.files import sha256_of_each, sync, write_text_atomically
+from recipes.core.files import json_text, sha256_of_each, sync, write_text_atomically
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -175,7 +175,7 @@ def require_format(version: object, path: Path) -> None:
 
 def write_manifest(stage_dir: Path, manifest: Manifest, name: str = MANIFEST) -> None:
     """Writes a manifest atomically. The file ``manifest.json`` makes the stage complete."""
-    text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1, sort_keys=True)
+    text = json_text({"format": FORMAT, **asdict(manifest)}, indent=1, sort_keys=True)
     write_text_atomically(stage_dir / name, text + "\n")
 
 

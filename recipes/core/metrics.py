@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from recipes.core.files import json_text
 from recipes.core.watchdog import report_progress
 
 METRICS = "metrics.jsonl"
@@ -37,10 +38,11 @@ class MetricsLog:
             self._file.write("\n")  # a kill truncated the last line
 
     def log(self, **values: object) -> None:
-        """Appends a record of the values and the time, and restarts the watchdog's timeout."""
+        """Appends the values, with ``None`` for NaN, and the time; restarts the watchdog."""
         report_progress()
         if self._file:
-            self._file.write(json.dumps({"time": round(time.time(), 3), **values}) + "\n")
+            record = {"time": round(time.time(), 3), **values}
+            self._file.write(json_text(record, lambda number: None) + "\n")
 
     def progress(self, task: str, done: int, total: int, **values: object) -> None:
         """Appends a progress record: ``done`` of ``total`` units of ``task`` are finished."""

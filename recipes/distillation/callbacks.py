@@ -81,7 +81,6 @@ class StepLogger(Callback):
         tokens = self._cfg.global_batch_size * self._cfg.seq_length
         values = {**pl_module.share_losses(), "grad_norm": self._norm, "lr": self._lr}
         if not math.isfinite(self._norm):
-            values = {name: v if math.isfinite(v) else None for name, v in values.items()}
             values["skipped"] = True
         values["tokens_per_second"] = round(tokens / (now - self._last), 1)
         self._last = now

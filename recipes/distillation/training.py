@@ -322,16 +322,16 @@ def training_result(cfg: TrainingConfig, file: Path) -> TrainingResult:
     without a step to train. So the result cannot come from the memory of the process.
     """
     steps, validations = steps_of(file, cfg.stage), steps_of(file, VALIDATE)
-    last = steps[-1]
+    last = next((step for step in reversed(steps) if step["loss"] is not None), steps[-1])
     return TrainingResult(
         final_loss=last["loss"],
         final_kd=last.get("kd"),
         final_hidden=last.get("hidden"),
         final_lm=last.get("lm"),
         val_loss=validations[-1]["val_loss"] if validations else None,
-        steps=last["done"],
+        steps=steps[-1]["done"],
         skipped_steps=sum(bool(step.get("skipped")) for step in steps),
-        tokens=last["done"] * cfg.global_batch_size * cfg.seq_length,
+        tokens=steps[-1]["done"] * cfg.global_batch_size * cfg.seq_length,
         tokens_per_second=median(step["tokens_per_second"] for step in steps),
     )
 
@@ -360,7 +360,8 @@ def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:
     later. Only records of the metrics ``file`` up to ``step`` are read, so a restarted run decides
     as the first start did.
     """
-    validations = [v for v in steps_of(file, VALIDATE) if v["done"] <= step and "val_kd" in v]
+    measured = [v for v in steps_of(file, VALIDATE) if v.get("val_kd") is not None]
+    validations = [v for v in measured if v["done"] <= step]
     if cfg.stop_at_recovered is None or len(validations) < 2 or step >= cfg.max_steps:
         # Needs two validations, so that at least one step is trained even if healing recovered
         # enough. A stop at ``max_steps`` is not early.
@@ -379,4 +380,5 @@ def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:
 
 def initial_kl_fraction(file: Path) -> float:
     """Reads the fraction of the KL added by pruning that healing left; 1 without healing."""
-    return next((float(r[INITIAL_KL]) for r in read_records(file) if INITIAL_KL in r), 1.0)
+    values = (record.get(INITIAL_KL) for record in read_records(file))
+    return next((float(value) for value in values if value is not None), 1.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,7 +26,7 @@ from nemo_convert import convert, nemo
 from nemo_convert.hf import tokenizer_sha256
 from nemo_convert.preflight import GENERATION_CONFIG
 from recipes.backend.device import device
-from recipes.core.files import read_json, write_text_atomically
+from recipes.core.files import json_text, read_json, write_text_atomically
 from recipes.core.fingerprint import digest
 from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_of
@@ -133,7 +132,7 @@ def _write_details(
             dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)
         ],
     }
-    write_text_atomically(path, json.dumps(detail, indent=1, ensure_ascii=False))
+    write_text_atomically(path, json_text(detail, indent=1, ensure_ascii=False))
 
 
 @dataclass

@@ -122,7 +122,7 @@ def read_run(path: Path) -> RunRecord:
     evaluations = (path / name for name, m in stages.items() if m.kind == "eval_results")
     files = (folder / ARTIFACT / "results.json" for folder in evaluations)
     results = next((read_json(file) for file in files if file.is_file()), {})
-    losses = tuple(results.get("sequence_losses", {}).get("distilled", ()))
+    losses = tuple(map(float, results.get("sequence_losses", {}).get("distilled", ())))
     return RunRecord(path, plan.recipe if plan else "", stages, incomplete, losses)
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nemo_convert.architecture import Architecture
-from recipes.core.files import write_json
+from recipes.core.files import json_text, write_text_atomically
 from recipes.search.space import LatencyFit
 
 CANDIDATES_FILE = "candidates.json"
@@ -50,7 +50,8 @@ class SearchResult:
 
 def write_candidates(out: Path, candidates: Sequence[Candidate]) -> None:
     """Writes the candidates to a file for people to read; stages read them from the manifest."""
-    write_json(out / CANDIDATES_FILE, [asdict(candidate) for candidate in candidates])
+    text = json_text([asdict(candidate) for candidate in candidates], indent=1)
+    write_text_atomically(out / CANDIDATES_FILE, text + "\n")
 
 
 @dataclass(frozen=True)

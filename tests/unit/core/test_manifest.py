@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,17 @@ def test_a_result_is_read_back_as_it_was_written(stage_dir: Path) -> None:
     assert manifest.result(Licence) == Licence("mit")
     assert manifest.result_if("prune", Result) == written
     assert manifest.result_if("distill", Result) is None
+
+
+def test_a_manifest_is_json_even_if_a_result_is_not_a_number(stage_dir: Path) -> None:
+    manifest = read_manifest(stage_dir)
+    assert manifest is not None
+    metrics = asdict(Result(math.nan, {1: math.inf}))
+    write_manifest(stage_dir, replace(manifest, metrics=metrics))
+    json.loads((stage_dir / MANIFEST).read_text(), parse_constant=pytest.fail)
+    manifest = read_manifest(stage_dir)
+    assert manifest is not None
+    assert str(manifest.result(Result)) == str(Result(math.nan, {1: math.inf}))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,12 @@ def test_records_can_be_read_while_the_log_is_open(tmp_path: Path) -> None:
     assert before - 0.001 <= first.pop("time") <= time.time() + 0.001
     assert first == {"task": "train", "done": 1, "total": 2, "loss": 0.5}
     assert second["note"] == "ü"
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path: Path) -> None:
+    MetricsLog(tmp_path / "m.jsonl").log(loss=math.nan, losses=[math.inf, 1.0])
+    [record] = read_records(tmp_path / "m.jsonl")
+    assert (record["loss"], record["losses"]) == (None, [None, 1.0])
 
 
 def test_a_log_continues_after_a_truncated_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from recipes.distillation.training import (
     steps_of_checkpoint,
     stop_reason,
     training_progress,
+    training_result,
 )
 from recipes.planning.chain import Chain
 from recipes.planning.hardware import Hardware
@@ -64,6 +66,18 @@ def test_problems_of_fp8(chain: Chain, fields: dict[str, Any], messages: list[st
     problems = list(STAGE.problems(CorrectTeacherConfig(fp8="hybrid", **fields), gpu_chain))
     assert {problem.rule.name for problem in problems} == ({"fp8"} if messages else set())
     assert all(message in p.what for message, p in zip(messages, problems, strict=True))
+
+
+def test_a_loss_that_is_not_a_number_is_no_result(tmp_path: Path) -> None:
+    """The last step was skipped, and the last validation was not finite."""
+    log, file = MetricsLog(tmp_path / METRICS), tmp_path / METRICS
+    for done, value in ((1, 0.5), (2, math.nan)):
+        log.progress("distill", done, 9, loss=value, tokens_per_second=1.0)
+        log.progress("validate", done, 9, val_loss=value, val_kd=value)
+    cfg = DistillConfig(stage="distill", max_steps=9, stop_at_recovered=0.5)
+    result = training_result(cfg, file)
+    assert (result.final_loss, result.steps, result.val_loss) == (0.5, 2, None)
+    assert stop_reason(cfg, file, 2) == ""
 
 
 STEPS = 300
