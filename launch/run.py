@@ -83,20 +83,25 @@ console = screen()
 
 
 @hydra.main(version_base="1.3", config_path=str(schema.CONF), config_name="config")
-def main(cfg: DictConfig) -> Path | None:
-    """Runs one config; returns the run's directory, which Hydra passes to a sweep's callback."""
+def main(cfg: DictConfig) -> Path | RecipeError | None:
+    """Runs one config; returns the run's directory, or in a sweep the run's error.
+
+    Hydra passes both to the sweep's callback.
+    """
     recipe = HydraConfig.get().runtime.choices.get("recipe")
     if recipe is None:
         view.print_recipes(schema.recipes(), console)
         raise SystemExit(1)
+    is_sweep, is_valid = HydraConfig.get().mode == RunMode.MULTIRUN, False
     try:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+        if is_sweep:
             require_separate_results(cfg, sys.argv[1:])
+        is_valid = True
         return run(cfg, recipe)
     except RecipeError as error:  # handled here: Hydra would also print the overrides
         status = _fail(error)
-        if argument := resuming_argument(sys.argv[1:]):
-            screen(stderr=True).print(f"to resume this sweep, add {argument}", markup=False)
+        if is_sweep and is_valid:
+            return error  # the other runs are still started
         raise SystemExit(status) from error
 
 

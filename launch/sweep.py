@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class Best(Callback):
 
     def __init__(self) -> None:
         self._runs: list[Path] = []
+        self._failed = 0
 
     def on_multirun_start(self, config: DictConfig, **more: Any) -> None:
         """Sets the sweep's config, which Hydra sets only during a run, for an interrupt."""
@@ -69,13 +71,21 @@ class Best(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **more: Any) -> None:
         """Collects the directory that ``main`` returned; dry runs and rehearsals return none."""
-        if job_return.status is JobStatus.COMPLETED and job_return.return_value is not None:
-            self._runs.append(job_return.return_value)
+        result = job_return.return_value if job_return.status is JobStatus.COMPLETED else None
+        if isinstance(result, RecipeError):
+            self._failed += 1
+        elif result is not None:
+            self._runs.append(result)
 
     def on_multirun_end(self, config: DictConfig, **more: Any) -> None:
-        """Prints the best run."""
+        """Prints the best run; exits with status 1 if a run failed."""
         if len(self._runs) > 1:
             screen().print(best_of(self._runs), markup=False)
+        if self._failed:
+            argument = resuming_argument(sys.argv[1:])
+            advice = f"; to resume this sweep, add {argument}" if argument else ""
+            screen(stderr=True).print(f"runs that failed: {self._failed}{advice}", markup=False)
+            raise SystemExit(1)
 
 
 def best_of(run_dirs: Sequence[Path]) -> str:

@@ -160,10 +160,24 @@ def test_stopped_sweep_names_the_argument_with_which_it_resumes(
     interrupted = re.search(r"same command with (hydra.sweep.dir=\S+) resumes", sweep())
     assert interrupted is not None
     assert "the same command resumes" in sweep(interrupted[1])
-    # The second run is refused.
     assert "add hydra.sweep.dir=" in sweep("dry_run=true", sizes="448,5120")
-    assert "hydra.sweep.dir" not in sweep("dry_run=true", sizes="5120,448")
+    assert "hydra.sweep.dir" not in sweep("dry_run=true", sizes="5120,5121")
     assert "hydra.sweep.dir" not in run_in_process(*ARGUMENTS, cwd=tmp_path).output
+
+
+def test_sweep_continues_after_a_run_that_is_refused_or_fails_a_gate(
+    launch: Launch, plan: MakePlan, complete: Complete, run: Path
+) -> None:
+    assert launch(*ARGUMENTS, "dry_run=true").returncode == 0
+    complete(plan())
+    for number in (0, 1, 2):
+        shutil.copytree(run, run.with_name("sweep") / str(number))
+    gates = 'gates=["no_metric>=1"],["recovered>=0.99"],["recovered>=0.1"]'
+    done = launch("-m", *ARGUMENTS[:-1], "skip_rules=[disk]", "hydra.sweep.dir=../sweep", gates)
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 2
+    assert done.stdout.count("everything was complete") == 2, "of the last two runs"
+    assert done.stderr.endswith("runs that failed: 2\n"), "the command already has the directory"
 
 
 def test_sweep_ends_with_the_command_that_compares_its_runs(
