@@ -39,7 +39,15 @@ from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.limits import limit_problems
 from recipes.planning.rules import ERROR, Problem, refuse_errors
-from recipes.report.gates import Gate, Verdict, gate_problems, judge, metric_names, parse_gate
+from recipes.report.gates import (
+    SERVED_PERPLEXITY,
+    Gate,
+    Verdict,
+    gate_problems,
+    judge,
+    metric_names,
+    parse_gate,
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     order = stage_order(configs)
     configs = {name: configs[name] for name in order}
     chain = with_shapes(chain_of(cfg, hf_path, configs, run_dir), order)
-    gates = _gates(settings, configs)
+    gates = _gates(settings, chain)
     selected = [name for name in order if only is None or name in only]
     notes = refuse_errors(_problems(cfg, chain, selected), settings.skip_rules)
     chain = _with_costs(chain)
@@ -210,10 +218,15 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
     return typed
 
 
-def _gates(settings: RunSettings, configs: Mapping[str, StageConfig]) -> tuple[Gate, ...]:
+def _gates(settings: RunSettings, chain: Chain) -> tuple[Gate, ...]:
     """Parses the recipe's gates; refuses gates on values that no stage measures."""
     gates = tuple(map(parse_gate, settings.gates))
-    refuse_errors(gate_problems(gates, metrics_of(configs.values())))
+    names = metrics_of(chain.stages.values())
+    for config in chain.stages.values():
+        stage = stage_of(config)
+        if stage.kind == "served_results" and stage.needs_tensorrt_llm(config, chain):
+            names.remove(SERVED_PERPLEXITY)  # trtllm-serve returns no losses
+    refuse_errors(gate_problems(gates, names))
     return gates
 
 

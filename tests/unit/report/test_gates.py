@@ -174,6 +174,11 @@ def test_gates_must_be_a_list_of_metrics_that_the_recipe_measures(
         plan("gates='recovered.sciq >= 0.9'", "tasks=quick")
     with pytest.raises(RecipeError, match="does not measure"):
         plan("gates=['recovered.sciq >= 0.9']", "tasks=null")
+    served = ("gates=['served_perplexity_ratio < 2']", "served=engine")
+    assert plan(*served, "engine=openvino").gates
+    tensorrt = ("engine=tensorrt_llm", "stages.build_engine.backend=tensorrt_llm_pytorch")
+    with pytest.raises(RecipeError, match="does not measure"):
+        plan(*served, *tensorrt, "stages.evaluate_served.tasks=[gsm8k_cot]")
 
 
 def test_a_failing_gate_ends_a_complete_run_with_status_1(
