@@ -101,11 +101,9 @@ def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def loss_problems(cfg: DistillConfig) -> Iterator[Problem]:
-    """Finds a loss without terms, and recomputation without the gradients that it needs."""
-    if not any((cfg.kd_weight, cfg.hidden_weight, cfg.lm_weight)):
-        yield Problem(
-            rules.LOSS, "kd_weight, hidden_weight and lm_weight are all 0", "set one above 0"
-        )
+    """Finds a loss without a term on logits, and recomputation without the gradients it needs."""
+    if not (cfg.kd_weight or cfg.lm_weight):
+        yield Problem(rules.LOSS, "kd_weight and lm_weight are both 0", "set one above 0")
     if cfg.hidden_weight and cfg.recompute_granularity == "full":
         yield Problem(
             rules.RECOMPUTE,

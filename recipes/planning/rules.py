@@ -188,7 +188,9 @@ FP8 = Rule("fp8", "FP8 needs TransformerEngine, a GPU that has it, and aligned s
 COMPILER = Rule("compiler", "kernels for a CPU need a C++ compiler and Python's headers")
 PROFILE = Rule("profile", "the profiler can only trace steps of the training")
 SCHEDULE = Rule("schedule", "NeMo stops if the learning rate cannot reach its peak or minimum")
-LOSS = Rule("loss", "the loss needs at least one term with a weight above 0")
+LOSS = Rule(
+    "loss", "without a term on logits, the output layer has no gradient, and Megatron fails"
+)
 STOP = Rule("stop", "a training run can only stop early by a metric that its validations measure")
 STUDENT_STEPS = Rule("student-steps", "a student can only be saved at a step before the last")
 HIDDEN_PAIRS = Rule(

@@ -47,6 +47,7 @@ def rule_names(cfg: DistillConfig, chain: Chain) -> list[str]:
     ("fields", "expected"),
     [
         ({"kd_weight": 0.0}, ["loss"]),
+        ({"kd_weight": 0.0, "hidden_weight": 1.0}, ["loss"]),
         (NO_TEACHER, []),
         ({"hidden_weight": 2.0}, []),
         ({"hidden_weight": 2.0, "recompute_granularity": "full"}, ["recompute"]),
@@ -57,7 +58,7 @@ def rule_names(cfg: DistillConfig, chain: Chain) -> list[str]:
         ({"student_steps": [20, 10]}, ["student-steps"]),
         (STOP, []),
         ({**STOP, "val_check_interval": 100}, ["stop"]),
-        ({**STOP, "kd_weight": 0.0, "hidden_weight": 1.0}, ["stop"]),
+        ({**STOP, **NO_TEACHER, "hidden_weight": 1.0}, ["stop"]),
         ({**STOP, **NO_TEACHER}, ["stop"]),
         ({**STOP, "inputs": {"teacher": "cache_logits"}}, ["stop"]),
         ({**STOP, "pipeline_model_parallel_size": 2}, ["stop"]),
