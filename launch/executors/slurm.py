@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shlex
@@ -30,6 +29,7 @@ from launch.executors.slurm_queue import (
     lasting_jobs,
     query,
     read_jobs,
+    run_hash,
 )
 from launch.plan import Plan
 from launch.planned import ADOPT, RUN, SKIP, PlannedStage
@@ -198,8 +198,7 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         cpus_per_task=_cpus_per_task(stage, cluster),
         # This name is unique to the stage and its run. The dependency ``singleton`` then lets only
         # one job of the stage run at a time.
-        job_name=f"{run_dir.name}.{stage.name}."
-        + hashlib.sha256(str(run_dir).encode()).hexdigest()[:8],
+        job_name=f"{run_dir.name}.{stage.name}.{run_hash(run_dir)}",
         # A forced stage already has a manifest. A manifest with this start time does not mean that
         # the new job is complete.
         replaces=old.started_at if (old := stage.result) else None,
@@ -271,6 +270,7 @@ def submit_script(plan: Plan) -> str:
         "submit.sh.j2",
         run_dir=plan.run_dir,
         record=RECORD,
+        run_hash=run_hash(plan.run_dir),
         test_only=TEST_ONLY,
         ending_seconds=round(ENDING_SECONDS),
         jobs=jobs,

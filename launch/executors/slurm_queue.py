@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 import time
@@ -14,7 +15,7 @@ from recipes.core.files import write_text_atomically
 from recipes.core.screen import screen
 
 RECORD = "jobs.txt"
-"""File in the run directory with a line ``STAGE JOB FINGERPRINT`` for every submitted job."""
+"""File in a run directory with a line ``STAGE JOB FINGERPRINT RUN_HASH`` for each submitted job."""
 ENDED = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY")
 ) | {"PREEMPTED", "REVOKED", "TIMEOUT"}
@@ -82,14 +83,22 @@ class JobState:
         return WAIT_REASONS.get(self.state, slurm_reason)
 
 
+def run_hash(run_dir: Path) -> str:
+    """Returns a hash of a run's path. It differs from that of the run's copies."""
+    return hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
+
+
 def read_jobs(run_dir: Path) -> dict[str, SlurmJob]:
-    """Returns the newest job of each stage, by stage; ignores a line that is not complete."""
+    """Returns the newest job of each stage, by stage.
+
+    Ignores lines that are not complete, and jobs of the run from which this run was copied.
+    """
     try:
         text = (run_dir / RECORD).read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
     rows = [line.split() for line in text.splitlines()]
-    return {row[0]: SlurmJob(*row) for row in rows if len(row) == 3}
+    return {row[0]: SlurmJob(*row[:3]) for row in rows if row[3:] == [run_hash(run_dir)]}
 
 
 def forget_job(run_dir: Path, stage: str) -> None:

@@ -95,7 +95,6 @@ class Run:
         """Copies the run without some stages. Files keep their times, so none is hashed again."""
         copy = directory / "copy"
         shutil.copytree(self.directory, copy)
-        (copy / "jobs.txt").unlink()  # lists the jobs of the original
         for stage in stages:
             shutil.rmtree(copy / stage)
         return Run(copy, self.overrides)

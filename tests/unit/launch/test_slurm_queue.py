@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.executors.slurm_queue import SlurmJob, job_states, read_jobs
+from launch.executors.slurm_queue import SlurmJob, job_states, read_jobs, run_hash
 from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError
 from recipes.core.stage import Resources
@@ -24,10 +24,13 @@ def test_times_are_parsed_as_slurm_parses_them() -> None:
 
 def test_only_the_newest_job_of_a_stage_is_read(tmp_path: Path) -> None:
     # The last line is not complete, as after a kill.
-    (tmp_path / "jobs.txt").write_text("prune 7 a\ndistill 8 b\nprune 9 c\ndistill 1")
+    lines = (f"{job} {run_hash(tmp_path)}\n" for job in ("prune 7 a", "distill 8 b", "prune 9 c"))
+    (tmp_path / "jobs.txt").write_text("".join(lines) + "distill 1")
     jobs = (SlurmJob("prune", "9", "c"), SlurmJob("distill", "8", "b"))
     assert read_jobs(tmp_path) == {job.stage: job for job in jobs}
-    assert read_jobs(tmp_path / "elsewhere") == {}
+    (copy := tmp_path / "copy").mkdir()
+    (copy / "jobs.txt").write_bytes((tmp_path / "jobs.txt").read_bytes())
+    assert read_jobs(copy) == read_jobs(tmp_path / "elsewhere") == {}
 
 
 def test_no_answer_of_slurm_is_an_error_and_not_an_empty_queue(

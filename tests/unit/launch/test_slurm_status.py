@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from launch.executors.local import run_all
-from launch.executors.slurm_queue import RECORD, read_jobs
+from launch.executors.slurm_queue import RECORD, read_jobs, run_hash
 from launch.plan import Plan
 from launch.progress import Follower
 from launch.run_status import read_statuses
@@ -33,7 +33,8 @@ def planned(plan: MakePlan) -> Plan:
     """A plan whose stages were submitted as jobs 0, 1, 2 …"""
     planned = plan()
     write_last_plan(planned)
-    jobs = [f"{s.name} {number} {s.fingerprint}\n" for number, s in enumerate(planned.stages)]
+    run = run_hash(planned.run_dir)
+    jobs = [f"{s.name} {number} {s.fingerprint} {run}\n" for number, s in enumerate(planned.stages)]
     (planned.run_dir / RECORD).write_text("".join(jobs))
     return planned
 

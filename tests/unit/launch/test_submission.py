@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from launch.executors import slurm, slurm_queue
-from launch.executors.slurm_queue import RECORD
+from launch.executors.slurm_queue import RECORD, run_hash
 from recipes.core.errors import RecipeError
 from tests.support.launcher import write_program
 from tests.unit.conftest import stage_named
@@ -84,7 +84,7 @@ def queued(
     names = [stage.name for stage in planned.stages]
     complete(planned, *names[: names.index("distill")])
     fingerprint = stage_named(planned, "distill").fingerprint
-    (planned.run_dir / RECORD).write_text(f"distill 7 {fingerprint}\n")
+    (planned.run_dir / RECORD).write_text(f"distill 7 {fingerprint} {run_hash(planned.run_dir)}\n")
     (tmp_path / "queue").write_text("7|PENDING|Dependency|1:00|\n")
     write_program(tmp_path / "bin" / "squeue", f"cat {tmp_path}/queue")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)

@@ -30,7 +30,7 @@ state() { # JOB: prints the state of a job in the queue
 
 submit() { # STAGE FINGERPRINT DEPENDENCY: prints the job's id and records it for `launch/run.py status`
   local job deadline=$((SECONDS + 300))
-  job=$(grep -s "^$1 .* $2\$" jobs.txt | tail -n 1 | cut -d " " -f 2) || true
+  job=$(grep -s "^$1 .* $2 HASH\$" jobs.txt | tail -n 1 | cut -d " " -f 2) || true
   while [ -n "$job" ] && [ "$(state "$job")" = COMPLETING ]; do # ends soon, such as after scancel
     if [ "$SECONDS" -ge "$deadline" ]; then
       echo "Slurm does not end job $job of $1, which is completing; repeat this later" >&2
@@ -45,7 +45,7 @@ submit() { # STAGE FINGERPRINT DEPENDENCY: prints the job's id and records it fo
   prefer_script "$1"
   job=$(sbatch --parsable --kill-on-invalid-dep=yes --dependency="$3" "$1/job.sbatch") || return
   job=${job%%;*}
-  echo "$1 $job $2" >>jobs.txt
+  echo "$1 $job $2 HASH" >>jobs.txt
   echo "$job"
 }
 
