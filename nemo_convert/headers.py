@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from http.client import PARTIAL_CONTENT
 from pathlib import Path
+from typing import Any
 
 from nemo_convert.hub import (
     INDEX_FILE,
@@ -156,7 +157,8 @@ def _read_header(hf_path: str, file: str, label: str) -> dict[str, StoredTensor]
         raise ValueError(f"a header of {end} bytes")
     # A header longer than FIRST_BYTES is read again, in full.
     data = start if end <= len(start) else _read_range(hf_path, file, 0, end)
-    header = json.loads(data[8:end].decode())  # of bytes, json.loads also accepts UTF-16
+    # Of bytes, json.loads also accepts UTF-16.
+    header = json.loads(data[8:end].decode(), object_pairs_hook=_without_duplicates)
     _require_known_format(label, header.pop("__metadata__", None))
     tensors = {
         name: StoredTensor(
@@ -169,6 +171,13 @@ def _read_header(hf_path: str, file: str, label: str) -> dict[str, StoredTensor]
     }
     _require_contiguous(tensors.values(), end, _file_size(hf_path, file))
     return {name: t for name, t in tensors.items() if not name.endswith(ROTARY_BUFFER)}
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ``ValueError`` if a JSON object has a key twice; json itself takes the last value."""
+    if len(entries := dict(pairs)) < len(pairs):
+        raise ValueError("a key of its header is repeated")
+    return entries
 
 
 def _require_contiguous(tensors: Iterable[StoredTensor], begin: int, length: int | None) -> None:

@@ -198,6 +198,8 @@ def _refused_files() -> Iterator[Variant]:
         ("a number", "__metadata__", {"format": "pt", "step": 5}),
         ("a float", "model.norm.weight", {"shape": [64.0]}),
         ("a float offset", "lm_head.weight", {"data_offsets": [0, 75264.0]}),
+        ("two metadata", "__metadata__", None),
+        ("two heads", "lm_head.weight", None),
     ):
         yield Variant(f"{name} in the header", _edit_header(entry, values), "is damaged")
     for value in (None, []):
@@ -340,14 +342,18 @@ def _add_prefix(tensors: dict[str, Tensor], prefix: str) -> None:
 
 
 def _edit_header(name: str, values: Any) -> Change:
-    """Changes values of an entry in the header of the weights file, or replaces it with a list."""
+    """Changes values of an entry in the header of the weights file.
+
+    A list replaces the entry. ``None`` repeats the entry.
+    """
 
     def change(folder: Path) -> None:
         data = (folder / WEIGHTS).read_bytes()
         end = 8 + int.from_bytes(data[:8], "little")
         header = json.loads(data[8:end])
-        header[name] = values if isinstance(values, list) else header[name] | values
-        text = json.dumps(header).encode()
+        header[name] = values if isinstance(values, list) else header[name] | (values or {})
+        repeated = f', "{name}": {json.dumps(header[name])}' if values is None else ""
+        text = (json.dumps(header)[:-1] + repeated + "}").encode()
         (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
 
     return change
