@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.markup import escape
 
@@ -23,7 +24,7 @@ from launch.run_status import StageStatus, read_statuses, time_left
 from recipes.core.errors import RecipeError, did_you_mean, require_known
 from recipes.core.files import folder_bytes
 from recipes.core.manifest import MANIFEST
-from recipes.core.run_state import REQUEST, RUN_FILE, Status, read_request
+from recipes.core.run_state import REQUEST, RUN_FILE, Status
 from recipes.core.screen import plain_table
 from recipes.core.snapshot import CODE
 from recipes.core.stage_process import newest_log, tail
@@ -38,7 +39,7 @@ STYLES = {
 STOP_SECONDS, SIGNAL_SECONDS = 60.0, 10.0
 """Time limit for a launcher to stop, and time between two signals to the launcher."""
 ROOT = Path("runs")
-RUN_PATTERNS = ("*", "sweeps/*/*")
+RUN_PATTERNS = ("*", "*/*", "*/*/*")
 """Patterns of run directories in ``ROOT``, or in another folder that contains runs."""
 YES = "--yes"
 AGE_UNITS = (("days", 86400), ("h", 3600), ("min", 60))
@@ -242,7 +243,7 @@ def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
             raise RecipeError(f"{path} is being run.", fix)
     roots = {ROOT.resolve(), *(path.parent for path in chosen_runs)}
     other_runs = {run.resolve() for root in roots for run in _runs_below(root)} - set(chosen_runs)
-    needed_by = {stage: run for run in other_runs for stage in _inputs(run)}
+    needed_by = {stage: run for run in other_runs for stage in _needed_folders(run)}
     notes = {
         stage: f"needed by {run}" for stage, run in needed_by.items() if stage.parent in chosen_runs
     }
@@ -278,10 +279,17 @@ def _deletable(run: Path, needed: Collection[Path]) -> list[Path]:
     return unneeded if len(unneeded) < len(stages) else [run]
 
 
-def _inputs(run: Path) -> Iterator[Path]:
-    """Yields the stage directories that the stages of a run have as inputs."""
+def _needed_folders(run: Path) -> Iterator[Path]:
+    """Yields the folders that a run needs: its own, its inputs and models, and their parents.
+
+    Also reads runs of another format.
+    """
     for file in run.glob(f"*/{REQUEST}"):
-        yield from (ref.directory for ref in read_request(file.parent).inputs.values())
+        request = OmegaConf.load(file)
+        paths = [run, *(ref.directory for ref in request.inputs.values())]
+        paths += [request.config.get(name) or "" for name in ("hf_path", "prefix")]
+        for path in map(Path, paths):
+            yield from (path, *path.resolve().parents)
 
 
 RUN_COMMANDS: Mapping[str, tuple[Callable[[Options, Console], None], tuple[str, ...]]] = {

@@ -169,13 +169,21 @@ def test_runs_are_listed_with_their_state_and_results(
 
 
 def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launch) -> None:
-    """The command deletes nothing without ``--yes``, or while a launcher holds the run's lock."""
+    """The command deletes nothing without ``--yes``, or while a launcher holds the run's lock.
+
+    The other run was written by an earlier version, and is in a folder of a sweep.
+    """
     (run_dir / CODE / "hash").mkdir(parents=True)
-    other = run_dir.with_name("other")
+    other = run_dir.parent / "sweep" / "0"
     shutil.copytree(run_dir, other)
-    # Of the run to clean, the stages of ``other`` need only the result of import_hf.
+    # Of the run to clean, ``other`` needs only the result of import_hf, and the exported model.
     for request in other.glob("*/config.yaml"):
-        text = request.read_text().replace(f"{run_dir}/", f"{other}/")
+        text = (
+            request.read_text()
+            .replace(f"{run_dir}/", f"{other}/")
+            .replace("format: 2", "format: 1")
+        )
+        text = re.sub("hf_path: .*", f"hf_path: {run_dir}/export_hf/artifact", text)
         request.write_text(text.replace(f"{other}/import_hf", f"{run_dir}/import_hf"))
     before = sorted(run_dir.rglob("[!.]*"))  # all but the lock file
     listed = launch("runs", "clean", str(run_dir))
@@ -188,7 +196,7 @@ def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launc
     other_files = sorted(other.rglob("*"))
     assert launch("runs", "clean", str(run_dir), "--yes").returncode == 0
     folders = {folder.name for folder in run_dir.iterdir() if folder.is_dir()}
-    assert folders == {"import_hf", CODE}, "the remaining stage needs the code"
+    assert folders == {"import_hf", "export_hf", CODE}, "the remaining stage needs the code"
     assert (run_dir / "import_hf" / MANIFEST).exists()
     assert sorted(other.rglob("*")) == other_files
     assert launch("runs", "clean", str(run_dir), str(other), "--yes").returncode == 0
