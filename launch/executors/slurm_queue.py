@@ -12,6 +12,7 @@ from pathlib import Path
 
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
+from recipes.core.run_state import Status, stage_state
 from recipes.core.screen import screen
 
 RECORD = "jobs.txt"
@@ -141,8 +142,18 @@ def final_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
 
 
 def active_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
-    """Returns the jobs of a run that run or wait, and their states, by stage."""
+    """Returns the jobs of a run that run or wait, and their states, by stage.
+
+    Raises:
+        RecipeError: This machine has no Slurm, so a job without a result may run.
+    """
     jobs = read_jobs(run_dir)
+    for name, job in jobs.items() if shutil.which("squeue") is None else ():
+        if stage_state(run_dir / name, job.fingerprint).status is not Status.COMPLETE:
+            raise RecipeError(
+                f"job {job.id} may run {name} of {run_dir}, but this machine has no squeue.",
+                f"repeat this where Slurm is; if no job runs, delete {run_dir / RECORD}",
+            )
     states = job_states(jobs.values())
     return {
         name: (job, state)

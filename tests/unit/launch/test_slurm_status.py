@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from launch.executors.local import run_all
-from launch.executors.slurm_queue import RECORD, read_jobs, run_hash
+from launch.executors.slurm_queue import RECORD, active_jobs, read_jobs, run_hash
 from launch.plan import Plan
 from launch.progress import Follower
 from launch.run_status import read_statuses
@@ -22,7 +22,7 @@ from tests.support.launcher import write_program
 from tests.unit.conftest import write_last_plan
 
 if TYPE_CHECKING:
-    from tests.unit.conftest import MakePlan
+    from tests.unit.conftest import Complete, MakePlan
 
 Status = Callable[..., tuple[str, str]]
 AGAIN = "repeat the command of the run to submit it again"
@@ -87,6 +87,17 @@ def test_jobs_that_left_the_queue_without_a_log(
     """One call of sacct reads the states of all jobs."""
     assert status(sacct=sacct) == expected
     assert (tmp_path / "calls").read_text() == "\n"
+
+
+def test_jobs_without_a_result_are_unknown_on_a_machine_without_slurm(
+    planned: Plan, complete: Complete, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RecipeError, match="no squeue"):
+        active_jobs(planned.run_dir)
+    assert read_statuses(planned.run_dir)
+    complete(planned)
+    assert active_jobs(planned.run_dir) == {}
 
 
 def test_a_local_start_after_a_job_decides_the_status(status: Status, planned: Plan) -> None:
