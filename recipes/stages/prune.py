@@ -24,7 +24,7 @@ from recipes.pruning.targets import (
     pruned_shape,
     target_problems,
 )
-from recipes.search.settings import SuccessiveHalvingConfig
+from recipes.search.settings import RankCandidatesConfig, SuccessiveHalvingConfig
 from recipes.search.space import name_of
 from recipes.stages.contract import Stage, checkpoint_outcome
 
@@ -63,6 +63,9 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
         )
     search, manifest = chain.stages.get(source), manifest_of(source)
     if isinstance(search, SuccessiveHalvingConfig):
+        ranking = chain.stages.get(search.inputs.get("candidates", ""))
+        if isinstance(ranking, RankCandidatesConfig):
+            yield from _method_problems(cfg, ranking)
         shapes = chain.shapes.get(source, ())
         shape = f"the largest shape of {len(shapes)}" if shapes else "the teacher's shape"
         size = f"{name_of(student)} with {student.parameters() / 1e6:,.0f} M parameters"
@@ -76,6 +79,18 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
             rules.PRUNE_TARGET,
             f"{source} did not choose an architecture",
             f"set stages.{cfg.name}.inputs.shape to a successive_halving stage, or run it again",
+        )
+
+
+def _method_problems(cfg: PruneConfig, ranking: RankCandidatesConfig) -> Iterator[Problem]:
+    """Checks that layers are chosen as the search did, whose scores suffice for every depth."""
+    method = ranking.layer_importance
+    if cfg.layer_importance != method:
+        yield Problem(
+            rules.LAYER_IMPORTANCE,
+            f"{cfg.name} has layer_importance={cfg.layer_importance}, but {ranking.name} {method}",
+            f"set stages.{cfg.name}.layer_importance={method}, or "
+            f"stages.{ranking.name}.layer_importance={cfg.layer_importance}",
         )
 
 
