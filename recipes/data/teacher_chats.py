@@ -104,7 +104,7 @@ def _documents(request: ChatRequest) -> Iterator[Any]:
 
 def _batches(request: ChatRequest, writer: ChatWriter, folder: Path) -> Iterator[Mapping[str, Any]]:
     """Yields batches; reads finished batches from the folder, and generates further batches."""
-    all_openings = _openings(request) if request.prompts else None
+    all_openings = iter(_openings(request, writer)) if request.prompts else None
     size = request.batch_size()
     for number in count():
         openings = None if all_openings is None else list(islice(all_openings, size))
@@ -119,14 +119,33 @@ def _batches(request: ChatRequest, writer: ChatWriter, folder: Path) -> Iterator
         yield read_json(file)
 
 
-def _openings(request: ChatRequest) -> Iterator[Messages]:
-    """Yields the messages of each conversation before its first answer."""
+def _openings(request: ChatRequest, writer: ChatWriter) -> list[Messages]:
+    """Returns the messages of each conversation before its first answer.
+
+    Leaves out those of more than half a sequence, since they would shorten all answers of a batch.
+
+    Raises:
+        RecipeError: All are left out.
+    """
+    limit, openings, too_long = request.seq_length // 2, list[Messages](), 0
     for document in _documents(request):
         messages = json.loads(document.text)
         roles = [message["role"] for message in messages]
         opening = messages[: roles.index(ASSISTANT)] if ASSISTANT in roles else messages
-        if opening:
-            yield opening
+        if opening and len(_prompt_tokens(writer, opening)) > limit:
+            too_long += 1
+        elif opening:
+            openings.append(opening)
+    if too_long:
+        what = f"{too_long} of {too_long + len(openings)} prompts have more than {limit} tokens"
+        if not openings:
+            raise RecipeError(f"{what}, half of a sequence.", "raise data.seq_length")
+        print(f"{what}, half of data.seq_length, and are left out", flush=True)
+    return openings
+
+
+def _prompt_tokens(writer: ChatWriter, opening: Messages) -> list[int]:
+    return list(writer.tokenizer.apply_chat_template(opening, add_generation_prompt=True))  # type: ignore[arg-type]
 
 
 def _write_batch(
@@ -141,8 +160,7 @@ def _write_batch(
         openings = [[{"role": "user", "content": text}] for text, _ in turns if text]
         tokens = sum(length for _, length in turns)
         unfinished = len(turns) - len(openings)
-    render = writer.tokenizer.apply_chat_template
-    prompts = [list(render(each, add_generation_prompt=True)) for each in openings]  # type: ignore[arg-type]
+    prompts = [_prompt_tokens(writer, opening) for opening in openings]
     # 1 is for the token that ``ChatTokenizer`` adds after a conversation.
     new_tokens = request.seq_length - max(map(len, prompts), default=0) - 1
     answers = _write_turns(writer, prompts, new_tokens)

@@ -118,7 +118,13 @@ def test_conversations_are_invented_and_fit_a_sequence(teacher: ChatWriter) -> N
         write_and_read(teacher, replace(REQUEST, seq_length=20))
 
 
-def test_questions_of_a_file_are_answered_once_each(teacher: ChatWriter, tmp_path: Path) -> None:
+def test_questions_of_a_file_are_answered_once_each(
+    teacher: ChatWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A question of more than half a sequence is left out; its batch gets answers of full length.
+
+    Each question but this one has at most 41 tokens, so answers may have at least 58.
+    """
     questions = [
         [
             {"role": "system", "content": "Be."},
@@ -127,7 +133,11 @@ def test_questions_of_a_file_are_answered_once_each(teacher: ChatWriter, tmp_pat
         for n in range(REQUEST.batch_size() + 5)
     ]
     answer = {"role": "assistant", "content": "no"}
-    lines = [json.dumps({"messages": [*turns, answer, turns[1], answer]}) for turns in questions]
+    long = [{"role": "user", "content": "?" * 70}]
+    lines = [
+        json.dumps({"messages": [*turns, answer, turns[-1], answer]})
+        for turns in [long, *questions]
+    ]
     (tmp_path / "questions.jsonl").write_text("\n".join(lines))
     request = replace(REQUEST, tokens=10**6, prompts=str(tmp_path / "questions.jsonl"))
     conversations, file = write_and_read(teacher, request)
@@ -136,9 +146,13 @@ def test_questions_of_a_file_are_answered_once_each(teacher: ChatWriter, tmp_pat
     assert 5 < len(conversations) < len(questions)  # answers that do not end are left out
     assert positions == sorted(set(positions))
     assert all(len(conversation["messages"]) == 3 for conversation in conversations)
+    assert max(len(conversation["messages"][-1]["content"]) for conversation in conversations) > 20
+    assert f"1 of {len(lines)} prompts" in capsys.readouterr().out
     # If the content of the file changes, the request and its folder are new.
     (tmp_path / "questions.jsonl").write_text("\n".join(lines[:3]))
     assert write_and_read(teacher, request)[1] != file
+    with pytest.raises(RecipeError, match="3 of 3 prompts"):
+        write_and_read(teacher, replace(request, seq_length=60))
 
 
 def test_padding_of_prompts_does_not_change_their_continuations(teacher: ChatWriter) -> None:
