@@ -21,6 +21,6 @@ class ReportConfig(StageConfig):
     """Name of the recipe."""
     description: str = ""
     """Purpose of the recipe, in one line."""
-    gates: list[str] = field(default_factory=list, metadata={"resource": True})
+    gates: list[str] = field(default_factory=list)
     """Gates, which the report shows with the measured values. The launcher checks the gates, so a
-    changed threshold does not rerun a stage."""
+    changed threshold reruns only the report."""

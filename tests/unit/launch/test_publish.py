@@ -114,6 +114,10 @@ def test_a_run_that_fails_its_gates_is_not_published(push: Launch, hub: FakeHub)
     assert done.returncode == 1
     assert "1 of 1 gates failed" in done.stderr
     assert hub.models == {}
+    done = push('gates=["perplexity < 50"]')
+    assert done.returncode == 0, done.stderr
+    page = hub.models[NAME]["report.html"].decode()
+    assert "perplexity &lt; 50" in page, "the report shows the gates of an earlier command"
 
 
 def test_gates_of_stages_that_only_excludes_must_pass(

@@ -58,7 +58,6 @@ TRAINING_RESOURCES = {
 }
 """Settings that may be marked as resources, because they do not change results."""
 OTHER_RESOURCES = {
-    "report": {"gates"},  # does not change the report: the launcher checks gates
     "prepare_data": {"processes"},
     "evaluate_served": {"port", "threads", "start_seconds"},
     "successive_halving": {"hardware"},  # only names the profile in the chosen recipe
