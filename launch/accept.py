@@ -12,13 +12,15 @@ from pathlib import Path
 from launch.planned import RUN, SKIP, PlannedStage, describe_changes
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import Acceptance, Manifest, read_manifest
+from recipes.core.run_state import content_of
 from recipes.planning.training_cost import hours_text
 
 
 def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
     """Plans to keep a stage's stale result, if this command or an earlier one accepts it.
 
-    An earlier acceptance counts until settings, inputs, code or libraries change again.
+    An earlier acceptance counts until settings, inputs, code or libraries change again, an input
+    will be computed again, or was computed again with other content.
     The returned stage has the kept result's fingerprint, because later stages use that result.
 
     Args:
@@ -37,12 +39,17 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
     if result is None or stage.action == SKIP:
         return stage
     acceptance = result.accepted
-    is_current = acceptance is not None and acceptance.fingerprint == stage.fingerprint
-    # An earlier acceptance does not count if an input of the stage will be computed again.
-    if not named and (not is_current or stage.rerun_inputs):
+    content = {} if stage.rerun_inputs else content_of(stage.inputs)
+    is_current = (
+        acceptance is not None
+        and acceptance.fingerprint == stage.fingerprint
+        and not stage.rerun_inputs
+        and not replace(result, input_content=acceptance.input_content).replaced_inputs(content)
+    )
+    if not named and not is_current:
         return stage
     if acceptance is None or not is_current:
-        acceptance = Acceptance(stage.fingerprint, stale_reasons(stage, result))
+        acceptance = Acceptance(stage.fingerprint, stale_reasons(stage, result), content)
     return replace(
         stage,
         fingerprint=result.fingerprint,

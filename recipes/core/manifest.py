@@ -51,6 +51,8 @@ class Acceptance:
     """Fingerprint that the plan requires. The fingerprint of the stale result differs."""
     reasons: list[str]
     """Why the result is stale."""
+    input_content: dict[str, str] = field(default_factory=dict)
+    """``Manifest.input_content`` at the time of the decision; empty if an input ran again then."""
 
 
 @dataclass

@@ -98,6 +98,13 @@ def test_acceptance_is_recorded_until_the_stage_changes_again(
     assert f"{LR_CHANGED}, prune runs again" in refusal(plan, OTHER_LR, "force=[prune]")
     # With the settings of the result, the acceptance is not needed and is removed.
     assert plan(SAME_LR).acceptances == {run / "distill": None}
+    complete(accepted, "prune", content="another result")
+    assert f"{LR_CHANGED}, its input student changed" in refusal(plan, OTHER_LR)
+    # Of an input that runs again after the acceptance, the content is accepted as well.
+    [acceptance] = plan(OTHER_LR, "accept=[distill]", "force=[prune]").acceptances.values()
+    edit_manifest(run / "distill", accepted=acceptance)
+    complete(accepted, "prune", content="a third result")
+    assert actions(plan(OTHER_LR))["distill"] == "skip"
 
 
 @pytest.mark.parametrize(
