@@ -75,7 +75,10 @@ def write_card(
         "compared": bool(texts) and not any(text.sample for text in texts),
         "restricted": [terms for _, terms, _ in sources if forbids_commercial_use(terms)],
         # Stages whose results the user kept although settings or code changed.
-        "accepted": [manifest.stage for manifest in inputs.values() if manifest.accepted],
+        "accepted": [
+            *(name for name, manifest in earlier.items() if manifest.accepted),
+            *(manifest.stage for manifest in inputs.values() if manifest.accepted),
+        ],
         "evaluation": evaluation,
         "measured_on": f"{evaluation.predictions:,} next-token predictions on held-out text",
         "tasks": inputs["tasks"].result(TaskResults) if "tasks" in inputs else None,

@@ -142,6 +142,9 @@ def test_results_kept_despite_changes_are_listed(
     assert "was kept" not in render_card(tmp_path, inputs)
     inputs["checkpoint"].accepted = Acceptance("f", ["its code changed"])
     assert "- The result of `distill` was kept although settings" in render_card(tmp_path, inputs)
+    earlier = {"my_score": replace(inputs["pruned"], accepted=Acceptance("f", ["n changed"]))}
+    write_card(tmp_path, TEACHER, RECIPE, inputs, earlier)
+    assert "- The result of `my_score` was kept" in (tmp_path / "README.md").read_text()
 
 
 def test_folders_of_local_files_stay_private(inputs: dict[str, Manifest], tmp_path: Path) -> None:
