@@ -204,7 +204,6 @@ def _text_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Prob
     config = chain.stages.get(data)
     tokens_by_source, max_tokens = _training_tokens(chain, data)
     expected = math.fsum(tokens_by_source.values())
-    weights = _weights(chain, name, data)
     text, fix = "the text", "add text"
     if workload.cached_sequences is not None:
         cached = workload.cached_sequences * workload.seq_length
@@ -230,15 +229,16 @@ def _text_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Prob
             f"tokens and epochs {name} has",
             "set max_tokens instead",
         )
-    elif weights:
+    else:
+        weights = _weights(chain, name, data)
         yield from _repeated_sources(name, workload.tokens, weights, tokens_by_source)
-    elif workload.tokens > MAX_EPOCHS * expected:
-        yield Problem(
-            rules.EPOCHS,
-            f"{name} trains on {workload.tokens:,} tokens, but {text} has about {expected:,.0f}: "
-            f"{workload.tokens / expected:.1f} epochs",
-            f"{fix}, or lower max_steps",
-        )
+        if workload.tokens > MAX_EPOCHS * expected:
+            yield Problem(
+                rules.EPOCHS,
+                f"{name} trains on {workload.tokens:,} tokens, but {text} has about "
+                f"{expected:,.0f}: {workload.tokens / expected:.1f} epochs",
+                f"{fix}, or lower max_steps",
+            )
 
 
 def _weights(chain: Chain, name: str, data: str) -> dict[str, float]:

@@ -115,6 +115,11 @@ def test_warns_of_sources_that_weights_repeat_too_often(
     assert "it sees each 6.7 times" in note.what  # 0.6 / (0.1 × 0.9): 90% of text is for training
     balanced = plan(weighted_sources(text, tmp_path, "3", "7"), steps)
     assert "epochs" not in {n.rule.name for n in balanced.notes}
+    # The sources have enough text, but a cached teacher has only 10 sequences of it.
+    few = ("teacher=cached", "stages.cache_logits.num_sequences=10", steps)
+    cached = plan(weighted_sources(text, tmp_path, "3", "7"), *few)
+    [note] = [n for n in cached.notes if n.rule.name == "epochs"]
+    assert "the teacher's cache" in note.what
 
 
 def test_changed_weights_rerun_only_training(
