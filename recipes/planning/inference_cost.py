@@ -68,6 +68,8 @@ class InferenceCost:
     """Whether models compute in bfloat16 instead of float32."""
     generated_bytes: float = 0
     """Memory traffic of text generation: all weights and the KV cache, at each decoding step."""
+    training_seconds: float = 0
+    """Time of a search's trainings on GPUs; on a CPU, ``compute`` includes the trainings."""
     stopping_seconds: float | None = None
     """Seconds that the stage may need to stop at a deadline; ``None`` if it cannot stop there."""
     keeps_answers: bool = False
@@ -76,7 +78,8 @@ class InferenceCost:
     def hours(self, hardware: Hardware) -> float:
         """Returns the hours on a hardware profile. The time of generation is a lower bound."""
         generation = self.generated_bytes / hardware.bytes_per_second
-        return (hardware.compute_seconds(self.compute, self.bf16) + generation) / 3600
+        seconds = hardware.compute_seconds(self.compute, self.bf16) + self.training_seconds
+        return (seconds + generation) / 3600
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from recipes.planning.rules import Problem
 from recipes.planning.training_cost import (
     STORAGE_BYTES_PER_SECOND,
     peak_memory,
+    step_time,
     stopping_seconds,
     token_compute,
 )
@@ -124,8 +125,17 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     num_logits_losses = (cfg.distill.kd_weight > 0) + (cfg.distill.lm_weight > 0)
     trainings = [training_of(cfg, round_sizes, n) for n in range(len(round_sizes))]
     workload = training_workload(trainings[0], candidate, chain.teacher, num_logits_losses)
-    steps = sum(t.max_steps * size for t, size in zip(trainings, round_sizes, strict=True))
-    compute = token_compute(workload) * (steps * workload.global_batch_size * workload.seq_length)
+    # Ranks train different candidates at the same time. The ranks of a CPU share its FLOP/s.
+    ranks = cfg.resources.ranks if chain.hardware.on_gpu else 1
+    steps = sum(
+        t.max_steps * math.ceil(size / ranks)
+        for t, size in zip(trainings, round_sizes, strict=True)
+    )
+    seconds, compute = 0.0, Compute()
+    if chain.hardware.on_gpu:
+        seconds = steps * step_time(workload, chain.hardware).total
+    else:
+        compute = token_compute(workload) * replace(workload, steps=steps).tokens
     compute += text.compute(chain.teacher, bf16) * len(round_sizes)
     compute += text.compute(candidate, bf16) * sum(round_sizes)
     peak = peak_memory(workload, chain.hardware)
@@ -138,6 +148,7 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
         largest(evaluation.memory, peak),
         compute,
         workload.bf16,
+        training_seconds=seconds,
         stopping_seconds=load + stopping_seconds(workload, chain.hardware),
     )
 

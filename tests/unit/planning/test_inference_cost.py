@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -22,7 +22,7 @@ from recipes.planning.inference_cost import (
     scoring_cost,
 )
 from recipes.planning.layouts import USABLE_MEMORY_FRACTION
-from recipes.planning.training_cost import peak_memory, token_compute
+from recipes.planning.training_cost import peak_memory, step_time, token_compute
 from recipes.planning.transformer import LOGITS_BYTES, forward_flops
 from recipes.planning.workload import Layout, Workload
 from recipes.pruning.settings import ScoreConfig
@@ -230,3 +230,27 @@ def test_a_halving_trains_and_evaluates_its_candidates(plan: MakePlan) -> None:
     training = peak_memory(replace(workload, terms=2, bf16=bf16), chain.hardware)
     # The process of the search and that of the training each have reserved memory.
     assert cost.memory == replace(training, reserved=2 * training.reserved)
+
+
+def test_ranks_and_devices_shorten_a_halving(plan: MakePlan) -> None:
+    """Each of two rounds trains on 100,000 tokens, in steps of 1,024: four candidates, then two."""
+    chain = plan("hardware=h100", recipe="recipe=llama_search").chain
+    workload = Workload(
+        chain.shapes["enumerate_shapes"][0], chain.teacher, Layout(micro_batch_size=4), 256, 4, 1
+    )
+    search: Any = chain.stages["successive_halving"]
+    step = step_time(replace(workload, terms=2), chain.hardware).total
+    two = replace(search.distill, micro_batch_size=2, resources=Resources(devices=2))
+    half_batches = replace(workload.layout, devices=2, micro_batch_size=2)
+    shared = step_time(replace(workload, terms=2, layout=half_batches), chain.hardware).total
+    for changes, seconds in (
+        ({}, (4 * 24 + 2 * 48) * step),
+        ({"resources": Resources(devices=2)}, (2 * 24 + 48) * step),
+        ({"resources": Resources(devices=3)}, (2 * 24 + 48) * step),
+        ({"resources": Resources(devices=2, nodes=2)}, (24 + 48) * step),
+        ({"distill": two}, (4 * 24 + 2 * 48) * shared),
+    ):
+        cost = cost_of(chain, "successive_halving", **changes)
+        evaluation = replace(cost, training_seconds=0.0).hours(chain.hardware)
+        assert 0 < evaluation < seconds / 3600
+        assert cost.hours(chain.hardware) - evaluation == pytest.approx(seconds / 3600)
