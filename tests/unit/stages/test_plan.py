@@ -144,14 +144,14 @@ def test_the_hours_of_a_search_are_compared_with_the_time_limit(plan: MakePlan) 
     """A search stops a margin before the limit. Its ranking cannot stop."""
 
     def plan_search(*overrides: str) -> Plan:
-        return plan("+cluster.time=04:00:00", *overrides, recipe="recipe=qwen3_8b_search")
+        return plan("+cluster.time=01:00:00", *overrides, recipe="recipe=qwen3_8b_search")
 
-    for overrides, margin in ((), 300), (("+cluster.margin_seconds=7200",), 7200):
+    for overrides, margin in ((), 300), (("+cluster.margin_seconds=1800",), 1800):
         planned = plan_search(*overrides)
         [note] = [n for n in planned.notes if n.rule.name == "time-limit"]
         cost = planned.chain.inference_costs["successive_halving"]
         assert 1 < (cost.stopping_seconds or 0) < 300
-        jobs = math.ceil(cost.hours(planned.chain.hardware) * 3600 / (4 * 3600 - margin))
+        jobs = math.ceil(cost.hours(planned.chain.hardware) * 3600 / (3600 - margin))
         assert "successive_halving" in note.what
         assert f" {jobs} times" in note.what
     with pytest.raises(RecipeError, match=r"rank_candidates .*cannot resume(?s:.*)\[requeues\]"):
