@@ -132,9 +132,11 @@ def test_changed_weights_rerun_only_training(
     todo = {stage.name for stage in plan(weighted_sources(text, tmp_path, "0.2", "0.8")).todo()}
     assert "distill" in todo
     assert not {"prepare_data", "score", "prune"} & todo
-    cached = plan("teacher=cached", weighted_sources(text, tmp_path, "1", "3"))
-    [cache] = [stage.config for stage in cached.stages if stage.name == "cache_logits"]
-    assert vars(cache)["weights"] == {"small": 1, text.stem: 3}
+    distill = f"+{D}weights={{small:1,{text.stem}:3}}"
+    for small, setting in (("1", []), ("2", [distill])):
+        cached = plan("teacher=cached", weighted_sources(text, tmp_path, small, "3"), *setting)
+        [cache] = [stage.config for stage in cached.stages if stage.name == "cache_logits"]
+        assert vars(cache)["weights"] == {"small": 1, text.stem: 3}
 
 
 @pytest.mark.parametrize(
