@@ -33,6 +33,16 @@ WITHOUT_JSON = {
 """Files that can replace ``tokenizer.json``, and the classes that can read them."""
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+CLASS_TOKENS: Mapping[str, Mapping[str, str]] = {
+    "CodeLlamaTokenizer": LLAMA_TOKENS
+    | {"prefix_token": "▁<PRE>", "middle_token": "▁<MID>"}
+    | {"suffix_token": "▁<SUF>", "eot_token": "▁<EOT>"},
+    "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>"),
+    "LlamaTokenizer": LLAMA_TOKENS,
+    "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
+}
+"""Special tokens that a class of transformers 4 has, unless the files set them or ``null``."""
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 TOKEN_LIST_TYPES: Mapping[str, tuple[type, ...]] = {
     "additional_special_tokens": (list,),
@@ -169,8 +179,11 @@ def _as_list(tokens: Any) -> list[Any]:
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
     """Yields the special tokens. transformers gives new ids to those without an id."""
-    for settings in (config, _special_tokens_map(folder, config)):
-        tokens = [settings.get(key) for key in SPECIAL_TOKENS]
+    name = _class_name(folder, config).removesuffix("Fast")
+    by_class = {} if _is_version_5(config) else CLASS_TOKENS.get(name, {})
+    special_map = _special_tokens_map(folder, config)
+    for settings in ({**by_class, **special_map, **config}, special_map):
+        tokens = [settings.get(key) for key in (*SPECIAL_TOKENS, *by_class)]
         for key, types in TOKEN_LIST_TYPES.items():
             tokens += _as_list(settings[key]) if isinstance(settings.get(key), types) else []
         yield from filter(None, map(_token_text, tokens))

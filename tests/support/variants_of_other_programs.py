@@ -290,6 +290,8 @@ def _refused_tokenizers() -> Iterator[Variant]:
     no_decoder = edit_json(TOKENIZER, added_tokens_decoder=ABSENT)
     tokens = edit_json("special_tokens_map.json", additional_special_tokens=TOKENS)
     yield Variant("many in the map", all_of(no_decoder, tokens), "tokens without an embedding")
+    code = edit_json(TOKENIZER, tokenizer_class="CodeLlamaTokenizer", eos_token=ABSENT)
+    yield Variant("many of the class", code, "has 1 tokens without an embedding")
     broken = write_file("special_tokens_map.json", "{")
     yield Variant("damaged map of tokens", broken, "is not valid JSON")
     yield Variant("id as text", write_file("added_tokens.json", '{"<a>": "1"}'), "is not a number")

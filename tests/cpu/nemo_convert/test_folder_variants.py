@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from nemo_convert.hf_config import as_transformers_4
 from nemo_convert.hub import read_hf_config
 from nemo_convert.preflight import check_model, require_convertible
 from nemo_convert.reference import reference_logits
-from nemo_convert.tokenizer_files import convert_tokenizer
+from nemo_convert.tokenizer_files import KNOWN_CLASSES, convert_tokenizer, read_vocabulary
 from recipes.core.errors import RecipeError
 from tests.support.folder_changes import (
+    ABSENT,
     Change,
     Variant,
     all_of,
@@ -105,6 +107,20 @@ def test_a_variant_is_converted_exactly_or_refused(name: str, bases: Path, tmp_p
         (convert.to_nemo if variant.reads_weights else dry_run)(folder, checkpoint)
     assert re.search(variant.refusal, str(error.value))
     assert "  fix: " in str(error.value)
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN_CLASSES - {"PreTrainedTokenizer"}))
+@pytest.mark.parametrize("eos", [{}, {"eos_token": None}, {"eos_token": ABSENT}])
+def test_tokens_that_only_the_class_adds_are_counted(
+    name: str, eos: dict[str, Any], bases: Path, tmp_path: Path
+) -> None:
+    settings = {"tokenizer_class": name, "added_tokens_decoder": ABSENT, **eos}
+    no_map = remove_files("special_tokens_map.json")
+    change = all_of(edit_json("tokenizer_config.json", **settings), no_map)
+    folder = make_folder(Variant(name, change), bases, tmp_path / "hf")
+    vocabulary = read_vocabulary(folder)
+    convert_tokenizer(folder)
+    assert vocabulary.keys() == AutoTokenizer.from_pretrained(folder).get_vocab().keys()
 
 
 NO_SETTINGS = remove_files("tokenizer_config.json", "special_tokens_map.json")
