@@ -25,7 +25,7 @@ from recipes.pruning.targets import (
     target_problems,
 )
 from recipes.search.settings import RankCandidatesConfig, SuccessiveHalvingConfig
-from recipes.search.space import name_of
+from recipes.search.space import SEARCH_AXES, name_of
 from recipes.stages.contract import Stage, checkpoint_outcome
 
 
@@ -80,6 +80,22 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
             f"{source} did not choose an architecture",
             f"set stages.{cfg.name}.inputs.shape to a successive_halving stage, or run it again",
         )
+    else:
+        yield from _shape_problems(source, student, chain.shape_of(cfg.inputs.get("checkpoint")))
+
+
+def _shape_problems(
+    source: str, student: Architecture, input_shape: Architecture
+) -> Iterator[Problem]:
+    """Checks that a model can be pruned to the shape that a search of another run chose."""
+    for axis, size in vars(student).items():
+        full = vars(input_shape)[axis]
+        if size > full if axis in SEARCH_AXES else size != full:
+            yield Problem(
+                rules.PRUNE_TARGET,
+                f"the shape of {source} has {axis}={size}, but the model to prune has {full}",
+                "use the shape of a search for this model, or set model.hf_path to that search's",
+            )
 
 
 def _method_problems(cfg: PruneConfig, ranking: RankCandidatesConfig) -> Iterator[Problem]:

@@ -143,6 +143,12 @@ def test_any_recipe_can_use_the_shape_that_another_run_chose(
     student = planned.chain.shape_of("prune")
     assert (student.num_layers, student.ffn_hidden_size) == (3, 160)
     assert "searched-shape" not in {note.rule.name for note in planned.notes}
+    # A shape of another model is larger on an axis, or differs on one that a search keeps.
+    for axis in ("hidden_size", "vocab_size"):
+        search.architecture = shape.as_dict() | {axis: 2 * getattr(shape, axis)}
+        write_manifest(other_search, search)
+        with pytest.raises(RecipeError, match=f"{axis}=(?s:.*)prune-target"):
+            plan(model, length, *overrides, recipe="recipe=llama_depth_prune")
 
 
 def test_the_launcher_prints_the_shapes(launch: Launch, hf_folder: Path) -> None:
