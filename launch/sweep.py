@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -33,14 +34,19 @@ def require_separate_results(cfg: DictConfig, arguments: Sequence[str]) -> None:
         cfg: Config of one run.
         arguments: Command line of the sweep.
     """
+    overrides = [arg for arg in arguments if "=" in arg and not arg.startswith("-")]
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    swept = [override for override in parsed if override.is_sweep_override()]
     for name, fix in UNIQUE_SETTINGS.items():
         group, _, key = name.rpartition(".")
-        # Hydra sweeps over values that are separated by commas. An interpolation is assumed to have
-        # a different value in each run, like ${hydra:job.num}.
-        is_swept = any(arg.startswith(f"{name}=") and "," in arg for arg in arguments)
         node = cfg[group] if group else cfg
-        if node[key] is not None and not is_swept and not OmegaConf.is_interpolation(node, key):
-            raise RecipeError(f"all runs of this sweep would have {name}={node[key]}.", fix)
+        # An interpolation is assumed to have a different value in each run, like ${hydra:job.num}.
+        if node[key] is None or OmegaConf.is_interpolation(node, key):
+            continue
+        values = [v for o in swept if o.key_or_group == name for v in o.sweep_string_iterator()]
+        # With two swept fields, each value of the one is combined with all values of the other.
+        if len(values) < 2 or len(swept) > 1 or len(set(values)) < len(values):
+            raise RecipeError(f"several runs of this sweep would have {name}={node[key]}.", fix)
 
 
 def resuming_argument(arguments: Sequence[str]) -> str:
