@@ -144,7 +144,7 @@ def pair_problems(
 
 
 def weight_problems(weights: Collection[str], data: str, chain: Chain) -> Iterator[Problem]:
-    """Finds weights of sources that the text ``data`` does not have.
+    """Finds weights of sources that ``data`` does not have, and text that has lost its weights.
 
     Args:
         weights: Names of the weighted sources.
@@ -156,6 +156,13 @@ def weight_problems(weights: Collection[str], data: str, chain: Chain) -> Iterat
         known = text.training_names()
     elif manifest is not None:
         known = [source.source for source in manifest.result(DatasetResult).source_tokens["train"]]
+        if len(known) > 1 and not weights:
+            example = ", ".join(f"{name}: 1" for name in known)
+            yield Problem(
+                rules.SOURCE_WEIGHTS,
+                f"weights in the sources of {data} do not apply here: longer sources count more",
+                f"set the weights again, such as '+stages.distill.weights={{{example}}}'",
+            )
     else:
         return
     for name in weights:

@@ -125,6 +125,7 @@ LICENCE = _warning(
 
 # Data
 DATA_SOURCES = Rule("data-sources", "unreadable text would stop the run after the import")
+SOURCE_WEIGHTS = _warning("source-weights", "prepared text does not include the sources' weights")
 CHAT = Rule("chat", "the loss covers whole answers, which are found by the chat template")
 DOCUMENT_END = Rule(
     "document-end", "a token that is not in the tokenizer would stop the run after the import"

@@ -162,6 +162,7 @@ ELSEWHERE = {
     "report": "stages/test_checks.py",
     **dict.fromkeys(("budget", "search", "searched-shape"), "search/test_stages.py"),
     "tokenizer": "planning/test_vocabularies.py",
+    "source-weights": "planning/test_limits.py",
     **dict.fromkeys(("max-seq-len", "max-input-len", "head-size"), "engines/test_tensorrt_llm.py"),
     **dict.fromkeys(("format", "kv-cache"), "engines/test_tensorrt_llm.py"),
     **dict.fromkeys(

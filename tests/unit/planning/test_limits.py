@@ -11,10 +11,12 @@ import pytest
 
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import write_manifest
+from recipes.data.results import SourceTokens
 from recipes.data.settings import BYTES_PER_TOKEN
 from recipes.distillation.results import CacheResult
 from recipes.distillation.settings import CacheLogitsConfig
-from tests.support.manifests import bare_manifest
+from tests.support.manifests import bare_manifest, edit_manifest
+from tests.support.results import RESULTS
 
 if TYPE_CHECKING:
     from launch.plan import Plan
@@ -137,6 +139,22 @@ def test_changed_weights_rerun_only_training(
         cached = plan("teacher=cached", weighted_sources(text, tmp_path, small, "3"), *setting)
         [cache] = [stage.config for stage in cached.stages if stage.name == "cache_logits"]
         assert vars(cache)["weights"] == {"small": 1, text.stem: 3}
+
+
+def test_text_of_another_run_needs_its_weights_again(
+    plan: MakePlan, complete: Complete, text: Path, tmp_path: Path
+) -> None:
+    """Prepared text does not depend on the weights, so its manifest does not have them."""
+    complete(plan(weighted_sources(text, tmp_path, "1", "3")), "prepare_data")
+    data = (tmp_path / "run" / "prepare_data").rename(tmp_path / "text")
+    sources = {"train": [SourceTokens("small", 10**5), SourceTokens("large", 10**6)]}
+    result = replace(RESULTS["prepare_data"], source_tokens=sources)
+    edit_manifest(data, metrics=asdict(result))
+    elsewhere = f"{D}inputs.data={data}"
+    notes = [note for note in plan(elsewhere).notes if note.rule.name == "source-weights"]
+    assert ["+stages.distill.weights={small: 1, large: 1}" in note.fix for note in notes] == [True]
+    weighted = plan(elsewhere, f"+{D}weights={{small: 1, large: 3}}")
+    assert "source-weights" not in {note.rule.name for note in weighted.notes}
 
 
 @pytest.mark.parametrize(
