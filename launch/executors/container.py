@@ -85,8 +85,9 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
     writable |= {Path(folder) for folder in hub_folders().values()}
     external = stage.definition.external(stage.config)
     readable = {ref.directory for ref in stage.inputs.values()}
-    for path in external.values():
-        readable |= {path.absolute(), *_link_folders(path.absolute())}
+    # The absolute path may be in a mounted folder, but pass through a link that leads out of it.
+    for path in [p for file in external.values() for p in (file.absolute(), file.resolve())]:
+        readable |= {path, *_link_folders(path)}
     # With ``prefix``, the result of ``prepare_data`` has links to the user's files.
     for config in stage.chain.stages.values():
         if isinstance(config, PrepareDataConfig) and config.prefix:

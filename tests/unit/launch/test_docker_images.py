@@ -58,9 +58,12 @@ def test_a_missing_image_of_tensorrt_llm_is_refused(
 
 
 def test_folders_to_which_links_of_a_model_lead_are_mounted(
-    plan: MakePlan, tmp_path: Path, hf_folder: Path
+    plan: MakePlan, tmp_path: Path, hf_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hub's cache has links to ``blobs``; the user may have made a link to the model's folder."""
+    """A hub's cache has links to ``blobs``; the user may have made a link to the model's folder.
+
+    A link may also be in a folder that is mounted, such as the current directory.
+    """
 
     def read_only(path: Path) -> set[Path]:
         model = (f"model.hf_path={path}", *SMALL_STUDENT)
@@ -70,7 +73,11 @@ def test_folders_to_which_links_of_a_model_lead_are_mounted(
 
     plain = tmp_path / "plain"
     plain.symlink_to(hf_folder)
-    assert read_only(plain) == {plain}  # and not the whole folder that has the link
+    assert read_only(plain) == {plain, hf_folder}  # and not the whole folder that has the link
+    (work := tmp_path / "work").mkdir()
+    (work / "models").symlink_to(tmp_path)
+    monkeypatch.chdir(work)
+    assert read_only(Path("models/hf_model")) == {hf_folder}
     blobs, snapshot, link = (tmp_path / name for name in ("blobs", "snapshots/a", "links/model"))
     for folder in (blobs, snapshot, link.parent):
         folder.mkdir(parents=True)
@@ -81,6 +88,7 @@ def test_folders_to_which_links_of_a_model_lead_are_mounted(
     link.symlink_to(snapshot)
     assert read_only(snapshot) == {snapshot, blobs}
     assert read_only(link) == {snapshot, blobs, link.parent}
+    assert read_only(Path("models/snapshots/a")) == {snapshot, blobs}
 
 
 def test_a_stopped_stage_leaves_no_container(
