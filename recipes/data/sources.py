@@ -6,10 +6,10 @@ import glob
 import math
 import re
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import IO
 
@@ -101,7 +101,8 @@ class Source:
             return parse_source(self.prompts).local_files() if self.prompts else []
         if self.hub or self.wheel:
             return []
-        names = [self.path] if Path(self.path).exists() else sorted(glob.glob(self.path))
+        exists = Path(self.path).exists()
+        names = [self.path] if exists else sorted({*glob.glob(self.path, recursive=True)})
         return [Path(name) for name in names if Path(name).is_file()]
 
     def short_name(self) -> str:
@@ -198,11 +199,10 @@ def _option_problem(entry: str, source: Source) -> str | None:
 def source_names(sources: Sequence[str]) -> dict[str, str]:
     """Maps unique names to sources, in order: ``a`` to ``x/a.txt``, then ``a-2`` to ``y/a.txt``."""
     names: dict[str, str] = {}
-    counts: Counter[str] = Counter()
     for source in sources:
         name = parse_source(source).short_name()
-        counts[name] += 1
-        names[name if counts[name] == 1 else f"{name}-{counts[name]}"] = source
+        numbered = (f"{name}-{number}" for number in count(2))
+        names[next(n for n in chain([name], numbered) if n not in names)] = source
     return names
 
 

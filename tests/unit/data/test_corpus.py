@@ -242,6 +242,9 @@ def test_files_of_a_pattern_are_one_source(tmp_path: Path) -> None:
     assert positions == [0, 5 / 19, 8 / 19, 15 / 19]
     assert source_bytes(source) == 19
     assert source_problem(f"{tmp_path}/*.jsonl") == f"there is no file '{tmp_path}/*.jsonl'"
+    (tmp_path / "d" / "e").mkdir(parents=True)
+    write(tmp_path / "d" / "e", "f.txt", "five")
+    assert documents(f"{tmp_path}/**/**/*.txt") == ["one", "two", "three", "four", "five"]
 
 
 def test_a_text_without_blank_lines_is_split_at_lines(
@@ -279,6 +282,9 @@ def test_options_of_sources(tmp_path: Path) -> None:
         "hf://org/data@en:train#revision=abc": "data",
     }
     assert list(source_names(list(named))) == list(named.values())
+    parts = ["x/part.txt", "y/part.txt", "z/part-2.txt", "part.txt"]
+    names = dict(zip(["part", "part-2", "part-2-2", "part-3"], parts, strict=True))
+    assert source_names(parts) == names
     assert all(source_problem(source) is None for source in named)
     assert "not on a hub" in str(source_problem(f"{nested}#revision=abc"))
 
