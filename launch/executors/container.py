@@ -126,9 +126,12 @@ def _link_target(link: Path) -> Path:
 
 
 def hub_folders() -> dict[str, str]:
-    """Returns the variables of this process that name an existing folder of huggingface_hub."""
-    folders = {name: Path(os.environ.get(name, "")).absolute() for name in HUB_FOLDERS}
-    return {name: str(p) for name, p in folders.items() if os.environ.get(name) and p.is_dir()}
+    """Returns variables that name the existing folders of huggingface_hub; by default its cache."""
+    values = {name: os.environ[name] for name in HUB_FOLDERS if os.environ.get(name)}
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    values = values or {"HF_HOME": f"{caches}/huggingface"}
+    folders = {name: Path(value).absolute() for name, value in values.items()}
+    return {name: str(path) for name, path in folders.items() if path.is_dir()}
 
 
 def environment(cluster: Containers, stage: PlannedStage) -> dict[str, str]:

@@ -91,6 +91,19 @@ def test_folders_to_which_links_of_a_model_lead_are_mounted(
     assert read_only(Path("models/snapshots/a")) == {snapshot, blobs}
 
 
+def test_the_default_cache_of_the_hub_is_mounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in container.HUB_FOLDERS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert container.hub_folders() == {}
+    (default := tmp_path / "huggingface").mkdir()
+    assert container.hub_folders() == {"HF_HOME": str(default)}
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "missing"))
+    assert container.hub_folders() == {}
+
+
 def test_a_stopped_stage_leaves_no_container(
     plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
