@@ -94,8 +94,10 @@ def environment(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
     """Returns the variables that a stage gets in addition to those of the launcher."""
     devices = stage.config.resources.devices
     # The launcher may itself run as a rank of a job. A stage without torchrun would inherit the
-    # variables of this rank.
-    single_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} if devices == 1 else {}
+    # variables of this rank. In a job with this name, Lightning does not take the job's tasks for
+    # its ranks; with torchrun, it does not look at the job.
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "SLURM_JOB_NAME": "interactive"}
+    single_rank = ranks if devices == 1 else {}
     variables = stage_variables(stage, cluster)
     paths = filter(None, [variables["PYTHONPATH"], os.environ.get("PYTHONPATH")])
     return {

@@ -127,7 +127,7 @@ def test_torchrun_starts_only_stages_of_several_ranks(
     monkeypatch.setenv("WORLD_SIZE", "8")  # as in a job of several ranks
     single_rank = with_resources(stage)
     assert local.command(single_rank, "python") == ["python", *worker]
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "SLURM_JOB_NAME": "interactive"}
     assert ranks.items() <= environment(single_rank).items()
     assert not ranks.keys() & environment(stage).keys()
 
