@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -11,7 +11,7 @@ from recipes.planning import rules
 from recipes.planning.hardware import Hardware
 from recipes.planning.rules import Problem
 from recipes.planning.training_cost import TrainingCost, peak_memory, training_cost
-from recipes.planning.workload import Layout, Workload, split_axes
+from recipes.planning.workload import Layout, Workload, split_axes, workloads_of_shapes
 
 GEMM_MULTIPLE = 16
 """cuBLASLt's FP8 GEMMs need every dimension to be a multiple of 16. bfloat16 needs 8."""
@@ -21,6 +21,24 @@ PARALLEL_SIZES = (1, 2, 4, 8)
 """Sizes that proposals try for each type of parallelism and for micro batches."""
 LONG_SEQUENCE = 32768
 """Tokens from which context parallelism is worth trying."""
+
+
+def shape_layout_problems(
+    workload: Workload, shapes: Sequence[Architecture], hardware: Hardware
+) -> list[Problem]:
+    """Checks a layout for every shape that the trained model may have.
+
+    Returns:
+        The problems of the largest shape that has errors; without errors, those of the largest.
+    """
+    first, *others = (
+        list(layout_problems(w, hardware)) for w in workloads_of_shapes(workload, shapes)
+    )
+    return next(filter(_has_error, [first, *others]), first)
+
+
+def _has_error(problems: Iterable[Problem]) -> bool:
+    return any(problem.rule.severity == rules.ERROR for problem in problems)
 
 
 def layout_problems(workload: Workload, hardware: Hardware) -> Iterator[Problem]:
@@ -171,7 +189,7 @@ class Proposal:
 def fits(workload: Workload, hardware: Hardware) -> bool:
     """Returns whether a workload's layout is valid and fits into memory."""
     layout = workload.layout
-    if any(problem.rule.severity == rules.ERROR for problem in layout_problems(workload, hardware)):
+    if _has_error(layout_problems(workload, hardware)):
         return False
     # A context-parallel rank holds two chunks of a sequence. Sequence parallelism splits each.
     # Without context parallelism, the factor 2 is stricter than necessary.

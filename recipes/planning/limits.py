@@ -23,7 +23,7 @@ from recipes.planning.training_cost import (
     stopping_seconds,
     training_cost,
 )
-from recipes.planning.workload import Layout, Workload
+from recipes.planning.workload import Layout, Workload, workloads_of_shapes
 
 TOKENIZED_PER_SECOND = 290_000
 """Tokens per second of one tokenizer process, measured with two processes
@@ -118,6 +118,8 @@ def fp8_problems(hardware: Hardware, needed: float, fix: str) -> Iterator[Proble
 def _training_memory_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Problem]:
     """Checks memory. Suggests the cheapest fitting layout, preferably of equally many ranks."""
     hardware = chain.hardware
+    workloads = workloads_of_shapes(workload, chain.shapes.get(name, ()))
+    workload = max(workloads, key=lambda w: peak_memory(w, hardware).total)
     needed = peak_memory(workload, hardware).total
     available = hardware.memory_of_rank(workload.layout.devices)
     if needed <= available:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from nemo_convert.architecture import Architecture
 
@@ -96,3 +97,10 @@ class Workload:
     def dtype_bytes(self) -> int:
         """Bytes of a weight or an activation."""
         return 2 if self.bf16 else 4
+
+
+def workloads_of_shapes(workload: Workload, shapes: Sequence[Architecture]) -> list[Workload]:
+    """Returns a workload for each shape that the trained model may have, the largest first."""
+    if workload.trained is None:  # a teacher's pass
+        return [workload]
+    return [replace(workload, trained=shape) for shape in shapes or (workload.trained,)]

@@ -13,7 +13,7 @@ from recipes.core.stage import Inputs, StageConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.inference_cost import InferenceCost
-from recipes.planning.layouts import layout_problems
+from recipes.planning.layouts import shape_layout_problems
 from recipes.planning.limits import memory_problem
 from recipes.planning.rules import Problem
 from recipes.planning.workload import Workload
@@ -52,7 +52,8 @@ def inherited_shapes(config: StageConfig, chain: Chain) -> Sequence[Architecture
     for name in ("candidates", "shapes"):  # inputs from a search, which have many shapes
         if name in config.inputs:
             return chain.shapes.get(config.inputs[name], ())
-    return [chain.shape_of(config.inputs.get("checkpoint") or config.inputs.get("student"))]
+    source = config.inputs.get("checkpoint") or config.inputs.get("student")
+    return chain.shapes.get(source or "") or [chain.shape_of(source)]
 
 
 def smaller_settings(config: StageConfig) -> Iterator[dict[str, Any]]:
@@ -151,7 +152,8 @@ class Stage(Generic[ConfigT]):
             )
         yield from self.check(config, chain)
         if self.workload is not None:
-            yield from layout_problems(self.workload(config, chain), chain.hardware)
+            shapes = self.shapes(config, chain)
+            yield from shape_layout_problems(self.workload(config, chain), shapes, chain.hardware)
 
     def memory_problems(self, name: str, config: ConfigT, chain: Chain) -> Iterator[Problem]:
         """Yields a problem if ``inference_cost`` needs more memory than a rank has."""

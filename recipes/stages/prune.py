@@ -71,8 +71,8 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
         size = f"{name_of(student)} with {student.parameters() / 1e6:,.0f} M parameters"
         yield Problem(
             rules.SEARCHED_SHAPE,
-            f"{source} has not run yet, so the plan is for {shape}: {size}",
-            "read the plan as an upper bound",
+            f"{source} chooses the shape when it runs, so the plan is for {shape}: {size}",
+            "read the plan as an estimate: another shape may need a few percent more time",
         )
     elif search is not None or manifest is None or manifest.architecture is None:
         yield Problem(
@@ -178,7 +178,9 @@ STAGE = Stage(
     single_rank_reason="the stage only copies weights",
     inputs={"checkpoint": ("checkpoint_nemo",), "importance": ("importance",)},
     optional_inputs={"shape": ("search_results",)},
-    shapes=lambda config, chain: [student_of(config, chain)],
+    shapes=lambda config, chain: (
+        chain.shapes.get(config.inputs.get("shape", "")) or [student_of(config, chain)]
+    ),
     disk_bytes=lambda config, chain: 4 * student_of(config, chain).parameters(),
     resolve_from_chain=lambda config, chain: config.with_absolute_targets(chain.teacher),
 )

@@ -37,7 +37,7 @@ from recipes.distillation.training import (
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.inference_cost import InferenceCost, Sequences, comparison_cost
-from recipes.planning.layouts import layout_problems
+from recipes.planning.layouts import shape_layout_problems
 from recipes.planning.rules import Problem
 from recipes.planning.training_cost import (
     STORAGE_BYTES_PER_SECOND,
@@ -47,7 +47,7 @@ from recipes.planning.training_cost import (
     token_compute,
 )
 from recipes.planning.transformer import Compute, largest
-from recipes.planning.workload import CHECKPOINT_BYTES
+from recipes.planning.workload import CHECKPOINT_BYTES, workloads_of_shapes
 from recipes.pruning.settings import ScoreConfig
 from recipes.search.results import Candidate, SearchResult, write_candidates
 from recipes.search.settings import SuccessiveHalvingConfig
@@ -104,16 +104,16 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
         pairs = (list(pair_problems(training, s, chain.teacher)) for s in shapes or [chain.teacher])
         yield from next(filter(None, pairs), [])  # of the largest candidate that has problems
         yield from weight_problems(training.weights, cfg.inputs.get("data", ""), chain)
-        # The layout is checked for the teacher's shape: the candidates may not be known yet.
-        workload = training_workload(training, chain.teacher)
-        yield from layout_problems(workload, chain.hardware)
+        # Without known shapes, only the teacher's layout is checked.
+        workload = training_workload(training, chain.teacher, chain.teacher)
+        yield from shape_layout_problems(workload, shapes, chain.hardware)
 
 
 def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     """Estimates the cost of the search: mostly training, and the evaluations after each round.
 
-    Every candidate is assumed to have the largest shape within the budget, or the teacher's shape
-    if the shapes are not known yet.
+    The time is that of the largest shape within the budget, or of the teacher's shape if the shapes
+    are not known yet. Memory is that of the candidate that needs most.
     """
     candidate = chain.shape_of(cfg.inputs.get("candidates"))
     round_sizes = cfg.rounds(cfg.max_candidates())
@@ -138,7 +138,9 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
         compute = token_compute(workload) * replace(workload, steps=steps).tokens
     compute += text.compute(chain.teacher, bf16) * len(round_sizes)
     compute += text.compute(candidate, bf16) * sum(round_sizes)
-    peak = peak_memory(workload, chain.hardware)
+    shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
+    workloads = workloads_of_shapes(workload, shapes)
+    peak = largest(*(peak_memory(workload, chain.hardware) for workload in workloads))
     # The search's process keeps its CUDA context while another process trains.
     peak = replace(peak, reserved=peak.reserved + chain.hardware.reserved_bytes)
     # A training that has just started first loads both models, in bfloat16. A pruning that has just

@@ -215,3 +215,42 @@ def test_training_cannot_exceed_the_sequences_of_a_cached_teacher(
     assert "12,800" in note.what
     assert "num_sequences" in note.fix
     assert f"stages.{tmp_path}" not in note.fix
+
+
+SEARCH, SPACE = "recipe=shrink", "stages.enumerate_shapes.space"
+LATENCY, MEMORY = "stages.enumerate_shapes.budget.latency_ms", "hardware.memory_bytes"
+
+
+@pytest.mark.parametrize("prefix", [D, f"{H}distill."])
+def test_layouts_must_be_possible_for_every_shape_of_a_search(
+    plan: MakePlan, hf_folder: Path, prefix: str
+) -> None:
+    """The largest shape has 4 layers, and another has 3."""
+    sizes = f"{SPACE}={{hidden_size_divisor: 32, ffn_hidden_size_divisor: 32}}"
+    model = (f"model.hf_path={hf_folder}", "data.seq_length=64", sizes)
+    layout = (f"{prefix}pipeline_model_parallel_size=4", f"{prefix}resources.devices=4")
+    with pytest.raises(RecipeError, match="3 layers, fewer than PP=4"):
+        plan(*model, *layout, recipe=SEARCH)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stage", "overrides"),
+    [
+        (
+            SEARCH,
+            "distill",
+            "budget.parameters=0.7 hardware.precision=32 hardware.memory_bytes=4.23e9",
+        ),
+        (
+            "recipe=qwen3_8b_search",
+            "successive_halving",
+            "stages.enumerate_shapes.budget.latency_ms=0.7 hardware.memory_bytes=64e9",
+        ),
+    ],
+)
+def test_memory_must_suffice_for_every_shape_of_a_search(
+    plan: MakePlan, recipe: str, stage: str, overrides: str
+) -> None:
+    """Some shapes have more layers than the largest, so their activations take more memory."""
+    with pytest.raises(RecipeError, match=f"{stage} needs about"):
+        plan(*overrides.split(), recipe=recipe)
