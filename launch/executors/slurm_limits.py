@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ SETTINGS = {
     "time": "time",
 }
 """Options of sbatch that the launcher sets, and the field of ``resources`` that sets each."""
+OPTIONS = ("array", "chdir", "dependency", "error", "job-name", "no-requeue", "output")
+"""Other options of sbatch that the launcher sets: jobs wait for each other and have one log."""
 SIZES = {"": 1, "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 """Slurm's units of memory, in megabytes."""
 MEGABYTE = 1024**2
@@ -123,7 +126,7 @@ def job_of(stage: PlannedStage, options: Iterable[str], time: str) -> Job:
     return Job(
         stage=stage,
         seconds=slurm_seconds(time),
-        partition=values.get("partition"),
+        partition=values.get("partition") or os.environ.get("SBATCH_PARTITION"),
         whole_nodes="exclusive" in values,
         gpus=int(number[1]) if number else None,
         cpus=cpus,
@@ -170,7 +173,11 @@ def job_problems(
 def _request_problems(job: Job, user_options: Iterable[str]) -> Iterator[Problem]:
     """Compares a job's request with the processes that it starts."""
     for option in user_options:
-        if field := SETTINGS.get(_parse_option(option)[0]):
+        name, _ = _parse_option(option)
+        if name in OPTIONS:
+            what = f"the option {option} of sbatch would override the launcher's {name}"
+            yield Problem(rules.JOB, what, "remove it")
+        if field := SETTINGS.get(name):
             what = f"the option {option} of sbatch would override resources.{field}"
             yield Problem(rules.JOB, what, f"remove it, and set {RESOURCES}.{field}")
     devices = job.stage.devices

@@ -43,6 +43,9 @@ def test_jobs_that_fit_have_no_problem(plan: MakePlan, monkeypatch: pytest.Monke
     assert problems_of_jobs(plan, monkeypatch, partition="short,batch") == "", (
         "Slurm uses a partition that fits"
     )
+    monkeypatch.setenv("SBATCH_PARTITION", "down")
+    assert problems_of_jobs(plan, monkeypatch, partition="batch") == ""
+    assert "partition down is DOWN" in problems_of_jobs(plan, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,7 @@ def test_jobs_that_fit_have_no_problem(plan: MakePlan, monkeypatch: pytest.Monke
             "job",
         ),
         ((), {"sbatch": ["--time 9"]}, "would override resources.time", "job"),
+        ((), {"sbatch": ["--job-name=team"]}, "would override the launcher's job-name", "job"),
         (
             (),
             {"sbatch": ["--gres=gpu:h100:4"], "gpus": None},
