@@ -53,7 +53,7 @@ def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> Iterator[Problem]:
-    """Checks that the input ``shape`` is a search, and warns if the search has not run yet."""
+    """Checks that the input ``shape`` is a search; notes which shape the plan is for."""
     source = cfg.inputs["shape"]
     if cfg.explicit_targets() or cfg.drop_layers:
         yield Problem(

@@ -80,6 +80,12 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
             f"distill.resources.devices={cfg.distill.resources.devices}: only one may be above 1",
             "set distill.resources.devices, or resources.devices and resources.nodes, to 1",
         )
+    if (nodes := cfg.distill.resources.nodes) > 1:
+        yield Problem(
+            rules.SEARCH,
+            f"distill.resources.nodes={nodes}, but each training of a search runs on one node",
+            "set distill.resources.nodes=1",
+        )
     shapes = chain.shapes.get(cfg.inputs.get("candidates", ""), ())
     if shapes:
         for what in _unknown_candidates(cfg.also, [name_of(shape) for shape in shapes]):

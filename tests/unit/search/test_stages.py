@@ -219,6 +219,7 @@ def test_latency_is_measured_with_the_engine_of_the_recipe(
 
 
 TWO_DEVICES = Resources(devices=2)
+TWO_NODES = DistillConfig(resources=Resources(nodes=2))
 SHORT_CONTEXT = Service(context_length=256)
 LARGE_BATCH = Service(context_length=256, batch_size=16)
 INT3_ENGINE = BuildEngineConfig(precision="int3")
@@ -255,6 +256,12 @@ SHORT_ENGINE = dataclasses.replace(TRTLLM_ENGINE, max_seq_len=250)
         (measure_latency, {"service": LARGE_BATCH, "engine": TRTLLM_ENGINE}, "engine-limits", "16"),
         (rank_candidates, {"seq_length": 2000}, "seq-length", "2000"),
         (successive_halving, {"max_tokens": 9000}, "search", "max_tokens=9000"),
+        (
+            successive_halving,
+            {"num_candidates": 1, "distill": TWO_NODES},
+            "search",
+            "distill.resources.nodes=2",
+        ),
         (
             successive_halving,
             {
