@@ -87,7 +87,8 @@ def target_problems(
             ffn, axes = ("experts", EXPERT_AXES) if axis in DENSE_AXES else ("dense", DENSE_AXES)
             yield _problem(
                 f"target_{axis}={target} is set, but the teacher's feed-forward layers are {ffn}",
-                f"set {' or '.join(f'target_{a}' for a in axes)}",
+                f"set target_{axis}=null and, to prune these layers, "
+                f"{' or '.join(f'target_{a}' for a in axes)}",
             )
         elif target is not None:
             yield from _axis_problems(axis, target, getattr(teacher, axis), divisors.get(axis, 1))

@@ -261,6 +261,11 @@ def layer_choices(teacher: Architecture, space: Space) -> list[int]:
     return _choices(teacher, space, "num_layers")
 
 
+def impossible_axes(teacher: Architecture, space: Space) -> list[str]:
+    """Returns the axes without an allowed size that tensor parallelism can split."""
+    return [axis for axis in SEARCH_AXES if not _choices(teacher, space, axis)]
+
+
 def _resize(shape: Architecture, sizes: Mapping[str, Any]) -> Architecture:
     return replace(shape, **sizes)
 

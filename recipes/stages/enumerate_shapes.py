@@ -21,7 +21,7 @@ from recipes.planning.chain import Chain
 from recipes.planning.results import PlanResult, Table
 from recipes.planning.rules import Problem
 from recipes.search.settings import SHAPES_FILE, EnumerateShapesConfig
-from recipes.search.space import SHAPE_COSTS, Service, absolute_limits, name_of
+from recipes.search.space import SHAPE_COSTS, Service, absolute_limits, impossible_axes, name_of
 from recipes.stages.contract import Stage
 
 EMPTY_BUDGET_FIX = (
@@ -34,6 +34,14 @@ def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
     """Yields a problem if the budget is missing, fits no architecture, or fits the teacher."""
     if chain.teacher.num_moe_experts:
         yield Problem(rules.BUDGET, "a search does not support MoE models", "use a dense model")
+        return
+    if axes := impossible_axes(chain.teacher, cfg.space):
+        yield Problem(
+            rules.BUDGET,
+            f"no size of {' and '.join(axes)} in the space is a multiple of "
+            f"tensor_model_parallel_size={cfg.space.tensor_model_parallel_size}",
+            "lower space.tensor_model_parallel_size, or allow more sizes in space",
+        )
         return
     budget = cfg.budget.limits()
     if not budget:

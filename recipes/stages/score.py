@@ -57,7 +57,7 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
             "set pipeline_model_parallel_size to at most the number of layers, and "
             "resources.devices to a multiple of it",
         )
-    elif (batches := cfg.num_calibration_samples // cfg.micro_batch_size) < ranks // stages:
+    elif (batches := -(-cfg.num_calibration_samples // cfg.micro_batch_size)) < ranks // stages:
         yield Problem(
             rules.RANKS,
             f"{cfg.name} splits {batches} micro batch(es) over {ranks // stages} data-parallel "

@@ -47,6 +47,7 @@ def test_experts_are_pruned_by_their_own_targets() -> None:
         "target_ffn_hidden_size=512 is set, but the teacher's feed-forward layers are experts"
         in dense.what
     )
+    assert "target_ffn_hidden_size=null" in dense.fix
     [expert] = target_problems(SMOLLM2, PruneTargets(num_moe_experts=4), DIVISORS)
     assert "are dense" in expert.what
     [few] = target_problems(moe, PruneTargets(num_moe_experts=4), DIVISORS)

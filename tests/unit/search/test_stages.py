@@ -218,6 +218,7 @@ def test_latency_is_measured_with_the_engine_of_the_recipe(
         plan(*large, "engine=null", recipe=RECIPE)
 
 
+HALF, THIRDS = Budget(parameters=0.5), Space(tensor_model_parallel_size=3)
 TWO_DEVICES = Resources(devices=2)
 TWO_NODES = DistillConfig(resources=Resources(nodes=2))
 SHORT_CONTEXT = Service(context_length=256)
@@ -232,6 +233,7 @@ SHORT_ENGINE = dataclasses.replace(TRTLLM_ENGINE, max_seq_len=250)
     [
         (enumerate_shapes, {}, "budget", "budget.parameters"),
         (enumerate_shapes, {"budget": Budget(parameters=10.0)}, "budget", "no architecture fits"),
+        (enumerate_shapes, {"budget": HALF, "space": THIRDS}, "budget", "attention_heads"),
         (
             enumerate_shapes,
             {"budget": Budget(tokens_per_second=1e12)},

@@ -258,7 +258,9 @@ def test_score_measures_the_block_sizes_that_prune_drops(
         ({"block_sizes": [1], "num_loss_samples": 0}, "calibration"),
         ({"pipeline_model_parallel_size": 2}, "ranks"),
         ({"resources": TWO_RANKS}, None),
-        ({"resources": TWO_RANKS, "num_calibration_samples": 7}, "ranks"),  # micro batches of 4
+        ({"resources": TWO_RANKS, "num_calibration_samples": 4}, "ranks"),  # micro batches of 4
+        ({"resources": TWO_RANKS, "num_calibration_samples": 5}, None),
+        ({"num_calibration_samples": 2}, None),
         ({"resources": Resources(devices=5), "pipeline_model_parallel_size": 5}, "ranks"),
         ({"resources": Resources(devices=4), "pipeline_model_parallel_size": 4}, None),
     ],
