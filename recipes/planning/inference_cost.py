@@ -67,7 +67,7 @@ class InferenceCost:
     bf16: bool
     """Whether models compute in bfloat16 instead of float32."""
     generated_bytes: float = 0
-    """Memory traffic of text generation: all weights and the KV cache, at each decoding step."""
+    """Memory traffic of text generation: weights and the KV cache, at each decoding step."""
     training_seconds: float = 0
     """Time of a search's trainings on GPUs; on a CPU, ``compute`` includes the trainings."""
     stopping_seconds: float | None = None
@@ -366,7 +366,7 @@ def prefill_seconds(
 ) -> float:
     """Returns a lower bound of the time to the first token of a batch."""
     flops = prefill_flops(arch, batch_size, prompt_tokens)
-    return roofline.seconds(flops, weight_traffic(arch, storage))
+    return roofline.seconds(flops, weight_traffic(arch, storage, batch_size * prompt_tokens))
 
 
 def decode_seconds(

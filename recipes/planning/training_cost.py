@@ -32,7 +32,6 @@ from recipes.planning.transformer import (
     rank_parameters,
     scoring_bytes,
     training_logits_bytes,
-    update_bytes,
 )
 from recipes.planning.workload import CHECKPOINT_BYTES, Workload
 
@@ -256,6 +255,16 @@ def _update_seconds(workload: Workload, hardware: Hardware) -> tuple[float, floa
     # Replicas on a CPU share its bandwidth, so splitting the update over them saves no time.
     traffic = Compute(bytes=parameters * update_bytes(workload.micro_batches, workload.dtype_bytes))
     return seconds, hardware.compute_seconds(traffic, workload.bf16)
+
+
+def update_bytes(micro_batches: int, dtype_bytes: int) -> float:
+    """Returns a parameter's memory traffic in an optimizer step.
+
+    The first micro batch's gradient is not copied. Further ones are added to it in float32.
+    """
+    gradient_sums = (dtype_bytes + 8) * (micro_batches - 1)
+    gradient_norm, adam, new_weight = dtype_bytes, dtype_bytes + 24, 4 + dtype_bytes
+    return gradient_sums + gradient_norm + adam + new_weight
 
 
 def stopping_seconds(workload: Workload, hardware: Hardware) -> float:

@@ -136,7 +136,7 @@ def _computed_score_fraction(seq_length: int) -> float:
     return (1 + min(1, QUERIES_AT_ONCE / seq_length)) / 2
 
 
-# Up to ``update_bytes``, each number counts bytes that operations read or write per channel.
+# Up to ``scoring_bytes``, each number counts bytes that operations read or write per channel.
 
 
 def _forward_bytes(arch: Architecture, dtype_bytes: int) -> float:
@@ -186,16 +186,6 @@ def loss_bytes(vocabulary: int, dtype_bytes: int, terms: int, live_teacher: bool
 def scoring_bytes(vocabulary: int) -> float:
     """Returns a token's memory traffic in an evaluation: log-softmax, sums and top-1 token."""
     return 60.0 * vocabulary
-
-
-def update_bytes(micro_batches: int, dtype_bytes: int) -> float:
-    """Returns a parameter's memory traffic in an optimizer step.
-
-    The first micro batch's gradient is not copied. Further ones are added to it in float32.
-    """
-    gradient_sums = (dtype_bytes + 8) * (micro_batches - 1)
-    gradient_norm, adam, new_weight = dtype_bytes, dtype_bytes + 24, 4 + dtype_bytes
-    return gradient_sums + gradient_norm + adam + new_weight
 
 
 # Memory of a rank
@@ -353,6 +343,11 @@ class Storage:
     kv_bytes: int = 4
     """Bytes of a value in the KV cache."""
 
+    def layer_bits(self) -> float:
+        """Returns the bits of a weight in linear layers, with its part of a scale."""
+        scale = SCALE_BITS / self.group_size if self.group_size else 0.0
+        return WEIGHT_BITS[self.precision] + scale
+
     def embedding_bits(self) -> float:
         """Returns the bits of a weight in embedding and head, which have at least 8."""
         if self.precision in BF16_EMBEDDING_FORMATS:
@@ -364,16 +359,20 @@ def stored_bytes(arch: Architecture, storage: Storage) -> float:
     """Returns the bytes of all weights and their scales."""
     embeddings = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)
     layers = arch.parameters() - embeddings
-    scale = SCALE_BITS / storage.group_size if storage.group_size else 0.0
-    bits = WEIGHT_BITS[storage.precision] + scale
-    return (layers * bits + embeddings * storage.embedding_bits()) / 8
+    return (layers * storage.layer_bits() + embeddings * storage.embedding_bits()) / 8
 
 
-def weight_traffic(arch: Architecture, storage: Storage) -> float:
-    """Returns the bytes of weights that a forward pass reads, without an untied embedding's."""
-    # A forward pass reads only a few rows of the embedding.
-    unread = 0 if arch.tied_embeddings else arch.vocab_size * arch.hidden_size
-    return stored_bytes(arch, storage) - unread * storage.embedding_bits() / 8
+def weight_traffic(arch: Architecture, storage: Storage, tokens: float) -> float:
+    """Returns the bytes of weights that a forward pass of ``tokens`` tokens reads.
+
+    Of an untied embedding it reads a few rows, which are not counted. Of an MoE it reads the
+    experts that at least one token is routed to, if all experts are equally likely.
+    """
+    embedding = 0 if arch.tied_embeddings else arch.vocab_size * arch.hidden_size
+    unused: float = (1 - arch.moe_router_topk / max(1, arch.num_moe_experts)) ** tokens
+    experts = unused * expert_parameters(arch)  # 0 for a dense model
+    unread_bits = embedding * storage.embedding_bits() + experts * storage.layer_bits()
+    return stored_bytes(arch, storage) - unread_bits / 8
 
 
 def kv_cache_bytes(arch: Architecture, tokens: int, storage: Storage) -> int:
@@ -396,5 +395,6 @@ def decode_flops(arch: Architecture, batch_size: int, context: float) -> float:
 
 
 def decode_traffic(arch: Architecture, batch_size: int, context: float, storage: Storage) -> float:
-    """Returns the bytes that a decoding step reads: all weights once, each sequence's KV cache."""
-    return weight_traffic(arch, storage) + batch_size * context * kv_cache_bytes(arch, 1, storage)
+    """Returns the bytes that a decoding step reads: weights once, each sequence's KV cache."""
+    cache = batch_size * context * kv_cache_bytes(arch, 1, storage)
+    return weight_traffic(arch, storage, batch_size) + cache

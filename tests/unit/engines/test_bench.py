@@ -34,6 +34,7 @@ from recipes.pruning.settings import PruneConfig
 from recipes.search.space import Service
 from recipes.stages import measure_speed, quantize
 from tests.support.manifests import bare_manifest
+from tests.unit.planning.models import with_experts
 
 SHAPE = RequestShape(batch_size=2, prompt_tokens=100, new_tokens=11)
 FP32 = Storage("fp32")
@@ -51,12 +52,20 @@ def untied(teacher: Architecture) -> Architecture:
 def test_traffic_of_weights_equals_a_hand_count(
     teacher: Architecture, untied: Architecture
 ) -> None:
-    assert weight_traffic(teacher, FP32) == 4 * teacher.parameters()
+    assert weight_traffic(teacher, FP32, 1) == 4 * teacher.parameters()
     # A step reads only a few rows of an untied embedding, which are not counted.
-    assert weight_traffic(untied, FP32) == 4 * (untied.parameters() - 512 * 128)
+    assert weight_traffic(untied, FP32, 1) == 4 * (untied.parameters() - 512 * 128)
     layers = teacher.parameters() - 512 * 128
     # 64 weights of 4 bits share 20 bits: a scale and a zero point. The embedding has 8 bits.
-    assert weight_traffic(teacher, Storage("int4", 64)) == layers * 4.3125 / 8 + 512 * 128
+    assert weight_traffic(teacher, Storage("int4", 64), 1) == layers * 4.3125 / 8 + 512 * 128
+    # A token reads 2 of 8 experts, which have 128 channels in each of 4 layers. Two tokens read
+    # 3.5 on average.
+    moe = with_experts(teacher)
+    expert = 4 * 4 * 3 * 128 * 128
+    for tokens, read in ((1, 2), (2, 3.5), (1000, 8)):
+        traffic = weight_traffic(moe, FP32, tokens)
+        assert traffic == pytest.approx(4 * moe.parameters() - (8 - read) * expert)
+    assert decode_traffic(moe, 2, 0, FP32) == weight_traffic(moe, FP32, 2)
 
 
 def test_only_engines_of_openvino_have_groups_of_int4_weights() -> None:
@@ -95,7 +104,7 @@ def test_rooflines_assume_the_kv_cache_of_the_engine(
 def test_traffic_of_the_kv_cache_equals_a_hand_count(teacher: Architecture) -> None:
     # tokens, layers, keys and values, groups, channels, bytes
     assert kv_cache_bytes(teacher, 10, Storage("fp32", kv_bytes=2)) == 10 * 4 * 2 * 4 * 16 * 2
-    plain = weight_traffic(teacher, FP32)
+    plain = weight_traffic(teacher, FP32, 1)
     assert decode_traffic(teacher, 3, 10, FP32) == plain + 3 * kv_cache_bytes(teacher, 10, FP32)
 
 

@@ -10,6 +10,7 @@ import pytest
 from launch.schema import CONF
 from nemo_convert.architecture import Architecture
 from recipes.planning import hardware
+from recipes.planning.training_cost import update_bytes
 from recipes.planning.transformer import (
     expert_parameters,
     feed_forward_recompute,
@@ -17,7 +18,6 @@ from recipes.planning.transformer import (
     loss_bytes,
     pass_compute,
     rank_parameters,
-    update_bytes,
 )
 from recipes.planning.workload import Layout
 from tests.unit.planning.models import LLAMA, SMOLLM2, profile, published, with_experts
