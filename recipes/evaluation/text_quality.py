@@ -26,6 +26,7 @@ from nemo_convert import convert, nemo
 from nemo_convert.hf import tokenizer_sha256
 from nemo_convert.preflight import GENERATION_CONFIG
 from recipes.backend.device import device
+from recipes.core.errors import RecipeError
 from recipes.core.files import json_text, read_json, write_text_atomically
 from recipes.core.fingerprint import digest
 from recipes.core.metrics import MetricsLog
@@ -69,9 +70,16 @@ def measure(
         out: Folder of ``results.json``.
         log: Metrics file.
     """
+    text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_sequences)
+    if len(text) < world_size():
+        raise RecipeError(
+            f"the held-out text has {len(text)} sequences of {cfg.seq_length} tokens, but "
+            f"{cfg.name} has {world_size()} ranks",
+            f"set stages.{cfg.name}.resources.devices={max(1, len(text))}, or hold out more text: "
+            "heldout_fraction of the stage that prepares it",
+        )
     if world_size() > 1:
         nemo.initialize(nemo.Parallelism())
-    text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_sequences)
     rank_text = text[rank() :: world_size()]
     tokenizer_folder = nemo.side_folder(checkpoints[TEACHER])
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)

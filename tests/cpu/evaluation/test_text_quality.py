@@ -143,6 +143,16 @@ def test_three_ranks_measure_the_same_quality_as_one(
     assert len(json.loads(detail.read_text())["generations"]) == 3
 
 
+def test_more_ranks_than_sequences_are_refused(
+    models: dict[str, Any], data: Input, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "11")
+    cfg = replace(CONFIG, stage="evaluate")
+    with pytest.raises(RecipeError, match=r"10 sequences.* 11 ranks") as refused:
+        evaluate_models(models, data, tmp_path, cfg)
+    assert "stages.evaluate.resources.devices=10" in str(refused.value)
+
+
 def test_predictions_across_documents_do_not_count(
     quality: EvaluationResult, models: dict[str, Any], data: Input
 ) -> None:
