@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
@@ -18,9 +17,9 @@ from rich.markup import escape
 
 from launch import doctor, lock
 from launch.console import headline
-from launch.executors.slurm_queue import active_jobs, cancel_jobs
 from launch.progress import format_seconds
 from launch.run_status import StageStatus, read_statuses, time_left
+from launch.slurm_queue import active_jobs, cancel_jobs
 from recipes.core.errors import RecipeError, did_you_mean, require_known
 from recipes.core.files import folder_bytes
 from recipes.core.manifest import MANIFEST
@@ -98,8 +97,13 @@ def _stop(holder: lock.Holder, run_dir: Path) -> None:
             raise RecipeError(f"process {holder.pid} does not stop.", f"kill -9 {holder.pid}")
         # Python loses a signal that arrives while it forks a process, so repeat the signal.
         if time.monotonic() > next_signal:
-            with contextlib.suppress(ProcessLookupError):
+            try:
                 os.kill(holder.pid, signal.SIGTERM)
+            except ProcessLookupError:
+                pass
+            except PermissionError as error:
+                what = f"process {holder.pid} runs {run_dir}, and belongs to another user."
+                raise RecipeError(what, "ask this user to cancel the run") from error
             next_signal = time.monotonic() + SIGNAL_SECONDS
         time.sleep(0.1)
 

@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from launch import lock
+from launch.slurm_queue import active_jobs
 from recipes.core.errors import RecipeError, require_known
 from recipes.core.files import REPO_ROOT
 from recipes.core.fingerprint import module_of, with_absolute_path
@@ -196,14 +198,19 @@ def require_no_lost_work(stage: PlannedStage) -> None:
     progress = stage.definition.progress(stage.directory / WORK)
     if stage.action != RUN or begun is None or progress is None:
         return
+    changes, run_dir = ", ".join(describe_changes(stage, begun)), stage.directory.parent
+    if lock.read_holder(run_dir) or stage.name in active_jobs(run_dir):
+        raise RecipeError(
+            f"{stage.name} is running, at {progress}, and since its start {changes}.",
+            f"wait for it, or: python launch/run.py cancel run_dir={run_dir}",
+        )
     fields, other_changes = _compare(stage, begun)
     old_values = [
         f"stages.{stage.name}.{key}={old if isinstance(old, str) else json.dumps(old)}"
         for key, (old, _) in fields.items()
     ]
     raise RecipeError(
-        f"{stage.name} was interrupted at {progress}, and since then "
-        f"{', '.join(describe_changes(stage, begun))} "
+        f"{stage.name} was interrupted at {progress}, and since then {changes} "
         "(it resumes only with the settings, inputs and code that it was started with).",
         f"{'undo that' if other_changes else f'set {shlex.join(old_values)}'} to resume, "
         f"or force=[{stage.name}] to start over",

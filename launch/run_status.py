@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch import lock
-from launch.executors.slurm_queue import (
+from launch.progress import (
+    format_seconds,
+    planned_seconds,
+    remaining_run_seconds,
+    remaining_seconds,
+)
+from launch.slurm_queue import (
     STATE_REASONS,
     JobState,
     SlurmJob,
     final_states,
     job_states,
     read_jobs,
-)
-from launch.progress import (
-    format_seconds,
-    planned_seconds,
-    remaining_run_seconds,
-    remaining_seconds,
 )
 from recipes.core.manifest import Manifest
 from recipes.core.run_state import StageState, Status, read_last_plan, stage_states

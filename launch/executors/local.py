@@ -13,10 +13,10 @@ from typing import IO
 from rich.console import Console
 
 from launch.cluster import Cluster, Follow, stage_variables
-from launch.executors.slurm_queue import active_jobs, forget_job
 from launch.plan import Plan
 from launch.planned import PlannedStage
 from launch.progress import Follower
+from launch.slurm_queue import active_jobs, forget_job
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically
 from recipes.core.fingerprint import WORKER

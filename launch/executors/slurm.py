@@ -18,7 +18,9 @@ from rich.console import Console
 from launch.cluster import Follow
 from launch.executors import container
 from launch.executors.slurm_limits import job_of, job_problems, read_partitions
-from launch.executors.slurm_queue import (
+from launch.plan import Plan
+from launch.planned import ADOPT, RUN, SKIP, PlannedStage
+from launch.slurm_queue import (
     ENDING_SECONDS,
     POLL_SECONDS,
     RECORD,
@@ -31,8 +33,6 @@ from launch.executors.slurm_queue import (
     read_jobs,
     run_hash,
 )
-from launch.plan import Plan
-from launch.planned import ADOPT, RUN, SKIP, PlannedStage
 from recipes.core.constraints import Count, CountOrZero, Duration, matching, one_of
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_text_atomically

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
-from launch.executors.slurm_queue import query
 from launch.planned import PlannedStage
+from launch.slurm_queue import query
 from recipes.core.errors import did_you_mean
 from recipes.planning import rules
 from recipes.planning.limits import slurm_seconds

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.executors.slurm_queue import active_jobs
+from launch.slurm_queue import active_jobs
 from recipes.core.files import REPO_ROOT
 from tests.slurm import probe
 from tests.slurm.cluster import SlurmCluster, wait_for, without_slurm

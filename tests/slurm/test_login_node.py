@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.executors.slurm_queue import active_jobs, read_jobs
+from launch.slurm_queue import active_jobs, read_jobs
 from tests.slurm import probe
 from tests.slurm.cluster import wait_for
 from tests.slurm.conftest import Run

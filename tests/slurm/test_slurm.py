@@ -15,9 +15,9 @@ import torch
 from omegaconf import OmegaConf
 
 from launch.executors.slurm import SUBMIT
-from launch.executors.slurm_queue import RECORD, active_jobs, read_jobs
 from launch.lock import read_holder
 from launch.run_status import read_statuses
+from launch.slurm_queue import RECORD, active_jobs, read_jobs
 from nemo_convert.convert import hf_weights
 from nemo_convert.nemo import find_checkpoint
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest

@@ -16,8 +16,9 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from rich.console import Console
 
-from launch import lock
+from launch import commands, lock
 from launch.run_status import progress_text, read_statuses
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST
@@ -250,6 +251,18 @@ def test_cancel_stops_a_launcher_like_ctrl_c(
     assert launcher.returncode == 130
     assert "interrupted; the same command resumes" in output
     assert lock.read_holder(run_dir) is None
+
+
+def test_cancel_of_another_users_run_is_refused(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", kill)
+    refusal = pytest.raises(RecipeError, match=f"process {os.getpid()} .* another user")
+    with lock.acquire(run_dir), refusal:
+        commands.cancel({"run_dir": str(run_dir)}, Console())
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

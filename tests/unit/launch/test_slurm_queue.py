@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.executors.slurm_queue import SlurmJob, job_states, read_jobs, run_hash
+from launch.slurm_queue import SlurmJob, job_states, read_jobs, run_hash
 from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError
 from recipes.core.stage import Resources

@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from launch.executors.local import run_all
-from launch.executors.slurm_queue import RECORD, active_jobs, read_jobs, run_hash
 from launch.plan import Plan
 from launch.progress import Follower
 from launch.run_status import read_statuses
+from launch.slurm_queue import RECORD, active_jobs, read_jobs, run_hash
 from recipes.core.errors import RecipeError
 from recipes.core.stage_process import LOGS
 from tests.support.launcher import write_program

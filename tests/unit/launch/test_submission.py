@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from launch.executors import slurm, slurm_queue
-from launch.executors.slurm_queue import RECORD, run_hash
+from launch import slurm_queue
+from launch.executors import slurm
+from launch.slurm_queue import RECORD, run_hash
 from recipes.core.errors import RecipeError
+from recipes.core.run_state import begin_work, discard_work
 from tests.support.launcher import write_program
+from tests.support.manifests import unfinished_manifest
 from tests.unit.conftest import stage_named
 
 if TYPE_CHECKING:
@@ -101,6 +104,12 @@ def test_a_job_is_kept_only_if_it_does_what_the_plan_wants(
         return stage_named(prepared, "distill").action
 
     assert action() == action("force=[distill]") == "adopt", "the job makes the first result"
+    distill = stage_named(plan(*SLURM), "distill")
+    begin_work(distill.directory, unfinished_manifest(distill.request()))
+    (distill.directory / "work" / "checkpoints" / "step=49-last").mkdir(parents=True)
+    with pytest.raises(RecipeError, match="distill is running, at step 50"):
+        action("stages.distill.seed=1")
+    discard_work(distill.directory)
     for only in ("only=null", "only=[prune]"):
         with pytest.raises(RecipeError, match=r"job 7 .* but prune must run again"):
             action("force=[prune]", only)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from launch import lock
 from launch.run import run as start_run
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST, WORK, read_manifest, write_manifest
@@ -76,6 +77,10 @@ def test_progress_is_not_lost_to_a_changed_field(plan: MakePlan) -> None:
     assert fix == (
         "set stages.distill.global_batch_size=4 to resume, or force=[distill] to start over"
     )
+    with lock.acquire(plan().run_dir):
+        what, wait = refusal(plan, "stages.distill.global_batch_size=8")
+    assert what.startswith("distill is running, at step 50, and since its start global_batch_size")
+    assert "cancel run_dir=" in wait
     old_size = fix.split()[1]
     resumed = plan("stages.distill.global_batch_size=8", old_size)
     assert actions_of(resumed)["distill"][0] == "resume"
