@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from nemo_convert.architecture import Architecture
@@ -190,6 +190,12 @@ def healing_cost(
     fit = Compute(gemm_flops=least_squares_flops(teacher, student)) * text.tokens
     compute = fit + _all_passes(models, False, replace(text, scored_fraction=0))
     return InferenceCost(memory, compute, bf16=False)
+
+
+def ablation_passes(layers: int, sequences: int, block_sizes: Iterable[int]) -> int:
+    """Returns the forward passes of one sequence without a layer or a block of layers."""
+    # A block may start anywhere.
+    return sequences * sum(layers - size + 1 for size in (1, *block_sizes))
 
 
 def scoring_cost(

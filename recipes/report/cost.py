@@ -12,13 +12,14 @@ from recipes.core.stage import Inputs
 from recipes.data.results import DatasetResult
 from recipes.distillation.results import CacheResult, DistillationResult, TrainingResult
 from recipes.evaluation.results import EvaluationResult
+from recipes.planning.inference_cost import ABLATED_FRACTION, ablation_passes
 from recipes.planning.transformer import (
     FORWARDS_PER_BACKWARD,
     forward_flops,
     head_flops,
     least_squares_flops,
 )
-from recipes.pruning.results import HealResult, PruneResult
+from recipes.pruning.results import HealResult, ScoreResult
 
 MAX_FILES = 200
 """Maximum number of files that the report lists per stage. A large checkpoint has thousands."""
@@ -140,10 +141,6 @@ def model_flops(
     if teacher is None or student is None:
         return []
     rows = []
-    if pruned := manifests["pruned"].result_if("prune", PruneResult):
-        tokens = pruned.calibration_tokens
-        forward = forward_flops(teacher, tokens // pruned.calibration_sequences)
-        rows.append(ModelFlops("Importance for pruning", tokens, 0, tokens * forward))
     for name, manifest in earlier.items():
         rows += _earlier_flops(name, manifest, earlier, teacher)
     rows += _distillation_flops("Distillation", manifests["distilled"], earlier, teacher)
@@ -160,6 +157,13 @@ def _earlier_flops(
     name: str, manifest: Manifest, earlier: Mapping[str, Manifest], teacher: Architecture
 ) -> list[ModelFlops]:
     """Returns the FLOPs of a stage that is not an input of the report."""
+    if scored := manifest.result_if("score", ScoreResult):
+        config, tokens = manifest.config, scored.calibration_tokens
+        passes = ablation_passes(
+            teacher.num_layers, config["num_loss_samples"], config["block_sizes"] or []
+        )
+        all_tokens = tokens + ABLATED_FRACTION * passes * config["seq_length"]
+        return [ModelFlops(name, tokens, 0, all_tokens * _forward_flops(teacher, manifest))]
     if corrected := manifest.result_if("correct_teacher", TrainingResult):
         flops = TRAINING_FACTOR * corrected.tokens * _forward_flops(teacher, manifest)
         return [ModelFlops(name, corrected.tokens, 0, flops)]

@@ -14,7 +14,7 @@ from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log, rank
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
-from recipes.planning.inference_cost import InferenceCost, Sequences, scoring_cost
+from recipes.planning.inference_cost import InferenceCost, Sequences, ablation_passes, scoring_cost
 from recipes.planning.rules import Problem
 from recipes.pruning.results import ScoreResult
 from recipes.pruning.settings import PruneConfig, ScoreConfig
@@ -70,8 +70,7 @@ def check(cfg: ScoreConfig, chain: Chain) -> Iterator[Problem]:
 def inference_cost(cfg: ScoreConfig, chain: Chain) -> InferenceCost:
     """Estimates the cost of forward passes over calibration text, with and without ablations."""
     model = chain.shape_of(cfg.inputs.get("checkpoint"))
-    sizes = [1, *(resolve_from_chain(cfg, chain).block_sizes or [])]  # size 1: each single layer
-    ablations = sum(model.num_layers - size + 1 for size in sizes)  # a block may start anywhere
+    sizes = resolve_from_chain(cfg, chain).block_sizes or []
     data_ranks = max(1, cfg.resources.ranks // cfg.pipeline_model_parallel_size)
     sequences = cfg.num_calibration_samples / data_ranks
     return scoring_cost(
@@ -80,7 +79,7 @@ def inference_cost(cfg: ScoreConfig, chain: Chain) -> InferenceCost:
         Sequences(sequences, cfg.seq_length, cfg.micro_batch_size),
         chain.hardware,
         cfg.pipeline_model_parallel_size,
-        cfg.num_loss_samples * ablations / data_ranks,
+        ablation_passes(model.num_layers, cfg.num_loss_samples, sizes) / data_ranks,
     )
 
 

@@ -15,8 +15,11 @@ from recipes.distillation.results import CacheResult, DistillationResult
 from recipes.distillation.settings import CacheLogitsConfig
 from recipes.engines.results import BenchmarkResults
 from recipes.evaluation.results import Differences, SourceQuality, TaskResults, TextQuality
+from recipes.planning.inference_cost import ABLATED_FRACTION
 from recipes.planning.results import PlanResult
 from recipes.planning.transformer import forward_flops
+from recipes.pruning.results import ScoreResult
+from recipes.pruning.settings import ScoreConfig
 from recipes.search.results import SearchResult
 from recipes.search.space import SEARCH_AXES
 from recipes.stages import report
@@ -29,7 +32,7 @@ from tests.support.reports import (
     with_result,
     write_stage,
 )
-from tests.support.results import NASTY, RESULTS, STEPS, STUDENT, TEACHER
+from tests.support.results import LAYERS, NASTY, RESULTS, STEPS, STUDENT, TEACHER
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -229,8 +232,20 @@ def test_flops_of_training_and_evaluation(text: str) -> None:
     total = tokens * (teacher + 3 * student)
     numbers = Page(text).numbers()
     assert {tokens * teacher, 3 * tokens * student, total, total / (tokens / 1210.4)} <= numbers
-    # Layer importance, and the evaluation of the teacher and of two models of the student's shape.
-    assert {16384 * teacher, 10240 * (teacher + 2 * student)} <= numbers
+    # The evaluation of the teacher and of two models of the student's shape.
+    assert 10240 * (teacher + 2 * student) in numbers
+
+
+def test_flops_of_scoring_include_those_of_ablations(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path / "run")
+    config = ScoreConfig("score", num_loss_samples=8, block_sizes=[4])
+    result = ScoreResult("text", 64, 64 * 256, 3.0, {}, 2040)
+    score = write_stage(tmp_path / "run", config, "importance", {"a": 5}, result)
+    inputs["pruned"].manifest.inputs["importance"] = score.manifest.fingerprint
+    ablations = LAYERS + (LAYERS - 3)  # single layers, and blocks of four
+    passes = 64 + 8 * ABLATED_FRACTION * ablations
+    numbers = Page(render_page(inputs, tmp_path)).numbers()
+    assert any(n == pytest.approx(passes * 256 * forward_flops(TEACHER, 256)) for n in numbers)
 
 
 def test_flops_of_a_cached_teacher_are_those_of_cache_logits(tmp_path: Path) -> None:
