@@ -13,6 +13,7 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.hub import hub_arguments, is_hub_id
 from nemo_convert.licences import card_fields, forbids_commercial_use, model_licence
 from recipes.core.manifest import Manifest
+from recipes.core.stage import Inputs
 from recipes.data.results import NOT_COMPARED, DatasetResult
 from recipes.data.sources import parse_source
 from recipes.evaluation.results import EvaluationResult, TaskResults
@@ -27,7 +28,7 @@ def write_card(
     folder: Path,
     teacher: str,
     recipe: str,
-    inputs: Mapping[str, Manifest],
+    stages: Inputs,
     earlier: Mapping[str, Manifest],
 ) -> None:
     """Writes the card as ``README.md`` of the exported folder, in place of the teacher's card.
@@ -36,10 +37,11 @@ def write_card(
         folder: The exported Hugging Face folder, with the teacher's card.
         teacher: Path, hub id or address of the teacher.
         recipe: Name of the recipe.
-        inputs: Manifests of the inputs of ``export_hf``. ``checkpoint`` and ``evaluation`` are
-            required; each optional input adds lines to the card.
+        stages: The inputs of ``export_hf``. ``checkpoint`` and ``evaluation`` are required; each
+            optional input adds lines to the card.
         earlier: Manifests of all earlier stages by name, such as a first phase of the distillation.
     """
+    inputs = {name: item.manifest for name, item in stages.items()}
     model, evaluation = inputs["checkpoint"], inputs["evaluation"].result(EvaluationResult)
     shape = Architecture(**model.architecture) if model.architecture else None
     teacher_name = teacher.partition("#")[0].rstrip("/").split("/")[-1].removesuffix(".gguf")
@@ -77,7 +79,7 @@ def write_card(
         # Stages whose results the user kept although settings or code changed.
         "accepted": [
             *(name for name, manifest in earlier.items() if manifest.accepted),
-            *(manifest.stage for manifest in inputs.values() if manifest.accepted),
+            *(item.directory.name for item in stages.values() if item.manifest.accepted),
         ],
         "evaluation": evaluation,
         "measured_on": f"{evaluation.predictions:,} next-token predictions on held-out text",

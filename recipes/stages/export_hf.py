@@ -45,8 +45,7 @@ def run(cfg: ExportConfig, inputs: Inputs, out: Path) -> Outcome:
     log.progress("export", 1, 2)
     comparison = parity.compare(out, checkpoint).require(f"{checkpoint.name} → {out}")
     if "evaluation" in inputs:  # only students are evaluated; a teacher keeps its own card
-        manifests = {name: item.manifest for name, item in inputs.items()}
-        write_card(out, cfg.teacher, cfg.recipe, manifests, upstream(inputs))
+        write_card(out, cfg.teacher, cfg.recipe, inputs, upstream(inputs))
     log.progress("export", 2, 2)
     result = ParityResult(comparison.max_logit_difference, comparison.tokens)
     outcome = Outcome.of(result, inputs["checkpoint"].manifest)

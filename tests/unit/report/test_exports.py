@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from nemo_convert.architecture import Architecture
-from recipes.core.manifest import Acceptance, Manifest
+from recipes.core.manifest import Acceptance
 from recipes.core.stage import Input
 from recipes.report.model_card import write_card
 from recipes.report.serving import conversion_servers, run_servers
@@ -22,22 +22,24 @@ TEACHER, RECIPE = "some/SmallLM-135M", "llama_width_prune"
 
 
 @pytest.fixture
-def inputs(tmp_path: Path) -> dict[str, Manifest]:
+def inputs(tmp_path: Path) -> dict[str, Input]:
     run = tmp_path / "run"
     report_inputs = {**make_inputs(run), **make_optional_inputs(run)}
     names = ("evaluation", "teacher", "pruned", "data", "tasks")
-    manifests = {name: report_inputs[name].manifest for name in names}
-    return {"checkpoint": report_inputs["distilled"].manifest, **manifests}
+    return {
+        "checkpoint": report_inputs["distilled"],
+        **{name: report_inputs[name] for name in names},
+    }
 
 
-def render_card(folder: Path, inputs: dict[str, Manifest], teacher_card: str = "") -> str:
+def render_card(folder: Path, inputs: dict[str, Input], teacher_card: str = "") -> str:
     (folder / "README.md").write_text(teacher_card)
     write_card(folder, TEACHER, RECIPE, inputs, {})
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
-def test_every_input_adds_lines_to_the_card(inputs: dict[str, Manifest], tmp_path: Path) -> None:
-    inputs["tasks"].config["limit"] = 100
+def test_every_input_adds_lines_to_the_card(inputs: dict[str, Input], tmp_path: Path) -> None:
+    inputs["tasks"].manifest.config["limit"] = 100
     text = render_card(tmp_path, inputs, "---\nlicense: apache-2.0\n---\n# Teacher")
     header = yaml.safe_load(text.split("---")[1])
     assert header["license"] == "apache-2.0"
@@ -69,9 +71,9 @@ def test_every_input_adds_lines_to_the_card(inputs: dict[str, Manifest], tmp_pat
         assert line in text
 
 
-def test_optional_inputs_may_be_missing(inputs: dict[str, Manifest], tmp_path: Path) -> None:
+def test_optional_inputs_may_be_missing(inputs: dict[str, Input], tmp_path: Path) -> None:
     bare = {name: inputs[name] for name in (*export_hf.STAGE.inputs, "evaluation")}
-    bare["evaluation"].metrics["recovered"] = None
+    bare["evaluation"].manifest.metrics["recovered"] = None
     text = render_card(tmp_path, bare)
     assert "| this model | 24 |" in text
     assert "was not found in its folder" in text
@@ -80,29 +82,29 @@ def test_optional_inputs_may_be_missing(inputs: dict[str, Manifest], tmp_path: P
 
 
 def test_licences_of_weights_and_text_are_stated_separately(
-    inputs: dict[str, Manifest], tmp_path: Path
+    inputs: dict[str, Input], tmp_path: Path
 ) -> None:
     teacher_card = "---\nlicense: apache-2.0\n---\n"
     text = render_card(tmp_path, inputs, teacher_card)
     assert "Licence of the weights: the base model's, apache-2.0. Made with" in text
-    [source] = inputs["data"].metrics["sources"]
-    inputs["data"].metrics["origins"] = {source: {"licence": "CC-BY-NC-4.0"}}
+    [source] = inputs["data"].manifest.metrics["sources"]
+    inputs["data"].manifest.metrics["origins"] = {source: {"licence": "CC-BY-NC-4.0"}}
     text = render_card(tmp_path, inputs, teacher_card)
     assert "Licence: CC-BY-NC-4.0 (no commercial use).\n" in text
     assert "The licence of the training\ntext forbids commercial use: CC-BY-NC-4.0. Made" in text
 
 
-def test_a_named_licence_stays_in_the_header(inputs: dict[str, Manifest], tmp_path: Path) -> None:
+def test_a_named_licence_stays_in_the_header(inputs: dict[str, Input], tmp_path: Path) -> None:
     fields = {"license": "other", "license_name": "qwen-research", "license_link": "LICENSE"}
     text = render_card(tmp_path, inputs, f"---\n{yaml.safe_dump(fields)}---\n")
     assert fields.items() <= yaml.safe_load(text.split("---")[1]).items()
     assert "the base model's, qwen-research (no commercial use)." in text
 
 
-def test_tokenized_text_is_not_called_disjoint(inputs: dict[str, Manifest], tmp_path: Path) -> None:
+def test_tokenized_text_is_not_called_disjoint(inputs: dict[str, Input], tmp_path: Path) -> None:
     claim = "no document in\ncommon with training"
     assert claim in render_card(tmp_path, inputs)
-    inputs["data"].metrics |= {"sources": ["/data/corpus"], "sample": "Once upon"}
+    inputs["data"].manifest.metrics |= {"sources": ["/data/corpus"], "sample": "Once upon"}
     text = render_card(tmp_path, inputs)
     assert claim not in text
     assert "`corpus`. Licence: not recorded. Its duplicates are not removed" in text
@@ -118,7 +120,7 @@ def test_tokenized_text_is_not_called_disjoint(inputs: dict[str, Manifest], tmp_
     ],
 )
 def test_base_model_is_the_id_of_a_hub_model(
-    inputs: dict[str, Manifest], tmp_path: Path, teacher: str, base_model: str | None
+    inputs: dict[str, Input], tmp_path: Path, teacher: str, base_model: str | None
 ) -> None:
     write_card(tmp_path, teacher, RECIPE, inputs, {})
     text = (tmp_path / "README.md").read_text()
@@ -126,42 +128,50 @@ def test_base_model_is_the_id_of_a_hub_model(
     assert "/models/private" not in text
 
 
-def test_the_card_lists_the_experts_of_an_moe(inputs: dict[str, Manifest], tmp_path: Path) -> None:
+def test_the_card_lists_the_experts_of_an_moe(inputs: dict[str, Input], tmp_path: Path) -> None:
     sizes = {"num_moe_experts": 6, "moe_router_topk": 2, "moe_ffn_hidden_size": 96}
     for name, experts in (("checkpoint", 6), ("teacher", 8)):
-        inputs[name].architecture = {**STUDENT.as_dict(), **sizes, "num_moe_experts": experts}
+        inputs[name].manifest.architecture = {
+            **STUDENT.as_dict(),
+            **sizes,
+            "num_moe_experts": experts,
+        }
     text = render_card(tmp_path, inputs)
     assert "feed-forward | experts | expert feed-forward | heads" in text
     assert "| this model | 24 | 512 | 1152 | 6 | 96 | 9 | 3 | 64 | 49152 |" in text
     assert "| teacher | 24 | 512 | 1152 | 8 | 96 | 9 |" in text
 
 
-def test_results_kept_despite_changes_are_listed(
-    inputs: dict[str, Manifest], tmp_path: Path
-) -> None:
+def test_results_kept_despite_changes_are_listed(inputs: dict[str, Input], tmp_path: Path) -> None:
     assert "was kept" not in render_card(tmp_path, inputs)
-    inputs["checkpoint"].accepted = Acceptance("f", ["its code changed"])
-    assert "- The result of `distill` was kept although settings" in render_card(tmp_path, inputs)
-    earlier = {"my_score": replace(inputs["pruned"], accepted=Acceptance("f", ["n changed"]))}
+    inputs["checkpoint"].manifest.accepted = Acceptance("f", ["its code changed"])
+    inputs["checkpoint"] = replace(inputs["checkpoint"], directory=tmp_path / "my_distill")
+    assert "- The result of `my_distill` was kept although" in render_card(tmp_path, inputs)
+    earlier = {
+        "my_score": replace(inputs["pruned"].manifest, accepted=Acceptance("f", ["n changed"]))
+    }
     write_card(tmp_path, TEACHER, RECIPE, inputs, earlier)
     assert "- The result of `my_score` was kept" in (tmp_path / "README.md").read_text()
 
 
-def test_folders_of_local_files_stay_private(inputs: dict[str, Manifest], tmp_path: Path) -> None:
+def test_folders_of_local_files_stay_private(inputs: dict[str, Input], tmp_path: Path) -> None:
     private = "/home/someone/private/my.jsonl"
-    inputs["data"].metrics["sources"] = [f"{private}#name=x", f"teacher://chat#prompts={private}"]
+    inputs["data"].manifest.metrics["sources"] = [
+        f"{private}#name=x",
+        f"teacher://chat#prompts={private}",
+    ]
     text = render_card(tmp_path, inputs)
     assert "`my.jsonl`. Licence: not recorded." in text
     assert "`teacher://chat`." in text
     assert "/home" not in text
 
 
-def test_names_cannot_add_markup_to_the_card(inputs: dict[str, Manifest], tmp_path: Path) -> None:
+def test_names_cannot_add_markup_to_the_card(inputs: dict[str, Input], tmp_path: Path) -> None:
     """Tries names of models, recipes, sources, tasks, metrics and licences."""
     nasty = "x`|<script>alert(1)</script>\n---\n# Title\n[a](javascript:b)![c](d)"
-    inputs["data"].metrics["sources"] = [f"hf://{nasty}:train", nasty]
-    tasks = inputs["tasks"].metrics["tasks"]
-    inputs["tasks"].metrics["tasks"] = {nasty: {**tasks["sciq"], "metric": nasty}}
+    inputs["data"].manifest.metrics["sources"] = [f"hf://{nasty}:train", nasty]
+    tasks = inputs["tasks"].manifest.metrics["tasks"]
+    inputs["tasks"].manifest.metrics["tasks"] = {nasty: {**tasks["sciq"], "metric": nasty}}
     (tmp_path / "README.md").write_text("---\nlicense: '\"a\":b'\n---\n")
     write_card(tmp_path, nasty, nasty, inputs, {})
     _, header, body = (tmp_path / "README.md").read_text(encoding="utf-8").split("---\n", 2)
@@ -186,7 +196,7 @@ def test_names_cannot_add_markup_to_the_card(inputs: dict[str, Manifest], tmp_pa
     ],
 )
 def test_a_card_is_named_after_teacher_and_recipe(
-    inputs: dict[str, Manifest], tmp_path: Path, teacher: str, name: str
+    inputs: dict[str, Input], tmp_path: Path, teacher: str, name: str
 ) -> None:
     write_card(tmp_path, teacher, RECIPE, inputs, {})
     assert f"# {name}-llama_width_prune\n" in (tmp_path / "README.md").read_text()
