@@ -181,6 +181,16 @@ class StopAtDeadline(Callback):
         self._cfg = cfg
 
     def on_train_batch_end(self, trainer: Any, pl_module: object, *args: object) -> None:
+        """Stops at the deadline. If a validation follows the step, stops after the validation."""
+        if trainer.global_step % self._cfg.val_check_interval:
+            self._stop_at_deadline(trainer)
+
+    def on_validation_end(self, trainer: Any, pl_module: object) -> None:
+        """Stops at the deadline; a later start would not repeat this validation."""
+        if not trainer.sanity_checking:
+            self._stop_at_deadline(trainer)
+
+    def _stop_at_deadline(self, trainer: Any) -> None:
         """Stops all ranks if the deadline has passed on the clock of any rank."""
         step = trainer.global_step
         if step >= self._cfg.max_steps:

@@ -23,6 +23,7 @@ from launch.commands import status
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import WORK
 from recipes.core.metrics import METRICS, read_records, steps_of
+from recipes.core.stage import DEADLINE
 from recipes.distillation import callbacks, trainer
 from recipes.distillation.callbacks import COLLECT_EVERY, CollectGarbage, Profile
 from recipes.distillation.model import KDModel
@@ -130,6 +131,22 @@ def test_validation_losses_are_means_over_tokens(
     first, second = batches
     assert abs(second - first) > 0.01
     assert validation["val_loss"] == pytest.approx(first, abs=0.05 * abs(second - first))
+
+
+def test_a_validation_precedes_a_stop_at_the_deadline(
+    distill_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first two starts stop after one step each; a validation is due after the second step."""
+    command = [*distill_command, *settings("distill", val_check_interval=2)]
+    with monkeypatch.context() as patch:
+        patch.setenv(DEADLINE, "1")  # seconds since 1970, so the deadline has passed
+        for step in (1, 2):
+            stopped = run_in_process(*command, cwd=tmp_path)
+            assert f"stopped at the deadline; step {step} of 6 is saved" in stopped.output
+    run_successfully(*command, cwd=tmp_path)
+    metrics = tmp_path / "run" / "distill" / METRICS
+    assert [step["done"] for step in steps_of(metrics, "distill")] == [1, 2, 3, 4, 5, 6]
+    assert [validation["done"] for validation in steps_of(metrics, "validate")] == [2, 4, 6]
 
 
 def interrupt(*args: object) -> None:
