@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
 from nemo_convert.architecture import Architecture
 from recipes.planning import rules
 from recipes.planning.hardware import Hardware
-from recipes.planning.rules import Problem
+from recipes.planning.rules import Problem, has_error
 from recipes.planning.training_cost import TrainingCost, peak_memory, training_cost
 from recipes.planning.workload import Layout, Workload, split_axes, workloads_of_shapes
 
@@ -34,11 +34,7 @@ def shape_layout_problems(
     first, *others = (
         list(layout_problems(w, hardware)) for w in workloads_of_shapes(workload, shapes)
     )
-    return next(filter(_has_error, [first, *others]), first)
-
-
-def _has_error(problems: Iterable[Problem]) -> bool:
-    return any(problem.rule.severity == rules.ERROR for problem in problems)
+    return next(filter(has_error, [first, *others]), first)
 
 
 def layout_problems(workload: Workload, hardware: Hardware) -> Iterator[Problem]:
@@ -189,7 +185,7 @@ class Proposal:
 def fits(workload: Workload, hardware: Hardware) -> bool:
     """Returns whether a workload's layout is valid and fits into memory."""
     layout = workload.layout
-    if _has_error(layout_problems(workload, hardware)):
+    if has_error(layout_problems(workload, hardware)):
         return False
     # A context-parallel rank holds two chunks of a sequence. Sequence parallelism splits each.
     # Without context parallelism, the factor 2 is stricter than necessary.

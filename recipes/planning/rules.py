@@ -38,6 +38,11 @@ class Problem:
         return f"{self.what}\n  fix: {self.fix}   [{self.rule.name}]{see}"
 
 
+def has_error(problems: Iterable[Problem]) -> bool:
+    """Returns whether a problem is an error, not a warning."""
+    return any(problem.rule.severity == ERROR for problem in problems)
+
+
 def refuse_errors(
     problems: Iterable[Problem], skipped: Collection[str] = ()
 ) -> tuple[Problem, ...]:

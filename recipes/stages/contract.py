@@ -15,7 +15,7 @@ from recipes.planning.chain import Chain
 from recipes.planning.inference_cost import InferenceCost
 from recipes.planning.layouts import shape_layout_problems
 from recipes.planning.limits import memory_problem
-from recipes.planning.rules import Problem
+from recipes.planning.rules import Problem, has_error
 from recipes.planning.workload import Workload
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ Kind = Literal[
 """Types of the results of stages."""
 Kinds = tuple[Kind, ...]
 
-PIPELINE_SIZES = (2, 4, 8)
-"""Pipeline-parallel sizes that ``smaller_settings`` proposes."""
+PARALLEL_SIZES = (2, 4, 8)
+"""Pipeline- and tensor-parallel sizes that ``smaller_settings`` proposes."""
 
 
 def inherited_shapes(config: StageConfig, chain: Chain) -> Sequence[Architecture]:
@@ -60,11 +60,29 @@ def smaller_settings(config: StageConfig) -> Iterator[dict[str, Any]]:
     """Yields changes of settings that save memory, the change with the least side effects first."""
     batch: dict[str, Any] = {"micro_batch_size": 1}
     bf16 = {"precision": "bf16-mixed"}
-    pipelines = [{"pipeline_model_parallel_size": size} for size in PIPELINE_SIZES]
+    pipelines = [  # one rank for each pipeline stage
+        {"pipeline_model_parallel_size": size, "resources.devices": size} for size in PARALLEL_SIZES
+    ]
     combined = [{**pipeline, **batch} for pipeline in pipelines]
-    for change in (batch, bf16, {**bf16, **batch}, *pipelines, *combined):
-        if all(hasattr(config, name) for name in change):
+    samples = vars(config).get("num_calibration_samples", 0) // 2
+    fewer = {"num_calibration_samples": max(1, samples)}
+    training: dict[str, Any] = {"distill.micro_batch_size": 1}
+    recomputing = {**training, "distill.recompute_granularity": "full"}
+    tensors = [{}, *({"distill.tensor_model_parallel_size": size} for size in PARALLEL_SIZES)]
+    trainings = [{**base, **tensor} for base in (training, recomputing) for tensor in tensors]
+    changes = (batch, bf16, {**bf16, **batch}, *pipelines, *combined, fewer, {**fewer, **batch})
+    for change in (*changes, *trainings):
+        if all(hasattr(config, name.partition(".")[0]) for name in change):
             yield change
+
+
+def with_changes(config: Any, changes: Mapping[str, Any]) -> Any:
+    """Returns settings with changes, whose keys may name nested settings: ``resources.devices``."""
+    for key, value in changes.items():
+        name, _, nested = key.partition(".")
+        new = with_changes(vars(config)[name], {nested: value}) if nested else value
+        config = replace(config, **{name: new})
+    return config
 
 
 def checkpoint_outcome(result: DataclassInstance | None, checkpoint: Path) -> Outcome:
@@ -164,12 +182,13 @@ class Stage(Generic[ConfigT]):
         needed = cost(config, chain).memory.total
         if needed <= available:
             return
-        for settings in smaller_settings(config):
-            if cost(replace(config, **settings), chain).memory.total <= available:
-                if size := settings.get("pipeline_model_parallel_size"):
-                    settings["resources.devices"] = size  # one rank for each pipeline stage
-                fix = " ".join(f"stages.{name}.{key}={value}" for key, value in settings.items())
-                yield memory_problem(name, needed, available, hardware.name, f"set {fix}")
-                return
         fix = "use a device with more memory"
+        for changes in smaller_settings(config):
+            smaller = with_changes(config, changes)
+            memory = hardware.memory_of_rank(smaller.resources.devices)
+            is_valid = not has_error(self.problems(smaller, chain))
+            if is_valid and cost(smaller, chain).memory.total <= memory:
+                settings = (f"stages.{name}.{key}={value}" for key, value in changes.items())
+                fix = f"set {' '.join(settings)}"
+                break
         yield memory_problem(name, needed, available, hardware.name, fix)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 GROUPS = ("model=", "heal=", "teacher=", "tasks=", "engine=")
 """Prefixes of overrides that Hydra must compose; all other overrides only set a field."""
 D, S, T = "stages.distill.", "stages.score.", "stages.evaluate_tasks."
+H, L = "stages.successive_halving.distill.", "stages.heal."
 """Prefixes of settings."""
 BFLOAT16 = "hardware.precision=bf16-mixed"
 """Sets the precision, whose default depends on this machine's processor."""
@@ -284,6 +285,14 @@ def test_skipped_rules_are_still_shown(plan: MakePlan) -> None:
     ("overrides", "fix"),
     [
         (
+            ("hardware.memory_bytes=48e9",),
+            f"{H}micro_batch_size=1 {H}tensor_model_parallel_size=4",
+        ),
+        (
+            ("heal=least_squares", f"{L}num_calibration_samples=4096", "hardware.memory_bytes=9e9"),
+            f"{L}num_calibration_samples=2048",
+        ),
+        (
             (
                 *(f"{S}num_calibration_samples=2048", f"{S}micro_batch_size=2048"),
                 *(f"{S}precision='32'", "hardware.memory_bytes=6e9"),
@@ -299,8 +308,9 @@ def test_skipped_rules_are_still_shown(plan: MakePlan) -> None:
 def test_memory_fix_of_a_stage_that_only_runs_a_model(
     plan: MakePlan, overrides: tuple[str, ...], fix: str
 ) -> None:
-    with pytest.raises(RecipeError, match="score needs about") as caught:
-        plan(*overrides)
+    recipe = {"recipe": "recipe=qwen3_8b_search"} if H in fix else {}
+    with pytest.raises(RecipeError, match=f"{fix.split('.')[1]} needs about") as caught:
+        plan(*overrides, **recipe)
     assert f"fix: set {fix}   [memory]" in str(caught.value)
 
 

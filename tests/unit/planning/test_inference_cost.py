@@ -145,7 +145,8 @@ def test_estimated_memory_is_within_10_percent_of_measurements_on_a_cpu() -> Non
 def test_the_first_memory_saving_suggestions_change_a_stage_least() -> None:
     first, second, *_ = smaller_settings(EvaluateConfig())
     assert (first, second) == ({"micro_batch_size": 1}, {"precision": "bf16-mixed"})
-    assert list(smaller_settings(ScoreConfig()))[3] == {"pipeline_model_parallel_size": 2}
+    pipeline = {"pipeline_model_parallel_size": 2, "resources.devices": 2}
+    assert list(smaller_settings(ScoreConfig()))[3] == pipeline
 
 
 def cost_of(chain: Chain, stage: str, **changes: object) -> InferenceCost:
