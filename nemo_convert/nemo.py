@@ -164,6 +164,7 @@ def new_model(hf_folder: Path) -> Any:
     ``hf_folder`` must be named ``hf`` and have side files only, no weights: NeMo copies the whole
     directory into the context as the tokenizer's files.
     """
+    enable()  # without TransformerEngine, importers need patches
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
     from nemo.lightning import io
 

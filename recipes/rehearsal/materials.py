@@ -17,7 +17,6 @@ from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
 from nemo_convert.families import FAMILIES
 from nemo_convert.hf_config import read_architecture, with_shape
-from recipes.backend.without_cuda import enable
 from recipes.core.files import write_json
 from recipes.core.manifest import ARTIFACT, Manifest
 from recipes.core.stage import Input
@@ -104,7 +103,6 @@ def _input(job: RankJob, source: JobInput, directory: Path) -> Input:
 
 def _write_checkpoint(config: Mapping[str, Any], checkpoint: Path) -> None:
     """Writes a NeMo checkpoint without weights."""
-    enable()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / nemo.SIDE
         _write_side_files(config, folder)

@@ -41,7 +41,9 @@ def test_round_trip_with_scaled_rope(text_file: Path, tmp_path: Path) -> None:
     rope = {"rope_scaling": {**LLAMA3_ROPE, "factor": 32.0}}
     source = write_tiny_model(tmp_path / "hf", text_file, **EVEN, **rope, train=False)
     assert convert_by_command("to-nemo", source, tmp_path / "m.nemo") == 0
-    assert convert_by_command("to-hf", tmp_path / "m.nemo", tmp_path / "back") == 0
+    # In a new process, since to-nemo has patched the libraries of this one.
+    arguments = ("to-hf", tmp_path / "m.nemo", tmp_path / "back")
+    subprocess.run([sys.executable, "-m", "nemo_convert", *arguments], cwd=REPO_ROOT, check=True)
     assert_same_weights(source, tmp_path / "back")
 
 
