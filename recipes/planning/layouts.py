@@ -207,8 +207,12 @@ def workloads_on_all_layouts(
     # for the configured pipeline size.
     pipelines = (workload.layout.pipeline,) if workload.compares_hidden_states else PARALLEL_SIZES
     recomputed = ("none",) if workload.compares_hidden_states else ("none", "full")
+    micros = PARALLEL_SIZES
+    if workload.trained is None:  # a teacher's pass has only TP, without sequence parallelism
+        # The largest micro batch that fits is the first.
+        pipelines, contexts, recomputed, micros = (1,), (1,), ("none",), PARALLEL_SIZES[::-1]
     for tensor, pipeline, context, expert, micro, recompute_granularity in product(
-        tensors, pipelines, contexts, PARALLEL_SIZES if moe else (1,), PARALLEL_SIZES, recomputed
+        tensors, pipelines, contexts, PARALLEL_SIZES if moe else (1,), micros, recomputed
     ):
         layout = Layout(
             nodes=devices // per_node,
@@ -219,7 +223,7 @@ def workloads_on_all_layouts(
             expert=expert,
             optimizer_instances=workload.layout.optimizer_instances,
             micro_batch_size=micro,
-            sequence_parallel=tensor > 1,
+            sequence_parallel=tensor > 1 and workload.trained is not None,
             recompute_granularity=recompute_granularity,
         )
         yield replace(workload, layout=layout)

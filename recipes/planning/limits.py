@@ -128,12 +128,13 @@ def _training_memory_problems(name: str, workload: Workload, chain: Chain) -> It
     fitting = proposals(workload, hardware, max(8, workload.layout.devices))  # nodes of 8 or more
     same_ranks = [p for p in fitting if p.workload.layout.ranks == workload.layout.ranks]
     for proposal in (same_ranks or fitting)[:1]:
-        fix = f"for example {' '.join(layout_overrides(name, proposal.workload.layout))}"
+        overrides = layout_overrides(chain.stages[name], proposal.workload.layout)
+        fix = f"for example {' '.join(overrides)}"
     yield memory_problem(name, needed, available, hardware.name, fix)
 
 
-def layout_overrides(stage: str, layout: Layout) -> list[str]:
-    """Returns a layout as command-line overrides of a training stage."""
+def layout_overrides(config: StageConfig, layout: Layout) -> list[str]:
+    """Returns a layout as command-line overrides of those settings that a stage has."""
     values = {
         "resources.nodes": layout.nodes,
         "resources.devices": layout.devices,
@@ -145,7 +146,11 @@ def layout_overrides(stage: str, layout: Layout) -> list[str]:
         "sequence_parallel": str(layout.sequence_parallel).lower(),
         "recompute_granularity": layout.recompute_granularity,
     }
-    return [f"stages.{stage}.{name}={value}" for name, value in values.items()]
+    return [
+        f"stages.{config.name}.{name}={value}"
+        for name, value in values.items()
+        if hasattr(config, name.partition(".")[0])
+    ]
 
 
 def slurm_seconds(limit: str) -> int:

@@ -217,6 +217,16 @@ def test_training_cannot_exceed_the_sequences_of_a_cached_teacher(
     assert f"stages.{tmp_path}" not in note.fix
 
 
+def test_too_large_batches_of_a_cached_teacher_get_a_fix_that_fits(plan: MakePlan) -> None:
+    cached = ["teacher=cached"]
+    cached += [f"stages.cache_logits.{x}" for x in ("micro_batch_size=16", "num_sequences=null")]
+    with pytest.raises(RecipeError, match="cache_logits needs about") as caught:
+        plan(*cached, recipe="recipe=llama3_1_8b_width")
+    fix = [word for word in str(caught.value).split() if word.startswith("stages.cache_logits.")]
+    assert "stages.cache_logits.micro_batch_size=8" in fix  # the largest that fits
+    plan(*cached, *fix, recipe="recipe=llama3_1_8b_width")
+
+
 SEARCH, SPACE = "recipe=shrink", "stages.enumerate_shapes.space"
 LATENCY, MEMORY = "stages.enumerate_shapes.budget.latency_ms", "hardware.memory_bytes"
 
