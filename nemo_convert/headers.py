@@ -274,8 +274,11 @@ def _hub_weight_files(hf_path: str) -> list[str]:
     """Lists the files that ``weight_files`` would list after a download."""
     from huggingface_hub import HfApi
 
-    if HfApi().file_exists(filename=WEIGHTS_FILE, **hub_arguments(hf_path)):
-        return [WEIGHTS_FILE]
+    try:
+        if HfApi().file_exists(filename=WEIGHTS_FILE, **hub_arguments(hf_path)):
+            return [WEIGHTS_FILE]
+    except Exception as error:
+        raise unreachable_error(hf_path, WEIGHTS_FILE, error) from error
     folder = side_folder(hf_path)
     if (folder / INDEX_FILE).is_file():
         return sorted(set(read_index(folder).values()))

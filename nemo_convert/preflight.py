@@ -98,7 +98,10 @@ def check_model(hf_path: str) -> Iterator[Finding]:
     try:
         headers = read_headers(hf_path)
     except RecipeError as error:
-        yield Finding(error.what, error.fix)
+        if is_hub_id(hf_path) and (cached := complete_cached_model(hf_path)):
+            yield from check_model(str(cached))
+        else:
+            yield Finding(error.what, error.fix)
         return
     yield from _index_findings(folder, headers)
     yield from _tensor_findings(hf_path, headers, shape)

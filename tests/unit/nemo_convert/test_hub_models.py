@@ -179,6 +179,20 @@ def test_a_note_says_that_a_hub_does_not_serve_ranges(hub: FakeHub, tmp_path: Pa
     assert "only as a whole" in output
 
 
+def test_without_a_network_the_weights_in_the_cache_are_checked(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    check = f"import time\ntime.sleep = lambda _: None  # between retries\n{CHECK}"
+    url, no_server = hub.url, "http://127.0.0.1:9"
+    for code, expected in ((CHECK, f"could not read {WEIGHTS}"), (DOWNLOAD, "")):
+        hub.url = url
+        run_with_hub(hub, tmp_path, code)  # fills the cache
+        hub.url = no_server
+        output = run_with_hub(hub, tmp_path, check).strip()
+        assert expected in output
+        assert bool(output) == bool(expected)
+
+
 @pytest.mark.parametrize(
     ("fault", "message", "fix"),
     [
