@@ -126,6 +126,10 @@ def require_matching_config(checkpoint: Path) -> None:
     wrong = [f"the weight {name}" for name in sorted(set(names) - known)]
     expected = {name: getattr(arch, name) for name in arch.megatron_to_hf()}
     expected |= {"rotary_base": rope_theta(config), "layernorm_epsilon": rms_norm_eps(config)}
+    # A model without scaling has no scale_factor in the context.
+    expected["scale_factor"] = (config.get("rope_scaling") or {}).get("factor", "none")
+    if arch.num_moe_experts:
+        expected |= {"moe_router_topk": arch.moe_router_topk, **family.corrections(config)}
     settings = _context_settings(checkpoint)
     wrong += [
         f"{name}={settings[name]} in {nemo.CONTEXT}/io.json instead of {value}"

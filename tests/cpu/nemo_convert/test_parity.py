@@ -142,21 +142,26 @@ def test_positions_increase_up_to_the_last(tokens: int, last: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "found"),
+    ("family", "changes", "found"),
     [
-        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "linear_qkv.bias"),
-        ({"rope_theta": 10_000.0}, "rotary_base=5000.0"),
-        ({"rms_norm_eps": 1e-3}, "layernorm_epsilon=1e-06"),
+        ("qwen2", {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "qkv.bias"),
+        ("qwen2", {"rope_theta": 10_000.0}, "rotary_base=5000.0"),
+        ("qwen2", {"rms_norm_eps": 1e-3}, "layernorm_epsilon=1e-06"),
+        ("llama", {"rope_scaling": None}, "scale_factor=8.0"),
+        ("qwen3_moe", {"num_experts_per_tok": 3}, "moe_router_topk=2"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "moe_router_pre_softmax=False"),
     ],
 )
 def test_config_json_of_another_model_is_refused(
+    family: str,
     changes: dict[str, Any],
     found: str,
     text_file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    source = write_tiny_model(tmp_path / "hf", text_file, "qwen2", train=False, **ODD)
+    scaling = {"rope_scaling": {**LLAMA3_ROPE, "factor": 8.0}} if family == "llama" else {}
+    source = write_tiny_model(tmp_path / "hf", text_file, family, train=False, **ODD, **scaling)
     checkpoint = tmp_path / "m.nemo"
     convert.to_nemo(source, checkpoint)
     edit_json("config.json", **changes)(nemo.side_folder(checkpoint))
