@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
 from nemo_convert.families import FAMILIES
-from nemo_convert.hf_config import read_architecture, with_shape
+from nemo_convert.hf_config import as_transformers_4, read_architecture, with_shape
 from recipes.core.files import write_json
 from recipes.core.manifest import ARTIFACT, Manifest
 from recipes.core.stage import Input
@@ -115,13 +115,11 @@ def _write_side_files(config: Mapping[str, Any], folder: Path) -> None:
     """Writes ``config.json`` and a byte tokenizer; a rehearsal tokenizes no text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     folder.mkdir(parents=True)
     # The ``config.json`` files of this repository have only the model's shape.
-    types = {name: model_type for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
-    defaults = {"torch_dtype": "bfloat16", "model_type": types[config["architectures"][0]]}
-    write_json(folder / "config.json", {**defaults, **config})
+    settings = {"torch_dtype": "bfloat16", **as_transformers_4(config, "a rehearsal")}
+    write_json(folder / "config.json", settings)
     tokens = [END, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

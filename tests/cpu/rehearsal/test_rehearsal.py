@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -22,9 +23,11 @@ from launch.rehearse import (
     peak_by_kind,
     planned_memory,
 )
+from nemo_convert.hub import read_hf_config
 from recipes.core.files import REPO_ROOT
 from recipes.planning.chain import Chain
 from recipes.planning.training_cost import STATE_BYTES
+from recipes.rehearsal import materials
 from recipes.rehearsal.job import RankJob, RehearsalResult
 from tests.cpu.rehearsal import defects
 from tests.support.rehearsals import MOE_MODEL, job_with_layers
@@ -224,6 +227,14 @@ def test_models_that_do_not_fit_together_are_reported(case: Case, rehearsed: Res
     chain = case.job[0]
     assert len(list(memory_mistakes([(job, result)], chain))) == (case in TOO_LARGE)
     assert ("parent" in result.peak) == (case in TOO_LARGE and case.stage == SEARCH.stage)
+
+
+def test_a_config_may_have_a_model_type_instead_of_architectures(tmp_path: Path) -> None:
+    job = Case(SMALL, "import_hf").job[1]
+    config = {**job.hf_config, "model_type": "llama"}
+    del config["architectures"]
+    hf_path = materials.settings(replace(job, hf_config=config), tmp_path)["hf_path"]
+    assert read_hf_config(hf_path)["model_type"] == "llama"
 
 
 def test_every_recipe_is_rehearsed() -> None:
