@@ -34,7 +34,11 @@ ADAPTER = "adapter_config.json"
 names, then the adapter."""
 HUB_SECONDS = 2.0
 """Seconds that ``is_config_available`` waits for the hub."""
-_HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>\w[\w./-]*))?")
+_PART = r"\w([\w.-]{0,94}\w)?"
+_HUB_ID = re.compile(
+    r"(?![^@]*(--|\.\.|\.git(@|$)))"  # huggingface_hub refuses these ids
+    rf"(?P<name>{_PART}(/{_PART})?)(@(?P<revision>\w[\w./-]*))?"
+)
 
 
 def is_hub_id(hf_path: str) -> bool:

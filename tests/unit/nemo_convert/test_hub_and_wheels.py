@@ -79,17 +79,24 @@ def test_model_name_fits_a_file_name(hf_path: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["gpt2", "org/name", "org/name-1.5_b", "org/name@0a1b", "gpt2@v1.0"]
+    "source", ["gpt2", "org/name", "org/name-1.5_b", "org/name@0a1b", "gpt2@v1.0", "g", "a/b@c--d"]
 )
 def test_hub_ids(source: str) -> None:
     assert is_hub_id(source)
 
 
 @pytest.mark.parametrize(
-    "source", ["/a/b", "a/b/c", "a b", "~/model", "org/", "", "org/name@", "@main"]
+    "source",
+    [
+        *("/a/b", "a/b/c", "a b", "~/model", "org/", "", "org/name@", "@main"),
+        *("models--org--name", "org/a--b", "org/a..b", "org/name.", "org/name-@main", "org./name"),
+        *("org/name.git", "a" * 97),
+    ],
 )
 def test_not_hub_ids(source: str) -> None:
     assert not is_hub_id(source)
+    with pytest.raises(RecipeError, match=r"neither a folder nor|no config\.json"):
+        read_hf_config(source)
 
 
 @pytest.mark.parametrize("source", ["./model", "../model"])
