@@ -23,7 +23,13 @@ from recipes.core.fingerprint import WORKER
 from recipes.core.fork_server import fork_module, fork_server, watch_child
 from recipes.core.processes import cores
 from recipes.core.run_state import REQUEST
-from recipes.core.stage_process import RunningStage, run_to_end, start_command, start_process
+from recipes.core.stage_process import (
+    SINGLE_RANK,
+    RunningStage,
+    run_to_end,
+    start_command,
+    start_process,
+)
 from recipes.planning.rules import Problem
 
 SCRIPT = "run.sh"
@@ -93,16 +99,11 @@ def command(stage: PlannedStage, python: str) -> list[str]:
 def environment(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
     """Returns the variables that a stage gets in addition to those of the launcher."""
     devices = stage.config.resources.devices
-    # The launcher may itself run as a rank of a job. A stage without torchrun would inherit the
-    # variables of this rank. In a job with this name, Lightning does not take the job's tasks for
-    # its ranks; with torchrun, it does not look at the job.
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "SLURM_JOB_NAME": "interactive"}
-    single_rank = ranks if devices == 1 else {}
     variables = stage_variables(stage, cluster)
     paths = filter(None, [variables["PYTHONPATH"], os.environ.get("PYTHONPATH")])
     return {
         "OMP_NUM_THREADS": str(max(1, cores() // stage.devices)),
-        **single_rank,
+        **(SINGLE_RANK if devices == 1 else {}),
         **variables,
         "PYTHONPATH": os.pathsep.join(paths),
     }

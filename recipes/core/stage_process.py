@@ -43,6 +43,10 @@ TAIL_BYTES = 1 << 16
 """Bytes that ``tail`` reads, in addition to 256 for each line."""
 RANK_VARIABLE = re.compile(r"(RANK|WORLD_SIZE)$|(TORCHELASTIC|GROUP|ROLE|LOCAL|MASTER)_")
 """Matches the names of the variables that torchrun sets in a rank."""
+SINGLE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "SLURM_JOB_NAME": "interactive"}
+"""Variables of a stage without torchrun. They replace those of a rank that starts the stage. In a
+job with this name, Lightning does not take the job's tasks for ranks; with torchrun, it does not
+look at the job."""
 _FAILED_RANK = re.compile(
     r"time +: (?P<time>\d{4}-\d\d-\d\d_[\d:]{8})(?:.*\n)+?.*rank +: (?P<rank>\d+) "
     r"(?:.*\n)+?.*exitcode +: (?P<code>-?\d+)"
@@ -181,6 +185,7 @@ def _child_environment(devices: int) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if not RANK_VARIABLE.match(name)}
     env["PYTHONPATH"] = str(REPO_ROOT)
     if devices == 1:
+        env |= SINGLE_RANK
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         local_rank = os.environ.get("LOCAL_RANK", "0")
         if visible is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from recipes.core.run_state import (
 from recipes.core.stage import DEADLINE, StoppedByDeadlineError
 from recipes.core.watchdog import STACKS
 from recipes.pruning.settings import PruneConfig
+from tests.support.launcher import write_program
 from tests.support.manifests import bare_manifest
 
 if TYPE_CHECKING:
@@ -292,3 +294,18 @@ def test_a_child_that_stops_at_the_deadline_stops_its_parent(
     with pytest.raises(StoppedByDeadlineError):
         stage_process.run_child(PruneConfig(stage="prune"), tmp_path / "late" / "prune", {})
     assert not (tmp_path / "late").exists()
+
+
+def test_a_child_with_one_device_is_not_a_rank_of_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search of several ranks may run in a Slurm job of several tasks."""
+    program, child = tmp_path / "python", tmp_path / "prune"
+    write_program(program, "env")
+    monkeypatch.setattr(sys, "executable", str(program))
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "batch", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError):  # the program writes no result
+        stage_process.run_child(PruneConfig(stage="prune"), child, {})
+    [log] = (child / stage_process.LOGS).iterdir()
+    assert {"SLURM_JOB_NAME=interactive", "RANK=0"} <= set(log.read_text().splitlines())
