@@ -19,8 +19,8 @@ from recipes.planning.training_cost import hours_text
 def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
     """Plans to keep a stage's stale result, if this command or an earlier one accepts it.
 
-    An earlier acceptance counts until settings, inputs, code or libraries change again, an input
-    will be computed again, or was computed again with other content.
+    An earlier acceptance counts until settings, inputs, code or libraries change again. It no
+    longer counts if an input will be computed again, or was, with other content.
     The returned stage has the kept result's fingerprint, because later stages use that result.
 
     Args:

@@ -27,7 +27,7 @@ from recipes.core.run_state import REQUEST, RUN_FILE, Status
 from recipes.core.screen import plain_table
 from recipes.core.snapshot import CODE
 from recipes.core.stage_process import newest_log, tail
-from recipes.report.runs import find_runs, read_run
+from recipes.report.runs import find_runs, read_run, runs_below
 
 STYLES = {
     Status.COMPLETE: "green",
@@ -38,8 +38,6 @@ STYLES = {
 STOP_SECONDS, SIGNAL_SECONDS = 60.0, 10.0
 """Time limit for a launcher to stop, and time between two signals to the launcher."""
 ROOT = Path("runs")
-RUN_PATTERNS = ("*", "*/*", "*/*/*")
-"""Patterns of run directories in ``ROOT``, or in another folder that contains runs."""
 YES = "--yes"
 AGE_UNITS = (("days", 86400), ("h", 3600), ("min", 60))
 """Units of an age, and the seconds of each."""
@@ -178,7 +176,7 @@ def runs(arguments: Sequence[str], console: Console) -> int:
             f"runs does not know '{' '.join(arguments)}'.", "runs [DIR], or runs clean RUN"
         )
     root = Path(*arguments) if arguments else ROOT
-    paths = _runs_below(root)
+    paths = runs_below(root)
     if not paths:
         raise RecipeError(f"there is no run in {root.resolve()}.", "runs DIR")
     columns = ("run", "recipe", "state", "quality", "speed", "parameters", "disk", "age")
@@ -187,11 +185,6 @@ def runs(arguments: Sequence[str], console: Console) -> int:
         table.add_row(*map(escape, _table_row(path, root)))
     console.print(table)
     return 0
-
-
-def _runs_below(root: Path) -> list[Path]:
-    files = (sorted(root.glob(f"{pattern}/{RUN_FILE}")) for pattern in RUN_PATTERNS)
-    return [file.parent for group in files for file in group]
 
 
 def _table_row(path: Path, root: Path) -> tuple[str, ...]:
@@ -246,7 +239,7 @@ def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
             fix = f"python launch/run.py cancel run_dir={path}"
             raise RecipeError(f"{path} is being run.", fix)
     roots = {ROOT.resolve(), *(path.parent for path in chosen_runs)}
-    other_runs = {run.resolve() for root in roots for run in _runs_below(root)} - set(chosen_runs)
+    other_runs = {run.resolve() for root in roots for run in runs_below(root)} - set(chosen_runs)
     needed_by = {stage: run for run in other_runs for stage in _needed_folders(run)}
     notes = {
         stage: f"needed by {run}" for stage, run in needed_by.items() if stage.parent in chosen_runs

@@ -125,7 +125,7 @@ def explain_storage_errors(folder: Path) -> Iterator[None]:
 def json_text(value: Any, non_finite: Callable[[float], str | None] = str, **options: Any) -> str:
     """Returns JSON, which lacks NaN and infinity: ``non_finite`` returns their replacement.
 
-    Pydantic reads the default, strings such as "nan", as numbers.
+    The default replaces them by strings such as "nan", which pydantic reads as numbers.
     """
 
     def plain(item: Any) -> Any:

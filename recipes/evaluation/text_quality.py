@@ -75,8 +75,8 @@ def measure(
         raise RecipeError(
             f"the held-out text has {len(text)} sequences of {cfg.seq_length} tokens, but "
             f"{cfg.name} has {world_size()} ranks",
-            f"set stages.{cfg.name}.resources.devices={max(1, len(text))}, or hold out more text: "
-            "heldout_fraction of the stage that prepares it",
+            f"set stages.{cfg.name}.resources.devices={max(1, len(text))} and resources.nodes=1, "
+            "or hold out more text: heldout_fraction of the stage that prepares it",
         )
     if world_size() > 1:
         nemo.initialize(nemo.Parallelism())

@@ -239,7 +239,9 @@ def _text_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Prob
     else:
         weights = _weights(chain, name, data)
         yield from _repeated_sources(name, workload.tokens, weights, tokens_by_source)
-        if workload.tokens > MAX_EPOCHS * expected:
+        # Without a cache, the epochs of all sources together say no more than those of each.
+        counts_total = not weights or workload.cached_sequences is not None
+        if counts_total and workload.tokens > MAX_EPOCHS * expected:
             yield Problem(
                 rules.EPOCHS,
                 f"{name} trains on {workload.tokens:,} tokens, but {text} has about "

@@ -82,7 +82,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
             raise RecipeError(
                 f"{path} is not a directory", "name directories of runs or of a sweep"
             )
-        runs = [path] if (path / RUN_FILE).is_file() else _runs_below(path)
+        runs = [path] if (path / RUN_FILE).is_file() else runs_below(path)
         if not runs:
             raise RecipeError(
                 f"{path} is not a run and contains none: {RUN_FILE} is missing",
@@ -92,9 +92,10 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     return list(run_dirs)
 
 
-def _runs_below(path: Path) -> list[Path]:
-    """Returns the runs of a sweep or of several sweeps, in numeric order: 2 before 10."""
-    runs = [file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/{RUN_FILE}")]
+def runs_below(path: Path) -> list[Path]:
+    """Returns the runs in a folder, also those of sweeps, in numeric order: 2 before 10."""
+    patterns = ("*", "*/*", "*/*/*")
+    runs = [file.parent for each in patterns for file in path.glob(f"{each}/{RUN_FILE}")]
 
     def order(run: Path) -> list[tuple[int, str]]:
         return [(int(p) if p.isdigit() else -1, p) for p in run.relative_to(path).parts]

@@ -52,6 +52,7 @@ from recipes.core.stage_process import start_process
 on_interrupt(signal.default_int_handler)
 stage = "trap 'sleep 2; echo ended; exit' TERM; echo started; while :; do sleep 0.1; done"
 with start_process(["sh", "-c", stage], sys.stdout.buffer):
+    print("waits", flush=True)
     while True:  # a signal just before a sleep is handled only after the sleep
         time.sleep(0.1)
 """
@@ -290,7 +291,8 @@ def test_a_repeated_sigterm_does_not_end_the_wait_for_a_stage(root: Path) -> Non
         [sys.executable, "-c", SLOW_STAGE], cwd=root, stdout=subprocess.PIPE, text=True
     )
     assert launcher.stdout
-    assert launcher.stdout.readline() == "started\n"
+    lines = {launcher.stdout.readline() for _ in range(2)}
+    assert lines == {"started\n", "waits\n"}
     for _ in range(2):
         launcher.send_signal(signal.SIGTERM)
         time.sleep(1)
