@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,7 @@ from nemo_convert.hf_config import (
 )
 from nemo_convert.preflight import model_dtype, require_convertible
 from nemo_convert.tokenizer_files import convert_tokenizer
-from nemo_convert.trust import read_metadata
+from nemo_convert.trust import MODEL_NAMES, read_metadata
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
 
@@ -126,7 +127,6 @@ def require_matching_config(checkpoint: Path) -> None:
     wrong = [f"the weight {name}" for name in sorted(set(names) - known)]
     expected = {name: getattr(arch, name) for name in arch.megatron_to_hf()}
     expected |= {"rotary_base": rope_theta(config), "layernorm_epsilon": rms_norm_eps(config)}
-    # A model without scaling has no scale_factor in the context.
     expected["scale_factor"] = (config.get("rope_scaling") or {}).get("factor", "none")
     if arch.num_moe_experts:
         expected |= {"moe_router_topk": arch.moe_router_topk, **family.corrections(config)}
@@ -145,15 +145,24 @@ def require_matching_config(checkpoint: Path) -> None:
 
 
 def _context_settings(checkpoint: Path) -> dict[str, Any]:
-    """Reads plain values of NeMo's model config as JSON, since to open a context may run code."""
-    objects = read_json(checkpoint / nemo.CONTEXT / "io.json")["objects"].values()
-    return {
-        label.removeprefix("Attr(name='").removesuffix("')"): value.get("value")
-        for item in objects
-        if "<root>.model.config" in item.get("paths", ())
-        for label, value in item["items"]
-        if isinstance(value, dict)
-    }
+    """Reads plain values of NeMo's model config as JSON, since to open a context may run code.
+
+    A value that is not stored is the default of the config's class, if the class is NeMo's.
+    """
+    objects = read_json(checkpoint / nemo.CONTEXT / "io.json")["objects"]
+    settings: dict[str, Any] = {}
+    for item in objects.values():
+        if "<root>.model.config" in item.get("paths", ()):
+            target = dict(objects[item["metadata"]["key"]]["items"])["Attr(name='fn_or_cls')"]
+            if MODEL_NAMES.fullmatch(name := f"{target['module']}.{target['name']}"):
+                settings = {"scale_factor": "none"}  # classes without scaling do not have it
+                settings |= {field.name: field.default for field in fields(resolve_name(name))}
+            settings |= {
+                label.removeprefix("Attr(name='").removesuffix("')"): value.get("value")
+                for label, value in item["items"]
+                if isinstance(value, dict)
+            }
+    return settings
 
 
 def to_hf(checkpoint: Path, hf_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +14,19 @@ import torch
 from nemo_convert import convert, hf, nemo, parity
 from nemo_convert.families import LLAMA3_ROPE
 from recipes.core.errors import RecipeError
+from recipes.core.files import read_json
 from tests.support.conversion import convert_by_command, read_tensors
 from tests.support.folder_changes import EMBEDDING, edit_json, edit_weights, untie
 from tests.support.models import EVEN, ODD, write_tiny_model
+
+SCALING = {**LLAMA3_ROPE, "factor": 8.0}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """A directory with ``hf``, a model with scaled RoPE and an untied head, and ``m.nemo``."""
     root = tmp_path_factory.mktemp("parity")
-    scaling = {**LLAMA3_ROPE, "factor": 8.0}
-    write_tiny_model(root / "hf", text_file, **EVEN, rope_scaling=scaling, train=False)
+    write_tiny_model(root / "hf", text_file, **EVEN, rope_scaling=SCALING, train=False)
     convert.to_nemo(root / "hf", root / "m.nemo")
     return root
 
@@ -148,6 +151,7 @@ def test_positions_increase_up_to_the_last(tokens: int, last: int) -> None:
         ("qwen2", {"rope_theta": 10_000.0}, "rotary_base=5000.0"),
         ("qwen2", {"rms_norm_eps": 1e-3}, "layernorm_epsilon=1e-06"),
         ("llama", {"rope_scaling": None}, "scale_factor=8.0"),
+        ("llama", {"rope_scaling": SCALING}, "scale_factor=none"),
         ("qwen3_moe", {"num_experts_per_tok": 3}, "moe_router_topk=2"),
         ("qwen3_moe", {"norm_topk_prob": False}, "moe_router_pre_softmax=False"),
     ],
@@ -160,10 +164,16 @@ def test_config_json_of_another_model_is_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    scaling = {"rope_scaling": {**LLAMA3_ROPE, "factor": 8.0}} if family == "llama" else {}
+    scaling = {"rope_scaling": SCALING} if changes == {"rope_scaling": None} else {}
     source = write_tiny_model(tmp_path / "hf", text_file, family, train=False, **ODD, **scaling)
     checkpoint = tmp_path / "m.nemo"
     convert.to_nemo(source, checkpoint)
+    context = checkpoint / nemo.CONTEXT
+    objects = read_json(context / "io.json")["objects"]
+    for item in objects.values():  # as if NeMo's defaults, which it does not store, were used
+        item["items"] = [i for i in item["items"] if not re.search("scale_f|pre_softmax", i[0])]
+    edit_json("io.json", objects=objects)(context)
+    convert.require_matching_config(checkpoint)
     edit_json("config.json", **changes)(nemo.side_folder(checkpoint))
     for arguments in (("to-hf", checkpoint, tmp_path / "back"), ("verify", source, checkpoint)):
         assert convert_by_command(*arguments) == 1
