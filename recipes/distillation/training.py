@@ -85,7 +85,7 @@ def _runs_on_this_cpu(chain: Chain) -> bool:
 def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
     """Finds settings that would fail once training has started."""
     yield from _schedule_problems(cfg)
-    yield from weight_problems(cfg.weights, cfg.inputs.get("data", ""), chain)
+    yield from weight_problems(cfg.name, cfg.weights, cfg.inputs.get("data", ""), chain)
     if cfg.fp8 is not None:
         yield from _fp8_problems(cfg, chain)
     yield from _compiler_problems(cfg, chain)
@@ -101,7 +101,7 @@ def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def loss_problems(cfg: DistillConfig) -> Iterator[Problem]:
-    """Finds a loss without a term on logits, and recomputation without the gradients it needs."""
+    """Finds a loss without a term on logits, and recomputation that a loss does not support."""
     if not (cfg.kd_weight or cfg.lm_weight):
         yield Problem(rules.LOSS, "kd_weight and lm_weight are both 0", "set one above 0")
     if cfg.hidden_weight and cfg.recompute_granularity == "full":
@@ -143,10 +143,13 @@ def pair_problems(
             )
 
 
-def weight_problems(weights: Collection[str], data: str, chain: Chain) -> Iterator[Problem]:
-    """Finds weights of sources that ``data`` does not have, and text that has lost its weights.
+def weight_problems(
+    name: str, weights: Collection[str], data: str, chain: Chain
+) -> Iterator[Problem]:
+    """Finds weights of sources that ``data`` does not have, and unweighted text of another run.
 
     Args:
+        name: Where the user sets ``weights``, below ``stages``.
         weights: Names of the weighted sources.
         data: The stage that prepares the text, or its directory.
         chain: The stages of the run.
@@ -157,20 +160,21 @@ def weight_problems(weights: Collection[str], data: str, chain: Chain) -> Iterat
     elif manifest is not None:
         known = [source.source for source in manifest.result(DatasetResult).source_tokens["train"]]
         if len(known) > 1 and not weights:
-            example = ", ".join(f"{name}: 1" for name in known)
+            example = ", ".join(f"{source}: 1" for source in known)
             yield Problem(
                 rules.SOURCE_WEIGHTS,
-                f"weights in the sources of {data} do not apply here: longer sources count more",
-                f"set the weights again, such as '+stages.distill.weights={{{example}}}'",
+                f"longer sources of {data} count more: if its sources had weights, they do not "
+                "apply",
+                f"to set weights: '+stages.{name}.weights={{{example}}}'",
             )
     else:
         return
-    for name in weights:
-        if name not in known:
+    for source in weights:
+        if source not in known:
             yield Problem(
                 rules.DATA_SOURCES,
-                f"weights has '{name}', which is not a training source of {data}."
-                f"{did_you_mean(name, known)}",
+                f"weights has '{source}', which is not a training source of {data}."
+                f"{did_you_mean(source, known)}",
                 f"use one of: {', '.join(known)}",
             )
 

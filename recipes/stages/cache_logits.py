@@ -31,7 +31,8 @@ def check(cfg: CacheLogitsConfig, chain: Chain) -> Iterator[Problem]:
             f"top_k={cfg.top_k} must be less than the vocabulary size, {chain.teacher.vocab_size}",
             "set a much smaller number, such as top_k=64",
         )
-    yield from weight_problems(cfg.weights, cfg.inputs.get("data", ""), chain)
+    # By default, this stage has the weights of ``distill``, which trains on the same sequences.
+    yield from weight_problems("distill", cfg.weights, cfg.inputs.get("data", ""), chain)
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
 
 

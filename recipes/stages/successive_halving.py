@@ -109,7 +109,8 @@ def check(cfg: SuccessiveHalvingConfig, chain: Chain) -> Iterator[Problem]:
         yield from loss_problems(training)
         pairs = (list(pair_problems(training, s, chain.teacher)) for s in shapes or [chain.teacher])
         yield from next(filter(None, pairs), [])  # of the largest candidate that has problems
-        yield from weight_problems(training.weights, cfg.inputs.get("data", ""), chain)
+        data = cfg.inputs.get("data", "")
+        yield from weight_problems(training.name, training.weights, data, chain)
         # Without known shapes, only the teacher's layout is checked.
         workload = training_workload(training, chain.teacher, chain.teacher)
         yield from shape_layout_problems(workload, shapes, chain.hardware)

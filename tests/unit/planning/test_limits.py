@@ -150,11 +150,21 @@ def test_text_of_another_run_needs_its_weights_again(
     sources = {"train": [SourceTokens("small", 10**5), SourceTokens("large", 10**6)]}
     result = replace(RESULTS["prepare_data"], source_tokens=sources)
     edit_manifest(data, metrics=asdict(result))
-    elsewhere = f"{D}inputs.data={data}"
-    notes = [note for note in plan(elsewhere).notes if note.rule.name == "source-weights"]
-    assert ["+stages.distill.weights={small: 1, large: 1}" in note.fix for note in notes] == [True]
-    weighted = plan(elsewhere, f"+{D}weights={{small: 1, large: 3}}")
-    assert "source-weights" not in {note.rule.name for note in weighted.notes}
+
+    def fixes(recipe: str, *overrides: str) -> list[str]:
+        notes = plan(*overrides, "skip_rules=[tokens]", recipe=f"recipe={recipe}").notes
+        return [note.fix for note in notes if note.rule.name == "source-weights"]
+
+    for recipe, stage, *overrides in (
+        ("llama_width_prune", "distill"),
+        ("llama_search", "successive_halving"),
+        ("llama3_1_8b_depth", "distill_long", "long_context=32k"),
+    ):
+        overrides.append(f"stages.{stage}.inputs.data={data}")
+        [fix] = fixes(recipe, *overrides)
+        override = fix.split("'")[1]
+        assert override.startswith(f"+stages.{stage}.")
+        assert fixes(recipe, *overrides, override) == []
 
 
 @pytest.mark.parametrize(
