@@ -199,7 +199,8 @@ def require_no_lost_work(stage: PlannedStage) -> None:
     if stage.action != RUN or begun is None or progress is None:
         return
     changes, run_dir = ", ".join(describe_changes(stage, begun)), stage.directory.parent
-    if lock.read_holder(run_dir) or stage.name in active_jobs(run_dir):
+    holder = lock.read_holder(run_dir)
+    if (holder and holder.stage == stage.name) or stage.name in active_jobs(run_dir):
         raise RecipeError(
             f"{stage.name} is running, at {progress}, and since its start {changes}.",
             f"wait for it, or: python launch/run.py cancel run_dir={run_dir}",

@@ -77,7 +77,10 @@ def test_progress_is_not_lost_to_a_changed_field(plan: MakePlan) -> None:
     assert fix == (
         "set stages.distill.global_batch_size=4 to resume, or force=[distill] to start over"
     )
-    with lock.acquire(plan().run_dir):
+    with lock.acquire(plan().run_dir) as set_stage:
+        set_stage("evaluate")  # of a plan with only=[evaluate]
+        assert refusal(plan, "stages.distill.global_batch_size=8") == [what, fix]
+        set_stage("distill")
         what, wait = refusal(plan, "stages.distill.global_batch_size=8")
     assert what.startswith("distill is running, at step 50, and since its start global_batch_size")
     assert "cancel run_dir=" in wait
