@@ -13,7 +13,7 @@ from recipes.core.stage import Inputs, StageConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.inference_cost import InferenceCost
-from recipes.planning.layouts import shape_layout_problems
+from recipes.planning.layouts import PARALLEL_SIZES, shape_layout_problems
 from recipes.planning.limits import memory_problem
 from recipes.planning.rules import Problem, has_error
 from recipes.planning.workload import Workload
@@ -43,9 +43,6 @@ Kind = Literal[
 """Types of the results of stages."""
 Kinds = tuple[Kind, ...]
 
-PARALLEL_SIZES = (2, 4, 8)
-"""Pipeline- and tensor-parallel sizes that ``smaller_settings`` proposes."""
-
 
 def inherited_shapes(config: StageConfig, chain: Chain) -> Sequence[Architecture]:
     """Returns the architectures that a stage's input may have; empty if they are not known yet."""
@@ -60,15 +57,20 @@ def smaller_settings(config: StageConfig) -> Iterator[dict[str, Any]]:
     """Yields changes of settings that save memory, the change with the least side effects first."""
     batch: dict[str, Any] = {"micro_batch_size": 1}
     bf16 = {"precision": "bf16-mixed"}
+    sizes = PARALLEL_SIZES[1:]
     pipelines = [  # one rank for each pipeline stage
-        {"pipeline_model_parallel_size": size, "resources.devices": size} for size in PARALLEL_SIZES
+        {"pipeline_model_parallel_size": size, "resources.devices": size} for size in sizes
     ]
     combined = [{**pipeline, **batch} for pipeline in pipelines]
     samples = vars(config).get("num_calibration_samples", 0) // 2
     fewer = {"num_calibration_samples": max(1, samples)}
     training: dict[str, Any] = {"distill.micro_batch_size": 1}
     recomputing = {**training, "distill.recompute_granularity": "full"}
-    tensors = [{}, *({"distill.tensor_model_parallel_size": size} for size in PARALLEL_SIZES)]
+    tensors: list[dict[str, Any]] = [{}]
+    if "distill" in vars(config):  # a search
+        devices = vars(config)["distill"].resources.devices
+        name = "distill.tensor_model_parallel_size"
+        tensors += [{name: n, "distill.resources.devices": max(devices, n)} for n in sizes]
     trainings = [{**base, **tensor} for base in (training, recomputing) for tensor in tensors]
     changes = (batch, bf16, {**bf16, **batch}, *pipelines, *combined, fewer, {**fewer, **batch})
     for change in (*changes, *trainings):
@@ -81,7 +83,10 @@ def with_changes(config: Any, changes: Mapping[str, Any]) -> Any:
     for key, value in changes.items():
         name, _, nested = key.partition(".")
         new = with_changes(vars(config)[name], {nested: value}) if nested else value
-        config = replace(config, **{name: new})
+        changed = replace(config, **{name: new})
+        if isinstance(config, StageConfig):
+            changed.name = config.name  # ``replace`` sets the module's name
+        config = changed
     return config
 
 

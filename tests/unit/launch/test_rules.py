@@ -26,7 +26,7 @@ from tests.unit.conftest import LLAMA_CONFIG, SMALL_STUDENT
 if TYPE_CHECKING:
     from tests.unit.conftest import Compose, MakePlan
 
-GROUPS = ("model=", "heal=", "teacher=", "tasks=", "engine=")
+GROUPS = ("model=", "hardware=", "heal=", "teacher=", "tasks=", "engine=")
 """Prefixes of overrides that Hydra must compose; all other overrides only set a field."""
 D, S, T = "stages.distill.", "stages.score.", "stages.evaluate_tasks."
 H, L = "stages.successive_halving.distill.", "stages.heal."
@@ -286,7 +286,11 @@ def test_skipped_rules_are_still_shown(plan: MakePlan) -> None:
     [
         (
             ("hardware.memory_bytes=48e9",),
-            f"{H}micro_batch_size=1 {H}tensor_model_parallel_size=4",
+            f"{H}micro_batch_size=1 {H}tensor_model_parallel_size=4 {H}resources.devices=8",
+        ),
+        (
+            ("model=qwen3_8b", "hardware=h100"),
+            f"{H}micro_batch_size=1 {H}tensor_model_parallel_size=2 {H}resources.devices=2",
         ),
         (
             ("heal=least_squares", f"{L}num_calibration_samples=4096", "hardware.memory_bytes=9e9"),
@@ -308,7 +312,8 @@ def test_skipped_rules_are_still_shown(plan: MakePlan) -> None:
 def test_memory_fix_of_a_stage_that_only_runs_a_model(
     plan: MakePlan, overrides: tuple[str, ...], fix: str
 ) -> None:
-    recipe = {"recipe": "recipe=qwen3_8b_search"} if H in fix else {}
+    search = "shrink" if "model=qwen3_8b" in overrides else "qwen3_8b_search"
+    recipe = {"recipe": f"recipe={search}"} if H in fix else {}
     with pytest.raises(RecipeError, match=f"{fix.split('.')[1]} needs about") as caught:
         plan(*overrides, **recipe)
     assert f"fix: set {fix}   [memory]" in str(caught.value)

@@ -26,7 +26,7 @@ from recipes.planning.training_cost import peak_memory, step_time, token_compute
 from recipes.planning.transformer import LOGITS_BYTES, forward_flops, largest
 from recipes.planning.workload import Layout, Workload
 from recipes.pruning.settings import ScoreConfig
-from recipes.stages.contract import smaller_settings
+from recipes.stages.contract import smaller_settings, with_changes
 from tests.unit.planning.models import CPU, H100, LLAMA, published
 
 if TYPE_CHECKING:
@@ -146,7 +146,10 @@ def test_the_first_memory_saving_suggestions_change_a_stage_least() -> None:
     first, second, *_ = smaller_settings(EvaluateConfig())
     assert (first, second) == ({"micro_batch_size": 1}, {"precision": "bf16-mixed"})
     pipeline = {"pipeline_model_parallel_size": 2, "resources.devices": 2}
-    assert list(smaller_settings(ScoreConfig()))[3] == pipeline
+    (score := ScoreConfig()).name = "score_again"
+    assert list(smaller_settings(score))[3] == pipeline
+    changed = with_changes(score, pipeline)
+    assert (changed.name, changed.resources.devices) == ("score_again", 2)
 
 
 def cost_of(chain: Chain, stage: str, **changes: object) -> InferenceCost:
