@@ -86,7 +86,7 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
     external = stage.definition.external(stage.config)
     readable = {ref.directory for ref in stage.inputs.values()}
     # The absolute path may be in a mounted folder, but pass through a link that leads out of it.
-    for path in [p for file in external.values() for p in (file.absolute(), file.resolve())]:
+    for path in [p for file in external.values() for p in _followed_paths(file.absolute())]:
         readable |= {path, *_link_folders(path)}
     # With ``prefix``, the result of ``prepare_data`` has links to the user's files.
     for config in stage.chain.stages.values():
@@ -101,6 +101,14 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
         if not parents or (path in writable and all(m.read_only for m in parents)):
             mounts.append(Mount(path, path not in writable))
     return mounts
+
+
+def _followed_paths(path: Path) -> Iterator[Path]:
+    """Yields a path, the path after each link on its way, and the path without links."""
+    yield from (path, path.resolve())
+    link = next((p for p in (*reversed(path.parents), path) if p.is_symlink()), None)
+    if link and path.exists():  # a loop of links does not exist
+        yield from _followed_paths(_link_target(link) / path.relative_to(link))
 
 
 def _link_folders(path: Path) -> Iterator[Path]:

@@ -78,6 +78,9 @@ def test_folders_to_which_links_of_a_model_lead_are_mounted(
     (work / "models").symlink_to(tmp_path)
     monkeypatch.chdir(work)
     assert read_only(Path("models/hf_model")) == {hf_folder}
+    (tmp_path / "scratch").symlink_to(tmp_path)
+    (work / "stored").symlink_to(tmp_path / "scratch")  # a link to a link
+    assert read_only(Path("stored/hf_model")) == {tmp_path / "scratch/hf_model", hf_folder}
     blobs, snapshot, link = (tmp_path / name for name in ("blobs", "snapshots/a", "links/model"))
     for folder in (blobs, snapshot, link.parent):
         folder.mkdir(parents=True)
