@@ -161,8 +161,7 @@ def architecture_of(checkpoint: Path) -> Architecture:
 def new_model(hf_folder: Path) -> Any:
     """Makes a NeMo model (config and tokenizer, no weights) for a Hugging Face folder.
 
-    ``hf_folder`` must be named ``hf`` and have side files only, no weights: NeMo copies the whole
-    directory into the context as the tokenizer's files.
+    ``hf_folder`` must be named ``hf`` and have no weights. NeMo copies its files to the context.
     """
     enable()  # without TransformerEngine, importers need patches
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer

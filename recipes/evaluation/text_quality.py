@@ -70,14 +70,7 @@ def measure(
         out: Folder of ``results.json``.
         log: Metrics file.
     """
-    text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_sequences)
-    if len(text) < world_size():
-        raise RecipeError(
-            f"the held-out text has {len(text)} sequences of {cfg.seq_length} tokens, but "
-            f"{cfg.name} has {world_size()} ranks",
-            f"set stages.{cfg.name}.resources.devices={max(1, len(text))} and resources.nodes=1, "
-            "or hold out more text: heldout_fraction of the stage that prepares it",
-        )
+    text = _held_out_text(cfg, data)
     if world_size() > 1:
         nemo.initialize(nemo.Parallelism())
     rank_text = text[rank() :: world_size()]
@@ -121,6 +114,19 @@ def measure(
         recovered=_recovered(scores),
         sources=_by_source(scores, text) if len(text.sources) > 1 else {},
     )
+
+
+def _held_out_text(cfg: EvaluateConfig, data: Input) -> TextSequences:
+    """Reads the held-out sequences, of which each rank needs at least one."""
+    text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_sequences)
+    if len(text) < world_size():
+        raise RecipeError(
+            f"the held-out text has {len(text)} sequences of {cfg.seq_length} tokens, but "
+            f"{cfg.name} has {world_size()} ranks",
+            f"set stages.{cfg.name}.resources.devices={max(1, len(text))} and resources.nodes=1, "
+            "or hold out more text: heldout_fraction of the stage that prepares it",
+        )
+    return text
 
 
 def _write_details(

@@ -76,11 +76,7 @@ def write_card(
         "sources": (sources := _sources(texts)),
         "compared": bool(texts) and not any(text.sample for text in texts),
         "restricted": [terms for _, terms, _ in sources if forbids_commercial_use(terms)],
-        # Stages whose results the user kept although settings or code changed.
-        "accepted": [
-            *(name for name, manifest in earlier.items() if manifest.accepted),
-            *(item.directory.name for item in stages.values() if item.manifest.accepted),
-        ],
+        "accepted": _accepted_stages(stages, earlier),
         "evaluation": evaluation,
         "measured_on": f"{evaluation.predictions:,} next-token predictions on held-out text",
         "tasks": inputs["tasks"].result(TaskResults) if "tasks" in inputs else None,
@@ -88,6 +84,12 @@ def write_card(
         "conversions": list(conversion_servers(".", shape)) if shape else [],
     }
     render_template(CARD_TEMPLATE.name, content, folder / "README.md")
+
+
+def _accepted_stages(stages: Inputs, earlier: Mapping[str, Manifest]) -> list[str]:
+    """Returns the stages whose results the user kept although settings or code changed."""
+    manifests = {**earlier, **{item.directory.name: item.manifest for item in stages.values()}}
+    return [name for name, manifest in manifests.items() if manifest.accepted]
 
 
 def _dropped_layers(inputs: Mapping[str, Manifest]) -> list[int]:
