@@ -70,7 +70,8 @@ def measure(
         out: Folder of ``results.json``.
         log: Metrics file.
     """
-    text = _held_out_text(cfg, data)
+    text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_sequences)
+    _require_text_for_ranks(cfg, text)
     if world_size() > 1:
         nemo.initialize(nemo.Parallelism())
     rank_text = text[rank() :: world_size()]
@@ -116,9 +117,7 @@ def measure(
     )
 
 
-def _held_out_text(cfg: EvaluateConfig, data: Input) -> TextSequences:
-    """Reads the held-out sequences, of which each rank needs at least one."""
-    text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_sequences)
+def _require_text_for_ranks(cfg: EvaluateConfig, text: TextSequences) -> None:
     if len(text) < world_size():
         raise RecipeError(
             f"the held-out text has {len(text)} sequences of {cfg.seq_length} tokens, but "
@@ -126,7 +125,6 @@ def _held_out_text(cfg: EvaluateConfig, data: Input) -> TextSequences:
             f"set stages.{cfg.name}.resources.devices={max(1, len(text))} and resources.nodes=1, "
             "or hold out more text: heldout_fraction of the stage that prepares it",
         )
-    return text
 
 
 def _write_details(
