@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launch.planned import RUN, SKIP, PlannedStage, describe_changes
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import Acceptance, Manifest, read_manifest
+from recipes.core.manifest import Acceptance, Manifest, read_manifest, replaced_inputs
 from recipes.core.run_state import content_of
 from recipes.planning.training_cost import hours_text
 
@@ -19,8 +19,8 @@ from recipes.planning.training_cost import hours_text
 def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
     """Plans to keep a stage's stale result, if this command or an earlier one accepts it.
 
-    An earlier acceptance counts until settings, inputs, code or libraries change again. It no
-    longer counts if an input will be computed again, or was, with other content.
+    An earlier acceptance counts until settings, inputs, code or libraries change again. It also
+    ends if an input was computed again with other content, or will be computed again.
     The returned stage has the kept result's fingerprint, because later stages use that result.
 
     Args:
@@ -44,7 +44,7 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
         acceptance is not None
         and acceptance.fingerprint == stage.fingerprint
         and not stage.rerun_inputs
-        and not replace(result, input_content=acceptance.input_content).replaced_inputs(content)
+        and not replaced_inputs(acceptance.input_content, content)
     )
     if not named and not is_current:
         return stage

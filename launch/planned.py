@@ -16,7 +16,7 @@ from launch.slurm_queue import active_jobs
 from recipes.core.errors import RecipeError, require_known
 from recipes.core.files import REPO_ROOT
 from recipes.core.fingerprint import module_of, with_absolute_path
-from recipes.core.manifest import WORK, Acceptance, Manifest, read_manifest
+from recipes.core.manifest import WORK, Acceptance, Manifest, read_manifest, replaced_inputs
 from recipes.core.run_state import (
     InputRef,
     Request,
@@ -249,7 +249,9 @@ def _replaced_inputs(stage: PlannedStage, before: Manifest) -> list[str]:
 
     The content of inputs that this plan computes again is not known yet.
     """
-    return [] if stage.rerun_inputs else before.replaced_inputs(content_of(stage.inputs))
+    if stage.rerun_inputs:
+        return []
+    return replaced_inputs(before.input_content, content_of(stage.inputs))
 
 
 def describe_changes(stage: PlannedStage, before: Manifest) -> list[str]:

@@ -92,15 +92,18 @@ def main(cfg: DictConfig) -> Path | RecipeError | None:
     if recipe is None:
         view.print_recipes(schema.recipes(), console)
         raise SystemExit(1)
-    is_sweep, is_valid = HydraConfig.get().mode == RunMode.MULTIRUN, False
+    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    # Errors are handled here: Hydra would also print the overrides.
     try:
         if is_sweep:
             require_separate_results(cfg, sys.argv[1:])
-        is_valid = True
+    except RecipeError as error:
+        raise SystemExit(_fail(error)) from error
+    try:
         return run(cfg, recipe)
-    except RecipeError as error:  # handled here: Hydra would also print the overrides
+    except RecipeError as error:
         status = _fail(error)
-        if is_sweep and is_valid:
+        if is_sweep:
             return error  # the other runs are still started
         raise SystemExit(status) from error
 

@@ -65,7 +65,10 @@ def resuming_argument(arguments: Sequence[str]) -> str:
 
 
 class Best(Callback):
-    """Hydra callback that compares the runs of a sweep; set in ``conf/config.yaml``."""
+    """Hydra callback that compares a sweep's runs and counts those that failed.
+
+    ``conf/config.yaml`` registers it.
+    """
 
     def __init__(self) -> None:
         self._runs: list[Path] = []

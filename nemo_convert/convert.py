@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from pkgutil import resolve_name
@@ -145,24 +145,28 @@ def require_matching_config(checkpoint: Path) -> None:
 
 
 def _context_settings(checkpoint: Path) -> dict[str, Any]:
-    """Reads plain values of NeMo's model config as JSON, since to open a context may run code.
-
-    A value that is not stored is the default of the config's class, if the class is NeMo's.
-    """
+    """Reads plain values of NeMo's model config as JSON, since to open a context may run code."""
     objects = read_json(checkpoint / nemo.CONTEXT / "io.json")["objects"]
     settings: dict[str, Any] = {}
     for item in objects.values():
         if "<root>.model.config" in item.get("paths", ()):
-            target = dict(objects[item["metadata"]["key"]]["items"])["Attr(name='fn_or_cls')"]
-            if MODEL_NAMES.fullmatch(name := f"{target['module']}.{target['name']}"):
-                settings = {"scale_factor": "none"}  # classes without scaling do not have it
-                settings |= {field.name: field.default for field in fields(resolve_name(name))}
+            settings |= _class_defaults(dict(objects[item["metadata"]["key"]]["items"]))
             settings |= {
                 label.removeprefix("Attr(name='").removesuffix("')"): value.get("value")
                 for label, value in item["items"]
                 if isinstance(value, dict)
             }
     return settings
+
+
+def _class_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the defaults of a recorded config's class; none if the class is not NeMo's."""
+    target = record["Attr(name='fn_or_cls')"]
+    name = f"{target['module']}.{target['name']}"
+    if not MODEL_NAMES.fullmatch(name):
+        return {}
+    defaults = {field.name: field.default for field in fields(resolve_name(name))}
+    return {"scale_factor": "none", **defaults}  # classes without RoPE scaling lack this field
 
 
 def to_hf(checkpoint: Path, hf_folder: Path) -> None:

@@ -182,6 +182,7 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
     name = _class_name(folder, config).removesuffix("Fast")
     by_class = {} if _is_version_5(config) else CLASS_TOKENS.get(name, {})
     special_map = _special_tokens_map(folder, config)
+    # First the tokens that transformers uses; then those of the map, which may name other tokens.
     for settings in ({**by_class, **special_map, **config}, special_map):
         tokens = [settings.get(key) for key in (*SPECIAL_TOKENS, *by_class)]
         for key, types in TOKEN_LIST_TYPES.items():

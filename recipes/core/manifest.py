@@ -146,10 +146,6 @@ class Manifest:
         devices = max(resources.get("devices", 1), trainings.get("devices", 1))
         return self.seconds / 3600 * resources.get("nodes", 1) * devices
 
-    def replaced_inputs(self, content: Mapping[str, str]) -> list[str]:
-        """Returns the inputs whose content differs from the content that this stage read."""
-        return [n for n, now in content.items() if self.input_content.get(n) not in (None, now)]
-
     def content_hash(self) -> str:
         """Returns one hash of all files of the artifact."""
         lines = "".join(f"{name} {stamp.sha256}\n" for name, stamp in sorted(self.files.items()))
@@ -173,6 +169,11 @@ def require_format(version: object, path: Path) -> None:
             f"not {FORMAT}).",
             "start a new run directory: run_dir=DIR",
         )
+
+
+def replaced_inputs(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Returns the inputs whose content differs. Both arguments are like ``input_content``."""
+    return [name for name, content in now.items() if before.get(name) not in (None, content)]
 
 
 def write_manifest(stage_dir: Path, manifest: Manifest, name: str = MANIFEST) -> None:

@@ -27,6 +27,7 @@ from recipes.core.manifest import (
     Acceptance,
     Manifest,
     read_manifest,
+    replaced_inputs,
     require_format,
     write_manifest,
 )
@@ -304,7 +305,9 @@ def begin_work(stage_dir: Path, begun: Manifest) -> Manifest:
         that an earlier start has hashed.
     """
     work, earlier = stage_dir / WORK, stage_state(stage_dir).begun
-    if earlier is not None and (replaced := earlier.replaced_inputs(begun.input_content)):
+    if earlier is not None and (
+        replaced := replaced_inputs(earlier.input_content, begun.input_content)
+    ):
         names = ", ".join(replaced)
         print(f"input {names} was replaced, so this stage starts over", flush=True)
         earlier = None

@@ -208,8 +208,9 @@ def workloads_on_all_layouts(
     pipelines = (workload.layout.pipeline,) if workload.compares_hidden_states else PARALLEL_SIZES
     recomputed = ("none",) if workload.compares_hidden_states else ("none", "full")
     micros = PARALLEL_SIZES
-    if workload.trained is None:  # a teacher's pass has only TP, without sequence parallelism
-        # The largest micro batch that fits is the first.
+    if workload.trained is None:
+        # A teacher's forward pass can only have tensor parallelism, without sequence parallelism.
+        # Large micro batches come first, so that the largest that fits is proposed.
         pipelines, contexts, recomputed, micros = (1,), (1,), ("none",), PARALLEL_SIZES[::-1]
     for tensor, pipeline, context, expert, micro, recompute_granularity in product(
         tensors, pipelines, contexts, PARALLEL_SIZES if moe else (1,), micros, recomputed

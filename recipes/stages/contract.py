@@ -64,18 +64,25 @@ def smaller_settings(config: StageConfig) -> Iterator[dict[str, Any]]:
     combined = [{**pipeline, **batch} for pipeline in pipelines]
     samples = vars(config).get("num_calibration_samples", 0) // 2
     fewer = {"num_calibration_samples": max(1, samples)}
-    training: dict[str, Any] = {"distill.micro_batch_size": 1}
-    recomputing = {**training, "distill.recompute_granularity": "full"}
-    tensors: list[dict[str, Any]] = [{}]
-    if "distill" in vars(config):  # a search
-        devices = vars(config)["distill"].resources.devices
-        name = "distill.tensor_model_parallel_size"
-        tensors += [{name: n, "distill.resources.devices": max(devices, n)} for n in sizes]
-    trainings = [{**base, **tensor} for base in (training, recomputing) for tensor in tensors]
     changes = (batch, bf16, {**bf16, **batch}, *pipelines, *combined, fewer, {**fewer, **batch})
-    for change in (*changes, *trainings):
+    for change in changes:
         if all(hasattr(config, name.partition(".")[0]) for name in change):
             yield change
+    if "distill" in vars(config):  # a search
+        yield from _smaller_trainings(vars(config)["distill"].resources.devices)
+
+
+def _smaller_trainings(devices: int) -> Iterator[dict[str, Any]]:
+    """Yields changes of the settings of a search's trainings, which have ``devices`` devices."""
+    batch: dict[str, Any] = {"distill.micro_batch_size": 1}
+    for base in (batch, {**batch, "distill.recompute_granularity": "full"}):
+        yield base
+        for size in PARALLEL_SIZES[1:]:
+            yield {
+                **base,
+                "distill.tensor_model_parallel_size": size,
+                "distill.resources.devices": max(devices, size),
+            }
 
 
 def with_changes(config: Any, changes: Mapping[str, Any]) -> Any:

@@ -227,7 +227,7 @@ def test_every_evaluation_of_a_recipe_has_gates(
         "stages.more_tasks.tasks=[sciq]",
         "gates=['score.sciq > 0']",
     )
-    assert both.judge_gates()[1], "judged although the later stage has not run"
+    assert both.judge_gates()[1], "gates were judged before the later stage ran"
 
 
 def test_the_fix_for_an_unquoted_gate_is_to_quote_it(launch: Launch) -> None:
