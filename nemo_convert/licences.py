@@ -11,11 +11,16 @@ import yaml
 from nemo_convert.hub import cached_model, is_hub_id
 
 NONCOMMERCIAL = re.compile(
-    r"\b(nc|mrl|mnpl|amlr)\b|non-?\s?(commercial|production)"
-    r"|-research\b|\bresearch[- ](only|licen[cs]e)",
-    re.IGNORECASE,
+    r"(?<![a-z0-9])(nc|mrl|mnpl|amlr)(?![a-z])"
+    r"|non-?(commercial|production)"
+    r"|\bno(t-for|t-\w+-for)?-commercial-(use|purpose)"
+    r"|commercial-use-(is-)?(not|forbidden|prohibited)"
+    r"|\b(research|academic)(-use|-purposes?)?-(only|licen[cs]e)"
+    r"|\bonly-for-(research|academic)"
+    r"|-research(?![-\w])"
 )
-"""Matches names such as CC-BY-NC-4.0 and qwen-research, and phrases such as "non-commercial"."""
+"""Matches names such as cc-by-nc-4.0 and qwen-research, and phrases such as "non-commercial". Text
+must be in lower case, with hyphens between words."""
 
 
 def card_fields(folder: Path) -> dict[str, Any]:
@@ -50,7 +55,7 @@ def known_licence(hf_path: str) -> str:
 
 def forbids_commercial_use(licence: str | None) -> bool:
     """Returns whether a licence's name says that it forbids commercial use."""
-    return bool(licence and NONCOMMERCIAL.search(licence))
+    return bool(NONCOMMERCIAL.search(re.sub(r"[-_\s]+", "-", (licence or "").lower())))
 
 
 def with_restriction(licence: str) -> str:
