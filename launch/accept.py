@@ -1,6 +1,7 @@
 """Keeps stale results that the user accepts; refuses to replace expensive ones without ``force``.
 
 A stale result was computed with other settings, inputs, code or libraries than those of the plan.
+Interrupted work that the user accepts is resumed with the code that it was started with.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from launch.planned import RUN, SKIP, PlannedStage, describe_changes
+from launch.planned import RESUME, RUN, SKIP, PlannedStage, compare, describe_changes
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import Acceptance, Manifest, read_manifest, replaced_inputs
 from recipes.core.run_state import content_of
+from recipes.core.snapshot import snapshot_dir
 from recipes.planning.training_cost import hours_text
 
 
@@ -28,14 +30,12 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
         named: Whether the user's setting ``accept`` lists the stage.
 
     Raises:
-        RecipeError: ``accept`` lists the stage, but the stage has no complete result.
+        RecipeError: ``accept`` lists the stage, but the stage has neither a complete result nor
+            interrupted work that can be resumed.
     """
     result = read_manifest(stage.directory)
     if named and result is None:
-        raise RecipeError(
-            f"accept=[{stage.name}], but {stage.name} has no complete result.",
-            f"leave {stage.name} out of accept",
-        )
+        return _resume(stage)
     if result is None or stage.action == SKIP:
         return stage
     acceptance = result.accepted
@@ -57,6 +57,35 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
         reason=f"accepted although {', '.join(acceptance.reasons)}",
         accepted=acceptance,
         kept={**stage.kept, stage.name: acceptance.reasons},
+    )
+
+
+def _resume(stage: PlannedStage) -> PlannedStage:
+    """Plans to resume a stage's interrupted work with the code that it was started with."""
+    if stage.action == RESUME:
+        return stage
+    begun = stage.state().begun
+    run_dir = stage.directory.parent
+    if not (begun and begun.snapshot and snapshot_dir(run_dir, begun.snapshot).is_dir()):
+        raise RecipeError(
+            f"accept=[{stage.name}], but {stage.name} has no complete result.",
+            f"leave {stage.name} out of accept",
+        )
+    changes = describe_changes(stage, begun)
+    if compare(stage, begun) != ({}, ["code"]):
+        raise RecipeError(
+            f"accept=[{stage.name}], but {stage.name} was interrupted, and since then "
+            f"{', '.join(changes)} (accept resumes it only if nothing but its code changed).",
+            f"undo the other changes, or force=[{stage.name}] to start over",
+        )
+    return replace(
+        stage,
+        code=begun.code,
+        fingerprint=begun.fingerprint,
+        action=RESUME,
+        reason="was interrupted; runs the code that it was started with",
+        kept={**stage.kept, stage.name: changes},
+        resumed=begun,
     )
 
 

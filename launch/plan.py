@@ -121,7 +121,7 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
         if name in needed_stages and stage.action == SKIP:
             check_artifact(stage.directory, rehash=False)  # refuses edited files
         if name in selected and name not in force:
-            require_no_lost_work(stage)
+            require_no_lost_work(stage, planned)
         if name in needed_stages and name not in selected and stage.action != SKIP:
             raise RecipeError(
                 f"only=[…] excludes {name}, but its result is needed, and missing or stale "

@@ -63,6 +63,8 @@ class PlannedStage:
     kept: Mapping[str, list[str]] = field(default_factory=dict)
     """Why each accepted stale result is stale, by stage: for this stage and for all stages of the
     plan on which this stage depends."""
+    resumed: Manifest | None = None
+    """The interrupted start whose code the stage runs; ``None``: it runs this checkout's code."""
 
     @property
     def definition(self) -> Stage[Any]:
@@ -112,25 +114,35 @@ class PlannedStage:
     @property
     def code_dir(self) -> Path:
         """The snapshot of the code that the stage's process runs."""
-        return snapshot_dir(self.directory.parent)
+        resumed = self.resumed.snapshot if self.resumed else None
+        return snapshot_dir(self.directory.parent, resumed or code_hash())
 
     def request(self) -> Request:
         """Returns the content of the stage's ``config.yaml``, from which its process starts.
 
         For a skipped stage, the request names the code that made the result, not the current code.
         """
-        result = self.result if self.action == SKIP else None
+        earlier = self.result if self.action == SKIP else self.resumed
         return Request(
             name=self.name,
             fingerprint=self.fingerprint,
             code=self.code,
             inputs=self.inputs,
-            config=asdict(self.config),
+            config=self._settings(),
             libraries=self.libraries,
             kept=self.kept,
-            snapshot=result.snapshot if result else code_hash(),
-            git_sha=result.git_sha if result else git_sha(),
+            snapshot=earlier.snapshot if earlier else code_hash(),
+            git_sha=earlier.git_sha if earlier else git_sha(),
         )
+
+    def _settings(self) -> dict[str, Any]:
+        """Returns the settings; for ``resumed`` without those that its code does not know."""
+        settings = asdict(self.config)
+        if self.resumed is None:
+            return settings
+        known, resources = self.resumed.config, self.resumed.config["resources"]
+        settings["resources"] = {k: v for k, v in settings["resources"].items() if k in resources}
+        return {key: value for key, value in settings.items() if key in known}
 
 
 def stage_names() -> list[str]:
@@ -192,8 +204,13 @@ def start_of(stage_dir: Path) -> str | None:
     return result.started_at if result else None
 
 
-def require_no_lost_work(stage: PlannedStage) -> None:
-    """Refuses to start a stage anew if that would delete the progress of an earlier start."""
+def require_no_lost_work(stage: PlannedStage, planned: Mapping[str, PlannedStage]) -> None:
+    """Refuses to start a stage anew if that would delete the progress of an earlier start.
+
+    Args:
+        stage: The stage.
+        planned: The stages before it, by name.
+    """
     begun = stage.state().begun
     progress = stage.definition.progress(stage.directory / WORK)
     if stage.action != RUN or begun is None or progress is None:
@@ -205,17 +222,31 @@ def require_no_lost_work(stage: PlannedStage) -> None:
             f"{stage.name} is running, at {progress}, and since its start {changes}.",
             f"wait for it, or: python launch/run.py cancel run_dir={run_dir}",
         )
-    fields, other_changes = _compare(stage, begun)
+    fields, other_changes = compare(stage, begun)
     old_values = [
         f"stages.{stage.name}.{key}={old if isinstance(old, str) else json.dumps(old)}"
         for key, (old, _) in fields.items()
     ]
+    steps = [f"set {shlex.join(old_values)}"] if fields else []
+    if other_changes:
+        stale = [*_stale_results(stage, planned), stage.name]
+        rerun = {f"input {key}" for key, source in stage.config.inputs.items() if source in stale}
+        can_accept = {"code", *rerun}.issuperset(other_changes)
+        steps.append(f"set accept=[{','.join(stale)}]" if can_accept else "undo that")
     raise RecipeError(
         f"{stage.name} was interrupted at {progress}, and since then {changes} "
         "(it resumes only with the settings, inputs and code that it was started with).",
-        f"{'undo that' if other_changes else f'set {shlex.join(old_values)}'} to resume, "
-        f"or force=[{stage.name}] to start over",
+        f"{' and '.join(steps)} to resume, or force=[{stage.name}] to start over",
     )
+
+
+def _stale_results(stage: PlannedStage, planned: Mapping[str, PlannedStage]) -> list[str]:
+    """Returns the stages whose stale results a stage depends on, in the plan's order."""
+    names: set[str] = set()
+    for name in stage.rerun_inputs:
+        if planned[name].action == RUN and read_manifest(planned[name].directory) is not None:
+            names |= {name, *_stale_results(planned[name], planned)}
+    return [name for name in planned if name in names]
 
 
 def _lists_old_acceptances(stage: PlannedStage) -> bool:
@@ -230,7 +261,7 @@ def _reason_to_run(stage: PlannedStage) -> str | None:
     if manifest is None:
         return "not run yet"
     if manifest.fingerprint != stage.fingerprint:
-        fields, other_changes = _compare(stage, manifest)
+        fields, other_changes = compare(stage, manifest)
         if not fields:
             return f"{other_changes[0]} changed"
         key, (old, new) = next(iter(fields.items()))
@@ -256,12 +287,12 @@ def _replaced_inputs(stage: PlannedStage, before: Manifest) -> list[str]:
 
 def describe_changes(stage: PlannedStage, before: Manifest) -> list[str]:
     """Returns what has changed since an earlier start of a stage, such as "its code changed"."""
-    fields, other_changes = _compare(stage, before)
+    fields, other_changes = compare(stage, before)
     changed = [f"{key} changed {old} → {new}" for key, (old, new) in fields.items()]
     return changed + [f"its {what} changed" for what in other_changes]
 
 
-def _compare(
+def compare(
     stage: PlannedStage, before: Manifest
 ) -> tuple[dict[str, tuple[object, object]], list[str]]:
     """Compares a stage with an earlier start.

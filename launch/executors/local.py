@@ -134,10 +134,12 @@ def may_fork(stage: PlannedStage) -> bool:
     """Whether the fork server can start the stage.
 
     Libraries read environment variables when they are imported, so a stage with ``resources.env``
-    needs a new process. So does a stage on several devices (torchrun starts it), and a search whose
-    training runs take several devices, which ``stage.devices`` includes.
+    needs a new process. So does a stage on several devices (torchrun starts it), a search whose
+    training runs take several devices, which ``stage.devices`` includes, and a stage that runs
+    other code than the server.
     """
-    return stage.definition.needs_torch and stage.devices == 1 and not stage.config.resources.env
+    has_own_imports = bool(stage.config.resources.env) or stage.resumed is not None
+    return stage.definition.needs_torch and stage.devices == 1 and not has_own_imports
 
 
 def start(plan: Plan, cluster: LocalConfig, follow: Follow, console: Console) -> bool:

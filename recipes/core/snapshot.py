@@ -53,14 +53,14 @@ def code_hash() -> str:
     return hash_source(source_files(REPO_ROOT))
 
 
-def snapshot_dir(run_dir: Path) -> Path:
-    """Returns the folder of this process's code in a run."""
-    return run_dir / CODE / code_hash()
+def snapshot_dir(run_dir: Path, code: str) -> Path:
+    """Returns the folder of a snapshot in a run. ``code`` is the snapshot's hash."""
+    return run_dir / CODE / code
 
 
 def write_snapshot(run_dir: Path) -> None:
     """Stores this process's code in a run, unless it is there. The caller holds the run's lock."""
-    target = snapshot_dir(run_dir)
+    target = snapshot_dir(run_dir, code_hash())
     if target.is_dir() and hash_source(read_source(target)) == target.name:
         return
     partial = target.with_suffix(".partial")  # after a kill, the next launch deletes this folder

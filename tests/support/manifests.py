@@ -60,6 +60,7 @@ def unfinished_manifest(request: Request) -> Manifest:
         config=dict(request.config),
         code=request.code,
         libraries=dict(request.libraries),
+        snapshot=request.snapshot,
         inputs=inputs,
         input_content=content_of(request.inputs),
         started_at="2025-01-02T00:00:00+00:00",

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from recipes.core.manifest import Manifest
+from recipes.core.run_state import begin_work, read_request
 from recipes.core.snapshot import CODE
 from tests.support.contributing import copy_with, run
+from tests.support.manifests import unfinished_manifest
 from tests.support.runs import manifest_of
 from tests.unit.conftest import RECIPE
 
@@ -82,3 +84,13 @@ def test_edited_snapshot_is_refused_and_the_same_command_restores_it(checkout: P
     assert not (run_dir / "plan" / "manifest.json").exists()
     launch(checkout)
     assert result(run_dir).snapshot == planned
+
+
+def test_accepted_unfinished_work_runs_its_old_snapshot(checkout: Path) -> None:
+    run_dir = launch(checkout, "dry_run=true")
+    begin_work(run_dir / "plan", unfinished_manifest(read_request(run_dir / "plan")))
+    [started_with] = snapshots(run_dir)
+    edit(checkout, HARMLESS)
+    launch(checkout, "accept=[plan]")
+    assert result(run_dir).snapshot == started_with
+    assert result(run_dir).seconds > 0

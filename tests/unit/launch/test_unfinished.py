@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from launch import lock
+from launch.executors.local import may_fork
 from launch.run import run as start_run
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import MANIFEST, WORK, read_manifest, write_manifest
 from recipes.core.run_state import BEGUN, begin_work
+from recipes.core.snapshot import write_snapshot
 from recipes.data.corpus import TOKEN_BYTES
 from recipes.stages.prepare_data import MIN_PROGRESS_TOKENS
 from tests.support.manifests import unfinished_manifest
@@ -147,6 +149,7 @@ def test_progress_is_not_lost_to_changed_inputs_or_code(
     interrupt(plan(), "distill")
     what, fix = refusal(plan, "stages.prune.target_hidden_size=448")
     assert f"since then its input student changed {NOTE}" in what
+    # No result of prune can be kept.
     assert fix == "undo that to resume, or force=[distill] to start over"
     what, _ = refusal(plan, "stages.prune.target_hidden_size=448", "stages.distill.seed=1")
     assert "since then seed changed 1234 → 1, its input student changed (" in what
@@ -154,6 +157,47 @@ def test_progress_is_not_lost_to_changed_inputs_or_code(
     what, _ = refusal(plan)
     assert "since then its input teacher changed, its input student changed" in what
     assert "its code changed" in what
+
+
+def test_accepted_unfinished_work_is_resumed_with_the_code_that_it_was_started_with(
+    plan: MakePlan, complete: Complete, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    complete(plan())
+    (run / "distill" / MANIFEST).unlink()
+    before = stage_named(plan(), "distill")
+    old_code = before.code_dir
+    write_snapshot(run)
+    interrupt(plan(), "distill")
+    work = run / "distill" / WORK
+    begun = read_manifest(work, BEGUN)
+    assert begun is not None
+    old_settings = {k: v for k, v in begun.config.items() if k != "fp8_recipe"}
+    old_settings["resources"] = {"devices": 1}  # the old code did not know other resources
+    write_manifest(work, replace(begun, config=old_settings), BEGUN)
+    monkeypatch.setattr("recipes.core.run_state.stage_code", lambda _: "new")
+    monkeypatch.setattr("launch.planned.code_hash", lambda: "new")
+    _, fix = refusal(plan)
+    assert fix == (
+        "set accept=[import_hf,prepare_data,score,prune,distill] to resume, "
+        "or force=[distill] to start over"
+    )
+    accept = fix.split()[1]
+    planned = plan(accept)
+    stage, request = stage_named(planned, "distill"), stage_named(planned, "distill").request()
+    assert actions_of(planned)["distill"][0] == "resume"
+    assert stage.code_dir == old_code != stage_named(planned, "evaluate").code_dir
+    assert (request.fingerprint, request.code) == (before.fingerprint, before.code)
+    assert request.snapshot == old_code.name
+    assert request.config == old_settings
+    assert not may_fork(stage), "the fork server has imported other code"
+    assert may_fork(before)
+    assert stage_named(planned, "evaluate").kept["distill"] == ["its code changed"]
+    _, fix = refusal(plan, "stages.distill.seed=1")
+    assert fix.startswith(f"set stages.distill.seed=1234 and set {accept} to resume")
+    assert "since then seed changed 1234 → 1" in refusal(plan, accept, "stages.distill.seed=1")[0]
+    old_code.rename(run / "gone")
+    assert "distill has no complete result" in refusal(plan, accept)[0]
 
 
 def test_progress_is_not_lost_to_an_input_that_was_computed_again(
