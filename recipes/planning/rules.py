@@ -151,6 +151,11 @@ LARGE_REDUCTION = _warning(
     "one distillation recovers a removal of up to a third of the parameters",
     f"{_MODELOPT}, examples/pruning/README.md; arXiv:2407.14679",
 )
+TRANSFORMERS_5 = _warning(
+    "transformers-5",
+    "transformers 5 refuses a Llama model whose hidden size its attention heads do not divide",
+    "transformers 5.24.0, models/llama/configuration_llama.py",
+)
 SEARCHED_SHAPE = _warning("searched-shape", "the search chooses the shape after the plan")
 LAYER_IMPORTANCE = Rule("layer-importance", "layers are chosen by a score that must be measured")
 HEALING = Rule(

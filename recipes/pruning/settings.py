@@ -13,7 +13,7 @@ from recipes.core.stage import StageConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.rules import Problem
-from recipes.pruning.targets import PruneTargets, absolute_sizes
+from recipes.pruning.targets import PruneTargets, absolute_sizes, hidden_divisor
 
 LAYER_METHODS = ("block_influence", "loss", "block")
 TARGET = "target_"
@@ -51,8 +51,10 @@ class PruneConfig(StageConfig):
     """Experts of an MoE to keep in each layer."""
     target_moe_ffn_hidden_size: Size | None = None
     """Channels of each expert to keep."""
-    hidden_size_divisor: Count = 64
-    """The hidden size must be a multiple of this, for fast kernels."""
+    hidden_size_divisor: Count | None = None
+    """The hidden size must be a multiple of this. Default: 64, for fast kernels; for large Llama
+    models the least common multiple of 64 and the number of heads, because transformers 5 refuses
+    other sizes."""
     ffn_hidden_size_divisor: Count = 64
     """The size of a feed-forward network, or of an expert, must be a multiple of this."""
 
@@ -63,19 +65,19 @@ class PruneConfig(StageConfig):
 
     def targets(self, teacher: Architecture) -> PruneTargets:
         """Returns the targets as absolute sizes."""
-        sizes = absolute_sizes(teacher, self.explicit_targets(), self.divisors())
+        sizes = absolute_sizes(teacher, self.explicit_targets(), self.divisors(teacher))
         return PruneTargets(**sizes, drop_layers=tuple(sorted(self.drop_layers)))
 
     def with_absolute_targets(self, teacher: Architecture) -> PruneConfig:
         """Returns these settings with all targets as absolute sizes."""
-        sizes = absolute_sizes(teacher, self.explicit_targets(), self.divisors())
+        sizes = absolute_sizes(teacher, self.explicit_targets(), self.divisors(teacher))
         numbers: dict[str, Any] = {f"{TARGET}{axis}": size for axis, size in sizes.items()}
         return replace(self, **numbers)
 
-    def divisors(self) -> dict[str, int]:
+    def divisors(self, teacher: Architecture) -> dict[str, int]:
         """Returns each axis's divisor: the target must be a multiple of it."""
         return {
-            "hidden_size": self.hidden_size_divisor,
+            "hidden_size": hidden_divisor(teacher, self.hidden_size_divisor),
             "ffn_hidden_size": self.ffn_hidden_size_divisor,
             "moe_ffn_hidden_size": self.ffn_hidden_size_divisor,
         }

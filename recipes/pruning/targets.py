@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +36,38 @@ class PruneTargets:
         heads = ("num_attention_heads", "num_query_groups")
         axes = ("hidden_size", *heads, *DENSE_AXES, *EXPERT_AXES)
         return {axis: value for axis in axes if (value := getattr(self, axis)) is not None}
+
+
+def hidden_divisor(teacher: Architecture, configured: int | None) -> int:
+    """Returns the number of which a pruned hidden size must be a multiple.
+
+    By default this is 64, for fast kernels and for quantisation in groups of 64. transformers 5
+    refuses a Llama model whose hidden size is not a multiple of its heads, so for Llama the default
+    is a multiple of the heads, too, unless that leaves fewer than eight sizes.
+    """
+    if configured is not None:
+        return configured
+    divisor = math.lcm(64, teacher.num_attention_heads) if _needs_whole_heads(teacher) else 64
+    return divisor if 8 * divisor <= teacher.hidden_size else 64
+
+
+def _needs_whole_heads(shape: Architecture) -> bool:
+    """Whether transformers 5 requires that the hidden size is a multiple of the heads."""
+    return shape.hf_architecture == "LlamaForCausalLM"
+
+
+def transformers_5_problems(stage: str, student: Architecture) -> Iterator[Problem]:
+    """Warns if transformers 5 refuses the student."""
+    hidden, heads = student.hidden_size, student.num_attention_heads
+    if _needs_whole_heads(student) and hidden % heads:
+        lower = hidden // heads * heads
+        yield Problem(
+            rules.TRANSFORMERS_5,
+            f"{stage} makes a Llama model with hidden size {hidden} and {heads} heads, which "
+            "transformers 5 and the programs that use it do not load; transformers 4 loads it",
+            f"if you need transformers 5: stages.{stage}.target_hidden_size={lower} "
+            f"stages.{stage}.hidden_size_divisor={math.gcd(lower, 64)}",
+        )
 
 
 def absolute_sizes(

@@ -23,6 +23,7 @@ from recipes.planning.transformer import (
     kv_cache_bytes,
     stored_bytes,
 )
+from recipes.pruning.targets import hidden_divisor
 
 SEARCH_AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 
@@ -33,8 +34,8 @@ class Space:
 
     num_layers_divisor: Count = 1
     """The number of layers is either the teacher's or a multiple of this."""
-    hidden_size_divisor: Count = 64
-    """The hidden size is either the teacher's or a multiple of this."""
+    hidden_size_divisor: Count | None = None
+    """The hidden size is either the teacher's or a multiple of this. Default: as in ``prune``."""
     ffn_hidden_size_divisor: Count = 64
     """The feed-forward size is either the teacher's or a multiple of this."""
     max_depth_pruning: Annotated[float, between(0, 0.99)] = 0.4
@@ -280,7 +281,7 @@ def _choices(teacher: Architecture, space: Space, axis: str) -> list[int]:
         # A step is a head of each query group. With step ``full``, only ``full`` is allowed.
         step = teacher.num_query_groups if space.prune_heads else full
     else:
-        step = getattr(space, f"{axis}_divisor")
+        step = getattr(space, f"{axis}_divisor") or hidden_divisor(teacher, None)
     ranks = 1 if is_depth else space.tensor_model_parallel_size
     sizes = {full, *range(step, full, step)}
     return sorted(size for size in sizes if size >= least and size % ranks == 0)

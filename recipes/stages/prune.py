@@ -23,6 +23,7 @@ from recipes.pruning.targets import (
     fraction_problems,
     pruned_shape,
     target_problems,
+    transformers_5_problems,
 )
 from recipes.search.settings import RankCandidatesConfig, SuccessiveHalvingConfig
 from recipes.search.space import SEARCH_AXES, name_of
@@ -43,10 +44,13 @@ def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
     student = student_of(cfg, chain)
     if "shape" in cfg.inputs:
         yield from _search_problems(cfg, chain, student)
+        yield from transformers_5_problems(cfg.name, student)
     else:
         # Sizes can be computed only from valid fractions.
-        invalid = list(fraction_problems(teacher, cfg.explicit_targets(), cfg.divisors()))
-        yield from invalid or target_problems(input_shape, cfg.targets(teacher), cfg.divisors())
+        divisors = cfg.divisors(teacher)
+        invalid = list(fraction_problems(teacher, cfg.explicit_targets(), divisors))
+        invalid = invalid or list(target_problems(input_shape, cfg.targets(teacher), divisors))
+        yield from invalid or transformers_5_problems(cfg.name, student)
     if not cfg.drop_layers:
         yield from _score_problems(cfg, chain, input_shape.num_layers - student.num_layers)
     yield from _large_reduction_problems(cfg, input_shape, student)

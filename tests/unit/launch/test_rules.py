@@ -123,6 +123,7 @@ CASES = {  # what breaks each rule
     "epochs": case("data.sources=[TEXT]", f"{D}max_steps=400"),
     "prune-target": case("stages.prune.target_hidden_size=100"),
     "large-reduction": case("stages.prune.target_hidden_size=0.6"),
+    "transformers-5": case(),  # 512 channels and 9 heads
     "slow-sizes": case("stages.prune.target_ffn_hidden_size=1160",
                       "stages.prune.ffn_hidden_size_divisor=8"),
     "layer-importance": case("stages.prune.target_num_layers=20",
@@ -274,7 +275,7 @@ def test_skipped_rules_are_still_shown(plan: MakePlan) -> None:
     overrides = ("hardware.memory_bytes=1e9", BFLOAT16)
     with pytest.raises(RecipeError, match="needs about 3 GB on a rank, but cpu has 1 GB"):
         plan(*overrides)
-    assert {n.rule.name for n in plan(*overrides, "skip_rules=[memory]").notes} == {"memory"}
+    assert "memory" in {n.rule.name for n in plan(*overrides, "skip_rules=[memory]").notes}
     with pytest.raises(RecipeError, match="memory"):
         plan(*overrides, "skip_rules=[disk]")
     with pytest.raises(RecipeError, match="Did you mean 'memory'"):
@@ -319,8 +320,9 @@ def test_memory_fix_of_a_stage_that_only_runs_a_model(
     assert f"fix: set {fix}   [memory]" in str(caught.value)
 
 
-def test_the_shipped_defaults_break_no_rule(plan: MakePlan) -> None:
-    assert plan().notes == ()
+def test_the_shipped_defaults_break_no_other_rule(plan: MakePlan) -> None:
+    """No hidden size below 576 is a multiple of 64 and of the demo's 9 heads."""
+    assert [note.rule.name for note in plan().notes] == ["transformers-5"]
     assert plan(recipe="recipe=llama_depth_prune").notes == ()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +10,14 @@ import pytest
 from nemo_convert.architecture import Architecture
 from nemo_convert.hf_config import read_architecture
 from nemo_convert.smollm2 import HF_CONFIG
-from recipes.pruning.targets import PruneTargets, absolute_sizes, pruned_shape, target_problems
+from recipes.pruning.targets import (
+    PruneTargets,
+    absolute_sizes,
+    hidden_divisor,
+    pruned_shape,
+    target_problems,
+    transformers_5_problems,
+)
 from tests.unit.nemo_convert.test_architecture import QWEN3_30B_A3B
 
 DIVISORS = {"hidden_size": 64, "ffn_hidden_size": 64}
@@ -112,4 +119,26 @@ def test_axes_without_a_target_are_not_pruned(
 ) -> None:
     """The teacher has 8 heads in 4 groups."""
     student = pruned_shape(teacher, PruneTargets(**targets))
-    assert student == dataclasses.replace(teacher, **changed)  # type: ignore[arg-type]
+    assert student == replace(teacher, **changed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("family", "heads", "hidden", "divisor"),
+    [
+        ("LlamaForCausalLM", 32, 4096, 64),
+        ("LlamaForCausalLM", 40, 5120, 320),
+        ("LlamaForCausalLM", 9, 576, 64),  # 576, the least common multiple, leaves no other size
+        ("Qwen3ForCausalLM", 40, 5120, 64),
+    ],
+)
+def test_hidden_sizes_of_large_llamas_are_multiples_of_their_heads(
+    family: str, heads: int, hidden: int, divisor: int
+) -> None:
+    teacher = replace(
+        SMOLLM2, hf_architecture=family, num_attention_heads=heads, hidden_size=hidden
+    )
+    assert hidden_divisor(teacher, None) == divisor
+    assert hidden_divisor(teacher, 8) == 8
+    if divisor % heads == 0:
+        pruned = replace(teacher, hidden_size=hidden - divisor)
+        assert list(transformers_5_problems("prune", pruned)) == []
