@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -40,6 +40,19 @@ def as_typed(schema: type[ConfigT], node: DictConfig, where: str = "") -> Config
     if invalid := list(violations(typed, where)):
         raise RecipeError("\n".join(invalid), fix="")
     return typed
+
+
+def refuse_unknown_fields(node: DictConfig, where: str) -> None:
+    """Refuses fields that ``+FIELD=VALUE`` added to a dataclass, which would have no effect."""
+    schema = OmegaConf.get_type(node)
+    known = [field.name for field in fields(schema)] if is_dataclass(schema) else list(node)
+    for name in map(str, node):
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise RecipeError(f"there is no field {where}.{name}.{hint}", SHOW_FIELDS)
+        is_value = not (OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name))
+        if is_value and isinstance(child := node[name], DictConfig):
+            refuse_unknown_fields(child, f"{where}.{name}")
 
 
 def explain(error: Exception) -> str:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.accept import accept_result, new_acceptances, require_confirmed
-from launch.hydra_errors import fix_of
+from launch.hydra_errors import fix_of, refuse_unknown_fields
 from launch.machine import chain_of, cluster_problems, mpi_problems
 from launch.planned import (
     ADOPT,
@@ -200,6 +200,7 @@ def typed_stages(cfg: DictConfig) -> dict[str, StageConfig]:
         where = f"stages.{name}"
         if not issubclass(OmegaConf.get_type(node) or dict, StageConfig):
             raise RecipeError(f"{where}={node} is not a stage.", f"leave it out: '~{where}'")
+        refuse_unknown_fields(node, where)
         try:
             config: StageConfig = OmegaConf.to_object(node)  # type: ignore[assignment]
         except OmegaConfBaseException as error:

@@ -12,7 +12,7 @@ from launch.schema import hydra_arguments, recipes
 from recipes.core.errors import RecipeError
 
 if TYPE_CHECKING:
-    from tests.unit.conftest import Compose
+    from tests.unit.conftest import Compose, MakePlan
 
 RECIPE = "recipe=llama_width_prune"
 
@@ -103,6 +103,24 @@ def test_unknown_choices_list_the_choices(
 )
 def test_unknown_fields_get_a_hint(compose: Compose, override: str, message: str) -> None:
     assert error_message(compose, RECIPE, override).endswith(message)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+stages.distill.wieghts={a: 1}", "stages.distill.wieghts. Did you mean 'weights'?"),
+        (
+            "+stages.distill.resources.gpuz=1",
+            f"stages.distill.resources.gpuz.\n  fix: {SHOW_FIELDS}",
+        ),
+    ],
+)
+def test_unknown_fields_that_are_added_are_refused(
+    plan: MakePlan, override: str, message: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        plan(override)
+    assert str(caught.value) == f"there is no field {message}"
 
 
 def test_an_image_of_a_misspelled_stage_gets_a_hint(compose: Compose) -> None:
