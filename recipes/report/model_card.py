@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -45,10 +46,11 @@ def write_card(
     model, evaluation = inputs["checkpoint"], inputs["evaluation"].result(EvaluationResult)
     shape = Architecture(**model.architecture) if model.architecture else None
     teacher_name = teacher.partition("#")[0].rstrip("/").split("/")[-1].removesuffix(".gguf")
-    name, licence = plain(f"{teacher_name}-{recipe}"), model_licence(folder)
-    texts = datasets([*earlier.values(), *inputs.values()])
+    name = plain(f"{teacher_name}-{recipe}")
+    sources = _sources(texts := datasets([*earlier.values(), *inputs.values()]))
+    restricted = [terms for _, terms, _ in sources if forbids_commercial_use(terms)]
     header = ModelCardData(
-        **_licence_fields(folder),
+        **_licence_fields(folder, restricted),
         # The hub refuses a card whose ``base_model`` is not the id of a model.
         base_model=hub_arguments(teacher)["repo_id"] if is_hub_id(teacher) else None,
         library_name="transformers",
@@ -63,19 +65,17 @@ def write_card(
         # A local path stays private.
         "teacher": teacher if is_hub_id(teacher) or "://" in teacher else teacher_name,
         "recipe": recipe,
-        "licence": licence,
+        "licence": model_licence(folder),
         "model": model,
-        "shapes": {  # manifests; the card shows the shapes in them
-            **({"teacher": inputs["teacher"]} if "teacher" in inputs else {}),
-            "this model": model,
-        },
+        # Manifests; the card shows the shapes in them.
+        "shapes": {**{n: m for n, m in inputs.items() if n == "teacher"}, "this model": model},
         "experts": shape.num_moe_experts if shape else 0,
         "dropped": _dropped_layers(inputs),
         "healed": inputs["healed"].result_if("heal", HealResult) if "healed" in inputs else None,
         "phases": [phase for _, _, phase in distillations({**earlier, "this model": model})],
-        "sources": (sources := _sources(texts)),
+        "sources": sources,
         "compared": bool(texts) and not any(text.sample for text in texts),
-        "restricted": [terms for _, terms, _ in sources if forbids_commercial_use(terms)],
+        "restricted": restricted,
         "accepted": _accepted_stages(stages, earlier),
         "evaluation": evaluation,
         "measured_on": f"{evaluation.predictions:,} next-token predictions on held-out text",
@@ -115,8 +115,16 @@ def _sources(texts: Iterable[DatasetResult]) -> list[tuple[str, str, str]]:
     return list(sources)
 
 
-def _licence_fields(folder: Path) -> dict[str, Any]:
-    """Returns the header's fields on the licence, which are those of the teacher's card."""
+def _licence_fields(folder: Path, restricted: Iterable[str]) -> dict[str, Any]:
+    """Returns the header's fields on the licence.
+
+    They are those of the teacher's card. If licences of the training text forbid commercial use,
+    ``license_name`` names them, too: a plan reads it if the student becomes a teacher.
+
+    Args:
+        folder: The folder with the teacher's card.
+        restricted: Licences of the training text that forbid commercial use.
+    """
     keys = ("license", "license_name", "license_link")
     fields: dict[str, Any] = {}
     for key, value in card_fields(folder).items():
@@ -125,6 +133,11 @@ def _licence_fields(folder: Path) -> dict[str, Any]:
             fields[key] = names if isinstance(value, list) else names[0]
     if "license_name" in fields:  # a name without ``license: other`` is not valid on the hub
         fields.setdefault("license", "other")
+    if text_licences := dict.fromkeys(restricted):
+        licences = "-and-".join([model_licence(folder), *text_licences]).lower()
+        # The hub expects an id, such as apache-2.0-and-cc-by-nc-4.0.
+        name = re.sub(r"[^a-z0-9.]+", "-", licences).strip("-")
+        fields |= {"license": "other", "license_name": name}
     return {"license": "unknown", **fields}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from nemo_convert.architecture import Architecture
+from nemo_convert.licences import forbids_commercial_use, known_licence
 from recipes.core.manifest import Acceptance
 from recipes.core.stage import Input
 from recipes.report.model_card import write_card
@@ -99,6 +101,25 @@ def test_a_named_licence_stays_in_the_header(inputs: dict[str, Input], tmp_path:
     text = render_card(tmp_path, inputs, f"---\n{yaml.safe_dump(fields)}---\n")
     assert fields.items() <= yaml.safe_load(text.split("---")[1]).items()
     assert "the base model's, qwen-research (no commercial use)." in text
+
+
+@pytest.mark.parametrize("teacher_licence", ["apache-2.0", "[mit, apache-2.0]", ""])
+def test_a_student_of_a_student_keeps_the_restriction_of_the_text(
+    inputs: dict[str, Input], tmp_path: Path, teacher_licence: str
+) -> None:
+    """The header of the first student's card must name the licence of the training text."""
+    teacher_card = f"---\nlicense: {teacher_licence}\n---\n"
+    render_card(tmp_path, inputs, teacher_card)
+    assert not forbids_commercial_use(known_licence(str(tmp_path)))
+    [source] = inputs["data"].manifest.metrics["sources"]
+    inputs["data"].manifest.metrics["origins"] = {source: {"licence": "CC BY-NC 4.0"}}
+    text = render_card(tmp_path, inputs, teacher_card)
+    header = yaml.safe_load(text.split("---")[1])
+    assert header["license"] == "other"
+    assert re.fullmatch("[a-z0-9.-]+", header["license_name"])
+    licence = known_licence(str(tmp_path))
+    assert teacher_licence.strip("[]").replace(", ", "-") in licence
+    assert forbids_commercial_use(licence)
 
 
 def test_tokenized_text_is_not_called_disjoint(inputs: dict[str, Input], tmp_path: Path) -> None:
