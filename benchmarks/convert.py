@@ -50,12 +50,12 @@ def work_of(side: str, folder: Path, scratch: Path) -> Callable[[], object]:
     if side == "copy":
         return lambda: shutil.copytree(folder, scratch / "copy")
     if side == "transformers":
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
+
+        from nemo_convert.hf import load_causal_lm
 
         def load_and_save() -> None:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", trust_remote_code=False
-            )
+            model = load_causal_lm(folder, "auto")
             model.save_pretrained(scratch / "copy")
             AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(
                 scratch / "copy"

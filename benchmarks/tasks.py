@@ -90,15 +90,14 @@ def _log_likelihoods(item: Item) -> np.ndarray:
 def answer_all(side: str, settings: Settings) -> dict[str, Answers]:
     """Answers every task in this process."""
     from lm_eval.models.huggingface import HFLM
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    from nemo_convert.hf import load_causal_lm
     from recipes.core.precision import dtype_of
     from recipes.evaluation import packed_lm
 
     packed, precision = SIDES[side]
-    loaded = AutoModelForCausalLM.from_pretrained(
-        settings.model, dtype=dtype_of(precision), trust_remote_code=False
-    ).eval()
+    loaded = load_causal_lm(settings.model).to(dtype_of(precision))
     tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
     lm: HFLM = (
         packed_lm.PackedLM(loaded, tokenizer, settings.pack_tokens, lambda done, total: None)

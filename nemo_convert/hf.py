@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_convert.headers import read_headers
+from nemo_convert.headers import read_headers, weight_files
 from nemo_convert.hf_config import as_transformers_4
 from nemo_convert.hub import (
     INDEX_FILE,
@@ -158,16 +158,29 @@ def _shards(
     yield shard
 
 
-def load_causal_lm(folder: Path) -> PreTrainedModel:
-    """Loads a folder with transformers, in float32 and evaluation mode, without remote code."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def load_causal_lm(folder: Path, dtype: str = "float32") -> PreTrainedModel:
+    """Loads a folder's model with transformers, in evaluation mode, without code of the folder.
 
-    converted = as_transformers_4(read_json(folder / "config.json"), str(folder))
-    with tempfile.TemporaryDirectory() as temporary:  # from_pretrained may choose another class
-        write_json(Path(temporary) / "config.json", converted)
-        config = AutoConfig.from_pretrained(temporary, trust_remote_code=False)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=torch.float32, trust_remote_code=False
-    )
+    transformers 4 runs ``custom_generate/generate.py`` of a local folder even with
+    ``trust_remote_code=False``. It therefore loads another folder, which has no code: side files,
+    and links to the weights.
+
+    Args:
+        folder: Hugging Face folder.
+        dtype: PyTorch's name of the weights' type; ``auto`` for the type in ``config.json``.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary)
+        copy_side_files(folder, copy)
+        config = as_transformers_4(read_json(folder / "config.json"), str(folder))
+        write_json(copy / "config.json", config)
+        shards = weight_files(folder)
+        for file in shards if shards == [WEIGHTS_FILE] else (INDEX_FILE, *shards):
+            (copy / file).parent.mkdir(parents=True, exist_ok=True)
+            (copy / file).symlink_to((folder / file).resolve())
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            copy, dtype=dtype, trust_remote_code=False
+        )
     return model.eval()

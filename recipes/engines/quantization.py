@@ -9,7 +9,6 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import torch
 from modelopt.torch.export import export_hf_checkpoint
-from transformers import AutoModelForCausalLM
 
 from nemo_convert.hf import copy_side_files, load_causal_lm
 from recipes.backend.device import device
@@ -47,11 +46,7 @@ def quantize_folder(
     calibration = read_sequences(data, "calibration", cfg.seq_length, cfg.num_sequences)
     tokens = calibration.tokens.to(device())
     # Loaded in bfloat16, the type in which weights that are not quantized are served.
-    model = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
-        .to(device())
-        .eval()
-    )
+    model = load_causal_lm(folder, "bfloat16").to(device())
 
     def calibrate(model: torch.nn.Module) -> None:
         # One sequence per batch, because AWQ's scales depend on the batch size.

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from nemo_convert import convert, hf, nemo, parity, trust
 from nemo_convert.families import LLAMA3_ROPE
+from nemo_convert.tokenizer_files import load_tokenizer
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 from tests.support.conversion import assert_same_weights, convert_by_command, read_tensors
@@ -179,8 +180,25 @@ def test_code_of_a_tokenizer_does_not_run(
     config |= {"auto_map": {"AutoTokenizer": [None, "custom.Own"]}, "tokenizer_class": "Own"}
     file.write_text(json.dumps(config))
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(RecipeError):  # the loader itself; a conversion refuses the class before it
+        load_tokenizer(folder)
     assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 1
     assert not created_by_code.exists()
+
+
+def test_code_for_generation_does_not_run(
+    odd_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 4 runs this code even if it must not trust code of the model."""
+    folder, created_by_code = tmp_path / "hf", tmp_path / "ran"
+    shutil.copytree(odd_llama, folder)
+    (folder / "custom_generate").mkdir()
+    code = f"open({str(created_by_code)!r}, 'w')\ndef generate(model): pass\n"
+    (folder / "custom_generate" / "generate.py").write_text(code)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    model = hf.load_causal_lm(folder)
+    assert not created_by_code.exists()
+    assert model.generation_config.temperature == 0.7  # from generation_config.json
 
 
 def test_verify_accepts_an_equal_model_and_refuses_a_changed_one(

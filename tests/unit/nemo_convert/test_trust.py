@@ -28,3 +28,6 @@ def test_every_loader_refuses_remote_code() -> None:
     for location, call in calls.items():
         value = {k.arg: ast.unparse(k.value) for k in call.keywords}.get("trust_remote_code")
         assert value == "False", location
+        if ast.unparse(call.func) == "AutoModelForCausalLM.from_pretrained":
+            # The flag does not stop code for generation; this function loads a folder without it.
+            assert location.startswith(f"{REPO_ROOT / 'nemo_convert' / 'hf.py'}:")
