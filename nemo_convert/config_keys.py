@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from recipes.core.errors import RecipeError
+
 READ_KEYS = frozenset(
     {
         "architectures",
@@ -89,6 +91,51 @@ HARMLESS_KEYS: Mapping[str, str] = {
     "use_cache": "stores keys and values in generation",
 }
 """Keys that cannot change a logit, each with the reason."""
+
+
+BOOLEANS = (
+    "attention_bias",
+    "mlp_bias",
+    "norm_topk_prob",
+    "tie_word_embeddings",
+    "use_cache",
+    "use_sliding_window",
+)
+"""Keys that are true or false; null means the same as no key."""
+FLOATS = ("initializer_range", "rms_norm_eps")
+"""Keys for which transformers 5 refuses an integer."""
+NUMBERS: Mapping[str, tuple[type, ...]] = {
+    "attention_dropout": (int, float),
+    "bos_token_id": (int,),
+    "eos_token_id": (int,),
+}
+"""Keys for which transformers 5 refuses values of other types. Null is valid, and for the end of
+text, a list."""
+
+
+def with_exact_types(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config in which ``BOOLEANS`` are not 0 or 1, and ``FLOATS`` are not integers."""
+    exact = dict(config)
+    for key, value in config.items():
+        if key in BOOLEANS and value in (0, 1):
+            exact[key] = bool(value)
+        elif key in FLOATS and type(value) is int and abs(value) < 2**53:  # exact as a float
+            exact[key] = float(value)
+    return exact
+
+
+def require_types(config: Mapping[str, Any], where: str) -> None:
+    """Raises ``RecipeError`` if a value of ``BOOLEANS`` or ``NUMBERS`` has another type."""
+    for key in (*BOOLEANS, *NUMBERS):
+        value = config.get(key)
+        values = value if key == "eos_token_id" and isinstance(value, list) else [value]
+        types = NUMBERS.get(key, (bool,))
+        if value is not None and not all(type(item) in types for item in values):
+            raise RecipeError(
+                f"{where}: invalid {key}={value!r} in config.json: must be "
+                f"{'a number' if key in NUMBERS else 'true or false'}.",
+                "correct it: in JSON, numbers, true and false have no quotes",
+            )
 
 
 def unknown_keys(config: Mapping[str, Any]) -> Iterator[str]:

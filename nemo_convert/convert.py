@@ -21,7 +21,11 @@ from nemo_convert.hf_config import (
     rms_norm_eps,
     rope_theta,
 )
-from nemo_convert.preflight import model_dtype, require_convertible
+from nemo_convert.preflight import (
+    model_dtype,
+    require_convertible,
+    require_loadable_generation_config,
+)
 from nemo_convert.tokenizer_files import convert_tokenizer
 from nemo_convert.trust import MODEL_NAMES, read_metadata
 from recipes.core.errors import RecipeError
@@ -84,8 +88,7 @@ def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
 
     require_convertible(str(hf_folder))
     weights = Weights(hf_folder)
-    hf_config = read_json(hf_folder / "config.json")
-    config = as_transformers_4(hf_config, str(hf_folder))
+    config = as_transformers_4(read_json(hf_folder / "config.json"), str(hf_folder))
     config["torch_dtype"] = model_dtype(weights.headers)
     arch = read_architecture(config, str(hf_folder))
     source = MergedWeights(FiniteWeights(weights), arch, FAMILIES[arch.hf_architecture])
@@ -95,8 +98,8 @@ def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
         side = Path(temporary) / nemo.SIDE  # config, tokenizer and licence
         copy_side_files(hf_folder, side)
         convert_tokenizer(side)
-        if config != hf_config:
-            write_json(side / "config.json", config, indent=2)
+        require_loadable_generation_config(side)
+        write_json(side / "config.json", config, indent=2)
         model = nemo.new_model(side)
         core = nemo.build_core(model, nemo.Parallelism())
         strategy = StreamedSave(source, nemo.leading_axes(arch))

@@ -7,7 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nemo_convert.architecture import Architecture
-from nemo_convert.config_keys import NEUTRAL_VALUES, unknown_keys
+from nemo_convert.config_keys import (
+    BOOLEANS,
+    NEUTRAL_VALUES,
+    require_types,
+    unknown_keys,
+    with_exact_types,
+)
 from nemo_convert.families import EXPERTS, FAMILIES, LLAMA3_ROPE, QK_NORM, QKV_BIAS, Family
 from recipes.core.errors import RecipeError
 
@@ -37,14 +43,6 @@ SIZES = (
 """Keys whose value must be a positive integer."""
 NULLABLE_SIZES = ("head_dim", "num_key_value_heads", "sliding_window")
 """Sizes that may be null: they then follow from another key, or there is no sliding window."""
-BOOLEANS = (
-    "attention_bias",
-    "mlp_bias",
-    "norm_topk_prob",
-    "tie_word_embeddings",
-    "use_sliding_window",
-)
-"""Keys that are true or false; null means false."""
 QUANTIZATION = ("compression_config", "quantization", "quantization_config")
 """Keys that describe how the weights were quantized."""
 
@@ -82,7 +80,8 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     # A null partial_rotary_factor (one of _unset_keys) makes transformers 4 fail, because it
     # multiplies by this factor. _attn_implementation may name a kernel that is not installed.
     dropped = {*TRANSFORMERS_5, *_unset_keys(config), "torch_dtype", "_attn_implementation"}
-    return {**{key: value for key, value in config.items() if key not in dropped}, **renamed}
+    kept = {key: value for key, value in config.items() if key not in dropped}
+    return with_exact_types({**kept, **renamed})
 
 
 def _require_no_contradiction(
@@ -116,7 +115,7 @@ def _unset_keys(config: Mapping[str, Any]) -> set[str]:
         if family.model_type in names or family.hf_architecture in names
     )
     head_dim = () if has_head_dim_default else ("head_dim",)
-    keys = (*NEUTRAL_VALUES, *QUANTIZATION, *BOOLEANS, *head_dim)
+    keys = (*NEUTRAL_VALUES, *QUANTIZATION, *BOOLEANS, "attention_dropout", *head_dim)
     unset = {key for key in (*keys, "layer_types", "mlp_only_layers") if config.get(key) is None}
     is_mistral = "mistral" in names or "MistralForCausalLM" in names
     return unset | ({"layer_types"} if is_mistral and _has_full_attention(config) else set())
@@ -197,7 +196,8 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
     family = FAMILIES[name]
     config = {**family.defaults, **config}
     _require_numbers(config, where)
-    _require_switches_and_padding(config, where)
+    require_types(config, where)
+    _require_valid_padding(config, where)
     _require_consistent_sizes(family, config, where)
     for what, fix in _unsupported_features(family, config):  # names only the first one
         raise RecipeError(f"{where}: {what} is not supported for {name}.", fix)
@@ -268,14 +268,8 @@ def _require_numbers(config: Mapping[str, Any], where: str) -> None:
             )
 
 
-def _require_switches_and_padding(config: Mapping[str, Any], where: str) -> None:
-    """Refuses switches that are not true, false or null, and padding tokens without embedding."""
-    for key in BOOLEANS:
-        if config.get(key) not in (None, True, False):
-            raise RecipeError(
-                f"{where}: invalid {key}={config[key]!r} in config.json: must be true or false.",
-                "correct it: in JSON, true and false have no quotes",
-            )
+def _require_valid_padding(config: Mapping[str, Any], where: str) -> None:
+    """Refuses padding tokens without embedding."""
     padding, size = config.get("pad_token_id"), config.get("vocab_size", sys.maxsize)
     # transformers passes the id to nn.Embedding as padding_idx. A negative id counts from the end.
     if padding is not None and not (type(padding) is int and -size <= padding < size):

@@ -44,10 +44,20 @@ GENERATION_SETTINGS: Mapping[str, Callable[[Any], bool]] = {
     "early_stopping": lambda value: value in (True, False, "never"),
     "max_new_tokens": lambda value: type(value) is int and value > 0,
     "pad_token_id": lambda value: type(value) is int,
-    "watermarking_config": lambda value: isinstance(value, dict),
+    "num_return_sequences": lambda value: type(value) is int and value > 0,
+    "watermarking_config": lambda value: _is_watermark(value),
 }
 """Checks of generation settings. If a value fails, transformers refuses to load the model. Null is
-valid, except for ``early_stopping``."""
+valid, except for the keys of ``NEVER_NULL``."""
+NEVER_NULL = ("early_stopping", "num_return_sequences")
+WATERMARK_SETTINGS: Mapping[str, Callable[[Any], bool]] = {
+    "bias": lambda value: type(value) in (int, float),
+    "context_width": lambda value: type(value) is int and value > 0,
+    "greenlist_ratio": lambda value: type(value) in (int, float) and 0 <= value <= 1,
+    "hashing_key": lambda value: type(value) is int,
+    "seeding_scheme": lambda value: value in ("lefthash", "selfhash"),
+}
+"""Checks of the settings in ``watermarking_config``; transformers has no others."""
 MAX_NAMED = 3
 """Largest number of weights that a message names."""
 
@@ -127,6 +137,26 @@ def require_convertible(hf_path: str) -> None:
         raise RecipeError("\n".join(error.what for error in errors), errors[0].fix)
 
 
+def require_loadable_generation_config(folder: Path) -> None:
+    """Loads a folder's generation settings with transformers.
+
+    Raises:
+        RecipeError: transformers refuses the settings.
+    """
+    from transformers import GenerationConfig
+
+    if not (folder / GENERATION_CONFIG).is_file():
+        return
+    try:
+        GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # transformers does not check the types of settings
+        reason = str(error).partition("\n")[0]
+        raise RecipeError(
+            f"transformers refuses {GENERATION_CONFIG}: {type(error).__name__}: {reason}.",
+            f"correct or remove {GENERATION_CONFIG}",
+        ) from error
+
+
 def model_dtype(headers: Headers) -> str:
     """Returns the PyTorch type that holds all weights exactly: float32 if their types differ."""
     types = {DTYPES[tensor.dtype] for tensor in headers.values()}
@@ -153,6 +183,13 @@ def _index_findings(folder: Path, headers: Headers) -> Iterator[Finding]:
 
 def _tensor_findings(hf_path: str, headers: Headers, shape: Architecture) -> Iterator[Finding]:
     """Compares the tensors' names and shapes with those that follow from the config."""
+    if shape.num_layers > len(headers):  # so many layers that their names might fill the memory
+        yield Finding(
+            f"{hf_path} has only {len(headers)} weights, but num_hidden_layers={shape.num_layers} "
+            "in config.json.",
+            "correct num_hidden_layers, or download the model again",
+        )
+        return
     expected = FAMILIES[shape.hf_architecture].hf_shapes(shape)
     missing = expected.keys() - headers.keys()
     extra = headers.keys() - expected.keys() - ({HEAD} if shape.tied_embeddings else set())
@@ -249,10 +286,10 @@ def _dtype_findings(hf_path: str, headers: Headers, config: Mapping[str, Any]) -
         return
     stored = sorted({DTYPES[tensor.dtype] for tensor in headers.values()})
     configured = config.get("torch_dtype")
-    if stored != [configured] and (configured is not None or len(stored) > 1):
+    if stored != [configured]:
+        named = f"torch_dtype={configured}" if configured else "no torch_dtype"
         yield Finding(
-            f"the weights of {hf_path} are {' and '.join(stored)}, but config.json has "
-            f"torch_dtype={configured}.",
+            f"the weights of {hf_path} are {' and '.join(stored)}, but config.json has {named}.",
             f"none needed: {model_dtype(headers)} is used, which holds every weight exactly",
             is_error=False,
         )
@@ -268,19 +305,21 @@ def _generation_findings(folder: Path, shape: Architecture) -> Iterator[Finding]
         yield Finding(error.what, error.fix)
         return
     for key, is_valid in GENERATION_SETTINGS.items():
-        is_set = key in config and (config[key] is not None or key == "early_stopping")
+        is_set = key in config and (config[key] is not None or key in NEVER_NULL)
         if is_set and not is_valid(config[key]):
             yield Finding(
                 f"{GENERATION_CONFIG} has {key}={config[key]!r}, which transformers refuses.",
                 f"remove or correct {key}",
             )
-    is_greedy = not config.get("do_sample") and config.get("num_beams", 1) == 1
-    if is_greedy and config.get("num_return_sequences", 1) != 1:
-        yield Finding(
-            f"{GENERATION_CONFIG} has num_return_sequences={config['num_return_sequences']} "
-            "without do_sample, which transformers does not accept.",
-            "remove num_return_sequences, or set do_sample to true",
-        )
+    texts, beams = config.get("num_return_sequences", 1), config.get("num_beams", 1)
+    if type(texts) is int and texts > 1:
+        is_within_beams = type(beams) is int and texts <= beams
+        if not (config.get("do_sample") if beams == 1 else is_within_beams):
+            yield Finding(
+                f"{GENERATION_CONFIG} has num_return_sequences={texts} with num_beams={beams} and "
+                f"do_sample={config.get('do_sample')}, which transformers does not accept.",
+                f"remove num_return_sequences, or set num_beams to {texts} or more",
+            )
     ids = [i for key in ("bos_token_id", "eos_token_id") for i in _as_list(config.get(key))]
     if wrong := [i for i in ids if type(i) is not int or not 0 <= i < shape.vocab_size]:
         yield Finding(
@@ -288,6 +327,13 @@ def _generation_findings(folder: Path, shape: Architecture) -> Iterator[Finding]
             f"{shape.vocab_size - 1}, the last id of the vocabulary.",
             "correct bos_token_id and eos_token_id",
         )
+
+
+def _is_watermark(settings: Any) -> bool:
+    return isinstance(settings, dict) and all(
+        key in WATERMARK_SETTINGS and WATERMARK_SETTINGS[key](value)
+        for key, value in settings.items()
+    )
 
 
 def _as_list(value: Any) -> list[Any]:

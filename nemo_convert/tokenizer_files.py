@@ -103,11 +103,12 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
     for setting, fix in _invalid_tokens(_special_tokens_map(folder, config)):
         raise RecipeError(f"{folder / SPECIAL_TOKENS_MAP}: invalid {setting}.", fix)
     _require_utf8(folder)
-    vocabulary |= _added_tokens(folder, config)
-    # transformers gives these tokens the next ids. Only their number matters here, not the order.
-    missing = set(_special_tokens(folder, config)) - vocabulary.keys()
+    # transformers gives tokens that are not in ``file`` the next ids, even if another file lists
+    # other ids. Only the number of these tokens matters here, not their order.
+    tokens = [*_added_tokens(folder, config), *sorted(_special_tokens(folder, config))]
+    missing = [token for token in dict.fromkeys(tokens) if token not in vocabulary]
     next_id = max(vocabulary.values(), default=-1) + 1
-    return vocabulary | {token: next_id + n for n, token in enumerate(sorted(missing))}
+    return vocabulary | {token: next_id + n for n, token in enumerate(missing)}
 
 
 def _class_name(folder: Path, config: Mapping[str, Any]) -> str:
@@ -124,13 +125,9 @@ def _invalid_settings(
     folder: Path, config: Mapping[str, Any], name: str
 ) -> Iterator[tuple[str, str]]:
     """Yields (setting, how to fix it) for each setting that makes transformers fail."""
-    for key in ("padding_side", "truncation_side"):
-        if config.get(key, "left") not in ("left", "right"):
-            yield f"{key}={config[key]!r}", 'set it to "left" or "right"'
-    if type(length := config.get("model_max_length", 0)) not in (int, float, type(None)):
-        yield f"model_max_length={length!r}", "set it to a number"
-    for key in ("from_slow", "tokenizer_object"):
-        if config.get(key):
+    yield from _invalid_values(config)
+    for key in ("from_slow", "self", "tokenizer_object"):
+        if config.get(key) or (key == "self" and key in config):
             yield f"{key}={config[key]!r}", "remove it"
     if "tokenizer_file" in config and (folder / TOKENIZER).is_file():
         # transformers would read the path in this setting instead of tokenizer.json.
@@ -145,15 +142,27 @@ def _invalid_settings(
     yield from _invalid_tokens(config)
 
 
+def _invalid_values(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key in ("padding_side", "truncation_side"):
+        if config.get(key, "left") not in ("left", "right"):
+            yield f"{key}={config[key]!r}", 'set it to "left" or "right"'
+    if type(length := config.get("model_max_length", 0)) not in (int, float, type(None)):
+        yield f"model_max_length={length!r}", "set it to a number"
+    if type(split := config.get("split_special_tokens", False)) is not bool:
+        yield f"split_special_tokens={split!r}", "set it to true or false"
+    names = config.get("model_input_names", ["input_ids"])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        yield f"model_input_names={names!r}", "remove it, or set it to a list of names"
+
+
 def _invalid_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in SPECIAL_TOKENS:
         token = config.get(key)
-        is_text_or_added_token = not isinstance(token, dict) or token.get("__type") == "AddedToken"
-        if token is not None and not (is_text_or_added_token and _token_text(token) is not None):
+        if token is not None and not _is_token(token):
             yield f"{key}={token!r}", 'set it to the text of the token, such as "</s>"'
     for key, types in TOKEN_LIST_TYPES.items():
         tokens = config.get(key) or []
-        if not isinstance(tokens, types) or not all(map(_token_text, _as_list(tokens))):
+        if not isinstance(tokens, types) or not all(map(_is_token, _as_list(tokens))):
             yield f"{key}={tokens!r}", "set it to a list of tokens"
 
 
@@ -165,6 +174,11 @@ def _require_utf8(folder: Path) -> None:
                 file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise RecipeError(f"{file} is not in UTF-8.", "save it in UTF-8") from error
+
+
+def _is_token(token: object) -> bool:
+    is_text_or_added_token = not isinstance(token, dict) or token.get("__type") == "AddedToken"
+    return is_text_or_added_token and _token_text(token) is not None
 
 
 def _token_text(token: object) -> str | None:
@@ -199,8 +213,12 @@ def _special_tokens_map(folder: Path, config: Mapping[str, Any]) -> dict[str, An
     settings = read_json(file) if file.is_file() else {}
     if "added_tokens_decoder" in config:  # transformers 4 then ignores the file
         return {}
+
+    def with_type(token: object) -> object:
+        return {"__type": "AddedToken", **token} if isinstance(token, dict) else token
+
     return {
-        key: {"__type": "AddedToken", **value} if isinstance(value, dict) else value
+        key: [*map(with_type, value)] if isinstance(value, list) else with_type(value)
         for key, value in settings.items()
     }
 
@@ -330,8 +348,8 @@ def _vocabulary_of_sentencepiece(file: Path) -> dict[str, int]:
     return {model.id_to_piece(i): i for i in range(model.get_piece_size())}
 
 
-def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the ids of the tokens that a folder's files add to the tokenizer's vocabulary."""
+def _added_tokens(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """Returns the tokens that a folder's files add to the vocabulary, in the order of their ids."""
     file = folder / "added_tokens.json"
     added = read_json(file) if file.is_file() else {}
     decoder = config.get("added_tokens_decoder", {})
@@ -343,4 +361,4 @@ def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
     if wrong := [token for token, i in added.items() if type(i) is not int]:
         fix = "correct it, or download the tokenizer again"
         raise RecipeError(f"{file}: the id of {wrong[0]!r} is not a number.", fix)
-    return added
+    return sorted(added, key=lambda token: int(added[token]))

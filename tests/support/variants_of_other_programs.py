@@ -229,7 +229,7 @@ def _refused_names_and_indexes() -> Iterator[Variant]:
     yield Variant("GPTQ", quantized, "fix: .*before quantization")
     yield Variant("fused experts", edit_weights(_fuse_experts), r"gate_up_proj\[N\]", "qwen3_moe")
     no_map = all_of(split_weights(SHARDS), edit_json(INDEX, weight_map={}))
-    yield Variant("no map", no_map, f"has no {HEAD}")
+    yield Variant("no map", no_map, "has only 0 weights")
     for name in ("a.bin", "../a.safetensors", "/a.safetensors"):
         other = split_weights(SHARDS, {"model.extra": name})
         yield Variant(f"index with {name}", other, f"lists {name!r}")
@@ -257,7 +257,7 @@ def _refused_generation() -> Iterator[Variant]:
         change = edit_json(GENERATION, **{key: value})
         yield Variant(f"generation {key}={value}", change, f"has {key}=.*refuses")
     several = edit_json(GENERATION, num_return_sequences=2, do_sample=False)
-    yield Variant("several greedy texts", several, "num_return_sequences=2 without do_sample")
+    yield Variant("several greedy texts", several, "num_return_sequences=2 with num_beams=1")
     for token in (True, 1.0, {"a": 1}):
         change = edit_json(GENERATION, eos_token_id=token)
         yield Variant(f"end of text {token}", change, "must be from 0 to")

@@ -41,6 +41,7 @@ LLAMA_CONFIG: dict[str, Any] = {
     "vocab_size": 512,
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
 }
 COMPOSED: dict[tuple[str, ...], tuple[DictConfig, DictConfig | None]] = {}
 """Cache of composed configs, each with Hydra's own config, because composing is slow."""

@@ -1,0 +1,90 @@
+"""Lists variants whose settings have values that transformers 4 or 5 refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tests.support.folder_changes import ABSENT, Variant, all_of, edit_config, edit_json
+
+GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
+
+
+def variants_of_settings() -> Iterator[Variant]:
+    """Yields configs, generation settings and tokenizers with values of unusual types."""
+    yield from _configs()
+    yield from _generation()
+    yield from _tokenizers()
+    yield from _added_tokens()
+
+
+def _configs() -> Iterator[Variant]:
+    switches = {"attention_bias": 0, "tie_word_embeddings": 0, "use_cache": 1}
+    numbers = edit_config(**switches, initializer_range=1, rms_norm_eps=1)
+    yield Variant("switches and floats as 0 and 1", numbers)
+    null = edit_config(attention_dropout=None, use_cache=None, bos_token_id=None)
+    yield Variant("null values", null)
+    yield Variant("two ends of text", edit_config(eos_token_id=[0, 1]))
+    for key, value in (
+        ("bos_token_id", "<s>"),
+        ("bos_token_id", [1]),
+        ("eos_token_id", {"a": 1}),
+        ("eos_token_id", ["</s>"]),
+        ("use_cache", "x"),
+        ("attention_dropout", "x"),
+    ):
+        yield Variant(f"{key} as {value!r}", edit_config(**{key: value}), f"invalid {key}=")
+    many = edit_config(num_hidden_layers=2_000_000)
+    yield Variant("many layers", many, "num_hidden_layers=2000000")
+
+
+def _generation() -> Iterator[Variant]:
+    for values in (
+        {"num_beams": 4, "num_return_sequences": 4},
+        {"watermarking_config": {"seeding_scheme": "selfhash", "bias": 2}},
+    ):
+        yield Variant(f"valid generation {values}", edit_json(GENERATION, **values))
+    for watermark in ({"a": 1}, {"seeding_scheme": "x"}, {"context_width": 0}):
+        change = edit_json(GENERATION, watermarking_config=watermark)
+        yield Variant(f"watermark {watermark}", change, "has watermarking_config=.*refuses")
+    for texts, beams in ((4, 2), (4, "4")):
+        change = edit_json(GENERATION, num_return_sequences=texts, num_beams=beams)
+        yield Variant(f"{texts} texts of {beams!r} beams", change, f"num_return_sequences={texts}")
+    for value in ("2", None, 0):
+        change = edit_json(GENERATION, num_return_sequences=value)
+        yield Variant(f"{value!r} texts", change, "has num_return_sequences=.*refuses")
+    # Only a conversion loads the settings with transformers.
+    streamer = edit_json(GENERATION, streamer=1, _from_model_config=ABSENT)
+    yield Variant("argument of generate", streamer, "streamer", reads_weights=True)
+
+
+def _tokenizers() -> Iterator[Variant]:
+    token = {"__type": "AddedToken", "content": "<x>"}
+    valid = edit_json(TOKENIZER, additional_special_tokens=[token], split_special_tokens=True)
+    yield Variant("list of token objects", valid)
+    no_decoder = edit_json(TOKENIZER, added_tokens_decoder=ABSENT)
+    tokens = edit_json("special_tokens_map.json", additional_special_tokens=[{"content": "<x>"}])
+    yield Variant("list of token objects in the map", all_of(no_decoder, tokens))
+    for key, value in (
+        ("split_special_tokens", "x"),
+        ("split_special_tokens", None),
+        ("additional_special_tokens", [{"content": "<x>"}]),
+        ("self", None),
+        ("model_input_names", None),
+        ("model_input_names", "input_ids"),
+        ("model_input_names", [1]),
+    ):
+        change = edit_json(TOKENIZER, **{key: value})
+        yield Variant(f"{key} is {value!r}", change, f"invalid {key}=")
+
+
+def _added_tokens() -> Iterator[Variant]:
+    """Lists tokens with ids that other tokens have: transformers gives these tokens other ids."""
+    for number, refusal in ((6, ""), (7, "has 1 tokens without an embedding")):
+        ids = {f"<new{n}>": 3 + n for n in range(number)}
+        decoder = {str(i): {"content": token} for token, i in ids.items()}
+        change = edit_json(TOKENIZER, added_tokens_decoder=decoder)
+        yield Variant(f"{number} tokens with ids in use", change, refusal)
+        change = all_of(
+            edit_json(TOKENIZER, added_tokens_decoder=ABSENT), edit_json("added_tokens.json", **ids)
+        )
+        yield Variant(f"{number} added tokens with ids in use", change, refusal)
