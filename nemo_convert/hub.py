@@ -11,7 +11,7 @@ from typing import Any
 from nemo_convert.hf_config import as_transformers_4
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
-from recipes.core.wheels import parse_wheel_file
+from recipes.core.wheels import WheelFile, cached_path, parse_wheel_file
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 """transformers' names of a model's weights in one file, and of the index of its shards."""
@@ -113,6 +113,18 @@ def cached_model(hf_path: str) -> Path | None:
         return None
 
 
+def folder_of_wheel(file: WheelFile) -> Path:
+    """Returns the folder in the cache for the model that is converted from a wheel's file."""
+    return cached_path(file).parent / Path(file.member).stem
+
+
+def local_folder(hf_path: str) -> Path | None:
+    """Returns a model's folder on this machine, without a download; it may be incomplete."""
+    if file := parse_wheel_file(hf_path):
+        return folder_of_wheel(file)
+    return cached_model(hf_path) if is_hub_id(hf_path) else Path(hf_path)
+
+
 def read_index(folder: Path) -> dict[str, str]:
     """Maps the name of each tensor to its shard, relative to the folder: the index's weight_map.
 
@@ -204,11 +216,11 @@ def has_chat_template(hf_path: str) -> bool | None:
 
 
 def has_token(hf_path: str, token: str) -> bool | None:
-    """Returns whether a folder's tokenizer has a token; ``None`` if its vocabulary is not known."""
-    file = Path(hf_path) / "tokenizer.json"
-    if not file.is_file():
+    """Returns whether a model's tokenizer has a token; ``None`` if it is not on this machine."""
+    folder = local_folder(hf_path)
+    if folder is None or not (folder / "tokenizer.json").is_file():
         return None
-    tokenizer = read_json(file)
+    tokenizer = read_json(folder / "tokenizer.json")
     # ``vocab`` is a mapping, or for a Unigram model a list of (token, score).
     added = (token_entry["content"] for token_entry in tokenizer.get("added_tokens", ()))
     return token in dict(tokenizer["model"].get("vocab", ())) or token in added

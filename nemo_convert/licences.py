@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from nemo_convert.hub import cached_model, is_hub_id
+from nemo_convert.hub import local_folder
 
 NONCOMMERCIAL = re.compile(
     r"(?<![a-z0-9])(nc|mrl|mnpl|amlr)(?![a-z])"
@@ -49,7 +49,7 @@ def model_licence(folder: Path) -> str:
 
 def known_licence(hf_path: str) -> str:
     """Returns the licence of a folder, or of a hub model whose card is in the local cache."""
-    folder = cached_model(hf_path) if is_hub_id(hf_path) else Path(hf_path)
+    folder = local_folder(hf_path)
     return model_licence(folder) if folder else "unknown"
 
 

@@ -76,6 +76,9 @@ Tokens = Annotated[int, integer(1, 10**15)]
 Seed = Annotated[int, integer(0, 2**32 - 1)]
 """The limit is NumPy's, which is the lowest of all libraries that take a seed."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MAX_WEIGHT = 1e6
+"""Largest weight in a blend. Sums of larger weights could exceed the range of floats."""
+BlendWeight = Annotated[float, Field(gt=0, le=MAX_WEIGHT, allow_inf_nan=False)]
 PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, between(1e-6, 1 - 1e-6)]
 """More than 0 and less than 1."""

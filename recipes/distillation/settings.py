@@ -12,6 +12,7 @@ from pydantic import Field
 
 from recipes.backend import SPEED_PATCH_NAMES
 from recipes.core.constraints import (
+    BlendWeight,
     Count,
     CountOrZero,
     Fraction,
@@ -95,7 +96,7 @@ class TrainingConfig(StageConfig):
     """Steps with a NaN or infinite gradient that are skipped before the run stops."""
     seed: Seed = 1234
     """Seed of the order of sequences."""
-    weights: dict[str, Positive] = field(default_factory=dict)
+    weights: dict[str, BlendWeight] = field(default_factory=dict)
     """Weights of the sources in the training tokens; by default the ``#weight`` of each source of
     ``prepare_data``. Without weights, longer sources count more."""
     tensor_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
@@ -182,7 +183,7 @@ class CacheLogitsConfig(StageConfig):
     sequences."""
     seed: Seed = 1234
     """Seed of the order of sequences; must equal ``seed`` of ``distill``."""
-    weights: dict[str, Positive] = field(default_factory=dict)
+    weights: dict[str, BlendWeight] = field(default_factory=dict)
     """Weights by source, as in ``distill``."""
     sequences_per_shard: Count = 64
     """Sequences per file; a killed run loses at most one file per rank."""

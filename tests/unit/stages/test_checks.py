@@ -124,11 +124,13 @@ def test_prepare_data_accepts_text(text: str, chain: Chain) -> None:
         ({"heldout_sources": ["TEXT"]}, "data-sources", "data.heldout_sources"),
         *(
             ({"sources": [f"TEXT#weight={weight}"]}, "data-sources", f"invalid weight={weight} ")
-            for weight in ("0", "-1", "nan", "inf", "1e999", "half", "[1,2]")
+            for weight in ("0", "-1", "nan", "inf", "1e308", "half", "[1,2]")
         ),
         ({"sources": ["TEXT#weight=1", "OTHER"]}, "data-sources", "OTHER' has no weight"),
         ({"heldout_sources": ["OTHER#weight=1"]}, "data-sources", "held-out source 'OTHER#weight"),
-        ({"heldout_sources": ["TEXT"], "sources": ["TEXT#weight=1"]}, "data-sources", "is in both"),
+        ({"heldout_sources": ["TEXT"], "sources": ["TEXT#weight=1"]}, "data-sources", "twice"),
+        ({"sources": ["TEXT#weight=1", "TEXT#name=x&weight=2"]}, "data-sources", "twice"),
+        ({"sources": ["TEXT#format=dialogue"]}, "chat", "line 1"),
         ({"calibration_fraction": 0.94}, "data-splits", "fractions"),
         ({"validation_fraction": 0.5, "heldout_fraction": 0.5}, "data-splits", "fractions"),
         ({"seq_length": 0}, "seq-length", "seq_length=0"),
