@@ -47,7 +47,7 @@ console = screen()
 
 
 @dataclass
-class Record:
+class TrainingRun:
     """One training run of a method."""
 
     ends: list[float] = field(default_factory=list)
@@ -123,7 +123,7 @@ class Result:
     last_loss: float
 
 
-def run_method(name: str, shape: Shape, run_dir: Path) -> Record:
+def run_method(name: str, shape: Shape, run_dir: Path) -> TrainingRun:
     """Distils the student of ``run_dir`` once.
 
     Raises:
@@ -133,11 +133,11 @@ def run_method(name: str, shape: Shape, run_dir: Path) -> Record:
     if method.stages:
         with tempfile.TemporaryDirectory(dir=run_dir.parent) as scratch:
             return _run_stages(method, shape, run_dir, Path(scratch))
-    record: Record = call_in_process("benchmarks.loops:run_baseline", name, shape, run_dir)
+    record: TrainingRun = call_in_process("benchmarks.loops:run_baseline", name, shape, run_dir)
     return record
 
 
-def _run_stages(method: DistillMethod, shape: Shape, run_dir: Path, scratch: Path) -> Record:
+def _run_stages(method: DistillMethod, shape: Shape, run_dir: Path, scratch: Path) -> TrainingRun:
     """Runs the launcher in ``scratch``, on the model and text of ``run_dir``."""
     _, teacher_stage, *_ = method.stages  # the stage after plan reads the teacher
     settings = {
@@ -161,7 +161,7 @@ def _run_stages(method: DistillMethod, shape: Shape, run_dir: Path, scratch: Pat
     length_override = f"data.seq_length={shape.seq_length}"
     launch(run_dir, scratch, method.stages, settings, length_override, *method.overrides)
     steps = steps_of(scratch / "distill" / METRICS, "distill")
-    return Record(
+    return TrainingRun(
         [step["time"] for step in steps],
         [step["loss"] for step in steps],
         complete_manifest(scratch / "distill").peak_rss_bytes,
@@ -169,7 +169,7 @@ def _run_stages(method: DistillMethod, shape: Shape, run_dir: Path, scratch: Pat
     )
 
 
-def speeds(record: Record, shape: Shape) -> list[float]:
+def speeds(record: TrainingRun, shape: Shape) -> list[float]:
     """Returns the tokens/s of the steps after warm-up, or of the last step if there are only two.
 
     Step 1 has no start time, because only the ends of steps are recorded.
@@ -181,7 +181,7 @@ def speeds(record: Record, shape: Shape) -> list[float]:
     return [tokens / (end - start) for start, end in pairwise(ends)]
 
 
-def summarise(records: Mapping[str, Sequence[Record]], shape: Shape) -> dict[str, Result]:
+def summarise(records: Mapping[str, Sequence[TrainingRun]], shape: Shape) -> dict[str, Result]:
     """Summarises all rounds of each method."""
     rounds = {name: [speeds(r, shape) for r in runs] for name, runs in records.items()}
     medians = {name: median(median(steps) for steps in runs) for name, runs in rounds.items()}
@@ -238,7 +238,7 @@ def measure(names: Sequence[str], shape: Shape, rounds: int, run_dir: Path, out:
     """
     for stage in INPUT_STAGES:
         complete_manifest(run_dir / stage)
-    records: dict[str, list[Record]] = {}
+    records: dict[str, list[TrainingRun]] = {}
     failed: dict[str, str] = {}
     for number in range(1, rounds + 1):
         for name in (name for name in names if name not in failed):

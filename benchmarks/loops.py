@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from benchmarks.distill import Record, Shape
+from benchmarks.distill import Shape, TrainingRun
 from nemo_convert.nemo import find_checkpoint
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT
@@ -54,7 +54,7 @@ def loss_of(inputs: LoopInputs, tokens: Tensor) -> Tensor:
     return kl_div(student, teacher, log_target=True, reduction="sum") / tokens.numel()
 
 
-def loop(inputs: LoopInputs, record: Record) -> None:
+def loop(inputs: LoopInputs, record: TrainingRun) -> None:
     """Trains in a plain PyTorch loop, as a user would write it."""
     optimizer = torch.optim.AdamW(
         inputs.student.parameters(),
@@ -73,7 +73,7 @@ def loop(inputs: LoopInputs, record: Record) -> None:
         record.losses.append(loss.item())
 
 
-def modelopt(inputs: LoopInputs, record: Record) -> None:
+def modelopt(inputs: LoopInputs, record: TrainingRun) -> None:
     """Trains with ModelOpt's ``KDTrainer``, a transformers ``Trainer``, and ModelOpt's loss.
 
     Raises:
@@ -127,7 +127,7 @@ def modelopt(inputs: LoopInputs, record: Record) -> None:
         trainer.train()
 
 
-LOOPS: dict[str, tuple[Callable[[LoopInputs, Record], None], bool]] = {
+LOOPS: dict[str, tuple[Callable[[LoopInputs, TrainingRun], None], bool]] = {
     "loop-fp32": (loop, False),
     "loop-bf16": (loop, True),
     "modelopt-bf16": (modelopt, True),
@@ -135,7 +135,7 @@ LOOPS: dict[str, tuple[Callable[[LoopInputs, Record], None], bool]] = {
 """Function of each baseline, and whether it trains in bfloat16."""
 
 
-def run_baseline(name: str, shape: Shape, run_dir: Path) -> Record:
+def run_baseline(name: str, shape: Shape, run_dir: Path) -> TrainingRun:
     """Trains a baseline in this process, with the teacher, student and text of a run.
 
     Raises:
@@ -152,7 +152,7 @@ def run_baseline(name: str, shape: Shape, run_dir: Path) -> Record:
     student = load_transformers(find_checkpoint(run_dir / "prune" / ARTIFACT))
     teacher.config.use_cache = student.config.use_cache = False
     teacher = teacher.to(torch.bfloat16 if bfloat16 else torch.float32)
-    record = Record()
+    record = TrainingRun()
     train(LoopInputs(teacher, student.train(), text.view(astuple(shape)), bfloat16), record)
     record.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return record

@@ -12,7 +12,7 @@ from recipes.evaluation.offline_tasks import TASKS
 from recipes.evaluation.settings import GENERATION_BATCH, HARNESS, EvaluateTasksConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain
-from recipes.planning.inference_cost import Generation
+from recipes.planning.inference_cost import DecodingSteps
 from recipes.planning.rules import Problem
 
 INSTALL = "./install.sh, or leave the benchmarks out: tasks=null"
@@ -72,7 +72,7 @@ def task_problems(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
         yield Problem(rules.TASKS_NAMES, f"tasks={cfg.tasks} has duplicates", "list each task once")
 
 
-def task_tokens(cfg: EvaluateTasksConfig) -> tuple[float, list[Generation]]:
+def task_tokens(cfg: EvaluateTasksConfig) -> tuple[float, list[DecodingSteps]]:
     """Estimates the tokens of a rank's items, and the text that a model generates for them."""
     ranks, tokens = cfg.resources.ranks, 0
     generations = []
@@ -86,5 +86,5 @@ def task_tokens(cfg: EvaluateTasksConfig) -> tuple[float, list[Generation]]:
         if new_tokens := GENERATED_TOKENS.get(name):
             rank_batches = math.ceil(math.ceil(items / GENERATION_BATCH) / ranks)
             context = size + new_tokens / 2  # mean over the decoding steps
-            generations.append(Generation(rank_batches * new_tokens, GENERATION_BATCH, context))
+            generations.append(DecodingSteps(rank_batches * new_tokens, GENERATION_BATCH, context))
     return tokens / ranks, generations

@@ -273,8 +273,8 @@ def serving_cost(
 
 
 @dataclass(frozen=True)
-class Generation:
-    """Text that a model generates."""
+class DecodingSteps:
+    """The decoding steps in which a model generates text."""
 
     steps: float
     """Number of decoding steps, summed over all batches."""
@@ -289,7 +289,7 @@ def benchmark_cost(
     tokens: float,
     pass_tokens: int,
     hardware: Hardware,
-    generations: Sequence[Generation] = (),
+    generations: Sequence[DecodingSteps] = (),
 ) -> InferenceCost:
     """Returns the cost of evaluating each model on benchmark items of ``tokens`` tokens in total.
 

@@ -166,6 +166,7 @@ def install_labels(memory: MemoryTracker) -> None:
     release = replace_with(memory.release_cache)
     target, reason = "torch.optim.optimizer:Optimizer.load_state_dict", "loaded states need a label"
     apply([Patch(target, reason, "7f8aa58e98c5", wrap(load_and_label))])
+    # No fingerprint: the original is the function of ``fake_cuda``, which checked PyTorch's.
     apply([Patch("torch.cuda:empty_cache", "cached memory is counted", "", release)])
     head = replace_with(_labeling_head(memory, predictions.float32_head))
     for module in ("recipes.evaluation.predictions", "recipes.pruning.scoring"):

@@ -21,7 +21,9 @@ CHECK_ALL_PATCHES = """
 from recipes.backend.patches import _find
 from recipes.backend.cpu_speed import SPEED_PATCHES
 from recipes.backend.without_cuda import CUDA_NAMES, REQUIRED
-for group in (*REQUIRED.values(), *SPEED_PATCHES.values(), [CUDA_NAMES]):
+from recipes.rehearsal import checkpoints, fake_cuda, files, messages, patches
+groups = [[CUDA_NAMES], *REQUIRED.values(), *SPEED_PATCHES.values(), fake_cuda.patches()]
+for group in (*groups, *(module.PATCHES for module in (checkpoints, files, messages, patches))):
     for patch in group:
         _find(patch)
 """

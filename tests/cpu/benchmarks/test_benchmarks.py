@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import convert, distill, launching, operations, prepare, students, tasks
-from benchmarks.distill import METHODS, Record, Shape, disagreements, speeds, summarise
+from benchmarks.distill import METHODS, Shape, TrainingRun, disagreements, speeds, summarise
 from benchmarks.launching import INPUT_STAGES, complete_manifest
 from launch.executors.local import PRELOADED
 from recipes.core.compiled import missing_compiler
@@ -125,10 +125,12 @@ def test_a_command_exchanges_objects_with_its_child_processes(
 
 def test_warm_up_steps_do_not_count() -> None:
     shape = Shape(steps=4, micro_batch=1, seq_length=100)
-    record = Record(ends=[50.0, 60.0, 61.0, 63.0], losses=[4.0, 3.0, 2.0, 1.0], peak_rss_bytes=7)
-    slower = Record(ends=[0.0, 9.0, 11.0, 15.0], losses=[4.0, 3.0, 2.0, 1.2], peak_rss_bytes=5)
+    record = TrainingRun(
+        ends=[50.0, 60.0, 61.0, 63.0], losses=[4.0, 3.0, 2.0, 1.0], peak_rss_bytes=7
+    )
+    slower = TrainingRun(ends=[0.0, 9.0, 11.0, 15.0], losses=[4.0, 3.0, 2.0, 1.2], peak_rss_bytes=5)
     assert speeds(record, shape) == [100.0, 50.0]
-    assert speeds(Record([50.0, 60.0]), Shape(2, 1, 100)) == [10.0]
+    assert speeds(TrainingRun([50.0, 60.0]), Shape(2, 1, 100)) == [10.0]
     results = summarise({"loop-fp32": [record, slower], "loop-bf16": [slower]}, shape)
     # Speeds of steps are 100 and 50 in one round, 50 and 25 in the other: medians 75 and 37.5.
     fp32 = results["loop-fp32"]
@@ -139,10 +141,10 @@ def test_warm_up_steps_do_not_count() -> None:
 
 def test_different_losses_on_the_same_batches_are_reported() -> None:
     shape, ends = Shape(4, 1, 100), [1.0, 2.0, 3.0, 4.0]
-    runs = {"loop-fp32": [Record(ends, [4.0])], "loop-bf16": [Record(ends, [4.2])]}
+    runs = {"loop-fp32": [TrainingRun(ends, [4.0])], "loop-bf16": [TrainingRun(ends, [4.2])]}
     [message] = disagreements(summarise(runs, shape))
     assert message.startswith("loop-bf16: ")
-    runs["loop-bf16"] = [Record(ends, [4.05])]
+    runs["loop-bf16"] = [TrainingRun(ends, [4.05])]
     assert not list(disagreements(summarise(runs, shape)))
 
 

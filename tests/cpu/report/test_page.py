@@ -12,7 +12,7 @@ import pytest
 from recipes.core.manifest import Acceptance
 from recipes.core.metrics import METRICS, RESULT_METRICS
 from recipes.core.stage import Input
-from recipes.data.results import DatasetResult
+from recipes.data.results import DatasetResult, TrainedSource
 from recipes.distillation.results import DistillationResult
 from recipes.pruning.results import PruneResult
 from recipes.pruning.settings import PruneConfig
@@ -164,6 +164,20 @@ def test_early_stop_is_reported(inputs: dict[str, Input], tmp_path: Path) -> Non
     assert (
         "stopped at step 60" in Page(render_page({**inputs, "distilled": stopped}, tmp_path)).text
     )
+
+
+def test_tokens_and_epochs_of_training_sources_are_listed(
+    inputs: dict[str, Input], tmp_path: Path
+) -> None:
+    trained = inputs["distilled"].manifest.result(DistillationResult)
+    sources = [TrainedSource("repeated", 301, 4.25), TrainedSource("once", 1707, 1.75)]
+    distilled = with_result(inputs["distilled"], replace(trained, sources=sources))
+    page = render_page({**inputs, "distilled": distilled}, tmp_path)
+    table = page.partition('id="table-trained"')[2].partition("</table>")[0]
+    _, _, repeated, once = table.split("<tr>")
+    assert all(value in repeated for value in ("repeated", "301", "4.25", 'class="tag"'))
+    assert all(value in once for value in ("once", "1,707", "1.75"))
+    assert 'class="tag"' not in once
 
 
 @pytest.mark.parametrize("fraction", [None, -0.4, 1.2])

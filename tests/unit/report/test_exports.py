@@ -63,6 +63,7 @@ def test_every_input_adds_lines_to_the_card(inputs: dict[str, Input], tmp_path: 
         "| sciq | acc | 200 | 0.845 ± 0.026 | 0.415 ± 0.035 | 0.790 ± 0.029 |\n",
         "Layers dropped, counted from 1: 9, 12, 13, 17, 20, 21.\n",
         "Distilled on 409,600 tokens in 400 steps.\n",
+        "Tokens from text: 409,600, 4.50 epochs.\n",
         "`hf://some/corpus@en:train`. Licence: CC-BY-4.0.\n",
         "recovered 79% of the loss",
         "in float32 on 10,098 next-token predictions",
