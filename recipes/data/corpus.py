@@ -97,7 +97,8 @@ def conversation_problem(source: str) -> tuple[str, str] | None:
     if parsed.hub or parsed.by_teacher:
         return None
     if parsed.file_type not in RECORD_TYPES:
-        fix = f"give {' or '.join(RECORD_TYPES)}, or use plain text: data.format=text"
+        types = " or ".join(RECORD_TYPES)
+        fix = f"give {types}; for plain text, leave out #format and set data.format=text"
         return f"'{parsed.path}' has no conversations", fix
     if parsed.wheel or not parsed.local_files():
         return None
