@@ -57,6 +57,8 @@ def limit_problems(chain: Chain, stages: Collection[str]) -> Iterator[Problem]:
         if name in stages:
             yield from _training_memory_problems(name, workload, chain)
             yield from _text_problems(name, workload, chain)
+    for config in (chain.stages[name] for name in stages):
+        yield from _unknown_text_problems(config)
     for name, hours in _expected_hours(chain).items():
         if name in stages:
             yield from _time_problems(name, hours, chain)
@@ -94,6 +96,22 @@ def _expected_tokens(config: PrepareDataConfig, source: str) -> float:
     if source not in config.sources:  # held-out sources have no limits
         return tokens
     return math.inf if config.max_documents else min(tokens, config.max_tokens or math.inf)
+
+
+def _unknown_text_problems(config: StageConfig) -> Iterator[Problem]:
+    """Finds text of unknown size. Wheels that are not on this machine yet are small."""
+    if not isinstance(config, PrepareDataConfig):
+        return
+    expected = source_tokens(config)
+    for name, source in source_names(config.all_sources()).items():
+        if math.isinf(expected[name]) and not (source_bytes(source) or parse_source(source).wheel):
+            limit = f"set stages.{config.name}.max_tokens"
+            yield Problem(
+                rules.UNKNOWN_TEXT,
+                f"the size of '{name}' is not known, so the plan has neither the hours of "
+                f"{config.name} nor the disk space of this text",
+                limit if source in config.sources else "name fewer files, or a shorter split",
+            )
 
 
 def memory_problem(name: str, needed: float, available: float, device: str, fix: str) -> Problem:

@@ -64,6 +64,8 @@ class PlanConfig(StageConfig):
     """Costs of the other stages that run models, by stage."""
     preparation_seconds: dict[str, PositiveOrZero] = field(default_factory=dict)
     """Expected time of each stage that tokenizes text of a known size."""
+    not_estimated: list[str] = field(default_factory=list)
+    """Stages whose time is not estimated, such as builds of engines."""
     hardware: dict[str, Any] = field(default_factory=dict)
     """The hardware profile."""
     from_published_config: bool = False
@@ -73,11 +75,14 @@ class PlanConfig(StageConfig):
 def resolve_from_chain(cfg: PlanConfig, chain: Chain) -> PlanConfig:
     """Copies workloads, costs and hardware from the chain; unset memory becomes this machine's."""
     hardware = replace(chain.hardware, memory_bytes=chain.hardware.memory_of_rank(1))
+    preparation = preparation_seconds(chain)
+    estimated = {cfg.name, *chain.workloads, *chain.inference_costs, *preparation}
     return replace(
         cfg,
         workloads={name: asdict(workload) for name, workload in chain.workloads.items()},
         inference_costs={name: asdict(cost) for name, cost in chain.inference_costs.items()},
-        preparation_seconds=preparation_seconds(chain),
+        preparation_seconds=preparation,
+        not_estimated=[name for name in chain.stages if name not in estimated],
         hardware=asdict(hardware),
         from_published_config=chain.from_published_config,
     )
@@ -108,6 +113,7 @@ def run(cfg: PlanConfig, inputs: Inputs, out: Path) -> Outcome:
                     for name, seconds in cfg.preparation_seconds.items()
                 ),
             ),
+            *_table("Time not estimated", ({"stage": name} for name in cfg.not_estimated)),
         ],
         {name: cost.tokens_per_second for name, (_, cost) in costs.items()},
         {name: 3600 * stage_hours for name, stage_hours in hours.items()},
@@ -185,8 +191,8 @@ def summary_of(costs: Costs, hardware: Hardware, from_published_config: bool) ->
         "hours": _rounded(sum(cost.hours for cost in training_costs)),
         "device-hours": _rounded(sum(cost.device_hours for cost in training_costs)),
         "dollars": _rounded(sum(cost.dollars for cost in training_costs)),
-        "not in these totals": "stages of the tables 'Other stages' and 'Tokenization'; "
-        "conversions and builds of engines, which are not estimated",
+        "not in these totals": "stages of the tables 'Other stages', 'Tokenization' and 'Time not "
+        "estimated', such as builds of engines",
         "memory of a rank, GB": round(largest_memory / 1e9, 1),
         "memory available, GB": round((hardware.memory_bytes or 0) / 1e9, 1),
     }

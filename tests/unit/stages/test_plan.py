@@ -140,6 +140,35 @@ def test_the_hours_of_tokenization(plan: MakePlan, tmp_path: Path) -> None:
         plan(*limited, "+cluster.max_requeues=4")
 
 
+def test_stages_without_an_estimate_are_listed(plan: MakePlan, tmp_path: Path) -> None:
+    """The size of a hub's text without a limit is unknown."""
+    large = {"recipe": "recipe=qwen3_8b_depth_2.5b"}
+    for number, (overrides, notes) in enumerate(
+        (("", 0), ("stages.prepare_data.max_tokens=null", 1))
+    ):
+        planned = plan(*overrides.split(), **large)
+        assert [note.rule.name for note in planned.notes].count("unknown-text") == notes
+        [stage] = [stage for stage in planned.stages if stage.name == "plan"]
+        (out := tmp_path / str(number) / ARTIFACT).mkdir(parents=True)
+        result = plan_stage.run(stage.config, {}, out).result  # type: ignore[arg-type]
+        assert isinstance(result, PlanResult)
+        [table] = [table for table in result.tables if table.title == "Time not estimated"]
+        names = {str(name) for [name] in table.rows}
+        assert {"build_engine", "build_teacher_engine"} <= names
+        assert ("prepare_data" in names) == notes
+        assert {*names, *result.seconds, "plan"} == planned.chain.stages.keys()
+        assert names.isdisjoint(result.seconds)
+
+
+@pytest.mark.parametrize("recipe", ["mistral_nemo_12b_width", "llama3_1_8b_depth"])
+def test_tokenization_in_large_recipes_is_compared_with_the_time_limit(
+    plan: MakePlan, recipe: str
+) -> None:
+    jobs = ("+cluster.time=04:00:00", "+cluster.max_requeues=0", "only=[prepare_data]")
+    with pytest.raises(RecipeError, match=r"prepare_data takes about(?s:.*)\[requeues\]"):
+        plan(*jobs, "skip_rules=[disk]", recipe=f"recipe={recipe}")
+
+
 def test_the_hours_of_a_search_are_compared_with_the_time_limit(plan: MakePlan) -> None:
     """A search stops a margin before the limit. Its ranking cannot stop."""
 
