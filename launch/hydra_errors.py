@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -99,9 +100,12 @@ def _malformed_argument(text: str) -> str | None:
         return f"'{argument}' is neither FIELD=VALUE nor a command.{hint}\n  fix: {SHOW_HELP}"
     if value := re.search(r"LexerNoViableAltException: ([\w.]+)=(.*)", text):
         name, unparsed = value.groups()
+        escaped = unparsed.replace('"', '\\"')
+        examples = {"[": '["a >= 1"]', "{": '{a: "b >= 1"}'}
+        quoted = examples.get(unparsed[:1], f'"{escaped}"')
         return (
             f"the value of {name} cannot be parsed: {unparsed}\n"
-            f"  fix: quote text with special characters, such as '{name}=[\"a >= 1\"]'"
+            f"  fix: quote text with special characters, such as {shlex.quote(f'{name}={quoted}')}"
         )
     return None
 

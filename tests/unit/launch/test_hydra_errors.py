@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from launch.hydra_errors import SHOW_FIELDS, SHOW_HELP, explain
@@ -128,6 +130,19 @@ def test_an_image_of_a_misspelled_stage_gets_a_hint(compose: Compose) -> None:
     assert message.endswith("cluster.images.distil. Did you mean 'distill'?")
     message = error_message(compose, RECIPE, "cluster=docker", "cluster.images.distill=x")
     assert message.endswith("'+cluster.images={distill: …}' adds it")
+
+
+@pytest.mark.parametrize("value", ["registry#image:1", "it's", 'a#"b"', "[a >= 1]", "{a: b#c}"])
+def test_the_fix_of_an_unquoted_value_has_a_value_of_the_same_type(
+    compose: Compose, value: str
+) -> None:
+    """The fix for a text contains this text. The fix for a list or a dict is an example."""
+    message = error_message(compose, RECIPE, f"stages.report.title={value}")
+    fix = message.partition("such as ")[2]
+    [argument] = shlex.split(fix)
+    parsed = OverridesParser.create().parse_override(argument).value()
+    example: dict[str, object] = {"[": ["a >= 1"], "{": {"a": "b >= 1"}}
+    assert parsed == example.get(value[0], value)
 
 
 @pytest.mark.parametrize(
