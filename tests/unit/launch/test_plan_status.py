@@ -120,12 +120,14 @@ def test_another_version_of_a_library_is_a_reason_to_run(
     plan: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = result_versions()
-    changed = {**before, "transformers": "9.0", "numpy": "9.0"}
-    monkeypatch.setattr(versions, "installed_version", changed.get)
-    reason = f"version of transformers ({before['transformers']} → 9.0) changed"
-    assert reasons_to_run(plan("skip_rules=[stack-versions]"))["import_hf"] == reason
-    # The version of numpy is not part of fingerprints.
-    monkeypatch.setattr(versions, "installed_version", {**before, "numpy": "9.0"}.get)
+    for library, old in before.items():
+        changed = {**before, library: "9.0"}
+        monkeypatch.setattr(versions, "installed_version", changed.get)
+        reasons = reasons_to_run(plan("skip_rules=[stack-versions]"))
+        assert reasons["import_hf"] == f"version of {library} ({old} → 9.0) changed"
+        assert "distill" in reasons
+    # Results stay valid if every other package has another version.
+    monkeypatch.setattr(versions, "installed_version", lambda name: before.get(name, "9.0"))
     assert reasons_to_run(plan("skip_rules=[stack-versions]")) == {}
 
 
