@@ -98,8 +98,8 @@ class PlannedStage:
 
     @property
     def devices(self) -> int:
-        """Devices per node that the stage needs, or a stage that it starts, whichever is more."""
-        return self.definition.devices(self.config)
+        """Devices per node that the stage and the processes that it starts use."""
+        return self.definition.devices(self.config, self.chain)
 
     @property
     def result(self) -> Manifest | None:
@@ -133,6 +133,7 @@ class PlannedStage:
             kept=self.kept,
             snapshot=earlier.snapshot if earlier else code_hash(),
             git_sha=earlier.git_sha if earlier else git_sha(),
+            devices=self.devices,
         )
 
     def _settings(self) -> dict[str, Any]:

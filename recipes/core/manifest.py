@@ -105,6 +105,8 @@ class Manifest:
     input_content: dict[str, str] = field(default_factory=dict)
     """A hash of each input's files. A rerun of an input may change this hash, but not the input's
     fingerprint. ``begun.json`` has a hash only after a start has compared the files with it."""
+    devices: int = 1
+    """Devices per node that the stage used."""
     accepted: Acceptance | None = None
     """The user's decision to keep this result although it is stale; ``None`` without one."""
     kept: dict[str, list[str]] = field(default_factory=dict)
@@ -140,11 +142,8 @@ class Manifest:
 
     def device_hours(self) -> float:
         """Returns the device-hours that the result took."""
-        resources: dict[str, int] = self.config.get("resources", {})
-        # The trainings of a search may have more devices than the search.
-        trainings: dict[str, int] = self.config.get("distill", {}).get("resources", {})
-        devices = max(resources.get("devices", 1), trainings.get("devices", 1))
-        return self.seconds / 3600 * resources.get("nodes", 1) * devices
+        nodes: int = self.config.get("resources", {}).get("nodes", 1)
+        return self.seconds / 3600 * nodes * self.devices
 
     def content_hash(self) -> str:
         """Returns one hash of all files of the artifact."""

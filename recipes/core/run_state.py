@@ -94,6 +94,8 @@ class Request:
     """Hash of the code that the process runs; ``None`` for a stage that another stage starts."""
     git_sha: str | None = None
     """Commit of the checkout from which the snapshot was copied."""
+    devices: int = 1
+    """Devices per node that the stage uses, which may be more than its processes."""
 
     def write(self, stage_dir: Path) -> Path:
         """Writes the request and returns its file."""
@@ -127,7 +129,10 @@ def request_of(
     input_fingerprints = {key: ref.fingerprint for key, ref in inputs.items()}
     settings = result_settings(config)
     fingerprint = stage_fingerprint(settings, code, libraries, input_fingerprints, external or {})
-    return Request(name, fingerprint, code, inputs, asdict(config), libraries)
+    return Request(
+        *(name, fingerprint, code, inputs, asdict(config), libraries),
+        devices=config.resources.devices,
+    )
 
 
 def read_request(stage_dir: Path) -> Request:

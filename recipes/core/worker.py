@@ -174,6 +174,7 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
         kept=dict(request.kept),
         git_sha=request.git_sha,
         snapshot=request.snapshot,
+        devices=request.devices,
         inputs={name: ref.fingerprint for name, ref in request.inputs.items()},
         started_at=datetime.now(UTC).isoformat(timespec="microseconds"),
     )

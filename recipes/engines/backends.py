@@ -145,6 +145,12 @@ def any_tensorrt_llm(names: Iterable[str], inputs: Mapping[str, str], chain: Cha
     return any(engine and engine.backend != "openvino" for engine in engines)
 
 
+def engine_devices(names: Iterable[str], inputs: Mapping[str, str], chain: Chain) -> int:
+    """Returns the devices of the largest engine among the named inputs; 1 without engines."""
+    engines = (engine_of(inputs.get(name, ""), chain) for name in names)
+    return max((engine.tensor_parallel_size for engine in engines if engine), default=1)
+
+
 BUILDERS: dict[str, Callable[[BuildEngineConfig, Path, Path], None]] = {
     "openvino": openvino.build,
     "tensorrt_llm": tensorrt_llm.build,

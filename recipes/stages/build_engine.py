@@ -56,6 +56,10 @@ STAGE = Stage(
     libraries=OPENVINO_LIBRARIES,
     inputs={"checkpoint": ("checkpoint_hf", "checkpoint_nemo")},
     optional_inputs={"data": ("dataset",)},
+    # TensorRT-LLM starts its own ranks. For its PyTorch backend, the stage only copies files.
+    devices=lambda config, chain: (
+        config.tensor_parallel_size if config.backend == "tensorrt_llm" else 1
+    ),
     needs_gpu=lambda config, chain: config.backend != "openvino",
     needs_tensorrt_llm=lambda config, chain: config.backend != "openvino",
     # The engine and the Hugging Face folder of its model, each with at most 4 bytes per parameter.

@@ -130,8 +130,9 @@ class Stage(Generic[ConfigT]):
     """Optional inputs, each with the types that it may have."""
     starts: tuple[str, ...] = ()
     """Stages that this stage starts. Their code is part of this stage's code fingerprint."""
-    devices: Callable[[ConfigT], int] = lambda config: config.resources.devices
-    """Devices per node that the stage needs. A stage that starts others needs the most of any."""
+    devices: Callable[[ConfigT, Chain], int] = lambda config, chain: config.resources.devices
+    """Devices per node that the stage uses. A search, and a stage that runs engines, may start one
+    process that uses several."""
     needs_torch: bool = True
     """Whether the stage imports torch. If not, it starts without torchrun."""
     needs_gpu: Callable[[ConfigT, Chain], bool] = lambda config, chain: True

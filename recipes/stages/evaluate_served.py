@@ -12,7 +12,7 @@ from pathlib import Path
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.core.versions import OPENVINO_LIBRARIES
-from recipes.engines.backends import any_tensorrt_llm, engine_of
+from recipes.engines.backends import any_tensorrt_llm, engine_devices, engine_of
 from recipes.engines.server import LLAMA_SERVER, NO_LLAMA_SERVER, has_llama_server
 from recipes.engines.settings import EvaluateServedConfig
 from recipes.evaluation.offline_tasks import TASKS
@@ -84,5 +84,6 @@ STAGE = Stage(
     programs=(LLAMA_SERVER,),
     inputs={"checkpoint": ("checkpoint_hf",), "artifact": ("engine", "gguf")},
     optional_inputs={"data": ("dataset",)},
+    devices=lambda config, chain: engine_devices(["artifact"], config.inputs, chain),
     needs_tensorrt_llm=needs_tensorrt_llm,
 )

@@ -138,6 +138,7 @@ STAGE = Stage(
     single_rank_reason="the stage starts a process for each engine",
     libraries=OPENVINO_LIBRARIES,
     inputs={"checkpoint": ("checkpoint_nemo",)},
+    devices=lambda config, chain: config.engine.tensor_parallel_size,
     needs_gpu=lambda config, chain: config.engine.backend != "openvino",
     needs_tensorrt_llm=lambda config, chain: config.engine.backend != "openvino",
     disk_bytes=disk_bytes,

@@ -19,6 +19,7 @@ from recipes.core.versions import OPENVINO_LIBRARIES
 from recipes.engines.backends import (
     any_tensorrt_llm,
     built_engine,
+    engine_devices,
     engine_of,
     model_folder,
     request_problems,
@@ -101,6 +102,11 @@ def needs_gpu(cfg: MeasureSpeedConfig, chain: Chain) -> bool:
     return any_tensorrt_llm([f"{role}_engine" for role in ENGINE_ROLES], cfg.inputs, chain)
 
 
+def devices(cfg: MeasureSpeedConfig, chain: Chain) -> int:
+    """Returns the devices of the larger engine. The engines run one after the other."""
+    return engine_devices([f"{role}_engine" for role in ENGINE_ROLES], cfg.inputs, chain)
+
+
 def run(cfg: MeasureSpeedConfig, inputs: Inputs, out: Path) -> Outcome:
     """Measures both engines and, if configured, the baseline; computes the speed-ups."""
     from recipes.engines import machine_rates
@@ -170,6 +176,7 @@ STAGE = Stage(
         "teacher_engine": ("engine",),
         "student_engine": ("engine",),
     },
+    devices=devices,
     needs_gpu=needs_gpu,
     needs_tensorrt_llm=needs_gpu,
 )

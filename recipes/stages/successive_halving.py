@@ -319,7 +319,7 @@ STAGE = Stage(
             with_weights(config.distill, chain, config.inputs.get("data", ""))
         ),
     ),
-    devices=lambda config: max(config.resources.devices, config.distill.resources.devices),
+    devices=lambda config, chain: max(config.resources.devices, config.distill.resources.devices),
     inputs={
         "checkpoint": ("checkpoint_nemo",),
         "importance": ("importance",),

@@ -147,6 +147,7 @@ def write_complete(stage: PlannedStage, content: str = "result") -> None:
         code=stage.code,
         libraries=dict(stage.libraries),
         kept=dict(stage.kept),
+        devices=stage.devices,
         inputs={name: ref.fingerprint for name, ref in stage.inputs.items()},
         files=stamp_files(artifact),
         parameters=STUDENT.parameters() if kind.startswith("checkpoint") else None,

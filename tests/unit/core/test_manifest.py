@@ -21,7 +21,6 @@ from recipes.core.manifest import (
     stamp_files,
     write_manifest,
 )
-from recipes.search.settings import SuccessiveHalvingConfig
 from tests.support.manifests import bare_manifest
 
 if TYPE_CHECKING:
@@ -238,10 +237,7 @@ def test_digest_depends_on_names_and_contents_but_not_on_order_or_folder(tmp_pat
     assert digest_files([files[0], tmp_path / "x" / "3.json"]) != old_digest
 
 
-def test_device_hours_of_a_search_count_the_devices_of_its_trainings() -> None:
-    config = SuccessiveHalvingConfig(stage="successive_halving")
-    config.distill.resources.devices = 8
-    search = replace(bare_manifest("successive_halving", "search_results", None), seconds=1800)
-    assert replace(search, config=asdict(config)).device_hours() == 4
-    config.distill.resources.devices, config.resources.devices, config.resources.nodes = 1, 4, 2
-    assert replace(search, config=asdict(config)).device_hours() == 4
+def test_device_hours_count_all_devices_on_all_nodes() -> None:
+    result = replace(bare_manifest("distill", "checkpoint_nemo", None), seconds=1800, devices=8)
+    assert result.device_hours() == 4
+    assert replace(result, config={"resources": {"nodes": 2}}).device_hours() == 8

@@ -12,11 +12,12 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from omegaconf import OmegaConf
 
+from launch.executors import executor_of, slurm
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
@@ -26,6 +27,10 @@ from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
 from recipes.engines.timing import RequestShape, TimedModel, Timing, random_prompts
 from recipes.planning.chain import Chain
 from recipes.planning.transformer import Storage
+from tests.unit.conftest import stage_named
+
+if TYPE_CHECKING:
+    from tests.unit.conftest import Compose, MakePlan
 
 API: dict[str, Any] = json.loads(Path(__file__).with_name("tensorrt_llm_api.json").read_text())
 SHAPE = RequestShape(batch_size=4, prompt_tokens=128, new_tokens=32)
@@ -234,6 +239,33 @@ def test_shapes_without_kernels_are_refused(teacher: Architecture) -> None:
         "tensor-parallel",
         "tensor-parallel",
     ]
+
+
+@pytest.mark.parametrize(
+    ("backend", "build_devices"), [("tensorrt_llm", 4), ("tensorrt_llm_pytorch", 1)]
+)
+def test_stages_that_run_an_engine_get_the_devices_that_share_it(
+    compose: Compose, plan: MakePlan, backend: str, build_devices: int
+) -> None:
+    """Their job has one process: TensorRT-LLM starts its ranks."""
+    overrides = (
+        *("cluster=slurm", "cluster.images.tensorrt_llm=image", "skip_rules=[image,served]"),
+        *("served=engine", f"stages.build_engine.backend={backend}"),
+        "stages.build_engine.tensor_parallel_size=4",
+    )
+    large = "recipe=qwen3_8b_depth_2.5b"
+    _, cluster = executor_of(compose(large, *overrides).cluster)
+    planned = plan(*overrides, recipe=large)
+    devices = {"build_engine": build_devices, "build_teacher_engine": build_devices}
+    devices |= {"measure_speed": 4, "evaluate_served": 4, "prune": 1}
+    for name, number in devices.items():
+        stage = stage_named(planned, name)
+        assert (stage.devices, stage.request().devices, stage.config.resources.devices) == (
+            number,
+            number,
+            1,
+        )
+        assert f"--gpus-per-node={number}\n" in slurm.job_script(stage, cluster)
 
 
 @pytest.mark.parametrize(
