@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from nemo_convert.licences import with_restriction
 from recipes.core.manifest import Acceptance
 from recipes.core.metrics import METRICS, RESULT_METRICS
 from recipes.core.stage import Input
-from recipes.data.results import DatasetResult, TrainedSource
+from recipes.data.results import DatasetResult, Origin, TrainedSource
 from recipes.distillation.results import DistillationResult
 from recipes.pruning.results import PruneResult
 from recipes.pruning.settings import PruneConfig
@@ -20,7 +21,16 @@ from recipes.report.plots import Axis, Series, layer_plot, line_plot
 from recipes.report.settings import ReportConfig
 from tests.support.pages import PLOTS, Page, all_numbers, section
 from tests.support.reports import CONFIG, make_inputs, render_page, with_result, write_training_log
-from tests.support.results import DROPPED, LAYERS, NASTY, RESULTS, STUDENT, TEACHER, wobble
+from tests.support.results import (
+    DROPPED,
+    LAYERS,
+    NASTY,
+    RESULTS,
+    SOURCE,
+    STUDENT,
+    TEACHER,
+    wobble,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,6 +88,19 @@ def test_numbers_are_rounded(text: str) -> None:
     for number in ("4.0 GB", "1.14e−4"):
         assert number in shown
     assert "CC-BY-4.0" in shown
+
+
+def test_licences_of_teacher_and_text_are_shown(
+    inputs: dict[str, Input], text: str, tmp_path: Path
+) -> None:
+    licences = [with_restriction(licence) for licence in ("qwen-research", "CC-BY-NC-4.0")]
+    assert not any(licence in text for licence in licences)
+    teacher = with_result(inputs["teacher"], replace(RESULTS["import_hf"], licence="qwen-research"))
+    dataset = replace(RESULTS["prepare_data"], origins={SOURCE: Origin("CC-BY-NC-4.0")})
+    data = with_result(inputs["data"], dataset)
+    page = render_page({**inputs, "teacher": teacher, "data": data}, tmp_path)
+    shown = Page(section(page, "settings")).text
+    assert [licence for licence in licences if licence not in shown] == []
 
 
 def test_a_report_states_that_pretokenized_text_was_not_compared(
