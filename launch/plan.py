@@ -27,6 +27,7 @@ from launch.planned import (
 )
 from launch.schema import choices_with
 from launch.settings import RunSettings
+from nemo_convert.licences import forbids_commercial_use
 from recipes.core.constraints import violations
 from recipes.core.errors import RecipeError, did_you_mean, require_known
 from recipes.core.files import folder_bytes
@@ -48,6 +49,7 @@ from recipes.report.gates import (
     metric_names,
     parse_gate,
 )
+from recipes.report.upstream import inputs_from_other_runs, recorded_licences
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ def _problems(cfg: DictConfig, chain: Chain, selected: list[str]) -> Iterator[Pr
     """Checks the selected stages, and the cluster and hardware that they run on."""
     yield from cluster_problems(cfg.cluster, chain, selected)
     yield from mpi_problems(cfg.cluster, chain, selected)
+    yield from _licence_problems(chain)
     # The stage ``plan`` also estimates unselected stages, so their settings must be valid.
     has_plan_stage = any(stage_of(chain.stages[name]).plans_workloads for name in selected)
     for name, config in chain.stages.items():
@@ -155,6 +158,18 @@ def _problems(cfg: DictConfig, chain: Chain, selected: list[str]) -> Iterator[Pr
                 f"stages.{name}.hf_path={hf_path} is not model.hf_path={chain.hf_path}",
                 f"leave it out, or set model.hf_path={hf_path} for all stages",
             )
+
+
+def _licence_problems(chain: Chain) -> Iterator[Problem]:
+    """Checks the licences of texts and models of other runs; each stage checks its own settings."""
+    inputs = inputs_from_other_runs(chain.stages)
+    for licence in sorted(filter(forbids_commercial_use, recorded_licences(inputs))):
+        yield Problem(
+            rules.LICENCE,
+            f"a text or model of {', '.join(inputs)} has the licence {licence}, which forbids "
+            "commercial use",
+            "use inputs with other text and another teacher for commercial use",
+        )
 
 
 def _limit_problems(chain: Chain, selected: list[str]) -> Iterator[Problem]:

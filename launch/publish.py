@@ -20,15 +20,15 @@ from launch.planned import SKIP, PlannedStage
 from launch.settings import Hub, RunSettings
 from nemo_convert.hub import HUB_SECONDS, INDEX_FILE, WEIGHTS_FILE
 from nemo_convert.licences import forbids_commercial_use, known_licence
-from nemo_convert.results import ImportResult
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST, read_manifest
 from recipes.core.screen import plain_table
+from recipes.core.stage import Input
 from recipes.core.trackers import public_text
-from recipes.data.results import DatasetResult
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import parse_source
 from recipes.report.settings import REPORT_FILE
+from recipes.report.upstream import inputs_from_other_runs, recorded_licences
 
 EXPORT_STAGE, REPORT_STAGE = "export_hf", "report"
 """Stage modules (``config.stage``) whose files are published."""
@@ -206,18 +206,21 @@ def _require_licence(plan: Plan, hub: Hub) -> None:
 
 
 def _licences(plan: Plan) -> Iterator[str]:
-    """Yields the licences named in the settings, the teacher's folder and the stages' results."""
+    """Yields the licences named in the settings, the teacher's folder and the stages' results.
+
+    Results of other runs are included if results of this run depend on them.
+    """
     results = {stage.name: stage.result for stage in plan.stages}
     yield known_licence(plan.chain.hf_path)
+    inputs = inputs_from_other_runs(plan.chain.stages)
     for name, config in plan.chain.stages.items():
         if isinstance(config, PrepareDataConfig):
             yield from (parse_source(source).licence or "" for source in config.sources)
         # Stages that ``only`` excludes are not in ``plan.stages``, but may have results.
-        result = results[name] if name in results else read_manifest(plan.run_dir / name)
-        if result and (dataset := result.result_if("prepare_data", DatasetResult)):
-            yield from map(dataset.licence, dataset.sources)
-        if result and (imported := result.result_if("import_hf", ImportResult)):
-            yield imported.licence
+        directory = plan.run_dir / name
+        if result := results[name] if name in results else read_manifest(directory):
+            inputs[name] = Input(directory, result)
+    yield from recorded_licences(inputs)
 
 
 def _require_access(repository: str, private: bool) -> None:

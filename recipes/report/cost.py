@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_convert.architecture import Architecture
-from recipes.core.manifest import Manifest, read_manifest
+from recipes.core.manifest import Manifest
 from recipes.core.stage import Inputs
 from recipes.data.results import DatasetResult
 from recipes.distillation.results import CacheResult, DistillationResult, TrainingResult
@@ -78,30 +78,6 @@ def versions(manifests: Iterable[Manifest]) -> dict[str, list[str]]:
         for library, version in manifest.versions.items():
             by_library.setdefault(library, {})[version] = None
     return {library: list(numbers) for library, numbers in by_library.items()}
-
-
-def upstream(inputs: Inputs) -> dict[str, Manifest]:
-    """Returns all stages that the inputs depend on, without the inputs themselves.
-
-    Looks in the run directories of the inputs. A stage must have the fingerprint that a later stage
-    recorded, so results of older settings in the same directory are left out.
-    """
-    run_dirs = {item.directory.parent for item in inputs.values()}
-    folders = [path for run in run_dirs for path in sorted(run.iterdir()) if path.is_dir()]
-    complete = ((path.name, read_manifest(path)) for path in folders)
-    by_fingerprint = {m.fingerprint: (name, m) for name, m in complete if m is not None}
-    visited = {item.manifest.fingerprint for item in inputs.values()}
-    # Fingerprints of stages that are still to be visited.
-    queue = [f for item in inputs.values() for f in item.manifest.inputs.values()]
-    stages: dict[str, Manifest] = {}
-    while queue:
-        fingerprint = queue.pop()
-        if fingerprint not in visited and fingerprint in by_fingerprint:
-            name, manifest = by_fingerprint[fingerprint]
-            stages[name] = manifest
-            queue += manifest.inputs.values()
-        visited.add(fingerprint)
-    return stages
 
 
 def distillations(

@@ -29,7 +29,6 @@ from recipes.report.cost import (
     datasets,
     distillations,
     model_flops,
-    upstream,
     versions,
 )
 from recipes.report.format import render_template
@@ -46,6 +45,7 @@ from recipes.report.plots import (
 from recipes.report.sections import sections
 from recipes.report.serving import run_servers
 from recipes.report.settings import ReportConfig
+from recipes.report.upstream import upstream
 
 CONTENTS = {
     "gates": "Gates",

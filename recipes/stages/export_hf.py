@@ -35,8 +35,8 @@ def inference_cost(cfg: ExportConfig, chain: Chain) -> InferenceCost:
 def run(cfg: ExportConfig, inputs: Inputs, out: Path) -> Outcome:
     """Converts the model, compares the logits before and after, and writes the model card."""
     from nemo_convert import convert, hf, nemo, parity
-    from recipes.report.cost import upstream
     from recipes.report.model_card import write_card
+    from recipes.report.upstream import upstream
 
     log = metrics_log(out)
     checkpoint = nemo.find_checkpoint(inputs["checkpoint"].artifact)

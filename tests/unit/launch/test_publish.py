@@ -15,9 +15,11 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST, stamp_files
 from recipes.core.run_state import content_of
 from recipes.core.trackers import public_text
+from recipes.planning import rules
 from tests.support.hub import FakeHub, fake_hub, settings_for
 from tests.support.manifests import edit_manifest
 from tests.support.runs import manifest_of
+from tests.unit.conftest import write_last_plan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +30,11 @@ TOKEN = "hf_a_token_of_the_fake_hub"
 NAME = "me/small"
 SECRET = "a password in a stage's environment"
 RUN = ("recipe=llama_width_prune", "engine=null", "tasks=null")
+NONCOMMERCIAL: dict[str, tuple[str, dict[str, object]]] = {
+    "text": ("prepare_data", {"sources": ["a"], "origins": {"a": {"licence": "cc-by-nc-4.0"}}}),
+    "teacher": ("import_hf", {"licence": "cc-by-nc-4.0"}),
+}
+"""A stage, and metrics that make it noncommercial."""
 
 
 @pytest.fixture
@@ -163,17 +170,13 @@ def test_runs_that_cannot_be_published_are_refused_before_they_start(
     assert hub.models == {}
 
 
-@pytest.mark.parametrize("where", ["text", "teacher"])
+@pytest.mark.parametrize("where", NONCOMMERCIAL)
 def test_noncommercial_student_is_published_only_if_allowed(
     push: Launch, run: Path, hub: FakeHub, where: str
 ) -> None:
     """The licence of the training text or of the teacher forbids commercial use."""
-    stage, key, value = {
-        "text": ("prepare_data", "origins", {"a": {"licence": "cc-by-nc-4.0"}}),
-        "teacher": ("import_hf", "licence", "cc-by-nc-4.0"),
-    }[where]
-    metrics = manifest_of(run, stage).metrics | {key: value}
-    edit_manifest(run / stage, metrics=metrics | ({"sources": ["a"]} if where == "text" else {}))
+    stage, metrics = NONCOMMERCIAL[where]
+    edit_manifest(run / stage, metrics=manifest_of(run, stage).metrics | metrics)
     done = push()
     assert done.returncode == 1
     assert "forbids commercial use: cc-by-nc-4.0." in done.stderr
@@ -181,6 +184,35 @@ def test_noncommercial_student_is_published_only_if_allowed(
     done = push("hub.allow_noncommercial=true")
     assert done.returncode == 0, done.stderr
     assert NAME in hub.models
+
+
+@pytest.mark.parametrize("where", NONCOMMERCIAL)
+def test_licences_of_other_runs_count(
+    push: Launch, run: Path, plan: MakePlan, complete: Complete, where: str
+) -> None:
+    """``distill`` has an input of another run: text, or a model whose teacher is in a third run."""
+
+    def complete_run(name: str, *overrides: str) -> Path:
+        # Fingerprints must differ from those of the run that is pushed.
+        planned = plan("stages.import_hf.pack=true", *overrides)
+        complete(planned)
+        write_last_plan(planned)
+        return run.rename(run.with_name(name))
+
+    run.rename(run.with_name("pushed"))
+    third = complete_run("third")
+    second = complete_run("second", f"stages.prune.inputs.checkpoint={third}/import_hf")
+    run.with_name("pushed").rename(run)
+    stage, metrics = NONCOMMERCIAL[where]
+    inputs = {"text": f"data={third}/prepare_data", "teacher": f"student={second}/prune"}
+    from_other_run = f"stages.distill.inputs.{inputs[where]}"
+    assert push("dry_run=true", from_other_run).returncode == 0
+    edit_manifest(third / stage, metrics=manifest_of(third, stage).metrics | metrics)
+    done = push("dry_run=true", from_other_run)
+    assert done.returncode == 1
+    assert "forbids commercial use: cc-by-nc-4.0." in done.stderr
+    assert push("dry_run=true", from_other_run, "hub.allow_noncommercial=true").returncode == 0
+    assert rules.LICENCE in [note.rule for note in plan(from_other_run).notes]
 
 
 def test_runs_of_a_sweep_are_not_pushed_to_one_repository(launch: Launch, tmp_path: Path) -> None:
