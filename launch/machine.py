@@ -148,10 +148,17 @@ def mpi_problems(cluster: DictConfig, chain: Chain, selected: Iterable[str]) -> 
 
 
 def _image_exists(image: str, executor: str) -> bool:
-    """Returns whether an image is a file or in docker; ``True`` if this machine cannot check it."""
+    """Returns whether an image is a file or in docker; ``True`` if this machine cannot check it.
+
+    Without its daemon, or the permission to use it, docker's client cannot tell.
+    """
     if image.startswith("/") or image.endswith(".sqsh"):
         return Path(image).is_file()
     if executor != "docker" or shutil.which("docker") is None:
         return True
-    command = ["docker", "image", "inspect", "--format", "{{.Id}}", image]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    def succeeds(*arguments: str) -> bool:
+        done = subprocess.run(["docker", *arguments], capture_output=True, check=False)
+        return done.returncode == 0
+
+    return succeeds("image", "inspect", image) or not succeeds("version")

@@ -16,11 +16,15 @@ MANAGED_MEMORY = "megatron.core.inference.unified_memory"
 
 
 def death_message(exit_status: int | None) -> str | None:
-    """Returns which signal killed a process (status -9: signal 9); ``None`` if no signal did."""
-    if exit_status is None or exit_status >= 0:
+    """Returns which signal killed a process; ``None`` if no signal did.
+
+    After signal 9, Python's status is -9; that of shells, and of docker for a container, is 137.
+    """
+    number = 0 if exit_status is None else -exit_status if exit_status < 0 else exit_status - 128
+    if number not in {*signal.Signals}:
         return None
-    name = signal.Signals(-exit_status).name
-    if -exit_status == signal.SIGKILL:
+    name = signal.Signals(number).name
+    if number == signal.SIGKILL:
         return f"killed by {name}: out of memory (the kernel's log, dmesg, says so), or by a user"
     return f"ended by {name}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from recipes.core.files import REPO_ROOT
+from recipes.core.processes import death_message
 
 PARENT = """
 import os, time
@@ -85,3 +87,9 @@ assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
 
 def test_an_import_of_megatron_compiles_nothing() -> None:
     subprocess.run([sys.executable, "-c", IMPORTS], check=True, cwd=REPO_ROOT)
+
+
+def test_the_status_of_a_killed_container_is_that_of_a_killed_process() -> None:
+    """Docker and shells add 128 to the signal's number, and some numbers are no signals."""
+    assert death_message(128 + signal.SIGKILL) == death_message(-signal.SIGKILL) is not None
+    assert [death_message(status) for status in (None, 0, 1, 128, 128 + 33, 255)] == [None] * 6

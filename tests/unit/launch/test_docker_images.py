@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +56,29 @@ def test_a_missing_image_of_tensorrt_llm_is_refused(
     assert "engine=null" in str(error.value)
     assert plan(*overrides, unset, "engine=null")
     assert plan(*overrides, "cluster.images.tensorrt_llm=engine:1", *engine)
+
+
+def test_a_missing_image_is_refused_only_if_docker_answers(
+    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its daemon, the client of a real docker also fails for images that exist."""
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
+    docker_program = write_program(tmp_path / "bin" / "docker", '[ "$1" = version ]')
+    with pytest.raises(RecipeError, match=r"nemo-recipes:0\.1\.0 does not exist"):
+        plan(*DOCKER)
+    write_program(docker_program, "exit 1")
+    assert plan(*DOCKER)
+
+
+@pytest.mark.parametrize("recipe", ["llama_width_prune", "shrink"])
+def test_the_fixes_for_a_recipe_without_hardware_make_it_run(plan: MakePlan, recipe: str) -> None:
+    """The default profile is that of a CPU, but ``cluster=docker`` requests GPUs."""
+    with pytest.raises(RecipeError, match="requests GPUs") as error:
+        plan("cluster=docker", recipe=f"recipe={recipe}")
+    fixes = re.findall(r"(?:hardware|cluster[.]gpus)=(?!cpu)\w+", str(error.value))
+    assert len(fixes) == 2
+    for fix in fixes:
+        assert plan("cluster=docker", fix, recipe=f"recipe={recipe}")
 
 
 def test_folders_to_which_links_of_a_model_lead_are_mounted(
