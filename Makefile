@@ -22,6 +22,7 @@ demo: install
 test: install
 	@tests/install_browser.sh
 	@tests/install_slurm.sh
+	@tests/install_docker.sh
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest \
 	  -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 

@@ -1,0 +1,151 @@
+"""Runs stages in containers of a real Docker, as a user who is not root."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from recipes.core.manifest import WORK
+from recipes.core.run_state import BEGUN
+from tests.docker.daemon import GROUP, IMAGE, Docker, mounts, without_docker
+from tests.slurm.cluster import wait_for
+from tests.support.launcher import LAUNCHER
+from tests.support.models import EVEN, write_tiny_model
+from tests.support.runs import manifest_of, tiny
+
+USER = 4200
+SECRET = "a_token_that_no_file_may_hold"
+SETPRIV = [
+    "setpriv",
+    *(f"--reuid={USER}", f"--regid={USER}", f"--groups={GROUP}"),
+    # Outside of containers, this Python and pytest's folders may be readable by root only.
+    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
+]
+STAGES = ["import_hf", "prepare_data", "score", "prune"]
+
+
+@pytest.fixture(scope="module")
+def docker() -> Iterator[Docker]:
+    if why := without_docker():
+        pytest.skip(why)
+    with Docker.running() as started:
+        if isinstance(started, str):
+            pytest.skip(started)
+        yield started
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose first command was killed, and which a later command completes."""
+
+    docker: Docker
+    directory: Path
+    overrides: tuple[str, ...]
+
+    def start(self) -> subprocess.Popen[str]:
+        """Starts the launcher as ``USER`` in its own process group, as a terminal does."""
+        home = self.directory.parent
+        variables = {
+            "PATH": os.environ["PATH"],
+            "DOCKER_HOST": self.docker.host,
+            "HOME": str(home),
+            "NEMO_RECIPES_CACHE": str(home / "cache"),
+            "HF_TOKEN": SECRET,
+            "HF_HUB_OFFLINE": "1",
+            "COLUMNS": "160",
+        }
+        return subprocess.Popen(
+            [*SETPRIV, sys.executable, LAUNCHER, *self.overrides],
+            cwd=home,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            # A background job of a shell ignores SIGINT, and so would the launcher.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+    def start_import(self) -> tuple[subprocess.Popen[str], str]:
+        """Starts the launcher; returns it and the name of the container of ``import_hf``."""
+        begun = self.directory / "import_hf" / WORK / BEGUN
+        begun.unlink(missing_ok=True)
+        launcher = self.start()
+        wait_for(lambda: begun.exists() or launcher.poll() is not None, 300)
+        assert launcher.poll() is None, launcher.communicate()[0]
+        [container] = self.docker.containers()
+        return launcher, container
+
+
+@pytest.fixture(scope="module")
+def run(docker: Docker, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    model = write_tiny_model(tmp_path_factory.mktemp("teacher") / "model", text_file, **EVEN)
+    home = Path(tempfile.mkdtemp(prefix="home"))
+    os.chown(home, USER, USER)
+    overrides = (
+        "recipe=llama_depth_prune",
+        "cluster=docker",
+        *("cluster.gpus=null", "tasks=null", "engine=null"),
+        f"cluster.images.default={IMAGE}",
+        # The launcher removes this limit, which only a root with all capabilities may do.
+        f'cluster.options=["--ulimit=memlock={resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]}"]',
+        f"cluster.mounts=[{','.join(mounts())}]",
+        "+cluster.env.OMP_NUM_THREADS='1'",
+        *tiny(model, text_file, home / "run"),
+        "stages.prune.target_num_layers=3",
+        f"only=[{','.join(STAGES)}]",
+    )
+    yield Run(docker, home / "run", overrides)
+    shutil.rmtree(home)
+    assert docker.containers() == []
+
+
+def test_a_killed_container_is_reported(run: Run) -> None:
+    launcher, container = run.start_import()
+    assert run.docker.run("kill", container).returncode == 0
+    output, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode == 1
+    assert "stage import_hf failed" in output
+    assert "killed by SIGKILL" in output
+    assert run.docker.containers() == []
+
+
+def test_ctrl_c_ends_the_container(run: Run) -> None:
+    launcher, container = run.start_import()
+    inspected = run.docker.run("inspect", "--format={{json .}}", container).stdout
+    assert f"HF_TOKEN={SECRET}" in json.loads(inspected)["Config"]["Env"]
+    os.killpg(launcher.pid, signal.SIGINT)
+    output, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode == 130, output
+    assert "interrupted; the same command resumes" in output
+    assert run.docker.containers() == []
+
+
+def test_stages_complete_after_a_killed_launcher_left_a_container(run: Run) -> None:
+    """The container outlives the launcher; the next command removes it before it starts."""
+    launcher, container = run.start_import()
+    os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.communicate()
+    assert run.docker.containers("--filter=status=running") == [container]
+    launcher = run.start()
+    output, _ = launcher.communicate(timeout=600)
+    assert launcher.returncode == 0, output
+    for stage in STAGES:
+        assert f"{stage}: complete" in output
+    assert (manifest_of(run.directory, "prune").architecture or {})["num_layers"] == 3
+    paths = [run.directory.parent, *run.directory.parent.rglob("*")]
+    assert {(p.lstat().st_uid, p.lstat().st_gid) for p in paths} == {(USER, USER)}
+    grep = subprocess.run(["grep", "-rl", SECRET, run.directory.parent], check=False)
+    assert grep.returncode == 1  # no file contains it
