@@ -101,6 +101,10 @@ def _attention(
     func: object, query: Tensor, key: Tensor, value: Tensor, *args: object, **kw: object
 ) -> Any:
     """Runs fused attention. On an unknown device, PyTorch would run several unfused operations."""
+    tensors = [t for t in (query, key, value, *args, *kw.values()) if isinstance(t, Tensor)]
+    devices = {str(tensor.device) for tensor in tensors}
+    if len(devices) > 1:
+        raise _mixed_devices("scaled_dot_product_attention", devices)
     return _FusedAttention.apply(query, key, value)
 
 
@@ -193,7 +197,7 @@ def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
     if func.namespace != "aten":
         return
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    devices = sorted({str(tensor.device) for tensor in tensors})
+    devices = {str(tensor.device) for tensor in tensors}
     if len(devices) < 2:
         return
     name = func._schema.name.removeprefix("aten::").removesuffix("_")
@@ -204,8 +208,12 @@ def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
     else:
         is_legal = name in MIXING or _is_elementwise(name)
     if not is_legal:
-        found = f"found at least two devices, {' and '.join(devices)}"
-        raise RuntimeError(f"{name}: expected all tensors on one device, but {found}")
+        raise _mixed_devices(name, devices)
+
+
+def _mixed_devices(name: str, devices: set[str]) -> RuntimeError:
+    found = f"found at least two devices, {' and '.join(sorted(devices))}"
+    return RuntimeError(f"{name}: expected all tensors on one device, but {found}")
 
 
 class _FakeCuda(TorchDispatchMode):

@@ -8,17 +8,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+attention = torch.nn.functional.scaled_dot_product_attention
 Operation = Callable[["Operands"], object]
 
 
 class Operands:
     """A matrix, a number, indices and a mask, each on the GPU and (``c_``) on the CPU.
 
+    ``heads`` is a matrix [1, 1, 4, 4] of queries, keys or values on the GPU.
     ``first`` is a single index, which has 0 dimensions, as ``number`` has.
     """
 
     def __init__(self) -> None:
         self.matrix, self.c_matrix = (torch.ones(4, 4, device=d) for d in ("cuda", "cpu"))
+        self.heads = self.matrix[None, None]
         self.number, self.c_number = (torch.ones((), device=d) for d in ("cuda", "cpu"))
         self.index, self.c_index = (
             torch.zeros(4, dtype=torch.int64, device=d) for d in ("cuda", "cpu")
@@ -71,6 +74,9 @@ REFUSED: dict[str, Operation] = {
     "cross_entropy": lambda t: torch.nn.functional.cross_entropy(t.matrix[0], t.c_first),
     "add": lambda t: t.matrix + t.c_matrix,
     "add_number_of_gpu": lambda t: t.c_matrix + t.number,
+    "attention": lambda t: attention(t.heads, t.heads.cpu(), t.heads.cpu()),
+    "attention_mask": lambda t: attention(t.heads, t.heads, t.heads, attn_mask=t.c_matrix),
+    "attention_mask_by_position": lambda t: attention(t.heads, t.heads, t.heads, t.c_matrix),
     "add_to_number": lambda t: t.c_number.add_(t.number),
     "add_out": lambda t: torch.add(t.number, t.number, out=t.c_number),
     "where_out": lambda t: torch.where(t.number > 0, t.number, t.number, out=t.c_number),
@@ -110,6 +116,7 @@ ALLOWED: dict[str, Operation] = {
     "power": lambda t: t.matrix**t.c_number,
     "lerp": lambda t: t.matrix.lerp_(t.matrix, t.c_number),
     "addcmul": lambda t: torch.addcmul(t.matrix, t.matrix, t.c_number),
+    "attention": lambda t: attention(t.heads, t.heads, t.heads, attn_mask=t.matrix),
     "fill": lambda t: t.matrix.fill_(t.c_number),
     "copy": lambda t: t.matrix.copy_(t.c_matrix),
     "copy_back": lambda t: t.c_matrix.copy_(t.matrix),
