@@ -110,3 +110,5 @@ def test_transformer_engine_is_used_and_has_the_logits_of_local_layers(
     record(results, "layers", te_is_installed=is_installed, te_is_used_and_difference=outcomes)
     assert [has_te_layers for has_te_layers, _ in outcomes.values()] == [is_installed, False]
     assert max(difference for _, difference in outcomes.values()) < LOGITS_TOLERANCE
+    if not is_installed:
+        pytest.skip("TransformerEngine is not used here; local layers passed")
