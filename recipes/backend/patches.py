@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def fingerprint(original: Any) -> str:
     """Hashes the source of a function or class. For a flag, returns the name of the flag's type.
 
     Functions in C have no source. For them this hashes the signature, which PyTorch states in the
-    first line of the docstring.
+    first line of the docstring. A signature has the addresses of default values; they are removed.
     """
     if not callable(original):
         return type(original).__name__
@@ -75,6 +76,7 @@ def fingerprint(original: Any) -> str:
         text = inspect.getsource(original)
     except (TypeError, OSError):
         text = (original.__doc__ or "").strip().partition("\n")[0] or repr(type(original))
+        text = re.sub(r" object at 0x[0-9a-f]+", "", text)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

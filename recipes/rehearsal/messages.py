@@ -37,6 +37,8 @@ _channels: dict[str, Channel] = {}
 """Channels of this rank by name: its process groups, and its messages to and from other ranks."""
 _backends: dict[str, str | None] = {}
 """The requested backend of each process group, by the group's name."""
+_reduction = ""
+"""A space and the operation of the running reduction, such as `` SUM``; empty while none runs."""
 
 
 class MessageError(Exception):
@@ -144,6 +146,16 @@ def _broadcast_object_list(
     _record(group or distributed.group.WORLD, f"broadcast_object_list from {src or 0}")
 
 
+def _reduce(original: Any, group: Any, *tensors_and_options: Any) -> Any:
+    """Runs a reduction. Notes its operation, which c10d's operators hide from Python."""
+    global _reduction
+    _reduction = f" {tensors_and_options[-1].reduceOp.op.name}"
+    try:
+        return original(group, *tensors_and_options)
+    finally:
+        _reduction = ""
+
+
 class MessageChecker(TorchDispatchMode):
     """Checks and records every collective and message."""
 
@@ -181,7 +193,7 @@ def _record_call(name: str, func: Any, args: Args, group: Any) -> None:
     arguments = dict(zip(names, args, strict=False))
     root = f" from {arguments['root_rank']}" if "root_rank" in arguments else ""
     tensors = args[EQUAL_ARGUMENT.get(name, 0)] if name not in WITHOUT_EQUAL_SHAPES else ()
-    _record(group, f"{name.strip('_')}{root} {_describe(tensors)}".rstrip())
+    _record(group, f"{name.strip('_')}{_reduction}{root} {_describe(tensors)}".rstrip())
 
 
 def _record_all_to_all(this_rank: int, args: Args, group: Any) -> None:
@@ -331,6 +343,7 @@ COALESCED: dict[str, Callable[..., Any]] = {
 
 GROUPS = "groups have ranks that are not running"
 PICKLED = "objects are pickled into tensors, and fake tensors have no data"
+HIDDEN = "operators of c10d hide the operation of a reduction, which must be equal on all ranks"
 PATCHES = patches(
     "torch.distributed:",
     ("init_process_group", GROUPS, "b26b016e14cc", wrap(_init_process_group)),
@@ -338,4 +351,10 @@ PATCHES = patches(
     ("all_gather_object", PICKLED, "df42d97f87f9", replace_with(_all_gather_object)),
     ("gather_object", PICKLED, "a147590828d6", replace_with(_gather_object)),
     ("broadcast_object_list", PICKLED, "8dded8659019", replace_with(_broadcast_object_list)),
+    ("ProcessGroup.allreduce", HIDDEN, "fa7df0c8186b", wrap(_reduce)),
+    ("ProcessGroup.allreduce_coalesced", HIDDEN, "649b28c06be7", wrap(_reduce)),
+    ("ProcessGroup.reduce", HIDDEN, "e34506d19601", wrap(_reduce)),
+    ("ProcessGroup.reduce_scatter", HIDDEN, "b3c39b698e4a", wrap(_reduce)),
+    ("ProcessGroup.reduce_scatter_single", HIDDEN, "b97b4a92cc18", wrap(_reduce)),
+    ("ProcessGroup.reduce_scatter_single_coalesced", HIDDEN, "0d8d288e9b6e", wrap(_reduce)),
 )

@@ -170,6 +170,13 @@ DEFECTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
         "A rank skips its second all-reduce.",
         in_second_call(lambda original, *args, **kwargs: None),
     ),
+    "reduce_maximum": (
+        "recipes.distillation.vocabulary:all_reduce",
+        "A rank computes the maximum in its second all-reduce instead of the sum.",
+        in_second_call(
+            lambda original, tensor, group: original(tensor, torch.distributed.ReduceOp.MAX, group)
+        ),
+    ),
     "small_buckets": (
         "megatron.core.distributed.distributed_data_parallel:_ParamAndGradBuffer",
         "A rank reduces each parameter's gradient alone; the other ranks use larger buckets.",

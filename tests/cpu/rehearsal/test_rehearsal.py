@@ -140,6 +140,7 @@ RANKS = [Case("qwen3_8b_depth", "distill", rank, TWO_STAGES, 4) for rank in (0, 
 """Distinct ranks of the first pipeline stage (382 is in the last replica) and of the last stage."""
 DIFFERENCES = {
     (385, "skip_all_reduce"): ("TENSOR_MODEL_PARALLEL_GROUP", "recipes/distillation/losses.py:"),
+    (385, "reduce_maximum"): ("TENSOR_MODEL_PARALLEL_GROUP", "allreduce MAX ["),
     (382, "small_buckets"): ("DATA_PARALLEL_GROUP", "param_and_grad_buffer.py:"),
     (385, "total_two_columns"): ("TENSOR_MODEL_PARALLEL_GROUP", "recipes/distillation/vocabulary"),
     (0, "wrong_root"): ("PIPELINE_MODEL_PARALLEL_GROUP", "broadcast_object_list from 0"),
