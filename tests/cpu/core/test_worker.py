@@ -17,6 +17,7 @@ HASH_SECONDS, TIMEOUT_SECONDS = 12, 10
 """Rank 0 hashes for longer than the timeout of collectives. The timeout is long enough for a busy
 machine, on which a rank may not run for seconds."""
 STAGE = f"""
+import os
 import sys
 import time
 from datetime import timedelta
@@ -38,6 +39,7 @@ def slow_on_rank_0(hash_files):
 
 
 def run(cfg, inputs, out):
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
     timeout = timedelta(seconds={TIMEOUT_SECONDS})
     torch.distributed.init_process_group("gloo", timeout=timeout)
     (out / f"rank-{{rank()}}").write_text(str(len(inputs)))
@@ -64,7 +66,12 @@ def test_ranks_wait_for_hashing_beyond_the_collective_timeout(tmp_path: Path) ->
     request = Request("stage", "f", "c", {"data": InputRef.of(source)}, {"stage": "a"})
     done = subprocess.run(
         start_command("a_stage", request.write(stage), 2, sys.executable),
-        env={**os.environ, "PYTHONPATH": f"{REPO_ROOT}{os.pathsep}{tmp_path}"},
+        # The worker must disable TensorFloat-32 even if the environment enables it.
+        env={
+            **os.environ,
+            "NVIDIA_TF32_OVERRIDE": "1",
+            "PYTHONPATH": f"{REPO_ROOT}{os.pathsep}{tmp_path}",
+        },
         capture_output=True,
         text=True,
         check=False,

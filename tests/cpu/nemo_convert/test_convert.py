@@ -48,6 +48,16 @@ def test_round_trip_with_scaled_rope(text_file: Path, tmp_path: Path) -> None:
     assert_same_weights(source, tmp_path / "back")
 
 
+@pytest.mark.parametrize("command", ["to-nemo", "to-hf", "verify"])
+def test_commands_disable_tensorfloat_32(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands fail because the models are missing. They set the variable before."""
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    assert convert_by_command(command, tmp_path / "first", tmp_path / "second") == 1
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+
+
 def test_written_shards_have_an_index_that_transformers_reads(
     odd_llama: Path, tmp_path: Path
 ) -> None:

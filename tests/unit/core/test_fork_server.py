@@ -24,13 +24,15 @@ if TYPE_CHECKING:
     from launch.plan import Plan
 
 HEAVY = """
-import atexit, sys
+import atexit, os, sys
+assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
 memory = bytearray(300_000_000)
 del memory
 atexit.register(lambda: print("exit of the import", flush=True))
 """
 """A library whose import has a high peak of memory and an atexit handler. A fork must not report
-this peak, and must not call the handler."""
+this peak, and must not call the handler. TensorFloat-32 must be off before
+libraries are imported."""
 STAGE = """
 import ctypes, json, os, sys
 from recipes.core.processes import peak_memory_bytes
@@ -67,6 +69,7 @@ def environment(tmp_path: Path, root: Path) -> dict[str, str]:
         (tmp_path / f"{name}.py").write_text(text)
     # Unbuffered output would hide that a fork does not flush its buffers.
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    variables["NVIDIA_TF32_OVERRIDE"] = "1"
     return {**variables, "PYTHONPATH": f"{root}{os.pathsep}{tmp_path}"}
 
 
