@@ -112,18 +112,25 @@ def test_scripts_equal_the_golden_files(prepare: Prepare, tmp_path: Path) -> Non
     assert "job_cache_logits" not in prune_line
 
 
-def test_each_start_has_new_folders_for_compiled_kernels(prepare: Prepare, tmp_path: Path) -> None:
-    """Runs the command that srun starts on a node. A fake Python only records its variables."""
-    python = write_program(tmp_path / "python", f"env >>{tmp_path}/environment")
+def test_each_start_has_a_new_folder_for_compiled_kernels(prepare: Prepare, tmp_path: Path) -> None:
+    """Runs the command that srun starts on a node. A fake Python records its variables, and fails.
+
+    At the second start, its parent gets SIGTERM.
+    """
+    body = (
+        f'env >>{tmp_path}/environment; mkdir "$TORCH_EXTENSIONS_DIR" || exit 1',
+        f'[ ! -f {tmp_path}/second ] || kill -TERM "$PPID"; touch {tmp_path}/second; exit 7',
+    )
+    python = write_program(tmp_path / "python", "\n".join(body))
     plan, cluster = prepare(*SLURM, f"cluster.python={python}", "+cluster.env.TRITON_CACHE_DIR=/t")
     script = slurm.job_script(stage_named(plan, "prune"), cluster)
+    [command] = re.findall(r"(?s)  (bash -c '.*') \|\|", script)
     for _ in range(2):
-        subprocess.run(re.findall(r"(?s)  (bash -c '.*') \|\|", script)[0], check=True, shell=True)
+        assert subprocess.run(command, check=False, shell=True).returncode == 7
     variables = re.findall(r"(TORCH_EXT\w+|TRITON\w+)=(.+)", (tmp_path / "environment").read_text())
     folders = {Path(folder) for name, folder in variables if name == "TORCH_EXTENSIONS_DIR"}
     assert len(folders) == len(variables) == 2  # none for TRITON_CACHE_DIR, which the user sets
-    for folder in folders:
-        folder.rmdir()
+    assert not [folder for folder in folders if folder.parent.exists()]
 
 
 @pytest.mark.parametrize(
