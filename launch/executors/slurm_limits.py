@@ -22,12 +22,20 @@ SETTINGS = {
     "nodes": "nodes",
     "ntasks": "devices",
     "ntasks-per-node": "devices",
+    "tasks-per-node": "devices",
+    "gpus": "devices",
+    "gpus-per-socket": "devices",
+    "gpus-per-task": "devices",
+    "tres-per-task": "devices",
+    "cpus-per-gpu": "cpus_per_task",
     "cpus-per-task": "cpus_per_task",
     "time": "time",
 }
-"""Options of sbatch that the launcher sets, and the field of ``resources`` that sets each."""
+"""Options of sbatch that request what a field of ``resources`` sets, and this field."""
 OPTIONS = ("array", "chdir", "dependency", "error", "job-name", "no-requeue", "output")
 """Other options of sbatch that the launcher sets: jobs wait for each other and have one log."""
+CHECKED = ("exclusive", "gpus-per-node", "gres", "mem", "mem-per-cpu", "mem-per-gpu", "partition")
+"""Options of sbatch that may be set, and whose values are checked."""
 SIZES = {"": 1, "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 """Slurm's units of memory, in megabytes."""
 MEGABYTE = 1024**2
@@ -72,7 +80,10 @@ class NodeGroup:
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition: the fields that ``scontrol show partition`` prints, and its nodes."""
+    """A partition: the fields that ``scontrol show partition`` prints, and its nodes.
+
+    The items of the field ``JobDefaults``, such as ``DefMemPerGPU``, are fields, too.
+    """
 
     fields: Mapping[str, str]
     groups: Sequence[NodeGroup]
@@ -90,18 +101,25 @@ class Partition:
 
     def fitting_nodes(self, job: Job) -> int:
         """Returns the number of nodes that can satisfy a job's request per node."""
-        max_cpus = self.limit("MaxCPUsPerNode")
+        max_cpus, max_memory = self.limit("MaxCPUsPerNode"), self.limit("MaxMemPerNode")
         return sum(
             group.count
             for group in self.groups
             if group.gpus >= (job.gpus or 0)
-            and min(group.cpus, max_cpus) >= (job.cpus or 1)
-            and group.memory_mb >= (job.memory_mb or 0)
+            and min(group.cpus, max_cpus) >= self.cpus(job)
+            and min(group.memory_mb, max_memory) >= (job.memory_mb or 0)
         )
 
-    def default_memory_mb(self, cpus: int) -> float:
+    def cpus(self, job: Job) -> float:
+        """Returns the CPUs that a job gets on a node, at least."""
+        per_gpu = self.limit("DefCpuPerGPU")
+        return job.cpus or (per_gpu * job.gpus if job.gpus and per_gpu < math.inf else 1)
+
+    def default_memory_mb(self, job: Job) -> float:
         """Returns the memory that a job gets on a node if it does not request memory."""
-        return min(self.limit("DefMemPerNode"), self.limit("DefMemPerCPU") * cpus)
+        per_cpu, per_gpu = self.limit("DefMemPerCPU"), self.limit("DefMemPerGPU")
+        defaults = (per_cpu * self.cpus(job), per_gpu * (job.gpus or math.inf))
+        return min(self.limit("DefMemPerNode"), *defaults)
 
 
 Partitions = Mapping[str, Partition]
@@ -117,18 +135,22 @@ def job_of(stage: PlannedStage, options: Iterable[str], time: str) -> Job:
         time: The job's time limit.
     """
     values = dict(_parse_option(option) for option in options)
-    gpus = values.get("gpus-per-node", values.get("gres"))  # such as 8, or gpu:h100:8
+    per_node = values.get("gpus-per-node")  # such as 8, or h100:8
+    requests = (values.get("gres"), per_node and f"gpu:{per_node}")
+    counts = [count for count in map(_gpus, requests) if count is not None]
+    # If both options are set and differ, the job has the number that must be reported.
+    gpus = max(counts, key=lambda count: abs(count - stage.devices), default=None)
     cpus = int(values["cpus-per-task"]) if values.get("cpus-per-task", "").isdigit() else None
     memory = _megabytes(values.get("mem"))
-    if memory is None and (per_cpu := _megabytes(values.get("mem-per-cpu"))) is not None:
-        memory = per_cpu * (cpus or 1)
-    number = re.search(r"(?:^|:)(\d+)$", gpus or "")
+    for option, count in (("mem-per-cpu", cpus), ("mem-per-gpu", gpus)):
+        if memory is None and (size := _megabytes(values.get(option))) is not None:
+            memory = size * (count or 1)
     return Job(
         stage=stage,
         seconds=slurm_seconds(time),
         partition=values.get("partition") or os.environ.get("SBATCH_PARTITION"),
         whole_nodes="exclusive" in values,
-        gpus=int(number[1]) if number else None,
+        gpus=gpus,
         cpus=cpus,
         memory_mb=memory,
     )
@@ -139,14 +161,26 @@ def _with_unit(number: int, unit: str) -> str:
 
 
 def _parse_option(option: str) -> tuple[str, str]:
-    """Returns name and value of an option such as ``--time=9``, ``--time 9`` or ``--exclusive``."""
+    """Returns name and value of an option such as ``--time=9``, ``--time 9`` or ``--exclusive``.
+
+    As sbatch does, reads a name such as ``dep`` as the option that it abbreviates.
+    """
     name, _, value = option.removeprefix("--").replace(" ", "=", 1).partition("=")
-    return name, value.strip()
+    known = {*SETTINGS, *OPTIONS, *CHECKED}
+    matches = [full_name for full_name in known if full_name.startswith(name)]
+    return matches[0] if len(matches) == 1 and name not in known else name, value.strip()
 
 
 def _megabytes(size: str | None) -> float | None:
-    match = re.fullmatch(r"(\d+)([KMGT]?)", size or "")
+    match = re.fullmatch(r"(\d+)([KMGT]?)B?", (size or "").upper())
     return int(match[1]) * SIZES[match[2]] if match else None
+
+
+def _gpus(gres: str | None) -> int | None:
+    """Returns the number of GPUs of a request or a node, such as ``gpu:h100:8(S:0-1),tmp:10``."""
+    entries = [re.split("[:=]", e) for e in re.sub(r"\(.*?\)|gres/", "", gres or "").split(",")]
+    counts = [int(e[-1]) if e[-1].isdigit() else 1 for e in entries if e[0] == "gpu"]
+    return sum(counts) if counts else None
 
 
 def job_problems(
@@ -211,6 +245,10 @@ def _limit_problems(job: Job, partition: Partition) -> Iterator[Problem]:
         what = f"the job requests {job.seconds / 3600:.1f} hours; partition {name} allows {limit}"
         fix = f"set cluster.time or {RESOURCES}.time to at most {limit}"
         yield Problem(rules.PARTITION, what, fix)
+    if job.nodes < int(least := partition.fields.get("MinNodes", "0")):
+        nodes = _with_unit(job.nodes, "node")
+        what = f"the job requests {nodes}; partition {name} requires at least {least}"
+        yield Problem(rules.PARTITION, what, "set another partition")
     allowed = min(partition.fitting_nodes(job), partition.limit("MaxNodes"))
     if job.nodes > allowed:
         yield Problem(
@@ -230,7 +268,7 @@ def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
     if job.whole_nodes:
         memory_mb = memory_mb or min((group.memory_mb for group in partition.groups), default=0)
     elif job.memory_mb is None:
-        memory_mb = partition.default_memory_mb(job.cpus or 1)
+        memory_mb = partition.default_memory_mb(job)
     config, chain = job.stage.config, job.stage.chain
     needs: dict[str, float] = {"the model in bfloat16": 2 * chain.teacher.parameters()}
     if config.stage in CONVERSIONS:
@@ -262,8 +300,14 @@ def read_partitions() -> Partitions:
     groups: dict[str, list[NodeGroup]] = {}
     for line in nodes.stdout.splitlines():
         name, count, cpus, memory, gres = line.split("|")
-        gpus = sum(map(int, re.findall(r"\bgpu(?::[^:,(]+)?:(\d+)", gres)))
-        groups.setdefault(name, []).append(NodeGroup(int(count), int(cpus), int(memory), gpus))
-    lines = [line.split() for line in partitions.stdout.splitlines()]
-    fields = [dict(word.partition("=")[::2] for word in words) for words in lines if words]
-    return {f["PartitionName"]: Partition(f, groups.get(f["PartitionName"], ())) for f in fields}
+        group = NodeGroup(int(count), int(cpus), int(memory), _gpus(gres) or 0)
+        groups.setdefault(name, []).append(group)
+    result: dict[str, Partition] = {}
+    for line in partitions.stdout.splitlines():
+        fields = dict(word.partition("=")[::2] for word in line.split())
+        fields |= dict(
+            item.partition("=")[::2] for item in fields.get("JobDefaults", "").split(",")
+        )
+        if (name := fields.get("PartitionName")) is not None:  # else: "No partitions in the system"
+            result[name] = Partition(fields, groups.get(name, ()))
+    return result

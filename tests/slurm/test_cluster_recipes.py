@@ -251,4 +251,4 @@ def test_limits_of_partitions_are_read(slurm: SlurmCluster) -> None:
     assert name == "batch"
     assert partition.groups == [NodeGroup(96, NODE_CPUS, NODE_MEMORY_MB, NODE_GPUS)]
     assert partition.max_seconds == 86400
-    assert partition.default_memory_mb(CPUS) == CPUS * MEMORY_PER_CPU_MB
+    assert partition.limit("DefMemPerCPU") == MEMORY_PER_CPU_MB

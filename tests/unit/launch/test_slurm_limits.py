@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
 
 from launch.executors import slurm
-from launch.executors.slurm_limits import NodeGroup, Partition
+from launch.executors.slurm_limits import NodeGroup, Partition, read_partitions
+from tests.support.launcher import write_program
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.unit.conftest import MakePlan
 
 DGX = NodeGroup(count=4, cpus=224, memory_mb=2_000_000, gpus=8)
@@ -23,6 +27,12 @@ PARTITIONS = {
         [DGX],
     ),
     "down": Partition(COMMON_FIELDS | {"PartitionName": "down", "State": "DOWN"}, [DGX]),
+    "large": Partition(COMMON_FIELDS | {"PartitionName": "large", "MinNodes": "2"}, [DGX]),
+    "small": Partition(COMMON_FIELDS | {"PartitionName": "small", "MaxMemPerNode": "1000"}, [DGX]),
+    "per-gpu": Partition(
+        COMMON_FIELDS | {"PartitionName": "per-gpu", "DefMemPerGPU": "9000", "DefCpuPerGPU": "300"},
+        [DGX],
+    ),
 }
 FITTING_CPUS = {"cpus_per_task": 64}  # enough for every job of the recipe
 
@@ -65,6 +75,16 @@ def test_jobs_that_fit_have_no_problem(plan: MakePlan, monkeypatch: pytest.Monke
             "4 GPUs per node, but uses 8",
             "job",
         ),
+        (
+            (),
+            {"sbatch": ["--gres=gpu:4(S:0),tmp:8"], "gpus": None},
+            "4 GPUs per node, but uses 8",
+            "job",
+        ),
+        ((), {"sbatch": ["--gres=gpu:h100"], "gpus": None}, "requests 1 GPUs per node", "job"),
+        ((), {"sbatch": ["--gres=gpu:4"]}, "4 GPUs per node, but uses 8", "job"),
+        ((), {"sbatch": ["--gpus-per-n=4"]}, "4 GPUs per node, but uses 8", "job"),
+        ((), {"sbatch": ["--dep=singleton"]}, "would override the launcher's dependency", "job"),
         (("stages.prepare_data.resources.cpus_per_task=8",), {}, "starts 16 processes", "job"),
         (
             (),
@@ -78,13 +98,20 @@ def test_jobs_that_fit_have_no_problem(plan: MakePlan, monkeypatch: pytest.Monke
             "import_hf, export_teacher: the job gets 20 GB",
             "job-memory",
         ),
-        ((), {"sbatch": ["--mem=9G"]}, "the job gets 9 GB of memory", "job-memory"),
+        *(
+            ((), {"sbatch": [option]}, "the job gets 9 GB of memory", "job-memory")
+            for option in ("--mem=9g", "--mem=9GB", "--mem-per-gpu=9G")
+        ),
         ((), {"sbatch": ["--mem=200G"]}, "distill: the job gets 200 GB", "job-memory"),
         ((), {"partition": "bach"}, "no partition bach. Did you mean 'batch'?", "partition"),
         ((), {"partition": "down"}, "partition down is DOWN", "partition"),
         ((), {"partition": "short"}, "4.0 hours; partition short allows 00:30:00", "partition"),
         ((), {"partition": "short"}, "1 GPU, 64 CPUs; partition short allows 0", "partition"),
         ((), {"sbatch": ["--mem=3T"]}, "3072 GB of memory; partition batch", "partition"),
+        ((), {"sbatch": ["--mem=2G"], "partition": "small"}, "small allows 0 such", "partition"),
+        ((), {"partition": "large"}, "1 node; partition large requires at least 2", "partition"),
+        ((), {"partition": "per-gpu", "cpus_per_task": None}, "per-gpu allows 0", "partition"),
+        ((), {"partition": "per-gpu"}, "build_engine, measure_speed: the job gets 9", "job-memory"),
         (
             ("stages.distill.resources.nodes=8",),
             {},
@@ -105,3 +132,45 @@ def test_problems_of_jobs_are_reported(
     text = problems_of_jobs(plan, monkeypatch, *overrides, **cluster)
     assert message in text
     assert f"[{rule}]" in text
+
+
+def test_options_that_request_devices_or_cpus_in_another_way_are_refused(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = dict.fromkeys(("gpus", "gpus-per-task", "gpus-per-socket", "tres-per-task"), "devices")
+    fields |= {"tasks-per-node": "devices", "cpus-per-gpu": "cpus_per_task"}
+    options = [f"--{name}=4" for name in fields]
+    text = problems_of_jobs(plan, monkeypatch, gpus=None, sbatch=options)
+    for option, field in zip(options, fields.values(), strict=True):
+        assert f"the option {option} of sbatch would override resources.{field}" in text
+
+
+def test_requests_of_the_right_number_of_gpus_have_no_problem(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {
+        "score": "--gres=gpu:8,tmp:10",
+        "distill": "--gres=gpu:h100:8,nvme:1",
+        "evaluate": "--gres=gres/gpu=a:4,gpu:b:4",
+        "import_hf": "--gres=gpu",
+        "prune": "--gpus-per-node=h100:1",
+    }
+    overrides = [f"stages.{name}.resources.sbatch=['{option}']" for name, option in options.items()]
+    assert problems_of_jobs(plan, monkeypatch, *overrides, gpus=None) == ""
+
+
+def test_partitions_are_read_from_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = "PartitionName=a State=UP JobDefaults=DefCpuPerGPU=4,DefMemPerGPU=1000 MaxNodes=2"
+    outputs = {
+        "sinfo": r"a|2|224|2000000|gpu:h100:8(S:0,1),tmp:10\na|1|8|9000|(null)",
+        "scontrol": rf"{fields}\nPartitionName=b JobDefaults=(null)",
+    }
+    for program, output in outputs.items():
+        write_program(tmp_path / program, f"printf '{output}\\n'")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    a, b = read_partitions().values()
+    assert a.groups == [NodeGroup(2, 224, 2_000_000, 8), NodeGroup(1, 8, 9000, 0)]
+    assert (a.limit("MaxNodes"), a.limit("DefCpuPerGPU"), a.limit("DefMemPerGPU")) == (2, 4, 1000)
+    assert b.limit("DefMemPerGPU") == float("inf")
+    write_program(tmp_path / "scontrol", "echo No partitions in the system")
+    assert read_partitions() == {}
