@@ -87,7 +87,8 @@ def hours_text(hours: float) -> str:
 def training_cost(workload: Workload, hardware: Hardware) -> TrainingCost:
     """Returns memory, time and money of a workload."""
     step = step_time(workload, hardware)
-    hours = workload.steps * step.total / 3600
+    saving = workload.checkpoints * gathering_seconds(workload, hardware)
+    hours = (workload.steps * step.total + saving) / 3600
     devices = workload.layout.ranks if hardware.on_gpu else workload.layout.nodes
     return TrainingCost(
         memory=peak_memory(workload, hardware),

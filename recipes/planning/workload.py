@@ -76,6 +76,8 @@ class Workload:
     gradient_bytes: int = 4
     validation_batches: int = 0
     """Global batches of one validation."""
+    checkpoints: int = 0
+    """Checkpoints that are saved during the training."""
     terms: int = 1
     """Number of terms of the loss on logits. Each term has a gradient for all logits."""
     compares_hidden_states: bool = False

@@ -42,9 +42,9 @@ from recipes.planning.rules import Problem
 from recipes.planning.training_cost import (
     STORAGE_BYTES_PER_SECOND,
     peak_memory,
-    step_time,
     stopping_seconds,
     token_compute,
+    training_cost,
 )
 from recipes.planning.transformer import Compute, largest
 from recipes.planning.workload import CHECKPOINT_BYTES, workloads_of_shapes
@@ -134,13 +134,12 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     workload = training_workload(trainings[0], candidate, chain.teacher, num_logits_losses)
     # Ranks train different candidates at the same time. The ranks of a CPU share its FLOP/s.
     ranks = cfg.resources.ranks if chain.hardware.on_gpu else 1
-    steps = sum(
-        t.max_steps * math.ceil(size / ranks)
-        for t, size in zip(trainings, round_sizes, strict=True)
-    )
+    sequential = [math.ceil(size / ranks) for size in round_sizes]  # trainings of each round
+    steps = sum(t.max_steps * n for t, n in zip(trainings, sequential, strict=True))
     seconds, compute = 0.0, Compute()
     if chain.hardware.on_gpu:
-        seconds = steps * step_time(workload, chain.hardware).total
+        all_steps = replace(workload, steps=steps, checkpoints=sum(sequential))
+        seconds = training_cost(all_steps, chain.hardware).hours * 3600
     else:
         compute = token_compute(workload) * replace(workload, steps=steps).tokens
     compute += text.compute(chain.teacher, bf16) * len(round_sizes)

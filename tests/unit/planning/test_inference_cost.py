@@ -22,7 +22,12 @@ from recipes.planning.inference_cost import (
     scoring_cost,
 )
 from recipes.planning.layouts import USABLE_MEMORY_FRACTION
-from recipes.planning.training_cost import peak_memory, step_time, token_compute
+from recipes.planning.training_cost import (
+    gathering_seconds,
+    peak_memory,
+    step_time,
+    token_compute,
+)
 from recipes.planning.transformer import LOGITS_BYTES, forward_flops, largest
 from recipes.planning.workload import Layout, Workload
 from recipes.pruning.settings import ScoreConfig
@@ -252,12 +257,15 @@ def test_ranks_and_devices_shorten_a_halving(plan: MakePlan) -> None:
     two = replace(search.distill, micro_batch_size=2, resources=Resources(devices=2))
     half_batches = replace(workload.layout, devices=2, micro_batch_size=2)
     shared = step_time(replace(workload, terms=2, layout=half_batches), chain.hardware).total
+    save = gathering_seconds(workload, chain.hardware)
+    shared_save = gathering_seconds(replace(workload, layout=half_batches), chain.hardware)
+    assert shared_save > save > 0
     for changes, seconds in (
-        ({}, (4 * 24 + 2 * 48) * step),
-        ({"resources": Resources(devices=2)}, (2 * 24 + 48) * step),
-        ({"resources": Resources(devices=3)}, (2 * 24 + 48) * step),
-        ({"resources": Resources(devices=2, nodes=2)}, (24 + 48) * step),
-        ({"distill": two}, (4 * 24 + 2 * 48) * shared),
+        ({}, (4 * 24 + 2 * 48) * step + 6 * save),
+        ({"resources": Resources(devices=2)}, (2 * 24 + 48) * step + 3 * save),
+        ({"resources": Resources(devices=3)}, (2 * 24 + 48) * step + 3 * save),
+        ({"resources": Resources(devices=2, nodes=2)}, (24 + 48) * step + 2 * save),
+        ({"distill": two}, (4 * 24 + 2 * 48) * shared + 6 * shared_save),
     ):
         cost = cost_of(chain, "successive_halving", **changes)
         evaluation = replace(cost, training_seconds=0.0).hours(chain.hardware)

@@ -198,6 +198,13 @@ def test_each_rank_gathers_the_state_of_its_shard_of_the_model_to_save() -> None
     assert gathering_bytes(replace(workload, trained=None)) == 0
 
 
+def test_hours_include_the_pauses_for_checkpoints() -> None:
+    workload = distillation(QWEN_DEEP, QWEN, steps=10)
+    hours = training_cost(replace(workload, checkpoints=3), H100).hours
+    pauses = 3 * gathering_seconds(workload, H100)
+    assert 3600 * hours == pytest.approx(10 * step_time(workload, H100).total + pauses)
+
+
 def test_a_parameter_takes_18_bytes_on_one_gpu() -> None:
     """The weight is in bfloat16; gradient, main weight and two moments are in float32."""
     workload = distillation(LLAMA, None, layout=Layout())
