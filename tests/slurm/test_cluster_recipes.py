@@ -112,7 +112,10 @@ def records(stage_dir: Path) -> list[dict[str, str]]:
 
 
 def require(stage_dir: Path, expected: NodeResources) -> None:
-    """Requires that ranks got exactly the expected resources, and that they summed their ranks."""
+    """Requires that ranks got exactly the expected resources, and that they summed their ranks.
+
+    CPUs are those that Slurm allocated: this machine has too few to bind ranks to 224.
+    """
     ranks = records(stage_dir)
     world_size = expected.nodes * expected.ranks
     assert [int(r.get("RANK", 0)) for r in ranks] == list(range(world_size))

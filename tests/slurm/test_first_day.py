@@ -1,6 +1,7 @@
 """Runs the commands of docs/first_day_on_slurm.md in order; jobs run ``probe.py``.
 
-Other tests run the command of the rehearsal. Commands for docker, enroot and GPUs are not run.
+Other tests run the command of the rehearsal. Items 3 and 4 of the list are only dry runs. Commands
+for docker, enroot and GPUs are not run.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def test_commands_of_the_first_day(probe_settings: tuple[str, ...], tmp_path: Pa
     assert "device-hours of training on h100" in run_successfully(*plan, cwd=tmp_path).output
     settings = probe_settings[2:]  # the page's commands have the first two themselves
     assert set(probe_settings[:2]) <= set(one_node)
-    for dry_run in (one_node, all_nodes):
+    [few_steps] = re.findall(r"Start with `'(.+)'`", PAGE)
+    for dry_run in (one_node, all_nodes, [*one_node, few_steps], [*all_nodes, few_steps]):
         output = run_successfully(*dry_run, *settings, cwd=tmp_path).output
         assert re.search(r"distill +\d{4}-\d\d-\d\dT", output), "Slurm says when it could start"
     assert "`'only=[plan,import_hf,prepare_data]'`" in PAGE
