@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 ARTIFACT = "artifact"
 WORK = "work"
 """Folder in a stage's directory with unfinished work."""
-FORMAT = 2
+FORMAT = 3
 """Format version of a run directory. Increase it when the code cannot read older directories."""
 ResultT = TypeVar("ResultT", bound="DataclassInstance")
 
