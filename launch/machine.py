@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,9 @@ from recipes.planning import rules
 from recipes.planning.chain import TENSORRT_LLM, Chain, read_chain
 from recipes.planning.hardware import Hardware
 from recipes.planning.rules import Problem
+
+HUB_FOLDERS = ("HF_HOME", "HF_HUB_CACHE")
+"""Variables of huggingface_hub. A site sets them to share downloaded models."""
 
 
 def chain_of(
@@ -74,6 +78,26 @@ def cluster_problems(
                 f"cluster.mounts: {path} does not exist, or is not an absolute path",
                 "give existing folders, such as /data or /data:ro",
             )
+    for name, folder in hub_folders().items() if "mounts" in cluster else ():
+        if not Path(folder).is_dir():
+            yield Problem(
+                rules.MOUNTS,
+                f"{name}={folder} is not a folder on this machine",
+                f"create the folder, or unset {name}",
+            )
+
+
+def hub_folders() -> dict[str, str]:
+    """Returns the variables that name folders of huggingface_hub.
+
+    If none is set, returns its default cache; empty if this cache does not exist.
+    """
+    values = {name: os.environ[name] for name in HUB_FOLDERS if os.environ.get(name)}
+    if values:
+        return {name: str(Path(value).absolute()) for name, value in values.items()}
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    default = Path(caches).absolute() / "huggingface"
+    return {"HF_HOME": str(default)} if default.is_dir() else {}
 
 
 def _image_problems(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.cluster import Cluster, stage_variables
+from launch.machine import hub_folders
 from launch.plan import Plan
 from launch.planned import PlannedStage, stage_names
 from recipes.core.errors import RecipeError, require_known
@@ -27,8 +28,6 @@ LOCAL_CACHES = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")
 PyTorch compiles extensions under a lock file. A killed process leaves the lock file behind, and
 then every process with the same cache waits forever.
 """
-HUB_FOLDERS = ("HF_HOME", "HF_HUB_CACHE")
-"""Variables of huggingface_hub. A site sets them to share downloaded models."""
 MOUNTABLE = re.compile(r"/[\w./@+=-]+")  # without spaces, colons and commas; not the root
 
 
@@ -131,15 +130,6 @@ def _link_folders(path: Path) -> Iterator[Path]:
 
 def _link_target(link: Path) -> Path:
     return Path(os.path.normpath(link.parent / link.readlink()))
-
-
-def hub_folders() -> dict[str, str]:
-    """Returns variables that name the existing folders of huggingface_hub; by default its cache."""
-    values = {name: os.environ[name] for name in HUB_FOLDERS if os.environ.get(name)}
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    values = values or {"HF_HOME": f"{caches}/huggingface"}
-    folders = {name: Path(value).absolute() for name, value in values.items()}
-    return {name: str(path) for name, path in folders.items() if path.is_dir()}
 
 
 def environment(cluster: Containers, stage: PlannedStage) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from launch import machine
 from launch.executors import container, docker
 from recipes.core import stage_process
 from recipes.core.errors import RecipeError
@@ -121,14 +122,23 @@ def test_folders_to_which_links_of_a_model_lead_are_mounted(
 def test_the_default_cache_of_the_hub_is_mounted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in container.HUB_FOLDERS:
+    for name in machine.HUB_FOLDERS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert container.hub_folders() == {}
+    assert machine.hub_folders() == {}
     (default := tmp_path / "huggingface").mkdir()
-    assert container.hub_folders() == {"HF_HOME": str(default)}
+    assert machine.hub_folders() == {"HF_HOME": str(default)}
+    monkeypatch.setenv("HF_HUB_CACHE", str(default))
+    assert machine.hub_folders() == {"HF_HUB_CACHE": str(default)}
+
+
+@pytest.mark.parametrize("cluster", ["docker", "slurm"])
+def test_a_missing_folder_of_the_hub_is_refused(
+    cluster: str, plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "missing"))
-    assert container.hub_folders() == {}
+    with pytest.raises(RecipeError, match="missing is not a folder"):
+        plan(f"cluster={cluster}", "hardware=h100", "skip_rules=[image]")
 
 
 def test_a_stopped_stage_leaves_no_container(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from launch import machine
 from launch.executors import container, docker, executor_of, local, slurm
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
@@ -60,7 +61,7 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path / "home")
     for name in ("NEMO_RECIPES_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(tmp_path / "cache"))
-    for name in container.HUB_FOLDERS:
+    for name in machine.HUB_FOLDERS:
         monkeypatch.delenv(name, raising=False)
     write_program(tmp_path / "bin" / "docker", "exit 0")  # a docker that has every image
     monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
@@ -370,7 +371,6 @@ def test_downloads_go_to_the_hub_folder_of_the_site(
 ) -> None:
     (site := tmp_path / "site").mkdir()
     monkeypatch.setenv("HF_HOME", str(site))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "missing"))
     planned, cluster = prepare(*DOCKER)
     imported = stage_named(planned, "import_hf")
     assert f"{site}:{site}" in map(str, container.mounts_of(imported, cluster))
