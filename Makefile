@@ -40,7 +40,7 @@ docs: install
 COMPILE = $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
   --no-annotate --custom-compile-command 'make lock' $(ARGS)
 lock: install
-	$(COMPILE) pyproject.toml --extra train --extra cpu --extra tasks --excludes requirements/excludes.txt -o requirements/stack.txt \
+	$(COMPILE) pyproject.toml --extra train --extra cpu --extra tasks --extra mlflow --excludes requirements/excludes.txt -o requirements/stack.txt \
 	  --no-emit-package cuda-bindings --no-emit-package cuda-pathfinder  # the image has its own
 	$(COMPILE) pyproject.toml --extra dev --excludes requirements/excludes.txt -o requirements/dev.txt
 	$(COMPILE) pyproject.toml --extra launcher --constraints requirements/stack.txt -o requirements/launcher.txt
