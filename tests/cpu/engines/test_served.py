@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import torch
 from lm_eval.api.instance import Instance
 from transformers import AutoTokenizer
@@ -34,8 +36,10 @@ from recipes.evaluation import packed_lm
 from recipes.evaluation.predictions import TEACHER, Predictor
 from recipes.evaluation.text_quality import score
 from recipes.stages import build_engine, evaluate_served
+from tests.support.launcher import write_program
 from tests.support.manifests import bare_manifest
 from tests.support.runs import make_artifact_folder
+from tests.unit.engines.test_tensorrt_llm import API
 
 LENGTH = 255
 """Maximum tokens of a prompt: the tiny model's positions minus 1."""
@@ -122,9 +126,9 @@ def test_llama_cpp_generates_the_text_of_transformers(
     """The second student's folder has a repetition penalty, which changes the text."""
     settings = {"until": ["."], "max_gen_toks": 12, "do_sample": False}
     prompts = ("The history of the", "A river is a")
-    requests = [Instance("generate_until", {}, (p, settings), n) for n, p in enumerate(prompts)]
-    expected = student.generate_until(requests)
-    assert llama.generate_until(requests) == expected
+    instances = [Instance("generate_until", {}, (p, settings), n) for n, p in enumerate(prompts)]
+    expected = student.generate_until(instances)
+    assert llama.generate_until(instances) == expected
     assert all(expected)
     folder = shutil.copytree(odd_llama, tmp_path / "penalty")
     add_generation_settings(folder, repetition_penalty=1.9)
@@ -132,8 +136,51 @@ def test_llama_cpp_generates_the_text_of_transformers(
         load_causal_lm(folder), student.tokenizer, 600, lambda done, total: None, LENGTH
     )
     address = llama.base_url.removesuffix("/v1/completions")
-    answers = served.LlamaCppLM(address, folder, LENGTH).generate_until(requests)
-    assert answers == penalised.generate_until(requests) != expected
+    answers = served.LlamaCppLM(address, folder, LENGTH).generate_until(instances)
+    assert answers == penalised.generate_until(instances) != expected
+
+
+def test_the_client_of_trtllm_serve_uses_only_what_that_server_has(
+    gguf: Path,
+    student: packed_lm.PackedLM,
+    odd_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A fake ``trtllm-serve`` records its arguments and starts llama.cpp's server.
+
+    Both servers have the same protocol. The options, routes and fields of TensorRT-LLM are those in
+    its source.
+    """
+    words = shlex.join(llama_command(gguf, 99999, LENGTH + 1, 1)).replace("99999", "${!#}")
+    write_program(
+        tmp_path / "bin" / "trtllm-serve", f'echo "$@" >{tmp_path}/arguments; exec {words}'
+    )
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    monkeypatch.setattr(served, "require_backend", lambda _: None)
+    requested: list[str] = []
+    for method in ("get", "post"):
+        send = getattr(requests, method)
+
+        def record(url: str, *args: Any, _send: Any = send, **kwargs: Any) -> Any:
+            requested.append("/" + url.split("/", 3)[3])
+            return _send(url, *args, **kwargs)
+
+        monkeypatch.setattr(requests, method, record)
+    settings = {"until": ["."], "max_gen_toks": 12, "do_sample": False}
+    request = Instance("generate_until", {}, ("The history of the", settings), 0)
+    artifact = as_input(tmp_path / "engine", "engine", EngineResult("tensorrt_llm", "bf16", 1, 1))
+    artifact.manifest.config["tensor_parallel_size"] = 1
+    with served.served_lm(config(), artifact, odd_llama, LENGTH) as client:
+        assert client.generate_until([request]) == student.generate_until([request])
+    assert isinstance(client, served.ServedLM)
+    assert {*requested} <= {*API["routes of trtllm-serve"]["routes"]}
+    options = (tmp_path / "arguments").read_text().split()[1::2]
+    assert {"--host", "--port"} < {*options} <= {*API["trtllm-serve"]["options"]}
+    client.penalty = client.penalty_request(1.9)
+    payload = client._create_payload([[1]], generate=True, gen_kwargs=dict(settings))
+    assert payload["repetition_penalty"] == 1.9
+    assert payload.keys() <= {*API["requests of trtllm-serve"]["request"]}
 
 
 def add_generation_settings(folder: Path, **settings: Any) -> None:

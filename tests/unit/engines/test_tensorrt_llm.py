@@ -21,7 +21,7 @@ from launch.executors import executor_of, slurm
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
-from recipes.engines import bench, tensorrt_llm, trtllm_build_worker
+from recipes.engines import bench, server, tensorrt_llm, trtllm_build_worker
 from recipes.engines.backends import engine_problems
 from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
 from recipes.engines.timing import RequestShape, TimedModel, Timing, random_prompts
@@ -78,6 +78,17 @@ def test_every_option_of_the_benchmark_exists(backend: str, teacher: Architectur
     assert (chosen == "tensorrt") == ("--engine_dir" in argv)
     if chosen == "tensorrt":
         assert not set(argv) & set(API["trtllm-bench throughput"]["refused_with_engine"])
+
+
+@pytest.mark.parametrize("backend", ["tensorrt_llm", "tensorrt_llm_pytorch"])
+def test_every_option_of_the_server_exists(backend: str) -> None:
+    program, engine, *arguments = server.trtllm_command("/engine", backend, "/hf/model", 2)
+    assert (program, engine) == ("trtllm-serve", "/engine")
+    options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert options.keys() <= set(API["trtllm-serve"]["options"])
+    chosen = options.get("--backend", "pytorch")  # the default
+    assert chosen in API["trtllm-serve"]["backends"]
+    assert (chosen == "tensorrt") == (backend == "tensorrt_llm")
 
 
 @pytest.mark.parametrize("precision", tensorrt_llm.ENGINE_PRECISIONS)

@@ -8,8 +8,8 @@ import pytest
 
 from launch.plan import Plan
 from recipes.core.errors import RecipeError
+from recipes.stages import evaluate_served
 
-GENERATED = "stages.evaluate_served.tasks=[gsm8k_cot]"
 TRTLLM = ("engine=tensorrt_llm", "stages.build_engine.backend=tensorrt_llm_pytorch")
 
 
@@ -31,5 +31,13 @@ def test_served_models_answer_the_benchmarks_of_evaluate_tasks(plan: Callable[..
 
 def test_tensorrt_llm_serves_only_generated_answers(plan: Callable[..., Plan]) -> None:
     with pytest.raises(RecipeError, match="log-probabilities of prompts"):
-        plan(*TRTLLM, "served=engine")
-    assert plan(*TRTLLM, "served=engine", "tasks=full", GENERATED)  # whose num_fewshot has mmlu
+        plan(*TRTLLM, "served=engine", "stages.evaluate_served.tasks=[sciq]")
+
+
+@pytest.mark.parametrize("tasks", ["full", "quick", "null"])
+def test_benchmarks_follow_from_the_server(tasks: str, plan: Callable[..., Plan]) -> None:
+    """A GGUF file of the same run answers all benchmarks."""
+    for served, generated in (("engine", True), ("gguf", False)):
+        planned = plan(*TRTLLM, f"tasks={tasks}", "gguf=q8_0", f"served={served}")
+        [config] = (s.config for s in planned.stages if s.name == "evaluate_served")
+        assert (config.tasks == [*evaluate_served.GENERATED]) == generated  # type: ignore[attr-defined]
