@@ -308,6 +308,7 @@ def read_partitions() -> Partitions:
         fields |= dict(
             item.partition("=")[::2] for item in fields.get("JobDefaults", "").split(",")
         )
-        if (name := fields.get("PartitionName")) is not None:  # else: "No partitions in the system"
+        if "PartitionName" in fields:  # else: "No partitions in the system"
+            name = fields["PartitionName"]
             result[name] = Partition(fields, groups.get(name, ()))
     return result
