@@ -367,22 +367,29 @@ if rank() == 0:
 """
 
 
-def score_on_two_ranks(
-    teacher: Path, calibration: torch.Tensor, stages: int, folder: Path
+def score_on_ranks(
+    teacher: Path, calibration: torch.Tensor, ranks: int, stages: int, folder: Path
 ) -> Importance:
-    """Scores a checkpoint on two ranks: with two pipeline ``stages``, or data-parallel."""
+    """Scores a checkpoint on ranks that form pipelines of ``stages`` and are else data-parallel."""
     (folder / "ranks.py").write_text(RANK_SCRIPT)
     torch.save(calibration, folder / "tokens.pt")
     files = folder / "ranks.py", teacher, folder / "tokens.pt", folder
-    run_ranks(*map(str, files), str(stages))
+    run_ranks(*map(str, files), str(stages), number=ranks)
     return Importance.load(folder)
 
 
-@pytest.mark.parametrize("stages", [1, 2], ids=["DP=2", "PP=2"])
-def test_two_ranks_give_the_scores_of_one_rank(
-    teacher: Path, calibration: torch.Tensor, importance: Importance, tmp_path: Path, stages: int
+@pytest.mark.parametrize(
+    ("ranks", "stages"), [(2, 1), (2, 2), (4, 2)], ids=["DP=2", "PP=2", "DP=2, PP=2"]
+)
+def test_several_ranks_give_the_scores_of_one_rank(
+    teacher: Path,
+    calibration: torch.Tensor,
+    importance: Importance,
+    tmp_path: Path,
+    ranks: int,
+    stages: int,
 ) -> None:
-    scores = score_on_two_ranks(teacher, calibration, stages, tmp_path)
+    scores = score_on_ranks(teacher, calibration, ranks, stages, tmp_path)
     assert scores.teacher_loss == pytest.approx(importance.teacher_loss, rel=1e-6)
     assert scores.blocks[2] == pytest.approx(importance.blocks[2], rel=1e-5, abs=1e-6)
     assert_same_scores(scores, importance)
@@ -395,6 +402,4 @@ def test_two_data_parallel_ranks_give_the_expert_scores_of_one_rank(
     convert.to_nemo(tmp_path / "hf", tmp_path / "moe.nemo")
     expected = score(tmp_path / "moe.nemo", calibration)
     assert any("experts" in name for name in expected.widths)
-    assert_same_scores(
-        score_on_two_ranks(tmp_path / "moe.nemo", calibration, 1, tmp_path), expected
-    )
+    assert_same_scores(score_on_ranks(tmp_path / "moe.nemo", calibration, 2, 1, tmp_path), expected)

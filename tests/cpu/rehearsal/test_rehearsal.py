@@ -138,6 +138,21 @@ TWO_STAGES = (
 )
 RANKS = [Case("qwen3_8b_depth", "distill", rank, TWO_STAGES, 4) for rank in (0, 1, 382, 384, 385)]
 """Distinct ranks of the first pipeline stage (382 is in the last replica) and of the last stage."""
+LARGE = (
+    *("llama3_1_8b_depth", "llama3_1_8b_depth_2.5b", "llama3_1_8b_width", "llama3_1_8b_width_2.5b"),
+    *("mistral_nemo_12b_width", "mistral_nemo_12b_width_2.5b", "qwen3_8b_depth"),
+    *("qwen3_8b_depth_2.5b", "qwen3_8b_nas", "qwen3_8b_nas_2.5b"),
+)
+
+
+def ranks_of(recipe: str) -> list[Case]:
+    """Returns the first rank, the last of its tensor group, and the last of that data group."""
+    _, job = Case(recipe).job
+    tensor: int = job.config["tensor_model_parallel_size"]
+    return [Case(recipe, "distill", rank) for rank in (0, tensor - 1, job.world - 1)]
+
+
+SHIPPED_RANKS = {recipe: ranks_of(recipe) for recipe in LARGE}
 DIFFERENCES = {
     (385, "skip_all_reduce"): ("TENSOR_MODEL_PARALLEL_GROUP", "recipes/distillation/losses.py:"),
     (385, "reduce_maximum"): ("TENSOR_MODEL_PARALLEL_GROUP", "allreduce MAX ["),
@@ -167,7 +182,12 @@ Results = dict[Case, tuple[RankJob, RehearsalResult]]
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Rehearses all cases in one process, which imports the libraries once."""
     cases = list(
-        dict.fromkeys([*SOUND, *BROKEN, *RANKS, *CASES_WITH_DIFFERENCES.values(), *TOO_LARGE])
+        dict.fromkeys(
+            [
+                *(*SOUND, *BROKEN, *RANKS, *CASES_WITH_DIFFERENCES.values(), *TOO_LARGE),
+                *(case for ranks in SHIPPED_RANKS.values() for case in ranks),
+            ]
+        )
     )
     jobs = [replace(case.job[1], resumed=case.resumed) for case in cases]
     file = tmp_path_factory.mktemp("rehearsal") / "jobs.json"
@@ -247,6 +267,15 @@ def test_every_recipe_is_rehearsed() -> None:
 def test_sound_ranks_make_the_same_calls(ranks: list[Case], rehearsed: Results) -> None:
     names = {channel.name for channel in rehearsed[ranks[0]][1].channels}
     assert f"messages from rank 0 to rank {384 if ranks == RANKS else 256}" in names
+    assert list(communication_mistakes([rehearsed[case] for case in ranks])) == []
+
+
+@pytest.mark.parametrize("recipe", LARGE)
+def test_ranks_of_shipped_recipes_make_the_same_calls(recipe: str, rehearsed: Results) -> None:
+    ranks = SHIPPED_RANKS[recipe]
+    groups = [{channel.name for channel in rehearsed[case][1].channels} for case in ranks]
+    assert any("TENSOR_MODEL_PARALLEL_GROUP" in name for name in groups[0] & groups[1])
+    assert any("DATA_PARALLEL_GROUP" in name for name in groups[1] & groups[2])
     assert list(communication_mistakes([rehearsed[case] for case in ranks])) == []
 
 
