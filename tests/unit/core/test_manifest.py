@@ -152,7 +152,7 @@ def test_manifest_survives_a_round_trip(stage_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", '{"format": 2, "files": {"a": {"size": 1}}}', '{"format": 2, "files": {}}'],
+    ["", "{", "[]", '{"format": 3, "files": {"a": {"size": 1}}}', '{"format": 3, "files": {}}'],
 )
 def test_the_error_about_a_damaged_manifest_has_its_path(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)

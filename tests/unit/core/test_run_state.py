@@ -253,7 +253,7 @@ def test_a_request_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     request.write(tmp_path / "run" / "b")
     assert read_request(tmp_path / "run" / "b") == request
     file = tmp_path / "run" / "b" / REQUEST
-    file.write_text(file.read_text().replace("format: 2", "format: 0"))
+    file.write_text(file.read_text().replace("format: 3", "format: 0"))
     with pytest.raises(RecipeError, match=rf"{file} .*format 0"):
         read_request(file.parent)
 

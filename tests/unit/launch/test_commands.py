@@ -183,7 +183,7 @@ def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launc
         text = (
             request.read_text()
             .replace(f"{run_dir}/", f"{other}/")
-            .replace("format: 2", "format: 1")
+            .replace("format: 3", "format: 1")
         )
         text = re.sub("hf_path: .*", f"hf_path: {run_dir}/export_hf/artifact", text)
         request.write_text(text.replace(f"{other}/import_hf", f"{run_dir}/import_hf"))
