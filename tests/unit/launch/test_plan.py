@@ -225,6 +225,7 @@ def test_workload_has_the_shapes_of_models_from_another_run(
     # The result of import_hf now looks like a cache of the teacher's logits.
     result = asdict(CacheResult(4000, 4000, 0, 0, 0.0, 0.0))
     config = teacher.config | cache_config
-    edit_manifest(other / "import_hf", kind="logit_cache", config=config, metrics=result)
+    changed = {"kind": "logit_cache", "stage": "cache_logits"}
+    edit_manifest(other / "import_hf", **changed, config=config, metrics=result)
     cached = plan(student_input, f"stages.distill.inputs.teacher={other}/import_hf")
     assert cached.chain.workloads["distill"].teacher is None, "cached logits replace the teacher"

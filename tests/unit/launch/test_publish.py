@@ -70,6 +70,7 @@ def push(launch: Launch, run: Path, hub: FakeHub, tmp_path: Path) -> Launch:
     """Returns a function that repeats the command of the complete run with ``hub.push``."""
 
     def push_run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "hub").mkdir(exist_ok=True)
         settings = {**settings_for(hub, tmp_path / "hub"), "HF_TOKEN": TOKEN, **env}
         return launch(*RUN, f"run_dir={run}", f"hub.push={NAME}", *arguments, **settings)
 

@@ -114,6 +114,7 @@ CASES = {  # what breaks each rule
     "checkpoint-note": case(config={}, prepare=config_says_float32),
     "vocabulary": case(*TP2, config={"vocab_size": 513}),
     "data-sources": case("data.sources=[nowhere.txt]"),
+    "unknown-text": case("data.sources=['hf://HuggingFaceFW/fineweb-edu:train']"),
     "licence": case("data.sources=['TEXT#licence=CC-BY-NC-4.0']"),
     "document-end": case("data.document_end=<end>", config={}),
     "data-splits": case("stages.prepare_data.heldout_fraction=0.99"),
