@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 from collections.abc import Iterator
+from enum import EnumType
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +137,21 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Imports a known object; refuses any other, unless checkpoints are trusted."""
         full_name = f"{module}.{name}"
+        if full_name == "builtins.getattr":  # Python 3.11.2 pickles enums as getattr(CLASS, NAME)
+            return self._enum_member
         is_known = full_name in METADATA_OBJECTS or DTYPE_NAMES.fullmatch(full_name)
         if is_known or os.environ.get(TRUST) == "1":
             return super().find_class(module, name)
-        raise RecipeError(
-            f"{self._path} names {full_name}: opening it would run that code.",
+        raise self._error(full_name)
+
+    def _enum_member(self, enum: object, name: str) -> Any:
+        """Does the same as ``getattr``, but only for members of enums."""
+        if isinstance(enum, EnumType) and name in enum.__members__:
+            return enum[name]
+        raise self._error("builtins.getattr")
+
+    def _error(self, name: str) -> RecipeError:
+        return RecipeError(
+            f"{self._path} names {name}: opening it would run that code.",
             f"get the weights as safetensors; or, if you trust its author, set {TRUST}=1",
         )

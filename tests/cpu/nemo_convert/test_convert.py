@@ -19,6 +19,7 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from nemo_convert import convert, hf, nemo, parity, trust
 from nemo_convert.families import LLAMA3_ROPE
@@ -314,6 +315,23 @@ def test_remote_code_behind_another_label_is_refused(odd_nemo: Path, tmp_path: P
     change_context(hostile, plant)
     with pytest.raises(RecipeError, match="sets trust_remote_code"):
         nemo.restore_model(hostile)
+
+
+def test_metadata_may_name_members_of_enums_as_python_3_11_2_does(tmp_path: Path) -> None:
+    class Attribute:
+        def __init__(self, owner: object, name: str) -> None:
+            self.arguments = owner, name
+
+        def __reduce__(self) -> tuple[object, tuple[object, str]]:
+            return getattr, self.arguments
+
+    file = tmp_path / ".metadata"
+    file.write_bytes(pickle.dumps(Attribute(WriteItemType, "TENSOR")))
+    assert trust.read_metadata(tmp_path) is WriteItemType.TENSOR
+    for owner, name in ((WriteItemType, "__class__"), (type(tmp_path), "unlink")):
+        file.write_bytes(pickle.dumps(Attribute(owner, name)))
+        with pytest.raises(RecipeError, match="opening it would run that code"):
+            trust.read_metadata(tmp_path)
 
 
 def test_metadata_that_would_run_code_is_refused(
