@@ -39,7 +39,7 @@ class PruneTargets:
 
 
 def hidden_divisor(teacher: Architecture, configured: int | None) -> int:
-    """Returns the number of which a pruned hidden size must be a multiple.
+    """Returns the divisor of a pruned hidden size.
 
     By default this is 64, for fast kernels and for quantisation in groups of 64. transformers 5
     refuses a Llama model whose hidden size is not a multiple of its heads, so for Llama the default

@@ -212,8 +212,9 @@ def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
 
 
 def _mixed_devices(name: str, devices: set[str]) -> RuntimeError:
-    found = f"found at least two devices, {' and '.join(sorted(devices))}"
-    return RuntimeError(f"{name}: expected all tensors on one device, but {found}")
+    names = " and ".join(sorted(devices))
+    expected = "expected all tensors on one device"
+    return RuntimeError(f"{name}: {expected}, but found at least two devices, {names}")
 
 
 class _FakeCuda(TorchDispatchMode):

@@ -281,7 +281,8 @@ def _choices(teacher: Architecture, space: Space, axis: str) -> list[int]:
         # A step is a head of each query group. With step ``full``, only ``full`` is allowed.
         step = teacher.num_query_groups if space.prune_heads else full
     else:
-        step = getattr(space, f"{axis}_divisor") or hidden_divisor(teacher, None)
+        divisor = getattr(space, f"{axis}_divisor")
+        step = hidden_divisor(teacher, divisor) if axis == "hidden_size" else divisor
     ranks = 1 if is_depth else space.tensor_model_parallel_size
     sizes = {full, *range(step, full, step)}
     return sorted(size for size in sizes if size >= least and size % ranks == 0)

@@ -90,10 +90,12 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(docker: Docker, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    model = write_tiny_model(tmp_path_factory.mktemp("teacher") / "model", text_file, **EVEN)
+def run(docker: Docker, text_file: Path) -> Iterator[Run]:
     home = Path(tempfile.mkdtemp(prefix="home"))
-    os.chown(home, USER, USER)
+    model = write_tiny_model(home / "teacher", text_file, **EVEN)
+    text = Path(shutil.copy(text_file, home))
+    for path in (home, *home.rglob("*")):  # in containers, the user may read no folder of pytest
+        os.chown(path, USER, USER)
     overrides = (
         "recipe=llama_depth_prune",
         "cluster=docker",
@@ -103,7 +105,7 @@ def run(docker: Docker, text_file: Path, tmp_path_factory: pytest.TempPathFactor
         f'cluster.options=["--ulimit=memlock={resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]}"]',
         f"cluster.mounts=[{','.join(mounts())}]",
         "+cluster.env.OMP_NUM_THREADS='1'",
-        *tiny(model, text_file, home / "run"),
+        *tiny(model, text, home / "run"),
         "stages.prune.target_num_layers=3",
         f"only=[{','.join(STAGES)}]",
     )

@@ -17,7 +17,7 @@ from nemo_convert.hf_config import SUPPORTED
 from recipes.core.files import REPO_ROOT
 from recipes.planning.chain import CONFIGS
 from recipes.planning.layouts import USABLE_MEMORY_FRACTION, cheapest_proposal
-from recipes.planning.training_cost import training_cost
+from recipes.planning.training_cost import step_time, training_cost
 from recipes.search.space import name_of
 from tests.support.runs import DISTILL, settings
 
@@ -315,15 +315,17 @@ def test_large_recipes_have_the_published_sizes_and_token_budgets(
 def test_qwen3_has_the_cheapest_layout_and_the_published_layout_fits_too(
     recipe: str, plan: MakePlan
 ) -> None:
-    costs = []
+    costs, steps = [], []
     for overrides in ((), ("stages.distill.tensor_model_parallel_size=8",)):
         planned = plan_large(recipe, plan, *overrides)
         workload, hardware = planned.chain.workloads["distill"], planned.chain.hardware
         costs.append(training_cost(workload, hardware).device_hours)
+        steps.append(step_time(workload, hardware).total)
     cheapest = cheapest_proposal(workload, hardware, workload.layout.ranks, workload.layout.devices)
     assert cheapest is not None
     assert cheapest.cost.device_hours == pytest.approx(costs[0], rel=1e-3)
-    assert costs[0] < 0.97 * costs[1]  # the published layout has a tensor-parallel size of 8
+    # The published layout has a tensor-parallel size of 8. Pauses for checkpoints are the same.
+    assert steps[0] < 0.97 * steps[1]
 
 
 def test_the_search_of_a_large_model_lists_the_published_shape(plan: MakePlan) -> None:

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -20,7 +19,6 @@ import torch
 from nemo_convert.architecture import Architecture
 from nemo_convert.gguf_file import FILE
 from nemo_convert.hf import Weights, tokenizer_sha256
-from nemo_convert.hf_config import SUPPORTED
 from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, MANIFEST, WORK
 from recipes.core.metrics import METRICS, steps_of
@@ -32,7 +30,6 @@ from recipes.distillation.training import initial_kl_fraction
 from recipes.engines.backends import model_folder
 from recipes.evaluation.results import EvaluationResult, ServedResult
 from recipes.pruning.results import HealResult
-from recipes.pruning.targets import transformers_5_problems
 from tests.chaos.chain import STEPS, differences, is_of_a_library, overrides
 from tests.chaos.kills import Kill, RunCommand
 from tests.support.generation import FIRST_TOKEN, NEW_TOKENS, output_of, require_same_outputs
@@ -41,12 +38,7 @@ from tests.support.launcher import run_recipe
 from tests.support.llama_cpp import require_similar_generation
 from tests.support.notebook import run_notebook
 from tests.support.runs import HEALING, copy_without, manifest_of
-from tests.support.transformers_5 import (
-    run_with_transformers_5,
-    save_by_transformers_5,
-    transformers_5,
-)
-from tests.unit.planning.models import SMOLLM2
+from tests.support.transformers_5 import save_by_transformers_5, transformers_5
 
 ENGINES = (
     "build_engine",
@@ -159,31 +151,6 @@ def test_exported_folder_chats_and_stops_as_the_teacher(tiny_run: Path, odd_llam
     for output in (teacher, student):
         assert output.stopped == [FIRST_TOKEN, output.generation_config["eos_token_id"]]
         assert len(output.greedy) == NEW_TOKENS
-
-
-REQUIRE_CONFIGS = """
-import sys, transformers
-for argument in sys.argv[1:]:
-    family, hidden, heads, refused = argument.split()
-    sizes = dict(hidden_size=int(hidden), num_attention_heads=int(heads), head_dim=64)
-    try:
-        getattr(transformers, family)(**sizes, num_key_value_heads=int(heads))
-        assert refused == "False", argument
-    except Exception as error:  # of huggingface_hub, which transformers 4 does not have
-        assert "not a multiple of the number of attention heads" in str(error.__cause__), argument
-        assert refused == "True", argument
-"""
-
-
-def test_the_plan_warns_of_students_that_transformers_5_refuses() -> None:
-    shapes = []
-    for family, (hidden, heads) in product(SUPPORTED, [(576, 9), (512, 9), (512, 8), (384, 6)]):
-        sizes = {"hidden_size": hidden, "num_attention_heads": heads}
-        shape = replace(SMOLLM2, hf_architecture=family, **sizes)
-        refused = bool(list(transformers_5_problems("prune", shape)))
-        shapes.append(f"{family.replace('ForCausalLM', 'Config')} {hidden} {heads} {refused}")
-    assert "LlamaConfig 512 9 True" in shapes
-    run_with_transformers_5(REQUIRE_CONFIGS, *shapes)
 
 
 def test_exported_folder_is_the_same_in_transformers_5(tiny_run: Path, odd_llama: Path) -> None:

@@ -5,15 +5,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from nemo_convert.architecture import Architecture
+from nemo_convert.hf_config import SUPPORTED
 from recipes.core.manifest import ARTIFACT
+from recipes.pruning.targets import transformers_5_problems
 from tests.support.generation import require_same_outputs
 from tests.support.in_process import run_successfully
 from tests.support.models import ODD, write_tiny_model
 from tests.support.runs import DISTILL, manifest_of, settings, tiny
-from tests.support.transformers_5 import save_by_transformers_5, transformers_5
+from tests.support.transformers_5 import (
+    run_with_transformers_5,
+    save_by_transformers_5,
+    transformers_5,
+)
+from tests.unit.planning.models import SMOLLM2
 
 TARGETS = {
     "qwen3": {"target_ffn_hidden_size": 72},
@@ -49,3 +58,28 @@ def test_students_are_the_same_in_transformers_5(tmp_path: Path, text_file: Path
         assert student.qk_layernorm
         students.append(run_dir / "export_hf" / ARTIFACT)
     require_same_outputs(transformers_5(), *students)
+
+
+REQUIRE_CONFIGS = """
+import sys, transformers
+for argument in sys.argv[1:]:
+    family, hidden, heads, refused = argument.split()
+    sizes = dict(hidden_size=int(hidden), num_attention_heads=int(heads), head_dim=64)
+    try:
+        getattr(transformers, family)(**sizes, num_key_value_heads=int(heads))
+        assert refused == "False", argument
+    except Exception as error:  # of huggingface_hub, which transformers 4 does not have
+        assert "not a multiple of the number of attention heads" in str(error.__cause__), argument
+        assert refused == "True", argument
+"""
+
+
+def test_the_plan_warns_of_students_that_transformers_5_refuses() -> None:
+    shapes = []
+    for family, (hidden, heads) in product(SUPPORTED, [(576, 9), (512, 9), (512, 8), (384, 6)]):
+        sizes = {"hidden_size": hidden, "num_attention_heads": heads}
+        shape = replace(SMOLLM2, hf_architecture=family, **sizes)
+        refused = bool(list(transformers_5_problems("prune", shape)))
+        shapes.append(f"{family.replace('ForCausalLM', 'Config')} {hidden} {heads} {refused}")
+    assert "LlamaConfig 512 9 True" in shapes
+    run_with_transformers_5(REQUIRE_CONFIGS, *shapes)

@@ -370,7 +370,7 @@ if rank() == 0:
 def score_on_ranks(
     teacher: Path, calibration: torch.Tensor, ranks: int, stages: int, folder: Path
 ) -> Importance:
-    """Scores a checkpoint on ranks that form pipelines of ``stages`` and are else data-parallel."""
+    """Scores a checkpoint on ranks in pipelines of ``stages``, which are data-parallel."""
     (folder / "ranks.py").write_text(RANK_SCRIPT)
     torch.save(calibration, folder / "tokens.pt")
     files = folder / "ranks.py", teacher, folder / "tokens.pt", folder
@@ -378,18 +378,11 @@ def score_on_ranks(
     return Importance.load(folder)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "stages"), [(2, 1), (2, 2), (4, 2)], ids=["DP=2", "PP=2", "DP=2, PP=2"]
-)
+@pytest.mark.parametrize("layout", [(2, 1), (2, 2), (4, 2)], ids=["DP=2", "PP=2", "DP=2, PP=2"])
 def test_several_ranks_give_the_scores_of_one_rank(
-    teacher: Path,
-    calibration: torch.Tensor,
-    importance: Importance,
-    tmp_path: Path,
-    ranks: int,
-    stages: int,
+    teacher: Path, calibration: torch.Tensor, importance: Importance, tmp_path: Path, layout: Any
 ) -> None:
-    scores = score_on_ranks(teacher, calibration, ranks, stages, tmp_path)
+    scores = score_on_ranks(teacher, calibration, *layout, tmp_path)
     assert scores.teacher_loss == pytest.approx(importance.teacher_loss, rel=1e-6)
     assert scores.blocks[2] == pytest.approx(importance.blocks[2], rel=1e-5, abs=1e-6)
     assert_same_scores(scores, importance)

@@ -1,10 +1,11 @@
-"""Resources that a Slurm job requests, and environment variables that a job inherits."""
+"""Scripts of dry runs, resources that a Slurm job requests, and variables that a job inherits."""
 
 from __future__ import annotations
 
 import os
 import re
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +19,10 @@ from recipes.core.errors import RecipeError
 from recipes.core.run_state import begin_work, discard_work
 from tests.support.launcher import write_program
 from tests.support.manifests import unfinished_manifest
-from tests.unit.conftest import stage_named
+from tests.unit.conftest import RECIPE, stage_named
 
 if TYPE_CHECKING:
-    from tests.unit.conftest import Complete, MakePlan
+    from tests.unit.conftest import Complete, Launch, MakePlan
 
 SLURM = ("cluster=slurm", "hardware=h100", "cluster.images.tensorrt_llm=engine:1")
 
@@ -152,3 +153,28 @@ def test_submission_by_hand_waits_for_a_job_that_is_ending(plan: MakePlan, tmp_p
     queue.write_text("COMPLETING\n")
     threading.Timer(1, lambda: queue.write_text("")).start()
     assert job_of_distill() == "8"
+
+
+@pytest.mark.parametrize("cluster", ["local", "docker", "slurm"])
+def test_scripts_of_a_dry_run_pass_shellcheck_and_hold_no_secrets(
+    launch: Launch, tmp_path: Path, cluster: str
+) -> None:
+    secrets = {"HF_TOKEN": "hf_seen", "WANDB_API_KEY": "wandb_seen", "MY_TOKEN": "my_seen"}
+    done = launch(
+        *(RECIPE, f"cluster={cluster}", "dry_run=true", f"run_dir={tmp_path}/run"),
+        "cluster.pass_env=[HF_TOKEN,WANDB_API_KEY,MY_TOKEN]",
+        "+cluster.env.WORDS='it is \"$HOME\" `id`'",
+        *([] if cluster == "local" else ["cluster.gpus=null"]),
+        *(['cluster.images.default="registry#image:1"'] if cluster == "slurm" else []),
+        **secrets,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nothing was started" in done.stdout
+    run = tmp_path / "run"
+    scripts = [*run.glob("*/run.sh"), *run.glob("*/job.sbatch"), *run.glob("submit.sh")]
+    stages = len([*run.glob("*/config.yaml")])
+    assert len(scripts) == (stages + 1 if cluster == "slurm" else stages) > 7
+    subprocess.run([Path(sys.executable).with_name("shellcheck"), *scripts], check=True)
+    texts = [file.read_text() for file in run.rglob("*") if file.is_file()]
+    assert not [text for text in texts for secret in secrets.values() if secret in text]
+    assert cluster == "local" or any("MY_TOKEN" in text for text in texts)

@@ -1,0 +1,164 @@
+"""Code that comes with a model, a tokenizer or a checkpoint does not run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from torch.distributed.checkpoint.planner import WriteItemType
+
+from nemo_convert import hf, nemo, trust
+from nemo_convert.tokenizer_files import load_tokenizer
+from recipes.core.errors import RecipeError
+from tests.support.conversion import assert_same_weights, convert_by_command
+
+
+def test_code_of_a_tokenizer_does_not_run(
+    odd_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default, transformers asks the user whether to run the code. Here, the user says yes."""
+    folder, created_by_code = tmp_path / "hf", tmp_path / "ran"
+    shutil.copytree(odd_llama, folder)
+    (folder / "custom.py").write_text(f"open({str(created_by_code)!r}, 'w')\n")
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config |= {"auto_map": {"AutoTokenizer": [None, "custom.Own"]}, "tokenizer_class": "Own"}
+    file.write_text(json.dumps(config))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(RecipeError):  # the loader itself; a conversion refuses the class before it
+        load_tokenizer(folder)
+    assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 1
+    assert not created_by_code.exists()
+
+
+def test_code_for_generation_does_not_run(
+    odd_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 4 runs this code even if it must not trust code of the model."""
+    folder, created_by_code = tmp_path / "hf", tmp_path / "ran"
+    shutil.copytree(odd_llama, folder)
+    (folder / "custom_generate").mkdir()
+    code = f"open({str(created_by_code)!r}, 'w')\ndef generate(model): pass\n"
+    (folder / "custom_generate" / "generate.py").write_text(code)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    model = hf.load_causal_lm(folder)
+    assert not created_by_code.exists()
+    assert model.generation_config.temperature == 0.7  # from generation_config.json
+
+
+def test_context_that_would_run_code_is_refused(
+    odd_llama: Path, odd_nemo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NeMo makes the planted call if it opens the context. ``to-hf`` does not open the context."""
+    hostile, created_by_call = tmp_path / "hostile.nemo", tmp_path / "ran"
+    shutil.copytree(odd_nemo, hostile)
+    file = hostile / nemo.CONTEXT / "io.json"
+    text = file.read_text()
+    tokenizer = "nemo.collections.common.tokenizers.huggingface.auto_tokenizer", "AutoTokenizer"
+    reference = '"module": "{}", "name": "{}"'
+    assert reference.format(*tokenizer) in text
+    text = text.replace(reference.format(*tokenizer), reference.format("subprocess", "getoutput"))
+    context = json.loads(text.replace('"pretrained_model_name"', '"cmd"'))
+    for item in context["objects"].values():
+        for pair in item["items"]:
+            if pair[0] == "Attr(name='pretrained_model_name')":
+                pair[:] = "Attr(name='cmd')", {"type": "leaf", "value": f"touch {created_by_call}"}
+    file.write_text(json.dumps(context))
+    assert convert_by_command("verify", odd_llama, hostile) == 1
+    error = capsys.readouterr().err
+    assert "io.json names subprocess.getoutput: opening it would run that code." in error
+    assert "python -m nemo_convert to-hf SRC DST" in error
+    assert convert_by_command("to-hf", hostile, tmp_path / "converted") == 0
+    assert_same_weights(odd_llama, tmp_path / "converted")
+    assert not created_by_call.exists()
+    with contextlib.suppress(Exception), mock.patch.dict(os.environ, {trust.TRUST: "1"}):
+        nemo.restore_model(hostile)
+    assert created_by_call.exists(), "the planted call must work when the checkpoint is trusted"
+
+
+def change_context(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the objects in a context's ``io.json``."""
+    file = checkpoint / nemo.CONTEXT / "io.json"
+    context = json.loads(file.read_text())
+    change(context["objects"])
+    file.write_text(json.dumps(context))
+
+
+def test_a_call_in_an_object_named_paths_is_refused(odd_nemo: Path, tmp_path: Path) -> None:
+    """Contexts have harmless lists under the key ``paths``, but other values must be checked."""
+
+    def plant(objects: dict[str, Any]) -> None:
+        # The object that names the tokenizer's class gets the key "paths", and another function.
+        name = objects["auto_tokenizer_1"]["metadata"]["key"]
+        objects["paths"] = objects.pop(name)
+        objects["auto_tokenizer_1"]["metadata"]["key"] = "paths"
+        function = objects["paths"]["items"][0][1]
+        function |= {"module": "subprocess", "name": "getoutput"}
+
+    hostile = tmp_path / "hostile.nemo"
+    shutil.copytree(odd_nemo, hostile)
+    change_context(hostile, plant)
+    with pytest.raises(RecipeError, match=r"names subprocess\.getoutput"):
+        nemo.restore_model(hostile)
+
+
+def test_remote_code_behind_another_label_is_refused(odd_nemo: Path, tmp_path: Path) -> None:
+    """Fiddle takes the names of arguments from the metadata, not from the label of an item."""
+
+    def plant(objects: dict[str, Any]) -> None:
+        metadata = objects[objects["auto_tokenizer_1"]["metadata"]["key"]]
+        names = objects[metadata["items"][1][1]["key"]]
+        # The item's label is use_fast, but the metadata name the argument trust_remote_code.
+        for owner, value in ((names, "trust_remote_code"), (objects["auto_tokenizer_1"], True)):
+            item = {"type": "leaf", "value": value, "paths": []}
+            owner["items"].append(["Attr(name='use_fast')", item])
+
+    hostile = tmp_path / "hostile.nemo"
+    shutil.copytree(odd_nemo, hostile)
+    change_context(hostile, plant)
+    with pytest.raises(RecipeError, match="sets trust_remote_code"):
+        nemo.restore_model(hostile)
+
+
+def test_metadata_may_name_members_of_enums_as_python_3_11_2_does(tmp_path: Path) -> None:
+    class Attribute:
+        def __init__(self, owner: object, name: str) -> None:
+            self.arguments = owner, name
+
+        def __reduce__(self) -> tuple[object, tuple[object, str]]:
+            return getattr, self.arguments
+
+    file = tmp_path / ".metadata"
+    file.write_bytes(pickle.dumps(Attribute(WriteItemType, "TENSOR")))
+    assert trust.read_metadata(tmp_path) is WriteItemType.TENSOR
+    for owner, name in ((WriteItemType, "__class__"), (type(tmp_path), "unlink")):
+        file.write_bytes(pickle.dumps(Attribute(owner, name)))
+        with pytest.raises(RecipeError, match="opening it would run that code"):
+            trust.read_metadata(tmp_path)
+
+
+def test_metadata_that_would_run_code_is_refused(
+    odd_llama: Path, odd_nemo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile, created_by_call = tmp_path / "hostile.nemo", tmp_path / "ran"
+    shutil.copytree(odd_nemo, hostile)
+
+    class Planted:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, (f"touch {created_by_call}",)
+
+    (hostile / nemo.WEIGHTS / ".metadata").write_bytes(pickle.dumps(Planted()))
+    assert convert_by_command("to-hf", hostile, tmp_path / "back") == 1
+    assert ".metadata names posix.system: opening it" in capsys.readouterr().err
+    with pytest.raises(RecipeError, match=r"posix\.system"):
+        nemo.read_sharded({}, hostile / nemo.WEIGHTS)
+    assert not created_by_call.exists()
