@@ -32,7 +32,7 @@ def run(plan: MakePlan, complete: Complete, tmp_path: Path) -> Path:
     complete(planned)
     run = tmp_path / "run"
     config = manifest_of(run, "distill").config | {"resources": {"nodes": 2, "devices": 2}}
-    edit_manifest(run / "distill", seconds=3600.0, config=config)
+    edit_manifest(run / "distill", seconds=3600.0, config=config, devices=2)
     return run
 
 

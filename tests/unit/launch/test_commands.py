@@ -52,7 +52,8 @@ from recipes.core.stage_process import start_process
 on_interrupt(signal.default_int_handler)
 stage = "trap 'sleep 2; echo ended; exit' TERM; echo started; while :; do sleep 0.1; done"
 with start_process(["sh", "-c", stage], sys.stdout.buffer):
-    print("waits", flush=True)
+    sys.stdout.write("waits\\n")  # one write, even if not buffered
+    sys.stdout.flush()
     while True:  # a signal just before a sleep is handled only after the sleep
         time.sleep(0.1)
 """
