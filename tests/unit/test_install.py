@@ -1,4 +1,4 @@
-"""``install.sh`` in an environment that looks like an NGC container."""
+"""``install.sh`` and the steps of the Dockerfile in environments that look like NGC images."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def checkout(tmp_path: Path) -> Path:
     entries = re.findall(r"^[\w.-]+==.*\n(?:    .*\n)+", lock, re.M)
     short_lock = [entry for entry in entries if entry.partition("==")[0] in INSTALLED]
     assert len(short_lock) == len(INSTALLED)
-    (checkout / "requirements" / "dev.txt").write_text("".join(short_lock))
+    for name in ("dev", "stack", "engine"):
+        (checkout / "requirements" / f"{name}.txt").write_text("".join(short_lock))
     image = tmp_path / "image"
     for name, version, requires in (
         ("torch", "2.9.0a0+50eac811a6.nv25.09", ""),
@@ -119,3 +120,68 @@ def test_installation_fails_if_a_library_cannot_be_imported(checkout: Path, modu
     assert done.returncode != 0
     assert module in done.stderr
     assert not (checkout / "venv" / ".installed").exists()
+
+
+@pytest.fixture
+def image_python(checkout: Path) -> Path:
+    """Makes the Python of a base image, as a virtual environment with pip."""
+    python = checkout.parent / "base" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
+    (packages,) = python.parents[1].glob("lib/*/site-packages")
+    for name, version in (
+        ("torch", "2.9.0a0"),
+        ("transformer_engine", "2.9"),
+        ("tensorrt_llm", "1.2.0"),
+        ("transformers", "4.56.0"),
+    ):
+        add_metadata(packages, name, version)
+    return python
+
+
+def build(target: str, checkout: Path, python: Path, *changes: tuple[str, str]) -> int:
+    """Runs the first RUN of a target of the Dockerfile, with the image's Python and real uv."""
+    stage = re.split(r"^FROM ", (REPO_ROOT / "Dockerfile").read_text(), flags=re.M)
+    (text,) = (part for part in stage if part.partition("\n")[0].endswith(f" AS {target}"))
+    step = re.search(r"^RUN --mount=\S+ \\\n((?:.*\\\n)*.*)$", text, re.M)
+    assert step
+    script, no_user = step[1], " \\\n && useradd --create-home --uid 10001 recipes"
+    for old, new in ((no_user, ""), ("/opt/nemo-recipes", str(checkout)), *changes):
+        assert old in script
+        script = script.replace(old, new)
+    path = (
+        f"{python.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"  # the latter has uv
+    )
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", script],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    require_package_index(done)
+    print(done.stdout, done.stderr)
+    return done.returncode
+
+
+@pytest.mark.parametrize("target", ["engine", "recipes"])
+def test_a_build_installs_what_the_image_lacks(
+    target: str, checkout: Path, image_python: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (packages,) = image_python.parents[1].glob("lib/*/site-packages")
+    add_metadata(packages, "einops", "0.1")
+    assert build(target, checkout, image_python) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^einops +0\.1 +0\.\S+ +kept$", printed, re.M), printed
+    assert re.search(r"^packaging +- +\S+ +installed$", printed, re.M), printed
+    subprocess.run([image_python, "-c", "import packaging"], check=True)
+    assert (packages / "torch-2.9.0a0.dist-info").is_dir()
+
+
+def test_a_build_fails_if_it_replaces_a_package_that_must_stay(
+    checkout: Path, image_python: Path
+) -> None:
+    """The image's einops is out of range. Here it must stay, as torch must in the Dockerfile."""
+    (packages,) = image_python.parents[1].glob("lib/*/site-packages")
+    add_metadata(packages, "einops", "2.0")
+    assert build("recipes", checkout, image_python, ('"torch"', '"einops"')) != 0
+    assert list(packages.glob("einops-0.*")), "the pinned version was installed"
