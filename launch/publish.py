@@ -215,7 +215,7 @@ def _licences(plan: Plan) -> Iterator[str]:
     inputs = inputs_from_other_runs(plan.chain.stages)
     for name, config in plan.chain.stages.items():
         if isinstance(config, PrepareDataConfig):
-            yield from (parse_source(source).licence or "" for source in config.sources)
+            yield from (parse_source(source).licence or "" for source in config.texts())
         # Stages that ``only`` excludes are not in ``plan.stages``, but may have results.
         directory = plan.run_dir / name
         if result := results[name] if name in results else read_manifest(directory):

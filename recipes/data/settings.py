@@ -36,7 +36,8 @@ class PrepareDataConfig(StageConfig):
     ``pypi://`` or ``teacher://chat`` sources; see ``recipes/data/sources.py`` for their options."""
     prefix: Annotated[str, matching(".+", "a path without .bin and .idx")] | None = None
     """Tokenized text instead of ``sources``: path of Megatron's ``.bin`` and ``.idx`` files without
-    suffix, such as ``/data/corpus_text_document``. Each split is a range of its documents."""
+    suffix, such as ``/data/corpus_text_document``. Each split is a range of its documents. The
+    option ``#licence=NAME`` states its licence."""
     heldout_sources: list[str] = field(default_factory=list)
     """Text for evaluation only: no training, calibration or selection uses it."""
     format: Annotated[str, one_of(*FORMATS)] = "text"
@@ -79,6 +80,15 @@ class PrepareDataConfig(StageConfig):
         """Returns held-out sources, then the sources for training."""
         return [*self.heldout_sources, *self.sources]
 
+    def texts(self) -> list[str]:
+        """Returns the sources for training, or the prefix."""
+        return [self.prefix] if self.prefix else self.sources
+
+    @property
+    def prefix_path(self) -> Path:
+        """The path in ``prefix``."""
+        return Path(parse_source(self.prefix or "").path)
+
     def is_chat(self, source: str) -> bool:
         """Whether a source holds conversations."""
         parsed = parse_source(source)
@@ -97,7 +107,7 @@ class PrepareDataConfig(StageConfig):
     def training_names(self) -> list[str]:
         """Returns the names of training sources in results."""
         if self.prefix:
-            return [Path(self.prefix).name]
+            return [self.prefix_path.name]
         names = source_names(self.all_sources()).items()
         return [name for name, source in names if source in self.sources]
 

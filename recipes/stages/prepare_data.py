@@ -69,7 +69,7 @@ def external(cfg: PrepareDataConfig) -> dict[str, Path]:
     """Returns the local files that the result depends on."""
     paths = [path for source in cfg.all_sources() for path in parse_source(source).local_files()]
     if cfg.prefix:
-        paths += paths_of(Path(cfg.prefix)).values()
+        paths += paths_of(cfg.prefix_path).values()
     return {str(path): path for path in paths}
 
 
@@ -77,7 +77,7 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of sources, splits and conversations, without reading whole files."""
     for what, fix in (*_source_problems(cfg), *_prefix_problems(cfg), *_range_problems(cfg, chain)):
         yield Problem(rules.DATA_SOURCES, what, fix)
-    for source in cfg.sources:
+    for source in cfg.texts():
         if forbids_commercial_use(licence := parse_source(source).licence):
             what = f"the licence of '{source}', {licence}, forbids commercial use"
             yield Problem(rules.LICENCE, what, "train on other text for commercial use: data=GROUP")
@@ -133,8 +133,11 @@ def _prefix_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
     if any(unsupported.values()):
         what = "data.prefix cannot be combined with sources, conversations or excluded documents"
         yield what, " ".join(fix for fix, value in unsupported.items() if value)
+    source = parse_source(cfg.prefix)
+    if source != Source(source.path, licence=source.licence):
+        yield f"data.prefix={cfg.prefix} has an option other than licence", "remove it"
     try:
-        require_token_files(Path(cfg.prefix))
+        require_token_files(cfg.prefix_path)
     except RecipeError as error:
         yield error.what, error.fix
 
@@ -163,7 +166,7 @@ def _range_problems(cfg: PrepareDataConfig, chain: Chain) -> Iterator[tuple[str,
     names = ("max_tokens", "max_documents", *(f"{split}_fraction" for split in cfg.fractions()))
     different = [key for key in names if vars(cfg)[key] != vars(first)[key]]
     different += ["heldout_sources"] if cfg.heldout_sources else []
-    data, first_data = (paths_of(Path(prefix))[".bin"] for prefix in (cfg.prefix, first.prefix))
+    data, first_data = (paths_of(config.prefix_path)[".bin"] for config in (cfg, first))
     if data.resolve() == first_data.resolve() and different:
         what = f"{name} and {later} divide data.prefix={cfg.prefix} at different documents"
         values = " ".join(f"'stages.{later}.{key}=${{stages.{name}.{key}}}'" for key in different)
@@ -287,18 +290,18 @@ def _link_tokens(
     If ``heldout_sources`` is set, these sources are the held-out split, and ``prepared`` has their
     tokens.
     """
-    files, log = open_token_files(Path(str(cfg.prefix))), metrics_log(out)
+    files, log = open_token_files(cfg.prefix_path), metrics_log(out)
     require_valid(files, tokenizer.size, partial(log.progress, "check"))
     # A person can see from the sample whether the files were written with this tokenizer.
     sample = tokenizer.decode(files.tokens[:SAMPLED_TOKENS].tolist())
-    print(f"{cfg.prefix} starts with: {sample!r}", flush=True)
+    print(f"{cfg.prefix_path} starts with: {sample!r}", flush=True)
     if not require_document_end(files, tokenizer.end, lambda token: tokenizer.decode([token])):
         print("warning: not all documents end with the tokenizer's end of text", flush=True)
     fractions = cfg.fractions()
     if cfg.heldout_sources:
         fractions.pop("heldout")
     ranges = split_ranges(files, fractions, cfg.max_documents, cfg.max_tokens)
-    name = Path(str(cfg.prefix)).name
+    name = cfg.prefix_path.name
     tokens = {split: write_split(files, indices, out / split) for split, indices in ranges.items()}
     sources = {split: [SourceTokens(name, count)] for split, count in tokens.items()}
     documents = {split: len(indices) for split, indices in ranges.items()}
@@ -312,8 +315,9 @@ def _link_tokens(
     result = DatasetResult(
         documents=documents,
         tokens=tokens,
-        sources=[str(cfg.prefix)],
+        sources=(texts := cfg.texts()),
         source_tokens=sources,
+        origins={text: Origin(parse_source(text).licence) for text in texts},
         document_end=tokenizer.end,
         document_begin=tokenizer.begin,
         sample=sample,

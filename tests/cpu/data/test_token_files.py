@@ -141,7 +141,7 @@ def test_the_stage_links_tokens_and_tokenizes_held_out_text(
     (tmp_path / "held_out.txt").write_text("A text that only evaluations read. " * 20)
     cfg = PrepareDataConfig(
         stage="prepare_data",
-        prefix=str(prefix),
+        prefix=f"{prefix}#licence=CC-BY-NC-4.0",
         heldout_sources=[str(tmp_path / "held_out.txt")],
         seq_length=32,
     )
@@ -157,6 +157,8 @@ def test_the_stage_links_tokens_and_tokenizes_held_out_text(
     for split in SPLITS:
         assert (out / f"{split}.bin").is_symlink() == (split != "heldout")
         assert len(read_tokens(out, split)) == result.tokens[split]
+    assert [result.licence(source) for source in result.sources] == ["CC-BY-NC-4.0"]
+    assert cfg.training_names() == [entry.source for entry in result.source_tokens["train"]]
     assert result.sample == tokenizer.decode(open_token_files(prefix).tokens[:200].tolist())
 
 
@@ -165,3 +167,6 @@ def test_plans_check_the_files(write: Write) -> None:
     assert not [*_prefix_problems(PrepareDataConfig(prefix=str(prefix)))]
     both = PrepareDataConfig(prefix=f"{prefix}_typo", sources=["a.txt"])
     assert len([*_prefix_problems(both)]) == 2  # sources are set, too, and the files do not exist
+    other_option = PrepareDataConfig(prefix=f"{prefix}#licence=CC-BY-4.0&weight=2")
+    [(what, _)] = _prefix_problems(other_option)
+    assert "an option other than licence" in what
