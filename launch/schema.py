@@ -18,7 +18,16 @@ from recipes.core.files import REPO_ROOT
 from recipes.planning.hardware import cpu_profile
 
 CONF = REPO_ROOT / "conf"
-OPTIONAL_GROUPS = ("engine", "gguf", "heal", "long_context", "served", "tasks", "tracker")
+OPTIONAL_GROUPS = (
+    "add_layers",
+    "engine",
+    "gguf",
+    "heal",
+    "long_context",
+    "served",
+    "tasks",
+    "tracker",
+)
 """Config groups that ``GROUP=null`` leaves out."""
 CHOICE = re.compile(r"\d+k|[a-z][\w.]*", re.IGNORECASE)  # such as 32k, or qwen3_8b
 VALUES = ("null", "true", "false", "nan", "inf")

@@ -164,6 +164,11 @@ LAYER_IMPORTANCE = Rule("layer-importance", "layers are chosen by a score that m
 HEALING = Rule(
     "healing", "least squares need text, and each expert of an MoE sees too little of it"
 )
+ADDED_LAYERS = Rule(
+    "added-layers",
+    "the teacher's layers fit a student that has all of the teacher's channels, heads and experts",
+    "arXiv:2510.05064",
+)
 CALIBRATION = Rule("calibration", "importance that is measured on padding or noise is random")
 BUDGET = Rule("budget", "a search needs a budget, and a shape that is within the budget")
 REPORT = Rule("report", "a report needs all inputs of a distillation, a search, or both")

@@ -52,7 +52,8 @@ AXES: dict[str, tuple[str | None, ...]] = {
 """For each dimension of a Hugging Face weight, Megatron's name of its size; ``None`` if it is never
 pruned. Keys are ends of weight names. In an expert, ``ffn_hidden_size`` means
 ``moe_ffn_hidden_size``."""
-_LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")  # in names of weights, counted from 0
+LAYER_INDEX = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
+"""Index of a layer, counted from 0, in the name of a weight."""
 _LAYER_KEY = re.compile(r"layers\.(\d+)\.")  # in keys of scores and indices, counted from 1
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
@@ -217,7 +218,7 @@ def axes_of(name: str) -> tuple[str | None, ...]:
 
 def student_name(name: str, kept: KeptIndices) -> str | None:
     """Returns a weight's name in the student; ``None`` if its layer or expert is pruned."""
-    match = _LAYER.search(name)
+    match = LAYER_INDEX.search(name)
     if not match:
         return name
     layer = int(match.group()) + 1
@@ -229,12 +230,12 @@ def student_name(name: str, kept: KeptIndices) -> str | None:
         if int(expert.group()) not in kept_experts:
             return None
         name = _EXPERT.sub(str(kept_experts.index(int(expert.group()))), name)
-    return _LAYER.sub(str(kept.layers.index(layer)), name)
+    return LAYER_INDEX.sub(str(kept.layers.index(layer)), name)
 
 
 def prune_weight(name: str, weight: Tensor, kept: KeptIndices, head_size: int) -> Tensor:
     """Returns the kept rows and columns of a teacher's weight with this Hugging Face name."""
-    match, expert = _LAYER.search(name), _EXPERT.search(name)
+    match, expert = LAYER_INDEX.search(name), _EXPERT.search(name)
     layer = f"layers.{int(match.group()) + 1}." if match else ""
     for dim, axis in enumerate(axes_of(name)):
         key = axis if axis == HIDDEN else f"{layer}{axis}"

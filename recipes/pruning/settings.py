@@ -1,4 +1,4 @@
-"""Settings of ``score``, ``prune`` and ``heal``. Torch-free."""
+"""Settings of ``score``, ``prune``, ``heal`` and ``add_layers``. Torch-free."""
 
 from __future__ import annotations
 
@@ -97,6 +97,26 @@ class HealConfig(StageConfig):
     """Tokens of a sequence."""
     micro_batch_size: Count = field(default=4, metadata={"resource": True})
     """Sequences in one pass."""
+
+
+@dataclass
+class AddLayersConfig(StageConfig):
+    """Settings of ``add_layers``, which adds layers of the teacher to a distilled student."""
+
+    num_layers: Count | None = None
+    """Number of layers of the model that is written. Default: halfway from student to teacher."""
+    num_sequences: Count = 40
+    """Sequences of held-out text on which all sizes are measured."""
+    precision: Precision = "32"
+    """Precision of weights and computation."""
+    seq_length: Count = 256
+    """Tokens of a sequence."""
+    micro_batch_size: Count = field(default=4, metadata={"resource": True})
+    """Sequences of a forward pass."""
+
+    def size(self, student: Architecture, teacher: Architecture) -> int:
+        """Returns the number of layers of the model that is written."""
+        return self.num_layers or (student.num_layers + teacher.num_layers) // 2
 
 
 CALIBRATIONS = ("text", "random")

@@ -21,7 +21,7 @@ from recipes.distillation.settings import (
 )
 from recipes.evaluation.settings import EvaluateConfig
 from recipes.planning.chain import Chain
-from recipes.pruning.settings import HealConfig, ScoreConfig
+from recipes.pruning.settings import AddLayersConfig, HealConfig, ScoreConfig
 from recipes.rehearsal.agreement import Channel, distinct_ranks
 from recipes.search.settings import RankCandidatesConfig, SuccessiveHalvingConfig
 from recipes.stages.contract import Stage
@@ -165,6 +165,8 @@ def _reduced_settings(config: StageConfig) -> dict[str, Any] | None:
     elif isinstance(config, EvaluateConfig):
         settings |= {"num_sequences": config.resources.ranks * micro}
         settings |= {"num_generations": 1, "new_tokens": 1}
+    elif isinstance(config, AddLayersConfig):
+        settings |= {"num_sequences": micro}
     elif isinstance(config, (HealConfig, RankCandidatesConfig)):
         settings |= {"num_samples": micro}
     elif not isinstance(config, (ImportConfig, ExportConfig)):

@@ -23,6 +23,7 @@ from recipes.core.stage import Input
 from recipes.data.corpus import SPLITS
 from recipes.data.results import DatasetResult, SourceTokens
 from recipes.distillation.logit_cache import SHARD, CacheIndex, write_index
+from recipes.distillation.results import KeptLayers
 from recipes.distillation.settings import CACHE_KIND
 from recipes.pruning.kept import Importance, select_indices
 from recipes.pruning.settings import LAYER_METHODS
@@ -97,6 +98,7 @@ def _input(job: RankJob, source: JobInput, directory: Path) -> Input:
         if shape != teacher:  # a pruned model has a file of the indices that were kept
             kept_layers = list(range(1, shape.num_layers + 1))
             select_indices(_equal_widths(teacher), teacher, shape, kept_layers).save(artifact)
+            manifest.metrics = asdict(KeptLayers(kept_layers))
         manifest.architecture, manifest.parameters = shape.as_dict(), shape.parameters()
     return Input(directory, manifest)
 

@@ -17,8 +17,9 @@ from recipes.core.manifest import Manifest
 from recipes.core.stage import Inputs
 from recipes.data.results import NOT_COMPARED, DatasetResult
 from recipes.data.sources import parse_source
+from recipes.distillation.results import KeptLayers
 from recipes.evaluation.results import EvaluationResult, TaskResults
-from recipes.pruning.results import HealResult, PruneResult
+from recipes.pruning.results import AddLayersResult, HealResult
 from recipes.report.cost import datasets, distillations
 from recipes.report.format import plain, render_template
 from recipes.report.serving import conversion_servers, folder_servers
@@ -71,6 +72,7 @@ def write_card(
         "shapes": {**{n: m for n, m in inputs.items() if n == "teacher"}, "this model": model},
         "experts": shape.num_moe_experts if shape else 0,
         "dropped": _dropped_layers(inputs),
+        "added": _added_layers(model),
         "healed": inputs["healed"].result_if("heal", HealResult) if "healed" in inputs else None,
         "phases": [phase for _, _, phase in distillations({**earlier, "this model": model})],
         "sources": sources,
@@ -92,13 +94,19 @@ def _accepted_stages(stages: Inputs, earlier: Mapping[str, Manifest]) -> list[st
     return [name for name, manifest in manifests.items() if manifest.accepted]
 
 
+def _added_layers(model: Manifest) -> list[int]:
+    """Returns the teacher's layers that were added after the distillation, counted from 1."""
+    result = model.result_if("add_layers", AddLayersResult)
+    return result.added_layers if result else []
+
+
 def _dropped_layers(inputs: Mapping[str, Manifest]) -> list[int]:
-    """Returns the teacher's layers that the student does not have, counted from 1."""
-    pruned = inputs["pruned"].result_if("prune", PruneResult) if "pruned" in inputs else None
+    """Returns the teacher's layers that the model does not have, counted from 1."""
+    kept = inputs["checkpoint"].result(KeptLayers).kept_layers
     shape = inputs["teacher"].architecture if "teacher" in inputs else None
-    if pruned is None or shape is None:
+    if kept is None or shape is None:
         return []
-    return sorted({*range(1, shape["num_layers"] + 1)} - {*pruned.kept_layers})
+    return sorted({*range(1, shape["num_layers"] + 1)} - {*kept})
 
 
 def _sources(texts: Iterable[DatasetResult]) -> list[tuple[str, str, str]]:

@@ -58,6 +58,7 @@ CONTENTS = {
     "generations": "Generations",
     "distillation": "Distillation",
     "layers": "Layer importance",
+    "sizes": "Added layers",
     "search": "Architecture search",
     "engine": "Engine",
     "gguf": "GGUF file",

@@ -17,6 +17,7 @@ from recipes.distillation.results import DistillationResult
 from recipes.engines.results import BenchmarkResults, BenchmarkRow, EngineResult
 from recipes.evaluation.results import EvaluationResult, ServedResult, TaskResults
 from recipes.planning.results import PlanResult
+from recipes.pruning.results import AddLayersResult
 from recipes.report.format import with_prefix
 from recipes.report.plots import (
     Dimension,
@@ -69,6 +70,8 @@ def sections(
         content["engine"] = dict(flatten(asdict(manifests["engine"].result(EngineResult))))
     if "gguf" in manifests:
         content["gguf"] = asdict(manifests["gguf"].result(GgufResult))
+    if "sizes" in manifests:
+        content |= sizes_section(manifests["sizes"].result(AddLayersResult))
     if "search" in manifests:
         content |= search_section(manifests["search"].result(SearchResult), earlier)
     if "evaluation" in manifests:
@@ -153,6 +156,24 @@ def search_section(search: SearchResult, earlier: Mapping[str, Manifest]) -> dic
         "search_axes": [a for a in axes if len({getattr(c.shape, a) for c in candidates}) > 1],
         "search_plot": trade_off_plot("plot-search", marks, PARAMETERS, PERPLEXITY),
         "latency": next(latency_models, None),
+    }
+
+
+def sizes_section(result: AddLayersResult) -> dict[str, object]:
+    """Returns the models with added layers of the teacher, and a plot of their KL."""
+    marks = [
+        Mark(
+            str(num_layers),
+            # The model that was written has the colour of distilled models.
+            "distilled" if num_layers == len(result.kept_layers) else "quiet",
+            float(quality.parameters),
+            quality.kl_to_teacher,
+        )
+        for num_layers, quality in result.sizes.items()
+    ]
+    return {
+        "sizes": result,
+        "sizes_plot": trade_off_plot("plot-added-layers", marks, PARAMETERS, DIVERGENCE),
     }
 
 

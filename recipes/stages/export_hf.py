@@ -62,7 +62,6 @@ STAGE = Stage(
     optional_inputs={
         "evaluation": ("eval_results",),
         "teacher": ("checkpoint_nemo",),
-        "pruned": ("checkpoint_nemo",),
         "healed": ("checkpoint_nemo",),
         "data": ("dataset",),
         "tasks": ("task_results",),

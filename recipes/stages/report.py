@@ -61,6 +61,7 @@ STAGE = Stage(
         "speed": ("speed_results",),
         "engine": ("engine",),
         "gguf": ("gguf",),
+        "sizes": ("checkpoint_nemo",),
         "plan": ("plan",),
     },
     needs_torch=False,

@@ -23,6 +23,7 @@ OPTIONAL_PLOTS = (
     "plot-by-size",
     "plot-by-latency",
     "plot-search",
+    "plot-added-layers",
 )
 """Plots that a report has only with optional inputs, such as ``search``."""
 

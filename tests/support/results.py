@@ -33,10 +33,11 @@ from recipes.evaluation.results import (
     TextQuality,
 )
 from recipes.planning.results import Cell, PlanResult, Table
-from recipes.pruning.results import HealResult, PruneResult
+from recipes.pruning.results import AddLayersResult, HealResult, PruneResult, SizeQuality
 from recipes.search.results import Candidate, SearchResult
 
 LAYERS, DROPPED = 30, (9, 12, 13, 17, 20, 21)
+KEPT = [n for n in range(1, LAYERS + 1) if n not in DROPPED]
 TEACHER = Architecture("LlamaForCausalLM", LAYERS, 576, 1536, 9, 3, 64, 49152, 8192, True)
 STUDENT = replace(TEACHER, num_layers=LAYERS - len(DROPPED), hidden_size=512, ffn_hidden_size=1152)
 STEPS = 400
@@ -64,6 +65,26 @@ def evaluation_result() -> EvaluationResult:
         tokens=10240,
         predictions=10098,
         recovered=0.7930616922,
+    )
+
+
+def added_layers_result() -> AddLayersResult:
+    """Returns a result with two added layers."""
+    sizes = {}
+    for count in range(len(DROPPED)):
+        quality = TextQuality(3.68 - 0.03 * count, 0.05, 39.8 - count, 0.21 - 0.03 * count, 0.7)
+        sizes[len(KEPT) + count] = SizeQuality(
+            **vars(quality),
+            parameters=85_000_000 + 3_540_000 * count,
+            sources={"wikipedia": quality, NASTY: quality},
+        )
+    return AddLayersResult(
+        kept_layers=sorted([*KEPT, *DROPPED[:2]]),
+        added_layers=list(DROPPED[:2]),
+        sizes=sizes,
+        teacher_layers=LAYERS,
+        teacher_parameters=TEACHER.parameters(),
+        tokens=10_240,
     )
 
 
@@ -239,7 +260,7 @@ RESULTS = {
         origins={SOURCE: Origin("CC-BY-4.0")},
     ),
     "prune": PruneResult(
-        kept_layers=[n for n in range(1, LAYERS + 1) if n not in DROPPED],
+        kept_layers=KEPT,
         layer_importance={n: 0.07 + 0.3 / n + 0.02 * wobble(n) for n in range(1, LAYERS + 1)},
         layer_measure="block_influence",
         calibration_tokens=16384,
@@ -259,7 +280,9 @@ RESULTS = {
         tokens_per_second=1210.4,
         teacher_loss=3.02,
         sources=[TrainedSource("text", STEPS * 1024, 4.5)],
+        kept_layers=KEPT,
     ),
+    "add_layers": added_layers_result(),
     "evaluate": evaluation_result(),
     "evaluate_tasks": task_results(),
     "export_hf": ParityResult(9.1552734375e-05, 128),

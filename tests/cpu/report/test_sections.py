@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from copy import deepcopy
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -74,6 +74,16 @@ def test_names_are_escaped(inputs: dict[str, Input], tmp_path: Path) -> None:
     assert "<b>bold" not in text
 
 
+def shown_numbers_of_sizes(result: dict[str, Any]) -> list[Any]:
+    """Returns the numbers of added layers that a report shows. Numbers of layers are text."""
+    names = ("loss", "loss_standard_error", "perplexity", "kl_to_teacher", "parameters")
+    return [
+        result["tokens"],
+        *([size[name] for name in names] for size in result["sizes"].values()),
+        *(s["perplexity"] for size in result["sizes"].values() for s in size["sources"].values()),
+    ]
+
+
 def test_sections_have_all_numbers_of_their_stages(inputs: dict[str, Input], text: str) -> None:
     metrics = {name: deepcopy(inputs[name].manifest.metrics) for name in OPTIONAL_INPUTS}
     for candidate in metrics["search"]["candidates"]:  # only axes that differ are shown
@@ -90,6 +100,7 @@ def test_sections_have_all_numbers_of_their_stages(inputs: dict[str, Input], tex
             for role in ("student", "served"):
                 error = scores[role]["standard_error"]
                 scores[role]["standard_error"] = margin95(error, scores["items"])
+    metrics["sizes"] = shown_numbers_of_sizes(metrics["sizes"])
     del metrics["plan"]["seconds"]  # shown in other units
     page = Page(text)
     assert all_numbers(metrics) <= page.numbers()

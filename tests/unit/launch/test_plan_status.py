@@ -108,7 +108,7 @@ def test_changed_code_or_a_deleted_manifest_is_a_reason_to_run(plan: MakePlan, r
         "prune": "code changed",
         "distill": "after prune",
         "evaluate": "after prune, distill",
-        "export_hf": "after distill, evaluate, prune",
+        "export_hf": "after distill, evaluate",
         "report": "after prune, distill, evaluate, export_hf",
     }
     (run / "prune" / MANIFEST).unlink()

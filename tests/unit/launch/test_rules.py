@@ -131,6 +131,7 @@ CASES = {  # what breaks each rule
                             "stages.prune.layer_importance=loss"),
     "calibration": case("stages.score.block_sizes=[30]"),
     "healing": case("heal=least_squares", config=MOE),
+    "added-layers": case("add_layers=teacher"),  # the recipe prunes widths
     "one-rank": case("stages.prune.resources.devices=2"),
     "ranks": case(f"{D}tensor_model_parallel_size=3"),
     "batch": case(f"{D}global_batch_size=6"),

@@ -27,7 +27,7 @@ TEACHER, RECIPE = "some/SmallLM-135M", "llama_width_prune"
 def inputs(tmp_path: Path) -> dict[str, Input]:
     run = tmp_path / "run"
     report_inputs = {**make_inputs(run), **make_optional_inputs(run)}
-    names = ("evaluation", "teacher", "pruned", "data", "tasks")
+    names = ("evaluation", "teacher", "data", "tasks")
     return {
         "checkpoint": report_inputs["distilled"],
         **{name: report_inputs[name] for name in names},
@@ -170,7 +170,7 @@ def test_results_kept_despite_changes_are_listed(inputs: dict[str, Input], tmp_p
     inputs["checkpoint"] = replace(inputs["checkpoint"], directory=tmp_path / "my_distill")
     assert "- The result of `my_distill` was kept although" in render_card(tmp_path, inputs)
     earlier = {
-        "my_score": replace(inputs["pruned"].manifest, accepted=Acceptance("f", ["n changed"]))
+        "my_score": replace(inputs["data"].manifest, accepted=Acceptance("f", ["n changed"]))
     }
     write_card(tmp_path, TEACHER, RECIPE, inputs, earlier)
     assert "- The result of `my_score` was kept" in (tmp_path / "README.md").read_text()

@@ -1,0 +1,141 @@
+"""Adds layers of the teacher to a student that lacks them, without training.
+
+A student that was pruned in depth only and then distilled has the teacher's residual stream. So the
+teacher's own layers fit between its layers, and give models of all sizes between student and
+teacher ("Boomerang distillation", arXiv:2510.05064).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemo_convert.convert import hf_weights
+from recipes.core.errors import RecipeError
+from recipes.core.metrics import ProgressCallback
+from recipes.core.precision import dtype_of
+from recipes.data.token_sequences import TextSequences
+from recipes.evaluation.predictions import (
+    TEACHER,
+    Predictor,
+    compare_predictions,
+    compute_states,
+)
+from recipes.evaluation.text_quality import Scores, load_transformers
+from recipes.pruning.kept import LAYER_INDEX
+from recipes.pruning.results import SizeQuality
+from recipes.pruning.settings import AddLayersConfig
+
+STUDENT = "student"
+
+
+def layers_of_student(
+    student_layers: Sequence[int] | None, teacher_layers: Sequence[int]
+) -> list[int]:
+    """Returns the teacher's layer, counted from 1, that each layer of the student comes from.
+
+    Args:
+        student_layers: ``KeptLayers`` of the student.
+        teacher_layers: ``KeptLayers`` of the teacher; all its layers if it was not pruned.
+
+    Raises:
+        RecipeError: The origin of the student's layers is not known, or is another model.
+    """
+    if student_layers is None or not set(student_layers) <= set(teacher_layers):
+        raise RecipeError(
+            f"the student's layers are not layers of the teacher: {student_layers or 'not known'}",
+            "use a student that was pruned from this teacher, and that teacher",
+        )
+    return [teacher_layers.index(layer) + 1 for layer in student_layers]
+
+
+def layers_by_size(kept: Collection[int], num_layers: int) -> list[list[int]]:
+    """Returns the layers of each model from the student's size to one less than the teacher's.
+
+    Each model has one layer more than the one before: the first layer, in the teacher's order,
+    that is still missing.
+
+    Args:
+        kept: The teacher's layers that the student has, counted from 1.
+        num_layers: Number of the teacher's layers.
+    """
+    dropped = [layer for layer in range(1, num_layers + 1) if layer not in kept]
+    return [sorted({*kept, *dropped[:count]}) for count in range(len(dropped))]
+
+
+def combine_weights(
+    student: Path, teacher: Path, kept: Sequence[int], layers: Sequence[int]
+) -> dict[str, Tensor]:
+    """Returns the weights of a model by their Hugging Face names.
+
+    Args:
+        student: NeMo checkpoint; all of its weights are in the model.
+        teacher: NeMo checkpoint; provides the layers that the student does not have.
+        kept: The teacher's layer that each layer of the student comes from, counted from 1.
+        layers: The model's layers, in the same numbers.
+    """
+    # Indices of layers count from 0, in names of weights.
+    added = {layer - 1: layers.index(layer) for layer in layers if layer not in kept}
+    own = {index: layers.index(layer) for index, layer in enumerate(kept)}
+    return {**_renamed(teacher, added), **_renamed(student, own)}
+
+
+def _renamed(checkpoint: Path, indices: Mapping[int, int]) -> dict[str, Tensor]:
+    """Returns a model's weights with other indices of layers, without layers that have none."""
+    weights = {}
+    for name, weight in hf_weights(checkpoint):
+        match = LAYER_INDEX.search(name)
+        if match is None:
+            weights[name] = weight
+        elif (index := indices.get(int(match.group()))) is not None:
+            weights[LAYER_INDEX.sub(str(index), name)] = weight
+    return weights
+
+
+def measure_sizes(
+    cfg: AddLayersConfig,
+    student: Path,
+    teacher: Path,
+    kept: Sequence[int],
+    text: TextSequences,
+    progress: ProgressCallback,
+) -> dict[int, SizeQuality]:
+    """Compares all sizes from the student to the teacher with the teacher, by number of layers.
+
+    Args:
+        cfg: The stage's config.
+        student: NeMo checkpoint.
+        teacher: NeMo checkpoint.
+        kept: The teacher's layer that each layer of the student comes from, counted from 1.
+        text: Sequences to compare them on.
+        progress: Called with the number of models that were run, and the number of all.
+    """
+    dtype = dtype_of(cfg.precision)
+    model = load_transformers(teacher, dtype)
+    teacher_states = compute_states(Predictor.of(model), text, cfg.micro_batch_size)
+    all_layers = dict(enumerate(model.model.layers, start=1))
+    models = layers_by_size(kept, len(all_layers))
+    modules = {layer: all_layers[layer] for layer in all_layers if layer not in kept}
+    del model, all_layers  # frees the layers that the student also has
+    gc.collect()
+    model = load_transformers(student, dtype)
+    modules |= dict(zip(kept, model.model.layers, strict=True))
+    predictor = Predictor.of(model)  # runs the layers that the model has at the time
+    qualities = {}
+    for number, layers in enumerate(models, start=1):
+        model.model.layers = torch.nn.ModuleList(modules[layer] for layer in layers)
+        model.config.num_hidden_layers = len(layers)
+        states = compute_states(predictor, text, cfg.micro_batch_size)
+        metrics = compare_predictions({TEACHER: teacher_states, STUDENT: states}, text)[STUDENT]
+        size = sum(weight.numel() for weight in model.parameters())
+        scores = Scores.of(metrics, text)
+        by_source = {name: scores.quality(span) for name, span in text.sources.items()}
+        qualities[len(layers)] = SizeQuality(
+            **vars(scores.quality()), parameters=size, sources=by_source
+        )
+        progress(number, len(models))
+    return qualities

@@ -1,0 +1,129 @@
+"""Layers of the teacher are added to a student that lacks them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_convert import convert, nemo
+from nemo_convert.hf import Weights
+from recipes.core.errors import RecipeError
+from recipes.core.manifest import ARTIFACT
+from recipes.data.token_sequences import TextSequences
+from recipes.evaluation.results import EvaluationResult
+from recipes.evaluation.text_quality import measure_checkpoints
+from recipes.pruning.added_layers import (
+    combine_weights,
+    layers_by_size,
+    layers_of_student,
+    measure_sizes,
+)
+from recipes.pruning.kept import KeptIndices
+from recipes.pruning.pruned_checkpoint import prune_weights, save_weights
+from recipes.pruning.results import AddLayersResult
+from recipes.pruning.settings import AddLayersConfig
+from tests.support.in_process import run_successfully
+from tests.support.runs import DISTILL, manifest_of, settings, tiny
+
+KEPT = [1, 4]
+"""Layers of the student, of the four layers of its teacher."""
+
+
+@pytest.fixture(scope="module")
+def teacher(even_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    checkpoint = tmp_path_factory.mktemp("teacher") / "teacher.nemo"
+    convert.to_nemo(even_llama, checkpoint)
+    return checkpoint
+
+
+def pruned(teacher: Path, layers: list[int], out: Path) -> Path:
+    """Saves the teacher with only some layers, without training."""
+    shape = nemo.architecture_of(teacher)
+    weights = prune_weights(teacher, KeptIndices(layers, {}), shape.kv_channels)
+    save_weights(teacher, replace(shape, num_layers=len(layers)), weights, out)
+    return out
+
+
+def test_sizes_grow_by_the_first_missing_layer() -> None:
+    assert layers_by_size([1, 4, 6], 6) == [[1, 4, 6], [1, 2, 4, 6], [1, 2, 3, 4, 6]]
+    assert layers_of_student([1, 4, 6], range(1, 7)) == [1, 4, 6]
+    assert layers_of_student([1, 6], [1, 4, 6]) == [1, 3], "the teacher was pruned, too"
+
+
+@pytest.mark.parametrize("layers", [None, [1, 7]])
+def test_a_student_of_another_teacher_is_refused(layers: list[int] | None) -> None:
+    with pytest.raises(RecipeError, match="not layers of the teacher"):
+        layers_of_student(layers, range(1, 7))
+
+
+def test_an_untrained_student_with_added_layers_is_the_teacher_pruned_less(
+    teacher: Path, tmp_path: Path
+) -> None:
+    student = pruned(teacher, KEPT, tmp_path / "student.nemo")
+    combined = combine_weights(student, teacher, KEPT, [1, 2, 4])
+    head_size = nemo.architecture_of(teacher).kv_channels
+    expected = prune_weights(teacher, KeptIndices([1, 2, 4], {}), head_size)
+    assert combined.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(combined[name], weight), name
+
+
+def test_sizes_have_the_quality_of_saved_models(teacher: Path, tmp_path: Path) -> None:
+    tokens = torch.randint(5, 290, (4, 32), generator=torch.Generator().manual_seed(1))
+    text = TextSequences(tokens, torch.ones(4, 31, dtype=torch.bool), {"text": slice(0, 4)})
+    saved = [
+        pruned(teacher, layers, tmp_path / f"{len(layers)}.nemo")
+        for layers in layers_by_size(KEPT, 4)
+    ]
+    expected = measure_checkpoints(teacher, saved, text, "32", 2)
+    steps: list[tuple[int, int]] = []
+    cfg = AddLayersConfig(micro_batch_size=2)
+    measured = measure_sizes(cfg, saved[0], teacher, KEPT, text, lambda *step: steps.append(step))
+    assert list(measured) == [2, 3]
+    assert steps == [(1, 2), (2, 2)]
+    for size, quality, checkpoint in zip(measured.values(), expected, saved, strict=True):
+        assert size.perplexity == pytest.approx(quality.perplexity, rel=1e-5)
+        assert size.kl_to_teacher == pytest.approx(quality.kl_to_teacher, rel=1e-4)
+        assert size.parameters == nemo.architecture_of(checkpoint).parameters()
+
+
+def test_a_recipe_exports_a_size_between_student_and_teacher(
+    even_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run_successfully(
+        "recipe=llama_depth_prune",
+        "add_layers=teacher",
+        "stages.add_layers.num_layers=3",
+        *tiny(even_llama, text_file, run),
+        *("tasks=null", "engine=null", "heal=least_squares"),
+        *settings("score", num_calibration_samples=8, num_loss_samples=4),
+        *settings("prune", target_num_layers=2),
+        *settings("distill", **DISTILL),
+        *settings("evaluate", num_sequences=8, new_tokens=8),
+        cwd=tmp_path,
+    )
+    result = manifest_of(run, "add_layers").result(AddLayersResult)
+    kept = manifest_of(run, "prune").metrics["kept_layers"]
+    assert result.kept_layers == sorted({*kept, *result.added_layers})
+    assert list(result.sizes) == [2, 3]
+    evaluation = manifest_of(run, "evaluate_added").result(EvaluationResult)
+    assert result.sizes[3].loss == pytest.approx(evaluation.distilled.loss, rel=1e-5)
+    folder = run / "export_added" / ARTIFACT
+    added, exported = result.added_layers[0], Weights(folder)
+    index = result.kept_layers.index(added)
+    name = "model.layers.{}.mlp.up_proj.weight"
+    assert torch.equal(
+        exported.read(name.format(index)), Weights(even_llama).read(name.format(added - 1))
+    )
+    card = (folder / "README.md").read_text()
+    [dropped] = {1, 2, 3, 4} - {*result.kept_layers}
+    assert f"- Layers dropped, counted from 1: {dropped}.\n" in card
+    assert f"from the teacher and without training: {added} " in card
+    report = (run / "report" / ARTIFACT / "report.html").read_text()
+    assert re.search(r'<th scope="row">3 <span class="tag">written</span>', report)
+    assert 'id="plot-added-layers"' in report
