@@ -26,7 +26,7 @@ from tests.unit.conftest import LLAMA_CONFIG, SMALL_STUDENT
 if TYPE_CHECKING:
     from tests.unit.conftest import Compose, MakePlan
 
-GROUPS = ("model=", "hardware=", "heal=", "teacher=", "tasks=", "engine=")
+GROUPS = ("add_layers=", "model=", "hardware=", "heal=", "teacher=", "tasks=", "engine=")
 """Prefixes of overrides that Hydra must compose; all other overrides only set a field."""
 D, S, T = "stages.distill.", "stages.score.", "stages.evaluate_tasks."
 H, L = "stages.successive_halving.distill.", "stages.heal."

@@ -13,6 +13,7 @@ HELDOUT_READERS = {
     "engines/quantization.py:_quality",
     "engines/served.py:_heldout_text",
     "evaluation/text_quality.py:measure",
+    "stages/add_layers.py:run",
 }
 """Functions that may read held-out text; they measure models with it."""
 MEASURING_STAGES = {"build_engine", "evaluate", "quantize"}
