@@ -307,7 +307,7 @@ def with_shape(config: Mapping[str, Any], shape: Architecture) -> dict[str, Any]
     sizes = {hf: getattr(shape, megatron) for megatron, hf in shape.megatron_to_hf().items()}
     changed = {**config, **sizes}
     if changed.get("layer_types"):  # one entry per layer; all are "full_attention"
-        changed["layer_types"] = changed["layer_types"][: shape.num_layers]
+        changed["layer_types"] = ["full_attention"] * shape.num_layers
     return changed
 
 

@@ -90,7 +90,7 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
     # With ``prefix``, the result of ``prepare_data`` has links to the user's files.
     for config in stage.chain.stages.values():
         if isinstance(config, PrepareDataConfig) and config.prefix:
-            readable |= {path.resolve() for path in paths_of(Path(config.prefix)).values()}
+            readable |= {path.resolve() for path in paths_of(config.prefix_path).values()}
     for text in cluster.mounts:
         (readable if text.endswith(":ro") else writable).add(Path(text.removesuffix(":ro")))
     mounts: list[Mount] = []

@@ -357,3 +357,27 @@ def _compare_values(metric: str, values: Mapping[str, Sequence[float]]) -> TaskS
         differences=Differences(difference(distilled, teacher), difference(pruned, teacher)),
         recovered=recovered(teacher, pruned, distilled),
     )
+
+
+@dataclass(frozen=True)
+class SizeQuality(ModelQuality):
+    """Metrics of a student with some added layers of its teacher, on held-out text."""
+
+    sources: dict[str, TextQuality]
+    """Metrics by source of the text."""
+
+
+@dataclass(frozen=True)
+class AddLayersResult:
+    """A student with added layers of its teacher, and the quality of all other numbers of them."""
+
+    kept_layers: list[int]
+    """``KeptLayers`` of the model, with the added layers."""
+    added_layers: list[int]
+    """The teacher's layers that were added, without training."""
+    sizes: dict[int, SizeQuality]
+    """All models from the student to one layer less than the teacher, by number of layers."""
+    teacher_layers: int
+    teacher_parameters: int
+    tokens: int
+    """Tokens of the held-out text."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
 
 from recipes.core.manifest import Manifest, manifest_of
 from recipes.core.stage import StageConfig
@@ -305,11 +304,11 @@ def _training_tokens(chain: Chain, data: str) -> tuple[dict[str, float], float]:
         return {"": math.inf}, math.inf
     train_fraction = 1 - sum(config.fractions().values())
     if config.prefix:
-        _, _, boundaries, total = require_token_files(Path(config.prefix))
+        _, _, boundaries, total = require_token_files(config.prefix_path)
         at_most = min(total, config.max_tokens or total)
         mean_document = total / (boundaries - 1)
         limited = min(at_most, mean_document * (config.max_documents or math.inf))
-        return {Path(config.prefix).name: limited * train_fraction}, at_most
+        return {config.prefix_path.name: limited * train_fraction}, at_most
     tokens = source_tokens(config)
     expected = {name: tokens[name] * train_fraction for name in config.training_names()}
     # A token has at least one byte. Documents have random splits, so all may be for training.

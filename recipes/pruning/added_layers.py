@@ -25,9 +25,9 @@ from recipes.evaluation.predictions import (
     compare_predictions,
     compute_states,
 )
+from recipes.evaluation.results import SizeQuality
 from recipes.evaluation.text_quality import Scores, load_transformers
 from recipes.pruning.kept import LAYER_INDEX
-from recipes.pruning.results import SizeQuality
 from recipes.pruning.settings import AddLayersConfig
 
 STUDENT = "student"

@@ -1,10 +1,8 @@
-"""Results of scoring, pruning, healing and adding layers. Layers count from 1. Torch-free."""
+"""Results of scoring, pruning and healing. Layers are counted from 1. Torch-free."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from recipes.evaluation.results import ModelQuality, TextQuality
 
 
 @dataclass(frozen=True)
@@ -55,27 +53,3 @@ class HealResult:
     def remaining_kl(self) -> float:
         """Fraction of the pruned model's KL to the teacher that remains after healing."""
         return self.kl_healed / self.kl_pruned if self.kl_pruned else 1.0
-
-
-@dataclass(frozen=True)
-class SizeQuality(ModelQuality):
-    """Metrics of a student with some added layers of its teacher, on held-out text."""
-
-    sources: dict[str, TextQuality]
-    """Metrics by source of the text."""
-
-
-@dataclass(frozen=True)
-class AddLayersResult:
-    """A student with added layers of its teacher, and the quality of all other numbers of them."""
-
-    kept_layers: list[int]
-    """``KeptLayers`` of the model, with the added layers."""
-    added_layers: list[int]
-    """The teacher's layers that were added, without training."""
-    sizes: dict[int, SizeQuality]
-    """All models from the student to one layer less than the teacher, by number of layers."""
-    teacher_layers: int
-    teacher_parameters: int
-    tokens: int
-    """Tokens of the held-out text."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nemo_convert.architecture import Architecture
@@ -11,7 +11,7 @@ from recipes.core.manifest import Manifest
 from recipes.core.stage import Inputs
 from recipes.data.results import DatasetResult
 from recipes.distillation.results import CacheResult, DistillationResult, TrainingResult
-from recipes.evaluation.results import EvaluationResult
+from recipes.evaluation.results import AddLayersResult, EvaluationResult
 from recipes.planning.inference_cost import ABLATED_FRACTION, ablation_passes
 from recipes.planning.transformer import (
     FORWARDS_PER_BACKWARD,
@@ -120,13 +120,26 @@ def model_flops(
     for name, manifest in earlier.items():
         rows += _earlier_flops(name, manifest, earlier, teacher)
     rows += _distillation_flops("Distillation", manifests["distilled"], earlier, teacher)
+    final = student
+    if "sizes" in manifests:  # the evaluated model is the student with added layers
+        rows += _added_layers_flops(manifests["sizes"], teacher)
+        final = _shape(manifests["sizes"]) or student
     evaluation = manifests["evaluation"]
     tokens = evaluation.result(EvaluationResult).tokens
-    student_flops, teacher_flops = (
-        tokens * _forward_flops(arch, evaluation) for arch in (student, teacher)
+    pruned_flops, final_flops, teacher_flops = (
+        tokens * _forward_flops(arch, evaluation) for arch in (student, final, teacher)
     )
-    # The pruned and the distilled model have the same shape.
-    return [*rows, ModelFlops("Evaluation", tokens, 2 * student_flops, teacher_flops)]
+    return [*rows, ModelFlops("Evaluation", tokens, pruned_flops + final_flops, teacher_flops)]
+
+
+def _added_layers_flops(manifest: Manifest, teacher: Architecture) -> list[ModelFlops]:
+    """Returns the FLOPs of measuring all numbers of added layers."""
+    result = manifest.result(AddLayersResult)
+    shapes = [replace(teacher, num_layers=number) for number in result.sizes]
+    *students, teacher_flops = (
+        result.tokens * _forward_flops(arch, manifest) for arch in (*shapes, teacher)
+    )
+    return [ModelFlops("Added layers", result.tokens, sum(students), teacher_flops)]
 
 
 def _earlier_flops(

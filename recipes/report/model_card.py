@@ -18,8 +18,8 @@ from recipes.core.stage import Inputs
 from recipes.data.results import NOT_COMPARED, DatasetResult
 from recipes.data.sources import parse_source
 from recipes.distillation.results import KeptLayers
-from recipes.evaluation.results import EvaluationResult, TaskResults
-from recipes.pruning.results import AddLayersResult, HealResult
+from recipes.evaluation.results import AddLayersResult, EvaluationResult, TaskResults
+from recipes.pruning.results import HealResult
 from recipes.report.cost import datasets, distillations
 from recipes.report.format import plain, render_template
 from recipes.report.serving import conversion_servers, folder_servers

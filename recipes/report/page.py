@@ -117,7 +117,8 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
     evaluation = manifests["evaluation"].result(EvaluationResult)
     prepared = manifests["data"].result(DatasetResult)
     pruned = manifests["pruned"].result_if("prune", PruneResult)
-    teacher_size, student_size = manifests["teacher"].parameters, manifests["distilled"].parameters
+    final = manifests.get("sizes", manifests["distilled"])  # with added layers, if there are any
+    teacher_size, student_size = manifests["teacher"].parameters, final.parameters
     distilled = inputs["distilled"]
     student_fingerprint = distilled.manifest.inputs.get("student")  # before distillation
     student = next((m for m in earlier.values() if m.fingerprint == student_fingerprint), None)
@@ -140,6 +141,7 @@ def _distillation(inputs: Inputs, earlier: Mapping[str, Manifest]) -> dict[str, 
         "evaluation": evaluation,
         "quality_plot": interval_plot("plot-quality", "Loss on held-out text", losses),
         "architecture": True,
+        "final": final,
         "generations": _generations(inputs["evaluation"]),
         "distillation": _training_plots(distilled),
         "phases": phases if len(phases) > 1 else [],

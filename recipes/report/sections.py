@@ -15,9 +15,8 @@ from recipes.core.metrics import flatten
 from recipes.core.statistics import margin95
 from recipes.distillation.results import DistillationResult
 from recipes.engines.results import BenchmarkResults, BenchmarkRow, EngineResult
-from recipes.evaluation.results import EvaluationResult, ServedResult, TaskResults
+from recipes.evaluation.results import AddLayersResult, EvaluationResult, ServedResult, TaskResults
 from recipes.planning.results import PlanResult
-from recipes.pruning.results import AddLayersResult
 from recipes.report.format import with_prefix
 from recipes.report.plots import (
     Dimension,
@@ -169,7 +168,7 @@ def sizes_section(result: AddLayersResult) -> dict[str, object]:
             float(quality.parameters),
             quality.kl_to_teacher,
         )
-        for num_layers, quality in result.sizes.items()
+        for num_layers, quality in sorted(result.sizes.items())
     ]
     return {
         "sizes": result,

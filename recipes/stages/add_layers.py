@@ -12,22 +12,32 @@ from functools import partial
 from pathlib import Path
 
 from nemo_convert.architecture import Architecture
+from recipes.core.errors import RecipeError
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.distillation.results import KeptLayers
+from recipes.evaluation.results import AddLayersResult
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
-from recipes.planning.inference_cost import InferenceCost, Sequences, comparison_cost
+from recipes.planning.inference_cost import InferenceCost, Sequences, ranking_cost
 from recipes.planning.rules import Problem
-from recipes.planning.transformer import Compute
-from recipes.pruning.results import AddLayersResult
-from recipes.pruning.settings import AddLayersConfig
+from recipes.pruning.settings import AddLayersConfig, PruneConfig
 from recipes.stages.contract import Stage, checkpoint_outcome
 
 
 def check(cfg: AddLayersConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks that only layers were pruned, and that the number of layers is between both models."""
+    """Checks the origin of the student, and that the number of layers is between both models."""
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
+    source = cfg.inputs.get("teacher")
+    pruned = pruned_model(cfg.inputs.get("student", ""), chain)
+    if pruned not in (None, source):
+        yield Problem(
+            rules.ADDED_LAYERS,
+            f"the teacher of {cfg.name} is {source}, but its student "
+            + (f"was pruned from {pruned}" if pruned else "was not pruned"),
+            f"set stages.{cfg.name}.inputs.teacher={pruned}" if pruned else "set add_layers=null",
+        )
+        return
     teacher, student = models(cfg, chain)
     if replace(student, num_layers=teacher.num_layers) != teacher:
         yield Problem(
@@ -41,14 +51,28 @@ def check(cfg: AddLayersConfig, chain: Chain) -> Iterator[Problem]:
             f"the student of {cfg.name} has all {teacher.num_layers} layers of its teacher",
             "set add_layers=null, or drop layers: stages.prune.target_num_layers=N",
         )
-    elif not student.num_layers <= cfg.size(student, teacher) < teacher.num_layers:
+    elif not student.num_layers < cfg.size(student, teacher) < teacher.num_layers:
+        between = range(student.num_layers + 1, teacher.num_layers)
+        fix = f"set stages.{cfg.name}.num_layers to one of {list(between)}"
         yield Problem(
             rules.ADDED_LAYERS,
-            f"{cfg.name}: num_layers={cfg.num_layers} is not between the student's "
-            f"{student.num_layers} layers and the teacher's {teacher.num_layers}",
-            f"set stages.{cfg.name}.num_layers to {student.num_layers} at least, and "
-            f"{teacher.num_layers - 1} at most",
+            f"{cfg.name}: {cfg.size(student, teacher)} layers are not between the student's "
+            f"{student.num_layers} and the teacher's {teacher.num_layers}",
+            fix if between else "set add_layers=null",
         )
+
+
+def pruned_model(student: str, chain: Chain) -> str | None:
+    """Returns the model that was pruned to the student: a stage or a directory.
+
+    Returns an empty text if none was pruned, and ``None`` for a student of another run.
+    """
+    name = student
+    while (config := chain.stages.get(name)) is not None:
+        if isinstance(config, PruneConfig):
+            return config.inputs.get("checkpoint")
+        name = config.inputs.get("student") or config.inputs.get("checkpoint") or ""
+    return None if name else ""
 
 
 def models(cfg: AddLayersConfig, chain: Chain) -> tuple[Architecture, Architecture]:
@@ -63,14 +87,17 @@ def result_shape(cfg: AddLayersConfig, chain: Chain) -> Architecture:
 
 
 def inference_cost(cfg: AddLayersConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of measuring all sizes. A model and its added layers fill one teacher."""
+    """Estimates the cost of measuring all sizes.
+
+    A student and the layers that it lacks take the memory of one teacher. The teacher's head stays
+    in memory, too.
+    """
     teacher, student = models(cfg, chain)
     text = Sequences(cfg.num_sequences, cfg.seq_length, cfg.micro_batch_size)
     bf16 = cfg.precision == "bf16-mixed"
-    cost = comparison_cost((teacher, teacher), bf16, text, chain.hardware)
+    cost = ranking_cost(teacher, bf16, text, chain.hardware, healed=True)
     shapes = [replace(teacher, num_layers=n) for n in range(student.num_layers, teacher.num_layers)]
-    compute = sum((text.compute(shape, bf16) for shape in (teacher, *shapes)), Compute())
-    return replace(cost, compute=compute)
+    return replace(cost, compute=sum((text.compute(s, bf16) for s in shapes), cost.compute))
 
 
 def run(cfg: AddLayersConfig, inputs: Inputs, out: Path) -> Outcome:
@@ -85,6 +112,7 @@ def run(cfg: AddLayersConfig, inputs: Inputs, out: Path) -> Outcome:
     )
     from recipes.pruning.pruned_checkpoint import save_weights
 
+    _require_origin(inputs)
     student, teacher = (nemo.find_checkpoint(inputs[n].artifact) for n in ("student", "teacher"))
     shape, full = nemo.architecture_of(student), nemo.architecture_of(teacher)
     # Numbers of layers before all pruning, in case the teacher was pruned, too.
@@ -97,7 +125,8 @@ def run(cfg: AddLayersConfig, inputs: Inputs, out: Path) -> Outcome:
     layers = layers_by_size(kept, full.num_layers)[cfg.size(shape, full) - len(kept)]
     weights = combine_weights(student, teacher, kept, layers)
     checkpoint = out / teacher.name
-    save_weights(teacher, replace(full, num_layers=len(layers)), weights, checkpoint)
+    # Saved with the student's data type: a float32 student of a bfloat16 teacher is not rounded.
+    save_weights(student, replace(full, num_layers=len(layers)), weights, checkpoint)
     result = AddLayersResult(
         kept_layers=[numbers[layer - 1] for layer in layers],
         added_layers=[numbers[layer - 1] for layer in layers if layer not in kept],
@@ -107,6 +136,19 @@ def run(cfg: AddLayersConfig, inputs: Inputs, out: Path) -> Outcome:
         tokens=text.tokens.numel(),
     )
     return checkpoint_outcome(result, checkpoint)
+
+
+def _require_origin(inputs: Inputs) -> None:
+    """Raises ``RecipeError`` if the student was pruned from another model than the teacher."""
+    from recipes.report.upstream import upstream
+
+    student, teacher = inputs["student"].manifest, inputs["teacher"].manifest
+    for manifest in (student, *upstream({"student": inputs["student"]}).values()):
+        if manifest.stage == "prune" and manifest.inputs["checkpoint"] != teacher.fingerprint:
+            raise RecipeError(
+                f"{inputs['student'].directory} was not pruned from {inputs['teacher'].directory}.",
+                "set the input teacher of add_layers to the model that was pruned",
+            )
 
 
 STAGE = Stage(

@@ -37,11 +37,11 @@ def check(cfg: EvaluateConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def inference_cost(cfg: EvaluateConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of evaluating all models. The pruned and distilled shapes are equal."""
-    pruned = chain.shape_of(cfg.inputs.get("pruned"))
+    """Estimates the cost of evaluating all models."""
+    pruned, distilled = (chain.shape_of(cfg.inputs.get(role)) for role in ("pruned", "distilled"))
     sequences_per_rank = cfg.num_sequences / cfg.resources.ranks
     text = Sequences(sequences_per_rank, cfg.seq_length, cfg.micro_batch_size)
-    models = (chain.teacher, pruned, pruned)
+    models = (chain.teacher, pruned, distilled)
     return comparison_cost(models, cfg.precision == "bf16-mixed", text, chain.hardware)
 
 

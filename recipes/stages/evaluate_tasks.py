@@ -28,10 +28,10 @@ def check(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
 
 def inference_cost(cfg: EvaluateTasksConfig, chain: Chain) -> InferenceCost:
     """Estimates the cost of running all models on one rank's items."""
-    pruned = chain.shape_of(cfg.inputs.get("pruned"))
+    pruned, distilled = (chain.shape_of(cfg.inputs.get(role)) for role in ("pruned", "distilled"))
     distill = chain.stages.get(cfg.inputs.get("distilled", ""))
-    students = 1 + (len(distill.student_steps) if isinstance(distill, DistillConfig) else 0)
-    models = (chain.teacher, pruned, *[pruned] * students)
+    steps = len(distill.student_steps) if isinstance(distill, DistillConfig) else 0
+    models = (chain.teacher, pruned, *[distilled] * (1 + steps))
     bf16 = cfg.precision == "bf16-mixed"
     # ``width``: tokens of a forward pass.
     (tokens, generations), width = task_tokens(cfg), cfg.pack_tokens

@@ -16,7 +16,7 @@ from recipes.core.stage import Input, StageConfig
 from recipes.data.settings import PrepareDataConfig
 from recipes.distillation.settings import DistillConfig
 from recipes.evaluation.settings import EvaluateConfig
-from recipes.pruning.settings import PruneConfig
+from recipes.pruning.settings import AddLayersConfig, PruneConfig
 from recipes.report.page import render
 from recipes.report.settings import REPORT_FILE, ReportConfig
 from recipes.stages.export_hf import ExportConfig
@@ -121,12 +121,15 @@ def make_optional_inputs(root: Path) -> dict[str, Input]:
         "speed": ("speed_results", "measure_speed"),
         "search": ("search_results", "successive_halving"),
         "gguf": ("gguf", "export_gguf"),
-        "sizes": ("checkpoint_nemo", "add_layers"),
     }
-    return {
+    inputs = {
         name: write_stage(root, StageConfig(name), kind, {f"{name}.json": 1234}, RESULTS[module])
         for name, (kind, module) in stages.items()
     }
+    config, files = AddLayersConfig("add_layers"), checkpoint_files(STUDENT)
+    result = RESULTS["add_layers"]
+    inputs["sizes"] = write_stage(root, config, "checkpoint_nemo", files, result, STUDENT)
+    return inputs
 
 
 def generations() -> list[dict[str, str]]:

@@ -20,6 +20,7 @@ from recipes.engines.results import (
     Spread,
 )
 from recipes.evaluation.results import (
+    AddLayersResult,
     Differences,
     EvaluationResult,
     ModelQuality,
@@ -28,12 +29,13 @@ from recipes.evaluation.results import (
     ServedScores,
     ServedTask,
     ServedText,
+    SizeQuality,
     TaskResult,
     TaskResults,
     TextQuality,
 )
 from recipes.planning.results import Cell, PlanResult, Table
-from recipes.pruning.results import AddLayersResult, HealResult, PruneResult, SizeQuality
+from recipes.pruning.results import HealResult, PruneResult
 from recipes.search.results import Candidate, SearchResult
 
 LAYERS, DROPPED = 30, (9, 12, 13, 17, 20, 21)

@@ -13,8 +13,9 @@ from nemo_convert import convert, nemo
 from nemo_convert.hf import Weights
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT
+from recipes.core.stage import Input
 from recipes.data.token_sequences import TextSequences
-from recipes.evaluation.results import EvaluationResult
+from recipes.evaluation.results import AddLayersResult, EvaluationResult
 from recipes.evaluation.text_quality import measure_checkpoints
 from recipes.pruning.added_layers import (
     combine_weights,
@@ -24,9 +25,10 @@ from recipes.pruning.added_layers import (
 )
 from recipes.pruning.kept import KeptIndices
 from recipes.pruning.pruned_checkpoint import prune_weights, save_weights
-from recipes.pruning.results import AddLayersResult
 from recipes.pruning.settings import AddLayersConfig
+from recipes.stages.add_layers import _require_origin
 from tests.support.in_process import run_successfully
+from tests.support.manifests import bare_manifest
 from tests.support.runs import DISTILL, manifest_of, settings, tiny
 
 KEPT = [1, 4]
@@ -72,6 +74,28 @@ def test_an_untrained_student_with_added_layers_is_the_teacher_pruned_less(
         assert torch.equal(combined[name], weight), name
 
 
+def test_only_added_layers_have_the_weights_of_the_teacher(teacher: Path, tmp_path: Path) -> None:
+    shape = nemo.architecture_of(teacher)
+    weights = prune_weights(teacher, KeptIndices(KEPT, {}), shape.kv_channels)
+    trained = {name: 2 * weight for name, weight in weights.items()}
+    save_weights(teacher, replace(shape, num_layers=2), trained, tmp_path / "student.nemo")
+    combined = combine_weights(tmp_path / "student.nemo", teacher, KEPT, [1, 2, 4])
+    for name, weight in prune_weights(teacher, KeptIndices([1, 2, 4], {}), 16).items():
+        factor = 1 if ".layers.1." in name else 2
+        assert torch.equal(combined[name], factor * weight), name
+
+
+def test_a_student_of_another_model_is_refused(tmp_path: Path) -> None:
+    teacher = bare_manifest("import_hf", "checkpoint_nemo", None)
+    student = bare_manifest("prune", "checkpoint_nemo", None)
+    student.inputs = {"checkpoint": "another model"}
+    inputs = {"student": Input(tmp_path, student), "teacher": Input(tmp_path, teacher)}
+    with pytest.raises(RecipeError, match="was not pruned from"):
+        _require_origin(inputs)
+    student.inputs = {"checkpoint": teacher.fingerprint}
+    _require_origin(inputs)
+
+
 def test_sizes_have_the_quality_of_saved_models(teacher: Path, tmp_path: Path) -> None:
     tokens = torch.randint(5, 290, (4, 32), generator=torch.Generator().manual_seed(1))
     text = TextSequences(tokens, torch.ones(4, 31, dtype=torch.bool), {"text": slice(0, 4)})
@@ -111,10 +135,11 @@ def test_a_recipe_exports_a_size_between_student_and_teacher(
     kept = manifest_of(run, "prune").metrics["kept_layers"]
     assert result.kept_layers == sorted({*kept, *result.added_layers})
     assert list(result.sizes) == [2, 3]
-    evaluation = manifest_of(run, "evaluate_added").result(EvaluationResult)
-    assert result.sizes[3].loss == pytest.approx(evaluation.distilled.loss, rel=1e-5)
-    folder = run / "export_added" / ARTIFACT
-    added, exported = result.added_layers[0], Weights(folder)
+    evaluation = manifest_of(run, "evaluate").result(EvaluationResult)
+    assert evaluation.distilled.parameters == result.sizes[3].parameters
+    assert evaluation.distilled.loss == pytest.approx(result.sizes[3].loss, rel=1e-5)
+    folder = run / "export_hf" / ARTIFACT
+    [added], exported = result.added_layers, Weights(folder)
     index = result.kept_layers.index(added)
     name = "model.layers.{}.mlp.up_proj.weight"
     assert torch.equal(
@@ -127,3 +152,5 @@ def test_a_recipe_exports_a_size_between_student_and_teacher(
     report = (run / "report" / ARTIFACT / "report.html").read_text()
     assert re.search(r'<th scope="row">3 <span class="tag">written</span>', report)
     assert 'id="plot-added-layers"' in report
+    assert "and 1 added layers of the teacher lowered" in report
+    assert ">Added layers</th>" in report  # in the table of FLOPs

@@ -24,6 +24,7 @@ from recipes.planning.limits import MIN_MARGIN_SECONDS
 from recipes.planning.training_cost import stopping_seconds
 from tests.support.launcher import write_program
 from tests.support.manifests import edit_manifest
+from tests.support.text import write_token_files
 from tests.unit.conftest import SMALL_STUDENT, complete_overrides, stage_named
 
 if TYPE_CHECKING:
@@ -363,6 +364,17 @@ def test_inputs_and_models_are_mounted_once_and_read_only(
     inputs = [str(mount) for mount in container.mounts_of(stage_named(planned, "prune"), cluster)]
     assert f"{shared}:{shared}:ro" in inputs
     assert sum(str(tmp_path / "run") in mount for mount in inputs) == 1
+
+
+def test_tokenized_text_with_a_licence_is_mounted(prepare: Prepare, tmp_path: Path) -> None:
+    prefix = write_token_files(tmp_path / "corpus")
+    planned, cluster = prepare(
+        *(*DOCKER, "data.sources=[]", "data.heldout_sources=[]", "skip_rules=[tokens]"),
+        f"data.prefix='{prefix}#licence=CC-BY-4.0'",
+    )
+    for stage in ("prepare_data", "distill"):
+        mounts = list(map(str, container.mounts_of(stage_named(planned, stage), cluster)))
+        assert f"{prefix}.bin:{prefix}.bin:ro" in mounts
 
 
 def test_downloads_go_to_the_hub_folder_of_the_site(

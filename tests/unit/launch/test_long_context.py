@@ -53,6 +53,13 @@ def test_later_stages_use_the_model_of_the_second_phase(plan: MakePlan) -> None:
     planned = plan(*overrides, *ON_GPUS, recipe=recipe)
     assert sources_of_models(planned) == {"distill_long"}
     assert sources_of_models(plan("tasks=full", *ON_GPUS, recipe=recipe)) == {"distill"}
+    added = plan("add_layers=teacher", *overrides, *ON_GPUS, recipe=recipe).chain.stages
+    assert added["add_layers"].inputs["student"] == "distill_long"
+    assert (
+        {added[name].inputs["distilled"] for name in ("evaluate", "evaluate_tasks")}
+        == {added["export_hf"].inputs["checkpoint"]}
+        == {"add_layers"}
+    )
     assert planned.chain.stages["distill_long"].inputs == {
         "teacher": "correct_teacher",
         "student": "distill",

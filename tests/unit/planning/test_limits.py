@@ -61,7 +61,7 @@ def test_the_mean_document_of_tokenized_text_limits_its_epochs(
     index += struct.pack("<100i100q101q", *[1000] * 100, *range(0, 200_000, 2000), *range(101))
     (tmp_path / "corpus.idx").write_bytes(index)
     (tmp_path / "corpus.bin").write_bytes(bytes(200_000))
-    text = ("data.sources=[]", f"data.prefix={tmp_path}/corpus")
+    text = ("data.sources=[]", f"data.prefix='{tmp_path}/corpus#licence=CC-BY-4.0'")
     assert "epochs" not in {note.rule.name for note in plan(*text).notes}
     [note] = [n for n in plan(*text, f"{DOCUMENTS}=20").notes if n.rule.name == "epochs"]
     assert "5.7 epochs" in note.what

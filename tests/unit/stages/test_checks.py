@@ -22,10 +22,9 @@ from recipes.distillation.settings import CacheLogitsConfig, DistillConfig
 from recipes.evaluation.settings import EvaluateConfig
 from recipes.planning.chain import Chain
 from recipes.planning.rules import Problem
-from recipes.pruning.settings import AddLayersConfig, HealConfig, PruneConfig, ScoreConfig
+from recipes.pruning.settings import HealConfig, PruneConfig, ScoreConfig
 from recipes.report.settings import ReportConfig
 from recipes.stages import (
-    add_layers,
     cache_logits,
     distill,
     evaluate,
@@ -289,32 +288,6 @@ def test_heal_needs_a_dense_model_that_was_pruned_from_its_teacher(chain: Chain)
     assert "inputs.checkpoint" in only_problem(heal.check(unpruned, chain)).fix
     moe = replace(chain.teacher, num_moe_experts=4, moe_ffn_hidden_size=64)
     assert "heal" in only_problem(heal.check(cfg, replace(chain, teacher=moe))).fix
-
-
-@pytest.mark.parametrize(
-    ("student", "num_layers", "found"),
-    [
-        ({"num_layers": 2}, None, None),
-        ({"num_layers": 2}, 2, None),
-        ({"num_layers": 2}, 3, None),
-        ({"num_layers": 2}, 1, "num_layers to 2 at least, and 3 at most"),
-        ({"num_layers": 2}, 4, "num_layers to 2 at least, and 3 at most"),
-        ({}, None, "drop layers"),
-        ({"num_layers": 2, "ffn_hidden_size": 64}, None, "prune only layers"),
-    ],
-)
-def test_added_layers_need_a_student_with_the_widths_of_its_teacher(
-    chain: Chain, student: dict[str, int], num_layers: int | None, found: str | None
-) -> None:
-    teacher = replace(chain.teacher, num_layers=4)
-    shapes = {"distill": [replace(teacher, **student)]}
-    chain = replace(chain, teacher=teacher, stages={"distill": DistillConfig()}, shapes=shapes)
-    inputs = {"teacher": "import_hf", "student": "distill", "data": "prepare_data"}
-    cfg = AddLayersConfig(stage="add_layers", inputs=inputs, num_layers=num_layers)
-    fixes = [problem.fix for problem in add_layers.check(cfg, chain)]
-    assert [found is not None and found in fix for fix in fixes] == ([True] if found else [])
-    written = add_layers.result_shape(cfg, chain).num_layers
-    assert found is not None or written == (num_layers or 3)
 
 
 def test_gguf_supports_some_families_and_tokenizers(

@@ -57,6 +57,6 @@ job_cache_logits=$(submit cache_logits FINGERPRINT "afterok:$job_import_hf:$job_
 job_prune=$(submit prune FINGERPRINT "afterok:$job_import_hf:$job_score,singleton")
 job_distill=$(submit distill FINGERPRINT "afterok:$job_cache_logits:$job_prepare_data:$job_prune,singleton")
 job_evaluate=$(submit evaluate FINGERPRINT "afterok:$job_distill:$job_import_hf:$job_prepare_data:$job_prune,singleton")
-job_export_hf=$(submit export_hf FINGERPRINT "afterok:$job_distill:$job_evaluate:$job_import_hf:$job_prepare_data:$job_prune,singleton")
+job_export_hf=$(submit export_hf FINGERPRINT "afterok:$job_distill:$job_evaluate:$job_import_hf:$job_prepare_data,singleton")
 job_report=$(submit report FINGERPRINT "afterok:$job_distill:$job_evaluate:$job_export_hf:$job_import_hf:$job_prepare_data:$job_prune,singleton")
 echo "import_hf $job_import_hf" "prepare_data $job_prepare_data" "score $job_score" "cache_logits $job_cache_logits" "prune $job_prune" "distill $job_distill" "evaluate $job_evaluate" "export_hf $job_export_hf" "report $job_report"
