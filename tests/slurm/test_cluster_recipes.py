@@ -43,7 +43,7 @@ SETTINGS = {
     ENGINE_RECIPE: ("+cluster.env.OMPI_MCA_btl_tcp_if_include=lo" if HAS_MPI else "engine=null",),
 }
 WHOLE_NODE_STAGES = ("score", "evaluate", "evaluate_tasks")
-"""Stages besides ``distill`` that take a whole node in recipes that train."""
+"""Stages besides ``distill`` that take a whole node."""
 ENGINE_STAGES = {"build_engine", "build_teacher_engine", "measure_speed"}
 WITHOUT_GPU = {"plan", "prepare_data", "report", "enumerate_shapes"}
 NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB = 224, 8, 2_000_000
@@ -155,9 +155,8 @@ def test_ranks_get_the_planned_resources(chains: dict[str, Run], recipe: str) ->
     chain = chains[recipe]
     statuses = states(chain)
     assert set(statuses.values()) == {"complete"}, statuses
-    expected = {"distill": whole_nodes(NODES.get(recipe, 1))}
-    if recipe != SEARCH:
-        expected |= dict.fromkeys(WHOLE_NODE_STAGES, whole_nodes(1))
+    expected = dict.fromkeys(WHOLE_NODE_STAGES, whole_nodes(1))
+    expected["distill"] = whole_nodes(NODES.get(recipe, 1))
     # A search is one rank, but starts training runs of 8 ranks. OMP_NUM_THREADS is set for these:
     # an eighth of the node's CPUs.
     expected["successive_halving"] = NodeResources(
