@@ -89,12 +89,12 @@ def result_shape(cfg: AddLayersConfig, chain: Chain) -> Architecture:
 def inference_cost(cfg: AddLayersConfig, chain: Chain) -> InferenceCost:
     """Estimates the cost of measuring all sizes.
 
-    A student and the layers that it lacks take the memory of one teacher. The teacher's head stays
-    in memory, too.
+    A student and the layers that it lacks take as much memory as the teacher.
     """
     teacher, student = models(cfg, chain)
     text = Sequences(cfg.num_sequences, cfg.seq_length, cfg.micro_batch_size)
     bf16 = cfg.precision == "bf16-mixed"
+    # As for a healed candidate, the teacher's head is counted in addition to one model.
     cost = ranking_cost(teacher, bf16, text, chain.hardware, healed=True)
     shapes = [replace(teacher, num_layers=n) for n in range(student.num_layers, teacher.num_layers)]
     return replace(cost, compute=sum((text.compute(s, bf16) for s in shapes), cost.compute))
@@ -115,10 +115,12 @@ def run(cfg: AddLayersConfig, inputs: Inputs, out: Path) -> Outcome:
     _require_origin(inputs)
     student, teacher = (nemo.find_checkpoint(inputs[n].artifact) for n in ("student", "teacher"))
     shape, full = nemo.architecture_of(student), nemo.architecture_of(teacher)
-    # Numbers of layers before all pruning, in case the teacher was pruned, too.
-    layers_of = {n: inputs[n].manifest.result(KeptLayers).kept_layers for n in inputs}
-    numbers = layers_of["teacher"] or list(range(1, full.num_layers + 1))
-    kept = layers_of_student(layers_of["student"], numbers)
+    kept_before, student_layers = (
+        inputs[name].manifest.result(KeptLayers).kept_layers for name in ("teacher", "student")
+    )
+    # If the teacher was itself pruned, results number layers as in the model before all pruning.
+    numbers = kept_before or list(range(1, full.num_layers + 1))
+    kept = layers_of_student(student_layers, numbers)
     text = read_sequences(inputs["data"], "heldout", cfg.seq_length, cfg.num_sequences)
     progress = partial(metrics_log(out).progress, "measure")
     sizes = measure_sizes(cfg, student, teacher, kept, text, progress)

@@ -34,22 +34,7 @@ from tests.support.results import (
     wobble,
 )
 
-SECONDS = (
-    41.302,
-    12.877,
-    208.55,
-    4123.019,
-    377.4,
-    25.2,
-    3.1,
-    96.4,
-    61.7,
-    18.9,
-    240.2,
-    7.5,
-    33.4,
-    9.8,
-)
+SECONDS = (41.302, 12.877, 208.55, 4123.019, 377.4, 25.2, 3.1, 96.4, 61.7, 18.9, 240, 7.5, 33, 9)
 """Time that each stage took, in the order in which the stages are written."""
 CONFIG = ReportConfig(
     "report",
