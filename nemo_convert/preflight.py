@@ -25,6 +25,7 @@ from nemo_convert.hub import (
     ROTARY_BUFFER,
     WEIGHTS_FILE,
     cached_model,
+    is_config_available,
     is_hub_id,
     is_offline,
     read_hf_config,
@@ -128,6 +129,19 @@ def complete_cached_model(hf_path: str) -> Path | None:
         return folder if folder and weight_files(folder) else None
     except RecipeError:
         return None
+
+
+def tokenizer_folder(hf_path: str) -> Path | None:
+    """Returns a folder with the files of a model's tokenizer; downloads those of a hub model.
+
+    Returns:
+        The folder, which may not exist; ``None`` if the hub does not answer.
+    """
+    if not is_hub_id(hf_path):
+        return Path(hf_path)
+    if is_offline():
+        return complete_cached_model(hf_path)
+    return side_folder(hf_path) if is_config_available(hf_path) else None
 
 
 def require_convertible(hf_path: str) -> None:

@@ -11,6 +11,7 @@ from nemo_convert.architecture import Architecture
 from nemo_convert.hf import tokenizer_sha256
 from nemo_convert.hf_config import read_architecture
 from nemo_convert.hub import hub_arguments, is_config_available, is_hub_id, read_hf_config
+from nemo_convert.preflight import tokenizer_folder
 from nemo_convert.tokenizer_files import needs_conversion
 from recipes.core.files import read_json
 from recipes.core.manifest import manifest_of
@@ -143,11 +144,14 @@ def read_config_or_published(hf_path: str) -> tuple[dict[str, Any], bool]:
 def tokenizer_problems(cfg: StageConfig, chain: Chain) -> Iterator[Problem]:
     """Compares tokenizers and vocabularies of a stage's inputs.
 
-    The plan compares tokenizers whose files are on this machine. The stage compares all of them
-    when it starts.
+    The plan does not know tokenizers of wheels, tokenizers that ``import_hf`` converts, and those
+    whose files it cannot read. The stage compares all tokenizers when it starts.
     """
-    all_hashes = ((name, tokenizer_of(source, chain)) for name, source in cfg.inputs.items())
-    hashes = {name: sha for name, sha in all_hashes if sha is not None}
+    sources = {name: tokenizer_source(source, chain) for name, source in cfg.inputs.items()}
+    hashes: dict[str, str] = {}
+    if len(set(sources.values())) > 1:
+        known = {source: tokenizer_hash(source, chain) for source in set(sources.values())}
+        hashes = {name: sha for name, source in sources.items() if (sha := known[source])}
     if len(set(hashes.values())) > 1:
         listed = ", ".join(f"{name} {sha[:12]}" for name, sha in hashes.items())
         yield Problem(
@@ -170,18 +174,28 @@ def tokenizer_problems(cfg: StageConfig, chain: Chain) -> Iterator[Problem]:
         )
 
 
-def tokenizer_of(source: str, chain: Chain) -> str | None:
-    """Returns the SHA-256 of the tokenizer of a stage or stage directory; ``None`` if unknown."""
+def tokenizer_source(source: str, chain: Chain) -> str:
+    """Returns the stage or directory that a stage's tokenizer comes from."""
+    config = chain.stages.get(source)
+    inputs = config.inputs if config else {}
+    upstream = next((inputs[name] for name in TOKENIZER_INPUTS if name in inputs), None)
+    return source if upstream is None else tokenizer_source(upstream, chain)
+
+
+def tokenizer_hash(source: str, chain: Chain) -> str | None:
+    """Returns the SHA-256 of a tokenizer; ``None`` if unknown.
+
+    Args:
+        source: Stage or directory from ``tokenizer_source``.
+        chain: Stages of the run.
+    """
     config = chain.stages.get(source)
     if config is None:
         manifest = manifest_of(source)
         return manifest.tokenizer_sha256 if manifest else None
-    if "hf_path" in vars(config):
-        folder = Path(vars(config)["hf_path"])
-        # import_hf converts some tokenizers, so their final hash is not known yet.
-        is_final = folder.is_dir() and not needs_conversion(folder)
-        return tokenizer_sha256(folder) if is_final else None
-    upstream = next(
-        (config.inputs[name] for name in TOKENIZER_INPUTS if name in config.inputs), None
-    )
-    return None if upstream is None else tokenizer_of(upstream, chain)
+    if "hf_path" not in vars(config):
+        return None
+    folder = tokenizer_folder(vars(config)["hf_path"])
+    # import_hf converts some tokenizers, also those without tokenizer.json; their final hash is not
+    # known yet.
+    return tokenizer_sha256(folder) if folder and not needs_conversion(folder) else None

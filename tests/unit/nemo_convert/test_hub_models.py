@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from nemo_convert.headers import FIRST_BYTES, LFS_POINTER, SAMPLE_BYTES, SAMPLES
+from nemo_convert.hf import tokenizer_sha256
 from nemo_convert.preflight import EMBEDDING, HEAD
-from tests.support.folders import expected_shapes, write_sparse_weights
+from tests.support.folders import expected_shapes, write_folder, write_sparse_weights
 from tests.support.hub import FakeHub, fake_hub, run_with_hub, settings_for
-from tests.unit.conftest import LLAMA_CONFIG, SMALL_STUDENT, Launch
+from tests.support.manifests import edit_manifest
+from tests.unit.conftest import LLAMA_CONFIG, SMALL_STUDENT, Complete, Launch, MakePlan
 
 TOKEN = "hf_token_of_the_fake_hub"
 NAME = "me/tiny"
@@ -132,6 +134,35 @@ def test_a_plan_warns_of_the_licence_of_a_hub_model(
     assert f"the licence of {NAME}, qwen-research, forbids commercial use" in done.stdout, (
         done.stderr
     )
+
+
+def test_a_plan_compares_the_tokenizer_of_a_hub_model_with_that_of_the_text(
+    hub: FakeHub,
+    hf_folder: Path,
+    tmp_path: Path,
+    launch: Launch,
+    plan: MakePlan,
+    complete: Complete,
+) -> None:
+    complete(plan(), "import_hf", "prepare_data")
+    text = (tmp_path / "run").rename(tmp_path / "other") / "prepare_data"
+    config = {**LLAMA_CONFIG, "vocab_size": 49152, "max_position_embeddings": 2048}
+    write_folder(hf_folder, config)
+    hub.models[NAME] |= {name: (hf_folder / name).read_bytes() for name in ("config.json", WEIGHTS)}
+    overrides = (
+        "recipe=llama_width_prune",
+        "dry_run=true",
+        f"model.hf_path={NAME}",
+        f"stages.distill.inputs.data={text}",
+        *SMALL_STUDENT,
+    )
+    refused = launch(*overrides, **settings_for(hub, tmp_path / "home"))
+    tokenizer = tokenizer_sha256(hf_folder)
+    assert f"different tokenizers: teacher {tokenizer[:12]}, " in refused.stderr
+    assert ", data t\n" in refused.stderr
+    edit_manifest(text, tokenizer_sha256=tokenizer)
+    accepted = launch(*overrides, **settings_for(hub, tmp_path / "home"))
+    assert accepted.returncode == 0, accepted.stderr
 
 
 def test_a_download_has_only_files_that_are_read(hub: FakeHub, tmp_path: Path) -> None:
