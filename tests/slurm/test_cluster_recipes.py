@@ -1,4 +1,4 @@
-"""Checks the resources of every rank in the jobs of each large recipe, on simulated DGX nodes.
+"""Checks the resources of every rank in the jobs of each recipe, on simulated DGX nodes.
 
 The launcher submits each recipe as users do. ``probe.py`` replaces the interpreter of the jobs.
 """
@@ -21,7 +21,7 @@ from tests.slurm import probe
 from tests.slurm.cluster import SlurmCluster, run
 from tests.slurm.conftest import CPUS, Run
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 NODES = {
     "llama3_1_8b_depth": 32,
     "llama3_1_8b_width": 32,
@@ -32,6 +32,8 @@ NODES = {
     **dict.fromkeys(("mistral_nemo_12b_width_2.5b", "qwen3_8b_depth_2.5b", "qwen3_8b_nas_2.5b"), 1),
 }
 """Number of nodes of the distillation, which has 8 ranks per node."""
+SMALL = ("llama_depth_prune", "llama_width_prune", "llama_search", "shrink")
+"""Recipes for a small model: each stage is one rank."""
 SEARCH = "qwen3_8b_search"
 HAS_MPI = shutil.which("mpirun") is not None
 ENGINE_RECIPE = "llama3_1_8b_depth"
@@ -48,7 +50,7 @@ ENGINE_STAGES = {"build_engine", "build_teacher_engine", "measure_speed"}
 WITHOUT_GPU = {"plan", "prepare_data", "report", "enumerate_shapes"}
 NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB = 224, 8, 2_000_000
 DATA_CPUS = 16
-"""CPUs of ``prepare_data`` in these recipes."""
+"""CPUs of ``prepare_data`` in large recipes."""
 MEMORY_PER_CPU_MB = 8900
 
 
@@ -69,8 +71,8 @@ def whole_nodes(nodes: int, ranks: int = NODE_GPUS) -> NodeResources:
     return NodeResources(nodes, ranks, NODE_CPUS, ranks, NODE_MEMORY_MB)
 
 
-def one_rank(stage: str) -> NodeResources:
-    cpus = DATA_CPUS if stage == "prepare_data" else CPUS
+def one_rank(stage: str, data_cpus: int = DATA_CPUS) -> NodeResources:
+    cpus = data_cpus if stage == "prepare_data" else CPUS
     return NodeResources(1, 1, cpus, int(stage not in WITHOUT_GPU), cpus * MEMORY_PER_CPU_MB)
 
 
@@ -78,11 +80,11 @@ def one_rank(stage: str) -> NodeResources:
 def chains(
     probe_settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Run]:
-    """A run of every large recipe, by name; all jobs have ended."""
+    """A run of every recipe, by name; all jobs have ended."""
     folder = tmp_path_factory.mktemp("recipes")
     runs = {
         recipe: Run(folder / recipe, (f"recipe={recipe}", *probe_settings, *settings_of(recipe)))
-        for recipe in (*NODES, SEARCH)
+        for recipe in (*NODES, SEARCH, *SMALL)
     }
     for chain in runs.values():
         submit(chain)
@@ -93,6 +95,8 @@ def chains(
 
 def settings_of(recipe: str) -> tuple[str, ...]:
     """Returns a recipe's overrides in these tests."""
+    if recipe in SMALL:
+        return ("hardware=h100",)
     settings = SETTINGS.get(recipe, ())
     return settings if recipe in (ENGINE_RECIPE, SEARCH) else (*settings, "engine=null")
 
@@ -146,8 +150,7 @@ def require(stage_dir: Path, expected: NodeResources) -> None:
 
 def test_every_recipe_for_a_cluster_is_listed() -> None:
     recipes = {file.stem for file in (CONF / "recipe").glob("*.yaml")}
-    small = {r for r in recipes if r.endswith(("_prune", "llama_search", "shrink"))}
-    assert recipes - small == {*NODES, SEARCH}
+    assert recipes == {*NODES, SEARCH, *SMALL}
 
 
 @pytest.mark.parametrize("recipe", [*NODES, SEARCH])
@@ -164,6 +167,17 @@ def test_ranks_get_the_planned_resources(chains: dict[str, Run], recipe: str) ->
     )
     for stage in statuses.keys() - ENGINE_STAGES:
         require(chain.directory / stage, expected.get(stage) or one_rank(stage))
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_stages_of_a_small_recipe_are_one_rank(chains: dict[str, Run], recipe: str) -> None:
+    statuses = states(chains[recipe])
+    assert set(statuses.values()) == {"complete"}, statuses
+    for stage in statuses:
+        expected = one_rank(stage, data_cpus=CPUS)
+        if stage in ENGINE_STAGES:  # OpenVINO runs on the CPU
+            expected = replace(expected, gpus=0)
+        require(chains[recipe].directory / stage, expected)
 
 
 def test_training_runs_of_a_search_get_all_devices(chains: dict[str, Run]) -> None:
