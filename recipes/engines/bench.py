@@ -19,7 +19,7 @@ from typing import Any
 
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
-from recipes.core.processes import cores
+from recipes.core.processes import cores, die_with_parent
 from recipes.engines.results import BenchmarkRow, Speedup
 from recipes.engines.tensorrt_llm import LLM_OPTIONS, VERSION, launcher
 from recipes.engines.timing import (
@@ -106,7 +106,8 @@ class TensorRtLlmWorker(Worker):
         start = time.monotonic()
         with gpu_memory_samples() as samples:
             argv = trtllm_command(self._model, shape, self._scratch)
-            completed = subprocess.run([*launcher(), *argv], check=False)
+            command = [*launcher(), *argv]
+            completed = subprocess.run(command, check=False, preexec_fn=die_with_parent)
         seconds = time.monotonic() - start
         if completed.returncode or not report.is_file():
             raise RecipeError(
@@ -131,15 +132,17 @@ def trtllm_dataset(prompts: list[list[int]], new_tokens: int) -> str:
 
 def trtllm_command(model: TimedModel, shape: RequestShape, scratch: Path) -> list[str]:
     """Returns the command that times a batch; ``--streaming`` measures the time to first token."""
+    is_engine = model.backend == "tensorrt_llm"  # which does not include the tokenizer
+    folder = model.folder if is_engine else model.path
     common = [
-        *("trtllm-bench", "--model", model.folder.name, "--model_path", str(model.folder)),
+        *("trtllm-bench", "--model", model.folder.name, "--model_path", str(folder)),
         *("--workspace", str(scratch), "throughput"),
         *("--dataset", str(scratch / DATASET)),
         *("--report_json", str(scratch / REPORT)),
         *("--num_requests", str(shape.batch_size), "--concurrency", str(shape.batch_size)),
         *("--warmup", str(shape.batch_size), "--streaming"),
     ]
-    if model.backend == "tensorrt_llm":
+    if is_engine:
         return [*common, "--backend", "tensorrt", "--engine_dir", str(model.path)]
     return [
         *common,

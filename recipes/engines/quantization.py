@@ -24,6 +24,8 @@ from recipes.engines.tensorrt_llm import QUANT_ALGOS, declared_quantization
 from recipes.evaluation.predictions import TEACHER, Predictor
 from recipes.evaluation.text_quality import score
 
+SERVED_DTYPE = "bfloat16"
+"""Type in which weights that are not quantized are served."""
 QUANTIZATION_CONFIGS = {"fp8": mtq.FP8_DEFAULT_CFG, "int4_awq": mtq.INT4_AWQ_CFG}
 
 
@@ -45,8 +47,7 @@ def quantize_folder(
     enable("torch")  # patches for machines without a GPU
     calibration = read_sequences(data, "calibration", cfg.seq_length, cfg.num_sequences)
     tokens = calibration.tokens.to(device())
-    # Loaded in bfloat16, the type in which weights that are not quantized are served.
-    model = load_causal_lm(folder, "bfloat16").to(device())
+    model = load_causal_lm(folder, SERVED_DTYPE).to(device())
 
     def calibrate(model: torch.nn.Module) -> None:
         # One sequence per batch, because AWQ's scales depend on the batch size.
@@ -79,7 +80,7 @@ def _quality(
 ) -> QuantizationQuality:
     """Compares the quantized model with the original. ModelOpt simulates the quantization."""
     text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_eval_sequences)
-    source = load_causal_lm(folder).to(next(model.parameters()).device)
+    source = load_causal_lm(folder, SERVED_DTYPE).to(device())
     # ``score`` compares with the model of the key TEACHER: here the original model.
     models = {TEACHER: Predictor.of(source), "quantized": Predictor.of(model)}
     scores = score(models, text, 1, log)

@@ -8,7 +8,7 @@ engine in this process, through optimum-intel.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,9 @@ from recipes.evaluation.task_answers import answer_tasks, require_same_items, wr
 if TYPE_CHECKING:  # TensorRT-LLM's image does not have Megatron
     from recipes.data.token_sequences import TextSequences
 
+REQUEST_SECONDS = 24 * 3600
+"""Limit of one request. A large model on few CPU cores needs longer than lm-eval's 300 seconds. If
+the server dies, a request fails at once."""
 FORCING_BIAS = 1000
 """Added to a token's logit, so that the server generates this token."""
 ALL_TOKENS = 10**7
@@ -71,6 +74,7 @@ class ServedLM(LocalCompletionsAPI):
             tokenizer_backend="huggingface",
             max_length=max_length + 1,  # lm-eval subtracts 1
             max_retries=1,
+            timeout=REQUEST_SECONDS,
         )
         self.add_bos_token = None  # use the tokenizer's default
         penalty = _generation_settings(tokenizer).get("repetition_penalty")
@@ -184,9 +188,11 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
     # ``build_engine`` measured OpenVINO's losses; trtllm-serve returns none for a prompt.
     text = _heldout_text(cfg, inputs) if server == "llama_cpp" else None
     losses: list[float] = []
-    # llama.cpp needs a free position after the prompt; all servers get the same limit.
-    positions = read_json(folder / "config.json")["max_position_embeddings"] - 1
-    length = min(cfg.max_length, positions)
+    # A server needs a free position after the prompt.
+    limits = [cfg.max_length, read_json(folder / "config.json")["max_position_embeddings"] - 1]
+    if server.startswith("tensorrt_llm"):
+        limits += engine_limits(artifact.manifest.config)
+    length = min(limits)
     served: dict[str, list[Item]] = {}
     with served_lm(cfg, artifact, folder, length) as lm:
         for number, task in enumerate(tasks, 1):
@@ -256,6 +262,12 @@ def served_lm(
         lm_class, launcher = ServedLM, tensorrt_llm.launcher()
     with serving(command, port, cfg.start_seconds, launcher) as address:
         yield lm_class(address, folder, length)
+
+
+def engine_limits(build: Mapping[str, Any]) -> list[int]:
+    """Returns limits of prompt and answer together, from the config of ``build_engine``."""
+    longest, prompt = build["max_seq_len"], build["max_input_len"]
+    return [limit for limit in (longest and longest - 1, prompt) if limit]
 
 
 def _generation_settings(folder: Path) -> dict[str, Any]:

@@ -13,13 +13,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
-from recipes.core.files import link_or_copy, read_json, write_text_atomically
+from recipes.core.files import link_or_copy, read_json, write_json, write_text_atomically
+from recipes.core.processes import die_with_parent
 from recipes.core.stage import StageConfig
 from recipes.core.versions import installed_version
 from recipes.engines import trtllm_build_worker
@@ -46,7 +48,8 @@ KV_CACHE_DTYPES = ("auto", "fp8")
 """int8 would need scales that ModelOpt's checkpoints do not have."""
 
 HEAD_SIZES = (32, 48, 64, 80, 96, 104, 112, 128, 144, 160, 192, 224, 256)
-"""Head sizes of the compiled attention kernels."""
+"""Head sizes of the compiled attention kernels, which both backends use
+(``cpp/tensorrt_llm/common/attentionOp.cpp``)."""
 SIZE_MULTIPLES = {"int8": 64, "int4": 64, "int4_awq": 128, "fp8": 16}
 """Rows and columns of a rank's quantized matrices must be multiples of these."""
 FP8_REQUIREMENT = (
@@ -73,12 +76,12 @@ def problems(
     """
     if cfg.backend == "tensorrt_llm" and cfg.kv_cache_dtype == "fp8":
         yield from _scale_problems(cfg.precision, source)
-    if cfg.backend == "tensorrt_llm" and arch.kv_channels not in HEAD_SIZES:
+    if arch.kv_channels not in HEAD_SIZES:
         yield Problem(
             rules.HEAD_SIZE,
             f"TensorRT-LLM has no attention kernel for a head size of {arch.kv_channels}, only for "
             f"{', '.join(map(str, HEAD_SIZES))}",
-            "use backend=tensorrt_llm_pytorch",
+            "set engine=null with gguf=f16, or engine=openvino",
         )
     tensor = cfg.tensor_parallel_size
     yield from _parallel_problems(tensor, arch)
@@ -238,9 +241,12 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
     require_quantization(folder, cfg.precision)
     request = build_request(cfg, folder, out, _positions(folder))
     file = out.parent / "tensorrt_llm_request.json"
-    write_text_atomically(file, json.dumps(request, indent=1))
     command = [*launcher(), sys.executable, "-m", trtllm_build_worker.__name__, str(file)]
-    completed = subprocess.run(command, check=False)
+    # TensorRT-LLM first writes the whole engine into its workspace, by default in /tmp.
+    with tempfile.TemporaryDirectory(dir=out.parent) as workspace:
+        request["llm"]["workspace"] = workspace
+        write_json(file, request)
+        completed = subprocess.run(command, check=False, preexec_fn=die_with_parent)
     if status := completed.returncode:
         raise RecipeError(
             f"TensorRT-LLM ended with status {status}; its output is in the stage's log",
@@ -274,9 +280,16 @@ def require_engine(engine: Path, request: dict[str, Any]) -> None:
 
 
 def prepare_pytorch(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
-    """Writes the artifact of the PyTorch backend: the checkpoint, linked or copied, and options."""
+    """Writes the artifact of the PyTorch backend: the checkpoint, linked or copied, and options.
+
+    The backend computes in the type that config.json names, and ignores the option ``dtype``. The
+    type is therefore set to bfloat16, in which the backend then loads float32 weights, too.
+    """
     require_quantization(folder, cfg.precision)
     shutil.copytree(folder, out, dirs_exist_ok=True, copy_function=link_or_copy)
+    config = read_json(folder / "config.json")
+    config.pop("dtype", None)  # transformers prefers this name of the type
+    write_json(out / "config.json", config | {"torch_dtype": "bfloat16"})
     write_text_atomically(out / LLM_OPTIONS, llm_options(cfg, _positions(folder)))
 
 
@@ -288,7 +301,6 @@ def llm_options(cfg: BuildEngineConfig, positions: int) -> str:
     the prompts of the measurement.
     """
     options: dict[str, Any] = {
-        "dtype": "bfloat16",
         "max_batch_size": cfg.max_batch_size,
         "max_seq_len": cfg.max_seq_len or positions,
         "max_num_tokens": cfg.max_num_tokens,

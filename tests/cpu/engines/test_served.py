@@ -174,6 +174,7 @@ def test_the_client_of_trtllm_serve_uses_only_what_that_server_has(
     with served.served_lm(config(), artifact, odd_llama, LENGTH) as client:
         assert client.generate_until([request]) == student.generate_until([request])
     assert isinstance(client, served.ServedLM)
+    assert client.timeout == served.REQUEST_SECONDS
     assert {*requested} <= {*API["routes of trtllm-serve"]["routes"]}
     options = (tmp_path / "arguments").read_text().split()[1::2]
     assert {"--host", "--port"} < {*options} <= {*API["trtllm-serve"]["options"]}
@@ -181,6 +182,14 @@ def test_the_client_of_trtllm_serve_uses_only_what_that_server_has(
     payload = client._create_payload([[1]], generate=True, gen_kwargs=dict(settings))
     assert payload["repetition_penalty"] == 1.9
     assert payload.keys() <= {*API["requests of trtllm-serve"]["request"]}
+
+
+def test_prompts_fit_the_engine() -> None:
+    """An engine refuses longer prompts after hours; the PyTorch backend would shorten answers."""
+    default: dict[str, Any] = {"max_seq_len": None, "max_input_len": None}
+    assert served.engine_limits(default) == []
+    assert served.engine_limits(default | {"max_seq_len": 2048}) == [2047]
+    assert served.engine_limits({"max_seq_len": 2048, "max_input_len": 1024}) == [2047, 1024]
 
 
 def add_generation_settings(folder: Path, **settings: Any) -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import ast
 import json
+import shlex
 import shutil
+import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -241,7 +244,7 @@ def test_shapes_without_kernels_are_refused(teacher: Architecture) -> None:
     assert rules(pytorch, chain) == []
     odd_head = Chain("teacher", replace(supported, kv_channels=10), {})
     assert rules(config(), odd_head) == ["head-size"]
-    assert rules(config(backend="tensorrt_llm_pytorch"), odd_head) == []
+    assert rules(config(backend="tensorrt_llm_pytorch"), odd_head) == ["head-size"]
     narrow = Chain("teacher", replace(supported, hidden_size=120), {})
     assert rules(config(), narrow) == []
     assert rules(config(precision="int8"), narrow) == ["alignment"]
@@ -364,7 +367,8 @@ def test_an_engine_must_match_its_config(tmp_path: Path) -> None:
 
 def test_the_pytorch_backend_gets_the_checkpoint_and_its_options(tmp_path: Path) -> None:
     folder = checkpoint_folder(tmp_path / "hf", None)
-    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 512}))
+    source = {"max_position_embeddings": 512, "dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(source))
     (folder / "model.safetensors").write_bytes(b"weights")
     out = tmp_path / "out"
     out.mkdir()
@@ -372,3 +376,34 @@ def test_the_pytorch_backend_gets_the_checkpoint_and_its_options(tmp_path: Path)
     tensorrt_llm.prepare_pytorch(cfg, folder, out)
     assert (out / "model.safetensors").read_bytes() == b"weights"
     assert json.loads((out / "llm_options.yaml").read_text())["max_seq_len"] == 512
+    # The backend computes in this type.
+    built = json.loads((out / "config.json").read_text())
+    assert built == {"max_position_embeddings": 512, "torch_dtype": "bfloat16"}
+    assert json.loads((folder / "config.json").read_text()) == source
+
+
+def test_the_builder_dies_with_its_stage_and_leaves_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is first written to a workspace, which must be on the file system of the run."""
+    folder = checkpoint_folder(tmp_path / "hf", None)
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 512}))
+    record = """
+import ctypes, json, pathlib, sys
+death_signal = ctypes.c_int()
+ctypes.CDLL(None).prctl(2, ctypes.byref(death_signal))  # PR_GET_PDEATHSIG
+workspace = pathlib.Path(json.loads(pathlib.Path(sys.argv[-1]).read_text())["llm"]["workspace"])
+(workspace / "part.engine").write_bytes(b"engine")
+pathlib.Path("record.json").write_text(json.dumps([str(workspace), death_signal.value]))
+sys.exit(3)
+"""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(tensorrt_llm.LAUNCHER, shlex.join([sys.executable, "-c", record]))
+    out = tmp_path / "work" / "artifact"
+    out.mkdir(parents=True)
+    with pytest.raises(RecipeError, match="ended with status 3"):
+        tensorrt_llm.build(config(), folder, out)
+    workspace, death_signal = json.loads((tmp_path / "record.json").read_text())
+    assert Path(workspace).parent == out.parent
+    assert not Path(workspace).exists()
+    assert death_signal == signal.SIGKILL
