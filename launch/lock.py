@@ -90,6 +90,6 @@ def _flock(file: IO[str], operation: int) -> None:
             raise
         raise RecipeError(
             f"{file.name} cannot be locked: {error.strerror}.",
-            "mount its file system with locks (Lustre: mount option flock or localflock), "
-            "or set run_dir to another file system",
+            "mount its file system with locks (Lustre: mount option flock; localflock "
+            "only if a single node starts runs), or set run_dir to another file system",
         ) from error

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -150,12 +150,19 @@ def problems(plan: Plan, cluster: SlurmConfig) -> Iterator[Problem]:
     return job_problems(jobs, user_options, read_partitions())
 
 
-def _settings_problems(stages: Iterable[PlannedStage], cluster: SlurmConfig) -> Iterator[str]:
+def _settings_problems(stages: Sequence[PlannedStage], cluster: SlurmConfig) -> Iterator[str]:
     """Yields a message for each setting that sbatch would refuse, or that would make jobs fail."""
     if not PLAIN.fullmatch(os.getcwd()):
         yield (
             f"the current directory {os.getcwd()} has a character that job options cannot hold\n"
             "  fix: work in a folder whose path has only letters, digits and ./@+=_-"
+        )
+    without_image = cluster.python is None and any(stage.image is None for stage in stages)
+    if without_image and not PLAIN.fullmatch(sys.executable):
+        yield (
+            f"{sys.executable} has a character that job scripts cannot hold\n"
+            "  fix: set cluster.python to an interpreter whose path has only letters, digits and "
+            "./@+=_-"
         )
     for stage in stages:
         stage_limit = stage.config.resources.time

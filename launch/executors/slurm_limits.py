@@ -34,6 +34,11 @@ SETTINGS = {
 """Options of sbatch that request what a field of ``resources`` sets, and this field."""
 OPTIONS = ("array", "chdir", "dependency", "error", "job-name", "no-requeue", "output")
 """Other options of sbatch that the launcher sets: jobs wait for each other and have one log."""
+HARMFUL = {
+    "clusters": ("is unknown to squeue and scancel", "set the variable SLURM_CLUSTERS instead"),
+    "signal": ("would kill training before it saves", "it stops before the time limit without it"),
+}
+"""Options of sbatch that would break a run: why, and what to do instead."""
 CHECKED = ("exclusive", "gpus-per-node", "gres", "mem", "mem-per-cpu", "mem-per-gpu", "partition")
 """Options of sbatch that may be set, and whose values are checked."""
 SIZES = {"": 1, "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
@@ -166,7 +171,7 @@ def _parse_option(option: str) -> tuple[str, str]:
     As sbatch does, reads a name such as ``dep`` as the option that it abbreviates.
     """
     name, _, value = option.removeprefix("--").replace(" ", "=", 1).partition("=")
-    known = {*SETTINGS, *OPTIONS, *CHECKED}
+    known = {*SETTINGS, *OPTIONS, *HARMFUL, *CHECKED}
     matches = [full_name for full_name in known if full_name.startswith(name)]
     return matches[0] if len(matches) == 1 and name not in known else name, value.strip()
 
@@ -211,6 +216,10 @@ def _request_problems(job: Job, user_options: Iterable[str]) -> Iterator[Problem
         if name in OPTIONS:
             what = f"the option {option} of sbatch would override the launcher's {name}"
             yield Problem(rules.JOB, what, "remove it")
+        if name in HARMFUL:
+            why, instead = HARMFUL[name]
+            what = f"the option {option} of sbatch {why}"
+            yield Problem(rules.JOB, what, f"remove it; {instead}")
         if field := SETTINGS.get(name):
             what = f"the option {option} of sbatch would override resources.{field}"
             yield Problem(rules.JOB, what, f"remove it, and set {RESOURCES}.{field}")

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,24 @@ def test_each_start_has_a_new_folder_for_compiled_kernels(prepare: Prepare, tmp_
     folders = {Path(folder) for name, folder in variables if name == "TORCH_EXTENSIONS_DIR"}
     assert len(folders) == len(variables) == 2  # none for TRITON_CACHE_DIR, which the user sets
     assert not [folder for folder in folders if folder.parent.exists()]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_ranks_meet_at_the_address_of_the_first_node(
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool
+) -> None:
+    """Runs a job script with fake programs of Slurm. Before 23.11, scontrol has no getaddrs."""
+    getaddrs = "echo 'invalid keyword: getaddrs' >&2; exit 1" if old else "echo 'n1: 10.0.0.7:6818'"
+    commands = f"*hostnames*) echo n1;; getaddrs*) {getaddrs};; *) echo 'A=n NodeAddr=10.0.0.7 B=1'"
+    write_program(tmp_path / "bin" / "scontrol", f'case "$*" in {commands};; esac')
+    write_program(tmp_path / "bin" / "srun", f'echo "$MASTER_ADDR" >{tmp_path}/address; exit 7')
+    job = {"JOB_ID": "7", "JOB_NODELIST": "n1", "JOB_END_TIME": "9999999999", "CPUS_ON_NODE": "4"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    plan, cluster = prepare(*SLURM)
+    script = slurm.job_script(stage_named(plan, "prune"), cluster)
+    assert subprocess.run(["bash", "-c", script], check=False).returncode == 7
+    assert (tmp_path / "address").read_text() == "10.0.0.7\n"
 
 
 @pytest.mark.parametrize(
@@ -282,6 +301,12 @@ def test_paths_with_spaces_are_refused(
     monkeypatch.chdir(tmp_path / "my work")
     with pytest.raises(RecipeError, match="my work cannot be mounted"):
         prepare(*SLURM)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", "/my env/bin/python")
+    with pytest.raises(RecipeError, match="/my env/bin/python has a character"):
+        prepare(*SLURM)
+    prepare(*SLURM, "cluster.python=python3.11")
+    prepare(*SLURM, 'cluster.images.default="registry#nemo:1"')
 
 
 def test_docker_command_has_exactly_these_options(

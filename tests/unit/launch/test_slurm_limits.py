@@ -69,6 +69,8 @@ def test_jobs_that_fit_have_no_problem(plan: MakePlan, monkeypatch: pytest.Monke
         ),
         ((), {"sbatch": ["--time 9"]}, "would override resources.time", "job"),
         ((), {"sbatch": ["--job-name=team"]}, "would override the launcher's job-name", "job"),
+        ((), {"sbatch": ["--signal=USR1@120"]}, "--signal=USR1@120 of sbatch would kill", "job"),
+        ((), {"sbatch": ["--cluster=east"]}, "--cluster=east of sbatch is unknown", "job"),
         (
             (),
             {"sbatch": ["--gres=gpu:h100:4"], "gpus": None},

@@ -42,6 +42,7 @@ def test_a_search_gets_the_devices_of_its_training_runs(plan: MakePlan) -> None:
         assert line in text
     assert "--nproc-per-node=1 " in text, "its training runs start their own ranks"
     assert "cpus-per-task" not in text, "a job on a whole node uses all its CPUs"
+    assert "--cpu-bind=none" in text
     assert "CUDA_DEVICE_MAX_CONNECTIONS=1\n" in text
 
 
@@ -60,7 +61,8 @@ def test_submission_ignores_variables_of_an_allocation(
     planned = plan(*SLURM)
     for stage in planned.stages:
         stage.directory.mkdir(parents=True, exist_ok=True)
-    slurm.write_scripts(planned, slurm.SlurmConfig(partition="batch"))
+    config = slurm.SlurmConfig(partition="batch", sbatch=["--reservation night"])
+    slurm.write_scripts(planned, config)
     job_environment = tmp_path / "job_environment"
     for program, body in (("sbatch", f"env >>{job_environment}; echo 7"), ("squeue", "true")):
         write_program(tmp_path / "bin" / program, body)
@@ -68,12 +70,30 @@ def test_submission_ignores_variables_of_an_allocation(
     allocation = ("SLURM_NTASKS", "SLURM_CPU_BIND", "PMIX_RANK", "PMI_SIZE", "CUDA_VISIBLE_DEVICES")
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
     defaults = ("SBATCH_TIMELIMIT", "SBATCH_PARTITION", "SBATCH_ACCOUNT", "SLURM_CONF")
+    defaults += ("SBATCH_RESERVATION",)
     for name in (*allocation, *ranks, *defaults):
         monkeypatch.setenv(name, "1")
     subprocess.run([planned.run_dir / "submit.sh"], check=True)
     names = re.findall(r"^\w+(?==)", job_environment.read_text(), re.M)
-    # The scripts set a partition but no account, so the user's default account stays.
+    # The scripts set a partition and a reservation; the user's default account stays.
     assert {*allocation, *ranks, *defaults} & set(names) == {"SLURM_CONF", "SBATCH_ACCOUNT"}
+
+
+def test_a_job_that_cannot_be_recorded_is_cancelled(
+    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan(*SLURM)
+    for stage in planned.stages:
+        stage.directory.mkdir(parents=True, exist_ok=True)
+    slurm.write_scripts(planned, slurm.SlurmConfig())
+    (planned.run_dir / RECORD).symlink_to("/dev/full")  # as a full disk
+    for program, body in (("sbatch", "echo 7"), ("scancel", f'echo "$@" >>{tmp_path}/cancelled')):
+        write_program(tmp_path / "bin" / program, body)
+    write_program(tmp_path / "bin" / "grep", '[[ "$*" = *jobs.txt ]] || exec /usr/bin/grep "$@"')
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    done = subprocess.run([planned.run_dir / "submit.sh"], check=False, capture_output=True)
+    assert done.returncode == 1
+    assert (tmp_path / "cancelled").read_text() == "7\n"
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ done
 
 prefer_script() { # STAGE: a user's SBATCH_ACCOUNT would override the account in the script
   local option
-  for option in account partition qos; do
-    if grep -q "^#SBATCH --$option=" "$1/job.sbatch"; then unset "SBATCH_${option^^}"; fi
+  for option in account partition qos reservation; do
+    if grep -q "^#SBATCH --$option[= ]" "$1/job.sbatch"; then unset "SBATCH_${option^^}"; fi
   done
 }
 
@@ -45,7 +45,10 @@ submit() { # STAGE FINGERPRINT DEPENDENCY: prints the job's id and records it fo
   prefer_script "$1"
   job=$(sbatch --parsable --kill-on-invalid-dep=yes --dependency="$3" "$1/job.sbatch") || return
   job=${job%%;*}
-  echo "$1 $job $2 HASH" >>jobs.txt
+  echo "$1 $job $2 HASH" >>jobs.txt || { # such as a full disk; bash ignores `set -e` here
+    scancel "$job"
+    return 1
+  }
   echo "$job"
 }
 
