@@ -6,7 +6,6 @@ answers to all items. The items are divided among the ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,13 +16,7 @@ from recipes.evaluation.settings import EvaluateTasksConfig
 from recipes.evaluation.task_checks import task_problems, task_tokens
 from recipes.planning.chain import Chain
 from recipes.planning.inference_cost import InferenceCost, benchmark_cost
-from recipes.planning.rules import Problem
 from recipes.stages.contract import Stage
-
-
-def check(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields problems of the installed lm-eval and of the tasks."""
-    yield from task_problems(cfg, chain)
 
 
 def inference_cost(cfg: EvaluateTasksConfig, chain: Chain) -> InferenceCost:
@@ -50,7 +43,7 @@ STAGE = Stage(
     config=EvaluateTasksConfig,
     kind="task_results",
     run=run,
-    check=check,
+    check=task_problems,
     inference_cost=inference_cost,
     inputs={
         "teacher": ("checkpoint_nemo",),

@@ -17,7 +17,7 @@ from recipes.evaluation import task_checks
 from recipes.evaluation.offline_tasks import TASKS
 from recipes.evaluation.results import TaskResults
 from recipes.evaluation.settings import HARNESS, EvaluateTasksConfig
-from recipes.stages import evaluate_tasks
+from recipes.evaluation.task_checks import task_problems
 from tests.support.manifests import bare_manifest
 from tests.support.results import RESULTS
 
@@ -28,9 +28,8 @@ GOOD = {"tasks": ["sciq", "mmlu"]}
 
 
 def rule_names(chain: Chain, **fields: Any) -> list[str]:
-    return [
-        p.rule.name for p in evaluate_tasks.check(EvaluateTasksConfig(**{**GOOD, **fields}), chain)
-    ]
+    cfg = EvaluateTasksConfig(**{**GOOD, **fields})
+    return [problem.rule.name for problem in task_problems(cfg, chain)]
 
 
 @pytest.mark.parametrize(
@@ -56,11 +55,11 @@ def test_the_verified_version_of_lm_eval_must_be_installed(
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(task_checks.metadata, "version", lambda name: "0.3.0")
-    [problem] = evaluate_tasks.check(EvaluateTasksConfig(**GOOD), chain)
+    [problem] = task_problems(EvaluateTasksConfig(**GOOD), chain)
     assert "0.3.0" in problem.what
     assert HARNESS in problem.what
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    [problem] = evaluate_tasks.check(EvaluateTasksConfig(**GOOD), chain)
+    [problem] = task_problems(EvaluateTasksConfig(**GOOD), chain)
     assert "./install.sh" in problem.fix
 
 
