@@ -147,7 +147,7 @@ def _problems(cfg: DictConfig, chain: Chain, selected: list[str]) -> Iterator[Pr
     yield from mpi_problems(cfg.cluster, chain, selected)
     yield from _licence_problems(chain)
     # The stage ``plan`` also estimates unselected stages, so their settings must be valid.
-    has_plan_stage = any(stage_of(chain.stages[name]).plans_workloads for name in selected)
+    has_plan_stage = any(stage_of(chain.stages[name]).kind == "plan" for name in selected)
     for name, config in chain.stages.items():
         stage = stage_of(config)
         if name in selected or (has_plan_stage and stage.workload):

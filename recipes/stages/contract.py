@@ -157,8 +157,6 @@ class Stage(Generic[ConfigT]):
     inference_cost: Callable[[ConfigT, Chain], InferenceCost] | None = None
     """For plans: the cost of a stage that runs models and has no ``workload``. For a search it
     includes the training of candidates."""
-    plans_workloads: bool = False
-    """Whether the stage makes the plan of the run, so that its settings include all workloads."""
     names_accepted_results: bool = False
     """Whether the result is a document that says which stale results the user accepted."""
     resolve_from_chain: Callable[[ConfigT, Chain], ConfigT] = lambda config, chain: config

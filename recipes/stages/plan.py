@@ -348,6 +348,5 @@ STAGE = Stage(
     single_rank_reason="the stage takes only a moment",
     needs_torch=False,
     needs_gpu=lambda config, chain: False,
-    plans_workloads=True,
     resolve_from_chain=resolve_from_chain,
 )
