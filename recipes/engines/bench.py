@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.core.errors import RecipeError
+from recipes.core.files import folder_bytes
 from recipes.core.metrics import MetricsLog
 from recipes.core.processes import cores, die_with_parent
 from recipes.engines.results import BenchmarkRow, Speedup
@@ -276,7 +277,7 @@ def _row(
         throughput_tokens_per_second=spread(t.throughput(shape) for t in timings),
         peak_memory_bytes=worker.peak_memory_bytes,
         load_seconds=round(worker.load_seconds, 3),
-        disk_bytes=model.disk_bytes(),
+        disk_bytes=folder_bytes(model.path),
     )
 
 

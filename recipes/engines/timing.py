@@ -32,10 +32,6 @@ class TimedModel:
     architecture: Architecture
     tensor_parallel_size: int = 1
 
-    def disk_bytes(self) -> int:
-        """Returns the size of the loaded files."""
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
-
 
 @dataclass(frozen=True)
 class RequestShape:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from recipes.core.files import folder_bytes
 from recipes.core.manifest import Outcome
 from recipes.core.stage import Inputs, metrics_log
 from recipes.core.versions import OPENVINO_LIBRARIES
@@ -41,7 +42,7 @@ def run(cfg: BuildEngineConfig, inputs: Inputs, out: Path) -> Outcome:
         backend=cfg.backend,
         precision=cfg.precision,
         build_seconds=round(seconds, 3),
-        bytes=sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
+        bytes=folder_bytes(out),
         **(vars(comparison) if comparison else {}),
     )
     return Outcome.of(result, source.manifest)
