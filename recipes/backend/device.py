@@ -10,7 +10,7 @@ import gc
 import os
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -87,3 +87,19 @@ def release_cached_memory() -> None:
     gc.collect()
     if device() != "cpu":
         torch.cuda.empty_cache()
+
+
+class FakeStream:
+    """Replaces CUDA's streams and events without a GPU: operations run in order, so none waits."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self
+
+    def __enter__(self) -> FakeStream:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...

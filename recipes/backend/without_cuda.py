@@ -7,7 +7,6 @@ that only make a CPU faster are in ``cpu_speed``.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from recipes.backend.adamw import clip_by_total_norm
-from recipes.backend.device import device
+from recipes.backend.device import FakeStream, device
 from recipes.backend.local_layers import WITHOUT_TRANSFORMER_ENGINE, needs_local_layers
 from recipes.backend.patches import Patch, applied, apply, constant, patches, replace_with, wrap
 
@@ -56,23 +55,6 @@ def limit_other_threads() -> None:
     setter = threading.Thread(target=torch.set_num_threads, args=(1,))
     setter.start()
     setter.join()
-
-
-class _Stream:
-    """Replaces CUDA streams and events. A CPU runs operations in order, so no method waits."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None: ...
-
-    def wait_stream(self, *args: object) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def record(self, *args: object) -> None: ...
-
-    def record_event(self, *args: object) -> _Stream:
-        return self
-
-    def wait(self, *args: object) -> None: ...
 
 
 def _stay(self: Any, *args: object, **kwargs: object) -> Any:
@@ -169,16 +151,11 @@ REQUIRED: dict[str, tuple[Patch, ...]] = {
                 replace_with(lambda state, device=None: torch.set_rng_state(state)),
             ),
             ("manual_seed", "seeds the device", "a71497712eba", replace_with(torch.manual_seed)),
-            ("Stream", "DDP and checkpoint streams", "f5b9547b4660", replace_with(_Stream)),
-            ("Event", "pipeline schedule", "cc34c59c482f", replace_with(_Stream)),
-            (
-                "stream",
-                "DDP communicates on a stream",
-                "a701c622b6f5",
-                replace_with(lambda stream: contextlib.nullcontext()),
-            ),
-            ("current_stream", "DDP waits for it", "ca5387f64ee1", constant(_Stream())),
-            ("default_stream", "DDP waits for it", "b0a2135268c6", constant(_Stream())),
+            ("Stream", "DDP and checkpoint streams", "f5b9547b4660", replace_with(FakeStream)),
+            ("Event", "pipeline schedule", "cc34c59c482f", replace_with(FakeStream)),
+            ("stream", "DDP communicates on a stream", "a701c622b6f5", constant(FakeStream())),
+            ("current_stream", "DDP waits for it", "ca5387f64ee1", constant(FakeStream())),
+            ("default_stream", "DDP waits for it", "b0a2135268c6", constant(FakeStream())),
         ),
         *patches(
             "torch:",

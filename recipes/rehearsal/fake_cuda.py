@@ -14,6 +14,7 @@ from torch.utils.backend_registration import (
     _setup_privateuseone_for_python_backend,
 )
 
+from recipes.backend.device import FakeStream
 from recipes.backend.patches import Patch, apply, constant, replace_with
 
 NAME = "fakecuda"
@@ -55,22 +56,6 @@ def patches() -> Iterator[Patch]:
     )
     reason = "PyTorch cannot move a fake tensor that has other references"
     yield Patch("torch:nn.Module._apply", reason, "e50d01ca9c5c", replace_with(_apply))
-
-
-class _FakeStream:
-    """Replaces streams and events. Fake operations are done at once, so no method waits."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None: ...
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *args, **kwargs: self
-
-    def __enter__(self) -> _FakeStream:
-        return self
-
-    def __exit__(self, *error: object) -> None: ...
 
 
 class _Module(_DummyBackendModule):  # type: ignore[misc]
@@ -130,15 +115,15 @@ FUNCTIONS = {
     "max_memory_allocated": ("7d74e1261dc1", constant(0)),
     "max_memory_reserved": ("60af9cdf5dca", constant(0)),
     "mem_get_info": ("f9ea28f9e6d1", constant((MEMORY_BYTES, MEMORY_BYTES))),
-    "current_stream": ("ca5387f64ee1", constant(_FakeStream())),
-    "default_stream": ("b0a2135268c6", constant(_FakeStream())),
-    "stream": ("a701c622b6f5", constant(_FakeStream())),
+    "current_stream": ("ca5387f64ee1", constant(FakeStream())),
+    "default_stream": ("b0a2135268c6", constant(FakeStream())),
+    "stream": ("a701c622b6f5", constant(FakeStream())),
     "graph_pool_handle": ("884b90f16984", constant((0, 0))),
     "get_rng_state": ("1190f97901d7", constant(RNG_STATE)),
     "random.get_rng_state": ("1190f97901d7", constant(RNG_STATE)),
     "device_count": ("efd183354fc3", replace_with(_count_devices)),
-    "Stream": ("f5b9547b4660", replace_with(_FakeStream)),
-    "Event": ("cc34c59c482f", replace_with(_FakeStream)),
+    "Stream": ("f5b9547b4660", replace_with(FakeStream)),
+    "Event": ("cc34c59c482f", replace_with(FakeStream)),
     "init": ("85035f109983", constant(None)),
     "_lazy_init": ("f6316f9c5c9b", constant(None)),
     "_lazy_call": ("237e5407a66c", constant(None)),
