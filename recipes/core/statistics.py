@@ -92,11 +92,20 @@ def _t_probability(t: float, freedom: int) -> float:
 
 
 def difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
-    """Returns the mean of the paired differences ``values[i] - reference[i]``."""
+    """Returns the mean of the paired differences ``values[i] - reference[i]``.
+
+    The interval is Student's t, also of losses. If all of n scores in [0, 1] differ equally, that
+    interval has no width, so it is the mean ± 3/n.
+    """
     differences = [x - y for x, y in zip(values, reference, strict=True)]
     mean, margin = fmean(differences), margin95(standard_error(differences), len(differences))
     if margin is None:
         return Difference(mean, None, None)
+    if margin == 0 and all(0 <= value <= 1 for value in (*values, *reference)):
+        # The rule of three (Hanley and Lippman-Hand 1983): with 95% confidence, an event that did
+        # not occur in n items has a probability below 3/n.
+        margin = 3 / len(differences)
+        return Difference(mean, max(-1.0, mean - margin), min(1.0, mean + margin))
     return Difference(mean, mean - margin, mean + margin)
 
 

@@ -51,6 +51,17 @@ def test_intervals_of_a_few_items_contain_the_true_difference_in_95_percent(item
     )
 
 
+@pytest.mark.parametrize(("items", "margin"), [(2, 1.0), (100, 0.03)])
+def test_equal_scores_have_an_interval_by_the_rule_of_three(items: int, margin: float) -> None:
+    same = difference(RIGHT * items, RIGHT * items)
+    assert (same.value, same.low, same.high) == pytest.approx((0, -margin, margin))
+    worse = difference(WRONG * items, RIGHT * items)
+    assert (worse.low, worse.high) == pytest.approx((-1, 3 / items - 1))
+    assert worse.is_negative == (items == 100)
+    losses = difference([3.25] * items, [3.0] * items)
+    assert (losses.low, losses.high) == (0.25, 0.25), "losses keep Student's t"
+
+
 def test_one_item_is_not_significant() -> None:
     change = difference([2.0], [1.0])
     assert (change.value, change.low, change.high, change.detectable) == (1, None, None, None)
