@@ -14,7 +14,7 @@ from recipes.core.manifest import Manifest
 from recipes.core.statistics import margin95
 from recipes.distillation.results import DistillationResult
 from recipes.engines.results import BenchmarkResults
-from recipes.evaluation.results import EvaluationResult, TaskResults
+from recipes.evaluation.results import EvaluationResult, ModelQuality, TaskResults
 from recipes.report.cost import machine_hours
 from recipes.report.format import any_value, render_template
 from recipes.report.plots import Dimension, Mark, trade_off_plot
@@ -136,16 +136,18 @@ def compare_runs(runs: Sequence[RunRecord]) -> dict[str, Any]:
         for number, run in enumerate(evaluated, 1)
     ]
     comparable = [row for row in rows if row.comparable]
+    teachers = {row.evaluation.teacher for row in comparable}
+    teacher = teachers.pop() if len(teachers) == 1 else None
     return {
         "title": f"Comparison of {len(evaluated)} runs",
         "time": datetime.now(UTC).isoformat(timespec="minutes"),
         "rows": rows,
         "best": names[best.path],
-        "teacher": _evaluation(best).teacher,
+        "teacher": teacher,
         "tasks": tasks,
         "other_tasks": other_tasks,
         "teacher_tasks": next((r.tasks["teacher"] for r in comparable if r.tasks), None),
-        "plots": list(_plots(comparable)),
+        "plots": list(_plots(comparable, teacher)),
         "latency": latency,
         "others": [row for row in rows if not row.comparable],
         "incomplete": [(names[run.path], run) for run in runs if run.incomplete],
@@ -190,13 +192,14 @@ def split_tasks(runs: Iterable[RunRecord]) -> tuple[list[str], list[str]]:
 
 
 def _task_keys(manifest: Manifest) -> dict[str, tuple[object, ...]]:
-    """Identifies items and prompts of each task. Scores with equal keys can be compared."""
+    """Identifies items, prompts and precision of each task. Equal keys can be compared."""
     # These settings choose the examples before a question.
-    settings = manifest.config.get("limit"), manifest.config.get("seed")
+    examples = manifest.config.get("limit"), manifest.config.get("seed")
     return {
         name: (
             *(task.metric, task.items, task.version, task.data, task.split, task.num_fewshot),
-            settings if task.num_fewshot else None,
+            examples if task.num_fewshot else None,
+            manifest.config.get("precision"),
         )
         for name, task in manifest.result(TaskResults).tasks.items()
     }
@@ -242,9 +245,14 @@ def _latencies(run: RunRecord) -> Iterator[tuple[LatencySetting, float]]:
             yield LatencySetting(row.engine, *setting, machine.cpu, machine.threads), latency
 
 
-def _plots(rows: Sequence[RunRow]) -> Iterator[dict[str, str]]:
-    """Yields a plot of each quality against each cost that was measured in at least two runs."""
+def _plots(rows: Sequence[RunRow], teacher: ModelQuality | None) -> Iterator[dict[str, str]]:
+    """Yields a plot of each quality against each cost that was measured in at least two runs.
+
+    ``teacher`` is ``None`` if the runs have different teachers. Then their KLs are not compared.
+    """
     for quality, (quality_dimension, quality_of) in QUALITIES.items():
+        if quality == "kl" and teacher is None:
+            continue
         for cost, (cost_dimension, cost_of) in COSTS.items():
             values = [(row, cost_of(row), quality_of(row)) for row in rows]
             marks = [
@@ -255,17 +263,18 @@ def _plots(rows: Sequence[RunRow]) -> Iterator[dict[str, str]]:
                 if x is not None and y is not None and math.isfinite(y)
             ]
             if len(marks) > 1:
-                marks += _teacher_mark(rows, quality) if cost == "parameters" else []
+                if teacher and cost == "parameters":
+                    marks += _teacher_mark(rows[0], quality)
                 title = f"{quality_dimension.title} against {cost_dimension.title}"
                 name = f"plot-{quality}-{cost}"
                 plot = trade_off_plot(name, marks, cost_dimension, quality_dimension)
                 yield {"title": title[:1].upper() + title[1:], "plot": plot}
 
 
-def _teacher_mark(rows: Sequence[RunRow], quality: str) -> list[Mark]:
-    """Returns the teacher's mark if all runs have the same teacher; no mark for KL, which is 0."""
-    teacher = rows[0].evaluation.teacher
-    value = rows[0].tasks.get("teacher") if quality == "tasks" else teacher.perplexity
-    if quality == "kl" or value is None or any(r.evaluation.teacher != teacher for r in rows):
+def _teacher_mark(row: RunRow, quality: str) -> list[Mark]:
+    """Returns the mark of a run's teacher; no mark for KL, which is 0."""
+    teacher = row.evaluation.teacher
+    value = row.tasks.get("teacher") if quality == "tasks" else teacher.perplexity
+    if quality == "kl" or value is None:
         return []
     return [Mark("teacher", "teacher", teacher.parameters, value, reference=True)]

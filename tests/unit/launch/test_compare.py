@@ -18,6 +18,7 @@ from recipes.core.manifest import read_manifest
 from recipes.core.run_state import LastPlan, Request, read_last_plan
 from recipes.core.statistics import pareto_front
 from recipes.report.compare import compare_runs, describe_best
+from recipes.report.format import render_template
 from recipes.report.runs import find_runs, paired_difference, read_run
 from tests.support.pages import Page
 from tests.support.reports import make_run
@@ -112,6 +113,7 @@ def test_mean_scores_are_of_the_tasks_that_all_runs_have_in_common(tmp_path: Pat
         ("num_fewshot", 5),
         ("data", "hub a@b"),
         ("version", "2"),
+        ("precision", "bf16-mixed"),
     ],
 )
 def test_scores_of_other_items_or_examples_do_not_count(
@@ -128,6 +130,20 @@ def test_scores_of_other_items_or_examples_do_not_count(
     assert "piqa" in content["other_tasks"]
     # Without examples, neither the seed nor a limit above the number of items changes a score.
     assert ("sciq" in content["tasks"]) == (name in ("limit", "seed", *piqa))
+
+
+def test_kl_to_different_teachers_is_not_compared(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path / name, loss=loss)) for name, loss in (("a", 3.7), ("b", 3))]
+    content = compare_runs(runs)
+    assert any("plot-kl-" in plot["plot"] for plot in content["plots"])
+    assert content["teacher"]
+    runs = [read_run(tmp_path / name) for name in ("a", "b")]
+    runs[1].stages["evaluate"].metrics["teacher"] |= {"loss": 2.5}
+    content = compare_runs(runs)
+    assert content["teacher"] is None
+    assert not any("plot-kl-" in plot["plot"] for plot in content["plots"])
+    render_template("compare.html.j2", content, tmp_path / "compare.html")
+    assert 'id="other-teachers"' in (tmp_path / "compare.html").read_text(encoding="utf-8")
 
 
 def test_a_diverged_run_is_not_the_best(tmp_path: Path) -> None:
