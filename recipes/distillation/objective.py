@@ -23,7 +23,7 @@ from recipes.core.stage import Input, Inputs
 from recipes.distillation.logit_cache import TeacherCache
 from recipes.distillation.losses import LogitsLoss
 from recipes.distillation.results import KeptLayers
-from recipes.distillation.settings import CACHE_KIND, TERMS, DistillConfig
+from recipes.distillation.settings import CACHE_KIND, TERMS, DistillConfig, uses_teacher
 
 DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": lambda student, teacher: 1 - cosine_similarity(student, teacher, dim=-1),
@@ -99,7 +99,7 @@ class TeacherSource:
     @classmethod
     def of(cls, cfg: DistillConfig, inputs: Inputs, student: Architecture) -> TeacherSource:
         """Returns the source that a config requires; empty if the LM loss is the only term."""
-        if cfg.kd_weight == cfg.hidden_weight == 0:
+        if not uses_teacher(vars(cfg)):
             return cls()
         source = inputs["teacher"]
         if source.manifest.kind == CACHE_KIND:

@@ -5,8 +5,9 @@ Does not import torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -262,6 +263,11 @@ class DistillConfig(TrainingConfig):
     student_steps: list[Count] = field(default_factory=list)
     """Steps after which the student is also saved, in ``artifact/steps/STEP.nemo``. Benchmarks
     evaluate each of these students, and the report plots their scores."""
+
+
+def uses_teacher(settings: Mapping[str, Any]) -> bool:
+    """Returns whether the loss of a distillation with these settings has a term with a teacher."""
+    return bool(settings["kd_weight"] or settings["hidden_weight"])
 
 
 CACHE_FIELDS = ("seq_length", "temperature", "top_k", "tail_draws")

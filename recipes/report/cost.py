@@ -11,6 +11,7 @@ from recipes.core.manifest import Manifest
 from recipes.core.stage import Inputs
 from recipes.data.results import DatasetResult
 from recipes.distillation.results import CacheResult, DistillationResult, TrainingResult
+from recipes.distillation.settings import uses_teacher
 from recipes.evaluation.results import AddLayersResult, EvaluationResult
 from recipes.planning.inference_cost import ABLATED_FRACTION, ablation_passes
 from recipes.planning.transformer import (
@@ -184,7 +185,8 @@ def _distillation_flops(
         for manifest in earlier.values()
     )
     student_flops = TRAINING_FACTOR * tokens * _forward_flops(student, distilled)
-    teacher_flops = 0 if cached else tokens * _forward_flops(teacher, distilled)
+    live = uses_teacher(distilled.config) and not cached
+    teacher_flops = tokens * _forward_flops(teacher, distilled) if live else 0
     seconds = tokens / training.tokens_per_second
     return [ModelFlops(label, tokens, student_flops, teacher_flops, seconds)]
 

@@ -23,6 +23,7 @@ from recipes.distillation.settings import (
     TAIL_DRAWS_LOSS,
     CacheLogitsConfig,
     DistillConfig,
+    uses_teacher,
 )
 from recipes.distillation.training import (
     INITIAL_KL,
@@ -172,11 +173,11 @@ def _cache_problems(cfg: DistillConfig, cache: CacheLogitsConfig) -> Iterator[Pr
 def workload(cfg: DistillConfig, chain: Chain) -> Workload:
     """Returns the training for plans. A teacher whose logits are cached or unused costs nothing."""
     cache = _cached_teacher(cfg, chain)
-    uses_teacher = cache is None and (cfg.kd_weight > 0 or cfg.hidden_weight > 0)
+    live = cache is None and uses_teacher(vars(cfg))
     student = chain.shape_of(cfg.inputs.get("student"))
     num_logits_losses = (cfg.kd_weight > 0) + (cfg.lm_weight > 0)
     return replace(
-        training_workload(cfg, student, chain.teacher if uses_teacher else None, num_logits_losses),
+        training_workload(cfg, student, chain.teacher if live else None, num_logits_losses),
         compares_hidden_states=cfg.hidden_weight > 0,
         cached_sequences=cache.num_sequences if cache else None,
     )

@@ -277,6 +277,14 @@ def test_flops_of_a_cached_teacher_are_those_of_cache_logits(tmp_path: Path) -> 
     assert "unrelated" not in page.text
 
 
+def test_training_without_a_loss_on_the_teacher_has_no_flops_of_the_teacher(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path / "run")
+    inputs["distilled"].manifest.config["kd_weight"] = 0.0
+    numbers = Page(render_page(inputs, tmp_path)).numbers()
+    assert STEPS * 1024 * forward_flops(TEACHER, 256) not in numbers
+    assert 3 * STEPS * 1024 * forward_flops(STUDENT, 256) in numbers
+
+
 def test_machine_hours_count_nodes(inputs: dict[str, Input], tmp_path: Path) -> None:
     manifest = inputs["distilled"].manifest
     config = {**manifest.config, "resources": {"nodes": 4, "devices": 8, "env": {}}}
