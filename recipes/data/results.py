@@ -28,7 +28,8 @@ class TrainedSource:
 
     source: str
     tokens: int
-    """Tokens that the run trains on, accurate to one sequence."""
+    """Tokens that the run trains on: with weights accurate to one sequence, without weights the
+    expected number in the random order of sequences."""
     epochs: float
     """How often the run trains on each token of the source."""
 

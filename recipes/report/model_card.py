@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from recipes.core.stage import Inputs
 from recipes.data.results import NOT_COMPARED, DatasetResult
 from recipes.data.sources import parse_source
 from recipes.distillation.results import KeptLayers
+from recipes.distillation.settings import uses_teacher
 from recipes.evaluation.results import AddLayersResult, EvaluationResult, TaskResults
 from recipes.pruning.results import HealResult
 from recipes.report.cost import datasets, distillations
@@ -48,7 +49,8 @@ def write_card(
     shape = Architecture(**model.architecture) if model.architecture else None
     teacher_name = teacher.partition("#")[0].rstrip("/").split("/")[-1].removesuffix(".gguf")
     name = plain(f"{teacher_name}-{recipe}")
-    sources = _sources(texts := datasets([*earlier.values(), *inputs.values()]))
+    manifests = [*earlier.values(), *inputs.values()]
+    sources = _sources(datasets(manifests))
     restricted = [terms for _, terms, _ in sources if forbids_commercial_use(terms)]
     header = ModelCardData(
         **_licence_fields(folder, restricted),
@@ -76,7 +78,8 @@ def write_card(
         "healed": inputs["healed"].result_if("heal", HealResult) if "healed" in inputs else None,
         "phases": [phase for _, _, phase in distillations({**earlier, "this model": model})],
         "sources": sources,
-        "compared": bool(texts) and not any(text.sample for text in texts),
+        "compared": _is_held_out(manifests, inputs["evaluation"]),
+        "origin": _origin(manifests),
         "restricted": restricted,
         "accepted": _accepted_stages(stages, earlier),
         "evaluation": evaluation,
@@ -86,6 +89,56 @@ def write_card(
         "conversions": list(conversion_servers(".", shape)) if shape else [],
     }
     render_template(CARD_TEMPLATE.name, content, folder / "README.md")
+
+
+def _is_held_out(manifests: Iterable[Manifest], evaluation: Manifest) -> bool:
+    """Returns whether no text of the model has a document of the text that was evaluated.
+
+    This holds for the evaluated text itself, whose splits share no document, and for text whose
+    preparation had its held-out documents as an input.
+    """
+    texts = [manifest for manifest in manifests if manifest.stage == "prepare_data"]
+    evaluated = evaluation.inputs.get("data")
+    return bool(texts) and all(
+        evaluated in (text.fingerprint, text.inputs.get("held_out"))
+        and not text.result(DatasetResult).sample
+        for text in texts
+    )
+
+
+def _origin(manifests: Sequence[Manifest]) -> str:
+    """Says how the model was made: how it was pruned, adjusted and trained."""
+    by_stage = {manifest.stage: manifest for manifest in manifests}
+    steps = []
+    if pruned := by_stage.get("prune"):
+        criteria = list(_pruning_criteria(pruned, by_stage.get("import_hf", pruned)))
+        steps.append("pruned" + f" ({', '.join(criteria)})" * bool(criteria))
+    if "heal" in by_stage:
+        steps.append("adjusted by least squares")
+    trained = [manifest.config for manifest in manifests if manifest.stage == "distill"]
+    if any(map(uses_teacher, trained)):
+        correction = " after fine-tuning it on the training text" * ("correct_teacher" in by_stage)
+        steps.append(f"distilled with NeMo from the unpruned model{correction}")
+    elif trained:
+        steps.append("trained with NeMo on text, without a teacher")
+    return ", then ".join(steps)
+
+
+def _pruning_criteria(pruned: Manifest, teacher: Manifest) -> Iterator[str]:
+    """Yields how pruning chose layers and widths, if it removed any."""
+    shape = pruned.architecture or {}
+    changed = {
+        axis for axis, size in (teacher.architecture or shape).items() if size != shape[axis]
+    }
+    method = pruned.config["layer_importance"]
+    if pruned.config["drop_layers"]:
+        yield "layers: named in the settings"
+    elif "num_layers" in changed and method == "block_influence":
+        yield "layers: by block influence, arXiv:2403.03853"
+    elif "num_layers" in changed:
+        yield "layers: by this repository's measurement of the loss without them"
+    if changed - {"num_layers"}:
+        yield "widths: by the importance scores of NVIDIA ModelOpt's Minitron"
 
 
 def _accepted_stages(stages: Inputs, earlier: Mapping[str, Manifest]) -> list[str]:

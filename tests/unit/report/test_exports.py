@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +12,14 @@ import yaml
 
 from nemo_convert.architecture import Architecture
 from nemo_convert.licences import forbids_commercial_use, known_licence
-from recipes.core.manifest import Acceptance
+from recipes.core.manifest import Acceptance, Manifest
 from recipes.core.stage import Input
 from recipes.report.model_card import write_card
 from recipes.report.serving import conversion_servers, run_servers
 from recipes.stages import export_hf
 from tests.support.reports import make_inputs, make_optional_inputs, with_result
 from tests.support.results import RESULTS, STUDENT
+from tests.support.results import TEACHER as TEACHER_SHAPE
 
 TEACHER, RECIPE = "some/SmallLM-135M", "llama_width_prune"
 
@@ -28,6 +29,8 @@ def inputs(tmp_path: Path) -> dict[str, Input]:
     run = tmp_path / "run"
     report_inputs = {**make_inputs(run), **make_optional_inputs(run)}
     names = ("evaluation", "teacher", "data", "tasks")
+    data = report_inputs["data"].manifest
+    report_inputs["evaluation"].manifest.inputs["data"] = data.fingerprint
     return {
         "checkpoint": report_inputs["distilled"],
         **{name: report_inputs[name] for name in names},
@@ -130,6 +133,43 @@ def test_tokenized_text_is_not_called_disjoint(inputs: dict[str, Input], tmp_pat
     text = render_card(tmp_path, inputs)
     assert claim not in text
     assert "`corpus`. Licence: not recorded. Its duplicates are not removed" in text
+
+
+def test_text_that_does_not_exclude_the_evaluated_text_is_not_called_disjoint(
+    inputs: dict[str, Input], tmp_path: Path
+) -> None:
+    data = inputs["data"].manifest
+    for held_out, is_disjoint in (({}, False), ({"held_out": data.fingerprint}, True)):
+        earlier = {"prepare_long_data": replace(data, fingerprint="other", inputs=held_out)}
+        write_card(tmp_path, TEACHER, RECIPE, inputs, earlier)
+        claim = "no document in\ncommon with training"
+        assert (claim in (tmp_path / "README.md").read_text()) == is_disjoint
+
+
+def test_the_card_says_how_the_model_was_made(inputs: dict[str, Input], tmp_path: Path) -> None:
+    def card(**stages: Manifest) -> str:
+        write_card(tmp_path, TEACHER, RECIPE, inputs, stages)
+        return (tmp_path / "README.md").read_text()
+
+    pruned, trained = make_inputs(tmp_path / "other")["pruned"].manifest, inputs["checkpoint"]
+    text = card(prune=pruned)
+    for line in ("layers: named in the settings", "ModelOpt's Minitron", "distilled with NeMo"):
+        assert line in text
+    pruned.config["drop_layers"] = []
+    pruned.architecture = {**TEACHER_SHAPE.as_dict(), "num_layers": 24}
+    trained.manifest.config["kd_weight"] = 0.0
+    text = card(prune=pruned)
+    assert "layers: by this repository's measurement" in text
+    assert "without a teacher" in text
+    assert not re.search("Minitron|distilled with|least squares|fine-tuning|Healing", text)
+    trained.manifest.config["kd_weight"] = 1.0
+    pruned.config["layer_importance"] = "block_influence"
+    healed = replace(pruned, stage="heal", metrics=asdict(RESULTS["heal"]))
+    inputs["healed"] = replace(trained, manifest=healed)
+    corrected = replace(pruned, stage="correct_teacher")
+    text = card(prune=pruned, correct_teacher=corrected)
+    for line in ("by block influence", "least squares", "fine-tuning", "Healing and distillation"):
+        assert line in text
 
 
 @pytest.mark.parametrize(
