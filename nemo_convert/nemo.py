@@ -288,7 +288,8 @@ def load_weights(core: torch.nn.Module, checkpoint: Path) -> None:
     TransformerEngine has none.
     """
     state = core.sharded_state_dict(prefix="module.")
-    weights = {name: item for name, item in state.items() if not name.endswith(EXTRA_STATE)}
+    # States of experts end with a number: _extra_state, _extra_state1, …
+    weights = {name: item for name, item in state.items() if EXTRA_STATE not in name}
     state = read_sharded(weights, checkpoint / WEIGHTS)
     # strict=False, because the FP8 state is missing. read_sharded has refused missing weights.
     core.load_state_dict({n.removeprefix("module."): v for n, v in state.items()}, strict=False)

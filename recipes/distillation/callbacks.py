@@ -112,6 +112,17 @@ def finish_saving(trainer: Any) -> None:
     trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
 
 
+def gather_weights(model: Any) -> None:
+    """Gathers the weights on all ranks. Each data-parallel rank has updated its shard of them.
+
+    Training itself gathers the shards only when the next step or a validation starts.
+
+    Args:
+        model: NeMo's model, whose ``module`` Megatron has wrapped for training.
+    """
+    model.module.start_param_sync(force_sync=True)
+
+
 class SaveStudents(Callback):
     """Saves the student after the configured steps.
 
@@ -129,12 +140,13 @@ class SaveStudents(Callback):
             for path in self._folder.glob(f"*{PARTIAL}"):
                 shutil.rmtree(path)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: object, *args: object) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: object) -> None:
         """Saves the student if this is one of the configured steps."""
         step = trainer.global_step
         if step not in self._steps:
             return
         finish_saving(trainer)
+        gather_weights(pl_module)
         student = self._folder / f"{step}.nemo"
         partial = student.with_name(student.name + PARTIAL)
         self._save(partial)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from megatron.core.dist_checkpointing import ShardedTensor, load_tensors_metadata
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
@@ -34,6 +35,7 @@ from recipes.distillation.callbacks import (
     StepLogger,
     StopAtDeadline,
     StopAtRecovered,
+    gather_weights,
 )
 from recipes.distillation.data import TrainingData
 from recipes.distillation.model import KDModel
@@ -79,6 +81,9 @@ def train(
     if objective.teacher.runs_in_validation and isinstance(cfg, DistillConfig):
         trainer.num_sanity_val_steps = cfg.limit_val_batches  # a validation before the first step
         trainer.callbacks.append(StopAtRecovered(cfg, metrics_file(out.parent)))
+    # After training, Lightning moves the weights to the CPU. On CUDA they then no longer share
+    # Megatron's buffers, so it would be too late to gather their shards.
+    trainer.callbacks.append(LambdaCallback(on_train_end=lambda *_: gather_weights(model)))
     if deadline() is not None:
         trainer.callbacks.append(StopAtDeadline(cfg))
     if cfg.profile_steps:
@@ -135,6 +140,8 @@ def _save_trained(
 ) -> None:
     """Writes the model without the optimizer, with weights in ``cfg.dtype``.
 
+    The caller has gathered the weights.
+
     Args:
         cfg: Settings.
         model: The trained model.
@@ -150,9 +157,6 @@ def _save_trained(
     saved_config.context_parallel_size = saved_config.expert_model_parallel_size = 1
     saved_config.sequence_parallel = False
     _set_recompute(saved_config, "none")
-    # Each rank has updated its shard of the weights. Training gathers the shards only when the next
-    # step starts, so they are gathered here.
-    model.module.start_param_sync(force_sync=True)
     # The temporary folder is in the stage's work directory, where a restart removes it.
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary, model.without_loss_modules():
         staged = Path(temporary) / nemo.SIDE

@@ -22,6 +22,7 @@ from nemo_convert.convert import hf_weights
 from nemo_convert.nemo import find_checkpoint
 from recipes.core.manifest import ARTIFACT, WORK
 from recipes.core.metrics import METRICS, steps_of
+from recipes.core.run_state import REQUEST
 from recipes.distillation import model
 from recipes.distillation.training import CHECKPOINTS, complete_checkpoints
 from tests.support.in_process import run_successfully
@@ -259,3 +260,32 @@ def test_all_ranks_resume_from_the_checkpoint_that_rank_0_chooses(tmp_path: Path
     script.write_text(STALE_LISTING)
     run_ranks(str(script), str(tmp_path / "checkpoints"))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step=99-last"]
+
+
+MOVED_WEIGHTS = """
+import runpy
+import sys
+
+import torch
+from lightning.pytorch import LightningModule
+
+if __name__ == "__main__":  # processes that save checkpoints import this module again
+    LightningModule.cpu = lambda self: self._apply(torch.clone)
+    sys.argv = ["worker", "recipes.stages.distill", sys.argv[1]]
+    runpy.run_module("recipes.core.worker", run_name="__main__")
+"""
+
+
+def test_shards_of_weights_are_gathered_before_lightning_moves_the_weights(
+    one_rank: Path, perturbed: Path, even_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """On CUDA, Lightning's ``cpu`` gives weights other storage after training. They then no longer
+    share Megatron's buffers, so a later gather would leave half of them as before the last step.
+    """
+    run_dir = copy_without(one_rank, tmp_path / "run", "distill")
+    command = [*overrides(even_llama, text_file, run_dir), *layout("DP=2")]
+    run_successfully(*command, "dry_run=true", cwd=tmp_path)
+    script = tmp_path / "ranks.py"
+    script.write_text(MOVED_WEIGHTS)
+    run_ranks(str(script), str(run_dir / "distill" / REQUEST))
+    require_same_training(one_rank, perturbed, run_dir)

@@ -144,6 +144,23 @@ def require_norm_states(checkpoint: Path, stateless: Path) -> None:
     nemo.load_weights(core, stateless)
 
 
+class Experts(torch.nn.Module):
+    """Experts with the state dict of TransformerEngine's grouped linear layer."""
+
+    def sharded_state_dict(self, prefix: str) -> dict[str, str]:
+        names = ("weight0", "weight1", "_extra_state", "_extra_state1")
+        return {f"{prefix}{name}": name for name in names}
+
+
+def test_fp8_states_of_experts_are_not_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names: list[str] = []
+    monkeypatch.setattr(nemo, "read_sharded", lambda state, _: names.extend(state) or {})
+    nemo.load_weights(Experts(), tmp_path)
+    assert names == ["module.weight0", "module.weight1"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip_of_odd_shapes(family: str, text_file: Path, tmp_path: Path) -> None:
     source, back = tmp_path / "hf", tmp_path / "back"
