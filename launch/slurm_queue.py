@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import shutil
 import subprocess
 import time
@@ -16,7 +18,7 @@ from recipes.core.run_state import Status, stage_state
 from recipes.core.screen import screen
 
 RECORD = "jobs.txt"
-"""File in a run directory with a line ``STAGE JOB FINGERPRINT RUN_HASH`` for each submitted job."""
+"""File in a run directory with a line ``STAGE JOB OWNER FINGERPRINT RUN_HASH`` for each job."""
 ENDED = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY")
 ) | {"PREEMPTED", "REVOKED", "TIMEOUT"}
@@ -51,7 +53,9 @@ class SlurmJob:
 
     stage: str
     id: str
+    owner: str
     fingerprint: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,17 @@ def run_hash(run_dir: Path) -> str:
     return hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
 
 
+def job_name(run_dir: Path, stage: str) -> str:
+    """Returns the name of a stage's jobs, which no other stage and no other run has."""
+    return f"{run_dir.name}.{stage}.{run_hash(run_dir)}"
+
+
+def owner() -> str:
+    """Returns the user id and the cluster of jobs submitted here, as ``submit.sh`` records them."""
+    config = query("scontrol", "show", "config").stdout
+    return f"{os.getuid()}@{''.join(re.findall(r'^ClusterName *= (.+)', config, re.M))}"
+
+
 def read_jobs(run_dir: Path) -> dict[str, SlurmJob]:
     """Returns the newest job of each stage, by stage.
 
@@ -99,7 +114,11 @@ def read_jobs(run_dir: Path) -> dict[str, SlurmJob]:
     except FileNotFoundError:
         return {}
     rows = [line.split() for line in text.splitlines()]
-    return {row[0]: SlurmJob(*row[:3]) for row in rows if row[3:] == [run_hash(run_dir)]}
+    return {
+        row[0]: SlurmJob(*row[:4], *[job_name(run_dir, row[0])])
+        for row in rows
+        if row[4:] == [run_hash(run_dir)]
+    }
 
 
 def forget_job(run_dir: Path, stage: str) -> None:
@@ -111,13 +130,17 @@ def forget_job(run_dir: Path, stage: str) -> None:
 
 
 def job_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
-    """Returns the states of jobs that Slurm remembers, by job id; raises if squeue fails."""
-    ids = [job.id for job in jobs]
+    """Returns the states of jobs that Slurm remembers, by job id; raises if squeue fails.
+
+    Also asks for the jobs' names: another cluster may have other jobs with these ids.
+    """
+    ids = {job.id: job.name for job in jobs}
     if not ids or shutil.which("squeue") is None:  # such as a run copied to a machine without Slurm
         return {}
     # Slurm forgets a job minutes after its end. If ``ids`` has only such a job, squeue fails.
     columns = "--format=%i|%T|%r|%L|%N"
-    done = query("squeue", "--noheader", "--states=all", columns, f"--jobs={','.join(ids)}")
+    selection = (f"--jobs={','.join(ids)}", f"--name={','.join(ids.values())}")
+    done = query("squeue", "--noheader", "--states=all", columns, *selection)
     if done.returncode and "Invalid job id" not in done.stderr:
         raise RecipeError(
             f"squeue does not answer: {done.stderr.strip()}", "try again once Slurm is up"
@@ -128,13 +151,12 @@ def job_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
 
 def final_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
     """Returns the states of ended jobs, by job id; empty if Slurm keeps no accounting records."""
-    ids = ",".join(job.id for job in jobs)
+    ids = {job.id: job.name for job in jobs}
     if not ids:
         return {}
     # With -X, sacct omits the steps of jobs.
-    done = query(
-        "sacct", "--noheader", "--parsable2", "-X", "--format=JobID,State", f"--jobs={ids}"
-    )
+    selection = (f"--jobs={','.join(ids)}", f"--name={','.join(ids.values())}")
+    done = query("sacct", "--noheader", "--parsable2", "-X", "--format=JobID,State", *selection)
     rows = [line.split("|") for line in done.stdout.splitlines()]
     # A state can be "CANCELLED by 1000", or "CANCELLED+" if sacct cuts it off.
     states = {row[0]: JobState(row[1].split()[0].rstrip("+")) for row in rows if len(row) == 2}
@@ -145,16 +167,28 @@ def active_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
     """Returns the jobs of a run that run or wait, and their states, by stage.
 
     Raises:
-        RecipeError: This machine has no Slurm, so a job without a result may run.
+        RecipeError: A job without a result may run, but Slurm does not show it here: this machine
+            has no Slurm or that of another cluster, or hides the jobs of other users.
     """
     jobs = read_jobs(run_dir)
-    for name, job in jobs.items() if shutil.which("squeue") is None else ():
-        if stage_state(run_dir / name, job.fingerprint).status is not Status.COMPLETE:
-            raise RecipeError(
-                f"job {job.id} may run {name} of {run_dir}, but this machine has no squeue.",
-                f"repeat this where Slurm is; if no job runs, delete {run_dir / RECORD}",
-            )
     states = job_states(jobs.values())
+    unknown = [
+        job
+        for name, job in jobs.items()
+        if job.id not in states
+        and stage_state(run_dir / name, job.fingerprint).status is not Status.COMPLETE
+    ]
+    here = owner() if unknown else ""
+    ended = final_states(job for job in unknown if job.owner != here)
+    for job in unknown:
+        hidden = job.owner != here or shutil.which("squeue") is None
+        if hidden and job.id not in ended:
+            raise RecipeError(
+                f"job {job.id} of {job.owner} (user@cluster) may run {job.stage} of {run_dir}, "
+                f"but Slurm does not show it to {here}.",
+                "repeat this as that user on that cluster; "
+                f"if no job runs, delete {run_dir / RECORD}",
+            )
     return {
         name: (job, state)
         for name, job in jobs.items()

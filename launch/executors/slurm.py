@@ -27,6 +27,7 @@ from launch.slurm_queue import (
     STATE_REASONS,
     JobState,
     SlurmJob,
+    job_name,
     job_states,
     lasting_jobs,
     query,
@@ -157,6 +158,12 @@ def _settings_problems(stages: Sequence[PlannedStage], cluster: SlurmConfig) -> 
             f"the current directory {os.getcwd()} has a character that job options cannot hold\n"
             "  fix: work in a folder whose path has only letters, digits and ./@+=_-"
         )
+    clusters = os.environ.get("SBATCH_CLUSTERS")
+    if clusters and clusters != os.environ.get("SLURM_CLUSTERS"):
+        yield (
+            f"squeue and scancel do not read SBATCH_CLUSTERS={clusters}, so they would not find "
+            "the jobs\n  fix: set SLURM_CLUSTERS instead, which all programs of Slurm read"
+        )
     without_image = cluster.python is None and any(stage.image is None for stage in stages)
     if without_image and not PLAIN.fullmatch(sys.executable):
         yield (
@@ -205,7 +212,7 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         cpus_per_task=_cpus_per_task(stage, cluster),
         # This name is unique to the stage and its run. The dependency ``singleton`` then lets only
         # one job of the stage run at a time.
-        job_name=f"{run_dir.name}.{stage.name}.{run_hash(run_dir)}",
+        job_name=job_name(run_dir, stage.name),
         # A forced stage already has a manifest. A manifest with this start time does not mean that
         # the new job is complete.
         replaces=old.started_at if (old := stage.result) else None,

@@ -309,6 +309,16 @@ def test_paths_with_spaces_are_refused(
     prepare(*SLURM, 'cluster.images.default="registry#nemo:1"')
 
 
+def test_a_cluster_that_only_sbatch_would_use_is_refused(
+    prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SBATCH_CLUSTERS", "east")
+    with pytest.raises(RecipeError, match="SBATCH_CLUSTERS=east"):
+        prepare(*SLURM)
+    monkeypatch.setenv("SLURM_CLUSTERS", "east")
+    prepare(*SLURM)
+
+
 def test_docker_command_has_exactly_these_options(
     prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from launch.executors.local import run_all
 from launch.plan import Plan
 from launch.progress import Follower
 from launch.run_status import read_statuses
-from launch.slurm_queue import RECORD, active_jobs, read_jobs, run_hash
+from launch.slurm_queue import RECORD, active_jobs, owner, read_jobs, run_hash
 from recipes.core.errors import RecipeError
 from recipes.core.stage_process import LOGS
 from tests.support.launcher import write_program
@@ -34,7 +34,7 @@ def planned(plan: MakePlan) -> Plan:
     planned = plan()
     write_last_plan(planned)
     run = run_hash(planned.run_dir)
-    jobs = [f"{s.name} {number} {s.fingerprint} {run}\n" for number, s in enumerate(planned.stages)]
+    jobs = [f"{s.name} {n} {owner()} {s.fingerprint} {run}\n" for n, s in enumerate(planned.stages)]
     (planned.run_dir / RECORD).write_text("".join(jobs))
     return planned
 
@@ -93,7 +93,7 @@ def test_jobs_without_a_result_are_unknown_on_a_machine_without_slurm(
     planned: Plan, complete: Complete, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(RecipeError, match="no squeue"):
+    with pytest.raises(RecipeError, match="job 0"):
         active_jobs(planned.run_dir)
     assert read_statuses(planned.run_dir)
     complete(planned)

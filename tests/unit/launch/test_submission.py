@@ -14,7 +14,7 @@ import pytest
 
 from launch import slurm_queue
 from launch.executors import slurm
-from launch.slurm_queue import RECORD, run_hash
+from launch.slurm_queue import RECORD, owner, read_jobs, run_hash
 from recipes.core.errors import RecipeError
 from recipes.core.run_state import begin_work, discard_work
 from tests.support.launcher import write_program
@@ -70,7 +70,7 @@ def test_submission_ignores_variables_of_an_allocation(
     allocation = ("SLURM_NTASKS", "SLURM_CPU_BIND", "PMIX_RANK", "PMI_SIZE", "CUDA_VISIBLE_DEVICES")
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
     defaults = ("SBATCH_TIMELIMIT", "SBATCH_PARTITION", "SBATCH_ACCOUNT", "SLURM_CONF")
-    defaults += ("SBATCH_RESERVATION",)
+    defaults += ("SBATCH_RESERVATION", "SBATCH_CLUSTERS")
     for name in (*allocation, *ranks, *defaults):
         monkeypatch.setenv(name, "1")
     subprocess.run([planned.run_dir / "submit.sh"], check=True)
@@ -108,7 +108,9 @@ def queued(
     names = [stage.name for stage in planned.stages]
     complete(planned, *names[: names.index("distill")])
     fingerprint = stage_named(planned, "distill").fingerprint
-    (planned.run_dir / RECORD).write_text(f"distill 7 {fingerprint} {run_hash(planned.run_dir)}\n")
+    (planned.run_dir / RECORD).write_text(
+        f"distill 7 {owner()} {fingerprint} {run_hash(planned.run_dir)}\n"
+    )
     (tmp_path / "queue").write_text("7|PENDING|Dependency|1:00|\n")
     write_program(tmp_path / "bin" / "squeue", f"cat {tmp_path}/queue")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
@@ -173,6 +175,7 @@ def test_submission_by_hand_waits_for_a_job_that_is_ending(plan: MakePlan, tmp_p
     queue.write_text("COMPLETING\n")
     threading.Timer(1, lambda: queue.write_text("")).start()
     assert job_of_distill() == "8"
+    assert read_jobs(run_dir)["distill"].owner == owner()
 
 
 @pytest.mark.parametrize("cluster", ["local", "docker", "slurm"])

@@ -6,7 +6,7 @@ cd /TMP/run
 
 # Inherited variables of an allocation or a rank would override the size, GPUs and ranks of the jobs.
 inherited='^((SLURM|SBATCH|PMIX?|TORCHELASTIC)_.*|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|CUDA_VISIBLE_DEVICES)$'
-for name in $(compgen -e | grep -E "$inherited" | grep -vxE '(SLURM_CONF|(SLURM|SBATCH)_CLUSTERS|SBATCH_(ACCOUNT|PARTITION|QOS|RESERVATION))'); do
+for name in $(compgen -e | grep -E "$inherited" | grep -vxE '(SLURM_(CONF|CLUSTERS)|SBATCH_(ACCOUNT|PARTITION|QOS|RESERVATION))'); do
   unset "$name"
 done
 
@@ -24,28 +24,30 @@ if [ "${1:-}" = --test-only ]; then # prints when Slurm could start each job; su
   exit
 fi
 
-state() { # JOB: prints the state of a job in the queue
-  squeue --noheader --format=%T --jobs="$1" 2>/dev/null || true
+state() { # STAGE JOB: prints the state of a job in the queue; another cluster may have other jobs with this id
+  squeue --noheader --format=%T --name="run.$1.HASH" --jobs="$2" 2>/dev/null || true
 }
+
+owner=$(id -u)@$(scontrol show config 2>/dev/null | sed -n 's/^ClusterName *= //p') || true
 
 submit() { # STAGE FINGERPRINT DEPENDENCY: prints the job's id and records it for `launch/run.py status`
   local job deadline=$((SECONDS + 300))
   job=$(grep -s "^$1 .* $2 HASH\$" jobs.txt | tail -n 1 | cut -d " " -f 2) || true
-  while [ -n "$job" ] && [ "$(state "$job")" = COMPLETING ]; do # ends soon, such as after scancel
+  while [ -n "$job" ] && [ "$(state "$1" "$job")" = COMPLETING ]; do # ends soon, such as after scancel
     if [ "$SECONDS" -ge "$deadline" ]; then
       echo "Slurm does not end job $job of $1, which is completing; repeat this later" >&2
       return 1
     fi
     sleep 2
   done
-  if [ -n "$job" ] && [ -n "$(state "$job")" ]; then
+  if [ -n "$job" ] && [ -n "$(state "$1" "$job")" ]; then
     echo "$job" # submitted before
     return
   fi
   prefer_script "$1"
   job=$(sbatch --parsable --kill-on-invalid-dep=yes --dependency="$3" "$1/job.sbatch") || return
   job=${job%%;*}
-  echo "$1 $job $2 HASH" >>jobs.txt || { # such as a full disk; bash ignores `set -e` here
+  echo "$1 $job $owner $2 HASH" >>jobs.txt || { # such as a full disk; bash ignores `set -e` here
     scancel "$job"
     return 1
   }
