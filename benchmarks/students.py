@@ -8,7 +8,8 @@
 A variant is a name, followed by overrides of the launcher. Each variant trains once per seed, in a
 run of the launcher in ``OUT/NAME-SEED``. All variants start from the same student and have the same
 schedule. An interrupted benchmark resumes. A variant that overrides ``data`` prepares its own
-training text. All variants are evaluated on the held-out text of ``--run-dir``.
+training text. All variants are evaluated on the held-out text of ``--run-dir``, whose
+documents are left out of a variant's own training text, unless this is ``data.prefix``.
 
 Choose a variant by its validation loss. This loss is measured on the validation text of the
 variant's data, so compare only variants with the same data. Held-out text is for reporting.
@@ -103,14 +104,15 @@ def train(
         "evaluate.inputs.pruned": base / "prune",
         "evaluate.inputs.data": data,
     }
-    stages = ["distill", "evaluate"]
+    stages, overrides = ["distill", "evaluate"], list(variant.overrides)
     if variant.has_own_data:
         stages.insert(0, "prepare_data")
         settings["prepare_data.inputs.tokenizer"] = teacher
+        overrides.append(f"+stages.prepare_data.inputs.held_out={data}")
     else:
         settings["distill.inputs.data"] = data
     length_override = f"data.seq_length={complete_manifest(data).config['seq_length']}"
-    launch(base, out, stages, settings, length_override, *variant.overrides)
+    launch(base, out, stages, settings, length_override, *overrides)
     training = complete_manifest(out / "distill").result(TrainingResult)
     return StudentResult(
         variant.name,

@@ -201,6 +201,8 @@ def test_students_are_trained_with_other_losses_and_data(
     shared_text = complete_manifest(tiny_run / "prepare_data").fingerprint
     assert data["kl"] == shared_text
     assert data["own_text"] != shared_text
+    own_text_inputs = complete_manifest(out / "own_text-3" / "prepare_data").inputs
+    assert own_text_inputs["held_out"] == shared_text, "it could train on the evaluated text"
 
 
 def test_operations_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
