@@ -16,6 +16,8 @@ from torch import Tensor
 from recipes.core.errors import RecipeError
 from recipes.core.stage import Input
 from recipes.data.results import DatasetResult, SourceTokens
+from recipes.data.settings import PrepareDataConfig
+from recipes.data.sources import source_names
 from recipes.data.split_writer import LOSS_MASK
 
 
@@ -99,6 +101,33 @@ def sequences_by_source(
         start = stop
     per_source = None if count is None or not spans else math.ceil(count / len(spans))
     return {name: span[:per_source] for name, span in spans.items()}
+
+
+def require_evaluated_sources(
+    cfg: PrepareDataConfig, source_tokens: Mapping[str, Sequence[SourceTokens]]
+) -> None:
+    """Checks that no source is missing where ``read_sequences`` reads; prints warnings.
+
+    Args:
+        cfg: Settings of the text.
+        source_tokens: ``DatasetResult.source_tokens``.
+
+    Raises:
+        RecipeError: A source that is only for evaluation has no whole sequence.
+    """
+    trained = cfg.training_names()
+    for split in ("validation", "calibration", "heldout"):
+        present = sequences_by_source(source_tokens[split], cfg.seq_length)
+        expected = [entry.source for entry in source_tokens[split]]
+        if split == "heldout":
+            expected += [name for name in source_names(cfg.all_sources()) if name not in trained]
+        missing = [name for name in dict.fromkeys(expected) if name not in present]
+        what = f"no whole sequence of seq_length={cfg.seq_length} in {split}: {', '.join(missing)}"
+        # With the input ``held_out``, models are evaluated on the held-out text of the other stage.
+        if not set(missing) <= set(trained) and "held_out" not in cfg.inputs:
+            raise RecipeError(what, "give these sources more text, or set data.seq_length lower")
+        if missing:
+            print(f"warning: {what}; nothing is measured on them", flush=True)
 
 
 def read_sequences(

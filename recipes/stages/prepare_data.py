@@ -227,6 +227,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     from recipes.data.chat import ChatTokenizer
     from recipes.data.preparation import EARLIER, HELD_OUT, prepare
     from recipes.data.split_writer import LOSS_MASK
+    from recipes.data.token_sequences import require_evaluated_sources
     from recipes.data.tokenizer import broadcast, load_tokenizer
 
     side_files = side_folder(find_checkpoint(inputs["tokenizer"].artifact))
@@ -259,23 +260,22 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     endings = ("bin", "idx", LOSS_MASK) if chat else ("bin", "idx")
     for name in (f"{split}.{ending}" for split in SPLITS for ending in endings):
         link_or_copy(folder / name, out / name)
-    return Outcome(
-        DatasetResult(
-            documents={split: documents for split, (_, documents) in prepared.sizes.items()},
-            tokens=tokens,
-            sources=cfg.sources,
-            source_tokens={
-                split: [SourceTokens(name, count) for name, count in counts.items()]
-                for split, counts in prepared.sources.items()
-            },
-            document_end=tokenizer.end,
-            document_begin=tokenizer.begin,
-            seq_length=cfg.seq_length if chat else None,
-            conversations=prepared.conversations,
-            origins=origins,
-        ),
-        tokenizer_sha256=inputs["tokenizer"].manifest.tokenizer_sha256,
+    result = DatasetResult(
+        documents={split: documents for split, (_, documents) in prepared.sizes.items()},
+        tokens=tokens,
+        sources=cfg.sources,
+        source_tokens={
+            split: [SourceTokens(name, count) for name, count in counts.items()]
+            for split, counts in prepared.sources.items()
+        },
+        document_end=tokenizer.end,
+        document_begin=tokenizer.begin,
+        seq_length=cfg.seq_length if chat else None,
+        conversations=prepared.conversations,
+        origins=origins,
     )
+    require_evaluated_sources(cfg, result.source_tokens)
+    return Outcome(result, tokenizer_sha256=inputs["tokenizer"].manifest.tokenizer_sha256)
 
 
 def _link_tokens(
@@ -290,6 +290,8 @@ def _link_tokens(
     If ``heldout_sources`` is set, these sources are the held-out split, and ``prepared`` has their
     tokens.
     """
+    from recipes.data.token_sequences import require_evaluated_sources
+
     files, log = open_token_files(cfg.prefix_path), metrics_log(out)
     require_valid(files, tokenizer.size, partial(log.progress, "check"))
     # A person can see from the sample whether the files were written with this tokenizer.
@@ -322,6 +324,7 @@ def _link_tokens(
         document_begin=tokenizer.begin,
         sample=sample,
     )
+    require_evaluated_sources(cfg, result.source_tokens)
     return Outcome(result, tokenizer_sha256=model.manifest.tokenizer_sha256)
 
 

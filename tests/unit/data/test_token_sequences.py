@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from recipes.core.errors import RecipeError
 from recipes.data.results import SourceTokens
+from recipes.data.settings import PrepareDataConfig
 from recipes.data.token_sequences import (
     TextSequences,
     count_sequences,
+    require_evaluated_sources,
     sequence_order,
     sequence_tokens,
     sequences_by_source,
@@ -68,6 +72,25 @@ def test_sequences_are_spread_over_the_sources() -> None:
     assert sequences_by_source(sources, 4, 2) == {"a": range(1), "b": range(3, 4)}
     assert sequences_by_source(sources[:1], 4, 2) == {"a": range(2)}
     assert sequences_by_source(sources[1:2], 4, 2) == {}
+
+
+def test_a_source_without_a_whole_sequence_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """The source "prose" is only for evaluation, and "mine" has text in all splits."""
+    cfg = PrepareDataConfig(sources=["mine.txt"], heldout_sources=["prose.txt"], seq_length=4)
+    enough, short = SourceTokens("mine", 40), SourceTokens("mine", 3)
+    tokens = {split: [enough] for split in ("train", "validation", "calibration")}
+    heldout = [SourceTokens("prose", 9), enough]
+    require_evaluated_sources(cfg, tokens | {"heldout": heldout})
+    assert not capsys.readouterr().out
+    require_evaluated_sources(cfg, tokens | {"heldout": heldout, "validation": [short]})
+    assert re.search("warning: .*validation: mine", capsys.readouterr().out)
+    for texts in ([SourceTokens("prose", 3), enough], [enough]):
+        with pytest.raises(RecipeError, match="heldout: prose"):
+            require_evaluated_sources(cfg, tokens | {"heldout": texts})
+    # The held-out text of another stage is evaluated.
+    cfg.inputs["held_out"] = "prepare_data"
+    require_evaluated_sources(cfg, tokens | {"heldout": [enough]})
+    assert "heldout: prose" in capsys.readouterr().out
 
 
 def test_first_selects_the_first_sequences_of_each_source() -> None:
