@@ -34,7 +34,7 @@ from recipes.engines import openvino, tensorrt_llm
 from recipes.engines.backends import require_backend
 from recipes.engines.bench import cpu_threads
 from recipes.engines.results import EngineResult
-from recipes.engines.server import HOST, choose_port, llama_command, serving, trtllm_command
+from recipes.engines.server import HOST, free_port, llama_command, serving, trtllm_command
 from recipes.engines.settings import EvaluateServedConfig
 from recipes.evaluation import packed_lm
 from recipes.evaluation.packing import Request, truncated_context
@@ -247,7 +247,7 @@ def served_lm(
         packed_lm.leave_length_to_tasks(model.generation_config)
         yield HFLM(pretrained=model, tokenizer=str(folder), batch_size=1, max_length=length)
         return
-    port = choose_port(cfg.port)
+    port = free_port()
     lm_class: type[ServedLM] = LlamaCppLM
     launcher: list[str] = []
     if server == "llama_cpp":

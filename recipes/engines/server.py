@@ -66,22 +66,12 @@ def trtllm_command(engine: str, backend: str, tokenizer: str, ranks: int = 1) ->
     return [*command, *parallel, "--extra_llm_api_options", f"{engine}/{LLM_OPTIONS}"]
 
 
-def choose_port(port: int) -> int:
-    """Returns ``port``; chooses an unused port if it is 0.
-
-    Raises:
-        RecipeError: The port is in use, or this user may not open it.
-    """
+def free_port() -> int:
+    """Returns a port that no process uses."""
     with socket.socket() as probe:
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise RecipeError(
-                f"port {port} of {HOST} cannot be used: {error.strerror}",
-                "set another port, or port=0, which chooses a free port",
-            ) from error
-        chosen: int = probe.getsockname()[1]
-    return chosen
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from recipes.core.constraints import Count, CountOrZero, Threads, integer, one_of
+from recipes.core.constraints import Count, Threads, integer, one_of
 from recipes.core.stage import StageConfig
 from recipes.evaluation.settings import EvaluateTasksConfig
 from recipes.planning.transformer import Storage
@@ -123,7 +123,5 @@ class EvaluateServedConfig(EvaluateTasksConfig):
     tokens."""
     threads: Threads | None = field(default=None, metadata={"resource": True})
     """CPU threads of llama.cpp; by default as many as the launcher assigns to a process."""
-    port: CountOrZero = field(default=0, metadata={"resource": True})
-    """Port of the server on 127.0.0.1; 0 chooses a free one."""
     start_seconds: Count = field(default=900, metadata={"resource": True})
     """Maximum time for the server to load the model."""

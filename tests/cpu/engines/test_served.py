@@ -30,7 +30,7 @@ from recipes.core.stage import Input
 from recipes.data.token_sequences import TextSequences
 from recipes.engines import served, server
 from recipes.engines.results import EngineResult
-from recipes.engines.server import choose_port, llama_command, serving
+from recipes.engines.server import free_port, llama_command, serving
 from recipes.engines.settings import BuildEngineConfig, EvaluateServedConfig
 from recipes.evaluation import packed_lm
 from recipes.evaluation.predictions import TEACHER, Predictor
@@ -57,7 +57,7 @@ def gguf(odd_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llama(odd_llama: Path, gguf: Path) -> Iterator[served.LlamaCppLM]:
-    port = choose_port(0)
+    port = free_port()
     with serving(llama_command(gguf, port, LENGTH + 1, 1), port, 120) as address:
         yield served.LlamaCppLM(address, odd_llama, LENGTH)
 
@@ -261,45 +261,39 @@ def test_a_gguf_file_is_compared_with_its_student(even_llama: Path, tmp_path: Pa
     assert children() <= before
 
 
-@pytest.mark.parametrize("problem", ["missing", "port", "damaged", "killed"])
+@pytest.mark.parametrize("problem", ["missing", "damaged", "killed"])
 def test_a_failing_server_gives_one_message(
     even_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str
 ) -> None:
-    before, inputs, settings = children(), gguf_inputs(tmp_path, even_llama, "f16"), {}
+    before, inputs = children(), gguf_inputs(tmp_path, even_llama, "f16")
     messages = {
         "missing": "llama.cpp's server is missing",
-        "port": "cannot be used",
         "damaged": "did not start",
         "killed": "ended during a request: killed by SIGKILL",
     }
-    with socket.socket() as occupant:
-        if problem == "missing":
-            monkeypatch.setattr(server, "has_llama_server", lambda: False)
-        elif problem == "port":
-            occupant.bind((server.HOST, 0))
-            occupant.listen()
-            settings["port"] = occupant.getsockname()[1]
-        elif problem == "damaged":
-            (inputs["artifact"].artifact / FILE).write_bytes(b"GGUF" + bytes(100))
-        else:
-            score_token, calls = served.LlamaCppLM.token_score, []
+    if problem == "missing":
+        monkeypatch.setattr(server, "has_llama_server", lambda: False)
+    elif problem == "damaged":
+        (inputs["artifact"].artifact / FILE).write_bytes(b"GGUF" + bytes(100))
+    else:
+        score_token, calls = served.LlamaCppLM.token_score, []
 
-            def kill(self: Any, context: list[int], token: int) -> tuple[float, bool]:
-                calls.append(token)
-                if len(calls) == 5:
-                    for pid in children() - before:
-                        os.kill(pid, signal.SIGKILL)
-                return score_token(self, context, token)
+        def kill(self: Any, context: list[int], token: int) -> tuple[float, bool]:
+            calls.append(token)
+            if len(calls) == 5:
+                for pid in children() - before:
+                    os.kill(pid, signal.SIGKILL)
+            return score_token(self, context, token)
 
-            monkeypatch.setattr(served.LlamaCppLM, "token_score", kill)
-        with pytest.raises(RecipeError, match=messages[problem]):
-            evaluate_served.run(config(**settings), inputs, make_artifact_folder(tmp_path, "stage"))
+        monkeypatch.setattr(served.LlamaCppLM, "token_score", kill)
+    with pytest.raises(RecipeError, match=messages[problem]):
+        evaluate_served.run(config(), inputs, make_artifact_folder(tmp_path, "stage"))
     assert children() <= before
 
 
 def test_a_server_dies_with_its_stage(gguf: Path) -> None:
     """The server also stops after ``kill -9`` of the stage."""
-    port = choose_port(0)
+    port = free_port()
     code = (
         "from recipes.engines.server import llama_command, serving; import signal\n"
         f"with serving(llama_command({str(gguf)!r}, {port}, 64, 1), {port}, 120):\n"
