@@ -80,8 +80,8 @@ class RankCandidatesConfig(StageConfig):
     """Settings of ``rank_candidates``."""
 
     proxy: Annotated[str, one_of(*PROXIES)] = "kl_to_teacher"
-    """Metric that ranks the untrained candidates: ``kl_to_teacher`` or ``perplexity``; lower is
-    better."""
+    """Metric that ranks the untrained candidates, and by which ``successive_halving`` chooses
+    among the trained ones: ``kl_to_teacher`` or ``perplexity``; lower is better."""
     num_healed: CountOrZero = 8
     """Number of the best shapes that are also reconstructed by least squares. They rank before
     all others, by their metrics after reconstruction. These metrics predict the order after
@@ -111,9 +111,6 @@ class SuccessiveHalvingConfig(StageConfig):
     """Names of further candidates of the first round, in addition to the best-ranked ones."""
     max_tokens: Tokens = 200_000
     """Number of tokens of all training runs together."""
-    select_by: Annotated[str, one_of(*PROXIES)] = "kl_to_teacher"
-    """Metric that chooses candidates: ``kl_to_teacher`` or ``perplexity`` on validation text; lower
-    is better."""
     num_samples: Count = 16
     """Validation sequences on which candidates are measured after a round."""
     precision: Precision = "32"

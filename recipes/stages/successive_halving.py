@@ -220,7 +220,8 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
     remaining = [
         name for i, name in enumerate(ranked) if i < cfg.num_candidates or name in cfg.also
     ]
-    method = inputs["candidates"].manifest.config["layer_importance"]
+    ranking = inputs["candidates"].manifest.config
+    method, metric = ranking["layer_importance"], ranking["proxy"]
     halving = HalvingRun(cfg, inputs, out.parent / CANDIDATES, method)
     log = metrics_log(out)
     round_sizes = cfg.rounds(len(remaining))
@@ -234,8 +235,8 @@ def run(cfg: SuccessiveHalvingConfig, inputs: Inputs, out: Path) -> Outcome:
             ranked[candidate.name] = replace(
                 candidate, **vars(quality), tokens=candidate.tokens + tokens
             )
-        # Lower is better for every metric that ``select_by`` allows.
-        remaining.sort(key=lambda name: _nan_last(float(getattr(ranked[name], cfg.select_by))))
+        # Lower is better for every metric that ``proxy`` allows.
+        remaining.sort(key=lambda name: _nan_last(float(getattr(ranked[name], metric))))
         log.progress("successive_halving", round_number + 1, len(round_sizes), leader=remaining[0])
         remaining = remaining[: math.ceil(len(remaining) / 2)]
     winner = ranked[remaining[0]] = replace(ranked[remaining[0]], chosen=True)
