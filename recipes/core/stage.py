@@ -15,6 +15,7 @@ from recipes.core.constraints import Count, Duration, Environment, matching
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, Manifest
 from recipes.core.metrics import METRICS, MetricsLog
+from recipes.core.precision import Precision
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -69,6 +70,19 @@ class StageConfig:
     def __post_init__(self) -> None:
         """Names the stage like its module. The plan and the worker then set the recipe's name."""
         self.name = self.stage  # no setting, so without a field
+
+
+@dataclass
+class InferenceConfig(StageConfig):
+    """Settings of several stages that run models on sequences of text."""
+
+    seq_length: Count = 256
+    """Tokens of a sequence."""
+    precision: Precision = "32"
+    """Precision of weights and computation, except output heads, which are always in float32:
+    ``32``, or ``bf16-mixed``, which halves memory."""
+    micro_batch_size: Count = field(default=4, metadata={"resource": True})
+    """Sequences of a forward pass."""
 
 
 @dataclass(frozen=True)

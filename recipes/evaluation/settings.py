@@ -9,23 +9,16 @@ from pydantic import Field
 
 from recipes.core.constraints import Count, CountOrZero, Seed, integer, matching, one_of
 from recipes.core.precision import Precision
-from recipes.core.stage import StageConfig
+from recipes.core.stage import InferenceConfig, StageConfig
 
 
 @dataclass
-class EvaluateConfig(StageConfig):
+class EvaluateConfig(InferenceConfig):
     """Settings of ``evaluate``."""
 
-    seq_length: Count = 256
-    """Tokens of a sequence."""
     num_sequences: Count = 40
     """Sequences of held-out text, rounded up to the same number for each source; fewer if the text
     is shorter."""
-    precision: Precision = "32"
-    """Precision of weights and computation, except heads: ``32``, or ``bf16-mixed``, which halves
-    memory."""
-    micro_batch_size: Count = field(default=4, metadata={"resource": True})
-    """Sequences of a forward pass."""
     num_generations: CountOrZero = 3
     """Held-out sequences whose first tokens every model continues."""
     prompt_tokens: Count = 32

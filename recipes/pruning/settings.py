@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from nemo_convert.architecture import Architecture
 from recipes.core.constraints import Count, CountOrZero, Seed, Size, one_of
 from recipes.core.precision import Precision
-from recipes.core.stage import StageConfig
+from recipes.core.stage import InferenceConfig, StageConfig
 from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.rules import Problem
@@ -84,7 +84,7 @@ class PruneConfig(StageConfig):
 
 
 @dataclass
-class HealConfig(StageConfig):
+class HealConfig(InferenceConfig):
     """Settings of ``heal``, which fits a pruned model's weights to its teacher by least squares."""
 
     num_calibration_samples: Count = 64
@@ -93,26 +93,16 @@ class HealConfig(StageConfig):
     """Validation sequences on which the KL is measured before and after healing."""
     precision: Precision = "32"
     """Precision of the KL measurement; healing is in float32."""
-    seq_length: Count = 256
-    """Tokens of a sequence."""
-    micro_batch_size: Count = field(default=4, metadata={"resource": True})
-    """Sequences in one pass."""
 
 
 @dataclass
-class AddLayersConfig(StageConfig):
+class AddLayersConfig(InferenceConfig):
     """Settings of ``add_layers``, which adds layers of the teacher to a distilled student."""
 
     num_layers: Count | None = None
     """Number of layers of the model that is written. Default: halfway from student to teacher."""
     num_sequences: Count = 40
     """Sequences of held-out text on which all sizes are measured."""
-    precision: Precision = "32"
-    """Precision of weights and computation."""
-    seq_length: Count = 256
-    """Tokens of a sequence."""
-    micro_batch_size: Count = field(default=4, metadata={"resource": True})
-    """Sequences of a forward pass."""
 
     def size(self, student: Architecture, teacher: Architecture) -> int:
         """Returns the number of layers of the model that is written."""
@@ -125,7 +115,7 @@ BASE_LOSS_SEQUENCES = 4
 
 
 @dataclass
-class ScoreConfig(StageConfig):
+class ScoreConfig(InferenceConfig):
     """Settings of ``score``. ``loss`` and ``block`` cost most; one pass gives all other scores."""
 
     calibration: Annotated[str, one_of(*CALIBRATIONS)] = "text"
@@ -138,12 +128,6 @@ class ScoreConfig(StageConfig):
     block_sizes: list[Count] | None = None
     """Sizes of blocks of adjacent layers to measure, for ``layer_importance=block``. Default:
     for each ``prune`` stage of this run with that setting, the number of layers that it drops."""
-    precision: Precision = "32"
-    """Precision of all layers except the output head, which is always in float32."""
-    seq_length: Count = 256
-    """Tokens of a sequence."""
-    micro_batch_size: Count = field(default=4, metadata={"resource": True})
-    """Sequences in one pass."""
     seed: Seed = 1234
     """Seed of ``random`` tokens."""
     pipeline_model_parallel_size: Count = field(default=1, metadata={"resource": True})

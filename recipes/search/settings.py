@@ -11,7 +11,7 @@ from omegaconf import MISSING
 from nemo_convert.architecture import Architecture
 from recipes.core.constraints import Count, CountOrZero, Threads, Tokens, integer, one_of
 from recipes.core.precision import Precision
-from recipes.core.stage import Inputs, StageConfig
+from recipes.core.stage import InferenceConfig, Inputs, StageConfig
 from recipes.distillation.settings import DistillConfig
 from recipes.engines.settings import BuildEngineConfig
 from recipes.engines.timing import RequestShape
@@ -76,7 +76,7 @@ class MeasureLatencyConfig(StageConfig):
 
 
 @dataclass
-class RankCandidatesConfig(StageConfig):
+class RankCandidatesConfig(InferenceConfig):
     """Settings of ``rank_candidates``."""
 
     proxy: Annotated[str, one_of(*PROXIES)] = "kl_to_teacher"
@@ -92,12 +92,6 @@ class RankCandidatesConfig(StageConfig):
     """As in ``prune``."""
     num_samples: Count = 8
     """Validation sequences of ``seq_length`` tokens."""
-    seq_length: Count = 256
-    """Tokens of a sequence."""
-    precision: Precision = "32"
-    """As in ``evaluate``."""
-    micro_batch_size: Count = field(default=4, metadata={"resource": True})
-    """Sequences of a forward pass."""
 
 
 @dataclass
