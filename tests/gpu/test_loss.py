@@ -14,6 +14,7 @@ from torch import Tensor
 from recipes.backend.device import device
 from recipes.distillation.losses import LogitsLoss, distillation_loss
 from tests.gpu.small import on_gpu, record
+from tests.support.losses import loss_by_definition
 
 TOKENS, VOCABULARIES = (8192, (64_128, 128_256)) if on_gpu() else (64, (1000, 2000))
 ROWS = 512
@@ -53,28 +54,6 @@ def reference(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> tuple[Tenso
         values.append(value.detach())
         gradients.append(q_logits.grad.float())
     return torch.cat(values), torch.cat(gradients)
-
-
-def loss_by_definition(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> Tensor:
-    """Computes the loss per token by its definition."""
-    p, q = ((x / loss.temperature).softmax(-1) for x in (teacher, student))
-    if loss.top_k is not None:
-        ids = teacher.topk(loss.top_k).indices
-        remaining = torch.ones_like(teacher).scatter(1, ids, 0)
-        p, q = (
-            torch.cat([x.gather(1, ids), (x * remaining).sum(-1, keepdim=True)], 1) for x in (p, q)
-        )
-    m = (p + q) / 2
-    value = {
-        "forward_kl": lambda: kl(p, q),
-        "reverse_kl": lambda: kl(q, p),
-        "jsd": lambda: (kl(p, m) + kl(q, m)) / 2,
-    }[loss.divergence]()
-    return loss.temperature**2 * value
-
-
-def kl(p: Tensor, q: Tensor) -> Tensor:
-    return (p * (p / q).log()).sum(-1)
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)

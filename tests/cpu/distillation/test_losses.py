@@ -22,6 +22,7 @@ from recipes.distillation.losses import (
 )
 from recipes.distillation.settings import LOGITS_LOSSES
 from recipes.distillation.vocabulary import CHUNK_BYTES, TopK, top_k
+from tests.support.losses import loss_by_definition
 from tests.support.ranks import run_ranks
 
 TOKENS, VOCABULARY = 111, 101
@@ -48,28 +49,6 @@ def make_weights() -> Tensor:
     return values[0] * (values[1] > 0.3)
 
 
-def kl(p: Tensor, q: Tensor) -> Tensor:
-    return (p * (p / q).log()).sum(-1)
-
-
-def reference(student: Tensor, teacher: Tensor, loss: LogitsLoss) -> Tensor:
-    """Computes the loss per token by its definition."""
-    p, q = (teacher / loss.temperature).softmax(-1), (student / loss.temperature).softmax(-1)
-    if loss.top_k not in (None, VOCABULARY):  # with the whole vocabulary the tail is empty
-        ids = teacher.topk(loss.top_k).indices
-        others = torch.ones_like(teacher).scatter(1, ids, 0)
-        p, q = (
-            torch.cat([x.gather(1, ids), (x * others).sum(-1, keepdim=True)], 1) for x in (p, q)
-        )
-    m = loss.beta * p + (1 - loss.beta) * q
-    value = {
-        "forward_kl": lambda: kl(p, q),
-        "reverse_kl": lambda: kl(q, p),
-        "jsd": lambda: loss.beta * kl(p, m) + (1 - loss.beta) * kl(q, m),
-    }[loss.divergence]()
-    return loss.temperature**2 * value
-
-
 def with_reference(
     student: Tensor, teacher: Tensor, loss: LogitsLoss, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -78,7 +57,7 @@ def with_reference(
     ours, exact = student.clone().requires_grad_(), student.double().requires_grad_()
     losses = distillation_loss(ours, teacher, loss)
     (losses * make_weights().float()).sum().backward()
-    expected = reference(exact, teacher.double(), loss)
+    expected = loss_by_definition(exact, teacher.double(), loss)
     (expected * make_weights()).sum().backward()
     assert losses.dtype == torch.float32
     assert ours.grad is not None
@@ -158,7 +137,7 @@ def test_samples_of_the_tail_are_unbiased() -> None:
     assert cached.draws is not None
     assert not (cached.draws[:, :, None] == cached.indices[:, None]).any()
     exact = student.clone().requires_grad_()
-    expected = reference(exact, teacher, loss)
+    expected = loss_by_definition(exact, teacher, loss)
     expected.sum().backward()
     assert exact.grad is not None
     means = []
@@ -283,6 +262,7 @@ import torch, torch.distributed as dist
 from recipes.distillation.losses import *
 from recipes.distillation.settings import LOGITS_LOSSES
 from recipes.distillation.vocabulary import CHUNK_BYTES, TopK, top_k
+from tests.support.losses import loss_by_definition
 from tests.support.ranks import run_ranks
 
 dist.init_process_group("gloo")
