@@ -6,8 +6,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from recipes.core.manifest import Manifest, read_manifest, write_manifest
+from recipes.core.manifest import ARTIFACT, Manifest, read_manifest, stamp_files, write_manifest
 from recipes.core.run_state import Request, content_of
+from recipes.core.stage import Input
 from recipes.data.results import DatasetResult, SourceTokens
 
 
@@ -26,6 +27,16 @@ def bare_manifest(stage: str, kind: str, result: Any) -> Manifest:
         seconds=1.0,
         peak_rss_bytes=10**9,
     )
+
+
+def as_input(folder: Path, kind: str, result: Any = None, artifact: Path | None = None) -> Input:
+    """Returns a complete stage in ``folder``. Its artifact is a link to ``artifact``."""
+    folder.mkdir()
+    manifest = bare_manifest("test", kind, result)
+    if artifact is not None:
+        (folder / ARTIFACT).symlink_to(artifact)
+        manifest.files = stamp_files(artifact)  # the cache of answers identifies a student by them
+    return Input(folder, manifest)
 
 
 def dataset_result(artifact: Path) -> DatasetResult:

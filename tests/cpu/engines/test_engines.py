@@ -23,7 +23,6 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import storage_problem
 from recipes.core.manifest import ARTIFACT, Outcome
 from recipes.core.metrics import METRICS, MetricsLog, read_records
-from recipes.core.stage import Input
 from recipes.data.split_writer import SplitWriter
 from recipes.data.tokenizer import load_tokenizer
 from recipes.engines import machine_rates, openvino
@@ -40,19 +39,11 @@ from recipes.engines.settings import BuildEngineConfig, QuantizeConfig
 from recipes.search.space import Service, weight_bytes
 from recipes.stages import build_engine, quantize
 from tests.support.disks import small_disk
-from tests.support.manifests import bare_manifest, dataset_result
+from tests.support.manifests import as_input, dataset_result
 from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import make_artifact_folder
 
 Build = Callable[..., tuple[Path, Outcome]]
-
-
-def as_input(artifact: Path, kind: str, folder: Path) -> Input:
-    """Returns a complete stage whose artifact is a given folder."""
-    folder.mkdir()
-    (folder / ARTIFACT).symlink_to(artifact)
-    manifest = bare_manifest("test", kind, dataset_result(artifact) if kind == "dataset" else None)
-    return Input(folder, manifest)
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +70,8 @@ def build(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
         out = stage / "work" / ARTIFACT
         out.mkdir(parents=True)
         inputs = {
-            "checkpoint": as_input(folder, "checkpoint_hf", stage / "checkpoint"),
-            "data": as_input(data, "dataset", stage / "data"),
+            "checkpoint": as_input(stage / "checkpoint", "checkpoint_hf", artifact=folder),
+            "data": as_input(stage / "data", "dataset", dataset_result(data), data),
         }
         cfg = BuildEngineConfig(stage="build_engine", seq_length=64, num_sequences=4, **settings)
         outcome = build_engine.run(cfg, inputs, out)
@@ -254,8 +245,8 @@ def test_quantized_checkpoints(
     out = tmp_path / "work" / ARTIFACT
     out.mkdir(parents=True)
     inputs = {
-        "checkpoint": as_input(aligned, "checkpoint_hf", tmp_path / "checkpoint"),
-        "calibration": as_input(data, "dataset", tmp_path / "data"),
+        "checkpoint": as_input(tmp_path / "checkpoint", "checkpoint_hf", artifact=aligned),
+        "calibration": as_input(tmp_path / "data", "dataset", dataset_result(data), data),
     }
     cfg = QuantizeConfig(
         stage="quantize",

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from nemo_convert.gguf_file import FILE, write
 from nemo_convert.hf import load_causal_lm
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import ARTIFACT, stamp_files
+from recipes.core.manifest import ARTIFACT
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import Input
 from recipes.data.token_sequences import TextSequences
@@ -37,7 +37,7 @@ from recipes.evaluation.predictions import TEACHER, Predictor
 from recipes.evaluation.text_quality import score
 from recipes.stages import build_engine, evaluate_served
 from tests.support.launcher import write_program
-from tests.support.manifests import bare_manifest
+from tests.support.manifests import as_input, bare_manifest
 from tests.support.runs import make_artifact_folder
 from tests.unit.engines.test_tensorrt_llm import API
 
@@ -75,16 +75,6 @@ def children() -> set[int]:
     stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
     rows = [(text.split()[0], *text.rpartition(")")[2].split()[:2]) for text in stats]
     return {int(pid) for pid, state, ppid in rows if int(ppid) == os.getpid() and state != "Z"}
-
-
-def as_input(folder: Path, kind: str, result: Any = None, artifact: Path | None = None) -> Input:
-    """Returns a complete stage in ``folder``. Its artifact is a link to ``artifact``."""
-    folder.mkdir()
-    manifest = bare_manifest("test", kind, result)
-    if artifact is not None:
-        (folder / ARTIFACT).symlink_to(artifact)
-        manifest.files = stamp_files(artifact)  # the cache of answers identifies a student by them
-    return Input(folder, manifest)
 
 
 def test_llama_cpp_gives_the_log_likelihoods_of_transformers(
