@@ -51,11 +51,11 @@ ENDING_SECONDS = 300.0
 class SlurmJob:
     """A job that was submitted for a stage."""
 
+    name: str
     stage: str
     id: str
     owner: str
     fingerprint: str
-    name: str
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def read_jobs(run_dir: Path) -> dict[str, SlurmJob]:
         return {}
     rows = [line.split() for line in text.splitlines()]
     return {
-        row[0]: SlurmJob(*row[:4], *[job_name(run_dir, row[0])])
+        row[0]: SlurmJob(job_name(run_dir, row[0]), *row[:4])
         for row in rows
         if row[4:] == [run_hash(run_dir)]
     }

@@ -79,7 +79,7 @@ class SlurmConfig(container.Containers):
     time of two steps, a validation and a checkpoint (in a search, also of loading the models), but
     at least 300."""
     max_requeues: CountOrZero = 40
-    """How often a stage is started again after it stopped at its time limit."""
+    """How often a stage is started again after it stopped at its time limit or was preempted."""
     gpus: Annotated[str, one_of("gpus-per-node", "gres")] | None = "gpus-per-node"
     """How jobs request GPUs: ``gpus-per-node`` or ``gres``. ``null`` requests none, for nodes that
     are allocated whole or have no GPUs."""

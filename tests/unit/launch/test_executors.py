@@ -141,16 +141,44 @@ def test_ranks_meet_at_the_address_of_the_first_node(
 ) -> None:
     """Runs a job script with fake programs of Slurm. Before 23.11, scontrol has no getaddrs."""
     getaddrs = "echo 'invalid keyword: getaddrs' >&2; exit 1" if old else "echo 'n1: 10.0.0.7:6818'"
-    commands = f"*hostnames*) echo n1;; getaddrs*) {getaddrs};; *) echo 'A=n NodeAddr=10.0.0.7 B=1'"
-    write_program(tmp_path / "bin" / "scontrol", f'case "$*" in {commands};; esac')
+    scontrol = f"getaddrs*) {getaddrs};; *node*) echo 'A=n NodeAddr=10.0.0.7 B=1'"
     write_program(tmp_path / "bin" / "srun", f'echo "$MASTER_ADDR" >{tmp_path}/address; exit 7')
+    monkeypatch.setenv("SLURM_CLUSTERS", "east")
+    run_job(prepare, tmp_path, monkeypatch, scontrol)
+    assert (tmp_path / "address").read_text() == "10.0.0.7\n"
+
+
+@pytest.mark.parametrize("preempted", [False, True])
+def test_a_preempted_job_is_requeued(
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preempted: bool
+) -> None:
+    """With a GraceTime, Slurm ends srun and not the job script. A cancelled job ends likewise."""
+    preempt_time = "2026-11-30T22:26:04" if preempted else "None"
+    job = f"A=1 PreemptEligibleTime=2026-11-30T22:25:58 PreemptTime={preempt_time} SuspendTime=None"
+    requeued = tmp_path / "requeued"
+    write_program(tmp_path / "bin" / "srun", "exit 7")
+    run_job(prepare, tmp_path, monkeypatch, f"*job*) echo '{job}';; requeue*) touch {requeued}")
+    assert requeued.exists() == preempted
+    requeued.unlink(missing_ok=True)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "40")
+    run_job(prepare, tmp_path, monkeypatch, f"*job*) echo '{job}';; requeue*) touch {requeued}")
+    assert not requeued.exists()
+
+
+def run_job(
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scontrol: str
+) -> None:
+    """Runs a job script with a fake scontrol and the test's fake srun, which exits with 7."""
+    commands = f"*hostnames*) echo n1;; {scontrol};; *) echo n1: 127.0.0.1"
+    own_cluster = '[ -z "${SLURM_CLUSTERS:-}" ] || exit 1'  # nodes may not know other clusters
+    write_program(tmp_path / "bin" / "scontrol", f'{own_cluster}; case "$*" in {commands};; esac')
+    write_program(tmp_path / "bin" / "sleep", "exit 0")
     job = {"JOB_ID": "7", "JOB_NODELIST": "n1", "JOB_END_TIME": "9999999999", "CPUS_ON_NODE": "4"}
     for name, value in job.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     plan, cluster = prepare(*SLURM)
     script = slurm.job_script(stage_named(plan, "prune"), cluster)
     assert subprocess.run(["bash", "-c", script], check=False).returncode == 7
-    assert (tmp_path / "address").read_text() == "10.0.0.7\n"
 
 
 @pytest.mark.parametrize(

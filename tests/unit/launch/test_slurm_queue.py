@@ -25,7 +25,7 @@ from recipes.core.stage import Resources
 from recipes.planning.limits import slurm_seconds
 from tests.support.launcher import write_program
 
-JOB = SlurmJob("prune", "7", "1@east", "a", "run.prune.01234567")
+JOB = SlurmJob("run.prune.01234567", "prune", "7", "1@east", "a")
 
 
 def test_times_are_parsed_as_slurm_parses_them() -> None:

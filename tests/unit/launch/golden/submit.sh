@@ -13,7 +13,7 @@ done
 prefer_script() { # STAGE: a user's SBATCH_ACCOUNT would override the account in the script
   local option
   for option in account partition qos reservation; do
-    if grep -q "^#SBATCH --$option[= ]" "$1/job.sbatch"; then unset "SBATCH_${option^^}"; fi
+    if grep -q "^#SBATCH --${option}[= ]" "$1/job.sbatch"; then unset "SBATCH_${option^^}"; fi
   done
 }
 
