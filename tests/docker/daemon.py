@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -19,15 +18,6 @@ from recipes.core.processes import die_with_parent
 IMAGE = "tests:1"
 GROUP = 4300
 """The group whose members may use this Docker."""
-PROGRAMS = ("dockerd", "docker", "containerd", "runc")
-
-
-def without_docker() -> str | None:
-    """Returns why no Docker can be started here; ``None`` if one can."""
-    missing = [program for program in PROGRAMS if not shutil.which(program)]
-    if missing:
-        return f"no Docker here: {', '.join(missing)} missing (tests/install_docker.sh)"
-    return None if os.geteuid() == 0 else "starting a Docker needs root"
 
 
 def mounts() -> list[str]:

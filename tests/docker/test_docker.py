@@ -18,8 +18,9 @@ import pytest
 
 from recipes.core.manifest import WORK
 from recipes.core.run_state import BEGUN
-from tests.docker.daemon import GROUP, IMAGE, Docker, mounts, without_docker
+from tests.docker.daemon import GROUP, IMAGE, Docker, mounts
 from tests.slurm.cluster import wait_for
+from tests.support.installing import require_programs
 from tests.support.launcher import LAUNCHER
 from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import manifest_of, tiny
@@ -37,8 +38,7 @@ STAGES = ["import_hf", "prepare_data", "score", "prune"]
 
 @pytest.fixture(scope="module")
 def docker() -> Iterator[Docker]:
-    if why := without_docker():
-        pytest.skip(why)
+    require_programs("Docker", "dockerd", "docker", "containerd", "runc")
     with Docker.running() as started:
         if isinstance(started, str):
             pytest.skip(started)

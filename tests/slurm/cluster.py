@@ -159,14 +159,6 @@ class SlurmCluster:
         return True
 
 
-def without_slurm() -> str | None:
-    """Returns why no Slurm can be started here; ``None`` if one can."""
-    missing = [c for c in ("slurmctld", "slurmd", "munged", "sbatch") if not shutil.which(c)]
-    if missing:
-        return f"no Slurm here: {', '.join(missing)} missing (tests/install_slurm.sh)"
-    return None if os.geteuid() == 0 else "starting a Slurm needs root"
-
-
 def first_port_of_block(count: int) -> int:
     """Returns the first port of a block of 500 ports, of which the first ``count`` are free.
 

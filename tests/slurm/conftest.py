@@ -14,8 +14,9 @@ import pytest
 from launch.slurm_queue import active_jobs
 from recipes.core.files import REPO_ROOT
 from tests.slurm import probe
-from tests.slurm.cluster import SlurmCluster, wait_for, without_slurm
+from tests.slurm.cluster import SlurmCluster, wait_for
 from tests.support.in_process import run_in_process
+from tests.support.installing import require_programs
 from tests.support.launcher import CommandResult, run_recipe, write_program
 from tests.support.models import EVEN, write_tiny_model
 from tests.support.runs import settings
@@ -42,8 +43,7 @@ DISTILL = {
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[SlurmCluster]:
     """A controller and its nodes."""
-    if why := without_slurm():
-        pytest.skip(why)
+    require_programs("Slurm", "slurmctld", "slurmd", "munged", "sbatch")
     with SlurmCluster.running() as cluster:
         yield cluster
 
