@@ -323,6 +323,20 @@ def conversion_cost(arch: Architecture, hardware: Hardware) -> InferenceCost:
     return InferenceCost(memory, Compute(), bf16=False)
 
 
+def quantization_cost(arch: Architecture, seq_length: int, hardware: Hardware) -> InferenceCost:
+    """Returns the memory of a comparison of a quantized model with the original in bfloat16.
+
+    ModelOpt simulates the quantization, so both models have the same size. The time is not counted.
+    """
+    memory = Memory(
+        weights=2 * (2 * arch.parameters() + _float32_head_bytes(arch)),
+        activations=inference_activation_bytes(arch, 2, seq_length),
+        logits=_logits_bytes(arch, seq_length, COMPARISON_BUFFERS),
+        reserved=hardware.reserved_bytes,
+    )
+    return InferenceCost(memory, Compute(), bf16=True)
+
+
 def _value_bytes(bf16: bool) -> int:
     return 2 if bf16 else 4
 

@@ -16,6 +16,7 @@ from recipes.engines.settings import QuantizeConfig
 from recipes.engines.tensorrt_llm import FP8_REQUIREMENT, SIZE_MULTIPLES
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
+from recipes.planning.inference_cost import InferenceCost, quantization_cost
 from recipes.planning.limits import fp8_problems
 from recipes.planning.rules import Problem
 from recipes.stages.contract import Stage
@@ -38,6 +39,12 @@ def check(cfg: QuantizeConfig, chain: Chain) -> Iterator[Problem]:
             )
 
 
+def inference_cost(cfg: QuantizeConfig, chain: Chain) -> InferenceCost:
+    """Estimates the memory that the stage needs."""
+    student = chain.shape_of(cfg.inputs.get("checkpoint"))
+    return quantization_cost(student, cfg.seq_length, chain.hardware)
+
+
 def run(cfg: QuantizeConfig, inputs: Inputs, out: Path) -> Outcome:
     """Quantizes the model with calibration, and compares the result with the original model."""
     from recipes.engines.quantization import quantize_folder
@@ -52,6 +59,7 @@ STAGE = Stage(
     kind="checkpoint_hf",
     run=run,
     check=check,
+    inference_cost=inference_cost,
     single_rank_reason="the model is not split over ranks",
     inputs={"checkpoint": ("checkpoint_hf",), "calibration": ("dataset",)},
     disk_bytes=lambda config, chain: 2 * chain.teacher.parameters(),  # an upper bound

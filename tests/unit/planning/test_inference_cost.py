@@ -18,6 +18,7 @@ from recipes.planning.inference_cost import (
     comparison_cost,
     conversion_cost,
     healing_cost,
+    quantization_cost,
     ranking_cost,
     scoring_cost,
 )
@@ -78,6 +79,8 @@ def test_a_comparison_holds_one_model_and_the_heads_of_all() -> None:
         ranking = ranking_cost(LLAMA, bf16, TEXT, H100, healed).memory
         assert ranking.weights == (2 if bf16 else 4) * LLAMA.parameters() + heads * HEAD
     assert conversion_cost(LLAMA, H100).memory.weights == 4 * LLAMA.parameters()
+    quantization = quantization_cost(LLAMA, 256, H100).memory
+    assert quantization.weights == 2 * (2 * LLAMA.parameters() + HEAD)
     # A CPU also holds the last hidden states of the text.
     cpu, gpu = (
         comparison_cost([LLAMA], False, TEXT, replace(CPU, kind=kind)) for kind in ("cpu", "gpu")
