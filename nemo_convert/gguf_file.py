@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 FILE = "model.gguf"
 SPACE = "▁"
 """Character that represents a space in sentencepiece's tokens."""
+SENTENCEPIECE_STEPS = (
+    {"type": "Prepend", "prepend": SPACE},
+    {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+)
+"""Steps of a normalizer that llama.cpp has for a tokenizer with byte fallback."""
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
@@ -217,8 +222,7 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     tokens, types = _vocabulary(tokenizer, vocab_size)
     if pre_tokenizer is None:
         writer.add_tokenizer_model("llama")
-        # llama.cpp merges the highest score first. Lower ids must merge first, as in training.
-        writer.add_token_scores([-float(number) for number in range(vocab_size)])
+        writer.add_token_scores(_scores(tokenizer["model"], vocab_size))
         [first, *_] = loaded.tokenize("a")
         writer.add_add_space_prefix(first.startswith(SPACE))
     else:
@@ -234,6 +238,19 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
         if is_added:  # a class may also define the token itself
             special.special_token_ids[role] = end_id
     special.add_to_gguf(writer, quiet=True)
+
+
+def _scores(model: Mapping[str, Any], size: int) -> list[float]:
+    """Returns the score of each id. llama.cpp first merges to the token with the highest score.
+
+    The score is the negative position of the first merge to the token. Tokens that no merge gives
+    have the lowest score.
+    """
+    positions: dict[int, int] = {}
+    for position, merge in enumerate(model["merges"]):  # "a b" in old files, otherwise ["a", "b"]
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        positions.setdefault(model["vocab"]["".join(parts)], position)
+    return [-float(positions.get(number, len(model["merges"]))) for number in range(size)]
 
 
 def _vocabulary(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
@@ -255,6 +272,15 @@ def _vocabulary(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], lis
     )
 
 
+def _require_sentencepiece_steps(tokenizer: Mapping[str, Any]) -> None:
+    normalizer = tokenizer.get("normalizer") or {"type": "Sequence", "normalizers": []}
+    if any(step not in SENTENCEPIECE_STEPS for step in normalizer.get("normalizers", [normalizer])):
+        raise RecipeError(
+            f"normalizer={normalizer} does not exist in llama.cpp.",
+            "leave export_gguf out (gguf=null)",
+        )
+
+
 def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:
     """Returns llama.cpp's name of the pre-tokenizer of a ``tokenizer.json``.
 
@@ -270,15 +296,16 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:
             f"{TOKENIZER} has the type {model.get('type')}; only BPE can be written as GGUF.",
             "leave export_gguf out (gguf=null)",
         )
-    if model.get("byte_fallback"):
-        return None
     pre_tokenizer = tokenizer.get("pre_tokenizer") or {}
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    for step in steps:
-        pattern = step.get("pattern", {}).get("Regex")
-        if pattern in PRE_TOKENIZERS:
-            return PRE_TOKENIZERS[pattern]
+    steps = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
+    if model.get("byte_fallback"):
+        _require_sentencepiece_steps(tokenizer)
+        return None
     types = [step.get("type") for step in steps]
+    pattern = steps[0].get("pattern", {}).get("Regex")
+    is_split_once = types == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True)
+    if is_split_once and pattern in PRE_TOKENIZERS:
+        return PRE_TOKENIZERS[pattern]
     if types == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
         return "smollm"
     if types == ["ByteLevel"] and steps[0].get("use_regex", True):

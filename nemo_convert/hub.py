@@ -32,6 +32,9 @@ SIDE_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "LICENS
 ADAPTER = "adapter_config.json"
 """File of an adapter. If a folder has this file, transformers loads the base model that the file
 names, then the adapter."""
+WHEEL_CONVERSION = "conversion-2"
+"""Folder in the cache for models that are converted from wheels. A change of the conversion needs
+another name, so that the models are converted again."""
 HUB_SECONDS = 2.0
 """Seconds that ``is_config_available`` waits for the hub."""
 _PART = r"\w([\w.-]{0,94}\w)?"
@@ -115,7 +118,7 @@ def cached_model(hf_path: str) -> Path | None:
 
 def folder_of_wheel(file: WheelFile) -> Path:
     """Returns the folder in the cache for the model that is converted from a wheel's file."""
-    return cached_path(file).parent / Path(file.member).stem
+    return cached_path(file).parent / WHEEL_CONVERSION / Path(file.member).stem
 
 
 def local_folder(hf_path: str) -> Path | None:

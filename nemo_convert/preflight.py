@@ -25,6 +25,7 @@ from nemo_convert.hub import (
     ROTARY_BUFFER,
     WEIGHTS_FILE,
     cached_model,
+    hub_arguments,
     is_config_available,
     is_hub_id,
     is_offline,
@@ -90,10 +91,12 @@ def check_model(hf_path: str) -> Iterator[Finding]:
     if is_hub_id(hf_path) and is_offline():
         folder = complete_cached_model(hf_path)
         if folder is None:
+            name, revision = hub_arguments(hf_path).values()
+            command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
             yield Finding(
                 f"the weights of {hf_path} are not checked: HF_HUB_OFFLINE is set, and they are "
                 "not in the cache.",
-                f"download the model first (hf download {hf_path}), or allow requests to the hub",
+                f"download the model first ({command}), or allow requests to the hub",
                 is_error=False,
             )
             return

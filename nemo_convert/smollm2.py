@@ -144,7 +144,7 @@ def _interleaved_to_half_rotation(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def _write_tokenizer(reader: GGUFReader, folder: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import GPT2TokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     def field(key: str) -> Any:
         return reader.fields[f"tokenizer.{key}"].contents()
@@ -161,7 +161,8 @@ def _write_tokenizer(reader: GGUFReader, folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     special = [t for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL_TOKEN]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    fast = GPT2TokenizerFast(
+    # transformers 5 would replace the pre-tokenizer of a more specific class.
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
@@ -169,8 +170,8 @@ def _write_tokenizer(reader: GGUFReader, folder: Path) -> None:
         pad_token="<|im_end|>",
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
         model_max_length=HF_CONFIG["max_position_embeddings"],
+        model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
-        add_prefix_space=False,
     )
     fast.chat_template = field("chat_template")
     fast.save_pretrained(folder)

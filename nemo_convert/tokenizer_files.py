@@ -58,6 +58,12 @@ QWEN2_REGEX = (
 ONLY_TRANSFORMERS_5 = ("backend", "extra_special_tokens", "is_local", "local_files_only")
 """Settings that transformers 5 writes. Version 4 does not have them, or expects another type:
 its ``extra_special_tokens`` is a dict."""
+DROPPED_SETTINGS = (*ONLY_TRANSFORMERS_5, "add_bos_token", "add_eos_token")
+"""Settings that a converted tokenizer does not have. ``tokenizer.json`` says whether BOS and EOS
+are added. With a setting for it, transformers 5 would add only what the settings name."""
+REPLACED_BY_TRANSFORMERS_5 = ("CodeLlamaTokenizer", "GPT2Tokenizer", "LlamaTokenizer")
+"""Classes, without the suffix ``Fast``, that in transformers 5 ignore the normalizer and the
+pre-tokenizer of ``tokenizer.json``. A conversion replaces them with ``GENERIC_CLASS``."""
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
@@ -245,15 +251,18 @@ def is_replaced_by_transformers_5(folder: Path, hf_architecture: str) -> bool:
 
 def needs_conversion(folder: Path) -> bool:
     """Returns whether ``convert_tokenizer`` would change the files."""
-    return _is_version_5(read_tokenizer_config(folder)) or not (folder / TOKENIZER).exists()
+    config = read_tokenizer_config(folder)
+    is_replaced = _class_name(folder, config).removesuffix("Fast") in REPLACED_BY_TRANSFORMERS_5
+    return is_replaced or _is_version_5(config) or not (folder / TOKENIZER).exists()
 
 
 def convert_tokenizer(folder: Path) -> None:
     """Rewrites a folder's files so that transformers 4 and 5 load the same tokenizer.
 
     transformers 4 cannot read the settings of version 5, and its tokenizer classes may add special
-    tokens that version 5 does not add. The versions also convert ``tokenizer.model`` differently:
-    version 5 adds BOS only if the settings say so.
+    tokens that version 5 does not add. Classes of version 5 may ignore how ``tokenizer.json``
+    normalizes and splits text. The versions also convert ``tokenizer.model`` differently: version 5
+    adds BOS only if the settings say so.
 
     Raises:
         RecipeError: transformers cannot load the tokenizer, before or after the change.
@@ -269,12 +278,12 @@ def _rewrite(folder: Path) -> None:
     config = {"model_input_names": ["input_ids", "attention_mask"], **config}
     if _class_name(folder, config).removesuffix("Fast") in WITHOUT_JSON[SENTENCEPIECE]:
         config = {"padding_side": "left", **config}
-    if not (folder / TOKENIZER).is_file():
+    if not (folder / TOKENIZER).is_file() or not _is_version_5(config):
         tokenizer = load_tokenizer(folder)
         tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
         config = tokenizer.special_tokens_map | config  # the class defines those that no file names
     special = config.get("extra_special_tokens")
-    converted = {key: value for key, value in config.items() if key not in ONLY_TRANSFORMERS_5}
+    converted = {key: value for key, value in config.items() if key not in DROPPED_SETTINGS}
     if isinstance(special, dict):  # the type that transformers 4 expects
         converted["extra_special_tokens"] = special
     elif special:
@@ -351,7 +360,8 @@ def _vocabulary_of_sentencepiece(file: Path) -> dict[str, int]:
 def _added_tokens(folder: Path, config: Mapping[str, Any]) -> list[str]:
     """Returns the tokens that a folder's files add to the vocabulary, in the order of their ids."""
     file = folder / "added_tokens.json"
-    added = read_json(file) if file.is_file() else {}
+    is_read = file.is_file() and "added_tokens_decoder" not in config  # as by transformers 4
+    added = read_json(file) if is_read else {}
     decoder = config.get("added_tokens_decoder", {})
     try:
         added |= {token["content"]: int(i) for i, token in decoder.items()}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
 
 PROMPTS = ("The history of the", "In 1923, 42 of them couldn't")
 
@@ -21,14 +24,7 @@ class Continuation:
 
 def generate_greedily(file: Path, prompts: Sequence[str], tokens: int) -> list[Continuation]:
     """Returns greedy continuations of at most ``tokens`` tokens by a GGUF file's model."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = str(file)
-    params.n_ctx, params.n_parallel, params.warmup = 256, 1, False
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    server = xllamacpp.Server(params)
+    server = _server(file)
     continuations = []
     for prompt in prompts:
         request = {
@@ -42,6 +38,30 @@ def generate_greedily(file: Path, prompts: Sequence[str], tokens: int) -> list[C
         ids, values = ([token[name] for token in generated] for name in ("id", "logprob"))
         continuations.append(Continuation(answer["usage"]["prompt_tokens"], ids, values))
     return continuations
+
+
+def tokenize(file: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the token ids of each text, as llama.cpp tokenizes a prompt."""
+    server = _server(file)
+    answers = []
+    for text in texts:
+        content = json.dumps({"content": text, "add_special": True}).encode()
+        header = {"Content-Type": "application/json"}
+        request = Request(f"{server.listening_address}/tokenize", content, header)
+        with urlopen(request) as answer:
+            answers.append(json.load(answer)["tokens"])
+    return answers
+
+
+def _server(file: Path) -> Any:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx, params.n_parallel, params.warmup = 256, 1, False
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    return xllamacpp.Server(params)
 
 
 def require_similar_generation(

@@ -82,6 +82,30 @@ def write_tiny_model(
     return folder
 
 
+def write_byte_fallback_tokenizer(text_file: Path, folder: Path) -> None:
+    """Writes a tokenizer like Llama 2's: "▁" is a space; unknown characters become byte tokens."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=180, show_progress=False)
+    trained.train_from_iterator(_lines(text_file), trainer)
+    bpe_model = json.loads(trained.to_str())["model"]
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocab = {token: n for n, token in enumerate([*special, *bpe_model["vocab"]])}
+    merges = [tuple(merge) for merge in bpe_model["merges"]]
+    bpe = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
+    space = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
+
 @cache
 def _tokenizer(text_file: Path) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

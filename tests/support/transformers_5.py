@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -60,3 +61,20 @@ def save_by_transformers_5(*folders: Path) -> list[Path]:
     """Loads each folder's model and tokenizer, and saves them beside the folder, as NAME-5."""
     run_with_transformers_5(SAVE_SCRIPT, *folders)
     return [folder.with_name(f"{folder.name}-5") for folder in folders]
+
+
+TOKENIZE_SCRIPT = """
+import json, sys
+from transformers import AutoTokenizer
+folder, texts, result = sys.argv[1:]
+ids = AutoTokenizer.from_pretrained(folder)(json.loads(texts))["input_ids"]
+open(result, "w").write(json.dumps(ids))
+"""
+
+
+def tokenize_by_transformers_5(folder: Path, texts: list[str]) -> list[list[int]]:
+    """Returns the token ids of each text."""
+    with tempfile.NamedTemporaryFile() as result:
+        run_with_transformers_5(TOKENIZE_SCRIPT, folder, json.dumps(texts), result.name)
+        ids: list[list[int]] = json.loads(Path(result.name).read_text())
+    return ids

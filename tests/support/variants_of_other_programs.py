@@ -294,7 +294,8 @@ def _refused_tokenizers() -> Iterator[Variant]:
     yield Variant("many of the class", code, "has 1 tokens without an embedding")
     broken = write_file("special_tokens_map.json", "{")
     yield Variant("damaged map of tokens", broken, "is not valid JSON")
-    yield Variant("id as text", write_file("added_tokens.json", '{"<a>": "1"}'), "is not a number")
+    text_id = all_of(no_decoder, write_file("added_tokens.json", '{"<a>": "1"}'))
+    yield Variant("id as text", text_id, "is not a number")
     no_class = edit_json(TOKENIZER, tokenizer_class=ABSENT)
     for name in ("BertTokenizer", "OwnTokenizer"):
         change = all_of(no_class, edit_config(tokenizer_class=name))

@@ -31,8 +31,17 @@ from tests.support.folder_changes import (
     use_sentencepiece,
     use_vocabulary_and_merges,
 )
-from tests.support.models import EVEN, FAMILIES, write_tiny_model
-from tests.support.transformers_5 import run_with_transformers_5, save_by_transformers_5
+from tests.support.models import (
+    EVEN,
+    FAMILIES,
+    write_byte_fallback_tokenizer,
+    write_tiny_model,
+)
+from tests.support.transformers_5 import (
+    run_with_transformers_5,
+    save_by_transformers_5,
+    tokenize_by_transformers_5,
+)
 from tests.support.variants import variants
 from tests.support.variants_of_settings import variants_of_settings
 
@@ -174,6 +183,39 @@ def test_a_tokenizer_that_transformers_5_replaces_is_noted(
     """transformers 5 uses Qwen2's class for a Qwen2 model, and for others that name this class."""
     folder = make_folder(Variant("", change, base=base), bases, tmp_path / "hf")
     assert len([*check_model(str(folder))]) == notes
+
+
+SPLIT_DIGITS = {"type": "Digits", "individual_digits": True}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+DIGITS_AND_BYTES = {"type": "Sequence", "pretokenizers": [SPLIT_DIGITS, BYTES]}
+
+
+@pytest.mark.parametrize(
+    ("like_llama_2", "settings"),
+    [
+        (True, {"tokenizer_class": "LlamaTokenizerFast", "legacy": False}),
+        (False, {"tokenizer_class": "GPT2TokenizerFast"}),
+    ],
+)
+def test_transformers_5_splits_text_as_version_4(
+    like_llama_2: bool, settings: dict[str, Any], bases: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Without the conversion, these classes of version 5 ignore the steps in tokenizer.json."""
+    folder = make_folder(Variant("", change_nothing), bases, tmp_path / "hf")
+    if like_llama_2:
+        write_byte_fallback_tokenizer(text_file, folder)
+    else:
+        edit_json("tokenizer.json", pre_tokenizer=DIGITS_AND_BYTES)(folder)
+    edit_json("tokenizer_config.json", **settings)(folder)
+    texts = ["Items:\n\n1. foo\n2. bar", "x =  3\n    5", "  the hat", "<s>the hat</s> the hen"]
+    loaded = AutoTokenizer.from_pretrained(folder)
+    expected = loaded(texts)
+    assert tokenize_by_transformers_5(folder, texts) != expected["input_ids"]
+    convert_tokenizer(folder)
+    converted = AutoTokenizer.from_pretrained(folder)
+    assert converted(texts) == expected
+    assert converted.special_tokens_map == loaded.special_tokens_map
+    assert tokenize_by_transformers_5(folder, texts) == expected["input_ids"]
 
 
 def test_transformers_5_agrees_about_every_convertible_variant(bases: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,24 @@ import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, processors
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_convert.gguf_file import PRE_TOKENIZERS, _rope_factors, pre_tokenizer_name, write
 from recipes.core.errors import RecipeError
-from tests.support.llama_cpp import PROMPTS, generate_greedily, require_similar_generation
-from tests.support.models import EVEN, FAMILIES, write_tiny_model
+from tests.support.llama_cpp import (
+    PROMPTS,
+    generate_greedily,
+    require_similar_generation,
+    tokenize,
+)
+from tests.support.models import (
+    EVEN,
+    FAMILIES,
+    write_byte_fallback_tokenizer,
+    write_tiny_model,
+)
 
 NEW_TOKENS = 12
 NARROW = {**EVEN, "hidden_size": 48, "num_attention_heads": 2, "intermediate_size": 96}
@@ -133,27 +136,6 @@ def test_llama_cpp_generates_similarly_with_rounded_matrices(
     require_similar_generation(folder, tmp_path / "model.gguf", tolerance)
 
 
-def write_byte_fallback_tokenizer(text_file: Path, folder: Path) -> None:
-    """Writes a tokenizer like Llama 2's: "▁" is a space; unknown characters become byte tokens."""
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    lines = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
-    trained.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=180, show_progress=False))
-    bpe_model = json.loads(trained.to_str())["model"]
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    vocab = {token: n for n, token in enumerate([*special, *bpe_model["vocab"]])}
-    merges = [tuple(merge) for merge in bpe_model["merges"]]
-    bpe = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(bpe)
-    space = normalizers.Replace(" ", "▁")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-
-
 @pytest.mark.parametrize(
     ("settings", "bos_in_file"),
     [
@@ -183,6 +165,28 @@ def test_llama_cpp_counts_the_tokens_of_a_byte_fallback_tokenizer_as_transformer
         assert completion.prompt_tokens == len(tokenizer(prompt).input_ids)
 
 
+@pytest.mark.parametrize("is_old", [False, True])
+def test_llama_cpp_merges_in_the_order_of_the_file(
+    text_file: Path, tmp_path: Path, is_old: bool
+) -> None:
+    """Exchanges the ids of tokens of early and late merges. Old files have merges as strings."""
+    shape = {**NARROW, "vocab_size": 440}
+    folder = write_tiny_model(tmp_path / "hf", text_file, "llama", train=False, **shape)
+    write_byte_fallback_tokenizer(text_file, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    model = tokenizer["model"]
+    vocab, tokens = model["vocab"], ["".join(merge) for merge in model["merges"]]
+    for early, late in zip(tokens[:40], tokens[:-41:-1], strict=True):
+        vocab[early], vocab[late] = vocab[late], vocab[early]
+    if is_old:
+        model["merges"] = [" ".join(merge) for merge in model["merges"]]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    write(folder, tmp_path / "model.gguf", "f32")
+    texts = [json.loads(line)["text"][:80] for line in text_file.read_text().splitlines()[:8]]
+    loaded = AutoTokenizer.from_pretrained(folder)
+    assert tokenize(tmp_path / "model.gguf", texts) == [loaded(text).input_ids for text in texts]
+
+
 def test_tokenizers_that_llama_cpp_cannot_have_are_refused(
     even_llama: Path, tmp_path: Path
 ) -> None:
@@ -193,3 +197,40 @@ def test_tokenizers_that_llama_cpp_cannot_have_are_refused(
     Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0)).save(str(folder / "tokenizer.json"))
     with pytest.raises(RecipeError, match="Unigram"):
         write(folder, tmp_path / "model.gguf", "f16")
+
+
+SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+PREPEND = {"type": "Prepend", "prepend": "▁"}
+DIGITS = {"type": "Digits", "individual_digits": True}
+SPLIT = {"type": "Split", "pattern": {"Regex": next(iter(PRE_TOKENIZERS))}}
+BYTES = {"type": "ByteLevel", "use_regex": False}
+
+
+@pytest.mark.parametrize(
+    ("normalizers", "is_known"),
+    [([PREPEND, SPACES], True), ([SPACES], True), ([{"type": "NFKC"}, PREPEND, SPACES], False)],
+)
+def test_a_normalizer_that_llama_cpp_does_not_have_is_refused(
+    normalizers: list[dict[str, Any]], is_known: bool
+) -> None:
+    normalizer = {"type": "Sequence", "normalizers": normalizers}
+    tokenizer = {"model": {"merges": [], "byte_fallback": True}, "normalizer": normalizer}
+    with nullcontext() if is_known else pytest.raises(RecipeError, match="NFKC"):
+        assert pre_tokenizer_name(tokenizer) is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "is_known"),
+    [
+        ([SPLIT, BYTES], True),
+        ([DIGITS, SPLIT, BYTES], False),
+        ([SPLIT, DIGITS, BYTES], False),
+        ([SPLIT, {"type": "ByteLevel", "use_regex": True}], False),
+    ],
+)
+def test_a_pre_tokenizer_with_more_steps_is_refused(
+    steps: list[dict[str, Any]], is_known: bool
+) -> None:
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": steps}
+    with nullcontext() if is_known else pytest.raises(RecipeError, match="pre_tokenizer="):
+        pre_tokenizer_name({"model": {"merges": []}, "pre_tokenizer": pre_tokenizer})

@@ -12,6 +12,9 @@ from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import stamp_files
 from recipes.core.wheels import WheelFile, fetch_wheel_file, parse_wheel_file
 from recipes.data.tokenizer import load_tokenizer
+from tests.support.transformers_5 import tokenize_by_transformers_5
+
+CHAT = "<|im_start|>user\nAdd 12 and 345.<|im_end|>\n<|im_start|>assistant\n"
 
 
 def _smollm2_wheel_file() -> WheelFile:
@@ -42,6 +45,9 @@ def test_several_processes_can_write_the_folder_at_once(tmp_path: Path) -> None:
     assert not _is_intact(folder)
 
     tokenizer = load_tokenizer(folder)
+    texts = ["Items:\n\n1. foo\n\n2. bar", "x =  3\n    57", CHAT]
+    loaded = AutoTokenizer.from_pretrained(folder)
+    assert tokenize_by_transformers_5(folder, texts) == loaded(texts)["input_ids"]
     # The end-of-text token is not <|im_end|>, which ends a message of a chat.
-    assert tokenizer.end == AutoTokenizer.from_pretrained(folder).get_vocab()["<|endoftext|>"]
+    assert tokenizer.end == loaded.get_vocab()["<|endoftext|>"]
     assert tokenizer.begin is None
