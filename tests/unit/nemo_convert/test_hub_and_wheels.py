@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from nemo_convert.__main__ import main
 from nemo_convert.hf import hub_commit
 from nemo_convert.hub import download, has_token, is_config_available, is_hub_id, read_hf_config
+from nemo_convert.preflight import check_model
 from nemo_convert.smollm2 import GGUF_IN_WHEEL, HF_CONFIG
 from recipes.core.errors import RecipeError
 from recipes.core.files import sha256_of, write_json
@@ -314,6 +315,14 @@ def test_check_of_a_model_that_is_not_local(
     assert main() == status
     output = capsys.readouterr()
     assert message in (output.err if status else output.out)
+
+
+def test_the_command_that_downloads_a_model_names_its_commit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    [finding] = check_model("organisation/absent@0a1b")
+    assert "hf download organisation/absent --revision 0a1b" in finding.fix
 
 
 def test_a_folder_without_permission_is_explained(
