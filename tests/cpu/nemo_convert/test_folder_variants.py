@@ -137,6 +137,16 @@ def test_tokens_that_only_the_class_adds_are_counted(
     assert vocabulary.keys() == AutoTokenizer.from_pretrained(folder).get_vocab().keys()
 
 
+def test_tokens_that_transformers_does_not_read_are_not_counted(
+    bases: Path, tmp_path: Path
+) -> None:
+    """transformers 4 ignores added_tokens.json if the settings have added_tokens_decoder."""
+    folder = make_folder(Variant("", change_nothing), bases, tmp_path / "hf")
+    (folder / "added_tokens.json").write_text('{"<other>": 288}')
+    assert "added_tokens_decoder" in (folder / "tokenizer_config.json").read_text()
+    assert read_vocabulary(folder) == AutoTokenizer.from_pretrained(folder).get_vocab()
+
+
 NO_SETTINGS = remove_files("tokenizer_config.json", "special_tokens_map.json")
 BY_TRANSFORMERS_5 = {"backend": "tokenizers", "tokenizer_class": "LlamaTokenizer"}
 QWEN2_CLASS = edit_json("tokenizer_config.json", tokenizer_class="Qwen2TokenizerFast")
