@@ -23,7 +23,7 @@ from nemo_convert.hub import (
     read_hf_config,
     side_folder,
 )
-from nemo_convert.tokenizer_files import convert_tokenizer
+from nemo_convert.tokenizer_files import convert_tokenizer, needs_conversion
 from recipes.core.files import digest_files, read_json, write_json, write_text_atomically
 from recipes.core.wheels import fetch_wheel_file, parse_wheel_file
 
@@ -80,6 +80,20 @@ def tokenizer_sha256(folder: Path) -> str:
     """Returns a hash of all files that determine how text is tokenized."""
     matching = (file for pattern in TOKENIZER_FILES for file in folder.glob(pattern))
     return digest_files({file for file in matching if file.is_file()})
+
+
+def imported_tokenizer_sha256(folder: Path) -> str:
+    """Returns the hash that a folder's tokenizer has after ``convert_tokenizer``.
+
+    Raises:
+        RecipeError: transformers cannot load the tokenizer.
+    """
+    if not needs_conversion(folder):
+        return tokenizer_sha256(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        copy_side_files(folder, Path(temporary))
+        convert_tokenizer(Path(temporary))
+        return tokenizer_sha256(Path(temporary))
 
 
 class Weights:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from nemo_convert.architecture import Architecture
-from nemo_convert.hf import tokenizer_sha256
+from nemo_convert.hf import imported_tokenizer_sha256
 from nemo_convert.hf_config import read_architecture
 from nemo_convert.hub import hub_arguments, is_config_available, is_hub_id, read_hf_config
 from nemo_convert.preflight import tokenizer_folder
@@ -144,8 +145,8 @@ def read_config_or_published(hf_path: str) -> tuple[dict[str, Any], bool]:
 def tokenizer_problems(cfg: StageConfig, chain: Chain) -> Iterator[Problem]:
     """Compares tokenizers and vocabularies of a stage's inputs.
 
-    The plan does not know tokenizers of wheels, tokenizers that ``import_hf`` converts, and those
-    whose files it cannot read. The stage compares all tokenizers when it starts.
+    The plan does not know tokenizers of wheels, those whose files it cannot read, and those that
+    ``import_hf`` converts in another Python. The stage compares all tokenizers when it starts.
     """
     sources = {name: tokenizer_source(source, chain) for name, source in cfg.inputs.items()}
     hashes: dict[str, str] = {}
@@ -196,6 +197,10 @@ def tokenizer_hash(source: str, chain: Chain) -> str | None:
     if "hf_path" not in vars(config):
         return None
     folder = tokenizer_folder(vars(config)["hf_path"])
-    # import_hf converts some tokenizers, also those without tokenizer.json; their final hash is not
-    # known yet.
-    return tokenizer_sha256(folder) if folder and not needs_conversion(folder) else None
+    if folder is None or not folder.is_dir():
+        return None
+    # Another Python may have other versions of the libraries that convert a tokenizer.
+    can_convert = chain.own_python and find_spec("transformers") is not None
+    return (
+        imported_tokenizer_sha256(folder) if can_convert or not needs_conversion(folder) else None
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from nemo_convert import convert, hf, parity
+from nemo_convert import convert, hf, nemo, parity
 from nemo_convert.hf_config import as_transformers_4
 from nemo_convert.hub import read_hf_config
 from nemo_convert.preflight import check_model, require_convertible
 from nemo_convert.reference import reference_logits
 from nemo_convert.tokenizer_files import KNOWN_CLASSES, convert_tokenizer, read_vocabulary
 from recipes.core.errors import RecipeError
+from recipes.planning.chain import Chain, tokenizer_hash
+from recipes.stages.import_hf import ImportConfig
 from tests.support.folder_changes import (
     ABSENT,
     Change,
@@ -231,6 +234,18 @@ def test_transformers_5_splits_text_as_version_4(
     assert converted(texts) == expected
     assert converted.special_tokens_map == loaded.special_tokens_map
     assert tokenize_by_transformers_5(folder, texts) == expected["input_ids"]
+
+
+def test_a_plan_knows_the_tokenizer_that_a_conversion_writes(bases: Path, tmp_path: Path) -> None:
+    """Another Python, such as that of a container, may convert a tokenizer in another way."""
+    folder = make_folder(Variant("", use_sentencepiece), bases, tmp_path / "hf")
+    convert.to_nemo(folder, tmp_path / "model.nemo")
+    imported = hf.tokenizer_sha256(nemo.side_folder(tmp_path / "model.nemo"))
+    stages = {"import_hf": ImportConfig("import_hf", hf_path=str(folder))}
+    chain = Chain(str(folder), nemo.architecture_of(tmp_path / "model.nemo"), stages)
+    assert imported != hf.tokenizer_sha256(folder)
+    assert tokenizer_hash("import_hf", chain) == imported
+    assert tokenizer_hash("import_hf", replace(chain, own_python=False)) is None
 
 
 def test_transformers_5_agrees_about_every_convertible_variant(bases: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tests.unit.conftest import LLAMA_CONFIG, SMALL_STUDENT, Complete, Launch, M
 TOKEN = "hf_token_of_the_fake_hub"
 NAME = "me/tiny"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
 SMALL_FILES = {"config.json", "generation_config.json", "tokenizer.json", "README.md"}
 NEVER_READ = (
@@ -148,7 +149,9 @@ def test_a_plan_compares_the_tokenizer_of_a_hub_model_with_that_of_the_text(
     text = (tmp_path / "run").rename(tmp_path / "other") / "prepare_data"
     config = {**LLAMA_CONFIG, "vocab_size": 49152, "max_position_embeddings": 2048}
     write_folder(hf_folder, config)
-    hub.models[NAME] |= {name: (hf_folder / name).read_bytes() for name in ("config.json", WEIGHTS)}
+    (hf_folder / TOKENIZER_CONFIG).write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    names = ("config.json", TOKENIZER_CONFIG, WEIGHTS)
+    hub.models[NAME] |= {name: (hf_folder / name).read_bytes() for name in names}
     overrides = (
         "recipe=llama_width_prune",
         "dry_run=true",
