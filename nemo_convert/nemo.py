@@ -284,11 +284,10 @@ def split_pipeline(config: Any) -> None:
 def load_weights(core: torch.nn.Module, checkpoint: Path) -> None:
     """Loads a checkpoint of any parallel layout into this rank's model.
 
-    The FP8 state of TransformerEngine's modules is left out: a checkpoint that was written without
-    TransformerEngine has none.
+    FP8 states of TransformerEngine's modules are left out, also the numbered states of experts: a
+    checkpoint that was written without TransformerEngine has none.
     """
     state = core.sharded_state_dict(prefix="module.")
-    # States of experts end with a number: _extra_state, _extra_state1, …
     weights = {name: item for name, item in state.items() if EXTRA_STATE not in name}
     state = read_sharded(weights, checkpoint / WEIGHTS)
     # strict=False, because the FP8 state is missing. read_sharded has refused missing weights.

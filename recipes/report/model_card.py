@@ -28,11 +28,7 @@ from recipes.report.settings import CARD_TEMPLATE
 
 
 def write_card(
-    folder: Path,
-    teacher: str,
-    recipe: str,
-    stages: Inputs,
-    earlier: Mapping[str, Manifest],
+    folder: Path, teacher: str, recipe: str, stages: Inputs, earlier: Mapping[str, Manifest]
 ) -> None:
     """Writes the card as ``README.md`` of the exported folder, in place of the teacher's card.
 

@@ -279,9 +279,8 @@ SHORT_ENGINE = dataclasses.replace(TRTLLM_ENGINE, max_seq_len=250)
 def test_invalid_settings_are_refused(
     chain: Chain, stage: Any, settings: dict[str, Any], rule: str, message: str
 ) -> None:
-    """The small teacher has heads of a size without kernels in TensorRT-LLM, which is ignored."""
     problems = stage.STAGE.check(stage.STAGE.config(**settings), chain)
-    [problem] = [problem for problem in problems if problem.rule.name != "head-size"]
+    [problem] = [p for p in problems if p.rule.name != "head-size"]  # of the small teacher
     assert problem.rule.name == rule
     assert message in str(problem)
 

@@ -1,0 +1,42 @@
+"""Tests the process that builds a TensorRT engine, with a program in place of the builder."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes.core.errors import RecipeError
+from recipes.engines import tensorrt_llm
+from tests.unit.engines.test_tensorrt_llm import checkpoint_folder, config
+
+
+def test_the_builder_dies_with_its_stage_and_leaves_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is first written to a workspace, which must be on the file system of the run."""
+    folder = checkpoint_folder(tmp_path / "hf", None)
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 512}))
+    record = """
+import ctypes, json, pathlib, sys
+death_signal = ctypes.c_int()
+ctypes.CDLL(None).prctl(2, ctypes.byref(death_signal))  # PR_GET_PDEATHSIG
+workspace = pathlib.Path(json.loads(pathlib.Path(sys.argv[-1]).read_text())["llm"]["workspace"])
+(workspace / "part.engine").write_bytes(b"engine")
+pathlib.Path("record.json").write_text(json.dumps([str(workspace), death_signal.value]))
+sys.exit(3)
+"""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(tensorrt_llm.LAUNCHER, shlex.join([sys.executable, "-c", record]))
+    out = tmp_path / "work" / "artifact"
+    out.mkdir(parents=True)
+    with pytest.raises(RecipeError, match="ended with status 3"):
+        tensorrt_llm.build(config(), folder, out)
+    workspace, death_signal = json.loads((tmp_path / "record.json").read_text())
+    assert Path(workspace).parent == out.parent
+    assert not Path(workspace).exists()
+    assert death_signal == signal.SIGKILL
