@@ -1,0 +1,52 @@
+"""Fixtures of tests of executors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from launch import machine
+from launch.executors import executor_of
+from tests.support.launcher import write_program
+from tests.unit.conftest import RECIPE, complete_overrides
+
+if TYPE_CHECKING:
+    from launch.plan import Plan
+    from tests.unit.conftest import Compose, MakePlan
+
+SLURM = ("cluster=slurm", "hardware=h100")
+DOCKER = ("cluster=docker", "hardware=h100")
+ENGINE_IMAGE = "cluster.images.tensorrt_llm=engine:1"
+Prepare = Callable[..., tuple["Plan", Any]]
+
+
+@pytest.fixture
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets the working directory and the cache, whose paths are in the scripts."""
+    for folder in ("home", "cache"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    for name in ("NEMO_RECIPES_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "cache"))
+    for name in machine.HUB_FOLDERS:
+        monkeypatch.delenv(name, raising=False)
+    write_program(tmp_path / "bin" / "docker", "exit 0")  # a docker that has every image
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin", prepend=os.pathsep)
+
+
+@pytest.fixture
+def prepare(compose: Compose, plan: MakePlan, own_folders: None) -> Prepare:
+    """Returns a function that plans a run and lets the executor check the plan."""
+
+    def prepare(*overrides: str) -> tuple[Plan, Any]:
+        executor, cluster = executor_of(compose(*complete_overrides(RECIPE, overrides)).cluster)
+        checked = executor.prepare(plan(*overrides), cluster)
+        for stage in checked.stages:
+            stage.directory.mkdir(parents=True, exist_ok=True)
+        return checked, cluster
+
+    return prepare
