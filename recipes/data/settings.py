@@ -56,7 +56,8 @@ class PrepareDataConfig(StageConfig):
     heldout_fraction: Fraction = 0.04
     """Fraction of the documents for evaluation only."""
     excluded_documents: list[Digest] = field(default_factory=list)
-    """Digests of documents to leave out, in hexadecimal: see ``recipes.data.corpus.digest``."""
+    """Digests of documents of sources to leave out, in hexadecimal: see
+    ``recipes.data.corpus.digest``. Documents of a prefix are never left out."""
     max_documents: Count | None = None
     """Number of documents to read from each source; all by default. Held-out sources are read
     completely."""

@@ -128,10 +128,9 @@ def _prefix_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
     unsupported = {
         "data.sources=[]": cfg.sources,
         "data.format=text": cfg.chat_sources(),
-        "data.excluded_documents=[]": cfg.excluded_documents,
     }
     if any(unsupported.values()):
-        what = "data.prefix cannot be combined with sources, conversations or excluded documents"
+        what = "data.prefix cannot be combined with sources or conversations"
         yield what, " ".join(fix for fix, value in unsupported.items() if value)
     source = parse_source(cfg.prefix)
     if source != Source(source.path, licence=source.licence):

@@ -1,4 +1,4 @@
-"""Tests ``data=eight_kinds``: licences, overlap with evaluation text, and a launcher's run."""
+"""Tests ``data=eight_kinds``, the default: licences, overlap with evaluation text, and a launcher's run."""
 
 from __future__ import annotations
 
@@ -110,9 +110,9 @@ def test_exactly_the_documents_that_overlap_with_evaluation_text_are_excluded() 
     }
 
 
-@pytest.mark.parametrize("page", ["conf/data/mixture.yaml", "docs/your_model.md"])
-def test_pages_count_the_documents_of_the_mixture_that_overlap(page: str) -> None:
-    sources = OmegaConf.load(REPO_ROOT / "conf/data/mixture.yaml").sources
+@pytest.mark.parametrize("page", ["conf/data/two_kinds.yaml", "docs/your_model.md"])
+def test_pages_count_the_documents_of_two_kinds_that_overlap(page: str) -> None:
+    sources = OmegaConf.load(REPO_ROOT / "conf/data/two_kinds.yaml").sources
     digests = [digest(d.text).hex() for source in sources for d in read_source(source, "text")]
     overlaps = sum(value in GROUP.excluded_documents for value in digests)
     assert overlaps
@@ -136,7 +136,6 @@ def test_a_run_prepares_the_eight_kinds(even_llama: Path, tmp_path: Path) -> Non
     run = tmp_path / "run"
     done = run_recipe(
         "recipe=llama_depth_prune",
-        "data=eight_kinds",
         f"model.hf_path={even_llama}",
         f"run_dir={run}",
         "only=[import_hf,prepare_data]",

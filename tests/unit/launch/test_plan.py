@@ -174,7 +174,6 @@ def test_input_may_have_several_types(
         ("long_context=32k", "fix: leave long_context out"),
         ("data.seq_length=16384", "data.seq_length to at most 8192   [seq-length]"),
         ("data.prefix=x", "fix: data.sources=[]   [data-sources]"),
-        ("data=eight_kinds data.prefix=x", "data.sources=[] data.excluded_documents=[]"),
     ],
 )
 def test_a_fix_names_settings_that_help(plan: MakePlan, overrides: str, fix: str) -> None:
