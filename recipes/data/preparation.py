@@ -194,7 +194,13 @@ def prepare(
     def encode(source: str, start: Any, documents: int) -> EncodedBatches:
         """Encodes a source from the reader's state ``start`` on, after its first ``documents``."""
         path, encoder = (paths or {}).get(source, source), encoders[source]
-        reader = _open(cfg, path, start, chat=encoder is chat)
+        reader = read_source(
+            path,
+            cfg.text_field,
+            start,
+            chat=encoder is chat,
+            limit_bytes=cfg.limit_bytes(source),
+        )
         limit = cfg.max_documents if source in cfg.sources else None
         batches = _batches(reader, limit - documents if limit is not None else None)
         return closing(encode_on_ranks(encoder, batches, cfg.processes))
@@ -224,11 +230,6 @@ def prepare(
             broadcast(None)  # no more sources
             ledger.write_held_out(folder / HELD_OUT)
     return state
-
-
-def _open(cfg: PrepareDataConfig, path: str, state: Any, *, chat: bool) -> Reader:
-    limit = cfg.limit_bytes()
-    return read_source(path, cfg.text_field, state, chat=chat, limit_bytes=limit)
 
 
 def _encode_for_rank_0(
@@ -315,9 +316,8 @@ def _write_source(
     """Writes a source's documents up to its limits; yields the finished fraction of the source."""
     state, only_heldout = store.state, source in cfg.heldout_sources
     fractions = {"heldout": 1.0} if only_heldout else cfg.fractions()
-    max_documents, max_tokens = (
-        (None, None) if only_heldout else (cfg.max_documents, cfg.max_tokens)
-    )
+    max_documents = None if only_heldout else cfg.max_documents
+    max_tokens = cfg.token_limit(source)
     for encoded_documents, batch in batches:
         new: list[tuple[str, Encoded]] = []  # the split and tokens of each new document
         for document, encoded in zip(batch.documents, encoded_documents, strict=True):
@@ -325,12 +325,12 @@ def _write_source(
             if store.ledger.add_if_new(document_digest):
                 new.append((store.split_of(document, document_digest, fractions), encoded))
                 state.tokens += len(encoded.ids)
-            if max_tokens is not None and state.tokens >= max_tokens:
+            if state.tokens >= max_tokens:
                 break
         if chat is not None:
             new = list(_pack_splits(chat, new, name, store))
         store.add(name, new)
-        if max_tokens is not None and state.tokens >= max_tokens:
+        if state.tokens >= max_tokens:
             return  # the caller saves: ``finish_source``
         state.documents += len(batch.documents)
         state.reader_state = batch.reader_state
@@ -338,7 +338,7 @@ def _write_source(
         yield max(
             batch.fraction,
             state.documents / max_documents if max_documents else 0,
-            state.tokens / max_tokens if max_tokens else 0,
+            state.tokens / max_tokens,
         )
 
 

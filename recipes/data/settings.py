@@ -72,10 +72,20 @@ class PrepareDataConfig(StageConfig):
     processes: Count = field(default=1, metadata={"resource": True})
     """Tokenizer worker processes; does not affect the result."""
 
-    def limit_bytes(self) -> float:
-        """Estimates how many bytes of a text the limits allow; infinite without limits."""
-        tokens, paragraphs = self.max_tokens or math.inf, self.max_documents or math.inf
-        return min(BYTES_PER_TOKEN * tokens, BYTES_PER_PARAGRAPH * paragraphs)
+    def token_limit(self, source: str) -> float:
+        """Returns how many tokens of a source are used at most; infinite without a limit.
+
+        The teacher stops by itself after the number of tokens in its source.
+        """
+        parsed = parse_source(source)
+        own = math.inf if parsed.by_teacher or not parsed.tokens else float(parsed.tokens)
+        common = self.max_tokens if source in self.sources else None
+        return min(own, common or math.inf)
+
+    def limit_bytes(self, source: str) -> float:
+        """Estimates how many bytes of a source the limits allow; infinite without limits."""
+        paragraphs = self.max_documents or math.inf
+        return min(BYTES_PER_TOKEN * self.token_limit(source), BYTES_PER_PARAGRAPH * paragraphs)
 
     def all_sources(self) -> list[str]:
         """Returns held-out sources, then the sources for training."""

@@ -64,7 +64,8 @@ class Source:
     - ``licence=NAME``: licence, for the report and the model card;
     - ``revision=COMMIT``: commit of a hub dataset;
     - ``weight=NUMBER``: weight in the blend of training sources;
-    - ``tokens=NUMBER``, ``seed=NUMBER``: size and random seed of the teacher's conversations;
+    - ``tokens=NUMBER``: number of tokens to use, or for the teacher's conversations to write;
+    - ``seed=NUMBER``: random seed of the teacher's conversations;
     - ``prompts=FILE``: conversations whose questions the teacher answers.
     """
 
@@ -197,14 +198,14 @@ def _option_problem(entry: str, source: Source) -> str | None:
         return f"'{entry}' is of format {source.format}, not one of {formats}"
     if source.revision and not source.hub:
         return f"'{entry}' has a revision, but is not on a hub"
+    for name, value, least in (("tokens", source.tokens, 1), ("seed", source.seed, 0)):
+        if value is not None and not (value.isdecimal() and int(value) >= least):
+            return f"{name}={value} of '{source.path}' is not a whole number of at least {least}"
     if source.by_teacher:
-        for name, value in (("tokens", source.tokens), ("seed", source.seed)):
-            if value is not None and not value.isdecimal():
-                return f"{name}={value} of '{source.path}' is not a whole number"
         if source.prompts and not source.local_files():
             return f"there is no file '{source.prompts}'"
-    elif source.tokens or source.seed or source.prompts:
-        return f"'{entry}' has tokens, a seed or prompts, which only {TEACHER_CHAT} has"
+    elif source.seed or source.prompts:
+        return f"'{entry}' has a seed or prompts, which only {TEACHER_CHAT} has"
     return None
 
 

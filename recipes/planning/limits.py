@@ -92,9 +92,9 @@ def _expected_tokens(config: PrepareDataConfig, source: str) -> float:
     tokens = math.inf if size is None else size / BYTES_PER_TOKEN
     if parsed.by_teacher and parsed.tokens:
         tokens = float(parsed.tokens)
-    if source not in config.sources:  # held-out sources have no limits
-        return tokens
-    return math.inf if config.max_documents else min(tokens, config.max_tokens or math.inf)
+    if source in config.sources and config.max_documents:
+        return math.inf
+    return min(tokens, config.token_limit(source))
 
 
 def _unknown_text_problems(config: StageConfig) -> Iterator[Problem]:

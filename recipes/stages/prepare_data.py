@@ -114,7 +114,7 @@ def _source_problems(cfg: PrepareDataConfig) -> Iterator[tuple[str, str]]:
             yield f"'{source}' sets no number of tokens", f"for example {example}"
     texts: set[Source] = set()
     for source in cfg.all_sources():
-        text = replace(parse_source(source), name=None, licence=None, weight=None)
+        text = replace(parse_source(source), name=None, licence=None, weight=None, tokens=None)
         if text in texts:
             what = f"'{source}' is listed twice in data.sources and data.heldout_sources"
             yield what, "remove one of the two entries"

@@ -100,7 +100,7 @@ def test_demo_recovers_something_on_the_real_model(demo_run: Path) -> None:
     assert teacher.metrics["licence"] == "apache-2.0"
     assert teacher.metrics["parity_max_logit_difference"] < 1e-3
     metrics = evaluation.metrics
-    assert set(metrics["sources"]) == {"novels", "abstracts", "wikipedia", "speeches"}
+    assert len(metrics["sources"]) == 12
     assert metrics["sources"]["wikipedia"]["teacher"]["perplexity"] < 30
     assert metrics["teacher"]["perplexity"] < 60
     assert metrics["pruned"]["loss"] > metrics["teacher"]["loss"] + 0.3

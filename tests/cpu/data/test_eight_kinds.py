@@ -1,4 +1,4 @@
-"""Tests ``data=eight_kinds``, the default: licences, overlap with evaluation text, and a launcher's run."""
+"""The default text: licences, overlap with evaluation text, and a launcher's run."""
 
 from __future__ import annotations
 

@@ -337,19 +337,23 @@ def _lines(file: Path) -> int:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_max_tokens_limits_each_source(
+@pytest.mark.parametrize("option", ["", "#tokens=9000"])
+def test_a_limit_counts_for_each_source(
     cfg: PrepareDataConfig,
     tokenizer: DocumentTokenizer,
     text_file: Path,
     tmp_path: Path,
     processes: int,
+    option: str,
 ) -> None:
     budget = 9000
-    limited = replace(cfg, heldout_sources=[], max_tokens=budget, processes=processes)
+    sources = [f"{source}{option}" for source in cfg.sources]
+    limited = replace(cfg, heldout_sources=[], processes=processes)
+    limited.max_tokens = 10**9 if option else budget
     longest = max(len(d.ids) for d in tokenizer.encode(read(text_file)))
     for number in (1, 2):
         (folder := tmp_path / str(number)).mkdir()
-        done = prepare(replace(limited, sources=cfg.sources[:number]), tokenizer, folder, LOG)
+        done = prepare(replace(limited, sources=sources[:number]), tokenizer, folder, LOG)
         tokens = sum(size for size, _ in done.sizes.values()) // 4
         assert number * budget <= tokens < number * (budget + longest)
 

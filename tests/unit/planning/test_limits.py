@@ -37,6 +37,7 @@ DOCUMENTS = "stages.prepare_data.max_documents"
         (SMALL, f"data.sources=[TEXT] {D}max_steps=200", None),
         (SMALL, f"data.sources=[TEXT] {D}max_steps=400", "5.4 epochs"),
         (SMALL, f"data.sources=[TEXT] {D}max_steps=200 {MAX}=40000", "5.7 epochs"),
+        (SMALL, f"data.sources=['TEXT#tokens=40000'] {D}max_steps=200", "5.7 epochs"),
         (SMALL, f"data.sources=[TEXT] {D}max_steps=400 {DOCUMENTS}=9", "does not know"),
         (SMALL, f"data.sources=['TEXT#weight=1'] {DOCUMENTS}=9", "does not know"),
         (SMALL, f"{CHATS} {D}max_steps=12 {D}warmup_steps=1", "13.7 epochs"),
