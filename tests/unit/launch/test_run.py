@@ -315,6 +315,6 @@ def test_message_about_a_read_only_or_full_disk_has_path_and_reason(
         message = refused(launch, *arguments, planned=True)
         assert "No space left on device." in message
         assert "free some space" in message
-        disk.remount("size=2m")
+        disk.remount("size=4m")
         assert launch(*arguments).returncode == 0
         assert not list(disk.folder.rglob(".*.partial"))
