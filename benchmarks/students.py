@@ -1,15 +1,16 @@
 """Trains students with different losses or data, and evaluates them on the same text.
 
     python -m benchmarks.students --steps 40 --seeds 1234 1 2 \
-        --variant "recipe" \
-        --variant "forward_kl stages.distill.lm_weight=0" \
+        --variant "recipe data=eight_kinds" \
+        --variant "forward_kl data=eight_kinds stages.distill.lm_weight=0" \
         --variant "chat data=chat 'data.sources=[teacher://chat#tokens=60000]'"
 
 A variant is a name, followed by overrides of the launcher. Each variant trains once per seed, in a
 run of the launcher in ``OUT/NAME-SEED``. All variants start from the same student and have the same
 schedule. An interrupted benchmark resumes. A variant that overrides ``data`` prepares its own
-training text. All variants are evaluated on the held-out text of ``--run-dir``, whose
-documents are left out of a variant's own training text, unless this is ``data.prefix``.
+training text; the others train on that of ``--run-dir``, and set weights if it has several sources.
+All variants are evaluated on the held-out text of ``--run-dir``, whose documents are left out of a
+variant's own training text, unless this is ``data.prefix``.
 
 Choose a variant by its validation loss. This loss is measured on the validation text of the
 variant's data, so compare only variants with the same data. Held-out text is for reporting.
@@ -31,6 +32,7 @@ from benchmarks.launching import RECIPE, complete_manifest, launch, make_inputs,
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_json
 from recipes.core.screen import plain_table, screen
+from recipes.data.results import DatasetResult
 from recipes.distillation.results import TrainingResult
 from recipes.evaluation.results import ROLES, EvaluationResult, TextQuality
 
@@ -110,6 +112,7 @@ def train(
         settings["prepare_data.inputs.tokenizer"] = teacher
         overrides.append(f"+stages.prepare_data.inputs.held_out={data}")
     else:
+        require_weights(variant, data)
         settings["distill.inputs.data"] = data
     length_override = f"data.seq_length={complete_manifest(data).config['seq_length']}"
     launch(base, out, stages, settings, length_override, *overrides)
@@ -122,6 +125,23 @@ def train(
         training.val_loss,
         complete_manifest(out / "evaluate").result(EvaluationResult),
     )
+
+
+def require_weights(variant: Variant, data: Path) -> None:
+    """Checks that a variant sets weights for text of several sources, which has lost its own.
+
+    Raises:
+        RecipeError: The variant sets none. Longer sources would count more, without a message.
+    """
+    sources = complete_manifest(data).result(DatasetResult).source_tokens["train"]
+    if len(sources) > 1 and not any("stages.distill.weights=" in o for o in variant.overrides):
+        example = ", ".join(f"{entry.source}: 1" for entry in sources)
+        raise RecipeError(
+            f"the text of {data} has several sources, and variant '{variant.name}' does not say "
+            "how much each counts",
+            "add data=NAME to the variant, which then prepares this text, or "
+            f"'+stages.distill.weights={{{example}}}' (or ={{}}: longer sources count more)",
+        )
 
 
 def by_source(result: EvaluationResult, role: str) -> dict[str, TextQuality]:

@@ -110,7 +110,8 @@ class TrainingConfig(StageConfig):
     """Ranks over which each sequence is split, also in attention (CP). More than 1 needs
     TransformerEngine, so it needs GPUs."""
     expert_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
-    """Data-parallel ranks over which the experts of an MoE are split (EP)."""
+    """Data-parallel ranks over which the experts of an MoE are split (EP). An interrupted training
+    does not resume if this changes between 1 and more: Megatron then has another optimizer."""
     num_distributed_optimizer_instances: Count = field(default=1, metadata=RESOURCE)
     """Copies of the optimizer's state. With one copy per node, weights are gathered within a node,
     and only gradient shards are reduced between nodes."""

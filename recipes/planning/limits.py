@@ -109,7 +109,7 @@ def _unknown_text_problems(config: StageConfig) -> Iterator[Problem]:
                 rules.UNKNOWN_TEXT,
                 f"the size of '{name}' is not known, so the plan has neither the hours of "
                 f"{config.name} nor the disk space of this text",
-                limit if source in config.sources else "name fewer files, or a shorter split",
+                limit if source in config.sources else "add #tokens= to the source",
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,10 +56,14 @@ def _needs_whole_heads(shape: Architecture) -> bool:
     return shape.hf_architecture == "LlamaForCausalLM"
 
 
+def _is_refused_by_transformers_5(shape: Architecture) -> bool:
+    return _needs_whole_heads(shape) and shape.hidden_size % shape.num_attention_heads != 0
+
+
 def transformers_5_problems(stage: str, student: Architecture) -> Iterator[Problem]:
     """Warns if transformers 5 refuses the student."""
     hidden, heads = student.hidden_size, student.num_attention_heads
-    if _needs_whole_heads(student) and hidden % heads:
+    if _is_refused_by_transformers_5(student):
         lower = hidden // heads * heads
         yield Problem(
             rules.TRANSFORMERS_5,
@@ -67,6 +71,20 @@ def transformers_5_problems(stage: str, student: Architecture) -> Iterator[Probl
             "transformers 5 and the programs that use it do not load; transformers 4 loads it",
             f"if you need transformers 5: stages.{stage}.target_hidden_size={lower} "
             f"stages.{stage}.hidden_size_divisor={math.gcd(lower, 64)}",
+        )
+
+
+def searched_shape_problems(stage: str, shapes: Sequence[Architecture]) -> Iterator[Problem]:
+    """Warns if transformers 5 refuses shapes of a search."""
+    refused = [shape for shape in shapes if _is_refused_by_transformers_5(shape)]
+    if refused:
+        divisor = math.lcm(8, refused[0].num_attention_heads)
+        yield Problem(
+            rules.TRANSFORMERS_5,
+            f"{len(refused)} of {len(shapes)} shapes of {stage} are Llama models whose hidden size "
+            "is not a multiple of their attention heads: transformers 5 does not load them",
+            "if you need transformers 5, search with "
+            f"stages.enumerate_shapes.space.hidden_size_divisor={divisor}",
         )
 
 

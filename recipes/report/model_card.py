@@ -167,7 +167,9 @@ def _sources(texts: Iterable[DatasetResult]) -> list[tuple[str, str, str]]:
     for text in texts:
         for entry in text.sources:
             path = parse_source(entry).path
-            name = plain(path if "://" in path else Path(path).name)
+            # Like ``plain``, but keeps the brackets of a pattern, except where they make a link.
+            name = path if "://" in path else Path(path).name
+            name = re.sub(r"[`<>|\s]+|(?<=\])(?=\()", " ", name)
             sources[name, text.licence(entry), NOT_COMPARED if text.sample else ""] = None
     return list(sources)
 

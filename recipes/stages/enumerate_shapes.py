@@ -20,6 +20,7 @@ from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.results import PlanResult, Table
 from recipes.planning.rules import Problem
+from recipes.pruning.targets import searched_shape_problems
 from recipes.search.settings import SHAPES_FILE, EnumerateShapesConfig
 from recipes.search.space import SHAPE_COSTS, Service, absolute_limits, impossible_axes, name_of
 from recipes.stages.contract import Stage
@@ -60,6 +61,8 @@ def check(cfg: EnumerateShapesConfig, chain: Chain) -> Iterator[Problem]:
             f"the teacher is within the budget: {costs}",
             "lower the budget (but raise tokens_per_second, which is absolute, not a fraction)",
         )
+    elif "latency" not in cfg.inputs:
+        yield from searched_shape_problems(cfg.name, shapes)
 
 
 def resolve_from_chain(cfg: EnumerateShapesConfig, chain: Chain) -> EnumerateShapesConfig:

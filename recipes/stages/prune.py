@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_convert.architecture import Architecture
+from recipes.core.errors import RecipeError
 from recipes.core.manifest import Outcome, manifest_of
-from recipes.core.stage import Inputs
+from recipes.core.stage import Inputs, StageConfig
 from recipes.distillation.results import KeptLayers
 from recipes.planning import rules
 from recipes.planning.chain import Chain
@@ -22,12 +24,16 @@ from recipes.pruning.targets import (
     MAX_FRACTION,
     fraction_problems,
     pruned_shape,
+    searched_shape_problems,
     target_problems,
     transformers_5_problems,
 )
 from recipes.search.settings import RankCandidatesConfig, SuccessiveHalvingConfig
 from recipes.search.space import SEARCH_AXES, name_of
 from recipes.stages.contract import Stage, checkpoint_outcome
+
+if TYPE_CHECKING:
+    from recipes.pruning.kept import Importance
 
 
 def student_of(cfg: PruneConfig, chain: Chain) -> Architecture:
@@ -44,7 +50,6 @@ def check(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
     student = student_of(cfg, chain)
     if "shape" in cfg.inputs:
         yield from _search_problems(cfg, chain, student)
-        yield from transformers_5_problems(cfg.name, student)
     else:
         # Sizes can be computed only from valid fractions.
         divisors = cfg.divisors(teacher)
@@ -69,7 +74,7 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
     if isinstance(search, SuccessiveHalvingConfig):
         ranking = chain.stages.get(search.inputs.get("candidates", ""))
         if isinstance(ranking, RankCandidatesConfig):
-            yield from _method_problems(cfg, ranking)
+            yield from _method_problems(cfg, ranking.name, ranking.layer_importance)
         shapes = chain.shapes.get(source, ())
         shape = f"the largest shape of {len(shapes)}" if shapes else "the teacher's shape"
         size = f"{name_of(student)} with {student.parameters() / 1e6:,.0f} M parameters"
@@ -86,6 +91,12 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
         )
     else:
         yield from _shape_problems(source, student, chain.shape_of(cfg.inputs.get("checkpoint")))
+        yield from searched_shape_problems(source, [student])
+        # The search's ranking is a stage of the same run.
+        ranking = manifest.config.get("inputs", {}).get("candidates")
+        ranked = manifest_of(str(Path(source).parent / ranking)) if ranking else None
+        if ranked is not None:
+            yield from _method_problems(cfg, ranking, ranked.config["layer_importance"])
 
 
 def _shape_problems(
@@ -102,15 +113,14 @@ def _shape_problems(
             )
 
 
-def _method_problems(cfg: PruneConfig, ranking: RankCandidatesConfig) -> Iterator[Problem]:
+def _method_problems(cfg: PruneConfig, ranking: str, method: str) -> Iterator[Problem]:
     """Checks that layers are chosen as the search did, whose scores suffice for every depth."""
-    method = ranking.layer_importance
     if cfg.layer_importance != method:
         yield Problem(
             rules.LAYER_IMPORTANCE,
-            f"{cfg.name} has layer_importance={cfg.layer_importance}, but {ranking.name} {method}",
-            f"set stages.{cfg.name}.layer_importance={method}, or "
-            f"stages.{ranking.name}.layer_importance={cfg.layer_importance}",
+            f"{cfg.name} has layer_importance={cfg.layer_importance}, but {ranking}, which ranked "
+            f"the candidates, has {method}",
+            f"set stages.{cfg.name}.layer_importance={method}",
         )
 
 
@@ -128,9 +138,24 @@ def _large_reduction_problems(
         )
 
 
+def _scored_model_problems(
+    cfg: PruneConfig, chain: Chain, score: StageConfig | None
+) -> Iterator[Problem]:
+    """Checks that the scores are of a model with the shape of the model to prune."""
+    pruned, scored = cfg.inputs.get("checkpoint"), score.inputs.get("checkpoint") if score else None
+    if score and scored and chain.shape_of(scored) != chain.shape_of(pruned):
+        yield Problem(
+            rules.LAYER_IMPORTANCE,
+            f"{cfg.name} prunes {pruned}, but {score.name} scored {scored}, which has other sizes",
+            f"add another score stage with inputs.checkpoint={pruned}, and name it in "
+            f"stages.{cfg.name}.inputs.importance",
+        )
+
+
 def _score_problems(cfg: PruneConfig, chain: Chain, num_dropped: int) -> Iterator[Problem]:
     """Checks the scores. Without ``block_sizes``, ``score`` measures what this stage needs."""
     score = chain.stages.get(cfg.inputs.get("importance", ""))
+    yield from _scored_model_problems(cfg, chain, score)
     is_automatic = isinstance(score, ScoreConfig) and score.block_sizes is None
     if num_dropped > 0 and not (cfg.layer_importance == "block" and is_automatic):
         yield from layer_score_problems(cfg, cfg.layer_importance, [num_dropped], chain)
@@ -145,6 +170,7 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
     source = nemo.find_checkpoint(inputs["checkpoint"].artifact)
     importance = Importance.load(inputs["importance"].artifact)
     input_shape = nemo.architecture_of(source)
+    _require_scores_of(input_shape, importance, inputs["importance"].directory)
     # ``resolve_from_chain`` has replaced fractions of the teacher's sizes by numbers.
     student = pruned_shape(input_shape, cfg.targets(input_shape))
     if "shape" in inputs:
@@ -172,6 +198,24 @@ def run(cfg: PruneConfig, inputs: Inputs, out: Path) -> Outcome:
         teacher_parameters=inputs["checkpoint"].manifest.parameters,
     )
     return checkpoint_outcome(result, checkpoint)
+
+
+def _require_scores_of(model: Architecture, importance: Importance, directory: Path) -> None:
+    """Checks that scores, which may be of another run, are of a model with these sizes.
+
+    Raises:
+        RecipeError: The scores are of a model with another number of layers or hidden size.
+    """
+    scored = {"num_layers": len(importance.layers["block_influence"])}
+    if "hidden_size" in importance.widths:
+        scored["hidden_size"] = len(importance.widths["hidden_size"])
+    for axis, size in scored.items():
+        if size != vars(model)[axis]:
+            raise RecipeError(
+                f"the scores in {directory} are of a model with {axis}={size}, but the model to "
+                f"prune has {vars(model)[axis]}.",
+                "score the model that is pruned: set inputs.checkpoint of the score stage to it",
+            )
 
 
 STAGE = Stage(

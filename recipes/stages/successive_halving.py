@@ -24,6 +24,7 @@ from recipes.core.files import write_text_atomically
 from recipes.core.manifest import MANIFEST, Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log, rank
 from recipes.data.settings import PrepareDataConfig
+from recipes.data.sources import source_names, with_option
 from recipes.distillation.settings import DistillConfig
 from recipes.distillation.training import (
     loss_problems,
@@ -63,11 +64,11 @@ DATA_SETTINGS = (
 )
 """Settings of ``prepare_data`` that the chosen recipe has in its group ``data``."""
 NOT_COPIED = {
-    *("stage", "inputs", "resources", "precision", "seq_length", "compile"),
+    *("stage", "inputs", "resources", "precision", "seq_length", "compile", "weights"),
     *("max_steps", "warmup_steps", "val_check_interval", "checkpoint_interval"),
 }
 """Settings of the search's stages that the chosen recipe does not have: it has its own inputs and
-number of steps, and the hardware profile sets the precision."""
+number of steps, the hardware profile sets the precision, and weights are options of sources."""
 LIST_CANDIDATES = "run with only=[enumerate_shapes] to list the candidates"
 
 
@@ -264,6 +265,12 @@ def recipe_yaml(
     score = inputs["importance"].manifest.config
     data = inputs["data"].manifest.config
     distill = asdict(cfg.distill)
+    names = source_names([*data["heldout_sources"], *data["sources"]])
+    weights = {names[name]: weight for name, weight in cfg.distill.weights.items() if name in names}
+    sources = [
+        with_option(source, "weight", weights[source]) if source in weights else source
+        for source in data["sources"]
+    ]
     if cfg.distill.hidden_pipeline_stages == cfg.distill.pipeline_model_parallel_size:
         del distill["hidden_pipeline_stages"]  # the default
     chain, hardware = {"/chain@_global_": "prune_distill"}, {"override /hardware": cfg.hardware}
@@ -271,7 +278,7 @@ def recipe_yaml(
         "defaults": [chain, hardware, "_self_"],
         "description": f"{winner.name}, {winner.parameters / 1e6:,.1f} M parameters",
         "model": {"hf_path": teacher.config["hf_path"]},
-        "data": {name: data[name] for name in DATA_SETTINGS},
+        "data": {name: data[name] for name in DATA_SETTINGS} | {"sources": sources},
         "stages": {
             "prepare_data": _changed(data, PrepareDataConfig(), DATA_SETTINGS),
             "score": {

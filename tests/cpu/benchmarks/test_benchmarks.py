@@ -30,8 +30,11 @@ from launch.executors.local import PRELOADED
 from recipes.core.compiled import missing_compiler
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
+from recipes.core.manifest import write_manifest
+from recipes.data.results import DatasetResult, SourceTokens
 from tests.support.forked import run_forked
 from tests.support.in_process import run_successfully
+from tests.support.manifests import bare_manifest
 from tests.support.runs import tiny
 
 STEPS, MICRO_BATCH, SEQ_LENGTH = 3, 4, 64
@@ -165,6 +168,15 @@ def test_different_losses_on_the_same_batches_are_reported() -> None:
 def test_invalid_options_are_refused(module: ModuleType, options: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(message)):
         run_benchmark(module, *options)
+
+
+def test_students_of_several_sources_need_weights(tmp_path: Path) -> None:
+    tokens = {"train": [SourceTokens("a", 1), SourceTokens("b", 2)]}
+    text = DatasetResult({}, {}, [], tokens, document_end=0)
+    write_manifest(tmp_path, bare_manifest("prepare_data", "dataset", text))
+    with pytest.raises(RecipeError, match=r"weights=\{a: 1, b: 1\}"):
+        students.require_weights(students.Variant("recipe", []), tmp_path)
+    students.require_weights(students.Variant("even", ["+stages.distill.weights={}"]), tmp_path)
 
 
 def test_students_are_trained_with_other_losses_and_data(

@@ -221,10 +221,12 @@ def test_folders_of_local_files_stay_private(inputs: dict[str, Input], tmp_path:
     inputs["data"].manifest.metrics["sources"] = [
         f"{private}#name=x",
         f"teacher://chat#prompts={private}",
+        "pypi://p/1/[12]*.txt#sha256=0",
     ]
     text = render_card(tmp_path, inputs)
     assert "`my.jsonl`. Licence: not recorded." in text
     assert "`teacher://chat`." in text
+    assert "[12]*.txt" in text
     assert "/home" not in text
 
 
