@@ -16,6 +16,7 @@ class TrainingResult:
     final_hidden: float | None
     final_lm: float | None
     val_loss: float | None
+    """Loss of the last validation, which may be some steps before the last step."""
     steps: int
     skipped_steps: int
     tokens: int
