@@ -99,7 +99,6 @@ def train(
         "distill.inputs.student": student,
         "distill.max_steps": steps,
         "distill.warmup_steps": steps // 10,
-        "distill.checkpoint_interval": steps,
         "distill.val_check_interval": steps,
         "distill.seed": seed,
         "evaluate.inputs.teacher": teacher,
