@@ -194,13 +194,8 @@ def prepare(
     def encode(source: str, start: Any, documents: int) -> EncodedBatches:
         """Encodes a source from the reader's state ``start`` on, after its first ``documents``."""
         path, encoder = (paths or {}).get(source, source), encoders[source]
-        reader = read_source(
-            path,
-            cfg.text_field,
-            start,
-            chat=encoder is chat,
-            limit_bytes=cfg.limit_bytes(source),
-        )
+        limit_bytes, is_chat = cfg.limit_bytes(source), encoder is chat
+        reader = read_source(path, cfg.text_field, start, chat=is_chat, limit_bytes=limit_bytes)
         limit = cfg.max_documents if source in cfg.sources else None
         batches = _batches(reader, limit - documents if limit is not None else None)
         return closing(encode_on_ranks(encoder, batches, cfg.processes))
