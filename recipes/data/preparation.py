@@ -194,8 +194,7 @@ def prepare(
     def encode(source: str, start: Any, documents: int) -> EncodedBatches:
         """Encodes a source from the reader's state ``start`` on, after its first ``documents``."""
         path, encoder = (paths or {}).get(source, source), encoders[source]
-        limit_bytes, is_chat = cfg.limit_bytes(source), encoder is chat
-        reader = read_source(path, cfg.text_field, start, chat=is_chat, limit_bytes=limit_bytes)
+        reader = _open(cfg, source, path, start, chat=encoder is chat)
         limit = cfg.max_documents if source in cfg.sources else None
         batches = _batches(reader, limit - documents if limit is not None else None)
         return closing(encode_on_ranks(encoder, batches, cfg.processes))
@@ -225,6 +224,11 @@ def prepare(
             broadcast(None)  # no more sources
             ledger.write_held_out(folder / HELD_OUT)
     return state
+
+
+def _open(cfg: PrepareDataConfig, source: str, path: str, state: Any, *, chat: bool) -> Reader:
+    limit = cfg.limit_bytes(source)
+    return read_source(path, cfg.text_field, state, chat=chat, limit_bytes=limit)
 
 
 def _encode_for_rank_0(
