@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from nemo_convert.architecture import Architecture
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import Outcome, manifest_of
-from recipes.core.stage import Inputs, StageConfig
+from recipes.core.stage import Inputs
 from recipes.distillation.results import KeptLayers
 from recipes.planning import rules
 from recipes.planning.chain import Chain
@@ -74,7 +74,8 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
     if isinstance(search, SuccessiveHalvingConfig):
         ranking = chain.stages.get(search.inputs.get("candidates", ""))
         if isinstance(ranking, RankCandidatesConfig):
-            yield from _method_problems(cfg, ranking.name, ranking.layer_importance)
+            fix = f", or stages.{ranking.name}.layer_importance={cfg.layer_importance}"
+            yield from _method_problems(cfg, ranking.name, ranking.layer_importance, fix)
         shapes = chain.shapes.get(source, ())
         shape = f"the largest shape of {len(shapes)}" if shapes else "the teacher's shape"
         size = f"{name_of(student)} with {student.parameters() / 1e6:,.0f} M parameters"
@@ -92,7 +93,7 @@ def _search_problems(cfg: PruneConfig, chain: Chain, student: Architecture) -> I
     else:
         yield from _shape_problems(source, student, chain.shape_of(cfg.inputs.get("checkpoint")))
         yield from searched_shape_problems(source, [student])
-        # The search's ranking is a stage of the same run.
+        # The stage that ranked the candidates is in the same run directory as the search.
         ranking = manifest.config.get("inputs", {}).get("candidates")
         ranked = manifest_of(str(Path(source).parent / ranking)) if ranking else None
         if ranked is not None:
@@ -113,14 +114,16 @@ def _shape_problems(
             )
 
 
-def _method_problems(cfg: PruneConfig, ranking: str, method: str) -> Iterator[Problem]:
+def _method_problems(
+    cfg: PruneConfig, ranking: str, method: str, other_fix: str = ""
+) -> Iterator[Problem]:
     """Checks that layers are chosen as the search did, whose scores suffice for every depth."""
     if cfg.layer_importance != method:
         yield Problem(
             rules.LAYER_IMPORTANCE,
             f"{cfg.name} has layer_importance={cfg.layer_importance}, but {ranking}, which ranked "
             f"the candidates, has {method}",
-            f"set stages.{cfg.name}.layer_importance={method}",
+            f"set stages.{cfg.name}.layer_importance={method}{other_fix}",
         )
 
 
@@ -138,15 +141,15 @@ def _large_reduction_problems(
         )
 
 
-def _scored_model_problems(
-    cfg: PruneConfig, chain: Chain, score: StageConfig | None
-) -> Iterator[Problem]:
-    """Checks that the scores are of a model with the shape of the model to prune."""
-    pruned, scored = cfg.inputs.get("checkpoint"), score.inputs.get("checkpoint") if score else None
-    if score and scored and chain.shape_of(scored) != chain.shape_of(pruned):
+def _scored_model_problems(cfg: PruneConfig, chain: Chain) -> Iterator[Problem]:
+    """Checks that scores of this run are of a model with the shape of the model to prune."""
+    score = chain.stages.get(cfg.inputs.get("importance", ""))
+    scored, pruned = score and score.inputs.get("checkpoint"), cfg.inputs.get("checkpoint")
+    if scored and chain.shape_of(scored) != chain.shape_of(pruned):
         yield Problem(
             rules.LAYER_IMPORTANCE,
-            f"{cfg.name} prunes {pruned}, but {score.name} scored {scored}, which has other sizes",
+            f"{cfg.name} prunes {pruned}, but {cfg.inputs['importance']} scored {scored}, which "
+            "has other sizes",
             f"add another score stage with inputs.checkpoint={pruned}, and name it in "
             f"stages.{cfg.name}.inputs.importance",
         )
@@ -155,7 +158,7 @@ def _scored_model_problems(
 def _score_problems(cfg: PruneConfig, chain: Chain, num_dropped: int) -> Iterator[Problem]:
     """Checks the scores. Without ``block_sizes``, ``score`` measures what this stage needs."""
     score = chain.stages.get(cfg.inputs.get("importance", ""))
-    yield from _scored_model_problems(cfg, chain, score)
+    yield from _scored_model_problems(cfg, chain)
     is_automatic = isinstance(score, ScoreConfig) and score.block_sizes is None
     if num_dropped > 0 and not (cfg.layer_importance == "block" and is_automatic):
         yield from layer_score_problems(cfg, cfg.layer_importance, [num_dropped], chain)

@@ -115,7 +115,7 @@ def test_another_budget_reuses_stages_that_do_not_depend_on_it(
         ("stages.prune.drop_layers=[2]", "prune-target", "~stages.prune"),
         ("stages.prune.inputs.shape=rank_candidates", "rank_candidates", "successive_halving"),
         ("stages.prune.inputs.shape=OTHER", "did not choose", "run it again"),
-        ("stages.prune.layer_importance=block", "=block, but rank_cand", "importance=loss"),
+        ("stages.prune.layer_importance=block", "=block, but rank_cand", "rank_candidates.layer"),
     ],
 )
 def test_an_invalid_input_of_prune_is_refused(

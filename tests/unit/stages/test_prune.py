@@ -40,11 +40,11 @@ def test_scores_are_of_the_model_that_is_pruned(
     score = named("score", ScoreConfig(inputs={"checkpoint": scored}, block_sizes=[1]))
     stages = {"prune": named("prune", PruneConfig()), "score": score, "prune2": cfg}
     chain = Chain("t", teacher, stages, shapes={"prune": [replace(teacher, num_layers=3)]})
-    found = [
+    messages = [
         text for text in problems(cfg, chain) if "prune2 prunes prune, but score scored" in text
     ]
-    assert len(found) == is_refused
-    assert all("inputs.checkpoint=prune" in text for text in found)
+    assert len(messages) == is_refused
+    assert all("inputs.checkpoint=prune" in text for text in messages)
 
 
 @pytest.mark.parametrize(("method", "is_refused"), [("loss", False), ("block", True)])
@@ -62,13 +62,13 @@ def test_layers_are_chosen_as_by_the_search_of_another_run(
         write_manifest(tmp_path / name, manifest)
     inputs = {"checkpoint": "import_hf", "shape": str(tmp_path / "successive_halving")}
     cfg = named("prune", PruneConfig(inputs=inputs, layer_importance=method))
-    found = [
+    messages = [
         text
         for text in problems(cfg, Chain("t", teacher, {"prune": cfg}))
         if "which ranked" in text
     ]
-    assert len(found) == is_refused
-    assert all("set stages.prune.layer_importance=loss" in text for text in found)
+    assert len(messages) == is_refused
+    assert all("set stages.prune.layer_importance=loss" in text for text in messages)
 
 
 def test_a_search_warns_of_shapes_that_transformers_5_refuses(teacher: Architecture) -> None:
