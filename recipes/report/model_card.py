@@ -210,7 +210,9 @@ def _hub_results(evaluation: EvaluationResult, tasks: Manifest | None) -> Iterat
     result = partial(EvalResult, task_type="text-generation")
     qualities = {name: source.distilled for name, source in evaluation.sources.items()}
     for name, quality in (qualities or {"held-out text": evaluation.distilled}).items():
-        dataset = {"dataset_type": "text", "dataset_name": _one_line(name)}
+        source = _one_line(name)
+        # Libraries merge results of equal type and config, whatever their dataset's name.
+        dataset = {"dataset_type": "text", "dataset_name": source, "dataset_config": source}
         perplexity, kl = round(quality.perplexity, 4), round(quality.kl_to_teacher, 5)
         yield result(**dataset, metric_type="perplexity", metric_value=perplexity)
         yield result(**dataset, metric_type="kl_to_teacher", metric_value=kl)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from nemo_convert.architecture import Architecture
 from nemo_convert.licences import forbids_commercial_use, known_licence
 from recipes.core.manifest import Acceptance, Manifest
 from recipes.core.stage import Input
+from recipes.evaluation.results import SourceQuality, TextQuality
 from recipes.report.model_card import write_card
 from recipes.report.serving import conversion_servers, run_servers
 from recipes.stages import export_hf
@@ -75,6 +77,21 @@ def test_every_input_adds_lines_to_the_card(inputs: dict[str, Input], tmp_path: 
         "--outfile model.gguf\nllama-server -m model.gguf\n```\n",
     ):
         assert line in text
+
+
+def test_each_text_has_its_own_results_in_the_header(
+    inputs: dict[str, Input], tmp_path: Path
+) -> None:
+    """The hub's library merges results that it cannot tell apart."""
+    names = ["wikipedia", "code", "mail"]
+    model = TextQuality(4.0, 0.05, 54.6, 0.4, 0.6)
+    sources = {name: SourceQuality(model, model, model, 20, 5120, 5100, None) for name in names}
+    evaluation = replace(RESULTS["evaluate"], sources=sources)
+    inputs["evaluation"] = with_result(inputs["evaluation"], evaluation)
+    render_card(tmp_path, inputs)
+    results = ModelCard.load(tmp_path / "README.md").data.eval_results
+    texts = [r.dataset_name for r in results if r.metric_type == "perplexity"]
+    assert texts == names
 
 
 def test_optional_inputs_may_be_missing(inputs: dict[str, Input], tmp_path: Path) -> None:
