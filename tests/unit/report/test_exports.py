@@ -90,8 +90,8 @@ def test_each_text_has_its_own_results_in_the_header(
     inputs["evaluation"] = with_result(inputs["evaluation"], evaluation)
     render_card(tmp_path, inputs)
     results = ModelCard.load(tmp_path / "README.md").data.eval_results
-    texts = [r.dataset_name for r in results if r.metric_type == "perplexity"]
-    assert texts == names
+    texts = [result.dataset_name for result in results if result.dataset_type == "text"]
+    assert texts == [name for name in names for metric in ("perplexity", "kl_to_teacher")]
 
 
 def test_optional_inputs_may_be_missing(inputs: dict[str, Input], tmp_path: Path) -> None:
