@@ -200,7 +200,9 @@ def workloads_on_all_layouts(
 ) -> Iterator[Workload]:
     """Yields the workload on every layout of ``devices`` devices, ``node_size`` on each node."""
     per_node = min(devices, node_size)
-    contexts = PARALLEL_SIZES if workload.seq_length >= LONG_SEQUENCE else (1,)
+    # A cache has the logits of whole sequences, so context parallelism is refused.
+    is_long = workload.seq_length >= LONG_SEQUENCE and not workload.teacher_is_cached
+    contexts = PARALLEL_SIZES if is_long else (1,)
     moe = workload.trained is not None and workload.trained.num_moe_experts
     tensors = [size for size in PARALLEL_SIZES if size <= per_node]
     # A loss on hidden states forbids recomputation. The layers that it compares were checked only

@@ -9,7 +9,7 @@ from recipes.core.manifest import Manifest, manifest_of
 from recipes.core.stage import StageConfig
 from recipes.data.results import DatasetResult
 from recipes.data.settings import BYTES_PER_TOKEN, PrepareDataConfig
-from recipes.data.sources import parse_source, source_bytes, source_names
+from recipes.data.sources import parse_source, source_bytes, source_names, source_problem
 from recipes.data.token_files import require_token_files
 from recipes.planning import rules
 from recipes.planning.chain import Chain
@@ -88,6 +88,8 @@ def source_tokens(config: PrepareDataConfig) -> dict[str, float]:
 
 
 def _expected_tokens(config: PrepareDataConfig, source: str) -> float:
+    if source_problem(source):  # the check of the text reports it
+        return math.inf
     parsed, size = parse_source(source), source_bytes(source)
     tokens = math.inf if size is None else size / BYTES_PER_TOKEN
     if parsed.by_teacher and parsed.tokens:
@@ -226,7 +228,7 @@ def _text_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Prob
     inputs = chain.stages[name].inputs
     data = inputs.get("data", "")
     config = chain.stages.get(data)
-    tokens_by_source, max_tokens = _training_tokens(chain, data)
+    tokens_by_source, max_tokens = training_tokens(chain, data)
     expected = math.fsum(tokens_by_source.values())
     text, fix = "the text", "add text"
     if workload.cached_sequences is not None:
@@ -290,7 +292,7 @@ def _repeated_sources(
             )
 
 
-def _training_tokens(chain: Chain, data: str) -> tuple[dict[str, float], float]:
+def training_tokens(chain: Chain, data: str) -> tuple[dict[str, float], float]:
     """Returns the expected number of training tokens by source, and an upper bound of their sum.
 
     An unknown number is infinite.

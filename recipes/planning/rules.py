@@ -139,7 +139,7 @@ DATA_SPLITS = Rule("data-splits", "every split of the text needs documents")
 SEQ_LENGTH = Rule("seq-length", "the teacher was not trained on positions beyond its limit")
 TOKENS = Rule("tokens", "the text must fill at least one global batch")
 UNKNOWN_TEXT = _warning(
-    "unknown-text", "hours and disk space of tokenization are planned only for text of known size"
+    "unknown-text", "hours and disk space are planned only for text of known size"
 )
 EPOCHS = _warning("epochs", "a model learns little from a text after 4 epochs", "arXiv:2305.16264")
 

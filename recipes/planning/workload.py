@@ -82,6 +82,8 @@ class Workload:
     """Number of terms of the loss on logits. Each term has a gradient for all logits."""
     compares_hidden_states: bool = False
     """Whether the loss also compares hidden states."""
+    teacher_is_cached: bool = False
+    """Whether the loss reads the teacher's logits from a cache."""
     cached_sequences: int | None = None
     """Sequences in the cache of a teacher's logits; ``None`` if the cache covers all text."""
 

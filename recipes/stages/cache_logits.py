@@ -6,6 +6,7 @@ token of the text, in several files (shards).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from recipes.distillation.settings import CacheLogitsConfig, bytes_per_token
 from recipes.distillation.training import weight_problems, with_weights
 from recipes.planning import rules
 from recipes.planning.chain import Chain, sequence_problems
+from recipes.planning.limits import training_tokens
 from recipes.planning.rules import Problem
 from recipes.planning.workload import Layout, Workload
 from recipes.stages.contract import Stage
@@ -34,10 +36,26 @@ def check(cfg: CacheLogitsConfig, chain: Chain) -> Iterator[Problem]:
     # By default, this stage has the weights of ``distill``, which trains on the same sequences.
     yield from weight_problems("distill", cfg.weights, cfg.inputs.get("data", ""), chain)
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
+    if not planned_sequences(cfg, chain):
+        yield Problem(
+            rules.UNKNOWN_TEXT,
+            f"{cfg.name} caches the logits of all text, and the size of the text is not known, so "
+            f"the plan has neither the hours nor the disk space of {cfg.name}",
+            f"set stages.{cfg.name}.num_sequences, or stages.prepare_data.max_tokens",
+        )
+
+
+def planned_sequences(cfg: CacheLogitsConfig, chain: Chain) -> int:
+    """Returns how many sequences will be cached; 0 if this is the text's size and is not known."""
+    if cfg.num_sequences is not None:
+        return cfg.num_sequences
+    tokens, _ = training_tokens(chain, cfg.inputs.get("data", ""))
+    total = math.fsum(tokens.values())
+    return max(1, int(total / cfg.seq_length)) if total < math.inf else 0
 
 
 def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
-    """Returns the teacher's forward passes for plans. Without ``num_sequences``, plans one step."""
+    """Returns the teacher's forward passes for plans: one step if the text's size is not known."""
     tensor, micro = cfg.tensor_model_parallel_size, cfg.micro_batch_size
     layout = Layout(cfg.resources.nodes, cfg.resources.devices, tensor, micro_batch_size=micro)
     batch = micro * max(1, layout.ranks // tensor)
@@ -47,14 +65,14 @@ def workload(cfg: CacheLogitsConfig, chain: Chain) -> Workload:
         layout=layout,
         seq_length=cfg.seq_length,
         global_batch_size=batch,
-        steps=max(1, (cfg.num_sequences or 1) // batch),
+        steps=max(1, planned_sequences(cfg, chain) // batch),
         bf16=cfg.precision == "bf16-mixed",
     )
 
 
 def disk_bytes(cfg: CacheLogitsConfig, chain: Chain) -> int:
-    """Returns the cache's size; 0 without ``num_sequences``, because the text's size is unknown."""
-    tokens = (cfg.num_sequences or 0) * cfg.seq_length
+    """Returns the cache's size; 0 if it is the text's size and is not known."""
+    tokens = planned_sequences(cfg, chain) * cfg.seq_length
     return tokens * bytes_per_token(chain.teacher.vocab_size, cfg.top_k, cfg.tail_draws)
 
 

@@ -179,6 +179,7 @@ def workload(cfg: DistillConfig, chain: Chain) -> Workload:
     return replace(
         training_workload(cfg, student, chain.teacher if live else None, num_logits_losses),
         compares_hidden_states=cfg.hidden_weight > 0,
+        teacher_is_cached=cache is not None,
         cached_sequences=cache.num_sequences if cache else None,
     )
 

@@ -15,6 +15,7 @@ from recipes.data.results import SourceTokens
 from recipes.data.settings import BYTES_PER_TOKEN
 from recipes.distillation.results import CacheResult
 from recipes.distillation.settings import CacheLogitsConfig
+from recipes.planning.layouts import workloads_on_all_layouts
 from tests.support.manifests import bare_manifest, edit_manifest
 from tests.support.results import RESULTS
 
@@ -236,6 +237,36 @@ def test_too_large_batches_of_a_cached_teacher_get_a_fix_that_fits(plan: MakePla
     fix = [word for word in str(caught.value).split() if word.startswith("stages.cache_logits.")]
     assert "stages.cache_logits.micro_batch_size=8" in fix  # the largest that fits
     plan(*cached, *fix, recipe="recipe=llama3_1_8b_width")
+
+
+def test_a_cache_of_all_text_is_as_large_as_the_text(plan: MakePlan, text: Path) -> None:
+    cached = ("teacher=cached", "stages.cache_logits.num_sequences=null")
+
+    def tokens_and_bytes(*overrides: str) -> tuple[int, int]:
+        planned = plan(*cached, *overrides, recipe=SMALL)
+        [cache] = [stage for stage in planned.stages if stage.name == "cache_logits"]
+        assert cache.workload is not None
+        return cache.workload.tokens, cache.definition.disk_bytes(cache.config, cache.chain)
+
+    train_tokens = 0.9 * text.stat().st_size / BYTES_PER_TOKEN
+    tokens, size = tokens_and_bytes(f"data.sources=[{text}]")
+    assert tokens == pytest.approx(train_tokens, rel=0.02)
+    token_bytes = 64 * 2 + 65 * 2  # the 64 likeliest tokens and 65 probabilities, 2 bytes each
+    assert size == pytest.approx(train_tokens * token_bytes, rel=0.02)
+    notes = plan(*cached, f"{MAX}=null", recipe="recipe=llama3_1_8b_width_2.5b").notes
+    assert "cache_logits" in " ".join(n.what for n in notes if n.rule.name == "unknown-text")
+    with pytest.raises(RecipeError, match="tokens=many"):
+        plan(*cached, f"data.sources=['{text}#tokens=many']")
+
+
+def test_a_cached_teacher_has_no_layouts_with_context_parallelism(plan: MakePlan) -> None:
+    """Such layouts are refused, so they are no fix for too little memory."""
+    overrides = ("data.seq_length=32768", "skip_rules=[memory,batch,tokens]")
+    for teacher, has_contexts in (("live", True), ("cached", False)):
+        planned = plan(f"teacher={teacher}", *overrides, recipe="recipe=llama3_1_8b_width")
+        workload = planned.chain.workloads["distill"]
+        contexts = {w.layout.context for w in workloads_on_all_layouts(workload, 8, 8)}
+        assert (len(contexts) > 1) == has_contexts
 
 
 SEARCH, SPACE = "recipe=shrink", "stages.enumerate_shapes.space"
