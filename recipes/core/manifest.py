@@ -102,6 +102,7 @@ class Manifest:
     seconds: float = 0.0
     """Seconds of the start that completed the stage, plus those of the starts that it resumed."""
     peak_rss_bytes: int = 0
+    """Sum of the ranks' peak resident memory, without other processes that the stage started."""
     input_content: dict[str, str] = field(default_factory=dict)
     """A hash of each input's files. A rerun of an input may change this hash, but not the input's
     fingerprint. ``begun.json`` has a hash only after a start has compared the files with it."""
