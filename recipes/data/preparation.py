@@ -32,6 +32,7 @@ from recipes.data.corpus import (
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import source_names
 from recipes.data.split_writer import SplitWriter
+from recipes.data.token_sequences import require_heldout_sources
 from recipes.data.tokenizer import DocumentTokenizer, Encoded, broadcast, encode_on_ranks
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 18
@@ -217,7 +218,7 @@ def prepare(
                         for fraction in _write_source(cfg, name, source, encoded, packer, store):
                             finished = (state.finished_sources + fraction) / len(named_sources)
                             log.progress("tokenize", round(100 * finished), 100, source=source)
-                    store.finish_source()
+                    store.finish_source(cfg)
             except StoppedByDeadlineError as error:
                 broadcast(error)
                 raise
@@ -237,10 +238,10 @@ def _encode_for_rank_0(
     """Encodes this rank's batches of the sources that rank 0 writes. Returns an empty state.
 
     Raises:
-        StoppedByDeadlineError: Rank 0 stopped.
+        RecipeError: Rank 0 stopped with this error.
     """
     while (message := broadcast(None)) is not None:
-        if isinstance(message, StoppedByDeadlineError):
+        if isinstance(message, RecipeError):
             raise message
         source_number, reader_state, documents = message
         with encode(sources[source_number], reader_state, documents) as encoded:
@@ -293,7 +294,19 @@ class _Store:
         if time.monotonic() - self.saved_at > SAVE_SECONDS:
             self._save()
 
-    def finish_source(self) -> None:
+    def finish_source(self, cfg: PrepareDataConfig) -> None:
+        """Saves that the current source is finished.
+
+        Raises:
+            RecipeError: It is the last held-out source, and a held-out source is too short. Nothing
+                was saved, so a later start checks again.
+        """
+        if self.state.finished_sources + 1 == len(cfg.heldout_sources):
+            try:
+                require_heldout_sources(cfg, self.state.sources.get("heldout", {}))
+            except RecipeError as error:
+                broadcast(error)
+                raise
         self.state.finished_sources += 1
         self.state.reader_state, self.state.documents, self.state.tokens = None, 0, 0
         self._save()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -103,31 +103,58 @@ def sequences_by_source(
     return {name: span[:per_source] for name, span in spans.items()}
 
 
-def require_evaluated_sources(
+def require_heldout_sources(cfg: PrepareDataConfig, tokens: Mapping[str, int]) -> None:
+    """Checks that each held-out source has a whole sequence.
+
+    With the input ``held_out``, models are evaluated on the held-out text of the other stage.
+
+    Args:
+        cfg: Settings of the text.
+        tokens: Number of tokens by source, in the order of the held-out split. It starts with the
+            held-out sources, so the result does not depend on later sources.
+
+    Raises:
+        RecipeError: A held-out source has no whole sequence.
+    """
+    heldout = [SourceTokens(*item) for item in tokens.items()]
+    missing = _without_sequence(heldout, _heldout_names(cfg), cfg.seq_length)
+    if missing and "held_out" not in cfg.inputs:
+        raise RecipeError(
+            f"no whole sequence of seq_length={cfg.seq_length} in heldout: {', '.join(missing)}",
+            "give each of these sources more text, or set data.seq_length lower. Sequences start "
+            f"at multiples of seq_length, so {2 * cfg.seq_length - 1} tokens always suffice",
+        )
+
+
+def warn_of_short_sources(
     cfg: PrepareDataConfig, source_tokens: Mapping[str, Sequence[SourceTokens]]
 ) -> None:
-    """Checks that no source is missing where ``read_sequences`` reads; prints warnings.
+    """Prints a warning for each split that has no whole sequence of a source.
 
     Args:
         cfg: Settings of the text.
         source_tokens: ``DatasetResult.source_tokens``.
-
-    Raises:
-        RecipeError: A source that is only for evaluation has no whole sequence.
     """
+    for split, entries in source_tokens.items():
+        names = [entry.source for entry in entries]
+        names += _heldout_names(cfg) if split == "heldout" else []
+        if missing := _without_sequence(entries, names, cfg.seq_length):
+            effect = "cannot have a weight" if split == "train" else "nothing is measured on them"
+            what = f"no whole sequence of seq_length={cfg.seq_length} in {split}"
+            print(f"warning: {what}: {', '.join(missing)}; {effect}", flush=True)
+
+
+def _heldout_names(cfg: PrepareDataConfig) -> list[str]:
     trained = cfg.training_names()
-    for split in ("validation", "calibration", "heldout"):
-        present = sequences_by_source(source_tokens[split], cfg.seq_length)
-        expected = [entry.source for entry in source_tokens[split]]
-        if split == "heldout":
-            expected += [name for name in source_names(cfg.all_sources()) if name not in trained]
-        missing = [name for name in dict.fromkeys(expected) if name not in present]
-        what = f"no whole sequence of seq_length={cfg.seq_length} in {split}: {', '.join(missing)}"
-        # With the input ``held_out``, models are evaluated on the held-out text of the other stage.
-        if not set(missing) <= set(trained) and "held_out" not in cfg.inputs:
-            raise RecipeError(what, "give these sources more text, or set data.seq_length lower")
-        if missing:
-            print(f"warning: {what}; nothing is measured on them", flush=True)
+    return [name for name in source_names(cfg.all_sources()) if name not in trained]
+
+
+def _without_sequence(
+    entries: Sequence[SourceTokens], names: Iterable[str], seq_length: int
+) -> list[str]:
+    """Returns those of the sources ``names`` that have no whole sequence."""
+    present = sequences_by_source(entries, seq_length)
+    return [name for name in dict.fromkeys(names) if name not in present]
 
 
 def read_sequences(

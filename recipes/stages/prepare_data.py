@@ -226,7 +226,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
     from recipes.data.chat import ChatTokenizer
     from recipes.data.preparation import EARLIER, HELD_OUT, prepare
     from recipes.data.split_writer import LOSS_MASK
-    from recipes.data.token_sequences import require_evaluated_sources
+    from recipes.data.token_sequences import warn_of_short_sources
     from recipes.data.tokenizer import broadcast, load_tokenizer
 
     side_files = side_folder(find_checkpoint(inputs["tokenizer"].artifact))
@@ -273,7 +273,7 @@ def run(cfg: PrepareDataConfig, inputs: Inputs, out: Path) -> Outcome:
         conversations=prepared.conversations,
         origins=origins,
     )
-    require_evaluated_sources(cfg, result.source_tokens)
+    warn_of_short_sources(cfg, result.source_tokens)
     return Outcome(result, tokenizer_sha256=inputs["tokenizer"].manifest.tokenizer_sha256)
 
 
@@ -289,7 +289,7 @@ def _link_tokens(
     If ``heldout_sources`` is set, these sources are the held-out split, and ``prepared`` has their
     tokens.
     """
-    from recipes.data.token_sequences import require_evaluated_sources
+    from recipes.data.token_sequences import warn_of_short_sources
 
     files, log = open_token_files(cfg.prefix_path), metrics_log(out)
     require_valid(files, tokenizer.size, partial(log.progress, "check"))
@@ -323,7 +323,7 @@ def _link_tokens(
         document_begin=tokenizer.begin,
         sample=sample,
     )
-    require_evaluated_sources(cfg, result.source_tokens)
+    warn_of_short_sources(cfg, result.source_tokens)
     return Outcome(result, tokenizer_sha256=model.manifest.tokenizer_sha256)
 
 

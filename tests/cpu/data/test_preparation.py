@@ -322,6 +322,17 @@ def test_the_deadline_stops_and_the_next_start_resumes(
     assert content(tmp_path) == content(undisturbed[0])
 
 
+def test_a_short_held_out_source_is_refused_before_other_text_is_read(
+    cfg: PrepareDataConfig, tokenizer: DocumentTokenizer, tmp_path: Path
+) -> None:
+    """A second start refuses it, too: the first did not save that the source is finished."""
+    cfg = replace(cfg, seq_length=10**6)
+    for _ in range(2):
+        with pytest.raises(RecipeError, match="heldout: held_out"):
+            prepare(cfg, tokenizer, tmp_path, LOG)
+        assert not (tmp_path / "train.bin").stat().st_size
+
+
 def _children(pid: int | None) -> list[Path]:
     """Returns the ``stat`` files of a process's children."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

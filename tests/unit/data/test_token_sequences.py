@@ -15,10 +15,11 @@ from recipes.data.settings import PrepareDataConfig
 from recipes.data.token_sequences import (
     TextSequences,
     count_sequences,
-    require_evaluated_sources,
+    require_heldout_sources,
     sequence_order,
     sequence_tokens,
     sequences_by_source,
+    warn_of_short_sources,
 )
 
 
@@ -74,23 +75,35 @@ def test_sequences_are_spread_over_the_sources() -> None:
     assert sequences_by_source(sources[1:2], 4, 2) == {}
 
 
-def test_a_source_without_a_whole_sequence_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_sources_without_a_whole_sequence_are_warned_of(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """The source "prose" is only for evaluation, and "mine" has text in all splits."""
     cfg = PrepareDataConfig(sources=["mine.txt"], heldout_sources=["prose.txt"], seq_length=4)
     enough, short = SourceTokens("mine", 40), SourceTokens("mine", 3)
     tokens = {split: [enough] for split in ("train", "validation", "calibration")}
     heldout = [SourceTokens("prose", 9), enough]
-    require_evaluated_sources(cfg, tokens | {"heldout": heldout})
+    warn_of_short_sources(cfg, tokens | {"heldout": heldout})
     assert not capsys.readouterr().out
-    require_evaluated_sources(cfg, tokens | {"heldout": heldout, "validation": [short]})
-    assert re.search("warning: .*validation: mine", capsys.readouterr().out)
-    for texts in ([SourceTokens("prose", 3), enough], [enough]):
-        with pytest.raises(RecipeError, match="heldout: prose"):
-            require_evaluated_sources(cfg, tokens | {"heldout": texts})
+    for split in tokens:
+        warn_of_short_sources(cfg, tokens | {"heldout": heldout, split: [short]})
+        assert re.search(f"warning: .*{split}: mine", capsys.readouterr().out)
+    warn_of_short_sources(cfg, tokens | {"heldout": [enough]})
+    assert "heldout: prose" in capsys.readouterr().out
+
+
+def test_a_held_out_source_without_a_whole_sequence_is_refused() -> None:
+    """With two sources and sequences of 4 tokens, 7 tokens have a whole sequence in any case."""
+    cfg = PrepareDataConfig(
+        sources=["mine.txt"], heldout_sources=["prose.txt", "law.txt"], seq_length=4
+    )
+    require_heldout_sources(cfg, {"prose": 5, "law": 7})
+    for tokens in ({"prose": 5, "law": 6}, {"prose": 3, "law": 7}, {"prose": 5}, {}):
+        with pytest.raises(RecipeError, match=r"(?s)heldout: (prose|law).*7 tokens"):
+            require_heldout_sources(cfg, tokens)
     # The held-out text of another stage is evaluated.
     cfg.inputs["held_out"] = "prepare_data"
-    require_evaluated_sources(cfg, tokens | {"heldout": [enough]})
-    assert "heldout: prose" in capsys.readouterr().out
+    require_heldout_sources(cfg, {})
 
 
 def test_first_selects_the_first_sequences_of_each_source() -> None:
