@@ -294,6 +294,7 @@ def training_workload(
         bf16=cfg.precision == "bf16-mixed",
         gradient_bytes=4 if cfg.grad_reduce_in_fp32 else 2,
         validation_batches=cfg.limit_val_batches,
+        validations=cfg.max_steps // min(cfg.val_check_interval, cfg.max_steps),
         checkpoints=cfg.max_steps // cfg.checkpoint_interval,
         terms=terms,
     )

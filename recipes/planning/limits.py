@@ -199,7 +199,9 @@ def _time_problems(name: str, hours: float, chain: Chain) -> Iterator[Problem]:
     cost = chain.inference_costs.get(name)
     can_stop = cost is None or cost.stopping_seconds is not None
     margin = margin_seconds(name, chain) if can_stop else 0
-    jobs = math.ceil(hours * 3600 / max(1, slurm_seconds(limit) - margin))
+    if can_stop and slurm_seconds(limit) <= margin:  # Slurm's executor refuses such a limit
+        return
+    jobs = math.ceil(hours * 3600 / (slurm_seconds(limit) - margin))
     if jobs <= 1:
         return
     what = f"{name} takes about {hours_text(hours)} hours, but a job may take {limit}"

@@ -87,8 +87,9 @@ def hours_text(hours: float) -> str:
 def training_cost(workload: Workload, hardware: Hardware) -> TrainingCost:
     """Returns memory, time and money of a workload."""
     step = step_time(workload, hardware)
-    saving = workload.checkpoints * gathering_seconds(workload, hardware)
-    hours = (workload.steps * step.total + saving) / 3600
+    pauses = workload.checkpoints * gathering_seconds(workload, hardware)
+    pauses += workload.validations * validation_seconds(workload, hardware)
+    hours = (workload.steps * step.total + pauses) / 3600
     devices = workload.layout.ranks if hardware.on_gpu else workload.layout.nodes
     return TrainingCost(
         memory=peak_memory(workload, hardware),
@@ -277,10 +278,17 @@ def stopping_seconds(workload: Workload, hardware: Hardware) -> float:
     if workload.trained is None:
         return 0.0
     step = step_time(workload, hardware).total
-    forward = sum(forward_flops(arch, workload.seq_length) for arch, _ in _passes(workload))
-    validation = workload.validation_batches * forward / token_compute(workload).flops  # in steps
     write = CHECKPOINT_BYTES * workload.trained.parameters() / STORAGE_BYTES_PER_SECOND
-    return step * (2 + validation) + gathering_seconds(workload, hardware) + write
+    pauses = validation_seconds(workload, hardware) + gathering_seconds(workload, hardware)
+    return 2 * step + pauses + write
+
+
+def validation_seconds(workload: Workload, hardware: Hardware) -> float:
+    """Returns the seconds of a validation: the part of a step's time that forward passes take."""
+    models = [workload.trained, workload.teacher if workload.teacher_in_validation else None]
+    flops = sum(forward_flops(arch, workload.seq_length) for arch in models if arch is not None)
+    steps = workload.validation_batches * flops / token_compute(workload).flops
+    return steps * step_time(workload, hardware).total
 
 
 def gathering_bytes(workload: Workload) -> float:

@@ -76,6 +76,10 @@ class Workload:
     gradient_bytes: int = 4
     validation_batches: int = 0
     """Global batches of one validation."""
+    validations: int = 0
+    """Validations during the training."""
+    teacher_in_validation: bool = False
+    """Whether the teacher also runs in validations."""
     checkpoints: int = 0
     """Checkpoints that are saved during the training."""
     terms: int = 1

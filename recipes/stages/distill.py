@@ -176,8 +176,12 @@ def workload(cfg: DistillConfig, chain: Chain) -> Workload:
     live = cache is None and uses_teacher(vars(cfg))
     student = chain.shape_of(cfg.inputs.get("student"))
     num_logits_losses = (cfg.kd_weight > 0) + (cfg.lm_weight > 0)
+    training = training_workload(cfg, student, chain.teacher if live else None, num_logits_losses)
+    stops = cfg.stop_at_recovered is not None
     return replace(
-        training_workload(cfg, student, chain.teacher if live else None, num_logits_losses),
+        training,
+        validations=training.validations + stops,  # one before the first step
+        teacher_in_validation=stops,
         compares_hidden_states=cfg.hidden_weight > 0,
         teacher_is_cached=cache is not None,
         cached_sequences=cache.num_sequences if cache else None,

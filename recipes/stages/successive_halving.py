@@ -139,7 +139,8 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
     steps = sum(t.max_steps * n for t, n in zip(trainings, sequential, strict=True))
     seconds, compute = 0.0, Compute()
     if chain.hardware.on_gpu:
-        all_steps = replace(workload, steps=steps, checkpoints=sum(sequential))
+        number = sum(sequential)  # one validation and one checkpoint in each training
+        all_steps = replace(workload, steps=steps, checkpoints=number, validations=number)
         seconds = training_cost(all_steps, chain.hardware).hours * 3600
     else:
         compute = token_compute(workload) * replace(workload, steps=steps).tokens

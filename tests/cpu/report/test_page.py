@@ -210,6 +210,8 @@ def test_recovered_may_be_unknown_or_outside_0_to_1(
     evaluation = with_result(inputs["evaluation"], replace(RESULTS["evaluate"], recovered=fraction))
     text = render_page({**inputs, "evaluation": evaluation}, tmp_path)
     assert fraction is None or fraction in Page(text).numbers()
+    assert ("further" in Page(text).text) == (fraction == -0.4)
+    assert "lowered the loss" not in Page(text).text
     assert "None" not in text
     assert 'width="-' not in text
 

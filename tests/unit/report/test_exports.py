@@ -94,6 +94,16 @@ def test_each_text_has_its_own_results_in_the_header(
     assert texts == [name for name in names for metric in ("perplexity", "kl_to_teacher")]
 
 
+def test_a_card_says_if_distillation_raised_the_loss(
+    inputs: dict[str, Input], tmp_path: Path
+) -> None:
+    assert "recovered 79%" in render_card(tmp_path, inputs)
+    inputs["evaluation"].manifest.metrics["recovered"] = -0.4
+    text = render_card(tmp_path, inputs)
+    assert "-40%" not in text
+    assert "raised" in text
+
+
 def test_optional_inputs_may_be_missing(inputs: dict[str, Input], tmp_path: Path) -> None:
     bare = {name: inputs[name] for name in (*export_hf.STAGE.inputs, "evaluation")}
     bare["evaluation"].manifest.metrics["recovered"] = None
