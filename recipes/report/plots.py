@@ -28,6 +28,8 @@ ROW_PIXELS = 46
 """Height of a row in a plot of intervals; a row has up to three."""
 LABEL_DISTANCE = 4
 """Points closer than this, in percent of the plot, share a label: their labels would overlap."""
+LARGEST = 1e100
+"""Larger values are not drawn, because ticks near the largest float would overflow."""
 
 _FRAME = Markup(
     '<svg id="{name}" class="plot" role="img" aria-label="{title}" style="height:{height}px">'
@@ -274,6 +276,14 @@ def interval_plot(
             its interval, if it has one.
         text_of: Formats a value.
     """
+    rows = {
+        label: [
+            (style, value, None if margin is None or not _can_be_drawn(margin) else margin)
+            for style, value, margin in row
+            if _can_be_drawn(value)
+        ]
+        for label, row in rows.items()
+    }
     margins = ((v, margin or 0) for row in rows.values() for _, v, margin in row)
     x_axis = axis_over((end for v, m in margins for end in (v - m, v, v + m)), pad=0.04)
     elements = [x_grid(x_axis, 5, text_of)]
@@ -315,6 +325,14 @@ class Mark:
 
 def trade_off_plot(name: str, marks: Sequence[Mark], cost: Dimension, quality: Dimension) -> Markup:
     """Draws quality against cost. A stepped line joins the marks on the Pareto front."""
+    title = f"{quality.title} against {cost.title}"
+    marks = [
+        mark if _can_be_drawn(*(mark.interval or ())) else replace(mark, interval=None)
+        for mark in marks
+        if _can_be_drawn(mark.cost, mark.quality)
+    ]
+    if not marks:
+        return frame(name, title, 230)
     sign = -1 if quality.higher_is_better else 1  # ``pareto_front`` minimises
     candidates = [i for i, mark in enumerate(marks) if not mark.reference]
     on_front = pareto_front([(marks[i].cost, sign * marks[i].quality) for i in candidates])
@@ -334,7 +352,11 @@ def trade_off_plot(name: str, marks: Sequence[Mark], cost: Dimension, quality: D
         hint = f"{mark.label or mark.style}: {quality.title} {quality.text_of(mark.quality)}, "
         hint += f"{cost.title} {cost.text_of(mark.cost)}"
         elements.append(_mark(mark, points[i], y_axis, i in front, label, hint))
-    return frame(name, f"{quality.title} against {cost.title}", 230, *elements)
+    return frame(name, title, 230, *elements)
+
+
+def _can_be_drawn(*values: float) -> bool:
+    return all(abs(value) < LARGEST for value in values)  # false if a value is not a number
 
 
 def _mark(

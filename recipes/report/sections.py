@@ -181,7 +181,8 @@ def quality_mark(role: str, label: str, evaluation: EvaluationResult, cost: floa
     quality = evaluation.models()[role]
     margin = margin95(quality.loss_standard_error, evaluation.sequences)
     # A loss of l ± d means a perplexity between exp(l) / exp(d) and exp(l) * exp(d).
-    value, factor = quality.perplexity, math.exp(margin or 0)
+    # The limit prevents an overflow. Such an interval is not drawn.
+    value, factor = quality.perplexity, math.exp(min(margin or 0, 700))
     interval = (value / factor, value * factor) if margin is not None else None
     return Mark(label, role, cost, value, interval, reference=role == "teacher")
 

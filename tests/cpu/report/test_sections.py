@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from copy import deepcopy
 from dataclasses import replace
@@ -20,6 +21,8 @@ from recipes.planning.results import PlanResult
 from recipes.planning.transformer import forward_flops
 from recipes.pruning.results import ScoreResult
 from recipes.pruning.settings import ScoreConfig
+from recipes.report.plots import Mark, trade_off_plot
+from recipes.report.sections import PARAMETERS, PERPLEXITY
 from recipes.search.results import SearchResult
 from recipes.search.space import SEARCH_AXES
 from recipes.stages import report
@@ -216,6 +219,31 @@ def test_models_evaluated_on_one_sequence_have_no_interval(
     positions = re.findall(r' (?:x1|x2|cx)="(.*?)%?"', plot)
     assert positions
     assert all(0 <= float(position) <= 100 for position in positions)
+
+
+@pytest.mark.parametrize(
+    ("loss", "error"),
+    [(math.nan, math.nan), (math.inf, math.nan), (3.8, 300.0), (3.8, 1e9), (705.0, 0.1)],
+)
+def test_a_failed_training_has_a_report(
+    inputs: dict[str, Input], tmp_path: Path, loss: float, error: float
+) -> None:
+    """The loss of a failed training, or its standard error, may not be finite or be very large."""
+    perplexity = math.exp(loss) if loss < 709 else loss
+    result = RESULTS["evaluate"]
+    distilled = replace(
+        result.distilled, loss=loss, loss_standard_error=error, perplexity=perplexity
+    )
+    evaluation = with_result(inputs["evaluation"], replace(result, distilled=distilled))
+    page = Page(render_page({**inputs, "evaluation": evaluation}, tmp_path))
+    positions = [v for name in ("cx", "x1", "x2", "y1", "y2") for v in page.values(name)]
+    assert positions
+    assert not [position for position in positions if re.search("nan|inf", position)]
+
+
+def test_a_plot_without_finite_values_is_empty() -> None:
+    marks = [Mark("a", "distilled", 1e6, math.nan), Mark("b", "distilled", math.inf, 3.0)]
+    assert "<circle" not in trade_off_plot("plot", marks, PARAMETERS, PERPLEXITY)
 
 
 def test_only_the_best_of_many_candidates_have_labels_in_the_plot(
