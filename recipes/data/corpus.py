@@ -16,7 +16,14 @@ from typing import IO, Any, Protocol
 import ijson
 
 from recipes.core.errors import RecipeError
-from recipes.data.records import READERS, Record, dialogue_text, messages_of, text_of_fields
+from recipes.data.records import (
+    MESSAGES,
+    READERS,
+    Record,
+    dialogue_text,
+    messages_of,
+    text_of_fields,
+)
 from recipes.data.sources import DIALOGUE, HubDataset, Source, TextFile, files_of, parse_source
 
 SPLITS = ("train", "validation", "calibration", "heldout")
@@ -82,7 +89,9 @@ def read_source(
     plain_text = _dialogue if parsed.format == DIALOGUE else field_text
     text_of = _conversation if chat else plain_text
     if parsed.hub:
-        return _HubReader(parsed.hub, parsed.revision, text_of, state)
+        of_text = {c for name in (parsed.text or text_field).split(",") for c in _columns(name)}
+        columns = of_text if text_of is field_text else {MESSAGES}
+        return _HubReader(parsed.hub, parsed.revision, columns, text_of, state)
     return _FileReader(parsed, text_of, state, limit_bytes)
 
 
@@ -196,16 +205,26 @@ def _text(fields: str, record: object, where: str) -> str:
     return text
 
 
+def _columns(field_name: str) -> tuple[str, str]:
+    """Returns the columns that may hold a field: ``a.b`` is a column, or a field of ``a``."""
+    return field_name, field_name.split(".")[0]
+
+
 class _HubReader:
     """Reads a dataset of the Hugging Face hub. The state is that of the library ``datasets``."""
 
-    def __init__(self, hub: HubDataset, revision: str | None, text_of: TextOf, state: Any) -> None:
+    def __init__(
+        self, hub: HubDataset, revision: str | None, columns: set[str], text_of: TextOf, state: Any
+    ) -> None:
         from datasets import load_dataset
 
         self._name, self._text_of = hub.name, text_of
         self._rows = load_dataset(
             hub.name, hub.config, split=hub.split, revision=revision, streaming=True
         )
+        # Each column takes time per row. The names are known for Parquet, which hubs usually have.
+        if chosen := [name for name in self._rows.column_names or [] if name in columns]:
+            self._rows = self._rows.select_columns(chosen)
         if state is not None:
             self._rows.load_state_dict(state)
 

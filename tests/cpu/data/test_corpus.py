@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from recipes.core.errors import RecipeError
 from recipes.data.corpus import read_source
 from tests.support.hub import fake_hub, run_with_hub
+
+USER = {"content": "Why?", "role": "user"}
 
 
 def test_hugging_face_dataset(tmp_path: Path) -> None:
@@ -23,6 +28,26 @@ def test_hugging_face_dataset(tmp_path: Path) -> None:
     for field in ("text", "year", "body,year"):
         with pytest.raises(RecipeError, match=f"no text in field '{field}'; it has body, n, year"):
             list(read_source(source, field))
+
+
+def test_only_the_columns_of_the_text_are_read(tmp_path: Path) -> None:
+    """The name of a column may contain a dot."""
+    columns = {"body": ["b"], "n": [{"title": "t"}], "x.y": ["xy"], "messages": [[USER]], "id": [1]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "train.parquet")
+    for fields, names, text in (
+        ("body", {"body"}, "b"),
+        ("n.title,body", {"n", "body"}, "t\nb"),
+        ("x.y", {"x.y"}, "xy"),
+        ("body,missing", {"body"}, "b"),
+    ):
+        reader: Any = read_source(f"hf://{tmp_path}:train", fields)
+        assert set(reader._rows.column_names) == names
+        assert [document.text for document in reader] == [text]
+    chats: Any = read_source(f"hf://{tmp_path}:train", "body", chat=True)
+    assert chats._rows.column_names == ["messages"]
+    assert [json.loads(document.text) for document in chats] == [[USER]]
+    with pytest.raises(RecipeError, match="it has body, n, "):
+        list(read_source(f"hf://{tmp_path}:train", "missing"))
 
 
 def test_reading_a_hugging_face_dataset_resumes(tmp_path: Path) -> None:
