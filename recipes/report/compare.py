@@ -136,8 +136,8 @@ def compare_runs(runs: Sequence[RunRecord]) -> dict[str, Any]:
         for number, run in enumerate(evaluated, 1)
     ]
     comparable = [row for row in rows if row.comparable]
-    teachers = {row.evaluation.teacher for row in comparable}
-    teacher = teachers.pop() if len(teachers) == 1 else None
+    first, *others = [row.evaluation.teacher for row in comparable]
+    teacher = first if all(_is_same_teacher(first, other) for other in others) else None
     return {
         "title": f"Comparison of {len(evaluated)} runs",
         "time": datetime.now(UTC).isoformat(timespec="minutes"),
@@ -157,6 +157,13 @@ def compare_runs(runs: Sequence[RunRecord]) -> dict[str, Any]:
             for name, values in differing_settings(evaluated)
         ],
     }
+
+
+def _is_same_teacher(teacher: ModelQuality, other: ModelQuality) -> bool:
+    """Whether size and loss are equal. The last digits of a loss depend on machine and ranks."""
+    return teacher.parameters == other.parameters and math.isclose(
+        teacher.loss, other.loss, rel_tol=1e-3
+    )
 
 
 def _evaluation(run: RunRecord) -> EvaluationResult:

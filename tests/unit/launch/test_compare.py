@@ -138,6 +138,12 @@ def test_kl_to_different_teachers_is_not_compared(tmp_path: Path) -> None:
     assert any("plot-kl-" in plot["plot"] for plot in content["plots"])
     assert content["teacher"]
     runs = [read_run(tmp_path / name) for name in ("a", "b")]
+    teacher = runs[1].stages["evaluate"].metrics["teacher"]
+    teacher["loss"] *= 1 + 1e-6  # the same teacher, on another machine
+    assert compare_runs(runs)["teacher"]
+    teacher["parameters"] += 1
+    assert compare_runs(runs)["teacher"] is None
+    runs = [read_run(tmp_path / name) for name in ("a", "b")]
     runs[1].stages["evaluate"].metrics["teacher"] |= {"loss": 2.5}
     content = compare_runs(runs)
     assert content["teacher"] is None
