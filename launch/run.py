@@ -63,8 +63,9 @@ from launch.rehearse import rehearse
 from launch.settings import RunSettings, settings_of
 from launch.sweep import require_separate_results, resuming_argument
 from recipes.core.errors import RecipeError
-from recipes.core.files import explain_storage_errors, remove_partial, storage_problem
+from recipes.core.files import PARTIAL, explain_storage_errors, remove_partial, storage_problem
 from recipes.core.run_state import (
+    REQUEST,
     RUN_FILE,
     LastPlan,
     StageState,
@@ -75,7 +76,7 @@ from recipes.core.run_state import (
     stage_states,
 )
 from recipes.core.screen import screen
-from recipes.core.snapshot import write_snapshot
+from recipes.core.snapshot import CODE, is_snapshot, write_snapshot
 from recipes.core.trackers import require_tracker, write_tracker
 from recipes.planning.rules import refuse_errors
 
@@ -173,14 +174,38 @@ def _run_dir(settings: RunSettings, recipe: str) -> Path:
 
 
 def _last_plan(run_dir: Path, recipe: str) -> LastPlan:
-    """Returns the last plan of a run, or an empty plan; refuses a run of another recipe."""
+    """Returns the last plan of a run, or an empty plan.
+
+    Refuses a run of another recipe, and a directory that has other files than those of a run.
+    """
     last_plan = read_last_plan(run_dir)
-    if last_plan is not None and last_plan.recipe != recipe:
+    if last_plan is None:
+        if not all(map(_is_of_first_launch, run_dir.glob("*"))):
+            raise RecipeError(
+                f"run_dir={run_dir} is not empty and is not a run directory.",
+                "choose a new directory",
+            )
+        return LastPlan(recipe, {})
+    if last_plan.recipe != recipe:
         raise RecipeError(
             f"{run_dir} is a run of recipe {last_plan.recipe}, not of {recipe}.",
             "choose another run_dir, or delete this directory",
         )
-    return last_plan or LastPlan(recipe, {})
+    return last_plan
+
+
+def _is_of_first_launch(path: Path) -> bool:
+    """Returns whether a launcher that was killed before it wrote ``run.yaml`` can have left this.
+
+    Before ``run.yaml`` it writes the lock, a snapshot of the code, and a request for each stage.
+    """
+    if not path.is_dir():
+        return path.name == lock.LOCK or path.match(PARTIAL)
+    if path.name == CODE:
+        return all(map(is_snapshot, path.glob("*")))
+    request = path / REQUEST
+    is_stage = request.is_file() and request.read_bytes().startswith(b"format: ")
+    return is_stage or all(file.match(PARTIAL) for file in path.glob("*"))
 
 
 RunState = tuple[int | None, dict[str, StageState]]

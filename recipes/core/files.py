@@ -34,6 +34,8 @@ STORAGE_FIXES = {
 """How to fix a disk error of a path, by ``errno``."""
 UNREADABLE_FIX = "make it readable for you, and its folders"
 """Fix of ``EACCES`` if reading was refused. ``STORAGE_FIXES`` has the fix for a refused write."""
+PARTIAL = ".*.partial"
+"""Pattern of the partial files that ``write_text_atomically`` writes."""
 JSON_FIX = "it was truncated or edited: write it or download it again"
 
 
@@ -64,7 +66,7 @@ def sync(path: Path) -> None:
 
 def remove_partial(folder: Path) -> None:
     """Removes partial files that killed processes left. No process may be writing to the folder."""
-    for partial in folder.glob(".*.partial"):
+    for partial in folder.glob(PARTIAL):
         partial.unlink(missing_ok=True)
 
 

@@ -32,7 +32,7 @@ from recipes.core.manifest import (
     write_manifest,
 )
 from recipes.core.metrics import METRICS, RESULT_METRICS, Record, read_records, result_metrics
-from recipes.core.snapshot import CODE
+from recipes.core.snapshot import CODE, is_snapshot
 from recipes.core.stage import StageConfig
 from recipes.core.versions import result_versions
 from recipes.core.watchdog import STACKS, hang_error
@@ -277,7 +277,7 @@ def remove_unused_snapshots(run_dir: Path) -> None:
 
     The caller must hold the run's lock.
     """
-    snapshots = list((run_dir / CODE).glob("*"))
+    snapshots = [path for path in (run_dir / CODE).glob("*") if is_snapshot(path)]
     if len(snapshots) < 2:  # a single snapshot is in use
         return
     folders = [file.parent for file in run_dir.glob(f"*/{REQUEST}")]

@@ -7,6 +7,7 @@ edit between the two has no effect. This module does not import torch.
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Mapping
 from functools import cache
@@ -17,6 +18,8 @@ from recipes.core.files import REPO_ROOT
 
 CODE = "code"
 """Folder in a run directory with the snapshots, each in a folder named by its hash."""
+SNAPSHOT = re.compile(r"[0-9a-f]{64}(\.partial)?")
+"""Matches the name of a snapshot's folder. A killed launcher leaves a partial snapshot."""
 PACKAGES = ("recipes", "nemo_convert")
 """Packages of this repository that stages import."""
 LOCKS = ("requirements/stack.txt", "requirements/torch.txt")
@@ -56,6 +59,11 @@ def code_hash() -> str:
 def snapshot_dir(run_dir: Path, code: str) -> Path:
     """Returns the folder of a snapshot in a run. ``code`` is the snapshot's hash."""
     return run_dir / CODE / code
+
+
+def is_snapshot(path: Path) -> bool:
+    """Returns whether an entry of ``code/`` is a snapshot, which may be partial."""
+    return SNAPSHOT.fullmatch(path.name) is not None and path.is_dir()
 
 
 def write_snapshot(run_dir: Path) -> None:

@@ -77,7 +77,7 @@ def test_every_file_of_a_run_is_described(run_dir: Path) -> None:
 
 def test_settings_of_an_added_stage_are_checked(copy: Path, tmp_path: Path) -> None:
     [command] = [block.text for block in blocks("A stage") if block.language == "bash"]
-    arguments = [*shlex.split(command)[1:], f"run_dir={tmp_path}"]
+    arguments = [*shlex.split(command)[1:], f"run_dir={tmp_path}/run"]
     done = run(copy, *arguments, "stages.plan_csv.resources.devices=2")
     assert "[one-rank]" in done.stderr
     assert "delimiter" in run(copy, *arguments, "stages.plan_csv.delimeter=x").stderr

@@ -18,7 +18,8 @@ from launch.run_status import read_statuses
 from launch.schema import CONF
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import FORMAT
-from recipes.core.run_state import RUN_FILE, begin_work, read_request
+from recipes.core.run_state import REQUEST, RUN_FILE, begin_work, read_request
+from recipes.core.snapshot import CODE
 from tests.support.disks import small_disk
 from tests.support.in_process import run_in_process
 from tests.support.manifests import unfinished_manifest
@@ -264,6 +265,28 @@ def test_plan_is_refused_if_another_command_changed_the_run_meanwhile(
         monkeypatch.setattr("launch.run.require_publishable", interfere)
         with pytest.raises(RecipeError, match="changed while this command was planning"):
             start_run(cfg, "llama_width_prune")
+
+
+def test_folder_that_is_not_a_run_is_refused_and_unchanged(launch: Launch, run: Path) -> None:
+    for name in ("code/mine/a.py", "evaluate/config.yaml"):
+        (run / name).parent.mkdir(parents=True)
+        (run / name).write_text("mine: 1")
+        before = files_below(run)
+        assert "is not a run directory" in refused(launch, *ARGUMENTS, "dry_run=true")
+        assert files_below(run) == before
+        assert (run / name).read_text() == "mine: 1"
+        shutil.rmtree(run)
+
+
+def test_killed_first_launch_is_repeated(launch: Launch, run: Path) -> None:
+    assert launch(*ARGUMENTS, "dry_run=true").returncode == 0
+    (run / RUN_FILE).rename(run / f".{RUN_FILE}.7.partial")
+    (snapshot,) = (run / CODE).iterdir()
+    snapshot.rename(snapshot.with_suffix(".partial"))
+    (run / "plan" / REQUEST).rename(run / "plan" / f".{REQUEST}.7.partial")
+    (run / "plan" / "run.sh").unlink()
+    assert launch(*ARGUMENTS, "dry_run=true").returncode == 0
+    assert list((run / CODE).iterdir()) == [snapshot]
 
 
 def test_run_dir_may_be_a_number(launch: Launch, tmp_path: Path) -> None:

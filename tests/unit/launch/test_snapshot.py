@@ -59,7 +59,9 @@ def test_edit_after_the_plan_does_not_affect_the_stage(checkout: Path) -> None:
 def test_changed_code_takes_a_new_snapshot_and_the_old_one_is_removed(checkout: Path) -> None:
     run_dir = launch(checkout)
     before = result(run_dir)
-    (run_dir / CODE / "killed.partial" / "recipes").mkdir(parents=True)  # of a killed launcher
+    partial = Path(str(before.snapshot)[::-1]).with_suffix(".partial")  # of a killed launcher
+    (run_dir / CODE / partial / "recipes").mkdir(parents=True)
+    (run_dir / CODE / "mine").mkdir()
     edit(checkout, HARMLESS, "report/plots")  # the stage does not import it
     launch(checkout)
     assert result(run_dir) == before
@@ -69,7 +71,7 @@ def test_changed_code_takes_a_new_snapshot_and_the_old_one_is_removed(checkout: 
     launch(checkout)
     after = result(run_dir)
     assert after.snapshot != before.snapshot
-    assert snapshots(run_dir) == [after.snapshot]
+    assert set(snapshots(run_dir)) == {after.snapshot, "mine"}
 
 
 def test_edited_snapshot_is_refused_and_the_same_command_restores_it(checkout: Path) -> None:
