@@ -17,6 +17,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json, write_text_atomically
 from recipes.core.fingerprint import code_fingerprint, digest
 from recipes.core.metrics import MetricsLog
+from recipes.core.stage import require_time_left
 from recipes.core.versions import installed_version
 from recipes.core.wheels import cache_dir
 from recipes.data.chat import ASSISTANT
@@ -70,6 +71,7 @@ def write_chats(request: ChatRequest, writer: ChatWriter, log: MetricsLog) -> Pa
 
     Raises:
         RecipeError: The first ``MAX_EMPTY_BATCHES`` batches have no finished conversation.
+        StoppedByDeadlineError: The deadline has passed. The finished batches are stored.
     """
     prompts = [document.text for document in _documents(request)] if request.prompts else None
     libraries = [f"{name} {installed_version(name)}" for name in ("torch", "transformers")]
@@ -92,6 +94,7 @@ def write_chats(request: ChatRequest, writer: ChatWriter, log: MetricsLog) -> Pa
                 "tokens.",
                 "raise data.seq_length, or use an instruct model",
             )
+        require_time_left(f"batch {number + 1} of the teacher's conversations")
     lines = (json.dumps({"messages": turns}, ensure_ascii=False) for turns in conversations)
     write_text_atomically(folder / FILE, "".join(f"{line}\n" for line in lines))
     return folder / FILE

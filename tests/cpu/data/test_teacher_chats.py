@@ -14,6 +14,8 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 from recipes.core.errors import RecipeError
 from recipes.core.metrics import MetricsLog
+from recipes.core.stage import DEADLINE, StoppedByDeadlineError
+from recipes.core.wheels import cache_dir
 from recipes.data import teacher_chats
 from recipes.data.chat import ChatTokenizer
 from recipes.data.teacher_chats import ChatRequest, ChatWriter, write_chats
@@ -101,6 +103,19 @@ def test_an_interrupted_request_resumes_after_its_last_batch(teacher: ChatWriter
         path.unlink()
     assert write_and_read(teacher, REQUEST)[0] == conversations
     assert batches[0].stat().st_mtime_ns == modified
+
+
+def test_the_deadline_stops_after_a_batch(
+    teacher: ChatWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as deadline:
+        deadline.setenv(DEADLINE, "1")  # in 1970
+        with pytest.raises(StoppedByDeadlineError):
+            write_and_read(teacher, REQUEST)
+    [batch] = cache_dir().rglob("0*.json")
+    modified = batch.stat().st_mtime_ns
+    assert len(write_and_read(teacher, REQUEST)[0]) > REQUEST.batch_size()
+    assert batch.stat().st_mtime_ns == modified
 
 
 def test_conversations_are_invented_and_fit_a_sequence(teacher: ChatWriter) -> None:
