@@ -165,6 +165,21 @@ def test_dropped_layers_are_marked(text: str) -> None:
     assert len(bars) == LAYERS
 
 
+@pytest.mark.parametrize("drop_layers", [[], list(DROPPED)])
+@pytest.mark.parametrize("method", ["loss", "block"])
+def test_a_block_of_layers_is_not_said_to_be_chosen_by_the_scores(
+    inputs: dict[str, Input], tmp_path: Path, method: str, drop_layers: list[int]
+) -> None:
+    manifest = inputs["pruned"].manifest
+    config = {**manifest.config, "layer_importance": method, "drop_layers": drop_layers}
+    result = replace(manifest.result(PruneResult), layer_measure="block_influence")
+    pruned = with_result(inputs["pruned"], result)
+    pruned = replace(pruned, manifest=replace(pruned.manifest, config=config))
+    shown = Page(section(render_page({**inputs, "pruned": pruned}, tmp_path), "layers")).text
+    assert ("block" in shown) == (method == "block" and not drop_layers)
+    assert not re.search(r"[a-z]\.\w", shown), "a blank is missing after a sentence"
+
+
 @pytest.mark.parametrize(("lm_weight", "curves"), [(0.0, 1), (0.5, 3)])
 def test_only_loss_terms_in_use_are_drawn(tmp_path: Path, lm_weight: float, curves: int) -> None:
     """Two terms have three curves: one for each term, and one for their sum.
