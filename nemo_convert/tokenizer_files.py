@@ -49,6 +49,7 @@ TOKEN_LIST_TYPES: Mapping[str, tuple[type, ...]] = {
     "extra_special_tokens": (list, dict),
 }
 """Settings with several special tokens, and their types."""
+TOKEN_FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 DOWNLOAD_FIX = "download it again; if it is a Git LFS pointer, with git lfs pull"
 QWEN2_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
@@ -156,6 +157,8 @@ def _invalid_values(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"model_max_length={length!r}", "set it to a number"
     if type(split := config.get("split_special_tokens", False)) is not bool:
         yield f"split_special_tokens={split!r}", "set it to true or false"
+    if not isinstance(arguments := config.get("init_inputs", []), list):
+        yield f"init_inputs={arguments!r}", "remove it"
     names = config.get("model_input_names", ["input_ids"])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         yield f"model_input_names={names!r}", "remove it, or set it to a list of names"
@@ -170,6 +173,10 @@ def _invalid_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         tokens = config.get(key) or []
         if not isinstance(tokens, types) or not all(map(_is_token, _as_list(tokens))):
             yield f"{key}={tokens!r}", "set it to a list of tokens"
+    decoder = config.get("added_tokens_decoder")
+    for token in decoder.values() if isinstance(decoder, dict) else []:
+        if isinstance(token, dict) and not _has_valid_flags(token):
+            yield f"added_tokens_decoder with {token!r}", "set its flags to true or false"
 
 
 def _require_utf8(folder: Path) -> None:
@@ -183,8 +190,14 @@ def _require_utf8(folder: Path) -> None:
 
 
 def _is_token(token: object) -> bool:
-    is_text_or_added_token = not isinstance(token, dict) or token.get("__type") == "AddedToken"
+    is_text_or_added_token = not isinstance(token, dict) or (
+        token.get("__type") == "AddedToken" and _has_valid_flags(token)
+    )
     return is_text_or_added_token and _token_text(token) is not None
+
+
+def _has_valid_flags(token: Mapping[str, Any]) -> bool:
+    return all(type(token.get(flag, False)) is bool for flag in TOKEN_FLAGS)
 
 
 def _token_text(token: object) -> str | None:

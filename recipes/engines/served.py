@@ -20,9 +20,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from nemo_convert.generation_config import GENERATION_CONFIG
 from nemo_convert.gguf_file import FILE
 from nemo_convert.hf import load_causal_lm
-from nemo_convert.preflight import GENERATION_CONFIG
 from nemo_convert.results import GgufResult
 from recipes.backend.device import device
 from recipes.core.errors import RecipeError
@@ -245,7 +245,13 @@ def served_lm(
         # lm-eval's OptimumLM is not used: it starts torch.distributed if LOCAL_RANK is set.
         model = openvino.load_engine(artifact.artifact)
         packed_lm.leave_length_to_tasks(model.generation_config)
-        yield HFLM(pretrained=model, tokenizer=str(folder), batch_size=1, max_length=length)
+        yield HFLM(
+            pretrained=model,
+            tokenizer=str(folder),
+            batch_size=1,
+            max_length=length,
+            trust_remote_code=False,
+        )
         return
     port = free_port()
     lm_class: type[ServedLM] = LlamaCppLM

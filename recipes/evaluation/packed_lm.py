@@ -264,6 +264,7 @@ class PackedLM(HFLM):
             tokenizer=tokenizer,
             batch_size=GENERATION_BATCH,
             max_length=max_length,
+            trust_remote_code=False,
         )
         leave_length_to_tasks(model.generation_config)
         self._pack_tokens, self._progress = pack_tokens, progress

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from nemo_convert import nemo
-from nemo_convert.preflight import GENERATION_CONFIG
+from nemo_convert.generation_config import GENERATION_CONFIG
 from recipes.core.metrics import MetricsLog
 from recipes.core.precision import dtype_name, dtype_of
 from recipes.core.stage import Inputs, rank, world_size

@@ -23,8 +23,8 @@ from transformers import (
 from transformers.modeling_utils import no_init_weights
 
 from nemo_convert import convert, nemo
+from nemo_convert.generation_config import GENERATION_CONFIG
 from nemo_convert.hf import tokenizer_sha256
-from nemo_convert.preflight import GENERATION_CONFIG
 from recipes.backend.device import device
 from recipes.core.errors import RecipeError
 from recipes.core.files import json_text, read_json, write_text_atomically

@@ -62,3 +62,5 @@ def _refused_rope() -> Iterator[Variant]:
     yield Variant("frequency is a boolean", low, "invalid rope_scaling.low_freq_factor=True")
     theta = edit_config(rope_scaling={"rope_type": "default", "rope_theta": 7000.0})
     yield Variant("theta in rope_scaling", theta, "\n  fix: move rope_theta")
+    null = edit_config(rope_scaling={"rope_type": "default", "attention_factor": None})
+    yield Variant("null in rope_scaling", null, "\n  fix: remove attention_factor")

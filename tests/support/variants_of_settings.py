@@ -52,9 +52,27 @@ def _generation() -> Iterator[Variant]:
     for value in ("2", None, 0):
         change = edit_json(GENERATION, num_return_sequences=value)
         yield Variant(f"{value!r} texts", change, "has num_return_sequences=.*refuses")
-    # Only a conversion loads the settings with transformers.
-    streamer = edit_json(GENERATION, streamer=1, _from_model_config=ABSENT)
-    yield Variant("argument of generate", streamer, "streamer", reads_weights=True)
+    for key, value in (
+        ("bad_words_ids", [1]),
+        ("cache_implementation", "quantized"),
+        ("constraints", []),
+        ("dola_layers", "low"),
+        ("guidance_scale", "x"),
+        ("min_length", "x"),
+        ("no_repeat_ngram_size", "x"),
+        ("num_beam_groups", 2),
+        ("num_beams", 0),
+        ("num_beams", None),
+        ("penalty_alpha", 0.6),
+        ("repetition_penalty", -1),
+        ("streamer", None),
+        ("suppress_tokens", "x"),
+        ("top_k", "x"),
+    ):
+        change = edit_json(GENERATION, **{key: value})
+        yield Variant(
+            f"generation with {key}={value!r}", change, f"generation_config.json has {key}"
+        )
 
 
 def _tokenizers() -> Iterator[Variant]:
@@ -69,12 +87,15 @@ def _tokenizers() -> Iterator[Variant]:
         ("split_special_tokens", None),
         ("additional_special_tokens", [{"content": "<x>"}]),
         ("self", None),
+        ("init_inputs", 5),
+        ("eos_token", {**token, "lstrip": "x"}),
+        ("added_tokens_decoder", {"0": {"content": "<unk>", "special": "x"}}),
         ("model_input_names", None),
         ("model_input_names", "input_ids"),
         ("model_input_names", [1]),
     ):
         change = edit_json(TOKENIZER, **{key: value})
-        yield Variant(f"{key} is {value!r}", change, f"invalid {key}=")
+        yield Variant(f"{key} is {value!r}", change, f"invalid {key}")
 
 
 def _added_tokens() -> Iterator[Variant]:

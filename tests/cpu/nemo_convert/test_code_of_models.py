@@ -40,6 +40,22 @@ def test_code_of_a_tokenizer_does_not_run(
     assert not created_by_code.exists()
 
 
+def test_code_of_a_model_does_not_run(
+    odd_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, created_by_code = tmp_path / "hf", tmp_path / "ran"
+    shutil.copytree(odd_llama, folder)
+    (folder / "own.py").write_text(f"open({str(created_by_code)!r}, 'w')\n")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own"}
+    config["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        hf.load_causal_lm(folder)  # the loader itself; a conversion refuses the config before it
+    assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 1
+    assert not created_by_code.exists()
+
+
 def test_code_for_generation_does_not_run(
     odd_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
