@@ -38,6 +38,8 @@ the text. The paragraphs of a stretch are divided into one contiguous part for e
 LIMITED_STRETCHES = 8
 """Approximate minimum of stretches to read of a text that a limit truncates. The training text is
 last in a stretch, so a part of a single stretch might not have any."""
+JSON_LINES = ", or name the file .jsonl if each line is a record"
+"""Part of a fix for a JSON file."""
 TextOf = Callable[[Any, str], str]
 """A function of a record and its location (for error messages) that returns a document's text."""
 _UNREADABLE = (OSError, EOFError, ValueError, zlib.error, csv.Error, ijson.JSONError)
@@ -88,11 +90,11 @@ def read_source(
     field_text = partial(_text, parsed.text or text_field)
     plain_text = _dialogue if parsed.format == DIALOGUE else field_text
     text_of = _conversation if chat else plain_text
+    of_text = {c for name in (parsed.text or text_field).split(",") for c in _columns(name)}
+    columns = of_text if text_of is field_text else {MESSAGES}
     if parsed.hub:
-        of_text = {c for name in (parsed.text or text_field).split(",") for c in _columns(name)}
-        columns = of_text if text_of is field_text else {MESSAGES}
         return _HubReader(parsed.hub, parsed.revision, columns, text_of, state)
-    return _FileReader(parsed, text_of, state, limit_bytes)
+    return _FileReader(parsed, columns, text_of, state, limit_bytes)
 
 
 def conversation_problem(source: str) -> tuple[str, str] | None:
@@ -124,9 +126,15 @@ class _FileReader:
     """Reads files. The state is the number of records read; a resumed reader skips so many."""
 
     def __init__(
-        self, source: Source, text_of: TextOf, state: int | None, limit_bytes: float
+        self,
+        source: Source,
+        columns: set[str],
+        text_of: TextOf,
+        state: int | None,
+        limit_bytes: float,
     ) -> None:
-        self._source, self._text_of, self._skip = source, text_of, state or 0
+        self._source, self._columns, self._text_of = source, columns, text_of
+        self._skip = state or 0
         self._files = files_of(source)
         self._total_bytes = max(1, sum(file.size for file in self._files))
         limited = limit_bytes if limit_bytes < self._total_bytes else math.inf
@@ -139,6 +147,7 @@ class _FileReader:
         for file in self._files:
             with file.open() as self._opened:
                 for record in self._read(file, self._opened):
+                    self._require_record(file, record)
                     self._records += 1
                     if self._records <= self._skip:
                         continue
@@ -155,8 +164,19 @@ class _FileReader:
         except _UNREADABLE as error:
             raise RecipeError(
                 f"{file.name} cannot be read as {file_type}: {error}",
-                "correct the file, or leave it out",
+                f"correct the file{JSON_LINES if file_type == '.json' else ''}, or leave it out",
             ) from error
+
+    def _require_record(self, file: TextFile, record: Record) -> None:
+        """Checks that an entry of a JSON mapping is a record, not a field of a single record."""
+        if record.key is None or isinstance(record.value, dict):
+            return
+        if record.key in self._columns or not isinstance(record.value, str):
+            raise RecipeError(
+                f"{file.name} cannot be read as .json: '{record.key}' is a field of a record, not "
+                "a name of one.",
+                f"put the record into a list, [{{…}}]{JSON_LINES}",
+            )
 
     def _position_in_stretch(self, offset: int | None) -> float | None:
         """Returns the position of a paragraph of the open file; ``None`` for other records."""

@@ -37,6 +37,8 @@ class Record:
     """Location in the file, for error messages; empty for a paragraph, which has an offset."""
     offset: int | None = None
     """Position of a paragraph's first byte in the file; ``None`` for other records."""
+    key: str | None = None
+    """Key of a record in a JSON mapping; ``None`` for other records."""
 
 
 def _paragraphs(file: IO[bytes]) -> Iterator[Record]:
@@ -68,13 +70,13 @@ def _json_records(file: Any) -> Iterator[Record]:
         file.read(len(codecs.BOM_UTF8))
     first = file.peek(1024).lstrip()[:1]
     if first == b"[":
-        values = ijson.items(file, "item", use_float=True)
+        items = ((None, value) for value in ijson.items(file, "item", use_float=True))
     elif first == b"{":
-        values = (value for _, value in ijson.kvitems(file, "", use_float=True))
+        items = ijson.kvitems(file, "", use_float=True)
     else:
         raise ValueError("it is neither a list nor a mapping of records")
-    for number, value in enumerate(values, 1):
-        yield Record(value, f"record {number}")
+    for number, (key, value) in enumerate(items, 1):
+        yield Record(value, f"record {number}", key=key)
 
 
 def _json_lines(file: Any) -> Iterator[Record]:

@@ -103,6 +103,26 @@ def test_a_dialogue_is_read_as_text_or_as_chat(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "field"),
+    [
+        ('{"text": "one", "url": "u"}', "text"),
+        ('{"url": "u", "title": "t", "text": "one"}', "title,text"),
+        ('{"text": "one"}\n{"text": "two"}\n', "text"),
+        ('{"id": 1, "text": "one"}\n{"id": 2, "text": "two"}\n', "text"),
+        ('{"a": "one"}\n{"b": "two"}\n', "text"),
+    ],
+)
+def test_json_with_a_single_record_or_with_lines_is_refused(
+    content: str, field: str, tmp_path: Path
+) -> None:
+    """A mapping of names to texts would be read field by field."""
+    with pytest.raises(RecipeError, match=r"(?s)a\.json cannot be read.*\.jsonl"):
+        documents(write(tmp_path, "a.json", content), field)
+    named = write(tmp_path, "b.json", '{"text": {"text": "one"}, "url": "two"}')
+    assert documents(named) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
     "message",
     [
         {"sender": "x", "text": None},
