@@ -56,14 +56,15 @@ def _needs_whole_heads(shape: Architecture) -> bool:
     return shape.hf_architecture == "LlamaForCausalLM"
 
 
-def _is_refused_by_transformers_5(shape: Architecture) -> bool:
+def is_refused_by_transformers_5(shape: Architecture) -> bool:
+    """Whether transformers 5 does not load a model of this shape."""
     return _needs_whole_heads(shape) and shape.hidden_size % shape.num_attention_heads != 0
 
 
 def transformers_5_problems(stage: str, student: Architecture) -> Iterator[Problem]:
     """Warns if transformers 5 refuses the student."""
     hidden, heads = student.hidden_size, student.num_attention_heads
-    if _is_refused_by_transformers_5(student):
+    if is_refused_by_transformers_5(student):
         lower = hidden // heads * heads
         yield Problem(
             rules.TRANSFORMERS_5,
@@ -76,7 +77,7 @@ def transformers_5_problems(stage: str, student: Architecture) -> Iterator[Probl
 
 def searched_shape_problems(stage: str, shapes: Sequence[Architecture]) -> Iterator[Problem]:
     """Warns if transformers 5 refuses shapes of a search."""
-    refused = [shape for shape in shapes if _is_refused_by_transformers_5(shape)]
+    refused = [shape for shape in shapes if is_refused_by_transformers_5(shape)]
     if refused:
         divisor = math.lcm(8, refused[0].num_attention_heads)
         yield Problem(

@@ -21,6 +21,7 @@ from recipes.distillation.results import KeptLayers
 from recipes.distillation.settings import uses_teacher
 from recipes.evaluation.results import AddLayersResult, EvaluationResult, TaskResults
 from recipes.pruning.results import HealResult
+from recipes.pruning.targets import is_refused_by_transformers_5
 from recipes.report.cost import datasets, distillations
 from recipes.report.format import plain, render_template
 from recipes.report.serving import conversion_servers, folder_servers
@@ -68,6 +69,7 @@ def write_card(
         "model": model,
         # Manifests; the card shows the shapes in them.
         "shapes": {**{n: m for n, m in inputs.items() if n == "teacher"}, "this model": model},
+        "needs_transformers_4": shape is not None and is_refused_by_transformers_5(shape),
         "experts": shape.num_moe_experts if shape else 0,
         "dropped": _dropped_layers(inputs),
         "added": _added_layers(model),

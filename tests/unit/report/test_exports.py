@@ -104,6 +104,15 @@ def test_a_card_says_if_distillation_raised_the_loss(
     assert "raised" in text
 
 
+@pytest.mark.parametrize(("hidden_size", "needs_version_4"), [(512, True), (576, False)])
+def test_the_card_of_a_model_that_transformers_5_refuses_names_version_4(
+    inputs: dict[str, Input], tmp_path: Path, hidden_size: int, needs_version_4: bool
+) -> None:
+    shape = replace(STUDENT, hidden_size=hidden_size)
+    inputs["checkpoint"].manifest.architecture = shape.as_dict()
+    assert ('pip install "transformers==4.*"' in render_card(tmp_path, inputs)) == needs_version_4
+
+
 def test_optional_inputs_may_be_missing(inputs: dict[str, Input], tmp_path: Path) -> None:
     bare = {name: inputs[name] for name in (*export_hf.STAGE.inputs, "evaluation")}
     bare["evaluation"].manifest.metrics["recovered"] = None
