@@ -113,6 +113,15 @@ def test_invalid_settings_are_refused(prepare: Prepare, override: str, texts: li
         assert part in str(caught.value)
 
 
+def test_a_time_limit_that_is_shorter_than_the_margin_is_refused_as_such(
+    prepare: Prepare,
+) -> None:
+    """No number of jobs suffices, so none is suggested."""
+    jobs = ("cluster.time=00:04:00", "cluster.max_requeues=1")
+    with pytest.raises(RecipeError, match="distill stops 300 s before"):
+        prepare(*SLURM, *jobs, "stages.distill.max_steps=100000")
+
+
 def test_paths_with_spaces_are_refused(
     prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -179,9 +179,13 @@ def test_a_run_stops_after_two_steps_a_validation_and_a_checkpoint() -> None:
     workload = distillation(QWEN_DEEP, QWEN, validation_batches=32)
     step = step_time(workload, H100).total
     forward = [forward_flops(arch, 4096) for arch in (QWEN_DEEP, QWEN)]
-    validation = 32 * step * sum(forward) / (3 * forward[0] + forward[1])
+    step_flops = 3 * forward[0] + forward[1]
     save = 14 * QWEN_DEEP.parameters() / 5e8 + gathering_seconds(workload, H100)
-    assert stopping_seconds(workload, H100) == pytest.approx(2 * step + validation + save)
+    # The teacher runs in validations only if these must measure the KL.
+    for measures_kl, flops in ((False, forward[0]), (True, sum(forward))):
+        validation = 32 * step * flops / step_flops
+        stopping = stopping_seconds(replace(workload, teacher_in_validation=measures_kl), H100)
+        assert stopping == pytest.approx(2 * step + validation + save)
     assert stopping_seconds(replace(workload, trained=None), H100) == 0
 
 
@@ -203,6 +207,14 @@ def test_hours_include_the_pauses_for_checkpoints() -> None:
     hours = training_cost(replace(workload, checkpoints=3), H100).hours
     pauses = 3 * gathering_seconds(workload, H100)
     assert 3600 * hours == pytest.approx(10 * step_time(workload, H100).total + pauses)
+
+
+def test_hours_include_validations() -> None:
+    """A validation of three batches has three forward passes of a step's three passes."""
+    workload = distillation(QWEN_DEEP, None, steps=10, validation_batches=3, validations=2)
+    assert 3600 * training_cost(workload, H100).hours == pytest.approx(
+        (10 + 2) * step_time(workload, H100).total
+    )
 
 
 def test_a_parameter_takes_18_bytes_on_one_gpu() -> None:
