@@ -135,7 +135,8 @@ def stage_named(plan: Plan, name: str) -> PlannedStage:
 
 
 def write_complete(stage: PlannedStage, content: str = "result") -> None:
-    """Writes the artifact and manifest of a complete stage."""
+    """Writes the request, artifact and manifest of a complete stage."""
+    stage.request().write(stage.directory)
     artifact = stage.directory / ARTIFACT
     artifact.mkdir(parents=True, exist_ok=True)
     (artifact / "data.bin").write_text(f"{content} of {stage.name}")
