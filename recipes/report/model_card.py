@@ -83,7 +83,7 @@ def write_card(
         "evaluation": evaluation,
         "measured_on": f"{evaluation.predictions:,} next-token predictions on held-out text",
         "tasks": inputs["tasks"].result(TaskResults) if "tasks" in inputs else None,
-        "servers": list(folder_servers(".")),
+        "servers": list(folder_servers(".", shape)),
         "conversions": list(conversion_servers(".", shape)) if shape else [],
     }
     render_template(CARD_TEMPLATE.name, content, folder / "README.md")

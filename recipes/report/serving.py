@@ -31,10 +31,17 @@ class ServerCommand:
     """Whether a test of this repository runs the command."""
 
 
-def folder_servers(folder: str) -> Iterator[ServerCommand]:
+def folder_servers(folder: str, shape: Architecture | None) -> Iterator[ServerCommand]:
     """Yields commands of servers that load a Hugging Face folder directly."""
-    yield ServerCommand("vLLM", f"vllm serve {shlex.quote(folder)}")
+    if shape is None or _is_loaded_by_vllm(shape):
+        yield ServerCommand("vLLM", f"vllm serve {shlex.quote(folder)}")
     yield ServerCommand("TensorRT-LLM", f"trtllm-serve {shlex.quote(folder)}")
+
+
+def _is_loaded_by_vllm(shape: Architecture) -> bool:
+    """Whether vLLM supports the shape: for Qwen2, it takes hidden size / heads as the head size."""
+    width = shape.num_attention_heads * shape.kv_channels
+    return shape.hf_architecture != "Qwen2ForCausalLM" or width == shape.hidden_size
 
 
 def conversion_servers(folder: str, shape: Architecture) -> Iterator[ServerCommand]:
@@ -68,7 +75,9 @@ def run_servers(inputs: Mapping[str, Input]) -> Iterator[ServerCommand]:
             yield ServerCommand("TensorRT-LLM", shlex.join(command))
     if "gguf" in inputs:
         yield _llama_server(f"{paths['gguf']}/{FILE}")
-    yield from folder_servers(paths["exported"])
+    architecture = inputs["exported"].manifest.architecture
+    shape = Architecture(**architecture) if architecture else None
+    yield from folder_servers(paths["exported"], shape)
 
 
 def _genai(engine: str) -> ServerCommand:

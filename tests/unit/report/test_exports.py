@@ -307,7 +307,7 @@ HF_SERVERS = ["vllm serve export_hf/artifact", "trtllm-serve export_hf/artifact"
 
 @pytest.fixture
 def run_inputs(tmp_path: Path) -> dict[str, Input]:
-    return {**make_inputs(tmp_path / "run"), **make_optional_inputs(tmp_path / "run")}
+    return {**make_inputs(tmp_path / "a"), **make_optional_inputs(tmp_path / "a")}
 
 
 def test_each_artifact_has_commands_that_serve_it(run_inputs: dict[str, Input]) -> None:
@@ -319,6 +319,27 @@ def test_each_artifact_has_commands_that_serve_it(run_inputs: dict[str, Input]) 
     assert openvino.tested
     assert llama.command == "llama-server -m gguf/artifact/model.gguf"
     assert rest == hf_servers
+
+
+@pytest.mark.parametrize(
+    ("family", "hidden_size", "is_loaded"),
+    [("Qwen2", 512, False), ("Qwen2", 576, True), ("Qwen3", 512, True)],
+)
+def test_vllm_is_listed_if_it_supports_the_shape(
+    run_inputs: dict[str, Input],
+    inputs: dict[str, Input],
+    tmp_path: Path,
+    family: str,
+    hidden_size: int,
+    is_loaded: bool,
+) -> None:
+    shape = replace(STUDENT, hf_architecture=f"{family}ForCausalLM", hidden_size=hidden_size)
+    exported = run_inputs["exported"]
+    for item in (exported, inputs["checkpoint"]):
+        item.manifest.architecture = shape.as_dict()
+    servers = {server.server for server in run_servers({"exported": exported})}
+    assert servers == {"TensorRT-LLM"} | ({"vLLM"} if is_loaded else set())
+    assert ("vllm serve" in render_card(tmp_path, inputs)) == is_loaded
 
 
 @pytest.mark.parametrize(
