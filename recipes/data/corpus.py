@@ -19,6 +19,7 @@ from recipes.core.errors import RecipeError
 from recipes.data.records import (
     MESSAGES,
     READERS,
+    TOOLS,
     Record,
     dialogue_text,
     messages_of,
@@ -91,7 +92,7 @@ def read_source(
     plain_text = _dialogue if parsed.format == DIALOGUE else field_text
     text_of = _conversation if chat else plain_text
     of_text = {c for name in (parsed.text or text_field).split(",") for c in _columns(name)}
-    columns = of_text if text_of is field_text else {MESSAGES}
+    columns = of_text if text_of is field_text else {MESSAGES, TOOLS}
     if parsed.hub:
         return _HubReader(parsed.hub, parsed.revision, columns, text_of, state)
     return _FileReader(parsed, columns, text_of, state, limit_bytes)

@@ -24,6 +24,8 @@ PARQUET_ROWS = 1024
 """Rows of a Parquet file that are read at once."""
 MESSAGES = "messages"
 """Field of a conversation: ``{"messages": [{"role": "user", "content": "…"}, …]}``."""
+TOOLS = "tools"
+"""Field of a conversation with the definitions of tools, which are not supported."""
 SPEAKERS = {"user": "A", "assistant": "B"}
 """Labels of the two people of a dialogue in plain text, by their roles in a conversation."""
 
@@ -185,15 +187,19 @@ def messages_of(record: object) -> list[dict[str, Any]]:
     dialogue may be grouped in lists.
 
     Raises:
-        ValueError: There are no messages, a message has no role, sender or text, or more than two
-            people speak.
+        ValueError: There are no messages, a message has no role, sender or text, more than two
+            people speak, or there are tools.
     """
-    messages = record.get(MESSAGES) if isinstance(record, dict) else None
+    record = record if isinstance(record, dict) else {}
+    messages = record.get(MESSAGES)
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"there is no list of messages in '{MESSAGES}'")
     flat = [m for group in messages for m in (group if isinstance(group, list) else [group])]
     if all(isinstance(m, dict) and {"sender", "text"} <= m.keys() for m in flat):
         return _messages_of_dialogue(flat)
+    tool_calls = [m["tool_calls"] for m in messages if isinstance(m, dict) and "tool_calls" in m]
+    if any([record.get(TOOLS) not in ("", "[]", None, [], {}), *tool_calls]):
+        raise ValueError("it has tools or tool calls, which are not supported; leave it out")
     for number, message in enumerate(messages, 1):
         for key in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(key), str):

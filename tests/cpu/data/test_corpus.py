@@ -48,6 +48,10 @@ def test_only_the_columns_of_the_text_are_read(tmp_path: Path) -> None:
     assert [json.loads(document.text) for document in chats] == [[USER]]
     with pytest.raises(RecipeError, match="it has body, n, "):
         list(read_source(f"hf://{tmp_path}:train", "missing"))
+    with_tools = pyarrow.table({"messages": [[USER]], "tools": [["f"]]})
+    parquet.write_table(with_tools, tmp_path / "train.parquet")
+    with pytest.raises(RecipeError, match="has tools"):
+        list(read_source(f"hf://{tmp_path}:train", "body", chat=True))
 
 
 def test_reading_a_hugging_face_dataset_resumes(tmp_path: Path) -> None:

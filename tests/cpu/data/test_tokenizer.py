@@ -183,11 +183,21 @@ def test_a_model_without_a_template_is_refused(tmp_path: Path) -> None:
         ({"messages": ["hello"]}, "message 1 has no text as its 'role'"),
         ({"messages": [*QUESTION, {"role": "x"}]}, "message 3 .* 'content'"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "message 1 has no text as its 'cont"),
+        ({"messages": [*QUESTION, {**ANSWER, "content": None, "tool_calls": [{}]}]}, "has tools"),
+        ({"messages": [*QUESTION, {**ANSWER, "tool_calls": [{"name": "f"}]}]}, "has tools"),
+        ({"messages": [*QUESTION, ANSWER], "tools": [{"name": "f"}]}, "has tools"),
+        ({"messages": [*QUESTION, ANSWER], "tools": '[{"name": "f"}]'}, "has tools"),
     ],
 )
 def test_records_without_messages_are_refused(record: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         messages_of(record)
+
+
+@pytest.mark.parametrize("tools", ["[]", "", None, []])
+def test_empty_lists_of_tools_are_ignored(tools: object) -> None:
+    messages = [*QUESTION, {**ANSWER, "tool_calls": []}]
+    assert messages_of({"messages": messages, "tools": tools}) == [*QUESTION, ANSWER]
 
 
 def save_tokenizer(folder: Path, *special: str, adds_bos: bool = False, **names: str) -> Path:
