@@ -27,7 +27,7 @@ from tests.support.models import EVEN, ODD, write_tiny_model
 
 def test_round_trip_with_scaled_rope(text_file: Path, tmp_path: Path) -> None:
     rope = {"rope_scaling": {**LLAMA3_ROPE, "factor": 32.0}}
-    source = write_tiny_model(tmp_path / "hf", text_file, **EVEN, **rope, train=False)
+    source = write_tiny_model(tmp_path / "ü=a, b", text_file, **EVEN, **rope, train=False)
     assert convert_by_command("to-nemo", source, tmp_path / "m.nemo") == 0
     # In a new process, since to-nemo has patched the libraries of this one.
     arguments = ("to-hf", tmp_path / "m.nemo", tmp_path / "back")
