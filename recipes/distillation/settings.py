@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from nemo_convert.pipeline import last_stage_layers
 from recipes.backend import SPEED_PATCH_NAMES
 from recipes.core.constraints import (
     BlendWeight,
@@ -220,8 +221,10 @@ LOGITS_LOSSES = ("forward_kl", "reverse_kl", "jsd")
 TAIL_DRAWS_LOSS = "forward_kl"
 """The only KD loss that works with ``tail_draws``. It is linear in the sampled probabilities, so
 its estimate from samples is unbiased."""
-HIDDEN_LOSSES = ("cosine", "mse")
-"""Names of the losses on hidden states; ``objective.DISTANCES`` has their functions."""
+HIDDEN_LOSSES = {"cosine": 8, "mse": 4}
+"""Losses on hidden states, with the bytes that each keeps per token and channel for the backward
+pass: both models' states in float32, or their difference. ``objective.DISTANCES`` has their
+functions."""
 LOSS_BALANCERS = ("fixed", "dynamic")
 
 
@@ -273,3 +276,17 @@ def uses_teacher(settings: Mapping[str, Any]) -> bool:
 
 CACHE_FIELDS = ("seq_length", "temperature", "top_k", "tail_draws")
 """Settings that must be equal in ``cache_logits`` and in ``distill``."""
+
+
+def hidden_state_bytes(cfg: DistillConfig, student_layers: int, teacher_layers: int) -> int:
+    """Returns ``Workload.hidden_state_bytes``: a loss compares the configured pairs of layers.
+
+    Without configured pairs, it compares the layers on the last pipeline stage, of which the
+    student may have fewer than the teacher.
+    """
+    if not cfg.hidden_weight:
+        return 0
+    stages = cfg.hidden_pipeline_stages or cfg.pipeline_model_parallel_size
+    layers = (last_stage_layers(n, min(stages, n)) for n in (student_layers, teacher_layers))
+    pairs = len(cfg.intermediate_layer_pairs) or min(map(len, layers))
+    return pairs * HIDDEN_LOSSES[cfg.hidden_loss]

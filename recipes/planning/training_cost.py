@@ -126,6 +126,10 @@ def stage_memory(workload: Workload, hardware: Hardware, stage: int) -> Memory:
         }
     if workload.teacher is not None:
         memory["teacher"] = size * sum(rank_parameters(workload.teacher, layout, stage))
+    if workload.teacher is not None and stage == layout.pipeline - 1:
+        split = layout.tensor if layout.sequence_parallel else 1
+        kept_bytes = workload.hidden_state_bytes * workload.teacher.hidden_size
+        memory["activations"] = memory.get("activations", 0) + kept_bytes * tokens / split
     if stage == layout.pipeline - 1:
         memory["logits"] = training_logits_bytes(workload, hardware.on_gpu, tokens)
     if workload.trained is None:

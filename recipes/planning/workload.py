@@ -84,12 +84,18 @@ class Workload:
     """Checkpoints that are saved during the training."""
     terms: int = 1
     """Number of terms of the loss on logits. Each term has a gradient for all logits."""
-    compares_hidden_states: bool = False
-    """Whether the loss also compares hidden states."""
+    hidden_state_bytes: int = 0
+    """Bytes that a loss on hidden states keeps for the backward pass, per token and channel of the
+    teacher; 0 without such a loss."""
     teacher_is_cached: bool = False
     """Whether the loss reads the teacher's logits from a cache."""
     cached_sequences: int | None = None
     """Sequences in the cache of a teacher's logits; ``None`` if the cache covers all text."""
+
+    @property
+    def compares_hidden_states(self) -> bool:
+        """Whether the loss also compares hidden states."""
+        return self.hidden_state_bytes > 0
 
     @property
     def tokens(self) -> int:

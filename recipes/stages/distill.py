@@ -23,6 +23,7 @@ from recipes.distillation.settings import (
     TAIL_DRAWS_LOSS,
     CacheLogitsConfig,
     DistillConfig,
+    hidden_state_bytes,
     uses_teacher,
 )
 from recipes.distillation.training import (
@@ -104,7 +105,7 @@ def _hidden_range_notes(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
     configured, hardware = workload(cfg, chain), chain.hardware
     layout = configured.layout
     # With a loss on hidden states, all candidate layouts keep this pipeline size, 1.
-    unsplit = replace(configured, layout=replace(layout, pipeline=1))
+    unsplit = workload(replace(cfg, pipeline_model_parallel_size=1), chain)
     hours = [
         training_cost(candidate, hardware).hours
         for candidate in workloads_on_all_layouts(unsplit, layout.ranks, layout.devices)
@@ -182,7 +183,7 @@ def workload(cfg: DistillConfig, chain: Chain) -> Workload:
         training,
         validations=training.validations + stops,  # one before the first step
         teacher_in_validation=stops,
-        compares_hidden_states=cfg.hidden_weight > 0,
+        hidden_state_bytes=hidden_state_bytes(cfg, student.num_layers, chain.teacher.num_layers),
         teacher_is_cached=cache is not None,
         cached_sequences=cache.num_sequences if cache else None,
     )

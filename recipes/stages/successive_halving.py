@@ -25,7 +25,7 @@ from recipes.core.manifest import MANIFEST, Outcome
 from recipes.core.stage import Inputs, StageConfig, metrics_log, rank
 from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import source_names, with_option
-from recipes.distillation.settings import DistillConfig
+from recipes.distillation.settings import DistillConfig, hidden_state_bytes
 from recipes.distillation.training import (
     loss_problems,
     pair_problems,
@@ -132,7 +132,11 @@ def inference_cost(cfg: SuccessiveHalvingConfig, chain: Chain) -> InferenceCost:
         return replace(evaluation, compute=Compute())
     num_logits_losses = (cfg.distill.kd_weight > 0) + (cfg.distill.lm_weight > 0)
     trainings = [training_of(cfg, round_sizes, n) for n in range(len(round_sizes))]
-    workload = training_workload(trainings[0], candidate, chain.teacher, num_logits_losses)
+    layers = (candidate.num_layers, chain.teacher.num_layers)
+    workload = replace(
+        training_workload(trainings[0], candidate, chain.teacher, num_logits_losses),
+        hidden_state_bytes=hidden_state_bytes(cfg.distill, *layers),
+    )
     # Ranks train different candidates at the same time. The ranks of a CPU share its FLOP/s.
     ranks = cfg.resources.ranks if chain.hardware.on_gpu else 1
     sequential = [math.ceil(size / ranks) for size in round_sizes]  # trainings of each round

@@ -182,7 +182,7 @@ def test_proposals_are_valid_for_a_loss_on_hidden_states() -> None:
     cheapest = cheapest_proposal(workload, small, 8, 8)
     assert cheapest is not None
     assert cheapest.workload.layout.recompute_granularity == "full"
-    hidden = replace(workload, compares_hidden_states=True)
+    hidden = replace(workload, hidden_state_bytes=8)
     assert cheapest_proposal(hidden, small, 8, 8) is None
     layouts = [p.workload.layout for p in proposals(hidden, H100)]
     assert layouts

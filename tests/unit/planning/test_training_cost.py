@@ -272,6 +272,18 @@ def test_recomputing_and_sequence_parallelism_save_activations() -> None:
     assert step_time(recomputed, H100).compute > 1.2 * step_time(workload, H100).compute
 
 
+def test_a_loss_on_hidden_states_keeps_them_in_float32_on_the_last_stage() -> None:
+    layout = Layout(devices=4, tensor=2, pipeline=2, sequence_parallel=True, micro_batch_size=2)
+    workload = distillation(replace(LLAMA, num_layers=16), LLAMA, layout=layout)
+    compared = replace(workload, hidden_state_bytes=8 * 8)  # eight pairs on the last stage
+    added = [
+        stage_memory(compared, H100, stage).total - stage_memory(workload, H100, stage).total
+        for stage in range(2)
+    ]
+    tokens = 2 * 4096 / 2  # tensor-parallel ranks split the sequences
+    assert added == pytest.approx([0, 8 * 8 * tokens * 4096])
+
+
 def test_recomputed_feed_forward_layers_are_in_memory_one_at_a_time() -> None:
     layout = Layout(micro_batch_size=2, recompute_feed_forward=True)
     workload = distillation(LLAMA, LLAMA, layout=layout)

@@ -39,6 +39,22 @@ TEACHERS = {
 """For each choice of ``teacher=``: the stages that it adds to a recipe."""
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, 0),
+        ({"hidden_weight": 1.0}, 8 * 4),  # cosine, 4 layers
+        ({"hidden_weight": 1.0, "pipeline_model_parallel_size": 2}, 8 * 2),
+        ({"hidden_weight": 1.0, "hidden_loss": "mse", "intermediate_layer_pairs": [[4, 4]]}, 4),
+    ],
+)
+def test_planned_bytes_of_compared_hidden_states(
+    chain: Chain, fields: dict[str, Any], expected: int
+) -> None:
+    planned = distill.workload(DistillConfig(stage="distill", **fields), chain)
+    assert planned.hidden_state_bytes == expected
+
+
 def rule_names(cfg: DistillConfig, chain: Chain) -> list[str]:
     return [problem.rule.name for problem in distill.check(cfg, chain)]
 
