@@ -115,7 +115,9 @@ def _table_rows(delimiter: str, file: IO[bytes]) -> Iterator[Record]:
     """Yields the rows of a table whose first line names the columns.
 
     Raises:
-        ValueError: A row does not have a cell for each column.
+        ValueError: A row does not have a cell for each column; or the delimiter is a tab, and a
+            quoted cell contains a tab or a line break. Such a cell may be several rows between two
+            quotation marks that are part of the text.
     """
     csv.field_size_limit(LONGEST_FIELD)
     lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
@@ -125,6 +127,9 @@ def _table_rows(delimiter: str, file: IO[bytes]) -> Iterator[Record]:
         if len(row) != len(columns):
             cells = f"row {number} has {len(row)} cells"
             raise ValueError(f"{cells}, but the first line names {len(columns)} columns")
+        if delimiter == "\t" and any(c in cell for cell in row for c in "\t\n\r"):
+            what = f"row {number}, up to line {rows.line_num}, has a tab or a line break in quotes"
+            raise ValueError(f'{what}; write a cell that starts with " as """…", or use .csv')
         yield Record(dict(zip(columns, row, strict=True)), f"row {number}")
 
 

@@ -25,16 +25,32 @@ def test_python_and_markup_files_are_one_document_each(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tab", "\t"), ("tsv", "\t")])
 def test_a_column_of_a_table_is_read(suffix: str, delimiter: str, tmp_path: Path) -> None:
     # The file starts with a byte order mark.
-    rows = [("\ufeffid", "text", "title"), ("1", '"one,\n\ntwo"', "A"), ("2", "three", "B")]
+    rows = [("\ufeffid", "text", "title"), ("1", '"one, ""two"""', "A"), ("2", "three", "B")]
     content = "\n".join(map(delimiter.join, rows))
     source = write(tmp_path, f"a.{suffix}", content)
-    assert documents(source) == ["one,\n\ntwo", "three"]
-    assert documents(f"{source}#text=title,text") == ["A\none,\n\ntwo", "B\nthree"]
+    assert documents(source) == ['one, "two"', "three"]
+    assert documents(f"{source}#text=title,text") == ['A\none, "two"', "B\nthree"]
     with pytest.raises(RecipeError, match="row 1: no text in field 'body'"):
         documents(source, "body")
     broken = write(tmp_path, f"b.{suffix}", 'text\n"open')
     with pytest.raises(RecipeError, match=rf"cannot be read as .{suffix}: unexpected end"):
         documents(broken)
+
+
+def test_rows_between_two_quotation_marks_are_not_joined(tmp_path: Path) -> None:
+    """Tables with tabs often do not quote cells. In a CSV file, a cell may have line breaks."""
+    rows = ["id,text", '1,"Hello', "2,first", '3,World"', "4,end"]
+    for suffix in ("tab", "tsv"):
+        table = write(tmp_path, f"a.{suffix}", "\n".join(rows).replace(",", "\t"))
+        with pytest.raises(RecipeError, match="row 1, up to line 4"):
+            documents(table)
+        table = write(tmp_path, f"b.{suffix}", 'id\ttext\n1\t"a\tb"')
+        with pytest.raises(RecipeError, match="row 1, up to line 2"):
+            documents(table)
+    assert documents(write(tmp_path, "a.csv", "\n".join(rows))) == [
+        "Hello\n2,first\n3,World",
+        "end",
+    ]
 
 
 @pytest.mark.parametrize(
