@@ -63,7 +63,7 @@ SPEEDUP_METRICS: dict[str, Callable[[Speedup], float]] = {
     "decode": lambda s: s.decode,
 }
 """Speed-ups of the student over the teacher (kind ``speed_results``). A gate uses the minimum over
-all engines (also the baseline, transformers), batch sizes and prompts."""
+all engines, batch sizes and prompts. The baseline, transformers, counts only without an engine."""
 
 
 @dataclass(frozen=True)

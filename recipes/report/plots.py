@@ -28,6 +28,8 @@ ROW_PIXELS = 46
 """Height of a row in a plot of intervals; a row has up to three."""
 LABEL_DISTANCE = 4
 """Points closer than this, in percent of the plot, share a label: their labels would overlap."""
+MAX_ROW_LABEL = 15
+"""Longer labels of rows are shortened, because the margin beside the plot has no room for them."""
 LARGEST = 1e100
 """Larger values are not drawn, because ticks near the largest float would overflow."""
 
@@ -55,7 +57,8 @@ _BAR = Markup(
     "<title>{hint}</title></rect>"
 )
 _ROW = Markup(
-    '<text class="row" x="0" y="{y}%" dx="-12" dy=".35em" text-anchor="end">{label}</text>'
+    '<text class="row" x="0" y="{y}%" dx="-12" dy=".35em" text-anchor="end">{label}'
+    "<title>{name}</title></text>"
 )
 _INTERVAL = Markup(
     '<line class="whisker {style}" x1="{low}%" x2="{high}%" y1="{y}%" y2="{y}%"/>'
@@ -290,7 +293,8 @@ def interval_plot(
     row_height = 100 / len(rows)
     for index, (label, row) in enumerate(rows.items()):
         middle = (index + 0.5) * row_height
-        elements.append(_ROW.format(label=label, y=round(middle, 2)))
+        short = label if len(label) <= MAX_ROW_LABEL else f"{label[:7]}…{label[-7:]}"
+        elements.append(_ROW.format(label=short, name=label, y=round(middle, 2)))
         for position, (style, value, margin) in enumerate(row):
             hint = f"{label}, {style}: {text_of(value)}"
             elements.append(

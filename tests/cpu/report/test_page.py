@@ -17,7 +17,14 @@ from recipes.data.results import DatasetResult, Origin, TrainedSource
 from recipes.distillation.results import DistillationResult
 from recipes.pruning.results import PruneResult
 from recipes.pruning.settings import PruneConfig
-from recipes.report.plots import Axis, Series, layer_plot, line_plot
+from recipes.report.plots import (
+    MAX_ROW_LABEL,
+    Axis,
+    Series,
+    interval_plot,
+    layer_plot,
+    line_plot,
+)
 from recipes.report.settings import ReportConfig
 from tests.support.pages import PLOTS, Page, all_numbers, section
 from tests.support.reports import CONFIG, make_inputs, render_page, with_result, write_training_log
@@ -88,6 +95,25 @@ def test_numbers_are_rounded(text: str) -> None:
     for number in ("4.0 GB", "1.14e−4"):
         assert number in shown
     assert "CC-BY-4.0" in shown
+
+
+def test_the_training_speed_is_rounded(inputs: dict[str, Input], tmp_path: Path) -> None:
+    trained = inputs["distilled"].manifest.result(DistillationResult)
+    distilled = with_result(
+        inputs["distilled"], replace(trained, tokens_per_second=171.14999999999998)
+    )
+    shown = Page(render_page({**inputs, "distilled": distilled}, tmp_path)).text
+    assert "171 " in shown
+    assert "171.1" not in shown
+
+
+def test_long_names_of_rows_are_shortened() -> None:
+    names = ["sciq", "mmlu_high_school_physics", "mmlu_high_school_biology"]
+    plot = interval_plot("plot", "Scores", {name: [("teacher", 0.5, 0.1)] for name in names})
+    labels = re.findall(r'class="row".*?>(.*?)<title>(.*?)</title>', plot)
+    assert [name for _, name in labels] == names
+    assert max(len(label) for label, _ in labels) <= MAX_ROW_LABEL
+    assert len({label for label, _ in labels}) == 3
 
 
 def test_licences_of_teacher_and_text_are_shown(
