@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
@@ -9,9 +11,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.hydra_errors import SHOW_FIELDS, as_typed
+from launch.schema import CONF, groups
 from recipes.core.constraints import PositiveOrZero, matching, one_of
-from recipes.core.errors import RecipeError
+from recipes.core.errors import RecipeError, did_you_mean
 from recipes.planning.rules import RULES
+
+DATA_FIELDS = (
+    *("sources", "heldout_sources", "excluded_documents", "prefix", "format", "text_field"),
+    *("document_end", "max_tokens", "seq_length"),
+)
+"""Fields of the group ``data``, which stages refer to."""
 
 
 @dataclass
@@ -78,9 +87,11 @@ def settings_of(cfg: DictConfig) -> RunSettings:
     Raises:
         RecipeError: A setting is invalid.
     """
-    for group in ("model", "stages", "hardware", "cluster", "hub"):
+    for group in ("model", "data", "stages", "hardware", "cluster", "hub"):
         if not isinstance(cfg.get(group), DictConfig):
             raise RecipeError(f"{group}={cfg.get(group)} is not a group.", f"leave out {group}")
+    _refuse_unknown(cfg, [*map(str, OmegaConf.load(CONF / "config.yaml")), *groups()])
+    _refuse_unknown(cfg.data, DATA_FIELDS, "data.")
     root: dict[str, Any] = {}
     try:
         for name in (item.name for item in fields(RunSettings) if item.name in cfg):
@@ -95,3 +106,12 @@ def settings_of(cfg: DictConfig) -> RunSettings:
         if not isinstance(root.get(name), list | None):
             root[name] = [root[name]]
     return as_typed(RunSettings, OmegaConf.create(root))
+
+
+def _refuse_unknown(node: DictConfig, known: Collection[str], prefix: str = "") -> None:
+    """Refuses unknown fields, unless an interpolation refers to them: they would have no effect."""
+    for name in map(str, node):
+        reference = rf"\$\{{(oc\.select:)?{re.escape(prefix + name)}\b"
+        if name not in known and not re.search(reference, OmegaConf.to_yaml(node._get_root())):
+            hint = did_you_mean(name, known)
+            raise RecipeError(f"there is no field {prefix}{name}.{hint}", SHOW_FIELDS)

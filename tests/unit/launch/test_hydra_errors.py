@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from launch.hydra_errors import SHOW_FIELDS, SHOW_HELP, explain
-from launch.schema import hydra_arguments, recipes
+from launch.schema import CONF, hydra_arguments, recipes
+from launch.settings import DATA_FIELDS
 from recipes.core.errors import RecipeError
+from tests.unit.conftest import stage_named
 
 if TYPE_CHECKING:
     from tests.unit.conftest import Compose, MakePlan
@@ -115,6 +118,8 @@ def test_unknown_fields_get_a_hint(compose: Compose, override: str, message: str
             "+stages.distill.resources.gpuz=1",
             f"stages.distill.resources.gpuz.\n  fix: {SHOW_FIELDS}",
         ),
+        ("+data.max_token=5", "data.max_token. Did you mean 'max_tokens'?"),
+        ("+skip_rule=[memory]", "skip_rule. Did you mean 'skip_rules'?"),
     ],
 )
 def test_unknown_fields_that_are_added_are_refused(
@@ -123,6 +128,16 @@ def test_unknown_fields_that_are_added_are_refused(
     with pytest.raises(RecipeError) as caught:
         plan(override)
     assert str(caught.value).startswith(f"there is no field {message}")
+
+
+def test_added_field_to_which_another_field_refers_is_accepted(plan: MakePlan) -> None:
+    planned = plan("+data.steps=33", "+steps=${data.steps}", "stages.distill.max_steps=${steps}")
+    assert stage_named(planned, "distill").config.max_steps == 33
+
+
+def test_every_choice_of_data_has_known_fields() -> None:
+    files = [OmegaConf.load(file) for file in (CONF / "data").glob("*.yaml")]
+    assert {str(name) for file in files for name in file} - {"defaults"} == {*DATA_FIELDS}
 
 
 def test_an_image_of_a_misspelled_stage_gets_a_hint(compose: Compose) -> None:

@@ -1,0 +1,37 @@
+"""A user's own files in ``conf``."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from launch import schema
+from recipes.core.errors import RecipeError
+
+if TYPE_CHECKING:
+    from tests.unit.conftest import MakePlan
+
+RECIPE = "# @package _global_\ndefaults: [{/chain@_global_: prune_distill}, _self_]\n"
+
+
+@pytest.fixture
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of recipes in a copy of ``conf``."""
+    conf = shutil.copytree(schema.CONF, tmp_path / "conf")
+    monkeypatch.setattr(schema, "CONF", conf)
+    return conf / "recipe"
+
+
+def test_a_recipe_needs_no_description(recipes: Path, plan: MakePlan) -> None:
+    (recipes / "mine_prune.yaml").write_text(RECIPE)
+    assert plan("stages.prune.target_ffn_hidden_size=0.5", recipe="recipe=mine_prune").stages
+
+
+@pytest.mark.parametrize("line", ["gate: [a]", "data: {max_token: 3}"])
+def test_unknown_fields_of_a_recipe_are_refused(recipes: Path, plan: MakePlan, line: str) -> None:
+    (recipes / "typo_prune.yaml").write_text(f"{RECIPE}{line}\n")
+    with pytest.raises(RecipeError, match=r"there is no field .* Did you mean"):
+        plan(f"stages.report.title='{line}'", recipe="recipe=typo_prune")
