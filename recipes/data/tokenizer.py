@@ -77,7 +77,9 @@ class DocumentTokenizer:
         tokenizer = Tokenizer.from_str(self.definition)
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a document is ordinary text
+        # "<|endoftext|>" in a document is ordinary text. In a Unigram model it still becomes the
+        # special token, because that token is also a piece of the model's vocabulary.
+        tokenizer.encode_special_tokens = True
         return tokenizer
 
     @property
