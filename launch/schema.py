@@ -10,7 +10,7 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from launch.planned import load_stage, stage_names
 from recipes.core.errors import RecipeError
@@ -62,8 +62,9 @@ Groups; GROUP=NAME chooses:
 
 @cache
 def register() -> None:
-    """Registers ``stage/<stage>/schema`` for each stage, and a resolver for ``${cpu:NAME}``."""
+    """Registers ``stage/<stage>/schema`` for each stage, and the resolvers of ``conf``."""
     OmegaConf.register_new_resolver("cpu", _cpu)
+    OmegaConf.register_new_resolver("concatenate", lambda *lists: sum(lists, ListConfig([])))
     for name in stage_names():
         ConfigStore.instance().store(
             group=f"stage/{name}", name="schema", node=load_stage(name).config

@@ -213,7 +213,7 @@ def test_large_recipes_pass_all_checks_of_a_plan_on_their_hardware(
     )
     assert (workload.layout.nodes == 1) == recipe.endswith("_2.5b")
     stages = {"import_hf", "score", "evaluate", "export_hf"}
-    stages |= {"evaluate_tasks", "export_teacher", "measure_speed"}
+    stages |= {"evaluate_tasks", "export_teacher", "measure_speed", "evaluate_served"}
     assert planned.chain.inference_costs.keys() == stages
     for name, cost in planned.chain.inference_costs.items():
         config = planned.chain.stages[name]
@@ -258,13 +258,32 @@ def test_large_recipes_evaluate_on_eight_ranks_and_have_gates(recipe: str, plan:
         cost, slow_cost = (p.chain.inference_costs[name] for p in (planned, on_one_rank))
         assert cost.hours(hardware) == pytest.approx(slow_cost.hours(hardware) / 8, rel=0.02)
     assert planned.chain.inference_costs["measure_speed"].hours(hardware) > 0
-    [gate] = planned.gates
-    assert gate.name == ("recovered.mmlu" if recipe.endswith("_2.5b") else "score.mmlu")
+    quality, served = planned.gates
+    assert quality.name == ("recovered.mmlu" if recipe.endswith("_2.5b") else "score.mmlu")
+    assert served.name == "served_difference_low.gsm8k_cot"
     assert "gsm8k_cot" in getattr(planned.chain.stages["evaluate_tasks"], "tasks")
     assert not plan_large(recipe, plan, "gates=[]").gates
     minimal = plan_large(recipe, plan, "tasks=null", "engine=null")
     assert not minimal.gates
-    assert not {"evaluate_tasks", "build_engine", "measure_speed"} & minimal.chain.stages.keys()
+    optional = {"evaluate_tasks", "build_engine", "measure_speed", "evaluate_served"}
+    assert not optional & minimal.chain.stages.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "is_served", "gates"),
+    [
+        (["engine=tensorrt_llm_quantized"], True, ["score.mmlu", "served_difference_low.gsm8k_cot"]),
+        (["engine=null"], False, ["score.mmlu"]),
+        (["served=null"], False, ["score.mmlu"]),
+        (["tasks=null"], True, []),
+    ],
+)
+def test_the_gate_on_the_engine_needs_engine_served_and_tasks(
+    options: list[str], is_served: bool, gates: list[str], plan: MakePlan
+) -> None:
+    planned = plan_large("qwen3_8b_depth", plan, *options)
+    assert ("evaluate_served" in planned.chain.stages) == is_served
+    assert [gate.name for gate in planned.gates] == gates
 
 
 def test_depth_pruned_llama_keeps_the_published_layers(plan: MakePlan) -> None:
