@@ -141,14 +141,16 @@ def _stack_problems() -> Iterator[Problem]:
 
 
 def _cpu_problems(cluster: DictConfig, hardware: Hardware) -> Iterator[Problem]:
-    """Checks a CPU profile: jobs must not request GPUs, and the nodes' precision must be known."""
-    if cluster.executor != "local" and cluster.get("gpus") is not None:
+    """Checks Slurm's jobs: they must not request GPUs, and the nodes' precision must be known."""
+    if cluster.executor != "slurm":  # the profile is that of this machine's CPU
+        return
+    if cluster.get("gpus") is not None:
         yield Problem(
             rules.CLUSTER_HARDWARE,
-            f"cluster={cluster.executor} requests GPUs, but hardware={hardware.name} is a CPU",
+            f"cluster=slurm requests GPUs, but hardware={hardware.name} is a CPU",
             "set the GPU, such as hardware=h100; for nodes without GPUs set cluster.gpus=null",
         )
-    elif cluster.executor == "slurm" and hardware.precision == "32":
+    elif hardware.precision == "32":
         yield Problem(
             rules.CPU_PRECISION,
             f"hardware={hardware.name}, but the nodes' processors are not known here, so "

@@ -31,7 +31,7 @@ class DockerConfig(container.Containers):
 
     executor: str = "docker"
     gpus: str | None = "all"
-    """Value of ``docker run --gpus``; ``null`` omits the option."""
+    """Value of ``docker run --gpus``; omitted with the profile of a CPU, or if ``null``."""
     python: str = "python"
     """Interpreter in the image."""
     options: list[Option] = field(default_factory=list)
@@ -66,9 +66,10 @@ def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
     env |= {name: f"/tmp/{name.lower()}" for name in container.LOCAL_CACHES}  # --rm deletes them
     # Last, so that the user's variables win, and PYTHONPATH lacks the launcher's own paths.
     env |= container.environment(cluster, stage)
+    uses_gpu = stage.needs_gpu and stage.chain.hardware.on_gpu
     return [
         ["docker", "run", "--rm", f"--name={container_name(stage)}"],
-        [f"--gpus={cluster.gpus}"] if cluster.gpus and stage.needs_gpu else [],
+        [f"--gpus={cluster.gpus}"] if cluster.gpus and uses_gpu else [],
         # Without --init, Python would be the container's process 1, which ignores SIGTERM. Data
         # loaders and NCCL share memory; NCCL pins memory, and CUDA needs a large stack.
         ["--init", "--ipc=host", "--ulimit=memlock=-1", "--ulimit=stack=67108864"],

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -126,6 +126,21 @@ def installed_versions() -> dict[str, str]:
     names = (*RESULT_LIBRARIES, TRANSFORMER_ENGINE, "numpy", "openvino")
     versions = {name: version for name in names if (version := installed_version(name))}
     return {"python": sys.version.split()[0], **versions}
+
+
+def version_differences(versions: Mapping[str, str]) -> list[str]:
+    """Returns a text for each library that stages compute with whose installed version differs.
+
+    Args:
+        versions: Versions in an input's manifest. Libraries that are missing on one side are
+            ignored, and so are build tags such as ``+cpu``.
+    """
+    here, names = installed_versions(), {*RESULT_LIBRARIES, TRANSFORMER_ENGINE}
+    return [
+        f"{name} {versions[name]} → {here[name]}"
+        for name in sorted(names & here.keys() & versions.keys())
+        if Version(versions[name]).base_version != Version(here[name]).base_version
+    ]
 
 
 @cache

@@ -58,7 +58,7 @@ from recipes.core.stage import (
     shared_store,
     world_size,
 )
-from recipes.core.versions import installed_versions
+from recipes.core.versions import installed_versions, version_differences
 from recipes.core.watchdog import watch_for_hangs
 
 if TYPE_CHECKING:
@@ -190,6 +190,7 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
         content = {name: item.manifest.content_hash() for name, item in inputs.items()}
         manifest = replace(manifest, input_content=content)
         if rank() == 0:
+            _warn_of_versions(inputs)
             write_manifest(out.parent, manifest, BEGUN)
     with watch_for_hangs(cfg.resources.hang_timeout, out.parent, rank()):
         outcome = run(cfg, inputs, out)
@@ -218,6 +219,17 @@ def _checked_input(ref: InputRef, *, rehash: bool) -> Input:
     if manifest is None or manifest.fingerprint != ref.fingerprint:
         raise RecipeError(f"{ref.directory} changed after this stage was planned.", "run again")
     return Input(ref.directory, manifest)
+
+
+def _warn_of_versions(inputs: Inputs) -> None:
+    """Prints inputs that were computed with other libraries than this stage has.
+
+    A fingerprint has the locked versions for a stage in an image, so plans do not see the image's.
+    """
+    for name, item in inputs.items():
+        if differences := version_differences(item.manifest.versions):
+            what = f"input {name} was computed with other versions ({', '.join(differences)})"
+            print(f"warning: {what}", flush=True)
 
 
 @contextlib.contextmanager

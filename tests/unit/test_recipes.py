@@ -272,7 +272,11 @@ def test_large_recipes_evaluate_on_eight_ranks_and_have_gates(recipe: str, plan:
 @pytest.mark.parametrize(
     ("options", "is_served", "gates"),
     [
-        (["engine=tensorrt_llm_quantized"], True, ["score.mmlu", "served_difference_low.gsm8k_cot"]),
+        (
+            ["engine=tensorrt_llm_quantized"],
+            True,
+            ["score.mmlu", "served_difference_low.gsm8k_cot"],
+        ),
         (["engine=null"], False, ["score.mmlu"]),
         (["served=null"], False, ["score.mmlu"]),
         (["tasks=null"], True, []),

@@ -11,6 +11,7 @@ from recipes.core.files import REPO_ROOT
 from recipes.core.manifest import ARTIFACT, read_manifest, stamp_files, write_manifest
 from recipes.core.run_state import InputRef, Request
 from recipes.core.stage_process import start_command
+from recipes.core.versions import installed_versions
 from tests.support.manifests import bare_manifest
 
 HASH_SECONDS, TIMEOUT_SECONDS = 12, 10
@@ -61,6 +62,7 @@ def test_ranks_wait_for_hashing_beyond_the_collective_timeout(tmp_path: Path) ->
     (source / ARTIFACT / "text").write_text("text")
     manifest = bare_manifest("source", "dataset", None)
     manifest.files = stamp_files(source / ARTIFACT)
+    manifest.versions = installed_versions() | {"transformers": "4.0"}
     write_manifest(source, manifest)
     (tmp_path / "a_stage.py").write_text(STAGE)
     request = Request("stage", "f", "c", {"data": InputRef.of(source)}, {"stage": "a"})
@@ -80,4 +82,5 @@ def test_ranks_wait_for_hashing_beyond_the_collective_timeout(tmp_path: Path) ->
     result = read_manifest(stage)
     assert result is not None
     assert sorted(result.files) == ["rank-0", "rank-1"]
+    assert done.stdout.count("(transformers 4.0 → ") == 1  # only rank 0 warns
     assert result.seconds >= 2 * HASH_SECONDS  # rank 0 hashed the input and the result

@@ -71,15 +71,20 @@ def test_a_missing_image_is_refused_only_if_docker_answers(
     assert plan(*DOCKER)
 
 
-@pytest.mark.parametrize("recipe", ["llama_width_prune", "shrink"])
-def test_the_fixes_for_a_recipe_without_hardware_make_it_run(plan: MakePlan, recipe: str) -> None:
-    """The default profile is that of a CPU, but ``cluster=docker`` requests GPUs."""
+def test_the_fixes_for_slurm_without_hardware_make_it_run(plan: MakePlan) -> None:
+    """The default profile is that of a CPU, but ``cluster=slurm`` requests GPUs."""
+    slurm = ("cluster=slurm", "engine=null")
     with pytest.raises(RecipeError, match="requests GPUs") as error:
-        plan("cluster=docker", recipe=f"recipe={recipe}")
+        plan(*slurm)
     fixes = re.findall(r"(?:hardware|cluster[.]gpus)=(?!cpu)\w+", str(error.value))
     assert len(fixes) == 2
     for fix in fixes:
-        assert plan("cluster=docker", fix, recipe=f"recipe={recipe}")
+        assert plan(*slurm, fix)
+
+
+@pytest.mark.parametrize("recipe", ["llama_width_prune", "shrink"])
+def test_recipes_run_in_containers_without_further_settings(plan: MakePlan, recipe: str) -> None:
+    assert plan("cluster=docker", recipe=f"recipe={recipe}")
 
 
 def test_folders_to_which_links_of_a_model_lead_are_mounted(

@@ -44,9 +44,15 @@ def test_jobs_get_gpus_mpi_and_torchrun_only_if_their_stage_needs_them(
         if stage.name in ("plan", "prune", "report"):
             assert ("torch.distributed.run" in text) == (stage.name == "prune")
     assert "-m recipes.core.worker recipes.stages.plan" in slurm.job_script(plan.stages[0], cluster)
-    plan, cluster = prepare(*DOCKER)
-    for name, gpu_options in (("report", []), ("prune", ["--gpus=all"])):
-        assert docker.command(stage_named(plan, name), cluster)[1] == gpu_options
+
+
+@pytest.mark.parametrize(("hardware", "options"), [("cpu", []), ("h100", ["--gpus=all"])])
+def test_containers_get_gpus_only_if_stage_and_hardware_use_them(
+    prepare: Prepare, hardware: str, options: list[str]
+) -> None:
+    plan, cluster = prepare("cluster=docker", f"hardware={hardware}")
+    for name, expected in (("report", []), ("prune", options)):
+        assert docker.command(stage_named(plan, name), cluster)[1] == expected
 
 
 def test_the_backend_of_an_existing_engine_decides_whether_speed_is_measured_on_a_gpu(
