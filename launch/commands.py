@@ -285,8 +285,8 @@ def _needed_folders(run: Path) -> Iterator[Path]:
         request = OmegaConf.load(file)
         paths = [run, *(ref.directory for ref in request.inputs.values())]
         paths += [request.config.get(name) or "" for name in ("hf_path", "prefix")]
-        for path in map(Path, paths):
-            yield from (path, *path.resolve().parents)
+        for path in (Path(path).resolve() for path in paths):
+            yield from (path, *path.parents)
 
 
 RUN_COMMANDS: Mapping[str, tuple[Callable[[Options, Console], None], tuple[str, ...]]] = {

@@ -123,7 +123,20 @@ def _read_module(root: Path, module: str) -> tuple[str, frozenset[str]]:
     tree = ast.parse(source_files(root)[path])
     # ``_imports`` also removes ignored statements from the tree, so it precedes the hash.
     imports = frozenset(name for name in _imports(path, tree) if _path_of(root, name))
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports
+    return hashlib.sha256(_dump(tree).encode()).hexdigest(), imports
+
+
+def _dump(value: object) -> str:
+    """Returns a syntax tree as text.
+
+    Unlike ``ast.dump``, leaves out empty fields: newer versions of Python have more of them.
+    """
+    if isinstance(value, list):
+        return f"[{', '.join(map(_dump, value))}]"
+    if not isinstance(value, ast.AST):
+        return repr(value)
+    filled = [(name, item) for name, item in ast.iter_fields(value) if item not in (None, [])]
+    return f"{type(value).__name__}({', '.join(f'{name}={_dump(item)}' for name, item in filled)})"
 
 
 def _imports(path: str, tree: ast.Module) -> Iterator[str]:

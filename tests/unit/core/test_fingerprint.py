@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -154,6 +155,17 @@ def test_comments_format_types_and_unrelated_code_do_not_change_the_fingerprint(
 ) -> None:
     before = fingerprint_of("stage")
     replace_in(repo / file, old, new)
+    assert fingerprint_of("stage") == before
+
+
+def test_empty_fields_of_newer_pythons_do_not_change_the_fingerprint(
+    repo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.12 added the field ``type_params``, which is empty in code for Python 3.11."""
+    before = fingerprint_of("stage")
+    for node in (ast.FunctionDef, ast.Module):
+        monkeypatch.setattr(node, "_fields", (*node._fields, "new"))
+        monkeypatch.setattr(node, "new", [], raising=False)
     assert fingerprint_of("stage") == before
 
 

@@ -207,6 +207,19 @@ def test_clean_deletes_only_what_no_other_run_needs(run_dir: Path, launch: Launc
     assert not other.exists()
 
 
+def test_clean_keeps_what_a_run_needs_behind_a_link(run_dir: Path, launch: Launch) -> None:
+    other = run_dir.parent / "other"
+    shutil.copytree(run_dir, other)
+    (link := run_dir.parent / "link").symlink_to(run_dir)
+    request = other / "score" / "config.yaml"
+    request.write_text(request.read_text().replace(f"{run_dir}/import_hf", f"{link}/import_hf"))
+    for folder in other.iterdir():
+        if folder.is_dir() and folder != request.parent:
+            shutil.rmtree(folder)
+    listed = launch("runs", "clean", str(run_dir)).stdout
+    assert re.search(rf"{run_dir}/import_hf .* needed by {other}", listed)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
