@@ -113,9 +113,12 @@ def loss_problems(cfg: DistillConfig) -> Iterator[Problem]:
 
 
 def pair_problems(
-    cfg: DistillConfig, student: Architecture, teacher: Architecture
+    cfg: DistillConfig, student: Architecture, teacher: Architecture, cost: str = ""
 ) -> Iterator[Problem]:
-    """Checks that all layers in pairs are on the last pipeline stage, which computes the loss."""
+    """Checks that all layers in pairs are on the last pipeline stage, which computes the loss.
+
+    ``cost`` is that of a training without pipeline parallelism, if it is known.
+    """
     if any(len(pair) != 2 for pair in cfg.intermediate_layer_pairs):
         yield Problem(
             rules.HIDDEN_PAIRS,
@@ -137,9 +140,10 @@ def pair_problems(
         if misplaced := [layer for layer in layers if layer not in allowed]:
             yield Problem(
                 rules.HIDDEN_PAIRS,
-                f"{name} has the {role}'s layers {misplaced}; the last pipeline "
-                f"stage has {allowed.start} to {allowed.stop - 1}",
-                f"change {name}, or set a smaller pipeline_model_parallel_size",
+                f"{name} has the {role}'s layers {misplaced}; the last pipeline stage, on which "
+                f"ModelOpt computes all losses, has {allowed.start} to {allowed.stop - 1}",
+                f"change {name}, or set a smaller pipeline_model_parallel_size"
+                + (f" (with 1, {cost})" if cost else ""),
             )
 
 

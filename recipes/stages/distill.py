@@ -54,8 +54,7 @@ def check(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems that would stop the training later, and a note on omitted hidden states."""
     yield from training_problems(cfg, chain)
     yield from loss_problems(cfg)
-    yield from pair_problems(cfg, chain.shape_of(cfg.inputs.get("student")), chain.teacher)
-    yield from _hidden_range_notes(cfg, chain)
+    yield from _hidden_state_problems(cfg, chain)
     if (cache := _cached_teacher(cfg, chain)) is not None:
         yield from _cache_problems(cfg, cache)
     if cfg.stop_at_recovered is not None:
@@ -95,33 +94,44 @@ def _stop_problems(cfg: DistillConfig, live_teacher: Architecture | None) -> Ite
         )
 
 
-def _hidden_range_notes(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
-    """Yields a note if a loss on hidden states omits layers, with the cost of comparing all."""
+def _hidden_state_problems(cfg: DistillConfig, chain: Chain) -> Iterator[Problem]:
+    """Checks pairs of layers; yields a note if a loss on hidden states omits layers.
+
+    Both name the cost of comparing all layers.
+    """
     stages = cfg.pipeline_model_parallel_size
-    layers = chain.shape_of(cfg.inputs.get("student")).num_layers
-    if not cfg.hidden_weight or cfg.hidden_pipeline_stages or not 1 < stages <= layers:
+    student = chain.shape_of(cfg.inputs.get("student"))
+    layers = student.num_layers
+    if not cfg.hidden_weight or not 1 < stages <= layers:
+        yield from pair_problems(cfg, student, chain.teacher)
         return
-    first = last_stage_layers(layers, stages).start
+    cost = _cost_without_pipeline(cfg, chain)
+    yield from pair_problems(cfg, student, chain.teacher, cost)
+    if not cfg.hidden_pipeline_stages:
+        first = last_stage_layers(layers, stages).start
+        yield Problem(
+            rules.HIDDEN_RANGE,
+            f"the loss on hidden states compares only the student's layers {first} to {layers}, "
+            f"which are on the last of {stages} pipeline stages, where ModelOpt computes losses",
+            f"for all layers set pipeline_model_parallel_size=1: {cost}",
+        )
+
+
+def _cost_without_pipeline(cfg: DistillConfig, chain: Chain) -> str:
+    """Says how many hours the training takes on the same ranks without pipeline parallelism."""
     configured, hardware = workload(cfg, chain), chain.hardware
     layout = configured.layout
     # With a loss on hidden states, all candidate layouts keep this pipeline size, 1.
-    unsplit = workload(replace(cfg, pipeline_model_parallel_size=1), chain)
+    unsplit = replace(configured, layout=replace(layout, pipeline=1))
     hours = [
         training_cost(candidate, hardware).hours
         for candidate in workloads_on_all_layouts(unsplit, layout.ranks, layout.devices)
         if fits(candidate, hardware)
     ]
-    hours_now = training_cost(configured, hardware).hours
-    cost = "no such layout of these ranks fits into memory"
-    if hours:
-        now = hours_text(hours_now)
-        cost = f"the training then takes about {hours_text(min(hours))} hours instead of {now}"
-    yield Problem(
-        rules.HIDDEN_RANGE,
-        f"the loss on hidden states compares only the student's layers {first} to {layers}, which "
-        f"are on the last of {stages} pipeline stages",
-        f"for all layers set pipeline_model_parallel_size=1: {cost}",
-    )
+    if not hours:
+        return "no such layout of these ranks fits into memory"
+    hours_now = hours_text(training_cost(configured, hardware).hours)
+    return f"the training then takes about {hours_text(min(hours))} hours instead of {hours_now}"
 
 
 def _cached_teacher(cfg: DistillConfig, chain: Chain) -> CacheLogitsConfig | None:

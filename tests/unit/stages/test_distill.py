@@ -143,6 +143,26 @@ def test_layer_pairs_are_on_the_last_pipeline_stage(
     assert bool(text) == bool(words)
 
 
+@pytest.mark.parametrize(("pairs", "rule"), [([], "hidden-range"), ([[1, 1]], "hidden-pairs")])
+@pytest.mark.parametrize(
+    ("hardware", "cost"), [(GPU, "hours instead of"), (replace(GPU, memory_bytes=1), "fits into")]
+)
+def test_reason_and_cost_of_comparing_all_layers_are_named(
+    chain: Chain, pairs: list[list[int]], rule: str, hardware: Hardware, cost: str
+) -> None:
+    cfg = DistillConfig(
+        stage="distill",
+        resources=Resources(devices=2),
+        pipeline_model_parallel_size=2,
+        hidden_weight=1.0,
+        intermediate_layer_pairs=pairs,
+    )
+    planned = replace(chain, hardware=hardware)
+    problem, *_ = (p for p in distill.check(cfg, planned) if p.rule.name == rule)
+    assert "ModelOpt" in problem.what
+    assert cost in problem.fix
+
+
 def test_default_pairs_are_the_layers_that_pruning_kept() -> None:
     assert layer_pairs(DistillConfig(), [1, 3, 6], 3, 6) == [(1, 1), (2, 3), (3, 6)]
     assert layer_pairs(DistillConfig(), None, 2, 2) == [(1, 1), (2, 2)]
