@@ -329,7 +329,7 @@ def run(arguments: Sequence[str], console: Console) -> int | None:
 
 def _directory(options: Options) -> Path:
     if directory := options.get("run_dir"):
-        return Path(directory)
+        return Path(os.path.expanduser(directory))
     if recipe := options.get("recipe"):
         return Path("runs", recipe)
     raise RecipeError("no run is given.", "add run_dir=DIR, or recipe=NAME for runs/NAME")

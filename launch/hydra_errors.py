@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -25,6 +27,8 @@ DICT_KEY = re.compile(
     r"(?P<field>.*\.(env|images|mpi|inputs|num_fewshot|revisions|weights))\.(?P<key>.+)"
 )
 """Matches a new key of a dict field, which Hydra refuses without ``+``."""
+HOME = re.compile(r"(?<![^\[,\s])~(?=/|$)")
+"""Matches the ``~`` of a path, also in a list. Hydra cannot parse it."""
 ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 
 
@@ -62,7 +66,9 @@ def explain(error: Exception) -> str:
         return str(error)
     messages = [str(cause) for cause in _causes(error)]
     text = "\n".join(messages)
-    if message := _malformed_argument(text) or _unknown_choice(text):
+    if isinstance(error, OverrideParseException):
+        return _malformed_argument(error.override)
+    if message := _ambiguous_value(text) or _unknown_choice(text):
         return message
     # OmegaConf has two messages for an unknown key.
     if key := re.search(r"Key '([^']+)' is not in struct|Key '([^']+)' not in '(\w+)'", text):
@@ -92,22 +98,32 @@ def fix_of(message: str) -> str:
     return next((fix for part, fix in TYPE_FIXES.items() if part in message), SHOW_FIELDS)
 
 
-def _malformed_argument(text: str) -> str | None:
-    """Explains a command-line argument that Hydra cannot parse; ``None`` for other errors."""
-    if bare := re.search(r"Error parsing override '([^'=]+)'\nmissing EQUAL", text):
-        argument = bare.group(1)
+def _malformed_argument(argument: str) -> str:
+    """Explains a command-line argument that Hydra cannot parse."""
+    name, equals, value = argument.partition("=")
+    if not equals:
         hint = did_you_mean(f"recipe={argument}", [f"recipe={name}" for name in choices("recipe")])
         return f"'{argument}' is neither FIELD=VALUE nor a command.{hint}\n  fix: {SHOW_HELP}"
-    if value := re.search(r"LexerNoViableAltException: ([\w.]+)=(.*)", text):
-        name, unparsed = value.groups()
-        escaped = unparsed.replace('"', '\\"')
+    expanded = HOME.sub(os.path.expanduser("~"), value)
+    if expanded != value:
+        fix = f"write out the home directory: {shlex.quote(f'{name}={expanded}')}"
+    else:
+        escaped = value.replace('"', '\\"')
         examples = {"[": '["a >= 1"]', "{": '{a: "b >= 1"}'}
-        quoted = examples.get(unparsed[:1], f'"{escaped}"')
-        return (
-            f"the value of {name} cannot be parsed: {unparsed}\n"
-            f"  fix: quote text with special characters, such as {shlex.quote(f'{name}={quoted}')}"
-        )
-    return None
+        quoted = examples.get(value[:1], f'"{escaped}"')
+        fix = f"quote text with special characters, such as {shlex.quote(f'{name}={quoted}')}"
+    return f"the value of {name} cannot be parsed: {value}\n  fix: {fix}"
+
+
+def _ambiguous_value(text: str) -> str | None:
+    """Explains a value with commas outside a sweep; ``None`` for other errors."""
+    if not (ambiguous := re.search(r"Ambiguous value for argument '(.*)'\n", text)):
+        return None
+    name, _, value = ambiguous.group(1).partition("=")
+    sweep = "-m starts one run for each value"
+    as_list = shlex.quote(f"{name}=[{value}]")
+    fix = sweep if name in groups() else f"{as_list} for a list; {sweep}"
+    return f"{name} has several values.\n  fix: {fix}"
 
 
 def _unknown_choice(text: str) -> str | None:

@@ -162,7 +162,8 @@ def _run_dir(settings: RunSettings, recipe: str) -> Path:
     default = os.path.join("runs", recipe)
     if hydra_cfg.mode == RunMode.MULTIRUN:
         default = os.path.join(hydra_cfg.sweep.dir, hydra_cfg.sweep.subdir)
-    path = Path(default if settings.run_dir is None else settings.run_dir).resolve()
+    directory = default if settings.run_dir is None else settings.run_dir
+    path = Path(os.path.expanduser(directory)).resolve()
     if path.exists() and not path.is_dir():
         raise RecipeError(f"run_dir={path} is a file.", "give a directory")
     if os.pathsep in str(path):  # PYTHONPATH has the run's copy of the code

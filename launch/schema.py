@@ -29,7 +29,8 @@ OPTIONAL_GROUPS = (
     "tracker",
 )
 """Config groups that ``GROUP=null`` leaves out."""
-CHOICE = re.compile(r"\d+k|[a-z][\w.]*", re.IGNORECASE)  # such as 32k, or qwen3_8b
+CHOICE = re.compile(r"[\w.-]*[a-df-z][\w.-]*", re.IGNORECASE)
+"""Matches names such as 32k or my-7b. Without a letter other than e, Hydra may parse a number."""
 VALUES = ("null", "true", "false", "nan", "inf")
 """Words that Hydra parses as values, not as names."""
 

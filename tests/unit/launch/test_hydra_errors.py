@@ -147,7 +147,9 @@ def test_an_image_of_a_misspelled_stage_gets_a_hint(compose: Compose) -> None:
     assert message.endswith("'+cluster.images={distill: …}' adds it")
 
 
-@pytest.mark.parametrize("value", ["registry#image:1", "it's", 'a#"b"', "[a >= 1]", "{a: b#c}"])
+@pytest.mark.parametrize(
+    "value", ["registry#image:1", "it's", 'a#"b"', "[a >= 1]", "{a: b#c}", "a=b"]
+)
 def test_the_fix_of_an_unquoted_value_has_a_value_of_the_same_type(
     compose: Compose, value: str
 ) -> None:
@@ -158,6 +160,22 @@ def test_the_fix_of_an_unquoted_value_has_a_value_of_the_same_type(
     parsed = OverridesParser.create().parse_override(argument).value()
     example: dict[str, object] = {"[": ["a >= 1"], "{": {"a": "b >= 1"}}
     assert parsed == example.get(value[0], value)
+
+
+@pytest.mark.parametrize("value", ["~", "~/zz", "[a.txt,~/b.txt]", "{a: ~/b}"])
+def test_the_fix_of_a_tilde_has_the_home_directory(
+    compose: Compose, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    fix = error_message(compose, RECIPE, f"run_dir={value}").partition("home directory: ")[2]
+    assert shlex.split(fix) == [f"run_dir={value.replace('~', '/home/me')}"]
+
+
+def test_the_fix_of_several_values_is_a_list_or_a_sweep(compose: Compose) -> None:
+    message = error_message(compose, RECIPE, "skip_rules=memory,disk")
+    assert "'skip_rules=[memory,disk]'" in message
+    assert "-m" in message
+    assert "[openvino" not in error_message(compose, RECIPE, "engine=openvino,null")
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,12 @@ def test_run_dir_may_be_a_number(launch: Launch, tmp_path: Path) -> None:
     assert (tmp_path / "cwd" / "7" / "run.yaml").is_file()
 
 
+def test_run_dir_may_be_in_the_home_directory(launch: Launch, tmp_path: Path) -> None:
+    assert launch(RECIPE, "run_dir='~/mine'", "dry_run=true", HOME=str(tmp_path)).returncode == 0
+    assert (tmp_path / "mine" / RUN_FILE).is_file()
+    assert launch("status", "run_dir=~/mine", HOME=str(tmp_path)).returncode == 0
+
+
 def test_launcher_imports_nothing_heavy(root: Path, tmp_path: Path) -> None:
     program = (
         "import sys, launch.run, recipes.report.compare\n"

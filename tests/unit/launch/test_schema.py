@@ -30,6 +30,12 @@ def test_a_recipe_needs_no_description(recipes: Path, plan: MakePlan) -> None:
     assert plan("stages.prune.target_ffn_hidden_size=0.5", recipe="recipe=mine_prune").stages
 
 
+@pytest.mark.parametrize("name", ["my-7b_prune", "4090_prune", "7b-x_prune"])
+def test_names_of_recipes_may_have_hyphens_and_digits(recipes: Path, name: str) -> None:
+    (recipes / f"{name}.yaml").write_text(RECIPE)
+    assert "prune" in schema.compose(f"recipe={name}").stages
+
+
 @pytest.mark.parametrize("line", ["gate: [a]", "data: {max_token: 3}"])
 def test_unknown_fields_of_a_recipe_are_refused(recipes: Path, plan: MakePlan, line: str) -> None:
     (recipes / "typo_prune.yaml").write_text(f"{RECIPE}{line}\n")
