@@ -76,6 +76,12 @@ def _rank_problems(workload: Workload) -> Iterator[Problem]:
             f"micro_batch_size={layout.micro_batch_size}",
             f"use a multiple of {step}",
         )
+    if layout.data and layout.tensor > layout.devices:
+        yield Problem(
+            rules.TENSOR_NODES,
+            f"TP={layout.tensor} spans nodes, which have {layout.devices} device(s) each",
+            f"set tensor_model_parallel_size to a divisor of {layout.devices}",
+        )
     # Megatron splits the optimizer's state over data- and context-parallel ranks.
     dp_cp_ranks, instances = layout.data * layout.context, layout.optimizer_instances
     if dp_cp_ranks % (instances * layout.expert) and instances > 1:

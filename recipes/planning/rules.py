@@ -185,6 +185,11 @@ BATCH = Rule("batch", "a global batch is a whole number of micro batches on ever
 TENSOR_PARALLEL = Rule(
     "tensor-parallel", "all ranks hold equal numbers of heads, groups and feed-forward channels"
 )
+TENSOR_NODES = _warning(
+    "tensor-nodes",
+    "tensor parallelism communicates in every layer, and the network between nodes is slower than "
+    "the links within a node",
+)
 PIPELINE_PARALLEL = Rule(
     "pipeline-parallel", "every stage holds at least one layer", f"{_BRIDGE}#1727"
 )

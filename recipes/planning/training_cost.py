@@ -5,7 +5,12 @@ A pass over a text in which a teacher caches its logits counts as a training run
 - Adam keeps float32 main weights and two moments: 12 bytes per parameter. Megatron's distributed
   optimizer splits these 12 bytes over the replicas.
 - Tensor parallelism needs two all-reduces per layer and pass. With sequence parallelism these are
-  all-gathers and reduce-scatters of the same volume (arXiv:2205.05198, section 4.2.2).
+  all-gathers and reduce-scatters of the same volume (arXiv:2205.05198, section 4.2.2). Those of an
+  MoE's experts transfer a copy of each token for each expert that it is routed to
+  (``megatron/core/transformer/moe/token_dispatcher.py``).
+- Context-parallel ranks send keys and values around a ring, once in a forward pass. A backward pass
+  sends them again, with their gradients (TransformerEngine's ``cp_comm_type="p2p"``).
+- Communication within a group of ranks is as fast as the network if the group spans several nodes.
 - A pipeline of p stages idles for (p - 1) / m of the time in which it computes m micro batches
   (arXiv:2104.04473, 2.2.1).
 """
@@ -54,6 +59,7 @@ class StepTime:
     compute: float
     bubble: float
     tensor_communication: float
+    context_communication: float
     expert_communication: float
     gradient_communication: float
     optimizer: float
@@ -205,12 +211,19 @@ def step_time(workload: Workload, hardware: Hardware) -> StepTime:
     compute = token_seconds * tokens / layout.ranks * pipeline_imbalance(workload)
     replica_tokens = tokens / (layout.data * layout.context)
     gradients, optimizer = _update_seconds(workload, hardware)
-    link = hardware.link_bytes_per_second
+
+    def seconds(token_bytes: float, group: int) -> float:
+        """Returns the time to send bytes per token within a group of neighbouring ranks."""
+        link, network = hardware.link_bytes_per_second, hardware.network_bytes_per_second
+        return replica_tokens * token_bytes / (link if group <= layout.devices else network)
+
+    tensor = layout.tensor
     return StepTime(
         compute=compute,
         bubble=compute * (layout.pipeline - 1) / max(1, workload.micro_batches),
-        tensor_communication=replica_tokens * _all_reduce_bytes(workload) / link,
-        expert_communication=replica_tokens * _all_to_all_bytes(workload) / link,
+        tensor_communication=seconds(_all_reduce_bytes(workload), tensor),
+        context_communication=seconds(_ring_bytes(workload), tensor * layout.context),
+        expert_communication=seconds(_all_to_all_bytes(workload), tensor * layout.expert),
         gradient_communication=gradients,
         optimizer=optimizer,
     )
@@ -220,9 +233,26 @@ def _all_reduce_bytes(workload: Workload) -> float:
     """Returns the bytes per token that a rank sends in ring all-reduces of tensor parallelism."""
     tensor = workload.layout.tensor
     ring = 2 * (tensor - 1) / tensor  # bytes sent per byte of an all-reduced tensor
-    # Two all-reduces per layer and pass.
-    values = sum(2 * n * arch.num_layers * arch.hidden_size for arch, n in _passes(workload))
+    # In each layer and pass, one all-reduce of attention and one of the feed-forward layer.
+    values = sum(
+        (1 + max(1, arch.moe_router_topk)) * n * arch.num_layers * arch.hidden_size
+        for arch, n in _passes(workload)
+    )
     return values / workload.layout.pipeline * workload.dtype_bytes * ring
+
+
+def _ring_bytes(workload: Workload) -> float:
+    """Returns the bytes per token that a rank sends to other context-parallel ranks.
+
+    For each token of its chunks, it sends keys, values and their gradients once to each rank.
+    """
+    layout = workload.layout
+    values = sum(
+        2 * passes * arch.num_layers * arch.num_query_groups * arch.kv_channels
+        for arch, passes in _passes(workload, backward=2)
+    )
+    split = layout.pipeline * layout.tensor
+    return values / split * workload.dtype_bytes * (layout.context - 1)
 
 
 def _all_to_all_bytes(workload: Workload) -> float:

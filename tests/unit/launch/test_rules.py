@@ -136,6 +136,7 @@ CASES = {  # what breaks each rule
     "ranks": case(f"{D}tensor_model_parallel_size=3"),
     "batch": case(f"{D}global_batch_size=6"),
     "tensor-parallel": case(*TP2),
+    "tensor-nodes": case(f"{D}tensor_model_parallel_size=3", f"{D}resources.nodes=3"),
     "pipeline-parallel": case(f"{D}pipeline_model_parallel_size=31", f"{D}resources.devices=31"),
     "sequence-parallel": case(*TP2, f"{D}sequence_parallel=true", "data.seq_length=255"),
     "context-parallel": case(f"{D}context_parallel_size=2", f"{D}resources.devices=2"),

@@ -259,6 +259,46 @@ def test_copies_of_the_optimizer_take_memory_and_reduce_network_traffic() -> Non
     assert step_time(experts, H100).expert_communication > 0
 
 
+def test_tensor_parallel_experts_communicate_a_copy_of_a_token_for_each_of_its_experts() -> None:
+    layout = Layout(devices=4, tensor=4, sequence_parallel=True)
+    dense, moe = (
+        step_time(distillation(arch, None, layout=layout), H100).tensor_communication
+        for arch in (SMOLLM2, with_experts(SMOLLM2, moe_router_topk=6))
+    )
+    assert moe == pytest.approx(dense * (1 + 6) / 2)
+
+
+def test_groups_that_span_nodes_communicate_at_the_rate_of_the_network() -> None:
+    ratio = H100.link_bytes_per_second / H100.network_bytes_per_second
+    experts = with_experts(SMOLLM2)
+    for size, parts in (
+        ({"tensor": 8}, ("tensor_communication", "expert_communication")),
+        ({"tensor": 2, "context": 4}, ("context_communication",)),
+        ({"tensor": 2, "expert": 4}, ("expert_communication",)),
+    ):
+        layouts = [
+            Layout(nodes=64 // devices, devices=devices, **size)  # type: ignore[arg-type]
+            for devices in (8, 4)
+        ]
+        one_node, two_nodes = (
+            vars(step_time(distillation(experts, None, layout=layout), H100)) for layout in layouts
+        )
+        for part in parts:
+            assert two_nodes[part] == pytest.approx(ratio * one_node[part])
+        assert two_nodes["compute"] == one_node["compute"]
+
+
+def test_context_parallel_ranks_send_keys_and_values_to_each_other() -> None:
+    """A forward pass sends both once; a backward pass sends both with their gradients."""
+    layout = Layout(devices=4, context=4)
+    workload = distillation(LLAMA, LLAMA, layout=layout, global_batch_size=1, seq_length=32768)
+    chunk_bytes = 32768 / 4 * 2 * 8 * 128 * 2  # keys and values of 8 groups in bfloat16
+    transfers = (3 + 1) * 3 * 32  # student and teacher, 3 other ranks, 32 layers
+    seconds = chunk_bytes * transfers / H100.link_bytes_per_second
+    assert step_time(workload, H100).context_communication == pytest.approx(seconds)
+    assert step_time(replace(workload, layout=Layout()), H100).context_communication == 0
+
+
 def test_recomputing_and_sequence_parallelism_save_activations() -> None:
     layout = Layout(devices=8, tensor=2, micro_batch_size=2)
     workload = distillation(LLAMA, LLAMA, layout=layout)
@@ -277,8 +317,8 @@ def test_a_loss_on_hidden_states_keeps_them_in_float32_on_the_last_stage() -> No
     workload = distillation(replace(LLAMA, num_layers=16), LLAMA, layout=layout)
     compared = replace(workload, hidden_state_bytes=8 * 8)  # eight pairs on the last stage
     added = [
-        stage_memory(compared, H100, stage).total - stage_memory(workload, H100, stage).total
-        for stage in range(2)
+        stage_memory(compared, H100, n).activations - stage_memory(workload, H100, n).activations
+        for n in range(2)
     ]
     tokens = 2 * 4096 / 2  # tensor-parallel ranks split the sequences
     assert added == pytest.approx([0, 8 * 8 * tokens * 4096])
