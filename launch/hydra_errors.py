@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from launch.planned import stage_names
 from launch.schema import choices, groups
@@ -66,6 +67,8 @@ def explain(error: Exception) -> str:
         return str(error)
     messages = [str(cause) for cause in _causes(error)]
     text = "\n".join(messages)
+    if isinstance(error, YAMLError):
+        return f"a config is not valid YAML: {error}\n  fix: correct this line"
     if isinstance(error, OverrideParseException):
         return _malformed_argument(error.override)
     if message := _ambiguous_value(text) or _unknown_choice(text):

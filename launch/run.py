@@ -49,6 +49,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from launch import commands, lock, schema
 from launch import console as view
@@ -164,8 +165,8 @@ def _run_dir(settings: RunSettings, recipe: str) -> Path:
         default = os.path.join(hydra_cfg.sweep.dir, hydra_cfg.sweep.subdir)
     directory = default if settings.run_dir is None else settings.run_dir
     path = Path(os.path.expanduser(directory)).resolve()
-    if path.exists() and not path.is_dir():
-        raise RecipeError(f"run_dir={path} is a file.", "give a directory")
+    if not (existing := next(p for p in (path, *path.parents) if p.exists())).is_dir():
+        raise RecipeError(f"run_dir={path}: {existing} is a file.", "give a directory")
     if os.pathsep in str(path):  # PYTHONPATH has the run's copy of the code
         raise RecipeError(
             f"run_dir={path} has a colon, which separates the paths of PYTHONPATH.",
@@ -312,7 +313,7 @@ def cli() -> int:
         added = f" with {argument}" if argument else ""
         console.print(f"interrupted; the same command{added} resumes", markup=False)
         return 130
-    except (HydraException, OmegaConfBaseException, RecipeError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, RecipeError) as error:
         return _fail(error)
     except OSError as error:
         if (problem := storage_problem(error, Path())) is None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from launch.planned import load_stage, stage_names
 from recipes.core.errors import RecipeError
@@ -137,5 +140,11 @@ def _hydra_argument(arg: str) -> str:
 
 def recipes() -> dict[str, str]:
     """Returns the description of each recipe."""
-    files = sorted((CONF / "recipe").glob("*.yaml"))
-    return {file.stem: str(OmegaConf.select(OmegaConf.load(file), "description")) for file in files}
+    return {file.stem: _description(file) for file in sorted((CONF / "recipe").glob("*.yaml"))}
+
+
+def _description(recipe: Path) -> str:
+    try:
+        return str(OmegaConf.select(OmegaConf.load(recipe), "description", default=""))
+    except (YAMLError, OmegaConfBaseException):
+        return "unreadable"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, sync, write_json, write_text_atomically
@@ -170,14 +171,18 @@ def read_last_plan(run_dir: Path) -> LastPlan | None:
     """Reads the last plan of a run; ``None`` if the directory is not a run.
 
     Raises:
-        RecipeError: Another version of this repository wrote it.
+        RecipeError: Another version of this repository wrote it, or it is damaged.
     """
     file = run_dir / RUN_FILE
     if not file.is_file():
         return None
-    plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(file))  # type: ignore[assignment]
-    require_format(plain.get("format"), file)
-    return LastPlan(str(plain["recipe"]), plain["stages"], plain["replaces"])
+    try:
+        plain: Any = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
+        require_format(plain.get("format"), file)
+        return LastPlan(str(plain["recipe"]), dict(plain["stages"]), dict(plain["replaces"]))
+    except (AttributeError, KeyError, TypeError, ValueError, YAMLError) as error:
+        fix = "restore the file, or choose another run_dir"
+        raise RecipeError(f"{file} is not the plan of a run.", fix) from error
 
 
 class Status(StrEnum):

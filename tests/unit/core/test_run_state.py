@@ -19,6 +19,7 @@ from recipes.core.run_state import (
     BEGUN,
     OUTCOME,
     REQUEST,
+    RUN_FILE,
     InputRef,
     LastPlan,
     Request,
@@ -245,6 +246,15 @@ def test_the_error_about_a_damaged_file_has_its_path(tmp_path: Path, name: str) 
     (tmp_path / WORK / name).write_text('{"finger')
     with pytest.raises(RecipeError, match=str(tmp_path / WORK / name)):
         stage_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- a", "a", "{", "format: 3\nrecipe: a", "format: 3\nrecipe: a\nstages: 1"]
+)
+def test_a_run_file_that_is_not_a_plan_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / RUN_FILE).write_text(text)
+    with pytest.raises(RecipeError, match=RUN_FILE):
+        read_last_plan(tmp_path)
 
 
 def test_a_request_is_read_back_as_it_was_written(tmp_path: Path) -> None:

@@ -94,10 +94,11 @@ def test_config_can_be_shown(launch: Launch, tmp_path: Path) -> None:
             [RECIPE, "stages.distill.resources.nodes=2", "stages.distill.global_batch_size=8"],
             ["cluster=local is one machine"],
         ),
-        ([RECIPE, f"run_dir={__file__}"], [f"run_dir={__file__} is a file"]),
+        ([RECIPE, f"run_dir={__file__}"], [f"{__file__} is a file"]),
+        ([RECIPE, f"run_dir={__file__}/x/y"], [f"{__file__} is a file"]),
         ([RECIPE, "dry_run=true", "run_dir='runs/1:30'"], ["runs/1:30 has a colon"]),
     ],
-    ids=["recipe", "type", "check", "only", "nodes", "file", "colon"],
+    ids=["recipe", "type", "check", "only", "nodes", "file", "parent", "colon"],
 )
 def test_mistakes_get_one_message_and_leave_no_files(
     launch: Launch, tmp_path: Path, args: list[str], expected: list[str]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from launch import schema
+from launch.run import cli
 from recipes.core.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -34,6 +36,16 @@ def test_a_recipe_needs_no_description(recipes: Path, plan: MakePlan) -> None:
 def test_names_of_recipes_may_have_hyphens_and_digits(recipes: Path, name: str) -> None:
     (recipes / f"{name}.yaml").write_text(RECIPE)
     assert "prune" in schema.compose(f"recipe={name}").stages
+
+
+def test_a_recipe_that_is_not_valid_yaml_is_listed(
+    recipes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (recipes / "broken.yaml").write_text("a: [1\nb: 2\n")
+    assert {"broken", "llama_width_prune"} <= schema.recipes().keys()
+    monkeypatch.setattr(sys, "argv", ["run.py", "recipe=broken"])
+    assert cli() == 1
+    assert "broken.yaml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", ["gate: [a]", "data: {max_token: 3}"])
