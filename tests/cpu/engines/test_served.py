@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from transformers import AutoTokenizer
 from nemo_convert.gguf_file import FILE, write
 from nemo_convert.hf import load_causal_lm
 from recipes.core.errors import RecipeError
-from recipes.core.manifest import ARTIFACT
-from recipes.core.metrics import MetricsLog
+from recipes.core.manifest import ARTIFACT, read_manifest, write_manifest
+from recipes.core.metrics import METRICS, MetricsLog
+from recipes.core.run_state import InputRef, Request
 from recipes.core.stage import Input
+from recipes.core.stage_process import start_command
 from recipes.data.token_sequences import TextSequences
 from recipes.engines import served, server
 from recipes.engines.results import EngineResult
@@ -34,6 +37,7 @@ from recipes.engines.server import free_port, llama_command, serving
 from recipes.engines.settings import BuildEngineConfig, EvaluateServedConfig
 from recipes.evaluation import packed_lm
 from recipes.evaluation.predictions import TEACHER, Predictor
+from recipes.evaluation.results import ServedResult
 from recipes.evaluation.text_quality import score
 from recipes.stages import build_engine, evaluate_served
 from tests.support.launcher import write_program
@@ -249,6 +253,31 @@ def test_a_gguf_file_is_compared_with_its_student(even_llama: Path, tmp_path: Pa
     assert 0 < abs(answers.difference.value) < 1
     assert answers.difference.low < answers.difference.value < answers.difference.high
     assert children() <= before
+
+
+def test_a_killed_stage_starts_again_and_gives_the_same_result(
+    even_llama: Path, tmp_path: Path
+) -> None:
+    inputs, stage = gguf_inputs(tmp_path, even_llama, "q8_0"), tmp_path / "stage"
+    for item in inputs.values():
+        write_manifest(item.directory, item.manifest)
+    references = {name: InputRef.of(item.directory) for name, item in inputs.items()}
+    request = Request("evaluate_served", "f", "c", references, asdict(config())).write(stage)
+    command = start_command(evaluate_served.__name__, request, 1, sys.executable)
+    first = subprocess.Popen(command, start_new_session=True)
+    while not (stage / METRICS).exists():  # written while the model is served
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    assert read_manifest(stage) is None
+    subprocess.run(command, check=True)
+    killed = read_manifest(stage)
+    assert killed is not None
+    out = make_artifact_folder(tmp_path, "unkilled")
+    assert (
+        killed.result(ServedResult).tasks == evaluate_served.run(config(), inputs, out).result.tasks
+    )
 
 
 @pytest.mark.parametrize("problem", ["missing", "damaged", "killed"])
