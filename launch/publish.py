@@ -26,7 +26,7 @@ from recipes.core.screen import plain_table
 from recipes.core.stage import Input
 from recipes.core.trackers import public_text
 from recipes.data.settings import PrepareDataConfig
-from recipes.data.sources import parse_source
+from recipes.data.sources import known_licences
 from recipes.report.settings import REPORT_FILE
 from recipes.report.upstream import inputs_from_other_runs, recorded_licences
 
@@ -206,7 +206,7 @@ def _require_licence(plan: Plan, hub: Hub) -> None:
 
 
 def _licences(plan: Plan) -> Iterator[str]:
-    """Yields the licences named in the settings, the teacher's folder and the stages' results.
+    """Yields the licences of the texts, of the teacher's folder and in the stages' results.
 
     Results of other runs are included if results of this run depend on them.
     """
@@ -215,7 +215,7 @@ def _licences(plan: Plan) -> Iterator[str]:
     inputs = inputs_from_other_runs(plan.chain.stages)
     for name, config in plan.chain.stages.items():
         if isinstance(config, PrepareDataConfig):
-            yield from (parse_source(source).licence or "" for source in config.texts())
+            yield from filter(None, known_licences(tuple(config.texts()), HUB_SECONDS).values())
         # Stages that ``only`` excludes are not in ``plan.stages``, but may have results.
         directory = plan.run_dir / name
         if result := results[name] if name in results else read_manifest(directory):

@@ -36,7 +36,7 @@ WHEEL_CONVERSION = "conversion-2"
 """Folder in the cache for models that are converted from wheels. A change of the conversion needs
 another name, so that the models are converted again."""
 HUB_SECONDS = 2.0
-"""Seconds that ``is_config_available`` waits for the hub."""
+"""Seconds that a plan waits for an answer of the hub."""
 _PART = r"\w([\w.-]{0,94}\w)?"
 _HUB_ID = re.compile(
     r"(?![^@]*(--|\.\.|\.git(@|$)))"  # huggingface_hub refuses these ids

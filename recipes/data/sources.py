@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import chain, count
 from pathlib import Path
 from typing import IO
@@ -283,8 +284,29 @@ def pin_commit(source: str, origin: Origin) -> str:
     return with_option(source, "revision", origin.commit)
 
 
-def origin_of(entry: str) -> Origin:
+@cache
+def known_licences(entries: tuple[str, ...], seconds: float) -> dict[str, str | None]:
+    """Returns each source's licence from its options, or from its card on the hub, as far as known.
+
+    After an error no more requests are sent, so that a plan never waits for the hub repeatedly.
+
+    Args:
+        entries: Sources.
+        seconds: Timeout of a request.
+    """
+    licences = {entry: parse_source(entry).licence for entry in entries}
+    with contextlib.suppress(RecipeError):
+        for entry in (entry for entry in entries if licences[entry] is None):
+            licences[entry] = origin_of(entry, seconds).licence
+    return licences
+
+
+def origin_of(entry: str, timeout: float | None = None) -> Origin:
     """Returns a source's licence and, for a hub dataset, the commit of its revision or the newest.
+
+    Args:
+        entry: The source.
+        timeout: Timeout of the request in seconds; that of ``huggingface_hub`` by default.
 
     Raises:
         RecipeError: The hub does not have the dataset, or cannot be reached.
@@ -296,7 +318,7 @@ def origin_of(entry: str) -> Origin:
     from huggingface_hub import HfApi
 
     try:
-        info = HfApi().dataset_info(source.hub.name, revision=source.revision)
+        info = HfApi().dataset_info(source.hub.name, revision=source.revision, timeout=timeout)
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"could not read dataset '{source.hub.name}' from the Hugging Face hub: {error}",

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_convert.hub import has_chat_template, has_token
+from nemo_convert.hub import HUB_SECONDS, has_chat_template, has_token
 from nemo_convert.licences import forbids_commercial_use
 from nemo_convert.results import ImportResult
 from recipes.core.errors import RecipeError
@@ -29,6 +29,7 @@ from recipes.data.settings import PrepareDataConfig
 from recipes.data.sources import (
     DIALOGUE,
     Source,
+    known_licences,
     origins_of,
     parse_source,
     pin_commit,
@@ -77,8 +78,11 @@ def check(cfg: PrepareDataConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of sources, splits and conversations, without reading whole files."""
     for what, fix in (*_source_problems(cfg), *_prefix_problems(cfg), *_range_problems(cfg, chain)):
         yield Problem(rules.DATA_SOURCES, what, fix)
-    for source in cfg.texts():
-        if forbids_commercial_use(licence := parse_source(source).licence):
+    for source, licence in known_licences(tuple(cfg.texts()), HUB_SECONDS).items():
+        if licence is None and parse_source(source).hub:
+            fix = f"state it: {with_option(source, 'licence', 'NAME')}"
+            yield Problem(rules.LICENCE, f"the licence of '{source}' is not known", fix)
+        if forbids_commercial_use(licence):
             what = f"the licence of '{source}', {licence}, forbids commercial use"
             yield Problem(rules.LICENCE, what, "train on other text for commercial use: data=GROUP")
     if cfg.resources.ranks > 1 and (cfg.teacher_sources() or cfg.prefix):

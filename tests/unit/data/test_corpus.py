@@ -316,7 +316,7 @@ def test_a_dataset_is_read_at_the_recorded_commit(
 ) -> None:
     newest = NEWEST
 
-    def dataset_info(_: HfApi, name: str, revision: str | None) -> Any:
+    def dataset_info(_: HfApi, name: str, revision: str | None, timeout: None) -> Any:
         if name != "org/data":
             raise OSError("404")
         named = {"license": "other", "license_name": "a-research-licence"}

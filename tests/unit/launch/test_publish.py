@@ -6,10 +6,14 @@ import contextlib
 import re
 import subprocess
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
+from huggingface_hub import DatasetCardData, HfApi
 
+from launch.publish import require_publishable
+from launch.settings import Hub, RunSettings
 from launch.sweep import require_separate_results
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT, MANIFEST, stamp_files
@@ -214,6 +218,17 @@ def test_licences_of_other_runs_count(
     assert "forbids commercial use: cc-by-nc-4.0." in done.stderr
     assert push("dry_run=true", from_other_run, "hub.allow_noncommercial=true").returncode == 0
     assert rules.LICENCE in [note.rule for note in plan(from_other_run).notes]
+
+
+def test_a_licence_on_the_hub_is_refused_before_the_run(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(card_data=DatasetCardData(license="cc-by-nc-4.0"), sha="a" * 40)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *_, **__: card)
+    planned = plan("data.sources=['hf://org/noncommercial:train']", "skip_rules=[unknown-text]")
+    settings = RunSettings(hub=Hub(push=NAME))
+    with pytest.raises(RecipeError, match=r"forbids commercial use: cc-by-nc-4\.0"):
+        require_publishable(planned, settings, follows=True)
 
 
 def test_runs_of_a_sweep_are_not_pushed_to_one_repository(launch: Launch, tmp_path: Path) -> None:

@@ -6,14 +6,16 @@ import dataclasses
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import DatasetCardData, HfApi, constants
 
 from launch.plan import with_shapes
 from launch.planned import load_stage
 from launch.schema import CONF
+from nemo_convert.hub import HUB_SECONDS
 from recipes.core.errors import RecipeError
 from recipes.core.files import write_json
 from recipes.core.stage import Resources, StageConfig
@@ -113,6 +115,34 @@ def test_prepare_data_accepts_text(text: str, chain: Chain) -> None:
     cfg = PrepareDataConfig(sources=[text], seq_length=1024)
     assert list(prepare_data.check(cfg, chain)) == []
     assert prepare_data.external(cfg) == {text: Path(text)}
+
+
+def test_licences_on_the_hub_are_checked(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the hub does not answer a request, no other is sent, also not by another check."""
+    requests = []
+
+    def dataset_info(_: HfApi, name: str, **options: object) -> object:
+        requests.append((name, options["timeout"]))
+        if name == "org/none":
+            raise OSError("no answer")
+        licence = None if name == "org/bare" else name.removeprefix("org/")
+        return SimpleNamespace(card_data=DatasetCardData(license=licence), sha="a" * 40)
+
+    def problems(*names: str) -> list[tuple[str, str]]:
+        cfg = PrepareDataConfig(sources=[f"hf://org/{name}" for name in names])
+        return [(p.rule.name, p.what) for p in prepare_data.check(cfg, chain)]
+
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    [(rule, what)] = problems("mit:all", "cc-by-nc-4.0:all", "other:all#licence=mit")
+    assert rule == "licence"
+    assert "cc-by-nc-4.0, forbids commercial use" in what
+    assert requests == [("org/mit", HUB_SECONDS), ("org/cc-by-nc-4.0", HUB_SECONDS)]
+    [(rule, what)] = problems("bare:all")
+    assert (rule, "org/bare" in what) == ("licence", True)
+    requests.clear()
+    for _ in range(2):
+        assert [rule for rule, _ in problems("none:all", "mit:all")] == ["licence"] * 2
+    assert requests == [("org/none", HUB_SECONDS)]
 
 
 @pytest.mark.parametrize(
