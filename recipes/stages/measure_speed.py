@@ -39,7 +39,7 @@ from recipes.planning import rules
 from recipes.planning.chain import Chain
 from recipes.planning.inference_cost import InferenceCost, Roofline, serving_cost
 from recipes.planning.rules import Problem
-from recipes.planning.transformer import Compute, Storage, largest
+from recipes.planning.transformer import Compute, Memory, Storage, largest
 from recipes.stages.contract import Stage
 
 
@@ -80,17 +80,26 @@ def _pair_problems(teacher: BuildEngineConfig, student: BuildEngineConfig) -> It
 
 
 def inference_cost(cfg: MeasureSpeedConfig, chain: Chain) -> InferenceCost:
-    """Estimates the minimum cost of all requests to both engines, without the baseline."""
+    """Estimates the minimum cost of all requests to both engines, without the baseline's time.
+
+    On a CPU, all models are in memory at the same time; baselines are in float32.
+    """
     shapes = [(batch, prompt) for prompt in cfg.prompt_tokens for batch in cfg.batch_sizes]
     requests = (1 + cfg.repetitions) * shapes  # one more for the warm-up run
-    costs = []
+    costs, baseline_bytes = [], 0
     for role in ENGINE_ROLES:
         # If the engine's settings are not known, this assumes the defaults.
         engine = engine_of(cfg.inputs.get(f"{role}_engine", ""), chain) or BuildEngineConfig()
         arch, devices = chain.shape_of(cfg.inputs.get(role)), engine.tensor_parallel_size
         costs.append(serving_cost(arch, requests, cfg.new_tokens, engine.storage, devices))
+        baseline_bytes += 4 * arch.parameters() * cfg.baseline
+    memories = [cost.memory for cost in costs]
+    together = Memory(
+        weights=sum(memory.weights for memory in memories) + baseline_bytes,
+        activations=sum(memory.activations for memory in memories),
+    )
     return InferenceCost(
-        largest(*(cost.memory for cost in costs)),
+        largest(*memories) if chain.hardware.on_gpu else together,
         sum((cost.compute for cost in costs), Compute()),
         all(cost.bf16 for cost in costs),
         sum(cost.generated_bytes for cost in costs),

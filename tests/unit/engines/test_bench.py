@@ -21,6 +21,7 @@ from recipes.engines.settings import BuildEngineConfig as EngineConfig
 from recipes.engines.settings import MeasureSpeedConfig, QuantizeConfig
 from recipes.engines.timing import RequestShape, TimedModel, Timing, Worker, spread
 from recipes.planning.chain import Chain
+from recipes.planning.hardware import Hardware
 from recipes.planning.inference_cost import Roofline, decode_seconds, prefill_seconds
 from recipes.planning.transformer import (
     Storage,
@@ -28,6 +29,7 @@ from recipes.planning.transformer import (
     decode_traffic,
     kv_cache_bytes,
     prefill_flops,
+    stored_bytes,
     weight_traffic,
 )
 from recipes.pruning.settings import PruneConfig
@@ -98,7 +100,13 @@ def test_rooflines_assume_the_kv_cache_of_the_engine(
     # A plan counts the same bytes: all prompts and new tokens of the largest batch.
     chain = Chain("teacher", teacher, {"teacher_engine": engine, "student_engine": engine})
     memory = measure_speed.inference_cost(config(), chain).memory
-    assert memory.activations == kv_cache_bytes(teacher, 4 * (128 + 32), model.storage)
+    cache_bytes = kv_cache_bytes(teacher, 4 * (128 + 32), model.storage)
+    assert memory.activations == 2 * cache_bytes  # both engines, at the same time
+    engines = measure_speed.inference_cost(config(baseline=False), chain).memory
+    assert engines.weights == 2 * stored_bytes(teacher, model.storage)
+    assert memory.weights == engines.weights + 2 * 4 * teacher.parameters()
+    on_gpu = replace(chain, hardware=Hardware(kind="gpu"))
+    assert measure_speed.inference_cost(config(), on_gpu).memory.activations == cache_bytes
 
 
 def test_traffic_of_the_kv_cache_equals_a_hand_count(teacher: Architecture) -> None:
