@@ -48,7 +48,9 @@ def test_a_missing_image_of_tensorrt_llm_is_refused(
     overrides = (f"cluster={cluster}", "hardware=h100", "cluster.images.default=nemo:1")
     unset = unset.format("cluster.images.tensorrt_llm")
     engine = ("engine=tensorrt_llm", PYTORCH)
-    with pytest.raises(RecipeError, match="build_engine, measure_speed cannot run") as error:
+    with pytest.raises(
+        RecipeError, match="build_engine, evaluate_served, measure_speed cannot run"
+    ) as error:
         plan(*overrides, unset, *engine)
     assert "cluster.images.tensorrt_llm is not set" in str(error.value)
     assert "engine=null" in str(error.value)

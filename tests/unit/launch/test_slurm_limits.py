@@ -91,7 +91,7 @@ def test_jobs_that_fit_have_no_problem(plan: MakePlan, monkeypatch: pytest.Monke
         (
             (),
             {"cpus_per_task": 1},
-            "build_engine, measure_speed: the job gets 9 GB",
+            "evaluate_served, measure_speed: the job gets 9 GB",
             "job-memory",
         ),
         (
@@ -113,7 +113,12 @@ def test_jobs_that_fit_have_no_problem(plan: MakePlan, monkeypatch: pytest.Monke
         ((), {"sbatch": ["--mem=2G"], "partition": "small"}, "small allows 0 such", "partition"),
         ((), {"partition": "large"}, "1 node; partition large requires at least 2", "partition"),
         ((), {"partition": "per-gpu", "cpus_per_task": None}, "per-gpu allows 0", "partition"),
-        ((), {"partition": "per-gpu"}, "build_engine, measure_speed: the job gets 9", "job-memory"),
+        (
+            (),
+            {"partition": "per-gpu"},
+            "evaluate_served, measure_speed: the job gets 9",
+            "job-memory",
+        ),
         (
             ("stages.distill.resources.nodes=8",),
             {},
