@@ -27,6 +27,9 @@ from recipes.planning.workload import Layout, Workload, workloads_of_shapes
 TOKENIZED_PER_SECOND = 290_000
 """Tokens per second of one tokenizer process, measured with two processes
 (``benchmarks/README.md``)."""
+HUB_READ_PER_SECOND, FILE_READ_PER_SECOND = 4_700_000, 15_000_000
+"""Tokens per second that a rank reads from a hub's dataset, row by row, and from local files;
+measured. Every rank reads all text, so more processes do not raise these rates."""
 MAX_EPOCHS = 4
 """Passes over a source after which its text teaches little (arXiv:2305.16264)."""
 NO_TIME_LIMIT = "999999-00:00:00"
@@ -71,14 +74,28 @@ def _expected_hours(chain: Chain) -> dict[str, float]:
 
 
 def preparation_seconds(chain: Chain) -> dict[str, float]:
-    """Returns the expected time of each stage that tokenizes text of a known size."""
+    """Returns the expected time of each stage that tokenizes text of a known size.
+
+    Stages whose text the teacher writes are left out, because generation takes longer.
+    """
     seconds = {}
     for name, config in chain.stages.items():
-        if isinstance(config, PrepareDataConfig):
-            processes = config.processes * config.resources.ranks
-            if (tokens := math.fsum(source_tokens(config).values())) < math.inf:
-                seconds[name] = tokens / (TOKENIZED_PER_SECOND * processes)
+        if isinstance(config, PrepareDataConfig) and not config.teacher_sources():
+            expected = _tokenization_seconds(config)
+            if expected < math.inf:
+                seconds[name] = expected
     return seconds
+
+
+def _tokenization_seconds(config: PrepareDataConfig) -> float:
+    """Returns the time to read and tokenize all sources; infinite if their size is not known."""
+    tokens, sources = source_tokens(config), source_names(config.all_sources())
+    tokenizers = TOKENIZED_PER_SECOND * config.processes * config.resources.ranks
+    hub, files = min(tokenizers, HUB_READ_PER_SECOND), min(tokenizers, FILE_READ_PER_SECOND)
+    return math.fsum(
+        tokens[name] / (hub if parse_source(source).hub else files)
+        for name, source in sources.items()
+    )
 
 
 def source_tokens(config: PrepareDataConfig) -> dict[str, float]:

@@ -12,6 +12,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.manifest import ARTIFACT
 from recipes.engines.results import TrainingRates
 from recipes.planning import hardware
+from recipes.planning.limits import preparation_seconds
 from recipes.planning.results import PlanResult
 from recipes.planning.training_cost import training_cost
 from recipes.stages import plan as plan_stage
@@ -138,6 +139,23 @@ def test_the_hours_of_tokenization(plan: MakePlan, tmp_path: Path) -> None:
     assert note.rule.name == "time-limit"
     with pytest.raises(RecipeError, match=r"started 5 times.*\n.*max_requeues=5 .*\[requeues\]"):
         plan(*limited, "+cluster.max_requeues=4")
+
+
+def test_more_processes_than_reading_can_feed_save_no_time(plan: MakePlan, tmp_path: Path) -> None:
+    with (tmp_path / "large.txt").open("wb") as file:
+        file.truncate(8_000_000_000)
+    hub = "hf://HuggingFaceFW/fineweb-edu:train#tokens=2000000000&licence=ODC-By-1.0"
+
+    def seconds(source: str, processes: int) -> float | None:
+        overrides = (f"data.sources=['{source}']", "data.heldout_sources=[]")
+        count = f"stages.prepare_data.processes={processes}"
+        return preparation_seconds(plan(*overrides, count).chain).get("prepare_data")
+
+    for source, fastest in ((f"{tmp_path}/large.txt", 15e6), (hub, 4.7e6)):
+        assert seconds(source, 1) == pytest.approx(2e9 / 290_000)
+        assert seconds(source, 64) == seconds(source, 128) == pytest.approx(2e9 / fastest)
+    # The speed of the tokenizer says nothing about conversations that the teacher writes.
+    assert seconds("teacher://chat#tokens=1000000", 1) is None
 
 
 def test_stages_without_an_estimate_are_listed(plan: MakePlan, tmp_path: Path) -> None:
