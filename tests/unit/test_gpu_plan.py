@@ -83,6 +83,11 @@ def test_steps_come_after_their_dependencies() -> None:
         plan.with_dependencies(["loose"])
 
 
+def test_the_first_ten_minutes_include_layers_of_transformer_engine() -> None:
+    index = [item.name for item in STEPS].index("layers")
+    assert sum(item.minutes for item in STEPS[: index + 1]) <= 10
+
+
 def test_every_test_on_a_gpu_is_in_the_plan() -> None:
     tests = [
         f"{file.name}::{node.name}"
