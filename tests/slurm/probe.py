@@ -134,12 +134,13 @@ def rank() -> int:
 
 
 def record(records: Path, total: int) -> None:
-    """Writes this rank's environment and ``total``; rank 0 adds Slurm's data about the job step."""
+    """Writes this rank's environment, usable cores and ``total``; rank 0 adds Slurm's job step."""
 
     def output_of(*command: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-    values = {**os.environ, "total": str(total)}
+    values: dict[str, Any] = {**os.environ, "total": total}
+    values["affinity"] = sorted(os.sched_getaffinity(0))
     if mpirun := os.environ.get("TENSORRT_LLM_LAUNCHER", "").split():
         spawn = (DEBIAN_PYTHON, str(Path(__file__).with_name("spawn.py")))
         values["spawned"] = output_of(*mpirun, *spawn) + output_of(*mpirun, *spawn)

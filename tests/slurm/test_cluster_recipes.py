@@ -6,11 +6,13 @@ The launcher submits each recipe as users do. ``probe.py`` replaces the interpre
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,8 +43,7 @@ ENGINE_RECIPE = "llama3_1_8b_depth"
 SETTINGS = {
     "qwen3_8b_depth_2.5b": (f"+cluster.env.{probe.TORCH}='1'",),
     SEARCH: (f"+stages.successive_halving.resources.env.{probe.TORCH}='1'",),
-    # Open MPI uses the loopback interface only if it is told to.
-    ENGINE_RECIPE: ("+cluster.env.OMPI_MCA_btl_tcp_if_include=lo" if HAS_MPI else "engine=null",),
+    ENGINE_RECIPE: () if HAS_MPI else ("engine=null",),
 }
 WHOLE_NODE_STAGES = ("score", "evaluate", "evaluate_tasks")
 """Stages besides ``distill`` that take a whole node."""
@@ -110,7 +111,7 @@ def states(chain: Run) -> dict[str, str]:
     return {stage.name: stage.status for stage in read_statuses(chain.directory)}
 
 
-def records(stage_dir: Path) -> list[dict[str, str]]:
+def records(stage_dir: Path) -> list[dict[str, Any]]:
     files = (stage_dir / probe.RECORDS).glob("*.json")
     return sorted((json.loads(f.read_text()) for f in files), key=lambda r: int(r.get("RANK", 0)))
 
@@ -118,16 +119,27 @@ def records(stage_dir: Path) -> list[dict[str, str]]:
 def require(stage_dir: Path, expected: NodeResources) -> None:
     """Requires that ranks got exactly the expected resources, and that they summed their ranks.
 
-    CPUs are those that Slurm allocated: this machine has too few to bind ranks to 224.
+    CPUs are those that Slurm allocated, because this machine has fewer than a node. The ranks of a
+    whole node may together use all cores of this machine. A job on a part of a node has a memory
+    limit per CPU. On whole nodes the job has all memory, and its ranks have no limit of their own.
     """
     ranks = records(stage_dir)
     world_size = expected.nodes * expected.ranks
     assert [int(r.get("RANK", 0)) for r in ranks] == list(range(world_size))
-    assert {int(r["total"]) for r in ranks} == {world_size * (world_size - 1) // 2}
+    assert {r["total"] for r in ranks} == {world_size * (world_size - 1) // 2}
     places = Counter((r["SLURMD_NODENAME"], int(r.get("LOCAL_RANK", 0))) for r in ranks)
     assert set(places.values()) == {1}
     assert len({node for node, _ in places}) == expected.nodes
     assert {local_rank for _, local_rank in places} == set(range(expected.ranks))
+    [_] = {(r["MASTER_ADDR"], r["MASTER_PORT"]) for r in ranks}
+    usable: dict[str, set[int]] = {}
+    for record in ranks:
+        usable.setdefault(record["SLURMD_NODENAME"], set()).update(record["affinity"])
+    is_whole = expected.cpus == NODE_CPUS
+    if is_whole:
+        assert list(usable.values()) == [os.sched_getaffinity(0)] * expected.nodes
+    memory_per_cpu = None if is_whole else str(MEMORY_PER_CPU_MB)
+    assert {r.get("SLURM_MEM_PER_CPU") for r in ranks} == {memory_per_cpu}
     visible = ",".join(map(str, range(expected.gpus))) or None
     if expected.gpus == 1:  # the job gets any of the node's GPUs
         [visible] = {r["CUDA_VISIBLE_DEVICES"] for r in ranks}
@@ -211,16 +223,17 @@ def test_torchrun_starts_ranks_on_several_nodes(chains: dict[str, Run], tmp_path
     require(distill, whole_nodes(4, ranks=2))
 
 
+@pytest.mark.parametrize("requests_gpus", [True, False])
 def test_submission_from_an_allocation_gets_the_same_resources(
-    chains: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    requests_gpus: bool, chains: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in allocation().items():
         monkeypatch.setenv(name, value)
     # cluster.partition wins over SBATCH_PARTITION. With cluster.gpus=null, Slurm does not set
     # CUDA_VISIBLE_DEVICES, which ``require`` expects for 0 GPUs.
-    settings = ("cluster.partition=batch", "cluster.gpus=null")
+    settings = ("cluster.partition=batch", *(() if requests_gpus else ("cluster.gpus=null",)))
     distill = distill_again(chains["qwen3_8b_nas_2.5b"], tmp_path, *settings)
-    require(distill, replace(whole_nodes(1), gpus=0))
+    require(distill, whole_nodes(1) if requests_gpus else replace(whole_nodes(1), gpus=0))
     assert {"PMIX_RANK", "SBATCH_TIMELIMIT"} & records(distill)[0].keys() == set()
 
 

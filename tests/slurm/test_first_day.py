@@ -1,20 +1,26 @@
 """Runs the commands of docs/first_day_on_slurm.md in order; jobs run ``probe.py``.
 
-Other tests run the command of the rehearsal. Items 3 and 4 of the list are only dry runs. Commands
-for docker, enroot and GPUs are not run.
+The rehearsals only list their ranks here; the tests in ``tests/cpu/rehearsal`` run them. The test
+``test_login_node.py`` runs ``./install.sh launcher``. Commands for docker, enroot and GPUs are not
+run.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
+
+from omegaconf import OmegaConf
 
 from recipes.core.files import REPO_ROOT
 from tests.slurm import probe
 from tests.slurm.cluster import wait_for
 from tests.slurm.conftest import Run
 from tests.slurm.test_cluster_recipes import one_rank, records, require, states, whole_nodes
+from tests.support.contributing import copy_with
+from tests.support.contributing import run as run_copy
 from tests.support.in_process import run_in_process, run_successfully
 
 PAGE = (REPO_ROOT / "docs" / "first_day_on_slurm.md").read_text()
@@ -29,26 +35,59 @@ def arguments_of(command: str) -> list[str]:
     return arguments
 
 
-def test_commands_of_the_first_day(probe_settings: tuple[str, ...], tmp_path: Path) -> None:
-    plan, rehearse, one_node, all_nodes, first, second, third = map(arguments_of, COMMANDS)
-    assert rehearse == ["recipe=qwen3_8b_depth", "rehearse=true"]
-    assert "device-hours of training on h100" in run_successfully(*plan, cwd=tmp_path).output
-    settings = probe_settings[2:]  # the page's commands have the first two themselves
-    assert set(probe_settings[:2]) <= set(one_node)
-    [few_steps] = re.findall(r"Start with `'(.+)'`", PAGE)
-    for dry_run in (one_node, all_nodes, [*one_node, few_steps], [*all_nodes, few_steps]):
-        output = run_successfully(*dry_run, *settings, cwd=tmp_path).output
-        assert re.search(r"distill +\d{4}-\d\d-\d\dT", output), "Slurm says when it could start"
-    assert "`'only=[plan,import_hf,prepare_data]'`" in PAGE
-    started = [word for word in one_node if word != "dry_run=true"]
-    run_successfully(*started, "only=[plan,import_hf,prepare_data]", *settings, cwd=tmp_path)
-    Run(tmp_path / "runs" / "qwen3_8b_depth_2.5b", ()).wait()
-
-    chain = Run(tmp_path / RUN, ())
-    run_successfully(*first, *settings, cwd=tmp_path)
+def complete(run_dir: Path) -> Run:
+    """Waits for the jobs of a run, whose stages must then be complete."""
+    chain = Run(run_dir, ())
     chain.wait()
     assert set(states(chain).values()) == {"complete"}
+    return chain
 
+
+def test_plans_and_starts_of_both_recipes(probe_settings: tuple[str, ...], tmp_path: Path) -> None:
+    plan, rehearse, one_node, all_nodes = map(arguments_of, COMMANDS[:4])
+    assert "device-hours of training on h100" in run_successfully(*plan, cwd=tmp_path).output
+    [ranks] = re.findall(r"`'(rehearse=\[.+\])'`", PAGE)
+    for overrides in (rehearse, [rehearse[0], ranks]):
+        output = run_successfully(*overrides, "dry_run=true", cwd=tmp_path).output
+        assert "would rehearse distill, rank 767 of 768" in output
+
+    settings = probe_settings[2:]  # the page's commands have the first two themselves
+    assert set(probe_settings[:2]) <= set(one_node)
+    for dry_run in (one_node, all_nodes):
+        output = run_successfully(*dry_run, *settings, cwd=tmp_path).output
+        assert re.search(r"distill +\d{4}-\d\d-\d\dT", output), "Slurm says when it could start"
+    [only] = re.findall(r"^1\. `'(.+)'`", PAGE, re.MULTILINE)
+    [few_steps] = re.findall(r"Start with `'(.+)'`", PAGE)
+    one_node.remove("dry_run=true")
+    all_nodes.remove("dry_run=true")
+    run_successfully(*one_node, only, *settings, cwd=tmp_path)
+    for command, nodes in ((one_node, 1), (all_nodes, 96)):
+        run_dir = tmp_path / "runs" / command[0].removeprefix("recipe=")
+        Run(run_dir, ()).wait()  # for the jobs of ``only``
+        # The probe's result of prepare_data has little text.
+        run_successfully(*command, few_steps, *settings, "skip_rules=[tokens]", cwd=tmp_path)
+        require(complete(run_dir).directory / "distill", whole_nodes(nodes))
+
+
+def write_cluster(checkout: Path, settings: Sequence[str]) -> str:
+    """Writes a new file to ``conf/cluster`` with the settings of a cluster; returns its name."""
+    cluster = OmegaConf.from_dotlist([s for s in settings if s.startswith("cluster.")]).cluster
+    text = "defaults: [slurm, _self_]\n" + OmegaConf.to_yaml(cluster)
+    (checkout / "conf" / "cluster" / "site.yaml").write_text(text)
+    return "site"
+
+
+def test_short_version_of_a_run(probe_settings: tuple[str, ...], tmp_path: Path) -> None:
+    """The first command has the settings of the cluster in a file, as the page recommends."""
+    first, second, third = map(arguments_of, COMMANDS[4:])
+    copy_with(tmp_path)
+    name = write_cluster(tmp_path, probe_settings)
+    others = [word for word in first if word not in probe_settings]
+    done = run_copy(tmp_path, "launch/run.py", f"cluster={name}", *others, "skip_rules=[disk]")
+    assert done.returncode == 0, done.stdout + done.stderr
+    chain = complete(tmp_path / RUN)
+
+    settings = probe_settings[2:]
     run_successfully(*second, f"+cluster.env.{probe.HOLD}='100'", *settings, cwd=tmp_path)
     assert f"status run_dir={RUN}`" in PAGE
 
@@ -62,8 +101,7 @@ def test_commands_of_the_first_day(probe_settings: tuple[str, ...], tmp_path: Pa
 
     output = run_successfully(*third, *settings, cwd=tmp_path).output
     assert re.search(r"distill +resume +was interrupted", output), output
-    chain.wait()
-    assert set(states(chain).values()) == {"complete"}, status()
+    complete(tmp_path / RUN)
     require(chain.directory / "distill", whole_nodes(1, ranks=4))
     require(chain.directory / "export_hf", one_rank("export_hf"))
     assert records(chain.directory / "distill")[0]["SLURM_JOB_NAME"].startswith("first.distill.")
