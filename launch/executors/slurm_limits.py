@@ -46,6 +46,8 @@ SIZES = {"": 1, "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 MEGABYTE = 1024**2
 CONVERSIONS = ("import_hf", "export_hf")
 """Modules of the stages that load their model with transformers, in float32 on the CPU."""
+EVALUATIONS = ("evaluate", "evaluate_tasks")
+"""Modules of the stages whose ranks each load a model: its weights, and a transformers model."""
 RESOURCES = "stages.NAME.resources"  # in fixes
 
 
@@ -283,6 +285,11 @@ def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
     if config.stage in CONVERSIONS:
         model = chain.shape_of(config.inputs.get("checkpoint"))
         needs = {"the model in float32": 4 * model.parameters()}
+    if config.stage in EVALUATIONS:
+        ranks, bf16 = job.stage.devices, vars(config)["precision"] == "bf16-mixed"
+        parameter_bytes = 2 + (2 if bf16 else 4)  # weights in bfloat16, and the model
+        size = ranks * parameter_bytes * chain.teacher.parameters()
+        needs = {f"loading the model on {ranks} ranks": size}
     if workload is not None:
         ranks = workload.layout.devices
         needs[f"saving a checkpoint from {ranks} ranks"] = ranks * gathering_bytes(workload)

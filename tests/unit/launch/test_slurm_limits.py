@@ -105,6 +105,8 @@ def test_jobs_that_fit_have_no_problem(plan: MakePlan, monkeypatch: pytest.Monke
             for option in ("--mem=9g", "--mem=9GB", "--mem-per-gpu=9G")
         ),
         ((), {"sbatch": ["--mem=200G"]}, "distill: the job gets 200 GB", "job-memory"),
+        # 8 ranks each load 8.2 B parameters twice in bfloat16: 262 GB.
+        ((), {"sbatch": ["--mem=240G"]}, "loading the model on 8 ranks takes 244 GB", "job-memory"),
         ((), {"partition": "bach"}, "no partition bach. Did you mean 'batch'?", "partition"),
         ((), {"partition": "down"}, "partition down is DOWN", "partition"),
         ((), {"partition": "short"}, "4.0 hours; partition short allows 00:30:00", "partition"),
