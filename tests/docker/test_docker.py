@@ -23,7 +23,7 @@ from tests.slurm.cluster import wait_for
 from tests.support.installing import require_programs
 from tests.support.launcher import LAUNCHER
 from tests.support.models import EVEN, write_tiny_model
-from tests.support.runs import manifest_of, tiny
+from tests.support.runs import manifest_of, settings, tiny
 
 USER = 4200
 SECRET = "a_token_that_no_file_may_hold"
@@ -33,7 +33,10 @@ SETPRIV = [
     # Outside of containers, this Python and pytest's folders may be readable by root only.
     *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
 ]
-STAGES = ["import_hf", "prepare_data", "score", "prune"]
+ENGINE_STAGES = ["build_teacher_engine", "build_engine", "measure_speed"]
+STAGES = ["import_hf", "prepare_data", "score", "prune", *ENGINE_STAGES]
+STUDENT_INPUTS = ("build_engine.inputs.checkpoint", "measure_speed.inputs.student")
+"""Inputs of the engine's stages that get the pruned model, so that no training is needed."""
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +102,9 @@ def run(docker: Docker, text_file: Path) -> Iterator[Run]:
     overrides = (
         "recipe=llama_depth_prune",
         "cluster=docker",
-        *("cluster.gpus=null", "tasks=null", "engine=null"),
+        *("tasks=null", "engine=openvino"),
+        *(f"stages.{name}=prune" for name in STUDENT_INPUTS),
+        *settings("measure_speed", prompt_tokens=[16], new_tokens=4, repetitions=1),
         f"cluster.images.default={IMAGE}",
         # The launcher removes this limit, which only a root with all capabilities may do.
         f'cluster.options=["--ulimit=memlock={resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]}"]',
@@ -142,7 +147,7 @@ def test_stages_complete_after_a_killed_launcher_left_a_container(run: Run) -> N
     launcher.communicate()
     assert run.docker.containers("--filter=status=running") == [container]
     launcher = run.start()
-    output, _ = launcher.communicate(timeout=600)
+    output, _ = launcher.communicate(timeout=800)
     assert launcher.returncode == 0, output
     for stage in STAGES:
         assert f"{stage}: complete" in output

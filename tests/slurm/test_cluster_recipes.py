@@ -47,7 +47,7 @@ SETTINGS = {
 }
 WHOLE_NODE_STAGES = ("score", "evaluate", "evaluate_tasks")
 """Stages besides ``distill`` that take a whole node."""
-ENGINE_STAGES = {"build_engine", "build_teacher_engine", "measure_speed"}
+ENGINE_STAGES = {"build_engine", "build_teacher_engine", "measure_speed", "evaluate_served"}
 WITHOUT_GPU = {"plan", "prepare_data", "report", "enumerate_shapes"}
 NODE_CPUS, NODE_GPUS, NODE_MEMORY_MB = 224, 8, 2_000_000
 DATA_CPUS = 16
