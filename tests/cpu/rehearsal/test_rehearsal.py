@@ -28,6 +28,7 @@ from recipes.core.files import REPO_ROOT
 from recipes.planning.chain import Chain
 from recipes.planning.training_cost import STATE_BYTES
 from recipes.rehearsal import materials
+from recipes.rehearsal.agreement import distinct_ranks
 from recipes.rehearsal.job import RankJob, RehearsalResult
 from tests.cpu.rehearsal import defects
 from tests.support.rehearsals import MOE_MODEL, job_with_layers
@@ -145,14 +146,30 @@ LARGE = (
 )
 
 
-def ranks_of(recipe: str) -> list[Case]:
-    """Returns the first rank, the last of its tensor group, and the last of that data group."""
-    _, job = Case(recipe).job
-    tensor: int = job.config["tensor_model_parallel_size"]
-    return [Case(recipe, "distill", rank) for rank in (0, tensor - 1, job.world - 1)]
+ALL_DISTINCT = ("llama3_1_8b_width", "mistral_nemo_12b_width", "qwen3_8b_depth")
+"""Recipes whose distinct ranks are all compared. For every recipe, this would take minutes."""
+
+
+def ranks_of(recipe: str, stage: str = "distill") -> list[Case]:
+    """Returns ranks of a stage that must make the same calls.
+
+    Outside of ``ALL_DISTINCT`` these are the first rank, the last of its tensor group, and the last
+    of that data group.
+    """
+    job = Case(recipe, stage).job[1]
+    tensor: int = job.config.get("tensor_model_parallel_size", 1)
+    few = (0, tensor - 1, job.world - 1)
+    ranks = distinct_ranks(job.world, tensor, 1, 1, 1) if recipe in ALL_DISTINCT else few
+    return [Case(recipe, stage, rank) for rank in ranks]
 
 
 SHIPPED_RANKS = {recipe: ranks_of(recipe) for recipe in LARGE}
+OTHER_RANKS = {
+    "score": ranks_of("qwen3_8b_depth", "score"),
+    "evaluate": ranks_of("qwen3_8b_depth", "evaluate"),
+    "search": [SEARCH, SEARCH._replace(rank=7)],
+}
+"""The first and the last rank of other stages of several ranks."""
 DIFFERENCES = {
     (385, "skip_all_reduce"): ("TENSOR_MODEL_PARALLEL_GROUP", "recipes/distillation/losses.py:"),
     (385, "reduce_maximum"): ("TENSOR_MODEL_PARALLEL_GROUP", "recipes/distillation/vocabulary.py:"),
@@ -186,6 +203,7 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Results:
             [
                 *(*SOUND, *BROKEN, *RANKS, *CASES_WITH_DIFFERENCES.values(), *TOO_LARGE),
                 *(case for ranks in SHIPPED_RANKS.values() for case in ranks),
+                *(case for ranks in OTHER_RANKS.values() for case in ranks),
             ]
         )
     )
@@ -275,7 +293,14 @@ def test_ranks_of_shipped_recipes_make_the_same_calls(recipe: str, rehearsed: Re
     ranks = SHIPPED_RANKS[recipe]
     groups = [{channel.name for channel in rehearsed[case][1].channels} for case in ranks]
     assert any("TENSOR_MODEL_PARALLEL_GROUP" in name for name in groups[0] & groups[1])
-    assert any("DATA_PARALLEL_GROUP" in name for name in groups[1] & groups[2])
+    earlier = set().union(*groups[:-1])
+    assert any(name.startswith("DATA_PARALLEL_GROUP_WITH_CP (") for name in earlier & groups[-1])
+    assert list(communication_mistakes([rehearsed[case] for case in ranks])) == []
+
+
+@pytest.mark.parametrize("ranks", OTHER_RANKS.values(), ids=OTHER_RANKS)
+def test_ranks_of_other_stages_make_the_same_calls(ranks: list[Case], rehearsed: Results) -> None:
+    assert [case.rank for case in ranks] == [0, 7]
     assert list(communication_mistakes([rehearsed[case] for case in ranks])) == []
 
 
