@@ -12,12 +12,13 @@ from rich.table import Table
 
 from launch.plan import Plan
 from launch.planned import SKIP
+from nemo_convert.hub import HUB_SECONDS
 from recipes.core.errors import RecipeError
 from recipes.core.manifest import Manifest, read_manifest
 from recipes.core.screen import plain_table
 from recipes.data.results import NOT_COMPARED, DatasetResult, describe_counts
 from recipes.data.settings import PrepareDataConfig
-from recipes.data.sources import parse_source, source_names
+from recipes.data.sources import known_licences, parse_source, source_documents, source_names
 from recipes.engines.results import BenchmarkResults, EngineResult
 from recipes.evaluation.results import EvaluationResult, ServedResult, TaskResults
 from recipes.planning.limits import source_tokens
@@ -56,13 +57,17 @@ def print_sources(plan: Plan, console: Console) -> None:
         if not isinstance(config, PrepareDataConfig):
             continue
         all_tokens = source_tokens(config)
+        licences = known_licences(tuple(config.texts()), HUB_SECONDS)
         table = plain_table("text", "source", "used for", "at most", "licence")
         for name, source in source_names(config.all_sources()).items():
-            licence = parse_source(source).licence
+            licence = parse_source(source).licence or licences.get(source) or "not stated"
             use = "training" if source in config.sources else "evaluation only"
-            tokens = all_tokens[name]
-            at_most = f"about {tokens:,.0f} tokens" if tokens < math.inf else "unknown"
-            table.add_row(escape(name), use, at_most, escape(licence or "not stated"))
+            at_most = []
+            if documents := source_documents(source):
+                at_most += [f"{documents:,} documents"]
+            if (tokens := all_tokens[name]) < math.inf:
+                at_most += [f"about {tokens:,.0f} tokens"]
+            table.add_row(escape(name), use, ", ".join(at_most) or "unknown", escape(licence))
         if table.rows:
             console.print(table)
         if config.prefix:

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import math
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -43,7 +44,10 @@ JSON_LINES = ", or name the file .jsonl if each line is a record"
 """Part of a fix for a JSON file."""
 TextOf = Callable[[Any, str], str]
 """A function of a record and its location (for error messages) that returns a document's text."""
-_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, csv.Error, ijson.JSONError)
+_UNREADABLE = (
+    *(OSError, EOFError, ValueError, zlib.error, csv.Error, ijson.JSONError),
+    *(zipfile.BadZipFile, RuntimeError),  # damaged, encrypted, or an unknown compression
+)
 
 
 @dataclass(frozen=True)
@@ -146,22 +150,22 @@ class _FileReader:
 
     def __iter__(self) -> Iterator[Document]:
         for file in self._files:
-            with file.open() as self._opened:
-                for record in self._read(file, self._opened):
-                    self._require_record(file, record)
-                    self._records += 1
-                    if self._records <= self._skip:
-                        continue
-                    text = self._text_of(record.value, f"{file.name}, {record.where}").strip()
-                    # JSON may contain half of a surrogate pair, which tokenizers refuse.
-                    if text := text.encode("utf-8", "replace").decode():
-                        yield Document(text, self._position_in_stretch(record.offset))
+            for record in self._read(file):
+                self._require_record(file, record)
+                self._records += 1
+                if self._records <= self._skip:
+                    continue
+                text = self._text_of(record.value, f"{file.name}, {record.where}").strip()
+                # JSON may contain half of a surrogate pair, which tokenizers refuse.
+                if text := text.encode("utf-8", "replace").decode():
+                    yield Document(text, self._position_in_stretch(record.offset))
             self._bytes_before, self._opened = self._bytes_before + file.size, None
 
-    def _read(self, file: TextFile, opened: IO[bytes]) -> Iterator[Record]:
+    def _read(self, file: TextFile) -> Iterator[Record]:
         file_type = self._source.file_type or ""
         try:
-            yield from READERS[file_type](opened)
+            with file.open() as self._opened:
+                yield from READERS[file_type](self._opened)
         except _UNREADABLE as error:
             raise RecipeError(
                 f"{file.name} cannot be read as {file_type}: {error}",

@@ -30,7 +30,7 @@ from recipes.data.corpus import (
     split_of,
 )
 from recipes.data.settings import PrepareDataConfig
-from recipes.data.sources import source_names
+from recipes.data.sources import fetch_wheels, source_names
 from recipes.data.split_writer import SplitWriter
 from recipes.data.token_sequences import require_heldout_sources
 from recipes.data.tokenizer import DocumentTokenizer, Encoded, broadcast, encode_on_ranks
@@ -202,6 +202,7 @@ def prepare(
 
     if rank() != 0:
         return _encode_for_rank_0([source for _, source in named_sources], encode)
+    fetch_wheels(cfg.all_sources(), log)
     with Ledger(folder / "ledger.sqlite") as ledger:
         state = PreparationState(**(ledger.progress() or {}))
         ledger.exclude(cfg.excluded_documents)

