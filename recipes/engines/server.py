@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import requests
-
 from recipes.core.errors import RecipeError
 from recipes.core.processes import death_message, die_with_parent
 from recipes.engines import llama_server
@@ -86,6 +84,8 @@ def serving(
         RecipeError: The server is missing, did not start in ``start_seconds``, ended, or refused a
             request.
     """
+    import requests  # slow to import, and plans import this module
+
     name, address = Path(command[0]).name, f"http://{HOST}:{port}"
     if shutil.which(command[0]) is None:
         raise RecipeError(f"{command[0]} is not installed", "run this stage where it is installed")
@@ -111,6 +111,8 @@ def serving(
 def _wait_until_healthy(
     process: subprocess.Popen[bytes], address: str, name: str, seconds: float
 ) -> None:
+    import requests
+
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if reason := _exit_reason(process, wait=POLL_SECONDS):
