@@ -105,7 +105,7 @@ def _cell_text(cell: Cell) -> str:
 def print_summary(plan: Plan, seconds: float, console: Console) -> None:
     """Shows the time, memory, size and main result of every stage."""
     stages_run = {stage.name for stage in plan.todo()}
-    table = plain_table("summary", "stage", "", "time", "ranks' peak memory", "size", "result")
+    table = plain_table("summary", "stage", "", "time", "peak memory", "size", "result")
     for stage in plan.stages:
         manifest = read_manifest(stage.directory)
         if manifest is None:

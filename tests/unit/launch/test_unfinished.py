@@ -37,6 +37,7 @@ def interrupt(plan: Plan, name: str, *, checkpoint: bool = True) -> None:
     """Writes the unfinished work of a stage that was killed, with a checkpoint or without."""
     stage = stage_named(plan, name)
     begin_work(stage.directory, manifest := unfinished_manifest(stage.request()))
+    stage.request().write(stage.directory)
     write_manifest(stage.directory / WORK, manifest, BEGUN)  # as if the inputs had been hashed
     if checkpoint:
         (stage.directory / WORK / "checkpoints" / "step=49-last").mkdir(parents=True)  # step 50

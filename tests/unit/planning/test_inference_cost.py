@@ -28,6 +28,7 @@ from recipes.planning.training_cost import (
     peak_memory,
     step_time,
     token_compute,
+    validation_seconds,
 )
 from recipes.planning.transformer import LOGITS_BYTES, forward_flops, largest
 from recipes.planning.workload import Layout, Workload
@@ -256,19 +257,23 @@ def test_ranks_and_devices_shorten_a_halving(plan: MakePlan) -> None:
         chain.shapes["enumerate_shapes"][0], chain.teacher, Layout(micro_batch_size=4), 256, 4, 1
     )
     search: Any = chain.stages["successive_halving"]
+    validated = replace(workload, terms=2, validation_batches=search.distill.limit_val_batches)
     step = step_time(replace(workload, terms=2), chain.hardware).total
     two = replace(search.distill, micro_batch_size=2, resources=Resources(devices=2))
     half_batches = replace(workload.layout, devices=2, micro_batch_size=2)
     shared = step_time(replace(workload, terms=2, layout=half_batches), chain.hardware).total
-    save = gathering_seconds(workload, chain.hardware)
-    shared_save = gathering_seconds(replace(workload, layout=half_batches), chain.hardware)
-    assert shared_save > save > 0
+    # Each training ends with a checkpoint and a validation.
+    pauses, shared_pauses = (
+        gathering_seconds(each, chain.hardware) + validation_seconds(each, chain.hardware)
+        for each in (validated, replace(validated, layout=half_batches))
+    )
+    assert shared_pauses > pauses > 0
     for changes, seconds in (
-        ({}, (4 * 24 + 2 * 48) * step + 6 * save),
-        ({"resources": Resources(devices=2)}, (2 * 24 + 48) * step + 3 * save),
-        ({"resources": Resources(devices=3)}, (2 * 24 + 48) * step + 3 * save),
-        ({"resources": Resources(devices=2, nodes=2)}, (24 + 48) * step + 2 * save),
-        ({"distill": two}, (4 * 24 + 2 * 48) * shared + 6 * shared_save),
+        ({}, (4 * 24 + 2 * 48) * step + 6 * pauses),
+        ({"resources": Resources(devices=2)}, (2 * 24 + 48) * step + 3 * pauses),
+        ({"resources": Resources(devices=3)}, (2 * 24 + 48) * step + 3 * pauses),
+        ({"resources": Resources(devices=2, nodes=2)}, (24 + 48) * step + 2 * pauses),
+        ({"distill": two}, (4 * 24 + 2 * 48) * shared + 6 * shared_pauses),
     ):
         cost = cost_of(chain, "successive_halving", **changes)
         evaluation = replace(cost, training_seconds=0.0).hours(chain.hardware)
