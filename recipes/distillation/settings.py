@@ -279,10 +279,10 @@ CACHE_FIELDS = ("seq_length", "temperature", "top_k", "tail_draws")
 
 
 def hidden_state_bytes(cfg: DistillConfig, student_layers: int, teacher_layers: int) -> int:
-    """Returns ``Workload.hidden_state_bytes``: a loss compares the configured pairs of layers.
+    """Returns ``Workload.hidden_state_bytes`` of a training.
 
-    Without configured pairs, it compares the layers on the last pipeline stage, of which the
-    student may have fewer than the teacher.
+    The loss compares the configured pairs of layers. Without configured pairs, it compares the
+    layers on the last pipeline stage: as many as the smaller of the two models has there.
     """
     if not cfg.hidden_weight:
         return 0

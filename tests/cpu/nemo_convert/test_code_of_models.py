@@ -22,50 +22,51 @@ from recipes.core.errors import RecipeError
 from tests.support.conversion import assert_same_weights, convert_by_command
 
 
-def test_code_of_a_tokenizer_does_not_run(
+@pytest.fixture
+def folder_with_code(
     odd_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, Path]:
+    """A model's folder, and a file that the code planted in it would create.
+
+    If transformers asks whether to run the code, the answer is yes.
+    """
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    return shutil.copytree(odd_llama, tmp_path / "hf"), tmp_path / "ran"
+
+
+def test_code_of_a_tokenizer_does_not_run(
+    folder_with_code: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """By default, transformers asks the user whether to run the code. Here, the user says yes."""
-    folder, created_by_code = tmp_path / "hf", tmp_path / "ran"
-    shutil.copytree(odd_llama, folder)
+    folder, created_by_code = folder_with_code
     (folder / "custom.py").write_text(f"open({str(created_by_code)!r}, 'w')\n")
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text())
     config |= {"auto_map": {"AutoTokenizer": [None, "custom.Own"]}, "tokenizer_class": "Own"}
     file.write_text(json.dumps(config))
-    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
     with pytest.raises(RecipeError):  # the loader itself; a conversion refuses the class before it
         load_tokenizer(folder)
     assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 1
     assert not created_by_code.exists()
 
 
-def test_code_of_a_model_does_not_run(
-    odd_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, created_by_code = tmp_path / "hf", tmp_path / "ran"
-    shutil.copytree(odd_llama, folder)
+def test_code_of_a_model_does_not_run(folder_with_code: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, created_by_code = folder_with_code
     (folder / "own.py").write_text(f"open({str(created_by_code)!r}, 'w')\n")
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "own"}
     config["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     (folder / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
     with pytest.raises(ValueError, match="trust_remote_code"):
         hf.load_causal_lm(folder)  # the loader itself; a conversion refuses the config before it
     assert convert_by_command("to-nemo", folder, tmp_path / "m.nemo") == 1
     assert not created_by_code.exists()
 
 
-def test_code_for_generation_does_not_run(
-    odd_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_for_generation_does_not_run(folder_with_code: tuple[Path, Path]) -> None:
     """transformers 4 runs this code even if it must not trust code of the model."""
-    folder, created_by_code = tmp_path / "hf", tmp_path / "ran"
-    shutil.copytree(odd_llama, folder)
+    folder, created_by_code = folder_with_code
     (folder / "custom_generate").mkdir()
     code = f"open({str(created_by_code)!r}, 'w')\ndef generate(model): pass\n"
     (folder / "custom_generate" / "generate.py").write_text(code)
-    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
     model = hf.load_causal_lm(folder)
     assert not created_by_code.exists()
     assert model.generation_config.temperature == 0.7  # from generation_config.json
