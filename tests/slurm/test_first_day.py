@@ -46,7 +46,7 @@ def complete(run_dir: Path) -> Run:
 def test_plans_and_starts_of_both_recipes(probe_settings: tuple[str, ...], tmp_path: Path) -> None:
     plan, rehearse, one_node, all_nodes = map(arguments_of, COMMANDS[:4])
     assert "device-hours of training on h100" in run_successfully(*plan, cwd=tmp_path).output
-    [ranks] = re.findall(r"`'(rehearse=\[.+\])'`", PAGE)
+    ranks = re.findall(r"`'(rehearse=\[.+?\])'`", PAGE)[0]
     for overrides in (rehearse, [rehearse[0], ranks]):
         output = run_successfully(*overrides, "dry_run=true", cwd=tmp_path).output
         assert "would rehearse distill, rank 767 of 768" in output
