@@ -126,17 +126,27 @@ def _read_module(root: Path, module: str) -> tuple[str, frozenset[str]]:
     return hashlib.sha256(_dump(tree).encode()).hexdigest(), imports
 
 
-def _dump(value: object) -> str:
-    """Returns a syntax tree as text.
+def _dump(tree: ast.Module) -> str:
+    """Returns a syntax tree as text, without positions.
 
-    Unlike ``ast.dump``, leaves out empty fields: newer versions of Python have more of them.
+    ``ast.dump`` would include empty fields, of which newer versions of Python have more.
     """
-    if isinstance(value, list):
-        return f"[{', '.join(map(_dump, value))}]"
-    if not isinstance(value, ast.AST):
-        return repr(value)
-    filled = [(name, item) for name, item in ast.iter_fields(value) if item not in (None, [])]
-    return f"{type(value).__name__}({', '.join(f'{name}={_dump(item)}' for name, item in filled)})"
+    words: list[str] = []
+    rest: list[object] = [tree]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, ast.AST):
+            words.append(type(value).__name__)
+            for name in value._fields:
+                if (item := getattr(value, name, None)) is not None and item != []:
+                    words.append(name)
+                    rest.append(item)
+        elif isinstance(value, list):
+            words.append(str(len(value)))
+            rest += value
+        else:
+            words.append(repr(value))
+    return " ".join(words)
 
 
 def _imports(path: str, tree: ast.Module) -> Iterator[str]:
