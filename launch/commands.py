@@ -284,7 +284,7 @@ def _needed_folders(run: Path) -> Iterator[Path]:
     for file in run.glob(f"*/{REQUEST}"):
         request = OmegaConf.load(file)
         paths = [run, *(ref.directory for ref in request.inputs.values())]
-        paths += [request.config.get(name) or "" for name in ("hf_path", "prefix")]
+        paths += filter(None, (request.config.get(name) for name in ("hf_path", "prefix")))
         for path in (Path(path).resolve() for path in paths):
             yield from (path, *path.parents)
 

@@ -84,19 +84,19 @@ def _rehearse_all(jobs: Sequence[RankJob], console: Console) -> Results:
     num_processes = min(cores(), len(jobs))
     console.print(f"{len(jobs)} ranks, {num_processes} at once", highlight=False)
     results: Results = []
-    first_ranks: dict[str, int] = {}  # the first rank with each error
+    first_jobs: dict[str, str] = {}  # stage and rank of the first job with each error
     for job, result in zip(jobs, _run(jobs, num_processes), strict=True):
         results.append((job, result))
         label = f"{len(results)}/{len(jobs)} {job.name}, rank {job.rank} of {job.world}"
         outcome = f"{'failed' if result.error else 'done'} in {result.seconds:.0f} s"
         if result.host and not result.error:
             outcome += f", {result.host / 1e9:.1f} GB of the host's memory"
-        if result.error in first_ranks:
-            outcome += f", with the same error as rank {first_ranks[result.error]}"
+        if result.error in first_jobs:
+            outcome += f", with the same error as {first_jobs[result.error]}"
         console.print(f"{label}: {outcome}")
-        if result.error and result.error not in first_ranks:
+        if result.error and result.error not in first_jobs:
             console.print(result.error, markup=False, style="red")
-            first_ranks[result.error] = job.rank
+            first_jobs[result.error] = f"{job.name}, rank {job.rank}"
     return results
 
 

@@ -37,6 +37,8 @@ def require_separate_results(cfg: DictConfig, arguments: Sequence[str]) -> None:
     overrides = [arg for arg in arguments if "=" in arg and not arg.startswith("-")]
     parsed = OverridesParser.create().parse_overrides(overrides)
     swept = [override for override in parsed if override.is_sweep_override()]
+    if not swept:  # -m with a single run
+        return
     for name, fix in UNIQUE_SETTINGS.items():
         group, _, key = name.rpartition(".")
         node = cfg[group] if group else cfg

@@ -136,7 +136,9 @@ def _conflict(stage: PlannedStage, job: SlurmJob) -> str | None:
         return " with other settings, inputs or code"
     old = stage.result if stage.action == RUN else None
     script = stage.directory / SCRIPT  # has the start of the result that the job replaces
-    if old is not None and old.started_at not in script.read_text(encoding="utf-8"):
+    if old is None:
+        return None
+    if not script.exists() or old.started_at not in script.read_text(encoding="utf-8"):
         return ", but will not replace its result"
     return None
 

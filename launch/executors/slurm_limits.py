@@ -156,7 +156,7 @@ def job_of(stage: PlannedStage, options: Iterable[str], time: str) -> Job:
         stage=stage,
         seconds=slurm_seconds(time),
         partition=values.get("partition") or os.environ.get("SBATCH_PARTITION"),
-        whole_nodes="exclusive" in values,
+        whole_nodes=values.get("exclusive") == "",  # with a value, such as user, it is weaker
         gpus=gpus,
         cpus=cpus,
         memory_mb=memory,

@@ -41,6 +41,7 @@ IMPORT_ENVIRONMENT = {
 }
 """Variables that keep imports from starting threads or CUDA, which a fork would lose. Only the
 server has these variables; children get the caller's environment."""
+MAX_REQUEST_BYTES = 65536  # a longer request would be truncated; paths have at most 4,096 bytes
 STOP_SECONDS = 30
 """Time for a child to end after SIGTERM."""
 
@@ -157,7 +158,7 @@ def main() -> None:
         _run_module(json.loads(request), log)
 
     while True:
-        request, log_fds, _, _ = socket.recv_fds(server, 4096, 1)
+        request, log_fds, _, _ = socket.recv_fds(server, MAX_REQUEST_BYTES, 1)
         if not request:
             return
         _flush_c_streams()

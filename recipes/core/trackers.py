@@ -271,7 +271,7 @@ def require_tracker(settings: Mapping[str, str | None], own_python: bool = True)
         )
     if USER_INFO.search(settings.get("uri") or ""):
         raise RecipeError(
-            "tracker.uri has a password, which would be written to disk.",
+            "tracker.uri has a user name or password, which would be written to disk.",
             "leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
         )
 

@@ -301,10 +301,16 @@ def origins_of(sources: Iterable[str], file: Path) -> dict[str, Origin]:
 
 
 def pin_commit(source: str, origin: Origin) -> str:
-    """Returns a hub source with its commit as the revision; other sources are unchanged."""
-    if origin.commit is None or parse_source(source).revision:
+    """Returns a hub source with its commit as the revision; other sources are unchanged.
+
+    A revision may be a branch or a tag, which can move while the text is read.
+    """
+    if origin.commit is None:
         return source
-    return with_option(source, "revision", origin.commit)
+    revision = parse_source(source).revision
+    if revision is None:
+        return with_option(source, "revision", origin.commit)
+    return source.replace(f"revision={revision}", f"revision={origin.commit}")
 
 
 @cache

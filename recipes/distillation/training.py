@@ -255,7 +255,7 @@ def _fp8_sizes(cfg: TrainingConfig, shape: Architecture) -> dict[str, int]:
     return {
         "hidden_size": shape.hidden_size,
         "the feed-forward size": ffn // tensor,
-        "attention's size": heads * shape.kv_channels // tensor,
+        "the output size of the QKV projection": heads * shape.kv_channels // tensor,
         "a micro batch": cfg.micro_batch_size * cfg.seq_length // sequence_shards,
     }
 
@@ -288,6 +288,7 @@ def training_workload(
         teacher: Shape of a live teacher; ``None`` without one.
         terms: Number of terms of the loss.
     """
+    bf16 = cfg.precision == "bf16-mixed"
     return Workload(
         trained=trained,
         teacher=teacher,
@@ -295,10 +296,11 @@ def training_workload(
         seq_length=cfg.seq_length,
         global_batch_size=cfg.global_batch_size,
         steps=cfg.max_steps,
-        bf16=cfg.precision == "bf16-mixed",
-        gradient_bytes=4 if cfg.grad_reduce_in_fp32 else 2,
+        bf16=bf16,
+        gradient_bytes=4 if cfg.grad_reduce_in_fp32 or not bf16 else 2,
         validation_batches=cfg.limit_val_batches,
-        validations=cfg.max_steps // min(cfg.val_check_interval, cfg.max_steps),
+        # A search's round may have 0 steps, until its check refuses this.
+        validations=cfg.max_steps // max(min(cfg.val_check_interval, cfg.max_steps), 1),
         checkpoints=cfg.max_steps // cfg.checkpoint_interval,
         terms=terms,
     )

@@ -80,7 +80,7 @@ def _read_requests(wheel: zipfile.ZipFile, name: str) -> list[dict[str, Any]]:
     ):
         for line in lines:
             request = json.loads(line)
-            number = request.get("doc_id", request["doc"]["id"])
+            number = request["doc_id"]
             if number < FIRST_UNCONDITIONAL_REQUEST:
                 requests.setdefault(number, request)
     return [requests[number] for number in sorted(requests)]

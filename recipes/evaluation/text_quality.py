@@ -286,8 +286,9 @@ def with_weights(
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing, unexpected = model.load_state_dict(dict(weights), strict=False)
-    model.tie_weights()  # if the head is tied, ``weights`` has no lm_head.weight
-    if unexpected or [name for name in missing if name != "lm_head.weight"]:
+    model.tie_weights()
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()  # ``weights`` lacks them
+    if unexpected or set(missing) - tied:
         raise ValueError(f"{config.model_type}: missing {missing}, unexpected {unexpected}")
     model_for_inference: PreTrainedModel = model.to(device()).eval()
     return model_for_inference

@@ -282,8 +282,9 @@ def _update_seconds(workload: Workload, hardware: Hardware) -> tuple[float, floa
     # A copy's shards are on neighbouring tensor-parallel groups, so a copy may fit on one node.
     copy_on_node = copies > 1 and layout.tensor * shards <= layout.devices
     copy_bandwidth = link if copy_on_node else bandwidth
-    # Within a copy: reduce-scatter of gradients and all-gather of bfloat16 weights.
-    seconds = parameters * (workload.gradient_bytes + 2) * (shards - 1) / shards / copy_bandwidth
+    # Within a copy: reduce-scatter of gradients and all-gather of weights.
+    sent_bytes = workload.gradient_bytes + workload.dtype_bytes  # per parameter
+    seconds = parameters * sent_bytes * (shards - 1) / shards / copy_bandwidth
     # Between copies: all-reduce of each shard's gradients.
     seconds += parameters / shards * workload.gradient_bytes * 2 * (copies - 1) / copies / bandwidth
     if hardware.bandwidth_fraction is None:

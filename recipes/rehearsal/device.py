@@ -258,6 +258,7 @@ class _FakeCuda(TorchDispatchMode):
         """Moves a tensor without its real constant, which PyTorch would move to real CUDA."""
         constant, tensor.constant = tensor.constant, None
         moved: Tensor = func(tensor, **kwargs)
+        tensor.constant = constant
         if constant is not None and constant.numel() == 1:
             self._numbers[moved] = _number(constant)
         return moved

@@ -59,13 +59,15 @@ def _environment() -> Environment:
 def with_prefix(value: float, prefixes: str, unit: str = "") -> str:
     """Formats a value as in 1.5 kB. ``prefixes`` are the prefixes of 1000, 1000² and so on."""
     power = 0 if abs(value) < 1000 else min(int(math.log10(abs(value)) // 3), len(prefixes))
+    if 0 < power < len(prefixes) and abs(value) / 1000**power >= 999.95:  # would round to 1,000.0
+        power += 1
     text = f"{value / 1000**power:,.1f}" if power else f"{value:,.6g}"
     return f"{text} {prefixes[power - 1] if power else ''}{unit}".rstrip()
 
 
 def duration(seconds: float) -> str:
     """Formats seconds as seconds, minutes or hours."""
-    if seconds < 60:
+    if seconds < 59.95:  # more would round to 60.0 s
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes_of_hour = divmod(minutes, 60)

@@ -332,6 +332,8 @@ def test_a_dataset_is_read_at_the_recorded_commit(
     assert pin_commit(bare, origin_of(bare)) == f"{bare}#revision={NEWEST}"
     assert pin_commit(f"{bare}#name=x", origin_of(bare)) == f"{bare}#name=x&revision={NEWEST}"
     assert pin_commit(older, origin_of(older)) == older
+    branch = "hf://org/data:train#revision=main&name=x"
+    assert pin_commit(branch, Origin(commit=NEWEST)) == branch.replace("main", NEWEST)
     recorded = origins_of([bare, older], tmp_path / "origins.json")
     newest = "c" * 40
     assert origins_of([bare, older], tmp_path / "origins.json") == recorded

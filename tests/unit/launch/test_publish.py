@@ -239,6 +239,8 @@ def test_runs_of_a_sweep_are_not_pushed_to_one_repository(launch: Launch, tmp_pa
         f"error: several runs of this sweep would have hub.push={NAME}.\n"
     )
     assert not list(tmp_path.rglob("plan")), "something was planned"
+    alone = launch(*RUN, "dry_run=true", "-m", f"hub.push={NAME}", f"run_dir={tmp_path / 'run'}")
+    assert alone.returncode == 0, alone.stderr
     done = launch(*swept, f"hub.push={NAME}-${{stages.prune.target_hidden_size}}")
     assert done.returncode == 0, done.stderr
     assert re.findall(r"hub.push=(\S+)", done.stdout) == [f"{NAME}-448", f"{NAME}-512"]

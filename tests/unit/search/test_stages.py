@@ -285,6 +285,11 @@ def test_invalid_settings_are_refused(
     assert message in str(problem)
 
 
+def test_the_cost_of_a_search_without_a_single_step_is_estimated(chain: Chain) -> None:
+    cfg = SuccessiveHalvingConfig(max_tokens=9000, inputs={"candidates": "ranking"})
+    assert successive_halving.inference_cost(cfg, chain).compute.flops > 0  # of the evaluations
+
+
 def test_a_search_of_an_moe_is_refused(chain: Chain) -> None:
     moe = dataclasses.replace(chain.teacher, num_moe_experts=8)
     cfg = EnumerateShapesConfig(budget=Budget(parameters=0.5))
