@@ -6,7 +6,6 @@ The config in a checkpoint remains one for TransformerEngine.
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 
 from recipes.backend.adamw import FusedAdamW
 from recipes.backend.device import device
-from recipes.backend.patches import Patch, replace_with
+from recipes.backend.patches import Patch, apply_to, replace_with
 from recipes.core.errors import RecipeError
 from recipes.core.versions import TRANSFORMER_ENGINE, installed_version
 
@@ -131,9 +130,15 @@ def restore_fused_attention(core: nn.Module) -> None:
 
     from recipes.backend.training_layers import CausalAttention
 
+    patch = Patch(
+        "megatron.core.transformer.dot_product_attention:DotProductAttention.forward",
+        "it stores all heads' attention scores",
+        "95b0a0dcd2e5",
+        replace_with(CausalAttention.forward),
+    )
     for module in core.modules():
         if isinstance(module, DotProductAttention):
-            module.forward = MethodType(CausalAttention.forward, module)
+            apply_to(module, patch)
 
 
 def register_rms_norm() -> None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from recipes.core.errors import RecipeError
@@ -108,6 +109,22 @@ def applied(patches: Iterable[Patch]) -> Iterator[None]:
     finally:
         for holder, name, original in reversed(originals):
             setattr(holder, name, original)
+
+
+def apply_to(instance: object, *patches: Patch) -> None:
+    """Applies patches to methods of one object. Other objects of its class keep the originals.
+
+    ``Patch.replace`` receives the class's function and returns a function with the same arguments,
+    the object first.
+
+    Raises:
+        RecipeError: As ``apply`` does, or the object's class overrides the target.
+    """
+    for patch in patches:
+        _, name, original = _find(patch)
+        if getattr(type(instance), name) is not original:
+            raise _changed(patch, f"is overridden by {type(instance).__name__}")
+        setattr(instance, name, MethodType(patch.replace(original), instance))
 
 
 def _find(patch: Patch) -> tuple[Any, str, Any]:

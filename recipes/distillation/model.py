@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import modelopt.torch.distill as mtd
@@ -30,6 +29,7 @@ from nemo_convert import nemo
 from nemo_convert.pipeline import pipeline_split
 from recipes.backend.device import device
 from recipes.backend.local_layers import adapt_config
+from recipes.backend.patches import Patch, apply_to, replace_with
 from recipes.distillation.data import TEACHER_PREFIX
 from recipes.distillation.losses import (
     LogitsLoss,
@@ -42,6 +42,12 @@ from recipes.distillation.objective import HiddenLoss, LossReduction, Objective
 from recipes.distillation.vocabulary import TopK
 from recipes.evaluation.predictions import require_better_than_chance
 
+LANGUAGE_MODEL_LOSS = (
+    "megatron.core.models.common.language_module.language_module:"
+    "LanguageModule.compute_language_model_loss"
+)
+LOSS_HASH = "01ec0b6356cd"
+FORWARD = "modelopt.torch.distill.distillation_model:DistillationModel.forward"
 SHARED_SETTINGS = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -140,7 +146,8 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
             # Rows as in ``_token_losses``: first the loss, which is LM here, then LM and KL.
             return torch.stack([lm_loss, lm_loss, kl.view(logits.shape[:2]).t()])
 
-        core.compute_language_model_loss = MethodType(compute_losses, core)
+        reason = "training minimises the losses of the recipe"
+        apply_to(core, Patch(LANGUAGE_MODEL_LOSS, reason, LOSS_HASH, replace_with(compute_losses)))
         self.module = core
 
     def _with_teacher(self, student: nn.Module, checkpoint: Path) -> Any:
@@ -162,10 +169,12 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         core = mtd.convert(student, mode=[("kd_loss", settings)])
         adjust_distillation_model_for_mcore(core, distill_cfg=DistillationConfig())
         teacher = core.teacher_model
-        # The teacher returns its logits instead of a loss.
-        teacher.compute_language_model_loss = MethodType(lambda _, labels, logits: logits, teacher)
+        reason = "the teacher returns its logits instead of a loss"
+        return_logits = replace_with(lambda core, labels, logits: logits)
+        apply_to(teacher, Patch(LANGUAGE_MODEL_LOSS, reason, LOSS_HASH, return_logits))
         core.runs_in_validation = self._teacher.runs_in_validation
-        core.forward = MethodType(_forward_both, core)
+        reason = "NeMo's forward pass drops the teacher's logits"
+        apply_to(core, Patch(FORWARD, reason, "5a571efc433c", replace_with(_forward_both)))
         return core
 
     def _hidden_losses(
@@ -335,7 +344,7 @@ def _lm_loss(logits: Tensor, labels: Tensor, reuse_logits: bool = False) -> Tens
 
 
 def _forward_both(core: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """Runs teacher and student; replaces NeMo's forward pass, which drops the teacher's logits.
+    """Runs teacher and student.
 
     In training a pipeline stage sends both models' hidden states to the next stage as one tensor.
     """

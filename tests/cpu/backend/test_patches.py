@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from recipes.backend.patches import Patch, applied, apply, constant, fingerprint, replace_with
+from recipes.backend.patches import (
+    Patch,
+    applied,
+    apply,
+    apply_to,
+    constant,
+    fingerprint,
+    replace_with,
+    wrap,
+)
 from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 
@@ -88,3 +97,23 @@ def test_a_block_that_cannot_start_restores_the_originals(library: Any) -> None:
     with pytest.raises(RecipeError), applied(patches):
         pytest.fail("the block must not start")
     assert library.rate is before
+
+
+class Engine:
+    def speed(self) -> int:
+        return 3
+
+
+class FastEngine(Engine):
+    def speed(self) -> int:
+        return 5
+
+
+def test_a_patch_of_one_object_leaves_others_and_refuses_an_override() -> None:
+    doubled = wrap(lambda original, engine: 2 * original(engine))
+    patch = Patch(f"{__name__}:Engine.speed", "a test", fingerprint(Engine.speed), doubled)
+    patched, other = Engine(), Engine()
+    apply_to(patched, patch)
+    assert (patched.speed(), other.speed()) == (6, 3)
+    with pytest.raises(RecipeError, match=r"Engine\.speed is overridden by FastEngine"):
+        apply_to(FastEngine(), patch)
