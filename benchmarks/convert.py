@@ -1,18 +1,21 @@
-"""Compares time and memory of conversion with transformers' own load-and-save.
+"""Compares time and memory of conversion with loading and saving in transformers.
 
     python -m benchmarks.convert [--model FOLDER_OR_SOURCE] [--repeats N]
     python -m benchmarks.convert --billions 7
 
-Each compared program, called a side, runs in its own process, one after the other. The baseline
-runs first in one repeat and last in the next. The shortest time and the lowest peak of all repeats
-count. Times exclude imports. Memory is the peak minus the memory after imports. ``resident`` is all
-memory. ``anonymous`` excludes pages of mapped files, which the system can drop at any time.
-``verify`` compares logits and weights of the Hugging Face model with those of the NeMo checkpoint.
+Each compared program is called a side. ``transformers``, the baseline, loads and saves the model.
+``to-nemo`` converts the model, and ``to-hf`` converts the result back. ``verify`` compares logits
+and weights of the Hugging Face model with those of the NeMo checkpoint.
 
-With ``--billions``, the model is a random Llama with that number of parameters in bfloat16, and the
-baseline is a plain copy of its files. Files are not in the page cache when a side starts, and time
-stops when all output is on the disk. After the conversion to NeMo and back, the weights are
-compared with the original ones. The disk must have space for three such models.
+Sides run one after the other, each in its own process. The baseline runs first in one repeat and
+last in the next. The table has the shortest time and the lowest peak of all repeats. Times exclude
+imports. Memory is the peak minus the memory after imports. ``resident`` is all memory.
+``anonymous`` excludes pages of mapped files, which the system can drop at any time.
+
+With ``--billions N``, the model is a random Llama with about N billion parameters in bfloat16. The
+baseline ``copy`` is then a plain copy of the model's files. Files are not in the page cache when a
+side starts, and time stops when all output is on the disk. After the conversion to NeMo and back,
+the weights are compared with the original weights. The disk needs space for three such models.
 """
 
 from __future__ import annotations
@@ -42,11 +45,19 @@ LAYER = {
 }
 """Sizes of a layer of Llama 3.1 8B."""
 LAYER_BILLIONS = 0.218
-"""Parameters of a layer of these sizes, in billions."""
+"""Parameters of a layer of these sizes, in billions. ``--billions`` does not count embeddings."""
+SAMPLE_SECONDS = 0.005
+"""Time between two readings of the memory."""
 
 
-def work_of(side: str, folder: Path, scratch: Path) -> Callable[[], object]:
-    """Imports a side's libraries in advance, and returns the function to measure."""
+def prepare_side(side: str, folder: Path, scratch: Path) -> Callable[[], object]:
+    """Imports a side's libraries in advance, and returns the function to measure.
+
+    Args:
+        side: Name of the side.
+        folder: The Hugging Face model.
+        scratch: Folder for output. ``to-hf`` and ``verify`` read the output of ``to-nemo`` there.
+    """
     if side == "copy":
         return lambda: shutil.copytree(folder, scratch / "copy")
     if side == "transformers":
@@ -76,21 +87,27 @@ def work_of(side: str, folder: Path, scratch: Path) -> Callable[[], object]:
 
 
 def memory() -> dict[str, int]:
-    """Reads this process's current memory, in bytes."""
+    """Returns this process's current ``anonymous`` and ``resident`` memory, in bytes."""
     with open("/proc/self/status", encoding="ascii") as file:
         fields = dict(line.split(":", 1) for line in file)
     names = {"anonymous": "RssAnon", "resident": "VmRSS"}
-    return {name: int(fields[field].split()[0]) << 10 for name, field in names.items()}
+    # A field's text is, for example, "  1234 kB".
+    return {name: int(fields[field].split()[0]) * 1024 for name, field in names.items()}
 
 
 def run_and_measure(work: Callable[[], object]) -> dict[str, float]:
-    """Does the work, and measures wall-clock seconds, CPU seconds and the rise of memory."""
+    """Calls ``work`` and measures it.
+
+    Returns:
+        ``seconds`` (wall clock), ``cpu_seconds``, and in bytes the rise of ``anonymous`` and
+        ``resident`` memory to its peak.
+    """
     before = memory()
     peak = dict(before)
     done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.005):
+        while not done.wait(SAMPLE_SECONDS):
             for name, value in memory().items():
                 peak[name] = max(peak[name], value)
 
@@ -108,8 +125,11 @@ def run_and_measure(work: Callable[[], object]) -> dict[str, float]:
 
 
 def measure_side(side: str, folder: Path, scratch: Path, cold: bool) -> dict[str, float]:
-    """Measures a side in this process; ``cold`` includes the time to write to the disk."""
-    work = work_of(side, folder, scratch)
+    """Measures a side in this process; see ``run_and_measure``.
+
+    ``cold`` includes the time until all output is on the disk.
+    """
+    work = prepare_side(side, folder, scratch)
 
     def work_to_disk() -> None:
         work()
@@ -120,21 +140,33 @@ def measure_side(side: str, folder: Path, scratch: Path, cold: bool) -> dict[str
 
 def flush(folder: Path, drop_cache: bool = False) -> None:
     """Waits until files are on the disk; ``drop_cache`` also drops them from the page cache."""
-    for file in (file for file in folder.rglob("*") if file.is_file()):
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
+    for path in folder.rglob("*"):
+        if not path.is_file():
+            continue
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
             if drop_cache:
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def run_sides(folder: Path, repeats: int, cold: bool = False) -> dict[str, list[dict[str, float]]]:
-    """Measures every side in its own process, once per repeat. ``--billions`` sets ``cold``."""
+    """Measures every side in its own process, once per repeat.
+
+    Args:
+        folder: The Hugging Face model.
+        repeats: Number of repeats.
+        cold: Whether to measure as with ``--billions``: ``COLD_SIDES``, without the page cache.
+
+    Returns:
+        The measurements of each side, one per repeat; see ``run_and_measure``.
+    """
     baseline, *others = COLD_SIDES if cold else SIDES
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in (baseline, *others)}
     for number in range(repeats):
         with tempfile.TemporaryDirectory() as temporary:
             scratch = Path(temporary)
-            for side in (*others, baseline) if number % 2 else (baseline, *others):
+            baseline_last = number % 2 == 1
+            for side in (*others, baseline) if baseline_last else (baseline, *others):
                 if cold:
                     flush(folder, drop_cache=True)
                     flush(scratch, drop_cache=True)
@@ -152,7 +184,13 @@ def run_sides(folder: Path, repeats: int, cold: bool = False) -> dict[str, list[
 
 
 def write_random_model(folder: Path, like: Path, shape: Mapping[str, int | bool]) -> None:
-    """Writes a random Llama in bfloat16, with the tokenizer of ``like``."""
+    """Writes a random Llama in bfloat16.
+
+    Args:
+        folder: Folder to write.
+        like: Folder of a Llama with the tokenizer, and with the settings that ``shape`` lacks.
+        shape: Fields of the model's config.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -164,26 +202,38 @@ def write_random_model(folder: Path, like: Path, shape: Mapping[str, int | bool]
     config.save_pretrained(folder)
     with torch.device("meta"):  # only the names and shapes of the weights are needed
         model = AutoModelForCausalLM.from_config(config)
+    # A generator, so that at most two shards are in memory.
     weights = ((name, torch.randn(p.shape).bfloat16()) for name, p in model.named_parameters())
     write_weights(weights, folder)
 
 
 def require_same_weights(folder: Path, back: Path) -> None:
-    """Raises ``RecipeError`` if any bit of the weights differs after the round trip."""
+    """Checks that the bfloat16 weights in ``back`` are those of ``folder``.
+
+    Raises:
+        RecipeError: Names of weights differ, or any bit of a weight.
+    """
     import torch
 
     from nemo_convert.hf import Weights
 
-    first, last = Weights(folder), Weights(back)
-    if first.names() != last.names():
-        raise RecipeError(f"{back} has other weights than {folder}", fix="")
-    for name in first.names():
-        if not torch.equal(first.read(name).view(torch.int16), last.read(name).view(torch.int16)):
+    original, converted = Weights(folder), Weights(back)
+    if original.names() != converted.names():
+        raise RecipeError(f"the names of the weights in {back} and {folder} differ", fix="")
+    for name in original.names():
+        # As integers, bits are compared: 0 and -0 differ, and a NaN equals itself.
+        bits, converted_bits = (w.read(name).view(torch.int16) for w in (original, converted))
+        if not torch.equal(bits, converted_bits):
             raise RecipeError(f"{name} differs after a conversion to NeMo and back", fix="")
 
 
 def table(runs: dict[str, list[dict[str, float]]], size: int) -> str:
-    """Formats each side's lowest measurements, also relative to the baseline and the size."""
+    """Formats each side's lowest measurements.
+
+    Args:
+        runs: Measurements of each side; see ``run_sides``. The first side is the baseline.
+        size: Size of the model's weight files in bytes, for the column ``x size``.
+    """
     lowest = {
         side: {name: min(run[name] for run in side_runs) for name in side_runs[0]}
         for side, side_runs in runs.items()
@@ -207,7 +257,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convert")
     parser.add_argument("--model", help="Hugging Face folder or source; default: SmolLM2")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--billions", type=float, help="parameters of a random model instead")
+    parser.add_argument(
+        "--billions",
+        type=float,
+        help="billions of parameters of a random model, with the tokenizer of --model",
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = model_folder(args.model)

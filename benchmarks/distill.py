@@ -3,11 +3,12 @@
 ``python -m benchmarks.distill`` runs all methods with the same teacher, student, batch and sequence
 length, on the CPU. Each method runs in its own process, with the environment variables of
 ``conf/cluster/local.yaml``. Methods take turns, A B C A B C, so that a change of the machine's
-speed affects all equally. The time of a step is the time between the ends of two steps; warm-up
-steps do not count. ``planned`` is the speed that the stage ``plan`` estimates for NeMo.
+speed affects all equally. A step's time is measured from the end of the previous step to its own
+end. Warm-up steps do not count. ``planned`` is the speed that the stage ``plan`` estimates for
+NeMo.
 
-All loops train on the same sequences, and NeMo's methods share another set of sequences. So first
-losses are compared only within each of these two groups.
+The baselines (the loops and ModelOpt) train on the same sequences. NeMo's methods share another set
+of sequences. So losses of the first step are compared only within each of these two groups.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from recipes.core.versions import installed_versions
 from recipes.planning.results import PlanResult
 
 WARM_UP_STEPS = 2
+"""Steps at the start of a run whose speed does not count."""
 BASELINES = ("loop-fp32", "loop-bf16", "modelopt-bf16")
 LOSS_TOLERANCE = 0.02
 """Largest relative difference of first losses that rounding to bfloat16 may cause."""
@@ -51,8 +53,9 @@ class TrainingRun:
     """One training run of a method."""
 
     ends: list[float] = field(default_factory=list)
-    """Time in seconds when each step ended."""
+    """Time when each step ended, in seconds since the epoch."""
     losses: list[float] = field(default_factory=list)
+    """Training loss of each step."""
     peak_rss_bytes: int = 0
     planned_tokens_per_second: float | None = None
 
@@ -71,9 +74,10 @@ class DistillMethod:
     """A method to distil.
 
     Attributes:
-        reference: Method with the same batches, whose first loss it must reproduce. A method with a
-            cached teacher has none, because the cache does not have all probabilities.
-        stages: Stages of the launcher; empty for a loop.
+        reference: Method whose first loss this method must reproduce, because it has the same
+            batches; ``None``: the first loss is not checked. With a cached teacher it cannot be
+            checked, because the cache has only the teacher's largest probabilities.
+        stages: Stages of the launcher; empty for a baseline.
         overrides: Further overrides of the launcher.
     """
 
@@ -97,30 +101,35 @@ METHODS = {
     "loop-bf16": DistillMethod("loop-fp32"),
     "modelopt-bf16": DistillMethod("loop-fp32"),
 }
-"""``cached``: with a cached teacher. ``compiled``: with ``compile``. ``megatron``: with no
-``cpu_speed_patches``."""
-for patch in SPEED_PATCH_NAMES:  # nemo-cached-compiled, without this patch
+"""Methods by name. ``nemo`` and ``megatron`` run the stage ``distill``, ``megatron`` without this
+repository's patches of Megatron (``cpu_speed_patches``). ``cached``: with a cached teacher.
+``compiled``: with ``stages.distill.compile``. ``loop`` and ``modelopt`` are ``BASELINES``."""
+for patch in SPEED_PATCH_NAMES:  # adds nemo-cached-compiled with all patches but this one
     others = ",".join(name for name in SPEED_PATCH_NAMES if name != patch)
     overrides = ("teacher=cached", COMPILED, f"stages.distill.cpu_speed_patches=[{others}]")
     METHODS[f"without-{patch}"] = DistillMethod(None, CACHED_STAGES, overrides)
+# Methods that run without --only.
 DEFAULTS = [name for name in METHODS if not name.startswith(("without-", "megatron-"))]
 
 
 @dataclass(frozen=True)
 class Result:
-    """A method's speeds in tokens/s, of all steps after warm-up in all rounds."""
+    """A method's results over all rounds. Speeds are in tokens/s, of steps after warm-up."""
 
     tokens_per_second: float
     """Median over rounds of the median speed of a round's steps."""
     slowest: float
     """Speed of the slowest step."""
     fastest: float
+    """Speed of the fastest step."""
     peak_rss_bytes: int
     planned_tokens_per_second: float | None
     ratios: dict[str, float]
-    """Speed divided by the speed of each baseline that ran."""
+    """``tokens_per_second`` divided by that of each baseline that ran."""
     first_loss: float
+    """Loss of the first step in the last round."""
     last_loss: float
+    """Loss of the last step in the last round."""
 
 
 def run_method(name: str, shape: Shape, run_dir: Path) -> TrainingRun:
@@ -145,7 +154,8 @@ def _run_stages(method: DistillMethod, shape: Shape, run_dir: Path, scratch: Pat
         "distill.inputs.data": run_dir / "prepare_data",
         f"{teacher_stage}.inputs.data": run_dir / "prepare_data",
         f"{teacher_stage}.inputs.teacher": run_dir / "import_hf",
-        "distill.lm_weight": 0,  # as in the loops: no next-token loss, a constant learning rate
+        # As in the baselines: no next-token loss, and a constant learning rate.
+        "distill.lm_weight": 0,
         "distill.max_steps": shape.steps,
         "distill.micro_batch_size": shape.micro_batch,
         "distill.global_batch_size": shape.micro_batch,
@@ -175,16 +185,19 @@ def speeds(record: TrainingRun, shape: Shape) -> list[float]:
     Step 1 has no start time, because only the ends of steps are recorded.
     """
     tokens = shape.micro_batch * shape.seq_length
-    # The index of the step at whose end the first counted step starts.
-    last_warm_up = min(WARM_UP_STEPS, shape.steps - 1) - 1
-    ends = record.ends[last_warm_up:]
+    last_warm_up = min(WARM_UP_STEPS, shape.steps - 1) - 1  # an index of ``ends``
+    ends = record.ends[last_warm_up:]  # the first counted step starts when the last warm-up ends
     return [tokens / (end - start) for start, end in pairwise(ends)]
 
 
 def summarise(records: Mapping[str, Sequence[TrainingRun]], shape: Shape) -> dict[str, Result]:
-    """Summarises all rounds of each method."""
-    rounds = {name: [speeds(r, shape) for r in runs] for name, runs in records.items()}
-    medians = {name: median(median(steps) for steps in runs) for name, runs in rounds.items()}
+    """Summarises all rounds of each method; ``records`` has one run per round."""
+    # The speed of every counted step, by method and round.
+    rounds = {name: [speeds(run, shape) for run in runs] for name, runs in records.items()}
+    medians = {
+        name: median(median(steps) for steps in method_rounds)
+        for name, method_rounds in rounds.items()
+    }
     return {
         name: Result(
             tokens_per_second=medians[name],
@@ -206,23 +219,25 @@ def disagreements(results: Mapping[str, Result]) -> Iterable[str]:
         reference = METHODS[name].reference
         if reference is not None and reference in results:
             loss, expected = result.first_loss, results[reference].first_loss
+            # "not <=" instead of ">", because a NaN must be reported, too.
             if not abs(loss - expected) <= LOSS_TOLERANCE * expected:
                 yield f"{name}: first loss {loss:.4f}, but {reference} {expected:.4f}"
 
 
 def draw(results: Mapping[str, Result], failed: Mapping[str, str]) -> None:
-    """Prints the table of results, and why methods failed."""
+    """Prints the table of results; ``failed`` has the error of each method that failed."""
     columns = "method", "tokens/s", "slowest to fastest step", "planned", "peak RSS"
     table = Table(*columns, *(f"× {baseline}" for baseline in BASELINES), "last loss")
-    for name, r in results.items():
+    for name, result in results.items():
+        planned, ratios = result.planned_tokens_per_second, result.ratios
         table.add_row(
             name,
-            f"{r.tokens_per_second:.0f}",
-            f"{r.slowest:.0f} to {r.fastest:.0f}",
-            "" if r.planned_tokens_per_second is None else f"{r.planned_tokens_per_second:.0f}",
-            f"{r.peak_rss_bytes / 1e9:.1f} GB",
-            *(f"{r.ratios[b]:.2f}" if b in r.ratios else "" for b in BASELINES),
-            f"{r.last_loss:.4f}",
+            f"{result.tokens_per_second:.0f}",
+            f"{result.slowest:.0f} to {result.fastest:.0f}",
+            "" if planned is None else f"{planned:.0f}",
+            f"{result.peak_rss_bytes / 1e9:.1f} GB",
+            *(f"{ratios[name]:.2f}" if name in ratios else "" for name in BASELINES),
+            f"{result.last_loss:.4f}",
         )
     console.print(table)
     for name, reason in failed.items():
@@ -232,8 +247,17 @@ def draw(results: Mapping[str, Result], failed: Mapping[str, str]) -> None:
 def measure(names: Sequence[str], shape: Shape, rounds: int, run_dir: Path, out: Path) -> None:
     """Runs all rounds, prints the table, and writes the results.
 
+    A method that fails does not run in later rounds, and has no results.
+
+    Args:
+        names: Methods to measure.
+        shape: Size of a method's training run.
+        rounds: Number of training runs of each method.
+        run_dir: Run of the launcher with the teacher, the student and the text.
+        out: JSON file to write.
+
     Raises:
-        RecipeError: The run's stages are not complete, or methods have different losses on the
+        RecipeError: A stage of ``run_dir`` is not complete, or methods have different losses on the
             same batches. If losses differ, the results are still written.
     """
     for stage in INPUT_STAGES:
@@ -241,7 +265,9 @@ def measure(names: Sequence[str], shape: Shape, rounds: int, run_dir: Path, out:
     records: dict[str, list[TrainingRun]] = {}
     failed: dict[str, str] = {}
     for number in range(1, rounds + 1):
-        for name in (name for name in names if name not in failed):
+        for name in names:
+            if name in failed:
+                continue
             console.print(f"round {number} of {rounds}: {name}")
             try:
                 records.setdefault(name, []).append(run_method(name, shape, run_dir))
@@ -269,13 +295,17 @@ def main() -> None:
     """Measures the methods that the command line names."""
     parser = argparse.ArgumentParser(description="Compares the speed of methods to distil.")
     parser.add_argument(
-        "--run-dir", type=Path, help="a run whose stages before distill are complete"
+        "--run-dir",
+        type=Path,
+        help="a run whose stages before distill are complete; default: runs/llama_depth_prune",
     )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences")
     parser.add_argument("--seq-length", type=int, default=256, help="tokens")
-    parser.add_argument("--only", nargs="+", default=DEFAULTS, metavar="NAME")
+    parser.add_argument(
+        "--only", nargs="+", default=DEFAULTS, metavar="NAME", help="methods to measure"
+    )
     parser.add_argument("--out", type=Path, default=Path("distill.json"))
     args = parser.parse_args()
     for name in args.only:
@@ -284,9 +314,11 @@ def main() -> None:
                 f"invalid --only {name}: there is no such method.{did_you_mean(name, METHODS)}",
                 f"use some of: {', '.join(METHODS)}",
             )
+    # The first step has no speed; see ``speeds``.
     if min(args.steps - 1, args.rounds, args.micro_batch, args.seq_length) < 1:
         raise RecipeError(
-            "there is nothing to measure",
+            "there is nothing to measure: --steps, --rounds, --micro-batch or --seq-length is too "
+            "small",
             "set --steps to at least 2, and --rounds, --micro-batch and --seq-length to at least 1",
         )
     run_dir = args.run_dir.resolve() if args.run_dir else make_inputs()

@@ -1,4 +1,4 @@
-"""Starts the launcher, and runs functions in new processes with the launcher's environment."""
+"""Starts the launcher, and runs functions in new processes with a local run's environment."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ from recipes.core.processes import cores, die_with_parent
 
 LAUNCHER = (sys.executable, str(REPO_ROOT / "launch" / "run.py"))
 INPUT_STAGES = ("import_hf", "prepare_data", "score", "prune")
+"""Stages before ``distill``. They make the teacher, the text and the student."""
 RECIPE = "llama_depth_prune"
+"""The recipe of all runs that benchmarks start."""
 
 
 def execute(command: list[str]) -> None:
     """Runs a command without GPUs, with the environment variables of ``conf/cluster/local.yaml``.
 
     Raises:
-        RecipeError: The command failed. The error has the command's message.
+        RecipeError: The command failed. The error's text is the command's error message.
     """
     env = OmegaConf.load(REPO_ROOT / "conf" / "cluster" / "local.yaml").env
-    done = subprocess.run(
+    process = subprocess.run(
         command,
         cwd=REPO_ROOT,
         env={
@@ -46,8 +48,9 @@ def execute(command: list[str]) -> None:
         check=False,
         preexec_fn=die_with_parent,
     )
-    if done.returncode:
-        lines = (done.stdout + done.stderr).strip().splitlines() or ["it ended without a message"]
+    if process.returncode:
+        output = (process.stdout + process.stderr).strip()
+        lines = output.splitlines() or ["the command ended without a message"]
         # The message starts at the first line with ``error: ``. Without one, it is the last line.
         errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
         first = errors[0] if errors else len(lines) - 1
@@ -55,19 +58,24 @@ def execute(command: list[str]) -> None:
 
 
 def call_in_process(function: str, *args: object) -> Any:
-    """Calls a function, given as ``MODULE:NAME``, in a new process, and returns its result."""
+    """Calls a function in a new process and returns its result.
+
+    Args:
+        function: The function as ``MODULE:NAME``.
+        args: Its arguments. They and the result are pickled.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        call, result = Path(scratch) / "call", Path(scratch) / "result"
-        call.write_bytes(pickle.dumps((function, args)))
-        execute([sys.executable, "-m", "benchmarks.launching", str(call), str(result)])
-        return pickle.loads(result.read_bytes())
+        call_file, result_file = Path(scratch) / "call", Path(scratch) / "result"
+        call_file.write_bytes(pickle.dumps((function, args)))
+        execute([sys.executable, "-m", "benchmarks.launching", str(call_file), str(result_file)])
+        return pickle.loads(result_file.read_bytes())
 
 
 def main() -> None:
-    """Calls the function in the child process of ``call_in_process``, and writes its result."""
-    call, result = map(Path, sys.argv[1:])
-    function, args = pickle.loads(call.read_bytes())
-    result.write_bytes(pickle.dumps(resolve_name(function)(*args)))
+    """Runs in the child process of ``call_in_process``: calls the function, writes its result."""
+    call_file, result_file = map(Path, sys.argv[1:])
+    function, args = pickle.loads(call_file.read_bytes())
+    result_file.write_bytes(pickle.dumps(resolve_name(function)(*args)))
 
 
 def launch(
@@ -76,11 +84,11 @@ def launch(
     """Runs stages with the launcher.
 
     Args:
-        base: Run directory whose teacher the new run uses.
+        base: Run directory with the result of ``import_hf``. The new run has the same teacher.
         out: Run directory to write.
         stages: Names of the stages.
-        settings: Fields below ``stages``, for example inputs from ``base``.
-        overrides: Further overrides.
+        settings: Values of settings, by name below ``stages``, for example ``distill.lr``.
+        overrides: Further overrides for the launcher.
     """
     hf_path = complete_manifest(base / "import_hf").config["hf_path"]
     execute(
@@ -97,13 +105,17 @@ def launch(
 
 
 def make_inputs() -> Path:
-    """Runs the stages before distillation unless they are complete; returns the run directory."""
+    """Runs those of ``INPUT_STAGES`` that are not complete, and returns the run directory."""
     execute([*LAUNCHER, f"recipe={RECIPE}", f"only=[{','.join(INPUT_STAGES)}]"])
     return REPO_ROOT / "runs" / RECIPE
 
 
 def model_folder(source: str | None) -> Path:
-    """Returns the folder of a Hugging Face model, downloaded if necessary; by default SmolLM2."""
+    """Returns the folder of a Hugging Face model; downloads a model that is not a local folder.
+
+    Args:
+        source: Folder or source of the model; ``None``: SmolLM2-135M.
+    """
     smollm2 = OmegaConf.load(REPO_ROOT / "conf" / "model" / "smollm2_135m.yaml").hf_path
     return resolve(source or smollm2)
 
@@ -123,7 +135,7 @@ def complete_manifest(stage_dir: Path) -> Manifest:
 
 
 def run_main(module: str) -> None:
-    """Runs ``main`` of a benchmark. Prints an error that a user can fix as one message.
+    """Runs ``main`` of a benchmark. Prints a ``RecipeError`` as one message, without a traceback.
 
     The module is imported by name, because child processes cannot unpickle classes of ``__main__``.
     """

@@ -28,7 +28,8 @@ from recipes.data.token_sequences import first_sequences
 from recipes.evaluation.text_quality import load_transformers
 
 LR, BETA1, BETA2, WEIGHT_DECAY, CLIP = 1e-4, 0.9, 0.95, 0.1, 1.0
-"""The optimizer settings of the stage ``distill``, with a constant learning rate."""
+"""The optimizer settings of the stage ``distill``, with a constant learning rate. ``CLIP`` is the
+largest norm of the gradient."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,12 @@ class LoopInputs:
     """Inputs of a baseline."""
 
     teacher: Any
+    """A transformers model, as ``student``."""
     student: Any
     batches: Tensor
     """Tokens, int64 [steps, micro batch, sequence]."""
     bfloat16: bool
+    """Whether the student runs in autocast to bfloat16; otherwise, all is in float32."""
 
 
 def loss_of(inputs: LoopInputs, tokens: Tensor) -> Tensor:
@@ -47,15 +50,17 @@ def loss_of(inputs: LoopInputs, tokens: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16, enabled=inputs.bfloat16):
         with torch.inference_mode():
             teacher_logits = inputs.teacher(tokens).logits
-        logits = inputs.student(tokens).logits
-    student, teacher = (
-        log_softmax(values.float().flatten(0, 1), dim=-1) for values in (logits, teacher_logits)
+        student_logits = inputs.student(tokens).logits
+    student_log_probs, teacher_log_probs = (
+        log_softmax(logits.float().flatten(0, 1), dim=-1)
+        for logits in (student_logits, teacher_logits)
     )
-    return kl_div(student, teacher, log_target=True, reduction="sum") / tokens.numel()
+    kl_sum = kl_div(student_log_probs, teacher_log_probs, log_target=True, reduction="sum")
+    return kl_sum / tokens.numel()
 
 
-def loop(inputs: LoopInputs, record: TrainingRun) -> None:
-    """Trains in a plain PyTorch loop, as a user would write it."""
+def train_in_loop(inputs: LoopInputs, record: TrainingRun) -> None:
+    """Trains in a plain PyTorch loop, as a user would write it; adds each step to ``record``."""
     optimizer = torch.optim.AdamW(
         inputs.student.parameters(),
         lr=LR,
@@ -73,8 +78,10 @@ def loop(inputs: LoopInputs, record: TrainingRun) -> None:
         record.losses.append(loss.item())
 
 
-def modelopt(inputs: LoopInputs, record: TrainingRun) -> None:
-    """Trains with ModelOpt's ``KDTrainer``, a transformers ``Trainer``, and ModelOpt's loss.
+def train_with_modelopt(inputs: LoopInputs, record: TrainingRun) -> None:
+    """Trains with ModelOpt's loss and its ``KDTrainer``, a subclass of transformers' ``Trainer``.
+
+    Adds each step to ``record``.
 
     Raises:
         RecipeError: accelerate, which ``Trainer`` needs, is not installed.
@@ -92,7 +99,7 @@ def modelopt(inputs: LoopInputs, record: TrainingRun) -> None:
 
     class UnshuffledTrainer(KDTrainer):
         def _get_train_sampler(self, *_: Any) -> None:
-            """Returns ``None``, so that sequences keep their order, as in ``loop``."""
+            """Returns ``None``: sequences keep their order, as in ``train_in_loop``."""
 
     _, micro_batch, _ = inputs.batches.shape
     with tempfile.TemporaryDirectory() as folder:
@@ -128,9 +135,9 @@ def modelopt(inputs: LoopInputs, record: TrainingRun) -> None:
 
 
 LOOPS: dict[str, tuple[Callable[[LoopInputs, TrainingRun], None], bool]] = {
-    "loop-fp32": (loop, False),
-    "loop-bf16": (loop, True),
-    "modelopt-bf16": (modelopt, True),
+    "loop-fp32": (train_in_loop, False),
+    "loop-bf16": (train_in_loop, True),
+    "modelopt-bf16": (train_with_modelopt, True),
 }
 """Function of each baseline, and whether it trains in bfloat16."""
 
@@ -143,16 +150,19 @@ def run_baseline(name: str, shape: Shape, run_dir: Path) -> TrainingRun:
     """
     train, bfloat16 = LOOPS[name]
     count = shape.steps * shape.micro_batch
-    text = first_sequences(run_dir / "prepare_data" / ARTIFACT, "train", shape.seq_length, count)
-    if len(text) < count:
+    prepared_text = run_dir / "prepare_data" / ARTIFACT
+    sequences = first_sequences(prepared_text, "train", shape.seq_length, count)
+    if len(sequences) < count:
         raise RecipeError(
-            f"training needs {count} sequences, but {run_dir} has {len(text)}", "lower --steps"
+            f"training needs {count} sequences, but {run_dir} has {len(sequences)}",
+            "lower --steps",
         )
     teacher = load_transformers(find_checkpoint(run_dir / "import_hf" / ARTIFACT))
     student = load_transformers(find_checkpoint(run_dir / "prune" / ARTIFACT))
     teacher.config.use_cache = student.config.use_cache = False
     teacher = teacher.to(torch.bfloat16 if bfloat16 else torch.float32)
     record = TrainingRun()
-    train(LoopInputs(teacher, student.train(), text.view(astuple(shape)), bfloat16), record)
-    record.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    batches = sequences.view(astuple(shape))  # [steps, micro batch, sequence]
+    train(LoopInputs(teacher, student.train(), batches, bfloat16), record)
+    record.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # from KiB
     return record

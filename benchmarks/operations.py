@@ -1,9 +1,10 @@
 """Times the operations of a distillation step, except linear layers, in bfloat16 on a CPU.
 
-``python -m benchmarks.operations`` times PyTorch's fused attention, the attention of training,
-norms, gated activations and the loss on logits, at the sizes of SmolLM2-135M. It times the forward
-pass, forward and backward pass together, and both passes compiled (not for attention). Start the
-benchmark with the environment variables of ``conf/cluster/local.yaml``. The variable
+``python -m benchmarks.operations`` times PyTorch's fused attention, the stage ``distill``'s own
+attention, norms, gated activations and the loss on logits, at the sizes of SmolLM2-135M. For each
+operation it times the forward pass, and the forward and backward pass together. Except for
+attention, it also times the compiled forward and backward pass. Start the benchmark with the
+environment variables of ``conf/cluster/local.yaml``. The variable
 ``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`` disables AMX.
 """
 
@@ -32,37 +33,45 @@ class Sizes:
 
     sequences: int = 4
     tokens: int = 256
+    """Tokens per sequence."""
     heads: int = 9
+    """Attention (query) heads."""
     groups: int = 3
+    """Query groups: heads of keys and values."""
     head_size: int = 64
     ffn: int = 1536
+    """Hidden size of the feed-forward layer."""
     vocabulary: int = 49152
 
 
 @dataclass(frozen=True)
 class Times:
-    """Shortest times in milliseconds."""
+    """Shortest times of an operation, in milliseconds."""
 
     forward: float
-    both: float
+    forward_backward: float
     """Time of forward and backward pass."""
     compiled: float | None
     """Time of the compiled forward and backward pass; ``None`` if not measured."""
 
 
 def cases(sizes: Sizes) -> dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]]:
-    """Returns the operations by name, each with the shapes of its inputs."""
+    """Returns the operations by name, each with the shapes of its inputs.
+
+    The loss has one input, the student's logits. Other inputs are in Megatron's layout
+    [tokens, sequences, ...].
+    """
     leading = (sizes.tokens, sizes.sequences)
     query = (*leading, sizes.heads, sizes.head_size)
     key = (*leading, sizes.groups, sizes.head_size)
     hidden = sizes.heads * sizes.head_size
     rows = sizes.tokens * sizes.sequences
-    logits = torch.randn(rows, sizes.vocabulary).bfloat16()
+    teacher_logits = torch.randn(rows, sizes.vocabulary).bfloat16()
     labels = torch.randint(sizes.vocabulary, (rows,))
 
-    def loss(student: Tensor) -> Tensor:
-        targets = LossTargets(logits, labels, (1.0, 0.2))  # weights of KD and next-token loss
-        return combined_loss(student, targets, LogitsLoss())[0]
+    def loss(student_logits: Tensor) -> Tensor:
+        targets = LossTargets(teacher_logits, labels, (1.0, 0.2))  # KD and next-token weights
+        return combined_loss(student_logits, targets, LogitsLoss())[0]
 
     return {
         "attention, PyTorch's": (lambda q, k, v: attend(q, k, v, SCALE), [query, key, key]),
@@ -79,22 +88,31 @@ def measure(
     repeats: int,
     compile_too: bool = True,
 ) -> Times:
-    """Times an operation. Kernels are compiled during the warm-up, which does not count."""
+    """Times an operation.
+
+    Args:
+        function: The operation.
+        shapes: Shapes of its inputs, which are random.
+        repeats: Largest number of runs of each measurement; the shortest run counts.
+        compile_too: Whether to time compiled passes as well, if a compiler is installed. They are
+            compiled in the warm-up of ``best_seconds``, which does not count.
+    """
     inputs = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
     upstream = torch.randn_like(function(*inputs))  # the gradient of the output
 
     def best_ms(run: Callable[[], object]) -> float:
         return 1000 * best_seconds(run, repeats=repeats)
 
-    def both() -> None:
+    def forward_backward() -> None:
         function(*inputs).backward(upstream)
 
     with torch.no_grad():
         forward = best_ms(lambda: function(*inputs))
-    eager, compiled = best_ms(both), None
+    eager = best_ms(forward_backward)
+    compiled = None
     if compile_too and missing_compiler() is None:
         with compilation():
-            compiled = best_ms(both)
+            compiled = best_ms(forward_backward)
     return Times(forward, eager, compiled)
 
 
@@ -107,9 +125,10 @@ def main() -> None:
     torch.manual_seed(0)
     table = plain_table("milliseconds", "operation", "forward", "forward and backward", "compiled")
     for name, (function, shapes) in cases(Sizes(tokens=args.tokens)).items():
-        times = measure(function, shapes, args.repeats, not name.startswith("attention"))
+        is_attention = name.startswith("attention")
+        times = measure(function, shapes, args.repeats, compile_too=not is_attention)
         compiled = "" if times.compiled is None else f"{times.compiled:.2f}"
-        table.add_row(name, f"{times.forward:.2f}", f"{times.both:.2f}", compiled)
+        table.add_row(name, f"{times.forward:.2f}", f"{times.forward_backward:.2f}", compiled)
     screen().print(table)
 
 

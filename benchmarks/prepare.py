@@ -1,4 +1,4 @@
-"""Measures the speed and memory of text preparation, by number of processes and size of the text.
+"""Measures speed and memory of text preparation for several process counts and text sizes.
 
     python -m benchmarks.prepare [--model FOLDER_OR_SOURCE] [--megabytes N] [--processes 1 2]
 
@@ -24,13 +24,15 @@ from benchmarks.launching import call_in_process, model_folder, run_main
 from recipes.core.files import REPO_ROOT
 
 SIZE_FACTORS = (1, 10)
+"""Sizes of the texts, in units of ``--megabytes``."""
 
 
 @dataclass(frozen=True)
 class PreparationRun:
-    """One preparation; memory in bytes."""
+    """Measurements of one preparation; memory in bytes."""
 
     tokens: int
+    """Tokens of all splits."""
     seconds: float
     main_memory: float
     """Peak anonymous memory of the main process, minus its memory after imports."""
@@ -39,7 +41,7 @@ class PreparationRun:
 
 
 def write_text(path: Path, size: int) -> None:
-    """Writes at least ``size`` bytes of different documents."""
+    """Writes JSON lines of different documents until the file has at least ``size`` bytes."""
     from omegaconf import OmegaConf
 
     from recipes.data.corpus import read_source
@@ -55,7 +57,14 @@ def write_text(path: Path, size: int) -> None:
 
 
 def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> PreparationRun:
-    """Prepares text in this process and measures it."""
+    """Prepares a text in this process, as the stage ``prepare_data`` does, and measures this.
+
+    Args:
+        text: JSON-lines file.
+        model: Hugging Face folder with the tokenizer.
+        processes: Number of processes that tokenize.
+        folder: Folder to write.
+    """
     from recipes.core.metrics import MetricsLog
     from recipes.data import preparation
     from recipes.data.corpus import TOKEN_BYTES
@@ -65,12 +74,14 @@ def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Prepa
     cfg = PrepareDataConfig(sources=[str(text)], processes=processes)
     tokenizer = load_tokenizer(model)
     tokenizer.encode(["a"])  # the first call initialises the tokenizer
+    # ``run_and_measure`` does not return the result of ``prepare``, so this list collects it.
     states: list[preparation.PreparationState] = []
     main_process = run_and_measure(
         lambda: states.append(preparation.prepare(cfg, tokenizer, folder, MetricsLog(None)))
     )
-    tokens = sum(size for size, _ in states[0].sizes.values()) // TOKEN_BYTES
+    tokens = sum(num_bytes for num_bytes, _ in states[0].sizes.values()) // TOKEN_BYTES
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # With one process, the main process tokenizes. ``ru_maxrss`` is in KiB.
     tokenizer_memory = children.ru_maxrss * 1024.0 if processes > 1 else 0.0
     return PreparationRun(
         tokens,
@@ -81,7 +92,7 @@ def prepare_once(text: Path, model: Path, processes: int, folder: Path) -> Prepa
 
 
 def measure(text: Path, model: Path, processes: int) -> PreparationRun:
-    """Prepares text in a child process and measures it."""
+    """Calls ``prepare_once`` in a child process, with a temporary folder beside the text."""
     with tempfile.TemporaryDirectory(dir=text.parent) as folder:
         args = text, model, processes, Path(folder)
         run: PreparationRun = call_in_process("benchmarks.prepare:prepare_once", *args)

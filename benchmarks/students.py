@@ -7,10 +7,13 @@
 
 A variant is a name, followed by overrides of the launcher. Each variant trains once per seed, in a
 run of the launcher in ``OUT/NAME-SEED``. All variants start from the same student and have the same
-schedule. An interrupted benchmark resumes. A variant that overrides ``data`` prepares its own
-training text; the others train on that of ``--run-dir``, and set weights if it has several sources.
-All variants are evaluated on the held-out text of ``--run-dir``, whose documents are left out of a
-variant's own training text, unless this is ``data.prefix``.
+schedule. The same command resumes an interrupted benchmark.
+
+A variant that overrides ``data`` prepares its own training text. Other variants train on the text
+of ``--run-dir``. If this text has several sources, they must set ``stages.distill.weights``.
+
+All variants are evaluated on the held-out text of ``--run-dir``. A variant's own training text does
+not contain these held-out documents, except if it comes prepared in ``data.prefix``.
 
 Choose a variant by its validation loss. This loss is measured on the validation text of the
 variant's data, so compare only variants with the same data. Held-out text is for reporting.
@@ -34,19 +37,19 @@ from recipes.core.files import write_json
 from recipes.core.screen import plain_table, screen
 from recipes.data.results import DatasetResult
 from recipes.distillation.results import TrainingResult
-from recipes.evaluation.results import ROLES, EvaluationResult, TextQuality
+from recipes.evaluation.results import EvaluationResult, TextQuality
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant of training: a name and overrides of the launcher."""
+    """A variant of training: a name and overrides for the launcher."""
 
     name: str
     overrides: list[str]
 
     @property
     def has_own_data(self) -> bool:
-        """Whether the variant prepares its own text."""
+        """Whether the variant prepares its own training text."""
         return any(o.startswith(("data=", "data.")) for o in self.overrides)
 
 
@@ -57,6 +60,7 @@ class StudentResult:
     variant: str
     seed: int
     tokens: int
+    """Tokens that the student was trained on."""
     seconds: float
     """Time of the training steps."""
     validation_loss: float | None
@@ -67,7 +71,8 @@ def parse_variant(text: str) -> Variant:
     """Parses ``NAME OVERRIDE ...``.
 
     Raises:
-        RecipeError: The name is missing or invalid for a folder, or an override sets the teacher.
+        RecipeError: The name is missing or cannot be a folder's name, or an override sets
+            ``teacher``.
     """
     name, *overrides = shlex.split(text) or [""]
     if not name or "=" in name or "/" in name:
@@ -89,7 +94,7 @@ def train(
         variant: Losses or data to train with.
         seed: Seed of the training.
         steps: Optimizer steps.
-        base: Run with the teacher and the text.
+        base: Run with the teacher, the pruned model and the text.
         student: Directory of the stage that made the student to start from.
         out: Run directory to write.
     """
@@ -109,6 +114,7 @@ def train(
     if variant.has_own_data:
         stages.insert(0, "prepare_data")
         settings["prepare_data.inputs.tokenizer"] = teacher
+        # A student must not be trained on documents on which it is evaluated.
         overrides.append(f"+stages.prepare_data.inputs.held_out={data}")
     else:
         require_weights(variant, data)
@@ -127,10 +133,17 @@ def train(
 
 
 def require_weights(variant: Variant, data: Path) -> None:
-    """Checks that a variant sets weights for text of several sources, which has lost its own.
+    """Checks that a variant sets weights if the text that it shares has several sources.
+
+    Weights in ``data.sources`` of the run that prepared the text do not apply to other runs.
+    Without weights, longer sources would count more, without a message.
+
+    Args:
+        variant: A variant that does not prepare its own text.
+        data: Directory of the stage ``prepare_data`` that prepared the text.
 
     Raises:
-        RecipeError: The variant sets none. Longer sources would count more, without a message.
+        RecipeError: The text has several sources, and the variant sets no weights.
     """
     sources = complete_manifest(data).result(DatasetResult).source_tokens["train"]
     if len(sources) > 1 and not any("stages.distill.weights=" in o for o in variant.overrides):
@@ -144,7 +157,12 @@ def require_weights(variant: Variant, data: Path) -> None:
 
 
 def by_source(result: EvaluationResult, role: str) -> dict[str, TextQuality]:
-    """Returns a model's quality by source of the text."""
+    """Returns a model's quality by source of the text; if there is only one, it is named "text".
+
+    Args:
+        result: The evaluation.
+        role: The model: ``teacher``, ``pruned`` or ``distilled``.
+    """
     sources = result.sources.items()
     qualities: dict[str, TextQuality] = {name: getattr(source, role) for name, source in sources}
     return qualities or {"text": result.models()[role]}
@@ -153,21 +171,22 @@ def by_source(result: EvaluationResult, role: str) -> dict[str, TextQuality]:
 def cells(results: Sequence[EvaluationResult], role: str) -> list[str]:
     """Returns a model's cells in the table: perplexity overall and by source, and KL.
 
-    The overall perplexity is the geometric mean over sources. ``results`` has one result per seed;
-    a cell shows the mean and the standard deviation over seeds.
+    The overall perplexity is the geometric mean over sources. The KL is the mean over sources.
+    ``results`` has one result per seed. A cell shows the mean and the standard deviation over
+    seeds.
     """
-    models = [by_source(result, role) for result in results]
-    losses = [fmean([q.loss for q in model.values()]) for model in models]
-    kls = [fmean([q.kl_to_teacher for q in model.values()]) for model in models]
+    seeds = [by_source(result, role) for result in results]  # one dictionary per seed
+    losses = [fmean([quality.loss for quality in seed.values()]) for seed in seeds]
+    kls = [fmean([quality.kl_to_teacher for quality in seed.values()]) for seed in seeds]
     return [
         with_spread([math.exp(loss) for loss in losses]),
-        *(with_spread([model[name].perplexity for model in models]) for name in models[0]),
+        *(with_spread([seed[source].perplexity for seed in seeds]) for source in seeds[0]),
         with_spread(kls, ".3f"),
     ]
 
 
 def with_spread(values: Sequence[float], style: str = ".1f") -> str:
-    """Formats the mean and the standard deviation over seeds."""
+    """Formats the mean over seeds and, if there are several seeds, the standard deviation."""
     text = format(fmean(values), style)
     return f"{text} ± {format(stdev(values), style)}" if len(values) > 1 else text
 
@@ -179,18 +198,19 @@ def draw(results: Sequence[StudentResult]) -> Table:
         "held-out text", "variant", "tokens", "s", "validation loss", "perplexity",
         *by_source(first, "teacher"), "KL", "recovered",
     )  # fmt: skip
-    for role in ROLES[:2]:
+    for role in ("teacher", "pruned"):  # the same models in all results
         table.add_row(role, "", "", "", *cells([first], role), "")
     for name in dict.fromkeys(result.variant for result in results):
         runs = [result for result in results if result.variant == name]  # one for each seed
         losses = [run.validation_loss for run in runs if run.validation_loss is not None]
-        recovered = [r for run in runs if (r := run.evaluation.recovered) is not None]
+        evaluations = [run.evaluation for run in runs]
+        recovered = [e.recovered for e in evaluations if e.recovered is not None]
         table.add_row(
             name,
             f"{runs[0].tokens:,}",
             with_spread([run.seconds for run in runs], ".0f"),
             with_spread(losses, ".3f") if losses else "",
-            *cells([run.evaluation for run in runs], "distilled"),
+            *cells(evaluations, "distilled"),
             with_spread(recovered, ".1%") if recovered else "",
         )
     return table
@@ -202,7 +222,7 @@ def main() -> None:
     parser.add_argument("--variant", action="append", required=True, help="NAME OVERRIDE ...")
     parser.add_argument("--run-dir", type=Path, help=f"run of {RECIPE}, complete up to prune")
     parser.add_argument(
-        "--student", default="prune", help="stage of that run with the student's checkpoint"
+        "--student", default="prune", help="stage of --run-dir with the student's checkpoint"
     )
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1234])

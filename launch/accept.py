@@ -1,7 +1,8 @@
 """Keeps stale results that the user accepts; refuses to replace expensive ones without ``force``.
 
 A stale result was computed with other settings, inputs, code or libraries than those of the plan.
-Interrupted work that the user accepts is resumed with the code that it was started with.
+The setting ``accept`` can also list a stage that was interrupted before its code changed. The stage
+then resumes with the code that it was started with.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from recipes.planning.training_cost import hours_text
 
 
 def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
-    """Plans to keep a stage's stale result, if this command or an earlier one accepts it.
+    """Plans to keep a stage's stale result, if this command or an earlier command accepts it.
 
-    An earlier acceptance counts until settings, inputs, code or libraries change again. It also
-    ends if an input was computed again with other content, or will be computed again.
+    An earlier acceptance ends when settings, inputs, code or libraries change again. It also ends
+    if an input was computed again with other content, or will be computed again in this plan.
     The returned stage has the kept result's fingerprint, because later stages use that result.
+    If nothing is accepted, the stage is returned unchanged.
 
     Args:
         stage: The stage, as planned without acceptance.
@@ -39,17 +41,18 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
     if result is None or stage.action == SKIP:
         return stage
     acceptance = result.accepted
-    content = {} if stage.rerun_inputs else content_of(stage.inputs)
+    # The content of an input that will run again is not known yet.
+    input_content = {} if stage.rerun_inputs else content_of(stage.inputs)
     is_current = (
         acceptance is not None
         and acceptance.fingerprint == stage.fingerprint
         and not stage.rerun_inputs
-        and not replaced_inputs(acceptance.input_content, content)
+        and not replaced_inputs(acceptance.input_content, input_content)
     )
     if not named and not is_current:
         return stage
     if acceptance is None or not is_current:
-        acceptance = Acceptance(stage.fingerprint, stale_reasons(stage, result), content)
+        acceptance = Acceptance(stage.fingerprint, stale_reasons(stage, result), input_content)
     return replace(
         stage,
         fingerprint=result.fingerprint,
@@ -61,18 +64,29 @@ def accept_result(stage: PlannedStage, *, named: bool) -> PlannedStage:
 
 
 def _resume(stage: PlannedStage) -> PlannedStage:
-    """Plans to resume a stage's interrupted work with the code that it was started with."""
+    """Plans to resume a stage's interrupted work with the code that it was started with.
+
+    Raises:
+        RecipeError: There is no interrupted work, its code was not stored, or other things than
+            its code changed.
+    """
     if stage.action == RESUME:
         return stage
-    begun = stage.state().begun
+    interrupted = stage.state().begun
     run_dir = stage.directory.parent
-    if not (begun and begun.snapshot and snapshot_dir(run_dir, begun.snapshot).is_dir()):
+    if not (
+        interrupted
+        and interrupted.snapshot
+        and snapshot_dir(run_dir, interrupted.snapshot).is_dir()
+    ):
         raise RecipeError(
-            f"accept=[{stage.name}], but {stage.name} has no complete result.",
+            f"accept=[{stage.name}], but {stage.name} has no complete result and no interrupted "
+            "work that can be resumed.",
             f"leave {stage.name} out of accept",
         )
-    changes = describe_changes(stage, begun)
-    if compare(stage, begun) != ({}, ["code"]):
+    changes = describe_changes(stage, interrupted)
+    only_code_changed = compare(stage, interrupted) == ({}, ["code"])
+    if not only_code_changed:
         raise RecipeError(
             f"accept=[{stage.name}], but {stage.name} was interrupted, and since then "
             f"{', '.join(changes)} (accept resumes it only if nothing but its code changed).",
@@ -80,26 +94,30 @@ def _resume(stage: PlannedStage) -> PlannedStage:
         )
     return replace(
         stage,
-        code=begun.code,
-        fingerprint=begun.fingerprint,
+        code=interrupted.code,
+        fingerprint=interrupted.fingerprint,
         action=RESUME,
         reason="was interrupted; runs the code that it was started with",
         kept={**stage.kept, stage.name: changes},
-        resumed=begun,
+        resumed=interrupted,
     )
 
 
 def stale_reasons(stage: PlannedStage, result: Manifest) -> list[str]:
     """Returns why a complete result is stale: what changed and which inputs run again.
 
-    If there is neither, returns the reason why the stage runs, such as a replaced input.
+    If nothing changed and no input runs again, returns the reason why the stage runs, such as a
+    replaced input.
     """
     changed = describe_changes(stage, result) if result.fingerprint != stage.fingerprint else []
     return [*changed, *(f"{name} runs again" for name in stage.rerun_inputs)] or [stage.reason]
 
 
 def new_acceptances(stages: Iterable[PlannedStage]) -> dict[Path, Acceptance | None]:
-    """Returns the acceptances to record, by stage directory; ``None`` removes an acceptance."""
+    """Returns the acceptances that differ from the recorded ones, by stage directory.
+
+    ``None`` removes the recorded acceptance.
+    """
     return {
         stage.directory: stage.accepted
         for stage in stages
@@ -112,9 +130,17 @@ def new_acceptances(stages: Iterable[PlannedStage]) -> dict[Path, Acceptance | N
 def require_confirmed(
     stages: Iterable[PlannedStage], force: Collection[str], confirm_above: float
 ) -> None:
-    """Refuses to replace a result that cost more device-hours than ``confirm_above``.
+    """Refuses to replace a result that cost more than ``confirm_above`` device-hours.
 
     ``force`` must list each such stage, even a stage that reruns only because of an earlier stage.
+
+    Args:
+        stages: The planned stages.
+        force: Names of the stages whose results may be replaced.
+        confirm_above: Device-hours.
+
+    Raises:
+        RecipeError: ``force`` does not list a stage with such a result.
     """
     expensive: dict[str, str] = {}
     for stage in stages:

@@ -29,27 +29,29 @@ class Cluster:
 
     @property
     def follow(self) -> bool:
-        """Whether the launcher waits until the stages have ended."""
+        """Whether the launcher waits until the stages have ended, and shows their progress."""
         return True
 
 
 def stage_variables(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
     """Returns the environment variables that a stage gets on every cluster.
 
-    The variables make Python import the snapshot of the code. Under tensor or context parallelism
-    they set the number of CUDA's connections. The user's ``env`` is included.
+    These are the user's variables (``cluster.env`` and ``resources.env``), the variables that make
+    Python import the snapshot of the code, and with tensor or context parallelism on some GPUs
+    ``CUDA_DEVICE_MAX_CONNECTIONS``.
     """
     connections = stage.chain.hardware.cuda_device_max_connections
     # A search trains its candidates with the settings in its field ``distill``.
     training_config = getattr(stage.config, "distill", stage.config)
     sizes = ("tensor_model_parallel_size", "context_parallel_size")
     is_split = max(getattr(training_config, size, 1) for size in sizes) > 1
-    kernel_order = {}
+    kernel_order_env = {}
     if is_split and connections is not None:
         # On GPUs before Blackwell, communication overlaps with computation only if kernels start in
         # the order of their calls. One connection ensures this order.
-        kernel_order = {"CUDA_DEVICE_MAX_CONNECTIONS": str(connections)}
-    variables = {**kernel_order, **cluster.env, **stage.config.resources.env}
+        kernel_order_env = {"CUDA_DEVICE_MAX_CONNECTIONS": str(connections)}
+    variables = {**kernel_order_env, **cluster.env, **stage.config.resources.env}
+    # The snapshot comes before the user's PYTHONPATH, if there is one.
     paths = filter(None, [str(stage.code_dir), variables.get("PYTHONPATH")])
     # Without PYTHONSAFEPATH, Python would first look in the working directory, often the checkout.
     return {**variables, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}

@@ -38,14 +38,20 @@ STYLES = {
 STOP_SECONDS, SIGNAL_SECONDS = 60.0, 10.0
 """Time limit for a launcher to stop, and time between two signals to the launcher."""
 ROOT = Path("runs")
+"""Default folder of runs."""
 YES = "--yes"
+"""Without this option, ``runs clean`` only lists what it would delete."""
 AGE_UNITS = (("days", 86400), ("h", 3600), ("min", 60))
-"""Units of an age, and the seconds of each."""
+"""Units of an age, largest first, and the seconds of each."""
 INCOMPLETE = (
-    *(Status.RUNNING, Status.FAILED, Status.HUNG),
-    *(Status.STOPPED, Status.INTERRUPTED, Status.PENDING),
+    Status.RUNNING,
+    Status.FAILED,
+    Status.HUNG,
+    Status.STOPPED,
+    Status.INTERRUPTED,
+    Status.PENDING,
 )
-"""Statuses by importance: for a run, the command ``runs`` shows the first that any stage has."""
+"""Statuses, most important first. The command ``runs`` shows a run's most important status."""
 Options = Mapping[str, str]
 """Arguments ``NAME=VALUE`` of a command, such as ``run_dir=DIR``, by name."""
 
@@ -62,29 +68,37 @@ def status(options: Options, console: Console) -> None:
             detail = escape(f"{stage.detail}  {result}".strip())
             table.add_row(stage.name, f"[{style}]{stage.status}", job, detail)
         console.print(table)
-        if left := time_left(run_dir, statuses):
-            console.print(f"about {format_seconds(left)} left of the run")
+        if seconds := time_left(run_dir, statuses):
+            console.print(f"about {format_seconds(seconds)} left of the run")
 
 
 def cancel(options: Options, console: Console) -> None:
-    """Cancels a run's Slurm jobs, and stops the launcher that runs its stages on this machine."""
-    stopped = False
+    """Cancels a run's Slurm jobs, and stops the launcher that runs its stages on this machine.
+
+    If the directory is that of a sweep, does so for all of its runs.
+    """
+    stopped_any = False
     for run_dir in find_runs([_directory(options)]):
-        active = active_jobs(run_dir)
-        if active:
-            cancel_jobs(job for job, _ in active.values())
-            for stage, (job, _) in active.items():
+        jobs = {stage: job for stage, (job, _) in active_jobs(run_dir).items()}
+        if jobs:
+            cancel_jobs(jobs.values())
+            for stage, job in jobs.items():
                 console.print(f"{stage}: job {job.id} cancelled")
         holder = lock.read_holder(run_dir)
         if holder is not None:
             _stop(holder, run_dir)
             where = f" at {holder.stage}" if holder.stage else " between stages"
             console.print(f"{run_dir}: stopped{where}")
-        stopped = stopped or bool(active) or holder is not None
-    console.print("the command that started the run resumes it" if stopped else "nothing runs")
+        stopped_any = stopped_any or bool(jobs) or holder is not None
+    console.print("the command that started the run resumes it" if stopped_any else "nothing runs")
 
 
 def _stop(holder: lock.Holder, run_dir: Path) -> None:
+    """Sends SIGTERM to the launcher that holds a run's lock, and waits until the lock is released.
+
+    Raises:
+        RecipeError: The launcher runs on another machine, belongs to another user or does not stop.
+    """
     if holder.host != socket.gethostname():
         raise RecipeError(
             f"{run_dir} is run by process {holder.pid} on {holder.host}.", "cancel it there"
@@ -109,8 +123,7 @@ def _stop(holder: lock.Holder, run_dir: Path) -> None:
 def logs(options: Options, console: Console) -> None:
     """Prints the end of a stage's newest log.
 
-    The default is the first stage that failed, or else hung, or else runs. If there is none, it is
-    the last stage that was started.
+    Without the option ``stage``, ``_default_stage`` chooses the stage.
     """
     [run_dir, *other_runs] = find_runs([_directory(options)])
     if other_runs:
@@ -126,13 +139,21 @@ def logs(options: Options, console: Console) -> None:
         )
     num_lines = options.get("lines", "50")
     if not num_lines.isdigit():
-        raise RecipeError(f"lines={num_lines} is not a number.", "lines=50")
+        raise RecipeError(f"lines={num_lines} is not a number.", "set a number, such as lines=50")
     console.print(f"{log}:")
     for line in tail(log, int(num_lines)):
         console.print(line, markup=False)
 
 
 def _default_stage(run_dir: Path, statuses: Sequence[StageStatus]) -> str:
+    """Returns the stage whose log is most useful.
+
+    This is the first stage that failed. If none failed, it is the first stage that hung, otherwise
+    the first stage that is running, otherwise the last stage that was started.
+
+    Raises:
+        RecipeError: No stage was started.
+    """
     for status in (Status.FAILED, Status.HUNG, Status.RUNNING):
         for stage in statuses:
             if stage.status is status:
@@ -147,7 +168,7 @@ def _default_stage(run_dir: Path, statuses: Sequence[StageStatus]) -> str:
 
 
 def compare(arguments: Sequence[str], console: Console) -> int:
-    """Writes one page about several runs: ``compare RUN1 RUN2 [out=FILE]``."""
+    """Writes an HTML page that compares several runs: ``compare RUN1 RUN2 [out=FILE]``."""
     from recipes.report.compare import describe_best, render_comparison
 
     options = [arg for arg in arguments if arg.startswith("out=")]
@@ -175,7 +196,7 @@ def runs(arguments: Sequence[str], console: Console) -> int:
         raise RecipeError(
             f"runs does not know '{' '.join(arguments)}'.", "runs [DIR], or runs clean RUN"
         )
-    root = Path(*arguments) if arguments else ROOT
+    root = Path(arguments[0]) if arguments else ROOT
     paths = runs_below(root)
     if not paths:
         raise RecipeError(f"there is no run in {root.resolve()}.", "runs DIR")
@@ -188,6 +209,7 @@ def runs(arguments: Sequence[str], console: Console) -> int:
 
 
 def _table_row(path: Path, root: Path) -> tuple[str, ...]:
+    """Returns the cells of a run in the table of ``runs``, whose columns are listed there."""
     name, age = str(path.relative_to(root)), _age(path)
     disk = f"{folder_bytes(path) / 1e9:.2f} GB"
     try:
@@ -196,14 +218,18 @@ def _table_row(path: Path, root: Path) -> tuple[str, ...]:
         return name, "", "unreadable: see status", "", "", "", disk, age
     exported = record.exported
     parameters = f"{exported.parameters / 1e6:.1f} M" if exported and exported.parameters else ""
-    results = [record.find(kind) for kind in ("eval_results", "search_results")]
-    quality = next((headline(result) for result in results if result), "")
-    speed = headline(measured) if (measured := record.find("speed_results")) else ""
+    quality_result = record.find("eval_results") or record.find("search_results")
+    quality = headline(quality_result) if quality_result else ""
+    speed_result = record.find("speed_results")
+    speed = headline(speed_result) if speed_result else ""
     return name, record.recipe, state, quality, speed, parameters, disk, age
 
 
 def _run_state(stages: Sequence[StageStatus]) -> str:
-    """Names the first of ``INCOMPLETE`` that a stage has; else says how many are complete."""
+    """Returns the first status of ``INCOMPLETE`` that any stage has, and the stage.
+
+    If no stage has such a status, says how many stages are complete.
+    """
     for status in INCOMPLETE:
         for stage in stages:
             if stage.status is status:
@@ -213,26 +239,34 @@ def _run_state(stages: Sequence[StageStatus]) -> str:
 
 
 def _age(path: Path) -> str:
-    """Returns the time since a run was last planned or completed a stage, whichever is later."""
+    """Returns the time since a run was last planned or completed a stage, as text."""
     newest = max(file.stat().st_mtime for file in (path / RUN_FILE, *path.glob(f"*/{MANIFEST}")))
     age = time.time() - newest
-    return next(
-        (f"{age // length:.0f} {unit}" for unit, length in AGE_UNITS if age >= length), "now"
-    )
+    for unit, unit_seconds in AGE_UNITS:
+        if age >= unit_seconds:
+            return f"{age // unit_seconds:.0f} {unit}"
+    return "now"
 
 
 def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
     """Deletes runs, except for stages that other runs need.
 
-    Without ``--yes``, only lists folders. The other runs are those in ``runs``, and those that are
-    beside the runs to delete.
+    The other runs are all runs in ``runs``, and all runs in the parent folders of the runs to
+    delete.
+
+    Args:
+        names: Runs to delete, each as ``runs`` lists it or as a path.
+        confirmed: Whether ``--yes`` is set. Otherwise the folders are only listed.
+        console: Where the folders are listed.
+
+    Raises:
+        RecipeError: ``names`` is empty, or has a name that is not a run or a run that is active.
     """
     if not names:
         raise RecipeError(
             "runs clean needs the names of runs.",
             f"runs clean RUN1 RUN2, with names from the list of runs; {YES} deletes them",
         )
-    # A name is one that ``runs`` lists, or the path of a run.
     chosen_runs = find_runs(ROOT / name if (ROOT / name).is_dir() else Path(name) for name in names)
     for path in chosen_runs:
         if lock.read_holder(path) or active_jobs(path):
@@ -240,9 +274,12 @@ def _clean(names: Sequence[str], confirmed: bool, console: Console) -> None:
             raise RecipeError(f"{path} is being run.", fix)
     roots = {ROOT.resolve(), *(path.parent for path in chosen_runs)}
     other_runs = {run.resolve() for root in roots for run in runs_below(root)} - set(chosen_runs)
-    needed_by = {stage: run for run in other_runs for stage in _needed_folders(run)}
+    needed_by = {folder: run for run in other_runs for folder in _needed_folders(run)}
+    # The rows of the table: stages that stay, with the reason, then folders to delete.
     notes = {
-        stage: f"needed by {run}" for stage, run in needed_by.items() if stage.parent in chosen_runs
+        folder: f"needed by {run}"
+        for folder, run in needed_by.items()
+        if folder.parent in chosen_runs
     }
     deletable = [folder for run in chosen_runs for folder in _deletable(run, needed_by)]
     notes |= dict.fromkeys(deletable, "deleted" if confirmed else "")
@@ -268,25 +305,30 @@ def _delete(folder: Path) -> None:
 
 
 def _deletable(run: Path, needed: Collection[Path]) -> list[Path]:
-    """Returns the whole run if no other run needs its stages; otherwise the unneeded stages."""
+    """Returns the folders of a run to delete.
+
+    This is the whole run if no stage is in ``needed``; otherwise it is each stage that is not.
+    """
     folders = [folder for folder in sorted(run.iterdir()) if folder.is_dir()]
-    # The remaining stages need the code, so it is deleted only with the whole run.
+    # Stages that stay need the run's code, so the code is deleted only with the whole run.
     stages = [folder for folder in folders if folder.name != CODE]
     unneeded = [folder for folder in stages if folder not in needed]
     return unneeded if len(unneeded) < len(stages) else [run]
 
 
 def _needed_folders(run: Path) -> Iterator[Path]:
-    """Yields the folders that a run needs: its own, its inputs and models, and their parents.
+    """Yields the folders that a run needs: itself, and its stages' inputs, models and text.
 
-    Also reads runs of another format.
+    Also yields all parents of these folders, because a needed folder may be inside a stage.
     """
     for file in run.glob(f"*/{REQUEST}"):
-        request = OmegaConf.load(file)
+        request = OmegaConf.load(file)  # not as a ``Request``, which refuses other formats
         paths = [run, *(ref.directory for ref in request.inputs.values())]
-        paths += filter(None, (request.config.get(name) for name in ("hf_path", "prefix")))
-        for path in (Path(path).resolve() for path in paths):
-            yield from (path, *path.parents)
+        model_and_text = (request.config.get(name) for name in ("hf_path", "prefix"))
+        paths += filter(None, model_and_text)  # not every stage has these settings
+        for path in paths:
+            resolved = Path(path).resolve()
+            yield from (resolved, *resolved.parents)
 
 
 RUN_COMMANDS: Mapping[str, tuple[Callable[[Options, Console], None], tuple[str, ...]]] = {
@@ -328,8 +370,9 @@ def run(arguments: Sequence[str], console: Console) -> int | None:
 
 
 def _directory(options: Options) -> Path:
+    """Returns the directory of the run or sweep that ``run_dir`` or ``recipe`` names."""
     if directory := options.get("run_dir"):
         return Path(os.path.expanduser(directory))
     if recipe := options.get("recipe"):
-        return Path("runs", recipe)
+        return ROOT / recipe
     raise RecipeError("no run is given.", "add run_dir=DIR, or recipe=NAME for runs/NAME")

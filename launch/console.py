@@ -1,4 +1,4 @@
-"""Prints the plan, the tables, the summary and the gates (required results) of a run."""
+"""Prints a run's plan, tables, summary and gates, which are limits that its results must meet."""
 
 from __future__ import annotations
 
@@ -47,27 +47,27 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def print_sources(plan: Plan, console: Console) -> None:
-    """Shows the sources of text that stages of this plan will tokenize.
+    """Shows the text sources that the plan's ``prepare_data`` stages will tokenize.
 
-    The size of a source is known if the text is on this machine or has a limit. With the setting
-    ``prefix`` there are no sources: the text is already tokenized, so ``prepare_data`` cannot
-    search it for duplicates and for items of benchmarks.
+    The size of a source is known only if its text is on this machine or the settings limit it.
+    With the setting ``prefix`` there are no sources, because the text is already tokenized. Then
+    ``prepare_data`` cannot search the text for duplicates and for benchmark items.
     """
     for config in (stage.config for stage in plan.todo()):
         if not isinstance(config, PrepareDataConfig):
             continue
-        all_tokens = source_tokens(config)
+        tokens_by_name = source_tokens(config)
         licences = known_licences(tuple(config.texts()), HUB_SECONDS)
         table = plain_table("text", "source", "used for", "at most", "licence")
         for name, source in source_names(config.all_sources()).items():
             licence = parse_source(source).licence or licences.get(source) or "not stated"
             use = "training" if source in config.sources else "evaluation only"
-            at_most = []
+            sizes = []
             if documents := source_documents(source):
-                at_most += [f"{documents:,} documents"]
-            if (tokens := all_tokens[name]) < math.inf:
-                at_most += [f"about {tokens:,.0f} tokens"]
-            table.add_row(escape(name), use, ", ".join(at_most) or "unknown", escape(licence))
+                sizes += [f"{documents:,} documents"]
+            if (tokens := tokens_by_name[name]) < math.inf:  # infinite: unknown
+                sizes += [f"about {tokens:,.0f} tokens"]
+            table.add_row(escape(name), use, ", ".join(sizes) or "unknown", escape(licence))
         if table.rows:
             console.print(table)
         if config.prefix:
@@ -75,11 +75,11 @@ def print_sources(plan: Plan, console: Console) -> None:
 
 
 def print_notes(plan: Plan, skip_rules: Collection[str], console: Console) -> None:
-    """Shows warnings, and errors of skipped rules."""
+    """Shows the plan's warnings, and its errors whose rules the user skips with ``skip_rules``."""
     for note in plan.notes:
         is_skipped = note.rule.name in skip_rules
-        kind = "skipped" if is_skipped else note.rule.severity
-        console.print(f"{kind}: {note}", markup=False, style="dim" if is_skipped else "yellow")
+        label = "skipped" if is_skipped else note.rule.severity
+        console.print(f"{label}: {note}", markup=False, style="dim" if is_skipped else "yellow")
 
 
 def print_tables(plan: Plan, console: Console) -> None:
@@ -87,23 +87,25 @@ def print_tables(plan: Plan, console: Console) -> None:
     for stage in plan.stages:
         manifest = read_manifest(stage.directory)
         is_shown = stage in plan.todo() or len(plan.stages) == 1
+        # "plan" and "shapes" are the types of artifacts that planning stages write.
         if manifest is None or manifest.kind not in ("plan", "shapes") or not is_shown:
             continue
-        for content in manifest.result(PlanResult).tables:
-            table = plain_table(content.title, *content.columns)
-            for row in content.rows:
+        for result_table in manifest.result(PlanResult).tables:
+            table = plain_table(result_table.title, *result_table.columns)
+            for row in result_table.rows:
                 table.add_row(*(escape(_cell_text(cell)) for cell in row))
             console.print(table)
 
 
 def _cell_text(cell: Cell) -> str:
+    """Formats numbers with thousands separators, and floats with four significant digits."""
     if isinstance(cell, int):
         return f"{cell:,}"
     return f"{cell:,.4g}" if isinstance(cell, float) else str(cell)
 
 
 def print_summary(plan: Plan, seconds: float, console: Console) -> None:
-    """Shows the time, memory, size and main result of every stage."""
+    """Shows the time, memory, size and main result of every stage, and the run's ``seconds``."""
     stages_run = {stage.name for stage in plan.todo()}
     table = plain_table("summary", "stage", "", "time", "peak memory", "size", "result")
     for stage in plan.stages:
@@ -120,10 +122,10 @@ def print_summary(plan: Plan, seconds: float, console: Console) -> None:
             headline(manifest),
         )
     console.print(table)
-    outcome = f"{len(stages_run)} stage{'s' * (len(stages_run) != 1)} ran"
+    message = "1 stage ran" if len(stages_run) == 1 else f"{len(stages_run)} stages ran"
     if not stages_run:
-        outcome = "everything was complete, nothing ran"
-    console.print(f"{outcome}; {seconds:.1f} s")
+        message = "everything was complete, nothing ran"
+    console.print(f"{message}; {seconds:.1f} s")
 
 
 def headline(manifest: Manifest) -> str:
@@ -138,13 +140,16 @@ def headline(manifest: Manifest) -> str:
 
 
 def _tokens(manifest: Manifest) -> str:
+    """States the number of tokens, and for each chat source how many conversations were used."""
     data = manifest.result(DatasetResult)
-    chats = [f"; of {name}, {describe_counts(n)}" for name, n in data.conversations.items()]
-    return f"{sum(data.tokens.values()):,} tokens{''.join(chats)}"
+    text = f"{sum(data.tokens.values()):,} tokens"
+    for source, counts in data.conversations.items():
+        text += f"; of {source}, {describe_counts(counts)}"
+    return text
 
 
 def _perplexities(manifest: Manifest) -> str:
-    """States the perplexities of the teacher, the pruned and the distilled model."""
+    """States the perplexities of the teacher, the pruned and the distilled model, in this order."""
     result = manifest.result(EvaluationResult)
     text = " → ".join(f"{quality.perplexity:.1f}" for quality in result.models().values())
     if result.recovered is not None:
@@ -153,7 +158,11 @@ def _perplexities(manifest: Manifest) -> str:
 
 
 def _mean_score(manifest: Manifest) -> str:
-    """States the mean of scores that are fractions; other metrics cannot be averaged."""
+    """States each model's mean score over the benchmarks whose scores are fractions.
+
+    Other metrics, such as perplexity, cannot be averaged. If there are no fractions, names the
+    benchmarks instead.
+    """
     results = manifest.result(TaskResults)
     num_fractions = len(results.fractions())
     if not num_fractions:
@@ -163,7 +172,7 @@ def _mean_score(manifest: Manifest) -> str:
 
 
 def _served(manifest: Manifest) -> str:
-    """States how the served model's perplexity and mean score differ from the student's."""
+    """States both perplexities, and the served model's mean score minus the student's."""
     result = manifest.result(ServedResult)
     text = f"{result.program} {result.precision}"
     if result.text:
@@ -174,20 +183,27 @@ def _served(manifest: Manifest) -> str:
 
 
 def _planned_cost(manifest: Manifest) -> str:
+    """States the planned device-hours of training, the hardware, and the price."""
     cost = manifest.result(PlanResult).summary
     hours = f"{cost['device-hours']:,} device-hours of training"
     return f"{hours} on {cost['hardware']}, ${cost['dollars']:,}"
 
 
 def _best_candidate(manifest: Manifest) -> str:
-    """Describes the candidate that successive halving chose, or else the first of the ranking."""
+    """Describes the candidate that successive halving chose.
+
+    Before successive halving, describes the candidate with the highest rank.
+    """
     result = manifest.result(SearchResult)
     best = result.chosen() or result.candidates[0]
     return f"{best.name}, KL {best.kl_to_teacher:.3f}, {len(result.candidates)} shapes"
 
 
 def _latency(manifest: Manifest) -> str:
-    """States the latency model's largest error on held-out shapes, or on all if none is."""
+    """States the teacher's latency, and the largest relative error of the latency model.
+
+    The error is measured on the held-out shapes. If there are none, it is measured on all shapes.
+    """
     shapes = manifest.result(LatencyResult).shapes
     held_out = [shape for shape in shapes if not shape.is_fitted]
     error = max(abs(shape.error) for shape in held_out or shapes)
@@ -195,7 +211,7 @@ def _latency(manifest: Manifest) -> str:
 
 
 def _speedup(manifest: Manifest) -> str:
-    """States the first of the measured speed-ups, with its backend and batch size."""
+    """States the first measured speed-up over the teacher, with its backend and batch size."""
     speedup = manifest.result(BenchmarkResults).speedups[0]
     return (
         f"{speedup.prefill:.2f} × prefill, {speedup.decode:.2f} × decode "
@@ -216,23 +232,24 @@ HEADLINES: Mapping[str, Callable[[Manifest], str]] = {
     "speed_results": _speedup,
     "report": lambda m: REPORT_FILE,
 }
-"""For each type of artifact, a function that formats the main result."""
+"""For each type of artifact (``Manifest.kind``), the function that formats its main result."""
 
 
 def require_gates(plan: Plan, console: Console) -> None:
     """Shows the measured value of each gate; raises ``RecipeError`` if a gate failed.
 
-    Gates are checked after the run, not by a stage. So all results are kept, and a new threshold
-    makes no stage run again. A gate is not checked before all stages that measure it are complete.
+    Gates are checked after the run, not by a stage. So a failed gate deletes no results, and a new
+    threshold makes no stage run again. A gate is checked only once all stages that measure its
+    value are complete.
     """
     if not plan.gates:
         return
-    verdicts, unjudged = plan.judge_gates()
+    verdicts, unmeasured = plan.judge_gates()
     table = plain_table("gates", "gate", "measured", "")
     for verdict in verdicts:
         value = "undefined" if verdict.measured is None else f"{verdict.measured:.4g}"
         table.add_row(str(verdict.gate), value, "passed" if verdict.passed else "[bold]FAILED")
-    for gate in unjudged:
+    for gate in unmeasured:
         table.add_row(str(gate), "not measured", "not checked")
     console.print(table)
     if failed := [verdict for verdict in verdicts if not verdict.passed]:

@@ -1,4 +1,4 @@
-"""``python launch/run.py doctor`` checks this machine; ``doctor rules`` lists all rules."""
+"""Command ``doctor``: checks this machine. ``doctor rules`` lists the rules of the planner."""
 
 from __future__ import annotations
 
@@ -23,30 +23,36 @@ from recipes.planning.rules import RULES
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 STYLES = {OK: "green", WARN: "yellow", FAIL: "red"}
-DISK_BYTES, MEMORY_BYTES, SHM_BYTES = 9e9, 5e9, 1e9
-"""Minimum for the demo: free disk space after the installation, memory, and shared memory."""
+MIN_DISK_BYTES, MIN_MEMORY_BYTES, MIN_SHM_BYTES = 9e9, 5e9, 1e9
+"""What ``make demo`` needs: free disk space after the installation, memory, and shared memory."""
 PROGRAMS = {
     "docker": "cluster=docker",
     "sbatch": "cluster=slurm",
     "enroot": "images on Slurm",
     "trtllm-build": "TensorRT-LLM engines",
 }
-"""Programs, and what each is for."""
-QUERY = "--query-gpu=name,memory.total,driver_version"
+"""Optional programs, and the setting or feature that needs each."""
+GPU_QUERY = "--query-gpu=name,memory.total,driver_version"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table."""
+    """One check of this machine, which is a row of the printed table."""
 
     name: str
-    found: str
+    value: str
+    """Version, size or path on this machine."""
     result: str
+    """``OK``, ``WARN`` or ``FAIL``."""
     fix: str = ""
 
 
 def run(arguments: Sequence[str], console: Console) -> int:
-    """Prints all checks, or all ``rules``; returns 1 if recipes or the launcher cannot run."""
+    """Prints all checks, or with the argument ``rules`` all rules.
+
+    Returns:
+        The exit status: 1 if a check failed, otherwise 0.
+    """
     if list(arguments) == ["rules"]:
         table = plain_table("rules", "rule", "severity", "reason", "reference")
         for rule in RULES.values():
@@ -62,7 +68,7 @@ def run(arguments: Sequence[str], console: Console) -> int:
     table = plain_table("doctor", "check", "found", "", "fix")
     for check in checks:
         result = f"[{STYLES[check.result]}]{check.result}"
-        table.add_row(check.name, escape(check.found), result, escape(check.fix))
+        table.add_row(check.name, escape(check.value), result, escape(check.fix))
     console.print(table)
     failed = [check.name for check in checks if check.result == FAIL]
     only_launcher = _has_only_launcher()
@@ -97,36 +103,39 @@ def examine() -> Iterator[Check]:
 
 
 def _has_only_launcher() -> bool:
-    """Whether all libraries that stages compute with are absent, as on a login node."""
+    """Whether this environment has none of the libraries that stages need, as on a login node."""
     return not any(map(installed_version, RESULT_LIBRARIES))
 
 
 def _pins(extras: Sequence[str], fix: str) -> Iterator[Check]:
+    """Compares the installed libraries with the versions that extras of pyproject.toml require."""
     for pin in pins(extras):
         name = f"{pin.name} {pin.required}"
         yield _check(name, pin.installed or "missing", pin.is_satisfied, fix)
 
 
 def _check(name: str, value: str, passed: object, fix: str, otherwise: str = FAIL) -> Check:
-    """Returns a check whose result is ``OK`` if ``passed`` is true, and else ``otherwise``."""
+    """Returns a check: ``OK`` without a fix if ``passed`` is true, or else ``otherwise``."""
     return Check(name, value, OK, "") if passed else Check(name, value, otherwise, fix)
 
 
 def _accelerators() -> Iterator[Check]:
+    """Checks that torch supports the GPUs, or without GPUs, that the CPU supports bfloat16."""
     gpus, cuda = _gpus(), _cuda_of_torch()
     fix = "install a CUDA build of torch: this machine has a GPU"
     yield _check("build of torch", f"CUDA {cuda}" if cuda else "for CPU", cuda or not gpus, fix)
     for gpu in gpus:
         yield Check("GPU", gpu, OK)
     if not gpus:
-        bf16 = cpu_profile("precision") == "bf16-mixed"
-        found = f"no GPU; CPU {'with' if bf16 else 'without'} bfloat16 instructions"
+        has_bf16 = cpu_profile("precision") == "bf16-mixed"
+        value = f"no GPU; CPU {'with' if has_bf16 else 'without'} bfloat16 instructions"
         fix = "bfloat16 may be slow: stages.distill.precision=32"
-        yield _check("GPU", found, bf16, fix, otherwise=WARN)
+        yield _check("GPU", value, has_bf16, fix, otherwise=WARN)
 
 
 def _gpus() -> list[str]:
-    command = ["nvidia-smi", QUERY, "--format=csv,noheader"]
+    """Returns the name, memory and driver version of each GPU; empty if nvidia-smi fails."""
+    command = ["nvidia-smi", GPU_QUERY, "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired):
@@ -135,33 +144,42 @@ def _gpus() -> list[str]:
 
 
 def _cuda_of_torch() -> str | None:
-    """Reads the CUDA version of torch from its files, because importing torch takes seconds."""
+    """Returns the CUDA version that torch was built with; ``None`` without torch or CUDA.
+
+    Reads it from a file of torch, because importing torch takes seconds.
+    """
     try:
         version = metadata.distribution("torch").locate_file("torch/version.py")
         text = Path(str(version)).read_text(encoding="utf-8")
     except (metadata.PackageNotFoundError, OSError):
         return None
+    # The line is ``cuda: Optional[str] = '12.9'``, or ``= None`` in a build for CPUs.
     match = re.search(r"^cuda\b[^=]*= '([\d.]+)'", text, re.MULTILINE)
     return match[1] if match else None
 
 
 def _resources() -> Iterator[Check]:
+    """Checks the disk of the current directory, the memory and the shared memory."""
     disk, fix = shutil.disk_usage(Path.cwd()).free, "set run_dir to another disk"
-    yield _check("disk here", f"{disk / 1e9:.1f} GB", disk >= DISK_BYTES, fix)
+    yield _check("disk here", f"{disk / 1e9:.1f} GB", disk >= MIN_DISK_BYTES, fix)
     memory, fix = physical_memory(), "use a smaller model or micro batch"
-    yield _check("memory", f"{memory / 1e9:.1f} GB", memory >= MEMORY_BYTES, fix)
+    yield _check("memory", f"{memory / 1e9:.1f} GB", memory >= MIN_MEMORY_BYTES, fix)
     shm, fix = Path("/dev/shm"), "NCCL and gloo use it between ranks: docker run --ipc=host"
     size = shutil.disk_usage(shm).total if shm.is_dir() else 0
-    yield _check("shared memory", f"{size / 1e9:.1f} GB", size >= SHM_BYTES, fix, otherwise=WARN)
+    yield _check(
+        "shared memory", f"{size / 1e9:.1f} GB", size >= MIN_SHM_BYTES, fix, otherwise=WARN
+    )
 
 
 def _cache() -> Check:
+    """Checks that the cache directory is writable, or can be created."""
     cache, fix = cache_dir(), "set NEMO_RECIPES_CACHE to a writable folder"
     nearest_existing = next(path for path in (cache, *cache.absolute().parents) if path.exists())
     return _check("cache", str(cache), os.access(nearest_existing, os.W_OK), fix)
 
 
 def _programs(*names: str) -> Iterator[Check]:
+    """Warns of optional programs that are not on the PATH."""
     for program in names:
         path = shutil.which(program)
         yield _check(program, path or "not here", path, f"for {PROGRAMS[program]}", otherwise=WARN)

@@ -27,14 +27,20 @@ SHOW_FIELDS = "--cfg job shows every field and what it is set to"
 DICT_KEY = re.compile(
     r"(?P<field>.*\.(env|images|mpi|inputs|num_fewshot|revisions|weights))\.(?P<key>.+)"
 )
-"""Matches a new key of a dict field, which Hydra refuses without ``+``."""
-HOME = re.compile(r"(?<![^\[,\s])~(?=/|$)")
-"""Matches the ``~`` of a path, also in a list. Hydra cannot parse it."""
+"""Matches a key of a dict field. Hydra refuses a new key if its override has no ``+``."""
+HOME_TILDE = re.compile(r"(?<![^\[,\s])~(?=/|$)")
+"""Matches a ``~`` at the start of a path, also in a list. Hydra cannot parse it."""
 ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 
 
 def as_typed(schema: type[ConfigT], node: DictConfig, where: str = "") -> ConfigT:
-    """Converts the node at ``where`` in the config to a dataclass; refuses invalid values."""
+    """Converts a node of the config to a dataclass; refuses invalid values.
+
+    Args:
+        schema: The dataclass.
+        node: The node.
+        where: The node's dotted name in the config, for messages; empty for the root.
+    """
     try:
         typed: ConfigT = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))  # type: ignore[assignment]
     except OmegaConfBaseException as error:
@@ -56,13 +62,14 @@ def refuse_unknown_fields(node: DictConfig, where: str) -> None:
         if name not in known:
             hint = did_you_mean(name, known)
             raise RecipeError(f"there is no field {where}.{name}.{hint}", SHOW_FIELDS)
+        # Reading a missing value or an interpolation may fail.
         is_value = not (OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name))
         if is_value and isinstance(child := node[name], DictConfig):
             refuse_unknown_fields(child, f"{where}.{name}")
 
 
 def explain(error: Exception) -> str:
-    """Returns the message that the user sees for an error."""
+    """Returns the message that the user sees for an error of Hydra, OmegaConf or YAML."""
     if isinstance(error, RecipeError):
         return str(error)
     messages = [str(cause) for cause in _causes(error)]
@@ -74,8 +81,9 @@ def explain(error: Exception) -> str:
     if message := _ambiguous_value(text) or _unknown_choice(text):
         return message
     # OmegaConf has two messages for an unknown key.
-    if key := re.search(r"Key '([^']+)' is not in struct|Key '([^']+)' not in '(\w+)'", text):
-        name = key.group(1) or key.group(2)
+    unknown_key = re.search(r"Key '([^']+)' is not in struct|Key '([^']+)' not in '(\w+)'", text)
+    if unknown_key:
+        name = unknown_key.group(1) or unknown_key.group(2)
         full_key = re.search(r"full_key: (\S+)", text)
         where = full_key.group(1) if full_key else name
         return f"there is no field {where}.{_suggestion(where, name, error)}"
@@ -93,25 +101,27 @@ TYPE_FIXES = {
     "ListConfig": "give a list, such as [a,b]",
     "Dict": "give names with values, such as {a: 1}",
 }
-"""Fixes for wrong types. A key is a part of OmegaConf's message."""
+"""Fixes for values of a wrong type, by a substring of OmegaConf's message. The first match wins."""
 
 
 def fix_of(message: str) -> str:
     """Returns the fix for a message of OmegaConf."""
-    return next((fix for part, fix in TYPE_FIXES.items() if part in message), SHOW_FIELDS)
+    return next((fix for text, fix in TYPE_FIXES.items() if text in message), SHOW_FIELDS)
 
 
 def _malformed_argument(argument: str) -> str:
     """Explains a command-line argument that Hydra cannot parse."""
     name, equals, value = argument.partition("=")
     if not equals:
-        hint = did_you_mean(f"recipe={argument}", [f"recipe={name}" for name in choices("recipe")])
+        recipes = [f"recipe={recipe}" for recipe in choices("recipe")]
+        hint = did_you_mean(f"recipe={argument}", recipes)
         return f"'{argument}' is neither FIELD=VALUE nor a command.{hint}\n  fix: {SHOW_HELP}"
-    expanded = HOME.sub(os.path.expanduser("~"), value)
+    expanded = HOME_TILDE.sub(os.path.expanduser("~"), value)
     if expanded != value:
         fix = f"write out the home directory: {shlex.quote(f'{name}={expanded}')}"
     else:
         escaped = value.replace('"', '\\"')
+        # In a list or mapping, only the items are quoted. Any other value is quoted as a whole.
         examples = {"[": '["a >= 1"]', "{": '{a: "b >= 1"}'}
         quoted = examples.get(value[:1], f'"{escaped}"')
         fix = f"quote text with special characters, such as {shlex.quote(f'{name}={quoted}')}"
@@ -125,6 +135,7 @@ def _ambiguous_value(text: str) -> str | None:
     name, _, value = ambiguous.group(1).partition("=")
     sweep = "-m starts one run for each value"
     as_list = shlex.quote(f"{name}=[{value}]")
+    # A config group has a single choice, so a list would be invalid.
     fix = sweep if name in groups() else f"{as_list} for a list; {sweep}"
     return f"{name} has several values.\n  fix: {fix}"
 
@@ -153,7 +164,13 @@ def _unknown_group(group: str) -> str:
 
 
 def _suggestion(where: str, name: str, error: Exception) -> str:
-    """Returns a suggestion for the unknown field at ``where``, whose last key is ``name``."""
+    """Returns the end of a message about an unknown field: a similar name, or a fix.
+
+    Args:
+        where: The field's dotted name.
+        name: The last key of ``where``.
+        error: The error, whose causes may hold the node without this field.
+    """
     if where in stage_names():
         return f" Did you mean 'stages.{where}'?"
     parents = [
@@ -167,6 +184,7 @@ def _suggestion(where: str, name: str, error: Exception) -> str:
     new_key = DICT_KEY.fullmatch(where)
     fix = f"'+{new_key['field']}={{{new_key['key']}: …}}' adds it" if new_key else SHOW_FIELDS
     siblings = [str(key) for parent in parents for key in parent]
+    # These dicts have stages as keys, so an unknown key is probably a misspelled stage.
     if where.startswith(("cluster.images.", "cluster.mpi.")) and name not in stage_names():
         siblings, fix = [*siblings, *stage_names()], SHOW_FIELDS
     # If ``where`` has only one key, it may also be a misspelled config group.

@@ -1,4 +1,4 @@
-"""The lock of a run directory: only one launcher at a time may write to it."""
+"""The lock of a run directory: only one launcher at a time may write to the directory."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ LOCK = ".lock"
 NO_LOCKS = frozenset((errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK))
 """Error numbers of ``flock`` on a file system that has no locks."""
 WAIT_SECONDS = 0.5
-"""How long to try to get the lock. ``read_holder`` takes the lock for a moment, so one failed try
-does not mean that another launcher runs."""
+"""How long to try to get the lock. ``read_holder`` also holds the lock for a moment, so a single
+failed try does not mean that another launcher runs."""
 SetStage = Callable[[str | None], None]
-"""Writes the name of the running stage to the lock file, where the command ``status`` reads it."""
+"""Writes the running stage, or ``None``, to the lock file, which the command ``status`` reads."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,18 @@ class Holder:
     """The launcher that holds the lock, and the stage that it runs."""
 
     host: str
+    """Name of the launcher's machine."""
     pid: int
+    """Process id of the launcher."""
     stage: str | None
+    """The running stage; ``None`` while no stage runs."""
 
 
 @contextmanager
 def acquire(run_dir: Path) -> Iterator[SetStage]:
-    """Locks a run; yields ``SetStage``. The kernel frees the lock, even if this process is killed.
+    """Locks a run directory; yields the function that records the running stage.
+
+    If this process is killed, the kernel releases the lock.
 
     Raises:
         RecipeError: Another process holds the lock, or the file system has no locks.
@@ -71,10 +76,12 @@ def read_holder(run_dir: Path) -> Holder | None:
     try:
         with (run_dir / LOCK).open(encoding="utf-8") as file:
             try:
-                # A shared lock, so that two readers do not take each other for a launcher.
+                # Two readers can hold a shared lock at once. With exclusive locks, each would take
+                # the other for a launcher.
                 _flock(file, fcntl.LOCK_SH)
             except BlockingIOError:
-                text = file.read()  # empty while the launcher writes it
+                text = file.read()
+                # The file is empty for a moment while the launcher rewrites it.
                 return Holder(**json.loads(text)) if text else Holder("?", 0, None)
     except FileNotFoundError:
         pass
@@ -82,7 +89,12 @@ def read_holder(run_dir: Path) -> Holder | None:
 
 
 def _flock(file: IO[str], operation: int) -> None:
-    """Locks a file; raises ``BlockingIOError`` if another process holds a conflicting lock."""
+    """Locks a file with ``LOCK_EX`` or ``LOCK_SH``, without waiting.
+
+    Raises:
+        BlockingIOError: Another process holds a conflicting lock.
+        RecipeError: The file system has no locks.
+    """
     try:
         fcntl.flock(file, operation | fcntl.LOCK_NB)
     except OSError as error:

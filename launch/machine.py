@@ -22,13 +22,13 @@ from recipes.planning.hardware import Hardware
 from recipes.planning.rules import Problem
 
 HUB_FOLDERS = ("HF_HOME", "HF_HUB_CACHE")
-"""Variables of huggingface_hub. A site sets them to share downloaded models."""
+"""Environment variables of huggingface_hub's folders. A site sets them to share downloads."""
 
 
 def chain_of(
     cfg: DictConfig, hf_path: str, configs: Mapping[str, StageConfig], run_dir: Path
 ) -> Chain:
-    """Returns a run's stages as a ``Chain``; refuses an unusable teacher or hardware profile."""
+    """Returns a run's stages and resources; refuses an unusable teacher or hardware profile."""
     chain = read_chain(hf_path, configs)
     # Resolve within the whole config, because a CPU's profile refers to the cluster's settings.
     profile = OmegaConf.create(OmegaConf.to_container(cfg.hardware, resolve=True))
@@ -49,7 +49,10 @@ def chain_of(
 
 
 def has_own_python(cluster: DictConfig) -> bool:
-    """Whether stages run with the launcher's Python, not an image's and not ``cluster.python``."""
+    """Returns whether stages run with the launcher's Python.
+
+    Otherwise they run with the Python of an image, or with ``cluster.python``.
+    """
     has_image = bool((cluster.get("images") or {}).get("default"))
     return cluster.executor == "local" or not (has_image or cluster.get("python"))
 
@@ -57,7 +60,7 @@ def has_own_python(cluster: DictConfig) -> bool:
 def cluster_problems(
     cluster: DictConfig, chain: Chain, selected: Iterable[str]
 ) -> Iterator[Problem]:
-    """Checks the cluster that runs the selected stages, as far as this machine knows it."""
+    """Checks the cluster that runs the selected stages, as far as this machine can check it."""
     if not chain.hardware.on_gpu:
         yield from _cpu_problems(cluster, chain.hardware)
     if chain.own_python and any(stage_of(chain.stages[name]).needs_torch for name in selected):
@@ -78,7 +81,9 @@ def cluster_problems(
                 f"cluster.mounts: {path} does not exist, or is not an absolute path",
                 "give existing folders, such as /data or /data:ro",
             )
-    for name, folder in hub_folders().items() if "mounts" in cluster else ():
+    # The local executor has no containers, so its config has no mounts.
+    mounted_folders = hub_folders() if "mounts" in cluster else {}
+    for name, folder in mounted_folders.items():
         if not Path(folder).is_dir():
             yield Problem(
                 rules.MOUNTS,
@@ -88,15 +93,16 @@ def cluster_problems(
 
 
 def hub_folders() -> dict[str, str]:
-    """Returns the variables that name folders of huggingface_hub.
+    """Returns the folders of huggingface_hub, by environment variable.
 
-    If none is set, returns its default cache; empty if this cache does not exist.
+    If no variable is set, the folder is huggingface_hub's default cache. If this cache does not
+    exist either, the result is empty.
     """
     values = {name: os.environ[name] for name in HUB_FOLDERS if os.environ.get(name)}
     if values:
         return {name: str(Path(value).absolute()) for name, value in values.items()}
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    default = Path(caches).absolute() / "huggingface"
+    cache_root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    default = Path(cache_root).absolute() / "huggingface"
     return {"HF_HOME": str(default)} if default.is_dir() else {}
 
 
@@ -108,11 +114,13 @@ def _image_problems(
     images = {name: stage_of(config).image(config, chain) for name, config in configs.items()}
     or_no_engine = ", or set engine=null, which builds no engine"
     for name, image in (cluster.get("images") or {}).items():
-        if image in images.values() and image and not _image_exists(image, cluster.executor):
+        is_used = image and image in images.values()
+        if is_used and not _image_exists(image, cluster.executor):
+            alternative = or_no_engine if name == TENSORRT_LLM else ""
             yield Problem(
                 rules.IMAGE,
                 f"cluster.images.{name}={image} does not exist",
-                f"build or import it first; see Dockerfile{or_no_engine * (name == TENSORRT_LLM)}",
+                f"build or import it first; see Dockerfile{alternative}",
             )
     without_image = [
         name
@@ -129,20 +137,24 @@ def _image_problems(
 
 
 def _stack_problems() -> Iterator[Problem]:
-    wrong = [pin for pin in pins() if not pin.is_satisfied]
-    if wrong:
-        listed = ", ".join(f"{p.name} {p.installed or 'missing'} ({p.required})" for p in wrong)
+    """Checks the versions of the libraries that the launcher's Python has."""
+    unsatisfied = [
+        f"{pin.name} {pin.installed or 'missing'} ({pin.required})"
+        for pin in pins()
+        if not pin.is_satisfied
+    ]
+    if unsatisfied:
         yield Problem(
             rules.STACK_VERSIONS,
-            f"not the tested versions: {listed}",
-            "./install.sh, and start with .venv/bin/python; or set cluster.images.default, or "
+            f"not the tested versions: {', '.join(unsatisfied)}",
+            "run ./install.sh, and start with .venv/bin/python; or set cluster.images.default, or "
             "cluster.python to an interpreter that has them",
         )
 
 
 def _cpu_problems(cluster: DictConfig, hardware: Hardware) -> Iterator[Problem]:
-    """Checks Slurm's jobs: they must not request GPUs, and the nodes' precision must be known."""
-    if cluster.executor != "slurm":  # the profile is that of this machine's CPU
+    """Checks a CPU's profile for Slurm: jobs request no GPUs, and the nodes' precision is known."""
+    if cluster.executor != "slurm":  # stages run on this machine, whose CPU the profile describes
         return
     if cluster.get("gpus") is not None:
         yield Problem(
@@ -160,12 +172,13 @@ def _cpu_problems(cluster: DictConfig, hardware: Hardware) -> Iterator[Problem]:
 
 
 def mpi_problems(cluster: DictConfig, chain: Chain, selected: Iterable[str]) -> Iterator[Problem]:
-    """Refuses a ``null`` in ``cluster.mpi`` for a stage that starts TensorRT-LLM on Slurm."""
+    """Checks that ``cluster.mpi`` is not ``null`` for stages that start TensorRT-LLM on Slurm."""
     mpi = cluster.get("mpi", {}) if cluster.executor == "slurm" else {}
     for name in selected:
         config = chain.stages[name]
         needs_mpi = stage_of(config).needs_tensorrt_llm(config, chain)
-        if needs_mpi and mpi.get(config.stage, "") is None:
+        is_null = mpi.get(config.stage, "") is None  # false for a missing key
+        if needs_mpi and is_null:
             yield Problem(
                 rules.MPI,
                 f"{name} starts TensorRT-LLM, but cluster.mpi.{config.stage} is null",
@@ -176,7 +189,7 @@ def mpi_problems(cluster: DictConfig, chain: Chain, selected: Iterable[str]) -> 
 def _image_exists(image: str, executor: str) -> bool:
     """Returns whether an image is a file or in docker; ``True`` if this machine cannot check it.
 
-    Without its daemon, or the permission to use it, docker's client cannot tell.
+    Docker's client cannot check it without a running daemon and the permission to use the daemon.
     """
     if image.startswith("/") or image.endswith(".sqsh"):
         return Path(image).is_file()
@@ -184,7 +197,8 @@ def _image_exists(image: str, executor: str) -> bool:
         return True
 
     def succeeds(*arguments: str) -> bool:
-        done = subprocess.run(["docker", *arguments], capture_output=True, check=False)
-        return done.returncode == 0
+        process = subprocess.run(["docker", *arguments], capture_output=True, check=False)
+        return process.returncode == 0
 
+    # ``docker version`` fails if the client cannot reach the daemon.
     return succeeds("image", "inspect", image) or not succeeds("version")

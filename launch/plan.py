@@ -1,4 +1,4 @@
-"""Plans a run: checks its composed config, orders the stages, and decides which must run."""
+"""Plans a run: checks its composed config, orders its stages, and decides which must run."""
 
 from __future__ import annotations
 
@@ -64,10 +64,11 @@ class Plan:
     notes: tuple[Problem, ...] = ()
     """Warnings, and errors of skipped rules."""
     gates: tuple[Gate, ...] = ()
+    """The requirements on results that the setting ``gates`` lists."""
     acceptances: Mapping[Path, Acceptance | None] = field(default_factory=dict)
     """Acceptances of stale results to record, by stage directory; ``None`` removes one."""
     replaces: Mapping[str, str | None] = field(default_factory=dict)
-    """``LastPlan.replaces`` of this plan."""
+    """Start times of the results that ``force`` replaces, by stage; see ``LastPlan.replaces``."""
 
     def todo(self) -> list[PlannedStage]:
         """Returns the stages that will be started, in order."""
@@ -76,16 +77,17 @@ class Plan:
     def judge_gates(self) -> tuple[list[Verdict], list[Gate]]:
         """Judges the gates by the results of all stages, also of those that ``only`` excludes.
 
-        If several stages measure the same value, the last one counts, which has the final model.
+        If several stages measure the same value, the last one counts. It has the final model.
 
         Returns:
             The verdicts, and the gates that have none because a stage has no result yet.
         """
         stages = {stage.name: stage for stage in (*self.stages, *self.excluded)}
         results = {name: stages[name].result for name in self.chain.stages}
-        missing = metrics_of(stages[name].config for name, result in results.items() if not result)
+        complete = {name: result for name, result in results.items() if result}
+        missing = metrics_of(stages[name].config for name in results.keys() - complete.keys())
         measured = [gate for gate in self.gates if gate.name not in missing]
-        verdicts = judge(measured, {name: result for name, result in results.items() if result})
+        verdicts = judge(measured, complete)
         judged = [verdict.gate for verdict in verdicts]
         return verdicts, [gate for gate in self.gates if gate not in judged]
 
@@ -105,10 +107,13 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     chain = _with_costs(chain)
     if not any(note.rule.severity == ERROR for note in notes):  # estimates need valid settings
         notes += refuse_errors(_limit_problems(chain, selected), settings.skip_rules)
-    # ``chain.stages`` keeps the configured settings, so no stage sees another's resolved settings.
+    # All stages are resolved from the configured settings before ``|=`` updates the dict
+    # ``configs``, which is also ``chain.stages``.
     configs |= {n: stage_of(c).resolve_from_chain(c, chain) for n, c in configs.items()}
-    needed_stages = {*selected, *(s for name in selected for s in configs[name].inputs.values())}
+    input_stages = {source for name in selected for source in configs[name].inputs.values()}
+    needed_stages = {*selected, *input_stages}
     planned: dict[str, PlannedStage] = {}
+    # An interrupted command with ``force`` may have replaced some results already.
     replaced, unfinished = replaced_results(run_dir) if force else ({}, {})
     for name in order:
         stage = _plan_stage(run_dir / name, configs[name], planned, chain)
@@ -135,8 +140,8 @@ def make_plan(cfg: DictConfig, settings: RunSettings, run_dir: Path) -> Plan:
     excluded = tuple(planned[name] for name in order if name not in selected)
     require_confirmed(stages, force, settings.confirm_above)
     acceptances = new_acceptances(planned.values())
-    later = {s.name: unfinished[s.name] for s in excluded if s.name in unfinished}
-    replaces = {**replaced, **later, **_old_starts(stages)} if force else {}
+    still_unfinished = {s.name: unfinished[s.name] for s in excluded if s.name in unfinished}
+    replaces = {**replaced, **still_unfinished, **_old_starts(stages)} if force else {}
     plan = Plan(run_dir, chain, stages, excluded, notes, gates, acceptances, replaces)
     return replace(plan, notes=notes + refuse_errors(_disk_problems(plan), settings.skip_rules))
 
@@ -181,7 +186,7 @@ def _limit_problems(chain: Chain, selected: list[str]) -> Iterator[Problem]:
 
 
 def with_shapes(chain: Chain, order: Iterable[str]) -> Chain:
-    """Adds the shapes of the stages' models. ``order`` has each stage after its inputs."""
+    """Adds the shapes that each stage may produce. ``order`` lists each stage after its inputs."""
     for name in order:
         config = chain.stages[name]
         shapes = stage_of(config).shapes(config, chain)
@@ -190,7 +195,7 @@ def with_shapes(chain: Chain, order: Iterable[str]) -> Chain:
 
 
 def _with_costs(chain: Chain) -> Chain:
-    """Adds workloads of stages that train or cache logits, and costs of others that run models."""
+    """Adds workloads of stages that train or cache logits, and inference costs of other stages."""
     stages = {name: (config, stage_of(config)) for name, config in chain.stages.items()}
     return replace(
         chain,
@@ -259,18 +264,20 @@ def known_stages(names: Iterable[str], configs: Mapping[str, StageConfig], where
 
 
 def _old_starts(stages: Iterable[PlannedStage]) -> dict[str, str | None]:
-    """Returns the starts of the results that the stages to run replace."""
+    """Returns the start time of the old result of each stage to run; ``None`` without a result."""
     return {stage.name: start_of(stage.directory) for stage in stages if stage.action != SKIP}
 
 
 def _forced_and_accepted(
     settings: RunSettings, configs: Mapping[str, StageConfig]
 ) -> tuple[set[str], set[str]]:
+    """Returns the stages that ``force`` lists, and those that ``accept`` lists."""
     force = known_stages(settings.force, configs, "force")
     accept = known_stages(settings.accept, configs, "accept")
-    if both := sorted(force & accept):
+    if conflicts := sorted(force & accept):
         raise RecipeError(
-            f"force and accept both name {', '.join(both)}.", "list each stage in only one of them"
+            f"force and accept both name {', '.join(conflicts)}.",
+            "list each stage in only one of them",
         )
     return force, accept
 
@@ -282,11 +289,12 @@ def stage_order(configs: Mapping[str, StageConfig]) -> list[str]:
         for key, source in config.inputs.items():
             if source not in configs and not Path(source).is_dir():
                 fix = f"use one of: {', '.join(configs)}, or a stage directory (runs/other/distill)"
-                adding = choices_with(source)
+                missing_choices = choices_with(source)  # group choices that would add the stage
                 raise RecipeError(
                     f"stages.{name}.inputs.{key}={source} is neither a stage of this recipe nor a "
-                    f"stage directory.{'' if adding else did_you_mean(source, configs)}",
-                    f"set {' or '.join(adding)}" if adding else fix,
+                    "stage directory."
+                    f"{'' if missing_choices else did_you_mean(source, configs)}",
+                    f"set {' or '.join(missing_choices)}" if missing_choices else fix,
                 )
         graph[name] = {source for source in config.inputs.values() if source in configs}
     try:
@@ -306,9 +314,9 @@ def stage_order(configs: Mapping[str, StageConfig]) -> list[str]:
 def _plan_stage(
     directory: Path, config: StageConfig, planned: Mapping[str, PlannedStage], chain: Chain
 ) -> PlannedStage:
-    """Returns a stage with the action ``SKIP``, which the caller replaces."""
+    """Plans a stage with the placeholder action ``SKIP``, which the caller replaces."""
     name, definition = directory.name, stage_of(config)
-    upstream = [planned[s] for s in config.inputs.values() if s in planned]
+    upstream = [planned[source] for source in config.inputs.values() if source in planned]
     kept = {key: why for stage in upstream for key, why in stage.kept.items()}
     request = request_of(
         name,
@@ -345,12 +353,13 @@ def _resolve_inputs(
     """Returns a stage's inputs, from this plan or other runs; refuses missing and wrong inputs."""
     required, optional = stage_of(config).inputs, stage_of(config).optional_inputs
     names = config.inputs.keys()
+    # All required inputs must be set, and no input that is neither required nor optional.
     if not required.keys() <= names <= required.keys() | optional.keys():
         optional_text = f" and may have {', '.join(optional)}" if optional else ""
         raise RecipeError(
             f"stages.{name}.inputs has {', '.join(names) or 'nothing'}; "
             f"{config.stage} needs {', '.join(required) or 'nothing'}{optional_text}.",
-            "set all inputs that it needs, and no unknown inputs",
+            f"set all inputs that {config.stage} needs, and no unknown inputs",
         )
     inputs = {}
     for key, source in config.inputs.items():
@@ -365,7 +374,7 @@ def _resolve_inputs(
             raise RecipeError(
                 f"stages.{name}.inputs.{key}={source} is a {ref.kind}; "
                 f"a {' or '.join(kinds)} is needed.",
-                "point it at a stage of that kind",
+                f"set it to a stage whose artifact is a {' or '.join(kinds)}",
             )
         inputs[key] = ref
     return inputs
@@ -375,9 +384,10 @@ def _disk_problems(plan: Plan) -> Iterator[Problem]:
     """Checks whether the disk has space for artifacts and for checkpoints of training runs."""
     needed = 0
     for stage in plan.todo():
-        work = stage.directory / WORK  # is continued, or deleted before a new start
-        existing = folder_bytes(work)  # a job may be writing and deleting checkpoints
+        # The stage resumes its unfinished work or deletes it, so the work's space is reused.
+        existing = folder_bytes(stage.directory / WORK)
         needed += max(0, stage.definition.disk_bytes(stage.config, plan.chain) - existing)
+    # The run directory may not exist yet; its nearest existing parent is on the same disk.
     existing_dir = next(p for p in (plan.run_dir, *plan.run_dir.resolve().parents) if p.exists())
     free = shutil.disk_usage(existing_dir).free
     if needed > free:

@@ -49,26 +49,29 @@ class PlannedStage:
     config: StageConfig
     inputs: Mapping[str, InputRef]
     code: str
+    """Fingerprint of the stage's code."""
     libraries: Mapping[str, str]
+    """Versions of the libraries that are in the fingerprint."""
     fingerprint: str
     """Hash of all that the result depends on: settings, inputs, code, libraries, other files."""
     action: str
     """``RUN``, ``RESUME``, ``SKIP`` or ``ADOPT``."""
     reason: str
+    """Why the plan has this action, such as "not run yet"."""
     chain: Chain = field(repr=False, compare=False)
     rerun_inputs: tuple[str, ...] = ()
     """Names of the stages in ``inputs`` that will run in this plan."""
     accepted: Acceptance | None = None
     """The user's decision to keep the stage's stale result."""
     kept: Mapping[str, list[str]] = field(default_factory=dict)
-    """Why each accepted stale result is stale, by stage: for this stage and for all stages of the
-    plan on which this stage depends."""
+    """Why accepted stale results are stale, by stage: the result of this stage, and the results in
+    the plan on which this stage depends."""
     resumed: Manifest | None = None
-    """The interrupted start whose code the stage runs; ``None``: it runs this checkout's code."""
+    """The interrupted start whose code the stage runs; ``None`` to run this checkout's code."""
 
     @property
     def definition(self) -> Stage[Any]:
-        """The stage's inputs, checks and work, from its stage module."""
+        """The stage's definition in its stage module: artifact, inputs and checks."""
         return stage_of(self.config)
 
     @property
@@ -137,13 +140,17 @@ class PlannedStage:
         )
 
     def _settings(self) -> dict[str, Any]:
-        """Returns the settings; for ``resumed`` without those that its code does not know."""
+        """Returns the settings. If older code is resumed, omits those that it does not have."""
         settings = asdict(self.config)
         if self.resumed is None:
             return settings
-        known, resources = self.resumed.config, self.resumed.config["resources"]
-        settings["resources"] = {k: v for k, v in settings["resources"].items() if k in resources}
-        return {key: value for key, value in settings.items() if key in known}
+        old_settings = self.resumed.config
+        settings["resources"] = {
+            key: value
+            for key, value in settings["resources"].items()
+            if key in old_settings["resources"]
+        }
+        return {key: value for key, value in settings.items() if key in old_settings}
 
 
 def stage_names() -> list[str]:
@@ -152,7 +159,7 @@ def stage_names() -> list[str]:
 
 
 def stage_of(config: StageConfig) -> Stage[Any]:
-    """Returns the stage that a config belongs to."""
+    """Returns the definition of the stage that the config's field ``stage`` names."""
     return load_stage(config.stage)
 
 
@@ -167,14 +174,14 @@ def load_stage(name: str) -> Stage[Any]:
 def choose_action(stage: PlannedStage, *, forced: bool, selected: bool) -> tuple[str, str]:
     """Returns what to do with a stage, and why.
 
-    Unfinished work with the stage's fingerprint and inputs is resumed even if the stage is forced:
-    the same command with ``force`` may have been killed before.
+    Unfinished work with the stage's fingerprint and inputs is resumed even if the stage is forced.
+    An earlier command with the same ``force`` may have started this work.
 
     Args:
         stage: The stage; its field ``action`` is ignored.
         forced: Whether the setting ``force`` lists the stage.
-        selected: Whether the plan includes the stage (see ``only``). A selected report or model
-            card is written again if it lists other accepted results than the user accepts now.
+        selected: Whether the setting ``only`` includes the stage. A selected report or model card
+            is written again if the user now accepts other results than those that it lists.
     """
     reason = "forced" if forced else _reason_to_run(stage)
     if reason is None and selected and _lists_old_acceptances(stage):
@@ -191,16 +198,26 @@ def choose_action(stage: PlannedStage, *, forced: bool, selected: bool) -> tuple
 
 
 def replaced_results(run_dir: Path) -> tuple[dict[str, str | None], dict[str, str | None]]:
-    """Returns the done and the unfinished part of ``LastPlan.replaces``; nothing if all is done."""
+    """Returns what an interrupted command with ``force`` has replaced, and what it has not.
+
+    Returns:
+        Two dicts with the start times of old results, by stage: of the results that a newer result
+        has replaced, and of the others. Both are empty if no others exist, because the command is
+        then complete and a new ``force`` must not skip its stages.
+    """
     last_plan = read_last_plan(run_dir)
     replaces = last_plan.replaces if last_plan else {}
-    done = {n: old for n, old in replaces.items() if start_of(run_dir / n) not in (None, old)}
-    unfinished = {n: old for n, old in replaces.items() if n not in done}
-    return (done, unfinished) if unfinished else ({}, {})
+    replaced = {
+        name: old_start
+        for name, old_start in replaces.items()
+        if start_of(run_dir / name) not in (None, old_start)
+    }
+    unfinished = {name: old for name, old in replaces.items() if name not in replaced}
+    return (replaced, unfinished) if unfinished else ({}, {})
 
 
 def start_of(stage_dir: Path) -> str | None:
-    """Returns the start that made a stage's result; ``None`` without a result."""
+    """Returns the start time that identifies a stage's result; ``None`` without a result."""
     result = read_manifest(stage_dir)
     return result.started_at if result else None
 
@@ -210,7 +227,7 @@ def require_no_lost_work(stage: PlannedStage, planned: Mapping[str, PlannedStage
 
     Args:
         stage: The stage.
-        planned: The stages before it, by name.
+        planned: The earlier stages of the plan, by name.
     """
     begun = stage.state().begun
     progress = stage.definition.progress(stage.directory / WORK)
@@ -228,16 +245,17 @@ def require_no_lost_work(stage: PlannedStage, planned: Mapping[str, PlannedStage
         f"stages.{stage.name}.{key}={old if isinstance(old, str) else json.dumps(old)}"
         for key, (old, _) in fields.items()
     ]
-    steps = [f"set {shlex.join(old_values)}"] if fields else []
+    fixes = [f"set {shlex.join(old_values)}"] if fields else []
     if other_changes:
-        stale = [*_stale_results(stage, planned), stage.name]
-        rerun = {f"input {key}" for key, source in stage.config.inputs.items() if source in stale}
-        can_accept = {"code", *rerun}.issuperset(other_changes)
-        steps.append(f"set accept=[{','.join(stale)}]" if can_accept else "undo that")
+        to_accept = [*_stale_results(stage, planned), stage.name]
+        # An accepted stale result keeps its fingerprint, so the input no longer counts as changed.
+        acceptable = {f"input {key}" for key, s in stage.config.inputs.items() if s in to_accept}
+        can_accept = set(other_changes) <= {"code", *acceptable}
+        fixes.append(f"set accept=[{','.join(to_accept)}]" if can_accept else "undo that")
     raise RecipeError(
         f"{stage.name} was interrupted at {progress}, and since then {changes} "
         "(it resumes only with the settings, inputs and code that it was started with).",
-        f"{' and '.join(steps)} to resume, or force=[{stage.name}] to start over",
+        f"{' and '.join(fixes)} to resume, or force=[{stage.name}] to start over",
     )
 
 
@@ -245,13 +263,14 @@ def _stale_results(stage: PlannedStage, planned: Mapping[str, PlannedStage]) -> 
     """Returns the stages whose stale results a stage depends on, in the plan's order."""
     names: set[str] = set()
     for name in stage.rerun_inputs:
+        # A stage that runs although it has a result: the result is stale.
         if planned[name].action == RUN and read_manifest(planned[name].directory) is not None:
             names |= {name, *_stale_results(planned[name], planned)}
     return [name for name in planned if name in names]
 
 
 def _lists_old_acceptances(stage: PlannedStage) -> bool:
-    """Returns whether the result lists other accepted results than the user accepts now."""
+    """Returns whether the user now accepts other results than those that the result lists."""
     manifest = read_manifest(stage.directory) if stage.definition.names_accepted_results else None
     return manifest is not None and manifest.kept != stage.kept
 
@@ -276,48 +295,50 @@ def _reason_to_run(stage: PlannedStage) -> str | None:
     return f"input {', '.join(replaced)} was replaced" if replaced else None
 
 
-def _replaced_inputs(stage: PlannedStage, before: Manifest) -> list[str]:
+def _replaced_inputs(stage: PlannedStage, earlier_start: Manifest) -> list[str]:
     """Returns the inputs that were computed again with other content since an earlier start.
 
-    The content of inputs that this plan computes again is not known yet.
+    Returns none if this plan computes inputs again, because their new content is not known yet.
     """
     if stage.rerun_inputs:
         return []
-    return replaced_inputs(before.input_content, content_of(stage.inputs))
+    return replaced_inputs(earlier_start.input_content, content_of(stage.inputs))
 
 
-def describe_changes(stage: PlannedStage, before: Manifest) -> list[str]:
+def describe_changes(stage: PlannedStage, earlier_start: Manifest) -> list[str]:
     """Returns what has changed since an earlier start of a stage, such as "its code changed"."""
-    fields, other_changes = compare(stage, before)
+    fields, other_changes = compare(stage, earlier_start)
     changed = [f"{key} changed {old} → {new}" for key, (old, new) in fields.items()]
     return changed + [f"its {what} changed" for what in other_changes]
 
 
 def compare(
-    stage: PlannedStage, before: Manifest
+    stage: PlannedStage, earlier_start: Manifest
 ) -> tuple[dict[str, tuple[object, object]], list[str]]:
     """Compares a stage with an earlier start.
 
     Returns:
-        The old and the new value of each changed setting, and the names of other changes.
+        The old and the new value of each changed setting, and the names of other changes, such as
+        "code" or "input model".
     """
-    settings = dict(_differences("", before.config, stage.config))
-    replaced = _replaced_inputs(stage, before)
+    settings = dict(_differences("", earlier_start.config, stage.config))
+    replaced = _replaced_inputs(stage, earlier_start)
     fingerprints = {name: ref.fingerprint for name, ref in stage.inputs.items()}
     other_changes = [
         f"input {name}"
-        for name in {**fingerprints, **before.inputs}
-        if name in replaced or before.inputs.get(name) != fingerprints.get(name)
+        for name in {**fingerprints, **earlier_start.inputs}
+        if name in replaced or earlier_start.inputs.get(name) != fingerprints.get(name)
     ]
-    if stage.code != before.code:
+    if stage.code != earlier_start.code:
         other_changes.append("code")
-    old, new = before.libraries, stage.libraries
+    old, new = earlier_start.libraries, stage.libraries
     other_changes += [
         f"version of {name} ({old.get(name, 'unknown')} → {new.get(name, 'unknown')})"
         for name in {**new, **old}
         if old.get(name) != new.get(name)
     ]
-    if not settings and not other_changes:  # the fingerprint also covers files from outside the run
+    # The manifest does not record files from outside the run, but the fingerprint covers them.
+    if not settings and not other_changes:
         other_changes = ["files from outside the run"]
     return settings, other_changes
 
@@ -325,10 +346,10 @@ def compare(
 def _differences(
     name: str, old: object, new: object
 ) -> Iterator[tuple[str, tuple[object, object]]]:
-    """Yields each setting that differs; mappings with equal keys are compared key by key.
+    """Yields the name of each setting that differs, with its old and new value.
 
-    Resources are not compared, nor are settings that an earlier start did not record: they are new,
-    so the code changed, too.
+    Mappings with equal keys are compared key by key. Resources are not compared. Settings that the
+    earlier start did not record are not compared either: they are new, so the code changed, too.
     """
     if is_dataclass(new) and isinstance(old, Mapping):
         names = [spec.name for spec in fields(new) if not spec.metadata.get("resource")]

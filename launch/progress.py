@@ -23,12 +23,16 @@ SPEED_RECORDS = 50
 OVERHEAD_SECONDS = 10.0
 """Assumed time of a stage for imports and files, in addition to its planned time."""
 LINE_SECONDS = 15.0
-"""Time between lines of progress where there is no terminal."""
+"""Minimum time between lines of progress where there is no terminal."""
 SHOWN_METRICS = ("loss", "val_loss", "val_kd", "tokens_per_second")
+"""Metrics that appear next to the progress, if the record has them."""
 
 
 def remaining_seconds(records: Sequence[Record]) -> int | None:
-    """Returns the remaining seconds of the last record's task; ``None`` if the speed is unknown."""
+    """Returns the remaining seconds of the last record's task.
+
+    Returns ``None`` until the task has two records since its last restart.
+    """
     last = records[-1]
     recent: list[Record] = []
     for record in records:
@@ -39,8 +43,8 @@ def remaining_seconds(records: Sequence[Record]) -> int | None:
     recent = recent[-SPEED_RECORDS:]
     if len(recent) < 2:
         return None
-    elapsed, done = (recent[-1][key] - recent[0][key] for key in ("time", "done"))
-    seconds: int = round(elapsed / done * (last["total"] - last["done"]))
+    seconds_per_unit = (last["time"] - recent[0]["time"]) / (last["done"] - recent[0]["done"])
+    seconds: int = round(seconds_per_unit * (last["total"] - last["done"]))
     return seconds
 
 
@@ -57,45 +61,61 @@ def remaining_run_seconds(
     """Returns a run's remaining seconds; ``None`` if it is complete or has no planned times.
 
     Args:
-        planned: Planned seconds of each stage.
+        planned: Planned seconds of each stage, without ``OVERHEAD_SECONDS``.
         spent: Measured seconds of each complete stage. They show how fast this machine is.
-        remaining: Remaining seconds of each other stage; ``None`` if it has no progress yet.
+        remaining: Remaining seconds of each incomplete stage; ``None`` before its first progress.
     """
     if not planned or not remaining:
         return None
     expected = {s: OVERHEAD_SECONDS + planned.get(s, 0.0) for s in (*spent, *remaining)}
-    # How many times longer than expected the complete stages took.
+    # Measured time of the complete stages, divided by their expected time.
     pace = sum(spent.values()) / sum(expected[s] for s in spent) if spent else 1.0
-    return sum(pace * expected[s] if left is None else left for s, left in remaining.items())
+    return sum(
+        pace * expected[stage] if seconds is None else seconds
+        for stage, seconds in remaining.items()
+    )
 
 
 def run_estimate(plan: Plan, stage: PlannedStage) -> Callable[[float], float | None]:
-    """Returns a function that estimates a run's remaining seconds from those of a running stage."""
+    """Returns a function that takes the stage's remaining seconds and returns the run's.
+
+    The function returns ``None`` if the run has no planned times.
+    """
     planned = planned_seconds(plan.run_dir)
     index = plan.stages.index(stage)
     later = [other.name for other in plan.stages[index + 1 :] if other.action != SKIP]
     finished = [other for other in plan.stages if other.name not in (stage.name, *later)]
     spent = {other.name: result.seconds for other in finished if (result := other.result)}
-    no_progress = dict.fromkeys(later)
-    return lambda left: remaining_run_seconds(planned, spent, {stage.name: left, **no_progress})
+    no_progress = dict.fromkeys(later)  # each value is ``None``
+
+    def estimate(stage_seconds: float) -> float | None:
+        return remaining_run_seconds(planned, spent, {stage.name: stage_seconds, **no_progress})
+
+    return estimate
 
 
 def format_seconds(seconds: float) -> str:
-    """Returns hours, minutes and seconds."""
+    """Formats a duration as hours, minutes and seconds, such as ``1:02:05``."""
     return str(timedelta(seconds=round(seconds)))
 
 
 class Follower:
     """Shows the progress that a stage writes to its ``metrics.jsonl``, and its remaining time.
 
-    On a terminal it draws a bar. Elsewhere it prints a line every few seconds.
+    On a terminal it draws a bar. Elsewhere it prints a line every ``LINE_SECONDS``.
+
+    Args:
+        stage: The running stage.
+        console: Where the progress is shown.
+        run_estimate: Takes the stage's remaining seconds and returns the run's; ``None`` if they
+            are unknown.
     """
 
     def __init__(
         self,
         stage: PlannedStage,
         console: Console,
-        run_estimate: Callable[[float], float | None] = lambda left: None,
+        run_estimate: Callable[[float], float | None] = lambda stage_seconds: None,
     ) -> None:
         self._name, self._path = stage.name, stage.directory / METRICS
         self._console, self._run_estimate = console, run_estimate
@@ -103,13 +123,13 @@ class Follower:
         self._recent = deque[Record](maxlen=2 * SPEED_RECORDS)
         # Skip the old records of a resumed stage, which appends to its file.
         self._position = self._path.stat().st_size if self._path.exists() else 0
-        self._last_line, self._started = 0.0, time.monotonic()
+        self._last_line_time, self._start_time = 0.0, time.monotonic()
         self._progress = Progress(
             TextColumn("[bold]{task.fields[stage]}"),
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[time_left]}"),
             TextColumn("{task.fields[values]}"),
             console=console,
             transient=True,
@@ -123,10 +143,10 @@ class Follower:
             self._console.print(f"{self._name}: started")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         self._progress.stop()
-        if kind is None:
-            seconds = time.monotonic() - self._started
+        if error_type is None:
+            seconds = time.monotonic() - self._start_time
             self._console.print(f"{self._name}: complete in {seconds:.0f} s")
 
     def update(self) -> None:
@@ -141,18 +161,19 @@ class Follower:
         metrics = {k: record[k] for k in SHOWN_METRICS if record.get(k) is not None}
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         if self._console.is_terminal:
-            columns: dict[str, Any] = {"left": self._time_left(), "values": values}
+            columns: dict[str, Any] = {"time_left": self._time_left(), "values": values}
             if task not in self._tasks:
                 self._tasks[task] = self._progress.add_task(
                     task, total=total, stage=self._name, **columns
                 )
             self._progress.update(self._tasks[task], completed=done, total=total, **columns)
-        elif done == total or time.monotonic() - self._last_line > LINE_SECONDS:
-            self._last_line = time.monotonic()
+        elif done == total or time.monotonic() - self._last_line_time > LINE_SECONDS:
+            self._last_line_time = time.monotonic()
             progress = ", ".join(filter(None, (f"{task} {done}/{total}", self._time_left())))
             self._console.print(f"{self._name}: {progress}  {values}".rstrip())
 
     def _time_left(self) -> str:
+        """Returns the remaining time of the stage's task and of the run; empty if unknown."""
         stage_seconds = remaining_seconds(self._recent)
         texts = [f"{format_seconds(stage_seconds)} left"] if stage_seconds else []
         if stage_seconds is not None and (run_seconds := self._run_estimate(stage_seconds)):

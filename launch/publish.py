@@ -39,17 +39,19 @@ MODEL_FILES = (
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
     "additional_chat_templates/*.jinja",
 )
-"""Files that transformers writes, and loads if they exist. Those of an earlier push are deleted."""
+"""Names and patterns of files that transformers writes, and loads if they exist.
+
+A push deletes such files of an earlier push if the new export does not have them."""
 
 
-def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> None:
+def require_publishable(plan: Plan, settings: RunSettings, waits_for_stages: bool) -> None:
     """Refuses, before anything starts, a run that could not be published in the end.
 
     Args:
         plan: The run.
         settings: The run's settings. A dry run does not check the access to the hub.
-        follows: Whether all stages are complete or the launcher waits for them; otherwise it cannot
-            publish.
+        waits_for_stages: Whether all stages are complete, or the launcher waits for them. Otherwise
+            the launcher cannot publish.
     """
     hub = settings.hub
     if hub.push is None:
@@ -59,7 +61,7 @@ def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> Non
             f"hub.push={hub.push}, but this run exports no student.",
             "choose a recipe with export_hf, add export_hf to only=, or omit hub.push",
         )
-    if not follows:
+    if not waits_for_stages:
         raise RecipeError(
             f"hub.push={hub.push}, but the launcher exits once the jobs are submitted.",
             "add cluster.follow=true, or repeat the command with hub.push when all is complete",
@@ -71,9 +73,9 @@ def require_publishable(plan: Plan, settings: RunSettings, follows: bool) -> Non
 
 
 def show_files(plan: Plan, hub: Hub, console: Console) -> None:
-    """Lists the files to upload; if the export is incomplete, names only the export stage.
+    """Lists the files to upload, and the files to delete if the hub answers in ``HUB_SECONDS``.
 
-    Also lists the files to delete if the hub answers soon.
+    If the export is incomplete, its files are not known yet, so only the stage is named.
     """
     export = _export_stage(plan)
     if hub.push is None or export is None:
@@ -122,9 +124,10 @@ def publish(plan: Plan, hub: Hub, console: Console) -> None:
 
 
 def public_file(stage: PlannedStage) -> Path | None:
-    """Returns a stage's file that is uploaded with the model: the export's manifest, or the report.
+    """Returns the file of a stage that is uploaded in addition to the model.
 
-    Returns ``None`` for all other stages.
+    For the export, the file is its manifest. For the report stage, it is the report. Other stages
+    have none.
     """
     if _exports_student(stage):
         return stage.directory / MANIFEST
@@ -134,11 +137,15 @@ def public_file(stage: PlannedStage) -> Path | None:
 
 
 def _export_stage(plan: Plan) -> PlannedStage | None:
+    """Returns the stage that exports the student; ``None`` if the plan has none."""
     return next(filter(_exports_student, plan.stages), None)
 
 
 def _exports_student(stage: PlannedStage) -> bool:
-    """Whether a stage exports the evaluated model; a run may also export its teacher."""
+    """Returns whether a stage exports the student.
+
+    A run may also export its teacher, but only the student's export has an evaluation as input.
+    """
     return stage.config.stage == EXPORT_STAGE and "evaluation" in stage.inputs
 
 
@@ -171,7 +178,7 @@ def _obsolete_files(
         file.rfilename
         for file in siblings
         if file.rfilename not in files
-        # * of a pattern matches slashes, too.
+        # The * of fnmatch also matches slashes, so their numbers are compared.
         and any(
             fnmatch(file.rfilename, pattern) and file.rfilename.count("/") == pattern.count("/")
             for pattern in MODEL_FILES
@@ -179,11 +186,11 @@ def _obsolete_files(
     )
 
 
-def _require_measured_gates(plan: Plan, hub: Hub, coming: Iterable[PlannedStage] = ()) -> None:
-    """Refuses to publish if a gate has no result yet and no stage of ``coming`` measures it."""
+def _require_measured_gates(plan: Plan, hub: Hub, pending: Iterable[PlannedStage] = ()) -> None:
+    """Refuses to publish if a gate has no result yet and no stage of ``pending`` measures it."""
     _, unjudged = plan.judge_gates()
-    measured = metrics_of(stage.config for stage in coming)
-    if unmeasured := [str(gate) for gate in unjudged if gate.name not in measured]:
+    to_be_measured = metrics_of(stage.config for stage in pending)
+    if unmeasured := [str(gate) for gate in unjudged if gate.name not in to_be_measured]:
         raise RecipeError(
             f"hub.push={hub.push}, but no current result shows whether these gates pass: "
             f"{', '.join(unmeasured)}.",
@@ -194,7 +201,7 @@ def _require_measured_gates(plan: Plan, hub: Hub, coming: Iterable[PlannedStage]
 def _require_licence(plan: Plan, hub: Hub) -> None:
     """Refuses to publish if a licence of the training text or teacher forbids commercial use.
 
-    With ``hub.allow_noncommercial``, the student is published all the same.
+    ``hub.allow_noncommercial`` permits such licences.
     """
     restricted = sorted({text for text in _licences(plan) if forbids_commercial_use(text)})
     if restricted and not hub.allow_noncommercial:
@@ -206,9 +213,10 @@ def _require_licence(plan: Plan, hub: Hub) -> None:
 
 
 def _licences(plan: Plan) -> Iterator[str]:
-    """Yields the licences of the texts, of the teacher's folder and in the stages' results.
+    """Yields the licences of the texts and models that the student depends on.
 
-    Results of other runs are included if results of this run depend on them.
+    Their sources are the teacher's folder, the settings of ``prepare_data`` and the results of
+    stages. Results of other runs are included if this run depends on them.
     """
     results = {stage.name: stage.result for stage in plan.stages}
     yield known_licence(plan.chain.hf_path)
@@ -216,15 +224,16 @@ def _licences(plan: Plan) -> Iterator[str]:
     for name, config in plan.chain.stages.items():
         if isinstance(config, PrepareDataConfig):
             yield from filter(None, known_licences(tuple(config.texts()), HUB_SECONDS).values())
-        # Stages that ``only`` excludes are not in ``plan.stages``, but may have results.
         directory = plan.run_dir / name
-        if result := results[name] if name in results else read_manifest(directory):
+        # Stages that ``only`` excludes are not in ``plan.stages``, but may have results.
+        result = results[name] if name in results else read_manifest(directory)
+        if result is not None:
             inputs[name] = Input(directory, result)
     yield from recorded_licences(inputs)
 
 
 def _require_access(repository: str, private: bool) -> None:
-    """Refuses a token that the hub does not know, and a public model if ``private`` is set."""
+    """Refuses a missing or invalid token, and a public model if ``private`` is set."""
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -244,7 +253,7 @@ def _require_access(repository: str, private: bool) -> None:
             return
     if private and not model.private:
         raise RecipeError(
-            f"{repository} is public, and hub.private is true.",
+            f"{repository} is public, but hub.private is true.",
             "set hub.private=false if everybody may see it, or push to another name",
         )
 
@@ -258,6 +267,7 @@ def _explained_errors(repository: str) -> Iterator[None]:
     try:
         yield
     except (HfHubHTTPError, RequestException, OSError, ValueError) as error:
+        # The hub's errors start with the HTTP status and end with the reason.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise RecipeError(
             f"could not publish {repository}: {lines[-1]}",

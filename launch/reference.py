@@ -1,6 +1,7 @@
 """``python -m launch.reference`` writes the tables of ``docs/configuration.md``.
 
-They list the choices of each group in ``conf``, and each field with its type, default and meaning.
+The tables list the choices of each group in ``conf``, and the type, default and meaning of each
+field.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from recipes.planning.hardware import Hardware
 
 PAGE = REPO_ROOT / "docs" / "configuration.md"
 MARKER = "<!-- From here on: python -m launch.reference -->\n"
-PLAIN = {int: "integer", float: "number", str: "string", bool: "true or false"}
-SIGNS: dict[type, str] = {Gt: ">", Ge: "≥", Lt: "<", Le: "≤"}
+TYPE_NAMES = {int: "integer", float: "number", str: "string", bool: "true or false"}
+COMPARISON_SIGNS: dict[type, str] = {Gt: ">", Ge: "≥", Lt: "<", Le: "≤"}
 MAX_NAMES = 12
 """Maximum number of allowed names that the table lists for a field."""
 
@@ -49,6 +50,7 @@ def page() -> str:
 
 
 def _sections() -> Iterator[str]:
+    """Yields the headings, sentences and tables of the page below ``MARKER``."""
     yield "## Groups\n"
     optional = ", ".join(f"`{group}=null`" for group in OPTIONAL_GROUPS)
     yield f"Each of {optional} leaves out its group.\n"
@@ -67,9 +69,9 @@ def _sections() -> Iterator[str]:
     yield "## hardware\n"
     yield "A device profile such as `hardware=h100`; a file in `conf/hardware` sets most fields.\n"
     yield _fields(Hardware)
-    for kind in (LocalConfig, DockerConfig, SlurmConfig):
-        yield f"## cluster={kind.executor}\n"
-        yield _fields(kind, _yaml(f"cluster/{kind.executor}.yaml"))
+    for cluster in (LocalConfig, DockerConfig, SlurmConfig):
+        yield f"## cluster={cluster.executor}\n"
+        yield _fields(cluster, _yaml(f"cluster/{cluster.executor}.yaml"))
 
 
 def _choices() -> Iterator[tuple[str, str]]:
@@ -77,20 +79,23 @@ def _choices() -> Iterator[tuple[str, str]]:
 
     A file without a comment is described by its values.
     """
-    names = (group for group in groups() if group != "recipe")
-    for file in sorted(file for group in names for file in (CONF / group).glob("*.yaml")):
+    folders = [CONF / group for group in groups() if group != "recipe"]
+    for file in sorted(file for folder in folders for file in folder.glob("*.yaml")):
         # Comments such as "# @package stages" are for Hydra.
         comments = re.findall(r"^# (?!@)(.+)", file.read_text(encoding="utf-8"), re.M)
         values = ", ".join(f"{k}: {v}" for k, v in _yaml(f"{file.parent.name}/{file.name}").items())
+        # A sentence ends with a period after a word or a parenthesis.
         sentence = re.split(r"(?<=[\w)])\.(?= |$)", " ".join(comments) or f"`{values}`")[0]
         yield f"`{file.parent.name}={file.stem}`", sentence
 
 
 def _yaml(name: str) -> dict[str, Any]:
+    """Returns the content of a YAML file in ``conf``, with unresolved interpolations."""
     return typing.cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(CONF / name)))
 
 
 def _stage(name: str) -> Iterator[str]:
+    """Yields the heading, summary and table of a stage."""
     stage = load_stage(name)
     summary = (import_module(f"recipes.stages.{name}").__doc__ or "").strip().splitlines()[0]
     inputs = [*stage.inputs, *(f"{key} (optional)" for key in stage.optional_inputs)]
@@ -102,7 +107,7 @@ def _stage(name: str) -> Iterator[str]:
     if not issubclass(stage.config, TrainingConfig):
         yield _fields(stage.config, values, without=StageConfig)
         return
-    # The fields that all training stages share, and that other stages do not have.
+    # Fields that all training stages have, and other stages do not have.
     shared = {f.name for f in fields(TrainingConfig)} - {f.name for f in fields(StageConfig)}
     defaults = ", ".join(f"`{key}: {_value(values[key])}`" for key in values if key in shared)
     yield f"The fields of every training stage, with {defaults}, and:\n"
@@ -110,23 +115,32 @@ def _stage(name: str) -> Iterator[str]:
 
 
 def _fields(
-    kind: type, values: Mapping[str, Any] | None = None, without: type | None = None
+    dataclass: type, values: Mapping[str, Any] | None = None, without: type | None = None
 ) -> str:
-    """Returns a table of a dataclass's fields, except for those of its base class ``without``.
+    """Returns a table of a dataclass's fields.
 
-    ``values`` from a YAML file replace the defaults.
+    Args:
+        dataclass: The dataclass.
+        values: Values from a YAML file, which replace the dataclass's defaults.
+        without: A base class whose fields the table omits.
     """
-    rows = list(_rows(kind, values or {}, without=without))
+    rows = list(_rows(dataclass, values or {}, without=without))
     return _table(("field", "type", "default", "meaning"), rows) if rows else "No other fields.\n"
 
 
 def _rows(
-    kind: type, values: Mapping[str, Any], prefix: str = "", without: type | None = None
+    dataclass: type, values: Mapping[str, Any], prefix: str = "", without: type | None = None
 ) -> Iterator[tuple[str, ...]]:
-    """Yields name, type, default and meaning of each field, also in nested dataclasses."""
-    hints, meanings = typing.get_type_hints(kind, include_extras=True), _meanings(kind)
+    """Yields name, type, default and meaning of each field, also in nested dataclasses.
+
+    ``prefix`` is the dotted name of a nested dataclass, with a final dot. ``_fields`` describes the
+    other arguments.
+    """
+    hints, meanings = typing.get_type_hints(dataclass, include_extras=True), _meanings(dataclass)
     skipped = {field.name for field in fields(without)} if without else set()
-    for field in (field for field in fields(kind) if field.name not in skipped):
+    for field in fields(dataclass):
+        if field.name in skipped:
+            continue
         hint, name = hints[field.name], prefix + field.name
         # A field that holds the settings of a stage is not expanded: that stage has its own table.
         if isinstance(hint, type) and is_dataclass(hint) and not issubclass(hint, StageConfig):
@@ -135,29 +149,32 @@ def _rows(
         default = field.default
         if default is MISSING and field.default_factory is not MISSING:
             default = field.default_factory()
-        dagger = " †" if field.metadata.get("resource") else ""  # explained on the page
+        dagger = " †" if field.metadata.get("resource") else ""  # the page explains the sign
         value = _value(values.get(field.name, default))
         yield f"`{name}`{dagger}", _type(hint), f"`{value}`", meanings[field.name]
 
 
-def _meanings(kind: type) -> dict[str, str]:
+def _meanings(dataclass: type) -> dict[str, str]:
     """Returns the docstring of each field (the string after it), including inherited fields."""
     meanings = {}
-    for base in filter(is_dataclass, reversed(kind.__mro__)):
+    # Base classes come first, so a subclass may replace the docstring of an inherited field.
+    for base in filter(is_dataclass, reversed(dataclass.__mro__)):
         [tree] = ast.parse(inspect.getsource(base)).body
         assert isinstance(tree, ast.ClassDef)
-        for statements in pairwise(tree.body):
-            match statements:
+        for statement_pair in pairwise(tree.body):
+            match statement_pair:
                 case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
                     meanings[name] = " ".join(text.replace("``", "`").split())
     return meanings
 
 
 def _value(value: object) -> str:
-    """Formats a default as YAML. Interpolations and ``???`` are not quoted, other strings are."""
+    """Formats a default as YAML; "…" if it has no short form, or if there is no default."""
     if is_dataclass(value) or value is MISSING:
         return "…"
-    return value if isinstance(value, str) and value[:1] in ("$", "?") else json.dumps(value)
+    # YAML does not quote interpolations (``${…}``) and ``???``.
+    is_unquoted = isinstance(value, str) and value.startswith(("$", "?"))
+    return str(value) if is_unquoted else json.dumps(value)
 
 
 def _type(hint: Any) -> str:
@@ -172,22 +189,21 @@ def _type(hint: Any) -> str:
             return " ".join([*base_type, *texts])
         case typing.Union | types.UnionType:
             return " or ".join(map(_type, arguments))
-        case kind if kind is list:
+        case origin if origin is list:
             return f"list of {_type(arguments[0])}"
-        case kind if kind is dict:
+        case origin if origin is dict:
             return f"mapping of names to {_type(arguments[1])}"
     if hint is type(None):
         return "null"
-    return PLAIN.get(hint, "fields" if is_dataclass(hint) else "any")
+    return TYPE_NAMES.get(hint, "fields" if is_dataclass(hint) else "any")
 
 
 def _allowed(constraint: object) -> Iterator[str]:
-    """Describes what a constraint allows."""
+    """Yields descriptions of the values that a constraint allows."""
     match constraint:
         case AfterValidator(Requirement(names=names)) if names:
-            yield ", ".join(f"`{name}`" for name in names[:MAX_NAMES]) + ", …" * (
-                len(names) > MAX_NAMES
-            )
+            more = ", …" if len(names) > MAX_NAMES else ""
+            yield ", ".join(f"`{name}`" for name in names[:MAX_NAMES]) + more
         case AfterValidator(Requirement(description=text)):
             yield text
         case FieldInfo(metadata=constraints):
@@ -196,13 +212,14 @@ def _allowed(constraint: object) -> Iterator[str]:
             yield "not empty"
         # INT32 is omitted, because every integer has this limit by default.
         case Gt(limit) | Ge(limit) | Lt(limit) | Le(limit) if limit != INT32:
-            yield f"{SIGNS[type(constraint)]} {limit:g}"
+            yield f"{COMPARISON_SIGNS[type(constraint)]} {limit:g}"
 
 
 def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [columns, ("---",) * len(columns), *rows]
-    cells = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
-    return "".join(f"| {line} |\n" for line in cells)
+    """Formats a Markdown table."""
+    all_rows = [columns, ("---",) * len(columns), *rows]
+    lines = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in all_rows)
+    return "".join(f"| {line} |\n" for line in lines)
 
 
 if __name__ == "__main__":

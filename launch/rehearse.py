@@ -34,20 +34,25 @@ from recipes.rehearsal.agreement import differences
 from recipes.rehearsal.job import RankJob, RehearsalResult, jobs_of
 
 KINDS = tuple(field.name for field in fields(Memory) if field.name != "reserved")
-"""Types of tensors in memory. ``reserved`` is other memory, such as that of the CUDA context."""
+"""Types of tensors in memory, such as weights. ``reserved`` is memory without tensors, such as that
+of the CUDA context."""
 Results = list[tuple[RankJob, RehearsalResult]]
+"""Each rehearsed rank of a stage with its result."""
 
 
 def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Console) -> None:
-    """Rehearses the stages that compute on a device; shows rehearsed and planned memory.
+    """Rehearses the stages that compute on a device; prints a table of their memory.
+
+    The table compares rehearsed and planned memory. With ``dry_run``, this function only lists the
+    ranks that it would rehearse.
 
     Raises:
         RecipeError: The rehearsal found mistakes, or there is nothing to rehearse.
     """
     ranks = _parse_ranks(settings.rehearse)
     configs = typed_stages(cfg)
-    only = set(configs) if settings.only is None else settings.only
-    selected = [name for name in configs if name in known_stages(only, configs, "only")]
+    only = configs if settings.only is None else known_stages(settings.only, configs, "only")
+    selected = [name for name in configs if name in only]
     chain = chain_of(cfg, settings.hf_path, configs, run_dir)
     chain = with_shapes(chain, stage_order(configs))
     stages = {name: stage_of(config) for name, config in configs.items()}
@@ -56,9 +61,9 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
     hf_config, _ = read_config_or_published(chain.hf_path)
     jobs = jobs_of(chain, stages, selected, hf_config, ranks)
     if not jobs:
-        with_ranks = "" if ranks is None else f" with rank {' or '.join(map(str, ranks))}"
+        with_rank = "" if ranks is None else f" with rank {' or '.join(map(str, ranks))}"
         raise RecipeError(
-            f"there is nothing to rehearse: no selected stage{with_ranks} computes on a device.",
+            f"there is nothing to rehearse: no selected stage{with_rank} computes on a device.",
             "use rehearse=true without only",
         )
     if settings.dry_run:
@@ -80,12 +85,12 @@ def rehearse(cfg: DictConfig, settings: RunSettings, run_dir: Path, console: Con
 
 
 def _rehearse_all(jobs: Sequence[RankJob], console: Console) -> Results:
-    """Rehearses jobs, one rank each; prints a line for each job, and each different error once."""
+    """Rehearses jobs of one rank each; prints a line for each job, and each distinct error once."""
     num_processes = min(cores(), len(jobs))
     console.print(f"{len(jobs)} ranks, {num_processes} at once", highlight=False)
     results: Results = []
-    first_jobs: dict[str, str] = {}  # stage and rank of the first job with each error
-    for job, result in zip(jobs, _run(jobs, num_processes), strict=True):
+    first_jobs: dict[str, str] = {}  # by error: stage and rank of the first job that failed with it
+    for job, result in zip(jobs, _run_worker(jobs, num_processes), strict=True):
         results.append((job, result))
         label = f"{len(results)}/{len(jobs)} {job.name}, rank {job.rank} of {job.world}"
         outcome = f"{'failed' if result.error else 'done'} in {result.seconds:.0f} s"
@@ -101,20 +106,30 @@ def _rehearse_all(jobs: Sequence[RankJob], console: Console) -> Results:
 
 
 def _parse_ranks(value: object) -> list[int] | None:
-    """Returns the ranks that ``rehearse`` lists; ``None`` for ``true``, which chooses the ranks."""
+    """Returns the ranks that the setting ``rehearse`` lists.
+
+    ``None`` for ``rehearse=true``: ``jobs_of`` then chooses the ranks.
+    """
     if value is True:
         return None
     ranks = list(value) if isinstance(value, (list, ListConfig)) else [value]
-    if not all(type(rank) is int and rank >= 0 for rank in ranks):  # a bool is not a rank
+    if not all(type(rank) is int and rank >= 0 for rank in ranks):  # isinstance accepts bools
         raise RecipeError(
-            f"invalid rehearse={value}: must be true or a list of ranks.",
+            f"invalid rehearse={value}: must be true or a list of ranks (integers of at least 0).",
             "rehearse=true, or 'rehearse=[0,767]'",
         )
     return ranks
 
 
-def _run(jobs: Sequence[RankJob], num_processes: int) -> Iterator[RehearsalResult]:
-    """Rehearses jobs in another process, because a rehearsal patches libraries; yields results."""
+def _run_worker(jobs: Sequence[RankJob], num_processes: int) -> Iterator[RehearsalResult]:
+    """Rehearses jobs in another process, because a rehearsal patches libraries.
+
+    Yields:
+        The result of each job, in the order of ``jobs``.
+
+    Raises:
+        RecipeError: The process ended before all jobs had a result.
+    """
     from pydantic import TypeAdapter  # slow to import
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -146,7 +161,7 @@ def _run(jobs: Sequence[RankJob], num_processes: int) -> Iterator[RehearsalResul
 
 
 def communication_mistakes(results: Results) -> Iterator[str]:
-    """Yields differences in communication between ranks of the same stage; ignores failed ranks."""
+    """Yields each difference in communication between ranks of a stage; ignores failed ranks."""
     for name in dict.fromkeys(job.name for job, _ in results):
         channels = {
             job.rank: result.channels
@@ -161,11 +176,11 @@ def memory_mistakes(results: Results, chain: Chain) -> Iterator[str]:
     hardware = chain.hardware
     for job, result in results:
         needed = sum(result.peak.values()) * FRAGMENTATION + hardware.reserved_bytes
-        if job.search is not None:  # the search is another process, with its own CUDA context
+        if job.search is not None:  # its process has another CUDA context on the GPU
             needed += hardware.reserved_bytes
         available = hardware.memory_of_rank(job.devices)
         parent = result.peak.get("parent", 0)
-        detail = f" ({parent / 1e9:.1f} GB of this in the search that starts it)" if parent else ""
+        detail = f" ({parent / 1e9:.1f} GB of this in the search's own process)" if parent else ""
         if hardware.on_gpu and needed > available:
             yield (
                 f"{job.name}: rank {job.rank} takes {needed / 1e9:.1f} GB at its peak{detail}, but "
@@ -174,6 +189,7 @@ def memory_mistakes(results: Results, chain: Chain) -> Iterator[str]:
 
 
 def _table(results: Results, chain: Chain) -> Table:
+    """Returns a table of rehearsed and planned memory, with a row for each rank that succeeded."""
     title = "Memory at the peak, GB: rehearsed / planned"
     table = plain_table(title, "stage", "rank", *KINDS, "total", "difference")
     for job, result in results:
@@ -181,6 +197,7 @@ def _table(results: Results, chain: Chain) -> Table:
             continue
         planned = planned_memory(job, chain)
         peak = peak_by_kind(result, planned)
+        # A cell is "rehearsed", or "rehearsed / planned" if the stage has planned memory.
         cells = {kind: f"{peak[kind] / 1e9:.2f}" for kind in KINDS}
         total, difference = sum(peak.values()), ""
         cells["total"] = f"{total / 1e9:.2f}"
@@ -194,10 +211,13 @@ def _table(results: Results, chain: Chain) -> Table:
 
 
 def peak_by_kind(result: RehearsalResult, planned: Memory | None) -> dict[str, int]:
-    """Returns the bytes at the peak for each of ``KINDS``, without those of a parent search."""
+    """Maps each of ``KINDS`` to its bytes at the peak.
+
+    Leaves out the memory of a search that started the rehearsed training.
+    """
     peak = {kind: result.peak.get(kind, 0) for kind in KINDS}
     if planned and planned.teacher and not planned.weights:
-        # In the plan, a model that is only run counts as ``teacher``, not as ``weights``.
+        # The plan counts a model that is not trained as ``teacher``, the rehearsal as ``weights``.
         peak["teacher"], peak["weights"] = peak["weights"], 0
     return peak
 
@@ -214,9 +234,10 @@ def planned_memory(job: RankJob, chain: Chain) -> Memory | None:
         return None
     workload = stage.workload(config, chain)
     if (student := job.inputs.get("student")) is not None:
-        # The config of a search's training names the teacher as student. The job has the shape that
-        # is rehearsed, that of the largest candidate.
+        # If a search starts this training, the config names the teacher as the student. The job has
+        # the shape that was rehearsed: that of the largest candidate.
         workload = replace(workload, trained=Architecture(**student.shape))
-    # In Megatron's order of ranks, the pipeline index changes slowest.
+    # In Megatron's order of ranks, the pipeline index changes slowest, so that the ranks of a
+    # pipeline stage are consecutive.
     pipeline_stage = job.rank // (job.world // workload.layout.pipeline)
     return stage_memory(workload, chain.hardware, pipeline_stage)

@@ -17,23 +17,24 @@ from pathlib import Path
 
 def on_interrupt(handler: Callable[..., object]) -> None:
     """Sets the handler of SIGINT (Ctrl-C) and SIGTERM, unless the calling shell ignores them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handler)
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(signal_number) is not signal.SIG_IGN:
+            signal.signal(signal_number, handler)
 
 
 def exit_now(*_: object) -> None:
     """Exits without an exception, which an import could swallow or show as a traceback."""
     os.write(1, b"interrupted\n")
-    os._exit(130)  # as a shell reports a command that Ctrl-C ended
+    os._exit(130)  # 128 + SIGINT, the status of a command that Ctrl-C ended
 
 
 if __name__ == "__main__":
-    on_interrupt(exit_now)
+    on_interrupt(exit_now)  # during the imports below; ``cli`` sets another handler
 # `python launch/run.py` puts launch/ on the path, but the packages are in its parent.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-# Two lines that make every command start faster. The first makes garbage collection rare during
-# imports and parsing. The second keeps Hydra from importing the plugin of multistorageclient.
+# The next two lines make every command start faster. The first makes garbage collection rare during
+# imports and parsing: it runs after 50,000 new objects instead of 700. The second keeps Hydra from
+# importing the plugin of multistorageclient, which is slow.
 gc.set_threshold(50_000)
 sys.modules["multistorageclient.contrib.hydra"] = None  # type: ignore[assignment]
 
@@ -86,9 +87,11 @@ console = screen()
 
 @hydra.main(version_base="1.3", config_path=str(schema.CONF), config_name="config")
 def main(cfg: DictConfig) -> Path | RecipeError | None:
-    """Runs one config; returns the run's directory, or in a sweep the run's error.
+    """Runs one config; Hydra passes the returned value to a sweep's callback, ``sweep.Best``.
 
-    Hydra passes both to the sweep's callback.
+    Returns:
+        The run's directory, or ``None`` for a dry run or a rehearsal. In a sweep, the error of a
+        run that failed; otherwise an error ends this process.
     """
     recipe = HydraConfig.get().runtime.choices.get("recipe")
     if recipe is None:
@@ -100,7 +103,7 @@ def main(cfg: DictConfig) -> Path | RecipeError | None:
         if is_sweep:
             require_separate_results(cfg, sys.argv[1:])
     except RecipeError as error:
-        raise SystemExit(_fail(error)) from error
+        raise SystemExit(_fail(error)) from error  # ends the sweep before its first run
     try:
         return run(cfg, recipe)
     except RecipeError as error:
@@ -111,7 +114,11 @@ def main(cfg: DictConfig) -> Path | RecipeError | None:
 
 
 def run(cfg: DictConfig, recipe: str) -> Path | None:
-    """Plans and runs a config; returns the run's directory, but not for dry runs and rehearsals."""
+    """Plans and runs a config.
+
+    Returns:
+        The run's directory; ``None`` for a dry run or a rehearsal.
+    """
     start_time = time.monotonic()
     settings = settings_of(cfg)
     run_dir = _run_dir(settings, recipe)
@@ -119,7 +126,7 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
         rehearse(cfg, settings, run_dir, console)
         return None
     last_plan = _last_plan(run_dir, recipe)
-    state = _state(run_dir)
+    state = _read_state(run_dir)
     require_tracker(settings.tracker, has_own_python(cfg.cluster))
     executor, cluster = executor_of(cfg.cluster)
     plan = executor.prepare(make_plan(cfg, settings, run_dir), cluster)
@@ -130,7 +137,8 @@ def run(cfg: DictConfig, recipe: str) -> Path | None:
     view.print_notes(plan, set(settings.skip_rules), console)
     complete = all(stage.action == SKIP for stage in plan.stages)
     require_publishable(plan, settings, complete or cluster.follow)
-    with _written_plan(plan, last_plan, state, settings.dry_run) as set_stage:
+    with _write_plan(plan, last_plan, state, settings.dry_run) as set_stage:
+        # ``set_stage`` is ``None`` if all stages are complete.
         if set_stage is not None:
             executor.write_scripts(plan, cluster)
             write_tracker(run_dir, recipe, settings.tracker)
@@ -159,30 +167,32 @@ def _follow(set_stage: lock.SetStage, plan: Plan, stage: PlannedStage) -> Iterat
 
 
 def _run_dir(settings: RunSettings, recipe: str) -> Path:
+    """Returns the absolute path of the run's directory; refuses a file and a path with a colon."""
     hydra_cfg = HydraConfig.get()
     default = os.path.join("runs", recipe)
     if hydra_cfg.mode == RunMode.MULTIRUN:
         default = os.path.join(hydra_cfg.sweep.dir, hydra_cfg.sweep.subdir)
     directory = default if settings.run_dir is None else settings.run_dir
     path = Path(os.path.expanduser(directory)).resolve()
-    if not (existing := next(p for p in (path, *path.parents) if p.exists())).is_dir():
-        raise RecipeError(f"run_dir={path}: {existing} is a file.", "give a directory")
-    if os.pathsep in str(path):  # PYTHONPATH has the run's copy of the code
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not existing.is_dir():
+        raise RecipeError(f"run_dir={path}: {existing} is a file.", "set run_dir to a directory")
+    if os.pathsep in str(path):  # PYTHONPATH of a stage has a folder of the run: its code snapshot
         raise RecipeError(
             f"run_dir={path} has a colon, which separates the paths of PYTHONPATH.",
-            "give a directory without colons",
+            "set run_dir to a directory without colons in its path",
         )
     return path
 
 
 def _last_plan(run_dir: Path, recipe: str) -> LastPlan:
-    """Returns the last plan of a run, or an empty plan.
+    """Returns the last plan of a run; a plan without stages if no launcher has written one.
 
-    Refuses a run of another recipe, and a directory that has other files than those of a run.
+    Refuses a run of another recipe, and a directory without a plan that has files of the user.
     """
     last_plan = read_last_plan(run_dir)
     if last_plan is None:
-        if not all(map(_is_of_first_launch, run_dir.glob("*"))):
+        if not all(map(_is_from_killed_launch, run_dir.glob("*"))):
             raise RecipeError(
                 f"run_dir={run_dir} is not empty and is not a run directory.",
                 "choose a new directory",
@@ -196,68 +206,76 @@ def _last_plan(run_dir: Path, recipe: str) -> LastPlan:
     return last_plan
 
 
-def _is_of_first_launch(path: Path) -> bool:
-    """Returns whether a launcher that was killed before it wrote ``run.yaml`` can have left this.
+def _is_from_killed_launch(path: Path) -> bool:
+    """Returns whether a launcher may have left a path when it was killed.
 
-    Before ``run.yaml`` it writes the lock, a snapshot of the code, and a request for each stage.
+    Assumes a kill before the launcher wrote ``run.yaml``. Earlier it writes only the lock, a
+    snapshot of the code, and a request for each stage.
     """
     if not path.is_dir():
         return path.name == lock.LOCK or path.match(PARTIAL)
     if path.name == CODE:
         return all(map(is_snapshot, path.glob("*")))
-    request = path / REQUEST
-    is_stage = request.is_file() and request.read_bytes().startswith(b"format: ")
-    return is_stage or all(file.match(PARTIAL) for file in path.glob("*"))
+    request = path / REQUEST  # its first key is ``format``
+    has_request = request.is_file() and request.read_bytes().startswith(b"format: ")
+    return has_request or all(file.match(PARTIAL) for file in path.glob("*"))
 
 
 RunState = tuple[int | None, dict[str, StageState]]
-"""When a launcher last wrote ``run.yaml``, which it does before it starts stages; their states."""
+"""The time when ``run.yaml`` was last written, and the state of each stage by name.
+
+The time is in nanoseconds, ``None`` without the file. It changes whenever a launcher starts stages.
+"""
 
 
-def _state(run_dir: Path) -> RunState:
+def _read_state(run_dir: Path) -> RunState:
     file = run_dir / RUN_FILE
     return file.stat().st_mtime_ns if file.exists() else None, stage_states(run_dir)
 
 
 def _require_state(plan: Plan, state: RunState) -> None:
-    """Refuses an outdated plan. Slurm's jobs may have changed the stages that it does not start."""
-    (time_now, states_now), (time_before, states_before) = _state(plan.run_dir), state
-    changed = [s for s in plan.todo() if states_now.get(s.name) != states_before.get(s.name)]
-    if changed or time_now != time_before:
+    """Refuses an outdated plan: the run has changed since ``state`` was read, before planning.
+
+    Compares only the stages that the plan starts, because Slurm jobs may run the others.
+    """
+    (time_before, states_before), (time_now, states_now) = state, _read_state(plan.run_dir)
+    names = [stage.name for stage in plan.todo()]
+    is_changed = any(states_now.get(name) != states_before.get(name) for name in names)
+    if is_changed or time_now != time_before:
         raise RecipeError(
             f"{plan.run_dir} changed while this command was planning.", "repeat the command"
         )
 
 
 @contextmanager
-def _written_plan(
+def _write_plan(
     plan: Plan, last_plan: LastPlan, state: RunState, dry_run: bool
 ) -> Iterator[lock.SetStage | None]:
-    """Locks a run's directory and writes a plan to it; the caller's block runs under the lock.
+    """Locks a run's directory and writes a plan to it; the ``with`` block runs under the lock.
 
     Writes a snapshot of the code, the user's acceptances of stale results, and ``config.yaml`` of
-    each stage that will run or whose fingerprint changed since the last plan. Deletes unfinished
-    work beside complete results. If all of this is up to date, neither locks nor writes.
+    each stage that will run or whose fingerprint changed since the last plan. Deletes leftover work
+    of complete stages. If there is nothing to write or delete, does not lock either.
 
     Args:
         plan: The plan.
         last_plan: The last plan of the run.
         state: The state of the run before it was planned.
-        dry_run: If true, changes no acceptance and deletes no work.
+        dry_run: Whether to leave acceptances and work as they are.
 
     Yields:
         A function that records the running stage in the lock; ``None`` if no stage must run.
 
     Raises:
-        RecipeError: The run has another state now, so the plan is out of date.
+        RecipeError: The run's state is not ``state`` any more, so the plan is out of date.
     """
-    fingerprints = dict(last_plan.stages) | {s.name: s.fingerprint for s in plan.stages}
     # Stages that ``only`` excludes keep their fingerprints of the last plan.
+    fingerprints = dict(last_plan.stages) | {s.name: s.fingerprint for s in plan.stages}
     stages = {name: fingerprints.get(name) for name in plan.chain.stages}
     replaces = last_plan.replaces if dry_run else plan.replaces
     new_plan = LastPlan(last_plan.recipe, stages, replaces)
-    skipped = [stage.state() for stage in plan.stages if stage.action == SKIP and not dry_run]
-    leftover_dirs = [state.directory for state in skipped if state.leftover]
+    skipped_states = [s.state() for s in plan.stages if s.action == SKIP and not dry_run]
+    leftover_dirs = [state.directory for state in skipped_states if state.leftover]
     must_run = any(stage.action != SKIP for stage in plan.stages)
     acceptances = {} if dry_run else plan.acceptances
     if not (must_run or leftover_dirs or acceptances) and new_plan == last_plan:
@@ -285,6 +303,7 @@ def _written_plan(
 
 
 def _write_requests(plan: Plan, last_plan: LastPlan) -> None:
+    """Writes ``config.yaml`` of each stage that will run or whose fingerprint changed."""
     for stage in plan.stages:
         is_changed = last_plan.stages.get(stage.name) != stage.fingerprint
         # An accepted result keeps the ``config.yaml`` from which it was computed.
@@ -301,7 +320,7 @@ def cli() -> int:
         if {"-h", "--help"} & set(arguments):
             console.print(schema.help_text(), markup=False, soft_wrap=True)
         elif (status := commands.run(arguments, console)) is not None:
-            return status
+            return status  # the arguments were a command, such as ``status``
         elif any(arg.startswith("-") for arg in arguments):
             sys.argv[1:] = schema.hydra_arguments(arguments)
             schema.register()
@@ -310,8 +329,8 @@ def cli() -> int:
             main(schema.compose(*arguments))  # faster: Hydra's main composes twice
     except KeyboardInterrupt:
         argument = resuming_argument(arguments)
-        added = f" with {argument}" if argument else ""
-        console.print(f"interrupted; the same command{added} resumes", markup=False)
+        addition = f" with {argument}" if argument else ""
+        console.print(f"interrupted; the same command{addition} resumes", markup=False)
         return 130
     except (HydraException, OmegaConfBaseException, YAMLError, RecipeError) as error:
         return _fail(error)
@@ -323,6 +342,7 @@ def cli() -> int:
 
 
 def _fail(error: Exception) -> int:
+    """Prints an error and returns the exit status."""
     screen(stderr=True).print(f"error: {explain(error)}", markup=False)
     return 1
 

@@ -48,18 +48,25 @@ class StageStatus:
 
 def read_statuses(run_dir: Path) -> list[StageStatus]:
     """Returns the status of every stage of a run."""
-    jobs, holder = read_jobs(run_dir), lock.read_holder(run_dir)
-    slurm_states, plan = job_states(jobs.values()), read_last_plan(run_dir)
-    planned = plan.stages if plan is not None else {}
+    jobs = read_jobs(run_dir)
+    slurm_states = job_states(jobs.values())  # by job id
+    holder = lock.read_holder(run_dir)
+    last_plan = read_last_plan(run_dir)
+    fingerprints = last_plan.stages if last_plan is not None else {}
     states = stage_states(run_dir, include=jobs)
-    # Jobs of an earlier plan count only while they are active: their end says nothing about the
-    # stage's present status.
-    jobs_of_plan = {n: job for n, job in jobs.items() if job.fingerprint == planned.get(n)}
-    incomplete = {n for n, state in states.items() if state.status is not Status.COMPLETE}
-    ended_jobs = [
-        j for n, j in jobs_of_plan.items() if n in incomplete and j.id not in slurm_states
+    # Jobs of an earlier plan count only while they are active: how they ended says nothing about
+    # the stage of the last plan.
+    jobs_of_plan = {
+        name: job for name, job in jobs.items() if job.fingerprint == fingerprints.get(name)
+    }
+    incomplete = {name for name, s in states.items() if s.status is not Status.COMPLETE}
+    # squeue does not list these jobs any more. sacct may know how they ended.
+    unlisted_jobs = [
+        job
+        for name, job in jobs_of_plan.items()
+        if name in incomplete and job.id not in slurm_states
     ]
-    slurm_states |= final_states(ended_jobs)
+    slurm_states |= final_states(unlisted_jobs)
     statuses = []
     for name, state in states.items():
         job = jobs.get(name)
@@ -75,13 +82,21 @@ def _active_status(
     slurm_state: JobState | None,
     holder: lock.Holder | None,
 ) -> StageStatus | None:
-    """Returns the status of a stage that runs or waits; ``None`` for any other stage."""
+    """Returns the status of a stage that runs or waits; ``None`` for any other stage.
+
+    Args:
+        state: The stage's state according to its files.
+        job: The stage's newest Slurm job, which may be of an earlier plan.
+        slurm_state: The state of ``job``; ``None`` if Slurm does not know it.
+        holder: The launcher that runs stages of this run now.
+    """
     name = state.directory.name
     if slurm_state and slurm_state.active:
         status = Status.RUNNING if slurm_state.running else Status.PENDING
         return StageStatus(state, status, progress_text(state, slurm_state.description), job)
     if holder and holder.stage == name:
         return StageStatus(state, Status.RUNNING, progress_text(state))
+    # The launcher runs another stage, and starts this stage later.
     if holder and holder.stage and state.status is not Status.COMPLETE:
         return StageStatus(state, Status.PENDING, f"after {holder.stage}")
     return None
@@ -90,7 +105,13 @@ def _active_status(
 def _ended_status(
     state: StageState, job: SlurmJob | None, slurm_state: JobState | None
 ) -> StageStatus:
-    """Returns the status of a stage that neither runs nor waits."""
+    """Returns the status of a stage that neither runs nor waits.
+
+    Args:
+        state: The stage's state according to its files.
+        job: The stage's newest Slurm job, if it is of the last plan.
+        slurm_state: How this job ended; ``None`` if Slurm does not know it.
+    """
     if state.status is Status.COMPLETE and state.result is not None:
         return StageStatus(state, Status.COMPLETE, f"{state.result.seconds:.0f} s", job)
     if state.status is Status.STOPPED:
@@ -102,12 +123,13 @@ def _ended_status(
     if reason := STATE_REASONS.get(job_state):
         return StageStatus(state, Status.FAILED, f"{job_state}: {reason}", job)
     log = newest_log(state.directory)
-    # The newest log may belong to an earlier job. Slurm names a log by the id of its job.
+    # Slurm names a log by the id of its job. The newest log may be that of an earlier job, which
+    # says nothing about this job.
     job_log = log if job is None or (log and log.stem == job.id) else None
     # The stage failed: it recorded an error, or its job left a log or a final state.
     if state.error or (job and (job_log or job_state)):
         status = state.status if state.error else Status.FAILED
-        texts = (job_state, failure(state.directory, job_log))
+        texts = (job_state, failure(state.directory, job_log))  # the first may be empty
         return StageStatus(state, status, ": ".join(filter(None, texts)), job)
     if job:
         # When a job fails, Slurm removes and forgets the jobs that depend on it.
@@ -115,18 +137,22 @@ def _ended_status(
         return StageStatus(state, Status.CANCELLED, detail, job)
     if state.status is Status.INTERRUPTED:
         return StageStatus(state, state.status, progress_text(state))
+    # A result that does not make the stage complete has another fingerprint than the last plan.
     stale = "its settings, inputs or code differ from those of the last plan"
     detail = stale if state.result else ""
     return StageStatus(state, state.status, detail)
 
 
 def progress_text(state: StageState, detail: str = "") -> str:
-    """Returns a stage's last progress, its remaining time, and a detail, as far as they exist."""
+    """Describes a stage's progress, such as "distill 5/10, 0:00:50 left; DETAIL".
+
+    Leaves out the progress if the stage has recorded none, and the time if it is unknown.
+    """
     texts = [detail] if detail else []
     if records := state.progress():
-        last, left = records[-1], remaining_seconds(records)
+        last, seconds = records[-1], remaining_seconds(records)
         text = f"{last['task']} {last['done']}/{last['total']}"
-        texts.insert(0, f"{text}, {format_seconds(left)} left" if left else text)
+        texts.insert(0, f"{text}, {format_seconds(seconds)} left" if seconds else text)
     return "; ".join(texts)
 
 
@@ -139,7 +165,7 @@ def time_left(run_dir: Path, statuses: Sequence[StageStatus]) -> float | None:
     remaining: dict[str, float | None] = {}
     for stage in statuses:
         if not stage.result:
-            # Without unfinished work, the records are of an earlier start.
+            # Without unfinished work, the records are of an earlier start and tell nothing.
             records = stage.state.progress() if stage.state.begun else []
             remaining[stage.name] = remaining_seconds(records) if records else None
     return remaining_run_seconds(planned_seconds(run_dir), spent, remaining)

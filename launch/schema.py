@@ -1,4 +1,4 @@
-"""Composes configs with Hydra from a command line; lists recipes and choices."""
+"""Composes configs with Hydra from a command line; lists recipes and the choices of groups."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ OPTIONAL_GROUPS = (
     "tasks",
     "tracker",
 )
-"""Config groups that ``GROUP=null`` leaves out."""
+"""Config groups that a user may omit with ``GROUP=null``."""
 CHOICE = re.compile(r"[\w.-]*[a-df-z][\w.-]*", re.IGNORECASE)
-"""Matches names such as 32k or my-7b. Without a letter other than e, Hydra may parse a number."""
+"""Matches the name of a choice, such as 32k or my-7b. The name needs a letter other than e, because
+Hydra parses 32 and 1e5 as numbers."""
 VALUES = ("null", "true", "false", "nan", "inf")
 """Words that Hydra parses as values, not as names."""
 
@@ -66,7 +67,7 @@ Groups; GROUP=NAME chooses:
 
 @cache
 def register() -> None:
-    """Registers ``stage/<stage>/schema`` for each stage, and the resolvers of ``conf``."""
+    """Registers ``stage/<stage>/schema`` for each stage, and the resolvers for ``conf``."""
     OmegaConf.register_new_resolver("cpu", _cpu)
     OmegaConf.register_new_resolver("concatenate", lambda *lists: sum(lists, ListConfig([])))
     for name in stage_names():
@@ -76,12 +77,19 @@ def register() -> None:
 
 
 def _cpu(name: str, *, _root_: DictConfig) -> Any:
-    """Returns a value of this machine's CPU profile. For Slurm, the value is valid for any CPU."""
+    """Returns a field of this machine's CPU profile.
+
+    Slurm may run the stages on other machines. For Slurm, the value is therefore valid for any CPU.
+
+    Args:
+        name: The field, as in ``${cpu:flops_per_second}``.
+        _root_: The whole config, which OmegaConf passes.
+    """
     return cpu_profile(name, here=OmegaConf.select(_root_, "cluster.executor") != "slurm")
 
 
 def compose(*arguments: str) -> DictConfig:
-    """Composes a config from command-line arguments."""
+    """Composes a config from command-line arguments, without Hydra's own settings."""
     register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose("config", hydra_arguments(arguments), return_hydra_config=True)
@@ -93,7 +101,7 @@ def compose(*arguments: str) -> DictConfig:
 
 
 def groups() -> list[str]:
-    """Returns the groups that a user chooses from."""
+    """Returns the config groups (folders of ``conf``) that a user chooses from."""
     internal = ("chain", "stage")
     folders = (path.name for path in CONF.iterdir() if path.is_dir())
     return sorted(name for name in folders if name not in internal)
@@ -106,10 +114,12 @@ def choices(group: str) -> list[str]:
 
 
 def choices_with(stage: str) -> list[str]:
-    """Returns the choices of groups that add a stage, such as ``gguf=f16``."""
+    """Returns each choice of a group that adds a stage to a recipe, such as ``gguf=f16``."""
     files = sorted(file for group in groups() for file in (CONF / group).glob("*.yaml"))
-    adding = (file for file in files if f"@stages.{stage}:" in file.read_text(encoding="utf-8"))
-    return [f"{file.parent.name}={file.stem}" for file in adding]
+    # An entry "/stage/MODULE@stages.STAGE: default" in the defaults list of a file adds a stage.
+    entry = f"@stages.{stage}:"
+    files_with_stage = [file for file in files if entry in file.read_text(encoding="utf-8")]
+    return [f"{file.parent.name}={file.stem}" for file in files_with_stage]
 
 
 def help_text() -> str:
@@ -119,31 +129,34 @@ def help_text() -> str:
 
 def hydra_arguments(arguments: Iterable[str]) -> list[str]:
     """Translates a command line to Hydra's syntax; refuses group values that are not names."""
-    # Hydra cannot parse overrides on both sides of a flag, as in `recipe=R -m x=1,2`.
+    # Hydra cannot parse overrides on both sides of a flag, as in `recipe=R -m x=1,2`. The sort
+    # moves -m to the front and keeps the order of the other arguments.
     ordered = sorted(arguments, key=lambda arg: arg not in ("-m", "--multirun"))
     return [_hydra_argument(arg) for arg in ordered]
 
 
 def _hydra_argument(arg: str) -> str:
+    """Translates one argument; changes only ``GROUP=null``."""
     group, equals, value = arg.partition("=")
     if not equals or group not in groups():
         return arg
     names = value.split(",")  # a sweep has several names
     for name in names:
-        allowed = name == "null" and group in OPTIONAL_GROUPS
-        if not allowed and (name.lower() in VALUES or not CHOICE.fullmatch(name)):
+        omits_group = name == "null" and group in OPTIONAL_GROUPS
+        if not omits_group and (name.lower() in VALUES or not CHOICE.fullmatch(name)):
             hint = f"model.hf_path={value} for a folder or a hub id; " if group == "model" else ""
             raise RecipeError(f"{arg} names no {group}.", f"{hint}--help lists all names")
-    # Hydra accepts null in files only; on the command line the empty list has the same effect.
+    # Hydra accepts null in files only. On the command line, an empty list has the same effect.
     return f"{group}={','.join('[]' if name == 'null' else name for name in names)}"
 
 
 def recipes() -> dict[str, str]:
-    """Returns the description of each recipe."""
+    """Maps the name of each recipe to its description."""
     return {file.stem: _description(file) for file in sorted((CONF / "recipe").glob("*.yaml"))}
 
 
 def _description(recipe: Path) -> str:
+    """Returns the field ``description`` of a recipe's file; empty if there is none."""
     try:
         return str(OmegaConf.select(OmegaConf.load(recipe), "description", default=""))
     except (YAMLError, OmegaConfBaseException):

@@ -1,4 +1,4 @@
-"""The settings of a run: the root of the config without stages, hardware and cluster."""
+"""The settings of a run: the root of the config, except data, stages, hardware and cluster."""
 
 from __future__ import annotations
 
@@ -17,10 +17,17 @@ from recipes.core.errors import RecipeError, did_you_mean
 from recipes.planning.rules import RULES
 
 DATA_FIELDS = (
-    *("sources", "heldout_sources", "excluded_documents", "prefix", "format", "text_field"),
-    *("document_end", "max_tokens", "seq_length"),
+    "sources",
+    "heldout_sources",
+    "excluded_documents",
+    "prefix",
+    "format",
+    "text_field",
+    "document_end",
+    "max_tokens",
+    "seq_length",
 )
-"""Fields of the group ``data``, which stages refer to."""
+"""Fields of the group ``data``. Settings of stages refer to them, as in ``${data.prefix}``."""
 
 
 @dataclass
@@ -82,35 +89,49 @@ class RunSettings:
 
 
 def settings_of(cfg: DictConfig) -> RunSettings:
-    """Returns the settings of a run; a single name is accepted where a list is expected.
+    """Returns the settings of a run; accepts a single name where a list is expected.
+
+    Args:
+        cfg: The whole config, because the settings may refer to any part of it.
 
     Raises:
         RecipeError: A setting is invalid.
     """
     for group in ("model", "data", "stages", "hardware", "cluster", "hub"):
         if not isinstance(cfg.get(group), DictConfig):
-            raise RecipeError(f"{group}={cfg.get(group)} is not a group.", f"leave out {group}")
-    _refuse_unknown(cfg, [*map(str, OmegaConf.load(CONF / "config.yaml")), *groups()])
+            raise RecipeError(
+                f"invalid {group}={cfg.get(group)}: must have fields, such as {group}.NAME=VALUE.",
+                f"leave out {group}=…",
+            )
+    root_fields = [str(name) for name in OmegaConf.load(CONF / "config.yaml")]
+    _refuse_unknown(cfg, [*root_fields, *groups()])
     _refuse_unknown(cfg.data, DATA_FIELDS, "data.")
-    root: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     try:
         for name in (item.name for item in fields(RunSettings) if item.name in cfg):
-            value = cfg[name]  # read from cfg, because interpolations refer to the whole config
+            value = cfg[name]
             is_container = OmegaConf.is_config(value)
-            root[name] = OmegaConf.to_container(value, resolve=True) if is_container else value
-        root["tracker"] = root.get("tracker") or {}
+            values[name] = OmegaConf.to_container(value, resolve=True) if is_container else value
+        values["tracker"] = values.get("tracker") or {}
     except OmegaConfBaseException as error:
         message = f"{error.full_key}: {str(error).splitlines()[0]}."
         raise RecipeError(message, SHOW_FIELDS) from error
     for name in ("skip_rules", "force", "accept", "only", "gates"):
-        if not isinstance(root.get(name), list | None):
-            root[name] = [root[name]]
-    return as_typed(RunSettings, OmegaConf.create(root))
+        if not isinstance(values.get(name), list | None):
+            values[name] = [values[name]]
+    return as_typed(RunSettings, OmegaConf.create(values))
 
 
 def _refuse_unknown(node: DictConfig, known: Collection[str], prefix: str = "") -> None:
-    """Refuses unknown fields, unless an interpolation refers to them: they would have no effect."""
+    """Refuses unknown fields, which would have no effect unless an interpolation refers to them.
+
+    Args:
+        node: The node of the config with the fields.
+        known: Names of the known fields.
+        prefix: Path of the node in the config, with a dot at its end.
+    """
     for name in map(str, node):
+        # Matches the start of ${PREFIX.NAME} and of ${oc.select:PREFIX.NAME,DEFAULT}.
         reference = rf"\$\{{(oc\.select:)?{re.escape(prefix + name)}\b"
         if name not in known and not re.search(reference, OmegaConf.to_yaml(node._get_root())):
             hint = did_you_mean(name, known)

@@ -18,14 +18,18 @@ from recipes.core.run_state import Status, stage_state
 from recipes.core.screen import screen
 
 RECORD = "jobs.txt"
-"""File in a run directory with a line ``STAGE JOB OWNER FINGERPRINT RUN_HASH`` for each job."""
+"""File in a run directory with a line ``STAGE JOB OWNER FINGERPRINT RUN_HASH`` for each job.
+
+``OWNER`` comes from ``owner()`` and ``RUN_HASH`` from ``run_hash()``.
+"""
 ENDED = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY")
 ) | {"PREEMPTED", "REVOKED", "TIMEOUT"}
+"""States of jobs that have ended."""
 RUNNING = frozenset(
     ("COMPLETING", "RESIZING", "RUNNING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED")
 )
-"""States of jobs that have started and not ended. A job neither ``ENDED`` nor ``RUNNING`` waits."""
+"""States of jobs that have started and not ended. A job in any other state waits."""
 WAIT_REASONS = {
     "CONFIGURING": "its nodes are being prepared",
     "REQUEUE_HOLD": "held after a requeue, until scontrol release",
@@ -40,9 +44,11 @@ STATE_REASONS = {
     "PREEMPTED": "another job took its nodes; repeat the command of the run to submit it again",
     "TIMEOUT": "it reached its time limit; repeat the command of the run to resume it",
 }
-"""For each state, why Slurm ended the job. Logs show only that ranks lost their connections."""
+"""For each state, why the job ended. Logs show only that ranks lost their connections."""
 TIMEOUT_SECONDS = 60
+"""Maximum run time of a Slurm program, such as squeue."""
 POLL_SECONDS = 2.0
+"""Time between two requests for the states of jobs that are ending."""
 ENDING_SECONDS = 300.0
 """How long to wait for jobs that are ending. Slurm kills their processes and cleans their nodes."""
 
@@ -52,10 +58,13 @@ class SlurmJob:
     """A job that was submitted for a stage."""
 
     name: str
+    """The job's name in Slurm, see ``job_name``."""
     stage: str
     id: str
     owner: str
+    """The user and the cluster, see ``owner``."""
     fingerprint: str
+    """The stage's fingerprint when the job was submitted."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,7 @@ class JobState:
     def description(self) -> str:
         """Says why the job waits, or where it runs and how much time it has left."""
         if self.running:
+            # squeue shows these words instead of a time if there is no limit.
             limited = self.time_left not in ("", "UNLIMITED", "NOT_SET", "INVALID")
             limit = f"{self.time_left} until its time limit" if limited else "without a time limit"
             return f"on {self.nodes}, {limit}"
@@ -89,7 +99,7 @@ class JobState:
 
 
 def run_hash(run_dir: Path) -> str:
-    """Returns a hash of a run's path. It differs from that of the run's copies."""
+    """Returns a short hash of a run's path. A copy of the run has another path and hash."""
     return hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
 
 
@@ -99,7 +109,7 @@ def job_name(run_dir: Path, stage: str) -> str:
 
 
 def owner() -> str:
-    """Returns the user id and the cluster of jobs submitted here, as ``submit.sh`` records them."""
+    """Returns ``UID@CLUSTER`` of jobs that this user submits here, as ``submit.sh`` records it."""
     config = query("scontrol", "show", "config").stdout
     return f"{os.getuid()}@{''.join(re.findall(r'^ClusterName *= (.+)', config, re.M))}"
 
@@ -107,13 +117,14 @@ def owner() -> str:
 def read_jobs(run_dir: Path) -> dict[str, SlurmJob]:
     """Returns the newest job of each stage, by stage.
 
-    Ignores lines that are not complete, and jobs of the run from which this run was copied.
+    Ignores incomplete lines, and jobs of the run from which this run was copied.
     """
     try:
         text = (run_dir / RECORD).read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
     rows = [line.split() for line in text.splitlines()]
+    # Newer lines come later in the file, so they replace older lines of the same stage.
     return {
         row[0]: SlurmJob(job_name(run_dir, row[0]), *row[:4])
         for row in rows
@@ -125,68 +136,78 @@ def forget_job(run_dir: Path, stage: str) -> None:
     """Removes a stage's jobs from the record, because this machine runs the stage now."""
     if stage in read_jobs(run_dir):
         lines = (run_dir / RECORD).read_text(encoding="utf-8").splitlines()
-        kept_lines = [f"{line}\n" for line in lines if line.split()[:1] != [stage]]
-        write_text_atomically(run_dir / RECORD, "".join(kept_lines))
+        other_lines = [f"{line}\n" for line in lines if line.split()[:1] != [stage]]
+        write_text_atomically(run_dir / RECORD, "".join(other_lines))
 
 
 def job_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
-    """Returns the states of jobs that Slurm remembers, by job id; raises if squeue fails.
+    """Returns the states of the jobs that Slurm remembers, by job id.
 
-    Also asks for the jobs' names: another cluster may have other jobs with these ids.
+    Selects jobs by id and name, because another cluster may have other jobs with these ids.
+
+    Raises:
+        RecipeError: squeue fails.
     """
-    ids = {job.id: job.name for job in jobs}
-    if not ids or shutil.which("squeue") is None:  # such as a run copied to a machine without Slurm
+    names = {job.id: job.name for job in jobs}
+    # A run may have been copied to a machine without Slurm.
+    if not names or shutil.which("squeue") is None:
         return {}
-    # Slurm forgets a job minutes after its end. If ``ids`` has only such a job, squeue fails.
-    columns = "--format=%i|%T|%r|%L|%N"
-    selection = (f"--jobs={','.join(ids)}", f"--name={','.join(ids.values())}")
-    done = query("squeue", "--noheader", "--states=all", columns, *selection)
-    if done.returncode and "Invalid job id" not in done.stderr:
+    columns = "--format=%i|%T|%r|%L|%N"  # the id, then the fields of ``JobState`` in their order
+    selection = (f"--jobs={','.join(names)}", f"--name={','.join(names.values())}")
+    squeue = query("squeue", "--noheader", "--states=all", columns, *selection)
+    # Slurm forgets a job minutes after its end. If it has forgotten the only requested job, squeue
+    # reports an invalid id.
+    if squeue.returncode and "Invalid job id" not in squeue.stderr:
         raise RecipeError(
-            f"squeue does not answer: {done.stderr.strip()}", "try again once Slurm is up"
+            f"squeue does not answer: {squeue.stderr.strip()}", "try again once Slurm is up"
         )
-    rows = [line.split("|") for line in done.stdout.splitlines()]
+    rows = [line.split("|") for line in squeue.stdout.splitlines()]
     return {row[0]: JobState(*row[1:]) for row in rows if len(row) == 5}
 
 
 def final_states(jobs: Iterable[SlurmJob]) -> dict[str, JobState]:
-    """Returns the states of ended jobs, by job id; empty if Slurm keeps no accounting records."""
-    ids = {job.id: job.name for job in jobs}
-    if not ids:
+    """Returns the states of those jobs that have ended, by job id.
+
+    Reads Slurm's accounting records; returns nothing if Slurm keeps none.
+    """
+    names = {job.id: job.name for job in jobs}
+    if not names:
         return {}
     # With -X, sacct omits the steps of jobs.
-    selection = (f"--jobs={','.join(ids)}", f"--name={','.join(ids.values())}")
-    done = query("sacct", "--noheader", "--parsable2", "-X", "--format=JobID,State", *selection)
-    rows = [line.split("|") for line in done.stdout.splitlines()]
+    selection = (f"--jobs={','.join(names)}", f"--name={','.join(names.values())}")
+    sacct = query("sacct", "--noheader", "--parsable2", "-X", "--format=JobID,State", *selection)
+    rows = [line.split("|") for line in sacct.stdout.splitlines()]
     # A state can be "CANCELLED by 1000", or "CANCELLED+" if sacct cuts it off.
     states = {row[0]: JobState(row[1].split()[0].rstrip("+")) for row in rows if len(row) == 2}
-    return {job: state for job, state in states.items() if not state.active}
+    return {job_id: state for job_id, state in states.items() if not state.active}
 
 
 def active_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
     """Returns the jobs of a run that run or wait, and their states, by stage.
 
     Raises:
-        RecipeError: A job without a result may run, but Slurm does not show it here: this machine
-            has no Slurm or that of another cluster, or hides the jobs of other users.
+        RecipeError: A job of an incomplete stage may run, but Slurm does not show it here. Either
+            this machine has no Slurm or is part of another cluster, or Slurm hides the jobs of
+            other users.
     """
     jobs = read_jobs(run_dir)
     states = job_states(jobs.values())
-    unknown = [
+    unlisted = [
         job
         for name, job in jobs.items()
         if job.id not in states
         and stage_state(run_dir / name, job.fingerprint).status is not Status.COMPLETE
     ]
-    here = owner() if unknown else ""
-    ended = final_states(job for job in unknown if job.owner != here)
-    for job in unknown:
-        hidden = job.owner != here or shutil.which("squeue") is None
-        if hidden and job.id not in ended:
+    this_owner = owner() if unlisted else ""
+    ended = final_states(job for job in unlisted if job.owner != this_owner)
+    for job in unlisted:
+        # squeue lists all active jobs of this owner, so an unlisted job of this owner has ended.
+        may_be_hidden = job.owner != this_owner or shutil.which("squeue") is None
+        if may_be_hidden and job.id not in ended:
             raise RecipeError(
                 f"job {job.id} of {job.owner} (user@cluster) may run {job.stage} of {run_dir}, "
-                f"but Slurm does not show it to {here}.",
-                "repeat this as that user on that cluster; "
+                f"but Slurm does not show it to {this_owner}.",
+                "repeat the command as that user on that cluster; "
                 f"if no job runs, delete {run_dir / RECORD}",
             )
     return {
@@ -197,12 +218,13 @@ def active_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
 
 
 def lasting_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
-    """Returns ``active_jobs`` once none of them is ending, as after its cancellation.
+    """Waits until no job is ending, such as a cancelled job; returns ``active_jobs``.
 
     Raises:
-        RecipeError: A job does not end in time.
+        RecipeError: A job does not end within ``ENDING_SECONDS``.
     """
-    active, deadline = active_jobs(run_dir), None
+    active = active_jobs(run_dir)
+    deadline: float | None = None
     while ending := [job.id for job, state in active.values() if state.state == "COMPLETING"]:
         if deadline is None:
             screen().print(f"waiting until Slurm has ended job {', '.join(ending)}")
@@ -220,10 +242,10 @@ def lasting_jobs(run_dir: Path) -> Mapping[str, tuple[SlurmJob, JobState]]:
 def cancel_jobs(jobs: Iterable[SlurmJob]) -> None:
     """Cancels jobs; raises ``RecipeError`` if Slurm refuses."""
     ids = [job.id for job in jobs]
-    done = query("scancel", *ids)
-    if done.returncode:
+    scancel = query("scancel", *ids)
+    if scancel.returncode:
         raise RecipeError(
-            f"scancel failed: {done.stderr.strip()}",
+            f"scancel failed: {scancel.stderr.strip()}",
             f"as the user who submitted the jobs, run scancel {' '.join(ids)}",
         )
 

@@ -31,31 +31,35 @@ def require_separate_results(cfg: DictConfig, arguments: Sequence[str]) -> None:
     """Refuses a sweep whose runs would overwrite each other's results.
 
     Args:
-        cfg: Config of one run.
+        cfg: Config of one run of the sweep.
         arguments: Command line of the sweep.
     """
     overrides = [arg for arg in arguments if "=" in arg and not arg.startswith("-")]
     parsed = OverridesParser.create().parse_overrides(overrides)
     swept = [override for override in parsed if override.is_sweep_override()]
-    if not swept:  # -m with a single run
-        return
     for name, fix in UNIQUE_SETTINGS.items():
         group, _, key = name.rpartition(".")
         node = cfg[group] if group else cfg
         # An interpolation is assumed to have a different value in each run, like ${hydra:job.num}.
         if node[key] is None or OmegaConf.is_interpolation(node, key):
             continue
-        values = [v for o in swept if o.key_or_group == name for v in o.sweep_string_iterator()]
-        # With two swept fields, each value of the one is combined with all values of the other.
-        if len(values) < 2 or len(swept) > 1 or len(set(values)) < len(values):
+        overrides_of_name = [override for override in swept if override.key_or_group == name]
+        values = [value for o in overrides_of_name for value in o.sweep_string_iterator()]
+        # With two swept fields, several runs have the same value of each field, because Hydra runs
+        # all combinations.
+        is_unique = len(swept) == 1 and len(values) > 1 and len(set(values)) == len(values)
+        if not is_unique:
             raise RecipeError(f"several runs of this sweep would have {name}={node[key]}.", fix)
 
 
 def resuming_argument(arguments: Sequence[str]) -> str:
-    """Returns what must be added to a sweep's command line, so that its runs are resumed.
+    """Returns the argument with which the same command line resumes the runs of a sweep.
 
-    Without it, a repeated sweep gets a new directory. Empty if this is not a sweep, if the argument
-    is there, or if no run of the sweep has been started.
+    Without this argument, a repeated sweep gets a new directory.
+
+    Returns:
+        ``hydra.sweep.dir=DIR``. Empty if the command is not a sweep, if ``arguments`` already has
+        the argument, or if no run of the sweep has been started.
     """
     if not HydraConfig.initialized():  # for example, the command ``status``
         return ""
@@ -77,11 +81,17 @@ class Best(Callback):
         self._failed = 0
 
     def on_multirun_start(self, config: DictConfig, **more: Any) -> None:
-        """Sets the sweep's config, which Hydra sets only during a run, for an interrupt."""
+        """Sets Hydra's global config, which ``resuming_argument`` reads.
+
+        Hydra itself sets it only during a run, but an interrupt may come between two runs.
+        """
         HydraConfig.instance().set_config(config)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **more: Any) -> None:
-        """Collects the directory that ``main`` returned; dry runs and rehearsals return none."""
+        """Collects the run's directory that ``main`` returned, or counts its error.
+
+        For a dry run or a rehearsal, ``main`` returned ``None``.
+        """
         result = job_return.return_value if job_return.status is JobStatus.COMPLETED else None
         if isinstance(result, RecipeError):
             self._failed += 1
@@ -100,7 +110,10 @@ class Best(Callback):
 
 
 def best_of(run_dirs: Sequence[Path]) -> str:
-    """Describes the best run if two or more are evaluated; adds the command that compares all."""
+    """Describes the best of the runs, if two or more are evaluated.
+
+    Also names the command that compares all of them.
+    """
     from recipes.report.compare import compare_runs, describe_best
     from recipes.report.runs import read_run
 

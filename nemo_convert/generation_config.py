@@ -12,11 +12,12 @@ from recipes.core.files import read_json
 GENERATION_CONFIG = "generation_config.json"
 
 
-def _is_count(value: Any) -> bool:
+# The checks compare types with ``is``, because isinstance(True, int) is true.
+def _is_positive_integer(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def _is_size(value: Any) -> bool:
+def _is_non_negative_integer(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
@@ -24,7 +25,7 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
-def _is_positive(value: Any) -> bool:
+def _is_positive_number(value: Any) -> bool:
     return _is_number(value) and value > 0
 
 
@@ -46,51 +47,62 @@ def _is_never_valid(value: Any) -> bool:
 SETTINGS: Mapping[str, Callable[[Any], bool]] = {
     "bad_words_ids": lambda value: isinstance(value, list) and all(map(_is_list_of_ids, value)),
     "cache_implementation": lambda value: value in ("dynamic", "offloaded", "static"),
-    "compile_config": _is_never_valid,
+    "compile_config": _is_never_valid,  # must be a CompileConfig, which JSON cannot hold
     "early_stopping": lambda value: value in (True, False, "never"),
-    "encoder_repetition_penalty": _is_positive,
+    "encoder_repetition_penalty": _is_positive_number,
     "guidance_scale": _is_number,
-    "max_new_tokens": _is_count,
+    "max_new_tokens": _is_positive_integer,
     "max_time": _is_number,
-    "min_length": _is_size,
-    "min_new_tokens": _is_size,
-    "no_repeat_ngram_size": _is_size,
-    "num_beams": _is_count,
-    "num_return_sequences": _is_count,
+    "min_length": _is_non_negative_integer,
+    "min_new_tokens": _is_non_negative_integer,
+    "no_repeat_ngram_size": _is_non_negative_integer,
+    "num_beams": _is_positive_integer,
+    "num_return_sequences": _is_positive_integer,
     "pad_token_id": lambda value: type(value) is int,
-    "repetition_penalty": _is_positive,
+    "repetition_penalty": _is_positive_number,
     "suppress_tokens": _is_list_of_ids,
     "begin_suppress_tokens": _is_list_of_ids,
-    "top_k": _is_size,
+    "top_k": _is_non_negative_integer,
     "watermarking_config": _is_watermark,
-    # transformers 4.57 loads these methods from the hub, as code of other authors.
+    # Each of the next keys chooses a generation method whose code transformers 4.57 downloads from
+    # the hub. The values that are allowed do not choose the method.
     "constraints": _is_never_valid,
     "dola_layers": _is_never_valid,
     "force_words_ids": _is_never_valid,
     "num_beam_groups": lambda value: value == 1,
     "penalty_alpha": lambda value: value == 0,
 }
-"""Checks of settings. With a value that fails, transformers cannot load the model or generate text.
-Null is valid, except for the keys of ``NEVER_NULL``."""
+"""Maps each setting to the check that its value must pass. If the value fails, transformers cannot
+load the model or generate text. Null is valid, except for the keys of ``NEVER_NULL``."""
 NEVER_NULL = ("early_stopping", "num_beams", "num_return_sequences")
 ARGUMENTS = (
-    *("assistant_model", "logits_processor", "negative_prompt_attention_mask"),
-    *("negative_prompt_ids", "prefix_allowed_tokens_fn", "stopping_criteria", "streamer"),
-    *("synced_gpus", "use_model_defaults"),
+    "assistant_model",
+    "logits_processor",
+    "negative_prompt_attention_mask",
+    "negative_prompt_ids",
+    "prefix_allowed_tokens_fn",
+    "stopping_criteria",
+    "streamer",
+    "synced_gpus",
+    "use_model_defaults",
 )
-"""Arguments of ``generate``: transformers refuses a file that has one of them."""
+"""Arguments of transformers' ``generate`` method. transformers refuses a file that has one."""
 WATERMARK_SETTINGS: Mapping[str, Callable[[Any], bool]] = {
     "bias": _is_number,
-    "context_width": _is_count,
+    "context_width": _is_positive_integer,
     "greenlist_ratio": lambda value: _is_number(value) and 0 <= value <= 1,
     "hashing_key": lambda value: type(value) is int,
     "seeding_scheme": lambda value: value in ("lefthash", "selfhash"),
 }
-"""Checks of the settings in ``watermarking_config``; transformers has no others."""
+"""Maps each key that ``watermarking_config`` may have to the check that its value must pass."""
 
 
 def generation_problems(folder: Path, vocab_size: int) -> Iterator[tuple[str, str]]:
-    """Yields (what is wrong, how to fix it) for the settings in a folder. Torch-free.
+    """Yields (what is wrong, how to fix it) for a folder's ``generation_config.json``. Torch-free.
+
+    Args:
+        folder: Hugging Face folder; the file may be absent.
+        vocab_size: Number of token ids. Larger ids of special tokens are a problem.
 
     Raises:
         RecipeError: The file is not valid JSON.
@@ -99,7 +111,10 @@ def generation_problems(folder: Path, vocab_size: int) -> Iterator[tuple[str, st
     config = read_json(file) if file.is_file() else {}
     for key in ARGUMENTS:
         if key in config:
-            yield f"{GENERATION_CONFIG} has {key}, an argument of generate.", f"remove {key}"
+            yield (
+                f"{GENERATION_CONFIG} has {key}, an argument of generate() and not a setting.",
+                f"remove {key}",
+            )
     for key, is_valid in SETTINGS.items():
         is_set = key in config and (config[key] is not None or key in NEVER_NULL)
         if is_set and not is_valid(config[key]):
@@ -107,30 +122,34 @@ def generation_problems(folder: Path, vocab_size: int) -> Iterator[tuple[str, st
                 f"{GENERATION_CONFIG} has {key}={config[key]!r}, which transformers refuses.",
                 f"remove or correct {key}",
             )
-    texts, beams = config.get("num_return_sequences", 1), config.get("num_beams", 1)
-    if type(texts) is int and texts > 1:
-        is_within_beams = type(beams) is int and texts <= beams
-        if not (config.get("do_sample") if beams == 1 else is_within_beams):
+    sequences, beams = config.get("num_return_sequences", 1), config.get("num_beams", 1)
+    if type(sequences) is int and sequences > 1:
+        has_enough_beams = type(beams) is int and sequences <= beams
+        # Without beam search, only sampling returns several different sequences.
+        is_possible = config.get("do_sample") if beams == 1 else has_enough_beams
+        if not is_possible:
             yield (
-                f"{GENERATION_CONFIG} has num_return_sequences={texts} with num_beams={beams} and "
-                f"do_sample={config.get('do_sample')}, which transformers does not accept.",
-                f"remove num_return_sequences, or set num_beams to {texts} or more",
+                f"{GENERATION_CONFIG} has num_return_sequences={sequences} with num_beams={beams} "
+                f"and do_sample={config.get('do_sample')}, which transformers does not accept.",
+                f"remove num_return_sequences, or set num_beams to {sequences} or more",
             )
-    ids = [i for key in ("bos_token_id", "eos_token_id") for i in _as_list(config.get(key))]
-    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < vocab_size]:
+    ids = [*_as_list(config.get("bos_token_id")), *_as_list(config.get("eos_token_id"))]
+    if invalid := [i for i in ids if type(i) is not int or not 0 <= i < vocab_size]:
         yield (
-            f"{GENERATION_CONFIG} has the token id {wrong[0]!r}: must be from 0 to "
+            f"{GENERATION_CONFIG} has the token id {invalid[0]!r}: must be from 0 to "
             f"{vocab_size - 1}, the last id of the vocabulary.",
             "correct bos_token_id and eos_token_id",
         )
 
 
 def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def require_loadable_generation_config(folder: Path) -> None:
-    """Loads a folder's generation settings with transformers.
+    """Checks that transformers loads a folder's ``generation_config.json``, if there is one.
 
     Raises:
         RecipeError: transformers refuses the settings.
@@ -141,8 +160,9 @@ def require_loadable_generation_config(folder: Path) -> None:
         return
     try:
         GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # transformers does not check the types of settings
-        reason = str(error).partition("\n")[0]
+    # A value of a wrong type can raise any error: transformers does not check types.
+    except Exception as error:
+        reason = str(error).partition("\n")[0]  # the first line
         raise RecipeError(
             f"transformers refuses {GENERATION_CONFIG}: {type(error).__name__}: {reason}.",
             f"correct or remove {GENERATION_CONFIG}",

@@ -27,22 +27,25 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 FILE = "model.gguf"
+"""Name of the file in the artifact of the stage ``export_gguf``."""
 SPACE = "▁"
 """Character that represents a space in sentencepiece's tokens."""
 SENTENCEPIECE_STEPS = (
     {"type": "Prepend", "prepend": SPACE},
     {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
 )
-"""Steps of a normalizer that llama.cpp has for a tokenizer with byte fallback."""
+"""The only normalizer steps that llama.cpp supports for a BPE tokenizer with byte fallback."""
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-"""llama.cpp's names of the families; see ``architecture_name`` for the exception."""
+"""Maps Hugging Face architectures to llama.cpp's. For width-pruned models, call
+``architecture_name``: it returns another name for some of them."""
 MATRIX_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-"""Types of matrices, and gguf's name of a file with such matrices. Vectors are always float32."""
+"""Maps each type of matrices to the gguf package's name for a file with such matrices. Vectors are
+always float32."""
 # Parts of the regular expressions in PRE_TOKENIZERS. _PREFIX is the character that may be part of
 # the word that follows it, such as a space. _OTHER matches punctuation, line ends and other spaces.
 _PREFIX = r"[^\r\n\p{L}\p{N}]?"
@@ -66,6 +69,7 @@ class _Tensor:
     name: str
     shape: tuple[int, ...]
     type: str
+    """Type in the file, as gguf spells it: ``F32``, ``Q8_0``."""
     read: Callable[[], np.ndarray]
     """Returns the float32 values, with rows in llama.cpp's order."""
 
@@ -93,14 +97,14 @@ def write(
 
     config = as_transformers_4(read_json(folder / "config.json"), str(folder))
     architecture = read_architecture(config, str(folder))
-    name = architecture_name(architecture)
-    writer = gguf.GGUFWriter(file, name)
+    arch_name = architecture_name(architecture)
+    writer = gguf.GGUFWriter(file, arch_name)
     writer.add_file_type(gguf.LlamaFileType[MATRIX_TYPES[matrix_type]])
     _add_shape(writer, architecture, config)
     _add_tokenizer(writer, folder, architecture.vocab_size)
     tensors = [
         *_rope_factors(config, architecture.kv_channels),
-        *_weights(hf.Weights(folder), architecture, name, matrix_type),
+        *_weights(hf.Weights(folder), architecture, arch_name, matrix_type),
     ]
     types = [gguf.GGMLQuantizationType[tensor.type] for tensor in tensors]
     for tensor, stored_type in zip(tensors, types, strict=True):
@@ -108,48 +112,50 @@ def write(
         shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, stored_type)
         writer.add_tensor_info(tensor.name, shape, np.dtype("uint8"), math.prod(shape), stored_type)
     writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+    writer.write_kv_data_to_file()  # keys and values: shape, tokenizer, template
+    writer.write_ti_data_to_file()  # tensor info: names, shapes, types
     for number, (tensor, stored_type) in enumerate(zip(tensors, types, strict=True), 1):
         writer.write_tensor_data(gguf.quants.quantize(tensor.read(), stored_type))
         progress(number, len(tensors))
     writer.close()
-    return GgufResult(name, matrix_type, len(tensors), file.stat().st_size)
+    return GgufResult(arch_name, matrix_type, len(tensors), file.stat().st_size)
 
 
 def architecture_name(architecture: Architecture) -> str:
-    """Returns llama.cpp's architecture for a model.
+    """Returns llama.cpp's name of a model's architecture.
 
     llama.cpp's Qwen2 requires a head size of hidden size / heads, which width pruning breaks.
     llama.cpp's Llama allows any head size, and supports biases of queries, keys and values. So a
     width-pruned Qwen2 is written as a Llama.
     """
     name = ARCHITECTURES[architecture.hf_architecture]
-    width = architecture.num_attention_heads * architecture.kv_channels
-    return "llama" if name == "qwen2" and width != architecture.hidden_size else name
+    query_width = architecture.num_attention_heads * architecture.kv_channels
+    return "llama" if name == "qwen2" and query_width != architecture.hidden_size else name
 
 
 def _weights(
-    weights: hf.Weights, architecture: Architecture, name: str, matrix_type: str
+    weights: hf.Weights, architecture: Architecture, arch_name: str, matrix_type: str
 ) -> Iterator[_Tensor]:
     """Yields every weight of a folder, under its name in the GGUF file."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    arch = next(arch for arch, arch_name in MODEL_ARCH_NAMES.items() if arch_name == name)
-    names = get_tensor_name_map(arch, architecture.num_layers)
+    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == arch_name)
+    name_map = get_tensor_name_map(arch, architecture.num_layers)
+    # Number of heads in each weight that RoPE rotates.
     heads = {"attn_q": architecture.num_attention_heads, "attn_k": architecture.num_query_groups}
     for source in sorted(weights.names()):
         if source == "lm_head.weight" and architecture.tied_embeddings:
-            continue
-        target = names.get_name(source, try_suffixes=(".weight", ".bias"))
+            continue  # llama.cpp uses the embedding
+        target = name_map.get_name(source, try_suffixes=(".weight", ".bias"))
         if target is None:
             raise RecipeError(
-                f"llama.cpp has no name for the weight {source} of a {name} model.",
+                f"llama.cpp has no name for the weight {source} of a {arch_name} model.",
                 "leave export_gguf out (gguf=null)",
             )
         # RoPE of llama.cpp's Llama rotates adjacent rows. RoPE of its other models, and of
-        # transformers, rotates rows i and i + dim / 2. A target is a name like blk.3.attn_q.weight.
-        reordered_heads = heads.get(target.split(".")[-2]) if name == "llama" else None
+        # transformers, rotates rows i and i + dim / 2. ``target`` is a name like
+        # blk.3.attn_q.weight. ``reordered_heads`` is None for a weight whose rows stay in place.
+        reordered_heads = heads.get(target.split(".")[-2]) if arch_name == "llama" else None
         shape = weights.shape(source)
         read = partial(_read, weights, source, reordered_heads)
         yield _Tensor(target, shape, _stored_type(shape, matrix_type), read)
@@ -162,19 +168,25 @@ def _read(weights: hf.Weights, source: str, heads: int | None) -> np.ndarray:
 
 
 def _stored_type(shape: tuple[int, ...], matrix_type: str) -> str:
+    """Returns gguf's name of the type in which ``write`` stores a weight of this shape."""
     if len(shape) == 1:
         return "F32"
-    return "F16" if matrix_type == "q8_0" and shape[-1] % 32 else matrix_type.upper()
+    has_partial_block = shape[-1] % 32 != 0
+    return "F16" if matrix_type == "q8_0" and has_partial_block else matrix_type.upper()
 
 
 def half_rotation_to_interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Reorders RoPE rows for llama.cpp: (i, i + dim/2) become (2i, 2i + 1)."""
-    pairs = weight.reshape(heads, 2, len(weight) // heads // 2, *weight.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(weight.shape)
+    """Moves rows i and i + dim/2 of each head to rows 2i and 2i + 1 of the head."""
+    # [heads, 2, dim / 2, ...]; the last axis is missing for a bias.
+    halves = weight.reshape(heads, 2, len(weight) // heads // 2, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
 def _add_shape(writer: GGUFWriter, shape: Architecture, config: Mapping[str, Any]) -> None:
-    """Adds sizes and constants. Head sizes are explicit: pruning makes the defaults wrong."""
+    """Adds sizes and constants.
+
+    Head sizes are explicit. llama.cpp's default, hidden size / heads, is wrong for pruned models.
+    """
     writer.add_vocab_size(shape.vocab_size)
     writer.add_context_length(shape.max_position_embeddings)
     writer.add_embedding_length(shape.hidden_size)
@@ -200,8 +212,9 @@ def _rope_factors(config: Mapping[str, Any], dim: int) -> Iterator[_Tensor]:
     if scaling.get("rope_type") != "llama3":
         return
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    # Rotations of each pair within the original context. With many of them, ``unscaled`` is 1, and
-    # the frequency stays the same. With few, it is 0, and the factor divides the frequency.
+    # ``turns`` is the number of full rotations of each channel pair over the original context. With
+    # ``high`` or more, ``unscaled`` is 1: the frequency does not change. With ``low`` or fewer,
+    # ``unscaled`` is 0: the frequency is divided by ``factor``.
     turns = scaling["original_max_position_embeddings"] / (
         2 * math.pi * rope_theta(config) ** (np.arange(0, dim, 2) / dim)
     )
@@ -214,19 +227,20 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     """Adds vocabulary, merges, special tokens and chat template."""
     from gguf import SpecialVocab
 
-    # A class such as LlamaTokenizerFast replaces the post-processor of tokenizer.json. Encoding a
-    # text with the loaded tokenizer shows whether the text gets a space before it, BOS and EOS.
+    # A class such as LlamaTokenizerFast replaces the post-processor of tokenizer.json. The file
+    # therefore does not tell whether the tokenizer adds a leading space, BOS or EOS to a text. To
+    # find out, the code below encodes "a" with the loaded tokenizer.
     loaded = load_tokenizer(folder)
     tokenizer = read_json(folder / TOKENIZER)
     pre_tokenizer = pre_tokenizer_name(tokenizer)
     tokens, types = _vocabulary(tokenizer, vocab_size)
     if pre_tokenizer is None:
-        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_model("llama")  # llama.cpp's name for sentencepiece's BPE
         writer.add_token_scores(_scores(tokenizer["model"], vocab_size))
-        [first, *_] = loaded.tokenize("a")
-        writer.add_add_space_prefix(first.startswith(SPACE))
+        first_token = loaded.tokenize("a")[0]
+        writer.add_add_space_prefix(first_token.startswith(SPACE))
     else:
-        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_model("gpt2")  # llama.cpp's name for byte-level BPE
         writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
@@ -235,48 +249,55 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> None:
     for role, end_id in (("bos", ids[0]), ("eos", ids[-1])):
         is_added = getattr(loaded, f"{role}_token_id") == end_id
         special.add_special_token[role] = is_added
-        if is_added:  # a class may also define the token itself
+        if is_added:  # SpecialVocab does not know tokens that only the tokenizer's class defines
             special.special_token_ids[role] = end_id
     special.add_to_gguf(writer, quiet=True)
 
 
 def _scores(model: Mapping[str, Any], size: int) -> list[float]:
-    """Returns the score of each id. llama.cpp first merges to the token with the highest score.
+    """Returns each id's score. llama.cpp first does the merge whose result has the highest score.
 
-    The score is the negative position of the first merge to the token. Tokens that no merge gives
-    have the lowest score.
+    The score is the negative position of the first merge that results in the token. A token that
+    results from no merge has the lowest score.
+
+    Args:
+        model: Object ``model`` of ``tokenizer.json``, a BPE.
+        size: Number of ids.
     """
     positions: dict[int, int] = {}
     for position, merge in enumerate(model["merges"]):  # "a b" in old files, otherwise ["a", "b"]
-        parts = merge.split(" ") if isinstance(merge, str) else merge
-        positions.setdefault(model["vocab"]["".join(parts)], position)
-    return [-float(positions.get(number, len(model["merges"]))) for number in range(size)]
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        positions.setdefault(model["vocab"]["".join(pair)], position)
+    last = len(model["merges"])
+    return [-float(positions.get(token_id, last)) for token_id in range(size)]
 
 
 def _vocabulary(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
     """Returns the token and the type of each id; an id without a token gets a placeholder."""
     from gguf import TokenType
 
-    tokens = {number: token for token, number in tokenizer["model"]["vocab"].items()}
-    has_bytes = bool(tokenizer["model"].get("byte_fallback"))
-    types = {
-        number: TokenType.BYTE if has_bytes and re.fullmatch("<0x..>", token) else TokenType.NORMAL
-        for number, token in tokens.items()
-    }
+    tokens = {token_id: token for token, token_id in tokenizer["model"]["vocab"].items()}
+    types = dict.fromkeys(tokens, TokenType.NORMAL)
+    if tokenizer["model"].get("byte_fallback"):
+        for token_id, token in tokens.items():
+            if re.fullmatch("<0x..>", token):
+                types[token_id] = TokenType.BYTE
     for added in tokenizer.get("added_tokens", ()):
         tokens[added["id"]] = added["content"]
         types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     return (
-        [tokens.get(number, f"[PAD{number}]") for number in range(size)],
-        [types.get(number, TokenType.UNUSED) for number in range(size)],
+        [tokens.get(token_id, f"[PAD{token_id}]") for token_id in range(size)],
+        [types.get(token_id, TokenType.UNUSED) for token_id in range(size)],
     )
 
 
 def _require_sentencepiece_steps(tokenizer: Mapping[str, Any]) -> None:
+    """Refuses a normalizer with a step that is not in ``SENTENCEPIECE_STEPS``."""
     normalizer = tokenizer.get("normalizer") or {"type": "Sequence", "normalizers": []}
-    if any(step not in SENTENCEPIECE_STEPS for step in normalizer.get("normalizers", [normalizer])):
+    steps = normalizer.get("normalizers", [normalizer])  # one step, unless it is a Sequence
+    if any(step not in SENTENCEPIECE_STEPS for step in steps):
         raise RecipeError(
-            f"normalizer={normalizer} does not exist in llama.cpp.",
+            f"{TOKENIZER} has normalizer={normalizer}, which llama.cpp does not support.",
             "leave export_gguf out (gguf=null)",
         )
 
@@ -284,14 +305,14 @@ def _require_sentencepiece_steps(tokenizer: Mapping[str, Any]) -> None:
 def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:
     """Returns llama.cpp's name of the pre-tokenizer of a ``tokenizer.json``.
 
-    ``None`` for BPE with byte fallback, which has no pre-tokenizer in llama.cpp.
+    Returns ``None`` for BPE with byte fallback, which llama.cpp applies without a pre-tokenizer.
 
     Raises:
-        RecipeError: The tokenizer is not BPE, or neither ``PRE_TOKENIZERS`` nor this function has
-            a name for its pre-tokenizer.
+        RecipeError: The tokenizer is not BPE, llama.cpp does not support its normalizer, or neither
+            ``PRE_TOKENIZERS`` nor this function has a name for its pre-tokenizer.
     """
     model = tokenizer.get("model") or {}
-    if "merges" not in model:  # old files have no type
+    if "merges" not in model:  # the type is no criterion: old files do not have it
         raise RecipeError(
             f"{TOKENIZER} has the type {model.get('type')}; only BPE can be written as GGUF.",
             "leave export_gguf out (gguf=null)",
@@ -303,6 +324,7 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:
         return None
     types = [step.get("type") for step in steps]
     pattern = steps[0].get("pattern", {}).get("Regex")
+    # If use_regex were true, ByteLevel would split the text a second time, with GPT-2's pattern.
     is_split_once = types == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True)
     if is_split_once and pattern in PRE_TOKENIZERS:
         return PRE_TOKENIZERS[pattern]

@@ -31,15 +31,15 @@ LFS_POINTER = b"version https://git-lfs"
 PYTORCH_FORMATS = ("pt", "mlx")
 """Values of ``format`` in a file's metadata that transformers accepts for PyTorch models."""
 FIRST_BYTES = 100_000
-"""Number of bytes that are read first: most headers are shorter."""
+"""Number of bytes of a file that are read first. Most headers are shorter."""
 MAX_HEADER_BYTES = 100_000_000
 """Longest header that safetensors reads."""
 CHUNK_BYTES = 4 << 20
-"""Number of bytes of a local tensor that are compared at a time."""
+"""Number of bytes that ``have_same_bytes`` compares at a time, for local tensors."""
 HEADER_ERRORS = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
-"""Errors that parsing a header raises if the bytes are not a header."""
+"""Errors that ``_read_header`` raises if a file has no valid header."""
 SAMPLES, SAMPLE_BYTES = 8, 64 << 10
-"""Two tensors on the hub are compared by this many evenly spread samples of this many bytes."""
+"""Number of samples by which two tensors on the hub are compared, and bytes of each sample."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class StoredTensor:
     """A tensor in a safetensors file."""
 
     file: str
+    """Path of the file, relative to the model folder."""
     dtype: str
     """As safetensors spells it: ``BF16``, ``F32``, ``F8_E4M3``."""
     shape: tuple[int, ...]
@@ -66,7 +67,8 @@ def weight_files(folder: Path) -> list[str]:
     Other safetensors files, such as ``consolidated.safetensors`` or an adapter, are left out.
 
     Raises:
-        RecipeError: There are no weights, or a shard of the index is missing.
+        RecipeError: There are no weights, a shard of the index is missing, or ``WEIGHTS_FILE`` is
+            a link to a missing file.
     """
     if (single_file := folder / WEIGHTS_FILE).is_file():
         return [WEIGHTS_FILE]
@@ -81,7 +83,7 @@ def weight_files(folder: Path) -> list[str]:
             "save the model with save_pretrained(..., safe_serialization=True)",
         )
     files = sorted(set(read_index(folder).values()))
-    # Path.is_file raises an error for a name that is too long.
+    # os.path.isfile returns False for a name that is too long. Path.is_file raises an error.
     if missing := [file for file in files if not os.path.isfile(folder / file)]:
         raise RecipeError(
             f"{folder} does not have {', '.join(missing)}, which {INDEX_FILE} lists.",
@@ -111,22 +113,27 @@ def have_same_bytes(hf_path: str, first: StoredTensor, second: StoredTensor) -> 
         RecipeError: The hub does not send the samples.
     """
     size, on_hub = first.end - first.begin, is_hub_id(hf_path)
-    # Of local files, all bytes are compared: each chunk starts where the last one ends.
-    chunk = SAMPLE_BYTES if on_hub else CHUNK_BYTES
-    step = max(chunk, size // SAMPLES) if on_hub else chunk
+    chunk_bytes = SAMPLE_BYTES if on_hub else CHUNK_BYTES
+    # Local tensors are compared completely: each chunk starts where the last one ends.
+    step = max(chunk_bytes, size // SAMPLES) if on_hub else chunk_bytes
 
-    def is_same(start: int) -> bool:
-        first_chunk, second_chunk = (
-            _read_range(hf_path, t.file, t.begin + start, min(t.begin + start + chunk, t.end))
-            for t in (first, second)
-        )
-        return first_chunk == second_chunk
+    def read_chunk(tensor: StoredTensor, offset: int) -> bytes:
+        begin = tensor.begin + offset
+        return _read_range(hf_path, tensor.file, begin, min(begin + chunk_bytes, tensor.end))
+
+    def is_same_chunk(offset: int) -> bool:
+        return read_chunk(first, offset) == read_chunk(second, offset)
 
     with ThreadPoolExecutor() as threads:
-        return all(threads.map(is_same, range(0, size, step)))
+        return all(threads.map(is_same_chunk, range(0, size, step)))
 
 
 def _read_local_header(hf_path: str, file: str) -> dict[str, StoredTensor]:
+    """Maps the names of the tensors in a local file to their descriptions.
+
+    Raises:
+        RecipeError: The file is empty, a Git LFS pointer, or damaged.
+    """
     path = Path(hf_path) / file
     with path.open("rb") as stream:
         start = stream.read(len(LFS_POINTER))
@@ -145,19 +152,26 @@ def _read_local_header(hf_path: str, file: str) -> dict[str, StoredTensor]:
 def _read_header(hf_path: str, file: str, label: str) -> dict[str, StoredTensor]:
     """Reads the header of a safetensors file: an 8-byte length, then JSON. The data follows.
 
-    ``label`` names the file in an error message.
+    Args:
+        hf_path: Model folder or hub id.
+        file: File in the folder or on the hub.
+        label: Name of the file in an error message.
+
+    Returns:
+        The tensors by name, without ``ROTARY_BUFFER``.
 
     Raises:
         AttributeError, KeyError, RecursionError, TypeError, ValueError: The file has no header, or
             its header does not describe the file.
+        RecipeError: The metadata names a format that is not in ``PYTORCH_FORMATS``.
     """
     start = _read_range(hf_path, file, 0, FIRST_BYTES)
     end = 8 + int.from_bytes(start[:8], "little")
     if end > MAX_HEADER_BYTES:
-        raise ValueError(f"a header of {end} bytes")
+        raise ValueError(f"its header has {end} bytes, more than {MAX_HEADER_BYTES}")
     # A header longer than FIRST_BYTES is read again, in full.
     data = start if end <= len(start) else _read_range(hf_path, file, 0, end)
-    # Of bytes, json.loads also accepts UTF-16.
+    # A header must be UTF-8, which decode() requires. json.loads of bytes would also accept UTF-16.
     header = json.loads(data[8:end].decode(), object_pairs_hook=_without_duplicates)
     _require_known_format(label, header.pop("__metadata__", None))
     tensors = {
@@ -170,32 +184,45 @@ def _read_header(hf_path: str, file: str, label: str) -> dict[str, StoredTensor]
         for name, entry in header.items()
     }
     _require_contiguous(tensors.values(), end, _file_size(hf_path, file))
-    return {name: t for name, t in tensors.items() if not name.endswith(ROTARY_BUFFER)}
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(ROTARY_BUFFER)}
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises ``ValueError`` if a JSON object has a key twice; json itself takes the last value."""
-    if len(entries := dict(pairs)) < len(pairs):
+    """Builds a JSON object. Raises ``ValueError`` for a repeated key, which json itself accepts."""
+    json_object = dict(pairs)
+    if len(json_object) < len(pairs):
         raise ValueError("a key of its header is repeated")
-    return entries
+    return json_object
 
 
-def _require_contiguous(tensors: Iterable[StoredTensor], begin: int, length: int | None) -> None:
+def _require_contiguous(
+    tensors: Iterable[StoredTensor], data_begin: int, file_bytes: int | None
+) -> None:
     """Raises ``ValueError`` unless the tensors fill a file without gaps, as safetensors requires.
 
     safetensors' own check needs numpy or torch, which a login node may lack.
+
+    Args:
+        tensors: All tensors of the file.
+        data_begin: Offset of the first byte after the header.
+        file_bytes: Size of the file; ``None`` if it is unknown.
     """
+    begin = data_begin  # where the next tensor must begin
     for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
         numbers = [*tensor.shape, tensor.begin, tensor.end]
         if any(type(number) is not int or number < 0 for number in numbers):
-            raise ValueError(f"a tensor's shape and offsets are {numbers}")
-        digits = re.search(r"\d+", tensor.dtype)  # BOOL has no digits; it has 8 bits
+            raise ValueError(f"a tensor has an invalid shape or offset: {numbers}")
+        # The first number in a type is its bits: 16 for BF16, 8 for F8_E4M3. BOOL also has 8 bits.
+        digits = re.search(r"\d+", tensor.dtype)
         bits = math.prod(tensor.shape) * (int(digits[0]) if digits else 8)
         if tensor.begin != begin or 8 * (tensor.end - begin) != bits:
-            raise ValueError(f"{tensor.dtype} {[*tensor.shape]} is not {bits / 8:.0f} bytes long")
+            raise ValueError(
+                f"a tensor of type {tensor.dtype} and shape {[*tensor.shape]} does not fill the "
+                f"{bits / 8:.0f} bytes from byte {begin}"
+            )
         begin = tensor.end
-    if length not in (None, begin):
-        raise ValueError(f"it has {length} bytes, not {begin}")
+    if file_bytes not in (None, begin):
+        raise ValueError(f"it has {file_bytes} bytes, not {begin}")
 
 
 def _read_range(hf_path: str, file: str, begin: int, end: int) -> bytes:
@@ -208,6 +235,12 @@ def _read_range(hf_path: str, file: str, begin: int, end: int) -> bytes:
 
 
 def _request_range(hf_path: str, file: str, begin: int, end: int) -> bytes:
+    """Like ``_read_range``, for a file on the hub.
+
+    Raises:
+        EntryNotFoundError: The hub does not have the file.
+        RecipeError: The hub does not send the bytes.
+    """
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
@@ -226,7 +259,7 @@ def _request_range(hf_path: str, file: str, begin: int, end: int) -> bytes:
                 )
             # A hub without range requests sends the whole file; only its beginning is read.
             data: bytes = response.raw.read(end - begin)
-            # A range from 0 is for a header, and may be longer than the file.
+            # Only a read of the header begins at 0. Its range may be longer than the file.
             if begin and len(data) < end - begin:
                 raise OSError("the connection ended early")
             return data
@@ -251,7 +284,12 @@ def _file_size(hf_path: str, file: str) -> int | None:
 
 
 def _require_known_format(file: str, metadata: Mapping[str, str] | None) -> None:
-    """Refuses formats that are not in ``PYTORCH_FORMATS``; transformers would not read the file."""
+    """Refuses metadata with a format that is not in ``PYTORCH_FORMATS``, as transformers does.
+
+    Raises:
+        RecipeError: The format is not supported.
+        ValueError: A value is not a string.
+    """
     if metadata is None:
         return
     if not all(isinstance(value, str) for value in metadata.values()):

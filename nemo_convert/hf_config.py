@@ -22,8 +22,11 @@ SUPPORTED = tuple(FAMILIES)
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Maps safetensors' name of each weight type that can be converted to PyTorch's name."""
 DEFAULT_ROPE = {"rope_type": "default"}
+"""RoPE scaling of transformers that means no scaling."""
 DEFAULT_ROPE_THETA, DEFAULT_RMS_NORM_EPS = 10_000.0, 1e-6
 """transformers' defaults of ``rope_theta`` and ``rms_norm_eps``, which all families share."""
+DEFAULT_POSITIONS = 2048
+"""transformers' default of ``max_position_embeddings`` for Llama."""
 TRANSFORMERS_5 = ("rope_parameters", "num_local_experts", "dtype")
 """Keys in the spelling of transformers 5, which ``as_transformers_4`` renames."""
 SIZES = (
@@ -60,52 +63,52 @@ def as_transformers_4(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             ``rope_scaling`` is not an object or contradicts itself, or a key of transformers 5
             contradicts one of 4.
     """
-    renamed: dict[str, Any] = {}
+    new_values: dict[str, Any] = {}  # of keys that transformers 4 reads
     if (experts := config.get("num_local_experts")) is not None:
-        renamed["num_experts"] = experts
+        new_values["num_experts"] = experts
     if config.get("rope_parameters") is not None:
-        renamed |= _split_rope_parameters(config, where)
-    _require_no_contradiction(config, renamed, where)
+        new_values |= _split_rope_parameters(config, where)
+    _require_no_contradiction(config, new_values, where)
     if (scaling := config.get("rope_scaling")) is not None:
         config = {**config, "rope_scaling": _normalize_scaling(scaling, where)}
     dtype = str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch.")
     if dtype in DTYPES.values():
-        renamed["torch_dtype"] = dtype
+        new_values["torch_dtype"] = dtype
     # transformers chooses the model's class by ``model_type``.
-    if (
-        config.get("model_type") is None
-        and (name := _first_name(config.get("architectures"))) in FAMILIES
-    ):
-        renamed["model_type"] = FAMILIES[name].model_type
+    name = _first_name(config.get("architectures"))
+    if config.get("model_type") is None and name in FAMILIES:
+        new_values["model_type"] = FAMILIES[name].model_type
     # A null partial_rotary_factor (one of _unset_keys) makes transformers 4 fail, because it
     # multiplies by this factor. _attn_implementation may name a kernel that is not installed.
     dropped = {*TRANSFORMERS_5, *_unset_keys(config), "torch_dtype", "_attn_implementation"}
-    kept = {key: value for key, value in config.items() if key not in dropped}
-    return with_exact_types({**kept, **renamed})
+    unchanged = {key: value for key, value in config.items() if key not in dropped}
+    return with_exact_types({**unchanged, **new_values})
 
 
 def _require_no_contradiction(
-    config: Mapping[str, Any], renamed: Mapping[str, Any], where: str
+    config: Mapping[str, Any], new_values: Mapping[str, Any], where: str
 ) -> None:
-    for key, value in renamed.items():
-        old, name = config.get(key), "rope_parameters"
-        if key == "num_experts":
-            name = "num_local_experts"
-        # With rope_scaling, transformers 5 ignores rope_parameters, including their rope_theta.
-        loses_theta = key == "rope_scaling" and old and config.get("rope_theta") is None
-        plain = _normalize_scaling(old, where) if key == "rope_scaling" and old else old
-        if loses_theta or (old not in (None, {}) and plain != value):
+    """Refuses a key of transformers 4 that differs from its value by a key of transformers 5."""
+    for key, new_value in new_values.items():
+        source = "num_local_experts" if key == "num_experts" else "rope_parameters"
+        value = normalized = config.get(key)
+        loses_theta = False
+        if key == "rope_scaling" and value:
+            normalized = _normalize_scaling(value, where)
+            # With rope_scaling, transformers 5 ignores rope_parameters, including their rope_theta.
+            loses_theta = config.get("rope_theta") is None
+        if loses_theta or (value not in (None, {}) and normalized != new_value):
             raise RecipeError(
-                f"{where}: {key}={old} contradicts {name}={config[name]}.",
-                f"remove {key} or {name}, whichever is wrong",
+                f"{where}: {key}={value} contradicts {source}={config[source]}.",
+                f"remove {key} or {source}, whichever is wrong",
             )
 
 
 def _unset_keys(config: Mapping[str, Any]) -> set[str]:
-    """Returns the keys that are null or a default, and mean the same when they are absent.
+    """Returns keys to remove: their value is null or a default, and means the same as no key.
 
-    Some classes of transformers 4 or 5 do not accept null. transformers takes a Mistral model with
-    ``layer_types`` for a Ministral model, which fails without a window. For Qwen3, ``head_dim`` is
+    Some classes of transformers 4 or 5 do not accept null. transformers loads a Mistral model with
+    ``layer_types`` as a Ministral model, which fails without a window. For Qwen3, ``head_dim`` is
     not returned: an absent ``head_dim`` means 128, but a null one is an error.
     """
     names = (config.get("model_type"), _first_name(config.get("architectures")))
@@ -133,7 +136,7 @@ def _first_name(names: Any) -> str | None:
 
 
 def _split_rope_parameters(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns ``rope_theta`` and ``rope_scaling`` of the ``rope_parameters`` of transformers 5."""
+    """Splits ``rope_parameters`` of transformers 5 into ``rope_theta`` and ``rope_scaling``."""
     rope, theta = config["rope_parameters"], config.get("rope_theta")
     # If layer types have different RoPE, transformers 5 nests: one mapping for each layer type.
     is_flat = isinstance(rope, Mapping) and not any(isinstance(v, Mapping) for v in rope.values())
@@ -150,18 +153,19 @@ def _split_rope_parameters(config: Mapping[str, Any], where: str) -> dict[str, A
 def _normalize_scaling(scaling: object, where: str) -> dict[str, Any] | None:
     """Returns a RoPE scaling in its newest spelling; ``None`` if it leaves RoPE unchanged."""
     if not isinstance(scaling, Mapping):
-        raise RecipeError(f"{where}: rope_scaling={scaling} is not an object.", "use null")
-    plain = {key: value for key, value in scaling.items() if key != "type"}
-    plain.setdefault("rope_type", scaling.get("type", "default"))
-    if scaling.get("type", plain["rope_type"]) != plain["rope_type"]:
+        raise RecipeError(f"{where}: rope_scaling={scaling} is not an object.", "set it to null")
+    # Old files have the key "type" instead of "rope_type".
+    result = {key: value for key, value in scaling.items() if key != "type"}
+    rope_type = result.setdefault("rope_type", scaling.get("type", "default"))
+    if scaling.get("type", rope_type) != rope_type:
         raise RecipeError(
-            f"{where}: rope_scaling has type={scaling['type']} and rope_type={plain['rope_type']}.",
+            f"{where}: rope_scaling has type={scaling['type']} and rope_type={rope_type}.",
             "remove the wrong one",
         )
-    if plain.get("partial_rotary_factor") in (None, 1):
-        plain.pop("partial_rotary_factor", None)
+    if result.get("partial_rotary_factor") in (None, 1):
+        result.pop("partial_rotary_factor", None)
     linear = {"rope_type": "linear", "factor": 1}
-    return None if plain in (DEFAULT_ROPE, {**DEFAULT_ROPE, "factor": 1}, linear) else plain
+    return None if result in (DEFAULT_ROPE, {**DEFAULT_ROPE, "factor": 1}, linear) else result
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:
@@ -199,7 +203,7 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
     require_types(config, where)
     _require_valid_padding(config, where)
     _require_consistent_sizes(family, config, where)
-    for what, fix in _unsupported_features(family, config):  # names only the first one
+    for what, fix in _unsupported_features(family, config):  # the error names only the first
         raise RecipeError(f"{where}: {what} is not supported for {name}.", fix)
     try:
         heads = config["num_attention_heads"]
@@ -212,7 +216,7 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
             num_query_groups=config.get("num_key_value_heads") or heads,
             kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
             vocab_size=config["vocab_size"],
-            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            max_position_embeddings=config.get("max_position_embeddings", DEFAULT_POSITIONS),
             tied_embeddings=bool(config.get("tie_word_embeddings")),
             qkv_bias=family.has(QKV_BIAS),
             qk_layernorm=family.has(QK_NORM),
@@ -226,7 +230,7 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
 
 
 def _architecture_name(config: Mapping[str, Any], where: str) -> str:
-    """Returns the class in ``architectures``, or if there is none, the class of ``model_type``.
+    """Returns the class in ``architectures``. If there is none, returns that of ``model_type``.
 
     The two keys must agree, because transformers chooses the class by ``model_type`` alone.
     """
@@ -256,6 +260,7 @@ def _require_numbers(config: Mapping[str, Any], where: str) -> None:
     names = ("rope_theta", "rms_norm_eps", "initializer_range")
     constants: dict[str, Any] = {key: config[key] for key in names if key in config}
     is_llama3 = scaling.get("rope_type") == "llama3"
+    # Llama 3's scaling requires all of its keys; a missing one is None, which is refused below.
     for key in ("factor", *LLAMA3_ROPE) if is_llama3 else {"factor"} & scaling.keys():
         if key != "rope_type":
             constants[f"rope_scaling.{key}"] = scaling.get(key)
@@ -269,7 +274,7 @@ def _require_numbers(config: Mapping[str, Any], where: str) -> None:
 
 
 def _require_valid_padding(config: Mapping[str, Any], where: str) -> None:
-    """Refuses padding tokens without embedding."""
+    """Refuses a ``pad_token_id`` that is not the index of an embedding."""
     padding, size = config.get("pad_token_id"), config.get("vocab_size", sys.maxsize)
     # transformers passes the id to nn.Embedding as padding_idx. A negative id counts from the end.
     if padding is not None and not (type(padding) is int and -size <= padding < size):
@@ -282,11 +287,11 @@ def _require_valid_padding(config: Mapping[str, Any], where: str) -> None:
 
 def _require_consistent_sizes(family: Family, config: Mapping[str, Any], where: str) -> None:
     """Refuses sizes that contradict each other, odd head sizes, and for Qwen3 a null head size."""
-    # A missing size is None here, and passes; ``read_architecture`` then refuses it.
+    # A missing size is None here, and passes. ``read_architecture`` refuses it later.
     sizes = {key: config.get(key) for key in SIZES}
     heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     experts, selected = sizes["num_experts"], sizes["num_experts_per_tok"]
-    dim = sizes["head_dim"] or (sizes["hidden_size"] or 0) // (heads or 1)
+    head_dim = sizes["head_dim"] or (sizes["hidden_size"] or 0) // (heads or 1)
     if heads and groups and heads % groups:
         what = f"num_attention_heads={heads} is not a multiple of num_key_value_heads={groups}"
     elif experts and selected and selected > experts:
@@ -295,23 +300,25 @@ def _require_consistent_sizes(family: Family, config: Mapping[str, Any], where: 
         what = "head_dim is null, which transformers does not accept for this family"
     elif family.has(EXPERTS) and groups is None:
         what = "num_key_value_heads is null, which transformers does not accept for this family"
-    elif dim % 2:
-        what = f"head_dim={dim} is odd, but RoPE rotates pairs of channels"
+    elif head_dim % 2:
+        what = f"head_dim={head_dim} is odd, but RoPE rotates pairs of channels"
     else:
         return
     raise RecipeError(f"{where}: {what}.", "download config.json again, or correct it")
 
 
 def with_shape(config: Mapping[str, Any], shape: Architecture) -> dict[str, Any]:
-    """Returns a model's ``config.json`` with the sizes of another shape of its family."""
-    sizes = {hf: getattr(shape, megatron) for megatron, hf in shape.megatron_to_hf().items()}
+    """Returns a copy of a ``config.json`` with the sizes of ``shape``, of the same family."""
+    sizes = {key: getattr(shape, field) for field, key in shape.megatron_to_hf().items()}
     changed = {**config, **sizes}
-    if changed.get("layer_types"):  # one entry per layer; all are "full_attention"
+    # layer_types has one value per layer. Other values than "full_attention" are refused.
+    if changed.get("layer_types"):
         changed["layer_types"] = ["full_attention"] * shape.num_layers
     return changed
 
 
 def _expert_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the arguments of ``Architecture`` that only an MoE has."""
     if not family.has(EXPERTS):
         return {}
     return {
@@ -322,24 +329,22 @@ def _expert_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _unsupported_features(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields (what, how to fix it) for features that a family's NeMo model does not have."""
-    readers = {"attention_bias": ("llama", "qwen3", "qwen3_moe"), "mlp_bias": ("llama",)}
-    for name, families in readers.items():
+    """Yields (feature, how to fix it) for features that a family's NeMo model does not have."""
+    # Types of models (model_type) for which transformers reads the key.
+    model_types = {"attention_bias": ("llama", "qwen3", "qwen3_moe"), "mlp_bias": ("llama",)}
+    for name, types in model_types.items():
         if config.get(name):
-            is_read = family.model_type in families
+            is_read = family.model_type in types
             fix = "use a model without it" if is_read else "remove it: transformers ignores it"
             yield f"{name}={config[name]}", fix
     supported_values = {"hidden_act": "silu", "decoder_sparse_step": 1, "mlp_only_layers": []}
     for name, supported in supported_values.items():
         if config.get(name, supported) != supported:
-            is_silu = config[name] == "swish"
-            fix = "set it to silu" if is_silu else f"use a model with {name}={supported}"
+            is_alias = config[name] == "swish"  # another name of silu
+            fix = "set it to silu" if is_alias else f"use a model with {name}={supported}"
             yield f"{name}={config[name]}", fix
-    if (
-        family.has(EXPERTS)
-        and config.get("norm_topk_prob")
-        and config.get("num_experts_per_tok") == 1
-    ):
+    is_normalized = family.has(EXPERTS) and config.get("norm_topk_prob")
+    if is_normalized and config.get("num_experts_per_tok") == 1:
         # Megatron refuses a softmax over one selected expert, since its gradient is zero.
         yield (
             "norm_topk_prob=true with num_experts_per_tok=1",
@@ -351,13 +356,11 @@ def _unsupported_features(family: Family, config: Mapping[str, Any]) -> Iterator
             "if it does not affect this model's output, remove it from config.json; if it affects "
             "no model's output, add it to nemo_convert/config_keys.py",
         )
-    yield from _unsupported_layer_types_or_quantization(config)
+    yield from _unsupported_layers_or_quantization(config)
     yield from _unsupported_positions(family, config)
 
 
-def _unsupported_layer_types_or_quantization(
-    config: Mapping[str, Any],
-) -> Iterator[tuple[str, str]]:
+def _unsupported_layers_or_quantization(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     types, layers = config.get("layer_types"), config.get("num_hidden_layers", 0)
     if types is not None and not _has_full_attention(config):
         yield f"layer_types={types}", f"use a model with full_attention in all {layers} layers"
@@ -367,8 +370,9 @@ def _unsupported_layer_types_or_quantization(
 
 
 def _unsupported_positions(family: Family, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields (feature, how to fix it) for RoPE scalings and sliding windows."""
     scaling, supported = config.get("rope_scaling"), family.rope_scaling
-    # Any factor is supported, so it is left out of the comparison.
+    # Any factor is supported, so the comparison ignores it.
     if scaling and {**scaling, "factor": None} != {**supported, "factor": None}:
         allowed = f"rope_scaling={supported} and any factor" if supported else "no rope_scaling"
         fix = f"use a model with {allowed}"
@@ -377,11 +381,12 @@ def _unsupported_positions(family: Family, config: Mapping[str, Any]) -> Iterato
         if "rope_theta" in scaling:
             fix = "move rope_theta out of it"
         yield f"rope_scaling={scaling}", fix
-    positions, window = config.get("max_position_embeddings", 2048), config.get("sliding_window")
+    positions = config.get("max_position_embeddings", DEFAULT_POSITIONS)
+    window = config.get("sliding_window")
     # Mistral uses the window even if use_sliding_window is false.
     uses_window = family.model_type == "mistral" or config.get("use_sliding_window", True)
     if uses_window and family.model_type in ("qwen2", "qwen3"):
-        first = config["max_window_layers"]  # the first layer with a window
+        first = config["max_window_layers"]  # index of the first layer with a window
         if type(first) is not int or first < 0:
             yield f"max_window_layers={first!r}", "set it to the number of layers without a window"
         elif _has_full_attention(config) or first >= config.get("num_hidden_layers", 0):

@@ -14,10 +14,10 @@ from recipes.core.files import read_json
 from recipes.core.wheels import WheelFile, cached_path, parse_wheel_file
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-"""transformers' names of a model's weights in one file, and of the index of its shards."""
+"""Names that transformers gives to a single weights file, and to the index of several shards."""
 ROTARY_BUFFER = "rotary_emb.inv_freq"
-"""End of the name of a buffer that old checkpoints store. ``read_headers`` omits it, because its
-values follow from the config."""
+"""Suffix of the name of a buffer that old checkpoints store. ``read_headers`` omits this buffer,
+because its values follow from the config."""
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -28,29 +28,33 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
 )
 SIDE_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "LICENSE*", "README.md")
-"""Side files of a model: the files that a conversion copies. They do not include weights."""
+"""Patterns of a model's side files: the files that a conversion copies. They match no weights."""
 ADAPTER = "adapter_config.json"
-"""File of an adapter. If a folder has this file, transformers loads the base model that the file
-names, then the adapter."""
+"""Config file of a PEFT adapter. If a folder has this file, transformers loads the base model that
+the file names, and then the adapter."""
 WHEEL_CONVERSION = "conversion-2"
-"""Folder in the cache for models that are converted from wheels. A change of the conversion needs
-another name, so that the models are converted again."""
+"""Name of the cache folder for models that are converted from wheels. A change of the conversion
+must also change this name, so that the models are converted again."""
 HUB_SECONDS = 2.0
-"""Seconds that a plan waits for an answer of the hub."""
-_PART = r"\w([\w.-]{0,94}\w)?"
+"""Seconds that a plan waits for the hub. The limit is short: a plan can do without the hub."""
+# An organization or a model name: at most 96 characters, no dot or hyphen at either end.
+_HUB_NAME = r"\w([\w.-]{0,94}\w)?"
 _HUB_ID = re.compile(
     r"(?![^@]*(--|\.\.|\.git(@|$)))"  # huggingface_hub refuses these ids
-    rf"(?P<name>{_PART}(/{_PART})?)(@(?P<revision>\w[\w./-]*))?"
+    rf"(?P<name>{_HUB_NAME}(/{_HUB_NAME})?)(@(?P<revision>\w[\w./-]*))?"
 )
 
 
 def is_hub_id(hf_path: str) -> bool:
-    """Returns whether ``hf_path`` is a hub id, ``NAME`` or ``NAME@COMMIT``."""
+    """Returns whether ``hf_path`` is a hub id (``NAME`` or ``NAME@COMMIT``), not a local path."""
     return not Path(hf_path).exists() and bool(_HUB_ID.fullmatch(hf_path))
 
 
 def hub_arguments(hf_path: str) -> dict[str, str | None]:
-    """Returns a hub id as arguments of ``huggingface_hub``. No revision means the newest."""
+    """Splits a hub id into huggingface_hub's arguments ``repo_id`` and ``revision``.
+
+    If the id has no ``@``, ``revision`` is ``None``: the newest commit.
+    """
     match = _HUB_ID.fullmatch(hf_path)
     assert match is not None
     return {"repo_id": match["name"], "revision": match["revision"]}
@@ -66,6 +70,7 @@ def read_hf_config(hf_path: str) -> dict[str, Any]:
 
 
 def _read_hf_config(hf_path: str) -> dict[str, Any]:
+    """Returns ``config.json`` as stored; the built-in model's config for a wheel."""
     file = parse_wheel_file(hf_path)
     if file:
         from nemo_convert.smollm2 import GGUF_IN_WHEEL, HF_CONFIG
@@ -95,7 +100,9 @@ def _read_hf_config(hf_path: str) -> dict[str, Any]:
 
 
 def side_folder(hf_path: str) -> Path:
-    """Returns a folder with a model's side files; downloads the side files of a hub model.
+    """Returns a folder with a model's side files.
+
+    For a hub model, downloads them together with the shard index and the adapter's config.
 
     Raises:
         RecipeError: The hub does not have the model, or cannot be reached.
@@ -129,7 +136,7 @@ def local_folder(hf_path: str) -> Path | None:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Maps the name of each tensor to its shard, relative to the folder: the index's weight_map.
+    """Returns the index's weight_map: the shard of each tensor name, relative to ``folder``.
 
     Raises:
         RecipeError: The index is damaged, or lists a file that is not a shard in the folder.
@@ -157,79 +164,90 @@ def is_offline() -> bool:
 
 
 def download(hf_path: str) -> Path:
-    """Downloads a hub model's side files and the weights that transformers reads; returns a folder.
+    """Downloads a hub model's side files and the weights that transformers reads.
+
+    Returns:
+        The snapshot folder in the local cache.
 
     Raises:
         RecipeError: The hub does not have the model, or cannot be reached.
     """
-    # The name of a snapshot's folder is its commit. The weights must be of the same commit.
+    # A snapshot folder is named after its commit. The weights must come from the same commit, even
+    # if the hub gets a newer one in the meantime.
     commit = side_folder(hf_path).name
-    folder = _download(hf_path, [WEIGHTS_FILE], commit)
+    folder = _download(hf_path, [WEIGHTS_FILE], commit)  # downloads nothing if the hub lacks it
     if (folder / WEIGHTS_FILE).is_file() or not (folder / INDEX_FILE).is_file():
         return folder
     return _download(hf_path, sorted(set(read_index(folder).values())), commit)
 
 
 def _download(hf_path: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """Downloads the files that match ``patterns``; returns the snapshot folder.
+
+    ``revision`` replaces the revision in the hub id.
+    """
     from huggingface_hub import snapshot_download
 
-    model = hub_arguments(hf_path)
+    arguments = hub_arguments(hf_path)
     if revision:
-        model["revision"] = revision
-    # * matches slashes, too: the pattern tokenizer* would download files of a folder tokenizer/.
+        arguments["revision"] = revision
+    # In patterns, * matches slashes, too: tokenizer* would download the files in a folder
+    # tokenizer/ unless they are ignored.
     ignored = [f"{pattern}/*" for pattern in patterns if pattern.endswith("*")]
     try:
-        return Path(snapshot_download(allow_patterns=[*patterns], ignore_patterns=ignored, **model))
+        folder = snapshot_download(allow_patterns=[*patterns], ignore_patterns=ignored, **arguments)
     except Exception as error:
         raise unreachable_error(hf_path, "files", error) from error
+    return Path(folder)
 
 
 def is_config_available(hf_path: str) -> bool:
-    """Returns whether a hub model's config is cached, or the hub answers within ``HUB_SECONDS``.
+    """Returns whether a hub model's config is cached, or the hub offers it within ``HUB_SECONDS``.
 
-    The request is not sent by ``huggingface_hub``, which would retry for half a minute.
+    ``urllib`` sends the request, because ``huggingface_hub`` would retry for half a minute.
     """
     from huggingface_hub import hf_hub_url, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers
 
-    model = hub_arguments(hf_path)
-    if isinstance(try_to_load_from_cache(filename="config.json", **model), str):
+    arguments = hub_arguments(hf_path)
+    if isinstance(try_to_load_from_cache(filename="config.json", **arguments), str):
         return True
     if is_offline():
         return False
-    url = hf_hub_url(filename="config.json", **model)
+    url = hf_hub_url(filename="config.json", **arguments)
     request = urllib.request.Request(url, headers=build_hf_headers(), method="HEAD")
     try:
         with urllib.request.urlopen(request, timeout=HUB_SECONDS):
             return True
-    except OSError:
+    except OSError:  # includes timeouts and HTTP errors
         return False
 
 
 def has_chat_template(hf_path: str) -> bool | None:
-    """Returns whether a model has a chat template; ``None`` for a hub id."""
+    """Returns whether a model has a chat template; ``None`` if it is no local folder or wheel."""
     if parse_wheel_file(hf_path):
-        return True  # the built-in model has one
+        return True  # the only supported wheel has the built-in model, which has a template
     folder = Path(hf_path)
     if not folder.is_dir():
         return None
-    tokenizer = folder / "tokenizer_config.json"
-    in_settings = tokenizer.is_file() and bool(read_json(tokenizer).get("chat_template"))
-    return in_settings or any(folder.glob("chat_template*"))
+    config = folder / "tokenizer_config.json"
+    is_in_config = config.is_file() and bool(read_json(config).get("chat_template"))
+    return is_in_config or any(folder.glob("chat_template*"))
 
 
 def has_token(hf_path: str, token: str) -> bool | None:
-    """Returns whether a model's tokenizer has a token; ``None`` if it is not on this machine."""
+    """Returns whether a tokenizer has a token; ``None`` without a local ``tokenizer.json``."""
     folder = local_folder(hf_path)
     if folder is None or not (folder / "tokenizer.json").is_file():
         return None
     tokenizer = read_json(folder / "tokenizer.json")
-    # ``vocab`` is a mapping, or for a Unigram model a list of (token, score).
+    # ``vocab`` maps tokens to ids. A Unigram model has a list of (token, score) instead.
     added = (token_entry["content"] for token_entry in tokenizer.get("added_tokens", ()))
     return token in dict(tokenizer["model"].get("vocab", ())) or token in added
 
 
 def _hub_file(hf_path: str, name: str) -> Path:
+    """Returns the cached file of a hub model; downloads it if necessary."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -239,7 +257,7 @@ def _hub_file(hf_path: str, name: str) -> Path:
 
 
 def unreachable_error(hf_path: str, name: str, error: Exception) -> RecipeError:
-    """Returns the error for a file of a hub model that cannot be downloaded."""
+    """Returns the error to raise if the file (or files) ``name`` of a hub model cannot be read."""
     return RecipeError(
         f"could not read {name} of '{hf_path}' from the Hugging Face hub: {error}",
         "check the id, the network, and HF_TOKEN for a gated model",

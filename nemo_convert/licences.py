@@ -1,4 +1,4 @@
-"""Licences of models and texts. Torch-free."""
+"""Reads licences of models, and detects licences that forbid commercial use. Torch-free."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ NONCOMMERCIAL = re.compile(
     r"|-research(?![-\w])"
 )
 """Matches names such as cc-by-nc-4.0 and qwen-research, and phrases such as "non-commercial". Text
-must be in lower case, with hyphens between words."""
+must be in lower case, with hyphens between words. The abbreviations mrl and mnpl are Mistral's
+Research and Non-Production licences, and amlr is Apple's Machine Learning Research licence."""
 
 
 def card_fields(folder: Path) -> dict[str, Any]:
-    """Returns the header of a model card; empty if there is none."""
+    """Returns the YAML header of a model card; empty if there is none or it is invalid."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
@@ -38,26 +39,30 @@ def card_fields(folder: Path) -> dict[str, Any]:
 def model_licence(folder: Path) -> str:
     """Returns the licence in a model card's header, or ``unknown``.
 
-    A licence that the hub does not list is ``license: other``, and its name is ``license_name``.
+    If the hub's list does not have the licence, a card has ``license: other``, and the name is in
+    ``license_name``.
     """
     fields = card_fields(folder)
-    names = fields.get("license")
-    if names in (None, "other"):
-        names = fields.get("license_name") or names
-    return ", ".join(map(str, names)) if isinstance(names, list) else str(names or "unknown")
+    licence = fields.get("license")
+    if licence in (None, "other"):
+        licence = fields.get("license_name") or licence
+    if isinstance(licence, list):
+        return ", ".join(map(str, licence))
+    return str(licence or "unknown")
 
 
 def known_licence(hf_path: str) -> str:
-    """Returns the licence of a folder, or of a hub model whose card is in the local cache."""
+    """Returns the licence of a model without a download; ``unknown`` if its card is not local."""
     folder = local_folder(hf_path)
     return model_licence(folder) if folder else "unknown"
 
 
 def forbids_commercial_use(licence: str | None) -> bool:
-    """Returns whether a licence's name says that it forbids commercial use."""
-    return bool(NONCOMMERCIAL.search(re.sub(r"[-_\s]+", "-", (licence or "").lower())))
+    """Returns whether a licence's name forbids commercial use; ``False`` for ``None``."""
+    hyphenated = re.sub(r"[-_\s]+", "-", (licence or "").lower())
+    return bool(NONCOMMERCIAL.search(hyphenated))
 
 
 def with_restriction(licence: str) -> str:
-    """Returns a licence, with a remark if it forbids commercial use."""
+    """Returns a licence's name, with a remark if it forbids commercial use."""
     return f"{licence} (no commercial use)" if forbids_commercial_use(licence) else licence

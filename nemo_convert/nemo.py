@@ -34,16 +34,16 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS, CONTEXT, SIDE = "weights", "context", "hf"
-"""Directories of a checkpoint. ``SIDE`` is in ``CONTEXT``, and has the Hugging Face files."""
+"""Directories of a checkpoint. ``SIDE`` is in ``CONTEXT`` and has the Hugging Face side files."""
 STEPS = "steps"
 """Directory in a training run's artifact with the checkpoints of steps before the last."""
 EXTRA_STATE = "_extra_state"
 """Suffix of the names under which TransformerEngine's modules store FP8 state."""
-SEED = 1234
-CHAT_TEMPLATES = "additional_chat_templates"
+SEED = 1234  # NeMo's default
+CHAT_TEMPLATES = "additional_chat_templates"  # directory among the side files
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""Generation settings that are used with ``do_sample`` only."""
+"""Generation settings that have an effect only with ``do_sample``."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ def initialize(parallel: Parallelism) -> None:
     enable()  # patches for a machine without CUDA or TransformerEngine
     if not torch.distributed.is_initialized():
         is_single_process = not torch.distributed.is_torchelastic_launched()
-        world: dict[str, Any] = {"timeout": COLLECTIVE_TIMEOUT}
+        options: dict[str, Any] = {"timeout": COLLECTIVE_TIMEOUT}
         if is_single_process:  # needs no store that other processes can reach
-            world |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+            options |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
         if (gpu := select_gpu()) is not None:
-            world["device_id"] = gpu
-        torch.distributed.init_process_group(collective_backend(), **world)
+            options["device_id"] = gpu
+        torch.distributed.init_process_group(collective_backend(), **options)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
@@ -91,8 +91,8 @@ def open_checkpoint(path: Path, scratch: Path) -> Path:
     """Returns a checkpoint's directory; unpacks a ``.nemo`` file into ``scratch``.
 
     Raises:
-        RecipeError: ``path`` is no NeMo 2 checkpoint, or is an archive that is damaged or has a
-            path that leads outside.
+        RecipeError: ``path`` is not a NeMo 2 checkpoint, or is an archive that is damaged or that
+            would write files outside ``scratch``.
     """
     if path.is_file():
         try:
@@ -101,7 +101,7 @@ def open_checkpoint(path: Path, scratch: Path) -> Path:
         except (tarfile.TarError, OSError) as error:
             raise RecipeError(
                 f"{path} cannot be unpacked safely: {error}",
-                "copy it again if it is incomplete; do not use it if a path in it leads outside",
+                "copy it again if it is incomplete; do not use it if it writes outside its folder",
             ) from error
         path = scratch
     if not (path / WEIGHTS).is_dir() or not (path / CONTEXT / "io.json").is_file():
@@ -113,12 +113,12 @@ def open_checkpoint(path: Path, scratch: Path) -> Path:
 
 
 def find_checkpoint(artifact: Path) -> Path:
-    """Returns the checkpoint directory in a stage's artifact."""
-    return next(p for p in sorted(artifact.glob("*.nemo")) if p.is_dir())
+    """Returns the (first) checkpoint directory in the artifact directory of a stage."""
+    return next(path for path in sorted(artifact.glob("*.nemo")) if path.is_dir())
 
 
 def step_checkpoints(artifact: Path) -> dict[int, Path]:
-    """Returns a training artifact's checkpoints of steps before the last, in order, by step."""
+    """Maps each step before the last, in order, to its checkpoint in a training artifact."""
     checkpoints = {int(path.stem): path for path in (artifact / STEPS).glob("*.nemo")}
     return dict(sorted(checkpoints.items()))
 
@@ -149,12 +149,12 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def side_folder(checkpoint: Path) -> Path:
-    """Returns the folder of the side files: tokenizer, templates and Hugging Face configs."""
+    """Returns the folder of a checkpoint's side files (tokenizer, templates, configs)."""
     return checkpoint / CONTEXT / SIDE
 
 
 def architecture_of(checkpoint: Path) -> Architecture:
-    """Returns the shape of the model in a checkpoint."""
+    """Returns the architecture that a checkpoint's Hugging Face config describes."""
     return read_architecture(read_config(checkpoint), str(checkpoint))
 
 
@@ -184,17 +184,17 @@ def new_model(hf_folder: Path) -> Any:
 
 
 def _record_arguments() -> None:
-    """Makes NeMo record the arguments of every config class: the context stores these records.
+    """Makes NeMo record the arguments of every config class, since the context stores them.
 
     NeMo sets ``__wrapped_init__`` on a class whose arguments it records. A subclass inherits the
-    attribute, so NeMo would not record its arguments: a Qwen3Config that is made after a
-    Qwen2Config would have no record.
+    attribute, so NeMo would not record its arguments. For example, a Qwen3Config that is made after
+    a Qwen2Config would have no record.
     """
     from nemo.collections.llm import GPTConfig
 
     classes = GPTConfig.__subclasses__()
     for derived in classes:
-        classes += derived.__subclasses__()  # the loop visits subclasses of subclasses, too
+        classes += derived.__subclasses__()  # the loop also visits these appended classes
         if "__init__" in vars(derived) and "__wrapped_init__" not in vars(derived):
             derived.__wrapped_init__ = False
 
@@ -205,7 +205,7 @@ def _readable_generation_config(hf_folder: Path) -> Iterator[None]:
 
     Most importers need the file, but base models do not have it. transformers refuses to write some
     files that it reads: those with sampling settings but no ``do_sample`` (Llama 2's), or a length
-    penalty but no beams. So NeMo gets token ids, and ``SAMPLING`` only with ``do_sample``.
+    penalty but no beams. So NeMo gets only ``TOKEN_IDS``, and with ``do_sample`` also ``SAMPLING``.
     """
     file = hf_folder / "generation_config.json"
     original = file.read_bytes() if file.exists() else None
@@ -269,7 +269,7 @@ def build_core(
     if params_dtype is not None:
         config.params_dtype = params_dtype
     config.pipeline_dtype = config.params_dtype
-    # Megatron's local layer spec makes norms on the CPU in float32, whatever params_dtype is.
+    # The dtype is set because Megatron's local norms on the CPU are float32 for any params_dtype.
     return config.configure_model(model.tokenizer).to(device(), config.params_dtype)
 
 
@@ -284,21 +284,21 @@ def split_pipeline(config: Any) -> None:
 def load_weights(core: torch.nn.Module, checkpoint: Path) -> None:
     """Loads a checkpoint of any parallel layout into this rank's model.
 
-    FP8 states of TransformerEngine's modules are left out, also the numbered states of experts: a
-    checkpoint that was written without TransformerEngine has none.
+    Skips the FP8 states of TransformerEngine's modules, including the numbered ones of experts,
+    because a checkpoint that was written without TransformerEngine does not have them.
     """
     state = core.sharded_state_dict(prefix="module.")
     weights = {name: item for name, item in state.items() if EXTRA_STATE not in name}
     state = read_sharded(weights, checkpoint / WEIGHTS)
-    # strict=False, because the FP8 state is missing. read_sharded has refused missing weights.
+    # strict=False allows the skipped FP8 states. read_sharded has already refused missing weights.
     core.load_state_dict({n.removeprefix("module."): v for n, v in state.items()}, strict=False)
 
 
 def read_sharded(state: dict[str, Any], weights: Path) -> dict[str, Any]:
-    """Reads the tensors of a sharded state dict.
+    """Reads the tensors of a sharded state dict from the directory ``weights``.
 
-    As in NeMo's trainer, each data-parallel rank reads a fraction, and the ranks exchange their
-    fractions. So the file system delivers each tensor once, not once per replica.
+    As in NeMo's trainer, each data-parallel rank reads a fraction of the tensors, and the ranks
+    exchange them. So each tensor is read once from the file system, not once per replica.
     """
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
@@ -320,8 +320,8 @@ def save_checkpoint(
 ) -> None:
     """Writes a checkpoint: each rank writes its weights, and rank 0 also writes the context.
 
-    The context has the ``__io__`` config of ``model`` and the ``side`` files. The weights are those
-    of ``core``, this rank's Megatron model, unless Megatron's save ``strategy`` has another source.
+    The context has the ``__io__`` config of ``model`` and the files of the folder ``side``. Weights
+    are those of ``core``, this rank's Megatron model, or come from Megatron's save ``strategy``.
     """
     from megatron.core import dist_checkpointing
 
@@ -334,7 +334,7 @@ def save_checkpoint(
 
 
 def _with_norm_states(state: dict[str, Any]) -> dict[str, Any]:
-    """Adds the empty states of TransformerEngine's norms, which stock NeMo requires."""
+    """Adds the empty ``_extra_state`` of TransformerEngine's norms, which stock NeMo requires."""
     from megatron.core.dist_checkpointing import ShardedObject
 
     norms = {}
@@ -343,8 +343,8 @@ def _with_norm_states(state: dict[str, Any]) -> dict[str, Any]:
             axes = item.prepend_axis_num  # 1 if all layers are stacked in one tensor, else 0
             norms[name.replace("weight", EXTRA_STATE)] = ShardedObject(
                 item.key.replace("weight", EXTRA_STATE),
-                None,
-                item.global_shape[:axes] or (1,),
+                None,  # data
+                item.global_shape[:axes] or (1,),  # one object per layer, or one in all
                 item.global_offset[:axes] or (0,),
                 item.replica_id,
             )
@@ -352,7 +352,7 @@ def _with_norm_states(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_context(checkpoint: Path, model: Any, side: Path) -> None:
-    """Writes ``context/`` for a model, with ``side`` as its tokenizer directory."""
+    """Writes ``context/`` for a model, with the side files and tokenizer in folder ``side``."""
     from nemo import lightning as nl
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
     from nemo.lightning.io.pl import TrainerContext
@@ -374,7 +374,7 @@ def write_context(checkpoint: Path, model: Any, side: Path) -> None:
 
 @contextmanager
 def outside_slurm() -> Iterator[None]:
-    """Hides a Slurm job from a new trainer, which would treat the job's tasks as its ranks."""
+    """Hides a Slurm job from a new trainer, which would expect one rank per task of the job."""
     tasks = os.environ.pop("SLURM_NTASKS", None)
     try:
         yield
@@ -384,7 +384,7 @@ def outside_slurm() -> Iterator[None]:
 
 
 def leading_axes(arch: Architecture) -> dict[str, int]:
-    """Returns how many leading axes (layer, expert; 0 to 2) the tensor of each key has."""
+    """Maps each checkpoint key to its tensor's number of leading axes (layer, expert; 0 to 2)."""
     weights = FAMILIES[arch.hf_architecture].weights
     return {f"module.{weight.checkpoint_key}": len(weight.stack_sizes(arch)) for weight in weights}
 
@@ -396,5 +396,5 @@ def read_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
     arch = architecture_of(checkpoint)
     weights = {f"module.{w.checkpoint_key}": w for w in FAMILIES[arch.hf_architecture].weights}
     for key, index, tensor in streaming.read_weights(checkpoint / WEIGHTS, leading_axes(arch)):
-        indices = zip(weights[key].stack_sizes(arch), index, strict=True)
-        yield weights[key].megatron.format(**dict(indices)), tensor
+        indices = dict(zip(weights[key].stack_sizes(arch), index, strict=True))  # {"i": layer, …}
+        yield weights[key].megatron.format(**indices), tensor

@@ -1,8 +1,8 @@
 """Parity gates: check that a converted model has the same weights and logits.
 
-NeMo and transformers must each agree with the plain PyTorch forward pass of ``reference``. If they
-only agree with each other, they may share an error, since both read configs with the same version
-of transformers.
+The models of NeMo and transformers must each agree with the plain PyTorch forward pass of
+``reference``. It is not enough that they agree with each other: both read configs with the same
+version of transformers, so they may share an error.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ gives about 1e-5, a wrong conversion 0.1 or more."""
 NUM_TOKENS = 128
 """Number of tokens of ``TEXT`` that are compared, unless the model has fewer positions."""
 ADJACENT = 64
-"""Number of tokens at positions 0, 1, 2, …. Later tokens are spread up to ``LAST_POSITION``."""
+"""Number of first tokens that have positions 0, 1, 2, … The others: see ``spread_positions``."""
 LAST_POSITION = 2047
-"""Largest position, unless the model has fewer positions."""
+"""Position of the last token, unless the model has fewer positions."""
 TEXT = """\
 A lighthouse keeper wrote down the weather every evening for forty-one years. On most nights the
 entry was a single word, and the word was "wind". In 1893, however, a visiting surveyor found that
@@ -63,8 +63,10 @@ class Parity:
     logits_std: float
     """Standard deviation of the reference's logits."""
     tokens: int
+    """Number of compared tokens."""
     different_weight: str | None
-    """Name of a weight that one side does not have, or whose values differ; ``None`` if equal."""
+    """Name of a weight that is missing in the folder or in the checkpoint, or whose values differ;
+    ``None`` if all weights are equal."""
 
     @property
     def max_logit_difference(self) -> float:
@@ -75,24 +77,25 @@ class Parity:
         """Returns this comparison; raises ``RecipeError`` if a weight or the logits differ.
 
         Args:
-            what: Name of the comparison, for the message.
+            what: Name of the compared models, for the message.
         """
         if self.different_weight is not None:
             raise RecipeError(
-                f"parity gate failed: {what}: {self.different_weight} differs between the two.",
+                f"parity gate failed: {what}: {self.different_weight} differs or is "
+                "missing in one of the models.",
                 "do not use this checkpoint; convert the source again",
             )
         tolerance = LOGITS_TOLERANCE * self.logits_std
-        for reader, difference in (
+        for library, difference in (
             ("NeMo", self.nemo_difference),
             ("transformers", self.transformers_difference),
         ):
             if not difference <= tolerance:  # also catches NaN
                 raise RecipeError(
-                    f"parity gate failed: {what}: logits of {reader} differ by {difference:.2e} "
+                    f"parity gate failed: {what}: logits of {library} differ by {difference:.2e} "
                     f"from the reference (allowed: {tolerance:.0e}, {LOGITS_TOLERANCE:.0e} of "
-                    "their standard deviation).",
-                    f"do not use this checkpoint: {reader}'s model does not match config.json",
+                    "the reference's standard deviation).",
+                    f"do not use this checkpoint: {library}'s model does not match config.json",
                 )
         return self
 
@@ -101,7 +104,7 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
     """Compares a Hugging Face folder with a NeMo checkpoint, with one model in memory at a time.
 
     Logits are compared on ``TEXT`` in float32. Weights are read back from the checkpoint's files
-    and compared for equality, including every row of the embedding.
+    and compared for equality. This covers embedding rows of tokens that are not in ``TEXT``.
 
     Args:
         hf_folder: Hugging Face folder.
@@ -114,42 +117,43 @@ def compare(hf_folder: Path, checkpoint: Path, core: Any = None) -> Parity:
     require_matching_config(checkpoint)
     config = as_transformers_4(read_json(hf_folder / "config.json"), str(hf_folder))
     tokenizer = AutoTokenizer.from_pretrained(nemo.side_folder(checkpoint), trust_remote_code=False)
-    limit = read_architecture(config, str(hf_folder)).max_position_embeddings
-    tokens = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, : min(NUM_TOKENS, limit)]
-    positions = spread_positions(tokens.shape[1], min(LAST_POSITION, limit - 1))
+    num_positions = read_architecture(config, str(hf_folder)).max_position_embeddings
+    tokens = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, : min(NUM_TOKENS, num_positions)]
+    positions = spread_positions(tokens.shape[1], min(LAST_POSITION, num_positions - 1))
     weights = Weights(hf_folder)
     with torch.no_grad():
         expected = reference_logits(config, weights.read, tokens, positions)
-        transformers = load_causal_lm(hf_folder)(
+        transformers_logits = load_causal_lm(hf_folder)(
             tokens,
             # Without a mask, transformers starts a new document at each jump of the positions.
             attention_mask=torch.ones_like(tokens),
             position_ids=positions[None],
         ).logits
-    logits = core_logits(load_core(checkpoint) if core is None else core, tokens, positions)
+    core = load_core(checkpoint) if core is None else core
+    nemo_logits = core_logits(core, tokens, positions)
     return Parity(
-        nemo_difference=(expected - logits).abs().max().item(),
-        transformers_difference=(expected - transformers).abs().max().item(),
+        nemo_difference=(expected - nemo_logits).abs().max().item(),
+        transformers_difference=(expected - transformers_logits).abs().max().item(),
         logits_std=expected.std().item(),
         tokens=tokens.numel(),
         different_weight=find_different_weight(weights, checkpoint),
     )
 
 
-def spread_positions(tokens: int, last: int) -> torch.Tensor:
-    """Returns increasing RoPE positions [tokens].
+def spread_positions(num_tokens: int, last: int) -> torch.Tensor:
+    """Returns an increasing RoPE position for each token [num_tokens].
 
-    The first ``ADJACENT`` are consecutive. The others are spaced evenly up to ``last``. RoPE
-    depends on positions only, so a few tokens cover the positions of a long text.
+    The first ``ADJACENT`` positions are consecutive. The others are spaced evenly up to ``last``.
+    So a few tokens test RoPE at the positions of a long text.
     """
     import torch
 
-    if tokens > last:
-        return torch.arange(tokens)
-    near = min(ADJACENT, tokens)
+    if num_tokens > last:  # no position up to ``last`` can be skipped
+        return torch.arange(num_tokens)
+    num_near = min(ADJACENT, num_tokens)
     # linspace starts at the last near position, which [1:] drops.
-    far = torch.linspace(near - 1, last, tokens - near + 1)[1:].round().long()
-    return torch.cat([torch.arange(near), far])
+    far = torch.linspace(num_near - 1, last, num_tokens - num_near + 1)[1:].round().long()
+    return torch.cat([torch.arange(num_near), far])
 
 
 def core_logits(
@@ -176,17 +180,19 @@ def core_logits(
 
 @contextmanager
 def _rope_at(core: Any, positions: torch.Tensor) -> Iterator[None]:
-    """Temporarily makes a model apply RoPE at these positions.
+    """Temporarily makes a model apply RoPE at increasing ``positions`` [sequence].
 
     Megatron ignores ``position_ids`` for RoPE. Its angles [sequence, 1, 1, dim] are always those of
     positions 0, 1, 2, …
     """
 
-    def select(rope: Any, arguments: Any, angles: torch.Tensor) -> torch.Tensor:
-        # forward() takes a length. It runs no hooks, so this hook does not call itself.
-        return rope.forward(int(positions[-1]) + 1)[positions.to(angles.device)]
+    def angles_at_positions(rope: Any, arguments: Any, angles: torch.Tensor) -> torch.Tensor:
+        """Returns the angles that replace ``angles``, the output of the RoPE module."""
+        # A direct call of forward() runs no hooks, so this hook does not call itself.
+        all_angles = rope.forward(int(positions[-1]) + 1)  # of positions 0 to the last
+        return all_angles[positions.to(angles.device)]
 
-    hook = core.rotary_pos_emb.register_forward_hook(select)
+    hook = core.rotary_pos_emb.register_forward_hook(angles_at_positions)
     try:
         yield
     finally:
@@ -194,39 +200,44 @@ def _rope_at(core: Any, positions: torch.Tensor) -> Iterator[None]:
 
 
 def find_different_weight(source: Weights, checkpoint: Path) -> str | None:
-    """Returns the first weight that is missing on one side or has different values, if any.
+    """Finds a weight that the folder or the checkpoint lacks, or whose values differ.
 
     Args:
         source: Weights of the Hugging Face folder.
         checkpoint: NeMo checkpoint directory.
+
+    Returns:
+        The Hugging Face name of the first such weight; ``None`` if all weights are equal.
     """
     import torch
 
-    names = source.names()
+    uncompared = source.names()
     for name, tensor in hf_weights(checkpoint):
-        if name not in names:
+        if name not in uncompared:
             return name
-        names.remove(name)
+        uncompared.remove(name)
         original = source.read(name)
-        # A folder of several dtypes was converted to float32, which holds all values exactly.
+        # A folder with several dtypes was converted to float32, which holds all values exactly. So
+        # the dtypes of a weight may differ, and both are cast to the wider one.
         wider = torch.promote_types(original.dtype, tensor.dtype)
         if not torch.equal(original.to(wider), tensor.to(wider)):
             return name
-    return min(names - {HEAD}, default=None)  # a checkpoint never stores a tied head
+    return min(uncompared - {HEAD}, default=None)  # a checkpoint never stores a tied head
 
 
 def verify(first: Path, second: Path) -> Parity:
     """Compares a Hugging Face folder and a NeMo checkpoint (directory or file), in either order."""
+    # A NeMo checkpoint is a .nemo file, or a directory with context/.
     is_nemo = [path.is_file() or (path / nemo.CONTEXT).is_dir() for path in (first, second)]
     if is_nemo[0] == is_nemo[1]:
         raise RecipeError(
             "verify compares a Hugging Face folder with a NeMo checkpoint; got two "
             f"{'NeMo checkpoints' if is_nemo[0] else 'Hugging Face folders'}.",
-            "give one of each",
+            "give one Hugging Face folder and one NeMo checkpoint",
         )
-    folder, source = (second, first) if is_nemo[0] else (first, second)
+    folder, nemo_path = (second, first) if is_nemo[0] else (first, second)
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = nemo.open_checkpoint(source, Path(scratch))
+        checkpoint = nemo.open_checkpoint(nemo_path, Path(scratch))
         return compare(folder, checkpoint)
 
 
@@ -246,7 +257,7 @@ def load_core(checkpoint: Path, model: Any = None) -> torch.nn.Module:
     parameters = {family.transformer_engine_name(name): p for name, p in core.named_parameters()}
     for name, tensor in nemo.read_weights(checkpoint):
         parameters.pop(name).data.copy_(tensor)
-    if parameters:
+    if parameters:  # those that no weight of the checkpoint was copied to
         raise RecipeError(
             f"{checkpoint} has no {', '.join(parameters)}.", "convert the model again"
         )

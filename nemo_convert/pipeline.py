@@ -21,12 +21,14 @@ def pipeline_split(num_layers: int, stages: int) -> list[int]:
     if remainder == 0:
         return [per_stage] * stages
     # Middle stages get one layer more, unless the first or the last would then have no layer.
-    middle = per_stage + 1 if num_layers - (stages - 2) * (per_stage + 1) >= 2 else per_stage
-    first_and_last = num_layers - (stages - 2) * middle
+    num_middle, middle = stages - 2, per_stage + 1
+    if num_layers - num_middle * middle < 2:
+        middle = per_stage
+    first_and_last = num_layers - num_middle * middle  # layers of both stages together
     last = min(first_and_last // 2, middle)  # never more layers than another stage
-    return [first_and_last - last, *[middle] * (stages - 2), last]
+    return [first_and_last - last, *[middle] * num_middle, last]
 
 
 def last_stage_layers(num_layers: int, stages: int) -> range:
-    """Returns the layers on the last pipeline stage. The model's first layer is layer 1."""
+    """Returns the numbers of the layers on the last pipeline stage, counted from 1."""
     return range(num_layers - pipeline_split(num_layers, stages)[-1] + 1, num_layers + 1)

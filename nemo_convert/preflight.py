@@ -39,6 +39,7 @@ from recipes.core.errors import RecipeError
 from recipes.core.wheels import parse_wheel_file
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+"""Hugging Face names of the output layer (here: the head) and of the input embedding."""
 MAX_NAMED = 3
 """Largest number of weights that a message names."""
 
@@ -58,8 +59,8 @@ class Finding:
 def check_model(hf_path: str) -> Iterator[Finding]:
     """Yields the faults of a model folder or hub model, and notes about it.
 
-    Only headers and small files are read, with one exception: if a model stores a head although it
-    has tied embeddings, head and embedding are compared (for a hub model, only samples of them).
+    Only headers and small files are read, with one exception. If a model has tied embeddings but
+    also stores a head, the values of head and embedding are compared (samples, for a hub model).
 
     Raises:
         RecipeError: The config cannot be read or is not supported, or the hub cannot be reached.
@@ -82,7 +83,7 @@ def check_model(hf_path: str) -> Iterator[Finding]:
         hf_path = str(folder)
     config = read_hf_config(hf_path)
     folder = side_folder(hf_path)
-    shape = read_architecture(config, hf_path)
+    arch = read_architecture(config, hf_path)
     if (folder / ADAPTER).exists():
         yield Finding(
             f"{hf_path} has {ADAPTER}, so transformers would load an adapter on another model.",
@@ -91,17 +92,18 @@ def check_model(hf_path: str) -> Iterator[Finding]:
     try:
         headers = read_headers(hf_path)
     except RecipeError as error:
+        # If the hub cannot be read, the model's copy in the local cache is checked instead.
         if is_hub_id(hf_path) and (cached := complete_cached_model(hf_path)):
             yield from check_model(str(cached))
         else:
             yield Finding(error.what, error.fix)
         return
     yield from _index_findings(folder, headers)
-    yield from _tensor_findings(hf_path, headers, shape)
-    yield from _tied_head_findings(hf_path, headers, shape)
+    yield from _tensor_findings(hf_path, headers, arch)
+    yield from _tied_head_findings(hf_path, headers, arch)
     yield from _dtype_findings(hf_path, headers, config)
-    yield from _generation_findings(folder, shape)
-    yield from _tokenizer_findings(folder, hf_path, shape)
+    yield from _generation_findings(folder, arch)
+    yield from _tokenizer_findings(folder, hf_path, arch)
 
 
 def complete_cached_model(hf_path: str) -> Path | None:
@@ -117,7 +119,8 @@ def tokenizer_folder(hf_path: str) -> Path | None:
     """Returns a folder with the files of a model's tokenizer; downloads those of a hub model.
 
     Returns:
-        The folder, which may not exist; ``None`` if the hub does not answer.
+        The folder, which may not exist if ``hf_path`` is a path. ``None`` if the hub does not
+        answer, or if requests are forbidden and the cache does not have the complete model.
     """
     if not is_hub_id(hf_path):
         return Path(hf_path)
@@ -134,20 +137,20 @@ def require_convertible(hf_path: str) -> None:
 
 
 def model_dtype(headers: Headers) -> str:
-    """Returns the PyTorch type that holds all weights exactly: float32 if their types differ."""
-    types = {DTYPES[tensor.dtype] for tensor in headers.values()}
-    return types.pop() if len(types) == 1 else "float32"
+    """Returns the name of the dtype that holds all weights exactly: float32 if dtypes differ."""
+    dtypes = {DTYPES[tensor.dtype] for tensor in headers.values()}
+    return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 
 def _index_findings(folder: Path, headers: Headers) -> Iterator[Finding]:
-    """Compares the index of the shards with the shards, if there is an index."""
+    """Checks that the index, if there is one, names the right shard for each tensor."""
     files = {tensor.file for tensor in headers.values()}
     if not (folder / INDEX_FILE).is_file() or files == {WEIGHTS_FILE}:
-        return
+        return  # transformers ignores the index if all weights are in one file
     index = {
         name: file for name, file in read_index(folder).items() if not name.endswith(ROTARY_BUFFER)
     }
-    # Tensors in another shard than the index says, and tensors that only one side has.
+    # Tensors in another shard than the index says, then tensors in only the index or the shards.
     wrong = [name for name, file in index.items() if name in headers and headers[name].file != file]
     wrong += sorted(index.keys() ^ headers.keys())
     if wrong:
@@ -157,18 +160,18 @@ def _index_findings(folder: Path, headers: Headers) -> Iterator[Finding]:
         )
 
 
-def _tensor_findings(hf_path: str, headers: Headers, shape: Architecture) -> Iterator[Finding]:
-    """Compares the tensors' names and shapes with those that follow from the config."""
-    if shape.num_layers > len(headers):  # so many layers that their names might fill the memory
+def _tensor_findings(hf_path: str, headers: Headers, arch: Architecture) -> Iterator[Finding]:
+    """Compares the names and shapes of the tensors with those that the config implies."""
+    if arch.num_layers > len(headers):  # the names of so many layers might not fit in memory
         yield Finding(
-            f"{hf_path} has only {len(headers)} weights, but num_hidden_layers={shape.num_layers} "
+            f"{hf_path} has only {len(headers)} weights, but num_hidden_layers={arch.num_layers} "
             "in config.json.",
             "correct num_hidden_layers, or download the model again",
         )
         return
-    expected = FAMILIES[shape.hf_architecture].hf_shapes(shape)
+    expected = FAMILIES[arch.hf_architecture].hf_shapes(arch)
     missing = expected.keys() - headers.keys()
-    extra = headers.keys() - expected.keys() - ({HEAD} if shape.tied_embeddings else set())
+    extra = headers.keys() - expected.keys() - ({HEAD} if arch.tied_embeddings else set())
     if missing == {HEAD}:
         yield Finding(
             f"{hf_path} has no {HEAD}, but tie_word_embeddings is false in config.json.",
@@ -178,9 +181,9 @@ def _tensor_findings(hf_path: str, headers: Headers, shape: Architecture) -> Ite
         others = f", but has {_list_names(extra)}" if extra else ""
         yield Finding(
             f"{hf_path} has no {_list_names(missing)}, which config.json implies{others}.",
-            _names_fix(missing, extra, shape.hf_architecture),
+            _names_fix(missing, extra, arch.hf_architecture),
         )
-        extra = set()
+        extra = set()  # named above
     for name in sorted(expected.keys() & headers.keys()):
         if headers[name].shape != expected[name]:
             yield Finding(
@@ -191,19 +194,21 @@ def _tensor_findings(hf_path: str, headers: Headers, shape: Architecture) -> Ite
             return  # one wrong size usually makes many shapes differ
     if extra:
         yield Finding(
-            f"{hf_path} has {_list_names(extra)}, which {shape.hf_architecture} does not have.",
+            f"{hf_path} has {_list_names(extra)}, which {arch.hf_architecture} does not have.",
             "save the model without these weights: a conversion would drop them",
         )
 
 
 def _names_fix(missing: Set[str], extra: Set[str], hf_architecture: str) -> str:
-    """Returns how to correct weights that lack some names and have others.
+    """Returns the fix for a model without the ``missing`` weights and with ``extra`` ones.
 
     Loading and saving the model with transformers is no fix: transformers would load random values
     for the missing weights.
     """
-    first = min(missing)
-    for prefix in sorted(name.removesuffix(first) for name in extra if name.endswith(first)):
+    # Candidates for a prefix before all names, such as "language_model.": what stands in an extra
+    # name before any one missing name.
+    probe = min(missing)
+    for prefix in sorted(name.removesuffix(probe) for name in extra if name.endswith(probe)):
         if {prefix + name for name in missing} <= extra:
             return f"rename the weights: remove {prefix!r} from the start of their names"
     if {name.removeprefix("model.") for name in missing - {HEAD}} <= extra:
@@ -221,20 +226,20 @@ def _names_fix(missing: Set[str], extra: Set[str], hf_architecture: str) -> str:
     )
 
 
-def _tied_head_findings(hf_path: str, headers: Headers, shape: Architecture) -> Iterator[Finding]:
-    """Compares a stored head with the tied embedding.
+def _tied_head_findings(hf_path: str, headers: Headers, arch: Architecture) -> Iterator[Finding]:
+    """Compares a stored head with the embedding that the config ties to it.
 
-    transformers 5 keeps a stored head that differs; transformers 4 drops it.
+    If the two differ, transformers 5 uses the stored head, but transformers 4 drops it.
     """
-    if not shape.tied_embeddings or not {HEAD, EMBEDDING} <= headers.keys():
+    if not arch.tied_embeddings or not {HEAD, EMBEDDING} <= headers.keys():
         return
     head, embedding = headers[HEAD], headers[EMBEDDING]
     if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
-        is_untied = ", or set tie_word_embeddings to false if its values differ"
+        untie_fix = ", or set tie_word_embeddings to false if its values differ"
         yield Finding(
             f"{HEAD} is {head.dtype} {[*head.shape]}, but {EMBEDDING}, which is tied to it in "
             f"config.json, is {embedding.dtype} {[*embedding.shape]}.",
-            f"remove {HEAD}{is_untied if head.shape == embedding.shape else ''}",
+            f"remove {HEAD}{untie_fix if head.shape == embedding.shape else ''}",
         )
         return
     try:
@@ -254,6 +259,7 @@ def _tied_head_findings(hf_path: str, headers: Headers, shape: Architecture) -> 
 
 
 def _dtype_findings(hf_path: str, headers: Headers, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Reports dtypes that are not supported, and dtypes other than that of the config."""
     if unsupported := {tensor.dtype for tensor in headers.values()} - DTYPES.keys():
         yield Finding(
             f"{hf_path} has weights of type {', '.join(sorted(unsupported))}.",
@@ -263,29 +269,31 @@ def _dtype_findings(hf_path: str, headers: Headers, config: Mapping[str, Any]) -
     stored = sorted({DTYPES[tensor.dtype] for tensor in headers.values()})
     configured = config.get("torch_dtype")
     if stored != [configured]:
-        named = f"torch_dtype={configured}" if configured else "no torch_dtype"
+        setting = f"torch_dtype={configured}" if configured else "no torch_dtype"
         yield Finding(
-            f"the weights of {hf_path} are {' and '.join(stored)}, but config.json has {named}.",
+            f"the weights of {hf_path} are {' and '.join(stored)}, but config.json has {setting}.",
             f"none needed: {model_dtype(headers)} is used, which holds every weight exactly",
             is_error=False,
         )
 
 
-def _generation_findings(folder: Path, shape: Architecture) -> Iterator[Finding]:
+def _generation_findings(folder: Path, arch: Architecture) -> Iterator[Finding]:
+    """Reports faults of ``generation_config.json``."""
     try:
-        for what, fix in generation_problems(folder, shape.vocab_size):
+        for what, fix in generation_problems(folder, arch.vocab_size):
             yield Finding(what, fix)
     except RecipeError as error:
         yield Finding(error.what, error.fix)
 
 
-def _tokenizer_findings(folder: Path, hf_path: str, shape: Architecture) -> Iterator[Finding]:
+def _tokenizer_findings(folder: Path, hf_path: str, arch: Architecture) -> Iterator[Finding]:
+    """Reports a tokenizer that cannot be read, is read differently, or has too many tokens."""
     try:
         vocabulary = read_vocabulary(folder)
     except RecipeError as error:
         yield Finding(error.what, error.fix)
         return
-    if is_replaced_by_transformers_5(folder, shape.hf_architecture):
+    if is_replaced_by_transformers_5(folder, arch.hf_architecture):
         yield Finding(
             f"transformers 5 splits text for {hf_path} as Qwen2's tokenizer does, not as the "
             "model's tokenizer does; token ids can differ.",
@@ -293,11 +301,14 @@ def _tokenizer_findings(folder: Path, hf_path: str, shape: Architecture) -> Iter
             "tokenizer with PreTrainedTokenizerFast instead of AutoTokenizer",
             is_error=False,
         )
-    if too_large := {token: i for token, i in vocabulary.items() if i >= shape.vocab_size}:
-        token = min(too_large, key=lambda name: too_large[name])
+    too_large = {
+        token: token_id for token, token_id in vocabulary.items() if token_id >= arch.vocab_size
+    }
+    if too_large:
+        token = min(too_large, key=lambda name: too_large[name])  # the token of the smallest id
         yield Finding(
             f"the tokenizer of {hf_path} has {len(too_large)} tokens without an embedding; the "
-            f"first is {token!r} with id {too_large[token]} (vocab_size={shape.vocab_size}).",
+            f"first is {token!r} with id {too_large[token]} (vocab_size={arch.vocab_size}).",
             "use the tokenizer that the model was trained with, or resize the embeddings "
             "(resize_token_embeddings) and save the model",
         )
@@ -306,5 +317,5 @@ def _tokenizer_findings(folder: Path, hf_path: str, shape: Architecture) -> Iter
 def _list_names(names: Iterable[str]) -> str:
     """Joins the first ``MAX_NAMED`` names, and adds the number of further names."""
     ordered = sorted(names)
-    others = len(ordered) - MAX_NAMED
-    return ", ".join(ordered[:MAX_NAMED]) + (f" and {others} other weights" if others > 0 else "")
+    more = len(ordered) - MAX_NAMED
+    return ", ".join(ordered[:MAX_NAMED]) + (f" and {more} other weights" if more > 0 else "")

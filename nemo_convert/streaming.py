@@ -1,7 +1,8 @@
 """Reads and writes torch_dist checkpoints with one or two weights in memory at a time.
 
-Megatron-Core reads and writes whole state dicts. This module writes the same layout (keys, shards,
-metadata), but takes each tensor from a function. When it reads, it yields one tensor at a time.
+Megatron-Core reads and writes whole state dicts. This module writes checkpoints of the same layout
+(keys, shards, metadata), but gets each tensor from a function when the tensor is due. Its reader
+yields one tensor at a time.
 """
 
 from __future__ import annotations
@@ -37,33 +38,33 @@ Index = tuple[int, ...]
 """Layer and expert of a weight. A checkpoint stacks the weights of all layers and experts under one
 key; layer and expert are the indices on the leading axes of the stack."""
 Source = Callable[[str, Index], Tensor]
-"""Returns the weight of a key at an index."""
+"""Function that returns the weight of a key at an index."""
 
 
 class StreamedSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """Megatron's save strategy for one rank, with weights from a source instead of the model.
 
     Args:
-        source: Returns the weights. A thread calls it, one weight ahead of the writer. Only names
-            and shapes are taken from the state dict that is saved.
+        source: Returns the weights. A thread calls it, one weight ahead of the writer. Of the state
+            dict that is saved, only the names, shapes and dtypes are used.
         leading_axes: Number of leading axes (layer, expert) of the stack under each key.
     """
 
     def __init__(self, source: Source, leading_axes: dict[str, int]) -> None:
-        super().__init__("torch_dist", 1)
+        super().__init__("torch_dist", 1)  # Megatron's format and its version
         self.source, self.leading_axes = source, leading_axes
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
-        """Writes the shards of a sharded state dict."""
-        # True: keep one replica of each tensor. False below: the state dict is saved, not loaded.
+        """Writes the tensors that a sharded state dict describes, with values from the source."""
+        # True: only the main replica of each tensor is kept.
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         with (
             _without_checksums(),
             closing(_SourcePlanner(self.source, self.leading_axes)) as planner,
         ):
-            # By default, a writer on a GPU machine copies ahead, in another order than the plan's.
+            # 0, because a writer that copies ahead requests tensors in an order unlike the plan's.
             writer = FileSystemWriter(checkpoint_dir, per_thread_copy_ahead=0)
-            tensors = mcore_to_pyt_state_dict(by_key, False)
+            tensors = mcore_to_pyt_state_dict(by_key, False)  # False: for saving, not for loading
             try:
                 dcp.save(tensors, storage_writer=writer, planner=planner)
             except CheckpointException as error:  # wraps the error that the source raised
@@ -89,31 +90,34 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
     """Planner of ``dcp.save`` that takes the data of each tensor from a source."""
 
     def __init__(self, source: Source, leading_axes: dict[str, int]) -> None:
-        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)  # as Megatron
+        # Megatron's save strategy passes the same values.
+        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
         self._source, self._leading_axes = source, leading_axes
         self._weights = _prefetch(source, [])  # empty until ``finish_plan``
         # ((key, index), weight) of the weight that is being written.
         self._current: tuple[tuple[str, Index] | None, Tensor] = (None, torch.empty(0))
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """Arranges that weights are read in the order in which the plan writes them."""
+        """Sets the order in which weights are read to that in which the plan writes them."""
         plan: SavePlan = super().finish_plan(new_plan)
         keys = [key for item in plan.items if (key := self._key(item))]
+        # A weight of several blocks has several items, but is read once.
         self._weights = _prefetch(self._source, list(dict.fromkeys(keys)))
         return plan
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         """Returns the block of a weight that ``write_item`` writes.
 
-        The blocks of a weight are written one after the other, so one weight is held at a time.
+        The blocks of a weight are written one after the other, so only one weight is kept.
         """
         if (key := self._key(write_item)) is None:
             return super().resolve_data(write_item)
         if key != self._current[0]:
-            # After the last weight, next() returns its default, and the comparison below fails.
+            # After the last weight, next() returns the old pair, and the comparison below fails.
             self._current = next(self._weights, self._current)
             if key != self._current[0]:
-                raise RuntimeError(f"wrote {key} where the plan has {self._current[0]}")
+                raise RuntimeError(f"writer requests {key} where the plan has {self._current[0]}")
+        # The weight has no leading axes. In the target block, each leading axis has size 1.
         axes, target = self._leading_axes[key[0]], write_item.tensor_data
         block = _block(self._current[1], target.chunk.offsets[axes:], target.chunk.sizes[axes:])
         return block.reshape(target.chunk.sizes).to(target.properties.dtype)
@@ -133,7 +137,7 @@ class _SourcePlanner(MCoreSavePlanner):  # type: ignore[misc]
 def _prefetch(
     source: Source, keys: Sequence[tuple[str, Index]]
 ) -> Generator[tuple[tuple[str, Index], Tensor], None, None]:
-    """Yields ((key, index), weight) in order, while a thread gets the next from the source."""
+    """Yields ((key, index), weight) in the order of ``keys``; a thread reads one weight ahead."""
     if not keys:
         return
     with ThreadPoolExecutor(1) as thread:
@@ -153,6 +157,7 @@ def read_weights(folder: Path, leading_axes: dict[str, int]) -> Iterator[tuple[s
     for key, axes in leading_axes.items():
         if (stored := metadata.state_dict_metadata.get(key)) is None:
             continue
+        # All (layer, expert) of the stack; one empty index if the tensor is not a stack.
         for index in product(*map(range, stored.size[:axes])):
             yield key, index, _read_slice(reader, key, stored, index)
 
@@ -162,6 +167,7 @@ def _read_slice(
 ) -> Tensor:
     """Reads the weight at ``index`` from all shards that have a block of this weight."""
     inner_shape = stored.size[len(index) :]
+    # The chunk is the region of the stacked tensor that this weight takes.
     sizes = torch.Size([1] * len(index) + list(inner_shape))
     chunk = ChunkStorageMetadata(torch.Size([*index, *[0] * len(inner_shape)]), sizes)
     items = create_read_items_for_chunk_list(key, stored, [chunk])
@@ -181,16 +187,18 @@ def _read_slice(
 def _read_item(reader: FileSystemReader, item: ReadItem) -> Tensor:
     """Reads a block of a shard without reading the rest of the shard.
 
-    A shard is an uncompressed archive of torch.save within a file, so one range of bytes in the
-    file has all values of the block.
+    A shard is a section of a file: an uncompressed archive of torch.save. So one range of bytes in
+    the file has all values of the block.
     """
     location = reader.storage_data[item.storage_index]
     path = Path(reader.path) / location.relative_path
-    with path.open("rb") as file, FakeTensorMode():  # torch.load then reads no data, only offsets
+    with path.open("rb") as file, FakeTensorMode():  # so torch.load reads only offsets
         shard = torch.load(reader._slice_file(file, location), weights_only=True)
         block = _block(shard, item.storage_offsets, item.lengths)
-    # Number of stored elements from the block's first to its last, with those between its rows.
-    count = 1 + sum((n - 1) * s for n, s in zip(block.shape, block.stride(), strict=True))
+    # Number of elements from the block's first to its last in the file. The elements between its
+    # rows count too: they are read, and as_strided skips them.
+    steps = zip(block.shape, block.stride(), strict=True)
+    count = 1 + sum((size - 1) * stride for size, stride in steps)
     start = location.offset + shard.untyped_storage()._checkpoint_offset
     start += block.storage_offset() * block.itemsize
     data = torch.from_numpy(np.fromfile(path, np.uint8, count * block.itemsize, offset=start))
@@ -198,5 +206,7 @@ def _read_item(reader: FileSystemReader, item: ReadItem) -> Tensor:
 
 
 def _block(tensor: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    slices = (slice(o, o + size) for o, size in zip(offsets, sizes, strict=True))
+    """Returns a view of the block that starts at ``offsets`` and has the shape ``sizes``."""
+    starts = zip(offsets, sizes, strict=True)
+    slices = (slice(start, start + size) for start, size in starts)
     return tensor[tuple(slices)]

@@ -21,11 +21,11 @@ KNOWN_CLASSES = {
     "Qwen2Tokenizer",
     "TokenizersBackend",
 }
-"""Tokenizer classes for the supported families, without the suffix ``Fast``. ``TokenizersBackend``
-is the name of ``GENERIC_CLASS`` in transformers 5."""
+"""Tokenizer classes of the supported model families, without the suffix ``Fast``.
+``TokenizersBackend`` is the name of ``GENERIC_CLASS`` in transformers 5."""
 FAMILY_CLASSES = {"llama": "LlamaTokenizer", "mistral": "LlamaTokenizer"}
-"""Tokenizer classes by ``model_type``, for folders that name no class. Other types have the
-class ``Qwen2Tokenizer``."""
+"""Tokenizer classes by ``model_type``, for folders that name no class. All other model types use
+``Qwen2Tokenizer``."""
 WITHOUT_JSON = {
     SENTENCEPIECE: ("CodeLlamaTokenizer", "LlamaTokenizer"),
     MERGES: ("GPT2Tokenizer", "Qwen2Tokenizer"),
@@ -33,6 +33,7 @@ WITHOUT_JSON = {
 """Files that can replace ``tokenizer.json``, and the classes that can read them."""
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+"""Settings with one special token each."""
 LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 CLASS_TOKENS: Mapping[str, Mapping[str, str]] = {
     "CodeLlamaTokenizer": LLAMA_TOKENS
@@ -42,7 +43,7 @@ CLASS_TOKENS: Mapping[str, Mapping[str, str]] = {
     "LlamaTokenizer": LLAMA_TOKENS,
     "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
 }
-"""Special tokens that a class of transformers 4 has, unless the files set them or ``null``."""
+"""Default special tokens of classes in transformers 4. Files override them, also with ``null``."""
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 TOKEN_LIST_TYPES: Mapping[str, tuple[type, ...]] = {
     "additional_special_tokens": (list,),
@@ -50,21 +51,22 @@ TOKEN_LIST_TYPES: Mapping[str, tuple[type, ...]] = {
 }
 """Settings with several special tokens, and their types."""
 TOKEN_FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
+"""Boolean fields of a special token that is stored as an object."""
 DOWNLOAD_FIX = "download it again; if it is a Git LFS pointer, with git lfs pull"
 QWEN2_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Regular expression by which Qwen2's tokenizer splits text into words."""
+"""Regular expression with which Qwen2's tokenizer splits text into words."""
 ONLY_TRANSFORMERS_5 = ("backend", "extra_special_tokens", "is_local", "local_files_only")
 """Settings that transformers 5 writes. Version 4 does not have them, or expects another type:
 its ``extra_special_tokens`` is a dict."""
 DROPPED_SETTINGS = (*ONLY_TRANSFORMERS_5, "add_bos_token", "add_eos_token")
-"""Settings that a converted tokenizer does not have. ``tokenizer.json`` says whether BOS and EOS
-are added. With a setting for it, transformers 5 would add only what the settings name."""
+"""Settings that a conversion removes. ``tokenizer.json`` defines whether BOS and EOS are added. If
+an ``add_*_token`` setting remained, transformers 5 would obey the settings and not the file."""
 REPLACED_BY_TRANSFORMERS_5 = ("CodeLlamaTokenizer", "GPT2Tokenizer", "LlamaTokenizer")
-"""Classes, without the suffix ``Fast``, that in transformers 5 ignore the normalizer and the
-pre-tokenizer of ``tokenizer.json``. A conversion replaces them with ``GENERIC_CLASS``."""
+"""Classes, without the suffix ``Fast``, that ignore the normalizer and the pre-tokenizer of
+``tokenizer.json`` in transformers 5. A conversion replaces them with ``GENERIC_CLASS``."""
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
@@ -74,16 +76,16 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def read_vocabulary(folder: Path) -> dict[str, int]:
-    """Returns the id of every token, added tokens included, without transformers.
+    """Maps every token, including added tokens, to its id. Does not import transformers.
 
     Raises:
-        RecipeError: There is no tokenizer, a file or setting of it is invalid, or its class is
-            unknown, so that loading it might run code of the model.
+        RecipeError: There is no tokenizer, or one of its files or settings is invalid. Or its class
+            is unknown: loading it might run code of the model.
     """
     config = read_tokenizer_config(folder)
-    name, file = _class_name(folder, config), TOKENIZER
+    class_name = _class_name(folder, config)
     if (folder / TOKENIZER).is_file():
-        vocabulary = _vocabulary_of_json(folder / TOKENIZER)
+        file, vocabulary = TOKENIZER, _vocabulary_of_json(folder / TOKENIZER)
     elif (folder / SENTENCEPIECE).is_file():
         file, vocabulary = SENTENCEPIECE, _vocabulary_of_sentencepiece(folder / SENTENCEPIECE)
     elif (folder / "vocab.json").is_file() and (folder / MERGES).is_file():
@@ -94,24 +96,25 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
             "save the tokenizer beside the model (tokenizer.save_pretrained). If there is only "
             "tekken.json, use the version of the model for transformers, which has tokenizer.json",
         )
-    if name.removesuffix("Fast") not in KNOWN_CLASSES:
+    if class_name.removesuffix("Fast") not in KNOWN_CLASSES:
         raise RecipeError(
-            f"{folder / CONFIG} names the class {name}, which is unknown here or would run code of "
-            "the model.",
+            f"{folder / CONFIG} names the class {class_name}, which is unknown here or would run "
+            "code of the model.",
             f'set tokenizer_class to "{GENERIC_CLASS}" if {TOKENIZER} is complete',
         )
-    if file in WITHOUT_JSON and name.removesuffix("Fast") not in WITHOUT_JSON[file]:
+    if file in WITHOUT_JSON and class_name.removesuffix("Fast") not in WITHOUT_JSON[file]:
         raise RecipeError(
-            f"{folder}: the class {name} does not read {file}, and there is no {TOKENIZER}.",
+            f"{folder}: the class {class_name} does not read {file}, and there is no {TOKENIZER}.",
             f"set tokenizer_class in {CONFIG} to {' or '.join(WITHOUT_JSON[file])}",
         )
-    for setting, fix in _invalid_settings(folder, config, name):  # names only the first one
+    # Both loops stop at the first invalid setting.
+    for setting, fix in _invalid_settings(folder, config, class_name):
         raise RecipeError(f"{folder / CONFIG}: invalid {setting}.", fix)
     for setting, fix in _invalid_tokens(_special_tokens_map(folder, config)):
         raise RecipeError(f"{folder / SPECIAL_TOKENS_MAP}: invalid {setting}.", fix)
     _require_utf8(folder)
-    # transformers gives tokens that are not in ``file`` the next ids, even if another file lists
-    # other ids. Only the number of these tokens matters here, not their order.
+    # transformers gives the next free ids to tokens that are not in ``file``, even if another file
+    # lists other ids. Only the number of these tokens matters here, not their order.
     tokens = [*_added_tokens(folder, config), *sorted(_special_tokens(folder, config))]
     missing = [token for token in dict.fromkeys(tokens) if token not in vocabulary]
     next_id = max(vocabulary.values(), default=-1) + 1
@@ -119,7 +122,7 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
 
 
 def _class_name(folder: Path, config: Mapping[str, Any]) -> str:
-    """Returns the name of the tokenizer class that transformers chooses for a folder."""
+    """Returns the tokenizer class that transformers chooses. The default model type is llama."""
     if config.get("tokenizer_class"):
         return str(config["tokenizer_class"])
     file = folder / "config.json"
@@ -129,20 +132,22 @@ def _class_name(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def _invalid_settings(
-    folder: Path, config: Mapping[str, Any], name: str
+    folder: Path, config: Mapping[str, Any], class_name: str
 ) -> Iterator[tuple[str, str]]:
-    """Yields (setting, how to fix it) for each setting that makes transformers fail."""
+    """Yields (setting and value, fix) for each setting that makes transformers fail."""
     yield from _invalid_values(config)
+    # These settings would become arguments of the constructor. ``self`` fails with any value.
     for key in ("from_slow", "self", "tokenizer_object"):
         if config.get(key) or (key == "self" and key in config):
             yield f"{key}={config[key]!r}", "remove it"
     if "tokenizer_file" in config and (folder / TOKENIZER).is_file():
         # transformers would read the path in this setting instead of tokenizer.json.
         yield f"tokenizer_file={config['tokenizer_file']!r}", "remove it"
-    needs_sentencepiece = name in LLAMA_CLASSES and config.get("add_prefix_space") is not None
+    has_prefix_space = config.get("add_prefix_space") is not None
+    needs_sentencepiece = has_prefix_space and class_name in LLAMA_CLASSES
     if needs_sentencepiece and not (folder / SENTENCEPIECE).is_file():
         yield (
-            f"add_prefix_space={config['add_prefix_space']}: with it, {name} reads "
+            f"add_prefix_space={config['add_prefix_space']}: with it, {class_name} reads "
             f"{SENTENCEPIECE}, which is absent",
             f'add {SENTENCEPIECE}, or set tokenizer_class to "{GENERIC_CLASS}"',
         )
@@ -150,13 +155,15 @@ def _invalid_settings(
 
 
 def _invalid_values(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields (setting and value, fix) for each invalid setting that is not a special token."""
     for key in ("padding_side", "truncation_side"):
         if config.get(key, "left") not in ("left", "right"):
             yield f"{key}={config[key]!r}", 'set it to "left" or "right"'
+    # ``isinstance`` would accept a bool here, because bool is a subclass of int.
     if type(length := config.get("model_max_length", 0)) not in (int, float, type(None)):
         yield f"model_max_length={length!r}", "set it to a number"
-    if type(split := config.get("split_special_tokens", False)) is not bool:
-        yield f"split_special_tokens={split!r}", "set it to true or false"
+    if type(splits := config.get("split_special_tokens", False)) is not bool:
+        yield f"split_special_tokens={splits!r}", "set it to true or false"
     if not isinstance(arguments := config.get("init_inputs", []), list):
         yield f"init_inputs={arguments!r}", "remove it"
     names = config.get("model_input_names", ["input_ids"])
@@ -165,6 +172,7 @@ def _invalid_values(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _invalid_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields (setting and value, fix) for each invalid setting with special tokens."""
     for key in SPECIAL_TOKENS:
         token = config.get(key)
         if token is not None and not _is_token(token):
@@ -173,15 +181,16 @@ def _invalid_tokens(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         tokens = config.get(key) or []
         if not isinstance(tokens, types) or not all(map(_is_token, _as_list(tokens))):
             yield f"{key}={tokens!r}", "set it to a list of tokens"
-    decoder = config.get("added_tokens_decoder")
+    decoder = config.get("added_tokens_decoder")  # other types are refused by _added_tokens
     for token in decoder.values() if isinstance(decoder, dict) else []:
         if isinstance(token, dict) and not _has_valid_flags(token):
             yield f"added_tokens_decoder with {token!r}", "set its flags to true or false"
 
 
 def _require_utf8(folder: Path) -> None:
-    files = ("chat_template*.jinja", "additional_chat_templates/*.jinja")
-    for file in (file for pattern in files for file in folder.glob(pattern)):
+    """Refuses a folder with a chat template that is not in UTF-8."""
+    files = folder.glob("chat_template*.jinja")
+    for file in (*files, *folder.glob("additional_chat_templates/*.jinja")):
         try:
             if file.is_file():
                 file.read_text(encoding="utf-8")
@@ -190,10 +199,11 @@ def _require_utf8(folder: Path) -> None:
 
 
 def _is_token(token: object) -> bool:
-    is_text_or_added_token = not isinstance(token, dict) or (
-        token.get("__type") == "AddedToken" and _has_valid_flags(token)
-    )
-    return is_text_or_added_token and _token_text(token) is not None
+    """Returns whether a value is a text, or an ``AddedToken`` object with a text."""
+    if isinstance(token, dict):
+        is_added_token = token.get("__type") == "AddedToken" and _has_valid_flags(token)
+        return is_added_token and _token_text(token) is not None
+    return isinstance(token, str)
 
 
 def _has_valid_flags(token: Mapping[str, Any]) -> bool:
@@ -201,7 +211,7 @@ def _has_valid_flags(token: Mapping[str, Any]) -> bool:
 
 
 def _token_text(token: object) -> str | None:
-    """Returns the text of a special token, which is a string or an object."""
+    """Returns the text of a special token, a string or an object; ``None`` if there is none."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
@@ -213,11 +223,11 @@ def _as_list(tokens: Any) -> list[Any]:
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
     """Yields the special tokens. transformers gives new ids to those without an id."""
     name = _class_name(folder, config).removesuffix("Fast")
-    by_class = {} if _is_version_5(config) else CLASS_TOKENS.get(name, {})
+    defaults = {} if _is_version_5(config) else CLASS_TOKENS.get(name, {})
     special_map = _special_tokens_map(folder, config)
-    # First the tokens that transformers uses; then those of the map, which may name other tokens.
-    for settings in ({**by_class, **special_map, **config}, special_map):
-        tokens = [settings.get(key) for key in (*SPECIAL_TOKENS, *by_class)]
+    # transformers uses the first dict. The map alone may have tokens that ``config`` overrides.
+    for settings in ({**defaults, **special_map, **config}, special_map):
+        tokens = [settings.get(key) for key in (*SPECIAL_TOKENS, *defaults)]
         for key, types in TOKEN_LIST_TYPES.items():
             tokens += _as_list(settings[key]) if isinstance(settings.get(key), types) else []
         yield from filter(None, map(_token_text, tokens))
@@ -226,11 +236,11 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
 def _special_tokens_map(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that transformers 4 reads from ``special_tokens_map.json``.
 
-    Tokens have the form that they have in ``tokenizer_config.json``.
+    Objects get the key ``__type``, which tokens in ``tokenizer_config.json`` have.
     """
     file = folder / SPECIAL_TOKENS_MAP
     settings = read_json(file) if file.is_file() else {}
-    if "added_tokens_decoder" in config:  # transformers 4 then ignores the file
+    if "added_tokens_decoder" in config:  # transformers 4 then ignores special_tokens_map.json
         return {}
 
     def with_type(token: object) -> object:
@@ -243,23 +253,23 @@ def _special_tokens_map(folder: Path, config: Mapping[str, Any]) -> dict[str, An
 
 
 def is_replaced_by_transformers_5(folder: Path, hf_architecture: str) -> bool:
-    """Returns whether transformers 5 normalises or splits text in another way than a tokenizer.
+    """Returns whether transformers 5 replaces how a folder's tokenizer normalizes or splits text.
 
-    Version 5 uses Qwen2's class for every Qwen2 model, and for other models whose tokenizer has
-    this class, except Mistral models. The class takes only the vocabulary and the post-processor
-    from ``tokenizer.json``.
+    Version 5 uses Qwen2's class for every Qwen2 model, and for other models whose tokenizer names
+    it, except Mistral models. The class ignores how ``tokenizer.json`` normalizes and splits text.
     """
-    has_class = _class_name(folder, read_tokenizer_config(folder)).startswith("Qwen2Tokenizer")
-    if hf_architecture != "Qwen2ForCausalLM" and (
-        not has_class or hf_architecture == "MistralForCausalLM"
-    ):
+    names_qwen2 = _class_name(folder, read_tokenizer_config(folder)).startswith("Qwen2Tokenizer")
+    is_mistral = hf_architecture == "MistralForCausalLM"
+    uses_qwen2 = hf_architecture == "Qwen2ForCausalLM" or (names_qwen2 and not is_mistral)
+    if not uses_qwen2:
         return False
     if not (folder / TOKENIZER).is_file():
-        return not has_class
+        return not names_qwen2
     tokenizer = read_json(folder / TOKENIZER)
     steps = (tokenizer.get("pre_tokenizer") or {}).get("pretokenizers") or [{}]
-    is_split_alike = steps[0].get("pattern") == {"Regex": QWEN2_REGEX}
-    return not is_split_alike or tokenizer.get("normalizer") != {"type": "NFC"}
+    splits_like_qwen2 = steps[0].get("pattern") == {"Regex": QWEN2_REGEX}
+    normalizes_like_qwen2 = tokenizer.get("normalizer") == {"type": "NFC"}
+    return not (splits_like_qwen2 and normalizes_like_qwen2)
 
 
 def needs_conversion(folder: Path) -> bool:
@@ -274,11 +284,11 @@ def convert_tokenizer(folder: Path) -> None:
 
     transformers 4 cannot read the settings of version 5, and its tokenizer classes may add special
     tokens that version 5 does not add. Classes of version 5 may ignore how ``tokenizer.json``
-    normalizes and splits text. The versions also convert ``tokenizer.model`` differently: version 5
-    adds BOS only if the settings say so.
+    normalizes and splits text. Both versions can convert ``tokenizer.model``, but differently:
+    version 5 adds BOS only if the settings say so.
 
     Raises:
-        RecipeError: transformers cannot load the tokenizer, before or after the change.
+        RecipeError: transformers cannot load the tokenizer, before or after the conversion.
     """
     if needs_conversion(folder):
         _rewrite(folder)
@@ -287,24 +297,26 @@ def convert_tokenizer(folder: Path) -> None:
 
 def _rewrite(folder: Path) -> None:
     config = read_tokenizer_config(folder)
-    # Defaults of all known classes that differ from those of GENERIC_CLASS in transformers 4.
+    # Writes the known classes' defaults, because GENERIC_CLASS has others in transformers 4.
     config = {"model_input_names": ["input_ids", "attention_mask"], **config}
     if _class_name(folder, config).removesuffix("Fast") in WITHOUT_JSON[SENTENCEPIECE]:
         config = {"padding_side": "left", **config}
     if not (folder / TOKENIZER).is_file() or not _is_version_5(config):
         tokenizer = load_tokenizer(folder)
         tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
-        config = tokenizer.special_tokens_map | config  # the class defines those that no file names
-    special = config.get("extra_special_tokens")
+        # The map also has the default tokens of the class, which no file names.
+        config = tokenizer.special_tokens_map | config
+    extra_tokens = config.get("extra_special_tokens")
     converted = {key: value for key, value in config.items() if key not in DROPPED_SETTINGS}
-    if isinstance(special, dict):  # the type that transformers 4 expects
-        converted["extra_special_tokens"] = special
-    elif special:
-        converted["additional_special_tokens"] = special
+    if isinstance(extra_tokens, dict):  # the type that transformers 4 expects
+        converted["extra_special_tokens"] = extra_tokens
+    elif extra_tokens:
+        converted["additional_special_tokens"] = extra_tokens
     write_json(folder / CONFIG, {**converted, "tokenizer_class": GENERIC_CLASS}, indent=2)
 
 
 def _is_version_5(config: Mapping[str, Any]) -> bool:
+    """Returns whether transformers 5 wrote the settings."""
     return (
         config.get("tokenizer_class") == "TokenizersBackend"
         or "backend" in config
@@ -313,10 +325,10 @@ def _is_version_5(config: Mapping[str, Any]) -> bool:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Loads a folder's fast tokenizer with transformers, without code of the model.
+    """Loads a folder's fast tokenizer with transformers. Never runs code of the model.
 
     Raises:
-        RecipeError: transformers cannot load it, or has no fast tokenizer for it.
+        RecipeError: transformers cannot load the tokenizer, or has no fast class for it.
     """
     from transformers import AutoTokenizer
 
@@ -373,15 +385,15 @@ def _vocabulary_of_sentencepiece(file: Path) -> dict[str, int]:
 def _added_tokens(folder: Path, config: Mapping[str, Any]) -> list[str]:
     """Returns the tokens that a folder's files add to the vocabulary, in the order of their ids."""
     file = folder / "added_tokens.json"
-    is_read = file.is_file() and "added_tokens_decoder" not in config  # as by transformers 4
-    added = read_json(file) if is_read else {}
+    # transformers 4 ignores the file if this setting exists.
+    uses_file = file.is_file() and "added_tokens_decoder" not in config
+    added = read_json(file) if uses_file else {}
     decoder = config.get("added_tokens_decoder", {})
+    fix = "correct it, or download the tokenizer again"
     try:
         added |= {token["content"]: int(i) for i, token in decoder.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        fix = "correct it, or download the tokenizer again"
         raise RecipeError(f"{folder / CONFIG}: invalid added_tokens_decoder.", fix) from error
-    if wrong := [token for token, i in added.items() if type(i) is not int]:
-        fix = "correct it, or download the tokenizer again"
-        raise RecipeError(f"{file}: the id of {wrong[0]!r} is not a number.", fix)
+    if tokens_without_id := [token for token, i in added.items() if type(i) is not int]:
+        raise RecipeError(f"{file}: the id of {tokens_without_id[0]!r} is not a number.", fix)
     return sorted(added, key=lambda token: int(added[token]))

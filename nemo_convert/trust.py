@@ -1,9 +1,9 @@
 """Refuses NeMo checkpoints that would run unknown code when they are opened.
 
 ``context/io.json`` names Python objects, which NeMo calls with arguments from the same file.
-``weights/.metadata`` is a pickle, which names functions that are called when it is read.
-Checkpoints of this repository name only objects that are listed in this module. Other checkpoints
-are refused, unless the user trusts their author.
+``weights/.metadata`` is a pickle. It names functions that are called when the pickle is read.
+Checkpoints of this repository name only objects that are listed in this module. A checkpoint that
+names other objects is refused, unless the user trusts its author.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import read_json
 
 TRUST = "TRUST_CHECKPOINTS"
-"""Environment variable. If it is ``1``, all checkpoints are opened."""
+"""Name of the environment variable with which a user trusts checkpoints. With the value ``1``, all
+checkpoints are opened."""
 CONTEXT_OBJECTS = frozenset(
     (
         "builtins.dict",
@@ -39,8 +40,9 @@ CONTEXT_OBJECTS = frozenset(
         "transformers.generation.configuration_utils.GenerationConfig",
     )
 )
-"""Objects that contexts may name, in addition to ``MODEL_NAMES`` and ``DTYPE_NAMES``."""
+"""Objects that ``context/io.json`` may name, besides ``MODEL_NAMES`` and ``DTYPE_NAMES``."""
 MODEL_NAMES = re.compile(r"nemo\.collections\.llm\.gpt\.model\.\w+\.\w+(Config\w*|Model)")
+"""Matches NeMo's language models and their configs."""
 DTYPE_NAMES = re.compile(r"torch\.(bfloat16|float16|float32)")
 METADATA_OBJECTS = frozenset(
     (
@@ -63,29 +65,35 @@ METADATA_OBJECTS = frozenset(
         "torch.serialization._get_layout",
     )
 )
-"""Objects that ``weights/.metadata`` may name, in addition to ``DTYPE_NAMES``."""
+"""Objects that ``weights/.metadata`` may name, besides ``DTYPE_NAMES``."""
 
 
 def require_known_context(io_json: Path) -> None:
-    """Refuses a context that names unknown objects.
+    """Refuses a checkpoint whose ``context/io.json`` names unknown objects.
 
     Raises:
-        RecipeError: The context names an unknown object, and ``TRUST_CHECKPOINTS`` is not 1.
+        RecipeError: The file names an unknown object, and ``TRUST_CHECKPOINTS`` is not 1.
     """
     names = set(_named_objects(read_json(io_json)))
-    others = sorted(names - CONTEXT_OBJECTS)
-    unknown = [n for n in others if not MODEL_NAMES.fullmatch(n) and not DTYPE_NAMES.fullmatch(n)]
+    unknown = [
+        name
+        for name in sorted(names - CONTEXT_OBJECTS)
+        if not (MODEL_NAMES.fullmatch(name) or DTYPE_NAMES.fullmatch(name))
+    ]
     if unknown and os.environ.get(TRUST) != "1":
         raise RecipeError(
             f"{io_json} names {', '.join(unknown[:5])}: opening it would run that code.",
             "convert only the weights with python -m nemo_convert to-hf SRC DST, which does not "
-            "open the context, and set model.hf_path=DST; or, if you trust its author, set "
+            "open the context, and set model.hf_path=DST; or, if you trust the author, set "
             f"{TRUST}=1 (+cluster.env.{TRUST}='1' for stages)",
         )
 
 
 def _named_objects(value: Any) -> Iterator[str]:
-    """Yields the objects that a context names; in ``io.json``, their type is ``pyref``."""
+    """Yields the names of all Python objects in a value of ``io.json``.
+
+    ``io.json`` represents a Python object as a dict with the type ``pyref``.
+    """
     if isinstance(value, dict):
         if value.get("type") == "pyref":
             yield f"{value['module']}.{value['name']}"
@@ -97,15 +105,15 @@ def _named_objects(value: Any) -> Iterator[str]:
 
 
 def require_no_remote_code(config: Any, checkpoint: Path) -> None:
-    """Refuses a context in which a call has the argument ``trust_remote_code``.
+    """Refuses a checkpoint whose context calls an object with a true ``trust_remote_code``.
 
     Args:
-        config: Fiddle's config of the model, not built yet. The labels of arguments in ``io.json``
-            cannot be checked instead: Fiddle takes the names from elsewhere in the file.
+        config: Fiddle's config of the model, not built yet. Checking the argument labels in
+            ``io.json`` would not suffice, because Fiddle reads argument names from other fields.
         checkpoint: Path of the checkpoint, for the message.
 
     Raises:
-        RecipeError: A call has ``trust_remote_code``, and ``TRUST_CHECKPOINTS`` is not 1.
+        RecipeError: A call has this argument, and ``TRUST_CHECKPOINTS`` is not 1.
     """
     from fiddle import Buildable
     from fiddle.daglish import iterate
@@ -115,12 +123,13 @@ def require_no_remote_code(config: Any, checkpoint: Path) -> None:
         if arguments.get("trust_remote_code") and os.environ.get(TRUST) != "1":
             raise RecipeError(
                 f"{checkpoint} sets trust_remote_code: opening it would run code in it.",
-                f"use a checkpoint without it; or, if you trust its author, set {TRUST}=1",
+                "use a checkpoint without this argument; or, if you trust the author, set "
+                f"{TRUST}=1",
             )
 
 
 def read_metadata(weights: Path) -> Any:
-    """Reads the metadata of a torch_dist checkpoint.
+    """Reads ``.metadata`` in the folder ``weights`` of a torch_dist checkpoint.
 
     Raises:
         RecipeError: The metadata names an unknown object, and ``TRUST_CHECKPOINTS`` is not 1.
@@ -130,12 +139,14 @@ def read_metadata(weights: Path) -> Any:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickler that imports only objects of ``METADATA_OBJECTS`` and dtypes."""
+
     def __init__(self, file: Any, path: Path) -> None:
         super().__init__(file)
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        """Imports a known object; refuses any other, unless checkpoints are trusted."""
+        """Imports a known object. Refuses other objects, unless checkpoints are trusted."""
         full_name = f"{module}.{name}"
         if full_name == "builtins.getattr":  # Python 3.11.2 pickles enums as getattr(CLASS, NAME)
             return self._enum_member
@@ -145,7 +156,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise self._error(full_name)
 
     def _enum_member(self, enum: object, name: str) -> Any:
-        """Does the same as ``getattr``, but only for members of enums."""
+        """Replaces ``getattr``, which could return any attribute. Returns members of enums only."""
         if isinstance(enum, EnumType) and name in enum.__members__:
             return enum[name]
         raise self._error("builtins.getattr")
@@ -153,5 +164,5 @@ class _MetadataUnpickler(pickle.Unpickler):
     def _error(self, name: str) -> RecipeError:
         return RecipeError(
             f"{self._path} names {name}: opening it would run that code.",
-            f"get the weights as safetensors; or, if you trust its author, set {TRUST}=1",
+            f"get the weights as safetensors; or, if you trust the author, set {TRUST}=1",
         )

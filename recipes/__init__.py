@@ -1,7 +1,7 @@
-"""Pruning and distillation of language models, a package for each capability.
+"""Pruning and distillation of language models, with one package for each capability.
 
-A package imports only from packages below it. Packages on one line do not import each other. No
-stage imports another. There are no import cycles.
+A package imports only from packages that are lower in this list. Packages on one line do not import
+each other. No stage imports another stage. There are no import cycles.
 
     launch, benchmarks
     rehearsal
@@ -15,5 +15,5 @@ stage imports another. There are no import cycles.
     backend
     core
 
-``make lint`` enforces it (``tool.importlinter`` in pyproject.toml).
+``make lint`` enforces these rules (``tool.importlinter`` in pyproject.toml).
 """

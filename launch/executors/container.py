@@ -1,6 +1,7 @@
-"""Images, mounts and environment variables of stages in containers, for docker and for Pyxis.
+"""Images, mounts and environment variables of stages in containers.
 
-A mounted path is the same inside and outside of a container.
+Docker runs the containers on one machine, and Slurm's plugin Pyxis runs them in jobs. A mounted
+path is the same inside and outside of a container.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from recipes.data.token_files import paths_of
 from recipes.planning.chain import TENSORRT_LLM
 
 DEFAULT = "default"
+"""Key in ``cluster.images`` of the image for stages that have no other image."""
 LOCAL_CACHES = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")
-"""Variables of compilation caches. Each start of a stage gets new caches on its node's disk.
+"""Variables with the paths of compilation caches. Each start of a stage gets new, empty caches on
+its node's disk.
 
 PyTorch compiles extensions under a lock file. A killed process leaves the lock file behind, and
 then every process with the same cache waits forever.
 """
-MOUNTABLE = re.compile(r"/[\w./@+=-]+")  # without spaces, colons and commas; not the root
+MOUNTABLE = re.compile(r"/[\w./@+=-]+")
+"""Matches paths that can be mounted: not the root, and without spaces, colons and commas."""
 
 
 @dataclass
@@ -54,47 +58,55 @@ class Mount:
 
 
 def require_usable(plan: Plan, cluster: Containers) -> None:
-    """Refuses images for unknown stages, and paths that cannot be mounted."""
+    """Raises ``RecipeError`` for images of unknown stages, and for paths that cannot be mounted."""
     require_stages("images", cluster.images, DEFAULT, TENSORRT_LLM)
     for stage in plan.todo():
         for mount in mounts_of(stage, cluster):
             if not MOUNTABLE.fullmatch(str(mount.path)):
                 raise RecipeError(
-                    f"{mount.path} cannot be mounted: it is the root, or has a space or another "
-                    "character that mount options cannot hold.",
-                    "work in a folder with a plain name",
+                    f"{mount.path} cannot be mounted for stage {stage.name}: it is the root, or "
+                    "has a space or another character that mount options cannot hold.",
+                    "use a path of letters, digits and ./@+=_-",
                 )
 
 
 def require_stages(setting: str, names: Iterable[str], *other_keys: str) -> None:
-    """Refuses keys of a setting that are neither stage modules nor ``other_keys``."""
+    """Raises ``RecipeError`` unless all keys of a setting are stage modules or ``other_keys``.
+
+    Args:
+        setting: Name of the setting in ``cluster``, such as ``images``.
+        names: The setting's keys.
+        other_keys: Allowed keys that are not stage modules.
+    """
     for name in names:
-        where = f"cluster.{setting}.{name}"
-        require_known(name, [*other_keys, *stage_names()], f"{where} is for no stage")
+        message = f"cluster.{setting}.{name} is for no stage"
+        require_known(name, [*other_keys, *stage_names()], message)
 
 
 def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
     """Returns the mounts of all paths that a stage reads or writes, parents first.
 
-    Writable are the current directory (where relative paths start), the run directory (which
-    contains the code), the cache and the hub's folders. Inputs from other runs and the user's files
-    are read-only.
+    These are writable: the current directory (where relative paths start), the run directory (which
+    contains the code), the cache and the folders of the Hugging Face hub. Inputs from other runs
+    and the user's files are read-only.
     """
     writable = {Path.cwd(), stage.directory.parent, cache_dir().absolute()}
     writable |= {Path(folder) for folder in hub_folders().values()}
     external = stage.definition.external(stage.config)
     readable = {ref.directory for ref in stage.inputs.values()}
-    # The absolute path may be in a mounted folder, but pass through a link that leads out of it.
-    for path in [p for file in external.values() for p in _followed_paths(file.absolute())]:
-        readable |= {path, *_link_folders(path)}
-    # With ``prefix``, the result of ``prepare_data`` has links to the user's files.
+    for file in external.values():
+        # A path in a mounted folder may pass through a link whose target is not mounted.
+        for path in _followed_paths(file.absolute()):
+            readable |= {path, *_link_folders(path)}
+    # With ``prefix``, the result of ``prepare_data`` has links to the user's tokenized files.
     for config in stage.chain.stages.values():
         if isinstance(config, PrepareDataConfig) and config.prefix:
             readable |= {path.resolve() for path in paths_of(config.prefix_path).values()}
-    for text in cluster.mounts:
-        (readable if text.endswith(":ro") else writable).add(Path(text.removesuffix(":ro")))
+    for folder in cluster.mounts:
+        paths = readable if folder.endswith(":ro") else writable
+        paths.add(Path(folder.removesuffix(":ro")))
     mounts: list[Mount] = []
-    for path in sorted(writable | readable):
+    for path in sorted(writable | readable):  # a parent sorts before its children
         # A path below a mounted parent needs a mount only if it is writable and the parent is not.
         parents = [m for m in mounts if path.is_relative_to(m.path)]
         if not parents or (path in writable and all(m.read_only for m in parents)):
@@ -103,32 +115,40 @@ def mounts_of(stage: PlannedStage, cluster: Containers) -> list[Mount]:
 
 
 def _followed_paths(path: Path) -> Iterator[Path]:
-    """Yields a path, the path after each link on its way, and the path without links."""
+    """Yields a path, the path without links, and each path between them.
+
+    Replaces one link after the other by its target. If ``/a`` links to ``/b``, and ``/b/c`` to
+    ``/d``, the paths of ``/a/c`` are ``/a/c``, ``/b/c`` and ``/d``. A path may occur repeatedly.
+    """
     yield from (path, path.resolve())
-    link = next((p for p in (*reversed(path.parents), path) if p.is_symlink()), None)
-    if link and path.exists():  # a loop of links does not exist
-        yield from _followed_paths(_link_target(link) / path.relative_to(link))
+    from_root = (*reversed(path.parents), path)
+    first_link = next((parent for parent in from_root if parent.is_symlink()), None)
+    if first_link and path.exists():  # false for links in a loop, which would recurse forever
+        yield from _followed_paths(_link_target(first_link) / path.relative_to(first_link))
 
 
 def _link_folders(path: Path) -> Iterator[Path]:
-    """Yields the paths that a container needs to follow a link and the links in a folder.
+    """Yields the paths to mount for the links in a folder that itself may be a link.
 
-    Links are not resolved, because a mounted path has no links in a container. A link to a folder
-    without links needs nothing else: its own mount has the files of the folder.
+    Docker and Pyxis resolve a path that they mount, so in the container the path is a folder and
+    not a link. That suffices if the folder has no links. But relative links in the folder start at
+    its real path. For them, the container needs the link to the folder, its target, and the folders
+    to which the links in the folder lead.
     """
     if not any(file.is_symlink() for file in path.rglob("*")):
         return
     while path.is_symlink() and path.exists():
-        yield path.parent  # so that the container has the link: links in its target are relative
+        yield path.parent  # has the link itself
         path = _link_target(path)
         yield path
     for file in path.rglob("*"):
-        while file.is_symlink() and file.exists():
+        while file.is_symlink() and file.exists():  # a link may lead to another link
             file = _link_target(file)
             yield file.parent
 
 
 def _link_target(link: Path) -> Path:
+    """Returns the absolute path to which a link points, without following further links."""
     return Path(os.path.normpath(link.parent / link.readlink()))
 
 
@@ -142,10 +162,10 @@ def environment(cluster: Containers, stage: PlannedStage) -> dict[str, str]:
 
 
 def home(stage: PlannedStage) -> dict[str, str]:
-    """Returns the variables of a container's user: a writable home in the cache directory.
+    """Returns the variables that describe a container's user, whose home is the cache directory.
 
-    Empty for a stage without an image. Set them only inside the container: outside, ``HOME`` would
-    also tell Enroot where to look for credentials and images.
+    Empty for a stage without an image. The variables may be set only inside the container. Outside,
+    ``HOME`` would also tell Enroot where to look for credentials and images.
     """
     cache = str(cache_dir().absolute())
     variables = {

@@ -31,7 +31,7 @@ class DockerConfig(container.Containers):
 
     executor: str = "docker"
     gpus: str | None = "all"
-    """Value of ``docker run --gpus``; omitted with the profile of a CPU, or if ``null``."""
+    """Value of ``docker run --gpus``; omitted if ``hardware`` has no GPUs, or if ``null``."""
     python: str = "python"
     """Interpreter in the image."""
     options: list[Option] = field(default_factory=list)
@@ -39,42 +39,51 @@ class DockerConfig(container.Containers):
 
 
 CONFIG = DockerConfig
-problems, dry_run = local.problems, local.dry_run  # there is no scheduler
+problems, dry_run = local.problems, local.dry_run  # Docker has no scheduler either
 
 
 def prepare(plan: Plan, cluster: DockerConfig) -> Plan:
-    """Refuses stages on several nodes or without an image, and paths that cannot be mounted."""
+    """Raises for stages on several nodes or without an image, and for paths it cannot mount."""
     local.require_one_machine(plan, cluster)
     container.require_usable(plan, cluster)
     for stage in plan.todo():
         if not stage.image:
             raise RecipeError(
-                f"no image is set for stage {stage.name}.", "cluster.images.default=IMAGE"
+                f"no image is set for stage {stage.name}.", "set cluster.images.default=IMAGE"
             )
     return plan
 
 
 def container_name(stage: PlannedStage) -> str:
-    """Returns the name of a stage's container. Docker refuses a second container of this name."""
-    run = hashlib.sha256(str(stage.directory.parent).encode()).hexdigest()[:8]
-    return f"nemo-recipes-{run}-{stage.name}"
+    """Returns the name of a stage's container, which has a hash of the run directory.
+
+    Docker refuses a second container of this name, so a stage cannot run twice at a time.
+    """
+    run_hash = hashlib.sha256(str(stage.directory.parent).encode()).hexdigest()[:8]
+    return f"nemo-recipes-{run_hash}-{stage.name}"
 
 
 def command(stage: PlannedStage, cluster: DockerConfig) -> list[list[str]]:
-    """Returns the stage's command line; each inner list is a line of the script."""
+    """Returns the arguments of ``docker run`` for a stage; each inner list is a line of ``run.sh``.
+
+    An inner list is empty if its option is omitted.
+    """
     env = local.environment(stage, cluster) | container.home(stage)
-    env |= {name: f"/tmp/{name.lower()}" for name in container.LOCAL_CACHES}  # --rm deletes them
-    # Last, so that the user's variables win, and PYTHONPATH lacks the launcher's own paths.
+    env |= {
+        name: f"/tmp/{name.lower()}" for name in container.LOCAL_CACHES
+    }  # in the container, which --rm deletes
+    # Last, so the user's variables replace those above. The launcher's PYTHONPATH is replaced, too.
     env |= container.environment(cluster, stage)
     uses_gpu = stage.needs_gpu and stage.chain.hardware.on_gpu
     return [
         ["docker", "run", "--rm", f"--name={container_name(stage)}"],
         [f"--gpus={cluster.gpus}"] if cluster.gpus and uses_gpu else [],
-        # Without --init, Python would be the container's process 1, which ignores SIGTERM. Data
-        # loaders and NCCL share memory; NCCL pins memory, and CUDA needs a large stack.
+        # --init: otherwise Python would be the container's process 1, which ignores SIGTERM.
+        # --ipc: data loaders and NCCL share memory. memlock: NCCL pins memory without a limit.
+        # stack: CUDA needs a large stack; the value is 64 MiB.
         ["--init", "--ipc=host", "--ulimit=memlock=-1", "--ulimit=stack=67108864"],
         [f"--user={os.getuid()}:{os.getgid()}"],
-        # With --user, a container has no other groups of the user, such as that of a shared folder.
+        # With --user, a container lacks the user's other groups, which shared folders may require.
         [f"--group-add={group}" for group in sorted({*os.getgroups()} - {os.getgid()})],
         [f"--workdir={os.getcwd()}"],
         *([f"--volume={mount}"] for mount in container.mounts_of(stage, cluster)),
@@ -92,9 +101,10 @@ def write_scripts(plan: Plan, cluster: DockerConfig) -> None:
     The script first removes a container that a killed launcher may have left behind.
     """
     for stage in plan.todo():
-        groups = [shlex.join(group) for group in command(stage, cluster) if group]
-        remove = f"docker rm --force {container_name(stage)} >/dev/null 2>&1 || true"
-        local.write_script(stage, " \\\n  ".join(groups), {}, setup=remove)
+        lines = [shlex.join(arguments) for arguments in command(stage, cluster) if arguments]
+        remove_old = f"docker rm --force {container_name(stage)} >/dev/null 2>&1 || true"
+        # No exports: the variables are options of ``docker run``.
+        local.write_script(stage, " \\\n  ".join(lines), {}, setup=remove_old)
 
 
 def start(plan: Plan, cluster: DockerConfig, follow: Follow, console: Console) -> bool:
@@ -107,15 +117,18 @@ def start(plan: Plan, cluster: DockerConfig, follow: Follow, console: Console) -
 
 @contextmanager
 def start_container(stage: PlannedStage, log: IO[bytes]) -> Iterator[Callable[[], bool]]:
-    """Starts a stage by its ``run.sh``. Afterwards no container of the stage is left.
+    """Runs a stage's ``run.sh`` during the block, and removes the stage's container afterwards.
 
-    ``--rm`` removes a container that ends. A container does not end with docker's client, which is
-    killed if the stage does not stop in time.
+    Usually ``--rm`` has removed the container by then. But if the stage does not stop in time, only
+    docker's client is killed, and the container goes on without it.
+
+    Yields:
+        A function that tells whether the stage has ended.
     """
     try:
         with local.start_script(stage, log) as has_ended:
             yield has_ended
     finally:
         remove = ["docker", "rm", "--force", container_name(stage)]
-        # In its own session, so that a second Ctrl-C does not end the removal.
+        # A second Ctrl-C does not reach this command, because it runs in its own session.
         subprocess.run(remove, capture_output=True, check=False, start_new_session=True)

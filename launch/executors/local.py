@@ -42,9 +42,12 @@ PRELOADED = (
     "recipes.pruning.scoring",
     "recipes.stages.contract",
 )
-"""Modules that the fork server imports once for all stages. They import torch, NeMo, ModelOpt."""
+"""Modules that the fork server imports once for all stages.
+
+Their import takes long, because they import torch, NeMo and ModelOpt.
+"""
 Start = Callable[[PlannedStage, IO[bytes]], RunningStage]
-"""Starts a stage and writes its output to a log."""
+"""A function that starts a stage, whose output goes to the file."""
 
 
 @dataclass
@@ -58,7 +61,7 @@ CONFIG = LocalConfig
 
 
 def prepare(plan: Plan, cluster: LocalConfig) -> Plan:
-    """Refuses stages that need several machines, or a library that this machine lacks."""
+    """Raises ``RecipeError`` for stages on several nodes, or that lack a library here."""
     require_one_machine(plan, cluster)
     for stage in plan.todo():
         stage.definition.check_machine(stage.config)
@@ -75,7 +78,7 @@ def dry_run(plan: Plan, console: Console) -> None:
 
 
 def require_one_machine(plan: Plan, cluster: Cluster) -> None:
-    """Refuses stages on several nodes, and a run that has jobs in Slurm's queue."""
+    """Raises ``RecipeError`` for stages on several nodes, and for a run with active Slurm jobs."""
     for name, (job, state) in active_jobs(plan.run_dir).items():
         raise RecipeError(
             f"job {job.id} is {state.state.lower()} for {name} of this run.",
@@ -91,17 +94,21 @@ def require_one_machine(plan: Plan, cluster: Cluster) -> None:
 
 
 def command(stage: PlannedStage, python: str) -> list[str]:
-    """Returns a stage's command line on one machine."""
+    """Returns a stage's command line on one machine; ``python`` is the interpreter."""
     devices = stage.config.resources.devices
     return start_command(stage.module, stage.directory / REQUEST, devices, python)
 
 
 def environment(stage: PlannedStage, cluster: Cluster) -> dict[str, str]:
-    """Returns the variables that a stage gets in addition to those of the launcher."""
+    """Returns the environment variables that a stage gets in addition to those of the launcher.
+
+    The launcher's ``PYTHONPATH`` stays behind the stage's own paths.
+    """
     devices = stage.config.resources.devices
     variables = stage_variables(stage, cluster)
     paths = filter(None, [variables["PYTHONPATH"], os.environ.get("PYTHONPATH")])
     return {
+        # The ranks share the machine's cores.
         "OMP_NUM_THREADS": str(max(1, cores() // stage.devices)),
         **(SINGLE_RANK if devices == 1 else {}),
         **variables,
@@ -119,31 +126,43 @@ def write_scripts(plan: Plan, cluster: LocalConfig) -> None:
 def write_script(
     stage: PlannedStage, command: str, exports: Mapping[str, str], setup: str = ""
 ) -> None:
-    """Writes ``run.sh``, with which the launcher or the user starts the stage."""
+    """Writes ``run.sh``, with which the launcher or the user starts the stage.
+
+    Args:
+        stage: The stage.
+        command: The stage's shell command.
+        exports: Environment variables to export.
+        setup: Shell command to run before ``command``; may be empty.
+    """
     lines = ["#!/usr/bin/env bash"]
     lines += ["# shellcheck disable=SC2016 # text in single quotes must not be expanded"]
     lines += ["set -euo pipefail"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
-    lines += [f"cd {shlex.quote(os.getcwd())}", setup, f"exec {command}"]
+    lines += [f"cd {shlex.quote(os.getcwd())}"]
+    lines += [setup] if setup else []
+    lines += [f"exec {command}"]
     path = stage.directory / SCRIPT
-    write_text_atomically(path, "\n".join(filter(None, lines)) + "\n")
+    write_text_atomically(path, "\n".join(lines) + "\n")
     path.chmod(0o755)
 
 
 def may_fork(stage: PlannedStage) -> bool:
     """Whether the fork server can start the stage.
 
-    Libraries read environment variables when they are imported, so a stage with ``resources.env``
-    needs a new process. So does a stage on several devices (torchrun starts it), a search whose
-    training runs take several devices, which ``stage.devices`` includes, and a stage that runs
-    other code than the server.
+    These stages need a new process instead:
+
+    - A stage that does not use torch, because it does not need the server's imports.
+    - A stage with ``resources.env``, because libraries read variables when they are imported.
+    - A resumed stage that runs the code of an earlier start, which the server has not imported.
+    - A stage on several devices, because torchrun starts it. ``stage.devices`` also counts the
+      devices of a search's training runs.
     """
-    has_own_imports = bool(stage.config.resources.env) or stage.resumed is not None
-    return stage.definition.needs_torch and stage.devices == 1 and not has_own_imports
+    needs_own_imports = bool(stage.config.resources.env) or stage.resumed is not None
+    return stage.definition.needs_torch and stage.devices == 1 and not needs_own_imports
 
 
 def start(plan: Plan, cluster: LocalConfig, follow: Follow, console: Console) -> bool:
-    """Runs the stages. Stages that can be forked share one import of the libraries."""
+    """Runs the stages in order. Stages that the fork server can start share its imports."""
     forkable = [stage for stage in plan.todo() if may_fork(stage)]
     if len(forkable) < 2:  # with one stage there is no import to share
         return run_all(plan, follow)
@@ -165,15 +184,15 @@ def start(plan: Plan, cluster: LocalConfig, follow: Follow, console: Console) ->
 
 
 def start_script(stage: PlannedStage, log: IO[bytes]) -> RunningStage:
-    """Starts a stage by its ``run.sh``."""
+    """Starts a stage's ``run.sh``, whose output goes to ``log``."""
     return start_process([stage.directory / SCRIPT], log)
 
 
 def run_all(plan: Plan, follow: Follow, start_stage: Start = start_script) -> bool:
-    """Runs all stages that must run, in order, until one fails.
+    """Runs the stages of ``plan.todo()`` in order; raises ``RecipeError`` if one fails.
 
     Returns:
-        Always ``True``: the stages were waited for. The functions ``start`` of executors return it.
+        Always ``True``, because it waits for the stages. An executor's ``start`` must return this.
     """
     for stage in plan.todo():
         forget_job(plan.run_dir, stage.name)

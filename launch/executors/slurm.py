@@ -1,4 +1,4 @@
-"""Submits a run to Slurm: one job for each stage, which waits for the jobs of its inputs."""
+"""Submits a run to Slurm: one job for each stage. A job starts after the jobs of its inputs."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ from recipes.planning.rules import Problem
 SCRIPT = "job.sbatch"
 SUBMIT = "submit.sh"
 TEST_ONLY = "--test-only"
-"""Option of ``submit.sh``: asks Slurm about the jobs and submits none."""
+"""Option of ``submit.sh``: asks Slurm when the jobs could start, and submits none."""
 START_ESTIMATE = re.compile(r"to start at (\S+) using (\d+) processors on nodes (\S+)")
-"""Matches what ``sbatch --test-only`` prints about a job that Slurm would accept."""
+"""Matches start time, CPUs and nodes in what ``sbatch --test-only`` prints about a valid job."""
 RESTART_SECONDS = 900.0
-"""How long Slurm's controller may take to restart; meanwhile it does not answer."""
+"""How long to wait for an answer of Slurm's controller, which gives none while it restarts."""
 PLAIN = re.compile(r"[\w./@+=-]+")
 """Text that needs no quotes in sbatch options and in scripts."""
 Name = Annotated[str, matching(r"[\w.,@+=-]+", "a name without spaces")]
@@ -104,7 +104,10 @@ CONFIG = SlurmConfig
 
 
 def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
-    """Refuses invalid settings. Stages whose jobs already run or wait get no new job."""
+    """Raises ``RecipeError`` for invalid settings, and for active jobs that do not fit the plan.
+
+    A stage whose active (running or waiting) job fits gets the action ``ADOPT`` and no new job.
+    """
     container.require_usable(plan, cluster)
     container.require_stages("mpi", cluster.mpi)
     if problems := list(_settings_problems(plan.todo(), cluster)):
@@ -114,12 +117,12 @@ def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
     stages = {stage.name: stage for stage in plan.stages}
     for name, (job, state) in active.items():
         reason = f"job {job.id} is {state.state.lower()}"
-        # ``only`` may exclude the stage. Even then its job needs the inputs that it started with.
+        # ``only`` may exclude the stage: then ``stage`` is None. Its job still needs its inputs.
         config, stage = plan.chain.stages.get(name), stages.get(name)
-        rerun = sorted(new_jobs & set(config.inputs.values())) if config else []
+        new_inputs = sorted(new_jobs & set(config.inputs.values())) if config else []
         conflict = _conflict(stage, job) if stage else None
-        if rerun:
-            conflict = f", but {', '.join(rerun)} must run again before it"
+        if new_inputs:
+            conflict = f", but {', '.join(new_inputs)} must run again before it"
         if conflict is not None:
             raise RecipeError(
                 f"{reason} for {name}{conflict}.",
@@ -131,24 +134,26 @@ def prepare(plan: Plan, cluster: SlurmConfig) -> Plan:
 
 
 def _conflict(stage: PlannedStage, job: SlurmJob) -> str | None:
-    """Returns why a stage needs another job than its active one; ``None`` if it does not."""
+    """Returns why a stage's active job cannot make its result, as the end of a message, or None."""
     if job.fingerprint != stage.fingerprint:
         return " with other settings, inputs or code"
-    old = stage.result if stage.action == RUN else None
-    script = stage.directory / SCRIPT  # has the start of the result that the job replaces
-    if old is None:
+    # A forced stage runs although it has a result. Its job must replace this result.
+    old_result = stage.result if stage.action == RUN else None
+    if old_result is None:
         return None
-    if not script.exists() or old.started_at not in script.read_text(encoding="utf-8"):
+    script = stage.directory / SCRIPT  # contains ``started_at`` of the result that it replaces
+    if not script.exists() or old_result.started_at not in script.read_text(encoding="utf-8"):
         return ", but will not replace its result"
     return None
 
 
 def problems(plan: Plan, cluster: SlurmConfig) -> Iterator[Problem]:
-    """Yields problems of the jobs' requests; reads partitions only if Slurm is on this machine."""
+    """Yields problems of the jobs' requests; without Slurm on this machine, ignores partitions."""
     jobs = [
         job_of(stage, _sbatch_options(stage, cluster), stage.config.resources.time or cluster.time)
         for stage in plan.todo()
     ]
+    # Without the launcher's own options, which ``_sbatch_options`` adds.
     user_options = {s.name: [*cluster.sbatch, *s.config.resources.sbatch] for s in plan.todo()}
     return job_problems(jobs, user_options, read_partitions())
 
@@ -166,8 +171,8 @@ def _settings_problems(stages: Sequence[PlannedStage], cluster: SlurmConfig) -> 
             f"squeue and scancel do not read SBATCH_CLUSTERS={clusters}, so they would not find "
             "the jobs\n  fix: set SLURM_CLUSTERS instead, which all programs of Slurm read"
         )
-    without_image = cluster.python is None and any(stage.image is None for stage in stages)
-    if without_image and not PLAIN.fullmatch(sys.executable):
+    uses_launcher_python = cluster.python is None and any(stage.image is None for stage in stages)
+    if uses_launcher_python and not PLAIN.fullmatch(sys.executable):
         yield (
             f"{sys.executable} has a character that job scripts cannot hold\n"
             "  fix: set cluster.python to an interpreter whose path has only letters, digits and "
@@ -215,9 +220,9 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
         # This name is unique to the stage and its run. The dependency ``singleton`` then lets only
         # one job of the stage run at a time.
         job_name=job_name(run_dir, stage.name),
-        # A forced stage already has a manifest. A manifest with this start time does not mean that
-        # the new job is complete.
-        replaces=old.started_at if (old := stage.result) else None,
+        # A forced stage already has a manifest. The job recognizes it by its start time, and does
+        # not take it for its own result.
+        replaces=old_result.started_at if (old_result := stage.result) else None,
         cwd=os.getcwd(),
         time=stage.config.resources.time or cluster.time,
         sbatch=list(_sbatch_options(stage, cluster)),
@@ -236,6 +241,7 @@ def job_script(stage: PlannedStage, cluster: SlurmConfig) -> str:
 
 
 def _sbatch_options(stage: PlannedStage, cluster: SlurmConfig) -> Iterator[str]:
+    """Yields the options of a stage's job except its name, log, size in nodes and time limit."""
     partition = cluster.partition
     if cluster.cpu_partition and not stage.needs_gpu:
         partition = cluster.cpu_partition
@@ -261,27 +267,25 @@ def _takes_whole_nodes(stage: PlannedStage, cluster: SlurmConfig) -> bool:
 
 
 def _cpus_per_task(stage: PlannedStage, cluster: SlurmConfig) -> int | None:
-    """Returns the CPUs to request from sbatch and srun; ``None`` on whole nodes.
-
-    On whole nodes a request would imply ``--exact``: the job would use only that many CPUs of a
-    node.
-    """
+    """Returns the CPUs to request from sbatch and srun; ``None`` requests none."""
     if _takes_whole_nodes(stage, cluster):
-        return None
+        return None  # a request would imply srun's --exact, so other CPUs would stay unused
     return stage.config.resources.cpus_per_task or cluster.cpus_per_task
 
 
 def submit_script(plan: Plan) -> str:
     """Returns the text of ``submit.sh``, where each job depends on the jobs of its inputs."""
-    # Also adopted stages: ``submit.sh`` looks up the ids of their jobs, for dependencies.
+    # Includes adopted stages: ``submit.sh`` looks up the ids of their jobs for dependencies.
     pending = [stage for stage in plan.stages if stage.action != SKIP]
     job_variables = {stage.directory: "job_" + re.sub(r"\W", "_", stage.name) for stage in pending}
     jobs = []
     for stage in pending:
         inputs = {ref.directory for ref in stage.inputs.values()}
         needed = sorted(job_variables[directory] for directory in inputs & job_variables.keys())
-        afterok = "afterok" + "".join(f":${name}" for name in needed) + "," if needed else ""
-        jobs.append((stage, job_variables[stage.directory], f"{afterok}singleton"))
+        # Such as afterok:$job_import_hf:$job_prune,singleton. Complete inputs need no dependency.
+        afterok = "afterok" + "".join(f":${name}" for name in needed)
+        dependency = f"{afterok},singleton" if needed else "singleton"
+        jobs.append((stage, job_variables[stage.directory], dependency))
     return _render(
         "submit.sh.j2",
         run_dir=plan.run_dir,
@@ -294,7 +298,7 @@ def submit_script(plan: Plan) -> str:
 
 
 def _render(template: str, **values: Any) -> str:
-    from jinja2 import Environment, StrictUndefined  # only Slurm needs it
+    from jinja2 import Environment, StrictUndefined  # here, because other executors do not need it
 
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
@@ -303,7 +307,7 @@ def _render(template: str, **values: Any) -> str:
 
 
 def dry_run(plan: Plan, console: Console) -> None:
-    """Shows when Slurm could start each job; raises if Slurm would refuse a job."""
+    """Shows when Slurm could start each job; raises ``RecipeError`` if it would refuse a job."""
     if query("scontrol", "ping").returncode:
         console.print("Slurm does not answer on this machine, so the jobs were not checked with it")
         return
@@ -311,7 +315,7 @@ def dry_run(plan: Plan, console: Console) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     title = "Slurm's answer for each job, if its inputs were complete"
     table = plain_table(title, "job", "could start", "CPUs", "nodes")
-    refused: dict[str, list[str]] = {}
+    refused: dict[str, list[str]] = {}  # names of stages, by Slurm's message
     for line in done.stdout.splitlines():
         stage, _, answer = line.partition(" ")
         if start := START_ESTIMATE.search(answer):
@@ -329,7 +333,7 @@ def dry_run(plan: Plan, console: Console) -> None:
 
 
 def start(plan: Plan, cluster: SlurmConfig, follow: Follow, console: Console) -> bool:
-    """Submits the jobs. With ``cluster.follow``, waits for them and raises if one fails."""
+    """Submits the jobs. With ``cluster.follow``, waits for them; raises if one fails."""
     cache_dir().mkdir(parents=True, exist_ok=True)
     todo = plan.todo()
     if todo:
@@ -337,8 +341,8 @@ def start(plan: Plan, cluster: SlurmConfig, follow: Follow, console: Console) ->
     jobs = read_jobs(plan.run_dir)
     for stage in todo:
         console.print(f"{stage.name}: job {jobs[stage.name].id}")
-    outcome = "submitted" if todo else "nothing to submit"
-    console.print(f"{outcome}; see: python launch/run.py status run_dir={plan.run_dir}")
+    message = "submitted" if todo else "nothing to submit"
+    console.print(f"{message}; see: python launch/run.py status run_dir={plan.run_dir}")
     if cluster.follow:
         for stage in plan.stages:
             if stage.action != SKIP:
@@ -347,15 +351,16 @@ def start(plan: Plan, cluster: SlurmConfig, follow: Follow, console: Console) ->
 
 
 def _submit(plan: Plan) -> None:
+    """Runs ``submit.sh``; raises ``RecipeError`` with Slurm's message if it fails."""
     script, old_jobs = plan.run_dir / SUBMIT, read_jobs(plan.run_dir)
     done = subprocess.run([script], capture_output=True, text=True, check=False)
     if done.returncode:
         jobs = read_jobs(plan.run_dir)
-        # ``submit.sh`` stops at the first job that Slurm refuses.
+        # ``submit.sh`` stops at the first job that Slurm refuses. Later stages get no job either.
         missing = [s.name for s in plan.todo() if jobs.get(s.name) == old_jobs.get(s.name)]
-        what = f"Slurm refused the job of {missing[0]}" if missing else f"{script} failed"
+        error = f"Slurm refused the job of {missing[0]}" if missing else f"{script} failed"
         raise RecipeError(
-            f"{what}: {done.stderr.strip()}\n  jobs submitted before this error stay in the queue",
+            f"{error}: {done.stderr.strip()}\n  jobs submitted before this error stay in the queue",
             f"change the settings of cluster and repeat the command, or run {script}",
         )
 
@@ -369,8 +374,8 @@ def _follow(stage: PlannedStage, job: SlurmJob, follow: Follow) -> None:
             follower.update()
             state = _state(job)
         follower.update()
-        # The job's state counts, too: a forced stage may still have its old result, with the same
-        # fingerprint.
+        # A result alone does not prove success: a forced stage still has its old result, with the
+        # same fingerprint, until its job succeeds.
         if stage.result is None or (state is not None and state.state != "COMPLETED"):
             end_state = f" ({state.state})" if state else ""
             log = newest_log(stage.directory)
@@ -383,7 +388,7 @@ def _follow(stage: PlannedStage, job: SlurmJob, follow: Follow) -> None:
 
 
 def _state(job: SlurmJob) -> JobState | None:
-    """Returns a job's state; waits while Slurm's controller restarts, as the job may still run."""
+    """Returns a job's state; ``None`` if Slurm forgot it. Waits while the controller restarts."""
     deadline = time.monotonic() + RESTART_SECONDS
     while True:
         try:

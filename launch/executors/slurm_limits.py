@@ -1,4 +1,4 @@
-"""Checks that Slurm jobs request what their processes need, and what their partitions allow."""
+"""Checks that Slurm jobs request enough for their processes, and no more than partitions allow."""
 
 from __future__ import annotations
 
@@ -31,37 +31,43 @@ SETTINGS = {
     "cpus-per-task": "cpus_per_task",
     "time": "time",
 }
-"""Options of sbatch that request what a field of ``resources`` sets, and this field."""
+"""Options of sbatch that request what a field of ``resources`` sets, and the field's name."""
 OPTIONS = ("array", "chdir", "dependency", "error", "job-name", "no-requeue", "output")
-"""Other options of sbatch that the launcher sets: jobs wait for each other and have one log."""
+"""Other options of sbatch that the launcher sets, so the user may not set them."""
 HARMFUL = {
     "clusters": ("is unknown to squeue and scancel", "set the variable SLURM_CLUSTERS instead"),
     "signal": ("would kill training before it saves", "it stops before the time limit without it"),
 }
-"""Options of sbatch that would break a run: why, and what to do instead."""
+"""For each option of sbatch that would break a run, why it would, and what to do instead."""
 CHECKED = ("exclusive", "gpus-per-node", "gres", "mem", "mem-per-cpu", "mem-per-gpu", "partition")
-"""Options of sbatch that may be set, and whose values are checked."""
+"""Options of sbatch that the user may set, and whose values are checked."""
 SIZES = {"": 1, "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
-"""Slurm's units of memory, in megabytes."""
-MEGABYTE = 1024**2
+"""Slurm's units of memory, in megabytes. A number without a unit is in megabytes."""
+MEGABYTE = 1024**2  # bytes of Slurm's megabyte
 CONVERSIONS = ("import_hf", "export_hf")
 """Modules of the stages that load their model with transformers, in float32 on the CPU."""
 EVALUATIONS = ("evaluate", "evaluate_tasks")
-"""Modules of the stages whose ranks each load a model: its weights, and a transformers model."""
-RESOURCES = "stages.NAME.resources"  # in fixes
+"""Modules of the stages in which each rank loads the weights and builds a transformers model."""
+RESOURCES = "stages.NAME.resources"
+"""How fixes name a stage's ``resources``."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a stage's job requests; CPUs, GPUs and memory per node. ``None``: Slurm's default."""
+    """What a stage's job requests. A field is ``None`` if the job leaves it to Slurm's default."""
 
     stage: PlannedStage
     seconds: int
+    """Time limit."""
     partition: str | None
+    """One partition, or several separated by commas, of which Slurm chooses one."""
     whole_nodes: bool
     gpus: int | None
+    """GPUs per node."""
     cpus: int | None
+    """CPUs per node."""
     memory_mb: float | None
+    """Memory per node; 0 requests all memory of a node."""
 
     @property
     def nodes(self) -> int:
@@ -69,6 +75,7 @@ class Job:
         return self.stage.config.resources.nodes
 
     def __str__(self) -> str:
+        """Describes the request, such as ``2 nodes with 8 GPUs, 64 CPUs``."""
         sizes = [_with_unit(self.gpus, "GPU")] if self.gpus else []
         sizes += [_with_unit(self.cpus, "CPU")] if self.cpus else []
         sizes += [f"{self.memory_mb / 1024:.0f} GB of memory"] if self.memory_mb else []
@@ -87,19 +94,18 @@ class NodeGroup:
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition: the fields that ``scontrol show partition`` prints, and its nodes.
-
-    The items of the field ``JobDefaults``, such as ``DefMemPerGPU``, are fields, too.
-    """
+    """A partition of Slurm with its limits and nodes."""
 
     fields: Mapping[str, str]
+    """What ``scontrol show partition`` prints. ``read_partitions`` adds the items of the field
+    ``JobDefaults``, such as ``DefMemPerGPU``, as further fields."""
     groups: Sequence[NodeGroup]
 
     @property
     def max_seconds(self) -> float:
-        """Longest time limit of a job."""
+        """Longest time limit of a job; infinity if the partition has no limit."""
         limit = self.fields.get("MaxTime", "")
-        return slurm_seconds(limit) if ":" in limit else math.inf
+        return slurm_seconds(limit) if ":" in limit else math.inf  # without a colon: UNLIMITED
 
     def limit(self, field: str) -> float:
         """Returns a numeric field; infinity if the field has no number, such as ``UNLIMITED``."""
@@ -118,12 +124,18 @@ class Partition:
         )
 
     def cpus(self, job: Job) -> float:
-        """Returns the CPUs that a job gets on a node, at least."""
+        """Returns the minimum number of CPUs that a job gets on a node."""
         per_gpu = self.limit("DefCpuPerGPU")
-        return job.cpus or (per_gpu * job.gpus if job.gpus and per_gpu < math.inf else 1)
+        if job.cpus:
+            return job.cpus
+        return per_gpu * job.gpus if job.gpus and per_gpu < math.inf else 1
 
     def default_memory_mb(self, job: Job) -> float:
-        """Returns the memory that a job gets on a node if it does not request memory."""
+        """Returns the megabytes that a job gets on a node if it does not request memory.
+
+        The partition's defaults are per node, per CPU or per GPU. The smallest counts. The result
+        is infinite if the partition has none.
+        """
         per_cpu, per_gpu = self.limit("DefMemPerCPU"), self.limit("DefMemPerGPU")
         defaults = (per_cpu * self.cpus(job), per_gpu * (job.gpus or math.inf))
         return min(self.limit("DefMemPerNode"), *defaults)
@@ -139,13 +151,14 @@ def job_of(stage: PlannedStage, options: Iterable[str], time: str) -> Job:
     Args:
         stage: The stage that the job runs.
         options: Options of sbatch. The last value of a repeated option counts, as for sbatch.
-        time: The job's time limit.
+        time: The job's time limit in Slurm's format, such as ``04:00:00``.
     """
     values = dict(_parse_option(option) for option in options)
     per_node = values.get("gpus-per-node")  # such as 8, or h100:8
-    requests = (values.get("gres"), per_node and f"gpu:{per_node}")
-    counts = [count for count in map(_gpus, requests) if count is not None]
-    # If both options are set and differ, the job has the number that must be reported.
+    gpu_requests = (values.get("gres"), per_node and f"gpu:{per_node}")
+    counts = [count for count in map(_gpus, gpu_requests) if count is not None]
+    # If both options are set and differ, takes the count that differs more from the stage's
+    # devices, because ``_request_problems`` must report it.
     gpus = max(counts, key=lambda count: abs(count - stage.devices), default=None)
     cpus = int(values["cpus-per-task"]) if values.get("cpus-per-task", "").isdigit() else None
     memory = _megabytes(values.get("mem"))
@@ -156,7 +169,8 @@ def job_of(stage: PlannedStage, options: Iterable[str], time: str) -> Job:
         stage=stage,
         seconds=slurm_seconds(time),
         partition=values.get("partition") or os.environ.get("SBATCH_PARTITION"),
-        whole_nodes=values.get("exclusive") == "",  # with a value, such as user, it is weaker
+        # ``--exclusive`` with a value, such as ``user``, does not reserve whole nodes.
+        whole_nodes=values.get("exclusive") == "",
         gpus=gpus,
         cpus=cpus,
         memory_mb=memory,
@@ -168,51 +182,64 @@ def _with_unit(number: int, unit: str) -> str:
 
 
 def _parse_option(option: str) -> tuple[str, str]:
-    """Returns name and value of an option such as ``--time=9``, ``--time 9`` or ``--exclusive``.
+    """Returns the name and the value of an option of sbatch.
 
-    As sbatch does, reads a name such as ``dep`` as the option that it abbreviates.
+    It may be written as ``--time=9``, ``--time 9`` or ``--exclusive``, whose value is empty. As for
+    sbatch, a name may be abbreviated: ``dep`` becomes ``dependency``.
     """
     name, _, value = option.removeprefix("--").replace(" ", "=", 1).partition("=")
     known = {*SETTINGS, *OPTIONS, *HARMFUL, *CHECKED}
     matches = [full_name for full_name in known if full_name.startswith(name)]
-    return matches[0] if len(matches) == 1 and name not in known else name, value.strip()
+    if name not in known and len(matches) == 1:  # one match: the abbreviation is unambiguous
+        name = matches[0]
+    return name, value.strip()
 
 
 def _megabytes(size: str | None) -> float | None:
+    """Converts a size such as ``20G`` or ``9gb``; ``None`` if it is not set or not a size."""
     match = re.fullmatch(r"(\d+)([KMGT]?)B?", (size or "").upper())
     return int(match[1]) * SIZES[match[2]] if match else None
 
 
 def _gpus(gres: str | None) -> int | None:
-    """Returns the number of GPUs of a request or a node, such as ``gpu:h100:8(S:0-1),tmp:10``."""
-    entries = [re.split("[:=]", e) for e in re.sub(r"\(.*?\)|gres/", "", gres or "").split(",")]
-    counts = [int(e[-1]) if e[-1].isdigit() else 1 for e in entries if e[0] == "gpu"]
+    """Returns the GPUs in Slurm's list of generic resources; ``None`` if it names no GPUs.
+
+    Args:
+        gres: The resources of a request or a node, such as ``gpu:h100:8(S:0-1),tmp:10``.
+    """
+    without_sockets = re.sub(r"\(.*?\)|gres/", "", gres or "")  # such as gpu:h100:8,tmp:10
+    counts = []
+    for resource in without_sockets.split(","):
+        name, *type_and_count = re.split("[:=]", resource)
+        if name == "gpu":
+            count = type_and_count[-1] if type_and_count else ""
+            counts.append(int(count) if count.isdigit() else 1)  # 1 if only a type is named
     return sum(counts) if counts else None
 
 
 def job_problems(
     jobs: Iterable[Job], user_options: Mapping[str, Sequence[str]], partitions: Partitions
 ) -> Iterator[Problem]:
-    """Yields the problems of jobs. A problem that several jobs have is yielded once.
+    """Yields the problems of jobs. A problem of several jobs is yielded once, with their stages.
 
     Args:
         jobs: What the jobs request.
         user_options: Options of sbatch from the user's settings, by stage.
         partitions: Partitions by name; if empty, limits are not checked.
     """
-    stages: dict[Problem, list[str]] = {}
+    stage_names: dict[Problem, list[str]] = {}
     for job in jobs:
         name = job.stage.name
         problems = list(_request_problems(job, user_options[name]))
         problems += _partition_problems(job, partitions) if partitions else []
         for problem in problems:
-            stages.setdefault(problem, []).append(name)
-    for problem, names in stages.items():
+            stage_names.setdefault(problem, []).append(name)
+    for problem, names in stage_names.items():
         yield replace(problem, what=f"{', '.join(names)}: {problem.what}")
 
 
 def _request_problems(job: Job, user_options: Iterable[str]) -> Iterator[Problem]:
-    """Compares a job's request with the processes that it starts."""
+    """Yields conflicts of options with the launcher, and requests too small for the processes."""
     for option in user_options:
         name, _ = _parse_option(option)
         if name in OPTIONS:
@@ -236,7 +263,11 @@ def _request_problems(job: Job, user_options: Iterable[str]) -> Iterator[Problem
 
 
 def _partition_problems(job: Job, partitions: Partitions) -> Sequence[Problem]:
-    """Compares a job with its partition, or, of several partitions, with the one that fits best."""
+    """Returns the problems of a job in its partition.
+
+    If the job names several partitions, returns the problems in the one with the fewest problems.
+    If the job names none, it runs in Slurm's default partition.
+    """
     default = [name for name, item in partitions.items() if item.fields["Default"] == "YES"]
     names = job.partition.split(",") if job.partition else default
     fix = f"set cluster.partition to one of: {', '.join(partitions)}"
@@ -249,6 +280,7 @@ def _partition_problems(job: Job, partitions: Partitions) -> Sequence[Problem]:
 
 
 def _limit_problems(job: Job, partition: Partition) -> Iterator[Problem]:
+    """Compares a job with the state, time limit, nodes and memory of one partition."""
     name, limit = partition.fields["PartitionName"], partition.fields["MaxTime"]
     if (state := partition.fields["State"]) != "UP":
         yield Problem(rules.PARTITION, f"partition {name} is {state}", "set another partition")
@@ -256,9 +288,10 @@ def _limit_problems(job: Job, partition: Partition) -> Iterator[Problem]:
         what = f"the job requests {job.seconds / 3600:.1f} hours; partition {name} allows {limit}"
         fix = f"set cluster.time or {RESOURCES}.time to at most {limit}"
         yield Problem(rules.PARTITION, what, fix)
-    if job.nodes < int(least := partition.fields.get("MinNodes", "0")):
+    min_nodes = partition.fields.get("MinNodes", "0")
+    if job.nodes < int(min_nodes):
         nodes = _with_unit(job.nodes, "node")
-        what = f"the job requests {nodes}; partition {name} requires at least {least}"
+        what = f"the job requests {nodes}; partition {name} requires at least {min_nodes}"
         yield Problem(rules.PARTITION, what, "set another partition")
     allowed = min(partition.fitting_nodes(job), partition.limit("MaxNodes"))
     if job.nodes > allowed:
@@ -271,12 +304,12 @@ def _limit_problems(job: Job, partition: Partition) -> Iterator[Problem]:
 
 
 def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
-    """Compares a job's memory on a node with the needs of weights and of saving a checkpoint."""
+    """Compares a job's memory on a node with what loading a model and saving a checkpoint take."""
     workload = job.stage.workload
-    if not (job.stage.needs_gpu or workload):
+    if not (job.stage.needs_gpu or workload):  # such as a report
         return
-    memory_mb = job.memory_mb or 0  # --mem=0 requests all memory of a node
-    if job.whole_nodes:
+    memory_mb = job.memory_mb or 0
+    if job.whole_nodes:  # 0 or no request: all memory of the smallest node
         memory_mb = memory_mb or min((group.memory_mb for group in partition.groups), default=0)
     elif job.memory_mb is None:
         memory_mb = partition.default_memory_mb(job)
@@ -286,18 +319,18 @@ def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
         model = chain.shape_of(config.inputs.get("checkpoint"))
         needs = {"the model in float32": 4 * model.parameters()}
     if config.stage in EVALUATIONS:
-        ranks, bf16 = job.stage.devices, vars(config)["precision"] == "bf16-mixed"
-        parameter_bytes = 2 + (2 if bf16 else 4)  # weights in bfloat16, and the model
+        ranks, is_bf16 = job.stage.devices, vars(config)["precision"] == "bf16-mixed"
+        parameter_bytes = 2 + (2 if is_bf16 else 4)  # weights in bfloat16, and the model
         size = ranks * parameter_bytes * chain.teacher.parameters()
         needs = {f"loading the model on {ranks} ranks": size}
     if workload is not None:
         ranks = workload.layout.devices
         needs[f"saving a checkpoint from {ranks} ranks"] = ranks * gathering_bytes(workload)
-    what, needed_bytes = max(needs.items(), key=itemgetter(1))
-    if 0 < memory_mb < needed_bytes / MEGABYTE:  # 0: all memory of nodes of unknown size
+    purpose, needed_bytes = max(needs.items(), key=itemgetter(1))
+    if 0 < memory_mb < needed_bytes / MEGABYTE:  # 0: all memory of a node, whose size is unknown
         yield Problem(
             rules.JOB_MEMORY,
-            f"the job gets {memory_mb / 1024:.0f} GB of memory on a node, but {what} takes "
+            f"the job gets {memory_mb / 1024:.0f} GB of memory on a node, but {purpose} takes "
             f"{needed_bytes / MEGABYTE / 1024:.0f} GB",
             f"raise cluster.cpus_per_task, add --mem=SIZE to {RESOURCES}.sbatch, or split the "
             "model over more ranks",
@@ -305,11 +338,11 @@ def _memory_problems(job: Job, partition: Partition) -> Iterator[Problem]:
 
 
 def read_partitions() -> Partitions:
-    """Returns the partitions that the user may use; empty if this machine cannot ask Slurm."""
+    """Returns the user's partitions; empty if Slurm is not installed here or does not answer."""
     if shutil.which("sinfo") is None:
         return {}
     partitions = query("scontrol", "--oneliner", "show", "partition")
-    # A line: partition, number of equal nodes, CPUs, memory in MB, GRES such as gpu:h100:8(S:0-1).
+    # A line: partition, number of equal nodes, CPUs, memory in MB, generic resources (``_gpus``).
     nodes = query("sinfo", "--noheader", "--exact", "--format=%R|%D|%c|%m|%G")
     if partitions.returncode or nodes.returncode:
         return {}
@@ -320,10 +353,10 @@ def read_partitions() -> Partitions:
         groups.setdefault(name, []).append(group)
     result: dict[str, Partition] = {}
     for line in partitions.stdout.splitlines():
-        fields = dict(word.partition("=")[::2] for word in line.split())
-        fields |= dict(
-            item.partition("=")[::2] for item in fields.get("JobDefaults", "").split(",")
-        )
+        words = line.split()  # each is FIELD=VALUE
+        fields = dict(word.partition("=")[::2] for word in words)
+        defaults = fields.get("JobDefaults", "").split(",")  # such as DefCpuPerGPU=8,DefMemPerGPU=9
+        fields |= dict(default.partition("=")[::2] for default in defaults)
         if "PartitionName" in fields:  # else: "No partitions in the system"
             name = fields["PartitionName"]
             result[name] = Partition(fields, groups.get(name, ()))

@@ -1,4 +1,4 @@
-"""Runs NeMo, Megatron-Core and ModelOpt on the device that this machine has, CUDA or CPU."""
+"""Runs NeMo, Megatron-Core and ModelOpt on this machine's device, CUDA or CPU."""
 
 SPEED_PATCH_NAMES = (
     "unshared_gradients",
@@ -7,4 +7,5 @@ SPEED_PATCH_NAMES = (
     "shared_optimizer_state",
     "released_buckets",
 )
-"""Sets of patches in ``cpu_speed``, named here for settings, which must not import torch."""
+"""Names of the patch sets in ``cpu_speed.SPEED_PATCHES``. They are listed here because settings
+must not import torch."""

@@ -1,9 +1,9 @@
-"""AdamW for machines without TransformerEngine. It can also scale gradients.
+"""AdamW for machines without TransformerEngine, and deferred scaling of gradients.
 
 Megatron scales all gradients twice per step: by 1 / number of tokens, and by the clipping
-coefficient. Each time it reads and writes all gradients. To avoid that, scaling can be deferred: a
-gradient with the attribute ``pending_scale`` only stores the product of the factors. ``FusedAdamW``
-multiplies by this product while it reads the gradient.
+coefficient. Each time it reads and writes all gradients. To avoid this memory traffic, scaling can
+be deferred. A gradient tensor then has the attribute ``pending_scale``, the product of the factors
+that are not applied yet. ``FusedAdamW`` multiplies by this product while it reads the gradient.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.optim.adamw import AdamW, adamw
 
 BLOCK = 1 << 22
-"""Number of elements of a gradient that are converted to float32 at a time, which takes 16 MB."""
+"""Number of gradient elements that are converted to float32 at a time. A block takes 16 MB."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """PyTorch's names of Adam's moments in the state of a parameter."""
 
 
 def pending_scale(gradient: Any) -> float | None:
-    """Returns the factor that is still to be applied; ``None`` if scaling is not deferred."""
+    """Returns the factor that is not applied yet; ``None`` if scaling is not deferred."""
     return getattr(gradient, "pending_scale", None)
 
 
@@ -36,7 +36,10 @@ def scale_gradient(gradient: Any, factor: float) -> None:
 
 
 def clip_by_total_norm(original: object) -> Any:
-    """Replaces Megatron's clipping, which accepts ``torch.cuda.FloatTensor`` only."""
+    """Returns a replacement of Megatron's clipping, which accepts CUDA's float32 tensors only.
+
+    ``original`` is unused. A ``Patch`` passes it to every such function.
+    """
 
     def clip_grad_by_total_norm_fp32(
         parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
@@ -54,9 +57,9 @@ def clip_by_total_norm(original: object) -> Any:
 class FusedAdamW(AdamW):
     """PyTorch's fused AdamW kernel with one step count per parameter group.
 
-    PyTorch keeps a step count per parameter, TransformerEngine's ``FusedAdam`` one per group. Only
-    with one per group can Megatron's distributed optimizer save and load a reshardable state.
-    ``params``, ``lr``, ``betas``, ``eps`` and ``weight_decay`` are those of AdamW.
+    PyTorch keeps a step count per parameter, TransformerEngine's ``FusedAdam`` one per group.
+    Megatron's distributed optimizer can save and load a reshardable state only with one count per
+    group. ``params``, ``lr``, ``betas``, ``eps`` and ``weight_decay`` are those of AdamW.
 
     Raises:
         ValueError: ``adam_w_mode`` is false; only decoupled weight decay is implemented.
@@ -64,7 +67,9 @@ class FusedAdamW(AdamW):
 
     def __init__(self, params: Any, adam_w_mode: bool = True, **settings: Any) -> None:
         if not adam_w_mode:
-            raise ValueError("decoupled_weight_decay=false is not supported by FusedAdamW")
+            raise ValueError(
+                "decoupled_weight_decay=false is not supported by FusedAdamW: set it to true"
+            )
         super().__init__(params, **settings)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -73,7 +78,10 @@ class FusedAdamW(AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Updates every parameter that has a gradient. Frees gradients with deferred scaling."""
+        """Updates every parameter that has a gradient.
+
+        Frees each gradient with deferred scaling right after its use, to save memory.
+        """
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             weights = [weight for weight in group["params"] if weight.grad is not None]
@@ -84,23 +92,27 @@ class FusedAdamW(AdamW):
                 if pending_scale(weight.grad) is not None:
                     self._update_in_blocks(weight, group)
                     weight.grad = None
-            if others := [weight for weight in weights if weight.grad is not None]:
-                moments = [[self.state[weight][name] for weight in others] for name in MOMENTS]
-                _run_kernel(others, [weight.grad for weight in others], moments, group)
+            # Gradients without deferred scaling remain. One call updates all their parameters.
+            if remaining := [weight for weight in weights if weight.grad is not None]:
+                moments = [[self.state[weight][name] for weight in remaining] for name in MOMENTS]
+                _run_kernel(remaining, [weight.grad for weight in remaining], moments, group)
 
     def _update_in_blocks(self, weight: Tensor, group: dict[str, Any]) -> None:
         """Updates a parameter from a gradient that is not scaled yet and may be bfloat16.
 
-        Each block is converted to float32 and scaled by the kernel, so no float32 copy of the whole
-        gradient exists. The blocks are views: the kernel writes into the parameter and its moments.
+        Each block is converted to float32, and the kernel scales it. So there is no float32 copy of
+        the whole gradient. Blocks are views: the kernel writes into the parameter and its moments.
         """
         assert weight.grad is not None
         scale = pending_scale(weight.grad)
-        # The kernel divides by this. For a scale of 0, division by infinity gives 0.
+        # The kernel divides the gradient by this number. For a scale of 0, it divides by infinity,
+        # which gives 0.
         inverse_scale = torch.tensor(1 / scale if scale else math.inf)
         tensors = (weight, weight.grad, *(self.state[weight][name] for name in MOMENTS))
-        for block, gradient, *moments in zip(*(t.view(-1).split(BLOCK) for t in tensors)):
-            _run_kernel([block], [gradient.float()], [[m] for m in moments], group, inverse_scale)
+        blocks_of_tensors = [tensor.view(-1).split(BLOCK) for tensor in tensors]
+        for block, gradient, *moments in zip(*blocks_of_tensors):
+            moment_lists = [[moment] for moment in moments]
+            _run_kernel([block], [gradient.float()], moment_lists, group, inverse_scale)
 
 
 def _run_kernel(
@@ -112,17 +124,22 @@ def _run_kernel(
 ) -> None:
     """Runs PyTorch's fused kernel, which writes into ``weights`` and ``moments``.
 
-    Gradients are divided by ``inverse_scale``.
+    Args:
+        weights: Parameters, or blocks of them.
+        gradients: The gradient of each weight.
+        moments: One list for each name in ``MOMENTS``, with a tensor for each weight.
+        group: The parameter group, with the hyperparameters and the step count.
+        inverse_scale: Number by which gradients are divided; ``None`` for 1.
     """
-    # The kernel increments step counts in place, on the weights' device. So each call gets new
-    # tensors, with the number of steps before this one.
-    count, device = group["step"] - 1.0, weights[0].device
+    # The kernel expects the count of previous steps, and increments it in place. The count must be
+    # a tensor on the weights' device. So each call gets new tensors.
+    previous_steps, device = group["step"] - 1.0, weights[0].device
     adamw(
         weights,
         gradients,
         *moments,
         [],  # state of amsgrad, which is off
-        list(torch.full((len(weights),), count, device=device).unbind()),
+        list(torch.full((len(weights),), previous_steps, device=device).unbind()),
         fused=True,
         grad_scale=inverse_scale,
         amsgrad=False,

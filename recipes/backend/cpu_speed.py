@@ -1,10 +1,10 @@
 """Patches that reduce the time or memory of training on a CPU. Results change by rounding at most.
 
-The patches never apply on CUDA. The patches of gradients only apply with one rank, those of gathers
-and optimizer state with one data-parallel rank. ``stages.distill.cpu_speed_patches=[]`` disables
-all patches. The command
-``python -m benchmarks.distill --only nemo-cached-compiled without-NAME`` measured the gain of the
-set ``NAME``; see benchmarks/README.md.
+The patches never apply on CUDA. Patches of gradients only have an effect with one rank. Patches of
+gathers and optimizer state only have an effect with one data-parallel rank.
+``stages.distill.cpu_speed_patches=[]`` disables all patches. The command
+``python -m benchmarks.distill --only nemo-cached-compiled without-NAME`` measures what the set
+``NAME`` saves; see benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 
 
 def speed_patches(names: Iterable[str]) -> AbstractContextManager[None]:
-    """Applies the sets of patches with these names in a ``with`` block. On CUDA applies none."""
+    """Applies these sets of ``SPEED_PATCHES`` in a ``with`` block. On CUDA, applies none."""
     on_cpu = device() == "cpu"
     return applied(patch for name in names for patch in SPEED_PATCHES[name] if on_cpu)
 
 
 class _CompletedCollective:
-    """Handle of a collective that was skipped."""
+    """Handle of a collective operation that was skipped."""
 
     def wait(self) -> None:
         """Returns at once."""
@@ -42,12 +42,14 @@ class _CompletedCollective:
 def _unshare_gradients(original: Any) -> Any:
     """Frees Megatron's float32 buffer of all gradients if the gradients are unshared.
 
-    Unshared means that no other rank adds to a gradient. The gradient then is the tensor that
-    autograd makes, and is freed once the optimizer has read it. Megatron never frees the buffer.
+    Unshared means that no other rank adds to a gradient. Then autograd's own tensor is used as the
+    gradient, and is freed once the optimizer has read it. Megatron never frees the buffer.
     """
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         original(self, *args, **kwargs)
+        # ``_hand_over_gradients`` patches only the distributed optimizer. ``_skip_reduction`` also
+        # skips the multiplication by this factor.
         self.unshared = (
             torch.distributed.get_world_size() == 1
             and self.ddp_config.use_distributed_optimizer
@@ -55,14 +57,14 @@ def _unshare_gradients(original: Any) -> Any:
         )
         for weight in self.params:
             weight.has_unshared_gradient = self.unshared
-        if self.unshared:
+        if self.unshared:  # keeps the tensor object, but frees its memory
             self.grad_data.untyped_storage().resize_(0)
 
     return __init__
 
 
 def _drop_gradients(original: Any) -> Any:
-    """Drops unshared gradients when a step starts. Megatron would fill the buffer with zeros."""
+    """Drops unshared gradients when a step starts. Megatron would fill its buffer with zeros."""
 
     def reset(self: Any) -> None:
         if not self.unshared:
@@ -83,7 +85,7 @@ def _keep_first_gradient(original: Any) -> Any:
             return hook
         weight.zero_out_wgrad = False  # else the hook would add the gradient once more
 
-        def keep_or_add(*unused: Any) -> None:
+        def keep_or_add(*hook_args: Any) -> None:
             if weight.grad is not None:
                 if weight.main_grad is None:
                     weight.main_grad = weight.grad
@@ -93,7 +95,7 @@ def _keep_first_gradient(original: Any) -> Any:
                     # Adding in place is safe: no other tensor shares the storage of ``main_grad``.
                     weight.main_grad.add_(weight.grad)
                 weight.grad_added_to_main_grad = True
-            hook(*unused)
+            hook(*hook_args)
 
         return keep_or_add
 
@@ -103,26 +105,26 @@ def _keep_first_gradient(original: Any) -> Any:
 def _skip_reduction(original: Any) -> Any:
     """Skips the reduction of unshared gradients. Parameters without a gradient get zeros.
 
-    Megatron's buffer also has zeros for these parameters, and the functions that scale gradients
-    and hand them to the optimizer read every parameter's gradient.
+    Megatron's buffer would also have zeros for them. The functions that scale gradients, and hand
+    them to the optimizer, read the gradient of every parameter.
     """
 
     def start_grad_sync(self: Any) -> None:
         weights = [weight for bucket in self.buckets for weight in bucket.params_list]
-        if not weights[0].has_unshared_gradient:  # equal in all weights
+        if not weights[0].has_unshared_gradient:  # the same for all weights
             original(self)
             return
         for weight in weights:
             if weight.main_grad is None:
                 weight.main_grad = torch.zeros_like(weight)
         if self.ddp_config.overlap_grad_reduce:
-            self.grad_reduce_handle = _CompletedCollective()  # Megatron waits for the handle
+            self.grad_reduce_handle = _CompletedCollective()  # Megatron calls its ``wait``
 
     return start_grad_sync
 
 
 def _defer_scaling(original: Any) -> Any:
-    """Stores the scaling factor with unshared gradients; ``FusedAdamW`` multiplies by it."""
+    """Stores the factor in each unshared gradient. ``FusedAdamW`` multiplies by it later."""
 
     def scale_gradients(self: Any, factor: float) -> None:
         if not self.unshared:
@@ -137,15 +139,16 @@ def _defer_scaling(original: Any) -> Any:
 
 
 def _hand_over_gradients(original: Any) -> Any:
-    """Hands gradients to the optimizer without converting them.
+    """Hands unshared gradients to the optimizer without converting them.
 
-    Megatron gives the optimizer float32 copies and keeps its own gradients until the next step.
+    Megatron would give float32 copies to the optimizer and keep the originals until the next step.
     """
 
     def _copy_model_grads_to_main_grads(self: Any) -> None:
         if not all(buffer.unshared for buffer in self.buffers):
             original(self)
             return
+        # With one rank, the optimizer's shard of a weight is the whole weight.
         weights = chain(*self.model_float16_groups, *self.model_fp32_groups)
         main_weights = chain(*self.shard_fp32_from_float16_groups, *self.shard_fp32_groups)
         for weight, main_weight in zip(weights, main_weights, strict=True):
@@ -160,18 +163,22 @@ def _hand_over_gradients(original: Any) -> Any:
 
 
 def _scale_of(gradient: Tensor) -> float:
+    """Returns the gradient's pending scale; 1 if scaling is not deferred."""
     scale = pending_scale(gradient)
     return 1.0 if scale is None else scale
 
 
 def _norm_with_pending_scales(original: Any) -> Any:
-    """Computes the norm of gradients of any dtype, multiplied by their pending scales."""
+    """Computes the joint norm of gradients of any dtype, after multiplying by pending scales."""
 
-    # This function has the signature of Apex's kernel. Callers ignore the second result.
-    def l2_norm(size: int, buffer: Tensor, lists: Any, *args: Any) -> tuple[Tensor, None]:
+    # This function has the signature of Apex's kernel, but reads only ``tensor_lists``. Callers
+    # ignore the second result.
+    def l2_norm(
+        chunk_size: int, overflow: Tensor, tensor_lists: Any, *args: Any
+    ) -> tuple[Tensor, None]:
         squares = [
             _scale_of(gradient) ** 2 * _sum_of_squares(gradient)
-            for gradients in lists
+            for gradients in tensor_lists
             for gradient in gradients
         ]
         return torch.tensor([math.sqrt(math.fsum(squares))]), None
@@ -188,35 +195,42 @@ def _sum_of_squares(gradient: Tensor) -> float:
 def _skip_single_rank_gather(original: Any) -> Any:
     """Skips the all-gather of parameters in a group of one rank.
 
-    In such a group, input and output are the same buffer, which gloo would copy onto itself.
+    Input and output are the same buffer in a group of one rank. gloo would copy the buffer onto
+    itself.
     """
 
     def all_gather(output: Tensor, shard: Tensor, *args: Any, **kwargs: Any) -> Any:
         if kwargs["group"].size() > 1:
             return original(output, shard, *args, **kwargs)
-        assert output.data_ptr() == shard.data_ptr(), "one rank's shard is the whole buffer"
+        same_memory = output.data_ptr() == shard.data_ptr()
+        assert same_memory, "with one rank, the input of a gather must be the whole buffer"
         return None
 
     return all_gather
 
 
 class _Concatenation:
-    """The states of all parameters with one name (such as ``exp_avg``), indexed like a flat tensor.
+    """One state, such as ``exp_avg``, of all parameters. Can be sliced like a flat tensor.
 
     A slice must be the range of one parameter. Megatron requests no other slices.
+
+    Args:
+        states: Maps the position of a parameter's first element to the parameter's states by name.
+        name: Name of the state.
     """
 
     def __init__(self, states: dict[int, dict[str, Tensor]], name: str) -> None:
         self._states, self._name = states, name
 
-    def __getitem__(self, index: slice) -> Tensor:
-        return self._states[index.start][self._name].detach().flatten()
+    def __getitem__(self, elements: slice) -> Tensor:
+        return self._states[elements.start][self._name].detach().flatten()
 
 
 def _share_optimizer_state(original: Any) -> Any:
     """Gives a checkpoint the optimizer's own tensors. Megatron would copy them three times.
 
-    No copy is needed: a forked process writes the checkpoint, and sees the state as of the fork.
+    No copy is needed, because a forked process writes the checkpoint. That process sees the state
+    at the time of the fork.
     """
 
     def get_parameter_state_dp_zero(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -230,7 +244,7 @@ def _share_optimizer_state(original: Any) -> Any:
             }
             names = ("param", "exp_avg", "exp_avg_sq")
             tensors = {name: _Concatenation(states, name) for name in names}
-            [dtypes] = ranges  # a buffer has one type of parameters and one of gradients
+            [dtypes] = ranges  # a buffer has one key, its dtypes of parameters and gradients
             result[index] = {dtypes: {**tensors, "numel_unpadded": buffer.numel_unpadded}}
         return result
 
@@ -238,16 +252,17 @@ def _share_optimizer_state(original: Any) -> Any:
 
 
 def _release_buckets(original: Any) -> Any:
-    """Frees this process's copies of weights after it has forked the writer of a checkpoint.
+    """Frees this process's copies of weights once a forked process writes the checkpoint.
 
-    Megatron would keep the copies, in lists called buckets, until the checkpoint is written. After
-    the fork, only the number of buckets is needed in this process.
+    Megatron stores the copies in lists called buckets. It would keep them until the checkpoint is
+    written. After the fork, this process needs only the number of buckets.
     """
 
     def schedule_async_call(self: Any, request: Any) -> None:
         original(self, request)
         if request.async_fn is not None:
-            _, buckets, *_ = request.async_fn_args  # Megatron's own list, so it is emptied in place
+            _, buckets, *_ = request.async_fn_args
+            # Megatron holds this list, so its elements are replaced in place.
             buckets[:] = [None] * len(buckets)
 
     return schedule_async_call
@@ -255,7 +270,7 @@ def _release_buckets(original: Any) -> Any:
 
 SPEED_PATCHES: dict[str, tuple[Patch, ...]] = {
     "unshared_gradients": tuple(  # saves 13% of a step and 0.8 GB
-        Patch(target, "with one rank nothing is reduced", fingerprint, replace)
+        Patch(target, "gradients of a single rank are not reduced", fingerprint, replace)
         for target, fingerprint, replace in (
             (f"{BUFFERS}:_ParamAndGradBuffer.__init__", "351bb840492a", _unshare_gradients),
             (f"{BUFFERS}:_ParamAndGradBuffer.reset", "ad271bc659a5", _drop_gradients),
@@ -311,5 +326,5 @@ SPEED_PATCHES: dict[str, tuple[Patch, ...]] = {
         ),
     ),
 }
-"""Comments state the time and peak memory that each set saves in a training run of SmolLM2-135M's
-student. Remove a set that saves less than 3% of a step and less than 100 MB."""
+"""Sets of patches by name. Comments state the step time and peak memory that each set saves when a
+student of SmolLM2-135M is trained. Remove a set that saves less than 3% and less than 100 MB."""

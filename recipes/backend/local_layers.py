@@ -1,7 +1,7 @@
 """Layer specs, configs and patches for Megatron-Core without TransformerEngine, on CPU and CUDA.
 
-Local layers are Megatron's layers in plain PyTorch. ``adapt_config`` selects them in memory only.
-The config in a checkpoint remains one for TransformerEngine.
+Local layers are Megatron's layers in plain PyTorch. ``adapt_config`` selects them only in memory.
+Checkpoints contain the config for TransformerEngine.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ def needs_local_layers() -> bool:
     """Returns whether models must use local layers, because CUDA or TransformerEngine is missing.
 
     Raises:
-        RecipeError: TransformerEngine is installed, but cannot be imported. Megatron would use the
-            slower local layers silently.
+        RecipeError: There is a GPU, but the installed TransformerEngine cannot be imported.
+            Megatron would silently use the slower local layers.
     """
     from megatron.core.models.gpt import gpt_layer_specs
 
     if device() == "cpu":
         return True
+    # HAVE_TE is true if Megatron could import TransformerEngine.
     if not gpt_layer_specs.HAVE_TE and (version := installed_version(TRANSFORMER_ENGINE)):
         raise RecipeError(
             f"TransformerEngine {version} is installed but cannot be imported.",
@@ -53,15 +54,21 @@ def needs_local_layers() -> bool:
 def adapt_config(config: Any, training: bool = False) -> Any:
     """Makes a NeMo model config buildable on this machine, in place, and returns it.
 
-    The local layer spec has the checkpoint keys of TransformerEngine's spec, so a model of either
-    spec can load checkpoints of the other. With ``training``, the model has the layers of
-    ``training_layers``, which ModelOpt cannot prune.
+    Local layers have the same checkpoint keys as TransformerEngine's layers. So checkpoints can be
+    loaded with or without TransformerEngine.
+
+    Args:
+        config: The config, which this function changes.
+        training: Whether local layers include the faster layers of ``training_layers``. ModelOpt
+            cannot prune these.
     """
     if needs_local_layers():
         use_local_layers(config)
         if training:
             config.transformer_layer_spec = training_block_spec
-        config.use_te_activation_func = training  # the training spec has an activation module
+        # Despite its name, this setting makes Megatron use any activation module of the layer spec.
+        # Only the training spec has such a module.
+        config.use_te_activation_func = training
         config.use_cpu_initialization = device() == "cpu"
     return config
 
@@ -69,8 +76,8 @@ def adapt_config(config: Any, training: bool = False) -> Any:
 def use_local_layers(config: Any) -> None:
     """Selects Megatron's local layers, in place.
 
-    Importance scores for pruning need local layers on CUDA too: ModelOpt computes the scores by
-    hooks on the norms, which TransformerEngine fuses with linear layers.
+    Importance scores for pruning need local layers on CUDA too. ModelOpt computes the scores with
+    hooks on the norms. TransformerEngine has no separate norms: they are fused with linear layers.
     """
     config.transformer_layer_spec = local_layer_spec
     for fusion in FUSIONS:
@@ -89,8 +96,8 @@ def local_layer_spec(config: Any) -> Any:
         qk_layernorm=config.qk_layernorm,
     )
     if config.num_moe_experts:
-        # The map renames norms that TransformerEngine fuses with a linear layer. TransformerEngine
-        # does not fuse this norm with experts, so the norm keeps its own key.
+        # The map gives norms the checkpoint keys of TransformerEngine's fused layers. But
+        # TransformerEngine does not fuse this norm in MoE layers, so the norm keeps its own key.
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     spec.submodules.self_attention.submodules.core_attention = CausalAttention
     return spec
@@ -99,9 +106,9 @@ def local_layer_spec(config: Any) -> Any:
 def training_block_spec(config: Any) -> Any:
     """Returns the local layer spec with the norms and the activation of ``training_layers``.
 
-    Both are used on every device without TransformerEngine. Megatron's own norm refuses sequence
-    parallelism. Megatron's own activation saves one tensor more than TransformerEngine's. The
-    estimates of memory assume TransformerEngine's number of tensors.
+    These layers are also used on a GPU without TransformerEngine, for two reasons. Megatron's own
+    norm refuses sequence parallelism. Megatron's own activation saves one more tensor for the
+    backward pass than TransformerEngine's, which the memory estimates do not include.
     """
     from megatron.core.transformer.transformer_block import (
         TransformerBlockSubmodules,
@@ -116,15 +123,18 @@ def training_block_spec(config: Any) -> Any:
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     mlp = layer.mlp.submodules
-    (mlp.experts.submodules if config.num_moe_experts else mlp).activation_func = SwiGLU
+    if config.num_moe_experts:
+        mlp.experts.submodules.activation_func = SwiGLU
+    else:
+        mlp.activation_func = SwiGLU
     layers = [spec] * get_num_layers_to_build(config)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
 def restore_fused_attention(core: nn.Module) -> None:
-    """Restores the fused attention of a model that ModelOpt has converted, in place.
+    """Restores ``CausalAttention`` in a Megatron model that ModelOpt has converted, in place.
 
-    ModelOpt replaces fused attention by Megatron's own, which stores all heads' attention scores.
+    ModelOpt replaces it by Megatron's own attention, which stores all heads' attention scores.
     """
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
@@ -142,13 +152,14 @@ def restore_fused_attention(core: nn.Module) -> None:
 
 
 def register_rms_norm() -> None:
-    """Lets ModelOpt prune ``nn.RMSNorm``, the norm of Megatron's local layer spec."""
+    """Makes ModelOpt able to prune ``nn.RMSNorm``, the norm of Megatron's local layer spec."""
     from modelopt.torch.nas.modules.norm import _DynamicLayerNorm
     from modelopt.torch.nas.registry import DMRegistry
 
     if nn.RMSNorm in DMRegistry:
         return
 
+    # ModelOpt's class for LayerNorm also registers a bias, which RMSNorm does not have.
     class _DynamicRMSNorm(_DynamicLayerNorm):
         def _setup(self, *, num_features: Any) -> None:
             self._register_hparam("num_features", num_features)
@@ -159,7 +170,10 @@ def register_rms_norm() -> None:
 
 
 def _skip_fusion_checks(original: Any) -> Any:
-    """Accepts configs with fusions, which ``adapt_config`` disables before a model is built."""
+    """Hides two fusions from Megatron's check of a config, which refuses them.
+
+    Refusing is unnecessary, because ``adapt_config`` disables fusions before a model is built.
+    """
 
     def __post_init__(self: Any) -> None:  # noqa: N807
         fusions = ("apply_rope_fusion", "moe_permute_fusion")
@@ -172,6 +186,7 @@ def _skip_fusion_checks(original: Any) -> Any:
 
 
 def _router_logits(x: Any, weight: Any, bias: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Computes the logits of a MoE router in ``dtype``. ``bias`` may be ``None``."""
     bias = None if bias is None else bias.to(dtype)
     return nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
 
@@ -195,6 +210,7 @@ WITHOUT_TRANSFORMER_ENGINE = (
         "2ae5744ac85c",
         replace_with(FusedAdamW),
     ),
+    # With these flags, Megatron treats FusedAdamW like TransformerEngine's optimizer.
     *(
         Patch(
             target,

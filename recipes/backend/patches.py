@@ -1,4 +1,4 @@
-"""Replaces attributes of libraries, but only if they are those that the patch was written for."""
+"""Replaces attributes of libraries. A changed original is refused until its patch is reviewed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from recipes.core.errors import RecipeError
 
 MakeReplacement = Callable[[Any], Any]
-"""Receives the original and returns what replaces it."""
+"""Factory of a replacement: receives the original attribute and returns its replacement."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Patch:
     """Why the original is replaced."""
     source_hash: str
     """``fingerprint`` of the original for which the patch was written. An original with another
-    fingerprint is refused, because the patch must be reviewed. Empty omits this check, for example
-    if the original is code of this repository."""
+    fingerprint is refused, because the patch must be reviewed for it. An empty string omits this
+    check, for example if the original is code of this repository."""
     replace: MakeReplacement
 
 
@@ -58,7 +58,12 @@ def wrap(wrapper: Callable[..., Any]) -> MakeReplacement:
 
 
 def patches(prefix: str, *rows: tuple[str, str, str, MakeReplacement]) -> tuple[Patch, ...]:
-    """Returns a patch for each row. A row has the patch's fields, the target without ``prefix``."""
+    """Returns a patch for each row.
+
+    Args:
+        prefix: Start of every target, such as a module and a colon.
+        rows: The fields of each patch. The targets do not include ``prefix``.
+    """
     return tuple(
         Patch(f"{prefix}{name}", reason, source_hash, replace)
         for name, reason, source_hash, replace in rows
@@ -66,17 +71,19 @@ def patches(prefix: str, *rows: tuple[str, str, str, MakeReplacement]) -> tuple[
 
 
 def fingerprint(original: Any) -> str:
-    """Hashes the source of a function or class. For a flag, returns the name of the flag's type.
+    """Hashes the source of a function or class. For other values, returns the name of their type.
 
-    Functions in C have no source. For them this hashes the signature, which PyTorch states in the
-    first line of the docstring. A signature has the addresses of default values; they are removed.
+    Functions in C have no source. Their signature is hashed instead, which PyTorch states in the
+    first line of the docstring. It may contain memory addresses of default values. They differ
+    between processes, so they are removed.
     """
     if not callable(original):
         return type(original).__name__
     try:
         text = inspect.getsource(original)
     except (TypeError, OSError):
-        text = (original.__doc__ or "").strip().partition("\n")[0] or repr(type(original))
+        first_line = (original.__doc__ or "").strip().partition("\n")[0]
+        text = first_line or repr(type(original))
         text = re.sub(r" object at 0x[0-9a-f]+", "", text)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -114,8 +121,8 @@ def applied(patches: Iterable[Patch]) -> Iterator[None]:
 def apply_to(instance: object, *patches: Patch) -> None:
     """Applies patches to methods of one object. Other objects of its class keep the originals.
 
-    ``Patch.replace`` receives the class's function and returns a function with the same arguments,
-    the object first.
+    ``Patch.replace`` receives the function in the class. It returns a function with the same
+    arguments, including ``self``.
 
     Raises:
         RecipeError: As ``apply`` does, or the object's class overrides the target.
@@ -123,12 +130,16 @@ def apply_to(instance: object, *patches: Patch) -> None:
     for patch in patches:
         _, name, original = _find(patch)
         if getattr(type(instance), name) is not original:
-            raise _changed(patch, f"is overridden by {type(instance).__name__}")
+            raise _target_error(patch, f"is overridden by {type(instance).__name__}")
         setattr(instance, name, MethodType(patch.replace(original), instance))
 
 
 def _find(patch: Patch) -> tuple[Any, str, Any]:
-    """Returns the module or class with the target, the attribute's name, and the original."""
+    """Returns the module or class with the target, the attribute's name, and the original.
+
+    Raises:
+        RecipeError: The target does not exist or has another fingerprint than ``source_hash``.
+    """
     module, _, path = patch.target.partition(":")
     *parents, name = path.split(".")
     holder: Any = importlib.import_module(module)
@@ -137,15 +148,17 @@ def _find(patch: Patch) -> tuple[Any, str, Any]:
             holder = getattr(holder, parent)
         original = getattr(holder, name)
     except AttributeError as error:
-        raise _changed(patch, "does not exist") from error
+        raise _target_error(patch, "does not exist") from error
     if patch.source_hash and (current := fingerprint(original)) != patch.source_hash:
-        raise _changed(patch, f"has the fingerprint {current}, not {patch.source_hash}")
+        raise _target_error(patch, f"has the fingerprint {current}, not {patch.source_hash}")
     return holder, name, original
 
 
-def _changed(patch: Patch, what: str) -> RecipeError:
+def _target_error(patch: Patch, problem: str) -> RecipeError:
+    """Returns an error whose text starts with the target and the problem."""
     return RecipeError(
-        f"{patch.target} {what} in the installed version. It is patched because: {patch.reason}.",
+        f"{patch.target} {problem} in the installed version. "
+        f"It is patched because: {patch.reason}.",
         "install the locked versions (make install), or review the patch in recipes/backend or "
         "recipes/rehearsal and write the new fingerprint there",
     )

@@ -1,9 +1,10 @@
 """Layers that replace Megatron's slow local layers in models without TransformerEngine.
 
-PyTorch composes RMSNorm and SwiGLU of many small operations, each of which saves its input for the
-backward pass. Megatron's local norm refuses sequence parallelism. The functions of this module save
-as few tensors as possible. Results have the dtype of the activations. Values and gradients equal
-those of the replaced layers up to the rounding of that dtype.
+PyTorch composes RMSNorm and SwiGLU of many small operations. Each of them saves its input for the
+backward pass. The functions of this module save as few tensors as possible. Megatron's local norm
+refuses sequence parallelism; the norm of this module supports it. Results have the dtype of the
+activations. Values and gradients equal those of the replaced layers up to the rounding of that
+dtype.
 """
 
 from __future__ import annotations
@@ -22,49 +23,50 @@ from recipes.core.compiled import compilable
 from recipes.core.precision import float32_matmul_of
 
 LONGEST_BLOCKWISE = 1024
-"""Longest sequence, in tokens, for which ``attend_in_blocks`` has a blockwise backward pass. This
-pass stores a block's scores, which grow with the sequence; PyTorch's kernel stores no scores."""
+"""Longest sequence, in tokens, for which ``attend_in_blocks`` has a blockwise backward pass. The
+blockwise pass stores the scores of one block, which need memory in proportion to the sequence
+length. PyTorch's kernel stores no scores."""
 BLOCKWISE_BACKWARD = False
 """Whether attention uses ``attend_in_blocks``. A patch of ``cpu_speed`` sets this flag."""
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Computes x / rms(x) * weight in float32; saves the input and one number per token."""
+    """Computes x / rms(x) * weight in float32. Saves x, the weight and one number per token."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
-        normed, inverse = _normalise(x, weight, eps)
-        ctx.save_for_backward(x, weight, inverse)
+        normed, inverse_rms = _normalize(x, weight, eps)
+        ctx.save_for_backward(x, weight, inverse_rms)
         return normed
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        x, weight, inverse = ctx.saved_tensors
-        return *_normalise_backward(x, weight, inverse, grads[0]), None
+        x, weight, inverse_rms = ctx.saved_tensors
+        return *_normalize_backward(x, weight, inverse_rms, grads[0]), None
 
 
 @compilable
-def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns the normalised input and 1 / rms(x). In-place operations change new tensors only."""
+def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Returns x / rms(x) * weight, and 1 / rms(x). In-place operations change new tensors only."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (x * inverse).mul_(weight).to(x.dtype), inverse
+    inverse_rms = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * inverse_rms).mul_(weight).to(x.dtype), inverse_rms
 
 
 @compilable
-def _normalise_backward(
-    x: Tensor, weight: Tensor, inverse: Tensor, grad: Tensor
+def _normalize_backward(
+    x: Tensor, weight: Tensor, inverse_rms: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of x and weight.
 
     With n = x / rms(x) and g = grad * weight, the gradient of x is (g - n * mean(g * n)) / rms(x),
     since rms depends on every channel. In-place operations change new tensors only, not arguments.
     """
-    normed = x * inverse
+    normed = x * inverse_rms
     weight_grad = (grad * normed).flatten(0, -2).sum(dim=0).to(weight.dtype)
-    scaled = grad * weight.float()
-    mean = (scaled * normed).mean(dim=-1, keepdim=True)
-    return scaled.sub_(normed.mul_(mean)).mul_(inverse).to(x.dtype), weight_grad
+    scaled_grad = grad * weight.float()
+    mean = (scaled_grad * normed).mean(dim=-1, keepdim=True)
+    return scaled_grad.sub_(normed.mul_(mean)).mul_(inverse_rms).to(x.dtype), weight_grad
 
 
 class RMSNorm(nn.Module):
@@ -79,33 +81,33 @@ class RMSNorm(nn.Module):
         self._eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises the last dimension."""
+        """Normalizes the last dimension."""
         normed: Tensor = _RMSNorm.apply(x, self.weight, self._eps)
         return normed
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Computes silu(gate) * up, where x is gate and up, concatenated. Saves only x."""
+    """Computes silu(gate) * up. x is the concatenation of gate and up. Saves only x."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x)
-        return _gate(x)
+        return _apply_gate(x)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        return _gate_backward(x, grads[0])
+        return _apply_gate_backward(x, grads[0])
 
 
 @compilable
-def _gate(x: Tensor) -> Tensor:
+def _apply_gate(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return nn.functional.silu(gate).mul_(up)
 
 
 @compilable
-def _gate_backward(x: Tensor, grad: Tensor) -> Tensor:
+def _apply_gate_backward(x: Tensor, grad: Tensor) -> Tensor:
     """Returns the gradient of x: silu'(gate) * up * grad for gate, and silu(gate) * grad for up."""
     gate, up = x.chunk(2, dim=-1)
     gate_grad = torch.ops.aten.silu_backward(grad * up, gate)
@@ -134,7 +136,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         [sequence, batch, heads * channels].
     """
     context = nn.functional.scaled_dot_product_attention(
-        *(t.permute(1, 2, 0, 3) for t in (query, key, value)),
+        # PyTorch's layout is [batch, heads, sequence, channels].
+        *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
         is_causal=True,
         scale=scale,
         enable_gqa=query.shape[2] != key.shape[2],
@@ -145,10 +148,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 class _BlockwiseAttention(torch.autograd.Function):
     """PyTorch's fused attention, with a backward pass over blocks of queries.
 
-    Scores and softmax are in float32, other matrix multiplications in the type of the inputs. The
-    heads of a query group are rows of one matrix, so keys and values are never repeated. A block of
-    queries is multiplied only with the keys up to the block's last position, so few of the masked
-    scores are computed.
+    Scores and softmax are in float32, other matrix multiplications in the dtype of the inputs. The
+    queries of all heads in a query group are rows of one matrix, so keys and values are never
+    repeated. A block of queries is multiplied only with the keys up to the block's last position.
+    So few of the scores that the causal mask discards are computed.
     """
 
     @staticmethod
@@ -156,8 +159,8 @@ class _BlockwiseAttention(torch.autograd.Function):
         ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
         context = attend(query, key, value, scale)
-        # ``value`` is a view of the projection's output. To save the view would keep all of the
-        # output in memory, so this saves a copy.
+        # ``value`` is a view of the output of the fused projection to query, key and value. A saved
+        # view would keep the whole output in memory, so a copy is saved.
         ctx.save_for_backward(query, key, value.contiguous(), context)
         ctx.scale = scale
         return context
@@ -181,7 +184,7 @@ def _attention_backward(
     new tensors only, not arguments.
     """
     length, batch, groups, size = key.shape
-    k, v = (_groups_first(t) for t in (key, value))
+    k, v = _groups_first(key), _groups_first(value)
     k_float32 = k.float()
     key_grad, value_grad = torch.zeros_like(k_float32), torch.zeros_like(k_float32)
     query_grads = []
@@ -192,63 +195,73 @@ def _attention_backward(
         q, shape = _rows_of_groups(query[start:stop], groups)
         block_grad, _ = _rows_of_groups(grad_heads[start:stop], groups)
         row_sum, _ = _rows_of_groups(row_sums[start:stop], groups)
-        # P is recomputed, because saved probabilities of all layers would take most of the memory.
+        # These are the block's rows of P. They are recomputed, because saved probabilities of all
+        # layers would take most of the memory.
         probabilities = _probabilities(q, k_float32[:, :stop], start, scale)
         value_grad[:, :stop] += torch.bmm(probabilities.transpose(1, 2), block_grad)
         row_sum = row_sum.to(grad.dtype).expand(-1, -1, stop)
-        # This is dP - rowsum(dO * O). The multiplication by P makes it dS.
+        # baddbmm returns dP - rowsum(dO * O). The multiplication by P makes it dS.
         score_grads = torch.baddbmm(row_sum, block_grad, v[:, :stop].transpose(1, 2), beta=-1)
         score_grads.mul_(probabilities)
         query_grads.append(_tokens_first(torch.bmm(score_grads, k[:, :stop]), shape))
         key_grad[:, :stop] += torch.bmm(score_grads.transpose(1, 2), q)
+    # Reverses _groups_first: [b * groups, s, d] becomes [s, b, groups, d].
     key_grad, value_grad = (
-        t.to(k.dtype).view(batch, groups, length, size).permute(2, 0, 1, 3)
-        for t in (key_grad.mul_(scale), value_grad)
+        grad_sum.to(k.dtype).view(batch, groups, length, size).permute(2, 0, 1, 3)
+        for grad_sum in (key_grad.mul_(scale), value_grad)
     )
     return torch.cat(query_grads).mul_(scale).view(query.shape), key_grad, value_grad
 
 
 def _probabilities(q: Tensor, k: Tensor, start: int, scale: float) -> Tensor:
-    """Returns the softmax of the scores between a block's rows and the keys up to the block's end.
+    """Returns the attention probabilities of a block of queries.
 
     Args:
-        q: [batch * groups, rows, channels].
-        k: [batch * groups, keys, channels], in float32.
+        q: The block's queries, [batch * groups, rows, channels]. A row is one query of one head.
+        k: The keys up to the block's end, [batch * groups, keys, channels], in float32.
         start: Position of the block's first query. Keys from this position on need the causal mask.
-        scale: Factor of the scores.
+        scale: Factor of the scores before the softmax.
 
     Returns:
-        [batch * groups, rows, keys], in the type of ``q``.
+        [batch * groups, rows, keys], in the dtype of ``q``.
     """
     scores = torch.bmm(q.float() * scale, k.transpose(1, 2))
-    block = k.shape[1] - start
-    future = torch.full((block, block), float("-inf")).triu_(1)
-    # Rows are ordered by head, so every ``block`` consecutive rows are one head's queries in order.
-    scores.unflatten(1, (-1, block))[..., start:].add_(future)  # a view, so this changes scores
+    block_size = k.shape[1] - start
+    causal_mask = torch.full((block_size, block_size), float("-inf")).triu_(1)
+    # Rows are ordered by head: ``block_size`` consecutive rows are one head's queries in order.
+    scores_by_head = scores.unflatten(1, (-1, block_size))  # a view
+    scores_by_head[..., start:].add_(causal_mask)
     return torch.softmax(scores, dim=-1).to(q.dtype)
 
 
 def _groups_first(x: Tensor) -> Tensor:
-    """Returns [s, b, groups, d] as [b * groups, s, d]."""
+    """Changes the shape [s, b, groups, d] to [b * groups, s, d]."""
     return x.permute(1, 2, 0, 3).flatten(0, 1).contiguous()
 
 
 def _rows_of_groups(x: Tensor, groups: int) -> tuple[Tensor, tuple[int, ...]]:
-    """Returns [s, b, heads, d] as [b * groups, heads / groups * s, d], and the shape in between.
+    """Changes the shape [s, b, heads, d] to [b * groups, heads / groups * s, d].
 
-    ``_tokens_first`` needs this shape, [b, groups, heads / groups, s, d].
+    Returns:
+        The tensor, and the shape [b, groups, heads / groups, s, d], which ``_tokens_first`` needs.
     """
     split = x.unflatten(2, (groups, -1)).permute(1, 2, 3, 0, 4)
     return split.flatten(2, 3).flatten(0, 1), split.shape
 
 
 def _tokens_first(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Returns [b * groups, heads / groups * s, d] as [s, b, heads * d]."""
+    """Changes the shape [b * groups, heads / groups * s, d] to [s, b, heads * d].
+
+    ``shape`` is the shape that ``_rows_of_groups`` returned.
+    """
     return x.view(shape).permute(3, 0, 1, 2, 4).flatten(2)
 
 
 def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Computes ``attend``. Up to ``LONGEST_BLOCKWISE`` tokens, the backward pass is blockwise."""
+    """Computes the same as ``attend``, with a blockwise backward pass for short sequences.
+
+    Sequences of more than ``LONGEST_BLOCKWISE`` tokens have the backward pass of ``attend``.
+    """
     if len(query) > LONGEST_BLOCKWISE:
         return attend(query, key, value, scale)
     context: Tensor = _BlockwiseAttention.apply(query, key, value, scale)
@@ -258,8 +271,8 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
 class CausalAttention(DotProductAttention):  # type: ignore[misc]
     """Causal attention over whole, unpadded sequences.
 
-    Megatron's own ``forward`` stores every score of every head, and is not called. The base class
-    is ``DotProductAttention`` only because ModelOpt recognises subclasses of it.
+    The base class is ``DotProductAttention`` only because ModelOpt recognizes its subclasses. Its
+    ``forward``, which stores every score of every head, is not called.
     """
 
     def forward(
@@ -271,6 +284,6 @@ class CausalAttention(DotProductAttention):  # type: ignore[misc]
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """Returns what ``attend`` returns; ``attention_mask`` is not read."""
+        """Computes the same as ``attend``. ``attention_mask`` and other arguments are not read."""
         attention = attend_in_blocks if BLOCKWISE_BACKWARD else attend
         return attention(query, key, value, self.softmax_scale)

@@ -1,7 +1,7 @@
 """Patches that let Megatron-Core, NeMo and ModelOpt run without CUDA.
 
-``enable()`` applies the patches that this machine needs. If it has no CUDA, these are the patches
-of this module. If it has no TransformerEngine, the patches of ``local_layers`` are added. Patches
+``enable()`` applies the patches that this machine needs. A machine without CUDA needs the patches
+of this module. A machine without TransformerEngine needs the patches of ``local_layers``. Patches
 that only make a CPU faster are in ``cpu_speed``.
 """
 
@@ -20,10 +20,14 @@ from recipes.backend.patches import Patch, applied, apply, constant, patches, re
 
 CPU = torch.device("cpu")
 _enabled: set[str] = set()
+"""Keys of ``REQUIRED`` whose patches have been applied in this process."""
 
 
 def enable(*groups: str) -> None:
-    """Applies the patches of ``groups``, all of them by default, for the rest of this process.
+    """Applies the patches that this machine needs, once, for the rest of this process.
+
+    Args:
+        groups: Keys of ``REQUIRED``; by default all of them.
 
     Raises:
         RecipeError: An installed library is not the one that the patches were written for.
@@ -40,17 +44,17 @@ def enable(*groups: str) -> None:
 
 
 def limit_other_threads() -> None:
-    """Lets this thread compute on all cores, and every later thread on one.
+    """Lets this thread compute on all cores, and every thread that starts later on one core.
 
     gloo's threads copy the tensors that they send. If each of these threads had OpenMP helpers,
     there would be more threads than cores. OpenMP would then put all threads to sleep between
     operations, and a step of distillation would take a quarter longer.
 
-    The setting ``cpu_speed_patches`` does not disable this limit, because the limit changes no
-    result, and PyTorch could not undo it for threads that have started.
+    The setting ``cpu_speed_patches`` does not disable this limit. The limit does not change
+    results, and PyTorch cannot change the number of OpenMP threads of a thread that has started.
     """
-    # The first call makes PyTorch fix how many OpenMP threads this thread uses. The call in another
-    # thread then only sets the number for later threads.
+    # get_num_threads() makes PyTorch fix how many OpenMP threads this thread uses. Therefore
+    # set_num_threads(1) in another thread affects only that thread and later ones.
     torch.get_num_threads()
     setter = threading.Thread(target=torch.set_num_threads, args=(1,))
     setter.start()
@@ -58,12 +62,15 @@ def limit_other_threads() -> None:
 
 
 def _stay(self: Any, *args: object, **kwargs: object) -> Any:
-    """Replaces ``cuda()`` of tensors and modules, which stay on the CPU."""
+    """Replaces ``cuda()`` of tensors and modules: returns them unchanged, on the CPU."""
     return self
 
 
 def _create_on_cpu(factory: Any) -> Any:
-    """Redirects ``device="cuda"`` to the CPU and drops ``pin_memory``, which needs a driver."""
+    """Wraps a function that creates tensors: ``device="cuda"`` becomes the CPU.
+
+    Drops ``pin_memory``, because pinned memory needs the CUDA driver.
+    """
 
     def create(*args: Any, **kwargs: Any) -> Any:
         if str(kwargs.get("device", "")).startswith("cuda"):
@@ -91,8 +98,9 @@ def _move_to_cpu(original: Any) -> Any:
 def _gather_scalar(original: Any) -> Any:
     """Reshapes a 0-dimensional input to one dimension, as NCCL does and gloo does not."""
 
-    # Megatron imports this function as dist_all_gather_func, which cpu_speed patches, too. The
-    # fingerprint in cpu_speed is that of the original, whose source inspect finds through wraps().
+    # Megatron imports this function as dist_all_gather_func, and cpu_speed patches that name, too.
+    # The source hash in cpu_speed is that of the original function. With functools.wraps, inspect
+    # returns the original's source, so the check in cpu_speed passes.
     @functools.wraps(original)
     def all_gather_into_tensor(output: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         return original(output, tensor.reshape(1) if tensor.dim() == 0 else tensor, *args, **kwargs)
@@ -101,7 +109,7 @@ def _gather_scalar(original: Any) -> Any:
 
 
 def _seed_all(original: Any) -> Any:
-    """Also seeds Megatron's generators, which NeMo does only if it finds a GPU."""
+    """Seeds Megatron's generators, too, which NeMo seeds only if there is a GPU."""
 
     def _set_random_seed(seed: int, *args: Any, **kwargs: Any) -> None:
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -113,7 +121,7 @@ def _seed_all(original: Any) -> Any:
 
 
 def _name_cuda_types(original: Any) -> Any:
-    """Gives tensor types their CUDA names while the original, which compares names, runs."""
+    """Makes ``Tensor.type()`` return CUDA names during the original, which compares these names."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         with applied([CUDA_NAMES]):
@@ -126,6 +134,7 @@ CUDA_NAMES = Patch(
     "torch:Tensor.type",
     "Megatron compares the names of types",
     "49d1168ec63d",
+    # For example, "torch.FloatTensor" becomes "torch.cuda.FloatTensor".
     wrap(lambda original, tensor: original(tensor).replace("torch.", "torch.cuda.", 1)),
 )
 
@@ -186,7 +195,7 @@ REQUIRED: dict[str, tuple[Patch, ...]] = {
         "megatron.core.",
         (
             "tensor_parallel.random:_get_cuda_rng_state",
-            "the tracker reads a device generator",
+            "CudaRNGStatesTracker reads a GPU's generator",
             "aa26caaa069c",
             replace_with(
                 lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
@@ -194,7 +203,7 @@ REQUIRED: dict[str, tuple[Patch, ...]] = {
         ),
         (
             "tensor_parallel.random:_set_cuda_rng_state",
-            "the tracker writes a device generator",
+            "CudaRNGStatesTracker sets a GPU's generator",
             "b179c9d95438",
             replace_with(
                 lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
@@ -230,5 +239,5 @@ REQUIRED: dict[str, tuple[Patch, ...]] = {
     ),
     "layers": WITHOUT_TRANSFORMER_ENGINE,
 }
-"""Groups of patches. ``layers`` is for machines without TransformerEngine, the other groups are for
-machines without CUDA."""
+"""Patches by group. A machine without TransformerEngine needs the group ``layers``. A machine
+without CUDA needs all other groups."""

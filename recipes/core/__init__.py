@@ -1,1 +1,1 @@
-"""Errors, files, manifests and fingerprints; the process that runs a stage."""
+"""Code that all stages share: settings, errors, files, manifests, fingerprints and processes."""

@@ -1,7 +1,7 @@
 """Optional torch.compile for elementwise kernels.
 
-Eager PyTorch reads and writes all data of RMSNorm or of a loss once per operation. Inductor
-compiles such a function into one kernel: C++ on a CPU, Triton on a GPU.
+In eager PyTorch, each elementwise operation of RMSNorm or of a loss reads and writes all data.
+Inductor compiles all operations of such a function into one kernel: C++ on a CPU, Triton on a GPU.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ VECTOR_BITS = {"AVX2": 256, "AVX512": 512}
 P = ParamSpec("P")
 R = TypeVar("R")
 _enabled = False
+"""Whether ``compilable`` functions run compiled. ``compilation`` sets this."""
 
 
 def missing_compiler() -> tuple[str, str] | None:
-    """Returns what CPU compilation lacks, and how to install it; ``None`` if nothing is missing."""
+    """Returns the program or header that compiling for a CPU lacks, and how to install it.
+
+    Returns ``None`` if nothing is missing.
+    """
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         return compiler, "on Debian or Ubuntu, apt-get install g++"
@@ -34,7 +38,10 @@ def missing_compiler() -> tuple[str, str] | None:
 
 @contextmanager
 def compilation(enabled: bool = True) -> Iterator[None]:
-    """Sets whether ``compilable`` functions that are called in the block run compiled."""
+    """Sets whether ``compilable`` functions run compiled in the ``with`` block.
+
+    Of nested blocks, the innermost decides.
+    """
     global _enabled
     previous, _enabled = _enabled, enabled
     try:
@@ -49,13 +56,13 @@ def compilable(function: Callable[P, R]) -> Callable[P, R]:
     The function must have no side effects, except that it may write into its arguments.
     """
 
-    @functools.cache
-    def compiled() -> Callable[..., R]:
+    @functools.cache  # calls torch.compile once, when the function first runs compiled
+    def compiled_function() -> Callable[..., R]:
         import torch
 
-        # The key of Inductor's cache lacks the instruction set (PyTorch 2.13). C++ code that was
-        # generated for AVX512 reads past its data when it is built for AVX2: losses are wrong, and
-        # no error is raised. A vector width that is set explicitly is part of the key.
+        # Inductor's on-disk cache (PyTorch 2.13) does not distinguish instruction sets. C++ code
+        # that was generated for AVX512 reads past its data when it is built for AVX2: losses are
+        # wrong, and no error is raised. An explicit vector width becomes part of the cache key.
         width = VECTOR_BITS.get(torch.backends.cpu.get_cpu_capability())
         options: dict[str, Any] = {"cpp.simdlen": width}
         kernel: Callable[..., R] = torch.compile(function, fullgraph=True, options=options)
@@ -71,6 +78,6 @@ def compilable(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        return compiled()(*args, **kwargs) if _enabled else function(*args, **kwargs)
+        return compiled_function()(*args, **kwargs) if _enabled else function(*args, **kwargs)
 
     return run

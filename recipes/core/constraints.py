@@ -1,6 +1,7 @@
 """Types of settings with constraints, such as ``max_steps: Count`` or ``lr: Positive``.
 
-OmegaConf converts a value to the type. Before anything starts, pydantic checks the constraint.
+OmegaConf converts a value to the type. The plan then checks all constraints with pydantic, before
+any stage starts.
 """
 
 from __future__ import annotations
@@ -21,24 +22,24 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 INT32 = 2**31 - 1
-"""Largest 32-bit integer, the limit of many kernels and file formats."""
+"""Largest signed 32-bit integer, the limit of many kernels and file formats."""
 REQUIREMENT = "requirement"
 """pydantic's error type for a value that a ``Requirement`` does not accept."""
 
 
 def integer(least: int, most: int = INT32) -> Any:
-    """Declares an integer from ``least`` to ``most``."""
+    """Returns the constraint of an integer from ``least`` to ``most``, both included."""
     return Field(ge=least, le=most)
 
 
 def between(least: float, most: float) -> Any:
-    """Declares a number from ``least`` to ``most``."""
+    """Returns the constraint of a number from ``least`` to ``most``, both included."""
     return Field(ge=least, le=most, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """Accepts the values that pass a test."""
+    """A constraint that accepts the values for which ``test`` returns true."""
 
     test: Callable[[Any], bool]
     description: str
@@ -51,22 +52,27 @@ class Requirement:
         if not self.test(value):
             suggestion = did_you_mean(value, self.names) if self.names else ""
             message = f"must be {self.description}{suggestion}"
+            # ``_message`` reads ``must`` from the error's context.
             raise PydanticCustomError(REQUIREMENT, "{must}", {"must": message})
         return value
 
 
 def one_of(*names: str) -> AfterValidator:
-    """Declares a string that must equal one of the names."""
+    """Returns the constraint of a string that must equal one of the names."""
     return AfterValidator(Requirement(names.__contains__, f"one of: {', '.join(names)}.", names))
 
 
 def matching(pattern: str, description: str) -> AfterValidator:
-    """Declares a string that matches a regular expression. Errors show only the description."""
+    """Returns the constraint of a string that must match a regular expression as a whole.
+
+    Errors show the description, not the pattern.
+    """
     regex = re.compile(pattern)
     return AfterValidator(Requirement(lambda text: bool(regex.fullmatch(text)), description))
 
 
 def _is_size(value: float) -> bool:
+    """Returns whether a number is a valid ``Size``: a float below 1, or an integer from 1."""
     return 0 < value < 1 if isinstance(value, float) else 1 <= value <= INT32
 
 
@@ -74,22 +80,22 @@ Count = Annotated[int, integer(1)]
 CountOrZero = Annotated[int, integer(0)]
 Tokens = Annotated[int, integer(1, 10**15)]
 Seed = Annotated[int, integer(0, 2**32 - 1)]
-"""The limit is NumPy's, which is the lowest of all libraries that take a seed."""
+"""The upper limit is that of NumPy. The other libraries that take a seed accept larger ones."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 MAX_WEIGHT = 1e6
-"""Largest weight in a blend. Sums of larger weights could exceed the range of floats."""
+"""Largest weight in a blend. Without a limit, a sum of weights near 1e308 would be infinite."""
 BlendWeight = Annotated[float, Field(gt=0, le=MAX_WEIGHT, allow_inf_nan=False)]
 PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, between(1e-6, 1 - 1e-6)]
-"""More than 0 and less than 1."""
+"""A number between 0 and 1, at least 1e-6 away from both."""
 Size = Annotated[
     int | float,
     AfterValidator(
         Requirement(_is_size, "an integer, 1 or more, or a fraction below 1, such as 0.75")
     ),
 ]
-"""A size of a pruned model, such as its width: the size itself (an integer), or a fraction of the
-teacher's size."""
+"""A size of a pruned model, such as its width. An integer is the size itself. A float is a fraction
+of the teacher's size."""
 Rate = Annotated[float, between(1e6, 1e24)]
 """FLOPs or bytes per second."""
 Bytes = Annotated[float, Field(ge=1e6)]
@@ -115,7 +121,7 @@ MESSAGES = {
     "dict_type": "must be a mapping, such as {{a: 1}}",
     REQUIREMENT: "{must}",
 }
-"""Messages by pydantic's error types, with the fields of the error's context in braces."""
+"""Error message for each of pydantic's error types. Braces contain keys of the error's ``ctx``."""
 
 
 @cache
@@ -124,7 +130,12 @@ def _adapter(declared: type[DataclassInstance]) -> TypeAdapter[Any]:
 
 
 def violations(settings: DataclassInstance, where: str = "") -> Iterator[str]:
-    """Yields a message for each invalid field; ``where`` is the settings' path in the config."""
+    """Yields an error message for each invalid field.
+
+    Args:
+        settings: The settings to check.
+        where: Path of the settings in the config, such as ``stages.distill``.
+    """
     try:
         _adapter(type(settings)).validate_python(asdict(settings))
     except ValidationError as error:
@@ -132,9 +143,12 @@ def violations(settings: DataclassInstance, where: str = "") -> Iterator[str]:
 
 
 def _message(details: ErrorDetails, where: str) -> str:
-    name = where + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in details["loc"])
+    """Returns an error message such as "invalid stages.distill.lr=-1: must be greater than 0"."""
+    name = where
+    for key in details["loc"]:  # path of the value in the settings: field names and list indices
+        name += f"[{key}]" if isinstance(key, int) else f".{key}"
     context = details.get("ctx", {})
     values = {k: f"{v:g}" if isinstance(v, float) else v for k, v in context.items()}
-    message = MESSAGES.get(details["type"])
-    must = message.format(**values) if message else details["msg"]
+    template = MESSAGES.get(details["type"])
+    must = template.format(**values) if template else details["msg"]
     return f"invalid {name.strip('.')}={details['input']}: {must}"

@@ -11,7 +11,7 @@ class RecipeError(Exception):
 
     Args:
         what: What is wrong.
-        fix: How to fix it; empty only if ``what`` already says so.
+        fix: How to fix it; empty only if ``what`` already contains the fix.
     """
 
     def __init__(self, what: str, fix: str) -> None:
@@ -24,18 +24,21 @@ class RecipeError(Exception):
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """Returns ``" Did you mean 'x'?"``, or an empty string if no choice is similar."""
-    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    return f" Did you mean '{near[0]}'?" if near else ""
+    """Returns ``" Did you mean 'x'?"`` for the choice that is most similar to ``word``.
+
+    Returns an empty string if no choice is similar.
+    """
+    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
 def require_known(name: str, known: Iterable[str], what: str) -> None:
-    """Checks that a name is known.
+    """Raises an error if a name is not one of the known names.
 
     Args:
-        name: The name.
-        known: All names.
-        what: Error message for an unknown name, without a full stop.
+        name: The name to check.
+        known: All valid names.
+        what: Error message for an unknown name, without a period at its end.
 
     Raises:
         RecipeError: The name is unknown; the message suggests the most similar known name.

@@ -31,16 +31,16 @@ STORAGE_FIXES = {
     errno.ENAMETOOLONG: "use a shorter name",
     errno.EIO: "check the disk; the kernel's log (dmesg) says more",
 }
-"""How to fix a disk error of a path, by ``errno``."""
+"""How to fix a disk error, by ``errno``. "It" is the path that the error message names."""
 UNREADABLE_FIX = "make it readable for you, and its folders"
 """Fix of ``EACCES`` if reading was refused. ``STORAGE_FIXES`` has the fix for a refused write."""
 PARTIAL = ".*.partial"
-"""Pattern of the partial files that ``write_text_atomically`` writes."""
+"""Glob pattern of the temporary files that ``write_text_atomically`` renames when complete."""
 JSON_FIX = "it was truncated or edited: write it or download it again"
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Writes a file so that readers see the old content or all of the new content."""
+    """Writes a file so that readers see either the old content or all of the new content."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -53,7 +53,7 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's content, or the names of the files in a folder, are on the disk."""
+    """Waits until a file's content is on the disk; for a folder, until its file names are."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,7 +65,7 @@ def sync(path: Path) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes partial files that killed processes left. No process may be writing to the folder."""
+    """Removes partial files of killed processes. No process may be writing to the folder."""
     for partial in folder.glob(PARTIAL):
         partial.unlink(missing_ok=True)
 
@@ -73,13 +73,14 @@ def remove_partial(folder: Path) -> None:
 def storage_problem(error: BaseException | None, folder: Path) -> RecipeError | None:
     """Explains an error that the disk of a folder caused; returns ``None`` for other errors.
 
-    Libraries often hide that the disk is full, so free space is checked as well.
+    Libraries often hide that the disk is full. So if neither the error nor its causes have an
+    ``errno`` of ``STORAGE_FIXES``, the free space decides.
 
     Args:
         error: The error, or ``None`` to check only free space.
         folder: The folder that was written to.
     """
-    while error is not None:
+    while error is not None:  # checks the error, then the errors that caused it
         if (code := _errno(error)) in STORAGE_FIXES:
             path = (error.filename if isinstance(error, OSError) else None) or folder
             return _storage_error(path, code)
@@ -94,7 +95,11 @@ def storage_problem(error: BaseException | None, folder: Path) -> RecipeError | 
 
 
 def _errno(error: BaseException) -> int:
-    """Returns an error's ``errno`` or 0. Errors of Rust and NumPy have it only in their message."""
+    """Returns an error's ``errno``; 0 if it has none.
+
+    Rust libraries such as safetensors state the number in the message: "(os error 28)". NumPy's
+    message for a full disk has no number.
+    """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     if match := re.search(r"\(os error (\d+)\)", str(error)):
@@ -108,7 +113,7 @@ def _storage_error(path: str | Path, code: int) -> RecipeError:
 
 
 def _is_unreadable(path: str | Path) -> bool:
-    """Returns whether a file cannot be read. If it is new or cannot be seen, checks its folder."""
+    """Returns whether a file cannot be read. If it does not seem to exist, checks its folder."""
     existing = path if os.path.exists(path) else Path(path).parent
     return not os.access(existing, os.R_OK, effective_ids=True)
 
@@ -125,19 +130,25 @@ def explain_storage_errors(folder: Path) -> Iterator[None]:
 
 
 def json_text(value: Any, non_finite: Callable[[float], str | None] = str, **options: Any) -> str:
-    """Returns JSON, which lacks NaN and infinity: ``non_finite`` returns their replacement.
+    """Returns a value as JSON. JSON has no NaN and no infinity, so these are replaced.
 
-    The default replaces them by strings such as "nan", which pydantic reads as numbers.
+    Args:
+        value: The value, which may contain dicts, lists and tuples.
+        non_finite: Returns the replacement of a NaN or infinity. By default these become strings
+            such as "nan", which pydantic reads as numbers.
+        options: Further arguments of ``json.dumps``.
     """
 
-    def plain(item: Any) -> Any:
+    def without_non_finite(item: Any) -> Any:
         if isinstance(item, float) and not math.isfinite(item):
             return non_finite(item)
         if isinstance(item, dict):
-            return {key: plain(entry) for key, entry in item.items()}
-        return [plain(entry) for entry in item] if isinstance(item, list | tuple) else item
+            return {key: without_non_finite(entry) for key, entry in item.items()}
+        if isinstance(item, list | tuple):
+            return [without_non_finite(entry) for entry in item]
+        return item
 
-    return json.dumps(plain(value), **options)
+    return json.dumps(without_non_finite(value), **options)
 
 
 def write_json(path: Path, value: object, indent: int = 1) -> None:
@@ -146,7 +157,7 @@ def write_json(path: Path, value: object, indent: int = 1) -> None:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Makes a hard link to a file, or a copy if a link is impossible, as between file systems."""
+    """Makes a hard link to a file, or a copy if that fails, for example across file systems."""
     try:
         os.link(source, target)
     except OSError:
@@ -160,9 +171,10 @@ def sha256_of(path: Path) -> str:
 
 
 def sha256_of_each(paths: Sequence[Path]) -> list[str]:
-    """Returns the SHA-256 of each file. Threads share the work, since hashing releases the GIL.
+    """Returns the SHA-256 of each file, in the order of ``paths``.
 
-    A file to which several symbolic links point is read once: splits may link to one token file.
+    Threads hash in parallel, because hashing releases the GIL. A file to which several symbolic
+    links point is read once: the splits of a dataset may link to one token file.
     """
     files = [path.resolve() for path in paths]
     unique = list(dict.fromkeys(files))
@@ -172,9 +184,10 @@ def sha256_of_each(paths: Sequence[Path]) -> list[str]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Returns the bytes of a folder's files; hard links to one file count once.
+    """Returns the total size in bytes of all files below a folder.
 
-    Files that another process deletes meanwhile do not count.
+    Several hard links to one file count once. Files that another process deletes during the call
+    do not count.
     """
     sizes = {}
     for path, _, names in os.walk(folder):
@@ -186,7 +199,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def digest_files(files: Iterable[Path]) -> str:
-    """Returns one SHA-256 of the names and contents of several files, whatever their order."""
+    """Returns one SHA-256 of the names and contents of files. Their order does not matter."""
     paths = list(files)
     total = hashlib.sha256()
     # Sorts by name, then by content: files in different folders may have the same name.

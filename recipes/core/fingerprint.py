@@ -1,8 +1,12 @@
 """Fingerprint of a stage: one SHA-256 of everything that its result depends on.
 
-It covers the settings except resources, the fingerprints of the inputs, files from outside the
-run, ``versions.result_versions``, and the code of the worker and the stage, with all modules of
-this repository that the two import.
+The fingerprint covers:
+
+- the stage's settings, except resources
+- the fingerprints of its inputs
+- files from outside the run, such as a model from Hugging Face
+- the versions of libraries (``versions.result_versions``)
+- the code of the stage and of ``WORKER``, with all modules of this repository that they import
 """
 
 from __future__ import annotations
@@ -23,9 +27,9 @@ from recipes.core.snapshot import source_files
 WORKER = "recipes.core.worker"
 """Main module of every stage's process."""
 BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
-"""Fields of a syntax tree's nodes that hold statements."""
+"""Fields of ``ast`` nodes that hold lists of statements, or of nodes with such lists."""
 MAX_HASHED_BYTES = 1 << 20
-"""Larger files from outside the run are not hashed."""
+"""``external_stamp`` does not hash larger files: 140 GB of weights would take minutes per plan."""
 
 
 def digest(value: object) -> str:
@@ -35,33 +39,36 @@ def digest(value: object) -> str:
 
 
 def result_settings(config: Any) -> dict[str, object]:
-    """Returns a config as plain data, without fields whose metadata marks them as ``resource``.
+    """Returns the settings that affect the result, by field name.
 
-    Fields that are marked as ``path`` have a folder's absolute path.
+    The metadata of a config's fields decides. Fields with ``resource`` are omitted. In fields with
+    ``path``, a folder's path is made absolute.
     """
-    plain: dict[str, object] = {}
+    settings: dict[str, object] = {}
     for spec in fields(config):
         value = getattr(config, spec.name)
         if spec.metadata.get("path"):
             value = with_absolute_path(value)
         if not spec.metadata.get("resource"):
-            plain[spec.name] = result_settings(value) if is_dataclass(value) else value
-    return plain
+            settings[spec.name] = result_settings(value) if is_dataclass(value) else value
+    return settings
 
 
 def with_absolute_path(value: object) -> object:
-    """Returns a folder's absolute path, so that its spelling does not count; or another value."""
+    """Returns the absolute path if a value is the path of a folder; otherwise the value itself."""
     return os.path.abspath(value) if isinstance(value, str) and os.path.isdir(value) else value
 
 
 def external_stamp(path: Path, patterns: Iterable[str] = ("**/*",)) -> dict[str, object]:
-    """Returns a stamp of each file: a small file's hash, or a large file's size and ``mtime``.
-
-    Hashing 140 GB of weights for every plan would take minutes.
+    """Returns a stamp for each file, which changes when the file changes.
 
     Args:
         path: A file or folder from outside the run.
-        patterns: Patterns of the files of a folder.
+        patterns: Glob patterns of the files of a folder.
+
+    Returns:
+        Stamps by relative path. The stamp of a file up to ``MAX_HASHED_BYTES`` is its SHA-256. The
+        stamp of a larger file is its size in bytes and ``mtime_ns``.
     """
     matches = {file for pattern in patterns for file in path.glob(pattern) if file.is_file()}
     files = [path] if path.is_file() else sorted(matches)
@@ -83,12 +90,12 @@ def code_fingerprint(*modules: str) -> str:
 
 
 def module_of(stage: str) -> str:
-    """Returns the name of a stage's module."""
+    """Returns the name of the module of a type of stage, such as ``distill``."""
     return f"recipes.stages.{stage}"
 
 
 def stage_code(stages: Iterable[str]) -> str:
-    """Returns the fingerprint of the code that runs stages."""
+    """Returns the fingerprint of the code of types of stages and of ``WORKER``."""
     return code_fingerprint(WORKER, *map(module_of, stages))
 
 
@@ -99,8 +106,8 @@ def imported_code(root: Path, modules: Iterable[str]) -> dict[str, str]:
     formatting do not change a hash.
 
     Args:
-        root: The checkout.
-        modules: Names of modules.
+        root: Root folder of the repository's code.
+        modules: Full names of modules.
 
     Returns:
         Hashes by module name, sorted.
@@ -121,7 +128,7 @@ def _read_module(root: Path, module: str) -> tuple[str, frozenset[str]]:
     if path is None:
         raise ValueError(f"there is no module {module} in {root}")
     tree = ast.parse(source_files(root)[path])
-    # ``_imports`` also removes ignored statements from the tree, so it precedes the hash.
+    # ``_imports`` also removes docstrings from the tree, so it must be called before ``_dump``.
     imports = frozenset(name for name in _imports(path, tree) if _path_of(root, name))
     return hashlib.sha256(_dump(tree).encode()).hexdigest(), imports
 
@@ -129,27 +136,32 @@ def _read_module(root: Path, module: str) -> tuple[str, frozenset[str]]:
 def _dump(tree: ast.Module) -> str:
     """Returns a syntax tree as text, without positions.
 
-    ``ast.dump`` would include empty fields, of which newer versions of Python have more.
+    ``ast.dump`` would include empty fields. Newer versions of Python have more of them, so the hash
+    would depend on the version.
     """
     words: list[str] = []
-    rest: list[object] = [tree]
-    while rest:
-        value = rest.pop()
+    pending: list[object] = [tree]
+    while pending:
+        value = pending.pop()
         if isinstance(value, ast.AST):
             words.append(type(value).__name__)
             for name in value._fields:
                 if (item := getattr(value, name, None)) is not None and item != []:
                     words.append(name)
-                    rest.append(item)
+                    pending.append(item)
         elif isinstance(value, list):
             words.append(str(len(value)))
-            rest += value
+            pending += value
         else:
             words.append(repr(value))
     return " ".join(words)
 
 
 def _imports(path: str, tree: ast.Module) -> Iterator[str]:
+    """Yields the names that a module imports, and removes ignored statements from its tree.
+
+    For ``from a import b``, yields ``a`` and ``a.b``, because ``b`` may be a module.
+    """
     for node in _strip_ignored(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -160,9 +172,10 @@ def _imports(path: str, tree: ast.Module) -> Iterator[str]:
 
 
 def _strip_ignored(tree: ast.Module) -> Iterator[ast.AST]:
-    """Removes docstrings and ``if TYPE_CHECKING`` from a tree in place; yields other statements.
+    """Removes ignored statements from a tree in place, and yields all other statements.
 
-    Expressions are not visited: they have no imports, and a visit would take most of the time.
+    ``_is_ignored`` says which are ignored. Expressions are not visited: they contain no imports,
+    and visiting them would take most of the time.
     """
     nodes: list[ast.AST] = [tree]
     while nodes:
@@ -175,13 +188,14 @@ def _strip_ignored(tree: ast.Module) -> Iterator[ast.AST]:
 
 
 def _path_of(root: Path, module: str) -> str | None:
-    """Returns the file of a first-party module; ``None`` for other modules."""
+    """Returns the path of a first-party module below ``root``; ``None`` for other modules."""
     base = module.replace(".", "/")
-    return next((p for p in (f"{base}.py", f"{base}/__init__.py") if p in source_files(root)), None)
+    candidates = f"{base}.py", f"{base}/__init__.py"
+    return next((path for path in candidates if path in source_files(root)), None)
 
 
 def _is_ignored(statement: ast.AST) -> bool:
-    """Returns whether a statement is a docstring (of a field, too) or is only for type checkers."""
+    """Returns whether a statement is a docstring, also one of a field, or ``if TYPE_CHECKING``."""
     match statement:
         case ast.Expr(value=ast.Constant(value=str())) | ast.If(test=ast.Name(id="TYPE_CHECKING")):
             return True
@@ -200,9 +214,16 @@ def stage_fingerprint(
     Args:
         settings: The stage's ``result_settings``.
         code: ``stage_code`` of the stage and of the stages that it starts.
-        libraries: Versions by library.
+        libraries: ``result_versions``: versions by library.
         inputs: Fingerprints by input.
         external: ``external_stamp`` of each file or folder from outside the run, by name.
     """
-    parts = {"libraries": libraries, "inputs": inputs, "external": external}
-    return digest({"settings": settings, "code": code, **{n: dict(v) for n, v in parts.items()}})
+    return digest(
+        {
+            "settings": settings,
+            "code": code,
+            "libraries": dict(libraries),
+            "inputs": dict(inputs),
+            "external": dict(external),
+        }
+    )

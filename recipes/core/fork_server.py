@@ -1,4 +1,7 @@
-"""Server that imports the libraries once and forks stages, which saves each stage 10 s of imports.
+"""Server that imports the libraries once, then forks a child process for each stage.
+
+This saves each stage 10 s of imports. A caller starts the server (``fork_server``), starts children
+(``fork_module``), and waits for each (``watch_child``).
 
 multiprocessing's forkserver is not used, because its children would import the caller's
 ``__main__``, inherit the server's environment instead of the caller's, and outlive the server.
@@ -39,11 +42,12 @@ IMPORT_ENVIRONMENT = {
     # Otherwise torch.cuda.is_available() initialises CUDA, which does not survive a fork.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
-"""Variables that keep imports from starting threads or CUDA, which a fork would lose. Only the
-server has these variables; children get the caller's environment."""
-MAX_REQUEST_BYTES = 65536  # a longer request would be truncated; paths have at most 4,096 bytes
+"""Environment variables of the server, which keep imports from starting threads or CUDA. Neither
+survives a fork. Children get the caller's environment instead."""
+MAX_REQUEST_BYTES = 65536
+"""A longer request would be truncated. A request has a few paths of at most 4,096 bytes each."""
 STOP_SECONDS = 30
-"""Time for a child to end after SIGTERM."""
+"""Maximum wait for a child to end after SIGTERM."""
 
 
 @contextmanager
@@ -52,11 +56,11 @@ def fork_server(
 ) -> Iterator[socket.socket]:
     """Starts a server and yields a socket to it, without waiting for the server's imports.
 
-    The end of the block waits until the server and its child have ended. If the block fails or this
-    process dies, server and child are killed.
+    At its end, the ``with`` block waits until the server and its child have ended. If the block
+    fails or this process dies, the server and its child are killed.
 
     Args:
-        modules: Modules to import.
+        modules: Modules that the server imports before it forks.
         environment: All environment variables of the children.
         log: File for the output of the imports, and for the reason if the server cannot fork.
     """
@@ -85,19 +89,19 @@ def fork_server(
 def fork_module(
     server: socket.socket, module: str, arguments: Sequence[str], log: IO[bytes]
 ) -> int | None:
-    """Starts ``python -m MODULE ARGUMENTS`` in a child of the server, after the server's imports.
+    """Runs ``python -m MODULE ARGUMENTS`` in a child of the server, after the server's imports.
 
-    Does not wait for the child's end. The child's output goes to ``log``. A server has one child at
-    a time.
+    Waits for the child's start, but not for its end. The child's output goes to ``log``. A server
+    has one child at a time.
 
     Returns:
-        A pidfd of the child; ``None`` if the server cannot fork.
+        A pidfd of the child, which ``watch_child`` needs; ``None`` if the server cannot fork.
     """
     request = json.dumps([module, *arguments]).encode()
     try:
         socket.send_fds(server, [request], [log.fileno()])
         message = ENDED
-        while message == ENDED:  # skips the message of an earlier child, if nobody has read it
+        while message == ENDED:  # skips an unread message about an earlier child's end
             message, pidfds, _, _ = socket.recv_fds(server, 1, 1)
     except ConnectionError:
         return None
@@ -106,20 +110,22 @@ def fork_module(
 
 @contextmanager
 def watch_child(server: socket.socket, pidfd: int, log: IO[bytes]) -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether the child has ended; closes the pidfd after the block.
+    """Yields a function that returns whether the child has ended; closes the pidfd after the block.
 
     If the block fails, the child is terminated. If the child was killed, its log says so.
     """
     ended = False
 
     def has_ended(timeout: float = 0) -> bool:
+        """Waits up to ``timeout`` seconds for the child's end."""
         nonlocal ended
         if ended or not select.select([pidfd], [], [], timeout)[0]:
             return ended
         ended = True
         with contextlib.suppress(ConnectionError):
-            if server.recv(1):  # ENDED: if the child was killed, the server has logged it
+            if server.recv(1):  # ENDED: the server is alive and has logged how the child ended
                 return True
+        # The server died, and the child died with it (``die_with_parent``).
         log.write(b"killed with the process that it was forked from\n")
         log.flush()
         return True
@@ -137,7 +143,10 @@ def watch_child(server: socket.socket, pidfd: int, log: IO[bytes]) -> Iterator[C
 
 
 def main() -> None:
-    """Imports the modules, then forks one child per request until the client is closed."""
+    """Runs the server: imports modules, then forks a child per request until the client leaves.
+
+    The arguments of the command are the descriptor of the server's socket and the modules.
+    """
     server = socket.socket(fileno=int(sys.argv[1]))
     server.set_inheritable(False)
     environment = dict(os.environ)
@@ -171,7 +180,7 @@ def main() -> None:
         socket.send_fds(server, [STARTED], [pidfd])
         os.close(pidfd)
         child.join()
-        # With a descriptor, ``open`` does not truncate the file. The block's end closes it.
+        # With a descriptor, ``open`` does not truncate the file. The end of the block closes it.
         with open(log_fds[0], "w", encoding="utf-8") as log:
             if message := death_message(child.exitcode):
                 log.write(f"{message}\n")
@@ -179,31 +188,38 @@ def main() -> None:
 
 
 def _require_forkable() -> None:
-    """Ends this process with a message if children would lose threads or CUDA.
+    """Exits this process with a message if an import has started threads or CUDA.
 
-    A trial fork asks torch whether CUDA was initialised before the fork. On a machine without a
-    GPU, a CUDA build of torch always says yes, so the answer is ignored there. OpenBLAS ends its
-    threads at a fork and restarts them when needed, so the count below does not include them.
+    A trial child asks torch whether CUDA was initialised before the fork. On a machine without a
+    GPU, a CUDA build of torch always says yes, so the child's answer is ignored there. OpenBLAS
+    ends its threads at the trial fork and restarts them when needed, so they are not counted.
     """
     torch: Any = sys.modules.get("torch")
     pid = os.fork()
     if pid == 0:
         os._exit(torch is not None and torch.cuda._is_in_bad_fork())
-    if os.waitpid(pid, 0)[1] and torch.cuda.is_available():
+    exit_status = os.waitpid(pid, 0)[1]  # not 0 if the child's torch cannot use CUDA
+    if exit_status and torch.cuda.is_available():
         sys.exit("not forked: an import has initialised CUDA")
     if (threads := len(os.listdir("/proc/self/task"))) > 1:
         sys.exit(f"not forked: imports have started {threads - 1} threads, which a fork would lose")
 
 
 def _run_module(command: list[str], log: int) -> None:
-    """Runs ``python -m COMMAND`` in this process, with its output in the log."""
+    """Runs ``python -m COMMAND`` in this process, with its output in a log.
+
+    Args:
+        command: The module and its arguments.
+        log: File descriptor of the log. This function closes it.
+    """
     die_with_parent()
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
     sys.argv = command
     sys.orig_argv = [sys.executable, "-m", *command]
-    # Without new seeds all children would draw the same numbers. Python itself reseeds ``random``.
+    # Without new seeds all children would draw the same random numbers. Python itself reseeds
+    # ``random`` after a fork.
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed()
@@ -217,7 +233,10 @@ def _run_module(command: list[str], log: int) -> None:
 
 
 def _flush_c_streams() -> None:
-    """Flushes C's output buffers, which a fork would copy and a child's end would discard."""
+    """Flushes the output buffers of C.
+
+    A fork would copy their content into the child. A child exits without flushing them.
+    """
     ctypes.CDLL(None).fflush(None)
 
 

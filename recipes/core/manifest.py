@@ -1,7 +1,9 @@
 """Manifest of a complete stage: its settings, inputs, files and result.
 
-The manifest is written last, by an atomic rename. Without a manifest a stage is not complete. This
-module does not import torch, so a login node can read and check a run.
+The manifest is written last, by an atomic rename. Without a manifest a stage is not complete. A
+"start" of a stage is one launch of its processes; an interrupted stage needs several starts.
+
+This module does not import torch, so a login node can read and check a run.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 ARTIFACT = "artifact"
+"""Folder in a stage's directory with the files of the complete result."""
 WORK = "work"
 """Folder in a stage's directory with unfinished work."""
 FORMAT = 3
@@ -36,7 +39,7 @@ ResultT = TypeVar("ResultT", bound="DataclassInstance")
 
 @dataclass(frozen=True)
 class FileStamp:
-    """Identity of a file. A file with the same size and ``mtime_ns`` need not be hashed again."""
+    """Identity of a file. While size and ``mtime_ns`` are the same, the hash counts as the same."""
 
     size: int
     sha256: str
@@ -48,22 +51,27 @@ class Acceptance:
     """A user's decision to keep a stale result."""
 
     fingerprint: str
-    """Fingerprint that the plan requires. The fingerprint of the stale result differs."""
+    """Fingerprint that the plan required. The stale result has another fingerprint."""
     reasons: list[str]
     """Why the result is stale."""
     input_content: dict[str, str] = field(default_factory=dict)
-    """``Manifest.input_content`` at the time of the decision; empty if an input ran again then."""
+    """Hashes of the inputs' files at the time of the decision, as in ``Manifest.input_content``.
+    Empty if the same plan computed an input again, because its content was not known yet."""
 
 
 @dataclass
 class Outcome:
-    """What a stage's ``run`` returns about the artifact that it wrote."""
+    """Return value of a stage's function ``run``, which describes the artifact that it wrote."""
 
     result: DataclassInstance | None = None
     """The stage's metrics as a dataclass; may be ``None`` on ranks other than 0."""
     architecture: dict[str, Any] | None = None
+    """The model's ``nemo_convert.architecture.Architecture`` as plain data; ``None`` if the
+    artifact is not a model."""
     parameters: int | None = None
+    """Number of the model's parameters; ``None`` if the artifact is not a model."""
     tokenizer_sha256: str | None = None
+    """Hash of the tokenizer of the model, or of the tokenizer that encoded the data."""
 
     @classmethod
     def of(cls, result: DataclassInstance, source: Manifest) -> Outcome:
@@ -73,7 +81,10 @@ class Outcome:
 
 @dataclass
 class Manifest:
-    """Record of a stage. For unfinished work it is ``work/begun.json`` and has no results yet."""
+    """Record of a stage's start: of the start that completed the stage in ``manifest.json``.
+
+    ``work/begun.json`` is the record of the start that wrote the unfinished work, without results.
+    """
 
     stage: str
     kind: str
@@ -83,47 +94,51 @@ class Manifest:
     code: str
     """Fingerprint of the stage's code, which is part of ``fingerprint``."""
     inputs: dict[str, str]
-    """Fingerprints of the inputs."""
+    """Fingerprint of each input, by the input's name."""
     started_at: str
     """Time of the start in ISO format with microseconds, which also identifies the start."""
     libraries: dict[str, str] = field(default_factory=dict)
-    """Versions in the fingerprint. ``versions`` has what was installed when the stage ran."""
+    """Versions of libraries that are part of the fingerprint."""
     versions: dict[str, str] = field(default_factory=dict)
+    """Versions of libraries that were installed when the stage ran."""
     git_sha: str | None = None
     """Commit of the checkout from which the snapshot was copied."""
     snapshot: str | None = None
     """Hash of the code that ran, which is in ``code/HASH`` of the run directory."""
     files: dict[str, FileStamp] = field(default_factory=dict)
+    """Stamps of the artifact's files, by path relative to ``artifact/``."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """The result as plain data; ``result`` returns it as a dataclass."""
     architecture: dict[str, Any] | None = None
     parameters: int | None = None
     tokenizer_sha256: str | None = None
     seconds: float = 0.0
-    """Seconds of the start that completed the stage, plus those of the starts that it resumed."""
+    """Duration of the start that completed the stage, plus that of the starts that it resumed."""
     peak_rss_bytes: int = 0
     """Sum of the ranks' peak resident memory, without other processes that the stage started."""
     input_content: dict[str, str] = field(default_factory=dict)
-    """A hash of each input's files. A rerun of an input may change this hash, but not the input's
-    fingerprint. ``begun.json`` has a hash only after a start has compared the files with it."""
+    """A hash of each input's files, by the input's name. If an input is computed again, its hash
+    may change although its fingerprint does not. ``begun.json`` contains the hash of an input only
+    after a start has checked the input's files."""
     devices: int = 1
     """Devices per node that the stage used."""
     accepted: Acceptance | None = None
     """The user's decision to keep this result although it is stale; ``None`` without one."""
     kept: dict[str, list[str]] = field(default_factory=dict)
-    """Stale results that the user kept and this result depends on: why each is stale, by stage."""
+    """Stale results that the user kept and that this result depends on. Maps the name of each such
+    stage to the reasons why its result is stale."""
 
-    def result(self, of: type[ResultT]) -> ResultT:
-        """Returns the stage's result.
+    def result(self, result_type: type[ResultT]) -> ResultT:
+        """Returns the stage's metrics as a dataclass.
 
         Args:
-            of: The dataclass of the result, or a dataclass with some of the result's fields.
+            result_type: The dataclass of the stage's result, or one with some of its fields.
 
         Raises:
             RecipeError: The result lacks a field, or a field has another type.
         """
         try:
-            result: ResultT = _adapter(of).validate_python(self.metrics)
+            result: ResultT = _adapter(result_type).validate_python(self.metrics)
         except ValidationError as error:
             details = error.errors()[0]
             field_name = ".".join(map(str, details["loc"]))
@@ -134,15 +149,15 @@ class Manifest:
             ) from error
         return result
 
-    def result_if(self, stage: str, of: type[ResultT]) -> ResultT | None:
-        """Returns the result if ``stage`` wrote this manifest; otherwise ``None``.
+    def result_if(self, stage: str, result_type: type[ResultT]) -> ResultT | None:
+        """Returns the result if the manifest's stage is of the type ``stage``; otherwise ``None``.
 
-        Several stages write the same type of artifact, but different types of result.
+        Several types of stages write the same type of artifact, but different types of result.
         """
-        return self.result(of) if self.stage == stage else None
+        return self.result(result_type) if self.stage == stage else None
 
     def device_hours(self) -> float:
-        """Returns the device-hours that the result took."""
+        """Returns hours times devices of all nodes that the stage used for the result."""
         nodes: int = self.config.get("resources", {}).get("nodes", 1)
         return self.seconds / 3600 * nodes * self.devices
 
@@ -157,12 +172,12 @@ class Manifest:
 
 
 @cache
-def _adapter(of: type[ResultT]) -> TypeAdapter[ResultT]:
-    return TypeAdapter(of)
+def _adapter(result_type: type[ResultT]) -> TypeAdapter[ResultT]:
+    return TypeAdapter(result_type)
 
 
 def require_format(version: object, path: Path) -> None:
-    """Raises ``RecipeError`` if a file in a run directory has another format."""
+    """Raises ``RecipeError`` if the format version of a run directory's file is not ``FORMAT``."""
     if version != FORMAT:
         raise RecipeError(
             f"{path} was written by another version of this repository (format {version}, "
@@ -172,7 +187,11 @@ def require_format(version: object, path: Path) -> None:
 
 
 def replaced_inputs(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Returns the inputs whose content differs. Both arguments are like ``input_content``."""
+    """Returns the names of inputs whose content has changed.
+
+    An input without a hash in ``before`` counts as unchanged. Both arguments are like
+    ``Manifest.input_content``.
+    """
     return [name for name, content in now.items() if before.get(name) not in (None, content)]
 
 
@@ -183,16 +202,20 @@ def write_manifest(stage_dir: Path, manifest: Manifest, name: str = MANIFEST) ->
 
 
 def read_manifest(stage_dir: Path, name: str = MANIFEST) -> Manifest | None:
-    """Returns a manifest of a stage; ``None`` if the file is missing.
+    """Reads a manifest; returns ``None`` if the file is missing.
+
+    Args:
+        stage_dir: The folder of the file: a stage's directory, or its ``work/``.
+        name: Name of the file.
 
     Raises:
-        RecipeError: The file is damaged.
+        RecipeError: The file is damaged, or has another format.
     """
     path = stage_dir / name
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         require_format(data.pop("format", None), path)
-        data["files"] = {name: FileStamp(**stamp) for name, stamp in data["files"].items()}
+        data["files"] = {file: FileStamp(**stamp) for file, stamp in data["files"].items()}
         if accepted := data.get("accepted"):
             data["accepted"] = Acceptance(**accepted)
         return Manifest(**data)
@@ -206,21 +229,25 @@ def read_manifest(stage_dir: Path, name: str = MANIFEST) -> Manifest | None:
 
 
 def manifest_of(source: str | None) -> Manifest | None:
-    """Returns the manifest if the source is a directory of a complete stage; otherwise ``None``."""
+    """Returns the manifest of an input; ``None`` if it is not the directory of a complete stage.
+
+    Args:
+        source: A stage's directory, the name of a stage in the same chain, or ``None``.
+    """
     return read_manifest(Path(source)) if source and Path(source).is_dir() else None
 
 
 def stamp_files(root: Path) -> dict[str, FileStamp]:
-    """Hashes every file below ``root``, keyed by its relative POSIX path.
+    """Returns a stamp for every file below ``root``, by its relative POSIX path.
 
-    Libraries do not sync the files that they write. So this function does, before the manifest with
-    the stamps is written.
+    Libraries do not sync the files that they write to disk. So this function also syncs them,
+    before the caller writes the manifest with the stamps.
     """
-    entries = sorted(root.rglob("*"))
-    for path in (root, *entries):
+    files_and_folders = sorted(root.rglob("*"))
+    for path in (root, *files_and_folders):
         if not path.is_symlink():
             sync(path)
-    paths = [path for path in entries if path.is_file()]
+    paths = [path for path in files_and_folders if path.is_file()]
     stats = [path.stat() for path in paths]
     return {
         path.relative_to(root).as_posix(): FileStamp(stat.st_size, digest, stat.st_mtime_ns)
@@ -233,10 +260,14 @@ def changed_files(root: Path, stamps: Mapping[str, FileStamp], *, rehash: bool) 
 
     Args:
         root: Folder of the files.
-        stamps: Expected files by relative path.
-        rehash: Whether to hash every file. Otherwise a file with the same size and time counts as
-            unchanged, so that planning a complete chain takes a fraction of a second. A file
-            with another time, as in a copied run, is hashed once: then it gets the recorded time.
+        stamps: Stamps of the expected files, by relative path.
+        rehash: Whether to hash every file. If not, a file with the stamp's size and time counts as
+            unchanged, and planning a complete chain takes a fraction of a second. A file with
+            another time, for example in a copied run, is hashed. If its hash is unchanged, its time
+            is reset to the stamp's, and later calls need not hash it.
+
+    Returns:
+        Entries such as "model.safetensors (changed)".
     """
     changed, to_hash = [], []
     present = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
@@ -253,8 +284,7 @@ def changed_files(root: Path, stamps: Mapping[str, FileStamp], *, rehash: bool) 
     for name, digest in zip(to_hash, digests, strict=True):
         if digest != stamps[name].sha256:
             changed.append(f"{name} (changed)")
-        elif not (root / name).is_symlink():  # a link is to a file of the user
-            # Restores the time, so that the next check need not hash the file.
+        elif not (root / name).is_symlink():  # the target of a link belongs to the user
             with contextlib.suppress(OSError):
                 os.utime(root / name, ns=(time.time_ns(), stamps[name].mtime_ns))
     changed += [f"{name} (added)" for name in sorted(present - stamps.keys())]
@@ -262,14 +292,20 @@ def changed_files(root: Path, stamps: Mapping[str, FileStamp], *, rehash: bool) 
 
 
 def check_artifact(stage_dir: Path, kind: str | None = None, *, rehash: bool = True) -> Manifest:
-    """Returns the manifest of a complete stage whose files are unchanged.
+    """Checks that a stage is complete and its files are unchanged, and returns its manifest.
+
+    Args:
+        stage_dir: The stage's directory.
+        kind: The required type of artifact; ``None`` accepts any.
+        rehash: As in ``changed_files``.
 
     Raises:
-        RecipeError: The stage is not complete or has another type, or its files have changed.
+        RecipeError: The stage is not complete, its artifact has another type, or files changed.
     """
     manifest = read_manifest(stage_dir)
     if manifest is None:
-        raise RecipeError(f"{stage_dir} has no {MANIFEST}: it is not complete.", "run it first")
+        what = f"{stage_dir} has no {MANIFEST}: it is not complete."
+        raise RecipeError(what, "run this stage first")
     if kind is not None and manifest.kind != kind:
         raise RecipeError(
             f"{stage_dir} contains a {manifest.kind}, but the input must be a {kind}.",

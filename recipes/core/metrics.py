@@ -18,9 +18,10 @@ from recipes.core.watchdog import report_progress
 
 METRICS = "metrics.jsonl"
 RESULT_METRICS = "result_metrics.jsonl"
-"""Metrics of a complete result while a newer start of the stage, which may fail, writes its own."""
+"""Metrics of a complete result, if a newer start of the stage has not completed: that start writes
+``METRICS``."""
 ProgressCallback = Callable[[int, int], None]
-"""Takes the number of finished units of work, and the total number."""
+"""Function that is called with the number of finished units of work and the total number."""
 Record = dict[str, Any]
 """One line of a metrics file."""
 
@@ -38,24 +39,34 @@ class MetricsLog:
             self._file.write("\n")  # a kill truncated the last line
 
     def log(self, **values: object) -> None:
-        """Appends the values, with ``None`` for NaN, and the time; restarts the watchdog."""
+        """Appends a record with the values and the time, and restarts the watchdog's timeout.
+
+        NaN and infinity are written as ``null``.
+        """
         report_progress()
         if self._file:
             record = {"time": round(time.time(), 3), **values}
             self._file.write(json_text(record, lambda number: None) + "\n")
 
     def progress(self, task: str, done: int, total: int, **values: object) -> None:
-        """Appends a progress record: ``done`` of ``total`` units of ``task`` are finished."""
+        """Appends a progress record: ``done`` of ``total`` steps of ``task`` are finished."""
         self.log(task=task, done=done, total=total, **values)
 
 
 def new_records(path: Path, position: int) -> tuple[list[Record], int]:
-    """Returns the progress records after a byte position of a file, and the next call's position.
+    """Reads the progress records that were appended to a file since the last call.
 
     A record is a progress record if it has a task.
+
+    Args:
+        path: The metrics file.
+        position: Byte position from which to read: 0, or the position that the last call returned.
+
+    Returns:
+        The progress records, and the position for the next call.
     """
     size = path.stat().st_size if path.exists() else 0
-    if size < position:  # the stage has started anew and deleted its old records
+    if size < position:  # the stage has started over and deleted its old records
         position = 0
     records: list[Record] = []
     if size == position:
@@ -89,13 +100,16 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def steps_of(path: Path, task: str) -> list[Record]:
-    """Returns one record of a task per step: the last record, if a restart repeated the step."""
+    """Returns one progress record of a task per step, sorted by step.
+
+    If a restart repeated a step, the last record of the step counts.
+    """
     by_step = {r["done"]: r for r in read_records(path) if r.get("task") == task}
     return [by_step[step] for step in sorted(by_step)]
 
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yields the dotted name and the value of each entry of nested mappings."""
+    """Yields the dotted name and the value of each entry of nested mappings, such as "a.b", 1."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{name}.")

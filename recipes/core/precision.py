@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 PRECISIONS = ("bf16-mixed", "32")
+"""Lightning's names. "bf16-mixed" computes in bfloat16, "32" in float32."""
 Precision = Annotated[str, one_of(*PRECISIONS)]
 
 
@@ -23,7 +24,7 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 def dtype_name(precision: str) -> str:
-    """Returns the name of the dtype, for reports."""
+    """Returns the name of ``dtype_of(precision)``, without an import of torch."""
     return "float32" if precision == "32" else "bfloat16"
 
 
@@ -31,8 +32,9 @@ def dtype_name(precision: str) -> str:
 def float32_matmul_of(dtype: torch.dtype) -> Iterator[None]:
     """Lets a CPU run float32 GEMMs in bfloat16, which is faster, if ``dtype`` is bfloat16.
 
-    Inputs that were converted from bfloat16 lose nothing when they are converted back, and sums
-    stay in float32. On CUDA, ``NVIDIA_TF32_OVERRIDE`` and PyTorch's defaults decide.
+    Float32 inputs that were converted from bfloat16 lose nothing when they are converted back, and
+    sums stay in float32. CUDA ignores this setting. There, ``NVIDIA_TF32_OVERRIDE`` and PyTorch's
+    defaults decide.
 
     Args:
         dtype: The dtype of the inputs before their conversion to float32.

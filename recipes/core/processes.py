@@ -12,15 +12,21 @@ from pathlib import Path
 from types import ModuleType
 
 PR_SET_PDEATHSIG = 1
+"""Option of Linux's ``prctl``: the signal that this process gets when its parent dies."""
 MANAGED_MEMORY = "megatron.core.inference.unified_memory"
+"""Megatron's module for CUDA managed memory."""
 
 
 def death_message(exit_status: int | None) -> str | None:
-    """Returns which signal killed a process; ``None`` if no signal did.
+    """Returns a message about the signal that killed a process; ``None`` if no signal did.
 
-    After signal 9, Python's status is -9; that of shells, and of docker for a container, is 137.
+    Args:
+        exit_status: ``None`` if the process is still running. After signal 9, the status is -9 in
+            Python, and 128 + 9 = 137 in a shell and for a docker container.
     """
-    number = 0 if exit_status is None else -exit_status if exit_status < 0 else exit_status - 128
+    if exit_status is None:
+        return None
+    number = -exit_status if exit_status < 0 else exit_status - 128
     if number not in {*signal.Signals}:
         return None
     name = signal.Signals(number).name
@@ -30,7 +36,7 @@ def death_message(exit_status: int | None) -> str | None:
 
 
 def die_with_parent() -> None:
-    """Asks Linux to kill this process when its parent dies, so that ``kill -9`` leaves no orphan.
+    """Asks Linux to kill this process when its parent dies, even by ``kill -9``.
 
     An orphaned rank would continue to write into the directory that the next run uses.
     """
@@ -42,7 +48,8 @@ def die_with_parent() -> None:
 def sigterm_ignored() -> Iterator[None]:
     """Ignores SIGTERM in a block that waits for a process to end.
 
-    ``cancel`` repeats SIGTERM, and the exception of a repeated one would end the wait.
+    The command ``cancel`` sends SIGTERM repeatedly. The signal's handler raises an exception, which
+    would end the wait.
     """
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
@@ -52,7 +59,10 @@ def sigterm_ignored() -> Iterator[None]:
 
 
 def make_forks_die_with_parent() -> None:
-    """Calls ``die_with_parent`` in every process that this process or one of its forks forks."""
+    """Makes every process that is forked from this process die with its parent.
+
+    This also applies to forks of forks.
+    """
     parent = 0
 
     def before() -> None:
@@ -68,7 +78,10 @@ def make_forks_die_with_parent() -> None:
 
 
 def cores() -> int:
-    """Returns the number of cores to which this process is bound. Ignores limits of CPU time."""
+    """Returns the number of cores to which this process is bound.
+
+    Ignores quotas of CPU time, such as docker's ``--cpus``.
+    """
     return len(os.sched_getaffinity(0))
 
 
@@ -77,9 +90,9 @@ def prepare_imports() -> None:
 
     - Megatron must not import wandb. That import takes time, and makes temporary folders that a
       killed process leaves behind.
-    - Megatron must not import its module for CUDA managed memory, which no stage uses. That import
-      compiles a helper in the home directory, under a lock file. A killed process leaves the lock,
-      for which every later import then waits without limit. The import also initialises CUDA, which
+    - Megatron must not import ``MANAGED_MEMORY``, which no stage uses. That import compiles a
+      helper in the home directory, under a lock file. If the process is killed, the lock file
+      stays, and every later import waits for it forever. The import also initialises CUDA, which
       does not work in a forked process.
     - float32 GEMMs must not use TensorFloat-32, which has 10 bits of mantissa. NGC images and
       TransformerEngine enable it, whatever PyTorch's settings are. ``NVIDIA_TF32_OVERRIDE``
@@ -87,6 +100,7 @@ def prepare_imports() -> None:
     """
     # ``import wandb`` now raises ImportError.
     sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]
+    # The stub replaces the module. It says that managed memory is not available.
     stub = ModuleType(MANAGED_MEMORY)
     stub.has_unified_memory = False  # type: ignore[attr-defined]
     stub.create_unified_mempool = None  # type: ignore[attr-defined]
@@ -97,10 +111,10 @@ def prepare_imports() -> None:
 def return_free_memory() -> None:
     """Returns glibc's free memory to Linux, including free blocks in the middle of the heap.
 
-    By default glibc keeps free blocks that lie between used blocks. Stages on a CPU set
-    ``MALLOC_TRIM_THRESHOLD_`` for speed, with which glibc keeps all free memory.
+    By default glibc keeps free blocks that lie between used blocks. Stages on a CPU set the
+    environment variable ``MALLOC_TRIM_THRESHOLD_`` for speed. Then glibc keeps all free memory.
     """
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # only glibc has it
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # only glibc has this function
         trim(0)
 
 
@@ -110,12 +124,13 @@ def peak_memory_bytes() -> int:
     ``ru_maxrss`` would be wrong: Linux initialises it with the size of the parent process.
     """
     status = Path("/proc/self/status").read_text(encoding="utf-8")
+    # The line is, for example, "VmHWM:     1234 kB". HWM means high-water mark; kB are 1,024 bytes.
     [kibibytes] = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
     return int(kibibytes) * 1024
 
 
-# Megatron's checkpoint writer spawns processes that import the main module, and thereby this one.
-# These processes must die with their parent, too. Python starts spawned processes with this option.
+# Megatron's checkpoint writer spawns processes. These import the main module, and thereby this one.
+# They must die with their parent, too. Python starts spawned processes with the option below.
 if "--multiprocessing-fork" in sys.orig_argv:
     die_with_parent()
     prepare_imports()

@@ -1,7 +1,7 @@
 """Reads and writes the files that hold the state of a run and of its stages.
 
-No other module derives states from these files, which CONTRIBUTING.md lists in "How data flows".
-This module does not import torch.
+"How data flows" in CONTRIBUTING.md lists these files. No other module derives states from them. A
+"start" of a stage is one launch of its processes. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ TRACKER = "tracker.json"
 REQUEST = "config.yaml"
 """File in a stage's directory with the stage's ``Request``."""
 BEGUN = "begun.json"
-"""File in ``work/``: the manifest, without results, of the start that wrote this work."""
+"""File in ``work/`` with the manifest, without results, of the start that wrote this work."""
 OUTCOME = "outcome.json"
 """File in ``work/`` with the reason why the last start ended without a result."""
 
 
 @dataclass(frozen=True)
 class InputRef:
-    """An input of a stage: its directory, and the type and fingerprint that it must have."""
+    """An input of a stage: a stage's directory, and the type and fingerprint that it must have."""
 
     directory: Path
     kind: str
@@ -72,7 +72,7 @@ class InputRef:
 
 
 def content_of(inputs: Mapping[str, InputRef]) -> dict[str, str]:
-    """Returns a hash of each complete input's files, which the input's manifest lists."""
+    """Returns the content hash in each input's manifest, by input. Omits incomplete inputs."""
     manifests = {name: read_manifest(ref.directory) for name, ref in inputs.items()}
     return {name: m.content_hash() for name, m in manifests.items() if m is not None}
 
@@ -90,7 +90,7 @@ class Request:
     libraries: Mapping[str, str] = field(default_factory=dict)
     """Versions of the libraries that are in the fingerprint."""
     kept: Mapping[str, list[str]] = field(default_factory=dict)
-    """Stale results that the user kept and this stage depends on: why each is stale, by stage."""
+    """As in ``Manifest``: why each stale result that this stage depends on is stale, by stage."""
     snapshot: str | None = None
     """Hash of the code that the process runs; ``None`` for a stage that another stage starts."""
     git_sha: str | None = None
@@ -99,9 +99,12 @@ class Request:
     """Devices per node that the stage uses, which may be more than its processes."""
 
     def write(self, stage_dir: Path) -> Path:
-        """Writes the request and returns its file."""
+        """Writes the request to ``config.yaml`` and returns the file's path."""
         stage_dir.mkdir(parents=True, exist_ok=True)
-        inputs = {n: {**vars(r), "directory": str(r.directory)} for n, r in self.inputs.items()}
+        inputs = {
+            name: {**vars(ref), "directory": str(ref.directory)}  # YAML has no type for paths
+            for name, ref in self.inputs.items()
+        }
         text = OmegaConf.to_yaml({"format": FORMAT, **vars(self), "inputs": inputs})
         write_text_atomically(stage_dir / REQUEST, text)
         return stage_dir / REQUEST
@@ -119,21 +122,19 @@ def request_of(
     """Builds the request of a stage.
 
     Args:
-        name: The stage's name in its run.
+        name: The stage's name in its run, which is the name of its directory.
         config: The stage's settings.
         inputs: The stage's inputs.
         starts: Stages that this stage starts. Their code is part of this stage's code fingerprint.
-        external: Stamps of the stage's files from outside the run.
-        versions: ``result_versions`` of the stage; by default those without further libraries.
+        external: ``external_stamp`` of each path from outside the run, by name.
+        versions: ``result_versions`` of the stage; by default, those of ``result_versions()``.
     """
     code, libraries = stage_code([config.stage, *starts]), versions or result_versions()
     input_fingerprints = {key: ref.fingerprint for key, ref in inputs.items()}
     settings = result_settings(config)
     fingerprint = stage_fingerprint(settings, code, libraries, input_fingerprints, external or {})
-    return Request(
-        *(name, fingerprint, code, inputs, asdict(config), libraries),
-        devices=config.resources.devices,
-    )
+    devices = config.resources.devices
+    return Request(name, fingerprint, code, inputs, asdict(config), libraries, devices=devices)
 
 
 def read_request(stage_dir: Path) -> Request:
@@ -145,21 +146,22 @@ def read_request(stage_dir: Path) -> Request:
     file = stage_dir / REQUEST
     plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(file))  # type: ignore[assignment]
     require_format(plain.pop("format", None), file)
-    inputs = plain.pop("inputs").items()
-    refs = {n: InputRef(**{**ref, "directory": Path(ref["directory"])}) for n, ref in inputs}
-    return Request(**plain, inputs=refs)
+    inputs = plain.pop("inputs")
+    for ref in inputs.values():
+        ref["directory"] = Path(ref["directory"])
+    return Request(**plain, inputs={name: InputRef(**ref) for name, ref in inputs.items()})
 
 
 @dataclass(frozen=True)
 class LastPlan:
-    """Last planned fingerprint of each stage of a run's recipe. One plan may leave out stages."""
+    """Last planned fingerprint of each stage of a run's recipe. A plan may exclude stages."""
 
     recipe: str
     stages: Mapping[str, str | None]
     """Fingerprints by stage, in the recipe's order; ``None`` for a stage that no plan included."""
     replaces: Mapping[str, str | None] = field(default_factory=dict)
-    """If the plan has ``force``: each stage that it, or an unfinished earlier plan, runs. The value
-    is the start of the old result; ``None`` without one."""
+    """If the plan has ``force``: each stage that it or an unfinished earlier ``force`` runs again.
+    The value is ``started_at`` of the old result; ``None`` if there was none."""
 
     def write(self, run_dir: Path) -> None:
         """Writes the plan to ``run.yaml``."""
@@ -168,10 +170,10 @@ class LastPlan:
 
 
 def read_last_plan(run_dir: Path) -> LastPlan | None:
-    """Reads the last plan of a run; ``None`` if the directory is not a run.
+    """Reads the last plan of a run; returns ``None`` if the directory has no ``run.yaml``.
 
     Raises:
-        RecipeError: Another version of this repository wrote it, or it is damaged.
+        RecipeError: Another version of this repository wrote ``run.yaml``, or it is damaged.
     """
     file = run_dir / RUN_FILE
     if not file.is_file():
@@ -186,7 +188,7 @@ def read_last_plan(run_dir: Path) -> LastPlan | None:
 
 
 class Status(StrEnum):
-    """State of a stage. Only the launcher uses the last three."""
+    """State of a stage. Only the launcher uses ``RUNNING``, ``PENDING`` and ``CANCELLED``."""
 
     COMPLETE = "complete"
     FAILED = "failed"
@@ -208,13 +210,13 @@ class StageState:
     directory: Path
     status: Status
     result: Manifest | None
-    """Manifest of the last complete result, which may be stale: have another fingerprint."""
+    """Manifest of the last complete result. It may be stale, that is, have another fingerprint."""
     begun: Manifest | None
     """Manifest of the start that wrote the unfinished work; ``None`` without unfinished work."""
     error: str = ""
     """Why the stage failed, hung or stopped."""
     leftover: bool = False
-    """Whether ``work/`` belongs to the complete result: a kill prevented its deletion."""
+    """Whether ``work/`` belongs to the complete result, and only a kill prevented its deletion."""
 
     @property
     def started(self) -> bool:
@@ -231,11 +233,12 @@ def stage_state(stage_dir: Path, fingerprint: str | None = None) -> StageState:
 
     Args:
         stage_dir: The stage's directory.
-        fingerprint: Fingerprint that a complete result must have; ``None`` accepts any.
+        fingerprint: Fingerprint that a result must have to be complete; ``None`` accepts any.
     """
     work = stage_dir / WORK
     result, begun = read_manifest(stage_dir), read_manifest(work, BEGUN)
-    # Work belongs to the result if the same start wrote both, or if the work has no manifest.
+    # Work belongs to the result if the same start wrote both. Work without a manifest is never
+    # resumed, so it counts as the result's, too.
     same_start = begun is None or (result is not None and result.started_at == begun.started_at)
     leftover = result is not None and work.exists() and same_start
     if leftover:
@@ -250,7 +253,7 @@ def stage_state(stage_dir: Path, fingerprint: str | None = None) -> StageState:
 
 
 def last_end(stage_dir: Path) -> tuple[Status, str] | None:
-    """Returns how and why the last start failed or stopped; ``None`` if no reason was recorded."""
+    """Returns how and why the last start failed, hung or stopped; ``None`` without a record."""
     work = stage_dir / WORK
     if (problem := hang_error(work)) is not None:
         return Status.HUNG, str(problem)
@@ -261,13 +264,13 @@ def last_end(stage_dir: Path) -> tuple[Status, str] | None:
 
 
 def stage_states(run_dir: Path, include: Collection[str] = ()) -> dict[str, StageState]:
-    """Returns the states of the stages that have a request and were planned or started.
+    """Returns the state of each stage that has a request and was planned or started, by name.
 
     Stages of the last plan come first, in the plan's order.
 
     Args:
         run_dir: The run.
-        include: Stages to return even if they are neither planned nor started.
+        include: Stages with a request to return even if they were neither planned nor started.
     """
     plan = read_last_plan(run_dir)
     planned = plan.stages if plan is not None else {}
@@ -310,9 +313,9 @@ def begin_work(stage_dir: Path, begun: Manifest) -> Manifest:
     deleted.
 
     Returns:
-        The manifest in ``begun.json``. ``seconds`` is the time that earlier starts spent on this
-        work: each counts until its last metrics record. ``input_content`` has only the inputs
-        that an earlier start has hashed.
+        The manifest in ``begun.json``. Its ``seconds`` is the time that earlier starts spent on
+        this work: each start counts until its last metrics record. Its ``input_content`` has only
+        the inputs that an earlier start has hashed.
     """
     work, earlier = stage_dir / WORK, stage_state(stage_dir).begun
     if earlier is not None and (
@@ -340,7 +343,7 @@ def begin_work(stage_dir: Path, begun: Manifest) -> Manifest:
 
 
 def _recorded_seconds(stage_dir: Path, begun: Manifest) -> float:
-    """Returns the seconds from a start to its last record; 0 if it wrote no record."""
+    """Returns the seconds from a start to its last metrics record; 0 if it wrote no record."""
     started = datetime.fromisoformat(begun.started_at).timestamp()
     times: list[float] = [record["time"] - started for record in read_records(stage_dir / METRICS)]
     return max([0.0, *times])
@@ -349,9 +352,9 @@ def _recorded_seconds(stage_dir: Path, begun: Manifest) -> float:
 def complete_stage(stage_dir: Path, manifest: Manifest) -> None:
     """Makes ``work/artifact/`` the stage's result.
 
-    The old manifest is deleted first and the new manifest is written last, so that the stage is
-    incomplete if a kill comes in between. Work is deleted once the result is on the disk, where
-    ``stamp_files`` has already synced its files.
+    The old manifest is deleted first and the new manifest is written last, so the stage is
+    incomplete if it is killed in between. Work is deleted after the result is on the disk. The
+    caller's ``stamp_files`` has already synced the result's files.
     """
     (stage_dir / MANIFEST).unlink(missing_ok=True)
     (stage_dir / RESULT_METRICS).unlink(missing_ok=True)
@@ -373,7 +376,7 @@ def record_failure(
         stage_dir: The stage's directory.
         error: The reason.
         stopped: Whether the stage stopped at its deadline.
-        overwrite: Whether the reason replaces one that another rank has recorded.
+        overwrite: Whether to replace a reason that another rank has recorded.
     """
     work = stage_dir / WORK
     work.mkdir(exist_ok=True)

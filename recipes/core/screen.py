@@ -9,18 +9,23 @@ from rich.console import Console
 from rich.table import Column, Table
 
 FILE_COLUMNS = 10_000
-"""Default width of a file or pipe: so wide that no cell is truncated."""
+"""Width, in characters, of output to a file or pipe: so wide that no table cell is truncated."""
 
 
 def screen(stderr: bool = False) -> Console:
-    """Returns a console with the terminal's width. The variable ``COLUMNS`` sets another width."""
+    """Returns a console for stdout, or for stderr.
+
+    Its width is the environment variable ``COLUMNS``, if set. By default it is the terminal's width,
+    or ``FILE_COLUMNS`` for a file or pipe.
+    """
     is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    # With None, rich uses COLUMNS or the terminal's width.
     width = None if is_terminal or "COLUMNS" in os.environ else FILE_COLUMNS
     return Console(stderr=stderr, width=width, highlight=False, soft_wrap=True)
 
 
 def plain_table(title: str, *columns: str) -> Table:
-    """Returns a table without borders. Long cells are folded, except in the first column."""
-    first, *others = (Column(name, overflow="fold") for name in columns)
-    first.no_wrap = True
-    return Table(first, *others, title=title, title_justify="left", box=None)
+    """Returns a table without borders. Long cells are wrapped, except in the first column."""
+    first_column, *other_columns = (Column(name, overflow="fold") for name in columns)
+    first_column.no_wrap = True
+    return Table(first_column, *other_columns, title=title, title_justify="left", box=None)

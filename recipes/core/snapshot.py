@@ -1,7 +1,8 @@
-"""Copies this repository's code into a run, so that stages run the code that was fingerprinted.
+"""Copies this repository's code into a run directory. Stages run this copy, called a snapshot.
 
-The launcher reads the code once and uses the same bytes for fingerprints and for the copy, so an
-edit between the two has no effect. This module does not import torch.
+The launcher reads the code once and uses the same bytes for fingerprints and for the snapshot. So
+stages run the code that was fingerprinted, even if a file is edited in the meantime. This module
+does not import torch.
 """
 
 from __future__ import annotations
@@ -17,33 +18,42 @@ from recipes.core.errors import RecipeError
 from recipes.core.files import REPO_ROOT
 
 CODE = "code"
-"""Folder in a run directory with the snapshots, each in a folder named by its hash."""
+"""Folder in a run directory with the snapshots. Each is a subfolder with its hash as the name."""
 SNAPSHOT = re.compile(r"[0-9a-f]{64}(\.partial)?")
-"""Matches the name of a snapshot's folder. A killed launcher leaves a partial snapshot."""
+"""Matches the name of a snapshot's folder. A launcher that is killed while it writes a snapshot
+leaves a folder with the suffix ``.partial``."""
 PACKAGES = ("recipes", "nemo_convert")
 """Packages of this repository that stages import."""
 LOCKS = ("requirements/stack.txt", "requirements/torch.txt")
-"""Lock files with library versions. Stages read them, and they are outside ``PACKAGES``."""
+"""Lock files with library versions, which stages also read."""
 
 
 def read_source(root: Path) -> Mapping[str, bytes]:
-    """Returns the content of each code file of a checkout or a snapshot, by relative path."""
-    paths = [path for package in PACKAGES for path in (root / package).rglob("*")]
-    files = [path for path in (*paths, *(root / lock for lock in LOCKS)) if path.is_file()]
-    relative = {path.relative_to(root): path for path in sorted(files)}
-    return {
-        name.as_posix(): path.read_bytes()
-        for name, path in relative.items()
-        if not any(part.startswith((".", "__pycache__")) for part in name.parts)
-    }
+    """Reads the files of ``PACKAGES`` and ``LOCKS``, except hidden files and compiled code.
+
+    Args:
+        root: Folder of a checkout or a snapshot.
+
+    Returns:
+        The content of each file by its path relative to ``root``, sorted by path.
+    """
+    package_paths = [path for package in PACKAGES for path in (root / package).rglob("*")]
+    lock_paths = [root / lock for lock in LOCKS]
+    files = sorted(path for path in (*package_paths, *lock_paths) if path.is_file())
+    contents = {}
+    for file in files:
+        relative = file.relative_to(root)
+        if not any(name.startswith((".", "__pycache__")) for name in relative.parts):
+            contents[relative.as_posix()] = file.read_bytes()
+    return contents
 
 
 source_files = cache(read_source)
-"""Does the same as ``read_source``, but reads each folder only once in a process."""
+"""Does the same as ``read_source``, but reads each root only once in a process."""
 
 
 def hash_source(files: Mapping[str, bytes]) -> str:
-    """Returns one SHA-256 of the names and contents of files."""
+    """Returns one SHA-256 of the names and contents of files, in the order of ``files``."""
     total = hashlib.sha256()
     for name, content in files.items():
         total.update(f"{name} {hashlib.sha256(content).hexdigest()}\n".encode())
@@ -52,7 +62,7 @@ def hash_source(files: Mapping[str, bytes]) -> str:
 
 @cache
 def code_hash() -> str:
-    """Returns the hash of this process's code."""
+    """Returns the hash of the checkout or snapshot that this process runs."""
     return hash_source(source_files(REPO_ROOT))
 
 
@@ -67,7 +77,10 @@ def is_snapshot(path: Path) -> bool:
 
 
 def write_snapshot(run_dir: Path) -> None:
-    """Stores this process's code in a run, unless it is there. The caller holds the run's lock."""
+    """Stores this process's code as a snapshot, unless the run already has an intact one.
+
+    The caller must hold the run's lock.
+    """
     target = snapshot_dir(run_dir, code_hash())
     if target.is_dir() and hash_source(read_source(target)) == target.name:
         return
@@ -83,10 +96,14 @@ def write_snapshot(run_dir: Path) -> None:
 
 
 def require_snapshot(code: str | None) -> None:
-    """Refuses to run a stage if the code has changed since the plan.
+    """Checks that this process runs the code that its stage was planned with.
 
     Args:
-        code: Hash of the planned code; ``None`` accepts any code, for stages that a stage starts.
+        code: Hash of the planned code. ``None``, for a stage that another stage starts, accepts any
+            code.
+
+    Raises:
+        RecipeError: The code has another hash.
     """
     if code is not None and hash_source(read_source(REPO_ROOT)) != code:
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""Everything that a stage gets: settings, inputs, rank, deadline, and a file for metrics."""
+"""Defines what every stage gets: settings, inputs, rank, deadline, and a file for metrics."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 DEADLINE = "STAGE_DEADLINE"
-"""Environment variable: the time, in seconds since 1970, when a stage must save its work and stop.
+"""Environment variable with the time when a stage must save its work and stop.
 
-The Slurm executor sets the variable. The deadline does not change the result.
+The unit is seconds since 1970. The Slurm executor sets the variable. A stage that stops is resumed
+later, so the deadline does not change the result.
 """
 SbatchOption = Annotated[str, matching(r"--\S[^\n]*", "an option of sbatch, such as --mem=0")]
 
@@ -39,15 +40,16 @@ class Resources:
     env: Environment = field(default_factory=dict)
     """Environment variables of the stage, in addition to those of the cluster."""
     hang_timeout: Count | None = 7200
-    """Seconds without progress after which a stage ends and says what each rank was doing.
-    ``null``: no limit."""
+    """Seconds without progress after which a stage ends with an error that says where each rank
+    hung. ``null``: no limit."""
     cpus_per_task: Count | None = None
-    """CPUs on each node of a Slurm job, for all processes together; by default the cluster's."""
+    """CPUs on each node of the stage's Slurm job, for all processes together. ``null``:
+    ``cluster.cpus_per_task``."""
     time: Duration | None = None
-    """Limit of one Slurm job, ``HH:MM:SS`` or ``D-HH:MM:SS``; by default the cluster's."""
+    """Time limit of one Slurm job, ``HH:MM:SS`` or ``D-HH:MM:SS``. ``null``: ``cluster.time``."""
     sbatch: list[SbatchOption] = field(default_factory=list)
-    """Further options of the stage's Slurm job, such as ``--partition=cpu``. They come after
-    ``cluster.sbatch``, so they win."""
+    """Further options of the stage's Slurm job, such as ``--partition=cpu``. They override those in
+    ``cluster.sbatch``."""
 
     @property
     def ranks(self) -> int:
@@ -57,24 +59,27 @@ class Resources:
 
 @dataclass
 class StageConfig:
-    """Settings that every stage has."""
+    """Settings that every stage has.
+
+    Fields with the metadata ``resource`` do not change the result, so fingerprints omit them.
+    """
 
     stage: str = MISSING
     """The module in ``recipes/stages`` that implements the stage."""
-    # Fingerprints contain the inputs' fingerprints, not the spelling of their directories.
+    # A resource: fingerprints contain the inputs' fingerprints, not the paths of their directories.
     inputs: dict[str, str] = field(default_factory=dict, metadata={"resource": True})
     """For each input, a stage of this run or the directory of another run's stage."""
     resources: Resources = field(default_factory=Resources, metadata={"resource": True})
     """Where the stage runs and on how many devices."""
 
     def __post_init__(self) -> None:
-        """Names the stage like its module. The plan and the worker then set the recipe's name."""
-        self.name = self.stage  # no setting, so without a field
+        """Gives the stage its module's name. The plan and the worker set its name in the recipe."""
+        self.name = self.stage  # not a dataclass field, because it is not a setting
 
 
 @dataclass
 class InferenceConfig(StageConfig):
-    """Settings of several stages that run models on sequences of text."""
+    """Settings of stages that run a model on sequences of text."""
 
     seq_length: Count = 256
     """Tokens of a sequence."""
@@ -116,8 +121,9 @@ def world_size() -> int:
 
 
 def shared_store() -> Store | None:
-    """Returns torchrun's key-value store, which needs no process group; ``None`` without it."""
-    # A rehearsal has no agent. A stage of one rank may have inherited the variable.
+    """Returns torchrun's key-value store, which needs no process group; ``None`` without torchrun."""
+    # A rehearsal sets WORLD_SIZE, but has no torchrun agent and so no store. A stage with one rank
+    # does not use torchrun, but may inherit the agent's variable from the process that starts it.
     if world_size() == 1 or "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
         return None
     from torch.distributed.rendezvous import rendezvous
@@ -152,7 +158,8 @@ def require_time_left(next_step: str) -> None:
     """Raises ``StoppedByDeadlineError`` if the deadline has passed.
 
     Args:
-        next_step: Name of the step that would be next. All earlier steps must be saved.
+        next_step: Name, for the error, of the step that would be next. The caller must have saved
+            all earlier steps.
     """
     if time_is_up():
         raise StoppedByDeadlineError(

@@ -281,7 +281,7 @@ def test_weights_survive_a_cold_round_trip(odd_llama: Path, tmp_path: Path) -> N
     convert.write_random_model(folder, odd_llama, shape)
     for side in convert.COLD_SIDES:
         convert.flush(folder, drop_cache=True)
-        convert.work_of(side, folder, tmp_path)()
+        convert.prepare_side(side, folder, tmp_path)()
     copied, back = tmp_path / "copy", tmp_path / "back"
     assert load_file(copied / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
     convert.require_same_weights(folder, back)
