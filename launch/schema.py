@@ -137,7 +137,8 @@ def hydra_arguments(arguments: Iterable[str]) -> list[str]:
 
 def _hydra_argument(arg: str) -> str:
     """Translates one argument; changes only ``GROUP=null``."""
-    group, equals, value = arg.partition("=")
+    key, equals, value = arg.partition("=")
+    group = key.lstrip("+")  # "+" adds a group
     if not equals or group not in groups():
         return arg
     names = value.split(",")  # a sweep has several names
@@ -147,7 +148,7 @@ def _hydra_argument(arg: str) -> str:
             hint = f"model.hf_path={value} for a folder or a hub id; " if group == "model" else ""
             raise RecipeError(f"{arg} names no {group}.", f"{hint}--help lists all names")
     # Hydra accepts null in files only. On the command line, an empty list has the same effect.
-    return f"{group}={','.join('[]' if name == 'null' else name for name in names)}"
+    return f"{key}={','.join('[]' if name == 'null' else name for name in names)}"
 
 
 def recipes() -> dict[str, str]:

@@ -47,7 +47,9 @@ def test_unknown_recipes_list_all_recipes(compose: Compose) -> None:
     ]
 
 
-@pytest.mark.parametrize("arg", ["cluster=null", "recipe=null", "hardware=[]", "model=org/name"])
+@pytest.mark.parametrize(
+    "arg", ["cluster=null", "recipe=null", "hardware=[]", "model=org/name", "+data=5"]
+)
 def test_values_that_are_not_choices_are_refused(arg: str) -> None:
     with pytest.raises(RecipeError, match="names no ") as caught:
         hydra_arguments([arg])
