@@ -15,8 +15,8 @@ FILE_COLUMNS = 10_000
 def screen(stderr: bool = False) -> Console:
     """Returns a console for stdout, or for stderr.
 
-    Its width is the environment variable ``COLUMNS``, if set. By default it is the terminal's width,
-    or ``FILE_COLUMNS`` for a file or pipe.
+    The environment variable ``COLUMNS`` sets its width. The default is the terminal's width, or
+    ``FILE_COLUMNS`` for a file or pipe.
     """
     is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
     # With None, rich uses COLUMNS or the terminal's width.

@@ -48,8 +48,8 @@ class Resources:
     time: Duration | None = None
     """Time limit of one Slurm job, ``HH:MM:SS`` or ``D-HH:MM:SS``. ``null``: ``cluster.time``."""
     sbatch: list[SbatchOption] = field(default_factory=list)
-    """Further options of the stage's Slurm job, such as ``--partition=cpu``. They override those in
-    ``cluster.sbatch``."""
+    """Further options of the stage's Slurm job, such as ``--partition=cpu``. They override the same
+    options in ``cluster.sbatch``."""
 
     @property
     def ranks(self) -> int:
@@ -121,7 +121,7 @@ def world_size() -> int:
 
 
 def shared_store() -> Store | None:
-    """Returns torchrun's key-value store, which needs no process group; ``None`` without torchrun."""
+    """Returns torchrun's key-value store, or ``None``. The store needs no process group."""
     # A rehearsal sets WORLD_SIZE, but has no torchrun agent and so no store. A stage with one rank
     # does not use torchrun, but may inherit the agent's variable from the process that starts it.
     if world_size() == 1 or "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:

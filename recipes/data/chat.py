@@ -1,4 +1,4 @@
-"""Tokenizes conversations with the model's template, marks answers, and packs sequences."""
+"""Tokenizes conversations with the model's chat template, masks the loss, and packs sequences."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ ASSISTANT = "assistant"
 """Role of the messages whose tokens are in the loss."""
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """Jinja tag with which some templates mark the start of an answer."""
-NO_ANSWER, TEMPLATE_ERROR, ANSWERS_NOT_FOUND, SPECIAL_TOKEN, TOO_LONG = (
-    "no answer",
-    "refused by the template",
-    "answers not found",
-    "contains a special token",
-    "too long",
-)
-"""Reasons to leave a conversation out. ``ANSWERS_NOT_FOUND``: no answer's tokens can be identified,
-because the conversation starts with an answer, or because the template renders the turns before an
-answer differently once the answer is there."""
+
+# Reasons to leave a conversation out. They name the counts in reports.
+NO_ANSWER = "no answer"
+TEMPLATE_ERROR = "refused by the template"
+ANSWERS_NOT_FOUND = "answers not found"
+"""The tokens of the answers cannot be identified. Either the conversation starts with an answer, or
+the template renders the turns before each answer differently once the answer is there."""
+SPECIAL_TOKEN = "contains a special token"
+TOO_LONG = "too long"
+"""The first answer does not fit in a sequence of ``seq_length`` tokens."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ChatTokenizer:
     folder: Path
     """Folder of a Hugging Face model or a NeMo checkpoint."""
     end: int
-    """Token after every conversation, also used as padding."""
+    """Id of the token after every conversation, also used as padding."""
     seq_length: int
 
     @cached_property
@@ -49,10 +49,11 @@ class ChatTokenizer:
 
     @cached_property
     def _special_tokens(self) -> set[str]:
-        # ``all_special_tokens`` lacks tokens that are special, but are not named in the config.
-        added = self._tokenizer.added_tokens_decoder.values()
-        named: list[str] = self._tokenizer.all_special_tokens
-        return {*named, *(token.content for token in added if token.special)}
+        # ``all_special_tokens`` has only the special tokens that the tokenizer's config names, such
+        # as ``eos_token``.
+        named_tokens: list[str] = self._tokenizer.all_special_tokens
+        added_tokens = self._tokenizer.added_tokens_decoder.values()
+        return {*named_tokens, *(token.content for token in added_tokens if token.special)}
 
     def require_template(self) -> None:
         """Raises ``RecipeError`` if the tokenizer has no chat template."""
@@ -72,6 +73,7 @@ class ChatTokenizer:
         if not any(message["role"] == ASSISTANT for message in messages):
             return Encoded.left_out_because(NO_ANSWER)
         contents = [message["content"] for message in messages]
+        # The tokenizer would read the name of a special token in a message as that token.
         if any(token in content for content in contents for token in self._special_tokens):
             return Encoded.left_out_because(SPECIAL_TOKEN)
         try:
@@ -80,29 +82,39 @@ class ChatTokenizer:
             return Encoded.left_out_because(TEMPLATE_ERROR)
         if tokens_and_mask is None:
             return Encoded.left_out_because(ANSWERS_NOT_FOUND)
-        ids = np.append(tokens_and_mask[0], self.end)
-        loss_mask = np.append(tokens_and_mask[1], False)
+        token_ids, is_in_loss = tokens_and_mask
+        ids = np.append(token_ids, self.end)
+        loss_mask = np.append(is_in_loss, False)  # ``end`` is not part of an answer
         loss_mask[0] = False  # the first token has no context
-        if not loss_mask.any():
+        if not loss_mask.any():  # all answers are empty
             return Encoded.left_out_because(NO_ANSWER)
         return self._truncate(ids.astype(np.int32), loss_mask)
 
     def _truncate(self, ids: np.ndarray, loss_mask: np.ndarray) -> Encoded:
-        """Truncates a conversation that is too long, after the last answer that fits."""
+        """Truncates a conversation that is too long for a sequence after its last answer that fits.
+
+        Args:
+            ids: int32 [n], including ``end``.
+            loss_mask: bool [n].
+        """
         if len(ids) <= self.seq_length:
             return Encoded(ids, loss_mask)
         is_last_of_answer = loss_mask[:-1] & ~loss_mask[1:]
-        # One position of the sequence is for ``end``.
-        stops = np.flatnonzero(is_last_of_answer[: self.seq_length - 1]) + 1
-        if not len(stops):
+        # The last position of the sequence is reserved for ``end``.
+        answer_stops = np.flatnonzero(is_last_of_answer[: self.seq_length - 1]) + 1
+        if not len(answer_stops):
             return Encoded.left_out_because(TOO_LONG)
-        ids = np.append(ids[: stops[-1]], np.int32(self.end))
-        return Encoded(ids, np.append(loss_mask[: stops[-1]], False), shortened=True)
+        stop = answer_stops[-1]
+        ids = np.append(ids[:stop], np.int32(self.end))
+        return Encoded(ids, np.append(loss_mask[:stop], False), shortened=True)
 
     def _tokens_and_mask(
         self, messages: list[dict[str, Any]]
     ) -> tuple[list[int], list[bool]] | None:
-        """Returns ids and loss mask; ``None`` if the answers' tokens cannot be identified."""
+        """Returns token ids and loss mask, without ``end``.
+
+        Returns ``None`` if the answers' tokens cannot be identified (``ANSWERS_NOT_FOUND``).
+        """
         render = self._tokenizer.apply_chat_template
         if _GENERATION_TAG.search(self._tokenizer.get_chat_template()):
             output = render(messages, return_dict=True, return_assistant_tokens_mask=True)
@@ -118,12 +130,14 @@ class ChatTokenizer:
             answered_ids = render(messages[: number + 1])
             start, stop = len(prompt_ids), len(answered_ids)
             if start > stop or ids[:start] != prompt_ids or ids[:stop] != answered_ids:
-                # The model never writes this answer like this. For example, Qwen3's template
-                # leaves the reasoning out of earlier answers.
+                # Later turns change how the template renders this answer or the turns before it.
+                # For example, Qwen3's template removes the reasoning from earlier answers. A model
+                # never generates such an answer, so it is not in the loss.
                 continue
-            # Text after the last end-of-turn token, such as a line break, is not in the answer.
-            ends = [n for n in range(start, stop) if ids[n] == self._tokenizer.eos_token_id]
-            stop = ends[-1] + 1 if ends else stop
+            # Tokens after the last ``eos_token``, such as a line break, are not in the answer.
+            eos = self._tokenizer.eos_token_id
+            eos_positions = [n for n in range(start, stop) if ids[n] == eos]
+            stop = eos_positions[-1] + 1 if eos_positions else stop
             loss_mask[start:stop] = [True] * (stop - start)
         return (ids, loss_mask) if any(loss_mask) else None
 
@@ -131,34 +145,36 @@ class ChatTokenizer:
 def pack(
     conversations: Sequence[Encoded], written_tokens: int, seq_length: int, end: int
 ) -> Iterator[Encoded]:
-    """Orders and pads conversations so that each lies within one sequence (first-fit decreasing).
+    """Yields conversations, ordered and padded so that each lies within one sequence.
 
-    The padding of a sequence is added to the start of the next sequence's first conversation. So
-    the last sequence is not padded, and the conversations of a later call may fill it.
+    The order is that of first-fit decreasing bin packing. The padding at the end of a sequence is
+    prepended to the first conversation of the next sequence. So the last sequence is not padded,
+    and a later call may fill it.
 
     Args:
         conversations: Tokenized conversations, each of at most ``seq_length`` tokens.
         written_tokens: Tokens already in the split; sequences start at multiples of ``seq_length``.
-        seq_length: Tokens of a sequence.
-        end: Padding token, excluded from the loss.
+        seq_length: Tokens per sequence.
+        end: Id of the padding token, which is excluded from the loss.
     """
-    # The first sequence is the last one of the split, which may have free tokens.
+    # Element 0 is the sequence that the split ends with. It may already be full.
     sequences: list[list[Encoded]] = [[]]
-    free = [-written_tokens % seq_length]  # free tokens of each sequence
+    free_tokens = [-written_tokens % seq_length]  # by sequence
     for conversation in sorted(conversations, key=lambda item: -len(item.ids)):
         size = len(conversation.ids)
-        target = next((n for n, tokens in enumerate(free) if size <= tokens), len(free))
-        if target == len(free):
+        # The first sequence with enough free tokens, or else a new one.
+        target = next((n for n, free in enumerate(free_tokens) if size <= free), len(sequences))
+        if target == len(sequences):
             sequences.append([])
-            free.append(seq_length)
+            free_tokens.append(seq_length)
         sequences[target].append(conversation)
-        free[target] -= size
-    padding = 0
-    for sequence, remainder in zip(sequences, free, strict=True):
+        free_tokens[target] -= size
+    padding = 0  # tokens to prepend to the next conversation
+    for sequence, unused_tokens in zip(sequences, free_tokens, strict=True):
         for conversation in sequence:
             assert conversation.loss_mask is not None
             ids = np.concatenate([np.full(padding, end, np.int32), conversation.ids])
             loss_mask = np.concatenate([np.zeros(padding, bool), conversation.loss_mask])
             yield replace(conversation, ids=ids, loss_mask=loss_mask)
             padding = 0
-        padding += remainder
+        padding += unused_tokens

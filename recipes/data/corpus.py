@@ -29,30 +29,35 @@ from recipes.data.records import (
 from recipes.data.sources import DIALOGUE, HubDataset, Source, TextFile, files_of, parse_source
 
 SPLITS = ("train", "validation", "calibration", "heldout")
+"""Names of the splits. The splits' files are named after them."""
 TOKEN_BYTES = 4
 """Bytes of a token in the ``.bin`` files of splits that ``prepare_data`` tokenizes."""
 RECORD_TYPES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
+"""Types of files that may hold conversations."""
 CHECKED_CONVERSATIONS = 100
-"""Number of conversations of a source that ``conversation_problem`` reads."""
+"""Number of conversations at the start of a source that ``conversation_problem`` reads."""
 STRETCH_BYTES = 4 << 20
-"""Approximate bytes of a stretch. A text is cut into stretches, so that each split is spread over
-the text. The paragraphs of a stretch are divided into one contiguous part for each split."""
+"""Approximate size of a stretch in bytes. A stretch is a contiguous section of a source's text.
+Within each stretch, every split is one contiguous range of paragraphs. So every split has text from
+the whole source."""
 LIMITED_STRETCHES = 8
-"""Approximate minimum of stretches to read of a text that a limit truncates. The training text is
-last in a stretch, so a part of a single stretch might not have any."""
-JSON_LINES = ", or name the file .jsonl if each line is a record"
-"""Part of a fix for a JSON file."""
+"""Approximate minimum number of stretches that are read if a limit truncates the source. The
+training split is last in each stretch, so the start of a single stretch might not have any."""
+_JSON_LINES_FIX = ", or name the file .jsonl if each line is a record"
+"""Last words of the fix in an error about a ``.json`` file."""
 TextOf = Callable[[Any, str], str]
 """A function of a record and its location (for error messages) that returns a document's text."""
-_UNREADABLE = (
+_ZIP_ERRORS = (zipfile.BadZipFile, RuntimeError)
+"""Errors of a damaged or encrypted wheel, or of an unknown compression method."""
+_UNREADABLE_FILE_ERRORS = (
     *(OSError, EOFError, ValueError, zlib.error, csv.Error, ijson.JSONError),
-    *(zipfile.BadZipFile, RuntimeError),  # damaged, encrypted, or an unknown compression
+    *_ZIP_ERRORS,
 )
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text and, for a paragraph, where it starts in its stretch (see ``STRETCH_BYTES``)."""
+    """A text and, for a paragraph, its position in its stretch (see ``STRETCH_BYTES``)."""
 
     text: str
     """The text, or the JSON of a conversation's messages."""
@@ -62,13 +67,13 @@ class Document:
 
 
 class Reader(Protocol):
-    """Iterates over the documents of a source. A later reader can resume at the saved state."""
+    """Iterates over the documents of a source. A later reader can resume from its ``state``."""
 
     def __iter__(self) -> Iterator[Document]:
-        """Yields the documents after the state with which the reader was opened, or all."""
+        """Yields the documents after the state that ``read_source`` got; without a state, all."""
 
     def state(self) -> Any:
-        """Returns where a later reader resumes, as JSON values: after the last yielded document."""
+        """Returns JSON values with which a later reader resumes after the last yielded document."""
 
     def fraction(self) -> float:
         """Returns the fraction of the source that was read; 0 if its size is unknown."""
@@ -82,33 +87,42 @@ def read_source(
     chat: bool = False,
     limit_bytes: float = math.inf,
 ) -> Reader:
-    """Opens a source of ``data.sources``, at the ``state`` of an earlier reader if given.
+    """Opens a source of ``data.sources``.
 
     In text files, blank lines separate documents. JSON files hold a list of records, or a mapping
     to records. JSONL files have one record per line, tables one per row. A Markdown,
     reStructuredText or Python file is one document. A record is a string, a conversation, or a
-    mapping. The text of a mapping is in ``text_field``, or in the fields of the option ``text``.
-    With ``chat``, all records must be conversations. ``limit_bytes`` is about how many bytes the
-    caller will read; see ``LIMITED_STRETCHES``.
+    mapping.
+
+    Args:
+        source: A source with its options.
+        text_field: Field with the text of a mapping, unless the source has the option ``text``.
+        state: State of an earlier reader, to resume after its last document.
+        chat: Whether all records must be conversations.
+        limit_bytes: Approximate number of bytes that the caller will read; see
+            ``LIMITED_STRETCHES``.
     """
     parsed = parse_source(source)
-    field_text = partial(_text, parsed.text or text_field)
-    plain_text = _dialogue if parsed.format == DIALOGUE else field_text
-    text_of = _conversation if chat else plain_text
-    of_text = {c for name in (parsed.text or text_field).split(",") for c in _columns(name)}
-    columns = of_text if text_of is field_text else {MESSAGES, TOOLS}
+    fields = parsed.text or text_field
+    text_of: TextOf = partial(_text, fields)
+    columns = _columns(fields)
+    if chat or parsed.format == DIALOGUE:
+        text_of = _conversation if chat else _dialogue
+        columns = {MESSAGES, TOOLS}
     if parsed.hub:
         return _HubReader(parsed.hub, parsed.revision, columns, text_of, state)
     return _FileReader(parsed, columns, text_of, state, limit_bytes)
 
 
 def conversation_problem(source: str) -> tuple[str, str] | None:
-    """Checks the file type of chats or dialogues, and the first conversations of a local file.
+    """Returns what is wrong with a source of chats or dialogues, and the fix.
 
-    Returns what is wrong and the fix, if any.
+    Checks the file type and, if the file is on this machine, its first conversations. Of a source
+    that the teacher writes, the file with prompts is checked. Returns ``None`` if no problem is
+    found.
     """
     parsed = parse_source(source)
-    if parsed.prompts:
+    if parsed.prompts:  # this file holds conversations, too
         return conversation_problem(parsed.prompts)
     if parsed.hub or parsed.by_teacher:
         return None
@@ -116,6 +130,7 @@ def conversation_problem(source: str) -> tuple[str, str] | None:
         types = " or ".join(RECORD_TYPES)
         fix = f"give {types}; for plain text, leave out #format and set data.format=text"
         return f"'{parsed.path}' has no conversations", fix
+    # A wheel may not be downloaded yet. ``source_problem`` reports a missing file.
     if parsed.wheel or not parsed.local_files():
         return None
     try:
@@ -128,7 +143,7 @@ def conversation_problem(source: str) -> tuple[str, str] | None:
 
 
 class _FileReader:
-    """Reads files. The state is the number of records read; a resumed reader skips so many."""
+    """Reads files. The state is the number of records read, which a resumed reader skips."""
 
     def __init__(
         self,
@@ -139,61 +154,74 @@ class _FileReader:
         limit_bytes: float,
     ) -> None:
         self._source, self._columns, self._text_of = source, columns, text_of
-        self._skip = state or 0
+        self._records_to_skip = state or 0
         self._files = files_of(source)
         self._total_bytes = max(1, sum(file.size for file in self._files))
-        limited = limit_bytes if limit_bytes < self._total_bytes else math.inf
-        stretch_bytes = min(STRETCH_BYTES, limited / LIMITED_STRETCHES)
-        self._stretches = max(1, round(self._total_bytes / stretch_bytes))
-        self._bytes_before, self._records = 0, 0
-        self._opened: IO[bytes] | None = None
+        truncated_bytes = limit_bytes if limit_bytes < self._total_bytes else math.inf
+        stretch_bytes = min(STRETCH_BYTES, truncated_bytes / LIMITED_STRETCHES)
+        self._number_of_stretches = max(1, round(self._total_bytes / stretch_bytes))
+        self._bytes_before = 0  # bytes of the files before the open one
+        self._records_read = 0
+        self._open_file: IO[bytes] | None = None
 
     def __iter__(self) -> Iterator[Document]:
         for file in self._files:
             for record in self._read(file):
                 self._require_record(file, record)
-                self._records += 1
-                if self._records <= self._skip:
+                self._records_read += 1
+                if self._records_read <= self._records_to_skip:
                     continue
                 text = self._text_of(record.value, f"{file.name}, {record.where}").strip()
                 # JSON may contain half of a surrogate pair, which tokenizers refuse.
                 if text := text.encode("utf-8", "replace").decode():
                     yield Document(text, self._position_in_stretch(record.offset))
-            self._bytes_before, self._opened = self._bytes_before + file.size, None
+            self._bytes_before += file.size
+            self._open_file = None
 
     def _read(self, file: TextFile) -> Iterator[Record]:
         file_type = self._source.file_type or ""
         try:
-            with file.open() as self._opened:
-                yield from READERS[file_type](self._opened)
-        except _UNREADABLE as error:
+            with file.open() as self._open_file:
+                yield from READERS[file_type](self._open_file)
+        except _UNREADABLE_FILE_ERRORS as error:
+            json_lines_fix = _JSON_LINES_FIX if file_type == ".json" else ""
             raise RecipeError(
                 f"{file.name} cannot be read as {file_type}: {error}",
-                f"correct the file{JSON_LINES if file_type == '.json' else ''}, or leave it out",
+                f"correct the file{json_lines_fix}, or leave it out",
             ) from error
 
     def _require_record(self, file: TextFile, record: Record) -> None:
-        """Checks that an entry of a JSON mapping is a record, not a field of a single record."""
+        """Checks that a JSON mapping maps names to records, and is not itself a single record.
+
+        Raises:
+            RecipeError: The value is not a mapping or a string, or its key is the name of a field
+                to read.
+        """
         if record.key is None or isinstance(record.value, dict):
             return
         if record.key in self._columns or not isinstance(record.value, str):
             raise RecipeError(
                 f"{file.name} cannot be read as .json: '{record.key}' is a field of a record, not "
-                "a name of one.",
-                f"put the record into a list, [{{…}}]{JSON_LINES}",
+                "the name of a record.",
+                f"put the record into a list, [{{…}}]{_JSON_LINES_FIX}",
             )
 
     def _position_in_stretch(self, offset: int | None) -> float | None:
-        """Returns the position of a paragraph of the open file; ``None`` for other records."""
+        """Returns ``Document.position_in_stretch`` of a paragraph at ``offset`` of the open file.
+
+        Returns ``None`` for other records, which have no offset.
+        """
         if offset is None:
             return None
-        return (self._bytes_before + offset) * self._stretches / self._total_bytes % 1
+        # The integer part is the index of the stretch, the fractional part the position in it.
+        return (self._bytes_before + offset) * self._number_of_stretches / self._total_bytes % 1
 
     def state(self) -> int:
-        return self._records
+        return self._records_read
 
     def fraction(self) -> float:
-        offset = self._opened.tell() if self._opened and not self._opened.closed else 0
+        file = self._open_file
+        offset = file.tell() if file and not file.closed else 0
         return (self._bytes_before + offset) / self._total_bytes
 
 
@@ -230,13 +258,17 @@ def _text(fields: str, record: object, where: str) -> str:
     return text
 
 
-def _columns(field_name: str) -> tuple[str, str]:
-    """Returns the columns that may hold a field: ``a.b`` is a column, or a field of ``a``."""
-    return field_name, field_name.split(".")[0]
+def _columns(fields: str) -> set[str]:
+    """Returns the columns of a table that may hold the fields, whose names are joined by commas.
+
+    The field ``a.b`` is the column ``a.b``, or the field ``b`` of the column ``a``.
+    """
+    names = fields.split(",")
+    return {*names, *(name.split(".")[0] for name in names)}
 
 
 class _HubReader:
-    """Reads a dataset of the Hugging Face hub. The state is that of the library ``datasets``."""
+    """Streams a dataset of the Hugging Face hub. The state is its ``state_dict``."""
 
     def __init__(
         self, hub: HubDataset, revision: str | None, columns: set[str], text_of: TextOf, state: Any
@@ -247,9 +279,11 @@ class _HubReader:
         self._rows = load_dataset(
             hub.name, hub.config, split=hub.split, revision=revision, streaming=True
         )
-        # Each column takes time per row. The names are known for Parquet, which hubs usually have.
-        if chosen := [name for name in self._rows.column_names or [] if name in columns]:
-            self._rows = self._rows.select_columns(chosen)
+        # Reading fewer columns is faster. ``column_names`` is known for Parquet files, the usual
+        # format on the hub, and may be ``None`` for others.
+        known_columns = self._rows.column_names or []
+        if columns_to_read := [name for name in known_columns if name in columns]:
+            self._rows = self._rows.select_columns(columns_to_read)
         if state is not None:
             self._rows.load_state_dict(state)
 
@@ -262,11 +296,16 @@ class _HubReader:
         return self._rows.state_dict()
 
     def fraction(self) -> float:
-        return 0.0
+        return 0.0  # the size of the dataset is not known
 
 
 def digest(text: str, *, chat: bool = False) -> bytes:
-    """Returns 16 bytes that identify a document; in a chat, only roles and contents count."""
+    """Returns 16 bytes that identify a document.
+
+    Args:
+        text: The document's text.
+        chat: Whether the text is the JSON of messages. Then only roles and contents count.
+    """
     if chat:
         messages = [{key: m[key] for key in ("role", "content")} for m in json.loads(text)]
         text = json.dumps(messages, ensure_ascii=False)
@@ -278,7 +317,7 @@ def split_number(document: Document, document_digest: bytes) -> float:
 
     For a paragraph, the number is its position in its stretch. So consecutive paragraphs are mostly
     in the same split, and evaluation text is not scattered among training text. For other records,
-    the number is a hash of the text, which does not depend on order or a seed.
+    the number is derived from the digest, so it does not depend on their order or a seed.
     """
     if document.position_in_stretch is not None:
         return document.position_in_stretch
@@ -286,9 +325,12 @@ def split_number(document: Document, document_digest: bytes) -> float:
 
 
 def split_of(number: float, fractions: Mapping[str, float]) -> str:
-    """Returns the split of a document with a given ``split_number``.
+    """Returns the split of a document.
 
-    The splits of ``fractions`` take consecutive ranges from 0. ``train`` has the rest.
+    Args:
+        number: The document's ``split_number``.
+        fractions: Fraction of each split except ``train``. These splits take consecutive ranges of
+            numbers from 0, and ``train`` takes the remainder.
     """
     for split, fraction in fractions.items():
         if number < fraction:

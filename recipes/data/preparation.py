@@ -1,4 +1,4 @@
-"""Streams sources into tokenized splits; drops duplicates and resumes after a kill."""
+"""Tokenizes sources and writes the splits. Drops duplicates, and resumes after a kill."""
 
 from __future__ import annotations
 
@@ -40,34 +40,34 @@ BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 18
 HELD_OUT = "heldout.digests"
 """File with the digests of all held-out documents, sorted."""
 EARLIER = "earlier.digests"
-"""``HELD_OUT`` of an earlier preparation, if there is one. Its documents are held out here, too."""
+"""``HELD_OUT`` of an earlier ``prepare_data``, if one is an input. It is held out here, too."""
 DIGEST_BYTES = 16
-"""Bytes of a digest."""
+"""Bytes of a digest: see ``corpus.digest``."""
 SAVE_SECONDS = 10.0
-"""Time between two saves. A killed process loses the work since the last save."""
+"""Minimum time between two saves. A killed process loses the work since the last save."""
 
 
 @dataclass(frozen=True)
 class _Batch:
     documents: list[Document]
     reader_state: Any
-    """State of the reader after these documents."""
+    """State of the source's reader after these documents."""
     fraction: float
-    """Fraction of the source that was read."""
+    """Fraction of the source that the reader has read."""
 
 
 EncodedBatches = closing[Generator[tuple[list[Encoded], _Batch], None, None]]
-"""A source's encoded batches, in order."""
+"""A source's batches, in order: the encoded documents of each batch, and the batch."""
 
 
 class Ledger:
-    """Stores the digests of all documents, and in the same transaction the state of the work.
+    """Stores the digests of all documents and, in the same transaction, the ``PreparationState``.
 
     The digests are on disk, because a Python set of 10^8 digests takes gigabytes.
 
     Args:
-        path: SQLite file. SQLite does not lock it, because some file systems have no locks. The
-            run's own lock protects it.
+        path: SQLite file. SQLite does not lock the file, because some file systems have no locks.
+            The lock of the run directory protects it.
 
     Raises:
         RecipeError: The file is damaged.
@@ -101,8 +101,8 @@ class Ledger:
 
     def exclude(self, digests: Iterable[str]) -> None:
         """Stores digests, given in hexadecimal, so that their documents count as duplicates."""
-        for text in digests:
-            self.add_if_new(bytes.fromhex(text))
+        for hexadecimal in digests:
+            self.add_if_new(bytes.fromhex(hexadecimal))
 
     def hold_out(self, digest: bytes) -> None:
         """Stores that a document is held out."""
@@ -114,7 +114,7 @@ class Ledger:
         return rows.fetchone() is not None
 
     def read_held_out(self, file: Path) -> None:
-        """Stores the held-out documents of a file that ``write_held_out`` wrote, if it exists."""
+        """Holds out the documents of a file from ``write_held_out``, if the file exists."""
         if not file.exists():
             return
         with file.open("rb") as digests:
@@ -122,13 +122,13 @@ class Ledger:
                 self.hold_out(digest)
 
     def write_held_out(self, file: Path) -> None:
-        """Writes the digests of all held-out documents."""
+        """Writes the digests of all held-out documents to a file, sorted."""
         with file.open("wb") as digests:
             rows = self._database.execute("SELECT digest FROM held_out ORDER BY digest")
             digests.writelines(digest for (digest,) in rows)
 
     def progress(self) -> dict[str, Any] | None:
-        """Returns the last saved state, if any."""
+        """Returns the fields of the last saved state; ``None`` if no state was saved."""
         row = self._database.execute("SELECT state FROM progress").fetchone()
         return None if row is None else json.loads(row[0])
 
@@ -148,12 +148,12 @@ class Ledger:
 
 @dataclass
 class PreparationState:
-    """What is written so far, and where the next document is read."""
+    """Counts of the documents written so far, and the position of the next document to read."""
 
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Bytes of tokens, and number of documents, of each split."""
+    """Bytes of tokens and number of documents, by split."""
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Number of tokens by split and source. The sources of a split are in the order of its text."""
+    """Number of tokens by split and source name. Sources are in the order of the split's text."""
     finished_sources: int = 0
     reader_state: Any = None
     """State of the current source's reader."""
@@ -162,7 +162,7 @@ class PreparationState:
     tokens: int = 0
     """Tokens written from the current source."""
     conversations: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Counters by source: conversations used, shortened, and left out for each reason; tokens."""
+    """Counts by source name: conversations used, shortened, and left out by reason; tokens."""
 
 
 def prepare(
@@ -175,29 +175,30 @@ def prepare(
 ) -> PreparationState:
     """Writes ``.bin`` and ``.idx`` of all splits; continues the work of a killed process.
 
-    Held-out sources and ``EARLIER`` come first, so a document that they repeat stays held out. Only
-    rank 0 drops duplicates and assigns splits, in the order of the text. So the result is the same
-    for any number of ranks and processes. Other ranks return an empty state.
+    ``EARLIER`` and held-out sources come first, so their documents stay held out if other sources
+    repeat them. Only rank 0 drops duplicates and assigns splits, so the result is the same for any
+    number of ranks and processes. Other ranks only tokenize, and return an empty state.
 
     Args:
         cfg: The stage's config.
         tokenizer: Tokenizes texts.
         folder: Folder of the files.
         log: Metrics file.
-        chat: Tokenizes conversations.
-        paths: What to read instead of a source; the keys are sources as written in the config.
+        chat: Tokenizes conversations; ``None`` if no source has any.
+        paths: Source or file to read instead of a source, by the source as written in the config.
     """
     named_sources = list(source_names(cfg.all_sources()).items())
     encoders: dict[str, DocumentTokenizer | ChatTokenizer] = {
         source: chat if chat and cfg.is_chat(source) else tokenizer for _, source in named_sources
     }
 
-    def encode(source: str, start: Any, done: int) -> EncodedBatches:
-        """Encodes a source from the reader's state ``start`` on, after its first ``done`` texts."""
+    def encode(source: str, reader_state: Any, documents_read: int) -> EncodedBatches:
+        """Encodes the documents of a source that follow the first ``documents_read``."""
         path, encoder = (paths or {}).get(source, source), encoders[source]
-        reader = _open(cfg, source, path, start, chat=encoder is chat)
-        left = cfg.max_documents - done if cfg.max_documents and source in cfg.sources else None
-        return closing(encode_on_ranks(encoder, _batches(reader, left), cfg.processes))
+        reader = _open_reader(cfg, source, path, reader_state, chat=encoder is chat)
+        limit = cfg.max_documents if source in cfg.sources else None
+        remaining = limit - documents_read if limit else None
+        return closing(encode_on_ranks(encoder, _batches(reader, remaining), cfg.processes))
 
     if rank() != 0:
         return _encode_for_rank_0([source for _, source in named_sources], encode)
@@ -210,14 +211,13 @@ def prepare(
             state.sizes = writer.sizes
             store = _Store(ledger, writer, state)
             try:
-                for name, source in named_sources[state.finished_sources :]:  # others encode, too
+                for name, source in named_sources[state.finished_sources :]:
                     broadcast((state.finished_sources, state.reader_state, state.documents))
                     # After an error, closing the generator tells the other ranks to stop.
                     with encode(source, state.reader_state, state.documents) as encoded:
-                        packer = chat if encoders[source] is chat else None
-                        for fraction in _write_source(cfg, name, source, encoded, packer, store):
-                            finished = (state.finished_sources + fraction) / len(named_sources)
-                            log.progress("tokenize", round(100 * finished), 100, source=source)
+                        for fraction in _write_source(cfg, name, source, encoded, chat, store):
+                            total = (state.finished_sources + fraction) / len(named_sources)
+                            log.progress("tokenize", round(100 * total), 100, source=source)
                     store.finish_source(cfg)
             except StoppedByDeadlineError as error:
                 broadcast(error)
@@ -227,7 +227,9 @@ def prepare(
     return state
 
 
-def _open(cfg: PrepareDataConfig, source: str, path: str, state: Any, *, chat: bool) -> Reader:
+def _open_reader(
+    cfg: PrepareDataConfig, source: str, path: str, state: Any, *, chat: bool
+) -> Reader:
     limit = cfg.limit_bytes(source)
     return read_source(path, cfg.text_field, state, chat=chat, limit_bytes=limit)
 
@@ -245,14 +247,14 @@ def _encode_for_rank_0(
             raise message
         source_number, reader_state, documents = message
         with encode(sources[source_number], reader_state, documents) as encoded:
-            for _ in encoded:  # encodes, but yields nothing: only rank 0 gets the batches
+            for _ in encoded:  # encodes, but yields nothing, because only rank 0 gets batches
                 pass
     return PreparationState()
 
 
 @dataclass
 class _Store:
-    """Ledger, splits and state, which are saved together."""
+    """The ledger, the splits and the state. They are saved together."""
 
     ledger: Ledger
     writer: SplitWriter
@@ -260,10 +262,10 @@ class _Store:
     saved_at: float = field(default_factory=time.monotonic)
     """Monotonic time of the last save."""
 
-    def split_of(
+    def assign_split(
         self, document: Document, document_digest: bytes, fractions: Mapping[str, float]
     ) -> str:
-        """Returns the split of a document, which is held out if an earlier text holds it out."""
+        """Returns a document's split. Records a held-out document, so that it stays held out."""
         split = split_of(split_number(document, document_digest), fractions)
         if self.ledger.is_held_out(document_digest):
             return "heldout"
@@ -271,15 +273,15 @@ class _Store:
             self.ledger.hold_out(document_digest)
         return split
 
-    def add(self, source: str, documents: Iterable[tuple[str, Encoded]]) -> None:
-        """Appends documents to their splits, in order."""
+    def add(self, source_name: str, documents: Iterable[tuple[str, Encoded]]) -> None:
+        """Appends documents to the splits that they are paired with, in order."""
         for split, document in documents:
             self.writer.add(split, document.ids, document.loss_mask)
             tokens = self.state.sources.setdefault(split, {})
-            tokens[source] = tokens.get(source, 0) + len(document.ids)
+            tokens[source_name] = tokens.get(source_name, 0) + len(document.ids)
 
     def save_if_due(self) -> None:
-        """Saves every ``SAVE_SECONDS``.
+        """Saves if ``SAVE_SECONDS`` have passed since the last save, or at the deadline.
 
         Raises:
             StoppedByDeadlineError: The deadline has passed. The work was saved.
@@ -298,8 +300,8 @@ class _Store:
         """Saves that the current source is finished.
 
         Raises:
-            RecipeError: It is the last held-out source, and a held-out source is too short. Nothing
-                was saved, so a later start checks again.
+            RecipeError: All held-out sources are finished, and one of them is too short. Nothing
+                was saved, so a resumed run checks again.
         """
         if self.state.finished_sources + 1 == len(cfg.heldout_sources):
             try:
@@ -327,27 +329,29 @@ def _write_source(
 ) -> Iterator[float]:
     """Writes a source's documents up to its limits; yields the finished fraction of the source."""
     state, only_heldout = store.state, source in cfg.heldout_sources
+    packer = chat if cfg.is_chat(source) else None
     fractions = {"heldout": 1.0} if only_heldout else cfg.fractions()
     max_documents = None if only_heldout else cfg.max_documents
     max_tokens = cfg.token_limit(source)
     for encoded_documents, batch in batches:
-        new: list[tuple[str, Encoded]] = []  # the split and tokens of each new document
+        new_documents: list[tuple[str, Encoded]] = []  # with their splits
         for document, encoded in zip(batch.documents, encoded_documents, strict=True):
-            document_digest = digest(document.text, chat=chat is not None)
+            document_digest = digest(document.text, chat=packer is not None)
             if store.ledger.add_if_new(document_digest):
-                new.append((store.split_of(document, document_digest, fractions), encoded))
+                split = store.assign_split(document, document_digest, fractions)
+                new_documents.append((split, encoded))
                 state.tokens += len(encoded.ids)
             if state.tokens >= max_tokens:
                 break
-        if chat is not None:
-            new = list(_pack_splits(chat, new, name, store))
-        store.add(name, new)
+        if packer is not None:
+            new_documents = list(_pack_splits(packer, new_documents, name, store))
+        store.add(name, new_documents)
         if state.tokens >= max_tokens:
-            return  # the caller saves: ``finish_source``
+            return  # the caller saves, with ``finish_source``
         state.documents += len(batch.documents)
         state.reader_state = batch.reader_state
         store.save_if_due()
-        yield max(
+        yield max(  # the source ends, or a limit is reached
             batch.fraction,
             state.documents / max_documents if max_documents else 0,
             state.tokens / max_tokens,
@@ -355,10 +359,10 @@ def _write_source(
 
 
 def _pack_splits(
-    chat: ChatTokenizer, conversations: list[tuple[str, Encoded]], source: str, store: _Store
+    chat: ChatTokenizer, conversations: list[tuple[str, Encoded]], name: str, store: _Store
 ) -> Iterator[tuple[str, Encoded]]:
-    """Yields the usable conversations of each split, packed so that each is within a sequence."""
-    counts = Counter(store.state.conversations.get(source, {}))
+    """Yields the usable conversations of each split, packed by ``pack``. Updates the counts."""
+    counts = Counter(store.state.conversations.get(name, {}))
     for split in SPLITS:
         usable = [
             encoded
@@ -376,18 +380,18 @@ def _pack_splits(
         yield from ((split, encoded) for encoded in packed)
     reasons = (encoded.left_out_reason for _, encoded in conversations)
     counts.update(reason for reason in reasons if reason)
-    store.state.conversations[source] = dict(counts)
+    store.state.conversations[name] = dict(counts)
 
 
 def _batches(reader: Reader, limit: int | None) -> Iterator[tuple[list[str], _Batch]]:
-    """Yields batches, each as a list of texts and a ``_Batch``; ``limit`` documents in total."""
-    remaining = islice(reader, limit)
+    """Yields batches, each as its texts and a ``_Batch``; at most ``limit`` documents in all."""
+    remaining_documents = islice(reader, limit)
     while True:
-        documents, size = list[Document](), 0
-        for document in remaining:
+        documents, characters = list[Document](), 0
+        for document in remaining_documents:
             documents.append(document)
-            size += len(document.text)
-            if len(documents) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+            characters += len(document.text)
+            if len(documents) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
                 break
         if not documents:
             return

@@ -1,4 +1,4 @@
-"""Reads the records of a file. ``READERS`` has a function of this module for each file type."""
+"""Reads the records of files, with one function per file type (``READERS``)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ LONGEST_PARAGRAPH = 1 << 20
 LONGEST_FIELD = 1 << 27
 """Largest number of characters in a field of a table."""
 BUFFER_BYTES = 1 << 20
+"""Bytes of a decompressed file that are buffered."""
 PARQUET_ROWS = 1024
 """Rows of a Parquet file that are read at once."""
 MESSAGES = "messages"
@@ -35,8 +36,9 @@ class Record:
     """A record of a file."""
 
     value: object
+    """The parsed record: a mapping, a string, or another JSON value."""
     where: str
-    """Location in the file, for error messages; empty for a paragraph, which has an offset."""
+    """Location in the file, for error messages, such as ``line 3``; empty for a paragraph."""
     offset: int | None = None
     """Position of a paragraph's first byte in the file; ``None`` for other records."""
     key: str | None = None
@@ -44,7 +46,7 @@ class Record:
 
 
 def _paragraphs(file: IO[bytes]) -> Iterator[Record]:
-    """Yields the paragraphs of a text, which blank lines separate."""
+    """Yields the paragraphs of a text, which are separated by blank lines."""
     offset, start, lines = 0, 0, list[bytes]()
     for line in file:
         blank = not line.strip()
@@ -52,7 +54,8 @@ def _paragraphs(file: IO[bytes]) -> Iterator[Record]:
             yield Record(_decode(b"".join(lines)), "", start)
             lines = []
         if not blank:
-            start = start if lines else offset
+            if not lines:  # the first line of a paragraph
+                start = offset
             lines.append(line)
         offset += len(line)
     if lines:
@@ -68,12 +71,15 @@ def _decode(text: bytes) -> str:
 
 
 def _json_records(file: Any) -> Iterator[Record]:
+    """Yields the items of a JSON list, or the values of a JSON mapping with their keys."""
     if file.peek(1024).startswith(codecs.BOM_UTF8):
         file.read(len(codecs.BOM_UTF8))
-    first = file.peek(1024).lstrip()[:1]
-    if first == b"[":
+    first_character = file.peek(1024).lstrip()[:1]
+    # ``ijson`` does not load the whole file. "item" selects the items of the outer list, and ""
+    # selects the outer mapping.
+    if first_character == b"[":
         items = ((None, value) for value in ijson.items(file, "item", use_float=True))
-    elif first == b"{":
+    elif first_character == b"{":
         items = ijson.kvitems(file, "", use_float=True)
     else:
         raise ValueError("it is neither a list nor a mapping of records")
@@ -115,21 +121,24 @@ def _table_rows(delimiter: str, file: IO[bytes]) -> Iterator[Record]:
     """Yields the rows of a table whose first line names the columns.
 
     Raises:
-        ValueError: A row does not have a cell for each column; or the delimiter is a tab, and a
-            quoted cell contains a tab or a line break. Such a cell may be several rows between two
-            quotation marks that are part of the text.
+        ValueError: A row does not have one cell per column; or the delimiter is a tab, and a quoted
+            cell contains a tab or a line break. Files with tabs often do not quote cells. So what
+            looks like one quoted cell may be several rows between two ordinary quotation marks.
     """
     csv.field_size_limit(LONGEST_FIELD)
     lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     columns = next(rows, [])
-    for number, row in enumerate(filter(None, rows), 1):
+    for number, row in enumerate(filter(None, rows), 1):  # without blank lines
         if len(row) != len(columns):
-            cells = f"row {number} has {len(row)} cells"
-            raise ValueError(f"{cells}, but the first line names {len(columns)} columns")
-        if delimiter == "\t" and any(c in cell for cell in row for c in "\t\n\r"):
-            what = f"row {number}, up to line {rows.line_num}, has a tab or a line break in quotes"
-            raise ValueError(f'{what}; write a cell that starts with " as """…", or use .csv')
+            raise ValueError(
+                f"row {number} has {len(row)} cells, "
+                f"but the first line names {len(columns)} columns"
+            )
+        if delimiter == "\t" and any(mark in cell for cell in row for mark in "\t\n\r"):
+            row_name = f"row {number}, up to line {rows.line_num},"
+            problem = f"{row_name} has a tab or a line break in quotes"
+            raise ValueError(f'{problem}; write a cell that starts with " as """…", or use .csv')
         yield Record(dict(zip(columns, row, strict=True)), f"row {number}")
 
 
@@ -147,7 +156,7 @@ READERS: dict[str, Callable[[IO[bytes]], Iterator[Record]]] = {
     ".rst": _whole_file,
     ".py": _whole_file,
 }
-"""Readers by suffix."""
+"""Function that yields the records of an open file, by the suffix of the file's name."""
 ONE_DOCUMENT_FILES = tuple(suffix for suffix, read in READERS.items() if read is _whole_file)
 """Suffixes of files with one document each."""
 
@@ -155,25 +164,27 @@ ONE_DOCUMENT_FILES = tuple(suffix for suffix, read in READERS.items() if read is
 def text_of_fields(fields: str, record: object) -> str | None:
     """Returns the text in fields of a record, joined by line breaks.
 
-    Returns ``None`` if the record has none of the fields, or if the value of one is not text. Text
-    is a string or a list of strings (joined by line breaks). Null values are skipped.
+    Returns ``None`` if the record has none of the fields, or if the value of a field is not text.
+    Text is a string or a list of strings (joined by line breaks). Null values are skipped.
 
     Args:
-        fields: Names, joined by commas; ``a.b`` is the field ``b`` of the field ``a``.
-        record: A string, which is returned as it is; or a mapping.
+        fields: Names of fields, joined by commas; ``a.b`` is the field ``b`` of the field ``a``.
+        record: A mapping; or a string, which is returned unchanged.
     """
     if not isinstance(record, dict):
         return record if isinstance(record, str) else None
     values = [value for name in fields.split(",") for value in _values(name, record)]
-    texts = [_text(value) for value in values if value is not None]
-    valid = [text for text in texts if text is not None]
-    return "\n".join(valid) if values and len(valid) == len(texts) else None
+    texts_or_none = [_text(value) for value in values if value is not None]
+    texts = [text for text in texts_or_none if text is not None]
+    all_are_text = len(texts) == len(texts_or_none)
+    return "\n".join(texts) if values and all_are_text else None
 
 
 def _values(name: str, record: Any) -> list[Any]:
     """Returns a list with a field's value, or an empty list if the record lacks the field."""
-    # A dot may also be part of a field's own name.
-    for key in [name] if name in record else name.split("."):
+    # A name with a dot may itself be a key of the record. Otherwise it is a path of nested keys.
+    keys = [name] if name in record else name.split(".")
+    for key in keys:
         if not isinstance(record, dict) or key not in record:
             return []
         record = record[key]
@@ -181,6 +192,7 @@ def _values(name: str, record: Any) -> list[Any]:
 
 
 def _text(value: Any) -> str | None:
+    """Returns a string, or the joined lines of a list of strings; ``None`` for other values."""
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
         return "\n".join(value)
     return value if isinstance(value, str) else None
@@ -190,41 +202,49 @@ def messages_of(record: object) -> list[dict[str, Any]]:
     """Returns the messages of a conversation, each with ``role`` and ``content``.
 
     A record may also be a dialogue between two people, whose messages have ``sender`` and ``text``.
-    The person who speaks first becomes the user, the other person the assistant. Messages of a
-    dialogue may be grouped in lists.
+    The person who speaks first becomes the user, the other person the assistant. A dialogue's list
+    of messages may contain lists of messages.
 
     Raises:
-        ValueError: There are no messages, a message has no role, sender or text, more than two
-            people speak, or there are tools.
+        ValueError: There are no messages; a message has no role, sender or text; more than two
+            people speak; or the record has tools or tool calls.
     """
     record = record if isinstance(record, dict) else {}
     messages = record.get(MESSAGES)
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"there is no list of messages in '{MESSAGES}'")
-    flat = [m for group in messages for m in (group if isinstance(group, list) else [group])]
-    if all(isinstance(m, dict) and {"sender", "text"} <= m.keys() for m in flat):
-        return _messages_of_dialogue(flat)
-    tool_calls = [m["tool_calls"] for m in messages if isinstance(m, dict) and "tool_calls" in m]
-    if any([record.get(TOOLS) not in ("", "[]", None, [], {}), *tool_calls]):
+    groups = [item if isinstance(item, list) else [item] for item in messages]
+    flat_messages = [message for group in groups for message in group]
+    if all(isinstance(m, dict) and {"sender", "text"} <= m.keys() for m in flat_messages):
+        return _messages_of_dialogue(flat_messages)
+    has_tools = record.get(TOOLS) not in ("", "[]", None, [], {})  # may be JSON in a string
+    has_tool_calls = any(isinstance(m, dict) and m.get("tool_calls") for m in messages)
+    if has_tools or has_tool_calls:
         raise ValueError("it has tools or tool calls, which are not supported; leave it out")
     for number, message in enumerate(messages, 1):
         for key in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(key), str):
                 raise ValueError(f"message {number} has no text as its '{key}'")
-    # Rows of a table have every column; templates fail on a null or an empty list of tool calls.
-    return [{k: v for k, v in m.items() if v not in (None, [], {})} for m in messages]
+    # In a Parquet file, every message has the keys of all messages, with null values. Templates
+    # fail on a null or an empty list of tool calls.
+    return [
+        {key: value for key, value in message.items() if value not in (None, [], {})}
+        for message in messages
+    ]
 
 
 def _messages_of_dialogue(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Replaces senders by roles, and joins consecutive messages of a sender."""
+    """Replaces senders by roles, and joins consecutive messages of a sender by line breaks."""
     for number, message in enumerate(messages, 1):
-        for key, types in (("sender", (str, int)), ("text", str)):
+        for key, types in (("sender", (str, int)), ("text", (str,))):
             if not isinstance(message[key], types):
-                raise ValueError(f"'{key}' of message {number} is {message[key]!r}")
+                allowed = " or ".join(allowed_type.__name__ for allowed_type in types)
+                raise ValueError(f"'{key}' of message {number} is {message[key]!r}, not {allowed}")
+    # In order of their first message.
     senders = list(dict.fromkeys(message["sender"] for message in messages))
     if len(senders) > len(SPEAKERS):
         raise ValueError(f"{len(senders)} people speak, not two")
-    roles = dict(zip(senders, SPEAKERS, strict=False))
+    roles = dict(zip(senders, SPEAKERS, strict=False))  # there may be only one sender
     return [
         {"role": roles[sender], "content": "\n".join(message["text"] for message in turn)}
         for sender, turn in groupby(messages, key=lambda message: message["sender"])
@@ -232,7 +252,9 @@ def _messages_of_dialogue(messages: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def dialogue_text(record: object) -> str:
-    """Returns a conversation as plain text, one line per message; empty for a single message.
+    """Returns a conversation as plain text, one line per message.
+
+    Returns an empty string if there is only one message, because that is no dialogue.
 
     Raises:
         ValueError: The record is not a conversation, see ``messages_of``.
@@ -240,7 +262,10 @@ def dialogue_text(record: object) -> str:
     messages = messages_of(record)
     if len(messages) == 1:
         return ""
-    turns = (
-        (SPEAKERS.get(m["role"], m["role"].capitalize()), m["content"].split()) for m in messages
-    )
-    return "\n".join(f"{label}: {' '.join(words)}" for label, words in turns)
+    lines = []
+    for message in messages:
+        role = message["role"]
+        label = SPEAKERS.get(role, role.capitalize())
+        one_line = " ".join(message["content"].split())  # without line breaks
+        lines.append(f"{label}: {one_line}")
+    return "\n".join(lines)

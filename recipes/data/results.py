@@ -11,7 +11,7 @@ from itertools import accumulate
 NOT_COMPARED = (
     "Its duplicates are not removed, and it is not compared with held-out text and benchmarks."
 )
-"""Note in plans and reports on text that was tokenized elsewhere, whose words are not known."""
+"""Note in plans and reports on text of ``data.prefix``, of which only the tokens are known."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,11 @@ class TrainedSource:
 
     source: str
     tokens: int
-    """Tokens that the run trains on: with weights accurate to one sequence, without weights the
-    expected number in the random order of sequences."""
+    """Tokens of the source that the run trains on. With weights, the number is accurate to one
+    sequence. Without weights, it is the expected number, because the order of sequences is random.
+    """
     epochs: float
-    """How often the run trains on each token of the source."""
+    """Average number of times that the run trains on each training token of the source."""
 
 
 @dataclass(frozen=True)
@@ -56,54 +57,62 @@ class DatasetResult:
     """Number of tokens by split."""
     sources: list[str]
     source_tokens: dict[str, list[SourceTokens]]
-    """Sources of each split with their tokens, in the order of the split's text."""
+    """Tokens of each source by split, in the order of the split's text."""
     document_end: int
-    """Token after every document. The prediction of the next document's start is not in the loss.
-    """
+    """Id of the token after every document. The prediction of the token that follows it is not in
+    the loss."""
     document_begin: int | None = None
-    """Token before every document, if there is one."""
+    """Id of the token before every document; ``None`` if there is no such token."""
     seq_length: int | None = None
-    """Length of packed sequences; ``None`` if there are no conversations."""
+    """Length in tokens of packed sequences; ``None`` if there are no conversations."""
     conversations: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Counts by source: conversations used, shortened, and left out by reason; and tokens."""
+    """Counts by source: conversations used, shortened, and left out by reason; tokens."""
     sample: str = ""
-    """First tokens of ``data.prefix``, decoded. Readable text shows that the tokenizer fits."""
+    """First tokens of ``data.prefix``, decoded. If the tokenizer fits, the text is readable."""
     origins: dict[str, Origin] = field(default_factory=dict)
     """Origins by source. The keys are the sources as written in the settings."""
 
     def with_sequences(self, numbers: Iterable[int], seq_length: int) -> DatasetResult:
-        """Returns the result of a text with only these training sequences of the text.
+        """Returns a copy that counts only some sequences of the training split.
 
-        A sequence counts for the source of its first token.
-        """
-        train = self.source_tokens["train"]
-        ends = list(accumulate(entry.tokens for entry in train))
-        counts = Counter(bisect_right(ends, int(number) * seq_length) for number in numbers)
-        chosen = [SourceTokens(e.source, counts[n] * seq_length) for n, e in enumerate(train)]
-        return replace(self, source_tokens=self.source_tokens | {"train": chosen})
-
-    def trained_sources(self, tokens: int, weights: Mapping[str, float]) -> list[TrainedSource]:
-        """Returns how a training run on ``tokens`` tokens uses each source.
+        All tokens of a sequence count for the source of its first token.
 
         Args:
-            tokens: Number of tokens of the run.
+            numbers: Numbers of the sequences, from 0.
+            seq_length: Tokens per sequence.
+        """
+        train = self.source_tokens["train"]
+        # The position in the split at which each source ends.
+        ends = list(accumulate(entry.tokens for entry in train))
+        sequences = Counter(bisect_right(ends, int(number) * seq_length) for number in numbers)
+        counted = [
+            SourceTokens(entry.source, sequences[index] * seq_length)
+            for index, entry in enumerate(train)
+        ]
+        return replace(self, source_tokens=self.source_tokens | {"train": counted})
+
+    def trained_sources(self, tokens: int, weights: Mapping[str, float]) -> list[TrainedSource]:
+        """Returns how much of each source a training run uses.
+
+        Args:
+            tokens: Number of tokens that the run trains on, from all sources.
             weights: Weights by source; if empty, a source's weight is its number of tokens.
         """
         available = {entry.source: entry.tokens for entry in self.source_tokens["train"]}
         weights = weights or available
         total = sum(weights.values())
-        trained = {name: tokens * weight / total for name, weight in weights.items()}
+        trained_tokens = {name: tokens * weight / total for name, weight in weights.items()}
         return [
-            TrainedSource(name, round(trained[name]), trained[name] / available[name])
-            for name in trained
-            if available.get(name)
+            TrainedSource(name, round(trained), trained / available[name])
+            for name, trained in trained_tokens.items()
+            if available.get(name)  # all text of a source may be in other splits
         ]
 
     def licence(self, source: str) -> str:
-        """Returns a source's licence, in words."""
+        """Returns a source's licence, or "not recorded"."""
         return self.origins.get(source, Origin()).licence or "not recorded"
 
 
 def describe_counts(conversations: Mapping[str, int]) -> str:
-    """Returns the counts of a source's conversations as text."""
+    """Returns the counts of a source's conversations as text, such as "12 used, 3 too long"."""
     return ", ".join(f"{count:,} {name}" for name, count in conversations.items() if count)

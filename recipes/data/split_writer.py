@@ -16,25 +16,27 @@ from recipes.core.errors import RecipeError
 from recipes.data.corpus import TOKEN_BYTES
 
 SplitSize = tuple[int, int]
-"""Bytes of tokens, and number of documents."""
+"""Bytes of a split's tokens, and number of its documents."""
 LOSS_MASK = "loss_mask"
 """Suffix of a file with one byte per token: 1 if the token is a target of the loss."""
 LENGTHS = "lengths"
-"""Suffix of a file with the token count of each document (int32). The index is made from it."""
+"""Suffix of a file with the token count of each document (int32), from which ``.idx`` is made."""
 BLOCK = 1 << 16
-"""Documents per block while an index is written."""
+"""Number of documents per block while an index is written, to limit memory."""
 
 
 class SplitWriter:
     """Writes several splits, one document at a time, in constant memory.
 
-    Megatron's ``IndexedDatasetBuilder`` makes the same files, but keeps all lengths in memory and
-    cannot append to files.
+    Used in a ``with`` statement. At its end, the ``.idx`` files are written, unless there is an
+    exception. Megatron's ``IndexedDatasetBuilder`` makes the same ``.bin`` and ``.idx`` files, but
+    keeps all lengths in memory and cannot append to files.
 
     Args:
         folder: Folder of the files.
         splits: Names of the splits.
-        sizes: Current size of each split, if files are continued; by default all splits are empty.
+        sizes: Size of each split at which to continue existing files; longer files are truncated.
+            By default, all splits start empty.
         masked: Whether to write ``LOSS_MASK`` files, too.
     """
 
@@ -47,13 +49,16 @@ class SplitWriter:
         masked: bool = False,
     ) -> None:
         self._folder = folder
-        # JSON has turned the tuples of stored sizes into lists.
-        self.sizes: dict[str, SplitSize] = {s: (*(sizes or {}).get(s, (0, 0)),) for s in splits}
+        self.sizes: dict[str, SplitSize] = {}
         """Size of each split."""
+        for split in splits:
+            # A size from JSON is a list, so it is unpacked.
+            size, documents = (sizes or {}).get(split, (0, 0))
+            self.sizes[split] = (size, documents)
         self._files: dict[tuple[str, str], BinaryIO] = {}
         """Open files by split and suffix."""
         for split, (size, documents) in self.sizes.items():
-            # A token and a length take 4 bytes, an entry of the mask 1 byte.
+            # A length has 4 bytes, an entry of the mask 1 byte per token.
             byte_counts = {"bin": size, LENGTHS: 4 * documents, LOSS_MASK: size // TOKEN_BYTES}
             for suffix, count in byte_counts.items():
                 if masked or suffix != LOSS_MASK:
@@ -63,7 +68,13 @@ class SplitWriter:
     def add(
         self, split: str, ids: Sequence[int] | np.ndarray, loss_mask: np.ndarray | None = None
     ) -> None:
-        """Appends one document; by default all its tokens but the first are targets of the loss."""
+        """Appends one document.
+
+        Args:
+            split: Name of the split.
+            ids: Token ids [n].
+            loss_mask: bool [n]: which tokens are targets of the loss; by default all but the first.
+        """
         if mask_file := self._files.get((split, LOSS_MASK)):
             mask = np.arange(len(ids)) > 0 if loss_mask is None else loss_mask
             mask_file.write(mask.tobytes())
@@ -73,7 +84,7 @@ class SplitWriter:
         self.sizes[split] = (size + written, documents + 1)
 
     def flush(self) -> None:
-        """Writes everything to disk."""
+        """Writes buffered data to disk."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -92,7 +103,7 @@ class SplitWriter:
 
 
 def _open_to_append(path: Path, size: int) -> BinaryIO:
-    """Truncates a file to ``size`` bytes and opens it to append.
+    """Truncates a file to ``size`` bytes and opens it to append. Creates a missing file.
 
     Raises:
         RecipeError: The file is shorter than ``size``.
@@ -108,19 +119,27 @@ def _open_to_append(path: Path, size: int) -> BinaryIO:
 
 
 def _write_index(path: Path, documents: int) -> None:
-    """Writes ``.idx`` as Megatron's ``_IndexWriter`` does, one block of lengths at a time."""
-    lengths = path.with_suffix(f".{LENGTHS}")
-    with _IndexWriter(str(path), np.int32) as writer:
-        file = writer.idx_writer
-        file.write(struct.pack("<QQ", documents, documents + 1))
-        with lengths.open("rb") as source:
-            shutil.copyfileobj(source, file)
+    """Writes ``.idx`` as Megatron's ``_IndexWriter`` does, one block of lengths at a time.
+
+    Megatron's format has sequences, and documents of several sequences. Here, each document is one
+    sequence.
+    """
+    lengths_path = path.with_suffix(f".{LENGTHS}")
+    with _IndexWriter(str(path), np.int32) as writer:  # writes the header
+        index = writer.idx_writer
+        # The numbers of sequences and of document boundaries, then the length of each sequence.
+        index.write(struct.pack("<QQ", documents, documents + 1))
+        with lengths_path.open("rb") as lengths:
+            shutil.copyfileobj(lengths, index)
+        # The position of each sequence's first byte in ``.bin``.
         bytes_before = 0
-        for start in range(0, documents, BLOCK):  # the first byte of each document in ``.bin``
-            sizes = 4 * np.fromfile(lengths, np.int32, BLOCK, offset=4 * start).astype(np.int64)
+        for start in range(0, documents, BLOCK):
+            block = np.fromfile(lengths_path, np.int32, BLOCK, offset=4 * start)
+            sizes = TOKEN_BYTES * block.astype(np.int64)
             ends = bytes_before + np.cumsum(sizes)
-            file.write((ends - sizes).tobytes())
+            index.write((ends - sizes).tobytes())
             bytes_before = int(ends[-1])
-        for start in range(0, documents + 1, BLOCK):  # document n is sequence n
+        # The document boundaries, as numbers of sequences: 0, 1, and so on.
+        for start in range(0, documents + 1, BLOCK):
             stop = min(start + BLOCK, documents + 1)
-            file.write(np.arange(start, stop, dtype=np.int64).tobytes())
+            index.write(np.arange(start, stop, dtype=np.int64).tobytes())

@@ -1,4 +1,4 @@
-"""Lets a teacher write conversations, once per request, and stores them in the cache."""
+"""Generates conversations with the teacher model, and caches them on disk by request."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ from recipes.core.wheels import cache_dir
 from recipes.data.chat import ASSISTANT
 from recipes.data.corpus import read_source
 
-MIN_BATCH, BATCH_TOKENS = 32, 1 << 15
-"""A batch has as many conversations as fit in the requested tokens and in ``BATCH_TOKENS``, but at
-least ``MIN_BATCH``, because a generation step costs nearly the same for many sequences as for one.
-Both constants affect the text that is generated."""
+MIN_BATCH = 32
+"""Smallest number of conversations generated together. A generation step costs nearly the same for
+many sequences as for one. The generated text depends on this constant and on ``BATCH_TOKENS``,
+because each batch has its own random seed."""
+BATCH_TOKENS = 1 << 15
+"""Maximum tokens of a batch of more than ``MIN_BATCH`` conversations."""
 MAX_EMPTY_BATCHES = 5
-"""The stage fails if so many batches at the start have no finished conversation."""
+"""The stage fails if the first ``MAX_EMPTY_BATCHES`` batches have no finished conversation."""
 BLANK = "\0"
-"""Placeholder for a user's words, which marks where the template puts them."""
+"""Placeholder for a user's message. It marks where the chat template inserts the message."""
 FILE = "chats.jsonl"
+"""All conversations of a request, in its folder of the cache."""
 Messages = list[dict[str, Any]]
 
 
@@ -43,19 +46,19 @@ class ChatRequest:
     """Tokens to generate: answers, and users' turns that the teacher invents."""
     seed: int
     seq_length: int
-    """Maximum tokens of a conversation, all special tokens included."""
+    """Maximum tokens of a conversation, special tokens included."""
     prompts: str | None = None
     """Source of conversations. Only the turns before the first assistant turn are used; the teacher
     answers them. Without a source, the teacher also invents the user's turn."""
 
     def batch_size(self) -> int:
-        """Returns the number of conversations per batch; each batch has its own random seed."""
+        """Returns the number of conversations per batch."""
         return max(MIN_BATCH, min(self.tokens, BATCH_TOKENS) // self.seq_length)
 
 
 @dataclass(frozen=True)
 class ChatWriter:
-    """The teacher as transformers loads it."""
+    """The teacher model and its tokenizer, both loaded by transformers."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -64,10 +67,11 @@ class ChatWriter:
 
 
 def write_chats(request: ChatRequest, writer: ChatWriter, log: MetricsLog) -> Path:
-    """Writes a request's conversations, one per line, and returns the file.
+    """Writes a request's conversations, one per line, and returns the path of the file.
 
-    Finished batches are stored in the cache. So a repeated request generates nothing, and a killed
-    process resumes after the last finished batch.
+    Generation stops at ``request.tokens`` tokens, or after the last conversation of
+    ``request.prompts``. Finished batches are stored in the cache. A repeated request generates
+    nothing, and a killed process resumes after the last finished batch.
 
     Raises:
         RecipeError: The first ``MAX_EMPTY_BATCHES`` batches have no finished conversation.
@@ -101,17 +105,21 @@ def write_chats(request: ChatRequest, writer: ChatWriter, log: MetricsLog) -> Pa
 
 
 def _documents(request: ChatRequest) -> Iterator[Any]:
+    """Reads ``request.prompts``. A document's text is the JSON of a conversation's messages."""
     assert request.prompts is not None
     return iter(read_source(request.prompts, "", chat=True))
 
 
 def _batches(request: ChatRequest, writer: ChatWriter, folder: Path) -> Iterator[Mapping[str, Any]]:
-    """Yields batches; reads finished batches from the folder, and generates further batches."""
+    """Yields batches as ``_write_batch`` returns them.
+
+    A batch that has a file in the folder is read; other batches are generated and stored there.
+    """
     all_openings = iter(_openings(request, writer)) if request.prompts else None
     size = request.batch_size()
     for number in count():
         openings = None if all_openings is None else list(islice(all_openings, size))
-        if openings == []:
+        if openings == []:  # all prompts are used; without prompts, ``openings`` is None
             return
         file = folder / f"{number:05d}.json"
         if not file.exists():
@@ -123,48 +131,60 @@ def _batches(request: ChatRequest, writer: ChatWriter, folder: Path) -> Iterator
 
 
 def _openings(request: ChatRequest, writer: ChatWriter) -> list[Messages]:
-    """Returns the messages of each conversation before its first answer.
+    """Returns the opening of each conversation: its messages before the first answer.
 
-    Leaves out those of more than half a sequence, since they would shorten all answers of a batch.
+    Leaves out openings of more than half a sequence. All answers of a batch have the same maximum
+    length, so one long opening would shorten all of them.
 
     Raises:
-        RecipeError: All are left out.
+        RecipeError: All openings are too long.
     """
-    limit, openings, too_long = request.seq_length // 2, list[Messages](), 0
+    max_tokens, openings, too_long = request.seq_length // 2, list[Messages](), 0
     for document in _documents(request):
         messages = json.loads(document.text)
         roles = [message["role"] for message in messages]
         opening = messages[: roles.index(ASSISTANT)] if ASSISTANT in roles else messages
-        if opening and len(_prompt_tokens(writer, opening)) > limit:
+        if opening and len(_prompt_tokens(writer, opening)) > max_tokens:
             too_long += 1
         elif opening:
             openings.append(opening)
     if too_long:
-        what = f"{too_long} of {too_long + len(openings)} prompts have more than {limit} tokens"
+        prompts = too_long + len(openings)
+        message = (
+            f"{too_long} of {prompts} prompts have more than {max_tokens} tokens, half of "
+            f"data.seq_length={request.seq_length}"
+        )
         if not openings:
-            raise RecipeError(f"{what}, half of a sequence.", "raise data.seq_length")
-        print(f"{what}, half of data.seq_length, and are left out", flush=True)
+            raise RecipeError(f"{message}.", "raise data.seq_length")
+        print(f"{message}, and are left out", flush=True)
     return openings
 
 
 def _prompt_tokens(writer: ChatWriter, opening: Messages) -> list[int]:
+    """Returns the token ids of an opening, up to where the assistant's answer starts."""
     return list(writer.tokenizer.apply_chat_template(opening, add_generation_prompt=True))  # type: ignore[arg-type]
 
 
 def _write_batch(
     request: ChatRequest, writer: ChatWriter, openings: list[Messages] | None
 ) -> Mapping[str, Any]:
-    """Writes one answer to each opening; without openings, the teacher invents them."""
+    """Generates one answer to each opening. If ``openings`` is ``None``, generates these first.
+
+    Returns:
+        - ``conversations``: The messages of each finished conversation.
+        - ``tokens``: Number of tokens in the turns that the teacher finished.
+        - ``unfinished``: Number of turns that have no end or no text.
+    """
     tokens = unfinished = 0
     if openings is None:
         prefixes = [_user_prefix(writer)] * request.batch_size()
-        # At most half of the sequence is for the user's turn, the remainder for the answer.
+        # The user's turn gets at most half of the sequence, and the answer gets the remainder.
         turns = _write_turns(writer, prefixes, request.seq_length // 2)
         openings = [[{"role": "user", "content": text}] for text, _ in turns if text]
         tokens = sum(length for _, length in turns)
         unfinished = len(turns) - len(openings)
     prompts = [_prompt_tokens(writer, opening) for opening in openings]
-    # 1 is for the token that ``ChatTokenizer`` adds after a conversation.
+    # ``ChatTokenizer`` adds 1 token after a conversation.
     new_tokens = request.seq_length - max(map(len, prompts), default=0) - 1
     answers = _write_turns(writer, prompts, new_tokens)
     conversations = [
@@ -180,22 +200,24 @@ def _write_batch(
 
 
 def _user_prefix(writer: ChatWriter) -> list[int]:
-    """Returns the template's tokens before a user's words, so that the teacher writes these words.
+    """Returns the chat template's tokens before a user's message. The teacher continues them.
 
-    The method is Magpie, arXiv:2406.08464.
+    The continuation is a user's message, as in Magpie, arXiv:2406.08464.
     """
     turn = [{"role": "user", "content": BLANK}]
     rendered = str(writer.tokenizer.apply_chat_template(turn, tokenize=False))
     encoded = writer.tokenizer(rendered.partition(BLANK)[0], add_special_tokens=False)
+    # Generation needs at least one token, but a template may have nothing before the message.
     return list(encoded["input_ids"]) or [int(writer.tokenizer.eos_token_id)]
 
 
 def _write_turns(
     writer: ChatWriter, prompts: list[list[int]], new_tokens: int
 ) -> list[tuple[str, int]]:
-    """Generates a turn after each prompt; returns each turn's text and number of tokens.
+    """Generates a turn of at most ``new_tokens`` tokens after each prompt.
 
-    A turn that does not end, or has no text, is ``("", 0)``.
+    Returns:
+        Text and number of tokens of each turn; ``("", 0)`` if the turn has no end or no text.
     """
     if not prompts or new_tokens < 1:
         return [("", 0)] * len(prompts)
@@ -213,12 +235,17 @@ def _write_turns(
 
 @torch.no_grad()
 def _generate(writer: ChatWriter, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    """Samples a continuation of each prompt at temperature 1: at most ``new_tokens`` tokens."""
+    """Samples a continuation of each prompt at temperature 1: at most ``new_tokens`` tokens.
+
+    Shorter rows are padded after the end-of-turn token.
+    """
     longest, last_tokens = max(map(len, prompts)), {prompt[-1] for prompt in prompts}
-    # Padding is masked, so it can be any token. But transformers warns if a prompt ends with it.
+    # Padding is masked, so any token works. But transformers warns if a prompt ends with the
+    # padding token, so this is the smallest id with which no prompt ends.
     pad = next(token for token in range(len(last_tokens) + 1) if token not in last_tokens)
-    rows = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
-    mask = [[int(n >= longest - len(p)) for n in range(longest)] for p in prompts]
+    padding = [longest - len(prompt) for prompt in prompts]  # number of tokens on the left
+    rows = [[pad] * count + prompt for count, prompt in zip(padding, prompts, strict=True)]
+    mask = [[0] * count + [1] * (longest - count) for count in padding]
     device = writer.model.device
     settings = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens,
@@ -228,7 +255,7 @@ def _generate(writer: ChatWriter, prompts: list[list[int]], new_tokens: int) -> 
         torch.tensor(rows, device=device),
         attention_mask=torch.tensor(mask, device=device),
         generation_config=settings,
-        # The settings above must not be completed from the model's generation_config.json.
+        # Otherwise, the model's generation_config.json would add settings to those above.
         use_model_defaults=False,
     )
     continuations: list[list[int]] = output[:, longest:].tolist()

@@ -1,8 +1,9 @@
-"""Divides text that is already tokenized: a pair of Megatron's ``.bin`` and ``.idx`` files.
+"""Divides text that is already tokenized into training, validation and other splits.
 
-Each split is a range of documents, as with Megatron's setting ``split``. Each split gets its own
-index. The ``.bin`` of a split is a link to the whole ``.bin``, so no token is copied. Planning
-calls ``require_token_files`` and must start fast, so NumPy is imported inside functions.
+The text is a pair of Megatron's files: tokens in ``.bin``, and an index in ``.idx``. Each split is
+a range of documents, as with Megatron's setting ``split``, and gets its own index. The ``.bin`` of
+a split is a link to the whole ``.bin``, so no token is copied. Planning calls
+``require_token_files`` and must start fast, so NumPy is imported inside functions.
 """
 
 from __future__ import annotations
@@ -19,24 +20,33 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAGIC = b"MMIDIDX\x00\x00"
+"""First bytes of every index."""
 _HEADER = struct.Struct("<9sQBQQ")
-"""Magic number, version, code of the data type, numbers of sequences and of document boundaries."""
+"""Header of an index: ``MAGIC``, version, code of the tokens' data type, and the numbers of
+sequences and of document boundaries. The arrays ``lengths``, ``pointers`` and ``documents`` of
+``TokenFiles`` follow it."""
 DTYPES = {4: ("int32", 4), 5: ("int64", 8), 8: ("uint16", 2)}
-"""Names and bytes of the data types of tokens, by Megatron's codes."""
+"""Supported data types of tokens: NumPy name and size in bytes, by Megatron's code."""
 BLOCK = 1 << 24
-"""Tokens that are read at once."""
+"""Tokens that ``require_valid`` checks at once: 32 to 128 MiB of memory."""
 SAMPLED_TOKENS = 200
 """Tokens from the start of the text that are decoded to show that the tokenizer fits."""
 CHECKED_ENDS = 1000
-"""Documents whose last token is compared with the tokenizer's end of text."""
+"""Number of documents, from the first, whose last token is compared with the tokenizer's end of
+text."""
 
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """Memory-mapped arrays of the index, and the memory-mapped tokens."""
+    """Memory-mapped arrays of the index, and the memory-mapped tokens.
+
+    In Megatron, a document consists of one or more sequences.
+    """
 
     prefix: Path
+    """Path of both files without the suffix."""
     dtype_code: int
+    """Key in ``DTYPES``."""
     lengths: np.ndarray
     """Tokens of each sequence, int32 [sequences]."""
     pointers: np.ndarray
@@ -47,7 +57,10 @@ class TokenFiles:
     """All tokens [tokens]."""
 
     def start(self, document: int) -> int:
-        """Returns the position of a document's first token."""
+        """Returns the index in ``tokens`` of a document's first token.
+
+        For the number of documents, returns the number of tokens.
+        """
         sequence = int(self.documents[document])
         if sequence == len(self.pointers):
             return len(self.tokens)
@@ -60,48 +73,54 @@ def paths_of(prefix: Path) -> dict[str, Path]:
 
 
 def require_token_files(prefix: Path) -> tuple[int, int, int, int]:
-    """Compares the header of an index with the sizes of both files; reads few bytes of the index.
+    """Compares the header and the last sequence of an index with the sizes of both files.
+
+    Reads only a few bytes of the index and none of the tokens.
 
     Returns:
         Code of the data type, and numbers of sequences, document boundaries and tokens.
 
     Raises:
-        RecipeError: A file is missing or damaged, or the two do not belong together.
+        RecipeError: A file is missing or damaged, or the index was written for another ``.bin``.
     """
     index, data = paths_of(prefix).values()
     for path in (index, data):
         if not path.is_file() or not path.stat().st_size:
             raise _problem(f"{path} is missing or empty", "give the path without .bin and .idx")
     with index.open("rb") as file:
-        start = file.read(_HEADER.size)
-        if len(start) < _HEADER.size or not start.startswith(MAGIC):
+        header = file.read(_HEADER.size)
+        if len(header) < _HEADER.size or not header.startswith(MAGIC):
             raise _problem(f"{index} is not an index of Megatron")
-        _, version, code, sequences, boundaries = _HEADER.unpack(start)
+        _, version, code, sequences, boundaries = _HEADER.unpack(header)
         if version != 1 or code not in DTYPES:
             raise _problem(
                 f"{index} has version {version} and data type {code}; supported are version 1 and "
                 f"data types {', '.join(map(str, DTYPES))}"
             )
-        # Sequences have an int32 length and an int64 pointer, document boundaries are int64.
+        # A sequence has an int32 length and an int64 pointer: 12 bytes. A boundary is int64.
         expected = _HEADER.size + 12 * sequences + 8 * boundaries
         if index.stat().st_size != expected or not sequences or boundaries < 2:
             raise _problem(
                 f"{index} has {index.stat().st_size:,} bytes, but {sequences:,} sequences in "
                 f"{boundaries - 1:,} documents take {expected:,}"
             )
+        # The text ends after the last sequence. Its length and its pointer are the last entries of
+        # their arrays: ``lengths`` of 4 bytes per sequence, then ``pointers`` of 8 bytes.
         file.seek(_HEADER.size + 4 * (sequences - 1))
         [last_length] = struct.unpack("<i", file.read(4))
         file.seek(_HEADER.size + 12 * sequences - 8)
         [last_pointer] = struct.unpack("<q", file.read(8))
     itemsize = DTYPES[code][1]
-    size = last_pointer + last_length * itemsize
-    if data.stat().st_size != size:
-        raise _problem(f"{data} has {data.stat().st_size:,} bytes, but its index says {size:,}")
-    return code, sequences, boundaries, size // itemsize
+    data_bytes = last_pointer + last_length * itemsize
+    if data.stat().st_size != data_bytes:
+        raise _problem(
+            f"{data} has {data.stat().st_size:,} bytes, but its index says {data_bytes:,}"
+        )
+    return code, sequences, boundaries, data_bytes // itemsize
 
 
 def open_token_files(prefix: Path) -> TokenFiles:
-    """Opens a pair of files after ``require_token_files``."""
+    """Checks a pair of files with ``require_token_files``, and maps them into memory."""
     import numpy as np
 
     code, sequences, boundaries, _ = require_token_files(prefix)
@@ -119,6 +138,7 @@ def open_token_files(prefix: Path) -> TokenFiles:
 def _problem(
     what: str, fix: str = "copy both files again, or tokenize the text again"
 ) -> RecipeError:
+    """Returns an error about the files of ``data.prefix``."""
     return RecipeError(f"data.prefix: {what}.", fix)
 
 
@@ -131,10 +151,12 @@ def require_valid(files: TokenFiles, vocabulary: int, progress: Callable[[int, i
         progress: Called with the number of checked tokens and the number of all tokens.
 
     Raises:
-        RecipeError: The index contradicts itself, or a token is not in the vocabulary.
+        RecipeError: The arrays of the index do not fit together, or a token is not in the
+            vocabulary.
     """
     import numpy as np
 
+    # Byte after each sequence. The next sequence must start there.
     ends = np.cumsum(files.lengths, dtype=np.int64) * files.tokens.itemsize
     is_consistent = (
         int(files.lengths.min()) >= 0
@@ -145,7 +167,7 @@ def require_valid(files: TokenFiles, vocabulary: int, progress: Callable[[int, i
         and bool(np.all(np.diff(files.documents) >= 0))
     )
     if not is_consistent:
-        raise _problem(f"{files.prefix}.idx is damaged: its positions have gaps")
+        raise _problem(f"{files.prefix}.idx is damaged: its arrays do not fit together")
     for start in range(0, len(files.tokens), BLOCK):
         block = files.tokens[start : start + BLOCK]
         lowest, largest = int(block.min()), int(block.max())
@@ -153,17 +175,23 @@ def require_valid(files: TokenFiles, vocabulary: int, progress: Callable[[int, i
             raise _problem(
                 f"{files.prefix}.bin has token {largest if lowest >= 0 else lowest}, "
                 f"but the model's tokenizer has {vocabulary:,} ids",
-                "give text that this model's tokenizer has tokenized, or data.sources",
+                "tokenize the text with this model's tokenizer, or set data.sources instead",
             )
         progress(min(start + BLOCK, len(files.tokens)), len(files.tokens))
 
 
 def require_document_end(files: TokenFiles, end: int, name_of: Callable[[int], str]) -> bool:
-    """Returns whether the first documents end with the tokenizer's end of text.
+    """Returns whether the first ``CHECKED_ENDS`` documents all end with the token ``end``.
+
+    Args:
+        files: The files.
+        end: The tokenizer's end of text.
+        name_of: Returns the text of a token, for the error message.
 
     Raises:
-        RecipeError: These documents all end with one other token.
+        RecipeError: At least two documents were checked, and all end with the same other token.
     """
+    # A document stops where the next one starts. Stop 0 belongs to an empty first document.
     stops = [files.start(n) for n in range(1, min(CHECKED_ENDS + 1, len(files.documents)))]
     last_tokens = {int(files.tokens[stop - 1]) for stop in stops if stop}
     if len(last_tokens) == 1 and end not in last_tokens and len(stops) > 1:
@@ -181,13 +209,19 @@ def split_ranges(
     max_documents: int | None,
     max_tokens: int | None,
 ) -> dict[str, range]:
-    """Returns a range of documents for each split: training first, then ``fractions`` in order.
+    """Returns a range of documents for each split: ``train`` first, then ``fractions`` in order.
 
-    Fractions are of the tokens, not of the documents.
+    Args:
+        files: The files.
+        fractions: Fraction of the tokens of each split but ``train``, which gets the remainder.
+        max_documents: Number of documents to use, from the first; ``None`` uses all.
+        max_tokens: Number of tokens to use, rounded up to whole documents; ``None`` uses all.
     """
+    # Number of documents in all splits.
     limit = min(len(files.documents) - 1, max_documents or len(files.documents))
     if max_tokens is not None:
         limit = min(limit, max(1, _document_at(files, max_tokens)))  # at least one document
+    # ``end_fraction`` is the fraction of the tokens before the end of the current split.
     total, end_fraction = files.start(limit), 1 - sum(fractions.values())
     ranges = {"train": range(min(limit, _document_at(files, total * end_fraction)))}
     for split, fraction in fractions.items():
@@ -203,12 +237,23 @@ def _document_at(files: TokenFiles, position: float) -> int:
     """Returns the first document that starts at or after a position, counted in tokens."""
     import numpy as np
 
+    # First sequence that starts at or after the position, then first document from there on.
     sequence = np.searchsorted(files.pointers, position * files.tokens.itemsize)
     return int(np.searchsorted(files.documents, sequence))
 
 
 def write_split(files: TokenFiles, documents: range, target: Path) -> int:
-    """Writes an index of a range of documents, and a link to ``.bin``; returns the token count."""
+    """Writes an index of a range of documents, and a link to ``.bin``.
+
+    Args:
+        files: The files of all splits.
+        documents: Range of documents in the split.
+        target: Path of the split's files without the suffix.
+
+    Returns:
+        The number of tokens in the split.
+    """
+    # Range of sequences. Pointers do not change, since the link leads to the whole ``.bin``.
     first, stop = (int(files.documents[n]) for n in (documents.start, documents.stop))
     boundaries = files.documents[documents.start : documents.stop + 1] - first
     index, data = paths_of(target).values()

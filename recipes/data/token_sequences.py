@@ -35,15 +35,16 @@ class TextSequences:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, chosen: slice | list[int]) -> TextSequences:
+    def __getitem__(self, indices: slice | list[int]) -> TextSequences:
         """Selects sequences. The result has no ``sources``."""
-        return TextSequences(self.tokens[chosen], self.prediction_mask[chosen])
+        return TextSequences(self.tokens[indices], self.prediction_mask[indices])
 
     def first(self, count: int) -> TextSequences:
-        """Selects about ``count`` sequences, the first of each source."""
+        """Selects the first ``count / sources`` sequences of each source, rounded up."""
         spans = list(self.sources.values()) or [slice(0, len(self))]
         per_source = math.ceil(count / len(spans))
-        return self[[n for span in spans for n in range(span.start, span.stop)[:per_source]]]
+        firsts = [range(span.start, span.stop)[:per_source] for span in spans]
+        return self[[index for indices in firsts for index in indices]]
 
     @property
     def predictions(self) -> int:
@@ -59,7 +60,7 @@ class TextSequences:
     def of(
         cls, tokens: Tensor, end: int | None = None, loss_mask: Tensor | None = None
     ) -> TextSequences:
-        """Makes sequences from tokens with ``end`` after every document."""
+        """Makes sequences from tokens. The arguments are those of ``prediction_mask``."""
         return cls(tokens, prediction_mask(tokens, end, loss_mask))
 
 
@@ -72,8 +73,9 @@ def prediction_mask(tokens: Tensor, end: int | None, loss_mask: Tensor | None = 
 
     Args:
         tokens: int64 [..., n].
-        end: Token after every document, if there is one.
-        loss_mask: bool [..., n], which tokens are targets; see ``read_loss_mask``.
+        end: Token after every document; ``None`` masks no prediction.
+        loss_mask: bool [..., n], which tokens are targets; see ``read_loss_mask``. If it is set,
+            ``end`` has no effect.
 
     Returns:
         bool [..., n - 1]. Entry i is for the prediction of token i + 1.
@@ -87,15 +89,17 @@ def prediction_mask(tokens: Tensor, end: int | None, loss_mask: Tensor | None = 
 def sequences_by_source(
     sources: Sequence[SourceTokens], seq_length: int, count: int | None = None
 ) -> dict[str, range]:
-    """Returns which sequences of a split to take from each source.
+    """Returns the range of sequence indices of each source of a split.
 
     A split holds its sources one after the other, and sequence n starts at token n · seq_length.
     Sequences that span two sources, and sources without a whole sequence, are left out. With
-    ``count``, each source gives its first ``count / sources`` sequences, rounded up.
+    ``count``, only the first ``count / sources`` sequences of each source are returned, rounded up.
     """
     spans, start = {}, 0
     for entry in sources:
         stop = start + entry.tokens
+        # From the first sequence that starts in the source to the last that ends in it.
+        # ``-(-a // b)`` is a / b rounded up.
         if span := range(-(-start // seq_length), stop // seq_length):
             spans[entry.source] = span
         start = stop
@@ -106,12 +110,13 @@ def sequences_by_source(
 def require_heldout_sources(cfg: PrepareDataConfig, tokens: Mapping[str, int]) -> None:
     """Checks that each held-out source has a whole sequence.
 
-    With the input ``held_out``, models are evaluated on the held-out text of the other stage.
+    Does not check with the input ``held_out``. Models are then evaluated on the held-out text of
+    that input instead.
 
     Args:
         cfg: Settings of the text.
-        tokens: Number of tokens by source, in the order of the held-out split. It starts with the
-            held-out sources, so the result does not depend on later sources.
+        tokens: Number of tokens by source, in the order of the held-out split. The split starts
+            with the held-out sources, so the result does not depend on later sources.
 
     Raises:
         RecipeError: A held-out source has no whole sequence.
@@ -121,7 +126,7 @@ def require_heldout_sources(cfg: PrepareDataConfig, tokens: Mapping[str, int]) -
     if missing and "held_out" not in cfg.inputs:
         raise RecipeError(
             f"no whole sequence of seq_length={cfg.seq_length} in heldout: {', '.join(missing)}",
-            "give each of these sources more text, or set data.seq_length lower. Sequences start "
+            "give each of these sources more text, or lower data.seq_length. Sequences start "
             f"at multiples of seq_length, so {2 * cfg.seq_length - 1} tokens always suffice",
         )
 
@@ -129,7 +134,7 @@ def require_heldout_sources(cfg: PrepareDataConfig, tokens: Mapping[str, int]) -
 def warn_of_short_sources(
     cfg: PrepareDataConfig, source_tokens: Mapping[str, Sequence[SourceTokens]]
 ) -> None:
-    """Prints a warning for each split that has no whole sequence of a source.
+    """Prints a warning for each split in which a source has no whole sequence.
 
     Args:
         cfg: Settings of the text.
@@ -145,6 +150,7 @@ def warn_of_short_sources(
 
 
 def _heldout_names(cfg: PrepareDataConfig) -> list[str]:
+    """Returns the names of the sources that are not trained on."""
     trained = cfg.training_names()
     return [name for name in source_names(cfg.all_sources()) if name not in trained]
 
@@ -160,15 +166,23 @@ def _without_sequence(
 def read_sequences(
     data: Input, split: str, seq_length: int, count: int | None = None
 ) -> TextSequences:
-    """Reads the sequences of a split that ``sequences_by_source`` chooses."""
+    """Reads the sequences of a split that ``sequences_by_source`` returns.
+
+    Args:
+        data: Output of ``prepare_data``.
+        split: Name of the split.
+        seq_length: Tokens of a sequence.
+        count: Number of sequences, rounded up to the same number for each source; ``None`` reads
+            all.
+    """
     require_seq_length(data, seq_length)
     text = data.manifest.result(DatasetResult)
+    by_source = sequences_by_source(text.source_tokens[split], seq_length, count)
+    # ``numbers`` are indices in the split, ``spans`` are ranges of the sequences that are read.
     spans, numbers = {}, list[int]()
-    for name, of_source in sequences_by_source(
-        text.source_tokens[split], seq_length, count
-    ).items():
-        spans[name] = slice(len(numbers), len(numbers) + len(of_source))
-        numbers += of_source
+    for name, source_numbers in by_source.items():
+        spans[name] = slice(len(numbers), len(numbers) + len(source_numbers))
+        numbers += source_numbers
     tokens = _select(read_tokens(data.artifact, split), seq_length, numbers).long()
     whole_mask = read_loss_mask(data.artifact, split)
     loss_mask = None if whole_mask is None else _select(whole_mask, seq_length, numbers)
@@ -176,7 +190,10 @@ def read_sequences(
 
 
 def _select(values: np.ndarray, seq_length: int, numbers: list[int]) -> Tensor:
-    """Returns sequences by index, [sequences, seq_length]. ``values`` has one entry per token."""
+    """Returns the sequences with the indices ``numbers``, [sequences, seq_length].
+
+    ``values`` has one entry for each token of the split, such as its id.
+    """
     sequences = values[: len(values) // seq_length * seq_length].reshape(-1, seq_length)
     return torch.from_numpy(sequences[numbers])
 
@@ -195,11 +212,15 @@ def require_seq_length(data: Input, seq_length: int) -> None:
 def first_sequences(
     artifact: Path, split: str, seq_length: int, count: int | None = None
 ) -> Tensor:
-    """Returns a split's first sequences, int64 [sequences, seq_length]. They may span documents."""
+    """Returns the first ``count`` sequences of a split, int64 [sequences, seq_length].
+
+    Returns fewer sequences if the split is shorter, and all if ``count`` is ``None``. A sequence
+    may span several documents and sources.
+    """
     ids = read_tokens(artifact, split)
     available = len(ids) // seq_length
-    number = available if count is None else min(available, count)
-    return torch.from_numpy(ids[: number * seq_length].astype(np.int64)).view(number, seq_length)
+    rows = available if count is None else min(available, count)
+    return torch.from_numpy(ids[: rows * seq_length].astype(np.int64)).view(rows, seq_length)
 
 
 def read_tokens(artifact: Path, split: str) -> np.ndarray:
@@ -231,7 +252,7 @@ def count_sequences(tokens: np.ndarray, seq_length: int) -> int:
 
 
 def sequence_tokens(tokens: np.ndarray, seq_length: int, number: int) -> np.ndarray:
-    """Returns the tokens of a sequence and the next token, int64 [seq_length + 1]."""
+    """Returns the tokens of sequence ``number`` and the next token, int64 [seq_length + 1]."""
     start = number * seq_length
     ids: np.ndarray = tokens[start : start + seq_length + 1].astype(np.int64)
     return ids
@@ -240,19 +261,23 @@ def sequence_tokens(tokens: np.ndarray, seq_length: int, number: int) -> np.ndar
 def sequence_prediction_mask(
     tokens: np.ndarray, loss_mask: np.ndarray | None, seq_length: int, number: int, end: int | None
 ) -> Tensor:
-    """Returns the ``prediction_mask`` of a training sequence, bool [seq_length]."""
-    ids, mask = (
-        None if values is None else torch.from_numpy(sequence_tokens(values, seq_length, number))
-        for values in (tokens, loss_mask)
-    )
-    return prediction_mask(ids, end, None if mask is None else mask.bool())
+    """Returns the ``prediction_mask`` of training sequence ``number``, bool [seq_length].
+
+    ``tokens`` and ``loss_mask`` are those of the whole split.
+    """
+    ids = torch.from_numpy(sequence_tokens(tokens, seq_length, number))
+    mask = None
+    if loss_mask is not None:
+        mask = torch.from_numpy(sequence_tokens(loss_mask, seq_length, number)).bool()
+    return prediction_mask(ids, end, mask)
 
 
 def sequence_order(numbers: np.ndarray, total: int, seed: int, epoch: int) -> np.ndarray:
     """Returns the sequence indices ``numbers``, int64 [n], in the random order of an epoch.
 
-    Sequences of a subset have the same order as among all ``total`` sequences. So training on
-    cached logits of an epoch's first sequences has the same batches as without a cache.
+    The order depends on ``seed``, ``epoch`` and ``total``, the number of sequences in the split.
+    Two sequences have the same relative order in any subset ``numbers``. So training on cached
+    logits of an epoch's first sequences has the same batches as without a cache.
     """
     sort_keys = np.random.default_rng([seed, epoch]).random(total)
     ordered: np.ndarray = numbers[np.argsort(sort_keys[numbers], kind="stable")]
@@ -262,7 +287,7 @@ def sequence_order(numbers: np.ndarray, total: int, seed: int, epoch: int) -> np
 def weighted_sequences(
     weights: Mapping[str, float], sources: Sequence[SourceTokens], seq_length: int, total: int
 ) -> list[np.ndarray]:
-    """Returns for each source of ``weights``, in order, the indices of its sequences, int64 [n].
+    """Returns the indices of the training sequences of each source of ``weights``.
 
     Args:
         weights: Weights by source.
@@ -270,10 +295,13 @@ def weighted_sequences(
         seq_length: Tokens of a sequence.
         total: Number of training sequences in the split, see ``count_sequences``.
 
+    Returns:
+        One array int64 [n] per source, in the order of ``weights``.
+
     Raises:
         RecipeError: A source has no whole sequence with a next token.
     """
-    # The split's last sequence is no training sequence if no token follows it.
+    # If no token follows the split's last sequence, ``total`` and these ranges exclude it.
     spans = {
         name: np.arange(span.start, min(span.stop, total))
         for name, span in sequences_by_source(sources, seq_length).items()
@@ -284,7 +312,8 @@ def weighted_sequences(
             raise RecipeError(
                 f"source '{name}' has a weight, but not one sequence of {seq_length} tokens and "
                 "a next token.",
-                f"remove it, or give it more text; sources with text: {', '.join(spans)}",
+                f"remove the weight, or give the source more text; sources with a sequence: "
+                f"{', '.join(spans)}",
             )
     return [spans[name] for name in weights]
 
@@ -292,13 +321,17 @@ def weighted_sequences(
 def blend(weights: Sequence[float], samples: int) -> tuple[np.ndarray, np.ndarray]:
     """Assigns samples to sources as Megatron's ``BlendedDataset`` does.
 
-    Each sample goes to the source whose number of samples is furthest below its share by weight.
+    A source's fraction is its weight divided by the sum of weights. Each sample is assigned to the
+    source whose number of samples is furthest below its fraction of the samples so far.
 
     Returns:
-        The source of each sample, int16 [samples], and the sample's index within its source, int64
-        [samples]. Among the first n samples, for any n, no source exceeds its share by 1 or more.
+        The source of each sample, int16 [samples], as an index in ``weights``, and the sample's
+        index within its source, int64 [samples]. Among the first n samples, for any n, a source
+        has less than 1 sample more than its fraction of n.
     """
     sources, numbers = np.zeros(samples, np.int16), np.zeros(samples, np.int64)
     fractions = np.array(weights, dtype=np.float64) / math.fsum(weights)
-    helpers.build_blending_indices(sources, numbers, fractions, len(fractions), samples, False)
+    verbose = False
+    # Fills ``sources`` and ``numbers`` in place.
+    helpers.build_blending_indices(sources, numbers, fractions, len(fractions), samples, verbose)
     return sources, numbers

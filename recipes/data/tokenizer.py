@@ -24,12 +24,13 @@ from recipes.core.stage import rank, world_size
 from recipes.core.watchdog import report_progress
 
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
-"""Names of the token between documents in pretraining. ``eos_token`` of an instruct model is often
-another token, which ends a turn."""
+"""Common names of the token that separates documents in pretraining. They are tried before
+``eos_token``, which in an instruct model often ends a turn instead."""
 AHEAD = 4
-"""Batches queued per process, so that no process waits for text."""
+"""Batches queued per worker process, so that no worker waits for text."""
 LONGEST_WAIT = timedelta(days=1)
-"""Time limit of a collective. The watchdog (``resources.hang_timeout``) usually acts earlier."""
+"""Timeout of collectives. It is long because the watchdog (``resources.hang_timeout``) detects
+hangs."""
 ItemT = TypeVar("ItemT")
 
 
@@ -38,9 +39,9 @@ class Encoded:
     """A tokenized document, special tokens included."""
 
     ids: np.ndarray
-    """int32 [n]."""
+    """Token ids, int32 [n]."""
     loss_mask: np.ndarray | None = None
-    """bool [n]: which tokens are targets of the loss. ``None``: all but the first."""
+    """Which tokens are targets of the loss, bool [n]. ``None``: all but the first."""
     shortened: bool = False
     """Whether a conversation was truncated to fit a sequence."""
     left_out_reason: str = ""
@@ -48,27 +49,31 @@ class Encoded:
 
     @classmethod
     def left_out_because(cls, reason: str) -> Encoded:
-        """Makes a document without tokens, which is left out for a reason."""
+        """Makes an ``Encoded`` without tokens for a document that is not used."""
         return cls(np.empty(0, np.int32), left_out_reason=reason)
 
 
 class Encoder(Protocol):
-    """Tokenizes documents. An encoder is pickled for worker processes."""
+    """Interface of ``DocumentTokenizer`` and ``ChatTokenizer``.
+
+    An encoder must support pickling, because worker processes receive a copy.
+    """
 
     def encode(self, texts: list[str]) -> list[Encoded]:
-        """Tokenizes documents."""
+        """Tokenizes one document per text."""
 
 
 @dataclass(frozen=True)
 class DocumentTokenizer:
-    """A tokenizer and the tokens around a document."""
+    """Tokenizes plain text, and adds one token before and one after each document."""
 
     definition: str
     """Content of ``tokenizer.json``."""
     begin: int | None
     """Token before every document; ``None`` if the tokenizer does not add one."""
     end: int
-    """Token after every document; the prediction of the token after it is not in the loss."""
+    """Token after every document. The prediction of the token that follows it is not in the loss,
+    because that token starts another document."""
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -84,7 +89,7 @@ class DocumentTokenizer:
 
     @property
     def size(self) -> int:
-        """The largest id plus 1."""
+        """The largest token id plus 1."""
         ids: list[int] = self._tokenizer.get_vocab(with_added_tokens=True).values()
         return 1 + max(ids)
 
@@ -103,14 +108,15 @@ class DocumentTokenizer:
 def encode_all(
     encoder: Encoder, batches: Iterable[tuple[list[str], ItemT]], processes: int
 ) -> Iterator[tuple[list[Encoded], ItemT]]:
-    """Encodes batches in order, in worker processes if ``processes`` is above 1.
+    """Yields encoded batches in order. Encodes in worker processes if ``processes`` is above 1.
 
-    A batch is a list of texts and any item, which is yielded with the encoded texts.
+    A batch is a pair: a list of texts, and any item of the caller. The item is not read, and is
+    yielded with the encoded texts.
 
     Raises:
-        RecipeError: A process was killed.
+        RecipeError: A worker process was killed.
     """
-    # The threads of the library ``tokenizers`` would compete for the cores.
+    # The library ``tokenizers`` would start threads, which would compete for the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if processes == 1:
         yield from ((encoder.encode(texts), item) for texts, item in batches)
@@ -119,20 +125,22 @@ def encode_all(
     with ProcessPoolExecutor(
         processes, context, _initialize_worker, (encoder, os.getpid())
     ) as pool:
-        waiting: deque[tuple[Future[list[Encoded]], ItemT]] = deque()
+        queue: deque[tuple[Future[list[Encoded]], ItemT]] = deque()
         source = iter(batches)
         try:
             while True:
-                for texts, item in islice(source, AHEAD * processes - len(waiting)):
-                    waiting.append((pool.submit(_encode_in_worker, texts), item))
-                if not waiting:
+                # Fill the queue, then wait for its oldest batch.
+                for texts, item in islice(source, AHEAD * processes - len(queue)):
+                    queue.append((pool.submit(_encode_in_worker, texts), item))
+                if not queue:
                     return
-                encoded, item = waiting.popleft()
+                encoded, item = queue.popleft()
                 yield encoded.result(), item
         except BrokenProcessPool as error:
+            # The pool does not tell the signal. SIGKILL, when memory runs out, is the usual one.
             raise RecipeError(
                 f"a tokenizer process was {death_message(-signal.SIGKILL)}.",
-                "the same command resumes; fewer processes take less memory",
+                "run the same command to resume; fewer processes take less memory",
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -143,8 +151,9 @@ def encode_on_ranks(
 ) -> Generator[tuple[list[Encoded], ItemT], None, None]:
     """Encodes batches in order on all ranks; only rank 0 yields them.
 
-    All ranks read all text. Batches form groups of one batch per rank, and each rank encodes its
-    batch. After each group, rank 0 tells the other ranks whether to continue.
+    Every rank reads all batches. A group is as many consecutive batches as there are ranks, and
+    rank r encodes batch r of each group. After each group, rank 0 tells the other ranks whether to
+    continue: they stop when the caller on rank 0 closes the generator.
     """
     if world_size() == 1:
         yield from encode_all(encoder, batches, processes)
@@ -153,7 +162,7 @@ def encode_on_ranks(
         encoded_by_rank: list[Any] | None = [None] * world_size() if rank() == 0 else None
         torch_distributed().gather_object(encoded, encoded_by_rank)
         try:
-            # Other ranks have no lists, and the last group may have fewer batches than ranks.
+            # Ranks above 0 yield nothing. The last group may have fewer batches than ranks.
             yield from zip(encoded_by_rank or [], items, strict=False)
         except GeneratorExit:  # the caller on rank 0 stops early
             broadcast(False)
@@ -166,12 +175,13 @@ def encode_on_ranks(
 def _groups(
     batches: Iterator[tuple[list[str], ItemT]],
 ) -> Iterator[tuple[list[str], list[ItemT]]]:
-    """Yields this rank's texts of each group, and the items of all batches of the group.
+    """Yields for each group the texts of this rank's batch, and the items of all its batches.
 
-    The last group may have fewer batches than there are ranks; then the last ranks have no texts.
+    The last group may have fewer batches than there are ranks. The last ranks then have no texts.
     """
     while group := list(islice(batches, world_size())):
-        yield group[rank()][0] if rank() < len(group) else [], [item for _, item in group]
+        texts = group[rank()][0] if rank() < len(group) else []
+        yield texts, [item for _, item in group]
 
 
 def broadcast(value: Any) -> Any:
@@ -184,7 +194,7 @@ def broadcast(value: Any) -> Any:
 
 
 def torch_distributed() -> Any:
-    """Returns ``torch.distributed`` with a process group of all ranks."""
+    """Returns ``torch.distributed``; first creates the process group of all ranks if needed."""
     from torch import distributed
 
     if not distributed.is_initialized():
@@ -197,8 +207,9 @@ _worker_encoder: list[Encoder] = []
 
 
 def _initialize_worker(encoder: Encoder, parent: int) -> None:
+    """Prepares a worker process whose parent has the process id ``parent``."""
     die_with_parent()
-    if os.getppid() != parent:  # the parent died before die_with_parent()
+    if os.getppid() != parent:  # the parent died before the call above took effect
         os._exit(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_encoder.append(encoder)
@@ -211,12 +222,13 @@ def _encode_in_worker(texts: list[str]) -> list[Encoded]:
 def load_tokenizer(folder: Path, document_end: str | None = None) -> DocumentTokenizer:
     """Reads the tokenizer in the folder of a Hugging Face model or a NeMo checkpoint.
 
-    Documents end with ``document_end``. The default is the first token of ``ENDS_OF_TEXT`` that the
-    vocabulary has, or else ``eos_token``. In an instruct model ``eos_token`` often ends a turn, and
-    the model then expects the next role.
+    Args:
+        folder: The folder.
+        document_end: Name of the token after every document. By default, it is the first of
+            ``ENDS_OF_TEXT`` that the vocabulary has, or else ``eos_token``.
 
     Raises:
-        RecipeError: There is no such token, or no ``tokenizer.json``.
+        RecipeError: The vocabulary does not have the token, or there is no ``tokenizer.json``.
     """
     from transformers import AutoTokenizer
 
@@ -234,7 +246,7 @@ def load_tokenizer(folder: Path, document_end: str | None = None) -> DocumentTok
             f"the tokenizer in {folder} has no token {candidates[-1] or 'eos_token'}.",
             "set data.document_end to a token of its vocabulary",
         )
-    # Having a ``bos_token`` does not mean that a tokenizer adds it, so a text is tokenized.
+    # A tokenizer may define ``bos_token`` but not add it to texts, so this tokenizes a short text.
     first = tokenizer("a")["input_ids"][0]
     begin = first if first == tokenizer.bos_token_id else None
     return DocumentTokenizer(tokenizer.backend_tokenizer.to_str(), begin, ends[0])

@@ -23,9 +23,9 @@ from recipes.distillation.settings import DistillConfig, TrainingConfig
 from recipes.distillation.training import VALIDATE, stop_reason
 
 PARTIAL = ".partial"
-"""Suffix of the path of a student while it is being saved."""
+"""Suffix of a student's folder while it is being saved."""
 COLLECT_EVERY = 100
-"""Steps between garbage collections."""
+"""Steps between runs of Python's garbage collector."""
 
 
 class StepLogger(Callback):
@@ -34,18 +34,19 @@ class StepLogger(Callback):
     def __init__(self, cfg: TrainingConfig, log: MetricsLog) -> None:
         self._cfg, self._log = cfg, log
         self._last = time.monotonic()  # end of the last step or validation
-        self._norm = self._lr = 0.0
+        self._norm = self._lr = 0.0  # gradient norm and learning rate of the last step
+        # Number of tokens and mean losses of each batch of the current validation.
         self._validation: list[tuple[float, dict[str, float]]] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Starts the timer, and wraps the optimizer's gradient norm and update."""
+        """Starts the timer. Wraps the optimizer's methods that compute the norm and the update."""
         self._last = time.monotonic()
         optimizer = trainer.optimizers[0].mcore_optimizer
         compute_norm, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
 
         def get_grad_norm() -> float:
             self._norm = float(compute_norm())
-            # The update sets the next step's learning rate, so this step's is read before.
+            # Read this step's learning rate now: the update replaces it by the next step's.
             self._lr = trainer.optimizers[0].param_groups[0]["lr"]
             return self._norm
 
@@ -53,7 +54,10 @@ class StepLogger(Callback):
         optimizer.step_with_ready_grads = lambda: self._update_if_finite(update, trainer, pl_module)
 
     def _update_if_finite(self, update: Callable[[], bool], trainer: Any, model: KDModel) -> bool:
-        """Updates the weights if the gradient norm, which is equal on all ranks, is finite.
+        """Updates the weights if the gradient norm is finite. The norm is equal on all ranks.
+
+        Returns:
+            The result of ``update``; ``False`` tells Megatron that the update was skipped.
 
         Raises:
             RecipeError: More than ``max_nonfinite_steps`` steps had a non-finite gradient.
@@ -63,17 +67,20 @@ class StepLogger(Callback):
         model.skipped_steps += 1
         if model.skipped_steps > self._cfg.max_nonfinite_steps:
             finish_saving(trainer)  # the error below ends the process
-            losses = ", ".join(f"{n} {value:.4g}" for n, value in model.share_losses().items())
-            steps = model.skipped_steps  # also those before a resumption with a lower limit
+            losses = ", ".join(
+                f"{name} {value:.4g}" for name, value in model.share_losses().items()
+            )
+            # May exceed the limit by more than 1, if the run was resumed with a lower limit.
+            steps = model.skipped_steps
             raise RecipeError(
                 f"step {trainer.global_step + 1}: the gradient is not finite ({losses})"
                 + (f", and {steps - 1} such step(s) were skipped before." if steps > 1 else ".")
                 + " The weights were not updated; the last checkpoint is usable.",
-                f"set stages.{self._cfg.name}.max_nonfinite_steps={steps} to resume from it "
-                "and skip this step; if that does not help, train anew with a lower "
+                f"set stages.{self._cfg.name}.max_nonfinite_steps={steps} to resume from the last "
+                "checkpoint and skip this step; if that does not help, start over with a lower "
                 f"stages.{self._cfg.name}.lr",
             )
-        return False  # tells Megatron that the update was skipped
+        return False
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: object) -> None:
         """Logs the step's losses, gradient norm, learning rate and speed."""
@@ -87,16 +94,17 @@ class StepLogger(Callback):
         self._log.progress(self._cfg.stage, trainer.global_step, self._cfg.max_steps, **values)
 
     def on_validation_batch_end(self, trainer: object, pl_module: KDModel, *args: object) -> None:
-        """Stores the batch's number of tokens and losses."""
+        """Stores the number of tokens and the mean losses of the batch."""
         self._validation.append(pl_module.validation_batch())
 
     def on_validation_end(self, trainer: Any, pl_module: object) -> None:
         """Logs the validation loss, and the KL to the teacher if it was measured.
 
-        They are means over the tokens of all batches, whose numbers of tokens may differ.
+        Both are means over all tokens: batches are weighted by their number of tokens.
         """
         tokens, losses = zip(*self._validation, strict=True)
-        weights = tokens if any(tokens) else None  # without tokens, all losses are 0
+        # If all tokens are masked, all losses are 0, and ``fmean`` fails with weights of 0.
+        weights = tokens if any(tokens) else None
         values = {
             f"val_{name}": fmean((batch[name] for batch in losses), weights)
             for name in ("loss", "kd")
@@ -104,7 +112,7 @@ class StepLogger(Callback):
         }
         self._validation.clear()
         self._log.progress(VALIDATE, trainer.global_step, self._cfg.max_steps, **values)
-        self._last = time.monotonic()  # the next step's speed excludes the validation
+        self._last = time.monotonic()  # excludes the validation from the next step's speed
 
 
 def finish_saving(trainer: Any) -> None:
@@ -124,13 +132,14 @@ def gather_weights(model: Any) -> None:
 
 
 class SaveStudents(Callback):
-    """Saves the student after the configured steps.
+    """Saves the student after the configured steps, as ``folder/STEP.nemo``.
 
     This callback must run before the one that saves a checkpoint of the same step. A run that
     resumes from a checkpoint then has all students up to that step.
     """
 
     def __init__(self, steps: Sequence[int], folder: Path, save: Callable[[Path], None]) -> None:
+        """``save`` writes the student to a path; all ranks call it."""
         self._steps, self._folder, self._save = steps, folder, save
 
     def on_train_start(self, trainer: object, pl_module: object) -> None:
@@ -151,7 +160,7 @@ class SaveStudents(Callback):
         partial = student.with_name(student.name + PARTIAL)
         self._save(partial)
         if rank() == 0:
-            # A run that resumed from an earlier checkpoint saves this student once more.
+            # A run that resumed from an earlier checkpoint replaces its earlier student.
             shutil.rmtree(student, ignore_errors=True)
             partial.rename(student)
 
@@ -159,24 +168,25 @@ class SaveStudents(Callback):
 class StopAtRecovered(Callback):
     """Stops once training has recovered ``stop_at_recovered`` of the KL added by pruning.
 
-    The decision depends only on the metrics file. A run may stop early and be killed while it saves
-    its result. When it restarts, it then stops again without another step.
+    The decision depends only on the metrics file. So if a run stops early and is killed while it
+    saves its result, the restarted run stops again without another step.
     """
 
     def __init__(self, cfg: DistillConfig, metrics: Path) -> None:
         self._cfg, self._metrics = cfg, metrics
 
     def on_train_start(self, trainer: Any, pl_module: object) -> None:
-        """Stops before the first step of a restarted run, if the fraction was already reached."""
+        """Stops a restarted run before its first step, if the fraction was already reached."""
         self._stop_if_reached(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: object) -> None:
         """Stops all ranks in the same step, if the fraction is reached."""
+        # A "sanity check" is the validation before the first step. It cannot show any recovery.
         if not trainer.sanity_checking:
             self._stop_if_reached(trainer)
 
     def _stop_if_reached(self, trainer: Any) -> None:
-        # Only rank 0 has the metrics file.
+        # Only rank 0 has the metrics file. With ``all=False``, one rank suffices to stop all.
         reached = rank() == 0 and stop_reason(self._cfg, self._metrics, trainer.global_step) != ""
         trainer.should_stop |= trainer.strategy.reduce_boolean_decision(reached, all=False)
 
@@ -184,9 +194,9 @@ class StopAtRecovered(Callback):
 class StopAtDeadline(Callback):
     """Saves a checkpoint and raises ``StoppedByDeadlineError`` when the deadline is reached.
 
-    NeMo's own timer ends training normally. The stage would then count as complete, and later
-    stages would use a half-trained model. Signals are not used either, because they would have to
-    reach every rank inside its container.
+    NeMo's own timer is not used, because it ends training normally. The stage would then count as
+    complete, and later stages would use a half-trained model. Signals are not used, because they
+    would have to reach every rank inside its container.
     """
 
     def __init__(self, cfg: TrainingConfig) -> None:
@@ -194,11 +204,12 @@ class StopAtDeadline(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: object, *args: object) -> None:
         """Stops at the deadline. If a validation follows the step, stops after the validation."""
-        if trainer.global_step % self._cfg.val_check_interval:
+        validation_follows = trainer.global_step % self._cfg.val_check_interval == 0
+        if not validation_follows:
             self._stop_at_deadline(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: object) -> None:
-        """Stops at the deadline; a later start would not repeat this validation."""
+        """Stops at the deadline. A run that resumes from this step does not validate again."""
         if not trainer.sanity_checking:
             self._stop_at_deadline(trainer)
 
@@ -209,6 +220,7 @@ class StopAtDeadline(Callback):
             return  # training ends after this step anyway
         if not trainer.strategy.reduce_boolean_decision(time_is_up(), all=False):
             return
+        # Saves a checkpoint now, as Lightning does at its regular interval.
         checkpoint = trainer.checkpoint_callback
         checkpoint._save_topk_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
         finish_saving(trainer)
@@ -219,10 +231,11 @@ class StopAtDeadline(Callback):
 
 
 class CollectGarbage(Callback):
-    """Collects garbage on all ranks in the same step: a rank that collects alone delays all others.
+    """Runs Python's garbage collector on all ranks in the same step.
 
-    Also returns free memory to the system before validations and checkpoints. These allocate blocks
-    of other sizes than training steps do, so they could not reuse the free blocks.
+    Otherwise, each rank would collect in different steps, and all other ranks would wait for it.
+    Also returns free memory to the system before validations and checkpoints. Their blocks have
+    other sizes than those of training steps, so they could not reuse the free blocks.
     """
 
     def __init__(self, cfg: TrainingConfig) -> None:
@@ -258,7 +271,10 @@ class CollectGarbage(Callback):
 
 
 class Profile(Callback):
-    """Writes a profiler trace of a range of steps, for https://ui.perfetto.dev."""
+    """Writes a profiler trace of a range of steps, for https://ui.perfetto.dev.
+
+    The range is the first and the last step, both included and counted from 1.
+    """
 
     def __init__(self, steps: tuple[int, int], folder: Path) -> None:
         (self._first, self._last), self._folder = steps, folder
@@ -266,8 +282,12 @@ class Profile(Callback):
         self._running = False
 
     def on_train_batch_start(self, trainer: Any, *args: object) -> None:
-        """Starts the profiler at the range's first step that is trained in this process."""
-        if not self._running and self._first <= trainer.global_step + 1 <= self._last:
+        """Starts the profiler at the first step of the range that this process trains.
+
+        If a run resumes within the range, this is a later step than the range's first.
+        """
+        step = trainer.global_step + 1  # ``global_step`` counts the finished steps
+        if not self._running and self._first <= step <= self._last:
             self._profiler.start()
             self._running = True
 

@@ -41,22 +41,24 @@ TEACHER_PREFIX = "teacher_"
 class TrainingSequences(Dataset):
     """Dataset of training samples: any number of epochs over the n sequences of a split.
 
-    Sequences are numbered in the order of the split. Without ``weights`` sample i is the sequence
-    at position i mod n of epoch i // n. With ``weights``, ``blend`` assigns samples to sources, and
-    each source has its own epochs. Sequences that span two sources are then omitted.
+    The number of a sequence is its index in the split. Each epoch has its own order of sequences.
+    Without ``weights``, sample i is the sequence at position i mod n in the order of epoch i // n.
+    With ``weights``, ``blend`` assigns samples to sources, and each source has its own epochs.
+    Sequences that span two sources are then omitted.
     """
 
     tokens: np.ndarray
     """All tokens of the split, see ``read_tokens``."""
     seq_length: int
     num_samples: int
+    """Length of the dataset, over all epochs."""
     seed: int | None = None
     """Seed that shuffles every epoch; ``None`` keeps the order of the text."""
     document_end: int | None = None
-    """Id of the token that ends documents; predictions at it are masked. ``None`` masks none. With
-    a ``loss_mask`` it is not read."""
+    """Id of the token that ends documents. Predictions of the token after it are not in the loss.
+    ``None`` masks no prediction. If ``loss_mask`` is set, ``document_end`` is not read."""
     loss_mask: np.ndarray | None = None
-    """For each token, whether it is a target of the loss, see ``read_loss_mask``."""
+    """For each token of the split, whether it is a target of the loss, see ``read_loss_mask``."""
     attention_mask: Tensor | None = None
     """Attention mask of every sample; ``None`` omits it."""
     cache: TeacherCache | None = None
@@ -68,7 +70,7 @@ class TrainingSequences(Dataset):
     sources: Sequence[SourceTokens] = ()
     """Sources of the split; only read with ``weights``."""
     used_numbers: np.ndarray = field(init=False)
-    """Numbers of all sequences that samples use."""
+    """Numbers of all sequences that samples are taken from."""
 
     def __post_init__(self) -> None:
         total = self._total = count_sequences(self.tokens, self.seq_length)
@@ -97,7 +99,7 @@ class TrainingSequences(Dataset):
 
         Returns:
             The tensors of ``sequence``, and ``attention_mask`` if it is set. With a cached teacher
-            also the tensors of ``TopK`` [S, …], with the names ``teacher_indices`` and so on.
+            also the tensors of ``TopK`` [S, …]. Their names have the prefix ``TEACHER_PREFIX``.
         """
         number = self.number_of(sample)
         item = self.sequence(number)
@@ -123,20 +125,27 @@ class TrainingSequences(Dataset):
         """Returns the number of a sample's sequence."""
         source = 0
         if self.weights:
-            # ``_blend`` has the source of each sample, and the sample's position in the source.
-            source, sample = (int(index[sample]) for index in self._blend)
+            # From here on, ``sample`` counts only the samples of this source.
+            source_of_sample, index_in_source = self._blend
+            source, sample = int(source_of_sample[sample]), int(index_in_source[sample])
         numbers = self._numbers_by_source[source]
         epoch, position = divmod(sample, len(numbers))
         if self.seed is None:
             return int(numbers[position])
-        if epoch != self._orders[source][0]:
+        last_epoch, order = self._orders[source]
+        if epoch != last_epoch:
             order = sequence_order(numbers, self._total, self.seed, epoch)
             self._orders[source] = (epoch, order)
-        return int(self._orders[source][1][position])
+        return int(order[position])
 
 
 def _require_sequences(weights: Iterable[str], by_source: Iterable[np.ndarray]) -> None:
-    """Checks that a cached teacher has sequences of every weighted source."""
+    """Checks that a cached teacher has sequences of every weighted source.
+
+    Args:
+        weights: Names of the weighted sources.
+        by_source: Numbers of the sequences of each of these sources.
+    """
     for name, numbers in zip(weights, by_source, strict=True):
         if not len(numbers):
             raise RecipeError(
@@ -149,8 +158,8 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
     """NeMo's data module with ``TrainingSequences`` instead of Megatron's ``GPTDataset``.
 
     The sequences of ``GPTDataset`` depend on the seed and the number of steps, but a cached teacher
-    needs fixed sequences. NeMo still splits samples over data-parallel ranks, and resumes after the
-    consumed samples.
+    needs fixed sequences. NeMo still distributes the samples over data-parallel ranks. A resumed
+    run continues after the samples that were already used.
     """
 
     def __init__(
@@ -163,6 +172,7 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         weights: Mapping[str, float],
         **settings: Any,
     ) -> None:
+        """Stores the settings. ``sources`` is by split; ``settings`` are for the base class."""
         # The base class requires existing paths; ``setup`` reads the splits.
         super().__init__(paths=[str(artifact / "train")], num_workers=0, **settings)
         self._artifact, self._document_end, self._cache = artifact, document_end, cache
@@ -194,15 +204,15 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         )
 
     def setup(self, stage: str = "") -> None:
-        """Opens the splits; called by the trainer.
+        """Opens the splits. The trainer calls this method.
 
         Raises:
-            RecipeError: The training split has less than one batch, or the validation split has no
-                whole sequence.
+            RecipeError: The training split has less than one batch, or no source of the validation
+                split has a whole sequence with a next token.
         """
         batch_size = self.data_sampler.global_batch_size
-        # One batch more than training uses: a run that was killed after its last step resumes after
-        # all batches, and NeMo's sampler fails if there is no data left.
+        # One batch more than training uses. A run that was killed after its last step resumes after
+        # all batches that training uses, and NeMo's sampler fails if no batch remains.
         samples = (self.trainer.max_steps + 1) * batch_size
         self._train_ds = self._sequences(
             "train",
@@ -213,12 +223,14 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
             sources=self._sources["train"],
         )
         self._require_batch(len(self._train_ds.used_numbers), batch_size)
-        count = self.trainer.limit_val_batches * batch_size
+        max_sequences = self.trainer.limit_val_batches * batch_size
         by_source = sequences_by_source(
-            self._sources["validation"], self.seq_length, count
+            self._sources["validation"], self.seq_length, max_sequences
         ).values()
-        # Sources alternate, so that dropping an incomplete last batch drops no whole source.
-        alternating = [n for turn in zip_longest(*by_source) for n in turn if n is not None]
+        # Sources alternate: the first sequence of each, then the second of each, and so on. So
+        # dropping an incomplete last batch does not drop a whole source.
+        rounds = zip_longest(*by_source)  # None after the last sequence of a source
+        alternating = [number for numbers in rounds for number in numbers if number is not None]
         self._validation_ds = self._sequences("validation", 0, numbers=alternating)
         if not len(self._validation_ds.used_numbers):
             raise RecipeError(
@@ -226,13 +238,14 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
                 "a next token.",
                 "add text, raise stages.prepare_data.validation_fraction, or lower data.seq_length",
             )
-        # If there is less than one batch, sequences are repeated to fill it.
+        # Only whole batches are used. Less than one batch is filled by repeating its sequences.
         whole_batches = max(1, len(self._validation_ds.used_numbers) // batch_size)
         batches = max(1, min(self.trainer.limit_val_batches, whole_batches))
         self._validation_ds.num_samples = batches * batch_size
         self._test_ds = self._validation_ds
 
     def _sequences(self, split: str, samples: int, **settings: Any) -> TrainingSequences:
+        """Opens a split. ``settings`` are further fields of ``TrainingSequences``."""
         # Without TransformerEngine, NeMo's step requires an attention mask in the batch, although
         # the local attention does not read it.
         mask = torch.zeros(1, 1, 1, dtype=torch.bool) if self.create_attention_mask else None
@@ -247,6 +260,7 @@ class TrainingData(llm.PreTrainingDataModule):  # type: ignore[misc]
         )
 
     def _require_batch(self, sequences: int, batch_size: int) -> None:
+        """Checks that there are training sequences for at least one batch."""
         if sequences >= batch_size:
             return
         if self._cache is None:

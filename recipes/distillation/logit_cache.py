@@ -1,6 +1,7 @@
-"""Cache of a teacher's top-k logits: its likeliest next tokens at every position of a text.
+"""Cache of a teacher's top-k: its k most likely next tokens at every position of a text.
 
-The cache is a directory with ``index.json`` and shards ``00000.safetensors`` … Each shard has
+The cache is a directory with ``index.json`` and shards ``00000.safetensors`` … A shard has n
+sequences, in these tensors:
 
 - ``sequences`` int32 [n]: numbers of the sequences, see ``data.TrainingSequences``;
 - ``indices`` uint16 or int32 [n, seq_length, k]: the k most likely tokens, the likeliest first;
@@ -9,9 +10,9 @@ The cache is a directory with ``index.json`` and shards ``00000.safetensors`` �
 - if the tail was sampled, ``draws`` uint16 or int32 [n, seq_length, draws]: the sampled tokens;
 - if the tail was sampled, ``tail_entropy`` float16 [n, seq_length, 1]: -Σ p·log p over the tail.
 
-Sizes with a vocabulary of at most 65,536 tokens: 130 bytes per token for k = 32, 514 for k = 128,
-and 48 for k = 8 with 6 draws. float16 stores a large probability with an error of about 0.05%, and
-a probability of 1 in 10,000 with 0.4%.
+With a vocabulary of at most 65,536 tokens, the cache takes 130 bytes per token of text for k = 32,
+514 for k = 128, and 48 for k = 8 with 6 draws. A log-probability in float16 gives a large
+probability with a relative error of about 0.05%, and a probability of 1 in 10,000 with 0.4%.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from recipes.distillation.settings import SMALL_VOCABULARY
 from recipes.distillation.vocabulary import TopK
 
 INDEX, SHARD = "index.json", "{:05d}.safetensors"
+"""Names of the index, and of a shard by its number."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +40,23 @@ class CacheIndex:
     """Content of ``index.json``: settings that all shards share, and the number of shards."""
 
     vocabulary: int
+    """Number of tokens in the vocabulary."""
     seq_length: int
     top_k: int
     temperature: float
+    """The teacher's logits were divided by the temperature before the softmax."""
     shards: int
+    """Number of shards."""
     tail_draws: int = 0
+    """Tokens sampled from the tail at each position; 0 samples none."""
 
     @property
     def tensors(self) -> dict[str, tuple[torch.dtype, int]]:
-        """Returns dtype and last dimension of each tensor of ``TopK`` that is stored."""
+        """Returns dtype and last dimension, by name, of each stored tensor of ``TopK``."""
         id_type = torch.uint16 if self.vocabulary <= SMALL_VOCABULARY else torch.int32
-        likeliest = {"indices": (id_type, self.top_k), "log_probs": (torch.float16, self.top_k + 1)}
+        top_k = {"indices": (id_type, self.top_k), "log_probs": (torch.float16, self.top_k + 1)}
         samples = {"draws": (id_type, self.tail_draws), "tail_entropy": (torch.float16, 1)}
-        return likeliest | (samples if self.tail_draws else {})
+        return top_k | (samples if self.tail_draws else {})
 
 
 def write_index(folder: Path, index: CacheIndex) -> None:
@@ -61,7 +67,7 @@ def write_index(folder: Path, index: CacheIndex) -> None:
 def write_shard(
     path: Path, index: CacheIndex, sequences: list[int], top: TopK, teacher_loss: float
 ) -> None:
-    """Writes one shard atomically.
+    """Writes one shard atomically. Its metadata has the two metrics of ``cache_metrics``.
 
     Args:
         path: The shard's file.
@@ -75,7 +81,7 @@ def write_shard(
         name: getattr(top, name).to(dtype).contiguous()
         for name, (dtype, _) in index.tensors.items()
     }
-    tail_mass = top.log_probs[..., -1].exp().mean().item()
+    tail_mass = top.log_probs[..., -1].exp().mean().item()  # the tail's mean probability
     metrics = {"teacher_loss": str(teacher_loss), "tail_mass": str(tail_mass)}
     save_file(tensors, partial, metadata=metrics)
     partial.replace(path)
@@ -83,7 +89,7 @@ def write_shard(
 
 def is_complete(path: Path) -> bool:
     """Returns whether a shard exists and is not truncated."""
-    try:
+    try:  # opening compares the header with the size of the file
         with safe_open(path, framework="pt"):
             return True
     except (OSError, SafetensorError):
@@ -91,7 +97,12 @@ def is_complete(path: Path) -> bool:
 
 
 def cache_metrics(folder: Path, index: CacheIndex) -> dict[str, float]:
-    """Averages the metrics in the metadata of shards, weighted by the number of sequences."""
+    """Averages the metrics of all shards, weighted by their numbers of sequences.
+
+    Returns:
+        ``teacher_loss``, the teacher's mean LM loss, and ``tail_mass``, the mean probability of the
+        tail.
+    """
     sums: dict[str, float] = {"teacher_loss": 0.0, "tail_mass": 0.0}
     sequences = 0
     for shard in range(index.shards):
@@ -110,17 +121,25 @@ class TeacherCache:
         self._folder = folder
         self.index = CacheIndex(**read_json(folder / INDEX))
         self._files: dict[int, Any] = {}
-        shards = [self._open(n).get_tensor("sequences").tolist() for n in range(self.index.shards)]
+        numbers_by_shard = [
+            self._open(shard).get_tensor("sequences").tolist() for shard in range(self.index.shards)
+        ]
+        # Shard, and row in the shard, of each sequence number.
         self._rows = {
             number: (shard, row)
-            for shard, numbers in enumerate(shards)
+            for shard, numbers in enumerate(numbers_by_shard)
             for row, number in enumerate(numbers)
         }
-        self.sequences = np.concatenate(shards).astype(np.int64)
-        """Numbers of the cached sequences. All are 0 in a rehearsal, a run on fake tensors."""
+        self.sequences = np.concatenate(numbers_by_shard).astype(np.int64)
+        """Numbers of the cached sequences, int64 [n]. All are 0 in a rehearsal, a run on fake
+        tensors."""
 
     def rows(self, sequence: int) -> dict[str, Tensor]:
-        """Reads the tensors of ``TopK`` for one sequence, [seq_length, …]."""
+        """Reads the tensors of ``TopK`` for the sequence with a number, float32 or int64.
+
+        Returns:
+            Tensors [seq_length, …] by name.
+        """
         shard, row = self._rows[sequence]
         file = self._open(shard)
         return {
@@ -131,6 +150,7 @@ class TeacherCache:
         }
 
     def _open(self, shard: int) -> Any:
-        if shard not in self._files:  # files are memory-mapped, so open files take no memory
+        """Opens a shard, and keeps it open: it is memory-mapped, so this takes no memory."""
+        if shard not in self._files:
             self._files[shard] = safe_open(self._folder / SHARD.format(shard), framework="pt")
         return self._files[shard]

@@ -1,4 +1,7 @@
-"""Runs a teacher over sequences of text and caches its top-k logits, shard by shard."""
+"""Runs a teacher over sequences of text and caches its top-k tokens, shard by shard.
+
+``vocabulary.TopK`` describes what is stored for each token.
+"""
 
 from __future__ import annotations
 
@@ -44,14 +47,14 @@ from recipes.evaluation.predictions import require_better_than_chance
 def cache_logits(
     cfg: CacheLogitsConfig, teacher: Path, data: Input, work: Path, out: Path, log: MetricsLog
 ) -> CacheResult | None:
-    """Caches the teacher's top-k for the first sequences that training will read.
+    """Caches the teacher's top-k tokens for the first sequences that training will read.
 
     Args:
         cfg: Settings.
         teacher: Checkpoint of the teacher.
-        data: The tokenized text.
+        data: The tokenized text, which is the artifact of ``prepare_data``.
         work: Folder in which shards are written. A restart keeps complete shards.
-        out: Folder of the artifact. When all shards are complete, they are linked into it.
+        out: Folder of the artifact. Shards are linked into it when all of them are complete.
         log: Receives progress.
 
     Returns:
@@ -66,24 +69,24 @@ def cache_logits(
     nemo.load_weights(core, teacher)
     require_seq_length(data, cfg.seq_length)
     tokens = read_tokens(data.artifact, "train")
-    result = data.manifest.result(DatasetResult)
-    text = TrainingSequences(
+    data_result = data.manifest.result(DatasetResult)
+    dataset = TrainingSequences(
         tokens,
         cfg.seq_length,
         num_samples=0,  # sequences are read by number, not as samples of epochs
-        document_end=result.document_end,
+        document_end=data_result.document_end,
         loss_mask=read_loss_mask(data.artifact, "train"),
-        numbers=_first_sequences(cfg, tokens, result.source_tokens["train"]),
+        numbers=_numbers_to_cache(cfg, tokens, data_result.source_tokens["train"]),
     )
     vocabulary = nemo.architecture_of(teacher).vocab_size
-    shards = math.ceil(len(text.used_numbers) / cfg.sequences_per_shard)
+    shards = math.ceil(len(dataset.used_numbers) / cfg.sequences_per_shard)
     index = CacheIndex(
         vocabulary, cfg.seq_length, cfg.top_k, cfg.temperature, shards, cfg.tail_draws
     )
     work.mkdir(exist_ok=True)
-    complete = _write_shards(cfg, core, text, index, work, log)
+    wrote_all = _write_shards(cfg, core, dataset, index, work, log)
     torch.distributed.barrier()
-    if _any_rank_stops(not complete, next(core.parameters()).device):
+    if _any_rank_stops(not wrote_all, next(core.parameters()).device):
         raise StoppedByDeadlineError(
             f"stopped at the deadline before all {shards} shards were written; complete shards are "
             "kept.",
@@ -95,46 +98,50 @@ def cache_logits(
         link_or_copy(work / SHARD.format(shard), out / SHARD.format(shard))
     write_index(out, index)
     return CacheResult(
-        sequences=len(text.used_numbers),
+        sequences=len(dataset.used_numbers),
         sequences_of_text=count_sequences(tokens, cfg.seq_length),
-        tokens=len(text.used_numbers) * cfg.seq_length,
+        tokens=len(dataset.used_numbers) * cfg.seq_length,
         bytes_per_token=bytes_per_token(vocabulary, cfg.top_k, cfg.tail_draws),
         **cache_metrics(out, index),
     )
 
 
-def _first_sequences(
+def _numbers_to_cache(
     cfg: CacheLogitsConfig, tokens: np.ndarray, sources: list[SourceTokens]
 ) -> list[int]:
-    """Returns the numbers of the first sequences that training reads, in the order of reading.
+    """Returns the numbers of the sequences to cache, in the order in which training reads them.
 
-    A sequence's number is its index in the text. A sequence that training reads again in a later
-    epoch is listed once.
+    These are the sequences of the first ``num_sequences`` training samples, or all sequences. A
+    sequence's number is its index in the text. A sequence that is read again is listed once.
     """
     samples = cfg.num_sequences or 0
-    text = TrainingSequences(
+    dataset = TrainingSequences(
         tokens, cfg.seq_length, samples, cfg.seed, weights=cfg.weights, sources=sources
     )
     if cfg.num_sequences is None:
         total = count_sequences(tokens, cfg.seq_length)
-        return sequence_order(text.used_numbers, total, cfg.seed, 0).tolist()  # type: ignore[no-any-return]
-    return list(dict.fromkeys(map(text.number_of, range(samples))))
+        first_epoch = sequence_order(dataset.used_numbers, total, cfg.seed, 0)
+        return first_epoch.tolist()  # type: ignore[no-any-return]
+    numbers = [dataset.number_of(sample) for sample in range(samples)]
+    return list(dict.fromkeys(numbers))  # without repetitions, in the same order
 
 
 def _write_shards(
     cfg: CacheLogitsConfig,
     core: torch.nn.Module,
-    text: TrainingSequences,
+    dataset: TrainingSequences,
     index: CacheIndex,
     work: Path,
     log: MetricsLog,
 ) -> bool:
-    """Writes those shards of this data-parallel rank that are not complete yet.
+    """Writes this data-parallel rank's shards, except those that an earlier run completed.
+
+    Data-parallel ranks take shards in turn.
 
     Returns:
-        ``True`` if these shards are complete; ``False`` if the deadline was reached first.
+        ``True`` if all shards of this rank are complete; ``False`` if the deadline came first.
     """
-    start, done = time.monotonic(), 0
+    start, done = time.monotonic(), 0  # ``done`` counts sequences
     replica = parallel_state.get_data_parallel_rank()
     replicas = parallel_state.get_data_parallel_world_size()
     for shard in range(replica, index.shards, replicas):
@@ -142,19 +149,19 @@ def _write_shards(
         if is_complete(path):
             continue
         first = shard * cfg.sequences_per_shard
-        numbers = text.used_numbers[first : first + cfg.sequences_per_shard].tolist()
-        outputs = _evaluate_teacher(cfg, core, text, numbers)
-        if outputs is None:
+        numbers = dataset.used_numbers[first : first + cfg.sequences_per_shard].tolist()
+        top_and_loss = _evaluate_teacher(cfg, core, dataset, numbers)
+        if top_and_loss is None:
             return False
-        top, loss = outputs
-        # Only a rank's first shard is checked. Of many shards, one with few and hard sequences may
-        # have a loss near chance, although the teacher is good.
+        top, loss = top_and_loss
+        # Only the first shard is checked. If all were, a good teacher could fail the check on one
+        # shard that has few sequences which are hard to predict.
         if done == 0:
             require_better_than_chance(loss, index.vocabulary)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             write_shard(path, index, numbers, top, loss)
         done += len(numbers)
-        speed = round(done * cfg.seq_length / (time.monotonic() - start), 1)
+        speed = round(done * cfg.seq_length / (time.monotonic() - start), 1)  # of this rank
         log.progress("cache", shard + 1, index.shards, teacher_loss=loss, tokens_per_second=speed)
     return True
 
@@ -163,8 +170,9 @@ def _quantiles(cfg: CacheLogitsConfig, number: int) -> Tensor:
     """Returns the quantiles [seq_length, draws] at which to sample each position's tail.
 
     The tail is all tokens outside the top-k. Sampling is systematic: the first quantile is random,
-    and the others follow at equal distances. The mean number of draws of a token is the same as
-    with independent samples, and the variance is lower. All ranks compute the same quantiles.
+    and the others follow at equal distances. A token's expected number of draws is the same as with
+    independent samples, and the variance is lower. The random numbers depend only on the seed and
+    the sequence's number, so all ranks compute the same quantiles.
     """
     first = np.random.default_rng([cfg.seed, number]).random((cfg.seq_length, 1), np.float32)
     draws = np.arange(cfg.tail_draws, dtype=np.float32)
@@ -176,8 +184,8 @@ def _any_rank_stops(
 ) -> bool:
     """Returns whether any rank of a group (by default, of all ranks) stops at the deadline.
 
-    Ranks must agree because their clocks differ. A rank that continued alone would wait forever for
-    the others.
+    All ranks of the group must stop together, but their clocks differ. A rank that continued alone
+    would wait in its next collective forever.
     """
     if deadline() is None:
         return False
@@ -188,26 +196,26 @@ def _any_rank_stops(
 
 @torch.no_grad()
 def _evaluate_teacher(
-    cfg: CacheLogitsConfig, core: torch.nn.Module, text: TrainingSequences, numbers: list[int]
+    cfg: CacheLogitsConfig, core: torch.nn.Module, dataset: TrainingSequences, numbers: list[int]
 ) -> tuple[TopK, float] | None:
     """Runs the teacher on the n sequences with these numbers.
 
-    As in training, the loss excludes masked predictions. Samples of the tail depend on a sequence's
-    number, not on the shard.
+    As in training, the loss excludes masked predictions.
 
     Returns:
-        The top-k [n, seq_length, …] and the mean LM loss; ``None`` if the deadline was reached.
+        The top-k tokens [n, seq_length, …], and the mean LM loss in nats per token; ``None`` if the
+        deadline was reached.
     """
     device = next(core.parameters()).device
-    # With one tensor-parallel rank ``group`` is ``None``, for which ``all_reduce`` would use all
-    # ranks. So the check of the deadline uses ``tensor_ranks``.
+    # With one tensor-parallel rank, ``group`` is ``None``, which ``all_reduce`` would take as all
+    # ranks. So the check of the deadline uses ``tensor_ranks``, which is never ``None``.
     tensor_ranks, group = parallel_state.get_tensor_model_parallel_group(), nemo.tensor_group()
     tops, losses, masks = [], [], []
     for start in range(0, len(numbers), cfg.micro_batch_size):
         if _any_rank_stops(time_is_up(), device, tensor_ranks):
             return None
         micro_batch = numbers[start : start + cfg.micro_batch_size]
-        batch = default_collate([text.sequence(number) for number in micro_batch])
+        batch = default_collate([dataset.sequence(number) for number in micro_batch])
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         logits = core(batch["tokens"], batch["position_ids"], None).flatten(0, 1)
         quantiles = None
@@ -217,10 +225,12 @@ def _evaluate_teacher(
         tops.append(top_k(logits, cfg.top_k, cfg.temperature, group, quantiles=quantiles))
         losses.append(token_cross_entropy(logits, batch["labels"].flatten(), group))
         masks.append(batch["loss_mask"].flatten())
+    # Concatenates each field of ``TopK`` over the micro batches. Fields without samples are None.
+    shape = (len(numbers), cfg.seq_length, -1)
     top = TopK(
         *(
-            None if field[0] is None else torch.cat(field).view(len(numbers), cfg.seq_length, -1)
-            for field in zip(*tops, strict=True)
+            None if tensors[0] is None else torch.cat(tensors).view(shape)
+            for tensors in zip(*tops, strict=True)
         )
     )
     mask = torch.cat(masks)

@@ -1,22 +1,24 @@
 """Distillation losses on vocabulary-parallel logits: forward KL, reverse KL and JSD.
 
 A loss is over the whole vocabulary, or over the teacher's top-k tokens and the tail, which is all
-other tokens. The tail counts as one outcome, or a few samples represent it. Values and gradients
-are computed together, a chunk of tokens at a time, so no float32 tensor of a whole batch's logits
-exists. ModelOpt's losses (``modelopt/torch/distill/plugins/megatron.py``) differ in three points:
-they hold several such tensors, they lack the factor T², and they ignore the tail's probability,
-since they renormalise the top-k.
+other tokens. The tail counts as one class, or a few sampled tokens represent it. Values and
+gradients are computed together, a chunk of tokens at a time, so no float32 tensor of a whole
+batch's logits exists. ModelOpt's losses (``modelopt/torch/distill/plugins/megatron.py``) differ in
+three points: they hold several float32 tensors of this size, they lack the factor T², and they
+renormalise the top-k, which ignores the tail's probability.
 
 The module ``vocabulary`` explains shapes and ``group``.
 
-Gradients: let z be the student's logits, T the temperature and q = softmax(z / T). From
-∂q_i / ∂(z_j / T) = q_i·(δ_ij - q_j), a loss f(q) with the partial derivatives g_i = ∂f / ∂q_i has
+Gradients: let z be the student's logits, T the temperature, q = softmax(z / T), and p the teacher's
+probabilities, computed in the same way. Because ∂q_i / ∂(z_j / T) = q_i·(δ_ij - q_j), a loss f(q)
+with the partial derivatives g_i = ∂f / ∂q_i has
 
-    ∂f / ∂(z_j / T) = q_j·(g_j - Σ_i q_i·g_i),                                               (1)
+    ∂f / ∂(z_j / T) = q_j·(g_j - Σ_i q_i·g_i).                                               (1)
 
-where a constant added to all g_i cancels. Comments in each divergence below state g, without index,
-and the gradient (1). The loss is T²·f, so that gradients have about the same size at any T (Hinton
-et al., arXiv:1503.02531). The inner derivative of z / T is 1 / T, so ∂(T²·f) / ∂z_j is (1) times T.
+A constant added to all g_i cancels, because Σ_i q_i = 1. The comments in each divergence below
+state g, without index, and the gradient (1). The loss is T²·f, which gives gradients of about the
+same size at any T (Hinton et al., arXiv:1503.02531). The derivative of z / T by z is 1 / T, so
+∂(T²·f) / ∂z_j is (1) times T.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ from recipes.distillation.vocabulary import (
 
 @dataclass(frozen=True)
 class LogitsLoss:
-    """Settings of the KD loss: a divergence of student q from teacher p per token, times T²."""
+    """Settings of the KD loss: per token, T² times a divergence between teacher p and student q."""
 
     divergence: str = "forward_kl"
     """One of ``LOGITS_LOSSES``."""
@@ -62,13 +64,14 @@ class LogitsLoss:
     beta·KL(p ‖ m) + (1 - beta)·KL(q ‖ m), the generalised JSD of GKD (Agarwal et al.,
     arXiv:2306.13649)."""
     top_k: int | None = None
-    """Number of the teacher's likeliest tokens that stay separate outcomes. All other tokens become
-    one outcome. ``None`` keeps all tokens separate."""
+    """Number of the teacher's likeliest tokens that stay separate classes. All other tokens become
+    one class. ``None`` keeps all tokens separate."""
 
 
 Divergence = tuple[Tensor, Callable[[], Tensor]]
-"""A divergence f [n, 1] without T², and a function that returns the gradient (1) [n, outcomes]. The
-function overwrites tensors that it needs, so it can be called only once."""
+"""A divergence f [n, 1] without T², and a function that returns the gradient (1) [n, classes].
+Classes are tokens, or the top-k and the tail. The function overwrites its inputs, so it can be
+called only once."""
 
 
 def _forward_kl(
@@ -92,48 +95,50 @@ def _reverse_kl(
 
 
 def _jsd(log_p: Tensor, log_q: Tensor, loss: LogitsLoss, group: ProcessGroup | None) -> Divergence:
-    # f = β·Σ p·log(p / m) + (1 - β)·Σ q·log(q / m) with m = β·p + (1 - β)·q. The derivatives by m
-    # add -(1 - β)·(β·p + (1 - β)·q) / m to g, which is a constant and cancels. What remains is
-    # g = (1 - β)·log(q / m), up to a constant. The gradient is (1 - β)·q·(log(q / m) - KL(q ‖ m)).
+    # f = β·Σ p·log(p / m) + (1 - β)·Σ q·log(q / m) with m = β·p + (1 - β)·q. Since m depends on q,
+    # g has the additional term -(1 - β)·(β·p + (1 - β)·q) / m = -(1 - β), a constant that cancels.
+    # Up to constants, g = (1 - β)·log(q / m). The gradient is (1 - β)·q·(log(q / m) - KL(q ‖ m)).
     q, p = log_q.exp(), log_p.exp()
     log_ratio = log_p.sub_(log_q)
     # log(m / q) = log(β·p/q + 1 - β) = softplus(log(p/q) + logit β) + log(1 - β), where
     # logit β = log(β / (1 - β)). This form neither overflows nor cancels.
-    log_1_beta = math.log1p(-loss.beta)
-    log_m_q = softplus(log_ratio + (math.log(loss.beta) - log_1_beta)).add_(log_1_beta)
-    student_kl = -sum_columns(q * log_m_q, group)  # KL(q ‖ m)
-    teacher_kl = sum_columns(log_ratio.sub_(log_m_q).mul_(p), group)  # KL(p ‖ m)
+    log_1_minus_beta = math.log1p(-loss.beta)
+    logit_beta = math.log(loss.beta) - log_1_minus_beta
+    log_m_over_q = softplus(log_ratio + logit_beta).add_(log_1_minus_beta)
+    student_kl = -sum_columns(q * log_m_over_q, group)  # KL(q ‖ m)
+    teacher_kl = sum_columns(log_ratio.sub_(log_m_over_q).mul_(p), group)  # KL(p ‖ m)
     value = loss.beta * teacher_kl + (1 - loss.beta) * student_kl
-    # log(q / m) is -log_m_q, so the signs of both factors are swapped.
-    return value, lambda: log_m_q.add_(student_kl).mul_(q).mul_(loss.beta - 1)
+    # log(q / m) is -log_m_over_q, so the signs of both factors are swapped.
+    return value, lambda: log_m_over_q.add_(student_kl).mul_(q).mul_(loss.beta - 1)
 
 
 DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
-"""The function of each of ``LOGITS_LOSSES``; all may overwrite the log-probabilities."""
+"""Maps each of ``LOGITS_LOSSES`` to its function of log p and log q [n, classes]. The functions
+overwrite their arguments."""
 
 
 def _top_k_divergence(
     teacher: TopK, log_q: Tensor, loss: LogitsLoss, group: ProcessGroup | None
 ) -> Divergence:
-    """Computes the divergence over the teacher's top-k and the tail as k + 1 outcomes.
+    """Computes the divergence over k + 1 classes: the teacher's top-k tokens, and the tail.
 
-    The gradient is that of all logits [n, vocabulary/tp]. The logit of the tail's outcome is
-    u = log Σ_tail exp(z / T), so ∂u / ∂(z_j / T) = q_j / q_tail: a token of the tail gets
-    q_j / q_tail of the outcome's gradient.
+    The returned gradient is for all logits [n, vocabulary/tp]. The logit of the tail's class is
+    u = log Σ_tail exp(z / T), so ∂u / ∂(z_j / T) = q_j / q_tail: a token j of the tail gets the
+    fraction q_j / q_tail of the class's gradient.
     """
     student = split(log_q, teacher.indices, group)
     log_probs = student.log_probs.clamp(min=LOG_ZERO)
-    log_tail = log_probs[:, -1:].clone()  # the divergence overwrites ``log_probs``
-    # Every rank has all k + 1 outcomes, so sums over them need no communication.
+    log_tail = log_probs[:, -1:].clone()  # log q_tail; the divergence overwrites ``log_probs``
+    # Every rank has all k + 1 classes, so the divergence runs without communication.
     teacher_log_probs = teacher.log_probs.clamp(min=LOG_ZERO)
     divergence = DIVERGENCES[loss.divergence]
-    value, outcome_gradient = divergence(teacher_log_probs, log_probs, loss, None)
+    value, compute_class_gradient = divergence(teacher_log_probs, log_probs, loss, None)
 
     def gradient() -> Tensor:
-        outcomes = outcome_gradient()
-        # q_j / q_tail times the tail's gradient; 0 for top-k tokens, as their ``tail`` is log 0.
-        all_tokens = student.tail.sub_(log_tail).exp_().mul_(outcomes[:, -1:])
-        return all_tokens.scatter_add_(1, student.columns, outcomes[:, :-1] * student.is_local)
+        classes = compute_class_gradient()
+        # q_j / q_tail times the tail's gradient; 0 for top-k tokens, whose ``tail`` is -inf.
+        all_tokens = student.tail.sub_(log_tail).exp_().mul_(classes[:, -1:])
+        return all_tokens.scatter_add_(1, student.columns, classes[:, :-1] * student.is_local)
 
     return value, gradient
 
@@ -144,34 +149,38 @@ def _sampled_forward_kl(
     """Computes the forward KL from a teacher whose tail is represented by samples.
 
     p is replaced by an estimate p̂, which is exact for the top-k and gives each sample an equal
-    fraction of the tail's mass. E[p̂] = p. The cross-entropy -Σ p̂·log q and its gradient q - p̂ are
-    linear in p̂, so they are unbiased. The entropy of p is stored, not estimated. Sparse Logit
-    Sampling (arXiv:2503.16870) samples all tokens; with an exact top-k the variance is lower.
+    fraction of the tail's probability. E[p̂] = p. The cross-entropy -Σ p̂·log q and its gradient
+    q - p̂ are linear in p̂, so they are unbiased estimates. The entropy of p is exact, because the
+    cache stores the tail's entropy. Sparse Logit Sampling (arXiv:2503.16870) samples all tokens;
+    the exact top-k here lowers the variance.
     """
     log_p, log_tail = teacher.log_probs.clamp(min=LOG_ZERO).split(
         [teacher.indices.shape[1], 1], dim=1
     )
     count = draws.shape[1]
-    p = torch.cat([log_p.exp(), (log_tail.exp() / count).expand(-1, count)], dim=1)  # p̂
+    p_hat = torch.cat([log_p.exp(), (log_tail.exp() / count).expand(-1, count)], dim=1)
     tokens = torch.cat([teacher.indices, draws], 1)
     columns, is_local = local_columns(tokens, log_q.shape[-1], group)
-    cross = (p * select(log_q, columns, is_local, group)).sum(dim=-1, keepdim=True)  # Σ p̂·log q
+    selected_log_q = select(log_q, columns, is_local, group)
+    cross_entropy = -(p_hat * selected_log_q).sum(dim=-1, keepdim=True)
     entropy = tail_entropy - (log_p.exp() * log_p).sum(dim=-1, keepdim=True)  # -Σ p·log p
-    return -entropy - cross, lambda: log_q.exp_().scatter_add_(1, columns, -p * is_local)
+    value = cross_entropy - entropy
+    return value, lambda: log_q.exp_().scatter_add_(1, columns, -p_hat * is_local)
 
 
 class LossTargets(NamedTuple):
     """Targets and weights of the loss for n rows of the student's logits."""
 
     teacher: Tensor | TopK
-    """The teacher's logits [n, vocabulary/tp], or its top-k at the loss's temperature."""
+    """The teacher's logits [n, vocabulary/tp], or its top-k tokens [n, …], whose log-probabilities
+    are at the loss's temperature."""
     labels: Tensor | None = None
     """Ids [n] of the next tokens; ``None`` omits the LM loss."""
     weights: tuple[float, float] = (1.0, 0.0)
-    """Weight of the KD loss, and weight of the LM (next-token) loss."""
+    """Weights of the KD loss and of the LM (next-token) loss, in this order."""
 
     def at(self, rows: slice) -> LossTargets:
-        """Returns the targets of some rows."""
+        """Returns the targets of these rows of the logits."""
         take = operator.itemgetter(rows)
         teacher = self.teacher
         return self._replace(
@@ -183,7 +192,10 @@ class LossTargets(NamedTuple):
 def _lm_loss(
     log_q: Tensor, labels: Tensor, needs_gradient: bool, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes -log q of the labels [n, 1], and the gradient: q - 1 at the label, q elsewhere."""
+    """Computes -log q [n, 1] of labels [n], and the gradient [n, vocabulary/tp] for the logits.
+
+    The gradient is q - 1 at the label and q elsewhere; ``None`` if it is not needed.
+    """
     columns, is_local = local_columns(labels.unsqueeze(1), log_q.shape[-1], group)
     value = -select(log_q, columns, is_local, group)
     if not needs_gradient:
@@ -199,9 +211,10 @@ def _compute_chunk(
     group: ProcessGroup | None,
     needs_gradient: bool,
 ) -> None:
-    """Writes a chunk's KD and LM losses to ``losses`` [2, n, 1], and the gradient to ``student``.
+    """Writes a chunk's KD and LM losses to ``losses`` [2, n, 1].
 
-    This is a separate function, so that a chunk's buffers are freed before the next chunk.
+    If a gradient is needed, it overwrites the logits ``student``. This is a separate function, so
+    that a chunk's buffers are freed before the next chunk.
     """
     # A compiled kernel cannot include collectives.
     chunk_losses = _compiled_chunk_losses if group is None else _chunk_losses
@@ -218,19 +231,19 @@ def _chunk_losses(
     group: ProcessGroup | None,
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes KD losses [n, 1] without T², and LM losses [n, 1].
+    """Computes KD losses [n, 1] without T², and LM losses [n, 1]; ``None`` without labels.
 
-    Overwrites ``student`` with the gradient of the weighted sum. The gradient is not written to
-    another argument, because the compiler would have to check whether the two share memory.
+    If needed, the gradient of the weighted sum overwrites ``student``. A separate output argument
+    would make the compiler check whether the argument shares memory with ``student``.
     """
     teacher, temperature = targets.teacher, loss.temperature
     lm_loss = lm_gradient = None
     log_q = log_softmax(student, temperature, group)
     if targets.labels is not None:
         # The LM loss uses temperature 1.
-        unscaled = log_q if temperature == 1 else log_softmax(student, 1.0, group)
-        lm_loss, lm_gradient = _lm_loss(unscaled, targets.labels, needs_gradient, group)
-        del unscaled
+        log_q_at_1 = log_q if temperature == 1 else log_softmax(student, 1.0, group)
+        lm_loss, lm_gradient = _lm_loss(log_q_at_1, targets.labels, needs_gradient, group)
+        del log_q_at_1  # frees memory
     if not isinstance(teacher, TopK) and loss.top_k is not None:
         teacher = top_k(teacher, loss.top_k, temperature, group)
     if isinstance(teacher, TopK):
@@ -245,7 +258,7 @@ def _chunk_losses(
     if not needs_gradient:
         return kd_loss, lm_loss
     kd_weight, lm_weight = targets.weights
-    scale = temperature * kd_weight  # T² of the loss, 1/T of the inner derivative
+    scale = temperature * kd_weight  # the gradient (1) times T, see the module's docstring
     gradient = kd_gradient() if scale == 1 else kd_gradient().mul_(scale)
     if lm_gradient is not None:
         gradient.add_(lm_gradient, alpha=lm_weight)
@@ -260,8 +273,8 @@ _compiled_chunk_losses = compilable(_chunk_losses)
 def _scale_rows(gradient: Tensor, weights: Tensor) -> Tensor:
     """Multiplies each row of a gradient [n, vocabulary/tp] by its weight [n, 1], in place.
 
-    On a CPU, PyTorch's eager bfloat16 multiplication is four times slower than memory bandwidth
-    allows, so this is compiled.
+    The function can be compiled, because PyTorch's eager bfloat16 multiplication on a CPU is four
+    times slower than memory bandwidth allows.
     """
     return gradient.mul_(weights.to(gradient.dtype))
 
@@ -283,9 +296,10 @@ class _Distillation(torch.autograd.Function):
         must_copy = needs_gradient and not reuse_logits
         logits = student.detach().clone() if must_copy else student.detach()
         for rows in chunks(logits):
+            # Slices are views: a chunk writes to ``losses``, and its gradient to ``logits``.
             chunk = losses[:, rows], logits[rows], targets.at(rows)
             _compute_chunk(*chunk, loss, group, needs_gradient)
-        ctx.save_for_backward(logits if needs_gradient else None)
+        ctx.save_for_backward(logits if needs_gradient else None)  # now the gradient
         losses = losses.squeeze(-1)
         losses[0] *= loss.temperature**2
         ctx.mark_non_differentiable(losses)
@@ -294,8 +308,8 @@ class _Distillation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # The logits' gradient is scaled in place, so that it is in memory only once. Autograd then
-        # refuses a second backward pass, because the saved tensor has changed.
+        # The saved gradient is scaled in place, so that memory holds it only once. Autograd then
+        # refuses a second backward pass, because a saved tensor has changed.
         (gradient,) = ctx.saved_tensors
         return _scale_rows(gradient, grads[0].unsqueeze(-1)), None, None, None, None
 
@@ -313,13 +327,13 @@ def distillation_loss(
 
     Args:
         student: Finite logits [n, vocabulary/tp] of any float type.
-        teacher: The teacher's logits in the same shape, or its top-k at the loss's temperature.
-        loss: The divergence.
+        teacher: As in ``LossTargets``.
+        loss: Settings of the loss.
         group: Tensor-parallel ranks.
         reuse_logits: Overwrites the student's logits with the gradient, which saves memory.
 
     Raises:
-        RecipeError: The shapes differ.
+        RecipeError: The shapes differ, or the loss cannot use samples of the teacher's tail.
     """
     return combined_loss(student, LossTargets(teacher), loss, group, reuse_logits)[0]
 
@@ -333,7 +347,7 @@ def combined_loss(
 ) -> tuple[Tensor, Tensor]:
     """Computes the KD loss, the LM loss, and one gradient of their weighted sum.
 
-    Arguments are those of ``distillation_loss``.
+    The other arguments and errors are those of ``distillation_loss``.
 
     Returns:
         The weighted sum per token [n], which is differentiable; and the KD and LM losses [2, n],
@@ -343,10 +357,11 @@ def combined_loss(
     if isinstance(teacher, TopK):
         if teacher.draws is not None and loss.divergence != TAIL_DRAWS_LOSS:
             raise RecipeError(
-                f"{loss.divergence} with samples of the teacher's tail would be biased.",
-                f"use {TAIL_DRAWS_LOSS}, or a teacher without draws",
+                f"the loss {loss.divergence} would be biased, because the cached teacher has "
+                "samples of the tokens outside its top-k.",
+                f"use {TAIL_DRAWS_LOSS}, or a teacher that was cached with tail_draws=0",
             )
-        teacher_shape, student_shape = teacher.indices.shape[:1], student.shape[:1]
+        teacher_shape, student_shape = teacher.indices.shape[:1], student.shape[:1]  # tokens
     else:
         targets = targets._replace(teacher=teacher.detach())
         teacher_shape, student_shape = teacher.shape, student.shape
@@ -369,8 +384,9 @@ def token_cross_entropy(
     """Computes the LM loss per token [n], float32, of logits [n, vocabulary/tp] for labels [n].
 
     This is the forward KL from a teacher that gives the label a probability of 1.
-    ``reuse_logits`` is that of ``distillation_loss``.
+    ``distillation_loss`` explains ``reuse_logits``.
     """
+    # The label is the teacher's top-1 with log 1; the tail, which is all other tokens, has log 0.
     log_probs = torch.tensor([0.0, -math.inf], dtype=torch.float32, device=logits.device)
     teacher = TopK(labels.unsqueeze(1), log_probs.expand(len(labels), 2))
     return distillation_loss(logits, teacher, LogitsLoss(), group, reuse_logits)

@@ -1,9 +1,9 @@
 """The NeMo model that is trained: a student, and optionally a live teacher.
 
-A live teacher runs in every step. A cached teacher's logits are read from files instead.
-The student's ``compute_language_model_loss`` is replaced by one that computes the losses on logits.
-A loss on hidden states is computed by ModelOpt's ``DistillationModel``. The model's output is one
-row of per-token losses for each term, instead of logits.
+A live teacher runs in every training step. A cached teacher's logits are read from files instead.
+The student's ``compute_language_model_loss`` is replaced by a function that computes the losses on
+logits. ModelOpt's ``DistillationModel`` computes a loss on hidden states. The model returns
+per-token losses instead of logits: one row for the weighted total, and one row for each term.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ LANGUAGE_MODEL_LOSS = (
     "LanguageModule.compute_language_model_loss"
 )
 LOSS_HASH = "01ec0b6356cd"
+"""``Patch.source_hash`` of ``LANGUAGE_MODEL_LOSS``."""
 FORWARD = "modelopt.torch.distill.distillation_model:DistillationModel.forward"
 SHARED_SETTINGS = (
     "tensor_model_parallel_size",
@@ -77,10 +78,13 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         self.config.calculate_per_token_loss = True
         self._objective, self._teacher = objective, objective.teacher
         self._reduction = LossReduction(objective)
-        kd = {"kd": 0.0} if self._teacher.runs_in_validation else {}  # KL is only logged
-        self._validation = LossReduction(Objective({"lm": 1.0, **kd}))
-        self._cached: TopK | None = None
+        # Validation logs the KL, but the total is the LM loss alone.
+        kl_weight = {"kd": 0.0} if self._teacher.runs_in_validation else {}
+        self._validation_reduction = LossReduction(Objective({"lm": 1.0, **kl_weight}))
+        self._cached_top_k: TopK | None = None
+        """A cached teacher's top-k tokens for the current micro batch."""
         self._loss_mask: Any = None
+        """Mask [batch, sequence] of the current micro batch: 1 for tokens in the loss, else 0."""
         self.teacher_loss: float | None = None
         """The teacher's LM loss on the first micro batch with unmasked tokens."""
         self.skipped_steps = 0
@@ -88,7 +92,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
 
     @property
     def core_module(self) -> Any:
-        """Returns this rank's Megatron model without its wrappers."""
+        """Returns this rank's Megatron model without the wrappers for mixed precision and DDP."""
         return unwrap_model(self.module)
 
     @property
@@ -98,17 +102,22 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
 
     @property
     def validation_loss_reduction(self) -> LossReduction:
-        """Returns the reduction of the LM loss, and of the KL if the teacher also runs."""
-        return self._validation
+        """Returns the reduction of validation losses: LM, and KL if the teacher also runs."""
+        return self._validation_reduction
 
     def validation_batch(self) -> tuple[float, dict[str, float]]:
-        """Returns the number of tokens in the last validation batch's losses, and their means."""
-        reduction = self._validation
+        """Returns the last validation batch's number of unmasked tokens, and mean loss by name."""
+        reduction = self._validation_reduction
         tokens, means = _from_last_stage([reduction.last_tokens, reduction.last_means])
         return tokens, means
 
     def share_losses(self) -> dict[str, Any]:
-        """Broadcasts the last step's losses from the last pipeline stage. Returns the losses."""
+        """Broadcasts the last step's losses from the last pipeline stage to all stages.
+
+        Returns:
+            The mean of the total by the name ``loss``, the mean of each term by the term's name,
+            and ``teacher_loss`` if it was measured.
+        """
         reduction = self._reduction
         # Rank 0 logs the losses and saves ``finite_means``, but may be on another pipeline stage.
         losses, reduction.finite_means, self.teacher_loss = _from_last_stage(
@@ -118,7 +127,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         return {**losses, **teacher_loss}
 
     def without_loss_modules(self) -> AbstractContextManager[None]:
-        """Hides learned parameters of the loss in a ``with`` block that loads or saves weights."""
+        """Returns a context in which weights are loaded or saved without the loss's parameters."""
         core = self.core_module
         hide: AbstractContextManager[None] = (
             core.hide_loss_modules() if isinstance(core, mtd.DistillationModel) else nullcontext()
@@ -127,7 +136,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
 
     def configure_model(self) -> None:
         """Builds the student, and a live teacher if there is one."""
-        if hasattr(self, "module"):
+        if hasattr(self, "module"):  # already built
             return
         nemo.split_pipeline(self.config)
         core = self.config.configure_model(self.tokenizer)
@@ -140,10 +149,11 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
             lm_loss = _lm_loss(logits, labels)
             if not self._teacher.runs_in_validation:
                 return torch.stack([lm_loss, lm_loss])
-            # The KL, whatever the KD loss of training is, as evaluation and healing measure it.
+            # Validation always measures the forward KL at temperature 1, as evaluation and healing
+            # do. The KD loss of training may be another one.
             flat, teacher = logits.flatten(0, 1), core.teacher_logits.flatten(0, 1)
             kl = distillation_loss(flat, teacher, LogitsLoss(), nemo.tensor_group())
-            # Rows as in ``_token_losses``: first the loss, which is LM here, then LM and KL.
+            # The rows are those of ``_token_losses``: the total, which is LM here, then LM and KL.
             return torch.stack([lm_loss, lm_loss, kl.view(logits.shape[:2]).t()])
 
         reason = "training minimises the losses of the recipe"
@@ -163,7 +173,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         settings = {
             "teacher_model": (_load_teacher, [config, self.tokenizer, checkpoint], {}),
             "criterion": self._hidden_losses(student, teacher_config=config),
-            # ModelOpt requires a balancer, but ``Objective`` sets the weights.
+            # ModelOpt requires a balancer. It is not used, since ``Objective`` has the weights.
             "loss_balancer": mtd.StaticLossBalancer(1.0),
         }
         core = mtd.convert(student, mode=[("kd_loss", settings)])
@@ -180,9 +190,10 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
     def _hidden_losses(
         self, student: nn.Module, teacher_config: Any
     ) -> dict[tuple[str, str], HiddenLoss]:
-        """Returns the loss on hidden states by pair of layer names. All pairs share one module.
+        """Maps each pair (student's layer name, teacher's layer name) to the loss on hidden states.
 
-        In ModelOpt's names, layers are counted from the first layer of this pipeline stage.
+        All pairs share one loss module. Only the last pipeline stage has pairs. In ModelOpt's
+        names, layers are counted from 0, which is the first layer of this pipeline stage.
         """
         if not self._teacher.pairs or not parallel_state.is_pipeline_last_stage():
             return {}
@@ -193,6 +204,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
             sequence_parallel=self.config.sequence_parallel,
             dtype=self.config.params_dtype,
         )
+        # The numbers of the first layers on this stage, counted from 1 over all stages.
         student_first = self.config.num_layers - len(student.decoder.layers) + 1
         teacher_layers = teacher_config.num_layers
         split = pipeline_split(teacher_layers, teacher_config.pipeline_model_parallel_size)
@@ -206,9 +218,9 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         }
 
     def data_step(self, dataloader_iter: Any) -> dict[str, Any]:
-        """Returns a micro batch. The last pipeline stage also gets a cached teacher's top-k."""
+        """Returns a micro batch. The last pipeline stage also gets a cached teacher's tensors."""
         loaded = next(dataloader_iter)
-        batch: dict[str, Any] = super().data_step(iter([loaded]))
+        batch: dict[str, Any] = super().data_step(iter([loaded]))  # only NeMo's own tensors
         if parallel_state.is_pipeline_last_stage():
             samples = loaded[0] if isinstance(loaded, tuple) else loaded
             for name in samples:
@@ -217,24 +229,24 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         return batch
 
     def forward_step(self, batch: dict[str, Any]) -> Tensor:
-        """Stores the batch's mask and cached top-k for the loss, then runs the model."""
+        """Stores the micro batch's mask and cached top-k for the loss, then runs the model."""
         self._loss_mask = batch.get("loss_mask")  # only the last pipeline stage has it
         cached = {
-            n.removeprefix(TEACHER_PREFIX): t
-            for n, t in batch.items()
-            if n.startswith(TEACHER_PREFIX)
+            name.removeprefix(TEACHER_PREFIX): tensor
+            for name, tensor in batch.items()
+            if name.startswith(TEACHER_PREFIX)
         }
         if cached:
-            # [batch, sequence, k] to [sequence · batch, k], the order of Megatron's logits.
-            self._cached = TopK(**cached).map(lambda tensor: tensor.transpose(0, 1).flatten(0, 1))
+            # From [batch, sequence, k] to [sequence · batch, k], the order of Megatron's logits.
+            self._cached_top_k = TopK(**cached).map(lambda t: t.transpose(0, 1).flatten(0, 1))
         output: Tensor = super().forward_step(batch)
         return output
 
     def _token_losses(self, core: nn.Module, labels: Tensor, logits: Tensor) -> Tensor:
         """Computes losses [1 + terms, batch, sequence] of logits [sequence, batch, vocabulary/tp].
 
-        The first row is minimised. The other rows are the terms, without gradients. Their means are
-        logged. A dynamic balancer computes the next step's weights from the means.
+        The first row is the weighted total, which training minimises. The other rows are the terms,
+        without gradients. Their means are logged, and determine dynamic weights of the next step.
         """
         if self.teacher_loss is None and self._teacher.checkpoint:
             self._check_teacher(core.teacher_logits, labels)
@@ -243,34 +255,34 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         if "kd" in weights:
             lm_labels = labels if "lm" in weights else None
             kd_lm_weights = weights["kd"], weights.get("lm", 0)
-            total, *losses = self._kd_and_lm_losses(core, logits, lm_labels, kd_lm_weights)
-            terms = dict(zip(("kd", "lm"), losses, strict=True))
+            total, kd_loss, lm_loss = self._kd_and_lm_losses(core, logits, lm_labels, kd_lm_weights)
+            terms = {"kd": kd_loss, "lm": lm_loss}  # without labels, ``lm_loss`` is 0 and unused
         elif "lm" in weights:
             terms["lm"] = _lm_loss(logits, labels, reuse_logits=True)
             total = weights["lm"] * terms["lm"]
         if "hidden" in weights:
             terms["hidden"] = self._hidden_loss(core, labels)
             total = total + weights["hidden"] * terms["hidden"]
-        core.teacher_logits = None
+        core.teacher_logits = None  # frees memory
         return torch.stack([total, *(terms[name].detach() for name in weights)])
 
     def _kd_and_lm_losses(
         self, core: nn.Module, logits: Tensor, labels: Tensor | None, weights: tuple[float, float]
     ) -> tuple[Tensor, ...]:
-        """Returns three losses [batch, sequence]: KD and LM weighted and added, KD alone, LM alone.
+        """Returns three losses [batch, sequence]: the weighted sum of KD and LM, then KD, then LM.
 
-        ``logits`` are [sequence, batch, vocabulary/tp], ``labels`` [batch, sequence].
+        ``logits`` are [sequence, batch, vocabulary/tp], ``labels`` [batch, sequence]. ``weights``
+        are those of KD and LM. Without labels the LM loss is 0.
         """
         targets = LossTargets(
-            self._cached or core.teacher_logits.flatten(0, 1),
+            self._cached_top_k or core.teacher_logits.flatten(0, 1),
             None if labels is None else labels.t().flatten(),
             weights,
         )
-        # Here ``loss`` is only the settings of the KD loss.
-        loss, group = self._objective.logits, nemo.tensor_group()
-        # In training the gradient overwrites the logits, since nothing reads them after the loss.
+        kd_settings, group = self._objective.logits, nemo.tensor_group()
+        # The gradient may overwrite the logits, since nothing reads them after the loss.
         flat = logits.flatten(0, 1)
-        total, kd_and_lm = combined_loss(flat, targets, loss, group, reuse_logits=True)
+        total, kd_and_lm = combined_loss(flat, targets, kd_settings, group, reuse_logits=True)
         return tuple(row.view(logits.shape[:2]).t() for row in (total, *kd_and_lm))
 
     def _hidden_loss(self, core: nn.Module, labels: Tensor) -> Tensor:
@@ -279,9 +291,9 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         mean = torch.stack(list(losses.values())).mean(dim=0)
         if not self.config.sequence_parallel:
             return mean
-        # Each rank has a contiguous shard of the sequence. Padded with zeros to the whole sequence,
-        # the shards of all ranks add up to the whole loss. In the backward pass each rank gets the
-        # gradient of the rank's own shard.
+        # Each rank has the losses of a contiguous shard of the sequence. They are padded with zeros
+        # to the whole sequence, and added over the ranks. In the backward pass each rank gets the
+        # gradient of its own shard.
         rank, length = parallel_state.get_tensor_model_parallel_rank(), mean.shape[1]
         before, after = rank * length, labels.shape[1] - (rank + 1) * length
         padded = torch.nn.functional.pad(mean, (before, after))
@@ -289,10 +301,10 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         return whole
 
     def _check_teacher(self, logits: Tensor, labels: Tensor) -> None:
-        """Measures the teacher's LM loss on the unmasked tokens, if the micro batch has any.
+        """Stores the teacher's mean LM loss on the micro batch, if it has unmasked tokens.
 
         Raises:
-            RecipeError: The loss is no better than chance.
+            RecipeError: The loss is near the loss of a uniform guess.
         """
         tokens = self._loss_mask.sum().item()
         if not tokens:
@@ -302,7 +314,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
         self.teacher_loss = loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Saves the skipped steps, and ``finite_means``: dynamic weights depend on them."""
+        """Saves the number of skipped steps, and the means that determine dynamic weights."""
         checkpoint["loss_sizes"] = self._reduction.finite_means
         checkpoint["skipped_steps"] = self.skipped_steps
 
@@ -318,7 +330,7 @@ class KDModel(llm.GPTModel):  # type: ignore[misc]
 
 
 def _from_last_stage(values: list[Any]) -> list[Any]:
-    """Returns the values of the last pipeline stage, which has the losses, on all stages."""
+    """Broadcasts values from the last pipeline stage, which has the losses; returns them."""
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         torch.distributed.broadcast_object_list(
             values,
@@ -344,21 +356,24 @@ def _lm_loss(logits: Tensor, labels: Tensor, reuse_logits: bool = False) -> Tens
 
 
 def _forward_both(core: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """Runs teacher and student.
+    """Replaces ``DistillationModel.forward``: stores the teacher's logits, runs the student.
 
-    In training a pipeline stage sends both models' hidden states to the next stage as one tensor.
+    Returns:
+        The student's output. In training, pipeline stages before the last return the hidden states
+        of student and teacher, concatenated, because a stage sends one tensor to the next stage.
     """
     if core.training or core.runs_in_validation:
         for pair in core._layers_to_loss:
             for layer in pair:
-                # A validation of the student alone leaves the student's outputs here, and
-                # ModelOpt's hooks would warn about them.
+                # ModelOpt's hooks warn about outputs of an earlier forward pass. A validation of
+                # the student alone leaves such outputs.
                 layer._intermediate_output = None
         with torch.no_grad():
             core.teacher_model.eval()
             teacher_output = core.teacher_model(*args, **kwargs)
         core.teacher_logits = teacher_output
     with core.only_student_forward():
+        # Only the instance is patched, so the class still has the original ``forward``.
         student_output: Tensor = type(core).forward(core, *args, **kwargs)
     if core.training and not parallel_state.is_pipeline_last_stage():
         return torch.cat([student_output, teacher_output], dim=-1)

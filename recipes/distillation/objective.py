@@ -1,4 +1,4 @@
-"""The objective of training: terms and weights of the loss, the source of the teacher's outputs."""
+"""The objective of training: terms and weights of the loss, and the source of teacher logits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": lambda student, teacher: 1 - cosine_similarity(student, teacher, dim=-1),
     "mse": lambda student, teacher: (student - teacher).square().mean(dim=-1),
 }
-"""Maps each of ``HIDDEN_LOSSES`` to a function of hidden states [s, b, h], which returns [s, b]."""
+"""Maps each of ``HIDDEN_LOSSES`` to a function of the student's and the teacher's hidden states
+[sequence, batch, hidden size], which returns the distances [sequence, batch]."""
 PROJECTION_SEED = 0
 """Seed of the initial weights of ``HiddenLoss.projection``, which must be equal on all ranks."""
 Pairs = Sequence[tuple[int, int]]
@@ -38,22 +39,23 @@ Pairs = Sequence[tuple[int, int]]
 
 def layer_pairs(
     cfg: DistillConfig,
-    kept: Sequence[int] | None,
-    student: int,
-    teacher: int,
+    student_kept: Sequence[int] | None,
+    num_student_layers: int,
+    num_teacher_layers: int,
     teacher_kept: Sequence[int] | None = None,
 ) -> Pairs:
-    """Returns the pairs of layers to compare: as configured, or each layer with its original.
+    """Returns the pairs of layers to compare.
 
-    Pairs are only derived for layers on the last pipeline stage of both models: the loss is there.
-    ``hidden_pipeline_stages`` is the number of stages.
+    These are the configured pairs. Without configured pairs, each student layer is compared with
+    the teacher layer that it comes from. Both must be on the last of ``hidden_pipeline_stages``
+    stages, because only the last pipeline stage computes the loss.
 
     Args:
         cfg: Settings of the distillation.
-        kept: The student's ``KeptLayers``, if known.
-        student: Number of the student's layers.
-        teacher: Number of the teacher's layers.
-        teacher_kept: The teacher's ``KeptLayers``; ``None`` if the teacher was not pruned.
+        student_kept: The student's ``KeptLayers.kept_layers``.
+        num_student_layers: Number of the student's layers.
+        num_teacher_layers: Number of the teacher's layers.
+        teacher_kept: The teacher's ``KeptLayers.kept_layers``; ``None`` if it was not pruned.
 
     Raises:
         RecipeError: No pairs are configured, and none can be derived.
@@ -61,24 +63,29 @@ def layer_pairs(
     if cfg.intermediate_layer_pairs:
         return [(pair[0], pair[1]) for pair in cfg.intermediate_layer_pairs]
     stages = cfg.hidden_pipeline_stages or cfg.pipeline_model_parallel_size
-    student_layers = last_stage_layers(student, min(stages, student))
-    teacher_layers = last_stage_layers(teacher, min(stages, teacher))
-    if kept is None and student == teacher:
-        kept = teacher_kept or range(1, teacher + 1)
-    # Both models number the layers of the model before all pruning.
-    numbers = {n: layer for layer, n in enumerate(teacher_kept or range(1, teacher + 1), start=1)}
-    if missing := [layer for layer in kept or () if layer not in numbers]:
+    student_last_stage = last_stage_layers(num_student_layers, min(stages, num_student_layers))
+    teacher_last_stage = last_stage_layers(num_teacher_layers, min(stages, num_teacher_layers))
+    # Kept layers have the numbers that they had in the model before all pruning.
+    teacher_kept = teacher_kept or range(1, num_teacher_layers + 1)
+    if student_kept is None and num_student_layers == num_teacher_layers:
+        student_kept = teacher_kept
+    teacher_layer_of = {original: layer for layer, original in enumerate(teacher_kept, start=1)}
+    if missing := [layer for layer in student_kept or () if layer not in teacher_layer_of]:
         raise RecipeError(
             f"the student has the layers {missing} of the model before pruning, but the teacher "
             "does not have them.",
             "set intermediate_layer_pairs, for example [[24,30]]",
         )
-    originals = [numbers[layer] for layer in kept or ()][student_layers.start - 1 :]
-    pairs = [p for p in zip(student_layers, originals, strict=False) if p[1] in teacher_layers]
+    all_pairs = enumerate((teacher_layer_of[layer] for layer in student_kept or ()), start=1)
+    pairs = [
+        (student_layer, teacher_layer)
+        for student_layer, teacher_layer in all_pairs
+        if student_layer in student_last_stage and teacher_layer in teacher_last_stage
+    ]
     if not pairs:
         raise RecipeError(
             "no pair of layers can be derived for the loss on hidden states: "
-            + ("the student does not say which layers were kept." if kept is None else
+            + ("it is not known which layers the student kept." if student_kept is None else
                "no kept layer is on the last pipeline stage of both teacher and student."),
             "set intermediate_layer_pairs, for example [[24,30]]",
         )  # fmt: skip
@@ -98,7 +105,7 @@ class TeacherSource:
 
     @classmethod
     def of(cls, cfg: DistillConfig, inputs: Inputs, student: Architecture) -> TeacherSource:
-        """Returns the source that a config requires; empty if the LM loss is the only term."""
+        """Returns the source that a config requires; neither if the LM loss is the only term."""
         if not uses_teacher(vars(cfg)):
             return cls()
         source = inputs["teacher"]
@@ -108,10 +115,10 @@ class TeacherSource:
         checkpoint = nemo.find_checkpoint(source.artifact)
         pairs: Pairs = ()
         if cfg.hidden_weight:
-            kept = inputs["student"].manifest.result(KeptLayers).kept_layers
-            layers = nemo.architecture_of(checkpoint).num_layers
+            student_kept = inputs["student"].manifest.result(KeptLayers).kept_layers
             teacher_kept = source.manifest.result(KeptLayers).kept_layers
-            pairs = layer_pairs(cfg, kept, student.num_layers, layers, teacher_kept)
+            layers = nemo.architecture_of(checkpoint).num_layers
+            pairs = layer_pairs(cfg, student_kept, student.num_layers, layers, teacher_kept)
         runs_in_validation = cfg.stop_at_recovered is not None
         return cls(checkpoint, pairs, runs_in_validation=runs_in_validation)
 
@@ -119,7 +126,7 @@ class TeacherSource:
 def _require_same_text(cache: Input, data: Input) -> None:
     """Raises ``RecipeError`` if the teacher was cached for text other than the training text.
 
-    A plan only checks that the settings of the text match. This function compares the content.
+    The check before a run only compares settings of the text. This function compares the content.
     """
     if cache.manifest.input_content.get("data") != data.manifest.content_hash():
         raise RecipeError(
@@ -130,17 +137,17 @@ def _require_same_text(cache: Input, data: Input) -> None:
 
 @dataclass(frozen=True)
 class Objective:
-    """Terms of the loss in the order of ``TERMS``, with weights; source of the teacher's logits.
-
-    With ``dynamic`` each step has other weights, see ``weights_after``.
-    """
+    """Terms and weights of the loss, and the source of the teacher's logits."""
 
     weights: Mapping[str, float]
+    """Maps each term of the loss to its configured weight, in the order of ``TERMS``."""
     teacher: TeacherSource = TeacherSource()
     logits: LogitsLoss = field(default_factory=LogitsLoss)
     """Settings of the KD loss, which is on logits."""
     hidden_loss: str = "cosine"
+    """One of ``HIDDEN_LOSSES``."""
     dynamic: bool = False
+    """Whether weights change in each step, see ``weights_after``."""
 
     @classmethod
     def of(cls, cfg: DistillConfig, inputs: Inputs, student: Architecture) -> Objective:
@@ -161,30 +168,32 @@ class Objective:
         both is scaled to the size of the LM loss. The configured weights multiply the scaled terms.
         Before the first step ``means`` is empty, and the weights are the configured weights.
 
-        NeMo would take the means from each micro batch. The result would then depend on the number
-        of micro batches, so these means are of a global batch.
+        The means are of a global batch. NeMo's own balancer uses the means of each micro batch, so
+        its result depends on the number of micro batches.
         """
         weights = dict(self.weights)
         if not (self.dynamic and means):
             return weights
         first, *rest = weights
-        soft_size = means[first]  # sum of KD and hidden terms, divided by the weight of ``first``
+        # Weighted sum of the terms with a teacher (KD, hidden), divided by the weight of ``first``.
+        teacher_terms = means[first]
         if first == "kd" and "hidden" in rest:
-            weights["hidden"] *= weights["kd"] * _ratio(means["kd"], means["hidden"])
-            soft_size += self.weights["hidden"] * means["kd"]
+            weights["hidden"] *= weights["kd"] * _scale_factor(means["kd"], means["hidden"])
+            teacher_terms += self.weights["hidden"] * means["kd"]
         if first != "lm" and "lm" in rest:
             for name in weights.keys() - {"lm"}:
-                weights[name] *= _ratio(means["lm"], soft_size)
+                weights[name] *= _scale_factor(means["lm"], teacher_terms)
         return weights
 
 
-def _ratio(size: float, mean: float) -> float:
+def _scale_factor(size: float, mean: float) -> float:
     """Returns the factor that scales a mean to a size; 1 if the mean is 0."""
     return size / mean if mean > 0 else 1.0
 
 
-# ModelOpt's HiddenStateCosineLoss and MSELoss (modelopt/torch/distill/plugins/megatron.py) compute
-# in the activations' type, and return a tuple that only ModelOpt's own reduction understands.
+# This class replaces ModelOpt's HiddenStateCosineLoss and MSELoss
+# (modelopt/torch/distill/plugins/megatron.py), which compute in the activations' dtype, and return
+# a tuple that only ModelOpt's own reduction understands.
 class HiddenLoss(_Loss):
     """Distance of the student's hidden states from the teacher's, per token.
 
@@ -202,20 +211,21 @@ class HiddenLoss(_Loss):
 
     def __init__(
         self,
-        kind: str,
+        distance: str,
         student_size: int,
         teacher_size: int,
         sequence_parallel: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self._kind = kind
+        self._distance = distance
         self.projection = None
         if student_size != teacher_size:
             self.projection = nn.Linear(student_size, teacher_size, bias=False, dtype=dtype)
             generator = torch.Generator().manual_seed(PROJECTION_SEED)
             # Initialised on the CPU, since a GPU's generator has other numbers for the same seed.
             initial = torch.randn(teacher_size, student_size, generator=generator, device="cpu")
+            # The factor keeps the variance of the states.
             self.projection.weight.data.copy_(initial * student_size**-0.5)
             if sequence_parallel:
                 self.projection.weight.sequence_parallel = True
@@ -223,11 +233,16 @@ class HiddenLoss(_Loss):
     def forward(
         self, student: Tensor | tuple[Tensor, ...], teacher: Tensor | tuple[Tensor, ...]
     ) -> Tensor:
-        """Computes the loss per token [b, s] in float32 of hidden states [s, b, h] of any type.
+        """Computes the loss per token [batch, sequence] in float32.
 
-        With sequence parallelism s is the length of this rank's shard. Arguments may be the tuples
-        (hidden states, context) that Megatron's TransformerLayer returns; the context is ignored.
-        The teacher gets no gradient.
+        With sequence parallelism, ``sequence`` is the length of this rank's shard. The teacher gets
+        no gradient.
+
+        Args:
+            student: Hidden states [sequence, batch, hidden size] of any float type, or the tuple
+                (hidden states, context) that Megatron's TransformerLayer returns. The context is
+                ignored.
+            teacher: The same of the teacher.
         """
         states = student[0] if isinstance(student, tuple) else student
         targets = teacher[0] if isinstance(teacher, tuple) else teacher
@@ -235,24 +250,25 @@ class HiddenLoss(_Loss):
             states = self.projection(states.to(self.projection.weight.dtype))
         # Just below 1, bfloat16 numbers are 1/256 apart, so a cosine of 0.999 would round to 1.
         states, targets = states.float(), targets.detach().float()
-        return DISTANCES[self._kind](states, targets).t()
+        return DISTANCES[self._distance](states, targets).t()
 
 
 class LossReduction(MegatronLossReduction):  # type: ignore[misc]
-    """Masks and sums the terms of a micro batch, and stores the step's means for logging.
+    """Masks and sums the losses of a micro batch, and stores the step's means for logging.
 
-    Megatron divides the gradients by the number of tokens of the global batch
-    (``calculate_per_token_loss``), so the loss is not a mean of means of micro batches.
+    The loss is a sum, because Megatron divides the gradients by the number of unmasked tokens of
+    the global batch (``calculate_per_token_loss``). A mean of the micro batches' means would weigh
+    tokens unequally.
     """
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
         self._objective = objective
         self.last_means: dict[str, float] = {}
-        """Means of the losses over the tokens of the last global batch. Only the last pipeline
-        stage has them."""
+        """Maps ``loss`` (the weighted total) and each term to the mean over the unmasked tokens of
+        the last global batch. Only the last pipeline stage has these means."""
         self.last_tokens = 0.0
-        """Number of these tokens."""
+        """Number of unmasked tokens of the last global batch."""
         self.finite_means: dict[str, float] = {}
         """``last_means`` of the last step whose means were all finite. The next step's weights
         depend on these means if the weights are dynamic."""
@@ -269,26 +285,34 @@ class LossReduction(MegatronLossReduction):  # type: ignore[misc]
         The first row of losses is the weighted total. The other rows are the terms.
 
         Returns:
-            The sum of the first row, the number of tokens, and a report for ``reduce``: one tensor
-            with the number of tokens and the sums of all rows.
+            The sum of the first row; the number of unmasked tokens; and a dictionary for
+            ``reduce``, whose ``report`` is one tensor: the number of tokens, then all rows' sums.
         """
         mask = batch["loss_mask"].float()
         sums = (forward_out * mask).flatten(1).sum(dim=1)
-        # A NaN or infinite loss must make the gradients NaN, so that every rank sees it.
+        # A NaN or infinite loss must make the gradients NaN: all ranks see the gradients' norm.
         loss = sums[0] * torch.where(sums[0].detach().isfinite(), 1.0, math.nan)
         tokens = mask.sum()
         report = torch.cat([tokens.view(1), loss.detach().view(1), sums[1:].detach()])
         return loss, tokens.to(torch.int), {"report": report}
 
     def reduce(self, micro_batches: Sequence[dict[str, Tensor]]) -> Tensor:
-        """Computes means over the tokens of all micro batches and data-parallel ranks."""
+        """Stores the means over the unmasked tokens of the global batch.
+
+        Args:
+            micro_batches: Results of ``forward`` for this rank's micro batches.
+
+        Returns:
+            The mean of the weighted total.
+        """
         if not micro_batches:
             return torch.tensor(0.0, device=device())  # a pipeline stage without a loss
-        total = torch.stack([batch["report"] for batch in micro_batches]).sum(dim=0)
+        sums = torch.stack([batch["report"] for batch in micro_batches]).sum(dim=0)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        torch.distributed.all_reduce(total, group=group)
-        means = total[1:] / total[0].clamp_min(1)
-        self.last_tokens, *values = torch.cat([total[:1], means]).tolist()
+        torch.distributed.all_reduce(sums, group=group)
+        means = sums[1:] / sums[0].clamp_min(1)  # ``sums[0]`` is the number of tokens
+        # One transfer from the GPU for all numbers.
+        self.last_tokens, *values = torch.cat([sums[:1], means]).tolist()
         self.last_means = dict(zip(("loss", *self._objective.weights), values, strict=True))
         if all(math.isfinite(mean) for mean in self.last_means.values()):
             self.finite_means = self.last_means

@@ -9,27 +9,36 @@ from recipes.data.results import TrainedSource
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Result of a training stage. Terms that the loss does not have are ``None``."""
+    """Result of a training stage.
+
+    The ``final_…`` fields are means over the global batch of the last step with a finite loss.
+    They are ``None`` for terms that the loss does not have.
+    """
 
     final_loss: float
+    """Weighted sum of the terms."""
     final_kd: float | None
     final_hidden: float | None
     final_lm: float | None
     val_loss: float | None
-    """Loss of the last validation, which may be some steps before the last step."""
+    """LM loss of the last validation, which may be some steps before the last step; ``None`` if
+    there was no validation."""
     steps: int
     skipped_steps: int
+    """Steps without an update of the weights, because the gradient was not finite."""
     tokens: int
+    """Tokens of all steps, including masked tokens."""
     tokens_per_second: float
+    """Median over the steps."""
     sources: list[TrainedSource] = field(default_factory=list, kw_only=True)
     """Tokens and epochs of each source of text."""
     kept_layers: list[int] | None = field(default=None, kw_only=True)
-    """``KeptLayers`` of the trained model, which a second round of pruning reads."""
+    """As in ``KeptLayers``, for the trained model. Another pruning of this model reads it."""
 
 
 @dataclass(frozen=True)
 class KeptLayers:
-    """The field that results of pruning and of training have in common."""
+    """Reads the field that the results of pruning and of training have in common."""
 
     kept_layers: list[int] | None = None
     """For each layer of the model, its number in the model before all pruning, counted from 1;
@@ -41,6 +50,7 @@ class DistillationResult(TrainingResult):
     """Result of ``distill``."""
 
     teacher_loss: float | None
+    """LM loss of a live teacher on the first micro batch; ``None`` without a live teacher."""
     stopped: str = ""
     """Reason and step of an early stop; empty if there was none."""
 
@@ -50,11 +60,13 @@ class CacheResult:
     """Result of ``cache_logits``."""
 
     sequences: int
+    """Number of cached sequences."""
     sequences_of_text: int
     """Number of sequences of the whole text, cached or not."""
-
     tokens: int
+    """Number of cached positions."""
     bytes_per_token: int
     teacher_loss: float
+    """Mean LM loss of the teacher on the cached sequences."""
     tail_mass: float
-    """Mean probability of all tokens that are not stored."""
+    """Mean, over positions, of the total probability of all tokens outside the top-k."""

@@ -34,28 +34,31 @@ RECOMPUTE_GRANULARITIES = ("none", "selective", "full")
 FEED_FORWARD = ("mlp", "moe")
 """Megatron's names of a layer's feed-forward network: dense, or MoE."""
 FP8_RECIPES = {"tensorwise": 16, "blockwise": 16, "delayed": 16, "mxfp8": 32}
-"""Maps each FP8 scaling recipe to a number. The sizes of matrices must be multiples of this number
+"""Maps each FP8 scaling recipe to a number of which the sizes of matrices must be multiples
 (``megatron/core/fp8_utils.py``)."""
 FP8_CAPABILITIES = {"tensorwise": 8.9, "blockwise": 9.0, "delayed": 8.9, "mxfp8": 10.0}
-"""The lowest compute capability with which TransformerEngine supports a recipe."""
+"""Maps each FP8 scaling recipe to the lowest CUDA compute capability with which TransformerEngine
+supports it."""
 TERMS = ("kd", "hidden", "lm")
-"""Terms of the loss; each is logged."""
+"""Terms of the loss: on logits, on hidden states, and next-token (LM). Each is logged by its name,
+and has the setting ``…_weight``."""
 RESOURCE = {"resource": True}
-"""Metadata of settings that change speed, memory, disk space, or when a stage fails, but not its
-result."""
+"""Metadata of settings that do not change a stage's result. They change speed, memory, disk space,
+or when the stage fails."""
 RecomputeGranularity = Annotated[str, one_of(*RECOMPUTE_GRANULARITIES)]
 RecomputeModule = Annotated[str, one_of("core_attn", *FEED_FORWARD)]
 SpeedPatch = Annotated[str, one_of(*SPEED_PATCH_NAMES)]
 Temperature = Annotated[float, between(0.01, 1000)]
-"""Below this range the teacher's distribution is a single token; above, it is uniform."""
+"""Below this range the teacher's distribution is a single token. Above this range it is uniform."""
 Weight = Annotated[float, between(0, 1e6)]
+"""Weight of a term of the loss."""
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 """Decay rate of a moment of Adam."""
 
 
 @dataclass
 class TrainingConfig(StageConfig):
-    """Settings of a training stage. Lengths in tokens, batches in sequences."""
+    """Settings of a training stage."""
 
     seq_length: Count = 256
     """Tokens per sequence."""
@@ -99,20 +102,22 @@ class TrainingConfig(StageConfig):
     seed: Seed = 1234
     """Seed of the order of sequences."""
     weights: dict[str, BlendWeight] = field(default_factory=dict)
-    """Weights of the sources in the training tokens; by default the ``#weight`` of each source of
-    ``prepare_data``. Without weights, longer sources count more."""
+    """Relative number of training tokens of each source; by default the ``#weight`` of each source
+    of ``prepare_data``. Without weights, longer sources count more."""
     tensor_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
     """Ranks that share each layer (TP)."""
     pipeline_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
     """Ranks over which the layers are split (PP)."""
     sequence_parallel: bool = field(default=False, metadata=RESOURCE)
-    """Splits activations between tensor-parallel regions along the sequence; no effect at TP=1."""
+    """Splits the activations outside tensor-parallel layers along the sequence; no effect at
+    TP=1."""
     context_parallel_size: Count = field(default=1, metadata=RESOURCE)
     """Ranks over which each sequence is split, also in attention (CP). More than 1 needs
     TransformerEngine, so it needs GPUs."""
     expert_model_parallel_size: Count = field(default=1, metadata=RESOURCE)
     """Data-parallel ranks over which the experts of an MoE are split (EP). An interrupted training
-    does not resume if this changes between 1 and more: Megatron then has another optimizer."""
+    does not resume after a change from 1 to more or back, because Megatron then uses another
+    optimizer."""
     num_distributed_optimizer_instances: Count = field(default=1, metadata=RESOURCE)
     """Copies of the optimizer's state. With one copy per node, weights are gathered within a node,
     and only gradient shards are reduced between nodes."""
@@ -128,7 +133,7 @@ class TrainingConfig(StageConfig):
     val_check_interval: Count = 100
     """Steps between validations."""
     limit_val_batches: Count = 4
-    """Number of global batches in a validation, or fewer if there is less text."""
+    """Number of global batches in a validation; fewer if there is less text."""
     checkpoint_interval: Count = field(default=100, metadata=RESOURCE)
     """Steps between checkpoints. A killed run resumes from the last checkpoint."""
     keep_checkpoints: Count = field(default=2, metadata=RESOURCE)
@@ -144,7 +149,8 @@ class TrainingConfig(StageConfig):
     """Patches that make training on a CPU faster (``recipes/backend/cpu_speed.py``). They change
     results only by rounding, and have no effect on CUDA. ``[]`` uses none."""
     profile_steps: list[Count] = field(default_factory=list, metadata=RESOURCE)
-    """``[first, last]`` step of a profiler trace in ``<stage>/profile/``, counted from 1."""
+    """``[first, last]`` step, counted from 1, of a profiler trace in ``<stage>/profile/``; ``[]``
+    for no trace."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -174,16 +180,16 @@ class CacheLogitsConfig(StageConfig):
     top_k: Count = 64
     """Number of likeliest tokens, per position, that are stored with their probabilities."""
     tail_draws: CountOrZero = 0
-    """Number of samples, per position, of the tokens outside the top-k. With samples, losses and
-    gradients of ``forward_kl`` are unbiased estimates of those over the whole vocabulary. With 0,
-    all tokens outside the top-k together count as one class."""
+    """Number of tokens, per position, that are sampled from those outside the top-k. With samples,
+    losses and gradients of ``forward_kl`` are unbiased estimates of those over the whole
+    vocabulary. With 0, all tokens outside the top-k together count as one class."""
     temperature: Temperature = 1.0
     """Temperature of the stored distribution; must equal ``temperature`` of ``distill``."""
     seq_length: Count = 256
     """Tokens per sequence; must equal ``seq_length`` of ``distill``."""
     num_sequences: Count | None = None
-    """Number of cached sequences: the first that training with this ``seed`` reads. Default: all
-    sequences."""
+    """Number of sequences to cache: the first ones that training with this ``seed`` reads.
+    Default: all sequences."""
     seed: Seed = 1234
     """Seed of the order of sequences; must equal ``seed`` of ``distill``."""
     weights: dict[str, BlendWeight] = field(default_factory=dict)
@@ -206,6 +212,7 @@ class CacheLogitsConfig(StageConfig):
 def bytes_per_token(vocabulary: int, top_k: int, draws: int) -> int:
     """Returns the bytes per token in a teacher's cache. ``logit_cache`` explains the format."""
     id_bytes = 2 if vocabulary <= SMALL_VOCABULARY else 4
+    # Ids, and numbers in float16: k + 1 log-probabilities, and with draws the tail's entropy.
     return (top_k + draws) * id_bytes + (top_k + 1 + (draws > 0)) * 2
 
 
@@ -222,9 +229,9 @@ TAIL_DRAWS_LOSS = "forward_kl"
 """The only KD loss that works with ``tail_draws``. It is linear in the sampled probabilities, so
 its estimate from samples is unbiased."""
 HIDDEN_LOSSES = {"cosine": 8, "mse": 4}
-"""Losses on hidden states, with the bytes that each keeps per token and channel for the backward
-pass: both models' states in float32, or their difference. ``objective.DISTANCES`` has their
-functions."""
+"""Maps each loss on hidden states to the bytes that it keeps per token and channel for the backward
+pass: 8 for both models' states in float32, or 4 for the difference of the states.
+``objective.DISTANCES`` has the functions."""
 LOSS_BALANCERS = ("fixed", "dynamic")
 
 
@@ -237,7 +244,7 @@ class DistillConfig(TrainingConfig):
     logits_loss: Annotated[str, one_of(*LOGITS_LOSSES)] = "forward_kl"
     """``forward_kl``, ``reverse_kl``, or ``jsd`` (arXiv:2306.13649)."""
     temperature: Temperature = 1.0
-    """Divides the logits of both models. The loss is multiplied by the temperature's square."""
+    """Divides the logits of both models. The KD loss is multiplied by the temperature's square."""
     jsd_beta: Fraction = 0.5
     """The teacher's weight in the mean distribution of ``jsd``, between 0 and 1."""
     top_k: Count | None = None
@@ -251,26 +258,26 @@ class DistillConfig(TrainingConfig):
     """``[student layer, teacher layer]`` pairs, counted from 1. Default: each layer of the student
     with the teacher's layer that it comes from, if both are on the last pipeline stage."""
     hidden_pipeline_stages: Count | None = None
-    """The default pairs are those on the last of this number of pipeline stages. Default:
-    ``pipeline_model_parallel_size``. Set it to the old number of stages to keep the loss in a
-    layout with fewer stages."""
+    """Number of pipeline stages for the default pairs, which are on the last stage. Default:
+    ``pipeline_model_parallel_size``. After a change to fewer stages, set this to the old number of
+    stages to keep the same pairs."""
     lm_weight: Weight = 0.0
     """Weight of the next-token (LM) loss; 0 omits it."""
     loss_balancer: Annotated[str, one_of(*LOSS_BALANCERS)] = "fixed"
     """``fixed`` weights, or ``dynamic``: the loss on hidden states is scaled to the size of the KD
-    loss, then the sum of these two to the size of the LM loss. Sizes are means of the previous
-    step."""
+    loss, then the sum of these two losses is scaled to the size of the LM loss. Sizes are means of
+    the previous step."""
     stop_at_recovered: Fraction | None = None
-    """Stops training at the first validation that shows that this fraction of the KL added by
-    pruning is recovered. The teacher then also runs in validation, and there is one validation
-    before the first step. The learning rate still follows the schedule for ``max_steps``."""
+    """Stops training at the first validation in which this fraction of the KL added by pruning is
+    recovered. The teacher then also runs in validation, and there is one validation before the
+    first step. The learning rate still follows the schedule for ``max_steps``."""
     student_steps: list[Count] = field(default_factory=list)
     """Steps after which the student is also saved, in ``artifact/steps/STEP.nemo``. Benchmarks
     evaluate each of these students, and the report plots their scores."""
 
 
 def uses_teacher(settings: Mapping[str, Any]) -> bool:
-    """Returns whether the loss of a distillation with these settings has a term with a teacher."""
+    """Returns whether a distillation with these settings needs a teacher for its loss."""
     return bool(settings["kd_weight"] or settings["hidden_weight"])
 
 
@@ -279,14 +286,14 @@ CACHE_FIELDS = ("seq_length", "temperature", "top_k", "tail_draws")
 
 
 def hidden_state_bytes(cfg: DistillConfig, student_layers: int, teacher_layers: int) -> int:
-    """Returns ``Workload.hidden_state_bytes`` of a training.
+    """Returns the bytes that the loss on hidden states keeps per token and channel of the teacher.
 
-    The loss compares the configured pairs of layers. Without configured pairs, it compares the
-    layers on the last pipeline stage: as many as the smaller of the two models has there.
+    The loss compares the configured pairs of layers. Without configured pairs, it compares at most
+    as many pairs as the model with fewer layers on the last pipeline stage has layers there.
     """
     if not cfg.hidden_weight:
         return 0
     stages = cfg.hidden_pipeline_stages or cfg.pipeline_model_parallel_size
-    layers = (last_stage_layers(n, min(stages, n)) for n in (student_layers, teacher_layers))
-    pairs = len(cfg.intermediate_layer_pairs) or min(map(len, layers))
+    last_layers = (last_stage_layers(n, min(stages, n)) for n in (student_layers, teacher_layers))
+    pairs = len(cfg.intermediate_layer_pairs) or min(map(len, last_layers))
     return pairs * HIDDEN_LOSSES[cfg.hidden_loss]

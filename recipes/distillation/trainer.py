@@ -22,7 +22,7 @@ from nemo_convert import nemo
 from nemo_convert.hf import copy_side_files
 from recipes.backend.cpu_speed import speed_patches
 from recipes.backend.device import COLLECTIVE_TIMEOUT, collective_backend, device, select_gpu
-from recipes.backend.without_cuda import enable
+from recipes.backend.without_cuda import enable as enable_patches_without_cuda
 from recipes.core.compiled import compilation
 from recipes.core.files import link_or_copy, read_json, write_json
 from recipes.core.metrics import MetricsLog
@@ -52,37 +52,38 @@ from recipes.distillation.training import (
 def train(
     cfg: TrainingConfig, start: Path, objective: Objective, data: Input, out: Path, log: MetricsLog
 ) -> None:
-    """Trains from the weights of ``start``, or resumes from the last complete checkpoint.
+    """Trains a model, or resumes its training from the last complete checkpoint.
 
-    Writes the trained model to ``out``, a path in ``artifact`` of the stage's work folder.
+    Args:
+        cfg: Settings.
+        start: Checkpoint with the initial weights.
+        objective: The loss.
+        data: The tokenized text.
+        out: Path of the trained model, in the folder ``artifact`` of the stage's work folder.
+        log: Receives the losses and the speed of each step.
     """
     _set_environment(cfg)
     select_gpu()
-    enable()
-    work = out.parent.parent
-    restored = nemo.restore_model(start)
-    restored.config.seq_length = cfg.seq_length
-    # Megatron would add a loss that balances the load of experts. It is computed for each micro
-    # batch, also on masked tokens, so results would depend on the size of micro batches.
-    restored.config.moe_aux_loss_coeff = 0.0
-    _set_recompute(restored.config, cfg.recompute_granularity)
-    restored.config.recompute_modules = cfg.recompute_modules
-    model = KDModel(restored, objective)
+    enable_patches_without_cuda()
+    work = out.parent.parent  # also gets the training checkpoints
+    start_model = _restore_for_training(cfg, start)
+    model = KDModel(start_model, objective)
     with nemo.outside_slurm():
         trainer = _trainer(cfg)
     # Callbacks are added here, because NeMo would copy those that the trainer's constructor gets.
-    # ``CollectGarbage`` and ``StepLogger`` are first. Before the trainer's own callback saves a
-    # checkpoint, they return memory and share the losses that the checkpoint contains.
+    # The first two must run before the trainer's own callback saves a checkpoint: the first frees
+    # memory, the second sends the losses to rank 0, which stores them in the checkpoint.
     trainer.callbacks = [CollectGarbage(cfg), StepLogger(cfg, log), *trainer.callbacks]
-    save = partial(_save_trained, cfg, model, restored, nemo.side_folder(start))
+    save = partial(_save_trained, cfg, model, start_model, nemo.side_folder(start))
     if isinstance(cfg, DistillConfig) and cfg.student_steps:
-        # Before the callback that saves checkpoints, so that a run that resumes has all students.
+        # This callback also runs before a checkpoint is saved. So a run that resumes from the
+        # checkpoint has all students up to its step.
         trainer.callbacks.insert(1, SaveStudents(cfg.student_steps, work / nemo.STEPS, save))
     if objective.teacher.runs_in_validation and isinstance(cfg, DistillConfig):
         trainer.num_sanity_val_steps = cfg.limit_val_batches  # a validation before the first step
         trainer.callbacks.append(StopAtRecovered(cfg, metrics_file(out.parent)))
-    # After training, Lightning moves the weights to the CPU. On CUDA they then no longer share
-    # Megatron's buffers, so it would be too late to gather their shards.
+    # The weights are gathered when training ends. Later, Lightning moves them to the CPU. On CUDA
+    # they then no longer share Megatron's buffers, so their shards can no longer be gathered.
     trainer.callbacks.append(LambdaCallback(on_train_end=lambda *_: gather_weights(model)))
     if deadline() is not None:
         trainer.callbacks.append(StopAtDeadline(cfg))
@@ -92,7 +93,7 @@ def train(
     with compilation(bool(cfg.compile)), speed_patches(cfg.cpu_speed_patches):
         llm.train(
             model=model,
-            data=TrainingData.of(cfg, data, restored.tokenizer, objective.teacher.cache),
+            data=TrainingData.of(cfg, data, start_model.tokenizer, objective.teacher.cache),
             trainer=trainer,
             optim=_optimizer(cfg),
             log=nl.NeMoLogger(
@@ -106,9 +107,21 @@ def train(
         )
     save(out)
     if rank() == 0 and (work / nemo.STEPS).is_dir():
-        # The files are linked, not moved: a restart before the manifest is written empties the
-        # artifact's folder, and must find the students in the work folder.
+        # The students are linked, not moved, so that the work folder keeps them. If the run is
+        # killed before it writes the manifest, a restart empties the artifact's folder.
         shutil.copytree(work / nemo.STEPS, out.parent / nemo.STEPS, copy_function=link_or_copy)
+
+
+def _restore_for_training(cfg: TrainingConfig, start: Path) -> Any:
+    """Returns NeMo's model of a checkpoint, without weights, with a config for this training."""
+    model = nemo.restore_model(start)
+    model.config.seq_length = cfg.seq_length
+    # Megatron would add a loss that balances the load of experts. It is computed for each micro
+    # batch, also on masked tokens, so results would depend on the size of micro batches.
+    model.config.moe_aux_loss_coeff = 0.0
+    _set_recompute(model.config, cfg.recompute_granularity)
+    model.config.recompute_modules = cfg.recompute_modules
+    return model
 
 
 def _set_environment(cfg: TrainingConfig) -> None:
@@ -136,20 +149,20 @@ def _set_environment(cfg: TrainingConfig) -> None:
 
 
 def _save_trained(
-    cfg: TrainingConfig, model: KDModel, restored: Any, side: Path, out: Path
+    cfg: TrainingConfig, model: KDModel, start_model: Any, side: Path, out: Path
 ) -> None:
     """Writes the model without the optimizer, with weights in ``cfg.dtype``.
 
-    The caller has gathered the weights.
+    The caller must gather the weights before this.
 
     Args:
         cfg: Settings.
         model: The trained model.
-        restored: The plain model that ``model`` was built from. Its config goes to the checkpoint.
+        start_model: The model that ``model`` was built from. The checkpoint gets its config.
         side: Folder with tokenizer and config of the initial checkpoint.
         out: Path of the checkpoint.
     """
-    saved_config = restored.__io__.config  # NeMo's record of the config, which checkpoints store
+    saved_config = start_model.__io__.config  # NeMo's record of the config, which checkpoints store
     saved_config.params_dtype, saved_config.bf16 = cfg.dtype, cfg.dtype == torch.bfloat16
     saved_config.fp8, saved_config.first_last_layers_bf16 = None, False
     # The checkpoint has no parallel layout.
@@ -165,11 +178,11 @@ def _save_trained(
         config.pop("dtype", None)  # newer versions of transformers use this name for torch_dtype
         config["torch_dtype"] = str(cfg.dtype).removeprefix("torch.")
         write_json(staged / "config.json", config, indent=2)
-        nemo.save_checkpoint(out, restored, model.core_module, staged, rank())
+        nemo.save_checkpoint(out, start_model, model.core_module, staged, rank())
 
 
 def _set_recompute(config: Any, granularity: str) -> None:
-    """Sets activation recomputation in a Megatron config."""
+    """Sets activation recomputation in a Megatron config, from ``recompute_granularity``."""
     config.recompute_granularity = None if granularity == "none" else granularity
     is_full = granularity == "full"
     config.recompute_method = "uniform" if is_full else None
@@ -177,13 +190,13 @@ def _set_recompute(config: Any, granularity: str) -> None:
 
 
 class _Strategy(nl.MegatronStrategy):  # type: ignore[misc]
-    """NeMo's strategy, except that initial weights are loaded in their full precision.
-
-    Parameters of loss modules are not loaded, because the initial checkpoint does not have them.
-    """
+    """NeMo's strategy, except that initial weights are loaded in the checkpoint's precision."""
 
     def selective_restore(self) -> None:
-        """Loads the initial weights."""
+        """Loads the initial weights into the model and the optimizer.
+
+        The initial checkpoint does not have the parameters of loss modules, so they are hidden.
+        """
         model, optimizer = self.lightning_module, self.optimizers[0].mcore_optimizer
         start = Path(self.restore_config.path)
         with model.without_loss_modules():
@@ -196,15 +209,16 @@ class _Strategy(nl.MegatronStrategy):  # type: ignore[misc]
 def _load_main_weights(core: Any, optimizer: Any, weights: Path) -> None:
     """Loads the optimizer's float32 main weights from a checkpoint more precise than bfloat16.
 
-    Otherwise main weights would be copies of bfloat16 weights. The first updates, if smaller than
-    half the distance of two bfloat16 numbers, would then not change the model. Megatron's
-    ``reload_model_params(state)`` is not used: it matches names by substring, so it would also find
-    the teacher's weights.
+    Otherwise main weights would be copies of bfloat16 weights. An update smaller than half the
+    distance between neighboring bfloat16 numbers would then at first not change the model.
+    Megatron's ``reload_model_params(state)`` is not used: it matches names by substring, so it
+    would also find the teacher's weights.
     """
     stored = load_tensors_metadata(str(weights))
     rounded = {}  # the weights that the model has in lower precision than the checkpoint
     for name, item in core.sharded_state_dict(prefix="module.").items():
         if item.key in stored and stored[item.key].dtype.itemsize > item.data.itemsize:
+            # The tensor to read into becomes float32.
             item.data = torch.empty_like(item.data, dtype=torch.float32, device="cpu")
             # A ``ShardedTensorFactory`` has no dtype; it makes its tensors from ``data``.
             if isinstance(item, ShardedTensor):
@@ -222,11 +236,13 @@ def _load_main_weights(core: Any, optimizer: Any, weights: Path) -> None:
             zip(*group, strict=True) for group in groups
         ):
             if weight in exact_weights:
+                # This rank's range of the flattened weight.
                 shard = opt._get_model_param_range_map(weight)["param"]
                 main_weight.copy_(exact_weights[weight].flatten()[shard.start : shard.end])
 
 
 def _trainer(cfg: TrainingConfig) -> Any:
+    """Returns NeMo's trainer for the parallel layout and precision of the settings."""
     strategy = _Strategy(
         tensor_model_parallel_size=cfg.tensor_model_parallel_size,
         pipeline_model_parallel_size=cfg.pipeline_model_parallel_size,
@@ -246,7 +262,7 @@ def _trainer(cfg: TrainingConfig) -> Any:
         replace_progress_bar=False,
         ckpt_async_save=True,
         ckpt_assume_constant_structure=True,
-        ckpt_optim_fully_reshardable=True,  # so that TP and PP may change when a run resumes
+        ckpt_optim_fully_reshardable=True,  # a run may resume with another TP and PP
         gradient_as_bucket_view=True,
     )
     devices = int(world_size() // cfg.resources.nodes)
@@ -269,7 +285,7 @@ def _trainer(cfg: TrainingConfig) -> Any:
         ),
         max_steps=cfg.max_steps,
         val_check_interval=min(cfg.val_check_interval, cfg.max_steps),
-        check_val_every_n_epoch=None,  # so validations depend on the step, also after a restart
+        check_val_every_n_epoch=None,  # counts steps over all epochs, also after a restart
         limit_val_batches=cfg.limit_val_batches,
         limit_test_batches=0,
         num_sanity_val_steps=0,
@@ -278,12 +294,13 @@ def _trainer(cfg: TrainingConfig) -> Any:
         enable_model_summary=False,
         logger=False,
     )
-    if world_size() == 1:  # the default store listens on a port, which another run may have taken
+    if world_size() == 1:  # the default store needs a port, which another run may be using
         trainer.strategy.store = torch.distributed.HashStore()
     return trainer
 
 
 def _optimizer(cfg: TrainingConfig) -> Any:
+    """Returns AdamW with NeMo's schedule: linear warm-up, then cosine decay."""
     return nl.MegatronOptimizerModule(
         config=OptimizerConfig(
             optimizer="adam",
@@ -308,10 +325,11 @@ def _optimizer(cfg: TrainingConfig) -> Any:
 
 
 def _checkpointing(cfg: TrainingConfig, directory: Path) -> Any:
+    """Returns NeMo's callback that saves training checkpoints."""
     return nl.ModelCheckpoint(
         dirpath=str(directory),
         filename="{step}",
-        monitor="step",
+        monitor="step",  # keeps the newest checkpoints
         mode="max",
         save_top_k=cfg.keep_checkpoints,
         save_last=False,
@@ -325,13 +343,14 @@ def _checkpointing(cfg: TrainingConfig, directory: Path) -> Any:
 def _resume(checkpoints: Path, start: Path, keep: int) -> Any:
     """Returns NeMo's settings: resume from the newest complete checkpoint, else load ``start``.
 
-    NeMo would choose the newest checkpoint, and fail if a kill left it incomplete. So this also
-    deletes incomplete checkpoints. It also deletes old ones beyond ``keep``, which may be lower
-    now. Rank 0 chooses for all ranks: on a network file system, nodes may list different
-    checkpoints for some seconds.
+    Deletes incomplete checkpoints, because NeMo would choose one if it is the newest, and fail.
+    Also deletes all but the newest ``keep`` checkpoints, since ``keep`` may be lower than before.
+    Rank 0 chooses for all ranks: on a network file system, nodes may list different checkpoints for
+    some seconds.
     """
     store = shared_store()
     if store is not None and rank() != 0:
+        # Waits until rank 0 has chosen.
         newest = store.get(CHECKPOINTS).decode()
     else:
         complete = sorted(complete_checkpoints(checkpoints), key=steps_of_checkpoint)
