@@ -76,8 +76,7 @@ def train(
     trainer.callbacks = [CollectGarbage(cfg), StepLogger(cfg, log), *trainer.callbacks]
     save = partial(_save_trained, cfg, model, start_model, nemo.side_folder(start))
     if isinstance(cfg, DistillConfig) and cfg.student_steps:
-        # This callback also runs before a checkpoint is saved. So a run that resumes from the
-        # checkpoint has all students up to its step.
+        # ``SaveStudents`` runs before that, too: a resumed run has all students up to its step.
         trainer.callbacks.insert(1, SaveStudents(cfg.student_steps, work / nemo.STEPS, save))
     if objective.teacher.runs_in_validation and isinstance(cfg, DistillConfig):
         trainer.num_sanity_val_steps = cfg.limit_val_batches  # a validation before the first step

@@ -52,19 +52,20 @@ UNFINISHED = "-unfinished"
 
 
 def with_weights(cfg: Weighted, chain: Chain, data: str) -> Weighted:
-    """Sets ``weights`` to the source weights of the stage ``data``, unless they are already set."""
-    text = chain.stages.get(data)
-    if cfg.weights or not isinstance(text, PrepareDataConfig):
+    """Sets ``weights`` to those of the stage ``data``, if it exists, unless they are set."""
+    prepare_data = chain.stages.get(data)
+    if cfg.weights or not isinstance(prepare_data, PrepareDataConfig):
         return cfg
-    return replace(cfg, weights=text.weights())
+    return replace(cfg, weights=prepare_data.weights())
 
 
 def with_hidden_stages(cfg: DistillConfig) -> DistillConfig:
-    """Sets ``hidden_pipeline_stages`` if the loss depends on the number of pipeline stages.
+    """Sets the default of ``hidden_pipeline_stages``, from which the default layer pairs follow.
 
-    The number of pipeline stages itself is a resource, so it is not part of a fingerprint.
+    Fingerprints cover this setting, but not ``pipeline_model_parallel_size``, a resource.
     """
-    if not cfg.hidden_weight or cfg.intermediate_layer_pairs or cfg.hidden_pipeline_stages:
+    uses_default_pairs = cfg.hidden_weight > 0 and not cfg.intermediate_layer_pairs
+    if not uses_default_pairs or cfg.hidden_pipeline_stages:
         return cfg
     return replace(cfg, hidden_pipeline_stages=cfg.pipeline_model_parallel_size)
 
@@ -94,20 +95,20 @@ def training_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
     if steps and not (len(steps) == 2 and steps[0] <= steps[1] <= cfg.max_steps):
         yield Problem(
             rules.PROFILE,
-            f"profile_steps={steps} is not the first and last of steps 1 to {cfg.max_steps}",
+            f"invalid profile_steps={steps}: must be [first, last], from 1 to {cfg.max_steps}",
             "for example [10,12]",
         )
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
 
 
 def loss_problems(cfg: DistillConfig) -> Iterator[Problem]:
-    """Finds a loss without a term on logits, and recomputation that a loss does not support."""
+    """Finds a loss without KD and LM terms, and a loss on hidden states with full recomputation."""
     if not (cfg.kd_weight or cfg.lm_weight):
         yield Problem(rules.LOSS, "kd_weight and lm_weight are both 0", "set one above 0")
     if cfg.hidden_weight and cfg.recompute_granularity == "full":
         yield Problem(
             rules.RECOMPUTE,
-            "hidden_weight with recompute_granularity=full, which has no gradients between layers",
+            f"hidden_weight={cfg.hidden_weight:g} does not work with recompute_granularity=full",
             "use recompute_granularity=none or selective, or hidden_weight=0",
         )
 
@@ -115,9 +116,9 @@ def loss_problems(cfg: DistillConfig) -> Iterator[Problem]:
 def pair_problems(
     cfg: DistillConfig, student: Architecture, teacher: Architecture, cost: str = ""
 ) -> Iterator[Problem]:
-    """Checks that all layers in pairs are on the last pipeline stage, which computes the loss.
+    """Checks that all paired layers are on the last pipeline stage, which computes the loss.
 
-    ``cost`` is that of a training without pipeline parallelism, if it is known.
+    ``cost`` says how long training takes without pipeline parallelism; "" omits this.
     """
     if any(len(pair) != 2 for pair in cfg.intermediate_layer_pairs):
         yield Problem(
@@ -128,20 +129,19 @@ def pair_problems(
         )
         return
     stages = cfg.pipeline_model_parallel_size
-    name, hidden_stages = "hidden_pipeline_stages", cfg.hidden_pipeline_stages or stages
-    if cfg.intermediate_layer_pairs:
-        name = "intermediate_layer_pairs"
+    hidden_stages = cfg.hidden_pipeline_stages or stages
+    name = "intermediate_layer_pairs" if cfg.intermediate_layer_pairs else "hidden_pipeline_stages"
     for index, (role, shape) in enumerate((("student", student), ("teacher", teacher))):
         if shape.num_layers < stages:
             continue  # ``layout_problems`` reports this
         allowed = last_stage_layers(shape.num_layers, stages)
-        compared = last_stage_layers(shape.num_layers, min(hidden_stages, shape.num_layers))
-        layers = [pair[index] for pair in cfg.intermediate_layer_pairs] or compared
+        defaults = last_stage_layers(shape.num_layers, min(hidden_stages, shape.num_layers))
+        layers = [pair[index] for pair in cfg.intermediate_layer_pairs] or defaults
         if misplaced := [layer for layer in layers if layer not in allowed]:
             yield Problem(
                 rules.HIDDEN_PAIRS,
-                f"{name} has the {role}'s layers {misplaced}; the last pipeline stage, on which "
-                f"ModelOpt computes all losses, has {allowed.start} to {allowed.stop - 1}",
+                f"{name} selects the {role}'s layers {misplaced}, but ModelOpt computes all losses "
+                f"on the last pipeline stage: layers {allowed.start} to {allowed.stop - 1}",
                 f"change {name}, or set a smaller pipeline_model_parallel_size"
                 + (f" (with 1, {cost})" if cost else ""),
             )
@@ -150,25 +150,25 @@ def pair_problems(
 def weight_problems(
     name: str, weights: Collection[str], data: str, chain: Chain
 ) -> Iterator[Problem]:
-    """Finds weights of sources that ``data`` does not have, and unweighted text of another run.
+    """Finds weights of unknown sources, and text of another run whose sources have no weights.
 
     Args:
         name: Where the user sets ``weights``, below ``stages``.
         weights: Names of the weighted sources.
-        data: The stage that prepares the text, or its directory.
+        data: Name of the stage that prepares the text, or that stage's directory in another run.
         chain: The stages of the run.
     """
-    text, manifest = chain.stages.get(data), manifest_of(data)
-    if isinstance(text, PrepareDataConfig):
-        known = text.training_names()
+    prepare_data, manifest = chain.stages.get(data), manifest_of(data)
+    if isinstance(prepare_data, PrepareDataConfig):
+        known = prepare_data.training_names()
     elif manifest is not None:
         known = [source.source for source in manifest.result(DatasetResult).source_tokens["train"]]
         if len(known) > 1 and not weights:
             example = ", ".join(f"{source}: 1" for source in known)
             yield Problem(
                 rules.SOURCE_WEIGHTS,
-                f"longer sources of {data} count more: if its sources had weights, they do not "
-                "apply",
+                f"weights is empty, so longer sources of {data} count more: weights of "
+                "the run that prepared it do not apply",
                 f"to set weights: '+stages.{name}.weights={{{example}}}'",
             )
     else:
@@ -187,7 +187,7 @@ def _schedule_problems(cfg: TrainingConfig) -> Iterator[Problem]:
     if cfg.warmup_steps >= cfg.max_steps:
         yield Problem(
             rules.SCHEDULE,
-            f"warmup_steps={cfg.warmup_steps} leaves no step of max_steps={cfg.max_steps}",
+            f"warmup_steps={cfg.warmup_steps} is not less than max_steps={cfg.max_steps}",
             "set warmup_steps lower",
         )
     if cfg.min_lr > cfg.lr:
@@ -200,9 +200,9 @@ def _schedule_problems(cfg: TrainingConfig) -> Iterator[Problem]:
 
 def _compiler_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
     if cfg.compile and _runs_on_this_cpu(chain) and (missing := missing_compiler()):
-        what, fix = missing
+        file, fix = missing
         yield Problem(
-            rules.COMPILER, f"compile=true, but there is no {what}", f"{fix}; or do not set compile"
+            rules.COMPILER, f"compile=true, but there is no {file}", f"{fix}; or do not set compile"
         )
 
 
@@ -229,12 +229,13 @@ def _fp8_problems(cfg: TrainingConfig, chain: Chain) -> Iterator[Problem]:
     if not chain.hardware.on_gpu or cfg.precision != "bf16-mixed":
         yield Problem(
             rules.FP8,
-            f"fp8={cfg.fp8} with hardware={chain.hardware.name} and precision={cfg.precision}",
+            f"fp8={cfg.fp8} needs a GPU and precision=bf16-mixed, but the settings are "
+            f"hardware={chain.hardware.name} and precision={cfg.precision}",
             "do not set fp8; or set hardware to a GPU's profile and precision=bf16-mixed",
         )
     available = chain.hardware.compute_capability or 0
-    recipes = [name for name, needed in FP8_CAPABILITIES.items() if needed <= available]
-    fix = f"set fp8_recipe={recipes[0]}" if recipes else "do not set fp8"
+    supported = [recipe for recipe, needed in FP8_CAPABILITIES.items() if needed <= available]
+    fix = f"set fp8_recipe={supported[0]}" if supported else "do not set fp8"
     yield from fp8_problems(chain.hardware, FP8_CAPABILITIES[cfg.fp8_recipe], fix)
     divisor = FP8_RECIPES[cfg.fp8_recipe]
     for name, size in _fp8_sizes(cfg, _trained_shape(cfg, chain)).items():
@@ -250,12 +251,12 @@ def _fp8_sizes(cfg: TrainingConfig, shape: Architecture) -> dict[str, int]:
     """Returns the dimensions of a rank's matrix multiplications, by name."""
     tensor = cfg.tensor_model_parallel_size
     ffn = shape.moe_ffn_hidden_size if shape.num_moe_experts else shape.ffn_hidden_size
-    heads = shape.num_attention_heads + 2 * shape.num_query_groups  # queries; keys and values
+    qkv_heads = shape.num_attention_heads + 2 * shape.num_query_groups
     sequence_shards = cfg.context_parallel_size * (tensor if cfg.splits_sequence else 1)
     return {
         "hidden_size": shape.hidden_size,
         "the feed-forward size": ffn // tensor,
-        "the output size of the QKV projection": heads * shape.kv_channels // tensor,
+        "the output size of the QKV projection": qkv_heads * shape.kv_channels // tensor,
         "a micro batch": cfg.micro_batch_size * cfg.seq_length // sequence_shards,
     }
 
@@ -280,13 +281,13 @@ def layout_of(cfg: TrainingConfig) -> Layout:
 def training_workload(
     cfg: TrainingConfig, trained: Architecture, teacher: Architecture | None = None, terms: int = 1
 ) -> Workload:
-    """Returns what training computes, for plans.
+    """Returns the workload of a training run, from which plans estimate time and memory.
 
     Args:
         cfg: Settings.
         trained: Shape of the trained model.
         teacher: Shape of a live teacher; ``None`` without one.
-        terms: Number of terms of the loss.
+        terms: Number of terms of the loss on logits (KD and LM).
     """
     bf16 = cfg.precision == "bf16-mixed"
     return Workload(
@@ -299,7 +300,7 @@ def training_workload(
         bf16=bf16,
         gradient_bytes=4 if cfg.grad_reduce_in_fp32 or not bf16 else 2,
         validation_batches=cfg.limit_val_batches,
-        # A search's round may have 0 steps, until its check refuses this.
+        # A round of successive halving may have 0 steps here; the stage's check refuses this.
         validations=cfg.max_steps // max(min(cfg.val_check_interval, cfg.max_steps), 1),
         checkpoints=cfg.max_steps // cfg.checkpoint_interval,
         terms=terms,
@@ -307,7 +308,7 @@ def training_workload(
 
 
 def training_bytes(cfg: TrainingConfig, parameters: int) -> int:
-    """Returns the disk space of the trained model and its checkpoints.
+    """Returns the bytes on disk of the trained model and its checkpoints.
 
     A new checkpoint is written before the oldest one is deleted.
     """
@@ -316,7 +317,7 @@ def training_bytes(cfg: TrainingConfig, parameters: int) -> int:
 
 
 def training_progress(work: Path) -> str | None:
-    """Returns the last saved step, as text; ``None`` without a checkpoint."""
+    """Returns the last saved step, such as "step 20"; ``None`` without a checkpoint."""
     steps = [steps_of_checkpoint(path) for path in complete_checkpoints(work / CHECKPOINTS)]
     return f"step {max(steps)}" if steps else None
 
@@ -328,23 +329,24 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 
 
 def steps_of_checkpoint(checkpoint: Path) -> int:
-    """Returns the number of steps before a checkpoint. Its name has ``step=N``; N counts from 0."""
+    """Returns the steps before a checkpoint: N + 1 for the name ``step=N`` or ``step=N-last``."""
     return int(checkpoint.name.rpartition("=")[2].split("-")[0]) + 1
 
 
 def training_result(cfg: TrainingConfig, file: Path) -> TrainingResult:
     """Reads the result of training from the metrics file.
 
-    The file also has the steps before a restart. A run that is killed after its last step resumes
-    without a step to train. So the result cannot come from the memory of the process.
+    The file also has the steps before a restart, which this process did not train. A run that was
+    killed after its last step resumes without any step to train.
     """
     steps, validations = steps_of(file, cfg.stage), steps_of(file, VALIDATE)
-    last = next((step for step in reversed(steps) if step["loss"] is not None), steps[-1])
+    # The last step with a finite loss: the file has ``null`` for NaN and infinity.
+    last_finite = next((step for step in reversed(steps) if step["loss"] is not None), steps[-1])
     return TrainingResult(
-        final_loss=last["loss"],
-        final_kd=last.get("kd"),
-        final_hidden=last.get("hidden"),
-        final_lm=last.get("lm"),
+        final_loss=last_finite["loss"],
+        final_kd=last_finite.get("kd"),
+        final_hidden=last_finite.get("hidden"),
+        final_lm=last_finite.get("lm"),
         val_loss=validations[-1]["val_loss"] if validations else None,
         steps=steps[-1]["done"],
         skipped_steps=sum(bool(step.get("skipped")) for step in steps),
@@ -354,19 +356,16 @@ def training_result(cfg: TrainingConfig, file: Path) -> TrainingResult:
 
 
 def trained_sources(
-    cfg: TrainingConfig,
-    training: TrainingResult,
-    inputs: Inputs,
-    cached: Iterable[int] | None = None,
+    cfg: TrainingConfig, result: TrainingResult, inputs: Inputs, cached: Iterable[int] | None = None
 ) -> list[TrainedSource]:
     """Returns the tokens and epochs of each source that training read.
 
-    ``cached`` has the numbers of the sequences of a cached teacher, the only ones that are read.
+    ``cached``: numbers of the sequences in the logit cache. With a cache, only these are read.
     """
     data = inputs["data"].manifest.result(DatasetResult)
     if cached is not None:
         data = data.with_sequences(cached, cfg.seq_length)
-    return data.trained_sources(training.tokens, cfg.weights)
+    return data.trained_sources(result.tokens, cfg.weights)
 
 
 def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:
@@ -374,8 +373,8 @@ def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:
 
     It stops once healing and training together have recovered enough of the KL added by pruning.
     Validations measure the KL to the teacher on the same sequences, before the first step and
-    later. Only records of the metrics ``file`` up to ``step`` are read, so a restarted run decides
-    as the first start did.
+    later. Only records of the metrics ``file`` up to ``step`` are read, so a restarted run makes
+    the same decision as the first start.
     """
     measured = [v for v in steps_of(file, VALIDATE) if v.get("val_kd") is not None]
     validations = [v for v in measured if v["done"] <= step]
@@ -384,9 +383,9 @@ def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:
         # enough. A stop at ``max_steps`` is not early.
         return ""
     first, last = validations[0], validations[-1]
-    # Of the KL after healing, this fraction is left.
-    ratio = last["val_kd"] / first["val_kd"] if first["val_kd"] else 0.0
-    recovered = 1 - initial_kl_fraction(file) * ratio
+    # Fraction of the KL after healing (the first validation) that remains after training.
+    remaining = last["val_kd"] / first["val_kd"] if first["val_kd"] else 0.0
+    recovered = 1 - initial_kl_fraction(file) * remaining
     if recovered < cfg.stop_at_recovered:
         return ""
     return (
@@ -396,6 +395,6 @@ def stop_reason(cfg: DistillConfig, file: Path, step: int) -> str:
 
 
 def initial_kl_fraction(file: Path) -> float:
-    """Reads the fraction of the KL added by pruning that healing left; 1 without healing."""
+    """Reads the fraction of the KL added by pruning that remains after healing; 1 without it."""
     values = (record.get(INITIAL_KL) for record in read_records(file))
     return next((float(value) for value in values if value is not None), 1.0)

@@ -20,7 +20,7 @@ from recipes.core.errors import RecipeError
 from recipes.planning.transformer import LOSS_CHUNK_BYTES
 
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": LOSS_CHUNK_BYTES}
-"""Bytes of one float32 buffer of a chunk. 4 MB fit in the cache of a CPU."""
+"""Largest size of a chunk's float32 logits, in bytes, by device type. 4 MB fit in a CPU's cache."""
 LOG_ZERO = -1e30
 """Replaces log 0 where it is multiplied by 0, because -inf·0 is NaN."""
 
@@ -39,21 +39,23 @@ class TopK(NamedTuple):
     """-Σ p·log p over the tail [n, 1], float32; ``None`` without samples."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TopK:
-        """Applies a function to every tensor."""
+        """Applies a function to every tensor, and returns the results as a new ``TopK``."""
         return TopK(*(None if tensor is None else function(tensor) for tensor in self))
 
 
 def chunks(logits: Tensor) -> Iterator[slice]:
-    """Yields the rows of each chunk of logits [n, vocabulary/tp].
+    """Yields one slice of rows for each chunk of logits [n, vocabulary/tp].
 
-    All ranks get the same chunks, because they communicate in each chunk.
+    The slices depend only on shape and device type, so all ranks of ``group`` have the same chunks.
+    They must, because they communicate in each chunk.
     """
-    step = max(1, CHUNK_BYTES[logits.device.type] // (4 * logits.shape[-1]))
-    return (slice(start, start + step) for start in range(0, len(logits), step))
+    row_bytes = 4 * logits.shape[-1]  # in float32
+    rows = max(1, CHUNK_BYTES[logits.device.type] // row_bytes)
+    return (slice(start, start + rows) for start in range(0, len(logits), rows))
 
 
 def gather(shard: Tensor, group: ProcessGroup) -> Tensor:
-    """Concatenates the columns of all ranks, on every rank."""
+    """Concatenates the shards [n, columns] of all ranks to [n, ranks · columns], on every rank."""
     shards = [torch.empty_like(shard) for _ in range(group.size())]
     all_gather(shards, shard, group)
     return torch.cat(shards, dim=-1)
@@ -74,7 +76,7 @@ def log_sum_exp(values: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def log_softmax(logits: Tensor, temperature: float, group: ProcessGroup | None) -> Tensor:
-    """Computes log-probabilities [n, vocabulary/tp] in a new float32 tensor."""
+    """Computes log softmax(logits / temperature) [n, vocabulary/tp] in a new float32 tensor."""
     scaled = logits.to(torch.float32, copy=True)
     if temperature != 1:
         scaled /= temperature
@@ -110,10 +112,11 @@ def local_columns(indices: Tensor, width: int, group: ProcessGroup | None) -> tu
 
 
 def select(values: Tensor, columns: Tensor, is_local: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Returns the values [n, k] of tokens, on every rank.
+    """Selects the values [n, k] of tokens from ``values`` [n, vocabulary/tp], for every rank.
 
-    ``columns`` and ``is_local`` are the results of ``local_columns``.
+    ``columns`` and ``is_local`` are the results of ``local_columns`` for these tokens.
     """
+    # Each token is on one rank. The other ranks add 0 to the sum over ranks.
     selected = values.gather(1, columns).masked_fill_(~is_local, 0)
     if group is not None:
         all_reduce(selected, group=group)
@@ -121,7 +124,10 @@ def select(values: Tensor, columns: Tensor, is_local: Tensor, group: ProcessGrou
 
 
 def split(log_probs: Tensor, indices: Tensor, group: ProcessGroup | None) -> Split:
-    """Splits log-probabilities [n, vocabulary/tp] into selected tokens and a tail, in place."""
+    """Splits log-probabilities [n, vocabulary/tp] into the selected tokens ``indices`` and a tail.
+
+    The tail overwrites ``log_probs``.
+    """
     columns, is_local = local_columns(indices, log_probs.shape[-1], group)
     selected = select(log_probs, columns, is_local, group)
     # Adding -inf removes a selected token from the tail. For tokens of other ranks, 0 is added.
@@ -142,7 +148,7 @@ def top_k(
     """Finds the k likeliest tokens of logits [n, vocabulary/tp]; the result is equal on all ranks.
 
     With ``quantiles`` [n, draws] in [0, 1), equal on all ranks, this also samples the tail. Each
-    sample is the token at a quantile of the tail's distribution, in the order of the vocabulary.
+    sample is the token at a quantile of the tail's distribution over the tokens in order of id.
     """
     width = logits.shape[-1]
     vocabulary = width if group is None else width * group.size()
@@ -158,7 +164,8 @@ def top_k(
     for rows in chunks(logits):
         all_log_probs = log_softmax(logits[rows], temperature, group)
         values, ids = all_log_probs.topk(min(k, width), dim=-1)
-        if group is not None:  # the top-k of the ranks' top-k
+        if group is not None:
+            # The candidates are the top-k of each rank, which has ids from rank · width on.
             values, ids = gather(values, group), gather(ids + group.rank() * width, group)
             ids = ids.gather(1, values.topk(k, dim=-1).indices)
         indices[rows] = ids
@@ -170,29 +177,34 @@ def top_k(
 
 
 def _sample(tail: Tensor, quantiles: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Samples tokens from a tail [n, vocabulary/tp] at quantiles [n, draws] of the tail's mass.
+    """Samples tokens from a tail at quantiles [n, draws] of the tail's probability mass.
 
     First each quantile selects a rank: the first rank at which the cumulative mass of the ranks
     exceeds the quantile. Then it selects, in the same way, a column of the selected rank.
 
+    Args:
+        tail: Log-probabilities [n, vocabulary/tp], -inf for tokens outside the tail.
+        quantiles: Fractions of the tail's mass [n, draws].
+        group: Tensor-parallel ranks.
+
     Returns:
-        Ids [n, draws], and the entropy -Σ p·log p [n, 1].
+        Ids [n, draws], and the tail's entropy -Σ p·log p [n, 1].
     """
     probs = tail.exp()
     entropy = -sum_columns(probs * tail.clamp(min=LOG_ZERO), group)
     cumulative = probs.cumsum(dim=-1)
     local_mass = cumulative[:, -1:]
-    masses = local_mass if group is None else gather(local_mass.contiguous(), group)
+    masses = local_mass if group is None else gather(local_mass.contiguous(), group)  # [n, ranks]
     ends = masses.cumsum(dim=-1)  # cumulative mass at the last column of each rank
     targets = quantiles.to(tail) * ends[:, -1:]
     target_ranks = torch.searchsorted(ends, targets, right=True).clamp_(max=ends.shape[-1] - 1)
     rank = 0 if group is None else group.rank()
-    start, mass = (ends - masses)[:, rank, None], masses[:, rank, None]  # of this rank
+    rank_start, rank_mass = (ends - masses)[:, rank, None], masses[:, rank, None]
     # Slightly less than the rank's mass: otherwise rounding could select a column without mass.
-    local_targets = (targets - start).minimum(mass * (1 - 1e-6)).clamp_(min=0)
+    local_targets = (targets - rank_start).minimum(rank_mass * (1 - 1e-6)).clamp_(min=0)
     columns = torch.searchsorted(cumulative, local_targets, right=True)
     columns = columns.clamp_(max=tail.shape[-1] - 1)
-    # The ids of other ranks' samples are 0, so that the sum over ranks gives all ids to all ranks.
+    # A sample that is on another rank has the id 0 here. So the sum over ranks has all ids.
     ids = (columns + rank * tail.shape[-1]).masked_fill_(target_ranks != rank, 0)
     if group is not None:
         all_reduce(ids, group=group)

@@ -24,23 +24,27 @@ PRECISIONS = {
     "tensorrt_llm": tensorrt_llm.ENGINE_PRECISIONS,
     "tensorrt_llm_pytorch": tensorrt_llm.PYTORCH_PRECISIONS,
 }
+"""Supported values of ``precision``, by backend."""
 KV_CACHE_DTYPES = {
     "openvino": openvino.KV_CACHE_DTYPES,
     "tensorrt_llm": tensorrt_llm.KV_CACHE_DTYPES,
     "tensorrt_llm_pytorch": tensorrt_llm.KV_CACHE_DTYPES,
 }
+"""Supported values of ``kv_cache_dtype``, by backend."""
 
 
 def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of settings that would make the build fail after hours of training."""
     for name, choices in (("precision", PRECISIONS), ("kv_cache_dtype", KV_CACHE_DTYPES)):
-        if (value := getattr(cfg, name)) not in choices[cfg.backend]:
+        value = getattr(cfg, name)
+        if value not in choices[cfg.backend]:
             supporting = [backend for backend in choices if value in choices[backend]]
+            overrides = [_backend_override(cfg.backend, other, value) for other in supporting]
             yield Problem(
                 rules.FORMAT,
                 f"backend={cfg.backend} does not support {name}={value}",
                 f"use one of: {', '.join(choices[cfg.backend])}"
-                + "".join(f", or {_switch(cfg.backend, b, value)}" for b in supporting),
+                + "".join(f", or {override}" for override in overrides),
             )
     yield from _length_problems(cfg, chain)
     if cfg.backend == "openvino":
@@ -49,14 +53,17 @@ def engine_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
     else:
         if cfg.precision == "fp8":
             yield from fp8_problems(chain.hardware, *tensorrt_llm.FP8_REQUIREMENT)
-        arch = chain.shape_of(cfg.inputs.get("checkpoint"))
-        yield from tensorrt_llm.problems(
-            cfg, arch, chain.stages.get(cfg.inputs.get("checkpoint", ""))
-        )
+        checkpoint = cfg.inputs.get("checkpoint", "")
+        source = chain.stages.get(checkpoint)
+        yield from tensorrt_llm.problems(cfg, chain.shape_of(checkpoint), source)
 
 
-def _switch(current: str, backend: str, value: str) -> str:
-    """Returns the setting that changes the backend. A change from or to OpenVINO changes stages."""
+def _backend_override(current: str, backend: str, value: str) -> str:
+    """Returns the override that selects a backend for a precision or type of KV cache.
+
+    OpenVINO and TensorRT-LLM have different stages. A change between them needs another ``engine``,
+    which is a Hydra config group.
+    """
     if "openvino" not in (current, backend):
         return f"backend={backend}"
     suffix = "_quantized" if value in CALIBRATED_FORMATS else ""
@@ -65,20 +72,21 @@ def _switch(current: str, backend: str, value: str) -> str:
 
 
 def _length_problems(cfg: BuildEngineConfig, chain: Chain) -> Iterator[Problem]:
-    limit = chain.teacher.max_position_embeddings
-    longest = cfg.max_seq_len or limit
-    if longest > limit:
+    """Finds sequences longer than the model allows, and prompts as long as a sequence."""
+    positions = chain.teacher.max_position_embeddings
+    max_seq_len = cfg.max_seq_len or positions
+    if max_seq_len > positions:
         yield Problem(
             rules.MAX_SEQ_LEN,
-            f"max_seq_len={cfg.max_seq_len} is more than the model's {limit} positions",
-            f"set it to at most {limit}",
+            f"max_seq_len={cfg.max_seq_len} is more than the model's {positions} positions",
+            f"set max_seq_len to at most {positions}",
         )
-    if cfg.max_input_len is not None and cfg.max_input_len >= longest:
+    if cfg.max_input_len is not None and cfg.max_input_len >= max_seq_len:
         yield Problem(
             rules.MAX_INPUT_LEN,
-            f"max_input_len={cfg.max_input_len} leaves no room for new tokens in "
-            f"max_seq_len={longest}",
-            f"set max_input_len to at most {longest - 1}",
+            f"max_input_len={cfg.max_input_len} is not less than max_seq_len={max_seq_len}, which "
+            "includes the new tokens",
+            f"set max_input_len to at most {max_seq_len - 1}",
         )
 
 
@@ -98,23 +106,27 @@ def request_problems(
 ) -> Iterator[Problem]:
     """Yields a problem for each limit of an engine that timed requests exceed.
 
-    OpenVINO has no limits. If the prompts of a batch do not fit into one step, TensorRT-LLM
-    computes them in several steps, and the measured decoding rate is too low.
+    An OpenVINO engine has no limits. ``max_num_tokens`` must be enough for all prompts of a batch
+    in one step. Otherwise TensorRT-LLM computes them in several steps, and the measured decoding
+    rate is too low.
 
     Args:
         shape: The largest batch of requests.
         engine: The engine's settings.
         name: The engine's name in messages.
-        smaller: How to make the requests smaller.
+        smaller: How to make the requests smaller: the second fix of the message.
     """
+    if engine.backend == "openvino":
+        return
     needed = {
         "max_batch_size": shape.batch_size,
         "max_input_len": shape.prompt_tokens,
         "max_seq_len": shape.prompt_tokens + shape.new_tokens,
         "max_num_tokens": shape.batch_size * shape.prompt_tokens,
     }
-    for limit, value in needed.items() if engine.backend != "openvino" else ():
-        if (allowed := getattr(engine, limit)) is not None and value > allowed:
+    for limit, value in needed.items():
+        allowed = getattr(engine, limit)  # ``None`` means no limit
+        if allowed is not None and value > allowed:
             yield Problem(
                 rules.ENGINE_LIMITS,
                 f"{name} has {limit}={allowed}, but the timed requests need {value}",
@@ -125,7 +137,7 @@ def request_problems(
 def engine_of(source: str, chain: Chain) -> BuildEngineConfig | None:
     """Returns an engine's settings; ``None`` if ``source`` is not an engine.
 
-    ``source`` is a stage of this run, or the directory of a stage.
+    ``source`` is the name of a stage of this run, or the directory of a completed stage.
     """
     stage, manifest = chain.stages.get(source), manifest_of(source)
     if isinstance(stage, BuildEngineConfig):
@@ -134,9 +146,10 @@ def engine_of(source: str, chain: Chain) -> BuildEngineConfig | None:
 
 
 def built_engine(manifest: Manifest) -> BuildEngineConfig:
-    """Returns the settings of an engine that was built."""
+    """Returns the settings of a built engine. Settings that its manifest lacks get defaults."""
     names = [item.name for item in fields(BuildEngineConfig)]
-    return BuildEngineConfig(**{n: manifest.config[n] for n in names if n in manifest.config})
+    settings = {name: manifest.config[name] for name in names if name in manifest.config}
+    return BuildEngineConfig(**settings)
 
 
 def any_tensorrt_llm(names: Iterable[str], inputs: Mapping[str, str], chain: Chain) -> bool:
@@ -146,7 +159,7 @@ def any_tensorrt_llm(names: Iterable[str], inputs: Mapping[str, str], chain: Cha
 
 
 def engine_devices(names: Iterable[str], inputs: Mapping[str, str], chain: Chain) -> int:
-    """Returns the devices of the largest engine among the named inputs; 1 without engines."""
+    """Returns the number of devices of the largest engine among the inputs; 1 without engines."""
     engines = (engine_of(inputs.get(name, ""), chain) for name in names)
     return max((engine.tensor_parallel_size for engine in engines if engine), default=1)
 
@@ -156,6 +169,8 @@ BUILDERS: dict[str, Callable[[BuildEngineConfig, Path, Path], None]] = {
     "tensorrt_llm": tensorrt_llm.build,
     "tensorrt_llm_pytorch": tensorrt_llm.prepare_pytorch,
 }
+"""Maps a backend to the function that builds its engine from the settings, a Hugging Face folder
+and the folder of the new engine."""
 
 
 def model_folder(source: Input, scratch: Path) -> Path:

@@ -39,10 +39,11 @@ DATASET, REPORT = "dataset.jsonl", "report.json"
 SAMPLE_SECONDS = 0.2
 """Time between two samples of GPU memory."""
 MEBIBYTE = 1 << 20
+"""Unit of ``nvidia-smi``, in bytes."""
 
 
 class CpuWorker(Worker):
-    """Runs ``bench_worker`` in a process, which holds one model."""
+    """Runs one model in its own process, with the module ``bench_worker``."""
 
     def __init__(self, model: TimedModel, threads: int, module: str) -> None:
         self._name = f"{model.role} in {model.backend}"
@@ -67,6 +68,7 @@ class CpuWorker(Worker):
         return Timing(**answer["timing"])
 
     def _read_answer(self) -> dict[str, Any]:
+        """Reads one JSON line from the process. Raises ``RecipeError`` if the process has ended."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -93,11 +95,12 @@ class TensorRtLlmWorker(Worker):
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Timing:
         """Continues one batch of prompts.
 
-        ``load_seconds`` is the time outside the requests: imports, loading and warm-up.
-        ``peak_memory_bytes`` includes the pool of the KV cache, which takes most of a GPU.
+        This also sets two attributes. ``load_seconds`` is the time outside the requests: imports,
+        loading and warm-up. ``peak_memory_bytes`` includes the memory that TensorRT-LLM reserves
+        for the KV cache, which is most of a GPU's.
 
         Raises:
-            RecipeError: ``trtllm-bench`` failed, or its report does not fit the requests.
+            RecipeError: ``trtllm-bench`` failed, or its report is about other requests.
         """
         shape = RequestShape(len(prompts), len(prompts[0]), new_tokens)
         self._scratch.mkdir(parents=True, exist_ok=True)
@@ -106,8 +109,7 @@ class TensorRtLlmWorker(Worker):
         report.unlink(missing_ok=True)
         start = time.monotonic()
         with gpu_memory_samples() as samples:
-            argv = trtllm_command(self._model, shape, self._scratch)
-            command = [*launcher(), *argv]
+            command = [*launcher(), *trtllm_command(self._model, shape, self._scratch)]
             completed = subprocess.run(command, check=False, preexec_fn=die_with_parent)
         seconds = time.monotonic() - start
         if completed.returncode or not report.is_file():
@@ -133,7 +135,8 @@ def trtllm_dataset(prompts: list[list[int]], new_tokens: int) -> str:
 
 def trtllm_command(model: TimedModel, shape: RequestShape, scratch: Path) -> list[str]:
     """Returns the command that times a batch; ``--streaming`` measures the time to first token."""
-    is_engine = model.backend == "tensorrt_llm"  # which does not include the tokenizer
+    is_engine = model.backend == "tensorrt_llm"
+    # An engine does not include the tokenizer, so the tokenizer comes from the model's folder.
     folder = model.folder if is_engine else model.path
     common = [
         *("trtllm-bench", "--model", model.folder.name, "--model_path", str(folder)),
@@ -190,17 +193,18 @@ def gpu_memory_samples() -> Iterator[list[int]]:
     """Samples the bytes in use on all GPUs together, in a thread, until the context ends.
 
     Yields:
-        The samples, to which the thread appends.
+        The samples, to which the thread appends. The first is 0, so that there is a maximum.
     """
     samples, stop = [0], threading.Event()
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
 
-    def watch() -> None:
+    def append_samples() -> None:
         while not stop.wait(SAMPLE_SECONDS):
             listing = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+            # One number per GPU. A GPU that does not report its memory has a text instead.
             samples.append(sum(int(n) for n in listing.split() if n.isdigit()) * MEBIBYTE)
 
-    thread = threading.Thread(target=watch, daemon=True)
+    thread = threading.Thread(target=append_samples, daemon=True)
     thread.start()
     try:
         yield samples
@@ -210,7 +214,7 @@ def gpu_memory_samples() -> Iterator[list[int]]:
 
 
 def cpu_threads() -> int:
-    """Returns the number of threads that the launcher assigned to this process, or of all cores."""
+    """Returns the number of threads that the launcher set for this process, or else of cores."""
     return int(os.environ.get("OMP_NUM_THREADS") or cores())
 
 
@@ -233,32 +237,33 @@ def measure(
     """Measures all models on all shapes.
 
     Args:
-        models: Models, which take turns.
-        shapes: Batch sizes and lengths.
-        repetitions: Measurements of each shape, after a warm-up.
+        models: The models. In each turn, each of them gets one request.
+        shapes: Batch sizes and lengths of the requests.
+        repetitions: Turns that are measured for each shape, after one turn of warm-up.
         start: Starts a model's worker.
         log: Metrics file.
 
     Returns:
         A row for each shape and model.
     """
-    total, done = len(shapes) * (repetitions + 1), 0
+    turns, total_turns = 0, len(shapes) * (repetitions + 1)
     timings: dict[tuple[RequestShape, int], list[Timing]] = {}  # by shape and the model's index
     with ExitStack() as stack:
         pairs = [(model, stack.enter_context(start(model))) for model in models]
         for shape in shapes:
             for _ in range(repetitions + 1):
-                for number, (model, worker) in enumerate(pairs):
-                    # ``done`` is the number of the turn, in which all models get the same prompts.
-                    prompts = random_prompts(shape, model.architecture.vocab_size, seed=done)
+                for index, (model, worker) in enumerate(pairs):
+                    # The seed is the same for all models of a turn, so they get the same prompts.
+                    prompts = random_prompts(shape, model.architecture.vocab_size, seed=turns)
                     timing = worker.generate(prompts, shape.new_tokens)
-                    timings.setdefault((shape, number), []).append(timing)
-                done += 1
-                log.progress("measure", done, total)
+                    timings.setdefault((shape, index), []).append(timing)
+                turns += 1
+                log.progress("measure", turns, total_turns)
     # Rows are made last, because a worker's peak memory is known only after its last request. The
     # first timing is the warm-up.
     return [
-        _row(*pairs[number], shape, measured[1:]) for (shape, number), measured in timings.items()
+        _row(*pairs[index], shape, all_timings[1:])
+        for (shape, index), all_timings in timings.items()
     ]
 
 
@@ -288,16 +293,21 @@ def speedups(
 ) -> list[Speedup]:
     """Returns the student's speed-ups over the teacher in each backend.
 
-    ``roofline`` returns the rates of the machine that bound a model's speed.
     ``prefill`` is the teacher's median time to the first token, divided by the student's.
     ``decode`` is the student's median rate after the first token, divided by the teacher's. If a
-    measured speed-up is below the roofline's, other things than FLOPs and memory traffic take time.
+    measured speed-up is below the roofline's, something besides FLOPs and memory traffic takes
+    time.
+
+    Args:
+        rows: Measurements of teacher and student.
+        models: The measured models.
+        roofline: Returns the rates of the machine that bound a model's speed.
     """
     by_role = {(model.backend, model.role): model for model in models}
     teachers = {(row.backend, row.setting): row for row in rows if row.role == "teacher"}
     backends = list(dict.fromkeys(model.backend for model in models))
     students = [row for row in rows if row.role == "student"]
-    results = []
+    results = []  # in the order of ``models``
     for student in sorted(students, key=lambda row: backends.index(row.backend)):
         teacher = teachers[student.backend, student.setting]
         batch, prompt = student.setting

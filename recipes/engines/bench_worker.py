@@ -55,24 +55,30 @@ class Transformers:
 
 def import_library(backend: str) -> None:
     """Imports a backend's libraries in advance, so that the loading time excludes imports."""
-    is_openvino = backend == "openvino"
-    for name in ("openvino_genai",) if is_openvino else ("torch", "transformers.models.auto"):
+    baseline_modules = ("torch", "transformers.models.auto")
+    for name in ("openvino_genai",) if backend == "openvino" else baseline_modules:
         importlib.import_module(name)
 
 
 def load(backend: str, folder: Path, threads: int) -> Pipeline | Transformers:
-    """Loads a model."""
+    """Loads an OpenVINO engine, or the baseline from a Hugging Face folder."""
     return Pipeline(folder, threads) if backend == "openvino" else Transformers(folder, threads)
 
 
 def serve(model: Pipeline | Transformers, answers: TextIO) -> None:
-    """Answers requests until standard input ends."""
+    """Reads requests from standard input until it ends, and writes one answer for each.
+
+    Raises:
+        ValueError: The model generated another number of tokens than requested.
+    """
     for line in sys.stdin:
         request = json.loads(line)
         generation = model.generate(request["prompts"], request["new_tokens"])
         lengths = {len(tokens) for tokens in generation.tokens}
         if lengths != {request["new_tokens"]}:
-            raise ValueError(f"expected {request['new_tokens']} new tokens, got {lengths}")
+            raise ValueError(
+                f"expected {request['new_tokens']} new tokens in each sequence, got {lengths}"
+            )
         answer = {"timing": asdict(generation.timing), "peak_memory_bytes": peak_memory_bytes()}
         print(json.dumps(answer), file=answers, flush=True)
 
@@ -87,7 +93,7 @@ def main() -> None:
     die_with_parent()
     disable_telemetry()
     # Answers go to a copy of standard output, which is a pipe to ``measure_speed``. Standard output
-    # itself becomes standard error, so that what libraries print goes to the log.
+    # itself becomes standard error, so that the output of libraries goes to the log.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     import_library(args.backend)

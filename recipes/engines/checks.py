@@ -21,6 +21,7 @@ from recipes.evaluation.predictions import TEACHER, Predictor
 from recipes.evaluation.text_quality import score
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 32
+"""Lengths of the prompt and of its continuation, with which logits and tokens are compared."""
 LOGITS_TOLERANCE = 1e-3
 """Largest allowed difference between the logits of a float32 engine and of transformers."""
 ENGINE_FIX = "install the tested version of openvino (make install), or set engine=null"
@@ -34,8 +35,9 @@ def compare_engine(
     Args:
         cfg: The stage's config.
         folder: Hugging Face folder of the model.
-        engine: The engine.
-        data: Output of ``prepare_data``. Quality is measured on its held-out text.
+        engine: The engine's folder.
+        data: Output of ``prepare_data``. Quality is measured on its held-out text; with ``None``,
+            quality is not measured.
         log: Metrics file.
 
     Raises:
@@ -43,13 +45,14 @@ def compare_engine(
             was not compressed as configured.
     """
     source = load_causal_lm(folder)
-    logits = Logits(engine)
+    engine_model = Logits(engine)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     prompt = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :PROMPT_TOKENS]
     with torch.no_grad():
-        max_difference = (logits(prompt).logits - source(prompt).logits).abs().max().item()
-    tokens = Pipeline(engine).generate(prompt, NEW_TOKENS).tokens
-    margin = greedy_margin(source, prompt, torch.tensor(tokens))
+        difference = engine_model(prompt).logits - source(prompt).logits
+    max_difference = difference.abs().max().item()
+    generated = Pipeline(engine).generate(prompt, NEW_TOKENS).tokens
+    margin = greedy_margin(source, prompt, torch.tensor(generated))
     if cfg.precision == "fp32":
         require_same(engine, max_difference, margin)
     types = require_compressed(cfg, weight_types(engine))
@@ -60,33 +63,38 @@ def compare_engine(
         # A ``Predictor`` has hidden states and a head. An engine gives only logits, so they replace
         # the hidden states, and the head is the identity function.
         engine_predictor = Predictor(
-            lambda tokens: logits(tokens).logits, lambda states: states, source_predictor.vocabulary
+            lambda tokens: engine_model(tokens).logits,
+            lambda logits: logits,
+            source_predictor.vocabulary,
         )
         # ``score`` compares with the model of the key TEACHER: here the source model.
-        scores = score({TEACHER: source_predictor, "engine": engine_predictor}, text, 1, log)
+        predictors = {TEACHER: source_predictor, "engine": engine_predictor}
+        scores = score(predictors, text, micro_batch_size=1, log=log)
         quality = EngineQuality(
-            scores["engine"].quality(),
-            scores[TEACHER].quality(),
-            len(text),
-            text.tokens.numel(),
-            text.predictions,
-            statistics.difference(scores["engine"].losses, scores[TEACHER].losses),
+            engine=scores["engine"].quality(),
+            source=scores[TEACHER].quality(),
+            sequences=len(text),
+            tokens=text.tokens.numel(),
+            predictions=text.predictions,
+            loss_difference=statistics.difference(scores["engine"].losses, scores[TEACHER].losses),
         )
     return EngineComparison(max_difference, margin, types, quality)
 
 
 @torch.no_grad()
 def greedy_margin(source: torch.nn.Module, prompt: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Returns the largest gap between the model's best logit and the logit of a generated token.
+    """Returns the largest gap between the source's best logit and the logit of a generated token.
 
-    The result is 0 if every token is the model's greedy choice. Logits are compared instead of
+    The result is 0 if every token is the source's greedy choice. Logits are compared instead of
     tokens, because if two tokens have equal logits, both are correct.
 
     Args:
-        source: The model.
+        source: The source model, in transformers.
         prompt: Tokens [batch, prompt].
-        tokens: Generated tokens [batch, new].
+        tokens: Tokens [batch, new] that the engine generated.
     """
+    # The logits at a position are for the next token. So the logits for the first generated token
+    # are at the last position of the prompt.
     logits = source(torch.cat([prompt, tokens], dim=1)).logits[:, prompt.shape[1] - 1 : -1]
     generated = logits.gather(-1, tokens[..., None]).squeeze(-1)
     margin: float = (logits.max(-1).values - generated).max().item()
@@ -96,12 +104,12 @@ def greedy_margin(source: torch.nn.Module, prompt: torch.Tensor, tokens: torch.T
 def require_compressed(cfg: BuildEngineConfig, types: dict[str, int]) -> dict[str, int]:
     """Requires that at least one layer is compressed as configured; returns ``types``.
 
-    NNCF, which compresses the weights, silently keeps 8 bits in a layer if the number of its inputs
-    is a multiple of neither the group size nor 32.
+    NNCF compresses the weights. With ``int4``, it silently keeps 8 bits in a layer if the number of
+    the layer's inputs is a multiple of neither the group size nor 32.
 
     Args:
         cfg: The stage's config.
-        types: Number of weights by type.
+        types: Number of weights by stored type, such as ``u8``.
 
     Raises:
         RecipeError: No layer has the configured type.
@@ -120,9 +128,11 @@ def require_same(engine: Path, difference: float, margin: float) -> None:
     """Raises ``RecipeError`` unless logits and greedy tokens agree up to float32 rounding."""
     problem = ""
     if not difference <= LOGITS_TOLERANCE:  # also catches NaN
-        problem = f"logits differ from transformers by {difference:.2e}, which is more than "
-        problem += f"{LOGITS_TOLERANCE:.0e}"
+        problem = (
+            f"logits differ from those of transformers by {difference:.2e}, which is more than "
+            f"{LOGITS_TOLERANCE:.0e}"
+        )
     elif not margin <= 2 * LOGITS_TOLERANCE:  # each of the two logits may be off by one tolerance
-        problem = f"the engine generates a token whose logit is {margin:.2e} below the best one"
+        problem = f"the engine generated a token whose logit is {margin:.2e} below the best logit"
     if problem:
         raise RecipeError(f"engine check failed: {engine}: {problem}", ENGINE_FIX)

@@ -1,6 +1,6 @@
-"""Runs llama.cpp's server from the package xllamacpp.
+"""Runs llama.cpp's server from the package xllamacpp, if there is no program ``llama-server``.
 
-Accepts the options of the program ``llama-server`` that ``server.llama_command`` sets.
+The module accepts those options of ``llama-server`` that ``server.llama_command`` sets.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("-m", type=Path, required=True)
     parser.add_argument("--host", required=True)
-    for option in ("--port", "-c", "-np", "-t"):
+    for option in ("--port", "-c", "-np", "-t"):  # context length, parallel requests, threads
         parser.add_argument(option, type=int, required=True)
     args = parser.parse_args()
     params = xllamacpp.CommonParams()
     params.model.path, params.hostnames, params.port = str(args.m), [args.host], args.port
-    params.n_ctx, params.n_parallel, params.warmup = args.c, args.np, False
+    params.n_ctx, params.n_parallel = args.c, args.np
+    params.warmup = False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = args.t
     server = xllamacpp.Server(params)  # the server stops when this object is deleted
     print(f"llama.cpp serves {args.m} at {server.listening_address}", flush=True)
-    signal.pause()
+    signal.pause()  # the server runs in other threads until a signal ends the process
 
 
 if __name__ == "__main__":

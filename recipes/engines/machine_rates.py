@@ -14,16 +14,17 @@ from recipes.engines.results import MachineRates, TrainingRates
 from recipes.planning.hardware import cpuinfo
 
 REPEATS, MIN_REPEATS = 5, 3
+"""Number of measured runs of an operation, and the least number if the operation is slow."""
 MAX_TOTAL_SECONDS = 0.5
-"""Once the runs of an operation took this long in total, it is repeated only if it has less than
-``MIN_REPEATS`` runs: GEMMs of a data type that the processor emulates may take minutes."""
+"""An operation is slow if its runs take this long in total. GEMMs of a data type that the processor
+emulates may take minutes."""
 TOKENS = 1024
 """Tokens of a batch: the rows of each linear layer's input."""
 MIN_CPU_FRACTION = 0.8
-"""A measurement is valid if its threads ran for at least this fraction of the time. In the
+"""A measurement is valid if its threads ran for more than this fraction of the time. In the
 remaining time other programs used the cores."""
 COPY_BYTES = 1 << 28
-"""Much larger than any cache."""
+"""Size of the copied buffer: 256 MiB, much larger than any cache."""
 
 LAYERS, MEASURED_LAYERS = 30, 2
 """Layers of SmolLM2-135M, and the number of different layers that are measured in turn, so that no
@@ -44,8 +45,14 @@ def best_seconds(
 ) -> float:
     """Returns the shortest time of several runs, after a warm-up.
 
-    The shortest is the best estimate, because other programs can only make a run longer. There are
-    ``repeats`` runs, or fewer (at least ``MIN_REPEATS``) if they take ``MAX_TOTAL_SECONDS``.
+    The shortest is the best estimate, because other programs can only make a run longer.
+
+    Args:
+        operation: The function to time.
+        device: ``cpu``, or ``cuda`` to wait for the GPU after each run.
+        clock: Returns the time in seconds.
+        repeats: Number of runs. If they take ``MAX_TOTAL_SECONDS``, there are fewer, but at least
+            ``MIN_REPEATS``.
     """
 
     def run() -> float:
@@ -68,7 +75,10 @@ def best_cpu_seconds(operation: Callable[[], object], device: str = "cpu") -> fl
 
 
 def copy_rate(device: str = "cpu", seconds: Callable[..., float] = best_seconds) -> float:
-    """Returns the bytes per second of a copy. A byte counts twice: it is read and written."""
+    """Returns the bytes per second of a copy. A byte counts twice: it is read and written.
+
+    ``seconds`` measures the time: ``best_seconds`` or ``best_cpu_seconds``.
+    """
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * COPY_BYTES / seconds(lambda: target.copy_(source), device)
@@ -78,12 +88,14 @@ def processor_name(device: str = "cpu") -> str:
     """Returns the name of the GPU, or Linux's name of the CPU."""
     if device == "cuda":
         return str(torch.cuda.get_device_name())
-    names = (line for line in cpuinfo().splitlines() if line.lower().startswith("model name"))
-    return next(names, ": unknown").partition(":")[2].strip()
+    # An example of a line is "model name : AMD EPYC 7763". The default also has a colon.
+    lines = (line for line in cpuinfo().splitlines() if line.lower().startswith("model name"))
+    return next(lines, ": unknown").partition(":")[2].strip()
 
 
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
+def _torch_threads(number: int) -> Iterator[None]:
+    """Sets the number of torch's threads in the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     yield
@@ -91,38 +103,49 @@ def _threads(number: int) -> Iterator[None]:
 
 
 def _gemms(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> tuple[Callable[[], None], int]:
-    """Returns the GEMMs of linear layers in a distillation step, and their FLOPs.
+    """Returns a function that runs the GEMMs of a distillation step, and their FLOPs.
 
     A linear layer has four GEMMs of equal FLOPs: one in the teacher's forward pass, one in the
     student's forward pass, and two in its backward pass. They are measured together, because GEMMs
     of the backward pass are half as fast on a processor with AMX.
+
+    Args:
+        shapes: Numbers of inputs and outputs of each linear layer.
+        dtype: Type of all matrices.
     """
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, dtype=dtype)
+
     matrices = [
-        [torch.randn(*shape, dtype=dtype) for shape in ((TOKENS, i), (o, i), (TOKENS, o))]
-        for i, o in shapes
+        (matrix(TOKENS, inputs), matrix(outputs, inputs), matrix(TOKENS, outputs))
+        for inputs, outputs in shapes
     ]
 
-    def step() -> None:
-        for x, weight, grad in matrices:
-            x @ weight.t()
-            x @ weight.t()
-            grad @ weight
-            grad.t() @ x
+    def run_gemms() -> None:
+        for x, weight, output_grad in matrices:
+            x @ weight.t()  # the teacher's forward pass
+            x @ weight.t()  # the student's forward pass
+            output_grad @ weight  # gradient of the inputs
+            output_grad.t() @ x  # gradient of the weight
 
-    return step, sum(4 * 2 * TOKENS * inputs * outputs for inputs, outputs in shapes)
+    # Four GEMMs; each has 2 FLOPs per multiply-add.
+    flops = sum(4 * 2 * TOKENS * inputs * outputs for inputs, outputs in shapes)
+    return run_gemms, flops
 
 
 def _training_rate(dtype: torch.dtype) -> float:
     """Returns the FLOP/s of a thread in a distillation's GEMMs while all threads are busy.
 
     Several layers alternate, because a training step reads matrices from memory. A single repeated
-    GEMM would read its matrices from a cache, which is twice as fast with AMX. All threads are
+    GEMM would read its matrices from a cache, which is twice as fast with AMX. All threads must be
     busy, because they share caches and memory: two threads do not reach twice the rate of one.
     """
     # CPU time is summed over threads, so FLOPs divided by it are the rate of one thread.
     smallest, flops = _gemms([min(LAYER_SHAPES)], dtype)
     if (seconds := best_cpu_seconds(smallest)) > MAX_TOTAL_SECONDS:
-        return flops / seconds  # the processor emulates this type, so the rest would take minutes
+        # The processor emulates this data type. Measuring the other layers would take minutes.
+        return flops / seconds
     layers, layers_flops = _gemms(LAYER_SHAPES * MEASURED_LAYERS, dtype)
     head, head_flops = _gemms([HEAD_SHARD_SHAPE], dtype)
     repeats = LAYERS / MEASURED_LAYERS
@@ -133,17 +156,17 @@ def _training_rate(dtype: torch.dtype) -> float:
 def training_rates(threads: int) -> tuple[TrainingRates, bool]:
     """Returns the rates for planning training runs, and whether the measurement was undisturbed.
 
-    The measurement is disturbed if other programs used the threads' cores. Rates are measured in
-    CPU time, which other programs change little.
+    The measurement is disturbed if other programs used the threads' cores. Such programs change the
+    rates little, because the rates are measured in CPU time.
     """
-    with _threads(threads):
+    with _torch_threads(threads):
         start, cpu_start = time.perf_counter(), time.process_time()
-        bfloat16, float32 = (
-            threads * _training_rate(dtype) for dtype in (torch.bfloat16, torch.float32)
-        )
+        bfloat16 = threads * _training_rate(torch.bfloat16)
+        float32 = threads * _training_rate(torch.float32)
         bandwidth = threads * copy_rate(seconds=best_cpu_seconds)
         cpu_seconds = time.process_time() - cpu_start
-        undisturbed = cpu_seconds > MIN_CPU_FRACTION * threads * (time.perf_counter() - start)
+        available_seconds = threads * (time.perf_counter() - start)
+        undisturbed = cpu_seconds > MIN_CPU_FRACTION * available_seconds
     return TrainingRates(bfloat16, float32, bandwidth), undisturbed
 
 
@@ -157,7 +180,7 @@ def measure(arch: Architecture, threads: int, device: str = "cpu") -> MachineRat
         return flops / best_seconds(lambda: linear(x, weight), device)
 
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    with _threads(threads):
+    with _torch_threads(threads):
         return MachineRates(
             cpu=processor_name(device),
             threads=threads,

@@ -113,12 +113,13 @@ def _full_disk_errors(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _temporary_files(parent: Path) -> Iterator[None]:
-    """Makes ``tempfile`` create files below ``parent``, and deletes them after the context.
+    """Makes ``tempfile`` create files in a new folder in ``parent``; deletes it after the context.
 
     optimum writes the whole engine to a temporary file. It deletes the file only when the
     interpreter exits normally, which a forked or killed process does not.
     """
     before = tempfile.tempdir
+    # ``as`` assigns the new folder to ``tempfile.tempdir``, the folder that ``tempfile`` uses.
     with tempfile.TemporaryDirectory(dir=parent) as tempfile.tempdir:
         try:
             yield
@@ -127,28 +128,30 @@ def _temporary_files(parent: Path) -> Iterator[None]:
 
 
 def _compression(cfg: BuildEngineConfig) -> dict[str, Any]:
+    """Returns the arguments of ``from_pretrained`` that set the type of the weights."""
     from optimum.intel import OVWeightQuantizationConfig
 
     if cfg.precision == "fp32":
         return {"load_in_8bit": False}  # optimum's default for large models is 8 bits
     settings: dict[str, Any] = {"bits": 8}
     if cfg.precision == "int4":
-        # A ratio of 1.0 means all layers. "adjust": if the group size does not divide a layer's
-        # width, it is replaced by the largest power of 2 that does, which must be at least 32.
+        # A ratio of 1.0 compresses all layers to 4 bits. "adjust" applies to layers whose number of
+        # inputs is not a multiple of the group size. Their group size is the largest power of 2
+        # that divides the number of inputs. If that is below 32, the layer keeps 8 bits.
         settings = {"bits": 4, "ratio": 1.0, "group_size_fallback": "adjust"}
         settings["group_size"] = cfg.group_size
     return {"quantization_config": OVWeightQuantizationConfig(**settings)}
 
 
 def _write_tokenizer(folder: Path, out: Path) -> None:
-    """Saves the tokenizer, also as an OpenVINO model, with which the engine accepts text."""
+    """Saves the tokenizer. Also saves it as OpenVINO models, with which the engine accepts text."""
     import openvino
     from openvino_tokenizers import convert_tokenizer
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    # If there are several templates, each has a name, which may contain a path. transformers 4.57
-    # would write to this path (CVE-2026-9856).
+    # If there are several chat templates, each has a name. A name may contain a path, to which
+    # transformers 4.57 would write (CVE-2026-9856).
     has_several_templates = isinstance(tokenizer.chat_template, dict)
     tokenizer.save_pretrained(out, save_jinja_files=not has_several_templates)
     models = convert_tokenizer(tokenizer, with_detokenizer=True)
@@ -163,7 +166,7 @@ def read_properties(engine: Path) -> dict[str, str]:
 
 
 def weight_types(engine: Path) -> dict[str, int]:
-    """Returns the number of stored values by type, the most frequent type first."""
+    """Returns the number of stored values by OpenVINO's name of their type, most frequent first."""
     import openvino
 
     counts: Counter[str] = Counter()
@@ -174,7 +177,7 @@ def weight_types(engine: Path) -> dict[str, int]:
 
 
 class Logits:
-    """Runs an engine for its logits, which the generation pipeline does not return."""
+    """Computes an engine's logits, which OpenVINO GenAI's pipeline does not return."""
 
     def __init__(self, engine: Path) -> None:
         self._model = load_engine(engine)
@@ -217,6 +220,7 @@ class Pipeline:
         )
         start = time.perf_counter()
         result = self._pipeline.generate(inputs, config)
-        total = time.perf_counter() - start
-        first = result.perf_metrics.get_ttft().mean / 1000
-        return Generation([list(ids) for ids in result.tokens], Timing(first, total))
+        total_seconds = time.perf_counter() - start
+        first_seconds = result.perf_metrics.get_ttft().mean / 1000  # from milliseconds
+        timing = Timing(first_seconds, total_seconds)
+        return Generation([list(sequence) for sequence in result.tokens], timing)

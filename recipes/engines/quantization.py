@@ -25,8 +25,9 @@ from recipes.evaluation.predictions import TEACHER, Predictor
 from recipes.evaluation.text_quality import score
 
 SERVED_DTYPE = "bfloat16"
-"""Type in which weights that are not quantized are served."""
+"""Data type in which the model is loaded, and in which unquantized weights are exported."""
 QUANTIZATION_CONFIGS = {"fp8": mtq.FP8_DEFAULT_CFG, "int4_awq": mtq.INT4_AWQ_CFG}
+"""ModelOpt's config by ``format``."""
 
 
 def quantize_folder(
@@ -36,13 +37,17 @@ def quantize_folder(
 
     Args:
         cfg: The stage's config.
-        folder: Hugging Face folder.
-        data: Output of ``prepare_data``.
+        folder: Hugging Face folder of the trained model.
+        data: Output of ``prepare_data``, whose calibration and held-out splits are read.
         out: Folder of the quantized model.
         log: Metrics file.
 
+    Returns:
+        The quantization's name in TensorRT-LLM, and the quality before and after quantization.
+
     Raises:
-        RecipeError: ModelOpt wrote another format, or the quantized model's loss is not finite.
+        RecipeError: ModelOpt wrote a format other than ``cfg.format``, or the quantized model's
+            loss is not finite.
     """
     enable("torch")  # patches for machines without a GPU
     calibration = read_sequences(data, "calibration", cfg.seq_length, cfg.num_sequences)
@@ -50,9 +55,9 @@ def quantize_folder(
     model = load_causal_lm(folder, SERVED_DTYPE).to(device())
 
     def calibrate(model: torch.nn.Module) -> None:
-        # One sequence per batch, because AWQ's scales depend on the batch size.
-        for number, sequence in enumerate(tokens.split(1), 1):
-            model(sequence)
+        # AWQ's scales depend on the batch size, so it is always 1.
+        for number, batch in enumerate(tokens.split(1), 1):
+            model(batch)
             log.progress("calibrate", number, len(tokens))
 
     settings: dict[str, Any] = copy.deepcopy(QUANTIZATION_CONFIGS[cfg.format])
@@ -78,12 +83,15 @@ def quantize_folder(
 def _quality(
     cfg: QuantizeConfig, folder: Path, model: Any, data: Input, log: MetricsLog
 ) -> QuantizationQuality:
-    """Compares the quantized model with the original. ModelOpt simulates the quantization."""
+    """Compares the quantized model with its original in ``folder``, on held-out text.
+
+    ModelOpt simulates the quantization of ``model``, so it also runs without low-precision kernels.
+    """
     text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_eval_sequences)
-    source = load_causal_lm(folder, SERVED_DTYPE).to(device())
-    # ``score`` compares with the model of the key TEACHER: here the original model.
-    models = {TEACHER: Predictor.of(source), "quantized": Predictor.of(model)}
-    scores = score(models, text, 1, log)
+    original = load_causal_lm(folder, SERVED_DTYPE).to(device())
+    # ``score`` compares all models with the model whose key is TEACHER.
+    models = {TEACHER: Predictor.of(original), "quantized": Predictor.of(model)}
+    scores = score(models, text, micro_batch_size=1, log=log)
     quality = QuantizationQuality(scores[TEACHER].quality(), scores["quantized"].quality())
     if not quality.quantized.loss < float("inf"):  # also catches NaN
         raise RecipeError(

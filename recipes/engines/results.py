@@ -1,4 +1,7 @@
-"""Results of engines: build, quality and speed. Does not import torch."""
+"""Results of ``build_engine``, ``quantize`` and ``measure_speed``, and rates of machines.
+
+Does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from recipes.core.statistics import Difference
 from recipes.evaluation.results import ServedText, TextQuality
 
 BASELINE = "transformers"
-"""Backend that is measured for comparison."""
+"""Name of the backend that is measured for comparison with engines."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,13 @@ class BenchmarkRow:
     new_tokens: int
     time_to_first_token_ms: Spread
     decode_tokens_per_second: Spread
+    """New tokens of the whole batch, after the first new token of each sequence."""
     throughput_tokens_per_second: Spread
+    """Prompt tokens and new tokens of the whole batch."""
     peak_memory_bytes: int
     load_seconds: float
     disk_bytes: int
+    """Size of the engine or checkpoint."""
 
     @property
     def engine(self) -> str:
@@ -57,10 +63,14 @@ class BenchmarkRow:
 
 @dataclass(frozen=True)
 class Speedup:
-    """Speed-up of the student over the teacher, measured and by the roofline; see ``speedups``."""
+    """Speed-up of the student over the teacher in one backend, measured and by the roofline.
+
+    ``bench.speedups`` computes it.
+    """
 
     backend: str
     precision: str
+    """The student's precision."""
     batch_size: int
     prompt_tokens: int
     prefill: float
@@ -72,15 +82,19 @@ class Speedup:
 
 @dataclass(frozen=True)
 class TrainingRates:
-    """Measured rates of all threads together. The fields have the same names in ``Hardware``."""
+    """Measured rates of all threads together, for planning training runs.
+
+    Fields of ``Hardware`` have the same names.
+    """
 
     flops_per_second: float
+    """FLOP/s in bfloat16."""
     float32_flops_per_second: float
     bytes_per_second: float
 
     def __post_init__(self) -> None:
         if not all(isinstance(rate, float) and 0 < rate < math.inf for rate in vars(self).values()):
-            raise ValueError(f"invalid rates: {self}")
+            raise ValueError(f"invalid rates: {self}; each must be a finite float above 0")
 
 
 @dataclass(frozen=True)
@@ -97,18 +111,18 @@ class MachineRates:
 
 @dataclass(frozen=True)
 class BenchmarkResults:
-    """Speed of teacher and student, which took turns request by request."""
+    """Speed of teacher and student. The models took turns, so disturbances affect all of them."""
 
     machine: MachineRates
     rows: list[BenchmarkRow]
     speedups: list[Speedup]
 
     def engine_speedups(self) -> list[Speedup]:
-        """Returns the speed-ups of engines; those of the baseline if there is no engine."""
+        """Returns the speed-ups in engines; without engines, the speed-ups in the baseline."""
         return [s for s in self.speedups if s.backend != BASELINE] or self.speedups
 
     def teacher_precision(self, backend: str) -> str:
-        """Returns the teacher's precision, from which that of a quantized student differs."""
+        """Returns the teacher's precision in a backend; a quantized student has another one."""
         teachers = (row for row in self.rows if row.role == "teacher" and row.backend == backend)
         return next(teachers).precision
 
@@ -125,12 +139,17 @@ class EngineQuality:
     predictions: int
     """Next-token predictions in the loss."""
     loss_difference: Difference
-    """Engine minus source, paired by sequence."""
+    """Loss of the engine minus loss of the source model, in nats, paired by sequence."""
 
     def served_text(self) -> ServedText:
-        """Returns the comparison as a ``ServedText``, in which the source is the student."""
-        perplexities = self.source.perplexity, self.engine.perplexity
-        return ServedText(*perplexities, self.loss_difference, self.sequences, self.predictions)
+        """Returns the comparison as a ``ServedText``: the source model is its student."""
+        return ServedText(
+            student_perplexity=self.source.perplexity,
+            served_perplexity=self.engine.perplexity,
+            loss_difference=self.loss_difference,
+            sequences=self.sequences,
+            predictions=self.predictions,
+        )
 
 
 @dataclass(frozen=True)
@@ -139,9 +158,10 @@ class EngineComparison:
 
     max_logit_difference: float
     greedy_margin: float
-    """Largest gap, in the source model's logits, between its best token and a generated token."""
+    """Largest gap between the source model's best logit and its logit of a token that the engine
+    generated; 0 if the source model prefers all generated tokens."""
     weight_types: dict[str, int]
-    """Number of weights by stored data type."""
+    """Number of stored weights by OpenVINO's name of their data type, such as ``u8``."""
     quality: EngineQuality | None
     """``None`` without held-out text."""
 
@@ -150,7 +170,7 @@ class EngineComparison:
 class EngineResult:
     """A built engine, compared with its source model if the backend returns logits.
 
-    The last four fields are those of the ``EngineComparison``; ``None`` if there is none.
+    The last four fields are those of ``EngineComparison``. Without comparison they are ``None``.
     """
 
     backend: str
@@ -174,7 +194,8 @@ class QuantizationQuality:
 
 @dataclass(frozen=True)
 class QuantizationResult:
-    """A quantized Hugging Face folder."""
+    """Result of ``quantize``."""
 
     quant_algo: str
+    """A value of ``tensorrt_llm.QUANT_ALGOS``."""
     quality: QuantizationQuality

@@ -49,22 +49,22 @@ REQUEST_SECONDS = 24 * 3600
 """Limit of one request. A large model on few CPU cores needs longer than lm-eval's 300 seconds. If
 the server dies, a request fails at once."""
 FORCING_BIAS = 1000
-"""Added to a token's logit, so that the server generates this token."""
+"""Added to the logit of the token that a server must generate; exceeds all gaps between logits."""
 ALL_TOKENS = 10**7
-"""Number of log-probabilities to request, larger than any vocabulary."""
+"""Number of log-probabilities to request for a whole vocabulary; larger than any vocabulary."""
 GENERATION = "generate_until"
 """lm-eval's output type of tasks whose answers are generated."""
-NOT_SERVED = {
+UNSERVED_SETTINGS = {
     *("num_beams", "penalty_alpha", "guidance_scale", "min_length", "min_new_tokens"),
     *("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
     *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
     *("sequence_bias", "watermarking_config"),
 }
-"""Generation settings that change greedy decoding in transformers, and that servers do not get."""
+"""Generation settings that change greedy decoding in transformers, but are not sent to servers."""
 
 
 class ServedLM(LocalCompletionsAPI):
-    """Sends a server's ``/v1/completions`` the same tokens as the student gets."""
+    """Sends a server's ``/v1/completions`` the tokens that ``HFLM`` gives to the student."""
 
     def __init__(self, address: str, tokenizer: Path, max_length: int) -> None:
         super().__init__(
@@ -78,15 +78,17 @@ class ServedLM(LocalCompletionsAPI):
         )
         self.add_bos_token = None  # use the tokenizer's default
         penalty = _generation_settings(tokenizer).get("repetition_penalty")
+        # Fields that are added to each request for generated text.
         self.penalty = self.penalty_request(penalty) if penalty else {}
 
     def penalty_request(self, penalty: float) -> dict[str, Any]:
-        """Returns the fields of a request with the student's repetition penalty."""
+        """Returns the fields with which a request sets the student's repetition penalty."""
         return {"repetition_penalty": penalty}
 
     def _create_payload(
         self, messages: Any, generate: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
+        """Returns the body of a request. ``generate`` is false to score a prompt."""
         payload: dict[str, Any] = super()._create_payload(messages, generate=generate, **kwargs)
         return payload | self.penalty if generate else payload
 
@@ -101,75 +103,84 @@ class LlamaCppLM(ServedLM):
     """Evaluates with llama.cpp's server, which returns log-probabilities of generated tokens only.
 
     So each token of a continuation takes one request. The request adds ``FORCING_BIAS`` to the
-    token's logit, so that the server generates it. Reported log-probabilities exclude the bias. The
-    server caches the context's keys and values, so a request costs one decoding step.
+    token's logit, so that the server generates the token. Log-probabilities in the answer exclude
+    the bias. The server caches the context's keys and values, so a request costs one decoding step.
     """
 
     progress: ProgressCallback = staticmethod(lambda done, total: None)
+    """Receives the numbers of finished and of all requests or sequences. The default does nothing.
+    """
 
     def penalty_request(self, penalty: float) -> dict[str, Any]:
-        """Returns the fields of a request. As in transformers, all earlier tokens count."""
+        """Returns the fields of a request. All earlier tokens are penalized, as in transformers."""
         return {"repeat_penalty": penalty, "repeat_last_n": self.max_length + 1}
 
     def token_score(self, context: Sequence[int], token: int) -> tuple[float, bool]:
-        """Returns a token's log-probability after a context, and whether it is the likeliest.
+        """Returns a token's log-probability after a context, and whether no token is likelier.
 
-        The server withholds a token that ends inside a UTF-8 character. A second request then
-        generates ``eos_token``, and lists the log-probabilities of all tokens.
+        The server withholds a generated token that ends inside a UTF-8 character. A second request
+        then generates ``eos_token`` instead, and lists the log-probabilities of all tokens.
         """
         generated = self._generate(context, token, 1) or self._generate(
             context, self.tokenizer.eos_token_id, ALL_TOKENS
         )
-        # The generated token, then the likeliest tokens in descending order.
+        # The generated token, then the likeliest tokens in descending order of probability.
         entries = [generated, *generated["top_logprobs"]] if generated else []
         for entry in entries:
             if entry["id"] == token:
-                return entry["logprob"], entries[1]["id"] == token
+                likeliest = entries[1]
+                return entry["logprob"], likeliest["id"] == token
         raise RecipeError(
             f"llama.cpp's server returned no log-probability of token {token}",
             "use a release whose server supports logit_bias and logprobs",
         )
 
-    def _generate(self, context: Sequence[int], token: int, logprobs: int) -> dict[str, Any] | None:
-        """Makes the server generate ``token``; returns ``None`` if the server withholds the token.
+    def _generate(self, context: Sequence[int], token: int, top: int) -> dict[str, Any] | None:
+        """Makes the server generate ``token`` after a context.
 
-        The result has the token's log-probability, and the ``logprobs`` likeliest tokens with
-        theirs.
+        Returns:
+            The token's ``id`` and ``logprob``, and in ``top_logprobs`` the same of the ``top``
+            likeliest tokens. ``None`` if the server withholds the token.
         """
         request: dict[str, Any] = {"prompt": list(context), "max_tokens": 1, "temperature": 0}
-        request |= {"logprobs": logprobs, "logit_bias": {str(token): FORCING_BIAS}}
+        request |= {"logprobs": top, "logit_bias": {str(token): FORCING_BIAS}}
         response = requests.post(self.base_url, json=request, timeout=self.timeout)
         response.raise_for_status()
-        answer = response.json()["choices"][0]["logprobs"]
-        return answer["content"][0] if answer and answer["content"] else None
+        logprobs = response.json()["choices"][0]["logprobs"]
+        return logprobs["content"][0] if logprobs and logprobs["content"] else None
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], **_: Any
     ) -> list[tuple[float, bool]]:
-        """Returns each continuation's log-likelihood, and whether it is the greedy one."""
+        """Returns each continuation's log-likelihood, and whether greedy decoding generates it."""
         results = []
         for _id, context, continuation in requests:
             prompt = truncated_context(context, continuation, self.max_length)
             ids = [*prompt, *continuation]
+            # Each token of the continuation is scored after all tokens before it.
             scores = [self.token_score(ids[:n], ids[n]) for n in range(len(prompt), len(ids))]
-            results.append((sum(s for s, _ in scores), all(greedy for _, greedy in scores)))
+            log_likelihood = sum(log_probability for log_probability, _ in scores)
+            results.append((log_likelihood, all(is_likeliest for _, is_likeliest in scores)))
             self.progress(len(results), len(requests))
         return results
 
     def losses(self, text: TextSequences) -> list[float]:
-        """Returns each sequence's mean loss over the predictions that its mask selects."""
+        """Returns each sequence's mean loss, in nats, over the predictions in its mask."""
         means = []
         for ids, mask in zip(text.tokens.tolist(), text.prediction_mask.tolist(), strict=True):
-            # The mask's first value is for the prediction of token 1.
+            # Token 0 is not predicted, so the mask's first value is for token 1.
             targets = [n for n, in_loss in enumerate(mask, 1) if in_loss]
-            scores = [self.token_score(ids[:n], ids[n])[0] for n in targets]
-            means.append(-sum(scores) / len(scores))
+            log_probabilities = [self.token_score(ids[:n], ids[n])[0] for n in targets]
+            means.append(-sum(log_probabilities) / len(log_probabilities))
             self.progress(len(means), len(text))
         return means
 
 
 def server_of(artifact: Input) -> tuple[str, str]:
-    """Returns which server or library runs a built model, and the type of its weights."""
+    """Returns the server or library that runs a built model, and the model's precision.
+
+    The first value is a key of ``PROGRAMS`` in ``recipes.evaluation.results``.
+    """
     if artifact.manifest.kind == "gguf":
         return "llama_cpp", artifact.manifest.result(GgufResult).type
     engine = artifact.manifest.result(EngineResult)
@@ -177,26 +188,30 @@ def server_of(artifact: Input) -> tuple[str, str]:
 
 
 def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsLog) -> ServedResult:
-    """Evaluates the served model, then the student that it was built from, on the same items."""
+    """Evaluates the served model, then the student that it was built from, on the same items.
+
+    ``out`` receives the answers to each task in ``samples``.
+    """
     artifact, folder = inputs["artifact"], inputs["checkpoint"].artifact
     server, precision = server_of(artifact)
     tasks = packed_lm.load_tasks(cfg.tasks, cfg.source, cfg.num_fewshot, cfg.revisions)
     if server.startswith("tensorrt_llm"):
         _require_generation(tasks)
-    if server != "openvino":  # whose engine has the student's settings
+    if server != "openvino":  # an OpenVINO engine contains the student's generation settings
         _require_served_settings(folder, tasks)
-    # ``build_engine`` measured OpenVINO's losses; trtllm-serve returns none for a prompt.
+    # Only llama.cpp's losses are measured here. ``build_engine`` has measured those of OpenVINO.
+    # trtllm-serve returns no log-probabilities of a prompt.
     text = _heldout_text(cfg, inputs) if server == "llama_cpp" else None
     losses: list[float] = []
-    # A server needs a free position after the prompt.
-    limits = [cfg.max_length, read_json(folder / "config.json")["max_position_embeddings"] - 1]
+    positions = read_json(folder / "config.json")["max_position_embeddings"]
+    length_limits = [cfg.max_length, positions - 1]  # a server needs a free position at the end
     if server.startswith("tensorrt_llm"):
-        limits += engine_limits(artifact.manifest.config)
-    length = min(limits)
+        length_limits += engine_limits(artifact.manifest.config)
+    length = min(length_limits)
     served: dict[str, list[Item]] = {}
     with served_lm(cfg, artifact, folder, length) as lm:
         for number, task in enumerate(tasks, 1):
-            # Only ``LlamaCppLM`` reports progress within a task; other classes ignore this.
+            # Only ``LlamaCppLM`` reports progress within a task; other classes ignore ``progress``.
             lm.progress = partial(log.progress, f"requests, {task.name}")
             served[task.name] = packed_lm.answer(lm, task, cfg.limit, cfg.seed)
             log.progress("tasks, served", number, len(tasks))
@@ -204,11 +219,12 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
             lm.progress = partial(log.progress, "text, served")
             losses = lm.losses(text)
     del lm
-    gc.collect()  # frees the engine
+    gc.collect()  # frees an engine in this process before the student is loaded
     student = load_causal_lm(folder).to(device(), dtype_of(cfg.precision))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     progress = partial(log.progress, "requests, student")
     student_lm = packed_lm.PackedLM(student, tokenizer, cfg.pack_tokens, progress, length)
+    # Part of the key with which the student's answers are cached.
     identity = f"{inputs['checkpoint'].manifest.content_hash()} {cfg.precision} {length}"
     answers, _ = answer_tasks(cfg, "student", student_lm, lambda: identity, tasks, log)
     (out / "samples").mkdir()
@@ -218,13 +234,16 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
         require_same_items(task.name, items)
         write_samples(out / "samples" / f"{task.name}.jsonl", items)
         scores[task.name] = compare_served(task.metric, items)
+    served_text = (
+        _text_of_build(artifact) if text is None else _compare_text(student, text, losses, log)
+    )
     return ServedResult(
-        server,
-        precision,
-        scores,
-        _text_of_build(artifact) if text is None else _compare_text(student, text, losses, log),
-        f"lm_eval {HARNESS}, student in {dtype_name(cfg.precision)}",
-        ", ".join(dict.fromkeys(task.data for task in tasks)),
+        server=server,
+        precision=precision,
+        tasks=scores,
+        text=served_text,
+        harness=f"lm_eval {HARNESS}, student in {dtype_name(cfg.precision)}",
+        data=", ".join(dict.fromkeys(task.data for task in tasks)),  # without duplicates
     )
 
 
@@ -232,13 +251,13 @@ def evaluate(cfg: EvaluateServedConfig, inputs: Inputs, out: Path, log: MetricsL
 def served_lm(
     cfg: EvaluateServedConfig, artifact: Input, folder: Path, length: int
 ) -> Iterator[LM]:
-    """Loads or serves a built model for lm-eval.
+    """Loads a built model in this process, or starts its server; yields it for lm-eval.
 
     Args:
         cfg: The stage's config.
         artifact: The built model.
         folder: Hugging Face folder of the student, which has the tokenizer.
-        length: Maximum tokens of a prompt.
+        length: Maximum tokens of a prompt together with its answer.
     """
     server, _ = server_of(artifact)
     if server == "openvino":
@@ -258,7 +277,7 @@ def served_lm(
     launcher: list[str] = []
     if server == "llama_cpp":
         threads = cfg.threads or cpu_threads()
-        # A prompt must be shorter than llama.cpp's context, so the context is longer by one.
+        # llama.cpp refuses a prompt that fills its context, so the context has one more position.
         command = llama_command(artifact.artifact / FILE, port, length + 1, threads)
     else:
         require_backend(server)
@@ -271,13 +290,24 @@ def served_lm(
 
 
 def engine_limits(build: Mapping[str, Any]) -> list[int]:
-    """Returns limits of prompt and answer together, from the config of ``build_engine``."""
-    longest, prompt = build["max_seq_len"], build["max_input_len"]
-    return [limit for limit in (longest and longest - 1, prompt) if limit]
+    """Returns an engine's limits on the tokens of a prompt together with its answer.
+
+    Args:
+        build: The config of ``build_engine``. Settings that are ``None`` set no limit.
+    """
+    limits: list[int] = []
+    if build["max_seq_len"]:
+        limits.append(build["max_seq_len"] - 1)  # a server needs a free position at the end
+    if build["max_input_len"]:
+        limits.append(build["max_input_len"])
+    return limits
 
 
 def _generation_settings(folder: Path) -> dict[str, Any]:
-    """Returns the generation settings of a Hugging Face folder that differ from the defaults."""
+    """Returns a Hugging Face folder's generation settings that differ from transformers' defaults.
+
+    Without ``generation_config.json``, the result is empty.
+    """
     if not (folder / GENERATION_CONFIG).exists():
         return {}
     settings: dict[str, Any] = GenerationConfig.from_pretrained(folder).to_diff_dict()
@@ -285,12 +315,15 @@ def _generation_settings(folder: Path) -> dict[str, Any]:
 
 
 def _require_served_settings(folder: Path, tasks: Sequence[packed_lm.Task]) -> None:
-    """Refuses settings with which only the student would generate text."""
+    """Raises ``RecipeError`` if the student has generation settings that the server does not get.
+
+    Such settings matter only if a task's answers are generated.
+    """
     outputs = {subtask.OUTPUT_TYPE for task in tasks for subtask in task.subtasks.values()}
     settings = _generation_settings(folder)
-    if settings.get("guidance_scale") == 1:  # the value without effect is not the default
+    if settings.get("guidance_scale") == 1:  # has no effect, like transformers' default of None
         del settings["guidance_scale"]
-    if GENERATION in outputs and (names := NOT_SERVED & settings.keys()):
+    if GENERATION in outputs and (names := UNSERVED_SETTINGS & settings.keys()):
         raise RecipeError(
             f"{folder / GENERATION_CONFIG} has {', '.join(sorted(names))}, which the server does "
             "not get: the student would generate text in another way",
@@ -299,7 +332,7 @@ def _require_served_settings(folder: Path, tasks: Sequence[packed_lm.Task]) -> N
 
 
 def _require_generation(tasks: Sequence[packed_lm.Task]) -> None:
-    """Refuses tasks that need log-probabilities of the prompt."""
+    """Raises ``RecipeError`` if a task needs log-probabilities of prompts."""
     for task in tasks:
         if any(subtask.OUTPUT_TYPE != GENERATION for subtask in task.subtasks.values()):
             raise RecipeError(
@@ -310,6 +343,7 @@ def _require_generation(tasks: Sequence[packed_lm.Task]) -> None:
 
 
 def _heldout_text(cfg: EvaluateServedConfig, inputs: Inputs) -> TextSequences | None:
+    """Returns held-out sequences; ``None`` if the stage has no input ``data``."""
     from recipes.data.token_sequences import read_sequences
 
     data = inputs.get("data")
@@ -319,16 +353,17 @@ def _heldout_text(cfg: EvaluateServedConfig, inputs: Inputs) -> TextSequences | 
 def _compare_text(
     student: PreTrainedModel, text: TextSequences, losses: list[float], log: MetricsLog
 ) -> ServedText:
+    """Computes the student's losses on ``text``, and compares the served model's with them."""
     from recipes.evaluation.predictions import TEACHER, Predictor
     from recipes.evaluation.text_quality import score
 
-    # ``score`` needs a model with the key TEACHER. Only losses are used, which need no teacher.
-    reference = score({TEACHER: Predictor.of(student)}, text, 1, log)[TEACHER].losses
-    return ServedText.of(losses, reference, text.predictions)
+    # ``score`` needs a model with the key TEACHER, although a loss does not depend on a teacher.
+    scores = score({TEACHER: Predictor.of(student)}, text, micro_batch_size=1, log=log)
+    return ServedText.of(losses, scores[TEACHER].losses, text.predictions)
 
 
 def _text_of_build(artifact: Input) -> ServedText | None:
-    """Returns ``build_engine``'s comparison on held-out text; ``None`` if there is none."""
+    """Returns the comparison on held-out text that ``build_engine`` made; ``None`` without one."""
     if artifact.manifest.kind != "engine":
         return None
     quality = artifact.manifest.result(EngineResult).quality

@@ -20,7 +20,9 @@ from recipes.engines.tensorrt_llm import LLM_OPTIONS
 HOST = "127.0.0.1"
 LLAMA_SERVER = "llama-server"
 POLL_SECONDS = 0.2
+"""Time between two checks whether a server has started."""
 STOP_SECONDS = 15
+"""Time that a server has to end after SIGTERM, before it is killed."""
 SEE_LOG = "its output is in the stage's log: python launch/run.py logs run_dir=DIR"
 NO_LLAMA_SERVER = RecipeError(
     f"llama.cpp's server is missing: neither {LLAMA_SERVER} nor the package xllamacpp is installed",
@@ -41,11 +43,14 @@ def llama_command(file: Path, port: int, context: int, threads: int) -> list[str
     """
     if not has_llama_server():
         raise NO_LLAMA_SERVER
-    program = [LLAMA_SERVER]
-    if shutil.which(LLAMA_SERVER) is None:
-        program = [sys.executable, "-m", llama_server.__name__]
+    command = [LLAMA_SERVER]
+    if shutil.which(LLAMA_SERVER) is None:  # then the package xllamacpp is installed
+        command = [sys.executable, "-m", llama_server.__name__]
+    # -c: tokens of the context; -np: requests at a time; -t: CPU threads
     options = {"-m": file, "--host": HOST, "--port": port, "-c": context, "-np": 1, "-t": threads}
-    return [*program, *(str(word) for option in options.items() for word in option)]
+    for option, value in options.items():
+        command += [option, str(value)]
+    return command
 
 
 def trtllm_command(engine: str, backend: str, tokenizer: str, ranks: int = 1) -> list[str]:
@@ -53,9 +58,10 @@ def trtllm_command(engine: str, backend: str, tokenizer: str, ranks: int = 1) ->
 
     Args:
         engine: The engine's folder.
-        backend: The engine's backend.
+        backend: ``tensorrt_llm`` or ``tensorrt_llm_pytorch``.
         tokenizer: Hugging Face folder with the tokenizer, which a TensorRT engine does not contain.
-        ranks: GPUs that share the engine. A TensorRT engine has this number in its config.
+        ranks: Number of GPUs that share the engine. Not used for a TensorRT engine, whose own
+            config has this number.
     """
     command = ["trtllm-serve", engine]
     if backend == "tensorrt_llm":
@@ -65,9 +71,9 @@ def trtllm_command(engine: str, backend: str, tokenizer: str, ranks: int = 1) ->
 
 
 def free_port() -> int:
-    """Returns a port that no process uses."""
+    """Returns a port of ``HOST`` that no process uses now."""
     with socket.socket() as probe:
-        probe.bind((HOST, 0))
+        probe.bind((HOST, 0))  # 0: the system chooses a free port
         port: int = probe.getsockname()[1]
     return port
 
@@ -76,20 +82,29 @@ def free_port() -> int:
 def serving(
     command: Sequence[str], port: int, start_seconds: float, launcher: Sequence[str] = ()
 ) -> Iterator[str]:
-    """Runs a server until the context ends; yields its address. The server dies with this process.
+    """Runs a server while the context is open; yields the server's address.
 
-    ``launcher`` is a command, such as mpirun with its options, that starts the server.
+    The server is killed if this process dies.
+
+    Args:
+        command: The server's program and options.
+        port: Port that ``command`` makes the server listen on.
+        start_seconds: Maximum time until the server is ready.
+        launcher: Command that starts ``command``, such as mpirun with its options.
 
     Raises:
-        RecipeError: The server is missing, did not start in ``start_seconds``, ended, or refused a
-            request.
+        RecipeError: The server is not installed, did not start in ``start_seconds``, or ended; or a
+            request in the context failed.
     """
     import requests  # slow to import, and plans import this module
 
     name, address = Path(command[0]).name, f"http://{HOST}:{port}"
     if shutil.which(command[0]) is None:
-        raise RecipeError(f"{command[0]} is not installed", "run this stage where it is installed")
-    # preexec_fn calls die_with_parent for the server, which may be a program in C++.
+        raise RecipeError(
+            f"{command[0]} is not installed",
+            f"run this stage on a machine or in an image that has {command[0]} on PATH",
+        )
+    # The server may be a C++ program, so die_with_parent is called before the program starts.
     process = subprocess.Popen(
         [*launcher, *command], stdin=subprocess.DEVNULL, preexec_fn=die_with_parent
     )
@@ -97,10 +112,11 @@ def serving(
         _wait_until_healthy(process, address, name, start_seconds)
         yield address
     except requests.RequestException as error:
-        reason = _exit_reason(process, wait=1)  # a request may fail just before the process ends
-        answer = getattr(error.response, "text", "") or error
-        what = f"{name} ended during a request: {reason}" if reason else f"{name} failed: {answer}"
-        raise RecipeError(what, SEE_LOG) from error
+        # A request can fail shortly before the process ends, so wait for one second.
+        if reason := _exit_reason(process, wait=1):
+            raise RecipeError(f"{name} ended during a request: {reason}", SEE_LOG) from error
+        answer = getattr(error.response, "text", "") or error  # the error, if there is no response
+        raise RecipeError(f"{name} failed: {answer}", SEE_LOG) from error
     finally:
         process.terminate()
         if _exit_reason(process, wait=STOP_SECONDS) is None:
@@ -111,6 +127,7 @@ def serving(
 def _wait_until_healthy(
     process: subprocess.Popen[bytes], address: str, name: str, seconds: float
 ) -> None:
+    """Waits until the server answers ``/health``; raises ``RecipeError`` if it ends or is late."""
     import requests
 
     deadline = time.monotonic() + seconds

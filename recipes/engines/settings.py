@@ -17,12 +17,13 @@ from recipes.planning.transformer import Storage
 
 BACKENDS = ("openvino", "tensorrt_llm", "tensorrt_llm_pytorch")
 CALIBRATED_FORMATS = ("fp8", "int4_awq")
-"""Formats of ``quantize``, which needs calibration text. ``build_engine`` converts to all other
-precisions without such text. SmoothQuant is missing, because no layer of TensorRT-LLM reads the
-tensors that ModelOpt writes for it."""
+"""Formats of the stage ``quantize``; they need calibration text. ``build_engine`` converts to all
+other precisions without text. SmoothQuant is missing, because no layer of TensorRT-LLM reads the
+tensors that ModelOpt writes for SmoothQuant."""
 KV_CACHE_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "u8": 1, "fp8": 1}
 """Bytes of a value in the KV cache, by ``kv_cache_dtype``."""
 Grid = Annotated[list[Count], Field(min_length=1)]
+"""Values of one dimension of the grid that ``measure_speed`` measures."""
 
 
 @dataclass
@@ -74,9 +75,9 @@ class BuildEngineConfig(StageConfig):
 
     @property
     def scale_group(self) -> int | None:
-        """Weights that share a scale; ``None`` for precisions without groups.
+        """Number of weights that share a scale; ``None`` for precisions without groups.
 
-        Only OpenVINO's ``int4`` has groups of this size. TensorRT-LLM's ``int4`` (``W4A16``) has
+        Only OpenVINO's ``int4`` uses ``group_size``. TensorRT-LLM's ``int4`` (``W4A16``) has
         one scale per output channel.
         """
         has_groups = self.backend == "openvino" and self.precision == "int4"
@@ -84,9 +85,14 @@ class BuildEngineConfig(StageConfig):
 
     @property
     def storage(self) -> Storage:
-        """Types of weights and KV cache. The default of OpenVINO's KV cache has 8 bits."""
-        default = 4 if self.precision == "fp32" else 1 if self.backend == "openvino" else 2
-        kv_bytes = KV_CACHE_BYTES.get(self.kv_cache_dtype, default)
+        """Types of weights and KV cache."""
+        if self.precision == "fp32":
+            auto_bytes = 4
+        elif self.backend == "openvino":
+            auto_bytes = 1  # OpenVINO's default is an 8-bit KV cache
+        else:
+            auto_bytes = 2
+        kv_bytes = KV_CACHE_BYTES.get(self.kv_cache_dtype, auto_bytes)  # "auto" is not a key
         return Storage(self.precision, self.scale_group, kv_bytes)
 
 

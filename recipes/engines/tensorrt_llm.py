@@ -33,25 +33,27 @@ from recipes.planning.rules import Problem
 VERSION = "1.2.0"
 IMAGE = f"nvcr.io/nvidia/tensorrt-llm/release:{VERSION}"
 FIRST_RELEASE_WITHOUT_ENGINES = (1, 3)
+"""First release, as (major, minor), that cannot build TensorRT engines."""
 
 DTYPES = {"fp16": "float16"}
-"""Type of activations and unquantized weights, by precision; bfloat16 in all other precisions. By
-default, TensorRT-LLM would convert float32 to float16."""
+"""Type of activations and unquantized weights, by precision; bfloat16 in all other precisions. It
+is always set, because TensorRT-LLM's default converts float32 weights to float16."""
 QUANT_ALGOS = {"int8": "W8A16", "int4": "W4A16", "fp8": "FP8", "int4_awq": "W4A16_AWQ"}
-"""TensorRT-LLM's names of precisions. ``hf_quant_config.json`` of a checkpoint has the same names.
-"""
+"""TensorRT-LLM's name of each quantized precision. ModelOpt writes the same names to
+``hf_quant_config.json``."""
 ENGINE_PRECISIONS = ("bf16", "fp16", "int8", "int4", "fp8")
-"""AWQ is missing: the engine builder reads its scales as ``input_quantizer._pre_quant_scale``, but
-ModelOpt writes ``pre_quant_scale``, which only the PyTorch backend reads."""
+"""Precisions of TensorRT engines. AWQ is missing: the engine builder reads its scales as
+``input_quantizer._pre_quant_scale``, but ModelOpt writes ``pre_quant_scale``, which only the
+PyTorch backend reads."""
 PYTORCH_PRECISIONS = ("bf16", "fp8", "int4_awq")
 KV_CACHE_DTYPES = ("auto", "fp8")
-"""int8 would need scales that ModelOpt's checkpoints do not have."""
+"""int8 is missing: it would need scales that ModelOpt's checkpoints do not have."""
 
 HEAD_SIZES = (32, 48, 64, 80, 96, 104, 112, 128, 144, 160, 192, 224, 256)
 """Head sizes of the compiled attention kernels, which both backends use
 (``cpp/tensorrt_llm/common/attentionOp.cpp``)."""
 SIZE_MULTIPLES = {"int8": 64, "int4": 64, "int4_awq": 128, "fp8": 16}
-"""Rows and columns of a rank's quantized matrices must be multiples of these."""
+"""Rows and columns of a rank's quantized matrices must be multiples of this, by precision."""
 FP8_REQUIREMENT = (
     8.9,
     "use engine=tensorrt_llm; or stages.quantize.format=int4_awq with "
@@ -61,7 +63,9 @@ FP8_REQUIREMENT = (
 LAUNCHER = "TENSORRT_LLM_LAUNCHER"
 """Environment variable with the command that starts TensorRT-LLM's programs, such as mpirun."""
 LLM_OPTIONS = "llm_options.yaml"
+"""File in the artifact of the PyTorch backend with options for ``trtllm-serve``."""
 QUANTIZATION = "hf_quant_config.json"
+"""File in which ModelOpt writes how a checkpoint is quantized."""
 
 
 def problems(
@@ -83,21 +87,21 @@ def problems(
             f"{', '.join(map(str, HEAD_SIZES))}",
             "set engine=null with gguf=f16, or engine=openvino",
         )
-    tensor = cfg.tensor_parallel_size
-    yield from _parallel_problems(tensor, arch)
-    align = SIZE_MULTIPLES.get(cfg.precision, 1)
-    sizes = {
-        "hidden_size": arch.hidden_size,
-        "ffn_hidden_size": arch.ffn_hidden_size // tensor,
-        "attention's size": arch.num_attention_heads * arch.kv_channels // tensor,
+    ranks = cfg.tensor_parallel_size
+    yield from _parallel_problems(ranks, arch)
+    multiple = SIZE_MULTIPLES.get(cfg.precision, 1)
+    sizes_per_rank = {
+        "hidden_size": arch.hidden_size,  # tensor parallelism does not split it
+        "ffn_hidden_size": arch.ffn_hidden_size // ranks,
+        "attention's size": arch.num_attention_heads * arch.kv_channels // ranks,
     }
-    for name, size in sizes.items():
-        if size % align:
+    for name, size in sizes_per_rank.items():
+        if size % multiple:
             yield Problem(
                 rules.ALIGNMENT,
-                f"precision={cfg.precision} needs multiples of {align}, but {name} is {size} on "
+                f"precision={cfg.precision} needs multiples of {multiple}, but {name} is {size} on "
                 "each rank",
-                f"prune to a multiple of {align * tensor}, or use precision=bf16",
+                f"prune to a multiple of {multiple * ranks}, or use precision=bf16",
             )
 
 
@@ -119,19 +123,20 @@ def _scale_problems(precision: str, source: StageConfig | None) -> Iterator[Prob
         )
 
 
-def _parallel_problems(tensor: int, arch: Architecture) -> Iterator[Problem]:
+def _parallel_problems(ranks: int, arch: Architecture) -> Iterator[Problem]:
+    """Yields a problem for each size that cannot be distributed evenly over the ranks."""
     for name in ("num_attention_heads", "ffn_hidden_size"):
-        if getattr(arch, name) % tensor:
+        if getattr(arch, name) % ranks:
             yield Problem(
                 rules.TENSOR_PARALLEL,
-                f"{name}={getattr(arch, name)} is not divisible by tensor_parallel_size={tensor}",
+                f"{name}={getattr(arch, name)} is not divisible by tensor_parallel_size={ranks}",
                 "lower tensor_parallel_size",
             )
     groups = arch.num_query_groups
-    if groups % tensor and tensor % groups:
+    if groups % ranks and ranks % groups:
         yield Problem(
             rules.TENSOR_PARALLEL,
-            f"{groups} query groups can be neither split nor repeated over {tensor} ranks",
+            f"{groups} query groups can be neither split nor repeated over {ranks} ranks",
             f"use a tensor_parallel_size that divides {groups} or is a multiple of it",
         )
 
@@ -140,7 +145,7 @@ def machine_problem(backend: str, version: str | None, gpu: bool) -> RecipeError
     """Returns why a machine cannot run a backend; ``None`` if it can.
 
     Args:
-        backend: The backend.
+        backend: ``tensorrt_llm`` or ``tensorrt_llm_pytorch``.
         version: The installed version of TensorRT-LLM; ``None`` if it is not installed.
         gpu: Whether the machine has an NVIDIA GPU.
     """
@@ -152,7 +157,7 @@ def machine_problem(backend: str, version: str | None, gpu: bool) -> RecipeError
             f"backend={backend} needs {' and '.join(missing)}, which this machine does not have",
             f"run this stage on a GPU in {IMAGE}, or set engine=openvino for a CPU",
         )
-    release = tuple(int(part) for part in str(version).split(".")[:2])
+    release = tuple(int(number) for number in str(version).split(".")[:2])  # (major, minor)
     if backend == "tensorrt_llm" and release >= FIRST_RELEASE_WITHOUT_ENGINES:
         return RecipeError(
             f"TensorRT-LLM {version} cannot build engines; 1.2 is the last release that can",
@@ -162,24 +167,33 @@ def machine_problem(backend: str, version: str | None, gpu: bool) -> RecipeError
 
 
 def launcher() -> list[str]:
-    """Returns the command, such as mpirun with options, that starts a program of TensorRT-LLM."""
+    """Returns the words to put before a command of TensorRT-LLM, such as mpirun with options.
+
+    The list is empty if the environment variable is not set.
+    """
     return shlex.split(os.environ.get(LAUNCHER, ""))
 
 
 def require(backend: str) -> None:
-    """Raises ``RecipeError`` unless this machine can run the backend."""
+    """Raises ``RecipeError`` unless this machine can run a backend of TensorRT-LLM."""
     if problem := machine_problem(backend, installed_version("tensorrt_llm"), gpus_here() > 0):
         raise problem
 
 
 def declared_quantization(folder: Path) -> str | None:
-    """Returns the quantization that a checkpoint declares; ``None`` if it has none."""
+    """Returns TensorRT-LLM's name of a checkpoint's quantization, such as ``FP8``.
+
+    ``None`` if the checkpoint is not quantized.
+    """
     file = folder / QUANTIZATION
     return read_json(file)["quantization"]["quant_algo"] if file.is_file() else None
 
 
 def require_quantization(folder: Path, precision: str) -> None:
-    """Raises ``RecipeError`` unless a checkpoint has the quantization of ``precision``."""
+    """Raises ``RecipeError`` unless a checkpoint has the quantization that ``precision`` needs.
+
+    Precisions that need no calibration are converted from a checkpoint without quantization.
+    """
     algorithm = declared_quantization(folder)
     expected = QUANT_ALGOS[precision] if precision in CALIBRATED_FORMATS else None
     if algorithm != expected:
@@ -195,18 +209,19 @@ def require_quantization(folder: Path, precision: str) -> None:
 def build_request(
     cfg: BuildEngineConfig, folder: Path, out: Path, positions: int
 ) -> dict[str, Any]:
-    """Returns the arguments of ``trtllm_build_worker``.
+    """Returns the content of the file from which ``trtllm_build_worker`` builds an engine.
 
-    They are for TensorRT-LLM's LLM class, which also reads ModelOpt's checkpoints. The conversion
-    scripts of TensorRT-LLM's examples are not used, because its package does not have them.
+    Each key except ``engine_dir`` maps to the arguments of a class of TensorRT-LLM. The engine is
+    built with the LLM class, which also reads ModelOpt's checkpoints. The conversion scripts in
+    TensorRT-LLM's examples are not used, because they are not in its package.
 
     Args:
         cfg: The stage's config.
         folder: Hugging Face folder of the model.
         out: Folder for the engine.
-        positions: Maximum sequence length of the model.
+        positions: Number of positions of the model.
     """
-    longest = cfg.max_seq_len or positions
+    max_seq_len = cfg.max_seq_len or positions
     quantization: dict[str, Any] = {}
     if cfg.precision in QUANT_ALGOS:
         quantization["quant_algo"] = QUANT_ALGOS[cfg.precision]
@@ -221,12 +236,13 @@ def build_request(
         },
         "build_config": {
             "max_batch_size": cfg.max_batch_size,
-            "max_input_len": cfg.max_input_len or longest - 1,
-            "max_seq_len": longest,
+            "max_input_len": cfg.max_input_len or max_seq_len - 1,
+            "max_seq_len": max_seq_len,
             "max_num_tokens": cfg.max_num_tokens,
         },
-        # As ``trtllm-bench build`` sets it, except that this command always uses an FP8 KV cache in
-        # an FP8 engine. Attention in FP8 would read a bfloat16 cache as FP8.
+        # These are the settings of ``trtllm-bench build``, except that FP8 attention depends on the
+        # KV cache: it would read a bfloat16 cache as FP8. The FP8 engines of ``trtllm-bench``
+        # always have an FP8 KV cache.
         "plugin_config": {
             "multiple_profiles": True,
             "use_paged_context_fmha": True,
@@ -237,15 +253,21 @@ def build_request(
 
 
 def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
-    """Builds a TensorRT engine in a subprocess, one file per rank, and verifies it."""
+    """Builds a TensorRT engine in a subprocess, and verifies its quantization and sizes.
+
+    Raises:
+        RecipeError: The checkpoint has another quantization, the build failed, or the engine
+            differs from the config.
+    """
     require_quantization(folder, cfg.precision)
     request = build_request(cfg, folder, out, _positions(folder))
-    file = out.parent / "tensorrt_llm_request.json"
-    command = [*launcher(), sys.executable, "-m", trtllm_build_worker.__name__, str(file)]
+    request_file = out.parent / "tensorrt_llm_request.json"
+    worker = [sys.executable, "-m", trtllm_build_worker.__name__, str(request_file)]
     # TensorRT-LLM first writes the whole engine into its workspace, by default in /tmp.
     with tempfile.TemporaryDirectory(dir=out.parent) as workspace:
         request["llm"]["workspace"] = workspace
-        write_json(file, request)
+        write_json(request_file, request)
+        command = [*launcher(), *worker]
         completed = subprocess.run(command, check=False, preexec_fn=die_with_parent)
     if status := completed.returncode:
         raise RecipeError(
@@ -256,12 +278,15 @@ def build(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
 
 
 def require_engine(engine: Path, request: dict[str, Any]) -> None:
-    """Raises ``RecipeError`` unless the engine has the requested quantization and sizes."""
+    """Raises ``RecipeError`` unless the engine has the requested quantization and sizes.
+
+    ``request`` is the result of ``build_request``.
+    """
     config = read_json(engine / "config.json")
     pretrained, built = config["pretrained_config"], config["build_config"]
     requested, ranks = request["build_config"], request["llm"]["tensor_parallel_size"]
     algorithm = request["quant_config"].get("quant_algo")
-    values = (
+    checks = (  # label, value in the engine, requested value
         ("quant_algo=", pretrained["quantization"]["quant_algo"], algorithm),
         ("max_batch_size=", built["max_batch_size"], requested["max_batch_size"]),
         ("max_seq_len=", built["max_seq_len"], requested["max_seq_len"]),
@@ -269,8 +294,8 @@ def require_engine(engine: Path, request: dict[str, Any]) -> None:
         ("rank*.engine files: ", len(list(engine.glob("rank*.engine"))), ranks),
     )
     differences = [
-        f"{name}{actual} instead of {expected}"
-        for name, actual, expected in values
+        f"{label}{actual} instead of {expected}"
+        for label, actual, expected in checks
         if actual != expected
     ]
     if differences:
@@ -282,13 +307,13 @@ def require_engine(engine: Path, request: dict[str, Any]) -> None:
 def prepare_pytorch(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
     """Writes the artifact of the PyTorch backend: the checkpoint, linked or copied, and options.
 
-    The backend computes in the type that config.json names, and ignores the option ``dtype``. The
-    type is therefore set to bfloat16, in which the backend then loads float32 weights, too.
+    The backend ignores the option ``dtype``, and loads and computes in the type that config.json
+    names. This function sets that type to bfloat16, also for checkpoints in float32.
     """
     require_quantization(folder, cfg.precision)
     shutil.copytree(folder, out, dirs_exist_ok=True, copy_function=link_or_copy)
     config = read_json(folder / "config.json")
-    config.pop("dtype", None)  # transformers prefers this name of the type
+    config.pop("dtype", None)  # transformers would prefer it to ``torch_dtype``
     write_json(out / "config.json", config | {"torch_dtype": "bfloat16"})
     write_text_atomically(out / LLM_OPTIONS, llm_options(cfg, _positions(folder)))
 
@@ -296,9 +321,9 @@ def prepare_pytorch(cfg: BuildEngineConfig, folder: Path, out: Path) -> None:
 def llm_options(cfg: BuildEngineConfig, positions: int) -> str:
     """Returns the content of the file for ``--extra_llm_api_options``, as JSON, which is also YAML.
 
-    ``kv_cache_config`` replaces all settings of ``trtllm-bench`` for the KV cache, so it sets the
-    memory fraction, too. It disables the reuse of blocks, because otherwise the warm-up would cache
-    the prompts of the measurement.
+    ``kv_cache_config`` replaces all settings of ``trtllm-bench`` for the KV cache. So it also has
+    to set the memory fraction. Reuse of blocks is disabled, because otherwise the warm-up would
+    cache the prompts of the measurement.
     """
     options: dict[str, Any] = {
         "max_batch_size": cfg.max_batch_size,
@@ -314,5 +339,6 @@ def llm_options(cfg: BuildEngineConfig, positions: int) -> str:
 
 
 def _positions(folder: Path) -> int:
+    """Returns the number of positions of a Hugging Face model."""
     config = read_json(folder / "config.json")
     return int(config["max_position_embeddings"])

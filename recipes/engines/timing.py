@@ -1,4 +1,4 @@
-"""Describes models, requests and timings of a speed measurement. Does not import torch."""
+"""Classes of a speed measurement: models, batches, timings, workers. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from recipes.engines.results import Spread
 from recipes.planning.transformer import Storage
 
 FIRST_ORDINARY_TOKEN = 3
-"""Lowest id in random prompts. Lower ids are special tokens in most vocabularies."""
+"""Lowest token id in random prompts. Lower ids are special tokens in most vocabularies."""
 
 
 @dataclass(frozen=True)
 class TimedModel:
-    """One model in one backend."""
+    """A model to measure in one backend."""
 
     role: str
+    """``teacher`` or ``student``."""
     backend: str
     storage: Storage
     """Types of weights and KV cache."""
     path: Path
     """Engine or Hugging Face folder that the backend loads."""
     folder: Path
-    """Hugging Face folder of the same model."""
+    """Hugging Face folder of the model, also if ``path`` is an engine."""
     architecture: Architecture
     tensor_parallel_size: int = 1
 
 
 @dataclass(frozen=True)
 class RequestShape:
-    """The size of a batch of requests, which all have the same lengths."""
+    """Size of a batch of requests. All its requests have the same lengths."""
 
     batch_size: int
     prompt_tokens: int
@@ -43,7 +44,7 @@ class RequestShape:
 
     @property
     def context(self) -> float:
-        """Length of a sequence while it is decoded: the mean over the decoding steps."""
+        """Tokens that a new token attends to, as the mean over the decoding steps."""
         return self.prompt_tokens + self.new_tokens / 2
 
 
@@ -77,10 +78,15 @@ class Generation:
 
 
 class Worker:
-    """Base class: runs one model in a ``with`` block, at whose end its processes are stopped."""
+    """Base class of workers, which each run one model.
+
+    Use a worker in a ``with`` block. The end of the block stops the worker's processes.
+    """
 
     load_seconds: float = 0.0
+    """Time to load the model."""
     peak_memory_bytes: int = 0
+    """Peak memory up to the last request."""
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Timing:
         """Continues one batch of prompts by ``new_tokens`` tokens each, and times it."""
@@ -97,9 +103,15 @@ def random_prompts(shape: RequestShape, vocabulary: int, seed: int) -> list[list
     """Returns random tokens [batch, prompt].
 
     Each batch needs a different seed, because engines cache the keys and values of prompts.
+
+    Args:
+        shape: Batch size and prompt length.
+        vocabulary: Number of tokens in the vocabulary.
+        seed: Seed of the random tokens.
     """
-    generator, ordinary = random.Random(seed), range(FIRST_ORDINARY_TOKEN, vocabulary)
-    return [generator.choices(ordinary, k=shape.prompt_tokens) for _ in range(shape.batch_size)]
+    generator = random.Random(seed)
+    token_ids = range(FIRST_ORDINARY_TOKEN, vocabulary)
+    return [generator.choices(token_ids, k=shape.prompt_tokens) for _ in range(shape.batch_size)]
 
 
 def spread(values: Iterable[float]) -> Spread:

@@ -1,7 +1,8 @@
 """Builds one engine with TensorRT-LLM's Python API, inside NVIDIA's image.
 
-``build_engine`` starts it as ``python -m recipes.engines.trtllm_build_worker REQUEST.json``, with
-the request of ``tensorrt_llm.build_request``. The calls follow TensorRT-LLM's own
+``build_engine`` starts this module as
+``python -m recipes.engines.trtllm_build_worker REQUEST.json``. ``tensorrt_llm.build_request``
+returns the content of REQUEST.json. The calls follow TensorRT-LLM's own
 ``tensorrt_llm/bench/build/build.py``.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 
 
 def main(request: dict[str, Any]) -> None:
-    """Converts the checkpoint, builds the engine and saves it."""
+    """Converts the checkpoint, builds the engine and saves it in ``request["engine_dir"]``."""
     from tensorrt_llm._tensorrt_engine import LLM
     from tensorrt_llm.builder import BuildConfig
     from tensorrt_llm.llmapi.llm_utils import QuantConfig
@@ -23,11 +24,13 @@ def main(request: dict[str, Any]) -> None:
     build_config = BuildConfig(**request["build_config"])
     for name, value in request["plugin_config"].items():
         setattr(build_config.plugin_config, name, value)
+    # Algorithms of weights and KV cache, by argument of QuantConfig.
     algorithms = {name: QuantAlgo(value) for name, value in request["quant_config"].items()}
     llm = LLM(**request["llm"], build_config=build_config, quant_config=QuantConfig(**algorithms))
     llm.save(request["engine_dir"])
     llm.shutdown()
 
 
-if __name__ == "__main__":  # with tensor parallelism, MPI's workers import this module again
+# With tensor parallelism, MPI's workers import this module again, and must not call ``main``.
+if __name__ == "__main__":
     main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

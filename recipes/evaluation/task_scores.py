@@ -1,4 +1,4 @@
-"""Evaluates models on benchmarks. Uses cached answers if there are any."""
+"""Evaluates a run's models on benchmarks, one model at a time, and compares their scores."""
 
 from __future__ import annotations
 
@@ -33,23 +33,24 @@ from recipes.evaluation.text_quality import load_transformers, model_sha256
 def score(
     cfg: EvaluateTasksConfig, inputs: Inputs, out: Path, log: MetricsLog
 ) -> TaskResults | None:
-    """Evaluates all models, and the student as saved at earlier steps, one at a time.
+    """Evaluates all models, and the student's checkpoints of earlier training steps.
 
-    Ranks split the items. Rank 0 writes ``samples/<task>.jsonl``, with one item and all models'
-    responses per line, and returns the results; other ranks return ``None``.
+    Ranks split the items. Rank 0 writes ``samples/<task>.jsonl``, where each line has an item and
+    all models' responses. Rank 0 returns the results; other ranks return ``None``.
     """
     if world_size() > 1:
         nemo.initialize(nemo.Parallelism())
-    with rank_0_first():  # rank 0 downloads the data
+    with rank_0_first():  # rank 0 downloads the data, the other ranks read it from the cache
         tasks = packed_lm.load_tasks(cfg.tasks, cfg.source, cfg.num_fewshot, cfg.revisions)
+    # Keys are the model's name: a role, or ``step N``.
     answers: dict[str, dict[str, TaskAnswers]] = {}
     cached: dict[str, list[str]] = {}
-    students = nemo.step_checkpoints(inputs["distilled"].artifact)
+    step_checkpoints = nemo.step_checkpoints(inputs["distilled"].artifact)
     paths = {role: nemo.find_checkpoint(inputs[role].artifact) for role in ROLES}
-    paths |= {f"step {step}": path for step, path in students.items()}
+    paths |= {f"step {step}": path for step, path in step_checkpoints.items()}
     for name, path in paths.items():
-        answers[name], cached[name] = _answers(cfg, name, path, tasks, log)
-        gc.collect()
+        answers[name], cached[name] = _load_and_answer(cfg, name, path, tasks, log)
+        gc.collect()  # frees the model, which reference cycles may keep in memory
     if rank() != 0:
         return None
     (out / "samples").mkdir()
@@ -66,12 +67,12 @@ def score(
             data=task.data,
             seconds={name: answers[name][task.name].seconds for name in paths},
             answers=compare_answers(items),
-            steps={step: score_of(task.metric, items[f"step {step}"]) for step in students},
+            steps={step: score_of(task.metric, items[f"step {step}"]) for step in step_checkpoints},
         )
     return TaskResults(results, cached, f"lm_eval {HARNESS}, {dtype_name(cfg.precision)}")
 
 
-def _answers(
+def _load_and_answer(
     cfg: EvaluateTasksConfig,
     name: str,
     path: Path,
@@ -81,17 +82,17 @@ def _answers(
     """Loads one model; returns its answers by task, and the names of cached tasks."""
     model = load_model(path, dtype_of(cfg.precision))
     tokenizer = AutoTokenizer.from_pretrained(nemo.side_folder(path), trust_remote_code=False)
-    packed = packed_lm.PackedLM(
+    packed_model = packed_lm.PackedLM(
         model, tokenizer, cfg.pack_tokens, partial(log.progress, f"requests, {name}")
     )
-    return answer_tasks(cfg, name, packed, lambda: model_sha256(model, path), tasks, log)
+    return answer_tasks(cfg, name, packed_model, lambda: model_sha256(model, path), tasks, log)
 
 
 def load_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Loads a NeMo checkpoint with its generation settings, such as a repetition penalty.
 
-    lm-eval generates with these settings, because ``from_pretrained`` reads them. It only disables
-    sampling.
+    lm-eval itself loads models with ``from_pretrained``, which reads these settings. So they are
+    set here too. lm-eval changes only one of them: it disables sampling.
     """
     model = load_transformers(checkpoint, dtype)
     if (nemo.side_folder(checkpoint) / GENERATION_CONFIG).exists():

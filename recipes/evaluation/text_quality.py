@@ -60,8 +60,8 @@ def measure(
 ) -> EvaluationResult:
     """Evaluates NeMo checkpoints on held-out text, with one model in memory at a time.
 
-    Writes ``results.json`` with the loss of each sequence and with generated text. Ranks split the
-    sequences; rank 0 generates the text.
+    Ranks split the sequences. Rank 0 also generates text, and writes ``results.json`` with all
+    metrics, the loss of each sequence and the generated text.
 
     Args:
         cfg: The stage's config.
@@ -69,6 +69,9 @@ def measure(
         data: Output of ``prepare_data``.
         out: Folder of ``results.json``.
         log: Metrics file.
+
+    Returns:
+        The metrics over the sequences of all ranks.
     """
     text = read_sequences(data, "heldout", cfg.seq_length, cfg.num_sequences)
     _require_text_for_ranks(cfg, text)
@@ -77,16 +80,18 @@ def measure(
     rank_text = text[rank() :: world_size()]
     tokenizer_folder = nemo.side_folder(checkpoints[TEACHER])
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
-    step = max(1, len(text) // max(1, cfg.num_generations))  # evenly spaced over the text
-    examples = text.tokens[::step][: cfg.num_generations]
+    stride = max(1, len(text) // max(1, cfg.num_generations))  # spaces examples over the text
+    examples = text.tokens[::stride][: cfg.num_generations]
     end = cfg.prompt_tokens + cfg.new_tokens
     prompts = examples[:, : cfg.prompt_tokens]
+    # Tokens of the prompts, of their original continuations, and below of each model's.
     generations = {"prompt": prompts, "text": examples[:, cfg.prompt_tokens : end]}
     states, parameters = {}, {}
     for number, (role, path) in enumerate(checkpoints.items()):
         model = load_transformers(path, dtype_of(cfg.precision))
 
-        # A default argument keeps this iteration's value; a closure would read the loop's variable.
+        # Sequences of earlier models are done. A default argument keeps this iteration's value; a
+        # closure would read the loop's variable.
         def progress(done: int, earlier: int = number * len(rank_text)) -> None:
             log.progress("evaluate", earlier + done, len(checkpoints) * len(rank_text))
 
@@ -97,8 +102,9 @@ def measure(
         if rank() == 0 and len(prompts):
             generations[role] = _generate(cfg, model, prompts, tokenizer.eos_token_id)
         del model
-    compared = compare_predictions(states, rank_text).items()
-    scores = _gather_scores({role: Scores.of(values, rank_text) for role, values in compared})
+    metrics = compare_predictions(states, rank_text)
+    rank_scores = {role: Scores.of(values, rank_text) for role, values in metrics.items()}
+    scores = _gather_scores(rank_scores)
     results = {
         role: ModelQuality(**vars(role_scores.quality()), parameters=parameters[role])
         for role, role_scores in scores.items()
@@ -118,6 +124,7 @@ def measure(
 
 
 def _require_text_for_ranks(cfg: EvaluateConfig, text: TextSequences) -> None:
+    """Raises ``RecipeError`` if a rank would get no sequence."""
     if len(text) < world_size():
         raise RecipeError(
             f"the held-out text has {len(text)} sequences of {cfg.seq_length} tokens, but "
@@ -135,21 +142,26 @@ def _write_details(
 ) -> None:
     """Writes each role's results and sequence losses, and each prompt with its continuations.
 
-    ``texts`` has the prompts, their continuations in the text, and each model's continuations.
+    ``texts`` maps ``prompt``, ``text`` and the roles to lists with one text per prompt: the prompt,
+    its original continuation, and each model's continuation.
     """
-    detail = {
+    details = {
         "results": {role: asdict(quality) for role, quality in results.items()},
         "sequence_losses": {role: role_scores.losses for role, role_scores in scores.items()},
+        # One dict per prompt, with the keys of ``texts``.
         "generations": [
             dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)
         ],
     }
-    write_text_atomically(path, json_text(detail, indent=1, ensure_ascii=False))
+    write_text_atomically(path, json_text(details, indent=1, ensure_ascii=False))
 
 
 @dataclass
 class Scores:
-    """A model's metrics for each sequence: means over the tokens that count in the loss."""
+    """A model's metrics by sequence: means over the predictions that count in the loss.
+
+    The fields are those of ``PredictionMetrics``, in the same order.
+    """
 
     losses: list[float] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
@@ -158,7 +170,7 @@ class Scores:
     @classmethod
     def of(cls, metrics: PredictionMetrics, text: TextSequences) -> Scores:
         """Computes the mean of each metric for each sequence of a text."""
-        counts = text.prediction_mask.sum(dim=1).tolist()
+        counts = text.prediction_mask.sum(dim=1).tolist()  # predictions of each sequence
         return cls(
             *(
                 [sequence.mean().item() for sequence in values.split(counts)]
@@ -170,26 +182,28 @@ class Scores:
         """Appends the metrics of further sequences."""
         return Scores(*(values + vars(more)[name] for name, values in vars(self).items()))
 
-    def quality(self, chosen: slice = slice(None)) -> TextQuality:
-        """Returns the means over the chosen sequences; by default over all."""
-        losses = self.losses[chosen]
+    def quality(self, span: slice = slice(None)) -> TextQuality:
+        """Returns the means over a range of sequences; by default over all."""
+        losses = self.losses[span]
         return TextQuality(
             loss=fmean(losses),
             loss_standard_error=standard_error(losses),
             perplexity=math.exp(fmean(losses)),
-            kl_to_teacher=fmean(self.divergences[chosen]),
-            top1_agreement=fmean(self.agreements[chosen]),
+            kl_to_teacher=fmean(self.divergences[span]),
+            top1_agreement=fmean(self.agreements[span]),
         )
 
 
 def _gather_scores(scores: dict[str, Scores]) -> dict[str, Scores]:
     """Gathers the scores of all ranks, and restores the order of the sequences.
 
-    Rank r of n has the sequences r, r + n, r + 2n and so on.
+    ``scores`` maps roles to this rank's scores. Rank r of n has the sequences r, r + n, r + 2n and
+    so on.
     """
     by_rank = gather(scores)
 
     def in_order(role: str, metric: str) -> list[float]:
+        # A row has one value of each rank. In the last row, some ranks may have no value.
         rows = zip_longest(*(vars(rank_scores[role])[metric] for rank_scores in by_rank))
         return [value for row in rows for value in row if value is not None]
 
@@ -202,7 +216,10 @@ def _gather_scores(scores: dict[str, Scores]) -> dict[str, Scores]:
 def score(
     models: Mapping[str, Predictor], text: TextSequences, micro_batch_size: int, log: MetricsLog
 ) -> dict[str, Scores]:
-    """Compares models with the teacher, all of them in memory. ``models`` includes the teacher."""
+    """Compares models with the teacher, with all models in memory at the same time.
+
+    ``models`` maps roles to models. The role ``TEACHER`` is required.
+    """
     scores = {role: Scores() for role in models}
     for start in range(0, len(text), micro_batch_size):
         batch = text[start : start + micro_batch_size]
@@ -214,7 +231,7 @@ def score(
 
 
 def token_quality(teacher: FinalStates, student: FinalStates, text: TextSequences) -> TokenQuality:
-    """Compares a student with its teacher."""
+    """Compares a student with its teacher, on the text that both ran on."""
     metrics = compare_predictions({TEACHER: teacher, "student": student}, text)["student"]
     loss, kl = (values.double().mean().item() for values in (metrics.losses, metrics.divergences))
     return TokenQuality(math.exp(loss), kl)
@@ -235,6 +252,9 @@ def measure_checkpoints(
         text: Sequences to compare them on.
         precision: Precision of weights and computation.
         micro_batch_size: Number of sequences in a forward pass.
+
+    Returns:
+        The metrics of each student, in the order of ``students``.
     """
 
     def run(checkpoint: Path) -> FinalStates:
@@ -247,7 +267,7 @@ def measure_checkpoints(
 
 
 def _by_source(scores: Mapping[str, Scores], text: TextSequences) -> dict[str, SourceQuality]:
-    """Returns the metrics of each source's sequences."""
+    """Returns the metrics of all models on each source's sequences, by source."""
     return {
         source: SourceQuality(
             **{role: scores[role].quality(span) for role in ROLES},
@@ -260,16 +280,19 @@ def _by_source(scores: Mapping[str, Scores], text: TextSequences) -> dict[str, S
     }
 
 
-def _recovered(scores: Mapping[str, Scores], chosen: slice = slice(None)) -> float | None:
-    """Pruning raises the loss; returns the fraction of this rise that distillation undid."""
+def _recovered(scores: Mapping[str, Scores], span: slice = slice(None)) -> float | None:
+    """Returns which fraction of the loss added by pruning was recovered, on a range of sequences.
+
+    ``None`` if pruning did not raise the loss significantly; see ``recovered``.
+    """
     # Losses are negated, because ``recovered`` expects values where higher is better.
-    return recovered(*([-loss for loss in scores[role].losses[chosen]] for role in ROLES))
+    return recovered(*([-loss for loss in scores[role].losses[span]] for role in ROLES))
 
 
 def load_transformers(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Loads a NeMo checkpoint as a transformers model, on the GPU if there is one."""
     config = AutoConfig.from_pretrained(nemo.side_folder(checkpoint), trust_remote_code=False)
-    # By default, transformers computes hidden_size / heads, which is wrong after pruning.
+    # Without this field, transformers assumes hidden_size / heads, which is wrong after pruning.
     config.head_dim = nemo.architecture_of(checkpoint).kv_channels
     return with_weights(config, convert.hf_weights(checkpoint), dtype)
 
@@ -279,6 +302,11 @@ def with_weights(
 ) -> PreTrainedModel:
     """Builds a transformers model from named weights, on the GPU if there is one.
 
+    Args:
+        config: The model's config.
+        weights: Names in the transformers model, and tensors.
+        dtype: The dtype of the model's parameters.
+
     Raises:
         ValueError: The weights do not match the config.
     """
@@ -287,18 +315,28 @@ def with_weights(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing, unexpected = model.load_state_dict(dict(weights), strict=False)
     model.tie_weights()
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()  # ``weights`` lacks them
+    # A tied head uses the embedding's weight, so ``weights`` has none for it.
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if unexpected or set(missing) - tied:
-        raise ValueError(f"{config.model_type}: missing {missing}, unexpected {unexpected}")
+        raise ValueError(
+            f"weights do not match the {config.model_type} config: missing {missing}, "
+            f"unexpected {unexpected}"
+        )
     model_for_inference: PreTrainedModel = model.to(device()).eval()
     return model_for_inference
 
 
 def model_sha256(model: torch.nn.Module, checkpoint: Path) -> str:
-    """Returns a hash of a model's weights, tokenizer, config.json and generation settings."""
+    """Returns a hash of a model's weights, tokenizer, config.json and generation settings.
+
+    Args:
+        model: The loaded model, whose weights are hashed.
+        checkpoint: NeMo checkpoint of the model, with all other files.
+    """
     weights = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        # NumPy has no bfloat16, so the bytes are hashed.
         weights.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
     generation = nemo.side_folder(checkpoint) / GENERATION_CONFIG
     return digest(
@@ -311,13 +349,20 @@ def model_sha256(model: torch.nn.Module, checkpoint: Path) -> str:
     )
 
 
-def _generate(cfg: EvaluateConfig, model: PreTrainedModel, prompts: Tensor, pad: int) -> Tensor:
-    """Continues prompts [n, prompt_tokens] greedily; returns tokens [n, at most new_tokens]."""
+def _generate(
+    cfg: EvaluateConfig, model: PreTrainedModel, prompts: Tensor, pad_token: int
+) -> Tensor:
+    """Continues prompts [n, prompt_tokens] greedily.
+
+    Returns:
+        The generated tokens without the prompts, [n, at most new_tokens]. Texts that end early are
+        filled up with ``pad_token``.
+    """
     output: Tensor = model.generate(
         prompts.to(model.device),
         attention_mask=torch.ones_like(prompts, device=model.device),
         max_new_tokens=cfg.new_tokens,
         do_sample=False,
-        pad_token_id=pad,
+        pad_token_id=pad_token,
     )
     return output[:, cfg.prompt_tokens :]

@@ -1,1 +1,1 @@
-"""Checks and estimates before anything runs, without torch: rules, memory, time, money."""
+"""Checks a run's settings and estimates its memory, time and cost before it starts. Torch-free."""

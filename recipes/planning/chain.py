@@ -1,4 +1,4 @@
-"""Describes a run's stages before they run, for each stage's ``check``. Does not import torch."""
+"""Describes a run's stages before the run starts, for each stage's ``check``. Torch-free."""
 
 from __future__ import annotations
 
@@ -25,48 +25,54 @@ from recipes.planning.rules import Problem
 from recipes.planning.workload import Workload
 
 CONFIGS: dict[str, dict[str, Any]] = read_json(Path(__file__).with_name("published_configs.json"))
-"""Configs of the teachers of the shipped recipes, by hub id, for plans without access to the hub.
+"""Configs of the shipped recipes' teachers, by hub id. They are used if the hub cannot be reached.
 
 Each config has the fields of the public ``config.json`` that a plan needs. Tests compare the
-resulting numbers of parameters with the published ones.
+parameter counts of these configs with the published counts.
 """
 TENSORRT_LLM = "tensorrt_llm"
 """Key of ``Chain.images``: the container image of stages that run TensorRT-LLM."""
 LONG_DATA = "prepare_long_data"
-"""Stage that ``long_context`` adds, with its own ``seq_length``."""
+"""Name of the stage that the option ``long_context`` adds. It has its own ``seq_length``."""
 TOKENIZER_INPUTS = ("tokenizer", "checkpoint", "student", "teacher")
-"""Inputs that a stage copies its tokenizer from, in order of precedence."""
+"""Names of inputs that provide a stage's tokenizer. The first that a stage has provides it."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The stages of a run (the chain), with what is known of them before the run starts."""
+    """The stages of a run, with their settings, machines, shapes and estimated costs.
+
+    All of this is known before the run starts.
+    """
 
     hf_path: str
+    """Hub id or folder of the teacher."""
     teacher: Architecture
+    """Shape of the teacher."""
     stages: Mapping[str, StageConfig]
+    """Settings of the stages, by name."""
     hardware: Hardware = field(default_factory=Hardware)
     run_dir: Path | None = None
     """Directory with the results of an earlier run of this chain."""
     runs_here: bool = False
-    """Whether the stages run on this machine, outside of containers."""
+    """Whether the stages run on this machine and outside of containers."""
     own_python: bool = True
     """Whether the stages run with the launcher's Python, on this machine or on Slurm's nodes."""
     images: Mapping[str, str | None] = field(default_factory=dict)
-    """Container images. A key is a stage's module, ``tensorrt_llm``, or ``default``."""
+    """Names of container images. A key is a stage's module, ``tensorrt_llm``, or ``default``."""
     time_limit: str = ""
     """Time limit of a Slurm job, in Slurm's format; empty if there is no limit."""
     margin_seconds: int | None = None
-    """Seconds before the time limit at which a stage stops; ``None``: a stage's own estimate."""
+    """How many seconds before the time limit a stage stops; ``None`` for an estimate by stage."""
     max_requeues: int | None = None
-    """How often a job that reached its time limit is started again; ``None`` for any number."""
+    """How often a job that reached its time limit is started again; ``None`` for no maximum."""
     from_published_config: bool = False
     """Whether the teacher's shape comes from ``CONFIGS``, because config.json cannot be read."""
     shapes: Mapping[str, Sequence[Architecture]] = field(default_factory=dict)
-    """Shapes that a stage's model may have, by stage, the largest first. Empty for a search that
-    must measure latency before it can list shapes."""
+    """Shapes that a stage's model may have, the largest first, by stage. A search that must measure
+    latency before it can list shapes has an empty sequence."""
     workloads: Mapping[str, Workload] = field(default_factory=dict)
-    """Training runs, and passes in which a teacher caches its logits, by stage. Empty until all
+    """Work of the stages that train, or that cache a teacher's logits, by stage. Empty until all
     checks have passed."""
     inference_costs: Mapping[str, InferenceCost] = field(default_factory=dict)
     """Costs of the other stages that run models, by stage. Empty until all checks have passed."""
@@ -85,11 +91,13 @@ class Chain:
         """Returns the largest shape that a stage's model may have; the teacher's if unknown.
 
         Args:
-            stage: The stage's name, or the directory of a stage of another run.
+            stage: The stage's name, or the directory of a stage of another run. ``None`` returns
+                the teacher's shape.
         """
         if stage is None:
             return self.teacher
         if stage in self.stages:
+            # The first shape is the largest.
             return next(iter(self.shapes.get(stage, ())), self.teacher)
         manifest = manifest_of(stage)
         if manifest is None or manifest.architecture is None:
@@ -100,10 +108,17 @@ class Chain:
 def sequence_problems(
     seq_length: int, inputs: Mapping[str, str], chain: Chain
 ) -> Iterator[Problem]:
-    """Checks that ``seq_length`` is valid for the teacher, and equal to that of packed chats."""
+    """Checks a stage's ``seq_length`` against the teacher and against data with conversations.
+
+    Args:
+        seq_length: The stage's ``seq_length``.
+        inputs: The stage's inputs: for each name, a stage of the run or a directory.
+        chain: Stages of the run.
+    """
     limit = chain.teacher.max_position_embeddings
     if not 1 <= seq_length <= limit:
         long_data = chain.stages.get(LONG_DATA)
+        # If so, ``long_context`` set this length.
         is_long = long_data is not None and vars(long_data)["seq_length"] == seq_length
         yield Problem(
             rules.SEQ_LENGTH,
@@ -112,6 +127,7 @@ def sequence_problems(
         )
     for name in inputs.values():
         config = chain.stages.get(name)
+        # Only whole conversations are packed for one sequence length.
         if not (isinstance(config, PrepareDataConfig) and config.chat_sources()):
             continue
         if config.seq_length != seq_length:
@@ -124,7 +140,7 @@ def sequence_problems(
 
 
 def read_chain(hf_path: str, stages: Mapping[str, StageConfig]) -> Chain:
-    """Reads the teacher's ``config.json`` and returns a chain with the teacher's shape."""
+    """Returns a chain of ``stages`` with the teacher's shape, read from its ``config.json``."""
     config, published = read_config_or_published(hf_path)
     shape = read_architecture(config, hf_path)
     return Chain(hf_path, shape, stages, from_published_config=published)
@@ -143,21 +159,23 @@ def read_config_or_published(hf_path: str) -> tuple[dict[str, Any], bool]:
 
 
 def tokenizer_problems(cfg: StageConfig, chain: Chain) -> Iterator[Problem]:
-    """Compares tokenizers and vocabularies of a stage's inputs.
+    """Checks that a stage's inputs have the same tokenizer and vocabularies of the same size.
 
-    The plan does not know tokenizers of wheels, those whose files it cannot read, and those that
-    ``import_hf`` converts in another Python. The stage compares all tokenizers when it starts.
+    A plan cannot know all tokenizers: it skips those of wheels, those whose files it cannot read,
+    and those that ``import_hf`` converts in another Python. The stage compares all tokenizers when
+    it starts.
     """
+    # By input: the stage or directory of the tokenizer, and the tokenizer's hash if it is known.
     sources = {name: tokenizer_source(source, chain) for name, source in cfg.inputs.items()}
     hashes: dict[str, str] = {}
     if len(set(sources.values())) > 1:
-        known = {source: tokenizer_hash(source, chain) for source in set(sources.values())}
-        hashes = {name: sha for name, source in sources.items() if (sha := known[source])}
+        hash_of = {source: tokenizer_hash(source, chain) for source in set(sources.values())}
+        hashes = {name: sha for name, source in sources.items() if (sha := hash_of[source])}
     if len(set(hashes.values())) > 1:
-        listed = ", ".join(f"{name} {sha[:12]}" for name, sha in hashes.items())
+        listing = ", ".join(f"{name} {sha[:12]}" for name, sha in hashes.items())
         yield Problem(
             rules.TOKENIZER,
-            f"the inputs of {cfg.name} have different tokenizers: {listed}",
+            f"the inputs of {cfg.name} have different tokenizers: {listing}",
             "use models with the same tokenizer, and data that was tokenized with it",
         )
     sizes = {
@@ -166,17 +184,21 @@ def tokenizer_problems(cfg: StageConfig, chain: Chain) -> Iterator[Problem]:
         if name in cfg.inputs
     }
     if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        listing = ", ".join(f"{name} {size}" for name, size in sizes.items())
         yield Problem(
             rules.VOCABULARY,
-            f"the inputs of {cfg.name} have vocabularies of different sizes: {listed}",
+            f"the inputs of {cfg.name} have vocabularies of different sizes: {listing}",
             "resize the embeddings of one model to the size of the other "
-            "(resize_token_embeddings), also where only padding differs",
+            "(resize_token_embeddings), even if they differ only in padding",
         )
 
 
 def tokenizer_source(source: str, chain: Chain) -> str:
-    """Returns the stage or directory that a stage's tokenizer comes from."""
+    """Returns the stage or directory in which a tokenizer first appears.
+
+    Follows the inputs of the stage ``source`` upstream. A directory of another run is returned as
+    it is.
+    """
     config = chain.stages.get(source)
     inputs = config.inputs if config else {}
     upstream = next((inputs[name] for name in TOKENIZER_INPUTS if name in inputs), None)
@@ -194,13 +216,12 @@ def tokenizer_hash(source: str, chain: Chain) -> str | None:
     if config is None:
         manifest = manifest_of(source)
         return manifest.tokenizer_sha256 if manifest else None
-    if "hf_path" not in vars(config):
+    if "hf_path" not in vars(config):  # the stage does not read the tokenizer of a HF model
         return None
     folder = tokenizer_folder(vars(config)["hf_path"])
     if folder is None or not folder.is_dir():
         return None
-    # Another Python may have other versions of the libraries that convert a tokenizer.
+    # If stages run in another Python, its libraries may convert a tokenizer differently.
     can_convert = chain.own_python and find_spec("transformers") is not None
-    return (
-        imported_tokenizer_sha256(folder) if can_convert or not needs_conversion(folder) else None
-    )
+    is_known = can_convert or not needs_conversion(folder)
+    return imported_tokenizer_sha256(folder) if is_known else None

@@ -13,16 +13,20 @@ from recipes.core.precision import Precision
 from recipes.planning.transformer import Compute
 
 DRIVER = Path("/proc/driver/nvidia/gpus")
-"""Folder with an entry for each GPU; listing it is fast, while ``nvidia-smi`` takes seconds."""
+"""Folder with an entry for each NVIDIA GPU. Listing it is fast; ``nvidia-smi`` takes seconds."""
 WSL_DEVICE = Path("/dev/dxg")
-"""GPUs of any vendor on WSL2, which does not have the folder ``DRIVER``."""
+"""Device file of all GPUs on WSL2, also of other vendors. WSL2 does not have ``DRIVER``."""
 CPUINFO = Path("/proc/cpuinfo")
+"""Linux's description of the processors."""
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
-"""Flags that Linux lists for x86 and Arm processors with instructions for bfloat16 GEMMs."""
+"""Words in ``CPUINFO`` of x86 and Arm processors with instructions for bfloat16 GEMMs."""
 ATTENTION_RATE = 0.6
-"""FLOP/s of attention on a CPU in any precision, divided by those of a float32 linear layer."""
+"""FLOP/s of attention on a CPU, as a fraction of the FLOP/s of float32 GEMMs, in any precision."""
 LAYER_PASS_SECONDS = 4.5e-3
-"""Time to start the operations of a pass through a layer on a CPU. More threads do not lower it."""
+"""Overhead of a forward pass through a layer on a CPU: the time to start its operations.
+
+More threads do not lower it.
+"""
 CPU_PROFILES: dict[bool, dict[str, Any]] = {
     True: {
         "precision": "bf16-mixed",
@@ -37,15 +41,21 @@ CPU_PROFILES: dict[bool, dict[str, Any]] = {
         "bytes_per_second": 2.5e10,
     },
 }
-"""Precision and rates of two cores of an AMD EPYC. The key says whether the processor has bfloat16
-GEMMs; otherwise it emulates them."""
+"""Fastest precision, and rates measured on two cores of AMD EPYC processors.
+
+The key says whether the processor has instructions for bfloat16 GEMMs. Without them, it emulates
+bfloat16 GEMMs.
+"""
 UNKNOWN_CPU: dict[str, Any] = CPU_PROFILES[True] | {"precision": "32"}
-"""Profile of other machines, such as a cluster's nodes. Every CPU supports float32."""
+"""Profile of CPUs that this machine cannot inspect, such as a cluster's nodes.
+
+The precision is float32, which every CPU supports.
+"""
 
 
 @dataclass
 class Hardware:
-    """A hardware profile. The defaults are those of ``conf/hardware/cpu.yaml``."""
+    """A hardware profile. The defaults are for a CPU with bfloat16 GEMMs, see ``CPU_PROFILES``."""
 
     name: str = "cpu"
     """Name of the profile in tables and messages."""
@@ -91,14 +101,24 @@ class Hardware:
         return self.kind == "gpu"
 
     def memory_of_rank(self, ranks_on_node: int) -> float:
-        """Returns the bytes of memory that one of the ranks on a node may use."""
+        """Returns the bytes of memory that one rank may use.
+
+        Args:
+            ranks_on_node: Number of ranks on the node, which share the memory of a CPU node.
+        """
         memory = physical_memory() if self.memory_bytes is None else self.memory_bytes
         return memory if self.on_gpu else memory / ranks_on_node
 
     def compute_seconds(self, compute: Compute, bf16: bool, ranks_on_node: int = 1) -> float:
-        """Returns the seconds that one of the ranks on a node takes, in bfloat16 or in float32."""
+        """Returns the seconds that one rank takes for its work, without communication.
+
+        Args:
+            compute: FLOPs and memory traffic of the rank.
+            bf16: Whether GEMMs are in bfloat16 instead of float32.
+            ranks_on_node: Number of ranks on the node, which share the FLOP/s of a CPU node.
+        """
         rate = self.utilisation * (self.flops_per_second if bf16 else self.float32_flops_per_second)
-        if self.bandwidth_fraction is None:
+        if self.bandwidth_fraction is None:  # ``utilisation`` includes all other operations
             seconds = compute.flops / rate
         else:
             attention_rate = self.utilisation * self.float32_flops_per_second * ATTENTION_RATE
@@ -110,22 +130,27 @@ class Hardware:
 
 
 def physical_memory() -> int:
-    """Returns the bytes of memory of this machine, or of the container around this process."""
+    """Returns the bytes of memory of this machine; fewer if a container's limit is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
-    return total if text == "max" else min(total, int(text))
+    limit_file = Path("/sys/fs/cgroup/memory.max")  # bytes, or "max" for no limit
+    limit = limit_file.read_text(encoding="utf-8").strip() if limit_file.is_file() else "max"
+    return total if limit == "max" else min(total, int(limit))
 
 
 def cpu_profile(name: str, here: bool = True) -> Any:
-    """Returns the ``precision`` or a rate of this machine's type of processor.
+    """Returns a value of the CPU profile.
 
-    A processor without bfloat16 GEMMs emulates them, almost a hundred times slower than GEMMs in
-    float32. So it trains in float32. So does another machine (``here=False``), which may lack them.
+    A processor without instructions for bfloat16 GEMMs emulates them, almost a hundred times slower
+    than float32 GEMMs. So its profile has float32 as its precision.
+
+    Args:
+        name: Key of ``CPU_PROFILES[True]``: ``precision``, or a rate.
+        here: Whether the CPU is that of this machine. If not, the value is from ``UNKNOWN_CPU``.
     """
     if not here:
         return UNKNOWN_CPU[name]
-    return CPU_PROFILES[bool(BFLOAT16_FLAGS & set(cpuinfo().split()))][name]
+    has_bfloat16 = not BFLOAT16_FLAGS.isdisjoint(cpuinfo().split())
+    return CPU_PROFILES[has_bfloat16][name]
 
 
 def cpuinfo() -> str:
@@ -134,7 +159,7 @@ def cpuinfo() -> str:
 
 
 def gpus_here() -> int:
-    """Returns the number of this machine's NVIDIA GPUs; 1 for any number on WSL2."""
+    """Returns the number of this machine's NVIDIA GPUs; on WSL2, 1 for any number above 0."""
     if DRIVER.is_dir():
         return len(list(DRIVER.iterdir()))
     return int(WSL_DEVICE.exists() and shutil.which("nvidia-smi") is not None)

@@ -43,50 +43,50 @@ models, and in one model's loss."""
 PARITY_TOKENS = 128
 """Tokens of the text with which a conversion is verified (``nemo_convert.parity``)."""
 SCORED_FRACTION = 0.24
-"""Fraction of a benchmark's tokens that are scored; the mean of four benchmarks."""
+"""Fraction of a benchmark's tokens whose logits are computed; the mean of four benchmarks."""
 BENCHMARK_BUFFERS = 3
-"""Number of tensors of the logits' size that are alive at once: logits, log-probabilities and a
-temporary tensor."""
+"""Number of tensors of the logits' size that are alive at once in a benchmark: logits,
+log-probabilities and a temporary tensor."""
 HEALING_BUFFERS = 5
 """Number of tensors of the teacher's feed-forward width that are alive at once while a layer is
 fitted by least squares."""
 ABLATED_FRACTION = 0.6
-"""Mean fraction of a forward pass that is repeated to measure the loss without a layer: the layers
-after it, and the head."""
+"""Mean cost of measuring the loss without a layer, as a fraction of a forward pass: only the layers
+after the removed one, and the head, run again."""
 
 
 @dataclass(frozen=True)
 class InferenceCost:
-    """Cost of a stage that runs models and has no ``Workload``. A search includes its trainings."""
+    """Cost of a stage that runs models and has no ``Workload``: it searches or does not train."""
 
     memory: Memory
     """Memory of the rank that needs the most."""
     compute: Compute
-    """FLOPs and memory traffic of all ranks of one pipeline, which compute in turn, so their times
-    add up. Data-parallel ranks work at the same time on other text, which is not counted."""
+    """FLOPs and memory traffic of one replica of the model. The times of its pipeline ranks add up,
+    because they compute in turn. Other replicas run at the same time and are not counted."""
     bf16: bool
     """Whether models compute in bfloat16 instead of float32."""
     generated_bytes: float = 0
-    """Memory traffic of text generation: weights and the KV cache, at each decoding step."""
+    """Bytes of weights and KV cache that all decoding steps of text generation read."""
     training_seconds: float = 0
-    """Time of a search's trainings on GPUs; on a CPU, ``compute`` includes the trainings."""
+    """Seconds of a search's trainings on GPUs; on a CPU, ``compute`` includes the trainings."""
     stopping_seconds: float | None = None
     """Seconds that the stage may need to stop at a deadline; ``None`` if it cannot stop there."""
     keeps_answers: bool = False
-    """Whether a repeated start continues after the last complete task."""
+    """Whether the stage, if it is started again, skips the benchmark tasks that it completed."""
 
     def hours(self, hardware: Hardware) -> float:
-        """Returns the hours on a hardware profile. The time of generation is a lower bound."""
-        generation = self.generated_bytes / hardware.bytes_per_second
+        """Returns the hours on a hardware profile. Generation only counts its memory traffic."""
         seconds = hardware.compute_seconds(self.compute, self.bf16) + self.training_seconds
-        return (seconds + generation) / 3600
+        seconds += self.generated_bytes / hardware.bytes_per_second
+        return seconds / 3600
 
 
 @dataclass(frozen=True)
 class Sequences:
     """Sequences of text on which models run forward passes."""
 
-    number: float
+    number: float  # not always an integer: may be a mean over ranks
     seq_length: int
     micro_batch_size: int
     scored_fraction: float = 1.0
@@ -105,7 +105,7 @@ class Sequences:
     def compute(self, arch: Architecture, bf16: bool) -> Compute:
         """Returns FLOPs and memory traffic of a model's forward passes over all sequences."""
         per_token = pass_compute(arch, self.seq_length, 2 if bf16 else 4)
-        # ``pass_compute`` counts the head for every token; only some tokens are scored.
+        # ``pass_compute`` counts the head for every token. This subtracts the head of the others.
         per_token += Compute(
             gemm_flops=(self.scored_fraction - 1) * head_flops(arch),
             bytes=self.scored_fraction * scoring_bytes(arch.vocab_size),
@@ -122,7 +122,7 @@ def comparison_cost(
     The last hidden states and the head of each model stay in memory until the comparison.
     """
     value_bytes, reserved, peaks = _value_bytes(bf16), hardware.reserved_bytes, []
-    # Bytes of output heads and of last hidden states that stay in memory.
+    # Bytes of the output heads and last hidden states of the models that have already run.
     heads = states = 0.0
     for arch in models:
         states += _state_bytes(arch, value_bytes, text, hardware)
@@ -146,14 +146,14 @@ def ranking_cost(
     """Returns the memory of comparing a candidate with the teacher, and the teacher's FLOPs.
 
     The caller adds the FLOPs of the candidates, which are compared one after the other. A pruned
-    candidate takes no memory, because its weights are views of the teacher's. If it is ``healed``
-    (reconstructed by least squares), it has its own weights, which are counted as large as the
-    teacher's. These replace the teacher's weights in memory, except the teacher's head.
+    candidate takes no memory, because its weights are views of the teacher's. A candidate that is
+    ``healed`` (reconstructed by least squares) has its own weights. They are counted as large as
+    the teacher's, and replace them in memory, except for the teacher's head.
     """
     value_bytes = _value_bytes(bf16)
-    states = 2 * _state_bytes(teacher, value_bytes, text, hardware)
-    # In bfloat16, both models need a float32 copy of their head. In float32, no copy is needed, but
-    # the teacher's head stays in memory in addition to a healed model.
+    states = 2 * _state_bytes(teacher, value_bytes, text, hardware)  # of both models
+    # In bfloat16, each model needs a float32 copy of its head. In float32, no copy is needed, but
+    # the teacher's head stays in memory in addition to a healed candidate.
     heads = (2 if bf16 else int(healed)) * _float32_head_bytes(teacher)
     resident = Memory(
         weights=value_bytes * teacher.parameters() + heads,
@@ -173,28 +173,29 @@ def healing_cost(
 ) -> InferenceCost:
     """Returns the cost of the stage ``heal``: least squares in float32, layer by layer.
 
-    For all of the text, memory holds both models' residual streams, raw and normalised, and the
-    inputs of the student's down projection. A CPU also holds both models in bfloat16.
+    For each token of the text, memory holds both models' residual streams, raw and normalised, and
+    the inputs of the student's down projection. A CPU also holds both models in bfloat16.
     """
     models = (teacher, student)
+    # Values for each token of the text (``streams``) and of a micro batch (``buffers``).
     streams = sum(2 * arch.hidden_size for arch in models) + feed_forward_width(student)
     buffers = HEALING_BUFFERS * feed_forward_width(teacher)
     # Parameters of one layer of each model. The embeddings are divided among the layers.
-    layers = sum(arch.parameters() / arch.num_layers for arch in models)
+    layer_parameters = sum(arch.parameters() / arch.num_layers for arch in models)
     host_bytes = 0 if hardware.on_gpu else 2 * sum(arch.parameters() for arch in models)
     memory = Memory(
-        weights=4 * layers + host_bytes,
+        weights=4 * layer_parameters + host_bytes,
         activations=4 * (text.tokens * streams + text.micro_batch_tokens * buffers),
         reserved=hardware.reserved_bytes,
     )
     fit = Compute(gemm_flops=least_squares_flops(teacher, student)) * text.tokens
-    compute = fit + _all_passes(models, False, replace(text, scored_fraction=0))
+    compute = fit + _all_passes(models, False, replace(text, scored_fraction=0))  # no logits
     return InferenceCost(memory, compute, bf16=False)
 
 
 def ablation_passes(layers: int, sequences: int, block_sizes: Iterable[int]) -> int:
-    """Returns the forward passes of one sequence without a layer or a block of layers."""
-    # A block may start anywhere.
+    """Returns how many forward passes of a sequence run without one layer or block of layers."""
+    # A block of ``size`` layers can start at ``layers - size + 1`` positions.
     return sequences * sum(layers - size + 1 for size in (1, *block_sizes))
 
 
@@ -212,20 +213,20 @@ def scoring_cost(
         arch: The model.
         bf16: Whether it computes in bfloat16.
         text: The calibration text.
-        hardware: Where it runs.
+        hardware: The hardware profile.
         pipeline: Number of pipeline stages, each on one rank.
-        ablation_passes: Forward passes of one sequence without a layer or a block of layers.
+        ablation_passes: Result of the function ``ablation_passes``, per data-parallel rank.
     """
     value_bytes, tokens = _value_bytes(bf16), text.micro_batch_tokens
     layout = Layout(devices=pipeline, pipeline=pipeline)
     parameters = max(sum(rank_parameters(arch, layout, stage)) for stage in range(pipeline))
-    # The input of each layer of the longest pipeline stage, and the last layer's output.
+    # The inputs of all layers of the longest pipeline stage, and the last layer's output.
     states = (-(-arch.num_layers // pipeline) + 1) * value_bytes * tokens * arch.hidden_size
     # While a hook runs, the residual stream and the feed-forward layer's input are also in memory.
     hook_bytes = tokens * 2 * value_bytes * arch.hidden_size
-    if arch.num_moe_experts:
+    if arch.num_moe_experts:  # two copies of inputs, and outputs also in float32 (4 bytes)
         hook_bytes += tokens * arch.moe_router_topk * (3 * value_bytes + 4) * arch.hidden_size
-    else:
+    else:  # activations, also in float32, and their absolute values in float32
         hook_bytes += tokens * (value_bytes + 8) * arch.ffn_hidden_size
     resident = Memory(
         weights=value_bytes * parameters + _head_bytes(arch, bf16),
@@ -252,10 +253,10 @@ def serving_cost(
 
     Args:
         arch: The model.
-        requests: Batch size and prompt tokens of each batch.
+        requests: Number of sequences and prompt tokens per sequence, of each batch.
         new_tokens: Tokens that each sequence generates.
         storage: Types of weights and KV cache.
-        devices: Devices that share the model.
+        devices: Devices over which the model is split.
     """
     flops = sum(prefill_flops(arch, batch, prompt) for batch, prompt in requests)
     traffic = sum(
@@ -280,7 +281,7 @@ class DecodingSteps:
     """Number of decoding steps, summed over all batches."""
     batch_size: int
     context: float
-    """Mean number of tokens before a step."""
+    """Mean number of tokens of a sequence before a step."""
 
 
 def benchmark_cost(
@@ -291,9 +292,10 @@ def benchmark_cost(
     hardware: Hardware,
     generations: Sequence[DecodingSteps] = (),
 ) -> InferenceCost:
-    """Returns the cost of evaluating each model on benchmark items of ``tokens`` tokens in total.
+    """Returns the cost of evaluating each model on the benchmark items of one rank.
 
-    Memory is enough for the logits of all ``pass_tokens`` tokens of a forward pass.
+    The items have ``tokens`` tokens in total. A forward pass has ``pass_tokens`` tokens, whose
+    logits are all in memory at once.
     """
     largest_model = max(models, key=lambda arch: arch.parameters())
     value_bytes = _value_bytes(bf16)
@@ -303,14 +305,14 @@ def benchmark_cost(
         logits=BENCHMARK_BUFFERS * 4 * pass_tokens * largest_model.vocab_size,
         reserved=hardware.reserved_bytes,
     )
-    prompts = Sequences(tokens / pass_tokens, pass_tokens, 1, SCORED_FRACTION)
+    items = Sequences(tokens / pass_tokens, pass_tokens, 1, SCORED_FRACTION)
     storage = Storage("bf16" if bf16 else "fp32", kv_bytes=value_bytes)
     generated = sum(
-        text.steps * decode_traffic(arch, text.batch_size, text.context, storage)
-        for text in generations
+        decoding.steps * decode_traffic(arch, decoding.batch_size, decoding.context, storage)
+        for decoding in generations
         for arch in models
     )
-    return InferenceCost(memory, _all_passes(models, bf16, prompts), bf16, generated)
+    return InferenceCost(memory, _all_passes(models, bf16, items), bf16, generated)
 
 
 def conversion_cost(arch: Architecture, hardware: Hardware) -> InferenceCost:
@@ -329,7 +331,7 @@ def quantization_cost(arch: Architecture, seq_length: int, hardware: Hardware) -
     ModelOpt simulates the quantization, so both models have the same size. The time is not counted.
     """
     memory = Memory(
-        weights=2 * (2 * arch.parameters() + _float32_head_bytes(arch)),
+        weights=2 * (2 * arch.parameters() + _float32_head_bytes(arch)),  # of two models
         activations=inference_activation_bytes(arch, 2, seq_length),
         logits=_logits_bytes(arch, seq_length, COMPARISON_BUFFERS),
         reserved=hardware.reserved_bytes,
@@ -348,7 +350,7 @@ def _all_passes(models: Sequence[Architecture], bf16: bool, text: Sequences) -> 
 def _state_bytes(
     arch: Architecture, value_bytes: int, text: Sequences, hardware: Hardware
 ) -> float:
-    """Returns the device bytes of a text's last hidden states; 0 on a GPU: the host holds them."""
+    """Returns the bytes of last hidden states on a device: 0 on a GPU, as the host keeps them."""
     return 0 if hardware.on_gpu else value_bytes * text.tokens * arch.hidden_size
 
 
@@ -362,7 +364,7 @@ def _float32_head_bytes(arch: Architecture) -> int:
 
 
 def _logits_bytes(arch: Architecture, tokens: float, buffers: int) -> float:
-    """Returns the bytes of ``buffers`` tensors of float32 logits, of limited size each."""
+    """Returns the bytes of ``buffers`` float32 tensors of logits, each at most ``LOGITS_BYTES``."""
     return buffers * min(LOGITS_BYTES, 4 * tokens * arch.vocab_size)
 
 
@@ -377,14 +379,14 @@ class Roofline:
     bytes_per_second: float
 
     def seconds(self, flops: float, traffic: float) -> float:
-        """Returns the least time for FLOPs and bytes of memory traffic."""
+        """Returns the least seconds for a number of FLOPs and bytes of memory traffic."""
         return max(flops / self.flops_per_second, traffic / self.bytes_per_second)
 
 
 def prefill_seconds(
     arch: Architecture, batch_size: int, prompt_tokens: int, storage: Storage, roofline: Roofline
 ) -> float:
-    """Returns a lower bound of the time to the first token of a batch."""
+    """Returns a lower bound of the seconds until a batch's first new tokens."""
     flops = prefill_flops(arch, batch_size, prompt_tokens)
     return roofline.seconds(flops, weight_traffic(arch, storage, batch_size * prompt_tokens))
 
@@ -392,6 +394,6 @@ def prefill_seconds(
 def decode_seconds(
     arch: Architecture, batch_size: int, context: float, storage: Storage, roofline: Roofline
 ) -> float:
-    """Returns a lower bound of a batch's decoding step after ``context`` tokens per sequence."""
+    """Returns a lower bound of the seconds of a decoding step, after ``context`` tokens each."""
     flops = decode_flops(arch, batch_size, context)
     return roofline.seconds(flops, decode_traffic(arch, batch_size, context, storage))

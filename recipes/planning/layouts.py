@@ -16,11 +16,11 @@ from recipes.planning.workload import Layout, Workload, split_axes, workloads_of
 GEMM_MULTIPLE = 16
 """cuBLASLt's FP8 GEMMs need every dimension to be a multiple of 16. bfloat16 needs 8."""
 USABLE_MEMORY_FRACTION = 0.92
-"""Fraction of a device's memory that a proposal may use. Estimates are off by a few percent."""
+"""Fraction of a device's memory that a proposal may use; estimates are off by a few percent."""
 PARALLEL_SIZES = (1, 2, 4, 8)
 """Sizes that proposals try for each type of parallelism and for micro batches."""
 LONG_SEQUENCE = 32768
-"""Tokens from which context parallelism is worth trying."""
+"""Sequence length in tokens from which proposals also try context parallelism."""
 
 
 def shape_layout_problems(
@@ -29,16 +29,19 @@ def shape_layout_problems(
     """Checks a layout for every shape that the trained model may have.
 
     Returns:
-        The problems of the largest shape that has errors; without errors, those of the largest.
+        The problems of the largest shape that has an error. If no shape has one, the warnings of
+        the largest shape.
     """
-    first, *others = (
-        list(layout_problems(w, hardware)) for w in workloads_of_shapes(workload, shapes)
-    )
-    return next(filter(has_error, [first, *others]), first)
+    # The largest shape comes first.
+    problems_by_shape = [
+        list(layout_problems(workload_of_shape, hardware))
+        for workload_of_shape in workloads_of_shapes(workload, shapes)
+    ]
+    return next(filter(has_error, problems_by_shape), problems_by_shape[0])
 
 
 def layout_problems(workload: Workload, hardware: Hardware) -> Iterator[Problem]:
-    """Checks a layout against the ranks, the models, the sequences and the batch."""
+    """Checks that a layout can split the ranks, the models, the sequences and the batch."""
     layout = workload.layout
     yield from _rank_problems(workload)
     yield from _context_problems(workload, hardware)
@@ -48,7 +51,7 @@ def layout_problems(workload: Workload, hardware: Hardware) -> Iterator[Problem]
             f"seq_length={workload.seq_length} is not divisible by TP={layout.tensor}",
             "set sequence_parallel=false, or another seq_length",
         )
-    # If the teacher itself is trained, its problems are reported once.
+    # A training of the teacher itself has the same model twice, which is checked once.
     models = {"teacher": workload.teacher, "student": workload.trained}
     if workload.trained == workload.teacher:
         del models["student"]
@@ -61,7 +64,7 @@ def layout_problems(workload: Workload, hardware: Hardware) -> Iterator[Problem]
 
 def _rank_problems(workload: Workload) -> Iterator[Problem]:
     layout, batch = workload.layout, workload.global_batch_size
-    if layout.data == 0:  # one replica needs more ranks, or does not divide them
+    if layout.data == 0:  # the number of ranks is not a multiple of one replica's ranks
         sizes = f"TP={layout.tensor} x PP={layout.pipeline}"
         sizes += f" x CP={layout.context}" if layout.context > 1 else ""
         yield Problem(
@@ -69,14 +72,15 @@ def _rank_problems(workload: Workload) -> Iterator[Problem]:
             f"{layout.ranks} rank(s) cannot be split into {sizes}",
             f"set resources.devices to a multiple of {layout.replica_ranks}",
         )
-    elif batch % (step := layout.data * layout.micro_batch_size):
+    elif batch % (micro_batch_of_all_replicas := layout.data * layout.micro_batch_size):
         yield Problem(
             rules.BATCH,
             f"global_batch_size={batch} is not a multiple of DP={layout.data} x "
             f"micro_batch_size={layout.micro_batch_size}",
-            f"use a multiple of {step}",
+            f"use a multiple of {micro_batch_of_all_replicas}",
         )
-    if layout.data and layout.tensor > layout.devices:
+    has_whole_replicas = layout.data > 0  # if not, the problem above has been reported
+    if has_whole_replicas and layout.tensor > layout.devices:
         yield Problem(
             rules.TENSOR_NODES,
             f"TP={layout.tensor} spans nodes, which have {layout.devices} device(s) each",
@@ -84,7 +88,7 @@ def _rank_problems(workload: Workload) -> Iterator[Problem]:
         )
     # Megatron splits the optimizer's state over data- and context-parallel ranks.
     dp_cp_ranks, instances = layout.data * layout.context, layout.optimizer_instances
-    if dp_cp_ranks % (instances * layout.expert) and instances > 1:
+    if instances > 1 and dp_cp_ranks % (instances * layout.expert):
         experts = f" with EP={layout.expert}" if layout.expert > 1 else ""
         max_instances = max(1, dp_cp_ranks // layout.expert)
         yield Problem(
@@ -115,25 +119,28 @@ def _context_problems(workload: Workload, hardware: Hardware) -> Iterator[Proble
 
 
 def _expert_problems(layout: Layout, role: str, shape: Architecture) -> Iterator[Problem]:
-    expert, experts = layout.expert, shape.num_moe_experts
-    replicas = layout.data * layout.context
-    if expert == 1:
+    expert_parallel, experts = layout.expert, shape.num_moe_experts
+    dp_cp_ranks = layout.data * layout.context
+    if expert_parallel == 1:
         return
-    if not experts or experts % expert:
+    if not experts or experts % expert_parallel:
+        valid_size = f"a divisor of {experts}" if experts else "1"
         yield Problem(
             rules.EXPERT_PARALLEL,
-            f"the {role}'s {experts} experts cannot be split over EP={expert} ranks",
-            f"set expert_model_parallel_size to {f'a divisor of {experts}' if experts else 1}",
+            f"the {role}'s {experts} experts cannot be split over EP={expert_parallel} ranks",
+            f"set expert_model_parallel_size to {valid_size}",
         )
-    elif replicas % expert:
+    elif dp_cp_ranks % expert_parallel:
         yield Problem(
             rules.EXPERT_PARALLEL,
-            f"experts are split over DP x CP = {replicas} ranks, not a multiple of EP={expert}",
+            f"experts are split over DP x CP = {dp_cp_ranks} ranks, not a multiple of "
+            f"EP={expert_parallel}",
             "lower expert_model_parallel_size",
         )
 
 
 def _shape_problems(layout: Layout, role: str, shape: Architecture) -> Iterator[Problem]:
+    """Checks that a layout can split a model. ``role`` is the model's name in messages."""
     tensor = layout.tensor
     for axis in split_axes(shape):
         if (size := getattr(shape, axis)) % tensor:
@@ -164,10 +171,12 @@ def _shape_problems(layout: Layout, role: str, shape: Architecture) -> Iterator[
 
 
 def _alignment_problems(layout: Layout, student: Architecture) -> Iterator[Problem]:
-    """Checks the sizes of the GEMMs on each rank. ``_shape_problems`` reports indivisible sizes."""
+    """Checks that the dimensions of GEMMs on each rank are multiples of ``GEMM_MULTIPLE``."""
+    feed_forward_axis = split_axes(student)[-1]
     # Each axis, with the number of ranks that it is split over.
-    for axis, ranks in (("hidden_size", 1), (split_axes(student)[-1], layout.tensor)):
+    for axis, ranks in (("hidden_size", 1), (feed_forward_axis, layout.tensor)):
         size = getattr(student, axis)
+        # If the ranks do not divide the size, ``_shape_problems`` reports it.
         if size % ranks == 0 and size // ranks % GEMM_MULTIPLE:
             where = f" is {size // ranks} on each of TP={ranks} ranks," if ranks > 1 else " is"
             yield Problem(
@@ -193,8 +202,8 @@ def fits(workload: Workload, hardware: Hardware) -> bool:
     layout = workload.layout
     if has_error(layout_problems(workload, hardware)):
         return False
-    # A context-parallel rank holds two chunks of a sequence. Sequence parallelism splits each.
-    # Without context parallelism, the factor 2 is stricter than necessary.
+    # A context-parallel rank holds two chunks of a sequence. Sequence parallelism splits each chunk
+    # over the tensor-parallel ranks. Without context parallelism, the factor 2 is not necessary.
     if workload.seq_length % (2 * layout.tensor * layout.context):
         return False
     available = USABLE_MEMORY_FRACTION * hardware.memory_of_rank(layout.devices)
@@ -204,24 +213,33 @@ def fits(workload: Workload, hardware: Hardware) -> bool:
 def workloads_on_all_layouts(
     workload: Workload, devices: int, node_size: int
 ) -> Iterator[Workload]:
-    """Yields the workload on every layout of ``devices`` devices, ``node_size`` on each node."""
+    """Yields the workload on every layout of ``devices`` devices, ``node_size`` or fewer a node."""
     per_node = min(devices, node_size)
-    # A cache has the logits of whole sequences, so context parallelism is refused.
-    is_long = workload.seq_length >= LONG_SEQUENCE and not workload.teacher_is_cached
-    contexts = PARALLEL_SIZES if is_long else (1,)
-    moe = workload.trained is not None and workload.trained.num_moe_experts
-    tensors = [size for size in PARALLEL_SIZES if size <= per_node]
-    # A loss on hidden states forbids recomputation. The layers that it compares were checked only
-    # for the configured pipeline size.
-    pipelines = (workload.layout.pipeline,) if workload.compares_hidden_states else PARALLEL_SIZES
-    recomputed = ("none",) if workload.compares_hidden_states else ("none", "full")
-    micros = PARALLEL_SIZES
+    # A cache has the logits of whole sequences, so its training cannot use context parallelism.
+    try_context = workload.seq_length >= LONG_SEQUENCE and not workload.teacher_is_cached
+    context_sizes = PARALLEL_SIZES if try_context else (1,)
+    is_moe = workload.trained is not None and workload.trained.num_moe_experts > 0
+    expert_sizes = PARALLEL_SIZES if is_moe else (1,)
+    tensor_sizes = [size for size in PARALLEL_SIZES if size <= per_node]
+    pipeline_sizes: tuple[int, ...] = PARALLEL_SIZES
+    granularities: tuple[str, ...] = ("none", "full")
+    if workload.compares_hidden_states:
+        # A loss on hidden states forbids full recomputation. The layers that it compares were
+        # checked only for the configured pipeline size.
+        pipeline_sizes, granularities = (workload.layout.pipeline,), ("none",)
+    micro_batch_sizes = PARALLEL_SIZES
     if workload.trained is None:
         # A teacher's forward pass can only have tensor parallelism, without sequence parallelism.
-        # Large micro batches come first, so that the largest that fits is proposed.
-        pipelines, contexts, recomputed, micros = (1,), (1,), ("none",), PARALLEL_SIZES[::-1]
-    for tensor, pipeline, context, expert, micro, recompute_granularity in product(
-        tensors, pipelines, contexts, PARALLEL_SIZES if moe else (1,), micros, recomputed
+        pipeline_sizes, context_sizes, granularities = (1,), (1,), ("none",)
+        # Of equally cheap layouts, the first is proposed: that with the largest micro batch.
+        micro_batch_sizes = PARALLEL_SIZES[::-1]
+    for tensor, pipeline, context, expert, micro_batch_size, granularity in product(
+        tensor_sizes,
+        pipeline_sizes,
+        context_sizes,
+        expert_sizes,
+        micro_batch_sizes,
+        granularities,
     ):
         layout = Layout(
             nodes=devices // per_node,
@@ -231,9 +249,9 @@ def workloads_on_all_layouts(
             context=context,
             expert=expert,
             optimizer_instances=workload.layout.optimizer_instances,
-            micro_batch_size=micro,
+            micro_batch_size=micro_batch_size,
             sequence_parallel=tensor > 1 and workload.trained is not None,
-            recompute_granularity=recompute_granularity,
+            recompute_granularity=granularity,
         )
         yield replace(workload, layout=layout)
 
@@ -243,23 +261,28 @@ def cheapest_proposal(
 ) -> Proposal | None:
     """Returns the cheapest layout of ``devices`` devices that fits into memory.
 
-    If several are equally cheap, ``min`` returns the first: that with the smallest parallel sizes.
+    If several layouts are equally cheap, returns the one with the smallest parallel sizes. Costs
+    are equal if they round to the same 0.001 device-hours. If no layout fits, returns ``None``.
     """
     fitting = [
         Proposal(candidate, training_cost(candidate, hardware))
         for candidate in workloads_on_all_layouts(workload, devices, node_size)
         if fits(candidate, hardware)
     ]
+    # ``min`` returns the first of equal items. The smallest parallel sizes come first.
     return min(fitting, key=lambda p: round(p.cost.device_hours, 3), default=None)
 
 
 def proposals(workload: Workload, hardware: Hardware, node_size: int = 8) -> list[Proposal]:
-    """Returns the cheapest layout of each number of devices, the lowest price first.
+    """Returns the cheapest layout for each of several numbers of devices, the lowest price first.
 
-    The numbers are all powers of 2 up to the workload's ranks, or up to ``node_size`` if that is
-    more, and this maximum itself.
+    The maximum number of devices is the workload's ranks or ``node_size``, whichever is larger.
+    The other numbers are all powers of 2 below it.
     """
     maximum = max(workload.layout.ranks, node_size)
-    numbers = sorted({maximum, *(2**n for n in range(maximum.bit_length()))})
-    cheapest = [cheapest_proposal(workload, hardware, devices, node_size) for devices in numbers]
+    powers_of_2 = (2**exponent for exponent in range(maximum.bit_length()))  # up to the maximum
+    cheapest = [
+        cheapest_proposal(workload, hardware, devices, node_size)
+        for devices in sorted({maximum, *powers_of_2})
+    ]
     return sorted((p for p in cheapest if p is not None), key=lambda p: p.cost.dollars)

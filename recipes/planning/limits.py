@@ -28,19 +28,23 @@ TOKENIZED_PER_SECOND = 290_000
 """Tokens per second of one tokenizer process, measured with two processes
 (``benchmarks/README.md``)."""
 HUB_READ_PER_SECOND, FILE_READ_PER_SECOND = 4_700_000, 15_000_000
-"""Tokens per second that a rank reads from a hub's dataset, row by row, and from local files;
-measured. Every rank reads all text, so more processes do not raise these rates."""
+"""Measured tokens per second that a rank reads from a hub's dataset (row by row), and from local
+files. Every rank reads all text, so neither more ranks nor more processes raise these rates."""
 MAX_EPOCHS = 4
 """Passes over a source after which its text teaches little (arXiv:2305.16264)."""
 NO_TIME_LIMIT = "999999-00:00:00"
+"""A Slurm time limit, in days, that no stage reaches."""
 MIN_MARGIN_SECONDS = 300
-"""Minimum of the default margin, because the planned time omits some costs."""
+"""Minimum of a stage's default margin: the seconds before its job's time limit at which it stops.
+The estimated margin omits some costs."""
 
 
 def limit_problems(chain: Chain, stages: Collection[str]) -> Iterator[Problem]:
-    """Yields the limits that the named stages exceed, and warnings about the whole plan.
+    """Yields a problem for each limit that a stage exceeds, and warnings about the whole plan.
 
-    All checks of the chain must have passed.
+    Args:
+        chain: All stages of the run. All their checks must have passed.
+        stages: Names of the stages to check.
     """
     if chain.from_published_config:
         yield Problem(
@@ -67,16 +71,21 @@ def limit_problems(chain: Chain, stages: Collection[str]) -> Iterator[Problem]:
 
 
 def _expected_hours(chain: Chain) -> dict[str, float]:
-    """Returns the expected hours of each stage, if they are known."""
+    """Returns the expected hours by stage, without the stages whose time is not estimated."""
+    hardware = chain.hardware
     hours = {name: seconds / 3600 for name, seconds in preparation_seconds(chain).items()}
-    hours |= {n: training_cost(w, chain.hardware).hours for n, w in chain.workloads.items()}
-    return hours | {n: cost.hours(chain.hardware) for n, cost in chain.inference_costs.items()}
+    for name, workload in chain.workloads.items():
+        hours[name] = training_cost(workload, hardware).hours
+    for name, cost in chain.inference_costs.items():
+        hours[name] = cost.hours(hardware)
+    return hours
 
 
 def preparation_seconds(chain: Chain) -> dict[str, float]:
     """Returns the expected time of each stage that tokenizes text of a known size.
 
-    Stages whose text the teacher writes are left out, because generation takes longer.
+    Stages whose text the teacher writes are left out. Most of their time is for generation, which
+    is not estimated.
     """
     seconds = {}
     for name, config in chain.stages.items():
@@ -90,10 +99,12 @@ def preparation_seconds(chain: Chain) -> dict[str, float]:
 def _tokenization_seconds(config: PrepareDataConfig) -> float:
     """Returns the time to read and tokenize all sources; infinite if their size is not known."""
     tokens, sources = source_tokens(config), source_names(config.all_sources())
-    tokenizers = TOKENIZED_PER_SECOND * config.processes * config.resources.ranks
-    hub, files = min(tokenizers, HUB_READ_PER_SECOND), min(tokenizers, FILE_READ_PER_SECOND)
+    # Tokens per second. Reading and tokenizing run at the same time, so the slower one limits both.
+    tokenizer_rate = TOKENIZED_PER_SECOND * config.processes * config.resources.ranks
+    hub_rate = min(tokenizer_rate, HUB_READ_PER_SECOND)
+    file_rate = min(tokenizer_rate, FILE_READ_PER_SECOND)
     return math.fsum(
-        tokens[name] / (hub if parse_source(source).hub else files)
+        tokens[name] / (hub_rate if parse_source(source).hub else file_rate)
         for name, source in sources.items()
     )
 
@@ -105,24 +116,27 @@ def source_tokens(config: PrepareDataConfig) -> dict[str, float]:
 
 
 def _expected_tokens(config: PrepareDataConfig, source: str) -> float:
-    if source_problem(source):  # the check of the text reports it
+    """Returns the expected tokens of a source; infinite if they are not known."""
+    if source_problem(source):  # the stage's own check reports the problem
         return math.inf
     parsed, size = parse_source(source), source_bytes(source)
     tokens = math.inf if size is None else size / BYTES_PER_TOKEN
     if parsed.by_teacher and parsed.tokens:
         tokens = float(parsed.tokens)
-    if source in config.sources and config.max_documents:
+    if source in config.sources and config.max_documents:  # the documents' lengths are not known
         return math.inf
     return min(tokens, config.token_limit(source))
 
 
 def _unknown_text_problems(config: StageConfig) -> Iterator[Problem]:
-    """Finds text of unknown size. Wheels that are not on this machine yet are small."""
+    """Warns of sources of unknown size, except wheels: text in wheels is small."""
     if not isinstance(config, PrepareDataConfig):
         return
     expected = source_tokens(config)
     for name, source in source_names(config.all_sources()).items():
-        if math.isinf(expected[name]) and not (source_bytes(source) or parse_source(source).wheel):
+        # With ``max_documents``, the tokens are not known even if the size of the files is.
+        has_size = source_bytes(source) or parse_source(source).wheel
+        if math.isinf(expected[name]) and not has_size:
             limit = f"set stages.{config.name}.max_tokens"
             yield Problem(
                 rules.UNKNOWN_TEXT,
@@ -133,7 +147,7 @@ def _unknown_text_problems(config: StageConfig) -> Iterator[Problem]:
 
 
 def memory_problem(name: str, needed: float, available: float, device: str, fix: str) -> Problem:
-    """Returns the problem of a stage whose rank needs more bytes of memory than are available."""
+    """Returns the problem of a stage whose rank needs more memory than is available, in bytes."""
     return Problem(
         rules.MEMORY,
         f"{name} needs about {needed / 1e9:.0f} GB on a rank, but {device} has "
@@ -143,7 +157,7 @@ def memory_problem(name: str, needed: float, available: float, device: str, fix:
 
 
 def fp8_problems(hardware: Hardware, needed: float, fix: str) -> Iterator[Problem]:
-    """Yields a problem if GPUs of the profile have a lower compute capability than FP8 needs."""
+    """Yields a problem if the profile's GPUs have a lower compute capability than ``needed``."""
     if (available := hardware.compute_capability) is not None and available < needed:
         what = (
             f"FP8 needs a compute capability of {needed} here, but {hardware.name} has {available}"
@@ -152,7 +166,10 @@ def fp8_problems(hardware: Hardware, needed: float, fix: str) -> Iterator[Proble
 
 
 def _training_memory_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Problem]:
-    """Checks memory. Suggests the cheapest fitting layout, preferably of equally many ranks."""
+    """Compares the memory that a training run's ranks need with the memory that they have.
+
+    The fix is the cheapest layout that fits, if possible with the same number of ranks.
+    """
     hardware = chain.hardware
     workloads = workloads_of_shapes(workload, chain.shapes.get(name, ()))
     workload = max(workloads, key=lambda w: peak_memory(w, hardware).total)
@@ -161,16 +178,20 @@ def _training_memory_problems(name: str, workload: Workload, chain: Chain) -> It
     if needed <= available:
         return
     fix = "use devices with more memory, or more of them"
-    fitting = proposals(workload, hardware, max(8, workload.layout.devices))  # nodes of 8 or more
+    # Nodes are assumed to have 8 devices, or as many as configured. The cheapest layout is first.
+    fitting = proposals(workload, hardware, max(8, workload.layout.devices))
     same_ranks = [p for p in fitting if p.workload.layout.ranks == workload.layout.ranks]
-    for proposal in (same_ranks or fitting)[:1]:
-        overrides = layout_overrides(chain.stages[name], proposal.workload.layout)
+    if suggestions := same_ranks or fitting:
+        overrides = layout_overrides(chain.stages[name], suggestions[0].workload.layout)
         fix = f"for example {' '.join(overrides)}"
     yield memory_problem(name, needed, available, hardware.name, fix)
 
 
 def layout_overrides(config: StageConfig, layout: Layout) -> list[str]:
-    """Returns a layout as command-line overrides of those settings that a stage has."""
+    """Returns a layout as command-line overrides of a stage.
+
+    Leaves out the settings that the stage does not have.
+    """
     values = {
         "resources.nodes": layout.nodes,
         "resources.devices": layout.devices,
@@ -190,14 +211,14 @@ def layout_overrides(config: StageConfig, layout: Layout) -> list[str]:
 
 
 def slurm_seconds(limit: str) -> int:
-    """Returns the seconds of a ``Duration``, ``[D-]HH:MM:SS``."""
+    """Converts a Slurm time limit, ``[D-]HH:MM:SS``, to seconds."""
     days, _, clock = limit.rpartition("-")
     hours, minutes, seconds = map(int, clock.split(":"))
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def margin_seconds(name: str, chain: Chain) -> int:
-    """Returns the seconds before a job's time limit at which its stage stops and saves."""
+    """Returns how many seconds before its job's time limit a stage stops and saves."""
     if chain.margin_seconds is not None:
         return chain.margin_seconds
     workload, cost = chain.workloads.get(name), chain.inference_costs.get(name)
@@ -210,13 +231,14 @@ def margin_seconds(name: str, chain: Chain) -> int:
 def _time_problems(name: str, hours: float, chain: Chain) -> Iterator[Problem]:
     """Compares a stage's time with its job's time limit.
 
-    A stage that can stop stops a margin before the limit, and its next job resumes.
+    A stage that can resume stops a margin before the limit, and another job resumes it.
     """
     limit = chain.stages[name].resources.time or chain.time_limit or NO_TIME_LIMIT
     cost = chain.inference_costs.get(name)
-    can_stop = cost is None or cost.stopping_seconds is not None
-    margin = margin_seconds(name, chain) if can_stop else 0
-    if can_stop and slurm_seconds(limit) <= margin:  # Slurm's executor refuses such a limit
+    # Stages without an inference cost train, cache logits or tokenize text. All of them can resume.
+    can_resume = cost is None or cost.stopping_seconds is not None
+    margin = margin_seconds(name, chain) if can_resume else 0
+    if can_resume and slurm_seconds(limit) <= margin:  # the executor for Slurm reports this error
         return
     jobs = math.ceil(hours * 3600 / (slurm_seconds(limit) - margin))
     if jobs <= 1:
@@ -225,7 +247,7 @@ def _time_problems(name: str, hours: float, chain: Chain) -> Iterator[Problem]:
     fix = "raise the limit, or use more devices or processes"
     if cost is not None and cost.keeps_answers:
         yield Problem(rules.TIME_LIMIT, what, "raise the limit, or repeat the command to continue")
-    elif not can_stop:
+    elif not can_resume:
         what = f"{what}, and this stage cannot resume"
         yield Problem(rules.REQUEUES, what, f"raise stages.{name}.resources.time")
     elif chain.max_requeues is not None and jobs > chain.max_requeues + 1:
@@ -240,9 +262,10 @@ def _time_problems(name: str, hours: float, chain: Chain) -> Iterator[Problem]:
 def _text_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Problem]:
     """Compares the tokens of a training run with those of its text.
 
-    A text that cannot fill a batch even with one token per byte is an error.
+    It is an error if the text cannot fill one batch, even if each byte of it were a token. It is a
+    warning if the run repeats the text more than ``MAX_EPOCHS`` times.
     """
-    if workload.trained is None:
+    if workload.trained is None:  # a teacher that caches its logits reads its text once
         return
     inputs = chain.stages[name].inputs
     data = inputs.get("data", "")
@@ -251,20 +274,20 @@ def _text_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Prob
     expected = math.fsum(tokens_by_source.values())
     text, fix = "the text", "add text"
     if workload.cached_sequences is not None:
-        cached = workload.cached_sequences * workload.seq_length
-        if cached < expected:
+        cached_tokens = workload.cached_sequences * workload.seq_length
+        if cached_tokens < expected:  # the cache, not the text, limits the training
             teacher = inputs["teacher"]
-            setting = f"stages.{teacher}.num_sequences"
-            if_elsewhere = f"num_sequences in the run of {teacher}"
-            text = "the teacher's cache"
-            fix = f"raise {setting if teacher in chain.stages else if_elsewhere}"
-        expected, max_tokens = min(expected, cached), min(max_tokens, cached)
-    batch = workload.global_batch_size * workload.seq_length
-    if max_tokens < batch:
+            setting = f"num_sequences in the run of {teacher}"
+            if teacher in chain.stages:
+                setting = f"stages.{teacher}.num_sequences"
+            text, fix = "the teacher's cache", f"raise {setting}"
+        expected, max_tokens = min(expected, cached_tokens), min(max_tokens, cached_tokens)
+    batch_tokens = workload.global_batch_size * workload.seq_length
+    if max_tokens < batch_tokens:
         yield Problem(
             rules.TOKENS,
-            f"{name} trains on batches of {batch:,} tokens, but {text} has {max_tokens:,.0f} at "
-            "most",
+            f"{name} trains on batches of {batch_tokens:,} tokens, but {text} has "
+            f"{max_tokens:,.0f} at most",
             f"{fix}, or lower global_batch_size or data.seq_length",
         )
     elif expected == math.inf and isinstance(config, PrepareDataConfig) and config.max_documents:
@@ -277,7 +300,7 @@ def _text_problems(name: str, workload: Workload, chain: Chain) -> Iterator[Prob
     else:
         weights = _weights(chain, name, data)
         yield from _repeated_sources(name, workload.tokens, weights, tokens_by_source)
-        # Without a cache, the epochs of all sources together say no more than those of each.
+        # With weights, ``_repeated_sources`` checks each source, which is enough without a cache.
         counts_total = not weights or workload.cached_sequences is not None
         if counts_total and workload.tokens > MAX_EPOCHS * expected:
             yield Problem(
@@ -298,7 +321,7 @@ def _weights(chain: Chain, name: str, data: str) -> dict[str, float]:
 def _repeated_sources(
     name: str, tokens: int, weights: Mapping[str, float], tokens_by_source: Mapping[str, float]
 ) -> Iterator[Problem]:
-    """Finds sources that a training run with weights repeats too often."""
+    """Warns of sources that a training run with weights repeats more than ``MAX_EPOCHS`` times."""
     for source, weight in weights.items():
         used = tokens * weight / math.fsum(weights.values())
         available = tokens_by_source.get(source, math.inf)
@@ -314,7 +337,11 @@ def _repeated_sources(
 def training_tokens(chain: Chain, data: str) -> tuple[dict[str, float], float]:
     """Returns the expected number of training tokens by source, and an upper bound of their sum.
 
-    An unknown number is infinite.
+    Numbers that are not known are infinite.
+
+    Args:
+        chain: Stages of the run.
+        data: The stage that prepares the text, or its directory in another run.
     """
     config = chain.stages.get(data)
     if (manifest := _prepared_text(chain, data, config)) is not None:
@@ -327,19 +354,20 @@ def training_tokens(chain: Chain, data: str) -> tuple[dict[str, float], float]:
     if config.prefix:
         _, _, boundaries, total = require_token_files(config.prefix_path)
         at_most = min(total, config.max_tokens or total)
-        mean_document = total / (boundaries - 1)
-        limited = min(at_most, mean_document * (config.max_documents or math.inf))
+        document_tokens = total / (boundaries - 1)  # the mean; n documents have n + 1 boundaries
+        limited = min(at_most, document_tokens * (config.max_documents or math.inf))
         return {config.prefix_path.name: limited * train_fraction}, at_most
     tokens = source_tokens(config)
     expected = {name: tokens[name] * train_fraction for name in config.training_names()}
-    # A token has at least one byte. Documents have random splits, so all may be for training.
+    # The upper bound: a token has at least one byte, and the random split may assign all documents
+    # to training.
     sizes = [source_bytes(source) for source in config.sources]
     return expected, float(sum(size or math.inf for size in sizes))
 
 
 def _prepared_text(chain: Chain, data: str, config: StageConfig | None) -> Manifest | None:
     """Returns the manifest of the text if an earlier run prepared it with the same settings."""
-    if not isinstance(config, PrepareDataConfig):
+    if not isinstance(config, PrepareDataConfig):  # ``data`` is a directory of another run
         return manifest_of(data)
     manifest = manifest_of(str(chain.run_dir / data)) if chain.run_dir else None
     settings = {

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 Cell = str | int | float | bool | None
+"""A value of a table or of the summary."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table. Each row has a cell for each column."""
+    """A table. Each row has one cell for each column, in the columns' order."""
 
     title: str
     columns: list[str]
@@ -19,11 +20,12 @@ class Table:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """Summary by name, such as ``device-hours``, and tables."""
+    """What a plan expects of a run."""
 
     summary: dict[str, Cell]
+    """Totals and assumptions by label, such as ``device-hours``."""
     tables: list[Table]
     tokens_per_second: dict[str, float] = field(default_factory=dict)
-    """Speed of each training run, by stage."""
+    """Expected speed of each training run, by the name of its stage."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Estimated computing time of each stage that runs models or tokenizes text."""
+    """Expected seconds of each stage that runs models or tokenizes text, by its name."""

@@ -1,6 +1,6 @@
 """Lists the rules that a plan checks, with their reasons. ``run.py doctor rules`` prints them.
 
-The checks themselves are in each stage's ``check``.
+The checks themselves are in each stage's ``check``, in this package and in ``launch``.
 """
 
 from __future__ import annotations
@@ -16,22 +16,27 @@ ERROR, WARNING = "error", "warning"
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule that a plan checks. Breaking it is an error, which stops the run, or a warning."""
+    """A rule that a plan checks. A broken rule is an error, which stops the run, or a warning."""
 
     name: str
+    """Name in messages and in the setting ``skip_rules``."""
     reason: str
+    """Why the rule exists."""
     reference: str = ""
-    """Issues of libraries on GitHub, or a paper."""
+    """Where the reason is documented: issues on GitHub, files of libraries, or papers."""
     severity: str = ERROR
+    """``ERROR`` or ``WARNING``."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A rule that a recipe breaks, what is wrong, and how to fix it."""
+    """A rule that a recipe breaks."""
 
     rule: Rule
     what: str
+    """What is wrong, with the setting and its value."""
     fix: str
+    """What the user can change."""
 
     def __str__(self) -> str:
         see = f"\n  see: {self.rule.reference}" if self.rule.reference else ""
@@ -39,17 +44,24 @@ class Problem:
 
 
 def has_error(problems: Iterable[Problem]) -> bool:
-    """Returns whether a problem is an error, not a warning."""
+    """Returns whether at least one problem is an error, not a warning."""
     return any(problem.rule.severity == ERROR for problem in problems)
 
 
 def refuse_errors(
     problems: Iterable[Problem], skipped: Collection[str] = ()
 ) -> tuple[Problem, ...]:
-    """Returns the warnings and the skipped errors, without duplicates.
+    """Raises an exception with all errors, except those of skipped rules.
+
+    Args:
+        problems: Problems of a plan.
+        skipped: Names of the rules whose errors do not stop the run.
+
+    Returns:
+        The warnings and the skipped errors, without duplicates.
 
     Raises:
-        RecipeError: A problem is an error whose rule is not ``skipped``.
+        RecipeError: A problem is an error whose rule is not skipped.
     """
     unique = tuple(dict.fromkeys(problems))
     errors = [str(p) for p in unique if p.rule.severity == ERROR and p.rule.name not in skipped]
@@ -66,7 +78,7 @@ _NEMO = "NVIDIA-NeMo/Speech"
 # Machine and stack
 STACK_VERSIONS = Rule(
     "stack-versions",
-    "versions that were not tested may fail during a run, or change a result",
+    "untested versions of libraries may fail during a run, or change a result",
     f"{_BRIDGE}#1646, #5192; {_MODELOPT}#2257, #1637",
 )
 DISK = Rule("disk", "a full disk ends a training run at its first checkpoint")
@@ -79,19 +91,20 @@ TIME_LIMIT = _warning("time-limit", "a job that reaches its time limit is queued
 REQUEUES = Rule("requeues", "a stage must end within its job's time limit and requeues")
 IMAGE = Rule("image", "every job needs its container image")
 ENGINE_IMAGE = Rule(
-    "engine-image", "only NVIDIA's image has TensorRT-LLM, and the stages that need it run last"
+    "engine-image",
+    "only NVIDIA's image has TensorRT-LLM, and without it a run would fail at its last stages",
 )
 MOUNTS = Rule("mounts", "a stage in a container sees only mounted paths")
 CPUS_PER_TASK = _warning(
     "cpus-per-task", "by default, a job that shares nodes gets one core for all its processes"
 )
-MPI = _warning("mpi", "in a job, only mpirun can start the MPI processes of TensorRT-LLM")
-JOB = Rule("job", "a job must request what its processes use")
+MPI = _warning("mpi", "in a Slurm job, only mpirun can start TensorRT-LLM's MPI processes")
+JOB = Rule("job", "a job must request the cores and GPUs that its processes use")
 JOB_MEMORY = _warning("job-memory", "Slurm kills a job that uses more memory than it requested")
 PARTITION = Rule("partition", "Slurm never starts a job that exceeds the limits of its partition")
 CLUSTER_HARDWARE = Rule(
     "cluster-hardware",
-    "with a CPU's profile, jobs on GPUs would use a CPU's precision and wrong estimates",
+    "with a CPU's profile, jobs on GPUs would use a CPU's precision, and estimates would be wrong",
 )
 CPU_PRECISION = _warning(
     "cpu-precision",
@@ -101,7 +114,7 @@ HARDWARE_PROFILE = _warning(
     "hardware-profile", "memory and time are estimated for the profile, not for this machine"
 )
 BUNDLED_CONFIG = _warning(
-    "bundled-config", "the shape may differ from the shape in the real config.json"
+    "bundled-config", "a bundled copy of config.json may differ from the model's own"
 )
 
 # Model
@@ -115,7 +128,8 @@ CHECKPOINT = Rule(
 CHECKPOINT_NOTE = _warning("checkpoint-note", "the converted model differs from its config.json")
 VOCABULARY = Rule(
     "vocabulary",
-    "tensor parallelism splits the vocabulary, and padded entries get into export and loss",
+    "tensor parallelism splits the vocabulary, and entries that pad it would get into export and "
+    "loss",
     f"{_BRIDGE}#625, #1853; {_NEMO}#14870",
 )
 TOKENIZER = Rule(
@@ -125,15 +139,16 @@ TOKENIZER = Rule(
 )
 
 LICENCE = _warning(
-    "licence", "a student of a noncommercial text or teacher may not be used commercially"
+    "licence", "commercial use of a student needs text and a teacher whose licences allow it"
 )
 
 # Data
 DATA_SOURCES = Rule("data-sources", "unreadable text would stop the run after the import")
 SOURCE_WEIGHTS = _warning("source-weights", "prepared text does not include the sources' weights")
-CHAT = Rule("chat", "the loss covers whole answers, which are found by the chat template")
+CHAT = Rule("chat", "the loss is on the assistant's whole answers, found by the chat template")
 DOCUMENT_END = Rule(
-    "document-end", "a token that is not in the tokenizer would stop the run after the import"
+    "document-end",
+    "an end-of-document token that is not in the tokenizer would stop the run after the import",
 )
 DATA_SPLITS = Rule("data-splits", "every split of the text needs documents")
 SEQ_LENGTH = Rule("seq-length", "the teacher was not trained on positions beyond its limit")
@@ -169,7 +184,9 @@ ADDED_LAYERS = Rule(
     "the teacher's layers fit a student that has all of the teacher's channels, heads and experts",
     "arXiv:2510.05064",
 )
-CALIBRATION = Rule("calibration", "importance that is measured on padding or noise is random")
+CALIBRATION = Rule(
+    "calibration", "importance scores that are measured on padding or noise are random"
+)
 BUDGET = Rule("budget", "a search needs a budget, and a shape that is within the budget")
 REPORT = Rule("report", "a report needs all inputs of a distillation, a search, or both")
 SEARCH = Rule("search", "ranking and successive halving need candidates, text and steps")
@@ -195,7 +212,8 @@ PIPELINE_PARALLEL = Rule(
 )
 SEQUENCE_PARALLEL = Rule("sequence-parallel", "every rank holds an equal shard of a sequence")
 CONTEXT_PARALLEL = Rule(
-    "context-parallel", "each rank holds two chunks of a sequence, and needs TransformerEngine"
+    "context-parallel",
+    "each rank holds two chunks of a sequence, and only TransformerEngine's attention supports it",
 )
 EXPERT_PARALLEL = Rule("expert-parallel", "experts are split over the replicas", f"{_BRIDGE}#1727")
 OPTIMIZER_INSTANCES = Rule(
@@ -216,37 +234,42 @@ LOSS = Rule(
     "loss", "without a term on logits, the output layer has no gradient, and Megatron fails"
 )
 STOP = Rule("stop", "a training run can only stop early by a metric that its validations measure")
-STUDENT_STEPS = Rule("student-steps", "a student can only be saved at a step before the last")
+STUDENT_STEPS = Rule("student-steps", "student_steps can only be steps before the last")
 HIDDEN_PAIRS = Rule(
     "hidden-pairs",
-    "the loss is on the last pipeline stage, so the layers that it compares must be there",
+    "the last pipeline stage computes the loss, so the layers that it compares must be on it",
     f"{_NEMO}#13557",
 )
 HIDDEN_RANGE = _warning(
-    "hidden-range", "ModelOpt's DistillationModel computes losses on the last pipeline stage alone"
+    "hidden-range",
+    "ModelOpt computes losses only on the last pipeline stage, so they compare only its layers",
 )
-CACHED_TEACHER = Rule("cached-teacher", "a cache has one temperature, top-k and sequence length")
+CACHED_TEACHER = Rule(
+    "cached-teacher", "a cache of logits is valid for one temperature, top-k and sequence length"
+)
 TOP_K = Rule("top-k", "a cache must store fewer logits per token than the vocabulary has")
-EVALUATE = Rule("evaluate", "a prompt must leave room for a continuation")
+EVALUATE = Rule("evaluate", "a prompt must be shorter than the sequence that it begins")
 
 # Engines and benchmarks
 FORMAT = Rule("format", "each backend supports only some formats of weights")
 KV_CACHE = Rule("kv-cache", "engines support few types of KV cache; FP8 needs calibrated scales")
 MAX_SEQ_LEN = Rule("max-seq-len", "an engine cannot serve more positions than the model has")
-MAX_INPUT_LEN = Rule("max-input-len", "a prompt must leave room for a token")
+MAX_INPUT_LEN = Rule("max-input-len", "a prompt must be shorter than the engine's max_seq_len")
 HEAD_SIZE = Rule("head-size", "attention kernels exist for few head sizes")
 ALIGNMENT = Rule("alignment", "kernels of a precision need aligned sizes")
 LENGTH = Rule("length", "prompt and new tokens must fit the model's positions")
 ENGINE_LIMITS = Rule(
-    "engine-limits", "an engine refuses larger requests, or does not compute all prompts at once"
+    "engine-limits",
+    "beyond its limits, an engine refuses requests, or computes their prompts in several steps",
 )
 ENGINE_PAIR = Rule("engine-pair", "a speed-up compares two engines of the same type")
 TASKS_HARNESS = Rule("tasks-harness", "the benchmarks were verified with one version of lm-eval")
 TASKS_NAMES = Rule("tasks-names", "an unknown benchmark would fail after the training")
-TASKS_FEWSHOT = Rule("tasks-fewshot", "few-shot examples need the name of a benchmark")
+TASKS_FEWSHOT = Rule("tasks-fewshot", "num_fewshot is set by the name of a benchmark")
 SERVED = Rule("served", "a server must be installed, and return what the benchmarks need")
 SERVED_TIME = _warning("served-time", "on a CPU, a served model needs longer than planned")
-GATES = Rule("gates", "a gate needs a metric that a stage measures")
+GATES = Rule("gates", "a gate limits a metric, which a stage of the run must measure")
 
+# ``vars()`` has all names that this module has defined so far.
 RULES = {rule.name: rule for rule in list(vars().values()) if isinstance(rule, Rule)}
 """All rules by name, in the order above."""

@@ -5,12 +5,12 @@ A pass over a text in which a teacher caches its logits counts as a training run
 - Adam keeps float32 main weights and two moments: 12 bytes per parameter. Megatron's distributed
   optimizer splits these 12 bytes over the replicas.
 - Tensor parallelism needs two all-reduces per layer and pass. With sequence parallelism these are
-  all-gathers and reduce-scatters of the same volume (arXiv:2205.05198, section 4.2.2). Those of an
-  MoE's experts transfer a copy of each token for each expert that it is routed to
+  all-gathers and reduce-scatters of the same volume (arXiv:2205.05198, section 4.2.2). In an MoE's
+  experts, they transfer a copy of each token for each expert that the token is routed to
   (``megatron/core/transformer/moe/token_dispatcher.py``).
 - Context-parallel ranks send keys and values around a ring, once in a forward pass. A backward pass
-  sends them again, with their gradients (TransformerEngine's ``cp_comm_type="p2p"``).
-- Communication within a group of ranks is as fast as the network if the group spans several nodes.
+  sends keys and values again, with their gradients (TransformerEngine's ``cp_comm_type="p2p"``).
+- A group of ranks that spans several nodes communicates at the speed of the network.
 - A pipeline of p stages idles for (p - 1) / m of the time in which it computes m micro batches
   (arXiv:2104.04473, 2.2.1).
 """
@@ -41,15 +41,15 @@ from recipes.planning.transformer import (
 from recipes.planning.workload import CHECKPOINT_BYTES, Workload
 
 OPTIMIZER_TRAFFIC = 30
-"""Bytes that an Adam step on a GPU reads and writes for a parameter."""
+"""Bytes per parameter that Adam's update of the weights reads and writes on a GPU."""
 STATE_BYTES = 12
 """Bytes per parameter that are gathered for a checkpoint: a float32 weight and Adam's two moments.
 """
 HOST_BYTES_PER_SECOND = 2e9
-"""Rate at which a rank receives gathered state, concatenates it and copies it to the host's memory;
-an assumption."""
+"""Assumed rate at which a rank receives gathered optimizer state, concatenates it and copies it to
+the host's memory."""
 STORAGE_BYTES_PER_SECOND = 5e8
-"""Rate at which all ranks together write a checkpoint to shared storage; an assumption."""
+"""Assumed rate at which all ranks together write a checkpoint to shared storage."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,20 @@ class StepTime:
     """Seconds of an optimizer step, by cause."""
 
     compute: float
+    """Computing on the busiest pipeline stage."""
     bubble: float
+    """Waiting of a pipeline stage for the other stages."""
     tensor_communication: float
     context_communication: float
     expert_communication: float
     gradient_communication: float
+    """Reduction of gradients, and gathering of the updated weights."""
     optimizer: float
+    """Update of the weights."""
 
     @property
     def total(self) -> float:
-        """Sum of all fields: assumes that nothing overlaps."""
+        """Sum of all fields, as if communication never overlapped with computing."""
         total: float = sum(vars(self).values())
         return total
 
@@ -76,26 +80,30 @@ class TrainingCost:
     """Cost of a workload on a hardware profile."""
 
     memory: Memory
+    """Memory of the rank that needs the most."""
     step: StepTime
     tokens_per_second: float
+    """Speed of steps, without pauses for validations and checkpoints."""
     hours: float
     device_hours: float
+    """Hours times GPUs, or on CPUs times nodes."""
     dollars: float
     flops: float
     """FLOPs of the whole workload."""
 
 
 def hours_text(hours: float) -> str:
-    """Formats hours with three digits: 1,230 and 0.0123."""
-    return f"{float(f'{hours:.3g}'):,.15g}"
+    """Formats hours with three significant digits, such as 1,230 and 0.0123."""
+    rounded = float(f"{hours:.3g}")
+    return f"{rounded:,.15g}"  # 15 digits suffice to write large numbers without an exponent
 
 
 def training_cost(workload: Workload, hardware: Hardware) -> TrainingCost:
     """Returns memory, time and money of a workload."""
     step = step_time(workload, hardware)
-    pauses = workload.checkpoints * gathering_seconds(workload, hardware)
-    pauses += workload.validations * validation_seconds(workload, hardware)
-    hours = (workload.steps * step.total + pauses) / 3600
+    pause_seconds = workload.checkpoints * gathering_seconds(workload, hardware)
+    pause_seconds += workload.validations * validation_seconds(workload, hardware)
+    hours = (workload.steps * step.total + pause_seconds) / 3600
     devices = workload.layout.ranks if hardware.on_gpu else workload.layout.nodes
     return TrainingCost(
         memory=peak_memory(workload, hardware),
@@ -115,33 +123,36 @@ def peak_memory(workload: Workload, hardware: Hardware) -> Memory:
 
 def stage_memory(workload: Workload, hardware: Hardware, stage: int) -> Memory:
     """Returns the memory of a rank of one pipeline stage; ``stage`` counts from 0."""
-    layout, size = workload.layout, workload.dtype_bytes
-    tokens = layout.micro_batch_size * workload.seq_length / layout.context
+    layout, dtype_bytes = workload.layout, workload.dtype_bytes
+    tokens = layout.micro_batch_size * workload.seq_length / layout.context  # of a micro batch
     memory: dict[str, float] = {"reserved": hardware.reserved_bytes}
     if workload.trained is not None:
         dense, experts = rank_parameters(workload.trained, layout, stage)
         # Expert parallelism has already split the experts over replicas.
         expert_shards = max(1, layout.optimizer_shards // layout.expert)
-        states = 12 if workload.bf16 else 8  # two moments; with bfloat16, also main weights
+        # Bytes of Adam's two float32 moments, and with bfloat16 also of float32 main weights.
+        state_bytes = 12 if workload.bf16 else 8
         memory |= {
-            "weights": size * (dense + experts),
+            "weights": dtype_bytes * (dense + experts),
             "gradients": _gradient_bytes(workload, hardware) * (dense + experts),
-            "optimizer": states * (dense / layout.optimizer_shards + experts / expert_shards),
+            "optimizer": state_bytes * (dense / layout.optimizer_shards + experts / expert_shards),
             # ``peak_activation_bytes`` counts 2 bytes for each value, as in bfloat16.
-            "activations": size / 2 * peak_activation_bytes(workload, stage, tokens),
+            "activations": dtype_bytes / 2 * peak_activation_bytes(workload, stage, tokens),
         }
     if workload.teacher is not None:
-        memory["teacher"] = size * sum(rank_parameters(workload.teacher, layout, stage))
-    if workload.teacher is not None and stage == layout.pipeline - 1:
+        memory["teacher"] = dtype_bytes * sum(rank_parameters(workload.teacher, layout, stage))
+    is_last_stage = stage == layout.pipeline - 1
+    if workload.teacher is not None and is_last_stage:
+        # Hidden states that a loss on them keeps. Only sequence parallelism splits them over ranks.
         split = layout.tensor if layout.sequence_parallel else 1
-        kept_bytes = workload.hidden_state_bytes * workload.teacher.hidden_size
-        memory["activations"] = memory.get("activations", 0) + kept_bytes * tokens / split
-    if stage == layout.pipeline - 1:
+        bytes_per_token = workload.hidden_state_bytes * workload.teacher.hidden_size
+        memory["activations"] = memory.get("activations", 0) + bytes_per_token * tokens / split
+    if is_last_stage:
         memory["logits"] = training_logits_bytes(workload, hardware.on_gpu, tokens)
-    if workload.trained is None:
+    if workload.trained is None:  # the teacher's pass over a text, on one pipeline stage
         assert workload.teacher is not None
-        layer = size / 2 * layer_activation_bytes(workload.teacher, layout, tokens)
-        last_norm = 2 * size * tokens * workload.teacher.hidden_size  # its input and output
+        layer = dtype_bytes / 2 * layer_activation_bytes(workload.teacher, layout, tokens)
+        last_norm = 2 * dtype_bytes * tokens * workload.teacher.hidden_size  # input and output
         if layer > last_norm + memory["logits"]:  # the peak is in a layer, before logits exist
             memory |= {"activations": layer, "logits": 0.0}
         else:
@@ -160,9 +171,12 @@ def _gradient_bytes(workload: Workload, hardware: Hardware) -> int:
 
 
 def _passes(workload: Workload, backward: int = 1) -> list[tuple[Architecture, int]]:
-    """Returns each model with its passes per token; a backward pass counts ``backward`` times.
+    """Returns each model with its number of passes. A forward pass counts once.
 
-    FLOPs need ``backward=FORWARDS_PER_BACKWARD``. For communication both passes count the same.
+    Args:
+        workload: A training run, or a teacher's pass.
+        backward: How often a backward pass counts: ``FORWARDS_PER_BACKWARD`` times for FLOPs, and
+            for communication as often as it sends what a forward pass sends.
     """
     recomputed = workload.layout.recompute_granularity == "full"
     passes = [(workload.trained, 1 + backward + recomputed), (workload.teacher, 1)]
@@ -170,17 +184,17 @@ def _passes(workload: Workload, backward: int = 1) -> list[tuple[Architecture, i
 
 
 def token_compute(workload: Workload) -> Compute:
-    """Returns FLOPs and traffic per token: both models' passes, recomputation, and the loss."""
-    size, models = workload.dtype_bytes, _passes(workload, FORWARDS_PER_BACKWARD)
+    """Returns the work per token: passes of both models, recomputation, and the loss."""
+    dtype_bytes, models = workload.dtype_bytes, _passes(workload, FORWARDS_PER_BACKWARD)
     total = Compute()
     for arch, passes in models:
-        total += pass_compute(arch, workload.seq_length, size, passes)
+        total += pass_compute(arch, workload.seq_length, dtype_bytes, passes)
     if workload.trained is not None:
         live_teacher = workload.teacher is not None
-        loss = loss_bytes(workload.trained.vocab_size, size, workload.terms, live_teacher)
+        loss = loss_bytes(workload.trained.vocab_size, dtype_bytes, workload.terms, live_teacher)
         total += Compute(bytes=loss)
         if workload.layout.recompute_feed_forward:
-            total += feed_forward_recompute(workload.trained, size)
+            total += feed_forward_recompute(workload.trained, dtype_bytes)
     elif workload.teacher is not None:
         total += Compute(bytes=scoring_bytes(workload.teacher.vocab_size))
     layer_passes = sum(passes * arch.num_layers for arch, passes in models)
@@ -191,14 +205,16 @@ def token_compute(workload: Workload) -> Compute:
 def pipeline_imbalance(workload: Workload) -> float:
     """Returns the FLOPs of the busiest pipeline stage, divided by the mean over all stages.
 
-    The last stage has the heads. With a large vocabulary, a head costs as much as several layers.
+    The last stage has the output heads of both models. With a large vocabulary, a head costs as
+    much as several layers.
     """
     stage_flops = [0.0] * workload.layout.pipeline
     for arch, passes in _passes(workload, FORWARDS_PER_BACKWARD):
         head = head_flops(arch)
         layer = (forward_flops(arch, workload.seq_length) - head) / arch.num_layers
-        for stage, layers in enumerate(pipeline_split(arch.num_layers, workload.layout.pipeline)):
-            stage_flops[stage] += passes * layer * layers
+        layer_counts = pipeline_split(arch.num_layers, workload.layout.pipeline)
+        for stage, num_layers in enumerate(layer_counts):
+            stage_flops[stage] += passes * layer * num_layers
         stage_flops[-1] += passes * head
     return max(stage_flops) * len(stage_flops) / sum(stage_flops)
 
@@ -209,13 +225,15 @@ def step_time(workload: Workload, hardware: Hardware) -> StepTime:
     tokens = workload.global_batch_size * workload.seq_length
     token_seconds = hardware.compute_seconds(token_compute(workload), workload.bf16, layout.devices)
     compute = token_seconds * tokens / layout.ranks * pipeline_imbalance(workload)
-    replica_tokens = tokens / (layout.data * layout.context)
+    # Tokens of a step that a data-parallel and context-parallel rank processes.
+    rank_tokens = tokens / (layout.data * layout.context)
     gradients, optimizer = _update_seconds(workload, hardware)
 
-    def seconds(token_bytes: float, group: int) -> float:
-        """Returns the time to send bytes per token within a group of neighbouring ranks."""
+    def seconds(token_bytes: float, group_ranks: int) -> float:
+        """Returns the time to send bytes for each token, within a group of neighbouring ranks."""
         link, network = hardware.link_bytes_per_second, hardware.network_bytes_per_second
-        return replica_tokens * token_bytes / (link if group <= layout.devices else network)
+        bandwidth = link if group_ranks <= layout.devices else network
+        return rank_tokens * token_bytes / bandwidth
 
     tensor = layout.tensor
     return StepTime(
@@ -233,10 +251,11 @@ def _all_reduce_bytes(workload: Workload) -> float:
     """Returns the bytes per token that a rank sends in ring all-reduces of tensor parallelism."""
     tensor = workload.layout.tensor
     ring = 2 * (tensor - 1) / tensor  # bytes sent per byte of an all-reduced tensor
-    # In each layer and pass, one all-reduce of attention and one of the feed-forward layer.
+    # In each layer and pass, one all-reduce of attention and one of the feed-forward layer. The
+    # latter has a copy of the token for each of its ``moe_router_topk`` experts (0 if dense).
     values = sum(
-        (1 + max(1, arch.moe_router_topk)) * n * arch.num_layers * arch.hidden_size
-        for arch, n in _passes(workload)
+        (1 + max(1, arch.moe_router_topk)) * passes * arch.num_layers * arch.hidden_size
+        for arch, passes in _passes(workload)
     )
     return values / workload.layout.pipeline * workload.dtype_bytes * ring
 
@@ -244,9 +263,11 @@ def _all_reduce_bytes(workload: Workload) -> float:
 def _ring_bytes(workload: Workload) -> float:
     """Returns the bytes per token that a rank sends to other context-parallel ranks.
 
-    For each token of its chunks, it sends keys, values and their gradients once to each rank.
+    For each token of its chunks, it sends keys and values once to each other rank in a forward
+    pass, and keys, values and their gradients in a backward pass.
     """
     layout = workload.layout
+    # The leading 2: keys and values. ``backward=2``: with their gradients.
     values = sum(
         2 * passes * arch.num_layers * arch.num_query_groups * arch.kv_channels
         for arch, passes in _passes(workload, backward=2)
@@ -259,7 +280,7 @@ def _all_to_all_bytes(workload: Workload) -> float:
     """Returns the bytes per token that a rank sends to experts of other ranks and gets back."""
     layout = workload.layout
     routed = sum(
-        2
+        2  # to the experts and back
         * passes
         * arch.num_layers
         * arch.moe_router_topk
@@ -271,15 +292,16 @@ def _all_to_all_bytes(workload: Workload) -> float:
 
 
 def _update_seconds(workload: Workload, hardware: Hardware) -> tuple[float, float]:
-    """Returns the seconds per step to communicate gradients and weights, and to update weights."""
+    """Returns seconds per step: communication of gradients and weights, and the weights' update."""
     if workload.trained is None:
         return 0.0, 0.0
     layout = workload.layout
-    parameters = _largest_shard(workload)
+    parameters = _most_parameters(workload)
     shards, copies = layout.optimizer_shards, layout.optimizer_instances
     link, network = hardware.link_bytes_per_second, hardware.network_bytes_per_second
     bandwidth = link if layout.nodes == 1 else network
-    # A copy's shards are on neighbouring tensor-parallel groups, so a copy may fit on one node.
+    # ``copies``: replicas of the optimizer state, each split into ``shards``. The shards of a copy
+    # are on neighbouring tensor-parallel groups, so a copy may fit on one node.
     copy_on_node = copies > 1 and layout.tensor * shards <= layout.devices
     copy_bandwidth = link if copy_on_node else bandwidth
     # Within a copy: reduce-scatter of gradients and all-gather of weights.
@@ -287,7 +309,7 @@ def _update_seconds(workload: Workload, hardware: Hardware) -> tuple[float, floa
     seconds = parameters * sent_bytes * (shards - 1) / shards / copy_bandwidth
     # Between copies: all-reduce of each shard's gradients.
     seconds += parameters / shards * workload.gradient_bytes * 2 * (copies - 1) / copies / bandwidth
-    if hardware.bandwidth_fraction is None:
+    if hardware.bandwidth_fraction is None:  # a GPU
         return seconds, parameters * OPTIMIZER_TRAFFIC / shards / hardware.bytes_per_second
     # Replicas on a CPU share its bandwidth, so splitting the update over them saves no time.
     traffic = Compute(bytes=parameters * update_bytes(workload.micro_batches, workload.dtype_bytes))
@@ -295,11 +317,13 @@ def _update_seconds(workload: Workload, hardware: Hardware) -> tuple[float, floa
 
 
 def update_bytes(micro_batches: int, dtype_bytes: int) -> float:
-    """Returns a parameter's memory traffic in an optimizer step.
+    """Returns the bytes of a parameter that an optimizer step on a CPU reads and writes.
 
-    The first micro batch's gradient is not copied. Further ones are added to it in float32.
+    The gradient of the first micro batch is not copied. Those of the others are added in float32.
     """
+    # Reads a gradient, and reads and writes the float32 sum.
     gradient_sums = (dtype_bytes + 8) * (micro_batches - 1)
+    # Adam reads the gradient, and reads and writes three float32 values: weight and two moments.
     gradient_norm, adam, new_weight = dtype_bytes, dtype_bytes + 24, 4 + dtype_bytes
     return gradient_sums + gradient_norm + adam + new_weight
 
@@ -307,8 +331,8 @@ def update_bytes(micro_batches: int, dtype_bytes: int) -> float:
 def stopping_seconds(workload: Workload, hardware: Hardware) -> float:
     """Returns the seconds that a training run may need to stop at a deadline.
 
-    It may finish two steps with a validation between them, and saves a checkpoint. A teacher that
-    caches its logits saves them continuously, so it stops at once.
+    At most, the run still finishes two steps with a validation between them, and then saves a
+    checkpoint. A teacher that caches its logits saves them continuously, so it stops at once.
     """
     if workload.trained is None:
         return 0.0
@@ -319,20 +343,23 @@ def stopping_seconds(workload: Workload, hardware: Hardware) -> float:
 
 
 def validation_seconds(workload: Workload, hardware: Hardware) -> float:
-    """Returns the seconds of a validation: the part of a step's time that forward passes take."""
+    """Returns the seconds of one validation.
+
+    A global batch takes the fraction of a step's time that forward passes have of its FLOPs.
+    """
     models = [workload.trained, workload.teacher if workload.teacher_in_validation else None]
     flops = sum(forward_flops(arch, workload.seq_length) for arch in models if arch is not None)
-    steps = workload.validation_batches * flops / token_compute(workload).flops
-    return steps * step_time(workload, hardware).total
+    equivalent_steps = workload.validation_batches * flops / token_compute(workload).flops
+    return equivalent_steps * step_time(workload, hardware).total
 
 
 def gathering_bytes(workload: Workload) -> float:
     """Returns the bytes of host memory that each rank takes to save a checkpoint.
 
-    A checkpoint can be resumed in another layout. So Megatron (``fully_reshardable``) gathers, on
-    each data-parallel rank, the whole optimizer state of the rank's shard of the model.
+    Megatron (``fully_reshardable``) gathers, on each data-parallel rank, the whole optimizer state
+    of the rank's shard of the model. So a run with another layout can resume the checkpoint.
     """
-    return STATE_BYTES * _largest_shard(workload) if workload.trained is not None else 0.0
+    return STATE_BYTES * _most_parameters(workload) if workload.trained is not None else 0.0
 
 
 def gathering_seconds(workload: Workload, hardware: Hardware) -> float:
@@ -342,15 +369,15 @@ def gathering_seconds(workload: Workload, hardware: Hardware) -> float:
     it to storage is asynchronous.
     """
     size = gathering_bytes(workload)
-    shards, layout = workload.layout.optimizer_shards, workload.layout
-    bandwidth = (
-        hardware.link_bytes_per_second if layout.nodes == 1 else hardware.network_bytes_per_second
-    )
+    shards, nodes = workload.layout.optimizer_shards, workload.layout.nodes
+    link, network = hardware.link_bytes_per_second, hardware.network_bytes_per_second
+    bandwidth = link if nodes == 1 else network
+    # A rank already has one of the shards.
     return size * (shards - 1) / shards / bandwidth + size / HOST_BYTES_PER_SECOND
 
 
-def _largest_shard(workload: Workload) -> float:
-    """Returns the parameters of the rank that has the most."""
+def _most_parameters(workload: Workload) -> float:
+    """Returns the number of parameters of the rank that has the most."""
     trained, layout = workload.trained, workload.layout
     assert trained is not None
     return max(sum(rank_parameters(trained, layout, stage)) for stage in range(layout.pipeline))

@@ -1,12 +1,12 @@
 """FLOPs, bytes and memory of a transformer, in closed form and without torch.
 
 - A weight takes 2 FLOPs per token forward and 4 backward (Kaplan et al., arXiv:2001.08361). Causal
-  attention computes half of the scores: 2·s·heads·channels FLOPs per layer and token.
+  attention computes half of the s scores of a token: 2·s·heads·head_size FLOPs per layer forward.
 - Activations are the tensors that Megatron keeps for the backward pass (Korthikanti et al.,
   arXiv:2205.05198), with gated feed-forward layers, RMSNorm and attention that stores no scores.
 - Memory traffic is the bytes that operations between GEMMs read and write. It is counted by hand
   from ``recipes.backend.local_layers``, Megatron's layers and ``recipes.distillation.losses``.
-  Only time estimates for CPUs include it: on GPUs, kernels fuse most of these operations.
+  Only time estimates for CPUs use it: on GPUs, kernels fuse most of these operations.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from recipes.backend.device import QUERIES_AT_ONCE
 from recipes.planning.workload import Layout, Workload
 
 LOSS_CHUNK_BYTES = 512 << 20
-"""Size of a float32 buffer of the loss on a GPU: large enough to keep the GPU busy."""
+"""Largest float32 buffer of the loss on a GPU, in bytes: large enough to keep the GPU busy."""
 LOGITS_BYTES = 128 << 20
-"""Size of the float32 logits that exist at once in an evaluation pass."""
+"""Bytes of float32 logits that exist at once in an evaluation pass."""
 FORWARDS_PER_BACKWARD = 2
-"""FLOPs of a backward pass, in forward passes."""
+"""FLOPs of a backward pass, divided by those of a forward pass."""
 ATTENTION_FORWARD_FLOPS, ATTENTION_BACKWARD_FLOPS = 4, 10
-"""FLOPs per score and channel, 2 per GEMM. The backward pass has 5 GEMMs: one recomputes scores."""
+"""FLOPs per score and channel of a head: 2 per GEMM. One of 5 backward GEMMs recomputes scores."""
 FRAGMENTATION = 1.05
-"""Memory that the allocator holds, divided by the memory of tensors; an assumption."""
+"""Memory that the allocator holds, divided by the memory of tensors. Assumed, not measured."""
 TWO_MODEL_BUFFERS, ONE_MODEL_BUFFERS = 3, 2
-"""Buffers of the loss that are alive at once: with a live teacher, and without one."""
+"""Buffers of the loss that exist at once: with a live teacher, and without one."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,15 @@ class Compute:
     attention_flops: float = 0
     """FLOPs of causal attention, without masked scores."""
     blocked_attention_flops: float = 0
-    """FLOPs of causal attention on a CPU, which works on blocks, so also on some masked scores."""
+    """FLOPs of attention on a CPU: in blocks of queries, which also compute some masked scores."""
     bytes: float = 0
     """Memory traffic of the operations between GEMMs."""
     layer_passes: float = 0
-    """Passes of a micro batch through a layer; a backward pass counts twice."""
+    """Passes through one layer, per micro batch; a backward pass counts twice."""
 
     @property
     def flops(self) -> float:
-        """FLOPs as publications count them: without masked scores."""
+        """FLOPs without masked scores, as publications count them."""
         return self.gemm_flops + self.attention_flops
 
     def __add__(self, other: Compute) -> Compute:
@@ -67,7 +67,7 @@ def pass_compute(arch: Architecture, seq_length: int, dtype_bytes: int, passes: 
 
     Args:
         arch: The model.
-        seq_length: Length of the sequence that has the token.
+        seq_length: Length of the token's sequence.
         dtype_bytes: Bytes of one value of an activation.
         passes: 1 for a forward pass; 3 with a backward pass, which counts twice; 4 if full
             recomputation also repeats the forward pass.
@@ -75,22 +75,22 @@ def pass_compute(arch: Architecture, seq_length: int, dtype_bytes: int, passes: 
     backward = passes > 1
     forwards = passes - FORWARDS_PER_BACKWARD if backward else passes
     flops_per_score = ATTENTION_FORWARD_FLOPS * forwards + ATTENTION_BACKWARD_FLOPS * backward
-    channels = arch.num_attention_heads * arch.kv_channels * arch.num_layers
-    computed = _computed_score_fraction(seq_length)
+    channels = arch.num_attention_heads * arch.kv_channels * arch.num_layers  # of all queries
+    computed_fraction = _computed_score_fraction(seq_length)
     traffic = forwards * _forward_bytes(arch, dtype_bytes)
     if backward:
         traffic += _backward_bytes(arch, seq_length, dtype_bytes)
     return Compute(
         gemm_flops=passes * 2 * arch.active_weights(),
         attention_flops=passes * 2 * seq_length * channels,  # 4 FLOPs a score; half are masked
-        blocked_attention_flops=flops_per_score * (seq_length * channels) * computed,
+        blocked_attention_flops=flops_per_score * (seq_length * channels) * computed_fraction,
         bytes=arch.num_layers * traffic,
     )
 
 
 def forward_flops(arch: Architecture, seq_length: int) -> float:
     """Returns the FLOPs of a token's forward pass in a sequence of ``seq_length`` tokens."""
-    return pass_compute(arch, seq_length, 2).flops
+    return pass_compute(arch, seq_length, dtype_bytes=2).flops  # the dtype changes only traffic
 
 
 def head_flops(arch: Architecture) -> int:
@@ -101,7 +101,7 @@ def head_flops(arch: Architecture) -> int:
 def feed_forward_recompute(arch: Architecture, dtype_bytes: int) -> Compute:
     """Returns the cost of recomputing a token's feed-forward activations in all layers."""
     width = arch.num_layers * feed_forward_width(arch)
-    # Three GEMMs (gate, up and down projection), and the traffic in ``_forward_bytes``.
+    # 2 FLOPs for each of 3 GEMMs (gate, up and down projection); bytes as in ``_forward_bytes``.
     return Compute(gemm_flops=6 * arch.hidden_size * width, bytes=5 * dtype_bytes * width)
 
 
@@ -121,7 +121,7 @@ def least_squares_flops(teacher: Architecture, student: Architecture) -> float:
 
 
 def feed_forward_width(arch: Architecture) -> int:
-    """Returns the feed-forward channels of a layer that one token uses."""
+    """Returns how many feed-forward channels one token uses in a layer."""
     if not arch.num_moe_experts:
         return arch.ffn_hidden_size
     experts = arch.moe_router_topk * arch.moe_ffn_hidden_size
@@ -129,14 +129,14 @@ def feed_forward_width(arch: Architecture) -> int:
 
 
 def _computed_score_fraction(seq_length: int) -> float:
-    """Returns the fraction of the attention matrix that a CPU computes, by blocks of queries.
+    """Returns the fraction of the attention matrix that a CPU computes, in blocks of queries.
 
-    That is the half below the diagonal, and the masked half of each block on the diagonal.
+    This is the half below the diagonal, and the masked half of each block on the diagonal.
     """
     return (1 + min(1, QUERIES_AT_ONCE / seq_length)) / 2
 
 
-# Up to ``scoring_bytes``, each number counts bytes that operations read or write per channel.
+# From here to ``scoring_bytes``, numbers are bytes that operations read or write per channel.
 
 
 def _forward_bytes(arch: Architecture, dtype_bytes: int) -> float:
@@ -147,8 +147,8 @@ def _forward_bytes(arch: Architecture, dtype_bytes: int) -> float:
     queries, keys = _attention_widths(arch)
     norm, rope = (22 if dtype_bytes == 2 else 20), 12 * dtype_bytes
     return (
-        arch.hidden_size * 2 * (norm + 3 * dtype_bytes)
-        + queries * (rope + 6 * dtype_bytes)  # keys and values are repeated for each head
+        arch.hidden_size * 2 * (norm + 3 * dtype_bytes)  # two norms and residual additions
+        + queries * (rope + 6 * dtype_bytes)  # with keys and values, copied for each query head
         + keys * (rope + 2 * dtype_bytes)
         + feed_forward_width(arch) * 5 * dtype_bytes
     )
@@ -177,7 +177,7 @@ def _attention_widths(arch: Architecture) -> tuple[int, int]:
 def loss_bytes(vocabulary: int, dtype_bytes: int, terms: int, live_teacher: bool) -> float:
     """Returns a token's memory traffic in the loss on logits and its gradient.
 
-    Further terms share the log-softmax of the first, and add their gradients to its gradient.
+    All ``terms`` of the loss share one log-softmax. Further terms add their gradients.
     """
     student = 52 + 4 * dtype_bytes  # log-softmax, sums, exponentials and the gradient
     return vocabulary * (student + (32 if live_teacher else 0) + 20 * (terms - 1))
@@ -193,7 +193,7 @@ def scoring_bytes(vocabulary: int) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a rank in bytes, one field for each use."""
+    """Memory of a rank in bytes, by use. ``reserved``: libraries, CUDA context, NCCL buffers."""
 
     weights: float = 0
     gradients: float = 0
@@ -205,20 +205,20 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Sum of all fields, with fragmentation. The allocator does not manage ``reserved``."""
-        used: float = sum(vars(self).values()) - self.reserved
-        return used * FRAGMENTATION + self.reserved
+        """Sum of all fields, with fragmentation, which does not affect ``reserved``."""
+        allocated: float = sum(vars(self).values()) - self.reserved
+        return allocated * FRAGMENTATION + self.reserved
 
 
 def largest(*peaks: Memory) -> Memory:
-    """Returns the memory with the highest total."""
+    """Returns the peak with the highest total."""
     return max(peaks, key=lambda memory: memory.total)
 
 
 def expert_parameters(arch: Architecture) -> int:
-    """Returns the parameters of all experts, which expert parallelism splits."""
-    expert = 3 * arch.hidden_size * arch.moe_ffn_hidden_size
-    return arch.num_layers * arch.num_moe_experts * expert
+    """Returns how many parameters all experts have; expert parallelism splits these."""
+    per_expert = 3 * arch.hidden_size * arch.moe_ffn_hidden_size  # gate, up and down projection
+    return arch.num_layers * arch.num_moe_experts * per_expert
 
 
 def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> tuple[float, float]:
@@ -230,7 +230,7 @@ def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> tuple[flo
     experts = expert_parameters(arch)
     layers = arch.parameters() - experts - embedding * (1 if arch.tied_embeddings else 2)
     first, last = stage == 0, stage == layout.pipeline - 1
-    embeddings = first + last - (first and last and arch.tied_embeddings)  # tied: once on a rank
+    embeddings = first + last - (first and last and arch.tied_embeddings)  # tied: one for both
     fraction = pipeline_split(arch.num_layers, layout.pipeline)[stage] / arch.num_layers
     dense = (layers * fraction + embedding * embeddings) / layout.tensor
     return dense, experts * fraction / (layout.tensor * layout.expert)
@@ -242,8 +242,8 @@ def layer_activation_bytes(arch: Architecture, layout: Layout, tokens: float) ->
     - Both norms keep inputs and outputs. Only sequence parallelism splits them over ranks.
     - Attention keeps queries, keys, values and its output; queries and keys also before their norm.
     - The feed-forward layer keeps gate, up projection and their product.
-    - Experts also keep their inputs, which are gathered and so not split over ranks, and a copy
-      of the product, scaled by the router's probability.
+    - Experts also keep a copy of the product, scaled by the router's probability, and their inputs.
+      Tensor parallelism does not split these inputs.
     - A feed-forward layer or expert that is recomputed keeps nothing.
     """
     norms = 4 * arch.hidden_size
@@ -261,10 +261,10 @@ def layer_activation_bytes(arch: Architecture, layout: Layout, tokens: float) ->
 def peak_activation_bytes(workload: Workload, stage: int, tokens: float) -> float:
     """Returns the bytes of a pipeline stage's activations at their peak (bfloat16, 1F1B schedule).
 
-    It is a sum over the micro batches in flight and the current operation: on the last stage the
-    loss, with input and output of the last norm; on others a layer of the teacher or of a backward
-    pass. With several stages, each also holds both models' hidden states that it received for the
-    micro batches in flight, and a buffer for the next ones.
+    The sum has the micro batches in flight and the current operation. On the last stage this is the
+    loss, with input and output of the last norm. On others it is a layer of the teacher or of a
+    backward pass. With several stages, each also holds what it received from its neighbors: both
+    models' hidden states for the micro batches in flight, and one more buffer.
 
     Args:
         workload: A training run.
@@ -276,27 +276,26 @@ def peak_activation_bytes(workload: Workload, stage: int, tokens: float) -> floa
     layer = layer_activation_bytes(arch, layout, tokens)
     layers = pipeline_split(arch.num_layers, layout.pipeline)[stage]
     in_flight = min(layout.pipeline - stage, workload.micro_batches)
-    states = 2 * tokens * arch.hidden_size
+    hidden_state = 2 * tokens * arch.hidden_size
     split = layout.tensor if layout.sequence_parallel else 1
-    gathered = states if split > 1 else 0  # Megatron keeps the buffer of the all-gather
-    current = 2 * states / split if stage == layout.pipeline - 1 else layer
-    received = 0.0
+    buffers = hidden_state if split > 1 else 0.0  # Megatron keeps the buffer of the all-gather
     if layout.pipeline > 1:
         width = arch.hidden_size + (workload.teacher.hidden_size if workload.teacher else 0)
-        received = ((in_flight if stage else 0) + 1) * 2 * tokens * width / split
-    if layout.recompute_granularity == "full":
-        return in_flight * layers * states / split + layer + gathered + received
+        buffers += ((in_flight if stage else 0) + 1) * 2 * tokens * width / split
+    if layout.recompute_granularity == "full":  # keeps only each layer's input
+        return in_flight * layers * hidden_state / split + layer + buffers
+    current = 2 * hidden_state / split if stage == layout.pipeline - 1 else layer
     if layout.recompute_feed_forward:
-        saved = layer_activation_bytes(arch, replace(layout, recompute_feed_forward=False), tokens)
-        current = max(current, saved - layer)  # one layer at a time is recomputed
-    return in_flight * layers * layer + current + gathered + received
+        full = layer_activation_bytes(arch, replace(layout, recompute_feed_forward=False), tokens)
+        current = max(current, full - layer)  # one layer at a time is recomputed
+    return in_flight * layers * layer + current + buffers
 
 
 def training_logits_bytes(workload: Workload, on_gpu: bool, tokens: float) -> float:
     """Returns the bytes of the student's and a live teacher's logits, and of the loss's buffers.
 
     The gradient overwrites the student's logits. A run that only caches the teacher's logits holds
-    them twice for a short time, because Megatron transposes them.
+    them twice for a moment, because Megatron transposes them.
     """
     arch = workload.trained or workload.teacher
     assert arch is not None
@@ -311,7 +310,7 @@ def training_logits_bytes(workload: Workload, on_gpu: bool, tokens: float) -> fl
 
 
 def inference_activation_bytes(arch: Architecture, dtype_bytes: int, tokens: int) -> float:
-    """Returns the peak bytes of a forward pass: in one layer, three tensors of each width."""
+    """Returns a forward pass's peak bytes: 3 tensors each of hidden and feed-forward width."""
     return dtype_bytes * tokens * 3 * (feed_forward_width(arch) + arch.hidden_size)
 
 
@@ -330,12 +329,12 @@ WEIGHT_BITS = {
 SCALE_BITS = 20.0
 """A 16-bit scale and a 4-bit zero point for each group of weights."""
 BF16_EMBEDDING_FORMATS = ("fp8", "int4_awq")
-"""Formats of ModelOpt that leave embedding and head in bfloat16."""
+"""ModelOpt's formats: these leave embedding and head in bfloat16."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Types of an engine's weights and KV cache."""
+    """Number formats of an engine's weights and KV cache. ``precision`` is in ``WEIGHT_BITS``."""
 
     precision: str
     group_size: int | None = None
@@ -344,12 +343,12 @@ class Storage:
     """Bytes of a value in the KV cache."""
 
     def layer_bits(self) -> float:
-        """Returns the bits of a weight in linear layers, with its part of a scale."""
+        """Returns the mean bits of a weight in linear layers, including its group's scale."""
         scale = SCALE_BITS / self.group_size if self.group_size else 0.0
         return WEIGHT_BITS[self.precision] + scale
 
     def embedding_bits(self) -> float:
-        """Returns the bits of a weight in embedding and head, which have at least 8."""
+        """Returns the bits of a weight in embedding and head: at least 8."""
         if self.precision in BF16_EMBEDDING_FORMATS:
             return 16.0
         return max(8.0, WEIGHT_BITS[self.precision])
@@ -365,12 +364,12 @@ def stored_bytes(arch: Architecture, storage: Storage) -> float:
 def weight_traffic(arch: Architecture, storage: Storage, tokens: float) -> float:
     """Returns the bytes of weights that a forward pass of ``tokens`` tokens reads.
 
-    Of an untied embedding it reads a few rows, which are not counted. Of an MoE it reads the
-    experts that at least one token is routed to, if all experts are equally likely.
+    An untied embedding does not count: only a few of its rows are read. An MoE's expert is read if
+    at least one token is routed to it. All experts are assumed to be equally likely.
     """
     embedding = 0 if arch.tied_embeddings else arch.vocab_size * arch.hidden_size
-    unused: float = (1 - arch.moe_router_topk / max(1, arch.num_moe_experts)) ** tokens
-    experts = unused * expert_parameters(arch)  # 0 for a dense model
+    unread_fraction: float = (1 - arch.moe_router_topk / max(1, arch.num_moe_experts)) ** tokens
+    experts = unread_fraction * expert_parameters(arch)  # 0 for a dense model
     unread_bits = embedding * storage.embedding_bits() + experts * storage.layer_bits()
     return stored_bytes(arch, storage) - unread_bits / 8
 
@@ -390,11 +389,12 @@ def prefill_flops(arch: Architecture, batch_size: int, prompt_tokens: int) -> fl
 
 def decode_flops(arch: Architecture, batch_size: int, context: float) -> float:
     """Returns the FLOPs of one new token for each sequence of a batch, after ``context`` tokens."""
-    width = arch.num_attention_heads * arch.kv_channels
-    return batch_size * (2 * arch.active_weights() + 4 * arch.num_layers * width * context)
+    queries, _ = _attention_widths(arch)
+    attention = ATTENTION_FORWARD_FLOPS * arch.num_layers * queries * context
+    return batch_size * (2 * arch.active_weights() + attention)
 
 
 def decode_traffic(arch: Architecture, batch_size: int, context: float, storage: Storage) -> float:
-    """Returns the bytes that a decoding step reads: weights once, each sequence's KV cache."""
-    cache = batch_size * context * kv_cache_bytes(arch, 1, storage)
+    """Returns the bytes that a decoding step reads: the weights, and each sequence's KV cache."""
+    cache = batch_size * context * kv_cache_bytes(arch, tokens=1, storage=storage)
     return weight_traffic(arch, storage, batch_size) + cache

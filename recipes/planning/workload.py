@@ -10,23 +10,26 @@ from nemo_convert.architecture import Architecture
 
 @dataclass(frozen=True)
 class Layout:
-    """Devices of a training run, and the parallel sizes that split model and batch over them."""
+    """Devices of a training run, and the parallel sizes that split model and batch over them.
+
+    ``tensor``, ``pipeline``, ``context`` and ``expert`` are sizes: the number of ranks in a group.
+    """
 
     nodes: int = 1
     devices: int = 1
-    """Devices of each node."""
+    """Devices of each node. Each device has one rank."""
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
     expert: int = 1
     optimizer_instances: int = 1
-    """Copies of the optimizer's state."""
+    """Copies of the optimizer's state; each copy is split over ``optimizer_shards`` ranks."""
     micro_batch_size: int = 1
     sequence_parallel: bool = False
     recompute_granularity: str = "none"
     """``none``, ``selective`` or ``full``."""
     recompute_feed_forward: bool = False
-    """Whether ``selective`` recomputes the feed-forward layers."""
+    """Whether ``selective`` also recomputes the feed-forward layers."""
 
     @property
     def ranks(self) -> int:
@@ -35,7 +38,7 @@ class Layout:
 
     @property
     def replica_ranks(self) -> int:
-        """Ranks of one replica of the model, which work on the same sequences."""
+        """Ranks of one replica of the model. They work on the same sequences."""
         return self.tensor * self.pipeline * self.context
 
     @property
@@ -50,7 +53,7 @@ class Layout:
 
 
 def split_axes(arch: Architecture) -> tuple[str, str, str]:
-    """Returns the names of the sizes that tensor parallelism splits; the feed-forward's is last."""
+    """Returns the ``Architecture`` fields whose sizes tensor parallelism splits, FFN last."""
     feed_forward = "moe_ffn_hidden_size" if arch.num_moe_experts else "ffn_hidden_size"
     return "num_attention_heads", "num_query_groups", feed_forward
 
@@ -73,17 +76,19 @@ class Workload:
     global_batch_size: int
     steps: int
     bf16: bool = True
+    """Whether weights and activations are in bfloat16; otherwise in float32."""
     gradient_bytes: int = 4
+    """Bytes per parameter of the gradients of a bfloat16 run."""
     validation_batches: int = 0
-    """Global batches of one validation."""
+    """Number of global batches in one validation."""
     validations: int = 0
-    """Validations during the training."""
+    """Number of validations in the whole run."""
     teacher_in_validation: bool = False
     """Whether the teacher also runs in validations."""
     checkpoints: int = 0
-    """Checkpoints that are saved during the training."""
+    """Number of checkpoints that the run saves."""
     terms: int = 1
-    """Number of terms of the loss on logits. Each term has a gradient for all logits."""
+    """Number of terms of the loss on logits, such as KD and LM loss. Each has its own gradient."""
     hidden_state_bytes: int = 0
     """Bytes that a loss on hidden states keeps for the backward pass, per token and channel of the
     teacher; 0 without such a loss."""
@@ -94,12 +99,12 @@ class Workload:
 
     @property
     def compares_hidden_states(self) -> bool:
-        """Whether the loss also compares hidden states."""
+        """Whether the loss also compares the student's and the teacher's hidden states."""
         return self.hidden_state_bytes > 0
 
     @property
     def tokens(self) -> int:
-        """Tokens that pass through the models."""
+        """Tokens of all training steps, without validations."""
         return self.steps * self.global_batch_size * self.seq_length
 
     @property
@@ -114,7 +119,10 @@ class Workload:
 
 
 def workloads_of_shapes(workload: Workload, shapes: Sequence[Architecture]) -> list[Workload]:
-    """Returns a workload for each shape that the trained model may have, the largest first."""
-    if workload.trained is None:  # a teacher's pass
+    """Returns the workload with each of ``shapes`` as the trained model, in their order.
+
+    The workload is returned unchanged if there are no shapes, or if it trains no model.
+    """
+    if workload.trained is None:  # only a teacher's forward pass
         return [workload]
     return [replace(workload, trained=shape) for shape in shapes or (workload.trained,)]

@@ -1,1 +1,1 @@
-"""Importance scores of layers, channels, heads and experts; pruning; reconstruction."""
+"""Scores the importance of layers, channels, heads and experts; prunes; reconstructs weights."""

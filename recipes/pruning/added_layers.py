@@ -1,8 +1,8 @@
 """Adds layers of the teacher to a student that lacks them, without training.
 
-A student that was pruned in depth only and then distilled has the teacher's residual stream. So the
-teacher's own layers fit between its layers, and give models of all sizes between student and
-teacher ("Boomerang distillation", arXiv:2510.05064).
+A student that was pruned in depth only and then distilled keeps the teacher's residual stream. So
+the teacher's layers fit between the student's layers. Adding one after the other gives models of
+all sizes between student and teacher ("Boomerang distillation", arXiv:2510.05064).
 """
 
 from __future__ import annotations
@@ -38,9 +38,13 @@ def layers_of_student(
 ) -> list[int]:
     """Returns the teacher's layer, counted from 1, that each layer of the student comes from.
 
+    The arguments number layers as in the model before all pruning; the result numbers them as in
+    the teacher.
+
     Args:
-        student_layers: ``KeptLayers`` of the student.
-        teacher_layers: ``KeptLayers`` of the teacher; all its layers if it was not pruned.
+        student_layers: ``KeptLayers.kept_layers`` of the student; ``None`` if it is not known.
+        teacher_layers: ``KeptLayers.kept_layers`` of the teacher; all its layers if it was not
+            pruned.
 
     Raises:
         RecipeError: The origin of the student's layers is not known, or is another model.
@@ -54,10 +58,9 @@ def layers_of_student(
 
 
 def layers_by_size(kept: Collection[int], num_layers: int) -> list[list[int]]:
-    """Returns the layers of each model from the student's size to one less than the teacher's.
+    """Returns the layers of each model, from the student to one layer less than the teacher.
 
-    Each model has one layer more than the one before: the first layer, in the teacher's order,
-    that is still missing.
+    Each model adds one layer to the model before: the teacher's first layer that is still missing.
 
     Args:
         kept: The teacher's layers that the student has, counted from 1.
@@ -70,28 +73,32 @@ def layers_by_size(kept: Collection[int], num_layers: int) -> list[list[int]]:
 def combine_weights(
     student: Path, teacher: Path, kept: Sequence[int], layers: Sequence[int]
 ) -> dict[str, Tensor]:
-    """Returns the weights of a model by their Hugging Face names.
+    """Returns the weights of a student with added layers, by their Hugging Face names.
 
     Args:
-        student: NeMo checkpoint; all of its weights are in the model.
+        student: NeMo checkpoint; all of its weights are in the result.
         teacher: NeMo checkpoint; provides the layers that the student does not have.
         kept: The teacher's layer that each layer of the student comes from, counted from 1.
-        layers: The model's layers, in the same numbers.
+        layers: The layers of the combined model, also as numbers of the teacher's layers.
     """
-    # Indices of layers count from 0, in names of weights.
-    added = {layer - 1: layers.index(layer) for layer in layers if layer not in kept}
-    own = {index: layers.index(layer) for index, layer in enumerate(kept)}
-    return {**_renamed(teacher, added), **_renamed(student, own)}
+    # Names of weights count layers from 0. Each mapping is from an old index to the new one.
+    teacher_indices = {layer - 1: layers.index(layer) for layer in layers if layer not in kept}
+    student_indices = {index: layers.index(layer) for index, layer in enumerate(kept)}
+    # Both have embeddings, final norm and head. The student's are last, so they are used.
+    return {
+        **_renumbered_weights(teacher, teacher_indices),
+        **_renumbered_weights(student, student_indices),
+    }
 
 
-def _renamed(checkpoint: Path, indices: Mapping[int, int]) -> dict[str, Tensor]:
-    """Returns a model's weights with other indices of layers, without layers that have none."""
+def _renumbered_weights(checkpoint: Path, new_indices: Mapping[int, int]) -> dict[str, Tensor]:
+    """Returns the weights outside layers, and those of layers in ``new_indices``, by new name."""
     weights = {}
     for name, weight in hf_weights(checkpoint):
         match = LAYER_INDEX.search(name)
         if match is None:
             weights[name] = weight
-        elif (index := indices.get(int(match.group()))) is not None:
+        elif (index := new_indices.get(int(match.group()))) is not None:
             weights[LAYER_INDEX.sub(str(index), name)] = weight
     return weights
 
@@ -104,38 +111,41 @@ def measure_sizes(
     text: TextSequences,
     progress: ProgressCallback,
 ) -> dict[int, SizeQuality]:
-    """Compares all sizes from the student to the teacher with the teacher, by number of layers.
+    """Compares each model of ``layers_by_size`` with the teacher.
 
     Args:
         cfg: The stage's config.
         student: NeMo checkpoint.
         teacher: NeMo checkpoint.
         kept: The teacher's layer that each layer of the student comes from, counted from 1.
-        text: Sequences to compare them on.
-        progress: Called with the number of models that were run, and the number of all.
+        text: Sequences on which the models are compared.
+        progress: Called with the number of models that were run, and the number of all models.
+
+    Returns:
+        The quality of each model by its number of layers.
     """
     dtype = dtype_of(cfg.precision)
     model = load_transformers(teacher, dtype)
     teacher_states = compute_states(Predictor.of(model), text, cfg.micro_batch_size)
     all_layers = dict(enumerate(model.model.layers, start=1))
-    models = layers_by_size(kept, len(all_layers))
+    layer_lists = layers_by_size(kept, len(all_layers))
     modules = {layer: all_layers[layer] for layer in all_layers if layer not in kept}
-    del model, all_layers  # frees the layers that the student also has
+    del model, all_layers  # frees the teacher's other layers, which the student replaces
     gc.collect()
     model = load_transformers(student, dtype)
     modules |= dict(zip(kept, model.model.layers, strict=True))
-    predictor = Predictor.of(model)  # runs the layers that the model has at the time
+    predictor = Predictor.of(model)  # always runs the current ``model.model.layers``
     qualities = {}
-    for number, layers in enumerate(models, start=1):
+    for number, layers in enumerate(layer_lists, start=1):
         model.model.layers = torch.nn.ModuleList(modules[layer] for layer in layers)
         model.config.num_hidden_layers = len(layers)
         states = compute_states(predictor, text, cfg.micro_batch_size)
         metrics = compare_predictions({TEACHER: teacher_states, STUDENT: states}, text)[STUDENT]
-        size = sum(weight.numel() for weight in model.parameters())
+        parameters = sum(weight.numel() for weight in model.parameters())
         scores = Scores.of(metrics, text)
         by_source = {name: scores.quality(span) for name, span in text.sources.items()}
         qualities[len(layers)] = SizeQuality(
-            **vars(scores.quality()), parameters=size, sources=by_source
+            **vars(scores.quality()), parameters=parameters, sources=by_source
         )
-        progress(number, len(models))
+        progress(number, len(layer_lists))
     return qualities

@@ -3,16 +3,16 @@
 A weight that reads the residual stream has lost the inputs from the pruned channels. It is changed
 to predict their contribution from the kept channels. A weight that writes to the stream is changed
 to reproduce the teacher's stream, so each layer also corrects the errors of earlier layers.
-arXiv:1707.06168 reconstructs channels in the same way. Only one layer is on the device, beside the
-residual streams of both models, so memory does not depend on depth.
+arXiv:1707.06168 reconstructs channels in the same way. The device holds one layer at a time, beside
+the residual streams of both models. So its memory does not depend on depth.
 
-The algebra. A weight W [outputs, inputs] reads x_t at token t, and m_t is missing from its output.
-The change D minimises Σ_t ‖m_t - D·x_t‖² + λ·‖D‖². Setting the derivative to 0 gives the normal
-equations D·(G + λ·I) = C with the Gram matrix G = Σ x·xᵀ and C = Σ m·xᵀ. G is symmetric and, with
-λ > 0, positive definite, so Cholesky solves (G + λ·I)·Dᵀ = Cᵀ. The ridge λ is stated in tokens: n
-tokens mean λ = n·q, where q is the mean square of the inputs. The ridge thus acts like n more
-tokens whose channels are independent and whose output misses nothing: they would add n·q to the
-diagonal of G, and 0 to C.
+The algebra: a weight W [outputs, inputs] reads x_t at token t, and m_t is missing from its output.
+The change D minimizes Σ_t ‖m_t - D·x_t‖² + λ·‖D‖². Setting the derivative to 0 gives the normal
+equations D·(G + λ·I) = C with the Gram matrix G = Σ x·xᵀ and C = Σ m·xᵀ. With λ > 0, the symmetric
+matrix G + λ·I is positive definite, so Cholesky solves (G + λ·I)·Dᵀ = Cᵀ. The ridge λ is stated in
+tokens: n tokens mean λ = n·q, where q is the mean square of the inputs. The ridge thus acts like n
+more tokens whose channels are independent and whose output misses nothing. Such tokens would add
+n·q to the diagonal of G, and 0 to C.
 """
 
 from __future__ import annotations
@@ -35,56 +35,68 @@ from recipes.core.metrics import ProgressCallback
 from recipes.pruning.kept import HIDDEN, KeptIndices, prune_weight
 
 RIDGE_TOKENS = 5000.0
-"""Ridge strength λ, in equivalent calibration tokens. It prevents overfitting to little text."""
+"""Ridge strength in equivalent calibration tokens (n above). It prevents overfitting to little
+text."""
 
 
 class LeastSquares:
-    """Normal equations of a change to a weight [outputs, inputs], summed over tokens in float64."""
+    """Normal equations of a change to a weight, summed over tokens in float64.
+
+    ``cross`` is C [outputs, inputs], and ``gram`` is G [inputs, inputs]; see the module's algebra.
+
+    Args:
+        weight: Gives the shape [outputs, inputs] and the device. Its values are not used.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         self.cross = torch.zeros_like(weight, dtype=torch.float64)
         self.gram = self.cross.new_zeros(weight.shape[1], weight.shape[1])
         self.tokens = 0
 
-    def add(self, inputs: Tensor, missing: Tensor) -> None:
-        """Adds tokens.
+    def add(self, inputs: Tensor, missing_outputs: Tensor) -> None:
+        """Adds a batch of tokens to the sums.
 
         Args:
             inputs: The weight's inputs [b, s, inputs].
-            missing: What the change should add to the weight's outputs [b, s, outputs].
+            missing_outputs: What the change should add to the weight's outputs [b, s, outputs].
         """
-        inputs, missing = inputs.flatten(0, 1), missing.flatten(0, 1)
+        inputs, missing_outputs = inputs.flatten(0, 1), missing_outputs.flatten(0, 1)
         self.tokens += len(inputs)
         self.gram += inputs.T @ inputs
-        self.cross += missing.T @ inputs
+        self.cross += missing_outputs.T @ inputs
 
     def change(self, ridge_tokens: float) -> Tensor:
         """Solves for the change D, float32 [outputs, inputs].
 
-        The error on the tokens that were added is never larger with D than without a change.
+        On the added tokens, the squared error with D is never larger than without a change.
         """
-        # The mean diagonal of G is tokens·q, so ``solve`` gets λ = ridge_tokens·q.
+        # The mean diagonal of G is tokens·q, so ``solve`` uses λ = ridge_tokens·q.
         return solve(self.gram, self.cross.T, ridge_tokens / self.tokens).T.float()
 
 
 def solve(gram: Tensor, right_side: Tensor, ridge: float) -> Tensor:
-    """Solves (G + λ·I)·X = ``right_side`` with λ = ``ridge`` times the mean diagonal of G."""
+    """Solves (G + λ·I)·X = ``right_side`` for X. λ is ``ridge`` times the mean diagonal of G."""
     damping = torch.eye(len(gram)).to(gram) * gram.diagonal().mean() * ridge
     return torch.cholesky_solve(right_side, torch.linalg.cholesky(gram + damping))
 
 
 class Decoder:
-    """Runs a model, whose weights are in host memory, one layer at a time on the device.
+    """Runs a model one layer at a time on the device. Its weights stay in host memory.
 
-    Its items are the weights, by Hugging Face name without the end ``.weight``.
+    ``decoder[name]`` is a weight, where ``name`` is its Hugging Face name without ``.weight``.
+    Reading returns a float32 copy on the device. Writing converts to the stored dtype.
+
+    Args:
+        config: The model's ``config.json``.
+        weights: All weights by Hugging Face name. Writing replaces items of this dictionary.
     """
 
     def __init__(self, config: Mapping[str, object], weights: dict[str, Tensor]) -> None:
         hf_config = AutoConfig.for_model(**config)
         self.device = device()
-        with torch.device("meta"):
+        with torch.device("meta"):  # allocates no weights: ``attend`` assigns those of one layer
             model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
-        model.eval()  # without dropout of attention
+        model.eval()  # disables attention dropout
         self._attention: nn.Module = model.model.layers[0].self_attn
         self._attention.o_proj = nn.Identity()  # ``attend`` returns the inputs of o_proj
         self._rotary = type(model.model.rotary_emb)(config=hf_config).to(self.device)
@@ -103,17 +115,20 @@ class Decoder:
         return f"{name}.weight" in self._weights
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Returns the residual stream before the first layer [b, s, hidden]."""
+        """Returns the residual stream before the first layer [b, s, hidden] for tokens [b, s]."""
         embedding = functional.embedding(tokens, self._weights["model.embed_tokens.weight"])
         return embedding.to(self.device, torch.float32)
 
-    def normalise(self, norm: str, stream: Tensor) -> Tensor:
-        """Applies an RMSNorm to the residual stream."""
+    def normalize(self, norm: str, stream: Tensor) -> Tensor:
+        """Applies the RMSNorm with the weight ``norm`` to the residual stream."""
         weight = self[norm]
         return functional.rms_norm(stream, weight.shape, weight, self._eps)
 
     def attend(self, layer: str, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yields the attention heads' outputs for normalised inputs, batch by batch."""
+        """Yields the attention heads' outputs for normalized inputs, batch by batch.
+
+        They are [b, s, heads·head_size], before the output projection.
+        """
         prefix = f"{layer}self_attn."
         layer_weights = {
             name.removeprefix(prefix): weight.to(self.device, torch.float32)
@@ -127,7 +142,7 @@ class Decoder:
             yield self._attention(batch, position_embeddings=rotary, attention_mask=None)[0]
 
     def activate(self, layer: str, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yields the gated activations for normalised inputs, batch by batch."""
+        """Yields the gated activations [b, s, ffn] for normalized inputs, batch by batch."""
         gate, up = self[f"{layer}mlp.gate_proj"], self[f"{layer}mlp.up_proj"]
         for batch in inputs:
             yield functional.silu(batch @ gate.T) * (batch @ up.T)
@@ -135,13 +150,14 @@ class Decoder:
 
 @dataclass(frozen=True)
 class HalfLayer:
-    """A layer's attention, or its feed-forward network."""
+    """A layer's attention or feed-forward network, with names of weights inside the layer."""
 
     norm: str
     input_weights: tuple[str, ...]
-    """Weights that read the normalised residual stream."""
+    """Weights that read the normalized residual stream."""
     compute: Callable[[Decoder, str, Sequence[Tensor]], Iterator[Tensor]]
-    """Computes the inputs of ``output_weight`` from the normalised stream."""
+    """Computes the inputs of ``output_weight`` from the normalized stream. The text is the layer's
+    prefix, such as ``model.layers.3.``."""
     output_weight: str
     """Weight whose output is added to the residual stream."""
 
@@ -163,10 +179,11 @@ HALVES = (
 
 
 class Reconstruction:
-    """Reconstructs a student in place, with the residual streams of both models.
+    """Reconstructs a student in place, layer by layer, with the residual streams of both models.
 
-    A stream is a list with one tensor [b, s, hidden] for each batch. ``batches`` are tokens [b, s].
-    A layer is named by the prefix of its weights, such as ``model.layers.3.``.
+    Each model's residual stream is a list with one tensor [b, s, hidden] for each batch. A layer is
+    named by the prefix of its weights, such as ``model.layers.3.``. The arguments are those of
+    ``heal``.
     """
 
     def __init__(
@@ -182,38 +199,41 @@ class Reconstruction:
         self._teacher_streams = [teacher.embed(tokens) for tokens in batches]
         self._student_streams = [student.embed(tokens) for tokens in batches]
         self._width = self._teacher_streams[0].shape[-1]
-        # Indices of the teacher's hidden channels that the student has.
+        # Indices of the teacher's hidden channels that the student has: all if none was pruned.
         self._channels = kept.indices.get(HIDDEN, torch.arange(self._width)).to(teacher.device)
 
     def skip_layer(self, layer: str) -> None:
         """Runs the teacher's streams through a layer that the student does not have."""
         for half in HALVES:
-            inputs = [self._teacher.normalise(layer + half.norm, x) for x in self._teacher_streams]
+            inputs = [self._teacher.normalize(layer + half.norm, x) for x in self._teacher_streams]
             weight = self._teacher[layer + half.output_weight]
             for i, outputs in enumerate(half.compute(self._teacher, layer, inputs)):
                 self._teacher_streams[i] = self._teacher_streams[i] + outputs @ weight.T
 
     def reconstruct(self, half: HalfLayer, teacher_layer: str, student_layer: str) -> None:
-        """Changes the weights of half a layer, and runs both models' streams through it.
+        """Changes the student's weights of half a layer, and runs both streams through this half.
 
-        Let x be the teacher's inputs, y the student's, and E·y the student's with zeros in the
-        pruned channels. The fit D predicts the difference: x - E·y ≈ D·y. So W·x ≈ (W·E + W·D)·y
-        for each weight W that reads x. Pruning already kept W·E, so W·D is added.
+        Let x be the teacher's inputs, y the student's, and E·y the student's inputs with zeros in
+        the pruned channels. The fit D predicts the difference: x - E·y ≈ D·y. So
+        W·x ≈ (W·E + W·D)·y for each teacher's weight W that reads x. The pruned weight is W·E, so
+        W·D is added to it.
         """
         teacher_inputs, student_inputs, fit = self._fit_inputs(
             teacher_layer + half.norm, student_layer + half.norm
         )
-        # D, with columns of 0 for pruned channels: ``prune_weight`` selects the kept columns.
-        change = self._channels.new_zeros(self._width, self._width, dtype=torch.float32)
-        change[:, self._channels] = fit.change(self._ridge_tokens)
+        # ``prune_weight`` selects the kept rows and columns of the teacher's full weight. So D gets
+        # the teacher's full width, with zeros in the columns of pruned channels.
+        full_change = self._channels.new_zeros(self._width, self._width, dtype=torch.float32)
+        full_change[:, self._channels] = fit.change(self._ridge_tokens)
         for name in half.input_weights:
-            added = prune_weight(
+            weight_change = prune_weight(
                 f"{teacher_layer}{name}.weight",
-                self._teacher[teacher_layer + name] @ change,
+                self._teacher[teacher_layer + name] @ full_change,
                 self._kept,
                 self._teacher.head_size,
             )
-            self._student[student_layer + name] = self._student[student_layer + name] + added
+            pruned_weight = self._student[student_layer + name]
+            self._student[student_layer + name] = pruned_weight + weight_change
         self._reconstruct_output(half, teacher_layer, student_layer, teacher_inputs, student_inputs)
 
     def _reconstruct_output(
@@ -224,17 +244,17 @@ class Reconstruction:
         teacher_inputs: list[Tensor],
         student_inputs: list[Tensor],
     ) -> None:
-        """Changes the output weight, so that the student's stream approaches the teacher's."""
+        """Fits the output weight to the teacher's stream, and adds the outputs to both streams."""
         teacher_weight = self._teacher[teacher_layer + half.output_weight]
         weight = self._student[student_layer + half.output_weight]
         fit = LeastSquares(weight)
         # The student already has the input weights that ``reconstruct`` changed.
         inputs = list(half.compute(self._student, student_layer, student_inputs))
-        for i, outputs in enumerate(half.compute(self._teacher, teacher_layer, teacher_inputs)):
-            self._teacher_streams[i] = self._teacher_streams[i] + outputs @ teacher_weight.T
+        for i, features in enumerate(half.compute(self._teacher, teacher_layer, teacher_inputs)):
+            self._teacher_streams[i] = self._teacher_streams[i] + features @ teacher_weight.T
             self._student_streams[i] = self._student_streams[i] + inputs[i] @ weight.T
-            # Tokens are weighted by the inverse RMS of their stream, because later layers normalise
-            # it. Otherwise a few tokens, whose RMS is many times larger, would dominate the fit.
+            # Tokens are weighted by the inverse RMS of their stream, because later layers normalize
+            # it. Otherwise a few tokens with an RMS many times larger would dominate the fit.
             rms = self._teacher_streams[i].square().mean(-1, keepdim=True).sqrt()
             missing = self._teacher_streams[i][..., self._channels] - self._student_streams[i]
             fit.add(inputs[i] / rms, missing / rms)
@@ -247,19 +267,20 @@ class Reconstruction:
         """Changes the head or, if the head is tied, the weight of the final RMSNorm.
 
         A tied head is also the embedding, so only the final norm's weight can change: channel i is
-        scaled by 1 + d_i. Let H be the head, H_r its kept columns, y the student's normalised
+        scaled by 1 + d_i. Let H be the head, H_r its kept columns, y the student's normalized
         stream, and m = x - E·y (see ``reconstruct``). The error of the logits is then
-        H·m - H_r·diag(y)·d. With P = H_rᵀ·H, the normal equations of d are
-        (P_r ∘ G)·d = rowsum(P ∘ Cᵀ), where ∘ is the elementwise product, P_r are the kept
-        columns of P, and G = Σ y·yᵀ and C = Σ m·yᵀ are those of the fit.
+        H·m - H_r·diag(y)·d. Let P = H_rᵀ·H, and P_r the kept columns of P. G = Σ y·yᵀ and
+        C = Σ m·yᵀ are sums of the fit. The normal equations of d are
+        (P_r ∘ G)·d = rowsum(P ∘ Cᵀ), where ∘ is the elementwise product.
         """
         _, _, fit = self._fit_inputs("model.norm", "model.norm")
         if "lm_head" in self._student:
-            added = self._teacher["lm_head"] @ fit.change(self._ridge_tokens)
-            self._student["lm_head"] = self._student["lm_head"] + added
+            head_change = self._teacher["lm_head"] @ fit.change(self._ridge_tokens)
+            self._student["lm_head"] = self._student["lm_head"] + head_change
             return
         head = self._teacher["model.embed_tokens"]
-        # A constant added to all logits changes no probability, so columns have their mean removed.
+        # A constant added to all logits changes no probability. Subtracting each column's mean over
+        # the vocabulary makes the fit ignore such constants.
         head = (head - head.mean(dim=0)).double()
         product = head[:, self._channels].T @ head
         gram = product[:, self._channels] * fit.gram
@@ -270,14 +291,14 @@ class Reconstruction:
     def _fit_inputs(
         self, teacher_norm: str, student_norm: str
     ) -> tuple[list[Tensor], list[Tensor], LeastSquares]:
-        """Returns both models' normalised streams, and the fit of their difference."""
-        teacher_inputs = [self._teacher.normalise(teacher_norm, x) for x in self._teacher_streams]
-        student_inputs = [self._student.normalise(student_norm, x) for x in self._student_streams]
+        """Returns both models' normalized streams x and y, and the fit of x - E·y to y."""
+        teacher_inputs = [self._teacher.normalize(teacher_norm, x) for x in self._teacher_streams]
+        student_inputs = [self._student.normalize(student_norm, x) for x in self._student_streams]
         fit = LeastSquares(student_inputs[0].new_empty(self._width, len(self._channels)))
         for teacher_input, student_input in zip(teacher_inputs, student_inputs, strict=True):
-            missing = teacher_input.clone()  # the caller needs the teacher's inputs unchanged
-            missing[..., self._channels] -= student_input
-            fit.add(student_input, missing)
+            difference = teacher_input.clone()  # the caller needs the teacher's inputs unchanged
+            difference[..., self._channels] -= student_input
+            fit.add(student_input, difference)
         return teacher_inputs, student_inputs, fit
 
 
@@ -297,11 +318,12 @@ def heal(
         student: The pruned model; its weights are replaced.
         kept: The layers and indices that pruning kept.
         batches: Calibration tokens, each [b, s].
-        progress: Called after every layer of the teacher.
+        progress: Called after every layer with the layer's number and the teacher's layer count.
         ridge_tokens: See ``RIDGE_TOKENS``.
     """
     reconstruction = Reconstruction(teacher, student, kept, batches, ridge_tokens)
     for number in range(1, teacher.num_layers + 1):
+        # ``kept`` counts layers from 1, names of weights count them from 0.
         teacher_layer = f"model.layers.{number - 1}."
         if number in kept.layers:
             student_layer = f"model.layers.{kept.layers.index(number)}."
@@ -321,9 +343,15 @@ def heal_weights(
     batches: Sequence[Tensor],
     progress: ProgressCallback,
 ) -> None:
-    """Reconstructs the student's ``weights``, by their Hugging Face names, in place.
+    """Reconstructs a student's weights in place.
 
-    ``teacher`` is a NeMo checkpoint, ``student`` the pruned shape; ``batches`` are tokens [b, s].
+    Args:
+        teacher: NeMo checkpoint.
+        student: Shape of the pruned model.
+        kept: The layers and indices that pruning kept.
+        weights: All weights of the pruned model by Hugging Face name; reconstruction replaces them.
+        batches: Calibration tokens, each [b, s].
+        progress: Called after every layer of the teacher.
     """
     config, teacher_shape = nemo.read_config(teacher), nemo.architecture_of(teacher)
     heal(

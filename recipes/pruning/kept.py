@@ -1,9 +1,9 @@
 """Selects the layers, rows and columns to keep by importance, and prunes weights to them.
 
-ModelOpt prunes in memory, directly after scoring, and stores its scores as a pickle for one
-pipeline size. Here the kept indices are stored in a file, which can be inspected and compared with
-the teacher's weights. The indices for another shape follow from stored scores, without a forward
-pass. Whole query groups can be pruned too.
+ModelOpt prunes in memory, directly after scoring. It stores its scores as a pickle for one pipeline
+size. Here a file stores the kept indices, so they can be inspected and compared with the teacher's
+weights. For another shape, indices are selected by the stored scores, without a forward pass.
+Unlike in ModelOpt, whole query groups can be pruned.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from recipes.core.files import read_json, write_json
 
 IMPORTANCE_FILE, WIDTHS_FILE = "importance.json", "importance.safetensors"
 KEPT_FILE = "kept.safetensors"
+# Prunable axes, by Megatron's names of their sizes
 HIDDEN, FFN = "hidden_size", "ffn_hidden_size"
 HEADS, GROUPS = "num_attention_heads", "num_query_groups"
 EXPERTS, EXPERT_FFN = "num_moe_experts", "moe_ffn_hidden_size"
@@ -49,26 +50,28 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "up_proj.weight": (FFN, HIDDEN),
     "down_proj.weight": (HIDDEN, FFN),
 }
-"""For each dimension of a Hugging Face weight, Megatron's name of its size; ``None`` if it is never
-pruned. Keys are ends of weight names. In an expert, ``ffn_hidden_size`` means
-``moe_ffn_hidden_size``."""
+"""The axis of each dimension of a Hugging Face weight; ``None`` if the dimension is never pruned.
+Keys are ends of weight names. In an expert, ``ffn_hidden_size`` means ``moe_ffn_hidden_size``."""
 LAYER_INDEX = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 """Index of a layer, counted from 0, in the name of a weight."""
-_LAYER_KEY = re.compile(r"layers\.(\d+)\.")  # in keys of scores and indices, counted from 1
-_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+_LAYER_KEY = re.compile(r"layers\.(\d+)\.")
+"""Number of a layer, counted from 1, in a key of ``Importance.widths`` or ``KeptIndices``."""
+_EXPERT_INDEX = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+"""Index of an expert, counted from 0, in the name of a weight."""
 
 
 @dataclass(frozen=True)
 class Importance:
-    """Importance scores. Layers are counted from 1."""
+    """Importance scores of a teacher. Layers are counted from 1."""
 
     teacher_loss: float
     """LM loss of the unpruned model, in nats."""
     layers: dict[str, dict[int, float]]
-    """Scores of layers by method. ``block_influence``: see ``scoring``. ``loss``: by how many nats
-    the loss rises without the layer."""
+    """Scores of layers: {method: {layer: score}}. The methods are ``block_influence`` (see
+    ``scoring``) and ``loss``, the rise of the loss without the layer, in nats."""
     blocks: dict[int, dict[int, float]] = field(default_factory=dict)
-    """``blocks[n][i]`` is the rise of the loss without the ``n`` layers from layer ``i`` on."""
+    """``blocks[n][i]`` is the rise of the loss without ``n`` adjacent layers, in nats. The first of
+    these layers is ``i``."""
     widths: dict[str, Tensor] = field(default_factory=dict)
     """Scores of channels and heads. Keys, with the tensors' shapes: ``hidden_size`` [hidden],
     ``layers.{i}.ffn_hidden_size`` [ffn] and ``layers.{i}.num_attention_heads`` [heads]. An MoE has
@@ -76,8 +79,8 @@ class Importance:
 
     def layer_scores(self, method: str) -> tuple[str, dict[int, float]]:
         """Returns ``method`` and its scores, or block influence if ``method`` was not measured."""
-        available = method if method in self.layers else "block_influence"
-        return available, self.layers[available]
+        measured_method = method if method in self.layers else "block_influence"
+        return measured_method, self.layers[measured_method]
 
     def save(self, folder: Path) -> None:
         """Writes layer scores as JSON, and width scores as tensors."""
@@ -108,25 +111,26 @@ def layers_to_keep(importance: Importance, method: str, count: int) -> list[int]
         RecipeError: The method's scores were not computed.
     """
     layers = sorted(importance.layers["block_influence"])
-    drop = len(layers) - count
-    if drop == 0:
+    num_dropped = len(layers) - count
+    if num_dropped == 0:
         return layers
     if method == "block":
-        measured, setting = drop in importance.blocks, f"block_sizes=[{drop}]"
+        is_measured, setting = num_dropped in importance.blocks, f"block_sizes=[{num_dropped}]"
     else:
-        measured, setting = method in importance.layers, "num_loss_samples=8"
-    if not measured:
+        is_measured, setting = method in importance.layers, "num_loss_samples=8"
+    if not is_measured:
         raise RecipeError(
-            f"layer_importance={method}: the stored scores do not say which {drop} layers to drop.",
+            f"layer_importance={method}: the stored scores do not say which {num_dropped} layers "
+            "to drop.",
             f"set stages.score.{setting}",
         )
     if method == "block":
-        starts = importance.blocks[drop]
-        first = min(starts, key=lambda start: starts[start])
-        dropped = set(range(first, first + drop))
+        loss_rises = importance.blocks[num_dropped]
+        first = min(loss_rises, key=lambda start: loss_rises[start])
+        dropped = set(range(first, first + num_dropped))
     else:
         scores = importance.layers[method]
-        dropped = set(sorted(layers, key=lambda layer: scores[layer])[:drop])
+        dropped = set(sorted(layers, key=lambda layer: scores[layer])[:num_dropped])
     return [layer for layer in layers if layer not in dropped]
 
 
@@ -136,16 +140,20 @@ class KeptIndices:
 
     Attributes:
         layers: Layers, counted from 1, in order.
-        indices: Indices, counted from 0, int64. Keys are ``hidden_size``, ``layers.{i}.AXIS`` for
-            the teacher's layer i, and ``layers.{i}.experts.{e}.moe_ffn_hidden_size`` for expert e
-            of this layer. An axis that is not pruned has no key.
+        indices: Indices into the teacher's axes, counted from 0, int64. Keys are ``hidden_size``;
+            ``layers.{i}.AXIS`` for the teacher's layer i, counted from 1; and
+            ``layers.{i}.experts.{e}.moe_ffn_hidden_size`` for its expert e, counted from 0. An axis
+            that is not pruned has no key.
     """
 
     layers: list[int]
     indices: dict[str, Tensor]
 
     def save(self, folder: Path) -> None:
-        """Writes NumPy arrays: torch tensors would be fake, without values, in a rehearsal."""
+        """Writes the indices as NumPy arrays.
+
+        A rehearsal runs on fake tensors, so torch tensors that it loaded would have no values.
+        """
         widths = {name: indices.int().numpy() for name, indices in self.indices.items()}
         arrays = {"layers": np.array(self.layers, np.int32), **widths}
         safetensors.numpy.save_file(arrays, folder / KEPT_FILE)
@@ -161,34 +169,44 @@ class KeptIndices:
 def select_indices(
     scores: Mapping[str, Tensor], teacher: Architecture, student: Architecture, layers: list[int]
 ) -> KeptIndices:
-    """Selects the most important indices on the pruned axes.
+    """Selects the most important indices on the pruned axes, in the teacher's order.
 
-    The indices keep the teacher's order. Of indices with equal scores, the first is kept.
-    ``scores`` are those of ``Importance.widths``; ``layers`` are the kept layers, counted from 1.
+    Of indices with equal scores, the first is kept.
+
+    Args:
+        scores: ``Importance.widths`` of the teacher.
+        teacher: The teacher's shape.
+        student: The student's shape. Only axes on which it differs from the teacher are pruned.
+        layers: Layers to keep, counted from 1.
     """
     rankings = sort_indices(scores, teacher).indices
-    kept = {}
+    selected = {}
     for name, ranking in rankings.items():
         layer, axis = _LAYER_KEY.match(name), name.rpartition(".")[2]
         count = getattr(student, axis)
-        if (layer and int(layer[1]) not in layers) or count == getattr(teacher, axis):
+        is_dropped_layer = layer is not None and int(layer[1]) not in layers
+        if is_dropped_layer or count == getattr(teacher, axis):
             continue
         if axis == HEADS:
             # Heads are ranked group by group: keep the first heads of each of the first groups.
             per_group = count // student.num_query_groups
             grouped = ranking.view(teacher.num_query_groups, -1)
-            kept[name] = grouped[: student.num_query_groups, :per_group].flatten()
+            selected[name] = grouped[: student.num_query_groups, :per_group].flatten()
         else:
-            kept[name] = ranking[:count]
-    in_order = {name: indices.sort().values for name, indices in kept.items()}
-    return KeptIndices(sorted(layers), in_order)
+            selected[name] = ranking[:count]
+    sorted_indices = {name: indices.sort().values for name, indices in selected.items()}
+    return KeptIndices(sorted(layers), sorted_indices)
 
 
 def sort_indices(scores: Mapping[str, Tensor], teacher: Architecture) -> KeptIndices:
-    """Returns all indices, the most important first, as if all were kept.
+    """Returns all layers and all indices, sorted from the most to the least important index.
 
-    If a weight is sorted in this order, its first rows and columns are the pruned weight.
-    Groups are sorted by the scores of their heads together, and heads within their groups.
+    If a weight is sorted in this order, its first rows and columns are the pruned weight. Query
+    groups are sorted by the sum of their heads' squared scores, heads only within their group.
+
+    Args:
+        scores: ``Importance.widths`` of the teacher.
+        teacher: The teacher's shape.
     """
     layers = list(range(1, teacher.num_layers + 1))
     order = {name: score.argsort(descending=True, stable=True) for name, score in scores.items()}
@@ -198,6 +216,7 @@ def sort_indices(scores: Mapping[str, Tensor], teacher: Architecture) -> KeptInd
         groups = grouped.square().sum(dim=1).argsort(descending=True, stable=True)
         heads = grouped.argsort(dim=1, descending=True, stable=True)[groups]
         order[f"{name}.{GROUPS}"] = groups
+        # The index of a head in its layer is group · heads per group + index in the group.
         order[f"{name}.{HEADS}"] = (heads + groups[:, None] * grouped.shape[1]).flatten()
     return KeptIndices(layers, order)
 
@@ -208,78 +227,95 @@ def axes_of(name: str) -> tuple[str | None, ...]:
     Raises:
         RecipeError: The name is unknown.
     """
-    end = ".".join(name.split(".")[-2:])
-    if end not in AXES:
+    last_two_parts = ".".join(name.split(".")[-2:])  # such as "q_proj.weight"
+    if last_two_parts not in AXES:
         raise RecipeError(
             f"weight {name} cannot be pruned.", "add its axes to AXES in recipes/pruning/kept.py"
         )
-    return AXES[end]
+    return AXES[last_two_parts]
 
 
 def student_name(name: str, kept: KeptIndices) -> str | None:
-    """Returns a weight's name in the student; ``None`` if its layer or expert is pruned."""
-    match = LAYER_INDEX.search(name)
-    if not match:
+    """Returns the student's name of a teacher's weight; ``None`` if its layer or expert is pruned.
+
+    Layers and experts are renumbered without gaps. Both names are Hugging Face names.
+    """
+    layer_match = LAYER_INDEX.search(name)
+    if not layer_match:  # embedding, final norm or head
         return name
-    layer = int(match.group()) + 1
+    layer = int(layer_match.group()) + 1
     if layer not in kept.layers:
         return None
-    expert, experts = _EXPERT.search(name), kept.indices.get(f"layers.{layer}.{EXPERTS}")
-    if expert and experts is not None:
-        kept_experts = experts.tolist()
-        if int(expert.group()) not in kept_experts:
+    expert_match = _EXPERT_INDEX.search(name)
+    expert_indices = kept.indices.get(f"layers.{layer}.{EXPERTS}")  # None: all experts are kept
+    if expert_match and expert_indices is not None:
+        expert, kept_experts = int(expert_match.group()), expert_indices.tolist()
+        if expert not in kept_experts:
             return None
-        name = _EXPERT.sub(str(kept_experts.index(int(expert.group()))), name)
+        name = _EXPERT_INDEX.sub(str(kept_experts.index(expert)), name)
     return LAYER_INDEX.sub(str(kept.layers.index(layer)), name)
 
 
 def prune_weight(name: str, weight: Tensor, kept: KeptIndices, head_size: int) -> Tensor:
-    """Returns the kept rows and columns of a teacher's weight with this Hugging Face name."""
-    match, expert = LAYER_INDEX.search(name), _EXPERT.search(name)
-    layer = f"layers.{int(match.group()) + 1}." if match else ""
+    """Returns the kept rows and columns of a teacher's weight.
+
+    Args:
+        name: The weight's Hugging Face name in the teacher.
+        weight: The teacher's weight, or a tensor of its shape.
+        kept: The indices to keep, in their order.
+        head_size: Channels of one attention head.
+    """
+    layer_match, expert_match = LAYER_INDEX.search(name), _EXPERT_INDEX.search(name)
+    layer = f"layers.{int(layer_match.group()) + 1}." if layer_match else ""
     for dim, axis in enumerate(axes_of(name)):
-        key = axis if axis == HIDDEN else f"{layer}{axis}"
-        if expert and axis == FFN:
-            key = f"{layer}experts.{expert.group()}.{EXPERT_FFN}"
+        key = axis if axis == HIDDEN else f"{layer}{axis}"  # all layers share hidden channels
+        if expert_match and axis == FFN:
+            key = f"{layer}experts.{expert_match.group()}.{EXPERT_FFN}"
         indices = kept.indices.get(key)
         if indices is not None:
-            rows = _rows_of_heads(indices, head_size) if axis in (HEADS, GROUPS) else indices
-            weight = weight.index_select(dim, rows.to(weight.device))
+            if axis in (HEADS, GROUPS):
+                indices = _channels_of_heads(indices, head_size)
+            weight = weight.index_select(dim, indices.to(weight.device))
     return weight
 
 
-def _rows_of_heads(heads: Tensor, size: int) -> Tensor:
-    """Returns the indices of the rows, or columns, that belong to heads of ``size`` channels."""
-    return (heads[:, None] * size + torch.arange(size)).flatten()
+def _channels_of_heads(heads: Tensor, head_size: int) -> Tensor:
+    """Returns the indices of all channels of these heads: ``head_size`` for each head."""
+    return (heads[:, None] * head_size + torch.arange(head_size)).flatten()
 
 
 def leading_submatrix(
     name: str, weight: Tensor, student: Architecture, teacher: Architecture
 ) -> Tensor:
-    """Returns as many of a weight's first rows and columns as the student has.
+    """Returns the part of a sorted weight that the student has. Dense models only.
 
-    ``weight`` is the teacher's, sorted by ``sort_indices``. The result is a view, unless heads are
-    pruned within groups.
+    The result is a view, unless heads are pruned within groups.
+
+    Args:
+        name: The weight's Hugging Face name.
+        weight: The teacher's weight, sorted in the order of ``sort_indices``.
+        student: The student's shape.
+        teacher: The teacher's shape.
     """
-    size = teacher.kv_channels
     for dim, axis in enumerate(axes_of(name)):
         if axis in (HIDDEN, FFN):
             weight = weight.narrow(dim, 0, getattr(student, axis))
         elif axis == GROUPS:
-            weight = weight.narrow(dim, 0, student.num_query_groups * size)
+            weight = weight.narrow(dim, 0, student.num_query_groups * teacher.kv_channels)
         elif axis == HEADS:
             weight = _first_heads(weight, dim, student, teacher)
     return weight
 
 
 def _first_heads(weight: Tensor, dim: int, student: Architecture, teacher: Architecture) -> Tensor:
-    """Returns the first heads of each of the first groups."""
-    teacher_rows, student_rows = (
+    """Returns the student's number of first heads, from each of its number of first groups."""
+    # Channels of the query heads of one group
+    teacher_channels, student_channels = (
         arch.num_attention_heads // arch.num_query_groups * teacher.kv_channels
         for arch in (teacher, student)
-    )  # rows of a group
-    if student_rows == teacher_rows:
-        return weight.narrow(dim, 0, student.num_query_groups * student_rows)
-    grouped = weight.unflatten(dim, (teacher.num_query_groups, teacher_rows))
+    )
+    if student_channels == teacher_channels:  # only whole groups are pruned
+        return weight.narrow(dim, 0, student.num_query_groups * student_channels)
+    grouped = weight.unflatten(dim, (teacher.num_query_groups, teacher_channels))
     grouped = grouped.narrow(dim, 0, student.num_query_groups)
-    return grouped.narrow(dim + 1, 0, student_rows).flatten(dim, dim + 1)
+    return grouped.narrow(dim + 1, 0, student_channels).flatten(dim, dim + 1)

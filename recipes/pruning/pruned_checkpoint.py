@@ -26,13 +26,14 @@ def save_weights(
     """Writes weights as a NeMo checkpoint.
 
     Args:
-        like: A checkpoint of the same family, whose config, tokenizer and similar files are copied.
+        like: NeMo checkpoint of the same family. Its tokenizer and similar files are copied. Its
+            config is copied with the sizes of ``shape``.
         shape: The shape of the new model.
         weights: All weights by their Hugging Face names.
-        out: The new checkpoint.
+        out: Path of the new checkpoint.
 
     Raises:
-        RecipeError: The weights do not fit the shape.
+        RecipeError: A weight is missing, or does not have the shape that ``shape`` implies.
     """
     enable()  # without a GPU, Megatron needs patches
     nemo.initialize(nemo.Parallelism())
@@ -40,17 +41,17 @@ def save_weights(
     config = with_shape(nemo.read_config(like), shape)
     for name in shape.megatron_to_hf():
         setattr(model.config, name, getattr(shape, name))
-        setattr(model.__io__.config, name, getattr(shape, name))  # the checkpoint stores this one
+        setattr(model.__io__.config, name, getattr(shape, name))  # the copy that is saved
     core = nemo.build_core(model, nemo.Parallelism())
     _require_shapes(weights, shape)
     source = MergedWeights(NamedWeights(weights), shape, FAMILIES[shape.hf_architecture])
     strategy = StreamedSave(source, nemo.leading_axes(shape))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
-        side = Path(temporary) / nemo.SIDE
-        copy_side_files(nemo.side_folder(like), side)
-        write_json(side / "config.json", config, indent=2)
-        nemo.save_checkpoint(out, model, core, side, rank=0, strategy=strategy)
+        side_folder = Path(temporary) / nemo.SIDE
+        copy_side_files(nemo.side_folder(like), side_folder)
+        write_json(side_folder / "config.json", config, indent=2)
+        nemo.save_checkpoint(out, model, core, side_folder, rank=0, strategy=strategy)
 
 
 class NamedWeights:
@@ -60,24 +61,34 @@ class NamedWeights:
         self._weights = weights
 
     def read(self, name: str) -> torch.Tensor:
-        """Returns a tensor."""
+        """Returns the weight with this Hugging Face name."""
         return self._weights[name]
 
 
 def _require_shapes(weights: dict[str, torch.Tensor], shape: Architecture) -> None:
-    for name, size in FAMILIES[shape.hf_architecture].hf_shapes(shape).items():
+    """Raises an error unless every weight of a model of this shape is there, with its size."""
+    for name, expected in FAMILIES[shape.hf_architecture].hf_shapes(shape).items():
         actual = tuple(weights[name].shape) if name in weights else None
-        if actual != size:
+        if actual != expected:
+            problem = "is missing" if actual is None else f"has shape {actual}"
             raise RecipeError(
-                f"pruned weight {name} has shape {actual}, but {size} according to the config.",
+                f"pruned weight {name} {problem}, but must have shape {expected} according to the "
+                "config.",
                 "convert the teacher again (force=[import_hf]): its weights do not fit its config",
             )
 
 
 def prune_weights(teacher: Path, kept: KeptIndices, head_size: int) -> dict[str, torch.Tensor]:
-    """Returns the student's weights by their Hugging Face names."""
-    return {
-        name: prune_weight(teacher_name, weight, kept, head_size)
-        for teacher_name, weight in hf_weights(teacher)
-        if (name := student_name(teacher_name, kept)) is not None
-    }
+    """Returns the student's weights by their Hugging Face names.
+
+    Args:
+        teacher: NeMo checkpoint of the model to prune.
+        kept: The layers and indices that the student keeps.
+        head_size: Channels of one attention head.
+    """
+    weights = {}
+    for teacher_name, weight in hf_weights(teacher):
+        name = student_name(teacher_name, kept)
+        if name is not None:  # its layer and expert are kept
+            weights[name] = prune_weight(teacher_name, weight, kept, head_size)
+    return weights

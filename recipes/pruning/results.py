@@ -10,28 +10,35 @@ class ScoreResult:
     """Importance of a teacher's layers."""
 
     calibration: str
+    """Setting ``calibration`` of ``score``: ``text`` or ``random``."""
     calibration_sequences: int
     calibration_tokens: int
     teacher_loss: float
+    """LM loss of the teacher without pruning, in nats."""
     layer_importance: dict[str, dict[int, float]]
-    """Scores by method and layer; see ``Importance.layers``."""
+    """Scores: {method: {layer: score}}; see ``Importance.layers``."""
     loss_predictions: int
-    """Number of next-token predictions that each loss is a mean of."""
+    """Number of next-token predictions over which each loss is averaged."""
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """Layers that pruning kept, and scores of all layers by the method ``layer_measure``.
+    """Layers that pruning kept, and scores of the teacher's layers.
 
-    Layers are numbered as in the original, unpruned model.
+    The teacher is the model that was pruned. If it is itself the result of a pruning, layers still
+    have the numbers of the original, unpruned model.
     """
 
     kept_layers: list[int]
     layer_importance: dict[int, float]
+    """Score of each layer of the teacher, by the method ``layer_measure``."""
     layer_measure: str
+    """The method ``layer_importance`` of ``prune``; ``block_influence`` if it has no score for each
+    layer."""
     calibration_tokens: int
     calibration_sequences: int
     teacher_parameters: int | None
+    """Number of the teacher's parameters; ``None`` if unknown."""
 
     def dropped_layers(self) -> list[int]:
         """Returns the teacher's layers that were dropped."""
@@ -48,8 +55,9 @@ class HealResult:
     kl_pruned: float
     """KL of the pruned model to the teacher on validation text, in nats."""
     kl_healed: float
+    """The same after healing."""
 
     @property
     def remaining_kl(self) -> float:
-        """Fraction of the pruned model's KL to the teacher that remains after healing."""
+        """KL after healing, as a fraction of the KL before; 1 if the KL before is 0."""
         return self.kl_healed / self.kl_pruned if self.kl_pruned else 1.0

@@ -1,14 +1,16 @@
 """Importance of channels, heads and layers, from forward passes of a Megatron model.
 
-ModelOpt computes the scores of widths from activations (arXiv:2407.14679). Layers have two scores:
-block influence, 1 - cos of the angle between their input and output (arXiv:2403.03853), and the
-rise of the loss if the layer is left out. Leaving out a layer does not change the hidden states
-before it. So these are computed once, and used for every layer that is left out.
+ModelOpt computes the scores of widths (channels, heads, experts) from activations
+(arXiv:2407.14679). Layers have two scores. Block influence is 1 - cos of the angle between a
+layer's input and output (arXiv:2403.03853). The loss score is the rise of the LM loss if the layer
+is left out. Leaving out a layer does not change the hidden states before it, so these hidden states
+are computed only once for all layers.
 Layers may be split over pipeline ranks, and micro batches over data-parallel ranks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -42,14 +44,15 @@ from recipes.pruning.kept import Importance
 from recipes.pruning.settings import ScoreConfig
 
 MAX_TOKEN_FRACTION = 0.5
-"""If one token is a larger fraction of the calibration text, the text counts as padding."""
+"""If one token is a larger fraction of the calibration text, the text is refused as padding."""
 
 
 def calibration_text(cfg: ScoreConfig, data: Input, teacher: Path) -> TextSequences:
     """Returns calibration text, or random tokens if so configured.
 
     Raises:
-        RecipeError: The text is mostly one token, or has no micro batch for some rank.
+        RecipeError: The text is mostly one token, or has fewer micro batches than there are
+            data-parallel ranks.
     """
     if cfg.calibration == "random":
         vocabulary = nemo.architecture_of(teacher).vocab_size
@@ -58,7 +61,8 @@ def calibration_text(cfg: ScoreConfig, data: Input, teacher: Path) -> TextSequen
         return TextSequences.of(torch.randint(vocabulary, shape, generator=generator))
     text = read_sequences(data, "calibration", cfg.seq_length, cfg.num_calibration_samples)
     data_ranks = world_size() // cfg.pipeline_model_parallel_size
-    if (batches := -(-len(text) // cfg.micro_batch_size)) < data_ranks:
+    batches = math.ceil(len(text) / cfg.micro_batch_size)
+    if batches < data_ranks:
         raise RecipeError(
             f"the calibration text has only {len(text)} sequence(s), which are {batches} micro "
             f"batch(es) for {data_ranks} data-parallel ranks.",
@@ -77,7 +81,7 @@ def calibration_text(cfg: ScoreConfig, data: Input, teacher: Path) -> TextSequen
 def score_checkpoint(
     cfg: ScoreConfig, teacher: Path, text: TextSequences, log: MetricsLog
 ) -> Importance:
-    """Scores a NeMo checkpoint on calibration sequences.
+    """Computes the importance scores of a NeMo checkpoint on calibration sequences.
 
     Raises:
         RecipeError: The model's loss on text is near chance.
@@ -91,10 +95,10 @@ def score_checkpoint(
     core = nemo.build_core(model, parallel, dtype_of(cfg.precision))
     nemo.load_weights(core, teacher)
     core.eval()
-    # At least a few sequences, for the teacher's loss, even if ``num_loss_samples`` is 0.
+    # Not empty even if ``num_loss_samples`` is 0: the teacher's loss is always measured.
     loss_text = text.first(cfg.loss_sequences)
     ablation = LayerAblation(core, loss_text, cfg.micro_batch_size, log)
-    [teacher_loss] = ablation.losses([()])  # with no layer left out
+    [teacher_loss] = ablation.losses([()])  # one empty block: no layer is left out
     if cfg.calibration == "text":
         require_better_than_chance(
             teacher_loss, core.vocab_size, ", or measure on noise: stages.score.calibration=random"
@@ -114,16 +118,16 @@ def _loss_scores(
         Two mappings, in nats: {method: {layer: rise}} and {block size: {first layer: rise}}.
     """
 
-    def rises(size: int) -> dict[int, float]:
-        starts = range(1, ablation.num_layers - size + 2)
-        losses = ablation.losses([tuple(range(start, start + size)) for start in starts])
+    def loss_rises(block_size: int) -> dict[int, float]:
+        starts = range(1, ablation.num_layers - block_size + 2)
+        losses = ablation.losses([range(start, start + block_size) for start in starts])
         return {start: loss - teacher_loss for start, loss in zip(starts, losses, strict=True)}
 
-    return {"loss": rises(1)}, {size: rises(size) for size in cfg.block_sizes or ()}
+    return {"loss": loss_rises(1)}, {size: loss_rises(size) for size in cfg.block_sizes or ()}
 
 
 class LayerAblation:
-    """Computes the loss of a Megatron model without some layers, on all pipeline ranks."""
+    """Computes the loss of a Megatron model without some layers. All ranks call it together."""
 
     def __init__(
         self, core: nn.Module, text: TextSequences, micro_batch_size: int, log: MetricsLog
@@ -131,7 +135,7 @@ class LayerAblation:
         self._core, self._text, self._log = core, text, log
         self._micro_batch_size = micro_batch_size
         numbers = [layer.layer_number for layer in core.decoder.layers]
-        self._first, self._last = numbers[0], numbers[-1]  # layers of this rank
+        self._first, self._last = numbers[0], numbers[-1]  # this rank's layers, counted from 1
         self.num_layers = core.config.num_layers
         if core.post_process:
             tied = core.share_embeddings_and_output_weights
@@ -143,18 +147,18 @@ class LayerAblation:
         """Returns the mean LM loss without each block of layers, in nats; the same on all ranks.
 
         Args:
-            blocks: Sets of layer numbers. The result has one loss for each set.
+            blocks: Sets of layer numbers to leave out. The result has one loss for each set.
         """
-        # The hidden states before a block do not depend on the block, so all blocks share them.
         layers = list(self._core.decoder.layers)
-        sums = torch.zeros(len(blocks), dtype=torch.float64)
+        sums = torch.zeros(len(blocks), dtype=torch.float64)  # losses, summed over predictions
         for done, batch in _batches(self._text, self._micro_batch_size):
             tokens, mask = batch.tokens.to(device()), batch.prediction_mask.to(device())
+            # The hidden states before a block do not depend on the block: all blocks share them.
             states = _run_layers(self._core, layers, tokens)
-            for number, block in enumerate(blocks):
-                sums[number] += self._loss_without(block, layers, states, tokens, mask)
+            for index, block in enumerate(blocks):
+                sums[index] += self._loss_without(block, layers, states, tokens, mask)
             self._log.progress("leave out", done, len(self._text), blocks=len(blocks))
-        sums = sums.to(device())
+        sums = sums.to(device())  # 0 on all pipeline ranks but the last
         torch.distributed.broadcast(
             sums,
             parallel_state.get_pipeline_model_parallel_last_rank(),
@@ -174,13 +178,20 @@ class LayerAblation:
         """Returns the loss without a block, summed over predictions, on the last pipeline rank.
 
         Earlier ranks return 0. They send their output to the next rank if the block changes it.
+
+        Args:
+            block: Numbers of the layers to leave out.
+            layers: The layers of this rank.
+            states: Result of ``_run_layers`` with all layers.
+            tokens: int64 [b, s].
+            mask: Which predictions are in the loss, bool [b, s - 1].
         """
         numbers = [layer.layer_number for layer in layers]
+        # Index of the first layer of this rank that is left out; the layers before are not rerun.
         start = next((i for i, number in enumerate(numbers) if number in block), len(layers))
         hidden = states[start]
-        # ``states`` was computed with all layers. If the block has a layer of an earlier rank, that
-        # rank sends the changed input.
-        if any(number < self._first for number in block):
+        input_changes = any(number < self._first for number in block)
+        if input_changes:  # an earlier rank sends the input without the block
             start, hidden = 0, _receive(states[0])
         rotary = self._core.rotary_pos_emb(tokens.shape[1])
         for layer in layers[start:]:
@@ -188,12 +199,14 @@ class LayerAblation:
                 hidden = _run_layer(layer, hidden, rotary)
         if self._core.post_process:
             return self._lm_loss(hidden, tokens, mask)
-        if any(number <= self._last for number in block):  # the next rank waits in _receive
+        output_changes = any(number <= self._last for number in block)
+        if output_changes:  # the next rank waits in ``_receive``
             _send(hidden)
         return 0.0
 
     def _lm_loss(self, hidden: Tensor, tokens: Tensor, mask: Tensor) -> float:
-        """Returns the LM loss, summed over the predictions that are not masked."""
+        """Returns the LM loss of hidden states [s, b, h], summed over predictions in ``mask``."""
+        # Position i predicts token i + 1. ``tokens`` and ``mask`` are transposed to sequence first.
         hidden, targets = hidden[:-1][mask.T], tokens.T[1:][mask.T]
         total = 0.0
         for rows in chunks(len(targets), self._core.vocab_size):
@@ -203,7 +216,11 @@ class LayerAblation:
 
 
 def _run_layers(core: nn.Module, layers: Sequence[nn.Module], tokens: Tensor) -> list[Tensor]:
-    """Returns the input of each layer of this rank, then the last layer's output, all [s, b, h]."""
+    """Runs this rank's layers, and exchanges hidden states with the neighboring pipeline ranks.
+
+    Returns:
+        The input of each layer of this rank, then the last layer's output, all [s, b, h].
+    """
     if core.pre_process:
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
         states = [core.embedding(input_ids=tokens, position_ids=positions)]
@@ -220,17 +237,20 @@ def _run_layers(core: nn.Module, layers: Sequence[nn.Module], tokens: Tensor) ->
 
 
 def _run_layer(layer: nn.Module, hidden: Tensor, rotary: Tensor) -> Tensor:
+    """Returns the output of a layer with causal attention, which needs no mask."""
     output: Tensor = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)[0]
     return output
 
 
 def _receive(like: Tensor) -> Tensor:
+    """Returns hidden states, of the shape and dtype of ``like``, from the previous rank."""
     hidden = torch.empty_like(like)
     torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
     return hidden
 
 
 def _send(hidden: Tensor) -> None:
+    """Sends hidden states to the next pipeline rank."""
     torch.distributed.send(hidden, parallel_state.get_pipeline_model_parallel_next_rank())
 
 
@@ -243,10 +263,11 @@ class _Estimators(ImportanceEstimatorRegistry):  # type: ignore[misc]
     def register_hook(
         self, module: nn.Module, hook_fn: Callable[..., None], *args: Any, **kwargs: Any
     ) -> None:
-        """Registers a hook that does nothing on empty inputs."""
+        """Registers ``hook_fn``, but does not call it on an empty input tensor."""
 
         def hook(module: nn.Module, inputs: tuple[Any, ...], *output: Any) -> None:
-            if not inputs or inputs[0].numel():
+            has_no_tokens = bool(inputs) and inputs[0].numel() == 0
+            if not has_no_tokens:
                 hook_fn(module, inputs, *output)
 
         super().register_hook(module, hook, *args, **kwargs)
@@ -256,9 +277,13 @@ class _Estimators(ImportanceEstimatorRegistry):  # type: ignore[misc]
 def _influence_and_widths(
     core: nn.Module, text: TextSequences, batch_size: int, log: MetricsLog
 ) -> tuple[dict[int, float], dict[str, Tensor]]:
-    """Computes block influence by layer, and scores of all widths, in one pass over the text."""
+    """Computes block influence by layer, and scores of all widths, in one pass over the text.
+
+    Returns:
+        {layer: block influence}, and the scores of ``Importance.widths``.
+    """
     register_rms_norm()
-    # ModelOpt scores only converted models. The divisors matter only for its own pruning.
+    # ModelOpt scores only converted models. Divisors matter only if ModelOpt prunes.
     divisors = get_mcore_minitron_config(
         hidden_size_divisor=1,
         ffn_hidden_size_divisor=1,
@@ -272,27 +297,33 @@ def _influence_and_widths(
     sums = torch.zeros(len(layers), dtype=torch.float64)  # block influence, summed over sequences
     for done, batch in _batches(text, batch_size):
         states = _run_layers(core, layers, batch.tokens.to(device()))
-        for number, (before, after) in enumerate(pairwise(states)):
-            cosine = functional.cosine_similarity(before.float(), after.float(), dim=2)
-            sums[number] += (1 - cosine).mean(dim=0).sum().item()
+        for index, (before, after) in enumerate(pairwise(states)):
+            cosine = functional.cosine_similarity(before.float(), after.float(), dim=2)  # [s, b]
+            sums[index] += (1 - cosine).mean(dim=0).sum().item()  # mean over positions
         log.progress("calibrate", done, len(text))
     sums = _sum_over_data_ranks(sums)
     influence = {
         layer.layer_number: float(total) / len(text)
         for layer, total in zip(layers, sums, strict=True)
     }
-    by_rank = _gather_ranks((influence, _width_scores(core, layers)))
+    scores_by_rank = _gather_ranks((influence, _width_scores(core, layers)))
     registry.cleanup()
+    all_influence: dict[int, float] = {}
     widths: dict[str, Tensor] = {}
-    for _, rank_widths in by_rank:
+    for rank_influence, rank_widths in scores_by_rank:
+        all_influence |= rank_influence
         # The score of hidden channels is a sum over all ranks. Other scores belong to one rank.
         hidden = rank_widths.pop("hidden_size") + widths.pop("hidden_size", 0)
         widths |= {"hidden_size": hidden, **rank_widths}
-    return {layer: score for scores, _ in by_rank for layer, score in scores.items()}, widths
+    return all_influence, widths
 
 
 def _width_scores(core: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """Returns this rank's scores by name: roots of the sums of squares that ModelOpt collected."""
+    """Returns this rank's scores: roots of the sums of squares that ModelOpt collected.
+
+    Keys are those of ``Importance.widths``. ``hidden_size`` is a sum over only this rank's norms.
+    """
+    # ``_activations`` are ModelOpt's sums; in ``core`` one tensor [hidden] for each norm.
     norms = [_sum_over_data_ranks(squares).sqrt() for squares in core._activations.values()]
     scores = {"hidden_size": torch.stack(norms).sum(dim=0)}
     for layer in layers:
@@ -301,35 +332,38 @@ def _width_scores(core: nn.Module, layers: Sequence[nn.Module]) -> dict[str, Ten
             scores |= _expert_scores(name, layer.mlp.experts)
         else:
             scores[f"{name}.ffn_hidden_size"] = _sum_over_data_ranks(layer.mlp._activations).sqrt()
-        heads = _sum_over_data_ranks(layer.self_attention._activations)
-        heads = heads.view(-1, core.config.kv_channels)
-        scores[f"{name}.num_attention_heads"] = heads.sum(dim=1).sqrt()
+        channels = _sum_over_data_ranks(layer.self_attention._activations)
+        channels_of_heads = channels.view(-1, core.config.kv_channels)
+        scores[f"{name}.num_attention_heads"] = channels_of_heads.sum(dim=1).sqrt()
     return {name: score.float().cpu().contiguous() for name, score in scores.items()}
 
 
 def _expert_scores(layer: str, experts: nn.Module) -> dict[str, Tensor]:
-    """Returns scores of the experts (mean norm of the output) and of each expert's channels."""
+    """Returns the scores of a layer's experts and of each expert's channels.
+
+    An expert's score is the mean norm of its output. ``layer`` is the keys' prefix ``layers.{i}``.
+    """
     sums = {name: _sum_over_data_ranks(values) for name, values in experts._activations.items()}
     means = sums["expert_l2_scores"] / sums["expert_sample_counts"].clamp(min=1)
     scores = {f"{layer}.num_moe_experts": means}
-    for number, expert in enumerate(experts.local_experts):
+    for index, expert in enumerate(experts.local_experts):
         squares = expert._activations
         if squares is None:  # no token was routed to this expert
             squares = torch.zeros(expert.config.moe_ffn_hidden_size)
         squares = _sum_over_data_ranks(squares)
-        scores[f"{layer}.experts.{number}.moe_ffn_hidden_size"] = squares.sqrt()
+        scores[f"{layer}.experts.{index}.moe_ffn_hidden_size"] = squares.sqrt()
     return scores
 
 
 def _sum_over_data_ranks(values: Tensor) -> Tensor:
-    """Returns the sum of ``values`` over the data-parallel ranks, which have different text."""
+    """Returns the sum of ``values`` over the data-parallel ranks, which process different text."""
     total = values.to(device())  # ModelOpt keeps some sums on the CPU, which NCCL cannot reduce
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
     return total
 
 
 def _gather_ranks(value: Any) -> list[Any]:
-    """Returns the values of all pipeline ranks, in order."""
+    """Returns the value of each pipeline rank, in the order of ranks."""
     group = parallel_state.get_pipeline_model_parallel_group()
     values = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(values, value, group)
@@ -337,10 +371,11 @@ def _gather_ranks(value: Any) -> list[Any]:
 
 
 def _batches(text: TextSequences, size: int) -> Iterator[tuple[int, TextSequences]]:
-    """Yields this data-parallel rank's micro batches, as (number of sequences done, batch).
+    """Yields every n-th micro batch of ``size`` sequences: those of this one of n data ranks.
 
-    A micro batch is never divided between ranks: ModelOpt's scores of an expert's width depend on
-    which sequences are in the same micro batch.
+    Each item is (sequences of the text up to the end of this batch, batch). A micro batch is never
+    divided between ranks, because ModelOpt's scores of an expert's width depend on which sequences
+    are in the same micro batch.
     """
     first = parallel_state.get_data_parallel_rank() * size
     for start in range(first, len(text), parallel_state.get_data_parallel_world_size() * size):

@@ -17,15 +17,16 @@ from recipes.pruning.targets import PruneTargets, absolute_sizes, hidden_divisor
 
 LAYER_METHODS = ("block_influence", "loss", "block")
 TARGET = "target_"
-"""Prefix of the fields with targets. Megatron's name of the axis follows the prefix."""
+"""Prefix of the fields with targets, such as ``target_hidden_size``. Megatron's name of the axis
+follows the prefix."""
 
 
 @dataclass
 class PruneConfig(StageConfig):
     """Settings of ``prune``. An axis without a target is not pruned.
 
-    A target is a number, or a fraction of the teacher's size: ``0.75`` keeps three quarters,
-    rounded to a multiple of the axis's divisor.
+    A target is an absolute size, or a fraction of the teacher's size. ``0.75`` keeps three
+    quarters, rounded to a multiple of the axis's divisor (see ``divisors``).
     """
 
     target_num_layers: Size | None = None
@@ -60,22 +61,25 @@ class PruneConfig(StageConfig):
 
     def explicit_targets(self) -> dict[str, int | float]:
         """Returns the targets that are set, by axis; floats are fractions."""
-        named = {n: v for n, v in vars(self).items() if n.startswith(TARGET) and v is not None}
-        return {name.removeprefix(TARGET): value for name, value in named.items()}
+        return {
+            name.removeprefix(TARGET): value
+            for name, value in vars(self).items()
+            if name.startswith(TARGET) and value is not None
+        }
 
     def targets(self, teacher: Architecture) -> PruneTargets:
-        """Returns the targets as absolute sizes."""
+        """Returns the targets as absolute sizes, and the layers to drop."""
         sizes = absolute_sizes(teacher, self.explicit_targets(), self.divisors(teacher))
         return PruneTargets(**sizes, drop_layers=tuple(sorted(self.drop_layers)))
 
     def with_absolute_targets(self, teacher: Architecture) -> PruneConfig:
         """Returns these settings with all targets as absolute sizes."""
         sizes = absolute_sizes(teacher, self.explicit_targets(), self.divisors(teacher))
-        numbers: dict[str, Any] = {f"{TARGET}{axis}": size for axis, size in sizes.items()}
-        return replace(self, **numbers)
+        fields: dict[str, Any] = {f"{TARGET}{axis}": size for axis, size in sizes.items()}
+        return replace(self, **fields)
 
     def divisors(self, teacher: Architecture) -> dict[str, int]:
-        """Returns each axis's divisor: the target must be a multiple of it."""
+        """Returns the number that each axis's size must be a multiple of. Other axes have none."""
         return {
             "hidden_size": hidden_divisor(teacher, self.hidden_size_divisor),
             "ffn_hidden_size": self.ffn_hidden_size_divisor,
@@ -92,7 +96,7 @@ class HealConfig(InferenceConfig):
     num_samples: Count = 16
     """Validation sequences on which the KL is measured before and after healing."""
     precision: Precision = "32"
-    """Precision of the KL measurement; healing is in float32."""
+    """Precision of the KL measurement; the weights are fitted in float32."""
 
 
 @dataclass
@@ -105,7 +109,7 @@ class AddLayersConfig(InferenceConfig):
     """Sequences of held-out text on which all sizes are measured."""
 
     def size(self, student: Architecture, teacher: Architecture) -> int:
-        """Returns the number of layers of the model that is written."""
+        """Returns ``num_layers`` or its default, the mean of both models' numbers of layers."""
         return self.num_layers or (student.num_layers + teacher.num_layers) // 2
 
 
@@ -116,7 +120,11 @@ BASE_LOSS_SEQUENCES = 4
 
 @dataclass
 class ScoreConfig(InferenceConfig):
-    """Settings of ``score``. ``loss`` and ``block`` cost most; one pass gives all other scores."""
+    """Settings of ``score``.
+
+    Scores for ``layer_importance=loss`` and ``block`` cost most: a partial forward pass for each
+    layer or block. One forward pass over the text gives all other scores.
+    """
 
     calibration: Annotated[str, one_of(*CALIBRATIONS)] = "text"
     """Calibrate on the ``text`` of the input, or on ``random`` tokens for a trial without text."""
@@ -136,37 +144,40 @@ class ScoreConfig(InferenceConfig):
 
     @property
     def loss_sequences(self) -> int:
-        """Returns the number of sequences for losses. The teacher's loss is always measured."""
+        """Number of sequences for losses; never 0: the teacher's loss is always measured."""
         return self.num_loss_samples or BASE_LOSS_SEQUENCES
 
 
 def layer_score_problems(
-    config: StageConfig, layer_importance: str, dropped: Collection[int], chain: Chain
+    config: StageConfig, layer_importance: str, drop_counts: Collection[int], chain: Chain
 ) -> Iterator[Problem]:
-    """Checks that this run's scores can choose the layers to drop.
+    """Yields a problem if the run's ``score`` stage does not measure scores that a stage needs.
 
     Args:
         config: The stage that drops layers.
-        layer_importance: Its method to choose layers.
-        dropped: Numbers of layers that it drops, each at least 1.
+        layer_importance: The stage's method to choose layers, one of ``LAYER_METHODS``.
+        drop_counts: How many layers the stage drops, at least 1; one count for each depth that it
+            may produce.
         chain: The run.
     """
-    name = config.inputs.get("importance", "")
-    score = chain.stages.get(name)
-    if not isinstance(score, ScoreConfig) or not dropped:
-        return
+    score_name = config.inputs.get("importance", "")
+    score = chain.stages.get(score_name)
+    if not isinstance(score, ScoreConfig) or not drop_counts:
+        return  # the scores are of another run, or are not needed
     sizes = score.block_sizes or []
-    needed = ",".join(map(str, sorted({*sizes, *dropped})))
+    all_sizes = ",".join(map(str, sorted({*sizes, *drop_counts})))
+    # By method: whether its scores are measured, and the setting of ``score`` that measures them.
+    # Block influence is always measured.
     requirements = {
         "loss": (score.num_loss_samples > 0, "num_loss_samples=8"),
-        "block": (set(dropped) <= set(sizes), f"block_sizes=[{needed}]"),
+        "block": (set(drop_counts) <= set(sizes), f"block_sizes=[{all_sizes}]"),
     }
     is_measured, setting = requirements.get(layer_importance, (True, ""))
     if not is_measured:
-        numbers = ", ".join(map(str, sorted(dropped)))
+        counts = ", ".join(map(str, sorted(drop_counts)))
         yield Problem(
             rules.LAYER_IMPORTANCE,
-            f"{name} does not measure layer_importance={layer_importance} for {numbers} dropped "
-            f"layers, which {config.name} needs",
-            f"set stages.{name}.{setting}",
+            f"{score_name} does not measure layer_importance={layer_importance} for {counts} "
+            f"dropped layers, which {config.name} needs",
+            f"set stages.{score_name}.{setting}",
         )
