@@ -293,7 +293,15 @@ class Profile(Callback):
 
     def on_train_batch_end(self, trainer: Any, *args: object) -> None:
         """Writes the trace after the last step of the range."""
-        if self._running and trainer.global_step == self._last:
+        if trainer.global_step == self._last:
+            self._write_trace()
+
+    def on_train_end(self, *args: object) -> None:
+        """Writes the trace of a training that stops within the range."""
+        self._write_trace()
+
+    def _write_trace(self) -> None:
+        if self._running:
             self._profiler.stop()
             self._running = False
             self._folder.mkdir(exist_ok=True)

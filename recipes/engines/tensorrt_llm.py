@@ -90,18 +90,18 @@ def problems(
     ranks = cfg.tensor_parallel_size
     yield from _parallel_problems(ranks, arch)
     multiple = SIZE_MULTIPLES.get(cfg.precision, 1)
-    sizes_per_rank = {
-        "hidden_size": arch.hidden_size,  # tensor parallelism does not split it
-        "ffn_hidden_size": arch.ffn_hidden_size // ranks,
-        "attention's size": arch.num_attention_heads * arch.kv_channels // ranks,
-    }
-    for name, size in sizes_per_rank.items():
-        if size % multiple:
+    sizes = (
+        ("hidden_size", arch.hidden_size, 1),  # tensor parallelism does not split it
+        ("ffn_hidden_size", arch.ffn_hidden_size, ranks),
+        ("num_attention_heads * kv_channels", arch.num_attention_heads * arch.kv_channels, ranks),
+    )
+    for name, size, shards in sizes:
+        if size // shards % multiple:
             yield Problem(
                 rules.ALIGNMENT,
-                f"precision={cfg.precision} needs multiples of {multiple}, but {name} is {size} on "
-                "each rank",
-                f"prune to a multiple of {multiple * ranks}, or use precision=bf16",
+                f"precision={cfg.precision} needs multiples of {multiple}, but {name} is "
+                f"{size // shards} on each rank",
+                f"prune to a multiple of {multiple * shards}, or use precision=bf16",
             )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 from nemo_convert.architecture import Architecture
 from recipes.planning.hardware import Hardware
@@ -100,7 +101,7 @@ class Sequences:
     @property
     def micro_batch_tokens(self) -> int:
         """Tokens of a forward pass."""
-        return int(min(self.micro_batch_size, self.number)) * self.seq_length
+        return ceil(min(self.micro_batch_size, self.number)) * self.seq_length
 
     def compute(self, arch: Architecture, bf16: bool) -> Compute:
         """Returns FLOPs and memory traffic of a model's forward passes over all sequences."""
