@@ -12,15 +12,17 @@ from recipes.planning import rules
 from recipes.planning.rules import Problem
 
 DENSE_AXES = ("ffn_hidden_size",)
+"""Prunable axes of dense feed-forward layers."""
 EXPERT_AXES = ("num_moe_experts", "moe_ffn_hidden_size")
-"""Axes of feed-forward layers that can be pruned."""
+"""Prunable axes of MoE feed-forward layers."""
 MAX_FRACTION = 1 / 3
-"""Largest fraction of the parameters to prune before a distillation, according to NVIDIA."""
+"""Largest fraction of the parameters to prune before a distillation. For the source, see
+``rules.LARGE_REDUCTION``."""
 
 
 @dataclass(frozen=True)
 class PruneTargets:
-    """Target sizes; ``None`` does not prune the axis. Layers are counted from 1."""
+    """Target sizes by Megatron's names of the axes; ``None`` means that an axis is not pruned."""
 
     num_layers: int | None = None
     hidden_size: int | None = None
@@ -30,20 +32,25 @@ class PruneTargets:
     moe_ffn_hidden_size: int | None = None
     num_query_groups: int | None = None
     drop_layers: tuple[int, ...] = ()
+    """Numbers of the layers to remove, counted from 1."""
 
     def width(self) -> dict[str, int]:
-        """Returns the width targets that are set, by Megatron's names."""
-        heads = ("num_attention_heads", "num_query_groups")
-        axes = ("hidden_size", *heads, *DENSE_AXES, *EXPERT_AXES)
+        """Maps each axis except layers that has a target to the target size."""
+        axes = ("hidden_size", "num_attention_heads", "num_query_groups", *DENSE_AXES, *EXPERT_AXES)
         return {axis: value for axis in axes if (value := getattr(self, axis)) is not None}
 
 
 def hidden_divisor(teacher: Architecture, configured: int | None) -> int:
-    """Returns the divisor of a pruned hidden size.
+    """Returns the number that a pruned hidden size must be a multiple of.
 
-    By default this is 64, for fast kernels and for quantisation in groups of 64. transformers 5
-    refuses a Llama model whose hidden size is not a multiple of its heads, so for Llama the default
-    is a multiple of the heads, too, unless that leaves fewer than eight sizes.
+    The default is 64, for fast kernels and for quantization in groups of 64. transformers 5 refuses
+    a Llama model whose hidden size is not a multiple of the number of attention heads. So for Llama
+    the default is the least common multiple of 64 and the number of heads. Small Llama models keep
+    the default 64, because they would have fewer than eight possible sizes.
+
+    Args:
+        teacher: Shape of the unpruned model.
+        configured: The setting ``hidden_size_divisor``; ``None`` selects the default.
     """
     if configured is not None:
         return configured
@@ -52,12 +59,12 @@ def hidden_divisor(teacher: Architecture, configured: int | None) -> int:
 
 
 def _needs_whole_heads(shape: Architecture) -> bool:
-    """Whether transformers 5 requires that the hidden size is a multiple of the heads."""
+    """Returns whether transformers 5 requires a hidden size that the number of heads divides."""
     return shape.hf_architecture == "LlamaForCausalLM"
 
 
 def is_refused_by_transformers_5(shape: Architecture) -> bool:
-    """Whether transformers 5 does not load a model of this shape."""
+    """Returns whether transformers 5 does not load a model of this shape."""
     return _needs_whole_heads(shape) and shape.hidden_size % shape.num_attention_heads != 0
 
 
@@ -65,20 +72,21 @@ def transformers_5_problems(stage: str, student: Architecture) -> Iterator[Probl
     """Warns if transformers 5 refuses the student."""
     hidden, heads = student.hidden_size, student.num_attention_heads
     if is_refused_by_transformers_5(student):
-        lower = hidden // heads * heads
+        largest_valid = hidden // heads * heads  # not larger than ``hidden``
         yield Problem(
             rules.TRANSFORMERS_5,
             f"{stage} makes a Llama model with hidden size {hidden} and {heads} heads, which "
             "transformers 5 and the programs that use it do not load; transformers 4 loads it",
-            f"if you need transformers 5: stages.{stage}.target_hidden_size={lower} "
-            f"stages.{stage}.hidden_size_divisor={math.gcd(lower, 64)}",
+            f"if you need transformers 5: stages.{stage}.target_hidden_size={largest_valid} "
+            f"stages.{stage}.hidden_size_divisor={math.gcd(largest_valid, 64)}",
         )
 
 
 def searched_shape_problems(stage: str, shapes: Sequence[Architecture]) -> Iterator[Problem]:
-    """Warns if transformers 5 refuses shapes of a search."""
+    """Warns if transformers 5 refuses some of a search's shapes."""
     refused = [shape for shape in shapes if is_refused_by_transformers_5(shape)]
     if refused:
+        # With 8 instead of the default 64, a small model has more possible sizes.
         divisor = math.lcm(8, refused[0].num_attention_heads)
         yield Problem(
             rules.TRANSFORMERS_5,
@@ -92,12 +100,18 @@ def searched_shape_problems(stage: str, shapes: Sequence[Architecture]) -> Itera
 def absolute_sizes(
     teacher: Architecture, targets: Mapping[str, int | float], divisors: Mapping[str, int]
 ) -> dict[str, int]:
-    """Returns targets as sizes: fractions are multiplied by the teacher's size and rounded.
+    """Returns the target size of each axis. A fraction is multiplied by the teacher's size.
 
-    They are rounded to a multiple of the axis's divisor or, for heads, of the number of groups.
+    The product is rounded to a multiple of the axis's divisor. For attention heads, it is rounded
+    to a multiple of the number of query groups.
+
+    Args:
+        teacher: Shape of the unpruned model.
+        targets: Target of each axis: an integer is a size, a float is a fraction.
+        divisors: Divisors by axis; an axis without a divisor is rounded to an integer.
     """
     sizes: dict[str, int] = {}
-    # Groups come first, because heads depend on them.
+    # ``num_attention_heads`` is sorted last, because it depends on ``num_query_groups``.
     for axis, size in sorted(targets.items(), key=lambda item: item[0] == "num_attention_heads"):
         step = divisors.get(axis, 1)
         if axis == "num_attention_heads":
@@ -109,17 +123,17 @@ def absolute_sizes(
 
 
 def pruned_shape(teacher: Architecture, targets: PruneTargets) -> Architecture:
-    """Returns the student's shape, with the teacher's ``kv_channels``.
+    """Returns the student's shape. Axes without a target have the teacher's size.
 
-    A query group that is kept keeps all of its heads, unless the number of heads has a target.
+    If only query groups have a target, each remaining group keeps all of its attention heads.
     """
     layers = targets.num_layers
     if targets.drop_layers:
         layers = teacher.num_layers - len(targets.drop_layers)
     width: dict[str, Any] = targets.width()
     if targets.num_query_groups and not targets.num_attention_heads:
-        per_group = teacher.num_attention_heads // teacher.num_query_groups
-        width["num_attention_heads"] = per_group * targets.num_query_groups
+        heads_per_group = teacher.num_attention_heads // teacher.num_query_groups
+        width["num_attention_heads"] = heads_per_group * targets.num_query_groups
     return replace(teacher, num_layers=layers or teacher.num_layers, **width)
 
 
@@ -133,14 +147,17 @@ def target_problems(
     """Yields a problem for each target that the teacher cannot be pruned to."""
     if not targets.width() and targets.num_layers is None and not targets.drop_layers:
         yield _problem("no target is set", "set at least one target_* field or drop_layers")
-    wrong = DENSE_AXES if teacher.num_moe_experts else EXPERT_AXES
+    absent_axes = DENSE_AXES if teacher.num_moe_experts else EXPERT_AXES
     for axis, target in {**targets.width(), "num_layers": targets.num_layers}.items():
-        if axis in wrong:
-            ffn, axes = ("experts", EXPERT_AXES) if axis in DENSE_AXES else ("dense", DENSE_AXES)
+        if axis in absent_axes:
+            layer_type, existing_axes = (
+                ("experts", EXPERT_AXES) if axis in DENSE_AXES else ("dense", DENSE_AXES)
+            )
             yield _problem(
-                f"target_{axis}={target} is set, but the teacher's feed-forward layers are {ffn}",
+                f"target_{axis}={target} is set, but the teacher's feed-forward layers are "
+                f"{layer_type}",
                 f"set target_{axis}=null and, to prune these layers, "
-                f"{' or '.join(f'target_{a}' for a in axes)}",
+                f"{' or '.join(f'target_{existing}' for existing in existing_axes)}",
             )
         elif target is not None:
             yield from _axis_problems(axis, target, getattr(teacher, axis), divisors.get(axis, 1))
@@ -157,7 +174,10 @@ def target_problems(
 def fraction_problems(
     teacher: Architecture, targets: Mapping[str, int | float], divisors: Mapping[str, int]
 ) -> Iterator[Problem]:
-    """Yields a problem for each fraction that rounds to all of an axis, or to nothing."""
+    """Yields a problem for each fraction that rounds to 0 or to the teacher's size.
+
+    Ignores axes that the teacher does not have. ``target_problems`` reports them.
+    """
     sizes = absolute_sizes(teacher, targets, divisors)
     for axis, fraction in targets.items():
         full, size = getattr(teacher, axis), sizes[axis]
@@ -166,30 +186,44 @@ def fraction_problems(
                 f"target_{axis}={fraction:g} of the teacher's {full} rounds to {size}, which must "
                 f"be greater than 0 and less than {full}",
                 f"use another fraction, a number below {full}, or "
-                + ("null" if axis not in divisors else f"a smaller {axis}_divisor, or null"),
+                + (
+                    "null"
+                    if axis not in divisors
+                    else f"a smaller {_divisor_setting(axis)}, or null"
+                ),
             )
 
 
 def _axis_problems(axis: str, target: int, full: int, divisor: int) -> Iterator[Problem]:
-    """Checks a target against the teacher's ``full`` size and the divisor."""
+    """Checks that a target is at most the teacher's size ``full``, and a multiple of the divisor.
+
+    The teacher's size itself is valid even if it is not a multiple.
+    """
     name = f"target_{axis}={target}"
     if target > full:
         yield _problem(f"{name} is larger than the teacher's {full}", f"use at most {full}")
     elif target != full and target % divisor:
         lower = target // divisor * divisor
-        choices = " or ".join(str(c) for c in (lower, lower + divisor) if 0 < c <= full)
+        valid_sizes = [size for size in (lower, lower + divisor) if 0 < size <= full]
+        choices = " or ".join(map(str, valid_sizes))
+        change_divisor = f"set the divisor to a number that divides {target}"
         yield _problem(
-            f"{name} is not a multiple of {axis}_divisor={divisor}",
-            f"use {choices}, or a divisor of {target}" if choices else f"set a divisor of {target}",
+            f"{name} is not a multiple of {_divisor_setting(axis)}={divisor}",
+            f"use {choices}, or {change_divisor}" if choices else change_divisor,
         )
 
 
+def _divisor_setting(axis: str) -> str:
+    """Returns the setting with an axis's divisor. Experts have that of dense layers."""
+    return f"{axis.removeprefix('moe_')}_divisor"
+
+
 def _head_problems(teacher: Architecture, targets: PruneTargets) -> Iterator[Problem]:
-    """Checks that all groups keep the same number of heads, at most the teacher's."""
+    """Checks that all groups keep equally many heads, and at most as many as in the teacher."""
     groups = targets.num_query_groups or teacher.num_query_groups
     heads = targets.num_attention_heads
     limit = teacher.num_attention_heads // teacher.num_query_groups * groups
-    if heads is None or heads > teacher.num_attention_heads:  # for the latter, see _axis_problems
+    if heads is None or heads > teacher.num_attention_heads:  # _axis_problems reports too many
         return
     name = f"target_num_attention_heads={heads}"
     if heads % groups:
@@ -207,8 +241,11 @@ def _drop_layer_problems(teacher: Architecture, targets: PruneTargets) -> Iterat
     drop, layers = targets.drop_layers, teacher.num_layers
     if drop and targets.num_layers is not None:
         yield _problem("drop_layers and target_num_layers are both set", "set one of them")
-    if wrong := [layer for layer in drop if not 1 <= layer <= layers]:
-        yield _problem(f"drop_layers has {wrong}", f"layers are numbered 1 to {layers}")
+    if invalid := [layer for layer in drop if not 1 <= layer <= layers]:
+        yield _problem(
+            f"drop_layers has {invalid}, which the teacher does not have",
+            f"use layers of the teacher, which are numbered 1 to {layers}",
+        )
     if len(set(drop)) != len(drop):
         yield _problem(f"drop_layers={list(drop)} names a layer twice", "name each layer once")
     if len(set(drop)) >= layers:

@@ -19,18 +19,18 @@ Point = tuple[float, float]
 MAX_POINTS = 500
 """Maximum number of points per line. More points cannot be seen and would make the file large."""
 MAX_MARKERS = 40
-"""A line with at most this many points has a marker at each."""
+"""A line with at most this many points has a marker at each point."""
 SMOOTHING = 30
-"""A moving mean covers 1/30 of a line, and is drawn if the line has at least 60 points."""
+"""A moving mean covers 1/30 of a line's points. It is drawn if the line has at least 60 points."""
 SKEW = 8
 """A scale is logarithmic if the largest value exceeds this many times the median."""
 ROW_PIXELS = 46
-"""Height of a row in a plot of intervals; a row has up to three."""
+"""Height of a row in a plot of intervals. A row has up to three intervals, one per model."""
 LABEL_DISTANCE = 4
 """Points closer than this, in percent of the plot, share a label: their labels would overlap."""
 MAX_ROW_LABEL = 15
-"""Longer labels of rows are shortened, because the margin beside the plot has no room for them."""
-LARGEST = 1e100
+"""Characters of a row's label that fit the margin beside the plot. Longer labels are shortened."""
+MAX_VALUE = 1e100
 """Larger values are not drawn, because ticks near the largest float would overflow."""
 
 _FRAME = Markup(
@@ -85,7 +85,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """A scale from ``low`` to ``high``, which are logarithms if ``logarithmic`` is set."""
+    """A scale from ``low`` to ``high``; these are log10 of the ends if ``logarithmic`` is set."""
 
     low: float
     high: float
@@ -100,18 +100,18 @@ class Axis:
         """Returns about ``count`` round values within the axis."""
         if self.logarithmic:
             values = self._decade_ticks()
-            # With less than two of these ticks, uses evenly spaced values, as on a linear axis.
+            # If there are fewer than two, the ticks are evenly spaced values, as on a linear axis.
             return values if len(values) > 1 else Axis(10**self.low, 10**self.high).ticks(count)
-        rough = (self.high - self.low) / count
-        power = 10.0 ** math.floor(math.log10(rough))
-        # The factor 0.999 and the 1e-9 tolerate rounding errors.
-        step = next(power * f for f in (1, 2, 2.5, 5, 10) if power * f >= rough * 0.999)
+        exact_step = (self.high - self.low) / count
+        power = 10.0 ** math.floor(math.log10(exact_step))
+        # The step is the next round number. 0.999 and 1e-9 tolerate rounding errors.
+        step = next(power * f for f in (1, 2, 2.5, 5, 10) if power * f >= exact_step * 0.999)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return [n * step for n in range(first, last + 1)]
 
     def _decade_ticks(self) -> list[float]:
-        """Returns 1, 2 and 5 of every decade; only powers of ten if there are many decades."""
+        """Returns 1, 2 and 5 of every decade; only powers of ten from 2.5 decades on."""
         steps = (1, 2, 5) if self.high - self.low < 2.5 else (1,)
         decades = range(math.floor(self.low), math.ceil(self.high) + 1)
         values = [step * 10.0**decade for decade in decades for step in steps]
@@ -125,25 +125,25 @@ def axis_over(
 
     Args:
         values: Values to cover.
-        zero: Whether the axis starts at zero.
+        zero: Whether the axis includes zero, without a margin below it.
         pad: Margin at each end, as a fraction of the range of the values.
         logarithmic: Whether the scale is logarithmic. All values must then be positive.
     """
     finite = [v for v in values if math.isfinite(v)] or [0.0]
     low, high = (math.log10(v) if logarithmic else v for v in (min(finite), max(finite)))
-    # The margin is not 0, because an axis needs a length even for a single value.
+    # An axis needs a length. Equal values have no range, so their size gives the margin.
     margin = (high - low) * pad or abs(high) * pad or 1.0
     return Axis(min(0.0, low) if zero else low - margin, high + margin, logarithmic)
 
 
 def is_skewed(values: Iterable[float]) -> bool:
-    """Returns whether a linear scale would make most values too small beside the largest."""
+    """Returns whether all values are positive and the largest exceeds ``SKEW`` times the median."""
     ordered = sorted(values)
     return ordered[0] > 0 and ordered[-1] > SKEW * ordered[len(ordered) // 2]
 
 
 def number(value: float, digits: int = 6) -> str:
-    """Formats a number in few characters, with an exponent if it is below 0.001."""
+    """Formats a number with ``digits`` significant digits; below 0.001 with an exponent."""
     text = f"{value:.{digits}g}"
     if 0 < abs(value) < 1e-3:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
@@ -157,19 +157,19 @@ def frame(name: str, title: str, height: int, *elements: Markup) -> Markup:
 
 
 def y_grid(axis: Axis, text_of: Callable[[float], str] = number) -> Markup:
-    """Returns horizontal grid lines with labels."""
+    """Returns horizontal grid lines; ``text_of`` formats their labels."""
     lines = (_Y_TICK.format(at=100 - axis.at(v), label=text_of(v)) for v in axis.ticks(4))
     return Markup("").join(lines)
 
 
 def x_grid(axis: Axis, count: int, text_of: Callable[[float], str]) -> Markup:
-    """Returns about ``count`` vertical grid lines with labels."""
+    """Returns about ``count`` vertical grid lines; ``text_of`` formats their labels."""
     positions = ((axis.at(value), text_of(value)) for value in axis.ticks(count))
     return Markup("").join(_X_GRID.format(at=at) + _x_tick(at, text) for at, text in positions)
 
 
 def _x_tick(at: float, label: object) -> Markup:
-    """Returns a label below the plot. Labels near an end are aligned to stay on the page."""
+    """Returns a label below the plot, ``at`` in percent. Near an end it is aligned inwards."""
     anchor = "start" if at < 2 else "end" if at > 96 else "middle"
     return _X_TICK.format(at=at, anchor=anchor, label=label)
 
@@ -195,16 +195,16 @@ def line_plot(
     zero: bool = False,
     x_dimension: Dimension = STEPS,
 ) -> Markup:
-    """Draws lines over ``x_dimension``. A noisy line is pale, with its moving mean on top."""
+    """Draws lines, ``height`` pixels high. If ``zero`` is set, the y axis includes zero."""
     x_axis = Axis(0.0, max((x for s in series for x, _ in s.points), default=0.0) or 1.0)
     y_axis = axis_over((y for s in series for _, y in s.points), zero=zero)
     elements = [y_grid(y_axis), x_grid(x_axis, 4, x_dimension.text_of)]
     for line in series:
+        points = line.points
         if line.noisy and len(line.points) >= 2 * SMOOTHING:
             elements.append(_line(line.points, f"{line.style} raw", x_axis, y_axis))
-            elements.append(_line(_moving_mean(line.points), line.style, x_axis, y_axis))
-        else:
-            elements.append(_line(line.points, line.style, x_axis, y_axis))
+            points = _moving_mean(line.points)
+        elements.append(_line(points, line.style, x_axis, y_axis))
         if len(line.points) <= MAX_MARKERS:
             elements += [
                 _MARKER.format(
@@ -221,15 +221,18 @@ def line_plot(
 def _moving_mean(points: Sequence[Point]) -> list[Point]:
     """Returns the centred moving mean; the window is shorter at both ends, so no point is lost."""
     reach = max(1, len(points) // SMOOTHING // 2)  # half of the window
-    sums = [0.0, *accumulate(y for _, y in points)]
-    windows = ((max(0, i - reach), min(len(points), i + reach + 1)) for i in range(len(points)))
-    return [(points[i][0], (sums[b] - sums[a]) / (b - a)) for i, (a, b) in enumerate(windows)]
+    sums = [0.0, *accumulate(y for _, y in points)]  # at index i: the sum of the first i values
+    means = []
+    for i, (x, _) in enumerate(points):
+        start, end = max(0, i - reach), min(len(points), i + reach + 1)
+        means.append((x, (sums[end] - sums[start]) / (end - start)))
+    return means
 
 
 def _line(points: Sequence[Point], style: str, x_axis: Axis, y_axis: Axis) -> Markup:
     """Draws at most about ``MAX_POINTS`` evenly spaced points, and always the last point."""
     stride = max(1, math.ceil(len(points) / MAX_POINTS))
-    pairs = (  # percentages, times 10 for the view box of 1000 by 1000
+    pairs = (  # percentages, times 10 for the view box of 1000 by 1000, where y points down
         f"{10 * x_axis.at(x):.1f},{1000 - 10 * y_axis.at(y):.1f}"
         for x, y in [*points[:-1:stride], *points[-1:]]
         if math.isfinite(y)
@@ -238,14 +241,16 @@ def _line(points: Sequence[Point], style: str, x_axis: Axis, y_axis: Axis) -> Ma
 
 
 def layer_plot(name: str, title: str, scores: Mapping[int, float], kept: set[int]) -> Markup:
-    """Draws a bar per layer, numbered from 1; bars of dropped layers are hollow."""
+    """Draws the score of each layer, numbered from 1, as a bar; hollow bars are not ``kept``."""
     skewed = is_skewed(scores.values())
-    lowest = min(scores.values()) / 2 if skewed else 0.0
-    y_axis = axis_over([lowest, *scores.values()], logarithmic=skewed)
-    y_axis = replace(y_axis, low=math.log10(lowest) if skewed else 0.0)  # bars have no margin below
-    # ``scores`` is by layer, so its largest key is the last layer. At most 12 layers have a label.
-    slot, last = 100 / max(scores), max(scores)
-    label_step = next(n for n in (1, 2, 5, 10, 20, last) if last / n <= 12)
+    bar_bottom = min(scores.values()) / 2 if skewed else 0.0
+    y_axis = axis_over([bar_bottom, *scores.values()], logarithmic=skewed)
+    # Removes the margin below the bars.
+    y_axis = replace(y_axis, low=math.log10(bar_bottom) if skewed else 0.0)
+    last_layer = max(scores)
+    slot = 100 / last_layer  # width of a bar and its free space, in percent of the plot
+    # At most 12 multiples of ``label_step`` have a label, and layer 1.
+    label_step = next(n for n in (1, 2, 5, 10, 20, last_layer) if last_layer / n <= 12)
     elements = [y_grid(y_axis)]
     for layer, score in sorted(scores.items()):
         style, height = "kept" if layer in kept else "dropped", max(0.0, y_axis.at(score))
@@ -275,13 +280,13 @@ def interval_plot(
     Args:
         name: HTML id of the plot.
         title: Description for screen readers.
-        rows: By the row's label, the CSS class and value of each model in it, and half the width of
-            its interval, if it has one.
+        rows: Maps a row's label to tuples of a model's CSS class, its value, and half the width of
+            the value's interval, or ``None`` without an interval.
         text_of: Formats a value.
     """
     rows = {
         label: [
-            (style, value, None if margin is None or not _can_be_drawn(margin) else margin)
+            (style, value, margin if margin is not None and _can_be_drawn(margin) else None)
             for style, value, margin in row
             if _can_be_drawn(value)
         ]
@@ -293,24 +298,23 @@ def interval_plot(
     row_height = 100 / len(rows)
     for index, (label, row) in enumerate(rows.items()):
         middle = (index + 0.5) * row_height
-        short = label if len(label) <= MAX_ROW_LABEL else f"{label[:7]}…{label[-7:]}"
-        elements.append(_ROW.format(label=short, name=label, y=round(middle, 2)))
+        short_label = label if len(label) <= MAX_ROW_LABEL else f"{label[:7]}…{label[-7:]}"
+        elements.append(_ROW.format(label=short_label, name=label, y=round(middle, 2)))
         for position, (style, value, margin) in enumerate(row):
             hint = f"{label}, {style}: {text_of(value)}"
+            # Intervals are a quarter of the row apart, centred on its middle.
+            offset = (position - (len(row) - 1) / 2) * row_height / 4
             elements.append(
                 _INTERVAL.format(
                     style=style,
                     at=x_axis.at(value),
                     low=x_axis.at(value - (margin or 0)),
                     high=x_axis.at(value + (margin or 0)),
-                    y=round(middle + (position - (len(row) - 1) / 2) * row_height / 4, 2),
+                    y=round(middle + offset, 2),
                     hint=hint if margin is None else f"{hint} ± {text_of(margin)}",
                 )
             )
     return frame(name, title, ROW_PIXELS * len(rows), *elements)
-
-
-# Quality against cost, with the Pareto front
 
 
 @dataclass(frozen=True)
@@ -348,7 +352,7 @@ def trade_off_plot(name: str, marks: Sequence[Mark], cost: Dimension, quality: D
     )
     points = [(x_axis.at(mark.cost), round(100 - y_axis.at(mark.quality), 3)) for mark in marks]
     elements = [y_grid(y_axis, quality.text_of), x_grid(x_axis, 3, cost.text_of)]
-    # A step is horizontal, at one mark's quality up to the next mark's cost, and then vertical.
+    # A step goes horizontally to the next mark's cost, and then vertically to its quality.
     for (x1, y1), (x2, y2) in pairwise(sorted(points[i] for i in front)):
         elements.append(_FRONT.format(x1=x1, x2=x2, y1=y1, y2=y1))
         elements.append(_FRONT.format(x1=x2, x2=x2, y1=y1, y2=y2))
@@ -360,7 +364,7 @@ def trade_off_plot(name: str, marks: Sequence[Mark], cost: Dimension, quality: D
 
 
 def _can_be_drawn(*values: float) -> bool:
-    return all(abs(value) < LARGEST for value in values)  # false if a value is not a number
+    return all(abs(value) < MAX_VALUE for value in values)  # false if a value is NaN
 
 
 def _mark(
@@ -384,12 +388,11 @@ def _mark(
 
 def _labels(marks: Sequence[Mark], points: Sequence[tuple[float, float]]) -> list[str]:
     """Returns the label of each mark. Of several close marks, the first gets all their labels."""
-    labels = []
+    texts: dict[int, list[str]] = {}  # by the index of the mark that shows them
     for i, point in enumerate(points):
-        near = [j for j, other in enumerate(points) if _overlap(point, other)]
-        texts = filter(None, (marks[j].label for j in near))
-        labels.append(", ".join(texts) if near[0] == i else "")
-    return labels
+        owner = next((j for j in texts if _overlap(points[j], point)), i)
+        texts.setdefault(owner, []).append(marks[i].label)
+    return [", ".join(filter(None, texts.get(i, []))) for i in range(len(points))]
 
 
 def _overlap(point: tuple[float, float], other: tuple[float, float]) -> bool:

@@ -1,7 +1,8 @@
 """Adds layers of the teacher to a distilled student, without training.
 
-Reads the student, its teacher and held-out text. Measures a model of each number of layers between
-student and teacher, and writes one of them as a NeMo checkpoint.
+Reads the student, its teacher and held-out text. For each number of layers from the student's to
+one less than the teacher's, measures a model of that size. Writes the model of the configured size
+as a NeMo checkpoint.
 """
 
 from __future__ import annotations
@@ -26,20 +27,25 @@ from recipes.stages.contract import Stage, checkpoint_outcome
 
 
 def check(cfg: AddLayersConfig, chain: Chain) -> Iterator[Problem]:
-    """Checks the origin of the student, and that the number of layers is between both models."""
+    """Checks that layers of the teacher fit into the student, and the configured number of layers.
+
+    Layers fit if the student was pruned from this teacher, and only in depth.
+    """
     yield from sequence_problems(cfg.seq_length, cfg.inputs, chain)
-    source = cfg.inputs.get("teacher")
-    pruned = pruned_model(cfg.inputs.get("student", ""), chain)
-    if pruned not in (None, source):
+    teacher_source = cfg.inputs.get("teacher")
+    origin = pruned_model(cfg.inputs.get("student", ""), chain)
+    if origin not in (None, teacher_source):  # ``run`` checks a student of another run
         yield Problem(
             rules.ADDED_LAYERS,
-            f"the teacher of {cfg.name} is {source}, but its student "
-            + (f"was pruned from {pruned}" if pruned else "was not pruned"),
-            f"set stages.{cfg.name}.inputs.teacher={pruned}" if pruned else "set add_layers=null",
+            f"the teacher of {cfg.name} is {teacher_source}, but its student "
+            + (f"was pruned from {origin}" if origin else "was not pruned"),
+            f"set stages.{cfg.name}.inputs.teacher={origin}" if origin else "set add_layers=null",
         )
         return
     teacher, student = models(cfg, chain)
-    if replace(student, num_layers=teacher.num_layers) != teacher:
+    size = cfg.size(student, teacher)
+    differs_in_width = replace(student, num_layers=teacher.num_layers) != teacher
+    if differs_in_width:
         yield Problem(
             rules.ADDED_LAYERS,
             f"the student of {cfg.name} was also pruned in width",
@@ -51,32 +57,39 @@ def check(cfg: AddLayersConfig, chain: Chain) -> Iterator[Problem]:
             f"the student of {cfg.name} has all {teacher.num_layers} layers of its teacher",
             "set add_layers=null, or drop layers: stages.prune.target_num_layers=N",
         )
-    elif not student.num_layers < cfg.size(student, teacher) < teacher.num_layers:
-        between = range(student.num_layers + 1, teacher.num_layers)
-        fix = f"set stages.{cfg.name}.num_layers to one of {list(between)}"
+    elif not student.num_layers < size < teacher.num_layers:
+        valid_sizes = list(range(student.num_layers + 1, teacher.num_layers))
+        fix = f"set stages.{cfg.name}.num_layers to one of {valid_sizes}"
         yield Problem(
             rules.ADDED_LAYERS,
-            f"{cfg.name}: {cfg.size(student, teacher)} layers are not between the student's "
-            f"{student.num_layers} and the teacher's {teacher.num_layers}",
-            fix if between else "set add_layers=null",
+            f"{cfg.name}: {size} layers are not between the student's {student.num_layers} and the "
+            f"teacher's {teacher.num_layers}",
+            fix if valid_sizes else "set add_layers=null",
         )
 
 
 def pruned_model(student: str, chain: Chain) -> str | None:
-    """Returns the model that was pruned to the student: a stage or a directory.
+    """Returns the model from which the student was pruned: a stage or a directory.
 
-    Returns an empty text if none was pruned, and ``None`` for a student of another run.
+    Returns an empty string if the student was not pruned, and ``None`` if the student comes from
+    another run.
+
+    Args:
+        student: The stage that provides the student, or its directory in another run.
+        chain: Stages of the run.
     """
+    # Follows the inputs back to the last pruning.
     name = student
     while (config := chain.stages.get(name)) is not None:
         if isinstance(config, PruneConfig):
             return config.inputs.get("checkpoint")
         name = config.inputs.get("student") or config.inputs.get("checkpoint") or ""
+    # A name that is not a stage is a directory of another run. Without a name, an input is missing.
     return None if name else ""
 
 
 def models(cfg: AddLayersConfig, chain: Chain) -> tuple[Architecture, Architecture]:
-    """Returns the shapes of the teacher and of the student."""
+    """Returns the shape of the teacher, then that of the student."""
     return chain.shape_of(cfg.inputs.get("teacher")), chain.shape_of(cfg.inputs.get("student"))
 
 
@@ -87,21 +100,24 @@ def result_shape(cfg: AddLayersConfig, chain: Chain) -> Architecture:
 
 
 def inference_cost(cfg: AddLayersConfig, chain: Chain) -> InferenceCost:
-    """Estimates the cost of measuring all sizes.
+    """Estimates the cost of measuring models of all sizes.
 
-    A student and the layers that it lacks take as much memory as the teacher.
+    The student and the teacher's layers that it does not have take as much memory as the teacher.
     """
     teacher, student = models(cfg, chain)
     text = Sequences(cfg.num_sequences, cfg.seq_length, cfg.micro_batch_size)
     bf16 = cfg.precision == "bf16-mixed"
-    # As for a healed candidate, the teacher's head is counted in addition to one model.
+    # ``healed=True`` also counts the teacher's head, which stays in memory beside one model.
     cost = ranking_cost(teacher, bf16, text, chain.hardware, healed=True)
-    shapes = [replace(teacher, num_layers=n) for n in range(student.num_layers, teacher.num_layers)]
-    return replace(cost, compute=sum((text.compute(s, bf16) for s in shapes), cost.compute))
+    # ``cost`` has the teacher's forward passes. Those of each measured model are added.
+    compute = cost.compute
+    for num_layers in range(student.num_layers, teacher.num_layers):
+        compute += text.compute(replace(teacher, num_layers=num_layers), bf16)
+    return replace(cost, compute=compute)
 
 
 def run(cfg: AddLayersConfig, inputs: Inputs, out: Path) -> Outcome:
-    """Measures all sizes, and writes the model with ``num_layers`` layers."""
+    """Measures models of all sizes, and writes the model of the configured size."""
     from nemo_convert import nemo
     from recipes.data.token_sequences import read_sequences
     from recipes.pruning.added_layers import (
@@ -114,39 +130,51 @@ def run(cfg: AddLayersConfig, inputs: Inputs, out: Path) -> Outcome:
 
     _require_origin(inputs)
     student, teacher = (nemo.find_checkpoint(inputs[n].artifact) for n in ("student", "teacher"))
-    shape, full = nemo.architecture_of(student), nemo.architecture_of(teacher)
-    kept_before, student_layers = (
-        inputs[name].manifest.result(KeptLayers).kept_layers for name in ("teacher", "student")
+    student_shape, teacher_shape = (nemo.architecture_of(path) for path in (student, teacher))
+    student_layers, teacher_layers = (
+        inputs[name].manifest.result(KeptLayers).kept_layers for name in ("student", "teacher")
     )
-    # If the teacher was itself pruned, results number layers as in the model before all pruning.
-    numbers = kept_before or list(range(1, full.num_layers + 1))
-    kept = layers_of_student(student_layers, numbers)
+    # Results number layers as in the model before all pruning. ``original_numbers`` has this number
+    # for each layer of the teacher. If the teacher was not pruned, its own numbers are the same.
+    original_numbers = teacher_layers or list(range(1, teacher_shape.num_layers + 1))
+    # From here on, layers are numbered as in the teacher, from 1.
+    kept = layers_of_student(student_layers, original_numbers)
     text = read_sequences(inputs["data"], "heldout", cfg.seq_length, cfg.num_sequences)
     progress = partial(metrics_log(out).progress, "measure")
     sizes = measure_sizes(cfg, student, teacher, kept, text, progress)
-    layers = layers_by_size(kept, full.num_layers)[cfg.size(shape, full) - len(kept)]
+    # The list starts with the student, so the index is the number of added layers.
+    num_added = cfg.size(student_shape, teacher_shape) - len(kept)
+    layers = layers_by_size(kept, teacher_shape.num_layers)[num_added]
     weights = combine_weights(student, teacher, kept, layers)
     checkpoint = out / teacher.name
-    # Saved with the student's data type: a float32 student of a bfloat16 teacher is not rounded.
-    save_weights(student, replace(full, num_layers=len(layers)), weights, checkpoint)
+    # The first argument determines the data type. With the teacher as the first argument, a float32
+    # student of a bfloat16 teacher would be rounded.
+    shape = replace(teacher_shape, num_layers=len(layers))
+    save_weights(student, shape, weights, checkpoint)
     result = AddLayersResult(
-        kept_layers=[numbers[layer - 1] for layer in layers],
-        added_layers=[numbers[layer - 1] for layer in layers if layer not in kept],
+        kept_layers=[original_numbers[layer - 1] for layer in layers],
+        added_layers=[original_numbers[layer - 1] for layer in layers if layer not in kept],
         sizes=sizes,
-        teacher_layers=full.num_layers,
-        teacher_parameters=full.parameters(),
+        teacher_layers=teacher_shape.num_layers,
+        teacher_parameters=teacher_shape.parameters(),
         tokens=text.tokens.numel(),
     )
     return checkpoint_outcome(result, checkpoint)
 
 
 def _require_origin(inputs: Inputs) -> None:
-    """Raises ``RecipeError`` if the student was pruned from another model than the teacher."""
+    """Raises ``RecipeError`` if the student was pruned from a model other than the teacher.
+
+    This covers students of other runs, whose origin ``check`` does not know.
+    """
     from recipes.report.upstream import upstream
 
     student, teacher = inputs["student"].manifest, inputs["teacher"].manifest
+    # A teacher may be a pruned model, too. The stages that made it say nothing about the student.
+    of_teacher = {m.fingerprint for m in upstream({"teacher": inputs["teacher"]}).values()}
     for manifest in (student, *upstream({"student": inputs["student"]}).values()):
-        if manifest.stage == "prune" and manifest.inputs["checkpoint"] != teacher.fingerprint:
+        is_between = manifest.stage == "prune" and manifest.fingerprint not in of_teacher
+        if is_between and manifest.inputs["checkpoint"] != teacher.fingerprint:
             raise RecipeError(
                 f"{inputs['student'].directory} was not pruned from {inputs['teacher'].directory}.",
                 "set the input teacher of add_layers to the model that was pruned",
@@ -166,5 +194,6 @@ STAGE = Stage(
         "data": ("dataset",),
     },
     shapes=lambda config, chain: [result_shape(config, chain)],
+    # At most float32, 4 bytes per parameter.
     disk_bytes=lambda config, chain: 4 * result_shape(config, chain).parameters(),
 )

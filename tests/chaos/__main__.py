@@ -2,11 +2,11 @@
 
     python -m tests.chaos --kills 100 --seed 1
 
-A campaign first makes an uninterrupted run. Each of its rounds then repeats the stages of this run:
-it starts and kills the launcher a few times in each stage, and finally lets the run finish. The
-weights, metrics, records, report and files must be those of the uninterrupted run. No process may
-remain, and no file may contain a secret of the environment. The campaign ends after the first round
-with a problem, and then keeps its folder.
+A campaign first makes an uninterrupted run. Then it makes rounds, which repeat the stages of this
+run. A round starts the launcher and kills one of the run's processes, a few times in each stage.
+Finally it lets the run finish. The weights, metrics, records, report and files must be those of the
+uninterrupted run. No process may remain, and no file may contain a secret of the environment. The
+campaign ends after the first round with a problem. In this case its folder is kept.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from tests.support.runs import HEALING, manifest_of
 from tests.support.text import write_text
 
 SECRET = "planted-9f1c-secret"
+"""Value of environment variables with tokens. No file may contain it."""
 SETTINGS = (
     "stages.prepare_data.processes=2",
     "+cluster.env.OMP_NUM_THREADS='1'",
@@ -38,7 +39,12 @@ SETTINGS = (
 
 
 def run_campaign(folder: Path, arguments: argparse.Namespace) -> list[str]:
-    """Runs rounds in an empty folder; returns the problems of the first round that has any."""
+    """Runs the campaign; returns the problems of the first round that has any.
+
+    Args:
+        folder: An empty folder, for all files of the campaign.
+        arguments: The command line; see ``main``.
+    """
     expected_dir, run_dir = folder / "expected", folder / "work" / "run"
     temporary = folder / "tmp"
     temporary.mkdir()
@@ -61,11 +67,12 @@ def run_campaign(folder: Path, arguments: argparse.Namespace) -> list[str]:
         shutil.rmtree(temporary)
         temporary.mkdir()
         shutil.copytree(expected_dir, run_dir, ignore=shutil.ignore_patterns(".lock"))
-        # The first stage of ``--stages`` and all later stages run again.
-        for stage in HEALING[HEALING.index(arguments.stages[0]) :]:
+        # Keeps only the stages before the earliest one of ``--stages``. All others run again.
+        for stage in HEALING[min(map(HEALING.index, arguments.stages)) :]:
             shutil.rmtree(run_dir / stage)
-        stages = [stage for stage in arguments.stages for _ in range(arguments.each)]
-        for stage in stages[: arguments.kills - kills.total()]:
+        # A stage for each kill: ``--each`` kills per stage, and at most ``--kills`` in all rounds.
+        kill_stages = [stage for stage in arguments.stages for _ in range(arguments.each)]
+        for stage in kill_stages[: arguments.kills - kills.total()]:
             if (killed := command.kill(Kill.draw(stage, rng))) is None:
                 break  # the run ended before the kill
             kills[f"{killed.stage} {killed.victim}"] += 1
@@ -75,15 +82,21 @@ def run_campaign(folder: Path, arguments: argparse.Namespace) -> list[str]:
         remaining = [path.name for path in temporary.iterdir() if not is_of_a_library(path)]
         problems += [f"{name} is left in TMPDIR" for name in remaining]
         print(f"{kills.total()} of {arguments.kills} kills", flush=True)
-    for victim, count in sorted(kills.items()):
-        print(f"{count:4}  {victim}")
+    for stage_and_victim, count in sorted(kills.items()):
+        print(f"{count:4}  {stage_and_victim}")
     return problems
 
 
 def problems_of(killed: Killed, folder: Path) -> Iterator[str]:
-    """Yields problems in the launcher's output and in files after a kill."""
+    """Yields problems after a kill, in the launcher's output and exit status and in files.
+
+    Args:
+        killed: The kill.
+        folder: Folder of the campaign.
+    """
     if "Traceback" in killed.output:
         yield f"the launcher failed: {killed.output[-2000:]}"
+    # 0: the run was complete. 1: the launcher reported a killed stage. SIGKILL: it was killed.
     if killed.exit_status not in (0, 1, -signal.SIGKILL):
         yield f"exit status {killed.exit_status}"
     grep = ["grep", "-rl", SECRET, folder / "work", folder / "tmp"]
@@ -97,7 +110,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--each", type=int, default=2, help="kills per stage and round")
-    parser.add_argument("--stages", nargs="*", choices=HEALING, default=HEALING)
+    parser.add_argument("--stages", nargs="+", choices=HEALING, default=HEALING)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="chaos"))
     problems = run_campaign(folder, arguments)

@@ -1,4 +1,4 @@
-"""Overrides of a tiny run that tests kill, and the comparison of two such runs."""
+"""Overrides of a tiny run for tests that kill it, and the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -14,21 +14,34 @@ from recipes.core.metrics import METRICS, read_records
 from tests.support.runs import manifest_of, settings, tiny
 
 STEPS, CHECKPOINT_INTERVAL = 24, 4
+"""Optimizer steps of the stage ``distill``, and steps between two checkpoints."""
 TIMED = re.compile(
     r"(seconds|_per_second|_ms|^time|_at|rss_bytes|peak_memory_bytes"
     r"|^speedup|^(prefill|decode)(_roofline)?|^cached)$"
 )
 """Matches names of metrics that differ between any two runs: times, memory, and use of caches."""
-_NUMBER = r"<data[^>]*>[^<]*</data>"
-SPEED = re.compile(rf"{_NUMBER}(?= tokens per second|: the plan is)|(?<=: the plan is ){_NUMBER}")
-"""Matches measured speeds in the report."""
+_NUMBER = r"<data[^>]*>[^<]*</data>"  # a number in the report
+SPEED = re.compile(
+    rf"{_NUMBER}(?= tokens per second|: the plan differs)|(?<=: the plan differs by ){_NUMBER}"
+)
+"""Matches measured speeds in the report: numbers with one of these texts beside them."""
 SECTION = re.compile(r'<section id="(\w+)">.*?</section>', re.DOTALL)
+"""Matches a section of the report. Group 1 is the section's id."""
 
 
 def overrides(
     model: Path, text_file: Path, run_dir: Path, engine: str = "openvino", served: str = "gguf"
 ) -> list[str]:
-    """Returns the overrides of a run that prunes width and depth to odd sizes."""
+    """Returns the overrides of a run that prunes width and depth to odd sizes.
+
+    Args:
+        model: Folder of a Hugging Face model that is at least as large as ``ODD``.
+        text_file: JSON lines.
+        run_dir: Run directory to write.
+        engine: Option of ``conf/engine``, or ``null``. Only with ``openvino``, the run also exports
+            a GGUF file, evaluates the served model and measures speed.
+        served: Option of ``conf/served``; has an effect only with ``openvino``.
+    """
     engine_settings = [
         "gguf=q8_0",
         f"served={served}",
@@ -56,89 +69,101 @@ def overrides(
 
 
 def differences(expected: Path, actual: Path) -> list[str]:
-    """Lists differences of two runs in results, records, files and reports, apart from times."""
+    """Lists differences between two run directories in results, records, files and reports.
+
+    Measured times and memory may differ.
+    """
     stages = sorted(file.parent.name for file in expected.glob(f"*/{MANIFEST}"))
     actual_stages = sorted(file.parent.name for file in actual.glob(f"*/{MANIFEST}"))
     if stages != actual_stages:
         return [f"complete stages are {actual_stages}, not {stages}"]
-    found = [f"{name}: only in one run" for name in sorted(_paths(expected) ^ _paths(actual))]
+    messages = [f"{name}: only in one run" for name in sorted(_paths(expected) ^ _paths(actual))]
     for stage in stages:
-        found += [f"{stage}: {item}" for item in _stage_differences(expected, actual, stage)]
-    return found
+        messages += [f"{stage}: {item}" for item in _stage_differences(expected, actual, stage)]
+    return messages
 
 
 def _paths(run_dir: Path) -> set[str]:
-    """Returns the relative paths of a run, without logs and the snapshot's compiled files."""
+    """Returns the relative paths in a run directory, except logs and compiled Python files."""
     paths = (path.relative_to(run_dir) for path in run_dir.rglob("*"))
-    compared = (path for path in paths if "__pycache__" not in path.parts)
-    return {str(path) for path in compared if path.parts[1:2] != ("logs",)}
+    not_compiled = (path for path in paths if "__pycache__" not in path.parts)
+    return {str(path) for path in not_compiled if path.parts[1:2] != ("logs",)}  # STAGE/logs/...
 
 
 def _stage_differences(expected_run: Path, actual_run: Path, stage: str) -> Iterator[str]:
+    """Yields what differs between the results of a stage in two runs."""
     expected, actual = manifest_of(expected_run, stage), manifest_of(actual_run, stage)
     for name in ("fingerprint", "config", "architecture", "parameters", "tokenizer_sha256"):
         if getattr(expected, name) != getattr(actual, name):
             yield name
     if timeless(expected.metrics) != timeless(actual.metrics):
         yield f"metrics {timeless(expected.metrics)} became {timeless(actual.metrics)}"
-    records = [_last_records(run / stage / METRICS) for run in (expected_run, actual_run)]
-    if records[0] != records[1]:
+    if _last_records(expected_run / stage / METRICS) != _last_records(actual_run / stage / METRICS):
         yield "records of progress"
     for name in expected.files.keys() & actual.files.keys():
-        files = [run / stage / ARTIFACT / name for run in (expected_run, actual_run)]
-        is_equal = expected.files[name].sha256 == actual.files[name].sha256
-        if not is_equal and content(files[0]) != content(files[1]):
+        if expected.files[name].sha256 == actual.files[name].sha256:
+            continue
+        # Hashes also differ if only times, or the order of weights, differ.
+        expected_file, actual_file = (
+            run / stage / ARTIFACT / name for run in (expected_run, actual_run)
+        )
+        if content(expected_file) != content(actual_file):
             yield f"content of {name}"
 
 
 def _last_records(file: Path) -> dict[tuple[str, int], Any]:
     """Returns the last record of each unit of work, such as a step, without times.
 
-    Omits the teacher's loss, which every start of a stage measures again, and records of requests
-    to a model, which a resumed stage does not repeat.
+    A key is a task and the number of its units that were done. A resumed stage can repeat a unit.
+    The teacher's loss is omitted, because every start of a stage measures it again. Records of
+    requests to a model are omitted, because a resumed stage does not repeat the requests.
     """
     records = [{k: v for k, v in r.items() if k != "teacher_loss"} for r in read_records(file)]
-    units = [r for r in records if "task" in r and not r["task"].startswith("requests")]
-    return {(r["task"], r["done"]): timeless(r) for r in units}
+    unit_records = [r for r in records if "task" in r and not r["task"].startswith("requests")]
+    return {(r["task"], r["done"]): timeless(r) for r in unit_records}
 
 
 def timeless(value: Any) -> Any:
-    """Returns nested dicts and lists without the keys that ``TIMED`` matches."""
+    """Copies nested dicts and lists without the keys that ``TIMED`` matches."""
     if isinstance(value, dict):
         return {k: timeless(v) for k, v in value.items() if not TIMED.search(str(k))}
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
 def content(file: Path) -> object:
-    """Returns the content of a file in a form that is equal in two equal runs."""
+    """Returns a file's content in a form that is the same in two runs with the same results.
+
+    Times are omitted, and weights are compared independently of their order in the file.
+    """
     if file.suffix == ".html":
         text = SPEED.sub("", file.read_text(encoding="utf-8"))
         sections = {m[1]: m[0] for m in SECTION.finditer(text)}
-        # Both omitted sections have times.
-        return {n: s for n, s in sections.items() if n not in ("cost", "provenance")}
+        # These two sections contain times.
+        return {name: s for name, s in sections.items() if name not in ("cost", "provenance")}
     if file.suffix == ".json":
         return timeless(json.loads(file.read_text(encoding="utf-8")))
     if file.suffix == ".distcp" or file.name == ".metadata":
-        return _weights(file.parents[1])
+        return _weight_hashes(file.parents[1])  # CHECKPOINT/weights/FILE
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _weights(checkpoint: Path) -> dict[str, str]:
-    """Returns a hash of each weight of a NeMo checkpoint, whose files have weights in any order."""
+def _weight_hashes(checkpoint: Path) -> dict[str, str]:
+    """Returns a hash of each weight of a NeMo checkpoint, by the weight's Hugging Face name."""
     import torch
 
     from nemo_convert.convert import hf_weights
 
     return {
-        name: hashlib.sha256(w.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-        for name, w in hf_weights(checkpoint)
+        name: hashlib.sha256(weight.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, weight in hf_weights(checkpoint)
     }
 
 
 def is_of_a_library(folder: Path) -> bool:
-    """Whether a temporary folder is torch's cache, or multiprocessing's folder with only sockets.
+    """Returns whether a temporary folder belongs to a library, so that it may remain after a run.
 
-    Megatron's checkpoint writer leaves its socket if it is killed.
+    Such folders are torch's compile cache, and folders of multiprocessing that contain only
+    sockets. Megatron's checkpoint writer leaves its socket behind if it is killed.
     """
     if folder.name.startswith("torchinductor_"):
         return True

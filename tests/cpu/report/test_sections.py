@@ -246,6 +246,16 @@ def test_a_plot_without_finite_values_is_empty() -> None:
     assert "<circle" not in trade_off_plot("plot", marks, PARAMETERS, PERPLEXITY)
 
 
+def test_every_label_is_drawn_once() -> None:
+    """Each mark is close to the next one, and the first and the last are far from each other."""
+    marks = [
+        Mark(name, "distilled", x, 3.0) for name, x in (("a", 1e8), ("b", 1.03e8), ("c", 1.06e8))
+    ]
+    marks.append(Mark("d", "distilled", 2e8, 4.0))
+    plot = trade_off_plot("plot", marks, PARAMETERS, PERPLEXITY)
+    assert re.findall(r'class="mark"[^>]*>([^<]+)</text>', plot) == ["a, b", "c", "d"]
+
+
 def test_only_the_best_of_many_candidates_have_labels_in_the_plot(
     inputs: dict[str, Input], tmp_path: Path
 ) -> None:

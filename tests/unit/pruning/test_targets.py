@@ -57,6 +57,9 @@ def test_experts_are_pruned_by_their_own_targets() -> None:
     assert "target_ffn_hidden_size=null" in dense.fix
     [expert] = target_problems(SMOLLM2, PruneTargets(num_moe_experts=4), DIVISORS)
     assert "are dense" in expert.what
+    divisors = {**DIVISORS, "moe_ffn_hidden_size": 64}
+    [odd] = target_problems(moe, PruneTargets(moe_ffn_hidden_size=500), divisors)
+    assert odd.what.endswith(" ffn_hidden_size_divisor=64")
     [few] = target_problems(moe, PruneTargets(num_moe_experts=4), DIVISORS)
     assert "less than the 8 experts that each token is routed to" in few.what
 
